@@ -1,0 +1,5 @@
+"""`python -m ckptvcs` is `ckpt`."""
+
+from ckptvcs.cli.app import main
+
+main()

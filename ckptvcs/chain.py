@@ -1,0 +1,116 @@
+"""Chains: which frame stands on which, walked forward from a keyframe to a tensor.
+
+    values[i] -> recipe -> frame -> base values[j] -> recipe -> frame -> ... -> keyframe
+
+Slices of one tensor are cut alike along a chain, so one slice at a time is decoded from the
+keyframe up: memory is a few slices, whatever the tensor.  Every slice read is checked against the
+hash in its bundle; every tensor decoded is checked against its hash in the table of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+
+from ckptvcs.codec.frame import decode_slice, slice_counts
+from ckptvcs.codec.words import Words, octets, word_type
+from ckptvcs.errors import CorruptionError, TruncatedError
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.recipe import Frame, slice_hash
+from ckptvcs.history.schema import TensorInfo
+from ckptvcs.store.object import ObjectId
+
+MAX_DEPTH = 4096
+
+
+@dataclass(frozen=True)
+class Link:
+    """One frame of a chain: its bundle, and the frame it shares a mask with."""
+
+    bundle: ObjectId
+    frame: Frame
+    companion: Frame | None
+
+
+class ChainReader:
+    """Decodes tensors of tables of values."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def links(self, values: ObjectId, tensor: int) -> list[Link]:
+        """The frames a tensor is decoded from, the keyframe first.
+
+        Raises:
+            CorruptionError: a frame does not stand on one that is less deep.
+        """
+        chain: list[Link] = []
+        limit = MAX_DEPTH
+        where: tuple[ObjectId, int] | None = (values, tensor)
+        while where is not None:
+            bundle, frame = self._catalog.frame(*where)
+            if frame.depth > limit:
+                raise CorruptionError(f"bundle {bundle[:8]} stands on a frame that is not below it")
+            limit = frame.depth - 1
+            companion = None
+            if frame.companion is not None:
+                companion = self._catalog.bundle(bundle)[frame.companion]
+            chain.append(Link(bundle, frame, companion))
+            where = frame.base
+        return chain[::-1]
+
+    def depth(self, values: ObjectId, tensor: int) -> int:
+        """How many frames lie below a tensor's own."""
+        return self._catalog.frame(values, tensor)[1].depth
+
+    def _slice_bytes(self, bundle: ObjectId, frame: Frame, number: int) -> memoryview:
+        if number >= len(frame.slices):
+            raise CorruptionError(f"bundle {bundle[:8]} holds a frame with too few slices")
+        offset, length, expected = frame.slices[number]
+        data = self._catalog.store.read_region(bundle, offset, length)
+        if len(data) != length:
+            raise TruncatedError(f"bundle {bundle[:8]} is cut off")
+        if slice_hash(data) != expected:
+            raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
+        return memoryview(data)
+
+    def decode_slice(self, chain: list[Link], info: TensorInfo, number: int, count: int) -> Words:
+        """Slice `number` of a tensor, `count` words, not yet proven by the tensor's hash."""
+        words: Words | None = None
+        for link in chain:
+            data = self._slice_bytes(link.bundle, link.frame, number)
+            companion = None
+            if link.companion is not None:
+                companion = self._slice_bytes(link.bundle, link.companion, number)
+            words = decode_slice(data, info.type, count, words, companion)
+        assert words is not None
+        return words
+
+    def slices(self, values: ObjectId, tensor: int, info: TensorInfo) -> Iterator[Words]:
+        """The words of a tensor, slice after slice; the last one comes after the proof.
+
+        Raises:
+            CorruptionError: the tensor does not have its recorded hash.
+        """
+        chain = self.links(values, tensor)
+        digest = blake3(max_threads=1)
+        pending: Words | None = None
+        for number, count in enumerate(slice_counts(info.words)):
+            if pending is not None:
+                yield pending
+            pending = self.decode_slice(chain, info, number, count)
+            digest.update(octets(pending))
+        if digest.digest() != self._catalog.values(values)[tensor]:
+            raise CorruptionError(f"{info.name} does not decode to its recorded hash")
+        if pending is not None:
+            yield pending
+
+    def tensor(self, values: ObjectId, tensor: int, info: TensorInfo) -> Words:
+        """All words of a tensor, proven."""
+        parts = list(self.slices(values, tensor, info))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, word_type(info.type.word))

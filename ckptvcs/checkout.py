@@ -1,0 +1,143 @@
+"""Checkout: a commit -> files in the working directory, without losing what is there.
+
+A file that stands where a checkout writes is overwritten only if its bytes can be had again: its
+hash is that of a file of a commit that can be restored exactly, or it was written by a checkout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from ckptvcs.encoder import Progress
+from ckptvcs.errors import ConflictError, InvalidInputError
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import FileEntry
+from ckptvcs.restore import Restorer, safe_path
+
+_BLOCK = 1 << 22
+_MAX_REMEMBERED = 10_000
+
+
+@dataclass(frozen=True)
+class CheckedOut:
+    """What a checkout wrote, and how true it is."""
+
+    paths: tuple[Path, ...]
+    fidelity: dict[str, str]
+    exact: bool
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE3 of a file's bytes."""
+    digest = blake3(max_threads=blake3.AUTO)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class WorkTree:
+    """The files outside the store.  `written` remembers the hashes of files that checkouts wrote
+    in near form, which no commit lists.
+    """
+
+    def __init__(self, catalog: Catalog, root: Path, written: Path) -> None:
+        self._catalog, self._root, self._written = catalog, root, written
+
+    def home(self, path: str, *, inside: bool) -> Path:
+        """Where a committed path belongs: below the repository's folder if it came from there."""
+        return (self._root if inside else Path.cwd()) / path
+
+    def can_be_had_again(self, path: Path) -> bool:
+        """Whether the bytes of a file are stored exactly, or came from a checkout."""
+        digest = hash_file(path)
+        if (self._written / digest).exists():
+            return True
+        return any(
+            Restorer(self._catalog, name).exact
+            for name in self._catalog.store.find(b"file:" + digest.encode())
+        )
+
+    def _remember(self, digest: str) -> None:
+        try:
+            self._written.mkdir(parents=True, exist_ok=True)
+            (self._written / digest).touch()
+            known = sorted(self._written.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            for path in known[:-_MAX_REMEMBERED]:
+                path.unlink(missing_ok=True)
+        except OSError:
+            pass  # a later checkout then asks for --force, which is safe
+
+    def _guard(self, target: Path) -> None:
+        if target.is_dir() and not target.is_symlink():
+            raise InvalidInputError(
+                f"{target} is a directory", hint="name the file to write: -o PATH"
+            )
+        if target.exists() and not self.can_be_had_again(target):
+            raise ConflictError(
+                f"{target} holds changes that are in no commit exactly",
+                hint="commit it first, write elsewhere with -o, or overwrite it with --force",
+            )
+
+    def write(
+        self, restorer: Restorer, output: Path | None, progress: Progress, *, force: bool
+    ) -> CheckedOut:
+        """Write the files of a commit.
+
+        Raises:
+            ConflictError: a file would be overwritten whose bytes are nowhere else.
+            CorruptionError: something does not have its hash; nothing was replaced by it.
+        """
+        commit = restorer.commit
+        target = output
+        if target is None:
+            if commit.path != ".":
+                safe_path(commit.path)
+            target = self.home(commit.path, inside=commit.inside)
+        files = [file for file in commit.files if file.skeleton is not None]
+        if commit.source == "directory":
+            if target.exists() and not target.is_dir():
+                raise InvalidInputError(f"{target} is a file, the commit is a directory")
+            pairs = [(file, target / safe_path(file.path)) for file in files]
+        else:
+            pairs = [(files[0], target)]
+        if not force:
+            for _, path in pairs:
+                self._guard(path)
+        digests = self._save(restorer, files, target, progress)
+        if not restorer.exact:
+            for file, digest in zip(files, digests, strict=True):
+                if digest != file.hash:
+                    self._remember(digest)
+        return CheckedOut(tuple(path for _, path in pairs), dict(restorer.fidelity), restorer.exact)
+
+    def _save(
+        self, restorer: Restorer, files: list[FileEntry], target: Path, progress: Progress
+    ) -> list[str]:
+        if restorer.commit.source == "directory":
+            return restorer.save_directory(target, progress)
+        return [restorer.save(files[0], target, progress)]
+
+    def changes(self, restorer: Restorer) -> list[tuple[str, Path]]:
+        """How the files of a commit differ from those in their places: `missing`, `changed` or
+        `near` (written by a checkout of a near commit), with the path.
+        """
+        commit = restorer.commit
+        home = self.home(commit.path, inside=commit.inside)
+        found = []
+        for file in commit.files:
+            if file.hash is None:
+                continue
+            path = home / safe_path(file.path) if commit.source == "directory" else home
+            if not path.is_file():
+                found.append(("missing", path))
+                continue
+            if path.stat().st_size == file.size and (digest := hash_file(path)) != file.hash:
+                kind = "near" if (self._written / digest).exists() else "changed"
+                found.append((kind, path))
+            elif path.stat().st_size != file.size:
+                found.append(("changed", path))
+        return found

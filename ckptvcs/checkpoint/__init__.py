@@ -1,0 +1,1 @@
+"""What a checkpoint is: files read structurally, never executed; tensors found and named."""

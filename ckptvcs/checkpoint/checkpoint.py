@@ -1,0 +1,242 @@
+"""Checkpoint: what is about to be committed, whatever form it came in.
+
+path or state  ->  files, each a row of pieces  +  tensors with part, role and pair
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint.layout import (
+    FileSource,
+    Layout,
+    Piece,
+    Source,
+    covers,
+    pieces,
+    unreadable,
+)  # fmt: skip
+from ckptvcs.checkpoint.pickles import walk
+from ckptvcs.checkpoint.roles import assign_roles
+from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.history.schema import Schema, TensorInfo
+
+_INCOMPLETE = ("checkpoint-is-incomplete.txt",)
+_STEP_KEYS = ("step", "global_step", "iteration", "iter", "steps", "current_step")
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file: its bytes, and the segments they are made of; tensor numbers are those of the
+    checkpoint's schema.
+    """
+
+    path: str
+    source: Source
+    format: str
+    pieces: tuple[Piece, ...]
+    mode: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class InputLink:
+    """A directory (`target` is None) or a symbolic link."""
+
+    path: str
+    target: str | None
+    mode: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Files and the tensors in them.
+
+    `kind` is `file`, `directory` or `state`; `places` gives the file and offset of each tensor of
+    `schema`; `step` is what the checkpoint itself says.
+    """
+
+    kind: str
+    files: tuple[InputFile, ...]
+    links: tuple[InputLink, ...]
+    schema: Schema
+    places: tuple[tuple[int, int], ...]
+    step: int | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.source.size for file in self.files)
+
+    def check_unchanged(self) -> None:
+        """Raises InvalidInputError where a file was written since it was opened."""
+        for file in self.files:
+            if isinstance(file.source, FileSource):
+                file.source.check_unchanged()
+
+
+def open_checkpoint(path: Path, *, raw: bool = False, skip: Path | None = None) -> Checkpoint:
+    """Read the structure of a file or of a directory of files; `skip` is left out.
+
+    `raw` stores bytes as they are, without looking for structure.
+
+    Raises:
+        NotFoundError: there is nothing at `path`.
+        InvalidInputError: it is empty, incomplete or unreadable.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise NotFoundError(f"no such file or directory: {path}") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if stat.S_ISDIR(mode):
+        return _open_directory(path, raw, skip)
+    if not stat.S_ISREG(mode):
+        raise InvalidInputError(f"{path} is neither a file nor a directory")
+    source = FileSource(path)
+    if not raw:
+        _refuse_incomplete(source, path)
+    return build("file", [(path.name, source, _parse(source, raw), source.stat)], [])
+
+
+def _refuse_incomplete(source: FileSource, path: Path) -> None:
+    if not source.size:
+        raise InvalidInputError(f"{path} is empty", hint="use --raw to commit it all the same")
+    if torchzip.starts_like_zip(source) and not torchzip.has_end(source):
+        raise InvalidInputError(
+            f"{path} is incomplete: it starts like a zip file and has no end",
+            hint="it may still be written; use --raw to commit it all the same",
+        )
+
+
+def _parse(source: Source, raw: bool) -> Layout:
+    """The layout of a file; one row of bytes where nothing is understood."""
+    layout = None
+    if not raw and source.size:
+        if torchzip.starts_like_zip(source):
+            layout = torchzip.parse(source)
+        else:
+            layout = safetensors.parse(source) or torchlegacy.parse(source)
+    if layout is None or not covers(layout, source.size):
+        return Layout("raw", [])
+    return layout
+
+
+def _entries(root: Path, below: str, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    try:
+        with os.scandir(root / below) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise unreadable(root / below, error) from error
+    for entry in entries:
+        name = f"{below}/{entry.name}" if below else entry.name
+        if entry.name == ".ckpt" or (skip and Path(entry.path).resolve() == skip):
+            continue
+        yield name, entry
+        if entry.is_dir(follow_symlinks=False):
+            yield from _entries(root, name, skip)
+
+
+def _open_directory(root: Path, raw: bool, skip: Path | None) -> Checkpoint:
+    parsed, links = [], []
+    for name, entry in _entries(root, "", skip):
+        if entry.name in _INCOMPLETE and not raw:
+            raise InvalidInputError(f"{root} is incomplete: it holds {entry.name}")
+        status = entry.stat(follow_symlinks=False)
+        if entry.is_symlink():
+            links.append(
+                InputLink(name, str(Path(entry.path).readlink()), 0o777, status.st_mtime_ns)
+            )
+        elif entry.is_dir(follow_symlinks=False):
+            mode = stat.S_IMODE(status.st_mode)
+            links.append(InputLink(name, None, mode, status.st_mtime_ns))
+        elif entry.is_file(follow_symlinks=False):
+            source = FileSource(Path(entry.path))
+            with source:
+                parsed.append((name, source, _parse(source, raw), source.stat))
+        else:
+            raise InvalidInputError(f"{entry.path} is neither a file nor a directory")
+    names = {name for name, *_ in parsed}
+    shards = any(name.endswith(".distcp") for name in names)
+    if shards and not raw and not any(name.rpartition("/")[2] == ".metadata" for name in names):
+        raise InvalidInputError(
+            f"{root} is incomplete: it holds shards and no .metadata",
+            hint="commit it again once it is complete",
+        )
+    if not parsed:
+        raise InvalidInputError(f"{root} holds no files")
+    return build("directory", parsed, links)
+
+
+def build(
+    kind: str,
+    parsed: Sequence[tuple[str, Source, Layout, os.stat_result | None]],
+    links: Sequence[InputLink],
+) -> Checkpoint:
+    """Join parsed files (path, bytes, layout, status) into a checkpoint with one schema."""
+    cut = [tuple(pieces(layout, source.size)) for _, source, layout, _ in parsed]
+    roles = assign_roles([(path, layout) for path, _, layout, _ in parsed])
+    numbers: dict[int, int] = {}
+    for _, _, layout, _ in parsed:
+        for found in layout.tensors:
+            numbers[id(found)] = len(numbers)
+    infos: list[TensorInfo] = []
+    places: list[tuple[int, int]] = []
+    files: list[InputFile] = []
+    several = kind == "directory"
+    for file_number, (path, source, layout, status) in enumerate(parsed):
+        first = len(infos)
+        prefix = f"{path}:" if several else ""
+        for found, role in zip(layout.tensors, roles[file_number], strict=True):
+            pair = None if role.pair is None else numbers[id(role.pair)]
+            infos.append(TensorInfo(
+                prefix + found.name, found.dtype, found.shape, role.part, role.role,
+                found.inline, pair, tuple(found.views),
+            ))  # fmt: skip
+            places.append((file_number, found.offset))
+        files.append(InputFile(
+            path, source, layout.format,
+            tuple(
+                piece if piece.tensor is None
+                else Piece(piece.offset, piece.size, first + piece.tensor, piece.checksum)
+                for piece in cut[file_number]
+            ),
+            0o644 if status is None else stat.S_IMODE(status.st_mode),
+            0 if status is None else status.st_mtime_ns,
+        ))  # fmt: skip
+    step = _find_step([(path, source, layout) for path, source, layout, _ in parsed])
+    return Checkpoint(kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), step)
+
+
+def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:
+    """The step that a checkpoint itself gives: a key of its top, or the trainer's state file."""
+    for path, source, layout in parsed:
+        if path.rpartition("/")[2] == "trainer_state.json" and source.size < 1 << 26:
+            step = _json_step(source)
+            if step is not None:
+                return step
+        for where, node in walk(layout.tree):
+            if not where and isinstance(node, dict) and layout.format != "safetensors":
+                for key in _STEP_KEYS:
+                    value = node.get(key)
+                    if type(value) is int and 0 <= value < 1 << 62:
+                        return value
+            break
+    return None
+
+
+def _json_step(source: Source) -> int | None:
+    import json  # noqa: PLC0415  only directories of the HF Trainer need it
+
+    try:
+        value = json.loads(source.read(0, source.size)).get("global_step")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return value if type(value) is int and 0 <= value < 1 << 62 else None

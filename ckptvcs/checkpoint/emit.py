@@ -1,0 +1,283 @@
+"""Plain values and tensors -> a torch.save zip file, without torch.
+
+Writes the pickle by hand, protocol 2, with nothing in it that `torch.load(weights_only=True)`
+refuses: None, bool, int, float, str, bytes, list, tuple, dict and tensors.  The records of the
+zip file have the order, alignment and names that torch gives them.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ckptvcs.checkpoint.layout import Source
+from ckptvcs.checkpoint.pickles import InertDict
+from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
+from ckptvcs.errors import InvalidInputError
+
+_ALIGNMENT = 64
+_MAX_NESTING = 200
+_NATIVE = {
+    "F32": "FloatStorage", "F64": "DoubleStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
+    "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage",
+    "U8": "ByteStorage", "BOOL": "BoolStorage", "C64": "ComplexFloatStorage",
+    "C128": "ComplexDoubleStorage",
+}  # fmt: skip
+_TORCH_NAMES = {ours: torchs for torchs, ours in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor to be written: a window (in elements) on storage number `storage`."""
+
+    storage: int
+    dtype: str
+    storage_elements: int
+    storage_bytes: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor that is stored row after row."""
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(1, length)
+    return tuple(reversed(strides))
+
+
+class _Pickle:
+    """Emits one pickle, protocol 2.  `leaf` turns the caller's tensors into leaves."""
+
+    def __init__(self, leaf: Callable[[object, str], Leaf | None]) -> None:
+        self._leaf = leaf
+        self._out = bytearray(b"\x80\x02")
+
+    def dump(self, value: object) -> bytes:
+        self._value(value, "", 0)
+        return bytes(self._out) + b"."
+
+    def _global(self, module: str, name: str) -> None:
+        self._out += f"c{module}\n{name}\n".encode()
+
+    def _integer(self, value: int) -> None:
+        if -(1 << 31) <= value < 1 << 31:
+            self._out += b"J" + struct.pack("<i", value)
+        else:
+            data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+            if len(data) > 255:
+                raise InvalidInputError("an integer is too large to be stored")
+            self._out += b"\x8a" + bytes([len(data)]) + data
+
+    def _text(self, value: str) -> None:
+        data = value.encode("utf-8", "surrogatepass")
+        self._out += b"X" + struct.pack("<I", len(data)) + data
+
+    def _tuple(self, values: tuple[int, ...]) -> None:
+        self._out += b"("
+        for value in values:
+            self._integer(value)
+        self._out += b"t"
+
+    def _value(self, value: object, path: str, depth: int) -> None:
+        if depth > _MAX_NESTING:
+            raise InvalidInputError(f"the state is nested too deeply at {path or 'its top'}")
+        leaf = self._leaf(value, path)
+        if leaf is not None:
+            self._tensor(leaf)
+        elif value is None:
+            self._out += b"N"
+        elif isinstance(value, bool):
+            self._out += b"\x88" if value else b"\x89"
+        elif isinstance(value, int):
+            self._integer(int(value))
+        elif isinstance(value, float):
+            self._out += b"G" + struct.pack(">d", value)
+        elif isinstance(value, str):
+            self._text(value)
+        elif isinstance(value, bytes):
+            self._global("_codecs", "encode")
+            self._out += b"("
+            self._text(value.decode("latin1"))
+            self._text("latin1")
+            self._out += b"tR"
+        else:
+            self._container(value, path, depth)
+
+    def _container(self, value: object, path: str, depth: int) -> None:
+        dot = "." if path else ""
+        if type(value) in (list, tuple):
+            assert isinstance(value, list | tuple)
+            self._out += b"](" if type(value) is list else b"("
+            for number, item in enumerate(value):
+                self._value(item, f"{path}{dot}{number}", depth + 1)
+            self._out += b"e" if type(value) is list else b"t"
+        elif isinstance(value, dict):
+            if type(value) in (dict, InertDict):
+                self._out += b"}"
+            else:
+                self._global("collections", "OrderedDict")
+                self._out += b")R"
+            self._out += b"("
+            for key, item in value.items():
+                if type(key) not in (str, int, bool, float):
+                    raise InvalidInputError(f"the state has a key that is no str or int at {path}")
+                self._value(key, path, depth + 1)
+                self._value(item, f"{path}{dot}{key}", depth + 1)
+            self._out += b"u"
+        else:
+            kind = type(value)
+            raise InvalidInputError(
+                f"the state holds a {kind.__module__}.{kind.__qualname__} at {path or 'its top'}",
+                hint="a state holds None, bool, int, float, str, bytes, list, tuple, dict, "
+                "tensors and numpy arrays",
+            )
+
+    def _tensor(self, leaf: Leaf) -> None:
+        native = _NATIVE.get(leaf.dtype)
+        self._global("torch._utils", "_rebuild_tensor_v2" if native else "_rebuild_tensor_v3")
+        self._out += b"(("
+        self._text("storage")
+        if native:
+            self._global("torch", native)
+        else:
+            self._global("torch.storage", "UntypedStorage")
+        self._text(str(leaf.storage))
+        self._text("cpu")
+        self._integer(leaf.storage_elements if native else leaf.storage_bytes)
+        self._out += b"tQ"
+        self._integer(leaf.offset)
+        self._tuple(leaf.shape)
+        self._tuple(leaf.stride)
+        self._out += b"\x89"
+        self._global("collections", "OrderedDict")
+        self._out += b")R"
+        if not native:
+            self._global("torch", _TORCH_NAMES[leaf.dtype])
+        self._out += b"tR"
+
+
+def dump_pickle(value: object, leaf: Callable[[object, str], Leaf | None]) -> bytes:
+    """The pickle of a state.
+
+    `leaf(value, path)` gives the leaf for a tensor, None for anything else.
+
+    Raises:
+        InvalidInputError: the state holds something else, named by its path.
+    """
+    return _Pickle(leaf).dump(value)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Content of a record whose bytes come in blocks when they are needed."""
+
+    size: int
+    blocks: Callable[[], Iterator[bytes | memoryview]]
+
+
+def zip_records(
+    pickle_bytes: bytes, storages: list[Payload], extra: dict[str, bytes]
+) -> list[tuple[str, Payload]]:
+    """The records of a file of torch.save, in torch's order; `extra` are more small ones."""
+
+    def small(data: bytes) -> Payload:
+        return Payload(len(data), lambda: iter([data]))
+
+    return [
+        ("data.pkl", small(pickle_bytes)),
+        (".format_version", small(b"1")),
+        (".storage_alignment", small(str(_ALIGNMENT).encode())),
+        ("byteorder", small(b"little")),
+        *((f"data/{number}", storage) for number, storage in enumerate(storages)),
+        *((name, small(data)) for name, data in extra.items()),
+        ("version", small(b"3\n")),
+        (".data/serialization_id", small(b"0" * 40)),
+    ]
+
+
+def write_zip(
+    write: Callable[[bytes | memoryview], object], stem: str, records: list[tuple[str, Payload]]
+) -> None:
+    """Write a zip file as torch lays it out: stored records, aligned, checksums behind them."""
+    at = 0
+    directory = bytearray()
+    for name, payload in records:
+        full = f"{stem}/{name}".encode()
+        far, large = at >= 0xFFFFFFFF, payload.size >= 0xFFFFFFFF
+        flags = 0x0808 if payload.size else 0x0800
+        extra = b""
+        if far or large:
+            body = struct.pack("<QQ", payload.size, 0) if large else b""
+            body += struct.pack("<Q", at) if far else b""
+            extra = struct.pack("<HH", 1, len(body)) + body
+        start = at + 30 + len(full) + len(extra) + 4
+        padding = -start % _ALIGNMENT
+        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        sizes = (0xFFFFFFFF, 0xFFFFFFFF) if large else (0, 0)
+        write(struct.pack(
+            "<4sHHHHHIIIHH", b"PK\x03\x04", 0, flags, 0, 0, 0, 0, *sizes, len(full), len(extra)
+        ) + full + extra)  # fmt: skip
+        crc = 0
+        for block in payload.blocks():
+            crc = zlib.crc32(block, crc)
+            write(block)
+        wide = large or far
+        end = b""
+        if payload.size:
+            layout = "<4sIQQ" if wide else "<4sIII"
+            end = struct.pack(layout, b"PK\x07\x08", crc, payload.size, payload.size)
+        write(end)
+        more = struct.pack("<QQ", payload.size, payload.size) if large else b""
+        more += struct.pack("<Q", at) if far else b""
+        more = struct.pack("<HH", 1, len(more)) + more if more else b""
+        size32 = 0xFFFFFFFF if large else payload.size
+        directory += struct.pack(
+            "<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc, size32, size32,
+            len(full), len(more), 0, 0, 0, 0, 0xFFFFFFFF if far else at,
+        ) + full + more  # fmt: skip
+        at = start + padding + payload.size + len(end)
+    count, size = len(records), len(directory)
+    write(bytes(directory))
+    write(struct.pack(
+        "<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, size, at
+    ) + struct.pack("<4sIQI", b"PK\x06\x07", 0, at + size, 1) + struct.pack(
+        "<4sHHHHIIH", b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF),
+        min(size, 0xFFFFFFFF), min(at, 0xFFFFFFFF), 0,
+    ))  # fmt: skip
+
+
+class MemorySource(Source):
+    """A file that stands in memory as a row of blocks; the blocks are not copied."""
+
+    def __init__(self) -> None:
+        self._blocks: list[memoryview] = []
+        self._starts: list[int] = []
+        self.size = 0
+
+    def append(self, block: bytes | memoryview) -> None:
+        """Add to the end."""
+        view = memoryview(block).cast("B")
+        if len(view):
+            self._starts.append(self.size)
+            self._blocks.append(view)
+            self.size += len(view)
+
+    def read(self, offset: int, length: int) -> bytes:
+        parts = []
+        number = bisect_right(self._starts, offset) - 1
+        while length:
+            if number >= len(self._blocks):
+                raise InvalidInputError("a state is shorter than its own layout")
+            start = offset - self._starts[number]
+            part = self._blocks[number][start : start + length]
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+            number += 1
+        return parts[0].tobytes() if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,201 @@
+"""Layout: a file as a row of segments, and the tensors found in it.
+
+Every format is read into this one form: literal bytes, the payloads of stored tensors, and
+checksums of payloads.  Joined again in order they are the file, byte for byte, so no format needs
+a writer of its own to come back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from ckptvcs.dtypes import DTYPES
+from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
+from ckptvcs.history.schema import View
+
+INLINE_ELEMENTS = 128
+"""Tensors of fewer elements stand in the skeleton, always exact."""
+
+_INLINE_BYTES = 4096
+_MAX_LITERAL = 1 << 18  # longer runs of unknown bytes are stored as a tensor of bytes
+
+BLOCK_BYTES = 1 << 22
+
+
+class Source(Protocol):
+    """Bytes of a checkpoint file, read by position."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly these bytes.  Raises InvalidInputError where the file has become shorter."""
+
+
+class FileSource:
+    """A checkpoint file on disk.
+
+    Reads by position, never by a memory map: a trainer that truncates the file meanwhile makes a
+    short read here, which is an error, where a map would kill the process.  The file is opened
+    for each read of a tensor, so that a directory of many files needs few descriptors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stat = self._stat()
+        self.size = self.stat.st_size
+        self._file: BinaryIO | None = None
+
+    def _stat(self) -> os.stat_result:
+        try:
+            return self.path.stat()
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+
+    def __enter__(self) -> FileSource:
+        try:
+            self._file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def read(self, offset: int, length: int) -> bytes:
+        if self._file is None:
+            with self:
+                return self.read(offset, length)
+        parts = []
+        while length:
+            try:
+                part = os.pread(self._file.fileno(), min(length, 1 << 30), offset)
+            except OSError as error:
+                raise unreadable(self.path, error) from error
+            if not part:
+                raise changed_while_read(self.path)
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def check_unchanged(self) -> None:
+        """Raises InvalidInputError where the file was written since it was first looked at."""
+        now, then = self._stat(), self.stat
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
+            then.st_size, then.st_mtime_ns, then.st_ino,
+        ):  # fmt: skip
+            raise changed_while_read(self.path)
+
+
+def unreadable(path: Path, error: OSError) -> CkptError:
+    """What is said when the operating system refuses to read a source."""
+    kind = NotFoundError if isinstance(error, FileNotFoundError) else InvalidInputError
+    return kind(f"cannot read {path}: {error.strerror or error}")
+
+
+def changed_while_read(path: Path) -> InvalidInputError:
+    """What is said when a trainer is still writing the file."""
+    return InvalidInputError(
+        f"{path} changed while it was being read", hint="commit it again once it is complete"
+    )
+
+
+@dataclass
+class Found:
+    """A stored tensor in a file: its payload's place, and what is known of it.
+
+    `key` is what the file calls it: a storage's key, or a tensor's name in safetensors.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+    key: str = ""
+    views: list[View] = field(default_factory=list)
+
+    @property
+    def inline(self) -> bool:
+        """Whether it is small enough to stand in the skeleton."""
+        return self.size <= _INLINE_BYTES and math.prod(self.shape) < INLINE_ELEMENTS
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """Four bytes of the file that hold the crc32 of a stored tensor, little-endian."""
+
+    offset: int
+    tensor: int
+
+
+@dataclass
+class Layout:
+    """What a parser found in a file; `tree` is the inert pickle, or the flat dict of a
+    safetensors file, that the roles of tensors are read from; `arrays` are the paths of tensors
+    that were numpy arrays.
+    """
+
+    format: str
+    tensors: list[Found]
+    checksums: list[Checksum] = field(default_factory=list)
+    tree: object = None
+    arrays: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One segment of a file: `tensor` is None for a literal."""
+
+    offset: int
+    size: int
+    tensor: int | None = None
+    checksum: bool = False
+
+
+def pieces(layout: Layout, size: int) -> Iterator[Piece]:
+    """The segments of a file of `size` bytes, in order and without gaps.
+
+    Long literal runs become tensors of bytes, appended to `layout.tensors`.
+    """
+    marks = [
+        Piece(found.offset, found.size, number) for number, found in enumerate(layout.tensors)
+        if found.size
+    ]  # fmt: skip
+    marks += [Piece(mark.offset, 4, mark.tensor, checksum=True) for mark in layout.checksums]
+    marks.sort(key=lambda piece: piece.offset)
+    at = 0
+    for mark in [*marks, Piece(size, 0)]:
+        if mark.offset - at > _MAX_LITERAL:
+            number = len(layout.tensors)
+            found = Found(f"bytes.{number}", "U8", (mark.offset - at,), at, mark.offset - at)
+            layout.tensors.append(found)
+            yield Piece(at, found.size, number)
+        elif mark.offset > at:
+            yield Piece(at, mark.offset - at)
+        if mark.tensor is not None:
+            yield mark
+        at = mark.offset + mark.size
+
+
+def covers(layout: Layout, size: int) -> bool:
+    """Whether tensors and checksums lie inside the file and do not overlap."""
+    spans = sorted(
+        [(found.offset, found.offset + found.size) for found in layout.tensors if found.size]
+        + [(mark.offset, mark.offset + 4) for mark in layout.checksums]
+    )
+    at = 0
+    for start, end in spans:
+        if start < at:
+            return False
+        at = end
+    return at <= size and all(
+        math.prod(found.shape) * DTYPES[found.dtype].size == found.size for found in layout.tensors
+    )

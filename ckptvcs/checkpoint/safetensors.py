@@ -1,0 +1,44 @@
+"""safetensors files -> layout.  Format: 8 bytes of header length, JSON header, tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from ckptvcs.checkpoint.layout import Found, Layout, Source
+from ckptvcs.dtypes import DTYPES
+
+_MAX_HEADER = 100_000_000
+
+
+def parse(file: Source) -> Layout | None:
+    """The layout of a safetensors file; None where it is none.
+
+    The header is kept as it is, since the order of its metadata differs from save to save.
+    Tensors of a type that is not known here become bytes.
+    """
+    if file.size < 10:
+        return None
+    length = int.from_bytes(file.read(0, 8), "little")
+    if length > min(_MAX_HEADER, file.size - 8) or file.read(8, 1) != b"{":
+        return None
+    try:
+        header = json.loads(file.read(8, length))
+        tensors, tree = [], {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            dtype = str(entry["dtype"])
+            if not all(type(n) is int and n >= 0 for n in (start, end, *shape)) or end < start:
+                return None
+            if dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].size != end - start:
+                dtype, shape = "U8", (end - start,)
+            found = Found(name, dtype, shape, 8 + length + start, end - start, name)
+            tensors.append(found)
+            tree[name] = found
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    tensors.sort(key=lambda found: found.offset)
+    return Layout("safetensors", tensors, tree=tree)

@@ -1,0 +1,163 @@
+"""Python states <-> files: what `Repo.commit(state)` takes and `Repo.checkout` gives back.
+
+A state becomes a torch.save zip file in memory and is committed like any other file.  On the way
+back the tree of a file's pickle is filled with the decoded tensors; unknown objects stay inert.
+torch is imported only when a tensor of it is there to be read or made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ckptvcs.checkpoint.checkpoint import Checkpoint, build
+from ckptvcs.checkpoint.emit import (
+    Leaf,
+    MemorySource,
+    Payload,
+    dump_pickle,
+    row_major,
+    write_zip,
+    zip_records,
+)  # fmt: skip
+from ckptvcs.checkpoint.pickles import Global, Inert, InertDict, TensorRef
+from ckptvcs.checkpoint.torchfile import TORCH_DTYPES, ref_dtype
+from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD, parse
+from ckptvcs.dtypes import DTYPES
+from ckptvcs.errors import InvalidInputError
+
+STATE_FILE = "state.pt"
+
+_NUMPY = {
+    "float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32",
+    "uint64": "U64", "bool": "BOOL", "complex64": "C64", "complex128": "C128",
+}  # fmt: skip
+_NUMPY_NAMES = {ours: theirs for theirs, ours in _NUMPY.items()}
+
+
+class _Storages:
+    """The distinct storages of a state, in the order they are met; nothing is copied on a CPU."""
+
+    def __init__(self) -> None:
+        self.payloads: list[memoryview] = []
+        self.arrays: list[str] = []
+        self._numbers: dict[tuple[str, int, int], int] = {}
+        self._alive: list[object] = []  # an address names a storage only while it lives
+
+    def leaf(self, value: object, path: str) -> Leaf | None:
+        """The leaf for a tensor or an array; None for anything else."""
+        if isinstance(value, np.ndarray):
+            return self._array(value, path)
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
+            return self._tensor(torch, value, path)
+        return None
+
+    def _array(self, array: np.ndarray[Any, Any], path: str) -> Leaf:
+        dtype = _NUMPY.get(array.dtype.name)
+        if dtype is None or array.dtype.byteorder == ">":
+            raise InvalidInputError(f"the state holds an array of {array.dtype} at {path}")
+        self.arrays.append(path)
+        whole = np.ascontiguousarray(array)
+        number = len(self.payloads)
+        self.payloads.append(whole.reshape(-1).view(np.uint8).data)
+        return Leaf(number, dtype, whole.size, whole.nbytes, 0, array.shape, row_major(array.shape))
+
+    def _tensor(self, torch: Any, tensor: Any, path: str) -> Leaf:
+        dtype = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if dtype is None or not plain or tensor.is_conj() or tensor.is_neg():
+            raise InvalidInputError(f"the state holds a tensor that cannot be stored at {path}")
+        storage = tensor.detach().untyped_storage()
+        key = (str(tensor.device), storage.data_ptr(), storage.nbytes())
+        if key not in self._numbers or not storage.nbytes():
+            flat = torch.empty(0, dtype=torch.uint8).set_(storage.cpu())
+            self._numbers[key] = len(self.payloads)
+            self._alive += [storage, flat]
+            self.payloads.append(flat.numpy().data)
+        size = storage.nbytes()
+        return Leaf(
+            self._numbers[key], dtype, size // DTYPES[dtype].size, size,
+            tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()),
+        )  # fmt: skip
+
+
+def state_checkpoint(state: object) -> Checkpoint:
+    """A state as a checkpoint of one file, `state.pt`.
+
+    Raises:
+        InvalidInputError: it holds something else than plain types, tensors and numpy arrays.
+    """
+    storages = _Storages()
+    pickled = dump_pickle(state, storages.leaf)
+    extra = {ARRAYS_RECORD: json.dumps(storages.arrays).encode()} if storages.arrays else {}
+    payloads = [_payload(view) for view in storages.payloads]
+    source = MemorySource()
+    write_zip(source.append, "state", zip_records(pickled, payloads, extra))
+    layout = parse(source)
+    assert layout is not None
+    return build("state", [(STATE_FILE, source, layout, None)], [])
+
+
+def _payload(view: memoryview) -> Payload:
+    return Payload(len(view), lambda: iter([view]))
+
+
+def fill(
+    tree: object, tensor: Callable[[TensorRef], np.ndarray[Any, Any]], arrays: frozenset[str]
+) -> object:
+    """The tree with tensors in the place of references.
+
+    `tensor` gives the bytes (uint8, flat) of a reference's storage, the same array for the same
+    storage, so that tensors that shared one share it again.  Paths in `arrays` become numpy
+    arrays.
+    """
+    return _Filler(tensor, arrays).fill(tree, "")
+
+
+class _Filler:
+    def __init__(
+        self, tensor: Callable[[TensorRef], np.ndarray[Any, Any]], arrays: frozenset[str]
+    ) -> None:
+        self._tensor, self._arrays = tensor, arrays
+        self._done: dict[int, object] = {}
+
+    def fill(self, node: object, path: str) -> object:
+        if isinstance(node, TensorRef):
+            return self._make(node, path)
+        if isinstance(node, Inert) and node.maker == Global("_codecs", "encode"):
+            return str(node.args[0]).encode("latin1")
+        if not isinstance(node, dict | list | tuple):
+            return node
+        if id(node) in self._done:
+            return self._done[id(node)]
+        dot = "." if path else ""
+        if isinstance(node, dict):
+            out: Any = {}
+            self._done[id(node)] = out
+            out.update((k, self.fill(v, f"{path}{dot}{k}")) for k, v in node.items())
+            if isinstance(node, InertDict):
+                out = OrderedDict(out)
+        else:
+            items = [self.fill(v, f"{path}{dot}{n}") for n, v in enumerate(node)]
+            out = items if isinstance(node, list) else tuple(items)
+        self._done[id(node)] = out
+        return out
+
+    def _make(self, ref: TensorRef, path: str) -> object:
+        dtype = ref_dtype(ref)
+        data = self._tensor(ref)
+        if path in self._arrays and dtype in _NUMPY_NAMES:
+            return data.view(_NUMPY_NAMES[dtype]).reshape(ref.shape)
+        import torch  # noqa: PLC0415  only where a tensor of torch is made
+
+        names = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
+        flat = torch.from_numpy(data)
+        typed = torch.empty(0, dtype=getattr(torch, names[dtype or "U8"]))
+        return typed.set_(flat.untyped_storage(), ref.offset, ref.shape, ref.stride)

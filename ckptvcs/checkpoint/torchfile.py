@@ -1,0 +1,117 @@
+"""Storages and the tensors that look at them -> stored tensors; shared by both torch formats.
+
+A file of torch.save holds storages (flat bytes) and a pickle of tensors, each a window on a
+storage.  One stored tensor is made of each storage: with the shape of the tensor that covers it
+row after row if there is one, else flat.  Tied weights and views are then stored once, whatever
+their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ckptvcs.checkpoint.layout import Found
+from ckptvcs.checkpoint.pickles import TensorRef, walk
+from ckptvcs.dtypes import DTYPES
+from ckptvcs.history.schema import View
+
+_STORAGE_TYPES = {
+    "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
+    "ComplexDoubleStorage": "C128", "QInt8Storage": "I8", "QUInt8Storage": "U8",
+    "QInt32Storage": "I32", "UntypedStorage": "U8",
+}  # fmt: skip
+
+TORCH_DTYPES = {
+    "float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
+    "complex32": "C32", "complex64": "C64", "complex128": "C128",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4",
+}  # fmt: skip
+"""torch's names of element types -> ours."""
+
+
+def storage_dtype(type_name: str) -> str:
+    """The element type of a torch storage class; bytes where it is not known."""
+    return _STORAGE_TYPES.get(type_name, "U8")
+
+
+def ref_dtype(ref: TensorRef) -> str | None:
+    """The element type of a tensor; None where it is not known."""
+    return (
+        storage_dtype(ref.storage.type_name) if ref.dtype is None else TORCH_DTYPES.get(ref.dtype)
+    )
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The payload of a storage in its file."""
+
+    key: str
+    offset: int
+    size: int
+
+
+def _row_major(ref: TensorRef) -> bool:
+    expected = 1
+    for length, stride in zip(reversed(ref.shape), reversed(ref.stride), strict=True):
+        if length != 1 and stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def _fits(ref: TensorRef, elements: int) -> bool:
+    """Whether a tensor lies inside its storage: a hostile pickle may claim anything."""
+    if len(ref.shape) > 64 or math.prod(ref.shape) >= 1 << 56:
+        return False
+    if 0 in ref.shape:
+        return True
+    last = sum((n - 1) * step for n, step in zip(ref.shape, ref.stride, strict=True))
+    return ref.offset + last < elements
+
+
+def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
+    """One stored tensor for each storage, named after the first tensor that looks at it."""
+    refs: dict[str, list[tuple[str, TensorRef]]] = {}
+    for path, node in walk(tree):
+        if isinstance(node, TensorRef):
+            refs.setdefault(node.storage.key, []).append((".".join(path), node))
+    taken: set[str] = set()
+    return [_stored(storage, refs.get(storage.key, []), taken) for storage in storages]
+
+
+def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: set[str]) -> Found:
+    views, dtypes = [], set()
+    for name, ref in refs:
+        dtype = ref_dtype(ref)
+        dtypes.add(dtype)
+        if dtype is not None and _fits(ref, storage.size // DTYPES[dtype].size):
+            views.append(View(name, dtype, ref.offset, ref.shape, ref.stride))
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    if dtype is None or storage.size % DTYPES[dtype].size:
+        dtype = "U8"
+    elements = storage.size // DTYPES[dtype].size
+    whole = next(
+        (
+            ref for _, ref in refs
+            if ref.offset == 0 and math.prod(ref.shape) == elements and _row_major(ref)
+            and ref_dtype(ref) == dtype
+        ),
+        None,
+    )  # fmt: skip
+    shape = whole.shape if whole else (elements,)
+    name = views[0].name if views else f"storage.{storage.key}"
+    while name in taken:
+        name += "'"
+    taken.add(name)
+    found = Found(name, dtype, shape, storage.offset, storage.size, storage.key)
+    if not (whole and len(refs) == 1):
+        found.views = views
+    return found

@@ -1,0 +1,78 @@
+"""torch.save files from before the zip format (torch < 1.6) -> layout.
+
+    pickle(magic) pickle(protocol) pickle(system) pickle(object) pickle(storage keys)
+    then for each key: 8 bytes of element count, the elements
+
+Storages are ordered by their keys, which are memory addresses, so their order differs from save
+to save; they are matched by the names of their tensors.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+from ckptvcs.checkpoint.layout import Layout, Source
+from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, StorageRef, TensorRef, read_pickle, walk
+from ckptvcs.checkpoint.torchfile import Storage, storage_dtype, stored_tensors
+from ckptvcs.dtypes import DTYPES
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_MAGIC_BYTES = _MAGIC.to_bytes(10, "little")
+
+
+class _Reader(io.RawIOBase):
+    """The file as a stream that the unpickler can read, by position."""
+
+    def __init__(self, file: Source, limit: int) -> None:
+        self._file, self._limit, self._at = file, min(limit, file.size), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        count = min(len(buffer), self._limit - self._at)
+        buffer[:count] = self._file.read(self._at, count)
+        self._at += count
+        return count
+
+
+def parse(file: Source) -> Layout | None:
+    """The layout of a legacy torch file; None where it is none."""
+    if file.size < 32 or _MAGIC_BYTES not in file.read(0, 32):
+        return None
+    stream = io.BufferedReader(_Reader(file, MAX_PICKLE_BYTES))  # type: ignore[type-var]
+    try:
+        if read_pickle(stream, file.size) != _MAGIC or read_pickle(stream, file.size) != 1001:
+            return None
+        read_pickle(stream, file.size)
+        tree = read_pickle(stream, file.size)
+        keys = read_pickle(stream, file.size)
+    except pickle.UnpicklingError:
+        return None
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        return None
+    types: dict[str, StorageRef] = {}
+    for _, node in walk(tree):
+        ref = node.storage if isinstance(node, TensorRef) else node
+        if isinstance(ref, StorageRef):
+            types[ref.key] = ref
+    at = stream.tell()
+    storages = []
+    for key in keys:
+        storage = types.get(key)
+        if storage is None or at + 8 > file.size:
+            return None
+        count = int.from_bytes(file.read(at, 8), "little")
+        size = count * DTYPES[storage_dtype(storage.type_name)].size
+        if at + 8 + size > file.size:
+            return None
+        storages.append(Storage(key, at + 8, size))
+        at += 8 + size
+    return Layout("torch-legacy", stored_tensors(storages, tree), tree=tree)

@@ -1,0 +1,187 @@
+"""torch.save zip files -> layout.
+
+The zip directory is the truth about which storages exist; the pickle only names them.  Records
+that are stored uncompressed and lie under `data/` are payloads; everything else, the padding and
+the directory included, is literal.  The two places that repeat the checksum of a payload (data
+descriptor and central directory) become checksum segments, so that a file that is restored with
+other values still has the right ones.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import zlib
+from dataclasses import dataclass
+
+from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source
+from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, read_pickle
+from ckptvcs.checkpoint.torchfile import Storage, stored_tensors
+
+_END = struct.Struct("<4sHHHHIIH")
+_END64 = struct.Struct("<4sQHHIIQQQQ")
+_LOCATOR64 = struct.Struct("<4sIQI")
+_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+_MAX_DIRECTORY = 1 << 28
+_MAX_COMMENT = 1 << 16
+_ALL = 0xFFFFFFFF
+
+ARRAYS_RECORD = "ckptvcs.arrays"
+"""A record in the files of Python states: which tensors were numpy arrays, by path."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    method: int
+    crc: int
+    crc_offset: int
+    size: int
+    local: int
+
+
+def starts_like_zip(file: Source) -> bool:
+    """What torch looks at to tell its zip files from older ones."""
+    return file.size >= 4 and file.read(0, 4) == b"PK\x03\x04"
+
+
+def has_end(file: Source) -> bool:
+    """Whether there is an end record: a file that is still being written has none."""
+    return _find_end(file) is not None
+
+
+def _find_end(file: Source) -> tuple[int, int, int] | None:
+    """Entries of the directory, its size, and where it begins."""
+    start = max(0, file.size - _END.size - _MAX_COMMENT)
+    tail = file.read(start, file.size - start)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + _END.size > len(tail):
+        return None
+    _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    position = start + at
+    if position >= _LOCATOR64.size:
+        magic, *_ = _LOCATOR64.unpack(file.read(position - _LOCATOR64.size, _LOCATOR64.size))
+        position64 = position - _LOCATOR64.size - _END64.size
+        if magic == b"PK\x06\x07" and position64 >= 0:
+            fields = _END64.unpack(file.read(position64, _END64.size))
+            if fields[0] == b"PK\x06\x06":
+                count, size, offset = fields[7], fields[8], fields[9]
+                position = position64
+    # The directory ends where its end record begins; offsets count from the start of the save.
+    directory = position - size
+    return (count, size, directory) if directory >= offset >= 0 else None
+
+
+def _directory(file: Source) -> tuple[list[_Entry], int] | None:
+    end = _find_end(file)
+    if end is None or end[1] > _MAX_DIRECTORY:
+        return None
+    count, size, start = end
+    data = file.read(start, size)
+    entries: list[_Entry] = []
+    at = 0
+    for _ in range(count):
+        if at + _CENTRAL.size > size:
+            return None
+        fields = _CENTRAL.unpack_from(data, at)
+        method, crc, stored, length = fields[4], fields[7], fields[8], fields[9]
+        name_size, extra_size, comment_size, local = fields[10], fields[11], fields[12], fields[16]
+        name_at = at + _CENTRAL.size
+        extra = data[name_at + name_size : name_at + name_size + extra_size]
+        if _ALL in (stored, length, local):
+            stored, length, local = _zip64(extra, stored, length, local)
+        if fields[0] != b"PK\x01\x02" or (method == 0 and stored != length):
+            return None
+        name = data[name_at : name_at + name_size].decode("utf-8", "surrogateescape")
+        entries.append(_Entry(name, method, crc, start + at + 16, length, local))
+        at = name_at + name_size + extra_size + comment_size
+    return entries, start
+
+
+def _zip64(extra: bytes, stored: int, length: int, local: int) -> tuple[int, int, int]:
+    at = 0
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            values = iter(
+                struct.unpack_from(f"<{size // 8}Q", extra, at + 4)
+                if at + 4 + size <= len(extra) else ()
+            )  # fmt: skip
+            length = next(values, length) if length == _ALL else length
+            stored = next(values, stored) if stored == _ALL else stored
+            local = next(values, local) if local == _ALL else local
+            break
+        at += 4 + size
+    return stored, length, local
+
+
+def _payload(file: Source, entry: _Entry) -> int | None:
+    """Where the payload of a record begins."""
+    if entry.local + _LOCAL.size > file.size:
+        return None
+    fields = _LOCAL.unpack(file.read(entry.local, _LOCAL.size))
+    start: int = entry.local + _LOCAL.size + fields[9] + fields[10]
+    return start if fields[0] == b"PK\x03\x04" and start + entry.size <= file.size else None
+
+
+def _crc(file: Source, offset: int, size: int) -> int:
+    crc = 0
+    for at in range(offset, offset + size, BLOCK_BYTES):
+        crc = zlib.crc32(file.read(at, min(BLOCK_BYTES, offset + size - at)), crc)
+    return crc
+
+
+def parse(file: Source, *, checksums: bool = True) -> Layout | None:
+    """The layout of a torch.save zip file; None where it is none.
+
+    Without `checksums` those of the payloads are not looked at, and stay literal.
+    """
+    found = _directory(file)
+    if found is None:
+        return None
+    entries, _ = found
+    storages, sums, tree = [], [], None
+    arrays: frozenset[str] = frozenset()
+    for entry in entries:
+        _, _, inner = entry.name.partition("/")
+        start = _payload(file, entry) if entry.method == 0 else None
+        if start is None:
+            continue
+        if inner == "data.pkl" and entry.size <= MAX_PICKLE_BYTES:
+            try:
+                tree = read_pickle(io.BytesIO(file.read(start, entry.size)), entry.size)
+            except pickle.UnpicklingError:
+                tree = None  # its tensors stay unnamed and exact
+        elif inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
+            arrays = _arrays(file.read(start, entry.size))
+        elif inner.startswith("data/"):
+            storages.append(Storage(inner[5:], start, entry.size))
+            sums.append(entry)
+    if not storages and tree is None:
+        return None
+    tensors = stored_tensors(storages, tree)
+    marks = []
+    for number, (entry, storage) in enumerate(zip(sums, storages, strict=True)):
+        if (
+            not checksums
+            or tensors[number].inline
+            or _crc(file, storage.offset, storage.size) != entry.crc
+        ):
+            continue  # some options of torch.save falsify checksums: these stay literal
+        marks.append(Checksum(entry.crc_offset, number))
+        after = storage.offset + storage.size
+        descriptor = b"PK\x07\x08" + struct.pack("<I", entry.crc)
+        if after + 8 <= file.size and file.read(after, 8) == descriptor:
+            marks.append(Checksum(after + 4, number))
+    return Layout("torch-zip", tensors, marks, tree, arrays)
+
+
+def _arrays(data: bytes) -> frozenset[str]:
+    """The paths of a state's numpy arrays."""
+    try:
+        return frozenset(str(path) for path in json.loads(data))
+    except (ValueError, TypeError, RecursionError):
+        return frozenset()

@@ -1,0 +1,81 @@
+"""The root of the command line: global options, commands, errors to exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import click
+import typer
+
+from ckptvcs.cli import history, maintain, refs, render
+from ckptvcs.cli.context import Globals
+from ckptvcs.errors import CkptError
+
+INTERRUPTED = 130
+UNEXPECTED = 1
+USAGE = 2
+
+app = typer.Typer(
+    name="ckpt", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+    rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+for command in (
+    maintain.init, history.commit, history.log, history.show, history.status, history.checkout,
+    refs.branch, refs.tag, maintain.gc, maintain.verify, maintain.stats, maintain.index,
+):  # fmt: skip
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        render.data(f"ckpt {version('ckptvcs')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    repo: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="the repository [env: CKPT_DIR]")
+    ] = None,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """Git for training runs: every checkpoint, in the space of a few."""
+    context.obj = Globals(repo)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)  # unwinds: temporary files and leases are removed
+
+
+def main() -> NoReturn:
+    """Run the command line; exits with the codes that docs/cli.md lists."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
+    except CkptError as error:
+        render.talk(f"error: {render.printable(error.message)}")
+        if error.hint:
+            render.talk(f"hint: {render.printable(error.hint)}")
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = USAGE
+    except (KeyboardInterrupt, click.Abort):
+        render.talk("interrupted; nothing was half-written")
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout has gone (`ckpt log | head`): nothing more to say to anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

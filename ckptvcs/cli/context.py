@@ -1,0 +1,31 @@
+"""What every command needs: the repository it works on, and its options."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptvcs.repo import Repo
+
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@dataclass(frozen=True)
+class Globals:
+    """The options before the command."""
+
+    repo: Path | None
+
+
+def open_repo(context: typer.Context) -> Repo:
+    """The repository named by --repo or CKPT_DIR, else found upward from the working directory.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    named = context.find_root().obj.repo or os.environ.get("CKPT_DIR")
+    return Repo.open(named) if named else Repo.discover(Path.cwd())

@@ -1,0 +1,115 @@
+"""init, gc, verify, stats, index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.errors import CorruptionError, InvalidInputError
+from ckptvcs.repo import FOLDER, Repo
+
+
+def init(
+    context: typer.Context,
+    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="where")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a repository."""
+    folder = directory or context.find_root().obj.repo or Path()
+    if folder.name == FOLDER:
+        folder = folder.parent
+    known = (folder / FOLDER / "format").exists()
+    repo = Repo.init(folder)
+    if json:
+        render.as_json({"repository": str(repo.folder), "created": not known})
+    else:
+        render.data(f"{'repository is there already' if known else 'made'}: {repo.folder}")
+
+
+def gc(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would go")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Delete what nothing reaches."""
+    repo = open_repo(context)
+    plan = repo.plan_gc() if dry_run else repo.gc()
+    if json:
+        render.as_json({
+            "dry_run": dry_run, "packs": sorted(plan.packs), "debris": list(plan.debris),
+            "freed_bytes": plan.freed_bytes, "kept_bytes": plan.kept_bytes,
+        })  # fmt: skip
+        return
+    for pack, folder in sorted(plan.packs.items()):
+        render.data(f"{folder}/{pack[:12]}  reached by nothing")
+    for name in plan.debris:
+        render.data(f"{name}  left by a writer that is gone")
+    verb = "would free" if dry_run else "freed"
+    render.data(f"{verb} {render.size(plan.freed_bytes)}, kept {render.size(plan.kept_bytes)}")
+
+
+def verify(context: typer.Context, json: JsonOption = False) -> None:
+    """Prove that every commit can be restored: re-hash, decode, compare."""
+    repo = open_repo(context)
+    with render.progress("verifying", None) as tick:
+        report = repo.verify(tick)
+    if json:
+        render.as_json({
+            "ok": not report.damage, "packs": report.packs, "commits": report.commits,
+            "tensors": report.tensors, "files": report.files, "bytes": report.bytes,
+            "damage": [
+                {"what": d.what, "message": d.message, "commit": d.commit, "name": d.name}
+                for d in report.damage
+            ],
+        })  # fmt: skip
+    else:
+        for damage in report.damage:
+            where = f"commit {damage.commit[:8]}: " if damage.commit else ""
+            name = f" ({render.printable(damage.name)})" if damage.name else ""
+            render.data(f"{damage.what}: {where}{damage.message}{name}")
+        render.data(
+            f"{report.packs} packs, {report.commits} commits, {report.tensors} tensors, "
+            f"{report.files} files, {render.size(report.bytes)} read: "
+            + (f"{len(report.damage)} damaged" if report.damage else "all good")
+        )
+    if report.damage:
+        raise typer.Exit(CorruptionError.exit_code)
+
+
+def stats(context: typer.Context, json: JsonOption = False) -> None:
+    """Show sizes on disk."""
+    found = open_repo(context).stats()
+    if json:
+        render.as_json({
+            "commits": found.commits, "raw_bytes": found.raw_bytes,
+            "stored_bytes": found.stored_bytes, "history_bytes": found.history_bytes,
+            "patch_bytes": found.patch_bytes, "cache_bytes": found.cache_bytes,
+            "packs": found.packs, "ratio": found.ratio,
+        })  # fmt: skip
+        return
+    render.data(f"commits   {found.commits}")
+    render.data(f"committed {render.size(found.raw_bytes)}")
+    render.data(f"stored    {render.size(found.stored_bytes)} in {found.packs} packs")
+    render.data(f"  history {render.size(found.history_bytes)}")
+    render.data(f"  patches {render.size(found.patch_bytes)}")
+    render.data(f"cache     {render.size(found.cache_bytes)} (can be deleted)")
+    render.data(f"ratio     {render.ratio(found.raw_bytes, found.stored_bytes)}")
+
+
+def index(
+    context: typer.Context,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="make it anew")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Rebuild the index from the packs."""
+    if not rebuild:
+        raise InvalidInputError("nothing to do", hint="ckpt index --rebuild")
+    packs = open_repo(context).catalog.store.rebuild()
+    if json:
+        render.as_json({"packs": packs})
+    else:
+        render.data(f"indexed {packs} packs")

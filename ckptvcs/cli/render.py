@@ -1,0 +1,165 @@
+"""What a user sees: data on stdout, talk and progress on stderr, JSON where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ckptvcs.history.canonical import from_number
+from ckptvcs.repo import LogEntry
+
+Json = Any
+
+
+def is_terminal() -> bool:
+    """Whether stdout is looked at by a person."""
+    return sys.stdout.isatty()
+
+
+def data(text: str) -> None:
+    """A line of what was asked for."""
+    sys.stdout.write(text + "\n")
+
+
+def talk(text: str) -> None:
+    """A line about what is going on."""
+    sys.stderr.write(text + "\n")
+
+
+def as_json(value: Json) -> None:
+    """One JSON value."""
+    data(json.dumps(value, indent=None if not is_terminal() else 2, ensure_ascii=False))
+
+
+def size(count: float) -> str:
+    """A number of bytes in three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def ratio(raw: int, stored: int) -> str:
+    """How many times smaller."""
+    if not stored:
+        return "-"
+    value = raw / stored
+    return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x"
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without control characters that could drive a terminal."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+def entry_json(entry: LogEntry) -> dict[str, Json]:
+    """A commit with stable keys."""
+    commit = entry.commit
+    return {
+        "id": entry.id,
+        "step": commit.step,
+        "message": commit.message,
+        "raw_bytes": commit.raw_bytes,
+        "stored_bytes": entry.stored_bytes,
+        "patch_bytes": commit.patch_bytes,
+        "kind": commit.kind,
+        "depth": commit.depth,
+        "exact": entry.exact,
+        "fidelity": dict(entry.fidelity),
+        "error": {
+            "weight_rel": from_number(commit.error.weight_rel),
+            "residual_nmse": from_number(commit.error.residual_nmse),
+        },
+        "codec": commit.codec,
+        "time": commit.time,
+        "metrics": {name: from_number(value) for name, value in commit.metrics.items()},
+        "parents": list(commit.parents),
+        "branch": entry.branch,
+        "tags": list(entry.tags),
+    }
+
+
+def fidelity(entry: LogEntry) -> str:
+    """`exact`, `weights exact`, or how far the near weights are off."""
+    if entry.exact:
+        return "exact"
+    if entry.fidelity.get("model") == "exact":
+        return "weights exact"
+    return f"near {entry.commit.error.weight_rel:.2g}"
+
+
+def metrics(values: Mapping[str, float]) -> str:
+    """`loss=2.31 acc=0.5`."""
+    return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
+
+
+def log_rows(entries: Sequence[LogEntry]) -> list[list[str]]:
+    """The log as a table, with its heading."""
+    rows = [["step", "id", "message", "metrics", "size", "ratio", "fidelity"]]
+    for entry in entries:
+        commit = entry.commit
+        marks = f"({', '.join(entry.tags)}) " if entry.tags else ""
+        rows.append([
+            "-" if commit.step is None else str(commit.step),
+            entry.id[:8],
+            marks + printable(commit.message),
+            metrics(commit.metrics),
+            size(entry.stored_bytes),
+            ratio(commit.raw_bytes, entry.stored_bytes),
+            fidelity(entry),
+        ])  # fmt: skip
+    return rows
+
+
+_RIGHT = frozenset({"step", "size", "ratio", "bytes", "depth", "freed"})
+
+
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns under a heading; on a terminal fitted to its width."""
+    if not is_terminal():
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            cells = [
+                cell.rjust(width) if name in _RIGHT else cell.ljust(width)
+                for cell, width, name in zip(row, widths, rows[0], strict=True)
+            ]
+            data("  ".join(cells).rstrip())
+        return
+    from rich.console import Console  # noqa: PLC0415  only a terminal pays for it
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        flexible = name in ("message", "metrics", "name", "reason")
+        grid.add_column(
+            name, justify="right" if name in _RIGHT else "left", no_wrap=True,
+            overflow="ellipsis", ratio={"message": 2, "metrics": 1}.get(name),
+            min_width=4 if flexible else max(len(row[rows[0].index(name)]) for row in rows),
+        )  # fmt: skip
+    for row in rows[1:]:
+        grid.add_row(*(Text(cell) for cell in row))
+    Console().print(grid)
+
+
+@contextmanager
+def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes with rate and time left on a terminal's stderr, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich import progress as bars  # noqa: PLC0415  only a terminal pays for it
+    from rich.console import Console  # noqa: PLC0415
+
+    columns = (
+        bars.TextColumn("{task.description}"), bars.BarColumn(), bars.DownloadColumn(),
+        bars.TransferSpeedColumn(), bars.TimeRemainingColumn(),
+    )  # fmt: skip
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,1 @@
+"""Arrays <-> bytes.  No path, no clock, no id, no chance: same input, same bytes."""

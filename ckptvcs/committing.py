@@ -1,0 +1,318 @@
+"""Commit: a checkpoint -> packs, one commit object, one ref generation.
+
+    lease        so that gc keeps away
+    scan         hashes of files and tensors
+    place        parent and branch (a step that is not above its parent's starts a branch)
+    encode       frames into data packs
+    describe     schema, skeletons, tables, recipes and the commit into one meta pack
+    publish      the next generation of the branch: the only commit point
+
+A crash anywhere before the last line leaves packs that nothing refers to, which gc sweeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
+from ckptvcs.codec.spec import CodecSpec
+from ckptvcs.config import Config
+from ckptvcs.encoder import Encoded, Encoder, Progress, scan
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import Commit, FileEntry, dump_commit
+from ckptvcs.history.recipe import dump_recipe
+from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
+from ckptvcs.history.schema import Op, Segment, dump_schema, dump_skeleton
+from ckptvcs.store.leases import check_lease, lease
+from ckptvcs.store.object import Kind, ObjectId, object_id
+from ckptvcs.store.pack import PackWriter
+
+_MESSAGE_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", re.IGNORECASE)
+_FILE_STEP = re.compile(
+    r"(?:global_?step|step|checkpoint|ckpt|iter)[-_=.]?([0-9]{1,18})", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be committed, and what is said about it.  `path` is how it will be named."""
+
+    checkpoint: Checkpoint
+    path: str
+    inside: bool
+    message: str
+    step: int | None
+    metrics: Mapping[str, float]
+    spec: CodecSpec
+    branch: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A commit that is in the history now."""
+
+    id: ObjectId
+    commit: Commit
+    stored_bytes: int
+    branch: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a commit goes: the branch and its newest generation, and the parent."""
+
+    branch: str
+    tip: Generation | None
+    parent: ObjectId | None
+    moves_head: bool
+    unchanged: bool
+    notes: tuple[str, ...]
+
+
+def now() -> str:
+    """The time as commits and refs hold it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def find_step(request: Request) -> int | None:
+    """The step: as given, else what the checkpoint, the message or the file name says."""
+    if request.step is not None:
+        return request.step
+    if request.checkpoint.step is not None:
+        return request.checkpoint.step
+    found = _MESSAGE_STEP.search(request.message)
+    found = found or _FILE_STEP.search(request.path.rpartition("/")[2])
+    return int(found[1]) if found else None
+
+
+class Committer:
+    """Makes commits in one repository."""
+
+    def __init__(
+        self, catalog: Catalog, refs: Refs, cache: Path, config: Config, progress: Progress
+    ) -> None:
+        self._catalog, self._refs, self._cache = catalog, refs, cache
+        self._config, self._progress = config, progress
+
+    def commit(self, request: Request) -> Result:
+        """Add one commit to the history.
+
+        Raises:
+            InvalidInputError: the checkpoint changed while it was read.
+            ConflictError: another writer moved the branch meanwhile.
+            BusyError: gc is sweeping.
+            StorageError: the disk is full, or fails.
+        """
+        store = self._catalog.store
+        with lease(store.backend) as held:
+            checkpoint = request.checkpoint
+            file_hashes, hashes = scan(checkpoint, self._progress)
+            step = find_step(request)
+            place = self._place(request, step, file_hashes)
+            base = self._catalog.commit(place.parent) if place.parent else None
+            if base is not None and place.unchanged:
+                encoded = Encoded(dict(base.parts), {}, [], base.depth, 0, base.error)
+            else:
+                keyframe = base is None or self._starts_keyframe(place.parent)
+                encoder = Encoder(
+                    self._catalog, self._cache, request.spec, base,
+                    keyframe=keyframe, progress=self._progress,
+                )  # fmt: skip
+                encoded = encoder.encode(checkpoint, hashes)
+            pack = store.new_pack("meta")
+            try:
+                commit = self._describe(pack, request, step, place, base, encoded, file_hashes)
+                name = pack.add(Kind.COMMIT, dump_commit(commit))
+                info = store.publish(pack)
+            finally:
+                pack.abort()
+            check_lease(store.backend, held)
+            self._publish(place, name, commit)
+        return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, place.notes)
+
+    # -- where it goes ---------------------------------------------------------------------------
+
+    def _place(self, request: Request, step: int | None, file_hashes: list[str]) -> _Place:
+        head = self._refs.read(HEAD)
+        following = head.branch if head else "main"
+        wanted = check_name(request.branch, "branch") if request.branch else following
+        tip = self._refs.read(f"heads/{wanted}") if wanted else None
+        notes: list[str] = []
+        parent: ObjectId | None = None
+        if tip is not None and tip.commit is not None:
+            parent = tip.commit
+        elif head is not None and (request.branch or not head.branch):
+            parent = self._tip(head.branch) if head.branch else head.commit
+        branch = wanted
+        if branch is None:
+            branch, tip = self._free_name(self._last_branch()), None
+            notes.append(f"HEAD was at an older commit: started branch '{branch}'")
+        unchanged = self._same_files(request, parent, file_hashes)
+        above = None if parent is None else self._step_of(parent)
+        again = unchanged and step == above
+        if step is not None and above is not None and step <= above and not again:
+            parent = self._below(parent, step)
+            branch, tip = self._free_name(branch), None
+            unchanged = self._same_files(request, parent, file_hashes)
+            origin = f"at step {self._step_of(parent)}" if parent else "from nothing"
+            notes.append(
+                f"step {step} is not above step {above}: started branch '{branch}' {origin}"
+            )
+        moves_head = request.branch is None or (head is not None and head.branch == wanted)
+        return _Place(branch, tip, parent, moves_head, unchanged, tuple(notes))
+
+    def _tip(self, branch: str) -> ObjectId | None:
+        state = self._refs.read(f"heads/{branch}")
+        return state.commit if state else None
+
+    def _last_branch(self) -> str:
+        return next((g.branch for g in self._refs.reflog(HEAD) if g.branch), "main")
+
+    def _free_name(self, name: str) -> str:
+        stem = re.sub(r"-[0-9]+\Z", "", name)
+        taken = set(self._refs.names("heads"))
+        number = 2
+        while f"{stem}-{number}" in taken:
+            number += 1
+        return f"{stem}-{number}"
+
+    def _step_of(self, name: ObjectId) -> int | None:
+        """The step of a commit, or of its nearest ancestor that has one."""
+        return next((c.step for _, c in self._catalog.ancestors(name) if c.step is not None), None)
+
+    def _below(self, name: ObjectId | None, step: int) -> ObjectId | None:
+        """The newest commit on a line whose step is lower."""
+        for found, commit in self._catalog.ancestors(name):
+            if commit.step is not None and commit.step < step:
+                return found
+        return None
+
+    def _same_files(self, request: Request, parent: ObjectId | None, hashes: list[str]) -> bool:
+        """Whether a commit holds just the files, bit for bit, that are to be committed."""
+        if parent is None:
+            return False
+        known = {file.path: file.hash for file in self._catalog.commit(parent).files if file.hash}
+        new = {f.path: h for f, h in zip(request.checkpoint.files, hashes, strict=True)}
+        return known == new
+
+    # -- how it is stored ------------------------------------------------------------------------
+
+    def _starts_keyframe(self, parent: ObjectId | None) -> bool:
+        """Whether the chain that ends at `parent` is as deep, or as heavy, as is allowed."""
+        deltas = 0
+        for _, commit in self._catalog.ancestors(parent):
+            if commit.kind == "keyframe":
+                return deltas > self._config.keyframe_bytes * commit.data_bytes
+            if commit.depth >= self._config.keyframe_depth:
+                return True
+            deltas += commit.data_bytes
+        return True
+
+    def _describe(
+        self, pack: PackWriter, request: Request, step: int | None, place: _Place,
+        base: Commit | None, encoded: Encoded, file_hashes: list[str],
+    ) -> Commit:  # fmt: skip
+        """Put what the commit refers to into the meta pack; the commit itself."""
+        checkpoint = request.checkpoint
+        schema = self._put(pack, Kind.SCHEMA, dump_schema(checkpoint.schema))
+        for table in encoded.tables.values():
+            self._put(pack, Kind.VALUES, table)
+        for recipe in encoded.recipes:
+            self._put(pack, Kind.RECIPE, dump_recipe(recipe))
+        old = {file.path: file.skeleton for file in base.files} if base else {}
+        files = [
+            FileEntry(
+                file.path, file.source.size, digest, file.mode, file.mtime_ns, file.format,
+                self._put_skeleton(pack, checkpoint, file, old.get(file.path)),
+            )
+            for file, digest in zip(checkpoint.files, file_hashes, strict=True)
+        ]  # fmt: skip
+        files += [
+            FileEntry(link.path, 0, None, link.mode, link.mtime_ns, "link", None, link.target)
+            for link in checkpoint.links
+        ]
+        keyframe = not encoded.depth and not place.unchanged
+        return Commit(
+            parents=(place.parent,) if place.parent else (), time=now(), step=step,
+            message=request.message, metrics=dict(request.metrics), codec=request.spec.name,
+            kind="keyframe" if keyframe else "delta", depth=encoded.depth,
+            raw_bytes=checkpoint.size_bytes, data_bytes=encoded.data_bytes, patch_bytes=0,
+            source=checkpoint.kind, path=request.path, inside=request.inside, schema=schema,
+            parts=encoded.parts, files=tuple(files), error=encoded.error,
+            host=socket.gethostname(), user=_user(), code=_code_commit(),
+        )  # fmt: skip
+
+    def _put(
+        self, pack: PackWriter, kind: Kind, content: bytes, base: ObjectId | None = None
+    ) -> ObjectId:
+        """Add an object unless the store, or this pack, has it."""
+        name = object_id(kind, content)
+        if name in pack or self._catalog.store.contains(name):
+            return name
+        return pack.add(kind, content, self._root(base, kind) if base else None)
+
+    def _root(self, base: ObjectId, kind: Kind) -> tuple[ObjectId, bytes]:
+        """The object that `base` itself stands on, so that no object is two links deep."""
+        entry = self._catalog.store.places(base)[0].entry
+        root = entry.base or base
+        return root, self._catalog.store.get(root, kind)
+
+    def _put_skeleton(
+        self, pack: PackWriter, checkpoint: Checkpoint, file: InputFile, old: ObjectId | None
+    ) -> ObjectId:
+        segments: list[Segment] = []
+        literals = bytearray()
+        for piece in file.pieces:
+            info = None if piece.tensor is None else checkpoint.schema.tensors[piece.tensor]
+            if piece.tensor is None or info is None:
+                segments.append((Op.LITERAL, piece.size))
+                literals += file.source.read(piece.offset, piece.size)
+            elif piece.checksum:
+                segments.append((Op.CRC32, piece.tensor))
+            elif info.inline:
+                segments.append((Op.INLINE, piece.tensor))
+                literals += file.source.read(piece.offset, piece.size)
+            else:
+                segments.append((Op.TENSOR, piece.tensor))
+        return self._put(pack, Kind.SKELETON, dump_skeleton(segments, bytes(literals)), old)
+
+    def _publish(self, place: _Place, name: ObjectId, commit: Commit) -> None:
+        head = self._refs.read(HEAD)
+        self._refs.publish(
+            f"heads/{place.branch}", place.tip, commit=name, time=commit.time, action="commit"
+        )
+        # A crash here leaves the commit on its branch and HEAD where it was.
+        if place.moves_head and (head is None or head.branch != place.branch):
+            self._refs.publish(
+                HEAD, head, commit=None, branch=place.branch, time=commit.time, action="commit"
+            )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may have no name for its user
+        return ""
+
+
+def _code_commit() -> str | None:
+    """The git commit of the code in the working directory, if there is one."""
+    folder = Path.cwd()
+    if not any((above / ".git").exists() for above in (folder, *folder.parents)):
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+        return done.stdout.strip() or None
+    return None

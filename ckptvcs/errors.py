@@ -1,0 +1,93 @@
+"""Every error a caller can meet, grouped by what a caller would do about it.
+
+    CkptError                    exit 1   nothing better is known
+      InvalidInputError (ValueError)  2   change what was asked for
+      NotFoundError (KeyError)        3   name something that exists
+      ConflictError                   4   somebody else moved it: look again and retry
+      BusyError                       5   somebody else is at work: wait
+      CorruptionError                 6   stored bytes are wrong: verify, restore
+        TruncatedError                    ... they end too early
+        MissingObjectError                ... they are not there at all
+      UnsupportedVersionError         7   upgrade ckptvcs
+      StorageError                    8   the disk or the network failed
+
+Decoders raise only these.  Anything else that reaches the command line is a bug.
+"""
+
+from __future__ import annotations
+
+
+class CkptError(Exception):
+    """Base of the tree: one line for the user, and a hint on what to do next."""
+
+    kind = "error"
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidInputError(CkptError, ValueError):
+    """What was asked for cannot be done as asked."""
+
+    kind = "invalid-input"
+    exit_code = 2
+
+
+class NotFoundError(CkptError, KeyError):
+    """No such repository, revision, ref or tensor."""
+
+    kind = "not-found"
+    exit_code = 3
+
+
+class ConflictError(CkptError):
+    """Another writer was first, or work would be lost."""
+
+    kind = "conflict"
+    exit_code = 4
+
+
+class BusyError(CkptError):
+    """Another process holds what this one needs."""
+
+    kind = "busy"
+    exit_code = 5
+
+
+class CorruptionError(CkptError):
+    """Stored bytes are not what their name or their hash says."""
+
+    kind = "corruption"
+    exit_code = 6
+
+
+class TruncatedError(CorruptionError):
+    """Stored bytes end before they should."""
+
+    kind = "truncated"
+
+
+class MissingObjectError(CorruptionError):
+    """An object that others need is not in the store."""
+
+    kind = "missing-object"
+
+
+class UnsupportedVersionError(CkptError):
+    """The bytes were written by a newer program."""
+
+    kind = "unsupported-version"
+    exit_code = 7
+
+
+class StorageError(CkptError):
+    """The file system refused: full, read-only, or failing."""
+
+    kind = "storage"
+    exit_code = 8

@@ -1,0 +1,233 @@
+"""One part of a commit, or its state in Python.
+
+A part is written as the object that the checkpoint held for it (the dict under `model`, say)
+where that is made of plain values; else as a flat dict of its tensors by name.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from ckptvcs.checkpoint.emit import (
+    Leaf,
+    Payload,
+    dump_pickle,
+    row_major,
+    write_zip,
+    zip_records,
+)  # fmt: skip
+from ckptvcs.checkpoint.pickles import TensorRef, walk
+from ckptvcs.checkpoint.state import fill
+from ckptvcs.checkpoint.torchfile import ref_dtype
+from ckptvcs.codec.words import word_type
+from ckptvcs.dtypes import DTYPES
+from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.history.schema import View
+from ckptvcs.restore import Restorer
+from ckptvcs.store.local import storage_error
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class PartReader:
+    """The tensors of one commit, as objects and by name."""
+
+    def __init__(self, restorer: Restorer) -> None:
+        self._restorer = restorer
+        self._schema = restorer.schema
+        self._inline = restorer.inline()
+        self._decoded: dict[int, Bytes] = {}
+
+    def _blocks(self, number: int) -> Iterator[bytes | memoryview]:
+        if number < 0:
+            return iter(())
+        if self._schema.tensors[number].inline:
+            return iter([self._inline.get(number, b"")])
+        return self._restorer.blocks(number)
+
+    def raw(self, number: int) -> Bytes:
+        """All bytes of a tensor, the same array each time."""
+        if number < 0:
+            return np.empty(0, np.uint8)
+        if number not in self._decoded:
+            if self._schema.tensors[number].inline:
+                self._decoded[number] = np.frombuffer(self._inline.get(number, b""), np.uint8)
+                self._decoded[number] = self._decoded[number].copy()
+            else:
+                self._decoded[number] = self._restorer.tensor(number)
+        return self._decoded[number]
+
+    # -- states --------------------------------------------------------------------------------
+
+    def state(self) -> object:
+        """What was committed: the object of a file; for a directory a dict of these by path,
+        with bytes for files that are no checkpoints.
+        """
+        files = [file for file in self._restorer.commit.files if file.skeleton is not None]
+        states: dict[str, Any] = {}
+        for file in files:
+            layout, numbers = self._restorer.layout(file)
+            by_key = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
+            if layout.format == "safetensors":
+                states[file.path] = self._flat_state([n for n in numbers if n >= 0])
+            elif layout.tree is None:
+                parts: list[bytes] = []
+                self._restorer.write_file(file, lambda d, p=parts: p.append(bytes(d)), _quiet)  # type: ignore[misc]
+                states[file.path] = b"".join(parts)
+            else:
+                states[file.path] = fill(
+                    layout.tree, lambda ref, keys=by_key: self.raw(keys[ref.storage.key]),  # type: ignore[misc]
+                    layout.arrays,
+                )  # fmt: skip
+        return states if self._restorer.commit.source == "directory" else states[files[0].path]
+
+    def _flat_state(self, numbers: list[int]) -> dict[str, Any]:
+        import torch  # noqa: PLC0415  only where tensors of torch are made
+
+        from ckptvcs.checkpoint.torchfile import TORCH_DTYPES  # noqa: PLC0415
+
+        names = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
+        state = {}
+        for number in numbers:
+            info = self._schema.tensors[number]
+            dtype = getattr(torch, names.get(info.dtype, "uint8"))
+            flat = torch.from_numpy(self.raw(number)).view(dtype)
+            state[info.name.rpartition(":")[2]] = flat.reshape(info.shape)
+        return state
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def named(self, part: str) -> list[tuple[str, int, View]]:
+        """Every tensor of a part under every name it has: name, stored tensor, window on it."""
+        rows: list[tuple[str, int, View]] = []
+        taken: set[str] = set()
+        for number, info in enumerate(self._schema.tensors):
+            if info.part != part:
+                continue
+            own = View(info.name, info.dtype, 0, info.shape, row_major(info.shape))
+            for view in info.views or (own,):
+                if view.name not in taken:
+                    taken.add(view.name)
+                    rows.append((view.name, number, view))
+        if not rows:
+            raise NotFoundError(f"commit {self._restorer.name[:8]} has no part '{part}'")
+        return rows
+
+    def _subtree(self, part: str) -> tuple[object, dict[str, int]] | None:
+        """The object that holds a whole part and nothing else, and its tensors by key."""
+        found = []
+        for file in self._restorer.commit.files:
+            if file.skeleton is None or file.format not in ("torch-zip", "torch-legacy"):
+                continue
+            layout, numbers = self._restorer.layout(file)
+            keys = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
+            if not isinstance(layout.tree, dict):
+                continue
+            for tree in (layout.tree, *layout.tree.values()):
+                refs = [node for _, node in walk(tree) if isinstance(node, TensorRef)]
+                owners = [keys.get(ref.storage.key, -1) for ref in refs]
+                parts = {self._schema.tensors[n].part for n in owners if n >= 0}
+                if isinstance(tree, dict) and parts == {part}:
+                    found.append((tree, keys))
+                    if tree is layout.tree:
+                        break
+        return found[0] if len(found) == 1 else None
+
+    def save(self, part: str, target: Path) -> None:
+        """Write one part as .safetensors, or as a file of torch.save under any other name.
+
+        Raises:
+            NotFoundError: the commit does not have that part.
+        """
+        write = self._save_safetensors if target.suffix == ".safetensors" else self._save_torch
+        temporary = target.with_name(f".{target.name[:100]}.ckpt-{secrets.token_hex(6)}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as out:
+                write(part, target.stem, out)
+            temporary.replace(target)
+        except OSError as error:
+            raise storage_error(error, f"write {target}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _save_torch(self, part: str, stem: str, out: BinaryIO) -> None:
+        rows = self.named(part)
+        storages: dict[int, int] = {}
+
+        def leaf_of(number: int, view: View) -> Leaf:
+            size = 0 if number < 0 else self._schema.tensors[number].size_bytes
+            storage = storages.setdefault(number, len(storages))
+            elements = size // DTYPES[view.dtype].size
+            return Leaf(storage, view.dtype, elements, size, view.offset, view.shape, view.stride)
+
+        pickled = None
+        subtree = self._subtree(part)
+        if subtree is not None:
+            tree, keys = subtree
+
+            def leaf(value: object, _: str) -> Leaf | None:
+                if not isinstance(value, TensorRef):
+                    return None
+                view = View("", ref_dtype(value) or "U8", value.offset, value.shape, value.stride)
+                return leaf_of(keys.get(value.storage.key, -1), view)
+
+            try:
+                pickled = dump_pickle(tree, leaf)
+            except InvalidInputError:
+                storages.clear()  # it holds more than plain values
+        if pickled is None:
+            views = {name: (number, view) for name, number, view in rows}
+
+            def flat_leaf(value: object, _: str) -> Leaf | None:
+                return leaf_of(*value) if isinstance(value, tuple) else None
+
+            pickled = dump_pickle(views, flat_leaf)
+        payloads = [
+            Payload(
+                0 if number < 0 else self._schema.tensors[number].size_bytes,
+                lambda number=number: self._blocks(number),  # type: ignore[misc]
+            )
+            for number in storages
+        ]
+        write_zip(out.write, stem, zip_records(pickled, payloads, {}))
+
+    def _save_safetensors(self, part: str, _: str, out: BinaryIO) -> None:
+        header: dict[str, Any] = {}
+        at = 0
+        rows = self.named(part)
+        for name, _number, view in rows:
+            size = int(np.prod(view.shape, dtype=np.int64)) * DTYPES[view.dtype].size
+            header[name] = {
+                "dtype": view.dtype, "shape": list(view.shape), "data_offsets": [at, at + size],
+            }  # fmt: skip
+            at += size
+        head = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+        head += b" " * (-len(head) % 8)
+        out.write(len(head).to_bytes(8, "little") + head)
+        for _, number, view in rows:
+            info = self._schema.tensors[number]
+            if (view.dtype, view.shape) == (info.dtype, info.shape):
+                for block in self._blocks(number):
+                    out.write(block)
+            else:
+                out.write(self._window(number, view))
+
+    def _window(self, number: int, view: View) -> bytes:
+        """The elements of a window, row after row."""
+        size = DTYPES[view.dtype].size
+        flat = self.raw(number)
+        cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
+        strides = tuple(step * size for step in view.stride)
+        return as_strided(cells[view.offset :], view.shape, strides, writeable=False).tobytes()
+
+
+def _quiet(_: int) -> None:
+    """No progress is shown inside a Python program."""

@@ -1,0 +1,1 @@
+"""Ids <-> meaning: commits, refs, revisions, what is reachable.  No tensors, no torch."""

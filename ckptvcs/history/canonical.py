@@ -1,0 +1,126 @@
+"""Canonical JSON: the bytes that ids are made of (docs/format.md, "Canonical JSON").
+
+Reading checks every field, because a repository may come from someone else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ckptvcs.errors import CorruptionError
+
+Json = Any
+"""None, bool, int, float, str, or lists and string-keyed dicts of these."""
+
+
+def dump(value: Json) -> bytes:
+    """One line of ASCII JSON: keys sorted, no spaces, no NaN."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode()
+
+
+def load(data: bytes, what: str) -> Record:
+    """Read a JSON object.  Raises CorruptionError, naming `what`."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"{what} is not readable: {error}") from error
+    return Record(value, what)
+
+
+class Record:
+    """A JSON object whose fields are checked as they are read."""
+
+    def __init__(self, value: Json, what: str) -> None:
+        if not isinstance(value, dict):
+            raise CorruptionError(f"{what} is not a record")
+        self._value: dict[str, Json] = value
+        self._what = what
+
+    def _wrong(self, field: str) -> CorruptionError:
+        return CorruptionError(f"{self._what} has no valid '{field}'")
+
+    def text(self, field: str) -> str:
+        value = self._value.get(field)
+        if not isinstance(value, str):
+            raise self._wrong(field)
+        return value
+
+    def optional_text(self, field: str) -> str | None:
+        return None if self._value.get(field) is None else self.text(field)
+
+    def integer(self, field: str) -> int:
+        """A whole number from 0 to 2^63 - 1."""
+        value = self._value.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+            raise self._wrong(field)
+        return value
+
+    def optional_integer(self, field: str) -> int | None:
+        return None if self._value.get(field) is None else self.integer(field)
+
+    def signed(self, field: str) -> int:
+        value = self._value.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 1 << 63:
+            raise self._wrong(field)
+        return value
+
+    def flag(self, field: str) -> bool:
+        value = self._value.get(field, False)
+        if not isinstance(value, bool):
+            raise self._wrong(field)
+        return value
+
+    def items(self, field: str) -> list[Json]:
+        value = self._value.get(field)
+        if not isinstance(value, list):
+            raise self._wrong(field)
+        return value
+
+    def texts(self, field: str) -> list[str]:
+        values = self.items(field)
+        if not all(isinstance(value, str) for value in values):
+            raise self._wrong(field)
+        return values
+
+    def integers(self, field: str) -> list[int]:
+        """Whole numbers from 0 to 2^63 - 1."""
+        values = self.items(field)
+        for value in values:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
+                raise self._wrong(field)
+        return values
+
+    def records(self, field: str) -> list[Record]:
+        return [Record(value, f"{self._what} ({field})") for value in self.items(field)]
+
+    def mapping(self, field: str) -> dict[str, Json]:
+        value = self._value.get(field)
+        if not isinstance(value, dict):
+            raise self._wrong(field)
+        return value
+
+    def record(self, field: str) -> Record:
+        return Record(self.mapping(field), f"{self._what} ({field})")
+
+    def has(self, field: str) -> bool:
+        return self._value.get(field) is not None
+
+
+def from_number(value: float) -> Json:
+    """A number as JSON can hold it: what is not finite becomes its name."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def to_number(value: Json) -> float:
+    """Undo `from_number`.  Raises CorruptionError."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    raise CorruptionError(f"a record holds {value!r} where a number belongs")

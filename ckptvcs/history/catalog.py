@@ -1,0 +1,116 @@
+"""Catalog: the store's objects as what they mean, and how they are found.
+
+values id -> newest recipe whose bundles are there       step, file hash -> commits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+from ckptvcs.errors import CorruptionError, MissingObjectError
+from ckptvcs.history.commit import Commit, load_commit
+from ckptvcs.history.recipe import (
+    Frame,
+    LetGo,
+    Recipe,
+    load_bundle,
+    load_let_go,
+    load_recipe,
+    load_values,
+)  # fmt: skip
+from ckptvcs.history.schema import Schema, Skeleton, load_schema, load_skeleton
+from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.objects import ObjectStore
+
+
+def keys_of(kind: Kind, content: bytes) -> Iterable[bytes]:
+    """What the index finds an object by."""
+    if kind == Kind.RECIPE:
+        return [b"values:" + load_recipe(content).values.encode()]
+    if kind == Kind.RECORD:
+        return [b"let go:" + name.encode() for name in load_let_go(content).commits]
+    if kind == Kind.COMMIT:
+        commit = load_commit(ObjectId(""), content)
+        keys = [b"file:" + file.hash.encode() for file in commit.files if file.hash]
+        return [b"step:%d" % commit.step, *keys] if commit.step is not None else keys
+    return []
+
+
+class Catalog:
+    """Typed reads over an ObjectStore.  Everything returned has been proven by its id."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+        # Bundles and tables are read again for every tensor of a chain.
+        self.schema = lru_cache(16)(self._schema)
+        self.values = lru_cache(256)(self._values)
+        self.bundle = lru_cache(256)(self._bundle)
+        self.recipe = lru_cache(1024)(self._recipe)
+
+    def commit(self, name: ObjectId) -> Commit:
+        """A commit.  Raises MissingObjectError, CorruptionError."""
+        return load_commit(name, self.store.get(name, Kind.COMMIT))
+
+    def _schema(self, name: ObjectId) -> Schema:
+        return load_schema(self.store.get(name, Kind.SCHEMA))
+
+    def _values(self, name: ObjectId) -> list[bytes]:
+        return load_values(self.store.get(name, Kind.VALUES))
+
+    def _bundle(self, name: ObjectId) -> tuple[Frame, ...]:
+        return load_bundle(self.store.get(name, Kind.BUNDLE))
+
+    def skeleton(self, name: ObjectId) -> Skeleton:
+        """A skeleton.  Raises MissingObjectError, CorruptionError."""
+        return load_skeleton(self.store.get(name, Kind.SKELETON))
+
+    def recipes(self, values: ObjectId) -> list[tuple[ObjectId, Recipe]]:
+        """Every recipe of a table of values, newest first."""
+        names = self.store.find(b"values:" + values.encode())
+        found = [(name, load_recipe(self.store.get(name, Kind.RECIPE))) for name in names]
+        return sorted(found, key=lambda pair: (pair[1].generation, pair[0]), reverse=True)
+
+    def _recipe(self, values: ObjectId) -> Recipe:
+        for attempt in range(2):
+            for _, recipe in self.recipes(values):
+                if all(self.store.contains(bundle) for bundle in recipe.bundles):
+                    return recipe
+            if attempt == 0:
+                self.store.refresh()
+        raise MissingObjectError(f"no recipe is left for the values {values[:8]}")
+
+    def has_recipe(self, values: ObjectId) -> bool:
+        """Whether values can be decoded, as far as the index knows."""
+        return any(
+            all(self.store.contains(bundle) for bundle in recipe.bundles)
+            for _, recipe in self.recipes(values)
+        )
+
+    def frame(self, values: ObjectId, tensor: int) -> tuple[ObjectId, Frame]:
+        """The bundle and frame that hold a tensor.  Raises CorruptionError."""
+        recipe = self.recipe(values)
+        if tensor >= len(recipe.frames):
+            raise CorruptionError(f"the recipe of {values[:8]} has no tensor {tensor}")
+        bundle, number = recipe.place(tensor)
+        frames = self.bundle(bundle)
+        if number >= len(frames):
+            raise CorruptionError(f"bundle {bundle[:8]} has no frame {number}")
+        return bundle, frames[number]
+
+    def let_go(self, commit: ObjectId) -> list[LetGo]:
+        """The fade and drop records of a commit."""
+        names = self.store.find(b"let go:" + commit.encode())
+        return [load_let_go(self.store.get(name, Kind.RECORD)) for name in names]
+
+    def ancestors(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, Commit]]:
+        """A commit and its first parents, newest first."""
+        while name is not None:
+            commit = self.commit(name)
+            yield name, commit
+            name = commit.parents[0] if commit.parents else None
+
+    def forget(self) -> None:
+        """Drop what is cached, after packs have moved."""
+        for cache in (self.schema, self.values, self.bundle, self.recipe):
+            cache.cache_clear()

@@ -1,0 +1,178 @@
+"""The commit object: what was committed, by hashes; never how it is stored.
+
+A commit names, for every part, the table of its tensors' decoded values, and every file by the
+hash of its bytes.  Which frames decode to those values stands in recipes, which may change; a
+commit's id never does.  Layout: docs/format.md, "Commit".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptvcs.history.canonical import Record, dump, from_number, load, to_number
+from ckptvcs.store.object import ObjectId, checked_id
+
+PARTS = ("model", "optimizer", "rest")
+"""Weights; optimizer state; everything else.  Each decodes without the others."""
+
+
+@dataclass(frozen=True)
+class PartState:
+    """One part of a commit: its values when decoded, and when the original differs, its own.
+
+    `values` is what the chain decodes to.  `exact` names the original's values where these are
+    others; they can be read as long as a recipe for them exists (an exact patch).
+    """
+
+    values: ObjectId
+    exact: ObjectId | None = None
+
+    @property
+    def fidelity(self) -> str:
+        """`exact` where the chain itself gives the original back, else `near`."""
+        return "exact" if self.exact is None else "near"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One committed file: path (relative, `/`), BLAKE3 of its bytes, and how to put it together.
+
+    `skeleton` is None for what has no content of its own: a directory, or a symbolic link,
+    whose target is `link`.
+    """
+
+    path: str
+    size: int
+    hash: str | None
+    mode: int
+    mtime_ns: int
+    format: str
+    skeleton: ObjectId | None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """Error of the near form over all weights, measured at commit time.
+
+    weight_rel = |W' - W| / |W|,  residual_nmse = |W' - W|^2 / |W - base|^2.
+    """
+
+    weight_rel: float = 0.0
+    residual_nmse: float = 0.0
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit.  Times are ISO 8601 in UTC, sizes are bytes."""
+
+    parents: tuple[ObjectId, ...]
+    time: str
+    step: int | None
+    message: str
+    metrics: Mapping[str, float]
+    codec: str
+    kind: str
+    depth: int
+    raw_bytes: int
+    data_bytes: int
+    patch_bytes: int
+    source: str
+    path: str
+    inside: bool
+    schema: ObjectId
+    parts: Mapping[str, PartState]
+    files: tuple[FileEntry, ...]
+    error: ErrorReport
+    host: str
+    user: str
+    code: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the chain gives every file back bit for bit."""
+        return all(part.exact is None for part in self.parts.values())
+
+
+def _part_fields(part: PartState) -> dict[str, str]:
+    fields: dict[str, str] = {"values": part.values}
+    if part.exact is not None:
+        fields["exact"] = part.exact
+    return fields
+
+
+def _file_fields(file: FileEntry) -> dict[str, object]:
+    fields = {
+        "path": file.path, "size": file.size, "hash": file.hash, "mode": file.mode,
+        "mtime_ns": file.mtime_ns, "format": file.format, "skeleton": file.skeleton,
+        "link": file.link,
+    }  # fmt: skip
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def dump_commit(commit: Commit) -> bytes:
+    """The canonical bytes of a commit."""
+    return dump({
+        "parents": list(commit.parents), "time": commit.time, "step": commit.step,
+        "message": commit.message,
+        "metrics": {name: from_number(value) for name, value in commit.metrics.items()},
+        "codec": commit.codec, "kind": commit.kind, "depth": commit.depth,
+        "raw_bytes": commit.raw_bytes, "data_bytes": commit.data_bytes,
+        "patch_bytes": commit.patch_bytes,
+        "source": commit.source, "path": commit.path, "inside": commit.inside,
+        "schema": commit.schema,
+        "parts": {name: _part_fields(part) for name, part in commit.parts.items()},
+        "files": [_file_fields(file) for file in commit.files],
+        "error": {"weight_rel": from_number(commit.error.weight_rel),
+                  "residual_nmse": from_number(commit.error.residual_nmse)},
+        "host": commit.host, "user": commit.user, "code": commit.code,
+    })  # fmt: skip
+
+
+def _load_part(record: Record) -> PartState:
+    exact = record.optional_text("exact")
+    return PartState(
+        checked_id(record.text("values")), None if exact is None else checked_id(exact)
+    )
+
+
+def _load_file(record: Record) -> FileEntry:
+    skeleton = record.optional_text("skeleton")
+    return FileEntry(
+        record.text("path"), record.integer("size"), record.optional_text("hash"),
+        record.integer("mode"), record.signed("mtime_ns"), record.text("format"),
+        None if skeleton is None else checked_id(skeleton), record.optional_text("link"),
+    )  # fmt: skip
+
+
+def load_commit(name: ObjectId, data: bytes) -> Commit:
+    """Read a commit.  Raises CorruptionError."""
+    record = load(data, f"commit {name[:8]}")
+    error = record.mapping("error")
+    parts = record.record("parts")
+    return Commit(
+        parents=tuple(checked_id(parent) for parent in record.texts("parents")),
+        time=record.text("time"),
+        step=None if not record.has("step") else record.signed("step"),
+        message=record.text("message"),
+        metrics={key: to_number(value) for key, value in record.mapping("metrics").items()},
+        codec=record.text("codec"),
+        kind=record.text("kind"),
+        depth=record.integer("depth"),
+        raw_bytes=record.integer("raw_bytes"),
+        data_bytes=record.integer("data_bytes"),
+        patch_bytes=record.integer("patch_bytes"),
+        source=record.text("source"),
+        path=record.text("path"),
+        inside=record.flag("inside"),
+        schema=checked_id(record.text("schema")),
+        parts={name: _load_part(parts.record(name)) for name in PARTS if parts.has(name)},
+        files=tuple(_load_file(file) for file in record.records("files")),
+        error=ErrorReport(
+            to_number(error.get("weight_rel", 0)), to_number(error.get("residual_nmse", 0))
+        ),
+        host=record.text("host"),
+        user=record.text("user"),
+        code=record.optional_text("code"),
+    )

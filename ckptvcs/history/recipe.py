@@ -1,0 +1,192 @@
+"""How values are stored: tables of values, recipes, bundles, and records of what was let go.
+
+    values   the hashes of a part's tensors, in schema order: 32 bytes each
+    recipe   for one table of values, where the frame of each tensor lies
+    bundle   frames written together, with the hash of every slice; names bases by values
+    record   a fade or a drop: what a rule let go, written before anything is deleted
+
+Layout: docs/format.md, "Values", "Recipe", "Bundle", "Records".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from ckptvcs.errors import CorruptionError
+from ckptvcs.history.canonical import dump, load
+from ckptvcs.store.object import ObjectId, checked_id
+
+VALUE_BYTES = 32
+SLICE_HASH_BYTES = 16
+
+
+def dump_values(hashes: list[bytes]) -> bytes:
+    """The content of a table of values."""
+    return b"".join(hashes)
+
+
+def load_values(data: bytes) -> list[bytes]:
+    """The hashes of a table of values.  Raises CorruptionError."""
+    if len(data) % VALUE_BYTES:
+        raise CorruptionError("a table of values has a broken length")
+    return [data[at : at + VALUE_BYTES] for at in range(0, len(data), VALUE_BYTES)]
+
+
+def slice_hash(data: bytes | memoryview) -> bytes:
+    """The hash that a bundle holds for each slice."""
+    return blake3(data).digest(SLICE_HASH_BYTES)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where the frames of a table of values lie: tensor i is frame `frames[i]` of bundle
+    `bundles[owners[i]]`.  The highest `generation` whose bundles are all there is used.
+    """
+
+    values: ObjectId
+    generation: int
+    bundles: tuple[ObjectId, ...]
+    owners: tuple[int, ...]
+    frames: tuple[int, ...]
+
+    def place(self, tensor: int) -> tuple[ObjectId, int]:
+        """Bundle and frame of a tensor."""
+        return self.bundles[self.owners[tensor]], self.frames[tensor]
+
+
+def dump_recipe(recipe: Recipe) -> bytes:
+    """The canonical bytes of a recipe."""
+    return dump({
+        "values": recipe.values, "generation": recipe.generation,
+        "bundles": list(recipe.bundles), "owners": list(recipe.owners),
+        "frames": list(recipe.frames),
+    })  # fmt: skip
+
+
+def load_recipe(data: bytes) -> Recipe:
+    """Read a recipe.  Raises CorruptionError."""
+    record = load(data, "a recipe")
+    bundles = tuple(checked_id(name) for name in record.texts("bundles"))
+    owners, frames = record.integers("owners"), record.integers("frames")
+    if len(owners) != len(frames) or any(owner >= len(bundles) for owner in owners):
+        raise CorruptionError("a recipe names a bundle that it does not list")
+    return Recipe(
+        checked_id(record.text("values")), record.integer("generation"), bundles,
+        tuple(owners), tuple(frames),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One encoded tensor in a bundle.
+
+    `base` is (table of values, position there) of the tensor it stands on; `depth` counts the
+    frames below it; `companion` is the frame of this bundle whose mask it shares; `slices` are
+    (offset in the bundle's region, length, hash).
+    """
+
+    base: tuple[ObjectId, int] | None
+    depth: int
+    companion: int | None
+    slices: tuple[tuple[int, int, bytes], ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all slices."""
+        return sum(length for _, length, _ in self.slices)
+
+
+def dump_bundle(frames: list[Frame]) -> bytes:
+    """The canonical bytes of a bundle: its table of contents."""
+    bases: dict[ObjectId, int] = {}
+    rows = []
+    at = 0
+    for frame in frames:
+        row: dict[str, object] = {
+            "lengths": [length for _, length, _ in frame.slices],
+            "hashes": "".join(digest.hex() for _, _, digest in frame.slices),
+        }
+        starts = [start for start, _, _ in frame.slices]
+        for start, length, _ in frame.slices:
+            if start != at:
+                row["starts"] = starts
+            at = start + length
+        if frame.base is not None:
+            table = bases.setdefault(frame.base[0], len(bases))
+            row |= {"base": [table, frame.base[1]], "depth": frame.depth}
+        if frame.companion is not None:
+            row["companion"] = frame.companion
+        rows.append(row)
+    return dump({"bases": list(bases), "frames": rows})
+
+
+def load_bundle(data: bytes) -> tuple[Frame, ...]:
+    """Read a bundle.  Raises CorruptionError."""
+    record = load(data, "a bundle")
+    bases = [checked_id(name) for name in record.texts("bases")]
+    frames: list[Frame] = []
+    at = 0
+    for row in record.records("frames"):
+        lengths = row.integers("lengths")
+        try:
+            digests = bytes.fromhex(row.text("hashes"))
+        except ValueError:
+            digests = b""
+        if len(digests) != SLICE_HASH_BYTES * len(lengths):
+            raise CorruptionError("a bundle does not have a hash for each slice")
+        base = None
+        if row.has("base"):
+            pair = row.integers("base")
+            if len(pair) != 2 or pair[0] >= len(bases) or row.integer("depth") < 1:
+                raise CorruptionError("a bundle names a base that it does not list")
+            base = (bases[pair[0]], pair[1])
+        starts = row.integers("starts") if row.has("starts") else []
+        if starts and len(starts) != len(lengths):
+            raise CorruptionError("a bundle does not have a start for each slice")
+        slices = []
+        for number, length in enumerate(lengths):
+            at = starts[number] if starts else at
+            digest = digests[number * SLICE_HASH_BYTES : (number + 1) * SLICE_HASH_BYTES]
+            slices.append((at, length, digest))
+            at += length
+        companion = row.optional_integer("companion")
+        if companion is not None and companion >= len(frames):
+            raise CorruptionError("a frame shares the mask of a frame that is not before it")
+        frames.append(Frame(base, row.integer("depth") if base else 0, companion, tuple(slices)))
+    return tuple(frames)
+
+
+@dataclass(frozen=True)
+class LetGo:
+    """A fade (the exact patch of parts) or a drop (parts, or whole commits) by a rule.
+
+    Written durably before anything is deleted; a patch or bundle that is missing without such a
+    record is damage.
+    """
+
+    what: str
+    commits: tuple[ObjectId, ...]
+    parts: tuple[str, ...]
+    rule: str
+    time: str
+
+
+def dump_let_go(record: LetGo) -> bytes:
+    """The canonical bytes of a fade or drop record."""
+    return dump({
+        "what": record.what, "commits": list(record.commits), "parts": list(record.parts),
+        "rule": record.rule, "time": record.time,
+    })  # fmt: skip
+
+
+def load_let_go(data: bytes) -> LetGo:
+    """Read a fade or drop record.  Raises CorruptionError."""
+    record = load(data, "a record")
+    if record.text("what") not in ("fade", "drop"):
+        raise CorruptionError("a record is neither a fade nor a drop")
+    return LetGo(
+        record.text("what"), tuple(checked_id(name) for name in record.texts("commits")),
+        tuple(record.texts("parts")), record.text("rule"), record.text("time"),
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Refs: numbered write-once files; publishing the next number is the only commit point.
+
+    refs/heads/<name>/<generation>     branches
+    refs/tags/<name>/<generation>      tags
+    refs/HEAD/<generation>             what is checked out: a branch, or a commit
+
+Each generation holds the hash of the one it was computed from.  Of two writers that computed the
+same next generation one publishes it and the other gets a ConflictError.  Nothing is ever
+overwritten or deleted, so older generations are the reflog.  Layout: docs/format.md, "Refs".
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from blake3 import blake3
+
+from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
+from ckptvcs.history.canonical import dump, load
+from ckptvcs.store.backend import Backend, read_small, write_once
+from ckptvcs.store.object import ObjectId, checked_id
+
+HEAD = "HEAD"
+_MAX_REF_BYTES = 1 << 16
+_GENERATION = re.compile(r"[0-9]{16}\Z")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}\Z")
+_RESERVED = frozenset({"HEAD", "latest"})
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One ref file.  `branch` is set on HEAD where it follows a branch; a tag or branch whose
+    `commit` is None has been deleted (or, for a branch, has no commit yet).
+    """
+
+    number: int
+    hash: str
+    commit: ObjectId | None
+    branch: str | None
+    time: str
+    action: str
+
+
+def check_name(name: str, what: str) -> str:
+    """`name`, if it can name a branch or a tag.  Raises InvalidInputError."""
+    numeric = name.isdigit() or name.startswith("id:") or name in _RESERVED
+    if numeric or not _NAME.match(name) or ".." in name or name.endswith((".", "/")):
+        raise InvalidInputError(
+            f"'{name}' cannot name a {what}",
+            hint="use letters, digits and _ . + / -; digits alone are a step",
+        )
+    return name
+
+
+def _folder(ref: str) -> str:
+    """Where a ref's generations lie.  Upper case is escaped too: some file systems fold it."""
+    if ref == HEAD:
+        return "refs/HEAD"
+    space, _, name = ref.partition("/")
+    quoted = "".join(f"%{ord(c):02X}" if c.isupper() else quote(c, safe="+") for c in name)
+    return f"refs/{space}/{quoted}"
+
+
+class Refs:
+    """The refs of one repository.  A ref is `HEAD`, `heads/NAME` or `tags/NAME`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def _numbers(self, ref: str) -> list[int]:
+        names = (name.rsplit("/", 1)[1] for name in self._backend.names(_folder(ref)))
+        return sorted(int(name) for name in names if _GENERATION.match(name))
+
+    def read(self, ref: str) -> Generation | None:
+        """The newest generation; None where the ref was never set.
+
+        Raises:
+            CorruptionError: the newest generation is unreadable.  Older ones are not used in
+                its place: that would silently take commits back.
+        """
+        numbers = self._numbers(ref)
+        return self._read(ref, numbers[-1]) if numbers else None
+
+    def _read(self, ref: str, number: int) -> Generation:
+        name = f"{_folder(ref)}/{number:016}"
+        data = read_small(self._backend, name, _MAX_REF_BYTES)
+        record = load(data, name)
+        commit = record.optional_text("commit")
+        if record.integer("generation") != number or record.text("ref") != ref:
+            raise CorruptionError(f"{name} belongs to another ref")
+        return Generation(
+            number, blake3(data).hexdigest(), None if commit is None else checked_id(commit),
+            record.optional_text("branch"), record.text("time"), record.text("action"),
+        )  # fmt: skip
+
+    def reflog(self, ref: str) -> list[Generation]:
+        """Every generation of a ref, newest first."""
+        return [self._read(ref, number) for number in reversed(self._numbers(ref))]
+
+    def names(self, space: str) -> list[str]:
+        """The branches (`heads`) or tags (`tags`) that ever were, sorted."""
+        found = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
+        return sorted(unquote(name) for name in found)
+
+    def publish(
+        self,
+        ref: str,
+        old: Generation | None,
+        *,
+        commit: ObjectId | None,
+        time: str,
+        action: str,
+        branch: str | None = None,
+    ) -> Generation:
+        """Move a ref: the one commit point.  A crash before leaves it as it was.
+
+        Raises:
+            ConflictError: `old` is not the newest generation (any more).
+        """
+        number = (old.number if old else 0) + 1
+        fields = {
+            "ref": ref, "generation": number, "previous": old.hash if old else None,
+            "commit": commit, "branch": branch, "time": time, "action": action,
+            "nonce": secrets.token_hex(8),
+        }  # fmt: skip
+        data = dump(fields)
+        taken = ConflictError(
+            f"'{ref.rpartition('/')[2]}' was moved by another writer",
+            hint="look at 'ckpt log' and try again",
+        )
+        try:
+            write_once(self._backend, f"{_folder(ref)}/{number:016}", data)
+        except ConflictError as error:
+            raise taken from error
+        if self._numbers(ref)[-1] != number:
+            raise taken
+        return Generation(number, blake3(data).hexdigest(), commit, branch, time, action)

@@ -1,0 +1,173 @@
+"""What a user types -> one commit.
+
+2000  step:2000        the step, on HEAD's line first       HEAD  HEAD~3  latest
+v1                     a tag                                best:val_loss:min
+main  main@2000        a branch; a step on its line         1a2b3c4d  id:1a2b   an id prefix
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import Commit
+from ckptvcs.history.refs import HEAD, Refs
+from ckptvcs.store.object import Kind, ObjectId
+
+_HEX = re.compile(r"[0-9a-f]{4,64}\Z")
+_BACK = re.compile(r"(.+?)~([0-9]{0,9})\Z")
+_MAX_LISTED = 6
+
+
+class Revisions:
+    """Resolves revisions against the refs and commits of one repository."""
+
+    def __init__(self, catalog: Catalog, refs: Refs) -> None:
+        self._catalog, self._refs = catalog, refs
+
+    def head(self) -> ObjectId | None:
+        """The commit that HEAD is at; None where there is none yet."""
+        state = self._refs.read(HEAD)
+        if state is None:
+            return None
+        return self.branch(state.branch) if state.branch else state.commit
+
+    def branch(self, name: str) -> ObjectId | None:
+        """The newest commit of a branch."""
+        state = self._refs.read(f"heads/{name}")
+        return state.commit if state else None
+
+    def tag(self, name: str) -> ObjectId | None:
+        """The commit of a tag."""
+        state = self._refs.read(f"tags/{name}")
+        return state.commit if state else None
+
+    def tips(self) -> dict[str, ObjectId]:
+        """Every branch, tag and a detached HEAD that is at a commit."""
+        found = {f"heads/{name}": self.branch(name) for name in self._refs.names("heads")}
+        found |= {f"tags/{name}": self.tag(name) for name in self._refs.names("tags")}
+        found[HEAD] = self.head()
+        return {name: commit for name, commit in found.items() if commit is not None}
+
+    def reachable(self, start: Iterable[ObjectId]) -> Iterator[tuple[ObjectId, Commit]]:
+        """Every commit that can be reached from `start`, each once, children before parents
+        along every line.
+        """
+        seen: set[ObjectId] = set()
+        for tip in start:
+            stack = [tip]
+            while stack:
+                name = stack.pop()
+                if name in seen:
+                    continue
+                seen.add(name)
+                commit = self._catalog.commit(name)
+                yield name, commit
+                stack.extend(commit.parents)
+
+    def resolve(self, text: str) -> ObjectId:
+        """The commit that `text` names.
+
+        Raises:
+            NotFoundError: nothing has that name; the hint suggests some that exist.
+            InvalidInputError: it names several commits, which the hint lists.
+        """
+        text = text.strip()
+        back = _BACK.match(text)
+        if back:
+            return self._back(self.resolve(back[1]), int(back[2] or 1), text)
+        if text in (HEAD, "latest", "@"):
+            head = self.head()
+            if head is None:
+                raise NotFoundError("there are no commits yet", hint="ckpt commit PATH -m MESSAGE")
+            return head
+        if text.isdigit() or text.startswith("step:"):
+            return self._step(text)
+        if text.startswith("best:"):
+            return self._best(text)
+        found = None if text.startswith("id:") else self._named(text)
+        found = found or self._prefix(text.removeprefix("id:"))
+        if found is None:
+            raise self._unknown(text)
+        return found
+
+    def _named(self, text: str) -> ObjectId | None:
+        found = self.tag(text) or self.branch(text)
+        if found is not None:
+            return found
+        branch, at, step = text.rpartition("@")
+        if at and step.isdigit():
+            tip = self.branch(branch)
+            if tip is None:
+                raise self._unknown(branch)
+            for name, commit in self._catalog.ancestors(tip):
+                if commit.step == int(step):
+                    return name
+            raise NotFoundError(f"no commit of step {step} on branch '{branch}'")
+        return None
+
+    def _back(self, start: ObjectId, count: int, text: str) -> ObjectId:
+        for number, (name, _) in enumerate(self._catalog.ancestors(start)):
+            if number == count:
+                return name
+        raise NotFoundError(f"'{text}' goes back before the first commit")
+
+    def _step(self, text: str) -> ObjectId:
+        digits = text.removeprefix("step:")
+        if not digits.isdigit() or len(digits) > 19:
+            raise InvalidInputError(f"'{text}' is no step")
+        step = int(digits)
+        for name, commit in self._catalog.ancestors(self.head()):
+            if commit.step == step:
+                return name
+        known = set(self._catalog.store.find(b"step:%d" % step))
+        tips = self.tips().values()
+        found = [name for name, _ in self.reachable(tips) if name in known] if known else []
+        if len(found) > 1:
+            raise InvalidInputError(
+                f"step {step} is ambiguous", hint="one of " + ", ".join(n[:8] for n in found)
+            )
+        if not found:
+            raise self._no_step(step)
+        return found[0]
+
+    def _no_step(self, step: int) -> NotFoundError:
+        steps = {c.step for _, c in self.reachable(self.tips().values()) if c.step is not None}
+        nearest = sorted(sorted(steps, key=lambda s: abs(s - step))[:_MAX_LISTED])
+        hint = f"nearest steps: {', '.join(map(str, nearest))}" if nearest else None
+        return NotFoundError(f"no commit of step {step}", hint=hint)
+
+    def _best(self, text: str) -> ObjectId:
+        _, metric, *rest = text.split(":")
+        way = rest[0] if rest else "min"
+        if not metric or len(rest) > 1 or way not in ("min", "max"):
+            raise InvalidInputError(f"'{text}' is no best:METRIC:min or best:METRIC:max")
+        values = [
+            (commit.metrics[metric], name)
+            for name, commit in self._catalog.ancestors(self.head())
+            if metric in commit.metrics and math.isfinite(commit.metrics[metric])
+        ]
+        if not values:
+            raise NotFoundError(f"no commit has the metric '{metric}'")
+        pick = min if way == "min" else max
+        return pick(values, key=lambda pair: pair[0])[1]
+
+    def _prefix(self, text: str) -> ObjectId | None:
+        text = text.lower()
+        if not _HEX.match(text):
+            return None
+        found = [n for n in self._catalog.store.ids(Kind.COMMIT) if n.startswith(text)]
+        if len(found) > 1:
+            listed = ", ".join(name[:12] for name in found[:_MAX_LISTED])
+            raise InvalidInputError(f"id '{text}' is ambiguous", hint=f"one of {listed}")
+        return found[0] if found else None
+
+    def _unknown(self, text: str) -> NotFoundError:
+        names = [*self._refs.names("heads"), *self._refs.names("tags"), "HEAD", "latest"]
+        close = difflib.get_close_matches(text, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see 'ckpt log --all'"
+        return NotFoundError(f"unknown revision '{text}'", hint=hint)

@@ -1,0 +1,204 @@
+"""Schema: what tensors a checkpoint has.  Skeleton: a file's bytes with holes where they belong.
+
+A schema holds nothing that changes from step to step, so a run shares one.  A skeleton holds
+everything in a file that is not a large tensor (headers, pickles, small tensors); on the
+skeleton of another step it codes to a few dozen bytes.  Layout: docs/format.md.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ckptvcs.dtypes import DTYPES, DType
+from ckptvcs.errors import CorruptionError
+from ckptvcs.history.canonical import Record, dump, load
+
+_LENGTH = struct.Struct("<I")
+_MAX_DIMS = 64
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as the program that saved it sees it: a window on a stored tensor, in elements."""
+
+    name: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: `shape` elements of `dtype`, row after row.
+
+    `inline` tensors are so small that their bytes stand in the skeleton.  `pair` is the position
+    in the schema of the weight that a moment belongs to.  `views` are the windows on it where
+    these are more than the tensor itself under its own name.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    part: str
+    role: str
+    inline: bool = False
+    pair: int | None = None
+    views: tuple[View, ...] = ()
+
+    @property
+    def type(self) -> DType:
+        """The element type."""
+        return DTYPES[self.dtype]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def words(self) -> int:
+        """Number of words (a complex element is two)."""
+        return self.elements * self.type.size // self.type.word
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the raw tensor."""
+        return self.elements * self.type.size
+
+
+@dataclass(frozen=True)
+class Schema:
+    """All tensors of a commit, in the order of its files."""
+
+    tensors: tuple[TensorInfo, ...]
+
+    def stored(self, part: str) -> list[int]:
+        """The positions of a part's tensors that frames hold, in the order of its values."""
+        return [
+            number for number, info in enumerate(self.tensors)
+            if info.part == part and not info.inline
+        ]  # fmt: skip
+
+
+def _tensor_fields(info: TensorInfo) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "name": info.name, "dtype": info.dtype, "shape": list(info.shape),
+        "part": info.part, "role": info.role,
+    }  # fmt: skip
+    if info.inline:
+        fields["inline"] = True
+    if info.pair is not None:
+        fields["pair"] = info.pair
+    if info.views:
+        fields["views"] = [
+            {"name": view.name, "dtype": view.dtype, "offset": view.offset,
+             "shape": list(view.shape), "stride": list(view.stride)}
+            for view in info.views
+        ]  # fmt: skip
+    return fields
+
+
+def dump_schema(schema: Schema) -> bytes:
+    """The canonical bytes of a schema."""
+    return dump({"tensors": [_tensor_fields(info) for info in schema.tensors]})
+
+
+def _load_shape(record: Record, field: str) -> tuple[int, ...]:
+    shape = tuple(record.integers(field))
+    if len(shape) > _MAX_DIMS or math.prod(shape) >= 1 << 56:
+        raise CorruptionError("a schema holds a tensor of an absurd shape")
+    return shape
+
+
+def _load_tensor(record: Record) -> TensorInfo:
+    views = tuple(
+        View(view.text("name"), view.text("dtype"), view.integer("offset"),
+             _load_shape(view, "shape"), tuple(view.integers("stride")))
+        for view in (record.records("views") if record.has("views") else [])
+    )  # fmt: skip
+    info = TensorInfo(
+        record.text("name"), record.text("dtype"), _load_shape(record, "shape"),
+        record.text("part"), record.text("role"), record.flag("inline"),
+        record.optional_integer("pair"), views,
+    )  # fmt: skip
+    for view in views:
+        if len(view.stride) != len(view.shape) or view.dtype not in DTYPES:
+            raise CorruptionError(f"a schema holds a broken view of {info.name!r}")
+    if info.dtype not in DTYPES or info.part not in ("model", "optimizer", "rest"):
+        raise CorruptionError(f"a schema holds a tensor of unknown kind: {info.name!r}")
+    return info
+
+
+def load_schema(data: bytes) -> Schema:
+    """Read a schema.  Raises CorruptionError."""
+    return Schema(tuple(_load_tensor(row) for row in load(data, "a schema").records("tensors")))
+
+
+class Op(IntEnum):
+    """What stands next in a file."""
+
+    LITERAL = 0  # argument: number of bytes, taken from the skeleton
+    TENSOR = 1  # argument: position in the schema
+    CRC32 = 2  # argument: position in the schema; 4 bytes, little-endian, of that tensor's bytes
+    INLINE = 3  # argument: position in the schema; its bytes are taken from the skeleton
+
+
+Segment = tuple[Op, int]
+
+
+def dump_skeleton(segments: list[Segment], literals: bytes) -> bytes:
+    """The content of a skeleton."""
+    head = dump({"segments": [number for segment in segments for number in segment]})
+    return _LENGTH.pack(len(head)) + head + literals
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A file's segments in order, and the bytes that its literals and inline tensors take."""
+
+    segments: tuple[Segment, ...]
+    literals: memoryview
+
+    def walk(self, schema: Schema) -> Iterator[tuple[Op, int, memoryview]]:
+        """Each segment with its bytes from the skeleton (empty for tensors and checksums).
+
+        Raises:
+            CorruptionError: a segment names a tensor that the schema does not have, or the
+                literals do not add up.
+        """
+        at = 0
+        for op, argument in self.segments:
+            if op != Op.LITERAL and argument >= len(schema.tensors):
+                raise CorruptionError("a skeleton names a tensor that the schema does not have")
+            length = 0
+            if op == Op.LITERAL:
+                length = argument
+            elif op == Op.INLINE:
+                length = schema.tensors[argument].size_bytes
+            if at + length > len(self.literals):
+                raise CorruptionError("a skeleton has too few literal bytes")
+            yield op, argument, self.literals[at : at + length]
+            at += length
+        if at != len(self.literals):
+            raise CorruptionError("a skeleton has literal bytes that belong nowhere")
+
+
+def load_skeleton(data: bytes) -> Skeleton:
+    """Read a skeleton.  Raises CorruptionError."""
+    if len(data) < _LENGTH.size:
+        raise CorruptionError("a skeleton is too short")
+    (length,) = _LENGTH.unpack_from(data)
+    body = memoryview(data)[_LENGTH.size :]
+    if length > len(body):
+        raise CorruptionError("a skeleton is too short")
+    numbers = load(bytes(body[:length]), "a skeleton").integers("segments")
+    ops, arguments = numbers[::2], numbers[1::2]
+    if len(ops) != len(arguments) or any(op > Op.INLINE for op in ops):
+        raise CorruptionError("a skeleton holds an unknown segment")
+    segments = tuple((Op(op), argument) for op, argument in zip(ops, arguments, strict=True))
+    return Skeleton(segments, body[length:])

@@ -1,0 +1,471 @@
+"""Repo: one repository, and everything that can be done with it.
+
+    repo = Repo.init("runs/exp1")
+    repo.commit({"model": model.state_dict()}, step=2000, metrics={"loss": 2.31})
+    state = repo.checkout(2000)
+
+Paths: DIR/.ckpt holds the store; DIR is the folder that committed paths are relative to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptvcs.config import DEFAULT_TEXT, Config, load_config
+from ckptvcs.errors import (
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    UnsupportedVersionError,
+)  # fmt: skip
+from ckptvcs.history.catalog import Catalog, keys_of
+from ckptvcs.history.commit import Commit
+from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
+from ckptvcs.history.revision import Revisions
+from ckptvcs.store.local import LocalBackend, storage_error, sync_directory
+from ckptvcs.store.object import ObjectId
+from ckptvcs.store.objects import FOLDERS, ObjectStore
+
+if TYPE_CHECKING:
+    from ckptvcs.checkout import CheckedOut, WorkTree
+    from ckptvcs.checkpoint.checkpoint import Checkpoint
+    from ckptvcs.committing import Result
+    from ckptvcs.encoder import Progress
+    from ckptvcs.history.gc import GcPlan
+    from ckptvcs.restore import Restorer
+    from ckptvcs.verify import Report
+
+# The methods that touch tensors import what they need when they are called: `log`, `show` and
+# `status` start without numpy.
+
+FORMAT = 1
+FOLDER = ".ckpt"
+_CACHE = "cache"
+
+
+def _quiet(_: int) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """A commit in the history, with what depends on the repository's present state.
+
+    `stored_bytes` are the bytes on disk that the commit added, without its exact patch.
+    """
+
+    id: ObjectId
+    commit: Commit
+    stored_bytes: int
+    fidelity: Mapping[str, str]
+    branch: str | None
+    tags: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every file comes back bit for bit."""
+        return all(form == "exact" for form in self.fidelity.values())
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Sizes of a repository in bytes, as they are on disk."""
+
+    commits: int
+    raw_bytes: int
+    stored_bytes: int
+    history_bytes: int
+    patch_bytes: int
+    cache_bytes: int
+    packs: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the repository is than the files that were committed."""
+        return self.raw_bytes / self.stored_bytes if self.stored_bytes else 0.0
+
+
+class Repo:
+    """An open repository.  Holds its own branch: a checkout elsewhere does not move it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder.parent
+        _check_format(folder)
+        self._backend = LocalBackend(folder)
+        self.config: Config = load_config(folder / "config.toml")
+        store = ObjectStore(self._backend, folder / _CACHE / "index.lmdb", keys_of)
+        self.catalog = Catalog(store)
+        self.refs = Refs(self._backend)
+        self.revisions = Revisions(self.catalog, self.refs)
+        self._branch: str | None = None
+        self._sync_index()
+
+    # -- opening -------------------------------------------------------------------------------
+
+    @classmethod
+    def init(cls, path: str | os.PathLike[str] = ".") -> Repo:
+        """Make a repository in DIR/.ckpt, or open the one that is there.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        folder = Path(path) / FOLDER
+        if (folder / "format").exists():
+            return cls(folder)
+        try:
+            for name in (*FOLDERS, "refs", "leases", "marks", "tmp", _CACHE):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / "config.toml").write_text(DEFAULT_TEXT, "utf-8")
+            refs = Refs(LocalBackend(folder))
+            if refs.read(HEAD) is None:
+                from ckptvcs.committing import now  # noqa: PLC0415  see above
+
+                refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
+            fields = {
+                "format": FORMAT, "id": uuid.uuid4().hex,
+                "flags": {"read": [], "write": [], "gc": []},
+            }  # fmt: skip
+            temporary = folder / "tmp" / "format"
+            temporary.write_text(json.dumps(fields) + "\n", "utf-8")
+            temporary.replace(folder / "format")  # before: no repository; after: a whole one
+            sync_directory(folder)
+            sync_directory(folder.parent)
+        except OSError as error:
+            raise storage_error(error, f"make a repository in {path}") from error
+        return cls(folder)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Repo:
+        """Open the repository DIR or DIR/.ckpt.
+
+        Raises:
+            NotFoundError: there is none.
+            UnsupportedVersionError: a newer program wrote it.
+        """
+        for folder in (Path(path) / FOLDER, Path(path)):
+            if (folder / "format").is_file():
+                return cls(folder)
+        raise NotFoundError(f"no repository at {path}", hint="make one with 'ckpt init'")
+
+    @classmethod
+    def discover(cls, start: Path) -> Repo:
+        """Open the repository of `start` or of the nearest folder above it.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        for folder in (start, *start.parents):
+            if (folder / FOLDER / "format").is_file():
+                return cls(folder / FOLDER)
+        raise NotFoundError(
+            f"no repository in {start} or above it",
+            hint="make one with 'ckpt init', or name one with --repo or CKPT_DIR",
+        )
+
+    def _sync_index(self) -> None:
+        """Refresh the index where it does not know what HEAD is at: another machine, or another
+        process that crashed before it told the index, may have written.
+        """
+        head = self.revisions.head()
+        if head is not None and not self.catalog.store.contains(head):
+            self.catalog.store.refresh()
+
+    # -- committing ----------------------------------------------------------------------------
+
+    def commit(
+        self,
+        state: object,
+        *,
+        step: int | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        codec: str | None = None,
+    ) -> LogEntry:
+        """Commit a nested state of plain types, tensors and numpy arrays.
+
+        Raises:
+            InvalidInputError: the state holds something else; the message names its path.
+            ConflictError: another writer moved the branch meanwhile.
+        """
+        from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint  # noqa: PLC0415
+
+        result = self.commit_checkpoint(
+            state_checkpoint(state), STATE_FILE, inside=True, step=step, message=message,
+            metrics=metrics or {}, codec=codec, branch=self._branch,
+        )  # fmt: skip
+        self._branch = result.branch
+        return self.entry(result.id, branch=result.branch)
+
+    def commit_path(
+        self,
+        path: Path,
+        *,
+        message: str,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        codec: str | None = None,
+        branch: str | None = None,
+        raw: bool = False,
+        progress: Progress = _quiet,
+    ) -> Result:
+        """Commit a checkpoint file or a directory of files.
+
+        Raises:
+            NotFoundError, InvalidInputError: there is no complete checkpoint at `path`.
+            ConflictError: another writer moved the branch meanwhile.
+        """
+        from ckptvcs.checkpoint.checkpoint import open_checkpoint  # noqa: PLC0415
+
+        full = Path(os.path.abspath(path))  # noqa: PTH100  links are kept as the user sees them
+        root = Path(os.path.abspath(self.root))  # noqa: PTH100
+        inside = full.is_relative_to(root)
+        name = full.relative_to(root).as_posix() if inside else full.name
+        checkpoint = open_checkpoint(path, raw=raw, skip=self.folder.resolve())
+        return self.commit_checkpoint(
+            checkpoint, name, inside=inside, step=step, message=message,
+            metrics=metrics or {}, codec=codec, branch=branch, progress=progress,
+        )  # fmt: skip
+
+    def commit_checkpoint(
+        self,
+        checkpoint: Checkpoint,
+        path: str,
+        *,
+        inside: bool,
+        step: int | None,
+        message: str,
+        metrics: Mapping[str, float],
+        codec: str | None,
+        branch: str | None = None,
+        progress: Progress = _quiet,
+    ) -> Result:
+        """Commit what has been opened already; see `Committer.commit`."""
+        from ckptvcs.codec.spec import parse_codec  # noqa: PLC0415
+        from ckptvcs.committing import Committer, Request  # noqa: PLC0415
+
+        if step is not None and not 0 <= step < 1 << 62:
+            raise InvalidInputError(f"a step is a whole number from 0, not {step}")
+        _require_flags(self.folder, "write")
+        spec = parse_codec(codec or self.config.codec)
+        bases = self.folder / _CACHE / "bases"
+        committer = Committer(self.catalog, self.refs, bases, self.config, progress)
+        return committer.commit(
+            Request(checkpoint, path, inside, message, step, metrics, spec, branch)
+        )
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def resolve(self, revision: str | int) -> ObjectId:
+        """The commit that a revision names; an int is a step.
+
+        Raises:
+            NotFoundError, InvalidInputError: it names none, or several.
+        """
+        return self.revisions.resolve(str(revision))
+
+    def restorer(self, name: ObjectId, *, near: bool = False) -> Restorer:
+        """What reads one commit."""
+        from ckptvcs.restore import Restorer  # noqa: PLC0415
+
+        return Restorer(self.catalog, name, near=near)
+
+    def checkout(self, revision: str | int) -> Any:
+        """The state of a commit: the nested object that was committed, with its tensors.
+
+        Tensors of torch come back as such (which imports torch); unknown classes come back as
+        inert records and are never executed.  A directory comes back as a dict of its files.
+        """
+        from ckptvcs.extract import PartReader  # noqa: PLC0415
+
+        return PartReader(self.restorer(self.resolve(revision))).state()
+
+    def save_part(self, name: ObjectId, part: str, target: Path) -> None:
+        """Write one part of a commit as .safetensors or as a torch.save file."""
+        from ckptvcs.extract import PartReader  # noqa: PLC0415
+
+        PartReader(self.restorer(name)).save(part, target)
+
+    def worktree(self) -> WorkTree:
+        """The files outside the store."""
+        from ckptvcs.checkout import WorkTree  # noqa: PLC0415
+
+        return WorkTree(self.catalog, self.root, self.folder / _CACHE / "written")
+
+    def checkout_files(
+        self,
+        name: ObjectId,
+        output: Path | None = None,
+        *,
+        force: bool = False,
+        progress: Progress = _quiet,
+    ) -> CheckedOut:
+        """Write the files of a commit; HEAD stays where it is (see `move_head`)."""
+        return self.worktree().write(self.restorer(name), output, progress, force=force)
+
+    def move_head(self, name: ObjectId, branch: str | None) -> str | None:
+        """Point HEAD at a commit; at a branch where the commit is its newest.  That branch."""
+        from ckptvcs.committing import now  # noqa: PLC0415
+
+        head = self.refs.read(HEAD)
+        tips = {n: self.revisions.branch(n) for n in self.refs.names("heads")}
+        at = [n for n, tip in tips.items() if tip == name]
+        following = head.branch if head else None
+        if branch not in at:
+            branch = following if following in at else (at[0] if at else None)
+        commit = None if branch else name
+        if head is None or (head.branch, head.commit) != (branch, commit):
+            self.refs.publish(
+                HEAD, head, commit=commit, branch=branch, time=now(), action="checkout"
+            )
+        return branch
+
+    # -- history -------------------------------------------------------------------------------
+
+    def head(self) -> Generation | None:
+        """What HEAD is at."""
+        return self.refs.read(HEAD)
+
+    def entry(
+        self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
+    ) -> LogEntry:
+        """A commit as the log shows it."""
+        commit = self.catalog.commit(name)
+        fidelity = {
+            part: "exact" if state.exact is None or self.catalog.has_recipe(state.exact) else "near"
+            for part, state in commit.parts.items()
+        }
+        stored = commit.data_bytes + self.catalog.store.home_size(name)
+        return LogEntry(name, commit, stored, fidelity, branch, tags)
+
+    def tags(self) -> dict[ObjectId, tuple[str, ...]]:
+        """The tags of each commit that has any."""
+        found: dict[ObjectId, tuple[str, ...]] = {}
+        for tag in self.refs.names("tags"):
+            commit = self.revisions.tag(tag)
+            if commit is not None:
+                found[commit] = (*found.get(commit, ()), tag)
+        return found
+
+    def log(
+        self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
+    ) -> list[LogEntry]:
+        """Commits, newest first: HEAD's line (or that of `revision`), or those of all branches."""
+        tags = self.tags()
+        head = self.refs.read(HEAD)
+        lines: list[tuple[str | None, ObjectId]] = []
+        if revision is not None:
+            lines.append((None, self.resolve(revision)))
+        else:
+            start = self.revisions.head()
+            if start is not None:
+                lines.append((head.branch if head else None, start))
+            if all_branches:
+                tips = self.revisions.tips()
+                lines += [(n[6:], tip) for n, tip in tips.items() if n.startswith("heads/")]
+                lines += [(None, tip) for n, tip in tips.items() if n.startswith("tags/")]
+        found: dict[ObjectId, str | None] = {}
+        times: dict[ObjectId, str] = {}
+        for branch, tip in lines:
+            for name, commit in self.catalog.ancestors(tip):
+                if name in found or (len(lines) == 1 and len(found) == limit):
+                    break
+                found[name], times[name] = branch, commit.time
+        names = list(found)
+        if len(lines) > 1:
+            names.sort(key=lambda name: times[name], reverse=True)
+        return [self.entry(n, branch=found[n], tags=tags.get(n, ())) for n in names[:limit]]
+
+    def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
+        """Create or move a branch (`heads`) or a tag (`tags`); None deletes it."""
+        from ckptvcs.committing import now  # noqa: PLC0415
+
+        check_name(name, "tag" if space == "tags" else "branch")
+        ref = f"{space}/{name}"
+        self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
+
+    # -- care ----------------------------------------------------------------------------------
+
+    def plan_gc(self) -> GcPlan:
+        """What a sweep would delete now."""
+        from ckptvcs.history.gc import plan_gc  # noqa: PLC0415
+
+        _require_flags(self.folder, "gc")
+        return plan_gc(self.catalog, self.refs)
+
+    def gc(self) -> GcPlan:
+        """Sweep what nothing reaches; what was deleted.
+
+        Raises:
+            BusyError: a writer is at work.
+            CorruptionError: something that is needed is missing: nothing was deleted.
+        """
+        from ckptvcs.history.gc import sweep  # noqa: PLC0415
+        from ckptvcs.store.leases import exclusive  # noqa: PLC0415
+
+        with exclusive(self._backend):
+            plan = self.plan_gc()
+            sweep(self.catalog, plan)
+        return plan
+
+    def verify(self, progress: Progress = _quiet) -> Report:
+        """Prove that everything can be read; see `ckptvcs.verify`."""
+        from ckptvcs.verify import Verifier  # noqa: PLC0415
+
+        return Verifier(self.catalog, self.refs, progress).run()
+
+    def stats(self) -> Stats:
+        """Sizes on disk."""
+        commits = dict(self.revisions.reachable(self.revisions.tips().values()))
+        disk = {
+            name: sum(self._backend.size(file) for file in self._backend.names(name))
+            for name in (*FOLDERS, "refs", "leases", "marks", _CACHE)
+        }
+        single = sum(self._backend.size(name) for name in ("format", "config.toml"))
+        stored = sum(disk.values()) - disk[_CACHE] + single
+        patches = sum(commit.patch_bytes for commit in commits.values())
+        return Stats(
+            len(commits), sum(c.raw_bytes for c in commits.values()), stored, stored - patches,
+            patches, disk[_CACHE], len(self.catalog.store.list_packs()),
+        )  # fmt: skip
+
+
+def _format(folder: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((folder / "format").read_text("utf-8"))
+        number, flags = fields["format"], fields.get("flags", {})
+        known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
+    except OSError as error:
+        raise storage_error(error, f"open {folder}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"{folder / 'format'} is not readable") from error
+    if not known:
+        raise CorruptionError(f"{folder / 'format'} holds no format")
+    return {"format": number, "flags": flags}
+
+
+def _check_format(folder: Path) -> None:
+    number = _format(folder)["format"]
+    if number > FORMAT:
+        raise UnsupportedVersionError(
+            f"{folder} has format {number}, this program reads up to {FORMAT}",
+            hint="upgrade ckptvcs",
+        )
+    _require_flags(folder, "read")
+
+
+def _require_flags(folder: Path, operation: str) -> None:
+    """Refuse what the repository says an older program must not do."""
+    unknown = _format(folder)["flags"].get(operation) or []
+    if unknown:
+        raise UnsupportedVersionError(
+            f"{folder} needs features that this program lacks to {operation}: "
+            + ", ".join(map(str, unknown)),
+            hint="upgrade ckptvcs",
+        )

@@ -1,0 +1,324 @@
+"""Restore: a commit -> its files, one part of it, or its state in Python.
+
+Files are put together from their skeletons and decoded tensors in a temporary place beside the
+target, proven (every tensor by its hash, an exact file by its own), and only then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from ckptvcs.chain import ChainReader
+from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint.layout import Layout, Source
+from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.words import Words, octets
+from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import Commit, FileEntry
+from ckptvcs.history.schema import Op, Skeleton
+from ckptvcs.parallel import ordered_map
+from ckptvcs.store.local import storage_error
+from ckptvcs.store.object import ObjectId
+
+Progress = Callable[[int], None]
+
+_FORBIDDEN = frozenset('<>:"|?*\\\0')
+_DEVICES = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
+)
+
+
+def safe_path(path: str) -> PurePosixPath:
+    """A committed path that stays inside its target, on every file system.
+
+    Raises:
+        CorruptionError: it is absolute, climbs, or names a device.  Such a commit was not made by
+            this program from such a file.
+    """
+    pure = PurePosixPath(path)
+    plain = pure.parts and not pure.is_absolute() and ".." not in pure.parts and path == str(pure)
+    if not plain or "\0" in path or len(path) > 4096:
+        raise CorruptionError(f"a commit holds a file that would leave its target: {path!r}")
+    if os.name == "nt" and any(
+        set(part) & _FORBIDDEN or part.split(".")[0].lower() in _DEVICES for part in pure.parts
+    ):
+        raise InvalidInputError(f"{path!r} is no file name on this system")
+    return pure
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One slice to decode."""
+
+    table: ObjectId
+    position: int
+    number: int
+    slice: int
+    count: int
+
+
+class Restorer:
+    """Reads one commit.  `near` asks for the near form even where an exact patch is there."""
+
+    def __init__(self, catalog: Catalog, name: ObjectId, *, near: bool = False) -> None:
+        self.name = name
+        self.commit: Commit = catalog.commit(name)
+        self.schema = catalog.schema(self.commit.schema)
+        self._catalog, self._chain = catalog, ChainReader(catalog)
+        self.fidelity: dict[str, str] = {}
+        self._tables: dict[int, tuple[ObjectId, int]] = {}
+        for part, state in self.commit.parts.items():
+            table = state.values
+            self.fidelity[part] = state.fidelity
+            if state.exact is not None and not near and catalog.has_recipe(state.exact):
+                table, self.fidelity[part] = state.exact, "exact"
+            for position, number in enumerate(self.schema.stored(part)):
+                self._tables[number] = (table, position)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the files come back bit for bit."""
+        return all(form == "exact" for form in self.fidelity.values())
+
+    # -- tensors -------------------------------------------------------------------------------
+
+    def _jobs(self, numbers: list[int]) -> Iterator[_Job]:
+        for number in numbers:
+            if number not in self._tables:
+                raise NotFoundError(
+                    f"commit {self.name[:8]} does not hold {self.schema.tensors[number].name}"
+                )
+            table, position = self._tables[number]
+            for index, count in enumerate(slice_counts(self.schema.tensors[number].words)):
+                yield _Job(table, position, number, index, count)
+
+    def _slices(self, numbers: list[int]) -> Iterator[Words]:
+        """The slices of stored tensors, one tensor after another, decoded ahead in threads.
+
+        The last slice of a tensor comes after the proof of the whole.
+        """
+
+        def decode(job: _Job) -> tuple[_Job, Words]:
+            links = self._chain.links(job.table, job.position)
+            info = self.schema.tensors[job.number]
+            return job, self._chain.decode_slice(links, info, job.slice, job.count)
+
+        digest = blake3(max_threads=1)
+        for job, words in ordered_map(decode, self._jobs(numbers)):
+            digest.update(octets(words))
+            info = self.schema.tensors[job.number]
+            if job.slice + 1 == len(slice_counts(info.words)):
+                if digest.digest() != self._catalog.values(job.table)[job.position]:
+                    raise CorruptionError(f"{info.name} does not decode to its recorded hash")
+                digest = blake3(max_threads=1)
+            yield words
+
+    def inline(self) -> dict[int, bytes]:
+        """The bytes of the small tensors, which stand in skeletons."""
+        found = {}
+        for file in self.commit.files:
+            if file.skeleton is not None:
+                for op, argument, data in self._skeleton(file).walk(self.schema):
+                    if op == Op.INLINE:
+                        found[argument] = bytes(data)
+        return found
+
+    def tensor(self, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """All bytes of a stored tensor, proven."""
+        info = self.schema.tensors[number]
+        out = np.empty(info.size_bytes, np.uint8)
+        at = 0
+        for words in self._slices([number]):
+            data = words.view(np.uint8)
+            out[at : at + data.size] = data
+            at += data.size
+        return out
+
+    def blocks(self, number: int) -> Iterator[memoryview]:
+        """The bytes of a stored tensor, slice after slice."""
+        return (octets(words) for words in self._slices([number]))
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def _skeleton(self, file: FileEntry) -> Skeleton:
+        if file.skeleton is None:
+            raise CorruptionError(f"{file.path} has no content")
+        return self._catalog.skeleton(file.skeleton)
+
+    def write_file(
+        self, file: FileEntry, write: Callable[[bytes | memoryview], object], progress: Progress
+    ) -> str:
+        """Write a file's bytes in order; the BLAKE3 of what was written.
+
+        Raises:
+            CorruptionError: a tensor, or a file that is exact, does not have its hash.
+        """
+        digest = blake3(max_threads=1)
+
+        def put(data: bytes | memoryview) -> None:
+            digest.update(data)
+            write(data)
+            progress(len(data))
+
+        segments = list(self._skeleton(file).walk(self.schema))
+        tensors = [argument for op, argument, _ in segments if op == Op.TENSOR]
+        stream = self._slices(tensors)
+        sums: dict[int, int] = {}
+        for op, argument, data in segments:
+            if op == Op.TENSOR:
+                crc = 0
+                for _ in slice_counts(self.schema.tensors[argument].words):
+                    block = octets(next(stream))
+                    crc = zlib.crc32(block, crc)
+                    put(block)
+                sums[argument] = crc
+            elif op == Op.CRC32:
+                if argument not in sums:  # a checksum that stands before what it sums up
+                    sums[argument] = zlib.crc32(self.tensor(argument).data)
+                put(sums[argument].to_bytes(4, "little"))
+            else:
+                put(data)
+        for _ in stream:
+            raise CorruptionError(f"{file.path} has tensors that belong nowhere")
+        found = digest.hexdigest()
+        if self.exact and found != file.hash:
+            raise CorruptionError(f"{file.path} does not have the hash that was committed")
+        return found
+
+    def save(self, file: FileEntry, target: Path, progress: Progress) -> str:
+        """Write a file to `target`, whole or not at all; the BLAKE3 of its bytes."""
+        temporary = target.with_name(f".{target.name[:100]}.ckpt-{secrets.token_hex(6)}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as out:
+                found = self.write_file(file, out.write, progress)
+            temporary.chmod(file.mode & 0o777)
+            if file.mtime_ns:
+                os.utime(temporary, ns=(file.mtime_ns, file.mtime_ns))
+            temporary.replace(target)
+        except OSError as error:
+            raise storage_error(error, f"write {target}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return found
+
+    def save_directory(self, target: Path, progress: Progress) -> list[str]:
+        """Write a directory commit to `target`, whole or not at all where it does not exist yet;
+        the BLAKE3 of each file.  Files that are there and not in the commit stay.
+        """
+        fresh = not target.exists()
+        place = target.with_name(f".{target.name}.ckpt-{secrets.token_hex(6)}") if fresh else target
+        found = []
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            for file in self.commit.files:
+                path = safe_path(file.path)
+                _refuse_links(place, path)
+                if file.skeleton is not None:
+                    found.append(self.save(file, place / path, progress))
+                elif file.link is None:
+                    (place / path).mkdir(parents=True, exist_ok=True)
+            self._make_links(place)
+            if fresh:
+                place.rename(target)
+        except OSError as error:
+            raise storage_error(error, f"write {target}") from error
+        finally:
+            if fresh:
+                shutil.rmtree(place, ignore_errors=True)
+        return found
+
+    def _make_links(self, place: Path) -> None:
+        """Links come last, so that no file is written through one."""
+        for file in self.commit.files:
+            if file.link is not None:
+                path = place / safe_path(file.path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_symlink():
+                    path.unlink()
+                path.symlink_to(file.link)
+
+    # -- structure -----------------------------------------------------------------------------
+
+    def layout(self, file: FileEntry) -> tuple[Layout, list[int]]:
+        """The structure of a file, read from its skeleton alone, and the number in the schema of
+        each of its tensors.
+        """
+        source = _SkeletonSource(self, self._skeleton(file))
+        parse = {
+            "torch-zip": lambda s: torchzip.parse(s, checksums=False),
+            "torch-legacy": torchlegacy.parse,
+            "safetensors": safetensors.parse,
+        }.get(file.format)
+        layout = parse(source) if parse else None
+        layout = layout or Layout("raw", [])
+        numbers = [source.owner(found.offset, found.size) for found in layout.tensors]
+        return layout, numbers
+
+
+def _refuse_links(root: Path, path: PurePosixPath) -> None:
+    """Raises InvalidInputError where a directory on the way to a file is a symbolic link."""
+    for parent in list(path.parents)[:-1]:
+        if (root / parent).is_symlink():
+            raise InvalidInputError(f"{root / parent} is a symbolic link; not writing through it")
+
+
+class _SkeletonSource(Source):
+    """A file's bytes with zeros for its stored tensors, except those that are plain bytes."""
+
+    def __init__(self, restorer: Restorer, skeleton: Skeleton) -> None:
+        self._restorer = restorer
+        self._spans: list[tuple[int, int, Op, int, memoryview]] = []
+        self._bytes: dict[int, bytes] = {}
+        at = 0
+        for op, argument, data in skeleton.walk(restorer.schema):
+            length = 4 if op == Op.CRC32 else len(data)
+            if op == Op.TENSOR:
+                length = restorer.schema.tensors[argument].size_bytes
+            self._spans.append((at, at + length, op, argument, data))
+            at += length
+        self.size = at
+        self._starts = [span[0] for span in self._spans]
+
+    def owner(self, offset: int, size: int) -> int:
+        """The tensor that lies at an offset; -1 where it is empty."""
+        at = bisect_right(self._starts, offset) - 1
+        start, end, op, argument, _ = self._spans[at]
+        here = size and (start, end - start) == (offset, size)
+        return argument if here and op in (Op.TENSOR, Op.INLINE) else -1
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset < 0 or offset + length > self.size:
+            raise CorruptionError("a skeleton is shorter than the file it describes")
+        parts = []
+        for at in range(bisect_right(self._starts, offset) - 1, len(self._spans)):
+            start, end, op, argument, data = self._spans[at]
+            low, high = max(start, offset), min(end, offset + length)
+            if low >= high:
+                break
+            if op == Op.TENSOR and self._restorer.schema.tensors[argument].part == "rest":
+                data = memoryview(self._tensor(argument))
+            if op == Op.CRC32 or not len(data):
+                parts.append(bytes(high - low))
+            else:
+                parts.append(bytes(data[low - start : high - start]))
+        return b"".join(parts)
+
+    def _tensor(self, number: int) -> bytes:
+        if number not in self._bytes:
+            self._bytes[number] = self._restorer.tensor(number).tobytes()
+        return self._bytes[number]

@@ -1,0 +1,1 @@
+"""Bytes <-> ids, durable.  The store does not know what its objects mean."""

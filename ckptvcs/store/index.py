@@ -1,0 +1,223 @@
+"""Object id -> place, in LMDB: a fast view of the packs that can be deleted at any time.
+
+Nothing here is the truth.  Everything can be rebuilt from the tables of contents of the packs; a
+value that turns out wrong is noticed because every object is checked against its id.
+
+    packs      pack id              -> folder, size
+    objects    object id            -> places (several packs may hold the same object)
+    contents   object id            -> content of small objects that are read often
+    keys       key of the caller    -> object ids   ("recipes of these values", "commits of step 7")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from ckptvcs.store.object import Kind, ObjectId, PackId
+from ckptvcs.store.pack import Entry, PackInfo
+
+_PLACE = struct.Struct("<32sBBQQQQ32s")  # pack, kind, encoding, offset, region, raw, stored, base
+_PACK = struct.Struct("<BQ")  # folder, size
+_FOLDERS = ("packs", "meta")
+_VERSION = b"ckptvcs index 1"
+_NO_BASE = bytes(32)
+_FIRST_MAP_BYTES = 1 << 24
+_MAX_KEY = 500
+
+
+@dataclass(frozen=True)
+class Place:
+    """One copy of an object: the pack it lies in and its entry there."""
+
+    pack: PackId
+    folder: str
+    entry: Entry
+
+
+KeysOf = Callable[[Kind, bytes], Iterable[bytes]]
+"""What an object can be found by, besides its id; made by the caller, opaque to the index."""
+
+_open: dict[Path, tuple[int, lmdb.Environment]] = {}
+
+
+def _environment(path: Path) -> lmdb.Environment:
+    """The one environment of `path` in this process; a forked child opens its own."""
+    known = _open.get(path)
+    if known and known[0] == os.getpid():
+        return known[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {
+        "subdir": False, "map_size": max(_FIRST_MAP_BYTES, _file_size(path)), "max_dbs": 8,
+        "max_readers": 512, "readahead": False,
+        # The index is rebuilt when it is damaged: losing the last write to a power cut is harmless.
+        "metasync": False, "sync": False,
+    }  # fmt: skip
+    if lmdb.version()[0] >= 1 or tuple(map(int, lmdb.__version__.split(".")[:1])) >= (3,):
+        options["lib_version"] = 0
+    environment = lmdb.open(str(path), **options)
+    _open[path] = (os.getpid(), environment)
+    return environment
+
+
+def _file_size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+class Index:
+    """The LMDB file; every method is one transaction."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._env = _environment(path)
+        with self._env.begin(write=self._is_new()) as txn:
+            if txn.get(b"version") not in (None, _VERSION):
+                raise lmdb.InvalidError("the index has another version")
+        self._packs = self._env.open_db(b"packs")
+        self._objects = self._env.open_db(b"objects", dupsort=True)
+        self._contents = self._env.open_db(b"contents")
+        self._keys = self._env.open_db(b"keys", dupsort=True)
+        self._write(lambda txn: txn.put(b"version", _VERSION) if self._is_new() else None)
+
+    def _is_new(self) -> bool:
+        with self._env.begin() as txn:
+            return txn.get(b"version") is None
+
+    def _write(self, change: Callable[[lmdb.Transaction], object]) -> None:
+        """Run `change` in one transaction, in a larger map if this one is full."""
+        while True:
+            try:
+                with self._env.begin(write=True) as txn:
+                    change(txn)
+                return
+            except lmdb.MapFullError:
+                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+            except lmdb.MapResizedError:
+                self._env.set_mapsize(0)
+
+    def _begin(self) -> lmdb.Transaction:
+        try:
+            return self._env.begin()
+        except lmdb.MapResizedError:
+            self._env.set_mapsize(0)
+            return self._env.begin()
+
+    def packs(self) -> dict[PackId, tuple[str, int]]:
+        """Every indexed pack: its folder and size in bytes."""
+        with self._begin() as txn, txn.cursor(self._packs) as cursor:
+            return {
+                PackId(bytes(key).hex()): (_FOLDERS[folder], size)
+                for key, value in cursor
+                for folder, size in [_PACK.unpack(value)]
+            }
+
+    def pack_size(self, pack: PackId) -> int:
+        """Bytes of an indexed pack; 0 where it is not known."""
+        with self._begin() as txn:
+            row = txn.get(bytes.fromhex(pack), db=self._packs)
+            return 0 if row is None else int(_PACK.unpack(bytes(row))[1])
+
+    def places(self, name: ObjectId) -> list[Place]:
+        """Where an object lies; empty where it is not known."""
+        with self._begin() as txn, txn.cursor(self._objects) as cursor:
+            if not cursor.set_key(bytes.fromhex(name)):
+                return []
+            return [self._place(txn, name, bytes(value)) for value in cursor.iternext_dup()]
+
+    def _place(self, txn: lmdb.Transaction, name: ObjectId, value: bytes) -> Place:
+        pack, kind, encoding, offset, region, raw, stored, base = _PLACE.unpack(value)
+        folder = _PACK.unpack(bytes(txn.get(pack, db=self._packs) or b""))[0]
+        entry = Entry(
+            name, Kind(kind), encoding, None if base == _NO_BASE else ObjectId(base.hex()),
+            offset, region, raw, stored,
+        )  # fmt: skip
+        return Place(PackId(pack.hex()), _FOLDERS[folder], entry)
+
+    def content(self, name: ObjectId) -> bytes | None:
+        """The content of a small object, unproven; None where it is not kept here."""
+        with self._begin() as txn:
+            value = txn.get(bytes.fromhex(name), db=self._contents)
+            return None if value is None else bytes(value)
+
+    def find(self, key: bytes) -> list[ObjectId]:
+        """The objects that have `key`."""
+        with self._begin() as txn, txn.cursor(self._keys) as cursor:
+            if not cursor.set_key(key[:_MAX_KEY]):
+                return []
+            return [ObjectId(bytes(value).hex()) for value in cursor.iternext_dup()]
+
+    def ids(self, kind: Kind) -> Iterator[ObjectId]:
+        """Every object of a kind."""
+        with self._begin() as txn, txn.cursor(self._objects) as cursor:
+            names = [
+                ObjectId(bytes(key).hex()) for key, value in cursor if bytes(value)[32] == kind
+            ]
+        return iter(dict.fromkeys(names))
+
+    def add(self, pack: PackInfo, contents: dict[ObjectId, bytes], keys_of: KeysOf) -> None:
+        """Make a pack's objects findable; `contents` are the small ones to keep."""
+
+        def change(txn: lmdb.Transaction) -> None:
+            name = bytes.fromhex(pack.id)
+            row = _PACK.pack(_FOLDERS.index(pack.folder), pack.size_bytes)
+            txn.put(name, row, db=self._packs)
+            for entry in pack.entries:
+                base = bytes.fromhex(entry.base) if entry.base else _NO_BASE
+                place = _PLACE.pack(
+                    name, entry.kind, entry.encoding, entry.offset, entry.region_bytes,
+                    entry.raw_bytes, entry.stored_bytes, base,
+                )  # fmt: skip
+                txn.put(bytes.fromhex(entry.id), place, db=self._objects)
+                content = contents.get(entry.id)
+                if content is not None:
+                    txn.put(bytes.fromhex(entry.id), content, db=self._contents)
+                    for key in keys_of(entry.kind, content):
+                        txn.put(key[:_MAX_KEY], bytes.fromhex(entry.id), db=self._keys)
+
+        self._write(change)
+
+    def remove(self, packs: set[PackId], keys_of: KeysOf) -> None:
+        """Forget packs, and the objects that lay nowhere else."""
+        gone = {bytes.fromhex(pack) for pack in packs}
+
+        def change(txn: lmdb.Transaction) -> None:
+            with txn.cursor(self._objects) as cursor:
+                rows = [(bytes(k), bytes(v)) for k, v in cursor if bytes(v)[:32] in gone]
+            for key, value in rows:
+                txn.delete(key, value, db=self._objects)
+                if txn.get(key, db=self._objects) is None:
+                    content = txn.get(key, db=self._contents)
+                    for found in keys_of(Kind(value[32]), bytes(content)) if content else ():
+                        txn.delete(found[:_MAX_KEY], key, db=self._keys)
+                    txn.delete(key, db=self._contents)
+            for name in gone:
+                txn.delete(name, db=self._packs)
+
+        self._write(change)
+
+    def clear(self) -> None:
+        """Forget everything."""
+
+        def change(txn: lmdb.Transaction) -> None:
+            for table in (self._packs, self._objects, self._contents, self._keys):
+                txn.drop(table, delete=False)
+
+        self._write(change)
+
+
+def discard(path: Path) -> None:
+    """Close and delete an index file, so that the next one starts empty."""
+    known = _open.pop(path, None)
+    if known and known[0] == os.getpid():
+        known[1].close()
+    for name in (path, path.with_name(path.name + "-lock")):
+        name.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""Leases: writers and a sweeping gc keep out of each other's way, without locks.
+
+A writer puts a lease, then looks for the exclusive mark.  gc puts the exclusive mark, then looks
+for leases.  Both publish before they look, so at least one of them sees the other and backs off.
+A process that dies leaves its file behind: it counts no more once the process is known to be
+gone, which only its own host can tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckptvcs.errors import BusyError, ConflictError, StorageError
+from ckptvcs.store.backend import Backend, read_small, write_once
+
+_EXCLUSIVE = "marks/exclusive"
+_MAX_BYTES = 4096
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When a process began, as the kernel counts it: tells a reused process id."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _self() -> bytes:
+    pid = os.getpid()
+    return json.dumps(
+        {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "started": _started(pid)}
+    ).encode()
+
+
+def _alive(data: bytes) -> bool:
+    """Whether the process that wrote a lease may still be at work."""
+    try:
+        fields = json.loads(data)
+        host, boot, pid, started = (fields[k] for k in ("host", "boot", "pid", "started"))
+        if host != socket.gethostname():
+            return True
+        if boot != _boot_id():
+            return False
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return False
+    return not started or started == _started(int(pid))
+
+
+def _holder(backend: Backend, name: str) -> bool:
+    try:
+        return _alive(read_small(backend, name, _MAX_BYTES))
+    except FileNotFoundError:
+        return False
+
+
+def live_leases(backend: Backend) -> list[str]:
+    """The leases of writers that may still be at work."""
+    return [name for name in backend.names("leases") if _holder(backend, name)]
+
+
+def dead_leases(backend: Backend) -> list[str]:
+    """What dead writers left behind."""
+    return [name for name in backend.names("leases") if not _holder(backend, name)]
+
+
+@contextmanager
+def lease(backend: Backend) -> Iterator[str]:
+    """Hold a lease while writing; it names the lease, to be checked before publishing.
+
+    Raises:
+        BusyError: gc is sweeping.
+    """
+    name = f"leases/{secrets.token_hex(12)}"
+    write_once(backend, name, _self())
+    try:
+        if _holder(backend, _EXCLUSIVE):
+            raise BusyError("gc is sweeping this repository", hint="try again in a moment")
+        yield name
+    finally:
+        backend.delete(name)
+
+
+def check_lease(backend: Backend, name: str) -> None:
+    """Raises ConflictError where somebody has taken the lease away meanwhile."""
+    try:
+        read_small(backend, name, _MAX_BYTES)
+    except FileNotFoundError:
+        raise ConflictError("the lease of this writer is gone", hint="commit again") from None
+
+
+@contextmanager
+def exclusive(backend: Backend) -> Iterator[None]:
+    """Keep new writers out while sweeping.
+
+    Raises:
+        BusyError: a writer or another gc is at work.
+    """
+    if not _holder(backend, _EXCLUSIVE):
+        backend.delete(_EXCLUSIVE)
+    try:
+        write_once(backend, _EXCLUSIVE, _self())
+    except ConflictError as error:
+        raise BusyError("another gc is at work", hint="try again later") from error
+    try:
+        writers = live_leases(backend)
+        if writers:
+            raise BusyError(
+                f"{len(writers)} writer(s) are at work", hint="run gc again when they are done"
+            )
+        yield
+    finally:
+        # Where it cannot be deleted it counts no more once this process is gone.
+        with contextlib.suppress(StorageError):
+            backend.delete(_EXCLUSIVE)

@@ -1,0 +1,148 @@
+"""A backend on a directory: temporary file, fsync, link, fsync of the directory.
+
+A crash before the link leaves a file in tmp/, which gc sweeps; after it the file is complete and
+durable.  `os.link` is the atomic put-if-absent of POSIX file systems: of two writers of one name
+exactly one succeeds, and the name never shows half a file.  No locks anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ckptvcs.errors import ConflictError, StorageError
+
+_HINTS = {
+    errno.ENOSPC: "the disk is full: free some space and try again",
+    errno.EDQUOT: "the disk quota is used up: free some space and try again",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "check the permissions of the repository",
+    errno.EPERM: "check the permissions of the repository",
+}
+
+
+def storage_error(error: OSError, action: str) -> StorageError:
+    """What the user is told when the operating system refuses."""
+    reason = error.strerror or str(error)
+    return StorageError(f"cannot {action}: {reason}", hint=_HINTS.get(error.errno or 0))
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class LocalBackend:
+    """Write-once files below a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self, folder: str) -> Iterator[str]:
+        stack = [folder]
+        while stack:
+            below = stack.pop()
+            try:
+                with os.scandir(self.root / below) as entries:
+                    for entry in entries:
+                        name = f"{below}/{entry.name}"
+                        if entry.is_dir(follow_symlinks=False):
+                            stack.append(name)
+                        else:
+                            yield name
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise storage_error(error, f"list {below}") from error
+
+    def size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        try:
+            with (self.root / name).open("rb", buffering=0) as file:
+                left = max(0, os.fstat(file.fileno()).st_size - offset)
+                if length is not None:
+                    left = min(left, length)
+                parts = []
+                while left and (part := os.pread(file.fileno(), min(left, 1 << 30), offset)):
+                    parts.append(part)
+                    offset += len(part)
+                    left -= len(part)
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise storage_error(error, f"read {name}") from error
+
+    def writer(self) -> LocalWriter:
+        return LocalWriter(self.root)
+
+    def delete(self, name: str) -> None:
+        try:
+            (self.root / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"delete {name}") from error
+
+
+class LocalWriter:
+    """A file of a LocalBackend on its way, in tmp/ until it is published."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._path = root / "tmp" / secrets.token_hex(16)
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file: BinaryIO | None = self._path.open("xb")
+        except OSError as error:
+            raise storage_error(error, "write to the repository") from error
+
+    def write(self, data: bytes | memoryview) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.abort()
+            raise storage_error(error, "write to the repository") from error
+
+    def publish(self, name: str) -> None:
+        assert self._file is not None
+        target = self._root / name
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._make_folder(target.parent)
+            os.link(self._path, target)  # crash before: debris in tmp/; after: published
+            sync_directory(target.parent)
+        except FileExistsError as error:
+            raise ConflictError(f"{name} exists already") from error
+        except OSError as error:
+            raise storage_error(error, f"publish {name}") from error
+        finally:
+            self.abort()
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        self._make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
+
+    def abort(self) -> None:
+        if self._file is not None:
+            # A failing close or unlink leaves debris in tmp/, which gc sweeps.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            self._file = None

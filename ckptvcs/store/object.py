@@ -1,0 +1,50 @@
+"""Objects: immutable bytes with a kind, named by BLAKE3 of both (docs/format.md, "Object")."""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+from typing import NewType
+
+from blake3 import blake3
+
+from ckptvcs.errors import CorruptionError
+
+ObjectId = NewType("ObjectId", str)
+"""64 lower-case hex digits."""
+
+PackId = NewType("PackId", str)
+"""BLAKE3 of a pack file's bytes, 64 lower-case hex digits."""
+
+_HEX = re.compile(r"[0-9a-f]{64}\Z")
+
+MAX_OBJECT_BYTES = 1 << 28
+"""No object but a bundle's region may be larger once decoded; checked before memory is taken."""
+
+
+class Kind(IntEnum):
+    """What an object is; the number stands in pack records."""
+
+    COMMIT = 1
+    SCHEMA = 2
+    VALUES = 3
+    SKELETON = 4
+    RECIPE = 5
+    RECORD = 6
+    BUNDLE = 7
+
+
+def object_id(kind: Kind, content: bytes) -> ObjectId:
+    """The name of an object."""
+    return ObjectId(blake3(kind.name.lower().encode() + b"\0" + content).hexdigest())
+
+
+def checked_id(text: object) -> ObjectId:
+    """`text` as an id, where it came from bytes that cannot be trusted.
+
+    Raises:
+        CorruptionError: it is no id.
+    """
+    if not isinstance(text, str) or not _HEX.match(text):
+        raise CorruptionError("an object names another by something that is no id")
+    return ObjectId(text)

@@ -1,0 +1,296 @@
+"""Pack files: many objects in one write-once file that describes itself.
+
+    header | record record ... record | toc | trailer
+    record = [region] head payload
+
+Each record's head begins with a magic, so that a file whose end is damaged is read by a forward
+scan.  A region is raw bytes that belong to the record (the slices of a bundle).  The nonce in
+the trailer makes every pack's name new, so that writing the same objects again never races with
+the deletion of an old pack.  Layout: docs/format.md, "Pack".
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import zstandard
+from blake3 import blake3
+
+from ckptvcs.errors import CorruptionError, TruncatedError, UnsupportedVersionError
+from ckptvcs.store.backend import Backend, Writer
+from ckptvcs.store.object import MAX_OBJECT_BYTES, Kind, ObjectId, PackId, object_id
+
+HEADER = struct.Struct("<8sHHI")  # magic, version, flags, zero
+_HEAD = struct.Struct(
+    "<4sBBH32s32sQQQ"
+)  # magic, kind, encoding, zero, id, base, region, raw, stored
+_CHECK = struct.Struct("<I")  # crc32 of the head
+_ENTRY = struct.Struct("<Q")  # offset of the head, before a copy of the head
+TRAILER = struct.Struct("<QQ16s32s8s")  # toc offset, toc length, nonce, toc hash, magic
+
+_MAGIC, _RECORD_MAGIC, _END_MAGIC = b"CKPTPACK", b"CKOB", b"CKPTEND1"
+VERSION = 1
+_NO_BASE = bytes(32)
+_KINDS = frozenset(map(int, Kind))
+RAW, ZSTD, ZSTD_ON_BASE = 0, 1, 2
+_LEVEL = 9  # objects are small and read often
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one object lies in its pack, and how it is coded."""
+
+    id: ObjectId
+    kind: Kind
+    encoding: int
+    base: ObjectId | None
+    offset: int
+    region_bytes: int
+    raw_bytes: int
+    stored_bytes: int
+
+    @property
+    def payload_offset(self) -> int:
+        """Where the payload begins."""
+        return self.offset + _HEAD.size + _CHECK.size
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the whole record, with its region."""
+        return self.region_bytes + _HEAD.size + _CHECK.size + self.stored_bytes
+
+    def head(self) -> bytes:
+        """The head as it is stored, without its crc32."""
+        return _HEAD.pack(
+            _RECORD_MAGIC, self.kind, self.encoding, 0, bytes.fromhex(self.id),
+            bytes.fromhex(self.base) if self.base else _NO_BASE,
+            self.region_bytes, self.raw_bytes, self.stored_bytes,
+        )  # fmt: skip
+
+
+def _parse_head(head: bytes, offset: int) -> Entry:
+    magic, kind, encoding, _, name, base, region, raw, stored = _HEAD.unpack(head)
+    if magic != _RECORD_MAGIC or kind not in _KINDS or encoding > ZSTD_ON_BASE or region > offset:
+        raise CorruptionError("a pack holds a record of an unknown kind")
+    return Entry(
+        ObjectId(name.hex()), Kind(kind), encoding,
+        None if base == _NO_BASE else ObjectId(base.hex()), offset, region, raw, stored,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackInfo:
+    """A published pack."""
+
+    id: PackId
+    folder: str
+    size_bytes: int
+    entries: tuple[Entry, ...]
+
+    @property
+    def name(self) -> str:
+        """The pack's file name in its backend."""
+        return pack_name(self.folder, self.id)
+
+
+def pack_name(folder: str, pack: PackId) -> str:
+    """`packs/ab/abcd….pack`."""
+    return f"{folder}/{pack[:2]}/{pack}.pack"
+
+
+class PackWriter:
+    """Streams objects into a new pack; the caller holds no more than one object in memory."""
+
+    def __init__(self, writer: Writer, folder: str) -> None:
+        self._writer = writer
+        self._folder = folder
+        self._hash = blake3(max_threads=1)
+        self._at = 0
+        self._region = 0
+        self._entries: list[Entry] = []
+        self._write(HEADER.pack(_MAGIC, VERSION, 0, 0))
+
+    def _write(self, data: bytes) -> None:
+        self._writer.write(data)
+        self._hash.update(data)
+        self._at += len(data)
+
+    def append_region(self, data: bytes) -> None:
+        """Add bytes to the region of the next object."""
+        self._write(data)
+        self._region += len(data)
+
+    def __contains__(self, name: ObjectId) -> bool:
+        return any(entry.id == name for entry in self._entries)
+
+    def add(
+        self, kind: Kind, content: bytes, base: tuple[ObjectId, bytes] | None = None
+    ) -> ObjectId:
+        """Append an object; `base` (id and content of a similar object) makes it smaller."""
+        name = object_id(kind, content)
+        encoding, payload = RAW, content
+        for option, candidate in _encodings(content, base[1] if base else None):
+            if len(candidate) < len(payload):
+                encoding, payload = option, candidate
+        base_id = base[0] if base and encoding == ZSTD_ON_BASE else None
+        entry = Entry(
+            name, kind, encoding, base_id, self._at, self._region, len(content), len(payload)
+        )
+        head = entry.head()
+        self._write(head + _CHECK.pack(zlib.crc32(head)) + payload)
+        self._entries.append(entry)
+        self._region = 0
+        return name
+
+    def publish(self) -> PackInfo:
+        """Finish the file and make it durable and visible: crash before, debris in tmp/."""
+        toc = b"".join(_ENTRY.pack(entry.offset) + entry.head() for entry in self._entries)
+        start = self._at
+        self._write(toc)
+        nonce = secrets.token_bytes(16)
+        self._write(TRAILER.pack(start, len(toc), nonce, blake3(toc).digest(), _END_MAGIC))
+        info = PackInfo(
+            PackId(self._hash.hexdigest()), self._folder, self._at, tuple(self._entries)
+        )
+        self._writer.publish(info.name)
+        return info
+
+    def abort(self) -> None:
+        """Forget the pack."""
+        self._writer.abort()
+
+
+def _encodings(content: bytes, base: bytes | None) -> Iterator[tuple[int, bytes]]:
+    yield ZSTD, zstandard.ZstdCompressor(level=_LEVEL).compress(content)
+    if base:
+        dictionary = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            _LEVEL, source_size=len(content) + len(base), dict_size=len(base),
+            window_log=min(27, max(10, (len(content) + len(base)).bit_length())),
+        )  # fmt: skip
+        compressor = zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters)
+        yield ZSTD_ON_BASE, compressor.compress(content)
+
+
+def decode_object(entry: Entry, payload: bytes, base: Callable[[ObjectId], bytes]) -> bytes:
+    """The content of an object from its payload, proven by its id.
+
+    Raises:
+        CorruptionError: the payload is not that object.
+    """
+    if entry.raw_bytes > MAX_OBJECT_BYTES:
+        raise CorruptionError(f"object {entry.id} claims {entry.raw_bytes} bytes")
+    if entry.encoding == RAW:
+        content = payload
+    else:
+        dictionary = None
+        if entry.encoding == ZSTD_ON_BASE:
+            if entry.base is None:
+                raise CorruptionError(f"object {entry.id} names no base")
+            dictionary = zstandard.ZstdCompressionDict(
+                base(entry.base), dict_type=zstandard.DICT_TYPE_RAWCONTENT
+            )
+        try:
+            frame = zstandard.get_frame_parameters(payload)
+            if frame.content_size != entry.raw_bytes:
+                raise CorruptionError(f"object {entry.id} does not have its declared size")
+            content = zstandard.ZstdDecompressor(
+                dict_data=dictionary, max_window_size=1 << 29
+            ).decompress(payload)
+        except zstandard.ZstdError as error:
+            raise CorruptionError(f"object {entry.id} is damaged ({error})") from error
+    if object_id(entry.kind, content) != entry.id:
+        raise CorruptionError(f"object {entry.id} is damaged: its content has another hash")
+    return content
+
+
+def read_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
+    """The objects of a pack, from its table of contents.
+
+    Raises:
+        UnsupportedVersionError: a newer program wrote it.
+        CorruptionError: the table is damaged; `scan_entries` may still find the records.
+    """
+    size = backend.size(name)
+    if size < HEADER.size + TRAILER.size:
+        raise TruncatedError(f"{name} is too short for a pack")
+    magic, version, _, _ = HEADER.unpack(_exactly(backend, name, 0, HEADER.size))
+    if magic != _MAGIC:
+        raise CorruptionError(f"{name} is not a pack")
+    if version > VERSION:
+        raise UnsupportedVersionError(
+            f"{name} has pack version {version}", hint="upgrade ckptvcs to read this repository"
+        )
+    trailer = _exactly(backend, name, size - TRAILER.size, TRAILER.size)
+    start, length, _, digest, end = TRAILER.unpack(trailer)
+    step = _ENTRY.size + _HEAD.size
+    if end != _END_MAGIC or start + length + TRAILER.size != size or length % step:
+        raise TruncatedError(f"{name} has no table of contents at its end")
+    toc = _exactly(backend, name, start, length)
+    if blake3(toc).digest() != digest:
+        raise CorruptionError(f"{name} has a damaged table of contents")
+    return tuple(
+        _parse_head(toc[at + _ENTRY.size : at + step], _ENTRY.unpack_from(toc, at)[0])
+        for at in range(0, length, step)
+    )
+
+
+def scan_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
+    """The objects of a pack found by their magic, where the table of contents is damaged."""
+    found: list[Entry] = []
+    block, at, tail = 1 << 24, 0, b""
+    size = _HEAD.size + _CHECK.size
+    while data := backend.read(name, at, block):
+        window = tail + data
+        start = at - len(tail)
+        hit = window.find(_RECORD_MAGIC)
+        while hit >= 0 and hit + size <= len(window):
+            head = window[hit : hit + _HEAD.size]
+            if _CHECK.pack(zlib.crc32(head)) == window[hit + _HEAD.size : hit + size]:
+                found.append(_parse_head(head, start + hit))
+            hit = window.find(_RECORD_MAGIC, hit + 1)
+        at += len(data)
+        tail = window[-(size - 1) :]
+    return tuple(dict.fromkeys(found))
+
+
+def hash_pack(backend: Backend, name: str) -> PackId:
+    """BLAKE3 of the file, which must be its name."""
+    digest = blake3(max_threads=blake3.AUTO)
+    at = 0
+    while data := backend.read(name, at, 1 << 24):
+        digest.update(data)
+        at += len(data)
+    return PackId(digest.hexdigest())
+
+
+def read_head(backend: Backend, name: str, entry: Entry) -> None:
+    """Check that a record still begins where the index says.  Raises CorruptionError."""
+    head = _exactly(backend, name, entry.offset, _HEAD.size)
+    if head != entry.head():
+        raise CorruptionError(f"{name} does not hold object {entry.id} at {entry.offset}")
+
+
+def _exactly(backend: Backend, name: str, offset: int, length: int) -> bytes:
+    data = backend.read(name, offset, length)
+    if len(data) != length:
+        raise TruncatedError(f"{name} ends at {offset + len(data)}, needed {offset + length}")
+    return data
+
+
+def read_payload(backend: Backend, name: str, entry: Entry) -> bytes:
+    """The payload of an object.  Raises TruncatedError, CorruptionError."""
+    if entry.stored_bytes > MAX_OBJECT_BYTES:
+        raise CorruptionError(f"object {entry.id} claims {entry.stored_bytes} stored bytes")
+    return _exactly(backend, name, entry.payload_offset, entry.stored_bytes)
+
+
+def read_region(backend: Backend, name: str, entry: Entry, offset: int, length: int) -> bytes:
+    """`length` bytes of an object's region.  Raises TruncatedError, CorruptionError."""
+    if offset < 0 or length < 0 or offset + length > entry.region_bytes:
+        raise CorruptionError(f"object {entry.id} names bytes outside its region")
+    return _exactly(backend, name, entry.offset - entry.region_bytes + offset, length)
