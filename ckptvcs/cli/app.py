@@ -5,32 +5,61 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, ParamSpec
 
-import click
 import typer
 
 from ckptvcs.cli import history, maintain, refs, render
 from ckptvcs.cli.context import Globals
 from ckptvcs.errors import CkptError
 
+P = ParamSpec("P")
+
 INTERRUPTED = 130
-UNEXPECTED = 1
-USAGE = 2
 
 app = typer.Typer(
     name="ckpt", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
     rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
-for command in (
+
+def _guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose errors become one line, a hint, and an exit code.
+
+    Anything that is no CkptError is a bug, and shows its traceback.
+    """
+
+    @wraps(command)
+    def run(*args: P.args, **options: P.kwargs) -> None:
+        try:
+            command(*args, **options)
+            sys.stdout.flush()
+        except CkptError as error:
+            render.talk(f"error: {render.printable(error.message)}")
+            if error.hint:
+                render.talk(f"hint: {render.printable(error.hint)}")
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            render.talk("interrupted; nothing was half-written")
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:
+            # The reader of stdout has gone (`ckpt log | head`): nothing more to say to anybody.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+
+    return run
+
+
+for _command in (
     maintain.init, history.commit, history.log, history.show, history.status, history.checkout,
     refs.branch, refs.tag, maintain.gc, maintain.verify, maintain.stats, maintain.index,
 ):  # fmt: skip
-    app.command()(command)
+    app.command()(_guarded(_command))
 
 
 def _version(wanted: bool) -> None:
@@ -57,25 +86,7 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)  # unwinds: temporary files and leases are removed
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line; exits with the codes that docs/cli.md lists."""
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        code = app(standalone_mode=False) or 0
-        sys.stdout.flush()
-    except CkptError as error:
-        render.talk(f"error: {render.printable(error.message)}")
-        if error.hint:
-            render.talk(f"hint: {render.printable(error.hint)}")
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = USAGE
-    except (KeyboardInterrupt, click.Abort):
-        render.talk("interrupted; nothing was half-written")
-        code = INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout has gone (`ckpt log | head`): nothing more to say to anybody.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    app()

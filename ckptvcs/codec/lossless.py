@@ -72,7 +72,7 @@ def _forward(transform: int, words: Words, base: Words | None, dtype: DType) -> 
 
 def _planes(words: Words) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
     """The bytes of `words` by significance: shape (word size, n), least significant first."""
-    return np.ascontiguousarray(words.view(np.uint8).reshape(words.size, -1).T)
+    return np.ascontiguousarray(words.view(np.uint8).reshape(words.size, words.itemsize).T)
 
 
 def _cost_bits(words: Words) -> float:

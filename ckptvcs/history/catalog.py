@@ -43,13 +43,13 @@ class Catalog:
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
         # Bundles and tables are read again for every tensor of a chain.
+        self.commit = lru_cache(1 << 14)(self._commit)
         self.schema = lru_cache(16)(self._schema)
         self.values = lru_cache(256)(self._values)
         self.bundle = lru_cache(256)(self._bundle)
         self.recipe = lru_cache(1024)(self._recipe)
 
-    def commit(self, name: ObjectId) -> Commit:
-        """A commit.  Raises MissingObjectError, CorruptionError."""
+    def _commit(self, name: ObjectId) -> Commit:
         return load_commit(name, self.store.get(name, Kind.COMMIT))
 
     def _schema(self, name: ObjectId) -> Schema:
@@ -112,5 +112,5 @@ class Catalog:
 
     def forget(self) -> None:
         """Drop what is cached, after packs have moved."""
-        for cache in (self.schema, self.values, self.bundle, self.recipe):
+        for cache in (self.commit, self.schema, self.values, self.bundle, self.recipe):
             cache.cache_clear()

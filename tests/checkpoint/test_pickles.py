@@ -1,0 +1,152 @@
+"""Hostile pickles are data: nothing runs, nothing grows."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import resource
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptvcs.checkpoint.pickles import Inert, TensorRef, read_pickle, walk
+from ckptvcs.repo import Repo
+
+
+def read(data: bytes) -> Any:
+    return read_pickle(io.BytesIO(data), len(data))
+
+
+class Payload:
+    """Runs a command when it is unpickled the usual way."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self.command,)
+
+
+def test_nothing_is_called(tmp_path: Path) -> None:
+    proof = tmp_path / "ran"
+    tree = read(pickle.dumps({"a": Payload(f"touch {proof}")}))
+    assert isinstance(tree["a"], Inert)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_protocol(protocol: int) -> None:
+    value = {"list": [1, 2.5, None, True], "text": "é", "bytes": b"\xff", "big": 1 << 70}
+    tree = read(pickle.dumps(value, protocol))
+    assert tree["list"] == value["list"]
+    assert tree["text"] == value["text"]
+    assert tree["big"] == value["big"]
+
+
+def nested(depth: int) -> bytes:
+    return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
+
+
+def shared(levels: int) -> bytes:
+    """Lists that hold the one below twice: 2^levels paths."""
+    out = b"\x80\x04]\x94"
+    for level in range(levels):
+        out += b"]\x94(h" + bytes([level]) + b"h" + bytes([level]) + b"e"
+    return out + b"."
+
+
+BOMBS = {
+    "memo index": b"\x80\x02Nr\xff\xff\xff\x0f.",
+    "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 10**12) + b".",
+    "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 10**12) + b".",
+    "frame": b"\x80\x04\x95" + struct.pack("<Q", 10**12) + b".",
+    "long": b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    "text": b"\x80\x02X\xff\xff\xff\xff.",
+    "builtin bytearray": b"cbuiltins\nbytearray\n(I1000000000000\ntR.",
+    "deep": nested(200_000),
+    "shared": shared(60),
+    "many globals": b"".join(b"cm%d\nn\n0" % i for i in range(20_000)) + b"N.",
+    "no stop": b"\x80\x02}",
+    "stack underflow": b"\x80\x02ee.",
+    "unhashable": b"\x80\x02}]Ns.",
+    "attributes of a global": b"cos\nsystem\n}b.",
+    "call a list": b"]\x8f\x85R.",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_cost_nothing(name: str) -> None:
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        for _ in walk(read(BOMBS[name])):
+            pass
+    except pickle.UnpicklingError:
+        pass
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200_000  # kB
+    assert time.process_time() - started < 20  # not a speed, a guard against blow-up
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    try:
+        for _ in walk(read(data)):
+            pass
+    except pickle.UnpicklingError:
+        pass
+
+
+@given(st.data())
+def test_mutated_checkpoints(data: st.DataObject) -> None:
+    good = bytearray(pickle.dumps({"a": [Payload("exit"), 1], "b": {"c": (1, 2)}}))
+    for _ in range(data.draw(st.integers(1, 5))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        for _ in walk(read(bytes(good))):
+            pass
+    except pickle.UnpicklingError:
+        pass
+
+
+@pytest.mark.parametrize("name", ["memo index", "deep", "shared", "many globals", "long"])
+def test_hostile_files_are_committed_as_they_are(name: str, repo: Repo, tmp_path: Path) -> None:
+    records = {"data.pkl": BOMBS[name], "data/0": os.urandom(3000), "version": b"3\n"}
+    path = tmp_path / "evil.pt"
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for record, data in records.items():
+        writer.write_record(record, data, len(data))
+    writer.write_end_of_file()
+    result = repo.commit_path(path, message="evil")
+    repo.checkout_files(result.id, tmp_path / "back.pt")
+    assert (tmp_path / "back.pt").read_bytes() == path.read_bytes()
+
+
+def test_claims_outside_a_storage_are_ignored(repo: Repo, tmp_path: Path) -> None:
+    torch.save({"w": torch.randn(200)}, tmp_path / "a.pt")
+    data = (tmp_path / "a.pt").read_bytes()
+    lying = data.replace(b"K\xc8\x85", b"M\xff\xff\x85"[:3])  # shape (200,) becomes larger
+    (tmp_path / "a.pt").write_bytes(lying)
+    result = repo.commit_path(tmp_path / "a.pt", message="lying")
+    repo.checkout_files(result.id, tmp_path / "b.pt")
+    assert (tmp_path / "b.pt").read_bytes() == lying
+    assert not repo.verify().damage
+
+
+def test_a_tensor_is_seen_with_its_window(tmp_path: Path) -> None:
+    torch.save({"deep": [{"w": torch.randn(4, 6)[:, 2:]}]}, tmp_path / "x.pt")
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        tree = read(archive.read("x/data.pkl"))
+    found = [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef)]
+    assert [path for path, _ in found] == [("deep", "0", "w")]
+    ref = found[0][1]
+    assert isinstance(ref, TensorRef)
+    assert (ref.offset, ref.shape, ref.stride) == (2, (4, 4), (6, 1))

@@ -1,0 +1,207 @@
+"""Byte-identical round trips of every kind of file that trainers write."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gzip
+import io
+import json
+import os
+import pickle
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.training import train
+
+RoundTrip = Callable[[Path], None]
+
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    names = [
+        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+        "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "int8", "int16", "int32",
+        "int64", "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128",
+    ]  # fmt: skip
+    out = {}
+    for name in names:
+        dtype = getattr(torch, name)
+        raw = torch.randint(0, 2 if name == "bool" else 120, (16 * 300,), dtype=torch.uint8)
+        out[name] = raw.view(dtype)[:250]
+    out["complex32"] = torch.randn(300, 2).half().view(torch.complex32).squeeze(-1)
+    return out
+
+
+def views() -> dict[str, Any]:
+    base = torch.randn(40, 50)
+    return {
+        "base": base, "slice": base[3:20, 5:], "transposed": base.T, "strided": base[::2, ::3],
+        "expanded": torch.randn(1, 300).expand(30, 300), "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0), "empty 2d": torch.empty(3, 0, 4), "flipped": base.flip(0),
+        "conjugate": torch.randn(200, dtype=torch.complex64).conj(),
+        "negative": torch.randn(200, dtype=torch.complex64).imag,
+        "big storage": torch.randn(10_000)[100:110],
+    }  # fmt: skip
+
+
+def tied_model() -> dict[str, Any]:
+    model = nn.ModuleDict({"wte": nn.Embedding(100, 32), "head": nn.Linear(32, 100, bias=False)})
+    model["head"].weight = model["wte"].weight  # type: ignore[assignment]
+    return {"model": model.state_dict(), "step": 7}
+
+
+def odd_objects() -> dict[str, Any]:
+    return {
+        "args": argparse.Namespace(lr=0.1, layers=[1, 2], nested=argparse.Namespace(x=None)),
+        "numpy": np.random.default_rng(0).normal(size=(50, 60)),
+        "rng": {"python": random.getstate(), "numpy": np.random.get_state(),
+                "torch": torch.get_rng_state()},
+        "ordered": collections.OrderedDict(a=1), "set": {1, 2}, "tuple": (1, (2, 3)),
+        "counter": collections.Counter("hello"), "bytes": b"\x00\xff", "big": 1 << 100,
+        "path": Path("x"), "complex": 1j, "none": None, "slice": slice(1, 2),
+    }  # fmt: skip
+
+
+SAVED: dict[str, Callable[[], Any]] = {
+    "training": lambda: train(2)[-1],
+    "dtypes": every_dtype,
+    "views": views,
+    "tied": tied_model,
+    "objects": odd_objects,
+    "module": lambda: nn.Sequential(nn.Linear(30, 40), nn.BatchNorm1d(40)),
+    "lone tensor": lambda: torch.randn(500),
+    "nothing": dict,
+    "sparse": lambda: {"s": torch.eye(200).to_sparse(), "csr": torch.eye(200).to_sparse_csr()},
+    "parameters": lambda: [nn.Parameter(torch.randn(20, 20)), nn.ParameterList([torch.ones(300)])],
+    "many": lambda: {f"layer.{i}.weight": torch.randn(140) for i in range(300)},
+    "megabytes of pickle": lambda: {"data": np.random.default_rng(1).bytes(1 << 20)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 5}],
+    ids=["zip", "legacy", "protocol 5"],
+)
+def test_torch_files(
+    name: str, options: dict[str, Any], tmp_path: Path, round_trip: RoundTrip
+) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "step.100.ckpt"
+    try:
+        torch.save(SAVED[name](), path, **options)
+    except (pickle.PicklingError, AttributeError, RuntimeError) as error:
+        pytest.skip(f"torch does not save this: {error}")
+    round_trip(path)
+
+
+@pytest.mark.parametrize("stem", ["a.b.c", "modèle", "x" * 100, "name with spaces"])
+def test_file_names(stem: str, tmp_path: Path, round_trip: RoundTrip) -> None:
+    torch.save(train(1)[0], tmp_path / f"{stem}.pt")
+    round_trip(tmp_path / f"{stem}.pt")
+
+
+def test_saved_through_a_buffer(tmp_path: Path, round_trip: RoundTrip) -> None:
+    buffer = io.BytesIO()
+    torch.save(train(1)[0], buffer)
+    (tmp_path / "archive.ckpt").write_bytes(buffer.getvalue())
+    round_trip(tmp_path / "archive.ckpt")
+
+
+def test_other_save_settings(tmp_path: Path, round_trip: RoundTrip) -> None:
+    from torch.utils.serialization import config
+
+    torch.save(train(1)[0], tmp_path / "plain.pt", _disable_byteorder_record=True)
+    round_trip(tmp_path / "plain.pt")
+    config.save.storage_alignment = 4096
+    try:
+        torch.save(train(1)[0], tmp_path / "aligned.pt")
+    finally:
+        config.save.storage_alignment = 64
+    round_trip(tmp_path / "aligned.pt")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(train(1)[0], tmp_path / "nocrc.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    round_trip(tmp_path / "nocrc.pt")
+
+
+def test_files_that_only_look_like_checkpoints(tmp_path: Path, round_trip: RoundTrip) -> None:
+    buffer = io.BytesIO()
+    torch.save(train(1)[0], buffer)
+    saved = buffer.getvalue()
+    cases = {
+        "text.txt": b"hello\n" * 1000,
+        "one.bin": b"x",
+        "random.bin": os.urandom(300_000),
+        "gzipped.pt": gzip.compress(saved),
+        "prefixed.pt": b"\x80\x02K\x05." + saved,
+        "trailing.pt": saved + b"garbage behind the end",
+        "twice.pt": saved + saved,
+        "cut.safetensors": (1000).to_bytes(8, "little") + b'{"a":',
+        "end only.pt": b"PK\x03\x04" + b"\0" * 100 + b"PK\x05\x06" + b"\0" * 18,
+        "pickle.pkl": pickle.dumps({"a": [1, 2, 3]}),
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        round_trip(tmp_path / name)
+
+
+SAFETENSORS_TYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8,
+    torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64,
+]  # fmt: skip
+
+
+def test_safetensors(tmp_path: Path, round_trip: RoundTrip) -> None:
+    tensors = {f"t.{t}": (torch.rand(300) * 3).to(t) for t in SAFETENSORS_TYPES}
+    tensors |= {"scalar": torch.tensor(1.0), "empty": torch.empty(0, 5), "é": torch.ones(3)}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt", "b": "2", "a": "1", "c": '{"x": 1}'})
+    round_trip(path)
+    save_file({}, path)
+    round_trip(path)
+
+
+def test_safetensors_with_a_type_of_the_future(tmp_path: Path, round_trip: RoundTrip) -> None:
+    header = json.dumps({"x": {"dtype": "F3_E1M1", "shape": [8], "data_offsets": [0, 300]}})
+    data = struct.pack("<Q", len(header)) + header.encode() + os.urandom(300)
+    (tmp_path / "future.safetensors").write_bytes(data)
+    round_trip(tmp_path / "future.safetensors")
+
+
+def trainer_directory(root: Path, state: dict[str, Any], step: int) -> Path:
+    """A directory as the Trainer of Hugging Face writes it."""
+    folder = root / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    save_file(state["model"], folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(state["optimizer"], folder / "optimizer.pt")
+    torch.save({"last_epoch": step}, folder / "scheduler.pt")
+    torch.save(odd_objects()["rng"], folder / "rng_state.pth")
+    torch.save(argparse.Namespace(output_dir="out"), folder / "training_args.bin")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_trainer_directory(tmp_path: Path, round_trip: RoundTrip) -> None:
+    folder = trainer_directory(tmp_path, train(1)[0], 500)
+    (folder / "nested" / "deeper").mkdir(parents=True)
+    (folder / "nested" / "empty.txt").touch()
+    (folder / "nothing").mkdir()
+    (folder / "latest").symlink_to("nested")
+    (folder / "tokenizer.json").write_bytes(os.urandom(600_000))
+    (folder / "w\u00e9ird \U0001f600 name").write_text("x")
+    round_trip(folder)

@@ -1,0 +1,50 @@
+"""Fixtures and Hypothesis profiles.  No test sets its own number of examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from ckptvcs.repo import Repo
+
+settings.register_profile("dev", max_examples=30, deadline=None)
+settings.register_profile(
+    "ci", max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+settings.register_profile(
+    "nightly", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("CKPT_TEST_PROFILE", "dev"))
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Repo:
+    """An empty repository."""
+    return Repo.init(tmp_path / "repo")
+
+
+@pytest.fixture
+def round_trip(repo: Repo, tmp_path: Path) -> Callable[[Path], None]:
+    """Commit a path, check it out elsewhere, compare every byte."""
+
+    def run(path: Path) -> None:
+        result = repo.commit_path(path, message="round trip")
+        assert result.commit.exact
+        target = tmp_path / "out" / path.name
+        done = repo.checkout_files(result.id, target)
+        assert done.exact
+        if path.is_dir():
+            names = sorted(p.relative_to(path) for p in path.rglob("*"))
+            assert sorted(p.relative_to(target) for p in target.rglob("*")) == names
+            for name in names:
+                if (path / name).is_file():
+                    assert (target / name).read_bytes() == (path / name).read_bytes(), name
+        else:
+            assert target.read_bytes() == path.read_bytes()
+
+    return run

@@ -1,0 +1,321 @@
+"""A reader made from docs/format.md alone: struct, json, numpy, zstandard, blake3; no ckptvcs.
+
+SpecRepository(".ckpt").file(commit, path) -> bytes
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from blake3 import blake3
+
+KINDS = {
+    1: "commit",
+    2: "schema",
+    3: "values",
+    4: "skeleton",
+    5: "recipe",
+    6: "record",
+    7: "bundle",
+}
+SIZES = {
+    **dict.fromkeys(
+        ["I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4"],
+        (1, 1),
+    ),
+    **dict.fromkeys(["I16", "U16", "F16", "BF16"], (2, 2)),
+    **dict.fromkeys(["I32", "U32", "F32"], (4, 4)),
+    **dict.fromkeys(["I64", "U64", "F64"], (8, 8)),
+    "C32": (4, 2), "C64": (8, 4), "C128": (16, 8),
+}  # fmt: skip
+FLOATING = {"F16", "F32", "F64", "BF16"}
+SLICE = 1 << 20
+Array = np.ndarray[Any, Any]
+
+
+def b3(data: bytes, length: int = 32) -> bytes:
+    return blake3(data).digest(length)
+
+
+class SpecRepository:
+    """Reads every object of a repository into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        head = json.loads((folder / "format").read_text())
+        assert head["format"] == 1
+        assert head["flags"]["read"] == []
+        self.records: dict[bytes, tuple[int, int, bytes, int, bytes, bytes]] = {}
+        for path in [*folder.glob("packs/*/*.pack"), *folder.glob("meta/*/*.pack")]:
+            self._pack(path)
+        self.objects = {name: self._content(name) for name in self.records}
+        self.recipes: dict[str, list[dict[str, Any]]] = {}
+        for name, (kind, *_) in self.records.items():
+            if KINDS[kind] == "recipe":
+                recipe = json.loads(self.objects[name])
+                self.recipes.setdefault(recipe["values"], []).append(recipe)
+
+    def _pack(self, path: Path) -> None:
+        data = path.read_bytes()
+        assert b3(data).hex() == path.stem
+        assert path.parent.name == path.stem[:2]
+        magic, version, flags, zero = struct.unpack_from("<8sHHI", data)
+        assert (magic, version, flags, zero) == (b"CKPTPACK", 1, 0, 0)
+        toc_at, toc_size, _, toc_hash, end = struct.unpack_from("<QQ16s32s8s", data, len(data) - 72)
+        toc = data[toc_at : toc_at + toc_size]
+        assert (end, b3(toc)) == (b"CKPTEND1", toc_hash)
+        for at in range(0, toc_size, 104):
+            (offset,) = struct.unpack_from("<Q", toc, at)
+            head = toc[at + 8 : at + 104]
+            assert data[offset : offset + 96] == head
+            assert struct.unpack_from("<I", data, offset + 96)[0] == zlib.crc32(head)
+            mark, kind, encoding, _, name, base, region, raw, stored = struct.unpack(
+                "<4sBBH32s32sQQQ", head
+            )
+            assert mark == b"CKOB"
+            payload = data[offset + 100 : offset + 100 + stored]
+            self.records[name] = (
+                kind, encoding, base, raw, payload, data[offset - region : offset],
+            )  # fmt: skip
+
+    def _content(self, name: bytes) -> bytes:
+        kind, encoding, base, raw, payload, _ = self.records[name]
+        content = payload
+        if encoding == 1:
+            content = zstandard.ZstdDecompressor().decompress(payload)
+        elif encoding == 2:
+            dictionary = zstandard.ZstdCompressionDict(
+                self._content(base), dict_type=zstandard.DICT_TYPE_RAWCONTENT
+            )
+            content = zstandard.ZstdDecompressor(dict_data=dictionary).decompress(payload)
+        assert len(content) == raw
+        assert b3(KINDS[kind].encode() + b"\0" + content) == name
+        return content
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The content of an object that is JSON."""
+        value = json.loads(self.objects[bytes.fromhex(name)])
+        assert isinstance(value, dict)
+        return value
+
+    def branch(self, name: str) -> str:
+        """The commit of a branch of a plain name."""
+        newest = max((self.folder / "refs" / "heads" / name).iterdir())
+        fields = json.loads(newest.read_text())
+        assert fields["generation"] == int(newest.name)
+        commit = fields["commit"]
+        assert isinstance(commit, str)
+        return commit
+
+    def line(self, commit: str | None) -> list[str]:
+        """A commit and its ancestors, newest first."""
+        found = []
+        while commit is not None:
+            found.append(commit)
+            parents = self.json(commit)["parents"]
+            commit = parents[0] if parents else None
+        return found
+
+    # -- tensors -------------------------------------------------------------------------------
+
+    def _frame(self, values: str, tensor: int) -> tuple[str, int, dict[str, Any]]:
+        recipe = max(self.recipes[values], key=lambda r: r["generation"])
+        bundle = recipe["bundles"][recipe["owners"][tensor]]
+        number = recipe["frames"][tensor]
+        return bundle, number, self.json(bundle)["frames"][number]
+
+    def _slices(self, bundle: str, number: int) -> list[bytes]:
+        region = self.records[bytes.fromhex(bundle)][5]
+        at = 0
+        for position, frame in enumerate(self.json(bundle)["frames"]):
+            out = []
+            for index, length in enumerate(frame["lengths"]):
+                at = frame["starts"][index] if "starts" in frame else at
+                data = region[at : at + length]
+                assert b3(data, 16).hex() == frame["hashes"][32 * index : 32 * index + 32]
+                out.append(data)
+                at += length
+            if position == number:
+                return out
+        raise AssertionError
+
+    def tensor(self, values: str, tensor: int, dtype: str, words: int) -> Array:
+        """The words of a tensor of a table of values."""
+        bundle, number, frame = self._frame(values, tensor)
+        base = None
+        if "base" in frame:
+            table, position = frame["base"]
+            below = self.json(bundle)["bases"][table]
+            assert self._frame(below, position)[2].get("depth", 0) < frame["depth"]
+            base = self.tensor(below, position, dtype, words)
+        companions = None
+        if "companion" in frame:
+            companions = self._slices(bundle, frame["companion"])
+        parts = []
+        for index, data in enumerate(self._slices(bundle, number)):
+            count = min(SLICE, words - index * SLICE)
+            window = None if base is None else base[index * SLICE : index * SLICE + count]
+            companion = None if companions is None else companions[index]
+            parts.append(decode_slice(data, dtype, count, window, companion))
+        word = np.dtype(f"<u{SIZES[dtype][1]}")
+        out = np.concatenate(parts) if parts else np.empty(0, word)
+        assert b3(out.tobytes()) == self.objects[bytes.fromhex(values)][32 * tensor :][:32]
+        return out
+
+    def file(self, commit: str, path: str) -> bytes:
+        """The bytes of a file of a commit (in near form where the commit is near)."""
+        made = self.json(commit)
+        tensors = self.json(made["schema"])["tensors"]
+        entry = next(file for file in made["files"] if file["path"] == path)
+        places: dict[int, tuple[str, int]] = {}
+        for part, state in made["parts"].items():
+            stored = [n for n, t in enumerate(tensors) if t["part"] == part and not t.get("inline")]
+            places |= {n: (state["values"], position) for position, n in enumerate(stored)}
+
+        def raw(number: int) -> bytes:
+            info = tensors[number]
+            size, word = SIZES[info["dtype"]]
+            words = int(np.prod(info["shape"], dtype=np.int64)) * size // word
+            return bytes(self.tensor(*places[number], info["dtype"], words).tobytes())
+
+        skeleton = self.objects[bytes.fromhex(entry["skeleton"])]
+        (length,) = struct.unpack_from("<I", skeleton)
+        segments = json.loads(skeleton[4 : 4 + length])["segments"]
+        literals, at, out = skeleton[4 + length :], 0, []
+        for op, argument in zip(segments[::2], segments[1::2], strict=True):
+            if op == 1:
+                out.append(raw(argument))
+            elif op == 2:
+                out.append(struct.pack("<I", zlib.crc32(raw(argument))))
+            else:
+                count = argument
+                if op == 3:
+                    info = tensors[argument]
+                    elements = int(np.prod(info["shape"], dtype=np.int64))
+                    count = elements * SIZES[info["dtype"]][0]
+                out.append(literals[at : at + count])
+                at += count
+        assert at == len(literals)
+        return b"".join(out)
+
+
+# -- slices ------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Reads fields one after another."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, layout: str) -> tuple[Any, ...]:
+        fields = struct.unpack_from(layout, self.data, self.at)
+        self.at += struct.calcsize(layout)
+        return fields
+
+    def bytes(self, count: int) -> bytes:
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def section(self, count: int) -> bytes:
+        tag, length = self.take("<BI")
+        data = self.bytes(length)
+        if tag == 1:
+            data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+        elif tag == 2:
+            data = data * count
+        assert len(data) == count
+        return data
+
+    def mask(self, count: int) -> Array:
+        form, size = self.take("<BI")
+        data = self.section(size)
+        if form == 0:
+            return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
+        kept = np.zeros(count, bool)
+        at = -1
+        for byte in data:
+            at += byte if byte == 255 else byte + 1
+            if byte != 255:
+                kept[at] = True
+        return kept
+
+    def values(self, count: int) -> Array:
+        (size,) = self.take("<B")
+        table = np.frombuffer(self.bytes(2 * size), "<f2").astype(np.float32)
+        codes = np.frombuffer(self.section(count), np.uint8)
+        return table[codes] if count else np.empty(0, np.float32)
+
+
+def to_float(words: Array, dtype: str) -> Array:
+    if dtype == "BF16":
+        return (words.astype(np.uint32) << 16).view(np.float32)
+    return words.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+
+
+def to_words(values: Array, dtype: str) -> Array:
+    if dtype == "F32":
+        return values.view(np.uint32)
+    if dtype == "F16":
+        return values.astype(np.float16).view(np.uint16)
+    out = np.empty(values.size, np.uint16)
+    for number, bits in enumerate(values.view(np.uint32).tolist()):
+        low, high = bits & 0xFFFF, bits >> 16
+        out[number] = high + (low > 0x8000 or (low == 0x8000 and high & 1))
+    return out
+
+
+def decode_slice(
+    data: bytes, dtype: str, count: int, base: Array | None, companion: bytes | None
+) -> Array:
+    method, stream = data[0], Stream(data[1:])
+    if method == 0:
+        return lossless(stream, dtype, count, base)
+    if method == 1:
+        assert base is not None
+        mask = stream.mask(count)
+        out = base.copy()
+        values = stream.values(int(mask.sum()))
+        out[mask] = to_words(to_float(base[mask], dtype) + values, dtype)
+    else:
+        if method == 2:
+            mask = stream.mask(count)
+        else:
+            assert method == 3
+            assert companion is not None
+            assert companion[0] == 2
+            mask = Stream(companion[1:]).mask(count)
+        out = np.zeros(count, f"<u{SIZES[dtype][1]}")
+        out[mask] = to_words(stream.values(int(mask.sum())), dtype)
+    assert stream.at == len(stream.data)
+    return out
+
+
+def lossless(stream: Stream, dtype: str, count: int, base: Array | None) -> Array:
+    word = SIZES[dtype][1]
+    (transform,) = stream.take("<B")
+    planes = [np.frombuffer(stream.section(count), np.uint8) for _ in range(word)]
+    assert stream.at == len(stream.data)
+    words = np.stack(planes, axis=1).reshape(-1).view(f"<u{word}")
+    bits = 8 * word
+    one = words.dtype.type(1)
+    if transform == 0:
+        return words
+    if transform == 1:
+        return (words >> one) | (words << words.dtype.type(bits - 1))
+    assert base is not None
+
+    def order(x: Array) -> Array:
+        if dtype not in FLOATING:
+            return x
+        top = x >> x.dtype.type(bits - 1)
+        return np.where(top == 1, x ^ x.dtype.type((1 << (bits - 1)) - 1), x)
+
+    difference = (words >> one) ^ (words.dtype.type(0) - (words & one))
+    return order(difference + order(base))
