@@ -73,17 +73,39 @@ def code_lossless(
 
 
 @dataclass(frozen=True)
-class WeightGroup:
-    """A weight, its base, and its moments where it has them; all have as many words."""
+class Target:
+    """A tensor of `dtype` that is to be coded with loss."""
 
+    tensor: Tensor
     dtype: str
+
+    def floats(self, number: int) -> Floats:
+        """The values of one slice."""
+        return to_float32(self.tensor.slice(number), self.dtype)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What ExCP codes together, all of as many words: a weight and its base, its moments.
+
+    A weight without moments, and moments whose weight is not known, are groups too.
+    """
+
     words: int
-    weight: Tensor
-    base: Tensor
-    first: Tensor | None = None
-    first_dtype: str = "F32"
-    second: Tensor | None = None
-    second_dtype: str = "F32"
+    weight: Target | None = None
+    base: Tensor | None = None
+    first: Target | None = None
+    second: Target | None = None
+
+    def residual(self, number: int) -> Floats | None:
+        """Weight - base in one slice.  NaN where the weight is too large to be coded safely."""
+        if self.weight is None or self.base is None:
+            return None
+        target = self.weight.floats(number)
+        with np.errstate(over="ignore", invalid="ignore"):
+            residual = target - to_float32(self.base.slice(number), self.weight.dtype)
+            residual[~(np.abs(target) < _LIMITS[self.weight.dtype])] = np.nan
+        return residual
 
 
 @dataclass(frozen=True)
@@ -118,100 +140,101 @@ def _picked(count: int, share: float) -> slice | Mask:
     return picked
 
 
-def plan_excp(group: WeightGroup, spec: ExcpSpec) -> ExcpPlan | None:
+def plan_excp(group: Group, spec: ExcpSpec) -> ExcpPlan | None:
     """Measure a group.
 
     None where ExCP does not apply: values that are not finite or too large for its float16
     centres, or a weight that did not move, whose moments it would set to zero.
     """
     share = _SAMPLE / group.words
-    sample = _Sample([], [], [])
+    sample = _Sample([], [], [], moved=group.weight is None)
 
-    def measure(number: int) -> tuple[Floats, Floats | None, Floats | None]:
-        base = to_float32(group.base.slice(number), group.dtype)
-        target = to_float32(group.weight.slice(number), group.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            residual = target - base
-            if not (np.abs(target) < _LIMITS[group.dtype]).all():
-                residual[:1] = np.nan
-        first = second = None
-        if group.first is not None:
-            first = to_float32(group.first.slice(number), group.first_dtype)
-        if group.second is not None:
-            second = to_float32(group.second.slice(number), group.second_dtype)
-        return residual, first, second
+    def measure(number: int) -> tuple[Floats | None, Floats | None, Floats | None]:
+        first = None if group.first is None else group.first.floats(number)
+        second = None if group.second is None else group.second.floats(number)
+        return group.residual(number), first, second
 
     for residual, first, second in ordered_map(measure, range(len(slice_counts(group.words)))):
-        picked = _picked(residual.size, share)
         for values, kept in (
             (residual, sample.residual), (first, sample.first), (second, sample.second),
         ):  # fmt: skip
             if values is not None:
                 if not np.isfinite(values).all():
                     return None
-                kept.append(values[picked].copy())
-        sample.moved = sample.moved or bool(residual.any())
+                kept.append(values[_picked(values.size, share)].copy())
+        sample.moved = sample.moved or (residual is not None and bool(residual.any()))
         sample.first_sum += 0.0 if first is None else float(np.abs(first).sum(dtype=np.float64))
         sample.second_sum += 0.0 if second is None else float(second.sum(dtype=np.float64))
     return _fit(sample, group, spec) if sample.moved else None
 
 
-def _fit(sample: _Sample, group: WeightGroup, spec: ExcpSpec) -> ExcpPlan | None:
-    residual = np.concatenate(sample.residual)
-    mean_square = sample.second_sum / group.words if group.second is not None else None
-    median = float(np.median(np.abs(residual)))
-    threshold = excp.residual_threshold(median, mean_square, spec)
-    moment_threshold = spec.beta * sample.first_sum / group.words
-    mask = np.abs(residual) > threshold
+def _fit(sample: _Sample, group: Group, spec: ExcpSpec) -> ExcpPlan | None:
     size = (1 << spec.bits) - 1
-    empty = np.zeros(0, np.float16)
-    first_codes = second_codes = empty
+    weight_codes = first_codes = second_codes = np.zeros(0, np.float16)
+    threshold = 0.0
+    mask: Mask | bool = True
+    if sample.residual:
+        residual = np.concatenate(sample.residual)
+        mean_square = sample.second_sum / group.words if group.second is not None else None
+        median = float(np.median(np.abs(residual)))
+        threshold = excp.residual_threshold(median, mean_square, spec)
+        mask = np.abs(residual) > threshold
+        weight_codes = excp.fit_codebook(residual[mask], size)
+    moment_threshold = spec.beta * sample.first_sum / group.words
     if sample.first:
         first = np.concatenate(sample.first)
         kept = mask & (np.abs(first) > moment_threshold)
         first_codes = excp.fit_codebook(first[kept], size)
         if sample.second:
             second_codes = excp.fit_codebook(np.concatenate(sample.second)[kept], size)
-    weight_codes = excp.fit_codebook(residual[mask], size)
     centres = np.concatenate((weight_codes, first_codes, second_codes))
     if not np.isfinite(centres).all():
         return None
     return ExcpPlan(threshold, moment_threshold, weight_codes, first_codes, second_codes)
 
 
-def code_excp(
-    group: WeightGroup, plan: ExcpPlan
-) -> Iterator[tuple[CodedSlice, CodedSlice | None, CodedSlice | None, SliceErrors]]:
-    """Code a group: weight, exp_avg and exp_avg_sq of each slice, and the weight's errors."""
+@dataclass(frozen=True)
+class CodedGroup:
+    """One slice of each tensor of a group, in the order weight, exp_avg, exp_avg_sq, and the
+    errors of the weight.
+    """
 
-    def code(
-        number: int,
-    ) -> tuple[CodedSlice, CodedSlice | None, CodedSlice | None, SliceErrors]:
-        source, base = group.weight.slice(number), group.base.slice(number)
-        target = to_float32(source, group.dtype)
-        residual = target - to_float32(base, group.dtype)
-        # A codebook is empty only where the sample kept nothing; then nothing is kept at all.
-        mask = (np.abs(residual) > plan.residual_threshold) & bool(plan.weight.size)
-        payload, decoded = excp.encode_residual(source, base, mask, plan.weight, group.dtype)
-        weight = CodedSlice(put_slice(RESIDUAL, payload), decoded, source)
-        first = second = None
+    slices: tuple[CodedSlice, ...]
+    errors: SliceErrors
+
+
+def code_excp(group: Group, plan: ExcpPlan) -> Iterator[CodedGroup]:
+    """Code a group slice by slice."""
+
+    def code(number: int) -> CodedGroup:
+        slices = []
+        mask: Mask | bool = True
+        errors = SliceErrors(0.0, 0.0, 0.0)
+        residual = group.residual(number)
+        if residual is not None and group.weight is not None and group.base is not None:
+            source, base = group.weight.tensor.slice(number), group.base.slice(number)
+            dtype = group.weight.dtype
+            # A codebook is empty only where the sample kept nothing; then nothing is kept at all.
+            mask = (np.abs(residual) > plan.residual_threshold) & bool(plan.weight.size)
+            payload, decoded = excp.encode_residual(source, base, mask, plan.weight, dtype)
+            slices.append(CodedSlice(put_slice(RESIDUAL, payload), decoded, source))
+            errors = _errors(decoded, to_float32(source, dtype), residual, dtype)
         if group.first is not None:
-            words = group.first.slice(number)
-            large = np.abs(to_float32(words, group.first_dtype)) > plan.moment_threshold
+            large = np.abs(group.first.floats(number)) > plan.moment_threshold
             kept = mask & large & bool(plan.first.size)
-            first = _moment(words, kept, plan.first, group.first_dtype, own_mask=True)
+            slices.append(_moment(group.first, number, kept, plan.first, own_mask=True))
             if group.second is not None:
-                words = group.second.slice(number)
-                second = _moment(words, kept, plan.second, group.second_dtype, own_mask=False)
-        return weight, first, second, _errors(decoded, target, residual, group.dtype)
+                slices.append(_moment(group.second, number, kept, plan.second, own_mask=False))
+        return CodedGroup(tuple(slices), errors)
 
     return ordered_map(code, range(len(slice_counts(group.words))))
 
 
 def _moment(
-    words: Words, mask: Mask, centres: Centres, dtype: str, *, own_mask: bool
+    moment: Target, number: int, mask: Mask, centres: Centres, *, own_mask: bool
 ) -> CodedSlice:
-    payload, decoded = excp.encode_moment(words, mask, centres, dtype, own_mask=own_mask)
+    words = moment.tensor.slice(number)
+    payload, decoded = excp.encode_moment(words, mask, centres, moment.dtype, own_mask=own_mask)
     method = MOMENT if own_mask else SHARED_MASK_MOMENT
     return CodedSlice(put_slice(method, payload), decoded, words)
 

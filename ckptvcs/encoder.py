@@ -109,8 +109,8 @@ class _PartWriter:
         self._at = 0
         self.drafts: list[_Draft] = []
 
-    def begin(self, base: BaseTensor | None, companion: int | None = None) -> _Draft:
-        draft = _Draft(len(self.drafts), base, companion)
+    def begin(self, base: BaseTensor | None) -> _Draft:
+        draft = _Draft(len(self.drafts), base)
         self.drafts.append(draft)
         return draft
 
@@ -230,18 +230,22 @@ class Encoder:
     # -- what belongs together -----------------------------------------------------------------
 
     def _groups(self) -> Iterable[list[int]]:
-        """Stored tensors: a weight with its moments, everything else alone; in file order."""
-        moments: dict[int, list[int]] = {}
+        """Stored tensors: a weight with its moments; moments of an unknown weight; others alone.
+
+        Groups come in the order of their first tensor in the files.
+        """
+        groups: dict[object, list[int]] = {}
         for number, info in enumerate(self._infos):
-            if info.pair is not None and info.role in MOMENTS and not info.inline:
-                moments.setdefault(info.pair, []).append(number)
-        grouped = {number for row in moments.values() for number in row}
-        for number, info in enumerate(self._infos):
-            if not info.inline and number not in grouped:
-                yield [number, *moments.get(number, [])]
-            elif info.inline:
-                for moment in moments.get(number, []):
-                    yield [moment]
+            if info.inline:
+                continue
+            key: object = number
+            if info.role in MOMENTS:
+                # Moments of one parameter have all of their names but the last step in common.
+                weight = info.pair
+                alone = weight is None or self._infos[weight].inline
+                key = info.name.rpartition(".")[0] if alone else weight
+            groups.setdefault(key, []).append(number)
+        return groups.values()
 
     def _base_of(self, number: int) -> tuple[_BasePart, int] | None:
         """Where the base has a tensor of the same name, type and shape."""
@@ -256,12 +260,10 @@ class Encoder:
         for number in group:
             if self._infos[number].part in self._known:
                 self._progress(self._infos[number].size_bytes)
-        group = [number for number in group if self._infos[number].part not in self._known]
-        left = [number for number in group if not self._reuse(number)]
-        if not left:
-            return
-        if self._spec.excp is not None and group[0] in left and not self._keyframe:
-            left = self._encode_excp(group[0], [n for n in group[1:] if n in left], left)
+        left = [number for number in group if self._infos[number].part not in self._known]
+        left = [number for number in left if not self._reuse(number)]
+        if left and self._spec.excp is not None and not self._keyframe:
+            left = self._encode_excp(left, group)
         for number in left:
             self._encode_lossless(number)
 
@@ -312,8 +314,8 @@ class Encoder:
 
     # -- coding --------------------------------------------------------------------------------
 
-    def _begin(self, number: int, base: BaseTensor | None, companion: int | None = None) -> _Draft:
-        draft = self._writers[self._infos[number].part].begin(base, companion)
+    def _begin(self, number: int, base: BaseTensor | None) -> _Draft:
+        draft = self._writers[self._infos[number].part].begin(base)
         self._places[number] = (None, draft.number)
         return draft
 
@@ -345,55 +347,50 @@ class Encoder:
             self._put(number, draft, index, part)
         self._end(number, draft)
 
-    def _encode_excp(self, weight: int, moments: list[int], left: list[int]) -> list[int]:
+    def _encode_excp(self, left: list[int], group: list[int]) -> list[int]:
         """Code a weight and its moments by ExCP; what has to be coded exactly instead."""
-        info = self._infos[weight]
-        found = self._base_of(weight)
-        if found is None or info.role != WEIGHT or info.dtype not in WEIGHT_DTYPES:
+        roles = {self._infos[number].role: number for number in left}
+        weight = roles.get(WEIGHT)
+        found = None if weight is None else self._base_of(weight)
+        paired = any(self._infos[number].role == WEIGHT for number in group)
+        if paired and (weight is None or found is None):
+            return left  # the weight is new or did not move: its moments have no mask
+        if any(self._infos[number].dtype not in WEIGHT_DTYPES for number in left):
             return left
-        base = found[0].bases.tensor(found[1])
-        first, second = self._moments(info, moments)
-        group = coding.WeightGroup(
-            info.dtype, info.words, _SourceTensor(self._checkpoint, weight), base,
-            None if first is None else _SourceTensor(self._checkpoint, first),
-            "F32" if first is None else self._infos[first].dtype,
-            None if second is None else _SourceTensor(self._checkpoint, second),
-            "F32" if second is None else self._infos[second].dtype,
-        )  # fmt: skip
-        assert self._spec.excp is not None
-        plan = coding.plan_excp(group, self._spec.excp)
+        base = None if found is None else found[0].bases.tensor(found[1])
+        coded = [] if weight is None else [weight]
+        # A first moment without its second, or the other way round, belongs to an optimizer
+        # whose rules ExCP does not know.
+        shapes = {self._infos[number].shape for number in left}
+        if roles.keys() >= MOMENTS and len(shapes) == 1:
+            coded += [roles["exp_avg"], roles["exp_avg_sq"]]
+        targets = {
+            self._infos[number].role: coding.Target(
+                _SourceTensor(self._checkpoint, number), self._infos[number].dtype
+            )
+            for number in coded
+        }
+        plan = None
+        if coded:
+            assert self._spec.excp is not None
+            words = self._infos[coded[0]].words
+            tensors = coding.Group(
+                words, targets.get(WEIGHT), base, targets.get("exp_avg"), targets.get("exp_avg_sq")
+            )
+            plan = coding.plan_excp(tensors, self._spec.excp)
         if plan is None:
             return left
-        coded = [number for number in (weight, first, second) if number is not None]
-        drafts = [self._begin(weight, base)]
-        drafts[0].stands_on_base = True
-        if first is not None:
-            drafts.append(self._begin(first, None))
-        if second is not None:
-            drafts.append(self._begin(second, None, companion=drafts[1].number))
-        for index, (*slices, errors) in enumerate(coding.code_excp(group, plan)):
-            self._sums.add(errors)
-            present = [part for part in slices if part is not None]
-            for number, draft, part in zip(coded, drafts, present, strict=True):
-                self._put(number, draft, index, part)
+        drafts = [self._begin(number, base if number == weight else None) for number in coded]
+        drafts[0].stands_on_base = weight is not None
+        if len(drafts) > 1:
+            drafts[-1].companion = drafts[-2].number
+        for index, part in enumerate(coding.code_excp(tensors, plan)):
+            self._sums.add(part.errors)
+            for number, draft, coded_slice in zip(coded, drafts, part.slices, strict=True):
+                self._put(number, draft, index, coded_slice)
         for number, draft in zip(coded, drafts, strict=True):
             self._end(number, draft, near=True)
         return [number for number in left if number not in coded]
-
-    def _moments(self, weight: TensorInfo, moments: list[int]) -> tuple[int | None, int | None]:
-        """exp_avg and exp_avg_sq of a weight, where they can be coded with it.
-
-        Both must be there to be coded with loss: a first moment without its second, or the other
-        way round, belongs to an optimizer whose rules ExCP does not know.
-        """
-        by_role = {
-            self._infos[number].role: number for number in moments
-            if self._infos[number].dtype in WEIGHT_DTYPES
-            and self._infos[number].shape == weight.shape
-        }  # fmt: skip
-        if by_role.keys() != MOMENTS:
-            return None, None
-        return by_role["exp_avg"], by_role["exp_avg_sq"]
 
     # -- the end -------------------------------------------------------------------------------
 

@@ -15,15 +15,9 @@ import numpy as np
 import zstandard
 from blake3 import blake3
 
-KINDS = {
-    1: "commit",
-    2: "schema",
-    3: "values",
-    4: "skeleton",
-    5: "recipe",
-    6: "record",
-    7: "bundle",
-}
+KINDS = dict(
+    enumerate(["commit", "schema", "values", "skeleton", "recipe", "record", "bundle"], start=1)
+)
 SIZES = {
     **dict.fromkeys(
         ["I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4"],
@@ -219,13 +213,13 @@ class Stream:
         self.at += struct.calcsize(layout)
         return fields
 
-    def bytes(self, count: int) -> bytes:
+    def octets(self, count: int) -> bytes:
         self.at += count
         return self.data[self.at - count : self.at]
 
     def section(self, count: int) -> bytes:
         tag, length = self.take("<BI")
-        data = self.bytes(length)
+        data = self.octets(length)
         if tag == 1:
             data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
         elif tag == 2:
@@ -248,7 +242,7 @@ class Stream:
 
     def values(self, count: int) -> Array:
         (size,) = self.take("<B")
-        table = np.frombuffer(self.bytes(2 * size), "<f2").astype(np.float32)
+        table = np.frombuffer(self.octets(2 * size), "<f2").astype(np.float32)
         codes = np.frombuffer(self.section(count), np.uint8)
         return table[codes] if count else np.empty(0, np.float32)
 
@@ -308,7 +302,8 @@ def lossless(stream: Stream, dtype: str, count: int, base: Array | None) -> Arra
     if transform == 0:
         return words
     if transform == 1:
-        return (words >> one) | (words << words.dtype.type(bits - 1))
+        rotated: Array = (words >> one) | (words << words.dtype.type(bits - 1))
+        return rotated
     assert base is not None
 
     def order(x: Array) -> Array:
@@ -318,4 +313,5 @@ def lossless(stream: Stream, dtype: str, count: int, base: Array | None) -> Arra
         return np.where(top == 1, x ^ x.dtype.type((1 << (bits - 1)) - 1), x)
 
     difference = (words >> one) ^ (words.dtype.type(0) - (words & one))
-    return order(difference + order(base))
+    out: Array = order(difference + order(base))
+    return out

@@ -101,9 +101,10 @@ def open_checkpoint(path: Path, *, raw: bool = False, skip: Path | None = None) 
     if not stat.S_ISREG(mode):
         raise InvalidInputError(f"{path} is neither a file nor a directory")
     source = FileSource(path)
-    if not raw:
-        _refuse_incomplete(source, path)
-    return build("file", [(path.name, source, _parse(source, raw), source.stat)], [])
+    with source:
+        if not raw:
+            _refuse_incomplete(source, path)
+        return build("file", [(path.name, source, _parse(source, raw), source.stat)], [])
 
 
 def _refuse_incomplete(source: FileSource, path: Path) -> None:

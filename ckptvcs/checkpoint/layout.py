@@ -41,7 +41,8 @@ class FileSource:
 
     Reads by position, never by a memory map: a trainer that truncates the file meanwhile makes a
     short read here, which is an error, where a map would kill the process.  The file is opened
-    for each read of a tensor, so that a directory of many files needs few descriptors.
+    for each read, so that a directory of many files needs few descriptors; within `with`, which
+    is for one thread, it stays open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,13 +70,20 @@ class FileSource:
             self._file = None
 
     def read(self, offset: int, length: int) -> bytes:
-        if self._file is None:
-            with self:
-                return self.read(offset, length)
+        if self._file is not None:
+            return self._read(self._file.fileno(), offset, length)
+        # Threads read at the same time, so each read has a descriptor of its own.
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                return self._read(file.fileno(), offset, length)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+
+    def _read(self, descriptor: int, offset: int, length: int) -> bytes:
         parts = []
         while length:
             try:
-                part = os.pread(self._file.fileno(), min(length, 1 << 30), offset)
+                part = os.pread(descriptor, min(length, 1 << 30), offset)
             except OSError as error:
                 raise unreadable(self.path, error) from error
             if not part:

@@ -48,16 +48,20 @@ class ObjectStore:
         self._index = self._open_index()
 
     def _open_index(self) -> Index:
-        try:
+        with contextlib.suppress(lmdb.Error, OSError):
             return Index(self._index_path)
-        except (lmdb.Error, OSError):
-            # Rotten, of another version, or on a file system that cannot hold it: start over,
-            # beside the repository if need be.  The packs are the truth.
-            with contextlib.suppress(OSError):
-                discard(self._index_path)
-                return Index(self._index_path)
-            self._scratch = tempfile.TemporaryDirectory(prefix="ckpt-index-")
-            return Index(Path(self._scratch.name) / self._index_path.name)
+        # Rotten, or of another version: start over.  The packs are the truth.
+        with contextlib.suppress(lmdb.Error, OSError):
+            discard(self._index_path)
+            return Index(self._index_path)
+        return self._scratch_index()
+
+    def _scratch_index(self) -> Index:
+        """An index for this process alone, where the repository cannot hold one: it is read-only,
+        or its disk is full.
+        """
+        self._scratch = tempfile.TemporaryDirectory(prefix="ckpt-index-")
+        return Index(Path(self._scratch.name) / self._index_path.name)
 
     # -- finding ---------------------------------------------------------------------------
 
@@ -113,7 +117,13 @@ class ObjectStore:
             if entry.kind in _KEPT:
                 with contextlib.suppress(CorruptionError):
                     contents[entry.id] = self._decode(Place(info.id, info.folder, entry), 0)
-        self._index.add(info, contents, self._keys_of)
+        try:
+            self._index.add(info, contents, self._keys_of)
+        except lmdb.Error:
+            if self._scratch is not None:
+                raise
+            self._index = self._scratch_index()
+            self.refresh()
 
     def find(self, key: bytes) -> list[ObjectId]:
         """The objects found by a key of `keys_of`, among the packs known so far."""

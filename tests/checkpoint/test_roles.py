@@ -137,7 +137,7 @@ def test_an_average_of_the_model_does_not_take_its_moments(tmp_path: Path) -> No
 
 def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
     model = nn.ModuleDict({"wte": nn.Embedding(50, 20), "head": nn.Linear(20, 50, bias=False)})
-    model["head"].weight = model["wte"].weight  # type: ignore[assignment]
+    model["head"].weight = model["wte"].weight
     optimizer = stepped(model, model.parameters())
     checkpoint = save(
         tmp_path / "a.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

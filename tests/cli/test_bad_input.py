@@ -1,0 +1,230 @@
+"""Bad input: one clear line, an exit code that says what to do, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptvcs.checkpoint.layout import FileSource
+from ckptvcs.encoder import Encoder
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.repo import Repo
+from ckptvcs.store.object import Kind
+from tests.cli.conftest import Ckpt, environment
+from tests.training import train_on
+
+
+def snapshot(store: Path) -> set[str]:
+    kept = {p.name for p in store.rglob("*") if p.is_file() and "cache" not in p.parts}
+    return {name for name in kept if name != "config.toml"}
+
+
+def one_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if not line.startswith("hint: ")]
+    assert len(lines) == 1, text
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_refused_files(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
+    ckpt("init")
+    before = snapshot(tmp_path / ".ckpt")
+    assert "no such file" in one_line(ckpt("commit", "nothing.pt", "-m", "x", code=3).err)
+    (tmp_path / "empty.pt").touch()
+    assert "empty" in one_line(ckpt("commit", "empty.pt", "-m", "x", code=2).err)
+    whole = run_files[0].read_bytes()
+    for length in (10, 1000, len(whole) // 2, len(whole) - 30):
+        (tmp_path / "cut.pt").write_bytes(whole[:length])
+        assert "incomplete" in one_line(ckpt("commit", "cut.pt", "-m", "x", code=2).err)
+    (tmp_path / "dir").mkdir()
+    assert "no files" in one_line(ckpt("commit", "dir", code=2).err)
+    (tmp_path / "dir" / "checkpoint-is-incomplete.txt").touch()
+    assert "incomplete" in one_line(ckpt("commit", "dir", code=2).err)
+    assert "codec" in one_line(ckpt("commit", run_files[0], "--codec", "zip", code=2).err)
+    assert "metric" in one_line(ckpt("commit", run_files[0], "--metric", "loss", code=2).err)
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither" in one_line(ckpt("commit", "pipe", code=2).err)
+    assert snapshot(tmp_path / ".ckpt") == before
+
+
+def test_raw_takes_anything(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
+    ckpt("init")
+    cut = run_files[0].read_bytes()[:3000]
+    for name, data in {"empty.pt": b"", "cut.pt": cut}.items():
+        (tmp_path / name).write_bytes(data)
+        ckpt("commit", name, "--raw", "-m", name)
+        ckpt("checkout", "HEAD", "-o", "back")
+        assert (tmp_path / "back").read_bytes() == data
+        (tmp_path / "back").unlink()
+
+
+def test_refused_checkouts(ckpt: Ckpt, history: Path) -> None:
+    assert "-o model.pt" in ckpt("checkout", 1, "-o", "-", code=2).err
+    assert "part" in one_line(ckpt("checkout", 1, "--only", "weights", code=2).err)
+    assert "exact" in one_line(ckpt("checkout", 1, "--require", "near", code=2).err)
+    (history / "folder").mkdir()
+    assert "directory" in one_line(ckpt("checkout", 1, "-o", "folder", code=2).err)
+
+
+def test_no_commits_yet(ckpt: Ckpt, tmp_path: Path) -> None:
+    ckpt("init")
+    assert ckpt("log", "--json").json == []
+    assert "no commits yet" in one_line(ckpt("checkout", "HEAD", code=3).err)
+    assert ckpt("status", "--json").json["head"] is None
+    assert ckpt("verify", "--json").json["ok"]
+    assert "there already" in ckpt("init").out
+
+
+def test_a_newer_format_is_refused(ckpt: Ckpt, history: Path) -> None:
+    path = history / ".ckpt" / "format"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"format": 99}))
+    assert "upgrade" in ckpt("log", code=7).err
+    path.write_text(json.dumps(fields | {"flags": {"write": ["parity"]}}))
+    ckpt("log")
+    assert "parity" in ckpt("commit", "model.pt", code=7).err
+    path.write_text("rubbish")
+    ckpt("log", code=6)
+
+
+def test_bad_settings(ckpt: Ckpt, history: Path) -> None:
+    config = history / ".ckpt" / "config.toml"
+    for text in ('codec = "zip"', "codec = 3", "depth = 1", "codec = ", "keyframe-depth = -1"):
+        config.write_text(text)
+        ckpt("log", code=2)
+    config.write_text('codec = "excp"\nkeyframe-depth = 3\n')
+    train_on(history / "model.pt")
+    assert not ckpt("commit", "model.pt", "--json").json["exact"]
+
+
+def test_ambiguous_ids(ckpt: Ckpt, history: Path) -> None:
+    repo = Repo.open(history)
+    made: dict[str, int] = {}
+    weights = torch.ones(2)
+    for step in range(10, 2000):
+        entry = repo.commit({"w": weights}, step=step)
+        made[entry.id[:4]] = made.get(entry.id[:4], 0) + 1
+        if made[entry.id[:4]] == 2:
+            break
+    twice = [prefix for prefix, count in made.items() if count == 2]
+    assert len(list(repo.catalog.store.ids(Kind.COMMIT))) > 5
+    if not twice:
+        pytest.skip("no two ids began alike")
+    assert "ambiguous" in one_line(ckpt("show", f"id:{twice[0]}", code=2).err)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_no_permission(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+    script = (
+        "import os, sys; os.setgid(65534); os.setuid(65534);"
+        "sys.argv = ['ckpt', *sys.argv[1:]]; from ckptvcs.cli.app import main; main()"
+    )
+    for folder in (history, *history.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(0o755)
+
+    def as_nobody(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script, *args], cwd=history, text=True, capture_output=True,
+            env=environment() | {"HOME": "/tmp"}, check=False,
+        )  # fmt: skip
+
+    probe = as_nobody("--version")
+    if probe.returncode:
+        pytest.skip("another user cannot run this installation")
+    refused = as_nobody("commit", "model.pt", "-m", "x")
+    assert refused.returncode == 8
+    assert "ermission" in one_line(refused.stderr)
+    assert as_nobody("log").returncode == 0  # reading needs no permission to write
+    (history / "model.pt").chmod(0)
+    assert "cannot read" in one_line(as_nobody("status").stderr)
+
+
+@pytest.mark.parametrize("room", [40, 120, 250])
+def test_a_full_disk(room: int, ckpt_process: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
+    ckpt = ckpt_process
+    mount = tmp_path / "small"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={room}k", "tmpfs", str(mount)],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        ckpt("--repo", mount, "init", code=None)
+        done = ckpt("--repo", mount, "commit", run_files[0], "-m", "x", code=None)
+        if done.code == 0:
+            assert ckpt("--repo", mount, "verify", "--json").json["ok"]
+            return
+        assert done.code in (3, 8), done.err
+        assert not list((mount / ".ckpt").glob("tmp/*"))
+        if done.code == 8:
+            assert "full" in done.err or "space" in done.err
+            assert ckpt("--repo", mount, "log", "--json").json == []
+    finally:
+        subprocess.run(["umount", str(mount)], check=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(number: signal.Signals, ckpt_process: Ckpt, tmp_path: Path) -> None:
+    ckpt = ckpt_process
+    ckpt("init")
+    torch.save({"w": torch.randn(40_000_000)}, tmp_path / "big.pt")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptvcs", "commit", "big.pt", "-m", "x"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    packs = tmp_path / ".ckpt" / "tmp"
+    for _ in range(600):
+        if any(p.stat().st_size > 1 << 20 for p in packs.iterdir() if p.exists()):
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert "Traceback" not in err
+    assert not list(packs.iterdir())
+    assert not list((tmp_path / ".ckpt" / "leases").iterdir())
+    assert ckpt("log", "--json").json == []
+    assert ckpt("verify", "--json").json["ok"]
+    ckpt("commit", "big.pt", "-m", "x")
+
+
+def test_a_file_that_is_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "growing.pt"
+    path.write_bytes(b"x" * 1000)
+    source = FileSource(path)
+    path.write_bytes(b"y" * 2000)
+    with pytest.raises(InvalidInputError, match="changed"):
+        source.check_unchanged()
+    path.write_bytes(b"z" * 10)
+    with pytest.raises(InvalidInputError, match="changed"):
+        source.read(0, 1000)
+
+
+def test_a_file_that_changes_under_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"w": torch.randn(5000)}, path)
+    repo = Repo.init(tmp_path / "repo")
+    calm = Encoder.encode
+
+    def rewritten(*args: Any) -> Any:
+        torch.save({"w": torch.randn(5000)}, path)
+        return calm(*args)
+
+    monkeypatch.setattr(Encoder, "encode", rewritten)
+    with pytest.raises(InvalidInputError, match="changed"):
+        repo.commit_path(path, message="x")
+    assert repo.log() == []

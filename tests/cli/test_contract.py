@@ -1,0 +1,324 @@
+"""The commands, their options, their JSON and their exit codes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.checkpoint.test_round_trip import trainer_directory
+from tests.cli.conftest import Ckpt
+from tests.training import train, train_on
+
+COMMIT_KEYS = {
+    "id", "step", "message", "raw_bytes", "stored_bytes", "patch_bytes", "kind", "depth", "exact",
+    "fidelity", "error",
+}  # fmt: skip
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def disk(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def test_commit_json(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
+    ckpt("init")
+    store = tmp_path / ".ckpt"
+    for number, codec in enumerate(["lossless", "lossless", "excp", "excp-max"]):
+        before = disk(store / "packs") + disk(store / "meta")
+        made = ckpt(
+            "commit", run_files[number], "-m", "hello", "--codec", codec, "--metric", "a=1.5",
+            "--metric", "b=nan", "--json",
+        ).json  # fmt: skip
+        assert made.keys() >= COMMIT_KEYS
+        after = disk(store / "packs") + disk(store / "meta")
+        assert made["stored_bytes"] + made["patch_bytes"] == after - before
+        assert made["raw_bytes"] == run_files[number].stat().st_size
+        assert made["step"] == number + 1
+        assert made["metrics"] == {"a": 1.5, "b": "NaN"}
+        assert made["exact"] == all(form == "exact" for form in made["fidelity"].values())
+        assert made["exact"] == (codec == "lossless")
+        assert made["error"].keys() >= {"weight_rel", "residual_nmse"}
+        assert (made["error"]["weight_rel"] > 0) == (codec != "lossless")
+        assert made["kind"] == ("keyframe" if number == 0 else "delta")
+    assert made["fidelity"] == {"model": "near", "optimizer": "near", "rest": "exact"}
+
+
+def test_log(ckpt: Ckpt, history: Path) -> None:
+    ckpt("tag", "v1", "3")
+    entries = ckpt("log", "--json").json
+    assert [e["step"] for e in entries] == [5, 4, 3, 2, 1]
+    for entry in entries:
+        assert entry.keys() >= COMMIT_KEYS | {"time", "metrics", "parents", "branch", "tags"}
+    assert entries[2]["tags"] == ["v1"]
+    assert entries[0]["parents"] == [entries[1]["id"]]
+    assert [e["step"] for e in ckpt("log", "-n", 2, "--json").json] == [5, 4]
+    lines = ckpt("log").out.splitlines()
+    assert lines[0].split() == ["step", "id", "message", "metrics", "size", "ratio", "fidelity"]
+    assert len(lines) == 6
+    assert entries[0]["id"][:8] in lines[1]
+
+
+def test_checkout_writes_what_was_committed(
+    ckpt: Ckpt, history: Path, run_files: list[Path]
+) -> None:
+    done = ckpt("checkout", 2, "--json").json
+    assert done["exact"]
+    assert sha(history / "model.pt") == sha(run_files[1])
+    ckpt("checkout", "HEAD~1", "-o", "there/old.pt")
+    assert sha(history / "there" / "old.pt") == sha(run_files[0])
+    assert ckpt("status", "--json").json["step"] == 2
+    ckpt("checkout", "main")
+    assert sha(history / "model.pt") == sha(run_files[4])
+    assert ckpt("status", "--json").json["branch"] == "main"
+
+
+def test_checkout_loses_nothing(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+    (history / "model.pt").write_bytes(b"precious")
+    refused = ckpt("checkout", 2, code=4)
+    assert "--force" in refused.err
+    assert (history / "model.pt").read_bytes() == b"precious"
+    ckpt("checkout", 2, "--force")
+    assert sha(history / "model.pt") == sha(run_files[1])
+
+
+def test_a_file_that_is_only_near_in_the_store_is_kept(ckpt: Ckpt, history: Path) -> None:
+    train_on(history / "model.pt")
+    ckpt("commit", "model.pt", "--codec", "excp")
+    ckpt("checkout", 1, code=4)
+    ckpt("checkout", 1, "--force")
+    ckpt("checkout", "main")  # writes the near form ...
+    ckpt("checkout", 1)  # ... which may be overwritten: it can be had again
+
+
+def test_near_checkouts(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
+    ckpt("init")
+    for path in run_files:
+        ckpt("commit", path, "--codec", "excp-max")
+    ckpt("checkout", 4, "-o", "near.pt", "--require", "exact", code=4)
+    assert not (tmp_path / "near.pt").exists()
+    ckpt("checkout", 4, "-o", "near.pt")
+    near = torch.load(tmp_path / "near.pt", weights_only=True)
+    mapped = torch.load(tmp_path / "near.pt", weights_only=True, mmap=True)
+    true = torch.load(run_files[3], weights_only=True)
+    assert near["step"] == true["step"]
+    assert torch.equal(near["rng"], true["rng"])
+    frozen = "4.weight"
+    assert torch.equal(near["model"][frozen], true["model"][frozen])
+    for name, value in true["model"].items():
+        assert torch.equal(near["model"][name], mapped["model"][name])
+        if not value.is_floating_point() or "running" in name or value.numel() < 128:
+            assert torch.equal(near["model"][name], value)
+        else:
+            assert (near["model"][name] - value).norm() < 0.6 * value.norm()
+    for key, moments in true["optimizer"]["state"].items():
+        assert torch.equal(near["optimizer"]["state"][key]["step"], moments["step"])
+    assert near["optimizer"]["param_groups"] == true["optimizer"]["param_groups"]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_parts(suffix: str, ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+    true = torch.load(run_files[2], weights_only=True)
+    ckpt("checkout", 3, "--only", "model", "-o", f"m.{suffix}")
+    ckpt("checkout", 3, "--only", "optimizer", "-o", f"o.{suffix}")
+    if suffix == "pt":
+        model = torch.load(history / "m.pt", weights_only=True)
+        optimizer = torch.load(history / "o.pt", weights_only=True)
+        assert optimizer["param_groups"] == true["optimizer"]["param_groups"]
+        assert torch.equal(
+            optimizer["state"][0]["exp_avg"], true["optimizer"]["state"][0]["exp_avg"]
+        )
+    else:
+        found = load_file(history / "m.safetensors")
+        model = {name.removeprefix("model."): value for name, value in found.items()}
+        moments = load_file(history / "o.safetensors")
+        wanted = true["optimizer"]["state"][1]["exp_avg_sq"]
+        assert torch.equal(moments["optimizer.state.1.exp_avg_sq"], wanted)
+    assert model.keys() == true["model"].keys()
+    assert all(torch.equal(model[name], value) for name, value in true["model"].items())
+    ckpt("checkout", 3, "--only", "model", "-o", f"m.{suffix}", code=4)
+
+
+def test_directories(ckpt: Ckpt, tmp_path: Path) -> None:
+    states = train(3)
+    ckpt("init")
+    for state in states:
+        folder = trainer_directory(tmp_path / "out", state, state["step"] * 100)
+        ckpt("commit", folder)
+    assert [e["step"] for e in ckpt("log", "--json").json] == [300, 200, 100]
+    originals = {p.name: sha(p) for p in (tmp_path / "out" / "checkpoint-200").iterdir()}
+    ckpt("checkout", 200, "-o", "elsewhere")
+    assert {p.name: sha(p) for p in (tmp_path / "elsewhere").iterdir()} == originals
+    shutil.rmtree(tmp_path / "out" / "checkpoint-200")
+    ckpt("checkout", 200)
+    back = tmp_path / "out" / "checkpoint-200"
+    assert {p.name: sha(p) for p in back.iterdir()} == originals
+
+
+def test_revisions(ckpt: Ckpt, history: Path) -> None:
+    ids = {e["step"]: e["id"] for e in ckpt("log", "--json").json}
+    ckpt("tag", "good", "2")
+    ckpt("branch", "side", "3")
+    for revision, step in {
+        "2": 2, "step:2": 2, "HEAD": 5, "latest": 5, "HEAD~2": 3, "main": 5, "main@4": 4,
+        "good": 2, "side": 3, "side~1": 2, "best:loss:min": 5, "best:loss:max": 1,
+        ids[4]: 4, ids[4][:8]: 4, f"id:{ids[4][:10]}": 4,
+    }.items():  # fmt: skip
+        assert ckpt("show", revision, "--json").json["step"] == step, revision
+    assert "nearest steps: 1, 2" in ckpt("show", 0, code=3).err
+    assert "did you mean main" in ckpt("show", "mian", code=3).err
+    ckpt("show", "best:nothing", code=3)
+    ckpt("show", "HEAD~99", code=3)
+    ckpt("show", "id:ffff", code=3)
+
+
+def test_a_lower_step_starts_a_branch(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+    (history / "model.pt").write_bytes(run_files[2].read_bytes())
+    made = ckpt("commit", "model.pt", "--step", 4, "-m", "again")
+    assert "main-2" in made.err
+    assert ckpt("status", "--json").json["branch"] == "main-2"
+    assert [e["step"] for e in ckpt("log", "--json").json] == [4, 3, 2, 1]
+    assert len(ckpt("log", "--all", "--json").json) == 6
+    assert ckpt("show", "main", "--json").json["step"] == 5
+    again = ckpt("show", "4", "--json").json
+    assert again["message"] == "again"  # the newest on HEAD's line
+
+
+def test_committing_on_from_an_old_step_starts_a_branch(
+    ckpt: Ckpt, history: Path, run_files: list[Path]
+) -> None:
+    ckpt("checkout", 2)
+    assert ckpt("status", "--json").json["detached"]
+    (history / "model.pt").write_bytes(run_files[3].read_bytes())
+    assert "started branch 'main-2'" in ckpt("commit", "model.pt", "-m", "other").err
+    assert [e["step"] for e in ckpt("log", "--json").json] == [4, 2, 1]
+
+
+def test_unchanged_content_costs_no_tensor_bytes(ckpt: Ckpt, history: Path) -> None:
+    made = ckpt("commit", "model.pt", "-m", "the same again", "--json").json
+    assert made["stored_bytes"] < 2500
+    assert made["branch"] == "main"
+    assert not ckpt("verify", "--json").json["damage"]
+
+
+def test_dedup(ckpt: Ckpt, tmp_path: Path) -> None:
+    ckpt("init")
+    big = torch.randn(100_000)
+    weights = {"a": big, "b": big.clone(), "c": torch.randn(1000)}
+    sizes = []
+    for step in range(2):
+        weights["c"] = weights["c"] + 1
+        torch.save({"model": weights, "step": step}, tmp_path / "m.pt")
+        sizes.append(ckpt("commit", "m.pt", "--json").json["stored_bytes"])
+    assert sizes[0] < 1.1 * big.numel() * 4  # two equal tensors are stored once
+    assert sizes[1] < 10_000  # unchanged tensors are not stored again
+
+
+def test_stats_agree_with_the_disk(ckpt: Ckpt, history: Path) -> None:
+    found = ckpt("stats", "--json").json
+    store = history / ".ckpt"
+    assert found["cache_bytes"] == disk(store / "cache")
+    assert found["stored_bytes"] == disk(store) - disk(store / "cache") - disk(store / "tmp")
+    assert found["history_bytes"] == found["stored_bytes"] - found["patch_bytes"]
+    entries = ckpt("log", "--json").json
+    assert found["commits"] == len(entries)
+    assert found["raw_bytes"] == sum(e["raw_bytes"] for e in entries)
+    packs = disk(store / "packs") + disk(store / "meta")
+    assert packs == sum(e["stored_bytes"] for e in entries)
+
+
+def test_fresh_process_no_cache_rebuilt_index(
+    ckpt_process: Ckpt, tmp_path: Path, run_files: list[Path]
+) -> None:
+    ckpt = ckpt_process
+    ckpt("init")
+    for number, path in enumerate(run_files):
+        ckpt("commit", path, "--codec", ["lossless", "excp", "excp-max"][number % 3])
+
+    def forms() -> list[str]:
+        out = []
+        for step in range(1, 6):
+            ckpt("checkout", step, "-o", "x.pt", "--force")
+            out.append(sha(tmp_path / "x.pt"))
+        return out
+
+    first = forms()
+    shutil.rmtree(tmp_path / ".ckpt" / "cache")
+    assert forms() == first
+    ckpt("index", "--rebuild")
+    assert forms() == first
+    (tmp_path / ".ckpt" / "cache" / "index.lmdb").write_bytes(b"rotten" * 5000)
+    assert forms() == first
+    assert ckpt("verify", "--json").json["ok"]
+
+
+def test_finding_the_repository(
+    ckpt: Ckpt, history: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    below = history / "a" / "b"
+    below.mkdir(parents=True)
+    assert len(ckpt("log", "--json", cwd=below).json) == 5
+    away = tmp_path_factory.mktemp("away")
+    assert "ckpt init" in ckpt("log", cwd=away, code=3).err
+    assert len(ckpt("--repo", history, "log", "--json", cwd=away).json) == 5
+    assert len(ckpt("--repo", history / ".ckpt", "log", "--json", cwd=away).json) == 5
+    assert len(ckpt("log", "--json", cwd=away, CKPT_DIR=str(history)).json) == 5
+    ckpt("--repo", away, "log", code=3)
+
+
+def test_gc_sweeps_debris_only(ckpt: Ckpt, history: Path) -> None:
+    store = history / ".ckpt"
+    (store / "tmp" / "left").write_bytes(b"x" * 1000)
+    branch = store / "refs" / "heads" / "main"
+    newest = max(branch.iterdir())
+    kept = newest.read_bytes()
+    newest.unlink()  # the commit at step 5 was never published
+    before = disk(store / "packs")
+    plan = ckpt("gc", "--dry-run", "--json").json
+    assert plan["dry_run"]
+    assert plan["debris"] == ["tmp/left"]
+    assert disk(store / "packs") == before
+    done = ckpt("gc", "--json").json
+    assert done["freed_bytes"] == plan["freed_bytes"] > 1000
+    assert ckpt("gc", "--json").json["freed_bytes"] == 0
+    assert ckpt("verify", "--json").json["ok"]
+    assert [e["step"] for e in ckpt("log", "--json").json] == [4, 3, 2, 1]
+    newest.write_bytes(kept)
+    assert ckpt("verify", code=6).out
+
+
+def test_verify_names_damage(ckpt: Ckpt, history: Path) -> None:
+    assert ckpt("verify", "--json").json["ok"]
+    pack = max((history / ".ckpt" / "packs").rglob("*.pack"), key=lambda p: p.stat().st_size)
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 1
+    pack.chmod(0o644)
+    pack.write_bytes(data)
+    report = ckpt("verify", "--json", code=6).json
+    assert not report["ok"]
+    kinds = {d["what"] for d in report["damage"]}
+    assert {"pack", "tensor"} <= kinds
+    assert any(pack.stem in (d["name"] or "") for d in report["damage"])
+    assert all(d["commit"] for d in report["damage"] if d["what"] == "tensor")
+
+
+def test_help_and_version(ckpt: Ckpt) -> None:
+    assert ckpt("--version").out.startswith("ckpt ")
+    commands = ["init", "commit", "log", "show", "status", "checkout", "gc", "verify", "stats"]
+    text = ckpt("--help").out
+    assert all(command in text for command in commands)
+    for command in commands:
+        assert "--json" in ckpt(command, "--help").out
+
+
+def test_output_is_json_only(ckpt: Ckpt, history: Path) -> None:
+    for command in ("status", "show", "stats", "verify", "gc", "log", "tag", "branch"):
+        json.loads(ckpt(command, "--json").out)
