@@ -1,6 +1,7 @@
 """The demo: train, commit, log, check out an old step, verify, compare sizes.
 
-Everything happens in one folder (.demo by default) with the command line that users have.
+One training run is committed to two repositories, once exactly and once with loss, with the
+command line that users have.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from rich.table import Table
 
 from scripts.tinygpt import TrainSpec, train
 
+CODECS = ("lossless", "excp")
 console = Console()
 
 
-def ckpt(folder: Path, *args: str, show: bool = True) -> str:
+def ckpt(folder: Path, *args: str, show: bool = True) -> None:
     """Run a command as a user would, showing it and what it prints."""
     if show:
         console.print(f"\n[bold]$ ckpt {' '.join(args)}[/bold]")
@@ -33,79 +35,81 @@ def ckpt(folder: Path, *args: str, show: bool = True) -> str:
     )  # fmt: skip
     if show:
         console.print(done.stdout.rstrip(), markup=False, highlight=False)
-    return done.stdout
 
 
 def sha256(path: Path) -> str:
+    """The hash of a file's bytes, by another function than the store uses."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def train_and_commit(folder: Path, spec: TrainSpec, codec: str) -> tuple[dict[int, str], int]:
-    """Train, committing model.pt each time; the hashes of the originals, and their bytes."""
+def train_and_commit(folder: Path, spec: TrainSpec) -> tuple[dict[int, str], int]:
+    """Train, committing model.pt to each repository; the originals' hashes, and their bytes."""
     originals: dict[int, str] = {}
     raw = 0
     model = folder / "model.pt"
-    bar = Progress(
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(), console=Console(stderr=True),
+    columns = (
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
     )  # fmt: skip
-    with bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=spec.steps, note="")
-        recent = 0.0
 
         def on_step(step: int, loss: float) -> None:
             bar.update(task, completed=step, note=f"loss {loss:.2f}")
 
         def on_checkpoint(step: int, loss: float, state: dict[str, Any]) -> None:
-            nonlocal raw, recent
+            nonlocal raw
             torch.save(state, model)
             originals[step] = sha256(model)
             raw += model.stat().st_size
-            ckpt(folder, "commit", "model.pt", "-m", f"step {step}", "--metric", f"loss={loss:.4f}",
-                 "--codec", codec, show=False)  # fmt: skip
+            for codec in CODECS:
+                ckpt(folder, "--repo", codec, "commit", "model.pt", "-m", f"step {step}",
+                     "--metric", f"loss={loss:.4f}", "--codec", codec, show=False)  # fmt: skip
 
         train(spec, on_step, on_checkpoint)
     return originals, raw
 
 
+def look_back(folder: Path, codec: str, originals: dict[int, str]) -> bool:
+    """Show a repository and bring an old step back; whether it is byte-identical."""
+    console.print()
+    console.rule(f"committed with --codec {codec}")
+    ckpt(folder, "--repo", codec, "log")
+    old = sorted(originals)[len(originals) // 2]
+    ckpt(folder, "--repo", codec, "checkout", str(old), "-o", "old.pt", "--force")
+    same = sha256(folder / "old.pt") == originals[old]
+    state = torch.load(folder / "old.pt", weights_only=True)
+    if state["step"] != old or (codec == "lossless" and not same):
+        raise SystemExit(f"step {old} did not come back as it was")
+    console.print(f"old.pt is {'byte-identical to' if same else 'near'} the original of step {old}")
+    ckpt(folder, "--repo", codec, "verify")
+    ckpt(folder, "--repo", codec, "stats")
+    return same
+
+
 def main() -> None:
+    """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".demo"))
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="made anew")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=40)
+    parser.add_argument("--every", type=int, default=25)
     options = parser.parse_args()
-    spec = TrainSpec(steps=options.steps, every=options.every)
-    rows = []
-    for codec in ("lossless", "excp"):
-        folder = options.folder / codec
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        console.rule(f"one run, committed with --codec {codec}")
-        ckpt(folder, "init")
-        originals, raw = train_and_commit(folder, spec, codec)
-        ckpt(folder, "log")
-        old = sorted(originals)[len(originals) // 2]
-        ckpt(folder, "checkout", str(old), "-o", "old.pt")
-        same = sha256(folder / "old.pt") == originals[old]
-        state = torch.load(folder / "old.pt", weights_only=True)
-        if state["step"] != old or (codec == "lossless" and not same):
-            raise SystemExit(f"step {old} did not come back as it was")
-        console.print(f"old.pt is {'byte-identical to' if same else 'near'} the original at {old}")
-        ckpt(folder, "verify")
-        ckpt(folder, "stats")
-        stored = sum(f.stat().st_size for f in (folder / ".ckpt").rglob("*")
-                     if f.is_file() and "cache" not in f.parts)  # fmt: skip
-        newest = folder / ".ckpt"
-        rows.append((codec, len(originals), raw, stored, same))
-        assert newest.exists()
-    table = Table(title="sizes: every checkpoint kept")
-    for name in ("kept as", "checkpoints", "bytes", "times smaller", "comes back"):
-        table.add_column(name, justify="left" if name in ("kept as", "comes back") else "right")
-    count, raw = rows[0][1], rows[0][2]
-    table.add_row("torch.save files", str(count), f"{raw:,}", "1.0", "as it was")
-    for codec, count, raw, stored, same in rows:
-        table.add_row(f"ckpt, {codec}", str(count), f"{stored:,}", f"{raw / stored:.1f}",
-                      "byte-identical" if same else "near, error in the log")  # fmt: skip
+    folder: Path = options.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    for codec in CODECS:
+        (folder / codec).mkdir(parents=True)
+        ckpt(folder, "init", codec)
+    originals, raw = train_and_commit(folder, TrainSpec(steps=options.steps, every=options.every))
+    table = Table(title=f"{len(originals)} checkpoints, all kept")
+    for name in ("as", "bytes", "ratio", "an old step comes back"):
+        table.add_column(name, justify="right" if name in ("bytes", "ratio") else "left")
+    table.add_row("torch.save files", f"{raw:,}", "1.0", "as it was")
+    for codec in CODECS:
+        same = look_back(folder, codec, originals)
+        files = [path for path in (folder / codec / ".ckpt").rglob("*") if path.is_file()]
+        stored = sum(path.stat().st_size for path in files if "cache" not in path.parts)
+        back = "byte-identical" if same else "near (error in the log)"
+        table.add_row(f"ckpt, {codec}", f"{stored:,}", f"{raw / stored:.1f}", back)
     console.print()
     console.print(table)
 
