@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import lru_cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,20 +25,28 @@ def worker_count() -> int:
         return min(16, os.cpu_count() or 1)
 
 
+@lru_cache(1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """The threads of this process; a forked child makes its own."""
+    return ThreadPoolExecutor(worker_count(), thread_name_prefix=f"ckpt-{process}")
+
+
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map`, in threads, a few items ahead of the consumer.
 
-    An exception of `function` is raised at its item; work that waits then is dropped.
+    An exception of `function` is raised at its item; work that waits then is dropped.  `function`
+    must not call `ordered_map` itself: all work shares one pool of threads.
     """
-    workers = worker_count()
-    pool = ThreadPoolExecutor(workers)
+    pool = _pool(os.getpid())
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
+            if len(waiting) > worker_count():
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
