@@ -126,7 +126,9 @@ class _Pickle:
             self._out += b"("
             for key, item in value.items():
                 if type(key) not in (str, int, bool, float):
-                    raise InvalidInputError(f"the state has a key that is no str or int at {path}")
+                    raise InvalidInputError(
+                        f"the state has a key that is no str or int at {path or 'its top'}"
+                    )
                 self._value(key, path, depth + 1)
                 self._value(item, f"{path}{dot}{key}", depth + 1)
             self._out += b"u"

@@ -112,7 +112,11 @@ class PackWriter:
         self._at = 0
         self._region = 0
         self._entries: list[Entry] = []
-        self._write(HEADER.pack(_MAGIC, VERSION, 0, 0))
+        try:
+            self._write(HEADER.pack(_MAGIC, VERSION, 0, 0))
+        except BaseException:
+            self.abort()  # nobody has this object yet to do it
+            raise
 
     def _write(self, data: bytes) -> None:
         self._writer.write(data)

@@ -1,0 +1,165 @@
+"""Repo in Python: states in, the same states out."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptvcs import ConflictError, InvalidInputError, NotFoundError, Repo
+from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.checkpoint.emit import dump_pickle
+from ckptvcs.checkpoint.state import state_checkpoint
+from tests.training import train
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The elements of a tensor, row after row, as they are."""
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return (
+            isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
+            and a.stride() == b.stride() and bits(a) == bits(b)
+        )  # fmt: skip
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return type(a) is type(b) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def test_a_training_run_comes_back(repo: Repo) -> None:
+    states = train(3)
+    for state in states:
+        entry = repo.commit(state, step=state["step"], metrics={"loss": 1 / state["step"]})
+        assert entry.exact
+    assert [e.commit.step for e in repo.log()] == [3, 2, 1]
+    for state in states:
+        assert same(repo.checkout(state["step"]), state)
+    assert same(repo.checkout("best:loss:min"), states[-1])
+
+
+def test_everything_plain(repo: Repo) -> None:
+    state: dict[Any, Any] = {
+        "none": None, "flags": [True, False], "ints": [0, -1, 1 << 40, -(1 << 70), 255],
+        "floats": [1.5, float("inf"), float("nan"), -0.0], "text": "é\ud800\n",
+        "bytes": b"\x00\xff",
+        "tuple": (1, (2, ()), []), 7: "int key", "empty": {},
+        "ordered": collections.OrderedDict(b=1, a=2),
+        "array": np.arange(2000, dtype=np.float64).reshape(40, 50).T,
+        "small array": np.array([[1, 2]], dtype=np.uint16), "zero-d": torch.tensor(3),
+        "no elements": torch.empty(0, 4), "bf16": torch.randn(300).bfloat16(),
+        "float8": torch.randn(300).to(torch.float8_e4m3fn), "bool": torch.rand(300) > 0.5,
+    }  # fmt: skip
+    repo.commit(state, step=1)
+    back = repo.checkout(1)
+    assert same(back, state | {"array": np.ascontiguousarray(state["array"])})
+    assert np.array_equal(back["array"], state["array"])
+
+
+def test_shared_storage_and_strides(repo: Repo) -> None:
+    base = torch.randn(30, 40)
+    state = {"base": base, "view": base[3:9, ::2], "transposed": base.T, "tied": base}
+    repo.commit(state)
+    back = repo.checkout("HEAD")
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor)
+        assert back[name].stride() == tensor.stride()
+    storages = {t.untyped_storage().data_ptr() for t in back.values()}
+    assert len(storages) == 1
+    back["base"][3, 0] = 99
+    assert back["view"][0, 0] == 99
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ({"a": {"b": object()}}, "a.b"),
+        ({"a": [1, {1, 2}]}, "a.1"),
+        ({"args": argparse.Namespace()}, "args"),
+        ({"s": torch.eye(3).to_sparse()}, "s"),
+        ({"a": np.array(["text"])}, "a"),
+        ({"n": np.int64(3)}, "n"),
+        ({"c": 1j}, "c"),
+        ({("tuple", "key"): 1}, "its top"),
+    ],
+)
+def test_anything_else_is_refused_by_its_path(repo: Repo, value: Any, path: str) -> None:
+    with pytest.raises(InvalidInputError, match=path):
+        repo.commit(value)
+    assert repo.log() == []
+
+
+def test_a_state_checks_out_to_a_file_that_torch_reads(repo: Repo, tmp_path: Path) -> None:
+    state = train(1)[0] | {"bytes": b"\xffx", "f8": torch.ones(300).to(torch.float8_e5m2)}
+    repo.commit(state, step=5)
+    done = repo.checkout_files(repo.resolve(5), tmp_path / "state.pt")
+    assert done.exact
+    assert same(torch.load(tmp_path / "state.pt", weights_only=True)["model"], state["model"])
+    mapped = torch.load(tmp_path / "state.pt", weights_only=True, mmap=True)
+    assert torch.equal(mapped["f8"].float(), state["f8"].float())
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+    | st.tuples(inner, inner),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(plain)
+def test_pickles_are_what_torch_accepts(value: Any) -> None:
+    import io
+    import pickle
+
+    data = dump_pickle(value, lambda _, __: None)
+    assert same(pickle.loads(data), value)
+    checkpoint: Checkpoint = state_checkpoint({"v": value})
+    source = checkpoint.files[0].source
+    back = torch.load(io.BytesIO(source.read(0, source.size)), weights_only=True)
+    assert same(back["v"], value)
+
+
+def test_two_writers(repo: Repo) -> None:
+    other = Repo.open(repo.root)
+    repo.commit({"a": 1}, step=1)
+    other.commit({"a": 2}, step=2)
+    repo.commit({"a": 3}, step=3)
+    assert [e.commit.step for e in other.log()] == [3, 2, 1]
+    head = repo.refs.read("heads/main")
+    repo.refs.publish("heads/main", head, commit=None, time="t", action="test")
+    with pytest.raises(ConflictError):
+        other.refs.publish("heads/main", head, commit=None, time="t", action="test")
+
+
+def test_opening(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        Repo.open(tmp_path)
+    repo = Repo.init(tmp_path)
+    assert Repo.open(tmp_path).folder == Repo.open(tmp_path / ".ckpt").folder == repo.folder
+    assert Repo.discover(tmp_path).log() == []
+
+
+def test_a_checkout_elsewhere_does_not_fork_a_trainer(repo: Repo) -> None:
+    for step in (1, 2):
+        repo.commit({"x": step}, step=step)
+    other = Repo.open(repo.root)
+    other.move_head(other.resolve(1), None)
+    repo.commit({"x": 3}, step=3)
+    main = repo.revisions.branch("main")
+    assert main is not None
+    assert repo.catalog.commit(main).step == 3
+    assert [e.commit.step for e in repo.log(revision="main")] == [3, 2, 1]
