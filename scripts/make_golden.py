@@ -1,0 +1,54 @@
+"""Make the golden repository of the present format: `python -m scripts.make_golden NAME`.
+
+The tests decode every golden repository for ever.  An existing one is never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from ckptvcs.repo import FORMAT, Repo
+from tests.training import save_run, train
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+CODECS = ("lossless", "lossless", "excp", "excp-max", "lossless", "excp")
+
+
+def main() -> None:
+    """Make one golden repository."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="what it shows, such as v1-first")
+    target = GOLDEN / parser.parse_args().name
+    if target.exists():
+        raise SystemExit(f"{target} exists; golden repositories are never rewritten")
+    expected = {}
+    # Nothing of the machine it was made on goes into the repository.
+    socket.gethostname = lambda: "golden"
+    os.environ |= {"LOGNAME": "golden", "GIT_DIR": os.devnull}
+    with tempfile.TemporaryDirectory() as scratch:
+        repo = Repo.init(target)
+        for path, codec in zip(save_run(Path(scratch), train(len(CODECS))), CODECS, strict=True):
+            made = repo.commit_path(path, message=f"by {codec}", codec=codec)
+            out = Path(scratch) / "out.pt"
+            repo.checkout_files(made.id, out, force=True)
+            expected[made.id] = blake3(out.read_bytes()).hexdigest()
+        repo.set_ref("tags", "first", repo.resolve(1), "tag")
+    for folder in ("cache", "tmp", "leases", "marks"):
+        shutil.rmtree(target / ".ckpt" / folder)
+    (target / ".ckpt").rename(target / "store")
+    (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+    note = f"Format {FORMAT}, made with torch {torch.__version__}: {', '.join(CODECS)}.\n"
+    (target / "README.md").write_text(note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Every object of history may come from somebody else: it is read, or refused as damage."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.history.commit import load_commit
+from ckptvcs.history.recipe import (
+    Frame,
+    LetGo,
+    Recipe,
+    dump_bundle,
+    dump_let_go,
+    dump_recipe,
+    load_bundle,
+    load_let_go,
+    load_recipe,
+    load_values,
+)  # fmt: skip
+from ckptvcs.history.schema import (
+    Op,
+    Schema,
+    TensorInfo,
+    View,
+    dump_schema,
+    dump_skeleton,
+    load_schema,
+    load_skeleton,
+)  # fmt: skip
+from ckptvcs.restore import safe_path
+from ckptvcs.store.object import ObjectId
+
+A, B = ObjectId("a" * 64), ObjectId("b" * 64)
+
+RECIPE = Recipe(A, 3, (A, B), (0, 1, 0), (5, 6, 7))
+FRAMES = [
+    Frame(None, 0, None, ((0, 10, b"x" * 16), (10, 5, b"y" * 16))),
+    Frame((A, 4), 2, None, ((15, 1, b"z" * 16),)),
+    Frame((B, 4), 9, 0, ((90, 3, b"w" * 16), (16, 2, b"v" * 16))),
+    Frame(None, 0, None, ()),
+]
+SCHEMA = Schema((
+    TensorInfo("w", "F32", (3, 4), "model", "weight"),
+    TensorInfo("s", "I64", (), "optimizer", "step", inline=True),
+    TensorInfo("m", "F32", (3, 4), "optimizer", "exp_avg", pair=0,
+               views=(View("m", "F32", 2, (2,), (3,)),)),
+))  # fmt: skip
+LET_GO = LetGo("fade", (A,), ("model",), "keep-exact", "now")
+SEGMENTS = [(Op.LITERAL, 3), (Op.TENSOR, 0), (Op.CRC32, 0), (Op.INLINE, 1), (Op.LITERAL, 1)]
+
+
+def test_what_is_written_is_read() -> None:
+    assert load_recipe(dump_recipe(RECIPE)) == RECIPE
+    assert load_bundle(dump_bundle(FRAMES)) == tuple(FRAMES)
+    assert load_schema(dump_schema(SCHEMA)) == SCHEMA
+    assert load_let_go(dump_let_go(LET_GO)) == LET_GO
+    skeleton = load_skeleton(dump_skeleton(SEGMENTS, b"abc12345678z"))
+    walked = [(op, bytes(data)) for op, _, data in skeleton.walk(SCHEMA)]
+    assert walked == [
+        (Op.LITERAL, b"abc"), (Op.TENSOR, b""), (Op.CRC32, b""), (Op.INLINE, b"12345678"),
+        (Op.LITERAL, b"z"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("literals", [b"", b"abc1234567", b"abc12345678zz"])
+def test_literals_must_add_up(literals: bytes) -> None:
+    skeleton = load_skeleton(dump_skeleton(SEGMENTS, literals))
+    with pytest.raises(CorruptionError):
+        list(skeleton.walk(SCHEMA))
+    with pytest.raises(CorruptionError):
+        list(load_skeleton(dump_skeleton([(Op.TENSOR, 3)], b"")).walk(SCHEMA))
+
+
+LOADERS: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
+    "recipe": (load_recipe, dump_recipe(RECIPE)),
+    "bundle": (load_bundle, dump_bundle(FRAMES)),
+    "schema": (load_schema, dump_schema(SCHEMA)),
+    "let go": (load_let_go, dump_let_go(LET_GO)),
+    "skeleton": (load_skeleton, dump_skeleton(SEGMENTS, b"abc12345678z")),
+    "commit": (lambda data: load_commit(A, data), b'{"parents":[],"time":"t","step":1}'),
+    "values": (load_values, b"x" * 64),
+}
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@given(data=st.data())
+def test_bytes_that_were_changed(name: str, data: st.DataObject) -> None:
+    load, good = LOADERS[name]
+    changed = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    length = data.draw(st.sampled_from([len(good), len(good) // 2, 1, 0]))
+    with contextlib.suppress(CkptError):
+        load(bytes(changed[:length]))
+
+
+@pytest.mark.parametrize("name", ["recipe", "bundle", "schema", "let go", "commit"])
+@given(data=st.data())
+def test_fields_of_other_types(name: str, data: st.DataObject) -> None:
+    load, good = LOADERS[name]
+    value = json.loads(good)
+    where = value
+    while isinstance(where, dict | list) and where:
+        keys = list(where) if isinstance(where, dict) else list(range(len(where)))
+        key = data.draw(st.sampled_from(keys))
+        if isinstance(where[key], dict | list) and where[key] and data.draw(st.booleans()):
+            where = where[key]
+        else:
+            where[key] = data.draw(json_values)
+            break
+    with contextlib.suppress(CkptError):
+        load(json.dumps(value).encode())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "./a", "a//b", "a\0b", "a" * 5000],
+)
+def test_paths_that_leave_their_target(path: str) -> None:
+    with pytest.raises(CkptError):
+        safe_path(path)
