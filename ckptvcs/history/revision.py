@@ -160,7 +160,7 @@ class Revisions:
         text = text.lower()
         if not _HEX.match(text):
             return None
-        found = [n for n in self._catalog.store.ids(Kind.COMMIT) if n.startswith(text)]
+        found = self._catalog.store.ids(Kind.COMMIT, text)
         if len(found) > 1:
             listed = ", ".join(name[:12] for name in found[:_MAX_LISTED])
             raise InvalidInputError(f"id '{text}' is ambiguous", hint=f"one of {listed}")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,18 @@ class Index:
                 return []
             return [ObjectId(bytes(value).hex()) for value in cursor.iternext_dup()]
 
-    def ids(self, kind: Kind) -> Iterator[ObjectId]:
-        """Every object of a kind."""
+    def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
+        """Every object of a kind whose id begins with `prefix` (hex digits)."""
+        names: dict[ObjectId, None] = {}
         with self._begin() as txn, txn.cursor(self._objects) as cursor:
-            names = [
-                ObjectId(bytes(key).hex()) for key, value in cursor if bytes(value)[32] == kind
-            ]
-        return iter(dict.fromkeys(names))
+            if cursor.set_range(bytes.fromhex(prefix[: len(prefix) // 2 * 2]) or b"\0"):
+                for key, value in cursor:
+                    name = ObjectId(bytes(key).hex())
+                    if name[: len(prefix)] > prefix:
+                        break
+                    if name.startswith(prefix) and bytes(value)[32] == kind:
+                        names[name] = None
+        return list(names)
 
     def add(self, pack: PackInfo, contents: dict[ObjectId, bytes], keys_of: KeysOf) -> None:
         """Make a pack's objects findable; `contents` are the small ones to keep."""

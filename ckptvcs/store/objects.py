@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
@@ -45,6 +44,7 @@ class ObjectStore:
         self._keys_of = _forgiving(keys_of)
         self._index_path = index_path
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._rebuilt = False
         self._index = self._open_index()
 
     def _open_index(self) -> Index:
@@ -94,6 +94,17 @@ class ObjectStore:
                 with contextlib.suppress(CorruptionError, FileNotFoundError):
                     self._add(self._read_pack(name, folder))
 
+    def _doubt_index(self) -> None:
+        """Look again where an object was not found or not whole: was it the index that was wrong?
+
+        Once in the life of this store that means to make it anew; then only to list the packs.
+        """
+        if self._rebuilt:
+            self.refresh()
+        else:
+            self._rebuilt = True
+            self.rebuild()
+
     def rebuild(self) -> int:
         """Make the index anew from the packs; how many packs it holds then."""
         path = Path(self._scratch.name) / "index" if self._scratch else self._index_path
@@ -129,9 +140,9 @@ class ObjectStore:
         """The objects found by a key of `keys_of`, among the packs known so far."""
         return self._index.find(key)
 
-    def ids(self, kind: Kind) -> Iterator[ObjectId]:
-        """Every object of a kind, among the packs known so far."""
-        return self._index.ids(kind)
+    def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
+        """Every object of a kind whose id begins with `prefix`, among the packs known so far."""
+        return self._index.ids(kind, prefix)
 
     def places(self, name: ObjectId) -> list[Place]:
         """Where an object lies, at least one place.  Raises MissingObjectError."""
@@ -174,7 +185,7 @@ class ObjectStore:
                 except CorruptionError as error:
                     failure = error
             if attempt == 0:
-                self.refresh()
+                self._doubt_index()
         raise failure or MissingObjectError(f"object {name} is not in the store")
 
     def _decode(self, place: Place, depth: int) -> bytes:
