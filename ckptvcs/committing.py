@@ -124,10 +124,10 @@ class Committer:
             else:
                 keyframe = base is None or self._starts_keyframe(place.parent)
                 encoder = Encoder(
-                    self._catalog, self._cache, request.spec, base,
+                    self._catalog, self._cache, request.spec, base, checkpoint, hashes,
                     keyframe=keyframe, progress=self._progress,
                 )  # fmt: skip
-                encoded = encoder.encode(checkpoint, hashes)
+                encoded = encoder.encode()
             pack = store.new_pack("meta")
             try:
                 commit = self._describe(pack, request, step, place, base, encoded, file_hashes)

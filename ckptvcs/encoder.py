@@ -157,7 +157,7 @@ _Place = tuple[ObjectId | None, int]  # bundle (None: the one being written), fr
 
 
 class Encoder:
-    """Encodes one checkpoint against a base commit."""
+    """Encodes one checkpoint against a base commit; used once."""
 
     def __init__(
         self,
@@ -165,16 +165,37 @@ class Encoder:
         cache: Path,
         spec: CodecSpec,
         base: Commit | None,
+        checkpoint: Checkpoint,
+        hashes: dict[int, bytes],
         *,
         keyframe: bool,
         progress: Progress,
     ) -> None:
+        """`hashes` are those that `scan` returned for the tensors of `checkpoint`."""
         self._catalog, self._chain = catalog, ChainReader(catalog)
         self._cache, self._spec = cache, spec
         self._keyframe, self._progress = keyframe, progress
         self._base_parts = {} if base is None else self._load_base(base)
+        self._checkpoint, self._hashes = checkpoint, hashes
+        self._infos = checkpoint.schema.tensors
+        self._numbers = {name: checkpoint.schema.stored(name) for name in PARTS}
+        self._position = {
+            number: position
+            for row in self._numbers.values()
+            for position, number in enumerate(row)
+        }
+        self._values = dict(hashes)
+        self._places: dict[int, _Place] = {}
+        self._twins: dict[tuple[bytes, str], int] = {}
         self._sums = _ErrorSums()
         self._depth = 0
+        self._writers = {
+            name: _PartWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
+        }
+        self._known = {
+            name for name, row in self._numbers.items()
+            if catalog.has_recipe(object_id(Kind.VALUES, self._table(row)))
+        }  # fmt: skip
 
     def _load_base(self, base: Commit) -> dict[str, _BasePart]:
         schema = self._catalog.schema(base.schema)
@@ -187,37 +208,18 @@ class Encoder:
             parts[name] = _BasePart(state.values, hashes, positions, bases)
         return parts
 
-    def encode(self, checkpoint: Checkpoint, hashes: dict[int, bytes]) -> Encoded:
-        """Store the tensors of a checkpoint: durable when this returns, visible to nobody.
-
-        `hashes` are those that `scan` returned for its tensors.
+    def encode(self) -> Encoded:
+        """Store the tensors of the checkpoint: durable when this returns, visible to nobody.
 
         Raises:
             InvalidInputError: the checkpoint changed since it was scanned.
         """
-        self._checkpoint = checkpoint
-        self._infos = checkpoint.schema.tensors
-        self._hashes = hashes
-        numbers = {name: checkpoint.schema.stored(name) for name in PARTS}
-        self._position = {
-            number: position for row in numbers.values() for position, number in enumerate(row)
-        }
-        self._values = dict(self._hashes)
-        self._places: dict[int, _Place] = {}
-        self._twins: dict[tuple[bytes, str], int] = {}
-        self._writers = {
-            name: _PartWriter(lambda: self._catalog.store.new_pack("packs")) for name in PARTS
-        }
-        sizes = [self._infos[number].size_bytes for number in numbers["model"]]
+        sizes = [self._infos[number].size_bytes for number in self._numbers["model"]]
         self._base_writer = BaseWriter(self._cache, sizes)
-        self._known = {
-            name for name, row in numbers.items()
-            if self._catalog.has_recipe(object_id(Kind.VALUES, self._table(row)))
-        }  # fmt: skip
         try:
             for group in self._groups():
                 self._encode_group(group)
-            return self._finish(numbers)
+            return self._finish()
         finally:
             self._base_writer.abort()
             for writer in self._writers.values():
@@ -394,13 +396,13 @@ class Encoder:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def _finish(self, numbers: dict[str, list[int]]) -> Encoded:
+    def _finish(self) -> Encoded:
         self._checkpoint.check_unchanged()
         parts: dict[str, PartState] = {}
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []
         data_bytes = 0
-        for name, row in numbers.items():
+        for name, row in self._numbers.items():
             if not row:
                 continue
             table, exact = dump_values([self._values[number] for number in row]), self._table(row)
@@ -409,6 +411,9 @@ class Encoder:
             parts[name] = PartState(
                 values, None if table == exact else object_id(Kind.VALUES, exact)
             )
+            if name in self._known:
+                depths = (self._chain.depth(values, position) for position in range(len(row)))
+                self._depth = max(self._depth, *depths)
             # Values that can be decoded already keep their recipe: a second one could stand on
             # frames that stand on the first.
             if not self._catalog.has_recipe(values):

@@ -163,3 +163,15 @@ def test_a_checkout_elsewhere_does_not_fork_a_trainer(repo: Repo) -> None:
     assert main is not None
     assert repo.catalog.commit(main).step == 3
     assert [e.commit.step for e in repo.log(revision="main")] == [3, 2, 1]
+
+
+def test_content_that_was_there_before_is_found_again(repo: Repo) -> None:
+    states = train(4)
+    first = [repo.commit(state, step=n) for n, state in enumerate(states, start=1)]
+    again = repo.commit(states[1], step=5)
+    assert again.commit.data_bytes == 0
+    assert again.commit.parts == first[1].commit.parts
+    assert (again.commit.kind, again.commit.depth) == (first[1].commit.kind, first[1].commit.depth)
+    assert same(repo.checkout(5), states[1])
+    repo.commit(states[0] | {"step": 9}, step=9)
+    assert not repo.verify().damage
