@@ -90,6 +90,24 @@ class TensorRef:
     stride: tuple[int, ...]
 
 
+_SMALL = 1 << 60
+
+
+def _key(key: object) -> object:
+    """`key`, if hashing it is cheap; else a record that hashes by identity.
+
+    Hashing a tuple walks it, and a tuple that shares at every level has 2^depth paths; large
+    integers can be chosen so that all of them collide.
+    """
+    if isinstance(key, str | bytes | bool | None) or (type(key) is int and abs(key) < _SMALL):
+        return key
+    return Inert("key", (key,))
+
+
+def _pairs(items: list[Any]) -> InertDict:
+    return InertDict((_key(key), value) for key, value in items)
+
+
 def _sizes(value: object) -> tuple[int, ...] | None:
     if isinstance(value, Inert) and len(value.args) == 1:  # torch.Size(...)
         value = value.args[0]
@@ -116,7 +134,7 @@ def _call(maker: object, args: object, depth: int = 0) -> Any:
         case Global("collections", "OrderedDict") if not args:
             return InertDict()
         case Global("collections", "OrderedDict") if len(args) == 1 and isinstance(args[0], list):
-            return InertDict(args[0])
+            return _pairs(args[0])
         case Global("builtins" | "__builtin__", "set" | "frozenset") if len(args) == 1:
             return Inert(maker, args)
         case Global("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor"):
@@ -186,6 +204,32 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
         if isinstance(made, Inert | InertDict):
             made.state = state
 
+    def _load_setitem(self) -> None:
+        value = self.stack.pop()
+        self.stack[-2][_key(self.stack[-1])] = value
+        self.stack.pop()
+
+    def _load_setitems(self) -> None:
+        items = self.pop_mark()
+        made = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            made[_key(key)] = value
+
+    def _load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_pairs(list(zip(items[::2], items[1::2], strict=True))))
+
+    def _load_empty_set(self) -> None:
+        self.append(Inert(Global("builtins", "set"), ()))
+
+    def _load_additems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].extend(items)
+
+    def _load_frozenset(self) -> None:
+        items = self.pop_mark()
+        self.append(Inert(Global("builtins", "frozenset"), tuple(items)))
+
     def _load_bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
         if length > self._size:  # the size is claimed before a byte of it is there
@@ -199,6 +243,12 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
     dispatch[pickle.OBJ[0]] = _load_obj
     dispatch[pickle.BUILD[0]] = _load_build
     dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray8
+    dispatch[pickle.SETITEM[0]] = _load_setitem
+    dispatch[pickle.SETITEMS[0]] = _load_setitems
+    dispatch[pickle.DICT[0]] = _load_dict
+    dispatch[pickle.EMPTY_SET[0]] = _load_empty_set
+    dispatch[pickle.ADDITEMS[0]] = _load_additems
+    dispatch[pickle.FROZENSET[0]] = _load_frozenset
 
 
 def read_pickle(file: BinaryIO, size: int) -> Any:

@@ -62,7 +62,30 @@ def shared(levels: int) -> bytes:
     return out + b"."
 
 
+def keyed(levels: int, end: bytes) -> bytes:
+    """A tuple that holds the one below twice, hashed as a key or as a member."""
+    out = b"\x80\x04)\x94"
+    for level in range(levels):
+        out += b"h" + bytes([level]) + b"h" + bytes([level]) + b"\x86\x94"
+    return out + end
+
+
+def colliding(count: int) -> bytes:
+    """A dict of integers that all have the hash 0."""
+    keys = (n * ((1 << 61) - 1) for n in range(1, count))
+    return b"\x80\x02}(" + b"".join(
+        b"\x8a\x0c" + key.to_bytes(12, "little", signed=True) + b"N" for key in keys
+    ) + b"u."  # fmt: skip
+
+
 BOMBS = {
+    "key": keyed(60, b"}h<Ns."),
+    "keys": keyed(60, b"}(h<Nu."),
+    "dict": keyed(60, b"(h<Nd."),
+    "set member": keyed(60, b"\x8f(h<\x90."),
+    "frozen member": keyed(60, b"(h<\x91."),
+    "ordered dict": keyed(60, b"ccollections\nOrderedDict\n](h<N\x86e\x85R."),
+    "colliding": colliding(30_000),
     "memo index": b"\x80\x02Nr\xff\xff\xff\x0f.",
     "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 10**12) + b".",
     "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 10**12) + b".",
@@ -115,7 +138,7 @@ def test_mutated_checkpoints(data: st.DataObject) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", ["memo index", "deep", "shared", "many globals", "long"])
+@pytest.mark.parametrize("name", ["memo index", "deep", "shared", "many globals", "long", "key"])
 def test_hostile_files_are_committed_as_they_are(name: str, repo: Repo, tmp_path: Path) -> None:
     records = {"data.pkl": BOMBS[name], "data/0": os.urandom(3000), "version": b"3\n"}
     path = tmp_path / "evil.pt"
