@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 MAX_PICKLE_BYTES = 1 << 26
+_MAX_OPERATIONS = 1 << 22  # a checkpoint of 100,000 tensors takes 3 million; bounds time and memory
 """Larger pickles are not read for structure; their file is still stored exactly."""
 
+_MAX_STEP = 200  # characters of a name that a path shows
+_MAX_PATH = 1000
 _MAX_DEPTH = 200  # nothing below this many levels is looked at; it is stored all the same
 
 
@@ -153,14 +156,28 @@ def _call(maker: object, args: object, depth: int = 0) -> Any:
 _PurePython: Any = vars(pickle)["_Unpickler"]  # its stubs do not have it
 
 
+class _Budget:
+    """The handlers of the stack machine, handed out so many times and no more."""
+
+    def __init__(self, handlers: dict[int, Any]) -> None:
+        self._handlers, self._left = handlers, _MAX_OPERATIONS
+
+    def __getitem__(self, code: int) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise pickle.UnpicklingError("a pickle of too many operations")
+        return self._handlers[code]
+
+
 class InertUnpickler(_PurePython):  # type: ignore[misc]
     """Reads one pickle from `file` without running any of it."""
 
-    dispatch: ClassVar[dict[int, Any]] = dict(_PurePython.dispatch)
+    handlers: ClassVar[dict[int, Any]] = dict(_PurePython.dispatch)
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         super().__init__(file, encoding="latin1")
         self._size = size
+        self.dispatch = _Budget(self.handlers)
 
     def find_class(self, module: str, name: str) -> Global:
         return Global(str(module), str(name))
@@ -236,19 +253,19 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
             raise pickle.UnpicklingError("a byte array longer than its pickle")
         self.append(self.read(length))
 
-    dispatch[pickle.REDUCE[0]] = _load_reduce
-    dispatch[pickle.NEWOBJ[0]] = _load_newobj
-    dispatch[pickle.NEWOBJ_EX[0]] = _load_newobj_ex
-    dispatch[pickle.INST[0]] = _load_inst
-    dispatch[pickle.OBJ[0]] = _load_obj
-    dispatch[pickle.BUILD[0]] = _load_build
-    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray8
-    dispatch[pickle.SETITEM[0]] = _load_setitem
-    dispatch[pickle.SETITEMS[0]] = _load_setitems
-    dispatch[pickle.DICT[0]] = _load_dict
-    dispatch[pickle.EMPTY_SET[0]] = _load_empty_set
-    dispatch[pickle.ADDITEMS[0]] = _load_additems
-    dispatch[pickle.FROZENSET[0]] = _load_frozenset
+    handlers[pickle.REDUCE[0]] = _load_reduce
+    handlers[pickle.NEWOBJ[0]] = _load_newobj
+    handlers[pickle.NEWOBJ_EX[0]] = _load_newobj_ex
+    handlers[pickle.INST[0]] = _load_inst
+    handlers[pickle.OBJ[0]] = _load_obj
+    handlers[pickle.BUILD[0]] = _load_build
+    handlers[pickle.BYTEARRAY8[0]] = _load_bytearray8
+    handlers[pickle.SETITEM[0]] = _load_setitem
+    handlers[pickle.SETITEMS[0]] = _load_setitems
+    handlers[pickle.DICT[0]] = _load_dict
+    handlers[pickle.EMPTY_SET[0]] = _load_empty_set
+    handlers[pickle.ADDITEMS[0]] = _load_additems
+    handlers[pickle.FROZENSET[0]] = _load_frozenset
 
 
 def read_pickle(file: BinaryIO, size: int) -> Any:
@@ -266,11 +283,18 @@ def read_pickle(file: BinaryIO, size: int) -> Any:
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
 
 
+def _step(key: str | int) -> str:
+    """A key as a path shows it.  Hostile pickles share one huge key among many tensors."""
+    if isinstance(key, str):
+        return key[:_MAX_STEP]
+    return str(key) if abs(key) < _SMALL else "int"  # Python refuses to print huge integers
+
+
 def children(node: object) -> Iterator[tuple[str, object]]:
     """The named parts of a tree node, in order."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield (str(key) if isinstance(key, str | int) else repr(type(key).__name__)), value
+            yield (_step(key) if isinstance(key, str | int) else type(key).__name__), value
         if isinstance(node, InertDict) and node.state is not None:
             yield "__dict__", node.state
     elif isinstance(node, list | tuple):
@@ -285,7 +309,8 @@ def children(node: object) -> Iterator[tuple[str, object]]:
             yield "@state", node.state
         for number, value in enumerate(node.items):
             if isinstance(value, tuple) and len(value) == 2:
-                yield str(value[0]) if isinstance(value[0], str | int) else str(number), value[1]
+                named = isinstance(value[0], str | int)
+                yield (_step(value[0]) if named else str(number)), value[1]
             else:
                 yield str(number), value
 
@@ -311,4 +336,6 @@ def walk(tree: object) -> Iterator[tuple[tuple[str, ...], object]]:
             while link is not None:
                 link, name = link
                 names.append(name)
+            while sum(map(len, names)) > _MAX_PATH:
+                names.pop()  # the top: what a path ends in tells more
             yield tuple(reversed(names)), node

@@ -9,6 +9,7 @@ from ckptvcs.checkpoint.layout import Found, Layout, Source
 from ckptvcs.dtypes import DTYPES
 
 _MAX_HEADER = 100_000_000
+_MAX_NAME = 1000  # longer names are cut in what is shown and matched, not in the file
 
 
 def parse(file: Source) -> Layout | None:
@@ -35,7 +36,7 @@ def parse(file: Source) -> Layout | None:
                 return None
             if dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].size != end - start:
                 dtype, shape = "U8", (end - start,)
-            found = Found(name, dtype, shape, 8 + length + start, end - start, name)
+            found = Found(name[:_MAX_NAME], dtype, shape, 8 + length + start, end - start, name)
             tensors.append(found)
             tree[name] = found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

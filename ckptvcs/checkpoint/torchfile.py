@@ -83,11 +83,11 @@ def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
     for path, node in walk(tree):
         if isinstance(node, TensorRef):
             refs.setdefault(node.storage.key, []).append((".".join(path), node))
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     return [_stored(storage, refs.get(storage.key, []), taken) for storage in storages]
 
 
-def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: set[str]) -> Found:
+def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str, int]) -> Found:
     views, dtypes = [], set()
     for name, ref in refs:
         dtype = ref_dtype(ref)
@@ -108,9 +108,9 @@ def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: set[str]
     )  # fmt: skip
     shape = whole.shape if whole else (elements,)
     name = views[0].name if views else f"storage.{storage.key}"
-    while name in taken:
-        name += "'"
-    taken.add(name)
+    taken[name] = taken.get(name, 0) + 1
+    if taken[name] > 1:
+        name = f"{name}#{taken[name]}"
     found = Found(name, dtype, shape, storage.offset, storage.size, storage.key)
     if not (whole and len(refs) == 1):
         found.views = views

@@ -20,7 +20,12 @@ from dataclasses import dataclass
 import zstandard
 from blake3 import blake3
 
-from ckptvcs.errors import CorruptionError, TruncatedError, UnsupportedVersionError
+from ckptvcs.errors import (
+    CorruptionError,
+    InvalidInputError,
+    TruncatedError,
+    UnsupportedVersionError,
+)  # fmt: skip
 from ckptvcs.store.backend import Backend, Writer
 from ckptvcs.store.object import MAX_OBJECT_BYTES, Kind, ObjectId, PackId, object_id
 
@@ -135,6 +140,11 @@ class PackWriter:
         self, kind: Kind, content: bytes, base: tuple[ObjectId, bytes] | None = None
     ) -> ObjectId:
         """Append an object; `base` (id and content of a similar object) makes it smaller."""
+        if len(content) > MAX_OBJECT_BYTES:
+            raise InvalidInputError(
+                f"the structure of this checkpoint takes {len(content)} bytes, which is too much",
+                hint="commit it with --raw",
+            )
         name = object_id(kind, content)
         encoding, payload = RAW, content
         for option, candidate in _encodings(content, base[1] if base else None):

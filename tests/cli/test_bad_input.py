@@ -101,7 +101,7 @@ def test_bad_settings(ckpt: Ckpt, history: Path) -> None:
     for text in ('codec = "zip"', "codec = 3", "depth = 1", "codec = ", "keyframe-depth = -1"):
         config.write_text(text)
         ckpt("log", code=2)
-    config.write_text('codec = "excp"\nkeyframe-depth = 3\n')
+    config.write_text('codec = "excp"\nkeyframe-depth = 60\n')
     train_on(history / "model.pt")
     assert not ckpt("commit", "model.pt", "--json").json["exact"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 
 import pytest
 from hypothesis import given
@@ -25,7 +25,7 @@ from ckptvcs.store.pack import (
 
 def make_pack(backend: MemoryBackend) -> PackInfo:
     pack = PackWriter(backend.writer(), "packs")
-    first = os.urandom(3000)
+    first = random.Random(0).randbytes(3000)
     base = pack.add(Kind.SKELETON, first)
     pack.add(Kind.SKELETON, first[:2000] + b"changed" + first[2000:], (base, first))
     pack.append_region(b"slice one")
