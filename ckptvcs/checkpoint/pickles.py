@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 MAX_PICKLE_BYTES = 1 << 26
-_MAX_OPERATIONS = 1 << 22  # a checkpoint of 100,000 tensors takes 3 million; bounds time and memory
+# Operations that are allowed bound time and memory: so many for whatever a state holds besides
+# tensors, and so many for each of its storages (two tensors of Adam's take 31 each).
+_OPERATIONS = 1 << 20
+_OPERATIONS_A_STORAGE = 100
 """Larger pickles are not read for structure; their file is still stored exactly."""
 
 _MAX_STEP = 200  # characters of a name that a path shows
@@ -159,8 +162,9 @@ _PurePython: Any = vars(pickle)["_Unpickler"]  # its stubs do not have it
 class _Budget:
     """The handlers of the stack machine, handed out so many times and no more."""
 
-    def __init__(self, handlers: dict[int, Any]) -> None:
-        self._handlers, self._left = handlers, _MAX_OPERATIONS
+    def __init__(self, handlers: dict[int, Any], storages: int) -> None:
+        self._handlers = handlers
+        self._left = _OPERATIONS + _OPERATIONS_A_STORAGE * storages
 
     def __getitem__(self, code: int) -> Any:
         self._left -= 1
@@ -174,10 +178,10 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
 
     handlers: ClassVar[dict[int, Any]] = dict(_PurePython.dispatch)
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int, storages: int) -> None:
         super().__init__(file, encoding="latin1")
         self._size = size
-        self.dispatch = _Budget(self.handlers)
+        self.dispatch = _Budget(self.handlers, storages)
 
     def find_class(self, module: str, name: str) -> Global:
         return Global(str(module), str(name))
@@ -268,14 +272,16 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
     handlers[pickle.FROZENSET[0]] = _load_frozenset
 
 
-def read_pickle(file: BinaryIO, size: int) -> Any:
+def read_pickle(file: BinaryIO, size: int, storages: int) -> Any:
     """The inert tree of the pickle at the file's position, which has at most `size` bytes.
+
+    `storages` is how many its file has; pickles of far more operations are not read.
 
     Raises:
         pickle.UnpicklingError: it is no pickle that can be read.
     """
     try:
-        return InertUnpickler(file, size).load()
+        return InertUnpickler(file, size, storages).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:
@@ -315,6 +321,9 @@ def children(node: object) -> Iterator[tuple[str, object]]:
                 yield str(number), value
 
 
+_NODES = (dict, list, tuple, Inert, TensorRef, StorageRef)
+
+
 def walk(tree: object) -> Iterator[tuple[tuple[str, ...], object]]:
     """Every dict, tensor and storage with its path, parents first.
 
@@ -329,7 +338,11 @@ def walk(tree: object) -> Iterator[tuple[tuple[str, ...], object]]:
             if id(node) in seen or depth > _MAX_DEPTH:
                 continue
             seen.add(id(node))
-            below = [((link, name), depth + 1, child) for name, child in children(node)]
+            below = [
+                ((link, name), depth + 1, child)
+                for name, child in children(node)
+                if isinstance(child, _NODES)
+            ]
             stack.extend(reversed(below))
         if isinstance(node, dict | TensorRef | StorageRef):
             names: list[str] = []

@@ -18,6 +18,8 @@ from ckptvcs.checkpoint.torchfile import Storage, storage_dtype, stored_tensors
 from ckptvcs.dtypes import DTYPES
 
 _MAGIC = 0x1950A86A20F9469CFC6C
+_LEAST_BYTES = 1 << 10  # how many storages there are is told last; most are larger than this
+_PROTOCOL = 1001
 _MAGIC_BYTES = _MAGIC.to_bytes(10, "little")
 
 
@@ -47,14 +49,13 @@ def parse(file: Source) -> Layout | None:
     """The layout of a legacy torch file; None where it is none."""
     if file.size < 32 or _MAGIC_BYTES not in file.read(0, 32):
         return None
+    most = file.size // _LEAST_BYTES
     stream = io.BufferedReader(_Reader(file, MAX_PICKLE_BYTES))  # type: ignore[type-var]
     try:
-        if read_pickle(stream, file.size) != _MAGIC or read_pickle(stream, file.size) != 1001:
-            return None
-        read_pickle(stream, file.size)
-        tree = read_pickle(stream, file.size)
-        keys = read_pickle(stream, file.size)
+        magic, protocol, _, tree, keys = (read_pickle(stream, file.size, most) for _ in range(5))
     except pickle.UnpicklingError:
+        return None
+    if (magic, protocol) != (_MAGIC, _PROTOCOL):
         return None
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         return None

@@ -152,7 +152,8 @@ def parse(file: Source, *, checksums: bool = True) -> Layout | None:
             continue
         if inner == "data.pkl" and entry.size <= MAX_PICKLE_BYTES:
             try:
-                tree = read_pickle(io.BytesIO(file.read(start, entry.size)), entry.size)
+                data = io.BytesIO(file.read(start, entry.size))
+                tree = read_pickle(data, entry.size, len(entries))
             except pickle.UnpicklingError:
                 tree = None  # its tensors stay unnamed and exact
         elif inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
