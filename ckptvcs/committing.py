@@ -26,11 +26,12 @@ from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder, Progress, scan
+from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry, dump_commit
 from ckptvcs.history.recipe import dump_recipe
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
-from ckptvcs.history.schema import Op, Segment, dump_schema, dump_skeleton
+from ckptvcs.history.schema import Op, Segment, dump_schema, dump_skeleton, load_schema  # fmt: skip
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter
@@ -223,7 +224,15 @@ class Committer:
     ) -> Commit:  # fmt: skip
         """Put what the commit refers to into the meta pack; the commit itself."""
         checkpoint = request.checkpoint
-        schema = self._put(pack, Kind.SCHEMA, dump_schema(checkpoint.schema))
+        described = dump_schema(checkpoint.schema)
+        try:
+            load_schema(described)  # a schema that cannot be read would lock its branch
+        except CorruptionError as error:
+            raise InvalidInputError(
+                f"the structure of this checkpoint makes no sense: {error.message}",
+                hint="commit it with --raw",
+            ) from error
+        schema = self._put(pack, Kind.SCHEMA, described)
         for table in encoded.tables.values():
             self._put(pack, Kind.VALUES, table)
         for recipe in encoded.recipes:

@@ -69,7 +69,8 @@ def _row_major(ref: TensorRef) -> bool:
 
 def _fits(ref: TensorRef, elements: int) -> bool:
     """Whether a tensor lies inside its storage: a hostile pickle may claim anything."""
-    if len(ref.shape) > 64 or math.prod(ref.shape) >= 1 << 56:
+    numbers = (ref.offset, *ref.shape, *ref.stride)
+    if len(ref.shape) > 64 or max(numbers) >= 1 << 56 or math.prod(ref.shape) >= 1 << 56:
         return False
     if 0 in ref.shape:
         return True

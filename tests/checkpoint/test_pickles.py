@@ -163,6 +163,30 @@ def test_claims_outside_a_storage_are_ignored(repo: Repo, tmp_path: Path) -> Non
     assert not repo.verify().damage
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride", "offset"),
+    [
+        ((0, 1 << 63), (1, 1), 0), ((200,), (1,), 1 << 60), ((1 << 62, 1 << 62), (0, 0), 0),
+        ((200,), (1 << 70,), 0), ((1,) * 100, (1,) * 100, 0), ((1 << 2000,), (1,), 0),
+        ((0,), (1,), 1 << 64), ((10**9, 10**9), (0, 0), 0),
+    ],
+)  # fmt: skip
+def test_tensors_that_make_absurd_claims(
+    shape: tuple[int, ...], stride: tuple[int, ...], offset: int, repo: Repo, tmp_path: Path
+) -> None:
+    from ckptvcs.checkpoint import emit
+
+    leaf = emit.Leaf(0, "F32", 200, 800, offset, shape, stride)
+    pickled = emit.dump_pickle({"w": 0}, lambda value, _: leaf if value == 0 else None)
+    payload = emit.Payload(800, lambda: iter([bytes(800)]))
+    with (tmp_path / "a.pt").open("wb") as out:
+        emit.write_zip(out.write, "a", emit.zip_records(pickled, [payload], {}))
+    result = repo.commit_path(tmp_path / "a.pt", message="x")
+    repo.checkout_files(result.id, tmp_path / "b.pt")
+    assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
+    assert not repo.verify().damage
+
+
 def test_one_huge_name_for_many_tensors(repo: Repo, tmp_path: Path) -> None:
     weights = {f"{n}": torch.randn(200) for n in range(300)}
     torch.save({"x" * 1_000_000: weights}, tmp_path / "a.pt")
