@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import operator
 import re
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder, Progress, scan
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import Commit, FileEntry, dump_commit
+from ckptvcs.history.commit import Commit, FileEntry, dump_commit, load_commit
 from ckptvcs.history.recipe import dump_recipe
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.schema import Op, Segment, dump_schema, dump_skeleton, load_schema  # fmt: skip
@@ -84,6 +85,47 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def plain_step(step: object) -> int | None:
+    """A step as a commit holds it; whole numbers of numpy and torch are taken too.
+
+    Raises:
+        InvalidInputError: it is no whole number from 0.
+    """
+    if step is None:
+        return None
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        number = -1
+    if not 0 <= number < 1 << 62:
+        raise InvalidInputError(f"a step is a whole number from 0, not {step!r}")
+    return number
+
+
+def plain_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
+    """Metrics as a commit holds them; anything that `float` takes but text and bool.
+
+    Raises:
+        InvalidInputError: a value is no number.
+    """
+    plain = {}
+    for name, value in metrics.items():
+        try:
+            if not isinstance(name, str) or isinstance(value, bool | str | bytes):
+                raise TypeError  # noqa: TRY301  the same answer as for what float refuses
+            plain[name] = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise InvalidInputError(f"metric {name!r} is no number: {value!r}") from None
+    return plain
+
+
+def plain_message(message: object) -> str:
+    """A message as a commit holds it.  Raises InvalidInputError."""
+    if not isinstance(message, str):
+        raise InvalidInputError(f"a message is text, not {message!r}")
+    return message
+
+
 def find_step(request: Request) -> int | None:
     """The step: as given, else what the checkpoint, the message or the file name says."""
     if request.step is not None:
@@ -132,7 +174,9 @@ class Committer:
             pack = store.new_pack("meta")
             try:
                 commit = self._describe(pack, request, step, place, base, encoded, file_hashes)
-                name = pack.add(Kind.COMMIT, dump_commit(commit))
+                content = dump_commit(commit)
+                load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
+                name = pack.add(Kind.COMMIT, content)
                 info = store.publish(pack)
             finally:
                 pack.abort()

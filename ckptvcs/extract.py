@@ -33,6 +33,11 @@ from ckptvcs.history.schema import View
 from ckptvcs.restore import Restorer
 from ckptvcs.store.local import storage_error
 
+_TOPS = frozenset({
+    "model", "state_dict", "model_state_dict", "module", "net", "network", "optimizer",
+    "optimizer_state_dict", "optim",
+})  # fmt: skip
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -77,7 +82,7 @@ class PartReader:
             by_key = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
             if layout.format == "safetensors":
                 states[file.path] = self._flat_state([n for n in numbers if n >= 0])
-            elif layout.tree is None:
+            elif layout.tree is None and self._restorer.commit.source != "state":
                 parts: list[bytes] = []
                 self._restorer.write_file(file, lambda d, p=parts: p.append(bytes(d)), _quiet)  # type: ignore[misc]
                 states[file.path] = b"".join(parts)
@@ -202,7 +207,7 @@ class PartReader:
     def _save_safetensors(self, part: str, _: str, out: BinaryIO) -> None:
         header: dict[str, Any] = {}
         at = 0
-        rows = self.named(part)
+        rows = _short(self.named(part))
         for name, _number, view in rows:
             size = int(np.prod(view.shape, dtype=np.int64)) * DTYPES[view.dtype].size
             header[name] = {
@@ -227,6 +232,17 @@ class PartReader:
         cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
         strides = tuple(step * size for step in view.stride)
         return as_strided(cells[view.offset :], view.shape, strides, writeable=False).tobytes()
+
+
+def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
+    """Names without what all of them begin with: a file, and a key of the checkpoint's top."""
+    for mark in (":", "."):
+        tops = {name.partition(mark)[0] for name, _, _ in rows if mark in name}
+        if len(tops) == 1 and all(mark in name for name, _, _ in rows):
+            short = [(name.partition(mark)[2], number, view) for name, number, view in rows]
+            if mark == ":" or next(iter(tops)) in _TOPS:
+                rows = short
+    return rows
 
 
 def _quiet(_: int) -> None:

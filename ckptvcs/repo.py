@@ -223,6 +223,8 @@ class Repo:
         """
         from ckptvcs.checkpoint.checkpoint import open_checkpoint  # noqa: PLC0415
 
+        if Path(path).resolve().is_relative_to(self.folder.resolve()):
+            raise InvalidInputError(f"{path} is part of the repository itself")
         full = Path(os.path.abspath(path))  # noqa: PTH100  links are kept as the user sees them
         root = Path(os.path.abspath(self.root))  # noqa: PTH100
         inside = full.is_relative_to(root)
@@ -248,16 +250,29 @@ class Repo:
     ) -> Result:
         """Commit what has been opened already; see `Committer.commit`."""
         from ckptvcs.codec.spec import parse_codec  # noqa: PLC0415
-        from ckptvcs.committing import Committer, Request  # noqa: PLC0415
+        from ckptvcs.committing import (  # noqa: PLC0415
+            Committer,
+            Request,
+            plain_message,
+            plain_metrics,
+            plain_step,
+        )  # fmt: skip
 
-        if step is not None and not 0 <= step < 1 << 62:
-            raise InvalidInputError(f"a step is a whole number from 0, not {step}")
         _require_flags(self.folder, "write")
-        spec = parse_codec(codec or self.config.codec)
+        spec = parse_codec(self.config.codec if codec is None else codec)
         bases = self.folder / _CACHE / "bases"
         committer = Committer(self.catalog, self.refs, bases, self.config, progress)
         return committer.commit(
-            Request(checkpoint, path, inside, message, step, metrics, spec, branch)
+            Request(
+                checkpoint,
+                path,
+                inside,
+                message=plain_message(message),
+                step=plain_step(step),
+                metrics=plain_metrics(metrics),
+                spec=spec,
+                branch=branch,
+            )
         )
 
     # -- reading -------------------------------------------------------------------------------

@@ -233,6 +233,7 @@ class Restorer:
                 elif file.link is None:
                     (place / path).mkdir(parents=True, exist_ok=True)
             self._make_links(place)
+            self._set_modes(place)
             if fresh:
                 place.rename(target)
         except OSError as error:
@@ -251,6 +252,14 @@ class Restorer:
                 if path.is_symlink():
                     path.unlink()
                 path.symlink_to(file.link)
+
+    def _set_modes(self, place: Path) -> None:
+        """Directories get their modes and times last: until then they must take files."""
+        for file in reversed(self.commit.files):
+            if file.skeleton is None and file.link is None:
+                path = place / safe_path(file.path)
+                path.chmod(file.mode & 0o777 | 0o700)
+                os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
 
     # -- structure -----------------------------------------------------------------------------
 

@@ -85,6 +85,7 @@ class Verifier:
                  *(f"tags/{n}" for n in self._refs.names("tags"))]  # fmt: skip
         for name in names:
             try:
+                self._refs.check(name)
                 for state in self._refs.reflog(name):
                     if state.commit:
                         roots[f"{name} generation {state.number}"] = state.commit

@@ -91,8 +91,8 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="made anew")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--every", type=int, default=20)
     options = parser.parse_args()
     folder: Path = options.folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,52 @@ def test_content_that_was_there_before_is_found_again(repo: Repo) -> None:
     assert same(repo.checkout(5), states[1])
     repo.commit(states[0] | {"step": 9}, step=9)
     assert not repo.verify().damage
+
+
+@pytest.mark.parametrize("step", [1.5, True, -1, "7", 1 << 62, torch.ones(2)])
+def test_steps_that_are_none(repo: Repo, step: Any) -> None:
+    with pytest.raises(InvalidInputError, match="step"):
+        repo.commit({"x": 1}, step=step)
+    assert repo.log() == []
+
+
+@pytest.mark.parametrize("value", [True, "x", None, 10**400, [1]])
+def test_metrics_that_are_none(repo: Repo, value: Any) -> None:
+    with pytest.raises(InvalidInputError, match="metric 'a'"):
+        repo.commit({"x": 1}, metrics={"a": value})
+    with pytest.raises(InvalidInputError, match="message"):
+        repo.commit({"x": 1}, message=value if value != "x" else 5)  # type: ignore[arg-type]
+    assert repo.log() == []
+
+
+def test_numbers_of_numpy_and_torch_are_taken(repo: Repo) -> None:
+    metrics = {"a": np.float32(0.5), "b": torch.tensor(2.0), "c": float("inf")}
+    made = repo.commit({"x": 1}, step=np.int64(7), metrics=metrics)  # type: ignore[arg-type]
+    assert made.commit.step == 7
+    assert dict(repo.log()[0].commit.metrics) == {"a": 0.5, "b": 2.0, "c": float("inf")}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.ma.array([1, 2], mask=[False, True]), collections.defaultdict(int), collections.Counter(),
+     np.float64(1.5), torch.nn.parameter.UninitializedParameter()],
+)  # fmt: skip
+def test_what_would_come_back_as_something_else_is_refused(repo: Repo, value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"deep\.x"):
+        repo.commit({"deep": {"x": value}})
+
+
+@pytest.mark.parametrize("state", [None, 5, "text", [1], torch.ones(3)])
+def test_any_state(repo: Repo, state: Any) -> None:
+    repo.commit(state)
+    assert same(repo.checkout("HEAD"), state)
+
+
+def test_a_repository_made_again_at_the_same_path(tmp_path: Path) -> None:
+    state = train(1)[0]
+    for _ in range(2):
+        repo = Repo.init(tmp_path / "again")
+        repo.commit(state, step=1)
+        assert same(repo.checkout(1), state)
+        assert not repo.verify().damage
+        shutil.rmtree(tmp_path / "again")

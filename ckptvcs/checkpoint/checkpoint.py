@@ -150,7 +150,10 @@ def _open_directory(root: Path, raw: bool, skip: Path | None) -> Checkpoint:
     for name, entry in _entries(root, "", skip):
         if entry.name in _INCOMPLETE and not raw:
             raise InvalidInputError(f"{root} is incomplete: it holds {entry.name}")
-        status = entry.stat(follow_symlinks=False)
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except OSError as error:
+            raise unreadable(Path(entry.path), error) from error
         if entry.is_symlink():
             links.append(
                 InputLink(name, str(Path(entry.path).readlink()), 0o777, status.st_mtime_ns)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -65,13 +66,13 @@ class _Pickle:
     def _global(self, module: str, name: str) -> None:
         self._out += f"c{module}\n{name}\n".encode()
 
-    def _integer(self, value: int) -> None:
+    def _integer(self, value: int, path: str = "") -> None:
         if -(1 << 31) <= value < 1 << 31:
             self._out += b"J" + struct.pack("<i", value)
         else:
             data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
             if len(data) > 255:
-                raise InvalidInputError("an integer is too large to be stored")
+                raise InvalidInputError(f"the state holds an integer that is too large at {path}")
             self._out += b"\x8a" + bytes([len(data)]) + data
 
     def _text(self, value: str) -> None:
@@ -92,15 +93,15 @@ class _Pickle:
             self._tensor(leaf)
         elif value is None:
             self._out += b"N"
-        elif isinstance(value, bool):
+        elif type(value) is bool:  # subclasses would come back as something else
             self._out += b"\x88" if value else b"\x89"
-        elif isinstance(value, int):
-            self._integer(int(value))
-        elif isinstance(value, float):
+        elif type(value) is int:
+            self._integer(value, path)
+        elif type(value) is float:
             self._out += b"G" + struct.pack(">d", value)
-        elif isinstance(value, str):
+        elif type(value) is str:
             self._text(value)
-        elif isinstance(value, bytes):
+        elif type(value) is bytes:
             self._global("_codecs", "encode")
             self._out += b"("
             self._text(value.decode("latin1"))
@@ -117,8 +118,9 @@ class _Pickle:
             for number, item in enumerate(value):
                 self._value(item, f"{path}{dot}{number}", depth + 1)
             self._out += b"e" if type(value) is list else b"t"
-        elif isinstance(value, dict):
-            if type(value) in (dict, InertDict):
+        elif type(value) in (dict, InertDict, OrderedDict):
+            assert isinstance(value, dict)
+            if type(value) is not OrderedDict:
                 self._out += b"}"
             else:
                 self._global("collections", "OrderedDict")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -193,17 +193,26 @@ def pieces(layout: Layout, size: int) -> Iterator[Piece]:
         at = mark.offset + mark.size
 
 
+def overlap(spans: Iterable[tuple[int, int]]) -> bool:
+    """Whether any two of these (offset, size) have a byte in common."""
+    at = 0
+    for start, size in sorted(spans):
+        if size and start < at:
+            return True
+        at = max(at, start + size)
+    return False
+
+
 def covers(layout: Layout, size: int) -> bool:
     """Whether tensors and checksums lie inside the file and do not overlap."""
-    spans = sorted(
-        [(found.offset, found.offset + found.size) for found in layout.tensors if found.size]
-        + [(mark.offset, mark.offset + 4) for mark in layout.checksums]
-    )
-    at = 0
-    for start, end in spans:
-        if start < at:
-            return False
-        at = end
-    return at <= size and all(
-        math.prod(found.shape) * DTYPES[found.dtype].size == found.size for found in layout.tensors
+    spans = [(found.offset, found.size) for found in layout.tensors]
+    spans += [(mark.offset, 4) for mark in layout.checksums]
+    inside = all(offset + length <= size for offset, length in spans)
+    return (
+        inside
+        and not overlap(spans)
+        and all(
+            math.prod(found.shape) * DTYPES[found.dtype].size == found.size
+            for found in layout.tensors
+        )
     )

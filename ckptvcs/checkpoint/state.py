@@ -52,11 +52,14 @@ class _Storages:
 
     def leaf(self, value: object, path: str) -> Leaf | None:
         """The leaf for a tensor or an array; None for anything else."""
-        if isinstance(value, np.ndarray):
+        if type(value) is np.ndarray:  # a subclass may hold more, such as a mask
             return self._array(value, path)
         torch = sys.modules.get("torch")
-        if torch is not None and isinstance(value, torch.Tensor):
-            return self._tensor(torch, value, path)
+        if torch is not None and type(value) in (torch.Tensor, torch.nn.Parameter):
+            try:
+                return self._tensor(torch, value, path)
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                raise _refused(path) from error
         return None
 
     def _array(self, array: np.ndarray[Any, Any], path: str) -> Leaf:
@@ -73,7 +76,7 @@ class _Storages:
         dtype = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
         plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
         if dtype is None or not plain or tensor.is_conj() or tensor.is_neg():
-            raise InvalidInputError(f"the state holds a tensor that cannot be stored at {path}")
+            raise _refused(path)
         storage = tensor.detach().untyped_storage()
         key = (str(tensor.device), storage.data_ptr(), storage.nbytes())
         if key not in self._numbers or not storage.nbytes():
@@ -86,6 +89,10 @@ class _Storages:
             self._numbers[key], dtype, size // DTYPES[dtype].size, size,
             tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()),
         )  # fmt: skip
+
+
+def _refused(path: str) -> InvalidInputError:
+    return InvalidInputError(f"the state holds a tensor that cannot be stored at {path}")
 
 
 def state_checkpoint(state: object) -> Checkpoint:

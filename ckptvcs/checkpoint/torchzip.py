@@ -16,7 +16,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source
+from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source, overlap
 from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, read_pickle
 from ckptvcs.checkpoint.torchfile import Storage, stored_tensors
 
@@ -45,12 +45,13 @@ class _Entry:
 
 def starts_like_zip(file: Source) -> bool:
     """What torch looks at to tell its zip files from older ones."""
-    return file.size >= 4 and file.read(0, 4) == b"PK\x03\x04"
+    return file.size > 0 and file.read(0, min(4, file.size)) == b"PK\x03\x04"[: file.size]
 
 
 def has_end(file: Source) -> bool:
     """Whether there is an end record: a file that is still being written has none."""
-    return _find_end(file) is not None
+    start = max(0, file.size - _END.size - _MAX_COMMENT)
+    return b"PK\x05\x06" in file.read(start, file.size - start)
 
 
 def _find_end(file: Source) -> tuple[int, int, int] | None:
@@ -143,7 +144,7 @@ def parse(file: Source, *, checksums: bool = True) -> Layout | None:
     if found is None:
         return None
     entries, _ = found
-    storages, sums, tree = [], [], None
+    storages, sums, tree, read = [], [], None, False
     arrays: frozenset[str] = frozenset()
     for entry in entries:
         _, _, inner = entry.name.partition("/")
@@ -154,6 +155,7 @@ def parse(file: Source, *, checksums: bool = True) -> Layout | None:
             try:
                 data = io.BytesIO(file.read(start, entry.size))
                 tree = read_pickle(data, entry.size, len(entries))
+                read = True
             except pickle.UnpicklingError:
                 tree = None  # its tensors stay unnamed and exact
         elif inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
@@ -161,8 +163,10 @@ def parse(file: Source, *, checksums: bool = True) -> Layout | None:
         elif inner.startswith("data/"):
             storages.append(Storage(inner[5:], start, entry.size))
             sums.append(entry)
-    if not storages and tree is None:
+    if not storages and not read:
         return None
+    if overlap((storage.offset, storage.size) for storage in storages):
+        return None  # before anything is read: thousands of entries may point at one record
     tensors = stored_tensors(storages, tree)
     marks = []
     for number, (entry, storage) in enumerate(zip(sums, storages, strict=True)):

@@ -16,7 +16,7 @@ import typer
 
 from ckptvcs.cli import history, maintain, refs, render
 from ckptvcs.cli.context import Globals
-from ckptvcs.errors import CkptError
+from ckptvcs.errors import CkptError, StorageError
 
 P = ParamSpec("P")
 
@@ -51,6 +51,10 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
             # The reader of stdout has gone (`ckpt log | head`): nothing more to say to anybody.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from error
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            render.talk(f"error: cannot use{where}: {error.strerror or error}")
+            raise typer.Exit(StorageError.exit_code) from error
 
     return run
 
@@ -89,4 +93,7 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Run the command line; exits with the codes that docs/cli.md lists."""
     signal.signal(signal.SIGTERM, _terminate)
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -188,7 +188,7 @@ def status(context: typer.Context, json: JsonOption = False) -> None:
         "near": "checked out in near form",
     }  # fmt: skip
     for what, path in changes:
-        render.data(f"  {words[what]}: {path}")
+        render.data(f"  {words[what]}: {render.printable(str(path))}")
     if not changes:
         render.data("files are as in HEAD")
 
@@ -242,7 +242,7 @@ def checkout(
         })  # fmt: skip
         return
     form = "exact" if exact else render.fidelity(entry)
-    shown = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files"
+    shown = render.printable(str(paths[0])) if len(paths) == 1 else f"{len(paths)} files"
     step = "" if entry.commit.step is None else f" step {entry.commit.step},"
     render.data(f"{shown}:{step} {name[:8]}, {form}")
     if target is None and not only and where is None:

@@ -112,6 +112,8 @@ def plan_gc(catalog: Catalog, refs: Refs) -> GcPlan:
             packs[pack] = folder
             freed += size
     debris = [*store.backend.names("tmp"), *dead_leases(store.backend)]
+    # Bases that are being written begin with a dot; while gc sweeps, nobody writes.
+    debris += [name for name in store.backend.names("cache/bases") if "/." in name]
     freed += sum(store.backend.size(name) for name in debris)
     return GcPlan(packs, tuple(debris), freed, kept)
 

@@ -100,6 +100,19 @@ class Refs:
         """Every generation of a ref, newest first."""
         return [self._read(ref, number) for number in reversed(self._numbers(ref))]
 
+    def check(self, ref: str) -> None:
+        """Raises CorruptionError where a generation is missing, changed or unreadable."""
+        numbers = self._numbers(ref)
+        if numbers != list(range(1, len(numbers) + 1)):
+            raise CorruptionError(f"a generation of '{ref}' is missing")
+        below: Generation | None = None
+        for number in numbers:
+            name = f"{_folder(ref)}/{number:016}"
+            record = load(read_small(self._backend, name, _MAX_REF_BYTES), name)
+            if record.optional_text("previous") != (below.hash if below else None):
+                raise CorruptionError(f"{name} does not follow the generation before it")
+            below = self._read(ref, number)
+
     def names(self, space: str) -> list[str]:
         """The branches (`heads`) or tags (`tags`) that ever were, sorted."""
         found = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}

@@ -77,6 +77,8 @@ class Revisions:
             InvalidInputError: it names several commits, which the hint lists.
         """
         text = text.strip()
+        if not text:
+            raise InvalidInputError("an empty revision names nothing")
         back = _BACK.match(text)
         if back:
             return self._back(self.resolve(back[1]), int(back[2] or 1), text)

@@ -31,6 +31,8 @@ _VERSION = b"ckptvcs index 1"
 _NO_BASE = bytes(32)
 _FIRST_MAP_BYTES = 1 << 24
 _MAX_KEY = 500
+_LOCK_BYTES = 1 << 16
+_META = struct.Struct("<40xI92xQ")  # of LMDB 0.9: page size, last page used
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,17 @@ class Place:
 KeysOf = Callable[[Kind, bytes], Iterable[bytes]]
 """What an object can be found by, besides its id; made by the caller, opaque to the index."""
 
-_open: dict[Path, tuple[int, lmdb.Environment]] = {}
+_open: dict[Path, tuple[tuple[int, int, int], lmdb.Environment]] = {}
 
 
 def _environment(path: Path) -> lmdb.Environment:
     """The one environment of `path` in this process; a forked child opens its own."""
     known = _open.get(path)
-    if known and known[0] == os.getpid():
+    if known and known[0] == _identity(path):
         return known[1]
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_length(path)
+    _reserve(path.with_name(path.name + "-lock"))
     options: dict[str, Any] = {
         "subdir": False, "map_size": max(_FIRST_MAP_BYTES, _file_size(path)), "max_dbs": 8,
         "max_readers": 512, "readahead": False,
@@ -63,8 +67,56 @@ def _environment(path: Path) -> lmdb.Environment:
     if lmdb.version()[0] >= 1 or tuple(map(int, lmdb.__version__.split(".")[:1])) >= (3,):
         options["lib_version"] = 0
     environment = lmdb.open(str(path), **options)
-    _open[path] = (os.getpid(), environment)
+    _open[path] = (_identity(path), environment)
     return environment
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """This process and this very file: a repository may be deleted and made again."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return (os.getpid(), 0, 0)
+    return (os.getpid(), status.st_dev, status.st_ino)
+
+
+def _check_length(path: Path) -> None:
+    """LMDB maps its file and trusts it: reading behind the end of a cut one kills the process.
+
+    Raises:
+        lmdb.CorruptedError: the file is shorter than its meta pages say.
+    """
+    size = _file_size(path)
+    if not size:
+        return
+    with path.open("rb") as file:
+        head = file.read(_META.size)
+        if len(head) < _META.size:
+            raise lmdb.CorruptedError("the index is cut off")
+        page, last = _META.unpack(head)
+        file.seek(page)
+        second = file.read(_META.size)
+        if len(second) == _META.size:
+            last = max(last, _META.unpack(second)[1])
+    if not 512 <= page <= 1 << 16 or (last + 1) * page > size:
+        raise lmdb.CorruptedError("the index is cut off")
+
+
+def _reserve(lock: Path) -> None:
+    """Give the lock file real blocks: LMDB maps it, and a map without room kills the process.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if not lock.exists():
+        with lock.open("xb") as file:
+            try:
+                file.write(bytes(_LOCK_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                lock.unlink(missing_ok=True)
+                raise
 
 
 def _file_size(path: Path) -> int:
@@ -221,8 +273,9 @@ class Index:
 
 def discard(path: Path) -> None:
     """Close and delete an index file, so that the next one starts empty."""
+    identity = _identity(path)
     known = _open.pop(path, None)
-    if known and known[0] == os.getpid():
+    if known and known[0] == identity:
         known[1].close()
     for name in (path, path.with_name(path.name + "-lock")):
         name.unlink(missing_ok=True)

@@ -56,6 +56,51 @@ def test_refused_files(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> Non
     assert snapshot(tmp_path / ".ckpt") == before
 
 
+def test_small_slips(ckpt: Ckpt, history: Path) -> None:
+    assert "empty" in one_line(ckpt("checkout", "", code=2).err)
+    assert "itself" in one_line(ckpt("commit", ".ckpt", code=2).err)
+    assert "codec" in one_line(ckpt("commit", "model.pt", "--codec", "", code=2).err)
+    (history / "cut").write_bytes(b"PK\x03")
+    assert "incomplete" in one_line(ckpt("commit", "cut", code=2).err)
+    left = history / ".ckpt" / "cache" / "bases" / ".deadbeef"
+    left.write_bytes(b"x" * 100)
+    assert "cache/bases/.deadbeef" in ckpt("gc", "--json").json["debris"]
+    assert not left.exists()
+
+
+def test_refs_that_were_tampered_with(ckpt: Ckpt, history: Path) -> None:
+    middle = history / ".ckpt" / "refs" / "heads" / "main" / f"{3:016}"
+    kept = middle.read_bytes()
+    middle.unlink()
+    assert "missing" in ckpt("verify", code=6).out
+    middle.write_bytes(kept.replace(b'"action":"commit"', b'"action":"commix"'))
+    assert "does not follow" in ckpt("verify", code=6).out
+    middle.write_bytes(kept)
+    ckpt("verify")
+
+
+def test_modes_of_directories(ckpt: Ckpt, tmp_path: Path) -> None:
+    ckpt("init")
+    inner = tmp_path / "d" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "x").write_text("x")
+    inner.chmod(0o750)
+    ckpt("commit", "d")
+    ckpt("checkout", "HEAD", "-o", "e")
+    assert (tmp_path / "e" / "inner").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "e" / "inner").stat().st_mtime_ns == inner.stat().st_mtime_ns
+
+
+def test_names_do_not_drive_the_terminal(ckpt: Ckpt, tmp_path: Path) -> None:
+    ckpt("init")
+    (tmp_path / "\x1b[31mred").write_text("x")
+    ckpt("commit", "\x1b[31mred", "-m", "\x1b[2J\nsecond line")
+    (tmp_path / "\x1b[31mred").unlink()
+    for command in (["log"], ["show"], ["status"], ["checkout", "HEAD"]):
+        done = ckpt(*command)
+        assert "\x1b" not in done.out + done.err
+
+
 def test_raw_takes_anything(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
     ckpt("init")
     cut = run_files[0].read_bytes()[:3000]

@@ -138,10 +138,10 @@ def test_parts(suffix: str, ckpt: Ckpt, history: Path, run_files: list[Path]) ->
         )
     else:
         found = load_file(history / "m.safetensors")
-        model = {name.removeprefix("model."): value for name, value in found.items()}
+        model = dict(found)
         moments = load_file(history / "o.safetensors")
         wanted = true["optimizer"]["state"][1]["exp_avg_sq"]
-        assert torch.equal(moments["optimizer.state.1.exp_avg_sq"], wanted)
+        assert torch.equal(moments["state.1.exp_avg_sq"], wanted)
     assert model.keys() == true["model"].keys()
     assert all(torch.equal(model[name], value) for name, value in true["model"].items())
     ckpt("checkout", 3, "--only", "model", "-o", f"m.{suffix}", code=4)

@@ -98,3 +98,20 @@ def test_a_place_that_lies_is_noticed(store: ObjectStore) -> None:
     file.write_bytes(data.replace(b"some values", b"SOME VALUES"))
     with pytest.raises(CorruptionError):
         store.get(name, Kind.VALUES)
+
+
+@pytest.mark.parametrize("length", [1, 100, 4096, 5000, 20_000])
+def test_an_index_that_is_cut_off_does_not_kill_the_process(
+    length: int, store: ObjectStore, tmp_path: Path
+) -> None:
+    names = put(store, *(b"abc%d" % n for n in range(500)))
+    path = tmp_path / "cache" / "index.lmdb"
+    discard(path)
+    fresh = ObjectStore(LocalBackend(tmp_path), path, keys_of)
+    fresh.refresh()
+    whole = path.read_bytes()
+    assert len(whole) > 30_000
+    discard(path)
+    path.write_bytes(whole[:length])
+    again = ObjectStore(LocalBackend(tmp_path), path, keys_of)
+    assert again.get(names[-1], Kind.COMMIT) == b"abc499"
