@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.codec.spec import CodecSpec
@@ -102,7 +103,7 @@ def plain_step(step: object) -> int | None:
     return number
 
 
-def plain_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
+def plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
     """Metrics as a commit holds them; anything that `float` takes but text and bool.
 
     Raises:
