@@ -71,12 +71,20 @@ class WorkTree:
         except OSError:
             pass  # a later checkout then asks for --force, which is safe
 
-    def _guard(self, target: Path) -> None:
+    def _is_near_form(self, path: Path, restorer: Restorer, file: FileEntry) -> bool:
+        """Whether a file is what this commit restores to, though nothing remembers writing it."""
+        if restorer.exact or path.stat().st_size != file.size:
+            return False
+        return restorer.write_file(file, _nowhere, _uncounted) == hash_file(path)
+
+    def _guard(self, target: Path, restorer: Restorer, file: FileEntry) -> None:
         if target.is_dir() and not target.is_symlink():
             raise InvalidInputError(
                 f"{target} is a directory", hint="name the file to write: -o PATH"
             )
-        if target.exists() and not self.can_be_had_again(target):
+        if not target.exists() or self.can_be_had_again(target):
+            return
+        if not self._is_near_form(target, restorer, file):
             raise ConflictError(
                 f"{target} holds changes that are in no commit exactly",
                 hint="commit it first, write elsewhere with -o, or overwrite it with --force",
@@ -105,8 +113,8 @@ class WorkTree:
         else:
             pairs = [(files[0], target)]
         if not force:
-            for _, path in pairs:
-                self._guard(path)
+            for file, path in pairs:
+                self._guard(path, restorer, file)
         digests = self._save(restorer, files, target, progress)
         if not restorer.exact:
             for file, digest in zip(files, digests, strict=True):
@@ -141,3 +149,11 @@ class WorkTree:
             elif path.stat().st_size != file.size:
                 found.append(("changed", path))
         return found
+
+
+def _nowhere(_: bytes | memoryview) -> None:
+    """Where a file goes that is put together only to be hashed."""
+
+
+def _uncounted(_: int) -> None:
+    """Bytes that no progress bar counts."""

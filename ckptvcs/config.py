@@ -1,14 +1,22 @@
-"""Settings of one repository, typed, from .ckpt/config.toml; lower layers get values only."""
+"""What a repository says of itself: its format, and its settings.
+
+Lower layers get values, never these files.  docs/format.md, "format"; docs/cli.md, "Settings".
+"""
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ckptvcs.codec.spec import parse_codec
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import CorruptionError, InvalidInputError, UnsupportedVersionError
+from ckptvcs.store.local import storage_error
+
+FORMAT = 1
+"""The newest format that this program reads, and the one it writes."""
 
 DEFAULT_TEXT = """\
 # Settings of this repository; docs/cli.md describes them.
@@ -57,3 +65,44 @@ def load_config(path: Path) -> Config:
     config = Config(**settings)
     parse_codec(config.codec)
     return config
+
+
+def _format(folder: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((folder / "format").read_text("utf-8"))
+        number, flags = fields["format"], fields.get("flags", {})
+        known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
+    except OSError as error:
+        raise storage_error(error, f"open {folder}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"{folder / 'format'} is not readable") from error
+    if not known:
+        raise CorruptionError(f"{folder / 'format'} holds no format")
+    return {"format": number, "flags": flags}
+
+
+def check_format(folder: Path) -> None:
+    """Refuse a repository that this program cannot read.
+
+    Raises:
+        UnsupportedVersionError: a newer program wrote it.
+        CorruptionError: its `format` file is unreadable.
+    """
+    number = _format(folder)["format"]
+    if number > FORMAT:
+        raise UnsupportedVersionError(
+            f"{folder} has format {number}, this program reads up to {FORMAT}",
+            hint="upgrade ckptvcs",
+        )
+    require_flags(folder, "read")
+
+
+def require_flags(folder: Path, operation: str) -> None:
+    """Refuse what the repository says an older program must not do."""
+    unknown = _format(folder)["flags"].get(operation) or []
+    if unknown:
+        raise UnsupportedVersionError(
+            f"{folder} needs features that this program lacks to {operation}: "
+            + ", ".join(map(str, unknown)),
+            hint="upgrade ckptvcs",
+        )

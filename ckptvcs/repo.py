@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptvcs.config import DEFAULT_TEXT, Config, load_config
-from ckptvcs.errors import (
-    CorruptionError,
-    InvalidInputError,
-    NotFoundError,
-    UnsupportedVersionError,
+from ckptvcs.config import (
+    DEFAULT_TEXT,
+    FORMAT,
+    Config,
+    check_format,
+    load_config,
+    require_flags,
 )  # fmt: skip
+from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 # The methods that touch tensors import what they need when they are called: `log`, `show` and
 # `status` start without numpy.
 
-FORMAT = 1
 FOLDER = ".ckpt"
 _CACHE = "cache"
 
@@ -72,6 +73,21 @@ class LogEntry:
         """Whether every file comes back bit for bit."""
         return all(form == "exact" for form in self.fidelity.values())
 
+    @property
+    def step(self) -> int | None:
+        """The training step, if it is known."""
+        return self.commit.step
+
+    @property
+    def message(self) -> str:
+        """What the commit is remembered by."""
+        return self.commit.message
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Its metrics by name."""
+        return self.commit.metrics
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -97,7 +113,7 @@ class Repo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.root = folder.parent
-        _check_format(folder)
+        check_format(folder)
         self._backend = LocalBackend(folder)
         self.config: Config = load_config(folder / "config.toml")
         store = ObjectStore(self._backend, folder / _CACHE / "index.lmdb", keys_of)
@@ -258,7 +274,7 @@ class Repo:
             plain_step,
         )  # fmt: skip
 
-        _require_flags(self.folder, "write")
+        require_flags(self.folder, "write")
         spec = parse_codec(self.config.codec if codec is None else codec)
         bases = self.folder / _CACHE / "bases"
         committer = Committer(self.catalog, self.refs, bases, self.config, progress)
@@ -411,7 +427,7 @@ class Repo:
         """What a sweep would delete now."""
         from ckptvcs.history.gc import plan_gc  # noqa: PLC0415
 
-        _require_flags(self.folder, "gc")
+        require_flags(self.folder, "gc")
         return plan_gc(self.catalog, self.refs)
 
     def gc(self) -> GcPlan:
@@ -449,38 +465,3 @@ class Repo:
             len(commits), sum(c.raw_bytes for c in commits.values()), stored, stored - patches,
             patches, disk[_CACHE], len(self.catalog.store.list_packs()),
         )  # fmt: skip
-
-
-def _format(folder: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((folder / "format").read_text("utf-8"))
-        number, flags = fields["format"], fields.get("flags", {})
-        known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
-    except OSError as error:
-        raise storage_error(error, f"open {folder}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptionError(f"{folder / 'format'} is not readable") from error
-    if not known:
-        raise CorruptionError(f"{folder / 'format'} holds no format")
-    return {"format": number, "flags": flags}
-
-
-def _check_format(folder: Path) -> None:
-    number = _format(folder)["format"]
-    if number > FORMAT:
-        raise UnsupportedVersionError(
-            f"{folder} has format {number}, this program reads up to {FORMAT}",
-            hint="upgrade ckptvcs",
-        )
-    _require_flags(folder, "read")
-
-
-def _require_flags(folder: Path, operation: str) -> None:
-    """Refuse what the repository says an older program must not do."""
-    unknown = _format(folder)["flags"].get(operation) or []
-    if unknown:
-        raise UnsupportedVersionError(
-            f"{folder} needs features that this program lacks to {operation}: "
-            + ", ".join(map(str, unknown)),
-            hint="upgrade ckptvcs",
-        )

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from ckptvcs.repo import FORMAT, Repo
+from ckptvcs.config import FORMAT
+from ckptvcs.repo import Repo
 from tests.training import save_run, train
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"

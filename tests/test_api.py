@@ -46,7 +46,9 @@ def test_a_training_run_comes_back(repo: Repo) -> None:
     for state in states:
         entry = repo.commit(state, step=state["step"], metrics={"loss": 1 / state["step"]})
         assert entry.exact
-    assert [e.commit.step for e in repo.log()] == [3, 2, 1]
+    assert [e.step for e in repo.log()] == [3, 2, 1]
+    assert repo.log()[0].metrics == {"loss": 1 / 3}
+    assert repo.log()[0].message == ""
     for state in states:
         assert same(repo.checkout(state["step"]), state)
     assert same(repo.checkout("best:loss:min"), states[-1])
@@ -113,11 +115,12 @@ def test_a_state_checks_out_to_a_file_that_torch_reads(repo: Repo, tmp_path: Pat
     assert torch.equal(mapped["f8"].float(), state["f8"].float())
 
 
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
-    | st.tuples(inner, inner),
-    max_leaves=12,
+leaves = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=20)
+)
+plain: st.SearchStrategy[Any] = st.deferred(
+    lambda: leaves | st.lists(plain, max_size=3) | st.tuples(plain, plain)
+    | st.dictionaries(st.text(), plain, max_size=3)
 )  # fmt: skip
 
 

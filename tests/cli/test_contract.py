@@ -97,6 +97,9 @@ def test_a_file_that_is_only_near_in_the_store_is_kept(ckpt: Ckpt, history: Path
     ckpt("checkout", 1, "--force")
     ckpt("checkout", "main")  # writes the near form ...
     ckpt("checkout", 1)  # ... which may be overwritten: it can be had again
+    ckpt("checkout", "main")
+    shutil.rmtree(history / ".ckpt" / "cache" / "written")
+    ckpt("checkout", "main")  # it is what this commit restores to
 
 
 def test_near_checkouts(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
