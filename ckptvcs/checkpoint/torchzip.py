@@ -2,9 +2,9 @@
 
 The zip directory is the truth about which storages exist; the pickle only names them.  Records
 that are stored uncompressed and lie under `data/` are payloads; everything else, the padding and
-the directory included, is literal.  The two places that repeat the checksum of a payload (data
-descriptor and central directory) become checksum segments, so that a file that is restored with
-other values still has the right ones.
+the directory included, is literal.  The places that repeat the checksum of a payload (data
+descriptor, central directory, local header) become checksum segments, so that a file that is
+restored with other values still has the right ones.
 """
 
 from __future__ import annotations
@@ -177,8 +177,11 @@ def parse(file: Source, *, checksums: bool = True) -> Layout | None:
         ):
             continue  # some options of torch.save falsify checksums: these stay literal
         marks.append(Checksum(entry.crc_offset, number))
+        crc = struct.pack("<I", entry.crc)
+        if entry.crc and file.read(entry.local + 14, 4) == crc:  # writers that know it beforehand
+            marks.append(Checksum(entry.local + 14, number))
         after = storage.offset + storage.size
-        descriptor = b"PK\x07\x08" + struct.pack("<I", entry.crc)
+        descriptor = b"PK\x07\x08" + crc
         if after + 8 <= file.size and file.read(after, 8) == descriptor:
             marks.append(Checksum(after + 4, number))
     return Layout("torch-zip", tensors, marks, tree, arrays)
