@@ -54,6 +54,8 @@ def ratio(raw: int, stored: int) -> str:
 def printable(text: str) -> str:
     """`text` on one line, without control characters that could drive a terminal."""
     line = " ".join(text.split())
+    if line.isprintable():
+        return line
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ckptvcs.errors import CorruptionError
@@ -42,6 +43,17 @@ class Record:
 
     def _wrong(self, field: str) -> CorruptionError:
         return CorruptionError(f"{self._what} has no valid '{field}'")
+
+    def checked(self, kinds: Mapping[str, type]) -> dict[str, Json]:
+        """The fields themselves, once those of `kinds` are there and of these very types; whole
+        numbers are from 0 to 2^63 - 1.  Faster than asking for each: the log reads thousands.
+        """
+        for field, kind in kinds.items():
+            value: Json = self._value.get(field)
+            right = type(value) is kind
+            if not right or (kind is int and not 0 <= value < 1 << 63):
+                raise self._wrong(field)
+        return self._value
 
     def text(self, field: str) -> str:
         value = self._value.get(field)

@@ -146,33 +146,44 @@ def _load_file(record: Record) -> FileEntry:
     )  # fmt: skip
 
 
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("time", "message", "codec", "kind", "source", "path", "schema"), str),
+    **dict.fromkeys(("host", "user"), str),
+    **dict.fromkeys(("depth", "raw_bytes", "data_bytes", "patch_bytes"), int),
+    **dict.fromkeys(("metrics", "error", "parts"), dict),
+    **dict.fromkeys(("parents", "files"), list),
+    "inside": bool,
+}
+
+
 def load_commit(name: ObjectId, data: bytes) -> Commit:
     """Read a commit.  Raises CorruptionError."""
     record = load(data, f"commit {name[:8]}")
-    error = record.mapping("error")
+    fields = record.checked(_KINDS)
     parts = record.record("parts")
     return Commit(
-        parents=tuple(checked_id(parent) for parent in record.texts("parents")),
-        time=record.text("time"),
-        step=None if not record.has("step") else record.signed("step"),
-        message=record.text("message"),
-        metrics={key: to_number(value) for key, value in record.mapping("metrics").items()},
-        codec=record.text("codec"),
-        kind=record.text("kind"),
-        depth=record.integer("depth"),
-        raw_bytes=record.integer("raw_bytes"),
-        data_bytes=record.integer("data_bytes"),
-        patch_bytes=record.integer("patch_bytes"),
-        source=record.text("source"),
-        path=record.text("path"),
-        inside=record.flag("inside"),
-        schema=checked_id(record.text("schema")),
+        parents=tuple(checked_id(parent) for parent in fields["parents"]),
+        time=fields["time"],
+        step=None if fields.get("step") is None else record.signed("step"),
+        message=fields["message"],
+        metrics={key: to_number(value) for key, value in fields["metrics"].items()},
+        codec=fields["codec"],
+        kind=fields["kind"],
+        depth=fields["depth"],
+        raw_bytes=fields["raw_bytes"],
+        data_bytes=fields["data_bytes"],
+        patch_bytes=fields["patch_bytes"],
+        source=fields["source"],
+        path=fields["path"],
+        inside=fields["inside"],
+        schema=checked_id(fields["schema"]),
         parts={name: _load_part(parts.record(name)) for name in PARTS if parts.has(name)},
         files=tuple(_load_file(file) for file in record.records("files")),
         error=ErrorReport(
-            to_number(error.get("weight_rel", 0)), to_number(error.get("residual_nmse", 0))
+            to_number(fields["error"].get("weight_rel", 0)),
+            to_number(fields["error"].get("residual_nmse", 0)),
         ),
-        host=record.text("host"),
-        user=record.text("user"),
+        host=fields["host"],
+        user=fields["user"],
         code=record.optional_text("code"),
     )
