@@ -9,13 +9,13 @@ hash in its bundle; every tensor decoded is checked against its hash in the tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.codec.frame import decode_slice, slice_counts
+from ckptvcs.codec.frame import Companion, decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.errors import CorruptionError, TruncatedError
 from ckptvcs.history.catalog import Catalog
@@ -24,15 +24,16 @@ from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.object import ObjectId
 
 MAX_DEPTH = 4096
+_MASTER = TensorInfo("", "F32", (), "model", "weight")
 
 
 @dataclass(frozen=True)
 class Link:
-    """One frame of a chain: its bundle, and the frame it shares a mask with."""
+    """One frame of a chain: its bundle, and the chain that ends in its companion."""
 
     bundle: ObjectId
     frame: Frame
-    companion: Frame | None
+    companion: tuple[Link, ...] = ()
 
 
 class ChainReader:
@@ -47,20 +48,26 @@ class ChainReader:
         Raises:
             CorruptionError: a frame does not stand on one that is less deep.
         """
+        return self._chain(*self._catalog.frame(values, tensor))
+
+    def _chain(self, bundle: ObjectId, frame: Frame, *, beside: bool = False) -> list[Link]:
+        """The chain that ends in a frame of a bundle; one `beside` another has no companions."""
         chain: list[Link] = []
         limit = MAX_DEPTH
-        where: tuple[ObjectId, int] | None = (values, tensor)
-        while where is not None:
-            bundle, frame = self._catalog.frame(*where)
+        while True:
             if frame.depth > limit:
                 raise CorruptionError(f"bundle {bundle[:8]} stands on a frame that is not below it")
-            limit = frame.depth - 1
-            companion = None
+            companion: list[Link] = []
             if frame.companion is not None:
-                companion = self._catalog.bundle(bundle)[frame.companion]
-            chain.append(Link(bundle, frame, companion))
-            where = frame.base
-        return chain[::-1]
+                if beside:
+                    raise CorruptionError(f"bundle {bundle[:8]} names companions in turn")
+                other = self._catalog.bundle(bundle)[frame.companion]
+                companion = self._chain(bundle, other, beside=True)
+            chain.append(Link(bundle, frame, tuple(companion)))
+            if frame.base is None:
+                return chain[::-1]
+            limit = frame.depth - 1
+            bundle, frame = self._catalog.frame(*frame.base)
 
     def depth(self, values: ObjectId, tensor: int) -> int:
         """How many frames lie below a tensor's own."""
@@ -77,17 +84,28 @@ class ChainReader:
             raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
         return memoryview(data)
 
-    def decode_slice(self, chain: list[Link], info: TensorInfo, number: int, count: int) -> Words:
+    def decode_slice(
+        self, chain: Sequence[Link], info: TensorInfo, number: int, count: int
+    ) -> Words:
         """Slice `number` of a tensor, `count` words, not yet proven by the tensor's hash."""
         words: Words | None = None
         for link in chain:
             data = self._slice_bytes(link.bundle, link.frame, number)
-            companion = None
-            if link.companion is not None:
-                companion = self._slice_bytes(link.bundle, link.companion, number)
-            words = decode_slice(data, info.type, count, words, companion)
+            words = decode_slice(
+                data, info.type, count, words, self._companion(link, number, count)
+            )
         assert words is not None
         return words
+
+    def _companion(self, link: Link, number: int, count: int) -> Companion | None:
+        if not link.companion:
+            return None
+        *below, last = link.companion
+        data = self._slice_bytes(last.bundle, last.frame, number)
+        base = None
+        if below:  # only masters of rounded copies stand on others, and those are F32
+            base = self.decode_slice(below, _MASTER, number, count)
+        return Companion(data, base)
 
     def slices(self, values: ObjectId, tensor: int, info: TensorInfo) -> Iterator[Words]:
         """The words of a tensor, slice after slice; the last one comes after the proof.

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ckptvcs.encoder import Progress
 from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.restore import Restorer, safe_path
+from ckptvcs.source import Progress
 
 _BLOCK = 1 << 22
 _MAX_REMEMBERED = 10_000

@@ -27,13 +27,14 @@ from typing import Any
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.config import Config
-from ckptvcs.encoder import Encoded, Encoder, Progress, scan
+from ckptvcs.encoder import Encoded, Encoder
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import Commit, FileEntry, dump_commit, load_commit
+from ckptvcs.history.commit import Commit, FileEntry, dump_commit, dump_errors, load_commit
 from ckptvcs.history.recipe import dump_recipe
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.schema import Op, Segment, dump_schema, dump_skeleton, load_schema  # fmt: skip
+from ckptvcs.source import Progress, scan
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter
@@ -164,7 +165,7 @@ class Committer:
             place = self._place(request, step, file_hashes)
             base = self._catalog.commit(place.parent) if place.parent else None
             if base is not None and place.unchanged:
-                encoded = Encoded(dict(base.parts), {}, [], base.depth, 0, base.error)
+                encoded = Encoded(dict(base.parts), {}, [], base.depth, 0, base.error, {})
             else:
                 keyframe = base is None or self._starts_keyframe(place.parent)
                 encoder = Encoder(
@@ -283,6 +284,8 @@ class Committer:
         for recipe in encoded.recipes:
             self._put(pack, Kind.RECIPE, dump_recipe(recipe))
         old = {file.path: file.skeleton for file in base.files} if base else {}
+        if len(old) == len(checkpoint.files) == 1:  # step1000.pt, then step2000.pt
+            old = dict.fromkeys([checkpoint.files[0].path], *old.values())
         files = [
             FileEntry(
                 file.path, file.source.size, digest, file.mode, file.mtime_ns, file.format,
@@ -294,6 +297,9 @@ class Committer:
             FileEntry(link.path, 0, None, link.mode, link.mtime_ns, "link", None, link.target)
             for link in checkpoint.links
         ]
+        errors = base.errors if base is not None and place.unchanged else None
+        if encoded.errors:
+            errors = self._put(pack, Kind.ERRORS, dump_errors(encoded.errors))
         keyframe = not encoded.depth and not place.unchanged
         return Commit(
             parents=(place.parent,) if place.parent else (), time=now(), step=step,
@@ -302,7 +308,7 @@ class Committer:
             raw_bytes=checkpoint.size_bytes, data_bytes=encoded.data_bytes, patch_bytes=0,
             source=checkpoint.kind, path=request.path, inside=request.inside, schema=schema,
             parts=encoded.parts, files=tuple(files), error=encoded.error,
-            host=socket.gethostname(), user=_user(), code=_code_commit(),
+            errors=errors, host=socket.gethostname(), user=_user(), code=_code_commit(),
         )  # fmt: skip
 
     def _put(

@@ -6,6 +6,8 @@ Lower layers get values, never these files.  docs/format.md, "format"; docs/cli.
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,15 +15,13 @@ from typing import Any
 
 from ckptvcs.codec.spec import parse_codec
 from ckptvcs.errors import CorruptionError, InvalidInputError, UnsupportedVersionError
-from ckptvcs.store.local import storage_error
+from ckptvcs.store.local import storage_error, sync_directory
 
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
 
-DEFAULT_TEXT = """\
-# Settings of this repository; docs/cli.md describes them.
-codec = "lossless"
-"""
+FLAGS = {"read": frozenset({"near"}), "write": frozenset[str](), "gc": frozenset[str]()}
+"""What a repository may ask of a program that reads, writes or sweeps it, as far as is known."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,18 @@ class Config:
     deltas together take more than `keyframe_bytes` times the bytes of its keyframe.
     """
 
-    codec: str = "lossless"
+    codec: str = "near"
     keyframe_depth: int = 64
     keyframe_bytes: float = 4.0
+
+
+def default_text(codec: str | None = None) -> str:
+    """The settings of a new repository, as text.  Raises InvalidInputError: no such codec."""
+    name = Config.codec if codec is None else codec
+    parse_codec(name)
+    return (
+        f"# Settings of this repository; docs/cli.md describes them.\ncodec = {json.dumps(name)}\n"
+    )
 
 
 def load_config(path: Path) -> Config:
@@ -70,7 +79,7 @@ def load_config(path: Path) -> Config:
 def _format(folder: Path) -> dict[str, Any]:
     try:
         fields = json.loads((folder / "format").read_text("utf-8"))
-        number, flags = fields["format"], fields.get("flags", {})
+        number, flags = fields["format"], fields.setdefault("flags", {})
         known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
     except OSError as error:
         raise storage_error(error, f"open {folder}") from error
@@ -78,7 +87,7 @@ def _format(folder: Path) -> dict[str, Any]:
         raise CorruptionError(f"{folder / 'format'} is not readable") from error
     if not known:
         raise CorruptionError(f"{folder / 'format'} holds no format")
-    return {"format": number, "flags": flags}
+    return dict(fields)
 
 
 def check_format(folder: Path) -> None:
@@ -99,10 +108,38 @@ def check_format(folder: Path) -> None:
 
 def require_flags(folder: Path, operation: str) -> None:
     """Refuse what the repository says an older program must not do."""
-    unknown = _format(folder)["flags"].get(operation) or []
+    asked = _format(folder)["flags"].get(operation) or []
+    unknown = [flag for flag in asked if flag not in FLAGS[operation]]
     if unknown:
         raise UnsupportedVersionError(
             f"{folder} needs features that this program lacks to {operation}: "
             + ", ".join(map(str, unknown)),
             hint="upgrade ckptvcs",
         )
+
+
+def raise_flag(folder: Path, operation: str, flag: str) -> None:
+    """Say, durably, that a program must know `flag` for an operation.  Flags are never lowered.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    fields = _format(folder)
+    flags = fields["flags"].setdefault(operation, [])
+    if flag not in flags:
+        flags.append(flag)
+        write_format(folder, fields)
+
+
+def write_format(folder: Path, fields: dict[str, Any]) -> None:
+    """Write the `format` file, whole or not at all.  Raises StorageError."""
+    temporary = folder / "tmp" / f"format-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / "format")
+        sync_directory(folder)
+    except OSError as error:
+        raise storage_error(error, f"write {folder / 'format'}") from error

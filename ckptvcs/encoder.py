@@ -10,32 +10,34 @@ Nothing is held that grows with the checkpoint but a hash and a place for each t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
+from numpy.typing import NDArray
 
-from ckptvcs import coding
 from ckptvcs.bases import Bases, BaseTensor, BaseWriter
 from ckptvcs.chain import ChainReader
 from ckptvcs.checkpoint.checkpoint import Checkpoint
-from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_read
-from ckptvcs.checkpoint.roles import MOMENTS, WEIGHT
-from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
-from ckptvcs.codec.spec import CodecSpec
-from ckptvcs.codec.words import Words, octets, to_float32, word_type
+from ckptvcs.checkpoint.roles import FIRST, MOMENTS, SECOND, WEIGHT, Rule
+from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
+from ckptvcs.codec.words import to_float32
+from ckptvcs.coding import excp
+from ckptvcs.coding.exact import ExactCoder
+from ckptvcs.coding.group import CodedGroup, Coder, Errors, Group, Target
+from ckptvcs.coding.near import NearCoder, NearPlan, measure_scale
+from ckptvcs.coding.report import report, report_tensors
 from ckptvcs.dtypes import WEIGHT_DTYPES
+from ckptvcs.frames import Draft, PartWriter
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
-from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_values, slice_hash  # fmt: skip
+from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import TensorInfo
+from ckptvcs.parallel import ordered_map
+from ckptvcs.source import Progress, SourceTensor
 from ckptvcs.store.object import Kind, ObjectId, object_id
-from ckptvcs.store.pack import PackInfo, PackWriter
-
-Progress = Callable[[int], None]
-"""Called with a number of bytes that have been dealt with."""
 
 
 @dataclass(frozen=True)
@@ -48,99 +50,7 @@ class Encoded:
     depth: int
     data_bytes: int
     error: ErrorReport
-
-
-@dataclass
-class _ErrorSums:
-    error: float = 0.0
-    weight: float = 0.0
-    residual: float = 0.0
-
-    def add(self, part: coding.SliceErrors) -> None:
-        self.error += part.error
-        self.weight += part.weight
-        self.residual += part.residual
-
-    def report(self) -> ErrorReport:
-        return ErrorReport(
-            float(np.sqrt(self.error / self.weight)) if self.weight else 0.0,
-            self.error / self.residual if self.residual else 0.0,
-        )
-
-
-class _SourceTensor:
-    """A tensor of the checkpoint, read slice by slice."""
-
-    def __init__(self, checkpoint: Checkpoint, number: int) -> None:
-        file, self._offset = checkpoint.places[number]
-        self._source = checkpoint.files[file].source
-        self.info = checkpoint.schema.tensors[number]
-
-    def slice(self, number: int) -> Words:
-        word = self.info.type.word
-        count = slice_counts(self.info.words)[number]
-        data = self._source.read(self._offset + number * SLICE_WORDS * word, count * word)
-        return np.frombuffer(data, word_type(word))
-
-    def changed(self) -> Exception:
-        path = self._source.path if isinstance(self._source, FileSource) else Path(self.info.name)
-        return changed_while_read(path)
-
-
-@dataclass
-class _Draft:
-    """A frame that is being written."""
-
-    number: int
-    base: BaseTensor | None
-    companion: int | None = None
-    stands_on_base: bool = False
-    slices: list[tuple[int, int, bytes]] = field(default_factory=list)
-    digest: blake3 = field(default_factory=lambda: blake3(max_threads=1))
-    source: blake3 = field(default_factory=lambda: blake3(max_threads=1))
-
-
-class _PartWriter:
-    """The frames of one part on their way into a pack of their own."""
-
-    def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
-        self._new_pack = new_pack
-        self._pack: PackWriter | None = None
-        self._at = 0
-        self.drafts: list[_Draft] = []
-
-    def begin(self, base: BaseTensor | None) -> _Draft:
-        draft = _Draft(len(self.drafts), base)
-        self.drafts.append(draft)
-        return draft
-
-    def append(self, draft: _Draft, coded: coding.CodedSlice) -> None:
-        if self._pack is None:
-            self._pack = self._new_pack()
-        self._pack.append_region(coded.data)
-        draft.slices.append((self._at, len(coded.data), slice_hash(coded.data)))
-        self._at += len(coded.data)
-        draft.digest.update(octets(coded.decoded))
-        if coded.decoded is not coded.source:
-            draft.source.update(octets(coded.source))
-
-    def _frame(self, draft: _Draft) -> Frame:
-        if draft.base is None or not draft.stands_on_base:
-            return Frame(None, 0, draft.companion, tuple(draft.slices))
-        base = (draft.base.values, draft.base.tensor)
-        return Frame(base, draft.base.depth + 1, draft.companion, tuple(draft.slices))
-
-    def finish(self, publish: Callable[[PackWriter], PackInfo]) -> tuple[ObjectId | None, int]:
-        """Write the bundle and publish the pack: its id, and the bytes on disk."""
-        if not self.drafts:
-            return None, 0
-        pack = self._pack or self._new_pack()
-        bundle = pack.add(Kind.BUNDLE, dump_bundle([self._frame(draft) for draft in self.drafts]))
-        return bundle, publish(pack).size_bytes
-
-    def abort(self) -> None:
-        if self._pack is not None:
-            self._pack.abort()
+    errors: dict[int, ErrorReport]
 
 
 @dataclass
@@ -154,6 +64,16 @@ class _BasePart:
 
 
 _Place = tuple[ObjectId | None, int]  # bundle (None: the one being written), frame
+
+
+@dataclass
+class _Work:
+    """Tensors that a coder is at: a draft for each member, and how many slices are to come."""
+
+    coder: Coder
+    bases: dict[int, BaseTensor]
+    drafts: list[Draft]
+    slices: int
 
 
 class Encoder:
@@ -186,11 +106,12 @@ class Encoder:
         }
         self._values = dict(hashes)
         self._places: dict[int, _Place] = {}
-        self._twins: dict[tuple[bytes, str], int] = {}
-        self._sums = _ErrorSums()
+        self._twins: dict[tuple[bytes, str, str, str], int] = {}
+        self._copies: dict[int, list[int]] = {}
+        self._errors: dict[int, Errors] = {}
         self._depth = 0
         self._writers = {
-            name: _PartWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
+            name: PartWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
         }
         self._known = {
             name for name, row in self._numbers.items()
@@ -217,8 +138,13 @@ class Encoder:
         sizes = [self._infos[number].size_bytes for number in self._numbers["model"]]
         self._base_writer = BaseWriter(self._cache, sizes)
         try:
-            for group in self._groups():
-                self._encode_group(group)
+            jobs = (
+                (work, number)
+                for work in map(self._begin, self._coders())
+                for number in range(work.slices)
+            )
+            for work, number, coded in ordered_map(_code, jobs):
+                self._put(work, number, coded)
             return self._finish()
         finally:
             self._base_writer.abort()
@@ -231,7 +157,7 @@ class Encoder:
 
     # -- what belongs together -----------------------------------------------------------------
 
-    def _groups(self) -> Iterable[list[int]]:
+    def _groups(self) -> list[list[int]]:
         """Stored tensors: a weight with its moments; moments of an unknown weight; others alone.
 
         Groups come in the order of their first tensor in the files.
@@ -245,9 +171,9 @@ class Encoder:
                 # Moments of one parameter have all of their names but the last step in common.
                 weight = info.pair
                 alone = weight is None or self._infos[weight].inline
-                key = info.name.rpartition(".")[0] if alone else weight
+                key = (info.name.rpartition(".")[0], info.words) if alone else weight
             groups.setdefault(key, []).append(number)
-        return groups.values()
+        return list(groups.values())
 
     def _base_of(self, number: int) -> tuple[_BasePart, int] | None:
         """Where the base has a tensor of the same name, type and shape."""
@@ -258,29 +184,29 @@ class Encoder:
             return None
         return part, position
 
-    def _encode_group(self, group: list[int]) -> None:
+    def _left(self, group: list[int]) -> list[int]:
+        """The tensors of a group that are not stored yet."""
+        left = []
         for number in group:
             if self._infos[number].part in self._known:
                 self._progress(self._infos[number].size_bytes)
-        left = [number for number in group if self._infos[number].part not in self._known]
-        left = [number for number in left if not self._reuse(number)]
-        if left and self._spec.excp is not None and not self._keyframe:
-            left = self._encode_excp(left, group)
-        for number in left:
-            self._encode_lossless(number)
+            elif not self._reuse(number):
+                left.append(number)
+        return left
 
     # -- reuse ---------------------------------------------------------------------------------
 
     def _reuse(self, number: int) -> bool:
-        """Take over a frame that holds this tensor's exact value already."""
+        """Take over a frame that holds this tensor's value, or will."""
         info, value = self._infos[number], self._hashes[number]
-        twin = self._twins.setdefault((value, info.dtype), number)
-        place = self._places.get(twin)
-        # A frame of another part cannot be used: parts are dropped one by one.
-        same_part = self._infos[twin].part == info.part
-        if twin != number and same_part and place is not None and self._values[twin] == value:
-            self._places[number] = place
-            self._skip(number)
+        # Not across parts, which are dropped one by one; nor roles, which are coded apart.
+        twin = self._twins.setdefault((value, info.dtype, info.part, info.role), number)
+        if twin != number:
+            self._copies.setdefault(twin, []).append(number)
+            if twin in self._places:
+                self._skip(number)
+            else:
+                self._progress(info.size_bytes)
             return True
         found = self._base_of(number)
         if found is None:
@@ -300,104 +226,167 @@ class Encoder:
     def _skip(self, number: int) -> None:
         """Account for a tensor that needs no coding: no error, and it is a base of what follows."""
         info = self._infos[number]
-        source = _SourceTensor(self._checkpoint, number)
-        for index in range(len(slice_counts(info.words))):
-            words = source.slice(index)
-            if info.part == "model":
+        if info.part == "model":
+            source = SourceTensor(self._checkpoint, number)
+            errors = Errors()
+            for index in range(len(slice_counts(info.words))):
+                words = source.slice(index)
                 self._base_writer.write(self._position[number], index, words)
-            self._count_exact(info, words)
+                if info.role == WEIGHT:
+                    errors.add(Errors(energy=_energy(to_float32(words, info.dtype))))
+            if info.role == WEIGHT:
+                self._errors[number] = errors
         self._progress(info.size_bytes)
 
-    def _count_exact(self, info: TensorInfo, words: Words) -> None:
-        """An exact weight has no error, but counts in the norm that errors are set against."""
-        if info.role == WEIGHT and self._spec.excp is not None:
-            total = float(np.square(to_float32(words, info.dtype), dtype=np.float64).sum())
-            self._sums.add(coding.SliceErrors(0.0, total if np.isfinite(total) else 0.0, 0.0))
+    # -- who codes what ------------------------------------------------------------------------
 
-    # -- coding --------------------------------------------------------------------------------
-
-    def _begin(self, number: int, base: BaseTensor | None) -> _Draft:
-        draft = self._writers[self._infos[number].part].begin(base)
-        self._places[number] = (None, draft.number)
-        return draft
-
-    def _put(self, number: int, draft: _Draft, index: int, coded: coding.CodedSlice) -> None:
+    def _target(self, number: int) -> Target:
         info = self._infos[number]
-        self._writers[info.part].append(draft, coded)
-        if info.part == "model":
-            self._base_writer.write(self._position[number], index, coded.decoded)
-        self._progress(coded.source.nbytes)
+        source = SourceTensor(self._checkpoint, number)
+        return Target(number, source, info.dtype, info.shape, info.role)
 
-    def _end(self, number: int, draft: _Draft, *, near: bool = False) -> None:
-        self._values[number] = draft.digest.digest()
-        read = draft.source.digest() if near else self._values[number]
-        if read != self._hashes[number]:
-            raise _SourceTensor(self._checkpoint, number).changed()
-        if draft.stands_on_base and draft.base is not None:
-            self._depth = max(self._depth, draft.base.depth + 1)
+    def _coders(self) -> Iterator[tuple[Coder, dict[int, BaseTensor]]]:
+        """Coders for all that is not stored yet, with the bases of their members."""
+        settings = self._spec.settings
+        rows = [(group, self._left(group)) for group in self._groups()]
+        if isinstance(settings, NearSpec):
+            yield from self._near_coders([left for _, left in rows if left], settings)
+            return
+        for group, left in rows:
+            if left and isinstance(settings, ExcpSpec) and not self._keyframe:
+                found = self._excp_coder(left, group, settings)
+                if found is not None:
+                    yield found
+                    left = [n for n in left if all(n != m.number for m in found[0].members)]
+            for number in left:
+                yield self._exact_coder(number)
 
-    def _encode_lossless(self, number: int) -> None:
-        info = self._infos[number]
+    def _exact_coder(self, number: int) -> tuple[Coder, dict[int, BaseTensor]]:
         found = None if self._keyframe else self._base_of(number)
         base = found[0].bases.tensor(found[1]) if found else None
-        draft = self._begin(number, base)
-        source = _SourceTensor(self._checkpoint, number)
-        coded = coding.code_lossless(source, base, info.type, info.words)
-        for index, (part, stands_on_base) in enumerate(coded):
-            draft.stands_on_base |= stands_on_base
-            self._count_exact(info, part.source)
-            self._put(number, draft, index, part)
-        self._end(number, draft)
+        return ExactCoder(self._target(number), base), {} if base is None else {number: base}
 
-    def _encode_excp(self, left: list[int], group: list[int]) -> list[int]:
-        """Code a weight and its moments by ExCP; what has to be coded exactly instead."""
+    def _near_coders(
+        self, rows: list[list[int]], spec: NearSpec
+    ) -> Iterator[tuple[Coder, dict[int, BaseTensor]]]:
+        groups: list[Group] = []
+        for left in rows:
+            lossy = [n for n in left if self._infos[n].role in MOMENTS | {WEIGHT}
+                     and self._infos[n].dtype in WEIGHT_DTYPES]  # fmt: skip
+            if lossy:
+                groups.append(self._near_group(lossy))
+            for number in left:
+                if number not in lossy:
+                    yield self._exact_coder(number)
+        weights = [group for group in groups if group.weight is not None]
+        scales = dict(zip(map(id, weights), ordered_map(measure_scale, weights), strict=True))
+        plan = NearPlan.of(spec, scales.values())
+        for group in groups:
+            base = group.base if isinstance(group.base, BaseTensor) else None
+            bases = {} if group.weight is None or base is None else {group.weight.number: base}
+            yield (
+                NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe),
+                {} if self._keyframe else bases,
+            )
+
+    def _near_group(self, lossy: list[int]) -> Group:
+        targets = {self._infos[number].role: self._target(number) for number in lossy}
+        weight = targets.pop(WEIGHT, None)
+        second = next((targets[role] for role in targets if role in SECOND), None)
+        first = next(
+            (target for role, target in targets.items() if role in FIRST
+             and (second is None or (FIRST[role], target.dtype) == (second.role, second.dtype))),
+            None,
+        )  # fmt: skip
+        others = tuple(t for t in targets.values() if t is not first and t is not second)
+        found = None if weight is None else self._base_of(weight.number)
+        base = None if found is None else found[0].bases.tensor(found[1])
+        moments = [number for number in lossy if self._infos[number].role != WEIGHT]
+        rules = self._checkpoint.rules
+        rule = next((rules[number] for number in moments if number in rules), Rule())
+        words = self._infos[lossy[0]].words
+        return Group(words, weight, base, first, second, others, rule)
+
+    def _excp_coder(
+        self, left: list[int], group: list[int], spec: ExcpSpec
+    ) -> tuple[Coder, dict[int, BaseTensor]] | None:
+        """ExCP for a weight and its moments; None where all has to be coded exactly."""
         roles = {self._infos[number].role: number for number in left}
         weight = roles.get(WEIGHT)
         found = None if weight is None else self._base_of(weight)
         paired = any(self._infos[number].role == WEIGHT for number in group)
         if paired and (weight is None or found is None):
-            return left  # the weight is new or did not move: its moments have no mask
+            return None  # the weight is new or did not move: its moments have no mask
         if any(self._infos[number].dtype not in WEIGHT_DTYPES for number in left):
-            return left
+            return None
         base = None if found is None else found[0].bases.tensor(found[1])
-        coded = [] if weight is None else [weight]
         # A first moment without its second, or the other way round, belongs to an optimizer
         # whose rules ExCP does not know.
-        shapes = {self._infos[number].shape for number in left}
-        if roles.keys() >= MOMENTS and len(shapes) == 1:
-            coded += [roles["exp_avg"], roles["exp_avg_sq"]]
-        targets = {
-            self._infos[number].role: coding.Target(
-                _SourceTensor(self._checkpoint, number), self._infos[number].dtype
-            )
-            for number in coded
-        }
-        plan = None
-        if coded:
-            assert self._spec.excp is not None
-            words = self._infos[coded[0]].words
-            tensors = coding.Group(
-                words, targets.get(WEIGHT), base, targets.get("exp_avg"), targets.get("exp_avg_sq")
-            )
-            plan = coding.plan_excp(tensors, self._spec.excp)
-        if plan is None:
-            return left
-        drafts = [self._begin(number, base if number == weight else None) for number in coded]
-        drafts[0].stands_on_base = weight is not None
-        if len(drafts) > 1:
-            drafts[-1].companion = drafts[-2].number
-        for index, part in enumerate(coding.code_excp(tensors, plan)):
-            self._sums.add(part.errors)
-            for number, draft, coded_slice in zip(coded, drafts, part.slices, strict=True):
-                self._put(number, draft, index, coded_slice)
-        for number, draft in zip(coded, drafts, strict=True):
-            self._end(number, draft, near=True)
-        return [number for number in left if number not in coded]
+        pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
+        first, second = pair if None not in pair else (None, None)
+        if weight is None and first is None:
+            return None
+        tensors = Group(
+            self._infos[left[0]].words,
+            None if weight is None else self._target(weight), base,
+            None if first is None else self._target(first),
+            None if second is None else self._target(second),
+        )  # fmt: skip
+        fitted = excp.plan(tensors, spec)
+        if fitted is None:
+            return None
+        bases = {} if weight is None or base is None else {weight: base}
+        return excp.ExcpCoder(tensors, fitted), bases
+
+    # -- coding --------------------------------------------------------------------------------
+
+    def _begin(self, found: tuple[Coder, dict[int, BaseTensor]]) -> _Work:
+        coder, bases = found
+        drafts: list[Draft] = []
+        for index, target in enumerate(coder.members):
+            base = bases.get(target.number)
+            draft = self._writers[self._infos[target.number].part].begin(base)
+            if index in coder.companions:
+                draft.companion = drafts[coder.companions[index]].number
+            self._places[target.number] = (None, draft.number)
+            drafts.append(draft)
+        words = self._infos[coder.members[0].number].words
+        work = _Work(coder, bases, drafts, len(slice_counts(words)))
+        if not work.slices:
+            self._end(work)
+        return work
+
+    def _put(self, work: _Work, index: int, coded: CodedGroup) -> None:
+        for target, draft, part, errors in zip(
+            work.coder.members, work.drafts, coded.slices, coded.errors, strict=True
+        ):
+            info = self._infos[target.number]
+            self._writers[info.part].append(draft, part)
+            if info.part == "model":
+                for number in (target.number, *self._copies.get(target.number, ())):
+                    self._base_writer.write(self._position[number], index, part.decoded)
+            self._errors.setdefault(target.number, Errors()).add(errors)
+            self._progress(part.source.nbytes)
+        if index + 1 == work.slices:
+            self._end(work)
+
+    def _end(self, work: _Work) -> None:
+        for target, draft in zip(work.coder.members, work.drafts, strict=True):
+            self._values[target.number] = draft.digest.digest()
+            if (draft.source or draft.digest).digest() != self._hashes[target.number]:
+                raise SourceTensor(self._checkpoint, target.number).changed()
+            if draft.stands_on_base and draft.base is not None:
+                self._depth = max(self._depth, draft.base.depth + 1)
 
     # -- the end -------------------------------------------------------------------------------
 
     def _finish(self) -> Encoded:
         self._checkpoint.check_unchanged()
+        for twin, copies in self._copies.items():
+            for number in copies:
+                if twin in self._places:  # else its part is stored already, with all its tensors
+                    self._places[number] = self._places[twin]
+                self._values[number] = self._values[twin]
         parts: dict[str, PartState] = {}
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []
@@ -422,7 +411,11 @@ class Encoder:
                 recipes.append(self._recipe(values, row, bundle))
         if "model" in parts and "model" not in self._known:
             self._base_writer.finish(parts["model"].values)
-        return Encoded(parts, tables, recipes, self._depth, data_bytes, self._sums.report())
+        lossy = self._spec.settings is not None
+        return Encoded(
+            parts, tables, recipes, self._depth, data_bytes, report(self._errors, self._infos),
+            report_tensors(self._errors, self._infos) if lossy else {},
+        )  # fmt: skip
 
     def _recipe(self, values: ObjectId, row: list[int], bundle: ObjectId | None) -> Recipe:
         bundles: dict[ObjectId, int] = {}
@@ -437,24 +430,11 @@ class Encoder:
         return Recipe(values, generation, tuple(bundles), tuple(owners), tuple(frames))
 
 
-def scan(checkpoint: Checkpoint, progress: Progress) -> tuple[list[str], dict[int, bytes]]:
-    """Hash every file (hex) and every stored tensor (by number) in one pass over the bytes."""
-    file_hashes, hashes = [], {}
-    for file in checkpoint.files:
-        digest = blake3(max_threads=1)
-        for piece in file.pieces:
-            stored = piece.tensor is not None and not piece.checksum
-            tensor = blake3(max_threads=1)
-            for at in range(piece.offset, piece.offset + piece.size, BLOCK_BYTES):
-                length = min(BLOCK_BYTES, piece.offset + piece.size - at)
-                block = file.source.read(at, length)
-                digest.update(block)
-                if stored:
-                    tensor.update(block)
-            if stored and piece.tensor is not None:
-                hashes[piece.tensor] = tensor.digest()
-            progress(0)
-        file_hashes.append(digest.hexdigest())
-    for number in range(len(checkpoint.schema.tensors)):
-        hashes.setdefault(number, blake3(b"").digest())
-    return file_hashes, hashes
+def _code(job: tuple[_Work, int]) -> tuple[_Work, int, CodedGroup]:
+    work, number = job
+    return work, number, work.coder.code(number)
+
+
+def _energy(values: NDArray[np.float32]) -> float:
+    total = float(np.square(values, dtype=np.float64).sum())
+    return total if np.isfinite(total) else 0.0

@@ -9,7 +9,6 @@ Paths: DIR/.ckpt holds the store; DIR is the folder that committed paths are rel
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -18,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptvcs.config import (
-    DEFAULT_TEXT,
     FORMAT,
     Config,
     check_format,
+    default_text,
     load_config,
+    raise_flag,
     require_flags,
+    write_format,
 )  # fmt: skip
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog, keys_of
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
     from ckptvcs.checkout import CheckedOut, WorkTree
     from ckptvcs.checkpoint.checkpoint import Checkpoint
     from ckptvcs.committing import Result
-    from ckptvcs.encoder import Progress
     from ckptvcs.history.gc import GcPlan
     from ckptvcs.restore import Restorer
+    from ckptvcs.source import Progress
     from ckptvcs.verify import Report
 
 # The methods that touch tensors import what they need when they are called: `log`, `show` and
@@ -126,19 +127,28 @@ class Repo:
     # -- opening -------------------------------------------------------------------------------
 
     @classmethod
-    def init(cls, path: str | os.PathLike[str] = ".") -> Repo:
-        """Make a repository in DIR/.ckpt, or open the one that is there.
+    def init(cls, path: str | os.PathLike[str] = ".", *, codec: str | None = None) -> Repo:
+        """Make a repository in DIR/.ckpt, or open the one that is there.  `codec` becomes its
+        setting; without it commits are near.
 
         Raises:
+            InvalidInputError: there is no such codec, or the repository there has another.
             StorageError: it cannot be written.
         """
         folder = Path(path) / FOLDER
+        settings = default_text(codec)
         if (folder / "format").exists():
-            return cls(folder)
+            repo = cls(folder)
+            if codec not in (None, repo.config.codec):
+                raise InvalidInputError(
+                    f"{folder} is there already, with codec '{repo.config.codec}'",
+                    hint=f"change it in {folder / 'config.toml'}",
+                )
+            return repo
         try:
             for name in (*FOLDERS, "refs", "leases", "marks", "tmp", _CACHE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").write_text(DEFAULT_TEXT, "utf-8")
+            (folder / "config.toml").write_text(settings, "utf-8")
             refs = Refs(LocalBackend(folder))
             if refs.read(HEAD) is None:
                 from ckptvcs.committing import now  # noqa: PLC0415  see above
@@ -148,10 +158,7 @@ class Repo:
                 "format": FORMAT, "id": uuid.uuid4().hex,
                 "flags": {"read": [], "write": [], "gc": []},
             }  # fmt: skip
-            temporary = folder / "tmp" / "format"
-            temporary.write_text(json.dumps(fields) + "\n", "utf-8")
-            temporary.replace(folder / "format")  # before: no repository; after: a whole one
-            sync_directory(folder)
+            write_format(folder, fields)  # before: no repository; after: a whole one
             sync_directory(folder.parent)
         except OSError as error:
             raise storage_error(error, f"make a repository in {path}") from error
@@ -265,7 +272,7 @@ class Repo:
         progress: Progress = _quiet,
     ) -> Result:
         """Commit what has been opened already; see `Committer.commit`."""
-        from ckptvcs.codec.spec import parse_codec  # noqa: PLC0415
+        from ckptvcs.codec.spec import NearSpec, parse_codec  # noqa: PLC0415
         from ckptvcs.committing import (  # noqa: PLC0415
             Committer,
             Request,
@@ -276,6 +283,8 @@ class Repo:
 
         require_flags(self.folder, "write")
         spec = parse_codec(self.config.codec if codec is None else codec)
+        if isinstance(spec.settings, NearSpec):
+            raise_flag(self.folder, "read", "near")
         bases = self.folder / _CACHE / "bases"
         committer = Committer(self.catalog, self.refs, bases, self.config, progress)
         return committer.commit(

@@ -25,7 +25,7 @@ settings.load_profile(os.environ.get("CKPT_TEST_PROFILE", "dev"))
 @pytest.fixture
 def repo(tmp_path: Path) -> Repo:
     """An empty repository."""
-    return Repo.init(tmp_path / "repo")
+    return Repo.init(tmp_path / "repo", codec="lossless")
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ import zstandard
 from blake3 import blake3
 
 KINDS = dict(
-    enumerate(["commit", "schema", "values", "skeleton", "recipe", "record", "bundle"], start=1)
+    enumerate(
+        ["commit", "schema", "values", "skeleton", "recipe", "record", "bundle", "errors"], start=1
+    )
 )
 SIZES = {
     **dict.fromkeys(
@@ -44,7 +46,7 @@ class SpecRepository:
         self.folder = folder
         head = json.loads((folder / "format").read_text())
         assert head["format"] == 1
-        assert head["flags"]["read"] == []
+        assert set(head["flags"]["read"]) <= {"near"}
         self.records: dict[bytes, tuple[int, int, bytes, int, bytes, bytes]] = {}
         for path in [*folder.glob("packs/*/*.pack"), *folder.glob("meta/*/*.pack")]:
             self._pack(path)
@@ -150,7 +152,7 @@ class SpecRepository:
             base = self.tensor(below, position, dtype, words)
         companions = None
         if "companion" in frame:
-            companions = self._slices(bundle, frame["companion"])
+            companions = self._companions(bundle, frame["companion"], words)
         parts = []
         for index, data in enumerate(self._slices(bundle, number)):
             count = min(SLICE, words - index * SLICE)
@@ -161,6 +163,19 @@ class SpecRepository:
         out = np.concatenate(parts) if parts else np.empty(0, word)
         assert b3(out.tobytes()) == self.objects[bytes.fromhex(values)][32 * tensor :][:32]
         return out
+
+    def _companions(self, bundle: str, number: int, words: int) -> list[tuple[bytes, Array | None]]:
+        """The slices of a companion, and the words that each stands on."""
+        frame = self.json(bundle)["frames"][number]
+        assert "companion" not in frame
+        base = None
+        if "base" in frame:
+            table, position = frame["base"]
+            base = self.tensor(self.json(bundle)["bases"][table], position, "F32", words)
+        return [
+            (data, None if base is None else base[index * SLICE : (index + 1) * SLICE])
+            for index, data in enumerate(self._slices(bundle, number))
+        ]
 
     def file(self, commit: str, path: str) -> bytes:
         """The bytes of a file of a commit (in near form where the commit is near)."""
@@ -240,6 +255,43 @@ class Stream:
                 kept[at] = True
         return kept
 
+    def words(self, count: int) -> Array:
+        planes = [np.frombuffer(self.section(count), np.uint8) for _ in range(4)]
+        return np.stack(planes, axis=1).reshape(-1).view("<u4")
+
+    def bits(self, count: int) -> Array:
+        data = np.frombuffer(self.section((count + 7) // 8), np.uint8)
+        return np.unpackbits(data, count=count).astype(np.int64)
+
+    def codes(self, count: int) -> Array:
+        (form,) = self.take("<B")
+        out = np.zeros(count, np.int64)
+        if form == 0:
+            kept = np.flatnonzero(self.mask(count))
+            sign = 1 - 2 * self.bits(kept.size)
+            size = np.ones(kept.size, np.int64)
+            (planes,) = self.take("<B")
+            above = np.arange(kept.size)
+            for _ in range(planes):
+                above = above[self.mask(above.size)]
+                size[above] += 1
+            (left,) = self.take("<I")
+            if left:
+                assert left == above.size
+                size[above] += self.words(left)
+            out[kept] = sign * size
+        else:
+            (shift,) = self.take("<B")
+            for bit in range(shift):
+                out += self.bits(count) << bit
+            high = np.frombuffer(self.section(count), np.uint8).astype(np.int64)
+            out += (high - 128) << shift
+            (outliers,) = self.take("<I")
+            assert outliers == np.count_nonzero(high == 0)
+            if outliers:
+                out[high == 0] = self.words(outliers).view("<i4")
+        return out
+
     def values(self, count: int) -> Array:
         (size,) = self.take("<B")
         table = np.frombuffer(self.octets(2 * size), "<f2").astype(np.float32)
@@ -266,9 +318,14 @@ def to_words(values: Array, dtype: str) -> Array:
 
 
 def decode_slice(
-    data: bytes, dtype: str, count: int, base: Array | None, companion: bytes | None
-) -> Array:
+    data: bytes, dtype: str, count: int, base: Array | None,
+    companion: tuple[bytes, Array | None] | None,
+) -> Array:  # fmt: skip
     method, stream = data[0], Stream(data[1:])
+    if method >= 4:
+        out = near(method, stream, dtype, count, base, companion)
+        assert stream.at == len(stream.data)
+        return out
     if method == 0:
         return lossless(stream, dtype, count, base)
     if method == 1:
@@ -283,12 +340,73 @@ def decode_slice(
         else:
             assert method == 3
             assert companion is not None
-            assert companion[0] == 2
-            mask = Stream(companion[1:]).mask(count)
+            assert companion[0][0] == 2
+            mask = Stream(companion[0][1:]).mask(count)
         out = np.zeros(count, f"<u{SIZES[dtype][1]}")
         out[mask] = to_words(stream.values(int(mask.sum())), dtype)
     assert stream.at == len(stream.data)
     return out
+
+
+ROOTS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], np.uint32).view(np.float32)
+
+
+def power(numerator: Array, parts: int) -> Array:
+    """2^(numerator / parts) from the table of roots, for parts 2 or 4."""
+    scale = np.exp2((numerator // parts).astype(np.float32))
+    out: Array = ROOTS[numerator % parts * (4 // parts)] * scale.astype(np.float32)
+    return out
+
+
+def near(
+    method: int, stream: Stream, dtype: str, count: int, base: Array | None,
+    companion: tuple[bytes, Array | None] | None,
+) -> Array:  # fmt: skip
+    word = np.dtype(f"<u{SIZES[dtype][1]}")
+    if method == 8:
+        assert companion is not None
+        master = decode_slice(companion[0], "F32", count, companion[1], None)
+        return to_words(master.view(np.float32), dtype)
+    if method == 5:
+        low, columns, start = stream.take("<hII")
+        rows = -(-(start + count) // columns)
+        row = np.frombuffer(stream.section(rows + columns), np.uint8).astype(np.int64)
+        place = start + np.arange(count)
+        one, other = row[place // columns], row[rows + place % columns]
+        exponent = np.where((one > 0) & (other > 0), low + one - 1 + other - 1, 0)
+        values = np.where((one > 0) & (other > 0), power(exponent, 2), np.float32(0))
+        return to_words(values, dtype)
+    factor = None
+    if method == 4:
+        grid, step, levels, columns, start = stream.take("<hfBII")
+        table = np.frombuffer(stream.octets(2 * levels), "<u2").astype(np.float32)
+        if columns:
+            place = start + np.arange(count)
+            rows = int(place[-1]) // columns + 1
+            stored = np.frombuffer(stream.section(rows), np.uint8).astype(np.int64)
+            factor = power(stored - 128, 4)[place // columns]
+    else:
+        step, levels = stream.take("<fB")
+        table = np.frombuffer(stream.octets(4 * levels), "<f4")
+    codes = stream.codes(count)
+    size = np.abs(codes)
+    amount = size.astype(np.float32) * np.float32(step)
+    for level in range(1, levels + 1):
+        amount[size == level] = table[level - 1]
+    sign = np.sign(codes).astype(np.float32)
+    if method == 4:
+        amount = np.rint(amount if factor is None else amount * factor)
+        before = np.zeros(count, np.float32) if base is None else to_float(base, dtype)
+        at = np.rint(before * np.float32(2.0**grid)) + sign * amount
+        values = at * np.float32(2.0**-grid)
+    else:
+        values = sign * amount
+        if method == 7:
+            assert companion is not None
+            second = decode_slice(companion[0], dtype, count, companion[1], None)
+            values = values * np.sqrt(to_float(second, dtype))
+    elsewhere = np.zeros(count, word) if base is None or method != 4 else base
+    return np.where(codes != 0, to_words(values, dtype), elsewhere)
 
 
 def lossless(stream: Stream, dtype: str, count: int, base: Array | None) -> Array:

@@ -223,7 +223,7 @@ def test_any_state(repo: Repo, state: Any) -> None:
 def test_a_repository_made_again_at_the_same_path(tmp_path: Path) -> None:
     state = train(1)[0]
     for _ in range(2):
-        repo = Repo.init(tmp_path / "again")
+        repo = Repo.init(tmp_path / "again", codec="lossless")
         repo.commit(state, step=1)
         assert same(repo.checkout(1), state)
         assert not repo.verify().damage

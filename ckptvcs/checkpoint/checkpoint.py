@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ckptvcs.checkpoint.layout import (
     unreadable,
 )  # fmt: skip
 from ckptvcs.checkpoint.pickles import walk
-from ckptvcs.checkpoint.roles import assign_roles
+from ckptvcs.checkpoint.roles import Rule, assign_roles
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.schema import Schema, TensorInfo
 
@@ -59,7 +59,8 @@ class Checkpoint:
     """Files and the tensors in them.
 
     `kind` is `file`, `directory` or `state`; `places` gives the file and offset of each tensor of
-    `schema`; `step` is what the checkpoint itself says.
+    `schema`; `step` is what the checkpoint itself says; `rules` what the optimizer of a moment (by
+    its position in the schema) does with it.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Checkpoint:
     schema: Schema
     places: tuple[tuple[int, int], ...]
     step: int | None
+    rules: Mapping[int, Rule]
 
     @property
     def size_bytes(self) -> int:
@@ -193,6 +195,7 @@ def build(
             numbers[id(found)] = len(numbers)
     infos: list[TensorInfo] = []
     places: list[tuple[int, int]] = []
+    rules: dict[int, Rule] = {}
     files: list[InputFile] = []
     several = kind == "directory"
     for file_number, (path, source, layout, status) in enumerate(parsed):
@@ -204,6 +207,8 @@ def build(
                 prefix + found.name, found.dtype, found.shape, role.part, role.role,
                 found.inline, pair, tuple(found.views),
             ))  # fmt: skip
+            if role.rule is not None:
+                rules[len(places)] = role.rule
             places.append((file_number, found.offset))
         files.append(InputFile(
             path, source, layout.format,
@@ -216,7 +221,9 @@ def build(
             0 if status is None else status.st_mtime_ns,
         ))  # fmt: skip
     step = _find_step([(path, source, layout) for path, source, layout, _ in parsed])
-    return Checkpoint(kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), step)
+    return Checkpoint(
+        kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), step, rules
+    )
 
 
 def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:

@@ -22,8 +22,33 @@ from ckptvcs.dtypes import WEIGHT_DTYPES
 
 WEIGHT, OTHER = "weight", "other"
 
-MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
+FIRST = {
+    "exp_avg": "exp_avg_sq",  # Adam and its kin; Lion keeps it alone
+    "momentum_buffer": None,  # SGD, RMSprop, Muon
+    "grad_avg": None,  # RMSprop, centered
+    "exp_avg_diff": None,  # Adan
+}
+"""Keys of optimizer state that are averages of gradients -> the key whose root divides them."""
+
+SECOND = frozenset({
+    "exp_avg_sq", "max_exp_avg_sq",  # Adam, amsgrad
+    "square_avg",  # RMSprop
+    "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance",  # Adafactor
+})  # fmt: skip
+"""Keys of optimizer state that are averages of squared gradients."""
+
+MOMENTS = frozenset(FIRST) | SECOND
 """Keys of optimizer state that lossy coding knows how to treat."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an optimizer does with its moments, from its `param_groups`; else Adam's defaults."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
 
 _BUFFERS = frozenset({
     "running_mean", "running_var", "num_batches_tracked", "inv_freq", "position_ids",
@@ -44,11 +69,12 @@ _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "netw
 
 @dataclass
 class Role:
-    """What one found tensor is for; `pair` is the weight of a moment."""
+    """What one found tensor is for; `pair` is the weight of a moment, `rule` its optimizer's."""
 
     part: str
     role: str
     pair: Found | None = None
+    rule: Rule | None = None
 
 
 @dataclass
@@ -57,6 +83,7 @@ class _Slot:
 
     state: dict[str, Found]
     name: str | None
+    rule: Rule
 
 
 @dataclass
@@ -82,6 +109,7 @@ def assign_roles(files: list[tuple[str, Layout]]) -> list[list[Role]]:
             for key, found in slot.state.items():
                 by_id[id(found)].part = "optimizer"
                 by_id[id(found)].role = key
+                by_id[id(found)].rule = slot.rule
     candidates = [
         (found, number)
         for number, (_, layout) in enumerate(files)
@@ -126,12 +154,27 @@ def _find_optimizers(tree: object, known: dict[str, Found], file: int) -> Iterab
             names = group.get("param_names")
             if not isinstance(names, list) or len(names) != len(group["params"]):
                 names = [None] * len(group["params"])
+            rule = _rule(group)
             slots.append([
-                _Slot(_state_tensors(state, index, known), name if type(name) is str else None)
+                _Slot(
+                    _state_tensors(state, index, known), name if type(name) is str else None, rule
+                )
                 for index, name in zip(group["params"], names, strict=True)
             ])  # fmt: skip
         else:
             yield _Optimizer(slots, file)
+
+
+def _rule(group: dict[Any, Any]) -> Rule:
+    """What a group of parameters says of its moments; a default for what is missing or absurd."""
+    betas = group.get("betas")
+    pair = betas if isinstance(betas, list | tuple) and len(betas) > 1 else (None, None)
+    values = (pair[0], group.get("alpha", pair[1]), group.get("eps"))
+    known = (
+        value if isinstance(value, float | int) and 0 <= value < 1 else default
+        for value, default in zip(values, (Rule.beta1, Rule.beta2, Rule.eps), strict=True)
+    )
+    return Rule(*known)
 
 
 def _state_tensors(

@@ -50,7 +50,7 @@ def commit(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="a metric; may be repeated")
     ] = None,
     codec: Annotated[
-        str | None, typer.Option(help="lossless, excp, excp-max, or excp:alpha=1e-4,beta=2")
+        str | None, typer.Option(help="near, small, lossless, excp; near:step=1.5 for more")
     ] = None,
     branch: Annotated[
         str | None, typer.Option(help="commit to this branch, leaving HEAD where it is")

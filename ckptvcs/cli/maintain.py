@@ -16,6 +16,9 @@ from ckptvcs.repo import FOLDER, Repo
 def init(
     context: typer.Context,
     directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="where")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="how commits are stored: near (default), small, lossless")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Make a repository."""
@@ -23,7 +26,7 @@ def init(
     if folder.name == FOLDER:
         folder = folder.parent
     known = (folder / FOLDER / "format").exists()
-    repo = Repo.init(folder)
+    repo = Repo.init(folder, codec=codec)
     if json:
         render.as_json({"repository": str(repo.folder), "created": not known})
     else:

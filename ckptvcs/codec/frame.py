@@ -10,14 +10,18 @@ slice decodes from the same slice of its base.  Layout: docs/format.md, "Frame".
 
 from __future__ import annotations
 
-from ckptvcs.codec import excp, lossless
-from ckptvcs.codec.words import Words
-from ckptvcs.dtypes import WEIGHT_DTYPES, DType
+from dataclasses import dataclass
+
+from ckptvcs.codec import excp, lossless, near
+from ckptvcs.codec.words import Words, from_float32, to_float32
+from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 SLICE_WORDS = 1 << 20
 
-LOSSLESS, RESIDUAL, MOMENT, SHARED_MASK_MOMENT = 0, 1, 2, 3
+LOSSLESS = 0
+EXCP_RESIDUAL, EXCP_MOMENT, EXCP_SHARED_MASK_MOMENT = 1, 2, 3
+NEAR_WEIGHT, NEAR_SECOND, NEAR_FIRST, NEAR_SCALED_FIRST, ROUNDED = 4, 5, 6, 7, 8
 
 
 def slice_counts(words: int) -> list[int]:
@@ -31,17 +35,25 @@ def put_slice(method: int, payload: bytes) -> bytes:
     return bytes([method]) + payload
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A slice that another needs: its bytes, and the words it stands on itself."""
+
+    data: memoryview
+    base: Words | None = None
+
+
 def decode_slice(
     data: memoryview,
     dtype: DType,
     count: int,
     base: Words | None = None,
-    companion: memoryview | None = None,
+    companion: Companion | None = None,
 ) -> Words:
     """Decode one slice of `count` words.
 
     `base` is the same slice of the tensor the frame stands on, `companion` the same slice of the
-    frame that holds a shared mask; each None where the frame names none.
+    frame that it names; each None where the frame names none.
 
     Raises:
         TruncatedError, CorruptionError: `data` is no slice of `count` words of `dtype`.
@@ -57,10 +69,23 @@ def decode_slice(
         return lossless.decode(payload, count, base, dtype)
     if dtype.name not in WEIGHT_DTYPES:
         raise CorruptionError(f"a frame codes {dtype.name} words with loss")
-    if method == RESIDUAL and base is not None:
+    if method == EXCP_RESIDUAL and base is not None:
         return excp.decode_residual(payload, base, dtype.name)
-    if method == MOMENT:
+    if method == EXCP_MOMENT:
         return excp.decode_moment(payload, count, None, dtype.name)
-    if method == SHARED_MASK_MOMENT and companion is not None and companion[:1] == bytes([MOMENT]):
-        return excp.decode_moment(payload, count, companion[1:], dtype.name)
+    if method == NEAR_WEIGHT:
+        return near.decode_weight(payload, base, count, dtype.name)
+    if method == NEAR_SECOND:
+        return near.decode_second(payload, count, dtype.name)
+    if method == NEAR_FIRST:
+        return near.decode_first(payload, None, count, dtype.name)
+    if companion is not None:
+        if method == EXCP_SHARED_MASK_MOMENT and companion.data[:1] == bytes([EXCP_MOMENT]):
+            return excp.decode_moment(payload, count, companion.data[1:], dtype.name)
+        if method == NEAR_SCALED_FIRST:
+            second = decode_slice(companion.data, dtype, count, companion.base)
+            return near.decode_first(payload, second, count, dtype.name)
+        if method == ROUNDED and not len(payload):
+            master = decode_slice(companion.data, DTYPES["F32"], count, companion.base)
+            return from_float32(to_float32(master, "F32"), dtype.name)
     raise CorruptionError(f"a frame has a slice of unknown method {method}, or lacks its base")

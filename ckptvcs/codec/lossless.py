@@ -92,7 +92,7 @@ def _cheapest(words: Words, base: Words | None, dtype: DType) -> int:
     base_sample = None if base is None else sample(base)
     return min(
         options,
-        key=lambda option: _cost_bits(_forward(option, words_sample, base_sample, dtype)),  # type: ignore[arg-type]
+        key=lambda option: _cost_bits(_forward(option, words_sample, base_sample, dtype)),
     )
 
 

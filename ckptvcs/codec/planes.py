@@ -10,6 +10,7 @@ Layout: docs/format.md, "Section".
 from __future__ import annotations
 
 import struct
+from typing import TypeVar
 
 import numpy as np
 import zstandard
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Bytes = NDArray[np.uint8]
+Value = TypeVar("Value", bound=np.generic)
 
 _HEAD = struct.Struct("<BI")  # tag, stored length
 RAW, ZSTD, CONSTANT = 0, 1, 2
@@ -37,7 +39,7 @@ def entropy_bits(values: Bytes) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def sample(values: NDArray[np.generic], size: int = _SAMPLE) -> NDArray[np.generic]:
+def sample(values: NDArray[Value], size: int = _SAMPLE) -> NDArray[Value]:
     """At most about `size` of `values`: 16 runs at even distances, so that runs stay together."""
     if values.size <= size:
         return values
@@ -50,7 +52,7 @@ def put_section(values: Bytes, *, text: bool = False) -> bytes:
     """Store one byte stream of at most 2^32 - 1 bytes; `text` says that repeats are likely."""
     if values.size and values[0] == values[-1] and (values == values[0]).all():
         return _HEAD.pack(CONSTANT, 1) + bytes(values[:1])
-    if text or entropy_bits(sample(values)) < _COMPRESSIBLE_BITS:  # type: ignore[arg-type]
+    if text or entropy_bits(sample(values)) < _COMPRESSIBLE_BITS:
         parameters = _TEXT if text else _HUFFMAN
         packed = zstandard.ZstdCompressor(compression_params=parameters).compress(values.data)
         if len(packed) < values.size:

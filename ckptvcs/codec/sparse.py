@@ -16,6 +16,7 @@ from ckptvcs.codec.planes import Bytes, get_section, put_section
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Mask = NDArray[np.bool_]
+Positions = NDArray[np.int64]
 
 BITMAP, GAPS = 0, 1
 _HEAD = struct.Struct("<BI")  # form, section size before compression
@@ -33,14 +34,12 @@ def _to_gaps(mask: Mask) -> Bytes:
     return out
 
 
-def _from_gaps(gaps: Bytes, count: int) -> Mask:
+def _from_gaps(gaps: Bytes, count: int) -> Positions:
     final = gaps != _ESCAPE
-    positions = np.cumsum(gaps.astype(np.int64) + final)[final] - 1
+    positions: Positions = np.cumsum(gaps.astype(np.int64) + final)[final] - 1
     if gaps.size and (not final[-1] or positions[-1] >= count):
         raise CorruptionError("a mask keeps a position outside its slice")
-    mask = np.zeros(count, np.bool_)
-    mask[positions] = True
-    return mask
+    return positions
 
 
 def put_mask(mask: Mask) -> bytes:
@@ -50,8 +49,9 @@ def put_mask(mask: Mask) -> bytes:
     return _HEAD.pack(GAPS if sparse else BITMAP, stream.size) + put_section(stream)
 
 
-def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:
-    """Read the mask of `count` entries at `at`; also where the next section begins.
+def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int]:
+    """Read the mask of `count` entries at `at` as the ascending positions that it keeps; also
+    where the next section begins.
 
     Raises:
         TruncatedError, CorruptionError: there is no such mask.
@@ -66,4 +66,16 @@ def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:
         return _from_gaps(stream, count), at
     if size != (count + 7) // 8:
         raise CorruptionError("a frame holds a bitmap of a wrong size")
-    return np.unpackbits(stream, count=count).view(np.bool_), at
+    return np.flatnonzero(np.unpackbits(stream, count=count)), at
+
+
+def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:
+    """Read the mask of `count` entries at `at`; also where the next section begins.
+
+    Raises:
+        TruncatedError, CorruptionError: there is no such mask.
+    """
+    positions, at = get_positions(data, at, count)
+    mask = np.zeros(count, np.bool_)
+    mask[positions] = True
+    return mask, at

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
-from ckptvcs.history.commit import Commit, load_commit
+from ckptvcs.history.commit import Commit, ErrorReport, load_commit, load_errors
 from ckptvcs.history.recipe import (
     Frame,
     LetGo,
@@ -64,6 +64,10 @@ class Catalog:
     def skeleton(self, name: ObjectId) -> Skeleton:
         """A skeleton.  Raises MissingObjectError, CorruptionError."""
         return load_skeleton(self.store.get(name, Kind.SKELETON))
+
+    def errors(self, name: ObjectId) -> dict[int, ErrorReport]:
+        """The errors of single tensors.  Raises MissingObjectError, CorruptionError."""
+        return load_errors(self.store.get(name, Kind.ERRORS))
 
     def recipes(self, values: ObjectId) -> list[tuple[ObjectId, Recipe]]:
         """Every recipe of a table of values, newest first."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ckptvcs.errors import CorruptionError
 from ckptvcs.history.canonical import Record, dump, from_number, load, to_number
 from ckptvcs.store.object import ObjectId, checked_id
 
@@ -54,13 +55,25 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """Error of the near form over all weights, measured at commit time.
+    """Error of the near form, measured at commit time: over all tensors, or of one.
 
-    weight_rel = |W' - W| / |W|,  residual_nmse = |W' - W|^2 / |W - base|^2.
+    Of weights W, restored as W':
+    weight_rel = |W' - W| / |W|,  residual_nmse = |W' - W|^2 / |W - base|^2, both over `residual`,
+    fisher_nmse the same with each square weighted by its second moment v,  max_abs = max|W' - W|.
+
+    Of moments: update_nmse, the relative squared error of the optimizer's next step at its own
+    betas, with a gradient from N(0, v), on a sample.
     """
 
     weight_rel: float = 0.0
     residual_nmse: float = 0.0
+    fisher_nmse: float = 0.0
+    update_nmse: float = 0.0
+    max_abs: float = 0.0
+
+
+ERROR_NAMES = ("weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max_abs")
+"""The fields of a report, as commits and `errors` objects name them."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,7 @@ class Commit:
     parts: Mapping[str, PartState]
     files: tuple[FileEntry, ...]
     error: ErrorReport
+    errors: ObjectId | None
     host: str
     user: str
     code: str | None = None
@@ -124,8 +138,8 @@ def dump_commit(commit: Commit) -> bytes:
         "schema": commit.schema,
         "parts": {name: _part_fields(part) for name, part in commit.parts.items()},
         "files": [_file_fields(file) for file in commit.files],
-        "error": {"weight_rel": from_number(commit.error.weight_rel),
-                  "residual_nmse": from_number(commit.error.residual_nmse)},
+        "error": {name: from_number(getattr(commit.error, name)) for name in ERROR_NAMES},
+        **({} if commit.errors is None else {"errors": commit.errors}),
         "host": commit.host, "user": commit.user, "code": commit.code,
     })  # fmt: skip
 
@@ -179,11 +193,32 @@ def load_commit(name: ObjectId, data: bytes) -> Commit:
         schema=checked_id(fields["schema"]),
         parts={name: _load_part(parts.record(name)) for name in PARTS if parts.has(name)},
         files=tuple(_load_file(file) for file in record.records("files")),
-        error=ErrorReport(
-            to_number(fields["error"].get("weight_rel", 0)),
-            to_number(fields["error"].get("residual_nmse", 0)),
-        ),
+        error=ErrorReport(*(to_number(fields["error"].get(name, 0)) for name in ERROR_NAMES)),
+        errors=None if fields.get("errors") is None else checked_id(record.text("errors")),
         host=fields["host"],
         user=fields["user"],
         code=record.optional_text("code"),
     )
+
+
+def dump_errors(errors: Mapping[int, ErrorReport]) -> bytes:
+    """The canonical bytes of the reports of single tensors, by position in the schema."""
+    rows = sorted(errors)
+    columns = {
+        name: [from_number(float(f"{getattr(errors[row], name):.3g}")) for row in rows]
+        for name in ERROR_NAMES
+    }
+    return dump({"tensors": rows, **columns})
+
+
+def load_errors(data: bytes) -> dict[int, ErrorReport]:
+    """Read the reports of single tensors.  Raises CorruptionError."""
+    record = load(data, "a table of errors")
+    rows = record.integers("tensors")
+    columns = [record.items(name) for name in ERROR_NAMES]
+    if any(len(column) != len(rows) for column in columns):
+        raise CorruptionError("a table of errors has columns of different lengths")
+    return {
+        row: ErrorReport(*map(to_number, values))
+        for row, *values in zip(rows, *columns, strict=True)
+    }

@@ -48,6 +48,8 @@ def mark(catalog: Catalog, refs: Refs) -> set[ObjectId]:
     for name, commit in Revisions(catalog, refs).reachable(sorted(roots)):
         marked |= {name, commit.schema}
         marked |= {file.skeleton for file in commit.files if file.skeleton}
+        if commit.errors is not None:
+            marked.add(commit.errors)
         for part in commit.parts.values():
             tables.append(part.values)
             if part.exact is not None and catalog.recipes(part.exact):

@@ -83,7 +83,7 @@ class Frame:
     """One encoded tensor in a bundle.
 
     `base` is (table of values, position there) of the tensor it stands on; `depth` counts the
-    frames below it; `companion` is the frame of this bundle whose mask it shares; `slices` are
+    frames below it; `companion` is the frame of this bundle that it needs beside it; `slices` are
     (offset in the bundle's region, length, hash).
     """
 

@@ -32,6 +32,7 @@ class Kind(IntEnum):
     RECIPE = 5
     RECORD = 6
     BUNDLE = 7
+    ERRORS = 8
 
 
 def object_id(kind: Kind, content: bytes) -> ObjectId:

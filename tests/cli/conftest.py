@@ -82,7 +82,7 @@ def run_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def history(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> Path:
     """A repository in `tmp_path` with the five checkpoints as commits of model.pt."""
-    ckpt("init")
+    ckpt("init", "--codec", "lossless")
     for number, path in enumerate(run_files, start=1):
         (tmp_path / "model.pt").write_bytes(path.read_bytes())
         ckpt("commit", "model.pt", "-m", f"step {number}", "--metric", f"loss={6 - number}")

@@ -152,7 +152,7 @@ def test_parts(suffix: str, ckpt: Ckpt, history: Path, run_files: list[Path]) ->
 
 def test_directories(ckpt: Ckpt, tmp_path: Path) -> None:
     states = train(3)
-    ckpt("init")
+    ckpt("init", "--codec", "lossless")
     for state in states:
         folder = trainer_directory(tmp_path / "out", state, state["step"] * 100)
         ckpt("commit", folder)

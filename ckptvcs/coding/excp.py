@@ -1,111 +1,32 @@
-"""Coding of one tensor, or of a weight with its moments: slices in, coded slices out.
+"""Coding by ExCP: a weight with its moments, in two passes.
 
-Two passes over the data at most: one to measure (thresholds, codebooks), one to code.  Both go
-slice by slice, so memory does not depend on the size of a tensor.
+One pass measures (thresholds, codebooks), one codes.  Both go slice by slice, so memory does not
+depend on the size of a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from ckptvcs.codec import excp, lossless
+from ckptvcs.codec import excp
 from ckptvcs.codec.excp import Centres, Floats
 from ckptvcs.codec.frame import (
-    LOSSLESS,
-    MOMENT,
-    RESIDUAL,
-    SHARED_MASK_MOMENT,
+    EXCP_MOMENT,
+    EXCP_RESIDUAL,
+    EXCP_SHARED_MASK_MOMENT,
     put_slice,
     slice_counts,
 )  # fmt: skip
 from ckptvcs.codec.sparse import Mask
 from ckptvcs.codec.spec import ExcpSpec
-from ckptvcs.codec.words import Words, to_float32
-from ckptvcs.dtypes import DType
+from ckptvcs.coding.group import CodedGroup, CodedSlice, Group, Target
+from ckptvcs.coding.measure import measure
 from ckptvcs.parallel import ordered_map
 
 _SAMPLE = 1 << 20  # entries that thresholds and codebooks are fitted on
 _RUN = 1 << 12  # a sample is made of runs of this many entries at even distances
-_LIMITS = {"F32": 1e38, "BF16": 1e38, "F16": 3e4}  # larger weights could overflow when decoded
-
-
-class Tensor(Protocol):
-    """A tensor that is read slice by slice."""
-
-    def slice(self, number: int) -> Words:
-        """The words of one slice."""
-
-
-@dataclass(frozen=True)
-class CodedSlice:
-    """A slice as it is stored, the words it decodes to, and the words that were asked for."""
-
-    data: bytes
-    decoded: Words
-    source: Words
-
-
-@dataclass(frozen=True)
-class SliceErrors:
-    """Squared errors of a slice of a weight, its squared values, its squared residuals."""
-
-    error: float
-    weight: float
-    residual: float
-
-
-def code_lossless(
-    tensor: Tensor, base: Tensor | None, dtype: DType, words: int
-) -> Iterator[tuple[CodedSlice, bool]]:
-    """Code a tensor exactly; each slice, and whether it stands on the base."""
-
-    def code(number: int) -> tuple[CodedSlice, bool]:
-        source = tensor.slice(number)
-        payload = lossless.encode(source, base.slice(number) if base else None, dtype)
-        data = put_slice(LOSSLESS, payload)
-        return CodedSlice(data, source, source), lossless.needs_base(memoryview(payload))
-
-    return ordered_map(code, range(len(slice_counts(words))))
-
-
-@dataclass(frozen=True)
-class Target:
-    """A tensor of `dtype` that is to be coded with loss."""
-
-    tensor: Tensor
-    dtype: str
-
-    def floats(self, number: int) -> Floats:
-        """The values of one slice."""
-        return to_float32(self.tensor.slice(number), self.dtype)
-
-
-@dataclass(frozen=True)
-class Group:
-    """What ExCP codes together, all of as many words: a weight and its base, its moments.
-
-    A weight without moments, and moments whose weight is not known, are groups too.
-    """
-
-    words: int
-    weight: Target | None = None
-    base: Tensor | None = None
-    first: Target | None = None
-    second: Target | None = None
-
-    def residual(self, number: int) -> Floats | None:
-        """Weight - base in one slice.  NaN where the weight is too large to be coded safely."""
-        if self.weight is None or self.base is None:
-            return None
-        target = self.weight.floats(number)
-        with np.errstate(over="ignore", invalid="ignore"):
-            residual = target - to_float32(self.base.slice(number), self.weight.dtype)
-            residual[~(np.abs(target) < _LIMITS[self.weight.dtype])] = np.nan
-        return residual
 
 
 @dataclass(frozen=True)
@@ -140,7 +61,7 @@ def _picked(count: int, share: float) -> slice | Mask:
     return picked
 
 
-def plan_excp(group: Group, spec: ExcpSpec) -> ExcpPlan | None:
+def plan(group: Group, spec: ExcpSpec) -> ExcpPlan | None:
     """Measure a group.
 
     None where ExCP does not apply: values that are not finite or too large for its float16
@@ -193,41 +114,38 @@ def _fit(sample: _Sample, group: Group, spec: ExcpSpec) -> ExcpPlan | None:
     return ExcpPlan(threshold, moment_threshold, weight_codes, first_codes, second_codes)
 
 
-@dataclass(frozen=True)
-class CodedGroup:
-    """One slice of each tensor of a group, in the order weight, exp_avg, exp_avg_sq, and the
-    errors of the weight.
-    """
+class ExcpCoder:
+    """Codes a group: its slices are the weight's, then exp_avg's, then exp_avg_sq's."""
 
-    slices: tuple[CodedSlice, ...]
-    errors: SliceErrors
+    def __init__(self, group: Group, fitted: ExcpPlan) -> None:
+        self._group, self._plan = group, fitted
+        self.members = tuple(
+            target for target in (group.weight, group.first, group.second) if target is not None
+        )
+        last = len(self.members) - 1
+        self.companions = {last: last - 1} if group.second is not None else {}
 
-
-def code_excp(group: Group, plan: ExcpPlan) -> Iterator[CodedGroup]:
-    """Code a group slice by slice."""
-
-    def code(number: int) -> CodedGroup:
+    def code(self, number: int) -> CodedGroup:
+        """Code one slice of each member."""
+        group, fitted = self._group, self._plan
         slices = []
         mask: Mask | bool = True
-        errors = SliceErrors(0.0, 0.0, 0.0)
         residual = group.residual(number)
         if residual is not None and group.weight is not None and group.base is not None:
             source, base = group.weight.tensor.slice(number), group.base.slice(number)
             dtype = group.weight.dtype
             # A codebook is empty only where the sample kept nothing; then nothing is kept at all.
-            mask = (np.abs(residual) > plan.residual_threshold) & bool(plan.weight.size)
-            payload, decoded = excp.encode_residual(source, base, mask, plan.weight, dtype)
-            slices.append(CodedSlice(put_slice(RESIDUAL, payload), decoded, source))
-            errors = _errors(decoded, to_float32(source, dtype), residual, dtype)
+            mask = (np.abs(residual) > fitted.residual_threshold) & bool(fitted.weight.size)
+            payload, decoded = excp.encode_residual(source, base, mask, fitted.weight, dtype)
+            data = put_slice(EXCP_RESIDUAL, payload)
+            slices.append(CodedSlice(data, decoded, source, stands_on_base=True))
         if group.first is not None:
-            large = np.abs(group.first.floats(number)) > plan.moment_threshold
-            kept = mask & large & bool(plan.first.size)
-            slices.append(_moment(group.first, number, kept, plan.first, own_mask=True))
+            large = np.abs(group.first.floats(number)) > fitted.moment_threshold
+            kept = mask & large & bool(fitted.first.size)
+            slices.append(_moment(group.first, number, kept, fitted.first, own_mask=True))
             if group.second is not None:
-                slices.append(_moment(group.second, number, kept, plan.second, own_mask=False))
-        return CodedGroup(tuple(slices), errors)
-
-    return ordered_map(code, range(len(slice_counts(group.words))))
+                slices.append(_moment(group.second, number, kept, fitted.second, own_mask=False))
+        return CodedGroup(tuple(slices), measure(group, number, self.members, slices))
 
 
 def _moment(
@@ -235,14 +153,5 @@ def _moment(
 ) -> CodedSlice:
     words = moment.tensor.slice(number)
     payload, decoded = excp.encode_moment(words, mask, centres, moment.dtype, own_mask=own_mask)
-    method = MOMENT if own_mask else SHARED_MASK_MOMENT
+    method = EXCP_MOMENT if own_mask else EXCP_SHARED_MASK_MOMENT
     return CodedSlice(put_slice(method, payload), decoded, words)
-
-
-def _errors(decoded: Words, target: Floats, residual: Floats, dtype: str) -> SliceErrors:
-    error = (to_float32(decoded, dtype) - target).astype(np.float64)
-    return SliceErrors(
-        float(error @ error),
-        float(np.square(target, dtype=np.float64).sum()),
-        float(np.square(residual, dtype=np.float64).sum()),
-    )

@@ -1,0 +1,167 @@
+"""Signed integer codes of a quantizer <-> sections, close to their order-0 entropy.
+
+zstd's entropy stage is a Huffman coder, which cannot spend less than a bit on a symbol; so codes
+are laid out such that symbols are worth a bit or more:
+
+    sparse   where most codes are zero: a mask of those that are not, their signs as raw bits, and
+             magnitudes in unary, plane after plane, each a mask over what the plane before kept
+    dense    where few are zero: raw low bits, and the rest as bytes through Huffman
+
+Layout: docs/format.md, "Codes".
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptvcs.codec.planes import get_section, put_section
+from ckptvcs.codec.sparse import Mask, get_positions, put_mask
+from ckptvcs.errors import CorruptionError, TruncatedError
+
+Integers = NDArray[np.int32]
+Positions = NDArray[np.int64]
+
+SPARSE, DENSE = 0, 1
+MAX_CODE = 1 << 24
+"""Codes are smaller than this in magnitude."""
+
+_DENSE_SHARE = 0.6  # of codes that are not zero; from there on a byte a code costs less
+_MAX_PLANES = 15
+_BYTE = struct.Struct("<B")
+_COUNT = struct.Struct("<I")
+_FINE_BITS = 5  # a dense code keeps about this many bits a standard deviation for Huffman
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes that are not zero: `values` at `positions`, ascending; None means at all n."""
+
+    positions: Positions | None
+    values: Integers
+
+
+def put_codes(codes: Integers) -> bytes:
+    """Store the codes of a slice, each below `MAX_CODE` in magnitude."""
+    kept = codes != 0
+    if np.count_nonzero(kept) > _DENSE_SHARE * codes.size:
+        return _BYTE.pack(DENSE) + _put_dense(codes)
+    return _BYTE.pack(SPARSE) + put_mask(kept) + _put_signed(codes[kept])
+
+
+def _put_signed(values: Integers) -> bytes:
+    """Codes that are not zero."""
+    parts = [put_section(np.packbits(values < 0))]
+    rest = np.abs(values)
+    planes: list[bytes] = []
+    level = 1
+    while rest.size and level <= _MAX_PLANES:
+        above = rest > level
+        if not above.any():
+            rest = rest[:0]
+            break
+        if np.count_nonzero(above) > _DENSE_SHARE * rest.size:
+            break
+        planes.append(put_mask(above))
+        rest = rest[above]
+        level += 1
+    parts += [_BYTE.pack(len(planes)), *planes, _COUNT.pack(rest.size)]
+    if rest.size:
+        parts.append(_put_words((rest - level).astype(np.uint32)))
+    return b"".join(parts)
+
+
+def _put_words(words: NDArray[np.uint32]) -> bytes:
+    planes = np.ascontiguousarray(words.view(np.uint8).reshape(words.size, 4).T)
+    return b"".join(put_section(plane) for plane in planes)
+
+
+def _get_words(data: memoryview, at: int, count: int) -> tuple[NDArray[np.uint32], int]:
+    rows = np.empty((count, 4), np.uint8)
+    for plane in range(4):
+        rows[:, plane], at = get_section(data, at, count)
+    return rows.reshape(-1).view("<u4"), at
+
+
+def _put_dense(codes: Integers) -> bytes:
+    spread = float(np.abs(codes[:: max(1, codes.size >> 16)]).mean())
+    shift = max(0, int(np.log2(max(spread, 1))) - _FINE_BITS + 1)
+    parts = [_BYTE.pack(shift)]
+    parts += [put_section(np.packbits((codes >> bit) & 1)) for bit in range(shift)]
+    high = codes >> shift
+    escaped = np.abs(high) > 127
+    parts.append(put_section(np.where(escaped, 0, high + 128).astype(np.uint8)))
+    outliers = codes[escaped]
+    parts.append(_COUNT.pack(outliers.size))
+    if outliers.size:
+        parts.append(_put_words(outliers.view(np.uint32)))
+    return b"".join(parts)
+
+
+def _take(layout: struct.Struct, data: memoryview, at: int) -> tuple[int, int]:
+    if at + layout.size > len(data):
+        raise TruncatedError("a frame ends inside its codes")
+    return int(layout.unpack_from(data, at)[0]), at + layout.size
+
+
+def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
+    """Read the codes of `count` entries at `at`; also where the next section begins.
+
+    Raises:
+        TruncatedError, CorruptionError: there are no such codes.
+    """
+    form, at = _take(_BYTE, data, at)
+    if form == DENSE:
+        return _get_dense(data, at, count)
+    if form != SPARSE:
+        raise CorruptionError("a frame holds codes of an unknown form")
+    positions, at = get_positions(data, at, count)
+    values, at = _get_signed(data, at, positions.size)
+    return Codes(positions, values), at
+
+
+def _get_signed(data: memoryview, at: int, count: int) -> tuple[Integers, int]:
+    signs, at = get_section(data, at, (count + 7) // 8)
+    planes, at = _take(_BYTE, data, at)
+    values = np.ones(count, np.int32)
+    above: Positions = np.arange(0) if not planes else np.arange(count)
+    for _ in range(planes):
+        kept, at = get_positions(data, at, above.size)
+        above = above[kept]
+        values[above] += 1
+    left, at = _take(_COUNT, data, at)
+    if left:
+        if left != (above.size if planes else count):
+            raise CorruptionError("a frame holds magnitudes that belong nowhere")
+        words, at = _get_words(data, at, left)
+        if int(words.max()) >= MAX_CODE:
+            raise CorruptionError("a frame holds a code that is too large")
+        values[above if planes else slice(None)] += words.astype(np.int32)
+    negative: Mask = np.unpackbits(signs, count=count).view(np.bool_)
+    np.negative(values, out=values, where=negative)
+    return values, at
+
+
+def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
+    shift, at = _take(_BYTE, data, at)
+    if shift > 24:
+        raise CorruptionError("a frame holds codes of too many bits")
+    low = np.zeros(count, np.int32)
+    for bit in range(shift):
+        plane, at = get_section(data, at, (count + 7) // 8)
+        low |= np.unpackbits(plane, count=count).astype(np.int32) << bit
+    high, at = get_section(data, at, count)
+    values = ((high.astype(np.int32) - 128) << shift) + low
+    outliers, at = _take(_COUNT, data, at)
+    escaped = high == 0
+    if outliers != np.count_nonzero(escaped):
+        raise CorruptionError("a frame holds outliers that belong nowhere")
+    if outliers:
+        words, at = _get_words(data, at, outliers)
+        values[escaped] = words.view(np.int32)
+    if count and max(int(values.max()), -int(values.min())) >= MAX_CODE:
+        raise CorruptionError("a frame holds a code that is too large")
+    return Codes(None, values), at

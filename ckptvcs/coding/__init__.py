@@ -1,0 +1,1 @@
+"""From tensors to coded slices: which method codes what, with which settings, and how well."""

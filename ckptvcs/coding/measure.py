@@ -1,0 +1,118 @@
+"""How far the near form of a slice is from what was asked for.
+
+    weight   squared error against squared weight and squared residual, plain and weighted by the
+             second moment (the empirical Fisher information, as far as an optimizer knows it)
+    moments  squared error of m and of sqrt(v), and *update NMSE*: the relative squared error of the
+             optimizer's next step, since a moment matters by nothing but the steps it makes
+
+The next step is taken with a gradient drawn from N(0, v), from the true and the restored state, on
+a fixed sample of entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from ckptvcs.checkpoint.roles import Rule
+from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.planes import sample
+from ckptvcs.codec.words import to_float32
+from ckptvcs.coding.group import CodedSlice, Errors, Floats, Group, Target
+
+_SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
+_LEAST = 1 << 12  # of a slice
+
+
+def _energy(values: Floats) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
+
+
+def measure(
+    group: Group, number: int, members: Sequence[Target], slices: Sequence[CodedSlice]
+) -> tuple[Errors, ...]:
+    """The errors of slice `number` of each member."""
+    return tuple(
+        _weight(group, number, coded) if target is group.weight else _moment(target, coded)
+        for target, coded in zip(members, slices, strict=True)
+    )
+
+
+def _weight(group: Group, number: int, coded: CodedSlice) -> Errors:
+    assert group.weight is not None
+    dtype = group.weight.dtype
+    with np.errstate(over="ignore", invalid="ignore"):
+        target = to_float32(coded.source, dtype)
+        error = to_float32(coded.decoded, dtype) - target
+        if not np.isfinite(error).all():  # stored exactly, with what is not finite in it
+            return Errors()
+        residual = target
+        if group.base is not None:
+            residual = target - to_float32(group.base.slice(number), dtype)
+        out = Errors(_energy(error), _energy(target), _energy(residual))
+        out.largest = float(np.abs(error).max(initial=0))
+        if group.second is not None:
+            second = group.second.floats(number)
+            out.fisher_error = float(np.dot(second, np.square(error)))
+            out.fisher_residual = float(np.dot(second, np.square(residual)))
+    return out
+
+
+def _moment(target: Target, coded: CodedSlice) -> Errors:
+    with np.errstate(over="ignore", invalid="ignore"):
+        true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
+        if target.squared:
+            true, near = np.sqrt(true), np.sqrt(near)
+        error = near - true
+        if not np.isfinite(error).all():
+            return Errors()
+        return Errors(_energy(error), _energy(true), largest=float(np.abs(error).max(initial=0)))
+
+
+@lru_cache(1)
+def _normal() -> Floats:
+    return np.random.default_rng(0).standard_normal(_SAMPLE, np.float32)
+
+
+def _step(rule: Rule, first: Floats | None, second: Floats | None, gradient: Floats) -> Floats:
+    """The optimizer's next step, but for the learning rate."""
+    if second is None:
+        assert first is not None
+        return first  # momentum alone: the gradient adds the same to both
+    ahead = gradient
+    if first is not None:
+        ahead = rule.beta1 * first + (1 - rule.beta1) * gradient
+    root = np.sqrt(rule.beta2 * second + (1 - rule.beta2) * np.square(gradient))
+    return (ahead / (root + rule.eps)).astype(np.float32)
+
+
+def measure_step(
+    rule: Rule,
+    first: tuple[Floats, Floats] | None,
+    second: tuple[Floats, Floats] | None,
+    words: int,
+) -> Errors:
+    """The error of the next step in one slice of a tensor of `words` words, from (true, restored)
+    moments; either may be missing.
+    """
+    pairs = [pair for pair in (first, second) if pair is not None]
+    size = max(_LEAST, _SAMPLE // max(1, len(slice_counts(words))))
+    count = pairs[0][0].size
+    gradient = _normal()[: sample(pairs[0][0], size).size]
+    if second is not None:
+        gradient = gradient * np.sqrt(sample(second[0], size))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        steps = [
+            _step(rule, first and sample(first[restored], size),
+                  second and sample(second[restored], size), gradient)
+            for restored in (0, 1)
+        ]  # fmt: skip
+        share = count / max(1, gradient.size)
+        out = Errors(
+            update_error=share * _energy(steps[1] - steps[0]),
+            update_energy=share * _energy(steps[0]),
+        )
+    finite = np.isfinite(out.update_error) and np.isfinite(out.update_energy)
+    return out if finite else Errors()

@@ -1,0 +1,297 @@
+"""Coding by the near codec: which steps, and exactly where it cannot do well.
+
+One step for the residuals of the whole model spends bits where they do most (reverse
+water-filling); a cap in each tensor's own scale keeps quiet tensors from starving.  A slice whose
+near form would be worse than nothing (an NMSE above 1), or would make larger optimizer steps than
+the error of dropping it, is coded exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckptvcs.codec import near
+from ckptvcs.codec.frame import (
+    NEAR_FIRST,
+    NEAR_SCALED_FIRST,
+    NEAR_SECOND,
+    NEAR_WEIGHT,
+    SLICE_WORDS,
+    put_slice,
+    slice_counts,
+)  # fmt: skip
+from ckptvcs.codec.near import Rows
+from ckptvcs.codec.planes import Bytes, sample
+from ckptvcs.codec.spec import NearSpec
+from ckptvcs.codec.words import to_float32
+from ckptvcs.coding.exact import code_exactly
+from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
+from ckptvcs.coding.measure import measure, measure_step
+
+_SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
+_SAMPLED_SLICES = 4
+_OUTLYING = 4.0  # a tensor's residual counts as at most this many times the median tensor's
+_MOMENT_ZONE = 0.66
+_FIRST_STEP = 1 / 256  # of a weight's own scale, where there is no residual to measure by
+_COARSEST_KEYFRAME = 1 / 8
+_KEYFRAME_STEP = 0.9  # of the step of residuals: about the same error
+_RUN = 64  # neighbours that share an exponent where the shape tells nothing
+_FLAT = 1 << 14  # words from which on a vector is cut into such runs
+_FEW_ROWS = 16  # in a slice: columns would cost more than they tell
+_LEAST_ROW = 32  # words that a factor of their own is worth
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Root mean squares of a weight and of its residual (None without a base); the median of log2
+    of its second moment (None without one).
+    """
+
+    words: int
+    weight: float
+    residual: float | None
+    second: float | None
+
+
+def _finite_rms(values: Floats) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = values[np.isfinite(values)]
+        return float(np.sqrt(np.mean(np.square(finite, dtype=np.float64)))) if finite.size else 0.0
+
+
+def measure_scale(group: Group) -> Scale:
+    """The scale of a group that has a weight, from a sample."""
+    assert group.weight is not None
+    numbers = range(len(slice_counts(group.words)))
+    picked = numbers[:: max(1, len(numbers) // _SAMPLED_SLICES)][:_SAMPLED_SLICES]
+    size = _SAMPLE // max(1, len(picked))
+    weights, residuals, seconds = [], [], []
+    for number in picked:
+        values = sample(group.weight.floats(number), size)
+        weights.append(values)
+        if group.base is not None:
+            base = sample(to_float32(group.base.slice(number), group.weight.dtype), size)
+            with np.errstate(over="ignore", invalid="ignore"):
+                residuals.append(values - base)
+        if group.second is not None:
+            second = sample(group.second.floats(number), size)
+            seconds.append(second[(second > 0) & np.isfinite(second)])
+    found = np.concatenate(seconds) if seconds else np.zeros(0, np.float32)
+    return Scale(
+        group.words, _finite_rms(np.concatenate(weights)) if weights else 0.0,
+        _finite_rms(np.concatenate(residuals)) if residuals else None,
+        float(np.median(np.log2(found))) if found.size else None,
+    )  # fmt: skip
+
+
+def _weighted_median(values: list[float], weights: list[int]) -> float:
+    order = np.argsort(values)
+    total = np.cumsum(np.asarray(weights)[order])
+    return float(values[order[int(np.searchsorted(total, total[-1] / 2))]])
+
+
+@dataclass(frozen=True)
+class NearPlan:
+    """What all groups of a commit share: the scale of residuals, the middle of second moments."""
+
+    spec: NearSpec
+    residual: float
+    second: float
+
+    @classmethod
+    def of(cls, spec: NearSpec, scales: Iterable[Scale]) -> NearPlan:
+        """The plan for weights of these scales.
+
+        A re-initialised layer, say, must not set the step of all others: residuals far above the
+        median tensor's are cut.
+        """
+        rows = list(scales)
+        moved = [row for row in rows if row.residual]
+        residual = 0.0
+        if moved:
+            sizes = [row.words for row in moved]
+            values = [row.residual or 0.0 for row in moved]
+            limit = _OUTLYING * _weighted_median(values, sizes)
+            energy = np.square(np.minimum(values, limit))
+            residual = float(np.sqrt(np.average(energy, weights=sizes)))
+        known = [(row.second, row.words) for row in rows if row.second is not None]
+        second = _weighted_median([s for s, _ in known], [w for _, w in known]) if known else 0.0
+        return cls(spec, residual, 2.0**second)
+
+
+def _rows(target: Target, number: int, words: int) -> Rows:
+    """How a slice of second moments is cut into rows and columns."""
+    if target.columns * _FEW_ROWS <= words:
+        return Rows(target.columns, target.start(number))
+    if words >= _FLAT:
+        return Rows(_RUN, 0)
+    if target.columns * 2 <= words:
+        return Rows(target.columns, target.start(number))
+    return Rows(words, 0)
+
+
+class NearCoder:
+    """Codes a weight with its moments, or moments alone."""
+
+    def __init__(
+        self, group: Group, plan: NearPlan, scale: Scale | None, *, keyframe: bool
+    ) -> None:
+        self._group, self._plan, self._scale, self._keyframe = group, plan, scale, keyframe
+        named = (group.second, group.weight, group.first, *group.others)
+        self.members = tuple(target for target in named if target is not None)
+        self.companions = {}
+        if group.first is not None and group.second is not None:
+            self.companions = {self.members.index(group.first): 0}
+
+    def code(self, number: int) -> CodedGroup:
+        """Code one slice of each member."""
+        group = self._group
+        coded: dict[int, CodedSlice] = {}
+        step = Errors()
+        if group.first is not None or group.second is not None:
+            step = self._moments(number, coded)
+        if group.weight is not None:
+            coded[group.weight.number] = self._weight(group.weight, number)
+        for target in group.others:
+            coded[target.number] = (
+                next(self._seconds(target, number)) if target.squared
+                else self._first(target, number, None)
+            )  # fmt: skip
+        slices = [coded[target.number] for target in self.members]
+        errors = measure(group, number, self.members, slices)
+        for target, found in zip(self.members, errors, strict=True):
+            if target is (group.first or group.second):
+                found.add(step)
+        return CodedGroup(tuple(slices), errors)
+
+    def _exact(self, target: Target, number: int) -> CodedSlice:
+        base = self._group.base if target is self._group.weight and not self._keyframe else None
+        words = None if base is None else base.slice(number)
+        return code_exactly(target.tensor.slice(number), words, target.dtype)
+
+    # -- moments -------------------------------------------------------------------------------
+
+    def _moments(self, number: int, coded: dict[int, CodedSlice]) -> Errors:
+        """Code first and second: the coarsest second with which the next step is no worse than
+        without any state at all.
+        """
+        first, second = self._group.first, self._group.second
+        step = Errors()
+        for near_second in self._seconds(second, number) if second is not None else [None]:
+            if second is not None and near_second is not None:
+                coded[second.number] = near_second
+            if first is not None:
+                coded[first.number] = self._first(first, number, near_second)
+            step = self._step(number, coded)
+            if step.update_error <= step.update_energy:
+                return step
+        if first is not None:
+            coded[first.number] = self._exact(first, number)
+        return self._step(number, coded)
+
+    def _step(self, number: int, coded: dict[int, CodedSlice]) -> Errors:
+        group = self._group
+        pairs = [
+            None if target is None else tuple(
+                to_float32(words, target.dtype)
+                for words in (coded[target.number].source, coded[target.number].decoded)
+            )
+            for target in (group.first, group.second)
+        ]  # fmt: skip
+        return measure_step(group.rule, pairs[0], pairs[1], group.words)  # type: ignore[arg-type]
+
+    def _seconds(self, target: Target, number: int) -> Iterator[CodedSlice]:
+        """A slice of squares in forms that get finer: row times column, word by word, exactly."""
+        words = target.tensor.slice(number)
+        for rows in (_rows(target, number, words.size), Rows(words.size, 0)):
+            encoded = near.encode_second(words, target.dtype, rows)
+            if encoded is not None:
+                coded = CodedSlice(put_slice(NEAR_SECOND, encoded[0]), encoded[1], words)
+                if _is_better(coded, target):
+                    yield coded
+        yield self._exact(target, number)
+
+    def _first(self, target: Target, number: int, second: CodedSlice | None) -> CodedSlice:
+        words = target.tensor.slice(number)
+        if second is not None:
+            root = np.sqrt(to_float32(second.decoded, target.dtype))
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                units = (to_float32(words, target.dtype) / root).astype(np.float32)
+            step = self._plan.spec.moment_step * _finite_rms(units)
+        else:
+            step = self._plan.spec.momentum_step * _finite_rms(to_float32(words, target.dtype))
+        decoded = None if second is None else second.decoded
+        encoded = near.encode_first(words, decoded, target.dtype, step, _MOMENT_ZONE)
+        if encoded is not None:
+            method = NEAR_FIRST if second is None else NEAR_SCALED_FIRST
+            coded = CodedSlice(put_slice(method, encoded[0]), encoded[1], words)
+            if _is_better(coded, target):
+                return coded
+        return self._exact(target, number)
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def _weight(self, target: Target, number: int) -> CodedSlice:
+        words = target.tensor.slice(number)
+        base = self._group.base
+        coded = None
+        if base is None or self._keyframe:
+            step = self._keyframe_step(target)
+            if step is not None:
+                encoded = near.encode_weight(words, None, target.dtype, step, 0.5)
+                if encoded is not None:
+                    coded = CodedSlice(put_slice(NEAR_WEIGHT, encoded[0]), encoded[1], words)
+        else:
+            rows = self._row_factors(target, number)
+            before = base.slice(number)
+            encoded = near.encode_weight(
+                words, before, target.dtype, self._delta_step(), self._plan.spec.zone, rows
+            )
+            if encoded is not None:
+                coded = CodedSlice(put_slice(NEAR_WEIGHT, encoded[0]), encoded[1], words, True)
+                if not _is_better(coded, target, to_float32(before, target.dtype)):
+                    coded = None
+        return coded or self._exact(target, number)
+
+    def _delta_step(self) -> float:
+        spec = self._plan.spec
+        own = (self._scale.residual if self._scale is not None else None) or 0.0
+        return min(spec.step * self._plan.residual, spec.cap * own) if own else 0.0
+
+    def _keyframe_step(self, target: Target) -> float | None:
+        """None where it has to be exact: 16-bit weights, whose near form would not be smaller, and
+        what nothing says is trained.
+        """
+        group, scale = self._group, self._scale
+        if target.dtype != "F32" or scale is None or not scale.weight:
+            return None
+        if scale.residual:
+            step = _KEYFRAME_STEP * self._delta_step()
+            return min(step, _COARSEST_KEYFRAME * scale.weight)
+        trained = group.first is not None or group.second is not None or group.others
+        return _FIRST_STEP * scale.weight if trained else None
+
+    def _row_factors(self, target: Target, number: int) -> tuple[Rows, Bytes] | None:
+        gamma, second = self._plan.spec.gamma, self._group.second
+        if not gamma or second is None:
+            return None
+        values = second.floats(number)
+        if not np.isfinite(values).all():
+            return None
+        columns = target.columns * -(-_LEAST_ROW // target.columns)
+        rows = Rows(columns, number * SLICE_WORDS % columns)
+        return rows, near.row_factors(values, rows, self._plan.second, gamma)
+
+
+def _is_better(coded: CodedSlice, target: Target, base: Floats | None = None) -> bool:
+    """Whether the near form is closer to what was asked for than its base (or zero) is."""
+    true, restored = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
+    if target.squared:
+        true, restored = np.sqrt(true), np.sqrt(restored)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.square(restored - true, dtype=np.float64).sum()
+        energy = np.square(true if base is None else true - base, dtype=np.float64).sum()
+    return bool(error <= energy)
