@@ -247,28 +247,39 @@ class Stream:
         data = self.section(size)
         if form == 0:
             return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
-        kept = np.zeros(count, bool)
-        at = -1
+        gaps, gap = [], 0
         for byte in data:
-            at += byte if byte == 255 else byte + 1
+            gap += byte
             if byte != 255:
-                kept[at] = True
+                gaps.append(gap)
+                gap = 0
+        between = np.asarray(gaps, np.int64)
+        if form == 2:
+            (shift,) = self.take("<B")
+            between = (between << shift) + self.bits(between.size, shift)
+        kept = np.zeros(count, bool)
+        kept[np.cumsum(between + 1) - 1] = True
         return kept
 
     def words(self, count: int) -> Array:
         planes = [np.frombuffer(self.section(count), np.uint8) for _ in range(4)]
         return np.stack(planes, axis=1).reshape(-1).view("<u4")
 
-    def bits(self, count: int) -> Array:
-        data = np.frombuffer(self.section((count + 7) // 8), np.uint8)
-        return np.unpackbits(data, count=count).astype(np.int64)
+    def bits(self, count: int, planes: int) -> Array:
+        out = np.zeros(count, np.int64)
+        each = (count + 7) // 8
+        data = np.frombuffer(self.section(planes * each) if planes else b"", np.uint8)
+        for bit in range(planes):
+            row = np.unpackbits(data[bit * each : (bit + 1) * each], count=count)
+            out |= row.astype(np.int64) << bit
+        return out
 
     def codes(self, count: int) -> Array:
         (form,) = self.take("<B")
         out = np.zeros(count, np.int64)
         if form == 0:
             kept = np.flatnonzero(self.mask(count))
-            sign = 1 - 2 * self.bits(kept.size)
+            sign = 1 - 2 * self.bits(kept.size, 1)
             size = np.ones(kept.size, np.int64)
             (planes,) = self.take("<B")
             above = np.arange(kept.size)
@@ -282,8 +293,7 @@ class Stream:
             out[kept] = sign * size
         else:
             (shift,) = self.take("<B")
-            for bit in range(shift):
-                out += self.bits(count) << bit
+            out += self.bits(count, shift)
             high = np.frombuffer(self.section(count), np.uint8).astype(np.int64)
             out += (high - 128) << shift
             (outliers,) = self.take("<I")

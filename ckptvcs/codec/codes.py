@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.planes import get_section, put_section
+from ckptvcs.codec.planes import get_bits, get_section, put_bits, put_section
 from ckptvcs.codec.sparse import Mask, get_positions, put_mask
 from ckptvcs.errors import CorruptionError, TruncatedError
 
@@ -29,7 +29,8 @@ SPARSE, DENSE = 0, 1
 MAX_CODE = 1 << 24
 """Codes are smaller than this in magnitude."""
 
-_DENSE_SHARE = 0.6  # of codes that are not zero; from there on a byte a code costs less
+_DENSE_SHARE = 0.75  # of codes that are not zero; from there on a byte a code costs less
+_UNARY_SHARE = 0.6  # of magnitudes that go on; from there on their bytes cost less than a plane
 _MAX_PLANES = 15
 _BYTE = struct.Struct("<B")
 _COUNT = struct.Struct("<I")
@@ -63,7 +64,7 @@ def _put_signed(values: Integers) -> bytes:
         if not above.any():
             rest = rest[:0]
             break
-        if np.count_nonzero(above) > _DENSE_SHARE * rest.size:
+        if np.count_nonzero(above) > _UNARY_SHARE * rest.size:
             break
         planes.append(put_mask(above))
         rest = rest[above]
@@ -89,8 +90,7 @@ def _get_words(data: memoryview, at: int, count: int) -> tuple[NDArray[np.uint32
 def _put_dense(codes: Integers) -> bytes:
     spread = float(np.abs(codes[:: max(1, codes.size >> 16)]).mean())
     shift = max(0, int(np.log2(max(spread, 1))) - _FINE_BITS + 1)
-    parts = [_BYTE.pack(shift)]
-    parts += [put_section(np.packbits((codes >> bit) & 1)) for bit in range(shift)]
+    parts = [_BYTE.pack(shift), put_bits(codes, shift)]
     high = codes >> shift
     escaped = np.abs(high) > 127
     parts.append(put_section(np.where(escaped, 0, high + 128).astype(np.uint8)))
@@ -149,10 +149,7 @@ def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
     shift, at = _take(_BYTE, data, at)
     if shift > 24:
         raise CorruptionError("a frame holds codes of too many bits")
-    low = np.zeros(count, np.int32)
-    for bit in range(shift):
-        plane, at = get_section(data, at, (count + 7) // 8)
-        low |= np.unpackbits(plane, count=count).astype(np.int32) << bit
+    low, at = get_bits(data, at, count, shift)
     high, at = get_section(data, at, count)
     values = ((high.astype(np.int32) - 128) << shift) + low
     outliers, at = _take(_COUNT, data, at)

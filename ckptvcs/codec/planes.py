@@ -83,6 +83,28 @@ def get_section(data: memoryview, at: int, size: int) -> tuple[Bytes, int]:
     raise CorruptionError("a frame holds a section of a wrong kind or size")
 
 
+def put_bits(values: NDArray[np.integer], bits: int) -> bytes:
+    """Store the lowest `bits` bits of each value, a plane of single bits after another."""
+    planes = [np.packbits((values >> bit) & 1) for bit in range(bits)]
+    return put_section(np.concatenate(planes)) if planes else b""
+
+
+def get_bits(data: memoryview, at: int, count: int, bits: int) -> tuple[NDArray[np.int32], int]:
+    """Read what `put_bits` stored for `count` values; also where the next section begins.
+
+    Raises:
+        TruncatedError, CorruptionError: as `get_section`.
+    """
+    out = np.zeros(count, np.int32)
+    if bits:
+        each = (count + 7) // 8
+        planes, at = get_section(data, at, bits * each)
+        for bit in range(bits):
+            plane = planes[bit * each : (bit + 1) * each]
+            out |= np.unpackbits(plane, count=count).astype(np.int32) << bit
+    return out, at
+
+
 def inflate(packed: memoryview, size: int) -> Bytes:
     """Undo zstd, never producing more than the `size` bytes that are expected."""
     try:

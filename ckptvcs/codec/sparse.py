@@ -1,7 +1,8 @@
 """Masks and the codes at their kept positions <-> sections.
 
 A mask is stored as a bitmap where it is dense and as gaps between kept positions where it is
-sparse: a byte a gap is close to the entropy below a density of a fifth, a bitmap above it.
+sparse: a byte a gap is close to the entropy below a density of a fifth, a bitmap above it.  Long
+gaps give up their low bits, so that Huffman's alphabet, and its table, stay small.
 Layout: docs/format.md, "Mask".
 """
 
@@ -12,21 +13,27 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.planes import Bytes, get_section, put_section
+from ckptvcs.codec.planes import Bytes, get_bits, get_section, put_bits, put_section
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Mask = NDArray[np.bool_]
 Positions = NDArray[np.int64]
 
-BITMAP, GAPS = 0, 1
+BITMAP, GAPS, SPLIT_GAPS = 0, 1, 2
 _HEAD = struct.Struct("<BI")  # form, section size before compression
 _ESCAPE = 255
 _SPARSE_DENSITY = 0.19
+_HIGH_BITS = 4  # of the mean gap that Huffman sees; lower bits are as good as random
+_MAX_SHIFT = 20
 
 
-def _to_gaps(mask: Mask) -> Bytes:
-    """Distance of each kept position from the one before, less one; 255 means "255 more"."""
-    gaps = np.diff(np.flatnonzero(mask), prepend=-1) - 1
+def _to_gaps(positions: Positions) -> Positions:
+    """How many entries lie between each kept position and the one before."""
+    return np.diff(positions, prepend=-1) - 1
+
+
+def _to_bytes(gaps: Positions) -> Bytes:
+    """Numbers as bytes; 255 means "255 more"."""
     escapes = gaps // _ESCAPE
     ends = np.cumsum(escapes + 1) - 1
     out = np.full(int(ends[-1]) + 1 if ends.size else 0, _ESCAPE, np.uint8)
@@ -34,19 +41,29 @@ def _to_gaps(mask: Mask) -> Bytes:
     return out
 
 
-def _from_gaps(gaps: Bytes, count: int) -> Positions:
-    final = gaps != _ESCAPE
-    positions: Positions = np.cumsum(gaps.astype(np.int64) + final)[final] - 1
-    if gaps.size and (not final[-1] or positions[-1] >= count):
-        raise CorruptionError("a mask keeps a position outside its slice")
-    return positions
+def _from_bytes(data: Bytes) -> Positions:
+    final = data != _ESCAPE
+    if data.size and not final[-1]:
+        raise CorruptionError("a mask ends inside a gap")
+    if final.all():
+        return data.astype(np.int64)
+    # A sum of the bytes up to each end, less the sum up to the end before.
+    return np.diff(np.cumsum(data, dtype=np.int64)[final], prepend=0)
 
 
 def put_mask(mask: Mask) -> bytes:
     """Store which entries of a slice are kept."""
-    sparse = np.count_nonzero(mask) < _SPARSE_DENSITY * mask.size
-    stream = _to_gaps(mask) if sparse else np.packbits(mask)
-    return _HEAD.pack(GAPS if sparse else BITMAP, stream.size) + put_section(stream)
+    kept = int(np.count_nonzero(mask))
+    if kept >= _SPARSE_DENSITY * mask.size:
+        stream = np.packbits(mask)
+        return _HEAD.pack(BITMAP, stream.size) + put_section(stream)
+    gaps = _to_gaps(np.flatnonzero(mask))
+    shift = max(0, (mask.size // max(kept, 1)).bit_length() - _HIGH_BITS)
+    stream = _to_bytes(gaps >> shift)
+    if not shift:
+        return _HEAD.pack(GAPS, stream.size) + put_section(stream)
+    head = _HEAD.pack(SPLIT_GAPS, stream.size)
+    return head + put_section(stream) + bytes([shift]) + put_bits(gaps, shift)
 
 
 def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int]:
@@ -59,14 +76,24 @@ def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int
     if at + _HEAD.size > len(data):
         raise TruncatedError("a frame ends inside a mask header")
     form, size = _HEAD.unpack_from(data, at)
-    if form > GAPS or size > max(count, 1):
+    if form > SPLIT_GAPS or size > max(count, 1):
         raise CorruptionError("a frame holds a mask of an unknown form or size")
     stream, at = get_section(data, at + _HEAD.size, size)
-    if form == GAPS:
-        return _from_gaps(stream, count), at
-    if size != (count + 7) // 8:
-        raise CorruptionError("a frame holds a bitmap of a wrong size")
-    return np.flatnonzero(np.unpackbits(stream, count=count)), at
+    if form == BITMAP:
+        if size != (count + 7) // 8:
+            raise CorruptionError("a frame holds a bitmap of a wrong size")
+        return np.flatnonzero(np.unpackbits(stream, count=count)), at
+    gaps = _from_bytes(stream)
+    if form == SPLIT_GAPS:
+        if at >= len(data) or data[at] > _MAX_SHIFT:
+            raise CorruptionError("a frame holds gaps of too many bits")
+        shift, at = data[at], at + 1
+        low, at = get_bits(data, at, gaps.size, shift)
+        gaps = (gaps << shift) + low
+    positions = np.cumsum(gaps + 1) - 1
+    if positions.size and positions[-1] >= count:
+        raise CorruptionError("a mask keeps a position outside its slice")
+    return positions, at
 
 
 def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:
