@@ -80,24 +80,29 @@ class BaseWriter:
 class BaseTensor:
     """The decoded tensor that another is coded against, read slice by slice.
 
-    The hash is checked once, when the first slice is asked for.
+    `prove` must come before the first slice is built upon.
     """
 
     def __init__(
-        self,
-        chain: ChainReader,
-        values: ObjectId,
-        tensor: int,
-        info: TensorInfo,
-        cached: tuple[Path, int, bytes] | None,
-    ) -> None:
+        self, chain: ChainReader, values: ObjectId, tensor: int, info: TensorInfo,
+        held: Words | None, cached: tuple[Path, int, bytes] | None,
+    ) -> None:  # fmt: skip
         self.values, self.tensor, self.info = values, tensor, info
-        self._chain = chain
+        self._chain, self._held, self._cached = chain, held, cached
         self._links = chain.links(values, tensor)
-        self._cached = cached if cached is not None and _proven(cached, info.size_bytes) else None
-        if self._cached is None:
-            for _ in chain.slices(values, tensor, info):
-                pass  # the proof: a base that does not have its hash must not be built upon
+
+    def prove(self) -> None:
+        """Check the hash: of what the cache has, or else of what the chain decodes to.
+
+        Raises:
+            CorruptionError: the chain does not decode to what is recorded.
+        """
+        if self._held is not None:
+            return
+        if self._cached is None or not _proven(self._cached, self.info.size_bytes):
+            self._cached = None
+            for _ in self._chain.slices(self.values, self.tensor, self.info):
+                pass
 
     @property
     def depth(self) -> int:
@@ -107,6 +112,8 @@ class BaseTensor:
     def slice(self, number: int) -> Words:
         """The words of one slice."""
         count = slice_counts(self.info.words)[number]
+        if self._held is not None:
+            return self._held[number * SLICE_WORDS : number * SLICE_WORDS + count]
         if self._cached is None:
             return self._chain.decode_slice(self._links, self.info, number, count)
         path, start, _ = self._cached
@@ -126,28 +133,71 @@ def _proven(cached: tuple[Path, int, bytes], size: int) -> bool:
     return False
 
 
+class HeldBase:
+    """The decoded weights of the newest commit of a process, in memory, by name.
+
+    A commit changes them slice by slice, each after it was built upon; until it is done they are
+    those of no commit.
+    """
+
+    def __init__(self) -> None:
+        self.values: ObjectId | None = None
+        self.tensors: dict[str, Words] = {}
+
+    def writer(self, infos: list[TensorInfo]) -> HeldWriter:
+        """Where the next commit's decoded weights go."""
+        return HeldWriter(self, infos)
+
+
+class HeldWriter:
+    """Changes a `HeldBase`; what a `BaseWriter` is to the cache."""
+
+    def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
+        self._held, self._infos = held, infos
+        held.values = None
+        wanted = {info.name: (info.words, info.type.word) for info in infos}
+        for name, words in [*held.tensors.items()]:
+            if wanted.get(name) != (words.size, words.itemsize):
+                del held.tensors[name]
+
+    def write(self, tensor: int, number: int, words: Words) -> None:
+        """Put slice `number` of a tensor in its place."""
+        info = self._infos[tensor]
+        if info.name not in self._held.tensors:
+            self._held.tensors[info.name] = np.empty(info.words, words.dtype)
+        at = number * SLICE_WORDS
+        self._held.tensors[info.name][at : at + words.size] = words
+
+    def finish(self, values: ObjectId) -> None:
+        """They are the decoded values of a table from here on."""
+        self._held.values = values
+
+    def abort(self) -> None:
+        """What was begun and not finished is of no use."""
+        if self._held.values is None:
+            self._held.tensors.clear()
+
+
 class Bases:
-    """The tensors of one table of values as bases, from the cache where it has them."""
+    """The tensors of one table of values as bases: held in memory, cached, or decoded."""
 
     def __init__(
-        self,
-        chain: ChainReader,
-        folder: Path,
-        values: ObjectId,
-        infos: list[TensorInfo],
-        hashes: list[bytes],
-    ) -> None:
+        self, chain: ChainReader, folder: Path, held: HeldBase | None, values: ObjectId,
+        infos: list[TensorInfo], hashes: list[bytes],
+    ) -> None:  # fmt: skip
         self._chain, self.values, self._infos, self._hashes = chain, values, infos, hashes
+        self._held = held.tensors if held is not None and held.values == values else {}
         self._path = folder / values
         self._starts = [0, *np.cumsum([i.size_bytes for i in infos], dtype=np.int64).tolist()]
         self._there = self._path.is_file()
 
     def tensor(self, position: int) -> BaseTensor:
-        """One tensor, proven."""
-        cached = None
+        """One tensor, not yet proven."""
+        info, cached = self._infos[position], None
         if self._there:
             cached = (self._path, self._starts[position], self._hashes[position])
-        return BaseTensor(self._chain, self.values, position, self._infos[position], cached)
+        held = self._held.get(info.name)
+        return BaseTensor(self._chain, self.values, position, info, held, cached)
 
 
 def cached_files(folder: Path) -> Iterator[Path]:

@@ -116,7 +116,7 @@ class WorkTree:
             for file, path in pairs:
                 self._guard(path, restorer, file)
         digests = self._save(restorer, files, target, progress)
-        if not restorer.exact:
+        if not restorer.exact or commit.source == "state":
             for file, digest in zip(files, digests, strict=True):
                 if digest != file.hash:
                     self._remember(digest)

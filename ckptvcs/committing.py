@@ -24,14 +24,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import Commit, FileEntry, dump_commit, dump_errors, load_commit
-from ckptvcs.history.recipe import dump_recipe
+from ckptvcs.history.commit import PARTS, Commit, FileEntry, dump_commit, dump_errors, load_commit
+from ckptvcs.history.recipe import dump_recipe, dump_values
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.schema import Op, Segment, dump_schema, dump_skeleton, load_schema  # fmt: skip
 from ckptvcs.source import Progress, scan
@@ -143,10 +144,11 @@ class Committer:
     """Makes commits in one repository."""
 
     def __init__(
-        self, catalog: Catalog, refs: Refs, cache: Path, config: Config, progress: Progress
-    ) -> None:
+        self, catalog: Catalog, refs: Refs, cache: Path, config: Config, progress: Progress,
+        held: HeldBase | None = None,
+    ) -> None:  # fmt: skip
         self._catalog, self._refs, self._cache = catalog, refs, cache
-        self._config, self._progress = config, progress
+        self._config, self._progress, self._held = config, progress, held
 
     def commit(self, request: Request) -> Result:
         """Add one commit to the history.
@@ -162,7 +164,7 @@ class Committer:
             checkpoint = request.checkpoint
             file_hashes, hashes = scan(checkpoint, self._progress)
             step = find_step(request)
-            place = self._place(request, step, file_hashes)
+            place = self._place(request, step, file_hashes, hashes)
             base = self._catalog.commit(place.parent) if place.parent else None
             if base is not None and place.unchanged:
                 encoded = Encoded(dict(base.parts), {}, [], base.depth, 0, base.error, {})
@@ -171,6 +173,7 @@ class Committer:
                 encoder = Encoder(
                     self._catalog, self._cache, request.spec, base, checkpoint, hashes,
                     keyframe=keyframe, progress=self._progress,
+                    held=self._held if checkpoint.kind == "state" else None,
                 )  # fmt: skip
                 encoded = encoder.encode()
             pack = store.new_pack("meta")
@@ -188,7 +191,10 @@ class Committer:
 
     # -- where it goes ---------------------------------------------------------------------------
 
-    def _place(self, request: Request, step: int | None, file_hashes: list[str]) -> _Place:
+    def _place(
+        self, request: Request, step: int | None, file_hashes: list[str | None],
+        hashes: dict[int, bytes],
+    ) -> _Place:  # fmt: skip
         head = self._refs.read(HEAD)
         following = head.branch if head else "main"
         wanted = check_name(request.branch, "branch") if request.branch else following
@@ -203,13 +209,13 @@ class Committer:
         if branch is None:
             branch, tip = self._free_name(self._last_branch()), None
             notes.append(f"HEAD was at an older commit: started branch '{branch}'")
-        unchanged = self._same_files(request, parent, file_hashes)
+        unchanged = self._same(request, parent, file_hashes, hashes)
         above = None if parent is None else self._step_of(parent)
         again = unchanged and step == above
         if step is not None and above is not None and step <= above and not again:
             parent = self._below(parent, step)
             branch, tip = self._free_name(branch), None
-            unchanged = self._same_files(request, parent, file_hashes)
+            unchanged = self._same(request, parent, file_hashes, hashes)
             origin = f"at step {self._step_of(parent)}" if parent else "from nothing"
             notes.append(
                 f"step {step} is not above step {above}: started branch '{branch}' {origin}"
@@ -243,13 +249,30 @@ class Committer:
                 return found
         return None
 
-    def _same_files(self, request: Request, parent: ObjectId | None, hashes: list[str]) -> bool:
-        """Whether a commit holds just the files, bit for bit, that are to be committed."""
+    def _same(
+        self, request: Request, parent: ObjectId | None, file_hashes: list[str | None],
+        hashes: dict[int, bytes],
+    ) -> bool:  # fmt: skip
+        """Whether a commit holds just the content, bit for bit, that is to be committed."""
         if parent is None:
             return False
-        known = {file.path: file.hash for file in self._catalog.commit(parent).files if file.hash}
-        new = {f.path: h for f, h in zip(request.checkpoint.files, hashes, strict=True)}
-        return known == new
+        commit, checkpoint = self._catalog.commit(parent), request.checkpoint
+        if checkpoint.kind != "state":
+            known = {file.path: file.hash for file in commit.files if file.hash}
+            new = {f.path: h for f, h in zip(checkpoint.files, file_hashes, strict=True)}
+            return known == new
+        schema = checkpoint.schema
+        tables = {
+            part: object_id(Kind.VALUES, dump_values([hashes[n] for n in schema.stored(part)]))
+            for part in PARTS if schema.stored(part)
+        }  # fmt: skip
+        skeletons = [object_id(Kind.SKELETON, _skeleton(checkpoint, f)) for f in checkpoint.files]
+        known = {part: state.exact or state.values for part, state in commit.parts.items()}
+        return (
+            commit.source == "state" and known == tables
+            and commit.schema == object_id(Kind.SCHEMA, dump_schema(schema))
+            and [file.skeleton for file in commit.files] == skeletons
+        )  # fmt: skip
 
     # -- how it is stored ------------------------------------------------------------------------
 
@@ -266,7 +289,7 @@ class Committer:
 
     def _describe(
         self, pack: PackWriter, request: Request, step: int | None, place: _Place,
-        base: Commit | None, encoded: Encoded, file_hashes: list[str],
+        base: Commit | None, encoded: Encoded, file_hashes: list[str | None],
     ) -> Commit:  # fmt: skip
         """Put what the commit refers to into the meta pack; the commit itself."""
         checkpoint = request.checkpoint
@@ -289,7 +312,7 @@ class Committer:
         files = [
             FileEntry(
                 file.path, file.source.size, digest, file.mode, file.mtime_ns, file.format,
-                self._put_skeleton(pack, checkpoint, file, old.get(file.path)),
+                self._put(pack, Kind.SKELETON, _skeleton(checkpoint, file), old.get(file.path)),
             )
             for file, digest in zip(checkpoint.files, file_hashes, strict=True)
         ]  # fmt: skip
@@ -326,25 +349,6 @@ class Committer:
         root = entry.base or base
         return root, self._catalog.store.get(root, kind)
 
-    def _put_skeleton(
-        self, pack: PackWriter, checkpoint: Checkpoint, file: InputFile, old: ObjectId | None
-    ) -> ObjectId:
-        segments: list[Segment] = []
-        literals = bytearray()
-        for piece in file.pieces:
-            info = None if piece.tensor is None else checkpoint.schema.tensors[piece.tensor]
-            if piece.tensor is None or info is None:
-                segments.append((Op.LITERAL, piece.size))
-                literals += file.source.read(piece.offset, piece.size)
-            elif piece.checksum:
-                segments.append((Op.CRC32, piece.tensor))
-            elif info.inline:
-                segments.append((Op.INLINE, piece.tensor))
-                literals += file.source.read(piece.offset, piece.size)
-            else:
-                segments.append((Op.TENSOR, piece.tensor))
-        return self._put(pack, Kind.SKELETON, dump_skeleton(segments, bytes(literals)), old)
-
     def _publish(self, place: _Place, name: ObjectId, commit: Commit) -> None:
         head = self._refs.read(HEAD)
         self._refs.publish(
@@ -355,6 +359,25 @@ class Committer:
             self._refs.publish(
                 HEAD, head, commit=None, branch=place.branch, time=commit.time, action="commit"
             )
+
+
+def _skeleton(checkpoint: Checkpoint, file: InputFile) -> bytes:
+    """The content of a file's skeleton."""
+    segments: list[Segment] = []
+    literals = bytearray()
+    for piece in file.pieces:
+        info = None if piece.tensor is None else checkpoint.schema.tensors[piece.tensor]
+        if piece.tensor is None or info is None:
+            segments.append((Op.LITERAL, piece.size))
+            literals += file.source.read(piece.offset, piece.size)
+        elif piece.checksum:
+            segments.append((Op.CRC32, piece.tensor))
+        elif info.inline:
+            segments.append((Op.INLINE, piece.tensor))
+            literals += file.source.read(piece.offset, piece.size)
+        else:
+            segments.append((Op.TENSOR, piece.tensor))
+    return dump_skeleton(segments, bytes(literals))
 
 
 def _user() -> str:

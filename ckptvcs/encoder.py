@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.bases import Bases, BaseTensor, BaseWriter
+from ckptvcs.bases import Bases, BaseTensor, BaseWriter, HeldBase, HeldWriter
 from ckptvcs.chain import ChainReader
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.roles import FIRST, MOMENTS, SECOND, WEIGHT, Rule
+from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.coding import excp
 from ckptvcs.coding.exact import ExactCoder
 from ckptvcs.coding.group import CodedGroup, Coder, Errors, Group, Target
-from ckptvcs.coding.near import NearCoder, NearPlan, measure_scale
+from ckptvcs.coding.near import NearCoder, NearPlan, Scale, measure_scale
 from ckptvcs.coding.report import report, report_tensors
 from ckptvcs.dtypes import WEIGHT_DTYPES
 from ckptvcs.frames import Draft, PartWriter
@@ -90,10 +91,14 @@ class Encoder:
         *,
         keyframe: bool,
         progress: Progress,
+        held: HeldBase | None = None,
     ) -> None:
-        """`hashes` are those that `scan` returned for the tensors of `checkpoint`."""
+        """`hashes` are those that `scan` returned for the tensors of `checkpoint`; `held` keeps
+        the base of the next commit in memory, which else goes into the cache.
+        """
+        loops.prepare(checkpoint.size_bytes)
         self._catalog, self._chain = catalog, ChainReader(catalog)
-        self._cache, self._spec = cache, spec
+        self._cache, self._held, self._spec = cache, held, spec
         self._keyframe, self._progress = keyframe, progress
         self._base_parts = {} if base is None else self._load_base(base)
         self._checkpoint, self._hashes = checkpoint, hashes
@@ -125,7 +130,8 @@ class Encoder:
             infos = [schema.tensors[number] for number in schema.stored(name)]
             hashes = self._catalog.values(state.values)
             positions = {info.name: (position, info) for position, info in enumerate(infos)}
-            bases = Bases(self._chain, self._cache, state.values, infos, hashes)
+            held = self._held if name == "model" else None
+            bases = Bases(self._chain, self._cache, held, state.values, infos, hashes)
             parts[name] = _BasePart(state.values, hashes, positions, bases)
         return parts
 
@@ -135,8 +141,12 @@ class Encoder:
         Raises:
             InvalidInputError: the checkpoint changed since it was scanned.
         """
-        sizes = [self._infos[number].size_bytes for number in self._numbers["model"]]
-        self._base_writer = BaseWriter(self._cache, sizes)
+        infos = [self._infos[number] for number in self._numbers["model"]]
+        self._base_writer: BaseWriter | HeldWriter
+        if self._held is None:
+            self._base_writer = BaseWriter(self._cache, [info.size_bytes for info in infos])
+        else:
+            self._base_writer = self._held.writer(infos)
         try:
             jobs = (
                 (work, number)
@@ -263,7 +273,7 @@ class Encoder:
 
     def _exact_coder(self, number: int) -> tuple[Coder, dict[int, BaseTensor]]:
         found = None if self._keyframe else self._base_of(number)
-        base = found[0].bases.tensor(found[1]) if found else None
+        base = _prove(found[0].bases.tensor(found[1])) if found else None
         return ExactCoder(self._target(number), base), {} if base is None else {number: base}
 
     def _near_coders(
@@ -279,7 +289,7 @@ class Encoder:
                 if number not in lossy:
                     yield self._exact_coder(number)
         weights = [group for group in groups if group.weight is not None]
-        scales = dict(zip(map(id, weights), ordered_map(measure_scale, weights), strict=True))
+        scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
             base = group.base if isinstance(group.base, BaseTensor) else None
@@ -319,7 +329,7 @@ class Encoder:
             return None  # the weight is new or did not move: its moments have no mask
         if any(self._infos[number].dtype not in WEIGHT_DTYPES for number in left):
             return None
-        base = None if found is None else found[0].bases.tensor(found[1])
+        base = None if found is None else _prove(found[0].bases.tensor(found[1]))
         # A first moment without its second, or the other way round, belongs to an optimizer
         # whose rules ExCP does not know.
         pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
@@ -345,7 +355,9 @@ class Encoder:
         drafts: list[Draft] = []
         for index, target in enumerate(coder.members):
             base = bases.get(target.number)
-            draft = self._writers[self._infos[target.number].part].begin(base)
+            draft = self._writers[self._infos[target.number].part].begin(
+                base, steady=SourceTensor(self._checkpoint, target.number).steady
+            )
             if index in coder.companions:
                 draft.companion = drafts[coder.companions[index]].number
             self._places[target.number] = (None, draft.number)
@@ -373,7 +385,8 @@ class Encoder:
     def _end(self, work: _Work) -> None:
         for target, draft in zip(work.coder.members, work.drafts, strict=True):
             self._values[target.number] = draft.digest.digest()
-            if (draft.source or draft.digest).digest() != self._hashes[target.number]:
+            read = draft.source or (draft.digest if draft.exact else None)
+            if read is not None and read.digest() != self._hashes[target.number]:
                 raise SourceTensor(self._checkpoint, target.number).changed()
             if draft.stands_on_base and draft.base is not None:
                 self._depth = max(self._depth, draft.base.depth + 1)
@@ -438,3 +451,14 @@ def _code(job: tuple[_Work, int]) -> tuple[_Work, int, CodedGroup]:
 def _energy(values: NDArray[np.float32]) -> float:
     total = float(np.square(values, dtype=np.float64).sum())
     return total if np.isfinite(total) else 0.0
+
+
+def _prove(base: BaseTensor) -> BaseTensor:
+    base.prove()
+    return base
+
+
+def _scale(group: Group) -> Scale:
+    if isinstance(group.base, BaseTensor):
+        group.base.prove()
+    return measure_scale(group)

@@ -18,13 +18,15 @@ from ckptvcs.store.pack import PackInfo, PackWriter
 @dataclass
 class Draft:
     """A frame that is being written: hashes of what it decodes to, and of what it was made from
-    (None while that is the same).
+    (None while that is the same, and where that is `steady`).
     """
 
     number: int
     base: BaseTensor | None
+    steady: bool = False
     companion: int | None = None
     stands_on_base: bool = False
+    exact: bool = True
     slices: list[tuple[int, int, bytes]] = field(default_factory=list)
     digest: blake3 = field(default_factory=lambda: blake3(max_threads=1))
     source: blake3 | None = None
@@ -39,8 +41,8 @@ class PartWriter:
         self._at = 0
         self.drafts: list[Draft] = []
 
-    def begin(self, base: BaseTensor | None) -> Draft:
-        draft = Draft(len(self.drafts), base)
+    def begin(self, base: BaseTensor | None, *, steady: bool) -> Draft:
+        draft = Draft(len(self.drafts), base, steady)
         self.drafts.append(draft)
         return draft
 
@@ -51,7 +53,8 @@ class PartWriter:
         draft.slices.append((self._at, len(coded.data), slice_hash(coded.data)))
         self._at += len(coded.data)
         draft.stands_on_base |= coded.stands_on_base
-        if draft.source is None and coded.decoded is not coded.source:
+        draft.exact &= coded.decoded is coded.source
+        if draft.source is None and not draft.steady and coded.decoded is not coded.source:
             draft.source = draft.digest.copy()
         if draft.source is not None:
             draft.source.update(octets(coded.source))

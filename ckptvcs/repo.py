@@ -36,6 +36,7 @@ from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import FOLDERS, ObjectStore
 
 if TYPE_CHECKING:
+    from ckptvcs.bases import HeldBase
     from ckptvcs.checkout import CheckedOut, WorkTree
     from ckptvcs.checkpoint.checkpoint import Checkpoint
     from ckptvcs.committing import Result
@@ -122,6 +123,7 @@ class Repo:
         self.refs = Refs(self._backend)
         self.revisions = Revisions(self.catalog, self.refs)
         self._branch: str | None = None
+        self._held: HeldBase | None = None
         self._sync_index()
 
     # -- opening -------------------------------------------------------------------------------
@@ -286,7 +288,11 @@ class Repo:
         if isinstance(spec.settings, NearSpec):
             raise_flag(self.folder, "read", "near")
         bases = self.folder / _CACHE / "bases"
-        committer = Committer(self.catalog, self.refs, bases, self.config, progress)
+        if checkpoint.kind == "state" and self._held is None:
+            from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
+
+            self._held = HeldBase()
+        committer = Committer(self.catalog, self.refs, bases, self.config, progress, self._held)
         return committer.commit(
             Request(
                 checkpoint,

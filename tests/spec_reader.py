@@ -383,8 +383,8 @@ def near(
         row = np.frombuffer(stream.section(rows + columns), np.uint8).astype(np.int64)
         place = start + np.arange(count)
         one, other = row[place // columns], row[rows + place % columns]
-        exponent = np.where((one > 0) & (other > 0), low + one - 1 + other - 1, 0)
-        values = np.where((one > 0) & (other > 0), power(exponent, 2), np.float32(0))
+        factors = power(np.maximum(low + one - 1, -252), 2), power(np.maximum(other - 1, 0), 2)
+        values = np.where((one > 0) & (other > 0), factors[0] * factors[1], np.float32(0))
         return to_words(values, dtype)
     factor = None
     if method == 4:

@@ -179,10 +179,13 @@ def dump_pickle(value: object, leaf: Callable[[object, str], Leaf | None]) -> by
 
 @dataclass(frozen=True)
 class Payload:
-    """Content of a record whose bytes come in blocks when they are needed."""
+    """Content of a record whose bytes come in blocks when they are needed.  Without `summed` its
+    checksum is written as 0.
+    """
 
     size: int
     blocks: Callable[[], Iterator[bytes | memoryview]]
+    summed: bool = True
 
 
 def zip_records(
@@ -229,7 +232,7 @@ def write_zip(
         ) + full + extra)  # fmt: skip
         crc = 0
         for block in payload.blocks():
-            crc = zlib.crc32(block, crc)
+            crc = zlib.crc32(block, crc) if payload.summed else 0
             write(block)
         wide = large or far
         end = b""
@@ -271,6 +274,13 @@ class MemorySource(Source):
             self._starts.append(self.size)
             self._blocks.append(view)
             self.size += len(view)
+
+    def view(self, offset: int, length: int) -> bytes | memoryview:
+        number = bisect_right(self._starts, offset) - 1
+        block = self._blocks[number] if number >= 0 else memoryview(b"")
+        start = offset - self._starts[number]
+        inside = start + length <= len(block)
+        return block[start : start + length] if inside else self.read(offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         parts = []

@@ -21,7 +21,7 @@ from ckptvcs.history.schema import View
 INLINE_ELEMENTS = 128
 """Tensors of fewer elements stand in the skeleton, always exact."""
 
-_INLINE_BYTES = 4096
+INLINE_BYTES = 4096
 _MAX_LITERAL = 1 << 18  # longer runs of unknown bytes are stored as a tensor of bytes
 
 BLOCK_BYTES = 1 << 22
@@ -35,8 +35,12 @@ class Source(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Exactly these bytes.  Raises InvalidInputError where the file has become shorter."""
 
+    def view(self, offset: int, length: int) -> bytes | memoryview:
+        """The same, without a copy where they are in memory."""
+        return self.read(offset, length)
 
-class FileSource:
+
+class FileSource(Source):
     """A checkpoint file on disk.
 
     Reads by position, never by a memory map: a trainer that truncates the file meanwhile makes a
@@ -133,7 +137,7 @@ class Found:
     @property
     def inline(self) -> bool:
         """Whether it is small enough to stand in the skeleton."""
-        return self.size <= _INLINE_BYTES and math.prod(self.shape) < INLINE_ELEMENTS
+        return self.size <= INLINE_BYTES and math.prod(self.shape) < INLINE_ELEMENTS
 
 
 @dataclass(frozen=True)

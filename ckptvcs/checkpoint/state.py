@@ -25,9 +25,10 @@ from ckptvcs.checkpoint.emit import (
     write_zip,
     zip_records,
 )  # fmt: skip
+from ckptvcs.checkpoint.layout import INLINE_BYTES
 from ckptvcs.checkpoint.pickles import Global, Inert, InertDict, TensorRef
 from ckptvcs.checkpoint.torchfile import TORCH_DTYPES, ref_dtype
-from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD, parse
+from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD, Checksums, parse
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError
 
@@ -107,13 +108,14 @@ def state_checkpoint(state: object) -> Checkpoint:
     payloads = [_payload(view) for view in storages.payloads]
     source = MemorySource()
     write_zip(source.append, "state", zip_records(pickled, payloads, extra))
-    layout = parse(source)
+    layout = parse(source, checksums=Checksums.TRUSTED)
     assert layout is not None
     return build("state", [(STATE_FILE, source, layout, None)], [])
 
 
 def _payload(view: memoryview) -> Payload:
-    return Payload(len(view), lambda: iter([view]))
+    # Sums of tensors are left out of what is stored, and made when the file is.
+    return Payload(len(view), lambda: iter([view]), summed=len(view) <= INLINE_BYTES)
 
 
 def fill(

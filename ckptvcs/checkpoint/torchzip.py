@@ -15,6 +15,7 @@ import pickle
 import struct
 import zlib
 from dataclasses import dataclass
+from enum import Enum
 
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source, overlap
 from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, read_pickle
@@ -135,11 +136,16 @@ def _crc(file: Source, offset: int, size: int) -> int:
     return crc
 
 
-def parse(file: Source, *, checksums: bool = True) -> Layout | None:
-    """The layout of a torch.save zip file; None where it is none.
+class Checksums(Enum):
+    """What to do about the checksums of tensors."""
 
-    Without `checksums` those of the payloads are not looked at, and stay literal.
-    """
+    PROVEN = "those that are right are made again when the file is; others stay literal"
+    TRUSTED = "all are made again"
+    LITERAL = "all stay literal"
+
+
+def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | None:
+    """The layout of a torch.save zip file; None where it is none."""
     found = _directory(file)
     if found is None:
         return None
@@ -171,11 +177,12 @@ def parse(file: Source, *, checksums: bool = True) -> Layout | None:
     marks = []
     for number, (entry, storage) in enumerate(zip(sums, storages, strict=True)):
         if (
-            not checksums
+            checksums is Checksums.LITERAL
             or tensors[number].inline
-            or _crc(file, storage.offset, storage.size) != entry.crc
-        ):
-            continue  # some options of torch.save falsify checksums: these stay literal
+            or (checksums is Checksums.PROVEN
+                and _crc(file, storage.offset, storage.size) != entry.crc)
+        ):  # fmt: skip
+            continue  # some options of torch.save falsify checksums
         marks.append(Checksum(entry.crc_offset, number))
         crc = struct.pack("<I", entry.crc)
         if entry.crc and file.read(entry.local + 14, 4) == crc:  # writers that know it beforehand

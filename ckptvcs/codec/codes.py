@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptvcs.codec import loops
 from ckptvcs.codec.planes import get_bits, get_section, put_bits, put_section
-from ckptvcs.codec.sparse import Mask, get_positions, put_mask
+from ckptvcs.codec.sparse import Mask, Positions, get_positions, put_bitmap, put_mask
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Integers = NDArray[np.int32]
-Positions = NDArray[np.int64]
 
 SPARSE, DENSE = 0, 1
 MAX_CODE = 1 << 24
@@ -39,18 +39,42 @@ _FINE_BITS = 5  # a dense code keeps about this many bits a standard deviation f
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes that are not zero: `values` at `positions`, ascending; None means at all n."""
+    """The codes of a slice: `values` at `positions`, ascending, and zeros elsewhere; without
+    positions, `values` are all of them.
+    """
 
     positions: Positions | None
     values: Integers
 
+    @property
+    def largest(self) -> int:
+        """The largest magnitude."""
+        return max(int(self.values.max(initial=0)), -int(self.values.min(initial=0)))
+
+    def dense(self, count: int) -> Integers:
+        """All `count` codes."""
+        if self.positions is None:
+            return self.values
+        out = np.zeros(count, np.int32)
+        out[self.positions] = self.values
+        return out
+
+    def sparse(self) -> tuple[Positions, Integers]:
+        """Positions and values of those that are not zero."""
+        if self.positions is not None:
+            return self.positions, self.values
+        bitmap = np.packbits(self.values != 0)
+        active = loops.active()
+        return active.bit_positions(bitmap, self.values.size), active.kept(self.values, bitmap)
+
 
 def put_codes(codes: Integers) -> bytes:
     """Store the codes of a slice, each below `MAX_CODE` in magnitude."""
-    kept = codes != 0
-    if np.count_nonzero(kept) > _DENSE_SHARE * codes.size:
+    bitmap = np.packbits(codes != 0)
+    values = loops.active().kept(codes, bitmap)
+    if values.size > _DENSE_SHARE * codes.size:
         return _BYTE.pack(DENSE) + _put_dense(codes)
-    return _BYTE.pack(SPARSE) + put_mask(kept) + _put_signed(codes[kept])
+    return _BYTE.pack(SPARSE) + put_bitmap(bitmap, codes.size, values.size) + _put_signed(values)
 
 
 def _put_signed(values: Integers) -> bytes:
@@ -127,19 +151,19 @@ def _get_signed(data: memoryview, at: int, count: int) -> tuple[Integers, int]:
     signs, at = get_section(data, at, (count + 7) // 8)
     planes, at = _take(_BYTE, data, at)
     values = np.ones(count, np.int32)
-    above: Positions = np.arange(0) if not planes else np.arange(count)
+    above: Positions | None = None
     for _ in range(planes):
-        kept, at = get_positions(data, at, above.size)
-        above = above[kept]
+        kept, at = get_positions(data, at, count if above is None else above.size)
+        above = kept if above is None else above[kept]
         values[above] += 1
     left, at = _take(_COUNT, data, at)
     if left:
-        if left != (above.size if planes else count):
+        if left != (count if above is None else above.size):
             raise CorruptionError("a frame holds magnitudes that belong nowhere")
         words, at = _get_words(data, at, left)
         if int(words.max()) >= MAX_CODE:
             raise CorruptionError("a frame holds a code that is too large")
-        values[above if planes else slice(None)] += words.astype(np.int32)
+        values[slice(None) if above is None else above] += words.astype(np.int32)
     negative: Mask = np.unpackbits(signs, count=count).view(np.bool_)
     np.negative(values, out=values, where=negative)
     return values, at

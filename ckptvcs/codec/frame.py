@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckptvcs.codec import excp, lossless, near
+from ckptvcs.codec import excp, lossless, moments, weight
 from ckptvcs.codec.words import Words, from_float32, to_float32
 from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from ckptvcs.errors import CorruptionError, TruncatedError
@@ -74,17 +74,17 @@ def decode_slice(
     if method == EXCP_MOMENT:
         return excp.decode_moment(payload, count, None, dtype.name)
     if method == NEAR_WEIGHT:
-        return near.decode_weight(payload, base, count, dtype.name)
+        return weight.decode_weight(payload, base, count, dtype.name)
     if method == NEAR_SECOND:
-        return near.decode_second(payload, count, dtype.name)
+        return moments.decode_second(payload, count, dtype.name)
     if method == NEAR_FIRST:
-        return near.decode_first(payload, None, count, dtype.name)
+        return moments.decode_first(payload, None, count, dtype.name)
     if companion is not None:
         if method == EXCP_SHARED_MASK_MOMENT and companion.data[:1] == bytes([EXCP_MOMENT]):
             return excp.decode_moment(payload, count, companion.data[1:], dtype.name)
         if method == NEAR_SCALED_FIRST:
             second = decode_slice(companion.data, dtype, count, companion.base)
-            return near.decode_first(payload, second, count, dtype.name)
+            return moments.decode_first(payload, second, count, dtype.name)
         if method == ROUNDED and not len(payload):
             master = decode_slice(companion.data, DTYPES["F32"], count, companion.base)
             return from_float32(to_float32(master, "F32"), dtype.name)

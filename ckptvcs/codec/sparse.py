@@ -13,11 +13,12 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptvcs.codec import loops
 from ckptvcs.codec.planes import Bytes, get_bits, get_section, put_bits, put_section
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Mask = NDArray[np.bool_]
-Positions = NDArray[np.int64]
+Positions = NDArray[np.int32] | NDArray[np.int64]
 
 BITMAP, GAPS, SPLIT_GAPS = 0, 1, 2
 _HEAD = struct.Struct("<BI")  # form, section size before compression
@@ -27,43 +28,40 @@ _HIGH_BITS = 4  # of the mean gap that Huffman sees; lower bits are as good as r
 _MAX_SHIFT = 20
 
 
-def _to_gaps(positions: Positions) -> Positions:
-    """How many entries lie between each kept position and the one before."""
-    return np.diff(positions, prepend=-1) - 1
-
-
 def _to_bytes(gaps: Positions) -> Bytes:
     """Numbers as bytes; 255 means "255 more"."""
+    if not gaps.size or int(gaps.max()) < _ESCAPE:
+        return gaps.astype(np.uint8)
     escapes = gaps // _ESCAPE
     ends = np.cumsum(escapes + 1) - 1
-    out = np.full(int(ends[-1]) + 1 if ends.size else 0, _ESCAPE, np.uint8)
+    out = np.full(int(ends[-1]) + 1, _ESCAPE, np.uint8)
     out[ends] = gaps % _ESCAPE
     return out
 
 
-def _from_bytes(data: Bytes) -> Positions:
-    final = data != _ESCAPE
-    if data.size and not final[-1]:
-        raise CorruptionError("a mask ends inside a gap")
-    if final.all():
-        return data.astype(np.int64)
-    # A sum of the bytes up to each end, less the sum up to the end before.
-    return np.diff(np.cumsum(data, dtype=np.int64)[final], prepend=0)
-
-
 def put_mask(mask: Mask) -> bytes:
     """Store which entries of a slice are kept."""
-    kept = int(np.count_nonzero(mask))
-    if kept >= _SPARSE_DENSITY * mask.size:
-        stream = np.packbits(mask)
-        return _HEAD.pack(BITMAP, stream.size) + put_section(stream)
-    gaps = _to_gaps(np.flatnonzero(mask))
-    shift = max(0, (mask.size // max(kept, 1)).bit_length() - _HIGH_BITS)
+    return put_bitmap(np.packbits(mask), mask.size, int(np.count_nonzero(mask)))
+
+
+def put_bitmap(bitmap: Bytes, count: int, kept: int) -> bytes:
+    """Store the mask of `count` entries, of which `kept` are kept, given as the bits of bytes."""
+    if kept >= _SPARSE_DENSITY * count:
+        return _HEAD.pack(BITMAP, bitmap.size) + put_section(bitmap)
+    gaps = np.diff(loops.active().bit_positions(bitmap, count), prepend=-1)
+    gaps -= 1
+    shift = max(0, (count // max(kept, 1)).bit_length() - _HIGH_BITS)
     stream = _to_bytes(gaps >> shift)
     if not shift:
         return _HEAD.pack(GAPS, stream.size) + put_section(stream)
     head = _HEAD.pack(SPLIT_GAPS, stream.size)
     return head + put_section(stream) + bytes([shift]) + put_bits(gaps, shift)
+
+
+def _with_low_bits(positions: Positions, low: NDArray[np.int32], shift: int) -> Positions:
+    """Positions of gaps to which `low` bits below `shift` belong."""
+    gaps = np.diff(positions, prepend=-1) - 1
+    return np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1
 
 
 def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int]:
@@ -82,15 +80,16 @@ def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int
     if form == BITMAP:
         if size != (count + 7) // 8:
             raise CorruptionError("a frame holds a bitmap of a wrong size")
-        return np.flatnonzero(np.unpackbits(stream, count=count)), at
-    gaps = _from_bytes(stream)
+        found: Positions = loops.active().bit_positions(stream, count)
+        return found, at
+    if stream.size and stream[-1] == _ESCAPE:
+        raise CorruptionError("a mask ends inside a gap")
+    positions: Positions = loops.active().gap_positions(stream)
     if form == SPLIT_GAPS:
         if at >= len(data) or data[at] > _MAX_SHIFT:
             raise CorruptionError("a frame holds gaps of too many bits")
-        shift, at = data[at], at + 1
-        low, at = get_bits(data, at, gaps.size, shift)
-        gaps = (gaps << shift) + low
-    positions = np.cumsum(gaps + 1) - 1
+        low, end = get_bits(data, at + 1, positions.size, data[at])
+        positions, at = _with_low_bits(positions, low, data[at]), end
     if positions.size and positions[-1] >= count:
         raise CorruptionError("a mask keeps a position outside its slice")
     return positions, at

@@ -12,11 +12,13 @@ a fixed sample of entries.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import lru_cache
 
 import numpy as np
 
 from ckptvcs.checkpoint.roles import Rule
+from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.planes import sample
 from ckptvcs.codec.words import to_float32
@@ -26,49 +28,53 @@ _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
 _LEAST = 1 << 12  # of a slice
 
 
-def _energy(values: Floats) -> float:
-    return float(np.square(values, dtype=np.float64).sum())
-
-
 def measure(
     group: Group, number: int, members: Sequence[Target], slices: Sequence[CodedSlice]
 ) -> tuple[Errors, ...]:
     """The errors of slice `number` of each member."""
     return tuple(
-        _weight(group, number, coded) if target is group.weight else _moment(target, coded)
+        measure_weight(group, number, coded)
+        if target is group.weight
+        else measure_moment(target, coded)
         for target, coded in zip(members, slices, strict=True)
     )
 
 
-def _weight(group: Group, number: int, coded: CodedSlice) -> Errors:
+_NONE = np.zeros(0, np.float32)
+
+
+def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
+    """The errors of slice `number` of a group's weight."""
     assert group.weight is not None
-    dtype = group.weight.dtype
+    dtype, squares = group.weight.dtype, loops.active().squares
     with np.errstate(over="ignore", invalid="ignore"):
-        target = to_float32(coded.source, dtype)
-        error = to_float32(coded.decoded, dtype) - target
-        if not np.isfinite(error).all():  # stored exactly, with what is not finite in it
-            return Errors()
-        residual = target
-        if group.base is not None:
-            residual = target - to_float32(group.base.slice(number), dtype)
-        out = Errors(_energy(error), _energy(target), _energy(residual))
-        out.largest = float(np.abs(error).max(initial=0))
-        if group.second is not None:
-            second = group.second.floats(number)
-            out.fisher_error = float(np.dot(second, np.square(error)))
-            out.fisher_residual = float(np.dot(second, np.square(residual)))
-    return out
+        true, near = (to_float32(words, dtype) for words in (coded.source, coded.decoded))
+        zero = np.zeros_like(true)
+        base = zero if group.base is None else to_float32(group.base.slice(number), dtype)
+        second = _NONE if group.second is None else group.second.floats(number)
+        error, fisher_error, largest = squares(near, true, second)
+        residual, fisher_residual, _ = squares(true, base, second)
+        energy = squares(true, zero, _NONE)[0]
+    return _finite(Errors(
+        error, energy, residual, fisher_error, fisher_residual, largest=largest
+    ))  # fmt: skip
 
 
-def _moment(target: Target, coded: CodedSlice) -> Errors:
+def measure_moment(target: Target, coded: CodedSlice) -> Errors:
+    """The errors of a slice of a moment."""
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
         if target.squared:
-            true, near = np.sqrt(true), np.sqrt(near)
-        error = near - true
-        if not np.isfinite(error).all():
-            return Errors()
-        return Errors(_energy(error), _energy(true), largest=float(np.abs(error).max(initial=0)))
+            return _finite(Errors(*loops.active().root_squares(true, near)))
+        error, _, largest = loops.active().squares(near, true, _NONE)
+        return _finite(Errors(
+            error, loops.active().squares(true, np.zeros_like(true), _NONE)[0], largest=largest
+        ))  # fmt: skip
+
+
+def _finite(errors: Errors) -> Errors:
+    """No errors for what is stored exactly, with what is not finite in it."""
+    return errors if all(map(np.isfinite, astuple(errors))) else Errors()
 
 
 @lru_cache(1)
@@ -111,8 +117,7 @@ def measure_step(
         ]  # fmt: skip
         share = count / max(1, gradient.size)
         out = Errors(
-            update_error=share * _energy(steps[1] - steps[0]),
-            update_energy=share * _energy(steps[0]),
+            update_error=share * float(np.square(steps[1] - steps[0], dtype=np.float64).sum()),
+            update_energy=share * float(np.square(steps[0], dtype=np.float64).sum()),
         )
-    finite = np.isfinite(out.update_error) and np.isfinite(out.update_energy)
-    return out if finite else Errors()
+    return _finite(out)

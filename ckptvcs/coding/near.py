@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptvcs.codec import near
 from ckptvcs.codec.frame import (
     NEAR_FIRST,
     NEAR_SCALED_FIRST,
@@ -23,13 +22,15 @@ from ckptvcs.codec.frame import (
     put_slice,
     slice_counts,
 )  # fmt: skip
-from ckptvcs.codec.near import Rows
+from ckptvcs.codec.moments import encode_first, encode_second
 from ckptvcs.codec.planes import Bytes, sample
+from ckptvcs.codec.rows import Rows
 from ckptvcs.codec.spec import NearSpec
+from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.words import to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
-from ckptvcs.coding.measure import measure, measure_step
+from ckptvcs.coding.measure import measure_moment, measure_step, measure_weight
 
 _SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
 _SAMPLED_SLICES = 4
@@ -127,10 +128,13 @@ def _rows(target: Target, number: int, words: int) -> Rows:
     if target.columns * _FEW_ROWS <= words:
         return Rows(target.columns, target.start(number))
     if words >= _FLAT:
-        return Rows(_RUN, 0)
+        return Rows(_RUN)
     if target.columns * 2 <= words:
         return Rows(target.columns, target.start(number))
-    return Rows(words, 0)
+    return Rows(words)
+
+
+_Measured = tuple[CodedSlice, Errors]
 
 
 class NearCoder:
@@ -149,10 +153,9 @@ class NearCoder:
     def code(self, number: int) -> CodedGroup:
         """Code one slice of each member."""
         group = self._group
-        coded: dict[int, CodedSlice] = {}
-        step = Errors()
+        coded: dict[int, _Measured] = {}
         if group.first is not None or group.second is not None:
-            step = self._moments(number, coded)
+            self._moments(number, coded)
         if group.weight is not None:
             coded[group.weight.number] = self._weight(group.weight, number)
         for target in group.others:
@@ -160,26 +163,28 @@ class NearCoder:
                 next(self._seconds(target, number)) if target.squared
                 else self._first(target, number, None)
             )  # fmt: skip
-        slices = [coded[target.number] for target in self.members]
-        errors = measure(group, number, self.members, slices)
-        for target, found in zip(self.members, errors, strict=True):
-            if target is (group.first or group.second):
-                found.add(step)
-        return CodedGroup(tuple(slices), errors)
+        slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
+        return CodedGroup(slices, errors)
 
-    def _exact(self, target: Target, number: int) -> CodedSlice:
-        base = self._group.base if target is self._group.weight and not self._keyframe else None
-        words = None if base is None else base.slice(number)
-        return code_exactly(target.tensor.slice(number), words, target.dtype)
+    def _exact(self, target: Target, number: int) -> _Measured:
+        base = None
+        if target is self._group.weight and self._group.base is not None and not self._keyframe:
+            base = self._group.base.slice(number)
+        coded = code_exactly(target.tensor.slice(number), base, target.dtype)
+        return coded, self._errors(target, number, coded)
+
+    def _errors(self, target: Target, number: int, coded: CodedSlice) -> Errors:
+        if target is self._group.weight:
+            return measure_weight(self._group, number, coded)
+        return measure_moment(target, coded)
 
     # -- moments -------------------------------------------------------------------------------
 
-    def _moments(self, number: int, coded: dict[int, CodedSlice]) -> Errors:
+    def _moments(self, number: int, coded: dict[int, _Measured]) -> None:
         """Code first and second: the coarsest second with which the next step is no worse than
         without any state at all.
         """
         first, second = self._group.first, self._group.second
-        step = Errors()
         for near_second in self._seconds(second, number) if second is not None else [None]:
             if second is not None and near_second is not None:
                 coded[second.number] = near_second
@@ -187,74 +192,72 @@ class NearCoder:
                 coded[first.number] = self._first(first, number, near_second)
             step = self._step(number, coded)
             if step.update_error <= step.update_energy:
-                return step
-        if first is not None:
-            coded[first.number] = self._exact(first, number)
-        return self._step(number, coded)
+                break
+        else:
+            if first is not None:
+                coded[first.number] = self._exact(first, number)
+            step = self._step(number, coded)
+        holder = first or second
+        assert holder is not None
+        coded[holder.number][1].add(step)
 
-    def _step(self, number: int, coded: dict[int, CodedSlice]) -> Errors:
+    def _step(self, number: int, coded: dict[int, _Measured]) -> Errors:
         group = self._group
         pairs = [
             None if target is None else tuple(
                 to_float32(words, target.dtype)
-                for words in (coded[target.number].source, coded[target.number].decoded)
+                for words in (coded[target.number][0].source, coded[target.number][0].decoded)
             )
             for target in (group.first, group.second)
         ]  # fmt: skip
         return measure_step(group.rule, pairs[0], pairs[1], group.words)  # type: ignore[arg-type]
 
-    def _seconds(self, target: Target, number: int) -> Iterator[CodedSlice]:
+    def _seconds(self, target: Target, number: int) -> Iterator[_Measured]:
         """A slice of squares in forms that get finer: row times column, word by word, exactly."""
         words = target.tensor.slice(number)
-        for rows in (_rows(target, number, words.size), Rows(words.size, 0)):
-            encoded = near.encode_second(words, target.dtype, rows)
+        for rows in (_rows(target, number, words.size), Rows(words.size)):
+            encoded = encode_second(words, target.dtype, rows)
             if encoded is not None:
                 coded = CodedSlice(put_slice(NEAR_SECOND, encoded[0]), encoded[1], words)
-                if _is_better(coded, target):
-                    yield coded
+                errors = measure_moment(target, coded)
+                if errors.error <= errors.energy:
+                    yield coded, errors
         yield self._exact(target, number)
 
-    def _first(self, target: Target, number: int, second: CodedSlice | None) -> CodedSlice:
-        words = target.tensor.slice(number)
+    def _first(self, target: Target, number: int, second: _Measured | None) -> _Measured:
+        words, spec = target.tensor.slice(number), self._plan.spec
+        step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
-            root = np.sqrt(to_float32(second.decoded, target.dtype))
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                units = (to_float32(words, target.dtype) / root).astype(np.float32)
-            step = self._plan.spec.moment_step * _finite_rms(units)
-        else:
-            step = self._plan.spec.momentum_step * _finite_rms(to_float32(words, target.dtype))
-        decoded = None if second is None else second.decoded
-        encoded = near.encode_first(words, decoded, target.dtype, step, _MOMENT_ZONE)
+            step, method, squares = spec.moment_step, NEAR_SCALED_FIRST, second[0].decoded
+        encoded = encode_first(words, squares, target.dtype, step, _MOMENT_ZONE)
         if encoded is not None:
-            method = NEAR_FIRST if second is None else NEAR_SCALED_FIRST
             coded = CodedSlice(put_slice(method, encoded[0]), encoded[1], words)
-            if _is_better(coded, target):
-                return coded
+            errors = measure_moment(target, coded)
+            if errors.error <= errors.energy:
+                return coded, errors
         return self._exact(target, number)
 
     # -- weights -------------------------------------------------------------------------------
 
-    def _weight(self, target: Target, number: int) -> CodedSlice:
-        words = target.tensor.slice(number)
-        base = self._group.base
-        coded = None
+    def _weight(self, target: Target, number: int) -> _Measured:
+        words, base = target.tensor.slice(number), self._group.base
+        encoded = None
         if base is None or self._keyframe:
             step = self._keyframe_step(target)
             if step is not None:
-                encoded = near.encode_weight(words, None, target.dtype, step, 0.5)
-                if encoded is not None:
-                    coded = CodedSlice(put_slice(NEAR_WEIGHT, encoded[0]), encoded[1], words)
+                encoded = encode_keyframe(words, target.dtype, step)
         else:
-            rows = self._row_factors(target, number)
-            before = base.slice(number)
-            encoded = near.encode_weight(
-                words, before, target.dtype, self._delta_step(), self._plan.spec.zone, rows
-            )
-            if encoded is not None:
-                coded = CodedSlice(put_slice(NEAR_WEIGHT, encoded[0]), encoded[1], words, True)
-                if not _is_better(coded, target, to_float32(before, target.dtype)):
-                    coded = None
-        return coded or self._exact(target, number)
+            encoded = encode_delta(
+                words, base.slice(number), target.dtype, self._delta_step(), self._plan.spec.zone,
+                self._row_factors(target, number),
+            )  # fmt: skip
+        if encoded is not None:
+            stands = base is not None and not self._keyframe
+            coded = CodedSlice(put_slice(NEAR_WEIGHT, encoded[0]), encoded[1], words, stands)
+            errors = measure_weight(self._group, number, coded)
+            if errors.error <= errors.residual:
+                return coded, errors
+        return self._exact(target, number)
 
     def _delta_step(self) -> float:
         spec = self._plan.spec
@@ -283,15 +286,4 @@ class NearCoder:
             return None
         columns = target.columns * -(-_LEAST_ROW // target.columns)
         rows = Rows(columns, number * SLICE_WORDS % columns)
-        return rows, near.row_factors(values, rows, self._plan.second, gamma)
-
-
-def _is_better(coded: CodedSlice, target: Target, base: Floats | None = None) -> bool:
-    """Whether the near form is closer to what was asked for than its base (or zero) is."""
-    true, restored = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
-    if target.squared:
-        true, restored = np.sqrt(true), np.sqrt(restored)
-    with np.errstate(over="ignore", invalid="ignore"):
-        error = np.square(restored - true, dtype=np.float64).sum()
-        energy = np.square(true if base is None else true - base, dtype=np.float64).sum()
-    return bool(error <= energy)
+        return rows, row_factors(values, rows, self._plan.second, gamma)

@@ -1,0 +1,245 @@
+"""The loops of `ckptvcs.codec.loops`, compiled, each in one pass over memory.
+
+What is stored or decoded keeps to the order and rounding of IEEE arithmetic, so both forms give the
+same bits.  Loops that only measure or steer (`_LOOSE`) may add up in any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+Array = Any
+
+_F32, _I32, _U8 = (
+    types.Array(kind, 1, "C", readonly=True) for kind in (types.float32, types.int32, types.uint8)
+)
+_FLOAT, _INT = types.float32, types.int64
+"""Arguments, given here so that each loop is compiled once: for arrays that it only reads."""
+
+_EXACT = {"nogil": True, "cache": True, "error_model": "numpy"}
+_LOOSE = _EXACT | {"fastmath": True}
+
+_BLOCK = 4096  # values whose intermediate results stay in the first cache
+
+_BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+_SIZES = _BYTES.sum(1).astype(np.int64)
+_PLACES = np.argsort(1 - _BYTES, axis=1, kind="stable").astype(np.int32)
+"""For each byte: where its bits are, from the top one on, those that are set first."""
+
+
+@njit((_F32, _F32, _FLOAT, _F32, _INT, _INT, _FLOAT), **_EXACT)
+def quantize(
+    values: Array, base: Array, scale: Any, steps: Array, columns: int, start: int, zone: Any
+) -> Array:
+    """See `loops.quantize`."""
+    codes = np.empty(values.size, np.int32)
+    more = np.float32(1) - zone
+    low = 0
+    for row in range(steps.size):
+        high = min(values.size, (row + 1) * columns - start)
+        x, b, out = values[low:high], base[low:high], codes[low:high]
+        step = steps[row]
+        for i in range(x.size):
+            y = (x[i] * scale - np.rint(b[i] * scale)) / step
+            out[i] = np.int32(y + np.float32(np.copysign(more, y)))
+        low = high
+    return codes
+
+
+@njit((_F32, _F32, _FLOAT, _FLOAT), **_EXACT)
+def quantize_units(values: Array, second: Array, step: Any, zone: Any) -> Array:
+    """See `loops.quantize_units`."""
+    codes = np.empty(values.size, np.int32)
+    more = np.float32(1) - zone
+    for i in range(values.size):
+        y = values[i] / np.sqrt(second[i])
+        y = (y if second[i] > 0 else np.float32(0)) / step
+        codes[i] = np.int32(y + np.float32(np.copysign(more, y)))
+    return codes
+
+
+@njit((_F32, _I32, _FLOAT, _F32, _F32, _INT, _INT), **_EXACT)
+def restore(
+    base: Array, codes: Array, scale: Any, amounts: Array, factors: Array, columns: int, start: int
+) -> Array:
+    """See `loops.restore`."""
+    out = np.empty(base.size, np.float32)
+    unit = np.float32(1) / scale
+    found = np.empty(_BLOCK, np.float32)
+    low = row = 0
+    while low < base.size:
+        end = (row + 1) * columns - start
+        high = min(base.size, end, low + _BLOCK)
+        b, c, o = base[low:high], codes[low:high], out[low:high]
+        for i in range(b.size):
+            found[i] = amounts[c[i] & np.int32(255)]
+        factor = factors[row]
+        for i in range(b.size):
+            moved = (np.rint(b[i] * scale) + np.rint(found[i] * factor)) * unit
+            o[i] = moved if c[i] != 0 else b[i]
+        low = high
+        row += high == end
+    return out
+
+
+@njit((_F32,), **_EXACT)
+def extent(values: Array) -> tuple[Any, Any]:
+    """See `loops.extent`."""
+    words = values.view(np.int32)
+    least, largest = np.int32(0x7F800000), np.int32(0)
+    for i in range(words.size):  # floats without a sign are ordered as integers are
+        size = words[i] & np.int32(0x7FFFFFFF)
+        least = min(least, size)
+        largest = max(largest, size)
+    found = np.array([least, largest], np.int32).view(np.float32)
+    return found[0], found[1]
+
+
+@njit((_I32, _U8), **_EXACT)
+def kept(codes: Array, bitmap: Array) -> Array:
+    """See `loops.kept`."""
+    out = np.empty(codes.size + 8, codes.dtype)
+    count = 0
+    whole = codes.size // 8
+    for byte in range(whole):
+        bits = bitmap[byte]
+        if bits:
+            eight = codes[8 * byte : 8 * byte + 8]
+            places = _PLACES[bits]
+            for i in range(8):
+                out[count + i] = eight[places[i]]
+            count += _SIZES[bits]
+    for i in range(8 * whole, codes.size):
+        out[count] = codes[i]
+        count += codes[i] != 0
+    return out[:count].copy()
+
+
+@njit((_U8, _INT), **_EXACT)
+def bit_positions(bitmap: Array, count: int) -> Array:
+    """See `loops.bit_positions`."""
+    out = np.empty(8 * bitmap.size + 8, np.int32)
+    found = 0
+    for byte in range(bitmap.size):
+        bits = bitmap[byte]
+        if bits:
+            first = np.int32(8 * byte)
+            places = _PLACES[bits]
+            for i in range(8):
+                out[found + i] = first + places[i]
+            found += _SIZES[bits]
+    while found and out[found - 1] >= count:
+        found -= 1
+    return out[:found].copy()
+
+
+@njit((_U8,), **_EXACT)
+def gap_positions(gaps: Array) -> Array:
+    """See `loops.gap_positions`."""
+    out = np.empty(gaps.size, np.int64)
+    found = 0
+    at = np.int64(-1)
+    for i in range(gaps.size):
+        gap = np.int64(gaps[i])
+        more = gap != 255
+        at += gap + more
+        out[found] = at
+        found += more
+    return out[:found].copy()
+
+
+@njit((_F32, _INT, _INT, _INT), **_LOOSE)
+def log_sums(
+    values: Array, columns: int, start: int, rows: int
+) -> tuple[Array, Array, Array, Array]:
+    """See `loops.log_sums`."""
+    row_sums, row_counts = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
+    sums, counts = np.zeros(columns, np.float32), np.zeros(columns, np.int32)
+    words = values.view(np.int32)
+    low = 0
+    for row in range(rows):
+        high = min(values.size, (row + 1) * columns - start)
+        first = low + start - row * columns
+        x = words[low:high]
+        s, c = sums[first : first + x.size], counts[first : first + x.size]
+        total, there = np.float32(0), np.int32(0)
+        for i in range(x.size):
+            word = x[i]
+            m = np.float32(np.int32(word & np.int32(0x7FFFFF))) * np.float32(1 / 8388608)
+            # log2(1 + m) within 0.002
+            log = np.float32(np.int32(word >> np.int32(23))) - np.float32(127)
+            log += m * (np.float32(1.4246) + m * (np.float32(-0.6087) + m * np.float32(0.1841)))
+            here = np.int32(1) if word != 0 else np.int32(0)
+            log *= np.float32(here)
+            total += log
+            there += here
+            s[i] += log
+            c[i] += here
+        row_sums[row] = total
+        row_counts[row] = there
+        low = high
+    return row_sums, row_counts, sums, counts
+
+
+@njit((_F32, _F32, _INT, _INT), **_EXACT)
+def product(row: Array, column: Array, start: int, count: int) -> Array:
+    """See `loops.product`."""
+    out = np.empty(count, np.float32)
+    low = 0
+    for r in range(row.size):
+        high = min(count, (r + 1) * column.size - start)
+        first = low + start - r * column.size
+        o, factor = out[low:high], row[r]
+        c = column[first : first + o.size]
+        for i in range(o.size):
+            o[i] = factor * c[i]
+        low = high
+    return out
+
+
+@njit((_F32, _F32, _F32), **_LOOSE)
+def squares(x: Array, y: Array, weights: Array) -> tuple[Any, Any, Any]:
+    """See `loops.squares`."""
+    total = weighted = 0.0
+    largest = np.int32(0)
+    errors = np.empty(_BLOCK, np.float32)
+    words = errors.view(np.int32)
+    for low in range(0, x.size, _BLOCK):
+        high = min(x.size, low + _BLOCK)
+        a, b = x[low:high], y[low:high]
+        part = np.float32(0)
+        for i in range(a.size):
+            e = a[i] - b[i]
+            errors[i] = e
+            part += e * e
+        total += part
+        for i in range(a.size):  # floats without a sign are ordered as integers are
+            largest = max(largest, words[i] & np.int32(0x7FFFFFFF))
+        if weights.size:
+            w = weights[low:high]
+            part = np.float32(0)
+            for i in range(a.size):
+                part += w[i] * (errors[i] * errors[i])
+            weighted += part
+    words[0] = largest
+    return total, weighted, errors[0]
+
+
+@njit((_F32, _F32), **_LOOSE)
+def root_squares(x: Array, y: Array) -> tuple[Any, Any]:
+    """See `loops.root_squares`."""
+    error = energy = 0.0
+    for low in range(0, x.size, _BLOCK):
+        high = min(x.size, low + _BLOCK)
+        a, b = x[low:high], y[low:high]
+        one, two = np.float32(0), np.float32(0)
+        for i in range(a.size):
+            e = np.sqrt(a[i]) - np.sqrt(b[i])
+            one += e * e
+            two += a[i]
+        error += one
+        energy += two
+    return error, energy

@@ -1,0 +1,144 @@
+"""The inner loops of the near codec, in numpy; `active()` gives these or their compiled form.
+
+Both give the same bits wherever a result is stored or decoded.  The compiled loops are several
+times faster, and cost half a second to load: they are worth it from some size on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int32]
+Positions = NDArray[np.int32] | NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+_WORTH_LOADING = 100_000_000  # bytes of tensors
+_SWITCH = "CKPT_COMPILED"  # 0: never, 1: always
+_state: dict[str, ModuleType] = {}
+
+
+def prepare(size_bytes: int) -> None:
+    """Load the compiled loops if that much work makes up for it, and if they can be had."""
+    wanted = os.environ.get(_SWITCH) or str(int(size_bytes >= _WORTH_LOADING))
+    if wanted == "0" or _state:
+        return
+    try:
+        from ckptvcs.codec import compiled  # noqa: PLC0415  takes half a second
+
+        _state["compiled"] = compiled
+    except (ImportError, RuntimeError):  # no numba, or nowhere to keep what it compiles
+        _state["compiled"] = sys.modules[__name__]
+
+
+def active() -> ModuleType:
+    """The module whose loops to call."""
+    return _state.get("compiled", sys.modules[__name__])
+
+
+def _expand(rows: Floats, columns: int, start: int, count: int) -> Floats:
+    """A value a row -> a value an entry; `start` entries of the first row come before."""
+    if rows.size == 1:
+        return rows
+    ends = np.minimum(np.arange(1, rows.size + 1) * columns - start, count)
+    return np.repeat(rows, np.diff(ends, prepend=0))
+
+
+def quantize(
+    values: Floats, base: Floats, scale: np.float32, steps: Floats, columns: int, start: int,
+    zone: np.float32,
+) -> Integers:  # fmt: skip
+    """Codes of values * scale - round(base * scale), in steps of one a row."""
+    units = values * scale - np.rint(base * scale)
+    units /= _expand(steps, columns, start, values.size)
+    units += np.copysign(np.float32(1) - zone, units)
+    with np.errstate(invalid="ignore"):
+        codes: Integers = units.astype(np.int32)
+    return codes
+
+
+def quantize_units(values: Floats, second: Floats, step: np.float32, zone: np.float32) -> Integers:
+    """Codes of values / sqrt(second), 0 where second is."""
+    units = np.divide(values, np.sqrt(second), out=np.zeros_like(values), where=second > 0)
+    units /= step
+    units += np.copysign(np.float32(1) - zone, units)
+    with np.errstate(invalid="ignore"):
+        codes: Integers = units.astype(np.int32)
+    return codes
+
+
+def restore(
+    base: Floats, codes: Integers, scale: np.float32, amounts: Floats, factors: Floats,
+    columns: int, start: int,
+) -> Floats:  # fmt: skip
+    """(round(base * scale) + round(amount * factor)) / scale where the code is not 0, else base.
+
+    `amounts` has 256 entries, that of code c at c & 255; scale is a power of two.
+    """
+    amount = amounts[codes & 255]
+    amount *= _expand(factors, columns, start, base.size)
+    np.rint(amount, out=amount)
+    amount += np.rint(base * scale)
+    amount *= np.float32(1) / scale
+    return np.where(codes != 0, amount, base)
+
+
+def extent(values: Floats) -> tuple[float, float]:
+    """The smallest and the largest size of the values; not finite where one is not."""
+    sizes = np.abs(values)
+    return float(sizes.min(initial=np.inf)), float(sizes.max(initial=0))
+
+
+def kept(codes: Integers, bitmap: Bytes) -> Integers:
+    """The codes that are not 0; `bitmap` has their bits, the first in the top bit."""
+    found: Integers = codes[codes != 0]
+    return found
+
+
+def bit_positions(bitmap: Bytes, count: int) -> Positions:
+    """Where the set bits among the first `count` are."""
+    return np.flatnonzero(np.unpackbits(bitmap, count=count))
+
+
+def gap_positions(gaps: Bytes) -> Positions:
+    """Where entries are whose gaps are given in bytes; 255 means "255 more"."""
+    final = gaps != 255
+    found: Positions = np.cumsum(gaps.astype(np.int64) + final)[final] - 1
+    return found
+
+
+def log_sums(
+    values: Floats, columns: int, start: int, rows: int
+) -> tuple[Floats, Integers, Floats, Integers]:
+    """Sums of log2 over the values above zero, and their numbers, for each row and column."""
+    matrix = np.zeros((rows, columns), np.float32)
+    matrix.reshape(-1)[start : start + values.size] = values
+    above = matrix > 0
+    logs = np.log2(matrix, out=np.zeros_like(matrix), where=above)
+    return (
+        logs.sum(1), above.sum(1, dtype=np.int32), logs.sum(0), above.sum(0, dtype=np.int32)
+    )  # fmt: skip
+
+
+def product(row: Floats, column: Floats, start: int, count: int) -> Floats:
+    """Row x column, without the first `start` entries of the first row."""
+    return np.multiply.outer(row, column).reshape(-1)[start : start + count]
+
+
+def squares(x: Floats, y: Floats, weights: Floats) -> tuple[float, float, float]:
+    """Sum of (x - y)^2, the same weighted (0 without weights), and the largest |x - y|."""
+    error = x - y
+    square = np.square(error, dtype=np.float64)
+    weighted = float(np.dot(square, weights)) if weights.size else 0.0
+    return float(square.sum()), weighted, float(np.abs(error).max(initial=0))
+
+
+def root_squares(x: Floats, y: Floats) -> tuple[float, float]:
+    """Sum of (sqrt x - sqrt y)^2, and sum of x."""
+    error = np.sqrt(x) - np.sqrt(y)
+    return float(np.square(error, dtype=np.float64).sum()), float(x.sum(dtype=np.float64))
