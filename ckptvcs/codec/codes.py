@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import loops
-from ckptvcs.codec.planes import get_bits, get_section, put_bits, put_section
-from ckptvcs.codec.sparse import Mask, Positions, get_positions, put_bitmap, put_mask
+from ckptvcs.codec.planes import get_section, put_bits, put_section
+from ckptvcs.codec.sparse import Positions, get_positions, put_bitmap, put_mask, put_positions
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Integers = NDArray[np.int32]
@@ -68,8 +68,15 @@ class Codes:
         return active.bit_positions(bitmap, self.values.size), active.kept(self.values, bitmap)
 
 
-def put_codes(codes: Integers) -> bytes:
-    """Store the codes of a slice, each below `MAX_CODE` in magnitude."""
+def put_codes(codes: Codes, count: int) -> bytes:
+    """Store the `count` codes of a slice, each below `MAX_CODE` in magnitude."""
+    if codes.positions is not None:
+        mask = put_positions(codes.positions, count)
+        return _BYTE.pack(SPARSE) + mask + _put_signed(codes.values)
+    return _put_all(codes.values)
+
+
+def _put_all(codes: Integers) -> bytes:
     bitmap = np.packbits(codes != 0)
     values = loops.active().kept(codes, bitmap)
     if values.size > _DENSE_SHARE * codes.size:
@@ -150,22 +157,20 @@ def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
 def _get_signed(data: memoryview, at: int, count: int) -> tuple[Integers, int]:
     signs, at = get_section(data, at, (count + 7) // 8)
     planes, at = _take(_BYTE, data, at)
-    values = np.ones(count, np.int32)
-    above: Positions | None = None
+    sizes = np.ones(count, np.int32)
+    above: Positions = np.arange(count if planes else 0, dtype=np.int32)
     for _ in range(planes):
-        kept, at = get_positions(data, at, count if above is None else above.size)
-        above = kept if above is None else above[kept]
-        values[above] += 1
+        kept, at = get_positions(data, at, above.size)
+        above = loops.active().raise_sizes(sizes, above, kept)
     left, at = _take(_COUNT, data, at)
     if left:
-        if left != (count if above is None else above.size):
+        if left != (above.size if planes else count):
             raise CorruptionError("a frame holds magnitudes that belong nowhere")
         words, at = _get_words(data, at, left)
         if int(words.max()) >= MAX_CODE:
             raise CorruptionError("a frame holds a code that is too large")
-        values[slice(None) if above is None else above] += words.astype(np.int32)
-    negative: Mask = np.unpackbits(signs, count=count).view(np.bool_)
-    np.negative(values, out=values, where=negative)
+        sizes[above if planes else slice(None)] += words.astype(np.int32)
+    values: Integers = loops.active().with_signs(sizes, signs)
     return values, at
 
 
@@ -173,9 +178,11 @@ def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
     shift, at = _take(_BYTE, data, at)
     if shift > 24:
         raise CorruptionError("a frame holds codes of too many bits")
-    low, at = get_bits(data, at, count, shift)
+    planes = np.zeros(0, np.uint8)
+    if shift:
+        planes, at = get_section(data, at, shift * ((count + 7) // 8))
     high, at = get_section(data, at, count)
-    values = ((high.astype(np.int32) - 128) << shift) + low
+    values: Integers = loops.active().join_bits(planes, high, count, shift)
     outliers, at = _take(_COUNT, data, at)
     escaped = high == 0
     if outliers != np.count_nonzero(escaped):

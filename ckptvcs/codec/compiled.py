@@ -125,15 +125,76 @@ def bit_positions(bitmap: Array, count: int) -> Array:
     found = 0
     for byte in range(bitmap.size):
         bits = bitmap[byte]
-        if bits:
-            first = np.int32(8 * byte)
-            places = _PLACES[bits]
-            for i in range(8):
-                out[found + i] = first + places[i]
-            found += _SIZES[bits]
+        first = np.int32(8 * byte)
+        places = _PLACES[bits]
+        for i in range(8):
+            out[found + i] = first + places[i]
+        found += _SIZES[bits]
     while found and out[found - 1] >= count:
         found -= 1
-    return out[:found].copy()
+    return out[:found]
+
+
+@njit((_I32, _U8), **_EXACT)
+def with_signs(sizes: Array, signs: Array) -> Array:
+    """See `loops.with_signs`."""
+    out = np.empty(sizes.size, np.int32)
+    for i in range(sizes.size):
+        sign = np.int32((signs[i >> 3] >> (7 - (i & 7))) & 1)
+        out[i] = (sizes[i] ^ -sign) + sign
+    return out
+
+
+@njit((types.int32[::1], _I32, _I32), **_EXACT)
+def raise_sizes(sizes: Array, above: Array, kept: Array) -> Array:
+    """See `loops.raise_sizes`."""
+    out = np.empty(kept.size, np.int32)
+    for i in range(kept.size):
+        at = above[kept[i]]
+        out[i] = at
+        sizes[at] += 1
+    return out
+
+
+@njit((_U8, _U8, _INT, _INT), **_EXACT)
+def join_bits(planes: Array, high: Array, count: int, bits: int) -> Array:
+    """See `loops.join_bits`."""
+    each = (count + 7) // 8
+    out = np.empty(8 * each, np.int32)
+    for byte in range(each):
+        eight = out[8 * byte : 8 * byte + 8]
+        eight[:] = 0
+        for bit in range(bits):
+            row = _BYTES[planes[bit * each + byte]]
+            for i in range(8):
+                eight[i] |= np.int32(row[i]) << np.int32(bit)
+    for i in range(high.size):
+        out[i] += (np.int32(high[i]) - np.int32(128)) << np.int32(bits)
+    return out[:count]
+
+
+@njit((types.float32[::1], _I32, _I32, _FLOAT, _F32, _F32, _INT, _INT), **_EXACT)
+def change(
+    out: Array, positions: Array, codes: Array, scale: Any, amounts: Array, factors: Array,
+    columns: int, start: int,
+) -> None:  # fmt: skip
+    """See `loops.change`."""
+    unit = np.float32(1) / scale
+    low = row = 0
+    while low < positions.size:
+        factor, high = factors[row], positions.size
+        if row + 1 < factors.size:
+            high = low
+            end = (row + 1) * columns - start
+            while high < positions.size and positions[high] < end:
+                high += 1
+        p, c = positions[low:high], codes[low:high]
+        for j in range(p.size):
+            i = p[j]
+            amount = np.rint(amounts[c[j] & np.int32(255)] * factor)
+            out[i] = (np.rint(out[i] * scale) + amount) * unit
+        low = high
+        row += 1
 
 
 @njit((_U8,), **_EXACT)
@@ -201,21 +262,23 @@ def product(row: Array, column: Array, start: int, count: int) -> Array:
 
 
 @njit((_F32, _F32, _F32), **_LOOSE)
-def squares(x: Array, y: Array, weights: Array) -> tuple[Any, Any, Any]:
+def squares(x: Array, y: Array, weights: Array) -> tuple[Any, Any, Any, Any]:
     """See `loops.squares`."""
-    total = weighted = 0.0
+    total = weighted = energy = 0.0
     largest = np.int32(0)
     errors = np.empty(_BLOCK, np.float32)
     words = errors.view(np.int32)
     for low in range(0, x.size, _BLOCK):
         high = min(x.size, low + _BLOCK)
         a, b = x[low:high], y[low:high]
-        part = np.float32(0)
+        part, known = np.float32(0), np.float32(0)
         for i in range(a.size):
             e = a[i] - b[i]
             errors[i] = e
             part += e * e
+            known += b[i] * b[i]
         total += part
+        energy += known
         for i in range(a.size):  # floats without a sign are ordered as integers are
             largest = max(largest, words[i] & np.int32(0x7FFFFFFF))
         if weights.size:
@@ -225,7 +288,7 @@ def squares(x: Array, y: Array, weights: Array) -> tuple[Any, Any, Any]:
                 part += w[i] * (errors[i] * errors[i])
             weighted += part
     words[0] = largest
-    return total, weighted, errors[0]
+    return total, weighted, energy, errors[0]
 
 
 @njit((_F32, _F32), **_LOOSE)

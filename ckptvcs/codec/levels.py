@@ -16,7 +16,7 @@ from ckptvcs.codec.planes import sample
 Floats = NDArray[np.float32]
 
 _MAX_LEVELS = 15  # larger codes are so few that a level of their own does not pay
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 15
 TABLE = 128  # codes below this in magnitude are looked up
 
 

@@ -105,6 +105,42 @@ def bit_positions(bitmap: Bytes, count: int) -> Positions:
     return np.flatnonzero(np.unpackbits(bitmap, count=count))
 
 
+def with_signs(sizes: Integers, signs: Bytes) -> Integers:
+    """Sizes, negative where the bit in `signs` is set."""
+    negative = np.unpackbits(signs, count=sizes.size).view(np.bool_)
+    return np.where(negative, -sizes, sizes)
+
+
+def raise_sizes(sizes: Integers, above: Positions, kept: Positions) -> Positions:
+    """Add 1 to the sizes at above[kept], which are distinct; these positions."""
+    found: Positions = above[kept]
+    sizes[found] += 1
+    return found
+
+
+def join_bits(planes: Bytes, high: Bytes, count: int, bits: int) -> Integers:
+    """(high - 128) * 2^bits + a number of so many bits, whose bits stand plane after plane."""
+    out = np.zeros(count, np.int32)
+    each = (count + 7) // 8
+    for bit in range(bits):
+        row = np.unpackbits(planes[bit * each : (bit + 1) * each], count=count)
+        out |= row.astype(np.int32) << bit
+    out[: high.size] += (high.astype(np.int32) - 128) << bits
+    return out
+
+
+def change(
+    out: Floats, positions: Positions, codes: Integers, scale: np.float32, amounts: Floats,
+    factors: Floats, columns: int, start: int,
+) -> None:  # fmt: skip
+    """`restore` in place, of the entries at `positions` only."""
+    amount = amounts[codes & 255]
+    amount *= factors if factors.size == 1 else factors[(positions + start) // columns]
+    np.rint(amount, out=amount)
+    amount += np.rint(out[positions] * scale)
+    out[positions] = amount * (np.float32(1) / scale)
+
+
 def gap_positions(gaps: Bytes) -> Positions:
     """Where entries are whose gaps are given in bytes; 255 means "255 more"."""
     final = gaps != 255
@@ -130,12 +166,13 @@ def product(row: Floats, column: Floats, start: int, count: int) -> Floats:
     return np.multiply.outer(row, column).reshape(-1)[start : start + count]
 
 
-def squares(x: Floats, y: Floats, weights: Floats) -> tuple[float, float, float]:
-    """Sum of (x - y)^2, the same weighted (0 without weights), and the largest |x - y|."""
+def squares(x: Floats, y: Floats, weights: Floats) -> tuple[float, float, float, float]:
+    """Sums of (x - y)^2, of the same weighted (0 without weights), of y^2; the largest |x - y|."""
     error = x - y
     square = np.square(error, dtype=np.float64)
     weighted = float(np.dot(square, weights)) if weights.size else 0.0
-    return float(square.sum()), weighted, float(np.abs(error).max(initial=0))
+    energy = float(np.square(y, dtype=np.float64).sum())
+    return float(square.sum()), weighted, energy, float(np.abs(error).max(initial=0))
 
 
 def root_squares(x: Floats, y: Floats) -> tuple[float, float]:

@@ -26,6 +26,7 @@ _FACTORS = struct.Struct("<hII")  # exponent of the smallest row, columns, start
 _FIRST = struct.Struct("<fB")  # step, levels
 _LEAST = np.float32(2.0**-120)  # far below any optimizer's epsilon, squared
 _LARGEST_STEP = 1e30
+_FEW = 1 / 4  # of the entries; then their positions are stored
 
 
 def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] | None:
@@ -43,7 +44,7 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] |
         return None
     if least < _LEAST:  # rare; what is zero stays zero
         values = np.where((np.abs(values) < _LEAST) & (values != 0), _LEAST, values)
-    if (words.view(np.int32 if dtype == "F32" else np.int16) < 0).any():
+    if int(words.max(initial=0)) >> (8 * words.itemsize - 1):  # the sign of a word is its top bit
         return None
     row_sums, in_row, sums, in_column = loops.active().log_sums(
         values, rows.columns, rows.start, rows.count(words.size)
@@ -135,11 +136,12 @@ def encode_first(
     squares = np.broadcast_to(squares, values.shape)
     codes = loops.active().quantize_units(values, squares, width, np.float32(zone))
     found, kept = Codes(None, codes).sparse()
+    few = Codes(found, kept) if found.size < _FEW * codes.size else Codes(None, codes)
     if kept.size and int(np.abs(kept).max()) >= MAX_CODE:
         return None
     exact = _units(values[found], squares[found]) / width
     levels = (fit_levels(exact, kept, zone) * float(width)).astype("<f4")
-    payload = _FIRST.pack(width, levels.size) + levels.tobytes() + put_codes(codes)
+    payload = _FIRST.pack(width, levels.size) + levels.tobytes() + put_codes(few, codes.size)
     return payload, _moment(Codes(found, kept), second, words.size, dtype, width, levels)
 
 

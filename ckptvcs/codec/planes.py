@@ -16,6 +16,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from ckptvcs.codec import loops
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Bytes = NDArray[np.uint8]
@@ -44,8 +45,8 @@ def sample(values: NDArray[Value], size: int = _SAMPLE) -> NDArray[Value]:
     if values.size <= size:
         return values
     run = size // 16
-    starts = np.linspace(0, values.size - run, 16).astype(np.int64)
-    return np.concatenate([values[s : s + run] for s in starts])
+    last = values.size - run
+    return np.concatenate([values[last * n // 15 :][:run] for n in range(16)])
 
 
 def put_section(values: Bytes, *, text: bool = False) -> bytes:
@@ -95,14 +96,10 @@ def get_bits(data: memoryview, at: int, count: int, bits: int) -> tuple[NDArray[
     Raises:
         TruncatedError, CorruptionError: as `get_section`.
     """
-    out = np.zeros(count, np.int32)
-    if bits:
-        each = (count + 7) // 8
-        planes, at = get_section(data, at, bits * each)
-        for bit in range(bits):
-            plane = planes[bit * each : (bit + 1) * each]
-            out |= np.unpackbits(plane, count=count).astype(np.int32) << bit
-    return out, at
+    if not bits:
+        return np.zeros(count, np.int32), at
+    planes, at = get_section(data, at, bits * ((count + 7) // 8))
+    return loops.active().join_bits(planes, np.zeros(0, np.uint8), count, bits), at
 
 
 def inflate(packed: memoryview, size: int) -> Bytes:

@@ -19,8 +19,8 @@ NEUTRAL = 128
 def _powers(numerators: NDArray[np.int64], parts: int) -> Floats:
     """2^(numerator / parts), for parts 1, 2 or 4: a root from the table, times a power of two."""
     roots: Floats = _ROOTS[numerators % parts * (4 // parts)]
-    powers: Floats = np.ldexp(roots, (numerators // parts).astype(np.int32), dtype=np.float32)
-    return powers
+    powers = np.ldexp(roots, (numerators // parts).astype(np.int32), dtype=np.float32)
+    return np.asarray(powers, np.float32)
 
 
 QUARTERS = _powers(np.arange(256) - NEUTRAL, 4)

@@ -48,8 +48,22 @@ def put_bitmap(bitmap: Bytes, count: int, kept: int) -> bytes:
     """Store the mask of `count` entries, of which `kept` are kept, given as the bits of bytes."""
     if kept >= _SPARSE_DENSITY * count:
         return _HEAD.pack(BITMAP, bitmap.size) + put_section(bitmap)
-    gaps = np.diff(loops.active().bit_positions(bitmap, count), prepend=-1)
+    return _put_gaps(loops.active().bit_positions(bitmap, count), count)
+
+
+def put_positions(positions: Positions, count: int) -> bytes:
+    """Store the mask of `count` entries that keeps those at `positions`, ascending."""
+    if positions.size < _SPARSE_DENSITY * count:
+        return _put_gaps(positions, count)
+    mask = np.zeros(count, np.bool_)
+    mask[positions] = True
+    return put_mask(mask)
+
+
+def _put_gaps(positions: Positions, count: int) -> bytes:
+    gaps = np.diff(positions, prepend=-1)
     gaps -= 1
+    kept = positions.size
     shift = max(0, (count // max(kept, 1)).bit_length() - _HIGH_BITS)
     stream = _to_bytes(gaps >> shift)
     if not shift:
@@ -61,7 +75,8 @@ def put_bitmap(bitmap: Bytes, count: int, kept: int) -> bytes:
 def _with_low_bits(positions: Positions, low: NDArray[np.int32], shift: int) -> Positions:
     """Positions of gaps to which `low` bits below `shift` belong."""
     gaps = np.diff(positions, prepend=-1) - 1
-    return np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1
+    found = np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1
+    return found
 
 
 def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int]:
@@ -92,7 +107,7 @@ def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int
         positions, at = _with_low_bits(positions, low, data[at]), end
     if positions.size and positions[-1] >= count:
         raise CorruptionError("a mask keeps a position outside its slice")
-    return positions, at
+    return positions.astype(np.int32), at
 
 
 def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:

@@ -26,7 +26,6 @@ Floats = NDArray[np.float32]
 _HEAD = struct.Struct("<hfBII")  # grid, step, levels, columns (0: no row factors), start
 _FINENESS = 3  # a step is at least 2^3 units of the grid
 _GRIDS = range(-120, 140)  # where float32 holds every multiple below 2^24 exactly
-_FEW = 1 / 12  # of the words; below it they are changed one by one
 _FACTOR_LIMIT = 2.5  # of a row's step, in natural logarithm
 
 
@@ -100,7 +99,7 @@ def encode_delta(
     )
     if dtype == "F16" and not np.isfinite(to_float32(decoded, dtype)).all():
         return None
-    return head + levels.tobytes() + section + put_codes(codes), decoded
+    return head + levels.tobytes() + section + put_codes(Codes(None, codes), codes.size), decoded
 
 
 def _fit(
@@ -108,7 +107,7 @@ def _fit(
     rows: Rows, codes: Integers, zone: float,
 ) -> NDArray[np.uint16]:  # fmt: skip
     """Levels in units of the grid, from a sample of whole words."""
-    stride = max(1, values.size >> 16)
+    stride = max(1, values.size >> 15)
     picked = slice(None, None, stride)
     units = values[picked] * scale - np.rint(before[picked] * scale)
     units /= step * factors[rows.of(np.arange(0, values.size, stride))]
@@ -129,11 +128,8 @@ def encode_keyframe(words: Words, dtype: str, step: float) -> tuple[bytes, Words
     if grid not in _GRIDS or largest * 2.0**grid >= MAX_CODE - 1:
         return None
     codes = np.rint(values * np.float32(2.0**grid)).astype(np.int32)
-    none = np.zeros(0, np.uint16)
-    decoded = _apply(
-        Codes(None, codes), np.zeros_like(words), dtype, grid, np.float32(1), none, None
-    )
-    return _HEAD.pack(grid, 1, 0, 0, 0) + put_codes(codes), decoded
+    payload = _HEAD.pack(grid, 1, 0, 0, 0) + put_codes(Codes(None, codes), codes.size)
+    return payload, _keyframe(codes, dtype, grid)
 
 
 def _apply(
@@ -143,32 +139,41 @@ def _apply(
     """Base + levels where there are codes; the words of the base elsewhere."""
     sizes = levels.astype(np.float32)
     scale = np.float32(2.0**grid)
-    if codes.positions is not None and codes.positions.size <= _FEW * base.size:
-        out = base.copy()
-        _change(out, base, codes.positions, codes.values, dtype, scale, step, sizes, factors)
-        return out
-    dense = codes.dense(base.size)
     rows, stored = factors or (Rows(max(1, base.size)), np.full(1, NEUTRAL, np.uint8))
-    before = to_float32(base, dtype)
+    steps = signed_table(sizes, step), QUARTERS[stored], rows.columns, rows.start
     with np.errstate(over="ignore", invalid="ignore"):
-        near = loops.active().restore(
-            before, dense, scale, signed_table(sizes, step), QUARTERS[stored], rows.columns,
-            rows.start,
-        )  # fmt: skip
-        out = from_float32(near, dtype)
+        if codes.positions is None:
+            near = loops.active().restore(to_float32(base, dtype), codes.values, scale, *steps)
+            out = from_float32(near, dtype)
+            if dtype != "F32":  # rounding must not touch the words of the base
+                out = np.where(codes.values != 0, out, base)
+        elif dtype == "F32":
+            out = base.copy()
+            loops.active().change(
+                out.view(np.float32), codes.positions, codes.values, scale, *steps
+            )
+        else:
+            out = base.copy()
+            near = to_float32(base, dtype).copy()
+            loops.active().change(near, codes.positions, codes.values, scale, *steps)
+            out[codes.positions] = from_float32(near[codes.positions], dtype)
     if codes.largest >= TABLE:
-        large = np.flatnonzero(np.abs(dense) >= TABLE)
-        _change(out, base, large, dense[large], dtype, scale, step, sizes, factors)
-    if dtype != "F32":  # a NaN has many words, and base words are kept as they are
-        out = np.where(dense != 0, out, base)
+        large = np.flatnonzero(np.abs(codes.values) >= TABLE)
+        at = large if codes.positions is None else codes.positions[large]
+        _change(out, base, at, codes.values[large], dtype, scale, step, sizes, factors)
     return out
+
+
+def _keyframe(codes: Integers, dtype: str, grid: int) -> Words:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return from_float32(codes.astype(np.float32) * np.float32(2.0**-grid), dtype)
 
 
 def _change(
     out: Words, base: Words, at: NDArray[np.signedinteger], codes: Integers, dtype: str,
     scale: np.float32, step: np.float32, levels: Floats, factors: tuple[Rows, Bytes] | None,
 ) -> None:  # fmt: skip
-    """Change words one by one."""
+    """Change the words of codes that no table holds."""
     with np.errstate(over="ignore", invalid="ignore"):
         units = amounts_of(np.abs(codes), levels, step)
         if factors is not None:
@@ -199,6 +204,8 @@ def decode_weight(data: memoryview, base: Words | None, count: int, dtype: str) 
     codes, at = get_codes(data, at, count)
     if at != len(data):
         raise CorruptionError("a frame has bytes after its codes")
+    if base is None and not size and step == 1 and factors is None:
+        return _keyframe(codes.dense(count), dtype, int(grid))
     if base is None:
         base = np.zeros(count, np.uint32 if dtype == "F32" else np.uint16)
     return _apply(codes, base, dtype, int(grid), np.float32(step), levels, factors)

@@ -49,12 +49,12 @@ def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
     dtype, squares = group.weight.dtype, loops.active().squares
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, dtype) for words in (coded.source, coded.decoded))
-        zero = np.zeros_like(true)
-        base = zero if group.base is None else to_float32(group.base.slice(number), dtype)
         second = _NONE if group.second is None else group.second.floats(number)
-        error, fisher_error, largest = squares(near, true, second)
-        residual, fisher_residual, _ = squares(true, base, second)
-        energy = squares(true, zero, _NONE)[0]
+        error, fisher_error, energy, largest = squares(near, true, second)
+        residual, fisher_residual = energy, 0.0
+        if group.base is not None:
+            base = to_float32(group.base.slice(number), dtype)
+            residual, fisher_residual, _, _ = squares(base, true, second)
     return _finite(Errors(
         error, energy, residual, fisher_error, fisher_residual, largest=largest
     ))  # fmt: skip
@@ -66,10 +66,8 @@ def measure_moment(target: Target, coded: CodedSlice) -> Errors:
         true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
         if target.squared:
             return _finite(Errors(*loops.active().root_squares(true, near)))
-        error, _, largest = loops.active().squares(near, true, _NONE)
-        return _finite(Errors(
-            error, loops.active().squares(true, np.zeros_like(true), _NONE)[0], largest=largest
-        ))  # fmt: skip
+        error, _, energy, largest = loops.active().squares(near, true, _NONE)
+        return _finite(Errors(error, energy, largest=largest))
 
 
 def _finite(errors: Errors) -> Errors:
