@@ -14,11 +14,12 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.chain import ChainReader
+from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.history.recipe import VALUE_BYTES
@@ -77,30 +78,58 @@ class BaseWriter:
             self._descriptor = None
 
 
+class CachedTable:
+    """A table of values as the cache has it; a tensor is hashed before it is used."""
+
+    def __init__(self, path: Path, infos: list[TensorInfo], hashes: list[bytes]) -> None:
+        self._path, self._infos, self._hashes = path, infos, hashes
+        self._starts = [0, *np.cumsum([i.size_bytes for i in infos], dtype=np.int64).tolist()]
+        self._proven: dict[int, bool] = {}
+        self._locks = [Lock() for _ in infos]
+
+    def slice(self, tensor: int, number: int) -> Words | None:
+        with self._locks[tensor]:
+            if tensor not in self._proven:
+                self._proven[tensor] = self._prove(tensor)
+        if not self._proven[tensor]:
+            return None
+        info = self._infos[tensor]
+        word, count = info.type.word, slice_counts(info.words)[number]
+        data = self._read(self._starts[tensor] + number * SLICE_WORDS * word, count * word)
+        return np.frombuffer(data, word_type(word))
+
+    def _read(self, at: int, size: int) -> bytes:
+        with self._path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, at)
+
+    def _prove(self, tensor: int) -> bool:
+        digest, start = blake3(max_threads=1), self._starts[tensor]
+        end = start + self._infos[tensor].size_bytes
+        with contextlib.suppress(OSError):
+            for at in range(start, end, _BLOCK):
+                digest.update(self._read(at, min(_BLOCK, end - at)))
+            return digest.digest(VALUE_BYTES) == self._hashes[tensor]
+        return False
+
+
 class BaseTensor:
     """The decoded tensor that another is coded against, read slice by slice.
 
     `prove` must come before the first slice is built upon.
     """
 
-    def __init__(
-        self, chain: ChainReader, values: ObjectId, tensor: int, info: TensorInfo,
-        held: Words | None, cached: tuple[Path, int, bytes] | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, chain: ChainReader, values: ObjectId, tensor: int, info: TensorInfo) -> None:
         self.values, self.tensor, self.info = values, tensor, info
-        self._chain, self._held, self._cached = chain, held, cached
-        self._links = chain.links(values, tensor)
+        self._chain, self._links = chain, chain.links(values, tensor)
 
     def prove(self) -> None:
-        """Check the hash: of what the cache has, or else of what the chain decodes to.
+        """Check that it is what was recorded, unless it is at hand, and known to be.
 
         Raises:
             CorruptionError: the chain does not decode to what is recorded.
         """
-        if self._held is not None:
-            return
-        if self._cached is None or not _proven(self._cached, self.info.size_bytes):
-            self._cached = None
+        done = self._links[-1].done
+        if self.info.words and (done is None or done[0].slice(done[1], 0) is None):
             for _ in self._chain.slices(self.values, self.tensor, self.info):
                 pass
 
@@ -112,25 +141,7 @@ class BaseTensor:
     def slice(self, number: int) -> Words:
         """The words of one slice."""
         count = slice_counts(self.info.words)[number]
-        if self._held is not None:
-            return self._held[number * SLICE_WORDS : number * SLICE_WORDS + count]
-        if self._cached is None:
-            return self._chain.decode_slice(self._links, self.info, number, count)
-        path, start, _ = self._cached
-        word = self.info.type.word
-        with path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), count * word, start + number * SLICE_WORDS * word)
-        return np.frombuffer(data, word_type(word))
-
-
-def _proven(cached: tuple[Path, int, bytes], size: int) -> bool:
-    path, start, expected = cached
-    digest = blake3(max_threads=1)
-    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-        for at in range(start, start + size, _BLOCK):
-            digest.update(os.pread(file.fileno(), min(_BLOCK, start + size - at), at))
-        return digest.digest(VALUE_BYTES) == expected
-    return False
+        return self._chain.decode_slice(self._links, self.info, number, count)
 
 
 class HeldBase:
@@ -178,26 +189,26 @@ class HeldWriter:
             self._held.tensors.clear()
 
 
-class Bases:
-    """The tensors of one table of values as bases: held in memory, cached, or decoded."""
+class HeldTable:
+    """A table of values as a `HeldBase` has it."""
 
-    def __init__(
-        self, chain: ChainReader, folder: Path, held: HeldBase | None, values: ObjectId,
-        infos: list[TensorInfo], hashes: list[bytes],
-    ) -> None:  # fmt: skip
-        self._chain, self.values, self._infos, self._hashes = chain, values, infos, hashes
-        self._held = held.tensors if held is not None and held.values == values else {}
-        self._path = folder / values
-        self._starts = [0, *np.cumsum([i.size_bytes for i in infos], dtype=np.int64).tolist()]
-        self._there = self._path.is_file()
+    def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
+        self._tensors, self._infos = held.tensors, infos
 
-    def tensor(self, position: int) -> BaseTensor:
-        """One tensor, not yet proven."""
-        info, cached = self._infos[position], None
-        if self._there:
-            cached = (self._path, self._starts[position], self._hashes[position])
-        held = self._held.get(info.name)
-        return BaseTensor(self._chain, self.values, position, info, held, cached)
+    def slice(self, tensor: int, number: int) -> Words | None:
+        words = self._tensors.get(self._infos[tensor].name)
+        return None if words is None else words[number * SLICE_WORDS :][:SLICE_WORDS]
+
+
+def materialised(
+    folder: Path, held: HeldBase | None, values: ObjectId, infos: list[TensorInfo],
+    hashes: list[bytes],
+) -> Materialised | None:  # fmt: skip
+    """A table of values from memory or from the cache; None where neither has it."""
+    if held is not None and held.values == values:
+        return HeldTable(held, infos)
+    path = folder / values
+    return CachedTable(path, infos, hashes) if path.is_file() else None
 
 
 def cached_files(folder: Path) -> Iterator[Path]:

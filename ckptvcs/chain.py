@@ -9,8 +9,9 @@ hash in its bundle; every tensor decoded is checked against its hash in the tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -27,20 +28,34 @@ MAX_DEPTH = 4096
 _MASTER = TensorInfo("", "F32", (), "model", "weight")
 
 
+class Materialised(Protocol):
+    """The tensors of a table of values, decoded and proven already."""
+
+    def slice(self, tensor: int, number: int) -> Words | None:
+        """One slice of a tensor; None where it is not there after all.  Not to be changed."""
+
+
+Materials = Callable[[ObjectId], Materialised | None]
+"""What there is for a table of values."""
+
+
 @dataclass(frozen=True)
 class Link:
-    """One frame of a chain: its bundle, and the chain that ends in its companion."""
+    """One frame of a chain: its bundle, the chain that ends in its companion, and the tensor it
+    decodes to where that is at hand.
+    """
 
     bundle: ObjectId
     frame: Frame
     companion: tuple[Link, ...] = ()
+    done: tuple[Materialised, int] | None = None
 
 
 class ChainReader:
-    """Decodes tensors of tables of values."""
+    """Decodes tensors of tables of values, from what is materialised where there is any."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, materials: Materials = lambda _: None) -> None:
+        self._catalog, self._materials = catalog, materials
 
     def links(self, values: ObjectId, tensor: int) -> list[Link]:
         """The frames a tensor is decoded from, the keyframe first.
@@ -48,9 +63,16 @@ class ChainReader:
         Raises:
             CorruptionError: a frame does not stand on one that is less deep.
         """
-        return self._chain(*self._catalog.frame(values, tensor))
+        return self._chain(*self._catalog.frame(values, tensor), self._done(values, tensor))
 
-    def _chain(self, bundle: ObjectId, frame: Frame, *, beside: bool = False) -> list[Link]:
+    def _done(self, values: ObjectId, tensor: int) -> tuple[Materialised, int] | None:
+        found = self._materials(values)
+        return None if found is None else (found, tensor)
+
+    def _chain(
+        self, bundle: ObjectId, frame: Frame, done: tuple[Materialised, int] | None,
+        *, beside: bool = False,
+    ) -> list[Link]:  # fmt: skip
         """The chain that ends in a frame of a bundle; one `beside` another has no companions."""
         chain: list[Link] = []
         limit = MAX_DEPTH
@@ -62,11 +84,12 @@ class ChainReader:
                 if beside:
                     raise CorruptionError(f"bundle {bundle[:8]} names companions in turn")
                 other = self._catalog.bundle(bundle)[frame.companion]
-                companion = self._chain(bundle, other, beside=True)
-            chain.append(Link(bundle, frame, tuple(companion)))
+                companion = self._chain(bundle, other, None, beside=True)
+            chain.append(Link(bundle, frame, tuple(companion), done))
             if frame.base is None:
                 return chain[::-1]
             limit = frame.depth - 1
+            done = self._done(*frame.base)
             bundle, frame = self._catalog.frame(*frame.base)
 
     def depth(self, values: ObjectId, tensor: int) -> int:
@@ -88,12 +111,17 @@ class ChainReader:
         self, chain: Sequence[Link], info: TensorInfo, number: int, count: int
     ) -> Words:
         """Slice `number` of a tensor, `count` words, not yet proven by the tensor's hash."""
-        words: Words | None = None
-        for link in chain:
+        words, first = None, 0
+        for place in range(len(chain) - 1, -1, -1):
+            done = chain[place].done
+            words = None if done is None else done[0].slice(done[1], number)
+            if words is not None:
+                first = place + 1
+                break
+        for place, link in enumerate(chain[first:]):
             data = self._slice_bytes(link.bundle, link.frame, number)
-            words = decode_slice(
-                data, info.type, count, words, self._companion(link, number, count)
-            )
+            companion = self._companion(link, number, count)
+            words = decode_slice(data, info.type, count, words, companion, own_base=place > 0)
         assert words is not None
         return words
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.bases import Bases, BaseTensor, BaseWriter, HeldBase, HeldWriter
-from ckptvcs.chain import ChainReader
+from ckptvcs.bases import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
+from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.roles import FIRST, MOMENTS, SECOND, WEIGHT, Rule
 from ckptvcs.codec import loops
@@ -61,7 +61,6 @@ class _BasePart:
     values: ObjectId
     hashes: list[bytes]
     positions: dict[str, tuple[int, TensorInfo]]
-    bases: Bases
 
 
 _Place = tuple[ObjectId | None, int]  # bundle (None: the one being written), frame
@@ -97,7 +96,8 @@ class Encoder:
         the base of the next commit in memory, which else goes into the cache.
         """
         loops.prepare(checkpoint.size_bytes)
-        self._catalog, self._chain = catalog, ChainReader(catalog)
+        self._materials: dict[ObjectId, Materialised | None] = {}
+        self._catalog, self._chain = catalog, ChainReader(catalog, self._materials.get)
         self._cache, self._held, self._spec = cache, held, spec
         self._keyframe, self._progress = keyframe, progress
         self._base_parts = {} if base is None else self._load_base(base)
@@ -131,8 +131,10 @@ class Encoder:
             hashes = self._catalog.values(state.values)
             positions = {info.name: (position, info) for position, info in enumerate(infos)}
             held = self._held if name == "model" else None
-            bases = Bases(self._chain, self._cache, held, state.values, infos, hashes)
-            parts[name] = _BasePart(state.values, hashes, positions, bases)
+            self._materials[state.values] = materialised(
+                self._cache, held, state.values, infos, hashes
+            )
+            parts[name] = _BasePart(state.values, hashes, positions)
         return parts
 
     def encode(self) -> Encoded:
@@ -193,6 +195,13 @@ class Encoder:
         if part is None or known is None or (known.dtype, known.shape) != (info.dtype, info.shape):
             return None
         return part, position
+
+    def _base_tensor(self, number: int) -> BaseTensor | None:
+        """What a tensor can be coded against, not yet proven."""
+        found = self._base_of(number)
+        if found is None:
+            return None
+        return BaseTensor(self._chain, found[0].values, found[1], self._infos[number])
 
     def _left(self, group: list[int]) -> list[int]:
         """The tensors of a group that are not stored yet."""
@@ -272,8 +281,9 @@ class Encoder:
                 yield self._exact_coder(number)
 
     def _exact_coder(self, number: int) -> tuple[Coder, dict[int, BaseTensor]]:
-        found = None if self._keyframe else self._base_of(number)
-        base = _prove(found[0].bases.tensor(found[1])) if found else None
+        base = None if self._keyframe else self._base_tensor(number)
+        if base is not None:
+            base.prove()
         return ExactCoder(self._target(number), base), {} if base is None else {number: base}
 
     def _near_coders(
@@ -309,8 +319,7 @@ class Encoder:
             None,
         )  # fmt: skip
         others = tuple(t for t in targets.values() if t is not first and t is not second)
-        found = None if weight is None else self._base_of(weight.number)
-        base = None if found is None else found[0].bases.tensor(found[1])
+        base = None if weight is None else self._base_tensor(weight.number)
         moments = [number for number in lossy if self._infos[number].role != WEIGHT]
         rules = self._checkpoint.rules
         rule = next((rules[number] for number in moments if number in rules), Rule())
@@ -323,13 +332,14 @@ class Encoder:
         """ExCP for a weight and its moments; None where all has to be coded exactly."""
         roles = {self._infos[number].role: number for number in left}
         weight = roles.get(WEIGHT)
-        found = None if weight is None else self._base_of(weight)
+        base = None if weight is None else self._base_tensor(weight)
         paired = any(self._infos[number].role == WEIGHT for number in group)
-        if paired and (weight is None or found is None):
+        if paired and base is None:
             return None  # the weight is new or did not move: its moments have no mask
         if any(self._infos[number].dtype not in WEIGHT_DTYPES for number in left):
             return None
-        base = None if found is None else _prove(found[0].bases.tensor(found[1]))
+        if base is not None:
+            base.prove()
         # A first moment without its second, or the other way round, belongs to an optimizer
         # whose rules ExCP does not know.
         pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
@@ -451,11 +461,6 @@ def _code(job: tuple[_Work, int]) -> tuple[_Work, int, CodedGroup]:
 def _energy(values: NDArray[np.float32]) -> float:
     total = float(np.square(values, dtype=np.float64).sum())
     return total if np.isfinite(total) else 0.0
-
-
-def _prove(base: BaseTensor) -> BaseTensor:
-    base.prove()
-    return base
 
 
 def _scale(group: Group) -> Scale:

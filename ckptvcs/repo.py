@@ -320,7 +320,8 @@ class Repo:
         """What reads one commit."""
         from ckptvcs.restore import Restorer  # noqa: PLC0415
 
-        return Restorer(self.catalog, name, near=near)
+        cache = self.folder / _CACHE / "bases"
+        return Restorer(self.catalog, name, near=near, cache=cache, held=self._held)
 
     def checkout(self, revision: str | int) -> Any:
         """The state of a commit: the nested object that was committed, with its tensors.

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.chain import ChainReader
+from ckptvcs.bases import HeldBase, materialised
+from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.codec import loops
@@ -72,14 +73,20 @@ class _Job:
 
 
 class Restorer:
-    """Reads one commit.  `near` asks for the near form even where an exact patch is there."""
+    """Reads one commit.  `near` asks for the near form even where an exact patch is there; `cache`
+    and `held` may have its weights at hand.
+    """
 
-    def __init__(self, catalog: Catalog, name: ObjectId, *, near: bool = False) -> None:
+    def __init__(
+        self, catalog: Catalog, name: ObjectId, *, near: bool = False, cache: Path | None = None,
+        held: HeldBase | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.commit: Commit = catalog.commit(name)
         self.schema = catalog.schema(self.commit.schema)
         loops.prepare(self.commit.raw_bytes)
-        self._catalog, self._chain = catalog, ChainReader(catalog)
+        materials: dict[ObjectId, Materialised | None] = {}
+        self._catalog, self._chain = catalog, ChainReader(catalog, materials.get)
         self.fidelity: dict[str, str] = {}
         self._tables: dict[int, tuple[ObjectId, int]] = {}
         for part, state in self.commit.parts.items():
@@ -89,6 +96,10 @@ class Restorer:
                 table, self.fidelity[part] = state.exact, "exact"
             for position, number in enumerate(self.schema.stored(part)):
                 self._tables[number] = (table, position)
+            if part == "model" and cache is not None and table == state.values:
+                infos = [self.schema.tensors[number] for number in self.schema.stored(part)]
+                hashes = catalog.values(table)
+                materials[table] = materialised(cache, held, table, infos, hashes)
 
     @property
     def exact(self) -> bool:

@@ -56,13 +56,17 @@ def corpus(limit: int) -> bytes:
     return b"".join(parts)[:limit]
 
 
+def vocabulary(text: bytes, vocab: int) -> dict[bytes, int]:
+    """The commonest pieces of `text`, from id 256 on."""
+    common = Counter(p for p in PIECE.findall(text) if len(p) > 1).most_common(vocab - 256)
+    return {piece: 256 + i for i, (piece, _) in enumerate(common)}
+
+
 def tokenize(text: bytes, vocab: int) -> np.ndarray:
     """Token ids of `text`, int64 [n]: ids below 256 are bytes, the others the commonest pieces."""
-    pieces = PIECE.findall(text)
-    common = Counter(p for p in pieces if len(p) > 1).most_common(vocab - 256)
-    ids = {piece: 256 + i for i, (piece, _) in enumerate(common)}
+    ids = vocabulary(text, vocab)
     out: list[int] = []
-    for piece in pieces:
+    for piece in PIECE.findall(text):
         known = ids.get(piece)
         if known is None:
             out.extend(piece)

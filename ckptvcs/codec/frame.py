@@ -49,8 +49,10 @@ def decode_slice(
     count: int,
     base: Words | None = None,
     companion: Companion | None = None,
+    *,
+    own_base: bool = False,
 ) -> Words:
-    """Decode one slice of `count` words.
+    """Decode one slice of `count` words.  A base that is its `own_base` may be changed in place.
 
     `base` is the same slice of the tensor the frame stands on, `companion` the same slice of the
     frame that it names; each None where the frame names none.
@@ -74,7 +76,7 @@ def decode_slice(
     if method == EXCP_MOMENT:
         return excp.decode_moment(payload, count, None, dtype.name)
     if method == NEAR_WEIGHT:
-        return weight.decode_weight(payload, base, count, dtype.name)
+        return weight.decode_weight(payload, base, count, dtype.name, in_place=own_base)
     if method == NEAR_SECOND:
         return moments.decode_second(payload, count, dtype.name)
     if method == NEAR_FIRST:

@@ -134,7 +134,7 @@ def encode_keyframe(words: Words, dtype: str, step: float) -> tuple[bytes, Words
 
 def _apply(
     codes: Codes, base: Words, dtype: str, grid: int, step: np.float32,
-    levels: NDArray[np.uint16], factors: tuple[Rows, Bytes] | None,
+    levels: NDArray[np.uint16], factors: tuple[Rows, Bytes] | None, *, in_place: bool = False,
 ) -> Words:  # fmt: skip
     """Base + levels where there are codes; the words of the base elsewhere."""
     sizes = levels.astype(np.float32)
@@ -148,7 +148,8 @@ def _apply(
             if dtype != "F32":  # rounding must not touch the words of the base
                 out = np.where(codes.values != 0, out, base)
         elif dtype == "F32":
-            out = base.copy()
+            in_place = in_place and base.flags.writeable and codes.largest < TABLE
+            out = base if in_place else base.copy()
             loops.active().change(
                 out.view(np.float32), codes.positions, codes.values, scale, *steps
             )
@@ -185,7 +186,9 @@ def _change(
         out[at] = from_float32(units, dtype)
 
 
-def decode_weight(data: memoryview, base: Words | None, count: int, dtype: str) -> Words:
+def decode_weight(
+    data: memoryview, base: Words | None, count: int, dtype: str, *, in_place: bool = False
+) -> Words:
     """Base (or zero) + levels, on the grid; entries whose code is 0 are the base's words.
 
     Raises:
@@ -208,4 +211,6 @@ def decode_weight(data: memoryview, base: Words | None, count: int, dtype: str) 
         return _keyframe(codes.dense(count), dtype, int(grid))
     if base is None:
         base = np.zeros(count, np.uint32 if dtype == "F32" else np.uint16)
-    return _apply(codes, base, dtype, int(grid), np.float32(step), levels, factors)
+    return _apply(
+        codes, base, dtype, int(grid), np.float32(step), levels, factors, in_place=in_place
+    )

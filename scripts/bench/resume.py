@@ -1,0 +1,153 @@
+"""How well training goes on from a restored state.
+
+python -m scripts.bench.resume RUNS --codec near --codec excp ...
+
+RUNS is a folder of folders of step<N>.pt files, one a run.  At each point, a chain of commits that
+ends there is made and checked out; then training goes on from the restored state and from the true
+one: the same batches, a constant learning rate.  The gap is the difference of their validation
+losses; it is shown as mean and standard error over all runs and points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ckptvcs.repo import Repo
+from scripts.tinygpt import PIECE, TinyGPT, TrainSpec, corpus, learning_rate, vocabulary
+
+STEPS = 60
+POINTS = (750, 1050)
+CHAIN = 5  # deltas before a point, one each 50 steps
+
+
+def validation_tokens(spec: TrainSpec, count: int) -> torch.Tensor:
+    """Tokens of text that training never sees: the standard library's own tests."""
+    ids = vocabulary(corpus(spec.corpus_bytes), spec.vocab)
+    out: list[int] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"], "test").rglob("*.py")):
+        for piece in PIECE.findall(path.read_bytes()):
+            known = ids.get(piece)
+            out.extend(piece if known is None else (known,))
+        if len(out) >= count:
+            break
+    return torch.tensor(out[:count])
+
+
+@torch.no_grad()
+def loss_of(model: TinyGPT, spec: TrainSpec, tokens: torch.Tensor) -> float:
+    """Mean loss over windows of tokens, none used twice."""
+    windows = tokens[: len(tokens) // (spec.context + 1) * (spec.context + 1)]
+    total, rows = 0.0, windows.view(-1, spec.context + 1)
+    for part in rows.split(64):
+        logits = model(part[:, :-1])
+        total += F.cross_entropy(
+            logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+        ).item()
+    return total / (rows.shape[0] * spec.context)
+
+
+def go_on(
+    spec: TrainSpec, state: dict[str, Any], tokens: torch.Tensor, held_out: torch.Tensor
+) -> float:
+    """Validation loss after some steps from a state at a constant learning rate."""
+    model = TinyGPT(spec)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=spec.lr, betas=(0.9, spec.beta2), weight_decay=0.1
+    )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(spec, state["step"])
+    draw = torch.Generator().manual_seed(10_000 + state["step"])
+    for _ in range(STEPS):
+        starts = torch.randint(len(tokens) - spec.context - 1, (spec.batch,), generator=draw)
+        window = torch.stack([tokens[s : s + spec.context + 1] for s in starts.tolist()])
+        loss = F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return loss_of(model, spec, held_out)
+
+
+def restored(run: Path, point: int, codec: str, scratch: Path) -> tuple[dict[str, Any], float]:
+    """The state at a point through a chain of commits; and the ratio of its later ones."""
+    repo = Repo.init(scratch)
+    stored, raw = [], 0
+    for step in range(point - 50 * CHAIN, point + 1, 50):
+        path = run / f"step{step}.pt"
+        stored.append(repo.commit_path(path, message=path.stem, codec=codec).stored_bytes)
+        raw = path.stat().st_size
+    target = scratch / "back.pt"
+    repo.checkout_files(repo.resolve("HEAD"), target, force=True)
+    return torch.load(target, weights_only=True), raw / statistics.mean(stored[1:])
+
+
+def main() -> None:
+    """Run the experiment; a line of CSV for each run, point and codec."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--codec", action="append", required=True)
+    parser.add_argument("--tokens", type=int, default=220_000)
+    parser.add_argument("--csv", type=Path, required=True)
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    spec = TrainSpec()
+    from scripts.tinygpt import tokenize  # noqa: PLC0415
+
+    tokens = torch.from_numpy(np.asarray(tokenize(corpus(spec.corpus_bytes), spec.vocab)))
+    held_out = validation_tokens(spec, options.tokens)
+    for run in sorted(path for path in options.runs.iterdir() if path.is_dir()):
+        for point in POINTS:
+            if not (run / f"step{point}.pt").exists():
+                continue
+            true = torch.load(run / f"step{point}.pt", weights_only=True)
+            beta2 = true["optimizer"]["param_groups"][0]["betas"][1]
+            spec = TrainSpec(beta2=beta2)
+            reference = go_on(spec, true, tokens, held_out)
+            for codec in options.codec:
+                with tempfile.TemporaryDirectory(prefix="ckpt-resume-") as scratch:
+                    state, ratio = restored(run, point, codec, Path(scratch))
+                gap = go_on(spec, state, tokens, held_out) - reference
+                rows.append({"run": run.name, "beta2": beta2, "point": point, "codec": codec,
+                             "ratio": round(ratio, 2), "loss": round(reference, 5),
+                             "gap": round(gap, 5)})  # fmt: skip
+                sys.stderr.write(f"{rows[-1]}\n")
+                with options.csv.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0].keys())
+                    writer.writeheader()
+                    writer.writerows(rows)
+    for line in summary(rows):
+        sys.stdout.write(line + "\n")
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Mean gap and standard error for each beta2 and codec, as lines of a table."""
+    lines = ["| beta2 | codec | ratio | gap | standard error | n |", "|---|---|---|---|---|---|"]
+    for key in dict.fromkeys((row["beta2"], row["codec"]) for row in rows):
+        found = [row for row in rows if (row["beta2"], row["codec"]) == key]
+        gaps = [row["gap"] for row in found]
+        error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+        lines.append(
+            f"| {key[0]} | {key[1]} | {statistics.mean(r['ratio'] for r in found):.1f} "
+            f"| {statistics.mean(gaps):+.4f} | {error:.4f} | {len(gaps)} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
