@@ -50,15 +50,28 @@ def quantize(
 
 
 @njit((_F32, _F32, _FLOAT, _FLOAT), **_EXACT)
-def quantize_units(values: Array, second: Array, step: Any, zone: Any) -> Array:
+def quantize_units(values: Array, second: Array, step: Any, zone: Any) -> Any:
     """See `loops.quantize_units`."""
+    positions = np.empty(values.size, np.int32)
     codes = np.empty(values.size, np.int32)
-    more = np.float32(1) - zone
-    for i in range(values.size):
-        y = values[i] / np.sqrt(second[i])
-        y = (y if second[i] > 0 else np.float32(0)) / step
-        codes[i] = np.int32(y + np.float32(np.copysign(more, y)))
-    return codes
+    units = np.empty(_BLOCK, np.float32)
+    more, found, bad = np.float32(1) - zone, 0, 0
+    for low in range(0, values.size, _BLOCK):
+        high = min(values.size, low + _BLOCK)
+        x, s = values[low:high], second[low:high]
+        for i in range(x.size):
+            y = x[i] / np.sqrt(s[i]) / step
+            y = y if s[i] > 0 else (np.float32(0) if x[i] == 0 else np.float32(np.inf))
+            units[i] = y + np.float32(np.copysign(more, y))
+        for i in range(x.size):
+            y = units[i]
+            if abs(y) >= np.float32(1):
+                bad += not abs(y) < np.float32(1 << 24)
+                positions[found] = low + i
+                codes[found] = np.int32(y) if abs(y) < np.float32(1 << 24) else 0
+                found += 1
+            bad += y != y
+    return positions[:found], codes[:found], bad == 0
 
 
 @njit((_F32, _I32, _FLOAT, _F32, _F32, _INT, _INT), **_EXACT)

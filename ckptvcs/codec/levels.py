@@ -11,25 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec.codes import Integers
-from ckptvcs.codec.planes import sample
 
 Floats = NDArray[np.float32]
 
 _MAX_LEVELS = 15  # larger codes are so few that a level of their own does not pay
-_SAMPLE = 1 << 15
 TABLE = 128  # codes below this in magnitude are looked up
 
 
 def fit_levels(units: Floats, codes: Integers, zone: float) -> NDArray[np.float64]:
     """The mean |units| of each code from 1 up to the largest that is worth a level of its own.
 
-    `units` are in steps; a sample of them decides.  No level is above twice the lower edge of its
+    `units` are in steps.  No level is above twice the lower edge of its
     code: so no value comes back worse than it would from zero.
     """
-    size = np.abs(sample(codes, _SAMPLE))
+    size = np.abs(codes)
     top = min(int(size.max(initial=0)), _MAX_LEVELS)
     small = size <= top
-    values = np.abs(sample(units, _SAMPLE)[small])
+    values = np.abs(units[small])
     counts = np.bincount(size[small], minlength=top + 1)[1:]
     sums = np.bincount(size[small], values, minlength=top + 1)[1:]
     plain = np.arange(1, top + 1, dtype=np.float64)

@@ -62,14 +62,20 @@ def quantize(
     return codes
 
 
-def quantize_units(values: Floats, second: Floats, step: np.float32, zone: np.float32) -> Integers:
-    """Codes of values / sqrt(second), 0 where second is."""
-    units = np.divide(values, np.sqrt(second), out=np.zeros_like(values), where=second > 0)
-    units /= step
-    units += np.copysign(np.float32(1) - zone, units)
-    with np.errstate(invalid="ignore"):
-        codes: Integers = units.astype(np.int32)
-    return codes
+def quantize_units(
+    values: Floats, second: Floats, step: np.float32, zone: np.float32
+) -> tuple[Positions, Integers, bool]:
+    """The codes of values / sqrt(second) / step that are not 0, and where they are.
+
+    False where a value is not finite, is not 0 where second is, or has a code from 2^24 on.
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        units = values / np.sqrt(second) / step
+        units[(second == 0) & (values == 0)] = 0
+        good = bool((np.abs(units) < 1 << 23).all())
+        units += np.copysign(np.float32(1) - zone, units)
+        found = np.flatnonzero(np.abs(units) >= 1)
+        return found.astype(np.int32), units[found].astype(np.int32), good
 
 
 def restore(

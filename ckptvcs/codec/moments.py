@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import loops
-from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
+from ckptvcs.codec.codes import Codes, Integers, get_codes, put_codes
 from ckptvcs.codec.levels import amounts_of, fit_levels
 from ckptvcs.codec.planes import Bytes, get_section, put_section, sample
 from ckptvcs.codec.rows import HALVES, Rows, get_rows, half_powers, take
@@ -26,7 +26,7 @@ _FACTORS = struct.Struct("<hII")  # exponent of the smallest row, columns, start
 _FIRST = struct.Struct("<fB")  # step, levels
 _LEAST = np.float32(2.0**-120)  # far below any optimizer's epsilon, squared
 _LARGEST_STEP = 1e30
-_FEW = 1 / 4  # of the entries; then their positions are stored
+_LEAST_SPREAD = 1e-30
 
 
 def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] | None:
@@ -60,6 +60,18 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] |
     stored = codes.astype(np.uint8)
     payload = _FACTORS.pack(low, rows.columns, rows.start) + put_section(stored)
     return payload, _product(stored, low, rows, words.size, dtype)
+
+
+def row_logs(payload: bytes, count: int) -> tuple[Rows, Floats]:
+    """log2 of each row's geometric mean in a slice that `encode_second` made; NaN for zeros."""
+    (low, columns, start), at = take(_FACTORS, memoryview(payload), 0)
+    rows = Rows(int(columns), int(start))
+    height = rows.count(count)
+    codes, _ = get_section(memoryview(payload), at, height + rows.columns)
+    column = codes[height:][codes[height:] > 0]
+    middle = float(column.mean() - 1) if column.size else 0.0
+    logs = (codes[:height].astype(np.float32) - 1 + low + middle) / 2
+    return rows, np.where(codes[:height] > 0, logs, np.float32(np.nan))
 
 
 def _column_means(
@@ -125,29 +137,29 @@ def encode_first(
     not zero where `second` is.
     """
     values = to_float32(words, dtype)
-    if not np.isfinite(loops.active().extent(values)[1]):
-        return None
     squares = np.ones(1, np.float32) if second is None else to_float32(second, dtype)
-    if loops.active().extent(squares)[0] == 0 and (values[squares == 0] != 0).any():
+    spread = _spread(sample(values), squares if second is None else sample(squares))
+    width = (
+        np.float32(min(step * spread, _LARGEST_STEP)) if spread > _LEAST_SPREAD else np.float32(1)
+    )
+    if second is None:
+        squares = np.ones(values.size, np.float32)
+    found, kept, good = loops.active().quantize_units(values, squares, width, np.float32(zone))
+    if not good:
         return None
-    units = _units(sample(values), sample(squares) if second is not None else squares)
-    spread = float(np.sqrt(np.mean(np.square(units, dtype=np.float64)))) if units.size else 0.0
-    width = np.float32(min(step * spread, _LARGEST_STEP)) if spread > 1e-30 else np.float32(1)
-    squares = np.broadcast_to(squares, values.shape)
-    codes = loops.active().quantize_units(values, squares, width, np.float32(zone))
-    found, kept = Codes(None, codes).sparse()
-    few = Codes(found, kept) if found.size < _FEW * codes.size else Codes(None, codes)
-    if kept.size and int(np.abs(kept).max()) >= MAX_CODE:
-        return None
-    exact = _units(values[found], squares[found]) / width
-    levels = (fit_levels(exact, kept, zone) * float(width)).astype("<f4")
-    payload = _FIRST.pack(width, levels.size) + levels.tobytes() + put_codes(few, codes.size)
-    return payload, _moment(Codes(found, kept), second, words.size, dtype, width, levels)
+    units = values[found] / np.sqrt(squares[found]) / width
+    levels = (fit_levels(units, kept, zone) * float(width)).astype("<f4")
+    codes = Codes(found, kept)
+    payload = _FIRST.pack(width, levels.size) + levels.tobytes() + put_codes(codes, words.size)
+    return payload, _moment(codes, second, words.size, dtype, width, levels)
 
 
-def _units(values: Floats, squares: Floats) -> Floats:
-    root = np.sqrt(squares)
-    return np.divide(values, root, out=np.zeros_like(values), where=root > 0)
+def _spread(values: Floats, squares: Floats) -> float:
+    """The root mean square of values / sqrt(squares), where that is finite."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        units = values / np.sqrt(squares)
+        units = units[np.isfinite(units)]
+        return float(np.sqrt(np.mean(np.square(units, dtype=np.float64)))) if units.size else 0.0
 
 
 def _moment(

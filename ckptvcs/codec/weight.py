@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ckptvcs.codec import loops
 from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
 from ckptvcs.codec.levels import TABLE, amounts_of, fit_levels, signed_table
-from ckptvcs.codec.planes import Bytes, get_section, put_section
+from ckptvcs.codec.planes import Bytes, get_section, put_section, sample
 from ckptvcs.codec.rows import NEUTRAL, QUARTERS, Rows, get_rows, take
 from ckptvcs.codec.words import Words, from_float32, to_float32
 from ckptvcs.errors import CorruptionError
@@ -26,6 +26,7 @@ Floats = NDArray[np.float32]
 _HEAD = struct.Struct("<hfBII")  # grid, step, levels, columns (0: no row factors), start
 _FINENESS = 3  # a step is at least 2^3 units of the grid
 _GRIDS = range(-120, 140)  # where float32 holds every multiple below 2^24 exactly
+_SAMPLE = 1 << 15  # words that levels are fitted on
 _FACTOR_LIMIT = 2.5  # of a row's step, in natural logarithm
 
 
@@ -41,17 +42,16 @@ def choose_grid(smallest_step: float, largest: float) -> int | None:
     return grid if grid in _GRIDS and grid > fine - _FINENESS else None
 
 
-def row_factors(second: Floats, rows: Rows, middle: float, gamma: float) -> Bytes:
-    """Row factors of steps, as stored: (geometric mean of `second` in the row / middle)^(-gamma/2),
-    within e^2.5 of 1.  Rows of zeros only get the factor 1.
+def row_factors(logs: Floats, middle: float, gamma: float) -> Bytes:
+    """Row factors of steps, as stored: (second moment / its middle)^(-gamma / 2), within e^2.5 of 1.
+
+    `logs` has log2 of the second moment of each row, NaN where there is none, `middle` that of the
+    model.
     """
-    sums, counts, _, _ = loops.active().log_sums(
-        second, rows.columns, rows.start, rows.count(second.size)
-    )
-    octaves = -gamma / 2 * (sums / np.maximum(counts, 1) - np.log2(middle))
+    octaves = -gamma / 2 * (logs - np.float32(middle))
     limit = _FACTOR_LIMIT / np.log(2)
     stored = np.rint(4 * np.clip(octaves, -limit, limit)) + NEUTRAL
-    return np.where(counts > 0, stored, NEUTRAL).astype(np.uint8)
+    return np.where(np.isnan(logs), NEUTRAL, stored).astype(np.uint8)
 
 
 def _largest(values: Floats) -> float:
@@ -106,12 +106,11 @@ def _fit(
     values: Floats, before: Floats, scale: np.float32, step: np.float32, factors: Floats,
     rows: Rows, codes: Integers, zone: float,
 ) -> NDArray[np.uint16]:  # fmt: skip
-    """Levels in units of the grid, from a sample of whole words."""
-    stride = max(1, values.size >> 15)
-    picked = slice(None, None, stride)
-    units = values[picked] * scale - np.rint(before[picked] * scale)
-    units /= step * factors[rows.of(np.arange(0, values.size, stride))]
-    means = fit_levels(units, codes[picked], zone) * float(step)
+    """Levels in units of the grid, from a sample."""
+    places = sample(np.arange(values.size, dtype=np.int32), _SAMPLE)
+    units = sample(values, _SAMPLE) * scale - np.rint(sample(before, _SAMPLE) * scale)
+    units /= step * (factors if factors.size == 1 else factors[rows.of(places)])
+    means = fit_levels(units, sample(codes, _SAMPLE), zone) * float(step)
     return np.clip(np.rint(means), 1, 65535).astype("<u2")
 
 

@@ -18,11 +18,10 @@ from ckptvcs.codec.frame import (
     NEAR_SCALED_FIRST,
     NEAR_SECOND,
     NEAR_WEIGHT,
-    SLICE_WORDS,
     put_slice,
     slice_counts,
 )  # fmt: skip
-from ckptvcs.codec.moments import encode_first, encode_second
+from ckptvcs.codec.moments import encode_first, encode_second, row_logs
 from ckptvcs.codec.planes import Bytes, sample
 from ckptvcs.codec.rows import Rows
 from ckptvcs.codec.spec import NearSpec
@@ -96,7 +95,9 @@ def _weighted_median(values: list[float], weights: list[int]) -> float:
 
 @dataclass(frozen=True)
 class NearPlan:
-    """What all groups of a commit share: the scale of residuals, the middle of second moments."""
+    """What all groups of a commit share: the scale of residuals, the middle of log2 of second
+    moments.
+    """
 
     spec: NearSpec
     residual: float
@@ -120,7 +121,7 @@ class NearPlan:
             residual = float(np.sqrt(np.average(energy, weights=sizes)))
         known = [(row.second, row.words) for row in rows if row.second is not None]
         second = _weighted_median([s for s, _ in known], [w for _, w in known]) if known else 0.0
-        return cls(spec, residual, 2.0**second)
+        return cls(spec, residual, second)
 
 
 def _rows(target: Target, number: int, words: int) -> Rows:
@@ -157,7 +158,8 @@ class NearCoder:
         if group.first is not None or group.second is not None:
             self._moments(number, coded)
         if group.weight is not None:
-            coded[group.weight.number] = self._weight(group.weight, number)
+            second = None if group.second is None else coded[group.second.number]
+            coded[group.weight.number] = self._weight(group.weight, number, second)
         for target in group.others:
             coded[target.number] = (
                 next(self._seconds(target, number)) if target.squared
@@ -239,7 +241,7 @@ class NearCoder:
 
     # -- weights -------------------------------------------------------------------------------
 
-    def _weight(self, target: Target, number: int) -> _Measured:
+    def _weight(self, target: Target, number: int, second: _Measured | None) -> _Measured:
         words, base = target.tensor.slice(number), self._group.base
         encoded = None
         if base is None or self._keyframe:
@@ -249,7 +251,7 @@ class NearCoder:
         else:
             encoded = encode_delta(
                 words, base.slice(number), target.dtype, self._delta_step(), self._plan.spec.zone,
-                self._row_factors(target, number),
+                self._row_factors(target, number, second),
             )  # fmt: skip
         if encoded is not None:
             stands = base is not None and not self._keyframe
@@ -277,13 +279,15 @@ class NearCoder:
         trained = group.first is not None or group.second is not None or group.others
         return _FIRST_STEP * scale.weight if trained else None
 
-    def _row_factors(self, target: Target, number: int) -> tuple[Rows, Bytes] | None:
-        gamma, second = self._plan.spec.gamma, self._group.second
-        if not gamma or second is None:
+    def _row_factors(
+        self, target: Target, number: int, second: _Measured | None
+    ) -> tuple[Rows, Bytes] | None:
+        """Factors of steps by the second moments of rows; None where these say nothing of rows."""
+        gamma = self._plan.spec.gamma
+        if not gamma or second is None or second[0].data[0] != NEAR_SECOND:
             return None
-        values = second.floats(number)
-        if not np.isfinite(values).all():
+        words = second[0].source.size
+        rows, logs = row_logs(second[0].data[1:], words)
+        if rows.columns < _LEAST_ROW:
             return None
-        columns = target.columns * -(-_LEAST_ROW // target.columns)
-        rows = Rows(columns, number * SLICE_WORDS % columns)
-        return rows, row_factors(values, rows, self._plan.second, gamma)
+        return rows, row_factors(logs, self._plan.second, gamma)
