@@ -78,29 +78,41 @@ def put_codes(codes: Codes, count: int) -> bytes:
 
 def _put_all(codes: Integers) -> bytes:
     bitmap = np.packbits(codes != 0)
-    values = loops.active().kept(codes, bitmap)
-    if values.size > _DENSE_SHARE * codes.size:
+    count = int(np.count_nonzero(codes))
+    if count > _DENSE_SHARE * codes.size:
         return _BYTE.pack(DENSE) + _put_dense(codes)
-    return _BYTE.pack(SPARSE) + put_bitmap(bitmap, codes.size, values.size) + _put_signed(values)
+    active, sizes = loops.active(), np.abs(codes)
+    large = np.packbits(sizes > 1)
+    rest = active.kept(sizes, large)
+    signs = active.extract(np.packbits(codes < 0), bitmap)
+    head = _BYTE.pack(SPARSE) + put_bitmap(bitmap, codes.size, count) + put_section(signs)
+    plane = put_bitmap(active.extract(large, bitmap), count, rest.size)
+    return head + _put_sizes(count, plane, rest)
 
 
 def _put_signed(values: Integers) -> bytes:
     """Codes that are not zero."""
-    parts = [put_section(np.packbits(values < 0))]
-    rest = np.abs(values)
-    planes: list[bytes] = []
-    level = 1
+    sizes = np.abs(values)
+    large = sizes > 1
+    plane = put_mask(large)
+    return put_section(np.packbits(values < 0)) + _put_sizes(values.size, plane, sizes[large])
+
+
+def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:
+    """The sizes of `count` codes, of which those that `plane` keeps are above 1: `rest`."""
+    planes = [plane] if rest.size else []
+    level = 2
     while rest.size and level <= _MAX_PLANES:
         above = rest > level
         if not above.any():
             rest = rest[:0]
+        elif np.count_nonzero(above) > _UNARY_SHARE * rest.size:
             break
-        if np.count_nonzero(above) > _UNARY_SHARE * rest.size:
-            break
-        planes.append(put_mask(above))
-        rest = rest[above]
-        level += 1
-    parts += [_BYTE.pack(len(planes)), *planes, _COUNT.pack(rest.size)]
+        else:
+            planes.append(put_mask(above))
+            rest = rest[above]
+            level += 1
+    parts = [_BYTE.pack(len(planes)), *planes, _COUNT.pack(rest.size)]
     if rest.size:
         parts.append(_put_words((rest - level).astype(np.uint32)))
     return b"".join(parts)

@@ -28,6 +28,11 @@ _BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
 _SIZES = _BYTES.sum(1).astype(np.int64)
 _PLACES = np.argsort(1 - _BYTES, axis=1, kind="stable").astype(np.int32)
 """For each byte: where its bits are, from the top one on, those that are set first."""
+_EXTRACTED = np.zeros((256, 256), np.uint8)
+for _bit in range(8):
+    _here = _BYTES[:, _bit].astype(bool)
+    _EXTRACTED[_here] = (_EXTRACTED[_here] << 1) | _BYTES[:, _bit]
+"""For each mask and byte: the bits that the mask keeps, in the lowest bits."""
 
 
 @njit((_F32, _F32, _FLOAT, _F32, _INT, _INT, _FLOAT), **_EXACT)
@@ -129,6 +134,26 @@ def kept(codes: Array, bitmap: Array) -> Array:
         out[count] = codes[i]
         count += codes[i] != 0
     return out[:count].copy()
+
+
+@njit((_U8, _U8), **_EXACT)
+def extract(bits: Array, mask: Array) -> Array:
+    """See `loops.extract`."""
+    out = np.empty(bits.size, np.uint8)
+    done, waiting, filled = 0, np.int64(0), np.int64(0)
+    for byte in range(bits.size):
+        kept = mask[byte]
+        waiting = (waiting << _SIZES[kept]) | _EXTRACTED[kept, bits[byte]]
+        filled += _SIZES[kept]
+        if filled >= 8:
+            filled -= 8
+            out[done] = waiting >> filled
+            waiting &= (np.int64(1) << filled) - 1
+            done += 1
+    if filled:
+        out[done] = waiting << (8 - filled)
+        done += 1
+    return out[:done]
 
 
 @njit((_U8, _INT), **_EXACT)

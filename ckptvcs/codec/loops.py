@@ -106,6 +106,12 @@ def kept(codes: Integers, bitmap: Bytes) -> Integers:
     return found
 
 
+def extract(bits: Bytes, mask: Bytes) -> Bytes:
+    """The bits that a mask of as many bits keeps, in order, the first in the top bit of a byte."""
+    kept_bits = np.unpackbits(bits)[np.unpackbits(mask).view(np.bool_)]
+    return np.packbits(kept_bits)
+
+
 def bit_positions(bitmap: Bytes, count: int) -> Positions:
     """Where the set bits among the first `count` are."""
     return np.flatnonzero(np.unpackbits(bitmap, count=count))

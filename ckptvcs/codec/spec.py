@@ -32,11 +32,11 @@ class NearSpec:
     that nothing divides.  `zone` is where a code stops being 0, in steps.
     """
 
-    step: float = 1.7
+    step: float = 1.8
     zone: float = 0.5
     gamma: float = 0.2
     cap: float = 2.5
-    moment_step: float = 5.0
+    moment_step: float = 6.5
     momentum_step: float = 1.5
 
 
@@ -50,7 +50,9 @@ class CodecSpec:
 
 PRESETS = {
     "near": CodecSpec("near", NearSpec()),
-    "small": CodecSpec("small", NearSpec(step=2.6, zone=0.66, gamma=0.5, cap=6.0)),
+    "small": CodecSpec(
+        "small", NearSpec(step=2.75, zone=0.66, gamma=0.5, cap=6.0, moment_step=8.0)
+    ),
     "lossless": CodecSpec("lossless"),
     "excp": CodecSpec("excp", ExcpSpec()),
     "excp-max": CodecSpec("excp-max", ExcpSpec(multiplier=2.5)),
