@@ -37,7 +37,7 @@ from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
 from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import ordered_map
-from ckptvcs.source import Progress, SourceTensor
+from ckptvcs.source import Progress, SourceTensor, find_masters
 from ckptvcs.store.object import Kind, ObjectId, object_id
 
 
@@ -118,6 +118,7 @@ class Encoder:
         self._writers = {
             name: PartWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
         }
+        self._masters = find_masters(checkpoint) if isinstance(spec.settings, NearSpec) else {}
         self._known = {
             name for name, row in self._numbers.items()
             if catalog.has_recipe(object_id(Kind.VALUES, self._table(row)))
@@ -178,12 +179,14 @@ class Encoder:
         for number, info in enumerate(self._infos):
             if info.inline:
                 continue
-            key: object = number
+            key: object = self._masters.get(number, number)
             if info.role in MOMENTS:
                 # Moments of one parameter have all of their names but the last step in common.
                 weight = info.pair
                 alone = weight is None or self._infos[weight].inline
-                key = (info.name.rpartition(".")[0], info.words) if alone else weight
+                key = (info.name.rpartition(".")[0], info.words)
+                if weight is not None and not alone:
+                    key = self._masters.get(weight, weight)
             groups.setdefault(key, []).append(number)
         return list(groups.values())
 
@@ -310,7 +313,9 @@ class Encoder:
             )
 
     def _near_group(self, lossy: list[int]) -> Group:
-        targets = {self._infos[number].role: self._target(number) for number in lossy}
+        copies = tuple(self._target(n) for n in lossy if self._masters.get(n) in lossy)
+        own = [number for number in lossy if self._masters.get(number) not in lossy]
+        targets = {self._infos[number].role: self._target(number) for number in own}
         weight = targets.pop(WEIGHT, None)
         second = next((targets[role] for role in targets if role in SECOND), None)
         first = next(
@@ -324,7 +329,7 @@ class Encoder:
         rules = self._checkpoint.rules
         rule = next((rules[number] for number in moments if number in rules), Rule())
         words = self._infos[lossy[0]].words
-        return Group(words, weight, base, first, second, others, rule)
+        return Group(words, weight, base, first, second, others, copies, rule)
 
     def _excp_coder(
         self, left: list[int], group: list[int], spec: ExcpSpec

@@ -10,8 +10,9 @@ from blake3 import blake3
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_read
+from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
-from ckptvcs.codec.words import Words, octets, word_type
+from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_type
 from ckptvcs.parallel import ordered_map
 
 Progress = Callable[[int], None]
@@ -81,3 +82,38 @@ def _scan_state(checkpoint: Checkpoint) -> dict[int, bytes]:
 
     numbers = [n for n, info in enumerate(checkpoint.schema.tensors) if not info.inline]
     return dict(zip(numbers, ordered_map(hash_tensor, numbers), strict=True))
+
+
+def find_masters(checkpoint: Checkpoint) -> dict[int, int]:
+    """16-bit weights that are the rounding of float32 weights of the checkpoint -> these, by
+    position in the schema.
+
+    A master has the shape of its copy and, but for the first steps, its name; or it is state of the
+    optimizer that is paired with it.
+    """
+    masters: dict[object, int] = {}
+    weights = [n for n, info in enumerate(checkpoint.schema.tensors)
+               if info.role == WEIGHT and info.part == "model" and not info.inline]  # fmt: skip
+    for number in weights:
+        info = checkpoint.schema.tensors[number]
+        if info.dtype == "F32":
+            key = info.pair if info.pair is not None else (info.name.partition(".")[2], info.shape)
+            masters.setdefault(key, number)
+    found = {}
+    for number in weights:
+        info = checkpoint.schema.tensors[number]
+        if info.dtype in ("BF16", "F16"):
+            master = masters.get(number, masters.get((info.name.partition(".")[2], info.shape)))
+            if master is not None and _is_rounding(checkpoint, number, master):
+                found[number] = master
+    return found
+
+
+def _is_rounding(checkpoint: Checkpoint, copy: int, master: int) -> bool:
+    near, exact = SourceTensor(checkpoint, copy), SourceTensor(checkpoint, master)
+    for index in range(len(slice_counts(near.info.words))):
+        values = to_float32(exact.slice(index), "F32")
+        with np.errstate(over="ignore"):
+            if not np.array_equal(from_float32(values, near.info.dtype), near.slice(index)):
+                return False
+    return True

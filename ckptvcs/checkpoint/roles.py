@@ -37,6 +37,12 @@ SECOND = frozenset({
 })  # fmt: skip
 """Keys of optimizer state that are averages of squared gradients."""
 
+MASTERS = frozenset({
+    "master_param", "master_params", "master_weight", "master_weights", "master", "fp32_param",
+    "param_fp32",
+})  # fmt: skip
+"""Keys of optimizer state that are the weights themselves, in float32: they belong to the model."""
+
 MOMENTS = frozenset(FIRST) | SECOND
 """Keys of optimizer state that lossy coding knows how to treat."""
 
@@ -107,8 +113,9 @@ def assign_roles(files: list[tuple[str, Layout]]) -> list[list[Role]]:
     for optimizer in optimizers:
         for slot in (slot for group in optimizer.groups for slot in group):
             for key, found in slot.state.items():
-                by_id[id(found)].part = "optimizer"
-                by_id[id(found)].role = key
+                master = key in MASTERS and found.dtype == "F32"
+                by_id[id(found)].part = "model" if master else "optimizer"
+                by_id[id(found)].role = WEIGHT if master else key
                 by_id[id(found)].rule = slot.rule
     candidates = [
         (found, number)

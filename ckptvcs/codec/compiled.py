@@ -132,7 +132,7 @@ def kept(codes: Array, bitmap: Array) -> Array:
             count += _SIZES[bits]
     for i in range(8 * whole, codes.size):
         out[count] = codes[i]
-        count += codes[i] != 0
+        count += (bitmap[whole] >> (7 - (i & 7))) & 1
     return out[:count].copy()
 
 

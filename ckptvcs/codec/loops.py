@@ -101,8 +101,8 @@ def extent(values: Floats) -> tuple[float, float]:
 
 
 def kept(codes: Integers, bitmap: Bytes) -> Integers:
-    """The codes that are not 0; `bitmap` has their bits, the first in the top bit."""
-    found: Integers = codes[codes != 0]
+    """The codes whose bit in `bitmap` is set, the first in the top bit."""
+    found: Integers = codes[np.unpackbits(bitmap, count=codes.size).view(np.bool_)]
     return found
 
 

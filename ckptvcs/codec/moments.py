@@ -49,9 +49,11 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] |
     row_sums, in_row, sums, in_column = loops.active().log_sums(
         values, rows.columns, rows.start, rows.count(words.size)
     )
-    row = row_sums / np.maximum(in_row, 1)
-    column = _column_means(row, in_row, sums, in_column, rows, values)
-    row_codes, low = _exponents(row, in_row)
+    row_codes, low = _exponents(row_sums / np.maximum(in_row, 1), in_row)
+    # What rounding took from the rows goes to the columns.
+    rounded = np.where(row_codes > 0, row_codes - 1 + low, 0).astype(np.float32)
+    rounded /= 2
+    column = _column_means(rounded, in_row, sums, in_column, rows, values)
     column_codes, column_low = _exponents(column, in_column)
     low += column_low
     codes = np.concatenate((row_codes, column_codes))
@@ -77,7 +79,7 @@ def row_logs(payload: bytes, count: int) -> tuple[Rows, Floats]:
 def _column_means(
     row: Floats, in_row: Integers, sums: Floats, in_column: Integers, rows: Rows, values: Floats
 ) -> Floats:
-    """The mean of log2(value) - its row's mean over what is above zero in each column."""
+    """The mean of log2(value) - its row over what is above zero in each column."""
     total = np.asarray(row * in_row, np.float64).sum()
     if int(in_row.sum()) == values.size and values.size == rows.columns * in_row.size:
         return np.asarray(sums / np.maximum(in_column, 1) - total / values.size, np.float32)

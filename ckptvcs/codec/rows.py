@@ -18,8 +18,8 @@ NEUTRAL = 128
 
 def _powers(numerators: NDArray[np.int64], parts: int) -> Floats:
     """2^(numerator / parts), for parts 1, 2 or 4: a root from the table, times a power of two."""
-    roots: Floats = _ROOTS[numerators % parts * (4 // parts)]
-    powers = np.ldexp(roots, (numerators // parts).astype(np.int32), dtype=np.float32)
+    roots = _ROOTS[numerators % parts * (4 // parts)].astype(np.float64)
+    powers = np.ldexp(roots, numerators // parts)
     return np.asarray(powers, np.float32)
 
 

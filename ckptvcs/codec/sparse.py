@@ -75,8 +75,7 @@ def _put_gaps(positions: Positions, count: int) -> bytes:
 def _with_low_bits(positions: Positions, low: NDArray[np.int32], shift: int) -> Positions:
     """Positions of gaps to which `low` bits below `shift` belong."""
     gaps = np.diff(positions, prepend=-1) - 1
-    found = np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1
-    return found
+    return np.asarray(np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1, np.int64)
 
 
 def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int]:

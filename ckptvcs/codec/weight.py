@@ -31,19 +31,19 @@ _FACTOR_LIMIT = 2.5  # of a row's step, in natural logarithm
 
 
 def choose_grid(smallest_step: float, largest: float) -> int | None:
-    """The exponent of the grid for steps from `smallest_step` on and values up to `largest`.
+    """The exponent of the grid for steps from `smallest_step` on and values below `largest`.
 
     None where no grid is fine enough for the steps and small enough for float32.
     """
     if not smallest_step > 1e-36:
         return None
     fine = int(np.ceil(_FINENESS - np.log2(smallest_step)))
-    grid = min(fine, 23 - int(np.frexp(largest)[1]))
+    grid = min(fine, int(np.floor(np.log2(MAX_CODE / largest))))
     return grid if grid in _GRIDS and grid > fine - _FINENESS else None
 
 
 def row_factors(logs: Floats, middle: float, gamma: float) -> Bytes:
-    """Row factors of steps, as stored: (second moment / its middle)^(-gamma / 2), within e^2.5 of 1.
+    """Row factors of steps, as stored: (second moment / middle)^(-gamma / 2), within e^2.5 of 1.
 
     `logs` has log2 of the second moment of each row, NaN where there is none, `middle` that of the
     model.
@@ -74,7 +74,9 @@ def encode_delta(
     least = step * float(scales.min(initial=1))
     sizes = _largest(values), _largest(before)
     finite = all(map(np.isfinite, sizes))
-    grid = choose_grid(least, max(*sizes, least)) if finite else None
+    # Twice the largest step more than any value: what is decoded stays below 2^24 on the grid too.
+    room = 2 * step * float(scales.max(initial=1))
+    grid = choose_grid(least, max(sizes) + room) if finite else None
     if grid is None:
         return None
     scale = np.float32(2.0**grid)

@@ -114,7 +114,8 @@ class Group:
     """What is coded together, all of as many words: a weight and its base, its moments.
 
     A weight without moments, and moments whose weight is not known, are groups too.  `first` is
-    what the optimizer divides by the root of `second`; `others` are coded by themselves.
+    what the optimizer divides by the root of `second`; `others` are coded by themselves;
+    `copies` are the weight rounded to 16 bits.
     """
 
     words: int
@@ -123,6 +124,7 @@ class Group:
     first: Target | None = None
     second: Target | None = None
     others: tuple[Target, ...] = ()
+    copies: tuple[Target, ...] = ()
     rule: Rule = field(default_factory=Rule)
 
     def residual(self, number: int) -> Floats | None:

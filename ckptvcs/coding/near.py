@@ -18,6 +18,7 @@ from ckptvcs.codec.frame import (
     NEAR_SCALED_FIRST,
     NEAR_SECOND,
     NEAR_WEIGHT,
+    ROUNDED,
     put_slice,
     slice_counts,
 )  # fmt: skip
@@ -26,7 +27,7 @@ from ckptvcs.codec.planes import Bytes, sample
 from ckptvcs.codec.rows import Rows
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
-from ckptvcs.codec.words import to_float32
+from ckptvcs.codec.words import from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
 from ckptvcs.coding.measure import measure_moment, measure_step, measure_weight
@@ -145,11 +146,14 @@ class NearCoder:
         self, group: Group, plan: NearPlan, scale: Scale | None, *, keyframe: bool
     ) -> None:
         self._group, self._plan, self._scale, self._keyframe = group, plan, scale, keyframe
-        named = (group.second, group.weight, group.first, *group.others)
+        named = (group.second, group.weight, *group.copies, group.first, *group.others)
         self.members = tuple(target for target in named if target is not None)
-        self.companions = {}
+        self.companions: dict[int, int] = {}
         if group.first is not None and group.second is not None:
-            self.companions = {self.members.index(group.first): 0}
+            self.companions[self.members.index(group.first)] = 0
+        if group.weight is not None:
+            for copy in group.copies:
+                self.companions[self.members.index(copy)] = self.members.index(group.weight)
 
     def code(self, number: int) -> CodedGroup:
         """Code one slice of each member."""
@@ -160,6 +164,11 @@ class NearCoder:
         if group.weight is not None:
             second = None if group.second is None else coded[group.second.number]
             coded[group.weight.number] = self._weight(group.weight, number, second)
+            master = to_float32(coded[group.weight.number][0].decoded, "F32")
+            for target in group.copies:
+                near = from_float32(master, target.dtype)
+                copy = CodedSlice(put_slice(ROUNDED, b""), near, target.tensor.slice(number))
+                coded[target.number] = copy, Errors()
         for target in group.others:
             coded[target.number] = (
                 next(self._seconds(target, number)) if target.squared

@@ -50,7 +50,7 @@ def loss_of(model: TinyGPT, spec: TrainSpec, tokens: torch.Tensor) -> float:
     """Mean loss over windows of tokens, none used twice."""
     windows = tokens[: len(tokens) // (spec.context + 1) * (spec.context + 1)]
     total, rows = 0.0, windows.view(-1, spec.context + 1)
-    for part in rows.split(64):
+    for part in torch.split(rows, 64):
         logits = model(part[:, :-1])
         total += F.cross_entropy(
             logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"

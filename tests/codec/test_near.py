@@ -1,0 +1,310 @@
+"""Near slices: what is promised comes back, on any machine, and no value comes back worse."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptvcs.codec import loops
+from ckptvcs.codec.codes import Codes, get_codes, put_codes
+from ckptvcs.codec.frame import (
+    NEAR_FIRST,
+    NEAR_SCALED_FIRST,
+    NEAR_SECOND,
+    NEAR_WEIGHT,
+    Companion,
+    decode_slice,
+    put_slice,
+)  # fmt: skip
+from ckptvcs.codec.moments import encode_first, encode_second, row_logs
+from ckptvcs.codec.planes import Bytes
+from ckptvcs.codec.rows import Rows
+from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
+from ckptvcs.codec.words import from_float32, to_float32
+from ckptvcs.dtypes import DTYPES
+from ckptvcs.errors import CorruptionError
+
+DTYPE_NAMES = st.sampled_from(["F32", "F16", "BF16"])
+
+
+def normal(count: int, seed: int, scale: float = 1.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(count) * scale).astype(np.float32)
+
+
+def decode(
+    method: int, data: bytes, dtype: str, count: int, base: np.ndarray | None = None,
+    companion: bytes | None = None,
+) -> np.ndarray:  # fmt: skip
+    beside = None if companion is None else Companion(memoryview(companion))
+    return decode_slice(memoryview(put_slice(method, data)), DTYPES[dtype], count, base, beside)
+
+
+# -- codes -------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(0, 3000), st.sampled_from([0.0, 0.01, 0.2, 1.0, 30.0, 1e5]), st.integers(0, 2**32),
+    st.booleans(),
+)  # fmt: skip
+def test_codes_come_back(count: int, spread: float, seed: int, outlier: bool) -> None:
+    codes = np.rint(normal(count, seed, spread)).astype(np.int32)
+    if outlier and count:
+        codes[seed % count] = (1 << 24) - 1
+    sparse = Codes(*Codes(None, codes).sparse())
+    for form in (Codes(None, codes), sparse):
+        data = put_codes(form, count)
+        back, end = get_codes(memoryview(data), 0, count)
+        assert end == len(data)
+        assert np.array_equal(back.dense(count), codes)
+        assert back.largest == (int(np.abs(codes).max()) if count else 0)
+
+
+@pytest.mark.parametrize("step", [0.01, 0.1, 0.3, 0.5, 0.8, 1.0, 1.3, 1.6, 1.9, 2.3, 2.75, 3.2])
+def test_codes_are_near_their_entropy(step: float) -> None:
+    values = normal(1 << 18, 0) / np.float32(step)
+    codes = (values + np.copysign(np.float32(0.5), values)).astype(np.int32)
+    _, counts = np.unique(codes, return_counts=True)
+    share = counts / codes.size
+    entropy = -(share * np.log2(share)).sum() * codes.size
+    assert 8 * len(put_codes(Codes(None, codes), codes.size)) <= 1.03 * entropy
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 3000), DTYPE_NAMES, st.integers(0, 2**32), st.floats(-5, 0.5),
+    st.sampled_from([0.5, 0.66, 1.0]), st.integers(0, 60),
+)  # fmt: skip
+def test_weights_come_back(
+    count: int, dtype: str, seed: int, exponent: float, zone: float, columns: int
+) -> None:
+    base = from_float32(normal(count, seed, 0.1), dtype)
+    move = 10**exponent * 0.1
+    words = from_float32(to_float32(base, dtype) + normal(count, seed + 1, move), dtype)
+    factors: tuple[Rows, Bytes] | None = None
+    if columns:
+        rows = Rows(columns, seed % columns)
+        stored = np.random.default_rng(seed).integers(114, 143, rows.count(count))
+        factors = rows, stored.astype(np.uint8)
+    found = encode_delta(words, base, dtype, 1.5 * move, zone, factors)
+    if found is None:
+        assert move < 1e-5  # too fine for any grid
+        return
+    data, promised = found
+    back = decode(NEAR_WEIGHT, data, dtype, count, base)
+    assert back.tobytes() == promised.tobytes()
+    true, near, old = (to_float32(w, dtype).astype(np.float64) for w in (words, back, base))
+    unit = 2.0 ** -int(np.frombuffer(data[:2], "<i2")[0])
+    slack = unit + np.abs(true) * {"F32": 2**-23, "F16": 2**-10, "BF16": 2**-7}[dtype]
+    assert (np.abs(near - true) <= np.abs(old - true) + slack).all()
+    if dtype == "F32":  # what has changed is on the grid
+        changed = back != base
+        assert np.array_equal(near[changed] / unit, np.rint(near[changed] / unit))
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**32), st.floats(1e-6, 1e3))
+def test_keyframes_come_back(count: int, seed: int, step: float) -> None:
+    words = normal(count, seed, 100 * step).view(np.uint32)
+    found = encode_keyframe(words, "F32", step)
+    assert found is not None
+    assert decode(NEAR_WEIGHT, found[0], "F32", count).tobytes() == found[1].tobytes()
+    error = np.abs(found[1].view(np.float32).astype(np.float64) - words.view(np.float32))
+    assert error.max() <= step / 2
+
+
+def test_values_near_the_end_of_the_grid() -> None:
+    step = 2.0**-20
+    for largest, fits in ((7.9, True), (8.1, False), (2.0**7, False)):
+        base = np.full(200, largest, np.float32)
+        words = (base + normal(200, 0, step)).astype(np.float32)
+        found = encode_delta(words.view(np.uint32), base.view(np.uint32), "F32", step, 0.5)
+        assert (found is not None) == fits
+        if found is not None:
+            grid = int(np.frombuffer(found[0][:2], "<i2")[0])
+            assert (np.abs(found[1].view(np.float32)) * 2.0**grid < 1 << 24).all()
+            back = decode(NEAR_WEIGHT, found[0], "F32", 200, base.view(np.uint32))
+            assert back.tobytes() == found[1].tobytes()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    base, words = normal(300, 0), normal(300, 1)
+    for spoilt in (0, 1):
+        pair = [base.copy(), words.copy()]
+        pair[spoilt][7] = value
+        bits = [array.view(np.uint32) for array in pair]
+        assert encode_delta(bits[1], bits[0], "F32", 0.1, 0.5) is None
+    words[7] = value
+    assert encode_keyframe(words.view(np.uint32), "F32", 0.1) is None
+    assert encode_second(np.abs(words).view(np.uint32), "F32", Rows(30)) is None
+    assert encode_first(words.view(np.uint32), None, "F32", 1.5, 0.66) is None
+
+
+# -- moments -----------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 3000), DTYPE_NAMES, st.integers(0, 2**32), st.integers(1, 80),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)  # fmt: skip
+def test_moments_come_back(count: int, dtype: str, seed: int, columns: int, zeros: float) -> None:
+    random = np.random.default_rng(seed)
+    rows = Rows(min(columns, count), seed % min(columns, count))
+    squares = np.exp(2 * random.standard_normal(count)).astype(np.float32)
+    squares[random.random(count) < zeros] = 0
+    words = from_float32(squares, dtype)
+    found = encode_second(words, dtype, rows)
+    assert found is not None
+    data, second = found
+    assert decode(NEAR_SECOND, data, dtype, count).tobytes() == second.tobytes()
+    assert (to_float32(second, dtype)[squares > 0] > 0).all()
+    first = from_float32(normal(count, seed) * np.sqrt(squares), dtype)
+    coded = encode_first(first, second, dtype, 0.5, 0.66)
+    assert coded is not None
+    owner = put_slice(NEAR_SECOND, data)
+    back = decode(NEAR_SCALED_FIRST, coded[0], dtype, count, companion=owner)
+    assert back.tobytes() == coded[1].tobytes()
+    alone = encode_first(first, None, dtype, 0.5, 0.66)
+    assert alone is not None
+    assert decode(NEAR_FIRST, alone[0], dtype, count).tobytes() == alone[1].tobytes()
+    error = np.abs(to_float32(alone[1], dtype) - to_float32(first, dtype))
+    assert (error <= np.abs(to_float32(first, dtype)) * 1.01).all()
+
+
+def test_second_moments_of_every_size() -> None:
+    """Rows that never moved, squares that all but vanish, and steep rows."""
+    matrix = np.exp(normal(40 * 50, 0)).reshape(40, 50).astype(np.float32)
+    matrix[3] = 0
+    matrix[7] = 1e-30
+    matrix[8] *= 1e-8
+    matrix[9] *= 1e4
+    matrix[:, 4] = 0
+    found = encode_second(matrix.reshape(-1).view(np.uint32), "F32", Rows(50))
+    assert found is not None
+    near = found[1].view(np.float32).reshape(40, 50)
+    assert np.array_equal(near == 0, matrix == 0)
+    ratio = near[matrix > 0] / matrix[matrix > 0]
+    assert ratio.min() > 1 / 64
+    assert ratio.max() < 64
+    _, logs = row_logs(found[0], matrix.size)
+    assert np.array_equal(np.isnan(logs), ~(matrix > 0).any(1))
+    factors = row_factors(logs, 0.0, 0.5)
+    assert factors[3] == 128
+    assert factors[9] < factors[0] < factors[8]
+
+
+def test_a_moment_without_a_second_is_refused() -> None:
+    first = np.ones(100, np.uint32)
+    second = np.zeros(100, np.uint32)
+    assert encode_first(first, second, "F32", 1.0, 0.66) is None
+
+
+def test_a_row_times_a_column_is_what_comes_back() -> None:
+    row = 2.0 ** np.arange(-20, 20, 0.5)
+    column = 2.0 ** np.arange(0, 10.5, 0.5)
+    matrix = np.multiply.outer(row, column).astype(np.float32)
+    found = encode_second(matrix.reshape(-1).view(np.uint32), "F32", Rows(column.size))
+    assert found is not None
+    assert np.allclose(found[1].view(np.float32), matrix.reshape(-1), rtol=1e-5)
+
+
+# -- all machines ------------------------------------------------------------------------------
+
+
+def both() -> list[ModuleType]:
+    from ckptvcs.codec import compiled
+
+    return [sys.modules[loops.__name__], compiled]
+
+
+@given(st.integers(1, 5000), st.integers(1, 700), st.integers(0, 2**32))
+def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    columns = min(columns, count)
+    rows = Rows(columns, seed % columns)
+    height = rows.count(count)
+    base, values = normal(count, seed, 0.1), normal(count, seed + 1, 0.1)
+    steps = np.exp(random.standard_normal(height)).astype(np.float32)
+    amounts = random.integers(-99, 99, 256).astype(np.float32)
+    scale, half = np.float32(2.0**12), np.float32(0.5)
+    codes = np.rint(random.standard_normal(count) * random.choice([0.1, 1, 40])).astype(np.int32)
+    codes = np.clip(codes, -127, 127)
+    bitmap, signs = np.packbits(codes != 0), np.packbits(codes < 0)
+    found = np.flatnonzero(codes).astype(np.int32)
+    second = np.exp(values)
+    second[codes > 0] = 0
+    first = np.where(second > 0, base, 0).astype(np.float32)
+    gaps = random.integers(0, 256, count).astype(np.uint8)
+    gaps[-1] = 3
+    planes = random.integers(0, 256, 3 * ((count + 7) // 8)).astype(np.uint8)
+    results = []
+    for loop in both():
+        sizes = np.ones(count, np.int32)
+        changed = base.copy()
+        how = (scale, amounts, steps, columns, rows.start)
+        loop.change(changed, found, codes[found], *how)
+        results.append([
+            loop.quantize(values, base, scale, steps, columns, rows.start, half),
+            *loop.quantize_units(first, second, np.float32(0.3), half),
+            loop.restore(base, codes, *how),
+            changed,
+            loop.kept(codes, bitmap),
+            loop.extract(signs, bitmap),
+            loop.bit_positions(bitmap, count),
+            loop.with_signs(np.abs(codes), signs),
+            loop.raise_sizes(sizes, found, np.arange(found.size, dtype=np.int32)),
+            sizes,
+            loop.join_bits(planes, gaps, count, 3),
+            loop.gap_positions(gaps),
+            loop.product(steps, second[:columns], rows.start, count),
+            *loop.extent(values),
+        ])  # fmt: skip
+    for one, other in zip(*results, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other, np.asarray(one).dtype).tobytes()
+    for name, arguments in (
+        ("squares", (values, base, second)), ("root_squares", (second, second[::-1].copy())),
+        ("log_sums", (second, columns, rows.start, height)),
+    ):  # fmt: skip
+        sums = [getattr(loop, name)(*arguments) for loop in both()]
+        for left, right in zip(*sums, strict=True):
+            assert np.allclose(left, right, rtol=1e-3, atol=5e-3 * count)
+
+
+@given(st.binary(max_size=200), st.integers(1, 500), st.integers(4, 8), DTYPE_NAMES)
+def test_any_bytes_are_decoded_or_refused(data: bytes, count: int, method: int, dtype: str) -> None:
+    base = np.zeros(count, f"<u{DTYPES[dtype].word}")
+    slice_bytes = memoryview(bytes([method]) + data)
+    for beside in (None, Companion(slice_bytes)):
+        try:
+            words = decode_slice(slice_bytes, DTYPES[dtype], count, base, beside)
+        except CorruptionError:
+            continue
+        assert words.size == count
+
+
+@given(st.data())
+def test_damaged_slices_are_decoded_or_refused(data: st.DataObject) -> None:
+    base, words = normal(600, 0).view(np.uint32), normal(600, 1).view(np.uint32)
+    squares = np.square(normal(600, 2)).view(np.uint32)
+    made = [
+        (NEAR_WEIGHT, encode_delta(words, base, "F32", 0.7, 0.5)),
+        (NEAR_WEIGHT, encode_keyframe(words, "F32", 0.01)),
+        (NEAR_SECOND, encode_second(squares, "F32", Rows(30))),
+        (NEAR_FIRST, encode_first(words, None, "F32", 1.5, 0.66)),
+    ]
+    method, coded = data.draw(st.sampled_from(made))
+    assert coded is not None
+    spoilt = bytearray(coded[0])
+    for _ in range(data.draw(st.integers(1, 4))):
+        spoilt[data.draw(st.integers(0, len(spoilt) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        back = decode(method, bytes(spoilt), "F32", 600, base)
+    except CorruptionError:
+        return
+    assert back.size == 600
