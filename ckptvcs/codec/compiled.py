@@ -16,6 +16,7 @@ Array = Any
 _F32, _I32, _U8 = (
     types.Array(kind, 1, "C", readonly=True) for kind in (types.float32, types.int32, types.uint8)
 )
+_MATRIX = types.Array(types.float32, 2, "C", readonly=True)
 _FLOAT, _INT = types.float32, types.int64
 """Arguments, given here so that each loop is compiled once: for arrays that it only reads."""
 
@@ -295,6 +296,24 @@ def product(row: Array, column: Array, start: int, count: int) -> Array:
         c = column[first : first + o.size]
         for i in range(o.size):
             o[i] = factor * c[i]
+        low = high
+    return out
+
+
+@njit((_MATRIX, _MATRIX, _INT, _INT), **_EXACT)
+def outer_sum(left: Array, right: Array, start: int, count: int) -> Array:
+    """See `loops.outer_sum`."""
+    out = np.zeros(count, np.float32)
+    columns = right.shape[1]
+    low = 0
+    for row in range(left.shape[0]):
+        high = min(count, (row + 1) * columns - start)
+        first = low + start - row * columns
+        o = out[low:high]
+        for rank in range(left.shape[1]):
+            factor, line = left[row, rank], right[rank, first : first + o.size]
+            for i in range(o.size):
+                o[i] += factor * line[i]
         low = high
     return out
 

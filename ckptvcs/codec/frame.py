@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckptvcs.codec import excp, lossless, moments, weight
+from ckptvcs.codec import excp, lossless, lowrank, moments, weight
 from ckptvcs.codec.words import Words, from_float32, to_float32
 from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from ckptvcs.errors import CorruptionError, TruncatedError
@@ -21,7 +21,8 @@ SLICE_WORDS = 1 << 20
 
 LOSSLESS = 0
 EXCP_RESIDUAL, EXCP_MOMENT, EXCP_SHARED_MASK_MOMENT = 1, 2, 3
-NEAR_WEIGHT, NEAR_SECOND, NEAR_FIRST, NEAR_SCALED_FIRST, ROUNDED = 4, 5, 6, 7, 8
+NEAR_WEIGHT, NEAR_SECOND, NEAR_FIRST, NEAR_SCALED_FIRST = 4, 5, 6, 7
+ROUNDED, NEAR_LOW_RANK = 8, 9
 
 
 def slice_counts(words: int) -> list[int]:
@@ -87,6 +88,9 @@ def decode_slice(
         if method == NEAR_SCALED_FIRST:
             second = decode_slice(companion.data, dtype, count, companion.base)
             return moments.decode_first(payload, second, count, dtype.name)
+        if method == NEAR_LOW_RANK:
+            second = decode_slice(companion.data, dtype, count, companion.base)
+            return lowrank.decode_low_rank(payload, second, count, dtype.name)
         if method == ROUNDED and not len(payload):
             master = decode_slice(companion.data, DTYPES["F32"], count, companion.base)
             return from_float32(to_float32(master, "F32"), dtype.name)

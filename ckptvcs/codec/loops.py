@@ -178,6 +178,12 @@ def product(row: Floats, column: Floats, start: int, count: int) -> Floats:
     return np.multiply.outer(row, column).reshape(-1)[start : start + count]
 
 
+def outer_sum(left: Floats, right: Floats, start: int, count: int) -> Floats:
+    """Left @ right of whole numbers, without the first `start` entries of the first row."""
+    product: Floats = left @ right
+    return product.reshape(-1)[start : start + count]
+
+
 def squares(x: Floats, y: Floats, weights: Floats) -> tuple[float, float, float, float]:
     """Sums of (x - y)^2, of the same weighted (0 without weights), of y^2; the largest |x - y|."""
     error = x - y

@@ -28,15 +28,18 @@ class NearSpec:
 
     `step` is common to all weights: of the residual over the whole model, but at most `cap` of a
     tensor's own.  `gamma` makes steps finer in rows of large second moments (0: nowhere).
-    `moment_step` is for first moments in units of what divides them, `momentum_step` for momenta
-    that nothing divides.  `zone` is where a code stops being 0, in steps.
+    First moments that something divides are coded by `rank` directions, in steps of `rank_step`
+    times the weakest; `moment_step` is for those without directions (vectors), `momentum_step`
+    for momenta that nothing divides.  `zone` is where a code stops being 0, in steps.
     """
 
-    step: float = 1.8
+    step: float = 1.85
     zone: float = 0.5
-    gamma: float = 0.2
+    gamma: float = 0.12
     cap: float = 2.5
-    moment_step: float = 6.5
+    rank: int = 8
+    rank_step: float = 1.5
+    moment_step: float = 5.0
     momentum_step: float = 1.5
 
 
@@ -50,17 +53,16 @@ class CodecSpec:
 
 PRESETS = {
     "near": CodecSpec("near", NearSpec()),
-    "small": CodecSpec(
-        "small", NearSpec(step=2.75, zone=0.66, gamma=0.5, cap=6.0, moment_step=8.0)
-    ),
+    "small": CodecSpec("small", NearSpec(step=2.85, zone=0.66, gamma=0.5, cap=4.0, rank=4)),
     "lossless": CodecSpec("lossless"),
     "excp": CodecSpec("excp", ExcpSpec()),
     "excp-max": CodecSpec("excp-max", ExcpSpec(multiplier=2.5)),
 }
 """The codecs a user can name."""
 
-_RANGES = {"bits": (1, 8), "gamma": (0, 2), "zone": (0.5, 1)}
+_RANGES = {"bits": (1, 8), "gamma": (0, 2), "zone": (0.5, 1), "rank": (0, 64)}
 _ANY = (1e-9, 1e9)
+_WHOLE = ("bits", "rank")
 
 
 def parse_codec(text: str) -> CodecSpec:
@@ -86,7 +88,7 @@ def parse_codec(text: str) -> CodecSpec:
                 f"codec '{name}' has no setting '{key}'", hint=f"settings: {', '.join(known)}"
             )
         try:
-            number = int(value) if key == "bits" else float(value)
+            number = int(value) if key in _WHOLE else float(value)
         except ValueError:
             raise InvalidInputError(f"'{key}' needs a number, not '{value}'") from None
         low, high = _RANGES.get(key, _ANY)

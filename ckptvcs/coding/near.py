@@ -15,6 +15,7 @@ import numpy as np
 
 from ckptvcs.codec.frame import (
     NEAR_FIRST,
+    NEAR_LOW_RANK,
     NEAR_SCALED_FIRST,
     NEAR_SECOND,
     NEAR_WEIGHT,
@@ -22,12 +23,13 @@ from ckptvcs.codec.frame import (
     put_slice,
     slice_counts,
 )  # fmt: skip
+from ckptvcs.codec.lowrank import encode_low_rank
 from ckptvcs.codec.moments import encode_first, encode_second, row_logs
 from ckptvcs.codec.planes import Bytes, sample
 from ckptvcs.codec.rows import Rows
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
-from ckptvcs.codec.words import from_float32, to_float32
+from ckptvcs.codec.words import Words, from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
 from ckptvcs.coding.measure import measure_moment, measure_step, measure_weight
@@ -42,6 +44,7 @@ _KEYFRAME_STEP = 0.9  # of the step of residuals: about the same error
 _RUN = 64  # neighbours that share an exponent where the shape tells nothing
 _FLAT = 1 << 14  # words from which on a vector is cut into such runs
 _FEW_ROWS = 16  # in a slice: columns would cost more than they tell
+_PER_RANK = 4  # rows and columns that a direction is worth
 _LEAST_ROW = 32  # words that a factor of their own is worth
 
 
@@ -240,6 +243,9 @@ class NearCoder:
         step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
             step, method, squares = spec.moment_step, NEAR_SCALED_FIRST, second[0].decoded
+        low_rank = None if squares is None else self._low_rank(target, number, words, squares)
+        if low_rank is not None and low_rank[1].error <= low_rank[1].energy:
+            return low_rank
         encoded = encode_first(words, squares, target.dtype, step, _MOMENT_ZONE)
         if encoded is not None:
             coded = CodedSlice(put_slice(method, encoded[0]), encoded[1], words)
@@ -247,6 +253,19 @@ class NearCoder:
             if errors.error <= errors.energy:
                 return coded, errors
         return self._exact(target, number)
+
+    def _low_rank(
+        self, target: Target, number: int, words: Words, squares: Words
+    ) -> _Measured | None:
+        """A slice by its strongest directions; None where it is too narrow to have any."""
+        spec, rows = self._plan.spec, Rows(target.columns, target.start(number))
+        if spec.rank * _PER_RANK > min(rows.columns, rows.count(words.size)) or not spec.rank:
+            return None
+        encoded = encode_low_rank(words, squares, target.dtype, rows, spec.rank, spec.rank_step)
+        if encoded is None:
+            return None
+        coded = CodedSlice(put_slice(NEAR_LOW_RANK, encoded[0]), encoded[1], words)
+        return coded, measure_moment(target, coded)
 
     # -- weights -------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from ckptvcs.codec import loops
 from ckptvcs.codec.codes import Codes, get_codes, put_codes
 from ckptvcs.codec.frame import (
     NEAR_FIRST,
+    NEAR_LOW_RANK,
     NEAR_SCALED_FIRST,
     NEAR_SECOND,
     NEAR_WEIGHT,
@@ -21,6 +22,7 @@ from ckptvcs.codec.frame import (
     decode_slice,
     put_slice,
 )  # fmt: skip
+from ckptvcs.codec.lowrank import encode_low_rank
 from ckptvcs.codec.moments import encode_first, encode_second, row_logs
 from ckptvcs.codec.planes import Bytes
 from ckptvcs.codec.rows import Rows
@@ -177,6 +179,30 @@ def test_moments_come_back(count: int, dtype: str, seed: int, columns: int, zero
     assert (error <= np.abs(to_float32(first, dtype)) * 1.01).all()
 
 
+@given(
+    st.integers(1, 30), st.integers(1, 60), DTYPE_NAMES, st.integers(1, 9), st.integers(0, 2**32)
+)
+def test_directions_come_back(height: int, columns: int, dtype: str, rank: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    start = int(random.integers(0, columns))
+    count = max(columns, height * columns - start)
+    rows = Rows(columns, start)
+    squares = from_float32(np.exp(normal(count, seed)), dtype)
+    strong = np.multiply.outer(normal(rows.count(count), seed), normal(columns, seed + 1))
+    units = strong.reshape(-1)[start : start + count] + normal(count, seed + 2, 0.1)
+    words = from_float32((units * np.sqrt(to_float32(squares, dtype))).astype(np.float32), dtype)
+    second = encode_second(squares, dtype, rows)
+    assert second is not None
+    found = encode_low_rank(words, second[1], dtype, rows, rank, 0.1)
+    assert found is not None
+    owner = put_slice(NEAR_SECOND, second[0])
+    back = decode(NEAR_LOW_RANK, found[0], dtype, count, companion=owner)
+    assert back.tobytes() == found[1].tobytes()
+    if min(rows.count(count), columns) > 4:
+        error = to_float32(back, dtype) - to_float32(words, dtype)
+        assert np.square(error).sum() < 0.3 * np.square(to_float32(words, dtype)).sum()
+
+
 def test_second_moments_of_every_size() -> None:
     """Rows that never moved, squares that all but vanish, and steep rows."""
     matrix = np.exp(normal(40 * 50, 0)).reshape(40, 50).astype(np.float32)
@@ -243,6 +269,8 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
     gaps = random.integers(0, 256, count).astype(np.uint8)
     gaps[-1] = 3
     planes = random.integers(0, 256, 3 * ((count + 7) // 8)).astype(np.uint8)
+    left = random.integers(-127, 128, (height, 3)).astype(np.float32)
+    right = random.integers(-127, 128, (3, columns)).astype(np.float32)
     results = []
     for loop in both():
         sizes = np.ones(count, np.int32)
@@ -262,6 +290,7 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
             sizes,
             loop.join_bits(planes, gaps, count, 3),
             loop.gap_positions(gaps),
+            loop.outer_sum(left, right, rows.start, count),
             loop.product(steps, second[:columns], rows.start, count),
             *loop.extent(values),
         ])  # fmt: skip
@@ -276,7 +305,7 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
             assert np.allclose(left, right, rtol=1e-3, atol=5e-3 * count)
 
 
-@given(st.binary(max_size=200), st.integers(1, 500), st.integers(4, 8), DTYPE_NAMES)
+@given(st.binary(max_size=200), st.integers(1, 500), st.integers(4, 9), DTYPE_NAMES)
 def test_any_bytes_are_decoded_or_refused(data: bytes, count: int, method: int, dtype: str) -> None:
     base = np.zeros(count, f"<u{DTYPES[dtype].word}")
     slice_bytes = memoryview(bytes([method]) + data)
