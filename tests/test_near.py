@@ -73,7 +73,7 @@ def run(
             net(ids), torch.sin(ids.float().mean(1, True) * 0.1).expand(64, 48)
         )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step % every == 0:
             state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step}

@@ -18,9 +18,9 @@ NEUTRAL = 128
 
 def _powers(numerators: NDArray[np.int64], parts: int) -> Floats:
     """2^(numerator / parts), for parts 1, 2 or 4: a root from the table, times a power of two."""
-    roots = _ROOTS[numerators % parts * (4 // parts)].astype(np.float64)
-    powers = np.ldexp(roots, numerators // parts)
-    return np.asarray(powers, np.float32)
+    powers = np.empty(numerators.shape, np.float32)
+    powers[:] = np.ldexp(_ROOTS[numerators % parts * (4 // parts)], numerators // parts)
+    return powers
 
 
 QUARTERS = _powers(np.arange(256) - NEUTRAL, 4)
