@@ -28,7 +28,7 @@ from ckptvcs.config import (
 )  # fmt: skip
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog, keys_of
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import Commit, ErrorReport
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.local import LocalBackend, storage_error, sync_directory
@@ -390,6 +390,11 @@ class Repo:
         }
         stored = commit.data_bytes + self.catalog.store.home_size(name)
         return LogEntry(name, commit, stored, fidelity, branch, tags)
+
+    def tensor_errors(self, name: ObjectId) -> dict[int, ErrorReport]:
+        """The errors of those tensors of a commit that are not exact, by position in its schema."""
+        errors = self.catalog.commit(name).errors
+        return {} if errors is None else self.catalog.errors(errors)
 
     def tags(self) -> dict[ObjectId, tuple[str, ...]]:
         """The tags of each commit that has any."""

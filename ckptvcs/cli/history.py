@@ -10,7 +10,7 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError
-from ckptvcs.history.commit import PARTS
+from ckptvcs.history.commit import ERROR_NAMES, PARTS
 from ckptvcs.repo import LogEntry, Repo
 from ckptvcs.store.object import ObjectId
 
@@ -118,6 +118,18 @@ def _parts_json(entry: LogEntry) -> dict[str, Any]:
     }
 
 
+def _tensors_json(repo: Repo, entry: LogEntry) -> list[dict[str, Any]]:
+    """The stored tensors of a commit, those that are near with their errors."""
+    errors = repo.tensor_errors(entry.id)
+    return [
+        {"name": info.name, "part": info.part, "role": info.role, "dtype": info.dtype,
+         "shape": list(info.shape),
+         "error": render.error_json(errors[number]) if number in errors else None}
+        for number, info in enumerate(repo.catalog.schema(entry.commit.schema).tensors)
+        if not info.inline
+    ]  # fmt: skip
+
+
 def show(context: typer.Context, revision: Revision = "HEAD", json: JsonOption = False) -> None:
     """Show one commit and its files."""
     repo = open_repo(context)
@@ -132,7 +144,8 @@ def show(context: typer.Context, revision: Revision = "HEAD", json: JsonOption =
         render.as_json(
             render.entry_json(entry)
             | {"parts": _parts_json(entry), "files": files, "source": made.source,
-               "path": made.path, "host": made.host, "user": made.user, "code": made.code}
+               "path": made.path, "host": made.host, "user": made.user, "code": made.code,
+               "tensors": _tensors_json(repo, entry)}
         )  # fmt: skip
         return
     rows = [
@@ -149,8 +162,9 @@ def show(context: typer.Context, revision: Revision = "HEAD", json: JsonOption =
                  f"({render.ratio(made.raw_bytes, entry.stored_bytes)})"),
         ("stored as", f"{made.codec}, {made.kind}, depth {made.depth}"),
         ("fidelity", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
-        ("error", f"weight_rel {made.error.weight_rel:.4g}, "
-                  f"residual_nmse {made.error.residual_nmse:.4g}"),
+        ("error", "" if entry.exact else ", ".join(
+            f"{name} {getattr(made.error, name):.3g}" for name in ERROR_NAMES
+        )),
     ]  # fmt: skip
     for label, value in rows:
         if value:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ckptvcs.history.canonical import from_number
+from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
 from ckptvcs.repo import LogEntry
 
 Json = Any
@@ -59,6 +60,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
+def error_json(error: ErrorReport) -> dict[str, Json]:
+    """A report of errors with stable keys."""
+    return {name: from_number(getattr(error, name)) for name in ERROR_NAMES}
+
+
 def entry_json(entry: LogEntry) -> dict[str, Json]:
     """A commit with stable keys."""
     commit = entry.commit
@@ -73,10 +79,7 @@ def entry_json(entry: LogEntry) -> dict[str, Json]:
         "depth": commit.depth,
         "exact": entry.exact,
         "fidelity": dict(entry.fidelity),
-        "error": {
-            "weight_rel": from_number(commit.error.weight_rel),
-            "residual_nmse": from_number(commit.error.residual_nmse),
-        },
+        "error": error_json(commit.error),
         "codec": commit.codec,
         "time": commit.time,
         "metrics": {name: from_number(value) for name, value in commit.metrics.items()},

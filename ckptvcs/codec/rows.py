@@ -33,7 +33,8 @@ HALF_POWERS = _powers(np.asarray(HALVES), 2)
 
 def half_powers(exponents: NDArray[np.signedinteger]) -> Floats:
     """2^(e / 2) for each e within `HALVES`."""
-    return HALF_POWERS[exponents - HALVES.start]
+    powers: Floats = HALF_POWERS[exponents - HALVES.start]
+    return powers
 
 
 @dataclass(frozen=True)

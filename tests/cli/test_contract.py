@@ -212,6 +212,28 @@ def test_unchanged_content_costs_no_tensor_bytes(ckpt: Ckpt, history: Path) -> N
     assert not ckpt("verify", "--json").json["damage"]
 
 
+def test_near_is_the_default_and_says_its_errors(
+    ckpt: Ckpt, tmp_path: Path, run_files: list[Path]
+) -> None:
+    ckpt("init")
+    for path in run_files:
+        made = ckpt("commit", path, "--json").json
+    names = {"weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max_abs"}
+    assert made["codec"] == "near"
+    assert made["error"].keys() == names
+    assert 0 < made["error"]["residual_nmse"] < 1
+    assert 0 < made["error"]["update_nmse"] < 1
+    shown = ckpt("show", "HEAD", "--json").json
+    near = {t["name"]: t["error"] for t in shown["tensors"] if t["error"]}
+    assert all(error.keys() == names for error in near.values())
+    assert all(error["residual_nmse"] <= 1 for error in near.values())
+    assert any(error["update_nmse"] for error in near.values())
+    assert any(t["error"] is None for t in shown["tensors"])
+    assert "update_nmse" in ckpt("show").out
+    assert "near 0.0" in ckpt("log").out
+    assert not ckpt("verify", "--json").json["damage"]
+
+
 def test_dedup(ckpt: Ckpt, tmp_path: Path) -> None:
     ckpt("init")
     big = torch.randn(100_000)
