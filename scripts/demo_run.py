@@ -1,6 +1,6 @@
 """The demo: train, commit, log, check out an old step, verify, compare sizes.
 
-One training run is committed to two repositories, once exactly and once with loss, with the
+One training run is committed to two repositories, once with loss and once exactly, with the
 command line that users have.
 """
 
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from scripts.tinygpt import TrainSpec, train
 
-CODECS = ("lossless", "excp")
+CODECS = ("near", "lossless")
 console = Console()
 
 

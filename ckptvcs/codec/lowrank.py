@@ -38,14 +38,17 @@ def encode_low_rank(
     not zero where `second` is, or where there is nothing.
     """
     values, squares = to_float32(words, dtype), to_float32(second, dtype)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        units = values / np.sqrt(squares)
-    units[(squares == 0) & (values == 0)] = 0
-    if not np.isfinite(loops.active().extent(units)[1]):
-        return None
     height = rows.count(words.size)
     matrix = np.zeros((height, rows.columns), np.float32)
-    matrix.reshape(-1)[rows.start : rows.start + words.size] = units
+    units = matrix.reshape(-1)[rows.start : rows.start + words.size]
+    np.sqrt(squares, out=units)
+    some = bool(units.min(initial=1) > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        np.divide(values, units, out=units)
+    if not some:
+        units[(squares == 0) & (values == 0)] = 0
+    if not np.isfinite(loops.active().extent(units)[1]):
+        return None
     found = _factors(matrix, min(rank, height, rows.columns), step)
     if found is None:
         return None
@@ -57,6 +60,8 @@ def encode_low_rank(
     payload = _HEAD.pack(rows.columns, rows.start, left.shape[1], scale)
     payload += put_section(stored.astype(np.uint8))
     near = product.reshape(-1)[rows.start : rows.start + words.size]
+    if near.size != product.size:
+        near = near.copy()  # what is decoded must not hold on to more
     return payload, _scaled(near, scale, second, dtype)
 
 
@@ -84,10 +89,11 @@ def _factors(
 
 
 def _scaled(product: Floats, scale: np.float32, second: Words, dtype: str) -> Words:
+    """The words of product * scale * sqrt(second); the product's memory is used for it."""
     with np.errstate(over="ignore", invalid="ignore"):
-        near = product * scale
-        near *= np.sqrt(to_float32(second, dtype))
-        return from_float32(near, dtype)
+        product *= scale
+        product *= np.sqrt(to_float32(second, dtype))
+        return from_float32(product, dtype)
 
 
 def decode_low_rank(data: memoryview, second: Words, count: int, dtype: str) -> Words:

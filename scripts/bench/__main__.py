@@ -24,10 +24,10 @@ from rich.table import Table
 from scripts.bench.methods import Kept, keep_ckpt, keep_torch, keep_zipnn, keep_zstd
 from scripts.tinygpt import TrainSpec, train
 
-CODECS = ("lossless", "excp", "excp-max")
+CODECS = ("near", "small", "lossless", "excp", "excp-max")
 HEADING = [
     "kept as", "first MB", "later MB", "ratio", "commit s", "checkout s", "weight_rel",
-    "residual NMSE", "m NMSE", "sqrt(v) NMSE",
+    "residual NMSE", "Fisher NMSE", "m NMSE", "sqrt(v) NMSE", "update NMSE",
 ]  # fmt: skip
 
 
@@ -61,7 +61,8 @@ def row(kept: Kept, raw: int) -> list[str]:
     line = [kept.name, f"{kept.stored[0] / 1e6:.2f}", f"{later / 1e6:.3f}", f"{raw / later:.1f}",
             f"{kept.later(kept.commit_s):.3f}"]  # fmt: skip
     line.append(f"{kept.later(kept.checkout_s):.3f}" if kept.checkout_s else "")
-    for name in ("weight_rel", "residual_nmse", "first_nmse", "root_second_nmse"):
+    for name in ("weight_rel", "residual_nmse", "fisher_nmse", "first_nmse", "root_second_nmse",
+                 "update_nmse"):  # fmt: skip
         values = [getattr(quality, name) for quality in kept.quality]
         line.append(f"{statistics.mean(values):.4f}" if values else "")
     return line
