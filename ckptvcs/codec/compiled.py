@@ -300,6 +300,58 @@ def product(row: Array, column: Array, start: int, count: int) -> Array:
     return out
 
 
+@njit((_F32, _F32), **_EXACT)
+def divide_roots(values: Array, second: Array) -> Any:
+    """See `loops.divide_roots`."""
+    out = np.empty(values.size, np.float32)
+    words = out.view(np.int32)
+    largest = np.int32(0)
+    for low in range(0, values.size, _BLOCK):
+        high = min(values.size, low + _BLOCK)
+        x, s, o, w = values[low:high], second[low:high], out[low:high], words[low:high]
+        for i in range(x.size):
+            y = x[i] / np.sqrt(s[i])
+            o[i] = np.float32(0) if s[i] == 0 and x[i] == 0 else y
+        for i in range(x.size):
+            largest = max(largest, w[i] & np.int32(0x7FFFFFFF))
+    return out, largest < np.int32(0x7F800000)
+
+
+@njit((types.float32[::1], _FLOAT, _F32), **_EXACT)
+def multiply_roots(values: Array, scale: Any, second: Array) -> None:
+    """See `loops.multiply_roots`."""
+    for i in range(values.size):
+        values[i] = values[i] * scale * np.sqrt(second[i])
+
+
+@njit((_MATRIX, _MATRIX), **_LOOSE)
+def times_rows(matrix: Array, lines: Array) -> Array:
+    """See `loops.times_rows`."""
+    out = np.empty((matrix.shape[0], lines.shape[0]), np.float32)
+    for row in range(matrix.shape[0]):
+        x = matrix[row]
+        for k in range(lines.shape[0]):
+            y = lines[k]
+            total = np.float32(0)
+            for i in range(x.size):
+                total += x[i] * y[i]
+            out[row, k] = total
+    return out
+
+
+@njit((_MATRIX, _MATRIX), **_LOOSE)
+def times_columns(left: Array, matrix: Array) -> Array:
+    """See `loops.times_columns`."""
+    out = np.zeros((left.shape[1], matrix.shape[1]), np.float32)
+    for row in range(matrix.shape[0]):
+        x = matrix[row]
+        for k in range(left.shape[1]):
+            factor, y = left[row, k], out[k]
+            for i in range(x.size):
+                y[i] += factor * x[i]
+    return out
+
+
 @njit((_MATRIX, _MATRIX, _INT, _INT), **_EXACT)
 def outer_sum(left: Array, right: Array, start: int, count: int) -> Array:
     """See `loops.outer_sum`."""

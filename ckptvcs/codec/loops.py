@@ -178,6 +178,33 @@ def product(row: Floats, column: Floats, start: int, count: int) -> Floats:
     return np.multiply.outer(row, column).reshape(-1)[start : start + count]
 
 
+def divide_roots(values: Floats, second: Floats) -> tuple[Floats, bool]:
+    """Values / sqrt(second), 0 where both are; False where one is not finite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        units = np.asarray(values / np.sqrt(second), np.float32)
+        units[(second == 0) & (values == 0)] = 0
+        return units, bool(np.isfinite(units).all())
+
+
+def multiply_roots(values: Floats, scale: np.float32, second: Floats) -> None:
+    """(values * scale) * sqrt(second), in place."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values *= scale
+        values *= np.sqrt(second)
+
+
+def times_rows(matrix: Floats, lines: Floats) -> Floats:
+    """The product of a matrix and the transposed lines."""
+    product: Floats = matrix @ lines.T
+    return product
+
+
+def times_columns(left: Floats, matrix: Floats) -> Floats:
+    """The product of the transposed left and a matrix."""
+    product: Floats = left.T @ matrix
+    return product
+
+
 def outer_sum(left: Floats, right: Floats, start: int, count: int) -> Floats:
     """Left @ right of whole numbers, without the first `start` entries of the first row."""
     product: Floats = left @ right

@@ -38,62 +38,86 @@ def encode_low_rank(
     not zero where `second` is, or where there is nothing.
     """
     values, squares = to_float32(words, dtype), to_float32(second, dtype)
-    height = rows.count(words.size)
-    matrix = np.zeros((height, rows.columns), np.float32)
-    units = matrix.reshape(-1)[rows.start : rows.start + words.size]
-    np.sqrt(squares, out=units)
-    some = bool(units.min(initial=1) > 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        np.divide(values, units, out=units)
-    if not some:
-        units[(squares == 0) & (values == 0)] = 0
-    if not np.isfinite(loops.active().extent(units)[1]):
+    units, good = loops.active().divide_roots(values, squares)
+    if not good:
         return None
+    height = rows.count(words.size)
+    if words.size == height * rows.columns:
+        matrix = units.reshape(height, rows.columns)
+    else:
+        matrix = np.zeros((height, rows.columns), np.float32)
+        matrix.reshape(-1)[rows.start : rows.start + words.size] = units
     found = _factors(matrix, min(rank, height, rows.columns), step)
     if found is None:
         return None
-    left, right = found
-    product = left.astype(np.float32) @ right.astype(np.float32)
-    energy = float(np.vdot(product, product))
-    scale = np.float32(float(np.vdot(product, matrix)) / energy) if energy else np.float32(0)
+    left, right, scale = found
     stored = np.concatenate((left.reshape(-1), right.reshape(-1))) + _ZERO
     payload = _HEAD.pack(rows.columns, rows.start, left.shape[1], scale)
     payload += put_section(stored.astype(np.uint8))
-    near = product.reshape(-1)[rows.start : rows.start + words.size]
-    if near.size != product.size:
-        near = near.copy()  # what is decoded must not hold on to more
+    near = loops.active().outer_sum(left, right, rows.start, words.size)
     return payload, _scaled(near, scale, second, dtype)
 
 
-def _factors(
-    matrix: Floats, rank: int, step: float
-) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+def _factors(matrix: Floats, rank: int, step: float) -> tuple[Floats, Floats, np.float32] | None:
     """The strongest directions of a matrix (by one power iteration from random ones), each shared
-    evenly between both factors, in whole steps.
+    evenly between both factors, in whole steps; and the scale that fits their product best.
     """
-    draw = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + _MORE), np.float32)
-    basis = np.linalg.qr(matrix @ draw)[0]
-    basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
-    inner, sizes, outer = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+    active = loops.active()
+    lines = np.random.default_rng(0).standard_normal((rank + _MORE, matrix.shape[1]), np.float32)
+    for _ in range(2):
+        basis = _orthonormal(active.times_rows(matrix, lines))
+        lines = active.times_columns(basis, matrix)
+    inner, sizes = _principal(active.times_rows(lines, lines))
     kept = int(np.count_nonzero(sizes[:rank] > 1e-6 * sizes[0]))
     if not kept or not np.isfinite(sizes).all():
         return None
-    roots = np.sqrt(sizes[:kept])
-    factors = (basis @ inner)[:, :kept] * roots, roots[:, None] * outer[:kept]
+    # What a direction takes to the left and to the right of its size's root.
+    inner, roots = inner[:, :kept], np.sqrt(sizes[:kept])
+    factors = (
+        active.times_rows(basis, _contiguous((inner * roots).T)),
+        active.times_columns(_contiguous(inner / roots), lines),
+    )
     weakest = [roots[-1] / np.sqrt(length) for length in matrix.shape]
     left, right = (
-        np.clip(np.rint(factor / (step * unit)), -127, 127).astype(np.int32)
+        _contiguous(np.clip(np.rint(factor / (step * unit)), -127, 127))
         for factor, unit in zip(factors, weakest, strict=True)
     )
-    return left, right
+    energy = active.times_columns(left, left) * active.times_rows(right, right)
+    likeness = active.times_columns(left, basis) * active.times_rows(right, lines)
+    total = float(energy.sum(dtype=np.float64))
+    return left, right, np.float32(likeness.sum(dtype=np.float64) / total if total else 0)
+
+
+def _contiguous(values: NDArray[np.floating]) -> Floats:
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _principal(squares: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eigenvectors (columns) of a small symmetric matrix, and the roots of their values, which
+    fall.
+    """
+    values, vectors = np.linalg.eigh(squares.astype(np.float64))
+    return vectors[:, ::-1], np.sqrt(np.maximum(values[::-1], 0))
+
+
+def _orthonormal(columns: Floats) -> Floats:
+    """An orthonormal basis of what some columns span.
+
+    By their small products only: what works on long columns in LAPACK would start threads of its
+    own in each of ours.
+    """
+    active = loops.active()
+    vectors, sizes = _principal(active.times_columns(columns, columns))
+    there = sizes > 1e-5 * max(sizes[0], 1e-30)
+    return np.asarray(
+        active.times_rows(columns, _contiguous((vectors[:, there] / sizes[there]).T)), np.float32
+    )
 
 
 def _scaled(product: Floats, scale: np.float32, second: Words, dtype: str) -> Words:
     """The words of product * scale * sqrt(second); the product's memory is used for it."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        product *= scale
-        product *= np.sqrt(to_float32(second, dtype))
-        return from_float32(product, dtype)
+    loops.active().multiply_roots(product, scale, to_float32(second, dtype))
+    return from_float32(product, dtype)
 
 
 def decode_low_rank(data: memoryview, second: Words, count: int, dtype: str) -> Words:

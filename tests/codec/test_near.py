@@ -274,7 +274,8 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
     results = []
     for loop in both():
         sizes = np.ones(count, np.int32)
-        changed = base.copy()
+        changed, scaled = base.copy(), values.copy()
+        loop.multiply_roots(scaled, half, np.abs(base))
         how = (scale, amounts, steps, columns, rows.start)
         loop.change(changed, found, codes[found], *how)
         results.append([
@@ -290,6 +291,8 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
             sizes,
             loop.join_bits(planes, gaps, count, 3),
             loop.gap_positions(gaps),
+            *loop.divide_roots(first, second),
+            scaled,
             loop.outer_sum(left, right, rows.start, count),
             loop.product(steps, second[:columns], rows.start, count),
             *loop.extent(values),
@@ -299,6 +302,9 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
     for name, arguments in (
         ("squares", (values, base, second)), ("root_squares", (second, second[::-1].copy())),
         ("log_sums", (second, columns, rows.start, height)),
+        ("times_rows", (values[:columns][None], right)),
+        ("times_columns", (left, values[:height, None])) if height <= count else
+        ("times_rows", (values[:columns][None], right)),
     ):  # fmt: skip
         sums = [getattr(loop, name)(*arguments) for loop in both()]
         for left, right in zip(*sums, strict=True):
