@@ -69,6 +69,12 @@ class PartReader:
                 self._decoded[number] = self._restorer.tensor(number)
         return self._decoded[number]
 
+    def _decode_ahead(self, numbers: list[int]) -> None:
+        """Decode the stored ones of some tensors together, so that threads never wait."""
+        infos = self._schema.tensors
+        wanted = [n for n in numbers if not infos[n].inline and n not in self._decoded]
+        self._decoded.update(self._restorer.tensors(wanted))
+
     # -- states --------------------------------------------------------------------------------
 
     def state(self) -> object:
@@ -80,6 +86,8 @@ class PartReader:
         for file in files:
             layout, numbers = self._restorer.layout(file)
             by_key = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
+            if layout.tree is not None or layout.format == "safetensors":
+                self._decode_ahead([n for n in numbers if n >= 0])
             if layout.format == "safetensors":
                 states[file.path] = self._flat_state([n for n in numbers if n >= 0])
             elif layout.tree is None and self._restorer.commit.source != "state":

@@ -25,7 +25,7 @@ from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.codec import loops
-from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
@@ -134,8 +134,7 @@ class Restorer:
             digest.update(octets(words))
             info = self.schema.tensors[job.number]
             if job.slice + 1 == len(slice_counts(info.words)):
-                if digest.digest() != self._catalog.values(job.table)[job.position]:
-                    raise CorruptionError(f"{info.name} does not decode to its recorded hash")
+                self._prove(job, digest)
                 digest = blake3(max_threads=1)
             yield words
 
@@ -149,16 +148,47 @@ class Restorer:
                         found[argument] = bytes(data)
         return found
 
+    def tensors(
+        self, numbers: list[int]
+    ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
+        """All bytes of each of some stored tensors, proven, one after another."""
+
+        def decode(job: _Job) -> tuple[_Job, memoryview]:
+            info = self.schema.tensors[job.number]
+            links = self._chain.links(job.table, job.position)
+            words = self._chain.decode_slice(links, info, job.slice, job.count)
+            data = outs[job.number][job.slice * SLICE_WORDS * info.type.word :][: words.nbytes]
+            data[:] = words.view(np.uint8)
+            return job, data.data
+
+        def jobs() -> Iterator[_Job]:
+            for job in self._jobs([n for n in numbers if self.schema.tensors[n].words]):
+                if not job.slice:
+                    size = self.schema.tensors[job.number].size_bytes
+                    outs[job.number] = np.empty(size, np.uint8)
+                yield job
+
+        outs: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+        digest = blake3(max_threads=1)
+        for job, data in ordered_map(decode, jobs()):
+            digest.update(data)
+            info = self.schema.tensors[job.number]
+            if job.slice + 1 == len(slice_counts(info.words)):
+                self._prove(job, digest)
+                digest = blake3(max_threads=1)
+                yield job.number, outs.pop(job.number)
+        for number in numbers:
+            if not self.schema.tensors[number].words:
+                yield number, np.empty(0, np.uint8)
+
+    def _prove(self, job: _Job, digest: blake3) -> None:
+        if digest.digest() != self._catalog.values(job.table)[job.position]:
+            name = self.schema.tensors[job.number].name
+            raise CorruptionError(f"{name} does not decode to its recorded hash")
+
     def tensor(self, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """All bytes of a stored tensor, proven."""
-        info = self.schema.tensors[number]
-        out = np.empty(info.size_bytes, np.uint8)
-        at = 0
-        for words in self._slices([number]):
-            data = words.view(np.uint8)
-            out[at : at + data.size] = data
-            at += data.size
-        return out
+        return next(self.tensors([number]))[1]
 
     def blocks(self, number: int) -> Iterator[memoryview]:
         """The bytes of a stored tensor, slice after slice."""
