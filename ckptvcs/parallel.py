@@ -7,11 +7,14 @@ cores; at most a few results wait, so memory stays bounded.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from typing import TypeVar
+
+_TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,7 +42,9 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """
     pool = _pool(os.getpid())
     waiting: deque[Future[R]] = deque()
+    turn = sys.getswitchinterval()
     try:
+        sys.setswitchinterval(min(turn, _TURN))
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > worker_count():
@@ -50,3 +55,4 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         for future in waiting:
             future.cancel()
         wait(waiting)
+        sys.setswitchinterval(turn)
