@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 
@@ -209,9 +208,3 @@ def materialised(
         return HeldTable(held, infos)
     path = folder / values
     return CachedTable(path, infos, hashes) if path.is_file() else None
-
-
-def cached_files(folder: Path) -> Iterator[Path]:
-    """Every file of the cache."""
-    if folder.is_dir():
-        yield from (path for path in folder.iterdir() if path.is_file())
