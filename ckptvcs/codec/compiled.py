@@ -24,6 +24,7 @@ _EXACT = {"nogil": True, "cache": True, "error_model": "numpy"}
 _LOOSE = _EXACT | {"fastmath": True}
 
 _BLOCK = 4096  # values whose intermediate results stay in the first cache
+_TILE = 512  # columns of which a dozen lines stay there
 
 _BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
 _SIZES = _BYTES.sum(1).astype(np.int64)
@@ -327,15 +328,17 @@ def multiply_roots(values: Array, scale: Any, second: Array) -> None:
 @njit((_MATRIX, _MATRIX), **_LOOSE)
 def times_rows(matrix: Array, lines: Array) -> Array:
     """See `loops.times_rows`."""
-    out = np.empty((matrix.shape[0], lines.shape[0]), np.float32)
-    for row in range(matrix.shape[0]):
-        x = matrix[row]
-        for k in range(lines.shape[0]):
-            y = lines[k]
-            total = np.float32(0)
-            for i in range(x.size):
-                total += x[i] * y[i]
-            out[row, k] = total
+    out = np.zeros((matrix.shape[0], lines.shape[0]), np.float32)
+    for low in range(0, matrix.shape[1], _TILE):
+        high = min(matrix.shape[1], low + _TILE)
+        for row in range(matrix.shape[0]):
+            x = matrix[row, low:high]
+            for k in range(lines.shape[0]):
+                y = lines[k, low:high]
+                total = np.float32(0)
+                for i in range(x.size):
+                    total += x[i] * y[i]
+                out[row, k] += total
     return out
 
 
@@ -343,37 +346,55 @@ def times_rows(matrix: Array, lines: Array) -> Array:
 def times_columns(left: Array, matrix: Array) -> Array:
     """See `loops.times_columns`."""
     out = np.zeros((left.shape[1], matrix.shape[1]), np.float32)
-    for row in range(matrix.shape[0]):
-        x = matrix[row]
-        for k in range(left.shape[1]):
-            factor, y = left[row, k], out[k]
-            for i in range(x.size):
-                y[i] += factor * x[i]
+    even = left.shape[1] // 2 * 2
+    for low in range(0, matrix.shape[1], _TILE):
+        high = min(matrix.shape[1], low + _TILE)
+        for row in range(matrix.shape[0]):
+            x = matrix[row, low:high]
+            for k in range(0, even, 2):
+                one, two = left[row, k], left[row, k + 1]
+                y, z = out[k, low:high], out[k + 1, low:high]
+                for i in range(x.size):
+                    y[i] += one * x[i]
+                    z[i] += two * x[i]
+            if even < left.shape[1]:
+                one, y = left[row, even], out[even, low:high]
+                for i in range(x.size):
+                    y[i] += one * x[i]
     return out
 
 
 @njit((_MATRIX, _MATRIX, _INT, _INT), **_EXACT)
 def outer_sum(left: Array, right: Array, start: int, count: int) -> Array:
-    """See `loops.outer_sum`."""
+    """See `loops.outer_sum`; whole numbers add up the same in any order."""
     out = np.zeros(count, np.float32)
-    columns = right.shape[1]
+    columns, ranks = right.shape[1], left.shape[1]
+    whole = ranks // 4 * 4
     low = 0
     for row in range(left.shape[0]):
         high = min(count, (row + 1) * columns - start)
         first = low + start - row * columns
         o = out[low:high]
-        for rank in range(left.shape[1]):
-            factor, line = left[row, rank], right[rank, first : first + o.size]
+        last = first + o.size
+        for rank in range(0, whole, 4):
+            f0, f1 = left[row, rank], left[row, rank + 1]
+            f2, f3 = left[row, rank + 2], left[row, rank + 3]
+            l0, l1 = right[rank, first:last], right[rank + 1, first:last]
+            l2, l3 = right[rank + 2, first:last], right[rank + 3, first:last]
             for i in range(o.size):
-                o[i] += factor * line[i]
+                o[i] += (f0 * l0[i] + f1 * l1[i]) + (f2 * l2[i] + f3 * l3[i])
+        for rank in range(whole, ranks):
+            f0, l0 = left[row, rank], right[rank, first:last]
+            for i in range(o.size):
+                o[i] += f0 * l0[i]
         low = high
     return out
 
 
-@njit((_F32, _F32, _F32), **_LOOSE)
-def squares(x: Array, y: Array, weights: Array) -> tuple[Any, Any, Any, Any]:
+@njit((_F32, _F32), **_LOOSE)
+def squares(x: Array, y: Array) -> tuple[Any, Any, Any]:
     """See `loops.squares`."""
-    total = weighted = energy = 0.0
+    total = energy = 0.0
     largest = np.int32(0)
     errors = np.empty(_BLOCK, np.float32)
     words = errors.view(np.int32)
@@ -383,21 +404,49 @@ def squares(x: Array, y: Array, weights: Array) -> tuple[Any, Any, Any, Any]:
         part, known = np.float32(0), np.float32(0)
         for i in range(a.size):
             e = a[i] - b[i]
-            errors[i] = e
+            errors[i] = e * e
             part += e * e
             known += b[i] * b[i]
         total += part
         energy += known
-        for i in range(a.size):  # floats without a sign are ordered as integers are
-            largest = max(largest, words[i] & np.int32(0x7FFFFFFF))
+        for i in range(a.size):  # floats that are not negative are ordered as integers are
+            largest = max(largest, words[i])
+    words[0] = largest
+    return total, energy, np.sqrt(errors[0])
+
+
+@njit((_F32, _F32, _F32, _F32), **_LOOSE)
+def weight_squares(near: Array, true: Array, base: Array, weights: Array) -> Any:
+    """See `loops.weight_squares`."""
+    error = energy = residual = weighted_error = weighted_residual = 0.0
+    largest = np.int32(0)
+    errors, changes = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    words = errors.view(np.int32)
+    for low in range(0, true.size, _BLOCK):
+        high = min(true.size, low + _BLOCK)
+        a, b, c = near[low:high], true[low:high], base[low:high]
+        one, two, three = np.float32(0), np.float32(0), np.float32(0)
+        for i in range(b.size):
+            e, d = a[i] - b[i], b[i] - c[i]
+            errors[i], changes[i] = e * e, d * d
+            one += e * e
+            two += b[i] * b[i]
+            three += d * d
+        error += one
+        energy += two
+        residual += three
+        for i in range(b.size):  # floats that are not negative are ordered as integers are
+            largest = max(largest, words[i])
         if weights.size:
             w = weights[low:high]
-            part = np.float32(0)
-            for i in range(a.size):
-                part += w[i] * (errors[i] * errors[i])
-            weighted += part
+            one, two = np.float32(0), np.float32(0)
+            for i in range(b.size):
+                one += w[i] * errors[i]
+                two += w[i] * changes[i]
+            weighted_error += one
+            weighted_residual += two
     words[0] = largest
-    return total, weighted, energy, errors[0]
+    return error, energy, residual, weighted_error, weighted_residual, np.sqrt(errors[0])
 
 
 @njit((_F32, _F32), **_LOOSE)

@@ -211,13 +211,26 @@ def outer_sum(left: Floats, right: Floats, start: int, count: int) -> Floats:
     return product.reshape(-1)[start : start + count]
 
 
-def squares(x: Floats, y: Floats, weights: Floats) -> tuple[float, float, float, float]:
-    """Sums of (x - y)^2, of the same weighted (0 without weights), of y^2; the largest |x - y|."""
+def squares(x: Floats, y: Floats) -> tuple[float, float, float]:
+    """Sums of (x - y)^2 and of y^2; the largest |x - y|."""
     error = x - y
-    square = np.square(error, dtype=np.float64)
-    weighted = float(np.dot(square, weights)) if weights.size else 0.0
+    total = float(np.square(error, dtype=np.float64).sum())
     energy = float(np.square(y, dtype=np.float64).sum())
-    return float(square.sum()), weighted, energy, float(np.abs(error).max(initial=0))
+    return total, energy, float(np.abs(error).max(initial=0))
+
+
+def weight_squares(
+    near: Floats, true: Floats, base: Floats, weights: Floats
+) -> tuple[float, float, float, float, float, float]:
+    """Sums of (near - true)^2, true^2, (true - base)^2, of the first and the third weighted (0
+    without weights); the largest |near - true|.
+    """
+    error, energy, largest = squares(near, true)
+    change = np.square(true - base, dtype=np.float64)
+    weighted = [0.0, 0.0]
+    if weights.size:
+        weighted = [float(np.dot(s, weights)) for s in (np.square(near - true), change)]
+    return error, energy, float(change.sum()), weighted[0], weighted[1], largest
 
 
 def root_squares(x: Floats, y: Floats) -> tuple[float, float]:

@@ -44,9 +44,20 @@ def sample(values: NDArray[Value], size: int = _SAMPLE) -> NDArray[Value]:
     """At most about `size` of `values`: 16 runs at even distances, so that runs stay together."""
     if values.size <= size:
         return values
-    run = size // 16
-    last = values.size - run
-    return np.concatenate([values[last * n // 15 :][:run] for n in range(16)])
+    return np.concatenate([values[run] for run in _runs(values.size, size)])
+
+
+def sample_positions(count: int, size: int = _SAMPLE) -> NDArray[np.int64]:
+    """Where the entries of a `sample` of `count` values stand."""
+    if count <= size:
+        return np.arange(count)
+    return np.concatenate([np.arange(run.start, run.stop) for run in _runs(count, size)])
+
+
+def _runs(count: int, size: int) -> list[slice]:
+    length = size // 16
+    starts = [(count - length) * n // 15 for n in range(16)]
+    return [slice(start, start + length) for start in starts]
 
 
 def put_section(values: Bytes, *, text: bool = False) -> bytes:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ckptvcs.codec import loops
 from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
 from ckptvcs.codec.levels import TABLE, amounts_of, fit_levels, signed_table
-from ckptvcs.codec.planes import Bytes, get_section, put_section, sample
+from ckptvcs.codec.planes import Bytes, get_section, put_section, sample, sample_positions
 from ckptvcs.codec.rows import NEUTRAL, QUARTERS, Rows, get_rows, take
 from ckptvcs.codec.words import Words, from_float32, to_float32
 from ckptvcs.errors import CorruptionError
@@ -109,9 +109,9 @@ def _fit(
     rows: Rows, codes: Integers, zone: float,
 ) -> NDArray[np.uint16]:  # fmt: skip
     """Levels in units of the grid, from a sample."""
-    places = sample(np.arange(values.size, dtype=np.int32), _SAMPLE)
     units = sample(values, _SAMPLE) * scale - np.rint(sample(before, _SAMPLE) * scale)
-    units /= step * (factors if factors.size == 1 else factors[rows.of(places)])
+    row = rows.of(sample_positions(values.size, _SAMPLE))
+    units /= step * (factors if factors.size == 1 else factors[row])
     means = fit_levels(units, sample(codes, _SAMPLE), zone) * float(step)
     return np.clip(np.rint(means), 1, 65535).astype("<u2")
 

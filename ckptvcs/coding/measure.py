@@ -46,15 +46,15 @@ _NONE = np.zeros(0, np.float32)
 def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
     """The errors of slice `number` of a group's weight."""
     assert group.weight is not None
-    dtype, squares = group.weight.dtype, loops.active().squares
+    dtype = group.weight.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, dtype) for words in (coded.source, coded.decoded))
-        second = _NONE if group.second is None else group.second.floats(number)
-        error, fisher_error, energy, largest = squares(near, true, second)
-        residual, fisher_residual = energy, 0.0
+        base = np.zeros_like(true)
         if group.base is not None:
             base = to_float32(group.base.slice(number), dtype)
-            residual, fisher_residual, _, _ = squares(base, true, second)
+        second = _NONE if group.second is None else group.second.floats(number)
+        sums = loops.active().weight_squares(near, true, base, second)
+    error, energy, residual, fisher_error, fisher_residual, largest = sums
     return _finite(Errors(
         error, energy, residual, fisher_error, fisher_residual, largest=largest
     ))  # fmt: skip
@@ -66,7 +66,7 @@ def measure_moment(target: Target, coded: CodedSlice) -> Errors:
         true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
         if target.squared:
             return _finite(Errors(*loops.active().root_squares(true, near)))
-        error, _, energy, largest = loops.active().squares(near, true, _NONE)
+        error, energy, largest = loops.active().squares(near, true)
         return _finite(Errors(error, energy, largest=largest))
 
 

@@ -300,7 +300,9 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
     for one, other in zip(*results, strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other, np.asarray(one).dtype).tobytes()
     for name, arguments in (
-        ("squares", (values, base, second)), ("root_squares", (second, second[::-1].copy())),
+        ("squares", (values, base)),
+        ("weight_squares", (values, base, second, first)),
+        ("root_squares", (second, second[::-1].copy())),
         ("log_sums", (second, columns, rows.start, height)),
         ("times_rows", (values[:columns][None], right)),
         ("times_columns", (left, values[:height, None])) if height <= count else
