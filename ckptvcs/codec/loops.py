@@ -32,7 +32,7 @@ def prepare(size_bytes: int) -> None:
         from ckptvcs.codec import compiled  # noqa: PLC0415  takes half a second
 
         _state["compiled"] = compiled
-    except (ImportError, RuntimeError):  # no numba, or nowhere to keep what it compiles
+    except (ImportError, RuntimeError, OSError):  # no numba, or nowhere to keep what it compiles
         _state["compiled"] = sys.modules[__name__]
 
 
