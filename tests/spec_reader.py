@@ -220,8 +220,8 @@ class SpecRepository:
 class Stream:
     """Reads fields one after another."""
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
+    def __init__(self, data: bytes, *, short: bool = False) -> None:
+        self.data, self.at, self.short = data, 0, short
 
     def take(self, layout: str) -> tuple[Any, ...]:
         fields = struct.unpack_from(layout, self.data, self.at)
@@ -232,29 +232,36 @@ class Stream:
         self.at += count
         return self.data[self.at - count : self.at]
 
+    def head(self) -> tuple[int, int]:
+        (first,) = self.take("<B")
+        return first, int.from_bytes(self.octets(3 if self.short else 4), "little")
+
     def section(self, count: int) -> bytes:
-        tag, length = self.take("<BI")
+        tag, length = self.head()
         data = self.octets(length)
         if tag == 1:
-            data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+            form = zstandard.FORMAT_ZSTD1_MAGICLESS if self.short else zstandard.FORMAT_ZSTD1
+            data = zstandard.ZstdDecompressor(format=form).decompressobj().decompress(data)
         elif tag == 2:
             data = data * count
         assert len(data) == count
         return data
 
     def mask(self, count: int) -> Array:
-        form, size = self.take("<BI")
-        data = self.section(size)
+        form, size = self.head()
+        data = self.octets(size) if form == 3 else self.section(size)
         if form == 0:
             return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
         gaps, gap = [], 0
+        if form == 3:
+            data = np.unpackbits(np.frombuffer(data, np.uint8)).tobytes()
         for byte in data:
-            gap += byte
-            if byte != 255:
+            gap += 1 - byte if form == 3 else byte
+            if byte == 1 if form == 3 else byte != 255:
                 gaps.append(gap)
                 gap = 0
         between = np.asarray(gaps, np.int64)
-        if form == 2:
+        if form >= 2:
             (shift,) = self.take("<B")
             between = (between << shift) + self.bits(between.size, shift)
         kept = np.zeros(count, bool)
@@ -268,7 +275,7 @@ class Stream:
     def bits(self, count: int, planes: int) -> Array:
         out = np.zeros(count, np.int64)
         each = (count + 7) // 8
-        data = np.frombuffer(self.section(planes * each) if planes else b"", np.uint8)
+        data = np.frombuffer(self.octets(planes * each), np.uint8)
         for bit in range(planes):
             row = np.unpackbits(data[bit * each : (bit + 1) * each], count=count)
             out |= row.astype(np.int64) << bit
@@ -331,7 +338,7 @@ def decode_slice(
     data: bytes, dtype: str, count: int, base: Array | None,
     companion: tuple[bytes, Array | None] | None,
 ) -> Array:  # fmt: skip
-    method, stream = data[0], Stream(data[1:])
+    method, stream = data[0], Stream(data[1:], short=data[0] >= 4)
     if method >= 4:
         out = near(method, stream, dtype, count, base, companion)
         assert stream.at == len(stream.data)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import loops
-from ckptvcs.codec.planes import get_section, put_bits, put_section
+from ckptvcs.codec.planes import get_bytes, get_section, put_bits, put_section
 from ckptvcs.codec.sparse import Positions, get_positions, put_bitmap, put_mask, put_positions
 from ckptvcs.errors import CorruptionError, TruncatedError
 
@@ -71,7 +71,7 @@ class Codes:
 def put_codes(codes: Codes, count: int) -> bytes:
     """Store the `count` codes of a slice, each below `MAX_CODE` in magnitude."""
     if codes.positions is not None:
-        mask = put_positions(codes.positions, count)
+        mask = put_positions(codes.positions, count, short=True)
         return _BYTE.pack(SPARSE) + mask + _put_signed(codes.values)
     return _put_all(codes.values)
 
@@ -85,17 +85,17 @@ def _put_all(codes: Integers) -> bytes:
     large = np.packbits(sizes > 1)
     rest = active.kept(sizes, large)
     signs = active.extract(np.packbits(codes < 0), bitmap)
-    head = _BYTE.pack(SPARSE) + put_bitmap(bitmap, codes.size, count) + put_section(signs)
-    plane = put_bitmap(active.extract(large, bitmap), count, rest.size)
-    return head + _put_sizes(count, plane, rest)
+    mask = put_bitmap(bitmap, codes.size, count, short=True)
+    plane = put_bitmap(active.extract(large, bitmap), count, rest.size, short=True)
+    return b"".join([_BYTE.pack(SPARSE), mask, signs.tobytes(), _put_sizes(count, plane, rest)])
 
 
 def _put_signed(values: Integers) -> bytes:
     """Codes that are not zero."""
     sizes = np.abs(values)
     large = sizes > 1
-    plane = put_mask(large)
-    return put_section(np.packbits(values < 0)) + _put_sizes(values.size, plane, sizes[large])
+    plane = put_mask(large, short=True)
+    return np.packbits(values < 0).tobytes() + _put_sizes(values.size, plane, sizes[large])
 
 
 def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:
@@ -109,7 +109,7 @@ def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:
         elif np.count_nonzero(above) > _UNARY_SHARE * rest.size:
             break
         else:
-            planes.append(put_mask(above))
+            planes.append(put_mask(above, short=True))
             rest = rest[above]
             level += 1
     parts = [_BYTE.pack(len(planes)), *planes, _COUNT.pack(rest.size)]
@@ -120,13 +120,13 @@ def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:
 
 def _put_words(words: NDArray[np.uint32]) -> bytes:
     planes = np.ascontiguousarray(words.view(np.uint8).reshape(words.size, 4).T)
-    return b"".join(put_section(plane) for plane in planes)
+    return b"".join(put_section(plane, short=True) for plane in planes)
 
 
 def _get_words(data: memoryview, at: int, count: int) -> tuple[NDArray[np.uint32], int]:
     rows = np.empty((count, 4), np.uint8)
     for plane in range(4):
-        rows[:, plane], at = get_section(data, at, count)
+        rows[:, plane], at = get_section(data, at, count, short=True)
     return rows.reshape(-1).view("<u4"), at
 
 
@@ -136,7 +136,7 @@ def _put_dense(codes: Integers) -> bytes:
     parts = [_BYTE.pack(shift), put_bits(codes, shift)]
     high = codes >> shift
     escaped = np.abs(high) > 127
-    parts.append(put_section(np.where(escaped, 0, high + 128).astype(np.uint8)))
+    parts.append(put_section(np.where(escaped, 0, high + 128).astype(np.uint8), short=True))
     outliers = codes[escaped]
     parts.append(_COUNT.pack(outliers.size))
     if outliers.size:
@@ -161,18 +161,18 @@ def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
         return _get_dense(data, at, count)
     if form != SPARSE:
         raise CorruptionError("a frame holds codes of an unknown form")
-    positions, at = get_positions(data, at, count)
+    positions, at = get_positions(data, at, count, short=True)
     values, at = _get_signed(data, at, positions.size)
     return Codes(positions, values), at
 
 
 def _get_signed(data: memoryview, at: int, count: int) -> tuple[Integers, int]:
-    signs, at = get_section(data, at, (count + 7) // 8)
+    signs, at = get_bytes(data, at, (count + 7) // 8)
     planes, at = _take(_BYTE, data, at)
     sizes = np.ones(count, np.int32)
     above: Positions = np.arange(count if planes else 0, dtype=np.int32)
     for _ in range(planes):
-        kept, at = get_positions(data, at, above.size)
+        kept, at = get_positions(data, at, above.size, short=True)
         above = loops.active().raise_sizes(sizes, above, kept)
     left, at = _take(_COUNT, data, at)
     if left:
@@ -190,10 +190,8 @@ def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
     shift, at = _take(_BYTE, data, at)
     if shift > 24:
         raise CorruptionError("a frame holds codes of too many bits")
-    planes = np.zeros(0, np.uint8)
-    if shift:
-        planes, at = get_section(data, at, shift * ((count + 7) // 8))
-    high, at = get_section(data, at, count)
+    planes, at = get_bytes(data, at, shift * ((count + 7) // 8))
+    high, at = get_section(data, at, count, short=True)
     values: Integers = loops.active().join_bits(planes, high, count, shift)
     outliers, at = _take(_COUNT, data, at)
     escaped = high == 0

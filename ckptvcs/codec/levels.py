@@ -39,7 +39,8 @@ def amounts_of(sizes: Integers, levels: Floats, step: np.float32) -> Floats:
     """What codes of these sizes (not negative) stand for: their level, or as many steps."""
     table = np.concatenate((np.zeros(1, np.float32), levels))
     known = table[np.minimum(sizes, levels.size)]
-    return np.where(sizes <= levels.size, known, sizes.astype(np.float32) * step)
+    with np.errstate(over="ignore"):
+        return np.where(sizes <= levels.size, known, sizes.astype(np.float32) * step)
 
 
 def signed_table(levels: Floats, step: np.float32) -> Floats:

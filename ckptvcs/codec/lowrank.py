@@ -53,7 +53,7 @@ def encode_low_rank(
     left, right, scale = found
     stored = np.concatenate((left.reshape(-1), right.reshape(-1))) + _ZERO
     payload = _HEAD.pack(rows.columns, rows.start, left.shape[1], scale)
-    payload += put_section(stored.astype(np.uint8))
+    payload += put_section(stored.astype(np.uint8), short=True)
     near = loops.active().outer_sum(left, right, rows.start, words.size)
     return payload, _scaled(near, scale, second, dtype)
 
@@ -131,7 +131,7 @@ def decode_low_rank(data: memoryview, second: Words, count: int, dtype: str) -> 
     height = rows.count(count)
     if columns > count or not 1 <= rank <= min(MAX_RANK, height, columns):
         raise CorruptionError("a frame holds factors of an impossible shape")
-    stored, at = get_section(data, at, rank * (height + rows.columns))
+    stored, at = get_section(data, at, rank * (height + rows.columns), short=True)
     if at != len(data) or not int(stored.min()):
         raise CorruptionError("a frame has bytes after its factors, or a factor out of range")
     near = loops.active().outer_sum(*_split(stored, rank, height), rows.start, count)

@@ -60,7 +60,7 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] |
     if codes.max() > 255 or not _within(low, row_codes, column_codes):
         return None
     stored = codes.astype(np.uint8)
-    payload = _FACTORS.pack(low, rows.columns, rows.start) + put_section(stored)
+    payload = _FACTORS.pack(low, rows.columns, rows.start) + put_section(stored, short=True)
     return payload, _product(stored, low, rows, words.size, dtype)
 
 
@@ -69,7 +69,7 @@ def row_logs(payload: bytes, count: int) -> tuple[Rows, Floats]:
     (low, columns, start), at = take(_FACTORS, memoryview(payload), 0)
     rows = Rows(int(columns), int(start))
     height = rows.count(count)
-    codes, _ = get_section(memoryview(payload), at, height + rows.columns)
+    codes, _ = get_section(memoryview(payload), at, height + rows.columns, short=True)
     column = codes[height:][codes[height:] > 0]
     middle = float(column.mean() - 1) if column.size else 0.0
     logs = (codes[:height].astype(np.float32) - 1 + low + middle) / 2
@@ -122,7 +122,7 @@ def decode_second(data: memoryview, count: int, dtype: str) -> Words:
     rows = get_rows(int(columns), int(start))
     if columns > count:
         raise CorruptionError("a frame holds more columns than words")
-    codes, at = get_section(data, at, rows.count(count) + rows.columns)
+    codes, at = get_section(data, at, rows.count(count) + rows.columns, short=True)
     height = rows.count(count)
     if at != len(data) or not _within(int(low), codes[:height], codes[height:]):
         raise CorruptionError("a frame holds second moments that no float32 has")

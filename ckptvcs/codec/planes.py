@@ -9,7 +9,6 @@ Layout: docs/format.md, "Section".
 
 from __future__ import annotations
 
-import struct
 from typing import TypeVar
 
 import numpy as np
@@ -22,11 +21,13 @@ from ckptvcs.errors import CorruptionError, TruncatedError
 Bytes = NDArray[np.uint8]
 Value = TypeVar("Value", bound=np.generic)
 
-_HEAD = struct.Struct("<BI")  # tag, stored length
 RAW, ZSTD, CONSTANT = 0, 1, 2
 _SAMPLE = 1 << 14
 _HUFFMAN = zstandard.ZstdCompressionParameters.from_level(
     1, min_match=7, hash_log=6, write_content_size=False
+)
+_SHORT_HUFFMAN = zstandard.ZstdCompressionParameters.from_level(
+    1, min_match=7, hash_log=6, write_content_size=False, format=zstandard.FORMAT_ZSTD1_MAGICLESS
 )
 _TEXT = zstandard.ZstdCompressionParameters.from_level(3, write_content_size=False)
 _COMPRESSIBLE_BITS = 7.93  # Huffman gains less than its tables cost above this many bits a byte
@@ -60,63 +61,78 @@ def _runs(count: int, size: int) -> list[slice]:
     return [slice(start, start + length) for start in starts]
 
 
-def put_section(values: Bytes, *, text: bool = False) -> bytes:
-    """Store one byte stream of at most 2^32 - 1 bytes; `text` says that repeats are likely."""
+def put_section(values: Bytes, *, text: bool = False, short: bool = False) -> bytes:
+    """Store one byte stream of at most 2^32 - 1 bytes; `text` says that repeats are likely.
+
+    A `short` section, of less than 2^24 bytes, has a smaller head, and zstd's magic number is left
+    out: near slices are often so small that these count.
+    """
     if values.size and values[0] == values[-1] and (values == values[0]).all():
-        return _HEAD.pack(CONSTANT, 1) + bytes(values[:1])
+        return _head(CONSTANT, 1, short) + bytes(values[:1])
     if text or entropy_bits(sample(values)) < _COMPRESSIBLE_BITS:
-        parameters = _TEXT if text else _HUFFMAN
+        parameters = _TEXT if text else _SHORT_HUFFMAN if short else _HUFFMAN
         packed = zstandard.ZstdCompressor(compression_params=parameters).compress(values.data)
         if len(packed) < values.size:
-            return _HEAD.pack(ZSTD, len(packed)) + packed
-    return _HEAD.pack(RAW, values.size) + values.tobytes()
+            return _head(ZSTD, len(packed), short) + packed
+    return _head(RAW, values.size, short) + values.tobytes()
 
 
-def get_section(data: memoryview, at: int, size: int) -> tuple[Bytes, int]:
+def _head(tag: int, size: int, short: bool) -> bytes:
+    return bytes([tag]) + size.to_bytes(3 if short else 4, "little")
+
+
+def get_section(data: memoryview, at: int, size: int, *, short: bool = False) -> tuple[Bytes, int]:
     """Read the section at `at`, which must decode to `size` bytes; also where the next one begins.
 
     Raises:
         TruncatedError: the section runs past the end of `data`.
         CorruptionError: it is not a section of `size` bytes.
     """
-    if at + _HEAD.size > len(data):
+    begin = at + (4 if short else 5)
+    if begin > len(data):
         raise TruncatedError("a frame ends inside a section header")
-    tag, stored = _HEAD.unpack_from(data, at)
-    at += _HEAD.size
-    end = at + stored
+    tag, stored = data[at], int.from_bytes(data[at + 1 : begin], "little")
+    end = begin + stored
     if end > len(data):
         raise TruncatedError("a frame ends inside a section")
     if tag == RAW and stored == size:
-        return np.frombuffer(data[at:end], np.uint8), end
+        return np.frombuffer(data[begin:end], np.uint8), end
     if tag == CONSTANT and stored == 1 and size:
-        return np.full(size, data[at], np.uint8), end
+        return np.full(size, data[begin], np.uint8), end
     if tag == ZSTD:
-        return inflate(data[at:end], size), end
+        return inflate(data[begin:end], size, short=short), end
     raise CorruptionError("a frame holds a section of a wrong kind or size")
 
 
 def put_bits(values: NDArray[np.integer], bits: int) -> bytes:
     """Store the lowest `bits` bits of each value, a plane of single bits after another."""
-    planes = [np.packbits((values >> bit) & 1) for bit in range(bits)]
-    return put_section(np.concatenate(planes)) if planes else b""
+    return b"".join(np.packbits((values >> bit) & 1).tobytes() for bit in range(bits))
 
 
 def get_bits(data: memoryview, at: int, count: int, bits: int) -> tuple[NDArray[np.int32], int]:
     """Read what `put_bits` stored for `count` values; also where the next section begins.
 
     Raises:
-        TruncatedError, CorruptionError: as `get_section`.
+        TruncatedError: they run past the end of `data`.
     """
-    if not bits:
-        return np.zeros(count, np.int32), at
-    planes, at = get_section(data, at, bits * ((count + 7) // 8))
+    planes, at = get_bytes(data, at, bits * ((count + 7) // 8))
     return loops.active().join_bits(planes, np.zeros(0, np.uint8), count, bits), at
 
 
-def inflate(packed: memoryview, size: int) -> Bytes:
+def get_bytes(data: memoryview, at: int, size: int) -> tuple[Bytes, int]:
+    """Bytes as they stand, and where the next ones begin.  Raises TruncatedError."""
+    if at + size > len(data):
+        raise TruncatedError("a frame ends inside its codes")
+    return np.frombuffer(data[at : at + size], np.uint8), at + size
+
+
+def inflate(packed: memoryview, size: int, *, short: bool = False) -> Bytes:
     """Undo zstd, never producing more than the `size` bytes that are expected."""
+    form = zstandard.FORMAT_ZSTD1_MAGICLESS if short else zstandard.FORMAT_ZSTD1
     try:
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed)
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27, format=form).stream_reader(
+            packed
+        )
         values = np.empty(size + 1, np.uint8)
         got = 0
         while count := reader.readinto(values.data[got:]):

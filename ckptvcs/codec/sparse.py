@@ -8,24 +8,22 @@ Layout: docs/format.md, "Mask".
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import loops
-from ckptvcs.codec.planes import Bytes, get_bits, get_section, put_bits, put_section
+from ckptvcs.codec.planes import Bytes, get_bits, get_bytes, get_section, put_bits, put_section
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Mask = NDArray[np.bool_]
 Positions = NDArray[np.int32] | NDArray[np.int64]
 
-BITMAP, GAPS, SPLIT_GAPS = 0, 1, 2
-_HEAD = struct.Struct("<BI")  # form, section size before compression
+BITMAP, GAPS, SPLIT_GAPS, RICE = 0, 1, 2, 3
 _ESCAPE = 255
 _SPARSE_DENSITY = 0.19
-_HIGH_BITS = 4  # of the mean gap that Huffman sees; lower bits are as good as random
+_HIGH_BITS = 3  # of the mean gap that Huffman sees; lower bits are as good as random
 _MAX_SHIFT = 20
+_FEW = 1 << 13  # gaps; of fewer, Huffman's table can cost more than it saves
 
 
 def _to_bytes(gaps: Positions) -> Bytes:
@@ -39,37 +37,57 @@ def _to_bytes(gaps: Positions) -> Bytes:
     return out
 
 
-def put_mask(mask: Mask) -> bytes:
-    """Store which entries of a slice are kept."""
-    return put_bitmap(np.packbits(mask), mask.size, int(np.count_nonzero(mask)))
+def put_mask(mask: Mask, *, short: bool = False) -> bytes:
+    """Store which entries of a slice are kept; `short` as in `put_section`."""
+    kept = int(np.count_nonzero(mask))
+    return put_bitmap(np.packbits(mask), mask.size, kept, short=short)
 
 
-def put_bitmap(bitmap: Bytes, count: int, kept: int) -> bytes:
+def put_bitmap(bitmap: Bytes, count: int, kept: int, *, short: bool = False) -> bytes:
     """Store the mask of `count` entries, of which `kept` are kept, given as the bits of bytes."""
     if kept >= _SPARSE_DENSITY * count:
-        return _HEAD.pack(BITMAP, bitmap.size) + put_section(bitmap)
-    return _put_gaps(loops.active().bit_positions(bitmap, count), count)
+        return _head(BITMAP, bitmap.size, short) + put_section(bitmap, short=short)
+    return _put_gaps(loops.active().bit_positions(bitmap, count), count, short=short)
 
 
-def put_positions(positions: Positions, count: int) -> bytes:
+def put_positions(positions: Positions, count: int, *, short: bool = False) -> bytes:
     """Store the mask of `count` entries that keeps those at `positions`, ascending."""
     if positions.size < _SPARSE_DENSITY * count:
-        return _put_gaps(positions, count)
+        return _put_gaps(positions, count, short=short)
     mask = np.zeros(count, np.bool_)
     mask[positions] = True
-    return put_mask(mask)
+    return put_mask(mask, short=short)
 
 
-def _put_gaps(positions: Positions, count: int) -> bytes:
+def _head(form: int, size: int, short: bool) -> bytes:
+    return bytes([form]) + size.to_bytes(3 if short else 4, "little")
+
+
+def _put_gaps(positions: Positions, count: int, *, short: bool) -> bytes:
     gaps = np.diff(positions, prepend=-1)
     gaps -= 1
-    kept = positions.size
-    shift = max(0, (count // max(kept, 1)).bit_length() - _HIGH_BITS)
+    shift = max(0, (count // max(positions.size, 1)).bit_length() - _HIGH_BITS)
+    if not shift or not short:  # masks that are not short are as old as the format
+        stream = _to_bytes(gaps)
+        return _head(GAPS, stream.size, short) + put_section(stream, short=short)
     stream = _to_bytes(gaps >> shift)
-    if not shift:
-        return _HEAD.pack(GAPS, stream.size) + put_section(stream)
-    head = _HEAD.pack(SPLIT_GAPS, stream.size)
-    return head + put_section(stream) + bytes([shift]) + put_bits(gaps, shift)
+    head = _head(SPLIT_GAPS, stream.size, short)
+    split = head + put_section(stream, short=short) + bytes([shift]) + put_bits(gaps, shift)
+    if not 0 < gaps.size < _FEW:
+        return split
+    return min(split, _put_rice(gaps), key=len)
+
+
+def _put_rice(gaps: Positions) -> bytes:
+    """Golomb-Rice codes: low bits raw, the rest in unary; near the entropy of chance gaps."""
+    shift = max(0, int(np.log2(max(1.0, float(gaps.mean()) * np.log(2))) + 0.5))
+    ends = np.cumsum((gaps >> shift) + 1) - 1
+    unary = np.zeros(int(ends[-1]) + 1, np.bool_)
+    unary[ends] = True
+    packed = np.packbits(unary)
+    return (
+        _head(RICE, packed.size, True) + packed.tobytes() + bytes([shift]) + put_bits(gaps, shift)
+    )
 
 
 def _with_low_bits(positions: Positions, low: NDArray[np.int32], shift: int) -> Positions:
@@ -78,28 +96,38 @@ def _with_low_bits(positions: Positions, low: NDArray[np.int32], shift: int) -> 
     return np.asarray(np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1, np.int64)
 
 
-def get_positions(data: memoryview, at: int, count: int) -> tuple[Positions, int]:
+def get_positions(
+    data: memoryview, at: int, count: int, *, short: bool = False
+) -> tuple[Positions, int]:
     """Read the mask of `count` entries at `at` as the ascending positions that it keeps; also
     where the next section begins.
 
     Raises:
         TruncatedError, CorruptionError: there is no such mask.
     """
-    if at + _HEAD.size > len(data):
+    begin = at + (4 if short else 5)
+    if begin > len(data):
         raise TruncatedError("a frame ends inside a mask header")
-    form, size = _HEAD.unpack_from(data, at)
-    if form > SPLIT_GAPS or size > max(count, 1):
+    form, size = data[at], int.from_bytes(data[at + 1 : begin], "little")
+    if form > (RICE if short else GAPS) or size > max(count, 1):
         raise CorruptionError("a frame holds a mask of an unknown form or size")
-    stream, at = get_section(data, at + _HEAD.size, size)
+    if form == RICE:
+        stream, at = get_bytes(data, begin, size)
+    else:
+        stream, at = get_section(data, begin, size, short=short)
     if form == BITMAP:
         if size != (count + 7) // 8:
             raise CorruptionError("a frame holds a bitmap of a wrong size")
         found: Positions = loops.active().bit_positions(stream, count)
         return found, at
-    if stream.size and stream[-1] == _ESCAPE:
+    positions: Positions
+    if form == RICE:
+        positions = loops.active().bit_positions(stream, 8 * size)
+    elif stream.size and stream[-1] == _ESCAPE:
         raise CorruptionError("a mask ends inside a gap")
-    positions: Positions = loops.active().gap_positions(stream)
-    if form == SPLIT_GAPS:
+    else:
+        positions = loops.active().gap_positions(stream)
+    if form >= SPLIT_GAPS:
         if at >= len(data) or data[at] > _MAX_SHIFT:
             raise CorruptionError("a frame holds gaps of too many bits")
         low, end = get_bits(data, at + 1, positions.size, data[at])

@@ -25,7 +25,7 @@ Floats = NDArray[np.float32]
 
 _HEAD = struct.Struct("<hfBII")  # grid, step, levels, columns (0: no row factors), start
 _FINENESS = 3  # a step is at least 2^3 units of the grid
-_GRIDS = range(-120, 140)  # where float32 holds every multiple below 2^24 exactly
+_GRIDS = range(-120, 127)  # where float32 holds every multiple below 2^24 exactly
 _SAMPLE = 1 << 15  # words that levels are fitted on
 _FACTOR_LIMIT = 2.5  # of a row's step, in natural logarithm
 
@@ -89,7 +89,7 @@ def encode_delta(
     head = _HEAD.pack(
         grid, unit_step, levels.size, rows.columns if factors else 0, rows.start if factors else 0
     )
-    section = put_section(stored) if factors else b""
+    section = put_section(stored, short=True) if factors else b""
     decoded = _apply(
         Codes(None, codes),
         base,
@@ -203,7 +203,7 @@ def decode_weight(
     factors = None
     if columns:
         rows = get_rows(int(columns), int(start))
-        stored, at = get_section(data, at, rows.count(count))
+        stored, at = get_section(data, at, rows.count(count), short=True)
         factors = rows, stored
     codes, at = get_codes(data, at, count)
     if at != len(data):

@@ -33,7 +33,7 @@ def codes_at(data: bytes) -> int | None:
         _, _, levels, columns, _ = struct.unpack_from("<hfBII", data, 1)
         at = 1 + 15 + 2 * levels
         if columns:
-            at += 5 + struct.unpack_from("<I", data, at + 1)[0]
+            at += 4 + int.from_bytes(data[at + 1 : at + 4], "little")
         return int(at)
     if data[0] in (frame.NEAR_FIRST, frame.NEAR_SCALED_FIRST):
         return 1 + 5 + 4 * int(data[5])

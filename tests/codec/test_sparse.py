@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.codec.sparse import get_mask, put_mask
+from ckptvcs.codec.sparse import get_mask, get_positions, put_mask
 from ckptvcs.errors import CorruptionError
 
 
@@ -22,6 +22,10 @@ def test_round_trip(count: int, density: float, seed: int) -> None:
     back, end = get_mask(memoryview(data), 0, count)
     assert end == len(data)
     assert np.array_equal(back, mask)
+    data = put_mask(mask, short=True)
+    positions, end = get_positions(memoryview(data), 0, count, short=True)
+    assert end == len(data)
+    assert np.array_equal(positions, np.flatnonzero(mask))
 
 
 @pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 70_000])
@@ -47,3 +51,11 @@ def test_any_bytes_are_decoded_or_refused(data: bytes, count: int) -> None:
     except CorruptionError:
         return
     assert mask.size == count
+
+
+@pytest.mark.parametrize("density", [0.001, 0.003, 0.006, 0.012, 0.02, 0.05, 0.1, 0.19, 0.3, 0.5])
+def test_short_masks_of_few_entries_are_near_the_entropy(density: float) -> None:
+    mask = np.random.default_rng(0).random(1 << 16) < density
+    share = mask.mean()
+    entropy = -share * np.log2(share) - (1 - share) * np.log2(1 - share)
+    assert len(put_mask(mask, short=True)) * 8 <= 1.03 * entropy * mask.size + 8 * 12
