@@ -94,8 +94,11 @@ class CachedTable:
             return None
         info = self._infos[tensor]
         word, count = info.type.word, slice_counts(info.words)[number]
-        data = self._read(self._starts[tensor] + number * SLICE_WORDS * word, count * word)
-        return np.frombuffer(data, word_type(word))
+        with contextlib.suppress(OSError):  # another process may have deleted it meanwhile
+            data = self._read(self._starts[tensor] + number * SLICE_WORDS * word, count * word)
+            if len(data) == count * word:
+                return np.frombuffer(data, word_type(word))
+        return None
 
     def _read(self, at: int, size: int) -> bytes:
         with self._path.open("rb", buffering=0) as file:
@@ -189,7 +192,7 @@ class HeldWriter:
 
 
 class HeldTable:
-    """A table of values as a `HeldBase` has it."""
+    """A table of values as a `HeldBase` has it, for the commit that changes it."""
 
     def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
         self._tensors, self._infos = held.tensors, infos
@@ -199,12 +202,30 @@ class HeldTable:
         return None if words is None else words[number * SLICE_WORDS :][:SLICE_WORDS]
 
 
+class SharedTable(HeldTable):
+    """The same for readers, while a commit of another thread may begin to change it."""
+
+    def __init__(self, held: HeldBase, values: ObjectId, infos: list[TensorInfo]) -> None:
+        super().__init__(held, infos)
+        self._held, self._values = held, values
+
+    def slice(self, tensor: int, number: int) -> Words | None:
+        words = super().slice(tensor, number)
+        if words is None:
+            return None
+        words = words.copy()
+        # A writer takes the name away before its first change: a copy from before is whole.
+        return words if self._held.values == self._values else None
+
+
 def materialised(
     folder: Path, held: HeldBase | None, values: ObjectId, infos: list[TensorInfo],
-    hashes: list[bytes],
+    hashes: list[bytes], *, change: bool = False,
 ) -> Materialised | None:  # fmt: skip
-    """A table of values from memory or from the cache; None where neither has it."""
+    """A table of values from memory or from the cache; None where neither has it.  Only the commit
+    that is to `change` what is in memory may see it change.
+    """
     if held is not None and held.values == values:
-        return HeldTable(held, infos)
+        return HeldTable(held, infos) if change else SharedTable(held, values, infos)
     path = folder / values
     return CachedTable(path, infos, hashes) if path.is_file() else None

@@ -133,7 +133,7 @@ class Encoder:
             positions = {info.name: (position, info) for position, info in enumerate(infos)}
             held = self._held if name == "model" else None
             self._materials[state.values] = materialised(
-                self._cache, held, state.values, infos, hashes
+                self._cache, held, state.values, infos, hashes, change=True
             )
             parts[name] = _BasePart(state.values, hashes, positions)
         return parts

@@ -339,3 +339,36 @@ def test_tensors_of_several_slices_with_rows_across_them(near: Repo) -> None:
         assert nmse(now["wide"], back) < 0.01
         now = moved(now)
     assert not Repo.open(near.folder).verify().damage
+
+
+def test_a_reader_is_not_disturbed_by_a_commit_that_begins(near: Repo) -> None:
+    now = weights()
+    for step in range(1, 3):
+        name = near.commit(adam_state(now, step), step=step).id
+        now = moved(now)
+    restorer = near.restorer(name)
+    number = next(n for n, t in enumerate(restorer.schema.tensors) if t.name == "model.layer0")
+    before = restorer.tensor(number).copy()
+    near.commit(adam_state(now, 3), step=3)  # the base in memory is that of step 3 now
+    assert np.array_equal(restorer.tensor(number), before)
+
+
+def test_a_cache_that_vanishes_is_done_without(near: Repo, tmp_path: Path) -> None:
+    for step in range(1, 3):
+        torch.save(adam_state(weights(), step), tmp_path / "m.pt")
+        name = near.commit_path(tmp_path / "m.pt", message="x", step=step).id
+    restorer = near.restorer(name)
+    number = next(n for n, t in enumerate(restorer.schema.tensors) if t.name == "model.layer0")
+    before = restorer.tensor(number).copy()
+    for path in (near.folder / "cache" / "bases").iterdir():
+        path.unlink()
+    assert np.array_equal(restorer.tensor(number), before)
+
+
+def test_weights_too_large_to_measure_come_back_all_the_same(near: Repo) -> None:
+    now = {name: w * 1e24 for name, w in weights().items()}
+    for step in range(1, 3):
+        near.commit(adam_state(now, step), step=step)
+        back = near.checkout(step)["model"]
+        assert all(nmse(w, back[name]) < 0.01 for name, w in now.items())
+        now = moved(now, 1e20)

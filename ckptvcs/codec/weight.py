@@ -90,18 +90,11 @@ def encode_delta(
         grid, unit_step, levels.size, rows.columns if factors else 0, rows.start if factors else 0
     )
     section = put_section(stored, short=True) if factors else b""
-    decoded = _apply(
-        Codes(None, codes),
-        base,
-        dtype,
-        grid,
-        unit_step,
-        levels,
-        (rows, stored) if factors else None,
-    )
-    if dtype == "F16" and not np.isfinite(to_float32(decoded, dtype)).all():
-        return None
-    return head + levels.tobytes() + section + put_codes(Codes(None, codes), codes.size), decoded
+    found = Codes(None, codes)
+    decoded = _apply(found, base, dtype, grid, unit_step, levels, factors)
+    if dtype != "F32" and not np.isfinite(to_float32(decoded, dtype)).all():
+        return None  # rounded up to infinity
+    return head + levels.tobytes() + section + put_codes(found, codes.size), decoded
 
 
 def _fit(

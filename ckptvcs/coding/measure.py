@@ -33,9 +33,11 @@ def measure(
 ) -> tuple[Errors, ...]:
     """The errors of slice `number` of each member."""
     return tuple(
-        measure_weight(group, number, coded)
-        if target is group.weight
-        else measure_moment(target, coded)
+        finite(
+            measure_weight(group, number, coded)
+            if target is group.weight
+            else measure_moment(target, coded)
+        )
         for target, coded in zip(members, slices, strict=True)
     )
 
@@ -55,9 +57,7 @@ def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
         second = _NONE if group.second is None else group.second.floats(number)
         sums = loops.active().weight_squares(near, true, base, second)
     error, energy, residual, fisher_error, fisher_residual, largest = sums
-    return _finite(Errors(
-        error, energy, residual, fisher_error, fisher_residual, largest=largest
-    ))  # fmt: skip
+    return Errors(error, energy, residual, fisher_error, fisher_residual, largest=largest)
 
 
 def measure_moment(target: Target, coded: CodedSlice) -> Errors:
@@ -65,12 +65,12 @@ def measure_moment(target: Target, coded: CodedSlice) -> Errors:
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
         if target.squared:
-            return _finite(Errors(*loops.active().root_squares(true, near)))
+            return Errors(*loops.active().root_squares(true, near))
         error, energy, largest = loops.active().squares(near, true)
-        return _finite(Errors(error, energy, largest=largest))
+        return Errors(error, energy, largest=largest)
 
 
-def _finite(errors: Errors) -> Errors:
+def finite(errors: Errors) -> Errors:
     """No errors for what is stored exactly, with what is not finite in it."""
     return errors if all(map(np.isfinite, astuple(errors))) else Errors()
 
@@ -118,4 +118,4 @@ def measure_step(
             update_error=share * float(np.square(steps[1] - steps[0], dtype=np.float64).sum()),
             update_energy=share * float(np.square(steps[0], dtype=np.float64).sum()),
         )
-    return _finite(out)
+    return finite(out)

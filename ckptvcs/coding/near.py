@@ -32,7 +32,7 @@ from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.words import Words, from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
-from ckptvcs.coding.measure import measure_moment, measure_step, measure_weight
+from ckptvcs.coding.measure import finite, measure_moment, measure_step, measure_weight
 
 _SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
 _SAMPLED_SLICES = 4
@@ -185,12 +185,27 @@ class NearCoder:
         if target is self._group.weight and self._group.base is not None and not self._keyframe:
             base = self._group.base.slice(number)
         coded = code_exactly(target.tensor.slice(number), base, target.dtype)
-        return coded, self._errors(target, number, coded)
+        return coded, finite(self._errors(target, number, coded))
 
     def _errors(self, target: Target, number: int, coded: CodedSlice) -> Errors:
         if target is self._group.weight:
             return measure_weight(self._group, number, coded)
         return measure_moment(target, coded)
+
+    def _near(
+        self, target: Target, number: int, method: int, encoded: tuple[bytes, Words] | None,
+        *, stands_on_base: bool = False,
+    ) -> _Measured | None:  # fmt: skip
+        """A near form with its errors; None where there is none, or it is worse than nothing, or
+        so large that it cannot be told.
+        """
+        if encoded is None:
+            return None
+        data = put_slice(method, encoded[0])
+        coded = CodedSlice(data, encoded[1], target.tensor.slice(number), stands_on_base)
+        errors = self._errors(target, number, coded)
+        least = errors.residual if target is self._group.weight else errors.energy
+        return (coded, errors) if errors.error <= least < np.inf else None
 
     # -- moments -------------------------------------------------------------------------------
 
@@ -231,11 +246,9 @@ class NearCoder:
         words = target.tensor.slice(number)
         for rows in (_rows(target, number, words.size), Rows(words.size)):
             encoded = encode_second(words, target.dtype, rows)
-            if encoded is not None:
-                coded = CodedSlice(put_slice(NEAR_SECOND, encoded[0]), encoded[1], words)
-                errors = measure_moment(target, coded)
-                if errors.error <= errors.energy:
-                    yield coded, errors
+            found = self._near(target, number, NEAR_SECOND, encoded)
+            if found is not None:
+                yield found
         yield self._exact(target, number)
 
     def _first(self, target: Target, number: int, second: _Measured | None) -> _Measured:
@@ -243,16 +256,12 @@ class NearCoder:
         step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
             step, method, squares = spec.moment_step, NEAR_SCALED_FIRST, second[0].decoded
-        low_rank = None if squares is None else self._low_rank(target, number, words, squares)
-        if low_rank is not None and low_rank[1].error <= low_rank[1].energy:
-            return low_rank
+        if squares is not None:
+            found = self._low_rank(target, number, words, squares)
+            if found is not None:
+                return found
         encoded = encode_first(words, squares, target.dtype, step, _MOMENT_ZONE)
-        if encoded is not None:
-            coded = CodedSlice(put_slice(method, encoded[0]), encoded[1], words)
-            errors = measure_moment(target, coded)
-            if errors.error <= errors.energy:
-                return coded, errors
-        return self._exact(target, number)
+        return self._near(target, number, method, encoded) or self._exact(target, number)
 
     def _low_rank(
         self, target: Target, number: int, words: Words, squares: Words
@@ -262,10 +271,7 @@ class NearCoder:
         if spec.rank * _PER_RANK > min(rows.columns, rows.count(words.size)) or not spec.rank:
             return None
         encoded = encode_low_rank(words, squares, target.dtype, rows, spec.rank, spec.rank_step)
-        if encoded is None:
-            return None
-        coded = CodedSlice(put_slice(NEAR_LOW_RANK, encoded[0]), encoded[1], words)
-        return coded, measure_moment(target, coded)
+        return self._near(target, number, NEAR_LOW_RANK, encoded)
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -281,13 +287,9 @@ class NearCoder:
                 words, base.slice(number), target.dtype, self._delta_step(), self._plan.spec.zone,
                 self._row_factors(target, number, second),
             )  # fmt: skip
-        if encoded is not None:
-            stands = base is not None and not self._keyframe
-            coded = CodedSlice(put_slice(NEAR_WEIGHT, encoded[0]), encoded[1], words, stands)
-            errors = measure_weight(self._group, number, coded)
-            if errors.error <= errors.residual:
-                return coded, errors
-        return self._exact(target, number)
+        stands = base is not None and not self._keyframe
+        found = self._near(target, number, NEAR_WEIGHT, encoded, stands_on_base=stands)
+        return found or self._exact(target, number)
 
     def _delta_step(self) -> float:
         spec = self._plan.spec
