@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import loops
-from ckptvcs.codec.planes import get_bytes, get_section, put_bits, put_section
-from ckptvcs.codec.sparse import Positions, get_positions, put_bitmap, put_mask, put_positions
+from ckptvcs.codec.planes import Bytes, get_bytes, get_section, put_bits, put_section
+from ckptvcs.codec.sparse import Positions, get_bitmap, get_positions, put_bitmap, put_mask
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Integers = NDArray[np.int32]
@@ -39,63 +39,40 @@ _FINE_BITS = 5  # a dense code keeps about this many bits a standard deviation f
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes of a slice: `values` at `positions`, ascending, and zeros elsewhere; without
-    positions, `values` are all of them.
+    """The codes of a slice: `values` where `bitmap` has a bit (the first entry's is the top bit of
+    the first byte), and zeros elsewhere; without a bitmap, `values` are all of them.
     """
 
-    positions: Positions | None
+    bitmap: Bytes | None
     values: Integers
-
-    @property
-    def largest(self) -> int:
-        """The largest magnitude."""
-        return max(int(self.values.max(initial=0)), -int(self.values.min(initial=0)))
 
     def dense(self, count: int) -> Integers:
         """All `count` codes."""
-        if self.positions is None:
+        if self.bitmap is None:
             return self.values
         out = np.zeros(count, np.int32)
-        out[self.positions] = self.values
+        out[np.unpackbits(self.bitmap, count=count).view(np.bool_)] = self.values
         return out
 
-    def sparse(self) -> tuple[Positions, Integers]:
-        """Positions and values of those that are not zero."""
-        if self.positions is not None:
-            return self.positions, self.values
-        bitmap = np.packbits(self.values != 0)
-        active = loops.active()
-        return active.bit_positions(bitmap, self.values.size), active.kept(self.values, bitmap)
+    def sparse(self) -> tuple[Bytes, Integers]:
+        """The bitmap of those that are not zero, and these."""
+        if self.bitmap is not None:
+            return self.bitmap, self.values
+        there = self.values != 0
+        return np.packbits(there), self.values[there]
 
 
 def put_codes(codes: Codes, count: int) -> bytes:
     """Store the `count` codes of a slice, each below `MAX_CODE` in magnitude."""
-    if codes.positions is not None:
-        mask = put_positions(codes.positions, count, short=True)
-        return _BYTE.pack(SPARSE) + mask + _put_signed(codes.values)
-    return _put_all(codes.values)
-
-
-def _put_all(codes: Integers) -> bytes:
-    bitmap = np.packbits(codes != 0)
-    count = int(np.count_nonzero(codes))
-    if count > _DENSE_SHARE * codes.size:
-        return _BYTE.pack(DENSE) + _put_dense(codes)
-    active, sizes = loops.active(), np.abs(codes)
-    large = np.packbits(sizes > 1)
-    rest = active.kept(sizes, large)
-    signs = active.extract(np.packbits(codes < 0), bitmap)
-    mask = put_bitmap(bitmap, codes.size, count, short=True)
-    plane = put_bitmap(active.extract(large, bitmap), count, rest.size, short=True)
-    return b"".join([_BYTE.pack(SPARSE), mask, signs.tobytes(), _put_sizes(count, plane, rest)])
-
-
-def _put_signed(values: Integers) -> bytes:
-    """Codes that are not zero."""
-    sizes = np.abs(values)
+    there = np.count_nonzero(codes.values) if codes.bitmap is None else codes.values.size
+    if there > _DENSE_SHARE * count:
+        return _BYTE.pack(DENSE) + _put_dense(codes.dense(count))
+    bitmap, values = codes.sparse()
+    sizes, mask = np.abs(values), put_bitmap(bitmap, count, values.size, short=True)
     large = sizes > 1
-    plane = put_mask(large, short=True)
-    return np.packbits(values < 0).tobytes() + _put_sizes(values.size, plane, sizes[large])
+    planes = put_mask(large, short=True)
+    signs = np.packbits(values < 0).tobytes()
+    return _BYTE.pack(SPARSE) + mask + signs + _put_sizes(values.size, planes, sizes[large])
 
 
 def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:
@@ -161,27 +138,28 @@ def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
         return _get_dense(data, at, count)
     if form != SPARSE:
         raise CorruptionError("a frame holds codes of an unknown form")
-    positions, at = get_positions(data, at, count, short=True)
-    values, at = _get_signed(data, at, positions.size)
-    return Codes(positions, values), at
+    bitmap, at = get_bitmap(data, at, count, short=True)
+    values, at = _get_signed(data, at, np.count_nonzero(np.unpackbits(bitmap)))
+    return Codes(bitmap, values), at
 
 
 def _get_signed(data: memoryview, at: int, count: int) -> tuple[Integers, int]:
     signs, at = get_bytes(data, at, (count + 7) // 8)
     planes, at = _take(_BYTE, data, at)
     sizes = np.ones(count, np.int32)
-    above: Positions = np.arange(count if planes else 0, dtype=np.int32)
+    above: Positions | None = None  # all
     for _ in range(planes):
-        kept, at = get_positions(data, at, above.size, short=True)
-        above = loops.active().raise_sizes(sizes, above, kept)
+        kept, at = get_positions(data, at, count if above is None else above.size, short=True)
+        above = kept if above is None else above[kept]
+        sizes[above] += 1
     left, at = _take(_COUNT, data, at)
     if left:
-        if left != (above.size if planes else count):
+        if left != (count if above is None else above.size):
             raise CorruptionError("a frame holds magnitudes that belong nowhere")
         words, at = _get_words(data, at, left)
         if int(words.max()) >= MAX_CODE:
             raise CorruptionError("a frame holds a code that is too large")
-        sizes[above if planes else slice(None)] += words.astype(np.int32)
+        sizes[slice(None) if above is None else above] += words.astype(np.int32)
     values: Integers = loops.active().with_signs(sizes, signs)
     return values, at
 

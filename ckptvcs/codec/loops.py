@@ -49,23 +49,33 @@ def _expand(rows: Floats, columns: int, start: int, count: int) -> Floats:
     return np.repeat(rows, np.diff(ends, prepend=0))
 
 
-def quantize(
-    values: Floats, base: Floats, scale: np.float32, steps: Floats, columns: int, start: int,
-    zone: np.float32,
-) -> Integers:  # fmt: skip
-    """Codes of values * scale - round(base * scale), in steps of one a row."""
-    units = values * scale - np.rint(base * scale)
-    units /= _expand(steps, columns, start, values.size)
-    units += np.copysign(np.float32(1) - zone, units)
-    with np.errstate(invalid="ignore"):
-        codes: Integers = units.astype(np.int32)
-    return codes
+def code_residuals(
+    values: Floats, base: Floats, weights: Floats, scale: np.float32, step: np.float32,
+    zone: np.float32, amounts: Floats, factors: Floats, columns: int, start: int,
+) -> tuple[Floats, Bytes, Integers, tuple[float, ...], float]:  # fmt: skip
+    """Code values * scale - round(base * scale), in steps of one times the factor of a row.
+
+    Returns what `change` makes of the base; which codes are not 0, as bits; these codes; sums as
+    `weight_squares` has them; and the largest size of a value or of the base: all that comes before
+    is of use only where this is below 2^24 / scale.
+    """
+    factor = _expand(factors, columns, start, values.size)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        units = values * scale - np.rint(base * scale)
+        units /= step * factor
+        units += np.copysign(np.float32(1) - zone, units)
+        codes = np.where(np.abs(units) < 1 << 24, units, 0).astype(np.int32)
+        near, found = base.copy(), np.flatnonzero(codes)
+        _move(near, found, codes[found], scale, step, amounts, factors, columns, start)
+        sums = weight_squares(near, values, base, weights)
+    largest = max(extent(values)[1], extent(base)[1])
+    return near, np.packbits(codes != 0), codes[found], sums, largest
 
 
 def quantize_units(
     values: Floats, second: Floats, step: np.float32, zone: np.float32
-) -> tuple[Positions, Integers, bool]:
-    """The codes of values / sqrt(second) / step that are not 0, and where they are.
+) -> tuple[Bytes, Integers, bool]:
+    """Which codes of values / sqrt(second) / step are not 0, as bits; and these codes.
 
     False where a value is not finite, is not 0 where second is, or has a code from 2^24 on.
     """
@@ -74,42 +84,14 @@ def quantize_units(
         units[(second == 0) & (values == 0)] = 0
         good = bool((np.abs(units) < 1 << 23).all())
         units += np.copysign(np.float32(1) - zone, units)
-        found = np.flatnonzero(np.abs(units) >= 1)
-        return found.astype(np.int32), units[found].astype(np.int32), good
-
-
-def restore(
-    base: Floats, codes: Integers, scale: np.float32, amounts: Floats, factors: Floats,
-    columns: int, start: int,
-) -> Floats:  # fmt: skip
-    """(round(base * scale) + round(amount * factor)) / scale where the code is not 0, else base.
-
-    `amounts` has 256 entries, that of code c at c & 255; scale is a power of two.
-    """
-    amount = amounts[codes & 255]
-    amount *= _expand(factors, columns, start, base.size)
-    np.rint(amount, out=amount)
-    amount += np.rint(base * scale)
-    amount *= np.float32(1) / scale
-    return np.where(codes != 0, amount, base)
+        found = np.abs(units) >= 1
+        return np.packbits(found), units[found].astype(np.int32), good
 
 
 def extent(values: Floats) -> tuple[float, float]:
     """The smallest and the largest size of the values; not finite where one is not."""
     sizes = np.abs(values)
     return float(sizes.min(initial=np.inf)), float(sizes.max(initial=0))
-
-
-def kept(codes: Integers, bitmap: Bytes) -> Integers:
-    """The codes whose bit in `bitmap` is set, the first in the top bit."""
-    found: Integers = codes[np.unpackbits(bitmap, count=codes.size).view(np.bool_)]
-    return found
-
-
-def extract(bits: Bytes, mask: Bytes) -> Bytes:
-    """The bits that a mask of as many bits keeps, in order, the first in the top bit of a byte."""
-    kept_bits = np.unpackbits(bits)[np.unpackbits(mask).view(np.bool_)]
-    return np.packbits(kept_bits)
 
 
 def bit_positions(bitmap: Bytes, count: int) -> Positions:
@@ -121,13 +103,6 @@ def with_signs(sizes: Integers, signs: Bytes) -> Integers:
     """Sizes, negative where the bit in `signs` is set."""
     negative = np.unpackbits(signs, count=sizes.size).view(np.bool_)
     return np.where(negative, -sizes, sizes)
-
-
-def raise_sizes(sizes: Integers, above: Positions, kept: Positions) -> Positions:
-    """Add 1 to the sizes at above[kept], which are distinct; these positions."""
-    found: Positions = above[kept]
-    sizes[found] += 1
-    return found
 
 
 def join_bits(planes: Bytes, high: Bytes, count: int, bits: int) -> Integers:
@@ -142,15 +117,28 @@ def join_bits(planes: Bytes, high: Bytes, count: int, bits: int) -> Integers:
 
 
 def change(
-    out: Floats, positions: Positions, codes: Integers, scale: np.float32, amounts: Floats,
-    factors: Floats, columns: int, start: int,
+    out: Floats, bitmap: Bytes, codes: Integers, scale: np.float32, step: np.float32,
+    amounts: Floats, factors: Floats, columns: int, start: int,
 ) -> None:  # fmt: skip
-    """`restore` in place, of the entries at `positions` only."""
-    amount = amounts[codes & 255]
-    amount *= factors if factors.size == 1 else factors[(positions + start) // columns]
+    """(round(out * scale) + round(amount * factor)) / scale where a bit is set, in place.
+
+    `codes` are those of the set bits.  `amounts` has 256 entries, that of code c at c & 255, for
+    codes below 128 in size; the others are worth as many steps.  scale is a power of two.
+    """
+    found = bit_positions(bitmap, out.size)
+    with np.errstate(over="ignore", invalid="ignore"):
+        _move(out, found, codes, scale, step, amounts, factors, columns, start)
+
+
+def _move(
+    out: Floats, found: Positions, codes: Integers, scale: np.float32, step: np.float32,
+    amounts: Floats, factors: Floats, columns: int, start: int,
+) -> None:  # fmt: skip
+    amount = np.where(np.abs(codes) < 128, amounts[codes & 255], codes.astype(np.float32) * step)
+    amount *= factors if factors.size == 1 else factors[(found + start) // columns]
     np.rint(amount, out=amount)
-    amount += np.rint(out[positions] * scale)
-    out[positions] = amount * (np.float32(1) / scale)
+    amount += np.rint(out[found] * scale)
+    out[found] = amount * (np.float32(1) / scale)
 
 
 def gap_positions(gaps: Bytes) -> Positions:
@@ -162,14 +150,17 @@ def gap_positions(gaps: Bytes) -> Positions:
 
 def log_sums(
     values: Floats, columns: int, start: int, rows: int
-) -> tuple[Floats, Integers, Floats, Integers]:
-    """Sums of log2 over the values above zero, and their numbers, for each row and column."""
+) -> tuple[Floats, Integers, Floats, Integers, float, float]:
+    """Sums of log2 over the values above zero, and their numbers, for each row and column; the
+    smallest value above zero, and the largest.  No value has a sign.
+    """
     matrix = np.zeros((rows, columns), np.float32)
     matrix.reshape(-1)[start : start + values.size] = values
     above = matrix > 0
     logs = np.log2(matrix, out=np.zeros_like(matrix), where=above)
     return (
-        logs.sum(1), above.sum(1, dtype=np.int32), logs.sum(0), above.sum(0, dtype=np.int32)
+        logs.sum(1), above.sum(1, dtype=np.int32), logs.sum(0), above.sum(0, dtype=np.int32),
+        float(matrix.min(where=above, initial=np.inf)), float(values.max(initial=0)),
     )  # fmt: skip
 
 
@@ -186,13 +177,6 @@ def divide_roots(values: Floats, second: Floats) -> tuple[Floats, bool]:
         return units, bool(np.isfinite(units).all())
 
 
-def multiply_roots(values: Floats, scale: np.float32, second: Floats) -> None:
-    """(values * scale) * sqrt(second), in place."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        values *= scale
-        values *= np.sqrt(second)
-
-
 def times_rows(matrix: Floats, lines: Floats) -> Floats:
     """The product of a matrix and the transposed lines."""
     product: Floats = matrix @ lines.T
@@ -205,10 +189,17 @@ def times_columns(left: Floats, matrix: Floats) -> Floats:
     return product
 
 
-def outer_sum(left: Floats, right: Floats, start: int, count: int) -> Floats:
-    """Left @ right of whole numbers, without the first `start` entries of the first row."""
-    product: Floats = left @ right
-    return product.reshape(-1)[start : start + count]
+def directions(
+    left: Floats, right: Floats, start: int, scale: np.float32, second: Floats
+) -> Floats:
+    """((left @ right) * scale) * sqrt(second); the factors are whole numbers, and the first `start`
+    entries of the first row of their product are not there.
+    """
+    out: Floats = (left @ right).reshape(-1)[start : start + second.size]
+    with np.errstate(over="ignore", invalid="ignore"):
+        out *= scale
+        out *= np.sqrt(second)
+    return out
 
 
 def squares(x: Floats, y: Floats) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ machine.  Layout: docs/format.md, "Near slices".
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,60 +17,95 @@ from numpy.typing import NDArray
 from ckptvcs.codec import loops
 from ckptvcs.codec.planes import Bytes, get_section, put_section
 from ckptvcs.codec.rows import Rows, get_rows, take
-from ckptvcs.codec.words import Words, from_float32, to_float32
+from ckptvcs.codec.words import NearSlice, Words, from_float32, to_float32
 from ckptvcs.errors import CorruptionError
 
 Floats = NDArray[np.float32]
 
 _HEAD = struct.Struct("<IIBf")  # columns, start, rank, scale
+ONE = np.float32(1)
 _ZERO = 128  # stored for a factor of 0
 _MORE = 2  # directions that are looked at beyond those that are kept
+_THIN = 12  # rows a direction, from which the first look is taken
 MAX_RANK = 64  # 64 * 127^2 is below 2^24: float32 adds up such products exactly
 
 
 def encode_low_rank(
-    words: Words, second: Words, dtype: str, rows: Rows, rank: int, step: float
-) -> tuple[bytes, Words] | None:
+    words: Words, second: Words, dtype: str, rows: Rows, rank: int, step: float,
+    roots: tuple[Floats, Floats] | None = None,
+) -> NearSlice | None:  # fmt: skip
     """Code one slice of a first moment as `rank` directions of moment / sqrt(second).
 
     `step` is that of the factors, in root mean squares of the weakest direction that is kept.
+    Where `second` is a row times a column, and never 0, `roots` are those of both.
 
     Returns the slice, and what `decode_low_rank` will return; None where values are not finite, or
     not zero where `second` is, or where there is nothing.
     """
     values, squares = to_float32(words, dtype), to_float32(second, dtype)
-    units, good = loops.active().divide_roots(values, squares)
-    if not good:
-        return None
     height = rows.count(words.size)
+    if roots is None:
+        values, good = loops.active().divide_roots(values, squares)
+        if not good:
+            return None
+        roots = np.ones(height, np.float32), np.ones(rows.columns, np.float32)
     if words.size == height * rows.columns:
-        matrix = units.reshape(height, rows.columns)
+        matrix = values.reshape(height, rows.columns)
     else:
         matrix = np.zeros((height, rows.columns), np.float32)
-        matrix.reshape(-1)[rows.start : rows.start + words.size] = units
-    found = _factors(matrix, min(rank, height, rows.columns), step)
+        matrix.reshape(-1)[rows.start : rows.start + words.size] = values
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = _factors(_Scaled(matrix, ONE / roots[0], ONE / roots[1]), rank, step)
     if found is None:
         return None
     left, right, scale = found
     stored = np.concatenate((left.reshape(-1), right.reshape(-1))) + _ZERO
     payload = _HEAD.pack(rows.columns, rows.start, left.shape[1], scale)
     payload += put_section(stored.astype(np.uint8), short=True)
-    near = loops.active().outer_sum(left, right, rows.start, words.size)
-    return payload, _scaled(near, scale, second, dtype)
+    near = loops.active().directions(left, right, rows.start, scale, squares)
+    return NearSlice(payload, from_float32(near, dtype))
 
 
-def _factors(matrix: Floats, rank: int, step: float) -> tuple[Floats, Floats, np.float32] | None:
-    """The strongest directions of a matrix (by one power iteration from random ones), each shared
+@dataclass(frozen=True)
+class _Scaled:
+    """A matrix whose rows and columns count so many times."""
+
+    matrix: Floats
+    row: Floats
+    column: Floats
+
+    def times_rows(self, lines: Floats) -> Floats:
+        """It, times the transposed lines."""
+        product: Floats = loops.active().times_rows(self.matrix, lines * self.column)
+        return product * self.row[:, None]
+
+    def times_columns(self, left: Floats) -> Floats:
+        """The transposed left, times it."""
+        product: Floats = loops.active().times_columns(left * self.row[:, None], self.matrix)
+        return product * self.column
+
+    def thinned(self, height: int) -> _Scaled:
+        """At least `height` of its rows, if it has as many, at even distances."""
+        apart = max(1, self.matrix.shape[0] // height)
+        return _Scaled(_contiguous(self.matrix[::apart]), self.row[::apart], self.column)
+
+
+def _factors(matrix: _Scaled, rank: int, step: float) -> tuple[Floats, Floats, np.float32] | None:
+    """The strongest directions of a matrix (by power iteration from random ones), each shared
     evenly between both factors, in whole steps; and the scale that fits their product best.
     """
     active = loops.active()
-    lines = np.random.default_rng(0).standard_normal((rank + _MORE, matrix.shape[1]), np.float32)
-    for _ in range(2):
-        basis = _orthonormal(active.times_rows(matrix, lines))
-        lines = active.times_columns(basis, matrix)
+    shape = matrix.matrix.shape
+    rank = min(rank, *shape)
+    lines = np.random.default_rng(0).standard_normal((rank + _MORE, shape[1]), np.float32)
+    for part in (matrix.thinned(_THIN * (rank + _MORE)), matrix):  # the first only sets out
+        basis = _orthonormal(part.times_rows(lines))
+        if basis is None:
+            return None
+        lines = part.times_columns(basis)
     inner, sizes = _principal(active.times_rows(lines, lines))
     kept = int(np.count_nonzero(sizes[:rank] > 1e-6 * sizes[0]))
-    if not kept or not np.isfinite(sizes).all():
+    if not kept:
         return None
     # What a direction takes to the left and to the right of its size's root.
     inner, roots = inner[:, :kept], np.sqrt(sizes[:kept])
@@ -77,7 +113,7 @@ def _factors(matrix: Floats, rank: int, step: float) -> tuple[Floats, Floats, np
         active.times_rows(basis, _contiguous((inner * roots).T)),
         active.times_columns(_contiguous(inner / roots), lines),
     )
-    weakest = [roots[-1] / np.sqrt(length) for length in matrix.shape]
+    weakest = [roots[-1] / np.sqrt(length) for length in shape]
     left, right = (
         _contiguous(np.clip(np.rint(factor / (step * unit)), -127, 127))
         for factor, unit in zip(factors, weakest, strict=True)
@@ -94,14 +130,16 @@ def _contiguous(values: NDArray[np.floating]) -> Floats:
 
 def _principal(squares: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Eigenvectors (columns) of a small symmetric matrix, and the roots of their values, which
-    fall.
+    fall; all zeros where it is not finite.
     """
+    if not np.isfinite(squares).all():
+        return np.zeros(squares.shape), np.zeros(squares.shape[0])
     values, vectors = np.linalg.eigh(squares.astype(np.float64))
     return vectors[:, ::-1], np.sqrt(np.maximum(values[::-1], 0))
 
 
-def _orthonormal(columns: Floats) -> Floats:
-    """An orthonormal basis of what some columns span.
+def _orthonormal(columns: Floats) -> Floats | None:
+    """An orthonormal basis of what some columns span; None where they are 0, or not finite.
 
     By their small products only: what works on long columns in LAPACK would start threads of its
     own in each of ours.
@@ -109,15 +147,11 @@ def _orthonormal(columns: Floats) -> Floats:
     active = loops.active()
     vectors, sizes = _principal(active.times_columns(columns, columns))
     there = sizes > 1e-5 * max(sizes[0], 1e-30)
+    if not there.any():
+        return None
     return np.asarray(
         active.times_rows(columns, _contiguous((vectors[:, there] / sizes[there]).T)), np.float32
     )
-
-
-def _scaled(product: Floats, scale: np.float32, second: Words, dtype: str) -> Words:
-    """The words of product * scale * sqrt(second); the product's memory is used for it."""
-    loops.active().multiply_roots(product, scale, to_float32(second, dtype))
-    return from_float32(product, dtype)
 
 
 def decode_low_rank(data: memoryview, second: Words, count: int, dtype: str) -> Words:
@@ -134,8 +168,9 @@ def decode_low_rank(data: memoryview, second: Words, count: int, dtype: str) -> 
     stored, at = get_section(data, at, rank * (height + rows.columns), short=True)
     if at != len(data) or not int(stored.min()):
         raise CorruptionError("a frame has bytes after its factors, or a factor out of range")
-    near = loops.active().outer_sum(*_split(stored, rank, height), rows.start, count)
-    return _scaled(near, np.float32(scale), second, dtype)
+    factors, squares = _split(stored, rank, height), to_float32(second, dtype)
+    near = loops.active().directions(*factors, rows.start, np.float32(scale), squares)
+    return from_float32(near, dtype)
 
 
 def _split(stored: Bytes, rank: int, height: int) -> tuple[Floats, Floats]:

@@ -8,6 +8,7 @@ moments matter by their ratio to it.  Layout: docs/format.md, "Near slices".
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from ckptvcs.codec.codes import Codes, Integers, get_codes, put_codes
 from ckptvcs.codec.levels import amounts_of, fit_levels
 from ckptvcs.codec.planes import Bytes, get_section, put_section, sample
 from ckptvcs.codec.rows import HALVES, Rows, get_rows, half_powers, take
-from ckptvcs.codec.words import Words, from_float32, to_float32
+from ckptvcs.codec.words import NearSlice, Words, from_float32, to_float32
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Floats = NDArray[np.float32]
@@ -29,7 +30,7 @@ _LARGEST_STEP = 1e30
 _LEAST_SPREAD = 1e-30
 
 
-def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] | None:
+def encode_second(words: Words, dtype: str, rows: Rows) -> NearSlice | None:
     """Code one slice of squares as rows times columns, by their mean logarithms.
 
     A row or column of zeros is zero; other zeros come back as what row and column say.  With as
@@ -39,16 +40,15 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] |
     finite, or their range is too wide.
     """
     values = to_float32(words, dtype)
-    least, largest = loops.active().extent(values)
+    if int(words.max(initial=0)) >> (8 * words.itemsize - 1):  # the sign of a word is its top bit
+        return None
+    shape = rows.columns, rows.start, rows.count(words.size)
+    row_sums, in_row, sums, in_column, least, largest = loops.active().log_sums(values, *shape)
     if not np.isfinite(largest):
         return None
     if least < _LEAST:  # rare; what is zero stays zero
-        values = np.where((np.abs(values) < _LEAST) & (values != 0), _LEAST, values)
-    if int(words.max(initial=0)) >> (8 * words.itemsize - 1):  # the sign of a word is its top bit
-        return None
-    row_sums, in_row, sums, in_column = loops.active().log_sums(
-        values, rows.columns, rows.start, rows.count(words.size)
-    )
+        values = np.where((values < _LEAST) & (values != 0), _LEAST, values)
+        row_sums, in_row, sums, in_column, *_ = loops.active().log_sums(values, *shape)
     row_codes, low = _exponents(row_sums / np.maximum(in_row, 1), in_row)
     # What rounding took from the rows goes to the columns.
     rounded = np.where(row_codes > 0, row_codes - 1 + low, 0).astype(np.float32)
@@ -61,19 +61,38 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> tuple[bytes, Words] |
         return None
     stored = codes.astype(np.uint8)
     payload = _FACTORS.pack(low, rows.columns, rows.start) + put_section(stored, short=True)
-    return payload, _product(stored, low, rows, words.size, dtype)
+    return NearSlice(payload, _product(stored, low, rows, words.size, dtype))
 
 
-def row_logs(payload: bytes, count: int) -> tuple[Rows, Floats]:
-    """log2 of each row's geometric mean in a slice that `encode_second` made; NaN for zeros."""
-    (low, columns, start), at = take(_FACTORS, memoryview(payload), 0)
-    rows = Rows(int(columns), int(start))
-    height = rows.count(count)
-    codes, _ = get_section(memoryview(payload), at, height + rows.columns, short=True)
-    column = codes[height:][codes[height:] > 0]
-    middle = float(column.mean() - 1) if column.size else 0.0
-    logs = (codes[:height].astype(np.float32) - 1 + low + middle) / 2
-    return rows, np.where(codes[:height] > 0, logs, np.float32(np.nan))
+@dataclass(frozen=True)
+class Factors:
+    """The rows and the columns whose product a slice of second moments is."""
+
+    rows: Rows
+    row: Floats
+    column: Floats
+
+    @classmethod
+    def of(cls, payload: bytes, count: int) -> Factors:
+        """Those of a slice of `count` words that `encode_second` made."""
+        (low, columns, start), at = take(_FACTORS, memoryview(payload), 0)
+        rows = Rows(int(columns), int(start))
+        height = rows.count(count)
+        codes, _ = get_section(memoryview(payload), at, height + rows.columns, short=True)
+        return cls(rows, *_rows_and_columns(codes, int(low), height))
+
+    def logs(self) -> Floats:
+        """log2 of each row's geometric mean; NaN for zeros."""
+        with np.errstate(divide="ignore"):
+            row, column = np.log2(self.row), np.log2(self.column[self.column > 0])
+        middle = column.mean() if column.size else np.float32(0)
+        return np.where(self.row > 0, row + middle, np.float32(np.nan)).astype(np.float32)
+
+    def roots(self) -> tuple[Floats, Floats] | None:
+        """The square roots of both; None where one is 0."""
+        if not (self.row.all() and self.column.all()):
+            return None
+        return np.sqrt(self.row), np.sqrt(self.column)
 
 
 def _column_means(
@@ -103,13 +122,16 @@ def _within(low: int, row: NDArray[np.integer], column: NDArray[np.integer]) -> 
     return low >= HALVES.start and high + int(column.max(initial=1)) - 1 < HALVES.stop
 
 
-def _product(codes: Bytes, low: int, rows: Rows, count: int, dtype: str) -> Words:
-    height = rows.count(count)
+def _rows_and_columns(codes: Bytes, low: int, height: int) -> tuple[Floats, Floats]:
     exponents = codes.astype(np.int32) - 1
     exponents[:height] += low
     factors = np.where(codes > 0, half_powers(np.maximum(exponents, HALVES.start)), np.float32(0))
-    near = loops.active().product(factors[:height], factors[height:], rows.start, count)
-    return from_float32(near, dtype)
+    return factors[:height], factors[height:]
+
+
+def _product(codes: Bytes, low: int, rows: Rows, count: int, dtype: str) -> Words:
+    row, column = _rows_and_columns(codes, low, rows.count(count))
+    return from_float32(loops.active().product(row, column, rows.start, count), dtype)
 
 
 def decode_second(data: memoryview, count: int, dtype: str) -> Words:
@@ -131,7 +153,7 @@ def decode_second(data: memoryview, count: int, dtype: str) -> Words:
 
 def encode_first(
     words: Words, second: Words | None, dtype: str, step: float, zone: float
-) -> tuple[bytes, Words] | None:
+) -> NearSlice | None:
     """Code one slice of a first moment: in units of sqrt(second) (what `second` decodes to), or
     plainly.  `step` is in standard deviations of these.
 
@@ -146,14 +168,15 @@ def encode_first(
     )
     if second is None:
         squares = np.ones(values.size, np.float32)
-    found, kept, good = loops.active().quantize_units(values, squares, width, np.float32(zone))
+    bitmap, kept, good = loops.active().quantize_units(values, squares, width, np.float32(zone))
     if not good:
         return None
-    units = values[found] / np.sqrt(squares[found]) / width
+    found = np.unpackbits(bitmap, count=words.size).view(np.bool_)
+    units = np.asarray(values[found] / np.sqrt(squares[found]) / width, np.float32)
     levels = (fit_levels(units, kept, zone) * float(width)).astype("<f4")
-    codes = Codes(found, kept)
+    codes = Codes(bitmap, kept)
     payload = _FIRST.pack(width, levels.size) + levels.tobytes() + put_codes(codes, words.size)
-    return payload, _moment(codes, second, words.size, dtype, width, levels)
+    return NearSlice(payload, _moment(codes, second, words.size, dtype, width, levels))
 
 
 def _spread(values: Floats, squares: Floats) -> float:
@@ -167,7 +190,8 @@ def _spread(values: Floats, squares: Floats) -> float:
 def _moment(
     codes: Codes, second: Words | None, count: int, dtype: str, step: np.float32, levels: Floats
 ) -> Words:
-    positions, values = codes.sparse()
+    bitmap, values = codes.sparse()
+    positions = loops.active().bit_positions(bitmap, count)
     with np.errstate(over="ignore", invalid="ignore"):
         amounts = amounts_of(np.abs(values), levels, step)
         np.negative(amounts, out=amounts, where=values < 0)

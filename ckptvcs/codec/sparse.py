@@ -50,15 +50,6 @@ def put_bitmap(bitmap: Bytes, count: int, kept: int, *, short: bool = False) -> 
     return _put_gaps(loops.active().bit_positions(bitmap, count), count, short=short)
 
 
-def put_positions(positions: Positions, count: int, *, short: bool = False) -> bytes:
-    """Store the mask of `count` entries that keeps those at `positions`, ascending."""
-    if positions.size < _SPARSE_DENSITY * count:
-        return _put_gaps(positions, count, short=short)
-    mask = np.zeros(count, np.bool_)
-    mask[positions] = True
-    return put_mask(mask, short=short)
-
-
 def _head(form: int, size: int, short: bool) -> bytes:
     return bytes([form]) + size.to_bytes(3 if short else 4, "little")
 
@@ -105,6 +96,35 @@ def get_positions(
     Raises:
         TruncatedError, CorruptionError: there is no such mask.
     """
+    bitmap, positions, at = _get(data, at, count, short=short)
+    if positions is None:
+        positions = loops.active().bit_positions(bitmap, count)
+    return positions, at
+
+
+def get_bitmap(data: memoryview, at: int, count: int, *, short: bool = False) -> tuple[Bytes, int]:
+    """The same as bits, the first in the top bit of the first byte; those past the end are 0."""
+    bitmap, positions, at = _get(data, at, count, short=short)
+    if positions is not None:
+        mask = np.zeros(count, np.bool_)
+        mask[positions] = True
+        bitmap = np.packbits(mask)
+    elif count % 8 and bitmap[-1] & (0xFF >> count % 8):
+        bitmap = bitmap.copy()
+        bitmap[-1] &= 0xFF << 8 - count % 8 & 0xFF
+    return bitmap, at
+
+
+def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:
+    """The same as a boolean an entry."""
+    bitmap, at = get_bitmap(data, at, count)
+    return np.unpackbits(bitmap, count=count).view(np.bool_), at
+
+
+def _get(
+    data: memoryview, at: int, count: int, *, short: bool
+) -> tuple[Bytes, Positions | None, int]:
+    """A mask as bits, or as positions (and no bits), whichever it is stored as."""
     begin = at + (4 if short else 5)
     if begin > len(data):
         raise TruncatedError("a frame ends inside a mask header")
@@ -118,8 +138,7 @@ def get_positions(
     if form == BITMAP:
         if size != (count + 7) // 8:
             raise CorruptionError("a frame holds a bitmap of a wrong size")
-        found: Positions = loops.active().bit_positions(stream, count)
-        return found, at
+        return stream, None, at
     positions: Positions
     if form == RICE:
         positions = loops.active().bit_positions(stream, 8 * size)
@@ -134,16 +153,4 @@ def get_positions(
         positions, at = _with_low_bits(positions, low, data[at]), end
     if positions.size and positions[-1] >= count:
         raise CorruptionError("a mask keeps a position outside its slice")
-    return positions.astype(np.int32), at
-
-
-def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:
-    """Read the mask of `count` entries at `at`; also where the next section begins.
-
-    Raises:
-        TruncatedError, CorruptionError: there is no such mask.
-    """
-    positions, at = get_positions(data, at, count)
-    mask = np.zeros(count, np.bool_)
-    mask[positions] = True
-    return mask, at
+    return stream[:0], positions.astype(np.int32), at

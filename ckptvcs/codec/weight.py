@@ -15,18 +15,21 @@ from numpy.typing import NDArray
 
 from ckptvcs.codec import loops
 from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
-from ckptvcs.codec.levels import TABLE, amounts_of, fit_levels, signed_table
+from ckptvcs.codec.levels import TABLE, fit_levels, signed_table
 from ckptvcs.codec.planes import Bytes, get_section, put_section, sample, sample_positions
 from ckptvcs.codec.rows import NEUTRAL, QUARTERS, Rows, get_rows, take
-from ckptvcs.codec.words import Words, from_float32, to_float32
+from ckptvcs.codec.words import NearSlice, Words, from_float32, to_float32
 from ckptvcs.errors import CorruptionError
 
 Floats = NDArray[np.float32]
 
+NONE = np.zeros(0, np.float32)
+NO_FACTORS = np.full(1, NEUTRAL, np.uint8)
+
 _HEAD = struct.Struct("<hfBII")  # grid, step, levels, columns (0: no row factors), start
 _FINENESS = 3  # a step is at least 2^3 units of the grid
 _GRIDS = range(-120, 127)  # where float32 holds every multiple below 2^24 exactly
-_SAMPLE = 1 << 15  # words that levels are fitted on
+_SAMPLE = 1 << 14  # words that levels are fitted on
 _FACTOR_LIMIT = 2.5  # of a row's step, in natural logarithm
 
 
@@ -54,68 +57,74 @@ def row_factors(logs: Floats, middle: float, gamma: float) -> Bytes:
     return np.where(np.isnan(logs), NEUTRAL, stored).astype(np.uint8)
 
 
-def _largest(values: Floats) -> float:
-    """max|value|; not finite where one is not."""
-    return float(loops.active().extent(values)[1])
-
-
 def encode_delta(
     words: Words, base: Words, dtype: str, step: float, zone: float,
-    factors: tuple[Rows, Bytes] | None = None,
-) -> tuple[bytes, Words] | None:  # fmt: skip
+    factors: tuple[Rows, Bytes] | None = None, weights: Floats = NONE,
+) -> NearSlice | None:  # fmt: skip
     """Code one slice of a weight against its base.  `step` is that of a row whose factor is 1.
 
-    Returns the slice, and what `decode_weight` will return; None where values are not finite, or
-    too large for a grid as fine as the step asks.
+    Returns what `decode_weight` will return; for float32 with the sums of `loops.weight_squares`,
+    weighted by `weights`.  None where values are not finite, or too large for a grid as fine as the
+    step asks.
     """
     values, before = to_float32(words, dtype), to_float32(base, dtype)
-    rows, stored = factors or (Rows(max(1, words.size)), np.full(1, NEUTRAL, np.uint8))
+    rows, stored = factors or (Rows(max(1, words.size)), NO_FACTORS)
     scales = QUARTERS[stored]
-    least = step * float(scales.min(initial=1))
-    sizes = _largest(values), _largest(before)
-    finite = all(map(np.isfinite, sizes))
-    # Twice the largest step more than any value: what is decoded stays below 2^24 on the grid too.
-    room = 2 * step * float(scales.max(initial=1))
-    grid = choose_grid(least, max(sizes) + room) if finite else None
-    if grid is None:
-        return None
-    scale = np.float32(2.0**grid)
-    unit_step = np.float32(step * 2.0**grid)
-    # No code can be too large: the residual is below 2^24 units of the grid, a step above 1.
-    codes = loops.active().quantize(
-        values, before, scale, unit_step * scales, rows.columns, rows.start, np.float32(zone)
-    )
-    levels = _fit(values, before, scale, unit_step, scales, rows, codes, zone)
+    least, most = (step * float(edge(initial=1)) for edge in (scales.min, scales.max))
+    largest = 0.0  # as far as the first attempt knows
+    while True:
+        # Twice the largest step more than any value: what comes back is below 2^24 units too.
+        grid = choose_grid(least, largest + 2 * most)
+        if grid is None:
+            return None
+        scale, unit_step = np.float32(2.0**grid), np.float32(step * 2.0**grid)
+        levels = _fit(values, before, scale, unit_step, scales, rows, zone)
+        if levels is None:
+            return None
+        table = signed_table(levels.astype(np.float32), unit_step)
+        near, bitmap, codes, sums, found = loops.active().code_residuals(
+            values, before, weights if dtype == "F32" else NONE, scale, unit_step,
+            np.float32(zone), table, scales, rows.columns, rows.start,
+        )  # fmt: skip
+        if (float(found) + 2 * most) * 2.0**grid < MAX_CODE:
+            break
+        if not largest < found < np.inf:
+            return None
+        largest = float(found)
+    decoded = from_float32(near, dtype)
+    if dtype != "F32" and not np.isfinite(to_float32(decoded, dtype)).all():
+        return None  # rounded up to infinity
     head = _HEAD.pack(
         grid, unit_step, levels.size, rows.columns if factors else 0, rows.start if factors else 0
     )
     section = put_section(stored, short=True) if factors else b""
-    found = Codes(None, codes)
-    decoded = _apply(found, base, dtype, grid, unit_step, levels, factors)
-    if dtype != "F32" and not np.isfinite(to_float32(decoded, dtype)).all():
-        return None  # rounded up to infinity
-    return head + levels.tobytes() + section + put_codes(found, codes.size), decoded
+    payload = head + levels.tobytes() + section + put_codes(Codes(bitmap, codes), words.size)
+    return NearSlice(payload, decoded, sums if dtype == "F32" else None)
 
 
 def _fit(
     values: Floats, before: Floats, scale: np.float32, step: np.float32, factors: Floats,
-    rows: Rows, codes: Integers, zone: float,
-) -> NDArray[np.uint16]:  # fmt: skip
-    """Levels in units of the grid, from a sample."""
-    units = sample(values, _SAMPLE) * scale - np.rint(sample(before, _SAMPLE) * scale)
-    row = rows.of(sample_positions(values.size, _SAMPLE))
-    units /= step * (factors if factors.size == 1 else factors[row])
-    means = fit_levels(units, sample(codes, _SAMPLE), zone) * float(step)
+    rows: Rows, zone: float,
+) -> NDArray[np.uint16] | None:  # fmt: skip
+    """Levels in units of the grid, from a sample; None where that is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        units = sample(values, _SAMPLE) * scale - np.rint(sample(before, _SAMPLE) * scale)
+        row = rows.of(sample_positions(values.size, _SAMPLE))
+        units /= step * (factors if factors.size == 1 else factors[row])
+        if not (np.abs(units) < MAX_CODE).all():
+            return None
+    codes = (units + np.copysign(np.float32(1 - zone), units)).astype(np.int32)
+    means = fit_levels(units, codes, zone) * float(step)
     return np.clip(np.rint(means), 1, 65535).astype("<u2")
 
 
-def encode_keyframe(words: Words, dtype: str, step: float) -> tuple[bytes, Words] | None:
+def encode_keyframe(words: Words, dtype: str, step: float) -> NearSlice | None:
     """Code one slice of a weight by itself, on the coarsest grid that is not coarser than `step`.
 
     Returns and refuses as `encode_delta` does.
     """
     values = to_float32(words, dtype)
-    largest = _largest(values)
+    largest = float(loops.active().extent(values)[1])
     if not (step > 1e-36 and np.isfinite(largest)):
         return None
     grid = int(np.ceil(-np.log2(step)))
@@ -123,61 +132,12 @@ def encode_keyframe(words: Words, dtype: str, step: float) -> tuple[bytes, Words
         return None
     codes = np.rint(values * np.float32(2.0**grid)).astype(np.int32)
     payload = _HEAD.pack(grid, 1, 0, 0, 0) + put_codes(Codes(None, codes), codes.size)
-    return payload, _keyframe(codes, dtype, grid)
-
-
-def _apply(
-    codes: Codes, base: Words, dtype: str, grid: int, step: np.float32,
-    levels: NDArray[np.uint16], factors: tuple[Rows, Bytes] | None, *, in_place: bool = False,
-) -> Words:  # fmt: skip
-    """Base + levels where there are codes; the words of the base elsewhere."""
-    sizes = levels.astype(np.float32)
-    scale = np.float32(2.0**grid)
-    rows, stored = factors or (Rows(max(1, base.size)), np.full(1, NEUTRAL, np.uint8))
-    steps = signed_table(sizes, step), QUARTERS[stored], rows.columns, rows.start
-    with np.errstate(over="ignore", invalid="ignore"):
-        if codes.positions is None:
-            near = loops.active().restore(to_float32(base, dtype), codes.values, scale, *steps)
-            out = from_float32(near, dtype)
-            if dtype != "F32":  # rounding must not touch the words of the base
-                out = np.where(codes.values != 0, out, base)
-        elif dtype == "F32":
-            in_place = in_place and base.flags.writeable and codes.largest < TABLE
-            out = base if in_place else base.copy()
-            loops.active().change(
-                out.view(np.float32), codes.positions, codes.values, scale, *steps
-            )
-        else:
-            out = base.copy()
-            near = to_float32(base, dtype).copy()
-            loops.active().change(near, codes.positions, codes.values, scale, *steps)
-            out[codes.positions] = from_float32(near[codes.positions], dtype)
-    if codes.largest >= TABLE:
-        large = np.flatnonzero(np.abs(codes.values) >= TABLE)
-        at = large if codes.positions is None else codes.positions[large]
-        _change(out, base, at, codes.values[large], dtype, scale, step, sizes, factors)
-    return out
+    return NearSlice(payload, _keyframe(codes, dtype, grid))
 
 
 def _keyframe(codes: Integers, dtype: str, grid: int) -> Words:
     with np.errstate(over="ignore", invalid="ignore"):
         return from_float32(codes.astype(np.float32) * np.float32(2.0**-grid), dtype)
-
-
-def _change(
-    out: Words, base: Words, at: NDArray[np.signedinteger], codes: Integers, dtype: str,
-    scale: np.float32, step: np.float32, levels: Floats, factors: tuple[Rows, Bytes] | None,
-) -> None:  # fmt: skip
-    """Change the words of codes that no table holds."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        units = amounts_of(np.abs(codes), levels, step)
-        if factors is not None:
-            units *= QUARTERS[factors[1]][factors[0].of(at)]
-        np.rint(units, out=units)
-        np.negative(units, out=units, where=codes < 0)
-        units += np.rint(to_float32(base[at], dtype) * scale)
-        units *= np.float32(1) / scale
-        out[at] = from_float32(units, dtype)
 
 
 def decode_weight(
@@ -192,19 +152,30 @@ def decode_weight(
     if grid not in _GRIDS or not 0 < step < np.inf or at + 2 * int(size) > len(data):
         raise CorruptionError("a frame holds a weight on an impossible grid")
     levels = np.frombuffer(data[at : at + 2 * int(size)], "<u2")
+    if size >= TABLE or not int(levels.min(initial=1)):
+        raise CorruptionError("a frame holds a weight of impossible levels")
     at += 2 * int(size)
-    factors = None
+    rows, stored = Rows(max(1, count)), NO_FACTORS
     if columns:
         rows = get_rows(int(columns), int(start))
         stored, at = get_section(data, at, rows.count(count), short=True)
-        factors = rows, stored
     codes, at = get_codes(data, at, count)
     if at != len(data):
         raise CorruptionError("a frame has bytes after its codes")
-    if base is None and not size and step == 1 and factors is None:
+    if base is None and not size and step == 1 and not columns:
         return _keyframe(codes.dense(count), dtype, int(grid))
     if base is None:
         base = np.zeros(count, np.uint32 if dtype == "F32" else np.uint16)
-    return _apply(
-        codes, base, dtype, int(grid), np.float32(step), levels, factors, in_place=in_place
-    )
+    in_place = in_place and base.flags.writeable
+    near = to_float32(base if dtype != "F32" or in_place else base.copy(), dtype)
+    loops.active().change(
+        near, *codes.sparse(), np.float32(2.0**grid), np.float32(step),
+        signed_table(levels.astype(np.float32), np.float32(step)), QUARTERS[stored],
+        rows.columns, rows.start,
+    )  # fmt: skip
+    if dtype == "F32":
+        return near.view(np.uint32)
+    # Rounding must not touch words of the base, which may be NaNs.
+    moved = codes.dense(count) != 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.where(moved, from_float32(near, dtype), base)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.unsignedinteger]
 """A flat array of unsigned integers holding the little-endian words of a tensor."""
+
+
+class NearSlice(NamedTuple):
+    """A slice in a near form: the payload, the words it decodes to, and the sums over its errors
+    that came with it on the way, if any.
+    """
+
+    payload: bytes
+    decoded: Words
+    sums: tuple[float, ...] | None = None
 
 
 def octets(array: NDArray[np.generic]) -> memoryview:

@@ -53,6 +53,12 @@ class Errors:
     update_energy: float = 0.0
     largest: float = 0.0
 
+    @classmethod
+    def of(cls, sums: tuple[float, ...]) -> Errors:
+        """Those of a weight, from what `loops.weight_squares` returns."""
+        error, energy, residual, fisher_error, fisher_residual, largest = sums
+        return cls(error, energy, residual, fisher_error, fisher_residual, largest=largest)
+
     def add(self, other: Errors) -> None:
         """Add the sums of other entries."""
         self.error += other.error

@@ -24,12 +24,12 @@ from ckptvcs.codec.frame import (
     slice_counts,
 )  # fmt: skip
 from ckptvcs.codec.lowrank import encode_low_rank
-from ckptvcs.codec.moments import encode_first, encode_second, row_logs
+from ckptvcs.codec.moments import Factors, encode_first, encode_second
 from ckptvcs.codec.planes import Bytes, sample
 from ckptvcs.codec.rows import Rows
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
-from ckptvcs.codec.words import Words, from_float32, to_float32
+from ckptvcs.codec.weight import NONE, encode_delta, encode_keyframe, row_factors
+from ckptvcs.codec.words import NearSlice, Words, from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
 from ckptvcs.coding.measure import finite, measure_moment, measure_step, measure_weight
@@ -142,6 +142,13 @@ def _rows(target: Target, number: int, words: int) -> Rows:
 _Measured = tuple[CodedSlice, Errors]
 
 
+def _factors(second: _Measured | None) -> Factors | None:
+    """The rows and columns of a slice of second moments that is coded by these."""
+    if second is None or second[0].data[0] != NEAR_SECOND:
+        return None
+    return Factors.of(second[0].data[1:], second[0].source.size)
+
+
 class NearCoder:
     """Codes a weight with its moments, or moments alone."""
 
@@ -193,7 +200,7 @@ class NearCoder:
         return measure_moment(target, coded)
 
     def _near(
-        self, target: Target, number: int, method: int, encoded: tuple[bytes, Words] | None,
+        self, target: Target, number: int, method: int, encoded: NearSlice | None,
         *, stands_on_base: bool = False,
     ) -> _Measured | None:  # fmt: skip
         """A near form with its errors; None where there is none, or it is worse than nothing, or
@@ -201,9 +208,11 @@ class NearCoder:
         """
         if encoded is None:
             return None
-        data = put_slice(method, encoded[0])
-        coded = CodedSlice(data, encoded[1], target.tensor.slice(number), stands_on_base)
-        errors = self._errors(target, number, coded)
+        data = put_slice(method, encoded.payload)
+        coded = CodedSlice(data, encoded.decoded, target.tensor.slice(number), stands_on_base)
+        errors = (
+            self._errors(target, number, coded) if encoded.sums is None else Errors.of(encoded.sums)
+        )
         least = errors.residual if target is self._group.weight else errors.energy
         return (coded, errors) if errors.error <= least < np.inf else None
 
@@ -256,21 +265,25 @@ class NearCoder:
         step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
             step, method, squares = spec.moment_step, NEAR_SCALED_FIRST, second[0].decoded
-        if squares is not None:
-            found = self._low_rank(target, number, words, squares)
+        if second is not None:
+            found = self._low_rank(target, number, words, second)
             if found is not None:
                 return found
         encoded = encode_first(words, squares, target.dtype, step, _MOMENT_ZONE)
         return self._near(target, number, method, encoded) or self._exact(target, number)
 
     def _low_rank(
-        self, target: Target, number: int, words: Words, squares: Words
+        self, target: Target, number: int, words: Words, second: _Measured
     ) -> _Measured | None:
         """A slice by its strongest directions; None where it is too narrow to have any."""
         spec, rows = self._plan.spec, Rows(target.columns, target.start(number))
         if spec.rank * _PER_RANK > min(rows.columns, rows.count(words.size)) or not spec.rank:
             return None
-        encoded = encode_low_rank(words, squares, target.dtype, rows, spec.rank, spec.rank_step)
+        factors = _factors(second)
+        encoded = encode_low_rank(
+            words, second[0].decoded, target.dtype, rows, spec.rank, spec.rank_step,
+            factors.roots() if factors is not None and factors.rows == rows else None,
+        )  # fmt: skip
         return self._near(target, number, NEAR_LOW_RANK, encoded)
 
     # -- weights -------------------------------------------------------------------------------
@@ -286,6 +299,7 @@ class NearCoder:
             encoded = encode_delta(
                 words, base.slice(number), target.dtype, self._delta_step(), self._plan.spec.zone,
                 self._row_factors(target, number, second),
+                NONE if self._group.second is None else self._group.second.floats(number),
             )  # fmt: skip
         stands = base is not None and not self._keyframe
         found = self._near(target, number, NEAR_WEIGHT, encoded, stands_on_base=stands)
@@ -313,11 +327,7 @@ class NearCoder:
         self, target: Target, number: int, second: _Measured | None
     ) -> tuple[Rows, Bytes] | None:
         """Factors of steps by the second moments of rows; None where these say nothing of rows."""
-        gamma = self._plan.spec.gamma
-        if not gamma or second is None or second[0].data[0] != NEAR_SECOND:
+        gamma, factors = self._plan.spec.gamma, _factors(second)
+        if not gamma or factors is None or factors.rows.columns < _LEAST_ROW:
             return None
-        words = second[0].source.size
-        rows, logs = row_logs(second[0].data[1:], words)
-        if rows.columns < _LEAST_ROW:
-            return None
-        return rows, row_factors(logs, self._plan.second, gamma)
+        return factors.rows, row_factors(factors.logs(), self._plan.second, gamma)
