@@ -44,7 +44,7 @@ class BaseWriter:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
-    def write(self, tensor: int, number: int, words: Words) -> None:
+    def write(self, tensor: int, number: int, words: Words, *, fresh: bool = True) -> None:
         """Put slice `number` of a tensor in its place."""
         if self._descriptor is None:
             return
@@ -147,15 +147,15 @@ class BaseTensor:
 
 
 class HeldBase:
-    """The decoded weights of the newest commit of a process, in memory, by name.
+    """The decoded weights of the newest commit of a process, in memory: slices, by name.
 
-    A commit changes them slice by slice, each after it was built upon; until it is done they are
+    A commit replaces them slice by slice, each after it was built upon; until it is done they are
     those of no commit.
     """
 
     def __init__(self) -> None:
         self.values: ObjectId | None = None
-        self.tensors: dict[str, Words] = {}
+        self.tensors: dict[str, list[Words | None]] = {}
 
     def writer(self, infos: list[TensorInfo]) -> HeldWriter:
         """Where the next commit's decoded weights go."""
@@ -168,18 +168,21 @@ class HeldWriter:
     def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
         self._held, self._infos = held, infos
         held.values = None
-        wanted = {info.name: (info.words, info.type.word) for info in infos}
-        for name, words in [*held.tensors.items()]:
-            if wanted.get(name) != (words.size, words.itemsize):
+        names = {info.name for info in infos}
+        for name in [*held.tensors]:
+            if name not in names:
                 del held.tensors[name]
 
-    def write(self, tensor: int, number: int, words: Words) -> None:
-        """Put slice `number` of a tensor in its place."""
+    def write(self, tensor: int, number: int, words: Words, *, fresh: bool) -> None:
+        """Put slice `number` of a tensor in its place; one that is not `fresh` belongs to others,
+        who may change it.
+        """
         info = self._infos[tensor]
-        if info.name not in self._held.tensors:
-            self._held.tensors[info.name] = np.empty(info.words, words.dtype)
-        at = number * SLICE_WORDS
-        self._held.tensors[info.name][at : at + words.size] = words
+        count = len(slice_counts(info.words))
+        slices = self._held.tensors.get(info.name)
+        if slices is None or len(slices) != count:
+            slices = self._held.tensors[info.name] = [None] * count
+        slices[number] = words if fresh else words.copy()
 
     def finish(self, values: ObjectId) -> None:
         """They are the decoded values of a table from here on."""
@@ -192,29 +195,29 @@ class HeldWriter:
 
 
 class HeldTable:
-    """A table of values as a `HeldBase` has it, for the commit that changes it."""
+    """A table of values as a `HeldBase` has it, for the commit that replaces it."""
 
     def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
-        self._tensors, self._infos = held.tensors, infos
+        self._held, self._infos = held, infos
 
     def slice(self, tensor: int, number: int) -> Words | None:
-        words = self._tensors.get(self._infos[tensor].name)
-        return None if words is None else words[number * SLICE_WORDS :][:SLICE_WORDS]
+        info = self._infos[tensor]
+        slices = self._held.tensors.get(info.name)
+        words = slices[number] if slices is not None and number < len(slices) else None
+        known = words is not None and words.size == slice_counts(info.words)[number]
+        return words if known else None
 
 
 class SharedTable(HeldTable):
-    """The same for readers, while a commit of another thread may begin to change it."""
+    """The same for readers, while a commit of another thread may begin to replace it."""
 
     def __init__(self, held: HeldBase, values: ObjectId, infos: list[TensorInfo]) -> None:
         super().__init__(held, infos)
-        self._held, self._values = held, values
+        self._values = values
 
     def slice(self, tensor: int, number: int) -> Words | None:
         words = super().slice(tensor, number)
-        if words is None:
-            return None
-        words = words.copy()
-        # A writer takes the name away before its first change: a copy from before is whole.
+        # A writer takes the name away before it replaces anything.
         return words if self._held.values == self._values else None
 
 

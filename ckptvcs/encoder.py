@@ -253,7 +253,7 @@ class Encoder:
             errors = Errors()
             for index in range(len(slice_counts(info.words))):
                 words = source.slice(index)
-                self._base_writer.write(self._position[number], index, words)
+                self._base_writer.write(self._position[number], index, words, fresh=False)
                 if info.role == WEIGHT:
                     errors.add(Errors(energy=_energy(to_float32(words, info.dtype))))
             if info.role == WEIGHT:
@@ -391,7 +391,10 @@ class Encoder:
             self._writers[info.part].append(draft, part)
             if info.part == "model":
                 for number in (target.number, *self._copies.get(target.number, ())):
-                    self._base_writer.write(self._position[number], index, part.decoded)
+                    self._base_writer.write(
+                        self._position[number], index, part.decoded,
+                        fresh=part.decoded is not part.source,
+                    )  # fmt: skip
             self._errors.setdefault(target.number, Errors()).add(errors)
             self._progress(part.source.nbytes)
         if index + 1 == work.slices:

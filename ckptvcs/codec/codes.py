@@ -139,7 +139,7 @@ def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
     if form != SPARSE:
         raise CorruptionError("a frame holds codes of an unknown form")
     bitmap, at = get_bitmap(data, at, count, short=True)
-    values, at = _get_signed(data, at, np.count_nonzero(np.unpackbits(bitmap)))
+    values, at = _get_signed(data, at, int(np.count_nonzero(np.unpackbits(bitmap))))
     return Codes(bitmap, values), at
 
 

@@ -86,18 +86,25 @@ def _add_squares(near: Array, true: Array, base: Array, weights: Array, sums: Ar
 
 
 @njit(**_EXACT)
-def _sizes(near: Array, true: Array, base: Array) -> Any:
-    """The largest |near - true|, and the largest size of true and base, as the bits of floats:
-    without their signs these are ordered as integers are.
+def _largest_error(near: Array, true: Array) -> Any:
+    """The largest |near - true| as the bits of a float: without their signs these are ordered as
+    integers are.
     """
-    known, old = true.view(np.int32), base.view(np.int32)
-    error, size = np.int32(0), np.int32(0)
+    largest = np.int32(0)
     for i in range(true.size):
-        one, two = known[i] & np.int32(0x7FFFFFFF), old[i] & np.int32(0x7FFFFFFF)
-        size = max(size, max(one, two))
-    for i in range(true.size):
-        error = max(error, np.float32(near[i] - true[i]).view(np.int32) & np.int32(0x7FFFFFFF))
-    return error, size
+        error = np.float32(near[i] - true[i]).view(np.int32)
+        largest = max(largest, error & np.int32(0x7FFFFFFF))
+    return largest
+
+
+@njit(**_EXACT)
+def _largest(one: Array, two: Array) -> Any:
+    """The largest size of two blocks, likewise."""
+    x, y, largest = one.view(np.int32), two.view(np.int32), np.int32(0)
+    for i in range(x.size):
+        larger = max(x[i] & np.int32(0x7FFFFFFF), y[i] & np.int32(0x7FFFFFFF))
+        largest = max(largest, larger)
+    return largest
 
 
 @njit((_F32, _F32, _F32, _F32), **_LOOSE)
@@ -106,9 +113,9 @@ def weight_squares(near: Array, true: Array, base: Array, weights: Array) -> Any
     sums, largest = np.zeros(5, np.float64), np.int32(0)
     for low in range(0, true.size, _BLOCK):
         high = min(true.size, low + _BLOCK)
-        part = near[low:high], true[low:high], base[low:high]
-        largest = max(largest, _sizes(*part)[0])
-        _add_squares(*part, weights[low:high], sums)
+        x, y = near[low:high], true[low:high]
+        _add_squares(x, y, base[low:high], weights[low:high], sums)
+        largest = max(largest, _largest_error(x, y))
     sizes = np.array([largest], np.int32).view(np.float32)
     return sums[0], sums[1], sums[2], sums[3], sums[4], sizes[0]
 
@@ -158,9 +165,9 @@ def code_residuals(
             at = end
             row += 1
         x, b = values[low:high], base[low:high]
-        error, size = _sizes(near[low:high], x, b)
         _add_squares(near[low:high], x, b, weights[low:high], sums)
-        largest, bound = max(largest, error), max(bound, size)
+        largest = max(largest, _largest_error(near[low:high], x))
+        bound = max(bound, _largest(x, b))
         bits = bitmap[low >> 3 : (high + 7) >> 3]
         codes[high - low : 8 * bits.size] = 0
         found += _compact(codes[: 8 * bits.size], bits, kept[found:])
@@ -462,7 +469,7 @@ def squares(x: Array, y: Array) -> tuple[Any, Any, Any]:
             known += b[i] * b[i]
         total += part
         energy += known
-        largest = max(largest, _sizes(a, b, b)[0])
+        largest = max(largest, _largest_error(a, b))
     sizes = np.array([largest], np.int32).view(np.float32)
     return total, energy, sizes[0]
 

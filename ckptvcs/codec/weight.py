@@ -18,12 +18,11 @@ from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
 from ckptvcs.codec.levels import TABLE, fit_levels, signed_table
 from ckptvcs.codec.planes import Bytes, get_section, put_section, sample, sample_positions
 from ckptvcs.codec.rows import NEUTRAL, QUARTERS, Rows, get_rows, take
-from ckptvcs.codec.words import NearSlice, Words, from_float32, to_float32
+from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
 from ckptvcs.errors import CorruptionError
 
 Floats = NDArray[np.float32]
 
-NONE = np.zeros(0, np.float32)
 NO_FACTORS = np.full(1, NEUTRAL, np.uint8)
 
 _HEAD = struct.Struct("<hfBII")  # grid, step, levels, columns (0: no row factors), start

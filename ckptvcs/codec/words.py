@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 Words = NDArray[np.unsignedinteger]
 """A flat array of unsigned integers holding the little-endian words of a tensor."""
 
+NONE = np.zeros(0, np.float32)
+"""No values."""
+
 
 class NearSlice(NamedTuple):
-    """A slice in a near form: the payload, the words it decodes to, and the sums over its errors
-    that came with it on the way, if any.
+    """A slice in a near form: the payload, the words it decodes to, and sums over their errors (as
+    `loops.weight_squares` has them) where these came out on the way.
     """
 
     payload: bytes

@@ -21,7 +21,7 @@ from ckptvcs.checkpoint.roles import Rule
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.planes import sample
-from ckptvcs.codec.words import to_float32
+from ckptvcs.codec.words import NONE, to_float32
 from ckptvcs.coding.group import CodedSlice, Errors, Floats, Group, Target
 
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
@@ -42,18 +42,15 @@ def measure(
     )
 
 
-_NONE = np.zeros(0, np.float32)
-
-
 def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
     """The errors of slice `number` of a group's weight."""
     assert group.weight is not None
     dtype = group.weight.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, dtype) for words in (coded.source, coded.decoded))
-        base = _NONE if group.base is None else to_float32(group.base.slice(number), dtype)
+        base = NONE if group.base is None else to_float32(group.base.slice(number), dtype)
         base = base if base.size else np.zeros_like(true)
-        second = _NONE if group.second is None else group.second.floats(number)
+        second = NONE if group.second is None else group.second.floats(number)
         sums = loops.active().weight_squares(near, true, base, second)
     return Errors.of(sums)
 

@@ -28,8 +28,8 @@ from ckptvcs.codec.moments import Factors, encode_first, encode_second
 from ckptvcs.codec.planes import Bytes, sample
 from ckptvcs.codec.rows import Rows
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.codec.weight import NONE, encode_delta, encode_keyframe, row_factors
-from ckptvcs.codec.words import NearSlice, Words, from_float32, to_float32
+from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
+from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
 from ckptvcs.coding.measure import finite, measure_moment, measure_step, measure_weight
