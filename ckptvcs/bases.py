@@ -30,7 +30,7 @@ _BLOCK = 1 << 22
 
 
 class BaseWriter:
-    """Writes the tensors of a table whose id is not known yet.
+    """Writes the tensors of a table whose id may not be known yet, from any thread.
 
     A failure (a full disk, say) only means that there is no materialised base.
     """
@@ -40,23 +40,24 @@ class BaseWriter:
         self._starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
         self._temporary = folder / f".{secrets.token_hex(8)}"
         self._descriptor: int | None = None
+        self._failed = False
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, tensor: int, number: int, words: Words, *, fresh: bool = True) -> None:
         """Put slice `number` of a tensor in its place."""
-        if self._descriptor is None:
+        if self._descriptor is None or self._failed:
             return
         at = self._starts[tensor] + number * SLICE_WORDS * words.itemsize
         try:
             os.pwrite(self._descriptor, octets(words), at)
         except OSError:
-            self.abort()
+            self._failed = True
 
     def finish(self, values: ObjectId) -> None:
         """Publish under its table's id, and forget bases that are no longer near any head."""
-        if self._descriptor is None:
+        if self._descriptor is None or self._failed:
             return
         with contextlib.suppress(OSError):
             self._temporary.rename(self._folder / values)
@@ -66,10 +67,9 @@ class BaseWriter:
             kept.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
             for path in kept[_KEPT:]:
                 path.unlink(missing_ok=True)
-        self.abort()
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind that is not published."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
@@ -86,30 +86,32 @@ class CachedTable:
         self._proven: dict[int, bool] = {}
         self._locks = [Lock() for _ in infos]
 
-    def slice(self, tensor: int, number: int) -> Words | None:
+    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
         with self._locks[tensor]:
             if tensor not in self._proven:
                 self._proven[tensor] = self._prove(tensor)
         if not self._proven[tensor]:
             return None
         info = self._infos[tensor]
-        word, count = info.type.word, slice_counts(info.words)[number]
+        if out is None:
+            out = np.empty(slice_counts(info.words)[number], word_type(info.type.word))
         with contextlib.suppress(OSError):  # another process may have deleted it meanwhile
-            data = self._read(self._starts[tensor] + number * SLICE_WORDS * word, count * word)
-            if len(data) == count * word:
-                return np.frombuffer(data, word_type(word))
+            at = self._starts[tensor] + number * SLICE_WORDS * info.type.word
+            if self._read(at, octets(out)) == out.nbytes:
+                return out
         return None
 
-    def _read(self, at: int, size: int) -> bytes:
+    def _read(self, at: int, into: memoryview) -> int:
         with self._path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), size, at)
+            return os.preadv(file.fileno(), [into], at)
 
     def _prove(self, tensor: int) -> bool:
         digest, start = blake3(max_threads=1), self._starts[tensor]
         end = start + self._infos[tensor].size_bytes
         with contextlib.suppress(OSError):
+            block = memoryview(bytearray(min(_BLOCK, end - start)))
             for at in range(start, end, _BLOCK):
-                digest.update(self._read(at, min(_BLOCK, end - at)))
+                digest.update(block[: self._read(at, block[: end - at])])
             return digest.digest(VALUE_BYTES) == self._hashes[tensor]
         return False
 
@@ -200,7 +202,7 @@ class HeldTable:
     def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
         self._held, self._infos = held, infos
 
-    def slice(self, tensor: int, number: int) -> Words | None:
+    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
         info = self._infos[tensor]
         slices = self._held.tensors.get(info.name)
         words = slices[number] if slices is not None and number < len(slices) else None
@@ -215,8 +217,8 @@ class SharedTable(HeldTable):
         super().__init__(held, infos)
         self._values = values
 
-    def slice(self, tensor: int, number: int) -> Words | None:
-        words = super().slice(tensor, number)
+    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
+        words = super().slice(tensor, number, out)
         # A writer takes the name away before it replaces anything.
         return words if self._held.values == self._values else None
 

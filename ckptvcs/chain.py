@@ -31,8 +31,10 @@ _MASTER = TensorInfo("", "F32", (), "model", "weight")
 class Materialised(Protocol):
     """The tensors of a table of values, decoded and proven already."""
 
-    def slice(self, tensor: int, number: int) -> Words | None:
-        """One slice of a tensor; None where it is not there after all.  Not to be changed."""
+    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
+        """One slice of a tensor, perhaps in `out`, else not to be changed; None where it is not
+        there after all.
+        """
 
 
 Materials = Callable[[ObjectId], Materialised | None]
@@ -108,22 +110,31 @@ class ChainReader:
         return memoryview(data)
 
     def decode_slice(
-        self, chain: Sequence[Link], info: TensorInfo, number: int, count: int
-    ) -> Words:
-        """Slice `number` of a tensor, `count` words, not yet proven by the tensor's hash."""
+        self, chain: Sequence[Link], info: TensorInfo, number: int, count: int,
+        out: Words | None = None,
+    ) -> Words:  # fmt: skip
+        """Slice `number` of a tensor, `count` words, not yet proven by the tensor's hash; in `out`,
+        if there is one.
+        """
         words, first = None, 0
         for place in range(len(chain) - 1, -1, -1):
             done = chain[place].done
-            words = None if done is None else done[0].slice(done[1], number)
+            words = None if done is None else done[0].slice(done[1], number, out)
             if words is not None:
                 first = place + 1
                 break
-        for place, link in enumerate(chain[first:]):
+        own = False
+        for link in chain[first:]:
             data = self._slice_bytes(link.bundle, link.frame, number)
             companion = self._companion(link, number, count)
-            words = decode_slice(data, info.type, count, words, companion, own_base=place > 0)
+            own |= words is not None and out is not None and np.may_share_memory(words, out)
+            words = decode_slice(data, info.type, count, words, companion, own_base=own, out=out)
+            own = True
         assert words is not None
-        return words
+        if out is None or np.may_share_memory(words, out):
+            return words
+        out[:] = words
+        return out
 
     def _companion(self, link: Link, number: int, count: int) -> Companion | None:
         if not link.companion:

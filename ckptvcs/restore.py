@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.bases import HeldBase, materialised
+from ckptvcs.bases import BaseWriter, HeldBase, materialised
 from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
-from ckptvcs.codec.words import Words, octets
+from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
@@ -37,6 +37,7 @@ from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]
 
+_DEEP = 2  # deltas, from which on decoded weights are kept in the cache
 _FORBIDDEN = frozenset('<>:"|?*\\\0')
 _DEVICES = frozenset(
     ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
@@ -85,8 +86,9 @@ class Restorer:
         self.commit: Commit = catalog.commit(name)
         self.schema = catalog.schema(self.commit.schema)
         loops.prepare(self.commit.raw_bytes)
-        materials: dict[ObjectId, Materialised | None] = {}
-        self._catalog, self._chain = catalog, ChainReader(catalog, materials.get)
+        self._materials: dict[ObjectId, Materialised | None] = {}
+        self._catalog, self._cache = catalog, cache
+        self._chain = ChainReader(catalog, self._materials.get)
         self.fidelity: dict[str, str] = {}
         self._tables: dict[int, tuple[ObjectId, int]] = {}
         for part, state in self.commit.parts.items():
@@ -99,7 +101,7 @@ class Restorer:
             if part == "model" and cache is not None and table == state.values:
                 infos = [self.schema.tensors[number] for number in self.schema.stored(part)]
                 hashes = catalog.values(table)
-                materials[table] = materialised(cache, held, table, infos, hashes)
+                self._materials[table] = materialised(cache, held, table, infos, hashes)
 
     @property
     def exact(self) -> bool:
@@ -118,25 +120,51 @@ class Restorer:
             for index, count in enumerate(slice_counts(self.schema.tensors[number].words)):
                 yield _Job(table, position, number, index, count)
 
-    def _slices(self, numbers: list[int]) -> Iterator[Words]:
-        """The slices of stored tensors, one tensor after another, decoded ahead in threads.
+    def _slices(
+        self, numbers: list[int], room: Callable[[_Job], Words | None] = lambda _: None
+    ) -> Iterator[tuple[_Job, Words]]:
+        """The slices of stored tensors, one tensor after another, decoded ahead in threads; each in
+        the `room` that there is for it.
 
         The last slice of a tensor comes after the proof of the whole.
         """
+        base = self._new_base(numbers)
 
         def decode(job: _Job) -> tuple[_Job, Words]:
             links = self._chain.links(job.table, job.position)
             info = self.schema.tensors[job.number]
-            return job, self._chain.decode_slice(links, info, job.slice, job.count)
+            words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
+            if base is not None and info.part == "model":
+                base.write(job.position, job.slice, words)
+            return job, words
 
         digest = blake3(max_threads=1)
-        for job, words in ordered_map(decode, self._jobs(numbers)):
-            digest.update(octets(words))
-            info = self.schema.tensors[job.number]
-            if job.slice + 1 == len(slice_counts(info.words)):
-                self._prove(job, digest)
-                digest = blake3(max_threads=1)
-            yield words
+        try:
+            for job, words in ordered_map(decode, self._jobs(numbers)):
+                digest.update(octets(words))
+                if job.slice + 1 == len(slice_counts(self.schema.tensors[job.number].words)):
+                    self._prove(job, digest)
+                    digest = blake3(max_threads=1)
+                yield job, words
+            if base is not None:
+                base.finish(self.commit.parts["model"].values)
+        finally:
+            if base is not None:
+                base.abort()
+
+    def _new_base(self, numbers: list[int]) -> BaseWriter | None:
+        """Where weights go that took a chain to decode, if all of them are asked for: who restores
+        a commit often does so again, or goes on from there.
+        """
+        model = self.schema.stored("model")
+        state = self.commit.parts.get("model")
+        if (
+            self._cache is None or state is None or self._materials.get(state.values) is not None
+            or self.commit.depth < _DEEP or not set(model) <= set(numbers)
+            or self._tables[model[0]][0] != state.values
+        ):  # fmt: skip
+            return None
+        return BaseWriter(self._cache, [self.schema.tensors[n].size_bytes for n in model])
 
     def inline(self) -> dict[int, bytes]:
         """The bytes of the small tensors, which stand in skeletons."""
@@ -152,31 +180,15 @@ class Restorer:
         self, numbers: list[int]
     ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
         """All bytes of each of some stored tensors, proven, one after another."""
+        infos = self.schema.tensors
+        outs = {n: np.empty(infos[n].words, word_type(infos[n].type.word)) for n in numbers}
 
-        def decode(job: _Job) -> tuple[_Job, memoryview]:
-            info = self.schema.tensors[job.number]
-            links = self._chain.links(job.table, job.position)
-            words = self._chain.decode_slice(links, info, job.slice, job.count)
-            data = outs[job.number][job.slice * SLICE_WORDS * info.type.word :][: words.nbytes]
-            data[:] = words.view(np.uint8)
-            return job, data.data
+        def room(job: _Job) -> Words:
+            return outs[job.number][job.slice * SLICE_WORDS :][: job.count]
 
-        def jobs() -> Iterator[_Job]:
-            for job in self._jobs([n for n in numbers if self.schema.tensors[n].words]):
-                if not job.slice:
-                    size = self.schema.tensors[job.number].size_bytes
-                    outs[job.number] = np.empty(size, np.uint8)
-                yield job
-
-        outs: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
-        digest = blake3(max_threads=1)
-        for job, data in ordered_map(decode, jobs()):
-            digest.update(data)
-            info = self.schema.tensors[job.number]
-            if job.slice + 1 == len(slice_counts(info.words)):
-                self._prove(job, digest)
-                digest = blake3(max_threads=1)
-                yield job.number, outs.pop(job.number)
+        for job, _ in self._slices([n for n in numbers if infos[n].words], room):
+            if job.slice + 1 == len(slice_counts(infos[job.number].words)):
+                yield job.number, outs.pop(job.number).view(np.uint8)
         for number in numbers:
             if not self.schema.tensors[number].words:
                 yield number, np.empty(0, np.uint8)
@@ -192,7 +204,7 @@ class Restorer:
 
     def blocks(self, number: int) -> Iterator[memoryview]:
         """The bytes of a stored tensor, slice after slice."""
-        return (octets(words) for words in self._slices([number]))
+        return (octets(words) for _, words in self._slices([number]))
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -224,7 +236,7 @@ class Restorer:
             if op == Op.TENSOR:
                 crc = 0
                 for _ in slice_counts(self.schema.tensors[argument].words):
-                    block = octets(next(stream))
+                    block = octets(next(stream)[1])
                     crc = zlib.crc32(block, crc)
                     put(block)
                 sums[argument] = crc

@@ -16,6 +16,7 @@ Array = Any
 _F32, _I32, _U8 = (
     types.Array(kind, 1, "C", readonly=True) for kind in (types.float32, types.int32, types.uint8)
 )
+_OUT = types.float32[::1]
 _MATRIX = types.Array(types.float32, 2, "C", readonly=True)
 _FLOAT, _INT = types.float32, types.int64
 """Arguments, given here so that each loop is compiled once: for arrays that it only reads."""
@@ -256,7 +257,7 @@ def join_bits(planes: Array, high: Array, count: int, bits: int) -> Array:
 
 
 @njit(
-    (types.float32[::1], _U8, _I32, _FLOAT, _FLOAT, _F32, _F32, _INT, _INT), **_EXACT
+    (_OUT, _U8, _I32, _FLOAT, _FLOAT, _F32, _F32, _INT, _INT), **_EXACT
 )  # fmt: skip
 def change(
     out: Array, bitmap: Array, codes: Array, scale: Any, step: Any, amounts: Array, factors: Array,
@@ -335,20 +336,18 @@ def log_sums(values: Array, columns: int, start: int, rows: int) -> Any:
     return row_sums, row_counts, sums, counts, edges[0], edges[1]
 
 
-@njit((_F32, _F32, _INT, _INT), **_EXACT)
-def product(row: Array, column: Array, start: int, count: int) -> Array:
+@njit((_F32, _F32, _INT, _OUT), **_EXACT)
+def product(row: Array, column: Array, start: int, out: Array) -> None:
     """See `loops.product`."""
-    out = np.empty(count, np.float32)
     low = 0
     for r in range(row.size):
-        high = min(count, (r + 1) * column.size - start)
+        high = min(out.size, (r + 1) * column.size - start)
         first = low + start - r * column.size
         o, factor = out[low:high], row[r]
         c = column[first : first + o.size]
         for i in range(o.size):
             o[i] = factor * c[i]
         low = high
-    return out
 
 
 @njit((_F32, _F32), **_EXACT)
@@ -424,10 +423,11 @@ def times_columns(left: Array, matrix: Array) -> Array:
     return out
 
 
-@njit((_MATRIX, _MATRIX, _INT, _FLOAT, _F32), **_EXACT)
-def directions(left: Array, right: Array, start: int, scale: Any, second: Array) -> Array:
+@njit((_MATRIX, _MATRIX, _INT, _FLOAT, _F32, _OUT), **_EXACT)
+def directions(
+    left: Array, right: Array, start: int, scale: Any, second: Array, out: Array
+) -> None:
     """See `loops.directions`; whole numbers add up the same in any order."""
-    out = np.empty(second.size, np.float32)
     columns, ranks = right.shape[1], left.shape[1]
     whole, low = ranks // 4 * 4, 0
     for row in range(left.shape[0]):
@@ -452,7 +452,6 @@ def directions(left: Array, right: Array, start: int, scale: Any, second: Array)
             for i in range(o.size):
                 o[i] = o[i] * scale * np.sqrt(s[i])
             low = high
-    return out
 
 
 @njit((_F32, _F32), **_LOOSE)

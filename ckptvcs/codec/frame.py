@@ -52,8 +52,10 @@ def decode_slice(
     companion: Companion | None = None,
     *,
     own_base: bool = False,
+    out: Words | None = None,
 ) -> Words:
-    """Decode one slice of `count` words.  A base that is its `own_base` may be changed in place.
+    """Decode one slice of `count` words.  A base that is its `own_base` may be changed in place;
+    what comes back may be `out`, `count` words that are not read.
 
     `base` is the same slice of the tensor the frame stands on, `companion` the same slice of the
     frame that it names; each None where the frame names none.
@@ -79,7 +81,7 @@ def decode_slice(
     if method == NEAR_WEIGHT:
         return weight.decode_weight(payload, base, count, dtype.name, in_place=own_base)
     if method == NEAR_SECOND:
-        return moments.decode_second(payload, count, dtype.name)
+        return moments.decode_second(payload, count, dtype.name, out)
     if method == NEAR_FIRST:
         return moments.decode_first(payload, None, count, dtype.name)
     if companion is not None:
@@ -90,7 +92,7 @@ def decode_slice(
             return moments.decode_first(payload, second, count, dtype.name)
         if method == NEAR_LOW_RANK:
             second = decode_slice(companion.data, dtype, count, companion.base)
-            return lowrank.decode_low_rank(payload, second, count, dtype.name)
+            return lowrank.decode_low_rank(payload, second, count, dtype.name, out)
         if method == ROUNDED and not len(payload):
             master = decode_slice(companion.data, DTYPES["F32"], count, companion.base)
             return from_float32(to_float32(master, "F32"), dtype.name)

@@ -164,9 +164,9 @@ def log_sums(
     )  # fmt: skip
 
 
-def product(row: Floats, column: Floats, start: int, count: int) -> Floats:
-    """Row x column, without the first `start` entries of the first row."""
-    return np.multiply.outer(row, column).reshape(-1)[start : start + count]
+def product(row: Floats, column: Floats, start: int, out: Floats) -> None:
+    """Row x column, without the first `start` entries of the first row, into `out`."""
+    out[:] = np.multiply.outer(row, column).reshape(-1)[start : start + out.size]
 
 
 def divide_roots(values: Floats, second: Floats) -> tuple[Floats, bool]:
@@ -190,16 +190,15 @@ def times_columns(left: Floats, matrix: Floats) -> Floats:
 
 
 def directions(
-    left: Floats, right: Floats, start: int, scale: np.float32, second: Floats
-) -> Floats:
-    """((left @ right) * scale) * sqrt(second); the factors are whole numbers, and the first `start`
-    entries of the first row of their product are not there.
+    left: Floats, right: Floats, start: int, scale: np.float32, second: Floats, out: Floats
+) -> None:
+    """((left @ right) * scale) * sqrt(second) into `out`; the factors are whole numbers, and the
+    first `start` entries of the first row of their product are not there.
     """
-    out: Floats = (left @ right).reshape(-1)[start : start + second.size]
+    out[:] = (left @ right).reshape(-1)[start : start + second.size]
     with np.errstate(over="ignore", invalid="ignore"):
         out *= scale
         out *= np.sqrt(second)
-    return out
 
 
 def squares(x: Floats, y: Floats) -> tuple[float, float, float]:

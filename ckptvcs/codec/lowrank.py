@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ckptvcs.codec import loops
 from ckptvcs.codec.planes import Bytes, get_section, put_section
 from ckptvcs.codec.rows import Rows, get_rows, take
-from ckptvcs.codec.words import NearSlice, Words, from_float32, to_float32
+from ckptvcs.codec.words import NearSlice, Words, from_float32, room_for_floats, to_float32
 from ckptvcs.errors import CorruptionError
 
 Floats = NDArray[np.float32]
@@ -62,7 +62,8 @@ def encode_low_rank(
     stored = np.concatenate((left.reshape(-1), right.reshape(-1))) + _ZERO
     payload = _HEAD.pack(rows.columns, rows.start, left.shape[1], scale)
     payload += put_section(stored.astype(np.uint8), short=True)
-    near = loops.active().directions(left, right, rows.start, scale, squares)
+    near = np.empty(words.size, np.float32)
+    loops.active().directions(left, right, rows.start, scale, squares, near)
     return NearSlice(payload, from_float32(near, dtype))
 
 
@@ -154,8 +155,11 @@ def _orthonormal(columns: Floats) -> Floats | None:
     )
 
 
-def decode_low_rank(data: memoryview, second: Words, count: int, dtype: str) -> Words:
-    """The product of both factors, times a scale, times sqrt(second).
+def decode_low_rank(
+    data: memoryview, second: Words, count: int, dtype: str, out: Words | None = None
+) -> Words:
+    """The product of both factors, times a scale, times sqrt(second); in `out`, if there is one
+    for float32.
 
     Raises:
         TruncatedError, CorruptionError: `data` is no such slice of `count` words.
@@ -169,7 +173,8 @@ def decode_low_rank(data: memoryview, second: Words, count: int, dtype: str) -> 
     if at != len(data) or not int(stored.min()):
         raise CorruptionError("a frame has bytes after its factors, or a factor out of range")
     factors, squares = _split(stored, rank, height), to_float32(second, dtype)
-    near = loops.active().directions(*factors, rows.start, np.float32(scale), squares)
+    near = room_for_floats(count, dtype, out)
+    loops.active().directions(*factors, rows.start, np.float32(scale), squares, near)
     return from_float32(near, dtype)
 
 

@@ -18,7 +18,7 @@ from ckptvcs.codec.codes import Codes, Integers, get_codes, put_codes
 from ckptvcs.codec.levels import amounts_of, fit_levels
 from ckptvcs.codec.planes import Bytes, get_section, put_section, sample
 from ckptvcs.codec.rows import HALVES, Rows, get_rows, half_powers, take
-from ckptvcs.codec.words import NearSlice, Words, from_float32, to_float32
+from ckptvcs.codec.words import NearSlice, Words, from_float32, room_for_floats, to_float32
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Floats = NDArray[np.float32]
@@ -129,13 +129,17 @@ def _rows_and_columns(codes: Bytes, low: int, height: int) -> tuple[Floats, Floa
     return factors[:height], factors[height:]
 
 
-def _product(codes: Bytes, low: int, rows: Rows, count: int, dtype: str) -> Words:
+def _product(
+    codes: Bytes, low: int, rows: Rows, count: int, dtype: str, out: Words | None = None
+) -> Words:
+    near = room_for_floats(count, dtype, out)
     row, column = _rows_and_columns(codes, low, rows.count(count))
-    return from_float32(loops.active().product(row, column, rows.start, count), dtype)
+    loops.active().product(row, column, rows.start, near)
+    return from_float32(near, dtype)
 
 
-def decode_second(data: memoryview, count: int, dtype: str) -> Words:
-    """A row's power of two times a column's.
+def decode_second(data: memoryview, count: int, dtype: str, out: Words | None = None) -> Words:
+    """A row's power of two times a column's; in `out`, if there is one for float32.
 
     Raises:
         TruncatedError, CorruptionError: `data` is no such slice of `count` words.
@@ -148,7 +152,7 @@ def decode_second(data: memoryview, count: int, dtype: str) -> Words:
     height = rows.count(count)
     if at != len(data) or not _within(int(low), codes[:height], codes[height:]):
         raise CorruptionError("a frame holds second moments that no float32 has")
-    return _product(codes, int(low), rows, count, dtype)
+    return _product(codes, int(low), rows, count, dtype, out)
 
 
 def encode_first(

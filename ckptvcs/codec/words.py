@@ -48,6 +48,15 @@ def to_float32(words: Words, dtype: str) -> NDArray[np.float32]:
     return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def room_for_floats(count: int, dtype: str, out: Words | None) -> NDArray[np.float32]:
+    """Where `count` values go that become words of `dtype`: `out` itself where these are float32,
+    and there is one.
+    """
+    if out is not None and dtype == "F32":
+        return out.view(np.float32)
+    return np.empty(count, np.float32)
+
+
 def from_float32(values: NDArray[np.float32], dtype: str) -> Words:
     """Round finite float32 values to words of F32, F16 or BF16, to nearest, ties to even."""
     if dtype == "F32":

@@ -275,7 +275,9 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
     results: list[list[object]] = []
     sums: list[tuple[float, ...]] = []
     for loop in both():
-        changed = base.copy()
+        changed, made = base.copy(), np.empty((2, count), np.float32)
+        loop.directions(left, right, rows.start, half, second, made[0])
+        loop.product(steps, second[:columns], rows.start, made[1])
         loop.change(changed, bitmap, codes[found], scale, half, amounts, steps, columns, rows.start)
         coded = loop.code_residuals(
             values, base, second, scale, half, half, amounts, steps, columns, rows.start
@@ -290,8 +292,7 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
             loop.join_bits(planes, gaps, count, 3),
             loop.gap_positions(gaps),
             *loop.divide_roots(first, second),
-            loop.directions(left, right, rows.start, half, second),
-            loop.product(steps, second[:columns], rows.start, count),
+            made[0], made[1],
             *loop.extent(values),
         ])  # fmt: skip
     assert np.allclose(*sums, rtol=1e-3)
