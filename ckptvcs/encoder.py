@@ -158,6 +158,7 @@ class Encoder:
             )
             for work, number, coded in ordered_map(_code, jobs):
                 self._put(work, number, coded)
+                del coded  # not to be held while the next one is waited for
             return self._finish()
         finally:
             self._base_writer.abort()
