@@ -26,7 +26,7 @@ from typing import Any
 
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
-from ckptvcs.codec.spec import CodecSpec
+from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder
 from ckptvcs.errors import CorruptionError, InvalidInputError
@@ -162,7 +162,9 @@ class Committer:
         store = self._catalog.store
         with lease(store.backend) as held:
             checkpoint = request.checkpoint
-            file_hashes, hashes = scan(checkpoint, self._progress)
+            file_hashes, hashes = scan(
+                checkpoint, self._progress, near=isinstance(request.spec.settings, NearSpec)
+            )
             step = find_step(request)
             place = self._place(request, step, file_hashes, hashes)
             base = self._catalog.commit(place.parent) if place.parent else None

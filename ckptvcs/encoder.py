@@ -26,6 +26,7 @@ from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.coding import excp
+from ckptvcs.coding.device import DeviceCoder
 from ckptvcs.coding.exact import ExactCoder
 from ckptvcs.coding.group import CodedGroup, Coder, Errors, Group, Target
 from ckptvcs.coding.near import NearCoder, NearPlan, Scale, measure_scale
@@ -37,7 +38,7 @@ from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
 from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import ordered_map
-from ckptvcs.source import Progress, SourceTensor, find_masters
+from ckptvcs.source import Progress, SourceTensor, find_masters, stays
 from ckptvcs.store.object import Kind, ObjectId, object_id
 
 
@@ -109,6 +110,8 @@ class Encoder:
             for row in self._numbers.values()
             for position, number in enumerate(row)
         }
+        near = isinstance(spec.settings, NearSpec)
+        self._stay = {n for n in hashes if near and stays(checkpoint, n)}
         self._values = dict(hashes)
         self._places: dict[int, _Place] = {}
         self._twins: dict[tuple[bytes, str, str, str], int] = {}
@@ -118,7 +121,7 @@ class Encoder:
         self._writers = {
             name: PartWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
         }
-        self._masters = find_masters(checkpoint) if isinstance(spec.settings, NearSpec) else {}
+        self._masters = find_masters(checkpoint) if near else {}
         self._known = {
             name for name, row in self._numbers.items()
             if catalog.has_recipe(object_id(Kind.VALUES, self._table(row)))
@@ -308,10 +311,9 @@ class Encoder:
         for group in groups:
             base = group.base if isinstance(group.base, BaseTensor) else None
             bases = {} if group.weight is None or base is None else {group.weight.number: base}
-            yield (
-                NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe),
-                {} if self._keyframe else bases,
-            )
+            here = NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe)
+            there = not self._keyframe and DeviceCoder.can(group)
+            yield DeviceCoder(here, group) if there else here, {} if self._keyframe else bases
 
     def _near_group(self, lossy: list[int]) -> Group:
         copies = tuple(self._target(n) for n in lossy if self._masters.get(n) in lossy)
@@ -397,13 +399,15 @@ class Encoder:
                         fresh=part.decoded is not part.source,
                     )  # fmt: skip
             self._errors.setdefault(target.number, Errors()).add(errors)
-            self._progress(part.source.nbytes)
+            self._progress(part.decoded.nbytes)
         if index + 1 == work.slices:
             self._end(work)
 
     def _end(self, work: _Work) -> None:
         for target, draft in zip(work.coder.members, work.drafts, strict=True):
             self._values[target.number] = draft.digest.digest()
+            if draft.exact and target.number in self._stay:
+                self._hashes[target.number] = self._values[target.number]
             read = draft.source or (draft.digest if draft.exact else None)
             if read is not None and read.digest() != self._hashes[target.number]:
                 raise SourceTensor(self._checkpoint, target.number).changed()

@@ -56,7 +56,7 @@ class PartWriter:
         draft.exact &= coded.decoded is coded.source
         if draft.source is None and not draft.steady and coded.decoded is not coded.source:
             draft.source = draft.digest.copy()
-        if draft.source is not None:
+        if draft.source is not None and coded.source is not None:
             draft.source.update(octets(coded.source))
         draft.digest.update(octets(coded.decoded))
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_read
-from ckptvcs.checkpoint.roles import WEIGHT
+from ckptvcs.checkpoint.roles import MOMENTS, WEIGHT
+from ckptvcs.codec import device
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_type
+from ckptvcs.dtypes import WEIGHT_DTYPES
 from ckptvcs.parallel import ordered_map
 
 Progress = Callable[[int], None]
@@ -33,6 +36,12 @@ class SourceTensor:
         data = self._source.view(self._offset + number * SLICE_WORDS * word, count * word)
         return np.frombuffer(data, word_type(word))
 
+    def on_device(self, number: int) -> Any:
+        """The bytes of a slice as a flat tensor, where they are on a device; else None."""
+        word = self.info.type.word
+        count = slice_counts(self.info.words)[number]
+        return self._source.on_device(self._offset + number * SLICE_WORDS * word, count * word)
+
     @property
     def steady(self) -> bool:
         """Whether it cannot change while it is read: a state in memory is its owner's care."""
@@ -43,13 +52,16 @@ class SourceTensor:
         return changed_while_read(path)
 
 
-def scan(checkpoint: Checkpoint, progress: Progress) -> tuple[list[str | None], dict[int, bytes]]:
+def scan(
+    checkpoint: Checkpoint, progress: Progress, *, near: bool
+) -> tuple[list[str | None], dict[int, bytes]]:
     """Hash every file (hex) and every stored tensor (by number) in one pass over the bytes.
 
-    A state is no file and has no hash as a whole.
+    A state is no file and has no hash as a whole.  Tensors on a device that are to be coded `near`
+    are not moved: a fingerprint stands for their hash.
     """
     if checkpoint.kind == "state":
-        return [None], _scan_state(checkpoint)
+        return [None], _scan_state(checkpoint, near=near)
     file_hashes: list[str | None] = []
     hashes: dict[int, bytes] = {}
     for file in checkpoint.files:
@@ -72,10 +84,21 @@ def scan(checkpoint: Checkpoint, progress: Progress) -> tuple[list[str | None], 
     return file_hashes, hashes
 
 
-def _scan_state(checkpoint: Checkpoint) -> dict[int, bytes]:
+def stays(checkpoint: Checkpoint, number: int) -> bool:
+    """Whether a tensor is on a device, and of a kind that is coded near, and there."""
+    info = checkpoint.schema.tensors[number]
+    lossy = info.role in MOMENTS | {WEIGHT} and info.dtype in WEIGHT_DTYPES and info.words > 0
+    return lossy and SourceTensor(checkpoint, number).on_device(0) is not None
+
+
+def _scan_state(checkpoint: Checkpoint, *, near: bool) -> dict[int, bytes]:
     def hash_tensor(number: int) -> bytes:
-        digest = blake3(max_threads=1)
         tensor = SourceTensor(checkpoint, number)
+        if near and stays(checkpoint, number):
+            slices = range(len(slice_counts(tensor.info.words)))
+            marks = [device.fingerprint(tensor.on_device(index)) for index in slices]
+            return blake3(b"".join(marks)).digest()
+        digest = blake3(max_threads=1)
         for index in range(len(slice_counts(tensor.info.words))):
             digest.update(octets(tensor.slice(index)))
         return digest.digest()

@@ -26,10 +26,14 @@ PIECE = re.compile(rb" ?[A-Za-z_]+| ?[0-9]+|\n[ ]*| +|[^\sA-Za-z0-9_]+|\s")
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What a run is made of; two runs of the same spec on one machine give the same checkpoints."""
+    """What a run is made of; two runs of the same spec on one machine give the same checkpoints.
+
+    A checkpoint is kept `every` so many steps, and at those in `also`.
+    """
 
     steps: int = 1500
     every: int = 50
+    also: range = range(0)
     layers: int = 4
     width: int = 192
     heads: int = 6
@@ -149,7 +153,7 @@ def train(
     on_step: Callable[[int, float], None],
     on_checkpoint: Callable[[int, float, dict[str, Any]], None],
 ) -> None:
-    """Train from scratch; hand over the training state every `spec.every` steps.
+    """Train from scratch; hand over the training state where `spec` keeps one.
 
     `on_checkpoint(step, loss, state)` gets the live tensors: it saves or copies what it needs
     before it returns.
@@ -173,7 +177,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         on_step(step, loss.item())
-        if step % spec.every == 0:
+        if step % spec.every == 0 or step in spec.also:
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),

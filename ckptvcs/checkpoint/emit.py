@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ckptvcs.checkpoint.layout import Source
 from ckptvcs.checkpoint.pickles import InertDict
@@ -184,7 +185,7 @@ class Payload:
     """
 
     size: int
-    blocks: Callable[[], Iterator[bytes | memoryview]]
+    blocks: Callable[[], Iterator[bytes | memoryview | DeviceBytes]]
     summed: bool = True
 
 
@@ -209,7 +210,7 @@ def zip_records(
 
 
 def write_zip(
-    write: Callable[[bytes | memoryview], object], stem: str, records: list[tuple[str, Payload]]
+    write: Callable[[Any], object], stem: str, records: list[tuple[str, Payload]]
 ) -> None:
     """Write a zip file as torch lays it out: stored records, aligned, checksums behind them."""
     at = 0
@@ -232,7 +233,7 @@ def write_zip(
         ) + full + extra)  # fmt: skip
         crc = 0
         for block in payload.blocks():
-            crc = zlib.crc32(block, crc) if payload.summed else 0
+            crc = zlib.crc32(block[:], crc) if payload.summed else 0
             write(block)
         wide = large or far
         end = b""
@@ -259,21 +260,42 @@ def write_zip(
     ))  # fmt: skip
 
 
+class DeviceBytes:
+    """The bytes of a tensor (flat, uint8) on a device; what is asked for is moved."""
+
+    def __init__(self, flat: Any) -> None:
+        self.flat = flat
+
+    def __len__(self) -> int:
+        return int(self.flat.numel())
+
+    def __getitem__(self, part: slice) -> memoryview:
+        return memoryview(self.flat[part].cpu().numpy())
+
+
 class MemorySource(Source):
     """A file that stands in memory as a row of blocks; the blocks are not copied."""
 
     def __init__(self) -> None:
-        self._blocks: list[memoryview] = []
+        self._blocks: list[memoryview | DeviceBytes] = []
         self._starts: list[int] = []
         self.size = 0
 
-    def append(self, block: bytes | memoryview) -> None:
+    def append(self, block: bytes | memoryview | DeviceBytes) -> None:
         """Add to the end."""
-        view = memoryview(block).cast("B")
+        view = block if isinstance(block, DeviceBytes) else memoryview(block).cast("B")
         if len(view):
             self._starts.append(self.size)
             self._blocks.append(view)
             self.size += len(view)
+
+    def on_device(self, offset: int, length: int) -> Any:
+        number = bisect_right(self._starts, offset) - 1
+        block = self._blocks[number] if number >= 0 else None
+        start = offset - self._starts[number]
+        if isinstance(block, DeviceBytes) and start + length <= len(block):
+            return block.flat[start : start + length]
+        return None
 
     def view(self, offset: int, length: int) -> bytes | memoryview:
         number = bisect_right(self._starts, offset) - 1

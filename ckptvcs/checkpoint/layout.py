@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
@@ -38,6 +38,10 @@ class Source(Protocol):
     def view(self, offset: int, length: int) -> bytes | memoryview:
         """The same, without a copy where they are in memory."""
         return self.read(offset, length)
+
+    def on_device(self, offset: int, length: int) -> Any:
+        """The same as a flat tensor of torch, where they are on a device; else None."""
+        return None
 
 
 class FileSource(Source):

@@ -17,6 +17,7 @@ import numpy as np
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint, build
 from ckptvcs.checkpoint.emit import (
+    DeviceBytes,
     Leaf,
     MemorySource,
     Payload,
@@ -46,7 +47,7 @@ class _Storages:
     """The distinct storages of a state, in the order they are met; nothing is copied on a CPU."""
 
     def __init__(self) -> None:
-        self.payloads: list[memoryview] = []
+        self.payloads: list[memoryview | DeviceBytes] = []
         self.arrays: list[str] = []
         self._numbers: dict[tuple[str, int, int], int] = {}
         self._alive: list[object] = []  # an address names a storage only while it lives
@@ -81,15 +82,21 @@ class _Storages:
         storage = tensor.detach().untyped_storage()
         key = (str(tensor.device), storage.data_ptr(), storage.nbytes())
         if key not in self._numbers or not storage.nbytes():
-            flat = torch.empty(0, dtype=torch.uint8).set_(storage.cpu())
+            far = _on_device(tensor) and storage.nbytes() > INLINE_BYTES
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device if far else "cpu")
+            flat = flat.set_(storage if far else storage.cpu())
             self._numbers[key] = len(self.payloads)
             self._alive += [storage, flat]
-            self.payloads.append(flat.numpy().data)
+            self.payloads.append(DeviceBytes(flat) if far else flat.numpy().data)
         size = storage.nbytes()
         return Leaf(
             self._numbers[key], dtype, size // DTYPES[dtype].size, size,
             tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()),
         )  # fmt: skip
+
+
+def _on_device(tensor: Any) -> bool:
+    return str(tensor.device.type) == "cuda"
 
 
 def _refused(path: str) -> InvalidInputError:
@@ -113,7 +120,7 @@ def state_checkpoint(state: object) -> Checkpoint:
     return build("state", [(STATE_FILE, source, layout, None)], [])
 
 
-def _payload(view: memoryview) -> Payload:
+def _payload(view: memoryview | DeviceBytes) -> Payload:
     # Sums of tensors are left out of what is stored, and made when the file is.
     return Payload(len(view), lambda: iter([view]), summed=len(view) <= INLINE_BYTES)
 

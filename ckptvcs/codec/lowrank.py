@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,17 +55,42 @@ def encode_low_rank(
     else:
         matrix = np.zeros((height, rows.columns), np.float32)
         matrix.reshape(-1)[rows.start : rows.start + words.size] = values
+    payload = put_directions(_Scaled(matrix, ONE / roots[0], ONE / roots[1]), rows, rank, step)
+    if payload is None:
+        return None
+    near = decode_low_rank(memoryview(payload), second, words.size, dtype)
+    return NearSlice(payload, near)
+
+
+def put_directions(matrix: Matrix, rows: Rows, rank: int, step: float) -> bytes | None:
+    """The payload of a slice whose moment / sqrt(second) is `matrix`; None as for
+    `encode_low_rank`.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
-        found = _factors(_Scaled(matrix, ONE / roots[0], ONE / roots[1]), rank, step)
+        found = _factors(matrix, rank, step)
     if found is None:
         return None
     left, right, scale = found
     stored = np.concatenate((left.reshape(-1), right.reshape(-1))) + _ZERO
-    payload = _HEAD.pack(rows.columns, rows.start, left.shape[1], scale)
-    payload += put_section(stored.astype(np.uint8), short=True)
-    near = np.empty(words.size, np.float32)
-    loops.active().directions(left, right, rows.start, scale, squares, near)
-    return NearSlice(payload, from_float32(near, dtype))
+    head = _HEAD.pack(rows.columns, rows.start, left.shape[1], scale)
+    return head + put_section(stored.astype(np.uint8), short=True)
+
+
+class Matrix(Protocol):
+    """A matrix, here or on a device, that can be multiplied by thin ones."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def times_rows(self, lines: Floats) -> Floats:
+        """It, times the transposed lines."""
+
+    def times_columns(self, left: Floats) -> Floats:
+        """The transposed left, times it."""
+
+    def thinned(self, height: int) -> Matrix:
+        """At least `height` of its rows, if it has as many, at even distances."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +101,29 @@ class _Scaled:
     row: Floats
     column: Floats
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
     def times_rows(self, lines: Floats) -> Floats:
-        """It, times the transposed lines."""
         product: Floats = loops.active().times_rows(self.matrix, lines * self.column)
         return product * self.row[:, None]
 
     def times_columns(self, left: Floats) -> Floats:
-        """The transposed left, times it."""
         product: Floats = loops.active().times_columns(left * self.row[:, None], self.matrix)
         return product * self.column
 
-    def thinned(self, height: int) -> _Scaled:
-        """At least `height` of its rows, if it has as many, at even distances."""
+    def thinned(self, height: int) -> Matrix:
         apart = max(1, self.matrix.shape[0] // height)
         return _Scaled(_contiguous(self.matrix[::apart]), self.row[::apart], self.column)
 
 
-def _factors(matrix: _Scaled, rank: int, step: float) -> tuple[Floats, Floats, np.float32] | None:
+def _factors(matrix: Matrix, rank: int, step: float) -> tuple[Floats, Floats, np.float32] | None:
     """The strongest directions of a matrix (by power iteration from random ones), each shared
     evenly between both factors, in whole steps; and the scale that fits their product best.
     """
     active = loops.active()
-    shape = matrix.matrix.shape
+    shape = matrix.shape
     rank = min(rank, *shape)
     lines = np.random.default_rng(0).standard_normal((rank + _MORE, shape[1]), np.float32)
     for part in (matrix.thinned(_THIN * (rank + _MORE)), matrix):  # the first only sets out
@@ -153,6 +180,15 @@ def _orthonormal(columns: Floats) -> Floats | None:
     return np.asarray(
         active.times_rows(columns, _contiguous((vectors[:, there] / sizes[there]).T)), np.float32
     )
+
+
+def factors_of(payload: bytes, count: int) -> tuple[Floats, Floats, np.float32]:
+    """Left, right and scale of a slice of `count` words that `put_directions` made."""
+    (columns, start, rank, scale), at = take(_HEAD, memoryview(payload), 0)
+    height = Rows(int(columns), int(start)).count(count)
+    size = int(rank) * (height + int(columns))
+    stored, _ = get_section(memoryview(payload), at, size, short=True)
+    return *_split(stored, int(rank), height), np.float32(scale)
 
 
 def decode_low_rank(

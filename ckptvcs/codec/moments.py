@@ -49,6 +49,19 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> NearSlice | None:
     if least < _LEAST:  # rare; what is zero stays zero
         values = np.where((values < _LEAST) & (values != 0), _LEAST, values)
         row_sums, in_row, sums, in_column, *_ = loops.active().log_sums(values, *shape)
+    payload = put_second(row_sums, in_row, sums, in_column, rows, values)
+    return None if payload is None else NearSlice(payload, decode_second(
+        memoryview(payload), words.size, dtype
+    ))  # fmt: skip
+
+
+def put_second(
+    row_sums: Floats, in_row: Integers, sums: Floats, in_column: Integers, rows: Rows,
+    values: Floats | None,
+) -> bytes | None:  # fmt: skip
+    """The payload of a slice from what `loops.log_sums` says of it, `values` being given where some
+    are 0; None where their range is too wide.
+    """
     row_codes, low = _exponents(row_sums / np.maximum(in_row, 1), in_row)
     # What rounding took from the rows goes to the columns.
     rounded = np.where(row_codes > 0, row_codes - 1 + low, 0).astype(np.float32)
@@ -60,8 +73,7 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> NearSlice | None:
     if codes.max() > 255 or not _within(low, row_codes, column_codes):
         return None
     stored = codes.astype(np.uint8)
-    payload = _FACTORS.pack(low, rows.columns, rows.start) + put_section(stored, short=True)
-    return NearSlice(payload, _product(stored, low, rows, words.size, dtype))
+    return _FACTORS.pack(low, rows.columns, rows.start) + put_section(stored, short=True)
 
 
 @dataclass(frozen=True)
@@ -96,19 +108,25 @@ class Factors:
 
 
 def _column_means(
-    row: Floats, in_row: Integers, sums: Floats, in_column: Integers, rows: Rows, values: Floats
-) -> Floats:
+    row: Floats, in_row: Integers, sums: Floats, in_column: Integers, rows: Rows,
+    values: Floats | None,
+) -> Floats:  # fmt: skip
     """The mean of log2(value) - its row over what is above zero in each column."""
     total = np.asarray(row * in_row, np.float64).sum()
-    if int(in_row.sum()) == values.size and values.size == rows.columns * in_row.size:
-        return np.asarray(sums / np.maximum(in_column, 1) - total / values.size, np.float32)
+    count = int(in_row.sum())
+    if count == rows.columns * in_row.size:
+        return np.asarray(sums / np.maximum(in_column, 1) - total / max(1, count), np.float32)
     matrix = np.zeros((in_row.size, rows.columns), np.bool_)
-    matrix.reshape(-1)[rows.start : rows.start + values.size] = values > 0
+    inside = matrix.reshape(-1)[rows.start :]
+    if values is None:  # all are above zero
+        inside[:count] = True
+    else:
+        inside[: values.size] = values > 0
     means = (sums - row @ matrix) / np.maximum(in_column, 1)
     return np.asarray(means, np.float32)
 
 
-def _exponents(logs: Floats, counts: Integers) -> tuple[Integers, int]:
+def _exponents(logs: NDArray[np.floating], counts: Integers) -> tuple[Integers, int]:
     """Half octaves above the smallest, plus 1; 0 where there is nothing.  And the smallest."""
     there = counts > 0
     halves = np.rint(2 * logs).astype(np.int32)
@@ -129,15 +147,6 @@ def _rows_and_columns(codes: Bytes, low: int, height: int) -> tuple[Floats, Floa
     return factors[:height], factors[height:]
 
 
-def _product(
-    codes: Bytes, low: int, rows: Rows, count: int, dtype: str, out: Words | None = None
-) -> Words:
-    near = room_for_floats(count, dtype, out)
-    row, column = _rows_and_columns(codes, low, rows.count(count))
-    loops.active().product(row, column, rows.start, near)
-    return from_float32(near, dtype)
-
-
 def decode_second(data: memoryview, count: int, dtype: str, out: Words | None = None) -> Words:
     """A row's power of two times a column's; in `out`, if there is one for float32.
 
@@ -152,7 +161,9 @@ def decode_second(data: memoryview, count: int, dtype: str, out: Words | None = 
     height = rows.count(count)
     if at != len(data) or not _within(int(low), codes[:height], codes[height:]):
         raise CorruptionError("a frame holds second moments that no float32 has")
-    return _product(codes, int(low), rows, count, dtype, out)
+    near = room_for_floats(count, dtype, out)
+    loops.active().product(*_rows_and_columns(codes, int(low), height), rows.start, near)
+    return from_float32(near, dtype)
 
 
 def encode_first(

@@ -9,6 +9,7 @@ bits, and levels can be added up.  Layout: docs/format.md, "Near slices".
 from __future__ import annotations
 
 import struct
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,35 @@ def row_factors(logs: Floats, middle: float, gamma: float) -> Bytes:
     return np.where(np.isnan(logs), NEUTRAL, stored).astype(np.uint8)
 
 
+class Residuals(Protocol):
+    """A slice of a weight and of its base, here or on a device."""
+
+    size: int
+
+    def sample(self, size: int) -> tuple[Floats, Floats]:
+        """Values, and those of the base, at the positions of `planes.sample`."""
+
+    def code(
+        self, scale: np.float32, step: np.float32, zone: np.float32, amounts: Floats,
+        factors: Floats, columns: int, start: int,
+    ) -> tuple[Bytes, Integers, tuple[float, ...], float]:  # fmt: skip
+        """What `loops.code_residuals` returns but for the first."""
+
+
+class _Here:
+    def __init__(self, values: Floats, base: Floats, weights: Floats) -> None:
+        self.values, self.base, self.weights = values, base, weights
+        self.size, self.near = values.size, NONE
+
+    def sample(self, size: int) -> tuple[Floats, Floats]:
+        return sample(self.values, size), sample(self.base, size)
+
+    def code(self, *how: Any) -> tuple[Bytes, Integers, tuple[float, ...], float]:
+        coded = loops.active().code_residuals(self.values, self.base, self.weights, *how)
+        self.near, bitmap, codes, sums, largest = coded
+        return bitmap, codes, sums, largest
+
+
 def encode_delta(
     words: Words, base: Words, dtype: str, step: float, zone: float,
     factors: tuple[Rows, Bytes] | None = None, weights: Floats = NONE,
@@ -66,8 +96,25 @@ def encode_delta(
     weighted by `weights`.  None where values are not finite, or too large for a grid as fine as the
     step asks.
     """
-    values, before = to_float32(words, dtype), to_float32(base, dtype)
-    rows, stored = factors or (Rows(max(1, words.size)), NO_FACTORS)
+    here = _Here(
+        to_float32(words, dtype), to_float32(base, dtype), weights if dtype == "F32" else NONE
+    )
+    found = put_delta(here, step, zone, factors)
+    if found is None:
+        return None
+    decoded = from_float32(here.near, dtype)
+    if dtype != "F32" and not np.isfinite(to_float32(decoded, dtype)).all():
+        return None  # rounded up to infinity
+    return NearSlice(found[0], decoded, found[1] if dtype == "F32" else None)
+
+
+def put_delta(
+    residuals: Residuals, step: float, zone: float, factors: tuple[Rows, Bytes] | None
+) -> tuple[bytes, tuple[float, ...]] | None:
+    """The payload of a slice, and the sums of `loops.weight_squares`; None as for `encode_delta`,
+    but that a 16-bit weight may have been rounded up to infinity.
+    """
+    rows, stored = factors or (Rows(max(1, residuals.size)), NO_FACTORS)
     scales = QUARTERS[stored]
     least, most = (step * float(edge(initial=1)) for edge in (scales.min, scales.max))
     largest = 0.0  # as far as the first attempt knows
@@ -77,38 +124,35 @@ def encode_delta(
         if grid is None:
             return None
         scale, unit_step = np.float32(2.0**grid), np.float32(step * 2.0**grid)
-        levels = _fit(values, before, scale, unit_step, scales, rows, zone)
+        levels = _fit(residuals, scale, unit_step, scales, rows, zone)
         if levels is None:
             return None
         table = signed_table(levels.astype(np.float32), unit_step)
-        near, bitmap, codes, sums, found = loops.active().code_residuals(
-            values, before, weights if dtype == "F32" else NONE, scale, unit_step,
-            np.float32(zone), table, scales, rows.columns, rows.start,
-        )  # fmt: skip
+        bitmap, codes, sums, found = residuals.code(
+            scale, unit_step, np.float32(zone), table, scales, rows.columns, rows.start
+        )
         if (float(found) + 2 * most) * 2.0**grid < MAX_CODE:
             break
         if not largest < found < np.inf:
             return None
         largest = float(found)
-    decoded = from_float32(near, dtype)
-    if dtype != "F32" and not np.isfinite(to_float32(decoded, dtype)).all():
-        return None  # rounded up to infinity
     head = _HEAD.pack(
         grid, unit_step, levels.size, rows.columns if factors else 0, rows.start if factors else 0
     )
     section = put_section(stored, short=True) if factors else b""
-    payload = head + levels.tobytes() + section + put_codes(Codes(bitmap, codes), words.size)
-    return NearSlice(payload, decoded, sums if dtype == "F32" else None)
+    coded = put_codes(Codes(bitmap, codes), residuals.size)
+    return head + levels.tobytes() + section + coded, sums
 
 
 def _fit(
-    values: Floats, before: Floats, scale: np.float32, step: np.float32, factors: Floats,
-    rows: Rows, zone: float,
+    residuals: Residuals, scale: np.float32, step: np.float32, factors: Floats, rows: Rows,
+    zone: float,
 ) -> NDArray[np.uint16] | None:  # fmt: skip
     """Levels in units of the grid, from a sample; None where that is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        units = sample(values, _SAMPLE) * scale - np.rint(sample(before, _SAMPLE) * scale)
-        row = rows.of(sample_positions(values.size, _SAMPLE))
+        values, before = residuals.sample(_SAMPLE)
+        units = values * scale - np.rint(before * scale)
+        row = rows.of(sample_positions(residuals.size, _SAMPLE))
         units /= step * (factors if factors.size == 1 else factors[row])
         if not (np.abs(units) < MAX_CODE).all():
             return None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.checkpoint.roles import SECOND, Rule
+from ckptvcs.codec import device
 from ckptvcs.codec.frame import SLICE_WORDS
+from ckptvcs.codec.planes import sample
 from ckptvcs.codec.words import Words, to_float32
 
 Floats = NDArray[np.float32]
@@ -25,13 +27,22 @@ class Tensor(Protocol):
         """The words of one slice."""
 
 
+class SourceTensor(Tensor, Protocol):
+    """A tensor of the checkpoint."""
+
+    def on_device(self, number: int) -> Any:
+        """The bytes of a slice as a flat tensor, where they are on a device; else None."""
+
+
 @dataclass(frozen=True)
 class CodedSlice:
-    """A slice as it is stored, the words it decodes to, and the words that were asked for."""
+    """A slice as it is stored, the words it decodes to, and the words that were asked for, unless
+    these stayed on a device.
+    """
 
     data: bytes
     decoded: Words
-    source: Words
+    source: Words | None
     stands_on_base: bool = False
 
 
@@ -86,7 +97,7 @@ class Target:
     """
 
     number: int
-    tensor: Tensor
+    tensor: SourceTensor
     dtype: str
     shape: tuple[int, ...] = ()
     role: str = ""
@@ -99,6 +110,13 @@ class Target:
     def floats(self, number: int) -> Floats:
         """The values of one slice."""
         return to_float32(self.tensor.slice(number), self.dtype)
+
+    def sampled(self, number: int, size: int) -> Floats:
+        """The values of one slice at the positions of `planes.sample`."""
+        data = self.tensor.on_device(number)
+        if data is not None:
+            return device.picked(device.floats(data, self.dtype), size)
+        return sample(self.floats(number), size)
 
     @property
     def columns(self) -> int:

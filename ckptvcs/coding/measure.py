@@ -20,7 +20,6 @@ import numpy as np
 from ckptvcs.checkpoint.roles import Rule
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
-from ckptvcs.codec.planes import sample
 from ckptvcs.codec.words import NONE, to_float32
 from ckptvcs.coding.group import CodedSlice, Errors, Floats, Group, Target
 
@@ -45,6 +44,7 @@ def measure(
 def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
     """The errors of slice `number` of a group's weight."""
     assert group.weight is not None
+    assert coded.source is not None
     dtype = group.weight.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, dtype) for words in (coded.source, coded.decoded))
@@ -57,6 +57,7 @@ def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
 
 def measure_moment(target: Target, coded: CodedSlice) -> Errors:
     """The errors of a slice of a moment."""
+    assert coded.source is not None
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
         if target.squared:
@@ -87,27 +88,27 @@ def _step(rule: Rule, first: Floats | None, second: Floats | None, gradient: Flo
     return (ahead / (root + rule.eps)).astype(np.float32)
 
 
+def step_sample(words: int) -> int:
+    """How many entries of a slice are looked at, in a tensor of `words` words."""
+    return max(_LEAST, _SAMPLE // max(1, len(slice_counts(words))))
+
+
 def measure_step(
-    rule: Rule,
-    first: tuple[Floats, Floats] | None,
-    second: tuple[Floats, Floats] | None,
-    words: int,
-) -> Errors:
-    """The error of the next step in one slice of a tensor of `words` words, from (true, restored)
-    moments; either may be missing.
+    rule: Rule, first: tuple[Floats, Floats] | None, second: tuple[Floats, Floats] | None,
+    count: int,
+) -> Errors:  # fmt: skip
+    """The error of the next step, from (true, restored) moments of a sample that stands for `count`
+    entries; either may be missing.
     """
     pairs = [pair for pair in (first, second) if pair is not None]
-    size = max(_LEAST, _SAMPLE // max(1, len(slice_counts(words))))
-    count = pairs[0][0].size
-    gradient = _normal()[: sample(pairs[0][0], size).size]
-    if second is not None:
-        gradient = gradient * np.sqrt(sample(second[0], size))
+    gradient = _normal()[: pairs[0][0].size]
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if second is not None:
+            gradient = gradient * np.sqrt(second[0])
         steps = [
-            _step(rule, first and sample(first[restored], size),
-                  second and sample(second[restored], size), gradient)
+            _step(rule, first and first[restored], second and second[restored], gradient)
             for restored in (0, 1)
-        ]  # fmt: skip
+        ]
         share = count / max(1, gradient.size)
         out = Errors(
             update_error=share * float(np.square(steps[1] - steps[0], dtype=np.float64).sum()),

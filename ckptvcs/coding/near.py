@@ -32,7 +32,7 @@ from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
-from ckptvcs.coding.measure import finite, measure_moment, measure_step, measure_weight
+from ckptvcs.coding.measure import finite, measure_moment, measure_step, measure_weight, step_sample
 
 _SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
 _SAMPLED_SLICES = 4
@@ -74,14 +74,14 @@ def measure_scale(group: Group) -> Scale:
     size = _SAMPLE // max(1, len(picked))
     weights, residuals, seconds = [], [], []
     for number in picked:
-        values = sample(group.weight.floats(number), size)
+        values = group.weight.sampled(number, size)
         weights.append(values)
         if group.base is not None:
             base = sample(to_float32(group.base.slice(number), group.weight.dtype), size)
             with np.errstate(over="ignore", invalid="ignore"):
                 residuals.append(values - base)
         if group.second is not None:
-            second = sample(group.second.floats(number), size)
+            second = group.second.sampled(number, size)
             seconds.append(second[(second > 0) & np.isfinite(second)])
     found = np.concatenate(seconds) if seconds else np.zeros(0, np.float32)
     return Scale(
@@ -128,7 +128,7 @@ class NearPlan:
         return cls(spec, residual, second)
 
 
-def _rows(target: Target, number: int, words: int) -> Rows:
+def second_rows(target: Target, number: int, words: int) -> Rows:
     """How a slice of second moments is cut into rows and columns."""
     if target.columns * _FEW_ROWS <= words:
         return Rows(target.columns, target.start(number))
@@ -146,7 +146,7 @@ def _factors(second: _Measured | None) -> Factors | None:
     """The rows and columns of a slice of second moments that is coded by these."""
     if second is None or second[0].data[0] != NEAR_SECOND:
         return None
-    return Factors.of(second[0].data[1:], second[0].source.size)
+    return Factors.of(second[0].data[1:], second[0].decoded.size)
 
 
 class NearCoder:
@@ -155,7 +155,8 @@ class NearCoder:
     def __init__(
         self, group: Group, plan: NearPlan, scale: Scale | None, *, keyframe: bool
     ) -> None:
-        self._group, self._plan, self._scale, self._keyframe = group, plan, scale, keyframe
+        self._group, self._scale, self._keyframe = group, scale, keyframe
+        self._plan, self.spec = plan, plan.spec
         named = (group.second, group.weight, *group.copies, group.first, *group.others)
         self.members = tuple(target for target in named if target is not None)
         self.companions: dict[int, int] = {}
@@ -241,19 +242,21 @@ class NearCoder:
 
     def _step(self, number: int, coded: dict[int, _Measured]) -> Errors:
         group = self._group
+        size = step_sample(group.words)
         pairs = [
-            None if target is None else tuple(
-                to_float32(words, target.dtype)
-                for words in (coded[target.number][0].source, coded[target.number][0].decoded)
+            None if target is None else (
+                target.sampled(number, size),
+                sample(to_float32(coded[target.number][0].decoded, target.dtype), size),
             )
             for target in (group.first, group.second)
         ]  # fmt: skip
-        return measure_step(group.rule, pairs[0], pairs[1], group.words)  # type: ignore[arg-type]
+        count = slice_counts(group.words)[number]
+        return measure_step(group.rule, pairs[0], pairs[1], count)
 
     def _seconds(self, target: Target, number: int) -> Iterator[_Measured]:
         """A slice of squares in forms that get finer: row times column, word by word, exactly."""
         words = target.tensor.slice(number)
-        for rows in (_rows(target, number, words.size), Rows(words.size)):
+        for rows in (second_rows(target, number, words.size), Rows(words.size)):
             encoded = encode_second(words, target.dtype, rows)
             found = self._near(target, number, NEAR_SECOND, encoded)
             if found is not None:
@@ -261,7 +264,7 @@ class NearCoder:
         yield self._exact(target, number)
 
     def _first(self, target: Target, number: int, second: _Measured | None) -> _Measured:
-        words, spec = target.tensor.slice(number), self._plan.spec
+        words, spec = target.tensor.slice(number), self.spec
         step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
             step, method, squares = spec.moment_step, NEAR_SCALED_FIRST, second[0].decoded
@@ -276,8 +279,8 @@ class NearCoder:
         self, target: Target, number: int, words: Words, second: _Measured
     ) -> _Measured | None:
         """A slice by its strongest directions; None where it is too narrow to have any."""
-        spec, rows = self._plan.spec, Rows(target.columns, target.start(number))
-        if spec.rank * _PER_RANK > min(rows.columns, rows.count(words.size)) or not spec.rank:
+        spec, rows = self.spec, self.direction_rows(target, number, words.size)
+        if rows is None:
             return None
         factors = _factors(second)
         encoded = encode_low_rank(
@@ -285,6 +288,14 @@ class NearCoder:
             factors.roots() if factors is not None and factors.rows == rows else None,
         )  # fmt: skip
         return self._near(target, number, NEAR_LOW_RANK, encoded)
+
+    def direction_rows(self, target: Target, number: int, count: int) -> Rows | None:
+        """How a slice of a first moment is cut into rows; None where it is too narrow to have
+        directions.
+        """
+        rank, rows = self.spec.rank, Rows(target.columns, target.start(number))
+        wide = rank * _PER_RANK <= min(rows.columns, rows.count(count))
+        return rows if rank and wide else None
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -297,16 +308,17 @@ class NearCoder:
                 encoded = encode_keyframe(words, target.dtype, step)
         else:
             encoded = encode_delta(
-                words, base.slice(number), target.dtype, self._delta_step(), self._plan.spec.zone,
-                self._row_factors(target, number, second),
+                words, base.slice(number), target.dtype, self.delta_step(), self.spec.zone,
+                self.row_factors(_factors(second)),
                 NONE if self._group.second is None else self._group.second.floats(number),
             )  # fmt: skip
         stands = base is not None and not self._keyframe
         found = self._near(target, number, NEAR_WEIGHT, encoded, stands_on_base=stands)
         return found or self._exact(target, number)
 
-    def _delta_step(self) -> float:
-        spec = self._plan.spec
+    def delta_step(self) -> float:
+        """The step of the residuals of a row whose factor is 1; 0 where nothing moved."""
+        spec = self.spec
         own = (self._scale.residual if self._scale is not None else None) or 0.0
         return min(spec.step * self._plan.residual, spec.cap * own) if own else 0.0
 
@@ -318,16 +330,14 @@ class NearCoder:
         if target.dtype != "F32" or scale is None or not scale.weight:
             return None
         if scale.residual:
-            step = _KEYFRAME_STEP * self._delta_step()
+            step = _KEYFRAME_STEP * self.delta_step()
             return min(step, _COARSEST_KEYFRAME * scale.weight)
         trained = group.first is not None or group.second is not None or group.others
         return _FIRST_STEP * scale.weight if trained else None
 
-    def _row_factors(
-        self, target: Target, number: int, second: _Measured | None
-    ) -> tuple[Rows, Bytes] | None:
+    def row_factors(self, factors: Factors | None) -> tuple[Rows, Bytes] | None:
         """Factors of steps by the second moments of rows; None where these say nothing of rows."""
-        gamma, factors = self._plan.spec.gamma, _factors(second)
+        gamma = self.spec.gamma
         if not gamma or factors is None or factors.rows.columns < _LEAST_ROW:
             return None
         return factors.rows, row_factors(factors.logs(), self._plan.second, gamma)

@@ -1,0 +1,151 @@
+"""The near codec for weights and moments on a device: only codes leave it.
+
+The base goes there slice by slice; what comes back is decoded here, for its hash and as the next
+base.  A slice that is not of the common kind (zeros in its second moment, say) is moved and coded
+like any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptvcs.codec import device
+from ckptvcs.codec.frame import (
+    NEAR_LOW_RANK,
+    NEAR_SECOND,
+    NEAR_WEIGHT,
+    Companion,
+    decode_slice,
+    put_slice,
+    slice_counts,
+)  # fmt: skip
+from ckptvcs.codec.lowrank import factors_of, put_directions
+from ckptvcs.codec.moments import Factors, put_second
+from ckptvcs.codec.planes import sample
+from ckptvcs.codec.weight import put_delta
+from ckptvcs.codec.words import Words, to_float32
+from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Group, Target
+from ckptvcs.coding.measure import measure_step, step_sample
+from ckptvcs.coding.near import NearCoder, second_rows
+from ckptvcs.dtypes import DTYPES
+
+_Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the device
+
+
+class DeviceCoder:
+    """Codes what a `NearCoder` would, where it is."""
+
+    def __init__(self, host: NearCoder, group: Group) -> None:
+        self._host, self._group = host, group
+        self.members, self.companions = host.members, host.companions
+
+    @staticmethod
+    def can(group: Group) -> bool:
+        """Whether a group is a weight with a base and both moments, all on a device."""
+        known = (group.weight, group.first, group.second)
+        plain = group.words and group.base is not None and not group.others and not group.copies
+        return bool(plain) and all(
+            target is not None and target.tensor.on_device(0) is not None for target in known
+        )
+
+    def code(self, number: int) -> CodedGroup:
+        """Code one slice of each member."""
+        return self._near(number) or self._host.code(number)
+
+    def _near(self, number: int) -> CodedGroup | None:
+        group = self._group
+        assert group.weight is not None
+        assert group.first is not None
+        assert group.second is not None
+        second = self._second(group.second, number)
+        first = None if second is None else self._first(group.first, number, second)
+        if second is None or first is None:
+            return None
+        step = self._step(number, (first[0].decoded, second[0].decoded))
+        weight = self._weight(group.weight, number, second)
+        if weight is None or step.update_error > step.update_energy:
+            return None
+        first[1].add(step)
+        coded = {target.number: found for target, found in (
+            (group.weight, weight), (group.first, first), (group.second, second))}  # fmt: skip
+        slices = tuple(coded[target.number][0] for target in self.members)
+        return CodedGroup(slices, tuple(coded[target.number][1] for target in self.members))
+
+    def _values(self, target: Target, number: int) -> Any:
+        return device.floats(target.tensor.on_device(number), target.dtype)
+
+    def _second(self, target: Target, number: int) -> _Coded | None:
+        values = self._values(target, number)
+        count = int(values.numel())
+        rows = second_rows(target, number, count)
+        sums = device.log_sums(values, rows)
+        payload = None if sums is None else put_second(*sums, rows, None)
+        if payload is None:
+            return None
+        factors = Factors.of(payload, count)
+        product = device.product(factors.row, factors.column, rows, values)
+        near = device.rounded(product, target.dtype)
+        errors = Errors(*device.root_squares(values, near))
+        return _coded(NEAR_SECOND, payload, target, count, errors, near)
+
+    def _first(self, target: Target, number: int, second: _Coded) -> _Coded | None:
+        values, roots = self._values(target, number), second[2].sqrt()
+        count = int(values.numel())
+        rows = self._host.direction_rows(target, number, count)
+        if rows is None:
+            return None
+        spec = self._host.spec
+        matrix = device.DeviceMatrix.of(values / roots, rows)
+        payload = put_directions(matrix, rows, spec.rank, spec.rank_step)
+        if payload is None:
+            return None
+        left, right, scale = factors_of(payload, count)
+        product = device.there(left, values) @ device.there(right, values)
+        near = product.reshape(-1)[rows.start : rows.start + count] * float(scale) * roots
+        near = device.rounded(near, target.dtype)
+        error, energy, largest = device.squares(near, values)
+        errors = Errors(error, energy, largest=largest)
+        beside = Companion(memoryview(second[0].data))
+        return _coded(NEAR_LOW_RANK, payload, target, count, errors, near, companion=beside)
+
+    def _step(self, number: int, restored: tuple[Words, Words]) -> Errors:
+        group, size = self._group, step_sample(self._group.words)
+        pairs = [
+            (target.sampled(number, size), sample(to_float32(words, target.dtype), size))
+            for target, words in zip((group.first, group.second), restored, strict=True)
+            if target is not None
+        ]
+        count = slice_counts(group.words)[number]
+        return measure_step(group.rule, pairs[0], pairs[1], count)
+
+    def _weight(self, target: Target, number: int, second: _Coded) -> _Coded | None:
+        assert self._group.base is not None
+        assert self._group.second is not None
+        values, base = self._values(target, number), self._group.base.slice(number)
+        residuals = device.DeviceResiduals(
+            values, device.there(to_float32(base, target.dtype), values),
+            self._values(self._group.second, number), target.dtype,
+        )  # fmt: skip
+        factors = self._host.row_factors(Factors.of(second[0].data[1:], base.size))
+        found = put_delta(residuals, self._host.delta_step(), self._host.spec.zone, factors)
+        if found is None:
+            return None
+        errors = Errors.of(found[1])
+        return _coded(NEAR_WEIGHT, found[0], target, base.size, errors, None, base=base)
+
+
+def _coded(
+    method: int, payload: bytes, target: Target, count: int, errors: Errors, near: Any,
+    *, base: Words | None = None, companion: Companion | None = None,
+) -> _Coded | None:  # fmt: skip
+    """A slice in a near form; None where it is worse than nothing, or not finite."""
+    least = errors.energy if base is None else errors.residual
+    if not errors.error <= least < np.inf:
+        return None
+    data = put_slice(method, payload)
+    decoded = decode_slice(memoryview(data), DTYPES[target.dtype], count, base, companion)
+    if target.dtype != "F32" and not np.isfinite(to_float32(decoded, target.dtype)).all():
+        return None  # rounded up to infinity
+    return CodedSlice(data, decoded, None, stands_on_base=base is not None), errors, near

@@ -1,0 +1,207 @@
+"""Tensors on a device: coded there, moved as codes; and the same operations on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptvcs.checkpoint import emit
+from ckptvcs.checkpoint import state as states
+from ckptvcs.codec import device, loops
+from ckptvcs.codec.lowrank import factors_of, put_directions
+from ckptvcs.codec.rows import Rows
+from ckptvcs.repo import Repo
+
+DEVICES = [
+    "cpu",  # taken for a device of its own
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    monkeypatch.setattr(states, "_on_device", lambda tensor: tensor.device.type == name)
+    return name
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what is moved as it is."""
+    sizes: list[int] = []
+    move = emit.DeviceBytes.__getitem__
+
+    def count(self: emit.DeviceBytes, part: slice) -> memoryview:
+        data = move(self, part)
+        sizes.append(len(data))
+        return data
+
+    monkeypatch.setattr(emit.DeviceBytes, "__getitem__", count)
+    return sizes
+
+
+def trajectory(where: str, dtype: torch.dtype = torch.float32, steps: int = 4) -> list[Any]:
+    """States of a made-up run; a matrix of more than one slice, one of one, a vector."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": (2100, 600), "b": (300, 500), "c": (700,)}
+    weights = {name: torch.randn(shape, generator=draw) * 0.05 for name, shape in shapes.items()}
+    out = []
+    for step in range(1, steps + 1):
+        moments = {}
+        for index, weight in enumerate(weights.values()):
+            spread = torch.randn(weight.shape[0], generator=draw).exp() * 1e-7
+            second = (
+                spread.view(-1, *[1] * (weight.ndim - 1))
+                * (torch.randn(weight.shape, generator=draw) * 0.3).exp()
+            )
+            thin = [torch.randn(size, 3, generator=draw) for size in weight.shape]
+            first = thin[0] @ thin[1].T if len(thin) == 2 else thin[0][:, 0]
+            moments[index] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": (first * second.sqrt() * 0.2).to(where, dtype),
+                "exp_avg_sq": second.to(where, dtype),
+            }
+            weight += torch.randn(weight.shape, generator=draw) * 5e-4
+        out.append({
+            "model": {name: w.to(where, dtype, copy=True) for name, w in weights.items()},
+            "optimizer": {
+                "state": moments,
+                "param_groups": [{"betas": (0.9, 0.999), "eps": 1e-8, "params": [0, 1, 2],
+                                  "param_names": list(shapes)}],
+            },
+            "step": step,
+        })  # fmt: skip
+    return out
+
+
+def leaves(state: Any) -> list[torch.Tensor]:
+    moments = state["optimizer"]["state"].values()
+    return [*state["model"].values(), *(m[k] for m in moments for k in ("exp_avg", "exp_avg_sq"))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_leave_the_device_and_nothing_else(
+    tmp_path: Path, where: str, moved: list[int], dtype: torch.dtype
+) -> None:
+    far, near = Repo.init(tmp_path / "far"), Repo.init(tmp_path / "near")
+    for state in trajectory(where, dtype):
+        moved.clear()
+        there = far.commit(state, step=state["step"])
+        if state["step"] > 1:  # a vector has no directions; structure is looked for at the end
+            assert sum(moved) <= 1 << 17
+        here = near.commit(
+            {"model": {n: t.cpu().clone() for n, t in state["model"].items()},
+             "optimizer": {**state["optimizer"], "state": {
+                 k: {n: t.cpu().clone() for n, t in m.items()}
+                 for k, m in state["optimizer"]["state"].items()}},
+             "step": state["step"]}, step=state["step"],
+        )  # fmt: skip
+        if state["step"] == 1 or where == "cuda":
+            continue
+        assert there.commit.depth == here.commit.depth
+        for name in ("residual_nmse", "fisher_nmse", "update_nmse", "weight_rel"):
+            one, two = getattr(there.commit.error, name), getattr(here.commit.error, name)
+            assert one == pytest.approx(two, rel=0.05, abs=1e-6), name
+        assert there.stored_bytes == pytest.approx(here.stored_bytes, rel=0.05)
+    report = far.verify()
+    assert not report.damage
+    back = far.checkout("HEAD")
+    for restored, true in zip(leaves(back), leaves(state), strict=True):
+        error = (restored.float() - true.cpu().float()).square().sum()
+        assert error <= true.float().square().sum()
+
+
+def test_what_is_uncommon_is_moved(tmp_path: Path, where: str) -> None:
+    repo = Repo.init(tmp_path)
+    for state in trajectory(where, steps=3):
+        state["optimizer"]["state"][0]["exp_avg_sq"][7] = 0  # a row that never moved
+        state["optimizer"]["state"][0]["exp_avg"][7] = 0
+        state["model"]["b"][3, 3] = float("nan")
+        repo.commit(state, step=state["step"])
+    back = repo.checkout("HEAD")
+    assert not back["optimizer"]["state"][0]["exp_avg_sq"][7].any()
+    for restored, true in zip((back["model"]["b"],), (state["model"]["b"].cpu(),), strict=True):
+        assert torch.equal(restored.view(torch.int32), true.view(torch.int32))
+
+
+def test_a_lossless_commit_is_exact(tmp_path: Path, where: str) -> None:
+    repo = Repo.init(tmp_path)
+    for state in trajectory(where, steps=2):
+        result = repo.commit(state, step=state["step"], codec="lossless")
+        assert result.commit.exact
+    for restored, true in zip(leaves(repo.checkout("HEAD")), leaves(state), strict=True):
+        assert torch.equal(restored, true.cpu())
+
+
+def test_the_same_state_is_known_again(tmp_path: Path, where: str) -> None:
+    repo = Repo.init(tmp_path)
+    first, second = trajectory(where, steps=2)
+    repo.commit(first, step=1)
+    known = repo.commit(second, step=2)
+    again = repo.commit(second, step=2)
+    assert again.stored_bytes < known.stored_bytes / 10
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**32))
+def test_a_fingerprint_tells_bytes_apart(size: int, seed: int) -> None:
+    data = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size).astype(np.uint8))
+    mark = device.fingerprint(data)
+    assert device.fingerprint(data.clone()) == mark
+    changed = data.clone()
+    changed[seed % size] ^= 1 + seed % 255
+    assert device.fingerprint(changed) != mark
+    assert device.fingerprint(torch.cat((data, data[:1]))) != mark
+    if size >= 8 and not torch.equal(data[:4], data[4:8]):
+        swapped = torch.cat((data[4:8], data[:4], data[8:]))
+        assert device.fingerprint(swapped) != mark
+
+
+@given(st.integers(1, 4000), st.integers(1, 70), st.integers(0, 2**32))
+def test_operations_do_what_the_loops_do(count: int, columns: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    rows = Rows(min(columns, count), seed % min(columns, count))
+    height = rows.count(count)
+    base = np.rint(random.standard_normal(count) * 500).astype(np.float32) / np.float32(4096)
+    values = (base + random.standard_normal(count) * 0.01).astype(np.float32)
+    second = np.exp(random.standard_normal(count)).astype(np.float32)
+    factors = np.exp(random.standard_normal(height) * 0.3).astype(np.float32)
+    amounts = random.integers(1, 90, 256).astype(np.float32)
+    how = (np.float32(4096), np.float32(40), np.float32(0.5), amounts, factors, rows.columns,
+           rows.start)  # fmt: skip
+    numpy_loops: Any = loops
+    _, bitmap, codes, sums, largest = numpy_loops.code_residuals(values, base, second, *how)
+    there = [torch.from_numpy(array) for array in (values, base, second)]
+    found = device.DeviceResiduals(*there, "F32").code(*how)
+    assert found[0].tobytes() == bitmap.tobytes()
+    assert np.array_equal(found[1], codes)
+    assert found[3] == largest
+    assert np.allclose(found[2], sums, rtol=1e-4)
+    logs = device.log_sums(there[2], rows)
+    assert logs is not None
+    for one, two in zip(
+        logs, numpy_loops.log_sums(second, rows.columns, rows.start, height), strict=False
+    ):
+        assert np.allclose(one, two, rtol=1e-4, atol=1e-3)
+    near = device.product(factors, amounts[: rows.columns], rows, there[2])
+    made = np.empty(count, np.float32)
+    if rows.columns <= 256:
+        numpy_loops.product(factors, amounts[: rows.columns], rows.start, made)
+        assert near.numpy().tobytes() == made.tobytes()
+
+
+def test_directions_of_a_matrix_on_a_device() -> None:
+    draw = torch.Generator().manual_seed(1)
+    matrix = torch.randn(90, 2, generator=draw) @ torch.randn(2, 50, generator=draw)
+    rows = Rows(50)
+    payload = put_directions(device.DeviceMatrix.of(matrix.reshape(-1), rows), rows, 2, 0.05)
+    assert payload is not None
+    left, right, scale = factors_of(payload, matrix.numel())
+    assert np.allclose((left @ right) * scale, matrix.numpy(), atol=0.2)
