@@ -228,3 +228,15 @@ def test_a_repository_made_again_at_the_same_path(tmp_path: Path) -> None:
         assert same(repo.checkout(1), state)
         assert not repo.verify().damage
         shutil.rmtree(tmp_path / "again")
+
+
+def test_an_id_without_letters_is_found(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = repo.commit({"w": torch.zeros(3)}, step=7).id
+    ids = repo.catalog.store.ids
+    monkeypatch.setattr(
+        repo.catalog.store, "ids",
+        lambda kind, prefix: [name] if prefix == "12345678" else ids(kind, prefix),
+    )  # fmt: skip
+    assert repo.resolve("12345678") == name
+    with pytest.raises(NotFoundError):
+        repo.resolve("1234567")

@@ -178,19 +178,19 @@ def test_operations_do_what_the_loops_do(count: int, columns: int, seed: int) ->
            rows.start)  # fmt: skip
     numpy_loops: Any = loops
     _, bitmap, codes, sums, largest = numpy_loops.code_residuals(values, base, second, *how)
-    there = [torch.from_numpy(array) for array in (values, base, second)]
-    found = device.DeviceResiduals(*there, "F32").code(*how)
+    x, b, v = (torch.from_numpy(array) for array in (values, base, second))
+    found = device.DeviceResiduals(x, b, v, "F32").code(*how)
     assert found[0].tobytes() == bitmap.tobytes()
     assert np.array_equal(found[1], codes)
     assert found[3] == largest
     assert np.allclose(found[2], sums, rtol=1e-4)
-    logs = device.log_sums(there[2], rows)
+    logs = device.log_sums(v, rows)
     assert logs is not None
     for one, two in zip(
         logs, numpy_loops.log_sums(second, rows.columns, rows.start, height), strict=False
     ):
         assert np.allclose(one, two, rtol=1e-4, atol=1e-3)
-    near = device.product(factors, amounts[: rows.columns], rows, there[2])
+    near = device.product(factors, amounts[: rows.columns], rows, v)
     made = np.empty(count, np.float32)
     if rows.columns <= 256:
         numpy_loops.product(factors, amounts[: rows.columns], rows.start, made)

@@ -18,6 +18,7 @@ from ckptvcs.history.commit import Commit
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.store.object import Kind, ObjectId
 
+_SHORT_ID = 8  # digits of an id, as logs show it
 _HEX = re.compile(r"[0-9a-f]{4,64}\Z")
 _BACK = re.compile(r"(.+?)~([0-9]{0,9})\Z")
 _MAX_LISTED = 6
@@ -133,9 +134,13 @@ class Revisions:
             raise InvalidInputError(
                 f"step {step} is ambiguous", hint="one of " + ", ".join(n[:8] for n in found)
             )
-        if not found:
+        if found:
+            return found[0]
+        # The short id that a log shows may have no letter in it.
+        named = self._prefix(text) if len(text) >= _SHORT_ID else None
+        if named is None:
             raise self._no_step(step)
-        return found[0]
+        return named
 
     def _no_step(self, step: int) -> NotFoundError:
         steps = {c.step for _, c in self.reachable(self.tips().values()) if c.step is not None}

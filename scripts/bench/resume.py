@@ -2,7 +2,7 @@
 
 python -m scripts.bench.resume RUNS --codec near --codec excp ...
 
-RUNS is a folder of folders of step<N>.pt files, one a run.  At each point, a chain of commits that
+RUNS is the folder of `scripts.bench.runs`.  At each point, a chain of commits that
 ends there is made and checked out; then training goes on from the restored state and from the true
 one: the same batches, a constant learning rate.  The gap is the difference of their validation
 losses; it is shown as mean and standard error over all runs and points.
@@ -15,7 +15,6 @@ import csv
 import math
 import statistics
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,24 +24,12 @@ import torch
 import torch.nn.functional as F
 
 from ckptvcs.repo import Repo
-from scripts.tinygpt import PIECE, TinyGPT, TrainSpec, corpus, learning_rate, vocabulary
+from scripts.bench.runs import RESUME, unseen_tokens
+from scripts.tinygpt import TinyGPT, TrainSpec, corpus, learning_rate, tokenize
 
 STEPS = 60
 POINTS = (750, 1050)
 CHAIN = 5  # deltas before a point, one each 50 steps
-
-
-def validation_tokens(spec: TrainSpec, count: int) -> torch.Tensor:
-    """Tokens of text that training never sees: the standard library's own tests."""
-    ids = vocabulary(corpus(spec.corpus_bytes), spec.vocab)
-    out: list[int] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"], "test").rglob("*.py")):
-        for piece in PIECE.findall(path.read_bytes()):
-            known = ids.get(piece)
-            out.extend(piece if known is None else (known,))
-        if len(out) >= count:
-            break
-    return torch.tensor(out[:count])
 
 
 @torch.no_grad()
@@ -107,11 +94,9 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     spec = TrainSpec()
-    from scripts.tinygpt import tokenize  # noqa: PLC0415
-
     tokens = torch.from_numpy(np.asarray(tokenize(corpus(spec.corpus_bytes), spec.vocab)))
-    held_out = validation_tokens(spec, options.tokens)
-    for run in sorted(path for path in options.runs.iterdir() if path.is_dir()):
+    held_out = unseen_tokens(spec, options.tokens)
+    for run in [options.runs / name for name in RESUME]:
         for point in POINTS:
             if not (run / f"step{point}.pt").exists():
                 continue

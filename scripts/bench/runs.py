@@ -1,4 +1,6 @@
-"""The training runs that the benchmark looks at: python -m scripts.bench.runs RUNS
+"""The training runs that the benchmark looks at.
+
+python -m scripts.bench.runs RUNS
 
 RUNS becomes a folder of runs, each a folder of step<N>.pt files; runs that are there already are
 not trained again.  All text is the sources of Python's standard library, all images are the
@@ -8,6 +10,7 @@ handwritten digits that scikit-learn ships: nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from scripts.tinygpt import TinyGPT, TrainSpec, corpus, tokenize, train, vocabulary
-from scripts.tinygpt import PIECE as _PIECE
+from scripts.tinygpt import PIECE, TinyGPT, TrainSpec, corpus, train, vocabulary
 
 State = dict[str, Any]
 Keep = Callable[[int, State], None]
@@ -30,6 +32,7 @@ MAIN = {"gpt-b0.95": TrainSpec(also=range(1050, 1151, 10)),
 RESUME = {f"resume-b{beta2}-s{seed}": TrainSpec(beta2=beta2, seed=seed)
           for beta2 in (0.95, 0.999) for seed in range(3)}  # fmt: skip
 RESUME_STEPS = 1050  # of a schedule of 1500
+FINETUNE, VISION = "finetune-bf16", "vision-sgd"
 FINETUNE_STEPS, FINETUNE_EVERY, FINETUNE_LR = 500, 50, 5e-5
 VISION_STEPS, VISION_EVERY = 1000, 50
 
@@ -39,7 +42,7 @@ def unseen_tokens(spec: TrainSpec, count: int) -> torch.Tensor:
     ids = vocabulary(corpus(spec.corpus_bytes), spec.vocab)
     out: list[int] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"], "test").rglob("*.py")):
-        for piece in _PIECE.findall(path.read_bytes()):
+        for piece in PIECE.findall(path.read_bytes()):
             known = ids.get(piece)
             out.extend(piece if known is None else (known,))
         if len(out) >= count:
@@ -116,35 +119,34 @@ def vision(keep: Keep) -> None:
                         "schedule": schedule.state_dict(), "step": step})  # fmt: skip
 
 
-def _gpt(spec: TrainSpec, stop: int, keep: Keep) -> None:
-    class Done(Exception):  # noqa: N818  no error
-        pass
+def _gpt(spec: TrainSpec, stop: int) -> Callable[[Keep], None]:
+    """A run of a spec up to some step, before its schedule ends."""
 
-    def checkpoint(step: int, _loss: float, state: State) -> None:
-        keep(step, state)
-        if step >= stop:
-            raise Done
+    def run(keep: Keep) -> None:
+        class Done(Exception):
+            pass
 
-    try:
-        train(spec, lambda _step, _loss: None, checkpoint)
-    except Done:
-        pass
+        def checkpoint(step: int, _loss: float, state: State) -> None:
+            keep(step, state)
+            if step >= stop:
+                raise Done
+
+        with contextlib.suppress(Done):
+            train(spec, lambda _step, _loss: None, checkpoint)
+
+    return run
 
 
 def make_all(folder: Path) -> None:
     """Train what is not there yet."""
-    runs: dict[str, tuple[int, Callable[[Keep], None]]] = {}
-    for name, spec in MAIN.items():
-        runs[name] = spec.steps, lambda keep, spec=spec: _gpt(spec, spec.steps, keep)
-    for name, spec in RESUME.items():
-        runs[name] = RESUME_STEPS, lambda keep, spec=spec: _gpt(spec, RESUME_STEPS, keep)
-    runs["finetune-bf16"] = (
-        FINETUNE_STEPS,
-        lambda keep: finetune(
-            torch.load(folder / "gpt-b0.95" / "step1500.pt", weights_only=True), TrainSpec(), keep
-        ),
-    )
-    runs["vision-sgd"] = VISION_STEPS, vision
+
+    def tune(keep: Keep) -> None:
+        start = torch.load(folder / "gpt-b0.95" / "step1500.pt", weights_only=True)
+        finetune(start, TrainSpec(), keep)
+
+    runs = {name: (spec.steps, _gpt(spec, spec.steps)) for name, spec in MAIN.items()}
+    runs |= {name: (RESUME_STEPS, _gpt(spec, RESUME_STEPS)) for name, spec in RESUME.items()}
+    runs |= {FINETUNE: (FINETUNE_STEPS, tune), VISION: (VISION_STEPS, vision)}
     with Progress(console=Console(stderr=True)) as progress:
         for name, (steps, run) in runs.items():
             task = progress.add_task(name, total=steps)

@@ -295,7 +295,7 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
             made[0], made[1],
             *loop.extent(values),
         ])  # fmt: skip
-    assert np.allclose(*sums, rtol=1e-3)
+    assert np.allclose(sums[0], sums[1], rtol=1e-3)
     for one, other in zip(*results, strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other, np.asarray(one).dtype).tobytes()
     for name, arguments in (
