@@ -68,11 +68,11 @@ def put_codes(codes: Codes, count: int) -> bytes:
     if there > _DENSE_SHARE * count:
         return _BYTE.pack(DENSE) + _put_dense(codes.dense(count))
     bitmap, values = codes.sparse()
-    sizes, mask = np.abs(values), put_bitmap(bitmap, count, values.size, short=True)
-    large = sizes > 1
-    planes = put_mask(large, short=True)
-    signs = np.packbits(values < 0).tobytes()
-    return _BYTE.pack(SPARSE) + mask + signs + _put_sizes(values.size, planes, sizes[large])
+    signs, large, rest = loops.active().split(values)
+    mask = put_bitmap(bitmap, count, values.size, short=True)
+    plane = put_bitmap(large, values.size, rest.size, short=True)
+    sizes = _put_sizes(values.size, plane, rest)
+    return b"".join([_BYTE.pack(SPARSE), mask, signs.tobytes(), sizes])
 
 
 def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:

@@ -2,6 +2,9 @@
 
 What is stored or decoded keeps to the order and rounding of IEEE arithmetic, so both forms give the
 same bits.  Loops that only measure or steer (`_LOOSE`) may add up in any order.
+
+numba keeps what it compiled, and asks no more than whether the file of a function has changed: touch
+this one after changing what it calls in another.
 """
 
 from __future__ import annotations
@@ -11,65 +14,45 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
+from ckptvcs.codec.compiled_codes import (
+    BLOCK,
+    EXACT,
+    I32,
+    INT,
+    U8,
+    bit_positions,
+    compact,
+    gap_positions,
+    join_bits,
+    positions,
+    split,
+    with_signs,
+)
+
+__all__ = [
+    "bit_positions", "change", "code_residuals", "directions", "divide_roots", "extent",
+    "gap_positions", "join_bits", "log_sums", "product", "quantize_units", "root_squares", "split",
+    "squares", "times_columns", "times_rows", "weight_squares", "with_signs",
+]  # fmt: skip
+
 Array = Any
 
-_F32, _I32, _U8 = (
-    types.Array(kind, 1, "C", readonly=True) for kind in (types.float32, types.int32, types.uint8)
-)
+_F32 = types.Array(types.float32, 1, "C", readonly=True)
 _OUT = types.float32[::1]
 _MATRIX = types.Array(types.float32, 2, "C", readonly=True)
-_FLOAT, _INT = types.float32, types.int64
-"""Arguments, given here so that each loop is compiled once: for arrays that it only reads."""
+_FLOAT = types.float32
 
-_EXACT = {"nogil": True, "cache": True, "error_model": "numpy"}
-_LOOSE = _EXACT | {"fastmath": True}
+_LOOSE = EXACT | {"fastmath": {"reassoc", "contract", "nsz", "arcp"}}  # NaNs stay NaNs
 
-_BLOCK = 4096  # values whose intermediate results stay in the first cache
 _ZERO = np.float32(0)
-_TILE = 512  # columns of which a dozen lines stay there
-
-_BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
-_SIZES = _BYTES.sum(1).astype(np.int64)
-_PLACES = np.argsort(1 - _BYTES, axis=1, kind="stable").astype(np.uint32)
-"""For each byte: where its bits are, from the top one on, those that are set first."""
-_SIGNS = -_BYTES.astype(np.int32)
-"""For each byte: -1 for each bit that is set."""
-
-
-@njit(**_EXACT)
-def _compact(codes: Array, bitmap: Array, kept: Array) -> Any:
-    """Which codes of a block are not 0, as bits, and these codes: how many there are.
-
-    Codes beyond the block, up to a multiple of 8, are 0.
-    """
-    flags = np.empty(_BLOCK, np.uint8)
-    for i in range(codes.size):
-        flags[i] = codes[i] != 0
-    eights = flags.view(np.uint64)
-    for byte in range(bitmap.size):  # eight flags of a byte each become the bits of one
-        bitmap[byte] = (eights[byte] * np.uint64(0x8040201008040201)) >> np.uint64(56)
-    found = np.uint64(0)  # unsigned, else each use asks whether it counts from the end
-    for i in range(codes.size):
-        kept[found] = codes[i]
-        found += np.uint64(flags[i])
-    return np.int64(found)
-
-
-@njit(**_EXACT)
-def _positions(bitmap: Array, first: Any, out: Array) -> Any:
-    """Where bits are set, counted from `first`: how many.  `out` has room for 8 more."""
-    found = np.uint64(0)
-    for byte in range(bitmap.size):
-        bits = bitmap[byte]
-        for i in range(8):
-            out[found + np.uint64(i)] = np.uint32(first + 8 * byte) + _PLACES[bits, i]
-        found += np.uint64(_SIZES[bits])
-    return np.int64(found)
+_TILE = 512  # columns of which a dozen lines stay in the first cache
 
 
 @njit(**_LOOSE)
-def _add_squares(near: Array, true: Array, base: Array, weights: Array, sums: Array) -> None:
-    """Add up the squares of one block, as `weight_squares` returns them."""
+def _add_squares(near: Array, true: Array, base: Array, weights: Array, sums: Array) -> Any:
+    """Add up the squares of one block, as `weight_squares` returns them; no less than the largest
+    size of true and base.
+    """
     one, two, three, four, five = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
     for i in range(true.size):
         e, d = near[i] - true[i], true[i] - base[i]
@@ -84,9 +67,10 @@ def _add_squares(near: Array, true: Array, base: Array, weights: Array, sums: Ar
     sums[2] += three
     sums[3] += four
     sums[4] += five
+    return np.sqrt(two) + np.sqrt(three)  # no value is larger than the root of the sum
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _largest_error(near: Array, true: Array) -> Any:
     """The largest |near - true| as the bits of a float: without their signs these are ordered as
     integers are.
@@ -98,22 +82,12 @@ def _largest_error(near: Array, true: Array) -> Any:
     return largest
 
 
-@njit(**_EXACT)
-def _largest(one: Array, two: Array) -> Any:
-    """The largest size of two blocks, likewise."""
-    x, y, largest = one.view(np.int32), two.view(np.int32), np.int32(0)
-    for i in range(x.size):
-        larger = max(x[i] & np.int32(0x7FFFFFFF), y[i] & np.int32(0x7FFFFFFF))
-        largest = max(largest, larger)
-    return largest
-
-
 @njit((_F32, _F32, _F32, _F32), **_LOOSE)
 def weight_squares(near: Array, true: Array, base: Array, weights: Array) -> Any:
     """See `loops.weight_squares`."""
     sums, largest = np.zeros(5, np.float64), np.int32(0)
-    for low in range(0, true.size, _BLOCK):
-        high = min(true.size, low + _BLOCK)
+    for low in range(0, true.size, BLOCK):
+        high = min(true.size, low + BLOCK)
         x, y = near[low:high], true[low:high]
         _add_squares(x, y, base[low:high], weights[low:high], sums)
         largest = max(largest, _largest_error(x, y))
@@ -121,7 +95,7 @@ def weight_squares(near: Array, true: Array, base: Array, weights: Array) -> Any
     return sums[0], sums[1], sums[2], sums[3], sums[4], sizes[0]
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _code_row(
     x: Array, b: Array, out: Array, codes: Array, amount: Array, scale: Any, step: Any, more: Any,
     amounts: Array, factor: Any,
@@ -141,7 +115,7 @@ def _code_row(
 
 
 @njit(
-    (_F32, _F32, _F32, _FLOAT, _FLOAT, _FLOAT, _F32, _F32, _INT, _INT), **_EXACT
+    (_F32, _F32, _F32, _FLOAT, _FLOAT, _FLOAT, _F32, _F32, INT, INT), **EXACT
 )  # fmt: skip
 def code_residuals(
     values: Array, base: Array, weights: Array, scale: Any, step: Any, zone: Any, amounts: Array,
@@ -151,11 +125,11 @@ def code_residuals(
     near = np.empty(values.size, np.float32)
     bitmap = np.empty((values.size + 7) // 8, np.uint8)
     kept = np.empty(values.size + 1, np.int32)
-    codes, amount = np.empty(_BLOCK, np.int32), np.empty(_BLOCK, np.float32)
-    more, found, bound = np.float32(1) - zone, 0, np.int32(0)
+    codes, amount = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.float32)
+    more, found, bound = np.float32(1) - zone, 0, _ZERO
     sums, largest = np.zeros(5, np.float64), np.int32(0)
-    for low in range(0, values.size, _BLOCK):
-        high = min(values.size, low + _BLOCK)
+    for low in range(0, values.size, BLOCK):
+        high = min(values.size, low + BLOCK)
         at, row = low, (low + start) // columns
         while at < high:
             end = min(high, (row + 1) * columns - start)
@@ -166,28 +140,28 @@ def code_residuals(
             at = end
             row += 1
         x, b = values[low:high], base[low:high]
-        _add_squares(near[low:high], x, b, weights[low:high], sums)
+        size = _add_squares(near[low:high], x, b, weights[low:high], sums)
         largest = max(largest, _largest_error(near[low:high], x))
-        bound = max(bound, _largest(x, b))
+        bound = max(bound, size if size < np.inf else np.float32(np.inf))  # so is NaN
         bits = bitmap[low >> 3 : (high + 7) >> 3]
         codes[high - low : 8 * bits.size] = 0
-        found += _compact(codes[: 8 * bits.size], bits, kept[found:])
-    sizes = np.array([largest, bound], np.int32).view(np.float32)
+        found += compact(codes[: 8 * bits.size], bits, kept[found:])
+    sizes = np.array([largest], np.int32).view(np.float32)
     return (
         near, bitmap, kept[:found].copy(),
-        (sums[0], sums[1], sums[2], sums[3], sums[4], sizes[0]), sizes[1],
+        (sums[0], sums[1], sums[2], sums[3], sums[4], sizes[0]), bound,
     )  # fmt: skip
 
 
-@njit((_F32, _F32, _FLOAT, _FLOAT), **_EXACT)
+@njit((_F32, _F32, _FLOAT, _FLOAT), **EXACT)
 def quantize_units(values: Array, second: Array, step: Any, zone: Any) -> Any:
     """See `loops.quantize_units`."""
     bitmap = np.empty((values.size + 7) // 8, np.uint8)
     kept = np.empty(values.size + 1, np.int32)
-    codes = np.empty(_BLOCK, np.int32)
+    codes = np.empty(BLOCK, np.int32)
     more, found, bad = np.float32(1) - zone, 0, 0
-    for low in range(0, values.size, _BLOCK):
-        high = min(values.size, low + _BLOCK)
+    for low in range(0, values.size, BLOCK):
+        high = min(values.size, low + BLOCK)
         x, s = values[low:high], second[low:high]
         for i in range(x.size):
             y = x[i] / np.sqrt(s[i]) / step
@@ -197,11 +171,11 @@ def quantize_units(values: Array, second: Array, step: Any, zone: Any) -> Any:
             codes[i] = np.int32(y if abs(y) < np.float32(1 << 24) else np.float32(0))
         bits = bitmap[low >> 3 : (high + 7) >> 3]
         codes[high - low : 8 * bits.size] = 0
-        found += _compact(codes[: 8 * bits.size], bits, kept[found:])
+        found += compact(codes[: 8 * bits.size], bits, kept[found:])
     return bitmap, kept[:found].copy(), bad == 0
 
 
-@njit((_F32,), **_EXACT)
+@njit((_F32,), **EXACT)
 def extent(values: Array) -> tuple[Any, Any]:
     """See `loops.extent`."""
     words = values.view(np.int32)
@@ -214,61 +188,19 @@ def extent(values: Array) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-@njit((_U8, _INT), **_EXACT)
-def bit_positions(bitmap: Array, count: int) -> Array:
-    """See `loops.bit_positions`."""
-    out = np.empty(8 * bitmap.size + 8, np.int32)
-    found = _positions(bitmap, 0, out.view(np.uint32))
-    while found and out[found - 1] >= count:
-        found -= 1
-    return out[:found]
-
-
-@njit((_I32, _U8), **_EXACT)
-def with_signs(sizes: Array, signs: Array) -> Array:
-    """See `loops.with_signs`."""
-    out = np.empty(sizes.size, np.int32)
-    whole = sizes.size // 8
-    for byte in range(whole):
-        row, x, o = _SIGNS[signs[byte]], sizes[8 * byte :], out[8 * byte :]
-        for i in range(8):
-            o[i] = (x[i] ^ row[i]) - row[i]
-    for i in range(8 * whole, sizes.size):
-        sign = _SIGNS[signs[whole], i & 7]
-        out[i] = (sizes[i] ^ sign) - sign
-    return out
-
-
-@njit((_U8, _U8, _INT, _INT), **_EXACT)
-def join_bits(planes: Array, high: Array, count: int, bits: int) -> Array:
-    """See `loops.join_bits`."""
-    each = (count + 7) // 8
-    out = np.empty(8 * each, np.int32)
-    for byte in range(each):
-        eight = out[8 * byte : 8 * byte + 8]
-        eight[:] = 0
-        for bit in range(bits):
-            row = _BYTES[planes[bit * each + byte]]
-            for i in range(8):
-                eight[i] |= np.int32(row[i]) << np.int32(bit)
-    for i in range(high.size):
-        out[i] += (np.int32(high[i]) - np.int32(128)) << np.int32(bits)
-    return out[:count]
-
-
 @njit(
-    (_OUT, _U8, _I32, _FLOAT, _FLOAT, _F32, _F32, _INT, _INT), **_EXACT
+    (_OUT, U8, I32, _FLOAT, _FLOAT, _F32, _F32, INT, INT), **EXACT
 )  # fmt: skip
 def change(
     out: Array, bitmap: Array, codes: Array, scale: Any, step: Any, amounts: Array, factors: Array,
     columns: int, start: int,
 ) -> None:  # fmt: skip
     """See `loops.change`."""
-    places, amount = np.empty(_BLOCK + 8, np.uint32), np.empty(_BLOCK, np.float32)
+    places, amount = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.float32)
     unit, seen = np.float32(1) / scale, 0
-    for low in range(0, out.size, _BLOCK):
-        high = min(out.size, low + _BLOCK)
-        count = _positions(bitmap[low >> 3 : (high + 7) >> 3], 0, places)
+    for low in range(0, out.size, BLOCK):
+        high = min(out.size, low + BLOCK)
+        count = positions(bitmap[low >> 3 : (high + 7) >> 3], 0, places)
         c = codes[seen : seen + count]
         seen += count
         amount[:] = 0
@@ -287,22 +219,7 @@ def change(
             row += 1
 
 
-@njit((_U8,), **_EXACT)
-def gap_positions(gaps: Array) -> Array:
-    """See `loops.gap_positions`."""
-    out = np.empty(gaps.size, np.int64)
-    found = 0
-    at = np.int64(-1)
-    for i in range(gaps.size):
-        gap = np.int64(gaps[i])
-        more = gap != 255
-        at += gap + more
-        out[found] = at
-        found += more
-    return out[:found].copy()
-
-
-@njit((_F32, _INT, _INT, _INT), **_LOOSE)
+@njit((_F32, INT, INT, INT), **_LOOSE)
 def log_sums(values: Array, columns: int, start: int, rows: int) -> Any:
     """See `loops.log_sums`."""
     row_sums, row_counts = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
@@ -336,7 +253,7 @@ def log_sums(values: Array, columns: int, start: int, rows: int) -> Any:
     return row_sums, row_counts, sums, counts, edges[0], edges[1]
 
 
-@njit((_F32, _F32, _INT, _OUT), **_EXACT)
+@njit((_F32, _F32, INT, _OUT), **EXACT)
 def product(row: Array, column: Array, start: int, out: Array) -> None:
     """See `loops.product`."""
     low = 0
@@ -350,14 +267,14 @@ def product(row: Array, column: Array, start: int, out: Array) -> None:
         low = high
 
 
-@njit((_F32, _F32), **_EXACT)
+@njit((_F32, _F32), **EXACT)
 def divide_roots(values: Array, second: Array) -> Any:
     """See `loops.divide_roots`."""
     out = np.empty(values.size, np.float32)
     words = out.view(np.int32)
     largest = np.int32(0)
-    for low in range(0, values.size, _BLOCK):
-        high = min(values.size, low + _BLOCK)
+    for low in range(0, values.size, BLOCK):
+        high = min(values.size, low + BLOCK)
         x, s, o, w = values[low:high], second[low:high], out[low:high], words[low:high]
         for i in range(x.size):
             y = x[i] / np.sqrt(s[i])
@@ -423,7 +340,7 @@ def times_columns(left: Array, matrix: Array) -> Array:
     return out
 
 
-@njit((_MATRIX, _MATRIX, _INT, _FLOAT, _F32, _OUT), **_EXACT)
+@njit((_MATRIX, _MATRIX, INT, _FLOAT, _F32, _OUT), **EXACT)
 def directions(
     left: Array, right: Array, start: int, scale: Any, second: Array, out: Array
 ) -> None:
@@ -433,7 +350,7 @@ def directions(
     for row in range(left.shape[0]):
         end = min(second.size, (row + 1) * columns - start)
         while low < end:
-            high = min(end, low + _BLOCK)
+            high = min(end, low + BLOCK)
             first = low + start - row * columns
             o, s = out[low:high], second[low:high]
             last = first + o.size
@@ -458,8 +375,8 @@ def directions(
 def squares(x: Array, y: Array) -> tuple[Any, Any, Any]:
     """See `loops.squares`."""
     total, energy, largest = 0.0, 0.0, np.int32(0)
-    for low in range(0, x.size, _BLOCK):
-        high = min(x.size, low + _BLOCK)
+    for low in range(0, x.size, BLOCK):
+        high = min(x.size, low + BLOCK)
         a, b = x[low:high], y[low:high]
         part, known = _ZERO, _ZERO
         for i in range(a.size):
@@ -477,8 +394,8 @@ def squares(x: Array, y: Array) -> tuple[Any, Any, Any]:
 def root_squares(x: Array, y: Array) -> tuple[Any, Any]:
     """See `loops.root_squares`."""
     error = energy = 0.0
-    for low in range(0, x.size, _BLOCK):
-        high = min(x.size, low + _BLOCK)
+    for low in range(0, x.size, BLOCK):
+        high = min(x.size, low + BLOCK)
         a, b = x[low:high], y[low:high]
         one, two = np.float32(0), np.float32(0)
         for i in range(a.size):

@@ -180,9 +180,11 @@ class DeviceResiduals:
             weighted = _sum(error * self._weights), _sum(change * self._weights)
         sums = (_sum(error), _sum(values.square()), _sum(change), *weighted,
                 float(error.max().sqrt()))  # fmt: skip
-        largest = float(torch.maximum(values.abs().max(), base.abs().max()))
         kept = codes != 0
-        return _bits(kept), here(codes[kept]), sums, largest
+        return _bits(kept), here(codes[kept]), sums, self.largest()
+
+    def largest(self) -> float:
+        return float(_torch().maximum(self._values.abs().max(), self._base.abs().max()))
 
 
 def _bits(mask: Tensor) -> Bytes:

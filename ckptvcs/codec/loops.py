@@ -56,8 +56,8 @@ def code_residuals(
     """Code values * scale - round(base * scale), in steps of one times the factor of a row.
 
     Returns what `change` makes of the base; which codes are not 0, as bits; these codes; sums as
-    `weight_squares` has them; and the largest size of a value or of the base: all that comes before
-    is of use only where this is below 2^24 / scale.
+    `weight_squares` has them; and a bound on the size of values and base, not finite where one of
+    them is not: all that comes before is of use only where they are below 2^24 / scale.
     """
     factor = _expand(factors, columns, start, values.size)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -68,7 +68,7 @@ def code_residuals(
         near, found = base.copy(), np.flatnonzero(codes)
         _move(near, found, codes[found], scale, step, amounts, factors, columns, start)
         sums = weight_squares(near, values, base, weights)
-    largest = max(extent(values)[1], extent(base)[1])
+    largest = float(np.maximum(extent(values)[1], extent(base)[1]))  # NaN, if one is
     return near, np.packbits(codes != 0), codes[found], sums, largest
 
 
@@ -97,6 +97,13 @@ def extent(values: Floats) -> tuple[float, float]:
 def bit_positions(bitmap: Bytes, count: int) -> Positions:
     """Where the set bits among the first `count` are."""
     return np.flatnonzero(np.unpackbits(bitmap, count=count))
+
+
+def split(codes: Integers) -> tuple[Bytes, Bytes, Integers]:
+    """Which codes are negative, and which are above 1 in size, as bits; the sizes of these."""
+    sizes = np.abs(codes)
+    large = sizes > 1
+    return np.packbits(codes < 0), np.packbits(large), sizes[large]
 
 
 def with_signs(sizes: Integers, signs: Bytes) -> Integers:

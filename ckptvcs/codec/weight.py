@@ -71,6 +71,9 @@ class Residuals(Protocol):
     ) -> tuple[Bytes, Integers, tuple[float, ...], float]:  # fmt: skip
         """What `loops.code_residuals` returns but for the first."""
 
+    def largest(self) -> float:
+        """The largest size of a value or of the base; not finite where one is not."""
+
 
 class _Here:
     def __init__(self, values: Floats, base: Floats, weights: Floats) -> None:
@@ -82,8 +85,16 @@ class _Here:
 
     def code(self, *how: Any) -> tuple[Bytes, Integers, tuple[float, ...], float]:
         coded = loops.active().code_residuals(self.values, self.base, self.weights, *how)
-        self.near, bitmap, codes, sums, largest = coded
-        return bitmap, codes, sums, largest
+        self.near, bitmap, codes, sums, bound = coded
+        return bitmap, codes, sums, bound
+
+    def largest(self) -> float:
+        extents = map(loops.active().extent, (self.values, self.base))
+        return float(max((extent[1] for extent in extents), key=_not_finite_first))
+
+
+def _not_finite_first(value: float) -> float:
+    return value if np.isfinite(value) else np.inf
 
 
 def encode_delta(
@@ -117,10 +128,9 @@ def put_delta(
     rows, stored = factors or (Rows(max(1, residuals.size)), NO_FACTORS)
     scales = QUARTERS[stored]
     least, most = (step * float(edge(initial=1)) for edge in (scales.min, scales.max))
-    largest = 0.0  # as far as the first attempt knows
+    room = 2 * most  # twice the largest step: what comes back is below 2^24 units too
+    grid, known = choose_grid(least, room), False  # as far as the first attempt knows
     while True:
-        # Twice the largest step more than any value: what comes back is below 2^24 units too.
-        grid = choose_grid(least, largest + 2 * most)
         if grid is None:
             return None
         scale, unit_step = np.float32(2.0**grid), np.float32(step * 2.0**grid)
@@ -128,14 +138,15 @@ def put_delta(
         if levels is None:
             return None
         table = signed_table(levels.astype(np.float32), unit_step)
-        bitmap, codes, sums, found = residuals.code(
+        bitmap, codes, sums, bound = residuals.code(
             scale, unit_step, np.float32(zone), table, scales, rows.columns, rows.start
         )
-        if (float(found) + 2 * most) * 2.0**grid < MAX_CODE:
+        if known or (float(bound) + room) * 2.0**grid < MAX_CODE:
             break
-        if not largest < found < np.inf:
-            return None
-        largest = float(found)
+        largest, before, known = residuals.largest(), grid, True
+        grid = choose_grid(least, largest + room) if np.isfinite(largest) else None
+        if grid == before:
+            break
     head = _HEAD.pack(
         grid, unit_step, levels.size, rows.columns if factors else 0, rows.start if factors else 0
     )

@@ -1,13 +1,20 @@
-"""How far a restored training state is from the true one, per kind of tensor."""
+"""How far a restored training state is from the true one, per kind of tensor.
+
+Measured from the files, apart from what a commit says of itself.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 State = dict[str, Any]
+
+LEAST = 128  # elements of a tensor that codecs may touch
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
@@ -16,8 +23,9 @@ class Quality:
 
     `residual_nmse` is set against the residual to what the codec had for the checkpoint before,
     `fisher_nmse` is the same with squares weighted by exp_avg_sq; `root_second` compares
-    sqrt(exp_avg_sq), which is what an optimizer divides by; `update_nmse` is that of Adam's next
-    step, at the run's own betas, with a gradient from N(0, exp_avg_sq), over every parameter.
+    sqrt(exp_avg_sq), which is what an optimizer divides by; `update_nmse` is that of the next step:
+    Adam's at the run's own betas, with a gradient from N(0, exp_avg_sq), or SGD's momentum.
+    `worst` is the largest residual NMSE of a single tensor.
     """
 
     weight_rel: float
@@ -26,46 +34,63 @@ class Quality:
     first_nmse: float
     root_second_nmse: float
     update_nmse: float
+    worst: float
 
 
 class _Ratio:
     def __init__(self) -> None:
         self.error, self.energy = 0.0, 0.0
 
-    def add(self, error: torch.Tensor, energy: torch.Tensor) -> None:
-        self.error += float(error.double().square().sum())
-        self.energy += float(energy.double().square().sum())
+    def add(self, error: torch.Tensor, energy: torch.Tensor) -> float:
+        one, other = float(error.double().square().sum()), float(energy.double().square().sum())
+        self.error += one
+        self.energy += other
+        return one / other if other else 0.0
 
     def value(self) -> float:
         return self.error / self.energy if self.energy else 0.0
 
 
+def weights(state: State) -> dict[str, torch.Tensor]:
+    """The weights of a state by name, float32, without what batch norm averages."""
+    return {name: value.float() for name, value in state["model"].items()
+            if not name.endswith(_BUFFERS)}  # fmt: skip
+
+
+def moments(state: State) -> Iterator[dict[str, torch.Tensor]]:
+    """The moments of each weight that has some, float32, in the order of the weights."""
+    for each in state["optimizer"]["state"].values():
+        yield {name: value.float() for name, value in each.items() if value is not None}
+
+
 def compare(true: State, restored: State, base: State) -> Quality:
     """Compare a restored state with the true one; `base` is the one restored before."""
     weight, residual, fisher, first, second, update = (_Ratio() for _ in range(6))
-    group = true["optimizer"]["param_groups"][0]
+    group, worst = true["optimizer"]["param_groups"][0], 0.0
     draw = torch.Generator().manual_seed(0)
-    for name, value in true["model"].items():
-        if value.is_floating_point() and value.numel() >= 128:
-            error = restored["model"][name] - value
+    old, near, now = weights(base), weights(restored), weights(true)
+    for name, value in now.items():
+        if value.numel() >= LEAST:
+            error = near[name] - value
             weight.add(error, value)
-            residual.add(error, value - base["model"][name])
-    for key, moments in true["optimizer"]["state"].items():
-        near = restored["optimizer"]["state"][key]
-        if moments["exp_avg"].numel() >= 128:
-            first.add(near["exp_avg"] - moments["exp_avg"], moments["exp_avg"])
-            root = moments["exp_avg_sq"].sqrt()
-            second.add(near["exp_avg_sq"].sqrt() - root, root)
-            gradient = torch.randn(root.shape, generator=draw) * root
-            step = next_step(group, moments, gradient)
-            update.add(next_step(group, near, gradient) - step, step)
-            name = list(true["model"])[key]
-            value = true["model"][name]
-            fisher.add(root * (restored["model"][name] - value),
-                       root * (value - base["model"][name]))  # fmt: skip
+            worst = max(worst, residual.add(error, value - old[name]))
+    for name, one, two in zip(now, moments(true), moments(restored), strict=True):
+        key = "exp_avg" if "exp_avg" in one else "momentum_buffer"
+        if one[key].numel() < LEAST:
+            continue
+        first.add(two[key] - one[key], one[key])
+        if key == "momentum_buffer":
+            update.add(two[key] - one[key], one[key])
+            continue
+        root = one["exp_avg_sq"].sqrt()
+        second.add(two["exp_avg_sq"].sqrt() - root, root)
+        gradient = torch.randn(root.shape, generator=draw) * root
+        step = next_step(group, one, gradient)
+        update.add(next_step(group, two, gradient) - step, step)
+        fisher.add(root * (near[name] - now[name]), root * (now[name] - old[name]))
     return Quality(
         weight.value() ** 0.5, residual.value(), fisher.value(), first.value(), second.value(),
-        update.value(),
+        update.value(), worst,
     )  # fmt: skip
 
 

@@ -151,6 +151,24 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
 # -- moments -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("largest", [64.0, 2.0**16, 2.0**20, np.inf, np.nan])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("in_base", [False, True])
+def test_a_value_far_above_the_others(
+    largest: float, compiled: bool, in_base: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loops, "active", lambda: both()[compiled])
+    base = np.rint(normal(9000, 3, 100)) / np.float32(4096)
+    values = base + normal(9000, 4, 0.01)
+    (base if in_base else values)[77] = largest
+    found = encode_delta(values.view(np.uint32), base.view(np.uint32), "F32", 0.02, 0.5)
+    assert (found is None) == (not largest < 2**17)
+    if found is not None:
+        back = decode(NEAR_WEIGHT, found[0], "F32", 9000, base.view(np.uint32))
+        assert back.tobytes() == found[1].tobytes()
+        assert abs(back.view(np.float32)[77] - values[77]) < 0.02
+
+
 @given(
     st.integers(1, 3000), DTYPE_NAMES, st.integers(0, 2**32), st.integers(1, 80),
     st.sampled_from([0.0, 0.3, 1.0]),
@@ -283,12 +301,14 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
             values, base, second, scale, half, half, amounts, steps, columns, rows.start
         )
         sums.append(coded[3])
+        assert coded[4] >= max(np.abs(values).max(), np.abs(base).max())
         results.append([
-            *coded[:3], coded[4],
+            *coded[:3],
             *loop.quantize_units(first, second, np.float32(0.3), half),
             changed,
             loop.bit_positions(bitmap, count),
             loop.with_signs(np.abs(codes), signs),
+            *loop.split(codes),
             loop.join_bits(planes, gaps, count, 3),
             loop.gap_positions(gaps),
             *loop.divide_roots(first, second),
