@@ -249,21 +249,29 @@ class Stream:
 
     def mask(self, count: int) -> Array:
         form, size = self.head()
-        data = self.octets(size) if form == 3 else self.section(size)
+        unary = form in (3, 4)
+        data = self.octets(size) if unary else self.section(size)
         if form == 0:
             return np.unpackbits(np.frombuffer(data, np.uint8), count=count).astype(bool)
         gaps, gap = [], 0
-        if form == 3:
+        if unary:
             data = np.unpackbits(np.frombuffer(data, np.uint8)).tobytes()
         for byte in data:
-            gap += 1 - byte if form == 3 else byte
-            if byte == 1 if form == 3 else byte != 255:
+            gap += 1 - byte if unary else byte
+            if byte == 1 if unary else byte != 255:
                 gaps.append(gap)
                 gap = 0
         between = np.asarray(gaps, np.int64)
         if form >= 2:
             (shift,) = self.take("<B")
-            between = (between << shift) + self.bits(between.size, shift)
+            if form == 4:
+                size = between.size * shift
+                packed = np.frombuffer(self.octets((size + 7) // 8), np.uint8)
+                rows = np.unpackbits(packed, count=size).reshape(between.size, shift)
+                low = rows @ (1 << np.arange(shift, dtype=np.int64)[::-1])
+            else:
+                low = self.bits(between.size, shift)
+            between = (between << shift) + low
         kept = np.zeros(count, bool)
         kept[np.cumsum(between + 1) - 1] = True
         return kept
@@ -284,16 +292,17 @@ class Stream:
     def codes(self, count: int) -> Array:
         (form,) = self.take("<B")
         out = np.zeros(count, np.int64)
-        if form == 0:
+        if form in (0, 2):
             kept = np.flatnonzero(self.mask(count))
             sign = 1 - 2 * self.bits(kept.size, 1)
             size = np.ones(kept.size, np.int64)
             (planes,) = self.take("<B")
             above = np.arange(kept.size)
-            for _ in range(planes):
+            more = form == 0 or planes >= 128
+            for _ in range(planes if form == 0 else planes % 128):
                 above = above[self.mask(above.size)]
                 size[above] += 1
-            (left,) = self.take("<I")
+            (left,) = self.take("<I") if more else (0,)
             if left:
                 assert left == above.size
                 size[above] += self.words(left)

@@ -25,13 +25,14 @@ from ckptvcs.errors import CorruptionError, TruncatedError
 
 Integers = NDArray[np.int32]
 
-SPARSE, DENSE = 0, 1
+LONG_SPARSE, DENSE, SPARSE = 0, 1, 2
 MAX_CODE = 1 << 24
 """Codes are smaller than this in magnitude."""
 
 _DENSE_SHARE = 0.75  # of codes that are not zero; from there on a byte a code costs less
 _UNARY_SHARE = 0.6  # of magnitudes that go on; from there on their bytes cost less than a plane
 _MAX_PLANES = 15
+_MORE = 128  # beside the number of planes: what the last one keeps is followed by numbers
 _BYTE = struct.Struct("<B")
 _COUNT = struct.Struct("<I")
 _FINE_BITS = 5  # a dense code keeps about this many bits a standard deviation for Huffman
@@ -89,9 +90,9 @@ def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:
             planes.append(put_mask(above, short=True))
             rest = rest[above]
             level += 1
-    parts = [_BYTE.pack(len(planes)), *planes, _COUNT.pack(rest.size)]
+    parts = [_BYTE.pack(len(planes) | (_MORE if rest.size else 0)), *planes]
     if rest.size:
-        parts.append(_put_words((rest - level).astype(np.uint32)))
+        parts += [_COUNT.pack(rest.size), _put_words((rest - level).astype(np.uint32))]
     return b"".join(parts)
 
 
@@ -136,23 +137,26 @@ def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
     form, at = _take(_BYTE, data, at)
     if form == DENSE:
         return _get_dense(data, at, count)
-    if form != SPARSE:
+    if form not in (LONG_SPARSE, SPARSE):
         raise CorruptionError("a frame holds codes of an unknown form")
     bitmap, at = get_bitmap(data, at, count, short=True)
-    values, at = _get_signed(data, at, int(np.count_nonzero(np.unpackbits(bitmap))))
+    count = int(np.count_nonzero(np.unpackbits(bitmap)))
+    values, at = _get_signed(data, at, count, long=form == LONG_SPARSE)
     return Codes(bitmap, values), at
 
 
-def _get_signed(data: memoryview, at: int, count: int) -> tuple[Integers, int]:
+def _get_signed(data: memoryview, at: int, count: int, *, long: bool) -> tuple[Integers, int]:
     signs, at = get_bytes(data, at, (count + 7) // 8)
     planes, at = _take(_BYTE, data, at)
+    more = long or planes & _MORE
+    planes &= 255 if long else _MORE - 1
     sizes = np.ones(count, np.int32)
     above: Positions | None = None  # all
     for _ in range(planes):
         kept, at = get_positions(data, at, count if above is None else above.size, short=True)
         above = kept if above is None else above[kept]
         sizes[above] += 1
-    left, at = _take(_COUNT, data, at)
+    left, at = _take(_COUNT, data, at) if more else (0, at)
     if left:
         if left != (count if above is None else above.size):
             raise CorruptionError("a frame holds magnitudes that belong nowhere")

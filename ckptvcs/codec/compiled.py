@@ -3,8 +3,8 @@
 What is stored or decoded keeps to the order and rounding of IEEE arithmetic, so both forms give the
 same bits.  Loops that only measure or steer (`_LOOSE`) may add up in any order.
 
-numba keeps what it compiled, and asks no more than whether the file of a function has changed: touch
-this one after changing what it calls in another.
+numba keeps what it compiled, and asks no more than whether the file of a function has changed:
+touch this one after changing what it calls in another.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ckptvcs.errors import CorruptionError, TruncatedError
 Mask = NDArray[np.bool_]
 Positions = NDArray[np.int32] | NDArray[np.int64]
 
-BITMAP, GAPS, SPLIT_GAPS, RICE = 0, 1, 2, 3
+BITMAP, GAPS, SPLIT_GAPS, UNARY_GAPS, RICE = 0, 1, 2, 3, 4
 _ESCAPE = 255
 _SPARSE_DENSITY = 0.19
 _HIGH_BITS = 3  # of the mean gap that Huffman sees; lower bits are as good as random
@@ -45,18 +45,26 @@ def put_mask(mask: Mask, *, short: bool = False) -> bytes:
 
 def put_bitmap(bitmap: Bytes, count: int, kept: int, *, short: bool = False) -> bytes:
     """Store the mask of `count` entries, of which `kept` are kept, given as the bits of bytes."""
-    if kept >= _SPARSE_DENSITY * count:
-        return _head(BITMAP, bitmap.size, short) + put_section(bitmap, short=short)
-    return _put_gaps(loops.active().bit_positions(bitmap, count), count, short=short)
+    if kept < _SPARSE_DENSITY * count:
+        return _put_gaps(loops.active().bit_positions(bitmap, count), count, short=short)
+    whole = _head(BITMAP, bitmap.size, short) + put_section(bitmap, short=short)
+    if not short or not 0 < kept < _FEW:
+        return whole
+    return min(whole, _put_rice(_gaps(loops.active().bit_positions(bitmap, count))), key=len)
 
 
 def _head(form: int, size: int, short: bool) -> bytes:
     return bytes([form]) + size.to_bytes(3 if short else 4, "little")
 
 
-def _put_gaps(positions: Positions, count: int, *, short: bool) -> bytes:
-    gaps = np.diff(positions, prepend=-1)
+def _gaps(positions: Positions) -> Positions:
+    gaps: Positions = np.diff(positions, prepend=-1)
     gaps -= 1
+    return gaps
+
+
+def _put_gaps(positions: Positions, count: int, *, short: bool) -> bytes:
+    gaps = _gaps(positions)
     shift = max(0, (count // max(positions.size, 1)).bit_length() - _HIGH_BITS)
     if not shift or not short:  # masks that are not short are as old as the format
         stream = _to_bytes(gaps)
@@ -76,9 +84,17 @@ def _put_rice(gaps: Positions) -> bytes:
     unary = np.zeros(int(ends[-1]) + 1, np.bool_)
     unary[ends] = True
     packed = np.packbits(unary)
-    return (
-        _head(RICE, packed.size, True) + packed.tobytes() + bytes([shift]) + put_bits(gaps, shift)
-    )
+    low = np.packbits((gaps[:, None] >> np.arange(shift)[::-1]) & 1)
+    return _head(RICE, packed.size, True) + packed.tobytes() + bytes([shift]) + low.tobytes()
+
+
+def _get_rice_bits(
+    data: memoryview, at: int, count: int, shift: int
+) -> tuple[NDArray[np.int32], int]:
+    """The low bits of gaps that stand one after another, and where the next section begins."""
+    packed, at = get_bytes(data, at, (count * shift + 7) // 8)
+    bits = np.unpackbits(packed, count=count * shift).reshape(count, shift)
+    return bits @ (np.int32(1) << np.arange(shift, dtype=np.int32)[::-1]), at
 
 
 def _with_low_bits(positions: Positions, low: NDArray[np.int32], shift: int) -> Positions:
@@ -131,7 +147,7 @@ def _get(
     form, size = data[at], int.from_bytes(data[at + 1 : begin], "little")
     if form > (RICE if short else GAPS) or size > max(count, 1):
         raise CorruptionError("a frame holds a mask of an unknown form or size")
-    if form == RICE:
+    if form >= UNARY_GAPS:
         stream, at = get_bytes(data, begin, size)
     else:
         stream, at = get_section(data, begin, size, short=short)
@@ -140,7 +156,7 @@ def _get(
             raise CorruptionError("a frame holds a bitmap of a wrong size")
         return stream, None, at
     positions: Positions
-    if form == RICE:
+    if form >= UNARY_GAPS:
         positions = loops.active().bit_positions(stream, 8 * size)
     elif stream.size and stream[-1] == _ESCAPE:
         raise CorruptionError("a mask ends inside a gap")
@@ -149,7 +165,8 @@ def _get(
     if form >= SPLIT_GAPS:
         if at >= len(data) or data[at] > _MAX_SHIFT:
             raise CorruptionError("a frame holds gaps of too many bits")
-        low, end = get_bits(data, at + 1, positions.size, data[at])
+        read = _get_rice_bits if form == RICE else get_bits
+        low, end = read(data, at + 1, positions.size, data[at])
         positions, at = _with_low_bits(positions, low, data[at]), end
     if positions.size and positions[-1] >= count:
         raise CorruptionError("a mask keeps a position outside its slice")
