@@ -34,7 +34,7 @@ from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
 from ckptvcs.coding.measure import finite, measure_moment, measure_step, measure_weight, step_sample
 
-_SAMPLE = 1 << 14  # entries of a tensor that its scale is taken from
+_SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
 _SAMPLED_SLICES = 4
 _OUTLYING = 4.0  # a tensor's residual counts as at most this many times the median tensor's
 _MOMENT_ZONE = 0.66
