@@ -78,7 +78,9 @@ class BaseWriter:
 
 
 class CachedTable:
-    """A table of values as the cache has it; a tensor is hashed before it is used."""
+    """A table of values as the cache has it; a tensor is hashed before it is used, unless the
+    caller gives the room for it, and hashes what is there.
+    """
 
     def __init__(self, path: Path, infos: list[TensorInfo], hashes: list[bytes]) -> None:
         self._path, self._infos, self._hashes = path, infos, hashes
@@ -87,13 +89,13 @@ class CachedTable:
         self._locks = [Lock() for _ in infos]
 
     def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
-        with self._locks[tensor]:
-            if tensor not in self._proven:
-                self._proven[tensor] = self._prove(tensor)
-        if not self._proven[tensor]:
-            return None
         info = self._infos[tensor]
         if out is None:
+            with self._locks[tensor]:
+                if tensor not in self._proven:
+                    self._proven[tensor] = self._prove(tensor)
+            if not self._proven[tensor]:
+                return None
             out = np.empty(slice_counts(info.words)[number], word_type(info.type.word))
         with contextlib.suppress(OSError):  # another process may have deleted it meanwhile
             at = self._starts[tensor] + number * SLICE_WORDS * info.type.word

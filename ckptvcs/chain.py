@@ -32,8 +32,8 @@ class Materialised(Protocol):
     """The tensors of a table of values, decoded and proven already."""
 
     def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
-        """One slice of a tensor, perhaps in `out`, else not to be changed; None where it is not
-        there after all.
+        """One slice of a tensor, not to be changed; None where it is not there after all.  With
+        `out` it may come in that, and it is the caller who proves it.
         """
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ckptvcs.repo import Repo
+from ckptvcs.store.object import ObjectId
 from tests.spec_reader import SpecRepository
 
 State = dict[str, Any]
@@ -363,6 +364,61 @@ def test_a_cache_that_vanishes_is_done_without(near: Repo, tmp_path: Path) -> No
     for path in (near.folder / "cache" / "bases").iterdir():
         path.unlink()
     assert np.array_equal(restorer.tensor(number), before)
+
+
+def deep(near: Repo) -> Repo:
+    """The same repository, opened anew, with a chain of deltas in it."""
+    now = weights()
+    for step in range(1, 6):
+        near.commit(adam_state(now, step), step=step)
+        now = moved(now)
+    return Repo.open(near.folder)
+
+
+def reads(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the slices that are read from packs, as they come."""
+    lengths: list[int] = []
+    read = repo.catalog.store.read_region
+
+    def count(name: ObjectId, offset: int, length: int) -> bytes:
+        lengths.append(length)
+        return read(name, offset, length)
+
+    monkeypatch.setattr(repo.catalog.store, "read_region", count)
+    return lengths
+
+
+def test_weights_are_decoded_from_their_chain_only_once(
+    near: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = deep(near)
+    lengths = reads(repo, monkeypatch)
+    first = repo.checkout("HEAD")
+    cold = len(lengths)
+    lengths.clear()
+    second = repo.checkout("HEAD")
+    assert len(lengths) <= cold - 4 * len(first["model"])  # four deltas less for each weight
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name])
+
+
+@pytest.mark.parametrize("kind", ["state", "file"])
+def test_a_damaged_cache_is_noticed_and_done_without(near: Repo, kind: str, tmp_path: Path) -> None:
+    repo = deep(near)
+    true = repo.checkout("HEAD")["model"]
+    (cached,) = (near.folder / "cache" / "bases").iterdir()
+    data = bytearray(cached.read_bytes())
+    data[len(data) // 2] ^= 1
+    data[5] ^= 1
+    cached.write_bytes(data)
+    repo = Repo.open(near.folder)
+    if kind == "state":
+        back = repo.checkout("HEAD")["model"]
+    else:
+        repo.checkout_files(repo.resolve("HEAD"), tmp_path / "back.pt")
+        back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
+    for name, value in true.items():
+        assert torch.equal(value, back[name])
 
 
 def test_weights_too_large_to_measure_come_back_all_the_same(near: Repo) -> None:

@@ -45,14 +45,20 @@ def measure(runs: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Draw an error in each column, a stretch in each row."""
+def pyplot() -> Any:
+    """matplotlib's, for pictures that are the same each time they are drawn."""
     import matplotlib as mpl  # noqa: PLC0415  an extra
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "ckptvcs"
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
+    return plt
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Draw an error in each column, a stretch in each row."""
+    plt = pyplot()
     titles = ("residual NMSE", "Fisher-weighted NMSE", "update NMSE")
     figure, axes = plt.subplots(len(SHOWN), len(ERRORS), figsize=(11, 3.1 * len(SHOWN)),
                                 sharex=True, squeeze=False)  # fmt: skip

@@ -1,6 +1,6 @@
 """How well training goes on from a restored state.
 
-python -m scripts.bench.resume RUNS --codec near --codec excp ...
+python -m scripts.bench.resume RUNS --csv FILE [--picture FILE.svg] [--codec near ...]
 
 RUNS is the folder of `scripts.bench.runs`.  At each point, a chain of commits that
 ends there is made and checked out; then training goes on from the restored state and from the true
@@ -24,11 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from ckptvcs.repo import Repo
+from scripts.bench.curves import pyplot
 from scripts.bench.runs import RESUME, unseen_tokens
 from scripts.tinygpt import TinyGPT, TrainSpec, corpus, learning_rate, tokenize
 
 STEPS = 60
 POINTS = (750, 1050)
+CODECS = ("near", "small", "excp", "excp-max")
 CHAIN = 5  # deltas before a point, one each 50 steps
 
 
@@ -88,9 +90,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--codec", action="append", required=True)
+    parser.add_argument("--codec", action="append", help=f"{', '.join(CODECS)}, else")
     parser.add_argument("--tokens", type=int, default=220_000)
     parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     spec = TrainSpec()
@@ -104,7 +107,7 @@ def main() -> None:
             beta2 = true["optimizer"]["param_groups"][0]["betas"][1]
             spec = TrainSpec(beta2=beta2)
             reference = go_on(spec, true, tokens, held_out)
-            for codec in options.codec:
+            for codec in options.codec or CODECS:
                 with tempfile.TemporaryDirectory(prefix="ckpt-resume-") as scratch:
                     state, ratio = restored(run, point, codec, Path(scratch))
                 gap = go_on(spec, state, tokens, held_out) - reference
@@ -118,6 +121,31 @@ def main() -> None:
                     writer.writerows(rows)
     for line in summary(rows):
         sys.stdout.write(line + "\n")
+    if options.picture:
+        draw(rows, options.picture)
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Draw the gaps against the ratios: mean and standard error of each codec."""
+    plt = pyplot()
+    keys = sorted({row["beta2"] for row in rows})
+    figure, axes = plt.subplots(1, len(keys), figsize=(9, 3.4), squeeze=False)
+    for beta2, axis in zip(keys, axes[0], strict=True):
+        for codec in dict.fromkeys(row["codec"] for row in rows):
+            found = [row for row in rows if (row["beta2"], row["codec"]) == (beta2, codec)]
+            gaps = [row["gap"] for row in found]
+            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+            ratio = statistics.mean(row["ratio"] for row in found)
+            axis.errorbar(ratio, statistics.mean(gaps), yerr=error, fmt="o", capsize=3, label=codec)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(f"beta2 {beta2}", fontsize=9)
+        axis.set_xlabel("raw bytes / stored bytes")
+        axis.set_ylabel("loss above the uninterrupted run")
+        axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(picture, metadata={"Date": None})
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
