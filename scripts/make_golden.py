@@ -23,9 +23,9 @@ from tests.training import save_run, train
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 CODECS = (
     "near", "near", "small", "near:step=0.05", "lossless", "near:gamma=0", "near:rank=0,step=40",
-    "near", "near",
+    "near:momentum_rank=2,momentum_nmse=1", "near:momentum_rank=2,momentum_nmse=1", "near", "near",
 )  # fmt: skip
-"""The last two keep half-precision weights beside their masters."""
+"""The last two keep half-precision weights beside their masters, the two before them momenta."""
 
 
 def main() -> None:
@@ -42,6 +42,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         repo = Repo.init(target)
         states = train(len(CODECS))
+        for state in states[-4:-2]:
+            moments = state["optimizer"]["state"]
+            for key, each in moments.items():
+                moments[key] = {"momentum_buffer": each["exp_avg"]}
         for state in states[-2:]:
             state["master"] = {k: v for k, v in state["model"].items() if v.dtype == torch.float32}
             state["model"] = {k: v.to(torch.bfloat16) for k, v in state["master"].items()}

@@ -402,7 +402,7 @@ def near(
         factors = power(np.maximum(low + one - 1, -252), 2), power(np.maximum(other - 1, 0), 2)
         values = np.where((one > 0) & (other > 0), factors[0] * factors[1], np.float32(0))
         return to_words(values, dtype)
-    if method == 9:
+    if method in (9, 10):
         columns, start, rank, scale = stream.take("<IIBf")
         rows = -(-(start + count) // columns)
         stored = np.frombuffer(stream.section(rank * (rows + columns)), np.uint8)
@@ -410,9 +410,11 @@ def near(
         left, right = both[: rank * rows].reshape(rows, rank), both[rank * rows :]
         place = start + np.arange(count)
         dots = (left @ right.reshape(rank, columns))[place // columns, place % columns]
+        values = dots.astype(np.float32) * np.float32(scale)
+        if method == 10:
+            return to_words(values, dtype)
         assert companion is not None
         second = decode_slice(companion[0], dtype, count, companion[1], None)
-        values = dots.astype(np.float32) * np.float32(scale)
         return to_words(values * np.sqrt(to_float(second, dtype)), dtype)
     factor = None
     if method == 4:

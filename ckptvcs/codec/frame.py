@@ -22,7 +22,7 @@ SLICE_WORDS = 1 << 20
 LOSSLESS = 0
 EXCP_RESIDUAL, EXCP_MOMENT, EXCP_SHARED_MASK_MOMENT = 1, 2, 3
 NEAR_WEIGHT, NEAR_SECOND, NEAR_FIRST, NEAR_SCALED_FIRST = 4, 5, 6, 7
-ROUNDED, NEAR_LOW_RANK = 8, 9
+ROUNDED, NEAR_SCALED_LOW_RANK, NEAR_LOW_RANK = 8, 9, 10
 
 
 def slice_counts(words: int) -> list[int]:
@@ -84,13 +84,15 @@ def decode_slice(
         return moments.decode_second(payload, count, dtype.name, out)
     if method == NEAR_FIRST:
         return moments.decode_first(payload, None, count, dtype.name)
+    if method == NEAR_LOW_RANK:
+        return lowrank.decode_low_rank(payload, None, count, dtype.name, out)
     if companion is not None:
         if method == EXCP_SHARED_MASK_MOMENT and companion.data[:1] == bytes([EXCP_MOMENT]):
             return excp.decode_moment(payload, count, companion.data[1:], dtype.name)
         if method == NEAR_SCALED_FIRST:
             second = decode_slice(companion.data, dtype, count, companion.base)
             return moments.decode_first(payload, second, count, dtype.name)
-        if method == NEAR_LOW_RANK:
+        if method == NEAR_SCALED_LOW_RANK:
             second = decode_slice(companion.data, dtype, count, companion.base)
             return lowrank.decode_low_rank(payload, second, count, dtype.name, out)
         if method == ROUNDED and not len(payload):

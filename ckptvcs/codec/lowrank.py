@@ -32,10 +32,10 @@ MAX_RANK = 64  # 64 * 127^2 is below 2^24: float32 adds up such products exactly
 
 
 def encode_low_rank(
-    words: Words, second: Words, dtype: str, rows: Rows, rank: int, step: float,
+    words: Words, second: Words | None, dtype: str, rows: Rows, rank: int, step: float,
     roots: tuple[Floats, Floats] | None = None,
 ) -> NearSlice | None:  # fmt: skip
-    """Code one slice of a first moment as `rank` directions of moment / sqrt(second).
+    """Code one slice of a first moment as `rank` directions of moment / sqrt(second), or of itself.
 
     `step` is that of the factors, in root mean squares of the weakest direction that is kept.
     Where `second` is a row times a column, and never 0, `roots` are those of both.
@@ -43,12 +43,12 @@ def encode_low_rank(
     Returns the slice, and what `decode_low_rank` will return; None where values are not finite, or
     not zero where `second` is, or where there is nothing.
     """
-    values, squares = to_float32(words, dtype), to_float32(second, dtype)
-    height = rows.count(words.size)
+    values, height = to_float32(words, dtype), rows.count(words.size)
     if roots is None:
-        values, good = loops.active().divide_roots(values, squares)
-        if not good:
-            return None
+        if second is not None:
+            values, good = loops.active().divide_roots(values, to_float32(second, dtype))
+            if not good:
+                return None
         roots = np.ones(height, np.float32), np.ones(rows.columns, np.float32)
     if words.size == height * rows.columns:
         matrix = values.reshape(height, rows.columns)
@@ -192,10 +192,10 @@ def factors_of(payload: bytes, count: int) -> tuple[Floats, Floats, np.float32]:
 
 
 def decode_low_rank(
-    data: memoryview, second: Words, count: int, dtype: str, out: Words | None = None
+    data: memoryview, second: Words | None, count: int, dtype: str, out: Words | None = None
 ) -> Words:
-    """The product of both factors, times a scale, times sqrt(second); in `out`, if there is one
-    for float32.
+    """The product of both factors, times a scale, times sqrt(second) if there is one; in `out`, if
+    there is one for float32.
 
     Raises:
         TruncatedError, CorruptionError: `data` is no such slice of `count` words.
@@ -208,7 +208,8 @@ def decode_low_rank(
     stored, at = get_section(data, at, rank * (height + rows.columns), short=True)
     if at != len(data) or not int(stored.min()):
         raise CorruptionError("a frame has bytes after its factors, or a factor out of range")
-    factors, squares = _split(stored, rank, height), to_float32(second, dtype)
+    factors = _split(stored, rank, height)
+    squares = np.ones(count, np.float32) if second is None else to_float32(second, dtype)
     near = room_for_floats(count, dtype, out)
     loops.active().directions(*factors, rows.start, np.float32(scale), squares, near)
     return from_float32(near, dtype)

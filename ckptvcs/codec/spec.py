@@ -29,8 +29,9 @@ class NearSpec:
     `step` is common to all weights: of the residual over the whole model, but at most `cap` of a
     tensor's own.  `gamma` makes steps finer in rows of large second moments (0: nowhere).
     First moments that something divides are coded by `rank` directions, in steps of `rank_step`
-    times the weakest; `moment_step` is for those without directions (vectors), `momentum_step`
-    for momenta that nothing divides.  `zone` is where a code stops being 0, in steps.
+    times the weakest; `moment_step` is for those without directions (vectors).  Momenta that
+    nothing divides have `momentum_rank` directions where these leave an error of no more than
+    `momentum_nmse`, else `momentum_step`.  `zone` is where a code stops being 0, in steps.
     """
 
     step: float = 1.85
@@ -40,6 +41,8 @@ class NearSpec:
     rank: int = 8
     rank_step: float = 1.5
     moment_step: float = 5.0
+    momentum_rank: int = 16
+    momentum_nmse: float = 0.3
     momentum_step: float = 1.5
 
 
@@ -60,9 +63,15 @@ PRESETS = {
 }
 """The codecs a user can name."""
 
-_RANGES = {"bits": (1, 8), "gamma": (0, 2), "zone": (0.5, 1), "rank": (0, 64)}
+_RANGES = {
+    "bits": (1, 8),
+    "gamma": (0, 2),
+    "zone": (0.5, 1),
+    "rank": (0, 64),
+    "momentum_rank": (0, 64),
+}
 _ANY = (1e-9, 1e9)
-_WHOLE = ("bits", "rank")
+_WHOLE = ("bits", "rank", "momentum_rank")
 
 
 def parse_codec(text: str) -> CodecSpec:

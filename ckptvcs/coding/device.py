@@ -13,7 +13,7 @@ import numpy as np
 
 from ckptvcs.codec import device
 from ckptvcs.codec.frame import (
-    NEAR_LOW_RANK,
+    NEAR_SCALED_LOW_RANK,
     NEAR_SECOND,
     NEAR_WEIGHT,
     Companion,
@@ -93,10 +93,10 @@ class DeviceCoder:
     def _first(self, target: Target, number: int, second: _Coded) -> _Coded | None:
         values, roots = self._values(target, number), second[2].sqrt()
         count = int(values.numel())
-        rows = self._host.direction_rows(target, number, count)
+        spec = self._host.spec
+        rows = self._host.direction_rows(target, number, count, spec.rank)
         if rows is None:
             return None
-        spec = self._host.spec
         matrix = device.DeviceMatrix.of(values / roots, rows)
         payload = put_directions(matrix, rows, spec.rank, spec.rank_step)
         if payload is None:
@@ -108,7 +108,7 @@ class DeviceCoder:
         error, energy, largest = device.squares(near, values)
         errors = Errors(error, energy, largest=largest)
         beside = Companion(memoryview(second[0].data))
-        return _coded(NEAR_LOW_RANK, payload, target, count, errors, near, companion=beside)
+        return _coded(NEAR_SCALED_LOW_RANK, payload, target, count, errors, near, companion=beside)
 
     def _step(self, number: int, restored: tuple[Words, Words]) -> Errors:
         group, size = self._group, step_sample(self._group.words)

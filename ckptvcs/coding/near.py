@@ -17,6 +17,7 @@ from ckptvcs.codec.frame import (
     NEAR_FIRST,
     NEAR_LOW_RANK,
     NEAR_SCALED_FIRST,
+    NEAR_SCALED_LOW_RANK,
     NEAR_SECOND,
     NEAR_WEIGHT,
     ROUNDED,
@@ -268,32 +269,41 @@ class NearCoder:
         step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
             step, method, squares = spec.moment_step, NEAR_SCALED_FIRST, second[0].decoded
-        if second is not None:
-            found = self._low_rank(target, number, words, second)
-            if found is not None:
-                return found
+        found = self._low_rank(target, number, words, second)
+        if found is not None:
+            return found
         encoded = encode_first(words, squares, target.dtype, step, _MOMENT_ZONE)
         return self._near(target, number, method, encoded) or self._exact(target, number)
 
     def _low_rank(
-        self, target: Target, number: int, words: Words, second: _Measured
+        self, target: Target, number: int, words: Words, second: _Measured | None
     ) -> _Measured | None:
-        """A slice by its strongest directions; None where it is too narrow to have any."""
-        spec, rows = self.spec, self.direction_rows(target, number, words.size)
+        """A slice by its strongest directions; None where it is too narrow to have any, or, where
+        nothing divides it, these do not say enough.
+        """
+        spec = self.spec
+        rank = spec.momentum_rank if second is None else spec.rank
+        rows = self.direction_rows(target, number, words.size, rank)
         if rows is None:
             return None
+        if second is None:
+            encoded = encode_low_rank(words, None, target.dtype, rows, rank, spec.rank_step)
+            found = self._near(target, number, NEAR_LOW_RANK, encoded)
+            enough = found is not None and found[1].error <= spec.momentum_nmse * found[1].energy
+            return found if enough else None
         factors = _factors(second)
         encoded = encode_low_rank(
-            words, second[0].decoded, target.dtype, rows, spec.rank, spec.rank_step,
+            words, second[0].decoded, target.dtype, rows, rank, spec.rank_step,
             factors.roots() if factors is not None and factors.rows == rows else None,
         )  # fmt: skip
-        return self._near(target, number, NEAR_LOW_RANK, encoded)
+        return self._near(target, number, NEAR_SCALED_LOW_RANK, encoded)
 
-    def direction_rows(self, target: Target, number: int, count: int) -> Rows | None:
-        """How a slice of a first moment is cut into rows; None where it is too narrow to have
-        directions.
+    @staticmethod
+    def direction_rows(target: Target, number: int, count: int, rank: int) -> Rows | None:
+        """How a slice of a first moment is cut into rows; None where it is too narrow to have so
+        many directions.
         """
-        rank, rows = self.spec.rank, Rows(target.columns, target.start(number))
+        rows = Rows(target.columns, target.start(number))
         wide = rank * _PER_RANK <= min(rows.columns, rows.count(count))
         return rows if rank and wide else None
 

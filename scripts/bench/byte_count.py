@@ -68,7 +68,7 @@ def count_bytes(repo: Repo, name: ObjectId) -> tuple[Counter[str], list[float]]:
                     found["side: levels and rows"] += at
                     if count >= LEAST:
                         excesses.append(excess(data, at, count))
-                elif data[0] == frame.NEAR_LOW_RANK:
+                elif data[0] in (frame.NEAR_LOW_RANK, frame.NEAR_SCALED_LOW_RANK):
                     found["codes (directions)"] += length
                 elif data[0] == frame.NEAR_SECOND:
                     found["side: second moments"] += length

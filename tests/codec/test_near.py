@@ -16,6 +16,7 @@ from ckptvcs.codec.frame import (
     NEAR_FIRST,
     NEAR_LOW_RANK,
     NEAR_SCALED_FIRST,
+    NEAR_SCALED_LOW_RANK,
     NEAR_SECOND,
     NEAR_WEIGHT,
     Companion,
@@ -214,8 +215,11 @@ def test_directions_come_back(height: int, columns: int, dtype: str, rank: int, 
     found = encode_low_rank(words, second[1], dtype, rows, rank, 0.1)
     assert found is not None
     owner = put_slice(NEAR_SECOND, second[0])
-    back = decode(NEAR_LOW_RANK, found[0], dtype, count, companion=owner)
+    back = decode(NEAR_SCALED_LOW_RANK, found[0], dtype, count, companion=owner)
     assert back.tobytes() == found[1].tobytes()
+    plain = encode_low_rank(words, None, dtype, rows, rank, 0.1)
+    assert plain is not None
+    assert decode(NEAR_LOW_RANK, plain[0], dtype, count).tobytes() == plain[1].tobytes()
     if min(rows.count(count), columns) > 4:
         root = np.sqrt(to_float32(second[1], dtype))
         error = (to_float32(back, dtype) - to_float32(words, dtype)) / root
@@ -332,7 +336,7 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
             assert np.allclose(left, right, rtol=1e-3, atol=5e-3 * count)
 
 
-@given(st.binary(max_size=200), st.integers(1, 500), st.integers(4, 9), DTYPE_NAMES)
+@given(st.binary(max_size=200), st.integers(1, 500), st.integers(4, 10), DTYPE_NAMES)
 def test_any_bytes_are_decoded_or_refused(data: bytes, count: int, method: int, dtype: str) -> None:
     base = np.zeros(count, f"<u{DTYPES[dtype].word}")
     slice_bytes = memoryview(bytes([method]) + data)
