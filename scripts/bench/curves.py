@@ -23,6 +23,7 @@ FAMILIES = {
 }
 SHOWN = ("late-b0.95", "late-b0.999")
 ERRORS = ("residual_nmse", "fisher_nmse", "update_nmse")
+TICKS = (20, 50, 100, 200, 400)
 LATEST = 6  # checkpoints of a stretch that a point is made of
 
 
@@ -56,6 +57,14 @@ def pyplot() -> Any:
     return plt
 
 
+def plain_ratios(axis: Any) -> None:
+    """Ratios on a logarithmic axis, with few labels."""
+    axis.set_xscale("log")
+    axis.set_xticks(TICKS, [f"{tick}x" for tick in TICKS])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3, linewidth=0.5)
+
+
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     """Draw an error in each column, a stretch in each row."""
     plt = pyplot()
@@ -68,10 +77,9 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
                 points = sorted((row["ratio"], row[error]) for row in rows
                                 if (row["stretch"], row["family"]) == (name, family))  # fmt: skip
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=family)
-            axis.set_xscale("log")
+            plain_ratios(axis)
             axis.set_yscale("log")
-            axis.set_title(f"{title}, {name.removeprefix('late-b')}", fontsize=9)
-            axis.grid(alpha=0.3, which="both", linewidth=0.5)
+            axis.set_title(f"{title}, beta2 {name.removeprefix('late-b')}", fontsize=9)
             if error == "update_nmse":
                 axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     for axis in axes[-1]:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ckptvcs.repo import Repo
-from scripts.bench.curves import pyplot
+from scripts.bench.curves import plain_ratios, pyplot
 from scripts.bench.runs import RESUME, unseen_tokens
 from scripts.tinygpt import TinyGPT, TrainSpec, corpus, learning_rate, tokenize
 
@@ -137,12 +137,11 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
             error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
             ratio = statistics.mean(row["ratio"] for row in found)
             axis.errorbar(ratio, statistics.mean(gaps), yerr=error, fmt="o", capsize=3, label=codec)
-        axis.set_xscale("log")
+        plain_ratios(axis)
         axis.set_yscale("log")
         axis.set_title(f"beta2 {beta2}", fontsize=9)
         axis.set_xlabel("raw bytes / stored bytes")
         axis.set_ylabel("loss above the uninterrupted run")
-        axis.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(picture, metadata={"Date": None})
