@@ -103,6 +103,11 @@ class CachedTable:
                 return out
         return None
 
+    def discard(self) -> None:
+        """Delete what turned out to be wrong."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
     def _read(self, at: int, into: memoryview) -> int:
         with self._path.open("rb", buffering=0) as file:
             return os.preadv(file.fileno(), [into], at)

@@ -423,6 +423,8 @@ class Encoder:
                 if twin in self._places:  # else its part is stored already, with all its tensors
                     self._places[number] = self._places[twin]
                 self._values[number] = self._values[twin]
+                if number in self._stay:
+                    self._hashes[number] = self._hashes[twin]
         parts: dict[str, PartState] = {}
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ckptvcs.config import (
@@ -124,6 +125,7 @@ class Repo:
         self.revisions = Revisions(self.catalog, self.refs)
         self._branch: str | None = None
         self._held: HeldBase | None = None
+        self._holder = Lock()
         self._sync_index()
 
     # -- opening -------------------------------------------------------------------------------
@@ -292,19 +294,26 @@ class Repo:
             from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
 
             self._held = HeldBase()
-        committer = Committer(self.catalog, self.refs, bases, self.config, progress, self._held)
-        return committer.commit(
-            Request(
-                checkpoint,
-                path,
-                inside,
-                message=plain_message(message),
-                step=plain_step(step),
-                metrics=plain_metrics(metrics),
-                spec=spec,
-                branch=branch,
-            )
+        request = Request(
+            checkpoint,
+            path,
+            inside,
+            message=plain_message(message),
+            step=plain_step(step),
+            metrics=plain_metrics(metrics),
+            spec=spec,
+            branch=branch,
         )
+        # A commit of another thread that is still at work replaces the base in memory.
+        alone = self._holder.acquire(blocking=False)
+        try:
+            held = self._held if alone else None
+            return Committer(self.catalog, self.refs, bases, self.config, progress, held).commit(
+                request
+            )
+        finally:
+            if alone:
+                self._holder.release()
 
     # -- reading -------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.bases import BaseWriter, HeldBase, materialised
+from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
 from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import Layout, Source
@@ -122,7 +122,7 @@ class Restorer:
 
     def _slices(
         self, numbers: list[int], room: Callable[[_Job], Words | None] = lambda _: None
-    ) -> Iterator[tuple[_Job, Words]]:
+    ) -> Generator[tuple[_Job, Words], None, None]:
         """The slices of stored tensors, one tensor after another, decoded ahead in threads; each in
         the `room` that there is for it.
 
@@ -165,7 +165,13 @@ class Restorer:
             or self._tables[model[0]][0] != state.values
         ):  # fmt: skip
             return None
-        return BaseWriter(self._cache, [self.schema.tensors[n].size_bytes for n in model])
+        sizes = [self.schema.tensors[n].size_bytes for n in model]
+        try:
+            free = shutil.disk_usage(self._cache.parent.parent).free
+        except OSError:
+            return None
+        # What is restored may need the same disk.
+        return BaseWriter(self._cache, sizes) if free > 4 * self.commit.raw_bytes else None
 
     def inline(self) -> dict[int, bytes]:
         """The bytes of the small tensors, which stand in skeletons."""
@@ -205,7 +211,9 @@ class Restorer:
         """
         digest = blake3(max_threads=1)
         for job in self._jobs([number]):
-            self._materials[job.table] = None
+            cached = self._materials.pop(job.table, None)
+            if isinstance(cached, CachedTable):
+                cached.discard()
             links = self._chain.links(job.table, job.position)
             info, out = self.schema.tensors[number], room(job)
             if out is None:
@@ -247,24 +255,24 @@ class Restorer:
 
         segments = list(self._skeleton(file).walk(self.schema))
         tensors = [argument for op, argument, _ in segments if op == Op.TENSOR]
-        stream = self._slices(tensors)
         sums: dict[int, int] = {}
-        for op, argument, data in segments:
-            if op == Op.TENSOR:
-                crc = 0
-                for _ in slice_counts(self.schema.tensors[argument].words):
-                    block = octets(next(stream)[1])
-                    crc = zlib.crc32(block, crc)
-                    put(block)
-                sums[argument] = crc
-            elif op == Op.CRC32:
-                if argument not in sums:  # a checksum that stands before what it sums up
-                    sums[argument] = zlib.crc32(self.tensor(argument).data)
-                put(sums[argument].to_bytes(4, "little"))
-            else:
-                put(data)
-        for _ in stream:
-            raise CorruptionError(f"{file.path} has tensors that belong nowhere")
+        with contextlib.closing(self._slices(tensors)) as stream:
+            for op, argument, data in segments:
+                if op == Op.TENSOR:
+                    crc = 0
+                    for _ in slice_counts(self.schema.tensors[argument].words):
+                        block = octets(next(stream)[1])
+                        crc = zlib.crc32(block, crc)
+                        put(block)
+                    sums[argument] = crc
+                elif op == Op.CRC32:
+                    if argument not in sums:  # a checksum that stands before what it sums up
+                        sums[argument] = zlib.crc32(self.tensor(argument).data)
+                    put(sums[argument].to_bytes(4, "little"))
+                else:
+                    put(data)
+            for _ in stream:
+                raise CorruptionError(f"{file.path} has tensors that belong nowhere")
         found = digest.hexdigest()
         if self.exact and file.hash is not None and found != file.hash:
             raise CorruptionError(f"{file.path} does not have the hash that was committed")

@@ -240,3 +240,5 @@ def test_an_id_without_letters_is_found(repo: Repo, monkeypatch: pytest.MonkeyPa
     assert repo.resolve("12345678") == name
     with pytest.raises(NotFoundError):
         repo.resolve("1234567")
+    with pytest.raises(NotFoundError):
+        repo.resolve("1" * 30)

@@ -141,6 +141,12 @@ def test_a_lossless_commit_is_exact(tmp_path: Path, where: str) -> None:
         assert torch.equal(restored, true.cpu())
 
 
+def test_twins_that_are_exact_are_called_so(tmp_path: Path, where: str) -> None:
+    weight = torch.randn(70, 300).to(where, torch.bfloat16)
+    made = Repo.init(tmp_path).commit({"model": {"a": weight, "b": weight.clone()}}, step=1)
+    assert made.commit.exact
+
+
 def test_the_same_state_is_known_again(tmp_path: Path, where: str) -> None:
     repo = Repo.init(tmp_path)
     first, second = trajectory(where, steps=2)

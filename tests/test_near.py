@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckptvcs.errors import ConflictError
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
 from tests.spec_reader import SpecRepository
@@ -419,6 +422,51 @@ def test_a_damaged_cache_is_noticed_and_done_without(near: Repo, kind: str, tmp_
         back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
     for name, value in true.items():
         assert torch.equal(value, back[name])
+    if kind == "state":  # it is gone, and made anew
+        assert not cached.exists()
+        Repo.open(near.folder).checkout("HEAD")
+        assert cached.read_bytes() != bytes(data)
+
+
+def test_commits_of_two_threads_stand_on_what_they_name(near: Repo) -> None:
+    near.commit(adam_state(weights(), 1), step=1)
+
+    def run() -> None:
+        now = weights()
+        for _ in range(5):
+            now = moved(now)
+            with contextlib.suppress(ConflictError):
+                near.commit(adam_state(now, 1))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not Repo.open(near.folder).verify().damage
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(33, 127), (1,), (129,), (7, 23, 3)])
+def test_odd_numbers_of_words(near: Repo, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    now = {"w": torch.randn(shape)}
+    for step in range(1, 4):
+        state = adam_state({"w": now["w"].to(dtype)}, step)
+        near.commit(state, step=step)
+        back = near.checkout(step)["model"]["w"]
+        assert back.dtype == dtype
+        assert nmse(state["model"]["w"].float(), back.float()) < 0.01
+        now = moved(now)
+
+
+def test_a_moment_that_is_not_finite_does_not_blur_the_errors(near: Repo) -> None:
+    now = weights()
+    for step in range(1, 4):
+        state = adam_state(now, step)
+        state["optimizer"]["state"][0]["exp_avg_sq"].view(-1)[5] = float("inf")
+        made = near.commit(state, step=step)
+        now = moved(now)
+    assert 0 < made.commit.error.fisher_nmse < 1
 
 
 def test_weights_too_large_to_measure_come_back_all_the_same(near: Repo) -> None:

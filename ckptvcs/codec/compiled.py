@@ -165,7 +165,8 @@ def quantize_units(values: Array, second: Array, step: Any, zone: Any) -> Any:
         x, s = values[low:high], second[low:high]
         for i in range(x.size):
             y = x[i] / np.sqrt(s[i]) / step
-            y = y if s[i] > 0 else (np.float32(0) if x[i] == 0 else np.float32(np.inf))
+            none = s[i] == 0 and x[i] == 0
+            y = y if s[i] > 0 else (np.float32(0) if none else np.float32(np.inf))
             bad += not abs(y) < np.float32(1 << 23)
             y += np.float32(np.copysign(more, y))
             codes[i] = np.int32(y if abs(y) < np.float32(1 << 24) else np.float32(0))

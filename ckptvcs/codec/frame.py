@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckptvcs.codec import excp, lossless, lowrank, moments, weight
-from ckptvcs.codec.words import Words, from_float32, to_float32
+from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
 from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from ckptvcs.errors import CorruptionError, TruncatedError
 
@@ -68,8 +68,8 @@ def decode_slice(
     if not len(data):
         raise TruncatedError("a frame has an empty slice")
     method, payload = data[0], data[1:]
-    if base is not None and base.size != count:
-        raise CorruptionError("a frame stands on a base of another size")
+    if base is not None and (base.size, base.dtype) != (count, word_type(dtype.word)):
+        raise CorruptionError("a frame stands on a base of another size or type")
     if method == LOSSLESS:
         return lossless.decode(payload, count, base, dtype)
     if dtype.name not in WEIGHT_DTYPES:

@@ -9,7 +9,7 @@ the error of dropping it, is coded exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -176,8 +176,8 @@ class NearCoder:
         if group.weight is not None:
             second = None if group.second is None else coded[group.second.number]
             coded[group.weight.number] = self._weight(group.weight, number, second)
-            master = to_float32(coded[group.weight.number][0].decoded, "F32")
             for target in group.copies:
+                master = to_float32(coded[group.weight.number][0].decoded, "F32")
                 near = from_float32(master, target.dtype)
                 copy = CodedSlice(put_slice(ROUNDED, b""), near, target.tensor.slice(number))
                 coded[target.number] = copy, Errors()
@@ -215,6 +215,8 @@ class NearCoder:
         errors = (
             self._errors(target, number, coded) if encoded.sums is None else Errors.of(encoded.sums)
         )
+        if not np.isfinite(errors.fisher_residual + errors.fisher_error):  # a moment is not finite
+            errors = replace(errors, fisher_error=0.0, fisher_residual=0.0)
         least = errors.residual if target is self._group.weight else errors.energy
         return (coded, errors) if errors.error <= least < np.inf else None
 

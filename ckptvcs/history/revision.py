@@ -18,6 +18,7 @@ from ckptvcs.history.commit import Commit
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.store.object import Kind, ObjectId
 
+_LONGEST_STEP = 19  # digits
 _SHORT_ID = 8  # digits of an id, as logs show it
 _HEX = re.compile(r"[0-9a-f]{4,64}\Z")
 _BACK = re.compile(r"(.+?)~([0-9]{0,9})\Z")
@@ -88,7 +89,7 @@ class Revisions:
             if head is None:
                 raise NotFoundError("there are no commits yet", hint="ckpt commit PATH -m MESSAGE")
             return head
-        if text.isdigit() or text.startswith("step:"):
+        if (text.isdigit() and len(text) <= _LONGEST_STEP) or text.startswith("step:"):
             return self._step(text)
         if text.startswith("best:"):
             return self._best(text)
@@ -121,7 +122,7 @@ class Revisions:
 
     def _step(self, text: str) -> ObjectId:
         digits = text.removeprefix("step:")
-        if not digits.isdigit() or len(digits) > 19:
+        if not digits.isdigit() or len(digits) > _LONGEST_STEP:
             raise InvalidInputError(f"'{text}' is no step")
         step = int(digits)
         for name, commit in self._catalog.ancestors(self.head()):

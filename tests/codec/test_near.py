@@ -289,6 +289,7 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
     second = np.exp(values)
     second[codes > 0] = 0
     first = np.where(second > 0, base, 0).astype(np.float32)
+    odd = np.where(codes < 0, np.float32(random.choice([np.nan, -1, 0])), second)
     gaps = random.integers(0, 256, count).astype(np.uint8)
     gaps[-1] = 3
     planes = random.integers(0, 256, 3 * ((count + 7) // 8)).astype(np.uint8)
@@ -309,6 +310,7 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
         results.append([
             *coded[:3],
             *loop.quantize_units(first, second, np.float32(0.3), half),
+            loop.quantize_units(np.zeros_like(first), odd, half, half)[2],
             changed,
             loop.bit_positions(bitmap, count),
             loop.with_signs(np.abs(codes), signs),
@@ -334,6 +336,23 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
         pair = [getattr(loop, name)(*arguments) for loop in both()]
         for left, right in zip(*pair, strict=True):
             assert np.allclose(left, right, rtol=1e-3, atol=5e-3 * count)
+
+
+def test_a_base_of_another_type_is_refused() -> None:
+    base = from_float32(normal(64, 0), "F16")
+    rows = Rows(1), np.full(64, 128, np.uint8)
+    weight = encode_delta(from_float32(normal(64, 1), "F16"), base, "F16", 0.1, 0.5, rows)
+    moment = encode_first(from_float32(normal(64, 2), "F16"), None, "F16", 1.5, 0.66)
+    assert weight is not None
+    assert moment is not None
+    wide = np.zeros(64, np.uint32)
+    beside = Companion(memoryview(put_slice(NEAR_WEIGHT, weight.payload)), wide)
+    for data, companion, stands_on in (
+        (put_slice(NEAR_SCALED_FIRST, moment.payload), beside, None),
+        (put_slice(NEAR_WEIGHT, weight.payload), None, wide),
+    ):
+        with pytest.raises(CorruptionError):
+            decode_slice(memoryview(data), DTYPES["F16"], 64, stands_on, companion)
 
 
 @given(st.binary(max_size=200), st.integers(1, 500), st.integers(4, 10), DTYPE_NAMES)
