@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -125,7 +126,7 @@ def _factors(matrix: Matrix, rank: int, step: float) -> tuple[Floats, Floats, np
     active = loops.active()
     shape = matrix.shape
     rank = min(rank, *shape)
-    lines = np.random.default_rng(0).standard_normal((rank + _MORE, shape[1]), np.float32)
+    lines = _random(rank + _MORE, shape[1])
     for part in (matrix.thinned(_THIN * (rank + _MORE)), matrix):  # the first only sets out
         basis = _orthonormal(part.times_rows(lines))
         if basis is None:
@@ -150,6 +151,12 @@ def _factors(matrix: Matrix, rank: int, step: float) -> tuple[Floats, Floats, np
     likeness = active.times_columns(left, basis) * active.times_rows(right, lines)
     total = float(energy.sum(dtype=np.float64))
     return left, right, np.float32(likeness.sum(dtype=np.float64) / total if total else 0)
+
+
+@lru_cache(4)
+def _random(count: int, length: int) -> Floats:
+    """Lines to set out from; not to be changed."""
+    return np.random.default_rng(0).standard_normal((count, length), np.float32)
 
 
 def _contiguous(values: NDArray[np.floating]) -> Floats:
