@@ -18,7 +18,8 @@ from scripts.bench.runs import FINETUNE, VISION
 
 CODECS = ("near", "small", "lossless", "excp", "excp-max")
 ABLATIONS = (
-    "near", "near:gamma=0", "near:gamma=0.25", "near:cap=1e9", "near:step=1e9,cap=1.85", "near:zone=0.66,step=1.5",
+    "near", "near:gamma=0", "near:gamma=0.25", "near:cap=1e9", "near:step=1e9,cap=1.85",
+    "near:zone=0.66,step=1.5",
     "near:rank=0,moment_step=4", "near:rank=0,moment_step=1e9", "near:rank=4", "near:rank=16",
     "near:step=1.4", "near:step=2.4",
     "small", "small:gamma=0", "small:gamma=1", "small:rank=0,moment_step=1e9", "small:step=2.4",
