@@ -67,7 +67,8 @@ def _add_squares(near: Array, true: Array, base: Array, weights: Array, sums: Ar
     sums[2] += three
     sums[3] += four
     sums[4] += five
-    return np.sqrt(two) + np.sqrt(three)  # no value is larger than the root of the sum
+    # No value is larger than the root of the sum, but for rounding, and squares that underflow.
+    return np.float32(1.001) * (np.sqrt(two) + np.sqrt(three)) + np.float32(4e-19)
 
 
 @njit(**EXACT)

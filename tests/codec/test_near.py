@@ -198,6 +198,22 @@ def test_moments_come_back(count: int, dtype: str, seed: int, columns: int, zero
     assert (error <= np.abs(to_float32(first, dtype)) * 1.01).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [1e-18, 1e-20, 1e-22])
+def test_weights_whose_squares_vanish(
+    size: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loops, "active", lambda: both()[compiled])
+    base = normal(500, 1, size)
+    values = base + normal(500, 2, size * 1e-3)
+    for step in (size * 1e-3, size * 1e-9):  # the second is too fine for any grid
+        found = encode_delta(values.view(np.uint32), base.view(np.uint32), "F32", step, 0.5)
+        assert (found is None) == (step < size * 1e-6)
+        if found is not None:
+            back = decode(NEAR_WEIGHT, found[0], "F32", 500, base.view(np.uint32))
+            assert (np.abs(back.view(np.float32) - values) <= step).all()
+
+
 @given(
     st.integers(1, 30), st.integers(1, 60), DTYPE_NAMES, st.integers(1, 9), st.integers(0, 2**32)
 )
