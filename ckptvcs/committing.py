@@ -268,11 +268,12 @@ class Committer:
             part: object_id(Kind.VALUES, dump_values([hashes[n] for n in schema.stored(part)]))
             for part in PARTS if schema.stored(part)
         }  # fmt: skip
-        skeletons = [object_id(Kind.SKELETON, _skeleton(checkpoint, f)) for f in checkpoint.files]
         known = {part: state.exact or state.values for part, state in commit.parts.items()}
+        if commit.source != "state" or known != tables:
+            return False
+        skeletons = [object_id(Kind.SKELETON, _skeleton(checkpoint, f)) for f in checkpoint.files]
         return (
-            commit.source == "state" and known == tables
-            and commit.schema == object_id(Kind.SCHEMA, dump_schema(schema))
+            commit.schema == object_id(Kind.SCHEMA, dump_schema(schema))
             and [file.skeleton for file in commit.files] == skeletons
         )  # fmt: skip
 
