@@ -1,7 +1,7 @@
 """The inner loops of the near codec, in numpy; `active()` gives these or their compiled form.
 
 Both give the same bits wherever a result is stored or decoded.  The compiled loops are several
-times faster, and cost half a second to load: they are worth it from some size on.
+times faster, and cost about a second to load: they are worth it from some size on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def prepare(size_bytes: int) -> None:
     if wanted == "0" or _state:
         return
     try:
-        from ckptvcs.codec import compiled  # noqa: PLC0415  takes half a second
+        from ckptvcs.codec import compiled  # noqa: PLC0415  takes about a second
 
         _state["compiled"] = compiled
     except (ImportError, RuntimeError, OSError):  # no numba, or nowhere to keep what it compiles
@@ -178,7 +178,7 @@ def product(row: Floats, column: Floats, start: int, out: Floats) -> None:
 
 def divide_roots(values: Floats, second: Floats) -> tuple[Floats, bool]:
     """Values / sqrt(second), 0 where both are; False where one is not finite."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         units = np.asarray(values / np.sqrt(second), np.float32)
         units[(second == 0) & (values == 0)] = 0
         return units, bool(np.isfinite(units).all())

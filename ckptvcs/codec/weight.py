@@ -89,12 +89,8 @@ class _Here:
         return bitmap, codes, sums, bound
 
     def largest(self) -> float:
-        extents = map(loops.active().extent, (self.values, self.base))
-        return float(max((extent[1] for extent in extents), key=_not_finite_first))
-
-
-def _not_finite_first(value: float) -> float:
-    return value if np.isfinite(value) else np.inf
+        one, other = (loops.active().extent(x)[1] for x in (self.values, self.base))
+        return float(np.maximum(one, other))  # NaN, if one is
 
 
 def encode_delta(

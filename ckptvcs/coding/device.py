@@ -19,16 +19,13 @@ from ckptvcs.codec.frame import (
     Companion,
     decode_slice,
     put_slice,
-    slice_counts,
 )  # fmt: skip
 from ckptvcs.codec.lowrank import factors_of, put_directions
 from ckptvcs.codec.moments import Factors, put_second
-from ckptvcs.codec.planes import sample
 from ckptvcs.codec.weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Group, Target
-from ckptvcs.coding.measure import measure_step, step_sample
-from ckptvcs.coding.near import NearCoder, second_rows
+from ckptvcs.coding.near import Measured, NearCoder, second_rows
 from ckptvcs.dtypes import DTYPES
 
 _Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the device
@@ -63,15 +60,17 @@ class DeviceCoder:
         first = None if second is None else self._first(group.first, number, second)
         if second is None or first is None:
             return None
-        step = self._step(number, (first[0].decoded, second[0].decoded))
+        coded: dict[int, Measured] = {
+            group.first.number: first[:2], group.second.number: second[:2],
+        }  # fmt: skip
+        step = self._host.step(number, coded)
         weight = self._weight(group.weight, number, second)
         if weight is None or step.update_error > step.update_energy:
             return None
         first[1].add(step)
-        coded = {target.number: found for target, found in (
-            (group.weight, weight), (group.first, first), (group.second, second))}  # fmt: skip
-        slices = tuple(coded[target.number][0] for target in self.members)
-        return CodedGroup(slices, tuple(coded[target.number][1] for target in self.members))
+        coded[group.weight.number] = weight[:2]
+        slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
+        return CodedGroup(slices, errors)
 
     def _values(self, target: Target, number: int) -> Any:
         return device.floats(target.tensor.on_device(number), target.dtype)
@@ -109,16 +108,6 @@ class DeviceCoder:
         errors = Errors(error, energy, largest=largest)
         beside = Companion(memoryview(second[0].data))
         return _coded(NEAR_SCALED_LOW_RANK, payload, target, count, errors, near, companion=beside)
-
-    def _step(self, number: int, restored: tuple[Words, Words]) -> Errors:
-        group, size = self._group, step_sample(self._group.words)
-        pairs = [
-            (target.sampled(number, size), sample(to_float32(words, target.dtype), size))
-            for target, words in zip((group.first, group.second), restored, strict=True)
-            if target is not None
-        ]
-        count = slice_counts(group.words)[number]
-        return measure_step(group.rule, pairs[0], pairs[1], count)
 
     def _weight(self, target: Target, number: int, second: _Coded) -> _Coded | None:
         assert self._group.base is not None

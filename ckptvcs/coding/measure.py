@@ -48,8 +48,9 @@ def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
     dtype = group.weight.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, dtype) for words in (coded.source, coded.decoded))
-        base = NONE if group.base is None else to_float32(group.base.slice(number), dtype)
-        base = base if base.size else np.zeros_like(true)
+        base = np.zeros_like(true)
+        if group.base is not None:
+            base = to_float32(group.base.slice(number), dtype)
         second = NONE if group.second is None else group.second.floats(number)
         sums = loops.active().weight_squares(near, true, base, second)
     return Errors.of(sums)

@@ -140,10 +140,11 @@ def second_rows(target: Target, number: int, words: int) -> Rows:
     return Rows(words)
 
 
-_Measured = tuple[CodedSlice, Errors]
+Measured = tuple[CodedSlice, Errors]
+"""A slice as it is coded, and its errors."""
 
 
-def _factors(second: _Measured | None) -> Factors | None:
+def _factors(second: Measured | None) -> Factors | None:
     """The rows and columns of a slice of second moments that is coded by these."""
     if second is None or second[0].data[0] != NEAR_SECOND:
         return None
@@ -170,7 +171,7 @@ class NearCoder:
     def code(self, number: int) -> CodedGroup:
         """Code one slice of each member."""
         group = self._group
-        coded: dict[int, _Measured] = {}
+        coded: dict[int, Measured] = {}
         if group.first is not None or group.second is not None:
             self._moments(number, coded)
         if group.weight is not None:
@@ -189,7 +190,7 @@ class NearCoder:
         slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
         return CodedGroup(slices, errors)
 
-    def _exact(self, target: Target, number: int) -> _Measured:
+    def _exact(self, target: Target, number: int) -> Measured:
         base = None
         if target is self._group.weight and self._group.base is not None and not self._keyframe:
             base = self._group.base.slice(number)
@@ -204,7 +205,7 @@ class NearCoder:
     def _near(
         self, target: Target, number: int, method: int, encoded: NearSlice | None,
         *, stands_on_base: bool = False,
-    ) -> _Measured | None:  # fmt: skip
+    ) -> Measured | None:  # fmt: skip
         """A near form with its errors; None where there is none, or it is worse than nothing, or
         so large that it cannot be told.
         """
@@ -222,7 +223,7 @@ class NearCoder:
 
     # -- moments -------------------------------------------------------------------------------
 
-    def _moments(self, number: int, coded: dict[int, _Measured]) -> None:
+    def _moments(self, number: int, coded: dict[int, Measured]) -> None:
         """Code first and second: the coarsest second with which the next step is no worse than
         without any state at all.
         """
@@ -232,18 +233,19 @@ class NearCoder:
                 coded[second.number] = near_second
             if first is not None:
                 coded[first.number] = self._first(first, number, near_second)
-            step = self._step(number, coded)
+            step = self.step(number, coded)
             if step.update_error <= step.update_energy:
                 break
         else:
             if first is not None:
                 coded[first.number] = self._exact(first, number)
-            step = self._step(number, coded)
+            step = self.step(number, coded)
         holder = first or second
         assert holder is not None
         coded[holder.number][1].add(step)
 
-    def _step(self, number: int, coded: dict[int, _Measured]) -> Errors:
+    def step(self, number: int, coded: dict[int, Measured]) -> Errors:
+        """The error of the next step with a slice of each moment as it is coded, by number."""
         group = self._group
         size = step_sample(group.words)
         pairs = [
@@ -256,7 +258,7 @@ class NearCoder:
         count = slice_counts(group.words)[number]
         return measure_step(group.rule, pairs[0], pairs[1], count)
 
-    def _seconds(self, target: Target, number: int) -> Iterator[_Measured]:
+    def _seconds(self, target: Target, number: int) -> Iterator[Measured]:
         """A slice of squares in forms that get finer: row times column, word by word, exactly."""
         words = target.tensor.slice(number)
         for rows in (second_rows(target, number, words.size), Rows(words.size)):
@@ -266,7 +268,7 @@ class NearCoder:
                 yield found
         yield self._exact(target, number)
 
-    def _first(self, target: Target, number: int, second: _Measured | None) -> _Measured:
+    def _first(self, target: Target, number: int, second: Measured | None) -> Measured:
         words, spec = target.tensor.slice(number), self.spec
         step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
@@ -278,8 +280,8 @@ class NearCoder:
         return self._near(target, number, method, encoded) or self._exact(target, number)
 
     def _low_rank(
-        self, target: Target, number: int, words: Words, second: _Measured | None
-    ) -> _Measured | None:
+        self, target: Target, number: int, words: Words, second: Measured | None
+    ) -> Measured | None:
         """A slice by its strongest directions; None where it is too narrow to have any, or, where
         nothing divides it, these do not say enough.
         """
@@ -311,7 +313,7 @@ class NearCoder:
 
     # -- weights -------------------------------------------------------------------------------
 
-    def _weight(self, target: Target, number: int, second: _Measured | None) -> _Measured:
+    def _weight(self, target: Target, number: int, second: Measured | None) -> Measured:
         words, base = target.tensor.slice(number), self._group.base
         encoded = None
         if base is None or self._keyframe:
