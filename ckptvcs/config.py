@@ -20,7 +20,7 @@ from ckptvcs.store.local import storage_error, sync_directory
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
 
-FLAGS = {"read": frozenset({"near"}), "write": frozenset[str](), "gc": frozenset[str]()}
+FLAGS = {"read": frozenset({"near", "near-2"}), "write": frozenset[str](), "gc": frozenset[str]()}
 """What a repository may ask of a program that reads, writes or sweeps it, as far as is known."""
 
 
@@ -118,16 +118,17 @@ def require_flags(folder: Path, operation: str) -> None:
         )
 
 
-def raise_flag(folder: Path, operation: str, flag: str) -> None:
-    """Say, durably, that a program must know `flag` for an operation.  Flags are never lowered.
+def raise_flags(folder: Path, operation: str, *wanted: str) -> None:
+    """Say, durably, that a program must know some flags for an operation.  They are never lowered.
 
     Raises:
         StorageError: it cannot be written.
     """
     fields = _format(folder)
     flags = fields["flags"].setdefault(operation, [])
-    if flag not in flags:
-        flags.append(flag)
+    missing = [flag for flag in wanted if flag not in flags]
+    if missing:
+        flags += missing
         write_format(folder, fields)
 
 

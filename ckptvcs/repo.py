@@ -23,7 +23,7 @@ from ckptvcs.config import (
     check_format,
     default_text,
     load_config,
-    raise_flag,
+    raise_flags,
     require_flags,
     write_format,
 )  # fmt: skip
@@ -288,7 +288,7 @@ class Repo:
         require_flags(self.folder, "write")
         spec = parse_codec(self.config.codec if codec is None else codec)
         if isinstance(spec.settings, NearSpec):
-            raise_flag(self.folder, "read", "near")
+            raise_flags(self.folder, "read", "near", "near-2")
         bases = self.folder / _CACHE / "bases"
         if checkpoint.kind == "state" and self._held is None:
             from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above

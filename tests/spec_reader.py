@@ -46,7 +46,7 @@ class SpecRepository:
         self.folder = folder
         head = json.loads((folder / "format").read_text())
         assert head["format"] == 1
-        assert set(head["flags"]["read"]) <= {"near"}
+        assert set(head["flags"]["read"]) <= {"near", "near-2"}
         self.records: dict[bytes, tuple[int, int, bytes, int, bytes, bytes]] = {}
         for path in [*folder.glob("packs/*/*.pack"), *folder.glob("meta/*/*.pack")]:
             self._pack(path)
