@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
+_AHEAD = 2  # items more than threads, so that none idles while a slow one is waited for
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,7 +48,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         sys.setswitchinterval(min(turn, _TURN))
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > worker_count():
+            if len(waiting) > worker_count() + _AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
