@@ -17,7 +17,8 @@ from ckptvcs.errors import (
     TruncatedError,
     UnsupportedVersionError,
 )
-from ckptvcs.repo import LogEntry, Repo, Stats
+from ckptvcs.history.log import LogEntry
+from ckptvcs.repo import Repo, Stats
 
 __all__ = [
     "BusyError",

@@ -29,7 +29,7 @@ from ckptvcs.config import (
 )  # fmt: skip
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog, keys_of
-from ckptvcs.history.commit import Commit, ErrorReport
+from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.local import LocalBackend, storage_error, sync_directory
@@ -55,41 +55,6 @@ _CACHE = "cache"
 
 def _quiet(_: int) -> None:
     """No progress is shown."""
-
-
-@dataclass(frozen=True)
-class LogEntry:
-    """A commit in the history, with what depends on the repository's present state.
-
-    `stored_bytes` are the bytes on disk that the commit added, without its exact patch.
-    """
-
-    id: ObjectId
-    commit: Commit
-    stored_bytes: int
-    fidelity: Mapping[str, str]
-    branch: str | None
-    tags: tuple[str, ...]
-
-    @property
-    def exact(self) -> bool:
-        """Whether every file comes back bit for bit."""
-        return all(form == "exact" for form in self.fidelity.values())
-
-    @property
-    def step(self) -> int | None:
-        """The training step, if it is known."""
-        return self.commit.step
-
-    @property
-    def message(self) -> str:
-        """What the commit is remembered by."""
-        return self.commit.message
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Its metrics by name."""
-        return self.commit.metrics
 
 
 @dataclass(frozen=True)
@@ -123,6 +88,7 @@ class Repo:
         self.catalog = Catalog(store)
         self.refs = Refs(self._backend)
         self.revisions = Revisions(self.catalog, self.refs)
+        self.history = History(self.catalog, self.refs, self.revisions)
         self._branch: str | None = None
         self._held: HeldBase | None = None
         self._holder = Lock()
@@ -392,56 +358,14 @@ class Repo:
         self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
     ) -> LogEntry:
         """A commit as the log shows it."""
-        commit = self.catalog.commit(name)
-        fidelity = {
-            part: "exact" if state.exact is None or self.catalog.has_recipe(state.exact) else "near"
-            for part, state in commit.parts.items()
-        }
-        stored = commit.data_bytes + self.catalog.store.home_size(name)
-        return LogEntry(name, commit, stored, fidelity, branch, tags)
-
-    def tensor_errors(self, name: ObjectId) -> dict[int, ErrorReport]:
-        """The errors of those tensors of a commit that are not exact, by position in its schema."""
-        errors = self.catalog.commit(name).errors
-        return {} if errors is None else self.catalog.errors(errors)
-
-    def tags(self) -> dict[ObjectId, tuple[str, ...]]:
-        """The tags of each commit that has any."""
-        found: dict[ObjectId, tuple[str, ...]] = {}
-        for tag in self.refs.names("tags"):
-            commit = self.revisions.tag(tag)
-            if commit is not None:
-                found[commit] = (*found.get(commit, ()), tag)
-        return found
+        return self.history.entry(name, branch=branch, tags=tags)
 
     def log(
         self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
     ) -> list[LogEntry]:
         """Commits, newest first: HEAD's line (or that of `revision`), or those of all branches."""
-        tags = self.tags()
-        head = self.refs.read(HEAD)
-        lines: list[tuple[str | None, ObjectId]] = []
-        if revision is not None:
-            lines.append((None, self.resolve(revision)))
-        else:
-            start = self.revisions.head()
-            if start is not None:
-                lines.append((head.branch if head else None, start))
-            if all_branches:
-                tips = self.revisions.tips()
-                lines += [(n[6:], tip) for n, tip in tips.items() if n.startswith("heads/")]
-                lines += [(None, tip) for n, tip in tips.items() if n.startswith("tags/")]
-        found: dict[ObjectId, str | None] = {}
-        times: dict[ObjectId, str] = {}
-        for branch, tip in lines:
-            for name, commit in self.catalog.ancestors(tip):
-                if name in found or (len(lines) == 1 and len(found) == limit):
-                    break
-                found[name], times[name] = branch, commit.time
-        names = list(found)
-        if len(lines) > 1:
-            names.sort(key=lambda name: times[name], reverse=True)
-        return [self.entry(n, branch=found[n], tags=tags.get(n, ())) for n in names[:limit]]
+        start = None if revision is None else self.resolve(revision)
+        return self.history.entries(limit, start=start, all_branches=all_branches)
 
     def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
         """Create or move a branch (`heads`) or a tag (`tags`); None deletes it."""

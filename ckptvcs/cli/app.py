@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
-from ckptvcs.cli import history, maintain, refs, render
+from ckptvcs.cli import files, history, maintain, refs, render
 from ckptvcs.cli.context import Globals
 from ckptvcs.errors import CkptError, StorageError
 
@@ -61,7 +61,7 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 for _command in (
-    maintain.init, history.commit, history.log, history.show, history.status, history.checkout,
+    maintain.init, files.commit, history.log, history.show, history.status, files.checkout,
     refs.branch, refs.tag, maintain.gc, maintain.verify, maintain.stats, maintain.index,
 ):  # fmt: skip
     app.command()(_guarded(_command))

@@ -13,6 +13,10 @@ from ckptvcs.repo import Repo
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
+Revision = Annotated[
+    str, typer.Argument(metavar="REV", help="a step, tag, branch, id, HEAD~2, best:loss:min ...")
+]
+
 
 @dataclass(frozen=True)
 class Globals:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptvcs.history.canonical import from_number
 from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
-from ckptvcs.repo import LogEntry
+from ckptvcs.history.log import LogEntry
 
 Json = Any
 

@@ -1,0 +1,149 @@
+"""commit, checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, Revision, open_repo
+from ckptvcs.errors import ConflictError, InvalidInputError
+from ckptvcs.history.commit import PARTS
+from ckptvcs.repo import Repo
+from ckptvcs.store.object import ObjectId
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        equals = ""
+    if not name or not equals:
+        raise InvalidInputError(f"'{text}' is no metric", hint="write --metric loss=2.31")
+    return name, number
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def commit(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint file or directory")],
+    message: Annotated[str, typer.Option("-m", "--message", help="what to remember it by")] = "",
+    step: Annotated[int | None, typer.Option(help="training step; else found")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a metric; may be repeated")
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="near, small, lossless, excp; near:step=1.5 for more")
+    ] = None,
+    branch: Annotated[
+        str | None, typer.Option(help="commit to this branch, leaving HEAD where it is")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="store bytes, look for no structure")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Store a checkpoint as the next commit."""
+    repo = open_repo(context)
+    metrics = dict(_metric(text) for text in metric or [])
+    with render.progress("committing", _size_of(path)) as tick:
+        result = repo.commit_path(
+            path, message=message, step=step, metrics=metrics, codec=codec, branch=branch,
+            raw=raw, progress=tick,
+        )  # fmt: skip
+    for note in result.notes:
+        render.talk(f"note: {note}")
+    entry = repo.entry(result.id, branch=result.branch)
+    if json:
+        render.as_json(render.entry_json(entry))
+        return
+    made = entry.commit
+    where = f"{result.branch} {entry.id[:8]}"
+    title = "" if made.step is None else f" step {made.step}"
+    render.data(f"[{where}]{title} {render.printable(made.message)}".rstrip())
+    render.data(
+        f"  {render.size(made.raw_bytes)} -> {render.size(entry.stored_bytes)}"
+        f" ({render.ratio(made.raw_bytes, entry.stored_bytes)}), {made.kind},"
+        f" depth {made.depth}, {render.fidelity(entry)}"
+    )
+
+
+def checkout(
+    context: typer.Context,
+    revision: Revision,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="PATH", help="write here; HEAD stays")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite uncommitted files")] = False,
+    only: Annotated[
+        str | None, typer.Option(metavar="PART", help="one part: model, optimizer or rest")
+    ] = None,
+    require: Annotated[
+        str | None, typer.Option(metavar="exact", help="refuse anything but this fidelity")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write the files of a commit as they were."""
+    if output == "-":
+        raise InvalidInputError(
+            "checkpoints are not written to stdout", hint="name a file: -o model.pt"
+        )
+    if require not in (None, "exact"):
+        raise InvalidInputError(f"--require takes 'exact', not '{require}'")
+    if only is not None and only not in PARTS:
+        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")
+    repo = open_repo(context)
+    name = repo.resolve(revision)
+    entry = repo.entry(name)
+    wanted = {only: entry.fidelity.get(only, "")} if only else dict(entry.fidelity)
+    if require and any(form == "near" for form in wanted.values()):
+        raise ConflictError(
+            f"commit {name[:8]} can only be restored in near form ({render.fidelity(entry)})",
+            hint="leave out --require exact to take it as it is",
+        )
+    target = Path(output) if output else None
+    if only:
+        paths, where = [_checkout_part(repo, name, only, target, force=force)], None
+    else:
+        with render.progress("checking out", entry.commit.raw_bytes) as tick:
+            done = repo.checkout_files(name, target, force=force, progress=tick)
+        paths = list(done.paths)
+        where = None if target else repo.move_head(name, revision)
+    exact = all(form == "exact" for form in wanted.values())
+    if json:
+        render.as_json({
+            "id": name, "step": entry.commit.step, "paths": [str(path) for path in paths],
+            "fidelity": wanted, "exact": exact, "branch": where,
+        })  # fmt: skip
+        return
+    form = "exact" if exact else render.fidelity(entry)
+    shown = render.printable(str(paths[0])) if len(paths) == 1 else f"{len(paths)} files"
+    step = "" if entry.commit.step is None else f" step {entry.commit.step},"
+    render.data(f"{shown}:{step} {name[:8]}, {form}")
+    if target is None and not only and where is None:
+        render.talk("note: HEAD is at an older commit; the next commit starts a branch")
+
+
+def _checkout_part(
+    repo: Repo, name: ObjectId, part: str, target: Path | None, *, force: bool
+) -> Path:
+    made = repo.catalog.commit(name)
+    if target is None:
+        home = repo.worktree().home(made.path, inside=made.inside)
+        stem = home.stem if made.source != "directory" else home.name or "checkpoint"
+        target = home.with_name(f"{stem}.{part}.pt")
+    if target.is_dir():
+        raise InvalidInputError(f"{target} is a directory", hint="name the file to write")
+    if target.exists() and not force:
+        raise ConflictError(f"{target} exists", hint="overwrite it with --force")
+    repo.save_part(name, part, target)
+    return target

@@ -1,0 +1,112 @@
+"""History: commits as a log shows them, with what depends on the repository's present state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import Commit, ErrorReport
+from ckptvcs.history.refs import HEAD, Refs
+from ckptvcs.history.revision import Revisions
+from ckptvcs.store.object import ObjectId
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """A commit in the history, with what depends on the repository's present state.
+
+    `stored_bytes` are the bytes on disk that the commit added, without its exact patch.
+    """
+
+    id: ObjectId
+    commit: Commit
+    stored_bytes: int
+    fidelity: Mapping[str, str]
+    branch: str | None
+    tags: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every file comes back bit for bit."""
+        return all(form == "exact" for form in self.fidelity.values())
+
+    @property
+    def step(self) -> int | None:
+        """The training step, if it is known."""
+        return self.commit.step
+
+    @property
+    def message(self) -> str:
+        """What the commit is remembered by."""
+        return self.commit.message
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Its metrics by name."""
+        return self.commit.metrics
+
+
+class History:
+    """The commits of one repository."""
+
+    def __init__(self, catalog: Catalog, refs: Refs, revisions: Revisions) -> None:
+        self._catalog, self._refs, self._revisions = catalog, refs, revisions
+
+    def entry(
+        self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
+    ) -> LogEntry:
+        """A commit as the log shows it."""
+        commit = self._catalog.commit(name)
+        fidelity = {
+            part: "exact"
+            if state.exact is None or self._catalog.has_recipe(state.exact)
+            else "near"
+            for part, state in commit.parts.items()
+        }
+        stored = commit.data_bytes + self._catalog.store.home_size(name)
+        return LogEntry(name, commit, stored, fidelity, branch, tags)
+
+    def errors(self, name: ObjectId) -> dict[int, ErrorReport]:
+        """The errors of those tensors of a commit that are not exact, by position in its schema."""
+        errors = self._catalog.commit(name).errors
+        return {} if errors is None else self._catalog.errors(errors)
+
+    def tags(self) -> dict[ObjectId, tuple[str, ...]]:
+        """The tags of each commit that has any."""
+        found: dict[ObjectId, tuple[str, ...]] = {}
+        for tag in self._refs.names("tags"):
+            commit = self._revisions.tag(tag)
+            if commit is not None:
+                found[commit] = (*found.get(commit, ()), tag)
+        return found
+
+    def entries(
+        self, limit: int | None = None, *, start: ObjectId | None = None,
+        all_branches: bool = False,
+    ) -> list[LogEntry]:  # fmt: skip
+        """Commits, newest first: HEAD's line (or that of `start`), or those of all branches."""
+        tags = self.tags()
+        head = self._refs.read(HEAD)
+        lines: list[tuple[str | None, ObjectId]] = []
+        if start is not None:
+            lines.append((None, start))
+        else:
+            at = self._revisions.head()
+            if at is not None:
+                lines.append((head.branch if head else None, at))
+            if all_branches:
+                tips = self._revisions.tips()
+                lines += [(n[6:], tip) for n, tip in tips.items() if n.startswith("heads/")]
+                lines += [(None, tip) for n, tip in tips.items() if n.startswith("tags/")]
+        found: dict[ObjectId, str | None] = {}
+        times: dict[ObjectId, str] = {}
+        for branch, tip in lines:
+            for name, commit in self._catalog.ancestors(tip):
+                if name in found or (len(lines) == 1 and len(found) == limit):
+                    break
+                found[name], times[name] = branch, commit.time
+        names = list(found)
+        if len(lines) > 1:
+            names.sort(key=lambda name: times[name], reverse=True)
+        return [self.entry(n, branch=found[n], tags=tags.get(n, ())) for n in names[:limit]]
