@@ -32,7 +32,8 @@ from ckptvcs.encoder import Encoded, Encoder
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, FileEntry, dump_commit, dump_errors, load_commit
-from ckptvcs.history.recipe import dump_recipe, dump_values
+from ckptvcs.history.fading import Fader, Patch
+from ckptvcs.history.recipe import dump_let_go, dump_recipe, dump_values
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.schema import Op, Segment, dump_schema, dump_skeleton, load_schema  # fmt: skip
 from ckptvcs.source import Progress, scan
@@ -149,6 +150,7 @@ class Committer:
     ) -> None:  # fmt: skip
         self._catalog, self._refs, self._cache = catalog, refs, cache
         self._config, self._progress, self._held = config, progress, held
+        self._fader = Fader(catalog, refs, config.exact_rule)
 
     def commit(self, request: Request) -> Result:
         """Add one commit to the history.
@@ -162,19 +164,21 @@ class Committer:
         store = self._catalog.store
         with lease(store.backend) as held:
             checkpoint = request.checkpoint
-            file_hashes, hashes = scan(
-                checkpoint, self._progress, near=isinstance(request.spec.settings, NearSpec)
-            )
+            patched = self._config.exact_rule.wants_patch(request.metrics)
+            near = isinstance(request.spec.settings, NearSpec)
+            file_hashes, hashes = scan(checkpoint, self._progress, stay=near and not patched)
             step = find_step(request)
             place = self._place(request, step, file_hashes, hashes)
             base = self._catalog.commit(place.parent) if place.parent else None
             if base is not None and place.unchanged:
-                encoded = Encoded(dict(base.parts), {}, [], base.depth, 0, base.error, {})
+                encoded = Encoded(
+                    dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {}
+                )
             else:
                 keyframe = base is None or self._starts_keyframe(place.parent)
                 encoder = Encoder(
                     self._catalog, self._cache, request.spec, base, checkpoint, hashes,
-                    keyframe=keyframe, progress=self._progress,
+                    keyframe=keyframe, patched=patched, progress=self._progress,
                     held=self._held if checkpoint.kind == "state" else None,
                 )  # fmt: skip
                 encoded = encoder.encode()
@@ -184,12 +188,28 @@ class Committer:
                 content = dump_commit(commit)
                 load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
                 name = pack.add(Kind.COMMIT, content)
+                fading = self._fading(name, commit)
+                for record in self._fader.record(fading, commit.time):
+                    pack.add(Kind.RECORD, dump_let_go(record))
                 info = store.publish(pack)
             finally:
                 pack.abort()
             check_lease(store.backend, held)
             self._publish(place, name, commit)
+            if fading:  # a tag or a pin may have come meanwhile
+                still = {patch.pack for patch in self._fader.after(name)}
+                self._fader.delete(patch for patch in fading if patch.pack in still)
         return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, place.notes)
+
+    def _fading(self, name: ObjectId, commit: Commit) -> list[Patch]:
+        """The exact patches to let go once a commit is in the history: none, if it is the first one
+        with values that are not finite.
+        """
+        (parent,) = commit.parents or (None,)
+        before = self._catalog.commit(parent).nonfinite if parent else 0
+        if commit.nonfinite > before:
+            return []
+        return self._fader.after(parent, (name, commit))
 
     # -- where it goes ---------------------------------------------------------------------------
 
@@ -331,7 +351,8 @@ class Committer:
             parents=(place.parent,) if place.parent else (), time=now(), step=step,
             message=request.message, metrics=dict(request.metrics), codec=request.spec.name,
             kind="keyframe" if keyframe else "delta", depth=encoded.depth,
-            raw_bytes=checkpoint.size_bytes, data_bytes=encoded.data_bytes, patch_bytes=0,
+            raw_bytes=checkpoint.size_bytes, data_bytes=encoded.data_bytes,
+            patch_bytes=encoded.patch_bytes, nonfinite=encoded.nonfinite,
             source=checkpoint.kind, path=request.path, inside=request.inside, schema=schema,
             parts=encoded.parts, files=tuple(files), error=encoded.error,
             errors=errors, host=socket.gethostname(), user=_user(), code=_code_commit(),

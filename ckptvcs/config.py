@@ -1,49 +1,140 @@
-"""What a repository says of itself: its format, and its settings.
+"""The settings of a repository: what they are called, which values they take, where they stand.
 
-Lower layers get values, never these files.  docs/format.md, "format"; docs/cli.md, "Settings".
+Lower layers get values, never the file.  docs/cli.md, "Settings".
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ckptvcs.codec.spec import parse_codec
-from ckptvcs.errors import CorruptionError, InvalidInputError, UnsupportedVersionError
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store.local import storage_error, sync_directory
 
-FORMAT = 1
-"""The newest format that this program reads, and the one it writes."""
+Value = str | int | float
 
-FLAGS = {"read": frozenset({"near", "near-2"}), "write": frozenset[str](), "gc": frozenset[str]()}
-"""What a repository may ask of a program that reads, writes or sweeps it, as far as is known."""
+OFF = "off"
+AUTO = "auto"
+_HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings.
+    """The settings; docs/cli.md says what each means.
 
-    A new keyframe is started when a chain would be deeper than `keyframe_depth`, or when its
-    deltas together take more than `keyframe_bytes` times the bytes of its keyframe.
+    Bounds are a number, `off`, or `auto`: the codec's own.
     """
 
     codec: str = "near"
+    keep_exact: int = 2
+    keep_best: str = ""
+    best_fidelity: str = "exact"
+    tag_fidelity: str = "exact"
+    pin_fidelity: str = "exact"
+    max_weight_error: str | float = AUTO
+    max_update_nmse: str | float = AUTO
     keyframe_depth: int = 64
     keyframe_bytes: float = 4.0
+
+    @property
+    def exact_rule(self) -> ExactRule:
+        """Whose exact patches stay."""
+        best = Best.parse(self.keep_best) if self.keep_best else None
+        return ExactRule(
+            self.keep_exact, best, self.best_fidelity, self.tag_fidelity, self.pin_fidelity
+        )
+
+
+def _codec(value: Value) -> str:
+    parse_codec(str(value))
+    return str(value)
+
+
+def _best(value: Value) -> str:
+    if value != "":
+        Best.parse(str(value))
+    return str(value)
+
+
+def _fidelity(value: Value) -> str:
+    if value not in FIDELITIES:
+        raise InvalidInputError(f"'{value}' is none of {', '.join(FIDELITIES)}")
+    return str(value)
+
+
+def _whole(least: int) -> Callable[[Value], int]:
+    def check(value: Value) -> int:
+        try:
+            number = int(value) if not isinstance(value, float) else -1
+        except ValueError:
+            number = -1
+        if isinstance(value, bool) or not least <= number < 1 << 31:
+            raise InvalidInputError(f"'{value}' is no whole number from {least}")
+        return number
+
+    return check
+
+
+def _number(value: Value) -> float:
+    try:
+        number = -1.0 if isinstance(value, bool) else float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise InvalidInputError(f"'{value}' is no number above 0")
+    return number
+
+
+def _bound(value: Value) -> str | float:
+    return str(value) if value in (OFF, AUTO) else _number(value)
+
+
+_CHECKS: dict[str, Callable[[Value], Value]] = {
+    "codec": _codec, "keep-exact": _whole(0), "keep-best": _best,
+    "best-fidelity": _fidelity, "tag-fidelity": _fidelity, "pin-fidelity": _fidelity,
+    "max-weight-error": _bound, "max-update-nmse": _bound,
+    "keyframe-depth": _whole(1), "keyframe-bytes": _number,
+}  # fmt: skip
+
+KEYS = tuple(_CHECKS)
+"""The names of the settings, as the file and the command line have them."""
+
+
+def _field(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _checked(key: str, value: object) -> Value:
+    if key not in _CHECKS:
+        raise InvalidInputError(f"there is no setting '{key}'", hint=f"keys: {', '.join(KEYS)}")
+    if not isinstance(value, str | int | float):
+        raise InvalidInputError(f"'{key}' is neither text nor a number")
+    try:
+        return _CHECKS[key](value)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"'{key}': {error.message}", hint=error.hint) from error
+
+
+def get_setting(config: Config, key: str) -> Value:
+    """The value of a setting.  Raises InvalidInputError: there is none of that name."""
+    if key not in _CHECKS:
+        _checked(key, "")
+    return getattr(config, _field(key))  # type: ignore[no-any-return]
 
 
 def default_text(codec: str | None = None) -> str:
     """The settings of a new repository, as text.  Raises InvalidInputError: no such codec."""
-    name = Config.codec if codec is None else codec
-    parse_codec(name)
-    return (
-        f"# Settings of this repository; docs/cli.md describes them.\ncodec = {json.dumps(name)}\n"
-    )
+    name = _codec(Config.codec if codec is None else codec)
+    return f"{_HEADING}codec = {json.dumps(name)}\n"
 
 
 def load_config(path: Path) -> Config:
@@ -52,95 +143,58 @@ def load_config(path: Path) -> Config:
     Raises:
         InvalidInputError: the file is not TOML, or holds an unknown key or a bad value.
     """
+    return _parse(_read(path), path)
+
+
+def _read(path: Path) -> str:
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        return path.read_text("utf-8")
     except FileNotFoundError:
-        return Config()
+        return ""
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"cannot read {path}: {error}") from error
-    known = {field.name.replace("_", "-"): field for field in fields(Config)}
-    settings: dict[str, Any] = {}
-    for key, value in values.items():
-        field = known.get(key)
-        if field is None:
-            raise InvalidInputError(
-                f"{path} has an unknown key '{key}'", hint=f"keys: {', '.join(known)}"
-            )
-        wanted: type[Any] = type(field.default)
-        number = wanted is float and type(value) is int
-        if (type(value) is not wanted and not number) or (wanted is not str and value <= 0):
-            raise InvalidInputError(f"{path}: '{key}' is no valid {wanted.__name__}")
-        settings[field.name] = wanted(value)
-    config = Config(**settings)
-    parse_codec(config.codec)
+
+
+def _parse(text: str, path: Path) -> Config:
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+        settings = {_field(key): _checked(key, value) for key, value in values.items()}
+    except ValueError as error:
+        raise InvalidInputError(f"cannot read {path}: {error}") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{path}: {error.message}", hint=error.hint) from error
+    return replace(Config(), **settings)  # type: ignore[arg-type]  # checked one by one
+
+
+def set_setting(path: Path, key: str, value: str | None) -> Config:
+    """Change a setting in the file, whole or not at all, leaving its other lines as they are; None
+    takes it out.  The settings from then on.
+
+    Raises:
+        InvalidInputError: there is no such setting, or it does not take that value.
+        StorageError: the file cannot be written.
+    """
+    get_setting(Config(), key)
+    checked = None if value is None else _checked(key, value)
+    own = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
+    lines = [line for line in _read(path).splitlines() if not own.match(line)]
+    if checked is not None:
+        lines.append(f"{key} = {json.dumps(checked)}")
+    text = "\n".join(lines) + "\n"
+    config = _parse(text, path)
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise storage_error(error, f"write {path}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return config
 
 
-def _format(folder: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((folder / "format").read_text("utf-8"))
-        number, flags = fields["format"], fields.setdefault("flags", {})
-        known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
-    except OSError as error:
-        raise storage_error(error, f"open {folder}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptionError(f"{folder / 'format'} is not readable") from error
-    if not known:
-        raise CorruptionError(f"{folder / 'format'} holds no format")
-    return dict(fields)
-
-
-def check_format(folder: Path) -> None:
-    """Refuse a repository that this program cannot read.
-
-    Raises:
-        UnsupportedVersionError: a newer program wrote it.
-        CorruptionError: its `format` file is unreadable.
-    """
-    number = _format(folder)["format"]
-    if number > FORMAT:
-        raise UnsupportedVersionError(
-            f"{folder} has format {number}, this program reads up to {FORMAT}",
-            hint="upgrade ckptvcs",
-        )
-    require_flags(folder, "read")
-
-
-def require_flags(folder: Path, operation: str) -> None:
-    """Refuse what the repository says an older program must not do."""
-    asked = _format(folder)["flags"].get(operation) or []
-    unknown = [flag for flag in asked if flag not in FLAGS[operation]]
-    if unknown:
-        raise UnsupportedVersionError(
-            f"{folder} needs features that this program lacks to {operation}: "
-            + ", ".join(map(str, unknown)),
-            hint="upgrade ckptvcs",
-        )
-
-
-def raise_flags(folder: Path, operation: str, *wanted: str) -> None:
-    """Say, durably, that a program must know some flags for an operation.  They are never lowered.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    fields = _format(folder)
-    flags = fields["flags"].setdefault(operation, [])
-    missing = [flag for flag in wanted if flag not in flags]
-    if missing:
-        flags += missing
-        write_format(folder, fields)
-
-
-def write_format(folder: Path, fields: dict[str, Any]) -> None:
-    """Write the `format` file, whole or not at all.  Raises StorageError."""
-    temporary = folder / "tmp" / f"format-{secrets.token_hex(8)}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(fields) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / "format")
-        sync_directory(folder)
-    except OSError as error:
-        raise storage_error(error, f"write {folder / 'format'}") from error
+assert {field.name for field in fields(Config)} == {_field(key) for key in KEYS}

@@ -10,7 +10,6 @@ Nothing is held that grows with the checkpoint but a hash and a place for each t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,24 +19,24 @@ from numpy.typing import NDArray
 from ckptvcs.bases import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
 from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint.checkpoint import Checkpoint
-from ckptvcs.checkpoint.roles import FIRST, MOMENTS, SECOND, WEIGHT, Rule
+from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
-from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
+from ckptvcs.codec.patch import Buffers
+from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
-from ckptvcs.coding import excp
-from ckptvcs.coding.device import DeviceCoder
-from ckptvcs.coding.exact import ExactCoder
-from ckptvcs.coding.group import CodedGroup, Coder, Errors, Group, Target
-from ckptvcs.coding.near import NearCoder, NearPlan, Scale, measure_scale
+from ckptvcs.coding.exact import code_patch
+from ckptvcs.coding.group import CodedGroup, Coder, Errors
+from ckptvcs.coding.measure import count_nonfinite
 from ckptvcs.coding.report import report, report_tensors
 from ckptvcs.dtypes import WEIGHT_DTYPES
-from ckptvcs.frames import Draft, PartWriter
+from ckptvcs.frames import Draft, PartWriter, PatchWriter
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
 from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import ordered_map
+from ckptvcs.planning import Planner
 from ckptvcs.source import Progress, SourceTensor, find_masters, stays
 from ckptvcs.store.object import Kind, ObjectId, object_id
 
@@ -51,6 +50,8 @@ class Encoded:
     recipes: list[Recipe]
     depth: int
     data_bytes: int
+    patch_bytes: int
+    nonfinite: int
     error: ErrorReport
     errors: dict[int, ErrorReport]
 
@@ -77,6 +78,19 @@ class _Work:
     slices: int
 
 
+@dataclass(frozen=True)
+class _Coded:
+    """Slice `index` of the members of a work: near forms, patches (None where a form is exact),
+    and how many weights and moments are not finite.
+    """
+
+    work: _Work
+    index: int
+    group: CodedGroup
+    patches: list[Buffers | None]
+    nonfinite: int
+
+
 class Encoder:
     """Encodes one checkpoint against a base commit; used once."""
 
@@ -90,11 +104,13 @@ class Encoder:
         hashes: dict[int, bytes],
         *,
         keyframe: bool,
+        patched: bool,
         progress: Progress,
         held: HeldBase | None = None,
     ) -> None:
         """`hashes` are those that `scan` returned for the tensors of `checkpoint`; `held` keeps
-        the base of the next commit in memory, which else goes into the cache.
+        the base of the next commit in memory, which else goes into the cache.  What is stored with
+        loss can be had exactly too if it is to be `patched`.
         """
         loops.prepare(checkpoint.size_bytes)
         self._materials: dict[ObjectId, Materialised | None] = {}
@@ -111,20 +127,28 @@ class Encoder:
             for position, number in enumerate(row)
         }
         near = isinstance(spec.settings, NearSpec)
-        self._stay = {n for n in hashes if near and stays(checkpoint, n)}
+        self._stay = {n for n in hashes if near and not patched and stays(checkpoint, n)}
         self._values = dict(hashes)
         self._places: dict[int, _Place] = {}
         self._twins: dict[tuple[bytes, str, str, str], int] = {}
         self._copies: dict[int, list[int]] = {}
         self._errors: dict[int, Errors] = {}
-        self._depth = 0
+        self._depths: dict[int, int] = {}
+        self._nonfinite = 0
         self._writers = {
             name: PartWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
         }
-        self._masters = find_masters(checkpoint) if near else {}
+        self._patched = patched and spec.settings is not None
+        self._patches = {
+            name: PatchWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
+        }
+        self._planner = Planner(
+            checkpoint, spec, find_masters(checkpoint) if near else {}, self._base_tensor,
+            keyframe=keyframe,
+        )  # fmt: skip
         self._known = {
             name for name, row in self._numbers.items()
-            if catalog.has_recipe(object_id(Kind.VALUES, self._table(row)))
+            if catalog.has_recipe(object_id(Kind.VALUES, self._table(row)), patches=False)
         }  # fmt: skip
 
     def _load_base(self, base: Commit) -> dict[str, _BasePart]:
@@ -154,45 +178,27 @@ class Encoder:
         else:
             self._base_writer = self._held.writer(infos)
         try:
+            rows = [(group, self._left(group)) for group in self._planner.groups()]
             jobs = (
-                (work, number)
-                for work in map(self._begin, self._coders())
+                (work, number, self._patched)
+                for work in map(self._begin, self._planner.coders(rows))
                 for number in range(work.slices)
             )
-            for work, number, coded in ordered_map(_code, jobs):
-                self._put(work, number, coded)
+            for coded in ordered_map(_code, jobs):
+                self._put(coded)
                 del coded  # not to be held while the next one is waited for
             return self._finish()
         finally:
             self._base_writer.abort()
-            for writer in self._writers.values():
-                writer.abort()
+            for name in PARTS:
+                self._writers[name].abort()
+                self._patches[name].abort()
 
     def _table(self, row: list[int]) -> bytes:
         """The table of the values that were asked for."""
         return dump_values([self._hashes[number] for number in row])
 
     # -- what belongs together -----------------------------------------------------------------
-
-    def _groups(self) -> list[list[int]]:
-        """Stored tensors: a weight with its moments; moments of an unknown weight; others alone.
-
-        Groups come in the order of their first tensor in the files.
-        """
-        groups: dict[object, list[int]] = {}
-        for number, info in enumerate(self._infos):
-            if info.inline:
-                continue
-            key: object = self._masters.get(number, number)
-            if info.role in MOMENTS:
-                # Moments of one parameter have all of their names but the last step in common.
-                weight = info.pair
-                alone = weight is None or self._infos[weight].inline
-                key = (info.name.rpartition(".")[0], info.words)
-                if weight is not None and not alone:
-                    key = self._masters.get(weight, weight)
-            groups.setdefault(key, []).append(number)
-        return list(groups.values())
 
     def _base_of(self, number: int) -> tuple[_BasePart, int] | None:
         """Where the base has a tensor of the same name, type and shape."""
@@ -245,7 +251,7 @@ class Encoder:
         if self._keyframe and depth:
             return False
         self._places[number] = (bundle, frame)
-        self._depth = max(self._depth, depth)
+        self._depths[number] = depth
         self._skip(number)
         return True
 
@@ -263,108 +269,6 @@ class Encoder:
             if info.role == WEIGHT:
                 self._errors[number] = errors
         self._progress(info.size_bytes)
-
-    # -- who codes what ------------------------------------------------------------------------
-
-    def _target(self, number: int) -> Target:
-        info = self._infos[number]
-        source = SourceTensor(self._checkpoint, number)
-        return Target(number, source, info.dtype, info.shape, info.role)
-
-    def _coders(self) -> Iterator[tuple[Coder, dict[int, BaseTensor]]]:
-        """Coders for all that is not stored yet, with the bases of their members."""
-        settings = self._spec.settings
-        rows = [(group, self._left(group)) for group in self._groups()]
-        if isinstance(settings, NearSpec):
-            yield from self._near_coders([left for _, left in rows if left], settings)
-            return
-        for group, left in rows:
-            if left and isinstance(settings, ExcpSpec) and not self._keyframe:
-                found = self._excp_coder(left, group, settings)
-                if found is not None:
-                    yield found
-                    left = [n for n in left if all(n != m.number for m in found[0].members)]
-            for number in left:
-                yield self._exact_coder(number)
-
-    def _exact_coder(self, number: int) -> tuple[Coder, dict[int, BaseTensor]]:
-        base = None if self._keyframe else self._base_tensor(number)
-        if base is not None:
-            base.prove()
-        return ExactCoder(self._target(number), base), {} if base is None else {number: base}
-
-    def _near_coders(
-        self, rows: list[list[int]], spec: NearSpec
-    ) -> Iterator[tuple[Coder, dict[int, BaseTensor]]]:
-        groups: list[Group] = []
-        for left in rows:
-            lossy = [n for n in left if self._infos[n].role in MOMENTS | {WEIGHT}
-                     and self._infos[n].dtype in WEIGHT_DTYPES]  # fmt: skip
-            if lossy:
-                groups.append(self._near_group(lossy))
-            for number in left:
-                if number not in lossy:
-                    yield self._exact_coder(number)
-        weights = [group for group in groups if group.weight is not None]
-        scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
-        plan = NearPlan.of(spec, scales.values())
-        for group in groups:
-            base = group.base if isinstance(group.base, BaseTensor) else None
-            bases = {} if group.weight is None or base is None else {group.weight.number: base}
-            here = NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe)
-            there = not self._keyframe and DeviceCoder.can(group)
-            yield DeviceCoder(here, group) if there else here, {} if self._keyframe else bases
-
-    def _near_group(self, lossy: list[int]) -> Group:
-        copies = tuple(self._target(n) for n in lossy if self._masters.get(n) in lossy)
-        own = [number for number in lossy if self._masters.get(number) not in lossy]
-        targets = {self._infos[number].role: self._target(number) for number in own}
-        weight = targets.pop(WEIGHT, None)
-        second = next((targets[role] for role in targets if role in SECOND), None)
-        first = next(
-            (target for role, target in targets.items() if role in FIRST
-             and (second is None or (FIRST[role], target.dtype) == (second.role, second.dtype))),
-            None,
-        )  # fmt: skip
-        others = tuple(t for t in targets.values() if t is not first and t is not second)
-        base = None if weight is None else self._base_tensor(weight.number)
-        moments = [number for number in lossy if self._infos[number].role != WEIGHT]
-        rules = self._checkpoint.rules
-        rule = next((rules[number] for number in moments if number in rules), Rule())
-        words = self._infos[lossy[0]].words
-        return Group(words, weight, base, first, second, others, copies, rule)
-
-    def _excp_coder(
-        self, left: list[int], group: list[int], spec: ExcpSpec
-    ) -> tuple[Coder, dict[int, BaseTensor]] | None:
-        """ExCP for a weight and its moments; None where all has to be coded exactly."""
-        roles = {self._infos[number].role: number for number in left}
-        weight = roles.get(WEIGHT)
-        base = None if weight is None else self._base_tensor(weight)
-        paired = any(self._infos[number].role == WEIGHT for number in group)
-        if paired and base is None:
-            return None  # the weight is new or did not move: its moments have no mask
-        if any(self._infos[number].dtype not in WEIGHT_DTYPES for number in left):
-            return None
-        if base is not None:
-            base.prove()
-        # A first moment without its second, or the other way round, belongs to an optimizer
-        # whose rules ExCP does not know.
-        pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
-        first, second = pair if None not in pair else (None, None)
-        if weight is None and first is None:
-            return None
-        tensors = Group(
-            self._infos[left[0]].words,
-            None if weight is None else self._target(weight), base,
-            None if first is None else self._target(first),
-            None if second is None else self._target(second),
-        )  # fmt: skip
-        fitted = excp.plan(tensors, spec)
-        if fitted is None:
-            return None
-        bases = {} if weight is None or base is None else {weight: base}
-        return excp.ExcpCoder(tensors, fitted), bases
 
     # -- coding --------------------------------------------------------------------------------
 
@@ -386,12 +290,17 @@ class Encoder:
             self._end(work)
         return work
 
-    def _put(self, work: _Work, index: int, coded: CodedGroup) -> None:
-        for target, draft, part, errors in zip(
-            work.coder.members, work.drafts, coded.slices, coded.errors, strict=True
-        ):
+    def _put(self, coded: _Coded) -> None:
+        work, index = coded.work, coded.index
+        self._nonfinite += coded.nonfinite
+        for target, draft, part, errors, patch in zip(
+            work.coder.members, work.drafts, coded.group.slices, coded.group.errors,
+            coded.patches, strict=True,
+        ):  # fmt: skip
             info = self._infos[target.number]
             self._writers[info.part].append(draft, part)
+            if patch is not None:
+                self._patches[info.part].append(target.number, index, patch)
             if info.part == "model":
                 for number in (target.number, *self._copies.get(target.number, ())):
                     self._base_writer.write(
@@ -411,8 +320,8 @@ class Encoder:
             read = draft.source or (draft.digest if draft.exact else None)
             if read is not None and read.digest() != self._hashes[target.number]:
                 raise SourceTensor(self._checkpoint, target.number).changed()
-            if draft.stands_on_base and draft.base is not None:
-                self._depth = max(self._depth, draft.base.depth + 1)
+            stands = draft.stands_on_base and draft.base is not None
+            self._depths[target.number] = draft.base.depth + 1 if stands else 0  # type: ignore[union-attr]
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -428,7 +337,7 @@ class Encoder:
         parts: dict[str, PartState] = {}
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []
-        data_bytes = 0
+        data_bytes = patch_bytes = 0
         for name, row in self._numbers.items():
             if not row:
                 continue
@@ -438,22 +347,36 @@ class Encoder:
             parts[name] = PartState(
                 values, None if table == exact else object_id(Kind.VALUES, exact)
             )
-            if name in self._known:
-                depths = (self._chain.depth(values, position) for position in range(len(row)))
-                self._depth = max(self._depth, *depths)
             # Values that can be decoded already keep their recipe: a second one could stand on
             # frames that stand on the first.
-            if not self._catalog.has_recipe(values):
+            if self._catalog.has_recipe(values, patches=False):
+                for position, number in enumerate(row):
+                    self._depths[number] = self._chain.depth(values, position)
+            else:
                 bundle, size = self._writers[name].finish(self._catalog.store.publish)
                 data_bytes += size
                 recipes.append(self._recipe(values, row, bundle))
+            if self._patched and table != exact:
+                patch_bytes += self._patch(name, values, row)
         if "model" in parts and "model" not in self._known:
             self._base_writer.finish(parts["model"].values)
         lossy = self._spec.settings is not None
         return Encoded(
-            parts, tables, recipes, self._depth, data_bytes, report(self._errors, self._infos),
+            parts, tables, recipes, max(self._depths.values(), default=0), data_bytes, patch_bytes,
+            self._nonfinite, report(self._errors, self._infos),
             report_tensors(self._errors, self._infos) if lossy else {},
         )  # fmt: skip
+
+    def _patch(self, name: str, values: ObjectId, row: list[int]) -> int:
+        """Write the exact patch of a part: its bytes on disk."""
+        writer, frames = self._patches[name], []
+        twins = {copy: twin for twin, copies in self._copies.items() for copy in copies}
+        for position, number in enumerate(row):
+            info, twin = self._infos[number], twins.get(number, number)
+            frames.append(writer.frame(
+                twin, len(slice_counts(info.words)), (values, position), self._depths[twin] + 1
+            ))  # fmt: skip
+        return writer.finish(frames, self._table(row), self._catalog.store.publish)
 
     def _recipe(self, values: ObjectId, row: list[int], bundle: ObjectId | None) -> Recipe:
         bundles: dict[ObjectId, int] = {}
@@ -468,17 +391,22 @@ class Encoder:
         return Recipe(values, generation, tuple(bundles), tuple(owners), tuple(frames))
 
 
-def _code(job: tuple[_Work, int]) -> tuple[_Work, int, CodedGroup]:
-    work, number = job
-    return work, number, work.coder.code(number)
+def _code(job: tuple[_Work, int, bool]) -> _Coded:
+    work, number, patched = job
+    coded = work.coder.code(number)
+    patches: list[Buffers | None] = []
+    nonfinite = 0
+    for target, part in zip(work.coder.members, coded.slices, strict=True):
+        exact = part.decoded is part.source
+        if exact and target.role in LOSSY and target.dtype in WEIGHT_DTYPES:
+            nonfinite += count_nonfinite(part.decoded, target.dtype)
+        if exact or not patched:
+            patches.append(None)
+        else:
+            patches.append(code_patch(target.tensor.slice(number), part.decoded, target.dtype))
+    return _Coded(work, number, coded, patches, nonfinite)
 
 
 def _energy(values: NDArray[np.float32]) -> float:
     total = float(np.square(values, dtype=np.float64).sum())
     return total if np.isfinite(total) else 0.0
-
-
-def _scale(group: Group) -> Scale:
-    if isinstance(group.base, BaseTensor):
-        group.base.prove()
-    return measure_scale(group)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from blake3 import blake3
 
 from ckptvcs.bases import BaseTensor
+from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
+from ckptvcs.coding.exact import SAME
 from ckptvcs.coding.group import CodedSlice
-from ckptvcs.history.recipe import Frame, dump_bundle, slice_hash
+from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.store.object import Kind, ObjectId
 from ckptvcs.store.pack import PackInfo, PackWriter
+
+_LATE = 6  # slices that may wait to be written: they take memory
+
+Slice = tuple[int, int, bytes]
+"""Where a slice lies in its region, its length, its hash."""
 
 
 @dataclass
@@ -27,18 +36,46 @@ class Draft:
     companion: int | None = None
     stands_on_base: bool = False
     exact: bool = True
-    slices: list[tuple[int, int, bytes]] = field(default_factory=list)
+    slices: list[Slice] = field(default_factory=list)
     digest: blake3 = field(default_factory=lambda: blake3(max_threads=1))
     source: blake3 | None = None
+
+
+class _Region:
+    """Slices on their way into the region of a bundle, in a pack of its own."""
+
+    def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
+        self._new_pack = new_pack
+        self._pack: PackWriter | None = None
+        self._at = 0
+
+    def append(self, *buffers: bytes | memoryview) -> Slice:
+        """Add a slice, in pieces: where it lies, its length, its hash."""
+        at = self._at
+        for data in buffers:
+            self.pack.append_region(data)
+            self._at += len(data)
+        return at, self._at - at, slice_hash(*buffers)
+
+    @property
+    def pack(self) -> PackWriter:
+        """The pack, begun when it is first needed."""
+        if self._pack is None:
+            self._pack = self._new_pack()
+        return self._pack
+
+    def abort(self) -> None:
+        """Leave nothing behind that is not published."""
+        if self._pack is not None:
+            self._pack.abort()
 
 
 class PartWriter:
     """The frames of one part on their way into a pack of their own."""
 
     def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
-        self._new_pack = new_pack
-        self._pack: PackWriter | None = None
-        self._at = 0
+        self._region = _Region(new_pack)
+        self.abort = self._region.abort
         self.drafts: list[Draft] = []
 
     def begin(self, base: BaseTensor | None, *, steady: bool) -> Draft:
@@ -47,11 +84,7 @@ class PartWriter:
         return draft
 
     def append(self, draft: Draft, coded: CodedSlice) -> None:
-        if self._pack is None:
-            self._pack = self._new_pack()
-        self._pack.append_region(coded.data)
-        draft.slices.append((self._at, len(coded.data), slice_hash(coded.data)))
-        self._at += len(coded.data)
+        draft.slices.append(self._region.append(coded.data))
         draft.stands_on_base |= coded.stands_on_base
         draft.exact &= coded.decoded is coded.source
         if draft.source is None and not draft.steady and coded.decoded is not coded.source:
@@ -70,10 +103,57 @@ class PartWriter:
         """Write the bundle and publish the pack: its id, and the bytes on disk."""
         if not self.drafts:
             return None, 0
-        pack = self._pack or self._new_pack()
+        pack = self._region.pack
         bundle = pack.add(Kind.BUNDLE, dump_bundle([self._frame(draft) for draft in self.drafts]))
         return bundle, publish(pack).size_bytes
 
+
+class PatchWriter:
+    """The exact patch of one part on its way into a pack that holds all of it: to fade is to delete
+    that pack.
+
+    It is most of the bytes of a commit, so that they are hashed and written in a thread beside.
+    """
+
+    def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
+        self._region = _Region(new_pack)
+        self._thread: ThreadPoolExecutor | None = None
+        self._slices: dict[tuple[int, int], Future[Slice]] = {}
+        self._late: deque[Future[Slice]] = deque()
+
+    def append(self, tensor: int, index: int, buffers: Buffers) -> None:
+        """Add a slice of a tensor.  The buffers must stay as they are until `frame`."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "ckpt-patch")
+        future = self._thread.submit(self._region.append, *buffers)
+        self._slices[tensor, index] = future
+        self._late.append(future)
+        if len(self._late) > _LATE:
+            self._late.popleft().result()
+
+    def frame(self, tensor: int, count: int, base: tuple[ObjectId, int], depth: int) -> Frame:
+        """The frame of a tensor of `count` slices; those that were not added are the same."""
+        slices = []
+        for index in range(count):
+            future = self._slices.get((tensor, index))
+            slices.append(self._region.append(SAME) if future is None else future.result())
+        return Frame(base, depth, None, tuple(slices))
+
+    def finish(
+        self, frames: list[Frame], table: bytes, publish: Callable[[PackWriter], PackInfo]
+    ) -> int:
+        """Write the bundle, the table of the exact values and their recipe; publish the pack: its
+        bytes on disk.
+        """
+        pack = self._region.pack
+        bundle = pack.add(Kind.BUNDLE, dump_bundle(frames))
+        exact = pack.add(Kind.VALUES, table)
+        owners, numbers = (0,) * len(frames), tuple(range(len(frames)))
+        pack.add(Kind.RECIPE, dump_recipe(Recipe(exact, 0, (bundle,), owners, numbers, patch=True)))
+        return publish(pack).size_bytes
+
     def abort(self) -> None:
-        if self._pack is not None:
-            self._pack.abort()
+        """Leave nothing behind that is not published, and no thread."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        self._region.abort()

@@ -17,17 +17,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from ckptvcs.config import (
-    FORMAT,
-    Config,
-    check_format,
-    default_text,
-    load_config,
-    raise_flags,
-    require_flags,
-    write_format,
-)  # fmt: skip
+from ckptvcs.config import Config, default_text, load_config
 from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.format import FORMAT, check_format, raise_flags, require_flags, write_format
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name

@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_read
-from ckptvcs.checkpoint.roles import MOMENTS, WEIGHT
+from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec import device
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_type
@@ -53,15 +53,15 @@ class SourceTensor:
 
 
 def scan(
-    checkpoint: Checkpoint, progress: Progress, *, near: bool
+    checkpoint: Checkpoint, progress: Progress, *, stay: bool
 ) -> tuple[list[str | None], dict[int, bytes]]:
     """Hash every file (hex) and every stored tensor (by number) in one pass over the bytes.
 
-    A state is no file and has no hash as a whole.  Tensors on a device that are to be coded `near`
-    are not moved: a fingerprint stands for their hash.
+    A state is no file and has no hash as a whole.  Tensors on a device that are to `stay` there are
+    not moved: a fingerprint stands for their hash.
     """
     if checkpoint.kind == "state":
-        return [None], _scan_state(checkpoint, near=near)
+        return [None], _scan_state(checkpoint, stay=stay)
     file_hashes: list[str | None] = []
     hashes: dict[int, bytes] = {}
     for file in checkpoint.files:
@@ -87,14 +87,14 @@ def scan(
 def stays(checkpoint: Checkpoint, number: int) -> bool:
     """Whether a tensor is on a device, and of a kind that is coded near, and there."""
     info = checkpoint.schema.tensors[number]
-    lossy = info.role in MOMENTS | {WEIGHT} and info.dtype in WEIGHT_DTYPES and info.words > 0
+    lossy = info.role in LOSSY and info.dtype in WEIGHT_DTYPES and info.words > 0
     return lossy and SourceTensor(checkpoint, number).on_device(0) is not None
 
 
-def _scan_state(checkpoint: Checkpoint, *, near: bool) -> dict[int, bytes]:
+def _scan_state(checkpoint: Checkpoint, *, stay: bool) -> dict[int, bytes]:
     def hash_tensor(number: int) -> bytes:
         tensor = SourceTensor(checkpoint, number)
-        if near and stays(checkpoint, number):
+        if stay and stays(checkpoint, number):
             slices = range(len(slice_counts(tensor.info.words)))
             marks = [device.fingerprint(tensor.on_device(index)) for index in slices]
             return blake3(b"".join(marks)).digest()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from ckptvcs.config import FORMAT
+from ckptvcs.format import FORMAT
 from ckptvcs.repo import Repo
 from tests.training import save_run, train
 

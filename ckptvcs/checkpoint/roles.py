@@ -46,6 +46,9 @@ MASTERS = frozenset({
 MOMENTS = frozenset(FIRST) | SECOND
 """Keys of optimizer state that lossy coding knows how to treat."""
 
+LOSSY = MOMENTS | {WEIGHT}
+"""Roles of tensors that are coded with loss, where their type allows it."""
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -28,11 +28,13 @@ from ckptvcs.codec.compiled_codes import (
     split,
     with_signs,
 )
+from ckptvcs.codec.compiled_words import join_words, split_words
 
 __all__ = [
     "bit_positions", "change", "code_residuals", "directions", "divide_roots", "extent",
-    "gap_positions", "join_bits", "log_sums", "product", "quantize_units", "root_squares", "split",
-    "squares", "times_columns", "times_rows", "weight_squares", "with_signs",
+    "gap_positions", "join_bits", "join_words", "log_sums", "product", "quantize_units",
+    "root_squares", "split", "split_words", "squares", "times_columns", "times_rows",
+    "weight_squares", "with_signs",
 ]  # fmt: skip
 
 Array = Any

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckptvcs.codec import excp, lossless, lowrank, moments, weight
+from ckptvcs.codec import excp, lossless, lowrank, moments, patch, weight
 from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
 from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from ckptvcs.errors import CorruptionError, TruncatedError
@@ -23,6 +23,7 @@ LOSSLESS = 0
 EXCP_RESIDUAL, EXCP_MOMENT, EXCP_SHARED_MASK_MOMENT = 1, 2, 3
 NEAR_WEIGHT, NEAR_SECOND, NEAR_FIRST, NEAR_SCALED_FIRST = 4, 5, 6, 7
 ROUNDED, NEAR_SCALED_LOW_RANK, NEAR_LOW_RANK = 8, 9, 10
+PATCH = 11
 
 
 def slice_counts(words: int) -> list[int]:
@@ -71,7 +72,9 @@ def decode_slice(
     if base is not None and (base.size, base.dtype) != (count, word_type(dtype.word)):
         raise CorruptionError("a frame stands on a base of another size or type")
     if method == LOSSLESS:
-        return lossless.decode(payload, count, base, dtype)
+        return lossless.decode(payload, count, base, dtype, out)
+    if method == PATCH:
+        return patch.decode(payload, count, base, dtype, out)
     if dtype.name not in WEIGHT_DTYPES:
         raise CorruptionError(f"a frame codes {dtype.name} words with loss")
     if method == EXCP_RESIDUAL and base is not None:

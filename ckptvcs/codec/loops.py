@@ -13,6 +13,8 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptvcs.codec.words import Words
+
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 Positions = NDArray[np.int32] | NDArray[np.int64]
@@ -234,3 +236,41 @@ def root_squares(x: Floats, y: Floats) -> tuple[float, float]:
     """Sum of (sqrt x - sqrt y)^2, and sum of x."""
     error = np.sqrt(x) - np.sqrt(y)
     return float(np.square(error, dtype=np.float64).sum()), float(x.sum(dtype=np.float64))
+
+
+def _order(words: Words, floating: bool) -> Words:
+    """Map words so that neighbouring values get neighbouring integers; its own inverse."""
+    if not floating:
+        return words
+    signed = words.view(f"<i{words.dtype.itemsize}")
+    bits = words.dtype.itemsize * 8
+    low = words.dtype.type((1 << (bits - 1)) - 1)
+    return words ^ ((signed >> (bits - 1)).view(words.dtype) & low)
+
+
+def split_words(words: Words, base: Words, transform: int, floating: bool) -> NDArray[np.uint8]:
+    """Transform words (see `lossless`; `base` counts for the transform 2 only) and split them into
+    bytes by significance: shape (word size, n), least significant first.
+    """
+    one, top = words.dtype.type(1), words.dtype.type(words.itemsize * 8 - 1)
+    if transform == 2:
+        delta = _order(words, floating) - _order(base, floating)
+        signed = delta.view(f"<i{words.itemsize}")
+        words = (delta << one) ^ (signed >> signed.dtype.type(top)).view(words.dtype)
+    elif transform == 1:
+        words = (words << one) | (words >> top)
+    return np.ascontiguousarray(words.view(np.uint8).reshape(words.size, words.itemsize).T)
+
+
+def join_words(
+    planes: NDArray[np.uint8], base: Words, transform: int, floating: bool, out: Words
+) -> None:
+    """Undo `split_words`, into `out`."""
+    one, top = out.dtype.type(1), out.dtype.type(out.itemsize * 8 - 1)
+    words = np.ascontiguousarray(planes.T).reshape(-1).view(out.dtype)
+    if transform == 2:
+        delta = (words >> one) ^ (~(words & one) + one)
+        words = _order(delta + _order(base, floating), floating)
+    elif transform == 1:
+        words = (words >> one) | (words << top)
+    out[:] = words

@@ -16,67 +16,36 @@ difference was never larger on any trajectory measured.
 from __future__ import annotations
 
 import struct
+from types import ModuleType
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ckptvcs.codec import loops
 from ckptvcs.codec.planes import entropy_bits, get_section, put_section, sample
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.dtypes import DType
 from ckptvcs.errors import CorruptionError, TruncatedError
 
+Planes = NDArray[np.uint8]
+
 PLAIN, ROTATED, DELTA = 0, 1, 2
 _HEAD = struct.Struct("<B")
 
 
-def _rotate_left(words: Words) -> Words:
-    bits = words.dtype.itemsize * 8
-    one = words.dtype.type(1)
-    return (words << one) | (words >> words.dtype.type(bits - 1))
+def _split(words: Words, base: Words | None, transform: int, dtype: DType) -> Planes:
+    there = base if transform == DELTA and base is not None else words
+    planes: Planes = loops_for(words).split_words(words, there, transform, dtype.floating)
+    return planes
 
 
-def _rotate_right(words: Words) -> Words:
-    bits = words.dtype.itemsize * 8
-    one = words.dtype.type(1)
-    return (words >> one) | (words << words.dtype.type(bits - 1))
+def loops_for(words: Words) -> ModuleType:
+    """The loops for words of a size: those that are compiled know 2 and 4 bytes."""
+    return loops.active() if words.itemsize in (2, 4) else loops
 
 
-def _order(words: Words, floating: bool) -> Words:
-    """Map words so that neighbouring values get neighbouring integers; its own inverse."""
-    if not floating:
-        return words
-    signed = words.view(f"<i{words.dtype.itemsize}")
-    bits = words.dtype.itemsize * 8
-    low = words.dtype.type((1 << (bits - 1)) - 1)
-    return words ^ ((signed >> (bits - 1)).view(words.dtype) & low)
-
-
-def _difference(words: Words, base: Words, floating: bool) -> Words:
-    delta = _order(words, floating) - _order(base, floating)
-    signed = delta.view(f"<i{words.dtype.itemsize}")
-    bits = words.dtype.itemsize * 8
-    return (delta << words.dtype.type(1)) ^ (signed >> (bits - 1)).view(words.dtype)
-
-
-def _undo_difference(zigzag: Words, base: Words, floating: bool) -> Words:
-    one = zigzag.dtype.type(1)
-    delta = (zigzag >> one) ^ (~(zigzag & one) + one)
-    return _order(delta + _order(base, floating), floating)
-
-
-def _forward(transform: int, words: Words, base: Words | None, dtype: DType) -> Words:
-    if transform == DELTA:
-        assert base is not None
-        return _difference(words, base, dtype.floating)
-    return _rotate_left(words) if transform == ROTATED else words
-
-
-def _planes(words: Words) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """The bytes of `words` by significance: shape (word size, n), least significant first."""
-    return np.ascontiguousarray(words.view(np.uint8).reshape(words.size, words.itemsize).T)
-
-
-def _cost_bits(words: Words) -> float:
-    return sum(entropy_bits(plane) for plane in _planes(words))
+def _cost_bits(planes: Planes) -> float:
+    return sum(entropy_bits(plane) for plane in planes)
 
 
 def _cheapest(words: Words, base: Words | None, dtype: DType) -> int:
@@ -92,17 +61,16 @@ def _cheapest(words: Words, base: Words | None, dtype: DType) -> int:
     base_sample = None if base is None else sample(base)
     return min(
         options,
-        key=lambda option: _cost_bits(_forward(option, words_sample, base_sample, dtype)),
+        key=lambda option: _cost_bits(_split(words_sample, base_sample, option, dtype)),
     )
 
 
 def encode(words: Words, base: Words | None, dtype: DType) -> bytes:
     """Code one slice of words exactly; `base` has as many words, or is None."""
     transform = _cheapest(words, base, dtype)
-    planes = _planes(_forward(transform, words, base, dtype))
-    return _HEAD.pack(transform) + b"".join(
-        put_section(plane, text=dtype.name == "U8") for plane in planes
-    )
+    planes = _split(words, base, transform, dtype)
+    text = dtype.name == "U8"
+    return b"".join((_HEAD.pack(transform), *(put_section(plane, text=text) for plane in planes)))
 
 
 def needs_base(data: memoryview) -> bool:
@@ -110,8 +78,10 @@ def needs_base(data: memoryview) -> bool:
     return len(data) > 0 and data[0] == DELTA
 
 
-def decode(data: memoryview, count: int, base: Words | None, dtype: DType) -> Words:
-    """Read back the `count` words that `encode` was given.
+def decode(
+    data: memoryview, count: int, base: Words | None, dtype: DType, out: Words | None = None
+) -> Words:
+    """Read back the `count` words that `encode` was given; in `out`, if there is one.
 
     Raises:
         TruncatedError, CorruptionError: `data` is not a lossless slice of `count` words.
@@ -122,13 +92,12 @@ def decode(data: memoryview, count: int, base: Words | None, dtype: DType) -> Wo
     if transform > DELTA or (transform == DELTA and base is None):
         raise CorruptionError("a frame has an unknown transform or lacks its base")
     at = _HEAD.size
-    rows = np.empty((count, dtype.word), np.uint8)
+    planes = np.empty((dtype.word, count), np.uint8)
     for plane in range(dtype.word):
-        rows[:, plane], at = get_section(data, at, count)
+        planes[plane], at = get_section(data, at, count)
     if at != len(data):
         raise CorruptionError("a frame has bytes after its last section")
-    words: Words = rows.reshape(-1).view(word_type(dtype.word))
-    if transform == DELTA:
-        assert base is not None
-        return _undo_difference(words, base, dtype.floating)
-    return _rotate_right(words) if transform == ROTATED else words
+    words = np.empty(count, word_type(dtype.word)) if out is None else out
+    there = base if transform == DELTA and base is not None else words
+    loops_for(words).join_words(planes, there, transform, dtype.floating, words)
+    return words

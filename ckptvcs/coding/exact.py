@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckptvcs.codec import lossless
-from ckptvcs.codec.frame import LOSSLESS, put_slice
+import numpy as np
+
+from ckptvcs.codec import lossless, patch
+from ckptvcs.codec.frame import LOSSLESS, PATCH, put_slice
 from ckptvcs.codec.words import Words
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Target, Tensor
 from ckptvcs.dtypes import DTYPES
+from ckptvcs.errors import CorruptionError
 
 
 def code_exactly(source: Words, base: Words | None, dtype: str) -> CodedSlice:
@@ -16,6 +19,22 @@ def code_exactly(source: Words, base: Words | None, dtype: str) -> CodedSlice:
     payload = lossless.encode(source, base, DTYPES[dtype])
     stands_on_base = lossless.needs_base(memoryview(payload))
     return CodedSlice(put_slice(LOSSLESS, payload), source, source, stands_on_base)
+
+
+SAME = bytes([PATCH, patch.SAME])
+"""A slice of a patch whose words are those of the near form."""
+
+
+def code_patch(source: Words, near: Words, dtype: str) -> patch.Buffers:
+    """What makes the words of a slice of its near form, as a slice.  It is decoded again here: old
+    patches are let go on the word of new ones.
+    """
+    buffers = patch.encode(source, near, DTYPES[dtype])
+    if buffers[0] != bytes([patch.WHOLE]):
+        data = memoryview(b"".join(buffers))
+        if not np.array_equal(patch.decode(data, source.size, near, DTYPES[dtype]), source):
+            raise CorruptionError("an exact patch does not give back what it was made from")
+    return bytes([PATCH]), *buffers
 
 
 class ExactCoder:

@@ -20,7 +20,7 @@ import numpy as np
 from ckptvcs.checkpoint.roles import Rule
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
-from ckptvcs.codec.words import NONE, to_float32
+from ckptvcs.codec.words import NONE, Words, to_float32
 from ckptvcs.coding.group import CodedSlice, Errors, Floats, Group, Target
 
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
@@ -70,6 +70,11 @@ def measure_moment(target: Target, coded: CodedSlice) -> Errors:
 def finite(errors: Errors) -> Errors:
     """No errors for what is stored exactly, with what is not finite in it."""
     return errors if all(map(np.isfinite, astuple(errors))) else Errors()
+
+
+def count_nonfinite(words: Words, dtype: str) -> int:
+    """How many of the values are infinite, or none at all."""
+    return int(words.size - np.count_nonzero(np.isfinite(to_float32(words, dtype))))
 
 
 @lru_cache(1)

@@ -27,12 +27,14 @@ from ckptvcs.store.objects import ObjectStore
 def keys_of(kind: Kind, content: bytes) -> Iterable[bytes]:
     """What the index finds an object by."""
     if kind == Kind.RECIPE:
-        return [b"values:" + load_recipe(content).values.encode()]
+        recipe = load_recipe(content)
+        return [b"values:" + recipe.values.encode(), *([b"patch"] if recipe.patch else [])]
     if kind == Kind.RECORD:
         return [b"let go:" + name.encode() for name in load_let_go(content).commits]
     if kind == Kind.COMMIT:
         commit = load_commit(ObjectId(""), content)
         keys = [b"file:" + file.hash.encode() for file in commit.files if file.hash]
+        keys += [b"exact:" + part.exact.encode() for part in commit.parts.values() if part.exact]
         return [b"step:%d" % commit.step, *keys] if commit.step is not None else keys
     return []
 
@@ -84,12 +86,23 @@ class Catalog:
                 self.store.refresh()
         raise MissingObjectError(f"no recipe is left for the values {values[:8]}")
 
-    def has_recipe(self, values: ObjectId) -> bool:
-        """Whether values can be decoded, as far as the index knows."""
+    def has_recipe(self, values: ObjectId, *, patches: bool = True) -> bool:
+        """Whether values can be decoded, as far as the index knows; without `patches` by what
+        others may stand on.
+        """
         return any(
             all(self.store.contains(bundle) for bundle in recipe.bundles)
-            for _, recipe in self.recipes(values)
-        )
+            for _, recipe in self.recipes(values) if patches or not recipe.patch
+        )  # fmt: skip
+
+    def patches(self) -> dict[ObjectId, ObjectId]:
+        """The recipes of all exact patches -> the exact values they are for."""
+        names = self.store.find(b"patch")
+        return {name: load_recipe(self.store.get(name, Kind.RECIPE)).values for name in names}
+
+    def commits_of_exact(self, values: ObjectId) -> list[ObjectId]:
+        """The commits whose exact form has these values."""
+        return self.store.find(b"exact:" + values.encode())
 
     def frame(self, values: ObjectId, tensor: int) -> tuple[ObjectId, Frame]:
         """The bundle and frame that hold a tensor.  Raises CorruptionError."""
@@ -113,6 +126,10 @@ class Catalog:
             commit = self.commit(name)
             yield name, commit
             name = commit.parents[0] if commit.parents else None
+
+    def forget_recipes(self) -> None:
+        """Drop what is cached of where things lie, after patches were deleted."""
+        self.recipe.cache_clear()
 
     def forget(self) -> None:
         """Drop what is cached, after packs have moved."""

@@ -78,7 +78,9 @@ ERROR_NAMES = ("weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max
 
 @dataclass(frozen=True)
 class Commit:
-    """One commit.  Times are ISO 8601 in UTC, sizes are bytes."""
+    """One commit.  Times are ISO 8601 in UTC, sizes are bytes; `nonfinite` counts the weights and
+    moments that are infinite, or no numbers.
+    """
 
     parents: tuple[ObjectId, ...]
     time: str
@@ -102,6 +104,7 @@ class Commit:
     host: str
     user: str
     code: str | None = None
+    nonfinite: int = 0
 
     @property
     def exact(self) -> bool:
@@ -140,6 +143,7 @@ def dump_commit(commit: Commit) -> bytes:
         "files": [_file_fields(file) for file in commit.files],
         "error": {name: from_number(getattr(commit.error, name)) for name in ERROR_NAMES},
         **({} if commit.errors is None else {"errors": commit.errors}),
+        **({"nonfinite": commit.nonfinite} if commit.nonfinite else {}),
         "host": commit.host, "user": commit.user, "code": commit.code,
     })  # fmt: skip
 
@@ -198,6 +202,7 @@ def load_commit(name: ObjectId, data: bytes) -> Commit:
         host=fields["host"],
         user=fields["user"],
         code=record.optional_text("code"),
+        nonfinite=record.optional_integer("nonfinite") or 0,
     )
 
 

@@ -10,6 +10,7 @@ A missing or unreadable object stops the mark: nothing is deleted on half a pict
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -116,7 +117,9 @@ def plan_gc(catalog: Catalog, refs: Refs) -> GcPlan:
     debris = [*store.backend.names("tmp"), *dead_leases(store.backend)]
     # Bases that are being written begin with a dot; while gc sweeps, nobody writes.
     debris += [name for name in store.backend.names("cache/bases") if "/." in name]
-    freed += sum(store.backend.size(name) for name in debris)
+    for name in debris:
+        with contextlib.suppress(FileNotFoundError):  # it was being deleted
+            freed += store.backend.size(name)
     return GcPlan(packs, tuple(debris), freed, kept)
 
 

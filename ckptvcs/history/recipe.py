@@ -34,15 +34,21 @@ def load_values(data: bytes) -> list[bytes]:
     return [data[at : at + VALUE_BYTES] for at in range(0, len(data), VALUE_BYTES)]
 
 
-def slice_hash(data: bytes | memoryview) -> bytes:
-    """The hash that a bundle holds for each slice."""
-    return blake3(data).digest(SLICE_HASH_BYTES)
+def slice_hash(*buffers: bytes | memoryview) -> bytes:
+    """The hash that a bundle holds for each slice, of its pieces one after another."""
+    digest = blake3(max_threads=1)
+    for data in buffers:
+        digest.update(data)
+    return digest.digest(SLICE_HASH_BYTES)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Where the frames of a table of values lie: tensor i is frame `frames[i]` of bundle
     `bundles[owners[i]]`.  The highest `generation` whose bundles are all there is used.
+
+    That of an exact `patch` lies in one pack with its table and bundle, and goes with it: nothing
+    else may stand on what it decodes to.
     """
 
     values: ObjectId
@@ -50,6 +56,7 @@ class Recipe:
     bundles: tuple[ObjectId, ...]
     owners: tuple[int, ...]
     frames: tuple[int, ...]
+    patch: bool = False
 
     def place(self, tensor: int) -> tuple[ObjectId, int]:
         """Bundle and frame of a tensor."""
@@ -61,7 +68,7 @@ def dump_recipe(recipe: Recipe) -> bytes:
     return dump({
         "values": recipe.values, "generation": recipe.generation,
         "bundles": list(recipe.bundles), "owners": list(recipe.owners),
-        "frames": list(recipe.frames),
+        "frames": list(recipe.frames), **({"patch": True} if recipe.patch else {}),
     })  # fmt: skip
 
 
@@ -74,7 +81,7 @@ def load_recipe(data: bytes) -> Recipe:
         raise CorruptionError("a recipe names a bundle that it does not list")
     return Recipe(
         checked_id(record.text("values")), record.integer("generation"), bundles,
-        tuple(owners), tuple(frames),
+        tuple(owners), tuple(frames), record.flag("patch"),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     refs/heads/<name>/<generation>     branches
     refs/tags/<name>/<generation>      tags
+    refs/pins/<id>/<generation>        pins: commits that keep their exact form
     refs/HEAD/<generation>             what is checked out: a branch, or a commit
 
 Each generation holds the hash of the one it was computed from.  Of two writers that computed the
@@ -65,7 +66,7 @@ def _folder(ref: str) -> str:
 
 
 class Refs:
-    """The refs of one repository.  A ref is `HEAD`, `heads/NAME` or `tags/NAME`."""
+    """The refs of one repository.  A ref is `HEAD`, `heads/NAME`, `tags/NAME` or `pins/ID`."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -117,6 +118,11 @@ class Refs:
         """The branches (`heads`) or tags (`tags`) that ever were, sorted."""
         found = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
         return sorted(unquote(name) for name in found)
+
+    def targets(self, space: str) -> set[ObjectId]:
+        """The commits that the refs of a space are at."""
+        found = (self.read(f"{space}/{name}") for name in self.names(space))
+        return {state.commit for state in found if state is not None and state.commit is not None}
 
     def publish(
         self,

@@ -27,7 +27,7 @@ from ckptvcs.store.pack import Entry, PackInfo
 _PLACE = struct.Struct("<32sBBQQQQ32s")  # pack, kind, encoding, offset, region, raw, stored, base
 _PACK = struct.Struct("<BQ")  # folder, size
 _FOLDERS = ("packs", "meta")
-_VERSION = b"ckptvcs index 1"
+_VERSION = b"ckptvcs index 2"
 _NO_BASE = bytes(32)
 _FIRST_MAP_BYTES = 1 << 24
 _MAX_KEY = 500

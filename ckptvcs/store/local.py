@@ -12,6 +12,8 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +26,14 @@ _HINTS = {
     errno.EACCES: "check the permissions of the repository",
     errno.EPERM: "check the permissions of the repository",
 }
+
+
+_SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
+
+
+@lru_cache(1)
+def _background() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "ckpt-sync")
 
 
 def storage_error(error: OSError, action: str) -> StorageError:
@@ -88,8 +98,16 @@ class LocalBackend:
         return LocalWriter(self.root)
 
     def delete(self, name: str) -> None:
+        path = self.root / name
         try:
-            (self.root / name).unlink(missing_ok=True)
+            if path.stat().st_size < _SYNC_BYTES:
+                path.unlink(missing_ok=True)
+            else:  # which takes a while, and nobody has to wait for
+                aside = self.root / "tmp" / secrets.token_hex(16)
+                path.rename(aside)
+                _background().submit(aside.unlink, missing_ok=True)
+        except FileNotFoundError:
+            pass
         except OSError as error:
             raise storage_error(error, f"delete {name}") from error
 
@@ -100,6 +118,8 @@ class LocalWriter:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._path = root / "tmp" / secrets.token_hex(16)
+        self._unsynced = 0
+        self._syncing: Future[None] | None = None
         try:
             self._path.parent.mkdir(exist_ok=True)
             self._file: BinaryIO | None = self._path.open("xb")
@@ -110,6 +130,10 @@ class LocalWriter:
         assert self._file is not None
         try:
             self._file.write(data)
+            self._unsynced += len(data)
+            if self._unsynced > _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+                self._unsynced = 0
+                self._syncing = _background().submit(os.fdatasync, self._file.fileno())
         except OSError as error:
             self.abort()
             raise storage_error(error, "write to the repository") from error
@@ -119,6 +143,8 @@ class LocalWriter:
         target = self._root / name
         try:
             self._file.flush()
+            if self._syncing is not None:
+                self._syncing.result()
             os.fsync(self._file.fileno())
             self._file.close()
             self._make_folder(target.parent)
@@ -140,6 +166,8 @@ class LocalWriter:
 
     def abort(self) -> None:
         if self._file is not None:
+            if self._syncing is not None:
+                wait([self._syncing])  # the number of a closed file may be that of another one soon
             # A failing close or unlink leaves debris in tmp/, which gc sweeps.
             with contextlib.suppress(OSError):
                 self._file.close()

@@ -123,12 +123,12 @@ class PackWriter:
             self.abort()  # nobody has this object yet to do it
             raise
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         self._writer.write(data)
         self._hash.update(data)
         self._at += len(data)
 
-    def append_region(self, data: bytes) -> None:
+    def append_region(self, data: bytes | memoryview) -> None:
         """Add bytes to the region of the next object."""
         self._write(data)
         self._region += len(data)

@@ -1,0 +1,91 @@
+"""What a repository says of itself: its format, and what a program must know to use it.
+
+docs/format.md, "format".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from ckptvcs.errors import CorruptionError, UnsupportedVersionError
+from ckptvcs.store.local import storage_error, sync_directory
+
+FORMAT = 1
+"""The newest format that this program reads, and the one it writes."""
+
+FLAGS = {"read": frozenset({"near", "near-2"}), "write": frozenset[str](), "gc": frozenset[str]()}
+"""What a repository may ask of a program that reads, writes or sweeps it, as far as is known."""
+
+
+def _format(folder: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads((folder / "format").read_text("utf-8"))
+        number, flags = fields["format"], fields.setdefault("flags", {})
+        known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
+    except OSError as error:
+        raise storage_error(error, f"open {folder}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"{folder / 'format'} is not readable") from error
+    if not known:
+        raise CorruptionError(f"{folder / 'format'} holds no format")
+    return dict(fields)
+
+
+def check_format(folder: Path) -> None:
+    """Refuse a repository that this program cannot read.
+
+    Raises:
+        UnsupportedVersionError: a newer program wrote it.
+        CorruptionError: its `format` file is unreadable.
+    """
+    number = _format(folder)["format"]
+    if number > FORMAT:
+        raise UnsupportedVersionError(
+            f"{folder} has format {number}, this program reads up to {FORMAT}",
+            hint="upgrade ckptvcs",
+        )
+    require_flags(folder, "read")
+
+
+def require_flags(folder: Path, operation: str) -> None:
+    """Refuse what the repository says an older program must not do."""
+    asked = _format(folder)["flags"].get(operation) or []
+    unknown = [flag for flag in asked if flag not in FLAGS[operation]]
+    if unknown:
+        raise UnsupportedVersionError(
+            f"{folder} needs features that this program lacks to {operation}: "
+            + ", ".join(map(str, unknown)),
+            hint="upgrade ckptvcs",
+        )
+
+
+def raise_flags(folder: Path, operation: str, *wanted: str) -> None:
+    """Say, durably, that a program must know some flags for an operation.  They are never lowered.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    fields = _format(folder)
+    flags = fields["flags"].setdefault(operation, [])
+    missing = [flag for flag in wanted if flag not in flags]
+    if missing:
+        flags += missing
+        write_format(folder, fields)
+
+
+def write_format(folder: Path, fields: dict[str, Any]) -> None:
+    """Write the `format` file, whole or not at all.  Raises StorageError."""
+    temporary = folder / "tmp" / f"format-{secrets.token_hex(8)}"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / "format")
+        sync_directory(folder)
+    except OSError as error:
+        raise storage_error(error, f"write {folder / 'format'}") from error

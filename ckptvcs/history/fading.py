@@ -1,0 +1,127 @@
+"""Fading: exact patches that no rule keeps any more are let go, and their commits become near.
+
+plan     by the rule, among the patches that there are
+record   who fades, and by which rule: durable before anything is deleted
+delete   the packs of the patches; nothing else stands on what they hold
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import Commit
+from ckptvcs.history.recipe import LetGo
+from ckptvcs.history.refs import HEAD, Refs
+from ckptvcs.history.retention import ExactRule
+from ckptvcs.store.object import ObjectId, PackId
+
+_LINE = 64  # commits that a commit looks back to for what to fade: its cost does not grow
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The exact patch of one part of some commits, in a pack of its own."""
+
+    pack: PackId
+    folder: str
+    part: str
+    commits: tuple[ObjectId, ...]
+    size_bytes: int
+
+
+class Fader:
+    """Decides what fades in one repository."""
+
+    def __init__(self, catalog: Catalog, refs: Refs, rule: ExactRule) -> None:
+        self._catalog, self._refs, self._rule = catalog, refs, rule
+
+    def patches(self) -> list[Patch]:
+        """Every exact patch that there is."""
+        store, found = self._catalog.store, []
+        sizes = store.pack_sizes()
+        for recipe, values in self._catalog.patches().items():
+            holders = tuple(self._catalog.commits_of_exact(values))
+            part = next(
+                (name for holder in holders
+                 for name, state in self._catalog.commit(holder).parts.items()
+                 if state.exact == values),
+                "",
+            )  # fmt: skip
+            for place in store.places(recipe):
+                size = sizes[place.pack][1]
+                found.append(Patch(place.pack, place.folder, part, holders, size))
+        return found
+
+    def after(
+        self, parent: ObjectId | None, new: tuple[ObjectId, Commit] | None = None
+    ) -> list[Patch]:
+        """What fades when a line's newest commit is `new`, or else `parent`: patches of commits
+        on that line that the rule does not keep.
+        """
+        patches = [patch for patch in self.patches() if patch.commits]
+        line = list(islice(self._catalog.ancestors(parent), _LINE))
+        if new is not None:
+            line.insert(0, new)
+        on_line = {name for name, _ in line}
+        mine = [patch for patch in patches if on_line.issuperset(patch.commits)]
+        if not mine:
+            return []
+        kept = self._kept([name for name, _ in line], patches, dict(line))
+        return [patch for patch in mine if not _needed(patch, kept)]
+
+    def everywhere(self, known: dict[ObjectId, Commit]) -> list[Patch]:
+        """What fades when nothing but the rule counts, `known` being the commits in the history;
+        patches that belong to none of them are left to the sweep.
+        """
+        head = self._head()
+        line = [name for name, _ in islice(self._catalog.ancestors(head), self._rule.newest)]
+        patches = [patch for patch in self.patches() if known.keys() & set(patch.commits)]
+        kept = self._kept(line, [], known)
+        return [patch for patch in patches if not _needed(patch, kept)]
+
+    def _head(self) -> ObjectId | None:
+        head = self._refs.read(HEAD)
+        state = self._refs.read(f"heads/{head.branch}") if head and head.branch else head
+        return state.commit if state else None
+
+    def _kept(
+        self, line: list[ObjectId], patches: list[Patch], known: dict[ObjectId, Commit]
+    ) -> dict[ObjectId, frozenset[str]]:
+        candidates = dict(known)
+        for patch in patches:
+            candidates |= {name: self._catalog.commit(name) for name in patch.commits}
+        tagged, pinned = self._refs.targets("tags"), self._refs.targets("pins")
+        kept = self._rule.kept_parts(line, tagged, pinned, candidates.items())
+        head = self._head()
+        if head not in line[: self._rule.newest]:  # HEAD's branch is another one
+            above = (name for name, _ in islice(self._catalog.ancestors(head), self._rule.newest))
+            for name, parts in self._rule.kept_parts(above, set(), set(), ()).items():
+                kept[name] = kept.get(name, frozenset()) | parts
+        return kept
+
+    def record(self, patches: Iterable[Patch], time: str) -> list[LetGo]:
+        """The records that must be durable before these patches are deleted."""
+        parts: dict[ObjectId, set[str]] = {}
+        for patch in patches:
+            for name in patch.commits:
+                parts.setdefault(name, set()).add(patch.part)
+        groups: dict[tuple[str, ...], list[ObjectId]] = {}
+        for name, gone in parts.items():
+            groups.setdefault(tuple(sorted(gone)), []).append(name)
+        rule = f"keep-exact {self._rule.newest}"
+        return [LetGo("fade", tuple(sorted(names)), gone, rule, time)
+                for gone, names in groups.items()]  # fmt: skip
+
+    def delete(self, patches: Iterable[Patch]) -> None:
+        """Delete patches whose records are durable."""
+        packs = {patch.pack: patch.folder for patch in patches}
+        if packs:
+            self._catalog.store.delete_packs(packs)
+            self._catalog.forget_recipes()
+
+
+def _needed(patch: Patch, kept: dict[ObjectId, frozenset[str]]) -> bool:
+    return any(patch.part in kept.get(name, ()) for name in patch.commits)

@@ -1,0 +1,157 @@
+"""Who codes what: tensors that belong together, and a coder for each group of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ckptvcs.bases import BaseTensor
+from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.checkpoint.roles import FIRST, LOSSY, MOMENTS, SECOND, WEIGHT, Rule
+from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
+from ckptvcs.coding import excp
+from ckptvcs.coding.device import DeviceCoder
+from ckptvcs.coding.exact import ExactCoder
+from ckptvcs.coding.group import Coder, Group, Target
+from ckptvcs.coding.near import NearCoder, NearPlan, Scale, measure_scale
+from ckptvcs.dtypes import WEIGHT_DTYPES
+from ckptvcs.parallel import ordered_map
+from ckptvcs.source import SourceTensor
+
+Coding = tuple[Coder, dict[int, BaseTensor]]
+"""A coder, and the bases of its members by number."""
+
+
+class Planner:
+    """Finds coders for the tensors of one checkpoint.
+
+    `masters` are those of `find_masters`; `base_tensor` is what a tensor can be coded against.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, spec: CodecSpec, masters: dict[int, int],
+        base_tensor: Callable[[int], BaseTensor | None], *, keyframe: bool,
+    ) -> None:  # fmt: skip
+        self._checkpoint, self._spec, self._masters = checkpoint, spec, masters
+        self._base_tensor, self._keyframe = base_tensor, keyframe
+        self._infos = checkpoint.schema.tensors
+
+    def groups(self) -> list[list[int]]:
+        """Stored tensors: a weight with its moments; moments of an unknown weight; others alone.
+
+        Groups come in the order of their first tensor in the files.
+        """
+        groups: dict[object, list[int]] = {}
+        for number, info in enumerate(self._infos):
+            if info.inline:
+                continue
+            key: object = self._masters.get(number, number)
+            if info.role in MOMENTS:
+                # Moments of one parameter have all of their names but the last step in common.
+                weight = info.pair
+                alone = weight is None or self._infos[weight].inline
+                key = (info.name.rpartition(".")[0], info.words)
+                if weight is not None and not alone:
+                    key = self._masters.get(weight, weight)
+            groups.setdefault(key, []).append(number)
+        return list(groups.values())
+
+    def _target(self, number: int) -> Target:
+        info = self._infos[number]
+        source = SourceTensor(self._checkpoint, number)
+        return Target(number, source, info.dtype, info.shape, info.role)
+
+    def coders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Coding]:
+        """Coders for groups of tensors, as far as they are not stored yet: (all, what is left)."""
+        settings = self._spec.settings
+        if isinstance(settings, NearSpec):
+            yield from self._near_coders([left for _, left in rows if left], settings)
+            return
+        for group, left in rows:
+            if left and isinstance(settings, ExcpSpec) and not self._keyframe:
+                found = self._excp_coder(left, group, settings)
+                if found is not None:
+                    yield found
+                    left = [n for n in left if all(n != m.number for m in found[0].members)]
+            for number in left:
+                yield self._exact_coder(number)
+
+    def _exact_coder(self, number: int) -> Coding:
+        base = None if self._keyframe else self._base_tensor(number)
+        if base is not None:
+            base.prove()
+        return ExactCoder(self._target(number), base), {} if base is None else {number: base}
+
+    def _near_coders(self, rows: list[list[int]], spec: NearSpec) -> Iterator[Coding]:
+        groups: list[Group] = []
+        for left in rows:
+            lossy = [n for n in left if self._infos[n].role in LOSSY
+                     and self._infos[n].dtype in WEIGHT_DTYPES]  # fmt: skip
+            if lossy:
+                groups.append(self._near_group(lossy))
+            for number in left:
+                if number not in lossy:
+                    yield self._exact_coder(number)
+        weights = [group for group in groups if group.weight is not None]
+        scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
+        plan = NearPlan.of(spec, scales.values())
+        for group in groups:
+            base = group.base if isinstance(group.base, BaseTensor) else None
+            bases = {} if group.weight is None or base is None else {group.weight.number: base}
+            here = NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe)
+            there = not self._keyframe and DeviceCoder.can(group)
+            yield DeviceCoder(here, group) if there else here, {} if self._keyframe else bases
+
+    def _near_group(self, lossy: list[int]) -> Group:
+        copies = tuple(self._target(n) for n in lossy if self._masters.get(n) in lossy)
+        own = [number for number in lossy if self._masters.get(number) not in lossy]
+        targets = {self._infos[number].role: self._target(number) for number in own}
+        weight = targets.pop(WEIGHT, None)
+        second = next((targets[role] for role in targets if role in SECOND), None)
+        first = next(
+            (target for role, target in targets.items() if role in FIRST
+             and (second is None or (FIRST[role], target.dtype) == (second.role, second.dtype))),
+            None,
+        )  # fmt: skip
+        others = tuple(t for t in targets.values() if t is not first and t is not second)
+        base = None if weight is None else self._base_tensor(weight.number)
+        moments = [number for number in lossy if self._infos[number].role != WEIGHT]
+        rules = self._checkpoint.rules
+        rule = next((rules[number] for number in moments if number in rules), Rule())
+        words = self._infos[lossy[0]].words
+        return Group(words, weight, base, first, second, others, copies, rule)
+
+    def _excp_coder(self, left: list[int], group: list[int], spec: ExcpSpec) -> Coding | None:
+        """ExCP for a weight and its moments; None where all has to be coded exactly."""
+        roles = {self._infos[number].role: number for number in left}
+        weight = roles.get(WEIGHT)
+        base = None if weight is None else self._base_tensor(weight)
+        paired = any(self._infos[number].role == WEIGHT for number in group)
+        if paired and base is None:
+            return None  # the weight is new or did not move: its moments have no mask
+        if any(self._infos[number].dtype not in WEIGHT_DTYPES for number in left):
+            return None
+        if base is not None:
+            base.prove()
+        # A first moment without its second, or the other way round, belongs to an optimizer
+        # whose rules ExCP does not know.
+        pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
+        first, second = pair if None not in pair else (None, None)
+        if weight is None and first is None:
+            return None
+        tensors = Group(
+            self._infos[left[0]].words,
+            None if weight is None else self._target(weight), base,
+            None if first is None else self._target(first),
+            None if second is None else self._target(second),
+        )  # fmt: skip
+        fitted = excp.plan(tensors, spec)
+        if fitted is None:
+            return None
+        bases = {} if weight is None or base is None else {weight: base}
+        return excp.ExcpCoder(tensors, fitted), bases
+
+
+def _scale(group: Group) -> Scale:
+    if isinstance(group.base, BaseTensor):
+        group.base.prove()
+    return measure_scale(group)
