@@ -125,16 +125,26 @@ class ChainReader:
                 break
         own = False
         for link in chain[first:]:
-            data = self._slice_bytes(link.bundle, link.frame, number)
-            companion = self._companion(link, number, count)
             own |= words is not None and out is not None and np.may_share_memory(words, out)
-            words = decode_slice(data, info.type, count, words, companion, own_base=own, out=out)
+            words = self._apply(link, info, number, count, words, out, own=own)
             own = True
         assert words is not None
-        if out is None or np.may_share_memory(words, out):
-            return words
-        out[:] = words
-        return out
+        return _placed(words, out)
+
+    def apply(
+        self, link: Link, info: TensorInfo, number: int, count: int, base: Words,
+        out: Words | None = None,
+    ) -> Words:  # fmt: skip
+        """The same by one link alone, from the words of the slice that it stands on."""
+        return _placed(self._apply(link, info, number, count, base, out, own=False), out)
+
+    def _apply(
+        self, link: Link, info: TensorInfo, number: int, count: int, base: Words | None,
+        out: Words | None, *, own: bool,
+    ) -> Words:  # fmt: skip
+        data = self._slice_bytes(link.bundle, link.frame, number)
+        companion = self._companion(link, number, count)
+        return decode_slice(data, info.type, count, base, companion, own_base=own, out=out)
 
     def _companion(self, link: Link, number: int, count: int) -> Companion | None:
         if not link.companion:
@@ -171,3 +181,10 @@ class ChainReader:
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, word_type(info.type.word))
+
+
+def _placed(words: Words, out: Words | None) -> Words:
+    if out is None or np.may_share_memory(words, out):
+        return words
+    out[:] = words
+    return out

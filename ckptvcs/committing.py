@@ -279,6 +279,11 @@ class Committer:
         if parent is None:
             return False
         commit, checkpoint = self._catalog.commit(parent), request.checkpoint
+        faded = any(
+            p.exact and not self._catalog.has_recipe(p.exact) for p in commit.parts.values()
+        )
+        if faded and self._config.exact_rule.wants_patch(request.metrics):
+            return False  # here is the exact form again
         if checkpoint.kind != "state":
             known = {file.path: file.hash for file in commit.files if file.hash}
             new = {f.path: h for f, h in zip(checkpoint.files, file_hashes, strict=True)}

@@ -17,7 +17,11 @@ from ckptvcs.store.local import storage_error, sync_directory
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
 
-FLAGS = {"read": frozenset({"near", "near-2"}), "write": frozenset[str](), "gc": frozenset[str]()}
+FLAGS = {
+    "read": frozenset({"near", "near-2", "patches"}),
+    "write": frozenset[str](),
+    "gc": frozenset({"pins"}),
+}
 """What a repository may ask of a program that reads, writes or sweeps it, as far as is known."""
 
 

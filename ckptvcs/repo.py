@@ -17,10 +17,19 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from ckptvcs.config import Config, default_text, load_config
+from ckptvcs.config import (
+    KEYS,
+    Config,
+    Value,
+    default_text,
+    get_setting,
+    load_config,
+    set_setting,
+)  # fmt: skip
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.format import FORMAT, check_format, raise_flags, require_flags, write_format
 from ckptvcs.history.catalog import Catalog, keys_of
+from ckptvcs.history.fading import Fader
 from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
@@ -43,6 +52,7 @@ if TYPE_CHECKING:
 
 FOLDER = ".ckpt"
 _CACHE = "cache"
+_CONFIG = "config.toml"
 
 
 def _quiet(_: int) -> None:
@@ -75,7 +85,7 @@ class Repo:
         self.root = folder.parent
         check_format(folder)
         self._backend = LocalBackend(folder)
-        self.config: Config = load_config(folder / "config.toml")
+        self.config: Config = load_config(folder / _CONFIG)
         store = ObjectStore(self._backend, folder / _CACHE / "index.lmdb", keys_of)
         self.catalog = Catalog(store)
         self.refs = Refs(self._backend)
@@ -110,7 +120,7 @@ class Repo:
         try:
             for name in (*FOLDERS, "refs", "leases", "marks", "tmp", _CACHE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / "config.toml").write_text(settings, "utf-8")
+            (folder / _CONFIG).write_text(settings, "utf-8")
             refs = Refs(LocalBackend(folder))
             if refs.read(HEAD) is None:
                 from ckptvcs.committing import now  # noqa: PLC0415  see above
@@ -247,6 +257,8 @@ class Repo:
         spec = parse_codec(self.config.codec if codec is None else codec)
         if isinstance(spec.settings, NearSpec):
             raise_flags(self.folder, "read", "near", "near-2")
+        if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
+            raise_flags(self.folder, "read", "patches")
         bases = self.folder / _CACHE / "bases"
         if checkpoint.kind == "state" and self._held is None:
             from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
@@ -359,6 +371,35 @@ class Repo:
         start = None if revision is None else self.resolve(revision)
         return self.history.entries(limit, start=start, all_branches=all_branches)
 
+    def settings(self) -> dict[str, Value]:
+        """Every setting by its name."""
+        return {key: get_setting(self.config, key) for key in KEYS}
+
+    def configure(self, key: str, value: str | None) -> Value:
+        """Change a setting, durably; None gives it its default back.  Its value from then on.
+
+        Raises:
+            InvalidInputError: there is no such setting, or it does not take that value.
+        """
+        self.config = set_setting(self.folder / _CONFIG, key, value)
+        return get_setting(self.config, key)
+
+    def pin(self, name: ObjectId, *, pinned: bool) -> bool:
+        """Keep the exact form of a commit whatever the rules say, or no longer; whether that is
+        new.  What has faded already does not come back.
+        """
+        from ckptvcs.committing import now  # noqa: PLC0415
+
+        ref = f"pins/{name}"
+        old = self.refs.read(ref)
+        if pinned == (old is not None and old.commit is not None):
+            return False
+        raise_flags(self.folder, "gc", "pins")
+        action = "pin" if pinned else "unpin"
+        commit = name if pinned else None
+        self.refs.publish(ref, old, commit=commit, time=now(), action=action)
+        return True
+
     def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
         """Create or move a branch (`heads`) or a tag (`tags`); None deletes it."""
         from ckptvcs.committing import now  # noqa: PLC0415
@@ -368,6 +409,10 @@ class Repo:
         self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
 
     # -- care ----------------------------------------------------------------------------------
+
+    def fader(self) -> Fader:
+        """What knows the exact patches, and which of them the settings keep."""
+        return Fader(self.catalog, self.refs, self.config.exact_rule)
 
     def plan_gc(self) -> GcPlan:
         """What a sweep would delete now."""
@@ -406,7 +451,7 @@ class Repo:
         }
         single = sum(self._backend.size(name) for name in ("format", "config.toml"))
         stored = sum(disk.values()) - disk[_CACHE] + single
-        patches = sum(commit.patch_bytes for commit in commits.values())
+        patches = sum(patch.size_bytes for patch in self.fader().patches())
         return Stats(
             len(commits), sum(c.raw_bytes for c in commits.values()), stored, stored - patches,
             patches, disk[_CACHE], len(self.catalog.store.list_packs()),

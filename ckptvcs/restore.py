@@ -98,10 +98,12 @@ class Restorer:
                 table, self.fidelity[part] = state.exact, "exact"
             for position, number in enumerate(self.schema.stored(part)):
                 self._tables[number] = (table, position)
-            if part == "model" and cache is not None and table == state.values:
+            if part == "model" and cache is not None:
                 infos = [self.schema.tensors[number] for number in self.schema.stored(part)]
-                hashes = catalog.values(table)
-                self._materials[table] = materialised(cache, held, table, infos, hashes)
+                hashes = catalog.values(state.values)
+                self._materials[state.values] = materialised(
+                    cache, held, state.values, infos, hashes
+                )
 
     @property
     def exact(self) -> bool:
@@ -133,9 +135,16 @@ class Restorer:
         def decode(job: _Job) -> tuple[_Job, Words]:
             links = self._chain.links(job.table, job.position)
             info = self.schema.tensors[job.number]
-            words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
-            if base is not None and info.part == "model":
+            if base is None or info.part != "model":
+                words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
+            elif job.table == self.commit.parts["model"].values:
+                words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
                 base.write(job.position, job.slice, words)
+            else:  # the last link is an exact patch
+                *below, patch = links
+                near = self._chain.decode_slice(below, info, job.slice, job.count)
+                base.write(job.position, job.slice, near)
+                words = self._chain.apply(patch, info, job.slice, job.count, near, room(job))
             return job, words
 
         digest = blake3(max_threads=1)
@@ -162,7 +171,6 @@ class Restorer:
         if (
             self._cache is None or state is None or self._materials.get(state.values) is not None
             or self.commit.depth < _DEEP or not set(model) <= set(numbers)
-            or self._tables[model[0]][0] != state.values
         ):  # fmt: skip
             return None
         sizes = [self.schema.tensors[n].size_bytes for n in model]

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ckptvcs.chain import ChainReader
-from ckptvcs.errors import CkptError
+from ckptvcs.errors import CkptError, MissingObjectError
 from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.restore import Restorer, safe_path
@@ -82,7 +83,8 @@ class Verifier:
     def _roots(self) -> dict[str, ObjectId]:
         roots: dict[str, ObjectId] = {}
         names = [HEAD, *(f"heads/{n}" for n in self._refs.names("heads")),
-                 *(f"tags/{n}" for n in self._refs.names("tags"))]  # fmt: skip
+                 *(f"tags/{n}" for n in self._refs.names("tags")),
+                 *(f"pins/{n}" for n in self._refs.names("pins"))]  # fmt: skip
         for name in names:
             try:
                 self._refs.check(name)
@@ -120,6 +122,7 @@ class Verifier:
                     self._table(name, table, [
                         restorer.schema.tensors[n] for n in restorer.schema.stored(part)
                     ])  # fmt: skip
+        self._patches(name, commit)
         if len(self.report.damage) > damaged:
             return  # the files made of these tensors are damaged with them
         for file in commit.files:
@@ -130,6 +133,16 @@ class Verifier:
                 self.report.files += 1
             except CkptError as error:
                 self._wrong("file", error, commit=name, name=file.path)
+
+    def _patches(self, name: ObjectId, commit: Commit) -> None:
+        """A patch may be missing only where a record says so."""
+        if not commit.patch_bytes:
+            return
+        gone = {part for record in self._catalog.let_go(name) for part in record.parts or PARTS}
+        for part, state in commit.parts.items():
+            if state.exact and part not in gone and not self._catalog.has_recipe(state.exact):
+                error = MissingObjectError(f"the exact patch of the {part} part is gone")
+                self._wrong("patch", error, commit=name)
 
     def _table(self, name: ObjectId, table: ObjectId, infos: list) -> None:  # type: ignore[type-arg]
         if table in self._proven:

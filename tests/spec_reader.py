@@ -46,7 +46,7 @@ class SpecRepository:
         self.folder = folder
         head = json.loads((folder / "format").read_text())
         assert head["format"] == 1
-        assert set(head["flags"]["read"]) <= {"near", "near-2"}
+        assert set(head["flags"]["read"]) <= {"near", "near-2", "patches"}
         self.records: dict[bytes, tuple[int, int, bytes, int, bytes, bytes]] = {}
         for path in [*folder.glob("packs/*/*.pack"), *folder.glob("meta/*/*.pack")]:
             self._pack(path)
@@ -178,14 +178,16 @@ class SpecRepository:
         ]
 
     def file(self, commit: str, path: str) -> bytes:
-        """The bytes of a file of a commit (in near form where the commit is near)."""
+        """The bytes of a file of a commit (in near form where no patch is left)."""
         made = self.json(commit)
         tensors = self.json(made["schema"])["tensors"]
         entry = next(file for file in made["files"] if file["path"] == path)
         places: dict[int, tuple[str, int]] = {}
         for part, state in made["parts"].items():
             stored = [n for n, t in enumerate(tensors) if t["part"] == part and not t.get("inline")]
-            places |= {n: (state["values"], position) for position, n in enumerate(stored)}
+            # A recipe for the exact values is there as long as their patch is.
+            table = state.get("exact") if state.get("exact") in self.recipes else state["values"]
+            places |= {n: (table, position) for position, n in enumerate(stored)}
 
         def raw(number: int) -> bytes:
             info = tensors[number]
@@ -347,7 +349,11 @@ def decode_slice(
     data: bytes, dtype: str, count: int, base: Array | None,
     companion: tuple[bytes, Array | None] | None,
 ) -> Array:  # fmt: skip
-    method, stream = data[0], Stream(data[1:], short=data[0] >= 4)
+    method, stream = data[0], Stream(data[1:], short=4 <= data[0] <= 10)
+    if method == 11:
+        out = patch(stream, dtype, count, base)
+        assert stream.at == len(stream.data)
+        return out
     if method >= 4:
         out = near(method, stream, dtype, count, base, companion)
         assert stream.at == len(stream.data)
@@ -372,6 +378,27 @@ def decode_slice(
         out[mask] = to_words(stream.values(int(mask.sum())), dtype)
     assert stream.at == len(stream.data)
     return out
+
+
+def patch(stream: Stream, dtype: str, count: int, base: Array | None) -> Array:
+    assert base is not None
+    word = SIZES[dtype][1]
+    (form,) = stream.take("<B")
+    if form == 0:
+        return base
+    if form == 1:
+        return np.frombuffer(stream.octets(count * word), f"<u{word}")
+    assert form == 2
+    (raw,) = stream.take("<B")
+    planes = np.zeros((word, count), np.uint8)
+    for number, plane in enumerate(planes):
+        if number < raw:
+            plane[:] = np.frombuffer(stream.octets(count), np.uint8)
+        else:
+            mask = stream.mask(count)
+            plane[mask] = np.frombuffer(stream.octets(int(mask.sum())), np.uint8)
+    words = np.ascontiguousarray(planes.T).reshape(-1).view(f"<u{word}")
+    return undo_difference(words, base, dtype)
 
 
 ROOTS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], np.uint32).view(np.float32)
@@ -463,6 +490,12 @@ def lossless(stream: Stream, dtype: str, count: int, base: Array | None) -> Arra
         rotated: Array = (words >> one) | (words << words.dtype.type(bits - 1))
         return rotated
     assert base is not None
+    return undo_difference(words, base, dtype)
+
+
+def undo_difference(words: Array, base: Array, dtype: str) -> Array:
+    bits = 8 * words.itemsize
+    one = words.dtype.type(1)
 
     def order(x: Array) -> Array:
         if dtype not in FLOATING:

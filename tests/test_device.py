@@ -92,6 +92,8 @@ def test_codes_leave_the_device_and_nothing_else(
     tmp_path: Path, where: str, moved: list[int], dtype: torch.dtype
 ) -> None:
     far, near = Repo.init(tmp_path / "far"), Repo.init(tmp_path / "near")
+    for repo in (far, near):
+        repo.configure("keep-exact", "0")  # what is to be exact leaves the device
     for state in trajectory(where, dtype):
         moved.clear()
         there = far.commit(state, step=state["step"])

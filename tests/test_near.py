@@ -24,8 +24,10 @@ State = dict[str, Any]
 
 @pytest.fixture
 def near(tmp_path: Path) -> Repo:
-    """An empty repository with the default codec."""
-    return Repo.init(tmp_path / "near")
+    """An empty repository with the default codec, whose commits are near at once."""
+    repo = Repo.init(tmp_path / "near")
+    repo.configure("keep-exact", "0")
+    return repo
 
 
 class Lion(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""branch, tag."""
+"""branch, tag, pin, unpin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.errors import ConflictError, NotFoundError
 from ckptvcs.repo import Repo
+from ckptvcs.store.object import ObjectId
 
 
 def _list(repo: Repo, space: str, *, json: bool, current: str | None) -> None:
@@ -74,7 +75,55 @@ def tag(
         raise ConflictError(f"tag '{name}' exists", hint=f"ckpt tag --delete {name}")
     commit = repo.resolve(revision)
     repo.set_ref("tags", name, commit, "tag")
+    _warn(repo, commit)
     if json:
         render.as_json({"name": name, "commit": commit})
     else:
         render.data(f"tag {name} at {commit[:8]}")
+
+
+def _warn(repo: Repo, commit: ObjectId) -> None:
+    """Say what a tag or a pin cannot bring back."""
+    entry = repo.entry(commit)
+    if not entry.exact:
+        render.talk(
+            f"note: {commit[:8]} is {render.fidelity(entry)} by now; it cannot become exact again"
+        )
+
+
+def pin(
+    context: typer.Context,
+    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="pin this")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List pins, or keep a commit and its exact form whatever rules say."""
+    repo = open_repo(context)
+    if revision is None:
+        pinned = [repo.entry(name) for name in sorted(repo.refs.targets("pins"))]
+        if json:
+            render.as_json([render.entry_json(entry) for entry in pinned])
+        elif pinned:
+            render.table(render.log_rows(pinned))
+        return
+    _set_pin(repo, revision, pinned=True, json=json)
+
+
+def unpin(
+    context: typer.Context,
+    revision: Annotated[str, typer.Argument(metavar="REV", help="unpin this")],
+    json: JsonOption = False,
+) -> None:
+    """Leave a commit to the rules again."""
+    _set_pin(open_repo(context), revision, pinned=False, json=json)
+
+
+def _set_pin(repo: Repo, revision: str, *, pinned: bool, json: bool) -> None:
+    commit = repo.resolve(revision)
+    changed = repo.pin(commit, pinned=pinned)
+    if pinned:
+        _warn(repo, commit)
+    if json:
+        render.as_json({"commit": commit, "pinned": pinned, "changed": changed})
+    else:
+        known = "" if changed else " already" if pinned else ", which was not pinned"
+        render.data(f"{'pinned' if pinned else 'unpinned'} {commit[:8]}{known}")

@@ -143,10 +143,11 @@ def test_a_newer_format_is_refused(ckpt: Ckpt, history: Path) -> None:
 
 def test_bad_settings(ckpt: Ckpt, history: Path) -> None:
     config = history / ".ckpt" / "config.toml"
-    for text in ('codec = "zip"', "codec = 3", "depth = 1", "codec = ", "keyframe-depth = -1"):
+    for text in ('codec = "zip"', "codec = 3", "depth = 1", "codec = ", "keyframe-depth = -1",
+                 "codec = []", "keep-exact = 0.5", "keep-exact = true"):  # fmt: skip
         config.write_text(text)
         ckpt("log", code=2)
-    config.write_text('codec = "excp"\nkeyframe-depth = 60\n')
+    config.write_text('codec = "excp"\nkeyframe-depth = 60\nkeep-exact = 0\n')
     train_on(history / "model.pt")
     assert not ckpt("commit", "model.pt", "--json").json["exact"]
 

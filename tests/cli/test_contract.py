@@ -31,6 +31,7 @@ def disk(folder: Path) -> int:
 
 def test_commit_json(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
     ckpt("init")
+    ckpt("config", "keep-exact", 0)
     store = tmp_path / ".ckpt"
     for number, codec in enumerate(["lossless", "lossless", "excp", "excp-max"]):
         before = disk(store / "packs") + disk(store / "meta")
@@ -91,6 +92,7 @@ def test_checkout_loses_nothing(ckpt: Ckpt, history: Path, run_files: list[Path]
 
 
 def test_a_file_that_is_only_near_in_the_store_is_kept(ckpt: Ckpt, history: Path) -> None:
+    ckpt("config", "keep-exact", 0)
     train_on(history / "model.pt")
     ckpt("commit", "model.pt", "--codec", "excp")
     ckpt("checkout", 1, code=4)
@@ -104,6 +106,7 @@ def test_a_file_that_is_only_near_in_the_store_is_kept(ckpt: Ckpt, history: Path
 
 def test_near_checkouts(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
     ckpt("init")
+    ckpt("config", "keep-exact", 0)
     for path in run_files:
         ckpt("commit", path, "--codec", "excp-max")
     ckpt("checkout", 4, "-o", "near.pt", "--require", "exact", code=4)
@@ -216,6 +219,7 @@ def test_near_is_the_default_and_says_its_errors(
     ckpt: Ckpt, tmp_path: Path, run_files: list[Path]
 ) -> None:
     ckpt("init")
+    ckpt("config", "keep-exact", 0)
     for path in run_files:
         made = ckpt("commit", path, "--json").json
     names = {"weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max_abs"}
