@@ -255,10 +255,10 @@ class Repo:
 
         require_flags(self.folder, "write")
         spec = parse_codec(self.config.codec if codec is None else codec)
-        if isinstance(spec.settings, NearSpec):
-            raise_flags(self.folder, "read", "near", "near-2")
+        flags = ["near", "near-2"] if isinstance(spec.settings, NearSpec) else []
         if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
-            raise_flags(self.folder, "read", "patches")
+            flags.append("patches")
+        raise_flags(self.folder, "read", *flags)
         bases = self.folder / _CACHE / "bases"
         if checkpoint.kind == "state" and self._held is None:
             from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above

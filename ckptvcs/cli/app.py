@@ -62,7 +62,8 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 for _command in (
     maintain.init, files.commit, history.log, history.show, history.status, files.checkout,
-    refs.branch, refs.tag, refs.pin, refs.unpin, maintain.config, maintain.gc, maintain.verify, maintain.stats, maintain.index,
+    refs.branch, refs.tag, refs.pin, refs.unpin, maintain.config, maintain.gc, maintain.verify,
+    maintain.stats, maintain.index,
 ):  # fmt: skip
     app.command()(_guarded(_command))
 

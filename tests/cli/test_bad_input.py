@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -232,8 +233,9 @@ def test_interrupted(number: signal.Signals, ckpt_process: Ckpt, tmp_path: Path)
     )  # fmt: skip
     packs = tmp_path / ".ckpt" / "tmp"
     for _ in range(600):
-        if any(p.stat().st_size > 1 << 20 for p in packs.iterdir() if p.exists()):
-            break
+        with contextlib.suppress(FileNotFoundError):  # files come and go
+            if any(p.stat().st_size > 1 << 20 for p in packs.iterdir()):
+                break
         time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
