@@ -188,7 +188,7 @@ class Committer:
                 content = dump_commit(commit)
                 load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
                 name = pack.add(Kind.COMMIT, content)
-                fading = self._fading(name, commit)
+                fading = self._fading(name, commit, is_head=place.moves_head)
                 for record in self._fader.record(fading, commit.time):
                     pack.add(Kind.RECORD, dump_let_go(record))
                 info = store.publish(pack)
@@ -197,11 +197,12 @@ class Committer:
             check_lease(store.backend, held)
             self._publish(place, name, commit)
             if fading:  # a tag or a pin may have come meanwhile
-                still = {patch.pack for patch in self._fader.after(name)}
+                now_fading = self._fader.after(name, is_head=place.moves_head)
+                still = {patch.pack for patch in now_fading}
                 self._fader.delete(patch for patch in fading if patch.pack in still)
         return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, place.notes)
 
-    def _fading(self, name: ObjectId, commit: Commit) -> list[Patch]:
+    def _fading(self, name: ObjectId, commit: Commit, *, is_head: bool) -> list[Patch]:
         """The exact patches to let go once a commit is in the history: none, if it is the first one
         with values that are not finite.
         """
@@ -209,7 +210,7 @@ class Committer:
         before = self._catalog.commit(parent).nonfinite if parent else 0
         if commit.nonfinite > before:
             return []
-        return self._fader.after(parent, (name, commit))
+        return self._fader.after(parent, (name, commit), is_head=is_head)
 
     # -- where it goes ---------------------------------------------------------------------------
 
@@ -262,11 +263,11 @@ class Committer:
 
     def _step_of(self, name: ObjectId) -> int | None:
         """The step of a commit, or of its nearest ancestor that has one."""
-        return next((c.step for _, c in self._catalog.ancestors(name) if c.step is not None), None)
+        return next((c.step for _, c in self._catalog.line(name) if c.step is not None), None)
 
     def _below(self, name: ObjectId | None, step: int) -> ObjectId | None:
         """The newest commit on a line whose step is lower."""
-        for found, commit in self._catalog.ancestors(name):
+        for found, commit in self._catalog.line(name):
             if commit.step is not None and commit.step < step:
                 return found
         return None

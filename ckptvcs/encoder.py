@@ -356,7 +356,7 @@ class Encoder:
                 bundle, size = self._writers[name].finish(self._catalog.store.publish)
                 data_bytes += size
                 recipes.append(self._recipe(values, row, bundle))
-            if self._patched and table != exact:
+            if self._patched and table != exact and not self._has_patch(parts[name]):
                 patch_bytes += self._patch(name, values, row)
         if "model" in parts and "model" not in self._known:
             self._base_writer.finish(parts["model"].values)
@@ -366,6 +366,13 @@ class Encoder:
             self._nonfinite, report(self._errors, self._infos),
             report_tensors(self._errors, self._infos) if lossy else {},
         )  # fmt: skip
+
+    def _has_patch(self, state: PartState) -> bool:
+        """Whether another commit of the same near and exact values has a patch already."""
+        if state.exact is None or not self._catalog.has_recipe(state.exact):
+            return False
+        frames = self._catalog.bundle(self._catalog.recipe(state.exact).bundles[0])
+        return all(frame.base and frame.base[0] == state.values for frame in frames)
 
     def _patch(self, name: str, values: ObjectId, row: list[int]) -> int:
         """Write the exact patch of a part: its bytes on disk."""

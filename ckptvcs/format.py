@@ -20,7 +20,7 @@ FORMAT = 1
 FLAGS = {
     "read": frozenset({"near", "near-2", "patches"}),
     "write": frozenset[str](),
-    "gc": frozenset({"pins"}),
+    "gc": frozenset({"drops", "pins"}),
 }
 """What a repository may ask of a program that reads, writes or sweeps it, as far as is known."""
 

@@ -32,6 +32,7 @@ from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.fading import Fader
 from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
+from ckptvcs.history.retention import Policy
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.local import LocalBackend, storage_error, sync_directory
 from ckptvcs.store.object import ObjectId
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from ckptvcs.checkout import CheckedOut, WorkTree
     from ckptvcs.checkpoint.checkpoint import Checkpoint
     from ckptvcs.committing import Result
-    from ckptvcs.history.gc import GcPlan
+    from ckptvcs.history.gc import Collector, GcPlan
+    from ckptvcs.history.undo import Event, Past, Undone
     from ckptvcs.restore import Restorer
     from ckptvcs.source import Progress
     from ckptvcs.verify import Report
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 # `status` start without numpy.
 
 FOLDER = ".ckpt"
+_NO_RULES = Policy()
 _CACHE = "cache"
 _CONFIG = "config.toml"
 
@@ -408,32 +411,75 @@ class Repo:
         ref = f"{space}/{name}"
         self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
 
+    def reflog(self, branch: str | None = None) -> list[Event]:
+        """What happened to a branch (HEAD's), newest first."""
+        return self._past().events(branch)
+
+    def undo(self) -> Undone:
+        """Take back the last move of HEAD's branch, or the last drop of its commits.
+
+        Raises:
+            NotFoundError: there is nothing to take back.
+            ConflictError: what it was about has been swept; or another writer moved the branch.
+        """
+        from ckptvcs.committing import now  # noqa: PLC0415
+
+        return self._past().undo(now())
+
+    def _past(self) -> Past:
+        from ckptvcs.history.undo import Past  # noqa: PLC0415
+
+        return Past(self.catalog, self.refs)
+
     # -- care ----------------------------------------------------------------------------------
 
     def fader(self) -> Fader:
         """What knows the exact patches, and which of them the settings keep."""
         return Fader(self.catalog, self.refs, self.config.exact_rule)
 
-    def plan_gc(self) -> GcPlan:
-        """What a sweep would delete now."""
-        from ckptvcs.history.gc import plan_gc  # noqa: PLC0415
+    def _collector(self) -> Collector:
+        from ckptvcs.history.gc import Collector  # noqa: PLC0415
 
         require_flags(self.folder, "gc")
-        return plan_gc(self.catalog, self.refs)
+        best = self.config.exact_rule.best
+        return Collector(self.catalog, self.refs, self.fader(), best)
 
-    def gc(self) -> GcPlan:
-        """Sweep what nothing reaches; what was deleted.
+    def plan_gc(self, policy: Policy = _NO_RULES) -> GcPlan:
+        """What `gc` would drop, fade and delete now, without rekeying.
+
+        Raises:
+            CorruptionError: something that is needed is missing.
+            InvalidInputError: the rules keep nothing at all.
+        """
+        return self._collector().plan(policy)
+
+    def gc(
+        self, policy: Policy = _NO_RULES, *, sweep: bool = True, rekey: bool = False,
+        progress: Progress = _quiet,
+    ) -> GcPlan:  # fmt: skip
+        """Drop what the rules do not keep, let fade what the settings do not keep, and delete what
+        nothing reaches; tiny packs are merged.  Without `sweep` it is only said what goes: until
+        the next sweep `undo` takes it back.  What was done.
 
         Raises:
             BusyError: a writer is at work.
             CorruptionError: something that is needed is missing: nothing was deleted.
+            InvalidInputError: the rules keep nothing at all.
         """
-        from ckptvcs.history.gc import sweep  # noqa: PLC0415
+        from ckptvcs.committing import now  # noqa: PLC0415
+        from ckptvcs.history.repack import merge, plan_merges  # noqa: PLC0415
         from ckptvcs.store.leases import exclusive  # noqa: PLC0415
 
+        collector = self._collector()
         with exclusive(self._backend):
-            plan = self.plan_gc()
-            sweep(self.catalog, plan)
+            plan = collector.plan(policy)
+            if plan.drops:
+                raise_flags(self.folder, "gc", "drops")
+            collector.record(plan, now())
+            if sweep:
+                collector.sweep(plan)
+                for batch in plan_merges(self.catalog, collector.mark_all()):
+                    merge(self.catalog, batch)
         return plan
 
     def verify(self, progress: Progress = _quiet) -> Report:

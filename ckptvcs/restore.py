@@ -37,6 +37,7 @@ from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]
 
+_DROPPED = "'ckpt log --all' lists it, 'ckpt reflog' says by which rule"
 _DEEP = 2  # deltas, from which on decoded weights are kept in the cache
 _FORBIDDEN = frozenset('<>:"|?*\\\0')
 _DEVICES = frozenset(
@@ -91,7 +92,14 @@ class Restorer:
         self._chain = ChainReader(catalog, self._materials.get)
         self.fidelity: dict[str, str] = {}
         self._tables: dict[int, tuple[ObjectId, int]] = {}
+        gone = catalog.dropped()
+        if name in gone.commits:
+            raise NotFoundError(f"commit {name[:8]} was dropped", hint=_DROPPED)
+        self._gone = gone.parts.get(name, frozenset())
         for part, state in self.commit.parts.items():
+            if part in self._gone:
+                self.fidelity[part] = "dropped"
+                continue
             table = state.values
             self.fidelity[part] = state.fidelity
             if state.exact is not None and not near and catalog.has_recipe(state.exact):
@@ -115,8 +123,10 @@ class Restorer:
     def _jobs(self, numbers: list[int]) -> Iterator[_Job]:
         for number in numbers:
             if number not in self._tables:
+                part = self.schema.tensors[number].part
                 raise NotFoundError(
-                    f"commit {self.name[:8]} does not hold {self.schema.tensors[number].name}"
+                    f"the {part} part of commit {self.name[:8]} was dropped",
+                    hint="take another part with --only",
                 )
             table, position = self._tables[number]
             for index, count in enumerate(slice_counts(self.schema.tensors[number].words)):

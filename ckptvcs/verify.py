@@ -8,6 +8,7 @@ files     every skeleton fits its schema; an exact file has its hash when put to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -88,20 +89,22 @@ class Verifier:
         for name in names:
             try:
                 self._refs.check(name)
-                for state in self._refs.reflog(name):
-                    if state.commit:
-                        roots[f"{name} generation {state.number}"] = state.commit
+                self._refs.reflog(name)
             except CkptError as error:
                 self._wrong("ref", error, name=name)
+        # What only older generations name may have been swept.
+        with contextlib.suppress(CkptError):
+            roots = dict(Revisions(self._catalog, self._refs).tips())
         return roots
 
     def _commits(self) -> None:
         revisions = Revisions(self._catalog, self._refs)
         seen: set[ObjectId] = set()
+        hidden = self._catalog.dropped().commits
         for origin, root in self._roots().items():
             try:
                 for name, _ in revisions.reachable([root]):
-                    if name not in seen:
+                    if name not in seen and name not in hidden:
                         seen.add(name)
                         self._commit(name)
             except CkptError as error:
@@ -116,14 +119,17 @@ class Verifier:
             return
         commit = restorer.commit
         damaged = len(self.report.damage)
+        gone = self._catalog.dropped().parts.get(name, frozenset())
         for part, state in commit.parts.items():
+            if part in gone:
+                continue
             for table in (state.values, state.exact):
                 if table is not None and (table == state.values or self._catalog.recipes(table)):
                     self._table(name, table, [
                         restorer.schema.tensors[n] for n in restorer.schema.stored(part)
                     ])  # fmt: skip
         self._patches(name, commit)
-        if len(self.report.damage) > damaged:
+        if gone or len(self.report.damage) > damaged:
             return  # the files made of these tensors are damaged with them
         for file in commit.files:
             try:

@@ -1,4 +1,4 @@
-"""init, config, gc, verify, stats, index."""
+"""init, config, verify, stats, index."""
 
 from __future__ import annotations
 
@@ -59,28 +59,6 @@ def config(
         render.as_json({key: setting})
     else:
         render.data(str(setting))
-
-
-def gc(
-    context: typer.Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would go")] = False,
-    json: JsonOption = False,
-) -> None:
-    """Delete what nothing reaches."""
-    repo = open_repo(context)
-    plan = repo.plan_gc() if dry_run else repo.gc()
-    if json:
-        render.as_json({
-            "dry_run": dry_run, "packs": sorted(plan.packs), "debris": list(plan.debris),
-            "freed_bytes": plan.freed_bytes, "kept_bytes": plan.kept_bytes,
-        })  # fmt: skip
-        return
-    for pack, folder in sorted(plan.packs.items()):
-        render.data(f"{folder}/{pack[:12]}  reached by nothing")
-    for name in plan.debris:
-        render.data(f"{name}  left by a writer that is gone")
-    verb = "would free" if dry_run else "freed"
-    render.data(f"{verb} {render.size(plan.freed_bytes)}, kept {render.size(plan.kept_bytes)}")
 
 
 def verify(context: typer.Context, json: JsonOption = False) -> None:

@@ -5,11 +5,12 @@ values id -> newest recipe whose bundles are there       step, file hash -> comm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
-from ckptvcs.history.commit import Commit, ErrorReport, load_commit, load_errors
+from ckptvcs.history.commit import PARTS, Commit, ErrorReport, load_commit, load_errors
 from ckptvcs.history.recipe import (
     Frame,
     LetGo,
@@ -30,13 +31,23 @@ def keys_of(kind: Kind, content: bytes) -> Iterable[bytes]:
         recipe = load_recipe(content)
         return [b"values:" + recipe.values.encode(), *([b"patch"] if recipe.patch else [])]
     if kind == Kind.RECORD:
-        return [b"let go:" + name.encode() for name in load_let_go(content).commits]
+        record = load_let_go(content)
+        keys = [b"let go:" + name.encode() for name in record.commits]
+        return keys if record.what == "fade" else [*keys, b"drop"]
     if kind == Kind.COMMIT:
         commit = load_commit(ObjectId(""), content)
         keys = [b"file:" + file.hash.encode() for file in commit.files if file.hash]
         keys += [b"exact:" + part.exact.encode() for part in commit.parts.values() if part.exact]
         return [b"step:%d" % commit.step, *keys] if commit.step is not None else keys
     return []
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What rules have let go: whole commits; and, of these and of others, parts."""
+
+    commits: frozenset[ObjectId]
+    parts: Mapping[ObjectId, frozenset[str]]
 
 
 class Catalog:
@@ -50,6 +61,7 @@ class Catalog:
         self.values = lru_cache(256)(self._values)
         self.bundle = lru_cache(256)(self._bundle)
         self.recipe = lru_cache(1024)(self._recipe)
+        self.dropped = lru_cache(1)(self._dropped)
 
     def _commit(self, name: ObjectId) -> Commit:
         return load_commit(name, self.store.get(name, Kind.COMMIT))
@@ -120,12 +132,35 @@ class Catalog:
         names = self.store.find(b"let go:" + commit.encode())
         return [load_let_go(self.store.get(name, Kind.RECORD)) for name in names]
 
+    def _dropped(self) -> Dropped:
+        """What rules have let go, as far as it was not undone."""
+        records = {
+            name: load_let_go(self.store.get(name, Kind.RECORD))
+            for name in self.store.find(b"drop")
+        }
+        undone = {old for record in records.values() for old in record.undoes}
+        hidden: set[ObjectId] = set()
+        parts: dict[ObjectId, frozenset[str]] = {}
+        for name, record in records.items():
+            if record.what == "drop" and name not in undone:
+                for commit in record.commits:
+                    gone = frozenset(record.parts or PARTS)
+                    parts[commit] = parts.get(commit, frozenset()) | gone
+                    if not record.parts:
+                        hidden.add(commit)
+        return Dropped(frozenset(hidden), parts)
+
     def ancestors(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, Commit]]:
         """A commit and its first parents, newest first."""
         while name is not None:
             commit = self.commit(name)
             yield name, commit
             name = commit.parents[0] if commit.parents else None
+
+    def line(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, Commit]]:
+        """The same without those that were dropped."""
+        hidden = self.dropped().commits
+        return (pair for pair in self.ancestors(name) if pair[0] not in hidden)
 
     def forget_recipes(self) -> None:
         """Drop what is cached of where things lie, after patches were deleted."""
@@ -135,3 +170,4 @@ class Catalog:
         """Drop what is cached, after packs have moved."""
         for cache in (self.commit, self.schema, self.values, self.bundle, self.recipe):
             cache.cache_clear()
+        self.dropped.cache_clear()

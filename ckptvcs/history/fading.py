@@ -14,7 +14,7 @@ from itertools import islice
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import LetGo
-from ckptvcs.history.refs import HEAD, Refs
+from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.retention import ExactRule
 from ckptvcs.store.object import ObjectId, PackId
 
@@ -25,6 +25,7 @@ _LINE = 64  # commits that a commit looks back to for what to fade: its cost doe
 class Patch:
     """The exact patch of one part of some commits, in a pack of its own."""
 
+    values: ObjectId
     pack: PackId
     folder: str
     part: str
@@ -50,57 +51,64 @@ class Fader:
                  if state.exact == values),
                 "",
             )  # fmt: skip
-            for place in store.places(recipe):
-                size = sizes[place.pack][1]
-                found.append(Patch(place.pack, place.folder, part, holders, size))
+            found += [
+                Patch(values, place.pack, place.folder, part, holders, sizes[place.pack][1])
+                for place in store.places(recipe)
+            ]
         return found
 
     def after(
-        self, parent: ObjectId | None, new: tuple[ObjectId, Commit] | None = None
+        self, parent: ObjectId | None, new: tuple[ObjectId, Commit] | None = None, *, is_head: bool
     ) -> list[Patch]:
         """What fades when a line's newest commit is `new`, or else `parent`: patches of commits
-        on that line that the rule does not keep.
+        on that line that the rule does not keep.  Unless the line `is_head`, those of HEAD's branch
+        stay too.
         """
         patches = [patch for patch in self.patches() if patch.commits]
-        line = list(islice(self._catalog.ancestors(parent), _LINE))
+        line = list(islice(self._catalog.line(parent), _LINE))
         if new is not None:
             line.insert(0, new)
         on_line = {name for name, _ in line}
         mine = [patch for patch in patches if on_line.issuperset(patch.commits)]
         if not mine:
             return []
-        kept = self._kept([name for name, _ in line], patches, dict(line))
+        newest = [[name for name, _ in line]]
+        if not is_head:
+            newest.append(self._head_line())
+        kept = self._kept(newest, patches, dict(line))
         return [patch for patch in mine if not _needed(patch, kept)]
 
     def everywhere(self, known: dict[ObjectId, Commit]) -> list[Patch]:
-        """What fades when nothing but the rule counts, `known` being the commits in the history;
-        patches that belong to none of them are left to the sweep.
+        """What fades of everything, `known` being the commits in the history: HEAD's branch and the
+        one that was committed to last count as a line.  Patches that belong to no known commit are
+        left to the sweep.
         """
-        head = self._head()
-        line = [name for name, _ in islice(self._catalog.ancestors(head), self._rule.newest)]
         patches = [patch for patch in self.patches() if known.keys() & set(patch.commits)]
-        kept = self._kept(line, [], known)
+        kept = self._kept([self._head_line(), self._latest_line()], [], known)
         return [patch for patch in patches if not _needed(patch, kept)]
 
-    def _head(self) -> ObjectId | None:
-        head = self._refs.read(HEAD)
-        state = self._refs.read(f"heads/{head.branch}") if head and head.branch else head
-        return state.commit if state else None
+    def _head_line(self) -> list[ObjectId]:
+        """The newest commits of HEAD's branch; without one, of that which it followed last."""
+        branch = next((move.branch for move in self._refs.reflog(HEAD) if move.branch), None)
+        return self._line(self._refs.read(f"heads/{branch}") if branch else None)
+
+    def _latest_line(self) -> list[ObjectId]:
+        moves = [self._refs.read(f"heads/{name}") for name in self._refs.names("heads")]
+        there = [move for move in moves if move is not None and move.commit is not None]
+        return self._line(max(there, key=lambda move: move.time, default=None))
+
+    def _line(self, move: Generation | None) -> list[ObjectId]:
+        line = self._catalog.line(move.commit if move else None)
+        return [name for name, _ in islice(line, self._rule.newest)]
 
     def _kept(
-        self, line: list[ObjectId], patches: list[Patch], known: dict[ObjectId, Commit]
+        self, lines: list[list[ObjectId]], patches: list[Patch], known: dict[ObjectId, Commit]
     ) -> dict[ObjectId, frozenset[str]]:
         candidates = dict(known)
         for patch in patches:
             candidates |= {name: self._catalog.commit(name) for name in patch.commits}
         tagged, pinned = self._refs.targets("tags"), self._refs.targets("pins")
-        kept = self._rule.kept_parts(line, tagged, pinned, candidates.items())
-        head = self._head()
-        if head not in line[: self._rule.newest]:  # HEAD's branch is another one
-            above = (name for name, _ in islice(self._catalog.ancestors(head), self._rule.newest))
-            for name, parts in self._rule.kept_parts(above, set(), set(), ()).items():
-                kept[name] = kept.get(name, frozenset()) | parts
-        return kept
+        return self._rule.kept_parts(lines, tagged, pinned, candidates.items())
 
     def record(self, patches: Iterable[Patch], time: str) -> list[LetGo]:
         """The records that must be durable before these patches are deleted."""

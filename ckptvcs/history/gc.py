@@ -1,131 +1,335 @@
-"""gc: plan what can go, show it, sweep it.
+"""gc: plan what can go, show it, record it, sweep it.
 
-    mark    every commit of every generation of every ref, and all that it needs; for a tensor
-            that is the chain down to its keyframe
-    plan    packs in which nothing is marked, debris of dead writers
-    sweep   under the exclusive mark: index first, files after
+    drop     commits, or their optimizer parts, that no rule of the user keeps
+    fade     exact patches that the settings do not keep
+    record   both, durably, before anything is deleted
+    mark     every commit that a ref reaches, and all that the kept ones need; for a tensor that is
+             the chain down to its keyframe
+    sweep    under the exclusive mark: index first, files after
 
-A missing or unreadable object stops the mark: nothing is deleted on half a picture.
+A missing or unreadable object stops the mark: nothing is deleted on half a picture.  Headers of
+commits that were dropped stay, so that the history stays whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
-from ckptvcs.errors import MissingObjectError
-from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.refs import HEAD, Refs
+from ckptvcs.errors import InvalidInputError, MissingObjectError
+from ckptvcs.history.catalog import Catalog, Dropped
+from ckptvcs.history.commit import Commit
+from ckptvcs.history.fading import Fader, Patch
+from ckptvcs.history.recipe import LetGo, dump_let_go
+from ckptvcs.history.refs import Refs
+from ckptvcs.history.retention import Best, Policy, Row
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.leases import dead_leases
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.pack import pack_name
 
+OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What gc decides of one commit, and why.
+
+    `freed_bytes` go now; `chained_bytes` stay although it is dropped, since others stand on them.
+    """
+
+    name: ObjectId
+    commit: Commit
+    action: str  # keep, drop, drop optimizer
+    reasons: tuple[str, ...]
+    freed_bytes: int = 0
+    chained_bytes: int = 0
+
 
 @dataclass(frozen=True)
 class GcPlan:
-    """What a sweep would delete: packs with their folders, debris by name, bytes in all."""
+    """What gc would do: verdicts on commits where there are rules; patches that fade; packs with
+    their folders, debris by name, bytes in all.
+    """
 
+    verdicts: tuple[Verdict, ...]
+    fading: tuple[Patch, ...]
     packs: dict[PackId, str]
     debris: tuple[str, ...]
     freed_bytes: int
     kept_bytes: int
+    drops: tuple[LetGo, ...] = ()
 
 
-def mark(catalog: Catalog, refs: Refs) -> set[ObjectId]:
-    """Every object that must stay.
+@dataclass
+class Marked:
+    """Objects that must stay; of bundles, also the part they belong to."""
 
-    Older generations of refs count too: what they name can be brought back.
-
-    Raises:
-        CorruptionError: something that is needed is missing or unreadable.
-    """
-    names = [HEAD, *(f"heads/{n}" for n in refs.names("heads")),
-             *(f"tags/{n}" for n in refs.names("tags"))]  # fmt: skip
-    roots = {state.commit for name in names for state in refs.reflog(name) if state.commit}
-    marked: set[ObjectId] = set()
-    tables: list[ObjectId] = []
-    for name, commit in Revisions(catalog, refs).reachable(sorted(roots)):
-        marked |= {name, commit.schema}
-        marked |= {file.skeleton for file in commit.files if file.skeleton}
-        if commit.errors is not None:
-            marked.add(commit.errors)
-        for part in commit.parts.values():
-            tables.append(part.values)
-            if part.exact is not None and catalog.recipes(part.exact):
-                tables.append(part.exact)
-    marked |= _bases(catalog, marked)
-    _mark_tables(catalog, tables, marked)
-    return marked | set(catalog.store.ids(Kind.RECORD))
+    objects: set[ObjectId] = field(default_factory=set)
+    bundles: dict[ObjectId, str] = field(default_factory=dict)
 
 
-def _bases(catalog: Catalog, names: Iterable[ObjectId]) -> set[ObjectId]:
-    """The objects that others are coded on."""
-    found: set[ObjectId] = set()
-    stack = list(names)
-    while stack:
-        for place in catalog.store.places(stack.pop()):
-            base = place.entry.base
-            if base is not None and base not in found:
-                found.add(base)
-                stack.append(base)
-    return found
+class Collector:
+    """Plans and sweeps one repository."""
+
+    def __init__(self, catalog: Catalog, refs: Refs, fader: Fader, best: Best | None) -> None:
+        """`best` is what the settings keep."""
+        self._catalog, self._refs, self._fader, self._best = catalog, refs, fader, best
+        self._revisions = Revisions(catalog, refs)
+
+    # -- planning ------------------------------------------------------------------------------
+
+    def plan(self, policy: Policy, now: datetime | None = None) -> GcPlan:
+        """Decide what can go.  Deletes nothing.
+
+        Raises:
+            CorruptionError: something that is needed is missing or unreadable.
+            InvalidInputError: the rules keep nothing at all.
+        """
+        store = self._catalog.store
+        store.refresh()
+        self._catalog.forget()
+        commits = dict(self._revisions.reachable(sorted(self._revisions.tips().values())))
+        gone = self._catalog.dropped()
+        rows = self._judge(policy, commits, gone, now or datetime.now(UTC))
+        drops = _drops(rows, policy)
+        after = _with(gone, rows)
+        visible = {name: made for name, made in commits.items() if name not in after.commits}
+        fading = self._fader.everywhere(visible)
+        marked = self.mark(commits, after, fading)
+        packs, kept = self._unmarked(marked)
+        debris = self._debris()
+        freed = sum(store.backend.size(pack_name(folder, p)) for p, folder in packs.items())
+        for name in debris:
+            with contextlib.suppress(FileNotFoundError):  # it was being deleted
+                freed += store.backend.size(name)
+        verdicts = tuple(self._with_bytes(row, marked, packs) for row in rows)
+        return GcPlan(verdicts, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops))
+
+    def _lines(self, hidden: frozenset[ObjectId]) -> dict[str, list[Row]]:
+        """Every branch, newest first."""
+        store, lines = self._catalog.store, {}
+        for ref, tip in self._revisions.tips().items():
+            if not ref.startswith("heads/"):
+                continue
+            whole = list(self._catalog.ancestors(tip))
+            rows: list[Row] = []
+            for age, (name, commit) in enumerate(whole):
+                if name not in hidden:
+                    stored = commit.data_bytes + store.home_size(name)
+                    ordinal = len(whole) - 1 - age
+                    rows.append(Row(name, commit, len(rows), age, ordinal, stored))
+            lines[ref] = rows
+        return lines
+
+    def _judge(
+        self, policy: Policy, commits: Mapping[ObjectId, Commit], gone: Dropped, now: datetime
+    ) -> list[Verdict]:
+        """A verdict on every commit, if there are rules."""
+        if not policy.drops and policy.optimizer_last is None:
+            return []
+        tips = self._revisions.tips()
+        tagged = self._refs.targets("tags")
+        lines = self._lines(gone.commits)
+        kept = policy.kept(lines.values(), tagged, now)
+        if policy.drops and not kept and commits:
+            raise InvalidInputError(
+                "these rules keep no commit at all", hint="add one, as --keep-last 10"
+            )
+        protected: dict[ObjectId, list[str]] = {}
+        for ref, name in tips.items():
+            space, _, label = ref.partition("/")
+            title = {"heads": f"branch {label}", "tags": f"tag {label}", "pins": "pin"}
+            protected.setdefault(name, []).append(title.get(space, "HEAD"))
+        head = self._revisions.head()
+        if head is not None:
+            protected.setdefault(head, []).insert(0, "HEAD")
+        if self._best is not None:
+            known = {n: c for n, c in commits.items() if n not in gone.commits}
+            for name in self._best.pick(known.items()):
+                protected.setdefault(name, []).append(f"best {self._best.metric}")
+        rows = {row.name: row for line in lines.values() for row in line}
+        young = {
+            row.name for line in lines.values() for row in line if not policy.drops_optimizer(row)
+        }
+        verdicts = []
+        for name, commit in commits.items():
+            if name in gone.commits:
+                continue
+            why = (*protected.get(name, ()), *kept.get(name, ()))
+            action, reasons = "keep", why
+            if policy.drops and not why:
+                action, reasons = "drop", ("no rule keeps it",)
+            elif name not in protected and name not in young and name in rows:
+                there = OPTIMIZER in commit.parts and OPTIMIZER not in gone.parts.get(name, ())
+                if there:
+                    action = "drop optimizer"
+                    reasons = (*why, f"optimizer of the last {policy.optimizer_last}")
+            verdicts.append(Verdict(name, commit, action, reasons))
+        return verdicts
+
+    def _with_bytes(self, row: Verdict, marked: Marked, packs: dict[PackId, str]) -> Verdict:
+        """A verdict with what comes of it on the disk."""
+        if row.action == "keep":
+            return row
+        freed = chained = 0
+        sizes = self._catalog.store.pack_sizes()
+        for part, state in row.commit.parts.items():
+            if row.action == "drop" or part == OPTIMIZER:
+                for bundle in self._own_bundles(state.values):
+                    for place in self._catalog.store.places(bundle):
+                        if place.pack in packs:
+                            freed += sizes[place.pack][1]
+                        elif bundle in marked.objects:
+                            chained += place.entry.record_bytes
+        return Verdict(row.name, row.commit, row.action, row.reasons, freed, chained)
+
+    def _own_bundles(self, values: ObjectId) -> set[ObjectId]:
+        """The bundles that came with the newest recipe of a table, as far as there is one."""
+        recipes = self._catalog.recipes(values)
+        return {
+            bundle for _, recipe in recipes[:1] for bundle in recipe.bundles
+            if self._catalog.store.contains(bundle)
+        }  # fmt: skip
+
+    # -- marking -------------------------------------------------------------------------------
+
+    def mark(
+        self, commits: Mapping[ObjectId, Commit], gone: Dropped, fading: Iterable[Patch] = ()
+    ) -> Marked:
+        """Every object that must stay.
+
+        Raises:
+            CorruptionError: something that is needed is missing or unreadable.
+        """
+        catalog = self._catalog
+        marked = Marked()
+        tables: list[tuple[ObjectId, str]] = []
+        faded = {patch.values for patch in fading}
+        for name, commit in commits.items():
+            marked.objects |= {name}
+            if name in gone.commits:
+                continue
+            marked.objects.add(commit.schema)
+            marked.objects |= {file.skeleton for file in commit.files if file.skeleton}
+            if commit.errors is not None:
+                marked.objects.add(commit.errors)
+            for part, state in commit.parts.items():
+                if part in gone.parts.get(name, ()):
+                    continue
+                tables.append((state.values, part))
+                if state.exact and state.exact not in faded and catalog.recipes(state.exact):
+                    tables.append((state.exact, part))
+        self._mark_tables(tables, marked)
+        marked.objects |= set(catalog.store.ids(Kind.RECORD))
+        marked.objects |= self._bases(marked.objects)
+        return marked
+
+    def mark_all(self) -> Marked:
+        """What must stay as things are now."""
+        commits = dict(self._revisions.reachable(sorted(self._revisions.tips().values())))
+        return self.mark(commits, self._catalog.dropped())
+
+    def _bases(self, names: Iterable[ObjectId]) -> set[ObjectId]:
+        """The objects that others are coded on."""
+        found: set[ObjectId] = set()
+        stack = list(names)
+        while stack:
+            for place in self._catalog.store.places(stack.pop()):
+                base = place.entry.base
+                if base is not None and base not in found:
+                    found.add(base)
+                    stack.append(base)
+        return found
+
+    def _mark_tables(self, tables: list[tuple[ObjectId, str]], marked: Marked) -> None:
+        """Mark tables of values, their recipe and bundles, and the tables that these stand on."""
+        catalog, done = self._catalog, set[ObjectId]()
+        while tables:
+            table, part = tables.pop()
+            if table in done:
+                continue
+            done.add(table)
+            names = [
+                (name, recipe) for name, recipe in catalog.recipes(table)
+                if all(map(catalog.store.contains, recipe.bundles))
+            ]  # fmt: skip
+            if not names:
+                raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
+            # The newest one is what readers use; an exact patch is not what others stand on.
+            own = [pair for pair in names if not pair[1].patch][:1]
+            own += [pair for pair in names if pair[1].patch]
+            marked.objects.add(table)
+            for name, recipe in own:
+                marked.objects.add(name)
+                for bundle, frame in zip(recipe.owners, recipe.frames, strict=True):
+                    owner = recipe.bundles[bundle]
+                    marked.objects.add(owner)
+                    marked.bundles[owner] = part
+                    base = catalog.bundle(owner)[frame].base
+                    if base is not None and base[0] not in done:
+                        tables.append((base[0], part))
+
+    def _unmarked(self, marked: Marked) -> tuple[dict[PackId, str], int]:
+        """The packs in which nothing is marked, and the bytes of all others."""
+        store = self._catalog.store
+        needed = {place.pack for name in marked.objects for place in store.places(name)}
+        sizes = store.pack_sizes()
+        packs, kept = {}, 0
+        for pack, folder in store.list_packs().items():
+            if pack in needed or pack not in sizes:
+                kept += store.backend.size(pack_name(folder, pack))
+            else:
+                packs[pack] = folder
+        return packs, kept
+
+    def _debris(self) -> list[str]:
+        backend = self._catalog.store.backend
+        debris = [*backend.names("tmp"), *dead_leases(backend)]
+        # Bases that are being written begin with a dot; while gc sweeps, nobody writes.
+        return debris + [name for name in backend.names("cache/bases") if "/." in name]
+
+    # -- sweeping ------------------------------------------------------------------------------
+
+    def record(self, plan: GcPlan, time: str) -> None:
+        """Say durably what is let go."""
+        records = [*plan.drops, *self._fader.record(plan.fading, time)]
+        if not records:
+            return
+        pack = self._catalog.store.new_pack("meta")
+        try:
+            for record in records:
+                pack.add(Kind.RECORD, dump_let_go(record))
+            self._catalog.store.publish(pack)
+        finally:
+            pack.abort()
+        self._catalog.forget()
+
+    def sweep(self, plan: GcPlan) -> None:
+        """Delete what the plan lists.  A crash in between leaves the rest for the next gc."""
+        self._catalog.store.delete_packs(plan.packs)
+        for name in plan.debris:
+            self._catalog.store.backend.delete(name)
+        self._catalog.forget()
 
 
-def _mark_tables(catalog: Catalog, tables: list[ObjectId], marked: set[ObjectId]) -> None:
-    """Mark tables of values, their recipes and bundles, and the tables that these stand on."""
-    done: set[ObjectId] = set()
-    while tables:
-        table = tables.pop()
-        if table in done:
-            continue
-        done.add(table)
-        recipes = catalog.recipes(table)
-        if not recipes:
-            raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
-        marked.add(table)
-        for name, recipe in recipes:
-            marked.add(name)
-            for bundle, frame in zip(recipe.owners, recipe.frames, strict=True):
-                owner = recipe.bundles[bundle]
-                marked.add(owner)
-                base = catalog.bundle(owner)[frame].base
-                if base is not None and base[0] not in done:
-                    tables.append(base[0])
-        for place in catalog.store.places(table):
-            if place.entry.base is not None:
-                marked.add(place.entry.base)
+def _drops(rows: Iterable[Verdict], policy: Policy) -> list[LetGo]:
+    """The records of what is dropped."""
+    time = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    whole = tuple(row.name for row in rows if row.action == "drop")
+    parts = tuple(row.name for row in rows if row.action == "drop optimizer")
+    out = [LetGo("drop", whole, (), policy.text, time)] if whole else []
+    return out + ([LetGo("drop", parts, (OPTIMIZER,), policy.text, time)] if parts else [])
 
 
-def plan_gc(catalog: Catalog, refs: Refs) -> GcPlan:
-    """Decide what can go.  Deletes nothing.  Raises CorruptionError as `mark` does."""
-    store = catalog.store
-    store.refresh()
-    catalog.forget()
-    marked = mark(catalog, refs)
-    needed = {place.pack for name in marked for place in store.places(name)}
-    sizes = store.pack_sizes()
-    packs, freed, kept = {}, 0, 0
-    for pack, folder in store.list_packs().items():
-        size = store.backend.size(pack_name(folder, pack))
-        if pack in needed or pack not in sizes:
-            kept += size
-        else:
-            packs[pack] = folder
-            freed += size
-    debris = [*store.backend.names("tmp"), *dead_leases(store.backend)]
-    # Bases that are being written begin with a dot; while gc sweeps, nobody writes.
-    debris += [name for name in store.backend.names("cache/bases") if "/." in name]
-    for name in debris:
-        with contextlib.suppress(FileNotFoundError):  # it was being deleted
-            freed += store.backend.size(name)
-    return GcPlan(packs, tuple(debris), freed, kept)
-
-
-def sweep(catalog: Catalog, plan: GcPlan) -> None:
-    """Delete what the plan lists.  A crash in between leaves the rest for the next gc."""
-    catalog.store.delete_packs(plan.packs)
-    for name in plan.debris:
-        catalog.store.backend.delete(name)
-    catalog.forget()
+def _with(gone: Dropped, rows: Iterable[Verdict]) -> Dropped:
+    """What is gone when verdicts are carried out."""
+    commits, parts = set(gone.commits), dict(gone.parts)
+    for row in rows:
+        if row.action == "drop":
+            commits.add(row.name)
+        elif row.action == "drop optimizer":
+            parts[row.name] = parts.get(row.name, frozenset()) | {OPTIMIZER}
+    return Dropped(frozenset(commits), parts)

@@ -16,7 +16,8 @@ from ckptvcs.store.object import ObjectId
 class LogEntry:
     """A commit in the history, with what depends on the repository's present state.
 
-    `stored_bytes` are the bytes on disk that the commit added, without its exact patch.
+    `stored_bytes` are the bytes on disk that the commit added, without its exact patch.  `fidelity`
+    says of each part whether it is `exact`, `near` or `dropped`.
     """
 
     id: ObjectId
@@ -58,12 +59,13 @@ class History:
     ) -> LogEntry:
         """A commit as the log shows it."""
         commit = self._catalog.commit(name)
+        gone = self._catalog.dropped().parts.get(name, frozenset())
         fidelity = {
-            part: "exact"
-            if state.exact is None or self._catalog.has_recipe(state.exact)
+            part: "dropped" if part in gone
+            else "exact" if state.exact is None or self._catalog.has_recipe(state.exact)
             else "near"
             for part, state in commit.parts.items()
-        }
+        }  # fmt: skip
         stored = commit.data_bytes + self._catalog.store.home_size(name)
         return LogEntry(name, commit, stored, fidelity, branch, tags)
 
@@ -98,11 +100,12 @@ class History:
             if all_branches:
                 tips = self._revisions.tips()
                 lines += [(n[6:], tip) for n, tip in tips.items() if n.startswith("heads/")]
-                lines += [(None, tip) for n, tip in tips.items() if n.startswith("tags/")]
+                lines += [(None, tip) for n, tip in tips.items() if not n.startswith("heads/")]
+        walk = self._catalog.ancestors if all_branches else self._catalog.line
         found: dict[ObjectId, str | None] = {}
         times: dict[ObjectId, str] = {}
         for branch, tip in lines:
-            for name, commit in self._catalog.ancestors(tip):
+            for name, commit in walk(tip):
                 if name in found or (len(lines) == 1 and len(found) == limit):
                     break
                 found[name], times[name] = branch, commit.time

@@ -167,7 +167,8 @@ def load_bundle(data: bytes) -> tuple[Frame, ...]:
 
 @dataclass(frozen=True)
 class LetGo:
-    """A fade (the exact patch of parts) or a drop (parts, or whole commits) by a rule.
+    """A fade (the exact patch of parts) or a drop (parts; whole commits, where it names none) by a
+    rule; or the undoing of such records, by their ids.
 
     Written durably before anything is deleted; a patch or bundle that is missing without such a
     record is damage.
@@ -178,6 +179,7 @@ class LetGo:
     parts: tuple[str, ...]
     rule: str
     time: str
+    undoes: tuple[ObjectId, ...] = ()
 
 
 def dump_let_go(record: LetGo) -> bytes:
@@ -185,15 +187,17 @@ def dump_let_go(record: LetGo) -> bytes:
     return dump({
         "what": record.what, "commits": list(record.commits), "parts": list(record.parts),
         "rule": record.rule, "time": record.time,
+        **({"undoes": list(record.undoes)} if record.undoes else {}),
     })  # fmt: skip
 
 
 def load_let_go(data: bytes) -> LetGo:
     """Read a fade or drop record.  Raises CorruptionError."""
     record = load(data, "a record")
-    if record.text("what") not in ("fade", "drop"):
-        raise CorruptionError("a record is neither a fade nor a drop")
+    if record.text("what") not in ("fade", "drop", "undo"):
+        raise CorruptionError("a record is none of fade, drop, undo")
     return LetGo(
         record.text("what"), tuple(checked_id(name) for name in record.texts("commits")),
         tuple(record.texts("parts")), record.text("rule"), record.text("time"),
+        tuple(map(checked_id, record.texts("undoes") if record.has("undoes") else ())),
     )  # fmt: skip

@@ -1,17 +1,21 @@
 """Which commits keep what: pure functions over commits.
 
-exact forms   `ExactRule`: the newest, tags, pins and the best by a metric; the others fade to near
+exact forms     `ExactRule`: the newest, tags, pins and the best by a metric; others fade to near
+commits, parts  `Policy`: what any of its rules keeps; the others are dropped
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import datetime
 
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.store.object import ObjectId
+
+_SPACING = 4  # commits of each distance that --keep-log-spaced leaves, about
 
 EXACT, WEIGHTS, NEAR = FIDELITIES = ("exact", "weights", "near")
 """How much of a commit is kept bit for bit: all, its weights, only what needs no patch."""
@@ -77,15 +81,15 @@ class ExactRule:
 
     def kept_parts(
         self,
-        newest: Iterable[ObjectId],
+        lines: Iterable[Sequence[ObjectId]],
         tagged: Set[ObjectId],
         pinned: Set[ObjectId],
         candidates: Iterable[tuple[ObjectId, Commit]],
     ) -> dict[ObjectId, frozenset[str]]:
-        """The parts that stay exact, by commit: `newest` first comes, `candidates` are those that
+        """The parts that stay exact, by commit: `lines` are newest first, `candidates` those that
         the best are picked from.
         """
-        rows = [(name, EXACT) for name, _ in zip(newest, range(self.newest), strict=False)]
+        rows = [(name, EXACT) for line in lines for name in line[: self.newest]]
         rows += [(name, self.tag_fidelity) for name in tagged]
         rows += [(name, self.pin_fidelity) for name in pinned]
         if self.best is not None:
@@ -94,3 +98,98 @@ class ExactRule:
         for name, fidelity in rows:
             kept[name] = kept.get(name, frozenset()) | PATCHED_PARTS[fidelity]
         return kept
+
+
+@dataclass(frozen=True)
+class Row:
+    """A commit as the rules see it: its `place` on its branch, 0 being the newest; with those that
+    were dropped counted too its `age`, and its `ordinal` from the root; the bytes it takes.
+    """
+
+    name: ObjectId
+    commit: Commit
+    place: int
+    age: int
+    ordinal: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rules about which commits stay; what any of them keeps, stays.
+
+    Of each branch: the newest `last`; those whose step is a multiple of `every`; those of the last
+    `within` seconds; the newest that together take no more than `max_bytes`; with `log_spaced` ever
+    fewer the older they are.  Of all: the `best`, and with `tagged` those with a tag.
+    `optimizer_last` says for how many newest commits of each branch the optimizer part stays.
+    """
+
+    last: int | None = None
+    every: int | None = None
+    within: float | None = None
+    best: tuple[Best, ...] = ()
+    tagged: bool = False
+    log_spaced: bool = False
+    max_bytes: int | None = None
+    optimizer_last: int | None = None
+
+    @property
+    def text(self) -> str:
+        """The rules as the command line has them."""
+        rules: list[tuple[str, object]] = [
+            ("last", self.last), ("every", self.every),
+            ("within", None if self.within is None else f"{self.within:.0f}s"),
+            *(("best", f"{b.metric}:{b.way}:{b.count}") for b in self.best),
+            ("tag", "" if self.tagged else None), ("log-spaced", "" if self.log_spaced else None),
+            ("optimizer-last", self.optimizer_last),
+        ]  # fmt: skip
+        named = [(f"--keep-{name}", value) for name, value in rules]
+        named.append(("--max-size", self.max_bytes))
+        return " ".join(f"{name} {value}".strip() for name, value in named if value is not None)
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is a rule about whole commits: without one all of them stay."""
+        numbers = (self.last, self.every, self.within, self.max_bytes)
+        given = any(number is not None for number in numbers)
+        return given or bool(self.best or self.tagged or self.log_spaced)
+
+    def kept(
+        self, lines: Iterable[Sequence[Row]], tagged: Set[ObjectId], now: datetime
+    ) -> dict[ObjectId, list[str]]:
+        """Why each commit that a rule keeps is kept; `lines` are branches, newest first."""
+        reasons: dict[ObjectId, list[str]] = {}
+        known: dict[ObjectId, Commit] = {}
+        for line in lines:
+            stored = 0
+            for row in line:
+                stored += row.stored_bytes
+                known[row.name] = row.commit
+                for reason in self._reasons(row, stored, now):
+                    found = reasons.setdefault(row.name, [])
+                    if reason not in found:
+                        found.append(reason)
+        for best in self.best:
+            for name in best.pick(known.items()):
+                reasons.setdefault(name, []).append(f"best {best.metric}")
+        for name in tagged & known.keys() if self.tagged else ():
+            reasons.setdefault(name, []).append("tag")
+        return reasons
+
+    def _reasons(self, row: Row, stored: int, now: datetime) -> Iterator[str]:
+        if self.last is not None and row.place < self.last:
+            yield f"last {self.last}"
+        step, age = row.commit.step, now - datetime.fromisoformat(row.commit.time)
+        if self.every is not None and step is not None and step % self.every == 0:
+            yield f"every {self.every}"
+        if self.within is not None and age.total_seconds() <= self.within:
+            yield "recent"
+        if self.max_bytes is not None and stored <= self.max_bytes:
+            yield "size"
+        # What is let go at one age is never asked for at a later one.
+        if self.log_spaced and row.age < _SPACING * (row.ordinal & -row.ordinal or 1 << 62):
+            yield "log-spaced"
+
+    def drops_optimizer(self, row: Row) -> bool:
+        """Whether the optimizer part of a commit that stays may go."""
+        return self.optimizer_last is not None and row.place >= self.optimizer_last

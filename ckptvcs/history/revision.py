@@ -49,8 +49,9 @@ class Revisions:
         return state.commit if state else None
 
     def tips(self) -> dict[str, ObjectId]:
-        """Every branch, tag and a detached HEAD that is at a commit."""
+        """Every branch, tag, pin and a detached HEAD that is at a commit."""
         found = {f"heads/{name}": self.branch(name) for name in self._refs.names("heads")}
+        found |= {f"pins/{name}": name for name in self._refs.targets("pins")}
         found |= {f"tags/{name}": self.tag(name) for name in self._refs.names("tags")}
         found[HEAD] = self.head()
         return {name: commit for name, commit in found.items() if commit is not None}
@@ -108,14 +109,14 @@ class Revisions:
             tip = self.branch(branch)
             if tip is None:
                 raise self._unknown(branch)
-            for name, commit in self._catalog.ancestors(tip):
+            for name, commit in self._catalog.line(tip):
                 if commit.step == int(step):
                     return name
             raise NotFoundError(f"no commit of step {step} on branch '{branch}'")
         return None
 
     def _back(self, start: ObjectId, count: int, text: str) -> ObjectId:
-        for number, (name, _) in enumerate(self._catalog.ancestors(start)):
+        for number, (name, _) in enumerate(self._catalog.line(start)):
             if number == count:
                 return name
         raise NotFoundError(f"'{text}' goes back before the first commit")
@@ -125,12 +126,14 @@ class Revisions:
         if not digits.isdigit() or len(digits) > _LONGEST_STEP:
             raise InvalidInputError(f"'{text}' is no step")
         step = int(digits)
-        for name, commit in self._catalog.ancestors(self.head()):
+        for name, commit in self._catalog.line(self.head()):
             if commit.step == step:
                 return name
         known = set(self._catalog.store.find(b"step:%d" % step))
         tips = self.tips().values()
         found = [name for name, _ in self.reachable(tips) if name in known] if known else []
+        hidden = self._catalog.dropped().commits.intersection(found)
+        found = [name for name in found if name not in hidden]
         if len(found) > 1:
             raise InvalidInputError(
                 f"step {step} is ambiguous", hint="one of " + ", ".join(n[:8] for n in found)
@@ -139,12 +142,20 @@ class Revisions:
             return found[0]
         # The short id that a log shows may have no letter in it.
         named = self._prefix(text) if len(text) >= _SHORT_ID else None
+        if named is None and hidden:
+            raise NotFoundError(
+                f"step {step} was dropped", hint="'ckpt log --all' and 'ckpt reflog' say by what"
+            )
         if named is None:
             raise self._no_step(step)
         return named
 
     def _no_step(self, step: int) -> NotFoundError:
-        steps = {c.step for _, c in self.reachable(self.tips().values()) if c.step is not None}
+        hidden = self._catalog.dropped().commits
+        steps = {
+            commit.step for name, commit in self.reachable(self.tips().values())
+            if commit.step is not None and name not in hidden
+        }  # fmt: skip
         nearest = sorted(sorted(steps, key=lambda s: abs(s - step))[:_MAX_LISTED])
         hint = f"nearest steps: {', '.join(map(str, nearest))}" if nearest else None
         return NotFoundError(f"no commit of step {step}", hint=hint)
@@ -156,7 +167,7 @@ class Revisions:
             raise InvalidInputError(f"'{text}' is no best:METRIC:min or best:METRIC:max")
         values = [
             (commit.metrics[metric], name)
-            for name, commit in self._catalog.ancestors(self.head())
+            for name, commit in self._catalog.line(self.head())
             if metric in commit.metrics and math.isfinite(commit.metrics[metric])
         ]
         if not values:

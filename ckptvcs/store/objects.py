@@ -65,6 +65,10 @@ class ObjectStore:
 
     # -- finding ---------------------------------------------------------------------------
 
+    def entries(self, pack: PackId, folder: str) -> tuple[packs.Entry, ...]:
+        """The objects of a pack, from its table of contents."""
+        return packs.read_entries(self.backend, packs.pack_name(folder, pack))
+
     def pack_sizes(self) -> dict[PackId, tuple[str, int]]:
         """Folder and size of every pack that the index knows."""
         return self._index.packs()
@@ -208,6 +212,13 @@ class ObjectStore:
             if attempt == 0:
                 self.refresh()
         raise MissingObjectError(f"the pack of bundle {name} is gone")
+
+    def read_record(self, place: Place) -> tuple[bytes, bytes]:
+        """The region, unproven, and the payload of an object as they lie in a pack."""
+        file = packs.pack_name(place.folder, place.pack)
+        packs.read_head(self.backend, file, place.entry)
+        region = packs.read_region(self.backend, file, place.entry, 0, place.entry.region_bytes)
+        return region, packs.read_payload(self.backend, file, place.entry)
 
     # -- writing ---------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import secrets
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zstandard
 from blake3 import blake3
@@ -159,6 +159,20 @@ class PackWriter:
         self._entries.append(entry)
         self._region = 0
         return name
+
+    def copy(self, entry: Entry, region: bytes, payload: bytes) -> None:
+        """Append an object as it lies in another pack; the caller has proven it."""
+        self.append_region(region)
+        there = replace(entry, offset=self._at)
+        head = there.head()
+        self._write(head + _CHECK.pack(zlib.crc32(head)) + payload)
+        self._entries.append(there)
+        self._region = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that were written so far."""
+        return self._at
 
     def publish(self) -> PackInfo:
         """Finish the file and make it durable and visible: crash before, debris in tmp/."""

@@ -1,0 +1,188 @@
+"""gc, undo, reflog."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.gc import GcPlan, Verdict
+from ckptvcs.history.retention import Best, Policy
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31557600}
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def _duration(text: str) -> float:
+    found = re.fullmatch(r"([0-9.]+)([smhdwy])", text)
+    try:
+        return float(found[1]) * _SECONDS[found[2]] if found else float("nan")
+    except ValueError:
+        raise _no_duration(text) from None
+
+
+def _no_duration(text: str) -> InvalidInputError:
+    return InvalidInputError(f"'{text}' is no time", hint="write 12h, 7d, 4w")
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"([0-9.]+) ?([kmgt]?)b?", text.lower())
+    try:
+        return int(float(found[1]) * _BYTES[found[2]]) if found else -1
+    except (ValueError, OverflowError):
+        return -1
+
+
+def _policy(
+    last: int | None, every: int | None, within: str | None, best: list[str] | None, *,
+    tagged: bool, log_spaced: bool, max_size: str | None, optimizer_last: int | None,
+) -> Policy:  # fmt: skip
+    for name, number in (("last", last), ("every", every), ("optimizer-last", optimizer_last)):
+        if number is not None and number < 1:
+            raise InvalidInputError(f"--keep-{name} takes a number from 1")
+    seconds = None if within is None else _duration(within)
+    if seconds is not None and not seconds >= 0:
+        raise _no_duration(within or "")
+    size = None if max_size is None else _size(max_size)
+    if size is not None and size < 0:
+        raise InvalidInputError(f"'{max_size}' is no size", hint="write 500M, 50G")
+    return Policy(
+        last, every, seconds, tuple(Best.parse(text) for text in best or ()), tagged, log_spaced,
+        size, optimizer_last,
+    )  # fmt: skip
+
+
+def gc(
+    context: typer.Context,
+    keep_last: Annotated[
+        int | None, typer.Option(metavar="N", help="keep the newest N of each branch")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="keep steps that are multiples of STEPS")
+    ] = None,
+    keep_within: Annotated[
+        str | None, typer.Option(metavar="TIME", help="keep what is younger: 12h, 7d")
+    ] = None,
+    keep_best: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC:min|max:N", help="keep the N best; may be repeated"),
+    ] = None,
+    keep_tag: Annotated[bool, typer.Option("--keep-tag", help="keep what has a tag")] = False,
+    keep_log_spaced: Annotated[
+        bool, typer.Option("--keep-log-spaced", help="keep ever fewer, the older they are")
+    ] = False,
+    max_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="keep the newest that fit: 50G")
+    ] = None,
+    keep_optimizer_last: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="drop the optimizer part of all but the newest N"),
+    ] = None,
+    rekey: Annotated[
+        bool, typer.Option("--rekey", help="merge deltas across dropped commits, bound chains")
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep/--no-sweep", help="delete now, or leave it to be undone")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would go")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Drop commits that no rule keeps, and delete what nothing reaches."""
+    policy = _policy(
+        keep_last, keep_every, keep_within, keep_best, tagged=keep_tag,
+        log_spaced=keep_log_spaced, max_size=max_size, optimizer_last=keep_optimizer_last,
+    )  # fmt: skip
+    repo = open_repo(context)
+    if dry_run:
+        plan = repo.plan_gc(policy)
+    else:
+        with render.progress("rekeying" if rekey else "sweeping", None) as tick:
+            plan = repo.gc(policy, sweep=sweep, rekey=rekey, progress=tick)
+    if json:
+        render.as_json({
+            "dry_run": dry_run, "packs": sorted(plan.packs), "debris": list(plan.debris),
+            "freed_bytes": plan.freed_bytes, "kept_bytes": plan.kept_bytes,
+            "faded": sorted({name for patch in plan.fading for name in patch.commits}),
+            "commits": [
+                {"id": row.name, "step": row.commit.step, "action": row.action,
+                 "reasons": list(row.reasons), "freed_bytes": row.freed_bytes,
+                 "chained_bytes": row.chained_bytes}
+                for row in plan.verdicts
+            ],
+        })  # fmt: skip
+        return
+    _show(plan)
+    verb = "would free" if dry_run else "freed" if sweep else "to be freed by the next sweep:"
+    render.data(f"{verb} {render.size(plan.freed_bytes)}, kept {render.size(plan.kept_bytes)}")
+    chained = sum(row.chained_bytes for row in plan.verdicts)
+    if chained and not rekey:
+        render.talk(
+            f"note: {render.size(chained)} stay since chains need them; --rekey merges them"
+        )
+
+
+def _show(plan: GcPlan) -> None:
+    if plan.verdicts:
+        rows = [["step", "id", "action", "freed", "in chains", "reason"]]
+        rows += [_row(row) for row in sorted(plan.verdicts, key=_newest_first)]
+        render.table(rows)
+    faded = {name for patch in plan.fading for name in patch.commits}
+    if faded:
+        render.data(f"{len(faded)} commit(s) fade to near")
+    if plan.packs:
+        render.data(f"{len(plan.packs)} pack(s) reached by nothing")
+    for name in plan.debris:
+        render.data(f"{name}  left by a writer that is gone")
+
+
+def _newest_first(row: Verdict) -> tuple[int, str]:
+    """Newest first: times are compared as text, downwards."""
+    return (-(row.commit.step or 0), row.name)
+
+
+def _row(row: Verdict) -> list[str]:
+    freed = render.size(row.freed_bytes) if row.freed_bytes else ""
+    chained = render.size(row.chained_bytes) if row.chained_bytes else ""
+    step = "-" if row.commit.step is None else str(row.commit.step)
+    return [step, row.name[:8], row.action, freed, chained, ", ".join(row.reasons)]
+
+
+def undo(context: typer.Context, json: JsonOption = False) -> None:
+    """Take back the last move or drop of HEAD's branch."""
+    repo = open_repo(context)
+    done = repo.undo()
+    if json:
+        render.as_json({"undone": done.what, "branch": done.branch, "commit": done.commit})
+        return
+    at = f", now at {done.commit[:8]}" if done.commit else ", which has no commit now"
+    render.data(f"undone: {done.what}; branch {done.branch}{at}")
+
+
+def reflog(
+    context: typer.Context,
+    ref: Annotated[str | None, typer.Argument(metavar="[BRANCH]", help="else HEAD's")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List what happened to a branch, newest first: moves, drops, fades."""
+    repo = open_repo(context)
+    events = repo.reflog(ref)
+    if json:
+        render.as_json([
+            {"time": e.time, "action": e.action, "commit": e.commit, "step": e.step,
+             "commits": e.count, "there": e.there}
+            for e in events
+        ])  # fmt: skip
+        return
+    rows = [["time", "action", "id", "step", "commits"]]
+    for event in events:
+        mark = "" if event.there else " (swept)"
+        rows.append([
+            event.time[:19].replace("T", " "), render.printable(event.action),
+            (event.commit or "-")[:8] + mark, "-" if event.step is None else str(event.step),
+            str(event.count) if event.count else "",
+        ])  # fmt: skip
+    render.table(rows)

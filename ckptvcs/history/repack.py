@@ -1,0 +1,100 @@
+"""Repack: many tiny packs, and packs that are mostly waste, become few full ones.
+
+Records are copied as they lie, after each was proven by its id, and each slice by its hash: what a
+commit decodes to cannot change.  Old packs are deleted only when the new ones are durable.  Packs
+of one part hold nothing of another, and exact patches stay alone: dropping either is an unlink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckptvcs.errors import CorruptionError
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.gc import Marked
+from ckptvcs.history.recipe import load_bundle, slice_hash
+from ckptvcs.store.index import Place
+from ckptvcs.store.object import Kind, ObjectId, PackId
+
+_TINY = 1 << 20  # bytes: packs below are merged ...
+_FEW = 4  # ... when there are so many
+_FULL = 1 << 25
+_WASTE = 0.25  # of a pack's bytes
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Packs of one kind, and what is to be kept of them."""
+
+    folder: str
+    packs: tuple[PackId, ...]
+    places: tuple[Place, ...]
+
+
+def plan_merges(catalog: Catalog, marked: Marked) -> list[Merge]:
+    """What to merge, among the packs that hold anything that is `marked`."""
+    store = catalog.store
+    alone = {place.pack for name in catalog.patches() for place in store.places(name)}
+    kept: dict[PackId, list[Place]] = {}
+    for name in marked.objects:
+        place = store.places(name)[0]  # of several copies one is enough
+        kept.setdefault(place.pack, []).append(place)
+    groups: dict[tuple[str, str], list[tuple[PackId, bool]]] = {}
+    for pack, (folder, size) in sorted(store.pack_sizes().items()):
+        if pack in alone or pack not in kept:
+            continue
+        parts = {marked.bundles.get(place.entry.id, "") for place in kept[pack]}
+        used = sum(place.entry.record_bytes for place in kept[pack])
+        wasted = size > _TINY and used < (1 - _WASTE) * size
+        if (size <= _TINY or wasted) and len(parts) == 1 and used < _FULL:
+            groups.setdefault((folder, parts.pop()), []).append((pack, wasted))
+    merges = []
+    for (folder, _), members in groups.items():
+        if len(members) < _FEW and not any(wasted for _, wasted in members):
+            continue
+        batch: list[PackId] = []
+        places: list[Place] = []
+        for pack, _ in members:
+            batch.append(pack)
+            places += sorted(kept[pack], key=lambda place: place.entry.offset)
+            if sum(place.entry.record_bytes for place in places) > _FULL:
+                merges.append(Merge(folder, tuple(batch), tuple(places)))
+                batch, places = [], []
+        if batch:
+            merges.append(Merge(folder, tuple(batch), tuple(places)))
+    return merges
+
+
+def merge(catalog: Catalog, plan: Merge) -> None:
+    """Copy what is kept into a new pack, then delete the old ones.
+
+    Raises:
+        CorruptionError: something is damaged; nothing was deleted.
+        StorageError: the disk is full; nothing was deleted.
+    """
+    store = catalog.store
+    pack = store.new_pack(plan.folder)
+    try:
+        for place in plan.places:
+            region, payload = store.read_record(place)
+            content = store.get(place.entry.id, place.entry.kind)
+            if place.entry.kind == Kind.BUNDLE:
+                _prove(place.entry.id, content, region)
+            pack.copy(place.entry, region, payload)
+        store.publish(pack)
+    finally:
+        pack.abort()
+    store.delete_packs(dict.fromkeys(plan.packs, plan.folder))
+    catalog.forget()
+
+
+def _prove(name: ObjectId, content: bytes, region: bytes) -> None:
+    for start, length, expected in _slices(content):
+        if slice_hash(memoryview(region)[start : start + length]) != expected:
+            raise CorruptionError(f"bundle {name[:8]} is damaged: a slice has another hash")
+
+
+def _slices(content: bytes) -> Iterator[tuple[int, int, bytes]]:
+    for frame in load_bundle(content):
+        yield from frame.slices

@@ -1,0 +1,153 @@
+"""The past of a branch: its moves, and what rules did to its commits; and how to take them back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckptvcs.errors import ConflictError, NotFoundError
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.recipe import LetGo, dump_let_go, load_let_go
+from ckptvcs.history.refs import HEAD, Generation, Refs
+from ckptvcs.store.object import Kind, ObjectId
+
+_UNDO = "undo "  # before the number of the generation that was taken back
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a branch: a move of it, or `count` commits of it let go."""
+
+    time: str
+    action: str
+    commit: ObjectId | None
+    step: int | None
+    there: bool
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What was taken back, and where the branch is now."""
+
+    what: str
+    branch: str
+    commit: ObjectId | None
+
+
+class Past:
+    """Looks back in one repository."""
+
+    def __init__(self, catalog: Catalog, refs: Refs) -> None:
+        self._catalog, self._refs = catalog, refs
+
+    def _branch(self, name: str | None) -> str:
+        head = self._refs.read(HEAD)
+        found = name or (head.branch if head else None)
+        if found is None:
+            raise NotFoundError("HEAD is on no branch", hint="name one")
+        if self._refs.read(f"heads/{found}") is None:
+            raise NotFoundError(f"branch '{found}' has no history yet")
+        return found
+
+    def events(self, branch: str | None = None) -> list[Event]:
+        """The moves of a branch (HEAD's), and what was let go of its commits, newest first.
+
+        Raises:
+            NotFoundError: there is no such branch, or nothing happened to it.
+        """
+        name = self._branch(branch)
+        moves = self._refs.reflog(f"heads/{name}")
+        events = [self._event(move) for move in moves]
+        line = self._ever(moves)
+        for _, record in self._records():
+            count = len(line.intersection(record.commits))
+            if count:
+                action = f"{record.what} {record.rule}".strip()
+                events.append(Event(record.time, action, None, None, True, count))
+        return sorted(events, key=lambda event: event.time, reverse=True)
+
+    def _event(self, move: Generation) -> Event:
+        there = move.commit is None or self._catalog.store.contains(move.commit)
+        step = self._catalog.commit(move.commit).step if move.commit and there else None
+        return Event(move.time, move.action, move.commit, step, there)
+
+    def _ever(self, moves: list[Generation]) -> set[ObjectId]:
+        """Every commit that was on a branch, as far as it has not been swept."""
+        found: set[ObjectId] = set()
+        for move in moves:
+            name = move.commit
+            while name is not None and name not in found and self._catalog.store.contains(name):
+                found.add(name)
+                parents = self._catalog.commit(name).parents
+                name = parents[0] if parents else None
+        return found
+
+    def _records(self) -> list[tuple[ObjectId, LetGo]]:
+        store = self._catalog.store
+        names = store.ids(Kind.RECORD)
+        return [(name, load_let_go(store.get(name, Kind.RECORD))) for name in names]
+
+    def undo(self, time: str) -> Undone:
+        """Take back the last move of HEAD's branch, or the last drop of its commits that was not
+        swept yet, whichever came last.
+
+        Raises:
+            NotFoundError: there is nothing to take back.
+            ConflictError: what it was about has been swept; or another writer moved the branch.
+        """
+        name = self._branch(None)
+        ref = f"heads/{name}"
+        moves = {move.number: move for move in self._refs.reflog(ref)}
+        newest = moves[max(moves)]
+        last = self._standing(moves, newest.number)
+        drop = self._last_drop(list(moves.values()))
+        if drop is not None and (last is None or drop[1].time > moves[last].time):
+            return self._restore(name, newest, *drop, time)
+        if last is None or last == 1:
+            raise NotFoundError(f"there is nothing to undo on branch '{name}'")
+        before = moves[self._standing(moves, last - 1) or 1].commit
+        if before is not None and before in self._catalog.dropped().commits:
+            raise ConflictError(f"{before[:8]} was dropped meanwhile", hint="see 'ckpt reflog'")
+        if before is not None and not self._catalog.store.contains(before):
+            raise ConflictError(f"{before[:8]} was swept meanwhile", hint="see 'ckpt reflog'")
+        taken = moves[last]
+        self._refs.publish(ref, newest, commit=before, time=time, action=f"{_UNDO}{last}")
+        at = f" of {taken.commit[:8]}" if taken.commit else ""
+        return Undone(f"{taken.action}{at}", name, before)
+
+    @staticmethod
+    def _standing(moves: dict[int, Generation], number: int) -> int | None:
+        """The move that a branch's state stands for, once undone ones are left out."""
+        while number and moves[number].action.startswith(_UNDO):
+            number = int(moves[number].action[len(_UNDO) :]) - 1
+        return number or None
+
+    def _last_drop(self, moves: list[Generation]) -> tuple[ObjectId, LetGo] | None:
+        line = self._ever(moves)
+        records = self._records()
+        undone = {old for _, record in records for old in record.undoes}
+        drops = [
+            (name, record) for name, record in records
+            if record.what == "drop" and name not in undone and line.intersection(record.commits)
+        ]  # fmt: skip
+        return max(drops, key=lambda pair: (pair[1].time, pair[0]), default=None)
+
+    def _restore(
+        self, branch: str, newest: Generation, name: ObjectId, drop: LetGo, time: str
+    ) -> Undone:
+        for commit in drop.commits:
+            for part, state in self._catalog.commit(commit).parts.items():
+                wanted = part in (drop.parts or self._catalog.commit(commit).parts)
+                if wanted and not self._catalog.has_recipe(state.values):
+                    raise ConflictError(
+                        f"what '{drop.rule}' dropped was swept", hint="see 'ckpt reflog'"
+                    )
+        pack = self._catalog.store.new_pack("meta")
+        try:
+            record = LetGo("undo", drop.commits, drop.parts, drop.rule, time, (name,))
+            pack.add(Kind.RECORD, dump_let_go(record))
+            self._catalog.store.publish(pack)
+        finally:
+            pack.abort()
+        self._catalog.forget()
+        return Undone(f"drop {drop.rule} of {len(drop.commits)} commits", branch, newest.commit)

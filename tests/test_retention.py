@@ -1,0 +1,314 @@
+"""What is kept exactly, what fades, what is dropped, and how it is taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
+from ckptvcs.history.log import LogEntry
+from ckptvcs.history.retention import Best, Policy
+from ckptvcs.repo import Repo
+from tests.test_near import adam_state, moved, weights
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Repo:
+    return Repo.init(tmp_path)
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, torch.Tensor):
+        return bool(one.numpy().tobytes() == two.numpy().tobytes())
+    return bool(one == two)
+
+
+class Run:
+    """A run that is committed, and what was committed."""
+
+    def __init__(self, repo: Repo) -> None:
+        self.repo, self.now, self.step = repo, weights(), 0
+        self.states: dict[int, Any] = {}
+
+    def commit(self, count: int = 1, **options: Any) -> LogEntry:
+        for _ in range(count):
+            self.step += 1
+            state = adam_state(self.now, self.step)
+            self.states[self.step] = {
+                "model": {name: w.clone() for name, w in state["model"].items()},
+                **{key: value for key, value in state.items() if key != "model"},
+            }
+            entry = self.repo.commit(state, step=self.step, **options)
+            self.now = moved(self.now)
+        return entry
+
+    def exact(self) -> list[int | None]:
+        """The steps that the log calls exact, each proven."""
+        for entry in self.repo.log():
+            assert entry.step is not None
+            assert same(self.states[entry.step], self.repo.checkout(entry.step)) == entry.exact
+        return [entry.step for entry in self.repo.log() if entry.exact]
+
+
+@pytest.fixture
+def run(repo: Repo) -> Run:
+    return Run(repo)
+
+
+def sizes(repo: Repo) -> int:
+    return sum(path.stat().st_size for path in repo.folder.glob("packs/*/*.pack"))
+
+
+# -- exact forms -------------------------------------------------------------------------------
+
+
+def test_the_newest_two_are_exact(run: Run, repo: Repo) -> None:
+    for step in range(1, 6):
+        entry = run.commit()
+        assert entry.exact
+        assert entry.commit.patch_bytes > entry.stored_bytes
+        assert run.exact() == [step, step - 1][:step]
+    assert not repo.verify().damage
+    again = Run(Repo.open(repo.folder))
+    again.states = run.states
+    assert again.exact() == [5, 4]
+
+
+@pytest.mark.parametrize("newest", [0, 1, 3])
+def test_how_many_is_a_setting(newest: int, run: Run, repo: Repo) -> None:
+    repo.configure("keep-exact", str(newest))
+    run.commit(5)
+    assert run.exact() == [5, 4, 3][:newest]
+
+
+def test_tags_pins_and_the_best_stay_exact(run: Run, repo: Repo) -> None:
+    repo.configure("keep-best", "loss:min")
+    run.commit(metrics={"loss": 1.0})
+    repo.set_ref("tags", "v1", repo.resolve(1), "tag")
+    run.commit(metrics={"loss": 0.1})
+    run.commit(metrics={"loss": 0.5})
+    assert repo.pin(repo.resolve(3), pinned=True)
+    assert not repo.pin(repo.resolve(3), pinned=True)
+    run.commit(3, metrics={"loss": 0.7})
+    assert run.exact() == [6, 5, 3, 2, 1]
+    repo.set_ref("tags", "v1", None, "delete")
+    assert repo.pin(repo.resolve(3), pinned=False)
+    run.commit(metrics={"loss": 0.05})
+    assert run.exact() == [7, 6]
+    assert not repo.verify().damage
+
+
+def test_weights_alone_may_stay_exact(run: Run, repo: Repo) -> None:
+    repo.configure("pin-fidelity", "weights")
+    run.commit(2)
+    repo.pin(repo.resolve(1), pinned=True)
+    run.commit(2)
+    (entry,) = (entry for entry in repo.log() if entry.step == 1)
+    assert entry.fidelity["model"] == "exact"
+    assert entry.fidelity["optimizer"] == "near"
+    back = repo.checkout(1)
+    assert same(back["model"], run.states[1]["model"])
+    assert not same(back, run.states[1])
+
+
+def test_values_that_are_not_finite_fade_nothing(run: Run) -> None:
+    run.commit(2)
+    run.now["layer1"][3, 4] = float("nan")
+    run.commit()
+    assert run.exact() == [3, 2, 1]
+    run.commit()  # no more of them than before
+    assert run.exact() == [4, 3]
+
+
+def test_the_exact_form_comes_back_with_its_content(run: Run, repo: Repo) -> None:
+    run.commit(3)
+    first = repo.resolve(1)
+    repo.move_head(first, None)
+    entry = repo.commit(run.states[1], step=1)
+    assert entry.exact
+    assert same(repo.checkout(entry.id), run.states[1])
+
+
+def test_unchanged_content_is_stored_once_and_fades_together(run: Run, repo: Repo) -> None:
+    run.commit()
+    before = sizes(repo)
+    repo.commit(run.states[1], step=1)
+    repo.commit(run.states[1], step=1)
+    assert sizes(repo) == before
+    assert all(entry.exact for entry in repo.log())  # the newest two are the first too
+    run.commit(2)
+    assert [entry.exact for entry in repo.log()] == [True, True, False, False, False]
+    assert not repo.verify().damage
+
+
+def test_patches_of_other_branches_fade_with_gc(run: Run, repo: Repo) -> None:
+    run.commit(3)
+    for _ in range(3):  # a rollback each
+        repo.move_head(repo.resolve(1), None)
+        run.step = 1
+        run.commit()
+    assert len(repo.fader().patches()) > 4
+    repo.gc()
+    last = repo.log(revision="main-4")
+    assert last[0].exact
+    assert all(entry.exact for entry in repo.log(2, revision="main"))  # which HEAD followed
+    parts = [patch.part for patch in repo.fader().patches()]
+    assert parts.count("model") == 3
+    assert parts.count("optimizer") == 2  # those of two commits are equal
+    assert not repo.verify().damage
+
+
+def test_a_patch_that_is_missing_without_a_record_is_damage(run: Run, repo: Repo) -> None:
+    run.commit(2)
+    patch = repo.fader().patches()[0]
+    (repo.folder / patch.folder / patch.pack[:2] / f"{patch.pack}.pack").unlink()
+    again = Repo.open(repo.folder)
+    again.catalog.store.refresh()
+    assert [damage.what for damage in again.verify().damage] == ["patch"]
+    assert not all(entry.exact for entry in again.log())
+
+
+def test_a_commit_with_a_patch_is_as_fresh_as_one_without(run: Run, repo: Repo) -> None:
+    run.commit(3)
+    other = Run(Repo.init(repo.folder.parent / "other"))
+    other.repo.configure("keep-exact", "0")
+    other.commit(3)
+    for one, two in zip(repo.log(), other.repo.log(), strict=True):
+        assert one.commit.parts["model"].values == two.commit.parts["model"].values
+        assert one.stored_bytes == pytest.approx(two.stored_bytes, rel=0.05)
+
+
+# -- dropping ----------------------------------------------------------------------------------
+
+
+def test_dropped_commits_are_gone_and_others_are_as_they_were(run: Run, repo: Repo) -> None:
+    run.commit(9)
+    true = {step: repo.checkout(step) for step in range(1, 10)}
+    plan = repo.gc(Policy(every=4))
+    assert {row.commit.step: row.action for row in plan.verdicts} == {
+        step: "keep" if step in (4, 8, 9) else "drop" for step in range(1, 10)
+    }
+    assert [entry.step for entry in repo.log()] == [9, 8, 4]
+    assert len(repo.log(all_branches=True)) == 9
+    for step in (4, 8, 9):
+        assert same(repo.checkout(step), true[step])
+    with pytest.raises(NotFoundError, match="was dropped"):
+        repo.resolve(5)
+    dropped = next(entry for entry in repo.log(all_branches=True) if entry.step == 5)
+    assert set(dropped.fidelity.values()) == {"dropped"}
+    with pytest.raises(NotFoundError, match="dropped"):
+        repo.checkout(dropped.id)
+    assert not repo.verify().damage
+    assert repo.resolve("HEAD~2") == repo.resolve(4)
+
+
+def test_moments_of_dropped_commits_are_freed_at_once(run: Run, repo: Repo) -> None:
+    run.commit(9)
+    plan = repo.plan_gc(Policy(last=1))
+    before = sizes(repo)
+    done = repo.gc(Policy(last=1))
+    assert done.freed_bytes == plan.freed_bytes
+    assert sizes(repo) < before
+    row = next(row for row in done.verdicts if row.commit.step == 5)
+    assert row.freed_bytes > 0
+    assert row.chained_bytes > 0  # step 9 stands on its weights
+
+
+def test_parts_can_be_dropped_alone(run: Run, repo: Repo) -> None:
+    run.commit(6)
+    repo.gc(Policy(optimizer_last=2))
+    assert [entry.fidelity["optimizer"] for entry in repo.log()] == [
+        "exact", "exact", *["dropped"] * 4,
+    ]  # fmt: skip
+    with pytest.raises(NotFoundError, match="optimizer"):
+        repo.checkout(2)
+    repo.save_part(repo.resolve(2), "model", repo.root / "two.pt")
+    assert (repo.root / "two.pt").exists()
+    assert not repo.verify().damage
+    assert run.commit(2).exact
+
+
+def test_what_is_protected_stays(run: Run, repo: Repo) -> None:
+    repo.configure("keep-best", "loss:min")
+    for loss in (3.0, 1.0, 2.0, 2.5, 2.6):
+        run.commit(metrics={"loss": loss})
+    repo.set_ref("tags", "v1", repo.resolve(1), "tag")
+    repo.pin(repo.resolve(3), pinned=True)
+    repo.gc(Policy(every=1000, last=1))
+    assert [entry.step for entry in repo.log()] == [5, 3, 2, 1]
+
+
+def test_rules_that_keep_nothing_are_refused(run: Run, repo: Repo) -> None:
+    run.commit(3)
+    with pytest.raises(InvalidInputError, match="keep no commit"):
+        repo.gc(Policy(every=1000))
+    assert len(repo.log()) == 3
+    repo.gc()  # without rules it only sweeps
+    assert len(repo.log()) == 3
+
+
+def test_a_drop_is_undone_until_it_is_swept(run: Run, repo: Repo) -> None:
+    run.commit(5)
+    true = {step: repo.checkout(step) for step in range(1, 6)}
+    repo.gc(Policy(last=1), sweep=False)
+    assert [entry.step for entry in repo.log()] == [5]
+    assert "drop" in repo.undo().what
+    assert [entry.step for entry in repo.log()] == [5, 4, 3, 2, 1]
+    for step, state in true.items():
+        assert same(repo.checkout(step), state)
+    repo.gc(Policy(last=1))
+    with pytest.raises(ConflictError, match="swept"):
+        repo.undo()
+    assert not repo.verify().damage
+
+
+def test_moves_are_undone_one_after_another(run: Run, repo: Repo) -> None:
+    run.commit(4)
+    for step in (3, 2):
+        repo.undo()
+        assert repo.log()[0].step == step
+    run.step = 2
+    run.commit()
+    assert [entry.step for entry in repo.log()] == [3, 2, 1]
+    repo.undo()
+    assert repo.log()[0].step == 2
+    repo.undo()
+    with pytest.raises(NotFoundError, match="nothing to undo"):
+        repo.undo()
+    actions = [event.action for event in repo.reflog()]
+    assert actions.count("commit") == 5
+    assert len(actions) >= 9
+    repo.gc()
+    assert not repo.verify().damage
+    assert sum(not event.there for event in repo.reflog()) > 0
+
+
+def test_tiny_packs_are_merged_and_parts_stay_apart(run: Run, repo: Repo) -> None:
+    run.commit(12)
+    true = {step: repo.checkout(step) for step in range(1, 13)}
+    before = len(list(repo.folder.glob("*/*/*.pack")))
+    repo.gc()
+    after = len(list(repo.folder.glob("*/*/*.pack")))
+    assert after < before / 3
+    for step, state in true.items():
+        assert same(repo.checkout(step), state)
+    repo.gc(Policy(optimizer_last=1))
+    assert not repo.verify().damage
+    repo.gc(Policy(last=3))
+    run.commit(2)
+    assert not repo.verify().damage
+
+
+# -- rules -------------------------------------------------------------------------------------
+
+
+def test_best_rules() -> None:
+    assert Best.parse("val:loss:min:3") == Best("val:loss", "min", 3)
+    for text in ("", "loss", "loss:low", "loss:min:0", ":min", "loss:min:-1"):
+        with pytest.raises(InvalidInputError):
+            Best.parse(text)
