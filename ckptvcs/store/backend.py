@@ -99,15 +99,23 @@ class MemoryWriter:
     def abort(self) -> None:
         self._data.clear()
 
+_TRIES = 3
+
 
 def write_once(backend: Backend, name: str, data: bytes) -> None:
     """Publish a small file.  Raises ConflictError where the name is taken."""
-    writer = backend.writer()
-    try:
-        writer.write(data)
-        writer.publish(name)
-    finally:
-        writer.abort()
+    for attempt in range(_TRIES):
+        writer = backend.writer()
+        try:
+            writer.write(data)
+            writer.publish(name)
+            return
+        except StorageError as error:
+            # gc takes for debris what nobody who holds a lease is writing.
+            if attempt + 1 == _TRIES or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        finally:
+            writer.abort()
 
 
 def read_small(backend: Backend, name: str, limit: int) -> bytes:
