@@ -400,6 +400,15 @@ class Repo:
         self.refs.publish(ref, old, commit=commit, time=now(), action=action)
         return True
 
+    def graph(
+        self, limit: int | None = None, *, revision: str | None = None
+    ) -> list[tuple[str, LogEntry | None]]:
+        """The commits of all branches (or the line of `revision`) beside a graph of where they
+        part; see `History.graph`.
+        """
+        start = None if revision is None else self.resolve(revision)
+        return self.history.graph(limit, start=start)
+
     def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
         """Create or move a branch (`heads`) or a tag (`tags`); None deletes it."""
         from ckptvcs.committing import now  # noqa: PLC0415
