@@ -26,7 +26,7 @@ from ckptvcs.config import (
     load_config,
     set_setting,
 )  # fmt: skip
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.format import FORMAT, check_format, raise_flags, require_flags, write_format
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.fading import Fader
@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from ckptvcs.checkout import CheckedOut, WorkTree
     from ckptvcs.checkpoint.checkpoint import Checkpoint
     from ckptvcs.committing import Result
+    from ckptvcs.compare import Comparison
     from ckptvcs.history.gc import GcPlan
     from ckptvcs.restore import Restorer
+    from ckptvcs.search import Bisection, Judge, Watch
     from ckptvcs.source import Progress
     from ckptvcs.verify import Report
 
@@ -318,6 +320,43 @@ class Repo:
 
         PartReader(self.restorer(name)).save(part, target)
 
+    def diff(
+        self,
+        a: str | int = "HEAD~1",
+        b: str | int = "HEAD",
+        *,
+        only: str | None = None,
+        progress: Progress = _quiet,
+    ) -> Comparison:
+        """What lies between two commits, of all parts or `only` of one; see `ckptvcs.compare`.
+
+        Raises:
+            NotFoundError, InvalidInputError: there is no such commit, or no such part.
+        """
+        from ckptvcs.compare import compare  # noqa: PLC0415
+
+        left, right = self.resolve(a), self.resolve(b)
+        return compare(
+            self.catalog, (self.entry(left), self.restorer(left)),
+            (self.entry(right), self.restorer(right)), only, progress,
+        )  # fmt: skip
+
+    def bisect(
+        self, good: str | int, bad: str | int, judge: Judge,
+        watch: Watch = lambda *_: None,
+    ) -> Bisection:  # fmt: skip
+        """The first bad commit on the line from `good` to `bad`; see `ckptvcs.search`, which has
+        judges.
+
+        Raises:
+            InvalidInputError: `good` is no ancestor of `bad`, or they are not what they are said
+                to be.
+        """
+        from ckptvcs.search import bisect, line  # noqa: PLC0415
+
+        names = line(self.catalog, self.resolve(good), self.resolve(bad))
+        return bisect(names, self.entry, judge, watch)
+
     def worktree(self) -> WorkTree:
         """The files outside the store."""
         from ckptvcs.checkout import WorkTree  # noqa: PLC0415
@@ -416,6 +455,26 @@ class Repo:
         check_name(name, "tag" if space == "tags" else "branch")
         ref = f"{space}/{name}"
         self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
+
+    def delete_branch(self, name: str) -> tuple[ObjectId, list[ObjectId]]:
+        """Delete a branch: what it was at, and the commits that are on no branch and under no tag
+        any more, newest first.  They stay, and can be had by their ids.
+
+        Raises:
+            NotFoundError: there is no such branch.
+            ConflictError: HEAD is on it.
+        """
+        tip = self.revisions.branch(name)
+        if tip is None:
+            raise NotFoundError(f"no branch '{name}'", hint="see 'ckpt branch'")
+        head = self.refs.read(HEAD)
+        if head is not None and head.branch == name:
+            raise ConflictError(
+                f"HEAD is on branch '{name}'", hint="check out another branch or step first"
+            )
+        self.set_ref("heads", name, None, "delete")
+        held = {kept for kept, _ in self.revisions.reachable(self.revisions.tips().values())}
+        return tip, [lost for lost, _ in self.catalog.ancestors(tip) if lost not in held]
 
     # -- care ----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,11 @@ Json = Any
 def is_terminal() -> bool:
     """Whether stdout is looked at by a person."""
     return sys.stdout.isatty()
+
+
+def width() -> int:
+    """Columns that there are for a table: of the terminal, else as many as it takes."""
+    return shutil.get_terminal_size().columns if is_terminal() else sys.maxsize
 
 
 def data(text: str) -> None:
@@ -175,13 +181,24 @@ def table(rows: Sequence[Sequence[str]]) -> None:
 
     console = Console()
     grid = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
-    for name, width in zip(rows[0], _fitted(rows, console.width), strict=True):
+    widths = _fitted(rows, console.width)
+    if rows[0][0] == "name":  # names of tensors differ at their ends
+        rows = [
+            [
+                cell
+                if len(cell) <= widths[0]
+                else f"\N{HORIZONTAL ELLIPSIS}{cell[1 - widths[0] :]}",
+                *rest,
+            ]
+            for cell, *rest in rows
+        ]
+    for name, width in zip(rows[0], widths, strict=True):
         grid.add_column(
             name, justify="right" if name in _RIGHT else "left", width=width, no_wrap=True,
             overflow="ellipsis",
         )  # fmt: skip
     for row in rows[1:]:
-        grid.add_row(*(Text(cell) for cell in row))
+        grid.add_row(*map(Text, row))
     console.print(grid)
 
 
