@@ -37,7 +37,8 @@ def log(
         rows = repo.graph(shown, revision=revision)
         listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
         more = limit is not None and len(listed) > limit
-        table = render.graph_rows(rows[: listed[-1] if more else None], repo.history.names())
+        end = listed[-2] + 1 if more else None
+        table = render.graph_rows(rows[:end], repo.history.names())
     else:
         entries = repo.log(shown, revision=revision, all_branches=all_branches or graph)
         more = limit is not None and len(entries) > limit
