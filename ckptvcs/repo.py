@@ -328,7 +328,7 @@ class Repo:
         only: str | None = None,
         progress: Progress = _quiet,
     ) -> Comparison:
-        """What lies between two commits, of all parts or `only` of one; see `ckptvcs.compare`.
+        """What lies between two commits, of all parts or of one; see `ckptvcs.compare`.
 
         Raises:
             NotFoundError, InvalidInputError: there is no such commit, or no such part.
@@ -345,12 +345,10 @@ class Repo:
         self, good: str | int, bad: str | int, judge: Judge,
         watch: Watch = lambda *_: None,
     ) -> Bisection:  # fmt: skip
-        """The first bad commit on the line from `good` to `bad`; see `ckptvcs.search`, which has
-        judges.
+        """The first bad commit between two; judges stand in `ckptvcs.search`.
 
         Raises:
-            InvalidInputError: `good` is no ancestor of `bad`, or they are not what they are said
-                to be.
+            InvalidInputError: `good` is no ancestor of `bad`, or they are not what their names say.
         """
         from ckptvcs.search import bisect, line  # noqa: PLC0415
 
@@ -439,15 +437,6 @@ class Repo:
         self.refs.publish(ref, old, commit=commit, time=now(), action=action)
         return True
 
-    def graph(
-        self, limit: int | None = None, *, revision: str | None = None
-    ) -> list[tuple[str, LogEntry | None]]:
-        """The commits of all branches (or the line of `revision`) beside a graph of where they
-        part; see `History.graph`.
-        """
-        start = None if revision is None else self.resolve(revision)
-        return self.history.graph(limit, start=start)
-
     def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
         """Create or move a branch (`heads`) or a tag (`tags`); None deletes it."""
         from ckptvcs.committing import now  # noqa: PLC0415
@@ -457,21 +446,18 @@ class Repo:
         self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
 
     def delete_branch(self, name: str) -> tuple[ObjectId, list[ObjectId]]:
-        """Delete a branch: what it was at, and the commits that are on no branch and under no tag
-        any more, newest first.  They stay, and can be had by their ids.
+        """Delete a branch: what it was at, and the commits that no ref leads to any more, newest
+        first.  They stay, and can be had by their ids.
 
         Raises:
             NotFoundError: there is no such branch.
             ConflictError: HEAD is on it.
         """
-        tip = self.revisions.branch(name)
+        tip, head = self.revisions.branch(name), self.refs.read(HEAD)
         if tip is None:
             raise NotFoundError(f"no branch '{name}'", hint="see 'ckpt branch'")
-        head = self.refs.read(HEAD)
         if head is not None and head.branch == name:
-            raise ConflictError(
-                f"HEAD is on branch '{name}'", hint="check out another branch or step first"
-            )
+            raise ConflictError(f"HEAD is on branch '{name}'", hint="check out another one first")
         self.set_ref("heads", name, None, "delete")
         held = {kept for kept, _ in self.revisions.reachable(self.revisions.tips().values())}
         return tip, [lost for lost, _ in self.catalog.ancestors(tip) if lost not in held]

@@ -34,7 +34,8 @@ def log(
         limit = _DEFAULT_ENTRIES
     shown = None if limit is None else limit + 1
     if graph and not json:
-        rows = repo.graph(shown, revision=revision)
+        start = None if revision is None else repo.resolve(revision)
+        rows = repo.history.graph(shown, start=start)
         listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
         more = limit is not None and len(listed) > limit
         end = listed[-2] + 1 if more else None

@@ -118,15 +118,15 @@ class History:
     def names(self) -> dict[ObjectId, tuple[str, ...]]:
         """What names the commits at a tip: `HEAD -> main`, `side`, `tag: v1`; HEAD first."""
         head = self._refs.read(HEAD)
-        current = head.branch if head else None
+        current = f"heads/{head.branch}" if head and head.branch else HEAD
         found: dict[ObjectId, list[str]] = {}
         for name, tip in self._revisions.tips().items():
             space, _, short = name.partition("/")
-            shown = f"tag: {short}" if space == "tags" else short
             if name == HEAD:
-                found.setdefault(tip, []).insert(0, f"HEAD -> {current}" if current else HEAD)
-            elif name != f"heads/{current}":
-                found.setdefault(tip, []).append(shown)
+                shown = HEAD if current == HEAD else f"{HEAD} -> {current[6:]}"
+                found.setdefault(tip, []).insert(0, shown)
+            elif name != current:
+                found.setdefault(tip, []).append(f"tag: {short}" if space == "tags" else short)
         return {tip: tuple(names) for tip, names in found.items()}
 
     def _newest_first(

@@ -265,6 +265,10 @@ def test_rolling_back_and_going_on(ckpt: Ckpt, tmp_path: Path) -> None:
     assert len(ckpt("log", "--graph", "-n", 3).out.splitlines()) == 4
     line = ckpt("log", "--graph", "main").out.splitlines()
     assert [row.split()[:2] for row in line[1:]] == [["*", "3"], ["*", "2"], ["*", "1"]]
+    ckpt("branch", "None", 2)
+    ckpt("checkout", 1)
+    detached = ckpt("log", "--graph").out
+    assert all(f"({names}) " in detached for names in ("main-2", "None", "HEAD"))
     found = ckpt("bisect", 1, "main", "--metric", "loss", "--above", 2, "--json").json
     assert [entry["step"] for entry in found["candidates"]] == [3]
 
