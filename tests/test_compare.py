@@ -267,3 +267,20 @@ def test_near_commits_are_compared_as_they_check_out(tmp_path: Path) -> None:
     exact = [tensor for tensor in found.tensors if tensor.error_a is None is tensor.error_b]
     assert exact
     assert not any(tensor.below_error for tensor in exact)
+
+
+def test_an_exact_form_is_preferred(tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path, codec="near")
+    states = train(3)
+    for state in states:
+        repo.commit(state, step=state["step"])
+    assert any(tensor.error_a for tensor in repo.diff(2, 3).tensors)
+    # The same content without loss: what was near has an exact form from now on.
+    repo.commit(states[1], step=4, codec="lossless")
+    assert repo.entry(repo.resolve(2)).exact
+    again = repo.diff(2, 4)
+    assert again.tensors == ()
+    assert len(again.unchanged) > 20
+    found = repo.diff(2, 3, only="model")
+    assert not any(tensor.error_a for tensor in found.tensors)
+    assert any(tensor.error_b for tensor in found.tensors)

@@ -81,6 +81,14 @@ def test_what_is_not_there_has_no_line() -> None:
     assert list(draw_graph({})) == []
 
 
+def test_a_fork_at_every_commit_takes_one_more_column() -> None:
+    spine = {f"s{n}": f"s{n - 1}" if n else None for n in range(500)}
+    leaves: dict[str, str | None] = {f"leaf{n}": f"s{n}" for n in range(499)}
+    rows = list(draw_graph(leaves | dict(reversed(spine.items()))))
+    assert {drawn for drawn, _ in rows} == {"*", "| *", "|/"}
+    assert len(rows) == 500 + 2 * 499
+
+
 def test_thousands_of_commits_and_forks() -> None:
     count = 10_000
     parents: Forest = {n: n - 1 if n % 3 else max(0, n - 5) for n in range(count - 1, 0, -1)}
