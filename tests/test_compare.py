@@ -250,8 +250,15 @@ def test_numbers_that_are_not_finite(repo: Repo) -> None:
     assert not all_finite(repo.catalog, repo.restorer(repo.resolve(2)), known)
 
 
+def near_repo(folder: Path) -> Repo:
+    """A repository whose commits are near from the first moment on."""
+    config = Repo.init(folder, codec="near").folder / "config.toml"
+    config.write_text(config.read_text("utf-8") + "keep-exact = 0\n", "utf-8")
+    return Repo.open(folder)
+
+
 def test_near_commits_are_compared_as_they_check_out(tmp_path: Path) -> None:
-    repo = Repo.init(tmp_path, codec="near")
+    repo = near_repo(tmp_path)
     states = train(6)
     for state in states:
         repo.commit(state, step=state["step"])
@@ -270,7 +277,7 @@ def test_near_commits_are_compared_as_they_check_out(tmp_path: Path) -> None:
 
 
 def test_an_exact_form_is_preferred(tmp_path: Path) -> None:
-    repo = Repo.init(tmp_path, codec="near")
+    repo = near_repo(tmp_path)
     states = train(3)
     for state in states:
         repo.commit(state, step=state["step"])

@@ -100,6 +100,8 @@ def test_diff_of_what_is_the_same_and_of_near(ckpt: Ckpt, history: Path) -> None
     state["model"]["2.weight"] *= 1 + 1e-5
     state["model"]["0.weight"][0, 0] = torch.nan
     torch.save(state | {"step": 6}, history / "model.pt")
+    config = history / ".ckpt" / "config.toml"
+    config.write_text(config.read_text("utf-8") + "keep-exact = 0\n", "utf-8")
     ckpt("commit", "model.pt", "--codec", "excp", "--metric", "loss=nan")
     shown = ckpt("diff").out
     assert "step 6, near" in shown
