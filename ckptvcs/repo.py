@@ -26,7 +26,7 @@ from ckptvcs.config import (
     load_config,
     set_setting,
 )  # fmt: skip
-from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
+from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.format import FORMAT, check_format, raise_flags, require_flags, write_format
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.fading import Fader
@@ -444,23 +444,6 @@ class Repo:
         check_name(name, "tag" if space == "tags" else "branch")
         ref = f"{space}/{name}"
         self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
-
-    def delete_branch(self, name: str) -> tuple[ObjectId, list[ObjectId]]:
-        """Delete a branch: what it was at, and the commits that no ref leads to any more, newest
-        first.  They stay, and can be had by their ids.
-
-        Raises:
-            NotFoundError: there is no such branch.
-            ConflictError: HEAD is on it.
-        """
-        tip, head = self.revisions.branch(name), self.refs.read(HEAD)
-        if tip is None:
-            raise NotFoundError(f"no branch '{name}'", hint="see 'ckpt branch'")
-        if head is not None and head.branch == name:
-            raise ConflictError(f"HEAD is on branch '{name}'", hint="check out another one first")
-        self.set_ref("heads", name, None, "delete")
-        held = {kept for kept, _ in self.revisions.reachable(self.revisions.tips().values())}
-        return tip, [lost for lost, _ in self.catalog.ancestors(tip) if lost not in held]
 
     # -- care ----------------------------------------------------------------------------------
 

@@ -35,7 +35,13 @@ def _list(repo: Repo, space: str, *, json: bool, current: str | None) -> None:
 def _delete_branch(repo: Repo, name: str | None, *, json: bool) -> None:
     if name is None:
         raise InvalidInputError("--delete takes the name of a branch")
-    tip, lost = repo.delete_branch(name)
+    tip, head = repo.revisions.branch(name), repo.head()
+    if tip is None:
+        raise NotFoundError(f"no branch '{name}'", hint="see 'ckpt branch'")
+    if head is not None and head.branch == name:
+        raise ConflictError(f"HEAD is on branch '{name}'", hint="check out another one first")
+    repo.set_ref("heads", name, None, "delete")
+    lost = repo.history.unnamed(tip)
     if json:
         render.as_json({"name": name, "commit": tip, "deleted": True, "on_no_branch": lost})
         return

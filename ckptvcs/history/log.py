@@ -129,6 +129,11 @@ class History:
                 found.setdefault(tip, []).append(f"tag: {short}" if space == "tags" else short)
         return {tip: tuple(names) for tip, names in found.items()}
 
+    def unnamed(self, start: ObjectId) -> list[ObjectId]:
+        """A commit and its ancestors that no branch, no tag and no HEAD leads to, newest first."""
+        named = {name for name, _ in self._revisions.reachable(self._revisions.tips().values())}
+        return [name for name, _ in self._catalog.ancestors(start) if name not in named]
+
     def _newest_first(
         self, limit: int | None = None, *, start: ObjectId | None, all_branches: bool
     ) -> list[tuple[ObjectId, str | None]]:
