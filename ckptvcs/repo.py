@@ -43,9 +43,11 @@ if TYPE_CHECKING:
     from ckptvcs.checkout import CheckedOut, WorkTree
     from ckptvcs.checkpoint.checkpoint import Checkpoint
     from ckptvcs.committing import Result
+    from ckptvcs.compare import Comparison
     from ckptvcs.history.gc import Collector, GcPlan
     from ckptvcs.history.undo import Event, Past, Undone
     from ckptvcs.restore import Restorer
+    from ckptvcs.search import Bisection, Judge, Watch
     from ckptvcs.source import Progress
     from ckptvcs.verify import Report
 
@@ -320,6 +322,41 @@ class Repo:
         from ckptvcs.extract import PartReader  # noqa: PLC0415
 
         PartReader(self.restorer(name)).save(part, target)
+
+    def diff(
+        self,
+        a: str | int = "HEAD~1",
+        b: str | int = "HEAD",
+        *,
+        only: str | None = None,
+        progress: Progress = _quiet,
+    ) -> Comparison:
+        """What lies between two commits, of all parts or of one; see `ckptvcs.compare`.
+
+        Raises:
+            NotFoundError, InvalidInputError: there is no such commit, or no such part.
+        """
+        from ckptvcs.compare import compare  # noqa: PLC0415
+
+        left, right = self.resolve(a), self.resolve(b)
+        return compare(
+            self.catalog, (self.entry(left), self.restorer(left)),
+            (self.entry(right), self.restorer(right)), only, progress,
+        )  # fmt: skip
+
+    def bisect(
+        self, good: str | int, bad: str | int, judge: Judge,
+        watch: Watch = lambda *_: None,
+    ) -> Bisection:  # fmt: skip
+        """The first bad commit between two; judges stand in `ckptvcs.search`.
+
+        Raises:
+            InvalidInputError: `good` is no ancestor of `bad`, or they are not what their names say.
+        """
+        from ckptvcs.search import bisect, line  # noqa: PLC0415
+
+        names = line(self.catalog, self.resolve(good), self.resolve(bad))
+        return bisect(names, self.entry, judge, watch)
 
     def worktree(self) -> WorkTree:
         """The files outside the store."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 from ckptvcs.history.canonical import from_number
 from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
 from ckptvcs.history.log import LogEntry
+from ckptvcs.store.object import ObjectId
 
 Json = Any
 
@@ -18,6 +20,11 @@ Json = Any
 def is_terminal() -> bool:
     """Whether stdout is looked at by a person."""
     return sys.stdout.isatty()
+
+
+def width() -> int:
+    """Columns that there are for a table: of the terminal, else as many as it takes."""
+    return shutil.get_terminal_size().columns if is_terminal() else sys.maxsize
 
 
 def data(text: str) -> None:
@@ -103,25 +110,58 @@ def metrics(values: Mapping[str, float]) -> str:
     return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
 
 
+_LOG = ["step", "id", "message", "metrics", "size", "ratio", "fidelity"]
+
+
+def _log_row(entry: LogEntry, names: Sequence[str]) -> list[str]:
+    commit = entry.commit
+    marks = f"({', '.join(names)}) " if names else ""
+    return [
+        "-" if commit.step is None else str(commit.step),
+        entry.id[:8],
+        marks + printable(commit.message),
+        metrics(commit.metrics),
+        size(entry.stored_bytes),
+        ratio(commit.raw_bytes, entry.stored_bytes),
+        fidelity(entry),
+    ]
+
+
 def log_rows(entries: Sequence[LogEntry]) -> list[list[str]]:
     """The log as a table, with its heading."""
-    rows = [["step", "id", "message", "metrics", "size", "ratio", "fidelity"]]
-    for entry in entries:
-        commit = entry.commit
-        marks = f"({', '.join(entry.tags)}) " if entry.tags else ""
-        rows.append([
-            "-" if commit.step is None else str(commit.step),
-            entry.id[:8],
-            marks + printable(commit.message),
-            metrics(commit.metrics),
-            size(entry.stored_bytes),
-            ratio(commit.raw_bytes, entry.stored_bytes),
-            fidelity(entry),
-        ])  # fmt: skip
+    return [_LOG, *(_log_row(entry, entry.tags) for entry in entries)]
+
+
+def graph_rows(
+    graph: Sequence[tuple[str, LogEntry | None]], names: Mapping[ObjectId, Sequence[str]]
+) -> list[list[str]]:
+    """The same with a graph in front, and what names the tips."""
+    rows = [["", *_LOG]]
+    for drawn, entry in graph:
+        cells = [""] * len(_LOG) if entry is None else _log_row(entry, names.get(entry.id, ()))
+        rows.append([drawn, *cells])
     return rows
 
 
-_RIGHT = frozenset({"step", "size", "ratio", "bytes", "depth", "freed"})
+_RIGHT = frozenset({
+    "step", "size", "ratio", "bytes", "depth", "freed", "|A|", "|B|", "|B-A|", "change",
+    "per step", "cosine", "max", "changed", "not finite",
+})  # fmt: skip
+_FLEXIBLE = frozenset({"message", "metrics", "name", "reason"})
+_GAP = 2  # columns between two cells
+
+
+def _fitted(rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """The width of each column, so that rows fit in `room`: flexible columns share evenly what the
+    others leave.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    flexible = [column for column, name in enumerate(rows[0]) if name in _FLEXIBLE]
+    left = room - _GAP * (len(widths) - 1) - sum(widths) + sum(widths[c] for c in flexible)
+    for done, column in enumerate(sorted(flexible, key=lambda column: widths[column])):
+        widths[column] = max(4, min(widths[column], left // (len(flexible) - done)))
+        left -= widths[column]
+    return widths
 
 
 def table(rows: Sequence[Sequence[str]]) -> None:
@@ -133,23 +173,33 @@ def table(rows: Sequence[Sequence[str]]) -> None:
                 cell.rjust(width) if name in _RIGHT else cell.ljust(width)
                 for cell, width, name in zip(row, widths, rows[0], strict=True)
             ]
-            data("  ".join(cells).rstrip())
+            data((" " * _GAP).join(cells).rstrip())
         return
     from rich.console import Console  # noqa: PLC0415  only a terminal pays for it
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for name in rows[0]:
-        flexible = name in ("message", "metrics", "name", "reason")
+    console = Console()
+    grid = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    widths = _fitted(rows, console.width)
+    if rows[0][0] == "name":  # names of tensors differ at their ends
+        rows = [
+            [
+                cell
+                if len(cell) <= widths[0]
+                else f"\N{HORIZONTAL ELLIPSIS}{cell[1 - widths[0] :]}",
+                *rest,
+            ]
+            for cell, *rest in rows
+        ]
+    for name, width in zip(rows[0], widths, strict=True):
         grid.add_column(
-            name, justify="right" if name in _RIGHT else "left", no_wrap=True,
-            overflow="ellipsis", ratio={"message": 2, "metrics": 1}.get(name),
-            min_width=4 if flexible else max(len(row[rows[0].index(name)]) for row in rows),
+            name, justify="right" if name in _RIGHT else "left", width=width, no_wrap=True,
+            overflow="ellipsis",
         )  # fmt: skip
     for row in rows[1:]:
-        grid.add_row(*(Text(cell) for cell in row))
-    Console().print(grid)
+        grid.add_row(*map(Text, row))
+    console.print(grid)
 
 
 @contextmanager

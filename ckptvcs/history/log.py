@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, ErrorReport
+from ckptvcs.history.graph import draw_graph
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.object import ObjectId
@@ -89,12 +90,63 @@ class History:
     ) -> list[LogEntry]:  # fmt: skip
         """Commits, newest first: HEAD's line (or that of `start`), or those of all branches."""
         tags = self.tags()
+        found = self._newest_first(limit, start=start, all_branches=all_branches)
+        return [self.entry(n, branch=b, tags=tags.get(n, ())) for n, b in found[:limit]]
+
+    def graph(
+        self, limit: int | None = None, *, start: ObjectId | None = None
+    ) -> list[tuple[str, LogEntry | None]]:
+        """The commits of all branches (or the line of `start`) as a graph of `draw_graph`, HEAD's
+        line straight; None beside what is only drawn.  `limit` counts commits.
+        """
+        tags = self.tags()
+        branches = dict(self._newest_first(start=start, all_branches=True))
+        parents = {
+            name: next(iter(self._catalog.commit(name).parents), None) for name in branches
+        }  # fmt: skip
+        straight = {name for name, _ in self._catalog.ancestors(start or self._revisions.head())}
+        rows: list[tuple[str, LogEntry | None]] = []
+        for drawn, name in draw_graph(parents, straight):
+            if name is None:
+                rows.append((drawn, None))
+                continue
+            if limit == 0:
+                break
+            limit = None if limit is None else limit - 1
+            entry = self.entry(name, branch=branches[name], tags=tags.get(name, ()))
+            rows.append((drawn, entry))
+        return rows
+
+    def names(self) -> dict[ObjectId, tuple[str, ...]]:
+        """What names the commits at a tip: `HEAD -> main`, `side`, `tag: v1`; HEAD first."""
         head = self._refs.read(HEAD)
+        current = f"heads/{head.branch}" if head and head.branch else HEAD
+        found: dict[ObjectId, list[str]] = {}
+        for name, tip in self._revisions.tips().items():
+            space, _, short = name.partition("/")
+            if name == HEAD:
+                shown = HEAD if current == HEAD else f"{HEAD} -> {current[6:]}"
+                found.setdefault(tip, []).insert(0, shown)
+            elif name != current:
+                found.setdefault(tip, []).append(f"tag: {short}" if space == "tags" else short)
+        return {tip: tuple(names) for tip, names in found.items()}
+
+    def unnamed(self, start: ObjectId) -> list[ObjectId]:
+        """A commit and its ancestors that no branch, no tag and no HEAD leads to, newest first."""
+        named = {name for name, _ in self._revisions.reachable(self._revisions.tips().values())}
+        return [name for name, _ in self._catalog.ancestors(start) if name not in named]
+
+    def _newest_first(
+        self, limit: int | None = None, *, start: ObjectId | None, all_branches: bool
+    ) -> list[tuple[ObjectId, str | None]]:
+        """Commits with the branch whose line they were found on; on one line no more than
+        `limit`.
+        """
         lines: list[tuple[str | None, ObjectId]] = []
         if start is not None:
             lines.append((None, start))
         else:
-            at = self._revisions.head()
+            head, at = self._refs.read(HEAD), self._revisions.head()
             if at is not None:
                 lines.append((head.branch if head else None, at))
             if all_branches:
@@ -112,4 +164,4 @@ class History:
         names = list(found)
         if len(lines) > 1:
             names.sort(key=lambda name: times[name], reverse=True)
-        return [self.entry(n, branch=found[n], tags=tags.get(n, ())) for n in names[:limit]]
+        return [(name, found[name]) for name in names]

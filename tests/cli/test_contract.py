@@ -341,7 +341,8 @@ def test_verify_names_damage(ckpt: Ckpt, history: Path) -> None:
 
 def test_help_and_version(ckpt: Ckpt) -> None:
     assert ckpt("--version").out.startswith("ckpt ")
-    commands = ["init", "commit", "log", "show", "status", "checkout", "gc", "verify", "stats"]
+    commands = ["init", "commit", "log", "show", "status", "checkout", "gc", "verify", "stats",
+                "diff", "bisect"]  # fmt: skip
     text = ckpt("--help").out
     assert all(command in text for command in commands)
     for command in commands:
@@ -349,5 +350,5 @@ def test_help_and_version(ckpt: Ckpt) -> None:
 
 
 def test_output_is_json_only(ckpt: Ckpt, history: Path) -> None:
-    for command in ("status", "show", "stats", "verify", "gc", "log", "tag", "branch"):
+    for command in ("status", "show", "stats", "verify", "gc", "log", "tag", "branch", "diff"):
         json.loads(ckpt(command, "--json").out)

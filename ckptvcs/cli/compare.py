@@ -1,0 +1,244 @@
+"""diff, bisect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.canonical import from_number
+from ckptvcs.history.commit import PARTS
+from ckptvcs.history.log import LogEntry
+from ckptvcs.history.schema import TensorInfo
+from ckptvcs.repo import Repo
+
+if TYPE_CHECKING:
+    from ckptvcs.compare import Comparison, Sums, TensorDifference
+    from ckptvcs.search import Judge, Verdict
+
+_DEFAULT_ROWS = 30
+_WIDE = 110  # columns of a terminal that has room for every number
+_MAX_LISTED = 6
+
+
+def diff(
+    context: typer.Context,
+    a: Annotated[str | None, typer.Argument(metavar="[A]", help="or A..B; else HEAD~1")] = None,
+    b: Annotated[str | None, typer.Argument(metavar="[B]", help="else HEAD")] = None,
+    count: Annotated[int | None, typer.Option("-n", help="show at most this many tensors")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="PART", help="one part: model, optimizer or rest")
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(metavar="KEY", help="relative, name, cosine, max_abs, changed ...")
+    ] = "relative",
+    json: JsonOption = False,
+) -> None:
+    """Show how far tensors moved between two commits."""
+    if count is not None and count < 1:
+        raise InvalidInputError("-n takes a number from 1")
+    if only is not None and only not in PARTS:
+        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")
+    if a is not None and ".." in a:
+        if b is not None:
+            raise InvalidInputError(f"'{a}' names both commits already")
+        a, _, b = a.partition("..")
+    repo = open_repo(context)
+    first, second = a or ("HEAD" if a == "" else "HEAD~1"), b or "HEAD"
+    total = sum(_tensor_bytes(repo, revision, only) for revision in (first, second))
+    with render.progress("comparing", total) as tick:
+        found = repo.diff(first, second, only=only, progress=tick)
+    tensors = found.ordered(sort)
+    limit = count
+    if limit is None and not json and render.is_terminal():
+        limit = _DEFAULT_ROWS
+    if json:
+        render.as_json(_diff_json(found, tensors[:limit]))
+        return
+    _show_diff(found, tensors[:limit])
+    if limit is not None and len(tensors) > limit and count is None:
+        render.talk(f"{limit} of {len(tensors)} tensors; -n shows more")
+
+
+def _tensor_bytes(repo: Repo, revision: str, only: str | None) -> int:
+    schema = repo.catalog.schema(repo.catalog.commit(repo.resolve(revision)).schema)
+    return sum(info.size_bytes for info in schema.tensors if only in (None, info.part))
+
+
+def _number(value: float | None) -> Any:
+    return None if value is None else from_number(value)
+
+
+def _sums_json(found: Comparison, sums: Sums) -> dict[str, Any]:
+    numbers = {
+        name: from_number(getattr(sums, name))
+        for name in ("norm_a", "norm_b", "norm_difference", "relative", "cosine", "max_abs")
+    }
+    counts = {
+        name: getattr(sums, name) for name in ("entries", "changed", "nonfinite_a", "nonfinite_b")
+    }
+    return {**numbers, "update_ratio": _number(found.update_ratio(sums)), **counts}
+
+
+def _info_json(info: TensorInfo) -> dict[str, Any]:
+    return {
+        "name": info.name, "part": info.part, "role": info.role, "dtype": info.dtype,
+        "shape": list(info.shape),
+    }  # fmt: skip
+
+
+def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, Any]:
+    return {
+        "a": render.entry_json(found.a),
+        "b": render.entry_json(found.b),
+        "steps": found.steps,
+        "metadata": [
+            {"name": name, "a": _plain(a), "b": _plain(b)} for name, a, b in found.metadata
+        ],
+        "total": _sums_json(found, found.total) if found.total.entries else None,
+        "tensors": [
+            _info_json(tensor.info)
+            | _sums_json(found, tensor.sums)
+            | {"error_a": _number(tensor.error_a), "error_b": _number(tensor.error_b),
+               "below_error": tensor.below_error}
+            for tensor in tensors
+        ],
+        "added": [_info_json(info) for info in found.added],
+        "removed": [_info_json(info) for info in found.removed],
+        "reshaped": [{"a": _info_json(a), "b": _info_json(b)} for a, b in found.reshaped],
+        "unchanged": [_info_json(info) for info in found.unchanged],
+    }  # fmt: skip
+
+
+def _plain(value: object) -> Any:
+    return from_number(value) if isinstance(value, float) else value
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else render.printable(str(value))
+
+
+def _sums_row(name: str, found: Comparison, sums: Sums, mark: str) -> list[str]:
+    ratio = found.update_ratio(sums)
+    broken = f"{sums.nonfinite_a} -> {sums.nonfinite_b}"
+    return [
+        name, f"{sums.norm_a:.3g}", f"{sums.norm_b:.3g}", f"{sums.norm_difference:.3g}",
+        f"{mark}{sums.relative:.3g}", "-" if ratio is None else f"{ratio:.3g}",
+        f"{sums.cosine:.5f}", f"{sums.max_abs:.3g}",
+        f"{100 * sums.changed / max(1, sums.entries):.3g}%",
+        broken if sums.nonfinite_a or sums.nonfinite_b else "",
+    ]  # fmt: skip
+
+
+def _show_diff(found: Comparison, tensors: list[TensorDifference]) -> None:
+    for side, entry in (("A", found.a), ("B", found.b)):
+        step = "" if entry.step is None else f" step {entry.step},"
+        render.data(f"{side} {entry.id[:8]}:{step} {render.fidelity(entry)}")
+    for name, a, b in found.metadata:
+        if name.endswith("_bytes") and isinstance(a, int) and isinstance(b, int):
+            render.data(
+                f"  {name.removesuffix('_bytes')} size: {render.size(a)} -> {render.size(b)}"
+            )
+        elif name != "step":
+            render.data(f"  {render.printable(name)}: {_text(a)} -> {_text(b)}")
+    if tensors:
+        heading = ["name", "|A|", "|B|", "|B-A|", "change", "per step", "cosine", "max", "changed",
+                   "not finite"]  # fmt: skip
+        rows = [heading]
+        for tensor in tensors:
+            mark = "~" if tensor.below_error else ""
+            rows.append(_sums_row(render.printable(tensor.info.name), found, tensor.sums, mark))
+        if found.total.entries:
+            rows.append(_sums_row("all weights that differ", found, found.total, ""))
+        hidden = set() if any(row[-1] for row in rows[1:]) else {"not finite"}
+        if render.width() < _WIDE:
+            hidden |= {"|B|", "|B-A|"}
+        render.data("")
+        render.table([
+            [cell for cell, name in zip(row, heading, strict=True) if name not in hidden]
+            for row in rows
+        ])  # fmt: skip
+        if any(tensor.below_error for tensor in tensors):
+            render.data("~ no more than the error of the near forms: it may mean nothing")
+    for word, infos in (("added", found.added), ("removed", found.removed)):
+        for info in infos:
+            render.data(f"{word}: {_described(info)}")
+    for one, other in found.reshaped:
+        render.data(f"reshaped: {_described(one)} -> {other.dtype} {list(other.shape)}")
+    count = len(found.unchanged)
+    if count:
+        render.data(f"{count} tensor{'s are' if count > 1 else ' is'} the same on both sides")
+
+
+def _described(info: TensorInfo) -> str:
+    return f"{render.printable(info.name)} {info.dtype} {list(info.shape)}"
+
+
+def bisect(
+    context: typer.Context,
+    good: Annotated[str, typer.Argument(metavar="GOOD", help="a commit before it began")],
+    bad: Annotated[str, typer.Argument(metavar="BAD", help="a later commit that has it")],
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- COMMAND ...]", help="run with the path in place of {}"),
+    ] = None,
+    nan: Annotated[bool, typer.Option("--nan", help="bad: weights that are not finite")] = False,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="bad: by this metric")] = None,
+    above: Annotated[float | None, typer.Option(help="... where it is above this")] = None,
+    below: Annotated[float | None, typer.Option(help="... where it is below this")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the first bad commit between a good and a bad one."""
+    if sum((bool(command), nan, metric is not None)) != 1:
+        raise InvalidInputError(
+            "one test is needed",
+            hint="'-- COMMAND', --nan, or --metric NAME with --above or --below",
+        )
+    if (metric is not None) != (above is not None or below is not None):
+        raise InvalidInputError("--metric goes with --above or --below, and these with it")
+    repo = open_repo(context)
+
+    def watch(entry: LogEntry, verdict: Verdict, left: int) -> None:
+        render.talk(f"{_named(entry)}: {verdict}, {left} left")
+
+    found = repo.bisect(good, bad, _judge(repo, command, metric, above, below), watch)
+    if json:
+        first = found.first_bad
+        render.as_json({
+            "first_bad": None if first is None else first.id,
+            "last_good": found.last_good.id,
+            "candidates": [render.entry_json(entry) for entry in found.candidates],
+            "tested": [
+                {"id": entry.id, "step": entry.step, "verdict": verdict}
+                for entry, verdict in found.tested
+            ],
+        })  # fmt: skip
+        return
+    if found.first_bad is None:
+        render.talk("the commits between could not be judged")
+        render.data("the first bad commit is one of:")
+    else:
+        render.data("first bad commit:")
+    render.table(render.log_rows(found.candidates))
+
+
+def _judge(
+    repo: Repo, command: list[str] | None, metric: str | None, above: float | None,
+    below: float | None,
+) -> Judge:  # fmt: skip
+    from ckptvcs import search  # noqa: PLC0415  it loads numpy
+
+    if metric is not None:
+        return search.metric_judge(metric, above=above, below=below)
+    if command:
+        return search.command_judge(command, repo.checkout_files)
+    return search.finite_judge(repo.catalog, repo.restorer)
+
+
+def _named(entry: LogEntry) -> str:
+    return f"{entry.id[:8]}" if entry.step is None else f"step {entry.step} ({entry.id[:8]})"

@@ -1,0 +1,418 @@
+"""Compare: two commits -> what is between them, tensor by tensor, in numbers.
+
+What is compared is what a checkout gives: the exact form where there is one, else the near form,
+whose own error stands beside the difference.  Tensors whose recorded hashes agree are not decoded;
+the others are read slice by slice, or a few small ones together, and summed up in float64, so that
+memory is a few slices whatever the size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptvcs.checkpoint.roles import WEIGHT
+from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
+from ckptvcs.codec.words import Words, word_type
+from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.floats import numbers_of, to_float64
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import PARTS
+from ckptvcs.history.log import LogEntry
+from ckptvcs.history.schema import TensorInfo
+from ckptvcs.restore import Restorer
+
+Progress = Callable[[int], None]
+Key = tuple[str, str, int]
+"""Part, name, and how many of that name came before it."""
+
+SORT_KEYS = (
+    "relative", "name", "norm_a", "norm_b", "norm_difference", "cosine", "max_abs", "changed",
+    "nonfinite_b",
+)  # fmt: skip
+_BATCH_WORDS = 2 * SLICE_WORDS
+
+
+@dataclass
+class Sums:
+    """Sums over the entries of one tensor or of several, A being before and B after.
+
+    Entries that are not finite on either side are counted, and left out of everything but
+    `entries` and `changed`.
+    """
+
+    entries: int = 0
+    compared: int = 0
+    changed: int = 0
+    nonfinite_a: int = 0
+    nonfinite_b: int = 0
+    aa: float = 0.0
+    bb: float = 0.0
+    ab: float = 0.0
+    dd: float = 0.0
+    max_abs: float = 0.0
+
+    def add(self, other: Sums) -> None:
+        """Take in the entries of another."""
+        largest = max(self.max_abs, other.max_abs)
+        for part in fields(self):
+            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
+        self.max_abs = largest
+
+    @property
+    def norm_a(self) -> float:
+        """|A|."""
+        return math.sqrt(self.aa)
+
+    @property
+    def norm_b(self) -> float:
+        """|B|."""
+        return math.sqrt(self.bb)
+
+    @property
+    def norm_difference(self) -> float:
+        """|B - A|."""
+        return math.sqrt(self.dd)
+
+    @property
+    def relative(self) -> float:
+        """|B - A| / |A|: 0 where nothing differs, infinite where only A is 0, NaN where no entry
+        can be compared.
+        """
+        if self.entries and not self.compared:
+            return math.nan
+        if not self.dd:
+            return 0.0
+        return self.norm_difference / self.norm_a if self.aa else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """A.B / (|A| |B|), from -1 to 1; NaN where either is 0."""
+        if not self.aa or not self.bb:
+            return math.nan
+        return max(-1.0, min(1.0, self.ab / self.norm_a / self.norm_b))
+
+
+def sum_up(a: Words, b: Words, dtype: str) -> Sums:
+    """The sums over two flat arrays of words, as many on both sides, of element type `dtype`."""
+    parts = numbers_of(dtype)
+    word_parts = parts if dtype != "F4" else 1
+    left, right = to_float64(a, dtype), to_float64(b, dtype)
+    finite_a, finite_b = np.isfinite(left), np.isfinite(right)
+    sums = Sums(
+        entries=left.size // parts,
+        changed=_count(a != b, word_parts) * (parts // word_parts),
+        nonfinite_a=_count(~finite_a, parts),
+        nonfinite_b=_count(~finite_b, parts),
+    )
+    if sums.nonfinite_a or sums.nonfinite_b:
+        both = finite_a & finite_b
+        left, right = left[both], right[both]
+    sums.compared = left.size // parts
+    with np.errstate(over="ignore"):
+        difference = right - left
+        sums.aa, sums.bb = float(left @ left), float(right @ right)
+        sums.ab, sums.dd = float(left @ right), float(difference @ difference)
+    if difference.size:
+        sums.max_abs = float(np.abs(difference, out=difference).max())
+    return sums
+
+
+def _count(marked: NDArray[np.bool_], parts: int) -> int:
+    """How many elements have a mark on any of their numbers."""
+    return int(np.count_nonzero(marked.reshape(-1, parts).any(axis=1) if parts > 1 else marked))
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How one tensor differs.  `error_a` and `error_b` are the relative errors of its near forms,
+    None where a side is exact.
+    """
+
+    info: TensorInfo
+    sums: Sums
+    error_a: float | None
+    error_b: float | None
+
+    @property
+    def below_error(self) -> bool:
+        """Whether the errors of near forms alone could make the difference."""
+        error = (self.error_a or 0.0) * self.sums.norm_a + (self.error_b or 0.0) * self.sums.norm_b
+        return 0 < error >= self.sums.norm_difference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is between two commits.
+
+    `tensors` are those that differ, as `ordered` puts them; `total` is over the weights among
+    them.  `reshaped` have another shape or element type in B.  `steps` is how many steps lie
+    between the commits, None where that is not known.  `metadata` are (name, of A, of B) where
+    these differ.
+    """
+
+    a: LogEntry
+    b: LogEntry
+    steps: int | None
+    metadata: tuple[tuple[str, object, object], ...]
+    tensors: tuple[TensorDifference, ...]
+    total: Sums
+    unchanged: tuple[TensorInfo, ...]
+    added: tuple[TensorInfo, ...]
+    removed: tuple[TensorInfo, ...]
+    reshaped: tuple[tuple[TensorInfo, TensorInfo], ...]
+
+    def update_ratio(self, sums: Sums) -> float | None:
+        """The relative change for each step between the commits; None where steps are unknown."""
+        return sums.relative / self.steps if self.steps else None
+
+    def ordered(self, key: str = "relative") -> list[TensorDifference]:
+        """The tensors that differ, in the order of parts, in each part the largest `key` first (the
+        smallest cosine, the first name); one whose count of numbers that are not finite has changed
+        before all others.  Keys are `SORT_KEYS`.
+
+        Raises:
+            InvalidInputError: there is no such key.
+        """
+        if key not in SORT_KEYS:
+            raise InvalidInputError(
+                f"nothing to sort by '{key}'", hint=f"one of {', '.join(SORT_KEYS)}"
+            )
+
+        def rank(tensor: TensorDifference) -> tuple[int, bool, float, str]:
+            sums, info = tensor.sums, tensor.info
+            value = 0.0 if key == "name" else float(getattr(sums, key))
+            broken = sums.nonfinite_a != sums.nonfinite_b or math.isnan(value)
+            size = value if key == "cosine" else -value
+            size = -math.inf if math.isnan(size) else size
+            return PARTS.index(info.part), not broken, size, info.name
+
+        return sorted(self.tensors, key=rank)
+
+
+class _Side:
+    """The tensors of one commit, by name."""
+
+    def __init__(self, catalog: Catalog, restorer: Restorer, parts: Sequence[str]) -> None:
+        self.catalog, self.restorer = catalog, restorer
+        self.infos = restorer.schema.tensors
+        self.numbers: dict[Key, int] = {}
+        seen: Counter[tuple[str, str]] = Counter()
+        for number, info in enumerate(self.infos):
+            if info.part in parts:
+                self.numbers[info.part, info.name, seen[info.part, info.name]] = number
+                seen[info.part, info.name] += 1
+        self._hashes: dict[int, bytes] = {}
+        for part in parts:
+            state = restorer.commit.parts.get(part)
+            if state is not None:
+                exact = state.exact if restorer.fidelity[part] == "exact" else None
+                values = catalog.values(exact or state.values)
+                self._hashes |= zip(restorer.schema.stored(part), values, strict=True)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors that are looked at."""
+        return sum(self.infos[number].size_bytes for number in self.numbers.values())
+
+    @cached_property
+    def _inline(self) -> dict[int, bytes]:
+        return self.restorer.inline()
+
+    @cached_property
+    def _errors(self) -> dict[int, float]:
+        name = self.restorer.commit.errors
+        return {
+            # A moment's own error stands as a squared one.
+            number: error.weight_rel or math.sqrt(error.residual_nmse)
+            for number, error in ({} if name is None else self.catalog.errors(name)).items()
+            if self.restorer.fidelity.get(self.infos[number].part) == "near"
+        }
+
+    def error(self, number: int) -> float | None:
+        """The relative error of a near tensor; None where it is exact."""
+        return self._errors.get(number)
+
+    def content(self, number: int) -> bytes | None:
+        """What is equal only where tensors are: the hash of a stored one, a small one itself."""
+        if self.infos[number].inline:
+            return self._inline.get(number, b"")
+        return self._hashes.get(number)
+
+    def words(self, numbers: Sequence[int]) -> Generator[Words, None, None]:
+        """The words of some stored tensors, one after another; of one alone slice after slice."""
+        if len(numbers) == 1:
+            word = word_type(self.infos[numbers[0]].type.word)
+            for block in self.restorer.blocks(numbers[0]):
+                yield np.frombuffer(block, word)
+            return
+        for number, octets in self.restorer.tensors(list(numbers)):
+            yield octets.view(word_type(self.infos[number].type.word))
+
+    def small(self, number: int) -> Words:
+        """All words of a tensor that is small on one side at least."""
+        word = word_type(self.infos[number].type.word)
+        if self.infos[number].inline:
+            return np.frombuffer(self._inline.get(number, b""), word)
+        return self.restorer.tensor(number).view(word)
+
+
+Pair = tuple[int, int]
+"""Positions of one tensor in the schemas of A and of B."""
+
+
+def _batches(pairs: Sequence[Pair], infos: Sequence[TensorInfo]) -> Iterator[list[Pair]]:
+    """Pairs of stored tensors, those of a few slices together: threads decode a batch ahead, and
+    memory holds one.
+    """
+    batch: list[Pair] = []
+    words = 0
+    for pair in pairs:
+        words += infos[pair[0]].words
+        if batch and words > _BATCH_WORDS:
+            yield batch
+            batch, words = [], infos[pair[0]].words
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
+def _read(a: _Side, b: _Side, batch: Sequence[Pair]) -> Iterator[tuple[Pair, Words, Words]]:
+    """The words of a batch on both sides; those of one tensor alone in slices."""
+    pairs = list(batch)
+    if len(pairs) == 1:
+        pairs *= len(slice_counts(a.infos[pairs[0][0]].words))
+    # The one that was started last is closed first: while they are at work, each has a setting of
+    # the interpreter changed, and puts back what it found.
+    with ExitStack() as stack:
+        left = stack.enter_context(closing(a.words([number for number, _ in batch])))
+        right = stack.enter_context(closing(b.words([number for _, number in batch])))
+        for pair in pairs:
+            yield pair, next(left), next(right)
+
+
+@dataclass
+class _Match:
+    """The tensors of two commits by what is to be done with them; pairs are those that differ."""
+
+    added: list[TensorInfo] = field(default_factory=list)
+    removed: list[TensorInfo] = field(default_factory=list)
+    reshaped: list[tuple[TensorInfo, TensorInfo]] = field(default_factory=list)
+    unchanged: list[TensorInfo] = field(default_factory=list)
+    stored: list[Pair] = field(default_factory=list)
+    small: list[Pair] = field(default_factory=list)
+
+
+def _match(a: _Side, b: _Side) -> _Match:
+    found = _Match(
+        added=[b.infos[number] for key, number in b.numbers.items() if key not in a.numbers],
+        removed=[a.infos[number] for key, number in a.numbers.items() if key not in b.numbers],
+    )
+    for key, number in a.numbers.items():
+        if key not in b.numbers:
+            continue
+        pair = number, b.numbers[key]
+        one, other = a.infos[pair[0]], b.infos[pair[1]]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            found.reshaped.append((one, other))
+        elif not one.words or a.content(pair[0]) == b.content(pair[1]) is not None:
+            found.unchanged.append(one)
+        elif one.inline or other.inline:
+            found.small.append(pair)
+        else:
+            found.stored.append(pair)
+    return found
+
+
+def _sums(a: _Side, b: _Side, match: _Match, progress: Progress) -> Iterator[tuple[Pair, Sums]]:
+    """The sums of every pair, those of a large tensor slice by slice."""
+    read = sum(a.infos[one].size_bytes for one, _ in match.stored)
+    progress(a.size_bytes + b.size_bytes - 2 * read)
+    for one, other in match.small:
+        yield (one, other), sum_up(a.small(one), b.small(other), a.infos[one].dtype)
+    for batch in _batches(match.stored, a.infos):
+        for pair, before, after in _read(a, b, batch):
+            yield pair, sum_up(before, after, a.infos[pair[0]].dtype)
+            progress(before.nbytes + after.nbytes)
+
+
+def compare(
+    catalog: Catalog,
+    a: tuple[LogEntry, Restorer],
+    b: tuple[LogEntry, Restorer],
+    only: str | None,
+    progress: Progress,
+) -> Comparison:
+    """What is between two commits, of one part or of all; `progress` counts the bytes of tensors
+    on both sides, decoded or not.
+
+    Raises:
+        NotFoundError: neither has the part.
+        CorruptionError: a tensor does not decode to its recorded hash.
+    """
+    parts = PARTS if only is None else (only,)
+    left, right = _Side(catalog, a[1], parts), _Side(catalog, b[1], parts)
+    if only is not None and not left.numbers and not right.numbers:
+        raise NotFoundError(f"neither {a[0].id[:8]} nor {b[0].id[:8]} has a part '{only}'")
+    match = _match(left, right)
+    tensors: dict[Pair, Sums] = {}
+    total = Sums()
+    for pair, sums in _sums(left, right, match, progress):
+        tensors.setdefault(pair, Sums()).add(sums)
+        if left.infos[pair[0]].role == WEIGHT:
+            total.add(sums)
+    steps = None if a[0].step is None or b[0].step is None else abs(b[0].step - a[0].step)
+    found = Comparison(
+        a[0], b[0], steps, tuple(_metadata(a[0], b[0])),
+        tuple(
+            TensorDifference(left.infos[one], sums, left.error(one), right.error(other))
+            for (one, other), sums in tensors.items()
+        ),
+        total, tuple(match.unchanged), tuple(match.added), tuple(match.removed),
+        tuple(match.reshaped),
+    )  # fmt: skip
+    return replace(found, tensors=tuple(found.ordered()))
+
+
+def _metadata(a: LogEntry, b: LogEntry) -> Iterator[tuple[str, object, object]]:
+    for name in ("step", "codec", "code", "raw_bytes"):
+        one, other = getattr(a.commit, name), getattr(b.commit, name)
+        if one != other:
+            yield name, one, other
+    if a.stored_bytes != b.stored_bytes:
+        yield "stored_bytes", a.stored_bytes, b.stored_bytes
+    for name in dict.fromkeys((*a.metrics, *b.metrics)):
+        one, other = a.metrics.get(name), b.metrics.get(name)
+        if one != other and not (one != one and other != other):
+            yield f"metrics.{name}", one, other
+
+
+def all_finite(catalog: Catalog, restorer: Restorer, known: set[bytes]) -> bool:
+    """Whether every weight of a commit is finite.  `known` holds the hashes of tensors that are,
+    which are not read again, and takes in new ones.
+    """
+    side = _Side(catalog, restorer, ("model",))
+    stored = []
+    for number in side.numbers.values():
+        info, content = side.infos[number], side.content(number)
+        if info.role != WEIGHT or not info.words or content in known:
+            continue
+        if not info.inline:
+            stored.append((number, number))
+        elif not np.isfinite(to_float64(side.small(number), info.dtype)).all():
+            return False
+    for batch in _batches(stored, side.infos):
+        numbers = [number for number, _ in batch]
+        for place, words in enumerate(side.words(numbers)):
+            info = side.infos[numbers[min(place, len(numbers) - 1)]]
+            if not np.isfinite(to_float64(words, info.dtype)).all():
+                return False
+        known.update(filter(None, map(side.content, numbers)))
+    return True
