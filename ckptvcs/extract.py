@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,12 +25,13 @@ from ckptvcs.checkpoint.emit import (
     zip_records,
 )  # fmt: skip
 from ckptvcs.checkpoint.pickles import TensorRef, walk
-from ckptvcs.checkpoint.state import fill
+from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.checkpoint.torchfile import ref_dtype
+from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD
 from ckptvcs.codec.words import word_type
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.history.schema import View
+from ckptvcs.history.schema import Schema, View
 from ckptvcs.restore import Restorer
 from ckptvcs.store.local import storage_error
 
@@ -41,19 +43,38 @@ _TOPS = frozenset({
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+Window = tuple[int, View]
+"""The position of a stored tensor in the schema, and what of it is seen."""
+
+
+def windows(schema: Schema) -> dict[str, Window]:
+    """Every tensor under every name it has; of two that have the same, the first."""
+    found: dict[str, Window] = {}
+    for number, info in enumerate(schema.tensors):
+        own = View(info.name, info.dtype, 0, info.shape, row_major(info.shape))
+        views = info.views or (own,)
+        for view in views:
+            found.setdefault(view.name, (number, view))
+        found.setdefault(info.name, (number, views[0]))  # a storage whose name was taken
+    return found
+
+
 class PartReader:
     """The tensors of one commit, as objects and by name."""
 
     def __init__(self, restorer: Restorer) -> None:
         self._restorer = restorer
-        self._schema = restorer.schema
-        self._inline = restorer.inline()
+        self.schema = restorer.schema
         self._decoded: dict[int, Bytes] = {}
+
+    @cached_property
+    def _inline(self) -> dict[int, bytes]:
+        return self._restorer.inline()
 
     def _blocks(self, number: int) -> Iterator[bytes | memoryview]:
         if number < 0:
             return iter(())
-        if self._schema.tensors[number].inline:
+        if self.schema.tensors[number].inline:
             return iter([self._inline.get(number, b"")])
         return self._restorer.blocks(number)
 
@@ -62,17 +83,17 @@ class PartReader:
         if number < 0:
             return np.empty(0, np.uint8)
         if number not in self._decoded:
-            if self._schema.tensors[number].inline:
+            if self.schema.tensors[number].inline:
                 self._decoded[number] = np.frombuffer(self._inline.get(number, b""), np.uint8)
                 self._decoded[number] = self._decoded[number].copy()
             else:
                 self._decoded[number] = self._restorer.tensor(number)
         return self._decoded[number]
 
-    def _decode_ahead(self, numbers: list[int]) -> None:
+    def decode_ahead(self, numbers: Iterable[int]) -> None:
         """Decode the stored ones of some tensors together, so that threads never wait."""
-        infos = self._schema.tensors
-        wanted = [n for n in numbers if not infos[n].inline and n not in self._decoded]
+        infos, done = self.schema.tensors, self._decoded
+        wanted = [n for n in dict.fromkeys(numbers) if not infos[n].inline and n not in done]
         self._decoded.update(self._restorer.tensors(wanted))
 
     # -- states --------------------------------------------------------------------------------
@@ -87,7 +108,7 @@ class PartReader:
             layout, numbers = self._restorer.layout(file)
             by_key = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
             if layout.tree is not None or layout.format == "safetensors":
-                self._decode_ahead([n for n in numbers if n >= 0])
+                self.decode_ahead(n for n in numbers if n >= 0)
             if layout.format == "safetensors":
                 states[file.path] = self._flat_state([n for n in numbers if n >= 0])
             elif layout.tree is None and self._restorer.commit.source != "state":
@@ -109,26 +130,37 @@ class PartReader:
         names = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
         state = {}
         for number in numbers:
-            info = self._schema.tensors[number]
+            info = self.schema.tensors[number]
             dtype = getattr(torch, names.get(info.dtype, "uint8"))
             flat = torch.from_numpy(self.raw(number)).view(dtype)
             state[info.name.rpartition(":")[2]] = flat.reshape(info.shape)
         return state
 
+    def tensors(self, wanted: Mapping[str, Window]) -> dict[str, Any]:
+        """Some tensors by name, as `state` has them: those of one stored tensor share it."""
+        self.decode_ahead(number for number, _ in wanted.values())
+        return {
+            name: make_tensor(self.raw(number), view, array=name in self._arrays)
+            for name, (number, view) in wanted.items()
+        }
+
+    @cached_property
+    def _arrays(self) -> set[str]:
+        """The names of those tensors that were numpy arrays."""
+        commit, found = self._restorer.commit, set()
+        for file in commit.files:
+            if file.format == "torch-zip" and self._restorer.mentions(file, ARRAYS_RECORD):
+                prefix = f"{file.path}:" if commit.source == "directory" else ""
+                found |= {prefix + path for path in self._restorer.layout(file)[0].arrays}
+        return found
+
     # -- parts ---------------------------------------------------------------------------------
 
     def named(self, part: str) -> list[tuple[str, int, View]]:
         """Every tensor of a part under every name it has: name, stored tensor, window on it."""
-        rows: list[tuple[str, int, View]] = []
-        taken: set[str] = set()
-        for number, info in enumerate(self._schema.tensors):
-            if info.part != part:
-                continue
-            own = View(info.name, info.dtype, 0, info.shape, row_major(info.shape))
-            for view in info.views or (own,):
-                if view.name not in taken:
-                    taken.add(view.name)
-                    rows.append((view.name, number, view))
+        found = windows(self.schema).items()
+        rows = [(name, number, view) for name, (number, view) in found
+                if self.schema.tensors[number].part == part]  # fmt: skip
         if not rows:
             raise NotFoundError(f"commit {self._restorer.name[:8]} has no part '{part}'")
         return rows
@@ -146,7 +178,7 @@ class PartReader:
             for tree in (layout.tree, *layout.tree.values()):
                 refs = [node for _, node in walk(tree) if isinstance(node, TensorRef)]
                 owners = [keys.get(ref.storage.key, -1) for ref in refs]
-                parts = {self._schema.tensors[n].part for n in owners if n >= 0}
+                parts = {self.schema.tensors[n].part for n in owners if n >= 0}
                 if isinstance(tree, dict) and parts == {part}:
                     found.append((tree, keys))
                     if tree is layout.tree:
@@ -176,7 +208,7 @@ class PartReader:
         storages: dict[int, int] = {}
 
         def leaf_of(number: int, view: View) -> Leaf:
-            size = 0 if number < 0 else self._schema.tensors[number].size_bytes
+            size = 0 if number < 0 else self.schema.tensors[number].size_bytes
             storage = storages.setdefault(number, len(storages))
             elements = size // DTYPES[view.dtype].size
             return Leaf(storage, view.dtype, elements, size, view.offset, view.shape, view.stride)
@@ -205,7 +237,7 @@ class PartReader:
             pickled = dump_pickle(views, flat_leaf)
         payloads = [
             Payload(
-                0 if number < 0 else self._schema.tensors[number].size_bytes,
+                0 if number < 0 else self.schema.tensors[number].size_bytes,
                 lambda number=number: self._blocks(number),  # type: ignore[misc]
             )
             for number in storages
@@ -226,7 +258,7 @@ class PartReader:
         head += b" " * (-len(head) % 8)
         out.write(len(head).to_bytes(8, "little") + head)
         for _, number, view in rows:
-            info = self._schema.tensors[number]
+            info = self.schema.tensors[number]
             if (view.dtype, view.shape) == (info.dtype, info.shape):
                 for block in self._blocks(number):
                     out.write(block)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,7 +29,7 @@ from ckptvcs.config import (
 )  # fmt: skip
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog, keys_of
-from ckptvcs.history.log import History, LogEntry
+from ckptvcs.history.log import Bound, History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.local import LocalBackend, storage_error, sync_directory
@@ -307,6 +307,67 @@ class Repo:
         from ckptvcs.extract import PartReader  # noqa: PLC0415
 
         return PartReader(self.restorer(self.resolve(revision))).state()
+
+    def trajectory(
+        self, select: str | Sequence[str] | None = None, *, start: Bound = None, stop: Bound = None,
+        every: int | None = None, revision: str | int | None = None,
+    ) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
+        """The states of a line of commits, oldest first, each with its entry in the log.
+
+        A state is what `checkout` gives; with `select`, a glob or several over the names of tensors
+        (`model.*`, as `ckpt show --json` has them), a flat dict of those, and nothing else is read.
+        Only the frames since the commit before are decoded, and one state is in memory, besides
+        those that the caller keeps.  The next is decoded from it: a tensor that the caller changes
+        in place costs a walk down its whole chain.
+
+        The line is HEAD's, or that of `revision`, or of `stop` where that is a revision.  `start`
+        and `stop`, both included, are steps (bounds, which need not be those of commits) or
+        revisions on the line; `every` leaves only commits whose step is a multiple of it.
+
+        Raises:
+            NotFoundError: a revision names nothing, or nothing on the line; no tensor of any of
+                the commits is selected.
+            InvalidInputError: a revision names several commits; `every` is below 1.
+            CorruptionError: while it is walked: a tensor does not decode to its recorded hash.
+        """
+        from ckptvcs.trajectory import states  # noqa: PLC0415  see above
+
+        globs = [select] if isinstance(select, str) else select
+        names = self.history.line(start, stop, every, revision=revision)
+        return self._with_entries(states(self.catalog, names, globs))
+
+    def tensor(self, name: str, at: str | int = "HEAD") -> Any:
+        """One tensor of a commit, as `checkout` gives it; nothing else is read or decoded.
+
+        `name` is as `ckpt show --json` has it, or the end of that behind a dot or a colon, if one
+        tensor alone is meant: `layers.0.weight` for `model.layers.0.weight`.
+
+        Raises:
+            NotFoundError, InvalidInputError: there is no such commit or tensor, or several.
+            CorruptionError: it does not decode to its recorded hash.
+        """
+        from ckptvcs.extract import PartReader  # noqa: PLC0415
+        from ckptvcs.trajectory import find_tensor  # noqa: PLC0415
+
+        reader = PartReader(self.restorer(self.resolve(at)))
+        full, window = find_tensor(reader.schema, name)
+        return reader.tensors({full: window})[full]
+
+    def series(
+        self, name: str, *, start: Bound = None, stop: Bound = None, every: int | None = None,
+        revision: str | int | None = None,
+    ) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
+        """One tensor along a line, of those commits that have it; as `trajectory` and `tensor`."""
+        from ckptvcs.trajectory import series  # noqa: PLC0415
+
+        names = self.history.line(start, stop, every, revision=revision)
+        return self._with_entries(series(self.catalog, names, name))
+
+    def _with_entries(
+        self, found: Iterable[tuple[ObjectId, Any]]
+    ) -> Iterator[tuple[LogEntry, Any]]:
+        tags = self.history.tags()
+        return map(lambda pair: (self.entry(pair[0], tags=tags.get(pair[0], ())), pair[1]), found)
 
     def save_part(self, name: ObjectId, part: str, target: Path) -> None:
         """Write one part of a commit as .safetensors or as a torch.save file."""

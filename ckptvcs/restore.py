@@ -21,7 +21,7 @@ import numpy as np
 from blake3 import blake3
 
 from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
-from ckptvcs.chain import ChainReader, Materialised
+from ckptvcs.chain import ChainReader, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.codec import loops
@@ -75,12 +75,12 @@ class _Job:
 
 class Restorer:
     """Reads one commit.  `near` asks for the near form even where an exact patch is there; `cache`
-    and `held` may have its weights at hand.
+    and `held` may have its weights at hand, `materials` whatever a caller has decoded already.
     """
 
     def __init__(
         self, catalog: Catalog, name: ObjectId, *, near: bool = False, cache: Path | None = None,
-        held: HeldBase | None = None,
+        held: HeldBase | None = None, materials: Materials | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.commit: Commit = catalog.commit(name)
@@ -88,7 +88,7 @@ class Restorer:
         loops.prepare(self.commit.raw_bytes)
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._catalog, self._cache = catalog, cache
-        self._chain = ChainReader(catalog, self._materials.get)
+        self._chain = ChainReader(catalog, materials or self._materials.get)
         self.fidelity: dict[str, str] = {}
         self._tables: dict[int, tuple[ObjectId, int]] = {}
         for part, state in self.commit.parts.items():
@@ -110,13 +110,21 @@ class Restorer:
 
     # -- tensors -------------------------------------------------------------------------------
 
+    def place(self, number: int) -> tuple[ObjectId, int]:
+        """The table of values that a stored tensor is read from, and its position there.
+
+        Raises:
+            NotFoundError: the commit does not hold it.
+        """
+        if number not in self._tables:
+            raise NotFoundError(
+                f"commit {self.name[:8]} does not hold {self.schema.tensors[number].name}"
+            )
+        return self._tables[number]
+
     def _jobs(self, numbers: list[int]) -> Iterator[_Job]:
         for number in numbers:
-            if number not in self._tables:
-                raise NotFoundError(
-                    f"commit {self.name[:8]} does not hold {self.schema.tensors[number].name}"
-                )
-            table, position = self._tables[number]
+            table, position = self.place(number)
             for index, count in enumerate(slice_counts(self.schema.tensors[number].words)):
                 yield _Job(table, position, number, index, count)
 
@@ -204,21 +212,21 @@ class Restorer:
         return digest.digest() == self._catalog.values(job.table)[job.position]
 
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
-        """Decode a tensor from its chain, where it may be the cache that is wrong.
+        """Decode a tensor from its keyframe on, where it may be what was at hand that is wrong.
 
         Raises:
-            CorruptionError: it is not the cache, or there is no room to put it right.
+            CorruptionError: it is not that, or there is no room to put it right.
         """
-        digest = blake3(max_threads=1)
+        digest, anew = blake3(max_threads=1), ChainReader(self._catalog)
         for job in self._jobs([number]):
             cached = self._materials.pop(job.table, None)
             if isinstance(cached, CachedTable):
                 cached.discard()
-            links = self._chain.links(job.table, job.position)
+            links = anew.links(job.table, job.position)
             info, out = self.schema.tensors[number], room(job)
             if out is None:
                 break
-            digest.update(octets(self._chain.decode_slice(links, info, job.slice, job.count, out)))
+            digest.update(octets(anew.decode_slice(links, info, job.slice, job.count, out)))
         if not self._proven(job, digest):
             name = self.schema.tensors[number].name
             raise CorruptionError(f"{name} does not decode to its recorded hash")
@@ -346,6 +354,10 @@ class Restorer:
                 os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
 
     # -- structure -----------------------------------------------------------------------------
+
+    def mentions(self, file: FileEntry, text: str) -> bool:
+        """Whether what a file holds beside its tensors has some text in it."""
+        return text.encode() in bytes(self._skeleton(file).literals)
 
     def layout(self, file: FileEntry) -> tuple[Layout, list[int]]:
         """The structure of a file, read from its skeleton alone, and the number in the schema of
