@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +40,9 @@ _TOPS = frozenset({
     "optimizer_state_dict", "optim",
 })  # fmt: skip
 
+SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
+"""Names of files that hold checkpoints end so."""
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -70,6 +73,11 @@ class PartReader:
     @cached_property
     def _inline(self) -> dict[int, bytes]:
         return self._restorer.inline()
+
+    def fidelity(self, window: Window) -> str:
+        """`exact` or `near`: how a tensor comes back; small ones are always exact."""
+        info = self.schema.tensors[window[0]]
+        return "exact" if info.inline else self._restorer.fidelity[info.part]
 
     def _blocks(self, number: int) -> Iterator[bytes | memoryview]:
         if number < 0:
@@ -191,20 +199,50 @@ class PartReader:
         Raises:
             NotFoundError: the commit does not have that part.
         """
-        write = self._save_safetensors if target.suffix == ".safetensors" else self._save_torch
-        temporary = target.with_name(f".{target.name[:100]}.ckpt-{secrets.token_hex(6)}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as out:
-                write(part, target.stem, out)
-            temporary.replace(target)
-        except OSError as error:
-            raise storage_error(error, f"write {target}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _save_torch(self, part: str, stem: str, out: BinaryIO) -> None:
         rows = self.named(part)
+        if target.suffix == ".safetensors":
+            write_whole(target, lambda out: self._save_safetensors(_short(rows), out))
+        else:
+            write_whole(target, lambda out: self._save_torch(part, rows, target.stem, out))
+
+    def save_tensor(self, name: str, window: Window, target: Path) -> None:
+        """Write one tensor as .safetensors, under its name, or as a file of torch.save, alone."""
+        number, view = window
+        if target.suffix == ".safetensors":
+            write_whole(target, lambda out: self._save_safetensors([(name, number, view)], out))
+            return
+        data = self.window(window)
+        shape, size = view.shape, len(data)
+        leaf = Leaf(
+            0, view.dtype, size // DTYPES[view.dtype].size, size, 0, shape, row_major(shape)
+        )
+        records = zip_records(dump_pickle(None, lambda *_: leaf), [_payload(data)], {})
+        write_whole(target, lambda out: write_zip(out.write, target.stem, records))
+
+    def export(self, target: Path, part: str | None, progress: Callable[[int], None]) -> None:
+        """Write what was committed, in the form that it was committed in, where that is what
+        `target` says: a file of torch, of safetensors by its suffix, or a directory where there is
+        no suffix of either; else, or with `part`, one part (`model`) as `save` does.
+
+        Raises:
+            NotFoundError: the commit does not have that part.
+        """
+        restorer, commit = self._restorer, self._restorer.commit
+        files = [file for file in commit.files if file.skeleton is not None]
+        if part is None and commit.source == "directory" and target.suffix not in SUFFIXES:
+            restorer.save_directory(target, progress)
+            return
+        flat = target.suffix == ".safetensors"
+        alone = commit.source != "directory" and (files[0].format == "safetensors") == flat
+        if part is None and alone:
+            restorer.save(files[0], target, progress)
+        else:
+            self.save(part or "model", target)
+            progress(commit.raw_bytes)
+
+    def _save_torch(
+        self, part: str, rows: list[tuple[str, int, View]], stem: str, out: BinaryIO
+    ) -> None:
         storages: dict[int, int] = {}
 
         def leaf_of(number: int, view: View) -> Leaf:
@@ -244,10 +282,9 @@ class PartReader:
         ]
         write_zip(out.write, stem, zip_records(pickled, payloads, {}))
 
-    def _save_safetensors(self, part: str, _: str, out: BinaryIO) -> None:
+    def _save_safetensors(self, rows: list[tuple[str, int, View]], out: BinaryIO) -> None:
         header: dict[str, Any] = {}
         at = 0
-        rows = _short(self.named(part))
         for name, _number, view in rows:
             size = int(np.prod(view.shape, dtype=np.int64)) * DTYPES[view.dtype].size
             header[name] = {
@@ -263,15 +300,30 @@ class PartReader:
                 for block in self._blocks(number):
                     out.write(block)
             else:
-                out.write(self._window(number, view))
+                out.write(self.window((number, view)))
 
-    def _window(self, number: int, view: View) -> bytes:
+    def window(self, window: Window) -> bytes:
         """The elements of a window, row after row."""
+        number, view = window
         size = DTYPES[view.dtype].size
         flat = self.raw(number)
         cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
         strides = tuple(step * size for step in view.stride)
         return as_strided(cells[view.offset :], view.shape, strides, writeable=False).tobytes()
+
+
+def write_whole(target: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file, whole or not at all."""
+    temporary = target.with_name(f".{target.name[:100]}.ckpt-{secrets.token_hex(6)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as out:
+            write(out)
+        temporary.replace(target)
+    except OSError as error:
+        raise storage_error(error, f"write {target}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
@@ -283,6 +335,10 @@ def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
             if mark == ":" or next(iter(tops)) in _TOPS:
                 rows = short
     return rows
+
+
+def _payload(data: bytes) -> Payload:
+    return Payload(len(data), lambda: iter([data]))
 
 
 def _quiet(_: int) -> None:

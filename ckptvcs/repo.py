@@ -367,7 +367,11 @@ class Repo:
         self, found: Iterable[tuple[ObjectId, Any]]
     ) -> Iterator[tuple[LogEntry, Any]]:
         tags = self.history.tags()
-        return map(lambda pair: (self.entry(pair[0], tags=tags.get(pair[0], ())), pair[1]), found)
+
+        def named(pair: tuple[ObjectId, Any]) -> tuple[LogEntry, Any]:
+            return self.entry(pair[0], tags=tags.get(pair[0], ())), pair[1]
+
+        return map(named, found)  # a loop would hold a value while the next one is decoded
 
     def save_part(self, name: ObjectId, part: str, target: Path) -> None:
         """Write one part of a commit as .safetensors or as a torch.save file."""

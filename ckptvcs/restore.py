@@ -363,7 +363,7 @@ class Restorer:
         """The structure of a file, read from its skeleton alone, and the number in the schema of
         each of its tensors.
         """
-        source = _SkeletonSource(self, self._skeleton(file))
+        source = SkeletonSource(self, self._skeleton(file))
         parse = {
             "torch-zip": lambda s: torchzip.parse(s, checksums=torchzip.Checksums.LITERAL),
             "torch-legacy": torchlegacy.parse,
@@ -382,7 +382,7 @@ def _refuse_links(root: Path, path: PurePosixPath) -> None:
             raise InvalidInputError(f"{root / parent} is a symbolic link; not writing through it")
 
 
-class _SkeletonSource(Source):
+class SkeletonSource(Source):
     """A file's bytes with zeros for its stored tensors, except those that are plain bytes."""
 
     def __init__(self, restorer: Restorer, skeleton: Skeleton) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ckptvcs.chain import ChainReader, Link, Materialised
@@ -25,7 +26,7 @@ from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.extract import PartReader, Window, windows
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.schema import Schema
-from ckptvcs.restore import Restorer
+from ckptvcs.restore import Progress, Restorer
 from ckptvcs.store.object import ObjectId
 
 _MASTER_WORD = 4  # bytes: companions that stand on something are masters, which are F32
@@ -240,10 +241,10 @@ def states(
     Raises:
         NotFoundError: a glob matches no tensor of any of the commits.
     """
-    # `map`, since the variables of a loop would hold a state while the next one is decoded.
     if globs is None:
-        whole = Trajectory(catalog, lambda name: windows(catalog.schema(name)))
-        return map(lambda found: (found[0], found[1].state()), whole.readers(names))
+        trajectory = Trajectory(catalog, lambda schema: windows(catalog.schema(schema)))
+        # `map`, since the variables of a loop would hold a state while the next one is decoded.
+        return map(_whole, trajectory.readers(names))
     schemas = dict.fromkeys(catalog.commit(name).schema for name in names)
     for glob in globs:
         if schemas and not any(select_tensors(catalog.schema(s), [glob]) for s in schemas):
@@ -257,6 +258,10 @@ def states(
         return found[0], found[1].tensors(select(catalog.commit(found[0]).schema))
 
     return map(state, Trajectory(catalog, select).readers(names))
+
+
+def _whole(found: tuple[ObjectId, PartReader]) -> tuple[ObjectId, Any]:
+    return found[0], found[1].state()
 
 
 def series(
@@ -285,3 +290,25 @@ def series(
         return pair[0], one
 
     return map(value, Trajectory(catalog, found.__getitem__).readers(having))
+
+
+def export(
+    catalog: Catalog, names: Sequence[ObjectId], targets: Sequence[Path], part: str | None,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Write each commit, or one part of it, to its target, as `PartReader.export` does.
+
+    Raises:
+        NotFoundError: a commit does not have that part.
+    """
+
+    @cache
+    def choose(schema: ObjectId) -> dict[str, Window]:
+        tensors = catalog.schema(schema).tensors
+        found = windows(catalog.schema(schema)).items()
+        return {name: w for name, w in found if part is None or tensors[w[0]].part == part}
+
+    readers = Trajectory(catalog, choose).readers(names)
+    for target, (_, reader) in zip(targets, readers, strict=True):
+        reader.export(target, part, progress)
+        del reader

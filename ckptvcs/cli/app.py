@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
-from ckptvcs.cli import files, history, maintain, refs, render
+from ckptvcs.cli import files, history, maintain, refs, render, study
 from ckptvcs.cli.context import Globals
 from ckptvcs.errors import CkptError, StorageError
 
@@ -62,7 +62,8 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 for _command in (
     maintain.init, files.commit, history.log, history.show, history.status, files.checkout,
-    refs.branch, refs.tag, maintain.gc, maintain.verify, maintain.stats, maintain.index,
+    study.export, study.cat, study.average, refs.branch, refs.tag, maintain.gc, maintain.verify,
+    maintain.stats, maintain.index,
 ):  # fmt: skip
     app.command()(_guarded(_command))
 
