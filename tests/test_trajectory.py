@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import random
 import shutil
 import tempfile
 import weakref
@@ -15,18 +13,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo, chain
 from ckptvcs.chain import ChainReader
-from ckptvcs.codec import lossless
+from ckptvcs.checkpoint.state import state_checkpoint
+from ckptvcs.codec import frame, lossless
 from ckptvcs.codec.frame import LOSSLESS, put_slice
+from ckptvcs.codec.words import octets
 from ckptvcs.extract import PartReader
-from ckptvcs.frames import PartWriter
-from ckptvcs.history.commit import Commit, PartState, dump_commit
-from ckptvcs.history.recipe import Recipe, dump_recipe, dump_values
-from ckptvcs.store.object import Kind, ObjectId, object_id
+from ckptvcs.history.log import LogEntry
+from ckptvcs.history.recipe import (
+    Frame,
+    Recipe,
+    dump_bundle,
+    dump_recipe,
+    dump_values,
+    slice_hash,
+)  # fmt: skip
+from ckptvcs.source import SourceTensor
+from ckptvcs.store.object import Kind, ObjectId
 from ckptvcs.store.objects import ObjectStore
 from tests.test_api import same
 from tests.training import train
@@ -45,7 +53,7 @@ class Work:
 def counted() -> Iterator[Work]:
     """Count the slices that are decoded and the bytes of frames that are read."""
     work = Work()
-    decode, read = chain.decode_slice, ObjectStore.read_region
+    decode, read = frame.decode_slice, ObjectStore.read_region
 
     def decode_slice(*args: Any, **options: Any) -> Any:
         work.slices += 1
@@ -73,7 +81,7 @@ def own_slices(repo: Repo) -> int:
         bundle for entry in repo.log() for part in entry.commit.parts.values()
         for bundle in repo.catalog.recipe(part.values).bundles
     }  # fmt: skip
-    return sum(len(frame.slices) for name in bundles for frame in repo.catalog.bundle(name))
+    return sum(len(row.slices) for name in bundles for row in repo.catalog.bundle(name))
 
 
 @pytest.mark.parametrize("codec", ["near", "lossless", "excp"])
@@ -194,6 +202,135 @@ def test_nothing_is_kept_but_what_the_next_one_stands_on(
     assert not any(alive)
 
 
+# -- any history -----------------------------------------------------------------------------------
+
+
+def add_patches(repo: Repo, entry: LogEntry, state: State) -> None:
+    """Make a near commit exact: frames of the originals that stand on the near values."""
+    checkpoint = state_checkpoint(state)
+    store, reader = repo.catalog.store, ChainReader(repo.catalog)
+    for name, part in entry.commit.parts.items():
+        if part.exact is None or repo.catalog.has_recipe(part.exact):
+            continue
+        pack, frames, hashes, at = store.new_pack("packs"), [], [], 0
+        for position, number in enumerate(checkpoint.schema.stored(name)):
+            info, source = checkpoint.schema.tensors[number], SourceTensor(checkpoint, number)
+            near, digest, slices = reader.slices(part.values, position, info), blake3(), []
+            for index, base in enumerate(near):
+                words = source.slice(index)
+                digest.update(octets(words))
+                data = put_slice(LOSSLESS, lossless.encode(words, base, info.type))
+                pack.append_region(data)
+                slices.append((at, len(data), slice_hash(data)))
+                at += len(data)
+            depth = reader.depth(part.values, position) + 1
+            frames.append(Frame((part.values, position), depth, None, tuple(slices)))
+            hashes.append(digest.digest())
+        bundle = pack.add(Kind.BUNDLE, dump_bundle(frames))
+        store.publish(pack)
+        meta, count = store.new_pack("meta"), len(frames)
+        assert meta.add(Kind.VALUES, dump_values(hashes)) == part.exact
+        recipe = Recipe(part.exact, 0, (bundle,), (0,) * count, tuple(range(count)))
+        meta.add(Kind.RECIPE, dump_recipe(recipe))
+        store.publish(meta)
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_exact_patches_are_yielded_and_near_values_built_upon(
+    every: int | None, tmp_path: Path
+) -> None:
+    repo = Repo.init(tmp_path)
+    states = train(8)
+    for state in states:
+        entry = repo.commit(state, step=state["step"])
+        if state["step"] not in (3, 4):
+            add_patches(repo, entry, state)
+    patches = sum(
+        len(row.slices) for entry in repo.log() for part in entry.commit.parts.values()
+        if part.exact and repo.catalog.has_recipe(part.exact)
+        and (every is None or (entry.step or 0) % every == 0)
+        for bundle in repo.catalog.recipe(part.exact).bundles
+        for row in repo.catalog.bundle(bundle)
+    )  # fmt: skip
+    with counted() as work:
+        found = list(Repo.open(tmp_path).trajectory(every=every))
+    assert work.slices <= own_slices(repo) + patches
+    for entry, state in found:
+        assert entry.exact == (entry.step not in (3, 4))
+        assert same(state, states[(entry.step or 0) - 1]) == entry.exact
+        assert same(from_scratch(repo, entry.id), state)
+
+
+def test_rounded_copies_find_their_masters(tmp_path: Path) -> None:
+    repo, masters = Repo.init(tmp_path), torch.randn(300, 40)
+    for step in range(6):
+        masters = masters + torch.randn(300, 40) * 0.01
+        model = {"model": {"w": masters.bfloat16()}, "master": {"w": masters}}
+        repo.commit(model, step=step)
+    with counted() as work:
+        found = list(Repo.open(tmp_path).trajectory("model.*"))
+    assert work.slices <= 2 * 6  # each copy, and its master for the next one
+    for entry, state in found:
+        assert same(from_scratch(repo, entry.id)["model"]["w"], state["model.w"])
+
+
+commits = st.lists(
+    st.tuples(
+        st.sampled_from(["near", "small", "lossless", "excp"]),
+        st.sampled_from(["go on", "add", "remove", "reshape", "stand still", "back", "twins"]),
+        st.booleans(),
+    ),
+    min_size=2, max_size=6,
+)  # fmt: skip
+
+
+@given(commits, st.sampled_from([None, 2, 3]), st.integers(1, 6))
+def test_any_history_comes_back_as_checkouts_give_it(
+    history: list[tuple[str, str, bool]], every: int | None, depth: int
+) -> None:
+    draw = torch.Generator().manual_seed(len(history))
+    with tempfile.TemporaryDirectory() as folder:
+        repo = Repo.init(folder)
+        config = (repo.folder / "config.toml").read_text().replace("64", str(depth))
+        (repo.folder / "config.toml").write_text(config)
+        repo = Repo.open(folder)
+        weights = {name: torch.randn(20, 30, generator=draw) for name in ("a", "b")}
+        for step, (codec, change, patch) in enumerate(history, start=1):
+            if change == "add":
+                weights[f"w{step}"] = torch.randn(200, generator=draw)
+            elif change == "remove" and len(weights) > 1:
+                weights.pop(max(weights))
+            elif change == "reshape":
+                weights["b"] = torch.randn(30, 20 + step, generator=draw)
+            elif change == "twins":
+                weights["c"] = weights[max(weights)].clone()
+            elif change == "back" and step > 2:
+                repo.move_head(repo.resolve("HEAD~1"), None)
+                repo = Repo.open(folder)
+            still = change == "stand still"
+            weights = {
+                name: value if still and name != "a" else
+                value + torch.randn(value.shape, generator=draw) * 0.01
+                for name, value in weights.items()
+            }  # fmt: skip
+            moments = {name: value.square() for name, value in weights.items()}
+            state = {"model": dict(weights), "other": moments, "array": np.arange(200) * step}
+            entry = repo.commit(state, step=step, codec=codec)
+            if patch:
+                add_patches(repo, entry, state)
+        for branch in repo.refs.names("heads"):
+            found = list(Repo.open(folder).trajectory(every=every, revision=branch))
+            picked = list(Repo.open(folder).trajectory("*.a", every=every, revision=branch))
+            assert [e.id for e, _ in found] == [e.id for e, _ in picked]
+            for (entry, state), (_, some) in zip(found, picked, strict=True):
+                checkout = from_scratch(repo, entry.id)
+                assert same(checkout, state)
+                for name, tensor in some.items():
+                    key, _, rest = name.partition(".")
+                    assert same(tensor, checkout[key][rest])
+                    assert same(tensor, Repo.open(folder).tensor(name, at=entry.id))
+
+
 # -- one tensor ------------------------------------------------------------------------------------
 
 
@@ -219,8 +356,9 @@ def test_one_tensor_reads_its_own_frames(tmp_path: Path) -> None:
 
 def test_names(repo: Repo) -> None:
     shared = torch.randn(20, 30)
-    state = {
-        "model": {"a.weight": shared, "tied.weight": shared, "row": shared[3], "x:y.z": torch.ones(3)},
+    state: State = {
+        "model": {"a.weight": shared, "tied.weight": shared, "row": shared[3],
+                  "x:y.z": torch.ones(3)},
         "ema": {"a.weight": torch.zeros(20, 30)},
         "deep": {"model": {"a.weight": torch.ones(200), "b.weight": torch.ones(200) * 2}},
         "array": np.arange(600.0).reshape(20, 30),
