@@ -194,13 +194,11 @@ def _numbers(reader: PartReader, window: Window) -> Any:
     elif dtype == "C32":
         flat = np.frombuffer(data, np.float16).astype(np.float32).view(np.complex64)
     elif dtype.startswith("F8"):
-        import torch  # noqa: PLC0415  no one else knows these types
-
-        from ckptvcs.checkpoint.state import make_tensor  # noqa: PLC0415
+        from ckptvcs.checkpoint.state import make_tensor  # noqa: PLC0415  torch knows these
 
         own = np.frombuffer(bytearray(data), np.uint8)
         one_by_one = type(view)(view.name, dtype, 0, (own.size,), (1,))
-        flat = make_tensor(own, one_by_one, array=False).to(torch.float32).numpy()
+        flat = make_tensor(own, one_by_one, array=False).float().numpy()
     else:
         kinds = {"F": "f", "I": "i", "U": "u", "C": "c", "B": "b"}
         size = 1 if dtype in ("BOOL", "F4") else int(dtype[1:]) // 8

@@ -112,7 +112,7 @@ def single(repo: Repo, before: ObjectId | None, name: ObjectId) -> float:
 
 def walk(repo: Repo) -> list[float]:
     """Seconds of each step of a walk, the first one included."""
-    seconds = []
+    seconds: list[float] = []
     steps = repo.trajectory()
     while True:
         started = time.perf_counter()
@@ -184,7 +184,7 @@ def one_tensor(size: int, scratch: Path) -> list[Row]:
         forget(repo).checkout("HEAD")
     with counted() as work:
         forget(repo).tensor(name)
-    rows = [
+    rows: list[Row] = [
         {"what": f"checkout, {TENSORS} tensors, {4 * side * side * TENSORS:,} bytes, depth {DEPTH}",
          "seconds": statistics.median(whole), **all_work},
         {"what": "again, with its weights in the cache", "seconds": statistics.median(again)},
