@@ -5,6 +5,7 @@ repo.commit({"model": model.state_dict()}, step=2000, metrics={"loss": 2.31})
 state = repo.checkout(2000)
 """
 
+from ckptvcs.care import Stats
 from ckptvcs.errors import (
     BusyError,
     CkptError,
@@ -18,7 +19,7 @@ from ckptvcs.errors import (
     UnsupportedVersionError,
 )
 from ckptvcs.history.log import LogEntry
-from ckptvcs.repo import Repo, Stats
+from ckptvcs.repo import Repo
 
 __all__ = [
     "BusyError",

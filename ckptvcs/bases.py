@@ -77,7 +77,7 @@ class BaseWriter:
             self._descriptor = None
 
 
-class CachedTable:
+class CachedTable(Materialised):
     """A table of values as the cache has it; a tensor is hashed before it is used, unless the
     caller gives the room for it, and hashes what is there.
     """
@@ -203,7 +203,7 @@ class HeldWriter:
             self._held.tensors.clear()
 
 
-class HeldTable:
+class HeldTable(Materialised):
     """A table of values as a `HeldBase` has it, for the commit that replaces it."""
 
     def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:

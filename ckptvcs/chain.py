@@ -36,6 +36,10 @@ class Materialised(Protocol):
         `out` it may come in that, and it is the caller who proves it.
         """
 
+    def stays(self, tensor: int) -> bool:
+        """Whether it is sure to have a tensor, so that nobody needs to look what lies below."""
+        return False
+
 
 Materials = Callable[[ObjectId], Materialised | None]
 """What there is for a table of values."""
@@ -60,7 +64,7 @@ class ChainReader:
         self._catalog, self._materials = catalog, materials
 
     def links(self, values: ObjectId, tensor: int) -> list[Link]:
-        """The frames a tensor is decoded from, the keyframe first.
+        """The frames a tensor is decoded from, the keyframe first, or what is at hand to stay.
 
         Raises:
             CorruptionError: a frame does not stand on one that is less deep.
@@ -88,7 +92,7 @@ class ChainReader:
                 other = self._catalog.bundle(bundle)[frame.companion]
                 companion = self._chain(bundle, other, None, beside=True)
             chain.append(Link(bundle, frame, tuple(companion), done))
-            if frame.base is None:
+            if frame.base is None or (done is not None and done[0].stays(done[1])):
                 return chain[::-1]
             limit = frame.depth - 1
             done = self._done(*frame.base)

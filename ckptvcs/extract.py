@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,12 +25,13 @@ from ckptvcs.checkpoint.emit import (
     zip_records,
 )  # fmt: skip
 from ckptvcs.checkpoint.pickles import TensorRef, walk
-from ckptvcs.checkpoint.state import fill
+from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.checkpoint.torchfile import ref_dtype
+from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD
 from ckptvcs.codec.words import word_type
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.history.schema import View
+from ckptvcs.history.schema import Schema, View
 from ckptvcs.restore import Restorer
 from ckptvcs.store.local import storage_error
 
@@ -38,7 +40,26 @@ _TOPS = frozenset({
     "optimizer_state_dict", "optim",
 })  # fmt: skip
 
+SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
+"""Names of files that hold checkpoints end so."""
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+Window = tuple[int, View]
+"""The position of a stored tensor in the schema, and what of it is seen."""
+
+
+def windows(schema: Schema) -> dict[str, Window]:
+    """Every tensor under every name it has; of two that have the same, the first."""
+    found: dict[str, Window] = {}
+    for number, info in enumerate(schema.tensors):
+        own = View(info.name, info.dtype, 0, info.shape, row_major(info.shape))
+        views = info.views or (own,)
+        for view in views:
+            found.setdefault(view.name, (number, view))
+        found.setdefault(info.name, (number, views[0]))  # a storage whose name was taken
+    return found
 
 
 class PartReader:
@@ -46,14 +67,22 @@ class PartReader:
 
     def __init__(self, restorer: Restorer) -> None:
         self._restorer = restorer
-        self._schema = restorer.schema
-        self._inline = restorer.inline()
+        self.schema = restorer.schema
         self._decoded: dict[int, Bytes] = {}
+
+    @cached_property
+    def _inline(self) -> dict[int, bytes]:
+        return self._restorer.inline()
+
+    def fidelity(self, window: Window) -> str:
+        """`exact` or `near`: how a tensor comes back; small ones are always exact."""
+        info = self.schema.tensors[window[0]]
+        return "exact" if info.inline else self._restorer.fidelity[info.part]
 
     def _blocks(self, number: int) -> Iterator[bytes | memoryview]:
         if number < 0:
             return iter(())
-        if self._schema.tensors[number].inline:
+        if self.schema.tensors[number].inline:
             return iter([self._inline.get(number, b"")])
         return self._restorer.blocks(number)
 
@@ -62,17 +91,17 @@ class PartReader:
         if number < 0:
             return np.empty(0, np.uint8)
         if number not in self._decoded:
-            if self._schema.tensors[number].inline:
+            if self.schema.tensors[number].inline:
                 self._decoded[number] = np.frombuffer(self._inline.get(number, b""), np.uint8)
                 self._decoded[number] = self._decoded[number].copy()
             else:
                 self._decoded[number] = self._restorer.tensor(number)
         return self._decoded[number]
 
-    def _decode_ahead(self, numbers: list[int]) -> None:
+    def decode_ahead(self, numbers: Iterable[int]) -> None:
         """Decode the stored ones of some tensors together, so that threads never wait."""
-        infos = self._schema.tensors
-        wanted = [n for n in numbers if not infos[n].inline and n not in self._decoded]
+        infos, done = self.schema.tensors, self._decoded
+        wanted = [n for n in dict.fromkeys(numbers) if not infos[n].inline and n not in done]
         self._decoded.update(self._restorer.tensors(wanted))
 
     # -- states --------------------------------------------------------------------------------
@@ -87,7 +116,7 @@ class PartReader:
             layout, numbers = self._restorer.layout(file)
             by_key = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
             if layout.tree is not None or layout.format == "safetensors":
-                self._decode_ahead([n for n in numbers if n >= 0])
+                self.decode_ahead(n for n in numbers if n >= 0)
             if layout.format == "safetensors":
                 states[file.path] = self._flat_state([n for n in numbers if n >= 0])
             elif layout.tree is None and self._restorer.commit.source != "state":
@@ -109,26 +138,37 @@ class PartReader:
         names = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
         state = {}
         for number in numbers:
-            info = self._schema.tensors[number]
+            info = self.schema.tensors[number]
             dtype = getattr(torch, names.get(info.dtype, "uint8"))
             flat = torch.from_numpy(self.raw(number)).view(dtype)
             state[info.name.rpartition(":")[2]] = flat.reshape(info.shape)
         return state
 
+    def tensors(self, wanted: Mapping[str, Window]) -> dict[str, Any]:
+        """Some tensors by name, as `state` has them: those of one stored tensor share it."""
+        self.decode_ahead(number for number, _ in wanted.values())
+        return {
+            name: make_tensor(self.raw(number), view, array=name in self._arrays)
+            for name, (number, view) in wanted.items()
+        }
+
+    @cached_property
+    def _arrays(self) -> set[str]:
+        """The names of those tensors that were numpy arrays."""
+        commit, found = self._restorer.commit, set()
+        for file in commit.files:
+            if file.format == "torch-zip" and self._restorer.mentions(file, ARRAYS_RECORD):
+                prefix = f"{file.path}:" if commit.source == "directory" else ""
+                found |= {prefix + path for path in self._restorer.layout(file)[0].arrays}
+        return found
+
     # -- parts ---------------------------------------------------------------------------------
 
     def named(self, part: str) -> list[tuple[str, int, View]]:
         """Every tensor of a part under every name it has: name, stored tensor, window on it."""
-        rows: list[tuple[str, int, View]] = []
-        taken: set[str] = set()
-        for number, info in enumerate(self._schema.tensors):
-            if info.part != part:
-                continue
-            own = View(info.name, info.dtype, 0, info.shape, row_major(info.shape))
-            for view in info.views or (own,):
-                if view.name not in taken:
-                    taken.add(view.name)
-                    rows.append((view.name, number, view))
+        found = windows(self.schema).items()
+        rows = [(name, number, view) for name, (number, view) in found
+                if self.schema.tensors[number].part == part]  # fmt: skip
         if not rows:
             raise NotFoundError(f"commit {self._restorer.name[:8]} has no part '{part}'")
         return rows
@@ -146,7 +186,7 @@ class PartReader:
             for tree in (layout.tree, *layout.tree.values()):
                 refs = [node for _, node in walk(tree) if isinstance(node, TensorRef)]
                 owners = [keys.get(ref.storage.key, -1) for ref in refs]
-                parts = {self._schema.tensors[n].part for n in owners if n >= 0}
+                parts = {self.schema.tensors[n].part for n in owners if n >= 0}
                 if isinstance(tree, dict) and parts == {part}:
                     found.append((tree, keys))
                     if tree is layout.tree:
@@ -159,24 +199,54 @@ class PartReader:
         Raises:
             NotFoundError: the commit does not have that part.
         """
-        write = self._save_safetensors if target.suffix == ".safetensors" else self._save_torch
-        temporary = target.with_name(f".{target.name[:100]}.ckpt-{secrets.token_hex(6)}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as out:
-                write(part, target.stem, out)
-            temporary.replace(target)
-        except OSError as error:
-            raise storage_error(error, f"write {target}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _save_torch(self, part: str, stem: str, out: BinaryIO) -> None:
         rows = self.named(part)
+        if target.suffix == ".safetensors":
+            write_whole(target, lambda out: self._save_safetensors(_short(rows), out))
+        else:
+            write_whole(target, lambda out: self._save_torch(part, rows, target.stem, out))
+
+    def save_tensor(self, name: str, window: Window, target: Path) -> None:
+        """Write one tensor as .safetensors, under its name, or as a file of torch.save, alone."""
+        number, view = window
+        if target.suffix == ".safetensors":
+            write_whole(target, lambda out: self._save_safetensors([(name, number, view)], out))
+            return
+        data = self.window(window)
+        shape, size = view.shape, len(data)
+        leaf = Leaf(
+            0, view.dtype, size // DTYPES[view.dtype].size, size, 0, shape, row_major(shape)
+        )
+        records = zip_records(dump_pickle(None, lambda *_: leaf), [_payload(data)], {})
+        write_whole(target, lambda out: write_zip(out.write, target.stem, records))
+
+    def export(self, target: Path, part: str | None, progress: Callable[[int], None]) -> None:
+        """Write what was committed, in the form that it was committed in, where that is what
+        `target` says: a file of torch, of safetensors by its suffix, or a directory where there is
+        no suffix of either; else, or with `part`, one part (`model`) as `save` does.
+
+        Raises:
+            NotFoundError: the commit does not have that part.
+        """
+        restorer, commit = self._restorer, self._restorer.commit
+        files = [file for file in commit.files if file.skeleton is not None]
+        if part is None and commit.source == "directory" and target.suffix not in SUFFIXES:
+            restorer.save_directory(target, progress)
+            return
+        flat = target.suffix == ".safetensors"
+        alone = commit.source != "directory" and (files[0].format == "safetensors") == flat
+        if part is None and alone:
+            restorer.save(files[0], target, progress)
+        else:
+            self.save(part or "model", target)
+            progress(commit.raw_bytes)
+
+    def _save_torch(
+        self, part: str, rows: list[tuple[str, int, View]], stem: str, out: BinaryIO
+    ) -> None:
         storages: dict[int, int] = {}
 
         def leaf_of(number: int, view: View) -> Leaf:
-            size = 0 if number < 0 else self._schema.tensors[number].size_bytes
+            size = 0 if number < 0 else self.schema.tensors[number].size_bytes
             storage = storages.setdefault(number, len(storages))
             elements = size // DTYPES[view.dtype].size
             return Leaf(storage, view.dtype, elements, size, view.offset, view.shape, view.stride)
@@ -205,17 +275,16 @@ class PartReader:
             pickled = dump_pickle(views, flat_leaf)
         payloads = [
             Payload(
-                0 if number < 0 else self._schema.tensors[number].size_bytes,
+                0 if number < 0 else self.schema.tensors[number].size_bytes,
                 lambda number=number: self._blocks(number),  # type: ignore[misc]
             )
             for number in storages
         ]
         write_zip(out.write, stem, zip_records(pickled, payloads, {}))
 
-    def _save_safetensors(self, part: str, _: str, out: BinaryIO) -> None:
+    def _save_safetensors(self, rows: list[tuple[str, int, View]], out: BinaryIO) -> None:
         header: dict[str, Any] = {}
         at = 0
-        rows = _short(self.named(part))
         for name, _number, view in rows:
             size = int(np.prod(view.shape, dtype=np.int64)) * DTYPES[view.dtype].size
             header[name] = {
@@ -226,20 +295,35 @@ class PartReader:
         head += b" " * (-len(head) % 8)
         out.write(len(head).to_bytes(8, "little") + head)
         for _, number, view in rows:
-            info = self._schema.tensors[number]
+            info = self.schema.tensors[number]
             if (view.dtype, view.shape) == (info.dtype, info.shape):
                 for block in self._blocks(number):
                     out.write(block)
             else:
-                out.write(self._window(number, view))
+                out.write(self.window((number, view)))
 
-    def _window(self, number: int, view: View) -> bytes:
+    def window(self, window: Window) -> bytes:
         """The elements of a window, row after row."""
+        number, view = window
         size = DTYPES[view.dtype].size
         flat = self.raw(number)
         cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
         strides = tuple(step * size for step in view.stride)
         return as_strided(cells[view.offset :], view.shape, strides, writeable=False).tobytes()
+
+
+def write_whole(target: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file, whole or not at all."""
+    temporary = target.with_name(f".{target.name[:100]}.ckpt-{secrets.token_hex(6)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as out:
+            write(out)
+        temporary.replace(target)
+    except OSError as error:
+        raise storage_error(error, f"write {target}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
@@ -251,6 +335,10 @@ def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
             if mark == ":" or next(iter(tops)) in _TOPS:
                 rows = short
     return rows
+
+
+def _payload(data: bytes) -> Payload:
+    return Payload(len(data), lambda: iter([data]))
 
 
 def _quiet(_: int) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from blake3 import blake3
 
 from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
-from ckptvcs.chain import ChainReader, Materialised
+from ckptvcs.chain import ChainReader, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.codec import loops
@@ -76,12 +76,12 @@ class _Job:
 
 class Restorer:
     """Reads one commit.  `near` asks for the near form even where an exact patch is there; `cache`
-    and `held` may have its weights at hand.
+    and `held` may have its weights at hand, `materials` whatever a caller has decoded already.
     """
 
     def __init__(
         self, catalog: Catalog, name: ObjectId, *, near: bool = False, cache: Path | None = None,
-        held: HeldBase | None = None,
+        held: HeldBase | None = None, materials: Materials | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.commit: Commit = catalog.commit(name)
@@ -89,7 +89,7 @@ class Restorer:
         loops.prepare(self.commit.raw_bytes)
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._catalog, self._cache = catalog, cache
-        self._chain = ChainReader(catalog, self._materials.get)
+        self._chain = ChainReader(catalog, materials or self._materials.get)
         self.fidelity: dict[str, str] = {}
         self._tables: dict[int, tuple[ObjectId, int]] = {}
         gone = catalog.dropped()
@@ -120,15 +120,23 @@ class Restorer:
 
     # -- tensors -------------------------------------------------------------------------------
 
+    def place(self, number: int) -> tuple[ObjectId, int]:
+        """The table of values that a stored tensor is read from, and its position there.
+
+        Raises:
+            NotFoundError: the commit does not hold it.
+        """
+        if number not in self._tables:
+            part = self.schema.tensors[number].part
+            raise NotFoundError(
+                f"the {part} part of commit {self.name[:8]} was dropped",
+                hint="take another part with --only",
+            )
+        return self._tables[number]
+
     def _jobs(self, numbers: list[int]) -> Iterator[_Job]:
         for number in numbers:
-            if number not in self._tables:
-                part = self.schema.tensors[number].part
-                raise NotFoundError(
-                    f"the {part} part of commit {self.name[:8]} was dropped",
-                    hint="take another part with --only",
-                )
-            table, position = self._tables[number]
+            table, position = self.place(number)
             for index, count in enumerate(slice_counts(self.schema.tensors[number].words)):
                 yield _Job(table, position, number, index, count)
 
@@ -222,21 +230,21 @@ class Restorer:
         return digest.digest() == self._catalog.values(job.table)[job.position]
 
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
-        """Decode a tensor from its chain, where it may be the cache that is wrong.
+        """Decode a tensor from its keyframe on, where it may be what was at hand that is wrong.
 
         Raises:
-            CorruptionError: it is not the cache, or there is no room to put it right.
+            CorruptionError: it is not that, or there is no room to put it right.
         """
-        digest = blake3(max_threads=1)
+        digest, anew = blake3(max_threads=1), ChainReader(self._catalog)
         for job in self._jobs([number]):
             cached = self._materials.pop(job.table, None)
             if isinstance(cached, CachedTable):
                 cached.discard()
-            links = self._chain.links(job.table, job.position)
+            links = anew.links(job.table, job.position)
             info, out = self.schema.tensors[number], room(job)
             if out is None:
                 break
-            digest.update(octets(self._chain.decode_slice(links, info, job.slice, job.count, out)))
+            digest.update(octets(anew.decode_slice(links, info, job.slice, job.count, out)))
         if not self._proven(job, digest):
             name = self.schema.tensors[number].name
             raise CorruptionError(f"{name} does not decode to its recorded hash")
@@ -365,11 +373,15 @@ class Restorer:
 
     # -- structure -----------------------------------------------------------------------------
 
+    def mentions(self, file: FileEntry, text: str) -> bool:
+        """Whether what a file holds beside its tensors has some text in it."""
+        return text.encode() in bytes(self._skeleton(file).literals)
+
     def layout(self, file: FileEntry) -> tuple[Layout, list[int]]:
         """The structure of a file, read from its skeleton alone, and the number in the schema of
         each of its tensors.
         """
-        source = _SkeletonSource(self, self._skeleton(file))
+        source = SkeletonSource(self, self._skeleton(file))
         parse = {
             "torch-zip": lambda s: torchzip.parse(s, checksums=torchzip.Checksums.LITERAL),
             "torch-legacy": torchlegacy.parse,
@@ -388,7 +400,7 @@ def _refuse_links(root: Path, path: PurePosixPath) -> None:
             raise InvalidInputError(f"{root / parent} is a symbolic link; not writing through it")
 
 
-class _SkeletonSource(Source):
+class SkeletonSource(Source):
     """A file's bytes with zeros for its stored tensors, except those that are plain bytes."""
 
     def __init__(self, restorer: Restorer, skeleton: Skeleton) -> None:

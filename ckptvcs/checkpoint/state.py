@@ -32,6 +32,7 @@ from ckptvcs.checkpoint.torchfile import TORCH_DTYPES, ref_dtype
 from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD, Checksums, parse
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.schema import View
 
 STATE_FILE = "state.pt"
 
@@ -41,6 +42,7 @@ _NUMPY = {
     "uint64": "U64", "bool": "BOOL", "complex64": "C64", "complex128": "C128",
 }  # fmt: skip
 _NUMPY_NAMES = {ours: theirs for theirs, ours in _NUMPY.items()}
+_TORCH_NAMES = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
 
 
 class _Storages:
@@ -167,13 +169,18 @@ class _Filler:
         return out
 
     def _make(self, ref: TensorRef, path: str) -> object:
-        dtype = ref_dtype(ref)
-        data = self._tensor(ref)
-        if path in self._arrays and dtype in _NUMPY_NAMES:
-            return data.view(_NUMPY_NAMES[dtype]).reshape(ref.shape)
-        import torch  # noqa: PLC0415  only where a tensor of torch is made
+        view = View(path, ref_dtype(ref) or "U8", ref.offset, ref.shape, ref.stride)
+        return make_tensor(self._tensor(ref), view, array=path in self._arrays)
 
-        names = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
-        flat = torch.from_numpy(data)
-        typed = torch.empty(0, dtype=getattr(torch, names[dtype or "U8"]))
-        return typed.set_(flat.untyped_storage(), ref.offset, ref.shape, ref.stride)
+
+def make_tensor(data: np.ndarray[Any, Any], view: View, *, array: bool) -> Any:
+    """A window on the bytes of a stored tensor (uint8, flat), without a copy: a numpy array where
+    it was an `array` of a type that numpy has, else a tensor of torch.
+    """
+    if array and view.dtype in _NUMPY_NAMES:
+        return data.view(_NUMPY_NAMES[view.dtype]).reshape(view.shape)
+    import torch  # noqa: PLC0415  only where a tensor of torch is made
+
+    typed = torch.empty(0, dtype=getattr(torch, _TORCH_NAMES[view.dtype]))
+    storage = torch.from_numpy(data).untyped_storage()
+    return typed.set_(storage, view.offset, view.shape, view.stride)

@@ -142,6 +142,7 @@ class Checksums(Enum):
     PROVEN = "those that are right are made again when the file is; others stay literal"
     TRUSTED = "all are made again"
     LITERAL = "all stay literal"
+    SMALL = "those of tensors that stand in the skeleton, and no others"
 
 
 def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | None:
@@ -178,7 +179,7 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
     for number, (entry, storage) in enumerate(zip(sums, storages, strict=True)):
         if (
             checksums is Checksums.LITERAL
-            or tensors[number].inline
+            or tensors[number].inline != (checksums is Checksums.SMALL)
             or (checksums is Checksums.PROVEN
                 and _crc(file, storage.offset, storage.size) != entry.crc)
         ):  # fmt: skip

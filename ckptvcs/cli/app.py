@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
-from ckptvcs.cli import compare, files, history, maintain, refs, render, retain
+from ckptvcs.cli import compare, files, history, maintain, refs, render, retain, study
 from ckptvcs.cli.context import Globals
 from ckptvcs.errors import CkptError, StorageError
 
@@ -62,8 +62,9 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 for _command in (
     maintain.init, files.commit, history.log, history.show, history.status, files.checkout,
-    refs.branch, refs.tag, refs.pin, refs.unpin, compare.diff, compare.bisect, retain.gc,
-    retain.undo, retain.reflog, maintain.config, maintain.verify, maintain.stats, maintain.index,
+    study.export, study.cat, study.average, compare.diff, compare.bisect, refs.branch, refs.tag,
+    refs.pin, refs.unpin, retain.gc, retain.undo, retain.reflog, maintain.config, maintain.verify,
+    maintain.stats, maintain.index,
 ):  # fmt: skip
     app.command()(_guarded(_command))
 

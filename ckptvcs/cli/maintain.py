@@ -11,7 +11,8 @@ from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.config import get_setting
 from ckptvcs.errors import CorruptionError, InvalidInputError
-from ckptvcs.repo import FOLDER, Repo
+from ckptvcs.opened import FOLDER
+from ckptvcs.repo import Repo
 
 
 def init(

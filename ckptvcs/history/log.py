@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, ErrorReport
 from ckptvcs.history.graph import draw_graph
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.object import ObjectId
+
+Bound = str | int | None
+"""Where a stretch of a line begins or ends: a step, a revision, or as far as it goes."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ class LogEntry:
         return self.commit.metrics
 
 
+def _bound(at: Bound) -> int | None:
+    """The step that bounds a stretch of a line; None where it is no step but a revision."""
+    digits = str(at).removeprefix("step:")
+    return int(digits) if digits.isdecimal() else None
+
+
 class History:
     """The commits of one repository."""
 
@@ -83,6 +93,52 @@ class History:
             if commit is not None:
                 found[commit] = (*found.get(commit, ()), tag)
         return found
+
+    def line(
+        self, start: Bound = None, stop: Bound = None, every: int | None = None, *,
+        revision: str | int | None = None,
+    ) -> list[ObjectId]:  # fmt: skip
+        """The commits of a line, oldest first, from `start` to `stop`, both included.
+
+        A whole number, or text of digits, is a bound for steps and need not be the step of a
+        commit; one without a step counts as part of the step before it.  Anything else is a
+        revision on the line.  The line is that of `revision`, else of `stop` where that is a
+        revision, else HEAD's.  `every` leaves only those whose step is a multiple of it.
+
+        Raises:
+            NotFoundError: a revision names nothing, or nothing on the line.
+            InvalidInputError: `every` is below 1, or a revision names several commits.
+        """
+        if every is not None and every < 1:
+            raise InvalidInputError(f"every {every} steps: that has to be 1 or more")
+        low, high = _bound(start), _bound(stop)
+        if revision is None:
+            revision = stop if stop is not None and high is None else HEAD
+        tip = self._revisions.resolve(str(revision))
+        line = list(self._catalog.ancestors(tip))[::-1]
+        names = [name for name, _ in line]
+        first = 0 if start is None or low is not None else self._position(start, names)
+        last = len(names) if stop is None or high is not None else self._position(stop, names) + 1
+        found, step = [], None
+        for number, (name, commit) in enumerate(line):
+            step = step if commit.step is None else commit.step
+            if (
+                first <= number < last
+                and (low is None or (step is not None and step >= low))
+                and (high is None or step is None or step <= high)
+                and (every is None or (commit.step is not None and commit.step % every == 0))
+            ):
+                found.append(name)
+        return found
+
+    def _position(self, revision: str | int, line: list[ObjectId]) -> int:
+        name = self._revisions.resolve(str(revision))
+        if name not in line:
+            raise NotFoundError(
+                f"'{revision}' is not on the line of {line[-1][:8]}",
+                hint="'ckpt log REV' lists a line",
+            )
+        return line.index(name)
 
     def entries(
         self, limit: int | None = None, *, start: ObjectId | None = None,

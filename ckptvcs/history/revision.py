@@ -23,6 +23,38 @@ _SHORT_ID = 8  # digits of an id, as logs show it
 _HEX = re.compile(r"[0-9a-f]{4,64}\Z")
 _BACK = re.compile(r"(.+?)~([0-9]{0,9})\Z")
 _MAX_LISTED = 6
+_WITHIN = re.compile(
+    r"(best:[^:]+:(?:min|max)(?:~[0-9]*)?|(?:best|step|id):[^:]+|[^:]+):(.+)\Z", re.DOTALL
+)
+
+
+def split_tensor(text: str) -> tuple[str, str]:
+    """`REV:TENSOR` as a revision and the name of a tensor, either of which may hold colons.
+
+    The revision ends at the first colon that its form does not need itself, as `best:loss:min` and
+    `step:2000` do; all that follows is the name.
+
+    Raises:
+        InvalidInputError: there is no colon, or nothing on one side of it.
+    """
+    found = _WITHIN.match(text)
+    if found is None:
+        raise InvalidInputError(
+            f"'{text}' is no REV:TENSOR", hint="for example HEAD:model.layers.0.weight"
+        )
+    return found[1], found[2]
+
+
+def split_range(text: str) -> tuple[str | None, str | None]:
+    """`REV..REV` as two revisions; None for one that is left out.
+
+    Raises:
+        InvalidInputError: there is no `..` in it, or more than one.
+    """
+    start, dots, stop = text.partition("..")
+    if not dots or ".." in stop:
+        raise InvalidInputError(f"'{text}' is no REV..REV", hint="for example 1000..2000")
+    return start or None, stop or None
 
 
 class Revisions:

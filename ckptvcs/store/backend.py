@@ -99,6 +99,7 @@ class MemoryWriter:
     def abort(self) -> None:
         self._data.clear()
 
+
 _TRIES = 3
 
 

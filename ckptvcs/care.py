@@ -1,0 +1,133 @@
+"""Care of a repository: what is kept, taken back, proven, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptvcs.format import raise_flags, require_flags
+from ckptvcs.history.retention import Policy
+from ckptvcs.opened import CACHE, Opened
+from ckptvcs.store.objects import FOLDERS
+
+if TYPE_CHECKING:
+    from ckptvcs.history.gc import Collector, GcPlan
+    from ckptvcs.history.undo import Event, Past, Undone
+    from ckptvcs.verify import Report
+
+Progress = Callable[[int], None]
+
+_NO_RULES = Policy()
+
+
+def quiet(_: int) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Sizes of a repository in bytes, as they are on disk."""
+
+    commits: int
+    raw_bytes: int
+    stored_bytes: int
+    history_bytes: int
+    patch_bytes: int
+    cache_bytes: int
+    packs: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the repository is than the files that were committed."""
+        return self.raw_bytes / self.stored_bytes if self.stored_bytes else 0.0
+
+
+class Care(Opened):
+    """A repository that can be looked after."""
+
+    def reflog(self, branch: str | None = None) -> list[Event]:
+        """What happened to a branch (HEAD's), newest first."""
+        return self._past().events(branch)
+
+    def undo(self) -> Undone:
+        """Take back the last move of HEAD's branch, or the last drop of its commits.
+
+        Raises:
+            NotFoundError: there is nothing to take back.
+            ConflictError: what it was about has been swept; or another writer moved the branch.
+        """
+        from ckptvcs.committing import now  # noqa: PLC0415
+
+        return self._past().undo(now())
+
+    def _past(self) -> Past:
+        from ckptvcs.history.undo import Past  # noqa: PLC0415
+
+        return Past(self.catalog, self.refs)
+
+    def _collector(self) -> Collector:
+        from ckptvcs.history.gc import Collector  # noqa: PLC0415
+
+        require_flags(self.folder, "gc")
+        best = self.config.exact_rule.best
+        return Collector(self.catalog, self.refs, self.fader(), best)
+
+    def plan_gc(self, policy: Policy = _NO_RULES) -> GcPlan:
+        """What `gc` would drop, fade and delete now, without rekeying.
+
+        Raises:
+            CorruptionError: something that is needed is missing.
+            InvalidInputError: the rules keep nothing at all.
+        """
+        return self._collector().plan(policy)
+
+    def gc(
+        self, policy: Policy = _NO_RULES, *, sweep: bool = True, rekey: bool = False,
+        progress: Progress = quiet,
+    ) -> GcPlan:  # fmt: skip
+        """Drop what the rules do not keep, let fade what the settings do not keep, and delete what
+        nothing reaches; tiny packs are merged.  Without `sweep` it is only said what goes: until
+        the next sweep `undo` takes it back.  What was done.
+
+        Raises:
+            BusyError: a writer is at work.
+            CorruptionError: something that is needed is missing: nothing was deleted.
+            InvalidInputError: the rules keep nothing at all.
+        """
+        from ckptvcs.committing import now  # noqa: PLC0415
+        from ckptvcs.history.repack import merge, plan_merges  # noqa: PLC0415
+        from ckptvcs.store.leases import exclusive  # noqa: PLC0415
+
+        collector = self._collector()
+        with exclusive(self._backend):
+            plan = collector.plan(policy)
+            if plan.drops:
+                raise_flags(self.folder, "gc", "drops")
+            collector.record(plan, now())
+            if sweep:
+                collector.sweep(plan)
+                for batch in plan_merges(self.catalog, collector.mark_all()):
+                    merge(self.catalog, batch)
+        return plan
+
+    def verify(self, progress: Progress = quiet) -> Report:
+        """Prove that everything can be read; see `ckptvcs.verify`."""
+        from ckptvcs.verify import Verifier  # noqa: PLC0415
+
+        return Verifier(self.catalog, self.refs, progress).run()
+
+    def stats(self) -> Stats:
+        """Sizes on disk."""
+        commits = dict(self.revisions.reachable(self.revisions.tips().values()))
+        disk = {
+            name: sum(self._backend.size(file) for file in self._backend.names(name))
+            for name in (*FOLDERS, "refs", "leases", "marks", CACHE)
+        }
+        single = sum(self._backend.size(name) for name in ("format", "config.toml"))
+        stored = sum(disk.values()) - disk[CACHE] + single
+        patches = sum(patch.size_bytes for patch in self.fader().patches())
+        return Stats(
+            len(commits), sum(c.raw_bytes for c in commits.values()), stored, stored - patches,
+            patches, disk[CACHE], len(self.catalog.store.list_packs()),
+        )  # fmt: skip

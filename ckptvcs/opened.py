@@ -1,0 +1,224 @@
+"""An open repository: its folder, its settings, its refs and its history.
+
+Paths: DIR/.ckpt holds the store; DIR is the folder that committed paths are relative to.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Self
+
+from ckptvcs.config import (
+    KEYS,
+    Config,
+    Value,
+    default_text,
+    get_setting,
+    load_config,
+    set_setting,
+)  # fmt: skip
+from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.format import FORMAT, check_format, raise_flags, write_format
+from ckptvcs.history.catalog import Catalog, keys_of
+from ckptvcs.history.fading import Fader
+from ckptvcs.history.log import History, LogEntry
+from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
+from ckptvcs.history.revision import Revisions
+from ckptvcs.store.local import LocalBackend, storage_error, sync_directory
+from ckptvcs.store.object import ObjectId
+from ckptvcs.store.objects import FOLDERS, ObjectStore
+
+if TYPE_CHECKING:
+    from ckptvcs.bases import HeldBase
+    from ckptvcs.restore import Restorer
+
+FOLDER = ".ckpt"
+CACHE = "cache"
+_CONFIG = "config.toml"
+
+
+class Opened:
+    """What every use of a repository begins with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder.parent
+        check_format(folder)
+        self._backend = LocalBackend(folder)
+        self.config: Config = load_config(folder / _CONFIG)
+        store = ObjectStore(self._backend, folder / CACHE / "index.lmdb", keys_of)
+        self.catalog = Catalog(store)
+        self.refs = Refs(self._backend)
+        self.revisions = Revisions(self.catalog, self.refs)
+        self.history = History(self.catalog, self.refs, self.revisions)
+        self._branch: str | None = None
+        self._held: HeldBase | None = None
+        self._holder = Lock()
+        self._sync_index()
+
+    @classmethod
+    def init(cls, path: str | os.PathLike[str] = ".", *, codec: str | None = None) -> Self:
+        """Make a repository in DIR/.ckpt, or open the one that is there.  `codec` becomes its
+        setting; without it commits are near.
+
+        Raises:
+            InvalidInputError: there is no such codec, or the repository there has another.
+            StorageError: it cannot be written.
+        """
+        folder = Path(path) / FOLDER
+        settings = default_text(codec)
+        if (folder / "format").exists():
+            repo = cls(folder)
+            if codec not in (None, repo.config.codec):
+                raise InvalidInputError(
+                    f"{folder} is there already, with codec '{repo.config.codec}'",
+                    hint=f"change it in {folder / 'config.toml'}",
+                )
+            return repo
+        try:
+            for name in (*FOLDERS, "refs", "leases", "marks", "tmp", CACHE):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / _CONFIG).write_text(settings, "utf-8")
+            refs = Refs(LocalBackend(folder))
+            if refs.read(HEAD) is None:
+                from ckptvcs.committing import now  # noqa: PLC0415  see above
+
+                refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
+            fields = {
+                "format": FORMAT, "id": uuid.uuid4().hex,
+                "flags": {"read": [], "write": [], "gc": []},
+            }  # fmt: skip
+            write_format(folder, fields)  # before: no repository; after: a whole one
+            sync_directory(folder.parent)
+        except OSError as error:
+            raise storage_error(error, f"make a repository in {path}") from error
+        return cls(folder)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open the repository DIR or DIR/.ckpt.
+
+        Raises:
+            NotFoundError: there is none.
+            UnsupportedVersionError: a newer program wrote it.
+        """
+        for folder in (Path(path) / FOLDER, Path(path)):
+            if (folder / "format").is_file():
+                return cls(folder)
+        raise NotFoundError(f"no repository at {path}", hint="make one with 'ckpt init'")
+
+    @classmethod
+    def discover(cls, start: Path) -> Self:
+        """Open the repository of `start` or of the nearest folder above it.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        for folder in (start, *start.parents):
+            if (folder / FOLDER / "format").is_file():
+                return cls(folder / FOLDER)
+        raise NotFoundError(
+            f"no repository in {start} or above it",
+            hint="make one with 'ckpt init', or name one with --repo or CKPT_DIR",
+        )
+
+    def _sync_index(self) -> None:
+        """Refresh the index where it does not know what HEAD is at: another machine, or another
+        process that crashed before it told the index, may have written.
+        """
+        head = self.revisions.head()
+        if head is not None and not self.catalog.store.contains(head):
+            self.catalog.store.refresh()
+
+    def resolve(self, revision: str | int) -> ObjectId:
+        """The commit that a revision names; an int is a step.
+
+        Raises:
+            NotFoundError, InvalidInputError: it names none, or several.
+        """
+        return self.revisions.resolve(str(revision))
+
+    def restorer(self, name: ObjectId, *, near: bool = False) -> Restorer:
+        """What reads one commit."""
+        from ckptvcs.restore import Restorer  # noqa: PLC0415
+
+        cache = self.folder / CACHE / "bases"
+        return Restorer(self.catalog, name, near=near, cache=cache, held=self._held)
+
+    def head(self) -> Generation | None:
+        """What HEAD is at."""
+        return self.refs.read(HEAD)
+
+    def entry(
+        self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
+    ) -> LogEntry:
+        """A commit as the log shows it."""
+        return self.history.entry(name, branch=branch, tags=tags)
+
+    def log(
+        self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
+    ) -> list[LogEntry]:
+        """Commits, newest first: HEAD's line (or that of `revision`), or those of all branches."""
+        start = None if revision is None else self.resolve(revision)
+        return self.history.entries(limit, start=start, all_branches=all_branches)
+
+    def move_head(self, name: ObjectId, branch: str | None) -> str | None:
+        """Point HEAD at a commit; at a branch where the commit is its newest.  That branch."""
+        from ckptvcs.committing import now  # noqa: PLC0415
+
+        head = self.refs.read(HEAD)
+        tips = {n: self.revisions.branch(n) for n in self.refs.names("heads")}
+        at = [n for n, tip in tips.items() if tip == name]
+        following = head.branch if head else None
+        if branch not in at:
+            branch = following if following in at else (at[0] if at else None)
+        commit = None if branch else name
+        if head is None or (head.branch, head.commit) != (branch, commit):
+            self.refs.publish(
+                HEAD, head, commit=commit, branch=branch, time=now(), action="checkout"
+            )
+        return branch
+
+    def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
+        """Create or move a branch (`heads`) or a tag (`tags`); None deletes it."""
+        from ckptvcs.committing import now  # noqa: PLC0415
+
+        check_name(name, "tag" if space == "tags" else "branch")
+        ref = f"{space}/{name}"
+        self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
+
+    def pin(self, name: ObjectId, *, pinned: bool) -> bool:
+        """Keep the exact form of a commit whatever the rules say, or no longer; whether that is
+        new.  What has faded already does not come back.
+        """
+        from ckptvcs.committing import now  # noqa: PLC0415
+
+        ref = f"pins/{name}"
+        old = self.refs.read(ref)
+        if pinned == (old is not None and old.commit is not None):
+            return False
+        raise_flags(self.folder, "gc", "pins")
+        action = "pin" if pinned else "unpin"
+        commit = name if pinned else None
+        self.refs.publish(ref, old, commit=commit, time=now(), action=action)
+        return True
+
+    def settings(self) -> dict[str, Value]:
+        """Every setting by its name."""
+        return {key: get_setting(self.config, key) for key in KEYS}
+
+    def configure(self, key: str, value: str | None) -> Value:
+        """Change a setting, durably; None gives it its default back.  Its value from then on.
+
+        Raises:
+            InvalidInputError: there is no such setting, or it does not take that value.
+        """
+        self.config = set_setting(self.folder / _CONFIG, key, value)
+        return get_setting(self.config, key)
+
+    def fader(self) -> Fader:
+        """What knows the exact patches, and which of them the settings keep."""
+        return Fader(self.catalog, self.refs, self.config.exact_rule)

@@ -1,0 +1,314 @@
+"""Trajectory: the states of a line of commits, one after another, each frame decoded once.
+
+    commit n-1 --decoded--> what n stands on stays in memory --frames of n alone--> commit n
+
+Before a commit is decoded it is known which of its values the next one stands on; these are kept,
+whatever form they have (the near one where a commit comes back exact), and nothing else is.  A
+chain that does not lead back to the commit before is walked down to its keyframe, as in any
+checkout: a line may jump, and is then slower, never wrong.  Every tensor is proven by its hash, so
+that one that its reader changed in place is decoded anew before anything is built upon it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ckptvcs.chain import ChainReader, Link, Materialised
+from ckptvcs.codec.frame import SLICE_WORDS
+from ckptvcs.codec.words import Words, word_type
+from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.extract import PartReader, Window, windows
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.schema import Schema
+from ckptvcs.restore import Progress, Restorer
+from ckptvcs.store.object import ObjectId
+
+_MASTER_WORD = 4  # bytes: companions that stand on something are masters, which are F32
+_MAX_LISTED = 4
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def select_tensors(schema: Schema, globs: Iterable[str]) -> dict[str, Window]:
+    """The tensors whose name one of some globs matches; `*` matches dots too."""
+    found, patterns = windows(schema), list(globs)
+    return {
+        name: window for name, window in found.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }  # fmt: skip
+
+
+def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
+    """A tensor by its full name, or by the end of it behind a dot or a colon; its full name.
+
+    Where several names end so, the one that lacks nothing but a key at the top (`model`) is meant.
+
+    Raises:
+        NotFoundError: there is none; the hint has names that are close.
+        InvalidInputError: several names end so, which the hint lists.
+    """
+    found = windows(schema)
+    if name in found:
+        return name, found[name]
+    ends = [full for full in found if name and full.endswith((f".{name}", f":{name}"))]
+    tops = [full for full in ends if "." not in full[: -len(name) - 1].rpartition(":")[2]]
+    if len(ends) == 1 or len(tops) == 1:
+        full = (ends if len(ends) == 1 else tops)[0]
+        return full, found[full]
+    if ends:
+        more = ", ..." if len(ends) > _MAX_LISTED else ""
+        raise InvalidInputError(
+            f"several tensors are named '{name}'",
+            hint=f"one of {', '.join(sorted(ends, key=len)[:_MAX_LISTED])}{more}",
+        )
+    close = difflib.get_close_matches(name, found, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "'ckpt show --json' lists them"
+    raise NotFoundError(f"no tensor is named '{name}'", hint=hint)
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+
+class _Kept(Materialised):
+    """Decoded tensors of a table of values, by their position there."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, Words] = {}
+
+    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
+        words = self.tensors.get(tensor)
+        return None if words is None else words[number * SLICE_WORDS :][:SLICE_WORDS]
+
+    def stays(self, tensor: int) -> bool:
+        return tensor in self.tensors
+
+
+class _Seen(Materialised):
+    """A table of values of which it is only asked which tensors a commit has too."""
+
+    def __init__(self, values: ObjectId, hashes: list[bytes], known: _Known) -> None:
+        self.values, self._hashes, self._known = values, hashes, known
+
+    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
+        return None
+
+    def stays(self, tensor: int) -> bool:
+        return tensor < len(self._hashes) and self._hashes[tensor] in self._known
+
+    def found(self, tensor: int) -> tuple[Restorer, int]:
+        return self._known[self._hashes[tensor]]
+
+
+_Known = dict[bytes, tuple[Restorer, int]]  # hash -> what reads the tensor, its number there
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """A commit on the way: what reads it, in its near form too, and the tensors wanted of it."""
+
+    reader: PartReader
+    restorer: Restorer
+    near: Restorer
+    numbers: list[int]
+
+
+@dataclass(frozen=True)
+class _Bridge:
+    """A tensor that the next commit stands on, under the name that it has there."""
+
+    values: ObjectId
+    position: int
+    owner: Restorer
+    number: int
+
+
+class Trajectory:
+    """Decodes tensors of commits in the order in which they are named.
+
+    `wanted` gives those that are to be decoded of commits with a schema, by its id.
+    """
+
+    def __init__(
+        self, catalog: Catalog, wanted: Callable[[ObjectId], Mapping[str, Window]]
+    ) -> None:
+        self._catalog, self._wanted = catalog, wanted
+        self._kept: dict[ObjectId, _Kept] = {}
+
+    def readers(self, names: Sequence[ObjectId]) -> Iterator[tuple[ObjectId, PartReader]]:
+        """Each commit with the reader of its tensors, in which those wanted are decoded.
+
+        Raises:
+            CorruptionError: a tensor does not decode to its recorded hash.
+        """
+        ahead = self._stop(names[0]) if names else None
+        for number, name in enumerate(names):
+            assert ahead is not None
+            here, last = ahead, number + 1 == len(names)
+            ahead = None if last else self._stop(names[number + 1])
+            kept = self._decode(here, [] if ahead is None else list(self._bridges(here, ahead)))
+            yield name, here.reader
+            # Nothing but what the next one stands on outlives its turn.
+            self._kept = kept
+            del here
+
+    def _stop(self, name: ObjectId) -> _Stop:
+        materials = lambda values: self._kept.get(values)  # noqa: E731  each time as it is then
+        restorer = Restorer(self._catalog, name, materials=materials)
+        near = Restorer(self._catalog, name, near=True, materials=materials)
+        infos = restorer.schema.tensors
+        wanted = dict.fromkeys(n for n, _ in self._wanted(restorer.commit.schema).values())
+        numbers = [number for number in wanted if not infos[number].inline]
+        return _Stop(PartReader(restorer), restorer, near, numbers)
+
+    def _bridges(self, here: _Stop, then: _Stop) -> Iterator[_Bridge]:
+        """What the next commit stands on, as far as this one has it."""
+        known: _Known = {}
+        infos = here.restorer.schema.tensors
+        stored = [number for number, info in enumerate(infos) if not info.inline]
+        # Of several that have a value the last one counts: what is decoded anyway.
+        for owner, numbers in (
+            (here.near, stored), (here.restorer, stored), (here.restorer, here.numbers)
+        ):  # fmt: skip
+            for number in numbers:
+                values, position = owner.place(number)
+                known[self._catalog.values(values)[position]] = owner, number
+        chain = ChainReader(
+            self._catalog, lambda values: _Seen(values, self._catalog.values(values), known)
+        )
+        for number in then.numbers:
+            word = then.restorer.schema.tensors[number].type.word
+            links = chain.links(*then.restorer.place(number))
+            yield from _lowest(links[0], word)
+            for link in links:
+                if link.companion:
+                    yield from _lowest(link.companion[0], _MASTER_WORD)
+
+    def _decode(self, here: _Stop, bridges: list[_Bridge]) -> dict[ObjectId, _Kept]:
+        """Decode what is wanted of a commit, and have it at hand; what the next one stands on."""
+        near = dict.fromkeys(b.number for b in bridges if b.owner is here.near)
+        decoded = dict(here.near.tensors(list(near)))
+        for number, data in decoded.items():  # exact patches stand on these
+            self._keep(self._kept, *here.near.place(number), here, number, data)
+        others = [b.number for b in bridges if b.owner is here.restorer]
+        here.reader.decode_ahead([*here.numbers, *others])
+        self._kept = {}
+        for number in here.numbers:
+            self._keep(
+                self._kept, *here.restorer.place(number), here, number, here.reader.raw(number)
+            )
+        kept: dict[ObjectId, _Kept] = {}
+        for bridge in bridges:
+            close = bridge.owner is here.near
+            data = decoded[bridge.number] if close else here.reader.raw(bridge.number)
+            self._keep(kept, bridge.values, bridge.position, here, bridge.number, data)
+        return kept
+
+    @staticmethod
+    def _keep(
+        kept: dict[ObjectId, _Kept], values: ObjectId, position: int, here: _Stop, number: int,
+        data: Words,
+    ) -> None:  # fmt: skip
+        word = here.restorer.schema.tensors[number].type.word
+        kept.setdefault(values, _Kept()).tensors[position] = data.view(word_type(word))
+
+
+def _lowest(link: Link, word: int) -> Iterator[_Bridge]:
+    """The bridge to the lowest link of a chain, if another commit has its tensor, in `word` bytes
+    a word: other tensors may consist of the same bytes.
+    """
+    seen, position = link.done or (None, 0)
+    if isinstance(seen, _Seen) and seen.stays(position):
+        owner, number = seen.found(position)
+        if owner.schema.tensors[number].type.word == word:
+            yield _Bridge(seen.values, position, owner, number)
+
+
+# -- what a user asks for --------------------------------------------------------------------------
+
+
+def states(
+    catalog: Catalog, names: Sequence[ObjectId], globs: Sequence[str] | None
+) -> Iterator[tuple[ObjectId, Any]]:
+    """The state of each commit; with globs only a flat dict of the tensors that these match.
+
+    Raises:
+        NotFoundError: a glob matches no tensor of any of the commits.
+    """
+    if globs is None:
+        trajectory = Trajectory(catalog, lambda schema: windows(catalog.schema(schema)))
+        # `map`, since the variables of a loop would hold a state while the next one is decoded.
+        return map(_whole, trajectory.readers(names))
+    schemas = dict.fromkeys(catalog.commit(name).schema for name in names)
+    for glob in globs:
+        if schemas and not any(select_tensors(catalog.schema(s), [glob]) for s in schemas):
+            raise NotFoundError(f"no tensor matches '{glob}'", hint="'ckpt show --json' lists them")
+
+    @cache
+    def select(schema: ObjectId) -> dict[str, Window]:
+        return select_tensors(catalog.schema(schema), globs)
+
+    def state(found: tuple[ObjectId, PartReader]) -> tuple[ObjectId, dict[str, Any]]:
+        return found[0], found[1].tensors(select(catalog.commit(found[0]).schema))
+
+    return map(state, Trajectory(catalog, select).readers(names))
+
+
+def _whole(found: tuple[ObjectId, PartReader]) -> tuple[ObjectId, Any]:
+    return found[0], found[1].state()
+
+
+def series(
+    catalog: Catalog, names: Sequence[ObjectId], tensor: str
+) -> Iterator[tuple[ObjectId, Any]]:
+    """One tensor of each commit that has it, by a name as `find_tensor` understands it.
+
+    Raises:
+        NotFoundError: none has it.
+        InvalidInputError: the name means several tensors of a commit.
+    """
+    found: dict[ObjectId, dict[str, Window]] = {}
+    missing = NotFoundError(f"there is no commit to look for '{tensor}' in")
+    for schema in dict.fromkeys(catalog.commit(name).schema for name in names):
+        try:
+            full, window = find_tensor(catalog.schema(schema), tensor)
+            found[schema] = {full: window}
+        except NotFoundError as error:
+            missing = error
+    if not found:
+        raise missing
+    having = [name for name in names if catalog.commit(name).schema in found]
+
+    def value(pair: tuple[ObjectId, PartReader]) -> tuple[ObjectId, Any]:
+        (one,) = pair[1].tensors(found[catalog.commit(pair[0]).schema]).values()
+        return pair[0], one
+
+    return map(value, Trajectory(catalog, found.__getitem__).readers(having))
+
+
+def export(
+    catalog: Catalog, names: Sequence[ObjectId], targets: Sequence[Path], part: str | None,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Write each commit, or one part of it, to its target, as `PartReader.export` does.
+
+    Raises:
+        NotFoundError: a commit does not have that part.
+    """
+
+    @cache
+    def choose(schema: ObjectId) -> dict[str, Window]:
+        tensors = catalog.schema(schema).tensors
+        found = windows(catalog.schema(schema)).items()
+        return {name: w for name, w in found if part is None or tensors[w[0]].part == part}
+
+    readers = Trajectory(catalog, choose).readers(names)
+    for target, (_, reader) in zip(targets, readers, strict=True):
+        reader.export(target, part, progress)
+        del reader
