@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from ckptvcs.codec import lossless, patch
-from ckptvcs.codec.frame import LOSSLESS, PATCH, put_slice
-from ckptvcs.codec.words import Words
+from ckptvcs.codec.frame import LOSSLESS, NEAR_WEIGHT, PATCH, put_slice
+from ckptvcs.codec.weight import encode_difference, encode_keyframe, find_grid
+from ckptvcs.codec.words import NearSlice, Words
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Target, Tensor
-from ckptvcs.dtypes import DTYPES
+from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES
 from ckptvcs.errors import CorruptionError
 
 
@@ -19,6 +20,24 @@ def code_exactly(source: Words, base: Words | None, dtype: str) -> CodedSlice:
     payload = lossless.encode(source, base, DTYPES[dtype])
     stands_on_base = lossless.needs_base(memoryview(payload))
     return CodedSlice(put_slice(LOSSLESS, payload), source, source, stands_on_base)
+
+
+def code_again(words: Words, base: Words | None, dtype: str) -> CodedSlice:
+    """Code a slice that was decoded so that the same comes back, in as few bytes as any form takes:
+    on the grid of near weights, or losslessly.
+    """
+    options = [code_exactly(words, base, dtype)]
+    near: NearSlice | None = None
+    if dtype in WEIGHT_DTYPES and words.size:
+        if base is not None:
+            near = encode_difference(words, base, dtype)
+        else:
+            grid = find_grid(words, dtype)
+            near = None if grid is None else encode_keyframe(words, dtype, 2.0**-grid)
+    if near is not None and np.array_equal(near.decoded, words):
+        data = put_slice(NEAR_WEIGHT, near.payload)
+        options.append(CodedSlice(data, words, words, base is not None))
+    return min(options, key=lambda option: len(option.data))
 
 
 SAME = bytes([PATCH, patch.SAME])
