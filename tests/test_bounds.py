@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs.errors import InvalidInputError
@@ -59,9 +59,8 @@ def relative(true: State, back: State) -> float:
     return float((error / size) ** 0.5) if size else 0.0
 
 
-@settings(max_examples=8)
 @given(
-    st.lists(st.sampled_from(EVENTS), min_size=1, max_size=7), st.integers(0, 1 << 30),
+    st.lists(st.sampled_from(EVENTS), min_size=1, max_size=5), st.integers(0, 1 << 30),
     st.sampled_from([0.1, 0.01, 1e-4]), st.sampled_from([1.0, 0.3, 0.05]),
     st.sampled_from(["near", "small"]),
 )  # fmt: skip
@@ -74,7 +73,7 @@ def test_bounds_hold_on_any_trajectory(
         repo.configure("max-weight-error", str(weight))
         repo.configure("max-update-nmse", str(update))
         repo.configure("keyframe-depth", "4")
-        now = weights()
+        now = {"a": torch.randn(50, 40) * 0.05, "b": torch.randn(300) + 1, "c": torch.randn(30, 20)}
         for step, event in enumerate(["step", *events]):
             happen(event, now, draw)
             entry = repo.commit(adam_state(now, step), step=step)
@@ -83,7 +82,6 @@ def test_bounds_hold_on_any_trajectory(
             assert entry.commit.error.weight_rel <= weight
             assert entry.commit.error.update_nmse <= update
             assert entry.commit.depth <= 4
-        assert not repo.verify().damage
 
 
 def test_a_bound_costs_bytes_and_only_where_it_is_needed(tmp_path: Any) -> None:
