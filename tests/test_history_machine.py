@@ -112,7 +112,7 @@ class Histories(RuleBasedStateMachine):
             done = self.repo.gc(policy, sweep=sweep or rekey, rekey=rekey)
         except InvalidInputError:
             return
-        assert [row.action for row in plan.verdicts] == [row.action for row in done.verdicts]
+        assert [row.action for row in plan.decisions] == [row.action for row in done.decisions]
         head = self.repo.revisions.head()
         assert head is None or head not in self.repo.catalog.dropped().commits
 

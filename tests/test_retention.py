@@ -192,7 +192,7 @@ def test_dropped_commits_are_gone_and_others_are_as_they_were(run: Run, repo: Re
     run.commit(9)
     true = {step: repo.checkout(step) for step in range(1, 10)}
     plan = repo.gc(Policy(every=4))
-    assert {row.commit.step: row.action for row in plan.verdicts} == {
+    assert {row.commit.step: row.action for row in plan.decisions} == {
         step: "keep" if step in (4, 8, 9) else "drop" for step in range(1, 10)
     }
     assert [entry.step for entry in repo.log()] == [9, 8, 4]
@@ -216,7 +216,7 @@ def test_moments_of_dropped_commits_are_freed_at_once(run: Run, repo: Repo) -> N
     done = repo.gc(Policy(last=1))
     assert done.freed_bytes == plan.freed_bytes
     assert sizes(repo) < before
-    row = next(row for row in done.verdicts if row.commit.step == 5)
+    row = next(row for row in done.decisions if row.commit.step == 5)
     assert row.freed_bytes > 0
     assert row.chained_bytes > 0  # step 9 stands on its weights
 

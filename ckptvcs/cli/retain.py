@@ -10,7 +10,7 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.history.gc import GcPlan, Verdict
+from ckptvcs.history.gc import Decision, GcPlan
 from ckptvcs.history.retention import Best, Policy
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31557600}
@@ -111,14 +111,14 @@ def gc(
                 {"id": row.name, "step": row.commit.step, "action": row.action,
                  "reasons": list(row.reasons), "freed_bytes": row.freed_bytes,
                  "chained_bytes": row.chained_bytes}
-                for row in plan.verdicts
+                for row in plan.decisions
             ],
         })  # fmt: skip
         return
     _show(plan)
     verb = "would free" if dry_run else "freed" if sweep else "to be freed by the next sweep:"
     render.data(f"{verb} {render.size(plan.freed_bytes)}, kept {render.size(plan.kept_bytes)}")
-    chained = sum(row.chained_bytes for row in plan.verdicts)
+    chained = sum(row.chained_bytes for row in plan.decisions)
     if chained and not rekey:
         render.talk(
             f"note: {render.size(chained)} stay since chains need them; --rekey merges them"
@@ -126,9 +126,9 @@ def gc(
 
 
 def _show(plan: GcPlan) -> None:
-    if plan.verdicts:
+    if plan.decisions:
         rows = [["step", "id", "action", "freed", "in chains", "reason"]]
-        rows += [_row(row) for row in sorted(plan.verdicts, key=_newest_first)]
+        rows += [_row(row) for row in sorted(plan.decisions, key=_newest_first)]
         render.table(rows)
     faded = {name for patch in plan.fading for name in patch.commits}
     if faded:
@@ -139,12 +139,12 @@ def _show(plan: GcPlan) -> None:
         render.data(f"{name}  left by a writer that is gone")
 
 
-def _newest_first(row: Verdict) -> tuple[int, str]:
+def _newest_first(row: Decision) -> tuple[int, str]:
     """Newest first: times are compared as text, downwards."""
     return (-(row.commit.step or 0), row.name)
 
 
-def _row(row: Verdict) -> list[str]:
+def _row(row: Decision) -> list[str]:
     freed = render.size(row.freed_bytes) if row.freed_bytes else ""
     chained = render.size(row.chained_bytes) if row.chained_bytes else ""
     step = "-" if row.commit.step is None else str(row.commit.step)

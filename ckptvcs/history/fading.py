@@ -42,7 +42,6 @@ class Fader:
     def patches(self) -> list[Patch]:
         """Every exact patch that there is."""
         store, found = self._catalog.store, []
-        sizes = store.pack_sizes()
         for recipe, values in self._catalog.patches().items():
             holders = tuple(self._catalog.commits_of_exact(values))
             part = next(
@@ -52,7 +51,7 @@ class Fader:
                 "",
             )  # fmt: skip
             found += [
-                Patch(values, place.pack, place.folder, part, holders, sizes[place.pack][1])
+                Patch(values, place.pack, place.folder, part, holders, store.pack_size(place.pack))
                 for place in store.places(recipe)
             ]
         return found

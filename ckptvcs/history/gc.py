@@ -34,7 +34,7 @@ OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What gc decides of one commit, and why.
 
     `freed_bytes` go now; `chained_bytes` stay although it is dropped, since others stand on them.
@@ -50,11 +50,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GcPlan:
-    """What gc would do: verdicts on commits where there are rules; patches that fade; packs with
+    """What gc would do: decisions on commits where there are rules; patches that fade; packs with
     their folders, debris by name, bytes in all.
     """
 
-    verdicts: tuple[Verdict, ...]
+    decisions: tuple[Decision, ...]
     fading: tuple[Patch, ...]
     packs: dict[PackId, str]
     debris: tuple[str, ...]
@@ -105,13 +105,13 @@ class Collector:
         for name in debris:
             with contextlib.suppress(FileNotFoundError):  # it was being deleted
                 freed += store.backend.size(name)
-        verdicts = tuple(self._with_bytes(row, marked, packs) for row in rows)
-        return GcPlan(verdicts, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops))
+        decisions = tuple(self._with_bytes(row, marked, packs) for row in rows)
+        return GcPlan(decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops))
 
     def after(self, plan: GcPlan) -> GcPlan:
         """A plan that was recorded, with what can go of the disk now."""
         again = self.plan(Policy())
-        return replace(again, verdicts=plan.verdicts, fading=plan.fading, drops=plan.drops)
+        return replace(again, decisions=plan.decisions, fading=plan.fading, drops=plan.drops)
 
     def _lines(self, hidden: frozenset[ObjectId]) -> dict[str, list[Row]]:
         """Every branch, newest first."""
@@ -131,8 +131,8 @@ class Collector:
 
     def _judge(
         self, policy: Policy, commits: Mapping[ObjectId, Commit], gone: Dropped, now: datetime
-    ) -> list[Verdict]:
-        """A verdict on every commit, if there are rules."""
+    ) -> list[Decision]:
+        """A decision on every commit, if there are rules."""
         if not policy.drops and policy.optimizer_last is None:
             return []
         tips = self._revisions.tips()
@@ -159,7 +159,7 @@ class Collector:
         young = {
             row.name for line in lines.values() for row in line if not policy.drops_optimizer(row)
         }
-        verdicts = []
+        decisions = []
         for name, commit in commits.items():
             if name in gone.commits:
                 continue
@@ -172,11 +172,11 @@ class Collector:
                 if there:
                     action = "drop optimizer"
                     reasons = (*why, f"optimizer of the last {policy.optimizer_last}")
-            verdicts.append(Verdict(name, commit, action, reasons))
-        return verdicts
+            decisions.append(Decision(name, commit, action, reasons))
+        return decisions
 
-    def _with_bytes(self, row: Verdict, marked: Marked, packs: dict[PackId, str]) -> Verdict:
-        """A verdict with what comes of it on the disk."""
+    def _with_bytes(self, row: Decision, marked: Marked, packs: dict[PackId, str]) -> Decision:
+        """A decision with what comes of it on the disk."""
         if row.action == "keep":
             return row
         freed = chained = 0
@@ -189,7 +189,7 @@ class Collector:
                             freed += sizes[place.pack][1]
                         elif bundle in marked.objects:
                             chained += place.entry.record_bytes
-        return Verdict(row.name, row.commit, row.action, row.reasons, freed, chained)
+        return Decision(row.name, row.commit, row.action, row.reasons, freed, chained)
 
     def _own_bundles(self, values: ObjectId) -> set[ObjectId]:
         """The bundles that came with the newest recipe of a table, as far as there is one."""
@@ -320,7 +320,7 @@ class Collector:
         self._catalog.forget()
 
 
-def _drops(rows: Iterable[Verdict], policy: Policy) -> list[LetGo]:
+def _drops(rows: Iterable[Decision], policy: Policy) -> list[LetGo]:
     """The records of what is dropped."""
     time = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
     whole = tuple(row.name for row in rows if row.action == "drop")
@@ -329,8 +329,8 @@ def _drops(rows: Iterable[Verdict], policy: Policy) -> list[LetGo]:
     return out + ([LetGo("drop", parts, (OPTIMIZER,), policy.text, time)] if parts else [])
 
 
-def _with(gone: Dropped, rows: Iterable[Verdict]) -> Dropped:
-    """What is gone when verdicts are carried out."""
+def _with(gone: Dropped, rows: Iterable[Decision]) -> Dropped:
+    """What is gone when decisions are carried out."""
     commits, parts = set(gone.commits), dict(gone.parts)
     for row in rows:
         if row.action == "drop":

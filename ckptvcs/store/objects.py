@@ -73,6 +73,10 @@ class ObjectStore:
         """Folder and size of every pack that the index knows."""
         return self._index.packs()
 
+    def pack_size(self, pack: PackId) -> int:
+        """Bytes of a pack that the index knows."""
+        return self._index.pack_size(pack)
+
     def home_size(self, name: ObjectId) -> int:
         """Bytes of the pack that an object lies in."""
         return self._index.pack_size(self.places(name)[0].pack)
