@@ -30,7 +30,7 @@ def log(
     if count is not None and count < 1:
         raise InvalidInputError("-n takes a number from 1")
     limit = count
-    if limit is None and not json and render.is_terminal():
+    if limit is None and not json:
         limit = _DEFAULT_ENTRIES
     shown = None if limit is None else limit + 1
     if graph and not json:

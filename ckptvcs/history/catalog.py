@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
-from ckptvcs.history.commit import PARTS, Commit, ErrorReport, load_commit, load_errors
+from ckptvcs.history.commit import (
+    PARTS,
+    Commit,
+    ErrorReport,
+    first_parent,
+    load_commit,
+    load_errors,
+)  # fmt: skip
 from ckptvcs.history.recipe import (
     Frame,
     LetGo,
@@ -156,6 +163,15 @@ class Catalog:
             commit = self.commit(name)
             yield name, commit
             name = commit.parents[0] if commit.parents else None
+
+    def walk(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, bytes]]:
+        """The same as `line`, unread: for long ways a tenth of the time."""
+        hidden = self.dropped().commits
+        while name is not None:
+            content = self.store.get(name, Kind.COMMIT)
+            if name not in hidden:
+                yield name, content
+            name = first_parent(content)
 
     def line(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, Commit]]:
         """The same without those that were dropped."""

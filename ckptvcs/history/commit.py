@@ -7,6 +7,7 @@ commit's id never does.  Layout: docs/format.md, "Commit".
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -164,6 +165,8 @@ def _load_file(record: Record) -> FileEntry:
     )  # fmt: skip
 
 
+_METRICS, _PARENTS = b',"metrics":', b',"parents":['
+_DECODER = json.JSONDecoder()
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("time", "message", "codec", "kind", "source", "path", "schema"), str),
     **dict.fromkeys(("host", "user"), str),
@@ -204,6 +207,32 @@ def load_commit(name: ObjectId, data: bytes) -> Commit:
         code=record.optional_text("code"),
         nonfinite=record.optional_integer("nonfinite") or 0,
     )
+
+
+def first_parent(data: bytes) -> ObjectId | None:
+    """The first parent of a commit, without reading all of it: where a history is walked.
+
+    Raises:
+        CorruptionError: it does not say.
+    """
+    # No other text can be this: a quote inside a string is escaped.
+    at = data.find(_PARENTS)
+    if at < 0:
+        raise CorruptionError("a commit does not name its parents")
+    at += len(_PARENTS)
+    if data[at : at + 1] == b"]":
+        return None
+    return checked_id(data[at + 1 : at + 65].decode("ascii", "replace"))
+
+
+def find_metrics(data: bytes) -> dict[str, float]:
+    """The metrics of a commit, likewise.  Raises CorruptionError."""
+    at = data.find(_METRICS)
+    try:
+        found, _ = _DECODER.raw_decode(data[at + len(_METRICS) :].decode("ascii"))
+        return {name: to_number(value) for name, value in found.items()}
+    except (ValueError, AttributeError) as error:
+        raise CorruptionError("a commit does not name its metrics") from error
 
 
 def dump_errors(errors: Mapping[int, ErrorReport]) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import Commit, find_metrics
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.store.object import Kind, ObjectId
 
@@ -133,22 +133,27 @@ class Revisions:
         return found
 
     def _named(self, text: str) -> ObjectId | None:
-        found = self.tag(text) or self.branch(text)
-        if found is not None:
-            return found
+        at_ref = self.tag(text) or self.branch(text)
+        if at_ref is not None:
+            return at_ref
         branch, at, step = text.rpartition("@")
         if at and step.isdigit():
             tip = self.branch(branch)
             if tip is None:
                 raise self._unknown(branch)
-            for name, commit in self._catalog.line(tip):
-                if commit.step == int(step):
-                    return name
-            raise NotFoundError(f"no commit of step {step} on branch '{branch}'")
+            found = self._on_line(tip, int(step))
+            if found is None:
+                raise NotFoundError(f"no commit of step {step} on branch '{branch}'")
+            return found
         return None
 
+    def _on_line(self, tip: ObjectId | None, step: int) -> ObjectId | None:
+        """The newest commit of a step among a commit and its ancestors."""
+        known = set(self._catalog.store.find(b"step:%d" % step))
+        return next((n for n, _ in self._catalog.walk(tip) if n in known), None) if known else None
+
     def _back(self, start: ObjectId, count: int, text: str) -> ObjectId:
-        for number, (name, _) in enumerate(self._catalog.line(start)):
+        for number, (name, _) in enumerate(self._catalog.walk(start)):
             if number == count:
                 return name
         raise NotFoundError(f"'{text}' goes back before the first commit")
@@ -158,9 +163,9 @@ class Revisions:
         if not digits.isdigit() or len(digits) > _LONGEST_STEP:
             raise InvalidInputError(f"'{text}' is no step")
         step = int(digits)
-        for name, commit in self._catalog.line(self.head()):
-            if commit.step == step:
-                return name
+        here = self._on_line(self.head(), step)
+        if here is not None:
+            return here
         known = set(self._catalog.store.find(b"step:%d" % step))
         tips = self.tips().values()
         found = [name for name, _ in self.reachable(tips) if name in known] if known else []
@@ -197,11 +202,11 @@ class Revisions:
         way = rest[0] if rest else "min"
         if not metric or len(rest) > 1 or way not in ("min", "max"):
             raise InvalidInputError(f"'{text}' is no best:METRIC:min or best:METRIC:max")
-        values = [
-            (commit.metrics[metric], name)
-            for name, commit in self._catalog.line(self.head())
-            if metric in commit.metrics and math.isfinite(commit.metrics[metric])
-        ]
+        found = (
+            (find_metrics(content).get(metric, math.nan), name)
+            for name, content in self._catalog.walk(self.head())
+        )
+        values = [pair for pair in found if math.isfinite(pair[0])]
         if not values:
             raise NotFoundError(f"no commit has the metric '{metric}'")
         pick = min if way == "min" else max

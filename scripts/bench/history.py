@@ -27,7 +27,7 @@ from ckptvcs.repo import Repo
 from scripts.bench.runs import LONG
 
 DEPTHS = (4, 8, 16, 32, 64, 128)
-EVERY = 100  # steps, of which there is a commit for every tenth
+EVERY = 50  # steps, of which there is a commit for every tenth
 _CHECKOUTS = 8
 
 Row = dict[str, Any]

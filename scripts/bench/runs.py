@@ -145,7 +145,7 @@ def make_all(folder: Path) -> None:
         start = torch.load(folder / "gpt-b0.95" / "step1500.pt", weights_only=True)
         finetune(start, TrainSpec(), keep)
 
-    specs = {**MAIN, LONG: TrainSpec(steps=2000, every=10, seed=5)}
+    specs = {**MAIN, LONG: TrainSpec(steps=1000, every=5, seed=5)}
     runs = {name: (spec.steps, _gpt(spec, spec.steps)) for name, spec in specs.items()}
     runs |= {name: (RESUME_STEPS, _gpt(spec, RESUME_STEPS)) for name, spec in RESUME.items()}
     runs |= {FINETUNE: (FINETUNE_STEPS, tune), VISION: (VISION_STEPS, vision)}
