@@ -1,5 +1,7 @@
 """Make the golden repository of the present format: `python -m scripts.make_golden NAME`.
 
+It holds exact patches, a pin, dropped commits and merged deltas beside what the codecs make.
+
 The tests decode every golden repository for ever.  An existing one is never touched.
 """
 
@@ -17,6 +19,7 @@ import torch
 from blake3 import blake3
 
 from ckptvcs.format import FORMAT
+from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
 from tests.training import save_run, train
 
@@ -51,10 +54,14 @@ def main() -> None:
             state["model"] = {k: v.to(torch.bfloat16) for k, v in state["master"].items()}
         for path, codec in zip(save_run(Path(scratch), states), CODECS, strict=True):
             made = repo.commit_path(path, message=f"by {codec}", codec=codec)
-            out = Path(scratch) / "out.pt"
-            repo.checkout_files(made.id, out, force=True)
-            expected[made.id] = blake3(out.read_bytes()).hexdigest()
+            if made.commit.step == 3:
+                repo.pin(made.id, pinned=True)
         repo.set_ref("tags", "first", repo.resolve(1), "tag")
+        repo.gc(Policy(every=2, last=3), rekey=True)
+        for entry in repo.log():
+            out = Path(scratch) / "out.pt"
+            repo.checkout_files(entry.id, out, force=True)
+            expected[entry.id] = blake3(out.read_bytes()).hexdigest()
     for folder in ("cache", "tmp", "leases", "marks"):
         shutil.rmtree(target / ".ckpt" / folder)
     (target / ".ckpt").rename(target / "store")
