@@ -130,8 +130,12 @@ class Watch:
         self.mb = self._peak - self._before
 
 
-def ways(made: MadeUp, repo: Repo, scratch: Path) -> dict[str, Callable[[int], object]]:
-    """What takes its turn in each round, given its number; each pair of writing and reading."""
+def ways(
+    made: MadeUp, repo: Repo, exact: Repo, scratch: Path
+) -> dict[str, Callable[[int], object]]:
+    """What takes its turn in each round, given its number: writing, then reading.  `repo` keeps no
+    exact forms, `exact` those of the newest two.
+    """
     paths = {name: scratch / name for name in ("pt", "safetensors", "zst")}
     packer = zstandard.ZstdCompressor(level=3)
 
@@ -142,7 +146,8 @@ def ways(made: MadeUp, repo: Repo, scratch: Path) -> dict[str, Callable[[int], o
         "torch.save + fsync": lambda step: durable(
             lambda file: torch.save(made.state(step), file), paths["pt"]
         ),
-        "ckpt commit": lambda step: repo.commit(made.state(step), step=step),
+        "ckpt commit, near alone": lambda step: repo.commit(made.state(step), step=step),
+        "ckpt commit (default: exact too)": lambda step: exact.commit(made.state(step), step=step),
         "safetensors.save + fsync": lambda step: durable(
             lambda file: file.write(safetensors.torch.save(flat(made.state(step)))),
             paths["safetensors"],
@@ -151,9 +156,10 @@ def ways(made: MadeUp, repo: Repo, scratch: Path) -> dict[str, Callable[[int], o
             lambda file: file.write(packer.compress(paths["pt"].read_bytes())), paths["zst"]
         ),
         "torch.load": lambda _: torch.load(paths["pt"], weights_only=True, mmap=False),
-        "ckpt checkout, same process": lambda _: repo.checkout("HEAD"),
-        "ckpt checkout, opened anew, from the chain": checkout_elsewhere,
-        "ckpt checkout, opened anew, again": checkout_elsewhere,
+        "ckpt checkout of near, same process": lambda _: repo.checkout("HEAD"),
+        "ckpt checkout of near, opened anew, from the chain": checkout_elsewhere,
+        "ckpt checkout of near, opened anew, again": checkout_elsewhere,
+        "ckpt checkout of exact, same process": lambda _: exact.checkout("HEAD"),
         "safetensors.load": lambda _: safetensors.torch.load(paths["safetensors"].read_bytes()),
         "zstd -d": lambda _: zstandard.ZstdDecompressor().decompress(paths["zst"].read_bytes()),
     }
@@ -191,10 +197,12 @@ def loading() -> dict[str, float]:
 
 def measure(size: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
     """Rows of the table: what, seconds, the ratio to torch in the same round, memory."""
-    made, repo = MadeUp(size), Repo.init(scratch / "repo")
-    turns = ways(made, repo, scratch)
+    made, repo, exact = MadeUp(size), Repo.init(scratch / "repo"), Repo.init(scratch / "exact")
+    repo.configure("keep-exact", "0")
+    turns = ways(made, repo, exact, scratch)
     for step in range(1, DEPTH + 1):
         repo.commit(made.state(step), step=step)
+        exact.commit(made.state(step), step=step)
         made.move()
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     memory: dict[str, float] = {}
