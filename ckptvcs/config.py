@@ -43,7 +43,7 @@ class Config:
     max_weight_error: str | float = AUTO
     max_update_nmse: str | float = AUTO
     keyframe_depth: int = 64
-    keyframe_bytes: float = 4.0
+    keyframe_bytes: float = 16.0
 
     @property
     def exact_rule(self) -> ExactRule:

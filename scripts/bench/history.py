@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.chain import ChainReader
+from ckptvcs.config import Config
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
@@ -42,6 +43,8 @@ def commit_all(run: Path, place: Path, depth: int) -> Repo:
     """A repository with every checkpoint of a run."""
     repo = Repo.init(place)
     repo.configure("keyframe-depth", str(depth))
+    if depth != Config.keyframe_depth:
+        repo.configure("keyframe-bytes", "1000")
     repo.configure("keep-exact", "0")
     for path in sorted(run.glob("*.pt"), key=step_of):
         repo.commit_path(path, message="", step=step_of(path))
@@ -116,7 +119,7 @@ def main() -> None:
             repo = commit_all(options.runs / LONG, Path(folder), depth)
             rows.append(measure(repo, f"depth {depth}"))
             print(rows[-1], flush=True)
-            if depth == 64:
+            if depth == Config.keyframe_depth:
                 more, share = merged(repo)
                 rows += more
                 rows.append({"what": "a merged delta of the ten it replaces",
