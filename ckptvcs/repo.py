@@ -8,12 +8,12 @@ state = repo.checkout(2000)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptvcs.care import Care, quiet
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import InvalidInputError, MissingObjectError
 from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.opened import CACHE
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # The methods that touch tensors import what they need when they are called: `log`, `show` and
 # `status` start without numpy.
+
+T = TypeVar("T")
 
 
 class Repo(Care):
@@ -153,7 +155,19 @@ class Repo(Care):
         """
         from ckptvcs.extract import PartReader  # noqa: PLC0415
 
-        return PartReader(self.restorer(self.resolve(revision))).state()
+        name = self.resolve(revision)
+        return self._twice(lambda: PartReader(self.restorer(name)).state())
+
+    def _twice(self, read: Callable[[], T]) -> T:
+        """Read, once more where something was missing: another process may have let it fade, or
+        moved it, meanwhile.
+        """
+        try:
+            return read()
+        except MissingObjectError:
+            self.catalog.store.refresh()
+            self.catalog.forget()
+            return read()
 
     def trajectory(
         self, select: str | Sequence[str] | None = None, *, start: Bound = None, stop: Bound = None,
@@ -224,7 +238,7 @@ class Repo(Care):
         """Write one part of a commit as .safetensors or as a torch.save file."""
         from ckptvcs.extract import PartReader  # noqa: PLC0415
 
-        PartReader(self.restorer(name)).save(part, target)
+        self._twice(lambda: PartReader(self.restorer(name)).save(part, target))
 
     def diff(
         self,
@@ -276,4 +290,6 @@ class Repo(Care):
         progress: Progress = quiet,
     ) -> CheckedOut:
         """Write the files of a commit; HEAD stays where it is (see `move_head`)."""
-        return self.worktree().write(self.restorer(name), output, progress, force=force)
+        return self._twice(
+            lambda: self.worktree().write(self.restorer(name), output, progress, force=force)
+        )

@@ -185,6 +185,16 @@ def test_a_commit_with_a_patch_is_as_fresh_as_one_without(run: Run, repo: Repo) 
         assert one.stored_bytes == pytest.approx(two.stored_bytes, rel=0.05)
 
 
+def test_a_reader_whose_patch_fades_gets_the_near_form(run: Run, repo: Repo) -> None:
+    run.commit(2)
+    old = Repo.open(repo.folder)
+    assert same(old.checkout(1), run.states[1])
+    run.commit(2)  # by another process, for all that the reader knows
+    near = old.checkout(1)
+    assert not same(near, run.states[1])
+    assert same(near, repo.checkout(1))
+
+
 # -- dropping ----------------------------------------------------------------------------------
 
 
