@@ -49,7 +49,8 @@ class Item:
 
     `action` is `commit` (still to be done), `committed`, `known` (in the history already, as `id`;
     `same_as` names the checkpoint of this folder that has the same content) or `failed` (the
-    `problem` says why).  `removed` are its files that are gone, `kept` why others are not.
+    `problem` says why).  `removed` are its files that are gone, `kept` why others are not;
+    `pinned` that its commit was pinned for their sake.
     """
 
     found: Found
@@ -61,6 +62,7 @@ class Item:
     problem: CkptError | None = None
     removed: list[Removed] = field(default_factory=list)
     kept: str | None = None
+    pinned: bool = False
 
     def fail(self, problem: CkptError) -> None:
         """It is not, or not well, in the history."""
@@ -322,15 +324,15 @@ class Importer:
         for path, size, _ in files:
             originals.check(path, size)
         patched = any(part.exact is not None for part in commit.parts.values())
-        new_pin = patched and not accept_near and self.repo.pin(item.id, pinned=True)
+        item.pinned = patched and not accept_near and self.repo.pin(item.id, pinned=True)
         try:
             if not self._restore(item.id, _silent) and not accept_near:
                 raise ConflictError("its commit has faded to near")
             for path, _, digest in files:
                 item.removed.append(originals.remove(path, digest, progress))
         finally:
-            if new_pin and not item.removed:
-                self.repo.pin(item.id, pinned=False)
+            if item.pinned and not item.removed:
+                item.pinned = not self.repo.pin(item.id, pinned=False)
         folders = [top / f.path for f in commit.files if f.skeleton is None and f.link is None]
         if inside:
             gone = [originals.remove_directory(path) for path in [*folders[::-1], top]]

@@ -110,9 +110,9 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _order(found: Found) -> tuple[bool, int, bool, list[tuple[int, str]]]:
     """By step, those without one last, and before a copy (`best.pt`) what is named by that step;
-    then by name, digits as numbers.
+    then by name, digits as numbers, and `step-1.pt` before `step-1-ema.pt`.
     """
-    parts = re.split(r"([0-9]+)", found.name)
+    parts = re.split(r"([0-9]+)", Path(found.name).stem)
     natural = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
     copy = _NAMED_STEP.search(found.name) is None
     return found.step is None, found.step or 0, copy, natural

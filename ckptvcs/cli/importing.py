@@ -74,6 +74,11 @@ def import_(
     _exit(importer, kept=delete and not dry_run)
 
 
+def interactive() -> bool:
+    """Whether there is somebody to be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def _tell_left_out(importer: Importer) -> None:
     for left in importer.left_out[:_LISTED]:
         render.talk(f"left out: {render.printable(left.name)}: {left.reason}")
@@ -96,7 +101,7 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
     """Remove originals; on a terminal only after a yes."""
     able = [i for i in importer.items if importer.why_kept(i, accept_near=accept_near) is None]
     size_bytes = sum(item.found.size_bytes for item in able)
-    if able and ask and sys.stdin.isatty() and sys.stderr.isatty():
+    if able and ask and interactive():
         what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}?"
         if not typer.confirm(what, err=True):
             for item in importer.items:
@@ -109,7 +114,9 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
         for gone in item.removed:
             names = f", has {gone.other_names} other name(s)" if gone.other_names else ""
             render.talk(f"removed: {render.printable(str(gone.path))}{form}{names}")
-        if item.kept is not None:
+        if item.pinned:
+            render.talk(f"pinned: {item.id and item.id[:8]}, so that it stays exact")
+        if item.kept is not None and item.problem is None:  # that has been told
             render.talk(f"not removed: {render.printable(f'{item.found.name}: {item.kept}')}")
 
     with render.progress("removing", size_bytes) as tick:
@@ -179,7 +186,7 @@ def _item_json(importer: Importer, item: Item) -> dict[str, render.Json]:
         "commit": None if entry is None else render.entry_json(entry),
         "problem": None if item.problem is None else item.problem.message,
         "notes": list(item.notes), "removed": [str(gone.path) for gone in item.removed],
-        "kept": item.kept,
+        "kept": item.kept, "pinned": item.pinned,
     }  # fmt: skip
 
 
@@ -188,7 +195,7 @@ def _exit(importer: Importer, *, kept: bool) -> None:
     to be removed.
     """
     codes = [item.problem.exit_code for item in importer.items if item.problem is not None]
-    if kept and any(item.kept is not None for item in importer.items):
+    if kept and any(item.kept is not None and not item.problem for item in importer.items):
         codes.append(ConflictError.exit_code)
     if codes:
         raise typer.Exit(max(codes))
