@@ -134,6 +134,12 @@ def test_copies_come_behind_what_is_named_by_its_step(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_copy_has_the_step_that_the_name_of_another_gives(tmp_path: Path) -> None:
+    for name, inside in (("checkpoint-1.pt", 999), ("checkpoint-2.pt", 1999), ("best.pt", 999)):
+        torch.save({"w": torch.ones(3), "step": inside}, tmp_path / name)
+    assert found(tmp_path) == [("checkpoint-1.pt", 1), ("best.pt", 1), ("checkpoint-2.pt", 2)]
+
+
 def test_what_is_left_out(folder: Path, tmp_path: Path, states: list[State]) -> None:
     taken = [name for name, _ in found(folder)]
     (folder / "notes.txt").write_text("x")

@@ -10,12 +10,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckptvcs.checkpoint import torchzip
-from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile, open_checkpoint
+from ckptvcs.checkpoint.checkpoint import InputFile, open_checkpoint
 from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 
@@ -37,7 +37,7 @@ _NO_STEP = re.compile(r"(v|fp|bf|int|float)\Z", re.IGNORECASE)  # v2, bf16
 @dataclass(frozen=True)
 class Found:
     """A checkpoint in a folder, by its name there: a `file` or a `directory`, its bytes, its step;
-    `problem` says why it cannot be committed.
+    `said` is the step that it gives itself, `problem` why it cannot be committed.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Found:
     kind: str
     size_bytes: int
     step: int | None
+    said: int | None = None
     problem: CkptError | None = None
 
 
@@ -61,7 +62,9 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
     in names count as such.  What is left out has been matched by `pattern` (a glob) too.
 
     A step is what the name calls so (`step-900`, `checkpoint-900`), else what the checkpoint says,
-    else the last whole number of the name.
+    else the last whole number of the name.  Where a checkpoint whose name has no step says the same
+    as one whose name has, it is of that step too: steps inside may count from 0, or names
+    count epochs.
 
     Raises:
         NotFoundError: there is no such folder, or nothing in it that could be committed.
@@ -91,7 +94,7 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
             f"no checkpoints in {folder}{why}",
             hint=f"names end in {', '.join(_SUFFIXES)}; directories hold such files",
         )
-    return sorted(found, key=_order), left
+    return sorted(_agreed(found), key=_order), left
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -108,14 +111,27 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise unreadable(folder, error) from error
 
 
+def _agreed(found: list[Found]) -> list[Found]:
+    """The same, where what a checkpoint says of its step is put as the names of others put it."""
+    named = {one.said: one.step for one in found if _is_named(one)}
+    return [
+        one if _is_named(one) or one.said is None
+        else replace(one, step=named.get(one.said, one.step))
+        for one in found
+    ]  # fmt: skip
+
+
+def _is_named(found: Found) -> bool:
+    return _NAMED_STEP.search(found.name) is not None
+
+
 def _order(found: Found) -> tuple[bool, int, bool, list[tuple[int, str]]]:
     """By step, those without one last, and before a copy (`best.pt`) what is named by that step;
     then by name, digits as numbers, and `step-1.pt` before `step-1-ema.pt`.
     """
     parts = re.split(r"([0-9]+)", Path(found.name).stem)
     natural = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-    copy = _NAMED_STEP.search(found.name) is None
-    return found.step is None, found.step or 0, copy, natural
+    return found.step is None, found.step or 0, not _is_named(found), natural
 
 
 # -- what is none ----------------------------------------------------------------------------------
@@ -176,13 +192,10 @@ def _look_at(entry: os.DirEntry[str], store: Path) -> Found:
             _refuse_cut_off(file, path, alone=not is_directory)
     except CkptError as error:
         step = next(iter(named), None)
-        return Found(entry.name, path, kind, sum(_sizes(path)), step, error)
-    step = next(iter([*named, *_own_step(checkpoint), *_numbers(stem)]), None)
-    return Found(entry.name, path, kind, checkpoint.size_bytes, step)
-
-
-def _own_step(checkpoint: Checkpoint) -> list[int]:
-    return [] if checkpoint.step is None else [checkpoint.step]
+        return Found(entry.name, path, kind, sum(_sizes(path)), step, problem=error)
+    said = checkpoint.step
+    step = next(iter([*named, *([] if said is None else [said]), *_numbers(stem)]), None)
+    return Found(entry.name, path, kind, checkpoint.size_bytes, step, said)
 
 
 def _numbers(stem: str) -> list[int]:

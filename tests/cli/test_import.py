@@ -40,14 +40,14 @@ def test_text(ckpt: Ckpt, folder: Path) -> None:
     rows = [line.split() for line in done.out.splitlines()]
     assert rows[0] == ["step", "name", "size", "stored", "ratio", "fidelity", "note"]
     assert [row[1] for row in rows[1:-1]] == [
-        "best.pt", "step-8.pt", "step-9.pt", "step-10.pt", "step-11.pt", "step-12.pt",
+        "step-8.pt", "step-9.pt", "best.pt", "step-10.pt", "step-11.pt", "step-12.pt",
     ]  # fmt: skip
-    assert "as best.pt" in done.out
+    assert "as step-9.pt" in done.out
     assert [row[-1] for row in rows[-3:-1]] == ["exact", "exact"]
     assert "near 0.0" in done.out
     assert rows[-1][:4] == ["5", "committed,", "1", "known:"]
     assert done.err == "left out: notes.txt: no .pt, .pth, .bin, .ckpt, .safetensors\n"
-    assert [e["step"] for e in ckpt("log", "--json").json] == [12, 11, 10, 8, 2]
+    assert [e["step"] for e in ckpt("log", "--json").json] == [12, 11, 10, 9, 8]
 
 
 def test_json(ckpt: Ckpt, folder: Path) -> None:
