@@ -102,8 +102,8 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
     able = [i for i in importer.items if importer.why_kept(i, accept_near=accept_near) is None]
     size_bytes = sum(item.found.size_bytes for item in able)
     if able and ask and interactive():
-        what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}?"
-        if not typer.confirm(what, err=True):
+        what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}"
+        if not typer.confirm(f"{what}{_how_near(importer, able)}?", err=True):
             for item in importer.items:
                 item.kept = "not removed: the answer was no"
             return
@@ -121,6 +121,15 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
 
     with render.progress("removing", size_bytes) as tick:
         importer.remove(accept_near=accept_near, progress=tick, watch=tell)
+
+
+def _how_near(importer: Importer, items: list[Item]) -> str:
+    """How far those of some items are off that are kept near only."""
+    entries = [entry for item in items if (entry := importer.entry(item)) and not entry.exact]
+    if not entries:
+        return ""
+    worst = max(entry.commit.error.weight_rel for entry in entries)
+    return f", {len(entries)} of them kept near (weights off by up to {worst:.2g})"
 
 
 def _row(importer: Importer, item: Item, *, planned: bool) -> list[str]:

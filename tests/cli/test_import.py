@@ -158,6 +158,18 @@ def test_a_terminal_is_asked(
         assert names(folder) == []
 
 
+def test_the_question_says_how_near(
+    ckpt: Ckpt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("ckptvcs.cli.importing.interactive", lambda: True)
+    monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text))
+    ckpt("import", "run", "--delete-originals", "--accept-near", code=4)
+    assert "remove 5 of 5 originals" in asked[0]
+    assert "3 of them kept near (weights off by up to 0.0" in asked[0]
+    assert len(names(folder)) == 5
+
+
 def test_usage(ckpt: Ckpt, folder: Path) -> None:
     assert "--delete-originals" in ckpt("import", "run", "--accept-near", code=2).err
     assert "ckpt commit" in ckpt("import", "run/step-8.pt", code=2).err
