@@ -19,7 +19,6 @@ from ckptvcs.checkout import hash_file
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.folder import Found, LeftOut, survey
 from ckptvcs.checkpoint.layout import unreadable
-from ckptvcs.config import AUTO, OFF
 from ckptvcs.errors import (
     CkptError,
     ConflictError,
@@ -30,13 +29,14 @@ from ckptvcs.errors import (
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
+from ckptvcs.opened import CACHE
+from ckptvcs.proof import prove
 from ckptvcs.removal import Originals, Removed
 from ckptvcs.repo import Repo
 from ckptvcs.source import Progress
 from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
 
-_NEAR_BOUND = 0.1  # of `weight_rel`, where the setting leaves it to the codec
 _AFTER_ALL = 1 << 62  # above every step
 
 Content = str | frozenset[tuple[str, str]]
@@ -169,7 +169,7 @@ class Importer:
                 found.path, message=found.name, step=found.step, codec=self._codec,
                 branch=line.branch, progress=progress,
             )  # fmt: skip
-        except (InvalidInputError, NotFoundError) as error:
+        except (InvalidInputError, NotFoundError, CorruptionError) as error:
             item.fail(error)
             return
         line.branch = made.branch
@@ -184,41 +184,16 @@ class Importer:
         self._index.add(made.id, made.commit)
 
     def _prove(self, item: Item, progress: Progress) -> None:
-        """Restore a commit, writing nothing: bit for bit what its original is, or else what its
-        hashes say, with an error within its bound.
-        """
         assert item.id is not None
         try:
-            self._restore(item.id, progress)
+            self._is_exact(item.id, progress)
         except (CorruptionError, NotFoundError) as error:
             item.fail(error)
 
-    def _restore(self, name: ObjectId, progress: Progress) -> bool:
-        """Prove what a commit restores to now; whether that is exact.
-
-        Raises:
-            CorruptionError: it cannot be restored, or is further off than its codec may be.
-        """
-        restorer = self.repo.restorer(name)
-        for file in restorer.commit.files:
-            if file.skeleton is None:
-                continue
-            digest = restorer.write_file(file, lambda _: None, progress)
-            if restorer.exact and digest != file.hash:
-                raise CorruptionError(f"{file.path} does not come back as it was")
-            layout, numbers = restorer.layout(file)
-            if layout.format != file.format or -1 in numbers:
-                raise CorruptionError(f"{file.path} comes back as no {file.format} file")
-        error, bound = restorer.commit.error.weight_rel, self._bound(restorer.commit.codec)
-        if not restorer.exact and bound is not None and not error <= bound:
-            raise CorruptionError(f"weights are off by {error:.2g}, more than {bound:.2g}")
-        return restorer.exact
-
-    def _bound(self, codec: str) -> float | None:
-        bound = self.repo.config.max_weight_error
-        if bound == AUTO:
-            return _NEAR_BOUND if codec == "near" else None
-        return None if bound == OFF else float(bound)
+    def _is_exact(self, name: ObjectId, progress: Progress) -> bool:
+        """Prove a commit; see `ckptvcs.proof`."""
+        cache, bound = self.repo.folder / CACHE / "bases", self.repo.config.max_weight_error
+        return prove(self.repo.catalog, cache, name, bound, progress)
 
     # -- where it goes -----------------------------------------------------------------------------
 
@@ -326,7 +301,7 @@ class Importer:
         patched = any(part.exact is not None for part in commit.parts.values())
         item.pinned = patched and not accept_near and self.repo.pin(item.id, pinned=True)
         try:
-            if not self._restore(item.id, _silent) and not accept_near:
+            if not self._is_exact(item.id, _silent) and not accept_near:
                 raise ConflictError("its commit has faded to near")
             for path, _, digest in files:
                 item.removed.append(originals.remove(path, digest, progress))

@@ -344,6 +344,32 @@ def test_a_commit_that_is_not_proven_keeps_its_original(
     assert names(folder) == ["step-900.pt"]
 
 
+@pytest.mark.parametrize("step", [800, 1000])
+def test_a_proof_reads_the_frames_of_its_commit(
+    near: Repo, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the weights that the cache has since they were coded."""
+    near.configure("keep-exact", "0")
+    commit = Repo.commit_path
+
+    def damaged(self: Repo, *args: Any, **options: Any) -> Any:
+        before = set(self.folder.rglob("*.pack"))
+        made = commit(self, *args, **options)
+        if made.commit.step == step:
+            for pack in set((self.folder / "packs").rglob("*.pack")) - before:
+                data = bytearray(pack.read_bytes())
+                data[len(data) // 3] ^= 1
+                pack.chmod(0o644)
+                pack.write_bytes(data)
+        return made
+
+    monkeypatch.setattr(Repo, "commit_path", damaged)
+    importer = run(near, folder)
+    assert actions(importer)[f"step-{step}.pt"] == "failed"
+    remove(importer, accept_near=True)
+    assert f"step-{step}.pt" in names(folder)
+
+
 def test_damage_between_proof_and_removal_keeps_the_original(
     repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
