@@ -11,14 +11,13 @@ a copy of a checkpoint is not committed again.  HEAD stays on its branch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ckptvcs.checkout import hash_file
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
-from ckptvcs.checkpoint.folder import Found, LeftOut, survey
-from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.checkpoint.folder import Found, survey
+from ckptvcs.codec.spec import parse_codec
+from ckptvcs.content import Contents
 from ckptvcs.errors import (
     CkptError,
     ConflictError,
@@ -26,7 +25,6 @@ from ckptvcs.errors import (
     InvalidInputError,
     NotFoundError,
 )  # fmt: skip
-from ckptvcs.history.commit import Commit
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.opened import CACHE
@@ -38,9 +36,6 @@ from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
 
 _AFTER_ALL = 1 << 62  # above every step
-
-Content = str | frozenset[tuple[str, str]]
-"""What a checkpoint holds: the hash of its file, or those of a directory's files by path."""
 
 
 @dataclass
@@ -100,10 +95,7 @@ class Importer:
             NotFoundError: there is no such folder, or no checkpoint in it.
             InvalidInputError: it is a checkpoint itself, or part of the repository; no such codec.
         """
-        from ckptvcs.codec.spec import parse_codec  # noqa: PLC0415  only to refuse early
-
         self.repo, self.folder, self._codec = repo, folder, codec
-        self.left_out: list[LeftOut]
         parse_codec(repo.config.codec if codec is None else codec)
         self._wanted = check_name(branch, "branch") if branch else None
         found, self.left_out = survey(folder, pattern, repo.folder.resolve())
@@ -111,7 +103,7 @@ class Importer:
         for item in self.items:
             if item.found.problem is not None:
                 item.fail(item.found.problem)
-        self._index = _ContentIndex(repo)
+        self._contents = Contents(repo)
         self._first: dict[ObjectId, str] = {}  # the first of this folder that is this commit
 
     # -- in ----------------------------------------------------------------------------------------
@@ -124,7 +116,7 @@ class Importer:
 
     def _recognise(self, item: Item, progress: Progress) -> None:
         try:
-            known = self._index.find(item.found, progress)
+            known = self._contents.find(item.found, progress)
         except CkptError as error:
             item.fail(error)
             return
@@ -174,14 +166,10 @@ class Importer:
             return
         line.branch = made.branch
         line.step = line.step if made.commit.step is None else made.commit.step
-        item.action, item.id, item.branch, item.notes = (
-            "committed",
-            made.id,
-            made.branch,
-            made.notes,
-        )
+        item.action, item.id = "committed", made.id
+        item.branch, item.notes = made.branch, made.notes
         self._first[made.id] = found.name
-        self._index.add(made.id, made.commit)
+        self._contents.add(made.id, made.commit)
 
     def _prove(self, item: Item, progress: Progress) -> None:
         assert item.id is not None
@@ -330,55 +318,6 @@ class _Half:
     def fill(self, halves: int) -> None:
         """All of so many halves is done, whatever was counted."""
         self(max(0, halves * self._size - self._done))
-
-
-class _ContentIndex:
-    """The commits of a repository, as far as they can be restored in full, by their content."""
-
-    def __init__(self, repo: Repo) -> None:
-        self._repo = repo
-        self._commits: dict[Content, ObjectId] = {}
-        self._sizes: set[int] = set()
-        self._content: dict[str, Content] = {}  # of what was read, by its name
-        gone = repo.catalog.dropped()
-        tips = repo.revisions.tips().values()
-        for name, commit in repo.revisions.reachable(tips):
-            if name not in gone.commits and name not in gone.parts:
-                self.add(name, commit)
-
-    def add(self, name: ObjectId, commit: Commit) -> None:
-        """Know a commit; of several with the same content one that is exact."""
-        hashes = {file.path: file.hash for file in commit.files if file.hash is not None}
-        if commit.source == "state" or not hashes:
-            return
-        content = _content(commit.source, hashes)
-        if content not in self._commits or self._repo.entry(name).exact:
-            self._commits[content] = name
-        self._sizes.add(commit.raw_bytes)
-
-    def find(self, found: Found, progress: Progress) -> ObjectId | None:
-        """The commit that holds what is in a file or directory; read only if one may."""
-        if found.size_bytes not in self._sizes:
-            return None
-        if found.name not in self._content:
-            self._content[found.name] = _content(found.kind, dict(self._hashes(found)))
-            progress(found.size_bytes)
-        return self._commits.get(self._content[found.name])
-
-    def _hashes(self, found: Found) -> Iterator[tuple[str, str]]:
-        checkpoint = open_checkpoint(found.path, skip=self._repo.folder.resolve())
-        below = found.kind == "directory"
-        for file in checkpoint.files:
-            path = found.path / file.path if below else found.path
-            try:
-                yield file.path, hash_file(path)
-            except OSError as error:
-                raise unreadable(path, error) from error
-        checkpoint.check_unchanged()
-
-
-def _content(kind: str, hashes: Mapping[str, str]) -> Content:
-    return frozenset(hashes.items()) if kind == "directory" else next(iter(hashes.values()))
 
 
 def _silent(_: int) -> None:
