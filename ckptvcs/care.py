@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.retention import Policy
 from ckptvcs.opened import CACHE, Opened
@@ -87,8 +88,11 @@ class Care(Opened):
         progress: Progress = quiet,
     ) -> GcPlan:  # fmt: skip
         """Drop what the rules do not keep, let fade what the settings do not keep, and delete what
-        nothing reaches; tiny packs are merged.  Without `sweep` it is only said what goes: until
-        the next sweep `undo` takes it back.  What was done.
+        nothing reaches; tiny packs are merged.  What was done.
+
+        `rekey` merges deltas across commits that were dropped, and bounds every chain by the
+        settings.  Without `sweep` it is only said what goes: until the next sweep `undo` takes it
+        back.
 
         Raises:
             BusyError: a writer is at work.
@@ -99,17 +103,32 @@ class Care(Opened):
         from ckptvcs.history.repack import merge, plan_merges  # noqa: PLC0415
         from ckptvcs.store.leases import exclusive  # noqa: PLC0415
 
+        if rekey and not sweep:
+            raise InvalidInputError("what is rekeyed is swept at once")
         collector = self._collector()
         with exclusive(self._backend):
             plan = collector.plan(policy)
             if plan.drops:
                 raise_flags(self.folder, "gc", "drops")
             collector.record(plan, now())
+            if rekey:
+                self._rekey(progress)
+                plan = collector.after(plan)
             if sweep:
                 collector.sweep(plan)
                 for batch in plan_merges(self.catalog, collector.mark_all()):
                     merge(self.catalog, batch)
         return plan
+
+    def _rekey(self, progress: Progress) -> None:
+        from ckptvcs.rekey import Rekeyer  # noqa: PLC0415
+
+        hidden = self.catalog.dropped().commits
+        reached = self.revisions.reachable(sorted(self.revisions.tips().values()))
+        kept = {name: commit for name, commit in reached if name not in hidden}
+        raise_flags(self.folder, "read", "near", "near-2")
+        cache = self.folder / CACHE / "bases"
+        Rekeyer(self.catalog, cache, self.config.keyframe_depth, progress).run(kept)
 
     def verify(self, progress: Progress = quiet) -> Report:
         """Prove that everything can be read; see `ckptvcs.verify`."""

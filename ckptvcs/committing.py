@@ -26,22 +26,31 @@ from typing import Any
 
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
-from ckptvcs.codec.spec import CodecSpec, NearSpec
+from ckptvcs.codec.spec import CodecSpec, NearSpec, finer
 from ckptvcs.config import Config
-from ckptvcs.encoder import Encoded, Encoder
+from ckptvcs.encoder import Encoded, Encoder, TooCoarse
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, FileEntry, dump_commit, dump_errors, load_commit
 from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.recipe import dump_let_go, dump_recipe, dump_values
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
-from ckptvcs.history.schema import Op, Segment, dump_schema, dump_skeleton, load_schema  # fmt: skip
+from ckptvcs.history.schema import (  # fmt: skip
+    Op,
+    Schema,
+    Segment,
+    dump_schema,
+    dump_skeleton,
+    load_schema,
+)
+from ckptvcs.planning import TooFar
 from ckptvcs.source import Progress, scan
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter
 
 _MESSAGE_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", re.IGNORECASE)
+_TRIES = 5  # to code within bounds, before everything is exact
 _FILE_STEP = re.compile(
     r"(?:global_?step|step|checkpoint|ckpt|iter)[-_=.]?([0-9]{1,18})", re.IGNORECASE
 )
@@ -175,13 +184,8 @@ class Committer:
                     dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {}
                 )
             else:
-                keyframe = base is None or self._starts_keyframe(place.parent)
-                encoder = Encoder(
-                    self._catalog, self._cache, request.spec, base, checkpoint, hashes,
-                    keyframe=keyframe, patched=patched, progress=self._progress,
-                    held=self._held if checkpoint.kind == "state" else None,
-                )  # fmt: skip
-                encoded = encoder.encode()
+                keyframe = base is None or self._starts_keyframe(place.parent, checkpoint, base)
+                encoded = self._encode(request, base, hashes, keyframe=keyframe, patched=patched)
             pack = store.new_pack("meta")
             try:
                 commit = self._describe(pack, request, step, place, base, encoded, file_hashes)
@@ -305,8 +309,41 @@ class Committer:
 
     # -- how it is stored ------------------------------------------------------------------------
 
-    def _starts_keyframe(self, parent: ObjectId | None) -> bool:
-        """Whether the chain that ends at `parent` is as deep, or as heavy, as is allowed."""
+    def _encode(
+        self, request: Request, base: Commit | None, hashes: dict[int, bytes], *, keyframe: bool,
+        patched: bool,
+    ) -> Encoded:  # fmt: skip
+        """Encode within bounds: by residuals, else finer, else as a keyframe, else exactly."""
+        checkpoint, spec = request.checkpoint, request.spec
+        held = self._held if checkpoint.kind == "state" else None
+        bound = spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0
+        for _ in range(_TRIES):
+            encoder = Encoder(
+                self._catalog, self._cache, spec, base, checkpoint, dict(hashes),
+                keyframe=keyframe, patched=patched, bound=bound, progress=self._progress,
+                held=held,
+            )  # fmt: skip
+            try:
+                return encoder.encode()
+            except TooFar:
+                keyframe = True
+            except TooCoarse as error:
+                spec = finer(spec, error.excess)
+        encoder = Encoder(
+            self._catalog, self._cache, CodecSpec(request.spec.name), base, checkpoint, hashes,
+            keyframe=True, patched=False, bound=0, progress=self._progress, held=held,
+        )  # fmt: skip
+        return encoder.encode()
+
+    def _starts_keyframe(
+        self, parent: ObjectId | None, checkpoint: Checkpoint, base: Commit
+    ) -> bool:
+        """Whether the chain that ends at `parent` is as deep, or as heavy, as is allowed, or the
+        weights are others.
+        """
+        old, new = self._catalog.schema(base.schema), checkpoint.schema
+        if _weights(old) != _weights(new):
+            return True
         deltas = 0
         for _, commit in self._catalog.ancestors(parent):
             if commit.kind == "keyframe":
@@ -408,6 +445,12 @@ def _skeleton(checkpoint: Checkpoint, file: InputFile) -> bytes:
         else:
             segments.append((Op.TENSOR, piece.tensor))
     return dump_skeleton(segments, bytes(literals))
+
+
+def _weights(schema: Schema) -> set[tuple[str, str, tuple[int, ...]]]:
+    """What the weights are called, and how large they are."""
+    infos = (schema.tensors[number] for number in schema.stored("model"))
+    return {(info.name, info.dtype, info.shape) for info in infos}
 
 
 def _user() -> str:

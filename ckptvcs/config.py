@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ckptvcs.codec.spec import parse_codec
+from ckptvcs.codec.spec import CodecSpec, parse_codec, with_bounds
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store.local import storage_error, sync_directory
@@ -52,6 +52,15 @@ class Config:
         return ExactRule(
             self.keep_exact, best, self.best_fidelity, self.tag_fidelity, self.pin_fidelity
         )
+
+    def codec_of(self, text: str | None) -> CodecSpec:
+        """A codec, by default the one of the settings, with the bounds of the settings."""
+        spec = parse_codec(self.codec if text is None else text)
+        bounds = (
+            {OFF: float("inf"), AUTO: None}[value] if isinstance(value, str) else value
+            for value in (self.max_weight_error, self.max_update_nmse)
+        )
+        return with_bounds(spec, *bounds)
 
 
 def _codec(value: Value) -> str:

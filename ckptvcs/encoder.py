@@ -91,6 +91,14 @@ class _Coded:
     nonfinite: int
 
 
+class TooCoarse(Exception):
+    """The error of the weights is `excess` times what it may be."""
+
+    def __init__(self, excess: float) -> None:
+        super().__init__(f"{excess:.3g} times the bound")
+        self.excess = excess
+
+
 class Encoder:
     """Encodes one checkpoint against a base commit; used once."""
 
@@ -105,18 +113,20 @@ class Encoder:
         *,
         keyframe: bool,
         patched: bool,
+        bound: float,
         progress: Progress,
         held: HeldBase | None = None,
     ) -> None:
         """`hashes` are those that `scan` returned for the tensors of `checkpoint`; `held` keeps
         the base of the next commit in memory, which else goes into the cache.  What is stored with
-        loss can be had exactly too if it is to be `patched`.
+        loss can be had exactly too if it is to be `patched`; the error of all weights together must
+        not be above `bound` (0: there is none).
         """
         loops.prepare(checkpoint.size_bytes)
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._catalog, self._chain = catalog, ChainReader(catalog, self._materials.get)
         self._cache, self._held, self._spec = cache, held, spec
-        self._keyframe, self._progress = keyframe, progress
+        self._keyframe, self._bound, self._progress = keyframe, bound, progress
         self._base_parts = {} if base is None else self._load_base(base)
         self._checkpoint, self._hashes = checkpoint, hashes
         self._infos = checkpoint.schema.tensors
@@ -170,6 +180,8 @@ class Encoder:
 
         Raises:
             InvalidInputError: the checkpoint changed since it was scanned.
+            TooFar: it is to be coded as a keyframe.
+            TooCoarse: a bound does not hold.
         """
         infos = [self._infos[number] for number in self._numbers["model"]]
         self._base_writer: BaseWriter | HeldWriter
@@ -187,6 +199,7 @@ class Encoder:
             for coded in ordered_map(_code, jobs):
                 self._put(coded)
                 del coded  # not to be held while the next one is waited for
+            self._check_bound()
             return self._finish()
         finally:
             self._base_writer.abort()
@@ -322,6 +335,11 @@ class Encoder:
                 raise SourceTensor(self._checkpoint, target.number).changed()
             stands = draft.stands_on_base and draft.base is not None
             self._depths[target.number] = draft.base.depth + 1 if stands else 0  # type: ignore[union-attr]
+
+    def _check_bound(self) -> None:
+        found = report(self._errors, self._infos).weight_rel
+        if self._bound and found > self._bound:
+            raise TooCoarse(found / self._bound)
 
     # -- the end -------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
 from ckptvcs.coding.exact import SAME
 from ckptvcs.coding.group import CodedSlice
-from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
+from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.store.object import Kind, ObjectId
 from ckptvcs.store.pack import PackInfo, PackWriter
 
@@ -49,13 +49,18 @@ class _Region:
         self._pack: PackWriter | None = None
         self._at = 0
 
-    def append(self, *buffers: bytes | memoryview) -> Slice:
-        """Add a slice, in pieces: where it lies, its length, its hash."""
+    def append(self, data: bytes) -> Slice:
+        """Add a slice: where it lies, its length, its hash."""
+        at, length, _ = self.append_patch(data)
+        return at, length, slice_hash(data)
+
+    def append_patch(self, *buffers: bytes | memoryview) -> Slice:
+        """The same, in pieces and without a hash."""
         at = self._at
         for data in buffers:
             self.pack.append_region(data)
             self._at += len(data)
-        return at, self._at - at, slice_hash(*buffers)
+        return at, self._at - at, NO_HASH
 
     @property
     def pack(self) -> PackWriter:
@@ -125,7 +130,7 @@ class PatchWriter:
         """Add a slice of a tensor.  The buffers must stay as they are until `frame`."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "ckpt-patch")
-        future = self._thread.submit(self._region.append, *buffers)
+        future = self._thread.submit(self._region.append_patch, *buffers)
         self._slices[tensor, index] = future
         self._late.append(future)
         if len(self._late) > _LATE:
@@ -136,7 +141,7 @@ class PatchWriter:
         slices = []
         for index in range(count):
             future = self._slices.get((tensor, index))
-            slices.append(self._region.append(SAME) if future is None else future.result())
+            slices.append(self._region.append_patch(SAME) if future is None else future.result())
         return Frame(base, depth, None, tuple(slices))
 
     def finish(

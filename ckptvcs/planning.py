@@ -12,13 +12,17 @@ from ckptvcs.coding import excp
 from ckptvcs.coding.device import DeviceCoder
 from ckptvcs.coding.exact import ExactCoder
 from ckptvcs.coding.group import Coder, Group, Target
-from ckptvcs.coding.near import NearCoder, NearPlan, Scale, measure_scale
+from ckptvcs.coding.near import NearCoder, NearPlan, Scale, energies, measure_scale
 from ckptvcs.dtypes import WEIGHT_DTYPES
 from ckptvcs.parallel import ordered_map
 from ckptvcs.source import SourceTensor
 
 Coding = tuple[Coder, dict[int, BaseTensor]]
 """A coder, and the bases of its members by number."""
+
+
+class TooFar(Exception):
+    """The weights are further from their base than from zero."""
 
 
 class Planner:
@@ -61,7 +65,11 @@ class Planner:
         return Target(number, source, info.dtype, info.shape, info.role)
 
     def coders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Coding]:
-        """Coders for groups of tensors, as far as they are not stored yet: (all, what is left)."""
+        """Coders for groups of tensors, as far as they are not stored yet: (all, what is left).
+
+        Raises:
+            TooFar: a keyframe would be closer than residuals.
+        """
         settings = self._spec.settings
         if isinstance(settings, NearSpec):
             yield from self._near_coders([left for _, left in rows if left], settings)
@@ -93,6 +101,9 @@ class Planner:
                     yield self._exact_coder(number)
         weights = [group for group in groups if group.weight is not None]
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
+        residual, weight = energies(scales.values())
+        if residual > weight and not self._keyframe:
+            raise TooFar
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
             base = group.base if isinstance(group.base, BaseTensor) else None

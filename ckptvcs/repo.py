@@ -104,7 +104,7 @@ class Repo(Care):
         progress: Progress = quiet,
     ) -> Result:
         """Commit what has been opened already; see `Committer.commit`."""
-        from ckptvcs.codec.spec import NearSpec, parse_codec  # noqa: PLC0415
+        from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415
         from ckptvcs.committing import (  # noqa: PLC0415
             Committer,
             Request,
@@ -114,7 +114,7 @@ class Repo(Care):
         )  # fmt: skip
 
         require_flags(self.folder, "write")
-        spec = parse_codec(self.config.codec if codec is None else codec)
+        spec = self.config.codec_of(codec)
         flags = ["near", "near-2"] if isinstance(spec.settings, NearSpec) else []
         if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
             flags.append("patches")

@@ -134,7 +134,8 @@ class SpecRepository:
             for index, length in enumerate(frame["lengths"]):
                 at = frame["starts"][index] if "starts" in frame else at
                 data = region[at : at + length]
-                assert b3(data, 16).hex() == frame["hashes"][32 * index : 32 * index + 32]
+                expected = frame["hashes"][32 * index : 32 * index + 32]
+                assert b3(data, 16).hex() == expected or (data[0] == 11 and int(expected, 16) == 0)
                 out.append(data)
                 at += length
             if position == number:
@@ -391,12 +392,11 @@ def patch(stream: Stream, dtype: str, count: int, base: Array | None) -> Array:
     assert form == 2
     (raw,) = stream.take("<B")
     planes = np.zeros((word, count), np.uint8)
-    for number, plane in enumerate(planes):
-        if number < raw:
-            plane[:] = np.frombuffer(stream.octets(count), np.uint8)
-        else:
-            mask = stream.mask(count)
-            plane[mask] = np.frombuffer(stream.octets(int(mask.sum())), np.uint8)
+    for plane in planes[:raw]:
+        plane[:] = np.frombuffer(stream.octets(count), np.uint8)
+    mask = stream.mask(count)
+    for plane in planes[raw:]:
+        plane[mask] = np.frombuffer(stream.octets(int(mask.sum())), np.uint8)
     words = np.ascontiguousarray(planes.T).reshape(-1).view(f"<u{word}")
     return undo_difference(words, base, dtype)
 

@@ -77,7 +77,7 @@ def test_a_commit_that_is_cut(
             assert found == [e.id for e in before]
         assert {e.id: content(again, e.id, tmp_path) for e in before} == kept
         at += 3
-    assert at > 20
+    assert at > 10  # a patch that was finished by one try is used by the next
     last = Repo.open(tmp_path / "repo")
     for lease in (tmp_path / "repo" / ".ckpt" / "leases").iterdir():
         lease.unlink()  # this process is alive, so its leases count; a dead one's would not

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ckptvcs.chain import ChainReader
 from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.retention import Best, Policy
@@ -24,7 +25,8 @@ def same(one: Any, two: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
     if isinstance(one, torch.Tensor):
-        return bool(one.numpy().tobytes() == two.numpy().tobytes())
+        raw = [x.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for x in (one, two)]
+        return one.dtype == two.dtype and raw[0] == raw[1]
     return bool(one == two)
 
 
@@ -301,6 +303,95 @@ def test_tiny_packs_are_merged_and_parts_stay_apart(run: Run, repo: Repo) -> Non
     assert not repo.verify().damage
     repo.gc(Policy(last=3))
     run.commit(2)
+    assert not repo.verify().damage
+
+
+# -- rekeying ----------------------------------------------------------------------------------
+
+
+def depths(repo: Repo) -> dict[int | None, int]:
+    """How many frames lie below any frame of a commit, as it is stored now."""
+    reader = ChainReader(repo.catalog)
+    return {
+        entry.step: max(
+            len(reader.links(state.values, position)) - 1
+            for state in entry.commit.parts.values()
+            for position in range(len(repo.catalog.values(state.values)))
+        )
+        for entry in repo.log()
+    }
+
+
+@pytest.mark.parametrize("codec", ["near", "small", "lossless", "excp"])
+def test_rekeying_merges_deltas_and_changes_no_value(codec: str, run: Run, repo: Repo) -> None:
+    repo.configure("keep-exact", "0")
+    run.commit(13, codec=codec)
+    true = {step: repo.checkout(step) for step in range(1, 14)}
+    repo.gc(Policy(every=6, last=1))
+    before = sizes(repo)
+    repo.gc(rekey=True)
+    # What is on no grid has to be coded losslessly; deltas of small are, compared to keyframes.
+    assert sizes(repo) < {"excp": 1, "small": 0.9}.get(codec, 0.8) * before
+    fresh = Repo.open(repo.folder)
+    assert max(depths(fresh).values()) <= 2
+    for step in (6, 12, 13):
+        assert same(fresh.checkout(step), true[step])
+    assert not fresh.verify().damage
+    after = sizes(repo)
+    repo.gc(rekey=True)  # there is nothing left to do
+    assert sizes(repo) == after
+    fresh.configure("keep-exact", "2")
+    run.repo = fresh
+    run.commit(2, codec=codec)
+    fresh.gc(Policy(last=2), rekey=True)
+    assert not fresh.verify().damage
+    assert same(fresh.checkout(15), run.states[15])
+
+
+def test_rekeying_bounds_the_depth(run: Run, repo: Repo) -> None:
+    run.commit(12)
+    true = {step: repo.checkout(step) for step in range(1, 13)}
+    assert max(depths(repo).values()) == 11
+    repo.configure("keyframe-depth", "3")
+    repo.gc(rekey=True)
+    assert max(depths(repo).values()) == 3
+    for step, state in true.items():
+        assert same(repo.checkout(step), state)
+    assert not repo.verify().damage
+
+
+def test_what_never_moved_is_stored_once_after_rekeying(run: Run, repo: Repo) -> None:
+    repo.configure("keep-exact", "0")
+    frozen = torch.randn(50_000)
+    for step in range(1, 9):
+        state = adam_state(run.now, step)
+        state["model"]["frozen"] = frozen
+        repo.commit(state, step=step)
+        run.now = moved(run.now)
+    repo.gc(Policy(every=3, last=1))
+    before = sizes(repo)
+    repo.gc(rekey=True)
+    assert sizes(repo) < before
+    frames = {
+        repo.catalog.recipe(entry.commit.parts["model"].values).place(
+            [t.name for t in repo.catalog.schema(entry.commit.schema).tensors].index("model.frozen")
+        )
+        for entry in repo.log()
+    }
+    assert len(frames) == 1
+    assert not repo.verify().damage
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_merge_too(dtype: torch.dtype, repo: Repo) -> None:
+    now, true = weights(dtype), {}
+    for step in range(1, 9):
+        repo.commit({"model": now, "step": step}, step=step)
+        now = moved(now)
+    true = {step: repo.checkout(step) for step in range(1, 9)}
+    repo.gc(Policy(last=1, every=4), rekey=True)
+    for step in (4, 8):
+        assert same(repo.checkout(step), true[step])
     assert not repo.verify().damage
 
 

@@ -13,28 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo, chain
-from ckptvcs.chain import ChainReader
-from ckptvcs.checkpoint.state import state_checkpoint
-from ckptvcs.codec import frame, lossless
-from ckptvcs.codec.frame import LOSSLESS, put_slice
-from ckptvcs.codec.words import octets
+from ckptvcs.codec import frame
 from ckptvcs.extract import PartReader
-from ckptvcs.history.log import LogEntry
-from ckptvcs.history.recipe import (
-    Frame,
-    Recipe,
-    dump_bundle,
-    dump_recipe,
-    dump_values,
-    slice_hash,
-)  # fmt: skip
-from ckptvcs.source import SourceTensor
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import ObjectStore
 from tests.test_api import same
 from tests.training import train
@@ -87,6 +72,7 @@ def own_slices(repo: Repo) -> int:
 @pytest.mark.parametrize("codec", ["near", "lossless", "excp"])
 def test_each_frame_is_decoded_once(codec: str, tmp_path: Path) -> None:
     repo = Repo.init(tmp_path, codec=codec)
+    repo.configure("keep-exact", "0")
     for state in train(9):
         repo.commit(state, step=state["step"])
     with counted() as work:
@@ -104,6 +90,7 @@ def test_each_frame_is_decoded_once(codec: str, tmp_path: Path) -> None:
 
 def test_a_step_costs_the_same_at_any_depth(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
+    repo.configure("keep-exact", "0")
     for state in train(12):
         repo.commit(state, step=state["step"])
     with counted() as work:
@@ -205,36 +192,6 @@ def test_nothing_is_kept_but_what_the_next_one_stands_on(
 # -- any history -----------------------------------------------------------------------------------
 
 
-def add_patches(repo: Repo, entry: LogEntry, state: State) -> None:
-    """Make a near commit exact: frames of the originals that stand on the near values."""
-    checkpoint = state_checkpoint(state)
-    store, reader = repo.catalog.store, ChainReader(repo.catalog)
-    for name, part in entry.commit.parts.items():
-        if part.exact is None or repo.catalog.has_recipe(part.exact):
-            continue
-        pack, frames, hashes, at = store.new_pack("packs"), [], [], 0
-        for position, number in enumerate(checkpoint.schema.stored(name)):
-            info, source = checkpoint.schema.tensors[number], SourceTensor(checkpoint, number)
-            near, digest, slices = reader.slices(part.values, position, info), blake3(), []
-            for index, base in enumerate(near):
-                words = source.slice(index)
-                digest.update(octets(words))
-                data = put_slice(LOSSLESS, lossless.encode(words, base, info.type))
-                pack.append_region(data)
-                slices.append((at, len(data), slice_hash(data)))
-                at += len(data)
-            depth = reader.depth(part.values, position) + 1
-            frames.append(Frame((part.values, position), depth, None, tuple(slices)))
-            hashes.append(digest.digest())
-        bundle = pack.add(Kind.BUNDLE, dump_bundle(frames))
-        store.publish(pack)
-        meta, count = store.new_pack("meta"), len(frames)
-        assert meta.add(Kind.VALUES, dump_values(hashes)) == part.exact
-        recipe = Recipe(part.exact, 0, (bundle,), (0,) * count, tuple(range(count)))
-        meta.add(Kind.RECIPE, dump_recipe(recipe))
-        store.publish(meta)
-
-
 @pytest.mark.parametrize("every", [None, 2])
 def test_exact_patches_are_yielded_and_near_values_built_upon(
     every: int | None, tmp_path: Path
@@ -244,7 +201,9 @@ def test_exact_patches_are_yielded_and_near_values_built_upon(
     for state in states:
         entry = repo.commit(state, step=state["step"])
         if state["step"] not in (3, 4):
-            add_patches(repo, entry, state)
+            repo.pin(entry.id, pinned=True)
+    repo.configure("keep-exact", "0")
+    repo.commit(train(9)[8], step=9)
     patches = sum(
         len(row.slices) for entry in repo.log() for part in entry.commit.parts.values()
         if part.exact and repo.catalog.has_recipe(part.exact)
@@ -256,13 +215,14 @@ def test_exact_patches_are_yielded_and_near_values_built_upon(
         found = list(Repo.open(tmp_path).trajectory(every=every))
     assert work.slices <= own_slices(repo) + patches
     for entry, state in found:
-        assert entry.exact == (entry.step not in (3, 4))
-        assert same(state, states[(entry.step or 0) - 1]) == entry.exact
+        assert entry.exact == (entry.step not in (3, 4, 9))
+        assert entry.step == 9 or same(state, states[(entry.step or 0) - 1]) == entry.exact
         assert same(from_scratch(repo, entry.id), state)
 
 
 def test_rounded_copies_find_their_masters(tmp_path: Path) -> None:
     repo, masters = Repo.init(tmp_path), torch.randn(300, 40)
+    repo.configure("keep-exact", "0")
     for step in range(6):
         masters = masters + torch.randn(300, 40) * 0.01
         model = {"model": {"w": masters.bfloat16()}, "master": {"w": masters}}
@@ -317,7 +277,7 @@ def test_any_history_comes_back_as_checkouts_give_it(
             state = {"model": dict(weights), "other": moments, "array": np.arange(200) * step}
             entry = repo.commit(state, step=step, codec=codec)
             if patch:
-                add_patches(repo, entry, state)
+                repo.pin(entry.id, pinned=True)
         for branch in repo.refs.names("heads"):
             found = list(Repo.open(folder).trajectory(every=every, revision=branch))
             picked = list(Repo.open(folder).trajectory("*.a", every=every, revision=branch))
@@ -336,6 +296,7 @@ def test_any_history_comes_back_as_checkouts_give_it(
 
 def test_one_tensor_reads_its_own_frames(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
+    repo.configure("keep-exact", "0")
     wide = {f"layer{n}": torch.randn(40, 40) for n in range(300)}
     for step in range(4):
         repo.commit({"model": {k: v + step * 0.01 for k, v in wide.items()}}, step=step)

@@ -55,7 +55,7 @@ def _delete_branch(repo: Repo, name: str | None, *, json: bool) -> None:
     )
     more = f" and {len(lost) - _MAX_LISTED} more" if len(lost) > _MAX_LISTED else ""
     render.talk(f"note: on no branch any more: {listed}{more}")
-    render.talk(f"note: they are kept; ckpt branch {name} {tip[:8]} brings them back")
+    render.talk(f"note: until the next gc, ckpt branch {name} {tip[:8]} brings them back")
 
 
 def branch(

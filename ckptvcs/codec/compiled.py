@@ -28,12 +28,12 @@ from ckptvcs.codec.compiled_codes import (
     split,
     with_signs,
 )
-from ckptvcs.codec.compiled_words import join_words, split_words
+from ckptvcs.codec.compiled_words import join_words, split_near, split_words
 
 __all__ = [
     "bit_positions", "change", "code_residuals", "directions", "divide_roots", "extent",
     "gap_positions", "join_bits", "join_words", "log_sums", "product", "quantize_units",
-    "root_squares", "split", "split_words", "squares", "times_columns", "times_rows",
+    "root_squares", "split", "split_near", "split_words", "squares", "times_columns", "times_rows",
     "weight_squares", "with_signs",
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from ckptvcs.codec.compiled_codes import BLOCK, EXACT, INT
+from ckptvcs.codec.compiled_codes import BLOCK, EXACT, INT, compact
 
 Array = Any
 
@@ -86,3 +86,36 @@ def join_words(planes: Array, base: Array, transform: int, floating: bool, out: 
         else:
             for i in range(o.size):
                 o[i] = block[i]
+
+
+@njit([(words, words, types.boolean, INT) for words in _WORDS], **EXACT)
+def split_near(words: Array, near: Array, floating: bool, raw: int) -> Any:
+    """See `loops.split_near`."""
+    size = words.itemsize
+    planes = np.empty((raw, words.size), np.uint8)
+    bitmap = np.empty((words.size + 7) // 8, np.uint8)
+    kept, found = np.empty(words.size + 1, np.int32), 0
+    top, rest = np.uint32(8 * size - 1), np.uint32(8 * raw)
+    every = np.uint32((np.int64(1) << (8 * size)) - 1)
+    low = every >> _ONE if floating else np.uint32(0)
+    block, high = np.empty(BLOCK, np.uint32), np.zeros(BLOCK, np.int32)
+    wrong = np.uint32(0)
+    for first in range(0, words.size, BLOCK):
+        w, n = words[first : first + BLOCK], near[first : first + BLOCK]
+        for i in range(w.size):
+            before = _order(np.uint32(n[i]), low, top)
+            x = (_order(np.uint32(w[i]), low, top) - before) & every
+            t = ((x << _ONE) & every) ^ (every & (np.uint32(0) - (x >> top)))
+            block[i] = t
+            back = (t >> _ONE) ^ (np.uint32(0) - (t & _ONE))
+            wrong |= _order((back + before) & every, low, top) ^ np.uint32(w[i])
+            high[i] = t >> rest
+        high[w.size :] = 0
+        for plane in range(raw):
+            o, shift = planes[plane, first : first + BLOCK], np.uint32(8 * plane)
+            for i in range(w.size):
+                o[i] = np.uint8(block[i] >> shift)
+        end = (first + w.size + 7) >> 3
+        bits = bitmap[first >> 3 : end]
+        found += compact(high[: 8 * bits.size], bits, kept[found:])
+    return planes, bitmap, kept[:found].copy(), wrong == 0

@@ -262,6 +262,22 @@ def split_words(words: Words, base: Words, transform: int, floating: bool) -> ND
     return np.ascontiguousarray(words.view(np.uint8).reshape(words.size, words.itemsize).T)
 
 
+def split_near(
+    words: Words, near: Words, floating: bool, raw: int
+) -> tuple[NDArray[np.uint8], Bytes, Integers, bool]:
+    """Transform 2, of which the `raw` lowest bytes are split off: shape (raw, n); then where any
+    higher bit is set, as bits; and there the higher bits.  False where this does not undo.
+    """
+    planes = split_words(words, near, 2, floating)
+    back = np.empty_like(words)
+    join_words(planes, near, 2, floating, back)
+    high = np.zeros(words.size, np.uint32)
+    for plane in range(raw, words.itemsize):
+        high |= planes[plane].astype(np.uint32) << np.uint32(8 * (plane - raw))
+    found = high != 0
+    return planes[:raw], np.packbits(found), high[found].view(np.int32), bool((back == words).all())
+
+
 def join_words(
     planes: NDArray[np.uint8], base: Words, transform: int, floating: bool, out: Words
 ) -> None:

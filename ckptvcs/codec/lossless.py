@@ -35,11 +35,11 @@ _HEAD = struct.Struct("<B")
 
 def _split(words: Words, base: Words | None, transform: int, dtype: DType) -> Planes:
     there = base if transform == DELTA and base is not None else words
-    planes: Planes = loops_for(words).split_words(words, there, transform, dtype.floating)
+    planes: Planes = _loops_for(words).split_words(words, there, transform, dtype.floating)
     return planes
 
 
-def loops_for(words: Words) -> ModuleType:
+def _loops_for(words: Words) -> ModuleType:
     """The loops for words of a size: those that are compiled know 2 and 4 bytes."""
     return loops.active() if words.itemsize in (2, 4) else loops
 
@@ -99,5 +99,5 @@ def decode(
         raise CorruptionError("a frame has bytes after its last section")
     words = np.empty(count, word_type(dtype.word)) if out is None else out
     there = base if transform == DELTA and base is not None else words
-    loops_for(words).join_words(planes, there, transform, dtype.floating, words)
+    _loops_for(words).join_words(planes, there, transform, dtype.floating, words)
     return words

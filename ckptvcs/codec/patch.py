@@ -10,38 +10,49 @@ from __future__ import annotations
 import numpy as np
 
 from ckptvcs.codec import loops
-from ckptvcs.codec.lossless import DELTA, loops_for
-from ckptvcs.codec.planes import Bytes, get_bytes, sample
+from ckptvcs.codec.loops import split_words
+from ckptvcs.codec.lossless import DELTA
+from ckptvcs.codec.planes import get_bytes, sample
 from ckptvcs.codec.sparse import get_positions, put_bitmap
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.dtypes import DType
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 SAME, WHOLE, NEAR = 0, 1, 2
-_SPARSE = 1 / 12  # of the bytes of a plane: below, these and where they are take less room
+_SPARSE = 1 / 12  # of the words: below, their upper bytes, and where these are, take less room
 
 Buffers = tuple[bytes | memoryview, ...]
 """Bytes that stand one after another; not copied, as long as they are only passed on."""
 
 
 def encode(words: Words, near: Words, dtype: DType) -> Buffers:
-    """Code words against their near form, as many; the buffers may be those of `words`."""
-    loop = loops_for(words)
+    """Code words against their near form, as many; the buffers may be those of `words`.
+
+    Every word is made again on the way: old patches are let go on the word of new ones.
+
+    Raises:
+        CorruptionError: what was coded does not give the words back.
+    """
     size = dtype.word
-    tops = loop.split_words(sample(words), sample(near), DELTA, dtype.floating)
-    raw = size
-    while raw and np.count_nonzero(tops[raw - 1]) < _SPARSE * tops.shape[1]:
-        raw -= 1
-    if raw == size:
-        return bytes([WHOLE]), octets(words)
-    planes = loop.split_words(words, near, DELTA, dtype.floating)
-    parts: list[bytes | memoryview] = [bytes([NEAR, raw])]
-    parts += [octets(plane) for plane in planes[:raw]]
-    for plane in planes[raw:]:
-        bitmap = np.packbits(plane != 0)
-        kept = plane[loops.active().bit_positions(bitmap, plane.size)]
-        parts += [put_bitmap(bitmap, plane.size, kept.size), octets(kept)]
-    return tuple(parts)
+    if size in (2, 4) and words.size:
+        low = split_words(sample(words), sample(near), DELTA, dtype.floating)
+        raw = size
+        while raw and np.count_nonzero(low[raw - 1 :].any(axis=0)) < _SPARSE * low.shape[1]:
+            raw -= 1
+        if raw < size:
+            return _encode_near(words, near, dtype, raw)
+    return bytes([WHOLE]), octets(words)
+
+
+def _encode_near(words: Words, near: Words, dtype: DType, raw: int) -> Buffers:
+    planes, bitmap, high, good = loops.active().split_near(words, near, dtype.floating, raw)
+    if not good:
+        raise CorruptionError("an exact patch does not give back what it was made from")
+    upper = high.view(np.uint8).reshape(high.size, 4).T[: dtype.word - raw]
+    return (
+        bytes([NEAR, raw]), *(octets(plane) for plane in planes),
+        put_bitmap(bitmap, words.size, high.size), upper.tobytes(),
+    )  # fmt: skip
 
 
 def decode(
@@ -56,30 +67,22 @@ def decode(
         raise TruncatedError("a patch is empty")
     if near is None:
         raise CorruptionError("a patch lacks what it is for")
-    form = data[0]
+    form, size = data[0], dtype.word
     if form == SAME and len(data) == 1:
         return near
-    size = dtype.word
     if form == WHOLE and len(data) == 1 + count * size:
         return np.frombuffer(data[1:], word_type(size))
-    if form != NEAR or len(data) < 2 or data[1] >= size:
+    if form != NEAR or len(data) < 2 or size not in (2, 4) or data[1] >= size:
         raise CorruptionError("a patch has an unknown form, or another length")
     raw, at = data[1], 2
     planes = np.zeros((size, count), np.uint8)
-    for plane in range(size):
-        at = _get_plane(data, at, planes[plane], sparse=plane >= raw)
+    for plane in planes[:raw]:
+        plane[:], at = get_bytes(data, at, count)
+    positions, at = get_positions(data, at, count)
+    for plane in planes[raw:]:
+        plane[positions], at = get_bytes(data, at, positions.size)
     if at != len(data):
         raise CorruptionError("a patch goes on after its end")
     words = np.empty(count, word_type(size)) if out is None else out
-    loops_for(words).join_words(planes, near, DELTA, dtype.floating, words)
+    loops.active().join_words(planes, near, DELTA, dtype.floating, words)
     return words
-
-
-def _get_plane(data: memoryview, at: int, plane: Bytes, *, sparse: bool) -> int:
-    """Read a plane, which is 0; where the next one begins."""
-    if not sparse:
-        plane[:], at = get_bytes(data, at, plane.size)
-        return at
-    positions, at = get_positions(data, at, plane.size)
-    plane[positions], at = get_bytes(data, at, positions.size)
-    return at

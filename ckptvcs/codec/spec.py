@@ -32,6 +32,10 @@ class NearSpec:
     times the weakest; `moment_step` is for those without directions (vectors).  Momenta that
     nothing divides have `momentum_rank` directions where these leave an error of no more than
     `momentum_nmse`, else `momentum_step`.  `zone` is where a code stops being 0, in steps.
+
+    Everything is coded finer, where the error of all weights together would be above
+    `max_weight_error` of their size (0: no bound), or that of the optimizer's next step, in any
+    slice, above `max_update_nmse`.
     """
 
     step: float = 1.85
@@ -44,6 +48,8 @@ class NearSpec:
     momentum_rank: int = 16
     momentum_nmse: float = 0.3
     momentum_step: float = 1.5
+    max_weight_error: float = 0.1
+    max_update_nmse: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class CodecSpec:
 
 PRESETS = {
     "near": CodecSpec("near", NearSpec()),
-    "small": CodecSpec("small", NearSpec(step=2.85, zone=0.66, gamma=0.5, cap=4.0, rank=4)),
+    "small": CodecSpec(
+        "small", NearSpec(step=2.85, zone=0.66, gamma=0.5, cap=4.0, rank=4, max_weight_error=0)
+    ),
     "lossless": CodecSpec("lossless"),
     "excp": CodecSpec("excp", ExcpSpec()),
     "excp-max": CodecSpec("excp-max", ExcpSpec(multiplier=2.5)),
@@ -69,6 +77,7 @@ _RANGES = {
     "zone": (0.5, 1),
     "rank": (0, 64),
     "momentum_rank": (0, 64),
+    "max_weight_error": (0, 1e9),
 }
 _ANY = (1e-9, 1e9)
 _WHOLE = ("bits", "rank", "momentum_rank")
@@ -105,3 +114,40 @@ def parse_codec(text: str) -> CodecSpec:
             raise InvalidInputError(f"'{key}' is out of range: {value}")
         settings = replace(settings, **{key: number})  # type: ignore[arg-type]  # checked above
     return replace(preset, settings=settings)
+
+
+def with_bounds(
+    spec: CodecSpec, weight_error: float | None, update_nmse: float | None
+) -> CodecSpec:
+    """A codec with other bounds of its errors; None leaves its own, infinity is none.
+
+    Raises:
+        InvalidInputError: it has no bounds at all.
+    """
+    settings = spec.settings
+    if settings is None or (weight_error is None and update_nmse is None):
+        return spec
+    if not isinstance(settings, NearSpec):
+        raise InvalidInputError(
+            f"codec '{spec.name}' cannot keep a bound",
+            hint="set max-weight-error and max-update-nmse to auto",
+        )
+    if weight_error is not None:
+        weight_error = 0.0 if weight_error == float("inf") else weight_error
+        settings = replace(settings, max_weight_error=weight_error)
+    if update_nmse is not None:
+        settings = replace(settings, max_update_nmse=update_nmse)
+    return replace(spec, settings=settings)
+
+
+def finer(spec: CodecSpec, excess: float) -> CodecSpec:
+    """A codec for the next try, after one whose error of weights was `excess` times what it may be:
+    it aims lower.
+    """
+    settings = spec.settings
+    assert isinstance(settings, NearSpec)
+    share = min(0.7, 0.8 / excess)
+    return replace(spec, settings=replace(
+        settings, step=share * settings.step, cap=share * settings.cap,
+        max_weight_error=share * settings.max_weight_error,
+    ))  # fmt: skip

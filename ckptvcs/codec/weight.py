@@ -185,6 +185,42 @@ def encode_keyframe(words: Words, dtype: str, step: float) -> NearSlice | None:
     return NearSlice(payload, _keyframe(codes, dtype, grid))
 
 
+def find_grid(words: Words, dtype: str) -> int | None:
+    """The coarsest grid that all values of a slice lie on; None where there is none, or one has
+    too many bits for it.
+    """
+    bits = to_float32(words, dtype).view(np.uint32) & np.uint32(0x7FFFFFFF)
+    bits = bits[bits != 0]
+    exponents = (bits >> np.uint32(23)).astype(np.int32)
+    if not bits.size or int(exponents.min()) == 0 or int(exponents.max()) == 255:
+        return None  # nothing but zeros; numbers below the normal ones, or none at all
+    fraction = (bits & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
+    lowest = fraction & (~fraction + np.uint32(1))
+    zeros = (lowest.astype(np.float32).view(np.uint32) >> np.uint32(23)).astype(np.int32) - 127
+    grid = 150 - int((exponents + zeros).min())
+    largest = float(bits.max().view(np.float32))
+    return grid if grid in _GRIDS and largest * 2.0**grid < MAX_CODE - 1 else None
+
+
+def encode_difference(words: Words, base: Words, dtype: str) -> NearSlice | None:
+    """Code a slice of a weight exactly as the difference of multiples of the grid that it and its
+    base lie on: the sum of all the deltas between them.  None where they lie on none.
+    """
+    grids = [find_grid(words, dtype), find_grid(base, dtype)]
+    known = [grid for grid in grids if grid is not None]
+    if len(known) < len(grids):
+        return None
+    scale = np.float32(2.0 ** max(known))
+    with np.errstate(over="ignore", invalid="ignore"):
+        values, before = (to_float32(x, dtype) * scale for x in (words, base))
+        steps = values - before
+        if not (max(np.abs(x).max() for x in (values, before, steps)) < MAX_CODE):
+            return None
+    payload = _HEAD.pack(max(known), 1, 0, 0, 0)
+    payload += put_codes(Codes(None, steps.astype(np.int32)), words.size)
+    return NearSlice(payload, decode_weight(memoryview(payload), base, words.size, dtype))
+
+
 def _keyframe(codes: Integers, dtype: str, grid: int) -> Words:
     with np.errstate(over="ignore", invalid="ignore"):
         return from_float32(codes.astype(np.float32) * np.float32(2.0**-grid), dtype)

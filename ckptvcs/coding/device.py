@@ -65,7 +65,7 @@ class DeviceCoder:
         }  # fmt: skip
         step = self._host.step(number, coded)
         weight = self._weight(group.weight, number, second)
-        if weight is None or step.update_error > step.update_energy:
+        if weight is None or not self._host.good(step):
             return None
         first[1].add(step)
         coded[group.weight.number] = weight[:2]

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from ckptvcs.codec import lossless, patch
-from ckptvcs.codec.frame import LOSSLESS, PATCH, put_slice
-from ckptvcs.codec.words import Words
+from ckptvcs.codec.frame import LOSSLESS, NEAR_WEIGHT, PATCH, put_slice
+from ckptvcs.codec.weight import encode_difference, encode_keyframe, find_grid
+from ckptvcs.codec.words import NearSlice, Words
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Target, Tensor
-from ckptvcs.dtypes import DTYPES
-from ckptvcs.errors import CorruptionError
+from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES
 
 
 def code_exactly(source: Words, base: Words | None, dtype: str) -> CodedSlice:
@@ -21,20 +21,31 @@ def code_exactly(source: Words, base: Words | None, dtype: str) -> CodedSlice:
     return CodedSlice(put_slice(LOSSLESS, payload), source, source, stands_on_base)
 
 
+def code_again(words: Words, base: Words | None, dtype: str) -> CodedSlice:
+    """Code a slice that was decoded so that the same comes back, in as few bytes as any form takes:
+    on the grid of near weights, or losslessly.
+    """
+    options = [code_exactly(words, base, dtype)]
+    near: NearSlice | None = None
+    if dtype in WEIGHT_DTYPES and words.size:
+        if base is not None:
+            near = encode_difference(words, base, dtype)
+        else:
+            grid = find_grid(words, dtype)
+            near = None if grid is None else encode_keyframe(words, dtype, 2.0**-grid)
+    if near is not None and np.array_equal(near.decoded, words):
+        data = put_slice(NEAR_WEIGHT, near.payload)
+        options.append(CodedSlice(data, words, words, base is not None))
+    return min(options, key=lambda option: len(option.data))
+
+
 SAME = bytes([PATCH, patch.SAME])
 """A slice of a patch whose words are those of the near form."""
 
 
 def code_patch(source: Words, near: Words, dtype: str) -> patch.Buffers:
-    """What makes the words of a slice of its near form, as a slice.  It is decoded again here: old
-    patches are let go on the word of new ones.
-    """
-    buffers = patch.encode(source, near, DTYPES[dtype])
-    if buffers[0] != bytes([patch.WHOLE]):
-        data = memoryview(b"".join(buffers))
-        if not np.array_equal(patch.decode(data, source.size, near, DTYPES[dtype]), source):
-            raise CorruptionError("an exact patch does not give back what it was made from")
-    return bytes([PATCH]), *buffers
+    """What makes the words of a slice of its near form, as a slice."""
+    return bytes([PATCH]), *patch.encode(source, near, DTYPES[dtype])
 
 
 class ExactCoder:

@@ -46,6 +46,8 @@ _RUN = 64  # neighbours that share an exponent where the shape tells nothing
 _FLAT = 1 << 14  # words from which on a vector is cut into such runs
 _FEW_ROWS = 16  # in a slice: columns would cost more than they tell
 _PER_RANK = 4  # rows and columns that a direction is worth
+_NOISE = 0.066  # NMSE of residuals over the square of their step in standard deviations, about
+_MARGIN = 0.9  # of a bound, to be on the safe side of samples
 _LEAST_ROW = 32  # words that a factor of their own is worth
 
 
@@ -113,9 +115,11 @@ class NearPlan:
         """The plan for weights of these scales.
 
         A re-initialised layer, say, must not set the step of all others: residuals far above the
-        median tensor's are cut.
+        median tensor's are cut.  Where the bound on the error of weights asks for it, steps are
+        finer than `spec` has them.
         """
         rows = list(scales)
+        spec = _finer(spec, rows)
         moved = [row for row in rows if row.residual]
         residual = 0.0
         if moved:
@@ -127,6 +131,23 @@ class NearPlan:
         known = [(row.second, row.words) for row in rows if row.second is not None]
         second = _weighted_median([s for s, _ in known], [w for _, w in known]) if known else 0.0
         return cls(spec, residual, second)
+
+
+def _finer(spec: NearSpec, rows: list[Scale]) -> NearSpec:
+    """Steps with which the bound on the error of weights holds, as far as scales tell."""
+    residual, weight = energies(rows)
+    bound = (_MARGIN * spec.max_weight_error) ** 2 * weight
+    if not spec.max_weight_error or _NOISE * spec.step**2 * residual <= bound:
+        return spec
+    share = float(np.sqrt(bound / (_NOISE * residual))) / spec.step
+    return replace(spec, step=share * spec.step, cap=share * spec.cap)
+
+
+def energies(rows: Iterable[Scale]) -> tuple[float, float]:
+    """Sums of squares over all residuals, and over the weights that have one."""
+    moved = [row for row in rows if row.residual is not None]
+    residual = sum(row.words * float(row.residual or 0) ** 2 for row in moved)
+    return residual, sum(row.words * row.weight**2 for row in moved)
 
 
 def second_rows(target: Target, number: int, words: int) -> Rows:
@@ -224,25 +245,40 @@ class NearCoder:
     # -- moments -------------------------------------------------------------------------------
 
     def _moments(self, number: int, coded: dict[int, Measured]) -> None:
-        """Code first and second: the coarsest second with which the next step is no worse than
-        without any state at all.
+        """Code first and second: the coarsest forms with which the next step is as good as it must
+        be; by default no worse than without any state at all.
         """
         first, second = self._group.first, self._group.second
+        holder = first or second
+        assert holder is not None
         for near_second in self._seconds(second, number) if second is not None else [None]:
             if second is not None and near_second is not None:
                 coded[second.number] = near_second
-            if first is not None:
-                coded[first.number] = self._first(first, number, near_second)
-            step = self.step(number, coded)
-            if step.update_error <= step.update_energy:
-                break
-        else:
-            if first is not None:
-                coded[first.number] = self._exact(first, number)
-            step = self.step(number, coded)
-        holder = first or second
-        assert holder is not None
-        coded[holder.number][1].add(step)
+            for near_first in self._firsts(number, near_second):
+                if first is not None and near_first is not None:
+                    coded[first.number] = near_first
+                step = self.step(number, coded)
+                if self.good(step):
+                    coded[holder.number][1].add(step)
+                    return
+        if first is not None:
+            coded[first.number] = self._exact(first, number)
+        coded[holder.number][1].add(self.step(number, coded))
+
+    def good(self, step: Errors) -> bool:
+        """Whether the next step is within its bound."""
+        return step.update_error <= self.spec.max_update_nmse * step.update_energy
+
+    def _firsts(self, number: int, second: Measured | None) -> Iterator[Measured | None]:
+        """A slice of first moments in forms that get finer."""
+        target = self._group.first
+        if target is None:
+            yield None
+            return
+        yield self._first(target, number, second)
+        if self.spec.max_update_nmse < 1:
+            for share in (0.5, 0.25, 0.125):
+                yield self._entries(target, number, second, share)
 
     def step(self, number: int, coded: dict[int, Measured]) -> Errors:
         """The error of the next step with a slice of each moment as it is coded, by number."""
@@ -269,14 +305,18 @@ class NearCoder:
         yield self._exact(target, number)
 
     def _first(self, target: Target, number: int, second: Measured | None) -> Measured:
+        found = self._low_rank(target, number, target.tensor.slice(number), second)
+        return found or self._entries(target, number, second)
+
+    def _entries(
+        self, target: Target, number: int, second: Measured | None, share: float = 1
+    ) -> Measured:
+        """A slice entry by entry, in a `share` of the usual steps."""
         words, spec = target.tensor.slice(number), self.spec
         step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
             step, method, squares = spec.moment_step, NEAR_SCALED_FIRST, second[0].decoded
-        found = self._low_rank(target, number, words, second)
-        if found is not None:
-            return found
-        encoded = encode_first(words, squares, target.dtype, step, _MOMENT_ZONE)
+        encoded = encode_first(words, squares, target.dtype, share * step, _MOMENT_ZONE)
         return self._near(target, number, method, encoded) or self._exact(target, number)
 
     def _low_rank(
@@ -347,7 +387,8 @@ class NearCoder:
             step = _KEYFRAME_STEP * self.delta_step()
             return min(step, _COARSEST_KEYFRAME * scale.weight)
         trained = group.first is not None or group.second is not None or group.others
-        return _FIRST_STEP * scale.weight if trained else None
+        first = min(_FIRST_STEP, 3 * (self.spec.max_weight_error or 1))
+        return first * scale.weight if trained else None
 
     def row_factors(self, factors: Factors | None) -> tuple[Rows, Bytes] | None:
         """Factors of steps by the second moments of rows; None where these say nothing of rows."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from ckptvcs.errors import InvalidInputError, MissingObjectError
@@ -107,6 +107,11 @@ class Collector:
                 freed += store.backend.size(name)
         verdicts = tuple(self._with_bytes(row, marked, packs) for row in rows)
         return GcPlan(verdicts, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops))
+
+    def after(self, plan: GcPlan) -> GcPlan:
+        """A plan that was recorded, with what can go of the disk now."""
+        again = self.plan(Policy())
+        return replace(again, verdicts=plan.verdicts, fading=plan.fading, drops=plan.drops)
 
     def _lines(self, hidden: frozenset[ObjectId]) -> dict[str, list[Row]]:
         """Every branch, newest first."""

@@ -21,6 +21,7 @@ _TINY = 1 << 20  # bytes: packs below are merged ...
 _FEW = 4  # ... when there are so many
 _FULL = 1 << 25
 _WASTE = 0.25  # of a pack's bytes
+_LEAST_WASTE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def plan_merges(catalog: Catalog, marked: Marked) -> list[Merge]:
             continue
         parts = {marked.bundles.get(place.entry.id, "") for place in kept[pack]}
         used = sum(place.entry.record_bytes for place in kept[pack])
-        wasted = size > _TINY and used < (1 - _WASTE) * size
+        wasted = size - used > max(_WASTE * size, _LEAST_WASTE)
         if (size <= _TINY or wasted) and len(parts) == 1 and used < _FULL:
             groups.setdefault((folder, parts.pop()), []).append((pack, wasted))
     merges = []

@@ -29,6 +29,7 @@ Keep = Callable[[int, State], None]
 
 MAIN = {"gpt-b0.95": TrainSpec(also=range(1050, 1151, 10)),
         "gpt-b0.999": TrainSpec(beta2=0.999, seed=1, also=range(1050, 1151, 10))}  # fmt: skip
+LONG = "gpt-long"  # 200 checkpoints, for what a history takes
 RESUME = {f"resume-b{beta2}-s{seed}": TrainSpec(beta2=beta2, seed=seed)
           for beta2 in (0.95, 0.999) for seed in range(3)}  # fmt: skip
 RESUME_STEPS = 1050  # of a schedule of 1500
@@ -144,7 +145,8 @@ def make_all(folder: Path) -> None:
         start = torch.load(folder / "gpt-b0.95" / "step1500.pt", weights_only=True)
         finetune(start, TrainSpec(), keep)
 
-    runs = {name: (spec.steps, _gpt(spec, spec.steps)) for name, spec in MAIN.items()}
+    specs = {**MAIN, LONG: TrainSpec(steps=2000, every=10, seed=5)}
+    runs = {name: (spec.steps, _gpt(spec, spec.steps)) for name, spec in specs.items()}
     runs |= {name: (RESUME_STEPS, _gpt(spec, RESUME_STEPS)) for name, spec in RESUME.items()}
     runs |= {FINETUNE: (FINETUNE_STEPS, tune), VISION: (VISION_STEPS, vision)}
     with Progress(console=Console(stderr=True)) as progress:

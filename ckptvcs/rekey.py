@@ -1,0 +1,335 @@
+"""Rekey: what stands on dropped commits is coded anew, on commits that stay or by itself.
+
+Deltas across dropped commits become one: near weights are multiples of a grid, so that the sum
+of deltas is a difference of integers.  No value changes: each tensor is proven by its hash before
+it is coded again, each slice is decoded again after, and commits keep their ids: a new recipe says
+how their tables are stored from now on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from ckptvcs.bases import BaseWriter, materialised
+from ckptvcs.chain import ChainReader, Materialised
+from ckptvcs.codec.frame import decode_slice, slice_counts
+from ckptvcs.codec.words import Words, octets
+from ckptvcs.coding.exact import code_again
+from ckptvcs.errors import CorruptionError
+from ckptvcs.frames import Slice
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import Commit
+from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
+from ckptvcs.history.schema import TensorInfo
+from ckptvcs.parallel import ordered_map
+from ckptvcs.source import Progress
+from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.pack import PackWriter
+
+_WASTE = 0.1  # of a bundle's bytes: for less the rest is not copied
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table of values of a commit that stays, and that of the nearest one before it."""
+
+    values: ObjectId
+    part: str
+    infos: tuple[TensorInfo, ...]
+    below: _Table | None
+
+    def find(self, info: TensorInfo) -> int | None:
+        """Where a tensor of the same name, type and shape stands."""
+        wanted = (info.name, info.dtype, info.shape)
+        for position, known in enumerate(self.infos):
+            if (known.name, known.dtype, known.shape) == wanted:
+                return position
+        return None
+
+
+_Place = tuple[ObjectId | None, int]  # bundle (None: the one being written), frame
+
+
+class _Bundle:
+    """A bundle on its way, in a pack that is begun when it is first needed."""
+
+    def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
+        self._new_pack = new_pack
+        self.pack: PackWriter | None = None
+        self.frames: list[Frame] = []
+        self.moved: dict[tuple[ObjectId, int], int] = {}
+        self._at = 0
+
+    def append(self, data: bytes) -> Slice:
+        """Add a slice."""
+        if self.pack is None:
+            self.pack = self._new_pack()
+        self.pack.append_region(data)
+        start, self._at = self._at, self._at + len(data)
+        return start, len(data), slice_hash(data)
+
+    def add(self, frame: Frame, old: tuple[ObjectId, int]) -> int:
+        """Add a frame that takes the place of an `old` one: its number."""
+        self.frames.append(frame)
+        self.moved[old] = len(self.frames) - 1
+        return len(self.frames) - 1
+
+
+class Rekeyer:
+    """Rekeys one repository, while nobody writes."""
+
+    def __init__(self, catalog: Catalog, cache: Path, depth: int, progress: Progress) -> None:
+        """No chain may be deeper than `depth`."""
+        self._catalog, self._cache, self._depth = catalog, cache, depth
+        self._progress = progress
+        self._staying: set[ObjectId] = set()
+        self._leaving: set[ObjectId] = set()
+        self._moved: dict[tuple[ObjectId, int], _Place] = {}
+        self._full = True  # whether all tensors of a table went into the cache
+        self._materials: dict[ObjectId, Materialised | None] = {}
+        self._chain = ChainReader(catalog, self._materials.get)
+
+    def run(self, kept: Mapping[ObjectId, Commit]) -> int:
+        """Code anew what stands on commits that are not `kept`; how many tables that were.
+
+        Raises:
+            CorruptionError: a tensor does not decode to its hash.
+            StorageError: the disk is full; everything is as it was.
+        """
+        tables = list(self._tables(kept))
+        self._staying = {table.values for table in tables}
+        self._leaving = self._wasted(tables)
+        count = 0
+        for table in tables:  # those below first
+            if self._stale(table):
+                self._rewrite(table)
+                count += 1
+        return count
+
+    # -- what to code anew ---------------------------------------------------------------------
+
+    def _tables(self, kept: Mapping[ObjectId, Commit]) -> Iterator[_Table]:
+        """The tables of all commits that stay, each once, those of ancestors first."""
+        made: dict[tuple[ObjectId, str], _Table | None] = {}
+        seen: set[ObjectId] = set()
+        gone = self._catalog.dropped().parts
+        for name in self._downwards(kept):
+            commit = kept[name]
+            schema = self._catalog.schema(commit.schema)
+            above = next(
+                (n for n, _ in self._catalog.ancestors(commit.parents[0]) if n in kept), None
+            ) if commit.parents else None  # fmt: skip
+            for part, state in commit.parts.items():
+                below = made.get((above, part)) if above else None
+                if part in gone.get(name, ()):
+                    made[name, part] = below
+                    continue
+                infos = tuple(schema.tensors[number] for number in schema.stored(part))
+                table = made[name, part] = _Table(state.values, part, infos, below)
+                if state.values not in seen:
+                    seen.add(state.values)
+                    yield table
+
+    def _downwards(self, kept: Mapping[ObjectId, Commit]) -> Iterator[ObjectId]:
+        """Commits, every one after its ancestors."""
+        seen: set[ObjectId] = set()
+        for tip in kept:
+            path = []
+            for name, _ in self._catalog.ancestors(tip):
+                if name in seen:
+                    break
+                seen.add(name)
+                path.append(name)
+            yield from (name for name in reversed(path) if name in kept)
+
+    def _wasted(self, tables: Iterable[_Table]) -> set[ObjectId]:
+        """The bundles of which too little is used."""
+        used: dict[ObjectId, set[int]] = {}
+        for table in tables:
+            recipe = self._catalog.recipe(table.values)
+            for owner, frame in zip(recipe.owners, recipe.frames, strict=True):
+                used.setdefault(recipe.bundles[owner], set()).add(frame)
+        found = set()
+        for name, numbers in used.items():
+            sizes = [frame.size_bytes for frame in self._catalog.bundle(name)]
+            if sum(sizes[number] for number in numbers) < (1 - _WASTE) * sum(sizes):
+                found.add(name)
+        return found
+
+    def _stale(self, table: _Table) -> bool:
+        return any(
+            place in self._moved or place[0] in self._leaving or self._must_change(frame)
+            for place, frame in self._places(table)
+        )
+
+    def _must_change(self, frame: Frame) -> bool:
+        gone = frame.base is not None and frame.base[0] not in self._staying
+        return gone or frame.depth > self._depth
+
+    def _places(self, table: _Table) -> list[tuple[tuple[ObjectId, int], Frame]]:
+        """Where each tensor of a table lies."""
+        recipe = self._catalog.recipe(table.values)
+        places = [recipe.place(position) for position in range(len(recipe.frames))]
+        return [(place, self._catalog.bundle(place[0])[place[1]]) for place in places]
+
+    # -- coding anew ---------------------------------------------------------------------------
+
+    def _rewrite(self, table: _Table) -> None:
+        """Give a table a recipe that comes before all others; frames that change, and those beside
+        them, lie in a bundle of their own.
+        """
+        store = self._catalog.store
+        self._have(table.below)
+        sizes = [info.size_bytes for info in table.infos]
+        base = BaseWriter(self._cache, sizes) if table.part == "model" else None
+        bundle, meta = _Bundle(lambda: store.new_pack("packs")), store.new_pack("meta")
+        try:
+            places, self._full = self._places(table), True
+            self._leaving |= {place[0] for place, frame in places if self._must_change(frame)}
+            found = [self._find(bundle, table, n, base) for n in range(len(places))]
+            name: ObjectId | None = None
+            if bundle.pack is not None:
+                name = bundle.pack.add(Kind.BUNDLE, dump_bundle(bundle.frames))
+                store.publish(bundle.pack)
+            meta.add(Kind.RECIPE, dump_recipe(self._recipe(table.values, found, name)))
+            store.publish(meta)  # from here on the new frames are used
+            self._moved |= {old: (name, number) for old, number in bundle.moved.items()}
+            if base is not None and self._full:
+                base.finish(table.values)
+        finally:
+            if bundle.pack is not None:
+                bundle.pack.abort()
+            meta.abort()
+            if base is not None:
+                base.abort()
+        self._catalog.forget_recipes()
+
+    def _recipe(self, values: ObjectId, found: list[_Place], own: ObjectId | None) -> Recipe:
+        bundles: dict[ObjectId, int] = {}
+        owners = []
+        for bundle, _ in found:
+            owner = bundle or own
+            assert owner is not None
+            owners.append(bundles.setdefault(owner, len(bundles)))
+        generation = 1 + max(recipe.generation for _, recipe in self._catalog.recipes(values))
+        numbers = tuple(number for _, number in found)
+        return Recipe(values, generation, tuple(bundles), tuple(owners), numbers)
+
+    def _have(self, table: _Table | None) -> None:
+        """Read a table from the cache, if it is there."""
+        self._materials.clear()
+        if table is not None and table.part == "model":
+            hashes = self._catalog.values(table.values)
+            found = materialised(self._cache, None, table.values, list(table.infos), hashes)
+            self._materials[table.values] = found
+
+    def _find(
+        self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
+    ) -> _Place:
+        """Where the frame of a tensor lies from now on."""
+        owner, number = self._catalog.recipe(table.values).place(position)
+        self._progress(table.infos[position].size_bytes)
+        if (owner, number) in self._moved:
+            self._full = False
+            return self._moved[owner, number]
+        if (owner, number) in bundle.moved:
+            return None, bundle.moved[owner, number]
+        if self._must_change(self._catalog.bundle(owner)[number]):
+            return None, self._recode(bundle, table, position, cache)
+        self._full = False
+        if owner not in self._leaving:
+            return owner, number
+        return None, self._copy(bundle, table, owner, number, cache)
+
+    def _recode(
+        self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
+    ) -> int:
+        """Code a tensor against the nearest commit that stays, or by itself."""
+        place = self._catalog.recipe(table.values).place(position)
+        frame = self._catalog.bundle(place[0])[place[1]]
+        below = None if table.below is None else table.below.find(table.infos[position])
+        base: tuple[ObjectId, int] | None = None
+        depth = 0
+        if table.below is not None and below is not None:
+            depth = self._chain.depth(table.below.values, below) + 1
+            if depth <= min(frame.depth, self._depth):
+                base = (table.below.values, below)
+        slices, stands = self._code(bundle, table, position, base, cache)
+        made = Frame(base, depth, None, slices) if stands else Frame(None, 0, None, slices)
+        return bundle.add(made, place)
+
+    def _code(
+        self, bundle: _Bundle, table: _Table, position: int, base: tuple[ObjectId, int] | None,
+        cache: BaseWriter | None,
+    ) -> tuple[tuple[Slice, ...], bool]:  # fmt: skip
+        """Code a tensor again, slice by slice; whether any slice stands on the base."""
+        info, chain = table.infos[position], self._chain
+        links = chain.links(table.values, position)
+        under = None if base is None else chain.links(*base)
+
+        def code(job: tuple[int, int]) -> tuple[Words, Words | None, bytes, bool]:
+            number, count = job
+            words = chain.decode_slice(links, info, number, count)
+            below = None if under is None else chain.decode_slice(under, info, number, count)
+            coded = code_again(words, below, info.dtype)
+            again = decode_slice(memoryview(coded.data), info.type, count, below)
+            if not np.array_equal(again, words):
+                raise CorruptionError(f"{info.name} does not come back from its new form")
+            return words, below, coded.data, coded.stands_on_base
+
+        own, under_digest = blake3(max_threads=1), blake3(max_threads=1)
+        slices, stands = [], False
+        jobs = enumerate(slice_counts(info.words))
+        for number, (words, below, data, on_base) in enumerate(ordered_map(code, jobs)):
+            own.update(octets(words))
+            if below is not None:
+                under_digest.update(octets(below))
+            if cache is not None:
+                cache.write(position, number, words)
+            slices.append(bundle.append(data))
+            stands |= on_base
+        wrong = own.digest() != self._catalog.values(table.values)[position]
+        if base is not None and under_digest.digest() != self._catalog.values(base[0])[base[1]]:
+            wrong = True
+        if wrong:
+            raise CorruptionError(f"{info.name} does not decode to its recorded hash")
+        return tuple(slices), stands
+
+    def _copy(
+        self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int,
+        cache: BaseWriter | None,
+    ) -> int:  # fmt: skip
+        """Take over a frame as it is, with its companion."""
+        if (owner, number) in bundle.moved:
+            return bundle.moved[owner, number]
+        frame = self._catalog.bundle(owner)[number]
+        companion = None
+        if frame.companion is not None:
+            companion = self._companion(bundle, table, owner, frame.companion, cache)
+        slices = []
+        for offset, length, expected in frame.slices:
+            data = self._catalog.store.read_region(owner, offset, length)
+            if slice_hash(data) != expected:
+                raise CorruptionError(f"bundle {owner[:8]} is damaged: a slice has another hash")
+            slices.append(bundle.append(data))
+        made = Frame(frame.base, frame.depth, companion, tuple(slices))
+        return bundle.add(made, (owner, number))
+
+    def _companion(
+        self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int,
+        cache: BaseWriter | None,
+    ) -> int:  # fmt: skip
+        """The frame that another needs beside it, in the same bundle: coded anew if it must be."""
+        if (owner, number) in bundle.moved:
+            return bundle.moved[owner, number]
+        recipe = self._catalog.recipe(table.values)
+        for position in range(len(recipe.frames)):
+            mine = recipe.place(position) == (owner, number)
+            if mine and self._must_change(self._catalog.bundle(owner)[number]):
+                return self._recode(bundle, table, position, cache)
+        return self._copy(bundle, table, owner, number, cache)
