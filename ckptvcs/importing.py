@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ckptvcs.checkpoint.folder import Found, survey
-from ckptvcs.codec.spec import parse_codec
+from ckptvcs.codec.spec import NearSpec
 from ckptvcs.content import Contents
 from ckptvcs.errors import (
     CkptError,
@@ -96,7 +96,7 @@ class Importer:
             InvalidInputError: it is a checkpoint itself, or part of the repository; no such codec.
         """
         self.repo, self.folder, self._codec = repo, folder, codec
-        parse_codec(repo.config.codec if codec is None else codec)
+        self._name = repo.config.codec_of(codec).name
         self._wanted = check_name(branch, "branch") if branch else None
         found, self.left_out = survey(folder, pattern, repo.folder.resolve())
         self.items = [Item(one) for one in found]
@@ -180,8 +180,16 @@ class Importer:
 
     def _is_exact(self, name: ObjectId, progress: Progress) -> bool:
         """Prove a commit; see `ckptvcs.proof`."""
-        cache, bound = self.repo.folder / CACHE / "bases", self.repo.config.max_weight_error
-        return prove(self.repo.catalog, cache, name, bound, progress)
+        catalog, cache = self.repo.catalog, self.repo.folder / CACHE / "bases"
+        return prove(catalog, cache, name, self._bound(catalog.commit(name).codec), progress)
+
+    def _bound(self, codec: str) -> float:
+        """The error that weights may have which a codec has coded: as it is set now; 0 for any."""
+        try:
+            spec = self.repo.config.codec_of(self._codec if codec == self._name else codec)
+        except InvalidInputError:  # one of a newer program, or one that keeps no bounds
+            return 0.0
+        return spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0.0
 
     # -- where it goes -----------------------------------------------------------------------------
 

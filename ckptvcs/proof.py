@@ -14,25 +14,20 @@ from pathlib import Path
 
 from ckptvcs.bases import materialised
 from ckptvcs.chain import Materialised
-from ckptvcs.config import AUTO, OFF
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 
-_NEAR_BOUND = 0.1  # of `weight_rel`, where the setting leaves it to the codec
-
 Progress = Callable[[int], None]
 
 
-def prove(
-    catalog: Catalog, cache: Path, name: ObjectId, bound: str | float, progress: Progress
-) -> bool:
+def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress: Progress) -> bool:
     """Restore a commit in the form that it has now; whether that is exact.
 
     Exact: each file has the hash that was committed.  Near: each tensor has the hash that was
     recorded, each file opens as what it was, and the relative error of the weights is within
-    `bound`: a number, `off`, or `auto`.
+    `bound` (0: whatever it is).
 
     Raises:
         CorruptionError: it is not so.
@@ -48,9 +43,9 @@ def prove(
         layout, numbers = restorer.layout(file)
         if layout.format != file.format or -1 in numbers:
             raise CorruptionError(f"{file.path} comes back as no {file.format} file")
-    error, limit = restorer.commit.error.weight_rel, _limit(bound, restorer.commit.codec)
-    if not restorer.exact and limit is not None and not error <= limit:
-        raise CorruptionError(f"weights are off by {error:.2g}, more than {limit:.2g}")
+    error = restorer.commit.error.weight_rel
+    if not restorer.exact and bound and not error <= bound:
+        raise CorruptionError(f"weights are off by {error:.2g}, more than {bound:.2g}")
     return restorer.exact
 
 
@@ -69,9 +64,3 @@ def _of_parent(
                 hashes = catalog.values(state.values)
                 return {state.values: materialised(cache, None, state.values, infos, hashes)}
     return {}
-
-
-def _limit(bound: str | float, codec: str) -> float | None:
-    if bound == AUTO:
-        return _NEAR_BOUND if codec == "near" else None
-    return None if bound == OFF else float(bound)

@@ -392,6 +392,16 @@ def test_an_error_above_its_bound_is_none_to_live_with(near: Repo, folder: Path)
     assert names(folder) == ["step-800.pt", "step-900.pt"]
 
 
+def test_a_bound_that_was_given_with_the_codec_counts(repo: Repo, folder: Path) -> None:
+    repo.configure("keep-exact", "0")
+    importer = run(repo, folder, codec="near:max_weight_error=0.9")
+    assert set(actions(importer).values()) == {"committed"}
+    assert set(actions(run(repo, folder, codec="near:max_weight_error=1e-8")).values()) == {
+        "failed"
+    }
+    assert set(actions(run(repo, folder, codec="near:max_weight_error=0")).values()) == {"known"}
+
+
 # -- removal ---------------------------------------------------------------------------------------
 
 
