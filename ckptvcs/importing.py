@@ -259,7 +259,9 @@ class Importer:
         if entry is None:
             return "it is not committed"
         if not entry.exact and not accept_near:
-            return f"its commit is only near (weights off by {entry.commit.error.weight_rel:.2g})"
+            error = entry.commit.error.weight_rel
+            off = f"weights off by {error:.2g}" if error else "its weights are exact"
+            return f"its commit is only near ({off})"
         return None
 
     def remove(self, *, accept_near: bool, progress: Progress, watch: Watch) -> None:
