@@ -138,6 +138,8 @@ class PatchWriter:
 
     def frame(self, tensor: int, count: int, base: tuple[ObjectId, int], depth: int) -> Frame:
         """The frame of a tensor of `count` slices; those that were not added are the same."""
+        while self._late:  # a region has one writer at a time
+            self._late.popleft().result()
         slices = []
         for index in range(count):
             future = self._slices.get((tensor, index))
