@@ -144,10 +144,10 @@ def graph_rows(
 
 
 _RIGHT = frozenset({
-    "step", "size", "ratio", "bytes", "depth", "freed", "|A|", "|B|", "|B-A|", "change",
+    "step", "size", "stored", "ratio", "bytes", "depth", "freed", "|A|", "|B|", "|B-A|", "change",
     "per step", "cosine", "max", "changed", "not finite",
 })  # fmt: skip
-_FLEXIBLE = frozenset({"message", "metrics", "name", "reason"})
+_FLEXIBLE = frozenset({"message", "metrics", "name", "reason", "note"})
 _GAP = 2  # columns between two cells
 
 

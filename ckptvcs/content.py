@@ -1,0 +1,67 @@
+"""Content: which commit holds, byte for byte, what is in a file or a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from ckptvcs.checkout import hash_file
+from ckptvcs.checkpoint.checkpoint import open_checkpoint
+from ckptvcs.checkpoint.folder import Found
+from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.history.commit import Commit
+from ckptvcs.opened import Opened
+from ckptvcs.store.object import ObjectId
+
+Progress = Callable[[int], None]
+
+Content = str | frozenset[tuple[str, str]]
+"""What a checkpoint holds: the hash of its file, or those of a directory's files by path."""
+
+
+class Contents:
+    """The commits of a repository, as far as they can be restored in full, by their content."""
+
+    def __init__(self, repo: Opened) -> None:
+        self._repo = repo
+        self._commits: dict[Content, ObjectId] = {}
+        self._sizes: set[int] = set()
+        self._content: dict[str, Content] = {}  # of what was read, by its name
+        gone = repo.catalog.dropped()
+        tips = repo.revisions.tips().values()
+        for name, commit in repo.revisions.reachable(tips):
+            if name not in gone.commits and name not in gone.parts:
+                self.add(name, commit)
+
+    def add(self, name: ObjectId, commit: Commit) -> None:
+        """Know a commit; of several with the same content one that is exact."""
+        hashes = {file.path: file.hash for file in commit.files if file.hash is not None}
+        if commit.source == "state" or not hashes:
+            return
+        content = _content(commit.source, hashes)
+        if content not in self._commits or self._repo.entry(name).exact:
+            self._commits[content] = name
+        self._sizes.add(commit.raw_bytes)
+
+    def find(self, found: Found, progress: Progress) -> ObjectId | None:
+        """The commit that holds what is in a file or directory; read only if one may."""
+        if found.size_bytes not in self._sizes:
+            return None
+        if found.name not in self._content:
+            self._content[found.name] = _content(found.kind, dict(self._hashes(found)))
+            progress(found.size_bytes)
+        return self._commits.get(self._content[found.name])
+
+    def _hashes(self, found: Found) -> Iterator[tuple[str, str]]:
+        checkpoint = open_checkpoint(found.path, skip=self._repo.folder.resolve())
+        below = found.kind == "directory"
+        for file in checkpoint.files:
+            path = found.path / file.path if below else found.path
+            try:
+                yield file.path, hash_file(path)
+            except OSError as error:
+                raise unreadable(path, error) from error
+        checkpoint.check_unchanged()
+
+
+def _content(kind: str, hashes: Mapping[str, str]) -> Content:
+    return frozenset(hashes.items()) if kind == "directory" else next(iter(hashes.values()))

@@ -1,0 +1,334 @@
+"""Import: a folder of checkpoints -> one commit for each, proven, and only then no originals.
+
+    look      what is in the folder, and which of it is in the history already
+    commit    the others, by step; each is proven as soon as it is there
+    remove    those originals, one by one, that can be had again, if that is asked for
+
+Content is told by its hashes, so that an import which was interrupted goes on where it stopped, and
+a copy of a checkpoint is not committed again.  HEAD stays on its branch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from ckptvcs.checkpoint.folder import Found, survey
+from ckptvcs.codec.spec import NearSpec
+from ckptvcs.content import Contents
+from ckptvcs.errors import (
+    CkptError,
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+)  # fmt: skip
+from ckptvcs.history.log import LogEntry
+from ckptvcs.history.refs import check_name
+from ckptvcs.opened import CACHE
+from ckptvcs.proof import prove
+from ckptvcs.removal import Originals, Removed
+from ckptvcs.repo import Repo
+from ckptvcs.source import Progress
+from ckptvcs.store.leases import lease
+from ckptvcs.store.object import ObjectId
+
+_AFTER_ALL = 1 << 62  # above every step
+
+
+@dataclass
+class Item:
+    """A checkpoint of the folder, and what has become of it.
+
+    `action` is `commit` (still to be done), `committed`, `known` (in the history already, as `id`;
+    `same_as` names the checkpoint of this folder that has the same content) or `failed` (the
+    `problem` says why).  `removed` are its files that are gone, `kept` why others are not;
+    `pinned` that its commit was pinned for their sake.
+    """
+
+    found: Found
+    action: str = "commit"
+    id: ObjectId | None = None
+    branch: str | None = None
+    same_as: str | None = None
+    notes: tuple[str, ...] = ()
+    problem: CkptError | None = None
+    removed: list[Removed] = field(default_factory=list)
+    kept: str | None = None
+    pinned: bool = False
+
+    def fail(self, problem: CkptError) -> None:
+        """It is not, or not well, in the history."""
+        self.action, self.problem = "failed", problem
+
+
+Watch = Callable[[Item], None]
+"""Called with each item when all that was to be done with it is done."""
+
+
+@dataclass
+class _Line:
+    """A branch as an import sees it: what goes to it must be above its step, and has a step,
+    unless it is `loose`.
+    """
+
+    branch: str | None
+    step: int
+    loose: bool
+
+    def takes(self, step: int | None) -> bool:
+        return self.loose if step is None else step > self.step
+
+
+class Importer:
+    """Imports one folder into one repository."""
+
+    def __init__(
+        self, repo: Repo, folder: Path, *, pattern: str | None = None, branch: str | None = None,
+        codec: str | None = None,
+    ) -> None:  # fmt: skip
+        """Look at the folder; see `ckptvcs.checkpoint.folder`.
+
+        Raises:
+            NotFoundError: there is no such folder, or no checkpoint in it.
+            InvalidInputError: it is a checkpoint itself, or part of the repository; no such codec.
+        """
+        self.repo, self.folder, self._codec = repo, folder, codec
+        self._name = repo.config.codec_of(codec).name
+        self._wanted = check_name(branch, "branch") if branch else None
+        found, self.left_out = survey(folder, pattern, repo.folder.resolve())
+        self.items = [Item(one) for one in found]
+        for item in self.items:
+            if item.found.problem is not None:
+                item.fail(item.found.problem)
+        self._contents = Contents(repo)
+        self._first: dict[ObjectId, str] = {}  # the first of this folder that is this commit
+
+    # -- in ----------------------------------------------------------------------------------------
+
+    def look(self, progress: Progress) -> None:
+        """Find out what is in the history already.  Files are read only where sizes agree."""
+        for item in self.items:
+            if item.action == "commit":
+                self._recognise(item, progress)
+
+    def _recognise(self, item: Item, progress: Progress) -> None:
+        try:
+            known = self._contents.find(item.found, progress)
+        except CkptError as error:
+            item.fail(error)
+            return
+        if known is not None:
+            item.action, item.id = "known", known
+            first = self._first.setdefault(known, item.found.name)
+            item.same_as = first if first != item.found.name else None
+
+    def run(self, progress: Progress, watch: Watch) -> None:
+        """Commit what is not in the history yet, and prove every commit.
+
+        What is wrong with one checkpoint is kept as its problem, and the next one follows.
+
+        Raises:
+            ConflictError: another writer moved the branch meanwhile.
+            BusyError, StorageError: as for a commit; what is committed by then stays.
+        """
+        lines = self._lines()
+        for item in self.items:
+            half = _Half(item.found.size_bytes, progress)
+            if item.action == "commit":  # an earlier one of this folder may hold the same
+                self._recognise(item, _silent)
+            if item.action == "commit":
+                self._commit(item, lines, half)
+            half.fill(1)
+            if item.id is not None:
+                self._prove(item, half)
+            half.fill(2)
+            watch(item)
+
+    def _commit(self, item: Item, lines: list[_Line], progress: Progress) -> None:
+        found = item.found
+        line = next((line for line in lines if line.takes(found.step)), None)
+        if line is None:
+            if not self._own(lines[0]):
+                lines.clear()  # this run is another one than that of the branch
+            loose = found.step is None
+            line = _Line(self._side_branch(), _AFTER_ALL if loose else -1, loose)
+            lines.append(line)
+        try:
+            made = self.repo.commit_path(
+                found.path, message=found.name, step=found.step, codec=self._codec,
+                branch=line.branch, progress=progress,
+            )  # fmt: skip
+        except (InvalidInputError, NotFoundError, CorruptionError) as error:
+            item.fail(error)
+            return
+        line.branch = made.branch
+        line.step = line.step if made.commit.step is None else made.commit.step
+        item.action, item.id = "committed", made.id
+        item.branch, item.notes = made.branch, made.notes
+        self._first[made.id] = found.name
+        self._contents.add(made.id, made.commit)
+
+    def _prove(self, item: Item, progress: Progress) -> None:
+        assert item.id is not None
+        try:
+            self._is_exact(item.id, progress)
+        except (CorruptionError, NotFoundError) as error:
+            item.fail(error)
+
+    def _is_exact(self, name: ObjectId, progress: Progress) -> bool:
+        """Prove a commit; see `ckptvcs.proof`."""
+        catalog, cache = self.repo.catalog, self.repo.folder / CACHE / "bases"
+        return prove(catalog, cache, name, self._bound(catalog.commit(name).codec), progress)
+
+    def _bound(self, codec: str) -> float:
+        """The error that weights may have which a codec has coded: as it is set now; 0 for any."""
+        try:
+            spec = self.repo.config.codec_of(self._codec if codec == self._name else codec)
+        except InvalidInputError:  # one of a newer program, or one that keeps no bounds
+            return 0.0
+        return spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0.0
+
+    # -- where it goes -----------------------------------------------------------------------------
+
+    def _lines(self) -> list[_Line]:
+        """The branches that may be committed to, in order of preference: those that end with a
+        checkpoint of this folder, or else the one that was asked for, or HEAD's.
+        """
+        steps = {item.id: item.found.step for item in self.items if item.id is not None}
+        main = self._main()
+        lines = [main] if self._own(main) else []
+        for name in self.repo.refs.names("heads"):
+            tip = self.repo.revisions.branch(name)
+            side = name != main.branch and re.fullmatch(rf"{re.escape(self._stem())}-[0-9]+", name)
+            if side and tip in steps:
+                step = steps[tip]
+                lines.append(_Line(name, _AFTER_ALL if step is None else step, step is None))
+        return lines or [main]
+
+    def _main(self) -> _Line:
+        head = self.repo.head()
+        branch = self._wanted or (head.branch if head else "main")
+        tip = self.repo.revisions.branch(branch) if branch else None
+        if tip is None and self._wanted:  # a new branch begins at HEAD
+            tip = self.repo.revisions.head()
+        line = self.repo.catalog.line(tip) if branch else iter(())
+        step = next((commit.step for _, commit in line if commit.step is not None), -1)
+        loose = all(item.found.step is None for item in self.items)
+        return _Line(branch, step, loose)
+
+    def _own(self, line: _Line) -> bool:
+        """Whether a branch ends with a checkpoint of this folder."""
+        tip = self.repo.revisions.branch(line.branch) if line.branch else None
+        return tip is not None and any(item.id == tip for item in self.items)
+
+    def _stem(self) -> str:
+        head = self.repo.head()
+        branch = self._wanted or (head.branch if head else None) or "main"
+        return re.sub(r"-[0-9]+\Z", "", branch)
+
+    def _side_branch(self) -> str:
+        """A branch that is not there yet: a commit to it leaves HEAD where it is."""
+        taken = set(self.repo.refs.names("heads"))
+        number = 2
+        while f"{self._stem()}-{number}" in taken:
+            number += 1
+        return f"{self._stem()}-{number}"
+
+    # -- out ---------------------------------------------------------------------------------------
+
+    def entry(self, item: Item) -> LogEntry | None:
+        """The commit of an item as it is now: it may have faded since it was made."""
+        return None if item.id is None else self.repo.entry(item.id)
+
+    def totals(self) -> tuple[int, int]:
+        """Bytes of all commits that items are, each counted once: as committed, and on disk."""
+        names = {item.id for item in self.items if item.id is not None}
+        entries = [self.repo.entry(name) for name in names]
+        return sum(e.commit.raw_bytes for e in entries), sum(e.stored_bytes for e in entries)
+
+    def why_kept(self, item: Item, *, accept_near: bool) -> str | None:
+        """Why the originals of an item may not be removed; None if they may, as far as can be told
+        without reading them.
+        """
+        if item.problem is not None:
+            return item.problem.message
+        entry = self.entry(item)
+        if entry is None:
+            return "it is not committed"
+        if not entry.exact and not accept_near:
+            error = entry.commit.error.weight_rel
+            off = f"weights off by {error:.2g}" if error else "its weights are exact"
+            return f"its commit is only near ({off})"
+        return None
+
+    def remove(self, *, accept_near: bool, progress: Progress, watch: Watch) -> None:
+        """Delete the originals of what is kept exactly, or with `accept_near` at least near.
+
+        Each commit is restored once more, in the form that it has now, and each file is hashed
+        once more; whatever is not as it was committed stays.  Unless near is accepted, a commit
+        that owes it to a patch that it is exact is pinned first, lest it fades later.
+
+        Raises:
+            BusyError: gc is sweeping.
+        """
+        with lease(self.repo.catalog.store.backend), Originals(self.folder) as originals:
+            for item in self.items:
+                item.kept = self.why_kept(item, accept_near=accept_near)
+                if item.kept is None:
+                    try:
+                        self._remove(item, originals, progress, accept_near=accept_near)
+                    except CkptError as error:
+                        item.kept = error.message
+                watch(item)
+
+    def _remove(
+        self, item: Item, originals: Originals, progress: Progress, *, accept_near: bool
+    ) -> None:
+        assert item.id is not None
+        commit, top = self.repo.catalog.commit(item.id), PurePosixPath(item.found.name)
+        inside = item.found.kind == "directory"
+        files = [
+            (top / file.path if inside else top, file.size, file.hash)
+            for file in commit.files if file.skeleton is not None and file.hash is not None
+        ]  # fmt: skip
+        for path, size, _ in files:
+            originals.check(path, size)
+        patched = any(part.exact is not None for part in commit.parts.values())
+        item.pinned = patched and not accept_near and self.repo.pin(item.id, pinned=True)
+        try:
+            if not self._is_exact(item.id, _silent) and not accept_near:
+                raise ConflictError("its commit has faded to near")
+            for path, _, digest in files:
+                item.removed.append(originals.remove(path, digest, progress))
+        finally:
+            if item.pinned and not item.removed:
+                item.pinned = not self.repo.pin(item.id, pinned=False)
+        folders = [top / f.path for f in commit.files if f.skeleton is None and f.link is None]
+        if inside:
+            gone = [originals.remove_directory(path) for path in [*folders[::-1], top]]
+            if not all(gone):
+                item.kept = "its directory holds what was not committed, or links"
+
+
+class _Half:
+    """Bytes of an item, shown as dealt with when they are both committed and proven."""
+
+    def __init__(self, size_bytes: int, progress: Progress) -> None:
+        self._size, self._progress = size_bytes, progress
+        self._done = self._shown = 0
+
+    def __call__(self, count: int) -> None:
+        self._done = min(self._done + count, 2 * self._size)
+        self._progress(self._done // 2 - self._shown)
+        self._shown = self._done // 2
+
+    def fill(self, halves: int) -> None:
+        """All of so many halves is done, whatever was counted."""
+        self(max(0, halves * self._size - self._done))
+
+
+def _silent(_: int) -> None:
+    """Work that the bar has no bytes for."""

@@ -1,0 +1,206 @@
+"""`ckpt import` as a user sees it: text, JSON, exit codes, questions."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ckpt, environment
+from tests.cli.test_contract import COMMIT_KEYS, disk
+
+ITEM_KEYS = {
+    "name", "step", "kind", "raw_bytes", "action", "same_as", "branch", "commit", "problem",
+    "notes", "removed", "kept", "pinned",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> Path:
+    """A repository in `tmp_path`, and in it a folder of five checkpoints, step 8 to 12."""
+    ckpt("init")
+    ckpt("config", "max-weight-error", "off")  # the weights of a model this small move far
+    (tmp_path / "run").mkdir()
+    for number, path in enumerate(run_files, start=8):
+        shutil.copy(path, tmp_path / "run" / f"step-{number}.pt")
+    return tmp_path / "run"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_text(ckpt: Ckpt, folder: Path) -> None:
+    (folder / "notes.txt").write_text("x")
+    shutil.copy(folder / "step-9.pt", folder / "best.pt")
+    done = ckpt("import", "run")
+    rows = [line.split() for line in done.out.splitlines()]
+    assert rows[0] == ["step", "name", "size", "stored", "ratio", "fidelity", "note"]
+    assert [row[1] for row in rows[1:-1]] == [
+        "step-8.pt", "step-9.pt", "best.pt", "step-10.pt", "step-11.pt", "step-12.pt",
+    ]  # fmt: skip
+    assert "as step-9.pt" in done.out
+    assert [row[-1] for row in rows[-3:-1]] == ["exact", "exact"]
+    assert "near 0.0" in done.out
+    assert rows[-1][:4] == ["5", "committed,", "1", "known:"]
+    assert done.err == "left out: notes.txt: no .pt, .pth, .bin, .ckpt, .safetensors\n"
+    assert [e["step"] for e in ckpt("log", "--json").json] == [12, 11, 10, 9, 8]
+
+
+def test_json(ckpt: Ckpt, folder: Path) -> None:
+    (folder / "notes.txt").write_text("x")
+    (folder / "cut.pt").write_bytes((folder / "step-9.pt").read_bytes()[:1000])
+    done = ckpt("import", "run", "--json", code=2)
+    found = done.json
+    assert found.keys() == {
+        "dry_run", "raw_bytes", "stored_bytes", "freed_bytes", "checkpoints", "left_out",
+    }  # fmt: skip
+    assert found["left_out"] == [
+        {"name": "notes.txt", "reason": "no .pt, .pth, .bin, .ckpt, .safetensors"}
+    ]
+    assert all(item.keys() == ITEM_KEYS for item in found["checkpoints"])
+    *made, cut = found["checkpoints"]
+    assert [item["action"] for item in made] == ["committed"] * 5
+    assert [item["step"] for item in made] == [8, 9, 10, 11, 12]
+    assert all(item["commit"].keys() >= COMMIT_KEYS for item in made)
+    assert [item["commit"]["exact"] for item in made] == [False, False, False, True, True]
+    assert made[0]["commit"]["error"]["weight_rel"] > 0
+    assert (cut["action"], cut["commit"]) == ("failed", None)
+    assert "incomplete" in cut["problem"]
+    assert "error: cut.pt: run/cut.pt is incomplete" in done.err
+    assert found["raw_bytes"] == sum(item["raw_bytes"] for item in made)
+    assert found["stored_bytes"] == sum(item["commit"]["stored_bytes"] for item in made)
+
+
+def test_a_dry_run_changes_nothing(ckpt: Ckpt, folder: Path, tmp_path: Path) -> None:
+    def state() -> tuple[list[str], int, list[str]]:
+        store = tmp_path / ".ckpt"
+        return names(folder), disk(store), sorted(str(p) for p in store.rglob("*"))
+
+    before = state()
+    found = ckpt("import", "run", "--dry-run", "--delete-originals", "--json").json
+    assert found["dry_run"]
+    assert {item["action"] for item in found["checkpoints"]} == {"commit"}
+    assert "5 to be committed" in ckpt("import", "run", "--dry-run").out
+    assert state() == before
+    ckpt("import", "run")
+    before = state()
+    shown = ckpt("import", "run", "--dry-run", "--delete-originals")
+    assert shown.out.count("known, stays") == 3
+    assert shown.out.count("known, would go") == 2
+    shown = ckpt("import", "run", "--dry-run", "--delete-originals", "--accept-near")
+    assert shown.out.count("known, would go") == 5
+    assert state() == before
+
+
+def test_originals(ckpt: Ckpt, folder: Path) -> None:
+    done = ckpt("import", "run", "--delete-originals", code=4)
+    assert names(folder) == ["step-10.pt", "step-8.pt", "step-9.pt"]
+    assert "removed: step-11.pt (kept exact)" in done.err
+    assert "not removed: step-8.pt: its commit is only near (weights off by 0.0" in done.err
+    assert "hint: --accept-near" in done.err
+    assert done.err.count("pinned: ") == 2
+    assert "2 file(s) removed" in done.out
+    assert "3 original(s) kept" in done.out
+    found = ckpt("import", "run", "--delete-originals", "--accept-near", "--json")
+    assert names(folder) == []
+    assert [item["removed"] for item in found.json["checkpoints"]] == [
+        ["step-8.pt"], ["step-9.pt"], ["step-10.pt"],
+    ]  # fmt: skip
+    assert "removed: step-8.pt (kept near 0.0" in found.err
+    assert found.json["freed_bytes"] == found.json["raw_bytes"]
+    assert ckpt("verify", "--json").json["ok"]
+    assert "no checkpoints" in ckpt("import", "run", code=3).err
+    assert "not checked out" in ckpt("status").out
+
+
+def test_what_failed_is_kept_and_says_so_once(ckpt: Ckpt, folder: Path) -> None:
+    (folder / "cut.pt").write_bytes((folder / "step-9.pt").read_bytes()[:1000])
+    done = ckpt("import", "run", "--delete-originals", "--codec", "lossless", code=2)
+    assert names(folder) == ["cut.pt"]
+    assert done.err.count("incomplete") == 1
+
+
+def test_damage_has_its_code(
+    ckpt: Ckpt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    from ckptvcs.restore import Restorer
+
+    monkeypatch.setattr(Restorer, "write_file", lambda *_: "0" * 64)
+    done = ckpt("import", "run", "--delete-originals", "--codec", "lossless", code=6)
+    assert "does not come back as it was" in done.err
+    assert len(names(folder)) == 5
+
+
+@pytest.mark.parametrize(("answer", "left"), [("n", 5), ("y", 0)])
+def test_a_terminal_is_asked(
+    ckpt: Ckpt, folder: Path, answer: str, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def confirm(text: str, **_: object) -> bool:
+        asked.append(text)
+        return answer == "y"
+
+    ckpt("import", "run", "--codec", "lossless")
+    monkeypatch.setattr("ckptvcs.cli.importing.interactive", lambda: True)
+    monkeypatch.setattr("typer.confirm", confirm)
+    ckpt("import", "run", "--delete-originals", code=4 if left else 0)
+    assert len(asked) == 1
+    assert asked[0].startswith("remove 5 of 5 originals, ")
+    assert len(names(folder)) == left
+    if left:
+        ckpt("import", "run", "--delete-originals", "--yes")
+        assert len(asked) == 1
+        assert names(folder) == []
+
+
+def test_the_question_says_how_near(
+    ckpt: Ckpt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("ckptvcs.cli.importing.interactive", lambda: True)
+    monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text))
+    ckpt("import", "run", "--delete-originals", "--accept-near", code=4)
+    assert "remove 5 of 5 originals" in asked[0]
+    assert "3 of them kept near (weights off by up to 0.0" in asked[0]
+    assert len(names(folder)) == 5
+
+
+def test_usage(ckpt: Ckpt, folder: Path) -> None:
+    assert "--delete-originals" in ckpt("import", "run", "--accept-near", code=2).err
+    assert "ckpt commit" in ckpt("import", "run/step-8.pt", code=2).err
+    ckpt("import", "nothing", code=3)
+    assert ckpt("log", "--json").json == []
+    assert "import " in ckpt("--help").out
+    made = ckpt("import", "run", "--pattern", "step-1?.pt", "--branch", "old", "--json").json
+    assert [item["branch"] for item in made["checkpoints"]] == ["old"] * 3
+
+
+def test_an_import_that_is_killed_goes_on(ckpt_process: Ckpt, ckpt: Ckpt, folder: Path) -> None:
+    code = (
+        f"import os\nos.chdir({str(folder.parent)!r})\nfrom ckptvcs.repo import Repo\n"
+        "commit, count = Repo.commit_path, [0]\n"
+        "def dies(self, *a, **k):\n"
+        "    made = commit(self, *a, **k)\n    count[0] += 1\n"
+        "    if count[0] == 3: os._exit(9)\n    return made\n"
+        "Repo.commit_path = dies\n"
+        "from ckptvcs.cli.app import app\napp(['import', 'run', '--delete-originals'])"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, check=False,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert killed.returncode == 9
+    assert len(names(folder)) == 5
+    found = ckpt_process("import", "run", "--json").json
+    actions = [item["action"] for item in found["checkpoints"]]
+    assert actions == ["known"] * 3 + ["committed"] * 2
+    assert len(ckpt("log", "--json").json) == 5
+
+
+def test_the_table_fits_80_columns(ckpt: Ckpt, folder: Path) -> None:
+    assert all(len(line) <= 80 for line in ckpt("import", "run").out.splitlines())
