@@ -138,7 +138,9 @@ class Care(Opened):
 
     def stats(self) -> Stats:
         """Sizes on disk."""
-        commits = dict(self.revisions.reachable(self.revisions.tips().values()))
+        hidden = self.catalog.dropped().commits
+        reached = self.revisions.reachable(self.revisions.tips().values())
+        commits = {name: commit for name, commit in reached if name not in hidden}
         disk = {
             name: sum(self._backend.size(file) for file in self._backend.names(name))
             for name in (*FOLDERS, "refs", "leases", "marks", CACHE)
