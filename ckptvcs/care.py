@@ -60,7 +60,8 @@ class Care(Opened):
         """
         from ckptvcs.committing import now  # noqa: PLC0415
 
-        return self._past().undo(now())
+        with self.leading_to(None):
+            return self._past().undo(now())
 
     def _past(self) -> Past:
         from ckptvcs.history.undo import Past  # noqa: PLC0415

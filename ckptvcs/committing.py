@@ -35,6 +35,7 @@ from ckptvcs.history.commit import PARTS, Commit, FileEntry, dump_commit, dump_e
 from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.recipe import dump_let_go, dump_recipe, dump_values
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
+from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import (  # fmt: skip
     Op,
     Schema,
@@ -160,6 +161,7 @@ class Committer:
         self._catalog, self._refs, self._cache = catalog, refs, cache
         self._config, self._progress, self._held = config, progress, held
         self._fader = Fader(catalog, refs, config.exact_rule)
+        self._revisions = Revisions(catalog, refs)
 
     def commit(self, request: Request) -> Result:
         """Add one commit to the history.
@@ -178,7 +180,7 @@ class Committer:
             file_hashes, hashes = scan(checkpoint, self._progress, stay=near and not patched)
             step = find_step(request)
             place = self._place(request, step, file_hashes, hashes)
-            base = self._catalog.commit(place.parent) if place.parent else None
+            base = self._base(place.parent)
             if base is not None and place.unchanged:
                 encoded = Encoded(
                     dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {}
@@ -205,6 +207,12 @@ class Committer:
                 still = {patch.pack for patch in now_fading}
                 self._fader.delete(patch for patch in fading if patch.pack in still)
         return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, place.notes)
+
+    def _base(self, parent: ObjectId | None) -> Commit | None:
+        """What a commit can be coded against: its parent, as far as that is still there."""
+        if parent is None or parent in self._catalog.dropped().commits:
+            return None
+        return self._catalog.commit(parent)
 
     def _fading(self, name: ObjectId, commit: Commit, *, is_head: bool) -> list[Patch]:
         """The exact patches to let go once a commit is in the history: none, if it is the first one
@@ -281,7 +289,7 @@ class Committer:
         hashes: dict[int, bytes],
     ) -> bool:  # fmt: skip
         """Whether a commit holds just the content, bit for bit, that is to be committed."""
-        if parent is None:
+        if parent is None or not self._revisions.whole(parent):
             return False
         commit, checkpoint = self._catalog.commit(parent), request.checkpoint
         faded = any(
@@ -406,7 +414,7 @@ class Committer:
     ) -> ObjectId:
         """Add an object unless the store, or this pack, has it."""
         name = object_id(kind, content)
-        if name in pack or self._catalog.store.contains(name):
+        if name in pack or self._catalog.store.lasts(name):
             return name
         return pack.add(kind, content, self._root(base, kind) if base else None)
 

@@ -22,6 +22,7 @@ from ckptvcs.store.local import storage_error, sync_directory
 
 Value = str | int | float
 
+_LARGEST = 1e9
 OFF = "off"
 AUTO = "auto"
 _HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
@@ -98,8 +99,8 @@ def _number(value: Value) -> float:
         number = -1.0 if isinstance(value, bool) else float(value)
     except ValueError:
         number = -1.0
-    if not 0 < number < float("inf"):
-        raise InvalidInputError(f"'{value}' is no number above 0")
+    if not 0 < number <= _LARGEST:
+        raise InvalidInputError(f"'{value}' is no number above 0, up to {_LARGEST:.0e}")
     return number
 
 

@@ -165,6 +165,8 @@ class Encoder:
         schema = self._catalog.schema(base.schema)
         parts = {}
         for name, state in base.parts.items():
+            if not self._catalog.has_recipe(state.values):
+                continue  # a rule dropped it
             infos = [schema.tensors[number] for number in schema.stored(name)]
             hashes = self._catalog.values(state.values)
             positions = {info.name: (position, info) for position, info in enumerate(infos)}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Self
@@ -27,6 +29,7 @@ from ckptvcs.history.fading import Fader
 from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
+from ckptvcs.store.leases import lease
 from ckptvcs.store.local import LocalBackend, storage_error, sync_directory
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import FOLDERS, ObjectStore
@@ -177,9 +180,10 @@ class Opened:
             branch = following if following in at else (at[0] if at else None)
         commit = None if branch else name
         if head is None or (head.branch, head.commit) != (branch, commit):
-            self.refs.publish(
-                HEAD, head, commit=commit, branch=branch, time=now(), action="checkout"
-            )
+            with self.leading_to(name):
+                self.refs.publish(
+                    HEAD, head, commit=commit, branch=branch, time=now(), action="checkout"
+                )
         return branch
 
     def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
@@ -188,7 +192,8 @@ class Opened:
 
         check_name(name, "tag" if space == "tags" else "branch")
         ref = f"{space}/{name}"
-        self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
+        with self.leading_to(commit):
+            self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
 
     def pin(self, name: ObjectId, *, pinned: bool) -> bool:
         """Keep the exact form of a commit whatever the rules say, or no longer; whether that is
@@ -197,14 +202,30 @@ class Opened:
         from ckptvcs.committing import now  # noqa: PLC0415
 
         ref = f"pins/{name}"
-        old = self.refs.read(ref)
-        if pinned == (old is not None and old.commit is not None):
-            return False
-        raise_flags(self.folder, "gc", "pins")
-        action = "pin" if pinned else "unpin"
-        commit = name if pinned else None
-        self.refs.publish(ref, old, commit=commit, time=now(), action=action)
+        with self.leading_to(name if pinned else None):
+            old = self.refs.read(ref)
+            if pinned == (old is not None and old.commit is not None):
+                return False
+            raise_flags(self.folder, "gc", "pins")
+            action = "pin" if pinned else "unpin"
+            commit = name if pinned else None
+            self.refs.publish(ref, old, commit=commit, time=now(), action=action)
         return True
+
+    @contextmanager
+    def leading_to(self, name: ObjectId | None) -> Iterator[None]:
+        """Move a ref while no gc sweeps, to a commit that is there.
+
+        Raises:
+            BusyError: gc is sweeping.
+            NotFoundError: the commit was dropped, or swept.
+        """
+        with lease(self._backend):
+            self.catalog.store.refresh()
+            self.catalog.forget()
+            if name is not None:
+                self.revisions.require(name)
+            yield
 
     def settings(self) -> dict[str, Value]:
         """Every setting by its name."""

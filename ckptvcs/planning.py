@@ -94,11 +94,18 @@ class Planner:
         for left in rows:
             lossy = [n for n in left if self._infos[n].role in LOSSY
                      and self._infos[n].dtype in WEIGHT_DTYPES]  # fmt: skip
-            if lossy:
-                groups.append(self._near_group(lossy))
             for number in left:
                 if number not in lossy:
                     yield self._exact_coder(number)
+            while lossy:  # two optimizers of one model have moments of the same roles
+                first: dict[str, int] = {}
+                for number in lossy:
+                    if self._masters.get(number) not in lossy:
+                        first.setdefault(self._infos[number].role, number)
+                chosen = set(first.values())
+                taken = [n for n in lossy if {n, self._masters.get(n)} & chosen]
+                groups.append(self._near_group(taken))
+                lossy = [number for number in lossy if number not in taken]
         weights = [group for group in groups if group.weight is not None]
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
         residual, weight = energies(scales.values())

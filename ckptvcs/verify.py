@@ -70,6 +70,7 @@ class Verifier:
     def _packs(self) -> None:
         store = self._catalog.store
         store.refresh()
+        self._catalog.forget()  # what is remembered proves nothing
         for folder in FOLDERS:
             for name in store.backend.names(folder):
                 stem = name.rpartition("/")[2].removesuffix(".pack")

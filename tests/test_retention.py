@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from ckptvcs.chain import ChainReader
-from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
+from ckptvcs.errors import BusyError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.retention import Best, Policy
 from ckptvcs.repo import Repo
+from ckptvcs.store.leases import exclusive
 from tests.test_near import adam_state, moved, weights
 
 
@@ -313,6 +314,105 @@ def test_tiny_packs_are_merged_and_parts_stay_apart(run: Run, repo: Repo) -> Non
     assert not repo.verify().damage
     repo.gc(Policy(last=3))
     run.commit(2)
+    assert not repo.verify().damage
+
+
+# -- what others stand on ----------------------------------------------------------------------
+
+
+def test_a_table_that_a_patch_holds_too_is_not_lost_with_it(run: Run, repo: Repo) -> None:
+    repo.configure("keep-exact", "1")
+    state = adam_state(run.now, 2)
+    repo.commit(state, step=2)
+    repo.commit(state | {"note": "final"}, step=3, codec="lossless")
+    assert not repo.verify().damage
+    assert same(repo.checkout(3), state | {"note": "final"})
+    for _ in range(4):  # until tiny packs are merged
+        run.now = moved(run.now)
+        run.step = max(run.step, 3)
+        run.commit()
+        repo.gc()
+    assert not Repo.open(repo.folder).verify().damage
+
+
+@pytest.mark.parametrize("codec", ["near", "lossless", "excp"])
+def test_a_rollback_to_a_commit_without_its_optimizer(codec: str, run: Run, repo: Repo) -> None:
+    run.commit(5, codec=codec)
+    repo.gc(Policy(optimizer_last=1))
+    run.step = 2
+    assert run.commit(codec=codec).exact  # on step 2, whose optimizer is gone
+    repo.move_head(repo.resolve(1), None)
+    again = Repo.open(repo.folder)
+    entry = again.commit(run.states[1], step=1, codec=codec)
+    assert same(again.checkout(entry.id), run.states[1])
+    assert not again.verify().damage
+    again.gc()
+
+
+def test_nothing_leads_to_what_was_swept(run: Run, repo: Repo) -> None:
+    run.commit(3)
+    last = repo.resolve(3)
+    repo.undo()
+    repo.gc()
+    assert [event.there for event in repo.reflog() if event.commit == last] == [False]
+    for act in (
+        lambda: repo.set_ref("heads", "rescue", last, "branch"),
+        lambda: repo.set_ref("tags", "v1", last, "tag"),
+        lambda: repo.pin(last, pinned=True),
+        lambda: repo.move_head(last, None),
+    ):
+        with pytest.raises(NotFoundError, match=r"swept|not in the store"):
+            act()
+    repo.gc(Policy(last=1))
+    with pytest.raises(NotFoundError):
+        repo.set_ref("tags", "v2", next(
+            entry.id for entry in repo.log(all_branches=True) if not entry.exact
+        ), "tag")  # fmt: skip
+    assert not repo.verify().damage
+    repo.gc()
+
+
+def test_refs_wait_for_a_sweep(run: Run, repo: Repo) -> None:
+    run.commit(2)
+    with exclusive(repo.catalog.store.backend):
+        for act in (
+            repo.undo, lambda: repo.pin(repo.resolve(1), pinned=True),
+            lambda: repo.set_ref("tags", "v1", repo.resolve(1), "tag"),
+        ):  # fmt: skip
+            with pytest.raises(BusyError):
+                act()
+
+
+def test_the_best_is_one_that_is_in_the_history(run: Run, repo: Repo) -> None:
+    repo.configure("keep-best", "loss:min")
+    for loss in (1.0, 0.5, 0.1):
+        run.commit(metrics={"loss": loss})
+    repo.undo()  # the best one is taken back
+    run.commit(3, metrics={"loss": 0.9})
+    assert [entry.step for entry in repo.log() if entry.exact] == [6, 5, 2]
+
+
+def test_rules_see_what_only_a_tag_leads_to(run: Run, repo: Repo) -> None:
+    run.commit(2)
+    repo.set_ref("heads", "x", repo.resolve(2), "branch")
+    repo.move_head(repo.resolve(2), "x")
+    run.repo = Repo.open(repo.folder)
+    run.commit(3)
+    repo.set_ref("tags", "v1", run.repo.resolve("x"), "tag")
+    repo.move_head(repo.resolve("main"), "main")
+    repo.set_ref("heads", "x", None, "delete")
+    actions = {row.commit.step: row.action for row in repo.plan_gc(Policy(every=1)).decisions}
+    assert actions == dict.fromkeys(range(1, 6), "keep")
+
+
+@pytest.mark.parametrize("codec", ["near", "small"])
+def test_two_optimizers_of_one_model(codec: str, run: Run, repo: Repo) -> None:
+    for step in range(1, 4):
+        state = adam_state(run.now, step)
+        state["second"] = adam_state(run.now, step + 50)["optimizer"]
+        repo.commit(state, step=step, codec=codec)
+        run.now = moved(run.now)
+    assert same(repo.checkout(3), state)
     assert not repo.verify().damage
 
 

@@ -98,6 +98,8 @@ def entry_json(entry: LogEntry) -> dict[str, Json]:
 
 def fidelity(entry: LogEntry) -> str:
     """`exact`, `weights exact`, or how far the near weights are off."""
+    if set(entry.fidelity.values()) == {"dropped"}:
+        return "dropped"
     if entry.exact:
         return "exact"
     if entry.fidelity.get("model") == "exact":

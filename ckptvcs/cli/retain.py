@@ -96,6 +96,8 @@ def gc(
         keep_last, keep_every, keep_within, keep_best, tagged=keep_tag,
         log_spaced=keep_log_spaced, max_size=max_size, optimizer_last=keep_optimizer_last,
     )  # fmt: skip
+    if rekey and not sweep:
+        raise InvalidInputError("--rekey sweeps at once", hint="leave out --no-sweep")
     repo = open_repo(context)
     if dry_run:
         plan = repo.plan_gc(policy)

@@ -164,6 +164,12 @@ class Catalog:
             yield name, commit
             name = commit.parents[0] if commit.parents else None
 
+    def ids_below(self, name: ObjectId | None) -> Iterator[ObjectId]:
+        """The ids of a commit and its first parents, dropped ones too."""
+        while name is not None:
+            yield name
+            name = first_parent(self.store.get(name, Kind.COMMIT))
+
     def walk(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, bytes]]:
         """The same as `line`, unread: for long ways a tenth of the time."""
         hidden = self.dropped().commits
@@ -180,7 +186,8 @@ class Catalog:
 
     def forget_recipes(self) -> None:
         """Drop what is cached of where things lie, after patches were deleted."""
-        self.recipe.cache_clear()
+        for cache in (self.values, self.bundle, self.recipe):
+            cache.cache_clear()
 
     def forget(self) -> None:
         """Drop what is cached, after packs have moved."""

@@ -104,10 +104,26 @@ class Fader:
         self, lines: list[list[ObjectId]], patches: list[Patch], known: dict[ObjectId, Commit]
     ) -> dict[ObjectId, frozenset[str]]:
         candidates = dict(known)
-        for patch in patches:
-            candidates |= {name: self._catalog.commit(name) for name in patch.commits}
+        if self._rule.best is not None and patches:
+            there = self._reached()  # not what was taken back, or never was in the history
+            candidates |= {
+                name: self._catalog.commit(name)
+                for patch in patches for name in patch.commits if name in there
+            }  # fmt: skip
         tagged, pinned = self._refs.targets("tags"), self._refs.targets("pins")
         return self._rule.kept_parts(lines, tagged, pinned, candidates.items())
+
+    def _reached(self) -> set[ObjectId]:
+        hidden = self._catalog.dropped().commits
+        tips = {*self._refs.targets("heads"), *self._refs.targets("tags")}
+        tips |= self._refs.targets("pins")
+        found: set[ObjectId] = set()
+        for tip in tips:
+            for name in self._catalog.ids_below(tip):
+                if name in found:
+                    break
+                found.add(name)
+        return found - hidden
 
     def record(self, patches: Iterable[Patch], time: str) -> list[LetGo]:
         """The records that must be durable before these patches are deleted."""

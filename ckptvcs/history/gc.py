@@ -114,14 +114,17 @@ class Collector:
         return replace(again, decisions=plan.decisions, fading=plan.fading, drops=plan.drops)
 
     def _lines(self, hidden: frozenset[ObjectId]) -> dict[str, list[Row]]:
-        """Every branch, newest first."""
+        """Every branch, newest first; then what only tags, pins or HEAD lead to."""
         store, lines = self._catalog.store, {}
-        for ref, tip in self._revisions.tips().items():
-            if not ref.startswith("heads/"):
-                continue
-            whole = list(self._catalog.ancestors(tip))
+        seen: set[ObjectId] = set()
+        tips = self._revisions.tips()
+        for ref in sorted(tips, key=lambda ref: not ref.startswith("heads/")):
+            whole = list(self._catalog.ancestors(tips[ref]))
             rows: list[Row] = []
             for age, (name, commit) in enumerate(whole):
+                if name in seen and not ref.startswith("heads/"):
+                    break  # only what no branch has is a line of its own
+                seen.add(name)
                 if name not in hidden:
                     stored = commit.data_bytes + store.home_size(name)
                     ordinal = len(whole) - 1 - age
@@ -147,7 +150,8 @@ class Collector:
         for ref, name in tips.items():
             space, _, label = ref.partition("/")
             title = {"heads": f"branch {label}", "tags": f"tag {label}", "pins": "pin"}
-            protected.setdefault(name, []).append(title.get(space, "HEAD"))
+            if space in title:
+                protected.setdefault(name, []).append(title[space])
         head = self._revisions.head()
         if head is not None:
             protected.setdefault(head, []).insert(0, "HEAD")
@@ -156,9 +160,11 @@ class Collector:
             for name in self._best.pick(known.items()):
                 protected.setdefault(name, []).append(f"best {self._best.metric}")
         rows = {row.name: row for line in lines.values() for row in line}
-        young = {
-            row.name for line in lines.values() for row in line if not policy.drops_optimizer(row)
-        }
+        young = set()
+        for line in lines.values():
+            stay = [row.name for row in line
+                    if not policy.drops or row.name in kept or row.name in protected]  # fmt: skip
+            young.update(stay[: policy.optimizer_last])
         decisions = []
         for name, commit in commits.items():
             if name in gone.commits:

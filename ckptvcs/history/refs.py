@@ -137,6 +137,15 @@ class Refs:
                 raise CorruptionError(f"{name} does not follow the generation before it")
             below = self._read(ref, number)
 
+    def _follows(self, ref: str, number: int, data: bytes) -> bool:
+        """Whether the next generation was computed from this one: another writer was quick."""
+        name = f"{_folder(ref)}/{number + 1:016}"
+        try:
+            record = load(read_small(self._backend, name, _MAX_REF_BYTES), name)
+        except FileNotFoundError:
+            return False
+        return record.optional_text("previous") == blake3(data).hexdigest()
+
     def names(self, space: str) -> list[str]:
         """The branches (`heads`) or tags (`tags`) that ever were, sorted."""
         found = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
@@ -177,6 +186,6 @@ class Refs:
             write_once(self._backend, f"{_folder(ref)}/{number:016}", data)
         except ConflictError as error:
             raise taken from error
-        if self._newest(ref) != number:
+        if self._newest(ref) != number and not self._follows(ref, number, data):
             raise taken
         return Generation(number, blake3(data).hexdigest(), commit, branch, time, action)

@@ -39,7 +39,8 @@ def plan_merges(catalog: Catalog, marked: Marked) -> list[Merge]:
     alone = {place.pack for name in catalog.patches() for place in store.places(name)}
     kept: dict[PackId, list[Place]] = {}
     for name in marked.objects:
-        place = store.places(name)[0]  # of several copies one is enough
+        # Of several copies one is enough, but that in a patch goes with it.
+        place = next((p for p in store.places(name) if p.pack not in alone), store.places(name)[0])
         kept.setdefault(place.pack, []).append(place)
     groups: dict[tuple[str, str], list[tuple[PackId, bool]]] = {}
     for pack, (folder, size) in sorted(store.pack_sizes().items()):

@@ -42,10 +42,10 @@ class Best:
             InvalidInputError: it is none of these.
         """
         head, _, last = text.rpartition(":")
-        count = 1
-        if last.isdigit() and head:
-            text, count = head, int(last[:9])
-        metric, _, way = text.rpartition(":")
+        named, count = text, 1
+        if last.isdecimal() and last.isascii() and head:
+            named, count = head, int(last[:9])
+        metric, _, way = named.rpartition(":")
         if not metric or way not in ("min", "max") or not count:
             raise InvalidInputError(f"'{text}' is no METRIC:min or METRIC:max, with :N or without")
         return cls(metric, way, count)
@@ -189,7 +189,3 @@ class Policy:
         # What is let go at one age is never asked for at a later one.
         if self.log_spaced and row.age < _SPACING * (row.ordinal & -row.ordinal or 1 << 62):
             yield "log-spaced"
-
-    def drops_optimizer(self, row: Row) -> bool:
-        """Whether the optimizer part of a commit that stays may go."""
-        return self.optimizer_last is not None and row.place >= self.optimizer_last

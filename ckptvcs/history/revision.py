@@ -88,6 +88,46 @@ class Revisions:
         found[HEAD] = self.head()
         return {name: commit for name, commit in found.items() if commit is not None}
 
+    def whole(self, name: ObjectId) -> bool:
+        """Whether a commit is there with all of its parts."""
+        gone = self._catalog.dropped()
+        if not self._catalog.store.contains(name) or name in gone.commits or name in gone.parts:
+            return False
+        parts = self._catalog.commit(name).parts.values()
+        return all(self._catalog.has_recipe(state.values) for state in parts)
+
+    def require(self, name: ObjectId) -> None:
+        """Refuse to lead to a commit that rules or a sweep took away, or that stands on such.
+
+        Raises:
+            NotFoundError: it is one.
+        """
+        gone = self._catalog.dropped()
+        if name in gone.commits:
+            raise NotFoundError(f"commit {name[:8]} was dropped", hint="see 'ckpt reflog'")
+        reached = self._ids()
+        while name not in reached:
+            there = self._catalog.store.contains(name)
+            parts = self._catalog.commit(name).parts if there else {}
+            left = [s for part, s in parts.items() if part not in gone.parts.get(name, ())]
+            kept = all(self._catalog.has_recipe(state.values) for state in left)
+            if not there or not (kept or name in gone.commits):
+                raise NotFoundError(f"commit {name[:8]} was swept", hint="see 'ckpt reflog'")
+            parents = self._catalog.commit(name).parents
+            if not parents:
+                return
+            name = parents[0]
+
+    def _ids(self) -> set[ObjectId]:
+        """Every commit that a ref leads to."""
+        found: set[ObjectId] = set()
+        for tip in self.tips().values():
+            for name in self._catalog.ids_below(tip):
+                if name in found:
+                    break
+                found.add(name)
+        return found
+
     def reachable(self, start: Iterable[ObjectId]) -> Iterator[tuple[ObjectId, Commit]]:
         """Every commit that can be reached from `start`, each once, children before parents
         along every line.

@@ -8,6 +8,7 @@ from ckptvcs.errors import ConflictError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.recipe import LetGo, dump_let_go, load_let_go
 from ckptvcs.history.refs import HEAD, Generation, Refs
+from ckptvcs.history.revision import Revisions
 from ckptvcs.store.object import Kind, ObjectId
 
 _UNDO = "undo "  # before the number of the generation that was taken back
@@ -67,9 +68,17 @@ class Past:
         return sorted(events, key=lambda event: event.time, reverse=True)
 
     def _event(self, move: Generation) -> Event:
-        there = move.commit is None or self._catalog.store.contains(move.commit)
-        step = self._catalog.commit(move.commit).step if move.commit and there else None
+        known = move.commit is not None and self._catalog.store.contains(move.commit)
+        step = self._catalog.commit(move.commit).step if move.commit and known else None
+        there = move.commit is None or (known and self._stands(move.commit))
         return Event(move.time, move.action, move.commit, step, there)
+
+    def _stands(self, name: ObjectId) -> bool:
+        try:
+            Revisions(self._catalog, self._refs).require(name)
+        except NotFoundError:
+            return name in self._catalog.dropped().commits
+        return True
 
     def _ever(self, moves: list[Generation]) -> set[ObjectId]:
         """Every commit that was on a branch, as far as it has not been swept."""
@@ -106,10 +115,11 @@ class Past:
         if last is None or last == 1:
             raise NotFoundError(f"there is nothing to undo on branch '{name}'")
         before = moves[self._standing(moves, last - 1) or 1].commit
-        if before is not None and before in self._catalog.dropped().commits:
-            raise ConflictError(f"{before[:8]} was dropped meanwhile", hint="see 'ckpt reflog'")
-        if before is not None and not self._catalog.store.contains(before):
-            raise ConflictError(f"{before[:8]} was swept meanwhile", hint="see 'ckpt reflog'")
+        if before is not None:
+            try:
+                Revisions(self._catalog, self._refs).require(before)
+            except NotFoundError as error:
+                raise ConflictError(error.message, hint=error.hint) from error
         taken = moves[last]
         self._refs.publish(ref, newest, commit=before, time=time, action=f"{_UNDO}{last}")
         at = f" of {taken.commit[:8]}" if taken.commit else ""

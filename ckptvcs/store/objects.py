@@ -162,6 +162,10 @@ class ObjectStore:
             raise MissingObjectError(f"object {name} is not in the store")
         return found
 
+    def lasts(self, name: ObjectId) -> bool:
+        """Whether the index knows an object in a meta pack: data packs are deleted by rule."""
+        return any(place.folder == "meta" for place in self._index.places(name))
+
     def contains(self, name: ObjectId) -> bool:
         """Whether the index knows an object."""
         return bool(self._index.places(name))
