@@ -305,9 +305,12 @@ def test_tiny_packs_are_merged_and_parts_stay_apart(run: Run, repo: Repo) -> Non
     run.commit(12)
     true = {step: repo.checkout(step) for step in range(1, 13)}
     before = len(list(repo.folder.glob("*/*/*.pack")))
+    alone = {entry.step: entry.stored_bytes for entry in repo.log()}
     repo.gc()
     after = len(list(repo.folder.glob("*/*/*.pack")))
     assert after < before / 3
+    for entry in repo.log():
+        assert entry.stored_bytes == pytest.approx(alone[entry.step], rel=0.2)
     for step, state in true.items():
         assert same(repo.checkout(step), state)
     repo.gc(Policy(optimizer_last=1))

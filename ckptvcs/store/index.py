@@ -25,9 +25,9 @@ from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.pack import Entry, PackInfo
 
 _PLACE = struct.Struct("<32sBBQQQQ32s")  # pack, kind, encoding, offset, region, raw, stored, base
-_PACK = struct.Struct("<BQ")  # folder, size
+_PACK = struct.Struct("<BQI")  # folder, size, commits
 _FOLDERS = ("packs", "meta")
-_VERSION = b"ckptvcs index 2"
+_VERSION = b"ckptvcs index 3"
 _NO_BASE = bytes(32)
 _FIRST_MAP_BYTES = 1 << 24
 _MAX_KEY = 500
@@ -169,14 +169,23 @@ class Index:
             return {
                 PackId(bytes(key).hex()): (_FOLDERS[folder], size)
                 for key, value in cursor
-                for folder, size in [_PACK.unpack(value)]
+                for folder, size, _ in [_PACK.unpack(value)]
             }
 
     def pack_size(self, pack: PackId) -> int:
         """Bytes of an indexed pack; 0 where it is not known."""
+        return self._pack(pack)[0]
+
+    def pack_share(self, pack: PackId) -> int:
+        """Bytes of an indexed pack for each commit in it."""
+        size, commits = self._pack(pack)
+        return size // max(1, commits)
+
+    def _pack(self, pack: PackId) -> tuple[int, int]:
         with self._begin() as txn:
             row = txn.get(bytes.fromhex(pack), db=self._packs)
-            return 0 if row is None else int(_PACK.unpack(bytes(row))[1])
+            _, size, commits = (0, 0, 0) if row is None else _PACK.unpack(bytes(row))
+            return size, commits
 
     def places(self, name: ObjectId) -> list[Place]:
         """Where an object lies; empty where it is not known."""
@@ -225,7 +234,8 @@ class Index:
 
         def change(txn: lmdb.Transaction) -> None:
             name = bytes.fromhex(pack.id)
-            row = _PACK.pack(_FOLDERS.index(pack.folder), pack.size_bytes)
+            commits = sum(entry.kind == Kind.COMMIT for entry in pack.entries)
+            row = _PACK.pack(_FOLDERS.index(pack.folder), pack.size_bytes, commits)
             txn.put(name, row, db=self._packs)
             for entry in pack.entries:
                 base = bytes.fromhex(entry.base) if entry.base else _NO_BASE

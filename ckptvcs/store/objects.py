@@ -78,8 +78,8 @@ class ObjectStore:
         return self._index.pack_size(pack)
 
     def home_size(self, name: ObjectId) -> int:
-        """Bytes of the pack that an object lies in."""
-        return self._index.pack_size(self.places(name)[0].pack)
+        """Bytes of the pack that a commit lies in; its share, where others lie there too."""
+        return self._index.pack_share(self.places(name)[0].pack)
 
     def list_packs(self) -> dict[PackId, str]:
         """Every pack on disk, by listing: pack id -> folder."""
