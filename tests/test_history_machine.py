@@ -152,7 +152,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def the_past_can_be_read(self) -> None:
         if self.true:
-            assert self.repo.reflog()
+            assert self.repo.reflog("main")
 
 
 TestHistories = Histories.TestCase
