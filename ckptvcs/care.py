@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.format import raise_flags, require_flags
+from ckptvcs.history.canonical import now
 from ckptvcs.history.retention import Policy
 from ckptvcs.opened import CACHE, Opened
 from ckptvcs.store.objects import FOLDERS
@@ -58,8 +59,6 @@ class Care(Opened):
             NotFoundError: there is nothing to take back.
             ConflictError: what it was about has been swept; or another writer moved the branch.
         """
-        from ckptvcs.committing import now  # noqa: PLC0415
-
         with self.leading_to(None):
             return self._past().undo(now())
 
@@ -82,7 +81,7 @@ class Care(Opened):
             CorruptionError: something that is needed is missing.
             InvalidInputError: the rules keep nothing at all.
         """
-        return self._collector().plan(policy)
+        return self._collector().plan(policy, now())
 
     def gc(
         self, policy: Policy = _NO_RULES, *, sweep: bool = True, rekey: bool = False,
@@ -100,7 +99,6 @@ class Care(Opened):
             CorruptionError: something that is needed is missing: nothing was deleted.
             InvalidInputError: the rules keep nothing at all.
         """
-        from ckptvcs.committing import now  # noqa: PLC0415
         from ckptvcs.history.repack import merge, plan_merges  # noqa: PLC0415
         from ckptvcs.store.leases import exclusive  # noqa: PLC0415
 
@@ -108,13 +106,14 @@ class Care(Opened):
             raise InvalidInputError("what is rekeyed is swept at once")
         collector = self._collector()
         with exclusive(self._backend):
-            plan = collector.plan(policy)
+            time = now()
+            plan = collector.plan(policy, time)
             if plan.drops:
                 raise_flags(self.folder, "gc", "drops")
-            collector.record(plan, now())
+            collector.record(plan, time)
             if rekey:
                 self._rekey(progress)
-                plan = collector.after(plan)
+                plan = collector.after(plan, time)
             if sweep:
                 collector.sweep(plan)
                 for batch in plan_merges(self.catalog, collector.mark_all()):
@@ -124,12 +123,11 @@ class Care(Opened):
     def _rekey(self, progress: Progress) -> None:
         from ckptvcs.rekey import Rekeyer  # noqa: PLC0415
 
-        hidden = self.catalog.dropped().commits
-        reached = self.revisions.reachable(sorted(self.revisions.tips().values()))
-        kept = {name: commit for name, commit in reached if name not in hidden}
         raise_flags(self.folder, "read", "near", "near-2")
         cache = self.folder / CACHE / "bases"
-        Rekeyer(self.catalog, cache, self.config.keyframe_depth, progress).run(kept)
+        Rekeyer(self.catalog, cache, self.config.keyframe_depth, progress).run(
+            self.revisions.visible()
+        )
 
     def verify(self, progress: Progress = quiet) -> Report:
         """Prove that everything can be read; see `ckptvcs.verify`."""
@@ -139,9 +137,7 @@ class Care(Opened):
 
     def stats(self) -> Stats:
         """Sizes on disk."""
-        hidden = self.catalog.dropped().commits
-        reached = self.revisions.reachable(self.revisions.tips().values())
-        commits = {name: commit for name, commit in reached if name not in hidden}
+        commits = self.revisions.visible()
         disk = {
             name: sum(self._backend.size(file) for file in self._backend.names(name))
             for name in (*FOLDERS, "refs", "leases", "marks", CACHE)

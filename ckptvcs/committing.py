@@ -20,7 +20,6 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from ckptvcs.codec.spec import CodecSpec, NearSpec, finer
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder, TooCoarse
 from ckptvcs.errors import CorruptionError, InvalidInputError
+from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, FileEntry, dump_commit, dump_errors, load_commit
 from ckptvcs.history.fading import Fader, Patch
@@ -92,11 +92,6 @@ class _Place:
     moves_head: bool
     unchanged: bool
     notes: tuple[str, ...]
-
-
-def now() -> str:
-    """The time as commits and refs hold it."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def plain_step(step: object) -> int | None:

@@ -26,10 +26,9 @@ class Contents:
         self._commits: dict[Content, ObjectId] = {}
         self._sizes: set[int] = set()
         self._content: dict[str, Content] = {}  # of what was read, by its name
-        gone = repo.catalog.dropped()
-        tips = repo.revisions.tips().values()
-        for name, commit in repo.revisions.reachable(tips):
-            if name not in gone.commits and name not in gone.parts:
+        gone = repo.catalog.dropped().parts
+        for name, commit in repo.revisions.visible().items():
+            if name not in gone:
                 self.add(name, commit)
 
     def add(self, name: ObjectId, commit: Commit) -> None:

@@ -24,6 +24,7 @@ from ckptvcs.config import (
 )  # fmt: skip
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.format import FORMAT, check_format, raise_flags, write_format
+from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.fading import Fader
 from ckptvcs.history.log import History, LogEntry
@@ -78,7 +79,7 @@ class Opened:
             if codec not in (None, repo.config.codec):
                 raise InvalidInputError(
                     f"{folder} is there already, with codec '{repo.config.codec}'",
-                    hint=f"change it in {folder / 'config.toml'}",
+                    hint=f"change it with 'ckpt config codec {codec}'",
                 )
             return repo
         try:
@@ -87,8 +88,6 @@ class Opened:
             (folder / _CONFIG).write_text(settings, "utf-8")
             refs = Refs(LocalBackend(folder))
             if refs.read(HEAD) is None:
-                from ckptvcs.committing import now  # noqa: PLC0415  see above
-
                 refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
             fields = {
                 "format": FORMAT, "id": uuid.uuid4().hex,
@@ -170,8 +169,6 @@ class Opened:
 
     def move_head(self, name: ObjectId, branch: str | None) -> str | None:
         """Point HEAD at a commit; at a branch where the commit is its newest.  That branch."""
-        from ckptvcs.committing import now  # noqa: PLC0415
-
         head = self.refs.read(HEAD)
         tips = {n: self.revisions.branch(n) for n in self.refs.names("heads")}
         at = [n for n, tip in tips.items() if tip == name]
@@ -188,8 +185,6 @@ class Opened:
 
     def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
         """Create or move a branch (`heads`) or a tag (`tags`); None deletes it."""
-        from ckptvcs.committing import now  # noqa: PLC0415
-
         check_name(name, "tag" if space == "tags" else "branch")
         ref = f"{space}/{name}"
         with self.leading_to(commit):
@@ -199,8 +194,6 @@ class Opened:
         """Keep the exact form of a commit whatever the rules say, or no longer; whether that is
         new.  What has faded already does not come back.
         """
-        from ckptvcs.committing import now  # noqa: PLC0415
-
         ref = f"pins/{name}"
         with self.leading_to(name if pinned else None):
             old = self.refs.read(ref)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import statistics
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,16 @@ def test_files_are_small() -> None:
 def test_no_grab_bags() -> None:
     forbidden = {"utils", "util", "helpers", "common", "misc", "types", "base"}
     assert not [path for path in MODULES if path.stem in forbidden]
+
+
+def test_every_layer_is_drawn() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    contract = settings["tool"]["importlinter"]["contracts"][0]
+    layers = [re.split(r" [|:] ", layer) for layer in contract["layers"]]
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    drawn = set(re.findall(r"[a-z]+", page.split("```")[1]))
+    assert drawn >= {name for layer in layers for name in layer}
+    assert not re.search("^(<<<<<<<|>>>>>>>)", page, re.MULTILINE)
 
 
 def test_the_command_line_starts_light() -> None:

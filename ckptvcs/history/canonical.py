@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from ckptvcs.errors import CorruptionError
@@ -120,6 +121,11 @@ class Record:
 
     def has(self, field: str) -> bool:
         return self._value.get(field) is not None
+
+
+def now() -> str:
+    """The time as commits, refs and records hold it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def from_number(value: float) -> Json:

@@ -1,11 +1,11 @@
-"""Catalog: the store's objects as what they mean, and how they are found.
+"""Catalog: the store's objects as what they mean, how they are found, and what is let go.
 
 values id -> newest recipe whose bundles are there       step, file hash -> commits
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +22,7 @@ from ckptvcs.history.recipe import (
     Frame,
     LetGo,
     Recipe,
+    dump_let_go,
     load_bundle,
     load_let_go,
     load_recipe,
@@ -138,6 +139,23 @@ class Catalog:
         """The fade and drop records of a commit."""
         names = self.store.find(b"let go:" + commit.encode())
         return [load_let_go(self.store.get(name, Kind.RECORD)) for name in names]
+
+    def record(self, records: Sequence[LetGo]) -> None:
+        """Say durably what is let go, or taken back, before anything is deleted.
+
+        Raises:
+            StorageError: the disk is full, or fails.
+        """
+        if not records:
+            return
+        pack = self.store.new_pack("meta")
+        try:
+            for record in records:
+                pack.add(Kind.RECORD, dump_let_go(record))
+            self.store.publish(pack)
+        finally:
+            pack.abort()
+        self.forget()
 
     def _dropped(self) -> Dropped:
         """What rules have let go, as far as it was not undone."""

@@ -16,6 +16,7 @@ from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import LetGo
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.retention import ExactRule
+from ckptvcs.history.revision import Revisions
 from ckptvcs.store.object import ObjectId, PackId
 
 _LINE = 64  # commits that a commit looks back to for what to fade: its cost does not grow
@@ -38,6 +39,7 @@ class Fader:
 
     def __init__(self, catalog: Catalog, refs: Refs, rule: ExactRule) -> None:
         self._catalog, self._refs, self._rule = catalog, refs, rule
+        self._revisions = Revisions(catalog, refs)
 
     def patches(self) -> list[Patch]:
         """Every exact patch that there is."""
@@ -105,25 +107,14 @@ class Fader:
     ) -> dict[ObjectId, frozenset[str]]:
         candidates = dict(known)
         if self._rule.best is not None and patches:
-            there = self._reached()  # not what was taken back, or never was in the history
+            # Not what was taken back, or never was in the history.
+            there = self._revisions.ids() - self._catalog.dropped().commits
             candidates |= {
                 name: self._catalog.commit(name)
                 for patch in patches for name in patch.commits if name in there
             }  # fmt: skip
         tagged, pinned = self._refs.targets("tags"), self._refs.targets("pins")
         return self._rule.kept_parts(lines, tagged, pinned, candidates.items())
-
-    def _reached(self) -> set[ObjectId]:
-        hidden = self._catalog.dropped().commits
-        tips = {*self._refs.targets("heads"), *self._refs.targets("tags")}
-        tips |= self._refs.targets("pins")
-        found: set[ObjectId] = set()
-        for tip in tips:
-            for name in self._catalog.ids_below(tip):
-                if name in found:
-                    break
-                found.add(name)
-        return found - hidden
 
     def record(self, patches: Iterable[Patch], time: str) -> list[LetGo]:
         """The records that must be durable before these patches are deleted."""

@@ -16,13 +16,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 
 from ckptvcs.errors import InvalidInputError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.fading import Fader, Patch
-from ckptvcs.history.recipe import LetGo, dump_let_go
+from ckptvcs.history.recipe import LetGo
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.retention import Best, Policy, Row
 from ckptvcs.history.revision import Revisions
@@ -81,8 +81,8 @@ class Collector:
 
     # -- planning ------------------------------------------------------------------------------
 
-    def plan(self, policy: Policy, now: datetime | None = None) -> GcPlan:
-        """Decide what can go.  Deletes nothing.
+    def plan(self, policy: Policy, time: str) -> GcPlan:
+        """Decide what can go at a time.  Deletes nothing.
 
         Raises:
             CorruptionError: something that is needed is missing or unreadable.
@@ -91,10 +91,10 @@ class Collector:
         store = self._catalog.store
         store.refresh()
         self._catalog.forget()
-        commits = dict(self._revisions.reachable(sorted(self._revisions.tips().values())))
+        commits = self._revisions.commits()
         gone = self._catalog.dropped()
-        rows = self._judge(policy, commits, gone, now or datetime.now(UTC))
-        drops = _drops(rows, policy)
+        rows = self._judge(policy, commits, gone, datetime.fromisoformat(time))
+        drops = _drops(rows, policy, time)
         after = _with(gone, rows)
         visible = {name: made for name, made in commits.items() if name not in after.commits}
         fading = self._fader.everywhere(visible)
@@ -108,9 +108,9 @@ class Collector:
         decisions = tuple(self._with_bytes(row, marked, packs) for row in rows)
         return GcPlan(decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops))
 
-    def after(self, plan: GcPlan) -> GcPlan:
+    def after(self, plan: GcPlan, time: str) -> GcPlan:
         """A plan that was recorded, with what can go of the disk now."""
-        again = self.plan(Policy())
+        again = self.plan(Policy(), time)
         return replace(again, decisions=plan.decisions, fading=plan.fading, drops=plan.drops)
 
     def _lines(self, hidden: frozenset[ObjectId]) -> dict[str, list[Row]]:
@@ -240,7 +240,7 @@ class Collector:
 
     def mark_all(self) -> Marked:
         """What must stay as things are now."""
-        commits = dict(self._revisions.reachable(sorted(self._revisions.tips().values())))
+        commits = self._revisions.commits()
         return self.mark(commits, self._catalog.dropped())
 
     def _bases(self, names: Iterable[ObjectId]) -> set[ObjectId]:
@@ -306,17 +306,7 @@ class Collector:
 
     def record(self, plan: GcPlan, time: str) -> None:
         """Say durably what is let go."""
-        records = [*plan.drops, *self._fader.record(plan.fading, time)]
-        if not records:
-            return
-        pack = self._catalog.store.new_pack("meta")
-        try:
-            for record in records:
-                pack.add(Kind.RECORD, dump_let_go(record))
-            self._catalog.store.publish(pack)
-        finally:
-            pack.abort()
-        self._catalog.forget()
+        self._catalog.record([*plan.drops, *self._fader.record(plan.fading, time)])
 
     def sweep(self, plan: GcPlan) -> None:
         """Delete what the plan lists.  A crash in between leaves the rest for the next gc."""
@@ -326,9 +316,8 @@ class Collector:
         self._catalog.forget()
 
 
-def _drops(rows: Iterable[Decision], policy: Policy) -> list[LetGo]:
+def _drops(rows: Iterable[Decision], policy: Policy, time: str) -> list[LetGo]:
     """The records of what is dropped."""
-    time = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
     whole = tuple(row.name for row in rows if row.action == "drop")
     parts = tuple(row.name for row in rows if row.action == "drop optimizer")
     out = [LetGo("drop", whole, (), policy.text, time)] if whole else []

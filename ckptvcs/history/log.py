@@ -189,7 +189,7 @@ class History:
 
     def unnamed(self, start: ObjectId) -> list[ObjectId]:
         """A commit and its ancestors that no branch, no tag and no HEAD leads to, newest first."""
-        named = {name for name, _ in self._revisions.reachable(self._revisions.tips().values())}
+        named = self._revisions.ids()
         return [name for name, _ in self._catalog.ancestors(start) if name not in named]
 
     def _newest_first(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
@@ -96,8 +96,9 @@ class Revisions:
         parts = self._catalog.commit(name).parts.values()
         return all(self._catalog.has_recipe(state.values) for state in parts)
 
-    def require(self, name: ObjectId) -> None:
+    def require(self, name: ObjectId, reached: Set[ObjectId] | None = None) -> None:
         """Refuse to lead to a commit that rules or a sweep took away, or that stands on such.
+        `reached` is what `ids` gives, where it is asked for many.
 
         Raises:
             NotFoundError: it is one.
@@ -105,7 +106,7 @@ class Revisions:
         gone = self._catalog.dropped()
         if name in gone.commits:
             raise NotFoundError(f"commit {name[:8]} was dropped", hint="see 'ckpt reflog'")
-        reached = self._ids()
+        reached = self.ids() if reached is None else reached
         while name not in reached:
             there = self._catalog.store.contains(name)
             parts = self._catalog.commit(name).parts if there else {}
@@ -118,8 +119,8 @@ class Revisions:
                 return
             name = parents[0]
 
-    def _ids(self) -> set[ObjectId]:
-        """Every commit that a ref leads to."""
+    def ids(self) -> set[ObjectId]:
+        """Every commit that a ref leads to, dropped ones too."""
         found: set[ObjectId] = set()
         for tip in self.tips().values():
             for name in self._catalog.ids_below(tip):
@@ -127,6 +128,17 @@ class Revisions:
                     break
                 found.add(name)
         return found
+
+    def commits(self) -> dict[ObjectId, Commit]:
+        """Every commit that a ref leads to, dropped ones too, children before parents along every
+        line.
+        """
+        return dict(self.reachable(sorted(self.tips().values())))
+
+    def visible(self) -> dict[ObjectId, Commit]:
+        """The same without those that were dropped."""
+        hidden = self._catalog.dropped().commits
+        return {name: made for name, made in self.commits().items() if name not in hidden}
 
     def reachable(self, start: Iterable[ObjectId]) -> Iterator[tuple[ObjectId, Commit]]:
         """Every commit that can be reached from `start`, each once, children before parents
@@ -207,10 +219,9 @@ class Revisions:
         if here is not None:
             return here
         known = set(self._catalog.store.find(b"step:%d" % step))
-        tips = self.tips().values()
-        found = [name for name, _ in self.reachable(tips) if name in known] if known else []
-        hidden = self._catalog.dropped().commits.intersection(found)
-        found = [name for name in found if name not in hidden]
+        there = known & self.ids() if known else set()
+        hidden = self._catalog.dropped().commits & there
+        found = sorted(there - hidden)
         if len(found) > 1:
             raise InvalidInputError(
                 f"step {step} is ambiguous", hint="one of " + ", ".join(n[:8] for n in found)
@@ -228,11 +239,7 @@ class Revisions:
         return named
 
     def _no_step(self, step: int) -> NotFoundError:
-        hidden = self._catalog.dropped().commits
-        steps = {
-            commit.step for name, commit in self.reachable(self.tips().values())
-            if commit.step is not None and name not in hidden
-        }  # fmt: skip
+        steps = {made.step for made in self.visible().values() if made.step is not None}
         nearest = sorted(sorted(steps, key=lambda s: abs(s - step))[:_MAX_LISTED])
         hint = f"nearest steps: {', '.join(map(str, nearest))}" if nearest else None
         return NotFoundError(f"no commit of step {step}", hint=hint)

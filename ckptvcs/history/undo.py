@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from ckptvcs.errors import ConflictError, NotFoundError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.recipe import LetGo, dump_let_go, load_let_go
+from ckptvcs.history.recipe import LetGo, load_let_go
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.object import Kind, ObjectId
@@ -40,6 +41,7 @@ class Past:
 
     def __init__(self, catalog: Catalog, refs: Refs) -> None:
         self._catalog, self._refs = catalog, refs
+        self._revisions = Revisions(catalog, refs)
 
     def _branch(self, name: str | None) -> str:
         head = self._refs.read(HEAD)
@@ -58,7 +60,8 @@ class Past:
         """
         name = self._branch(branch)
         moves = self._refs.reflog(f"heads/{name}")
-        events = [self._event(move) for move in moves]
+        reached = self._revisions.ids()
+        events = [self._event(move, reached) for move in moves]
         line = self._ever(moves)
         for _, record in self._records():
             count = len(line.intersection(record.commits))
@@ -67,15 +70,15 @@ class Past:
                 events.append(Event(record.time, action, None, None, True, count))
         return sorted(events, key=lambda event: event.time, reverse=True)
 
-    def _event(self, move: Generation) -> Event:
+    def _event(self, move: Generation, reached: Set[ObjectId]) -> Event:
         known = move.commit is not None and self._catalog.store.contains(move.commit)
         step = self._catalog.commit(move.commit).step if move.commit and known else None
-        there = move.commit is None or (known and self._stands(move.commit))
+        there = move.commit is None or (known and self._stands(move.commit, reached))
         return Event(move.time, move.action, move.commit, step, there)
 
-    def _stands(self, name: ObjectId) -> bool:
+    def _stands(self, name: ObjectId, reached: Set[ObjectId]) -> bool:
         try:
-            Revisions(self._catalog, self._refs).require(name)
+            self._revisions.require(name, reached)
         except NotFoundError:
             return name in self._catalog.dropped().commits
         return True
@@ -117,7 +120,7 @@ class Past:
         before = moves[self._standing(moves, last - 1) or 1].commit
         if before is not None:
             try:
-                Revisions(self._catalog, self._refs).require(before)
+                self._revisions.require(before)
             except NotFoundError as error:
                 raise ConflictError(error.message, hint=error.hint) from error
         taken = moves[last]
@@ -152,12 +155,6 @@ class Past:
                     raise ConflictError(
                         f"what '{drop.rule}' dropped was swept", hint="see 'ckpt reflog'"
                     )
-        pack = self._catalog.store.new_pack("meta")
-        try:
-            record = LetGo("undo", drop.commits, drop.parts, drop.rule, time, (name,))
-            pack.add(Kind.RECORD, dump_let_go(record))
-            self._catalog.store.publish(pack)
-        finally:
-            pack.abort()
-        self._catalog.forget()
+        record = LetGo("undo", drop.commits, drop.parts, drop.rule, time, (name,))
+        self._catalog.record([record])
         return Undone(f"drop {drop.rule} of {len(drop.commits)} commits", branch, newest.commit)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ckptvcs.cli import history as cli_history
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.cli.conftest import Ckpt
 from tests.training import train, train_on
@@ -66,6 +67,16 @@ def test_log(ckpt: Ckpt, history: Path) -> None:
     assert lines[0].split() == ["step", "id", "message", "metrics", "size", "ratio", "fidelity"]
     assert len(lines) == 6
     assert entries[0]["id"][:8] in lines[1]
+
+
+def test_a_long_log_is_cut(ckpt: Ckpt, history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_history, "_DEFAULT_ENTRIES", 3)
+    shown = ckpt("log")
+    assert len(shown.out.splitlines()) == 1 + 3
+    assert "the newest 3; -n shows more" in shown.err
+    assert len(ckpt("log", "--graph").out.splitlines()) == 3
+    assert len(ckpt("log", "-n", 4).out.splitlines()) == 1 + 4
+    assert len(ckpt("log", "--json").json) == 5
 
 
 def test_checkout_writes_what_was_committed(
