@@ -15,7 +15,7 @@ from ckptvcs.codec.words import octets
 from ckptvcs.coding.exact import SAME
 from ckptvcs.coding.group import CodedSlice
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackInfo, PackWriter
 
 _LATE = 6  # slices that may wait to be written: they take memory
@@ -153,8 +153,9 @@ class PatchWriter:
         bytes on disk.
         """
         pack = self._region.pack
-        bundle = pack.add(Kind.BUNDLE, dump_bundle(frames))
-        exact = pack.add(Kind.VALUES, table)
+        exact = object_id(Kind.VALUES, table)
+        bundle = pack.add(Kind.BUNDLE, dump_bundle(frames, exact))
+        pack.add(Kind.VALUES, table)
         owners, numbers = (0,) * len(frames), tuple(range(len(frames)))
         pack.add(Kind.RECIPE, dump_recipe(Recipe(exact, 0, (bundle,), owners, numbers, patch=True)))
         return publish(pack).size_bytes

@@ -137,6 +137,20 @@ def test_the_exact_form_comes_back_with_its_content(run: Run, repo: Repo) -> Non
     assert same(repo.checkout(entry.id), run.states[1])
 
 
+def test_patches_on_the_same_near_values_are_told_apart(run: Run, repo: Repo) -> None:
+    run.commit(codec="excp-max")  # which keeps nothing of so small a step: all near forms are one
+    for _ in range(3):
+        state = run.states[run.step]
+        run.now = {name: w + 1e-7 for name, w in state["model"].items()}
+        run.commit(codec="excp-max")
+    assert len({entry.commit.parts["model"].values for entry in repo.log(3)}) == 1
+    assert run.exact() == [4, 3, 1]  # the first is a lossless keyframe
+    bundles = [repo.catalog.recipe(state.exact).bundles for entry in repo.log(2)
+               for state in entry.commit.parts.values() if state.exact]  # fmt: skip
+    assert len(set(bundles)) == len(bundles) > 1
+    assert not repo.verify().damage
+
+
 def test_unchanged_content_is_stored_once_and_fades_together(run: Run, repo: Repo) -> None:
     run.commit()
     before = sizes(repo)

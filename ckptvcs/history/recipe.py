@@ -106,8 +106,10 @@ class Frame:
         return sum(length for _, length, _ in self.slices)
 
 
-def dump_bundle(frames: list[Frame]) -> bytes:
-    """The canonical bytes of a bundle: its table of contents."""
+def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
+    """The canonical bytes of a bundle: its table of contents.  One of an exact patch names the
+    table of the `exact` values: its slices have no hashes, which tell other bundles apart.
+    """
     bases: dict[ObjectId, int] = {}
     rows = []
     at = 0
@@ -127,7 +129,7 @@ def dump_bundle(frames: list[Frame]) -> bytes:
         if frame.companion is not None:
             row["companion"] = frame.companion
         rows.append(row)
-    return dump({"bases": list(bases), "frames": rows})
+    return dump({"bases": list(bases), "frames": rows, **({"exact": exact} if exact else {})})
 
 
 def load_bundle(data: bytes) -> tuple[Frame, ...]:
