@@ -184,18 +184,13 @@ class Catalog:
 
     def ids_below(self, name: ObjectId | None) -> Iterator[ObjectId]:
         """The ids of a commit and its first parents, dropped ones too."""
-        while name is not None:
-            yield name
-            name = first_parent(self.store.get(name, Kind.COMMIT))
+        return (found for found, _ in self.store.line(name, Kind.COMMIT, first_parent))
 
     def walk(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, bytes]]:
         """The same as `line`, unread: for long ways a tenth of the time."""
         hidden = self.dropped().commits
-        while name is not None:
-            content = self.store.get(name, Kind.COMMIT)
-            if name not in hidden:
-                yield name, content
-            name = first_parent(content)
+        line = self.store.line(name, Kind.COMMIT, first_parent)
+        return (pair for pair in line if pair[0] not in hidden)
 
     def line(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, Commit]]:
         """The same without those that were dropped."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,9 +205,20 @@ class Index:
 
     def content(self, name: ObjectId) -> bytes | None:
         """The content of a small object, unproven; None where it is not kept here."""
+        with self.reading() as content:
+            return content(name)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[ObjectId], bytes | None]]:
+        """`content`, for many: it takes half the time."""
         with self._begin() as txn:
-            value = txn.get(bytes.fromhex(name), db=self._contents)
-            return None if value is None else bytes(value)
+            get, contents = txn.get, self._contents
+
+            def content(name: ObjectId) -> bytes | None:
+                found = get(bytes.fromhex(name), db=contents)
+                return None if found is None else bytes(found)
+
+            yield content
 
     def find(self, key: bytes) -> list[ObjectId]:
         """The objects that have `key`."""

@@ -35,9 +35,12 @@ class Kind(IntEnum):
     ERRORS = 8
 
 
+_PREFIXES = {kind: kind.name.lower().encode() + b"\0" for kind in Kind}
+
+
 def object_id(kind: Kind, content: bytes) -> ObjectId:
     """The name of an object."""
-    return ObjectId(blake3(kind.name.lower().encode() + b"\0" + content).hexdigest())
+    return ObjectId(blake3(_PREFIXES[kind] + content).hexdigest())
 
 
 def checked_id(text: object) -> ObjectId:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lmdb
@@ -21,6 +22,7 @@ from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
 
 FOLDERS = ("packs", "meta")
 _KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # contents the index keeps
+_BATCH = 512  # objects of a line that are read at once
 _MAX_BASES = 8  # an object that stands on another is one or two links deep
 
 
@@ -183,6 +185,29 @@ class ObjectStore:
         if kept is not None and object_id(kind, kept) == name:
             return kept
         return self._get(name, kind, 0)
+
+    def line(
+        self, name: ObjectId | None, kind: Kind, next_of: Callable[[bytes], ObjectId | None]
+    ) -> Iterator[tuple[ObjectId, bytes]]:
+        """An object, the one that `next_of` finds in its content, and so on, each proven by its id.
+
+        Raises:
+            MissingObjectError, CorruptionError: as `get`.
+        """
+        while name is not None:
+            batch: list[tuple[ObjectId, bytes]] = []
+            with self._index.reading() as content:  # for a while: old pages wait for readers
+                while name is not None and len(batch) < _BATCH:
+                    kept = content(name)
+                    if kept is None or object_id(kind, kept) != name:
+                        break
+                    batch.append((name, kept))
+                    name = next_of(kept)
+            yield from batch
+            if name is not None and len(batch) < _BATCH:
+                data = self._get(name, kind, 0)
+                yield name, data
+                name = next_of(data)
 
     def _get(self, name: ObjectId, kind: Kind | None, depth: int) -> bytes:
         failure: CkptError | None = None
