@@ -11,7 +11,7 @@ from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.canonical import now
 from ckptvcs.history.retention import Policy
 from ckptvcs.opened import CACHE, Opened
-from ckptvcs.store.objects import FOLDERS
+from ckptvcs.store.pack import FOLDERS
 
 if TYPE_CHECKING:
     from ckptvcs.history.gc import Collector, GcPlan

@@ -28,11 +28,12 @@ from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.codec.spec import CodecSpec, NearSpec, finer
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder, TooCoarse
-from ckptvcs.errors import CorruptionError, InvalidInputError
+from ckptvcs.errors import CorruptionError, InvalidInputError, MissingObjectError
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, FileEntry, dump_commit, dump_errors, load_commit
 from ckptvcs.history.fading import Fader, Patch
+from ckptvcs.history.marking import mark, require_packs
 from ckptvcs.history.recipe import dump_let_go, dump_recipe, dump_values
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
@@ -165,8 +166,17 @@ class Committer:
             InvalidInputError: the checkpoint changed while it was read.
             ConflictError: another writer moved the branch meanwhile.
             BusyError: gc is sweeping.
+            CorruptionError: what it would stand on is missing or damaged.
             StorageError: the disk is full, or fails.
         """
+        try:
+            return self._commit(request)
+        except MissingObjectError:  # the index may be older than the packs, after a power cut
+            self._catalog.store.rebuild()
+            self._catalog.forget()
+            return self._commit(request)
+
+    def _commit(self, request: Request) -> Result:
         store = self._catalog.store
         with lease(store.backend) as held:
             checkpoint = request.checkpoint
@@ -195,6 +205,8 @@ class Committer:
                 info = store.publish(pack)
             finally:
                 pack.abort()
+            gone = self._catalog.dropped()
+            require_packs(self._catalog, mark(self._catalog, {name: commit}, gone))
             check_lease(store.backend, held)
             self._publish(place, name, commit)
             if fading:  # a tag or a pin may have come meanwhile

@@ -6,9 +6,7 @@ Lower layers get values, never the file.  docs/cli.md, "Settings".
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -18,7 +16,7 @@ from typing import Any
 from ckptvcs.codec.spec import CodecSpec, parse_codec, with_bounds
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.retention import FIDELITIES, Best, ExactRule
-from ckptvcs.store.local import storage_error, sync_directory
+from ckptvcs.store import disk
 
 Value = str | int | float
 
@@ -192,18 +190,7 @@ def set_setting(path: Path, key: str, value: str | None) -> Config:
         lines.append(f"{key} = {json.dumps(checked)}")
     text = "\n".join(lines) + "\n"
     config = _parse(text, path)
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise storage_error(error, f"write {path}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    disk.replace(path, text, path.parent / "tmp")
     return config
 
 

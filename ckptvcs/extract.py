@@ -33,7 +33,7 @@ from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.schema import Schema, View
 from ckptvcs.restore import Restorer
-from ckptvcs.store.local import storage_error
+from ckptvcs.store.disk import storage_error
 
 _TOPS = frozenset({
     "model", "state_dict", "model_state_dict", "module", "net", "network", "optimizer",

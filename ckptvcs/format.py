@@ -6,13 +6,11 @@ docs/format.md, "format".
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from ckptvcs.errors import CorruptionError, UnsupportedVersionError
-from ckptvcs.store.local import storage_error, sync_directory
+from ckptvcs.store import disk
 
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
@@ -31,7 +29,7 @@ def _format(folder: Path) -> dict[str, Any]:
         number, flags = fields["format"], fields.setdefault("flags", {})
         known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
     except OSError as error:
-        raise storage_error(error, f"open {folder}") from error
+        raise disk.storage_error(error, f"open {folder}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{folder / 'format'} is not readable") from error
     if not known:
@@ -83,13 +81,4 @@ def raise_flags(folder: Path, operation: str, *wanted: str) -> None:
 
 def write_format(folder: Path, fields: dict[str, Any]) -> None:
     """Write the `format` file, whole or not at all.  Raises StorageError."""
-    temporary = folder / "tmp" / f"format-{secrets.token_hex(8)}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(fields) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / "format")
-        sync_directory(folder)
-    except OSError as error:
-        raise storage_error(error, f"write {folder / 'format'}") from error
+    disk.replace(folder / "format", json.dumps(fields) + "\n", folder / "tmp")

@@ -30,10 +30,12 @@ from ckptvcs.history.fading import Fader
 from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
+from ckptvcs.store import disk
 from ckptvcs.store.leases import lease
-from ckptvcs.store.local import LocalBackend, storage_error, sync_directory
+from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object import ObjectId
-from ckptvcs.store.objects import FOLDERS, ObjectStore
+from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.pack import FOLDERS
 
 if TYPE_CHECKING:
     from ckptvcs.bases import HeldBase
@@ -53,7 +55,7 @@ class Opened:
         check_format(folder)
         self._backend = LocalBackend(folder)
         self.config: Config = load_config(folder / _CONFIG)
-        store = ObjectStore(self._backend, folder / CACHE / "index.lmdb", keys_of)
+        store = ObjectStore(self._backend, folder / CACHE / "index", keys_of)
         self.catalog = Catalog(store)
         self.refs = Refs(self._backend)
         self.revisions = Revisions(self.catalog, self.refs)
@@ -85,7 +87,7 @@ class Opened:
         try:
             for name in (*FOLDERS, "refs", "leases", "marks", "tmp", CACHE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            (folder / _CONFIG).write_text(settings, "utf-8")
+            disk.replace(folder / _CONFIG, settings, folder / "tmp")
             refs = Refs(LocalBackend(folder))
             if refs.read(HEAD) is None:
                 refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
@@ -94,9 +96,9 @@ class Opened:
                 "flags": {"read": [], "write": [], "gc": []},
             }  # fmt: skip
             write_format(folder, fields)  # before: no repository; after: a whole one
-            sync_directory(folder.parent)
+            disk.sync_folder(folder.parent)
         except OSError as error:
-            raise storage_error(error, f"make a repository in {path}") from error
+            raise disk.storage_error(error, f"make a repository in {path}") from error
         return cls(folder)
 
     @classmethod

@@ -23,7 +23,7 @@ from typing import BinaryIO, Self
 from blake3 import blake3
 
 from ckptvcs.errors import ConflictError, InvalidInputError
-from ckptvcs.store.local import storage_error
+from ckptvcs.store.disk import storage_error
 
 _BLOCK = 1 << 22
 _LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)

@@ -32,7 +32,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import Op, Skeleton
 from ckptvcs.parallel import ordered_map
-from ckptvcs.store.local import storage_error
+from ckptvcs.store.disk import storage_error
 from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]

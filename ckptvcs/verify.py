@@ -20,7 +20,7 @@ from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.restore import Restorer, safe_path
 from ckptvcs.store.object import ObjectId, PackId
-from ckptvcs.store.objects import FOLDERS
+from ckptvcs.store.pack import FOLDERS
 
 Progress = Callable[[int], None]
 

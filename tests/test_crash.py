@@ -1,94 +1,88 @@
-"""Stop a commit at every write: the old state is whole, the next try works, gc sweeps the rest."""
+"""A crash at any step: the old state or the new one is there, whole; a second try works; gc sweeps
+the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
 
-from ckptvcs.errors import StorageError
-from ckptvcs.repo import Repo
-from ckptvcs.store.local import LocalBackend, LocalWriter
-from tests.training import save_run, train
+from ckptvcs.store import environment, leases
+from tests.crashing import SCENARIOS, Expected, Scenario, expected
+from tests.faults import PowerCut, Steps, cuts, killed
+
+NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
+KILLS = 10_000 if NIGHTLY else 12  # at most, for each act, besides one at each kind of step
+POWER_CUTS = 400 if NIGHTLY else 12  # for each act
 
 
-class Stopped(BaseException):
-    """The process ends here: nothing that handles errors may handle this."""
+def next_start() -> str:
+    """The machine was started anew."""
+    return "the next start"
 
 
 class Cut:
-    """Counts what is written, and stops at the n-th write or publish."""
+    """A prepared history, and what its act does when nothing cuts it."""
 
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, failure: Callable[[], BaseException]
-    ) -> None:
-        self.calls = 0
-        self.at: int | None = None
-        self._failure = failure
-        cuts = ((LocalWriter, "write"), (LocalWriter, "publish"), (LocalBackend, "delete"))
-        for owner, name in cuts:
-            monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name)))
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        self.scenario, self._folder, self._count = scenario, folder, 0
+        self.template = folder / "template"
+        self.template.mkdir()
+        scenario.build(self.template)
+        self.expected: Expected = expected(scenario, self.template, folder / "calm")
 
-    def _wrapped(self, calm: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.at:
-                raise self._failure()
-            return calm(*args)
-
-        return call
+    def copy(self) -> Path:
+        """A fresh copy of the history."""
+        self._count += 1
+        target = self._folder / str(self._count)
+        shutil.copytree(self.template, target)
+        return target
 
 
-FAILURES = {"stop": Stopped, "full disk": lambda: StorageError("cannot write: no space left")}
+@pytest.fixture(params=SCENARIOS)
+def cut(request: pytest.FixtureRequest) -> Iterator[Cut]:
+    memory = Path("/dev/shm")  # syncing costs nothing there
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="ckpt-test-", dir=place) as folder:
+        yield Cut(SCENARIOS[request.param], Path(folder))
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("codec", ["lossless", "excp"])
-def test_a_commit_that_is_cut(
-    failure: str, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second, third = save_run(tmp_path, train(3))
-    repo = Repo.init(tmp_path / "repo")
-    repo.commit_path(first, message="one", codec=codec)
-    cut = Cut(monkeypatch, FAILURES[failure])  # type: ignore[arg-type]
-    repo.commit_path(second, message="two", codec=codec)
-    total = cut.calls
-    assert total > 10
-    before = repo.log()
-    kept = {e.id: content(repo, e.id, tmp_path) for e in before}
-    at, went_through = 1, False
-    while not went_through:
-        cut.calls, cut.at = 0, at
-        try:
-            Repo.open(tmp_path / "repo").commit_path(third, message="three", codec=codec)
-            went_through = True  # there are fewer writes than `at`
-        except (Stopped, StorageError):
-            pass
-        cut.at = None
-        again = Repo.open(tmp_path / "repo")
-        found = [e.id for e in again.log()]
-        if len(found) > len(before):  # cut behind the commit point
-            assert found[1:] == [e.id for e in before]
-            head = again.refs.read("heads/main")
-            again.refs.publish("heads/main", head, commit=before[0].id, time="t", action="test")
-        else:
-            assert found == [e.id for e in before]
-        assert {e.id: content(again, e.id, tmp_path) for e in before} == kept
-        at += 3
-    assert at > 10  # a patch that was finished by one try is used by the next
-    last = Repo.open(tmp_path / "repo")
-    for lease in (tmp_path / "repo" / ".ckpt" / "leases").iterdir():
-        lease.unlink()  # this process is alive, so its leases count; a dead one's would not
-    last.gc()
-    assert not list((tmp_path / "repo" / ".ckpt" / "tmp").iterdir())
-    assert not last.verify().damage
-    result = last.commit_path(third, message="three", codec=codec)
-    assert not last.verify().damage
-    assert last.revisions.head() == result.id
+def test_killed_at_any_step(cut: Cut) -> None:
+    root = cut.copy()
+    with Steps(root / "repo" / ".ckpt").taken() as steps:
+        cut.scenario.act(root)
+    reached = 0
+    for at, phase in cuts(steps.seen, KILLS, seed=0):
+        root = cut.copy()
+        reached += killed(root / "repo" / ".ckpt", partial(cut.scenario.act, root), at, phase)
+        cut.expected.check(cut.scenario, root)
+        shutil.rmtree(root)
+    assert reached > len({step.operation for step in steps.seen})
 
 
-def content(repo: Repo, name: Any, tmp_path: Path) -> bytes:
-    repo.checkout_files(name, tmp_path / "x", force=True)
-    return (tmp_path / "x").read_bytes()
+def test_the_power_fails_at_any_step(cut: Cut) -> None:
+    root = cut.copy()
+    power = PowerCut(root)
+    with power.recorded():
+        cut.scenario.act(root)
+    for seed in range(POWER_CUTS):
+        left = root.with_name(f"left-{seed}")
+        power.restore(cut.template, (seed * 7919) % (len(power) + 1), left, seed)
+        cache = left / "repo" / ".ckpt" / "cache"
+        if cut.scenario.commits and seed % 3:  # what is in the cache is not synced: older, newer
+            shutil.rmtree(cache)
+            if seed % 3 == 1:
+                shutil.copytree(root / "repo" / ".ckpt" / "cache", cache)
+        with (
+            mock.patch.multiple(leases, boot_id=next_start),
+            mock.patch.multiple(environment, boot_id=next_start),
+        ):
+            cut.expected.check(cut.scenario, left)
+        shutil.rmtree(left)

@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
+from ckptvcs.errors import CorruptionError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import LetGo
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.retention import ExactRule
 from ckptvcs.history.revision import Revisions
-from ckptvcs.store.object import ObjectId, PackId
+from ckptvcs.store.object import Kind, ObjectId, PackId
 
 _LINE = 64  # commits that a commit looks back to for what to fade: its cost does not grow
 
@@ -131,10 +132,20 @@ class Fader:
 
     def delete(self, patches: Iterable[Patch]) -> None:
         """Delete patches whose records are durable."""
-        packs = {patch.pack: patch.folder for patch in patches}
+        packs = {patch.pack: patch.folder for patch in patches if self._is_alone(patch)}
         if packs:
             self._catalog.store.delete_packs(packs)
             self._catalog.forget_recipes()
+
+    def _is_alone(self, patch: Patch) -> bool:
+        """Whether a pack holds a patch and nothing else, by its own word, not the index's."""
+        try:
+            entries = self._catalog.store.entries(patch.pack, patch.folder)
+        except (CorruptionError, FileNotFoundError):
+            return False
+        kinds = sorted(entry.kind for entry in entries)
+        table = next((entry.id for entry in entries if entry.kind == Kind.VALUES), None)
+        return kinds == [Kind.VALUES, Kind.RECIPE, Kind.BUNDLE] and table == patch.values
 
 
 def _needed(patch: Patch, kept: dict[ObjectId, frozenset[str]]) -> bool:

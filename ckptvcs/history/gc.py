@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 
-from ckptvcs.errors import InvalidInputError, MissingObjectError
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.fading import Fader, Patch
+from ckptvcs.history.marking import Marked, bases, mark
 from ckptvcs.history.recipe import LetGo
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.retention import Best, Policy, Row
@@ -63,14 +64,6 @@ class GcPlan:
     drops: tuple[LetGo, ...] = ()
 
 
-@dataclass
-class Marked:
-    """Objects that must stay; of bundles, also the part they belong to."""
-
-    objects: set[ObjectId] = field(default_factory=set)
-    bundles: dict[ObjectId, str] = field(default_factory=dict)
-
-
 class Collector:
     """Plans and sweeps one repository."""
 
@@ -89,7 +82,7 @@ class Collector:
             InvalidInputError: the rules keep nothing at all.
         """
         store = self._catalog.store
-        store.refresh()
+        store.rebuild()  # nothing is deleted on the word of an index that may be rotten
         self._catalog.forget()
         commits = self._revisions.commits()
         gone = self._catalog.dropped()
@@ -98,7 +91,7 @@ class Collector:
         after = _with(gone, rows)
         visible = {name: made for name, made in commits.items() if name not in after.commits}
         fading = self._fader.everywhere(visible)
-        marked = self.mark(commits, after, fading)
+        marked = self._mark(commits, after, fading)
         packs, kept = self._unmarked(marked)
         debris = self._debris()
         freed = sum(store.backend.size(pack_name(folder, p)) for p, folder in packs.items())
@@ -207,81 +200,17 @@ class Collector:
 
     # -- marking -------------------------------------------------------------------------------
 
-    def mark(
+    def _mark(
         self, commits: Mapping[ObjectId, Commit], gone: Dropped, fading: Iterable[Patch] = ()
     ) -> Marked:
-        """Every object that must stay.
-
-        Raises:
-            CorruptionError: something that is needed is missing or unreadable.
-        """
-        catalog = self._catalog
-        marked = Marked()
-        tables: list[tuple[ObjectId, str]] = []
-        faded = {patch.values for patch in fading}
-        for name, commit in commits.items():
-            marked.objects |= {name}
-            if name in gone.commits:
-                continue
-            marked.objects.add(commit.schema)
-            marked.objects |= {file.skeleton for file in commit.files if file.skeleton}
-            if commit.errors is not None:
-                marked.objects.add(commit.errors)
-            for part, state in commit.parts.items():
-                if part in gone.parts.get(name, ()):
-                    continue
-                tables.append((state.values, part))
-                if state.exact and state.exact not in faded and catalog.recipes(state.exact):
-                    tables.append((state.exact, part))
-        self._mark_tables(tables, marked)
-        marked.objects |= set(catalog.store.ids(Kind.RECORD))
-        marked.objects |= self._bases(marked.objects)
+        marked = mark(self._catalog, commits, gone, {patch.values for patch in fading})
+        records = self._catalog.store.ids(Kind.RECORD)
+        marked.objects |= {*records, *bases(self._catalog, records)}
         return marked
 
     def mark_all(self) -> Marked:
         """What must stay as things are now."""
-        commits = self._revisions.commits()
-        return self.mark(commits, self._catalog.dropped())
-
-    def _bases(self, names: Iterable[ObjectId]) -> set[ObjectId]:
-        """The objects that others are coded on."""
-        found: set[ObjectId] = set()
-        stack = list(names)
-        while stack:
-            for place in self._catalog.store.places(stack.pop()):
-                base = place.entry.base
-                if base is not None and base not in found:
-                    found.add(base)
-                    stack.append(base)
-        return found
-
-    def _mark_tables(self, tables: list[tuple[ObjectId, str]], marked: Marked) -> None:
-        """Mark tables of values, their recipe and bundles, and the tables that these stand on."""
-        catalog, done = self._catalog, set[ObjectId]()
-        while tables:
-            table, part = tables.pop()
-            if table in done:
-                continue
-            done.add(table)
-            names = [
-                (name, recipe) for name, recipe in catalog.recipes(table)
-                if all(map(catalog.store.contains, recipe.bundles))
-            ]  # fmt: skip
-            if not names:
-                raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
-            # The newest one is what readers use; an exact patch is not what others stand on.
-            own = [pair for pair in names if not pair[1].patch][:1]
-            own += [pair for pair in names if pair[1].patch]
-            marked.objects.add(table)
-            for name, recipe in own:
-                marked.objects.add(name)
-                for bundle, frame in zip(recipe.owners, recipe.frames, strict=True):
-                    owner = recipe.bundles[bundle]
-                    marked.objects.add(owner)
-                    marked.bundles[owner] = part
-                    base = catalog.bundle(owner)[frame].base
-                    if base is not None and base[0] not in done:
-                        tables.append((base[0], part))
+        return self._mark(self._revisions.commits(), self._catalog.dropped())
 
     def _unmarked(self, marked: Marked) -> tuple[dict[PackId, str], int]:
         """The packs in which nothing is marked, and the bytes of all others."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.gc import Marked
+from ckptvcs.history.marking import Marked
 from ckptvcs.history.recipe import load_bundle, slice_hash
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import Kind, ObjectId, PackId

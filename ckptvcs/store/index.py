@@ -7,32 +7,28 @@ value that turns out wrong is noticed because every object is checked against it
     objects    object id            -> places (several packs may hold the same object)
     contents   object id            -> content of small objects that are read often
     keys       key of the caller    -> object ids   ("recipes of these values", "commits of step 7")
+    expected   pack id              -> folder, of packs that are about to be published
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lmdb
 
+from ckptvcs.store.environment import delete_older, environment, is_current, newest_file, next_file
 from ckptvcs.store.object import Kind, ObjectId, PackId
-from ckptvcs.store.pack import Entry, PackInfo
+from ckptvcs.store.pack import FOLDERS, Entry, PackInfo
 
 _PLACE = struct.Struct("<32sBBQQQQ32s")  # pack, kind, encoding, offset, region, raw, stored, base
 _PACK = struct.Struct("<BQI")  # folder, size, commits
-_FOLDERS = ("packs", "meta")
-_VERSION = b"ckptvcs index 3"
+_VERSION = b"ckptvcs index 4"
 _NO_BASE = bytes(32)
-_FIRST_MAP_BYTES = 1 << 24
 _MAX_KEY = 500
-_LOCK_BYTES = 1 << 16
-_META = struct.Struct("<40xI92xQ")  # of LMDB 0.9: page size, last page used
 
 
 @dataclass(frozen=True)
@@ -47,90 +43,26 @@ class Place:
 KeysOf = Callable[[Kind, bytes], Iterable[bytes]]
 """What an object can be found by, besides its id; made by the caller, opaque to the index."""
 
-_open: dict[Path, tuple[tuple[int, int, int], lmdb.Environment]] = {}
-
-
-def _environment(path: Path) -> lmdb.Environment:
-    """The one environment of `path` in this process; a forked child opens its own."""
-    known = _open.get(path)
-    if known and known[0] == _identity(path):
-        return known[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _check_length(path)
-    _reserve(path.with_name(path.name + "-lock"))
-    options: dict[str, Any] = {
-        "subdir": False, "map_size": max(_FIRST_MAP_BYTES, _file_size(path)), "max_dbs": 8,
-        "max_readers": 512, "readahead": False,
-        # The index is rebuilt when it is damaged: losing the last write to a power cut is harmless.
-        "metasync": False, "sync": False,
-    }  # fmt: skip
-    if lmdb.version()[0] >= 1 or tuple(map(int, lmdb.__version__.split(".")[:1])) >= (3,):
-        options["lib_version"] = 0
-    environment = lmdb.open(str(path), **options)
-    _open[path] = (_identity(path), environment)
-    return environment
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    """This process and this very file: a repository may be deleted and made again."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return (os.getpid(), 0, 0)
-    return (os.getpid(), status.st_dev, status.st_ino)
-
-
-def _check_length(path: Path) -> None:
-    """LMDB maps its file and trusts it: reading behind the end of a cut one kills the process.
-
-    Raises:
-        lmdb.CorruptedError: the file is shorter than its meta pages say.
-    """
-    size = _file_size(path)
-    if not size:
-        return
-    with path.open("rb") as file:
-        head = file.read(_META.size)
-        if len(head) < _META.size:
-            raise lmdb.CorruptedError("the index is cut off")
-        page, last = _META.unpack(head)
-        file.seek(page)
-        second = file.read(_META.size)
-        if len(second) == _META.size:
-            last = max(last, _META.unpack(second)[1])
-    if not 512 <= page <= 1 << 16 or (last + 1) * page > size:
-        raise lmdb.CorruptedError("the index is cut off")
-
-
-def _reserve(lock: Path) -> None:
-    """Give the lock file real blocks: LMDB maps it, and a map without room kills the process.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    if not lock.exists():
-        with lock.open("xb") as file:
-            try:
-                file.write(bytes(_LOCK_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                lock.unlink(missing_ok=True)
-                raise
-
-
-def _file_size(path: Path) -> int:
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return 0
+ROTTEN = (lmdb.Error, struct.error, ValueError, IndexError)
+"""What reading or writing an index may raise; it is to be made anew then."""
 
 
 class Index:
     """The LMDB file; every method is one transaction."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._env = _environment(path)
+    def __init__(self, name: Path) -> None:
+        """Open the index of this `name`; see `ckptvcs.store.environment` for its file.
+
+        Raises:
+            lmdb.Error, OSError: it is rotten, or the file system refuses.
+        """
+        self._name = name
+        self._open()
+
+    def _open(self) -> None:
+        self._path = newest_file(self._name)
+        fresh = not self._path.exists()
+        self._env = environment(self._path)
         with self._env.begin(write=self._is_new()) as txn:
             if txn.get(b"version") not in (None, _VERSION):
                 raise lmdb.InvalidError("the index has another version")
@@ -138,7 +70,23 @@ class Index:
         self._objects = self._env.open_db(b"objects", dupsort=True)
         self._contents = self._env.open_db(b"contents")
         self._keys = self._env.open_db(b"keys", dupsort=True)
-        self._write(lambda txn: txn.put(b"version", _VERSION) if self._is_new() else None)
+        self._expected = self._env.open_db(b"expected")
+        with self._env.begin(write=self._is_new()) as txn:
+            if txn.get(b"version") is None:
+                txn.put(b"version", _VERSION)
+        if fresh:
+            delete_older(self._path)
+
+    def follow(self) -> Index:
+        """An empty one instead of this one, which is rotten.  Raises lmdb.Error, OSError."""
+        if newest_file(self._name) == self._path:
+            next_file(self._path)
+        return Index(self._name)
+
+    @staticmethod
+    def discard(name: Path) -> None:
+        """Begin a new file, where one cannot be opened.  Raises OSError."""
+        next_file(newest_file(name))
 
     def _is_new(self) -> bool:
         with self._env.begin() as txn:
@@ -146,6 +94,8 @@ class Index:
 
     def _write(self, change: Callable[[lmdb.Transaction], object]) -> None:
         """Run `change` in one transaction, in a larger map if this one is full."""
+        if newest_file(self._name) != self._path or not is_current(self._path, self._env):
+            self._open()  # another process found this one rotten
         while True:
             try:
                 with self._env.begin(write=True) as txn:
@@ -167,7 +117,7 @@ class Index:
         """Every indexed pack: its folder and size in bytes."""
         with self._begin() as txn, txn.cursor(self._packs) as cursor:
             return {
-                PackId(bytes(key).hex()): (_FOLDERS[folder], size)
+                PackId(bytes(key).hex()): (FOLDERS[folder], size)
                 for key, value in cursor
                 for folder, size, _ in [_PACK.unpack(value)]
             }
@@ -201,7 +151,7 @@ class Index:
             name, Kind(kind), encoding, None if base == _NO_BASE else ObjectId(base.hex()),
             offset, region, raw, stored,
         )  # fmt: skip
-        return Place(PackId(pack.hex()), _FOLDERS[folder], entry)
+        return Place(PackId(pack.hex()), FOLDERS[folder], entry)
 
     def content(self, name: ObjectId) -> bytes | None:
         """The content of a small object, unproven; None where it is not kept here."""
@@ -240,13 +190,25 @@ class Index:
                         names[name] = None
         return list(names)
 
+    def expect(self, pack: PackId, folder: str) -> None:
+        """Note a pack that is about to be published: should the process end before it is added,
+        others know where to look.
+        """
+        self._write(lambda txn: txn.put(bytes.fromhex(pack), folder.encode(), db=self._expected))
+
+    def expected(self) -> dict[PackId, str]:
+        """The packs that were about to be published and have not been added: id -> folder."""
+        with self._begin() as txn, txn.cursor(self._expected) as cursor:
+            return {PackId(bytes(k).hex()): bytes(v).decode("ascii") for k, v in cursor}
+
     def add(self, pack: PackInfo, contents: dict[ObjectId, bytes], keys_of: KeysOf) -> None:
         """Make a pack's objects findable; `contents` are the small ones to keep."""
 
         def change(txn: lmdb.Transaction) -> None:
             name = bytes.fromhex(pack.id)
+            txn.delete(name, db=self._expected)
             commits = sum(entry.kind == Kind.COMMIT for entry in pack.entries)
-            row = _PACK.pack(_FOLDERS.index(pack.folder), pack.size_bytes, commits)
+            row = _PACK.pack(FOLDERS.index(pack.folder), pack.size_bytes, commits)
             txn.put(name, row, db=self._packs)
             for entry in pack.entries:
                 base = bytes.fromhex(entry.base) if entry.base else _NO_BASE
@@ -281,22 +243,3 @@ class Index:
                 txn.delete(name, db=self._packs)
 
         self._write(change)
-
-    def clear(self) -> None:
-        """Forget everything."""
-
-        def change(txn: lmdb.Transaction) -> None:
-            for table in (self._packs, self._objects, self._contents, self._keys):
-                txn.drop(table, delete=False)
-
-        self._write(change)
-
-
-def discard(path: Path) -> None:
-    """Close and delete an index file, so that the next one starts empty."""
-    identity = _identity(path)
-    known = _open.pop(path, None)
-    if known and known[0] == identity:
-        known[1].close()
-    for name in (path, path.with_name(path.name + "-lock")):
-        name.unlink(missing_ok=True)

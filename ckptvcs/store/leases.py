@@ -12,37 +12,21 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from ckptvcs.errors import BusyError, ConflictError, StorageError
 from ckptvcs.store.backend import Backend, read_small, write_once
+from ckptvcs.store.host import boot_id, host_name, is_running, started
 
 _EXCLUSIVE = "marks/exclusive"
 _MAX_BYTES = 4096
 
 
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """When a process began, as the kernel counts it: tells a reused process id."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
 def _self() -> bytes:
     pid = os.getpid()
     return json.dumps(
-        {"host": socket.gethostname(), "boot": _boot_id(), "pid": pid, "started": _started(pid)}
+        {"host": host_name(), "boot": boot_id(), "pid": pid, "started": started(pid)}
     ).encode()
 
 
@@ -50,19 +34,12 @@ def _alive(data: bytes) -> bool:
     """Whether the process that wrote a lease may still be at work."""
     try:
         fields = json.loads(data)
-        host, boot, pid, started = (fields[k] for k in ("host", "boot", "pid", "started"))
-        if host != socket.gethostname():
+        host, boot, pid, since = (fields[k] for k in ("host", "boot", "pid", "started"))
+        if host != host_name():
             return True
-        if boot != _boot_id():
-            return False
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+        return boot == boot_id() and is_running(int(pid), since)
     except (ValueError, KeyError, TypeError, OverflowError):
         return False
-    return not started or started == _started(int(pid))
 
 
 def _holder(backend: Backend, name: str) -> bool:

@@ -8,7 +8,6 @@ exactly one succeeds, and the name never shows half a file.  No locks anywhere.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -17,38 +16,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from ckptvcs.errors import ConflictError, StorageError
-
-_HINTS = {
-    errno.ENOSPC: "the disk is full: free some space and try again",
-    errno.EDQUOT: "the disk quota is used up: free some space and try again",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "check the permissions of the repository",
-    errno.EPERM: "check the permissions of the repository",
-}
-
+from ckptvcs.errors import ConflictError
+from ckptvcs.store import disk
+from ckptvcs.store.disk import storage_error
 
 _SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
 
 
 @lru_cache(1)
-def _background() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "ckpt-sync")
-
-
-def storage_error(error: OSError, action: str) -> StorageError:
-    """What the user is told when the operating system refuses."""
-    reason = error.strerror or str(error)
-    return StorageError(f"cannot {action}: {reason}", hint=_HINTS.get(error.errno or 0))
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _background(process: int) -> ThreadPoolExecutor:
+    """A thread of this process; a forked child makes its own."""
+    return ThreadPoolExecutor(1, f"ckpt-sync-{process}")
 
 
 class LocalBackend:
@@ -101,11 +79,11 @@ class LocalBackend:
         path = self.root / name
         try:
             if path.stat().st_size < _SYNC_BYTES:
-                path.unlink(missing_ok=True)
+                disk.unlink(path)
             else:  # which takes a while, and nobody has to wait for
                 aside = self.root / "tmp" / secrets.token_hex(16)
-                path.rename(aside)
-                _background().submit(aside.unlink, missing_ok=True)
+                disk.rename(path, aside)
+                _background(os.getpid()).submit(aside.unlink, missing_ok=True)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -122,18 +100,18 @@ class LocalWriter:
         self._syncing: Future[None] | None = None
         try:
             self._path.parent.mkdir(exist_ok=True)
-            self._file: BinaryIO | None = self._path.open("xb")
+            self._file: BinaryIO | None = disk.create(self._path)
         except OSError as error:
             raise storage_error(error, "write to the repository") from error
 
     def write(self, data: bytes | memoryview) -> None:
         assert self._file is not None
         try:
-            self._file.write(data)
+            disk.write(self._file, data)
             self._unsynced += len(data)
             if self._unsynced > _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
                 self._unsynced = 0
-                self._syncing = _background().submit(os.fdatasync, self._file.fileno())
+                self._syncing = _background(os.getpid()).submit(os.fdatasync, self._file.fileno())
         except OSError as error:
             self.abort()
             raise storage_error(error, "write to the repository") from error
@@ -142,27 +120,19 @@ class LocalWriter:
         assert self._file is not None
         target = self._root / name
         try:
-            self._file.flush()
             if self._syncing is not None:
                 self._syncing.result()
-            os.fsync(self._file.fileno())
+            disk.sync(self._file)
             self._file.close()
-            self._make_folder(target.parent)
-            os.link(self._path, target)  # crash before: debris in tmp/; after: published
-            sync_directory(target.parent)
+            disk.make_folder(target.parent)
+            disk.link(self._path, target)  # crash before: debris in tmp/; after: published
+            disk.sync_folder(target.parent)
         except FileExistsError as error:
             raise ConflictError(f"{name} exists already") from error
         except OSError as error:
             raise storage_error(error, f"publish {name}") from error
         finally:
             self.abort()
-
-    def _make_folder(self, folder: Path) -> None:
-        if folder.is_dir():
-            return
-        self._make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_directory(folder.parent)
 
     def abort(self) -> None:
         if self._file is not None:
@@ -172,5 +142,5 @@ class LocalWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
             with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+                disk.unlink(self._path)
             self._file = None

@@ -8,62 +8,32 @@ folders once more before it is missing: other processes write and sweep at any t
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import lmdb
 
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError, StorageError
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Backend
-from ckptvcs.store.index import Index, KeysOf, Place, discard
-from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
+from ckptvcs.store.index import KeysOf, Place
+from ckptvcs.store.object import Kind, ObjectId, PackId
+from ckptvcs.store.places import Places
 
-FOLDERS = ("packs", "meta")
-_KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # contents the index keeps
 _BATCH = 512  # objects of a line that are read at once
 _MAX_BASES = 8  # an object that stands on another is one or two links deep
-
-
-def _forgiving(keys_of: KeysOf) -> KeysOf:
-    """An object that cannot be understood has no keys; who needs it will say so."""
-
-    def keys(kind: Kind, content: bytes) -> list[bytes]:
-        try:
-            return list(keys_of(kind, content))
-        except CorruptionError:
-            return []
-
-    return keys
 
 
 class ObjectStore:
     """Objects of one repository.  Safe to share between threads."""
 
-    def __init__(self, backend: Backend, index_path: Path, keys_of: KeysOf) -> None:
+    def __init__(self, backend: Backend, index: Path, keys_of: KeysOf) -> None:
+        """`index` is the name of the index file."""
         self.backend = backend
-        self._keys_of = _forgiving(keys_of)
-        self._index_path = index_path
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._rebuilt = False
-        self._index = self._open_index()
-
-    def _open_index(self) -> Index:
-        with contextlib.suppress(lmdb.Error, OSError):
-            return Index(self._index_path)
-        # Rotten, or of another version: start over.  The packs are the truth.
-        with contextlib.suppress(lmdb.Error, OSError):
-            discard(self._index_path)
-            return Index(self._index_path)
-        return self._scratch_index()
-
-    def _scratch_index(self) -> Index:
-        """An index for this process alone, where the repository cannot hold one: it is read-only,
-        or its disk is full.
-        """
-        self._scratch = tempfile.TemporaryDirectory(prefix="ckpt-index-")
-        return Index(Path(self._scratch.name) / self._index_path.name)
+        self.index = Places(backend, index, keys_of, lambda place: self._decode(place, 0))
+        self.index.add_expected()
+        self.find, self.ids = self.index.find, self.index.ids
+        self.refresh, self.rebuild = self.index.refresh, self.index.rebuild
+        self.pack_sizes, self.pack_size = self.index.pack_sizes, self.index.pack_size
+        self.list_packs = self.index.list_packs
 
     # -- finding ---------------------------------------------------------------------------
 
@@ -71,106 +41,24 @@ class ObjectStore:
         """The objects of a pack, from its table of contents."""
         return packs.read_entries(self.backend, packs.pack_name(folder, pack))
 
-    def pack_sizes(self) -> dict[PackId, tuple[str, int]]:
-        """Folder and size of every pack that the index knows."""
-        return self._index.packs()
-
-    def pack_size(self, pack: PackId) -> int:
-        """Bytes of a pack that the index knows."""
-        return self._index.pack_size(pack)
-
     def home_size(self, name: ObjectId) -> int:
         """Bytes of the pack that a commit lies in; its share, where others lie there too."""
-        return self._index.pack_share(self.places(name)[0].pack)
-
-    def list_packs(self) -> dict[PackId, str]:
-        """Every pack on disk, by listing: pack id -> folder."""
-        return {
-            PackId(Path(name).stem): folder
-            for folder in FOLDERS
-            for name in self.backend.names(folder)
-            if name.endswith(".pack")
-        }
-
-    def refresh(self) -> None:
-        """Bring the index in line with the packs on disk."""
-        known, there = self._index.packs(), self.list_packs()
-        gone = {name for name, (folder, _) in known.items() if there.get(name) != folder}
-        if gone:
-            self._index.remove(gone, self._keys_of)
-        for name, folder in there.items():
-            if name not in known:
-                # A damaged pack hides only its own objects here; verify names it.
-                with contextlib.suppress(CorruptionError, FileNotFoundError):
-                    self._add(self._read_pack(name, folder))
-
-    def _doubt_index(self) -> None:
-        """Look again where an object was not found or not whole: was it the index that was wrong?
-
-        Once in the life of this store that means to make it anew; then only to list the packs.
-        """
-        if self._rebuilt:
-            self.refresh()
-        else:
-            self._rebuilt = True
-            self.rebuild()
-
-    def rebuild(self) -> int:
-        """Make the index anew from the packs; how many packs it holds then."""
-        path = Path(self._scratch.name) / "index" if self._scratch else self._index_path
-        discard(path)
-        self._index = Index(path)
-        self.refresh()
-        return len(self._index.packs())
-
-    def _read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
-        file = packs.pack_name(folder, name)
-        size = self.backend.size(file)
-        try:
-            entries = packs.read_entries(self.backend, file)
-        except CorruptionError:
-            entries = packs.scan_entries(self.backend, file)
-        return packs.PackInfo(name, folder, size, entries)
-
-    def _add(self, info: packs.PackInfo) -> None:
-        contents = {}
-        for entry in info.entries:
-            if entry.kind in _KEPT:
-                with contextlib.suppress(CorruptionError):
-                    contents[entry.id] = self._decode(Place(info.id, info.folder, entry), 0)
-        try:
-            self._index.add(info, contents, self._keys_of)
-        except lmdb.Error:
-            if self._scratch is not None:
-                raise
-            self._index = self._scratch_index()
-            self.refresh()
-
-    def find(self, key: bytes) -> list[ObjectId]:
-        """The objects found by a key of `keys_of`, among the packs known so far."""
-        return self._index.find(key)
-
-    def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
-        """Every object of a kind whose id begins with `prefix`, among the packs known so far."""
-        return self._index.ids(kind, prefix)
+        return self.index.pack_share(self.places(name)[0].pack)
 
     def places(self, name: ObjectId) -> list[Place]:
         """Where an object lies, at least one place.  Raises MissingObjectError."""
-        found = self._index.places(name)
-        if not found:
-            self.refresh()
-            found = self._index.places(name)
+        found = self.index.find_places(name)
         if not found:
             raise MissingObjectError(f"object {name} is not in the store")
         return found
 
     def lasts(self, name: ObjectId) -> bool:
         """Whether the index knows an object in a meta pack: data packs are deleted by rule."""
-        return any(place.folder == "meta" for place in self._index.places(name))
+        return any(place.folder == "meta" for place in self.index.known(name))
 
     def contains(self, name: ObjectId) -> bool:
         """Whether the index knows an object."""
-        return bool(self._index.places(name))
+        return bool(self.index.known(name))
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -181,10 +69,8 @@ class ObjectStore:
             MissingObjectError: no pack has it.
             CorruptionError: every copy is damaged, or it is of another kind.
         """
-        kept = self._index.content(name) if kind in _KEPT else None
-        if kept is not None and object_id(kind, kept) == name:
-            return kept
-        return self._get(name, kind, 0)
+        kept = self.index.content(name, kind)
+        return self._get(name, kind, 0) if kept is None else kept
 
     def line(
         self, name: ObjectId | None, kind: Kind, next_of: Callable[[bytes], ObjectId | None]
@@ -195,14 +81,7 @@ class ObjectStore:
             MissingObjectError, CorruptionError: as `get`.
         """
         while name is not None:
-            batch: list[tuple[ObjectId, bytes]] = []
-            with self._index.reading() as content:  # for a while: old pages wait for readers
-                while name is not None and len(batch) < _BATCH:
-                    kept = content(name)
-                    if kept is None or object_id(kind, kept) != name:
-                        break
-                    batch.append((name, kept))
-                    name = next_of(kept)
+            batch, name = self.index.contents(name, kind, next_of, _BATCH)
             yield from batch
             if name is not None and len(batch) < _BATCH:
                 data = self._get(name, kind, 0)
@@ -222,7 +101,7 @@ class ObjectStore:
                 except CorruptionError as error:
                     failure = error
             if attempt == 0:
-                self._doubt_index()
+                self.index.doubt()
         raise failure or MissingObjectError(f"object {name} is not in the store")
 
     def _decode(self, place: Place, depth: int) -> bytes:
@@ -261,13 +140,13 @@ class ObjectStore:
 
     def publish(self, writer: packs.PackWriter) -> packs.PackInfo:
         """Make a pack durable, then findable: a crash between the two costs a later listing."""
-        info = writer.publish()
-        self._add(info)
+        info = writer.publish(self.index.expect)
+        self.index.add(info)
         return info
 
     def delete_packs(self, names: dict[PackId, str]) -> None:
         """Delete packs: out of the index first, so that nobody is sent to a file that is gone."""
-        self._index.remove(set(names), self._keys_of)
+        self.index.remove(set(names))
         for name, folder in names.items():
             self.backend.delete(packs.pack_name(folder, name))
 

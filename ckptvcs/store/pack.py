@@ -102,6 +102,10 @@ class PackInfo:
         return pack_name(self.folder, self.id)
 
 
+FOLDERS = ("packs", "meta")
+"""Where packs lie: data packs, meta packs."""
+
+
 def pack_name(folder: str, pack: PackId) -> str:
     """`packs/ab/abcd….pack`."""
     return f"{folder}/{pack[:2]}/{pack}.pack"
@@ -174,8 +178,10 @@ class PackWriter:
         """Bytes that were written so far."""
         return self._at
 
-    def publish(self) -> PackInfo:
-        """Finish the file and make it durable and visible: crash before, debris in tmp/."""
+    def publish(self, announce: Callable[[PackInfo], None] = lambda _: None) -> PackInfo:
+        """Finish the file and make it durable and visible: crash before, debris in tmp/.  It is
+        known by then what it will be, which `announce` is told.
+        """
         toc = b"".join(_ENTRY.pack(entry.offset) + entry.head() for entry in self._entries)
         start = self._at
         self._write(toc)
@@ -184,6 +190,7 @@ class PackWriter:
         info = PackInfo(
             PackId(self._hash.hexdigest()), self._folder, self._at, tuple(self._entries)
         )
+        announce(info)
         self._writer.publish(info.name)
         return info
 

@@ -295,7 +295,8 @@ def test_fresh_process_no_cache_rebuilt_index(
     assert forms() == first
     ckpt("index", "--rebuild")
     assert forms() == first
-    (tmp_path / ".ckpt" / "cache" / "index.lmdb").write_bytes(b"rotten" * 5000)
+    for index in (tmp_path / ".ckpt" / "cache").glob("*.lmdb"):
+        index.write_bytes(b"rotten" * 5000)
     assert forms() == first
     assert ckpt("verify", "--json").json["ok"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
-from ckptvcs.store.index import discard
+from ckptvcs.store.environment import newest_file
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object import Kind, ObjectId
 from ckptvcs.store.objects import ObjectStore
@@ -20,7 +20,7 @@ def keys_of(kind: Kind, content: bytes) -> list[bytes]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
-    return ObjectStore(LocalBackend(tmp_path), tmp_path / "cache" / "index.lmdb", keys_of)
+    return ObjectStore(LocalBackend(tmp_path), tmp_path / "cache" / "index", keys_of)
 
 
 def put(store: ObjectStore, *contents: bytes, kind: Kind = Kind.COMMIT) -> list[ObjectId]:
@@ -42,7 +42,7 @@ def test_put_get_find(store: ObjectStore) -> None:
 
 
 def test_another_process_wrote(store: ObjectStore, tmp_path: Path) -> None:
-    other = ObjectStore(LocalBackend(tmp_path), tmp_path / "elsewhere" / "index.lmdb", keys_of)
+    other = ObjectStore(LocalBackend(tmp_path), tmp_path / "elsewhere" / "index", keys_of)
     (name,) = put(other, b"abc from elsewhere")
     assert store.get(name, Kind.COMMIT) == b"abc from elsewhere"
     assert store.find(b"starts:abc") == [name]
@@ -83,10 +83,11 @@ def test_a_pack_that_vanished_is_noticed(store: ObjectStore) -> None:
 @pytest.mark.parametrize("damage", [b"", b"rubbish", b"\0" * 100_000])
 def test_a_rotten_index_is_made_anew(damage: bytes, store: ObjectStore, tmp_path: Path) -> None:
     (name,) = put(store, b"abc")
-    path = tmp_path / "cache" / "index.lmdb"
-    discard(path)
+    index = tmp_path / "cache" / "index"
+    path = newest_file(index)
+    path.unlink()
     path.write_bytes(damage)
-    fresh = ObjectStore(LocalBackend(tmp_path), path, keys_of)
+    fresh = ObjectStore(LocalBackend(tmp_path), index, keys_of)
     assert fresh.get(name, Kind.COMMIT) == b"abc"
 
 
@@ -105,13 +106,11 @@ def test_an_index_that_is_cut_off_does_not_kill_the_process(
     length: int, store: ObjectStore, tmp_path: Path
 ) -> None:
     names = put(store, *(b"abc%d" % n for n in range(500)))
-    path = tmp_path / "cache" / "index.lmdb"
-    discard(path)
-    fresh = ObjectStore(LocalBackend(tmp_path), path, keys_of)
-    fresh.refresh()
+    name = tmp_path / "cache" / "index"
+    path = newest_file(name)
     whole = path.read_bytes()
     assert len(whole) > 30_000
-    discard(path)
+    path.unlink()
     path.write_bytes(whole[:length])
-    again = ObjectStore(LocalBackend(tmp_path), path, keys_of)
+    again = ObjectStore(LocalBackend(tmp_path), name, keys_of)
     assert again.get(names[-1], Kind.COMMIT) == b"abc499"

@@ -1,0 +1,124 @@
+"""Mark: every object that commits need; for a tensor that is the chain down to its keyframe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+
+from ckptvcs.errors import MissingObjectError
+from ckptvcs.history.catalog import Catalog, Dropped
+from ckptvcs.history.commit import Commit
+from ckptvcs.history.recipe import Recipe
+from ckptvcs.store.object import ObjectId, PackId
+from ckptvcs.store.pack import pack_name
+
+
+@dataclass
+class Marked:
+    """Objects that must stay; of bundles, also the part they belong to."""
+
+    objects: set[ObjectId] = field(default_factory=set)
+    bundles: dict[ObjectId, str] = field(default_factory=dict)
+
+
+def mark(
+    catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped,
+    faded: Set[ObjectId] = frozenset(),
+) -> Marked:  # fmt: skip
+    """Every object that commits need but for what is `gone` of them; of exact values that have
+    `faded` nothing.
+
+    Raises:
+        CorruptionError: something that is needed is missing or unreadable.
+    """
+    marked = Marked()
+    tables: list[tuple[ObjectId, str]] = []
+    for name, commit in commits.items():
+        marked.objects.add(name)
+        if name in gone.commits:
+            continue
+        marked.objects.add(commit.schema)
+        marked.objects |= {file.skeleton for file in commit.files if file.skeleton}
+        if commit.errors is not None:
+            marked.objects.add(commit.errors)
+        for part, state in commit.parts.items():
+            if part in gone.parts.get(name, ()):
+                continue
+            tables.append((state.values, part))
+            if state.exact and state.exact not in faded and catalog.recipes(state.exact):
+                tables.append((state.exact, part))
+    _mark_tables(catalog, tables, marked)
+    marked.objects |= bases(catalog, marked.objects)
+    return marked
+
+
+def bases(catalog: Catalog, names: Iterable[ObjectId]) -> set[ObjectId]:
+    """The objects that others are coded on."""
+    found: set[ObjectId] = set()
+    stack = list(names)
+    while stack:
+        for place in catalog.store.places(stack.pop()):
+            base = place.entry.base
+            if base is not None and base not in found:
+                found.add(base)
+                stack.append(base)
+    return found
+
+
+def _mark_tables(catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: Marked) -> None:
+    """Mark tables of values, their recipe and bundles, and the tables that these stand on."""
+    done = set[ObjectId]()
+    while tables:
+        table, part = tables.pop()
+        if table in done:
+            continue
+        done.add(table)
+        names = [
+            (name, recipe) for name, recipe in catalog.recipes(table)
+            if all(map(catalog.store.contains, recipe.bundles))
+        ]  # fmt: skip
+        if not names:
+            raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
+        # The newest one is what readers use; an exact patch is not what others stand on.
+        own = [pair for pair in names if not pair[1].patch][:1]
+        own += [pair for pair in names if pair[1].patch]
+        marked.objects.add(table)
+        for name, recipe in own:
+            marked.objects.add(name)
+            marked.objects.update(recipe.bundles)
+            marked.bundles |= dict.fromkeys(recipe.bundles, part)
+            tables += [(base, part) for base in _stands_on(catalog, recipe) if base not in done]
+
+
+def _stands_on(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
+    """The tables that the frames of a recipe stand on."""
+    used: dict[int, set[int]] = {}
+    for owner, frame in zip(recipe.owners, recipe.frames, strict=True):
+        used.setdefault(owner, set()).add(frame)
+    found = set()
+    for owner, numbers in used.items():
+        frames = catalog.bundle(recipe.bundles[owner])
+        found |= {frames[number].base for number in numbers}
+    return {base[0] for base in found if base is not None}
+
+
+def require_packs(catalog: Catalog, marked: Marked) -> None:
+    """Prove that the packs of what is marked are there, whatever the index says.
+
+    Raises:
+        MissingObjectError: one is not, or is cut off.
+    """
+    store = catalog.store
+    packs: dict[PackId, str] = {}
+    for name in marked.objects:
+        places = store.places(name)
+        if not any(place.pack in packs for place in places):
+            packs[places[0].pack] = places[0].folder
+    for pack, folder in packs.items():
+        file = pack_name(folder, pack)
+        try:
+            there = store.backend.size(file) == store.pack_size(pack)
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise MissingObjectError(f"{file} is gone or cut off", hint="see 'ckpt verify'")

@@ -1,0 +1,105 @@
+"""The steps by which bytes and names become durable on a POSIX file system.
+
+Each is one thing that may fail, or be the last before a crash; everything that a repository must
+not lose goes through here.  What is not synced may be lost, and names may become durable in another
+order than they were made in.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from pathlib import Path
+from typing import BinaryIO
+
+from ckptvcs.errors import StorageError
+
+_HINTS = {
+    errno.ENOSPC: "the disk is full: free some space and try again",
+    errno.EDQUOT: "the disk quota is used up: free some space and try again",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "check the permissions of the repository",
+    errno.EPERM: "check the permissions of the repository",
+    errno.EIO: "the disk fails: copy what is there elsewhere, and run 'ckpt verify'",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+}
+
+
+def storage_error(error: OSError, action: str) -> StorageError:
+    """What the user is told when the operating system refuses."""
+    reason = error.strerror or str(error)
+    return StorageError(f"cannot {action}: {reason}", hint=_HINTS.get(error.errno or 0))
+
+
+def create(path: Path) -> BinaryIO:
+    """Begin a file that does not exist yet."""
+    return path.open("xb")
+
+
+def write(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Append to a file, as far as the operating system's memory."""
+    file.write(data)
+
+
+def sync(file: BinaryIO) -> None:
+    """Make the bytes of a file durable."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def link(path: Path, name: Path) -> None:
+    """Give a file another name.  Raises FileExistsError where that is taken: of two who want it one
+    gets it, and what it shows is never half a file.
+    """
+    os.link(path, name)
+
+
+def rename(path: Path, name: Path) -> None:
+    """Give a file another name instead of its own; whatever had that is gone."""
+    path.replace(name)
+
+
+def unlink(path: Path) -> None:
+    """Take a name away, if it is there."""
+    path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, durably."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(path: Path, text: str, scratch: Path) -> None:
+    """Put `text` in the place of a file, whole or not at all, by way of a folder on the same file
+    system.
+
+    Raises:
+        StorageError: the file is as it was.
+    """
+    temporary = scratch / f"{path.name}-{secrets.token_hex(8)}"
+    try:
+        make_folder(scratch)
+        with create(temporary) as file:
+            write(file, text.encode())
+            sync(file)
+        rename(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(error, f"write {path}") from error
+    finally:
+        unlink(temporary)

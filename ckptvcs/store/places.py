@@ -1,0 +1,244 @@
+"""Places: which pack holds what, by an index that is never trusted.
+
+The packs are the truth.  An index that is rotten, stale or lost costs time: it is brought in line
+with the packs, or made anew; where the repository cannot hold one, this process has one of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from threading import RLock
+from typing import TypeVar
+
+from ckptvcs.errors import CorruptionError, StorageError
+from ckptvcs.store import pack as packs
+from ckptvcs.store.backend import Backend
+from ckptvcs.store.disk import storage_error
+from ckptvcs.store.index import ROTTEN, Index, KeysOf, Place
+from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
+
+_KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # contents the index keeps
+
+T = TypeVar("T")
+Next = Callable[[bytes], ObjectId | None]
+
+
+def _forgiving(keys_of: KeysOf) -> KeysOf:
+    """An object that cannot be understood has no keys; who needs it will say so."""
+
+    def keys(kind: Kind, content: bytes) -> list[bytes]:
+        try:
+            return list(keys_of(kind, content))
+        except CorruptionError:
+            return []
+
+    return keys
+
+
+class Places:
+    """Where the objects of one repository are.  Safe to share between threads."""
+
+    def __init__(
+        self, backend: Backend, index: Path, keys_of: KeysOf, decode: Callable[[Place], bytes]
+    ) -> None:
+        """`index` is the name of the index file; `decode` gives an object's content, proven."""
+        self._backend, self._name = backend, index
+        self._keys_of, self._decode = _forgiving(keys_of), decode
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._changing = RLock()
+        self._rebuilt = self._renewing = False
+        self._index = self._open()
+
+    # -- the index -----------------------------------------------------------------------------
+
+    def _open(self) -> Index:
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                try:
+                    return Index(self._name)
+                except ROTTEN:
+                    Index.discard(self._name)
+        return self._own()
+
+    def _own(self) -> Index:
+        """An index for this process alone, where the repository cannot hold one: it is read-only,
+        or its disk is full.
+
+        Raises:
+            StorageError: there is no room anywhere.
+        """
+        try:
+            self._scratch = tempfile.TemporaryDirectory(prefix="ckpt-index-")
+            return Index(Path(self._scratch.name) / self._name.name)
+        except OSError as error:
+            raise storage_error(error, "make an index") from error
+
+    def _ask(self, question: Callable[[Index], T]) -> T:
+        """What the index says; one that is made anew, where it turns out to be rotten."""
+        index = self._index
+        try:
+            return question(index)
+        except ROTTEN:
+            self._renew(index)
+            return question(self._index)
+
+    def _renew(self, wrong: Index) -> None:
+        with self._changing:
+            if self._index is not wrong:
+                return  # another thread was quicker
+            again, self._renewing = self._renewing, True
+            try:
+                if again and self._scratch is not None:
+                    raise StorageError("there is no room for an index, not even a temporary one")
+                self._index = self._own() if again else self._followed(wrong)
+                self.refresh()
+            finally:
+                self._renewing = again
+
+    def _followed(self, wrong: Index) -> Index:
+        try:
+            return wrong.follow()
+        except (OSError, *ROTTEN):
+            return self._own()
+
+    def add_expected(self) -> None:
+        """Add what a process published that ended before it could say so."""
+        for pack, folder in self._ask(Index.expected).items():
+            if folder in packs.FOLDERS:
+                with contextlib.suppress(CorruptionError, FileNotFoundError):
+                    self.add(self._read_pack(pack, folder))
+
+    def list_packs(self) -> dict[PackId, str]:
+        """Every pack on disk, by listing: pack id -> folder."""
+        return {
+            PackId(Path(name).stem): folder
+            for folder in packs.FOLDERS
+            for name in self._backend.names(folder)
+            if name.endswith(".pack")
+        }
+
+    def refresh(self) -> None:
+        """Bring the index in line with the packs on disk."""
+        with self._changing:
+            known, there = self._ask(Index.packs), self.list_packs()
+            gone = {name for name, (folder, _) in known.items() if there.get(name) != folder}
+            if gone:
+                self.remove(gone)
+            for name, folder in there.items():
+                if name not in known:
+                    # A damaged pack hides only its own objects here; verify names it.
+                    with contextlib.suppress(CorruptionError, FileNotFoundError):
+                        self.add(self._read_pack(name, folder))
+
+    def rebuild(self) -> int:
+        """Make the index anew from the packs; how many packs it holds then."""
+        self._rebuilt = True
+        self._renew(self._index)
+        return len(self._ask(Index.packs))
+
+    def doubt(self) -> None:
+        """Look again where an object was not found or not whole: was it the index that was wrong?
+
+        Once in the life of this object that means to make it anew; then only to list the packs.
+        """
+        if self._rebuilt:
+            self.refresh()
+        else:
+            self.rebuild()
+
+    def _read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
+        file = packs.pack_name(folder, name)
+        size = self._backend.size(file)
+        try:
+            entries = packs.read_entries(self._backend, file)
+        except CorruptionError:
+            entries = packs.scan_entries(self._backend, file)
+        return packs.PackInfo(name, folder, size, entries)
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def expect(self, info: packs.PackInfo) -> None:
+        """A pack is about to be published."""
+        self._ask(lambda index: index.expect(info.id, info.folder))
+
+    def add(self, info: packs.PackInfo) -> None:
+        """A pack is there."""
+        contents = {}
+        for entry in info.entries:
+            if entry.kind in _KEPT:
+                with contextlib.suppress(CorruptionError, FileNotFoundError):
+                    contents[entry.id] = self._decode(Place(info.id, info.folder, entry))
+        self._ask(lambda index: index.add(info, contents, self._keys_of))
+
+    def remove(self, names: set[PackId]) -> None:
+        """Packs are to be deleted, or are gone."""
+        self._ask(lambda index: index.remove(names, self._keys_of))
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def pack_sizes(self) -> dict[PackId, tuple[str, int]]:
+        """Folder and size of every pack that is known."""
+        return self._ask(Index.packs)
+
+    def pack_size(self, pack: PackId) -> int:
+        """Bytes of a pack that is known."""
+        return self._ask(lambda index: index.pack_size(pack))
+
+    def pack_share(self, pack: PackId) -> int:
+        """Bytes of a pack that is known for each commit in it."""
+        return self._ask(lambda index: index.pack_share(pack))
+
+    def find(self, key: bytes) -> list[ObjectId]:
+        """The objects found by a key of `keys_of`, among the packs known so far."""
+        return self._ask(lambda index: index.find(key))
+
+    def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
+        """Every object of a kind whose id begins with `prefix`, among the packs known so far."""
+        return self._ask(lambda index: index.ids(kind, prefix))
+
+    def known(self, name: ObjectId) -> list[Place]:
+        """Where an object lies, as far as the index knows."""
+        return self._ask(lambda index: index.places(name))
+
+    def find_places(self, name: ObjectId) -> list[Place]:
+        """Where an object lies; nothing if it lies nowhere, which costs a look at all packs."""
+        found = self.known(name)
+        if not found:
+            self.refresh()
+            found = self.known(name)
+        if not found and not self._rebuilt:
+            self.rebuild()
+            found = self.known(name)
+        return found
+
+    def content(self, name: ObjectId, kind: Kind) -> bytes | None:
+        """The content of an object that is read often, proven by its id; None where it is not at
+        hand.
+        """
+        if kind not in _KEPT:
+            return None
+        kept = self._ask(lambda index: index.content(name))
+        return kept if kept is not None and object_id(kind, kept) == name else None
+
+    def contents(
+        self, name: ObjectId | None, kind: Kind, next_of: Next, most: int
+    ) -> tuple[list[tuple[ObjectId, bytes]], ObjectId | None]:
+        """The same of an object, the one that `next_of` finds in its content, and so on, at `most`
+        so many; and the one that comes after them.
+        """
+
+        def ask(index: Index) -> tuple[list[tuple[ObjectId, bytes]], ObjectId | None]:
+            at, found = name, list[tuple[ObjectId, bytes]]()
+            with index.reading() as content:
+                while at is not None and len(found) < most:
+                    kept = content(at)
+                    if kept is None or object_id(kind, kept) != at:
+                        break
+                    found.append((at, kept))
+                    at = next_of(kept)
+            return found, at
+
+        return self._ask(ask)

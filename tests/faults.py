@@ -1,0 +1,234 @@
+"""Faults at any step by which something becomes durable: `ckptvcs.store.disk` is where all go.
+
+Steps       counts the steps of what runs inside, and does something before or after one of them
+PowerCut    what may be left on the disk when the power fails behind any of them
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from ckptvcs.store import disk
+
+NAMES = ("create", "write", "sync", "link", "rename", "unlink", "sync_folder")
+BEFORE, HALF, AFTER = "before", "half", "after"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its operation, and what the path is that it is about."""
+
+    operation: str
+    kind: str
+
+    def phases(self) -> tuple[str, ...]:
+        """Where it can be cut."""
+        return (BEFORE, HALF, AFTER) if self.operation == "write" else (BEFORE, AFTER)
+
+
+def _path_of(arguments: tuple[Any, ...]) -> Path:
+    first = arguments[0]
+    return first if isinstance(first, Path) else Path(first.name)
+
+
+@contextmanager
+def _patched(wrapped: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in NAMES:
+            step = wrapped(name, getattr(disk, name))
+            stack.enter_context(mock.patch.object(disk, name, step))
+        yield
+
+
+class Steps:
+    """The steps of everything under `root`, in order.  At step `at` in phase `phase` it does what
+    `fault` says.
+    """
+
+    def __init__(
+        self, root: Path, at: int | None = None, phase: str = BEFORE,
+        fault: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.seen: list[Step] = []
+        self._root, self._at, self._phase, self._fault = root, at, phase, fault
+
+    def _kind(self, arguments: tuple[Any, ...]) -> str:
+        """The folder of the repository that a step changes: for two paths, that of the second."""
+        path = arguments[-1] if isinstance(arguments[-1], Path) else _path_of(arguments)
+        below = path.relative_to(self._root).parts if path.is_relative_to(self._root) else ()
+        return below[0] if below else "."
+
+    def _wrapped(self, name: str, calm: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any) -> Any:
+            number = len(self.seen)
+            self.seen.append(Step(name, self._kind(arguments)))
+            hit = number == self._at
+            if hit and self._phase == BEFORE:
+                self._fault()
+            if hit and self._phase == HALF:
+                file, data = arguments
+                calm(file, memoryview(data)[: len(data) // 2])
+                file.flush()
+                self._fault()
+            result = calm(*arguments)
+            if hit and self._phase == AFTER:
+                self._fault()
+            return result
+
+        return step
+
+    @contextmanager
+    def taken(self) -> Iterator[Steps]:
+        """Watch the steps of what runs inside."""
+        with _patched(self._wrapped):
+            yield self
+
+
+def killed(root: Path, action: Callable[[], object], at: int, phase: str) -> bool:
+    """Run `action` in a process of its own that is killed at a step; False where it ended first."""
+    child = os.fork()
+    if child == 0:
+        code = 9
+        try:
+            fault = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+            with Steps(root, at, phase, fault).taken():
+                action()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the action failed by itself"
+    return os.WIFSIGNALED(status)
+
+
+def cuts(steps: list[Step], most: int, seed: int) -> list[tuple[int, str]]:
+    """Where to cut: at each kind of step in each of its phases, and at others by chance, `most` in
+    all if there are so many.
+    """
+    places = [(n, phase) for n, step in enumerate(steps) for phase in step.phases()]
+    first: dict[tuple[Step, str], tuple[int, str]] = {}
+    for place in places:
+        first.setdefault((steps[place[0]], place[1]), place)
+    chosen = set(first.values())
+    others = [place for place in places if place not in chosen]
+    random.Random(seed).shuffle(others)
+    return sorted(chosen | set(others[: max(0, most - len(chosen))]))
+
+
+# -- power cuts ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Content:
+    """The bytes of a file, and how many of them are durable."""
+
+    data: bytearray = field(default_factory=bytearray)
+    durable: int = 0
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A name that came or went in a folder, by a rename perhaps two at once."""
+
+    path: Path
+    content: _Content | None
+
+
+class PowerCut:
+    """Records the steps of a run below `root`, and makes the states that a power cut behind any of
+    them may leave: bytes that were not synced are lost, zeros or there; names whose folder was not
+    synced are old or new, each by itself.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._events: list[tuple[str, tuple[Any, ...]]] = []
+
+    def _recorded(self, name: str, calm: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any) -> Any:
+            result = calm(*arguments)
+            noted: tuple[Any, ...] = arguments
+            if name in ("write", "sync"):
+                noted = (Path(arguments[0].name), *(bytes(data) for data in arguments[1:]))
+            self._events.append((name, noted))
+            return result
+
+        return step
+
+    @contextmanager
+    def recorded(self) -> Iterator[PowerCut]:
+        """Record what runs inside."""
+        with _patched(self._recorded):
+            yield self
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def restore(self, before: Path, count: int, target: Path, seed: int) -> None:
+        """Make at `target` what may be left of `root` when only the first `count` steps were taken
+        and the power failed; `before` is what it was at the start.
+        """
+        draw = random.Random(seed)
+        shutil.copytree(before, target, symlinks=True)
+        open_files: dict[Path, _Content] = {}  # by the names that they have in memory
+        pending: dict[Path, list[tuple[_Change, ...]]] = {}
+        done: list[tuple[_Change, ...]] = []
+        for name, arguments in self._events[:count]:
+            path = arguments[0]
+            if name == "create":
+                open_files[path] = _Content()
+                pending.setdefault(path.parent, []).append((_Change(path, open_files[path]),))
+            elif name == "write":
+                open_files[path].data += arguments[1]
+            elif name == "sync":
+                open_files[path].durable = len(open_files[path].data)
+            elif name == "sync_folder":
+                done += pending.pop(path, [])
+            elif name == "unlink":
+                open_files.pop(path, None)
+                pending.setdefault(path.parent, []).append((_Change(path, None),))
+            else:  # link, rename
+                new = arguments[1]
+                content = open_files.get(path) or self._old(before, path)
+                open_files[new] = content
+                changes = [_Change(new, content)]
+                if name == "rename":
+                    open_files.pop(path, None)
+                    changes.append(_Change(path, None))
+                pending.setdefault(new.parent, []).append(tuple(changes))
+        left = [changes for rows in pending.values() for changes in rows]
+        keep = draw.choice([0.0, 0.5, 1.0])
+        done += [changes for changes in left if draw.random() < keep]
+        for group in done:
+            for change in group:
+                self._put(target / change.path.relative_to(self._root), change.content, draw)
+
+    def _old(self, before: Path, path: Path) -> _Content:
+        data = (before / path.relative_to(self._root)).read_bytes()
+        return _Content(bytearray(data), len(data))
+
+    @staticmethod
+    def _put(path: Path, content: _Content | None, draw: random.Random) -> None:
+        if content is None:
+            path.unlink(missing_ok=True)
+            return
+        lost = len(content.data) - content.durable
+        data = bytes(content.data[: content.durable])
+        fate = draw.choice(["lost", "zeros", "there", "part"]) if lost else "there"
+        if fate == "zeros":
+            data += bytes(lost)
+        elif fate == "there":
+            data = bytes(content.data)
+        elif fate == "part":
+            data = bytes(content.data[: content.durable + draw.randrange(lost)])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
