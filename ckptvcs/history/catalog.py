@@ -103,7 +103,7 @@ class Catalog:
                 if all(self.store.contains(bundle) for bundle in recipe.bundles):
                     return recipe
             if attempt == 0:
-                self.store.refresh()
+                self.store.index.doubt()
         raise MissingObjectError(f"no recipe is left for the values {values[:8]}")
 
     def has_recipe(self, values: ObjectId, *, patches: bool = True) -> bool:
