@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Size and time of a checkout against the depth cap."""
+    """Size, and frames that a checkout decodes, against the depth cap."""
     import matplotlib as mpl  # noqa: PLC0415  an extra
 
     mpl.use("svg")
@@ -148,10 +148,10 @@ def draw(rows: list[Row], path: Path) -> None:
     size.set_ylim(bottom=0)
     size.set_xlabel("most frames below a commit")
     size.set_ylabel("history, MB", color="tab:blue")
-    seconds = size.twinx()
-    seconds.plot(depths, [row["checkout s"] for row in found], "s--", color="tab:red")
-    seconds.set_ylim(bottom=0)
-    seconds.set_ylabel("checkout from the chain, s", color="tab:red")
+    frames = size.twinx()
+    frames.plot(depths, [row["mean depth"] for row in found], "s--", color="tab:red")
+    frames.set_ylim(bottom=0)
+    frames.set_ylabel("frames to decode for a tensor, mean", color="tab:red")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
