@@ -103,6 +103,14 @@ class CachedTable(Materialised):
                 return out
         return None
 
+    def is_sound(self) -> bool:
+        """Whether all of it is what it is to be."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            return True  # it was let go meanwhile
+        return size == self._starts[-1] and all(map(self._prove, range(len(self._infos))))
+
     def discard(self) -> None:
         """Delete what turned out to be wrong."""
         with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from ckptvcs.store.pack import FOLDERS
 if TYPE_CHECKING:
     from ckptvcs.history.gc import Collector, GcPlan
     from ckptvcs.history.undo import Event, Past, Undone
+    from ckptvcs.repair import Repaired
     from ckptvcs.verify import Report
 
 Progress = Callable[[int], None]
@@ -129,11 +131,43 @@ class Care(Opened):
             self.revisions.visible()
         )
 
-    def verify(self, progress: Progress = quiet) -> Report:
-        """Prove that everything can be read; see `ckptvcs.verify`."""
-        from ckptvcs.verify import Verifier  # noqa: PLC0415
+    def verify(self, progress: Progress = quiet, *, subset: str | None = None) -> Report:
+        """Prove that everything can be read; see `ckptvcs.verify`.  A `subset` of `5%`, `10G` or
+        `15m` is what was checked longest ago.
 
-        return Verifier(self.catalog, self.refs, progress).run()
+        Raises:
+            InvalidInputError: there is no such subset.
+        """
+        from ckptvcs.budget import Budget  # noqa: PLC0415
+        from ckptvcs.verify import Verifier, packs_alone  # noqa: PLC0415
+
+        budget = None if subset is None else Budget.parse(subset)
+        with packs_alone(self.catalog) as catalog:
+            cache = self.folder / CACHE
+            return Verifier(catalog, self.refs, cache, progress, budget).run(self.catalog.store)
+
+    def repair(
+        self, source: str | os.PathLike[str] | None = None, *, drop: bool = False
+    ) -> Repaired:
+        """Save what can be saved, with what the repository at `source` has; `drop` what cannot.
+
+        Raises:
+            BusyError: somebody is at work.
+            NotFoundError: there is no repository at `source`.
+            StorageError: it cannot be written.
+        """
+        from ckptvcs.repair import Repairer  # noqa: PLC0415
+        from ckptvcs.store.leases import exclusive  # noqa: PLC0415
+        from ckptvcs.verify import packs_alone  # noqa: PLC0415
+
+        other = None if source is None else type(self).open(source).catalog
+        with exclusive(self._backend), packs_alone(self.catalog) as catalog:
+            if drop:
+                raise_flags(self.folder, "gc", "drops")
+            done = Repairer(catalog, self.catalog, self.refs).run(other, drop=drop)
+            self.catalog.store.rebuild()
+            self.catalog.forget()
+        return done
 
     def stats(self) -> Stats:
         """Sizes on disk."""

@@ -5,12 +5,14 @@ docs/format.md, "format".
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ckptvcs.errors import CorruptionError, UnsupportedVersionError
+from ckptvcs.history.canonical import CHECK, seal, unseal
 from ckptvcs.store import disk
+
+_MAX_BYTES = 1 << 16
 
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
@@ -24,17 +26,19 @@ FLAGS = {
 
 
 def _format(folder: Path) -> dict[str, Any]:
+    name = folder / "format"
     try:
-        fields = json.loads((folder / "format").read_text("utf-8"))
-        number, flags = fields["format"], fields.setdefault("flags", {})
-        known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
+        with name.open("rb") as file:
+            data = file.read(_MAX_BYTES)
     except OSError as error:
         raise disk.storage_error(error, f"open {folder}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptionError(f"{folder / 'format'} is not readable") from error
-    if not known:
-        raise CorruptionError(f"{folder / 'format'} holds no format")
-    return dict(fields)
+    fields = unseal(data.removesuffix(b"\n"), str(name)).fields()
+    flags = fields.setdefault("flags", {})
+    if type(fields.get("format")) is not int or not isinstance(flags, dict):
+        raise CorruptionError(f"{name} holds no format")
+    if not all(isinstance(flag, list) for flag in flags.values()):
+        raise CorruptionError(f"{name} holds no flags")
+    return fields
 
 
 def check_format(folder: Path) -> None:
@@ -81,4 +85,5 @@ def raise_flags(folder: Path, operation: str, *wanted: str) -> None:
 
 def write_format(folder: Path, fields: dict[str, Any]) -> None:
     """Write the `format` file, whole or not at all.  Raises StorageError."""
-    disk.replace(folder / "format", json.dumps(fields) + "\n", folder / "tmp")
+    fields.pop(CHECK, None)
+    disk.replace(folder / "format", seal(fields).decode() + "\n", folder / "tmp")

@@ -1,134 +1,212 @@
 """Verify: prove that everything that is promised can be read.
 
-packs     every byte of every pack against the pack's name
+packs     every byte of every pack against the pack's name; of damaged ones, which objects
 commits   every object that a commit needs is there and is what its id says
 tensors   every table of values decodes to its hashes, each distinct table once
 files     every skeleton fits its schema; an exact file has its hash when put together
+cache     materialised bases against the tables that they are of; the index against the packs
+
+What the packs hold is found out anew, apart from the index of the repository.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from ckptvcs.bases import CachedTable
+from ckptvcs.budget import Budget, Checked
 from ckptvcs.chain import ChainReader
-from ckptvcs.errors import CkptError, MissingObjectError
-from ckptvcs.history.catalog import Catalog
+from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
+from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.commit import PARTS, Commit
+from ckptvcs.history.copying import read_sound
+from ckptvcs.history.marking import mark
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
+from ckptvcs.history.schema import TensorInfo
 from ckptvcs.restore import Restorer, safe_path
-from ckptvcs.store.object import ObjectId, PackId
-from ckptvcs.store.pack import FOLDERS
+from ckptvcs.store.index import Place
+from ckptvcs.store.object import Kind, ObjectId, PackId
+from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.pack import FOLDERS, read_entries, scan_entries
 
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Damage:
-    """One thing that is wrong: what, in which commit (if known), in which file or tensor."""
+    """One thing that is wrong: what, in which commit (if known), in which file or tensor.
+
+    Of a pack or object, `objects` are the ids that cannot be read, and `commits` and `tensors` what
+    cannot be restored because of it.
+    """
 
     what: str
     message: str
-    commit: str | None = None
+    commit: ObjectId | None = None
     name: str | None = None
+    objects: tuple[ObjectId, ...] = ()
+    commits: tuple[ObjectId, ...] = ()
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass
 class Report:
-    """What was looked at, and what was wrong."""
+    """What was looked at, what was left for another time, and what was wrong."""
 
     packs: int = 0
     commits: int = 0
     tensors: int = 0
     files: int = 0
     bytes: int = 0
+    left: int = 0
     damage: list[Damage] = field(default_factory=list)
 
 
-class Verifier:
-    """Verifies one repository."""
+@contextlib.contextmanager
+def packs_alone(catalog: Catalog) -> Iterator[Catalog]:
+    """The same objects, by an index made of the packs alone."""
+    with tempfile.TemporaryDirectory(prefix="ckpt-verify-") as folder:
+        store = ObjectStore(catalog.store.backend, Path(folder) / "index", keys_of)
+        try:
+            store.refresh()
+            yield Catalog(store)
+        finally:
+            store.index.close()
 
-    def __init__(self, catalog: Catalog, refs: Refs, progress: Progress) -> None:
-        self._catalog, self._refs, self._progress = catalog, refs, progress
+
+class Verifier:
+    """Verifies one repository; as much of it as a budget allows, what was checked longest ago
+    first.
+    """
+
+    def __init__(
+        self, catalog: Catalog, refs: Refs, cache: Path, progress: Progress,
+        budget: Budget | None = None,
+    ) -> None:  # fmt: skip
+        """`catalog` is that of `packs_alone`."""
+        self._catalog, self._refs, self._cache = catalog, refs, cache
+        self._progress, self._budget = progress, budget
         self._chain = ChainReader(catalog)
         self._proven: set[ObjectId] = set()
         self.report = Report()
 
     def _wrong(
-        self, what: str, error: CkptError, commit: str | None = None, name: str | None = None
-    ) -> None:
-        self.report.damage.append(Damage(what, error.message, commit, name))
+        self, what: str, error: CkptError, commit: ObjectId | None = None, name: str | None = None
+    ) -> Damage:
+        damage = Damage(what, error.message, commit, name)
+        self.report.damage.append(damage)
+        return damage
 
-    def run(self) -> Report:
-        """Look at everything; damage is collected, not raised."""
-        self._packs()
-        self._commits()
+    def run(self, index: ObjectStore | None = None) -> Report:
+        """Look at everything; damage is collected, not raised.  `index` is the store whose index is
+        to be compared with the packs.
+        """
+        sizes = {name: self._catalog.store.backend.size(name) for name in self._files()}
+        commits = self._reachable()
+        sizes |= {name: commit.raw_bytes for name, commit in commits.items()}
+        checked = Checked(self._cache / "verified.json")
+        names = iter(sizes) if self._budget is None else self._budget.choose(checked, sizes)
+        done = []
+        for name in names:
+            if name in commits:
+                self._commit(ObjectId(name), commits[ObjectId(name)])
+            else:
+                self._pack(name)
+            done.append(name)
+        self._attribute()
+        self._bases()
+        if index is not None and not self.report.damage:
+            self._index(index)
+        self.report.left = len(sizes) - len(done)
+        checked.note(done)
         return self.report
 
-    def _packs(self) -> None:
+    # -- packs ---------------------------------------------------------------------------------
+
+    def _files(self) -> list[str]:
+        backend = self._catalog.store.backend
+        return [name for folder in FOLDERS for name in backend.names(folder)]
+
+    def _pack(self, name: str) -> None:
+        folder, stem = name.partition("/")[0], name.rpartition("/")[2].removesuffix(".pack")
+        try:
+            info = self._catalog.store.verify_pack(PackId(stem), folder)
+            self.report.packs += 1
+            self.report.bytes += info.size_bytes
+            self._progress(info.size_bytes)
+        except CkptError as error:
+            damage = self._wrong("pack", error, name=name)
+            damage.objects = tuple(self._unsound(name, PackId(stem), folder))
+        except FileNotFoundError:
+            return  # it was swept meanwhile
+
+    def _unsound(self, name: str, pack: PackId, folder: str) -> Iterator[ObjectId]:
         store = self._catalog.store
-        store.refresh()
-        self._catalog.forget()  # what is remembered proves nothing
-        for folder in FOLDERS:
-            for name in store.backend.names(folder):
-                stem = name.rpartition("/")[2].removesuffix(".pack")
+        with contextlib.suppress(CkptError, FileNotFoundError):
+            try:
+                entries = read_entries(store.backend, name)
+            except CorruptionError:
+                entries = scan_entries(store.backend, name)
+            for entry in entries:
                 try:
-                    info = store.verify_pack(PackId(stem), folder)
-                    self.report.packs += 1
-                    self.report.bytes += info.size_bytes
-                    self._progress(info.size_bytes)
-                except CkptError as error:
-                    self._wrong("pack", error, name=name)
+                    read_sound(store, Place(pack, folder, entry))
+                except CkptError:
+                    yield entry.id
+
+    # -- commits -------------------------------------------------------------------------------
 
     def _roots(self) -> dict[str, ObjectId]:
         roots: dict[str, ObjectId] = {}
-        names = [HEAD, *(f"heads/{n}" for n in self._refs.names("heads")),
-                 *(f"tags/{n}" for n in self._refs.names("tags")),
-                 *(f"pins/{n}" for n in self._refs.names("pins"))]  # fmt: skip
+        names = [HEAD, *(f"{space}/{name}" for space in ("heads", "tags", "pins")
+                         for name in self._refs.names(space))]  # fmt: skip
         for name in names:
             try:
                 self._refs.check(name)
-                self._refs.reflog(name)
+                move = self._refs.read(name)
+                if move is not None and move.commit is not None:
+                    roots[name] = move.commit
             except CkptError as error:
                 self._wrong("ref", error, name=name)
-        # What only older generations name may have been swept.
-        with contextlib.suppress(CkptError):
-            roots = dict(Revisions(self._catalog, self._refs).tips())
         return roots
 
-    def _commits(self) -> None:
+    def _reachable(self) -> dict[ObjectId, Commit]:
+        """The commits that refs lead to, and whose own bytes can be read."""
         revisions = Revisions(self._catalog, self._refs)
-        seen: set[ObjectId] = set()
         hidden = self._catalog.dropped().commits
+        found: dict[ObjectId, Commit] = {}
         for origin, root in self._roots().items():
             try:
-                for name, _ in revisions.reachable([root]):
-                    if name not in seen and name not in hidden:
-                        seen.add(name)
-                        self._commit(name)
+                for name, commit in revisions.reachable([root]):
+                    if name not in hidden:
+                        found[name] = commit  # noqa: PERF403  each counts, where a later one fails
             except CkptError as error:
-                self._wrong("commit", error, commit=root, name=origin)
+                damage = self._wrong("commit", error, commit=root, name=origin)
+                damage.commits = (root,)
+        return found
 
-    def _commit(self, name: ObjectId) -> None:
+    def _commit(self, name: ObjectId, commit: Commit) -> None:
         self.report.commits += 1
         try:
             restorer = Restorer(self._catalog, name)
+            if commit.errors is not None:
+                self._catalog.errors(commit.errors)
         except CkptError as error:
             self._wrong("commit", error, commit=name)
             return
-        commit = restorer.commit
         damaged = len(self.report.damage)
         gone = self._catalog.dropped().parts.get(name, frozenset())
         for part, state in commit.parts.items():
             if part in gone:
                 continue
+            infos = [restorer.schema.tensors[n] for n in restorer.schema.stored(part)]
             for table in (state.values, state.exact):
                 if table is not None and (table == state.values or self._catalog.recipes(table)):
-                    self._table(name, table, [
-                        restorer.schema.tensors[n] for n in restorer.schema.stored(part)
-                    ])  # fmt: skip
+                    self._table(name, table, infos)
         self._patches(name, commit)
         if gone or len(self.report.damage) > damaged:
             return  # the files made of these tensors are damaged with them
@@ -151,7 +229,7 @@ class Verifier:
                 error = MissingObjectError(f"the exact patch of the {part} part is gone")
                 self._wrong("patch", error, commit=name)
 
-    def _table(self, name: ObjectId, table: ObjectId, infos: list) -> None:  # type: ignore[type-arg]
+    def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo]) -> None:
         if table in self._proven:
             return
         damaged = len(self.report.damage)
@@ -164,3 +242,75 @@ class Verifier:
                 self._wrong("tensor", error, commit=name, name=info.name)
         if len(self.report.damage) == damaged:
             self._proven.add(table)
+
+    # -- what comes of what --------------------------------------------------------------------
+
+    def _attribute(self) -> None:
+        """Say of each damaged pack, and of each missing object, what cannot be restored."""
+        packs = [damage for damage in self.report.damage if damage.what == "pack"]
+        missing: dict[ObjectId, Damage] = {}
+        harmed: dict[ObjectId, set[str]] = {}
+        for damage in self.report.damage:
+            if damage.commit is not None:
+                names = harmed.setdefault(damage.commit, set())
+                if damage.what == "tensor" and damage.name is not None:
+                    names.add(damage.name)
+        for name, tensors in harmed.items():
+            needed, lost = self._needs(name)
+            causes = [damage for damage in packs if needed.intersection(damage.objects)]
+            known = {one for damage in packs for one in damage.objects}
+            for one in sorted(lost - known):
+                if one not in missing:
+                    missing[one] = Damage("object", f"object {one} is missing", name=one)
+                    missing[one].objects = (one,)
+                causes.append(missing[one])
+            for damage in causes:
+                damage.commits += (name,)
+                damage.tensors = tuple(sorted({*damage.tensors, *tensors}))
+        self.report.damage += missing.values()
+
+    def _needs(self, name: ObjectId) -> tuple[set[ObjectId], set[ObjectId]]:
+        """The objects that a commit needs, as far as that can be known, and those that are not
+        there.
+        """
+        lost: set[ObjectId] = set()
+        try:
+            commits = {name: self._catalog.commit(name)}
+        except CkptError:
+            return {name}, {name} - set(self._catalog.store.ids(Kind.COMMIT))
+        marked = mark(self._catalog, commits, self._catalog.dropped(), lost=lost)
+        return marked.objects | lost, lost
+
+    # -- what can be made anew -----------------------------------------------------------------
+
+    def _bases(self) -> None:
+        """Materialised bases are proven when they are used, too: this only names rotten ones."""
+        for path in sorted(self._cache.glob("bases/*")):
+            try:
+                table = self._catalog.values(ObjectId(path.name))
+                infos = self._infos(ObjectId(path.name))
+            except CkptError:
+                continue  # of a commit that is gone
+            if infos is not None and not CachedTable(path, infos, table).is_sound():
+                error = CorruptionError("a materialised base is damaged; it is made anew when used")
+                self._wrong("cache", error, name=f"bases/{path.name}")
+
+    def _infos(self, table: ObjectId) -> list[TensorInfo] | None:
+        """The tensors of a table of weights."""
+        for name in self._catalog.store.ids(Kind.COMMIT):
+            with contextlib.suppress(CkptError):
+                commit = self._catalog.commit(name)
+                state = commit.parts.get("model")
+                if state is not None and state.values == table:
+                    schema = self._catalog.schema(commit.schema)
+                    return [schema.tensors[number] for number in schema.stored("model")]
+        return None
+
+    def _index(self, store: ObjectStore) -> None:
+        """Compare the index of the repository with one that was made of the packs."""
+        store.refresh()
+        if not store.index.agrees(self._catalog.store.index):
+            error = CorruptionError(
+                "the index does not agree with the packs: 'ckpt index --rebuild'"
+            )
+            self._wrong("cache", error, name="index")

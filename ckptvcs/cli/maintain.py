@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,10 @@ from ckptvcs.config import get_setting
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.opened import FOLDER
 from ckptvcs.repo import Repo
+
+if TYPE_CHECKING:
+    from ckptvcs.repair import Repaired
+    from ckptvcs.verify import Damage, Report
 
 
 def init(
@@ -62,32 +67,74 @@ def config(
         render.data(str(setting))
 
 
-def verify(context: typer.Context, json: JsonOption = False) -> None:
+def verify(
+    context: typer.Context,
+    subset: Annotated[
+        str | None, typer.Option(help="no more than this, longest unchecked first: 5%, 10G, 15m")
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="save what can be saved")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="with that: take what is missing from there")
+    ] = None,
+    drop: Annotated[
+        bool, typer.Option("--drop-damaged", help="with that: let go what cannot be saved")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
     """Prove that every commit can be restored: re-hash, decode, compare."""
+    if (source is not None or drop) and not repair:
+        raise InvalidInputError("--from and --drop-damaged go with --repair")
     repo = open_repo(context)
+    repaired = repo.repair(source, drop=drop) if repair else None
+    if repaired is not None:
+        render.talk(_repaired(repaired))
     with render.progress("verifying", None) as tick:
-        report = repo.verify(tick)
+        report = repo.verify(tick, subset=subset)
     if json:
-        render.as_json({
-            "ok": not report.damage, "packs": report.packs, "commits": report.commits,
-            "tensors": report.tensors, "files": report.files, "bytes": report.bytes,
-            "damage": [
-                {"what": d.what, "message": d.message, "commit": d.commit, "name": d.name}
-                for d in report.damage
-            ],
-        })  # fmt: skip
+        render.as_json(_verified(report, repaired))
     else:
         for damage in report.damage:
-            where = f"commit {damage.commit[:8]}: " if damage.commit else ""
-            name = f" ({render.printable(damage.name)})" if damage.name else ""
-            render.data(f"{damage.what}: {where}{damage.message}{name}")
+            render.data("\n".join(_damage_lines(damage)))
+        left = f", {report.left} packs and commits left" if report.left else ""
         render.data(
             f"{report.packs} packs, {report.commits} commits, {report.tensors} tensors, "
-            f"{report.files} files, {render.size(report.bytes)} read: "
+            f"{report.files} files, {render.size(report.bytes)} read{left}: "
             + (f"{len(report.damage)} damaged" if report.damage else "all good")
         )
+        if report.damage and repaired is None:
+            render.talk("hint: 'ckpt verify --repair' saves what can be saved, --from OTHER more")
     if report.damage:
         raise typer.Exit(CorruptionError.exit_code)
+
+
+def _verified(report: Report, repaired: Repaired | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "ok": not report.damage, "packs": report.packs, "commits": report.commits,
+        "tensors": report.tensors, "files": report.files, "bytes": report.bytes,
+        "left": report.left, "damage": [asdict(damage) for damage in report.damage],
+    }  # fmt: skip
+    if repaired is not None:
+        found["repaired"] = asdict(repaired)
+    return found
+
+
+def _damage_lines(damage: Damage) -> list[str]:
+    where = f"commit {damage.commit[:8]}: " if damage.commit else ""
+    name = f" ({render.printable(damage.name)})" if damage.name else ""
+    lines = [f"{damage.what}: {where}{damage.message}{name}"]
+    if damage.commits and damage.commit is None:
+        lines.append("  commits: " + ", ".join(one[:8] for one in damage.commits))
+    if damage.tensors:
+        lines.append("  tensors: " + ", ".join(map(render.printable, damage.tensors)))
+    return lines
+
+
+def _repaired(done: Repaired) -> str:
+    return (
+        f"repaired: {done.salvaged} objects salvaged, {done.remembered} remembered, "
+        f"{done.fetched} fetched, {len(done.refs)} refs mended, {len(done.dropped)} commits "
+        f"dropped, {done.packs} damaged packs deleted"
+    )
 
 
 def stats(context: typer.Context, json: JsonOption = False) -> None:

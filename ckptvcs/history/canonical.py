@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from blake3 import blake3
+
 from ckptvcs.errors import CorruptionError
+
+CHECK = "check"
+"""The field of a record that holds the hash of all others."""
 
 Json = Any
 """None, bool, int, float, str, or lists and string-keyed dicts of these."""
@@ -31,6 +36,29 @@ def load(data: bytes, what: str) -> Record:
     except (ValueError, RecursionError) as error:
         raise CorruptionError(f"{what} is not readable: {error}") from error
     return Record(value, what)
+
+
+def seal(fields: Mapping[str, Json]) -> bytes:
+    """The canonical bytes of a record that no hash elsewhere covers, with a `check` of its own."""
+    return dump({**fields, CHECK: _check(fields)})
+
+
+def unseal(data: bytes, what: str) -> Record:
+    """Read what `seal` made; records of older programs have no check.
+
+    Raises:
+        CorruptionError: its bytes are not what was written.
+    """
+    record = load(data, what)
+    fields = record.fields()
+    given = fields.pop(CHECK, None)
+    if given is not None and (given != _check(fields) or dump({**fields, CHECK: given}) != data):
+        raise CorruptionError(f"{what} is damaged: it does not have its own hash")
+    return record
+
+
+def _check(fields: Mapping[str, Json]) -> str:
+    return blake3(dump(fields)).hexdigest(16)
 
 
 class Record:
@@ -55,6 +83,10 @@ class Record:
             if not right or (kind is int and not 0 <= value < 1 << 63):
                 raise self._wrong(field)
         return self._value
+
+    def fields(self) -> dict[str, Json]:
+        """A copy of all fields, unchecked."""
+        return dict(self._value)
 
     def text(self, field: str) -> str:
         value = self._value.get(field)

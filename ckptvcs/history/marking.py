@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
-from ckptvcs.errors import MissingObjectError
+from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import Recipe
@@ -23,13 +23,13 @@ class Marked:
 
 def mark(
     catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped,
-    faded: Set[ObjectId] = frozenset(),
+    faded: Set[ObjectId] = frozenset(), lost: set[ObjectId] | None = None,
 ) -> Marked:  # fmt: skip
     """Every object that commits need but for what is `gone` of them; of exact values that have
-    `faded` nothing.
+    `faded` nothing.  What is not there comes into `lost`, if that is given.
 
     Raises:
-        CorruptionError: something that is needed is missing or unreadable.
+        CorruptionError: something that is needed is missing or unreadable, and `lost` is not given.
     """
     marked = Marked()
     tables: list[tuple[ObjectId, str]] = []
@@ -47,17 +47,29 @@ def mark(
             tables.append((state.values, part))
             if state.exact and state.exact not in faded and catalog.recipes(state.exact):
                 tables.append((state.exact, part))
-    _mark_tables(catalog, tables, marked)
-    marked.objects |= bases(catalog, marked.objects)
+    _mark_tables(catalog, tables, marked, lost)
+    if lost is not None:
+        lost |= {name for name in marked.objects if not catalog.store.contains(name)}
+    marked.objects |= bases(catalog, marked.objects - (lost or set()), lost)
     return marked
 
 
-def bases(catalog: Catalog, names: Iterable[ObjectId]) -> set[ObjectId]:
-    """The objects that others are coded on."""
+def bases(
+    catalog: Catalog, names: Iterable[ObjectId], lost: set[ObjectId] | None = None
+) -> set[ObjectId]:
+    """The objects that others are coded on; those that are not there come into `lost`.
+
+    Raises:
+        MissingObjectError: one is not there, and `lost` is not given.
+    """
     found: set[ObjectId] = set()
     stack = list(names)
     while stack:
-        for place in catalog.store.places(stack.pop()):
+        name = stack.pop()
+        if lost is not None and not catalog.store.contains(name):
+            lost.add(name)
+            continue
+        for place in catalog.store.places(name):
             base = place.entry.base
             if base is not None and base not in found:
                 found.add(base)
@@ -65,7 +77,10 @@ def bases(catalog: Catalog, names: Iterable[ObjectId]) -> set[ObjectId]:
     return found
 
 
-def _mark_tables(catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: Marked) -> None:
+def _mark_tables(
+    catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: Marked,
+    lost: set[ObjectId] | None,
+) -> None:  # fmt: skip
     """Mark tables of values, their recipe and bundles, and the tables that these stand on."""
     done = set[ObjectId]()
     while tables:
@@ -78,7 +93,10 @@ def _mark_tables(catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: M
             if all(map(catalog.store.contains, recipe.bundles))
         ]  # fmt: skip
         if not names:
-            raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
+            if lost is None:
+                raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
+            lost |= {table, *(b for _, recipe in catalog.recipes(table) for b in recipe.bundles)}
+            continue
         # The newest one is what readers use; an exact patch is not what others stand on.
         own = [pair for pair in names if not pair[1].patch][:1]
         own += [pair for pair in names if pair[1].patch]
@@ -87,7 +105,13 @@ def _mark_tables(catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: M
             marked.objects.add(name)
             marked.objects.update(recipe.bundles)
             marked.bundles |= dict.fromkeys(recipe.bundles, part)
-            tables += [(base, part) for base in _stands_on(catalog, recipe) if base not in done]
+            try:
+                below = _stands_on(catalog, recipe)
+            except CorruptionError:
+                if lost is None:
+                    raise
+                continue  # the bundle is damaged, and among the objects that are marked
+            tables += [(base, part) for base in below if base not in done]
 
 
 def _stands_on(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:

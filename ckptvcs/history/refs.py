@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from blake3 import blake3
 
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
-from ckptvcs.history.canonical import dump, load
+from ckptvcs.history.canonical import load, seal, unseal
 from ckptvcs.store.backend import Backend, read_small, write_once
 from ckptvcs.store.object import ObjectId, checked_id
 
@@ -111,7 +112,7 @@ class Refs:
     def _read(self, ref: str, number: int) -> Generation:
         name = f"{_folder(ref)}/{number:016}"
         data = read_small(self._backend, name, _MAX_REF_BYTES)
-        record = load(data, name)
+        record = unseal(data, name)
         commit = record.optional_text("commit")
         if record.integer("generation") != number or record.text("ref") != ref:
             raise CorruptionError(f"{name} belongs to another ref")
@@ -123,6 +124,28 @@ class Refs:
     def reflog(self, ref: str) -> list[Generation]:
         """Every generation of a ref, newest first."""
         return [self._read(ref, number) for number in reversed(self._numbers(ref))]
+
+    def mend(
+        self, ref: str, commit: Callable[[Generation | None], ObjectId | None], time: str
+    ) -> None:
+        """Write the newest generation anew, which is damaged; `commit` says what it is at, from the
+        newest one below that can be read.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        below = None
+        for number in reversed(self._numbers(ref)):
+            try:
+                below = self._read(ref, number)
+                break
+            except CorruptionError:
+                self._backend.delete(f"{_folder(ref)}/{number:016}")
+        self._seen.pop(ref, None)
+        at, branch = commit(below), below.branch if below else None
+        if ref == HEAD and branch is None and at is None:
+            branch = "main"
+        self.publish(ref, below, commit=at, branch=branch, time=time, action="repair")
 
     def check(self, ref: str) -> None:
         """Raises CorruptionError where a generation is missing, changed or unreadable."""
@@ -177,7 +200,7 @@ class Refs:
             "commit": commit, "branch": branch, "time": time, "action": action,
             "nonce": secrets.token_hex(8),
         }  # fmt: skip
-        data = dump(fields)
+        data = seal(fields)
         taken = ConflictError(
             f"'{ref.rpartition('/')[2]}' was moved by another writer",
             hint="look at 'ckpt log' and try again",

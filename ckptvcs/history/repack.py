@@ -7,15 +7,13 @@ of one part hold nothing of another, and exact patches stay alone: dropping eith
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ckptvcs.errors import CorruptionError
 from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.copying import read_sound
 from ckptvcs.history.marking import Marked
-from ckptvcs.history.recipe import load_bundle, slice_hash
 from ckptvcs.store.index import Place
-from ckptvcs.store.object import Kind, ObjectId, PackId
+from ckptvcs.store.object import PackId
 
 _TINY = 1 << 20  # bytes: packs below are merged ...
 _FEW = 4  # ... when there are so many
@@ -79,24 +77,9 @@ def merge(catalog: Catalog, plan: Merge) -> None:
     pack = store.new_pack(plan.folder)
     try:
         for place in plan.places:
-            region, payload = store.read_record(place)
-            content = store.get(place.entry.id, place.entry.kind)
-            if place.entry.kind == Kind.BUNDLE:
-                _prove(place.entry.id, content, region)
-            pack.copy(place.entry, region, payload)
+            pack.copy(place.entry, *read_sound(store, place))
         store.publish(pack)
     finally:
         pack.abort()
     store.delete_packs(dict.fromkeys(plan.packs, plan.folder))
     catalog.forget()
-
-
-def _prove(name: ObjectId, content: bytes, region: bytes) -> None:
-    for start, length, expected in _slices(content):
-        if slice_hash(memoryview(region)[start : start + length]) != expected:
-            raise CorruptionError(f"bundle {name[:8]} is damaged: a slice has another hash")
-
-
-def _slices(content: bytes) -> Iterator[tuple[int, int, bytes]]:
-    for frame in load_bundle(content):
-        yield from frame.slices

@@ -96,6 +96,13 @@ def environment(path: Path) -> lmdb.Environment:
     return opened
 
 
+def close(path: Path) -> None:
+    """Close the environment of a file, if this process has one."""
+    known = _open.pop(path, None)
+    if known is not None and known[0][0] == os.getpid():
+        known[1].close()
+
+
 def is_current(path: Path, opened: lmdb.Environment) -> bool:
     """Whether an environment is still that of the file of this name, for this process."""
     known = _open.get(path)

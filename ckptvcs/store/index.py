@@ -16,11 +16,20 @@ import contextlib
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import lmdb
 
-from ckptvcs.store.environment import delete_older, environment, is_current, newest_file, next_file
+from ckptvcs.store.environment import (
+    close,
+    delete_older,
+    environment,
+    is_current,
+    newest_file,
+    next_file,
+)
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.pack import FOLDERS, Entry, PackInfo
 
@@ -82,6 +91,10 @@ class Index:
         if newest_file(self._name) == self._path:
             next_file(self._path)
         return Index(self._name)
+
+    def close(self) -> None:
+        """Let the file go, which nobody else of this process may be using."""
+        close(self._path)
 
     @staticmethod
     def discard(name: Path) -> None:
@@ -200,6 +213,18 @@ class Index:
         """The packs that were about to be published and have not been added: id -> folder."""
         with self._begin() as txn, txn.cursor(self._expected) as cursor:
             return {PackId(bytes(k).hex()): bytes(v).decode("ascii") for k, v in cursor}
+
+    def same(self, other: Index) -> bool:
+        """Whether both hold the same packs, objects, contents and keys."""
+        with self._begin() as mine, other._begin() as theirs:
+            for one, two in zip(self._tables(), other._tables(), strict=True):
+                with mine.cursor(one) as left, theirs.cursor(two) as right:
+                    if any(a != b for a, b in zip_longest(left, right)):
+                        return False
+        return True
+
+    def _tables(self) -> tuple[Any, ...]:
+        return self._packs, self._objects, self._contents, self._keys
 
     def add(self, pack: PackInfo, contents: dict[ObjectId, bytes], keys_of: KeysOf) -> None:
         """Make a pack's objects findable; `contents` are the small ones to keep."""

@@ -125,6 +125,15 @@ class ObjectStore:
                 self.refresh()
         raise MissingObjectError(f"the pack of bundle {name} is gone")
 
+    def content_at(self, place: Place) -> bytes:
+        """The content of an object as one pack has it, proven by its id, whatever else has it.
+
+        Raises:
+            CorruptionError: it is damaged there.
+            FileNotFoundError: the pack is gone.
+        """
+        return self._decode(place, 0)
+
     def read_record(self, place: Place) -> tuple[bytes, bytes]:
         """The region, unproven, and the payload of an object as they lie in a pack."""
         file = packs.pack_name(place.folder, place.pack)

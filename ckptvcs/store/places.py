@@ -104,6 +104,10 @@ class Places:
         except (OSError, *ROTTEN):
             return self._own()
 
+    def close(self) -> None:
+        """Nobody will ask any more."""
+        self._index.close()
+
     def add_expected(self) -> None:
         """Add what a process published that ended before it could say so."""
         for pack, folder in self._ask(Index.expected).items():
@@ -157,6 +161,10 @@ class Places:
         except CorruptionError:
             entries = packs.scan_entries(self._backend, file)
         return packs.PackInfo(name, folder, size, entries)
+
+    def agrees(self, other: Places) -> bool:
+        """Whether both say the same."""
+        return self._ask(lambda mine: other._ask(mine.same))
 
     # -- writing -------------------------------------------------------------------------------
 

@@ -1,0 +1,73 @@
+"""How much of a repository to verify at once, and what was checked when."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptvcs.errors import InvalidInputError, StorageError
+from ckptvcs.store import disk
+
+_FORM = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(%|[KMGT]|s|m|h)\Z")
+_BYTES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+_MAX_BYTES = 1 << 28
+
+
+class Checked:
+    """When packs and commits were checked last, in a file of the cache."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.times: dict[str, float] = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            with path.open("rb") as file:
+                found = json.loads(file.read(_MAX_BYTES))
+            self.times = {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)}
+
+    def note(self, names: Iterable[str]) -> None:
+        """These have been checked now."""
+        self.times |= dict.fromkeys(names, time.time())
+        # A repository that cannot be written can be verified.
+        with contextlib.suppress(OSError, StorageError):
+            disk.replace(self._path, json.dumps(self.times), self._path.parent)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of everything, or bytes, or seconds; one of them is set."""
+
+    share: float | None = None
+    bytes: float | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """`5%`, `10G`, `15m`.  Raises InvalidInputError."""
+        found = _FORM.match(text.strip())
+        if found is None:
+            raise InvalidInputError(f"'{text}' is no subset", hint="as in 5%, 10G or 15m")
+        number, unit = float(found[1]), found[2]
+        if unit == "%":
+            return cls(share=number / 100)
+        if unit in _BYTES:
+            return cls(bytes=number * _BYTES[unit])
+        return cls(seconds=number * _SECONDS[unit])
+
+    def choose(self, checked: Checked, sizes: Mapping[str, int]) -> Iterator[str]:
+        """What to check: the longest unchecked first, at least one."""
+        order = sorted(sizes, key=lambda name: (checked.times.get(name, 0.0), name))
+        room = self.bytes if self.share is None else self.share * sum(sizes.values())
+        started, taken = time.monotonic(), 0
+        for name in order:
+            if taken and room is not None and taken + sizes[name] > room:
+                return
+            if taken and self.seconds is not None and time.monotonic() - started > self.seconds:
+                return
+            taken += max(1, sizes[name])
+            yield name

@@ -1,0 +1,378 @@
+"""Repair: what can be saved of a damaged repository is saved, and the rest is named.
+
+refs       a damaged newest generation is written anew, at the commit that followed the one before
+salvage    what is sound in damaged packs, and commits that the index remembers, into new packs
+fetch      what is missing, from another repository that has it
+drop       only when told to: what cannot be saved is let go by record, and damaged packs deleted
+
+Nothing is believed that is not proven by its id or by the hashes of its slices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.history.canonical import now
+from ckptvcs.history.catalog import Catalog, Dropped
+from ckptvcs.history.commit import PARTS, Commit, dump_commit
+from ckptvcs.history.copying import read_sound
+from ckptvcs.history.marking import mark
+from ckptvcs.history.recipe import LetGo
+from ckptvcs.history.refs import HEAD, Generation, Refs
+from ckptvcs.history.revision import Revisions
+from ckptvcs.store.index import Place
+from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
+from ckptvcs.store.pack import Entry, pack_name, read_entries, scan_entries
+
+_BLOCK = 1 << 24
+_RULE = "verify --drop-damaged"
+_ROUNDS = 1000  # each finds what was hidden behind the one before: a line of lost commits
+
+Record = tuple[Entry, bytes, bytes]
+"""An object as it lies in a pack, proven: its entry, region and payload."""
+
+
+@dataclass
+class Repaired:
+    """What was done: objects by where they came from, refs, commits let go (parts, or all), and
+    packs that were deleted.
+    """
+
+    salvaged: int = 0
+    remembered: int = 0
+    fetched: int = 0
+    refs: list[str] = field(default_factory=list)
+    dropped: dict[ObjectId, tuple[str, ...]] = field(default_factory=dict)
+    packs: int = 0
+
+
+class Repairer:
+    """Repairs one repository, while nobody else writes."""
+
+    def __init__(self, catalog: Catalog, memory: Catalog, refs: Refs) -> None:
+        """`catalog` is that of `verify.packs_alone`; `memory` may know more, unproven."""
+        self._catalog, self._memory, self._refs = catalog, memory, refs
+        self._damaged: dict[PackId, str] = {}
+        self.done = Repaired()
+
+    def run(self, other: Catalog | None, *, drop: bool) -> Repaired:
+        """Repair, with what `other` has; then let go what cannot be saved, if told to.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        self._find_damaged()
+        self._remember()
+        self._salvage()
+        self._mend_refs()
+        if other is not None:
+            self._fetch(other)
+        self._discard()
+        if drop:
+            self._graft()
+            self._drop()
+            self._delete(list(self._damaged))
+        return self.done
+
+    # -- objects -------------------------------------------------------------------------------
+
+    def _copy(self, found: Iterable[Record], folder: str) -> int:
+        """Put records into a new pack; how many."""
+        pack, count = self._catalog.store.new_pack(folder), 0
+        try:
+            for entry, region, payload in found:
+                if entry.id not in pack:
+                    pack.copy(entry, region, payload)
+                    count += 1
+            if count:
+                self._catalog.store.publish(pack)
+        finally:
+            pack.abort()
+        self._catalog.forget()
+        return count
+
+    def _find_damaged(self) -> None:
+        store = self._catalog.store
+        for name, folder in store.list_packs().items():
+            try:
+                store.verify_pack(name, folder)
+            except CorruptionError:
+                self._damaged[name] = folder
+
+    def _entries(self, pack: PackId, folder: str) -> tuple[Entry, ...]:
+        """What a damaged pack holds, as far as that can be read."""
+        backend, file = self._catalog.store.backend, pack_name(folder, pack)
+        try:
+            return read_entries(backend, file)
+        except CkptError:
+            return scan_entries(backend, file)
+
+    def _salvage(self) -> None:
+        """Copy what is sound in damaged packs and lies nowhere else.  An exact patch is no good in
+        pieces, and cannot be proven but as a whole.
+        """
+        for pack, folder in self._damaged.items():
+            entries = self._entries(pack, folder)
+            if not any(entry.id in self._catalog.patches() for entry in entries):
+                rows = self._sound(pack, folder, entries)
+                self.done.salvaged += self._copy(rows, folder)
+
+    def _sound(self, pack: PackId, folder: str, entries: Iterable[Entry]) -> Iterator[Record]:
+        store = self._catalog.store
+        for entry in entries:
+            if not self._elsewhere(entry.id):
+                with contextlib.suppress(CkptError):
+                    place = Place(pack, folder, entry)
+                    yield entry, *read_sound(store, place)
+
+    def _elsewhere(self, name: ObjectId) -> bool:
+        """Whether an object lies in a pack that is whole."""
+        return any(p.pack not in self._damaged for p in self._catalog.store.index.known(name))
+
+    def _remember(self) -> None:
+        """Write commits, recipes and records again that only the index remembers."""
+        store, kept = self._catalog.store, self._memory.store.index
+        pack = store.new_pack("meta")
+        try:
+            for kind in (Kind.COMMIT, Kind.RECIPE, Kind.RECORD):
+                for name in kept.ids(kind):
+                    content = kept.content(name, kind)
+                    if content is not None and not self._has(name, kind):
+                        assert object_id(kind, content) == name
+                        pack.add(kind, content)
+                        self.done.remembered += 1
+            if self.done.remembered:
+                store.publish(pack)
+        finally:
+            pack.abort()
+        self._catalog.forget()
+
+    def _has(self, name: ObjectId, kind: Kind) -> bool:
+        if not self._catalog.store.contains(name):
+            return False
+        try:
+            self._catalog.store.get(name, kind)
+        except CorruptionError:
+            return False
+        return True
+
+    # -- from elsewhere ------------------------------------------------------------------------
+
+    def _fetch(self, other: Catalog) -> None:
+        """Copy packs that hold what is lost, until nothing more turns up: what a commit needs is
+        known when it is there.
+        """
+        tried: set[PackId] = set()
+        for _ in range(_ROUNDS):
+            wanted: dict[PackId, str] = {}
+            for name in self._lost():
+                names = {name} | {one for recipe, content in other.recipes(name)
+                                  for one in (recipe, *content.bundles)}  # fmt: skip
+                for one in names:
+                    places = [p for p in other.store.index.known(one) if p.pack not in tried]
+                    if places and not self._elsewhere(one):
+                        wanted[places[0].pack] = places[0].folder
+            if not wanted:
+                return
+            for pack, folder in wanted.items():
+                tried.add(pack)
+                self._fetch_pack(other, pack, folder)
+
+    def _fetch_pack(self, other: Catalog, pack: PackId, folder: str) -> None:
+        """Copy a pack as it is; of one that is damaged, too, what is sound in it."""
+        store, file = self._catalog.store, pack_name(folder, pack)
+        try:
+            other.store.verify_pack(pack, folder)
+        except CkptError:
+            with contextlib.suppress(CkptError):
+                rows = [(p.entry, *read_sound(other.store, p)) for p in (
+                    Place(pack, folder, entry) for entry in other.store.entries(pack, folder)
+                )]  # fmt: skip
+                self.done.fetched += self._copy(rows, folder)
+            return
+        if self._damaged.pop(pack, None):
+            self._delete([pack], folder)
+        writer = store.backend.writer()
+        try:
+            for at in range(0, other.store.backend.size(file), _BLOCK):
+                writer.write(other.store.backend.read(file, at, _BLOCK))
+            writer.publish(file)
+        finally:
+            writer.abort()
+        store.refresh()
+        self._catalog.forget()
+        self.done.fetched += len(store.entries(pack, folder))
+
+    def _lost(self) -> set[ObjectId]:
+        """What commits need and cannot be read, or has no pack that is whole."""
+        needed, lost = self._needed()
+        return lost | {name for name in needed if not self._elsewhere(name)}
+
+    def _needed(self) -> tuple[set[ObjectId], set[ObjectId]]:
+        """What commits need, and those of it that are not there."""
+        lost: set[ObjectId] = set()
+        commits: dict[ObjectId, Commit] = {}
+        for tip in Revisions(self._catalog, self._refs).tips().values():
+            above, hole = self._above(tip)
+            commits |= above
+            lost |= {hole} if hole else set()
+        gone = self._catalog.dropped()
+        for name in commits.keys() - gone.commits:
+            lost |= {table for _, table in self._lost_patches(name, commits[name])}
+        return mark(self._catalog, commits, gone, lost=lost).objects | lost, lost
+
+    def _lost_patches(self, name: ObjectId, commit: Commit) -> list[tuple[str, ObjectId]]:
+        """The parts of a commit whose exact patch is gone without a record, and its table."""
+        if not commit.patch_bytes:
+            return []
+        faded = {part for record in self._catalog.let_go(name) for part in record.parts or PARTS}
+        return [(part, state.exact) for part, state in commit.parts.items()
+                if state.exact and part not in faded
+                and not self._catalog.has_recipe(state.exact)]  # fmt: skip
+
+    # -- refs ----------------------------------------------------------------------------------
+
+    def _mend_refs(self) -> None:
+        """Write a damaged newest generation anew."""
+        names = [HEAD, *(f"{space}/{name}" for space in ("heads", "tags", "pins")
+                         for name in self._refs.names(space))]  # fmt: skip
+        for ref in names:
+            try:
+                self._refs.read(ref)
+            except CkptError:
+                branch = ref.startswith("heads/")
+                self._refs.mend(ref, self._follower if branch else _as_before, now())
+                self.done.refs.append(ref)
+
+    def _follower(self, below: Generation | None) -> ObjectId | None:
+        """The commit that came after that of a generation, and so on, as long as it is one."""
+        commit = below.commit if below else None
+        store, parents = self._catalog.store, dict[ObjectId, ObjectId | None]()
+        for name in store.ids(Kind.COMMIT):
+            with contextlib.suppress(CkptError):
+                parents[name] = next(iter(self._catalog.commit(name).parents), None)
+        for _ in range(_ROUNDS):
+            found = [name for name, parent in parents.items() if parent == commit]
+            if len(found) != 1:
+                return commit
+            commit = found[0]
+        return commit
+
+    # -- what cannot be saved ------------------------------------------------------------------
+
+    def _graft(self) -> None:
+        """Where a commit itself is lost, put those above it on the one that its branch was at
+        before.  They are new commits then, of the same content.
+        """
+        moved: dict[ObjectId, ObjectId] = {}
+        for ref, tip in Revisions(self._catalog, self._refs).tips().items():
+            above, hole = self._above(tip)
+            if hole is None or (ref == HEAD and self._refs.read(HEAD).branch):  # type: ignore[union-attr]
+                continue
+            self.done.dropped[hole] = ()
+            parent = self._before(hole)
+            pack = self._catalog.store.new_pack("meta")
+            try:
+                for name, commit in reversed(above.items()):
+                    if name in moved:
+                        parent = moved[name]
+                        continue
+                    parents = (parent,) if parent else ()
+                    content = dump_commit(replace(commit, parents=parents))
+                    parent = moved[name] = pack.add(Kind.COMMIT, content)
+                self._catalog.store.publish(pack)
+            finally:
+                pack.abort()
+            self._catalog.forget()
+            old = self._refs.read(ref)
+            if ref.startswith("pins/"):
+                self._refs.publish(ref, old, commit=None, time=now(), action="repair")
+                ref, old = f"pins/{parent}", None
+            self._refs.publish(ref, old, commit=parent, time=now(), action="repair")
+        records = {record for name in moved for record in self._catalog.let_go(name)}
+        self._catalog.record([
+            replace(record, commits=tuple(moved.get(name, name) for name in record.commits))
+            for record in sorted(records, key=repr)
+        ])  # fmt: skip
+
+    def _above(self, tip: ObjectId) -> tuple[dict[ObjectId, Commit], ObjectId | None]:
+        """The commits from a tip down to one that is lost, and that one."""
+        above: dict[ObjectId, Commit] = {}
+        below: ObjectId | None = tip
+        try:
+            for name, commit in self._catalog.ancestors(tip):
+                above[name], below = commit, next(iter(commit.parents), None)
+        except CorruptionError:
+            return above, below
+        return above, None
+
+    def _before(self, hole: ObjectId) -> ObjectId | None:
+        """The newest commit that a branch was at before one that is lost, if it leads somewhere."""
+        for branch in self._refs.names("heads"):
+            commits = [move.commit for move in self._refs.reflog(f"heads/{branch}")]
+            if hole in commits:
+                older = [one for one in commits[commits.index(hole) + 1 :] if one is not None]
+                return next((one for one in older if self._above(one)[1] is None), None)
+        return None
+
+    def _drop(self) -> None:
+        """Let go the commits, or the parts of them, or their patches, that cannot be restored."""
+        drops: dict[tuple[str, ...], list[ObjectId]] = {}
+        fades: dict[tuple[str, ...], list[ObjectId]] = {}
+        for name, commit in Revisions(self._catalog, self._refs).visible().items():
+            lost = self._lost_parts(name, commit)
+            if lost:
+                self.done.dropped[name] = lost if lost == ("optimizer",) else ()
+                drops.setdefault(self.done.dropped[name], []).append(name)
+            faded = {part for part, _ in self._lost_patches(name, commit)}
+            faded |= {part for part, state in commit.parts.items()
+                      if state.exact and not self._sound_table(state.exact)}  # fmt: skip
+            if faded:
+                fades.setdefault(tuple(sorted(faded)), []).append(name)
+        self._catalog.record([
+            LetGo(what, tuple(sorted(names)), parts, _RULE, now())
+            for what, rows in (("drop", drops), ("fade", fades)) for parts, names in rows.items()
+        ])  # fmt: skip
+
+    def _lost_parts(self, name: ObjectId, commit: Commit) -> tuple[str, ...]:
+        """The parts of a commit that cannot be restored."""
+        dropped = self._catalog.dropped().parts.get(name, frozenset())
+        lost = []
+        for part in sorted(set(commit.parts) - dropped):
+            others = Dropped(frozenset(), {name: frozenset(commit.parts) - {part}})
+            faded = {state.exact for state in commit.parts.values() if state.exact}
+            missing: set[ObjectId] = set()
+            marked = mark(self._catalog, {name: commit}, others, faded, missing)
+            if missing or not all(map(self._elsewhere, marked.objects)):
+                lost.append(part)
+        return tuple(lost)
+
+    def _sound_table(self, table: ObjectId) -> bool:
+        """Whether there is nothing to be said against a patch: its pack is whole, or gone."""
+        return all(map(self._elsewhere, [one for name, recipe in self._catalog.recipes(table)
+                                         for one in (name, *recipe.bundles)]))  # fmt: skip
+
+    def _discard(self) -> None:
+        """Delete damaged packs of which nothing is needed that does not lie elsewhere."""
+        needed, _ = self._needed()
+        for pack, folder in list(self._damaged.items()):
+            left = [entry.id for entry in self._entries(pack, folder)]
+            left += [name for name in needed if pack in {
+                place.pack for place in self._catalog.store.index.known(name)}]  # fmt: skip
+            if left and all(name not in needed or self._elsewhere(name) for name in left):
+                self._delete([pack], folder)
+
+    def _delete(self, packs: list[PackId], folder: str | None = None) -> None:
+        for pack in packs:
+            where = self._damaged.pop(pack, folder)
+            if where is not None:
+                self._catalog.store.delete_packs({pack: where})
+                self.done.packs += 1
+        self._catalog.forget()
+
+
+def _as_before(below: Generation | None) -> ObjectId | None:
+    return below.commit if below else None
