@@ -11,6 +11,8 @@ from typing import Any
 from ckptvcs.errors import CorruptionError, UnsupportedVersionError
 from ckptvcs.history.canonical import CHECK, seal, unseal
 from ckptvcs.store import disk
+from ckptvcs.store.leases import turn
+from ckptvcs.store.local import LocalBackend
 
 _MAX_BYTES = 1 << 16
 
@@ -73,14 +75,21 @@ def raise_flags(folder: Path, operation: str, *wanted: str) -> None:
     """Say, durably, that a program must know some flags for an operation.  They are never lowered.
 
     Raises:
+        BusyError: others are changing the file, and do not end.
         StorageError: it cannot be written.
     """
-    fields = _format(folder)
-    flags = fields["flags"].setdefault(operation, [])
-    missing = [flag for flag in wanted if flag not in flags]
-    if missing:
-        flags += missing
+    if not _missing(_format(folder), operation, wanted):
+        return
+    with turn(LocalBackend(folder)):  # two writers may raise flags at once
+        fields = _format(folder)
+        flags = fields["flags"].setdefault(operation, [])
+        flags += _missing(fields, operation, wanted)
         write_format(folder, fields)
+
+
+def _missing(fields: dict[str, Any], operation: str, wanted: tuple[str, ...]) -> list[str]:
+    there = fields["flags"].get(operation, [])
+    return [flag for flag in wanted if flag not in there]
 
 
 def write_format(folder: Path, fields: dict[str, Any]) -> None:

@@ -1,65 +1,174 @@
-"""Processes at once: nothing that was reported as committed is ever missing."""
+"""Processes and threads at once: nothing that was reported as committed is ever missing."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+import threading
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+from ckptvcs import committing
+from ckptvcs.errors import BusyError, ConflictError
+from ckptvcs.format import raise_flags
+from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
+from ckptvcs.store import leases
+from tests import stress
+from tests.crashing import states
 
-WRITER = """
-import sys
-from ckptvcs import ConflictError, BusyError, Repo
-repo = Repo.open(sys.argv[1])
-for step in range(int(sys.argv[3]), int(sys.argv[3]) + 12):
-    while True:
+
+@pytest.mark.parametrize(
+    "seconds", [6.0, pytest.param(300.0, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_writers_readers_and_a_collector(seconds: float, tmp_path: Path) -> None:
+    root = tmp_path / "repo"
+    repo = Repo.init(root)
+    done = stress.run(root, seconds, writers=4, readers=4)
+    assert done.commits
+    assert done.reads
+    assert done.sweeps
+    repo = Repo.open(root)
+    assert {entry.id for entry in repo.log(all_branches=True)} == done.commits
+    for name in repo.revisions.visible():
+        found, true = repo.checkout(f"id:{name}")["model"], repo.catalog.commit(name).message
+        assert all(torch.equal(found[k], w) for k, w in stress.content(true).items())
+    repo.gc()
+    assert not Repo.open(root).verify().damage
+
+
+def test_threads_of_one_process(tmp_path: Path) -> None:
+    Repo.init(tmp_path)
+    shared, found, failed = Repo.open(tmp_path), list[str](), list[BaseException]()
+
+    def work(number: int, repo: Repo) -> None:
         try:
-            print(repo.commit_path(__import__("pathlib").Path(sys.argv[2]), message=str(step),
-                                   step=None, raw=True, branch=sys.argv[4]).id)
-            break
-        except (ConflictError, BusyError):
-            pass
-"""
-COLLECTOR = """
-import sys
-from ckptvcs import BusyError, Repo
-repo = Repo.open(sys.argv[1])
-swept = 0
-while swept < 6:
-    try:
-        repo.gc(); swept += 1
-    except BusyError:
-        pass
-"""
+            for step, state in enumerate(states(4), start=1):
+                path = tmp_path / f"thread{number}.pt"
+                torch.save(state, path)
+                while True:
+                    try:
+                        made = repo.commit_path(path, message="", branch=f"thread{number}")
+                        break
+                    except (ConflictError, BusyError):
+                        pass
+                found.append(made.id)
+                back = repo.checkout(f"id:{made.id}")
+                assert back["step"] == step
+                assert torch.equal(back["model"]["a"], state["model"]["a"])
+        except BaseException as error:
+            failed.append(error)
 
-
-def start(script: str, *args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, args)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def test_two_writers_on_one_branch_one_on_another_and_a_collector(tmp_path: Path) -> None:
-    repo = Repo.init(tmp_path / "repo")
-    files = []
-    for number in range(3):
-        files.append(tmp_path / f"{number}.bin")
-        files[-1].write_bytes(bytes([number]) * 5000)
-    running = [
-        start(WRITER, repo.root, files[0], 0, "main"),
-        start(WRITER, repo.root, files[1], 100, "main"),
-        start(WRITER, repo.root, files[2], 200, "side"),
-        start(COLLECTOR, repo.root),
+    threads = [
+        threading.Thread(target=work, args=(number, shared if number % 2 else Repo.open(tmp_path)))
+        for number in range(4)
     ]
-    reported = set()
-    for process in running:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        reported |= set(out.split())
-    assert len(reported) == 36
-    fresh = Repo.open(repo.root)
-    there = {e.id for e in fresh.log(all_branches=True)}
-    assert reported == there
-    assert not fresh.verify().damage
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert {e.id for e in shared.log(all_branches=True)} == set(found)
+    assert len(found) == 16
+    assert not shared.verify().damage
+
+
+class Meanwhile:
+    """Does something just before a writer looks at its lease for the last time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
+        calm, self.done = leases.check_lease, False
+
+        def check(*args: Any) -> None:
+            if not self.done:
+                self.done = True
+                action()
+            calm(*args)
+
+        monkeypatch.setattr(committing, "check_lease", check)
+
+
+def test_a_writer_that_slept_through_other_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, run = Repo.init(tmp_path), states(5)
+    repo.commit(run[0], step=1)
+
+    def others() -> None:
+        other = Repo.open(tmp_path)
+        for step in (2, 3, 4):
+            other.commit(run[step - 1], step=step)
+
+    Meanwhile(monkeypatch, others)
+    with pytest.raises(ConflictError, match="moved by another writer"):
+        repo.commit(run[4], step=5)
+    assert [entry.step for entry in repo.log()] == [4, 3, 2, 1]
+    repo.commit(run[4], step=5)
+    assert [entry.step for entry in repo.log()] == [5, 4, 3, 2, 1]
+    assert torch.equal(repo.checkout(5)["model"]["a"], run[4]["model"]["a"])
+    assert not repo.verify().damage
+
+
+def test_a_writer_whose_lease_was_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, run = Repo.init(tmp_path), states(3)
+    repo.commit(run[0], step=1)
+
+    def sweep() -> None:
+        for lease in (repo.folder / "leases").iterdir():
+            lease.unlink()
+        assert Repo.open(tmp_path).gc().packs  # those of the commit that is being made
+
+    Meanwhile(monkeypatch, sweep)
+    with pytest.raises(ConflictError, match="lease"):
+        repo.commit(run[1], step=2)
+    assert [entry.step for entry in repo.log()] == [1]
+    repo.commit(run[1], step=2)
+    assert torch.equal(repo.checkout(2)["model"]["a"], run[1]["model"]["a"])
+    assert not Repo.open(tmp_path).verify().damage
+
+
+def test_gc_waits_for_writers_and_they_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, run, found = Repo.init(tmp_path), states(2), list[str]()
+
+    def collect() -> None:
+        with pytest.raises(BusyError) as caught:
+            Repo.open(tmp_path).gc()
+        found.append(str(caught.value.hint))
+
+    Meanwhile(monkeypatch, collect)
+    repo.commit(run[0], step=1)
+    assert "if that is gone for good, delete leases/" in found[0]
+
+
+def test_a_reader_goes_on_while_what_it_reads_is_swept(tmp_path: Path) -> None:
+    repo, run = Repo.init(tmp_path), states(6)
+    for step, state in enumerate(run, start=1):
+        repo.commit(state, step=step)
+    reader = Repo.open(tmp_path)
+    entries = reader.log()
+    assert reader.checkout(6)["step"] == 6
+    repo.gc(Policy(last=2), rekey=True)  # its frames lie elsewhere now
+    for entry in entries[:2]:
+        true = run[(entry.step or 0) - 1]["model"]["a"]
+        assert torch.equal(reader.checkout(f"id:{entry.id}")["model"]["a"], true)
+
+
+def test_two_flags_raised_at_once(tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path)
+    threads = [
+        threading.Thread(target=raise_flags, args=(repo.folder, "gc", flag))
+        for flag in ("pins", "drops") for _ in range(4)
+    ]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    flags = json.loads((repo.folder / "format").read_text())["flags"]["gc"]
+    assert sorted(flags) == ["drops", "pins"]
+    assert not list((repo.folder / "marks").iterdir())

@@ -20,6 +20,14 @@ def boot_id() -> str:
         return ""
 
 
+def process_space() -> str:
+    """What tells one set of process ids from another: containers on one machine have their own."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
 def started(pid: int) -> str:
     """When a process began, as the kernel counts it: tells a reused process id."""
     try:

@@ -1,7 +1,8 @@
 """Leases: writers and a sweeping gc keep out of each other's way, without locks.
 
-A writer puts a lease, then looks for the exclusive mark.  gc puts the exclusive mark, then looks
-for leases.  Both publish before they look, so at least one of them sees the other and backs off.
+A writer puts a lease, then looks for an exclusive mark.  gc puts an exclusive mark, then looks for
+leases and for marks of others.  All publish before they look, so at least one of two sees the other
+and backs off.  Each file is its holder's own: none is ever taken over.
 A process that dies leaves its file behind: it counts no more once the process is known to be
 gone, which only its own host can tell.
 """
@@ -11,23 +12,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ckptvcs.errors import BusyError, ConflictError, StorageError
 from ckptvcs.store.backend import Backend, read_small, write_once
-from ckptvcs.store.host import boot_id, host_name, is_running, started
+from ckptvcs.store.host import boot_id, host_name, is_running, process_space, started
 
-_EXCLUSIVE = "marks/exclusive"
+_LEASE, _EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
+_TURNS, _PAUSE = 400, 0.05  # seconds
 _MAX_BYTES = 4096
 
 
 def _self() -> bytes:
     pid = os.getpid()
-    return json.dumps(
-        {"host": host_name(), "boot": boot_id(), "pid": pid, "started": started(pid)}
-    ).encode()
+    return json.dumps({
+        "host": host_name(), "boot": boot_id(), "space": process_space(), "pid": pid,
+        "started": started(pid),
+    }).encode()  # fmt: skip
 
 
 def _alive(data: bytes) -> bool:
@@ -37,7 +42,9 @@ def _alive(data: bytes) -> bool:
         host, boot, pid, since = (fields[k] for k in ("host", "boot", "pid", "started"))
         if host != host_name():
             return True
-        return boot == boot_id() and is_running(int(pid), since)
+        if boot != boot_id():
+            return False
+        return fields.get("space", "") != process_space() or is_running(int(pid), since)
     except (ValueError, KeyError, TypeError, OverflowError):
         return False
 
@@ -49,14 +56,39 @@ def _holder(backend: Backend, name: str) -> bool:
         return False
 
 
-def live_leases(backend: Backend) -> list[str]:
-    """The leases of writers that may still be at work."""
-    return [name for name in backend.names("leases") if _holder(backend, name)]
+def _who(backend: Backend, name: str) -> str:
+    """Who holds a lease or mark, and what to do if he is gone and nobody here can know."""
+    with contextlib.suppress(FileNotFoundError, StorageError, ValueError, KeyError, TypeError):
+        fields = json.loads(read_small(backend, name, _MAX_BYTES))
+        host, pid = str(fields["host"])[:64], int(fields["pid"])
+        return f"process {pid} on {host!r}; if that is gone for good, delete {name}"
+    return "try again later"
+
+
+def _live(backend: Backend, prefix: str) -> list[str]:
+    """The leases or marks whose holders may still be at work."""
+    folder = prefix.partition("/")[0]
+    names = [name for name in backend.names(folder) if name.startswith(prefix)]
+    return [name for name in names if _holder(backend, name)]
 
 
 def dead_leases(backend: Backend) -> list[str]:
-    """What dead writers left behind."""
-    return [name for name in backend.names("leases") if not _holder(backend, name)]
+    """What dead writers and sweepers left behind."""
+    names = [*backend.names("leases"), *backend.names("marks")]
+    return [name for name in names if not _holder(backend, name)]
+
+
+@contextmanager
+def _held(backend: Backend, prefix: str) -> Iterator[str]:
+    """Hold a file of one's own that says who is at work."""
+    name = f"{prefix}{secrets.token_hex(12)}"
+    write_once(backend, name, _self())
+    try:
+        yield name
+    finally:
+        # Where it cannot be deleted it counts no more once this process is gone.
+        with contextlib.suppress(StorageError):
+            backend.delete(name)
 
 
 @contextmanager
@@ -66,14 +98,10 @@ def lease(backend: Backend) -> Iterator[str]:
     Raises:
         BusyError: gc is sweeping.
     """
-    name = f"leases/{secrets.token_hex(12)}"
-    write_once(backend, name, _self())
-    try:
-        if _holder(backend, _EXCLUSIVE):
+    with _held(backend, _LEASE) as name:
+        if _live(backend, _EXCLUSIVE):
             raise BusyError("gc is sweeping this repository", hint="try again in a moment")
         yield name
-    finally:
-        backend.delete(name)
 
 
 def check_lease(backend: Backend, name: str) -> None:
@@ -86,25 +114,34 @@ def check_lease(backend: Backend, name: str) -> None:
 
 @contextmanager
 def exclusive(backend: Backend) -> Iterator[None]:
-    """Keep new writers out while sweeping.
+    """Keep new writers out while sweeping.  Of two that come at once one goes on at most.
 
     Raises:
         BusyError: a writer or another gc is at work.
     """
-    if not _holder(backend, _EXCLUSIVE):
-        backend.delete(_EXCLUSIVE)
-    try:
-        write_once(backend, _EXCLUSIVE, _self())
-    except ConflictError as error:
-        raise BusyError("another gc is at work", hint="try again later") from error
-    try:
-        writers = live_leases(backend)
+    with _held(backend, _EXCLUSIVE) as own:
+        others = [name for name in _live(backend, _EXCLUSIVE) if name != own]
+        if others:
+            raise BusyError("another gc is at work", hint=_who(backend, others[0]))
+        writers = _live(backend, _LEASE)
         if writers:
-            raise BusyError(
-                f"{len(writers)} writer(s) are at work", hint="run gc again when they are done"
-            )
+            what = f"{len(writers)} writer(s) are at work"
+            raise BusyError(what, hint=_who(backend, writers[0]))
         yield
-    finally:
-        # Where it cannot be deleted it counts no more once this process is gone.
-        with contextlib.suppress(StorageError):
-            backend.delete(_EXCLUSIVE)
+
+
+@contextmanager
+def turn(backend: Backend) -> Iterator[None]:
+    """Wait until nobody else is about to change what is changed in place, for a moment.
+
+    Raises:
+        BusyError: somebody is, and stays so.
+    """
+    for _ in range(_TURNS):
+        with _held(backend, _CHANGE) as own:
+            others = [name for name in _live(backend, _CHANGE) if name != own]
+            if not others:
+                yield
+                return
+        time.sleep(random.random() * _PAUSE)
+    raise BusyError("the repository is being changed", hint=_who(backend, others[0]))
