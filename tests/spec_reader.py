@@ -39,12 +39,20 @@ def b3(data: bytes, length: int = 32) -> bytes:
     return blake3(data).digest(length)
 
 
+def unsealed(data: bytes) -> Any:
+    fields = json.loads(data)
+    check = fields.pop("check", None)  # not there in the oldest repositories
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    assert check in (None, b3(canonical, 16).hex())
+    return fields
+
+
 class SpecRepository:
     """Reads every object of a repository into memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        head = json.loads((folder / "format").read_text())
+        head = unsealed((folder / "format").read_bytes().removesuffix(b"\n"))
         assert head["format"] == 1
         assert set(head["flags"]["read"]) <= {"near", "near-2", "patches"}
         self.records: dict[bytes, tuple[int, int, bytes, int, bytes, bytes]] = {}
@@ -103,7 +111,7 @@ class SpecRepository:
     def branch(self, name: str) -> str:
         """The commit of a branch of a plain name."""
         newest = max((self.folder / "refs" / "heads" / name).iterdir())
-        fields = json.loads(newest.read_text())
+        fields = unsealed(newest.read_bytes())
         assert fields["generation"] == int(newest.name)
         commit = fields["commit"]
         assert isinstance(commit, str)

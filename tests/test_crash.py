@@ -20,7 +20,7 @@ from tests.faults import PowerCut, Steps, cuts, killed
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 KILLS = 10_000 if NIGHTLY else 12  # at most, for each act, besides one at each kind of step
-POWER_CUTS = 400 if NIGHTLY else 12  # for each act
+POWER_CUTS = 150 if NIGHTLY else 12  # for each act
 
 
 def next_start() -> str:
