@@ -106,7 +106,7 @@ def killed(root: Path, action: Callable[[], object], at: int, phase: str) -> boo
             with Steps(root, at, phase, fault).taken():
                 action()
             code = 0
-        except BaseException:  # noqa: BLE001  whose words are lost with the process
+        except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
