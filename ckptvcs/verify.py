@@ -21,7 +21,7 @@ from ckptvcs.bases import CachedTable
 from ckptvcs.budget import Budget, Checked
 from ckptvcs.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
-from ckptvcs.history.catalog import Catalog, keys_of
+from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.copying import read_sound
 from ckptvcs.history.marking import mark
@@ -93,13 +93,17 @@ class Verifier:
         self._progress, self._budget = progress, budget
         self._chain = ChainReader(catalog)
         self._proven: set[ObjectId] = set()
+        self._harmed: dict[tuple[ObjectId, str | None], set[str]] = {}  # tensors of a part
         self.report = Report()
 
     def _wrong(
         self, what: str, error: CkptError, commit: ObjectId | None = None, name: str | None = None
     ) -> Damage:
         damage = Damage(what, error.message, commit, name)
-        self.report.damage.append(damage)
+        if damage not in self.report.damage:
+            self.report.damage.append(damage)
+        if commit is not None and what != "tensor":
+            self._harmed.setdefault((commit, None), set())
         return damage
 
     def run(self, index: ObjectStore | None = None) -> Report:
@@ -240,6 +244,7 @@ class Verifier:
                 self.report.tensors += 1
             except CkptError as error:
                 self._wrong("tensor", error, commit=name, name=info.name)
+                self._harmed.setdefault((name, info.part), set()).add(info.name)
         if len(self.report.damage) == damaged:
             self._proven.add(table)
 
@@ -248,37 +253,35 @@ class Verifier:
     def _attribute(self) -> None:
         """Say of each damaged pack, and of each missing object, what cannot be restored."""
         packs = [damage for damage in self.report.damage if damage.what == "pack"]
+        known = {one for damage in packs for one in damage.objects}
         missing: dict[ObjectId, Damage] = {}
-        harmed: dict[ObjectId, set[str]] = {}
-        for damage in self.report.damage:
-            if damage.commit is not None:
-                names = harmed.setdefault(damage.commit, set())
-                if damage.what == "tensor" and damage.name is not None:
-                    names.add(damage.name)
-        for name, tensors in harmed.items():
-            needed, lost = self._needs(name)
+        for (name, part), tensors in self._harmed.items():
+            needed, lost = self._needs(name, part)
             causes = [damage for damage in packs if needed.intersection(damage.objects)]
-            known = {one for damage in packs for one in damage.objects}
-            for one in sorted(lost - known):
+            gone = lost - known
+            for one in sorted({o for o in gone if not self._catalog.store.contains(o)} or gone):
                 if one not in missing:
                     missing[one] = Damage("object", f"object {one} is missing", name=one)
                     missing[one].objects = (one,)
                 causes.append(missing[one])
             for damage in causes:
-                damage.commits += (name,)
+                damage.commits = tuple(dict.fromkeys((*damage.commits, name)))
                 damage.tensors = tuple(sorted({*damage.tensors, *tensors}))
         self.report.damage += missing.values()
 
-    def _needs(self, name: ObjectId) -> tuple[set[ObjectId], set[ObjectId]]:
-        """The objects that a commit needs, as far as that can be known, and those that are not
-        there.
+    def _needs(self, name: ObjectId, part: str | None) -> tuple[set[ObjectId], set[ObjectId]]:
+        """The objects that a part of a commit needs, or all of it, as far as that can be known, and
+        those that are not there.
         """
         lost: set[ObjectId] = set()
         try:
-            commits = {name: self._catalog.commit(name)}
+            commit = self._catalog.commit(name)
         except CkptError:
             return {name}, {name} - set(self._catalog.store.ids(Kind.COMMIT))
-        marked = mark(self._catalog, commits, self._catalog.dropped(), lost=lost)
+        gone = self._catalog.dropped()
+        if part is not None:
+            gone = Dropped(frozenset(), {name: frozenset(commit.parts) - {part}})
+        marked = mark(self._catalog, {name: commit}, gone, lost=lost)
         return marked.objects | lost, lost
 
     # -- what can be made anew -----------------------------------------------------------------

@@ -120,7 +120,8 @@ def _verified(report: Report, repaired: Repaired | None) -> dict[str, Any]:
 
 def _damage_lines(damage: Damage) -> list[str]:
     where = f"commit {damage.commit[:8]}: " if damage.commit else ""
-    name = f" ({render.printable(damage.name)})" if damage.name else ""
+    shown = damage.name is not None and damage.name not in damage.message
+    name = f" ({render.printable(damage.name)})" if damage.name and shown else ""
     lines = [f"{damage.what}: {where}{damage.message}{name}"]
     if damage.commits and damage.commit is None:
         lines.append("  commits: " + ", ".join(one[:8] for one in damage.commits))
