@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from ckptvcs.codec import compiled, excp, frame, loops, lossless, patch
 from ckptvcs.codec.frame import Companion, decode_slice, put_slice
@@ -36,7 +37,7 @@ class Slice:
     companion_base: Words | None = None
 
 
-def normal(seed: int, scale: float = 1.0) -> np.ndarray:
+def normal(seed: int, scale: float = 1.0) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).standard_normal(COUNT) * scale).astype(np.float32)
 
 
@@ -58,7 +59,7 @@ def corpus() -> dict[str, Slice]:
     for name in ("F32", "F16", "BF16"):
         before = from_float32(normal(1), name)
         near = from_float32(normal(1) + normal(2, 1e-2), name)
-        squares = from_float32(np.square(normal(3)) + np.float32(1e-6), name)
+        squares = from_float32(np.square(normal(3), dtype=np.float32) + np.float32(1e-6), name)
         moment = from_float32(normal(4) * 0.1, name)
         second = good(encode_second(squares, name, ROWS))
         words = from_float32(normal(1) + normal(2, 1e-4), name)
