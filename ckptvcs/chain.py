@@ -176,7 +176,7 @@ class ChainReader:
                 yield pending
             pending = self.decode_slice(chain, info, number, count)
             digest.update(octets(pending))
-        if digest.digest() != self._catalog.values(values)[tensor]:
+        if digest.digest() != self._catalog.value(values, tensor):
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
         if pending is not None:
             yield pending

@@ -108,7 +108,7 @@ class Restorer:
                 self._tables[number] = (table, position)
             if part == "model" and cache is not None:
                 infos = [self.schema.tensors[number] for number in self.schema.stored(part)]
-                hashes = catalog.values(state.values)
+                hashes = catalog.all_values(state.values, len(infos))
                 self._materials[state.values] = materialised(
                     cache, held, state.values, infos, hashes
                 )
@@ -227,7 +227,7 @@ class Restorer:
                 yield number, np.empty(0, np.uint8)
 
     def _proven(self, job: _Job, digest: blake3) -> bool:
-        return digest.digest() == self._catalog.values(job.table)[job.position]
+        return digest.digest() == self._catalog.value(job.table, job.position)
 
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
         """Decode a tensor from its keyframe on, where it may be what was at hand that is wrong.
