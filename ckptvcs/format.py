@@ -15,6 +15,8 @@ from ckptvcs.store import disk
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
 
+_MAX_BYTES = 1 << 16
+
 FLAGS = {
     "read": frozenset({"near", "near-2", "patches"}),
     "write": frozenset[str](),
@@ -25,12 +27,15 @@ FLAGS = {
 
 def _format(folder: Path) -> dict[str, Any]:
     try:
-        fields = json.loads((folder / "format").read_text("utf-8"))
+        fields = json.loads(disk.read_text(folder / "format", _MAX_BYTES))
         number, flags = fields["format"], fields.setdefault("flags", {})
-        known = type(number) is int and all(isinstance(flag, list) for flag in flags.values())
+        known = type(number) is int and number > 0 and all(
+            isinstance(row, list) and all(isinstance(flag, str) for flag in row)
+            for row in flags.values()
+        )  # fmt: skip
     except OSError as error:
         raise disk.storage_error(error, f"open {folder}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(f"{folder / 'format'} is not readable") from error
     if not known:
         raise CorruptionError(f"{folder / 'format'} holds no format")
@@ -60,7 +65,7 @@ def require_flags(folder: Path, operation: str) -> None:
     if unknown:
         raise UnsupportedVersionError(
             f"{folder} needs features that this program lacks to {operation}: "
-            + ", ".join(map(str, unknown)),
+            + ", ".join(unknown),
             hint="upgrade ckptvcs",
         )
 

@@ -19,7 +19,7 @@ from ckptvcs.history.canonical import Record, dump, load
 
 _LENGTH = struct.Struct("<I")
 _MAX_DIMS = 64
-_MAX_NUMBER = 1 << 56  # of elements, and of what an offset or a stride may be
+_MAX_NUMBER = 1 << 44  # of elements, and of what an offset or a stride may be
 
 
 @dataclass(frozen=True)

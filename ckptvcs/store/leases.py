@@ -38,7 +38,7 @@ def _alive(data: bytes) -> bool:
         if host != host_name():
             return True
         return boot == boot_id() and is_running(int(pid), since)
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
 
 
