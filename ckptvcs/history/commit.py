@@ -254,7 +254,7 @@ def find_metrics(data: bytes) -> dict[str, float]:
     try:
         found, _ = _DECODER.raw_decode(data[at + len(_METRICS) :].decode("ascii"))
         return {name: to_number(value) for name, value in found.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CorruptionError("a commit does not name its metrics") from error
 
 

@@ -102,7 +102,8 @@ class Refs:
             return False
 
     def _numbers(self, ref: str) -> list[int]:
-        names = (name.rsplit("/", 1)[1] for name in self._backend.names(_folder(ref)))
+        folder = _folder(ref)
+        names = (name.removeprefix(f"{folder}/") for name in self._backend.names(folder))
         return sorted(int(name) for name in names if _GENERATION.match(name))
 
     def read(self, ref: str) -> Generation | None:
