@@ -147,7 +147,8 @@ def test_two_parents_in_one_commit() -> None:
 @pytest.mark.parametrize(
     "fields",
     [{"files": []}, {"files": [json.loads(dump_commit(COMMIT))["files"][0]] * 2},
-     {"files": [{"path": "a", "size": 0, "mode": 0, "mtime_ns": 0, "format": "link"}]}, {"source": "thought"}, {"time": "yesterday"}, {"time": "2026-01-01"}, {"time": ""},
+     {"files": [{"path": "a", "size": 0, "mode": 0, "mtime_ns": 0, "format": "link"}]},
+     {"source": "thought"}, {"time": "yesterday"}, {"time": "2026-01-01"}, {"time": ""},
      {"metrics": {"a": 10**400}}, {"step": 1 << 63}, {"depth": -1}],
 )  # fmt: skip
 def test_commits_that_make_no_sense(fields: dict[str, Any]) -> None:
