@@ -23,6 +23,7 @@ from blake3 import blake3
 from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
 from ckptvcs.chain import ChainReader, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint.checkpoint import MAX_NESTING
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
@@ -62,7 +63,7 @@ def safe_path(path: str) -> PurePosixPath:
     """
     pure = PurePosixPath(path)
     plain = pure.parts and not pure.is_absolute() and ".." not in pure.parts and path == str(pure)
-    if not plain or len(path) > 4096 or not _is_name(path):
+    if not plain or len(path) > 4096 or len(pure.parts) > MAX_NESTING + 1 or not _is_name(path):
         raise CorruptionError(f"a commit holds a file that would leave its target: {path[:200]!r}")
     if any(part.lower() == ".ckpt" for part in pure.parts):
         raise CorruptionError(f"a commit holds a file of a repository: {path[:200]!r}")

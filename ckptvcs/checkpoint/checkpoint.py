@@ -27,6 +27,9 @@ from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.schema import Schema, TensorInfo
 
 _INCOMPLETE = ("checkpoint-is-incomplete.txt",)
+MAX_NESTING = 200
+"""Directories in each other; Python makes those of a path in as many calls."""
+
 _STEP_KEYS = ("step", "global_step", "iteration", "iter", "steps", "current_step")
 
 
@@ -133,9 +136,11 @@ def _parse(source: Source, raw: bool) -> Layout:
 
 
 def _entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    stack = _sorted(root, "")  # no recursion: directories nest more deeply than Python's calls
+    stack = _sorted(root, "")
     while stack:
         name, entry = stack.pop()
+        if name.count("/") >= MAX_NESTING:
+            raise InvalidInputError(f"{root} nests more than {MAX_NESTING} directories")
         if entry.name == ".ckpt" or (skip and Path(entry.path).resolve() == skip):
             continue
         yield name, entry
