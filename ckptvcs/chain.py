@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.codec.frame import PATCH, Companion, decode_slice, slice_counts
+from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.errors import CorruptionError, TruncatedError
 from ckptvcs.history.catalog import Catalog
@@ -99,6 +99,18 @@ class ChainReader:
             done = self._done(*frame.base)
             bundle, frame = self._catalog.frame(*frame.base)
 
+    def require_slices(self, values: ObjectId, tensor: int, info: TensorInfo) -> None:
+        """Prove, before room is made for a tensor, that it has a frame of as many slices.
+
+        Raises:
+            CorruptionError: it has none; a schema may claim any size.
+        """
+        bundle, frame = self._catalog.frame(values, tensor)
+        if len(frame.slices) != -(-info.words // SLICE_WORDS):
+            raise CorruptionError(
+                f"bundle {bundle[:8]} has another number of slices of {info.name}"
+            )
+
     def depth(self, values: ObjectId, tensor: int) -> int:
         """How many frames lie below a tensor's own."""
         return self._catalog.frame(values, tensor)[1].depth
@@ -168,6 +180,7 @@ class ChainReader:
         Raises:
             CorruptionError: the tensor does not have its recorded hash.
         """
+        self.require_slices(values, tensor, info)
         chain = self.links(values, tensor)
         digest = blake3(max_threads=1)
         pending: Words | None = None
@@ -176,7 +189,7 @@ class ChainReader:
                 yield pending
             pending = self.decode_slice(chain, info, number, count)
             digest.update(octets(pending))
-        if digest.digest() != self._catalog.values(values)[tensor]:
+        if digest.digest() != self._catalog.value(values, tensor):
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
         if pending is not None:
             yield pending

@@ -214,8 +214,9 @@ class _Side:
             state = restorer.commit.parts.get(part)
             if state is not None:
                 exact = state.exact if restorer.fidelity[part] == "exact" else None
-                values = catalog.values(exact or state.values)
-                self._hashes |= zip(restorer.schema.stored(part), values, strict=True)
+                stored = restorer.schema.stored(part)
+                values = catalog.all_values(exact or state.values, len(stored))
+                self._hashes |= zip(stored, values, strict=True)
 
     @property
     def size_bytes(self) -> int:

@@ -21,6 +21,7 @@ from ckptvcs.store import disk
 Value = str | int | float
 
 _LARGEST = 1e9
+_MAX_BYTES = 1 << 16
 OFF = "off"
 AUTO = "auto"
 _HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
@@ -95,7 +96,7 @@ def _whole(least: int) -> Callable[[Value], int]:
 def _number(value: Value) -> float:
     try:
         number = -1.0 if isinstance(value, bool) else float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         number = -1.0
     if not 0 < number <= _LARGEST:
         raise InvalidInputError(f"'{value}' is no number above 0, up to {_LARGEST:.0e}")
@@ -156,7 +157,7 @@ def load_config(path: Path) -> Config:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return disk.read_text(path, _MAX_BYTES)
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
@@ -167,10 +168,10 @@ def _parse(text: str, path: Path) -> Config:
     try:
         values: dict[str, Any] = tomllib.loads(text)
         settings = {_field(key): _checked(key, value) for key, value in values.items()}
-    except ValueError as error:
-        raise InvalidInputError(f"cannot read {path}: {error}") from error
     except InvalidInputError as error:
         raise InvalidInputError(f"{path}: {error.message}", hint=error.hint) from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"cannot read {path}: {error}") from error
     return replace(Config(), **settings)  # type: ignore[arg-type]  # checked one by one
 
 

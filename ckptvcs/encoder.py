@@ -168,7 +168,7 @@ class Encoder:
             if not self._catalog.has_recipe(state.values):
                 continue  # a rule dropped it
             infos = [schema.tensors[number] for number in schema.stored(name)]
-            hashes = self._catalog.values(state.values)
+            hashes = self._catalog.all_values(state.values, len(infos))
             positions = {info.name: (position, info) for position, info in enumerate(infos)}
             held = self._held if name == "model" else None
             self._materials[state.values] = materialised(
@@ -261,7 +261,7 @@ class Encoder:
         part, position = found
         if part.hashes[position] != value:
             return False
-        bundle, frame = self._catalog.recipe(part.values).place(position)
+        bundle, frame = self._catalog.place(part.values, position)
         depth = self._chain.depth(part.values, position)
         if self._keyframe and depth:
             return False

@@ -7,6 +7,7 @@ where that is made of plain values; else as a flat dict of its tensors by name.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -24,13 +25,14 @@ from ckptvcs.checkpoint.emit import (
     write_zip,
     zip_records,
 )  # fmt: skip
+from ckptvcs.checkpoint.layout import Layout
 from ckptvcs.checkpoint.pickles import TensorRef, walk
 from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.checkpoint.torchfile import ref_dtype
 from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD
 from ckptvcs.codec.words import word_type
 from ckptvcs.dtypes import DTYPES
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.history.schema import Schema, View
 from ckptvcs.restore import Restorer
 from ckptvcs.store.disk import storage_error
@@ -42,6 +44,8 @@ _TOPS = frozenset({
 
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
 """Names of files that hold checkpoints end so."""
+
+_MAX_WINDOW = 1 << 32  # bytes; of elements that stand in one place it may have any number
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -124,11 +128,20 @@ class PartReader:
                 self._restorer.write_file(file, lambda d, p=parts: p.append(bytes(d)), _quiet)  # type: ignore[misc]
                 states[file.path] = b"".join(parts)
             else:
-                states[file.path] = fill(
-                    layout.tree, lambda ref, keys=by_key: self.raw(keys[ref.storage.key]),  # type: ignore[misc]
-                    layout.arrays,
-                )  # fmt: skip
+                states[file.path] = self._filled(layout, by_key, file.path)
         return states if self._restorer.commit.source == "directory" else states[files[0].path]
+
+    def _filled(self, layout: Layout, numbers: Mapping[str, int], path: str) -> object:
+        try:
+            return fill(layout.tree, lambda ref: self.raw(numbers[ref.storage.key]), layout.arrays)
+        except CkptError:
+            raise
+        except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+            # It was committed as it is, and may hold any claim and any depth.
+            raise InvalidInputError(
+                f"{path} holds no objects that can be made: {type(error).__name__}",
+                hint="'ckpt checkout' gives its bytes back",
+            ) from error
 
     def _flat_state(self, numbers: list[int]) -> dict[str, Any]:
         import torch  # noqa: PLC0415  only where tensors of torch are made
@@ -305,7 +318,9 @@ class PartReader:
     def window(self, window: Window) -> bytes:
         """The elements of a window, row after row."""
         number, view = window
-        size = DTYPES[view.dtype].size
+        info, size = self.schema.tensors[number], DTYPES[view.dtype].size
+        if math.prod(view.shape) * size > max(_MAX_WINDOW, info.size_bytes):
+            raise InvalidInputError(f"{view.name} repeats its elements too often to be written out")
         flat = self.raw(number)
         cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
         strides = tuple(step * size for step in view.stride)
@@ -314,7 +329,7 @@ class PartReader:
 
 def write_whole(target: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write a file, whole or not at all."""
-    temporary = target.with_name(f".{target.name[:100]}.ckpt-{secrets.token_hex(6)}")
+    temporary = target.with_name(f".ckpt-{secrets.token_hex(6)}")  # short: names have limits
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as out:

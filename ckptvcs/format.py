@@ -14,10 +14,10 @@ from ckptvcs.store import disk
 from ckptvcs.store.leases import turn
 from ckptvcs.store.local import LocalBackend
 
-_MAX_BYTES = 1 << 16
-
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
+
+_MAX_BYTES = 1 << 16
 
 FLAGS = {
     "read": frozenset({"near", "near-2", "patches"}),
@@ -30,15 +30,19 @@ FLAGS = {
 def _format(folder: Path) -> dict[str, Any]:
     name = folder / "format"
     try:
-        with name.open("rb") as file:
-            data = file.read(_MAX_BYTES)
+        data = disk.read_text(name, _MAX_BYTES).encode()
     except OSError as error:
         raise disk.storage_error(error, f"open {folder}") from error
+    except ValueError as error:
+        raise CorruptionError(f"{name} is not readable") from error
     fields = unseal(data.removesuffix(b"\n"), str(name)).fields()
-    flags = fields.setdefault("flags", {})
-    if type(fields.get("format")) is not int or not isinstance(flags, dict):
+    number, flags = fields.get("format"), fields.setdefault("flags", {})
+    if type(number) is not int or number < 1 or not isinstance(flags, dict):
         raise CorruptionError(f"{name} holds no format")
-    if not all(isinstance(flag, list) for flag in flags.values()):
+    if not all(
+        isinstance(row, list) and all(isinstance(flag, str) for flag in row)
+        for row in flags.values()
+    ):
         raise CorruptionError(f"{name} holds no flags")
     return fields
 
@@ -66,7 +70,7 @@ def require_flags(folder: Path, operation: str) -> None:
     if unknown:
         raise UnsupportedVersionError(
             f"{folder} needs features that this program lacks to {operation}: "
-            + ", ".join(map(str, unknown)),
+            + ", ".join(unknown),
             hint="upgrade ckptvcs",
         )
 

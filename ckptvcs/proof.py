@@ -61,6 +61,6 @@ def _of_parent(
             state, schema = above.parts.get("model"), catalog.schema(above.schema)
             if state is not None and (own is None or state.values != own.values):
                 infos = [schema.tensors[number] for number in schema.stored("model")]
-                hashes = catalog.values(state.values)
+                hashes = catalog.all_values(state.values, len(infos))
                 return {state.values: materialised(cache, None, state.values, infos, hashes)}
     return {}

@@ -175,7 +175,7 @@ class Rekeyer:
         """Where each tensor of a table lies."""
         recipe = self._catalog.recipe(table.values)
         places = [recipe.place(position) for position in range(len(recipe.frames))]
-        return [(place, self._catalog.bundle(place[0])[place[1]]) for place in places]
+        return [(place, self._catalog.frame_at(*place)) for place in places]
 
     # -- coding anew ---------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class Rekeyer:
         """Read a table from the cache, if it is there."""
         self._materials.clear()
         if table is not None and table.part == "model":
-            hashes = self._catalog.values(table.values)
+            hashes = self._catalog.all_values(table.values, len(table.infos))
             found = materialised(self._cache, None, table.values, list(table.infos), hashes)
             self._materials[table.values] = found
 
@@ -232,14 +232,14 @@ class Rekeyer:
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
     ) -> _Place:
         """Where the frame of a tensor lies from now on."""
-        owner, number = self._catalog.recipe(table.values).place(position)
+        owner, number = self._catalog.place(table.values, position)
         self._progress(table.infos[position].size_bytes)
         if (owner, number) in self._moved:
             self._full = False
             return self._moved[owner, number]
         if (owner, number) in bundle.moved:
             return None, bundle.moved[owner, number]
-        if self._must_change(self._catalog.bundle(owner)[number]):
+        if self._must_change(self._catalog.frame_at(owner, number)):
             return None, self._recode(bundle, table, position, cache)
         self._full = False
         if owner not in self._leaving:
@@ -250,8 +250,8 @@ class Rekeyer:
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
     ) -> int:
         """Code a tensor against the nearest commit that stays, or by itself."""
-        place = self._catalog.recipe(table.values).place(position)
-        frame = self._catalog.bundle(place[0])[place[1]]
+        place = self._catalog.place(table.values, position)
+        frame = self._catalog.frame_at(*place)
         below = None if table.below is None else table.below.find(table.infos[position])
         base: tuple[ObjectId, int] | None = None
         depth = 0
@@ -293,8 +293,8 @@ class Rekeyer:
                 cache.write(position, number, words)
             slices.append(bundle.append(data))
             stands |= on_base
-        wrong = own.digest() != self._catalog.values(table.values)[position]
-        if base is not None and under_digest.digest() != self._catalog.values(base[0])[base[1]]:
+        wrong = own.digest() != self._catalog.value(table.values, position)
+        if base is not None and under_digest.digest() != self._catalog.value(*base):
             wrong = True
         if wrong:
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
@@ -307,7 +307,7 @@ class Rekeyer:
         """Take over a frame as it is, with its companion."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]
-        frame = self._catalog.bundle(owner)[number]
+        frame = self._catalog.frame_at(owner, number)
         companion = None
         if frame.companion is not None:
             companion = self._companion(bundle, table, owner, frame.companion, cache)
@@ -330,6 +330,6 @@ class Rekeyer:
         recipe = self._catalog.recipe(table.values)
         for position in range(len(recipe.frames)):
             mine = recipe.place(position) == (owner, number)
-            if mine and self._must_change(self._catalog.bundle(owner)[number]):
+            if mine and self._must_change(self._catalog.frame_at(owner, number)):
                 return self._recode(bundle, table, position, cache)
         return self._copy(bundle, table, owner, number, cache)

@@ -23,6 +23,7 @@ from blake3 import blake3
 from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
 from ckptvcs.chain import ChainReader, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint.checkpoint import MAX_NESTING
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
@@ -45,6 +46,14 @@ _DEVICES = frozenset(
 )
 
 
+def _is_name(text: str) -> bool:
+    """Whether the file system can have a name like this at all."""
+    try:
+        return bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def safe_path(path: str) -> PurePosixPath:
     """A committed path that stays inside its target, on every file system.
 
@@ -54,8 +63,10 @@ def safe_path(path: str) -> PurePosixPath:
     """
     pure = PurePosixPath(path)
     plain = pure.parts and not pure.is_absolute() and ".." not in pure.parts and path == str(pure)
-    if not plain or "\0" in path or len(path) > 4096:
-        raise CorruptionError(f"a commit holds a file that would leave its target: {path!r}")
+    if not plain or len(path) > 4096 or len(pure.parts) > MAX_NESTING + 1 or not _is_name(path):
+        raise CorruptionError(f"a commit holds a file that would leave its target: {path[:200]!r}")
+    if any(part.lower() == ".ckpt" for part in pure.parts):
+        raise CorruptionError(f"a commit holds a file of a repository: {path[:200]!r}")
     if os.name == "nt" and any(
         set(part) & _FORBIDDEN or part.split(".")[0].lower() in _DEVICES for part in pure.parts
     ):
@@ -108,7 +119,7 @@ class Restorer:
                 self._tables[number] = (table, position)
             if part == "model" and cache is not None:
                 infos = [self.schema.tensors[number] for number in self.schema.stored(part)]
-                hashes = catalog.values(state.values)
+                hashes = catalog.all_values(state.values, len(infos))
                 self._materials[state.values] = materialised(
                     cache, held, state.values, infos, hashes
                 )
@@ -137,6 +148,7 @@ class Restorer:
     def _jobs(self, numbers: list[int]) -> Iterator[_Job]:
         for number in numbers:
             table, position = self.place(number)
+            self._chain.require_slices(table, position, self.schema.tensors[number])
             for index, count in enumerate(slice_counts(self.schema.tensors[number].words)):
                 yield _Job(table, position, number, index, count)
 
@@ -214,7 +226,14 @@ class Restorer:
     ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
         """All bytes of each of some stored tensors, proven, one after another."""
         infos = self.schema.tensors
-        outs = {n: np.empty(infos[n].words, word_type(infos[n].type.word)) for n in numbers}
+        for number in numbers:
+            self._chain.require_slices(*self.place(number), infos[number])
+        try:
+            outs = {n: np.empty(infos[n].words, word_type(infos[n].type.word)) for n in numbers}
+        except MemoryError as error:
+            raise InvalidInputError(
+                "these tensors take more memory than there is", hint="'ckpt checkout' needs little"
+            ) from error
 
         def room(job: _Job) -> Words:
             return outs[job.number][job.slice * SLICE_WORDS :][: job.count]
@@ -227,7 +246,7 @@ class Restorer:
                 yield number, np.empty(0, np.uint8)
 
     def _proven(self, job: _Job, digest: blake3) -> bool:
-        return digest.digest() == self._catalog.values(job.table)[job.position]
+        return digest.digest() == self._catalog.value(job.table, job.position)
 
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
         """Decode a tensor from its keyframe on, where it may be what was at hand that is wrong.
@@ -310,7 +329,7 @@ class Restorer:
 
     def save(self, file: FileEntry, target: Path, progress: Progress) -> str:
         """Write a file to `target`, whole or not at all; the BLAKE3 of its bytes."""
-        temporary = target.with_name(f".{target.name[:100]}.ckpt-{secrets.token_hex(6)}")
+        temporary = target.with_name(f".ckpt-{secrets.token_hex(6)}")  # short: names have limits
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("xb") as out:
@@ -331,7 +350,7 @@ class Restorer:
         the BLAKE3 of each file.  Files that are there and not in the commit stay.
         """
         fresh = not target.exists()
-        place = target.with_name(f".{target.name}.ckpt-{secrets.token_hex(6)}") if fresh else target
+        place = target.with_name(f".ckpt-{secrets.token_hex(6)}") if fresh else target
         found = []
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -341,6 +360,8 @@ class Restorer:
                 if file.skeleton is not None:
                     found.append(self.save(file, place / path, progress))
                 elif file.link is None:
+                    if (place / path).is_symlink():
+                        raise _a_link(place / path)
                     (place / path).mkdir(parents=True, exist_ok=True)
             self._make_links(place)
             self._set_modes(place)
@@ -357,7 +378,10 @@ class Restorer:
         """Links come last, so that no file is written through one."""
         for file in self.commit.files:
             if file.link is not None:
-                path = place / safe_path(file.path)
+                if not _is_name(file.link):
+                    raise CorruptionError(f"{file.path} is a link to no name that can be")
+                _refuse_links(place, safe_path(file.path))  # those that were just made, too
+                path = place / file.path
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.is_symlink():
                     path.unlink()
@@ -397,7 +421,11 @@ def _refuse_links(root: Path, path: PurePosixPath) -> None:
     """Raises InvalidInputError where a directory on the way to a file is a symbolic link."""
     for parent in list(path.parents)[:-1]:
         if (root / parent).is_symlink():
-            raise InvalidInputError(f"{root / parent} is a symbolic link; not writing through it")
+            raise _a_link(root / parent)
+
+
+def _a_link(path: Path) -> InvalidInputError:
+    return InvalidInputError(f"{path} is a symbolic link; not writing through it")
 
 
 class SkeletonSource(Source):

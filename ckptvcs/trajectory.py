@@ -178,7 +178,7 @@ class Trajectory:
         ):  # fmt: skip
             for number in numbers:
                 values, position = owner.place(number)
-                known[self._catalog.values(values)[position]] = owner, number
+                known[self._catalog.value(values, position)] = owner, number
         chain = ChainReader(
             self._catalog, lambda values: _Seen(values, self._catalog.values(values), known)
         )

@@ -27,6 +27,9 @@ from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.schema import Schema, TensorInfo
 
 _INCOMPLETE = ("checkpoint-is-incomplete.txt",)
+MAX_NESTING = 200
+"""Directories in each other; Python makes those of a path in as many calls."""
+
 _STEP_KEYS = ("step", "global_step", "iteration", "iter", "steps", "current_step")
 
 
@@ -132,24 +135,32 @@ def _parse(source: Source, raw: bool) -> Layout:
     return layout
 
 
-def _entries(root: Path, below: str, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    try:
-        with os.scandir(root / below) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise unreadable(root / below, error) from error
-    for entry in entries:
-        name = f"{below}/{entry.name}" if below else entry.name
+def _entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    stack = _sorted(root, "")
+    while stack:
+        name, entry = stack.pop()
+        if name.count("/") >= MAX_NESTING:
+            raise InvalidInputError(f"{root} nests more than {MAX_NESTING} directories")
         if entry.name == ".ckpt" or (skip and Path(entry.path).resolve() == skip):
             continue
         yield name, entry
         if entry.is_dir(follow_symlinks=False):
-            yield from _entries(root, name, skip)
+            stack += _sorted(root, name)
+
+
+def _sorted(root: Path, below: str) -> list[tuple[str, os.DirEntry[str]]]:
+    """The entries of a directory, the last one first."""
+    try:
+        with os.scandir(root / below) as found:
+            entries = sorted(found, key=lambda entry: entry.name, reverse=True)
+    except OSError as error:
+        raise unreadable(root / below, error) from error
+    return [(f"{below}/{entry.name}" if below else entry.name, entry) for entry in entries]
 
 
 def _open_directory(root: Path, raw: bool, skip: Path | None) -> Checkpoint:
     parsed, links = [], []
-    for name, entry in _entries(root, "", skip):
+    for name, entry in _entries(root, skip):
         if entry.name in _INCOMPLETE and not raw:
             raise InvalidInputError(f"{root} is incomplete: it holds {entry.name}")
         try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptvcs.checkpoint.layout import Source
-from ckptvcs.checkpoint.pickles import InertDict
+from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, InertDict
 from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
 from ckptvcs.errors import InvalidInputError
 
@@ -89,6 +89,8 @@ class _Pickle:
     def _value(self, value: object, path: str, depth: int) -> None:
         if depth > _MAX_NESTING:
             raise InvalidInputError(f"the state is nested too deeply at {path or 'its top'}")
+        if len(self._out) > MAX_PICKLE_BYTES:  # what is shared is written each time
+            raise InvalidInputError("the state holds too much besides its tensors")
         leaf = self._leaf(value, path)
         if leaf is not None:
             self._tensor(leaf)

@@ -6,6 +6,7 @@ is either found or left out with a reason.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -157,7 +158,7 @@ def _why_no_directory(path: Path, store: Path) -> str | None:
         entries = [e for e in _entries(path) if not e.is_symlink()]
         if store.is_relative_to(path.resolve()) or any(e.name == ".ckpt" for e in entries):
             return "a folder with a repository in it"
-        if not any(_holds_model(entry) for entry in entries):
+        if not _hold_model(entries):
             return "a folder without model files"
     except CkptError as error:
         return f"a folder that cannot be read: {error.message}"
@@ -171,10 +172,16 @@ def _why_no_directory(path: Path, store: Path) -> str | None:
     return None
 
 
-def _holds_model(entry: os.DirEntry[str]) -> bool:
-    if entry.is_dir(follow_symlinks=False):
-        return any(_holds_model(e) for e in _entries(Path(entry.path)) if not e.is_symlink())
-    return entry.is_file(follow_symlinks=False) and entry.name.endswith(_MODEL_SUFFIXES)
+def _hold_model(entries: list[os.DirEntry[str]]) -> bool:
+    """Whether there is a model file among these, or below them."""
+    left = list(entries)
+    while left:
+        entry = left.pop()
+        if entry.is_dir(follow_symlinks=False):
+            left += _entries(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False) and entry.name.endswith(_MODEL_SUFFIXES):
+            return True
+    return False
 
 
 # -- what is one -----------------------------------------------------------------------------------
@@ -222,12 +229,12 @@ def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
 
 def _sizes(path: Path) -> Iterator[int]:
     """The bytes of each file at or below a path, as far as they can be told."""
-    try:
-        status = path.lstat()
-        if stat.S_ISREG(status.st_mode):
-            yield status.st_size
-        elif stat.S_ISDIR(status.st_mode):
-            for below in path.iterdir():
-                yield from _sizes(below)
-    except OSError:
-        return  # it has a problem already, which is what will be said of it
+    left = [path]
+    while left:
+        with contextlib.suppress(OSError):  # it has a problem already, which is what will be said
+            path = left.pop()
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                yield status.st_size
+            elif stat.S_ISDIR(status.st_mode):
+                left += path.iterdir()

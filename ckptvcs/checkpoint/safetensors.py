@@ -9,6 +9,7 @@ from ckptvcs.checkpoint.layout import Found, Layout, Source
 from ckptvcs.dtypes import DTYPES
 
 _MAX_HEADER = 100_000_000
+_MAX_DIMS, _MAX_NUMBER = 64, 1 << 56  # products of more and larger ones take long
 _MAX_NAME = 1000  # longer names are cut in what is shown and matched, not in the file
 
 
@@ -32,7 +33,9 @@ def parse(file: Source) -> Layout | None:
             start, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
             dtype = str(entry["dtype"])
-            if not all(type(n) is int and n >= 0 for n in (start, end, *shape)) or end < start:
+            if not all(type(n) is int and 0 <= n < _MAX_NUMBER for n in (start, end, *shape)):
+                return None
+            if end < start or len(shape) > _MAX_DIMS:
                 return None
             if dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].size != end - start:
                 dtype, shape = "U8", (end - start,)

@@ -67,17 +67,6 @@ def _row_major(ref: TensorRef) -> bool:
     return True
 
 
-def _fits(ref: TensorRef, elements: int) -> bool:
-    """Whether a tensor lies inside its storage: a hostile pickle may claim anything."""
-    numbers = (ref.offset, *ref.shape, *ref.stride)
-    if len(ref.shape) > 64 or max(numbers) >= 1 << 56 or math.prod(ref.shape) >= 1 << 56:
-        return False
-    if 0 in ref.shape:
-        return True
-    last = sum((n - 1) * step for n, step in zip(ref.shape, ref.stride, strict=True))
-    return ref.offset + last < elements
-
-
 def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
     """One stored tensor for each storage, named after the first tensor that looks at it."""
     refs: dict[str, list[tuple[str, TensorRef]]] = {}
@@ -89,19 +78,21 @@ def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
 
 
 def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str, int]) -> Found:
-    views, dtypes = [], set()
+    views, dtypes, fitting = [], set(), []
     for name, ref in refs:
         dtype = ref_dtype(ref)
         dtypes.add(dtype)
-        if dtype is not None and _fits(ref, storage.size // DTYPES[dtype].size):
-            views.append(View(name, dtype, ref.offset, ref.shape, ref.stride))
+        view = View(name, dtype or "", ref.offset, ref.shape, ref.stride)
+        if dtype is not None and view.fits(storage.size // DTYPES[dtype].size):
+            views.append(view)
+            fitting.append(ref)
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     if dtype is None or storage.size % DTYPES[dtype].size:
         dtype = "U8"
     elements = storage.size // DTYPES[dtype].size
     whole = next(
         (
-            ref for _, ref in refs
+            ref for ref in fitting
             if ref.offset == 0 and math.prod(ref.shape) == elements and _row_major(ref)
             and ref_dtype(ref) == dtype
         ),

@@ -23,8 +23,8 @@ _PROTOCOL = 1001
 _MAGIC_BYTES = _MAGIC.to_bytes(10, "little")
 
 
-class _Reader(io.RawIOBase):
-    """The file as a stream that the unpickler can read, by position."""
+class _Raw(io.RawIOBase):
+    """The file as a stream, by position."""
 
     def __init__(self, file: Source, limit: int) -> None:
         self._file, self._limit, self._at = file, min(limit, file.size), 0
@@ -45,12 +45,26 @@ class _Reader(io.RawIOBase):
         return count
 
 
+class _Reader(io.BufferedReader):
+    """The same for the unpickler.  It asks for as much as a pickle claims, which takes no memory
+    here before it is there.
+    """
+
+    def __init__(self, file: Source, limit: int) -> None:
+        super().__init__(_Raw(file, limit))  # type: ignore[arg-type]
+        self._limit = limit
+
+    def read(self, size: int | None = -1) -> bytes:
+        wanted = self._limit if size is None or size < 0 else min(size, self._limit)
+        return super().read(wanted)
+
+
 def parse(file: Source) -> Layout | None:
     """The layout of a legacy torch file; None where it is none."""
     if file.size < 32 or _MAGIC_BYTES not in file.read(0, 32):
         return None
     most = file.size // _LEAST_BYTES
-    stream = io.BufferedReader(_Reader(file, MAX_PICKLE_BYTES))  # type: ignore[type-var]
+    stream = _Reader(file, min(file.size, MAX_PICKLE_BYTES))
     try:
         magic, protocol, _, tree, keys = (read_pickle(stream, file.size, most) for _ in range(5))
     except pickle.UnpicklingError:
@@ -59,6 +73,8 @@ def parse(file: Source) -> Layout | None:
         return None
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         return None
+    if len(set(keys)) < len(keys):
+        return None  # all tensors of a key would be seen in each of its storages
     types: dict[str, StorageRef] = {}
     for _, node in walk(tree):
         ref = node.storage if isinstance(node, TensorRef) else node

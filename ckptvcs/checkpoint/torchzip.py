@@ -153,11 +153,12 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
     entries, _ = found
     storages, sums, tree, read = [], [], None, False
     arrays: frozenset[str] = frozenset()
-    for entry in entries:
+    places = [(_payload(file, entry), entry) for entry in entries if entry.method == 0]
+    stored = [(start, entry) for start, entry in places if start is not None]
+    if overlap((start, entry.size) for start, entry in stored):
+        return None  # before anything is read: thousands of entries may point at one record
+    for start, entry in stored:
         _, _, inner = entry.name.partition("/")
-        start = _payload(file, entry) if entry.method == 0 else None
-        if start is None:
-            continue
         if inner == "data.pkl" and entry.size <= MAX_PICKLE_BYTES:
             try:
                 data = io.BytesIO(file.read(start, entry.size))
@@ -172,8 +173,8 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
             sums.append(entry)
     if not storages and not read:
         return None
-    if overlap((storage.offset, storage.size) for storage in storages):
-        return None  # before anything is read: thousands of entries may point at one record
+    if len({storage.key for storage in storages}) < len(storages):
+        return None  # all tensors of a key would be seen in each of its storages
     tensors = stored_tensors(storages, tree)
     marks = []
     for number, (entry, storage) in enumerate(zip(sums, storages, strict=True)):

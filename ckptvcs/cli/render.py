@@ -29,7 +29,8 @@ def width() -> int:
 
 def data(text: str) -> None:
     """A line of what was asked for."""
-    sys.stdout.write(text + "\n")
+    # Half of a pair of surrogates, which no terminal takes, is written as JSON has it.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def talk(text: str) -> None:

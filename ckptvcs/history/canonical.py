@@ -169,8 +169,9 @@ def from_number(value: float) -> Json:
 
 def to_number(value: Json) -> float:
     """Undo `from_number`.  Raises CorruptionError."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63):
         return value
     if value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
-    raise CorruptionError(f"a record holds {value!r} where a number belongs")
+    kind = type(value).__name__  # the value may be too large, or too deep, to be shown
+    raise CorruptionError(f"a record holds a {kind} that is no number where one belongs")

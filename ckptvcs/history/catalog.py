@@ -124,16 +124,38 @@ class Catalog:
         """The commits whose exact form has these values."""
         return self.store.find(b"exact:" + values.encode())
 
-    def frame(self, values: ObjectId, tensor: int) -> tuple[ObjectId, Frame]:
-        """The bundle and frame that hold a tensor.  Raises CorruptionError."""
+    def all_values(self, values: ObjectId, count: int) -> list[bytes]:
+        """A table that is for so many tensors.  Raises CorruptionError: it is for others."""
+        hashes = self.values(values)
+        if len(hashes) != count:
+            raise CorruptionError(f"the values {values[:8]} are not those of {count} tensors")
+        return hashes
+
+    def value(self, values: ObjectId, tensor: int) -> bytes:
+        """The hash of a tensor.  Raises CorruptionError."""
+        hashes = self.values(values)
+        if tensor >= len(hashes):
+            raise CorruptionError(f"the values {values[:8]} have no tensor {tensor}")
+        return hashes[tensor]
+
+    def place(self, values: ObjectId, tensor: int) -> tuple[ObjectId, int]:
+        """The bundle that holds a tensor, and its frame there.  Raises CorruptionError."""
         recipe = self.recipe(values)
         if tensor >= len(recipe.frames):
             raise CorruptionError(f"the recipe of {values[:8]} has no tensor {tensor}")
-        bundle, number = recipe.place(tensor)
+        return recipe.place(tensor)
+
+    def frame(self, values: ObjectId, tensor: int) -> tuple[ObjectId, Frame]:
+        """The bundle and frame that hold a tensor.  Raises CorruptionError."""
+        bundle, number = self.place(values, tensor)
+        return bundle, self.frame_at(bundle, number)
+
+    def frame_at(self, bundle: ObjectId, number: int) -> Frame:
+        """A frame of a bundle.  Raises CorruptionError."""
         frames = self.bundle(bundle)
         if number >= len(frames):
             raise CorruptionError(f"bundle {bundle[:8]} has no frame {number}")
-        return bundle, frames[number]
+        return frames[number]
 
     def let_go(self, commit: ObjectId) -> list[LetGo]:
         """The fade and drop records of a commit."""

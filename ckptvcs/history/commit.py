@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.canonical import Record, dump, from_number, load, to_number
@@ -177,14 +178,36 @@ _KINDS: dict[str, type] = {
 }
 
 
+def _checked_time(text: str) -> str:
+    try:
+        if datetime.fromisoformat(text).tzinfo is not None:
+            return text
+    except ValueError:
+        pass
+    raise CorruptionError("a commit was made at no time that there is")
+
+
+def _check_files(name: ObjectId, source: str, files: tuple[FileEntry, ...]) -> None:
+    """Raises CorruptionError where these cannot be the files of such a commit."""
+    whole = [file for file in files if file.skeleton is not None]
+    single = source in ("file", "state") and len(files) == len(whole) == 1
+    if not single and not (source == "directory" and whole):
+        raise CorruptionError(f"commit {name[:8]} does not hold the files of a {source[:20]!r}")
+
+
 def load_commit(name: ObjectId, data: bytes) -> Commit:
     """Read a commit.  Raises CorruptionError."""
     record = load(data, f"commit {name[:8]}")
     fields = record.checked(_KINDS)
     parts = record.record("parts")
+    parents = tuple(checked_id(parent) for parent in fields["parents"])
+    if len(parents) > 1 or first_parent(data) != (parents[0] if parents else None):
+        raise CorruptionError(f"commit {name[:8]} does not say in one way what its parent is")
+    files = tuple(_load_file(file) for file in record.records("files"))
+    _check_files(name, fields["source"], files)
     return Commit(
-        parents=tuple(checked_id(parent) for parent in fields["parents"]),
-        time=fields["time"],
+        parents=parents,
+        time=_checked_time(fields["time"]),
         step=None if fields.get("step") is None else record.signed("step"),
         message=fields["message"],
         metrics={key: to_number(value) for key, value in fields["metrics"].items()},
@@ -199,7 +222,7 @@ def load_commit(name: ObjectId, data: bytes) -> Commit:
         inside=fields["inside"],
         schema=checked_id(fields["schema"]),
         parts={name: _load_part(parts.record(name)) for name in PARTS if parts.has(name)},
-        files=tuple(_load_file(file) for file in record.records("files")),
+        files=files,
         error=ErrorReport(*(to_number(fields["error"].get(name, 0)) for name in ERROR_NAMES)),
         errors=None if fields.get("errors") is None else checked_id(record.text("errors")),
         host=fields["host"],
@@ -231,7 +254,7 @@ def find_metrics(data: bytes) -> dict[str, float]:
     try:
         found, _ = _DECODER.raw_decode(data[at + len(_METRICS) :].decode("ascii"))
         return {name: to_number(value) for name, value in found.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CorruptionError("a commit does not name its metrics") from error
 
 

@@ -121,8 +121,7 @@ def _stands_on(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
         used.setdefault(owner, set()).add(frame)
     found = set()
     for owner, numbers in used.items():
-        frames = catalog.bundle(recipe.bundles[owner])
-        found |= {frames[number].base for number in numbers}
+        found |= {catalog.frame_at(recipe.bundles[owner], number).base for number in numbers}
     return {base[0] for base in found if base is not None}
 
 

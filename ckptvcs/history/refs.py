@@ -27,6 +27,7 @@ from ckptvcs.store.object import ObjectId, checked_id
 
 HEAD = "HEAD"
 _MAX_REF_BYTES = 1 << 16
+_LAST = 10**16 - 1
 _GENERATION = re.compile(r"[0-9]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}\Z")
 _RESERVED = frozenset({"HEAD", "latest"})
@@ -66,6 +67,12 @@ def _folder(ref: str) -> str:
     return f"refs/{space}/{quoted}"
 
 
+def _can_be(ref: str) -> bool:
+    """Whether a ref may have such a name: none leads to another folder than its own."""
+    name = ref.partition("/")[2]
+    return ref == HEAD or (_NAME.match(name) is not None and ".." not in name)
+
+
 class Refs:
     """The refs of one repository.  A ref is `HEAD`, `heads/NAME`, `tags/NAME` or `pins/ID`."""
 
@@ -96,17 +103,18 @@ class Refs:
             return False
 
     def _numbers(self, ref: str) -> list[int]:
-        names = (name.rsplit("/", 1)[1] for name in self._backend.names(_folder(ref)))
+        folder = _folder(ref)
+        names = (name.removeprefix(f"{folder}/") for name in self._backend.names(folder))
         return sorted(int(name) for name in names if _GENERATION.match(name))
 
     def read(self, ref: str) -> Generation | None:
-        """The newest generation; None where the ref was never set.
+        """The newest generation; None where the ref was never set, or cannot be.
 
         Raises:
             CorruptionError: the newest generation is unreadable.  Older ones are not used in
                 its place: that would silently take commits back.
         """
-        number = self._newest(ref)
+        number = self._newest(ref) if _can_be(ref) else 0
         return self._read(ref, number) if number else None
 
     def _read(self, ref: str, number: int) -> Generation:
@@ -116,9 +124,12 @@ class Refs:
         commit = record.optional_text("commit")
         if record.integer("generation") != number or record.text("ref") != ref:
             raise CorruptionError(f"{name} belongs to another ref")
+        branch = record.optional_text("branch")
+        if branch is not None and not _can_be(f"heads/{branch}"):
+            raise CorruptionError(f"{name} follows a branch that cannot be")
         return Generation(
             number, blake3(data).hexdigest(), None if commit is None else checked_id(commit),
-            record.optional_text("branch"), record.text("time"), record.text("action"),
+            branch, record.text("time"), record.text("action"),
         )  # fmt: skip
 
     def reflog(self, ref: str) -> list[Generation]:
@@ -171,8 +182,12 @@ class Refs:
 
     def names(self, space: str) -> list[str]:
         """The branches (`heads`) or tags (`tags`) that ever were, sorted."""
-        found = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
-        return sorted(unquote(name) for name in found)
+        folders = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
+        found = {unquote(folder, errors="replace"): folder for folder in folders}
+        return sorted(
+            name for name, folder in found.items()
+            if _can_be(f"{space}/{name}") and _folder(f"{space}/{name}") == f"refs/{space}/{folder}"
+        )  # fmt: skip
 
     def targets(self, space: str) -> set[ObjectId]:
         """The commits that the refs of a space are at."""
@@ -195,6 +210,8 @@ class Refs:
             ConflictError: `old` is not the newest generation (any more).
         """
         number = (old.number if old else 0) + 1
+        if number > _LAST:
+            raise CorruptionError(f"'{ref}' has no number left for another generation")
         fields = {
             "ref": ref, "generation": number, "previous": old.hash if old else None,
             "commit": commit, "branch": branch, "time": time, "action": action,

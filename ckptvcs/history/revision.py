@@ -174,7 +174,7 @@ class Revisions:
             if head is None:
                 raise NotFoundError("there are no commits yet", hint="ckpt commit PATH -m MESSAGE")
             return head
-        if (text.isdigit() and len(text) <= _LONGEST_STEP) or text.startswith("step:"):
+        if (text.isdecimal() and len(text) <= _LONGEST_STEP) or text.startswith("step:"):
             return self._step(text)
         if text.startswith("best:"):
             return self._best(text)
@@ -189,7 +189,7 @@ class Revisions:
         if at_ref is not None:
             return at_ref
         branch, at, step = text.rpartition("@")
-        if at and step.isdigit():
+        if at and step.isdecimal() and len(step) <= _LONGEST_STEP:
             tip = self.branch(branch)
             if tip is None:
                 raise self._unknown(branch)
@@ -212,7 +212,7 @@ class Revisions:
 
     def _step(self, text: str) -> ObjectId:
         digits = text.removeprefix("step:")
-        if not digits.isdigit() or len(digits) > _LONGEST_STEP:
+        if not digits.isdecimal() or len(digits) > _LONGEST_STEP:
             raise InvalidInputError(f"'{text}' is no step")
         step = int(digits)
         here = self._on_line(self.head(), step)

@@ -19,6 +19,7 @@ from ckptvcs.history.canonical import Record, dump, load
 
 _LENGTH = struct.Struct("<I")
 _MAX_DIMS = 64
+_MAX_NUMBER = 1 << 44  # of elements, and of what an offset or a stride may be
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class View:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+    def fits(self, elements: int) -> bool:
+        """Whether it lies inside a tensor of so many elements: hostile files claim anything."""
+        if len(self.shape) != len(self.stride) or len(self.shape) > _MAX_DIMS:
+            return False
+        if max(self.offset, *self.shape, *self.stride, 0) >= _MAX_NUMBER:
+            return False
+        if math.prod(self.shape) >= _MAX_NUMBER:
+            return False
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return 0 in self.shape or self.offset + last < elements
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ def dump_schema(schema: Schema) -> bytes:
 
 def _load_shape(record: Record, field: str) -> tuple[int, ...]:
     shape = tuple(record.integers(field))
-    if len(shape) > _MAX_DIMS or math.prod(shape) >= 1 << 56:
+    if len(shape) > _MAX_DIMS or math.prod(shape) >= _MAX_NUMBER:
         raise CorruptionError("a schema holds a tensor of an absurd shape")
     return shape
 
@@ -126,17 +138,21 @@ def _load_tensor(record: Record) -> TensorInfo:
         record.text("part"), record.text("role"), record.flag("inline"),
         record.optional_integer("pair"), views,
     )  # fmt: skip
-    for view in views:
-        if len(view.stride) != len(view.shape) or view.dtype not in DTYPES:
-            raise CorruptionError(f"a schema holds a broken view of {info.name!r}")
     if info.dtype not in DTYPES or info.part not in ("model", "optimizer", "rest"):
         raise CorruptionError(f"a schema holds a tensor of unknown kind: {info.name!r}")
+    for view in views:
+        known = DTYPES.get(view.dtype)
+        if known is None or not view.fits(info.size_bytes // known.size):
+            raise CorruptionError(f"a schema holds a view that leaves its tensor: {info.name!r}")
     return info
 
 
 def load_schema(data: bytes) -> Schema:
     """Read a schema.  Raises CorruptionError."""
-    return Schema(tuple(_load_tensor(row) for row in load(data, "a schema").records("tensors")))
+    tensors = tuple(_load_tensor(row) for row in load(data, "a schema").records("tensors"))
+    if any(info.pair is not None and info.pair >= len(tensors) for info in tensors):
+        raise CorruptionError("a schema pairs a tensor with one that it does not have")
+    return Schema(tensors)
 
 
 class Op(IntEnum):

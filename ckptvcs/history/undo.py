@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from dataclasses import dataclass
 
-from ckptvcs.errors import ConflictError, NotFoundError
+from ckptvcs.errors import ConflictError, CorruptionError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.recipe import LetGo, load_let_go
 from ckptvcs.history.refs import HEAD, Generation, Refs
@@ -131,9 +131,12 @@ class Past:
     @staticmethod
     def _standing(moves: dict[int, Generation], number: int) -> int | None:
         """The move that a branch's state stands for, once undone ones are left out."""
-        while number and moves[number].action.startswith(_UNDO):
-            number = int(moves[number].action[len(_UNDO) :]) - 1
-        return number or None
+        while number and number in moves and moves[number].action.startswith(_UNDO):
+            undone = moves[number].action[len(_UNDO) :]
+            if not undone.isdecimal() or not 0 < int(undone[:17]) < number:
+                raise CorruptionError("a ref undoes a move that is not below it")
+            number = int(undone[:17]) - 1
+        return number if number in moves else None
 
     def _last_drop(self, moves: list[Generation]) -> tuple[ObjectId, LetGo] | None:
         line = self._ever(moves)

@@ -33,6 +33,20 @@ def storage_error(error: OSError, action: str) -> StorageError:
     return StorageError(f"cannot {action}: {reason}", hint=_HINTS.get(error.errno or 0))
 
 
+def read_text(path: Path, most: int) -> str:
+    """A text file of at most so many bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or no text.
+    """
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return data.decode("utf-8")
+
+
 def create(path: Path) -> BinaryIO:
     """Begin a file that does not exist yet."""
     return path.open("xb")

@@ -45,7 +45,7 @@ def _alive(data: bytes) -> bool:
         if boot != boot_id():
             return False
         return fields.get("space", "") != process_space() or is_running(int(pid), since)
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
 
 
@@ -65,7 +65,7 @@ def _who(backend: Backend, name: str) -> str:
     return "try again later"
 
 
-def _live(backend: Backend, prefix: str) -> list[str]:
+def live_leases(backend: Backend, prefix: str = _LEASE) -> list[str]:
     """The leases or marks whose holders may still be at work."""
     folder = prefix.partition("/")[0]
     names = [name for name in backend.names(folder) if name.startswith(prefix)]
@@ -99,7 +99,7 @@ def lease(backend: Backend) -> Iterator[str]:
         BusyError: gc is sweeping.
     """
     with _held(backend, _LEASE) as name:
-        if _live(backend, _EXCLUSIVE):
+        if live_leases(backend, _EXCLUSIVE):
             raise BusyError("gc is sweeping this repository", hint="try again in a moment")
         yield name
 
@@ -120,10 +120,10 @@ def exclusive(backend: Backend) -> Iterator[None]:
         BusyError: a writer or another gc is at work.
     """
     with _held(backend, _EXCLUSIVE) as own:
-        others = [name for name in _live(backend, _EXCLUSIVE) if name != own]
+        others = [name for name in live_leases(backend, _EXCLUSIVE) if name != own]
         if others:
             raise BusyError("another gc is at work", hint=_who(backend, others[0]))
-        writers = _live(backend, _LEASE)
+        writers = live_leases(backend, _LEASE)
         if writers:
             what = f"{len(writers)} writer(s) are at work"
             raise BusyError(what, hint=_who(backend, writers[0]))
@@ -139,7 +139,7 @@ def turn(backend: Backend) -> Iterator[None]:
     """
     for _ in range(_TURNS):
         with _held(backend, _CHANGE) as own:
-            others = [name for name in _live(backend, _CHANGE) if name != own]
+            others = [name for name in live_leases(backend, _CHANGE) if name != own]
             if not others:
                 yield
                 return

@@ -29,6 +29,11 @@ def _background(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, f"ckpt-sync-{process}")
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe, which is of no size, without waiting for somebody who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class LocalBackend:
     """Write-once files below a directory."""
 
@@ -57,7 +62,7 @@ class LocalBackend:
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         try:
-            with (self.root / name).open("rb", buffering=0) as file:
+            with open(self.root / name, "rb", buffering=0, opener=_open_at_once) as file:
                 left = max(0, os.fstat(file.fileno()).st_size - offset)
                 if length is not None:
                     left = min(left, length)

@@ -20,6 +20,7 @@ from ckptvcs.store.places import Places
 
 _BATCH = 512  # objects of a line that are read at once
 _MAX_BASES = 8  # an object that stands on another is one or two links deep
+_MAX_TRIES = 256  # copies of an object, and of those below it, that are looked at
 
 
 class ObjectStore:
@@ -88,30 +89,35 @@ class ObjectStore:
                 yield name, data
                 name = next_of(data)
 
-    def _get(self, name: ObjectId, kind: Kind | None, depth: int) -> bytes:
+    def _get(
+        self, name: ObjectId, kind: Kind | None, depth: int, tries: Iterator[int] | None = None
+    ) -> bytes:
         failure: CkptError | None = None
-        for attempt in range(2):
+        tries = iter(range(_MAX_TRIES)) if tries is None else tries
+        for attempt in range(2 if depth == 0 else 1):
             for place in self.places(name):
+                if next(tries, None) is None:  # each of many copies may stand on many others
+                    raise CorruptionError(f"object {name} has too many copies that are damaged")
                 if kind is not None and place.entry.kind != kind:
                     raise CorruptionError(f"object {name} is no {kind.name.lower()}")
                 try:
-                    return self._decode(place, depth)
+                    return self._decode(place, depth, tries)
                 except FileNotFoundError:
                     failure = MissingObjectError(f"the pack {place.pack} is gone")
                 except CorruptionError as error:
                     failure = error
-            if attempt == 0:
+            if attempt == depth == 0:
                 self.index.doubt()
         raise failure or MissingObjectError(f"object {name} is not in the store")
 
-    def _decode(self, place: Place, depth: int) -> bytes:
+    def _decode(self, place: Place, depth: int, tries: Iterator[int] | None = None) -> bytes:
         if depth > _MAX_BASES:
             raise CorruptionError(f"object {place.entry.id} stands on too many others")
         file = packs.pack_name(place.folder, place.pack)
         packs.read_head(self.backend, file, place.entry)
         payload = packs.read_payload(self.backend, file, place.entry)
         return packs.decode_object(
-            place.entry, payload, lambda base: self._get(base, place.entry.kind, depth + 1)
+            place.entry, payload, lambda base: self._get(base, place.entry.kind, depth + 1, tries)
         )
 
     def read_region(self, name: ObjectId, offset: int, length: int) -> bytes:

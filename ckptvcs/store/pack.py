@@ -11,6 +11,7 @@ the deletion of an old pack.  Layout: docs/format.md, "Pack".
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import struct
 import zlib
@@ -286,7 +287,8 @@ def scan_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
         while hit >= 0 and hit + size <= len(window):
             head = window[hit : hit + _HEAD.size]
             if _CHECK.pack(zlib.crc32(head)) == window[hit + _HEAD.size : hit + size]:
-                found.append(_parse_head(head, start + hit))
+                with contextlib.suppress(CorruptionError):  # bytes of a region may look like one
+                    found.append(_parse_head(head, start + hit))
             hit = window.find(_RECORD_MAGIC, hit + 1)
         at += len(data)
         tail = window[-(size - 1) :]

@@ -81,14 +81,3 @@ def test_moments_share_one_mask() -> None:
     assert not back.view(np.float32)[~mask].any()
     with pytest.raises(CorruptionError):
         decode_slice(sharer, DTYPES["F32"], 5000)
-
-
-@given(st.binary(max_size=120), st.integers(1, 500), st.integers(0, 8))
-def test_any_bytes_are_decoded_or_refused(data: bytes, count: int, method: int) -> None:
-    base = np.zeros(count, np.uint32)
-    slice_bytes = memoryview(bytes([method]) + data)
-    try:
-        words = decode_slice(slice_bytes, DTYPES["F32"], count, base, Companion(slice_bytes))
-    except CorruptionError:
-        return
-    assert words.size == count

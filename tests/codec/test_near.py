@@ -369,37 +369,3 @@ def test_a_base_of_another_type_is_refused() -> None:
     ):
         with pytest.raises(CorruptionError):
             decode_slice(memoryview(data), DTYPES["F16"], 64, stands_on, companion)
-
-
-@given(st.binary(max_size=200), st.integers(1, 500), st.integers(4, 10), DTYPE_NAMES)
-def test_any_bytes_are_decoded_or_refused(data: bytes, count: int, method: int, dtype: str) -> None:
-    base = np.zeros(count, f"<u{DTYPES[dtype].word}")
-    slice_bytes = memoryview(bytes([method]) + data)
-    for beside in (None, Companion(slice_bytes)):
-        try:
-            words = decode_slice(slice_bytes, DTYPES[dtype], count, base, beside)
-        except CorruptionError:
-            continue
-        assert words.size == count
-
-
-@given(st.data())
-def test_damaged_slices_are_decoded_or_refused(data: st.DataObject) -> None:
-    base, words = normal(600, 0).view(np.uint32), normal(600, 1).view(np.uint32)
-    squares = np.square(normal(600, 2)).view(np.uint32)
-    made = [
-        (NEAR_WEIGHT, encode_delta(words, base, "F32", 0.7, 0.5)),
-        (NEAR_WEIGHT, encode_keyframe(words, "F32", 0.01)),
-        (NEAR_SECOND, encode_second(squares, "F32", Rows(30))),
-        (NEAR_FIRST, encode_first(words, None, "F32", 1.5, 0.66)),
-    ]
-    method, coded = data.draw(st.sampled_from(made))
-    assert coded is not None
-    spoilt = bytearray(coded[0])
-    for _ in range(data.draw(st.integers(1, 4))):
-        spoilt[data.draw(st.integers(0, len(spoilt) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        back = decode(method, bytes(spoilt), "F32", 600, base)
-    except CorruptionError:
-        return
-    assert back.size == 600

@@ -68,16 +68,6 @@ def test_compiled_loops_give_the_same_bits(
         assert np.array_equal(back, words)
 
 
-@given(st.binary(max_size=80), st.integers(0, 40), st.sampled_from(sorted(FORMS)))
-def test_hostile_bytes_are_refused_or_decode(data: bytes, count: int, dtype: str) -> None:
-    near = np.zeros(count, word_type(FORMS[dtype]))
-    try:
-        words = patch.decode(memoryview(data), count, near, DTYPES[dtype])
-    except (CorruptionError, TruncatedError):
-        return
-    assert words.size == count
-
-
 @pytest.mark.parametrize("data", [b"", b"\0\0", b"\1", b"\2", b"\2\4", b"\3abc", b"\2\3abcd"])
 def test_what_is_no_patch(data: bytes) -> None:
     with pytest.raises((CorruptionError, TruncatedError)):
