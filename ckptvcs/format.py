@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.errors import CorruptionError, UnsupportedVersionError
-from ckptvcs.history.canonical import CHECK, seal, unseal
+from ckptvcs.history.canonical import CHECK, load, seal
 from ckptvcs.store import disk
 from ckptvcs.store.leases import turn
 from ckptvcs.store.local import LocalBackend
@@ -35,7 +35,7 @@ def _format(folder: Path) -> dict[str, Any]:
         raise disk.storage_error(error, f"open {folder}") from error
     except ValueError as error:
         raise CorruptionError(f"{name} is not readable") from error
-    fields = unseal(data.removesuffix(b"\n"), str(name)).fields()
+    fields = load(data, str(name)).fields()  # its check is for verify: it may be changed by hand
     number, flags = fields.get("format"), fields.setdefault("flags", {})
     if type(number) is not int or number < 1 or not isinstance(flags, dict):
         raise CorruptionError(f"{name} holds no format")

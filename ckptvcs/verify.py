@@ -21,6 +21,7 @@ from ckptvcs.bases import CachedTable
 from ckptvcs.budget import Budget, Checked
 from ckptvcs.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
+from ckptvcs.history.canonical import unseal
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.copying import read_sound
@@ -29,10 +30,13 @@ from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.restore import Restorer, safe_path
+from ckptvcs.store.backend import read_small
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.objects import ObjectStore
 from ckptvcs.store.pack import FOLDERS, read_entries, scan_entries
+
+_MAX_FORMAT_BYTES = 1 << 16
 
 Progress = Callable[[int], None]
 
@@ -111,6 +115,7 @@ class Verifier:
         to be compared with the packs.
         """
         sizes = {name: self._catalog.store.backend.size(name) for name in self._files()}
+        self._format()
         commits = self._reachable()
         sizes |= {name: commit.raw_bytes for name, commit in commits.items()}
         checked = Checked(self._cache / "verified.json")
@@ -129,6 +134,13 @@ class Verifier:
         self.report.left = len(sizes) - len(done)
         checked.note(done)
         return self.report
+
+    def _format(self) -> None:
+        try:
+            data = read_small(self._catalog.store.backend, "format", _MAX_FORMAT_BYTES)
+            unseal(data.removesuffix(b"\n"), "format")
+        except CkptError as error:
+            self._wrong("format", error, name="format")
 
     # -- packs ---------------------------------------------------------------------------------
 
