@@ -5,6 +5,7 @@ Paths: DIR/.ckpt holds the store; DIR is the folder that committed paths are rel
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from ckptvcs.config import (
     load_config,
     set_setting,
 )  # fmt: skip
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.format import FORMAT, check_format, raise_flags, write_format
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog, keys_of
@@ -133,9 +134,10 @@ class Opened:
         """Refresh the index where it does not know what HEAD is at: another machine, or another
         process that crashed before it told the index, may have written.
         """
-        head = self.revisions.head()
-        if head is not None and not self.catalog.store.contains(head):
-            self.catalog.store.refresh()
+        with contextlib.suppress(CorruptionError):  # who needs HEAD will say so; verify does not
+            head = self.revisions.head()
+            if head is not None and not self.catalog.store.contains(head):
+                self.catalog.store.refresh()
 
     def resolve(self, revision: str | int) -> ObjectId:
         """The commit that a revision names; an int is a step.

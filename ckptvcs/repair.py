@@ -248,14 +248,23 @@ class Repairer:
                 self.done.refs.append(ref)
 
     def _follower(self, below: Generation | None) -> ObjectId | None:
-        """The commit that came after that of a generation, and so on, as long as it is one."""
+        """The commit that came after that of a generation, and so on, as long as it is one, and
+        that of no other branch.
+        """
         commit = below.commit if below else None
+        others = set()
+        for branch in self._refs.names("heads"):
+            with contextlib.suppress(CkptError):
+                move = self._refs.read(f"heads/{branch}")
+                others |= {move.commit} if move else set()
         store, parents = self._catalog.store, dict[ObjectId, ObjectId | None]()
         for name in store.ids(Kind.COMMIT):
             with contextlib.suppress(CkptError):
                 parents[name] = next(iter(self._catalog.commit(name).parents), None)
         for _ in range(_ROUNDS):
-            found = [name for name, parent in parents.items() if parent == commit]
+            found = [
+                name for name, parent in parents.items() if parent == commit and name not in others
+            ]
             if len(found) != 1:
                 return commit
             commit = found[0]

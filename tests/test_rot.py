@@ -4,6 +4,7 @@ and what is undamaged is not refused.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -152,11 +153,11 @@ def test_refs_and_the_format(kind: str, template: Path, place: Path) -> None:
         root = damaged(template, place, name, ROTS[kind], number)
         if root is None:
             continue
-        try:
-            damage = verified(root)
-        except CkptError as error:
-            assert "format" in error.message
+        if name.endswith("format"):
+            with contextlib.suppress(CkptError):  # of which the file is the subject
+                assert verified(root)
             continue
+        damage = verified(root)
         newest = kind == "removed" and name == max(
             other for other in names if Path(other).parent == Path(name).parent
         )
@@ -182,6 +183,23 @@ def test_what_is_in_the_cache_is_never_built_upon(kind: str, template: Path, pla
         again = Repo.open(root / "repo")
         assert not again.verify().damage
         assert again.restorer(made.id).digest(made.commit.files[0]) == made.commit.files[0].hash
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated"])
+def test_refs_are_mended(kind: str, template: Path, place: Path) -> None:
+    whole = Snapshot.of(template)
+    names = files(template, "refs")
+    newest = {Path(name).parent: name for name in names}  # sorted: the last one is the newest
+    for number, name in enumerate(sorted(newest.values()) * TIMES):
+        root = damaged(template, place, name, ROTS[kind], number)
+        if root is None:
+            continue
+        done = Repo.open(root / "repo").repair()
+        assert len(done.refs) == 1, name
+        assert not verified(root)
+        again = Snapshot.of(root)
+        assert again.refs.items() >= {r: c for r, c in whole.refs.items() if "heads" in r}.items()
+        assert again.near.keys() == whole.near.keys()
 
 
 def test_a_missing_pack_names_its_objects(template: Path, place: Path) -> None:
