@@ -11,7 +11,7 @@ Nothing is believed that is not proven by its id or by the hashes of its slices.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckptvcs.errors import CkptError, CorruptionError
@@ -248,27 +248,36 @@ class Repairer:
                 self.done.refs.append(ref)
 
     def _follower(self, below: Generation | None) -> ObjectId | None:
-        """The commit that came after that of a generation, and so on, as long as it is one, and
-        that of no other branch.
+        """The commit that a branch was at, as far as can be told: the end of a line that comes from
+        a generation's commit and that no ref leads to; else the last one on the way to the tips of
+        others.
         """
         commit = below.commit if below else None
-        others = set()
+        parents, tips = self._parents(), set[ObjectId]()
         for branch in self._refs.names("heads"):
             with contextlib.suppress(CkptError):
                 move = self._refs.read(f"heads/{branch}")
-                others |= {move.commit} if move else set()
-        store, parents = self._catalog.store, dict[ObjectId, ObjectId | None]()
-        for name in store.ids(Kind.COMMIT):
-            with contextlib.suppress(CkptError):
-                parents[name] = next(iter(self._catalog.commit(name).parents), None)
+                tips |= {move.commit} if move and move.commit else set()
+        reached = {name for tip in tips for name in _line(tip, parents)}
+        ends = [name for name in parents.keys() - set(parents.values()) - reached
+                if commit in (None, *_line(name, parents))]  # fmt: skip
+        if ends:
+            return max(ends, key=lambda name: self._catalog.commit(name).time)
         for _ in range(_ROUNDS):
-            found = [
-                name for name, parent in parents.items() if parent == commit and name not in others
-            ]
+            found = [name for name, parent in parents.items()
+                     if parent == commit and name not in tips]  # fmt: skip
             if len(found) != 1:
-                return commit
+                break
             commit = found[0]
         return commit
+
+    def _parents(self) -> dict[ObjectId, ObjectId | None]:
+        """Every commit that can be read, reached or not, and what it stands on."""
+        parents: dict[ObjectId, ObjectId | None] = {}
+        for name in self._catalog.store.ids(Kind.COMMIT):
+            with contextlib.suppress(CkptError):
+                parents[name] = next(iter(self._catalog.commit(name).parents), None)
+        return parents
 
     # -- what cannot be saved ------------------------------------------------------------------
 
@@ -385,3 +394,12 @@ class Repairer:
 
 def _as_before(below: Generation | None) -> ObjectId | None:
     return below.commit if below else None
+
+
+def _line(name: ObjectId | None, parents: Mapping[ObjectId, ObjectId | None]) -> list[ObjectId]:
+    """A commit and those below it."""
+    found: list[ObjectId] = []
+    while name is not None and name in parents:
+        found.append(name)
+        name = parents[name]
+    return found

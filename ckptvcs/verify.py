@@ -138,7 +138,7 @@ class Verifier:
     def _format(self) -> None:
         try:
             data = read_small(self._catalog.store.backend, "format", _MAX_FORMAT_BYTES)
-            unseal(data.removesuffix(b"\n"), "format")
+            unseal(data.removesuffix(b"\n"), "format", frozenset(("format", "id", "flags")))
         except CkptError as error:
             self._wrong("format", error, name="format")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from datetime import UTC, datetime
 from typing import Any
 
@@ -43,8 +43,8 @@ def seal(fields: Mapping[str, Json]) -> bytes:
     return dump({**fields, CHECK: _check(fields)})
 
 
-def unseal(data: bytes, what: str) -> Record:
-    """Read what `seal` made; records of older programs have no check.
+def unseal(data: bytes, what: str, old: Set[str]) -> Record:
+    """Read what `seal` made; records of older programs have no check, and no fields but `old` ones.
 
     Raises:
         CorruptionError: its bytes are not what was written.
@@ -52,7 +52,8 @@ def unseal(data: bytes, what: str) -> Record:
     record = load(data, what)
     fields = record.fields()
     given = fields.pop(CHECK, None)
-    if given is not None and (given != _check(fields) or dump({**fields, CHECK: given}) != data):
+    right = given == _check(fields) and dump({**fields, CHECK: given}) == data
+    if not right and not (given is None and fields.keys() <= old):
         raise CorruptionError(f"{what} is damaged: it does not have its own hash")
     return record
 

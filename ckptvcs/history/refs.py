@@ -27,6 +27,9 @@ from ckptvcs.store.object import ObjectId, checked_id
 
 HEAD = "HEAD"
 _MAX_REF_BYTES = 1 << 16
+_OLD = frozenset(  # fields of generations that have no check
+    ("ref", "generation", "previous", "commit", "branch", "time", "action", "nonce")
+)
 _LAST = 10**16 - 1
 _GENERATION = re.compile(r"[0-9]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}\Z")
@@ -120,7 +123,7 @@ class Refs:
     def _read(self, ref: str, number: int) -> Generation:
         name = f"{_folder(ref)}/{number:016}"
         data = read_small(self._backend, name, _MAX_REF_BYTES)
-        record = unseal(data, name)
+        record = unseal(data, name, _OLD)
         commit = record.optional_text("commit")
         if record.integer("generation") != number or record.text("ref") != ref:
             raise CorruptionError(f"{name} belongs to another ref")
