@@ -25,6 +25,7 @@ from typing import Any
 
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
+from ckptvcs.checkpoint.emit import changed_state
 from ckptvcs.codec.spec import CodecSpec, NearSpec, finer
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder, TooCoarse
@@ -147,6 +148,10 @@ def find_step(request: Request) -> int | None:
     return int(found[1]) if found else None
 
 
+def _quiet(_: int) -> None:
+    pass
+
+
 class Committer:
     """Makes commits in one repository."""
 
@@ -182,7 +187,8 @@ class Committer:
             checkpoint = request.checkpoint
             patched = self._config.exact_rule.wants_patch(request.metrics)
             near = isinstance(request.spec.settings, NearSpec)
-            file_hashes, hashes = scan(checkpoint, self._progress, stay=near and not patched)
+            stay = near and not patched
+            file_hashes, hashes = scan(checkpoint, self._progress, stay=stay)
             step = find_step(request)
             place = self._place(request, step, file_hashes, hashes)
             base = self._base(place.parent)
@@ -202,6 +208,9 @@ class Committer:
                 fading = self._fading(name, commit, is_head=place.moves_head)
                 for record in self._fader.record(fading, commit.time):
                     pack.add(Kind.RECORD, dump_let_go(record))
+                checkpoint.check_unchanged()
+                if checkpoint.kind == "state" and hashes != scan(checkpoint, _quiet, stay=stay)[1]:
+                    raise changed_state()
                 info = store.publish(pack)
             finally:
                 pack.abort()
@@ -345,8 +354,8 @@ class Committer:
             except TooCoarse as error:
                 spec = finer(spec, error.excess)
         encoder = Encoder(
-            self._catalog, self._cache, CodecSpec(request.spec.name), base, checkpoint, hashes,
-            keyframe=True, patched=False, bound=0, progress=self._progress, held=held,
+            self._catalog, self._cache, CodecSpec(request.spec.name), base, checkpoint,
+            dict(hashes), keyframe=True, patched=False, bound=0, progress=self._progress, held=held,
         )  # fmt: skip
         return encoder.encode()
 

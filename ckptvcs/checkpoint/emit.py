@@ -275,13 +275,29 @@ class DeviceBytes:
         return memoryview(self.flat[part].cpu().numpy())
 
 
+def changed_state() -> InvalidInputError:
+    """What is said when a state is trained on while it is committed."""
+    return InvalidInputError(
+        "the state changed while it was being read", hint="commit a copy, or while nothing trains"
+    )
+
+
 class MemorySource(Source):
     """A file that stands in memory as a row of blocks; the blocks are not copied."""
 
     def __init__(self) -> None:
         self._blocks: list[memoryview | DeviceBytes] = []
         self._starts: list[int] = []
+        self._copies: list[tuple[bytes, memoryview]] = []
         self.size = 0
+
+    def watch(self, copy: bytes, original: memoryview) -> None:
+        """Note that a block is the copy of something that others may change."""
+        self._copies.append((copy, original))
+
+    def check_unchanged(self) -> None:
+        if any(copy != original for copy, original in self._copies):
+            raise changed_state()
 
     def append(self, block: bytes | memoryview | DeviceBytes) -> None:
         """Add to the end."""

@@ -21,6 +21,7 @@ from ckptvcs.checkpoint.emit import (
     Leaf,
     MemorySource,
     Payload,
+    changed_state,
     dump_pickle,
     row_major,
     write_zip,
@@ -112,14 +113,26 @@ def state_checkpoint(state: object) -> Checkpoint:
         InvalidInputError: it holds something else than plain types, tensors and numpy arrays.
     """
     storages = _Storages()
-    pickled = dump_pickle(state, storages.leaf)
+    try:
+        pickled = dump_pickle(state, storages.leaf)
+    except RuntimeError as error:  # a dict has another size than when it was begun
+        raise changed_state() from error
     extra = {ARRAYS_RECORD: json.dumps(storages.arrays).encode()} if storages.arrays else {}
-    payloads = [_payload(view) for view in storages.payloads]
     source = MemorySource()
+    payloads = [_payload(_settled(source, view)) for view in storages.payloads]
     write_zip(source.append, "state", zip_records(pickled, payloads, extra))
     layout = parse(source, checksums=Checksums.TRUSTED)
     assert layout is not None
     return build("state", [(STATE_FILE, source, layout, None)], [])
+
+
+def _settled(source: MemorySource, view: memoryview | DeviceBytes) -> memoryview | DeviceBytes:
+    """What is small as a copy: it is read several times, and hashed never."""
+    if isinstance(view, DeviceBytes) or len(view) > INLINE_BYTES:
+        return view
+    copy = bytes(view)
+    source.watch(copy, view)
+    return memoryview(copy)
 
 
 def _payload(view: memoryview | DeviceBytes) -> Payload:

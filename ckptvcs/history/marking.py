@@ -81,13 +81,21 @@ def _mark_tables(catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: M
             raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
         # The newest one is what readers use; an exact patch is not what others stand on.
         own = [pair for pair in names if not pair[1].patch][:1]
-        own += [pair for pair in names if pair[1].patch]
+        own += [
+            pair for pair in names
+            # One that a commit left behind that came to nothing stands on what was never written.
+            if pair[1].patch and (not own or _can_be_read(catalog, pair[1]))
+        ]  # fmt: skip
         marked.objects.add(table)
         for name, recipe in own:
             marked.objects.add(name)
             marked.objects.update(recipe.bundles)
             marked.bundles |= dict.fromkeys(recipe.bundles, part)
             tables += [(base, part) for base in _stands_on(catalog, recipe) if base not in done]
+
+
+def _can_be_read(catalog: Catalog, patch: Recipe) -> bool:
+    return all(catalog.has_recipe(table) for table in _stands_on(catalog, patch))
 
 
 def _stands_on(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
