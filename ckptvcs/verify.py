@@ -115,6 +115,8 @@ class Verifier:
         self.report.commits += 1
         try:
             restorer = Restorer(self._catalog, name)
+            if restorer.commit.errors is not None:
+                self._catalog.errors(restorer.commit.errors)
         except CkptError as error:
             self._wrong("commit", error, commit=name)
             return
