@@ -202,6 +202,7 @@ class Committer:
                 fading = self._fading(name, commit, is_head=place.moves_head)
                 for record in self._fader.record(fading, commit.time):
                     pack.add(Kind.RECORD, dump_let_go(record))
+                checkpoint.check_unchanged()
                 info = store.publish(pack)
             finally:
                 pack.abort()
@@ -345,8 +346,8 @@ class Committer:
             except TooCoarse as error:
                 spec = finer(spec, error.excess)
         encoder = Encoder(
-            self._catalog, self._cache, CodecSpec(request.spec.name), base, checkpoint, hashes,
-            keyframe=True, patched=False, bound=0, progress=self._progress, held=held,
+            self._catalog, self._cache, CodecSpec(request.spec.name), base, checkpoint,
+            dict(hashes), keyframe=True, patched=False, bound=0, progress=self._progress, held=held,
         )  # fmt: skip
         return encoder.encode()
 

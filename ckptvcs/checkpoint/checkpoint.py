@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
@@ -17,6 +17,7 @@ from ckptvcs.checkpoint.layout import (
     Layout,
     Piece,
     Source,
+    changed_while_read,
     covers,
     pieces,
     unreadable,
@@ -63,7 +64,7 @@ class Checkpoint:
 
     `kind` is `file`, `directory` or `state`; `places` gives the file and offset of each tensor of
     `schema`; `step` is what the checkpoint itself says; `rules` what the optimizer of a moment (by
-    its position in the schema) does with it.
+    its position in the schema) does with it; `directory` where it was listed, and without what.
     """
 
     kind: str
@@ -73,6 +74,7 @@ class Checkpoint:
     places: tuple[tuple[int, int], ...]
     step: int | None
     rules: Mapping[int, Rule]
+    directory: tuple[Path, Path | None] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -80,10 +82,18 @@ class Checkpoint:
         return sum(file.source.size for file in self.files)
 
     def check_unchanged(self) -> None:
-        """Raises InvalidInputError where a file was written since it was opened."""
+        """Raises InvalidInputError where a file was written since it was opened, or came, or went;
+        of a state, where one of its small tensors has another value.
+        """
         for file in self.files:
-            if isinstance(file.source, FileSource):
-                file.source.check_unchanged()
+            file.source.check_unchanged()
+        if self.directory is None:
+            return
+        root, skip = self.directory
+        known: dict[str, str | None] = {file.path: _FILE for file in self.files}
+        known |= {link.path: link.target for link in self.links}
+        if {name: _kind(entry) for name, entry in _entries(root, skip)} != known:
+            raise changed_while_read(root)
 
 
 def open_checkpoint(path: Path, *, raw: bool = False, skip: Path | None = None) -> Checkpoint:
@@ -189,7 +199,7 @@ def _open_directory(root: Path, raw: bool, skip: Path | None) -> Checkpoint:
         )
     if not parsed:
         raise InvalidInputError(f"{root} holds no files")
-    return build("directory", parsed, links)
+    return replace(build("directory", parsed, links), directory=(root, skip))
 
 
 def build(
@@ -235,6 +245,19 @@ def build(
     return Checkpoint(
         kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), step, rules
     )
+
+
+_FILE = "/"  # no link leads to this: it is told from those that do
+
+
+def _kind(entry: os.DirEntry[str]) -> str | None:
+    """What an entry of a directory is: what a link leads to, None for a directory."""
+    if entry.is_symlink():
+        try:
+            return str(Path(entry.path).readlink())
+        except OSError:
+            return ""
+    return None if entry.is_dir(follow_symlinks=False) else _FILE
 
 
 def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:

@@ -275,13 +275,35 @@ class DeviceBytes:
         return memoryview(self.flat[part].cpu().numpy())
 
 
+def changed_state() -> InvalidInputError:
+    """What is said when a state is trained on while it is committed."""
+    return InvalidInputError(
+        "the state changed while it was being read", hint="commit a copy, or while nothing trains"
+    )
+
+
 class MemorySource(Source):
     """A file that stands in memory as a row of blocks; the blocks are not copied."""
 
     def __init__(self) -> None:
         self._blocks: list[memoryview | DeviceBytes] = []
         self._starts: list[int] = []
+        self._copies: list[tuple[bytes, memoryview]] = []
+        self._versions: list[tuple[Any, int]] = []
         self.size = 0
+
+    def watch(self, copy: bytes, original: memoryview) -> None:
+        """Note that a block is the copy of something that others may change."""
+        self._copies.append((copy, original))
+
+    def watch_version(self, tensor: Any, version: int) -> None:
+        """Note how often a tensor had been changed in place when it was taken."""
+        self._versions.append((tensor, version))
+
+    def check_unchanged(self) -> None:
+        same = all(copy == original for copy, original in self._copies)
+        if not same or any(tensor._version != then for tensor, then in self._versions):
+            raise changed_state()
 
     def append(self, block: bytes | memoryview | DeviceBytes) -> None:
         """Add to the end."""

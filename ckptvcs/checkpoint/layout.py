@@ -35,6 +35,10 @@ class Source(Protocol):
     def read(self, offset: int, length: int) -> bytes:
         """Exactly these bytes.  Raises InvalidInputError where the file has become shorter."""
 
+    def check_unchanged(self) -> None:
+        """Raises InvalidInputError where it was written since it was first looked at."""
+        return None  # noqa: RET501  what only stands in memory has one owner
+
     def view(self, offset: int, length: int) -> bytes | memoryview:
         """The same, without a copy where they are in memory."""
         return self.read(offset, length)
@@ -84,6 +88,8 @@ class FileSource(Source):
         try:
             with self.path.open("rb", buffering=0) as file:
                 return self._read(file.fileno(), offset, length)
+        except FileNotFoundError as error:
+            raise changed_while_read(self.path) from error  # it was there to be looked at
         except OSError as error:
             raise unreadable(self.path, error) from error
 
@@ -103,9 +109,13 @@ class FileSource(Source):
 
     def check_unchanged(self) -> None:
         """Raises InvalidInputError where the file was written since it was first looked at."""
-        now, then = self._stat(), self.stat
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
-            then.st_size, then.st_mtime_ns, then.st_ino,
+        try:
+            now, then = self.path.stat(), self.stat
+        except OSError as error:
+            raise changed_while_read(self.path) from error
+        # Times may be set to what they were; that sets the time of the last change of all.
+        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino) != (
+            then.st_size, then.st_mtime_ns, then.st_ctime_ns, then.st_ino,
         ):  # fmt: skip
             raise changed_while_read(self.path)
 

@@ -21,6 +21,7 @@ from ckptvcs.checkpoint.emit import (
     Leaf,
     MemorySource,
     Payload,
+    changed_state,
     dump_pickle,
     row_major,
     write_zip,
@@ -53,6 +54,7 @@ class _Storages:
         self.arrays: list[str] = []
         self._numbers: dict[tuple[str, int, int], int] = {}
         self._alive: list[object] = []  # an address names a storage only while it lives
+        self.versions: list[tuple[Any, int]] = []
 
     def leaf(self, value: object, path: str) -> Leaf | None:
         """The leaf for a tensor or an array; None for anything else."""
@@ -81,6 +83,8 @@ class _Storages:
         plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
         if dtype is None or not plain or tensor.is_conj() or tensor.is_neg():
             raise _refused(path)
+        if not tensor.is_inference():  # torch counts what is done to all others in place
+            self.versions.append((tensor, tensor._version))
         storage = tensor.detach().untyped_storage()
         key = (str(tensor.device), storage.data_ptr(), storage.nbytes())
         if key not in self._numbers or not storage.nbytes():
@@ -112,14 +116,28 @@ def state_checkpoint(state: object) -> Checkpoint:
         InvalidInputError: it holds something else than plain types, tensors and numpy arrays.
     """
     storages = _Storages()
-    pickled = dump_pickle(state, storages.leaf)
+    try:
+        pickled = dump_pickle(state, storages.leaf)
+    except RuntimeError as error:  # a dict has another size than when it was begun
+        raise changed_state() from error
     extra = {ARRAYS_RECORD: json.dumps(storages.arrays).encode()} if storages.arrays else {}
-    payloads = [_payload(view) for view in storages.payloads]
     source = MemorySource()
+    for tensor, version in storages.versions:
+        source.watch_version(tensor, version)
+    payloads = [_payload(_settled(source, view)) for view in storages.payloads]
     write_zip(source.append, "state", zip_records(pickled, payloads, extra))
     layout = parse(source, checksums=Checksums.TRUSTED)
     assert layout is not None
     return build("state", [(STATE_FILE, source, layout, None)], [])
+
+
+def _settled(source: MemorySource, view: memoryview | DeviceBytes) -> memoryview | DeviceBytes:
+    """What is small as a copy: it is read several times, and hashed never."""
+    if isinstance(view, DeviceBytes) or len(view) > INLINE_BYTES:
+        return view
+    copy = bytes(view)
+    source.watch(copy, view)
+    return memoryview(copy)
 
 
 def _payload(view: memoryview | DeviceBytes) -> Payload:

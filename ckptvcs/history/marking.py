@@ -99,7 +99,11 @@ def _mark_tables(
             continue
         # The newest one is what readers use; an exact patch is not what others stand on.
         own = [pair for pair in names if not pair[1].patch][:1]
-        own += [pair for pair in names if pair[1].patch]
+        own += [
+            pair for pair in names
+            # One that a commit left behind that came to nothing stands on what was never written.
+            if pair[1].patch and (not own or _can_be_read(catalog, pair[1]))
+        ]  # fmt: skip
         marked.objects.add(table)
         for name, recipe in own:
             marked.objects.add(name)
@@ -112,6 +116,10 @@ def _mark_tables(
                     raise
                 continue  # the bundle is damaged, and among the objects that are marked
             tables += [(base, part) for base in below if base not in done]
+
+
+def _can_be_read(catalog: Catalog, patch: Recipe) -> bool:
+    return all(catalog.has_recipe(table) for table in _stands_on(catalog, patch))
 
 
 def _stands_on(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
