@@ -7,6 +7,7 @@ order than they were made in.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -102,4 +103,6 @@ def replace(path: Path, text: str, scratch: Path) -> None:
     except OSError as error:
         raise storage_error(error, f"write {path}") from error
     finally:
-        unlink(temporary)
+        # What stays in the scratch folder is debris, which gc sweeps.
+        with contextlib.suppress(OSError):
+            unlink(temporary)
