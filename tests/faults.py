@@ -2,6 +2,7 @@
 
 Steps       counts the steps of what runs inside, and does something before or after one of them
 refused     runs something whose steps the operating system refuses
+apart       runs something in a process of its own
 PowerCut    what may be left on the disk when the power fails behind any of them
 """
 
@@ -9,18 +10,22 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import random
 import shutil
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from unittest import mock
 
 from ckptvcs.errors import CkptError
 from ckptvcs.store import disk
+
+T = TypeVar("T")
 
 NAMES = ("create", "write", "sync", "link", "rename", "unlink", "sync_folder")
 BEFORE, HALF, AFTER = "before", "half", "after"
@@ -117,6 +122,29 @@ def killed(root: Path, action: Callable[[], object], at: int, phase: str) -> boo
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the action failed by itself"
     return os.WIFSIGNALED(status)
+
+
+def apart(action: Callable[[], T]) -> T:
+    """What `action` gives in a process of its own, whose limits are its own; what it raises too."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with open(writing, "wb", closefd=False) as pipe:
+            try:
+                done: tuple[Any, str | None] = (action(), None)
+            except BaseException:
+                done = (None, traceback.format_exc())
+            pickle.dump(done, pipe)
+            pipe.flush()
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:  # noqa: PTH123  a descriptor
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"it ended with {status}"
+    result, problem = pickle.loads(answer)
+    assert problem is None, problem
+    return cast(T, result)
 
 
 REFUSALS: tuple[BaseException, ...] = (

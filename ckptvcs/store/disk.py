@@ -19,6 +19,7 @@ from ckptvcs.errors import StorageError
 _HINTS = {
     errno.ENOSPC: "the disk is full: free some space and try again",
     errno.EDQUOT: "the disk quota is used up: free some space and try again",
+    errno.EFBIG: "files may not be that large here: raise the limit (ulimit -f)",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "check the permissions of the repository",
     errno.EPERM: "check the permissions of the repository",
@@ -32,6 +33,12 @@ def storage_error(error: OSError, action: str) -> StorageError:
     """What the user is told when the operating system refuses."""
     reason = error.strerror or str(error)
     return StorageError(f"cannot {action}: {reason}", hint=_HINTS.get(error.errno or 0))
+
+
+def is_full(error: StorageError) -> bool:
+    """Whether it is for want of room that the operating system refused."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def create(path: Path) -> BinaryIO:

@@ -52,7 +52,9 @@ def next_file(path: Path) -> Path:
     """
     stem, _, number = path.stem.rpartition("-")
     following = path.with_name(f"{stem}-{int(number) + 1}.lmdb")
-    following.touch()  # first: nobody may find none, and begin with the old number again
+    # First: nobody may find none, and begin with the old number again; without any room they must.
+    with contextlib.suppress(OSError):
+        following.touch()
     _delete(path)
     return following
 
