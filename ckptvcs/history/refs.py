@@ -151,6 +151,10 @@ class Refs:
         found = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
         return sorted(unquote(name) for name in found)
 
+    def branches(self) -> tuple[tuple[str, int], ...]:
+        """The branches that ever were, each with the number of its newest generation."""
+        return tuple((name, self._newest(f"heads/{name}")) for name in self.names("heads"))
+
     def targets(self, space: str) -> set[ObjectId]:
         """The commits that the refs of a space are at."""
         found = (self.read(f"{space}/{name}") for name in self.names(space))
