@@ -52,9 +52,16 @@ def round_trip(repo: Repo, tmp_path: Path) -> Callable[[Path], None]:
     return run
 
 
-@pytest.fixture(params=SCENARIOS)
-def cut(request: pytest.FixtureRequest) -> Iterator[Cut]:
-    memory = Path("/dev/shm")  # syncing costs nothing there
+@pytest.fixture
+def cut_folder() -> Iterator[Path]:
+    """A folder where syncing costs nothing, if there is one."""
+    memory = Path("/dev/shm")
     place = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="ckpt-test-", dir=place) as folder:
-        yield Cut(SCENARIOS[request.param], Path(folder))
+        yield Path(folder)
+
+
+@pytest.fixture(params=SCENARIOS)
+def cut(request: pytest.FixtureRequest, cut_folder: Path) -> Cut:
+    """A scenario of `tests.crashing`, prepared."""
+    return Cut(SCENARIOS[request.param], cut_folder)

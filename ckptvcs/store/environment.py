@@ -34,11 +34,15 @@ def _short(text: str) -> str:
 
 
 def newest_file(name: Path) -> Path:
-    """The index file to use: of this start of this machine, the one with the highest number."""
+    """The index file to use: of this start of this machine, the one with the highest number.
+
+    Raises:
+        OSError: the folder cannot be listed: to take another file then would split the index.
+    """
     prefix = f"{name.name}-{_short(host_name())}-{_short(boot_id())}-"
     own = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.lmdb\Z")
     numbers = [0]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):
         numbers += [int(m[1]) for entry in os.scandir(name.parent) if (m := own.match(entry.name))]
     return name.with_name(f"{prefix}{max(numbers)}.lmdb")
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 from ckptvcs.errors import CorruptionError, StorageError
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Backend
+from ckptvcs.store.disk import storage_error
 from ckptvcs.store.index import ROTTEN, Index, KeysOf, Place
 from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
 
@@ -86,6 +87,8 @@ class Places:
                 return Index(Path(self._scratch) / self._name.name)
             except (OSError, *ROTTEN) as error:
                 problem = error
+        if isinstance(problem, OSError):
+            raise storage_error(problem, "make an index") from problem
         raise StorageError(f"there is no room for an index: {problem}", hint=_HINT) from problem
 
     def move_out(self) -> None:
@@ -100,9 +103,12 @@ class Places:
         index = self._index
         try:
             return question(index)
-        except ROTTEN:
+        except (OSError, *ROTTEN):
             self._renew(index)
+        try:
             return question(self._index)
+        except OSError as error:
+            raise storage_error(error, "use the index") from error
 
     def _renew(self, wrong: Index) -> None:
         with self._changing:
