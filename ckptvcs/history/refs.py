@@ -28,6 +28,7 @@ HEAD = "HEAD"
 _MAX_REF_BYTES = 1 << 16
 _GENERATION = re.compile(r"[0-9]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}\Z")
+_MAX_FILE_NAME = 255
 _RESERVED = frozenset({"HEAD", "latest"})
 
 
@@ -48,7 +49,7 @@ class Generation:
 def check_name(name: str, what: str) -> str:
     """`name`, if it can name a branch or a tag.  Raises InvalidInputError."""
     numeric = name.isdigit() or name.startswith("id:") or name in _RESERVED
-    if numeric or not _NAME.match(name) or ".." in name or name.endswith((".", "/")):
+    if numeric or not _fits(name) or ".." in name or name.endswith((".", "/")):
         raise InvalidInputError(
             f"'{name}' cannot name a {what}",
             hint="use letters, digits and _ . + / -; digits alone are a step",
@@ -56,13 +57,20 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def _quoted(name: str) -> str:
+    return "".join(f"%{ord(c):02X}" if c.isupper() else quote(c, safe="+") for c in name)
+
+
+def _fits(name: str) -> bool:
+    return bool(_NAME.match(name)) and len(_quoted(name)) <= _MAX_FILE_NAME
+
+
 def _folder(ref: str) -> str:
     """Where a ref's generations lie.  Upper case is escaped too: some file systems fold it."""
     if ref == HEAD:
         return "refs/HEAD"
     space, _, name = ref.partition("/")
-    quoted = "".join(f"%{ord(c):02X}" if c.isupper() else quote(c, safe="+") for c in name)
-    return f"refs/{space}/{quoted}"
+    return f"refs/{space}/{_quoted(name)}"
 
 
 class Refs:
@@ -105,6 +113,8 @@ class Refs:
             CorruptionError: the newest generation is unreadable.  Older ones are not used in
                 its place: that would silently take commits back.
         """
+        if ref != HEAD and not _fits(ref.partition("/")[2]):
+            return None  # what no ref can be called may be no name for a file either
         number = self._newest(ref)
         return self._read(ref, number) if number else None
 
