@@ -170,3 +170,30 @@ def _limited(limit: int, act: Callable[[], object]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with contextlib.suppress(StorageError):
             act()
+
+
+def test_a_read_only_file_system(small: Path, tmp_path: Path) -> None:
+    # Apart: a process that has an index open for writing keeps its file system writable.
+    assert apart(lambda: len(history(small, tmp_path / "files").log())) == 5
+    done = subprocess.run(["mount", "-o", "remount,ro", small], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("cannot remount a file system here")
+    repo = Repo.open(small)
+    assert [entry.step for entry in repo.log()] == [5, 4, 3, 2, 1]
+    assert repo.verify().damage == []
+    assert repo.checkout_files(repo.resolve(5), tmp_path / "back").exact
+    assert repo.plan_gc(Policy(last=1)).drops
+    repo.catalog.store.rebuild()
+    assert sum(event.action == "commit" for event in repo.reflog()) == 5
+    for act in (
+        lambda: repo.commit_path(tmp_path / "files" / "step-6.pt", message=""),
+        lambda: repo.gc(Policy(last=1)),
+        lambda: repo.set_ref("tags", "x", repo.resolve(1), "tag"),
+        lambda: repo.pin(repo.resolve(1), pinned=True),
+        lambda: repo.configure("keep-exact", "1"),
+        repo.undo,
+    ):
+        with pytest.raises(StorageError) as caught:
+            act()
+        assert caught.value.hint == "the file system is read-only"
+    assert len(repo.log()) == 5
