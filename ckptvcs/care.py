@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import InvalidInputError, StorageError
 from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.canonical import now
 from ckptvcs.history.retention import Policy
 from ckptvcs.opened import CACHE, Opened
+from ckptvcs.store import disk
 from ckptvcs.store.pack import FOLDERS
+from ckptvcs.store.reserve import give_up_reserve, keep_reserve
 
 if TYPE_CHECKING:
     from ckptvcs.history.gc import Collector, GcPlan
@@ -94,18 +96,35 @@ class Care(Opened):
 
         `rekey` merges deltas across commits that were dropped, and bounds every chain by the
         settings.  Without `sweep` it is only said what goes: until the next sweep `undo` takes it
-        back.
+        back.  A full disk is no hindrance, but for what rekeying takes.
 
         Raises:
             BusyError: a writer is at work.
             CorruptionError: something that is needed is missing: nothing was deleted.
             InvalidInputError: the rules keep nothing at all.
+            StorageError: the disk fails.
         """
+        if rekey and not sweep:
+            raise InvalidInputError("what is rekeyed is swept at once")
+        cache = self.folder / CACHE
+        try:
+            plan = self._gc(policy, progress, sweep=sweep, rekey=rekey)
+        except StorageError as error:
+            if not disk.is_full(error):
+                raise
+            self.catalog.store.move_index_out()
+            try:
+                give_up_reserve(cache)
+            except OSError:
+                raise error from None
+            plan = self._gc(policy, progress, sweep=sweep, rekey=rekey)
+        keep_reserve(cache)
+        return plan
+
+    def _gc(self, policy: Policy, progress: Progress, *, sweep: bool, rekey: bool) -> GcPlan:
         from ckptvcs.history.repack import merge, plan_merges  # noqa: PLC0415
         from ckptvcs.store.leases import exclusive  # noqa: PLC0415
 
-        if rekey and not sweep:
-            raise InvalidInputError("what is rekeyed is swept at once")
         collector = self._collector()
         with exclusive(self._backend):
             time = now()
@@ -119,7 +138,12 @@ class Care(Opened):
             if sweep:
                 collector.sweep(plan)
                 for batch in plan_merges(self.catalog, collector.mark_all()):
-                    merge(self.catalog, batch)
+                    try:
+                        merge(self.catalog, batch)
+                    except StorageError as error:
+                        if not disk.is_full(error):
+                            raise
+                        break  # what was to be freed is; the packs stay as they are
         return plan
 
     def _rekey(self, progress: Progress) -> None:

@@ -37,6 +37,7 @@ from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import ObjectStore
 from ckptvcs.store.pack import FOLDERS
+from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
     from ckptvcs.bases import HeldBase
@@ -98,6 +99,7 @@ class Opened:
             }  # fmt: skip
             write_format(folder, fields)  # before: no repository; after: a whole one
             disk.sync_folder(folder.parent)
+            keep_reserve(folder / CACHE)
         except OSError as error:
             raise disk.storage_error(error, f"make a repository in {path}") from error
         return cls(folder)

@@ -18,6 +18,7 @@ from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.opened import CACHE
 from ckptvcs.store.object import ObjectId
+from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
     from ckptvcs.checkout import CheckedOut, WorkTree
@@ -140,12 +141,14 @@ class Repo(Care):
         alone = self._holder.acquire(blocking=False)
         try:
             held = self._held if alone else None
-            return Committer(self.catalog, self.refs, bases, self.config, progress, held).commit(
+            result = Committer(self.catalog, self.refs, bases, self.config, progress, held).commit(
                 request
             )
         finally:
             if alone:
                 self._holder.release()
+        keep_reserve(self.folder / CACHE)
+        return result
 
     def checkout(self, revision: str | int) -> Any:
         """The state of a commit: the nested object that was committed, with its tensors.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from ckptvcs.repo import Repo
+from tests.crashing import SCENARIOS, Cut
 
 settings.register_profile("dev", max_examples=30, stateful_step_count=10, deadline=None)
 settings.register_profile(
@@ -48,3 +50,18 @@ def round_trip(repo: Repo, tmp_path: Path) -> Callable[[Path], None]:
             assert target.read_bytes() == path.read_bytes()
 
     return run
+
+
+@pytest.fixture
+def cut_folder() -> Iterator[Path]:
+    """A folder where syncing costs nothing, if there is one."""
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="ckpt-test-", dir=place) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(params=SCENARIOS)
+def cut(request: pytest.FixtureRequest, cut_folder: Path) -> Cut:
+    """A scenario of `tests.crashing`, prepared."""
+    return Cut(SCENARIOS[request.param], cut_folder)

@@ -258,3 +258,21 @@ def expected(scenario: Scenario, template: Path, scratch: Path) -> Expected:
     before = Snapshot.of(scratch)
     scenario.act(scratch)
     return Expected(before, Snapshot.of(scratch))
+
+
+class Cut:
+    """A prepared history, and what its act does when nothing cuts it."""
+
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        self.scenario, self._folder, self._count = scenario, folder, 0
+        self.template = folder / "template"
+        self.template.mkdir()
+        scenario.build(self.template)
+        self.expected: Expected = expected(scenario, self.template, folder / "calm")
+
+    def copy(self) -> Path:
+        """A fresh copy of the history."""
+        self._count += 1
+        target = self._folder / str(self._count)
+        shutil.copytree(self.template, target)
+        return target

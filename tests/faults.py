@@ -1,12 +1,16 @@
 """Faults at any step by which something becomes durable: `ckptvcs.store.disk` is where all go.
 
 Steps       counts the steps of what runs inside, and does something before or after one of them
+refused     runs something whose steps the operating system refuses
+apart       runs something in a process of its own
 PowerCut    what may be left on the disk when the power fails behind any of them
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -15,10 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from unittest import mock
 
+from ckptvcs.errors import CkptError
 from ckptvcs.store import disk
+
+T = TypeVar("T")
 
 NAMES = ("create", "write", "sync", "link", "rename", "unlink", "sync_folder")
 BEFORE, HALF, AFTER = "before", "half", "after"
@@ -57,10 +64,12 @@ class Steps:
 
     def __init__(
         self, root: Path, at: int | None = None, phase: str = BEFORE,
-        fault: Callable[[], None] = lambda: None,
+        fault: Callable[[], None] = lambda: None, then: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
+        """`then` are the operations at which it is done again from then on."""
         self.seen: list[Step] = []
         self._root, self._at, self._phase, self._fault = root, at, phase, fault
+        self._then = then
 
     def _kind(self, arguments: tuple[Any, ...]) -> str:
         """The folder of the repository that a step changes: for two paths, that of the second."""
@@ -72,6 +81,8 @@ class Steps:
         def step(*arguments: Any) -> Any:
             number = len(self.seen)
             self.seen.append(Step(name, self._kind(arguments)))
+            if self._at is not None and number > self._at and name in self._then:
+                self._fault()
             hit = number == self._at
             # Threads take their steps in another order each time: this may be no write after all.
             whole = name != "write"
@@ -84,6 +95,8 @@ class Steps:
                 self._fault()
             result = calm(*arguments)
             if hit and self._phase == AFTER:
+                if name == "create":
+                    result.close()
                 self._fault()
             return result
 
@@ -113,6 +126,58 @@ def killed(root: Path, action: Callable[[], object], at: int, phase: str) -> boo
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the action failed by itself"
     return os.WIFSIGNALED(status)
+
+
+def apart(action: Callable[[], T]) -> T:
+    """What `action` gives in a process of its own, whose limits are its own; what it raises too."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with open(writing, "wb", closefd=False) as pipe:
+            try:
+                done: tuple[Any, str | None] = (action(), None)
+            except BaseException:
+                done = (None, traceback.format_exc())
+            pickle.dump(done, pipe)
+            pipe.flush()
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:  # noqa: PTH123  a descriptor
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"it ended with {status}"
+    result, problem = pickle.loads(answer)
+    assert problem is None, problem
+    return cast(T, result)
+
+
+REFUSALS: tuple[BaseException, ...] = (
+    *(OSError(code, os.strerror(code))
+      for code in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES)),
+    KeyboardInterrupt(),
+)  # fmt: skip
+"""Why a step is not taken: the operating system does not want it, or the user."""
+
+
+def refused(
+    root: Path, action: Callable[[], object], at: int, phase: str, why: BaseException,
+    *, lasting: bool,
+) -> BaseException | None:  # fmt: skip
+    """Run `action`, one of whose steps is refused; a `lasting` reason refuses all that follow: a
+    full disk those that take room.  The error that it ends with, if it does.
+    """
+
+    def fault() -> None:
+        raise type(why)(*why.args)
+
+    full = isinstance(why, OSError) and why.errno in (errno.ENOSPC, errno.EDQUOT)
+    then = tuple(name for name in NAMES if not full or name != "unlink") if lasting else ()
+    with Steps(root, at, phase, fault, then).taken():
+        try:
+            action()
+        except (CkptError, KeyboardInterrupt) as error:
+            return error
+    return None
 
 
 def cuts(steps: list[Step], most: int, seed: int) -> list[tuple[int, str]]:

@@ -6,16 +6,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
-import pytest
-
 from ckptvcs.store import environment, leases
-from tests.crashing import SCENARIOS, Expected, Scenario, expected
+from tests.crashing import Cut
 from tests.faults import PowerCut, Steps, cuts, killed
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
@@ -26,32 +21,6 @@ POWER_CUTS = 150 if NIGHTLY else 12  # for each act
 def next_start() -> str:
     """The machine was started anew."""
     return "the next start"
-
-
-class Cut:
-    """A prepared history, and what its act does when nothing cuts it."""
-
-    def __init__(self, scenario: Scenario, folder: Path) -> None:
-        self.scenario, self._folder, self._count = scenario, folder, 0
-        self.template = folder / "template"
-        self.template.mkdir()
-        scenario.build(self.template)
-        self.expected: Expected = expected(scenario, self.template, folder / "calm")
-
-    def copy(self) -> Path:
-        """A fresh copy of the history."""
-        self._count += 1
-        target = self._folder / str(self._count)
-        shutil.copytree(self.template, target)
-        return target
-
-
-@pytest.fixture(params=SCENARIOS)
-def cut(request: pytest.FixtureRequest) -> Iterator[Cut]:
-    memory = Path("/dev/shm")  # syncing costs nothing there
-    place = memory if os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="ckpt-test-", dir=place) as folder:
-        yield Cut(SCENARIOS[request.param], Path(folder))
 
 
 def test_killed_at_any_step(cut: Cut) -> None:

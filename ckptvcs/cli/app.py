@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import signal
 import sys
@@ -97,6 +98,9 @@ def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Run the command line; exits with the codes that docs/cli.md lists."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may be one that its encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     # What is loaded now stays: looking through it again and again is a tenth of `ckpt log`.
     gc.freeze()
     try:

@@ -39,8 +39,8 @@ def talk(text: str) -> None:
 
 
 def as_json(value: Json) -> None:
-    """One JSON value."""
-    data(json.dumps(value, indent=None if not is_terminal() else 2, ensure_ascii=False))
+    """One JSON value, in ASCII: every terminal and every encoding takes any name."""
+    data(json.dumps(value, indent=None if not is_terminal() else 2))
 
 
 def size(count: float) -> str:

@@ -89,6 +89,16 @@ class Record:
         """A copy of all fields, unchecked."""
         return dict(self._value)
 
+    def pairs(self, field: str) -> tuple[tuple[str, int], ...]:
+        """A list of names with whole numbers."""
+        rows: Json = self._value.get(field)
+        if not isinstance(rows, list):
+            raise self._wrong(field)
+        for row in rows:
+            if not isinstance(row, list) or [type(value) for value in row] != [str, int]:
+                raise self._wrong(field)
+        return tuple((name, number) for name, number in rows)
+
     def text(self, field: str) -> str:
         value = self._value.get(field)
         if not isinstance(value, str):

@@ -87,7 +87,7 @@ class Collector:
         commits = self._revisions.commits()
         gone = self._catalog.dropped()
         rows = self._judge(policy, commits, gone, datetime.fromisoformat(time))
-        drops = _drops(rows, policy, time)
+        drops = _drops(rows, policy, time, self._refs.branches())
         after = _with(gone, rows)
         visible = {name: made for name, made in commits.items() if name not in after.commits}
         fading = self._fader.everywhere(visible)
@@ -245,12 +245,15 @@ class Collector:
         self._catalog.forget()
 
 
-def _drops(rows: Iterable[Decision], policy: Policy, time: str) -> list[LetGo]:
+def _drops(
+    rows: Iterable[Decision], policy: Policy, time: str, after: tuple[tuple[str, int], ...]
+) -> list[LetGo]:
     """The records of what is dropped."""
     whole = tuple(row.name for row in rows if row.action == "drop")
     parts = tuple(row.name for row in rows if row.action == "drop optimizer")
-    out = [LetGo("drop", whole, (), policy.text, time)] if whole else []
-    return out + ([LetGo("drop", parts, (OPTIMIZER,), policy.text, time)] if parts else [])
+    found = [(whole, tuple[str, ...]()), (parts, (OPTIMIZER,))]
+    return [LetGo("drop", names, gone, policy.text, time, after=after)
+            for names, gone in found if names]  # fmt: skip
 
 
 def _with(gone: Dropped, rows: Iterable[Decision]) -> Dropped:

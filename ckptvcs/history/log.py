@@ -213,10 +213,17 @@ class History:
         found: dict[ObjectId, str | None] = {}
         times: dict[ObjectId, str] = {}
         for branch, tip in lines:
+            line = []
             for name, commit in walk(tip):
                 if name in found or (len(lines) == 1 and len(found) == limit):
                     break
-                found[name], times[name] = branch, commit.time
+                found[name] = branch
+                line.append((name, commit))
+            for name, commit in reversed(
+                line
+            ):  # none is older than its parent, say clocks what may
+                below = times.get(commit.parents[0], "") if commit.parents else ""
+                times[name] = max(commit.time, below)
         names = list(found)
         if len(lines) > 1:
             names.sort(key=lambda name: times[name], reverse=True)

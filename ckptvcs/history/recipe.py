@@ -171,7 +171,8 @@ def load_bundle(data: bytes) -> tuple[Frame, ...]:
 @dataclass(frozen=True)
 class LetGo:
     """A fade (the exact patch of parts) or a drop (parts; whole commits, where it names none) by a
-    rule; or the undoing of such records, by their ids.
+    rule; or the undoing of such records, by their ids.  `after` says which generation each branch
+    was at, where that matters: clocks go wrong.
 
     Written durably before anything is deleted; a patch or bundle that is missing without such a
     record is damage.
@@ -183,6 +184,7 @@ class LetGo:
     rule: str
     time: str
     undoes: tuple[ObjectId, ...] = ()
+    after: tuple[tuple[str, int], ...] = ()
 
 
 def dump_let_go(record: LetGo) -> bytes:
@@ -191,6 +193,7 @@ def dump_let_go(record: LetGo) -> bytes:
         "what": record.what, "commits": list(record.commits), "parts": list(record.parts),
         "rule": record.rule, "time": record.time,
         **({"undoes": list(record.undoes)} if record.undoes else {}),
+        **({"after": [[*pair] for pair in record.after]} if record.after else {}),
     })  # fmt: skip
 
 
@@ -203,4 +206,5 @@ def load_let_go(data: bytes) -> LetGo:
         record.text("what"), tuple(checked_id(name) for name in record.texts("commits")),
         tuple(record.texts("parts")), record.text("rule"), record.text("time"),
         tuple(map(checked_id, record.texts("undoes") if record.has("undoes") else ())),
+        record.pairs("after") if record.has("after") else (),
     )  # fmt: skip

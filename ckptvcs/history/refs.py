@@ -33,6 +33,7 @@ _OLD = frozenset(  # fields of generations that have no check
 _LAST = 10**16 - 1
 _GENERATION = re.compile(r"[0-9]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}\Z")
+_MAX_FILE_NAME = 255
 _RESERVED = frozenset({"HEAD", "latest"})
 
 
@@ -53,7 +54,7 @@ class Generation:
 def check_name(name: str, what: str) -> str:
     """`name`, if it can name a branch or a tag.  Raises InvalidInputError."""
     numeric = name.isdigit() or name.startswith("id:") or name in _RESERVED
-    if numeric or not _NAME.match(name) or ".." in name or name.endswith((".", "/")):
+    if numeric or not _fits(name) or ".." in name or name.endswith((".", "/")):
         raise InvalidInputError(
             f"'{name}' cannot name a {what}",
             hint="use letters, digits and _ . + / -; digits alone are a step",
@@ -61,19 +62,26 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def _quoted(name: str) -> str:
+    return "".join(f"%{ord(c):02X}" if c.isupper() else quote(c, safe="+") for c in name)
+
+
+def _fits(name: str) -> bool:
+    return bool(_NAME.match(name)) and len(_quoted(name)) <= _MAX_FILE_NAME
+
+
 def _folder(ref: str) -> str:
     """Where a ref's generations lie.  Upper case is escaped too: some file systems fold it."""
     if ref == HEAD:
         return "refs/HEAD"
     space, _, name = ref.partition("/")
-    quoted = "".join(f"%{ord(c):02X}" if c.isupper() else quote(c, safe="+") for c in name)
-    return f"refs/{space}/{quoted}"
+    return f"refs/{space}/{_quoted(name)}"
 
 
 def _can_be(ref: str) -> bool:
     """Whether a ref may have such a name: none leads to another folder than its own."""
     name = ref.partition("/")[2]
-    return ref == HEAD or (_NAME.match(name) is not None and ".." not in name)
+    return ref == HEAD or (_fits(name) and ".." not in name)
 
 
 class Refs:
@@ -191,6 +199,10 @@ class Refs:
             name for name, folder in found.items()
             if _can_be(f"{space}/{name}") and _folder(f"{space}/{name}") == f"refs/{space}/{folder}"
         )  # fmt: skip
+
+    def branches(self) -> tuple[tuple[str, int], ...]:
+        """The branches that ever were, each with the number of its newest generation."""
+        return tuple((name, self._newest(f"heads/{name}")) for name in self.names("heads"))
 
     def targets(self, space: str) -> set[ObjectId]:
         """The commits that the refs of a space are at."""

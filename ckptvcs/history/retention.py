@@ -161,11 +161,11 @@ class Policy:
         reasons: dict[ObjectId, list[str]] = {}
         known: dict[ObjectId, Commit] = {}
         for line in lines:
-            stored = 0
+            stored, ages = 0, _ages(line, now)
             for row in line:
                 stored += row.stored_bytes
                 known[row.name] = row.commit
-                for reason in self._reasons(row, stored, now):
+                for reason in self._reasons(row, stored, ages[row.name]):
                     found = reasons.setdefault(row.name, [])
                     if reason not in found:
                         found.append(reason)
@@ -176,16 +176,33 @@ class Policy:
             reasons.setdefault(name, []).append("tag")
         return reasons
 
-    def _reasons(self, row: Row, stored: int, now: datetime) -> Iterator[str]:
+    def _reasons(self, row: Row, stored: int, age: float) -> Iterator[str]:
         if self.last is not None and row.place < self.last:
             yield f"last {self.last}"
-        step, age = row.commit.step, now - datetime.fromisoformat(row.commit.time)
+        step = row.commit.step
         if self.every is not None and step is not None and step % self.every == 0:
             yield f"every {self.every}"
-        if self.within is not None and age.total_seconds() <= self.within:
+        if self.within is not None and age <= self.within:
             yield "recent"
         if self.max_bytes is not None and stored <= self.max_bytes:
             yield "size"
         # What is let go at one age is never asked for at a later one.
         if self.log_spaced and row.age < _SPACING * (row.ordinal & -row.ordinal or 1 << 62):
             yield "log-spaced"
+
+
+def _ages(line: Sequence[Row], now: datetime) -> dict[ObjectId, float]:
+    """Seconds since each commit of a line, newest first, was made, by clocks that may be wrong: a
+    commit from the future is as old as the next newer one; none is older than those before it.
+    """
+    made: list[datetime] = []
+    for row in line:
+        time = datetime.fromisoformat(row.commit.time)
+        made.append(time if time <= now else made[-1] if made else now)
+    ages: dict[ObjectId, float] = {}
+    newest = 0.0
+    for row, time in zip(reversed(line), reversed(made), strict=True):
+        age = (now - time).total_seconds()
+        newest = min(newest, age) if ages else age
+        ages[row.name] = newest
+    return ages

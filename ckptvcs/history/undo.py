@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from ckptvcs.errors import ConflictError, CorruptionError, NotFoundError
@@ -36,6 +36,13 @@ class Undone:
     commit: ObjectId | None
 
 
+def _after(record: LetGo, branch: str, moves: Iterable[Generation]) -> int:
+    """The move of a branch that a record came after: as it says, else as the times say."""
+    earlier = (move.number for move in moves if move.time < record.time)
+    known = dict(record.after).get(branch)
+    return max(earlier, default=0) if known is None else known
+
+
 class Past:
     """Looks back in one repository."""
 
@@ -61,14 +68,15 @@ class Past:
         name = self._branch(branch)
         moves = self._refs.reflog(f"heads/{name}")
         reached = self._revisions.ids()
-        events = [self._event(move, reached) for move in moves]
+        events = [((move.number, ""), self._event(move, reached)) for move in moves]
         line = self._ever(moves)
         for _, record in self._records():
             count = len(line.intersection(record.commits))
             if count:
                 action = f"{record.what} {record.rule}".strip()
-                events.append(Event(record.time, action, None, None, True, count))
-        return sorted(events, key=lambda event: event.time, reverse=True)
+                place = (_after(record, name, moves), record.time)
+                events.append((place, Event(record.time, action, None, None, True, count)))
+        return [event for _, event in sorted(events, key=lambda row: row[0], reverse=True)]
 
     def _event(self, move: Generation, reached: Set[ObjectId]) -> Event:
         known = move.commit is not None and self._catalog.store.contains(move.commit)
@@ -112,8 +120,8 @@ class Past:
         moves = {move.number: move for move in self._refs.reflog(ref)}
         newest = moves[max(moves)]
         last = self._standing(moves, newest.number)
-        drop = self._last_drop(list(moves.values()))
-        if drop is not None and (last is None or drop[1].time > moves[last].time):
+        drop = self._last_drop(name, list(moves.values()))
+        if drop and (last is None or _after(drop[1], name, moves.values()) >= last):
             return self._restore(name, newest, *drop, time)
         if last is None or last == 1:
             raise NotFoundError(f"there is nothing to undo on branch '{name}'")
@@ -138,7 +146,7 @@ class Past:
             number = int(undone[:17]) - 1
         return number if number in moves else None
 
-    def _last_drop(self, moves: list[Generation]) -> tuple[ObjectId, LetGo] | None:
+    def _last_drop(self, branch: str, moves: list[Generation]) -> tuple[ObjectId, LetGo] | None:
         line = self._ever(moves)
         records = self._records()
         undone = {old for _, record in records for old in record.undoes}
@@ -146,7 +154,10 @@ class Past:
             (name, record) for name, record in records
             if record.what == "drop" and name not in undone and line.intersection(record.commits)
         ]  # fmt: skip
-        return max(drops, key=lambda pair: (pair[1].time, pair[0]), default=None)
+        return max(
+            drops, key=lambda pair: (_after(pair[1], branch, moves), pair[1].time, pair[0]),
+            default=None,
+        )  # fmt: skip
 
     def _restore(
         self, branch: str, newest: Generation, name: ObjectId, drop: LetGo, time: str
@@ -158,6 +169,7 @@ class Past:
                     raise ConflictError(
                         f"what '{drop.rule}' dropped was swept", hint="see 'ckpt reflog'"
                     )
-        record = LetGo("undo", drop.commits, drop.parts, drop.rule, time, (name,))
+        after = self._refs.branches()
+        record = LetGo("undo", drop.commits, drop.parts, drop.rule, time, (name,), after)
         self._catalog.record([record])
         return Undone(f"drop {drop.rule} of {len(drop.commits)} commits", branch, newest.commit)

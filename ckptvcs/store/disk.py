@@ -7,6 +7,8 @@ order than they were made in.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 import secrets
@@ -15,12 +17,19 @@ from typing import BinaryIO
 
 from ckptvcs.errors import StorageError
 
+_NO_LINKS = frozenset({
+    errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK,
+})  # fmt: skip
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
+
 _HINTS = {
     errno.ENOSPC: "the disk is full: free some space and try again",
     errno.EDQUOT: "the disk quota is used up: free some space and try again",
+    errno.EFBIG: "files may not be that large here: raise the limit (ulimit -f)",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "check the permissions of the repository",
     errno.EPERM: "check the permissions of the repository",
+    errno.ENOTSUP: "keep the repository on a file system of this machine's own, such as ext4",
     errno.EIO: "the disk fails: copy what is there elsewhere, and run 'ckpt verify'",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine",
@@ -47,6 +56,12 @@ def read_text(path: Path, most: int) -> str:
     return data.decode("utf-8")
 
 
+def is_full(error: StorageError) -> bool:
+    """Whether it is for want of room that the operating system refused."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def create(path: Path) -> BinaryIO:
     """Begin a file that does not exist yet."""
     return path.open("xb")
@@ -64,10 +79,35 @@ def sync(file: BinaryIO) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Give a file another name.  Raises FileExistsError where that is taken: of two who want it one
-    gets it, and what it shows is never half a file.
+    """Give a file another name; its own may be gone then.  Raises FileExistsError where that is
+    taken: of two who want it one gets it, and what it shows is never half a file.
     """
-    os.link(path, name)
+    try:
+        os.link(path, name)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _rename_to_new(path, name, error)
+
+
+def _rename_to_new(path: Path, name: Path, refused: OSError) -> None:
+    """The same where the file system has no hard links: a rename that replaces nothing, which the
+    kernel does in one step.  To look first, and then rename, would let two writers both succeed.
+    """
+    try:
+        rename_new = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        raise _cannot_link() from refused
+    done = rename_new(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(name), _RENAME_NOREPLACE)
+    if done != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EINVAL, errno.ENOSYS):  # the file system cannot; the kernel cannot
+            raise _cannot_link() from refused
+        raise OSError(code, os.strerror(code), str(name))
+
+
+def _cannot_link() -> OSError:
+    return OSError(errno.ENOTSUP, "this file system has neither hard links nor exclusive renames")
 
 
 def rename(path: Path, name: Path) -> None:
@@ -90,10 +130,13 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, as far as the file system knows how to."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -116,4 +159,6 @@ def replace(path: Path, text: str, scratch: Path) -> None:
     except OSError as error:
         raise storage_error(error, f"write {path}") from error
     finally:
-        unlink(temporary)
+        # What stays in the scratch folder is debris, which gc sweeps.
+        with contextlib.suppress(OSError):
+            unlink(temporary)

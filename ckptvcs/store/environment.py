@@ -34,11 +34,15 @@ def _short(text: str) -> str:
 
 
 def newest_file(name: Path) -> Path:
-    """The index file to use: of this start of this machine, the one with the highest number."""
+    """The index file to use: of this start of this machine, the one with the highest number.
+
+    Raises:
+        OSError: the folder cannot be listed: to take another file then would split the index.
+    """
     prefix = f"{name.name}-{_short(host_name())}-{_short(boot_id())}-"
     own = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.lmdb\Z")
     numbers = [0]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):
         numbers += [int(m[1]) for entry in os.scandir(name.parent) if (m := own.match(entry.name))]
     return name.with_name(f"{prefix}{max(numbers)}.lmdb")
 
@@ -52,7 +56,9 @@ def next_file(path: Path) -> Path:
     """
     stem, _, number = path.stem.rpartition("-")
     following = path.with_name(f"{stem}-{int(number) + 1}.lmdb")
-    following.touch()  # first: nobody may find none, and begin with the old number again
+    # First: nobody may find none, and begin with the old number again; without any room they must.
+    with contextlib.suppress(OSError):
+        following.touch()
     _delete(path)
     return following
 

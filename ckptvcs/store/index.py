@@ -36,6 +36,7 @@ from ckptvcs.store.pack import FOLDERS, Entry, PackInfo
 _PLACE = struct.Struct("<32sBBQQQQ32s")  # pack, kind, encoding, offset, region, raw, stored, base
 _PACK = struct.Struct("<BQI")  # folder, size, commits
 _VERSION = b"ckptvcs index 4"
+_WHOLE = b"whole"
 _NO_BASE = bytes(32)
 _MAX_KEY = 500
 
@@ -125,6 +126,15 @@ class Index:
         except lmdb.MapResizedError:
             self._env.set_mapsize(0)
             return self._env.begin()
+
+    def is_whole(self) -> bool:
+        """Whether it was filled to the end: one that is not lacks packs that are there."""
+        with self._begin() as txn:
+            return txn.get(_WHOLE) is not None
+
+    def finish(self) -> None:
+        """It holds all packs that there are."""
+        self._write(lambda txn: txn.put(_WHOLE, b""))
 
     def packs(self) -> dict[PackId, tuple[str, int]]:
         """Every indexed pack: its folder and size in bytes."""

@@ -4,7 +4,8 @@ A writer puts a lease, then looks for an exclusive mark.  gc puts an exclusive m
 leases and for marks of others.  All publish before they look, so at least one of two sees the other
 and backs off.  Each file is its holder's own: none is ever taken over.
 A process that dies leaves its file behind: it counts no more once the process is known to be
-gone, which only its own host can tell.
+gone, which only its own host can tell.  One that lives on may fail to delete its file: within it
+that counts no more at once, and for others when it ends.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _TURNS, _PAUSE = 400, 0.05  # seconds
 _MAX_BYTES = 4096
 
 
+_meant: set[str] = set()  # the files of this process that it has not withdrawn
+
+
 def _self() -> bytes:
     pid = os.getpid()
     return json.dumps({
@@ -35,7 +39,7 @@ def _self() -> bytes:
     }).encode()  # fmt: skip
 
 
-def _alive(data: bytes) -> bool:
+def _alive(name: str, data: bytes) -> bool:
     """Whether the process that wrote a lease may still be at work."""
     try:
         fields = json.loads(data)
@@ -44,14 +48,18 @@ def _alive(data: bytes) -> bool:
             return True
         if boot != boot_id():
             return False
-        return fields.get("space", "") != process_space() or is_running(int(pid), since)
+        if fields.get("space", "") != process_space():
+            return True
+        if int(pid) == os.getpid():
+            return name in _meant
+        return is_running(int(pid), since)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
 
 
 def _holder(backend: Backend, name: str) -> bool:
     try:
-        return _alive(read_small(backend, name, _MAX_BYTES))
+        return _alive(name, read_small(backend, name, _MAX_BYTES))
     except FileNotFoundError:
         return False
 
@@ -80,13 +88,15 @@ def dead_leases(backend: Backend) -> list[str]:
 
 @contextmanager
 def _held(backend: Backend, prefix: str) -> Iterator[str]:
-    """Hold a file of one's own that says who is at work."""
+    """Say in a file of one's own that this process is at work, for so long."""
     name = f"{prefix}{secrets.token_hex(12)}"
-    write_once(backend, name, _self())
+    _meant.add(name)
     try:
+        write_once(backend, name, _self())  # which may fail when the name is there already
         yield name
     finally:
-        # Where it cannot be deleted it counts no more once this process is gone.
+        _meant.discard(name)
+        # Where it cannot be deleted it counts no more for this process, and for none when it ends.
         with contextlib.suppress(StorageError):
             backend.delete(name)
 

@@ -1,8 +1,8 @@
 """A backend on a directory: temporary file, fsync, link, fsync of the directory.
 
 A crash before the link leaves a file in tmp/, which gc sweeps; after it the file is complete and
-durable.  `os.link` is the atomic put-if-absent of POSIX file systems: of two writers of one name
-exactly one succeeds, and the name never shows half a file.  No locks anywhere.
+durable.  `disk.link` is the atomic put-if-absent: of two writers of one name exactly one succeeds,
+and the name never shows half a file.  No locks anywhere.
 """
 
 from __future__ import annotations

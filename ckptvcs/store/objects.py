@@ -33,6 +33,7 @@ class ObjectStore:
         self.index.add_expected()
         self.find, self.ids = self.index.find, self.index.ids
         self.refresh, self.rebuild = self.index.refresh, self.index.rebuild
+        self.move_index_out = self.index.move_out
         self.pack_sizes, self.pack_size = self.index.pack_sizes, self.index.pack_size
         self.list_packs = self.index.list_packs
 

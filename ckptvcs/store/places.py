@@ -7,7 +7,10 @@ with the packs, or made anew; where the repository cannot hold one, this process
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from threading import RLock
@@ -20,6 +23,8 @@ from ckptvcs.store.disk import storage_error
 from ckptvcs.store.index import ROTTEN, Index, KeysOf, Place
 from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
 
+_HINT = "free some space where the repository or temporary files are"
+_MEMORY = [folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)]
 _KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # contents the index keeps
 
 T = TypeVar("T")
@@ -47,10 +52,12 @@ class Places:
         """`index` is the name of the index file; `decode` gives an object's content, proven."""
         self._backend, self._name = backend, index
         self._keys_of, self._decode = _forgiving(keys_of), decode
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: str | None = None
         self._changing = RLock()
         self._rebuilt = self._renewing = False
         self._index = self._open()
+        if not self._ask(Index.is_whole):
+            self.refresh()
 
     # -- the index -----------------------------------------------------------------------------
 
@@ -70,20 +77,38 @@ class Places:
         Raises:
             StorageError: there is no room anywhere.
         """
-        try:
-            self._scratch = tempfile.TemporaryDirectory(prefix="ckpt-index-")
-            return Index(Path(self._scratch.name) / self._name.name)
-        except OSError as error:
-            raise storage_error(error, "make an index") from error
+        with contextlib.suppress(OSError):
+            Index.discard(self._name)  # it will not be told of what this process writes
+        problem: Exception | None = None
+        for folder in (None, *_MEMORY):
+            try:
+                self._scratch = tempfile.mkdtemp(prefix="ckpt-index-", dir=folder)
+                weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+                return Index(Path(self._scratch) / self._name.name)
+            except (OSError, *ROTTEN) as error:
+                problem = error
+        if isinstance(problem, OSError):
+            raise storage_error(problem, "make an index") from problem
+        raise StorageError(f"there is no room for an index: {problem}", hint=_HINT) from problem
+
+    def move_out(self) -> None:
+        """Go on with an index for this process alone: room here is wanted for something else."""
+        with self._changing:
+            if self._scratch is None:
+                self._index = self._own()
+                self.refresh()
 
     def _ask(self, question: Callable[[Index], T]) -> T:
         """What the index says; one that is made anew, where it turns out to be rotten."""
         index = self._index
         try:
             return question(index)
-        except ROTTEN:
+        except (OSError, *ROTTEN):
             self._renew(index)
+        try:
             return question(self._index)
+        except OSError as error:
+            raise storage_error(error, "use the index") from error
 
     def _renew(self, wrong: Index) -> None:
         with self._changing:
@@ -92,7 +117,7 @@ class Places:
             again, self._renewing = self._renewing, True
             try:
                 if again and self._scratch is not None:
-                    raise StorageError("there is no room for an index, not even a temporary one")
+                    raise StorageError("there is no room for an index", hint=_HINT)
                 self._index = self._own() if again else self._followed(wrong)
                 self.refresh()
             finally:
@@ -136,6 +161,8 @@ class Places:
                     # A damaged pack hides only its own objects here; verify names it.
                     with contextlib.suppress(CorruptionError, FileNotFoundError):
                         self.add(self._read_pack(name, folder))
+            if not self._ask(Index.is_whole):
+                self._ask(Index.finish)
 
     def rebuild(self) -> int:
         """Make the index anew from the packs; how many packs it holds then."""

@@ -1,0 +1,47 @@
+"""What the operating system refuses: a command says so in one line, what was there stays, nothing
+half is visible, and the next try works.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+
+from ckptvcs.errors import StorageError
+from tests.crashing import Cut
+from tests.faults import REFUSALS, Steps, cuts, refused
+
+NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
+MOST = 10_000 if NIGHTLY else 30  # steps, of each act
+EACH = 2 * len(REFUSALS) if NIGHTLY else 1  # refusals of each step
+EVERY = 1 if NIGHTLY else 8  # of these steps
+
+
+def test_refused_at_any_step(cut: Cut) -> None:
+    root = cut.copy()
+    with Steps(root / "repo" / ".ckpt").taken() as steps:
+        cut.scenario.act(root)
+    places = cuts(steps.seen, MOST, seed=0)
+    chosen = range(sum(map(ord, cut.scenario.name)) % EVERY, len(places), EVERY)
+    ended = 0
+    for number, turn in ((number, turn) for number in chosen for turn in range(EACH)):
+        at, phase = places[number]
+        why = REFUSALS[(number + turn) % len(REFUSALS)]
+        lasting = (number // EVERY + turn // len(REFUSALS)) % 2 == 1
+        root = cut.copy()
+        act = partial(cut.scenario.act, root)
+        error = refused(root / "repo" / ".ckpt", act, at, phase, why, lasting=lasting)
+        try:
+            if isinstance(error, StorageError):
+                assert error.hint
+                assert "\n" not in error.message
+            else:
+                assert error is None or type(error) is type(why)
+            ended += error is not None
+            cut.expected.check(cut.scenario, root)
+        except BaseException as wrong:
+            wrong.add_note(f"step {at} {steps.seen[at]} {phase}, {why!r}, {lasting=}: {error}")
+            raise
+        shutil.rmtree(root)
+    assert ended
