@@ -9,6 +9,7 @@ PowerCut    what may be left on the disk when the power fails behind any of them
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import pickle
 import random
@@ -28,6 +29,8 @@ from ckptvcs.store import disk
 T = TypeVar("T")
 
 NAMES = ("create", "write", "sync", "link", "rename", "unlink", "sync_folder")
+_HUNG = 20  # seconds, after which a process is one that waits for ever
+_hung: list[bool] = []  # of all that were started
 BEFORE, HALF, AFTER = "before", "half", "after"
 
 
@@ -110,10 +113,15 @@ class Steps:
 
 
 def killed(root: Path, action: Callable[[], object], at: int, phase: str) -> bool:
-    """Run `action` in a process of its own that is killed at a step; False where it ended first."""
+    """Run `action` in a process of its own that is killed at a step; False where it ended first.
+
+    A child of a process with threads may have inherited a lock that one of them held, and wait for
+    ever: that is killed, too, and its stack shown.  It has stopped at a step like any other.
+    """
     child = os.fork()
     if child == 0:
         code = 9
+        faulthandler.dump_traceback_later(_HUNG, exit=True)
         try:
             fault = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
             with Steps(root, at, phase, fault).taken():
@@ -124,8 +132,12 @@ def killed(root: Path, action: Callable[[], object], at: int, phase: str) -> boo
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the action failed by itself"
-    return os.WIFSIGNALED(status)
+    hung = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 1
+    _hung.append(hung)
+    assert sum(_hung) <= 1 + len(_hung) // 200, "that is no accident of fork"
+    ended = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+    assert os.WIFSIGNALED(status) or hung or ended, "the action failed by itself"
+    return not ended
 
 
 def apart(action: Callable[[], T]) -> T:
