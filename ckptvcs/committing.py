@@ -208,6 +208,9 @@ class Committer:
                 pack.abort()
             gone = self._catalog.dropped()
             require_packs(self._catalog, mark(self._catalog, {name: commit}, gone))
+            exact = [state.exact for state in commit.parts.values() if state.exact]
+            if patched and not all(map(self._catalog.has_recipe, exact)):
+                raise MissingObjectError("a patch has faded that this commit shares")
             check_lease(store.backend, held)
             self._publish(place, name, commit)
             if fading:  # a tag or a pin may have come meanwhile

@@ -15,7 +15,7 @@ from tests.crashing import SCENARIOS, Cut
 
 settings.register_profile("dev", max_examples=30, stateful_step_count=10, deadline=None)
 settings.register_profile(
-    "ci", max_examples=40, stateful_step_count=10, deadline=None, derandomize=True,
+    "ci", max_examples=15, stateful_step_count=10, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.register_profile(

@@ -193,16 +193,16 @@ def refused(
 
 
 def cuts(steps: list[Step], most: int, seed: int) -> list[tuple[int, str]]:
-    """Where to cut: at each kind of step in each of its phases, and at others by chance, `most` in
-    all if there are so many.
+    """Where to cut: at each operation in each of its phases, one by chance, and at others too,
+    `most` in all if there are so many.
     """
     places = [(n, phase) for n, step in enumerate(steps) for phase in step.phases()]
-    first: dict[tuple[Step, str], tuple[int, str]] = {}
+    random.Random(seed).shuffle(places)
+    first: dict[tuple[str, str], tuple[int, str]] = {}
     for place in places:
-        first.setdefault((steps[place[0]], place[1]), place)
+        first.setdefault((steps[place[0]].operation, place[1]), place)
     chosen = set(first.values())
     others = [place for place in places if place not in chosen]
-    random.Random(seed).shuffle(others)
     return sorted(chosen | set(others[: max(0, most - len(chosen))]))
 
 

@@ -21,7 +21,7 @@ from tests.crashing import states
 
 
 @pytest.mark.parametrize(
-    "seconds", [6.0, pytest.param(300.0, marks=pytest.mark.slow)], ids=["short", "long"]
+    "seconds", [3.0, pytest.param(300.0, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 def test_writers_readers_and_a_collector(seconds: float, tmp_path: Path) -> None:
     root = tmp_path / "repo"
@@ -46,6 +46,7 @@ def test_threads_of_one_process(tmp_path: Path) -> None:
     def work(number: int, repo: Repo) -> None:
         try:
             for step, state in enumerate(states(4), start=1):
+                state["model"]["a"] += number  # what is the same may share its exact patch
                 path = tmp_path / f"thread{number}.pt"
                 torch.save(state, path)
                 while True:
