@@ -196,14 +196,14 @@ class Care(Opened):
     def stats(self) -> Stats:
         """Sizes on disk."""
         commits = self.revisions.visible()
-        disk = {
+        sizes = {
             name: sum(self._backend.size(file) for file in self._backend.names(name))
             for name in (*FOLDERS, "refs", "leases", "marks", CACHE)
         }
         single = sum(self._backend.size(name) for name in ("format", "config.toml"))
-        stored = sum(disk.values()) - disk[CACHE] + single
+        stored = sum(sizes.values()) - sizes[CACHE] + single
         patches = sum(patch.size_bytes for patch in self.fader().patches())
         return Stats(
             len(commits), sum(c.raw_bytes for c in commits.values()), stored, stored - patches,
-            patches, disk[CACHE], len(self.catalog.store.list_packs()),
+            patches, sizes[CACHE], len(self.catalog.store.list_packs()),
         )  # fmt: skip

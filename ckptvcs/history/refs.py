@@ -200,6 +200,11 @@ class Refs:
             if _can_be(f"{space}/{name}") and _folder(f"{space}/{name}") == f"refs/{space}/{folder}"
         )  # fmt: skip
 
+    def every(self) -> list[str]:
+        """All refs that ever were."""
+        spaces = ("heads", "tags", "pins")
+        return [HEAD, *(f"{space}/{name}" for space in spaces for name in self.names(space))]
+
     def branches(self) -> tuple[tuple[str, int], ...]:
         """The branches that ever were, each with the number of its newest generation."""
         return tuple((name, self._newest(f"heads/{name}")) for name in self.names("heads"))

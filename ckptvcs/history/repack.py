@@ -74,12 +74,8 @@ def merge(catalog: Catalog, plan: Merge) -> None:
         StorageError: the disk is full; nothing was deleted.
     """
     store = catalog.store
-    pack = store.new_pack(plan.folder)
-    try:
+    with store.packing(plan.folder) as pack:
         for place in plan.places:
             pack.copy(place.entry, *read_sound(store, place))
-        store.publish(pack)
-    finally:
-        pack.abort()
     store.delete_packs(dict.fromkeys(plan.packs, plan.folder))
     catalog.forget()

@@ -14,6 +14,7 @@ import os
 import re
 import struct
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import lmdb
@@ -27,6 +28,15 @@ _META = struct.Struct("<40xI92xQ")  # of LMDB 0.9: page size, last page used
 _DIGITS = 8  # of the hashes of a host and of its start
 
 _open: dict[Path, tuple[tuple[int, int, int], lmdb.Environment]] = {}
+
+opening = Lock()
+"""To be held while an environment, and the databases in it, are opened.  LMDB knows other users of
+a file by locks that a process does not see of itself: the second of two threads would make the
+mutex anew that the first one holds.
+"""
+os.register_at_fork(
+    before=opening.acquire, after_in_parent=opening.release, after_in_child=opening.release
+)
 
 
 def _short(text: str) -> str:
@@ -80,7 +90,8 @@ def delete_older(path: Path) -> None:
 
 
 def environment(path: Path) -> lmdb.Environment:
-    """The one environment of a file in this process; a forked child opens its own.
+    """The one environment of a file in this process; a forked child opens its own.  The caller
+    holds `opening`.
 
     Raises:
         lmdb.Error, OSError: it is rotten, or the file system refuses.

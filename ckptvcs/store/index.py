@@ -29,6 +29,7 @@ from ckptvcs.store.environment import (
     is_current,
     newest_file,
     next_file,
+    opening,
 )
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.pack import FOLDERS, Entry, PackInfo
@@ -54,7 +55,7 @@ KeysOf = Callable[[Kind, bytes], Iterable[bytes]]
 """What an object can be found by, besides its id; made by the caller, opaque to the index."""
 
 ROTTEN = (lmdb.Error, struct.error, ValueError, IndexError)
-"""What reading or writing an index may raise; it is to be made anew then."""
+"""What reading or writing an index may raise: it is rotten, or nobody uses it any more."""
 
 
 class Index:
@@ -66,32 +67,41 @@ class Index:
         Raises:
             lmdb.Error, OSError: it is rotten, or the file system refuses.
         """
-        self._name = name
-        self._open()
-
-    def _open(self) -> None:
-        self._path = newest_file(self._name)
+        self._name, self._path = name, newest_file(name)
         fresh = not self._path.exists()
-        self._env = environment(self._path)
-        with self._env.begin(write=self._is_new()) as txn:
-            if txn.get(b"version") not in (None, _VERSION):
-                raise lmdb.InvalidError("the index has another version")
-        self._packs = self._env.open_db(b"packs")
-        self._objects = self._env.open_db(b"objects", dupsort=True)
-        self._contents = self._env.open_db(b"contents")
-        self._keys = self._env.open_db(b"keys", dupsort=True)
-        self._expected = self._env.open_db(b"expected")
-        with self._env.begin(write=self._is_new()) as txn:
-            if txn.get(b"version") is None:
-                txn.put(b"version", _VERSION)
+        with opening:
+            self._open()
         if fresh:
             delete_older(self._path)
 
+    def _open(self) -> None:
+        self._env = environment(self._path)
+        # Without a transaction of its own, opening a database waits for the writer of another
+        # thread with the interpreter's lock in its hands, which that one needs.
+        with self._env.begin(write=True) as txn:
+            if txn.get(b"version", _VERSION) != _VERSION:
+                raise lmdb.InvalidError("the index has another version")
+            self._packs = self._env.open_db(b"packs", txn)
+            self._objects = self._env.open_db(b"objects", txn, dupsort=True)
+            self._contents = self._env.open_db(b"contents", txn)
+            self._keys = self._env.open_db(b"keys", txn, dupsort=True)
+            self._expected = self._env.open_db(b"expected", txn)
+            if txn.get(b"version") is None:
+                txn.put(b"version", _VERSION)
+
     def follow(self) -> Index:
-        """An empty one instead of this one, which is rotten.  Raises lmdb.Error, OSError."""
-        if newest_file(self._name) == self._path:
+        """The one to use instead of this one: of a newer file, which is an empty one if nobody has
+        found out before that this one is rotten.  Raises lmdb.Error, OSError.
+        """
+        if not self.is_superseded():
             next_file(self._path)
         return Index(self._name)
+
+    def is_superseded(self) -> bool:
+        """Whether others use a newer file by now, or this process is a child of the one that opened
+        this one.
+        """
+        return newest_file(self._name) != self._path or not is_current(self._path, self._env)
 
     def close(self) -> None:
         """Let the file go, which nobody else of this process may be using."""
@@ -102,14 +112,10 @@ class Index:
         """Begin a new file, where one cannot be opened.  Raises OSError."""
         next_file(newest_file(name))
 
-    def _is_new(self) -> bool:
-        with self._env.begin() as txn:
-            return txn.get(b"version") is None
-
     def _write(self, change: Callable[[lmdb.Transaction], object]) -> None:
         """Run `change` in one transaction, in a larger map if this one is full."""
-        if newest_file(self._name) != self._path or not is_current(self._path, self._env):
-            self._open()  # another process found this one rotten
+        if self.is_superseded():
+            raise lmdb.InvalidError("nobody would read what is written here")
         while True:
             try:
                 with self._env.begin(write=True) as txn:

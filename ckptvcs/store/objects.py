@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError, StorageError
+from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.index import KeysOf, Place
@@ -154,6 +154,21 @@ class ObjectStore:
         """Begin a pack in `packs` or `meta`."""
         return packs.PackWriter(self.backend.writer(), folder)
 
+    @contextlib.contextmanager
+    def packing(self, folder: str) -> Iterator[packs.PackWriter]:
+        """A pack that is published at the end, unless nothing came into it.
+
+        Raises:
+            StorageError: the disk is full, or fails; nothing became visible.
+        """
+        pack = self.new_pack(folder)
+        try:
+            yield pack
+            if not pack.is_empty:
+                self.publish(pack)
+        finally:
+            pack.abort()
+
     def publish(self, writer: packs.PackWriter) -> packs.PackInfo:
         """Make a pack durable, then findable: a crash between the two costs a later listing."""
         info = writer.publish(self.index.expect)
@@ -172,13 +187,11 @@ class ObjectStore:
         Raises:
             CorruptionError: the bytes are not those that were written.
             StorageError: they cannot be read.
+            FileNotFoundError: it is gone.
         """
         file = packs.pack_name(folder, name)
-        try:
-            if packs.hash_pack(self.backend, file) != name:
-                raise CorruptionError(f"{file} is damaged: its bytes have another hash")
-            return packs.PackInfo(
-                name, folder, self.backend.size(file), packs.read_entries(self.backend, file)
-            )
-        except FileNotFoundError as error:
-            raise StorageError(f"{file} is gone") from error
+        if packs.hash_pack(self.backend, file) != name:
+            raise CorruptionError(f"{file} is damaged: its bytes have another hash")
+        return packs.PackInfo(
+            name, folder, self.backend.size(file), packs.read_entries(self.backend, file)
+        )

@@ -195,6 +195,11 @@ class PackWriter:
         self._writer.publish(info.name)
         return info
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no object was added yet."""
+        return not self._entries
+
     def abort(self) -> None:
         """Forget the pack."""
         self._writer.abort()
@@ -293,6 +298,19 @@ def scan_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
         at += len(data)
         tail = window[-(size - 1) :]
     return tuple(dict.fromkeys(found))
+
+
+def find_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
+    """The objects of a pack, from its table of contents; by a scan, where that is damaged.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        UnsupportedVersionError: a newer program wrote it.
+    """
+    try:
+        return read_entries(backend, name)
+    except CorruptionError:
+        return scan_entries(backend, name)
 
 
 def hash_pack(backend: Backend, name: str) -> PackId:

@@ -25,6 +25,7 @@ from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
 
 _HINT = "free some space where the repository or temporary files are"
 _MEMORY = [folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)]
+_TRIES = 5  # others may find an index rotten, too, and begin another one each time
 _KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # contents the index keeps
 
 T = TypeVar("T")
@@ -41,6 +42,12 @@ def _forgiving(keys_of: KeysOf) -> KeysOf:
             return []
 
     return keys
+
+
+def _is_superseded(index: Index) -> bool:
+    with contextlib.suppress(OSError):
+        return index.is_superseded()
+    return False
 
 
 class Places:
@@ -100,15 +107,20 @@ class Places:
 
     def _ask(self, question: Callable[[Index], T]) -> T:
         """What the index says; one that is made anew, where it turns out to be rotten."""
-        index = self._index
-        try:
-            return question(index)
-        except (OSError, *ROTTEN):
-            self._renew(index)
-        try:
-            return question(self._index)
-        except OSError as error:
-            raise storage_error(error, "use the index") from error
+        problem: Exception | None = None
+        for _ in range(_TRIES):
+            index = self._index
+            if self._renewing:  # it is not whole yet
+                with self._changing:
+                    index = self._index
+            try:
+                return question(index)
+            except (OSError, *ROTTEN) as error:
+                problem = error
+                self._renew(index)
+        if isinstance(problem, OSError):
+            raise storage_error(problem, "use the index") from problem
+        raise StorageError(f"the index cannot be used: {problem}", hint=_HINT) from problem
 
     def _renew(self, wrong: Index) -> None:
         with self._changing:
@@ -118,7 +130,8 @@ class Places:
             try:
                 if again and self._scratch is not None:
                     raise StorageError("there is no room for an index", hint=_HINT)
-                self._index = self._own() if again else self._followed(wrong)
+                rotten = again and not _is_superseded(wrong)
+                self._index = self._own() if rotten else self._followed(wrong)
                 self.refresh()
             finally:
                 self._renewing = again
@@ -183,11 +196,7 @@ class Places:
     def _read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
         file = packs.pack_name(folder, name)
         size = self._backend.size(file)
-        try:
-            entries = packs.read_entries(self._backend, file)
-        except CorruptionError:
-            entries = packs.scan_entries(self._backend, file)
-        return packs.PackInfo(name, folder, size, entries)
+        return packs.PackInfo(name, folder, size, packs.find_entries(self._backend, file))
 
     def agrees(self, other: Places) -> bool:
         """Whether both say the same."""
