@@ -14,21 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import operator
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.codec.spec import CodecSpec, NearSpec, finer
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder, TooCoarse
-from ckptvcs.errors import CorruptionError, InvalidInputError, MissingObjectError
+from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, MissingObjectError
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, FileEntry, dump_commit, dump_errors, load_commit
@@ -46,30 +43,13 @@ from ckptvcs.history.schema import (  # fmt: skip
     load_schema,
 )
 from ckptvcs.planning import TooFar
+from ckptvcs.request import Request, find_step
 from ckptvcs.source import Progress, scan
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter
 
-_MESSAGE_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", re.IGNORECASE)
 _TRIES = 5  # to code within bounds, before everything is exact
-_FILE_STEP = re.compile(
-    r"(?:global_?step|step|checkpoint|ckpt|iter)[-_=.]?([0-9]{1,18})", re.IGNORECASE
-)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be committed, and what is said about it.  `path` is how it will be named."""
-
-    checkpoint: Checkpoint
-    path: str
-    inside: bool
-    message: str
-    step: int | None
-    metrics: Mapping[str, float]
-    spec: CodecSpec
-    branch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,56 +75,8 @@ class _Place:
     notes: tuple[str, ...]
 
 
-def plain_step(step: object) -> int | None:
-    """A step as a commit holds it; whole numbers of numpy and torch are taken too.
-
-    Raises:
-        InvalidInputError: it is no whole number from 0.
-    """
-    if step is None:
-        return None
-    try:
-        number = -1 if isinstance(step, bool) else operator.index(step)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        number = -1
-    if not 0 <= number < 1 << 62:
-        raise InvalidInputError(f"a step is a whole number from 0, not {step!r}")
-    return number
-
-
-def plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
-    """Metrics as a commit holds them; anything that `float` takes but text and bool.
-
-    Raises:
-        InvalidInputError: a value is no number.
-    """
-    plain = {}
-    for name, value in metrics.items():
-        try:
-            if not isinstance(name, str) or isinstance(value, bool | str | bytes):
-                raise TypeError  # noqa: TRY301  the same answer as for what float refuses
-            plain[name] = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise InvalidInputError(f"metric {name!r} is no number: {value!r}") from None
-    return plain
-
-
-def plain_message(message: object) -> str:
-    """A message as a commit holds it.  Raises InvalidInputError."""
-    if not isinstance(message, str):
-        raise InvalidInputError(f"a message is text, not {message!r}")
-    return message
-
-
-def find_step(request: Request) -> int | None:
-    """The step: as given, else what the checkpoint, the message or the file name says."""
-    if request.step is not None:
-        return request.step
-    if request.checkpoint.step is not None:
-        return request.checkpoint.step
-    found = _MESSAGE_STEP.search(request.message)
-    found = found or _FILE_STEP.search(request.path.rpartition("/")[2])
-    return int(found[1]) if found else None
+class _SharedPatchFadedError(Exception):
+    """Another writer lets a patch go that this commit was to share."""
 
 
 class Committer:
@@ -169,12 +101,18 @@ class Committer:
             CorruptionError: what it would stand on is missing or damaged.
             StorageError: the disk is full, or fails.
         """
-        try:
-            return self._commit(request)
-        except MissingObjectError:  # the index may be older than the packs, after a power cut
-            self._catalog.store.rebuild()
-            self._catalog.forget()
-            return self._commit(request)
+        rebuilt = False
+        while True:
+            try:
+                return self._commit(request)
+            except _SharedPatchFadedError:
+                continue  # it gets one of its own
+            except MissingObjectError:  # the index may be older than the packs, after a power cut
+                if rebuilt:
+                    raise
+                rebuilt = True
+                self._catalog.store.rebuild()
+                self._catalog.forget()
 
     def _commit(self, request: Request) -> Result:
         store = self._catalog.store
@@ -187,9 +125,11 @@ class Committer:
             place = self._place(request, step, file_hashes, hashes)
             base = self._base(place.parent)
             if base is not None and place.unchanged:
+                shared = [state.exact for state in base.parts.values() if state.exact]
                 encoded = Encoded(
-                    dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {}
-                )
+                    dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {},
+                    shared if patched else [],
+                )  # fmt: skip
             else:
                 keyframe = base is None or self._starts_keyframe(place.parent, checkpoint, base)
                 encoded = self._encode(request, base, hashes, keyframe=keyframe, patched=patched)
@@ -208,16 +148,21 @@ class Committer:
                 pack.abort()
             gone = self._catalog.dropped()
             require_packs(self._catalog, mark(self._catalog, {name: commit}, gone))
-            exact = [state.exact for state in commit.parts.values() if state.exact]
-            if patched and not all(map(self._catalog.has_recipe, exact)):
-                raise MissingObjectError("a patch has faded that this commit shares")
+            # Who lets a patch go says so first, and looks then who shares it: one sees the other.
+            if any(self._is_faded(exact) for exact in encoded.shared):
+                raise _SharedPatchFadedError
             check_lease(store.backend, held)
             self._publish(place, name, commit)
-            if fading:  # a tag or a pin may have come meanwhile
-                now_fading = self._fader.after(name, is_head=place.moves_head)
-                still = {patch.pack for patch in now_fading}
-                self._fader.delete(patch for patch in fading if patch.pack in still)
+            # It is in the history now: what goes wrong from here on, gc makes good.
+            with contextlib.suppress(CkptError):
+                self._fade(fading, name, is_head=place.moves_head)
         return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, place.notes)
+
+    def _fade(self, recorded: list[Patch], name: ObjectId, *, is_head: bool) -> None:
+        """Delete patches, but for those that a tag or a pin has come to keep meanwhile."""
+        if recorded:
+            still = {patch.pack for patch in self._fader.after(name, is_head=is_head)}
+            self._fader.delete(patch for patch in recorded if patch.pack in still)
 
     def _base(self, parent: ObjectId | None) -> Commit | None:
         """What a commit can be coded against: its parent, as far as that is still there."""
@@ -303,9 +248,7 @@ class Committer:
         if parent is None or not self._revisions.whole(parent):
             return False
         commit, checkpoint = self._catalog.commit(parent), request.checkpoint
-        faded = any(
-            p.exact and not self._catalog.has_recipe(p.exact) for p in commit.parts.values()
-        )
+        faded = any(p.exact and self._is_faded(p.exact) for p in commit.parts.values())
         if faded and self._config.exact_rule.wants_patch(request.metrics):
             return False  # here is the exact form again
         if checkpoint.kind != "state":
@@ -325,6 +268,10 @@ class Committer:
             commit.schema == object_id(Kind.SCHEMA, dump_schema(schema))
             and [file.skeleton for file in commit.files] == skeletons
         )  # fmt: skip
+
+    def _is_faded(self, exact: ObjectId) -> bool:
+        """Whether there is no patch for exact values, or one that somebody lets go."""
+        return not self._catalog.has_recipe(exact) or self._catalog.is_fading(exact)
 
     # -- how it is stored ------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ Nothing is held that grows with the checkpoint but a hash and a place for each t
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,9 @@ from ckptvcs.store.object import Kind, ObjectId, object_id
 
 @dataclass(frozen=True)
 class Encoded:
-    """A checkpoint whose tensors are stored durably, not yet named by any commit."""
+    """A checkpoint whose tensors are stored durably, not yet named by any commit; `shared` are the
+    exact values whose patch is that of another commit.
+    """
 
     parts: dict[str, PartState]
     tables: dict[str, bytes]
@@ -54,6 +57,7 @@ class Encoded:
     nonfinite: int
     error: ErrorReport
     errors: dict[int, ErrorReport]
+    shared: list[ObjectId]
 
 
 @dataclass
@@ -165,7 +169,8 @@ class Encoder:
         schema = self._catalog.schema(base.schema)
         parts = {}
         for name, state in base.parts.items():
-            if not self._catalog.has_recipe(state.values):
+            there = self._catalog.store.contains(state.values)
+            if not there or not self._catalog.has_recipe(state.values):
                 continue  # a rule dropped it
             infos = [schema.tensors[number] for number in schema.stored(name)]
             hashes = self._catalog.all_values(state.values, len(infos))
@@ -204,10 +209,11 @@ class Encoder:
             self._check_bound()
             return self._finish()
         finally:
-            self._base_writer.abort()
-            for name in PARTS:
-                self._writers[name].abort()
-                self._patches[name].abort()
+            with contextlib.ExitStack() as stack:  # each of them, although another may fail
+                stack.callback(self._base_writer.abort)
+                for name in PARTS:
+                    stack.callback(self._writers[name].abort)
+                    stack.callback(self._patches[name].abort)
 
     def _table(self, row: list[int]) -> bytes:
         """The table of the values that were asked for."""
@@ -357,6 +363,7 @@ class Encoder:
         parts: dict[str, PartState] = {}
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []
+        shared: list[ObjectId] = []
         data_bytes = patch_bytes = 0
         for name, row in self._numbers.items():
             if not row:
@@ -376,20 +383,25 @@ class Encoder:
                 bundle, size = self._writers[name].finish(self._catalog.store.publish)
                 data_bytes += size
                 recipes.append(self._recipe(values, row, bundle))
-            if self._patched and table != exact and not self._has_patch(parts[name]):
-                patch_bytes += self._patch(name, values, row)
+            if self._patched and table != exact:
+                if self._has_patch(parts[name]):
+                    shared.append(object_id(Kind.VALUES, exact))
+                else:
+                    patch_bytes += self._patch(name, values, row)
         if "model" in parts and "model" not in self._known:
             self._base_writer.finish(parts["model"].values)
         lossy = self._spec.settings is not None
         return Encoded(
             parts, tables, recipes, max(self._depths.values(), default=0), data_bytes, patch_bytes,
             self._nonfinite, report(self._errors, self._infos),
-            report_tensors(self._errors, self._infos) if lossy else {},
+            report_tensors(self._errors, self._infos) if lossy else {}, shared,
         )  # fmt: skip
 
     def _has_patch(self, state: PartState) -> bool:
-        """Whether another commit of the same near and exact values has a patch already."""
+        """Whether another commit of the same near and exact values has a patch to share."""
         if state.exact is None or not self._catalog.has_recipe(state.exact):
+            return False
+        if self._catalog.is_fading(state.exact):  # its days are numbered
             return False
         frames = self._catalog.bundle(self._catalog.recipe(state.exact).bundles[0])
         return all(frame.base and frame.base[0] == state.values for frame in frames)

@@ -108,13 +108,8 @@ class Repo(Care):
     ) -> Result:
         """Commit what has been opened already; see `Committer.commit`."""
         from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415
-        from ckptvcs.committing import (  # noqa: PLC0415
-            Committer,
-            Request,
-            plain_message,
-            plain_metrics,
-            plain_step,
-        )  # fmt: skip
+        from ckptvcs.committing import Committer  # noqa: PLC0415
+        from ckptvcs.request import Request  # noqa: PLC0415
 
         require_flags(self.folder, "write")
         spec = self.config.codec_of(codec)
@@ -127,16 +122,10 @@ class Repo(Care):
             from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
 
             self._held = HeldBase()
-        request = Request(
-            checkpoint,
-            path,
-            inside,
-            message=plain_message(message),
-            step=plain_step(step),
-            metrics=plain_metrics(metrics),
-            spec=spec,
-            branch=branch,
-        )
+        request = Request.of(
+            checkpoint, path, inside=inside, message=message, step=step, metrics=metrics,
+            spec=spec, branch=branch,
+        )  # fmt: skip
         # A commit of another thread that is still at work replaces the base in memory.
         alone = self._holder.acquire(blocking=False)
         try:

@@ -11,6 +11,7 @@ that one that its reader changed in place is decoded anew before anything is bui
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 from ckptvcs.chain import ChainReader, Link, Materialised
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, word_type
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.extract import PartReader, Window, windows
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.schema import Schema
@@ -179,9 +180,7 @@ class Trajectory:
             for number in numbers:
                 values, position = owner.place(number)
                 known[self._catalog.value(values, position)] = owner, number
-        chain = ChainReader(
-            self._catalog, lambda values: _Seen(values, self._catalog.values(values), known)
-        )
+        chain = ChainReader(self._catalog, lambda values: self._seen(values, known))
         for number in then.numbers:
             word = then.restorer.schema.tensors[number].type.word
             links = chain.links(*then.restorer.place(number))
@@ -189,6 +188,11 @@ class Trajectory:
             for link in links:
                 if link.companion:
                     yield from _lowest(link.companion[0], _MASTER_WORD)
+
+    def _seen(self, values: ObjectId, known: _Known) -> _Seen | None:
+        with contextlib.suppress(CorruptionError):  # of a commit that was dropped it may be gone
+            return _Seen(values, self._catalog.values(values), known)
+        return None
 
     def _decode(self, here: _Stop, bridges: list[_Bridge]) -> dict[ObjectId, _Kept]:
         """Decode what is wanted of a commit, and have it at hand; what the next one stands on."""

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from ckptvcs import committing
-from ckptvcs.errors import BusyError, ConflictError
+from ckptvcs.errors import BusyError, ConflictError, MissingObjectError
 from ckptvcs.format import raise_flags
+from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
@@ -132,6 +133,59 @@ def test_a_writer_whose_lease_was_taken_away(
     assert not Repo.open(tmp_path).verify().damage
 
 
+@pytest.mark.parametrize("when", ["dump_commit", "require_packs", "check_lease"])
+def test_a_patch_that_fades_while_another_comes_to_share_it(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, run = Repo.init(tmp_path), states(5)
+    for step in (1, 2):
+        torch.save(run[step - 1], tmp_path / "run.pt")
+        repo.commit_path(tmp_path / "run.pt", message="", step=step)
+    late, done = list[Patch](), list[str]()
+    calm, delete = getattr(committing, when), Fader.delete
+
+    def others(*args: Any) -> Any:
+        """Two commits on the branch that has the patch, which looked who shares it, and will delete
+        it when they come to it.
+        """
+        if not done:
+            done.append(when)
+            with monkeypatch.context() as patch:
+                patch.setattr(Fader, "delete", lambda _, patches: late.extend(patches))
+                other = Repo.open(tmp_path)
+                for step in (3, 4):
+                    other.commit(run[step - 1], step=step)
+        return calm(*args)
+
+    monkeypatch.setattr(committing, when, others)
+    made = repo.commit_path(tmp_path / "run.pt", message="", step=2, branch="side")
+    delete(Repo.open(tmp_path).fader(), late)
+    for name in ("main@4", "main@3", made.id):
+        step = 2 if name == made.id else int(name[-1])
+        assert repo.entry(repo.resolve(name)).exact
+        assert torch.equal(repo.checkout(name)["model"]["a"], run[step - 1]["model"]["a"])
+    assert not repo.verify().damage
+
+
+def test_what_fails_behind_the_commit_point_does_not_fail_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, run = Repo.init(tmp_path), states(3)
+    for step in (1, 2):
+        repo.commit(run[step - 1], step=step)
+
+    def after(*args: Any, **kwargs: Any) -> list[Patch]:
+        if repo.resolve("HEAD") == made_before:
+            return calm(*args, **kwargs)
+        raise MissingObjectError("another process has let it go")
+
+    calm, made_before = Fader.after, repo.resolve("HEAD")
+    monkeypatch.setattr(Fader, "after", after)
+    made = repo.commit(run[2], step=3)
+    assert [entry.step for entry in repo.log()] == [3, 2, 1]
+    assert repo.resolve("HEAD") == made.id
+
+
 def test_gc_waits_for_writers_and_they_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +212,27 @@ def test_a_reader_goes_on_while_what_it_reads_is_swept(tmp_path: Path) -> None:
     for entry in entries[:2]:
         true = run[(entry.step or 0) - 1]["model"]["a"]
         assert torch.equal(reader.checkout(f"id:{entry.id}")["model"]["a"], true)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5, 8, 13, 21, 34])
+def test_verify_while_others_commit_and_collect(at: int, tmp_path: Path) -> None:
+    repo, run = Repo.init(tmp_path), states(6)
+    for step in (1, 2, 3, 4):
+        repo.commit(run[step - 1], step=step)
+    ticks = list[int]()
+
+    def meanwhile(_: int) -> None:
+        ticks.append(0)
+        if len(ticks) == at + 1:
+            other = Repo.open(tmp_path)
+            other.commit(run[4], step=5)  # the patches of others fade
+            other.gc(Policy(last=3))
+            other.commit(run[5], step=6)
+
+    report = repo.verify(meanwhile)
+    assert len(ticks) > at
+    assert not report.damage
+    assert not repo.verify().damage
 
 
 def test_two_flags_raised_at_once(tmp_path: Path) -> None:

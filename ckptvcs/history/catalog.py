@@ -69,7 +69,7 @@ class Catalog:
         self.values = lru_cache(256)(self._values)
         self.bundle = lru_cache(256)(self._bundle)
         self.recipe = lru_cache(1024)(self._recipe)
-        self.dropped = lru_cache(1)(self._dropped)
+        self.dropped = lru_cache(2)(self._dropped)
 
     def _commit(self, name: ObjectId) -> Commit:
         return load_commit(name, self.store.get(name, Kind.COMMIT))
@@ -162,6 +162,17 @@ class Catalog:
         names = self.store.find(b"let go:" + commit.encode())
         return [load_let_go(self.store.get(name, Kind.RECORD)) for name in names]
 
+    def is_fading(self, values: ObjectId) -> bool:
+        """Whether a record lets these exact values go, of any commit: a patch for them may be
+        deleted at any moment, even if others that have them come to share it.
+        """
+        for name in self.commits_of_exact(values):
+            parts = {p for p, state in self.commit(name).parts.items() if state.exact == values}
+            records = [record for record in self.let_go(name) if record.what == "fade"]
+            if any(parts.intersection(record.parts or PARTS) for record in records):
+                return True
+        return False
+
     def record(self, records: Sequence[LetGo]) -> None:
         """Say durably what is let go, or taken back, before anything is deleted.
 
@@ -170,26 +181,22 @@ class Catalog:
         """
         if not records:
             return
-        pack = self.store.new_pack("meta")
-        try:
+        with self.store.packing("meta") as pack:
             for record in records:
                 pack.add(Kind.RECORD, dump_let_go(record))
-            self.store.publish(pack)
-        finally:
-            pack.abort()
         self.forget()
 
-    def _dropped(self) -> Dropped:
-        """What rules have let go, as far as it was not undone."""
+    def _dropped(self, *undone: ObjectId) -> Dropped:
+        """What rules have let go, as far as it was not undone; or these records were."""
         records = {
             name: load_let_go(self.store.get(name, Kind.RECORD))
             for name in self.store.find(b"drop")
         }
-        undone = {old for record in records.values() for old in record.undoes}
+        taken_back = {old for record in records.values() for old in record.undoes}.union(undone)
         hidden: set[ObjectId] = set()
         parts: dict[ObjectId, frozenset[str]] = {}
         for name, record in records.items():
-            if record.what == "drop" and name not in undone:
+            if record.what == "drop" and name not in taken_back:
                 for commit in record.commits:
                     gone = frozenset(record.parts or PARTS)
                     parts[commit] = parts.get(commit, frozenset()) | gone

@@ -56,7 +56,7 @@ class Fader:
             )  # fmt: skip
             found += [
                 Patch(values, place.pack, place.folder, part, holders, store.pack_size(place.pack))
-                for place in store.places(recipe)
+                for place in store.index.known(recipe)
             ]
         return found
 

@@ -47,11 +47,20 @@ def mark(
             tables.append((state.values, part))
             if state.exact and state.exact not in faded and catalog.recipes(state.exact):
                 tables.append((state.exact, part))
+    # Of tables that these stand on, only frames are read: their hashes prove nothing here.
+    marked.objects |= {table for table, _ in tables}
     _mark_tables(catalog, tables, marked, lost)
     if lost is not None:
         lost |= {name for name in marked.objects if not catalog.store.contains(name)}
     marked.objects |= bases(catalog, marked.objects - (lost or set()), lost)
     return marked
+
+
+def is_whole(catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped) -> bool:
+    """Whether everything is there that commits need but for what is `gone` of them."""
+    lost: set[ObjectId] = set()
+    mark(catalog, commits, gone, lost=lost)
+    return not lost
 
 
 def bases(
@@ -81,7 +90,7 @@ def _mark_tables(
     catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: Marked,
     lost: set[ObjectId] | None,
 ) -> None:  # fmt: skip
-    """Mark tables of values, their recipe and bundles, and the tables that these stand on."""
+    """Mark the recipes and bundles of tables of values, and of the tables that these stand on."""
     done = set[ObjectId]()
     while tables:
         table, part = tables.pop()
@@ -104,7 +113,6 @@ def _mark_tables(
             # One that a commit left behind that came to nothing stands on what was never written.
             if pair[1].patch and (not own or _can_be_read(catalog, pair[1]))
         ]  # fmt: skip
-        marked.objects.add(table)
         for name, recipe in own:
             marked.objects.add(name)
             marked.objects.update(recipe.bundles)

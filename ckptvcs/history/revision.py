@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Set
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, find_metrics
+from ckptvcs.history.marking import is_whole
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.store.object import Kind, ObjectId
 
@@ -93,8 +94,7 @@ class Revisions:
         gone = self._catalog.dropped()
         if not self._catalog.store.contains(name) or name in gone.commits or name in gone.parts:
             return False
-        parts = self._catalog.commit(name).parts.values()
-        return all(self._catalog.has_recipe(state.values) for state in parts)
+        return is_whole(self._catalog, {name: self._catalog.commit(name)}, gone)
 
     def require(self, name: ObjectId, reached: Set[ObjectId] | None = None) -> None:
         """Refuse to lead to a commit that rules or a sweep took away, or that stands on such.
@@ -107,17 +107,15 @@ class Revisions:
         if name in gone.commits:
             raise NotFoundError(f"commit {name[:8]} was dropped", hint="see 'ckpt reflog'")
         reached = self.ids() if reached is None else reached
-        while name not in reached:
-            there = self._catalog.store.contains(name)
-            parts = self._catalog.commit(name).parts if there else {}
-            left = [s for part, s in parts.items() if part not in gone.parts.get(name, ())]
-            kept = all(self._catalog.has_recipe(state.values) for state in left)
-            if not there or not (kept or name in gone.commits):
-                raise NotFoundError(f"commit {name[:8]} was swept", hint="see 'ckpt reflog'")
-            parents = self._catalog.commit(name).parents
-            if not parents:
-                return
-            name = parents[0]
+        commits: dict[ObjectId, Commit] = {}
+        below: ObjectId | None = name
+        while below is not None and below not in reached:
+            if not self._catalog.store.contains(below):
+                raise NotFoundError(f"commit {below[:8]} was swept", hint="see 'ckpt reflog'")
+            commits[below] = self._catalog.commit(below)
+            below = next(iter(commits[below].parents), None)
+        if not is_whole(self._catalog, commits, gone):
+            raise NotFoundError(f"commit {name[:8]} was swept", hint="see 'ckpt reflog'")
 
     def ids(self) -> set[ObjectId]:
         """Every commit that a ref leads to, dropped ones too."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ckptvcs.errors import ConflictError, CorruptionError, NotFoundError
 from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.marking import is_whole
 from ckptvcs.history.recipe import LetGo, load_let_go
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
@@ -162,13 +163,9 @@ class Past:
     def _restore(
         self, branch: str, newest: Generation, name: ObjectId, drop: LetGo, time: str
     ) -> Undone:
-        for commit in drop.commits:
-            for part, state in self._catalog.commit(commit).parts.items():
-                wanted = part in (drop.parts or self._catalog.commit(commit).parts)
-                if wanted and not self._catalog.has_recipe(state.values):
-                    raise ConflictError(
-                        f"what '{drop.rule}' dropped was swept", hint="see 'ckpt reflog'"
-                    )
+        commits = {commit: self._catalog.commit(commit) for commit in drop.commits}
+        if not is_whole(self._catalog, commits, self._catalog.dropped(name)):
+            raise ConflictError(f"what '{drop.rule}' dropped was swept", hint="see 'ckpt reflog'")
         after = self._refs.branches()
         record = LetGo("undo", drop.commits, drop.parts, drop.rule, time, (name,), after)
         self._catalog.record([record])

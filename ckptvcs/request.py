@@ -1,0 +1,99 @@
+"""Request: what is to be committed, and what its user, its content and its name say of it."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.codec.spec import CodecSpec
+from ckptvcs.errors import InvalidInputError
+
+_MESSAGE_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", re.IGNORECASE)
+_FILE_STEP = re.compile(
+    r"(?:global_?step|step|checkpoint|ckpt|iter)[-_=.]?([0-9]{1,18})", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be committed, and what is said about it.  `path` is how it will be named."""
+
+    checkpoint: Checkpoint
+    path: str
+    inside: bool
+    message: str
+    step: int | None
+    metrics: Mapping[str, float]
+    spec: CodecSpec
+    branch: str | None = None
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, path: str, *, inside: bool, message: object, step: object,
+        metrics: Mapping[Any, object], spec: CodecSpec, branch: str | None,
+    ) -> Request:  # fmt: skip
+        """A request of what a user has given.
+
+        Raises:
+            InvalidInputError: a step, a metric or a message is none.
+        """
+        return cls(
+            checkpoint, path, inside, _plain_message(message), _plain_step(step),
+            _plain_metrics(metrics), spec, branch,
+        )  # fmt: skip
+
+
+def _plain_step(step: object) -> int | None:
+    """A step as a commit holds it; whole numbers of numpy and torch are taken too.
+
+    Raises:
+        InvalidInputError: it is no whole number from 0.
+    """
+    if step is None:
+        return None
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        number = -1
+    if not 0 <= number < 1 << 62:
+        raise InvalidInputError(f"a step is a whole number from 0, not {step!r}")
+    return number
+
+
+def _plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
+    """Metrics as a commit holds them; anything that `float` takes but text and bool.
+
+    Raises:
+        InvalidInputError: a value is no number.
+    """
+    plain = {}
+    for name, value in metrics.items():
+        try:
+            if not isinstance(name, str) or isinstance(value, bool | str | bytes):
+                raise TypeError  # noqa: TRY301  the same answer as for what float refuses
+            plain[name] = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise InvalidInputError(f"metric {name!r} is no number: {value!r}") from None
+    return plain
+
+
+def _plain_message(message: object) -> str:
+    """A message as a commit holds it.  Raises InvalidInputError."""
+    if not isinstance(message, str):
+        raise InvalidInputError(f"a message is text, not {message!r}")
+    return message
+
+
+def find_step(request: Request) -> int | None:
+    """The step: as given, else what the checkpoint, the message or the file name says."""
+    if request.step is not None:
+        return request.step
+    if request.checkpoint.step is not None:
+        return request.checkpoint.step
+    found = _MESSAGE_STEP.search(request.message)
+    found = found or _FILE_STEP.search(request.path.rpartition("/")[2])
+    return int(found[1]) if found else None
