@@ -24,8 +24,8 @@ from ckptvcs.history.recipe import LetGo
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.index import Place
-from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
-from ckptvcs.store.pack import Entry, pack_name, read_entries, scan_entries
+from ckptvcs.store.object import Kind, ObjectId, PackId
+from ckptvcs.store.pack import Entry, find_entries, pack_name
 
 _BLOCK = 1 << 24
 _RULE = "verify --drop-damaged"
@@ -81,34 +81,26 @@ class Repairer:
 
     def _copy(self, found: Iterable[Record], folder: str) -> int:
         """Put records into a new pack; how many."""
-        pack, count = self._catalog.store.new_pack(folder), 0
-        try:
+        count = 0
+        with self._catalog.store.packing(folder) as pack:
             for entry, region, payload in found:
                 if entry.id not in pack:
                     pack.copy(entry, region, payload)
                     count += 1
-            if count:
-                self._catalog.store.publish(pack)
-        finally:
-            pack.abort()
         self._catalog.forget()
         return count
 
     def _find_damaged(self) -> None:
         store = self._catalog.store
         for name, folder in store.list_packs().items():
-            try:
-                store.verify_pack(name, folder)
-            except CorruptionError:
-                self._damaged[name] = folder
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    store.verify_pack(name, folder)
+                except CorruptionError:
+                    self._damaged[name] = folder
 
     def _entries(self, pack: PackId, folder: str) -> tuple[Entry, ...]:
-        """What a damaged pack holds, as far as that can be read."""
-        backend, file = self._catalog.store.backend, pack_name(folder, pack)
-        try:
-            return read_entries(backend, file)
-        except CkptError:
-            return scan_entries(backend, file)
+        return find_entries(self._catalog.store.backend, pack_name(folder, pack))
 
     def _salvage(self) -> None:
         """Copy what is sound in damaged packs and lies nowhere else.  An exact patch is no good in
@@ -135,19 +127,13 @@ class Repairer:
     def _remember(self) -> None:
         """Write commits, recipes and records again that only the index remembers."""
         store, kept = self._catalog.store, self._memory.store.index
-        pack = store.new_pack("meta")
-        try:
+        with store.packing("meta") as pack:
             for kind in (Kind.COMMIT, Kind.RECIPE, Kind.RECORD):
                 for name in kept.ids(kind):
                     content = kept.content(name, kind)
                     if content is not None and not self._has(name, kind):
-                        assert object_id(kind, content) == name
                         pack.add(kind, content)
                         self.done.remembered += 1
-            if self.done.remembered:
-                store.publish(pack)
-        finally:
-            pack.abort()
         self._catalog.forget()
 
     def _has(self, name: ObjectId, kind: Kind) -> bool:
@@ -186,8 +172,8 @@ class Repairer:
         store, file = self._catalog.store, pack_name(folder, pack)
         try:
             other.store.verify_pack(pack, folder)
-        except CkptError:
-            with contextlib.suppress(CkptError):
+        except (CkptError, FileNotFoundError):
+            with contextlib.suppress(CkptError, FileNotFoundError):
                 rows = [(p.entry, *read_sound(other.store, p)) for p in (
                     Place(pack, folder, entry) for entry in other.store.entries(pack, folder)
                 )]  # fmt: skip
@@ -237,9 +223,7 @@ class Repairer:
 
     def _mend_refs(self) -> None:
         """Write a damaged newest generation anew."""
-        names = [HEAD, *(f"{space}/{name}" for space in ("heads", "tags", "pins")
-                         for name in self._refs.names(space))]  # fmt: skip
-        for ref in names:
+        for ref in self._refs.every():
             try:
                 self._refs.read(ref)
             except CkptError:
@@ -292,18 +276,13 @@ class Repairer:
                 continue
             self.done.dropped[hole] = ()
             parent = self._before(hole)
-            pack = self._catalog.store.new_pack("meta")
-            try:
+            with self._catalog.store.packing("meta") as pack:
                 for name, commit in reversed(above.items()):
-                    if name in moved:
-                        parent = moved[name]
-                        continue
-                    parents = (parent,) if parent else ()
-                    content = dump_commit(replace(commit, parents=parents))
-                    parent = moved[name] = pack.add(Kind.COMMIT, content)
-                self._catalog.store.publish(pack)
-            finally:
-                pack.abort()
+                    if name not in moved:
+                        parents = (parent,) if parent else ()
+                        content = dump_commit(replace(commit, parents=parents))
+                        moved[name] = pack.add(Kind.COMMIT, content)
+                    parent = moved[name]
             self._catalog.forget()
             old = self._refs.read(ref)
             if ref.startswith("pins/"):

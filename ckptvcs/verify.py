@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from ckptvcs.bases import CachedTable
 from ckptvcs.budget import Budget, Checked
@@ -26,7 +28,7 @@ from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.copying import read_sound
 from ckptvcs.history.marking import mark
-from ckptvcs.history.refs import HEAD, Refs
+from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.restore import Restorer, safe_path
@@ -34,10 +36,12 @@ from ckptvcs.store.backend import read_small
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.objects import ObjectStore
-from ckptvcs.store.pack import FOLDERS, read_entries, scan_entries
+from ckptvcs.store.pack import FOLDERS, find_entries
 
 _MAX_FORMAT_BYTES = 1 << 16
+_TRIES = 3
 
+T = TypeVar("T")
 Progress = Callable[[int], None]
 
 
@@ -114,16 +118,16 @@ class Verifier:
         """Look at everything; damage is collected, not raised.  `index` is the store whose index is
         to be compared with the packs.
         """
-        sizes = {name: self._catalog.store.backend.size(name) for name in self._files()}
+        sizes = dict(self._files())
         self._format()
-        commits = self._reachable()
+        commits = self._twice(self._reachable)
         sizes |= {name: commit.raw_bytes for name, commit in commits.items()}
         checked = Checked(self._cache / "verified.json")
         names = iter(sizes) if self._budget is None else self._budget.choose(checked, sizes)
         done = []
         for name in names:
             if name in commits:
-                self._commit(ObjectId(name), commits[ObjectId(name)])
+                self._twice(partial(self._commit, ObjectId(name), commits[ObjectId(name)]))
             else:
                 self._pack(name)
             done.append(name)
@@ -135,6 +139,17 @@ class Verifier:
         checked.note(done)
         return self.report
 
+    def _twice(self, look: Callable[[], T]) -> T:
+        """Look again where something is wrong: a rule, or gc, may have taken it away meanwhile."""
+        before = replace(self.report, damage=self.report.damage.copy()), self._harmed.copy()
+        found = look()
+        if len(self.report.damage) > len(before[0].damage):
+            self.report, self._harmed = before
+            self._catalog.store.refresh()
+            self._catalog.forget()
+            found = look()
+        return found
+
     def _format(self) -> None:
         try:
             data = read_small(self._catalog.store.backend, "format", _MAX_FORMAT_BYTES)
@@ -144,9 +159,13 @@ class Verifier:
 
     # -- packs ---------------------------------------------------------------------------------
 
-    def _files(self) -> list[str]:
+    def _files(self) -> Iterator[tuple[str, int]]:
+        """The packs and their sizes."""
         backend = self._catalog.store.backend
-        return [name for folder in FOLDERS for name in backend.names(folder)]
+        for folder in FOLDERS:
+            for name in backend.names(folder):
+                with contextlib.suppress(FileNotFoundError):  # it was swept meanwhile
+                    yield name, backend.size(name)
 
     def _pack(self, name: str) -> None:
         folder, stem = name.partition("/")[0], name.rpartition("/")[2].removesuffix(".pack")
@@ -155,20 +174,16 @@ class Verifier:
             self.report.packs += 1
             self.report.bytes += info.size_bytes
             self._progress(info.size_bytes)
+        except FileNotFoundError:
+            return  # it was swept meanwhile
         except CkptError as error:
             damage = self._wrong("pack", error, name=name)
             damage.objects = tuple(self._unsound(name, PackId(stem), folder))
-        except FileNotFoundError:
-            return  # it was swept meanwhile
 
     def _unsound(self, name: str, pack: PackId, folder: str) -> Iterator[ObjectId]:
         store = self._catalog.store
         with contextlib.suppress(CkptError, FileNotFoundError):
-            try:
-                entries = read_entries(store.backend, name)
-            except CorruptionError:
-                entries = scan_entries(store.backend, name)
-            for entry in entries:
+            for entry in find_entries(store.backend, name):
                 try:
                     read_sound(store, Place(pack, folder, entry))
                 except CkptError:
@@ -178,9 +193,7 @@ class Verifier:
 
     def _roots(self) -> dict[str, ObjectId]:
         roots: dict[str, ObjectId] = {}
-        names = [HEAD, *(f"{space}/{name}" for space in ("heads", "tags", "pins")
-                         for name in self._refs.names(space))]  # fmt: skip
-        for name in names:
+        for name in self._refs.every():
             try:
                 self._refs.check(name)
                 move = self._refs.read(name)
@@ -206,6 +219,8 @@ class Verifier:
         return found
 
     def _commit(self, name: ObjectId, commit: Commit) -> None:
+        if name in self._catalog.dropped().commits:
+            return  # meanwhile
         self.report.commits += 1
         try:
             restorer = Restorer(self._catalog, name)
@@ -323,8 +338,13 @@ class Verifier:
 
     def _index(self, store: ObjectStore) -> None:
         """Compare the index of the repository with one that was made of the packs."""
-        store.refresh()
-        if not store.index.agrees(self._catalog.store.index):
+        alone = self._catalog.store
+        for _ in range(_TRIES):  # while others write, the two are of different moments
+            store.refresh()
+            alone.refresh()
+            if store.index.agrees(alone.index):
+                return
+        if store.pack_sizes() == alone.pack_sizes():
             error = CorruptionError(
                 "the index does not agree with the packs: 'ckpt index --rebuild'"
             )
