@@ -1,5 +1,16 @@
 """`python -m ckptvcs` is `ckpt`."""
 
-from ckptvcs.cli.app import main
+import signal
 
-main()
+
+def main() -> None:
+    """Run the command line.  Ctrl-C while its modules are loaded ends it without a word."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from ckptvcs.cli import app  # noqa: PLC0415
+
+    app.main()
+
+
+if __name__ == "__main__":
+    main()
