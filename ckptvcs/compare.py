@@ -229,11 +229,10 @@ class _Side:
 
     @cached_property
     def _errors(self) -> dict[int, float]:
-        name = self.restorer.commit.errors
         return {
             # A moment's own error stands as a squared one.
             number: error.weight_rel or math.sqrt(error.residual_nmse)
-            for number, error in ({} if name is None else self.catalog.errors(name)).items()
+            for number, error in self.catalog.errors(self.restorer.name).items()
             if self.restorer.fidelity.get(self.infos[number].part) == "near"
         }
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog, Dropped
-from ckptvcs.history.commit import PARTS, Commit, dump_commit
+from ckptvcs.history.commit import ERRORS, PARTS, Commit, dump_commit
 from ckptvcs.history.copying import read_sound
 from ckptvcs.history.marking import mark
 from ckptvcs.history.recipe import LetGo
@@ -29,6 +29,7 @@ from ckptvcs.store.pack import Entry, find_entries, pack_name
 
 _BLOCK = 1 << 24
 _RULE = "verify --drop-damaged"
+_ALONE = frozenset(("optimizer", ERRORS))  # what a commit can do without
 _ROUNDS = 1000  # each finds what was hidden behind the one before: a line of lost commits
 
 Record = tuple[Entry, bytes, bytes]
@@ -322,7 +323,7 @@ class Repairer:
         for name, commit in Revisions(self._catalog, self._refs).visible().items():
             lost = self._lost_parts(name, commit)
             if lost:
-                self.done.dropped[name] = lost if lost == ("optimizer",) else ()
+                self.done.dropped[name] = lost if _ALONE.issuperset(lost) else ()
                 drops.setdefault(self.done.dropped[name], []).append(name)
             faded = {part for part, _ in self._lost_patches(name, commit)}
             faded |= {part for part, state in commit.parts.items()
@@ -335,11 +336,11 @@ class Repairer:
         ])  # fmt: skip
 
     def _lost_parts(self, name: ObjectId, commit: Commit) -> tuple[str, ...]:
-        """The parts of a commit that cannot be restored."""
+        """What cannot be restored of a commit: parts, or the errors of its tensors."""
         dropped = self._catalog.dropped().parts.get(name, frozenset())
-        lost = []
-        for part in sorted(set(commit.parts) - dropped):
-            others = Dropped(frozenset(), {name: frozenset(commit.parts) - {part}})
+        parts, lost = {ERRORS, *commit.parts}, []
+        for part in sorted(parts - dropped):
+            others = Dropped(frozenset(), {name: frozenset(parts - {part})})
             faded = {state.exact for state in commit.parts.values() if state.exact}
             missing: set[ObjectId] = set()
             marked = mark(self._catalog, {name: commit}, others, faded, missing)

@@ -224,8 +224,7 @@ class Verifier:
         self.report.commits += 1
         try:
             restorer = Restorer(self._catalog, name)
-            if commit.errors is not None:
-                self._catalog.errors(commit.errors)
+            self._catalog.errors(name)
         except CkptError as error:
             self._wrong("commit", error, commit=name)
             return
@@ -239,7 +238,7 @@ class Verifier:
                 if table is not None and (table == state.values or self._catalog.recipes(table)):
                     self._table(name, table, infos)
         self._patches(name, commit)
-        if gone or len(self.report.damage) > damaged:
+        if gone.intersection(commit.parts) or len(self.report.damage) > damaged:
             return  # the files made of these tensors are damaged with them
         for file in commit.files:
             try:

@@ -16,6 +16,7 @@ import pytest
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
+from ckptvcs.store.pack import pack_name
 from ckptvcs.verify import Damage
 from tests.crashing import SCENARIOS, Scenario, Snapshot, save
 
@@ -254,6 +255,27 @@ def test_repaired_by_letting_go(kind: str, template: Path, place: Path) -> None:
         save(root, range(5, 7))
         repo.commit_path(root / "step-6.pt", message="after")
         assert not verified(root)
+
+
+def test_a_commit_without_the_errors_of_its_tensors(template: Path, place: Path) -> None:
+    root = place / "copy"
+    shutil.copytree(template, root)
+    repo = Repo.open(root / "repo")
+    name = repo.resolve(1)
+    errors = repo.catalog.commit(name).errors
+    assert errors is not None
+    assert repo.catalog.errors(name)
+    (lies,) = repo.catalog.store.places(errors)
+    pack = root / "repo" / ".ckpt" / pack_name(lies.folder, lies.pack)
+    data = bytearray(pack.read_bytes())
+    data[lies.entry.offset + lies.entry.record_bytes - 1] ^= 1
+    pack.write_bytes(data)
+    whole, repo = Snapshot.of(template), Repo.open(root / "repo")
+    assert [one.commits for one in verified(root) if one.what == "pack"] == [(name,)]
+    assert repo.repair(drop=True).dropped == {name: ("errors",)}
+    assert not verified(root)
+    assert readable(root, whole) == set(whole.near)
+    assert not repo.catalog.errors(name)
 
 
 def test_commits_that_only_the_index_remembers(template: Path, place: Path) -> None:

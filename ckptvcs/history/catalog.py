@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.commit import (
+    ERRORS,
     PARTS,
     Commit,
     ErrorReport,
@@ -88,8 +89,15 @@ class Catalog:
         return load_skeleton(self.store.get(name, Kind.SKELETON))
 
     def errors(self, name: ObjectId) -> dict[int, ErrorReport]:
-        """The errors of single tensors.  Raises MissingObjectError, CorruptionError."""
-        return load_errors(self.store.get(name, Kind.ERRORS))
+        """The errors of those tensors of a commit that are not exact, by position in its schema.
+
+        Raises:
+            MissingObjectError, CorruptionError: they are missing or damaged, and were not let go.
+        """
+        errors = self.commit(name).errors
+        if errors is None or ERRORS in self.dropped().parts.get(name, ()):
+            return {}
+        return load_errors(self.store.get(errors, Kind.ERRORS))
 
     def recipes(self, values: ObjectId) -> list[tuple[ObjectId, Recipe]]:
         """Every recipe of a table of values, newest first."""

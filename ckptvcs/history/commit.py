@@ -19,6 +19,9 @@ from ckptvcs.store.object import ObjectId, checked_id
 PARTS = ("model", "optimizer", "rest")
 """Weights; optimizer state; everything else.  Each decodes without the others."""
 
+ERRORS = "errors"
+"""What a commit can be without, besides parts: the errors of its tensors one by one."""
+
 
 @dataclass(frozen=True)
 class PartState:

@@ -82,8 +82,7 @@ class History:
 
     def errors(self, name: ObjectId) -> dict[int, ErrorReport]:
         """The errors of those tensors of a commit that are not exact, by position in its schema."""
-        errors = self._catalog.commit(name).errors
-        return {} if errors is None else self._catalog.errors(errors)
+        return self._catalog.errors(name)
 
     def tags(self) -> dict[ObjectId, tuple[str, ...]]:
         """The tags of each commit that has any."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import ERRORS, Commit
 from ckptvcs.history.recipe import Recipe
 from ckptvcs.store.object import ObjectId, PackId
 from ckptvcs.store.pack import pack_name
@@ -39,7 +39,7 @@ def mark(
             continue
         marked.objects.add(commit.schema)
         marked.objects |= {file.skeleton for file in commit.files if file.skeleton}
-        if commit.errors is not None:
+        if commit.errors is not None and ERRORS not in gone.parts.get(name, ()):
             marked.objects.add(commit.errors)
         for part, state in commit.parts.items():
             if part in gone.parts.get(name, ()):
