@@ -40,6 +40,7 @@ from ckptvcs.store.pack import FOLDERS
 from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
+    from ckptvcs.background import Background
     from ckptvcs.bases import HeldBase
     from ckptvcs.restore import Restorer
 
@@ -65,6 +66,7 @@ class Opened:
         self._branch: str | None = None
         self._held: HeldBase | None = None
         self._holder = Lock()
+        self._background: Background[LogEntry] | None = None
         self._sync_index()
 
     @classmethod

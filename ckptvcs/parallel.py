@@ -11,10 +11,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import lru_cache
+from threading import get_native_id, local
 from typing import TypeVar
 
 _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
+_LEAST = 19  # the priority that comes last
 _AHEAD = 2  # items more than threads, so that none idles while a slow one is waited for
 
 T = TypeVar("T")
@@ -29,10 +32,21 @@ def worker_count() -> int:
         return min(16, os.cpu_count() or 1)
 
 
-@lru_cache(1)
-def _pool(process: int) -> ThreadPoolExecutor:
+@lru_cache(2)
+def _pool(process: int, background: bool) -> ThreadPoolExecutor:
     """The threads of this process; a forked child makes its own."""
-    return ThreadPoolExecutor(worker_count(), thread_name_prefix=f"ckpt-{process}")
+    workers = max(1, worker_count() - background)  # one core is somebody else's
+    return ThreadPoolExecutor(workers, thread_name_prefix=f"ckpt-{process}")
+
+
+_thread = local()
+
+
+def stay_in_background() -> None:
+    """Let what this thread does, and the threads that it starts, come after all other work."""
+    _thread.background = True
+    with suppress(AttributeError, OSError):  # on Linux a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), _LEAST)
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -41,7 +55,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     An exception of `function` is raised at its item; work that waits then is dropped.  `function`
     must not call `ordered_map` itself: all work shares one pool of threads.
     """
-    pool = _pool(os.getpid())
+    pool = _pool(os.getpid(), getattr(_thread, "background", False))
     waiting: deque[Future[R]] = deque()
     turn = sys.getswitchinterval()
     try:

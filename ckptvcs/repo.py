@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ckptvcs.care import Care, quiet
 from ckptvcs.errors import InvalidInputError, MissingObjectError
@@ -21,8 +21,13 @@ from ckptvcs.store.object import ObjectId
 from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from ckptvcs.background import Background
     from ckptvcs.checkout import CheckedOut, WorkTree
     from ckptvcs.checkpoint.checkpoint import Checkpoint
+    from ckptvcs.checkpoint.roles import Names
+    from ckptvcs.checkpoint.staging import Staging
     from ckptvcs.committing import Result
     from ckptvcs.compare import Comparison
     from ckptvcs.search import Bisection, Judge, Watch
@@ -32,6 +37,25 @@ if TYPE_CHECKING:
 # `status` start without numpy.
 
 T = TypeVar("T")
+_NOTHING: Any = object()
+
+
+def _take(
+    state: object, model: Any, optimizer: Any, extra: Mapping[str, object] | None,
+    staging: Staging | None = None,
+) -> Checkpoint:  # fmt: skip
+    """A state, or that of a model and its optimizer, as a checkpoint."""
+    from ckptvcs.checkpoint.objects import gather  # noqa: PLC0415  see above
+    from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint  # noqa: PLC0415
+
+    if (state is _NOTHING) == (model is None and optimizer is None):
+        raise InvalidInputError("commit either a state, or a model and its optimizer")
+    if state is not _NOTHING and extra is not None:
+        raise InvalidInputError("what is extra to a state belongs into it")
+    names: Names = {}
+    if state is _NOTHING:
+        state, names = gather(model, optimizer, extra, STATE_FILE)
+    return state_checkpoint(state, names, staging)
 
 
 class Repo(Care):
@@ -39,24 +63,97 @@ class Repo(Care):
 
     def commit(
         self,
-        state: object,
+        state: object = _NOTHING,
         *,
+        model: Any = None,
+        optimizer: Any = None,
+        extra: Mapping[str, object] | None = None,
         step: int | None = None,
         message: str = "",
         metrics: Mapping[str, float] | None = None,
         codec: str | None = None,
     ) -> LogEntry:
-        """Commit a nested state of plain types, tensors and numpy arrays.
+        """Commit a nested state of plain types, tensors and numpy arrays; or a module of torch and
+        its optimizer (or a list of them), with what is `extra` beside them: then it is known of
+        each moment which weight it belongs to.
 
         Raises:
             InvalidInputError: the state holds something else; the message names its path.
             ConflictError: another writer moved the branch meanwhile.
         """
-        from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint  # noqa: PLC0415
+        self.wait()
+        checkpoint = _take(state, model, optimizer, extra)
+        return self._commit_state(checkpoint, step, message, metrics or {}, codec)
+
+    def commit_async(
+        self,
+        state: object = _NOTHING,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        extra: Mapping[str, object] | None = None,
+        step: int | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        codec: str | None = None,
+    ) -> Future[LogEntry]:
+        """The same, as soon as the state is copied: it is coded while training goes on.
+
+        Commits are made in the order of the calls.  One copy may wait while another is coded; then
+        a call waits, and logs that it does.  What has failed is raised by the next call of this or
+        of `commit`, `wait` or `close`, besides by the future.  A commit is safe from the end of the
+        process once its future is done.
+
+        Raises:
+            InvalidInputError: the state holds what cannot be committed.
+            CkptError: an earlier commit failed; this one was not begun.
+        """
+        background = self._in_background()
+        background.raise_failed()
+        staging = background.stage()
+        try:
+            checkpoint = _take(state, model, optimizer, extra, staging)
+        except BaseException:
+            background.release(staging)
+            raise
+        metrics = dict(metrics or {})
+        return background.submit(
+            staging, lambda: self._commit_state(checkpoint, step, message, metrics, codec)
+        )
+
+    def wait(self) -> None:
+        """Wait for commits in the background.  Raises what one of them failed with."""
+        if self._background is not None and self._background.process == os.getpid():
+            self._background.wait()
+
+    def close(self) -> None:
+        """The same, at the end."""
+        background, self._background = self._background, None
+        if background is not None and background.process == os.getpid():
+            background.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _in_background(self) -> Background[LogEntry]:
+        from ckptvcs.background import Background  # noqa: PLC0415  see above
+
+        if self._background is None or self._background.process != os.getpid():
+            self._background = Background()
+        return self._background
+
+    def _commit_state(
+        self, checkpoint: Checkpoint, step: int | None, message: str,
+        metrics: Mapping[str, float], codec: str | None,
+    ) -> LogEntry:  # fmt: skip
+        from ckptvcs.checkpoint.state import STATE_FILE  # noqa: PLC0415  see above
 
         result = self.commit_checkpoint(
-            state_checkpoint(state), STATE_FILE, inside=True, step=step, message=message,
-            metrics=metrics or {}, codec=codec, branch=self._branch,
+            checkpoint, STATE_FILE, inside=True, step=step, message=message, metrics=metrics,
+            codec=codec, branch=self._branch,
         )  # fmt: skip
         self._branch = result.branch
         return self.entry(result.id, branch=result.branch)
@@ -139,16 +236,28 @@ class Repo(Care):
         keep_reserve(self.folder / CACHE)
         return result
 
-    def checkout(self, revision: str | int) -> Any:
+    def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
         """The state of a commit: the nested object that was committed, with its tensors.
 
         Tensors of torch come back as such (which imports torch); unknown classes come back as
         inert records and are never executed.  A directory comes back as a dict of its files.
+        The state is also loaded `into` a module, a module and its optimizers, or objects with
+        `load_state_dict` by the keys that their states have.
+
+        Raises:
+            NotFoundError: there is no such commit, or it lacks what is to be loaded.
+            InvalidInputError: what is to be loaded does not fit.
+            CorruptionError: it does not decode to its recorded hashes.
         """
         from ckptvcs.extract import PartReader  # noqa: PLC0415
 
         name = self.resolve(revision)
-        return self._twice(lambda: PartReader(self.restorer(name)).state())
+        state = self._twice(lambda: PartReader(self.restorer(name)).state())
+        if into is not None:
+            from ckptvcs.checkpoint.objects import scatter  # noqa: PLC0415
+
+            scatter(state, into)
+        return state
 
     def _twice(self, read: Callable[[], T]) -> T:
         """Read, once more where something was missing: another process may have let it fade, or

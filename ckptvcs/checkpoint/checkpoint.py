@@ -23,7 +23,7 @@ from ckptvcs.checkpoint.layout import (
     unreadable,
 )  # fmt: skip
 from ckptvcs.checkpoint.pickles import walk
-from ckptvcs.checkpoint.roles import Rule, assign_roles
+from ckptvcs.checkpoint.roles import Names, Rule, assign_roles
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.schema import Schema, TensorInfo
 
@@ -206,10 +206,13 @@ def build(
     kind: str,
     parsed: Sequence[tuple[str, Source, Layout, os.stat_result | None]],
     links: Sequence[InputLink],
+    names: Names | None = None,
 ) -> Checkpoint:
-    """Join parsed files (path, bytes, layout, status) into a checkpoint with one schema."""
+    """Join parsed files (path, bytes, layout, status) into a checkpoint with one schema; `names`
+    are what is known of the parameters of its optimizers.
+    """
     cut = [tuple(pieces(layout, source.size)) for _, source, layout, _ in parsed]
-    roles = assign_roles([(path, layout) for path, _, layout, _ in parsed])
+    roles = assign_roles([(path, layout) for path, _, layout, _ in parsed], names or {})
     numbers: dict[int, int] = {}
     for _, _, layout, _ in parsed:
         for found in layout.tensors:

@@ -101,8 +101,16 @@ class _Optimizer:
     file: int
 
 
-def assign_roles(files: list[tuple[str, Layout]]) -> list[list[Role]]:
-    """Roles for every tensor of every file (path, layout), in their order."""
+Names = dict[tuple[str, str], list[list[str | None]]]
+"""For an optimizer, by the file it is in and its place there (dotted), the names of the parameters
+of each group, as far as they are known.
+"""
+
+
+def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Role]]:
+    """Roles for every tensor of every file (path, layout), in their order; `names` count more than
+    those that stand in the files.
+    """
     roles = [[_default_role(path, found) for found in layout.tensors] for path, layout in files]
     by_id = {
         id(found): role
@@ -110,9 +118,10 @@ def assign_roles(files: list[tuple[str, Layout]]) -> list[list[Role]]:
         for found, role in zip(layout.tensors, row, strict=True)
     }
     optimizers: list[_Optimizer] = []
-    for number, (_, layout) in enumerate(files):
+    for number, (path, layout) in enumerate(files):
         known = {found.key: found for found in layout.tensors if found.key}
-        optimizers += _find_optimizers(layout.tree, known, number)
+        given = {place: row for (file, place), row in names.items() if file == path}
+        optimizers += _find_optimizers(layout.tree, known, number, given)
     for optimizer in optimizers:
         for slot in (slot for group in optimizer.groups for slot in group):
             for key, found in slot.state.items():
@@ -150,18 +159,21 @@ def _storage_key(node: object) -> str | None:
     return node.key if isinstance(node, StorageRef) else None
 
 
-def _find_optimizers(tree: object, known: dict[str, Found], file: int) -> Iterable[_Optimizer]:
-    for _, node in walk(tree):
+def _find_optimizers(
+    tree: object, known: dict[str, Found], file: int, given: dict[str, list[list[str | None]]]
+) -> Iterable[_Optimizer]:
+    for path, node in walk(tree):
         if not isinstance(node, dict):
             continue
         state, groups = node.get("state"), node.get("param_groups")
         if not isinstance(state, dict) or not isinstance(groups, list):
             continue
         slots: list[list[_Slot]] = []
-        for group in groups:
+        rows = given.get(".".join(path), [])
+        for number, group in enumerate(groups):
             if not isinstance(group, dict) or not isinstance(group.get("params"), list):
                 break
-            names = group.get("param_names")
+            names = rows[number] if number < len(rows) else group.get("param_names")
             if not isinstance(names, list) or len(names) != len(group["params"]):
                 names = [None] * len(group["params"])
             rule = _rule(group)

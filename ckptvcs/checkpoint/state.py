@@ -29,6 +29,8 @@ from ckptvcs.checkpoint.emit import (
 )  # fmt: skip
 from ckptvcs.checkpoint.layout import INLINE_BYTES
 from ckptvcs.checkpoint.pickles import Global, Inert, InertDict, TensorRef
+from ckptvcs.checkpoint.roles import Names
+from ckptvcs.checkpoint.staging import Staging
 from ckptvcs.checkpoint.torchfile import TORCH_DTYPES, ref_dtype
 from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD, Checksums, parse
 from ckptvcs.dtypes import DTYPES
@@ -109,8 +111,11 @@ def _refused(path: str) -> InvalidInputError:
     return InvalidInputError(f"the state holds a tensor that cannot be stored at {path}")
 
 
-def state_checkpoint(state: object) -> Checkpoint:
-    """A state as a checkpoint of one file, `state.pt`.
+def state_checkpoint(
+    state: object, names: Names | None = None, staging: Staging | None = None
+) -> Checkpoint:
+    """A state as a checkpoint of one file, `state.pt`; see `build` for `names`.  Its tensors are
+    read where they are, and must stay as they are; from a copy, if there is a `staging`.
 
     Raises:
         InvalidInputError: it holds something else than plain types, tensors and numpy arrays.
@@ -122,13 +127,16 @@ def state_checkpoint(state: object) -> Checkpoint:
         raise changed_state() from error
     extra = {ARRAYS_RECORD: json.dumps(storages.arrays).encode()} if storages.arrays else {}
     source = MemorySource()
-    for tensor, version in storages.versions:
-        source.watch_version(tensor, version)
-    payloads = [_payload(_settled(source, view)) for view in storages.payloads]
+    if staging is None:
+        for tensor, version in storages.versions:
+            source.watch_version(tensor, version)
+        payloads = [_payload(_settled(source, view)) for view in storages.payloads]
+    else:
+        payloads = [_payload(view) for view in staging.copies(storages.payloads)]
     write_zip(source.append, "state", zip_records(pickled, payloads, extra))
     layout = parse(source, checksums=Checksums.TRUSTED)
     assert layout is not None
-    return build("state", [(STATE_FILE, source, layout, None)], [])
+    return build("state", [(STATE_FILE, source, layout, None)], [], names)
 
 
 def _settled(source: MemorySource, view: memoryview | DeviceBytes) -> memoryview | DeviceBytes:

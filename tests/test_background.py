@@ -1,0 +1,190 @@
+"""Commits in the background: the copy counts, the order is kept, and nothing fails in silence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptvcs import CkptError, InvalidInputError, Repo, StorageError
+from ckptvcs.background import Background
+from ckptvcs.store.local import LocalWriter
+from tests.cli.conftest import environment
+from tests.crashing import states
+from tests.test_api import same
+
+
+@pytest.fixture
+def near(tmp_path: Path) -> Repo:
+    return Repo.init(tmp_path / "near")
+
+
+class Gate:
+    """Lets commits come to their end one by one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Semaphore(0)
+        calm = LocalWriter.publish
+
+        def publish(writer: LocalWriter, name: str) -> None:
+            if name.startswith("meta/"):
+                assert self.open.acquire(timeout=60)
+            calm(writer, name)
+
+        monkeypatch.setattr(LocalWriter, "publish", publish)
+
+
+def test_the_copy_counts(near: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, run = Gate(monkeypatch), states(1)[0]
+    before = run["model"]["a"].clone()
+    future = near.commit_async(run, step=1, metrics={"loss": 2})
+    run["model"]["a"].zero_()
+    assert not future.done()
+    assert not near.log()
+    gate.open.release()
+    assert future.result().step == 1
+    assert future.result().exact
+    assert torch.equal(near.checkout(1)["model"]["a"], before)
+
+
+def test_order_is_kept_and_the_third_call_waits(
+    near: Repo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, run = Gate(monkeypatch), states(5)
+    first = near.commit_async(run[0], step=1)
+    second = near.commit_async(run[1], step=2)
+    assert not caplog.records
+    threading.Timer(0.2, gate.open.release).start()
+    third = near.commit_async(run[2], step=3)
+    assert first.done()
+    assert not second.done()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    for _ in range(4):
+        gate.open.release()
+    assert near.commit(run[3], step=4).step == 4  # after those in the background
+    assert second.done()
+    assert third.done()
+    near.commit_async(run[4], step=5)
+    near.close()
+    assert [entry.step for entry in near.log()] == [5, 4, 3, 2, 1]
+    for step, state in enumerate(run, start=1):
+        back = near.checkout(step)
+        assert near.entry(near.resolve(step)).commit.parents or step == 1
+        assert same(back, state) is (step > 3)  # the newest two are exact
+    assert not near.verify().damage
+
+
+def test_errors_come_at_the_next_call(near: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = states(4)
+    near.commit_async(run[0], step=1).result()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalWriter, "publish", _full)
+        failed = near.commit_async(run[1], step=2)
+        assert isinstance(failed.exception(), StorageError)
+    with pytest.raises(StorageError, match="no room"):
+        near.commit_async(run[2], step=3)
+    near.commit_async(run[2], step=3)  # it was said once
+    near.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalWriter, "publish", _full)
+        near.commit_async(run[3], step=4)
+        with pytest.raises(StorageError, match="no room"):
+            near.close()
+    near.close()
+    assert [entry.step for entry in near.log()] == [3, 1]
+    assert torch.equal(near.checkout(3)["model"]["a"], run[2]["model"]["a"])
+    again = Repo.open(near.root)
+    again.commit(run[3], step=4)
+    assert not again.verify().damage
+
+
+def _full(*_: Any) -> None:
+    raise StorageError("there is no room")
+
+
+def test_what_cannot_be_committed_is_said_at_once(near: Repo) -> None:
+    for _ in range(5):  # and leaves no copy taken
+        with pytest.raises(InvalidInputError):
+            near.commit_async({"a": object()}, step=1)
+    assert near.commit_async({"a": torch.zeros(10)}, step=1).result().step == 1
+
+
+def test_copies_are_made_in_the_same_room(near: Repo) -> None:
+    rooms = set()
+    for step in range(6):
+        near.commit_async(states(1)[0] | {"step": step}, step=step).result()
+        background = near._background
+        assert background is not None
+        staging = background.stage()
+        rooms.add(staging._room.ctypes.data)
+        background.release(staging)
+    assert len(rooms) <= 2
+
+
+def test_a_checkout_while_a_commit_is_made(near: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = states(3)
+    near.commit_async(run[0], step=1).result()
+    gate = Gate(monkeypatch)
+    near.commit_async(run[1], step=2)
+    assert same(near.checkout(1), run[0])
+    gate.open.release()
+    near.wait()
+    assert same(near.checkout(2), run[1])
+
+
+def test_a_child_has_a_background_of_its_own(near: Repo) -> None:
+    near.commit_async(states(1)[0], step=1).result()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            near.wait()
+            assert near._in_background().process == os.getpid()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert near._in_background().process == os.getpid()
+
+
+_SCRIPT = """
+import os, sys, torch, ckptvcs
+repo = ckptvcs.Repo.init(sys.argv[1])
+for step in range(3):
+    future = repo.commit_async({"w": torch.full((1 << 18,), float(step))}, step=step)
+    if step < 2:
+        future.result()
+if sys.argv[2] == "die":
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("way", ["die", "end"])
+def test_what_was_reported_as_done_is_there(way: str, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(tmp_path), way], check=True, env=environment()
+    )
+    repo = Repo.open(tmp_path)
+    steps = [entry.step for entry in repo.log()]
+    assert steps in ([[2, 1, 0]] if way == "end" else [[1, 0], [2, 1, 0]])
+    assert not repo.verify().damage
+
+
+def test_all_errors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    background: Background[None] = Background()
+
+    def fail() -> None:
+        raise CkptError("so it is")
+
+    for _ in range(2):
+        background.submit(background.stage(), fail)
+    with pytest.raises(CkptError, match="so it is"):
+        background.close()
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
