@@ -19,8 +19,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.register_profile(
-    "nightly", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+    "nightly", max_examples=int(os.environ.get("CKPT_TEST_EXAMPLES", "100")), deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
 settings.load_profile(os.environ.get("CKPT_TEST_PROFILE", "dev"))
 
 

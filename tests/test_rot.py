@@ -21,7 +21,7 @@ from ckptvcs.verify import Damage
 from tests.crashing import SCENARIOS, Scenario, Snapshot, save
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
-TIMES = 12 if NIGHTLY else 1  # for each kind of damage to each file ...
+TIMES = 3 if NIGHTLY else 1  # for each kind of damage to each file ...
 EVERY = 1 if NIGHTLY else 3  # ... or to each third, another one for each kind
 
 Rot = Callable[[bytes, random.Random], bytes | None]

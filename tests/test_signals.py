@@ -17,7 +17,8 @@ from tests.cli.conftest import environment
 from tests.crashing import SCENARIOS, Expected, expected
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
-TIMES = 200 if NIGHTLY else 2
+SEED = int(os.environ.get("CKPT_TEST_SEED", "0"))
+TIMES = 40 if NIGHTLY else 2
 COMMANDS = {
     "commit": ["commit", "../step-4.pt", "-m", "next"],
     "gc": ["gc", "--keep-last", "2"],
@@ -49,7 +50,7 @@ def test_at_any_moment(name: str, cut_folder: Path) -> None:
     _, err = (process := ckpt(timed, *COMMANDS[name])).communicate()
     assert process.returncode == 0, err
     length = time.monotonic() - start
-    draw = random.Random(NIGHTLY and time.time_ns())
+    draw = random.Random(SEED)
     for number in range(TIMES):
         first = (signal.SIGINT, signal.SIGTERM)[number % 2]
         sent = [first]
@@ -78,7 +79,7 @@ def test_a_checkout_leaves_the_file_that_was_there(cut_folder: Path) -> None:
     before = target.read_bytes()
     after = (cut_folder / "step-3.pt").read_bytes()
     names = {path.name for path in cut_folder.iterdir()}
-    draw = random.Random(NIGHTLY and time.time_ns())
+    draw = random.Random(SEED)
     for number in range(TIMES):
         process = ckpt(cut_folder, "checkout", "3", "-o", "../model.pt", "--force")
         time.sleep(draw.uniform(0.4, 1.2))

@@ -285,7 +285,7 @@ def test_fresh_process_no_cache_rebuilt_index(
 
     def forms() -> list[str]:
         out = []
-        for step in range(1, 6):
+        for step in (1, 3, 5):
             ckpt("checkout", step, "-o", "x.pt", "--force")
             out.append(sha(tmp_path / "x.pt"))
         return out

@@ -1,0 +1,151 @@
+"""Seconds of training that a checkpoint costs, by the way in which it is kept.
+
+python -m scripts.bench.loop --csv FILE [--width 384] [--rounds 5]
+
+A GPT (`scripts/tinygpt.py`, wider) is trained by one thread, so that where there are two cores one
+is free.  In each round every way takes its turn at a stretch of steps, three of which are followed
+by a checkpoint, the last one with as many steps behind it as lie between two; what it takes longer
+than a stretch without any, in that round, is what three checkpoints cost.  Shown are the median
+over rounds, what share of a stretch that is, and the longest that a call held training up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from ckptvcs.repo import Repo
+from scripts.tinygpt import TrainSpec, train
+
+CHECKPOINTS = 3
+WARM = 3  # steps before the first stretch
+
+State = dict[str, Any]
+Keep = Callable[[int, State], Any]
+
+
+class _Ended(Exception):
+    pass
+
+
+class Stretches:
+    """The same steps of training again and again; `keep` is called with a checkpoint's state."""
+
+    def __init__(self, spec: TrainSpec, steps: int) -> None:
+        self._spec, self._steps = replace(spec, steps=10_000_000, every=1), steps
+
+    def time(self, ways: dict[str, Keep], rounds: int) -> dict[str, list[tuple[float, float]]]:
+        """For every way and round: seconds of a stretch, and the longest call in it."""
+        turns = [(name, n) for n in range(rounds) for name in ways]
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        length = (CHECKPOINTS + 1) * self._steps
+        state = {"start": 0.0, "longest": 0.0}
+
+        def after(step: int, _loss: float, tensors: State) -> None:
+            at = step - WARM
+            turn, within = divmod(at, length)
+            if at < 0:
+                return
+            if within == 0:
+                if turn:
+                    name, _ = turns[turn - 1]
+                    seconds = time.perf_counter() - state["start"]
+                    found[name].append((seconds, state["longest"]))
+                if turn == len(turns):
+                    raise _Ended
+                state.update(start=time.perf_counter(), longest=0.0)
+            elif within % self._steps == 0:
+                start = time.perf_counter()
+                ways[turns[turn][0]](step, tensors)
+                state["longest"] = max(state["longest"], time.perf_counter() - start)
+
+        with contextlib.suppress(_Ended):
+            train(self._spec, lambda *_: None, after)
+        return found
+
+
+def _saved(folder: Path) -> Keep:
+    def keep(step: int, state: State) -> None:
+        with (folder / "model.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return keep
+
+
+def _dcp(folder: Path) -> Keep:
+    pending: list[Any] = []
+
+    def keep(step: int, state: State) -> None:
+        if pending:
+            pending.pop().result()  # two at once are not allowed
+        shutil.rmtree(folder / "dcp", ignore_errors=True)
+        pending.append(async_save(state, checkpoint_id=folder / "dcp"))
+
+    return keep
+
+
+def measure(spec: TrainSpec, steps: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
+    """Rows of the table."""
+    synchronous, background = (Repo.init(scratch / name) for name in ("sync", "async"))
+    ways: dict[str, Keep] = {
+        "nothing": lambda *_: None,
+        "torch.save + fsync": _saved(scratch),
+        "dcp.async_save": _dcp(scratch),
+        "commit": lambda step, state: synchronous.commit(state, step=step),
+        "commit_async": lambda step, state: background.commit_async(state, step=step),
+    }
+    timed = Stretches(spec, steps).time(ways, rounds + 1)
+    background.close()
+    timed = {name: turns[1:] for name, turns in timed.items()}  # the first are slower: new memory
+    rows = []
+    for name, turns in timed.items():
+        lost = [one - none for (one, _), (none, _) in zip(turns, timed["nothing"], strict=True)]
+        whole = statistics.median(seconds for seconds, _ in timed["nothing"])
+        rows.append({
+            "way": name,
+            "seconds lost per checkpoint": round(statistics.median(lost) / CHECKPOINTS, 3),
+            "of the stretch": f"{statistics.median(lost) / whole:.1%}",
+            "longest call, seconds": round(statistics.median(longest for _, longest in turns), 3),
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--steps", type=int, default=12, help="between two checkpoints")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        spec = TrainSpec(width=options.width)
+        rows = measure(spec, options.steps, options.rounds, Path(folder))
+        dist.destroy_process_group()
+    with options.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

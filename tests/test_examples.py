@@ -1,0 +1,38 @@
+"""The examples of docs/training.md, as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptvcs import Repo
+
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+
+
+def _train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(4, 16)).square().mean().backward()
+    optimizer.step()
+
+
+def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(16, 16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    names: dict[str, Any] = {
+        "model": model, "optimizer": optimizer, "train_step": _train_step,
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 10),
+    }  # fmt: skip
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert [entry.step for entry in Repo.open("runs/background").log()] == [100, 80, 60, 40, 20]
+    assert not Repo.open("runs/objects").verify().damage
