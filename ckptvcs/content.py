@@ -41,6 +41,10 @@ class Contents:
             self._commits[content] = name
         self._sizes.add(commit.raw_bytes)
 
+    def forget(self, name: str) -> None:
+        """A file or directory of this name is not what it was."""
+        self._content.pop(name, None)
+
     def find(self, found: Found, progress: Progress) -> ObjectId | None:
         """The commit that holds what is in a file or directory; read only if one may."""
         if found.size_bytes not in self._sizes:

@@ -13,23 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ckptvcs.checkpoint.folder import Found, survey
-from ckptvcs.codec.spec import NearSpec
 from ckptvcs.content import Contents
-from ckptvcs.errors import (
-    CkptError,
-    ConflictError,
-    CorruptionError,
-    InvalidInputError,
-    NotFoundError,
-)  # fmt: skip
+from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
-from ckptvcs.opened import CACHE
-from ckptvcs.proof import prove
-from ckptvcs.removal import Originals, Removed
+from ckptvcs.keeping import Keeper, Removal
+from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.source import Progress
 from ckptvcs.store.leases import lease
@@ -44,8 +36,7 @@ class Item:
 
     `action` is `commit` (still to be done), `committed`, `known` (in the history already, as `id`;
     `same_as` names the checkpoint of this folder that has the same content) or `failed` (the
-    `problem` says why).  `removed` are its files that are gone, `kept` why others are not;
-    `pinned` that its commit was pinned for their sake.
+    `problem` says why); `gone` is what has become of its originals.
     """
 
     found: Found
@@ -55,9 +46,7 @@ class Item:
     same_as: str | None = None
     notes: tuple[str, ...] = ()
     problem: CkptError | None = None
-    removed: list[Removed] = field(default_factory=list)
-    kept: str | None = None
-    pinned: bool = False
+    gone: Removal = field(default_factory=Removal)
 
     def fail(self, problem: CkptError) -> None:
         """It is not, or not well, in the history."""
@@ -96,7 +85,7 @@ class Importer:
             InvalidInputError: it is a checkpoint itself, or part of the repository; no such codec.
         """
         self.repo, self.folder, self._codec = repo, folder, codec
-        self._name = repo.config.codec_of(codec).name
+        self._keeper = Keeper(repo, codec)
         self._wanted = check_name(branch, "branch") if branch else None
         found, self.left_out = survey(folder, pattern, repo.folder.resolve())
         self.items = [Item(one) for one in found]
@@ -174,22 +163,9 @@ class Importer:
     def _prove(self, item: Item, progress: Progress) -> None:
         assert item.id is not None
         try:
-            self._is_exact(item.id, progress)
+            self._keeper.is_exact(item.id, progress)
         except (CorruptionError, NotFoundError) as error:
             item.fail(error)
-
-    def _is_exact(self, name: ObjectId, progress: Progress) -> bool:
-        """Prove a commit; see `ckptvcs.proof`."""
-        catalog, cache = self.repo.catalog, self.repo.folder / CACHE / "bases"
-        return prove(catalog, cache, name, self._bound(catalog.commit(name).codec), progress)
-
-    def _bound(self, codec: str) -> float:
-        """The error that weights may have which a codec has coded: as it is set now; 0 for any."""
-        try:
-            spec = self.repo.config.codec_of(self._codec if codec == self._name else codec)
-        except InvalidInputError:  # one of a newer program, or one that keeps no bounds
-            return 0.0
-        return spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0.0
 
     # -- where it goes -----------------------------------------------------------------------------
 
@@ -255,62 +231,25 @@ class Importer:
         """
         if item.problem is not None:
             return item.problem.message
-        entry = self.entry(item)
-        if entry is None:
+        if item.id is None:
             return "it is not committed"
-        if not entry.exact and not accept_near:
-            error = entry.commit.error.weight_rel
-            off = f"weights off by {error:.2g}" if error else "its weights are exact"
-            return f"its commit is only near ({off})"
-        return None
+        return self._keeper.why_kept(item.id, accept_near=accept_near)
 
     def remove(self, *, accept_near: bool, progress: Progress, watch: Watch) -> None:
-        """Delete the originals of what is kept exactly, or with `accept_near` at least near.
-
-        Each commit is restored once more, in the form that it has now, and each file is hashed
-        once more; whatever is not as it was committed stays.  Unless near is accepted, a commit
-        that owes it to a patch that it is exact is pinned first, lest it fades later.
+        """Delete the originals of what is kept exactly, or with `accept_near` at least near; see
+        `Keeper.remove`.
 
         Raises:
             BusyError: gc is sweeping.
         """
         with lease(self.repo.catalog.store.backend), Originals(self.folder) as originals:
             for item in self.items:
-                item.kept = self.why_kept(item, accept_near=accept_near)
-                if item.kept is None:
-                    try:
-                        self._remove(item, originals, progress, accept_near=accept_near)
-                    except CkptError as error:
-                        item.kept = error.message
+                item.gone.kept = self.why_kept(item, accept_near=accept_near)
+                if item.id is not None and item.gone.kept is None:
+                    item.gone = self._keeper.remove(
+                        item.id, item.found.name, originals, progress, accept_near=accept_near
+                    )
                 watch(item)
-
-    def _remove(
-        self, item: Item, originals: Originals, progress: Progress, *, accept_near: bool
-    ) -> None:
-        assert item.id is not None
-        commit, top = self.repo.catalog.commit(item.id), PurePosixPath(item.found.name)
-        inside = item.found.kind == "directory"
-        files = [
-            (top / file.path if inside else top, file.size, file.hash)
-            for file in commit.files if file.skeleton is not None and file.hash is not None
-        ]  # fmt: skip
-        for path, size, _ in files:
-            originals.check(path, size)
-        patched = any(part.exact is not None for part in commit.parts.values())
-        item.pinned = patched and not accept_near and self.repo.pin(item.id, pinned=True)
-        try:
-            if not self._is_exact(item.id, _silent) and not accept_near:
-                raise ConflictError("its commit has faded to near")
-            for path, _, digest in files:
-                item.removed.append(originals.remove(path, digest, progress))
-        finally:
-            if item.pinned and not item.removed:
-                item.pinned = not self.repo.pin(item.id, pinned=False)
-        folders = [top / f.path for f in commit.files if f.skeleton is None and f.link is None]
-        if inside:
-            gone = [originals.remove_directory(path) for path in [*folders[::-1], top]]
-            if not all(gone):
-                item.kept = "its directory holds what was not committed, or links"
 
 
 class _Half:

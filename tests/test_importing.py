@@ -47,7 +47,7 @@ def run(repo: Repo, folder: Path, **options: Any) -> Importer:
 def remove(importer: Importer, *, accept_near: bool = False) -> dict[str, str | None]:
     """Why each checkpoint stays; None for those that are gone."""
     importer.remove(accept_near=accept_near, progress=silent, watch=silent)
-    return {item.found.name: item.kept for item in importer.items}
+    return {item.found.name: item.gone.kept for item in importer.items}
 
 
 def actions(importer: Importer) -> dict[str, str]:
@@ -555,7 +555,7 @@ def test_a_file_with_other_names_frees_nothing(repo: Repo, folder: Path, tmp_pat
     (tmp_path / "other name").hardlink_to(folder / "step-900.pt")
     importer = run(repo, folder)
     remove(importer)
-    freed = {item.found.name: item.removed[0].freed_bytes for item in importer.items}
+    freed = {item.found.name: item.gone.removed[0].freed_bytes for item in importer.items}
     assert freed.pop("step-900.pt") == 0
     assert all(freed.values())
     assert (tmp_path / "other name").exists()

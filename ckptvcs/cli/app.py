@@ -16,7 +16,18 @@ from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
-from ckptvcs.cli import compare, files, history, importing, maintain, refs, render, retain, study
+from ckptvcs.cli import (
+    compare,
+    files,
+    history,
+    importing,
+    maintain,
+    refs,
+    render,
+    retain,
+    study,
+    watch,
+)
 from ckptvcs.cli.context import Globals
 from ckptvcs.errors import CkptError, StorageError
 
@@ -62,10 +73,10 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 for _command in (
-    maintain.init, files.commit, importing.import_, history.log, history.show, history.status,
-    files.checkout, study.export, study.cat, study.average, compare.diff, compare.bisect,
-    refs.branch, refs.tag, refs.pin, refs.unpin, retain.gc, retain.undo, retain.reflog,
-    maintain.config, maintain.verify, maintain.stats, maintain.index,
+    maintain.init, files.commit, importing.import_, watch.watch, history.log, history.show,
+    history.status, files.checkout, study.export, study.cat, study.average, compare.diff,
+    compare.bisect, refs.branch, refs.tag, refs.pin, refs.unpin, retain.gc, retain.undo,
+    retain.reflog, maintain.config, maintain.verify, maintain.stats, maintain.index,
 ):  # fmt: skip
     # `import` is a word of Python, so that its function has an underscore behind it.
     app.command(_command.__name__.rstrip("_"))(_guarded(_command))

@@ -59,7 +59,7 @@ def import_(
             _remove(importer, accept_near=accept_near, ask=not yes)
     elif delete:
         for item in importer.items:
-            item.kept = importer.why_kept(item, accept_near=accept_near)
+            item.gone.kept = importer.why_kept(item, accept_near=accept_near)
     if dry_run:
         for item in importer.items:
             _tell_imported(item)
@@ -105,19 +105,19 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
         what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}"
         if not typer.confirm(f"{what}{_how_near(importer, able)}?", err=True):
             for item in importer.items:
-                item.kept = "not removed: the answer was no"
+                item.gone.kept = "not removed: the answer was no"
             return
 
     def tell(item: Item) -> None:
         entry = importer.entry(item)
         form = "" if entry is None else f" (kept {render.fidelity(entry)})"
-        for gone in item.removed:
+        for gone in item.gone.removed:
             names = f", has {gone.other_names} other name(s)" if gone.other_names else ""
             render.talk(f"removed: {render.printable(str(gone.path))}{form}{names}")
-        if item.pinned:
+        if item.gone.pinned:
             render.talk(f"pinned: {item.id and item.id[:8]}, so that it stays exact")
-        if item.kept is not None and item.problem is None:  # that has been told
-            render.talk(f"not removed: {render.printable(f'{item.found.name}: {item.kept}')}")
+        if item.gone.kept is not None and item.problem is None:  # that has been told
+            render.talk(f"not removed: {render.printable(f'{item.found.name}: {item.gone.kept}')}")
 
     with render.progress("removing", size_bytes) as tick:
         importer.remove(accept_near=accept_near, progress=tick, watch=tell)
@@ -137,10 +137,10 @@ def _row(importer: Importer, item: Item, *, planned: bool) -> list[str]:
     note = {"commit": "new", "committed": "", "known": "known", "failed": "failed"}[item.action]
     if item.same_as is not None:
         note = f"as {item.same_as}"
-    if item.removed:
+    if item.gone.removed:
         note = f"{note}, removed".removeprefix(", ")
     elif planned and item.action == "known":
-        note += ", stays" if item.kept else ", would go"
+        note += ", stays" if item.gone.kept else ", would go"
     stored = ["", "", ""]
     if entry is not None:
         raw = entry.commit.raw_bytes
@@ -163,11 +163,11 @@ def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
     sizes = f": {render.size(raw)} -> {render.size(stored)} ({render.ratio(raw, stored)})"
     render.data(", ".join(parts) + (sizes if raw else ""))
     if delete and not dry_run:
-        gone = [file for item in items for file in item.removed]
+        gone = [file for item in items for file in item.gone.removed]
         freed = render.size(sum(file.freed_bytes for file in gone))
-        kept = sum(item.kept is not None for item in items)
+        kept = sum(item.gone.kept is not None for item in items)
         render.data(f"{len(gone)} file(s) removed, {freed} freed, {kept} original(s) kept")
-        if any(item.id and not item.problem and item.kept and _is_near(importer, item)
+        if any(item.id and not item.problem and item.gone.kept and _is_near(importer, item)
                for item in items):  # fmt: skip
             render.talk("hint: --accept-near removes what is kept near; 'ckpt log' shows errors")
 
@@ -181,7 +181,7 @@ def _json(importer: Importer, *, dry_run: bool) -> render.Json:
     raw, stored = importer.totals()
     return {
         "dry_run": dry_run, "raw_bytes": raw, "stored_bytes": stored,
-        "freed_bytes": sum(f.freed_bytes for item in importer.items for f in item.removed),
+        "freed_bytes": sum(f.freed_bytes for item in importer.items for f in item.gone.removed),
         "checkpoints": [_item_json(importer, item) for item in importer.items],
         "left_out": [{"name": e.name, "reason": e.reason} for e in importer.left_out],
     }  # fmt: skip
@@ -194,8 +194,8 @@ def _item_json(importer: Importer, item: Item) -> dict[str, render.Json]:
         "action": item.action, "same_as": item.same_as, "branch": item.branch,
         "commit": None if entry is None else render.entry_json(entry),
         "problem": None if item.problem is None else item.problem.message,
-        "notes": list(item.notes), "removed": [str(gone.path) for gone in item.removed],
-        "kept": item.kept, "pinned": item.pinned,
+        "notes": list(item.notes), "removed": [str(gone.path) for gone in item.gone.removed],
+        "kept": item.gone.kept, "pinned": item.gone.pinned,
     }  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def _exit(importer: Importer, *, kept: bool) -> None:
     to be removed.
     """
     codes = [item.problem.exit_code for item in importer.items if item.problem is not None]
-    if kept and any(item.kept is not None and not item.problem for item in importer.items):
+    if kept and any(item.gone.kept is not None and not item.problem for item in importer.items):
         codes.append(ConflictError.exit_code)
     if codes:
         raise typer.Exit(max(codes))

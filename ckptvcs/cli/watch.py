@@ -1,0 +1,100 @@
+"""watch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from ckptvcs.repo import Repo
+    from ckptvcs.watching import Event
+
+
+def watch(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where a trainer writes to")],
+    pattern: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="only these names: 'step*.pt'")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="as for commit")] = None,
+    branch: Annotated[str | None, typer.Option(help="commit to this branch")] = None,
+    keep_local: Annotated[
+        int | None,
+        typer.Option("--keep-local", metavar="N", help="remove older originals that are kept"),
+    ] = None,
+    accept_near: Annotated[
+        bool, typer.Option("--accept-near", help="with that: where they are kept near, too")
+    ] = False,
+    interval: Annotated[float, typer.Option(help="seconds between two looks")] = 5.0,
+    settle: Annotated[float, typer.Option(help="seconds without a change: complete")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="take what is there, and end")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Commit checkpoints as a trainer writes them, until Ctrl-C."""
+    from ckptvcs.watching import Watcher  # noqa: PLC0415  numpy is not needed for the others
+
+    if accept_near and keep_local is None:
+        raise InvalidInputError("--accept-near goes with --keep-local")
+    if interval <= 0 or settle < 0:
+        raise InvalidInputError("--interval is above 0, --settle not below")
+    repo = open_repo(context)
+    watcher = Watcher(
+        repo, folder, pattern=pattern, codec=codec, branch=branch, settle=settle,
+        keep_local=keep_local, accept_near=accept_near,
+    )  # fmt: skip
+    if not once:
+        render.talk(f"watching {render.printable(str(folder))}; Ctrl-C ends it")
+    while True:
+        for event in watcher.look():
+            _say(repo, event, json=json)
+            sys.stdout.flush()
+        if once and not watcher.waiting:
+            return
+        time.sleep(min(settle, interval) / 2 + 0.01 if once else interval)
+
+
+def _say(repo: Repo, event: Event, *, json: bool) -> None:
+    if json:
+        render.as_json(_json(repo, event))
+        return
+    name = render.printable(event.name)
+    if event.problem is not None:
+        render.talk(f"error: {name}: {render.printable(event.problem.message)}")
+        if event.problem.hint:
+            render.talk(f"hint: {render.printable(event.problem.hint)}")
+    elif event.gone is not None:
+        for file in event.gone.removed:
+            render.talk(f"removed: {render.printable(str(file.path))}")
+        if event.gone.pinned:
+            render.talk(f"pinned: {event.id and event.id[:8]}, so that it stays exact")
+        if event.gone.kept is not None:
+            render.talk(f"not removed: {render.printable(f'{event.name}: {event.gone.kept}')}")
+    elif event.id is not None:
+        entry = repo.entry(event.id)
+        for note in event.notes:
+            render.talk(f"note: {name}: {note}")
+        step = "-" if event.step is None else str(event.step)
+        sizes = f"{render.size(event.raw_bytes)} -> {render.size(entry.stored_bytes)}"
+        ratio = render.ratio(event.raw_bytes, entry.stored_bytes)
+        form = render.fidelity(entry)
+        render.data(f"{event.id[:8]}  step {step}  {name}  {sizes} ({ratio})  {form}")
+
+
+def _json(repo: Repo, event: Event) -> render.Json:
+    gone = event.gone
+    return {
+        "name": event.name, "step": event.step,
+        "commit": None if event.id is None else render.entry_json(repo.entry(event.id)),
+        "problem": None if event.problem is None else event.problem.message,
+        "notes": list(event.notes),
+        "removed": [str(file.path) for file in gone.removed] if gone else [],
+        "kept": gone.kept if gone else None, "pinned": gone.pinned if gone else False,
+    }  # fmt: skip

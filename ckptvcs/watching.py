@@ -1,0 +1,253 @@
+"""Watch: checkpoints are committed as any trainer writes them to a folder.
+
+    look      what is there, and since when it is as it is
+    settle    nobody writes to it any more: as far as can be told, it is complete
+    commit    by step; what the history has already, from before a restart, is known by its content
+    remove    originals beyond the newest few, where that is asked for and they can be had again
+
+Nothing is remembered outside the history: a watch that is started again finds its place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ckptvcs.checkpoint.folder import Found, survey
+from ckptvcs.content import Contents
+from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
+from ckptvcs.keeping import Keeper, Removal
+from ckptvcs.removal import Originals
+from ckptvcs.repo import Repo
+from ckptvcs.store.leases import lease
+from ckptvcs.store.object import ObjectId
+
+# What the trainer of Hugging Face writes first into a checkpoint, and what it writes last.
+_FIRST, _LAST = "training_args.bin", "trainer_state.json"
+
+Signature = tuple[tuple[str, int, int, int], ...]
+"""Of each file: its path, size, time of change and number."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a checkpoint: a commit was made (`id`), or something is wrong with it (the
+    `problem`), or its originals were, or were not, removed (`gone`).
+    """
+
+    name: str
+    step: int | None
+    id: ObjectId | None = None
+    raw_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    problem: CkptError | None = None
+    gone: Removal | None = None
+
+
+class Watcher:
+    """Watches one folder for one repository."""
+
+    def __init__(
+        self, repo: Repo, folder: Path, *, pattern: str | None = None, codec: str | None = None,
+        branch: str | None = None, settle: float = 2.0, keep_local: int | None = None,
+        accept_near: bool = False,
+    ) -> None:  # fmt: skip
+        """A checkpoint is taken when it has not changed for `settle` seconds; `keep_local` is how
+        many of the newest stay in the folder (None: all).
+
+        Raises:
+            InvalidInputError: the folder is part of the repository; no such codec; a bad number.
+        """
+        if folder.resolve().is_relative_to(repo.folder.resolve()):
+            raise InvalidInputError(f"{folder} is part of the repository itself")
+        if keep_local is not None and keep_local < 1:
+            raise InvalidInputError("keep at least one checkpoint, the newest: training needs it")
+        self._repo, self._folder, self._pattern = repo, folder, pattern
+        self._codec, self._branch = codec, branch
+        self._settle, self._keep_local, self._accept_near = settle, keep_local, accept_near
+        self._keeper = Keeper(repo, codec)
+        self._contents: Contents | None = None
+        self._since: dict[str, tuple[Signature, float]] = {}
+        self._done: dict[str, tuple[Signature, int | None, ObjectId | None]] = {}
+        self._told: dict[str, str] = {}
+
+    def look(self) -> Iterator[Event]:
+        """Look once, and deal with what has settled.
+
+        Raises:
+            StorageError: the repository cannot be written.
+        """
+        settled = self._settled()
+        if settled and self._contents is None:
+            self._contents = Contents(self._repo)
+        for found in self._found(settled):
+            yield from self._take(found, settled[found.name])
+        if self._keep_local is not None:
+            yield from self._remove(self._keep_local)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something that has not settled yet."""
+        return any(name not in self._done or self._done[name][0] != signature
+                   for name, (signature, _) in self._since.items())  # fmt: skip
+
+    # -- what is there -------------------------------------------------------------------------
+
+    def _settled(self) -> dict[str, Signature]:
+        """What is new and has not changed for a while, and nobody has open to write."""
+        now, here = time.monotonic(), dict(self._signatures())
+        self._since = {
+            name: before if (before := self._since.get(name)) and before[0] == signature
+            else (signature, now) for name, signature in here.items()
+        }  # fmt: skip
+        self._done = {name: row for name, row in self._done.items() if name in here}
+        settled = {
+            name: signature for name, (signature, since) in self._since.items()
+            if now - since >= self._settle
+            and (name not in self._done or self._done[name][0] != signature)
+        }  # fmt: skip
+        if settled:
+            written = set(_open_for_writing(self._folder))
+            settled = {name: one for name, one in settled.items() if name not in written}
+        return settled
+
+    def _signatures(self) -> Iterator[tuple[str, Signature]]:
+        try:
+            with os.scandir(self._folder) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError:
+            return  # it is not there yet
+        for name in names:
+            if fnmatchcase(name, self._pattern or "*"):
+                files = dict(_files(self._folder / name, name))
+                if f"{name}/{_FIRST}" in files and f"{name}/{_LAST}" not in files:
+                    continue
+                yield (
+                    name,
+                    tuple(
+                        (path, status.st_size, status.st_mtime_ns, status.st_ino)
+                        for path, status in sorted(files.items())
+                    ),
+                )
+
+    def _found(self, settled: dict[str, Signature]) -> list[Found]:
+        """The checkpoints among what has settled, by step."""
+        if not settled:
+            return []
+        try:
+            found, _ = survey(self._folder, self._pattern, self._repo.folder.resolve())
+        except NotFoundError:
+            found = []
+        names = {one.name for one in found}
+        for name in settled.keys() - names:  # no checkpoint, and none as long as it is like this
+            self._done[name] = settled[name], None, None
+        return [one for one in found if one.name in settled]
+
+    # -- in ------------------------------------------------------------------------------------
+
+    def _take(self, found: Found, signature: Signature) -> Iterator[Event]:
+        assert self._contents is not None
+        try:
+            if found.problem is not None:
+                raise found.problem
+            self._contents.forget(found.name)
+            known = self._contents.find(found, lambda _: None)
+            if known is None:
+                made = self._repo.commit_path(
+                    found.path, message=found.name, step=found.step, codec=self._codec,
+                    branch=self._branch,
+                )  # fmt: skip
+                self._contents.add(made.id, made.commit)
+                known = made.id
+                yield Event(found.name, made.commit.step, made.id, found.size_bytes, made.notes)
+        except (BusyError, ConflictError) as error:  # until the next look
+            yield from self._tell(found, error)
+            return
+        except (InvalidInputError, NotFoundError) as error:
+            self._done[found.name] = signature, found.step, None
+            yield from self._tell(found, error)
+            return
+        self._done[found.name] = signature, found.step, known
+
+    def _tell(self, found: Found, error: CkptError) -> Iterator[Event]:
+        if self._told.get(found.name) != error.message:
+            self._told[found.name] = error.message
+            yield Event(found.name, found.step, problem=error)
+
+    # -- out -----------------------------------------------------------------------------------
+
+    def _remove(self, count: int) -> Iterator[Event]:
+        """Remove the originals of all but the newest `count` that are in the history."""
+        order = {name: number for number, name in enumerate(self._done)}  # as they came
+        held = sorted(
+            ((name, step, made) for name, (_, step, made) in self._done.items() if made),
+            key=lambda row: (row[1] is None, row[1] or 0, order[row[0]]),
+        )
+        able = []
+        for name, step, made in held[:-count]:
+            kept = self._keeper.why_kept(made, accept_near=self._accept_near)
+            if kept is None:
+                able.append((name, step, made))
+            elif self._told.get(name) != kept:
+                self._told[name] = kept
+                yield Event(name, step, made, gone=Removal(kept=kept))
+        if not able:
+            return
+        try:
+            with lease(self._repo.catalog.store.backend), Originals(self._folder) as originals:
+                for name, step, made in able:
+                    gone = self._keeper.remove(
+                        made, name, originals, lambda _: None, accept_near=self._accept_near
+                    )
+                    if gone.kept is None or self._told.get(name) != gone.kept:
+                        self._told[name] = gone.kept or ""
+                        yield Event(name, step, made, gone=gone)
+        except BusyError:
+            return  # until the next look
+
+
+def _files(path: Path, name: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The regular files at or below a path, by their names; nothing is followed."""
+    stack = [(path, name)]
+    while stack:
+        path, name = stack.pop()
+        try:
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                yield name, status
+            elif stat.S_ISDIR(status.st_mode):
+                stack += [(below, f"{name}/{below.name}") for below in path.iterdir()]
+        except OSError:
+            continue  # it is gone again, or nobody may look at it
+
+
+def _open_for_writing(folder: Path) -> Iterator[str]:
+    """The names in a folder that a process of this user writes to, or to something below: where the
+    system tells (Linux).
+    """
+    root = folder.resolve()
+    for process in _listed(Path("/proc")):
+        for handle in _listed(process / "fd") if process.name.isdecimal() else ():
+            try:
+                target = handle.readlink()
+                if root not in target.parents:
+                    continue
+                about = (process / "fdinfo" / handle.name).read_text("ascii")
+            except OSError:
+                continue  # it has ended
+            flags = re.search(r"^flags:\s*([0-7]+)$", about, re.MULTILINE)
+            if flags and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY:
+                yield target.relative_to(root).parts[0]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []  # somebody else's, or there is no such thing on this system
