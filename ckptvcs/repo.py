@@ -168,9 +168,11 @@ class Repo(Care):
         codec: str | None = None,
         branch: str | None = None,
         raw: bool = False,
+        names: Names | None = None,
         progress: Progress = quiet,
     ) -> Result:
-        """Commit a checkpoint file or a directory of files.
+        """Commit a checkpoint file or a directory of files; `names` are those of the parameters of
+        its optimizers, by file and place there, if they are known.
 
         Raises:
             NotFoundError, InvalidInputError: there is no complete checkpoint at `path`.
@@ -184,7 +186,7 @@ class Repo(Care):
         root = Path(os.path.abspath(self.root))  # noqa: PTH100
         inside = full.is_relative_to(root)
         name = full.relative_to(root).as_posix() if inside else full.name
-        checkpoint = open_checkpoint(path, raw=raw, skip=self.folder.resolve())
+        checkpoint = open_checkpoint(path, raw=raw, skip=self.folder.resolve(), names=names)
         return self.commit_checkpoint(
             checkpoint, name, inside=inside, step=step, message=message,
             metrics=metrics or {}, codec=codec, branch=branch, progress=progress,

@@ -20,6 +20,12 @@ def _train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Non
     optimizer.step()
 
 
+def blocks() -> list[str]:
+    """The examples; those of trainers of others come last."""
+    found = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE.read_text("utf-8"))
+    return sorted(found, key=lambda block: "ckptvcs.integrations" in block)
+
+
 def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(16, 16)
@@ -28,11 +34,21 @@ def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "model": model, "optimizer": optimizer, "train_step": _train_step,
         "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 10),
     }  # fmt: skip
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
-    assert len(blocks) == 3
-    for block in blocks:
+    assert len(blocks()) == 4
+    for block in blocks()[:3]:
         exec(compile(block, str(PAGE), "exec"), names)
     assert [entry.step for entry in Repo.open("runs/background").log()] == [100, 80, 60, 40, 20]
     assert not Repo.open("runs/objects").verify().damage
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_that_of_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from tests.trainers.huggingface import parts
+
+    monkeypatch.chdir(tmp_path)
+    model, arguments, data = parts("out")
+    names = {"model": model, "arguments": arguments, "data": data}
+    exec(compile(blocks()[3], str(PAGE), "exec"), names)
+    assert [entry.step for entry in Repo.open("runs/hf").log()] == [8, 6, 4, 2]

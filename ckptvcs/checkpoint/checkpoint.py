@@ -96,8 +96,11 @@ class Checkpoint:
             raise changed_while_read(root)
 
 
-def open_checkpoint(path: Path, *, raw: bool = False, skip: Path | None = None) -> Checkpoint:
-    """Read the structure of a file or of a directory of files; `skip` is left out.
+def open_checkpoint(
+    path: Path, *, raw: bool = False, skip: Path | None = None, names: Names | None = None
+) -> Checkpoint:
+    """Read the structure of a file or of a directory of files; `skip` is left out.  See `build` for
+    `names`.
 
     `raw` stores bytes as they are, without looking for structure.
 
@@ -112,14 +115,14 @@ def open_checkpoint(path: Path, *, raw: bool = False, skip: Path | None = None) 
     except OSError as error:
         raise unreadable(path, error) from error
     if stat.S_ISDIR(mode):
-        return _open_directory(path, raw, skip)
+        return _open_directory(path, raw, skip, names)
     if not stat.S_ISREG(mode):
         raise InvalidInputError(f"{path} is neither a file nor a directory")
     source = FileSource(path)
     with source:
         if not raw:
             _refuse_incomplete(source, path)
-        return build("file", [(path.name, source, _parse(source, raw), source.stat)], [])
+        return build("file", [(path.name, source, _parse(source, raw), source.stat)], [], names)
 
 
 def _refuse_incomplete(source: FileSource, path: Path) -> None:
@@ -168,7 +171,9 @@ def _sorted(root: Path, below: str) -> list[tuple[str, os.DirEntry[str]]]:
     return [(f"{below}/{entry.name}" if below else entry.name, entry) for entry in entries]
 
 
-def _open_directory(root: Path, raw: bool, skip: Path | None) -> Checkpoint:
+def _open_directory(
+    root: Path, raw: bool, skip: Path | None, names_of_parameters: Names | None
+) -> Checkpoint:
     parsed, links = [], []
     for name, entry in _entries(root, skip):
         if entry.name in _INCOMPLETE and not raw:
@@ -199,7 +204,8 @@ def _open_directory(root: Path, raw: bool, skip: Path | None) -> Checkpoint:
         )
     if not parsed:
         raise InvalidInputError(f"{root} holds no files")
-    return replace(build("directory", parsed, links), directory=(root, skip))
+    made = build("directory", parsed, links, names_of_parameters)
+    return replace(made, directory=(root, skip))
 
 
 def build(

@@ -1,0 +1,1 @@
+"""Trainers of others: each module needs the extra of its name, and is loaded by nothing else."""

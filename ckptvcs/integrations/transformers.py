@@ -1,0 +1,122 @@
+"""The Trainer of Hugging Face: every checkpoint that it writes is committed.
+
+trainer = Trainer(..., callbacks=[CkptCallback("runs")])
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptvcs.checkpoint.objects import parameter_names
+from ckptvcs.checkpoint.roles import Names
+from ckptvcs.errors import BusyError, NotFoundError
+from ckptvcs.keeping import Keeper
+from ckptvcs.removal import Originals
+from ckptvcs.repo import Repo
+from ckptvcs.store.leases import lease
+from ckptvcs.store.object import ObjectId
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError("install it with: pip install 'ckptvcs[transformers]'") from error
+
+_TRIES, _PAUSE = 60, 1.0  # seconds, while gc sweeps
+_NO_METRICS = frozenset(("step", "epoch", "total_flos"))
+
+
+class CkptCallback(TrainerCallback):
+    """Commits each checkpoint directory as soon as the Trainer has written it, on the first of all
+    processes; with the `metrics` that were logged at its step.
+
+    `keep_local` is how many of the newest directories stay (None: all): older ones go once their
+    commit has been read back, where that is exact (it is pinned then), or with `accept_near` in any
+    form.  The best model that the Trainer wants to load at the end stays, too.
+    """
+
+    def __init__(
+        self, repo: str | os.PathLike[str] | Repo = ".", *, metrics: bool = True,
+        keep_local: int | None = None, accept_near: bool = False, codec: str | None = None,
+    ) -> None:  # fmt: skip
+        """`repo` is a repository, or where one is to be opened, or made if there is none."""
+        self._where, self._metrics, self._codec = repo, metrics, codec
+        self._keep_local, self._accept_near = keep_local, accept_near
+        self._made: dict[Path, ObjectId] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer when a checkpoint is complete.
+
+        Raises:
+            CkptError: it cannot be committed, which ends the training.
+        """
+        if not state.is_world_process_zero:
+            return
+        repo = self._repo()
+        folder = _folder(Path(args.output_dir), state.global_step)
+        metrics = _logged(state) if self._metrics else {}
+        for attempt in range(_TRIES):
+            try:
+                made = repo.commit_path(
+                    folder, message=folder.name, step=state.global_step, metrics=metrics,
+                    codec=self._codec, names=_names(kwargs.get("model"), kwargs.get("optimizer")),
+                )  # fmt: skip
+                break
+            except BusyError:
+                if attempt + 1 == _TRIES:
+                    raise
+                time.sleep(_PAUSE)
+        self._made[folder] = made.id
+        if self._keep_local is not None:
+            self._remove(repo, {folder, Path(state.best_model_checkpoint or folder)})
+
+    def _repo(self) -> Repo:
+        if not isinstance(self._where, Repo):
+            self._where = Repo.init(self._where)
+        return self._where
+
+    def _remove(self, repo: Repo, staying: set[Path]) -> None:
+        assert self._keep_local is not None
+        older = list(self._made)[: -self._keep_local]
+        keeper = Keeper(repo, self._codec)
+        for folder in older:
+            if folder in staying:
+                continue
+            if folder.is_dir():
+                with lease(repo.catalog.store.backend), Originals(folder.parent) as originals:
+                    keeper.remove(
+                        self._made[folder], folder.name, originals, lambda _: None,
+                        accept_near=self._accept_near,
+                    )  # fmt: skip
+            if not folder.exists():  # the Trainer removes some by itself
+                del self._made[folder]
+
+
+def _folder(output: Path, step: int) -> Path:
+    """The checkpoint of a step; those of a search lie in folders of their runs."""
+    name = f"checkpoint-{step}"
+    found = [path for path in (output / name, *output.glob(f"run-*/{name}")) if path.is_dir()]
+    if not found:
+        raise NotFoundError(f"there is no {name} in {output}")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _logged(state: Any) -> dict[str, float]:
+    """The numbers that were logged at the step of a checkpoint."""
+    return {
+        key: float(value)
+        for row in state.log_history if row.get("step") == state.global_step
+        for key, value in row.items()
+        if key not in _NO_METRICS and isinstance(value, int | float)
+    }  # fmt: skip
+
+
+def _names(model: Any, optimizer: Any) -> Names:
+    """The names of the parameters in `optimizer.pt`, which does not hold them."""
+    if model is None or optimizer is None:
+        return {}
+    weights: Mapping[int, str] = {id(weight): name for name, weight in model.named_parameters()}
+    return {("optimizer.pt", ""): parameter_names(optimizer, weights)}

@@ -1,0 +1,64 @@
+"""A small training by the Trainer of Hugging Face: it is to be of 8 steps and stops behind STOP."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ckptvcs.integrations.transformers import CkptCallback
+
+
+class _Data(torch.utils.data.Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(number)
+        ids = torch.randint(0, 64, (16,), generator=draw)
+        return {"input_ids": ids, "labels": ids}
+
+
+class _Stop(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self._step
+
+
+def parts(out: str) -> tuple[GPT2LMHeadModel, TrainingArguments, _Data]:
+    """A model, arguments for 8 steps, and data: the same each time."""
+    set_seed(1)
+    config = GPT2Config(
+        vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    arguments = TrainingArguments(
+        out, max_steps=8, save_steps=2, logging_steps=1, per_device_train_batch_size=4,
+        report_to=[], disable_tqdm=True, use_cpu=True, seed=1, learning_rate=1e-3,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), arguments, _Data()
+
+
+def main(out: str, repo: str, stop: str, resume: str = "", keep_local: str = "") -> None:
+    model, arguments, data = parts(out)
+    callback = CkptCallback(
+        repo, keep_local=int(keep_local) if keep_local else None, accept_near=bool(keep_local)
+    )
+    callbacks = [callback, _Stop(int(stop))]
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume or None)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
