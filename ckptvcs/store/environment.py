@@ -99,6 +99,10 @@ def environment(path: Path) -> lmdb.Environment:
     known = _open.get(path)
     if known and known[0] == _identity(path):
         return known[1]
+    # A file that was deleted stays in memory, and on its disk, as long as it is mapped.
+    gone = [name for name, (then, _) in _open.items() if then[1:] != _identity(name)[1:]]
+    for other in gone:
+        del _open[other]
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_length(path)
     _reserve(path.with_name(path.name + "-lock"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,19 @@ def put(store: ObjectStore, *contents: bytes, kind: Kind = Kind.COMMIT) -> list[
     names = [pack.add(kind, content) for content in contents]
     store.publish(pack)
     return names
+
+
+def test_a_repository_that_is_deleted_is_let_go(tmp_path: Path) -> None:
+    def handles() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = handles()
+    for number in range(10):
+        folder = tmp_path / str(number)
+        put(ObjectStore(LocalBackend(folder), folder / "cache" / "index", keys_of), b"abc")
+        shutil.rmtree(folder)
+    assert handles() <= before + 6  # those of the last two
 
 
 def test_put_get_find(store: ObjectStore) -> None:
