@@ -11,9 +11,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from threading import get_native_id, local
+from threading import Lock, get_native_id, local
 from typing import TypeVar
 
 _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
@@ -40,6 +40,8 @@ def _pool(process: int, background: bool) -> ThreadPoolExecutor:
 
 
 _thread = local()
+_turns = Lock()
+_asking: list[float] = []  # what was set before, and one entry for each of the others
 
 
 def stay_in_background() -> None:
@@ -57,17 +59,36 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """
     pool = _pool(os.getpid(), getattr(_thread, "background", False))
     waiting: deque[Future[R]] = deque()
-    turn = sys.getswitchinterval()
-    try:
-        sys.setswitchinterval(min(turn, _TURN))
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > worker_count() + _AHEAD:
+    with _short_turns():
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > worker_count() + _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let threads take turns often.  That holds for the whole process, where several may ask for it
+    at once: the first one sets it, and the last one puts it back.
+    """
+    with _turns:
+        if not _asking:
+            _asking.append(sys.getswitchinterval())
+            sys.setswitchinterval(min(_asking[0], _TURN))
+        else:
+            _asking.append(_TURN)
+    try:
+        yield
     finally:
-        for future in waiting:
-            future.cancel()
-        wait(waiting)
-        sys.setswitchinterval(turn)
+        with _turns:
+            before = _asking[0]
+            _asking.pop()
+            if not _asking:
+                sys.setswitchinterval(before)

@@ -15,6 +15,7 @@ import torch
 
 from ckptvcs import CkptError, InvalidInputError, Repo, StorageError
 from ckptvcs.background import Background
+from ckptvcs.parallel import ordered_map
 from ckptvcs.store.local import LocalWriter
 from tests.cli.conftest import environment
 from tests.crashing import states
@@ -175,6 +176,18 @@ def test_what_was_reported_as_done_is_there(way: str, tmp_path: Path) -> None:
     steps = [entry.step for entry in repo.log()]
     assert steps in ([[2, 1, 0]] if way == "end" else [[1, 0], [2, 1, 0]])
     assert not repo.verify().damage
+
+
+def test_turns_are_as_long_as_before_when_all_work_is_done() -> None:
+    before = sys.getswitchinterval()
+    one, two = (ordered_map(abs, range(9)) for _ in range(2))
+    for work in (one, two, one, two):
+        next(work)
+        assert sys.getswitchinterval() < before
+    assert list(one) == list(range(2, 9))
+    assert sys.getswitchinterval() < before
+    assert list(two) == list(range(2, 9))
+    assert sys.getswitchinterval() == before
 
 
 def test_all_errors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
