@@ -26,18 +26,15 @@ def gather(
     """
     state: dict[str, object] = {}
     names: Names = {}
-    weights = {}
     if model is not None:
         state[MODEL] = _state_of(model, MODEL)
-        named = getattr(model, "named_parameters", dict)
-        weights = {id(weight): name for name, weight in dict(named()).items()}
     if optimizer is not None:
         row = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
         states = [_state_of(one, OPTIMIZER) for one in row]
         state[OPTIMIZER] = states if row is optimizer else states[0]
         for number, one in enumerate(row):
             path = f"{OPTIMIZER}.{number}" if row is optimizer else OPTIMIZER
-            names[file, path] = parameter_names(one, weights)
+            names[file, path] = parameter_names(model, one)
     taken = state.keys() & (extra or {}).keys()
     if taken:
         raise InvalidInputError(
@@ -46,8 +43,10 @@ def gather(
     return state | dict(extra or {}), names
 
 
-def parameter_names(optimizer: Any, weights: Mapping[int, str]) -> list[list[str | None]]:
-    """For each group of an optimizer the names of its parameters, by the `id` of each."""
+def parameter_names(model: Any, optimizer: Any) -> list[list[str | None]]:
+    """For each group of an optimizer the names that a module has for its parameters."""
+    named = getattr(model, "named_parameters", dict)
+    weights = {id(weight): name for name, weight in dict(named()).items()}
     groups = getattr(optimizer, "param_groups", [])
     return [[weights.get(id(weight)) for weight in group["params"]] for group in groups]
 

@@ -5,9 +5,9 @@ trainer = Trainer(..., callbacks=[CkptCallback("runs")])
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ class CkptCallback(TrainerCallback):
                 time.sleep(_PAUSE)
         self._made[folder] = made.id
         if self._keep_local is not None:
-            self._remove(repo, {folder, Path(state.best_model_checkpoint or folder)})
+            with contextlib.suppress(BusyError):  # gc has come: until the next checkpoint
+                self._remove(repo, {folder, Path(state.best_model_checkpoint or folder)})
 
     def _repo(self) -> Repo:
         if not isinstance(self._where, Repo):
@@ -116,7 +117,4 @@ def _logged(state: Any) -> dict[str, float]:
 
 def _names(model: Any, optimizer: Any) -> Names:
     """The names of the parameters in `optimizer.pt`, which does not hold them."""
-    if model is None or optimizer is None:
-        return {}
-    weights: Mapping[int, str] = {id(weight): name for name, weight in model.named_parameters()}
-    return {("optimizer.pt", ""): parameter_names(optimizer, weights)}
+    return {("optimizer.pt", ""): parameter_names(model, optimizer)}
