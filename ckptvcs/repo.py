@@ -186,6 +186,7 @@ class Repo(Care):
         root = Path(os.path.abspath(self.root))  # noqa: PTH100
         inside = full.is_relative_to(root)
         name = full.relative_to(root).as_posix() if inside else full.name
+        self.wait()
         checkpoint = open_checkpoint(path, raw=raw, skip=self.folder.resolve(), names=names)
         return self.commit_checkpoint(
             checkpoint, name, inside=inside, step=step, message=message,
