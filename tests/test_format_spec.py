@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
 from tests.checkpoint.test_round_trip import every_dtype, trainer_directory, views
 from tests.spec_reader import SpecRepository
@@ -30,6 +31,21 @@ def test_chains(codec: str, repo: Repo, tmp_path: Path) -> None:
         assert data == target.read_bytes()
         if codec == "lossless":
             assert data == path.read_bytes()
+
+
+def test_what_gc_leaves(tmp_path: Path) -> None:
+    repo, paths = Repo.init(tmp_path / "near"), save_run(tmp_path, train(8))
+    names = [repo.commit_path(path, message="x").id for path in paths]
+    tables = [repo.catalog.commit(name).parts["model"].values for name in names[:6]]
+    for _ in range(2):  # the second one merges what the first one left
+        repo.gc(Policy(last=2))
+    repo = Repo.open(tmp_path / "near")
+    assert not any(map(repo.catalog.store.contains, tables))
+    assert [entry.step for entry, _ in repo.trajectory()] == [7, 8]
+    spec = SpecRepository(repo.folder)
+    for name, path in zip(names[6:], paths[6:], strict=True):
+        assert spec.file(name, path.name) == path.read_bytes()
+    assert not repo.verify().damage
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -97,7 +97,8 @@ class History:
         self, start: Bound = None, stop: Bound = None, every: int | None = None, *,
         revision: str | int | None = None,
     ) -> list[ObjectId]:  # fmt: skip
-        """The commits of a line, oldest first, from `start` to `stop`, both included.
+        """The commits of a line, oldest first, from `start` to `stop`, both included; without those
+        that were dropped.
 
         A whole number, or text of digits, is a bound for steps and need not be the step of a
         commit; one without a step counts as part of the step before it.  Anything else is a
@@ -114,7 +115,7 @@ class History:
         if revision is None:
             revision = stop if stop is not None and high is None else HEAD
         tip = self._revisions.resolve(str(revision))
-        line = list(self._catalog.ancestors(tip))[::-1]
+        line = list(self._catalog.line(tip))[::-1]
         names = [name for name, _ in line]
         first = 0 if start is None or low is not None else self._position(start, names)
         last = len(names) if stop is None or high is not None else self._position(stop, names) + 1
@@ -133,8 +134,9 @@ class History:
     def _position(self, revision: str | int, line: list[ObjectId]) -> int:
         name = self._revisions.resolve(str(revision))
         if name not in line:
+            of = f" of {line[-1][:8]}" if line else ""  # all of it may have been dropped
             raise NotFoundError(
-                f"'{revision}' is not on the line of {line[-1][:8]}",
+                f"'{revision}' is not on the line{of}",
                 hint="'ckpt log REV' lists a line",
             )
         return line.index(name)
