@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 
@@ -173,10 +174,22 @@ class HeldBase:
     def __init__(self) -> None:
         self.values: ObjectId | None = None
         self.tensors: dict[str, list[Words | None]] = {}
+        self.hashes: dict[str, bytes] = {}
 
     def writer(self, infos: list[TensorInfo]) -> HeldWriter:
         """Where the next commit's decoded weights go."""
         return HeldWriter(self, infos)
+
+    def keep(self, hashes: dict[str, bytes]) -> None:
+        """They are values of a table whose id is not known yet, since others make some of it."""
+        self.hashes, self.values = hashes, ObjectId("")
+
+    def adopt(self, values: ObjectId, hashes: Mapping[str, bytes]) -> None:
+        """They are those of this table of values, as far as they have the hashes that it has."""
+        for name in [*self.tensors]:
+            if self.hashes.get(name, b"") != hashes.get(name):
+                del self.tensors[name]
+        self.values = values
 
 
 class HeldWriter:

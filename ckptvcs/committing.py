@@ -17,18 +17,28 @@ import getpass
 import re
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptvcs.attempt import Attempt, within_bounds
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
-from ckptvcs.codec.spec import CodecSpec, NearSpec, finer
+from ckptvcs.codec.spec import NearSpec
 from ckptvcs.config import Config
-from ckptvcs.encoder import Encoded, Encoder, TooCoarse
+from ckptvcs.encoder import Encoded, Encoder
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, MissingObjectError
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import PARTS, Commit, FileEntry, dump_commit, dump_errors, load_commit
+from ckptvcs.history.commit import (  # fmt: skip
+    PARTS,
+    Commit,
+    FileEntry,
+    PartState,
+    dump_commit,
+    dump_errors,
+    load_commit,
+)
 from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.marking import mark, require_packs
 from ckptvcs.history.recipe import dump_let_go, dump_recipe, dump_values
@@ -42,14 +52,11 @@ from ckptvcs.history.schema import (  # fmt: skip
     dump_skeleton,
     load_schema,
 )
-from ckptvcs.planning import TooFar
 from ckptvcs.request import Request, find_step
 from ckptvcs.source import Progress, scan
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter
-
-_TRIES = 5  # to code within bounds, before everything is exact
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,10 @@ class Result:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a commit goes: the branch and its newest generation, and the parent."""
+class Place:
+    """Where a commit goes: its step, the branch and its newest generation, and the parent."""
 
+    step: int | None
     branch: str
     tip: Generation | None
     parent: ObjectId | None
@@ -75,7 +83,7 @@ class _Place:
     notes: tuple[str, ...]
 
 
-class _SharedPatchFadedError(Exception):
+class SharedPatchFadedError(Exception):
     """Another writer lets a patch go that this commit was to share."""
 
 
@@ -105,7 +113,7 @@ class Committer:
         while True:
             try:
                 return self._commit(request)
-            except _SharedPatchFadedError:
+            except SharedPatchFadedError:
                 continue  # it gets one of its own
             except MissingObjectError:  # the index may be older than the packs, after a power cut
                 if rebuilt:
@@ -115,47 +123,61 @@ class Committer:
                 self._catalog.forget()
 
     def _commit(self, request: Request) -> Result:
-        store = self._catalog.store
-        with lease(store.backend) as held:
+        with lease(self._catalog.store.backend) as held:
             checkpoint = request.checkpoint
             patched = self._config.exact_rule.wants_patch(request.metrics)
             near = isinstance(request.spec.settings, NearSpec)
             file_hashes, hashes = scan(checkpoint, self._progress, stay=near and not patched)
-            step = find_step(request)
-            place = self._place(request, step, file_hashes, hashes)
-            base = self._base(place.parent)
+            place = self.place(
+                request, lambda parent: self._same(request, parent, file_hashes, hashes)
+            )
+            base = self.base(place.parent)
             if base is not None and place.unchanged:
-                shared = [state.exact for state in base.parts.values() if state.exact]
-                encoded = Encoded(
-                    dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {},
-                    shared if patched else [],
-                )  # fmt: skip
+                encoded = unchanged(base, patched=patched)
             else:
-                keyframe = base is None or self._starts_keyframe(place.parent, checkpoint, base)
+                keyframe = (
+                    base is None
+                    or self._has_other_weights(checkpoint, base)
+                    or self.starts_keyframe(place.parent)
+                )
                 encoded = self._encode(request, base, hashes, keyframe=keyframe, patched=patched)
-            pack = store.new_pack("meta")
-            try:
-                commit = self._describe(pack, request, step, place, base, encoded, file_hashes)
-                content = dump_commit(commit)
-                load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
-                name = pack.add(Kind.COMMIT, content)
-                fading = self._fading(name, commit, is_head=place.moves_head)
-                for record in self._fader.record(fading, commit.time):
-                    pack.add(Kind.RECORD, dump_let_go(record))
-                checkpoint.check_unchanged()
-                info = store.publish(pack)
-            finally:
-                pack.abort()
-            gone = self._catalog.dropped()
-            require_packs(self._catalog, mark(self._catalog, {name: commit}, gone))
-            # Who lets a patch go says so first, and looks then who shares it: one sees the other.
-            if any(self._is_faded(exact) for exact in encoded.shared):
-                raise _SharedPatchFadedError
-            check_lease(store.backend, held)
-            self._publish(place, name, commit)
-            # It is in the history now: what goes wrong from here on, gc makes good.
-            with contextlib.suppress(CkptError):
-                self._fade(fading, name, is_head=place.moves_head)
+            return self.complete(request, place, encoded, file_hashes, held)
+
+    def complete(
+        self, request: Request, place: Place, encoded: Encoded, file_hashes: list[str | None],
+        held: str,
+    ) -> Result:  # fmt: skip
+        """Make a commit of what is stored, and move its branch; `held` names the lease that was
+        held all the time.
+
+        Raises:
+            SharedPatchFadedError: it shares an exact patch that is let go.
+            ConflictError, InvalidInputError, CorruptionError, StorageError: as in `commit`.
+        """
+        store = self._catalog.store
+        pack = store.new_pack("meta")
+        try:
+            commit = self._describe(pack, request, place, encoded, file_hashes)
+            content = dump_commit(commit)
+            load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
+            name = pack.add(Kind.COMMIT, content)
+            fading = self._fading(name, commit, is_head=place.moves_head)
+            for record in self._fader.record(fading, commit.time):
+                pack.add(Kind.RECORD, dump_let_go(record))
+            request.checkpoint.check_unchanged()
+            info = store.publish(pack)
+        finally:
+            pack.abort()
+        gone = self._catalog.dropped()
+        require_packs(self._catalog, mark(self._catalog, {name: commit}, gone))
+        # Who lets a patch go says so first, and looks then who shares it: one sees the other.
+        if any(map(self._is_gone, encoded.shared)):
+            raise SharedPatchFadedError
+        check_lease(store.backend, held)
+        self._publish(place, name, commit)
+        # It is in the history now: what goes wrong from here on, gc makes good.
+        with contextlib.suppress(CkptError):
+            self._fade(fading, name, is_head=place.moves_head)
         return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, place.notes)
 
     def _fade(self, recorded: list[Patch], name: ObjectId, *, is_head: bool) -> None:
@@ -164,7 +186,7 @@ class Committer:
             still = {patch.pack for patch in self._fader.after(name, is_head=is_head)}
             self._fader.delete(patch for patch in recorded if patch.pack in still)
 
-    def _base(self, parent: ObjectId | None) -> Commit | None:
+    def base(self, parent: ObjectId | None) -> Commit | None:
         """What a commit can be coded against: its parent, as far as that is still there."""
         if parent is None or parent in self._catalog.dropped().commits:
             return None
@@ -182,10 +204,9 @@ class Committer:
 
     # -- where it goes ---------------------------------------------------------------------------
 
-    def _place(
-        self, request: Request, step: int | None, file_hashes: list[str | None],
-        hashes: dict[int, bytes],
-    ) -> _Place:  # fmt: skip
+    def place(self, request: Request, same: Callable[[ObjectId | None], bool]) -> Place:
+        """Where a commit goes; `same` tells whether a commit holds just what is to be committed."""
+        step = find_step(request)
         head = self._refs.read(HEAD)
         following = head.branch if head else "main"
         wanted = check_name(request.branch, "branch") if request.branch else following
@@ -200,19 +221,19 @@ class Committer:
         if branch is None:
             branch, tip = self._free_name(self._last_branch()), None
             notes.append(f"HEAD was at an older commit: started branch '{branch}'")
-        unchanged = self._same(request, parent, file_hashes, hashes)
+        unchanged = same(parent)
         above = None if parent is None else self._step_of(parent)
         again = unchanged and step == above
         if step is not None and above is not None and step <= above and not again:
             parent = self._below(parent, step)
             branch, tip = self._free_name(branch), None
-            unchanged = self._same(request, parent, file_hashes, hashes)
+            unchanged = same(parent)
             origin = f"at step {self._step_of(parent)}" if parent else "from nothing"
             notes.append(
                 f"step {step} is not above step {above}: started branch '{branch}' {origin}"
             )
         moves_head = request.branch is None or (head is not None and head.branch == wanted)
-        return _Place(branch, tip, parent, moves_head, unchanged, tuple(notes))
+        return Place(step, branch, tip, parent, moves_head, unchanged, tuple(notes))
 
     def _tip(self, branch: str) -> ObjectId | None:
         state = self._refs.read(f"heads/{branch}")
@@ -248,7 +269,7 @@ class Committer:
         if parent is None or not self._revisions.whole(parent):
             return False
         commit, checkpoint = self._catalog.commit(parent), request.checkpoint
-        faded = any(p.exact and self._is_faded(p.exact) for p in commit.parts.values())
+        faded = any(map(self.is_faded, commit.parts.values()))
         if faded and self._config.exact_rule.wants_patch(request.metrics):
             return False  # here is the exact form again
         if checkpoint.kind != "state":
@@ -263,13 +284,17 @@ class Committer:
         known = {part: state.exact or state.values for part, state in commit.parts.items()}
         if commit.source != "state" or known != tables:
             return False
-        skeletons = [object_id(Kind.SKELETON, _skeleton(checkpoint, f)) for f in checkpoint.files]
+        skeletons = [object_id(Kind.SKELETON, skeleton_of(checkpoint, f)) for f in checkpoint.files]
         return (
             commit.schema == object_id(Kind.SCHEMA, dump_schema(schema))
             and [file.skeleton for file in commit.files] == skeletons
         )  # fmt: skip
 
-    def _is_faded(self, exact: ObjectId) -> bool:
+    def is_faded(self, state: PartState) -> bool:
+        """Whether a part that is near has no exact patch any more, or not for long."""
+        return state.exact is not None and self._is_gone(state.exact)
+
+    def _is_gone(self, exact: ObjectId) -> bool:
         """Whether there is no patch for exact values, or one that somebody lets go."""
         return not self._catalog.has_recipe(exact) or self._catalog.is_fading(exact)
 
@@ -279,37 +304,23 @@ class Committer:
         self, request: Request, base: Commit | None, hashes: dict[int, bytes], *, keyframe: bool,
         patched: bool,
     ) -> Encoded:  # fmt: skip
-        """Encode within bounds: by residuals, else finer, else as a keyframe, else exactly."""
-        checkpoint, spec = request.checkpoint, request.spec
+        checkpoint = request.checkpoint
         held = self._held if checkpoint.kind == "state" else None
-        bound = spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0
-        for _ in range(_TRIES):
-            encoder = Encoder(
-                self._catalog, self._cache, spec, base, checkpoint, dict(hashes),
-                keyframe=keyframe, patched=patched, bound=bound, progress=self._progress,
-                held=held,
-            )  # fmt: skip
-            try:
-                return encoder.encode()
-            except TooFar:
-                keyframe = True
-            except TooCoarse as error:
-                spec = finer(spec, error.excess)
-        encoder = Encoder(
-            self._catalog, self._cache, CodecSpec(request.spec.name), base, checkpoint,
-            dict(hashes), keyframe=True, patched=False, bound=0, progress=self._progress, held=held,
-        )  # fmt: skip
-        return encoder.encode()
 
-    def _starts_keyframe(
-        self, parent: ObjectId | None, checkpoint: Checkpoint, base: Commit
-    ) -> bool:
-        """Whether the chain that ends at `parent` is as deep, or as heavy, as is allowed, or the
-        weights are others.
-        """
-        old, new = self._catalog.schema(base.schema), checkpoint.schema
-        if _weights(old) != _weights(new):
-            return True
+        def encode(attempt: Attempt) -> Encoded:
+            return Encoder(
+                self._catalog, self._cache, attempt, base, checkpoint, dict(hashes),
+                progress=self._progress, held=held,
+            ).encode()  # fmt: skip
+
+        first = Attempt.first(request.spec, keyframe=keyframe, patched=patched)
+        return within_bounds(first, encode)
+
+    def _has_other_weights(self, checkpoint: Checkpoint, base: Commit) -> bool:
+        return _weights(self._catalog.schema(base.schema)) != _weights(checkpoint.schema)
+
+    def starts_keyframe(self, parent: ObjectId | None) -> bool:
+        """Whether the chain that ends at `parent` is as deep, or as heavy, as is allowed."""
         deltas = 0
         for _, commit in self._catalog.ancestors(parent):
             if commit.kind == "keyframe":
@@ -320,11 +331,11 @@ class Committer:
         return True
 
     def _describe(
-        self, pack: PackWriter, request: Request, step: int | None, place: _Place,
-        base: Commit | None, encoded: Encoded, file_hashes: list[str | None],
+        self, pack: PackWriter, request: Request, place: Place, encoded: Encoded,
+        file_hashes: list[str | None],
     ) -> Commit:  # fmt: skip
         """Put what the commit refers to into the meta pack; the commit itself."""
-        checkpoint = request.checkpoint
+        checkpoint, base = request.checkpoint, self.base(place.parent)
         described = dump_schema(checkpoint.schema)
         try:
             load_schema(described)  # a schema that cannot be read would lock its branch
@@ -344,7 +355,7 @@ class Committer:
         files = [
             FileEntry(
                 file.path, file.source.size, digest, file.mode, file.mtime_ns, file.format,
-                self._put(pack, Kind.SKELETON, _skeleton(checkpoint, file), old.get(file.path)),
+                self._put(pack, Kind.SKELETON, skeleton_of(checkpoint, file), old.get(file.path)),
             )
             for file, digest in zip(checkpoint.files, file_hashes, strict=True)
         ]  # fmt: skip
@@ -357,7 +368,7 @@ class Committer:
             errors = self._put(pack, Kind.ERRORS, dump_errors(encoded.errors))
         keyframe = not encoded.depth and not place.unchanged
         return Commit(
-            parents=(place.parent,) if place.parent else (), time=now(), step=step,
+            parents=(place.parent,) if place.parent else (), time=now(), step=place.step,
             message=request.message, metrics=dict(request.metrics), codec=request.spec.name,
             kind="keyframe" if keyframe else "delta", depth=encoded.depth,
             raw_bytes=checkpoint.size_bytes, data_bytes=encoded.data_bytes,
@@ -382,7 +393,7 @@ class Committer:
         root = entry.base or base
         return root, self._catalog.store.get(root, kind)
 
-    def _publish(self, place: _Place, name: ObjectId, commit: Commit) -> None:
+    def _publish(self, place: Place, name: ObjectId, commit: Commit) -> None:
         head = self._refs.read(HEAD)
         self._refs.publish(
             f"heads/{place.branch}", place.tip, commit=name, time=commit.time, action="commit"
@@ -394,7 +405,16 @@ class Committer:
             )
 
 
-def _skeleton(checkpoint: Checkpoint, file: InputFile) -> bytes:
+def unchanged(base: Commit, *, patched: bool) -> Encoded:
+    """What is stored for a checkpoint that a commit holds already; its exact patches are shared."""
+    shared = [state.exact for state in base.parts.values() if state.exact]
+    return Encoded(
+        dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {},
+        shared if patched else [],
+    )  # fmt: skip
+
+
+def skeleton_of(checkpoint: Checkpoint, file: InputFile) -> bytes:
     """The content of a file's skeleton."""
     segments: list[Segment] = []
     literals = bytearray()

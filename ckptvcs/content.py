@@ -33,8 +33,9 @@ class Contents:
 
     def add(self, name: ObjectId, commit: Commit) -> None:
         """Know a commit; of several with the same content one that is exact."""
-        hashes = {file.path: file.hash for file in commit.files if file.hash is not None}
-        if commit.source == "state" or not hashes:
+        files = [file for file in commit.files if file.skeleton is not None]
+        hashes = {file.path: file.hash for file in files if file.hash is not None}
+        if len(hashes) < len(files):  # some never were files
             return
         content = _content(commit.source, hashes)
         if content not in self._commits or self._repo.entry(name).exact:

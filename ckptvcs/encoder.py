@@ -11,12 +11,15 @@ Nothing is held that grows with the checkpoint but a hash and a place for each t
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptvcs.attempt import Attempt, TooCoarse
 from ckptvcs.bases import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
 from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint.checkpoint import Checkpoint
@@ -24,7 +27,7 @@ from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
-from ckptvcs.codec.spec import CodecSpec, NearSpec
+from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.coding.exact import code_patch
 from ckptvcs.coding.group import CodedGroup, Coder, Errors
@@ -40,6 +43,8 @@ from ckptvcs.parallel import ordered_map
 from ckptvcs.planning import Planner
 from ckptvcs.source import Progress, SourceTensor, find_masters, stays
 from ckptvcs.store.object import Kind, ObjectId, object_id
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,14 +100,6 @@ class _Coded:
     nonfinite: int
 
 
-class TooCoarse(Exception):
-    """The error of the weights is `excess` times what it may be."""
-
-    def __init__(self, excess: float) -> None:
-        super().__init__(f"{excess:.3g} times the bound")
-        self.excess = excess
-
-
 class Encoder:
     """Encodes one checkpoint against a base commit; used once."""
 
@@ -110,27 +107,23 @@ class Encoder:
         self,
         catalog: Catalog,
         cache: Path,
-        spec: CodecSpec,
+        attempt: Attempt,
         base: Commit | None,
         checkpoint: Checkpoint,
         hashes: dict[int, bytes],
         *,
-        keyframe: bool,
-        patched: bool,
-        bound: float,
         progress: Progress,
         held: HeldBase | None = None,
     ) -> None:
         """`hashes` are those that `scan` returned for the tensors of `checkpoint`; `held` keeps
-        the base of the next commit in memory, which else goes into the cache.  What is stored with
-        loss can be had exactly too if it is to be `patched`; the error of all weights together must
-        not be above `bound` (0: there is none).
+        the base of the next commit in memory, which else goes into the cache.
         """
+        spec, keyframe, patched = attempt.spec, attempt.keyframe, attempt.patched
         loops.prepare(checkpoint.size_bytes)
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._catalog, self._chain = catalog, ChainReader(catalog, self._materials.get)
         self._cache, self._held, self._spec = cache, held, spec
-        self._keyframe, self._bound, self._progress = keyframe, bound, progress
+        self._keyframe, self._bound, self._progress = keyframe, attempt.bound, progress
         self._base_parts = {} if base is None else self._load_base(base)
         self._checkpoint, self._hashes = checkpoint, hashes
         self._infos = checkpoint.schema.tensors
@@ -190,6 +183,9 @@ class Encoder:
             TooFar: it is to be coded as a keyframe.
             TooCoarse: a bound does not hold.
         """
+        return self._coded(self._finish)
+
+    def _coded(self, finish: Callable[[], T]) -> T:
         infos = [self._infos[number] for number in self._numbers["model"]]
         self._base_writer: BaseWriter | HeldWriter
         if self._held is None:
@@ -207,7 +203,8 @@ class Encoder:
                 self._put(coded)
                 del coded  # not to be held while the next one is waited for
             self._check_bound()
-            return self._finish()
+            self._settle()
+            return finish()
         finally:
             with contextlib.ExitStack() as stack:  # each of them, although another may fail
                 stack.callback(self._base_writer.abort)
@@ -286,7 +283,7 @@ class Encoder:
                 words = source.slice(index)
                 self._base_writer.write(self._position[number], index, words, fresh=False)
                 if info.role == WEIGHT:
-                    errors.add(Errors(energy=_energy(to_float32(words, info.dtype))))
+                    errors.add(Errors(energy=energy_of(to_float32(words, info.dtype))))
             if info.role == WEIGHT:
                 self._errors[number] = errors
         self._progress(info.size_bytes)
@@ -351,7 +348,8 @@ class Encoder:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def _finish(self) -> Encoded:
+    def _settle(self) -> None:
+        """Copies of a tensor are where it is."""
         self._checkpoint.check_unchanged()
         for twin, copies in self._copies.items():
             for number in copies:
@@ -360,6 +358,8 @@ class Encoder:
                 self._values[number] = self._values[twin]
                 if number in self._stay:
                     self._hashes[number] = self._hashes[twin]
+
+    def _finish(self) -> Encoded:
         parts: dict[str, PartState] = {}
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []
@@ -384,7 +384,7 @@ class Encoder:
                 data_bytes += size
                 recipes.append(self._recipe(values, row, bundle))
             if self._patched and table != exact:
-                if self._has_patch(parts[name]):
+                if has_patch(self._catalog, parts[name]):
                     shared.append(object_id(Kind.VALUES, exact))
                 else:
                     patch_bytes += self._patch(name, values, row)
@@ -396,15 +396,6 @@ class Encoder:
             self._nonfinite, report(self._errors, self._infos),
             report_tensors(self._errors, self._infos) if lossy else {}, shared,
         )  # fmt: skip
-
-    def _has_patch(self, state: PartState) -> bool:
-        """Whether another commit of the same near and exact values has a patch to share."""
-        if state.exact is None or not self._catalog.has_recipe(state.exact):
-            return False
-        if self._catalog.is_fading(state.exact):  # its days are numbered
-            return False
-        frames = self._catalog.bundle(self._catalog.recipe(state.exact).bundles[0])
-        return all(frame.base and frame.base[0] == state.values for frame in frames)
 
     def _patch(self, name: str, values: ObjectId, row: list[int]) -> int:
         """Write the exact patch of a part: its bytes on disk."""
@@ -426,8 +417,18 @@ class Encoder:
             assert owner is not None
             owners.append(bundles.setdefault(owner, len(bundles)))
             frames.append(frame)
-        generation = max((r.generation + 1 for _, r in self._catalog.recipes(values)), default=0)
+        generation = self._catalog.next_generation(values)
         return Recipe(values, generation, tuple(bundles), tuple(owners), tuple(frames))
+
+
+def has_patch(catalog: Catalog, state: PartState) -> bool:
+    """Whether another commit of the same near and exact values has a patch to share."""
+    if state.exact is None or not catalog.has_recipe(state.exact):
+        return False
+    if catalog.is_fading(state.exact):  # its days are numbered
+        return False
+    frames = catalog.bundle(catalog.recipe(state.exact).bundles[0])
+    return all(frame.base and frame.base[0] == state.values for frame in frames)
 
 
 def _code(job: tuple[_Work, int, bool]) -> _Coded:
@@ -446,6 +447,7 @@ def _code(job: tuple[_Work, int, bool]) -> _Coded:
     return _Coded(work, number, coded, patches, nonfinite)
 
 
-def _energy(values: NDArray[np.float32]) -> float:
+def energy_of(values: NDArray[np.float32]) -> float:
+    """The sum of squares of some weights; none of those with values that are not finite."""
     total = float(np.square(values, dtype=np.float64).sum())
     return total if np.isfinite(total) else 0.0

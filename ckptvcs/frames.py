@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from blake3 import blake3
 
@@ -49,18 +50,13 @@ class _Region:
         self._pack: PackWriter | None = None
         self._at = 0
 
-    def append(self, data: bytes) -> Slice:
-        """Add a slice: where it lies, its length, its hash."""
-        at, length, _ = self.append_patch(data)
-        return at, length, slice_hash(data)
-
-    def append_patch(self, *buffers: bytes | memoryview) -> Slice:
-        """The same, in pieces and without a hash."""
+    def append(self, *buffers: bytes | memoryview, hashed: bool = True) -> Slice:
+        """Add a slice, in pieces: where it lies, its length, its hash."""
         at = self._at
         for data in buffers:
             self.pack.append_region(data)
             self._at += len(data)
-        return at, self._at - at, NO_HASH
+        return at, self._at - at, slice_hash(*buffers) if hashed else NO_HASH
 
     @property
     def pack(self) -> PackWriter:
@@ -118,10 +114,13 @@ class PatchWriter:
     that pack.
 
     It is most of the bytes of a commit, so that they are hashed and written in a thread beside.
+    One that is to be `joined` with those of other processes is not read by what it decodes to, but
+    as it lies, and has a hash for each slice.
     """
 
-    def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
+    def __init__(self, new_pack: Callable[[], PackWriter], *, joined: bool = False) -> None:
         self._region = _Region(new_pack)
+        self._put = partial(self._region.append, hashed=joined)
         self._thread: ThreadPoolExecutor | None = None
         self._slices: dict[tuple[int, int], Future[Slice]] = {}
         self._late: deque[Future[Slice]] = deque()
@@ -130,20 +129,22 @@ class PatchWriter:
         """Add a slice of a tensor.  The buffers must stay as they are until `frame`."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "ckpt-patch")
-        future = self._thread.submit(self._region.append_patch, *buffers)
+        future = self._thread.submit(self._put, *buffers)
         self._slices[tensor, index] = future
         self._late.append(future)
         if len(self._late) > _LATE:
             self._late.popleft().result()
 
-    def frame(self, tensor: int, count: int, base: tuple[ObjectId, int], depth: int) -> Frame:
+    def frame(
+        self, tensor: int, count: int, base: tuple[ObjectId, int] | None, depth: int
+    ) -> Frame:
         """The frame of a tensor of `count` slices; those that were not added are the same."""
         while self._late:  # a region has one writer at a time
             self._late.popleft().result()
         slices = []
         for index in range(count):
             future = self._slices.get((tensor, index))
-            slices.append(self._region.append_patch(SAME) if future is None else future.result())
+            slices.append(self._put(SAME) if future is None else future.result())
         return Frame(base, depth, None, tuple(slices))
 
     def finish(
@@ -159,6 +160,13 @@ class PatchWriter:
         owners, numbers = (0,) * len(frames), tuple(range(len(frames)))
         pack.add(Kind.RECIPE, dump_recipe(Recipe(exact, 0, (bundle,), owners, numbers, patch=True)))
         return publish(pack).size_bytes
+
+    def finish_loose(
+        self, frames: list[Frame], publish: Callable[[PackWriter], PackInfo]
+    ) -> tuple[ObjectId, PackInfo]:
+        """Write the bundle alone, as something to be joined: it, and its pack."""
+        bundle = self._region.pack.add(Kind.BUNDLE, dump_bundle(frames))
+        return bundle, publish(self._region.pack)
 
     def abort(self) -> None:
         """Leave nothing behind that is not published, and no thread."""

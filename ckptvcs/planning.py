@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ckptvcs.attempt import TooFar
 from ckptvcs.bases import BaseTensor
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.roles import FIRST, LOSSY, MOMENTS, SECOND, WEIGHT, Rule
@@ -19,10 +20,6 @@ from ckptvcs.source import SourceTensor
 
 Coding = tuple[Coder, dict[int, BaseTensor]]
 """A coder, and the bases of its members by number."""
-
-
-class TooFar(Exception):
-    """The weights are further from their base than from zero."""
 
 
 class Planner:

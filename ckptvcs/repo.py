@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from ckptvcs.checkpoint.checkpoint import Checkpoint
     from ckptvcs.checkpoint.roles import Names
     from ckptvcs.checkpoint.staging import Staging
+    from ckptvcs.codec.spec import CodecSpec
     from ckptvcs.committing import Result
     from ckptvcs.compare import Comparison
     from ckptvcs.search import Bisection, Judge, Watch
+    from ckptvcs.shards import Shard, Ticket
     from ckptvcs.source import Progress
 
 # The methods that touch tensors import what they need when they are called: `log`, `show` and
@@ -207,16 +209,10 @@ class Repo(Care):
         progress: Progress = quiet,
     ) -> Result:
         """Commit what has been opened already; see `Committer.commit`."""
-        from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415
         from ckptvcs.committing import Committer  # noqa: PLC0415
         from ckptvcs.request import Request  # noqa: PLC0415
 
-        require_flags(self.folder, "write")
-        spec = self.config.codec_of(codec)
-        flags = ["near", "near-2"] if isinstance(spec.settings, NearSpec) else []
-        if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
-            flags.append("patches")
-        raise_flags(self.folder, "read", *flags)
+        spec = self.codec_for(codec, metrics)
         bases = self.folder / CACHE / "bases"
         if checkpoint.kind == "state" and self._held is None:
             from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
@@ -238,6 +234,40 @@ class Repo(Care):
                 self._holder.release()
         keep_reserve(self.folder / CACHE)
         return result
+
+    def code_shard(self, ticket: Ticket, checkpoint: Checkpoint) -> Shard:
+        """Code the share of this process in a commit of several; see `joining`."""
+        from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
+        from ckptvcs.shards import code_shard  # noqa: PLC0415
+
+        self.catalog.store.refresh()  # who joins may have committed meanwhile
+        self._held = self._held or HeldBase()
+        alone = self._holder.acquire(blocking=False)
+        try:
+            held = self._held if alone else HeldBase()
+            bases = self.folder / CACHE / "bases"
+            return code_shard(self.catalog, bases, ticket, checkpoint, held)
+        finally:
+            if alone:
+                self._holder.release()
+
+    def codec_for(self, codec: str | None, metrics: Mapping[str, float]) -> CodecSpec:
+        """The codec of a commit with these metrics; programs that do not know what it writes keep
+        away from the repository from here on.
+
+        Raises:
+            InvalidInputError: there is no such codec.
+            UnsupportedVersionError: a newer program does not let this one write.
+        """
+        from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415  see above
+
+        require_flags(self.folder, "write")
+        spec = self.config.codec_of(codec)
+        flags = ["near", "near-2"] if isinstance(spec.settings, NearSpec) else []
+        if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
+            flags.append("patches")
+        raise_flags(self.folder, "read", *flags)
+        return spec
 
     def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
         """The state of a commit: the nested object that was committed, with its tensors.

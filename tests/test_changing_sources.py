@@ -35,10 +35,10 @@ def before(owner: object, name: str, change: Change, monkeypatch: pytest.MonkeyP
 
 MOMENTS: dict[str, tuple[object, str]] = {
     "before the scan": (committing, "scan"),
-    "after the scan": (committing.Committer, "_place"),
+    "after the scan": (committing.Committer, "place"),
     "before the first tensor": (encoder.Encoder, "encode"),
     "between tensors": (encoder.Encoder, "_put"),
-    "before the last look": (encoder.Encoder, "_finish"),
+    "before the last look": (encoder.Encoder, "_settle"),
     "before the commit is written": (committing.Committer, "_describe"),
 }
 

@@ -174,6 +174,8 @@ def _find_optimizers(
             if not isinstance(group, dict) or not isinstance(group.get("params"), list):
                 break
             names = rows[number] if number < len(rows) else group.get("param_names")
+            if names is None and all(type(index) is str for index in group["params"]):
+                names = group["params"]  # as `get_optimizer_state_dict` of torch has them
             if not isinstance(names, list) or len(names) != len(group["params"]):
                 names = [None] * len(group["params"])
             rule = _rule(group)
@@ -203,6 +205,8 @@ def _state_tensors(
     state: dict[Any, Any], index: object, known: dict[str, Found]
 ) -> dict[str, Found]:
     entry = state.get(index) if isinstance(index, int | str) else None
+    if entry is None and type(index) is int:
+        entry = state.get(str(index))  # torch.distributed.checkpoint makes all keys text
     if not isinstance(entry, dict):
         return {}
     keys = {name: _storage_key(node) for name, node in entry.items() if isinstance(name, str)}

@@ -114,6 +114,10 @@ class Catalog:
                 self.store.index.doubt()
         raise MissingObjectError(f"no recipe is left for the values {values[:8]}")
 
+    def next_generation(self, values: ObjectId) -> int:
+        """That of a new recipe for a table."""
+        return max((r.generation + 1 for _, r in self.recipes(values)), default=0)
+
     def has_recipe(self, values: ObjectId, *, patches: bool = True) -> bool:
         """Whether values can be decoded, as far as the index knows; without `patches` by what
         others may stand on.

@@ -38,9 +38,12 @@ NO_HASH = bytes(SLICE_HASH_BYTES)
 """In the place of the hash of a slice of an exact patch: its tensor's own proves it."""
 
 
-def slice_hash(data: bytes | memoryview) -> bytes:
-    """The hash that a bundle holds for each slice."""
-    return blake3(data).digest(SLICE_HASH_BYTES)
+def slice_hash(*data: bytes | memoryview) -> bytes:
+    """The hash that a bundle holds for each slice, which may be given in pieces."""
+    digest = blake3()
+    for piece in data:
+        digest.update(piece)
+    return digest.digest(SLICE_HASH_BYTES)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,261 @@
+"""Joint: one commit of several processes.
+
+    begin    who joins takes a lease, and says what all are to code against
+    code     each process its own shard (`shards.py`)
+    finish   tables, recipes and one exact patch a part from all shards; the commit, the branch
+
+Nothing is in the history before `finish`: a process that dies leaves packs that gc sweeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+
+from blake3 import blake3
+
+from ckptvcs.care import quiet
+from ckptvcs.chain import ChainReader
+from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
+from ckptvcs.checkpoint.layout import Piece, Source
+from ckptvcs.codec.frame import slice_counts
+from ckptvcs.coding.report import report, report_tensors
+from ckptvcs.committing import Committer, SharedPatchFadedError, skeleton_of, unchanged
+from ckptvcs.encoder import Encoded, has_patch
+from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
+from ckptvcs.frames import PatchWriter
+from ckptvcs.history.commit import PARTS, PartState
+from ckptvcs.history.log import LogEntry
+from ckptvcs.history.recipe import NO_HASH, Recipe, dump_values, slice_hash
+from ckptvcs.history.schema import Schema, TensorInfo, dump_schema
+from ckptvcs.opened import CACHE
+from ckptvcs.repo import Repo
+from ckptvcs.request import Request
+from ckptvcs.shards import Shard, Stored, Ticket
+from ckptvcs.store.leases import lease
+from ckptvcs.store.object import Kind, ObjectId, object_id
+
+
+class Joint:
+    """A commit that several processes make together; held by the one that joins what they code.
+
+    gc keeps away from `begin` until `finish`, `abandon`, or the end of the process.
+    """
+
+    def __init__(
+        self, repo: Repo, path: str, *, step: int | None = None, message: str = "",
+        metrics: Mapping[str, float] | None = None, codec: str | None = None,
+        branch: str | None = None,
+    ) -> None:  # fmt: skip
+        """Raises InvalidInputError: a step, a metric, a message or a codec is none."""
+        self._repo, self._catalog = repo, repo.catalog
+        nothing = Checkpoint("directory", (), (), Schema(()), (), None, {})
+        self._request = Request.of(
+            nothing, path, inside=True, message=message, step=step, metrics=metrics or {},
+            spec=repo.codec_for(codec, metrics or {}), branch=branch,
+        )  # fmt: skip
+        self._patched = repo.config.exact_rule.wants_patch(self._request.metrics)
+        cache = repo.folder / CACHE / "bases"
+        self._committer = Committer(repo.catalog, repo.refs, cache, repo.config, quiet)
+        self._stack = ExitStack()
+        self.abandon = weakref.finalize(self, self._stack.close)
+
+    def begin(self) -> Ticket:
+        """What all processes need to code their shards.
+
+        Raises:
+            BusyError: gc is sweeping.
+        """
+        self._held = self._stack.enter_context(lease(self._catalog.store.backend))
+        self._begun = place = self._committer.place(self._request, lambda _: True)
+        there = self._committer.base(place.parent) is not None
+        keyframe = not there or self._committer.starts_keyframe(place.parent)
+        base = place.parent if there else None
+        self._ticket = Ticket(base, self._request.spec, keyframe, self._patched)
+        return self._ticket
+
+    def finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
+        """Make the commit: a directory of a file for each shard, and of these `files`.
+
+        Raises:
+            ConflictError: another writer moved the branch meanwhile.
+            InvalidInputError, CorruptionError, StorageError: as `Committer.commit`.
+        """
+        store = self._catalog.store
+        store.refresh()  # other processes have written
+        self._catalog.forget()
+        checkpoint, stored = _join(shards, files)
+        request = replace(self._request, checkpoint=checkpoint)
+        hashes = [None] * len(shards) + [blake3(content).hexdigest() for content in files.values()]
+        made = None
+        while made is None:
+            place = self._committer.place(
+                request, lambda name: self._is_base(name, checkpoint, stored)
+            )
+            if place.branch == self._begun.branch and place.tip != self._begun.tip:
+                raise ConflictError(
+                    f"another writer moved '{place.branch}' meanwhile", hint="save again"
+                )
+            base = self._committer.base(place.parent)
+            if base is not None and place.unchanged:
+                encoded = unchanged(base, patched=self._patched)
+            else:
+                encoded = self._encoded(checkpoint, stored, shards)
+            with contextlib.suppress(SharedPatchFadedError):  # it gets one of its own
+                made = self._committer.complete(request, place, encoded, hashes, self._held)
+        with contextlib.suppress(CkptError):  # the next gc takes what stays
+            store.delete_packs({pack: "packs" for shard in shards.values() for pack in shard.loose})
+        self.abandon()
+        return self._repo.entry(made.id, branch=made.branch)
+
+    def _is_base(
+        self, name: ObjectId | None, checkpoint: Checkpoint, stored: Mapping[int, Stored]
+    ) -> bool:
+        """Whether a commit is the ticket's base, and holds just this."""
+        if name is None or name != self._ticket.base:
+            return False
+        base, schema = self._catalog.commit(name), checkpoint.schema
+        if self._patched and any(self._committer.is_faded(state) for state in base.parts.values()):
+            return False  # here is the exact form again
+        tables = {
+            part: object_id(Kind.VALUES, dump_values([stored[number].exact for number in row]))
+            for part in PARTS if (row := schema.stored(part))
+        }  # fmt: skip
+        skeletons = {file.path: object_id(Kind.SKELETON, skeleton_of(checkpoint, file))
+                     for file in checkpoint.files}  # fmt: skip
+        return (
+            base.schema == object_id(Kind.SCHEMA, dump_schema(schema))
+            and tables == {part: state.exact or state.values for part, state in base.parts.items()}
+            and skeletons == {file.path: file.skeleton for file in base.files}
+        )
+
+    # -- how it is stored ------------------------------------------------------------------------
+
+    def _encoded(
+        self, checkpoint: Checkpoint, stored: Mapping[int, Stored], shards: Mapping[str, Shard]
+    ) -> Encoded:
+        catalog, infos = self._catalog, checkpoint.schema.tensors
+        parts: dict[str, PartState] = {}
+        tables: dict[str, bytes] = {}
+        recipes: list[Recipe] = []
+        shared: list[ObjectId] = []
+        depths = {number: one.depth for number, one in stored.items()}
+        patch_bytes = 0
+        for part in PARTS:
+            row = checkpoint.schema.stored(part)
+            if not row:
+                continue
+            table = dump_values([stored[number].value for number in row])
+            exact = dump_values([stored[number].exact for number in row])
+            values = object_id(Kind.VALUES, table)
+            tables[part] = table
+            parts[part] = PartState(
+                values, None if table == exact else object_id(Kind.VALUES, exact)
+            )
+            if catalog.has_recipe(values, patches=False):  # see `Encoder`
+                for position, number in enumerate(row):
+                    depths[number] = catalog.frame(values, position)[1].depth
+            else:
+                recipes.append(_recipe(catalog.next_generation(values), values, row, stored))
+            if self._patched and table != exact:
+                if has_patch(catalog, parts[part]):
+                    shared.append(object_id(Kind.VALUES, exact))
+                else:
+                    frames = [(number, stored[number], depths[number] + 1) for number in row]
+                    patch_bytes += self._patch(infos, values, exact, frames)
+        errors = {number: one.errors for number, one in stored.items() if one.errors is not None}
+        reports = report_tensors(errors, infos) if self._request.spec.settings else {}
+        reports |= {number: one.known for number, one in stored.items() if one.known is not None}
+        return Encoded(
+            parts, tables, recipes, max(depths.values(), default=0),
+            sum(shard.data_bytes for shard in shards.values()), patch_bytes,
+            sum(shard.nonfinite for shard in shards.values()), report(errors, infos), reports,
+            shared,
+        )  # fmt: skip
+
+    def _patch(
+        self, infos: tuple[TensorInfo, ...], values: ObjectId, exact: bytes,
+        row: list[tuple[int, Stored, int]],
+    ) -> int:  # fmt: skip
+        """Copy the exact patches of a part into one pack: its bytes on disk."""
+        store, frames = self._catalog.store, []
+        writer = PatchWriter(lambda: store.new_pack("packs"))
+        try:
+            for position, (number, one, depth) in enumerate(row):
+                for index, data in enumerate(self._slices(infos[number], one)):
+                    writer.append(number, index, (data,))
+                count = len(slice_counts(infos[number].words))
+                frames.append(writer.frame(number, count, (values, position), depth))
+            return writer.finish(frames, exact, store.publish)
+        finally:
+            writer.abort()
+
+    def _slices(self, info: TensorInfo, one: Stored) -> Iterator[bytes]:
+        """The slices of a tensor's exact patch, proven; none where it is exact."""
+        if one.patch is None:
+            return
+        if one.proof is not None:  # it is that of a commit, and has no hashes
+            for _ in ChainReader(self._catalog).slices(*one.proof, info):
+                pass
+        bundle, frame = one.patch
+        for offset, length, expected in self._catalog.frame_at(bundle, frame).slices:
+            data = self._catalog.store.read_region(bundle, offset, length)
+            if expected != NO_HASH and slice_hash(data) != expected:
+                raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
+            yield data
+
+
+def _recipe(
+    generation: int, values: ObjectId, row: list[int], stored: Mapping[int, Stored]
+) -> Recipe:
+    bundles: dict[ObjectId, int] = {}
+    owners = tuple(bundles.setdefault(stored[n].bundle, len(bundles)) for n in row)
+    frames = tuple(stored[n].frame for n in row)
+    return Recipe(values, generation, tuple(bundles), owners, frames)
+
+
+class _Elsewhere(Source):
+    """A file of which only what stands in no frame is here, by its offset."""
+
+    def __init__(self, size: int, literals: Mapping[int, bytes]) -> None:
+        self.size, self._literals = size, literals
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = self._literals.get(offset, b"")
+        if len(data) != length:
+            raise InvalidInputError("a shard lacks some of its file")
+        return data
+
+
+def _join(
+    shards: Mapping[str, Shard], files: Mapping[str, bytes]
+) -> tuple[Checkpoint, dict[int, Stored]]:
+    """The checkpoint that shards are together, and where its tensors are stored."""
+    infos: list[TensorInfo] = []
+    places: list[tuple[int, int]] = []
+    stored: dict[int, Stored] = {}
+    joined: list[InputFile] = []
+    for path, shard in shards.items():
+        first = len(infos)
+        infos += [
+            info if info.pair is None else replace(info, pair=info.pair + first)
+            for info in shard.schema.tensors
+        ]
+        places += [(len(joined), 0)] * len(shard.schema.tensors)
+        stored |= {first + number: one for number, one in shard.stored.items()}
+        pieces = tuple(
+            piece if piece.tensor is None else replace(piece, tensor=first + piece.tensor)
+            for piece in shard.pieces
+        )
+        source = _Elsewhere(shard.size, shard.literals)
+        joined.append(InputFile(path, source, shard.format, pieces, 0o644, 0))
+    for path, content in files.items():
+        piece = Piece(0, len(content))
+        source = _Elsewhere(piece.size, {0: content})
+        joined.append(InputFile(path, source, "raw", (piece,), 0o644, 0))
+    step = next((shard.step for shard in shards.values() if shard.step is not None), None)
+    schema = Schema(tuple(infos))
+    return Checkpoint("directory", tuple(joined), (), schema, tuple(places), step, {}), stored

@@ -1,0 +1,247 @@
+"""Shards: what each of several processes codes of one commit, and tells the one that joins them.
+
+    ticket   from the one that joins to all: what to code against, and how
+    shard    back: where each tensor lies, by its frame; all else that makes up the file of its rank
+
+A shard's frames stand in packs of its own, durable and seen by nobody, until a commit names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptvcs.attempt import Attempt, within_bounds
+from ckptvcs.bases import HeldBase
+from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.checkpoint.layout import Piece
+from ckptvcs.checkpoint.roles import WEIGHT
+from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.spec import CodecSpec, NearSpec
+from ckptvcs.codec.words import to_float32
+from ckptvcs.coding.group import Errors
+from ckptvcs.encoder import Encoder, energy_of
+from ckptvcs.frames import PatchWriter
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import PARTS, ErrorReport
+from ckptvcs.history.schema import Schema
+from ckptvcs.source import SourceTensor, scan
+from ckptvcs.store.object import ObjectId, PackId
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """How all processes are to code: against which commit, and whether exactly too."""
+
+    base: ObjectId | None
+    spec: CodecSpec
+    keyframe: bool
+    patched: bool
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored tensor: the hashes of its decoded and of its original value, the frame of a bundle
+    that it is, how many frames are below it; the frame of its exact patch, where it has one.
+
+    What a commit has already has `known` errors, and its patch is proven by the tensor that it
+    decodes to: `proof` is its table of exact values, and the position there.
+    """
+
+    value: bytes
+    exact: bytes
+    bundle: ObjectId
+    frame: int
+    depth: int
+    patch: tuple[ObjectId, int] | None
+    errors: Errors | None
+    known: ErrorReport | None = None
+    proof: tuple[ObjectId, int] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process' share of a commit: a file, the tensors in it, and where these are.
+
+    `literals` are the bytes of its pieces that stand in no frame, by offset; `loose` are
+    packs of patches that are to be joined.
+    """
+
+    format: str
+    size: int
+    pieces: tuple[Piece, ...]
+    literals: Mapping[int, bytes]
+    schema: Schema
+    step: int | None
+    stored: Mapping[int, Stored]
+    data_bytes: int = 0
+    nonfinite: int = 0
+    loose: tuple[PackId, ...] = ()
+
+
+def code_shard(
+    catalog: Catalog, cache: Path, ticket: Ticket, checkpoint: Checkpoint, held: HeldBase
+) -> Shard:
+    """Store the tensors of one process: durable when this returns, visible to nobody.
+
+    `held` keeps what the next commit is coded against.  The lease of who joins keeps gc away.
+
+    Raises:
+        InvalidInputError: the state changed while it was read.
+        CorruptionError, MissingObjectError: what it would stand on is damaged, or missing.
+        StorageError: the disk is full, or fails.
+    """
+    near = isinstance(ticket.spec.settings, NearSpec)
+    _, hashes = scan(checkpoint, lambda _: None, stay=near and not ticket.patched)
+    known = {} if ticket.base is None else _known(catalog, ticket, checkpoint, hashes)
+    (file,) = checkpoint.files
+    infos = checkpoint.schema.tensors
+    literals = {
+        piece.offset: file.source.read(piece.offset, piece.size)
+        for piece in file.pieces
+        if piece.tensor is None or (infos[piece.tensor].inline and not piece.checksum)
+    }
+
+    def share(stored: dict[int, Stored], **more: object) -> Shard:
+        return Shard(
+            file.format, file.source.size, file.pieces, literals, checkpoint.schema,
+            checkpoint.step, stored, **more,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    if ticket.base is not None and len(known) == len(hashes):
+        return share(known)
+
+    def encode(attempt: Attempt) -> Shard:
+        encoder = _ShardEncoder(catalog, cache, attempt, ticket, checkpoint, dict(hashes), held)
+        return encoder.encode_shard(share)
+
+    first = Attempt.first(ticket.spec, keyframe=ticket.keyframe, patched=ticket.patched)
+    return within_bounds(first, encode)
+
+
+def _known(
+    catalog: Catalog, ticket: Ticket, checkpoint: Checkpoint, hashes: dict[int, bytes]
+) -> dict[int, Stored]:
+    """The tensors that the ticket's base holds as they are, exactly if that is asked for."""
+    assert ticket.base is not None
+    base = catalog.commit(ticket.base)
+    schema, reports = catalog.schema(base.schema), catalog.errors(ticket.base)
+    places: dict[str, tuple[int, ObjectId, int, ObjectId | None]] = {}
+    tables: dict[ObjectId, list[bytes]] = {}
+    for part, state in base.parts.items():
+        row = schema.stored(part)
+        lossy = state.exact is not None
+        if not catalog.has_recipe(state.values) or (lossy and not _is_there(catalog, state.exact)):
+            continue  # it was let go, and with it what would tell
+        for table in (state.values, *([state.exact] if state.exact else [])):
+            tables[table] = catalog.all_values(table, len(row))
+        for position, number in enumerate(row):
+            places[schema.tensors[number].name] = number, state.values, position, state.exact
+    found: dict[int, Stored] = {}
+    for number, value in hashes.items():
+        info = checkpoint.schema.tensors[number]
+        there, values, position, exact = places.get(info.name, (-1, ObjectId(""), 0, None))
+        if there < 0 or tables[exact or values][position] != value:
+            return {}
+        known = schema.tensors[there]
+        if (known.part, known.dtype, known.shape) != (info.part, info.dtype, info.shape):
+            return {}
+        proof = None if exact is None else (exact, position)
+        report = reports.get(there)
+        found[number] = Stored(
+            tables[values][position], value, *catalog.place(values, position),
+            catalog.frame(values, position)[1].depth, proof and catalog.place(*proof),
+            _errors(checkpoint, number, report), report, proof,
+        )  # fmt: skip
+    return found
+
+
+def _is_there(catalog: Catalog, exact: ObjectId | None) -> bool:
+    return exact is not None and catalog.has_recipe(exact) and not catalog.is_fading(exact)
+
+
+def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> Errors | None:
+    """The sums that a known report of a weight stands for."""
+    info, tensor = checkpoint.schema.tensors[number], SourceTensor(checkpoint, number)
+    if info.role != WEIGHT:
+        return None
+    slices = range(len(slice_counts(info.words)))
+    energy = sum(energy_of(to_float32(tensor.slice(n), info.dtype)) for n in slices)
+    error = 0.0 if report is None else report.weight_rel**2 * energy
+    return Errors(error, energy, largest=0.0 if report is None else report.max_abs)
+
+
+class _ShardEncoder(Encoder):
+    """Encodes one shard; its held base is of the tensors of its own process."""
+
+    def __init__(
+        self, catalog: Catalog, cache: Path, attempt: Attempt, ticket: Ticket,
+        checkpoint: Checkpoint, hashes: dict[int, bytes], held: HeldBase,
+    ) -> None:  # fmt: skip
+        base = None if ticket.base is None else catalog.commit(ticket.base)
+        if base is not None and "model" in base.parts:
+            schema, values = catalog.schema(base.schema), base.parts["model"].values
+            names = [schema.tensors[number].name for number in schema.stored("model")]
+            if catalog.has_recipe(values):
+                hashes_there = catalog.all_values(values, len(names))
+                held.adopt(values, dict(zip(names, hashes_there, strict=True)))
+        super().__init__(
+            catalog, cache, attempt, base, checkpoint, hashes, progress=lambda _: None, held=held
+        )
+        self._known = set()  # its tables are those of all processes together
+        self._own = held
+        self._patches = {
+            name: PatchWriter(lambda: catalog.store.new_pack("packs"), joined=True)
+            for name in PARTS
+        }
+
+    def encode_shard(self, share: Callable[..., Shard]) -> Shard:
+        """Store the tensors; `share` makes a shard of where they are.
+
+        Raises:
+            InvalidInputError, TooFar, TooCoarse: as in `encode`.
+        """
+        return self._coded(lambda: self._share(share))
+
+    def _share(self, share: Callable[..., Shard]) -> Shard:
+        publish = self._catalog.store.publish
+        twins = {copy: twin for twin, copies in self._copies.items() for copy in copies}
+        stored: dict[int, Stored] = {}
+        loose: list[PackId] = []
+        data_bytes = 0
+        for name, row in self._numbers.items():
+            bundle, size = self._writers[name].finish(publish)
+            data_bytes += size
+            patches = self._loose(name, row, loose)
+            for number in row:
+                owner, frame = self._places[number]
+                owner = owner or bundle
+                assert owner is not None
+                value, exact = self._values[number], self._hashes[number]
+                stored[number] = Stored(
+                    value, exact, owner, frame, self._depths[twins.get(number, number)],
+                    patches.get(number), self._errors.get(number),
+                )  # fmt: skip
+        model = self._numbers["model"]
+        self._own.keep({self._infos[number].name: self._values[number] for number in model})
+        return share(
+            stored, data_bytes=data_bytes, nonfinite=self._nonfinite, loose=tuple(loose)
+        )
+
+    def _loose(
+        self, name: str, row: list[int], loose: list[PackId]
+    ) -> dict[int, tuple[ObjectId, int]]:
+        """Write the patches of a part, to be joined: the frame of each tensor that is not exact."""
+        lossy = [n for n in row if self._values[n] != self._hashes[n]]
+        if not self._patched or not lossy:
+            return {}
+        writer = self._patches[name]
+        twins = {copy: twin for twin, copies in self._copies.items() for copy in copies}
+        frames = [
+            writer.frame(twins.get(n, n), len(slice_counts(self._infos[n].words)), None, 0)
+            for n in lossy
+        ]
+        bundle, info = writer.finish_loose(frames, self._catalog.store.publish)
+        loose.append(info.id)
+        return {number: (bundle, frame) for frame, number in enumerate(lossy)}
