@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint import distcp, safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import (
     FileSource,
     Layout,
@@ -174,7 +174,8 @@ def _sorted(root: Path, below: str) -> list[tuple[str, os.DirEntry[str]]]:
 def _open_directory(
     root: Path, raw: bool, skip: Path | None, names_of_parameters: Names | None
 ) -> Checkpoint:
-    parsed, links = [], []
+    parsed: list[distcp.Parsed] = []
+    links: list[InputLink] = []
     for name, entry in _entries(root, skip):
         if entry.name in _INCOMPLETE and not raw:
             raise InvalidInputError(f"{root} is incomplete: it holds {entry.name}")
@@ -192,18 +193,25 @@ def _open_directory(
         elif entry.is_file(follow_symlinks=False):
             source = FileSource(Path(entry.path))
             with source:
-                parsed.append((name, source, _parse(source, raw), source.stat))
+                plain = raw or name.endswith(distcp.SUFFIX)
+                parsed.append((name, source, _parse(source, plain), source.stat))
         else:
             raise InvalidInputError(f"{entry.path} is neither a file nor a directory")
     names = {name for name, *_ in parsed}
-    shards = any(name.endswith(".distcp") for name in names)
-    if shards and not raw and not any(name.rpartition("/")[2] == ".metadata" for name in names):
+    shards = any(name.endswith(distcp.SUFFIX) for name in names)
+    described = any(name.rpartition("/")[2] == distcp.METADATA for name in names)
+    if shards and not raw and not described:
         raise InvalidInputError(
             f"{root} is incomplete: it holds shards and no .metadata",
             hint="commit it again once it is complete",
         )
     if not parsed:
         raise InvalidInputError(f"{root} holds no files")
+    if shards and not raw:
+        parsed = [
+            (name, source, layout if covers(layout, source.size) else Layout("raw", []), status)
+            for name, source, layout, status in distcp.with_structure(parsed)
+        ]
     made = build("directory", parsed, links, names_of_parameters)
     return replace(made, directory=(root, skip))
 
@@ -234,7 +242,7 @@ def build(
         for found, role in zip(layout.tensors, roles[file_number], strict=True):
             pair = None if role.pair is None else numbers[id(role.pair)]
             infos.append(TensorInfo(
-                prefix + found.name, found.dtype, found.shape, role.part, role.role,
+                prefix + found.name + found.part, found.dtype, found.shape, role.part, role.role,
                 found.inline, pair, tuple(found.views),
             ))  # fmt: skip
             if role.rule is not None:

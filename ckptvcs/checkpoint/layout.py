@@ -137,7 +137,8 @@ def changed_while_read(path: Path) -> InvalidInputError:
 class Found:
     """A stored tensor in a file: its payload's place, and what is known of it.
 
-    `key` is what the file calls it: a storage's key, or a tensor's name in safetensors.
+    `key` is what the file calls it: a storage's key, or a tensor's name in safetensors; `part`
+    which part of a tensor it is, that other files have the rest of.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Found:
     size: int
     key: str = ""
     views: list[View] = field(default_factory=list)
+    part: str = ""
 
     @property
     def inline(self) -> bool:

@@ -236,7 +236,9 @@ def _plain(path: tuple[str, ...]) -> bool:
 def _pair(optimizer: _Optimizer, candidates: list[tuple[Found, int]]) -> list[tuple[_Slot, Found]]:
     slots = [slot for group in optimizer.groups for slot in group]
     if any(slot.name is not None for slot in slots):
-        return _pair_by_name(slots, [found for found, _ in candidates])
+        # Shards of a weight have one name: first those that stand where the optimizer does.
+        own = [found for found, file in candidates if file == optimizer.file]
+        return _pair_by_name(slots, own) or _pair_by_name(slots, [found for found, _ in candidates])
     containers: dict[str, list[Found]] = {}
     for found, file in candidates:
         if file == optimizer.file:

@@ -1,0 +1,175 @@
+"""Directories of torch.distributed.checkpoint -> layouts of the files in them.
+
+    .metadata      a pickle: which part of which tensor lies where
+    __R_N.distcp   what a process wrote: files of torch.save, one after another
+
+As FileSystemWriter of torch 2.4 - 2.13 writes them.  The pickle is read by a machine that calls
+nothing, and what it claims is believed only where a file of torch.save is found.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptvcs.checkpoint import torchzip
+from ckptvcs.checkpoint.layout import FileSource, Layout, Source, overlap
+from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, Inert, TensorRef, read_pickle
+
+SUFFIX = ".distcp"
+METADATA = ".metadata"
+
+_GROUPS = "param_groups"
+_MAX_DEPTH = 100
+
+Parsed = tuple[str, FileSource, Layout, os.stat_result]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A file of torch.save in a row of them: what is in it, and which part of that."""
+
+    offset: int
+    size: int
+    name: str
+    part: str
+    path: tuple[str | int, ...]
+
+
+class _Window(Source):
+    """Some of the bytes of a file, as a file."""
+
+    def __init__(self, source: Source, item: _Item) -> None:
+        self._source, self._offset, self.size = source, item.offset, item.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._source.read(self._offset + offset, length)
+
+
+def with_structure(parsed: Sequence[Parsed]) -> list[Parsed]:
+    """The files of a directory, those of processes with the tensors that are in them."""
+    items: dict[str, list[_Item]] = {}
+    for name, source, _, _ in parsed:
+        folder, _, last = name.rpartition("/")
+        if last == METADATA and 0 < source.size <= MAX_PICKLE_BYTES:
+            items |= _items(f"{folder}/" if folder else "", source)
+    found = list(parsed)
+    groups: dict[tuple[str | int, ...], object] = {}
+    for number, (name, source, _, status) in enumerate(parsed):
+        if name in items:
+            with source:
+                found[number] = (name, source, _parse(source, items[name], groups), status)
+    for name, _, layout, _ in found:
+        if name in items:  # each process has state of the optimizer that all have the groups of
+            layout.tree = _tree({**groups, **dict(layout.tree)})  # type: ignore[call-overload]
+    return found
+
+
+def _items(folder: str, source: FileSource) -> dict[str, list[_Item]]:
+    """What the metadata of a folder says of its files; nothing where it makes no sense."""
+    try:
+        with source:
+            data = source.read(0, source.size)
+        state = read_pickle(io.BytesIO(data), len(data), 0).state
+        tensors, places = state["state_dict_metadata"], state["storage_data"]
+        paths = state["planner_data"] or {}
+        found: dict[str, list[_Item]] = {}
+        for key, place in places.items():
+            index = key.args[0].state if isinstance(key, Inert) else key.state
+            name, info = str(index["fqn"]), tensors[index["fqn"]].state
+            path = paths.get(name, (name,))
+            plain = (
+                isinstance(path, tuple) and len(path) < _MAX_DEPTH
+                and all(type(step) in (str, int) for step in path)
+            )  # fmt: skip
+            item = _Item(
+                int(place.state["offset"]), int(place.state["length"]), name,
+                _part(index.get("offset"), info), path if plain and path else (name,),
+            )  # fmt: skip
+            found.setdefault(folder + str(place.state["relative_path"]), []).append(item)
+    except (pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError):
+        return {}
+    return found
+
+
+def _part(offset: Any, info: Any) -> str:
+    """Which part of a tensor an item is, as `[4:8,0:16]`; nothing for all of it."""
+    if offset is None or not isinstance(info, Mapping) or "chunks" not in info:
+        return ""
+    start, whole = _size(offset), _size(info["size"])
+    for chunk in info["chunks"]:
+        if _size(chunk.state["offsets"]) == start:
+            sizes = _size(chunk.state["sizes"])
+            ranges = (f"{a}:{a + n}" for a, n in zip(start, sizes, strict=True))
+            return "" if sizes == whole else f"[{','.join(ranges)}]"
+    return ""
+
+
+def _size(value: Any) -> tuple[int, ...]:
+    return tuple(map(int, value.args[0] if isinstance(value, Inert) else value))
+
+
+def _parse(
+    source: FileSource, items: Sequence[_Item], groups: dict[tuple[str | int, ...], object]
+) -> Layout:
+    """The layout of one file, its tree as pairs of paths and leaves; what its items say of an
+    optimizer is added to `groups`.
+    """
+    layout = Layout("distcp", [])
+    leaves: list[tuple[tuple[str | int, ...], object]] = []
+    layout.tree = leaves
+    if overlap((item.offset, item.size) for item in items):
+        return layout  # before anything is read: many items may point at one place
+    for number, item in enumerate(items):
+        window = _Window(source, item)
+        if item.offset < 0 or item.size <= 0 or item.offset + item.size > source.size:
+            continue
+        inner = torchzip.parse(window) if torchzip.starts_like_zip(window) else None
+        if inner is None:
+            continue
+        first = len(layout.tensors)
+        for found in inner.tensors:
+            found.offset += item.offset
+            found.key = f"{number}/{found.key}"
+            below = found.name and f".{found.name}"
+            found.name, found.part = item.name + below, item.part
+            layout.tensors.append(found)
+        layout.checksums += [
+            replace(mark, offset=mark.offset + item.offset, tensor=first + mark.tensor)
+            for mark in inner.checksums
+        ]
+        if isinstance(inner.tree, TensorRef):
+            storage = replace(inner.tree.storage, key=f"{number}/{inner.tree.storage.key}")
+            leaves.append((item.path, replace(inner.tree, storage=storage)))
+        elif _GROUPS in item.path:
+            groups[item.path] = inner.tree
+    return layout
+
+
+def _tree(leaves: Mapping[tuple[str | int, ...], object]) -> dict[Any, Any]:
+    """The state that leaves stand in, lists as far as they are whole."""
+    root: dict[Any, Any] = {}
+    for path, leaf in leaves.items():
+        node = root
+        for step in path[:-1]:
+            inner = node.setdefault(step, {})
+            if not isinstance(inner, dict):
+                break  # what stands here is a leaf, by another path
+            node = inner
+        else:
+            node[path[-1]] = leaf
+    for node in [*_dicts(root)]:
+        for key, value in node.items():
+            if isinstance(value, dict) and value and {*value} == {*range(len(value))}:
+                node[key] = [value[number] for number in range(len(value))]
+    return root
+
+
+def _dicts(node: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """All dicts in a tree, the innermost first."""
+    found = [row for value in node.values() if isinstance(value, dict) for row in _dicts(value)]
+    return [*found, node]
