@@ -20,10 +20,13 @@ def _train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Non
     optimizer.step()
 
 
-def blocks() -> list[str]:
-    """The examples; those of trainers of others come last."""
+def blocks(trainer: str | None = None) -> list[str]:
+    """The examples: those with a trainer of somebody else, or those without."""
     found = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE.read_text("utf-8"))
-    return sorted(found, key=lambda block: "ckptvcs.integrations" in block)
+    name = "ckptvcs.integrations"
+    if trainer is None:
+        return [block for block in found if name not in block]
+    return [block for block in found if f"{name}.{trainer} " in block]
 
 
 def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,11 +37,21 @@ def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "model": model, "optimizer": optimizer, "train_step": _train_step,
         "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 10),
     }  # fmt: skip
-    assert len(blocks()) == 4
-    for block in blocks()[:3]:
+    assert len(blocks()) == 3
+    for block in blocks():
         exec(compile(block, str(PAGE), "exec"), names)
     assert [entry.step for entry in Repo.open("runs/background").log()] == [100, 80, 60, 40, 20]
     assert not Repo.open("runs/objects").verify().damage
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_that_of_torch_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"model": torch.nn.Linear(16, 16)}
+    (block,) = blocks("distributed")
+    exec(compile(block, str(PAGE), "exec"), names)
+    assert names["whole"]["step"] == 2000
+    assert torch.equal(names["whole"]["model"]["weight"], names["model"].weight)
 
 
 @pytest.mark.slow
@@ -50,5 +63,6 @@ def test_that_of_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     model, arguments, data = parts("out")
     names = {"model": model, "arguments": arguments, "data": data}
-    exec(compile(blocks()[3], str(PAGE), "exec"), names)
+    (block,) = blocks("transformers")
+    exec(compile(block, str(PAGE), "exec"), names)
     assert [entry.step for entry in Repo.open("runs/hf").log()] == [8, 6, 4, 2]

@@ -16,6 +16,7 @@ from ckptvcs.errors import BusyError, ConflictError, InvalidInputError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.joining import Joint
 from ckptvcs.shards import Shard
+from tests.spec_reader import SpecRepository
 
 State = dict[str, Any]
 NAMES = "abcdef"
@@ -105,6 +106,15 @@ def test_each_process_goes_on_from_its_own(world: World) -> None:
     assert sorted(held.tensors) == ["model.a", "model.b", "model.c"]
     world.check("HEAD", [share(3, "abc"), share(3, "def")])
     assert not world.repo.verify().damage
+    spec = SpecRepository(world.repo.folder)
+    for entry in world.repo.log():
+        target = world.repo.root / entry.id
+        world.repo.checkout_files(entry.id, target)
+        assert sorted(path.name for path in target.iterdir()) == [
+            "notes.json", "rank-0.pt", "rank-1.pt",
+        ]  # fmt: skip
+        for path in target.iterdir():
+            assert spec.file(entry.id, path.name) == path.read_bytes()
     first = Repo.open(world.repo.root).checkout("1")["rank-1.pt"]["model"]["e"]
     assert np.linalg.norm(first - weights(1, "e")) < 0.05 * np.linalg.norm(weights(1, "e"))
 
