@@ -1,7 +1,7 @@
 """Commits in the background: copied at once, coded one after another while training goes on.
 
 stage     room for a copy: two of them, so that one may wait while another is coded
-submit    a thread beside takes them in their order
+submit    a thread, which gives them to a worker in their order
 raised    what went wrong is said at the next call, and at the end
 """
 
@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ckptvcs.checkpoint.staging import Staging
-from ckptvcs.parallel import stay_in_background
 
 _COPIES = 2  # one that is coded, one that waits
 _log = logging.getLogger("ckptvcs")
@@ -28,11 +27,11 @@ T = TypeVar("T")
 
 
 class Background(Generic[T]):
-    """A thread that comes after all others, and the copies that it works on."""
+    """A thread that waits for work to be done, and the copies that are worked on."""
 
     def __init__(self) -> None:
         self.process = os.getpid()  # a forked child has none of the threads
-        self._thread = ThreadPoolExecutor(1, "ckpt-background", stay_in_background)
+        self._thread = ThreadPoolExecutor(1, "ckpt-background")
         self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
         self._open: list[Future[T]] = []
         for _ in range(_COPIES):
@@ -58,7 +57,7 @@ class Background(Generic[T]):
         self._free.put(staging)
 
     def submit(self, staging: Staging, work: Callable[[], T]) -> Future[T]:
-        """Do `work`, which reads a copy, when all that came before is done."""
+        """Do `work`, which uses a copy, when all that came before is done."""
 
         def run() -> T:
             try:

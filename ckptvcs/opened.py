@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ckptvcs.background import Background
     from ckptvcs.bases import HeldBase
     from ckptvcs.restore import Restorer
+    from ckptvcs.worker import Worker
 
 FOLDER = ".ckpt"
 CACHE = "cache"
@@ -66,7 +67,7 @@ class Opened:
         self._branch: str | None = None
         self._held: HeldBase | None = None
         self._holder = Lock()
-        self._background: Background[LogEntry] | None = None
+        self._background: tuple[Background[LogEntry], Worker] | None = None
         self._sync_index()
 
     @classmethod

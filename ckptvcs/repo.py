@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ckptvcs.search import Bisection, Judge, Watch
     from ckptvcs.shards import Shard, Ticket
     from ckptvcs.source import Progress
+    from ckptvcs.worker import Worker
 
 # The methods that touch tensors import what they need when they are called: `log`, `show` and
 # `status` start without numpy.
@@ -110,29 +111,43 @@ class Repo(Care):
             InvalidInputError: the state holds what cannot be committed.
             CkptError: an earlier commit failed; this one was not begun.
         """
-        background = self._in_background()
+        from ckptvcs.checkpoint.parcel import pack  # noqa: PLC0415  see above
+        from ckptvcs.checkpoint.state import STATE_FILE  # noqa: PLC0415
+
+        background, worker = self._in_background()
         background.raise_failed()
         staging = background.stage()
         try:
-            checkpoint = _take(state, model, optimizer, extra, staging)
+            packed = pack(_take(state, model, optimizer, extra, staging), staging)
         except BaseException:
             background.release(staging)
             raise
-        metrics = dict(metrics or {})
-        return background.submit(
-            staging, lambda: self._commit_state(checkpoint, step, message, metrics, codec)
-        )
+        said = {
+            "path": STATE_FILE, "inside": True, "step": step, "message": message,
+            "metrics": dict(metrics or {}), "codec": codec,
+        }  # fmt: skip
+
+        def commit() -> LogEntry:
+            made = worker.commit(staging, packed, {**said, "branch": self._branch})
+            self.catalog.store.refresh()
+            self._branch = made.branch
+            return self.entry(ObjectId(made.name), branch=made.branch)
+
+        return background.submit(staging, commit)
 
     def wait(self) -> None:
         """Wait for commits in the background.  Raises what one of them failed with."""
-        if self._background is not None and self._background.process == os.getpid():
-            self._background.wait()
+        if self._background is not None and self._background[0].process == os.getpid():
+            self._background[0].wait()
 
     def close(self) -> None:
         """The same, at the end."""
         background, self._background = self._background, None
-        if background is not None and background.process == os.getpid():
-            background.close()
+        if background is not None and background[0].process == os.getpid():
+            try:
+                background[0].close()
+            finally:
+                background[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -140,11 +155,12 @@ class Repo(Care):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _in_background(self) -> Background[LogEntry]:
+    def _in_background(self) -> tuple[Background[LogEntry], Worker]:
         from ckptvcs.background import Background  # noqa: PLC0415  see above
+        from ckptvcs.worker import Worker  # noqa: PLC0415
 
-        if self._background is None or self._background.process != os.getpid():
-            self._background = Background()
+        if self._background is None or self._background[0].process != os.getpid():
+            self._background = Background(), Worker(self.folder)
         return self._background
 
     def _commit_state(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,39 @@ import torch
 
 from ckptvcs import CkptError, InvalidInputError, Repo, StorageError
 from ckptvcs.background import Background
+from ckptvcs.checkpoint.parcel import Parcel, unpack
+from ckptvcs.checkpoint.staging import Staging
 from ckptvcs.parallel import ordered_map
 from ckptvcs.store.local import LocalWriter
+from ckptvcs.worker import Done
 from tests.cli.conftest import environment
 from tests.crashing import states
 from tests.test_api import same
 
 
+class Here:
+    """What a worker is, but a thread of this process, where tests can step in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._repo = Repo.open(folder)
+
+    def commit(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Done:
+        made = self._repo.commit_checkpoint(unpack(parcel, staging._room.data), **said)
+        return Done(made.id, made.branch)
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture
-def near(tmp_path: Path) -> Repo:
+def repo(tmp_path: Path) -> Iterator[Repo]:
+    with Repo.init(tmp_path / "beside") as repo:
+        yield repo
+
+
+@pytest.fixture
+def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
+    monkeypatch.setattr("ckptvcs.worker.Worker", Here)
     return Repo.init(tmp_path / "near")
 
 
@@ -121,8 +149,8 @@ def test_copies_are_made_in_the_same_room(near: Repo) -> None:
     rooms = set()
     for step in range(6):
         near.commit_async(states(1)[0] | {"step": step}, step=step).result()
-        background = near._background
-        assert background is not None
+        assert near._background is not None
+        background, _ = near._background
         staging = background.stage()
         rooms.add(staging._room.ctypes.data)
         background.release(staging)
@@ -147,12 +175,70 @@ def test_a_child_has_a_background_of_its_own(near: Repo) -> None:
         code = 1
         try:
             near.wait()
-            assert near._in_background().process == os.getpid()
+            assert near._in_background()[0].process == os.getpid()
             code = 0
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert near._in_background().process == os.getpid()
+    assert near._in_background()[0].process == os.getpid()
+
+
+def worker(repo: Repo) -> int:
+    """The process that commits for a repository that is open here."""
+    assert repo._background is not None
+    return repo._background[1]._process.pid
+
+
+def test_another_process_commits(repo: Repo) -> None:
+    run = states(4)
+    for step, state in enumerate(run[:3], start=1):
+        future = repo.commit_async(state, step=step, message=f"m{step}", metrics={"loss": step})
+        entry = future.result()
+        assert (entry.step, entry.message, entry.metrics) == (step, f"m{step}", {"loss": step})
+        assert same(repo.checkout(step), state)
+    beside = worker(repo)
+    assert beside != os.getpid()
+    repo.configure("codec", "lossless")
+    assert repo.commit_async(run[3], step=4).result().commit.codec == "lossless"
+    assert worker(repo) == beside
+    repo.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(beside, 0)
+    assert [entry.commit.depth for entry in repo.log()][1:] == [2, 1, 0]
+    assert not repo.verify().damage
+
+
+def test_its_errors_are_those_of_a_commit(repo: Repo) -> None:
+    failed = repo.commit_async(states(1)[0], step=1, codec="none").exception()
+    assert isinstance(failed, InvalidInputError)
+    assert "none" in str(failed)
+    shutil.rmtree(repo.folder)
+    with pytest.raises(InvalidInputError):
+        repo.wait()
+    failed = repo.commit_async(states(1)[0], step=1).exception()
+    assert isinstance(failed, CkptError)
+    with pytest.raises(CkptError):
+        repo.close()
+
+
+def test_a_worker_that_dies(repo: Repo) -> None:
+    run = states(3)
+    repo.commit_async(run[0], step=1).result()
+    os.kill(worker(repo), signal.SIGKILL)
+    failed = repo.commit_async(run[1], step=2).exception()
+    assert isinstance(failed, CkptError)
+    assert "SIGKILL" in str(failed)
+    with pytest.raises(CkptError, match="SIGKILL"):
+        repo.wait()
+    assert repo.commit_async(run[2], step=3).result().step == 3
+    assert [entry.step for entry in repo.log()] == [3, 1]
+    assert not repo.verify().damage
+
+
+def test_a_terminal_that_interrupts_all(repo: Repo) -> None:
+    repo.commit_async(states(1)[0], step=1).result()
+    os.kill(worker(repo), signal.SIGINT)
+    assert repo.commit_async(states(2)[1], step=2).result().step == 2
 
 
 _SCRIPT = """
@@ -162,6 +248,7 @@ for step in range(3):
     future = repo.commit_async({"w": torch.full((1 << 18,), float(step))}, step=step)
     if step < 2:
         future.result()
+print(repo._background[1]._process.pid)
 if sys.argv[2] == "die":
     os._exit(0)
 """
@@ -169,9 +256,14 @@ if sys.argv[2] == "die":
 
 @pytest.mark.parametrize("way", ["die", "end"])
 def test_what_was_reported_as_done_is_there(way: str, tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(tmp_path), way], check=True, env=environment()
-    )
+    command = [sys.executable, "-c", _SCRIPT, str(tmp_path), way]
+    done = subprocess.run(command, check=True, env=environment(), stdout=subprocess.PIPE)
+    beside = Path("/proc") / done.stdout.decode().strip()
+    for _ in range(300):
+        if not beside.exists():
+            break
+        time.sleep(0.1)
+    assert not beside.exists()  # nobody is at work when training starts again
     repo = Repo.open(tmp_path)
     steps = [entry.step for entry in repo.log()]
     assert steps in ([[2, 1, 0]] if way == "end" else [[1, 0], [2, 1, 0]])

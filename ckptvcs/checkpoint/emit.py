@@ -11,7 +11,7 @@ import struct
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,6 +304,11 @@ class MemorySource(Source):
         same = all(copy == original for copy, original in self._copies)
         if not same or any(tensor._version != then for tensor, then in self._versions):
             raise changed_state()
+
+    @property
+    def blocks(self) -> Sequence[memoryview | DeviceBytes]:
+        """The row of blocks."""
+        return self._blocks
 
     def append(self, block: bytes | memoryview | DeviceBytes) -> None:
         """Add to the end."""

@@ -1,9 +1,17 @@
-"""Staging: a copy of a state's bytes, at the speed of memory, in room that is used again."""
+"""Staging: a copy of a state's bytes, at the speed of memory, in room that is used again.
+
+The room is shared memory, which another process can read.
+"""
 
 from __future__ import annotations
 
+import mmap
+import os
+import secrets
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +34,22 @@ class Staging:
     def __init__(self) -> None:
         self._room: Bytes = np.empty(0, np.uint8)
         self._pinned = False
+        self._token, self._file = 0, -1
+        self._close: Callable[[], object] = int
+
+    def handle(self) -> tuple[int, int, int]:
+        """What another process needs to see the room: a number that no other room has, a file
+        descriptor, and how large it is.
+        """
+        self._make(_ALIGNED, pinned=False)
+        return self._token, self._file, self._room.size
+
+    def place(self, block: memoryview | DeviceBytes) -> int | None:
+        """Where in the room a block is, if it is one of the copies."""
+        if isinstance(block, DeviceBytes) or not len(block) or not self._room.size:
+            return None
+        start = np.frombuffer(block, np.uint8).ctypes.data - self._room.ctypes.data
+        return start if 0 <= start < self._room.size else None
 
     def copies(self, blocks: Sequence[memoryview | DeviceBytes]) -> list[memoryview]:
         """The bytes of each block, which may change from now on; valid until this is called again.
@@ -49,14 +73,35 @@ class Staging:
         return [room.data for room in rooms]
 
     def _make(self, size: int, *, pinned: bool) -> None:
-        if size <= self._room.size and pinned <= self._pinned:
-            return
-        if pinned:
-            torch = sys.modules["torch"]
-            self._room = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        else:
-            self._room = np.empty(size, np.uint8)
-        self._pinned = pinned
+        if size > self._room.size:
+            self._close()
+            self._file = _shared_file(size)
+            self._close = weakref.finalize(self, os.close, self._file)
+            self._memory = mmap.mmap(self._file, size)
+            self._room = np.frombuffer(self._memory, np.uint8)
+            self._token, self._pinned = secrets.randbits(62), False
+        if pinned and not self._pinned and size:
+            _pin(self._room, self._memory)
+            self._pinned = True
+
+
+def _shared_file(size: int) -> int:
+    """A descriptor of a file in memory that has no name."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("ckpt")
+    else:
+        with tempfile.TemporaryFile() as named:
+            file = os.dup(named.fileno())
+    os.ftruncate(file, size)
+    return file
+
+
+def _pin(room: Bytes, memory: mmap.mmap) -> None:
+    """Let devices copy there by themselves until it is let go; without it they are slower."""
+    runtime = sys.modules["torch"].cuda.cudart()
+    start = room.ctypes.data
+    if int(runtime.cudaHostRegister(start, room.size, 0)) == 0:
+        weakref.finalize(memory, runtime.cudaHostUnregister, start)
 
 
 def _send(room: Bytes, block: DeviceBytes) -> Any:

@@ -1,0 +1,68 @@
+"""What runs in the process that commits in the background; see `worker.py`."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from pathlib import Path
+
+from ckptvcs.checkpoint.parcel import unpack
+from ckptvcs.config import load_config
+from ckptvcs.errors import CkptError
+from ckptvcs.parallel import stay_in_background
+from ckptvcs.repo import Repo
+from ckptvcs.worker import Done, Failed, Job
+
+_LOOK = 0.5  # seconds
+_ROOMS = 2
+
+
+def serve() -> None:
+    """Commit what comes through a pipe, until it is closed: [descriptor, parent, repository]."""
+    descriptor, parent, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
+    threading.Thread(target=_watch, args=[parent], daemon=True).start()
+    stay_in_background()
+    pipe, rooms = Connection(descriptor), dict[int, memoryview]()
+    repo: Repo | None = None
+    with suppress(EOFError, OSError):
+        while True:
+            job = pipe.recv()
+            assert isinstance(job, Job)
+            if job.fresh:
+                while len(rooms) >= _ROOMS:
+                    del rooms[next(iter(rooms))]
+                handle = recv_handle(pipe)
+                rooms[job.room] = memoryview(mmap.mmap(handle, job.size))
+                os.close(handle)
+            answer: Done | Failed
+            try:
+                repo = repo or Repo.open(folder)
+                answer = _commit(repo, job, rooms[job.room])
+            except CkptError as error:
+                answer = Failed(type(error), error.message, error.hint)
+            except Exception as error:
+                logging.getLogger("ckptvcs").exception("a commit in the background failed")
+                answer = Failed(CkptError, f"{type(error).__name__}: {error}", None)
+            pipe.send(answer)
+
+
+def _commit(repo: Repo, job: Job, room: memoryview) -> Done:
+    repo.config = load_config(repo.folder / "config.toml")  # it may have been changed meanwhile
+    made = repo.commit_checkpoint(unpack(job.parcel, room), **job.said)
+    return Done(made.id, made.branch)
+
+
+def _watch(parent: int) -> None:
+    """End with the parent: training that starts again must find nobody at work."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK)
+    os._exit(1)
