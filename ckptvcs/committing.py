@@ -38,6 +38,7 @@ from ckptvcs.history.schema import (  # fmt: skip
     Op,
     Schema,
     Segment,
+    TensorInfo,
     dump_schema,
     dump_skeleton,
     load_schema,
@@ -202,7 +203,7 @@ class Committer:
             notes.append(f"HEAD was at an older commit: started branch '{branch}'")
         unchanged = self._same(request, parent, file_hashes, hashes)
         above = None if parent is None else self._step_of(parent)
-        again = unchanged and step == above
+        again = step == above and (unchanged or self._same_weights(request, parent, hashes))
         if step is not None and above is not None and step <= above and not again:
             parent = self._below(parent, step)
             branch, tip = self._free_name(branch), None
@@ -244,7 +245,9 @@ class Committer:
         self, request: Request, parent: ObjectId | None, file_hashes: list[str | None],
         hashes: dict[int, bytes],
     ) -> bool:  # fmt: skip
-        """Whether a commit holds just the content, bit for bit, that is to be committed."""
+        """Whether a commit holds just the tensors, bit for bit, that are to be committed; of files
+        what stands around them may be other, of a state nothing.
+        """
         if parent is None or not self._revisions.whole(parent):
             return False
         commit, checkpoint = self._catalog.commit(parent), request.checkpoint
@@ -252,22 +255,31 @@ class Committer:
         if faded and self._config.exact_rule.wants_patch(request.metrics):
             return False  # here is the exact form again
         if checkpoint.kind != "state":
-            known = {file.path: file.hash for file in commit.files if file.hash}
+            held = {file.path: file.hash for file in commit.files if file.hash}
             new = {f.path: h for f, h in zip(checkpoint.files, file_hashes, strict=True)}
-            return known == new
-        schema = checkpoint.schema
-        tables = {
-            part: object_id(Kind.VALUES, dump_values([hashes[n] for n in schema.stored(part)]))
-            for part in PARTS if schema.stored(part)
-        }  # fmt: skip
+            if held == new:
+                return True
+        old, schema = self._catalog.schema(commit.schema), checkpoint.schema
+        tables = {part: _table(schema, part, hashes) for part in PARTS if schema.stored(part)}
         known = {part: state.exact or state.values for part, state in commit.parts.items()}
-        if commit.source != "state" or known != tables:
+        if commit.source != checkpoint.kind or known != tables:
             return False
+        if checkpoint.kind != "state":
+            return bool(tables) and _stored(old) == _stored(schema)
         skeletons = [object_id(Kind.SKELETON, _skeleton(checkpoint, f)) for f in checkpoint.files]
-        return (
-            commit.schema == object_id(Kind.SCHEMA, dump_schema(schema))
-            and [file.skeleton for file in commit.files] == skeletons
-        )  # fmt: skip
+        return old == schema and [file.skeleton for file in commit.files] == skeletons
+
+    def _same_weights(
+        self, request: Request, parent: ObjectId | None, hashes: dict[int, bytes]
+    ) -> bool:
+        """Whether a commit has just the weights that are to be committed: at the same step it is
+        then of the same run, whatever else is kept of that.
+        """
+        schema = request.checkpoint.schema
+        weights = self._catalog.commit(parent).parts.get("model") if parent else None
+        if weights is None or not schema.stored("model"):
+            return False
+        return _table(schema, "model", hashes) == (weights.exact or weights.values)
 
     def _is_faded(self, exact: ObjectId) -> bool:
         """Whether there is no patch for exact values, or one that somebody lets go."""
@@ -392,6 +404,16 @@ class Committer:
             self._refs.publish(
                 HEAD, head, commit=None, branch=place.branch, time=commit.time, action="commit"
             )
+
+
+def _table(schema: Schema, part: str, hashes: dict[int, bytes]) -> ObjectId:
+    """The table of the values of a part."""
+    return object_id(Kind.VALUES, dump_values([hashes[n] for n in schema.stored(part)]))
+
+
+def _stored(schema: Schema) -> dict[int, TensorInfo]:
+    """The tensors that do not stand in skeletons, by position."""
+    return {number: info for number, info in enumerate(schema.tensors) if not info.inline}
 
 
 def _skeleton(checkpoint: Checkpoint, file: InputFile) -> bytes:
