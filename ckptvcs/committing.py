@@ -2,7 +2,8 @@
 
     lease        so that gc keeps away
     scan         hashes of files and tensors
-    place        parent and branch (a step that is not above its parent's starts a branch)
+    place        parent and branch (a step that is not above its parent's starts a branch, unless
+                 both are the same, with the same weights)
     encode       frames into data packs
     describe     schema, skeletons, tables, recipes and the commit into one meta pack
     publish      the next generation of the branch: the only commit point

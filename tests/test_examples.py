@@ -20,10 +20,16 @@ def _train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Non
     optimizer.step()
 
 
-def blocks() -> list[str]:
-    """The examples; those of trainers of others come last."""
+def blocks(trainer: str | None = None) -> list[str]:
+    """The examples; those of one of the trainers of others, or those without."""
     found = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE.read_text("utf-8"))
-    return sorted(found, key=lambda block: "ckptvcs.integrations" in block)
+    used = [re.findall(r"ckptvcs\.integrations\.(\w+)", block) for block in found]
+    wanted = [] if trainer is None else [trainer]
+    return [block for block, names in zip(found, used, strict=True) if names == wanted]
+
+
+def run(block: str, names: dict[str, Any]) -> None:
+    exec(compile(block, str(PAGE), "exec"), names)
 
 
 def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,9 +40,9 @@ def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "model": model, "optimizer": optimizer, "train_step": _train_step,
         "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 10),
     }  # fmt: skip
-    assert len(blocks()) == 4
-    for block in blocks()[:3]:
-        exec(compile(block, str(PAGE), "exec"), names)
+    assert len(blocks()) == 3
+    for block in blocks():
+        run(block, names)
     assert [entry.step for entry in Repo.open("runs/background").log()] == [100, 80, 60, 40, 20]
     assert not Repo.open("runs/objects").verify().damage
 
@@ -50,5 +56,6 @@ def test_that_of_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     model, arguments, data = parts("out")
     names = {"model": model, "arguments": arguments, "data": data}
-    exec(compile(blocks()[3], str(PAGE), "exec"), names)
+    (block,) = blocks("transformers")
+    run(block, names)
     assert [entry.step for entry in Repo.open("runs/hf").log()] == [8, 6, 4, 2]

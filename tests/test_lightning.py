@@ -17,6 +17,7 @@ import torch
 
 from ckptvcs import Repo
 from tests.cli.conftest import environment
+from tests.test_examples import blocks, run
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="no lightning"),
@@ -230,6 +231,18 @@ def test_killed_while_it_saves(moment: str, tmp_path: Path, whole: bytes) -> Non
         assert steps(tmp_path / where)[0] == 6
         assert not Repo.open(tmp_path / where).verify().damage
         shutil.rmtree(out)
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.trainers.lightning import Net, data
+
+    monkeypatch.chdir(tmp_path)
+    of_trainer, of_fabric = blocks("lightning")
+    run(of_trainer, {"model": Net(), "data": data()})
+    assert steps(Path("runs/lightning")) == [6, 4, 2]
+    model = torch.nn.Linear(16, 16)
+    run(of_fabric, {"model": model, "optimizer": torch.optim.AdamW(model.parameters())})
+    assert steps(Path("runs/fabric")) == [100]
 
 
 def test_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
