@@ -1,4 +1,4 @@
-"""Lightning, its Trainer and Fabric: committed, removed, killed, loaded from commits, gone on from."""
+"""Lightning, its Trainer and Fabric: committed, removed, killed, loaded from commits."""
 
 from __future__ import annotations
 

@@ -43,8 +43,10 @@ def prepared() -> tuple[Accelerator, list[Any], Mean]:
         torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64),
     )  # fmt: skip
     # In an order that none of the files tells.
-    groups = [{"params": [model[5].weight, model[0].weight]}, {"params": [model[3].weight]}]
-    groups.append({"params": [model[number].bias for number in (5, 3, 0)], "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = [
+        {"params": [model[5].weight, model[0].weight]}, {"params": [model[3].weight]},
+        {"params": [model[number].bias for number in (5, 3, 0)], "weight_decay": 0.0},
+    ]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     rows = torch.utils.data.TensorDataset(torch.randn(32, 16))
     loader = torch.utils.data.DataLoader(rows, batch_size=8, shuffle=True)
@@ -84,12 +86,16 @@ def _die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _half(_: Accelerator, folder: str) -> None:
+    Path(folder).mkdir()
+    (Path(folder) / "model.safetensors").write_bytes(bytes(9))
+    _die()
+
+
 def main(out: str, repo: str, moment: str) -> None:
     train(Path(out), Path(repo), 1)
     if moment == "half":
-        Accelerator.save_state = lambda self, folder: (  # type: ignore[method-assign]
-            Path(folder).mkdir(), (Path(folder) / "model.safetensors").write_bytes(b"\0" * 9), _die(),
-        )  # fmt: skip
+        Accelerator.save_state = _half
     if moment == "files":
         setattr(Target, "commit", _die)  # noqa: B010  a method
     if moment == "commit":

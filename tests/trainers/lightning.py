@@ -1,7 +1,7 @@
 """A small training by the Trainer of Lightning, each epoch of 2 steps.
 
-As a process it kills itself in the second epoch, at a MOMENT: `half` (the file is not whole), `file`
-(it is, and not committed), `commit` (before the branch moves), `published` (just after).
+As a process it kills itself in the second epoch, at a MOMENT: `half` (the file is not whole),
+`file` (it is, and not committed), `commit` (before the branch moves), `published` (just after).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def data() -> torch.utils.data.DataLoader[Any]:
 def trainer(io: CheckpointIO, out: str | Path, epochs: int, **options: Any) -> Trainer:
     """Keeps the best file by its loss, and the last; or what a callback `beside` keeps."""
     beside = [options.pop("beside")] if "beside" in options else []
-    chosen = {"monitor": "loss", "save_last": True} | options
+    chosen: dict[str, Any] = {"monitor": "loss", "save_last": True} | options
     return Trainer(
         max_epochs=epochs, accelerator="cpu", plugins=[io], logger=False, default_root_dir=out,
         callbacks=[ModelCheckpoint(dirpath=out, **chosen), *beside],
