@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptvcs import Repo
+from ckptvcs import InvalidInputError, Repo
 from tests.cli.conftest import environment
 from tests.test_examples import blocks, run
 
@@ -128,6 +128,38 @@ def test_only_what_is_committed_is_removed(
     assert again.load_checkpoint(tmp_path / "a.ckpt")["global_step"] == 1
     with pytest.raises(FileNotFoundError):
         again.load_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_the_last_is_the_newest_of_its_folder(tmp_path: Path) -> None:
+    from ckptvcs.integrations.lightning import CkptCheckpointIO
+
+    used, out = CkptCheckpointIO(tmp_path), tmp_path / "out"
+    for step, saved in (
+        (1, ["a.ckpt", "last.ckpt"]), (2, ["last.ckpt"]), (3, ["b.ckpt", "last.ckpt"])
+    ):  # fmt: skip
+        for name in saved:
+            used.save_checkpoint({"global_step": step, "x": torch.rand(9)}, out / name)
+    state = {"global_step": 3, "x": torch.rand(9)}
+    for name in ("b.ckpt", "last.ckpt"):
+        used.save_checkpoint(state, out / name)
+    used.save_checkpoint({"global_step": 4}, tmp_path / "other" / "last.ckpt")
+    shutil.rmtree(out)
+    again = CkptCheckpointIO(tmp_path)
+    for name, step in (("a.ckpt", 1), ("b.ckpt", 3), ("last.ckpt", 3), ("last-v1.ckpt", 3)):
+        assert again.load_checkpoint(out / name)["global_step"] == step
+    assert torch.equal(again.load_checkpoint(str(out / "last.ckpt"))["x"], state["x"])
+    assert again.load_checkpoint(tmp_path / "other" / "last.ckpt")["global_step"] == 4
+
+
+def test_what_is_elsewhere(tmp_path: Path) -> None:
+    from ckptvcs.integrations.lightning import CkptCheckpointIO
+
+    used = CkptCheckpointIO(tmp_path / "repo")
+    used.save_checkpoint({"global_step": 1}, tmp_path / "a.ckpt")
+    with pytest.raises(InvalidInputError, match="of this machine"):
+        used.save_checkpoint({"global_step": 2}, "memory://a.ckpt")
+    with pytest.raises(FileNotFoundError):
+        used.load_checkpoint("memory://a.ckpt")
 
 
 def test_nothing_in_a_repository_is_executed_unasked(tmp_path: Path) -> None:

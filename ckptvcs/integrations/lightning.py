@@ -21,7 +21,7 @@ from blake3 import blake3
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.folder import Found
 from ckptvcs.content import Contents
-from ckptvcs.errors import CkptError
+from ckptvcs.errors import CkptError, InvalidInputError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.repo import Repo
@@ -68,8 +68,11 @@ class CkptCheckpointIO(CheckpointIO):
         """Write a checkpoint, and commit it.
 
         Raises:
+            InvalidInputError: it is not to be written to this machine.
             CkptError: it cannot be committed, which ends the training.
         """
+        if _is_remote(path):
+            raise InvalidInputError(f"only files of this machine can be committed, not {path}")
         full = _full(path)
         self._work_at(full)
         try:
@@ -92,11 +95,12 @@ class CkptCheckpointIO(CheckpointIO):
         options = {"map_location": map_location, "weights_only": weights_only}
         given = {name: value for name, value in options.items() if value is not None}
         repo, full = self._target.existing(), _full(path)
-        entry = None if repo is None or full.exists() else _find(repo, full)
+        elsewhere = full.exists() or _is_remote(path)
+        entry = None if repo is None or elsewhere else _find(repo, full)
         if repo is None or entry is None:
             return self._base.load_checkpoint(path, **given)
         _log.info("%s is gone: its commit %s is loaded", path, entry.id[:8])
-        with tempfile.TemporaryDirectory(dir=repo.folder / "tmp") as folder:
+        with tempfile.TemporaryDirectory() as folder:
             restored = Path(folder) / full.name
             repo.checkout_files(entry.id, restored)
             return self._base.load_checkpoint(restored, **{"weights_only": True, **given})
@@ -153,6 +157,10 @@ class CkptCheckpointIO(CheckpointIO):
 
 def _full(path: str | Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100  links are kept as the user sees them
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path)
 
 
 def _find(repo: Repo, path: Path) -> LogEntry | None:
