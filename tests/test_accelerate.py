@@ -42,6 +42,23 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert not repo.verify().damage
 
 
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command = [sys.executable, *launch, "tests.trainers.accelerated"]
+    command += [str(tmp_path / "out"), str(tmp_path / "repo"), "none"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    repo = Repo.open(tmp_path / "repo")
+    log = repo.log()
+    assert [entry.step for entry in log] == [8, 4]
+    files = [file.path for file in log[0].commit.files]
+    assert files == sorted(path.name for path in (tmp_path / "out" / "step-8").iterdir())
+    assert {"random_states_0.pkl", "random_states_1.pkl"} < set(files)
+    tensors = repo.catalog.schema(log[0].commit.schema).tensors
+    assert sum(info.pair is not None for info in tensors) == 12
+
+
 def test_what_its_tensors_are_for(tmp_path: Path) -> None:
     from tests.trainers.accelerated import train
 

@@ -33,10 +33,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def killed(*args: object) -> None:
+def process(*args: object, code: int = 0) -> None:
     command = [sys.executable, "-m", "tests.trainers.lightning", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == code, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,17 @@ def test_within_async(tmp_path: Path, whole: bytes) -> None:
     assert not Repo.open(tmp_path / "repo").verify().damage
 
 
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process(out, tmp_path / "repo", "two", 2)
+    assert steps(tmp_path / "repo") == [2, 1]
+    shutil.rmtree(out)
+    process(out, tmp_path / "repo", "two", 3, out / "last.ckpt")
+    assert steps(tmp_path / "repo") == [3, 2, 1]
+    assert not Repo.open(tmp_path / "repo").verify().damage
+
+
 def test_fabric(tmp_path: Path) -> None:
     from lightning.fabric import Fabric
 
@@ -254,7 +265,7 @@ def test_killed_while_it_saves(moment: str, tmp_path: Path, whole: bytes) -> Non
     from tests.trainers.lightning import train
 
     out = tmp_path / "out"
-    killed(out, tmp_path / "repo", moment)
+    process(out, tmp_path / "repo", moment, code=-signal.SIGKILL)
     assert steps(tmp_path / "repo") == ([4, 2] if moment == "published" else [2])
     assert not Repo.open(tmp_path / "repo").verify().damage
     shutil.copytree(tmp_path / "repo", tmp_path / "copy")

@@ -1,7 +1,8 @@
 """A small training by the Trainer of Lightning, each epoch of 2 steps.
 
 As a process it kills itself in the second epoch, at a MOMENT: `half` (the file is not whole),
-`file` (it is, and not committed), `commit` (before the branch moves), `published` (just after).
+`file` (it is, and not committed), `commit` (before the branch moves), `published` (just after); or
+it is two processes, which do not.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ def data() -> torch.utils.data.DataLoader[Any]:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows), batch_size=8)
 
 
-def trainer(io: CheckpointIO, out: str | Path, epochs: int, **options: Any) -> Trainer:
+def trainer(
+    io: CheckpointIO, out: str | Path, epochs: int, devices: int = 1, **options: Any
+) -> Trainer:
     """Keeps the best file by its loss, and the last; or what a callback `beside` keeps."""
     beside = [options.pop("beside")] if "beside" in options else []
     chosen: dict[str, Any] = {"monitor": "loss", "save_last": True} | options
     return Trainer(
-        max_epochs=epochs, accelerator="cpu", plugins=[io], logger=False, default_root_dir=out,
+        max_epochs=epochs, accelerator="cpu", devices=devices, plugins=[io], logger=False, default_root_dir=out,
         callbacks=[ModelCheckpoint(dirpath=out, **chosen), *beside],
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
@@ -99,7 +102,11 @@ class _Dying(TorchCheckpointIO):
         setattr(Committer, "_publish", last_words)  # noqa: B010  a method
 
 
-def main(out: str, repo: str, moment: str) -> None:
+def main(out: str, repo: str, moment: str, epochs: str = "3", resume: str = "") -> None:
+    if moment == "two":
+        io = CkptCheckpointIO(repo)
+        train(io, out, int(epochs), resume or None, devices=2, monitor=None)
+        return
     io = CkptCheckpointIO(repo, base=_Dying(moment.removeprefix("async ")))
     train(AsyncCheckpointIO(io) if moment.startswith("async ") else io, out, 3)
 
