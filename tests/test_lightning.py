@@ -139,7 +139,7 @@ def test_the_last_is_the_newest_of_its_folder(tmp_path: Path) -> None:
     ):  # fmt: skip
         for name in saved:
             used.save_checkpoint({"global_step": step, "x": torch.rand(9)}, out / name)
-    state = {"global_step": 3, "x": torch.rand(9)}
+    state: dict[str, Any] = {"global_step": 3, "x": torch.rand(9)}
     for name in ("b.ckpt", "last.ckpt"):
         used.save_checkpoint(state, out / name)
     used.save_checkpoint({"global_step": 4}, tmp_path / "other" / "last.ckpt")

@@ -54,9 +54,9 @@ def trainer(
     beside = [options.pop("beside")] if "beside" in options else []
     chosen: dict[str, Any] = {"monitor": "loss", "save_last": True} | options
     return Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=devices, plugins=[io], logger=False, default_root_dir=out,
-        callbacks=[ModelCheckpoint(dirpath=out, **chosen), *beside],
-        enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=epochs, accelerator="cpu", devices=devices, plugins=[io],
+        callbacks=[ModelCheckpoint(dirpath=out, **chosen), *beside], default_root_dir=out,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 
 
