@@ -2,7 +2,8 @@
 
     lease        so that gc keeps away
     scan         hashes of files and tensors
-    place        parent and branch (a step that is not above its parent's starts a branch)
+    place        parent and branch (a step that is not above its parent's starts a branch, unless
+                 both are the same, with the same weights)
     encode       frames into data packs
     describe     schema, skeletons, tables, recipes and the commit into one meta pack
     publish      the next generation of the branch: the only commit point
@@ -17,7 +18,6 @@ import getpass
 import re
 import socket
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from ckptvcs.history.schema import (  # fmt: skip
     Op,
     Schema,
     Segment,
+    TensorInfo,
     dump_schema,
     dump_skeleton,
     load_schema,
@@ -128,9 +129,7 @@ class Committer:
             patched = self._config.exact_rule.wants_patch(request.metrics)
             near = isinstance(request.spec.settings, NearSpec)
             file_hashes, hashes = scan(checkpoint, self._progress, stay=near and not patched)
-            place = self.place(
-                request, lambda parent: self._same(request, parent, file_hashes, hashes)
-            )
+            place = self.place(request, file_hashes, hashes)
             base = self.base(place.parent)
             if base is not None and place.unchanged:
                 encoded = unchanged(base, patched=patched)
@@ -204,8 +203,10 @@ class Committer:
 
     # -- where it goes ---------------------------------------------------------------------------
 
-    def place(self, request: Request, same: Callable[[ObjectId | None], bool]) -> Place:
-        """Where a commit goes; `same` tells whether a commit holds just what is to be committed."""
+    def place(
+        self, request: Request, file_hashes: list[str | None], hashes: dict[int, bytes] | None
+    ) -> Place:
+        """Where a commit goes; without `hashes` as if it held just what its parent holds."""
         step = find_step(request)
         head = self._refs.read(HEAD)
         following = head.branch if head else "main"
@@ -221,13 +222,14 @@ class Committer:
         if branch is None:
             branch, tip = self._free_name(self._last_branch()), None
             notes.append(f"HEAD was at an older commit: started branch '{branch}'")
-        unchanged = same(parent)
+        unchanged = hashes is None or self._same(request, parent, file_hashes, hashes)
         above = None if parent is None else self._step_of(parent)
-        again = unchanged and step == above
+        same_run = unchanged or self._same_weights(request, parent, hashes or {})
+        again = step == above and same_run
         if step is not None and above is not None and step <= above and not again:
             parent = self._below(parent, step)
             branch, tip = self._free_name(branch), None
-            unchanged = same(parent)
+            unchanged = hashes is None or self._same(request, parent, file_hashes, hashes)
             origin = f"at step {self._step_of(parent)}" if parent else "from nothing"
             notes.append(
                 f"step {step} is not above step {above}: started branch '{branch}' {origin}"
@@ -265,7 +267,9 @@ class Committer:
         self, request: Request, parent: ObjectId | None, file_hashes: list[str | None],
         hashes: dict[int, bytes],
     ) -> bool:  # fmt: skip
-        """Whether a commit holds just the content, bit for bit, that is to be committed."""
+        """Whether a commit holds just the tensors, bit for bit, that are to be committed; of files
+        what stands around them may be other, of a state nothing.
+        """
         if parent is None or not self._revisions.whole(parent):
             return False
         commit, checkpoint = self._catalog.commit(parent), request.checkpoint
@@ -273,22 +277,31 @@ class Committer:
         if faded and self._config.exact_rule.wants_patch(request.metrics):
             return False  # here is the exact form again
         if checkpoint.kind != "state":
-            known = {file.path: file.hash for file in commit.files if file.hash}
+            held = {file.path: file.hash for file in commit.files if file.hash}
             new = {f.path: h for f, h in zip(checkpoint.files, file_hashes, strict=True)}
-            return known == new
-        schema = checkpoint.schema
-        tables = {
-            part: object_id(Kind.VALUES, dump_values([hashes[n] for n in schema.stored(part)]))
-            for part in PARTS if schema.stored(part)
-        }  # fmt: skip
+            if held == new:
+                return True
+        old, schema = self._catalog.schema(commit.schema), checkpoint.schema
+        tables = {part: _table(schema, part, hashes) for part in PARTS if schema.stored(part)}
         known = {part: state.exact or state.values for part, state in commit.parts.items()}
-        if commit.source != "state" or known != tables:
+        if commit.source != checkpoint.kind or known != tables:
             return False
+        if checkpoint.kind != "state":
+            return bool(tables) and _stored(old) == _stored(schema)
         skeletons = [object_id(Kind.SKELETON, skeleton_of(checkpoint, f)) for f in checkpoint.files]
-        return (
-            commit.schema == object_id(Kind.SCHEMA, dump_schema(schema))
-            and [file.skeleton for file in commit.files] == skeletons
-        )  # fmt: skip
+        return old == schema and [file.skeleton for file in commit.files] == skeletons
+
+    def _same_weights(
+        self, request: Request, parent: ObjectId | None, hashes: dict[int, bytes]
+    ) -> bool:
+        """Whether a commit has just the weights that are to be committed: at the same step it is
+        then of the same run, whatever else is kept of that.
+        """
+        schema = request.checkpoint.schema
+        weights = self._catalog.commit(parent).parts.get("model") if parent else None
+        if weights is None or not schema.stored("model"):
+            return False
+        return _table(schema, "model", hashes) == (weights.exact or weights.values)
 
     def is_faded(self, state: PartState) -> bool:
         """Whether a part that is near has no exact patch any more, or not for long."""
@@ -412,6 +425,16 @@ def unchanged(base: Commit, *, patched: bool) -> Encoded:
         dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {},
         shared if patched else [],
     )  # fmt: skip
+
+
+def _table(schema: Schema, part: str, hashes: dict[int, bytes]) -> ObjectId:
+    """The table of the values of a part."""
+    return object_id(Kind.VALUES, dump_values([hashes[n] for n in schema.stored(part)]))
+
+
+def _stored(schema: Schema) -> dict[int, TensorInfo]:
+    """The tensors that do not stand in skeletons, by position."""
+    return {number: info for number, info in enumerate(schema.tensors) if not info.inline}
 
 
 def skeleton_of(checkpoint: Checkpoint, file: InputFile) -> bytes:

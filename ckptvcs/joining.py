@@ -23,14 +23,14 @@ from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.coding.report import report, report_tensors
-from ckptvcs.committing import Committer, SharedPatchFadedError, skeleton_of, unchanged
+from ckptvcs.committing import Committer, SharedPatchFadedError, unchanged
 from ckptvcs.encoder import Encoded, has_patch
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.frames import PatchWriter
 from ckptvcs.history.commit import PARTS, PartState
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.recipe import NO_HASH, Recipe, dump_values, slice_hash
-from ckptvcs.history.schema import Schema, TensorInfo, dump_schema
+from ckptvcs.history.schema import Schema, TensorInfo
 from ckptvcs.opened import CACHE
 from ckptvcs.repo import Repo
 from ckptvcs.request import Request
@@ -70,7 +70,7 @@ class Joint:
             BusyError: gc is sweeping.
         """
         self._held = self._stack.enter_context(lease(self._catalog.store.backend))
-        self._begun = place = self._committer.place(self._request, lambda _: True)
+        self._begun = place = self._committer.place(self._request, [], None)
         there = self._committer.base(place.parent) is not None
         keyframe = not there or self._committer.starts_keyframe(place.parent)
         base = place.parent if there else None
@@ -90,11 +90,10 @@ class Joint:
         checkpoint, stored = _join(shards, files)
         request = replace(self._request, checkpoint=checkpoint)
         hashes = [None] * len(shards) + [blake3(content).hexdigest() for content in files.values()]
+        exact = {number: one.exact for number, one in stored.items()}
         made = None
         while made is None:
-            place = self._committer.place(
-                request, lambda name: self._is_base(name, checkpoint, stored)
-            )
+            place = self._committer.place(request, hashes, exact)
             if place.branch == self._begun.branch and place.tip != self._begun.tip:
                 raise ConflictError(
                     f"another writer moved '{place.branch}' meanwhile", hint="save again"
@@ -110,27 +109,6 @@ class Joint:
             store.delete_packs({pack: "packs" for shard in shards.values() for pack in shard.loose})
         self.abandon()
         return self._repo.entry(made.id, branch=made.branch)
-
-    def _is_base(
-        self, name: ObjectId | None, checkpoint: Checkpoint, stored: Mapping[int, Stored]
-    ) -> bool:
-        """Whether a commit is the ticket's base, and holds just this."""
-        if name is None or name != self._ticket.base:
-            return False
-        base, schema = self._catalog.commit(name), checkpoint.schema
-        if self._patched and any(self._committer.is_faded(state) for state in base.parts.values()):
-            return False  # here is the exact form again
-        tables = {
-            part: object_id(Kind.VALUES, dump_values([stored[number].exact for number in row]))
-            for part in PARTS if (row := schema.stored(part))
-        }  # fmt: skip
-        skeletons = {file.path: object_id(Kind.SKELETON, skeleton_of(checkpoint, file))
-                     for file in checkpoint.files}  # fmt: skip
-        return (
-            base.schema == object_id(Kind.SCHEMA, dump_schema(schema))
-            and tables == {part: state.exact or state.values for part, state in base.parts.items()}
-            and skeletons == {file.path: file.skeleton for file in base.files}
-        )
 
     # -- how it is stored ------------------------------------------------------------------------
 

@@ -159,6 +159,15 @@ class Opened:
         cache = self.folder / CACHE / "bases"
         return Restorer(self.catalog, name, near=near, cache=cache, held=self._held)
 
+    def naming(self, path: Path) -> tuple[str, bool]:
+        """How commits name a file or a directory, and whether they do so from this repository's
+        folder.
+        """
+        full = Path(os.path.abspath(path))  # noqa: PTH100  links are kept as the user sees them
+        root = Path(os.path.abspath(self.root))  # noqa: PTH100
+        inside = full.is_relative_to(root)
+        return full.relative_to(root).as_posix() if inside else full.name, inside
+
     def head(self) -> Generation | None:
         """What HEAD is at."""
         return self.refs.read(HEAD)

@@ -200,10 +200,7 @@ class Repo(Care):
 
         if Path(path).resolve().is_relative_to(self.folder.resolve()):
             raise InvalidInputError(f"{path} is part of the repository itself")
-        full = Path(os.path.abspath(path))  # noqa: PTH100  links are kept as the user sees them
-        root = Path(os.path.abspath(self.root))  # noqa: PTH100
-        inside = full.is_relative_to(root)
-        name = full.relative_to(root).as_posix() if inside else full.name
+        name, inside = self.naming(path)
         self.wait()
         checkpoint = open_checkpoint(path, raw=raw, skip=self.folder.resolve(), names=names)
         return self.commit_checkpoint(

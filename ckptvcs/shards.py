@@ -225,9 +225,7 @@ class _ShardEncoder(Encoder):
                 )  # fmt: skip
         model = self._numbers["model"]
         self._own.keep({self._infos[number].name: self._values[number] for number in model})
-        return share(
-            stored, data_bytes=data_bytes, nonfinite=self._nonfinite, loose=tuple(loose)
-        )
+        return share(stored, data_bytes=data_bytes, nonfinite=self._nonfinite, loose=tuple(loose))
 
     def _loose(
         self, name: str, row: list[int], loose: list[PackId]

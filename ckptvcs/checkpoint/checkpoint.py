@@ -284,6 +284,8 @@ def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:
             step = _json_step(source)
             if step is not None:
                 return step
+        if path.rpartition("/")[2].startswith("random_states"):
+            continue  # the step of accelerate counts gradients that are accumulated
         for where, node in walk(layout.tree):
             if not where and isinstance(node, dict) and layout.format != "safetensors":
                 for key in _STEP_KEYS:

@@ -66,7 +66,7 @@ _BUFFERS = frozenset({
 
 _REST_FILES = (
     "rng_state", "random_states", "scheduler", "scaler", "training_args", "trainer_state",
-    "sampler", "dl_state_dict",
+    "sampler", "dl_state_dict", "custom_checkpoint",
 )  # fmt: skip
 _REST_KEYS = frozenset({
     "rng", "rng_state", "rng_states", "cuda_rng_state", "torch_rng_state", "numpy_rng_state",

@@ -6,17 +6,15 @@ trainer = Trainer(..., callbacks=[CkptCallback("runs")])
 from __future__ import annotations
 
 import contextlib
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 from ckptvcs.checkpoint.objects import parameter_names
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.errors import BusyError, NotFoundError
+from ckptvcs.integrations.target import Target, Where
 from ckptvcs.keeping import Keeper
 from ckptvcs.removal import Originals
-from ckptvcs.repo import Repo
 from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
 
@@ -25,7 +23,6 @@ try:
 except ImportError as error:
     raise ImportError("install it with: pip install 'ckptvcs[transformers]'") from error
 
-_TRIES, _PAUSE = 60, 1.0  # seconds, while gc sweeps
 _NO_METRICS = frozenset(("step", "epoch", "total_flos"))
 
 
@@ -39,11 +36,11 @@ class CkptCallback(TrainerCallback):
     """
 
     def __init__(
-        self, repo: str | os.PathLike[str] | Repo = ".", *, metrics: bool = True,
+        self, repo: Where = ".", *, metrics: bool = True,
         keep_local: int | None = None, accept_near: bool = False, codec: str | None = None,
     ) -> None:  # fmt: skip
         """`repo` is a repository, or where one is to be opened, or made if there is none."""
-        self._where, self._metrics, self._codec = repo, metrics, codec
+        self._target, self._metrics = Target(repo, codec), metrics
         self._keep_local, self._accept_near = keep_local, accept_near
         self._made: dict[Path, ObjectId] = {}
 
@@ -55,34 +52,21 @@ class CkptCallback(TrainerCallback):
         """
         if not state.is_world_process_zero:
             return
-        repo = self._repo()
         folder = _folder(Path(args.output_dir), state.global_step)
-        metrics = _logged(state) if self._metrics else {}
-        for attempt in range(_TRIES):
-            try:
-                made = repo.commit_path(
-                    folder, message=folder.name, step=state.global_step, metrics=metrics,
-                    codec=self._codec, names=_names(kwargs.get("model"), kwargs.get("optimizer")),
-                )  # fmt: skip
-                break
-            except BusyError:
-                if attempt + 1 == _TRIES:
-                    raise
-                time.sleep(_PAUSE)
+        made = self._target.commit(
+            folder, step=state.global_step, metrics=_logged(state) if self._metrics else {},
+            names=_names(kwargs.get("model"), kwargs.get("optimizer")),
+        )  # fmt: skip
         self._made[folder] = made.id
         if self._keep_local is not None:
             with contextlib.suppress(BusyError):  # gc has come: until the next checkpoint
-                self._remove(repo, {folder, Path(state.best_model_checkpoint or folder)})
+                self._remove({folder, Path(state.best_model_checkpoint or folder)})
 
-    def _repo(self) -> Repo:
-        if not isinstance(self._where, Repo):
-            self._where = Repo.init(self._where)
-        return self._where
-
-    def _remove(self, repo: Repo, staying: set[Path]) -> None:
+    def _remove(self, staying: set[Path]) -> None:
         assert self._keep_local is not None
+        repo = self._target.repo
         older = list(self._made)[: -self._keep_local]
-        keeper = Keeper(repo, self._codec)
+        keeper = Keeper(repo, self._target.codec)
         for folder in older:
             if folder in staying:
                 continue

@@ -116,9 +116,7 @@ def main() -> None:
         elif what == "save":
             save(trained.state(), checkpoint_id=name, storage_writer=writer)
         elif what == "async":
-            future: Any = async_save(
-                trained.state(), checkpoint_id=name, storage_writer=writer
-            )
+            future: Any = async_save(trained.state(), checkpoint_id=name, storage_writer=writer)
             future.result()
         elif what == "torch":
             save(trained.state(), checkpoint_id=Path(folder) / name)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from ckptvcs.integrations.target import Where
 from ckptvcs.repo import Repo
 
 _opened: dict[Path, Repo] = {}  # what a process has coded last is the base of what it codes next
 
 
-def open_once(where: str | os.PathLike[str] | Repo, *, make: bool = False) -> Repo:
+def open_once(where: Where, *, make: bool = False) -> Repo:
     """A repository, opened once in a process, or made where there is none."""
     if isinstance(where, Repo):
         return where

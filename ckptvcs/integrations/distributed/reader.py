@@ -21,6 +21,7 @@ from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.extract import PartReader, Window, windows
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, load_metadata
 from ckptvcs.integrations.distributed.process import open_once
+from ckptvcs.integrations.target import Where
 from ckptvcs.repo import Repo
 from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
@@ -36,9 +37,7 @@ class CkptReader(StorageReader):
     that a commit was saved under.
     """
 
-    def __init__(
-        self, repo: str | os.PathLike[str] | Repo = ".", revision: str | int = "HEAD"
-    ) -> None:
+    def __init__(self, repo: Where = ".", revision: str | int = "HEAD") -> None:
         self._where, self._revision = repo, str(revision)
         self._restorer: Restorer | None = None
 
@@ -193,9 +192,7 @@ def _find(repo: Repo, revision: str) -> ObjectId:
         raise
 
 
-def load_state(
-    repo: str | os.PathLike[str] | Repo = ".", revision: str | int = "HEAD"
-) -> dict[str, Any]:
+def load_state(repo: Where = ".", revision: str | int = "HEAD") -> dict[str, Any]:
     """The whole state of a commit of `CkptWriter`, in one process, however many made it.
 
     Raises:

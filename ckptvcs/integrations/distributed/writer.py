@@ -11,7 +11,6 @@ import codecs
 import dataclasses
 import io
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -25,20 +24,19 @@ from torch.futures import Future
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.state import state_checkpoint
-from ckptvcs.errors import BusyError, InvalidInputError
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.extract import windows
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import Schema
 from ckptvcs.integrations.distributed.balance import item_bytes, keep_together
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, dump_metadata, is_path
 from ckptvcs.integrations.distributed.process import open_once
+from ckptvcs.integrations.target import Where, patiently
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
-from ckptvcs.shards import Shard, Ticket
+from ckptvcs.shards import Shard
 
 _GROUPS = "param_groups"
-_TRIES, _PAUSE = 60, 1.0  # seconds, while gc sweeps
-
 
 
 _ARRAYS = [
@@ -56,7 +54,7 @@ class CkptWriter(StorageWriter):
     """
 
     def __init__(
-        self, repo: str | os.PathLike[str] | Repo = ".", *, step: int | None = None,
+        self, repo: Where = ".", *, step: int | None = None,
         message: str = "", metrics: Mapping[str, float] | None = None, codec: str | None = None,
         branch: str | None = None,
     ) -> None:  # fmt: skip
@@ -107,22 +105,12 @@ class CkptWriter(StorageWriter):
             raise InvalidInputError("a commit needs a plan of its own: enable_plan_caching=False")
         said = {**self._said, "message": self._said["message"] or self._name}
         self._joint = Joint(open_once(self._where, make=True), self._name, **said)
-        ticket = self._begin(self._joint)
+        ticket = patiently(self._joint.begin)
         given = keep_together([plan.items for plan in plans], [plan.storage_data for plan in plans])
         return [
             dataclasses.replace(plan, items=items, storage_data=ticket)
             for plan, items in zip(plans, given, strict=True)
         ]
-
-    def _begin(self, joint: Joint) -> Ticket:
-        for attempt in range(_TRIES):
-            try:
-                return joint.begin()
-            except BusyError:
-                if attempt + 1 == _TRIES:
-                    raise
-                time.sleep(_PAUSE)
-        raise AssertionError
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Code the shards of this process: durable when this returns."""

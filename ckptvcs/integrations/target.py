@@ -1,0 +1,71 @@
+"""Target: the repository that the checkpoints of a trainer go to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from ckptvcs.checkpoint.roles import Names
+from ckptvcs.committing import Result
+from ckptvcs.errors import BusyError, NotFoundError
+from ckptvcs.repo import Repo
+
+T = TypeVar("T")
+
+_TRIES, _PAUSE = 60, 1.0  # seconds, while gc sweeps
+
+Where = str | os.PathLike[str] | Repo
+"""A repository, or where one is to be opened, or made if there is none."""
+
+
+class Target:
+    """Opened when it is first needed, so that only the process that commits does so."""
+
+    def __init__(self, where: Where, codec: str | None) -> None:
+        self._where, self.codec = where, codec
+
+    @property
+    def repo(self) -> Repo:
+        """The repository, open."""
+        if not isinstance(self._where, Repo):
+            self._where = Repo.init(self._where)
+        return self._where
+
+    def existing(self) -> Repo | None:
+        """The same, if there is one: nothing is made."""
+        with contextlib.suppress(NotFoundError):
+            if not isinstance(self._where, Repo):
+                self._where = Repo.open(self._where)
+            return self._where
+        return None
+
+    def commit(
+        self, path: Path, *, step: int | None, metrics: Mapping[str, float],
+        names: Names | None = None,
+    ) -> Result:  # fmt: skip
+        """Commit a checkpoint that is complete, when no gc sweeps any more.
+
+        Raises:
+            CkptError: it cannot be committed; BusyError if gc sweeps for as long as a minute.
+        """
+        return patiently(lambda: self.repo.commit_path(
+            path, message=path.name, step=step, metrics=metrics, codec=self.codec, names=names
+        ))  # fmt: skip
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """Do something when no gc sweeps any more.
+
+    Raises:
+        BusyError: it sweeps for as long as a minute.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            return work()
+        except BusyError:
+            time.sleep(_PAUSE)
+    return work()

@@ -1,0 +1,37 @@
+"""What all integrations share: a commit waits while gc sweeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptvcs import Repo
+from ckptvcs.errors import BusyError
+from ckptvcs.integrations import target
+from ckptvcs.store.leases import exclusive
+
+
+def test_a_commit_waits_for_gc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.bin").write_bytes(b"data" * 100)
+    where = target.Target(tmp_path / "repo", None)
+    assert where.existing() is None
+    sweeping = exclusive(where.repo.catalog.store.backend)
+    tries, commit = [], where.repo.commit_path
+
+    def trying(*args: Any, **kwargs: Any) -> Any:
+        tries.append(args)
+        if len(tries) == 3:
+            sweeping.__exit__(None, None, None)
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(where.repo, "commit_path", trying)
+    monkeypatch.setattr(target, "_PAUSE", 0.0)
+    sweeping.__enter__()
+    assert where.commit(tmp_path / "a.bin", step=3, metrics={}).commit.step == 3
+    assert len(tries) == 3
+    assert [entry.message for entry in Repo.open(tmp_path / "repo").log()] == ["a.bin"]
+    with exclusive(where.repo.catalog.store.backend), pytest.raises(BusyError):
+        where.commit(tmp_path / "a.bin", step=4, metrics={})
+    assert len(tries) == 3 + target._TRIES
