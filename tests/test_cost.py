@@ -40,7 +40,7 @@ class Counts:
         return found
 
 
-@pytest.mark.parametrize("length", [120, pytest.param(1010, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [70, pytest.param(1010, marks=pytest.mark.slow)])
 def test_a_late_commit_costs_what_an_early_one_does(
     length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

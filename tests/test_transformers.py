@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ from tests.cli.conftest import environment
 pytest.importorskip("transformers")
 
 
-def train(*args: object) -> None:
+def train(*args: object, dies: bool = False) -> None:
     command = [sys.executable, "-m", "tests.trainers.huggingface", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (-signal.SIGKILL if dies else 0), done.stderr
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -29,26 +30,49 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    train(tmp_path / "whole", tmp_path / "other", 6)
-    train(tmp_path / "first", tmp_path / "repo", 4)
+    train(tmp_path / "whole", tmp_path / "repo", 6)
     repo = Repo.open(tmp_path / "repo")
-    assert [entry.step for entry in repo.log()] == [4, 2]
-    newest = repo.log()[0]
-    assert newest.exact
-    assert {"loss", "learning_rate", "grad_norm"} <= newest.metrics.keys()
-    tensors = repo.catalog.schema(newest.commit.schema).tensors
+    assert [entry.step for entry in repo.log()] == [6, 4, 2]
+    entry = repo.log()[1]
+    assert entry.exact
+    assert {"loss", "learning_rate", "grad_norm"} <= entry.metrics.keys()
+    tensors = repo.catalog.schema(entry.commit.schema).tensors
     pairs = {info.name: tensors[info.pair].name for info in tensors if info.pair is not None}
     moments = [i for i in tensors if i.role in ("exp_avg", "exp_avg_sq") and not i.inline]
     assert moments
     assert all(info.name in pairs for info in moments)
     target = tmp_path / "again" / "checkpoint-4"
-    repo.checkout_files(newest.id, target)
-    assert contents(target) == contents(tmp_path / "first" / "checkpoint-4")
+    repo.checkout_files(entry.id, target)
+    assert contents(target) == contents(tmp_path / "whole" / "checkpoint-4")
     train(tmp_path / "again", tmp_path / "repo", 6, target)
     assert contents(tmp_path / "again" / "checkpoint-6") == contents(
         tmp_path / "whole" / "checkpoint-6"
     )
     repo = Repo.open(tmp_path / "repo")
+    assert [entry.step for entry in repo.log()] == [6, 6, 4, 2]
+    assert (
+        repo.log()[0].commit.data_bytes == 0
+    )  # the same once more, in a directory of another name
+    assert not repo.verify().damage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["half", "files", "commit", "done"])
+def test_killed_while_it_saves(moment: str, tmp_path: Path) -> None:
+    train(tmp_path / "whole", tmp_path / "other", 6)
+    out, place = tmp_path / "out", tmp_path / "repo"
+    train(out, place, 6, "", "", moment, dies=True)
+    repo = Repo.open(place)
+    step = 4 if moment == "done" else 2
+    assert repo.log()[0].step == step
+    assert not repo.verify().damage
+    target = tmp_path / "again" / f"checkpoint-{step}"
+    repo.checkout_files(repo.resolve(step), target)
+    train(tmp_path / "again", place, 6, target)
+    assert contents(tmp_path / "again" / "checkpoint-6") == contents(
+        tmp_path / "whole" / "checkpoint-6"
+    )
+    repo = Repo.open(place)
     assert [entry.step for entry in repo.log()] == [6, 4, 2]
     assert not repo.verify().damage
 

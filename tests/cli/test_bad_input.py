@@ -226,7 +226,7 @@ def test_a_full_disk(room: int, ckpt_process: Ckpt, tmp_path: Path, run_files: l
 def test_interrupted(number: signal.Signals, ckpt_process: Ckpt, tmp_path: Path) -> None:
     ckpt = ckpt_process
     ckpt("init")
-    torch.save({"w": torch.randn(40_000_000)}, tmp_path / "big.pt")
+    torch.save({"w": torch.randn(15_000_000)}, tmp_path / "big.pt")
     process = subprocess.Popen(
         [sys.executable, "-m", "ckptvcs", "commit", "big.pt", "-m", "x"], cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),

@@ -1,7 +1,13 @@
-"""A small training by the Trainer of Hugging Face: it is to be of 8 steps and stops behind STOP."""
+"""A small training by the Trainer of Hugging Face: it is to be of 8 steps and stops behind STOP.
+
+At a MOMENT it kills itself in the second save: `half` (the directory is not whole), `files` (it is,
+and not committed), `commit` (before the branch moves), `done` (behind that).
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -15,6 +21,7 @@ from transformers import (
     set_seed,
 )
 
+from ckptvcs.committing import Committer
 from ckptvcs.integrations.transformers import CkptCallback
 
 
@@ -50,7 +57,28 @@ def parts(out: str) -> tuple[GPT2LMHeadModel, TrainingArguments, _Data]:
     return GPT2LMHeadModel(config), arguments, _Data()
 
 
-def main(out: str, repo: str, stop: str, resume: str = "", keep_local: str = "") -> None:
+def _die_in_second(owner: type, name: str, *, after: bool = False) -> None:
+    calm, calls = getattr(owner, name), []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 2:
+            if after:
+                calm(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return calm(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def main(
+    out: str, repo: str, stop: str, resume: str = "", keep_local: str = "", moment: str = ""
+) -> None:
+    if moment:
+        _die_in_second(*{
+            "half": (Trainer, "_save_optimizer_and_scheduler"), "files": (CkptCallback, "on_save"),
+            "commit": (Committer, "_publish"), "done": (Committer, "_publish"),
+        }[moment], after=moment == "done")  # fmt: skip
     model, arguments, data = parts(out)
     callback = CkptCallback(
         repo, keep_local=int(keep_local) if keep_local else None, accept_near=bool(keep_local)
