@@ -79,6 +79,15 @@ def test_other_numbers_of_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_saved_by_processes_beside(tmp_path: Path) -> None:
+    torchrun(2, "fsdp", tmp_path, "train", "async=process", "train", "async=process", "truth",
+             "load=2", "check")  # fmt: skip
+    repo = Repo.open(tmp_path / "repo")
+    assert [entry.commit.depth for entry in repo.log()] == [1, 0]
+    assert not repo.verify().damage
+
+
+@pytest.mark.slow
 def test_replicas(tmp_path: Path) -> None:
     torchrun(2, "ddp", tmp_path, "train", "save", "train", "save", "truth")
     repo = Repo.open(tmp_path / "repo")

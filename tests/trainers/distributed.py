@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 -m tests.trainers.distributed KIND REPO FOLDER ACTION...
 
-KIND is `fsdp`, `ddp` or `plain`.  Actions: `train` (one step, or so many), `save`, `async`, `torch`
-(a directory of torch's own), `load=REVISION`, `truth` (the whole state into FOLDER), `check` (that
-it is the state now), `die=MOMENT` (the last process kills itself in the next save).
+KIND is `fsdp`, `ddp` or `plain`.  Actions: `train` (one step, or so many), `save`, `async` (or
+`async=process`), `torch` (a directory of torch's own), `load=REVISION`, `truth` (the whole state
+into FOLDER), `check` (that it is the state now), `die=MOMENT` (the last process kills itself in the
+next save).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
 from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -116,7 +117,11 @@ def main() -> None:
         elif what == "save":
             save(trained.state(), checkpoint_id=name, storage_writer=writer)
         elif what == "async":
-            future: Any = async_save(trained.state(), checkpoint_id=name, storage_writer=writer)
+            how = AsyncCheckpointerType(argument or "thread")
+            future: Any = async_save(
+                trained.state(), checkpoint_id=name, storage_writer=writer,
+                async_checkpointer_type=how,
+            )  # fmt: skip
             future.result()
         elif what == "torch":
             save(trained.state(), checkpoint_id=Path(folder) / name)
