@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Self
 
 from blake3 import blake3
 
@@ -42,7 +43,8 @@ from ckptvcs.store.object import Kind, ObjectId, object_id
 class Joint:
     """A commit that several processes make together; held by the one that joins what they code.
 
-    gc keeps away from `begin` until `finish`, `abandon`, or the end of the process.
+    gc keeps away from `begin` until the end of `finish`, of a `with`, or of the process, or until
+    `abandon`.
     """
 
     def __init__(
@@ -63,6 +65,12 @@ class Joint:
         self._stack = ExitStack()
         self.abandon = weakref.finalize(self, self._stack.close)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
     def begin(self) -> Ticket:
         """What all processes need to code their shards.
 
@@ -78,12 +86,17 @@ class Joint:
         return self._ticket
 
     def finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
-        """Make the commit: a directory of a file for each shard, and of these `files`.
+        """Make the commit: a directory of a file for each shard, and of these `files`.  Where that
+        fails, all has to be done again.
 
         Raises:
             ConflictError: another writer moved the branch meanwhile.
             InvalidInputError, CorruptionError, StorageError: as `Committer.commit`.
         """
+        with self:
+            return self._finish(shards, files)
+
+    def _finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
         store = self._catalog.store
         store.refresh()  # other processes have written
         self._catalog.forget()
@@ -107,7 +120,6 @@ class Joint:
                 made = self._committer.complete(request, place, encoded, hashes, self._held)
         with contextlib.suppress(CkptError):  # the next gc takes what stays
             store.delete_packs({pack: "packs" for shard in shards.values() for pack in shard.loose})
-        self.abandon()
         return self._repo.entry(made.id, branch=made.branch)
 
     # -- how it is stored ------------------------------------------------------------------------

@@ -62,7 +62,10 @@ def cut_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture(params=SCENARIOS)
+_LONG = {"commit together": pytest.mark.slow}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=_LONG.get(name, ())) for name in SCENARIOS])
 def cut(request: pytest.FixtureRequest, cut_folder: Path) -> Cut:
     """A scenario of `tests.crashing`, prepared."""
     return Cut(SCENARIOS[request.param], cut_folder)

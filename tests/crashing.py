@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.errors import NotFoundError
 from ckptvcs.history.retention import Policy
 from ckptvcs.importing import Importer
+from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
+from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 
 Act = Callable[[Path], object]
@@ -87,6 +90,23 @@ def _commit(codec: str) -> Act:
     return act
 
 
+def _commit_together(root: Path) -> None:
+    """As two processes do, each of which has one of the weights."""
+    repo = Repo.open(root / "repo")
+    steps = [entry.step or 0 for entry in repo.log(1)]
+    step = min(4, steps[0] + 1)
+    whole = states(step)[-1]
+    with Joint(repo, "together", step=step, message="next") as joint:
+        ticket, shards = joint.begin(), {}
+        for number, name in enumerate("ab"):
+            moments = {number: whole["optimizer"]["state"][number]}
+            part = {"model": {name: whole["model"][name]},
+                    "optimizer": {**whole["optimizer"], "state": moments}}  # fmt: skip
+            checkpoint = state_checkpoint(part)
+            shards[f"rank-{number}.pt"] = Repo.open(root / "repo").code_shard(ticket, checkpoint)
+        joint.finish(shards, {"notes.json": b"{}"})
+
+
 def _gc(policy: Policy, *, sweep: bool = True, rekey: bool = False) -> Act:
     return lambda root: Repo.open(root / "repo").gc(policy, sweep=sweep, rekey=rekey)
 
@@ -143,6 +163,7 @@ SCENARIOS = {
         Scenario("commit", _commit("near"), repeats=False),
         Scenario("commit exactly", _commit("lossless"), repeats=False),
         Scenario("commit excp", _commit("excp"), repeats=False),
+        Scenario("commit together", _commit_together, repeats=False),
         Scenario("branch", _branch, repeats=False),
         Scenario("refs", _refs),
         Scenario("gc", _gc(Policy(last=2)), commits=5),
@@ -191,11 +212,14 @@ class Snapshot:
                 read = dict(repo.restorer(name, near=True).tensors(model))
                 near[name] = str(len(read))
                 continue
-            (file,) = entry.commit.files
-            near[name] = repo.restorer(name, near=True).digest(file)
+            near[name] = _digest(repo.restorer(name, near=True))
             if entry.exact:
-                exact[name] = repo.restorer(name).digest(file)
+                exact[name] = _digest(repo.restorer(name))
         return cls(near, exact, refs(repo))
+
+
+def _digest(restorer: Restorer) -> str:
+    return " ".join(map(restorer.digest, restorer.commit.files))
 
 
 @dataclass(frozen=True)
