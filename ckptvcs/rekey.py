@@ -9,6 +9,7 @@ how their tables are stored from now on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,11 @@ class _Bundle:
         self.frames.append(frame)
         self.moved[old] = len(self.frames) - 1
         return len(self.frames) - 1
+
+    def abort(self) -> None:
+        """Leave nothing behind that is not published."""
+        if self.pack is not None:
+            self.pack.abort()
 
 
 class Rekeyer:
@@ -186,9 +192,14 @@ class Rekeyer:
         store = self._catalog.store
         self._have(table.below)
         sizes = [info.size_bytes for info in table.infos]
-        base = BaseWriter(self._cache, sizes) if table.part == "model" else None
-        bundle, meta = _Bundle(lambda: store.new_pack("packs")), store.new_pack("meta")
-        try:
+        with ExitStack() as stack:  # all of them are ended, although one may fail to
+            bundle = _Bundle(lambda: store.new_pack("packs"))
+            stack.callback(bundle.abort)
+            base = BaseWriter(self._cache, sizes) if table.part == "model" else None
+            if base is not None:
+                stack.callback(base.abort)
+            meta = store.new_pack("meta")
+            stack.callback(meta.abort)
             places, self._full = self._places(table), True
             self._leaving |= {place[0] for place, frame in places if self._must_change(frame)}
             found = [self._find(bundle, table, n, base) for n in range(len(places))]
@@ -201,12 +212,6 @@ class Rekeyer:
             self._moved |= {old: (name, number) for old, number in bundle.moved.items()}
             if base is not None and self._full:
                 base.finish(table.values)
-        finally:
-            if bundle.pack is not None:
-                bundle.pack.abort()
-            meta.abort()
-            if base is not None:
-                base.abort()
         self._catalog.forget_recipes()
 
     def _recipe(self, values: ObjectId, found: list[_Place], own: ObjectId | None) -> Recipe:

@@ -7,9 +7,10 @@ from __future__ import annotations
 import os
 import shutil
 from functools import partial
+from pathlib import Path
 
 from ckptvcs.errors import StorageError
-from tests.crashing import Cut
+from tests.crashing import SCENARIOS, Cut
 from tests.faults import REFUSALS, Steps, cuts, refused
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
@@ -45,3 +46,25 @@ def test_refused_at_any_step(cut: Cut) -> None:
             raise
         shutil.rmtree(root)
     assert ended
+
+
+def test_interrupted_again_and_again(cut_folder: Path) -> None:
+    """No file stays open, although no other can be deleted either."""
+    cut = Cut(SCENARIOS["rekey"], cut_folder)
+    root = cut.copy()
+    with Steps(root / "repo" / ".ckpt").taken() as steps:
+        cut.scenario.act(root)
+    writes = [number for number, step in enumerate(steps.seen) if step.operation == "write"]
+    for at in writes:
+        root = cut.copy()
+        act = partial(cut.scenario.act, root)
+        error = refused(
+            root / "repo" / ".ckpt", act, at, "before", KeyboardInterrupt(), lasting=True
+        )
+        assert isinstance(error, KeyboardInterrupt)
+        left = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]  # noqa: PTH208
+        opened = [file.readlink() for file in left if file.exists()]
+        below = [file for file in opened if file.is_relative_to(root)]
+        assert all(file.name.startswith("index-") for file in below), below
+        cut.expected.check(cut.scenario, root)
+        shutil.rmtree(root)
