@@ -1,8 +1,8 @@
 """Seconds of training that a checkpoint costs, by the way in which it is kept.
 
-python -m scripts.bench.loop --csv FILE [--width 384] [--rounds 5]
+python -m scripts.bench.loop --csv FILE [--width 192] [--rounds 2]
 
-A GPT (`scripts/tinygpt.py`, wider) is trained by one thread, so that where there are two cores one
+A GPT (`scripts/tinygpt.py`) is trained by one thread, so that where there are two cores one
 is free.  In each round every way takes its turn at a stretch of steps, three of which are followed
 by a checkpoint, the last one with as many steps behind it as lie between two; what it takes longer
 than a stretch without any, in that round, is what three checkpoints cost.  Shown are the median
@@ -129,9 +129,9 @@ def measure(spec: TrainSpec, steps: int, rounds: int, scratch: Path) -> list[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--steps", type=int, default=12, help="between two checkpoints")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=40, help="between two checkpoints")
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
