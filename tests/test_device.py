@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptvcs.checkpoint import emit
 from ckptvcs.checkpoint import state as states
 from ckptvcs.codec import device, loops
 from ckptvcs.codec.lowrank import factors_of, put_directions
 from ckptvcs.codec.rows import Rows
+from ckptvcs.integrations.distributed import CkptReader, CkptWriter
 from ckptvcs.repo import Repo
 
 DEVICES = [
@@ -156,6 +159,41 @@ def test_the_same_state_is_known_again(tmp_path: Path, where: str) -> None:
     known = repo.commit(second, step=2)
     again = repo.commit(second, step=2)
     assert again.stored_bytes < known.stored_bytes / 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_copy_is_made_in_memory_that_the_device_writes_to(tmp_path: Path) -> None:
+    with Repo.init(tmp_path) as repo:
+        for state in trajectory("cuda", steps=3):
+            future = repo.commit_async(state, step=state["step"])
+            true = [leaf.cpu() for leaf in leaves(state)]
+            for leaf in leaves(state):
+                leaf.zero_()
+            assert future.result().exact
+            for restored, one in zip(leaves(repo.checkout("HEAD")), true, strict=True):
+                assert torch.equal(restored, one)
+        assert repo._background is not None
+        staging = repo._background[0].stage()
+        assert staging._pinned
+        repo._background[0].release(staging)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kept", ["2", "0"])  # without exact forms tensors stay on the device
+def test_shards_of_several_processes(tmp_path: Path, where: str, kept: str) -> None:
+    Repo.init(tmp_path).configure("keep-exact", kept)
+    writer = CkptWriter(tmp_path)
+    for state in trajectory(where, steps=3):
+        save(state, checkpoint_id=f"step-{state['step']}", storage_writer=writer, no_dist=True)
+    assert writer.entry is not None
+    assert writer.entry.commit.depth == 2
+    back = trajectory(where, steps=1)[0]
+    load(back, storage_reader=CkptReader(tmp_path), no_dist=True)
+    for restored, true in zip(leaves(back), leaves(state), strict=True):
+        error = (restored.float() - true.float()).square().sum()
+        assert torch.equal(restored, true) if kept == "2" else error <= true.square().sum()
+    assert not Repo.open(tmp_path).verify().damage
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))
