@@ -38,9 +38,8 @@ from ckptvcs.shards import Shard
 
 _GROUPS = "param_groups"
 
-
-_ARRAYS = [
-    np.ndarray, np.dtype, np._core.multiarray._reconstruct, codecs.encode,  # type: ignore[attr-defined]
+_ARRAYS: list[Any] = [
+    np.ndarray, np.dtype, np.empty(0).__reduce__()[0], codecs.encode,
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
 ]  # fmt: skip
 """What a pickle of numpy's arrays calls."""
