@@ -149,10 +149,12 @@ class Repairer:
     # -- from elsewhere ------------------------------------------------------------------------
 
     def _fetch(self, other: Catalog) -> None:
-        """Copy packs that hold what is lost, until nothing more turns up: what a commit needs is
-        known when it is there.
+        """Copy packs that are damaged here, and those that hold what is lost, until nothing more
+        turns up: what a commit needs is known when it is there.
         """
-        tried: set[PackId] = set()
+        tried = other.store.list_packs().keys() & self._damaged.keys()
+        for pack in tried:  # nothing leads to a record: of what was let go only a whole pack tells
+            self._fetch_pack(other, pack, self._damaged[pack])
         for _ in range(_ROUNDS):
             wanted: dict[PackId, str] = {}
             for name in self._lost():

@@ -15,7 +15,7 @@ import pytest
 
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.object import Kind, ObjectId
 from ckptvcs.store.pack import pack_name
 from ckptvcs.verify import Damage
 from tests.crashing import SCENARIOS, Scenario, Snapshot, save
@@ -232,6 +232,28 @@ def test_repaired_from_a_copy(kind: str, template: Path, place: Path) -> None:
         again = Snapshot.of(root)
         assert again.near == whole.near
         assert set(again.exact) == set(whole.exact)
+
+
+def test_records_come_from_a_copy(template: Path, place: Path) -> None:
+    """Nothing refers to what says that a patch faded, and all the rest of its pack can be saved."""
+    store, found = Repo.open(template / "repo").catalog.store, 0
+    for pack, folder in store.list_packs().items():
+        for entry in store.entries(pack, folder):
+            if entry.kind != Kind.RECORD:
+                continue
+            found += 1
+            root = place / pack[:8]
+            shutil.copytree(template, root)
+            file = root / "repo" / ".ckpt" / pack_name(folder, pack)
+            data = bytearray(file.read_bytes())
+            end = entry.offset + entry.record_bytes
+            data[entry.offset : end] = bytes(end - entry.offset)
+            file.unlink()
+            file.write_bytes(data)
+            shutil.rmtree(root / "repo" / ".ckpt" / "cache")
+            Repo.open(root / "repo").repair(template / "repo")
+            assert not verified(root)
+    assert found
 
 
 @pytest.mark.parametrize("kind", ["flipped", "removed"])
