@@ -6,8 +6,10 @@ times faster, and cost about a second to load: they are worth it from some size 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 from types import ModuleType
 
 import numpy as np
@@ -22,6 +24,8 @@ Bytes = NDArray[np.uint8]
 
 _WORTH_LOADING = 100_000_000  # bytes of tensors
 _SWITCH = "CKPT_COMPILED"  # 0: never, 1: always
+_LONG_SECONDS = 3.0  # loading never takes that long
+_log = logging.getLogger("ckptvcs")
 _state: dict[str, ModuleType] = {}
 
 
@@ -30,12 +34,19 @@ def prepare(size_bytes: int) -> None:
     wanted = os.environ.get(_SWITCH) or str(int(size_bytes >= _WORTH_LOADING))
     if wanted == "0" or _state:
         return
+    notice = threading.Timer(
+        _LONG_SECONDS, _log.warning, ["compiling the inner loops; this is done once"]
+    )
+    notice.daemon = True
+    notice.start()
     try:
         from ckptvcs.codec import compiled  # noqa: PLC0415  takes about a second
 
         _state["compiled"] = compiled
     except (ImportError, RuntimeError, OSError):  # no numba, or nowhere to keep what it compiles
         _state["compiled"] = sys.modules[__name__]
+    finally:
+        notice.cancel()
 
 
 def active() -> ModuleType:
