@@ -16,6 +16,12 @@ GiB = 1 << 30
 MANY = 100_000
 
 
+@pytest.fixture(autouse=True)
+def compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users have them for what is that large."""
+    monkeypatch.setenv("CKPT_COMPILED", "")
+
+
 def sparse(path: Path) -> None:
     """A file of a tensor of 4 GiB and a bit, and of another behind it; zeros but for a few."""
     large, small = 4 * GiB + 4096, 4000

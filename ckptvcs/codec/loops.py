@@ -1,7 +1,7 @@
 """The inner loops of the near codec, in numpy; `active()` gives these or their compiled form.
 
 Both give the same bits wherever a result is stored or decoded.  The compiled loops are several
-times faster, and cost about a second to load: they are worth it from some size on.
+times faster, and cost about a second to load: they are worth it from some amount of work on.
 """
 
 from __future__ import annotations
@@ -26,13 +26,22 @@ _WORTH_LOADING = 100_000_000  # bytes of tensors
 _SWITCH = "CKPT_COMPILED"  # 0: never, 1: always
 _LONG_SECONDS = 3.0  # loading never takes that long
 _log = logging.getLogger("ckptvcs")
-_state: dict[str, ModuleType] = {}
+
+
+class _State:
+    """Of the process."""
+
+    loops: ModuleType | None = None
+    work_bytes = 0
 
 
 def prepare(size_bytes: int) -> None:
-    """Load the compiled loops if that much work makes up for it, and if they can be had."""
-    wanted = os.environ.get(_SWITCH) or str(int(size_bytes >= _WORTH_LOADING))
-    if wanted == "0" or _state:
+    """Load the compiled loops, if they can be had, and work of that many bytes of tensors makes up
+    for it, together with what this process did before.
+    """
+    _State.work_bytes += size_bytes
+    wanted = os.environ.get(_SWITCH) or str(int(_State.work_bytes >= _WORTH_LOADING))
+    if wanted == "0" or _State.loops is not None:
         return
     notice = threading.Timer(
         _LONG_SECONDS, _log.warning, ["compiling the inner loops; this is done once"]
@@ -42,16 +51,16 @@ def prepare(size_bytes: int) -> None:
     try:
         from ckptvcs.codec import compiled  # noqa: PLC0415  takes about a second
 
-        _state["compiled"] = compiled
+        _State.loops = compiled
     except (ImportError, RuntimeError, OSError):  # no numba, or nowhere to keep what it compiles
-        _state["compiled"] = sys.modules[__name__]
+        _State.loops = sys.modules[__name__]
     finally:
         notice.cancel()
 
 
 def active() -> ModuleType:
     """The module whose loops to call."""
-    return _state.get("compiled", sys.modules[__name__])
+    return _State.loops or sys.modules[__name__]
 
 
 def _expand(rows: Floats, columns: int, start: int, count: int) -> Floats:

@@ -1,4 +1,4 @@
-"""Loading the compiled loops: nobody waits without a word."""
+"""Loading the compiled loops: when it pays, and not without a word."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import pytest
 from tests.cli.conftest import environment
 
 
+def run(code: str, compiled: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"from ckptvcs.codec import loops\n{code}"]
+    variables = environment() | {"CKPT_COMPILED": compiled}
+    return subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(0.0, "compiling"), (300.0, "")])
 def test_compiling_is_announced(seconds: float, said: str) -> None:
-    code = (
-        "from ckptvcs.codec import loops\n"
-        f"loops._LONG_SECONDS = {seconds}\n"
-        "loops.prepare(1 << 40)\n"
-        "assert loops.active().__name__.endswith('compiled')\n"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    done = run(f"loops._LONG_SECONDS = {seconds}; loops.prepare(1)", "1")
     assert done.stderr.startswith(said)
     assert bool(done.stderr) == bool(said)
+
+
+def test_loaded_once_they_are_worth_it() -> None:
+    code = """
+for size in (40_000_000, 40_000_000, 40_000_000):
+    loops.prepare(size)
+    print(loops.active().__name__.rpartition(".")[2])
+"""
+    assert run(code).stdout.split() == ["loops", "loops", "compiled"]
+    assert run(code, "0").stdout.split() == ["loops"] * 3
