@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 
@@ -28,6 +29,7 @@ from ckptvcs.store.object import ObjectId
 
 _KEPT = 2  # heads of two branches in turn
 _BLOCK = 1 << 22
+_SPARE = 4  # others may need the same disk
 
 
 class BaseWriter:
@@ -112,6 +114,10 @@ class CachedTable(Materialised):
             return True  # it was let go meanwhile
         return size == self._starts[-1] and all(map(self._prove, range(len(self._infos))))
 
+    def exists(self) -> bool:
+        """Whether it was not let go meanwhile."""
+        return self._path.is_file()
+
     def discard(self) -> None:
         """Delete what turned out to be wrong."""
         with contextlib.suppress(OSError):
@@ -130,6 +136,54 @@ class CachedTable(Materialised):
                 digest.update(block[: self._read(at, block[: end - at])])
             return digest.digest(VALUE_BYTES) == self._hashes[tensor]
         return False
+
+
+Put = Callable[[int, int, Words], None]
+Room = contextlib.AbstractContextManager[Put]
+"""Where the slices of a table go, by tensor and number."""
+
+NO_ROOM: Room = contextlib.nullcontext(lambda tensor, number, words: None)
+
+
+class RecentTables:
+    """Tables that were decoded lately, in a folder of the caller's: who decodes a line of commits,
+    parents first, decodes each delta once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tables: dict[ObjectId, CachedTable] = {}
+
+    def get(self, values: ObjectId) -> Materialised | None:
+        """A table, if it is there."""
+        return self._tables.get(values)
+
+    def room(self, values: ObjectId, infos: list[TensorInfo], hashes: list[bytes]) -> Room:
+        """Takes the slices of a table of one part, by tensor and number; it is there then, for
+        an older one of that part, as far as it has its hashes.
+        """
+        size = sum(info.size_bytes for info in infos)
+        if shutil.disk_usage(self._folder).free < _SPARE * size:
+            return NO_ROOM
+        return self._written(values, infos, hashes)
+
+    @contextlib.contextmanager
+    def _written(
+        self, values: ObjectId, infos: list[TensorInfo], hashes: list[bytes]
+    ) -> Iterator[Put]:
+        folder = self._folder / infos[0].part
+        writer = BaseWriter(folder, [info.size_bytes for info in infos])
+        try:
+            yield writer.write
+            writer.finish(values)
+        finally:
+            writer.abort()
+        self._tables[values] = CachedTable(folder / values, infos, hashes)
+        self._tables = {name: table for name, table in self._tables.items() if table.exists()}
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._tables.clear()
 
 
 class BaseTensor:

@@ -60,8 +60,8 @@ class Budget:
         return cls(seconds=number * _SECONDS[unit])
 
     def choose(self, checked: Checked, sizes: Mapping[str, int]) -> Iterator[str]:
-        """What to check: the longest unchecked first, at least one."""
-        order = sorted(sizes, key=lambda name: (checked.times.get(name, 0.0), name))
+        """What to check: the longest unchecked first, else in the order given, at least one."""
+        order = sorted(sizes, key=lambda name: checked.times.get(name, 0.0))
         room = self.bytes if self.share is None else self.share * sum(sizes.values())
         started, taken = time.monotonic(), 0
         for name in order:

@@ -2,7 +2,8 @@
 
 packs     every byte of every pack against the pack's name; of damaged ones, which objects
 commits   every object that a commit needs is there and is what its id says
-tensors   every table of values decodes to its hashes, each distinct table once
+tensors   every table of values decodes to its hashes, each distinct table once, along a line each
+          from the one before
 files     every skeleton fits its schema; an exact file has its hash when put together
 cache     materialised bases against the tables that they are of; the index against the packs
 
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ckptvcs.bases import CachedTable
+from ckptvcs.bases import NO_ROOM, CachedTable, RecentTables, Room
 from ckptvcs.budget import Budget, Checked
 from ckptvcs.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
@@ -99,7 +100,6 @@ class Verifier:
         """`catalog` is that of `packs_alone`."""
         self._catalog, self._refs, self._cache = catalog, refs, cache
         self._progress, self._budget = progress, budget
-        self._chain = ChainReader(catalog)
         self._proven: set[ObjectId] = set()
         self._harmed: dict[tuple[ObjectId, str | None], set[str]] = {}  # tensors of a part
         self.report = Report()
@@ -118,10 +118,17 @@ class Verifier:
         """Look at everything; damage is collected, not raised.  `index` is the store whose index is
         to be compared with the packs.
         """
+        with tempfile.TemporaryDirectory(prefix="ckpt-verify-") as folder:
+            self._recent = RecentTables(Path(folder))
+            self._chain = ChainReader(self._catalog, self._recent.get)
+            return self._run(index)
+
+    def _run(self, index: ObjectStore | None) -> Report:
         sizes = dict(self._files())
         self._format()
         commits = self._twice(self._reachable)
-        sizes |= {name: commit.raw_bytes for name, commit in commits.items()}
+        oldest_first = reversed(commits.items())
+        sizes |= {name: commit.raw_bytes for name, commit in oldest_first}
         checked = Checked(self._cache / "verified.json")
         names = iter(sizes) if self._budget is None else self._budget.choose(checked, sizes)
         done = []
@@ -147,6 +154,7 @@ class Verifier:
             self.report, self._harmed = before
             self._catalog.store.refresh()
             self._catalog.forget()
+            self._recent.clear()
             found = look()
         return found
 
@@ -223,7 +231,7 @@ class Verifier:
             return  # meanwhile
         self.report.commits += 1
         try:
-            restorer = Restorer(self._catalog, name)
+            restorer = Restorer(self._catalog, name, materials=self._recent.get)
             self._catalog.errors(name)
         except CkptError as error:
             self._wrong("commit", error, commit=name)
@@ -234,9 +242,9 @@ class Verifier:
             if part in gone:
                 continue
             infos = [restorer.schema.tensors[n] for n in restorer.schema.stored(part)]
-            for table in (state.values, state.exact):
-                if table is not None and (table == state.values or self._catalog.recipes(table)):
-                    self._table(name, table, infos)
+            self._table(name, state.values, infos, self._room(state.values, infos))
+            if state.exact is not None and self._catalog.recipes(state.exact):
+                self._table(name, state.exact, infos, NO_ROOM)
         self._patches(name, commit)
         if gone.intersection(commit.parts) or len(self.report.damage) > damaged:
             return  # the files made of these tensors are damaged with them
@@ -259,20 +267,31 @@ class Verifier:
                 error = MissingObjectError(f"the exact patch of the {part} part is gone")
                 self._wrong("patch", error, commit=name)
 
-    def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo]) -> None:
+    def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo], room: Room) -> None:
         if table in self._proven:
             return
         damaged = len(self.report.damage)
-        for position, info in enumerate(infos):
-            try:
-                for words in self._chain.slices(table, position, info):
-                    self._progress(words.nbytes)
-                self.report.tensors += 1
-            except CkptError as error:
-                self._wrong("tensor", error, commit=name, name=info.name)
-                self._harmed.setdefault((name, info.part), set()).add(info.name)
+        with room as put:
+            for position, info in enumerate(infos):
+                try:
+                    for number, words in enumerate(self._chain.slices(table, position, info)):
+                        self._progress(words.nbytes)
+                        put(position, number, words)
+                    self.report.tensors += 1
+                except CkptError as error:
+                    self._wrong("tensor", error, commit=name, name=info.name)
+                    self._harmed.setdefault((name, info.part), set()).add(info.name)
         if len(self.report.damage) == damaged:
             self._proven.add(table)
+
+    def _room(self, table: ObjectId, infos: list[TensorInfo]) -> Room:
+        """Where tensors go that others stand on, as weights do, and what stands on some itself."""
+        with contextlib.suppress(CkptError):  # which will be said of each tensor
+            hashes = self._catalog.all_values(table, len(infos))
+            depths = (self._chain.depth(table, position) for position in range(len(infos)))
+            if infos and (infos[0].part == "model" or any(depths)):
+                return self._recent.room(table, infos, hashes)
+        return NO_ROOM
 
     # -- what comes of what --------------------------------------------------------------------
 

@@ -63,3 +63,22 @@ def test_a_late_commit_costs_what_an_early_one_does(
     for column, slack in ((0, 1.05), (1, 1.0), (2, 1.0)):
         small, large = (sorted(cost[column] for cost in rows) for rows in (early, late))
         assert large[len(large) // 2] <= slack * small[len(small) // 2] + (column == 2)
+
+
+def test_verify_decodes_each_delta_about_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = Repo.init(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(60, 50, generator=draw)
+    counts = Counts(monkeypatch)
+    found = []
+    for step in range(20):
+        weight = weight + torch.randn(60, 50, generator=draw) * 1e-3
+        repo.commit(adam_state({"w": weight}, step), step=step)
+        if step in (9, 19):
+            counts.take()
+            assert not repo.verify().damage
+            found.append(counts.take()[2])
+    assert repo.log(1)[0].commit.depth == 19
+    assert found[1] < 2.2 * found[0]
