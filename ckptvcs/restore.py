@@ -21,7 +21,7 @@ import numpy as np
 from blake3 import blake3
 
 from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
-from ckptvcs.chain import ChainReader, Materialised, Materials
+from ckptvcs.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.checkpoint import MAX_NESTING
 from ckptvcs.checkpoint.layout import Layout, Source
@@ -170,11 +170,16 @@ class Restorer:
             elif job.table == self.commit.parts["model"].values:
                 words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
                 base.write(job.position, job.slice, words)
-            else:  # the last link is an exact patch
-                *below, patch = links
+            else:
+                below, patched = self._below_patch(links, job.position)
                 near = self._chain.decode_slice(below, info, job.slice, job.count)
                 base.write(job.position, job.slice, near)
-                words = self._chain.apply(patch, info, job.slice, job.count, near, room(job))
+                if patched:
+                    words = self._chain.apply(
+                        links[-1], info, job.slice, job.count, near, room(job)
+                    )
+                else:
+                    words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
             return job, words
 
         digest = blake3(max_threads=1)
@@ -191,6 +196,15 @@ class Restorer:
         finally:
             if base is not None:
                 base.abort()
+
+    def _below_patch(self, links: list[Link], position: int) -> tuple[list[Link], bool]:
+        """The chain of the near form of a weight, and whether the exact one is a patch upon it: a
+        tensor with the same values may be stored elsewhere, in a frame of its own.
+        """
+        near = self.commit.parts["model"].values
+        if links[-1].frame.base == (near, position):
+            return links[:-1], True
+        return self._chain.links(near, position), False
 
     def _new_base(self, numbers: list[int]) -> BaseWriter | None:
         """Where weights go that took a chain to decode, if all of them are asked for: who restores
