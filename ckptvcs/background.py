@@ -58,17 +58,21 @@ class Background(Generic[T]):
 
     def submit(self, staging: Staging, work: Callable[[], T]) -> Future[T]:
         """Do `work`, which uses a copy, when all that came before is done."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # it cannot be cancelled: the copy is made
 
-        def run() -> T:
+        def run() -> None:
             try:
-                return work()
+                made = work()
             except BaseException as error:
                 _log.error("a commit in the background failed: %s", error)
-                raise
-            finally:
                 self.release(staging)
+                future.set_exception(error)
+            else:
+                self.release(staging)
+                future.set_result(made)
 
-        future = self._thread.submit(run)
+        self._thread.submit(run)
         self._open.append(future)
         return future
 

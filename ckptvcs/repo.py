@@ -7,13 +7,14 @@ state = repo.checkout(2000)
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ckptvcs.care import Care, quiet
-from ckptvcs.errors import InvalidInputError, MissingObjectError
+from ckptvcs.errors import CkptError, InvalidInputError, MissingObjectError
 from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.opened import CACHE
@@ -108,24 +109,28 @@ class Repo(Care):
         process once its future is done.
 
         Raises:
-            InvalidInputError: the state holds what cannot be committed.
+            InvalidInputError: the state holds what cannot be committed, or what is said of it is
+                wrong.
             CkptError: an earlier commit failed; this one was not begun.
         """
         from ckptvcs.checkpoint.parcel import pack  # noqa: PLC0415  see above
         from ckptvcs.checkpoint.state import STATE_FILE  # noqa: PLC0415
+        from ckptvcs.request import plain_message, plain_metrics, plain_step  # noqa: PLC0415
 
         background, worker = self._in_background()
         background.raise_failed()
+        self.config.codec_of(codec)
+        said = {
+            "path": STATE_FILE, "inside": True, "step": plain_step(step),
+            "message": plain_message(message), "metrics": plain_metrics(metrics or {}),
+            "codec": codec,
+        }  # fmt: skip
         staging = background.stage()
         try:
             packed = pack(_take(state, model, optimizer, extra, staging), staging)
         except BaseException:
             background.release(staging)
             raise
-        said = {
-            "path": STATE_FILE, "inside": True, "step": step, "message": message,
-            "metrics": dict(metrics or {}), "codec": codec,
-        }  # fmt: skip
 
         def commit() -> LogEntry:
             made = worker.commit(staging, packed, {**said, "branch": self._branch})
@@ -152,8 +157,10 @@ class Repo(Care):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What failed in the background was logged; it must not hide what ended the `with`.
+        with contextlib.suppress(*([CkptError] if kind else [])):
+            self.close()
 
     def _in_background(self) -> tuple[Background[LogEntry], Worker]:
         from ckptvcs.background import Background  # noqa: PLC0415  see above

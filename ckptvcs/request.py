@@ -42,12 +42,12 @@ class Request:
             InvalidInputError: a step, a metric or a message is none.
         """
         return cls(
-            checkpoint, path, inside, _plain_message(message), _plain_step(step),
-            _plain_metrics(metrics), spec, branch,
+            checkpoint, path, inside, plain_message(message), plain_step(step),
+            plain_metrics(metrics), spec, branch,
         )  # fmt: skip
 
 
-def _plain_step(step: object) -> int | None:
+def plain_step(step: object) -> int | None:
     """A step as a commit holds it; whole numbers of numpy and torch are taken too.
 
     Raises:
@@ -64,7 +64,7 @@ def _plain_step(step: object) -> int | None:
     return number
 
 
-def _plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
+def plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
     """Metrics as a commit holds them; anything that `float` takes but text and bool.
 
     Raises:
@@ -75,13 +75,14 @@ def _plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
         try:
             if not isinstance(name, str) or isinstance(value, bool | str | bytes):
                 raise TypeError  # noqa: TRY301  the same answer as for what float refuses
-            plain[name] = float(value)  # type: ignore[arg-type]
+            take = getattr(value, "item", None)  # of a tensor, which may have a gradient
+            plain[name] = float(take() if callable(take) else value)  # type: ignore[arg-type]
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InvalidInputError(f"metric {name!r} is no number: {value!r}") from None
     return plain
 
 
-def _plain_message(message: object) -> str:
+def plain_message(message: object) -> str:
     """A message as a commit holds it.  Raises InvalidInputError."""
     if not isinstance(message, str):
         raise InvalidInputError(f"a message is text, not {message!r}")

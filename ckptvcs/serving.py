@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import signal
 import sys
 import threading
 import time
@@ -26,9 +25,8 @@ _ROOMS = 2
 
 
 def serve() -> None:
-    """Commit what comes through a pipe, until it is closed: [descriptor, parent, repository]."""
+    """Commit what comes through a pipe, until it ends: [descriptor, parent, repository]."""
     descriptor, parent, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
     threading.Thread(target=_watch, args=[parent], daemon=True).start()
     stay_in_background()
     pipe, rooms = Connection(descriptor), dict[int, memoryview]()
@@ -36,6 +34,8 @@ def serve() -> None:
     with suppress(EOFError, OSError):
         while True:
             job = pipe.recv()
+            if job is None:
+                return
             assert isinstance(job, Job)
             if job.fresh:
                 while len(rooms) >= _ROOMS:

@@ -7,6 +7,7 @@ where they were copied to, in shared memory, and ends with the process that it w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,8 +26,15 @@ if TYPE_CHECKING:
     from ckptvcs.checkpoint.parcel import Parcel
     from ckptvcs.checkpoint.staging import Staging
 
-_START = "from ckptvcs.serving import serve; serve()"
+# Who stops a job may tell all of its processes; this one ends with the one that it works for, which
+# may have something left to commit.
+_NOT_HEARD = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_START = (
+    f"import signal as s; [s.signal(getattr(s, name), s.SIG_IGN) for name in {_NOT_HEARD}]; "
+    "from ckptvcs.serving import serve; serve()"
+)
 _PATIENCE = 10.0  # seconds for an idle process to end in
+_LOOK = 1.0  # seconds between looks whether it is alive
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,12 @@ class Worker:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
         arguments = [str(far.fileno()), str(os.getpid()), str(self._folder.resolve())]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, *arguments], pass_fds=[far.fileno()],
-            stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths},
+            [sys.executable, "-P", "-c", _START, *arguments], pass_fds=[far.fileno()],
+            stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}, process_group=0,
         )  # fmt: skip
         far.close()
         self._sent.clear()
-        self._end = weakref.finalize(self, _stop, self._pipe, self._process)
+        self._end = weakref.finalize(self, _stop, self._pipe, self._process, os.getpid())
 
     def commit(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Done:
         """Have a state committed whose tensors are in the room of a `staging`.
@@ -83,6 +91,8 @@ class Worker:
         Raises:
             CkptError: what went wrong there; or the process died.
         """
+        if self._end is not None and self._end.alive and self._process.poll() is not None:
+            self.close()  # it died while it had nothing to do
         if self._end is None or not self._end.alive:
             self._start()
         token, handle, size = staging.handle()
@@ -92,7 +102,7 @@ class Worker:
             if job.fresh:
                 send_handle(self._pipe, handle, self._process.pid)
                 self._sent.add(token)
-            answer = self._pipe.recv()
+            answer = self._answer()
         except (EOFError, OSError) as error:
             self.close()
             code = self._process.returncode
@@ -103,14 +113,25 @@ class Worker:
         assert isinstance(answer, Done)
         return answer
 
+    def _answer(self) -> object:
+        while not self._pipe.poll(_LOOK):  # forked children may hold the other end, too
+            if self._process.poll() is not None and not self._pipe.poll():
+                raise EOFError
+        return self._pipe.recv()
+
     def close(self) -> None:
         """End the process."""
         if self._end is not None:
             self._end()
 
 
-def _stop(pipe: Connection, process: subprocess.Popen[bytes]) -> None:
-    pipe.close()  # which the process takes for the end
+def _stop(pipe: Connection, process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() == owner:  # not a child of it, forked
+        with contextlib.suppress(OSError):
+            pipe.send(None)  # children may hold this end, too, so that closing it says nothing
+    pipe.close()
+    if os.getpid() != owner:
+        return
     try:
         process.wait(_PATIENCE)
     except subprocess.TimeoutExpired:

@@ -209,36 +209,78 @@ def test_another_process_commits(repo: Repo) -> None:
 
 
 def test_its_errors_are_those_of_a_commit(repo: Repo) -> None:
-    failed = repo.commit_async(states(1)[0], step=1, codec="none").exception()
-    assert isinstance(failed, InvalidInputError)
-    assert "none" in str(failed)
+    state = states(1)[0]
+    with pytest.raises(InvalidInputError, match="none"):
+        repo.commit_async(state, step=1, codec="none")
+    with pytest.raises(InvalidInputError, match="step"):
+        repo.commit_async(state, step=-1)
+    with pytest.raises(InvalidInputError, match="metric"):
+        repo.commit_async(state, step=1, metrics={"loss": lambda: 1})  # type: ignore[dict-item]
     shutil.rmtree(repo.folder)
-    with pytest.raises(InvalidInputError):
-        repo.wait()
-    failed = repo.commit_async(states(1)[0], step=1).exception()
+    failed = repo.commit_async(state, step=1).exception()
     assert isinstance(failed, CkptError)
     with pytest.raises(CkptError):
         repo.close()
 
 
+def test_what_is_said_may_be_tensors(repo: Repo) -> None:
+    loss = torch.tensor(2.0)
+    said: Any = {"step": torch.tensor(4), "metrics": {"loss": loss.requires_grad_()}}
+    future = repo.commit_async(states(1)[0], **said)
+    with torch.no_grad():
+        loss += 1
+    assert (future.result().step, future.result().metrics) == (4, {"loss": 2.0})
+
+
 def test_a_worker_that_dies(repo: Repo) -> None:
-    run = states(3)
+    run = states(4)
     repo.commit_async(run[0], step=1).result()
+    os.kill(worker(repo), signal.SIGKILL)  # it has nothing to do: another one does
+    assert repo.commit_async(run[1], step=2).result().step == 2
+    os.kill(worker(repo), signal.SIGSTOP)
+    future = repo.commit_async(run[2], step=3)
+    assert not future.cancel()
     os.kill(worker(repo), signal.SIGKILL)
-    failed = repo.commit_async(run[1], step=2).exception()
+    failed = future.exception()
     assert isinstance(failed, CkptError)
     assert "SIGKILL" in str(failed)
     with pytest.raises(CkptError, match="SIGKILL"):
         repo.wait()
-    assert repo.commit_async(run[2], step=3).result().step == 3
-    assert [entry.step for entry in repo.log()] == [3, 1]
+    assert repo.commit_async(run[3], step=4).result().step == 4
+    assert [entry.step for entry in repo.log()] == [4, 2, 1]
     assert not repo.verify().damage
 
 
-def test_a_terminal_that_interrupts_all(repo: Repo) -> None:
-    repo.commit_async(states(1)[0], step=1).result()
-    os.kill(worker(repo), signal.SIGINT)
+def test_what_ends_the_loop_is_not_hidden(tmp_path: Path) -> None:
+    def train() -> None:
+        with Repo.init(tmp_path) as repo:
+            shutil.rmtree(repo.folder)
+            repo.commit_async(states(1)[0], step=1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_all_is_for_the_training(number: signal.Signals, repo: Repo) -> None:
+    assert repo.commit_async(states(1)[0], step=1).result().step == 1
+    beside = worker(repo)
+    assert os.getpgid(beside) != os.getpgid(0)  # from its first moment on
+    os.kill(beside, number)
     assert repo.commit_async(states(2)[1], step=2).result().step == 2
+    assert worker(repo) == beside
+
+
+def test_children_do_not_hold_it_up(repo: Repo) -> None:
+    repo.commit_async(states(1)[0], step=1).result()
+    assert repo._background is not None
+    beside = repo._background[1]
+    os.set_inheritable(beside._pipe.fileno(), True)  # as in a child that is forked
+    with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
+        repo.close()
+        assert beside._process.returncode == 0  # it was not killed for want of an end
+        child.kill()
 
 
 _SCRIPT = """
@@ -268,6 +310,16 @@ def test_what_was_reported_as_done_is_there(way: str, tmp_path: Path) -> None:
     steps = [entry.step for entry in repo.log()]
     assert steps in ([[2, 1, 0]] if way == "end" else [[1, 0], [2, 1, 0]])
     assert not repo.verify().damage
+
+
+def test_the_working_directory_is_no_place_for_modules(tmp_path: Path) -> None:
+    script, here = tmp_path / "script" / "train.py", tmp_path / "here"
+    for path, text in ((script, _SCRIPT), (here / "tokenize.py", "raise RuntimeError")):
+        path.parent.mkdir()
+        path.write_text(text)
+    command = [sys.executable, str(script), str(tmp_path), "end"]
+    subprocess.run(command, check=True, env=environment(), cwd=here, stdout=subprocess.DEVNULL)
+    assert len(Repo.open(tmp_path).log()) == 3
 
 
 def test_turns_are_as_long_as_before_when_all_work_is_done() -> None:
