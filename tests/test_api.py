@@ -21,6 +21,10 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from tests.training import train
 
 
+ODD_COUNTS: Any = collections.Counter()
+ODD_COUNTS["a"] = "text"
+
+
 def bits(tensor: torch.Tensor) -> bytes:
     """The elements of a tensor, row after row, as they are."""
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -60,7 +64,9 @@ def test_everything_plain(repo: Repo) -> None:
         "floats": [1.5, float("inf"), float("nan"), -0.0], "text": "é\ud800\n",
         "bytes": b"\x00\xff",
         "tuple": (1, (2, ()), []), 7: "int key", "empty": {},
-        "ordered": collections.OrderedDict(b=1, a=2),
+        "ordered": collections.OrderedDict(b=1, a=2), "set": {"b", 1, 2.5, None},
+        "size": torch.Size([3, 4]), "counter": collections.Counter({4: 2, 2: 1}),
+        "float keys": {0.5: torch.ones(300), 0.25: torch.zeros(300), float("inf"): 1},
         "array": np.arange(2000, dtype=np.float64).reshape(40, 50).T,
         "small array": np.array([[1, 2]], dtype=np.uint16), "zero-d": torch.tensor(3),
         "no elements": torch.empty(0, 4), "bf16": torch.randn(300).bfloat16(),
@@ -70,6 +76,36 @@ def test_everything_plain(repo: Repo) -> None:
     back = repo.checkout(1)
     assert same(back, state | {"array": np.ascontiguousarray(state["array"])})
     assert np.array_equal(back["array"], state["array"])
+
+
+def test_versions_of_modules_come_back(repo: Repo, tmp_path: Path) -> None:
+    class Scaled(torch.nn.Module):
+        _version = 2  # which has the logarithm
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor([2.0]))
+
+        def _load_from_state_dict(self, state: Any, prefix: str, local: Any, *rest: Any) -> None:
+            if local.get("version", 1) < 2:
+                state[f"{prefix}scale"] = state[f"{prefix}scale"].log()
+            super()._load_from_state_dict(state, prefix, local, *rest)
+
+    def metadata(state: Any) -> Any:
+        return state._metadata
+
+    model, other = torch.nn.Sequential(Scaled()), torch.nn.Sequential(scaled := Scaled())
+    repo.commit(model=model, step=1)
+    torch.nn.init.zeros_(scaled.scale)
+    versions = metadata(model.state_dict())
+    assert metadata(repo.checkout(1, into=other)["model"]) == versions
+    assert scaled.scale.item() == 2
+    torch.save(model.state_dict(), tmp_path / "step-2.pt")
+    repo.commit_path(tmp_path / "step-2.pt", message="")
+    assert metadata(repo.checkout(2)) == versions
+    repo.checkout_files(repo.resolve(1), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
+    assert metadata(loaded) == versions
 
 
 def test_shared_storage_and_strides(repo: Repo) -> None:
@@ -90,7 +126,9 @@ def test_shared_storage_and_strides(repo: Repo) -> None:
     ("value", "path"),
     [
         ({"a": {"b": object()}}, "a.b"),
-        ({"a": [1, {1, 2}]}, "a.1"),
+        ({"a": [1, {1, (2, 3)}]}, "a.1"),
+        ({"a": ODD_COUNTS}, "at a"),
+        ({"a": {1 << 60: 2}}, "at a"),
         ({"args": argparse.Namespace()}, "args"),
         ({"s": torch.eye(3).to_sparse()}, "s"),
         ({"a": np.array(["text"])}, "a"),
@@ -206,7 +244,7 @@ def test_numbers_of_numpy_and_torch_are_taken(repo: Repo) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [np.ma.array([1, 2], mask=[False, True]), collections.defaultdict(int), collections.Counter(),
+    [np.ma.array([1, 2], mask=[False, True]), collections.defaultdict(int), frozenset((1,)),
      np.float64(1.5), torch.nn.parameter.UninitializedParameter()],
 )  # fmt: skip
 def test_what_would_come_back_as_something_else_is_refused(repo: Repo, value: Any) -> None:

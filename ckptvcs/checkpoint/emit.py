@@ -1,8 +1,8 @@
 """Plain values and tensors -> a torch.save zip file, without torch.
 
 Writes the pickle by hand, protocol 2, with nothing in it that `torch.load(weights_only=True)`
-refuses: None, bool, int, float, str, bytes, list, tuple, dict and tensors.  The records of the
-zip file have the order, alignment and names that torch gives them.
+refuses: None, bool, int, float, str, bytes, list, tuple, dict, set, Counter, torch.Size and
+tensors.  The records of the zip file have the order, alignment and names that torch gives them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import struct
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptvcs.checkpoint.layout import Source
-from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, InertDict
+from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, METADATA, InertDict, is_key, is_member
 from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
 from ckptvcs.errors import InvalidInputError
 
@@ -51,6 +51,18 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(1, length)
     return tuple(reversed(strides))
+
+
+def _called(value: Any) -> tuple[str, str, object] | None:
+    """What is made by a call with what it holds: the name that is called, and that."""
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if name == "torch.Size":
+        return "torch", "Size", tuple(value)
+    if type(value) is set and all(map(is_member, value)):
+        return "__builtin__", "set", sorted(value, key=repr)
+    if type(value) is Counter and all(type(count) in (int, float) for count in value.values()):
+        return "collections", "Counter", dict(value)
+    return None
 
 
 class _Pickle:
@@ -121,29 +133,40 @@ class _Pickle:
             for number, item in enumerate(value):
                 self._value(item, f"{path}{dot}{number}", depth + 1)
             self._out += b"e" if type(value) is list else b"t"
-        elif type(value) in (dict, InertDict, OrderedDict):
-            assert isinstance(value, dict)
-            if type(value) is not OrderedDict:
-                self._out += b"}"
-            else:
-                self._global("collections", "OrderedDict")
-                self._out += b")R"
-            self._out += b"("
-            for key, item in value.items():
-                if type(key) not in (str, int, bool, float):
-                    raise InvalidInputError(
-                        f"the state has a key that is no str or int at {path or 'its top'}"
-                    )
-                self._value(key, path, depth + 1)
-                self._value(item, f"{path}{dot}{key}", depth + 1)
-            self._out += b"u"
+        elif type(value) in (dict, InertDict):
+            self._out += b"}"
+            self._items(value, path, depth)
+        elif type(value) is OrderedDict:
+            self._global("collections", "OrderedDict")
+            self._out += b")R"
+            self._items(value, path, depth)
+            metadata = vars(value).get(METADATA)  # versions of the modules of a state dict
+            if metadata is not None:
+                self._items({METADATA: metadata}, path, depth, start=b"}")
+                self._out += b"b"
+        elif (call := _called(value)) is not None:
+            self._global(*call[:2])
+            self._value(call[2], path, depth + 1)
+            self._out += b"\x85R"
         else:
             kind = type(value)
             raise InvalidInputError(
                 f"the state holds a {kind.__module__}.{kind.__qualname__} at {path or 'its top'}",
-                hint="a state holds None, bool, int, float, str, bytes, list, tuple, dict, "
-                "tensors and numpy arrays",
+                hint="a state holds None, bool, int, float, str, bytes, list, tuple, dict, set, "
+                "tensors and numpy arrays: make one of these of it, as by float() or dict()",
             )
+
+    def _items(self, value: object, path: str, depth: int, start: bytes = b"") -> None:
+        assert isinstance(value, dict)
+        self._out += start + b"("
+        for key, item in value.items():
+            if not is_key(key):
+                raise InvalidInputError(
+                    f"the state has a key that is neither text nor number at {path or 'its top'}"
+                )
+            self._value(key, path, depth + 1)
+            self._value(item, f"{path}.{key}" if path else str(key), depth + 1)
+        self._out += b"u"
 
     def _tensor(self, leaf: Leaf) -> None:
         native = _NATIVE.get(leaf.dtype)

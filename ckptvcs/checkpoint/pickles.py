@@ -96,7 +96,18 @@ class TensorRef:
     stride: tuple[int, ...]
 
 
+METADATA = "_metadata"  # what torch writes beside a state dict
 _SMALL = 1 << 60
+
+
+def is_key(key: object) -> bool:
+    """Whether it comes back as the key of a dict."""
+    return isinstance(key, str | bool | float) or (type(key) is int and abs(key) < _SMALL)
+
+
+def is_member(item: object) -> bool:
+    """Whether it comes back in a set."""
+    return isinstance(item, bytes | None) or is_key(item)
 
 
 def _key(key: object) -> object:
@@ -105,7 +116,7 @@ def _key(key: object) -> object:
     Hashing a tuple walks it, and a tuple that shares at every level has 2^depth paths; large
     integers can be chosen so that all of them collide.
     """
-    if isinstance(key, str | bytes | bool | None) or (type(key) is int and abs(key) < _SMALL):
+    if is_member(key):
         return key
     return Inert("key", (key,))
 
@@ -289,18 +300,18 @@ def read_pickle(file: BinaryIO, size: int, storages: int) -> Any:
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
 
 
-def _step(key: str | int) -> str:
+def _step(key: str | float) -> str:
     """A key as a path shows it.  Hostile pickles share one huge key among many tensors."""
-    if isinstance(key, str):
-        return key[:_MAX_STEP]
-    return str(key) if abs(key) < _SMALL else "int"  # Python refuses to print huge integers
+    if isinstance(key, int) and abs(key) >= _SMALL:
+        return "int"  # Python refuses to print huge integers
+    return str(key)[:_MAX_STEP]
 
 
 def children(node: object) -> Iterator[tuple[str, object]]:
     """The named parts of a tree node, in order."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield (_step(key) if isinstance(key, str | int) else type(key).__name__), value
+            yield (_step(key) if isinstance(key, str | int | float) else type(key).__name__), value
         if isinstance(node, InertDict) and node.state is not None:
             yield "__dict__", node.state
     elif isinstance(node, list | tuple):

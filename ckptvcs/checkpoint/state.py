@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +28,7 @@ from ckptvcs.checkpoint.emit import (
     zip_records,
 )  # fmt: skip
 from ckptvcs.checkpoint.layout import INLINE_BYTES
-from ckptvcs.checkpoint.pickles import Global, Inert, InertDict, TensorRef
+from ckptvcs.checkpoint.pickles import METADATA, Global, Inert, InertDict, TensorRef, is_member
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.checkpoint.staging import Staging
 from ckptvcs.checkpoint.torchfile import TORCH_DTYPES, ref_dtype
@@ -175,8 +175,8 @@ class _Filler:
     def fill(self, node: object, path: str) -> object:
         if isinstance(node, TensorRef):
             return self._make(node, path)
-        if isinstance(node, Inert) and node.maker == Global("_codecs", "encode"):
-            return str(node.args[0]).encode("latin1")
+        if isinstance(node, Inert):
+            return _called(node)
         if not isinstance(node, dict | list | tuple):
             return node
         if id(node) in self._done:
@@ -188,6 +188,8 @@ class _Filler:
             out.update((k, self.fill(v, f"{path}{dot}{k}")) for k, v in node.items())
             if isinstance(node, InertDict):
                 out = OrderedDict(out)
+                if isinstance(node.state, dict) and METADATA in node.state:
+                    out._metadata = self.fill(node.state[METADATA], f"{path}{dot}{METADATA}")
         else:
             items = [self.fill(v, f"{path}{dot}{n}") for n, v in enumerate(node)]
             out = items if isinstance(node, list) else tuple(items)
@@ -197,6 +199,27 @@ class _Filler:
     def _make(self, ref: TensorRef, path: str) -> object:
         view = View(path, ref_dtype(ref) or "U8", ref.offset, ref.shape, ref.stride)
         return make_tensor(self._tensor(ref), view, array=path in self._arrays)
+
+
+def _called(node: Inert) -> object:
+    """What a call makes, where it is one of those that are known to make plain values."""
+    match node.maker, node.args:
+        case Global("_codecs", "encode"), (text, *_):
+            return str(text).encode("latin1")
+        case Global("collections", "Counter"), (dict() as counts,):
+            if all(type(count) in (int, float) for count in counts.values()):
+                return Counter(dict(counts))
+        case Global("builtins" | "__builtin__", "set"), (list() as items,):
+            if all(is_member(item) for item in items):
+                return set(items)
+        case Global("torch", "Size"), (tuple() as sizes,):
+            if all(type(size) is int for size in sizes):
+                import torch  # noqa: PLC0415  see above
+
+                return torch.Size(sizes)
+        case _:
+            pass
+    return node
 
 
 def make_tensor(data: np.ndarray[Any, Any], view: View, *, array: bool) -> Any:
