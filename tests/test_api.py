@@ -20,7 +20,6 @@ from ckptvcs.checkpoint.emit import dump_pickle
 from ckptvcs.checkpoint.state import state_checkpoint
 from tests.training import train
 
-
 ODD_COUNTS: Any = collections.Counter()
 ODD_COUNTS["a"] = "text"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,15 @@ def test_refs(name: str, data: st.DataObject) -> None:
     else:
         backend.files[name] = json.dumps(data.draw(mutated_json(json.loads(good)))).encode()
     read_or_refuse(lambda: read_refs(backend))
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"-Infinity", b"1e999"])
+@pytest.mark.parametrize("name", FILES)
+def test_refs_with_numbers_that_are_not_finite(name: str, number: bytes) -> None:
+    backend = published()
+    backend.files[name] = re.sub(rb'(?<="generation":)\d+', number, backend.files[name])
+    with pytest.raises(CorruptionError):
+        read_refs(backend)
 
 
 @given(st.lists(st.sampled_from(
