@@ -299,7 +299,7 @@ class Repo(Care):
 
         Raises:
             NotFoundError: there is no such commit, or it lacks what is to be loaded.
-            InvalidInputError: what is to be loaded does not fit.
+            InvalidInputError: what is to be loaded does not fit; nothing was loaded then.
             CorruptionError: it does not decode to its recorded hashes.
         """
         from ckptvcs.extract import PartReader  # noqa: PLC0415
@@ -307,7 +307,7 @@ class Repo(Care):
         name = self.resolve(revision)
         state = self._twice(lambda: PartReader(self.restorer(name)).state())
         if into is not None:
-            from ckptvcs.checkpoint.objects import scatter  # noqa: PLC0415
+            from ckptvcs.checkpoint.loading import scatter  # noqa: PLC0415
 
             scatter(state, into)
         return state

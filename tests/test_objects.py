@@ -107,3 +107,61 @@ def test_what_cannot_be_loaded(repo: Repo) -> None:
         repo.checkout(into=(model := torch.nn.Linear(2, 2), torch.optim.SGD(model.parameters())))
     with pytest.raises(InvalidInputError, match="one module"):
         repo.checkout(into=(model, model))
+
+
+def test_nothing_is_loaded_where_something_does_not_fit(repo: Repo) -> None:
+    model = _model()
+    optimizer = _grouped(model)
+    _train(model, optimizer, range(2))
+    repo.commit(model=model, optimizer=optimizer, step=1)
+    other = _model()
+    before = [weight.clone() for weight in other.parameters()]
+    reordered = torch.optim.AdamW([*other.parameters()][::-1])
+    wider = torch.nn.Sequential(*[*other][:-1], torch.nn.Linear(40, 41))
+    for into, why in (
+        (wider, "size mismatch"), ({"model": other, "ema": other}, "holds no 'ema'"),
+        ((other, torch.optim.SGD(other.parameters(), 0.1)), r"groups of \[2, 4\] parameters"),
+        ((other, [reordered, reordered]), "holds 1 of 'optimizer'"),
+        ({"model": other, "optimizer": other}, "does not fit"),
+    ):  # fmt: skip
+        with pytest.raises((InvalidInputError, NotFoundError), match=why) as refused:
+            repo.checkout(1, into=into)
+        assert "\n" not in str(refused.value)
+        assert all(map(torch.equal, before, other.parameters()))
+
+
+def test_moments_of_other_parameters(repo: Repo) -> None:
+    model = torch.nn.Linear(40, 40)
+    optimizer = torch.optim.AdamW(model.parameters())
+    _train(model, optimizer, range(2))
+    repo.commit(model=model, optimizer=optimizer, step=1)
+    moved = torch.optim.AdamW([model.bias, model.weight])
+    with pytest.raises(InvalidInputError, match=r"exp_avg 0 is \[40, 40\], its parameter \[40\]"):
+        repo.checkout(1, into=moved)
+    assert not moved.state
+
+
+@pytest.mark.parametrize("as_row", [False, True])
+def test_one_optimizer_in_a_row(as_row: bool, repo: Repo) -> None:
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    _train(model, optimizer, range(2))
+    repo.commit(model=model, optimizer=[optimizer] if as_row else optimizer, step=1)
+    for given in ("alone", "row", "key"):
+        other = _model()
+        fresh = torch.optim.AdamW(other.parameters())
+        into = {"alone": (other, fresh), "row": (other, [fresh]), "key": {"optimizer": [fresh]}}
+        repo.checkout(1, into=into[given])
+        assert same(fresh.state_dict(), optimizer.state_dict())
+
+
+def test_a_compiled_model_says_so(repo: Repo) -> None:
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = inner
+
+    repo.commit(model=Wrapped(_model()), step=1)
+    with pytest.raises(InvalidInputError) as refused:
+        repo.checkout(1, into=_model())
+    assert refused.value.hint == "it was wrapped when it was committed: commit model._orig_mod"

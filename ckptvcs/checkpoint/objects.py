@@ -1,4 +1,4 @@
-"""Live objects of torch -> a state and the names of its parameters, and back.
+"""Live objects of torch -> a state and the names of its parameters.
 
 An optimizer numbers its parameters; which weight a number means only the objects themselves know
 for sure.  These names are used when roles are assigned, and are no part of the state.
@@ -6,11 +6,11 @@ for sure.  These names are used when roles are assigned, and are no part of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ckptvcs.checkpoint.roles import Names
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import InvalidInputError
 
 MODEL, OPTIMIZER = "model", "optimizer"
 
@@ -58,42 +58,3 @@ def _state_of(holder: Any, what: str) -> object:
             hint="give the object itself, or a dict of states as the first argument",
         )
     return holder.state_dict()
-
-
-def scatter(state: Any, into: Any) -> None:
-    """Load a state into the objects it came from: a module and an optimizer (or several of these),
-    or objects with `load_state_dict` by their keys.
-
-    Raises:
-        NotFoundError: the state lacks what is to be loaded.
-        InvalidInputError: it does not fit.
-    """
-    for path, holder in _holders(into):
-        found = state
-        for key in path:
-            try:
-                found = found[key]
-            except (KeyError, IndexError, TypeError):
-                raise NotFoundError(f"the commit holds no '{path[0]}'") from None
-        try:
-            holder.load_state_dict(found)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidInputError(f"'{path[0]}' of the commit does not fit: {error}") from error
-
-
-def _holders(into: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """What is to be loaded, each with the keys that lead to its state."""
-    if isinstance(into, Mapping):
-        return [((key,), holder) for key, holder in into.items()]
-    row: Sequence[Any] = into if isinstance(into, list | tuple) else [into]
-    modules = [one for one in row if hasattr(one, "named_parameters")]
-    optimizers = [one for one in row if hasattr(one, "param_groups")]
-    if len(modules) > 1 or len(modules) + len(optimizers) != len(row):
-        raise InvalidInputError(
-            "load into one module and its optimizers",
-            hint="or into objects by key: into={'model': model, 'scheduler': scheduler}",
-        )
-    found: list[tuple[tuple[Any, ...], Any]] = [((MODEL,), module) for module in modules]
-    if len(optimizers) == 1:
-        return [*found, ((OPTIMIZER,), optimizers[0])]
-    return found + [((OPTIMIZER, number), one) for number, one in enumerate(optimizers)]
