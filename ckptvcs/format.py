@@ -96,7 +96,9 @@ def _missing(fields: dict[str, Any], operation: str, wanted: tuple[str, ...]) ->
     return [flag for flag in wanted if flag not in there]
 
 
-def write_format(folder: Path, fields: dict[str, Any]) -> None:
-    """Write the `format` file, whole or not at all.  Raises StorageError."""
+def write_format(folder: Path, fields: dict[str, Any], *, new: bool = False) -> None:
+    """Write the `format` file, whole or not at all.  Raises StorageError, or FileExistsError where
+    it was to be a `new` one.
+    """
     fields.pop(CHECK, None)
-    disk.replace(folder / "format", seal(fields).decode() + "\n", folder / "tmp")
+    disk.replace(folder / "format", seal(fields).decode() + "\n", folder / "tmp", new=new)

@@ -23,7 +23,7 @@ from ckptvcs.config import (
     load_config,
     set_setting,
 )  # fmt: skip
-from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.format import FORMAT, check_format, raise_flags, write_format
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog, keys_of
@@ -54,7 +54,7 @@ class Opened:
     """What every use of a repository begins with."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder = folder.absolute()  # the working directory may change
         self.root = folder.parent
         check_format(folder)
         self._backend = LocalBackend(folder)
@@ -95,14 +95,17 @@ class Opened:
             disk.replace(folder / _CONFIG, settings, folder / "tmp")
             refs = Refs(LocalBackend(folder))
             if refs.read(HEAD) is None:
-                refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
+                with contextlib.suppress(ConflictError):  # another process makes it, too
+                    refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
             fields = {
                 "format": FORMAT, "id": uuid.uuid4().hex,
                 "flags": {"read": [], "write": [], "gc": []},
             }  # fmt: skip
-            write_format(folder, fields)  # before: no repository; after: a whole one
+            write_format(folder, fields, new=True)  # before: no repository; after: a whole one
             disk.sync_folder(folder.parent)
             keep_reserve(folder / CACHE)
+        except FileExistsError:
+            return cls.init(path, codec=codec)
         except OSError as error:
             raise disk.storage_error(error, f"make a repository in {path}") from error
         return cls(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import pkgutil
 import shutil
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,49 @@ def test_what_would_come_back_as_something_else_is_refused(repo: Repo, value: An
 def test_any_state(repo: Repo, state: Any) -> None:
     repo.commit(state)
     assert same(repo.checkout("HEAD"), state)
+
+
+def test_a_working_directory_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (two, one):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        repo = Repo.init("runs")
+        repo.commit({"x": 1}, step=1)
+    monkeypatch.chdir(two)
+    repo.commit({"x": 2}, step=2)
+    repo.commit_async({"x": 3}, step=3).result()
+    repo.close()
+    assert [entry.step for entry in Repo.open(one / "runs").log()] == [3, 2, 1]
+    assert [entry.step for entry in Repo.open("runs").log()] == [1]
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "ckptvcs.history.refs.Refs.publish",
+        "ckptvcs.opened.write_format",
+        "ckptvcs.store.disk.replace",
+    ],
+)
+def test_processes_that_make_the_same_repository(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pkgutil.resolve_name(moment)
+    made: list[Repo] = []
+
+    def beside(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        made.append(Repo.init(tmp_path))
+        made[0].commit({"x": 1}, step=1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(moment, beside)
+    repo = Repo.init(tmp_path)
+    assert made
+    assert repo.commit({"x": 2}, step=2).step == 2
+    assert [entry.step for entry in repo.log()] == [2, 1]
+    assert not repo.verify().damage
 
 
 def test_a_repository_made_again_at_the_same_path(tmp_path: Path) -> None:

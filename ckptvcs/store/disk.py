@@ -141,11 +141,12 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace(path: Path, text: str, scratch: Path) -> None:
+def replace(path: Path, text: str, scratch: Path, *, new: bool = False) -> None:
     """Put `text` in the place of a file, whole or not at all, by way of a folder on the same file
     system.
 
     Raises:
+        FileExistsError: it was to be a `new` one.
         StorageError: the file is as it was.
     """
     temporary = scratch / f"{path.name}-{secrets.token_hex(8)}"
@@ -154,9 +155,11 @@ def replace(path: Path, text: str, scratch: Path) -> None:
         with create(temporary) as file:
             write(file, text.encode())
             sync(file)
-        rename(temporary, path)
+        (link if new else rename)(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
+        if new and isinstance(error, FileExistsError):
+            raise
         raise storage_error(error, f"write {path}") from error
     finally:
         # What stays in the scratch folder is debris, which gc sweeps.
