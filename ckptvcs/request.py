@@ -96,5 +96,10 @@ def find_step(request: Request) -> int | None:
     if request.checkpoint.step is not None:
         return request.checkpoint.step
     found = _MESSAGE_STEP.search(request.message)
-    found = found or _FILE_STEP.search(request.path.rpartition("/")[2])
+    return int(found[1]) if found else step_in_name(request.path.rpartition("/")[2])
+
+
+def step_in_name(name: str) -> int | None:
+    """The step in the name of a file, as in `step-2000.pt`."""
+    found = _FILE_STEP.search(name)
     return int(found[1]) if found else None

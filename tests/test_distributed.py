@@ -143,6 +143,13 @@ def state() -> dict[str, Any]:
     }
 
 
+def test_the_step_is_that_of_the_name(tmp_path: Path) -> None:
+    writer = CkptWriter(tmp_path)
+    save({"step": 7}, checkpoint_id="step-9", storage_writer=writer, no_dist=True)
+    save({"step": 10}, checkpoint_id="latest", storage_writer=writer, no_dist=True)
+    assert [entry.step for entry in Repo.open(tmp_path).log()] == [10, 9]
+
+
 def test_any_state_comes_back(tmp_path: Path) -> None:
     writer = CkptWriter(tmp_path)
     save(state(), checkpoint_id="step-7", storage_writer=writer, no_dist=True)

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from ckptvcs import Repo
+from ckptvcs import InvalidInputError, Repo
 from tests.cli.conftest import environment
 
 pytest.importorskip("transformers")
@@ -75,6 +78,48 @@ def test_killed_while_it_saves(moment: str, tmp_path: Path) -> None:
     repo = Repo.open(place)
     assert [entry.step for entry in repo.log()] == [6, 4, 2]
     assert not repo.verify().damage
+
+
+def saved(callback: Any, out: Path, step: int) -> None:
+    """What a Trainer does at a step, as far as the callback sees it."""
+    folder = out / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    torch.manual_seed(step)
+    torch.save({"weight": torch.randn(40, 40)}, folder / "pytorch_model.bin")
+    arguments = SimpleNamespace(output_dir=str(out))
+    state = SimpleNamespace(
+        is_world_process_zero=True, global_step=step, log_history=[], best_model_checkpoint=None
+    )
+    callback.on_save(arguments, state, None)
+
+
+def test_directories_of_earlier_runs_go_too(tmp_path: Path) -> None:
+    from ckptvcs.integrations.transformers import CkptCallback
+
+    out, place = tmp_path / "out", tmp_path / "repo"
+    for step in (2, 4):
+        saved(CkptCallback(place), out, step)
+    (out / "checkpoint-3").mkdir()
+    (out / "checkpoint-3" / "pytorch_model.bin").write_bytes(b"in no commit")
+    callback = CkptCallback(place, keep_local=2, accept_near=True)
+    for step in (6, 8):
+        saved(callback, out, step)
+    assert {path.name for path in out.iterdir()} == {f"checkpoint-{n}" for n in (3, 6, 8)}
+
+
+def test_why_directories_stay_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from ckptvcs.integrations.transformers import CkptCallback
+
+    callback = CkptCallback(tmp_path / "repo", keep_local=2)
+    for step in (2, 4, 6, 8):
+        saved(callback, tmp_path / "out", step)
+    names = [record.getMessage().partition(" is not removed: its commit is only near")[0]
+             for record in caplog.records]  # fmt: skip
+    assert len({*names}) == len(names) > 0
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {*names, "checkpoint-6", "checkpoint-8"}
+    with pytest.raises(InvalidInputError, match="at least one"):
+        CkptCallback(tmp_path / "repo", keep_local=0)
 
 
 @pytest.mark.slow

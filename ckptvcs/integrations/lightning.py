@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
-from ckptvcs.checkpoint.folder import Found
-from ckptvcs.content import Contents
-from ckptvcs.errors import CkptError, InvalidInputError
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.repo import Repo
@@ -35,6 +32,9 @@ except ImportError as error:
 
 _LAST = re.compile(r"last(-v[0-9]+)?\.ckpt")
 """What Lightning calls the newest checkpoint, which it writes besides one of another name."""
+
+_PASSED_ON = ".temp.ckpt"
+"""What processes that end give to the one that started them: nobody's checkpoint."""
 
 _OWN_NAME = "last_model_path"
 """Where a ModelCheckpoint keeps that name: alone in this the two may differ."""
@@ -62,6 +62,12 @@ class CkptCheckpointIO(CheckpointIO):
         self._at_work: Path | None = None
         self._turn = Condition()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=Condition())
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
@@ -74,6 +80,9 @@ class CkptCheckpointIO(CheckpointIO):
         if _is_remote(path):
             raise InvalidInputError(f"only files of this machine can be committed, not {path}")
         full = _full(path)
+        if full.name == _PASSED_ON:
+            self._base.save_checkpoint(checkpoint, path, storage_options=storage_options)
+            return
         self._work_at(full)
         try:
             self._base.save_checkpoint(checkpoint, path, storage_options=storage_options)
@@ -110,9 +119,12 @@ class CkptCheckpointIO(CheckpointIO):
         commit stays.
         """
         full = _full(path)
+        if full.name == _PASSED_ON:
+            self._base.remove_checkpoint(path)
+            return
         with self._turn:  # another thread may be committing it
             self._turn.wait_for(lambda: self._at_work != full)
-        if full.exists() and self._made.pop(full, None) is None and not self._holds(full):
+        if full.exists() and self._made.pop(full, None) is None and not self._target.find(full):
             _log.warning("%s stays: it is in no commit", path)
         else:
             self._base.remove_checkpoint(path)
@@ -140,19 +152,6 @@ class CkptCheckpointIO(CheckpointIO):
         )
         self._newest = path.parent, content, made.id
         return made.id
-
-    def _holds(self, path: Path) -> bool:
-        """Whether the history has a file, or a directory, byte for byte."""
-        repo = self._target.existing()
-        if repo is None:
-            return False
-        kind = "directory" if path.is_dir() else "file"
-        try:
-            size = open_checkpoint(path).size_bytes
-            found = Found(path.name, path, kind, size, None)
-            return Contents(repo).find(found, lambda _: None) is not None
-        except CkptError:  # nothing that could have been committed
-            return False
 
 
 def _full(path: str | Path) -> Path:

@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from ckptvcs.checkpoint.checkpoint import open_checkpoint
+from ckptvcs.checkpoint.folder import Found
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.committing import Result
-from ckptvcs.errors import BusyError, NotFoundError
+from ckptvcs.content import Contents
+from ckptvcs.errors import BusyError, CkptError, NotFoundError
 from ckptvcs.repo import Repo
+from ckptvcs.store.object import ObjectId
 
 T = TypeVar("T")
 
@@ -28,6 +32,10 @@ class Target:
     def __init__(self, where: Where, codec: str | None) -> None:
         self._where, self.codec = where, codec
 
+    def __getstate__(self) -> dict[str, object]:
+        where = self._where.root if isinstance(self._where, Repo) else self._where
+        return {**self.__dict__, "_where": where}
+
     @property
     def repo(self) -> Repo:
         """The repository, open."""
@@ -42,6 +50,18 @@ class Target:
                 self._where = Repo.open(self._where)
             return self._where
         return None
+
+    def find(self, path: Path) -> ObjectId | None:
+        """The commit that has a file, or a directory, byte for byte."""
+        repo = self.existing()
+        if repo is None:
+            return None
+        kind = "directory" if path.is_dir() else "file"
+        try:
+            found = Found(path.name, path, kind, open_checkpoint(path).size_bytes, None)
+            return Contents(repo).find(found, lambda _: None)
+        except CkptError:  # nothing that could have been committed
+            return None
 
     def commit(
         self, path: Path, *, step: int | None, metrics: Mapping[str, float],

@@ -6,12 +6,13 @@ trainer = Trainer(..., callbacks=[CkptCallback("runs")])
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
 from ckptvcs.checkpoint.objects import parameter_names
 from ckptvcs.checkpoint.roles import Names
-from ckptvcs.errors import BusyError, NotFoundError
+from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.keeping import Keeper
 from ckptvcs.removal import Originals
@@ -23,6 +24,8 @@ try:
 except ImportError as error:
     raise ImportError("install it with: pip install 'ckptvcs[transformers]'") from error
 
+_log = logging.getLogger(__name__)
+
 _NO_METRICS = frozenset(("step", "epoch", "total_flos"))
 
 
@@ -30,19 +33,28 @@ class CkptCallback(TrainerCallback):
     """Commits each checkpoint directory as soon as the Trainer has written it, on the first of all
     processes; with the `metrics` that were logged at its step.
 
-    `keep_local` is how many of the newest directories stay (None: all): older ones go once their
-    commit has been read back, where that is exact (it is pinned then), or with `accept_near` in any
-    form.  The best model that the Trainer wants to load at the end stays, too.
+    `keep_local` is how many of the newest directories stay (None: all): older ones, of earlier runs
+    too, go once their commit has been read back, where that is exact (it is pinned then), or with
+    `accept_near` in any form; why others stay is logged.  With the settings of a new repository
+    more than one needs `accept_near`, since the newest two commits alone are exact.  The best model
+    that the Trainer wants to load at the end stays, too.
     """
 
     def __init__(
         self, repo: Where = ".", *, metrics: bool = True,
         keep_local: int | None = None, accept_near: bool = False, codec: str | None = None,
     ) -> None:  # fmt: skip
-        """`repo` is a repository, or where one is to be opened, or made if there is none."""
+        """`repo` is a repository, or where one is to be opened, or made if there is none.
+
+        Raises:
+            InvalidInputError: none is to stay.
+        """
+        if keep_local is not None and keep_local < 1:
+            raise InvalidInputError("at least one directory stays: keep_local is 1 or more")
         self._target, self._metrics = Target(repo, codec), metrics
         self._keep_local, self._accept_near = keep_local, accept_near
         self._made: dict[Path, ObjectId] = {}
+        self._said: set[Path] = set()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer when a checkpoint is complete.
@@ -57,10 +69,20 @@ class CkptCallback(TrainerCallback):
             folder, step=state.global_step, metrics=_logged(state) if self._metrics else {},
             names=_names(kwargs.get("model"), kwargs.get("optimizer")),
         )  # fmt: skip
-        self._made[folder] = made.id
         if self._keep_local is not None:
+            self._made = self._made or self._earlier(folder)
+            self._made[folder] = made.id
             with contextlib.suppress(BusyError):  # gc has come: until the next checkpoint
                 self._remove({folder, Path(state.best_model_checkpoint or folder)})
+
+    def _earlier(self, folder: Path) -> dict[Path, ObjectId]:
+        """What earlier runs have left beside a checkpoint, and the history has, by their steps."""
+        steps = {
+            path: int(path.name.rpartition("-")[2]) for path in folder.parent.glob("checkpoint-*")
+            if path != folder and path.name.rpartition("-")[2].isdecimal()
+        }  # fmt: skip
+        found = {path: self._target.find(path) for path in sorted(steps, key=lambda p: steps[p])}
+        return {path: name for path, name in found.items() if name is not None}
 
     def _remove(self, staying: set[Path]) -> None:
         assert self._keep_local is not None
@@ -72,10 +94,13 @@ class CkptCallback(TrainerCallback):
                 continue
             if folder.is_dir():
                 with lease(repo.catalog.store.backend), Originals(folder.parent) as originals:
-                    keeper.remove(
+                    done = keeper.remove(
                         self._made[folder], folder.name, originals, lambda _: None,
                         accept_near=self._accept_near,
                     )  # fmt: skip
+                if done.kept and folder not in self._said:
+                    _log.warning("%s is not removed: %s", folder.name, done.kept)
+                    self._said.add(folder)
             if not folder.exists():  # the Trainer removes some by itself
                 del self._made[folder]
 

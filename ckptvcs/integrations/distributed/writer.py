@@ -34,6 +34,7 @@ from ckptvcs.integrations.distributed.process import open_once
 from ckptvcs.integrations.target import Where, patiently
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
+from ckptvcs.request import step_in_name
 from ckptvcs.shards import Shard
 
 _GROUPS = "param_groups"
@@ -103,6 +104,8 @@ class CkptWriter(StorageWriter):
         if not all(plan.usable for plan in plans):
             raise InvalidInputError("a commit needs a plan of its own: enable_plan_caching=False")
         said = {**self._said, "message": self._said["message"] or self._name}
+        if said["step"] is None:
+            said["step"] = step_in_name(self._name)  # rather than what the state says
         self._joint = Joint(open_once(self._where, make=True), self._name, **said)
         ticket = patiently(self._joint.begin)
         given = keep_together([plan.items for plan in plans], [plan.storage_data for plan in plans])
