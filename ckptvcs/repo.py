@@ -185,7 +185,7 @@ class Repo(Care):
 
     def commit_path(
         self,
-        path: Path,
+        path: str | os.PathLike[str],
         *,
         message: str,
         step: int | None = None,
@@ -205,7 +205,8 @@ class Repo(Care):
         """
         from ckptvcs.checkpoint.checkpoint import open_checkpoint  # noqa: PLC0415
 
-        if Path(path).resolve().is_relative_to(self.folder.resolve()):
+        path = Path(path)
+        if path.resolve().is_relative_to(self.folder.resolve()):
             raise InvalidInputError(f"{path} is part of the repository itself")
         name, inside = self.naming(path)
         self.wait()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptvcs import BusyError, InvalidInputError, Repo
+from ckptvcs import BusyError, InvalidInputError, NotFoundError, Repo
 from ckptvcs.store.leases import exclusive
 from ckptvcs.watching import Event, Watcher
 from tests.cli.conftest import environment
@@ -223,3 +223,10 @@ def test_the_command_beside_a_trainer(near: Repo, run: Path) -> None:
     out, err = _ckpt(near.root, "watch", run, "--once", "--settle", "0.1").communicate(timeout=60)
     assert "step 4  step-4.pt" in out
     assert len(out.splitlines()) == 1
+
+
+def test_a_folder_that_is_not_there(near: Repo) -> None:
+    process = _ckpt(near.root, "watch", "nowhere", "--once")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == NotFoundError.exit_code
+    assert "no folder nowhere" in err

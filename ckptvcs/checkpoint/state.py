@@ -108,7 +108,11 @@ def _on_device(tensor: Any) -> bool:
 
 
 def _refused(path: str) -> InvalidInputError:
-    return InvalidInputError(f"the state holds a tensor that cannot be stored at {path}")
+    return InvalidInputError(
+        f"the state holds a tensor that cannot be stored at {path}",
+        hint="one that is sparse, quantized or conjugated has to be made plain: .to_dense(), "
+        ".dequantize(), .resolve_conj()",
+    )
 
 
 def state_checkpoint(

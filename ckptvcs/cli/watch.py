@@ -11,7 +11,7 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import InvalidInputError, NotFoundError
 
 if TYPE_CHECKING:
     from ckptvcs.repo import Repo
@@ -50,8 +50,11 @@ def watch(
         repo, folder, pattern=pattern, codec=codec, branch=branch, settle=settle,
         keep_local=keep_local, accept_near=accept_near,
     )  # fmt: skip
+    if once and not folder.is_dir():
+        raise NotFoundError(f"there is no folder {folder}")
     if not once:
-        render.talk(f"watching {render.printable(str(folder))}; Ctrl-C ends it")
+        later = "" if folder.is_dir() else ", which is not there yet"
+        render.talk(f"watching {render.printable(str(folder))}{later}; Ctrl-C ends it")
     while True:
         for event in watcher.look():
             _say(repo, event, json=json)
