@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from types import ModuleType
 
 import numpy as np
@@ -24,7 +25,8 @@ Bytes = NDArray[np.uint8]
 
 _WORTH_LOADING = 100_000_000  # bytes of tensors
 _SWITCH = "CKPT_COMPILED"  # 0: never, 1: always
-_LONG_SECONDS = 3.0  # loading never takes that long
+_LONG_SECONDS = 3.0  # of a processor: loading takes one
+_LOOK_SECONDS = 0.5
 _log = logging.getLogger("ckptvcs")
 
 
@@ -43,11 +45,8 @@ def prepare(size_bytes: int) -> None:
     wanted = os.environ.get(_SWITCH) or str(int(_State.work_bytes >= _WORTH_LOADING))
     if wanted == "0" or _State.loops is not None:
         return
-    notice = threading.Timer(
-        _LONG_SECONDS, _log.warning, ["compiling the inner loops; this is done once"]
-    )
-    notice.daemon = True
-    notice.start()
+    loaded = threading.Event()
+    threading.Thread(target=_announce, args=[loaded], daemon=True).start()
     try:
         from ckptvcs.codec import compiled  # noqa: PLC0415  takes about a second
 
@@ -55,7 +54,16 @@ def prepare(size_bytes: int) -> None:
     except (ImportError, RuntimeError, OSError):  # no numba, or nowhere to keep what it compiles
         _State.loops = sys.modules[__name__]
     finally:
-        notice.cancel()
+        loaded.set()
+
+
+def _announce(loaded: threading.Event) -> None:
+    """Say so where loading takes so much work that it must be compiling."""
+    start = time.process_time()
+    while not loaded.wait(_LOOK_SECONDS):
+        if time.process_time() - start >= _LONG_SECONDS:
+            _log.warning("compiling the inner loops; this is done once")
+            return
 
 
 def active() -> ModuleType:

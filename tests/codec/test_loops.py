@@ -18,7 +18,7 @@ def run(code: str, compiled: str = "") -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.0, "compiling"), (300.0, "")])
 def test_compiling_is_announced(seconds: float, said: str) -> None:
-    done = run(f"loops._LONG_SECONDS = {seconds}; loops.prepare(1)", "1")
+    done = run(f"loops._LONG_SECONDS, loops._LOOK_SECONDS = {seconds}, 0.01; loops.prepare(1)", "1")
     assert done.stderr.startswith(said)
     assert bool(done.stderr) == bool(said)
 
