@@ -16,7 +16,7 @@ from ckptvcs.bases import materialised
 from ckptvcs.chain import Materialised
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.restore import Restorer
+from ckptvcs.restore import Restorer, safe_path
 from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]
@@ -35,6 +35,7 @@ def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress:
     """
     restorer = Restorer(catalog, name, cache=cache, materials=_of_parent(catalog, cache, name).get)
     for file in restorer.commit.files:
+        safe_path(file.path)  # a checkout refuses what leaves its target, originals or not
         if file.skeleton is None:
             continue
         digest = restorer.write_file(file, lambda _: None, progress)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ckptvcs.care import Care, quiet
-from ckptvcs.errors import CkptError, InvalidInputError, MissingObjectError
+from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, MissingObjectError
 from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.opened import CACHE
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ckptvcs.codec.spec import CodecSpec
     from ckptvcs.committing import Result
     from ckptvcs.compare import Comparison
+    from ckptvcs.restore import Restorer
     from ckptvcs.search import Bisection, Judge, Watch
     from ckptvcs.shards import Shard, Ticket
     from ckptvcs.source import Progress
@@ -389,11 +390,31 @@ class Repo(Care):
 
         return map(named, found)  # a loop would hold a value while the next one is decoded
 
-    def save_part(self, name: ObjectId, part: str, target: Path) -> None:
-        """Write one part of a commit as .safetensors or as a torch.save file."""
+    def save_part(self, name: ObjectId, part: str, target: Path, *, exact: bool = False) -> str:
+        """Write one part of a commit as .safetensors or as a torch.save file; its fidelity.
+
+        Raises:
+            ConflictError: it was to be `exact`, and is not, or not any more.
+        """
         from ckptvcs.extract import PartReader  # noqa: PLC0415
 
-        self._twice(lambda: PartReader(self.restorer(name)).save(part, target))
+        def save() -> str:
+            restorer = self._reader(name, part, exact=exact)
+            PartReader(restorer).save(part, target)
+            return restorer.fidelity[part]
+
+        return self._twice(save)
+
+    def _reader(self, name: ObjectId, part: str | None = None, *, exact: bool) -> Restorer:
+        """What reads a commit, in the form that it has at this moment."""
+        restorer = self.restorer(name)
+        forms = [form for one, form in restorer.fidelity.items() if part in (None, one)]
+        if exact and "near" in forms:
+            raise ConflictError(
+                f"commit {name[:8]} can only be restored in near form",
+                hint="leave out --require exact to take it as it is",
+            )
+        return restorer
 
     def diff(
         self,
@@ -442,9 +463,15 @@ class Repo(Care):
         output: Path | None = None,
         *,
         force: bool = False,
+        exact: bool = False,
         progress: Progress = quiet,
     ) -> CheckedOut:
-        """Write the files of a commit; HEAD stays where it is (see `move_head`)."""
-        return self._twice(
-            lambda: self.worktree().write(self.restorer(name), output, progress, force=force)
-        )
+        """Write the files of a commit; HEAD stays where it is (see `move_head`).
+
+        Raises:
+            ConflictError: they were to be `exact`, and are not, or not any more; or a file would be
+                overwritten that no commit holds.
+        """
+        return self._twice(lambda: self.worktree().write(
+            self._reader(name, exact=exact), output, progress, force=force
+        ))  # fmt: skip

@@ -530,3 +530,22 @@ def test_best_rules() -> None:
     for text in ("", "loss", "loss:low", "loss:min:0", ":min", "loss:min:-1"):
         with pytest.raises(InvalidInputError):
             Best.parse(text)
+
+
+@pytest.mark.parametrize("part", [None, "model"])
+def test_exact_is_exact_at_the_moment_of_the_checkout(
+    part: str | None, run: Run, repo: Repo, tmp_path: Path
+) -> None:
+    """A patch is lost, or fades, after the look: the second one finds the near form alone."""
+    run.commit(3)
+    name = repo.resolve("HEAD")
+    assert repo.entry(name).exact
+    for patch in repo.fader().patches():
+        (repo.folder / patch.folder / patch.pack[:2] / f"{patch.pack}.pack").unlink(missing_ok=True)
+    target = tmp_path / "out.pt"
+    write: Any = repo.checkout_files if part is None else repo.save_part
+    given = (name, target) if part is None else (name, part, target)
+    with pytest.raises(ConflictError, match="near form"):
+        write(*given, exact=True)
+    assert not target.exists()
+    assert not repo.checkout_files(name, target).exact

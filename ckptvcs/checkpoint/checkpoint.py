@@ -154,7 +154,7 @@ def _entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[s
         name, entry = stack.pop()
         if name.count("/") >= MAX_NESTING:
             raise InvalidInputError(f"{root} nests more than {MAX_NESTING} directories")
-        if entry.name == ".ckpt" or (skip and Path(entry.path).resolve() == skip):
+        if entry.name.lower() == ".ckpt" or (skip and Path(entry.path).resolve() == skip):
             continue
         yield name, entry
         if entry.is_dir(follow_symlinks=False):

@@ -156,7 +156,7 @@ def _why_not(entry: os.DirEntry[str], store: Path) -> str | None:
 def _why_no_directory(path: Path, store: Path) -> str | None:
     try:
         entries = [e for e in _entries(path) if not e.is_symlink()]
-        if store.is_relative_to(path.resolve()) or any(e.name == ".ckpt" for e in entries):
+        if store.is_relative_to(path.resolve()) or any(e.name.lower() == ".ckpt" for e in entries):
             return "a folder with a repository in it"
         if not _hold_model(entries):
             return "a folder without model files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -104,28 +105,23 @@ def checkout(
     repo = open_repo(context)
     name = repo.resolve(revision)
     entry = repo.entry(name)
-    wanted = {only: entry.fidelity.get(only, "")} if only else dict(entry.fidelity)
-    if require and any(form == "near" for form in wanted.values()):
-        raise ConflictError(
-            f"commit {name[:8]} can only be restored in near form ({render.fidelity(entry)})",
-            hint="leave out --require exact to take it as it is",
-        )
-    target = Path(output) if output else None
+    target, exactly = Path(output) if output else None, require is not None
     if only:
-        paths, where = [_checkout_part(repo, name, only, target, force=force)], None
+        path, form = _checkout_part(repo, name, only, target, exactly, force=force)
+        paths, forms, where = [path], {only: form}, None
     else:
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
-            done = repo.checkout_files(name, target, force=force, progress=tick)
-        paths = list(done.paths)
+            done = repo.checkout_files(name, target, force=force, exact=exactly, progress=tick)
+        paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
         where = None if target else repo.move_head(name, revision)
-    exact = all(form == "exact" for form in wanted.values())
+    exact = all(form == "exact" for form in forms.values())
     if json:
         render.as_json({
             "id": name, "step": entry.commit.step, "paths": [str(path) for path in paths],
-            "fidelity": wanted, "exact": exact, "branch": where,
+            "fidelity": forms, "exact": exact, "branch": where,
         })  # fmt: skip
         return
-    form = "exact" if exact else render.fidelity(entry)
+    form = render.fidelity(replace(entry, fidelity=forms))
     shown = render.printable(str(paths[0])) if len(paths) == 1 else f"{len(paths)} files"
     step = "" if entry.commit.step is None else f" step {entry.commit.step},"
     render.data(f"{shown}:{step} {name[:8]}, {form}")
@@ -134,8 +130,8 @@ def checkout(
 
 
 def _checkout_part(
-    repo: Repo, name: ObjectId, part: str, target: Path | None, *, force: bool
-) -> Path:
+    repo: Repo, name: ObjectId, part: str, target: Path | None, exact: bool, *, force: bool
+) -> tuple[Path, str]:
     made = repo.catalog.commit(name)
     if target is None:
         home = repo.worktree().home(made.path, inside=made.inside)
@@ -145,5 +141,4 @@ def _checkout_part(
         raise InvalidInputError(f"{target} is a directory", hint="name the file to write")
     if target.exists() and not force:
         raise ConflictError(f"{target} exists", hint="overwrite it with --force")
-    repo.save_part(name, part, target)
-    return target
+    return target, repo.save_part(name, part, target, exact=exact)

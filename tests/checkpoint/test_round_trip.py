@@ -235,3 +235,18 @@ def test_zip_files_of_other_writers_and_older_orders(
         loaded = torch.load(back, weights_only=True)
         assert loaded["step"] == state["step"]
     assert result.commit.exact == (codec == "lossless")
+
+
+@pytest.mark.parametrize("name", [".ckpt", ".Ckpt", ".CKPT"])
+def test_a_folder_of_a_repository_is_left_out_in_any_case(
+    name: str, repo: Repo, tmp_path: Path
+) -> None:
+    """Else it would be committed, and no checkout of it would be allowed."""
+    source, target = tmp_path / "checkpoint-1", tmp_path / "out"
+    (source / name).mkdir(parents=True)
+    (source / name / "note.txt").write_text("mine")
+    (source / "config.json").write_text("{}")
+    made = repo.commit_path(source, message="")
+    repo.checkout_files(made.id, target)
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+    assert not repo.verify().damage
