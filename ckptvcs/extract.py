@@ -25,7 +25,7 @@ from ckptvcs.checkpoint.emit import (
     write_zip,
     zip_records,
 )  # fmt: skip
-from ckptvcs.checkpoint.layout import Layout
+from ckptvcs.checkpoint.layout import Found, Layout
 from ckptvcs.checkpoint.pickles import TensorRef, walk
 from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.checkpoint.torchfile import ref_dtype
@@ -45,6 +45,7 @@ _TOPS = frozenset({
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
 """Names of files that hold checkpoints end so."""
 
+_MAX_ELEMENTS = 1 << 59  # in bytes no more than 63 bits hold
 _MAX_WINDOW = 1 << 32  # bytes; of elements that stand in one place it may have any number
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -122,7 +123,7 @@ class PartReader:
             if layout.tree is not None or layout.format == "safetensors":
                 self.decode_ahead(n for n in numbers if n >= 0)
             if layout.format == "safetensors":
-                states[file.path] = self._flat_state([n for n in numbers if n >= 0])
+                states[file.path] = self._flat_state(zip(layout.tensors, numbers, strict=True))
             elif layout.tree is None and self._restorer.commit.source != "state":
                 parts: list[bytes] = []
                 self._restorer.write_file(file, lambda d, p=parts: p.append(bytes(d)), _quiet)  # type: ignore[misc]
@@ -143,22 +144,27 @@ class PartReader:
                 hint="'ckpt checkout' gives its bytes back",
             ) from error
 
-    def _flat_state(self, numbers: list[int]) -> dict[str, Any]:
+    def _flat_state(self, tensors: Iterable[tuple[Found, int]]) -> dict[str, Any]:
+        """The tensors of a safetensors file by their names, also those without elements."""
         import torch  # noqa: PLC0415  only where tensors of torch are made
 
         from ckptvcs.checkpoint.torchfile import TORCH_DTYPES  # noqa: PLC0415
 
         names = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
         state = {}
-        for number in numbers:
-            info = self.schema.tensors[number]
-            dtype = getattr(torch, names.get(info.dtype, "uint8"))
-            flat = torch.from_numpy(self.raw(number)).view(dtype)
-            state[info.name.rpartition(":")[2]] = flat.reshape(info.shape)
+        for found, number in tensors:
+            dtype = getattr(torch, names.get(found.dtype, "uint8"))
+            shape, data = _possible(found.name, found.shape), self.raw(number)
+            state[found.key] = (
+                torch.from_numpy(data).view(dtype).reshape(shape) if found.size
+                else torch.empty(shape, dtype=dtype)
+            )  # fmt: skip
         return state
 
     def tensors(self, wanted: Mapping[str, Window]) -> dict[str, Any]:
         """Some tensors by name, as `state` has them: those of one stored tensor share it."""
+        for name, (_, view) in wanted.items():
+            _possible(name, view.shape)
         self.decode_ahead(number for number, _ in wanted.values())
         return {
             name: make_tensor(self.raw(number), view, array=name in self._arrays)
@@ -324,6 +330,7 @@ class PartReader:
         flat = self.raw(number)
         cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
         strides = tuple(step * size for step in view.stride)
+        _possible(view.name, view.shape)
         return as_strided(cells[view.offset :], view.shape, strides, writeable=False).tobytes()
 
 
@@ -350,6 +357,16 @@ def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
             if mark == ":" or next(iter(tops)) in _TOPS:
                 rows = short
     return rows
+
+
+def _possible(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape, if a tensor can have it: one without elements may be of any length otherwise."""
+    if math.prod(length for length in shape if length) >= _MAX_ELEMENTS:
+        raise InvalidInputError(
+            f"{name} has a shape that no tensor can have: {list(shape)}",
+            hint="'ckpt checkout' gives its bytes back",
+        )
+    return shape
 
 
 def _payload(data: bytes) -> Payload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import pkgutil
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from ckptvcs import ConflictError, InvalidInputError, NotFoundError, Repo
 from ckptvcs.checkpoint.checkpoint import Checkpoint
@@ -323,3 +325,27 @@ def test_an_id_without_letters_is_found(repo: Repo, monkeypatch: pytest.MonkeyPa
         repo.resolve("1234567")
     with pytest.raises(NotFoundError):
         repo.resolve("1" * 30)
+
+
+def test_a_file_with_tensors_without_elements(repo: Repo, tmp_path: Path) -> None:
+    """They come back as others do, under their whole names; so does a part that holds no others."""
+    state = {"a:b": torch.empty(0, 3), "c": torch.ones(2, dtype=torch.float16), "d": torch.empty(0)}
+    save_file(state, tmp_path / "model.safetensors")
+    name = repo.commit_path(tmp_path / "model.safetensors", message="").id
+    assert same(dict(sorted(repo.checkout("HEAD").items())), state)
+    assert repo.save_part(name, "model", tmp_path / "model.pt", exact=True) == "exact"
+    assert same(dict(sorted(torch.load(tmp_path / "model.pt").items())), state)
+
+
+@pytest.mark.parametrize("shape", [[2**40, 2**40, 0], [2**55] * 9 + [0]])
+def test_a_shape_that_no_tensor_can_have(shape: list[int], repo: Repo, tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    name = repo.commit_path(path, message="").id
+    with pytest.raises(InvalidInputError, match="shape"):
+        repo.checkout("HEAD")
+    with pytest.raises(InvalidInputError, match="shape"):
+        repo.tensor("w")
+    repo.checkout_files(name, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
