@@ -25,7 +25,11 @@ class Checked:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.times: dict[str, float] = {}
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        if not path.is_file():  # to open a pipe would be to wait
+            return
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError, RecursionError, OverflowError
+        ):
             with path.open("rb") as file:
                 found = json.loads(file.read(_MAX_BYTES))
             self.times = {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptvcs.errors import InvalidInputError, StorageError
-from ckptvcs.format import raise_flags, require_flags
+from ckptvcs.config import Config, mend_settings
+from ckptvcs.errors import CorruptionError, InvalidInputError, StorageError
+from ckptvcs.format import mend_format, raise_flags, require_flags
 from ckptvcs.history.canonical import now
+from ckptvcs.history.fading import Fader
 from ckptvcs.history.retention import Policy
-from ckptvcs.opened import CACHE, Opened
+from ckptvcs.opened import CACHE, CONFIG, Opened
 from ckptvcs.store import disk
+from ckptvcs.store.leases import exclusive
+from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.pack import FOLDERS
 from ckptvcs.store.reserve import give_up_reserve, keep_reserve
 
@@ -123,7 +129,6 @@ class Care(Opened):
 
     def _gc(self, policy: Policy, progress: Progress, *, sweep: bool, rekey: bool) -> GcPlan:
         from ckptvcs.history.repack import merge, plan_merges  # noqa: PLC0415
-        from ckptvcs.store.leases import exclusive  # noqa: PLC0415
 
         collector = self._collector()
         with exclusive(self._backend):
@@ -170,6 +175,28 @@ class Care(Opened):
             cache = self.folder / CACHE
             return Verifier(catalog, self.refs, cache, progress, budget).run(self.catalog.store)
 
+    @classmethod
+    def mend_files(
+        cls, path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, *,
+        drop: bool = False,
+    ) -> list[str]:  # fmt: skip
+        """Mend what a repository at `path` is opened by, with what the one at `source` has; with
+        `drop` without the settings that cannot be read.  The names of the files that were mended.
+
+        Raises:
+            BusyError: somebody is at work.
+            NotFoundError: there is no repository at `path`, or at `source`.
+            StorageError: it cannot be written.
+        """
+        folder, copy = cls.locate(path), None if source is None else cls.locate(source)
+        settings = None if copy is None else copy / CONFIG
+        with exclusive(LocalBackend(folder)):
+            mended = {
+                "format": mend_format(folder, copy),
+                CONFIG: mend_settings(folder / CONFIG, settings, drop=drop),
+            }
+        return [name for name, done in mended.items() if done]
+
     def repair(
         self, source: str | os.PathLike[str] | None = None, *, drop: bool = False
     ) -> Repaired:
@@ -180,30 +207,46 @@ class Care(Opened):
             NotFoundError: there is no repository at `source`.
             StorageError: it cannot be written.
         """
+        from ckptvcs.mending import Copy  # noqa: PLC0415
         from ckptvcs.repair import Repairer  # noqa: PLC0415
-        from ckptvcs.store.leases import exclusive  # noqa: PLC0415
         from ckptvcs.verify import packs_alone  # noqa: PLC0415
 
-        other = None if source is None else type(self).open(source).catalog
+        copy = None
+        if source is not None:
+            other = type(self).open(source)
+            copy = Copy(other.catalog, other.refs)
+        files = self.mend_files(self.folder, source, drop=drop)
+        self.read_settings()
         with exclusive(self._backend), packs_alone(self.catalog) as catalog:
             if drop:
                 raise_flags(self.folder, "gc", "drops")
-            done = Repairer(catalog, self.catalog, self.refs).run(other, drop=drop)
+            done = Repairer(catalog, self.catalog, self.refs).run(copy, drop=drop)
+            shutil.rmtree(self.folder / CACHE / "bases", ignore_errors=True)
             self.catalog.store.rebuild()
             self.catalog.forget()
+        done.files += files
         return done
 
     def stats(self) -> Stats:
         """Sizes on disk."""
         commits = self.revisions.visible()
         sizes = {
-            name: sum(self._backend.size(file) for file in self._backend.names(name))
+            name: self._size(self._backend.names(name))
             for name in (*FOLDERS, "refs", "leases", "marks", CACHE)
         }
-        single = sum(self._backend.size(name) for name in ("format", "config.toml"))
+        single = self._size(("format", "config.toml"))
         stored = sum(sizes.values()) - sizes[CACHE] + single
-        patches = sum(patch.size_bytes for patch in self.fader().patches())
+        fader = Fader(self.catalog, self.refs, Config().exact_rule)  # no setting is asked for
+        patches = sum(patch.size_bytes for patch in fader.patches())
         return Stats(
             len(commits), sum(c.raw_bytes for c in commits.values()), stored, stored - patches,
             patches, sizes[CACHE], len(self.catalog.store.list_packs()),
         )  # fmt: skip
+
+    def _size(self, names: Iterable[str]) -> int:
+        """Bytes of files, but of those that have gone meanwhile, or that are none."""
+        found = 0
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, CorruptionError):
+                found += self._backend.size(name)
+        return found

@@ -6,16 +6,19 @@ hash is that of a file of a commit that can be restored exactly, or it was writt
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
-from ckptvcs.errors import ConflictError, InvalidInputError
+from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
+from ckptvcs.history.marking import mark
 from ckptvcs.restore import Restorer, safe_path
 from ckptvcs.source import Progress
+from ckptvcs.store.object import ObjectId
 
 _BLOCK = 1 << 22
 _MAX_REMEMBERED = 10_000
@@ -56,10 +59,21 @@ class WorkTree:
         digest = hash_file(path)
         if (self._written / digest).exists():
             return True
-        return any(
-            Restorer(self._catalog, name).exact
-            for name in self._catalog.store.find(b"file:" + digest.encode())
-        )
+        return any(map(self._is_safe, self._catalog.store.find(b"file:" + digest.encode())))
+
+    def _is_safe(self, name: ObjectId) -> bool:
+        """Whether the exact form of a commit is there, by the bytes of its packs: what is about to
+        be overwritten may be the only other copy.
+        """
+        store, gone = self._catalog.store, self._catalog.dropped()
+        with contextlib.suppress(CkptError, FileNotFoundError):
+            if Restorer(self._catalog, name).exact:
+                marked = mark(self._catalog, {name: self._catalog.commit(name)}, gone)
+                places = [store.places(one)[0] for one in marked.objects]
+                for pack, folder in {place.pack: place.folder for place in places}.items():
+                    store.verify_pack(pack, folder)
+                return True
+        return False
 
     def _remember(self, digest: str) -> None:
         try:

@@ -242,7 +242,7 @@ class Committer:
         return state.commit if state else None
 
     def _last_branch(self) -> str:
-        return next((g.branch for g in self._refs.reflog(HEAD) if g.branch), "main")
+        return next((g.branch for g in self._refs.readable(HEAD) if g.branch), "main")
 
     def _free_name(self, name: str) -> str:
         stem = re.sub(r"-[0-9]+\Z", "", name)

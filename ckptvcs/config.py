@@ -5,6 +5,7 @@ Lower layers get values, never the file.  docs/cli.md, "Settings".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tomllib
@@ -17,6 +18,7 @@ from ckptvcs.codec.spec import CodecSpec, parse_codec, with_bounds
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store import disk
+from ckptvcs.store.local import LocalBackend
 
 Value = str | int | float
 
@@ -24,6 +26,7 @@ _LARGEST = 1e9
 _MAX_BYTES = 1 << 16
 OFF = "off"
 AUTO = "auto"
+_HINT = "mend it by hand, with 'ckpt config KEY VALUE', or see 'ckpt verify --repair'"
 _HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
 
 
@@ -147,10 +150,11 @@ def default_text(codec: str | None = None) -> str:
 
 
 def load_config(path: Path) -> Config:
-    """Read the settings; what is missing has its default, and so has a missing file.
+    """Read the settings; what the file does not say has its default.
 
     Raises:
-        InvalidInputError: the file is not TOML, or holds an unknown key or a bad value.
+        InvalidInputError: the file is missing, is not TOML, or holds an unknown key or a bad value.
+            What defaults would let go may have been told to stay.
     """
     return _parse(_read(path), path)
 
@@ -158,10 +162,8 @@ def load_config(path: Path) -> Config:
 def _read(path: Path) -> str:
     try:
         return disk.read_text(path, _MAX_BYTES)
-    except FileNotFoundError:
-        return ""
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"cannot read {path}: {error}") from error
+        raise InvalidInputError(f"cannot read {path}: {error}", hint=_HINT) from error
 
 
 def _parse(text: str, path: Path) -> Config:
@@ -171,7 +173,7 @@ def _parse(text: str, path: Path) -> Config:
     except InvalidInputError as error:
         raise InvalidInputError(f"{path}: {error.message}", hint=error.hint) from error
     except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"cannot read {path}: {error}") from error
+        raise InvalidInputError(f"cannot read {path}: {error}", hint=_HINT) from error
     return replace(Config(), **settings)  # type: ignore[arg-type]  # checked one by one
 
 
@@ -186,13 +188,53 @@ def set_setting(path: Path, key: str, value: str | None) -> Config:
     get_setting(Config(), key)
     checked = None if value is None else _checked(key, value)
     own = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
-    lines = [line for line in _read(path).splitlines() if not own.match(line)]
+    there = _read(path) if path.exists() else _HEADING
+    lines = [line for line in there.splitlines() if not own.match(line)]
     if checked is not None:
         lines.append(f"{key} = {json.dumps(checked)}")
     text = "\n".join(lines) + "\n"
     config = _parse(text, path)
     disk.replace(path, text, path.parent / "tmp")
     return config
+
+
+def mend_settings(path: Path, copy: Path | None, *, drop: bool) -> bool:
+    """Where the settings cannot be read, take those of a copy, or, if told to `drop`, the lines of
+    them that can be read; whether that was done.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    with contextlib.suppress(InvalidInputError):
+        load_config(path)
+        return False
+    text: str | None = None
+    if copy is not None:
+        with contextlib.suppress(InvalidInputError):
+            load_config(copy)
+            text = _read(copy)
+    if text is None and drop:
+        text = "".join(line + "\n" for line in _lines(path) if _can_be_read(line, path))
+    if text is None:
+        return False
+    LocalBackend(path.parent).delete(path.name)  # which may be no file
+    disk.replace(path, text, path.parent / "tmp")
+    return True
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_bytes()[:_MAX_BYTES].decode("utf-8", "replace").splitlines()
+    except OSError:
+        return [_HEADING.strip()]
+
+
+def _can_be_read(line: str, path: Path) -> bool:
+    try:
+        _parse(line, path)
+    except InvalidInputError:
+        return False
+    return True
 
 
 assert {field.name for field in fields(Config)} == {_field(key) for key in KEYS}

@@ -5,19 +5,24 @@ docs/format.md, "format".
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from pathlib import Path
 from typing import Any
 
-from ckptvcs.errors import CorruptionError, UnsupportedVersionError
-from ckptvcs.history.canonical import CHECK, load, seal
+from ckptvcs.errors import CkptError, CorruptionError, UnsupportedVersionError
+from ckptvcs.history.canonical import CHECK, load, seal, unseal
 from ckptvcs.store import disk
+from ckptvcs.store.backend import read_small
 from ckptvcs.store.leases import turn
 from ckptvcs.store.local import LocalBackend
+from ckptvcs.store.pack import FOLDERS
 
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
 
 _MAX_BYTES = 1 << 16
+_MAX_ID = 64
 
 FLAGS = {
     "read": frozenset({"near", "near-2", "patches"}),
@@ -27,14 +32,20 @@ FLAGS = {
 """What a repository may ask of a program that reads, writes or sweeps it, as far as is known."""
 
 
+def is_repository(folder: Path) -> bool:
+    """Whether there is a repository, be it one that has lost its `format` file."""
+    if (folder / "format").is_file():
+        return True
+    there = LocalBackend(folder)
+    return any(next(there.names(name), None) for name in (*FOLDERS, "refs/heads"))
+
+
 def _format(folder: Path) -> dict[str, Any]:
-    name = folder / "format"
+    name, hint = folder / "format", "see 'ckpt verify --repair'"
     try:
-        data = disk.read_text(name, _MAX_BYTES).encode()
-    except OSError as error:
-        raise disk.storage_error(error, f"open {folder}") from error
-    except ValueError as error:
-        raise CorruptionError(f"{name} is not readable") from error
+        data = read_small(LocalBackend(folder), "format", _MAX_BYTES)
+    except FileNotFoundError as error:
+        raise CorruptionError(f"{folder} has lost its file 'format'", hint=hint) from error
     fields = load(data, str(name)).fields()  # its check is for verify: it may be changed by hand
     number, flags = fields.get("format"), fields.setdefault("flags", {})
     if type(number) is not int or number < 1 or not isinstance(flags, dict):
@@ -94,6 +105,40 @@ def raise_flags(folder: Path, operation: str, *wanted: str) -> None:
 def _missing(fields: dict[str, Any], operation: str, wanted: tuple[str, ...]) -> list[str]:
     there = fields["flags"].get(operation, [])
     return [flag for flag in wanted if flag not in there]
+
+
+def new_format(own: str | None = None) -> dict[str, Any]:
+    """The fields of a repository that is `own`, by default a new one, and asks for nothing."""
+    flags: dict[str, list[str]] = {operation: [] for operation in FLAGS}
+    return {"format": FORMAT, "id": own or uuid.uuid4().hex, "flags": flags}
+
+
+def check_seal(folder: Path) -> None:
+    """Raises CorruptionError where `format` is not what was written."""
+    _format(folder)
+    data = read_small(LocalBackend(folder), "format", _MAX_BYTES)
+    unseal(data.removesuffix(b"\n"), "format", frozenset(("format", "id", "flags")))
+
+
+def mend_format(folder: Path, copy: Path | None) -> bool:
+    """Write `format` anew where it is damaged or missing, with the id of a copy, asking for all
+    that a repository can ask for; whether it was.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        check_seal(folder)
+    except CorruptionError:
+        own: str | None = None
+        with contextlib.suppress(CkptError):
+            own = str(_format(copy).get("id"))[:_MAX_ID] if copy is not None else None
+        fields = new_format(own)
+        fields["flags"] = {operation: sorted(known) for operation, known in FLAGS.items()}
+        LocalBackend(folder).delete("format")
+        write_format(folder, fields)
+        return True
+    return False
 
 
 def write_format(folder: Path, fields: dict[str, Any], *, new: bool = False) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from ckptvcs.config import (
     set_setting,
 )  # fmt: skip
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
-from ckptvcs.format import FORMAT, check_format, raise_flags, write_format
+from ckptvcs.format import check_format, is_repository, new_format, raise_flags, write_format
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.fading import Fader
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 FOLDER = ".ckpt"
 CACHE = "cache"
-_CONFIG = "config.toml"
+CONFIG = "config.toml"
 
 
 class Opened:
@@ -58,7 +57,7 @@ class Opened:
         self.root = folder.parent
         check_format(folder)
         self._backend = LocalBackend(folder)
-        self.config: Config = load_config(folder / _CONFIG)
+        self.read_settings()
         store = ObjectStore(self._backend, folder / CACHE / "index", keys_of)
         self.catalog = Catalog(store)
         self.refs = Refs(self._backend)
@@ -69,6 +68,25 @@ class Opened:
         self._holder = Lock()
         self._background: tuple[Background[LogEntry], Worker] | None = None
         self._sync_index()
+
+    @property
+    def config(self) -> Config:
+        """The settings.
+
+        Raises:
+            InvalidInputError: they cannot be read.  Nothing but what needs them is refused then.
+        """
+        if isinstance(self._settings, InvalidInputError):
+            raise InvalidInputError(self._settings.message, hint=self._settings.hint)
+        return self._settings
+
+    def read_settings(self) -> None:
+        """Read the settings, which may have been changed."""
+        self._settings: Config | InvalidInputError
+        try:
+            self._settings = load_config(self.folder / CONFIG)
+        except InvalidInputError as error:
+            self._settings = error
 
     @classmethod
     def init(cls, path: str | os.PathLike[str] = ".", *, codec: str | None = None) -> Self:
@@ -81,7 +99,7 @@ class Opened:
         """
         folder = Path(path) / FOLDER
         settings = default_text(codec)
-        if (folder / "format").exists():
+        if is_repository(folder):
             repo = cls(folder)
             if codec not in (None, repo.config.codec):
                 raise InvalidInputError(
@@ -92,16 +110,13 @@ class Opened:
         try:
             for name in (*FOLDERS, "refs", "leases", "marks", "tmp", CACHE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            disk.replace(folder / _CONFIG, settings, folder / "tmp")
+            disk.replace(folder / CONFIG, settings, folder / "tmp")
             refs = Refs(LocalBackend(folder))
             if refs.read(HEAD) is None:
                 with contextlib.suppress(ConflictError):  # another process makes it, too
                     refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
-            fields = {
-                "format": FORMAT, "id": uuid.uuid4().hex,
-                "flags": {"read": [], "write": [], "gc": []},
-            }  # fmt: skip
-            write_format(folder, fields, new=True)  # before: no repository; after: a whole one
+            # Before this there is no repository, after it a whole one.
+            write_format(folder, new_format(), new=True)
             disk.sync_folder(folder.parent)
             keep_reserve(folder / CACHE)
         except FileExistsError:
@@ -118,9 +133,14 @@ class Opened:
             NotFoundError: there is none.
             UnsupportedVersionError: a newer program wrote it.
         """
+        return cls(cls.locate(path))
+
+    @staticmethod
+    def locate(path: str | os.PathLike[str]) -> Path:
+        """The folder of the repository DIR or DIR/.ckpt.  Raises NotFoundError: there is none."""
         for folder in (Path(path) / FOLDER, Path(path)):
-            if (folder / "format").is_file():
-                return cls(folder)
+            if is_repository(folder):
+                return folder
         raise NotFoundError(f"no repository at {path}", hint="make one with 'ckpt init'")
 
     @classmethod
@@ -130,9 +150,14 @@ class Opened:
         Raises:
             NotFoundError: there is none.
         """
+        return cls(cls.locate_above(start))
+
+    @staticmethod
+    def locate_above(start: Path) -> Path:
+        """Its folder.  Raises NotFoundError: there is none."""
         for folder in (start, *start.parents):
-            if (folder / FOLDER / "format").is_file():
-                return cls(folder / FOLDER)
+            if is_repository(folder / FOLDER):
+                return folder / FOLDER
         raise NotFoundError(
             f"no repository in {start} or above it",
             hint="make one with 'ckpt init', or name one with --repo or CKPT_DIR",
@@ -251,7 +276,7 @@ class Opened:
         Raises:
             InvalidInputError: there is no such setting, or it does not take that value.
         """
-        self.config = set_setting(self.folder / _CONFIG, key, value)
+        self._settings = set_setting(self.folder / CONFIG, key, value)
         return get_setting(self.config, key)
 
     def fader(self) -> Fader:

@@ -1,7 +1,7 @@
 """Repair: what can be saved of a damaged repository is saved, and the rest is named.
 
-refs       a damaged newest generation is written anew, at the commit that followed the one before
 salvage    what is sound in damaged packs, and commits that the index remembers, into new packs
+refs       see `ckptvcs.mending`
 fetch      what is missing, from another repository that has it
 drop       only when told to: what cannot be saved is let go by record, and damaged packs deleted
 
@@ -11,7 +11,7 @@ Nothing is believed that is not proven by its id or by the hashes of its slices.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from ckptvcs.errors import CkptError, CorruptionError
@@ -21,8 +21,9 @@ from ckptvcs.history.commit import ERRORS, PARTS, Commit, dump_commit
 from ckptvcs.history.copying import read_sound
 from ckptvcs.history.marking import mark
 from ckptvcs.history.recipe import LetGo
-from ckptvcs.history.refs import HEAD, Generation, Refs
+from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
+from ckptvcs.mending import Copy, RefMender
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.pack import Entry, find_entries, pack_name
@@ -38,7 +39,8 @@ Record = tuple[Entry, bytes, bytes]
 
 @dataclass
 class Repaired:
-    """What was done: objects by where they came from, refs, commits let go (parts, or all), and
+    """What was done: objects by where they came from, refs that were mended, and where those are
+    that had to be guessed, other files that were made anew, commits let go (parts, or all), and
     packs that were deleted.
     """
 
@@ -46,6 +48,8 @@ class Repaired:
     remembered: int = 0
     fetched: int = 0
     refs: list[str] = field(default_factory=list)
+    told: dict[str, ObjectId | None] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
     dropped: dict[ObjectId, tuple[str, ...]] = field(default_factory=dict)
     packs: int = 0
 
@@ -59,7 +63,7 @@ class Repairer:
         self._damaged: dict[PackId, str] = {}
         self.done = Repaired()
 
-    def run(self, other: Catalog | None, *, drop: bool) -> Repaired:
+    def run(self, other: Copy | None, *, drop: bool) -> Repaired:
         """Repair, with what `other` has; then let go what cannot be saved, if told to.
 
         Raises:
@@ -68,9 +72,10 @@ class Repairer:
         self._find_damaged()
         self._remember()
         self._salvage()
-        self._mend_refs()
+        mended = RefMender(self._catalog, self._refs, other).run(drop=drop)
+        self.done.refs, self.done.told = mended.refs, mended.told
         if other is not None:
-            self._fetch(other)
+            self._fetch(other.catalog)
         self._discard()
         if drop:
             self._graft()
@@ -101,7 +106,9 @@ class Repairer:
                     self._damaged[name] = folder
 
     def _entries(self, pack: PackId, folder: str) -> tuple[Entry, ...]:
-        return find_entries(self._catalog.store.backend, pack_name(folder, pack))
+        with contextlib.suppress(CkptError, FileNotFoundError):  # something else is in its place
+            return find_entries(self._catalog.store.backend, pack_name(folder, pack))
+        return ()
 
     def _salvage(self) -> None:
         """Copy what is sound in damaged packs and lies nowhere else.  An exact patch is no good in
@@ -184,6 +191,7 @@ class Repairer:
             return
         if self._damaged.pop(pack, None):
             self._delete([pack], folder)
+        store.backend.delete(file)  # what is no pack may have its name
         writer = store.backend.writer()
         try:
             for at in range(0, other.store.backend.size(file), _BLOCK):
@@ -204,7 +212,7 @@ class Repairer:
         """What commits need, and those of it that are not there."""
         lost: set[ObjectId] = set()
         commits: dict[ObjectId, Commit] = {}
-        for tip in Revisions(self._catalog, self._refs).tips().values():
+        for tip in self._tips():
             above, hole = self._above(tip)
             commits |= above
             lost |= {hole} if hole else set()
@@ -212,6 +220,14 @@ class Repairer:
         for name in commits.keys() - gone.commits:
             lost |= {table for _, table in self._lost_patches(name, commits[name])}
         return mark(self._catalog, commits, gone, lost=lost).objects | lost, lost
+
+    def _tips(self) -> Iterator[ObjectId]:
+        """Where the refs lead that can be read."""
+        for ref in self._refs.every():
+            with contextlib.suppress(CkptError):
+                move = self._refs.read(ref)
+                if move is not None and move.commit is not None:
+                    yield move.commit
 
     def _lost_patches(self, name: ObjectId, commit: Commit) -> list[tuple[str, ObjectId]]:
         """The parts of a commit whose exact patch is gone without a record, and its table."""
@@ -221,50 +237,6 @@ class Repairer:
         return [(part, state.exact) for part, state in commit.parts.items()
                 if state.exact and part not in faded
                 and not self._catalog.has_recipe(state.exact)]  # fmt: skip
-
-    # -- refs ----------------------------------------------------------------------------------
-
-    def _mend_refs(self) -> None:
-        """Write a damaged newest generation anew."""
-        for ref in self._refs.every():
-            try:
-                self._refs.read(ref)
-            except CkptError:
-                branch = ref.startswith("heads/")
-                self._refs.mend(ref, self._follower if branch else _as_before, now())
-                self.done.refs.append(ref)
-
-    def _follower(self, below: Generation | None) -> ObjectId | None:
-        """The commit that a branch was at, as far as can be told: the end of a line that comes from
-        a generation's commit and that no ref leads to; else the last one on the way to the tips of
-        others.
-        """
-        commit = below.commit if below else None
-        parents, tips = self._parents(), set[ObjectId]()
-        for branch in self._refs.names("heads"):
-            with contextlib.suppress(CkptError):
-                move = self._refs.read(f"heads/{branch}")
-                tips |= {move.commit} if move and move.commit else set()
-        reached = {name for tip in tips for name in _line(tip, parents)}
-        ends = [name for name in parents.keys() - set(parents.values()) - reached
-                if commit in (None, *_line(name, parents))]  # fmt: skip
-        if ends:
-            return max(ends, key=lambda name: self._catalog.commit(name).time)
-        for _ in range(_ROUNDS):
-            found = [name for name, parent in parents.items()
-                     if parent == commit and name not in tips]  # fmt: skip
-            if len(found) != 1:
-                break
-            commit = found[0]
-        return commit
-
-    def _parents(self) -> dict[ObjectId, ObjectId | None]:
-        """Every commit that can be read, reached or not, and what it stands on."""
-        parents: dict[ObjectId, ObjectId | None] = {}
-        for name in self._catalog.store.ids(Kind.COMMIT):
-            with contextlib.suppress(CkptError):
-                parents[name] = next(iter(self._catalog.commit(name).parents), None)
-        return parents
 
     # -- what cannot be saved ------------------------------------------------------------------
 
@@ -312,7 +284,7 @@ class Repairer:
     def _before(self, hole: ObjectId) -> ObjectId | None:
         """The newest commit that a branch was at before one that is lost, if it leads somewhere."""
         for branch in self._refs.names("heads"):
-            commits = [move.commit for move in self._refs.reflog(f"heads/{branch}")]
+            commits = [move.commit for move in self._refs.readable(f"heads/{branch}")]
             if hole in commits:
                 older = [one for one in commits[commits.index(hole) + 1 :] if one is not None]
                 return next((one for one in older if self._above(one)[1] is None), None)
@@ -357,6 +329,10 @@ class Repairer:
 
     def _discard(self) -> None:
         """Delete damaged packs of which nothing is needed that does not lie elsewhere."""
+        try:
+            Revisions(self._catalog, self._refs).tips()
+        except CkptError:
+            return  # nobody can say what is needed
         needed, _ = self._needed()
         for pack, folder in list(self._damaged.items()):
             left = [entry.id for entry in self._entries(pack, folder)]
@@ -372,16 +348,3 @@ class Repairer:
                 self._catalog.store.delete_packs({pack: where})
                 self.done.packs += 1
         self._catalog.forget()
-
-
-def _as_before(below: Generation | None) -> ObjectId | None:
-    return below.commit if below else None
-
-
-def _line(name: ObjectId | None, parents: Mapping[ObjectId, ObjectId | None]) -> list[ObjectId]:
-    """A commit and those below it."""
-    found: list[ObjectId] = []
-    while name is not None and name in parents:
-        found.append(name)
-        name = parents[name]
-    return found

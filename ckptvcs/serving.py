@@ -14,7 +14,6 @@ from multiprocessing.reduction import recv_handle
 from pathlib import Path
 
 from ckptvcs.checkpoint.parcel import unpack
-from ckptvcs.config import load_config
 from ckptvcs.errors import CkptError
 from ckptvcs.parallel import stay_in_background
 from ckptvcs.repo import Repo
@@ -56,7 +55,7 @@ def serve() -> None:
 
 
 def _commit(repo: Repo, job: Job, room: memoryview) -> Done:
-    repo.config = load_config(repo.folder / "config.toml")  # it may have been changed meanwhile
+    repo.read_settings()  # they may have been changed meanwhile
     made = repo.commit_checkpoint(unpack(job.parcel, room), **job.said)
     return Done(made.id, made.branch)
 

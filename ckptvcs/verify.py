@@ -23,8 +23,9 @@ from typing import TypeVar
 from ckptvcs.bases import NO_ROOM, CachedTable, RecentTables, Room
 from ckptvcs.budget import Budget, Checked
 from ckptvcs.chain import ChainReader
+from ckptvcs.config import load_config
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
-from ckptvcs.history.canonical import unseal
+from ckptvcs.format import check_seal
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.copying import read_sound
@@ -33,13 +34,11 @@ from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.restore import Restorer, safe_path
-from ckptvcs.store.backend import read_small
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.objects import ObjectStore
 from ckptvcs.store.pack import FOLDERS, find_entries
 
-_MAX_FORMAT_BYTES = 1 << 16
 _TRIES = 3
 
 T = TypeVar("T")
@@ -65,7 +64,9 @@ class Damage:
 
 @dataclass
 class Report:
-    """What was looked at, what was left for another time, and what was wrong."""
+    """What was looked at, what was left for another time, and what was wrong.  Commits that are
+    `loose` are here, and no ref led to them ever: they came to nothing, or their ref was lost.
+    """
 
     packs: int = 0
     commits: int = 0
@@ -73,6 +74,7 @@ class Report:
     files: int = 0
     bytes: int = 0
     left: int = 0
+    loose: list[ObjectId] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
 
 
@@ -125,7 +127,7 @@ class Verifier:
 
     def _run(self, index: ObjectStore | None) -> Report:
         sizes = dict(self._files())
-        self._format()
+        self._single_files()
         commits = self._twice(self._reachable)
         oldest_first = reversed(commits.items())
         sizes |= {name: commit.raw_bytes for name, commit in oldest_first}
@@ -158,12 +160,16 @@ class Verifier:
             found = look()
         return found
 
-    def _format(self) -> None:
-        try:
-            data = read_small(self._catalog.store.backend, "format", _MAX_FORMAT_BYTES)
-            unseal(data.removesuffix(b"\n"), "format", frozenset(("format", "id", "flags")))
-        except CkptError as error:
-            self._wrong("format", error, name="format")
+    def _single_files(self) -> None:
+        folder = self._cache.parent
+        for what, name, check in (
+            ("format", "format", lambda: check_seal(folder)),
+            ("settings", "config.toml", lambda: load_config(folder / "config.toml")),
+        ):
+            try:
+                check()
+            except CkptError as error:
+                self._wrong(what, error, name=name)
 
     # -- packs ---------------------------------------------------------------------------------
 
@@ -172,8 +178,12 @@ class Verifier:
         backend = self._catalog.store.backend
         for folder in FOLDERS:
             for name in backend.names(folder):
-                with contextlib.suppress(FileNotFoundError):  # it was swept meanwhile
+                try:
                     yield name, backend.size(name)
+                except FileNotFoundError:
+                    continue  # it was swept meanwhile
+                except CkptError:
+                    yield name, 0  # which will be said of it
 
     def _pack(self, name: str) -> None:
         folder, stem = name.partition("/")[0], name.rpartition("/")[2].removesuffix(".pack")
@@ -200,13 +210,15 @@ class Verifier:
     # -- commits -------------------------------------------------------------------------------
 
     def _roots(self) -> dict[str, ObjectId]:
+        """What the refs lead to, those too whose older generations are damaged."""
         roots: dict[str, ObjectId] = {}
         for name in self._refs.every():
             try:
-                self._refs.check(name)
                 move = self._refs.read(name)
                 if move is not None and move.commit is not None:
                     roots[name] = move.commit
+                self._refs.check(name)
+                self._refs.keep_spare(name)
             except CkptError as error:
                 self._wrong("ref", error, name=name)
         return roots
@@ -217,14 +229,18 @@ class Verifier:
         hidden = self._catalog.dropped().commits
         found: dict[ObjectId, Commit] = {}
         for origin, root in self._roots().items():
+            below: ObjectId | None = root
             try:
-                for name, commit in revisions.reachable([root]):
-                    if name not in hidden:
-                        found[name] = commit  # noqa: PERF403  each counts, where a later one fails
+                for name, commit in self._catalog.ancestors(root):
+                    if name in found:
+                        break
+                    found[name], below = commit, next(iter(commit.parents), None)
             except CkptError as error:
-                damage = self._wrong("commit", error, commit=root, name=origin)
-                damage.commits = (root,)
-        return found
+                damage = self._wrong("commit", error, commit=below, name=origin)
+                damage.objects = damage.commits = (below,) if below else ()
+        there = set(self._catalog.store.ids(Kind.COMMIT))
+        self.report.loose = revisions.loose(there - found.keys())
+        return {name: commit for name, commit in found.items() if name not in hidden}
 
     def _commit(self, name: ObjectId, commit: Commit) -> None:
         if name in self._catalog.dropped().commits:

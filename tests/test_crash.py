@@ -43,12 +43,17 @@ def test_the_power_fails_at_any_step(cut: Cut) -> None:
         cut.scenario.act(root)
     for seed in range(POWER_CUTS):
         left = root.with_name(f"left-{seed}")
-        power.restore(cut.template, (seed * 7919) % (len(power) + 1), left, seed)
+        steps = (seed * 7919) % (len(power) + 1)
+        power.restore(cut.template, steps, left, seed)
         cache = left / "repo" / ".ckpt" / "cache"
         if cut.scenario.commits and seed % 3:  # what is in the cache is not synced: older, newer
             shutil.rmtree(cache)
             if seed % 3 == 1:
                 shutil.copytree(root / "repo" / ".ckpt" / "cache", cache)
+                if steps < len(power):  # spares are written when their refs are durable
+                    shutil.rmtree(cache / "refs", ignore_errors=True)
+                    spares = cut.template / "repo" / ".ckpt" / "cache" / "refs"
+                    shutil.copytree(spares, cache / "refs")
         with (
             mock.patch.multiple(leases, boot_id=next_start),
             mock.patch.multiple(environment, boot_id=next_start),

@@ -111,6 +111,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of the time before there was an `app`
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A stream that was closed is none, and the next file that is opened would have its number.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may be one that its encoding lacks
             stream.reconfigure(errors="backslashreplace")

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ckptvcs.cli import render
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -25,11 +27,26 @@ class Globals:
     repo: Path | None
 
 
-def open_repo(context: typer.Context) -> Repo:
-    """The repository named by --repo or CKPT_DIR, else found upward from the working directory.
+def locate(context: typer.Context) -> Path:
+    """The folder of the repository named by --repo or CKPT_DIR, else of that found upward from the
+    working directory.
 
     Raises:
         NotFoundError: there is none.
     """
     named = context.find_root().obj.repo or os.environ.get("CKPT_DIR")
-    return Repo.open(named) if named else Repo.discover(Path.cwd())
+    return Repo.locate(named) if named else Repo.locate_above(Path.cwd())
+
+
+def open_repo(context: typer.Context) -> Repo:
+    """The repository there.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    repo = Repo(locate(context))
+    try:
+        _ = repo.config
+    except InvalidInputError as error:  # which is an error where they are needed
+        render.talk(f"warning: {error.message}")
+    return repo

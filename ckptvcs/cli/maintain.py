@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.cli.context import JsonOption, locate, open_repo
 from ckptvcs.config import get_setting
 from ckptvcs.errors import CorruptionError, InvalidInputError
+from ckptvcs.format import is_repository
 from ckptvcs.opened import FOLDER
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ckptvcs.repair import Repaired
+    from ckptvcs.store.object import ObjectId
     from ckptvcs.verify import Damage, Report
 
 
@@ -32,7 +36,7 @@ def init(
     folder = directory or context.find_root().obj.repo or Path()
     if folder.name == FOLDER:
         folder = folder.parent
-    known = (folder / FOLDER / "format").exists()
+    known = is_repository(folder / FOLDER)
     repo = Repo.init(folder, codec=codec)
     if json:
         render.as_json({"repository": str(repo.folder), "created": not known})
@@ -84,10 +88,15 @@ def verify(
     """Prove that every commit can be restored: re-hash, decode, compare."""
     if (source is not None or drop) and not repair:
         raise InvalidInputError("--from and --drop-damaged go with --repair")
+    files = Repo.mend_files(locate(context), source, drop=drop) if repair else []
     repo = open_repo(context)
     repaired = repo.repair(source, drop=drop) if repair else None
     if repaired is not None:
+        repaired.files = files
         render.talk(_repaired(repaired))
+        for ref, at in repaired.told.items():
+            where = f"at {at[:8]}" if at else "at no commit"
+            render.talk(f"note: {ref} is {where}, as far as can be told: its newest file is lost")
     with render.progress("verifying", None) as tick:
         report = repo.verify(tick, subset=subset)
     if json:
@@ -101,6 +110,8 @@ def verify(
             f"{report.files} files, {render.size(report.bytes)} read{left}: "
             + (f"{len(report.damage)} damaged" if report.damage else "all good")
         )
+        if report.loose:
+            render.talk(_loose(report.loose))
         if report.damage and repaired is None:
             render.talk("hint: 'ckpt verify --repair' saves what can be saved, --from OTHER more")
     if report.damage:
@@ -111,11 +122,19 @@ def _verified(report: Report, repaired: Repaired | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "ok": not report.damage, "packs": report.packs, "commits": report.commits,
         "tensors": report.tensors, "files": report.files, "bytes": report.bytes,
-        "left": report.left, "damage": [asdict(damage) for damage in report.damage],
+        "left": report.left, "loose": report.loose,
+        "damage": [asdict(damage) for damage in report.damage],
     }  # fmt: skip
     if repaired is not None:
         found["repaired"] = asdict(repaired)
     return found
+
+
+def _loose(names: Sequence[ObjectId]) -> str:
+    return (
+        f"note: no ref leads to {len(names)} commits, or ever did ({render.ids(names)}): they came "
+        "to nothing, or their ref is lost.\nhint: 'ckpt branch NAME ID' keeps one; gc deletes them"
+    )
 
 
 def _damage_lines(damage: Damage) -> list[str]:
@@ -124,7 +143,7 @@ def _damage_lines(damage: Damage) -> list[str]:
     name = f" ({render.printable(damage.name)})" if damage.name and shown else ""
     lines = [f"{damage.what}: {where}{damage.message}{name}"]
     if damage.commits and damage.commit is None:
-        lines.append("  commits: " + ", ".join(one[:8] for one in damage.commits))
+        lines.append("  commits: " + render.ids(damage.commits))
     if damage.tensors:
         lines.append("  tensors: " + ", ".join(map(render.printable, damage.tensors)))
     return lines
@@ -133,8 +152,8 @@ def _damage_lines(damage: Damage) -> list[str]:
 def _repaired(done: Repaired) -> str:
     return (
         f"repaired: {done.salvaged} objects salvaged, {done.remembered} remembered, "
-        f"{done.fetched} fetched, {len(done.refs)} refs mended, {len(done.dropped)} commits "
-        f"dropped, {done.packs} damaged packs deleted"
+        f"{done.fetched} fetched, {len(done.refs)} refs and {len(done.files)} files mended, "
+        f"{len(done.dropped)} commits dropped, {done.packs} damaged packs deleted"
     )
 
 

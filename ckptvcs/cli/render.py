@@ -15,6 +15,7 @@ from ckptvcs.history.log import LogEntry
 from ckptvcs.store.object import ObjectId
 
 Json = Any
+_MAX_IDS = 12  # in a line
 
 
 def is_terminal() -> bool:
@@ -106,6 +107,12 @@ def fidelity(entry: LogEntry) -> str:
     if entry.fidelity.get("model") == "exact":
         return "weights exact"
     return f"near {entry.commit.error.weight_rel:.2g}"
+
+
+def ids(names: Sequence[str]) -> str:
+    """Short ids, the first few of many."""
+    more = f" and {len(names) - _MAX_IDS} more" if len(names) > _MAX_IDS else ""
+    return ", ".join(name[:8] for name in names[:_MAX_IDS]) + more
 
 
 def metrics(values: Mapping[str, float]) -> str:

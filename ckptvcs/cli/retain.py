@@ -108,6 +108,7 @@ def gc(
         render.as_json({
             "dry_run": dry_run, "packs": sorted(plan.packs), "debris": list(plan.debris),
             "freed_bytes": plan.freed_bytes, "kept_bytes": plan.kept_bytes,
+            "loose": list(plan.loose),
             "faded": sorted({name for patch in plan.fading for name in patch.commits}),
             "commits": [
                 {"id": row.name, "step": row.commit.step, "action": row.action,
@@ -137,6 +138,9 @@ def _show(plan: GcPlan) -> None:
         render.data(f"{len(faded)} commit(s) fade to near")
     if plan.packs:
         render.data(f"{len(plan.packs)} pack(s) reached by nothing")
+    if plan.loose:
+        ids = render.ids(plan.loose)
+        render.data(f"{len(plan.loose)} commit(s) that no ref ever led to: {ids}")
     for name in plan.debris:
         render.data(f"{name}  left by a writer that is gone")
 

@@ -92,7 +92,7 @@ class Fader:
 
     def _head_line(self) -> list[ObjectId]:
         """The newest commits of HEAD's branch; without one, of that which it followed last."""
-        branch = next((move.branch for move in self._refs.reflog(HEAD) if move.branch), None)
+        branch = next((move.branch for move in self._refs.readable(HEAD) if move.branch), None)
         return self._line(self._refs.read(f"heads/{branch}") if branch else None)
 
     def _latest_line(self) -> list[ObjectId]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.fading import Fader, Patch
@@ -52,7 +52,7 @@ class Decision:
 @dataclass(frozen=True)
 class GcPlan:
     """What gc would do: decisions on commits where there are rules; patches that fade; packs with
-    their folders, debris by name, bytes in all.
+    their folders, debris by name, bytes in all; `loose` commits are on no ref, and never were.
     """
 
     decisions: tuple[Decision, ...]
@@ -62,6 +62,7 @@ class GcPlan:
     freed_bytes: int
     kept_bytes: int
     drops: tuple[LetGo, ...] = ()
+    loose: tuple[ObjectId, ...] = ()
 
 
 class Collector:
@@ -96,10 +97,13 @@ class Collector:
         debris = self._debris()
         freed = sum(store.backend.size(pack_name(folder, p)) for p, folder in packs.items())
         for name in debris:
-            with contextlib.suppress(FileNotFoundError):  # it was being deleted
+            with contextlib.suppress(FileNotFoundError, CorruptionError):  # it was being deleted
                 freed += store.backend.size(name)
         decisions = tuple(self._with_bytes(row, marked, packs) for row in rows)
-        return GcPlan(decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops))
+        loose = self._revisions.loose(set(store.ids(Kind.COMMIT)) - commits.keys())
+        return GcPlan(
+            decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops), tuple(loose)
+        )
 
     def after(self, plan: GcPlan, time: str) -> GcPlan:
         """A plan that was recorded, with what can go of the disk now."""

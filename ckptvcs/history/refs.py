@@ -7,20 +7,22 @@
 
 Each generation holds the hash of the one it was computed from.  Of two writers that computed the
 same next generation one publishes it and the other gets a ConflictError.  Nothing is ever
-overwritten or deleted, so older generations are the reflog.  Layout: docs/format.md, "Refs".
+overwritten or deleted, so older generations are the reflog.  The newest one, which no other holds
+the hash of, lies in the cache once more, so that it is missed.  Layout: docs/format.md, "Refs".
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from blake3 import blake3
 
-from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
+from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.history.canonical import load, seal, unseal
 from ckptvcs.store.backend import Backend, read_small, write_once
 from ckptvcs.store.object import ObjectId, checked_id
@@ -40,15 +42,19 @@ _RESERVED = frozenset({"HEAD", "latest"})
 @dataclass(frozen=True)
 class Generation:
     """One ref file.  `branch` is set on HEAD where it follows a branch; a tag or branch whose
-    `commit` is None has been deleted (or, for a branch, has no commit yet).
+    `commit` is None has been deleted (or, for a branch, has no commit yet).  `previous` is the hash
+    of the one it was computed from.  One that `is_lost` stands where a repair found none: its hash
+    is what the next one says, None if that is not known.
     """
 
     number: int
-    hash: str
+    hash: str | None
+    previous: str | None
     commit: ObjectId | None
     branch: str | None
     time: str
     action: str
+    is_lost: bool = False
 
 
 def check_name(name: str, what: str) -> str:
@@ -78,6 +84,20 @@ def _folder(ref: str) -> str:
     return f"refs/{space}/{_quoted(name)}"
 
 
+def _file(ref: str, number: int) -> str:
+    return f"{_folder(ref)}/{number:016}"
+
+
+def _spare(ref: str) -> str:
+    return f"cache/{_folder(ref)}"
+
+
+def follows(move: Generation, below: Generation | None) -> bool:
+    """Whether a generation was computed from the one below it, as far as can be known."""
+    own = below.hash if below else None
+    return move.previous == own or (below is not None and own is None)
+
+
 def _can_be(ref: str) -> bool:
     """Whether a ref may have such a name: none leads to another folder than its own."""
     name = ref.partition("/")[2]
@@ -96,24 +116,37 @@ class Refs:
 
         Each writer publishes the number after the newest, so that from one that was seen no more
         than the next ones need to be looked for: a folder of ten thousand takes a while to list.
+
+        Raises:
+            CorruptionError: there was a newer one.
         """
         number = self._seen.get(ref, 0)
-        if number and self._exists(ref, number):
-            while self._exists(ref, number + 1):
-                number += 1
-        else:
-            number = max(self._numbers(ref), default=0)
+        if not number or not self._exists(ref, number):
+            number = max(self.numbers(ref), default=0)
+            spare = self.spare(ref)
+            if spare is not None and spare.number > number:
+                number = spare.number
+                if not self._exists(ref, number):
+                    raise CorruptionError(
+                        f"generation {number} of '{ref}' is missing",
+                        hint="see 'ckpt verify'; if an older copy was put back, delete cache/refs",
+                    )
+        while self._exists(ref, number + 1):
+            number += 1
         if number:
             self._seen[ref] = number
         return number
 
     def _exists(self, ref: str, number: int) -> bool:
         try:
-            return self._backend.size(f"{_folder(ref)}/{number:016}") >= 0
+            return self._backend.size(_file(ref, number)) >= 0
         except FileNotFoundError:
             return False
+        except CorruptionError:
+            return True  # something is there
 
-    def _numbers(self, ref: str) -> list[int]:
+    def numbers(self, ref: str) -> list[int]:
+        """The numbers of the generations that there are, sorted."""
         folder = _folder(ref)
         names = (name.removeprefix(f"{folder}/") for name in self._backend.names(folder))
         return sorted(int(name) for name in names if _GENERATION.match(name))
@@ -122,15 +155,27 @@ class Refs:
         """The newest generation; None where the ref was never set, or cannot be.
 
         Raises:
-            CorruptionError: the newest generation is unreadable.  Older ones are not used in
-                its place: that would silently take commits back.
+            CorruptionError: the newest generation is unreadable, or missing.  Older ones are not
+                used in its place: that would silently take commits back.
         """
         number = self._newest(ref) if _can_be(ref) else 0
-        return self._read(ref, number) if number else None
+        return self.generation(ref, number) if number else None
 
-    def _read(self, ref: str, number: int) -> Generation:
-        name = f"{_folder(ref)}/{number:016}"
-        data = read_small(self._backend, name, _MAX_REF_BYTES)
+    def generation(self, ref: str, number: int) -> Generation:
+        """One generation.
+
+        Raises:
+            FileNotFoundError, CorruptionError: it is missing, or unreadable.
+        """
+        return self.parse(ref, number, self.content(ref, number))
+
+    def content(self, ref: str, number: int) -> bytes:
+        """The bytes of a generation, unproven.  Raises FileNotFoundError."""
+        return read_small(self._backend, _file(ref, number), _MAX_REF_BYTES)
+
+    def parse(self, ref: str, number: int, data: bytes) -> Generation:
+        """A generation from its bytes.  Raises CorruptionError."""
+        name = _file(ref, number)
         record = unseal(data, name, _OLD)
         commit = record.optional_text("commit")
         if record.integer("generation") != number or record.text("ref") != ref:
@@ -138,55 +183,106 @@ class Refs:
         branch = record.optional_text("branch")
         if branch is not None and not _can_be(f"heads/{branch}"):
             raise CorruptionError(f"{name} follows a branch that cannot be")
+        is_lost = record.flag("is_lost")
+        own = record.optional_text("lost") if is_lost else blake3(data).hexdigest()
         return Generation(
-            number, blake3(data).hexdigest(), None if commit is None else checked_id(commit),
-            branch, record.text("time"), record.text("action"),
+            number, own, record.optional_text("previous"),
+            None if commit is None else checked_id(commit), branch, record.text("time"),
+            record.text("action"), is_lost,
         )  # fmt: skip
 
-    def reflog(self, ref: str) -> list[Generation]:
-        """Every generation of a ref, newest first."""
-        return [self._read(ref, number) for number in reversed(self._numbers(ref))]
+    def spare(self, ref: str) -> Generation | None:
+        """The newest generation as the cache has it; None where it has none, or a damaged one."""
+        with contextlib.suppress(FileNotFoundError, CkptError):
+            data = self.spare_content(ref)
+            number = load(data, ref).integer("generation")
+            return self.parse(ref, number, data) if 0 < number <= _LAST else None
+        return None
 
-    def mend(
-        self, ref: str, commit: Callable[[Generation | None], ObjectId | None], time: str
-    ) -> None:
-        """Write the newest generation anew, which is damaged; `commit` says what it is at, from the
-        newest one below that can be read.
+    def spare_content(self, ref: str) -> bytes:
+        """Its bytes.  Raises FileNotFoundError."""
+        return read_small(self._backend, _spare(ref), _MAX_REF_BYTES)
+
+    def reflog(self, ref: str) -> list[Generation]:
+        """Every generation of a ref, newest first.  Raises CorruptionError: one is unreadable."""
+        return [self.generation(ref, number) for number in reversed(self.numbers(ref))]
+
+    def readable(self, ref: str) -> Iterator[Generation]:
+        """The generations of a ref that can be read, newest first."""
+        for number in reversed(self.numbers(ref)):
+            with contextlib.suppress(FileNotFoundError, CorruptionError):
+                yield self.generation(ref, number)
+
+    def check(self, ref: str) -> None:
+        """Raises CorruptionError where a generation is missing, changed or unreadable."""
+        numbers, newest = self.numbers(ref), self._newest(ref)
+        if numbers != list(range(1, newest + 1)) or (ref == HEAD and not newest):
+            raise CorruptionError(f"a generation of '{ref}' is missing")
+        below: Generation | None = None
+        for number in numbers:
+            move = self.generation(ref, number)
+            if not (move.is_lost or follows(move, below)):
+                raise CorruptionError(
+                    f"{_file(ref, number)} does not follow the generation before it"
+                )
+            below = move
+
+    # -- mending -------------------------------------------------------------------------------
+
+    def restore(self, ref: str, number: int, data: bytes) -> None:
+        """Put the bytes of a generation in the place of what is damaged.
 
         Raises:
             StorageError: it cannot be written.
         """
-        below = None
-        for number in reversed(self._numbers(ref)):
-            try:
-                below = self._read(ref, number)
-                break
-            except CorruptionError:
-                self._backend.delete(f"{_folder(ref)}/{number:016}")
-        self._seen.pop(ref, None)
-        at, branch = commit(below), below.branch if below else None
-        if ref == HEAD and branch is None and at is None:
-            branch = "main"
-        self.publish(ref, below, commit=at, branch=branch, time=time, action="repair")
+        self._backend.delete(_file(ref, number))
+        write_once(self._backend, _file(ref, number), data)
 
-    def check(self, ref: str) -> None:
-        """Raises CorruptionError where a generation is missing, changed or unreadable."""
-        numbers = self._numbers(ref)
-        if numbers != list(range(1, len(numbers) + 1)):
-            raise CorruptionError(f"a generation of '{ref}' is missing")
-        below: Generation | None = None
-        for number in numbers:
-            name = f"{_folder(ref)}/{number:016}"
-            record = load(read_small(self._backend, name, _MAX_REF_BYTES), name)
-            if record.optional_text("previous") != (below.hash if below else None):
-                raise CorruptionError(f"{name} does not follow the generation before it")
-            below = self._read(ref, number)
+    def mark_lost(self, ref: str, number: int, own: str | None, time: str) -> None:
+        """Say of a generation that it is lost, whose hash was `own`."""
+        self.restore(ref, number, seal({
+            "ref": ref, "generation": number, "previous": None, "commit": None, "branch": None,
+            "time": time, "action": "lost", "nonce": secrets.token_hex(8), "is_lost": True,
+            "lost": own,
+        }))  # fmt: skip
+
+    def keep_spare(self, ref: str) -> None:
+        """Put the newest generation into the cache once more, if it is not there."""
+        with contextlib.suppress(FileNotFoundError, CkptError):
+            newest, spare = self.read(ref), self.spare(ref)
+            if newest is not None and (spare is None or spare.number < newest.number):
+                self._backend.cache(_spare(ref), self.content(ref, newest.number))
+
+    def mend(
+        self, ref: str, commit: Callable[[Generation | None], ObjectId | None], time: str,
+        branch: str | None = None,
+    ) -> Generation:  # fmt: skip
+        """Write the newest generation anew, which is damaged or missing; `commit` says what it is
+        at, from the newest one below that can be read.  `branch` is what HEAD follows where nothing
+        below says so.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        self._backend.delete(_spare(ref))
+        self._seen.pop(ref, None)
+        below = None
+        for number in range(self._newest(ref), 0, -1):
+            try:
+                below = self.generation(ref, number)
+                break
+            except (CorruptionError, FileNotFoundError):
+                self._backend.delete(_file(ref, number))
+        self._seen.pop(ref, None)
+        at = commit(below)
+        if below is not None and (below.branch or at):
+            branch = below.branch
+        return self.publish(ref, below, commit=at, branch=branch, time=time, action="repair")
 
     def _follows(self, ref: str, number: int, data: bytes) -> bool:
         """Whether the next generation was computed from this one: another writer was quick."""
-        name = f"{_folder(ref)}/{number + 1:016}"
         try:
-            record = load(read_small(self._backend, name, _MAX_REF_BYTES), name)
+            record = load(self.content(ref, number + 1), ref)
         except FileNotFoundError:
             return False
         return record.optional_text("previous") == blake3(data).hexdigest()
@@ -194,10 +290,12 @@ class Refs:
     def names(self, space: str) -> list[str]:
         """The branches (`heads`) or tags (`tags`) that ever were, sorted."""
         folders = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
-        found = {unquote(folder, errors="replace"): folder for folder in folders}
+        spares = {name.split("/")[3] for name in self._backend.names(f"cache/refs/{space}")}
+        found = {unquote(folder, errors="replace"): folder for folder in folders | spares}
         return sorted(
             name for name, folder in found.items()
             if _can_be(f"{space}/{name}") and _folder(f"{space}/{name}") == f"refs/{space}/{folder}"
+            and (folder in folders or self.spare(f"{space}/{name}"))
         )  # fmt: skip
 
     def every(self) -> list[str]:
@@ -243,9 +341,10 @@ class Refs:
             hint="look at 'ckpt log' and try again",
         )
         try:
-            write_once(self._backend, f"{_folder(ref)}/{number:016}", data)
+            write_once(self._backend, _file(ref, number), data)
         except ConflictError as error:
             raise taken from error
         if self._newest(ref) != number and not self._follows(ref, number, data):
             raise taken
-        return Generation(number, blake3(data).hexdigest(), commit, branch, time, action)
+        self._backend.cache(_spare(ref), data)
+        return self.parse(ref, number, data)

@@ -7,12 +7,13 @@ main  main@2000        a branch; a step on its line         1a2b3c4d  id:1a2b   
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Set
 
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, find_metrics
 from ckptvcs.history.marking import is_whole
@@ -133,6 +134,20 @@ class Revisions:
         """
         return dict(self.reachable(sorted(self.tips().values())))
 
+    def loose(self, names: Set[ObjectId]) -> list[ObjectId]:
+        """Those of some commits that no generation of a ref leads to, as far as those can be read:
+        they came to nothing, or their generation was lost.
+        """
+        led: set[ObjectId] = set()
+        for ref in self._refs.every() if names else ():
+            for move in self._refs.readable(ref):
+                with contextlib.suppress(CorruptionError):
+                    for name in self._catalog.ids_below(move.commit):
+                        if name in led:
+                            break
+                        led.add(name)
+        return sorted(names - led)
+
     def visible(self) -> dict[ObjectId, Commit]:
         """The same without those that were dropped."""
         hidden = self._catalog.dropped().commits
@@ -179,6 +194,8 @@ class Revisions:
         found = None if text.startswith("id:") else self._named(text)
         found = found or self._prefix(text.removeprefix("id:"))
         if found is None:
+            if _HEX.match(text.removeprefix("id:").lower()):
+                self.ids()  # where a commit of the history is lost, that is what there is to say
             raise self._unknown(text)
         return found
 

@@ -126,7 +126,10 @@ class Past:
             return self._restore(name, newest, *drop, time)
         if last is None or last == 1:
             raise NotFoundError(f"there is nothing to undo on branch '{name}'")
-        before = moves[self._standing(moves, last - 1) or 1].commit
+        below = moves[self._standing(moves, last - 1) or 1]
+        before = below.commit
+        if below.is_lost or moves[last].is_lost:
+            raise ConflictError("what the branch was at before is lost", hint="see 'ckpt reflog'")
         if before is not None:
             try:
                 self._revisions.require(before)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from ckptvcs.errors import ConflictError, StorageError
+from ckptvcs.errors import ConflictError, CorruptionError, StorageError
 
 
 class Writer(Protocol):
@@ -37,21 +37,33 @@ class Backend(Protocol):
         """Every name below `folder`, in no order; nothing where the folder does not exist."""
 
     def size(self, name: str) -> int:
-        """Bytes of a file.  Raises FileNotFoundError."""
+        """Bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CorruptionError: what has its name is no file.
+            StorageError: it cannot be looked at.
+        """
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """The bytes asked for, fewer only at the end of the file.
 
         Raises:
             FileNotFoundError: there is no such file.
+            CorruptionError: what has its name is no file.
             StorageError: it cannot be read.
         """
 
     def writer(self) -> Writer:
         """Begin a new file."""
 
+    def cache(self, name: str, data: bytes) -> None:
+        """Put a file that may be lost in the place of what has its name; nothing where it cannot be
+        written.
+        """
+
     def delete(self, name: str) -> None:
-        """Remove a file; no error where there is none."""
+        """Remove a file, or what has its name; no error where there is none."""
 
 
 class MemoryBackend:
@@ -76,6 +88,9 @@ class MemoryBackend:
 
     def writer(self) -> MemoryWriter:
         return MemoryWriter(self)
+
+    def cache(self, name: str, data: bytes) -> None:
+        self.files[name] = data
 
     def delete(self, name: str) -> None:
         self.files.pop(name, None)
@@ -123,9 +138,9 @@ def read_small(backend: Backend, name: str, limit: int) -> bytes:
     """A whole file that must not be larger than `limit` bytes.
 
     Raises:
-        FileNotFoundError, StorageError: it cannot be read, or is larger.
+        FileNotFoundError, StorageError, CorruptionError: it cannot be read, is larger, or no file.
     """
     data = backend.read(name, 0, limit + 1)
     if len(data) > limit:
-        raise StorageError(f"{name} is larger than the {limit} bytes it may have")
+        raise CorruptionError(f"{name} is larger than the {limit} bytes it may have")
     return data

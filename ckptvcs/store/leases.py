@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ckptvcs.errors import BusyError, ConflictError, StorageError
+from ckptvcs.errors import BusyError, CkptError, ConflictError, CorruptionError, StorageError
 from ckptvcs.store.backend import Backend, read_small, write_once
 from ckptvcs.store.host import boot_id, host_name, is_running, process_space, started
 
@@ -60,13 +60,13 @@ def _alive(name: str, data: bytes) -> bool:
 def _holder(backend: Backend, name: str) -> bool:
     try:
         return _alive(name, read_small(backend, name, _MAX_BYTES))
-    except FileNotFoundError:
+    except (FileNotFoundError, CorruptionError):  # what is no file is nobody's
         return False
 
 
 def _who(backend: Backend, name: str) -> str:
     """Who holds a lease or mark, and what to do if he is gone and nobody here can know."""
-    with contextlib.suppress(FileNotFoundError, StorageError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(FileNotFoundError, CkptError, ValueError, KeyError, TypeError):
         fields = json.loads(read_small(backend, name, _MAX_BYTES))
         host, pid = str(fields["host"])[:64], int(fields["pid"])
         return f"process {pid} on {host!r}; if that is gone for good, delete {name}"

@@ -8,19 +8,26 @@ and the name never shows half a file.  No locks anywhere.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from ckptvcs.errors import ConflictError
+from ckptvcs.errors import ConflictError, CorruptionError
 from ckptvcs.store import disk
 from ckptvcs.store.disk import storage_error
 
 _SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
+_NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+
+
+def _no_file(name: str) -> CorruptionError:
+    return CorruptionError(f"{name} is no file: something else is in its place")
 
 
 @lru_cache(1)
@@ -52,13 +59,25 @@ class LocalBackend:
                             stack.append(name)
                         else:
                             yield name
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise storage_error(error, f"list {below}") from error
 
     def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
+        try:
+            found = (self.root / name).stat()
+        except OSError as error:
+            raise self._refused(error, name) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise _no_file(name)
+        return found.st_size
+
+    def _refused(self, error: OSError, name: str) -> Exception:
+        """What is raised where a file cannot be read: it is not there, or something else is."""
+        if isinstance(error, FileNotFoundError):
+            return _no_file(name) if (self.root / name).is_symlink() else error
+        return _no_file(name) if error.errno in _NO_FILE else storage_error(error, f"read {name}")
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         try:
@@ -72,18 +91,29 @@ class LocalBackend:
                     offset += len(part)
                     left -= len(part)
                 return parts[0] if len(parts) == 1 else b"".join(parts)
-        except FileNotFoundError:
-            raise
         except OSError as error:
-            raise storage_error(error, f"read {name}") from error
+            raise self._refused(error, name) from error
 
     def writer(self) -> LocalWriter:
         return LocalWriter(self.root)
 
+    def cache(self, name: str, data: bytes) -> None:
+        path, temporary = self.root / name, self.root / "tmp" / secrets.token_hex(16)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
     def delete(self, name: str) -> None:
         path = self.root / name
         try:
-            if path.stat().st_size < _SYNC_BYTES:
+            found = path.lstat()
+            if stat.S_ISDIR(found.st_mode):  # of which a file has to come: gc sweeps what is in it
+                disk.rename(path, self.root / "tmp" / secrets.token_hex(16))
+            elif found.st_size < _SYNC_BYTES:
                 disk.unlink(path)
             else:  # which takes a while, and nobody has to wait for
                 aside = self.root / "tmp" / secrets.token_hex(16)

@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 import zstandard
 from blake3 import blake3
@@ -263,6 +264,8 @@ def read_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
     if magic != _MAGIC:
         raise CorruptionError(f"{name} is not a pack")
     if version > VERSION:
+        if hash_pack(backend, name) != PurePosixPath(name).stem:
+            raise CorruptionError(f"{name} is damaged: its bytes have another hash")
         raise UnsupportedVersionError(
             f"{name} has pack version {version}", hint="upgrade ckptvcs to read this repository"
         )

@@ -147,7 +147,11 @@ def test_bad_settings(ckpt: Ckpt, history: Path) -> None:
     for text in ('codec = "zip"', "codec = 3", "depth = 1", "codec = ", "keyframe-depth = -1",
                  "codec = []", "keep-exact = 0.5", "keep-exact = true"):  # fmt: skip
         config.write_text(text)
-        ckpt("log", code=2)
+        ckpt("config", code=2)
+        ckpt("commit", "model.pt", code=2)
+        ckpt("gc", code=2)
+        assert "warning" in ckpt("log").err  # which needs no settings
+        ckpt("verify", code=6)
     config.write_text('codec = "excp"\nkeyframe-depth = 60\nkeep-exact = 0\n')
     train_on(history / "model.pt")
     assert not ckpt("commit", "model.pt", "--json").json["exact"]
@@ -276,3 +280,12 @@ def test_a_file_that_changes_under_the_commit(
     with pytest.raises(InvalidInputError, match="changed"):
         repo.commit_path(path, message="x")
     assert repo.log() == []
+
+
+def test_closed_streams(history: Path) -> None:
+    """Nobody reads, and no file of the repository may be taken for one of them."""
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"{sys.executable} -m ckptvcs log {closed}"
+        done = subprocess.run(command, shell=True, cwd=history, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    subprocess.run(f"{sys.executable} -m ckptvcs verify >&-", shell=True, cwd=history, check=True)

@@ -322,6 +322,7 @@ def test_gc_sweeps_debris_only(ckpt: Ckpt, history: Path) -> None:
     newest = max(branch.iterdir())
     kept = newest.read_bytes()
     newest.unlink()  # the commit at step 5 was never published
+    (store / "cache" / "refs" / "heads" / "main").unlink()
     before = disk(store / "packs")
     plan = ckpt("gc", "--dry-run", "--json").json
     assert plan["dry_run"]
