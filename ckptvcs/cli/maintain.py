@@ -132,8 +132,8 @@ def _verified(report: Report, repaired: Repaired | None) -> dict[str, Any]:
 
 def _loose(names: Sequence[ObjectId]) -> str:
     return (
-        f"note: no ref leads to {len(names)} commits, or ever did ({render.ids(names)}): they came "
-        "to nothing, or their ref is lost.\nhint: 'ckpt branch NAME ID' keeps one; gc deletes them"
+        f"note: {len(names)} commit(s) that no ref leads to, or ever did: {render.ids(names)}\n"
+        "hint: they came to nothing, or a ref is lost; 'ckpt branch NAME ID' keeps one"
     )
 
 
@@ -150,11 +150,14 @@ def _damage_lines(damage: Damage) -> list[str]:
 
 
 def _repaired(done: Repaired) -> str:
-    return (
-        f"repaired: {done.salvaged} objects salvaged, {done.remembered} remembered, "
-        f"{done.fetched} fetched, {len(done.refs)} refs and {len(done.files)} files mended, "
-        f"{len(done.dropped)} commits dropped, {done.packs} damaged packs deleted"
-    )
+    counts = {
+        "object(s) salvaged": done.salvaged, "object(s) remembered": done.remembered,
+        "object(s) fetched": done.fetched, "ref(s) mended": len(done.refs),
+        "file(s) mended": len(done.files), "commit(s) dropped": len(done.dropped),
+        "damaged pack(s) deleted": done.packs,
+    }  # fmt: skip
+    said = [f"{count} {what}" for what, count in counts.items() if count]
+    return "repaired: " + (", ".join(said) or "nothing")
 
 
 def stats(context: typer.Context, json: JsonOption = False) -> None:

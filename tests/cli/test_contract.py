@@ -326,6 +326,9 @@ def test_gc_sweeps_debris_only(ckpt: Ckpt, history: Path) -> None:
     before = disk(store / "packs")
     plan = ckpt("gc", "--dry-run", "--json").json
     assert plan["dry_run"]
+    assert plan["loose"] == ckpt("verify", "--json").json["loose"]
+    assert len(plan["loose"]) == 1
+    assert plan["loose"][0][:8] in ckpt("verify").err
     assert plan["debris"] == ["tmp/left"]
     assert disk(store / "packs") == before
     done = ckpt("gc", "--json").json
