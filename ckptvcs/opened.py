@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Self
 
@@ -32,7 +32,7 @@ from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store import disk
 from ckptvcs.store.leases import lease
-from ckptvcs.store.local import LocalBackend
+from ckptvcs.store.local import LocalBackend, refuse_links
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import ObjectStore
 from ckptvcs.store.pack import FOLDERS
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 FOLDER = ".ckpt"
 CACHE = "cache"
 CONFIG = "config.toml"
+_FOLDERS = (*FOLDERS, "refs", "leases", "marks", "tmp")
 
 
 class Opened:
@@ -55,6 +56,7 @@ class Opened:
     def __init__(self, folder: Path) -> None:
         self.folder = folder = folder.absolute()  # the working directory may change
         self.root = folder.parent
+        refuse_links(folder, *map(PurePosixPath, _FOLDERS))
         check_format(folder)
         self._backend = LocalBackend(folder)
         self.read_settings()
@@ -108,7 +110,7 @@ class Opened:
                 )
             return repo
         try:
-            for name in (*FOLDERS, "refs", "leases", "marks", "tmp", CACHE):
+            for name in (*_FOLDERS, CACHE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             disk.replace(folder / CONFIG, settings, folder / "tmp")
             refs = Refs(LocalBackend(folder))

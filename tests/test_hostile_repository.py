@@ -320,3 +320,26 @@ def test_where_a_commit_says_it_belongs(path: str, forger: Forger) -> None:
     with pytest.raises(CorruptionError):
         forger.repo.checkout_files(made, force=True)
     assert sorted(forger.repo.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["packs", "meta", "refs", "leases", "marks", "tmp"])
+def test_folders_that_are_links(name: str, forger: Forger, tmp_path: Path) -> None:
+    """What is written below them, or swept, would be somewhere else."""
+    folder, outside = forger.repo.folder, tmp_path / "outside"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(CorruptionError, match="link"):
+        Repo.open(folder)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_folders_of_refs_and_packs_that_are_links(forger: Forger, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    main = forger.repo.folder / "refs" / "heads" / "main"
+    main.rename(outside)
+    main.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(CorruptionError, match="link"):
+        forger.repo.commit({"a": [1]}, step=2)
+    assert sorted(outside.rglob("*")) == before

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ckptvcs.errors import ConflictError, CorruptionError
@@ -28,6 +28,15 @@ _NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
 def _no_file(name: str) -> CorruptionError:
     return CorruptionError(f"{name} is no file: something else is in its place")
+
+
+def refuse_links(root: Path, *folders: PurePosixPath) -> None:
+    """Raises CorruptionError where a folder is a link: somebody else may have made the repository,
+    and what is written there would be written elsewhere.
+    """
+    for folder in folders:
+        if folder.name and (root / folder).is_symlink():
+            raise CorruptionError(f"{root / folder} is a link, where a repository has a folder")
 
 
 @lru_cache(1)
@@ -134,6 +143,7 @@ class LocalWriter:
         self._unsynced = 0
         self._syncing: Future[None] | None = None
         try:
+            refuse_links(root, PurePosixPath("tmp"))
             self._path.parent.mkdir(exist_ok=True)
             self._file: BinaryIO | None = disk.create(self._path)
         except OSError as error:
@@ -159,6 +169,7 @@ class LocalWriter:
                 self._syncing.result()
             disk.sync(self._file)
             self._file.close()
+            refuse_links(self._root, *PurePosixPath(name).parents)
             disk.make_folder(target.parent)
             disk.link(self._path, target)  # crash before: debris in tmp/; after: published
             disk.sync_folder(target.parent)
