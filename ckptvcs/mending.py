@@ -23,6 +23,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.refs import HEAD, Generation, Refs, follows
 from ckptvcs.store.object import Kind, ObjectId, checked_id
 
+_MAX_GAPS = 10_000  # generations that may be missing; more are a name that somebody made up
 _ROUNDS = 1000  # commits on the way from what is known of a branch to where it may have been
 
 
@@ -113,11 +114,17 @@ class RefMender:
         """The numbers of the generations, newest first, each with the hash that the one above holds
         of it, as it is when it is asked for, and whether it is sound.
         """
-        wanted: str | None = None
-        for number in range(last, 0, -1):
+        numbers = {last, *self._refs.numbers(ref)}
+        if self._other is not None:
+            numbers |= {number for number in self._other.numbers(ref) if number <= last}
+        if last - len(numbers) < _MAX_GAPS:
+            numbers |= set(range(1, last + 1))
+        wanted, above = None, last + 1
+        for number in sorted(numbers, reverse=True):
+            wanted = wanted if number + 1 == above else None
             yield number, wanted, self._sound(ref, number, wanted) is not None
             move = self._sound(ref, number, wanted)
-            wanted = move.previous if move else None
+            wanted, above = (move.previous if move else None), number
 
     def _restore(self, ref: str, last: int) -> bool:
         """Put back the generations whose bytes are elsewhere; whether there were some."""
@@ -152,9 +159,9 @@ class RefMender:
         """Whether a branch went on here to another commit than in the copy, which had a life of its
         own then.
         """
-        if move.commit is None or self._catalog.store.contains(move.commit):
+        if below is None or move.commit is None or self._catalog.store.contains(move.commit):
             return False
-        return self._follower(below) not in (None, below.commit if below else None)
+        return self._follower(below) not in (None, below.commit)
 
     def _ahead(self, other: Refs, last: dict[str, int]) -> dict[str, int]:
         """The branches that ended above where they end here, with the generation at which they did:

@@ -12,7 +12,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.errors import CkptError, CorruptionError, StorageError
+from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.store.backend import MemoryBackend, read_small
 from ckptvcs.store.local import LocalBackend
@@ -161,7 +161,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert LocalBackend(tmp_path).read("pipe") == b""
     (tmp_path / "large").write_bytes(bytes(5000))
-    with pytest.raises(StorageError):
+    with pytest.raises(CorruptionError):
         read_small(LocalBackend(tmp_path), "large", 4096)
 
 

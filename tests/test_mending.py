@@ -449,3 +449,36 @@ def test_a_version_that_rotted_is_damage(root: Path) -> None:
         data[9] ^= 4
         pack.write_bytes(data)
     assert Snapshot.of(root) == whole
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to itself", "a link to nothing"])
+def test_no_folder_where_the_generations_were(kind: str, root: Path) -> None:
+    whole = Snapshot.of(root)
+    folder = root / "repo" / ".ckpt" / "refs" / "heads" / "main"
+    shutil.rmtree(folder)
+    if kind == "a file":
+        folder.write_text("main")
+    else:
+        folder.symlink_to("main" if "itself" in kind else "nowhere")
+    assert damage(root) == ["ref"]
+    Repo.open(root / "repo").repair(drop=True)
+    assert not damage(root)
+    assert Snapshot.of(root) == whole
+
+
+def test_a_number_that_nobody_got_to(root: Path) -> None:
+    newest = generations(root, "heads/main")[-1]
+    shutil.copy(newest, newest.with_name("9" * 16))
+    assert damage(root) == ["ref"]
+    Repo.open(root / "repo").repair(drop=True)
+    assert damage(root) in ([], ["ref"])
+
+
+def test_the_repository_itself_may_be_a_link(root: Path) -> None:
+    store = root / "repo" / ".ckpt"
+    store.rename(root / "elsewhere")
+    store.symlink_to(root / "elsewhere")
+    _flip(generations(root, "heads/main")[-1])
+    Repo.open(root / "repo").repair()
+    assert store.is_symlink()
+    assert not damage(root)

@@ -216,7 +216,8 @@ class Refs:
     def check(self, ref: str) -> None:
         """Raises CorruptionError where a generation is missing, changed or unreadable."""
         numbers, newest = self.numbers(ref), self._newest(ref)
-        if numbers != list(range(1, newest + 1)) or (ref == HEAD and not newest):
+        whole = numbers == list(range(1, len(numbers) + 1)) and newest == len(numbers)
+        if not whole or (ref == HEAD and not newest):
             raise CorruptionError(f"a generation of '{ref}' is missing")
         below: Generation | None = None
         for number in numbers:
@@ -235,6 +236,7 @@ class Refs:
         Raises:
             StorageError: it cannot be written.
         """
+        self._backend.make_way(_folder(ref))
         self._backend.delete(_file(ref, number))
         write_once(self._backend, _file(ref, number), data)
 
@@ -265,9 +267,10 @@ class Refs:
             StorageError: it cannot be written.
         """
         self._backend.delete(_spare(ref))
+        self._backend.make_way(_folder(ref))
         self._seen.pop(ref, None)
         below = None
-        for number in range(self._newest(ref), 0, -1):
+        for number in sorted({self._newest(ref), *self.numbers(ref)} - {0}, reverse=True):
             try:
                 below = self.generation(ref, number)
                 break

@@ -62,6 +62,9 @@ class Backend(Protocol):
         written.
         """
 
+    def make_way(self, folder: str) -> None:
+        """Remove what has the name of a folder, or of one above it, and is none."""
+
     def delete(self, name: str) -> None:
         """Remove a file, or what has its name; no error where there is none."""
 
@@ -91,6 +94,9 @@ class MemoryBackend:
 
     def cache(self, name: str, data: bytes) -> None:
         self.files[name] = data
+
+    def make_way(self, folder: str) -> None:
+        self.files.pop(folder, None)
 
     def delete(self, name: str) -> None:
         self.files.pop(name, None)

@@ -23,7 +23,7 @@ from ckptvcs.store import disk
 from ckptvcs.store.disk import storage_error
 
 _SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
-_NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
+_NO_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
 
 def _no_file(name: str) -> CorruptionError:
@@ -68,9 +68,9 @@ class LocalBackend:
                             stack.append(name)
                         else:
                             yield name
-            except (FileNotFoundError, NotADirectoryError):
-                continue
             except OSError as error:
+                if error.errno in _NO_FILE:  # and no folder
+                    continue
                 raise storage_error(error, f"list {below}") from error
 
     def size(self, name: str) -> int:
@@ -84,9 +84,10 @@ class LocalBackend:
 
     def _refused(self, error: OSError, name: str) -> Exception:
         """What is raised where a file cannot be read: it is not there, or something else is."""
-        if isinstance(error, FileNotFoundError):
-            return _no_file(name) if (self.root / name).is_symlink() else error
-        return _no_file(name) if error.errno in _NO_FILE else storage_error(error, f"read {name}")
+        if error.errno not in _NO_FILE:
+            return storage_error(error, f"read {name}")
+        there = os.path.lexists(self.root / name)  # else it is a folder above that is none
+        return _no_file(name) if there else FileNotFoundError(errno.ENOENT, "no such file", name)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         try:
@@ -115,6 +116,13 @@ class LocalBackend:
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+    def make_way(self, folder: str) -> None:
+        own = PurePosixPath(folder)
+        for part in (*list(own.parents)[-2::-1], own):  # not the root, which may be a link
+            path = self.root / part
+            if path.is_symlink() or not (path.is_dir() or not path.exists()):
+                self.delete(str(part))
 
     def delete(self, name: str) -> None:
         path = self.root / name
