@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ckptvcs.config import Config, mend_settings
 from ckptvcs.errors import CorruptionError, InvalidInputError, StorageError
-from ckptvcs.format import mend_format, raise_flags, require_flags
+from ckptvcs.format import mend_folders, mend_format, raise_flags, require_flags
 from ckptvcs.history.canonical import now
 from ckptvcs.history.fading import Fader
 from ckptvcs.history.retention import Policy
@@ -188,14 +188,19 @@ class Care(Opened):
             NotFoundError: there is no repository at `path`, or at `source`.
             StorageError: it cannot be written.
         """
+        from ckptvcs.mending import is_kin  # noqa: PLC0415
+
         folder, copy = cls.locate(path), None if source is None else cls.locate(source)
+        if copy is not None and not is_kin(folder, copy):
+            copy = None
         settings = None if copy is None else copy / CONFIG
+        lost = mend_folders(folder)
         with exclusive(LocalBackend(folder)):
             mended = {
                 "format": mend_format(folder, copy),
                 CONFIG: mend_settings(folder / CONFIG, settings, drop=drop),
             }
-        return [name for name, done in mended.items() if done]
+        return lost + [name for name, done in mended.items() if done]
 
     def repair(
         self, source: str | os.PathLike[str] | None = None, *, drop: bool = False
@@ -207,14 +212,15 @@ class Care(Opened):
             NotFoundError: there is no repository at `source`.
             StorageError: it cannot be written.
         """
-        from ckptvcs.mending import Copy  # noqa: PLC0415
+        from ckptvcs.mending import Copy, is_kin  # noqa: PLC0415
         from ckptvcs.repair import Repairer  # noqa: PLC0415
         from ckptvcs.verify import packs_alone  # noqa: PLC0415
 
         copy = None
         if source is not None:
             other = type(self).open(source)
-            copy = Copy(other.catalog, other.refs)
+            kin = is_kin(self.folder, other.folder)
+            copy = Copy(other.catalog, other.refs if kin else None)
         files = self.mend_files(self.folder, source, drop=drop)
         self.read_settings()
         with exclusive(self._backend), packs_alone(self.catalog) as catalog:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.codec.spec import CodecSpec, parse_codec, with_bounds
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import CkptError, InvalidInputError
 from ckptvcs.history.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store import disk
+from ckptvcs.store.backend import read_small
 from ckptvcs.store.local import LocalBackend
 
 Value = str | int | float
@@ -26,7 +27,7 @@ _LARGEST = 1e9
 _MAX_BYTES = 1 << 16
 OFF = "off"
 AUTO = "auto"
-_HINT = "mend it by hand, with 'ckpt config KEY VALUE', or see 'ckpt verify --repair'"
+_HINT = "mend it by hand, or see 'ckpt verify --repair'"
 _HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
 
 
@@ -161,9 +162,12 @@ def load_config(path: Path) -> Config:
 
 def _read(path: Path) -> str:
     try:
-        return disk.read_text(path, _MAX_BYTES)
-    except (OSError, ValueError) as error:
+        text = read_small(LocalBackend(path.parent), path.name, _MAX_BYTES).decode("utf-8")
+    except (OSError, ValueError, CkptError) as error:
         raise InvalidInputError(f"cannot read {path}: {error}", hint=_HINT) from error
+    if not text.strip():
+        raise InvalidInputError(f"{path} is empty", hint=_HINT)
+    return text
 
 
 def _parse(text: str, path: Path) -> Config:
@@ -214,7 +218,10 @@ def mend_settings(path: Path, copy: Path | None, *, drop: bool) -> bool:
             load_config(copy)
             text = _read(copy)
     if text is None and drop:
-        text = "".join(line + "\n" for line in _lines(path) if _can_be_read(line, path))
+        text = f"{_HEADING}"
+        for line in _lines(path):
+            if line.strip() and _can_be_read(f"{text}{line}\n", path):
+                text += f"{line}\n"
     if text is None:
         return False
     LocalBackend(path.parent).delete(path.name)  # which may be no file
@@ -224,14 +231,15 @@ def mend_settings(path: Path, copy: Path | None, *, drop: bool) -> bool:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_bytes()[:_MAX_BYTES].decode("utf-8", "replace").splitlines()
-    except OSError:
-        return [_HEADING.strip()]
+        data = LocalBackend(path.parent).read(path.name, 0, _MAX_BYTES)
+    except (OSError, CkptError):
+        return []
+    return data.decode("utf-8", "replace").removeprefix(_HEADING).splitlines()
 
 
-def _can_be_read(line: str, path: Path) -> bool:
+def _can_be_read(text: str, path: Path) -> bool:
     try:
-        _parse(line, path)
+        _parse(text, path)
     except InvalidInputError:
         return False
     return True

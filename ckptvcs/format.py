@@ -13,13 +13,16 @@ from typing import Any
 from ckptvcs.errors import CkptError, CorruptionError, UnsupportedVersionError
 from ckptvcs.history.canonical import CHECK, load, seal, unseal
 from ckptvcs.store import disk
+from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import read_small
 from ckptvcs.store.leases import turn
 from ckptvcs.store.local import LocalBackend
-from ckptvcs.store.pack import FOLDERS
 
 FORMAT = 1
 """The newest format that this program reads, and the one it writes."""
+
+FOLDERS = (*packs.FOLDERS, "refs", "leases", "marks", "tmp")
+"""The folders of a repository, but for the cache."""
 
 _MAX_BYTES = 1 << 16
 _MAX_ID = 64
@@ -37,7 +40,7 @@ def is_repository(folder: Path) -> bool:
     if (folder / "format").is_file():
         return True
     there = LocalBackend(folder)
-    return any(next(there.names(name), None) for name in (*FOLDERS, "refs/heads"))
+    return any(next(there.names(name), None) for name in (*packs.FOLDERS, "refs/heads"))
 
 
 def _format(folder: Path) -> dict[str, Any]:
@@ -120,9 +123,31 @@ def check_seal(folder: Path) -> None:
     unseal(data.removesuffix(b"\n"), "format", frozenset(("format", "id", "flags")))
 
 
+def read_id(folder: Path) -> str | None:
+    """The id of a repository, if it can be read."""
+    with contextlib.suppress(CkptError):
+        own = _format(folder).get("id")
+        return own if isinstance(own, str) and 0 < len(own) <= _MAX_ID else None
+    return None
+
+
+def mend_folders(folder: Path) -> list[str]:
+    """Make the folders that are missing, or are none; their names.
+
+    Raises:
+        StorageError: they cannot be made.
+    """
+    there = LocalBackend(folder)
+    lost = [name for name in FOLDERS if not (folder / name).is_dir()]
+    for name in lost:
+        there.make_way(name)
+        disk.make_folder(folder / name)
+    return lost
+
+
 def mend_format(folder: Path, copy: Path | None) -> bool:
-    """Write `format` anew where it is damaged or missing, with the id of a copy, asking for all
-    that a repository can ask for; whether it was.
+    """Write `format` anew where it is damaged or missing, with its id, or that of a copy, asking
+    for all that a repository can ask for; whether it was.
 
     Raises:
         StorageError: it cannot be written.
@@ -130,10 +155,7 @@ def mend_format(folder: Path, copy: Path | None) -> bool:
     try:
         check_seal(folder)
     except CorruptionError:
-        own: str | None = None
-        with contextlib.suppress(CkptError):
-            own = str(_format(copy).get("id"))[:_MAX_ID] if copy is not None else None
-        fields = new_format(own)
+        fields = new_format(read_id(folder) or (read_id(copy) if copy is not None else None))
         fields["flags"] = {operation: sorted(known) for operation, known in FLAGS.items()}
         LocalBackend(folder).delete("format")
         write_format(folder, fields)

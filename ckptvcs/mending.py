@@ -1,7 +1,8 @@
 """Mending refs: generations that are damaged or missing, from where their bytes can be had.
 
 spare      the newest one lies in the cache once more
-copy       another repository of the same history has them, and perhaps newer ones that are lost
+copy       another repository of the same history has them, whole refs that are lost, and perhaps
+           newer ones; the newest of a ref is believed where nothing here contradicts it
 evidence   else a branch is at the end of a line of commits that comes from the generation below, a
            pin is at the commit that it is named by, HEAD is where it was before
 let go     only when told to: a tag is as it was before, older generations are marked as lost
@@ -16,47 +17,67 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
-from ckptvcs.errors import CkptError
+from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.format import read_id
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.refs import HEAD, Generation, Refs, follows
+from ckptvcs.history.revision import Revisions
+from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object import Kind, ObjectId, checked_id
 
 _MAX_GAPS = 10_000  # generations that may be missing; more are a name that somebody made up
 _ROUNDS = 1000  # commits on the way from what is known of a branch to where it may have been
 
 
+Parents = Mapping[ObjectId, ObjectId | None]
+
+
 @dataclass(frozen=True)
 class Copy:
-    """Another repository, to take from what is damaged here."""
+    """Another repository, to take from what is damaged here; refs if it has the same history."""
 
     catalog: Catalog
-    refs: Refs
+    refs: Refs | None
 
 
 @dataclass
 class Mended:
-    """The refs that were mended; and of those whose newest generation could be had from nowhere,
-    where they are now, as far as can be told.
+    """The refs that were mended; and of those whose newest generation no hash vouches for, where
+    they are now: at a commit, or (HEAD) on a branch; as a copy has it, or as far as can be told.
     """
 
     refs: list[str] = field(default_factory=list)
-    told: dict[str, ObjectId | None] = field(default_factory=dict)
+    told: dict[str, str | None] = field(default_factory=dict)
+
+
+def is_kin(own: Path, other: Path) -> bool:
+    """Whether two repositories have the same history: by their ids, or, where one lacks it, by a
+    generation of a ref that both have; what has none left may be of any.
+    """
+    ids = read_id(own), read_id(other)
+    if None not in ids:
+        return ids[0] == ids[1]
+    ours, theirs = _generations(own), _generations(other)
+    return not ours or not ours.isdisjoint(theirs)
+
+
+def _generations(folder: Path) -> set[str | None]:
+    refs = Refs(LocalBackend(folder))
+    return {move.hash for ref in refs.every() for move in refs.readable(ref)}
 
 
 class RefMender:
     """Mends the refs of one repository, while nobody else writes."""
 
     def __init__(self, catalog: Catalog, refs: Refs, copy: Copy | None) -> None:
+        """`copy` has the same history."""
         self._catalog, self._refs = catalog, refs
-        self._other = copy.refs if copy is not None and self._is_kin(copy.catalog) else None
+        self._other = copy.refs if copy is not None else None
+        self._known: dict[str, ObjectId | None] = {}  # where each branch is known to have been
         self.done = Mended()
-
-    def _is_kin(self, other: Catalog) -> bool:
-        """Whether a copy has the same history: a commit in common, of which each is made once."""
-        own = self._catalog.store.ids(Kind.COMMIT)
-        return not set(own).isdisjoint(other.store.ids(Kind.COMMIT))
 
     def run(self, *, drop: bool) -> Mended:
         """Mend what can be mended; let go of the rest if told to.
@@ -64,20 +85,36 @@ class RefMender:
         Raises:
             StorageError: it cannot be written.
         """
-        own = {ref: self._last(ref) for ref in self._refs.every()}
+        own = {ref: self._refs.last(ref) for ref in self._refs.every()}
         last = {HEAD: 1} | {ref: number for ref, number in own.items() if number}
         if self._other is not None:
             absent = (ref for ref in self._other.every() if not own.get(ref))
             last |= self._whole(self._other, absent) | self._ahead(self._other, own)
+        for ref in own:
+            below = next(self._refs.readable(ref), None)
+            if ref.startswith("heads/") and below is not None:
+                self._known[ref] = below.commit
+        restored = {ref for ref, number in last.items() if self._restore(ref, number)}
         for ref in sorted(last, reverse=True):  # tags, pins, branches, and HEAD, which follows one
-            if self._mend(ref, last[ref], drop=drop):
+            if self._make(ref, last[ref], drop=drop) or ref in restored:
                 self.done.refs.append(ref)
         return self.done
 
-    def _last(self, ref: str) -> int:
-        """The newest generation that there is, or was."""
-        spare = self._refs.spare(ref)
-        return max(max(self._refs.numbers(ref), default=0), spare.number if spare else 0)
+    def rescue(self) -> None:
+        """Lead a branch to lines of commits that a ref led to which is lost, name and all; when all
+        else is mended, which else would know of them.
+        """
+        lost: list[ObjectId] = []
+        with contextlib.suppress(CorruptionError):
+            lost = Revisions(self._catalog, self._refs).lost_lines()
+        for name in lost:
+            there, number = set(self._refs.names("heads")), 1
+            while f"found-{number}" in there:
+                number += 1
+            ref = f"heads/found-{number}"
+            self._refs.publish(ref, None, commit=name, time=now(), action="repair")
+            self.done.refs.append(ref)
+            self.done.told[ref] = name
 
     @staticmethod
     def _whole(other: Refs, names: Iterable[str]) -> dict[str, int]:
@@ -91,13 +128,13 @@ class RefMender:
 
     # -- bytes that can be had -----------------------------------------------------------------
 
-    def _mend(self, ref: str, last: int, *, drop: bool) -> bool:
-        """Whether there was something to mend, and it was."""
-        changed = self._restore(ref, last)
+    def _make(self, ref: str, last: int, *, drop: bool) -> bool:
+        """Make what could not be put back; whether there was something."""
+        changed = False
         if self._sound(ref, last, None) is None and (drop or not ref.startswith("tags/")):
             branch = self._busiest() if ref == HEAD else None
             made = self._refs.mend(ref, partial(self._evidence, ref), now(), branch)
-            self.done.told[ref], last, changed = made.commit, made.number, True
+            self.done.told[ref], last, changed = made.branch or made.commit, made.number, True
         if drop:
             changed |= self._mark_lost(ref, last)
         return changed
@@ -134,7 +171,15 @@ class RefMender:
             if data is not None:
                 self._refs.restore(ref, number, data)
                 found = True
+                if number == last and data != self._spare(ref):
+                    move = self._refs.generation(ref, number)
+                    self.done.told[ref] = move.branch or move.commit
         return found
+
+    def _spare(self, ref: str) -> bytes | None:
+        with contextlib.suppress(CkptError, FileNotFoundError):
+            return self._refs.spare_content(ref)
+        return None
 
     def _find(self, ref: str, number: int, wanted: str | None, *, newest: bool) -> bytes | None:
         """The bytes of a generation that fit."""
@@ -144,24 +189,36 @@ class RefMender:
                 move = self._refs.parse(ref, number, data)
                 fits = move.hash == wanted if wanted else (
                     (number > 1 and below is None) or follows(move, below))  # fmt: skip
-                if fits and (is_own or not newest or not self._contradicts(move, below)):
+                if fits and (is_own or not newest or not self._contradicts(ref, move, below)):
                     return data
         return None
 
     def _candidates(self, ref: str, number: int) -> Iterator[tuple[bytes, bool]]:
-        with contextlib.suppress(CkptError, FileNotFoundError):
-            yield self._refs.spare_content(ref), True
+        spare = self._spare(ref)
+        if spare is not None:
+            yield spare, True
         if self._other is not None:
             with contextlib.suppress(CkptError, FileNotFoundError):
                 yield self._other.content(ref, number), False
 
-    def _contradicts(self, move: Generation, below: Generation | None) -> bool:
+    def _contradicts(self, ref: str, move: Generation, below: Generation | None) -> bool:
         """Whether a branch went on here to another commit than in the copy, which had a life of its
-        own then.
+        own then: to one that no other generation led to.
         """
-        if below is None or move.commit is None or self._catalog.store.contains(move.commit):
+        if below is None or not ref.startswith("heads/"):
             return False
-        return self._follower(below) not in (None, below.commit)
+        parents = self._parents()
+        known = set(_line(move.commit, parents))
+        loose = Revisions(self._catalog, self._refs).loose(parents.keys() - known)
+        return any(self._comes_from(name, ref, below.commit, parents) for name in loose)
+
+    def _comes_from(
+        self, name: ObjectId, ref: str, commit: ObjectId | None, parents: Parents
+    ) -> bool:
+        """Whether a commit's way down meets that of a ref before it meets other branches."""
+        others = {at for branch, at in self._known.items() if branch != ref}
+        met = (one for one in (*_line(name, parents), None) if one == commit or one in others)
+        return next(met, None) == commit
 
     def _ahead(self, other: Refs, last: dict[str, int]) -> dict[str, int]:
         """The branches that ended above where they end here, with the generation at which they did:
@@ -199,21 +256,21 @@ class RefMender:
         """Where a ref is whose newest generation can be had from nowhere."""
         space, _, name = ref.partition("/")
         if space == "heads":
-            return self._follower(below)
+            return self._follower(ref, below)
         if space == "pins":
             with contextlib.suppress(CkptError):
                 return checked_id(name)
         return below.commit if below else None
 
-    def _follower(self, below: Generation | None) -> ObjectId | None:
+    def _follower(self, ref: str, below: Generation | None) -> ObjectId | None:
         """The commit that a branch was at, as far as can be told: the end of a line that comes from
-        a generation's commit and that no ref leads to; else the last one on the way to the tips of
-        others.
+        a generation's commit, not by way of another branch, and that no ref leads to; else the last
+        one on the way to the tips of others.
         """
         commit = below.commit if below else None
         parents, tips = self._parents(), set(self._tips())
         ends = [name for name in parents.keys() - set(parents.values()) - self._reached(parents)
-                if commit in (None, *_line(name, parents))]  # fmt: skip
+                if self._comes_from(name, ref, commit, parents)]  # fmt: skip
         if ends:
             return max(ends, key=lambda name: self._catalog.commit(name).time)
         for _ in range(_ROUNDS):
@@ -241,7 +298,7 @@ class RefMender:
                 if move and move.commit:
                     yield move.commit
 
-    def _reached(self, parents: Mapping[ObjectId, ObjectId | None]) -> set[ObjectId]:
+    def _reached(self, parents: Parents) -> set[ObjectId]:
         return {name for tip in self._tips() for name in _line(tip, parents)}
 
     def _parents(self) -> dict[ObjectId, ObjectId | None]:
@@ -253,7 +310,7 @@ class RefMender:
         return parents
 
 
-def _line(name: ObjectId | None, parents: Mapping[ObjectId, ObjectId | None]) -> list[ObjectId]:
+def _line(name: ObjectId | None, parents: Parents) -> list[ObjectId]:
     """A commit and those below it."""
     found: list[ObjectId] = []
     while name is not None and name in parents:

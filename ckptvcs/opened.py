@@ -23,7 +23,14 @@ from ckptvcs.config import (
     set_setting,
 )  # fmt: skip
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
-from ckptvcs.format import check_format, is_repository, new_format, raise_flags, write_format
+from ckptvcs.format import (
+    FOLDERS,
+    check_format,
+    is_repository,
+    new_format,
+    raise_flags,
+    write_format,
+)
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.fading import Fader
@@ -35,7 +42,6 @@ from ckptvcs.store.leases import lease
 from ckptvcs.store.local import LocalBackend, refuse_links
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import ObjectStore
-from ckptvcs.store.pack import FOLDERS
 from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
@@ -47,7 +53,6 @@ if TYPE_CHECKING:
 FOLDER = ".ckpt"
 CACHE = "cache"
 CONFIG = "config.toml"
-_FOLDERS = (*FOLDERS, "refs", "leases", "marks", "tmp")
 
 
 class Opened:
@@ -56,7 +61,7 @@ class Opened:
     def __init__(self, folder: Path) -> None:
         self.folder = folder = folder.absolute()  # the working directory may change
         self.root = folder.parent
-        refuse_links(folder, *map(PurePosixPath, _FOLDERS))
+        refuse_links(folder, *map(PurePosixPath, FOLDERS))
         check_format(folder)
         self._backend = LocalBackend(folder)
         self.read_settings()
@@ -110,11 +115,11 @@ class Opened:
                 )
             return repo
         try:
-            for name in (*_FOLDERS, CACHE):
+            for name in (*FOLDERS, CACHE):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             disk.replace(folder / CONFIG, settings, folder / "tmp")
             refs = Refs(LocalBackend(folder))
-            if refs.read(HEAD) is None:
+            if not refs.numbers(HEAD):
                 with contextlib.suppress(ConflictError):  # another process makes it, too
                     refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
             # Before this there is no repository, after it a whole one.

@@ -20,7 +20,7 @@ from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import ERRORS, PARTS, Commit, dump_commit
 from ckptvcs.history.copying import read_sound
 from ckptvcs.history.marking import mark
-from ckptvcs.history.recipe import LetGo
+from ckptvcs.history.recipe import LetGo, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.mending import Copy, RefMender
@@ -48,7 +48,7 @@ class Repaired:
     remembered: int = 0
     fetched: int = 0
     refs: list[str] = field(default_factory=list)
-    told: dict[str, ObjectId | None] = field(default_factory=dict)
+    told: dict[str, str | None] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     dropped: dict[ObjectId, tuple[str, ...]] = field(default_factory=dict)
     packs: int = 0
@@ -70,10 +70,11 @@ class Repairer:
             StorageError: it cannot be written.
         """
         self._find_damaged()
-        self._remember()
+        self._remember(Kind.COMMIT, Kind.RECORD)
         self._salvage()
-        mended = RefMender(self._catalog, self._refs, other).run(drop=drop)
-        self.done.refs, self.done.told = mended.refs, mended.told
+        self._remember(Kind.RECIPE)
+        mender = RefMender(self._catalog, self._refs, other)
+        mender.run(drop=drop)
         if other is not None:
             self._fetch(other.catalog)
         self._discard()
@@ -81,6 +82,8 @@ class Repairer:
             self._graft()
             self._drop()
             self._delete(list(self._damaged))
+        mender.rescue()
+        self.done.refs, self.done.told = mender.done.refs, mender.done.told
         return self.done
 
     # -- objects -------------------------------------------------------------------------------
@@ -132,14 +135,20 @@ class Repairer:
         """Whether an object lies in a pack that is whole."""
         return any(p.pack not in self._damaged for p in self._catalog.store.index.known(name))
 
-    def _remember(self) -> None:
-        """Write commits, recipes and records again that only the index remembers."""
+    def _remember(self, *kinds: Kind) -> None:
+        """Write commits, records and recipes again that only the index remembers; recipes of what
+        is there.
+        """
         store, kept = self._catalog.store, self._memory.store.index
         with store.packing("meta") as pack:
-            for kind in (Kind.COMMIT, Kind.RECIPE, Kind.RECORD):
+            for kind in kinds:
                 for name in kept.ids(kind):
                     content = kept.content(name, kind)
-                    if content is not None and not self._has(name, kind):
+                    if content is None or self._has(name, kind):
+                        continue
+                    if kind != Kind.RECIPE or all(
+                        map(self._elsewhere, load_recipe(content).bundles)
+                    ):
                         pack.add(kind, content)
                         self.done.remembered += 1
         self._catalog.forget()
@@ -229,11 +238,15 @@ class Repairer:
                 if move is not None and move.commit is not None:
                     yield move.commit
 
+    def _faded(self, name: ObjectId) -> set[str]:
+        """The parts of a commit of which a record lets the exact form go."""
+        return {part for record in self._catalog.let_go(name) for part in record.parts or PARTS}
+
     def _lost_patches(self, name: ObjectId, commit: Commit) -> list[tuple[str, ObjectId]]:
         """The parts of a commit whose exact patch is gone without a record, and its table."""
         if not commit.patch_bytes:
             return []
-        faded = {part for record in self._catalog.let_go(name) for part in record.parts or PARTS}
+        faded = self._faded(name)
         return [(part, state.exact) for part, state in commit.parts.items()
                 if state.exact and part not in faded
                 and not self._catalog.has_recipe(state.exact)]  # fmt: skip
@@ -302,6 +315,7 @@ class Repairer:
             faded = {part for part, _ in self._lost_patches(name, commit)}
             faded |= {part for part, state in commit.parts.items()
                       if state.exact and not self._sound_table(state.exact)}  # fmt: skip
+            faded -= self._faded(name)
             if faded:
                 fades.setdefault(tuple(sorted(faded)), []).append(name)
         self._catalog.record([

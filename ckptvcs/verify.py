@@ -13,6 +13,7 @@ What the packs hold is found out anew, apart from the index of the repository.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from ckptvcs.budget import Budget, Checked
 from ckptvcs.chain import ChainReader
 from ckptvcs.config import load_config
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
-from ckptvcs.format import check_seal
+from ckptvcs.format import FOLDERS, check_seal
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.copying import read_sound
@@ -34,10 +35,11 @@ from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.restore import Restorer, safe_path
+from ckptvcs.store import pack as packs
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.objects import ObjectStore
-from ckptvcs.store.pack import FOLDERS, find_entries
+from ckptvcs.store.pack import find_entries
 
 _TRIES = 3
 
@@ -162,6 +164,9 @@ class Verifier:
 
     def _single_files(self) -> None:
         folder = self._cache.parent
+        for name in FOLDERS:
+            if os.path.lexists(folder / name) and not (folder / name).is_dir():
+                self._wrong("folder", CorruptionError(f"{name} is no folder"), name=name)
         for what, name, check in (
             ("format", "format", lambda: check_seal(folder)),
             ("settings", "config.toml", lambda: load_config(folder / "config.toml")),
@@ -176,7 +181,7 @@ class Verifier:
     def _files(self) -> Iterator[tuple[str, int]]:
         """The packs and their sizes."""
         backend = self._catalog.store.backend
-        for folder in FOLDERS:
+        for folder in packs.FOLDERS:
             for name in backend.names(folder):
                 try:
                     yield name, backend.size(name)
@@ -240,6 +245,10 @@ class Verifier:
                 damage.objects = damage.commits = (below,) if below else ()
         there = set(self._catalog.store.ids(Kind.COMMIT))
         self.report.loose = revisions.loose(there - found.keys())
+        with contextlib.suppress(CkptError):  # which has been said
+            for name in revisions.lost_lines():
+                lost = CorruptionError("a ref is lost: this and those below it are on none")
+                self._wrong("ref", lost, commit=name)
         return {name: commit for name, commit in found.items() if name not in hidden}
 
     def _commit(self, name: ObjectId, commit: Commit) -> None:
@@ -259,7 +268,7 @@ class Verifier:
                 continue
             infos = [restorer.schema.tensors[n] for n in restorer.schema.stored(part)]
             self._table(name, state.values, infos, self._room(state.values, infos))
-            if state.exact is not None and self._catalog.recipes(state.exact):
+            if state.exact is not None and self._catalog.has_recipe(state.exact):
                 self._table(name, state.exact, infos, NO_ROOM)
         self._patches(name, commit)
         if gone.intersection(commit.parts) or len(self.report.damage) > damaged:

@@ -482,3 +482,171 @@ def test_the_repository_itself_may_be_a_link(root: Path) -> None:
     Repo.open(root / "repo").repair()
     assert store.is_symlink()
     assert not damage(root)
+
+
+# -- what repairs must not do ----------------------------------------------------------------------
+
+
+def test_without_head_nothing_goes_on(root: Path) -> None:
+    """To take a repository for an empty one would be to sweep it."""
+    whole, store = Snapshot.of(root), root / "repo" / ".ckpt"
+    for lost in ("refs/HEAD", "refs"):
+        here = root.parent / lost.replace("/", "-")
+        shutil.copytree(root, here)
+        without_cache(here)
+        shutil.rmtree(here / "repo" / ".ckpt" / lost)
+        assert "ref" in damage(here)
+        for use in (
+            Repo.gc,
+            Repo.log,
+            lambda repo: repo.commit_path(root / "step-5.pt", message=""),
+        ):
+            with pytest.raises(CorruptionError):
+                use(Repo.open(here / "repo"))
+        done = Repo.open(here / "repo").repair()
+        assert not damage(here)
+        assert Snapshot.of(here).near.keys() == whole.near.keys()
+        if lost == "refs":  # a branch for each line, whose names are lost
+            assert [ref for ref in done.refs if "found" in ref] == ["heads/found-1"]
+    assert store.exists()
+
+
+def test_branches_that_are_gone_whole_are_missed(root: Path) -> None:
+    whole = Snapshot.of(root)
+    without_cache(root)
+    shutil.rmtree(root / "repo" / ".ckpt" / "refs" / "heads")
+    shutil.rmtree(root / "repo" / ".ckpt" / "refs" / "tags")
+    shutil.rmtree(root / "repo" / ".ckpt" / "refs" / "pins")
+    assert "ref" in damage(root)
+    with pytest.raises(CorruptionError, match="ref"):
+        Repo.open(root / "repo").gc()
+    Repo.open(root / "repo").repair()
+    assert not damage(root)
+    assert Snapshot.of(root).near.keys() == whole.near.keys()
+
+
+def test_what_was_taken_back_in_a_copy_is_not_taken_back_here(template: Path, root: Path) -> None:
+    other = root.parent / "other"
+    shutil.copytree(template, other)
+    Repo.open(other / "repo").undo()
+    made = Repo.open(root / "repo").commit_path(root / "step-5.pt", message="on")
+    _flip(generations(root, "heads/main")[-1])
+    without_cache(root)
+    done = Repo.open(root / "repo").repair(other / "repo")
+    assert done.told == {"heads/main": made.id}
+    assert Repo.open(root / "repo").resolve("main") == made.id
+
+
+def test_what_was_taken_back_here_stays_so(root: Path) -> None:
+    Repo.open(root / "repo").undo()
+    other = root.parent / "other"
+    shutil.copytree(root, other)
+    whole = Snapshot.of(root)
+    _flip(generations(root, "heads/main")[-1])
+    without_cache(root)
+    Repo.open(root / "repo").repair(other / "repo")
+    assert Snapshot.of(root) == whole
+
+
+def test_a_copy_gives_everything_back(template: Path, root: Path) -> None:
+    whole = Snapshot.of(root)
+    for lost in (("refs", "packs", "meta", "cache"), ("meta", "cache"), ("refs", "meta", "cache")):
+        here = root.parent / "-".join(lost)
+        shutil.copytree(root, here)
+        for folder in lost:
+            shutil.rmtree(here / "repo" / ".ckpt" / folder)
+        if "refs" not in lost:
+            _flip(generations(here, "heads/main")[-1])
+        Repo.mend_files(here / "repo", template / "repo")
+        Repo.open(here / "repo").repair(template / "repo")
+        assert not damage(here)
+        assert Snapshot.of(here) == whole
+
+
+def test_nothing_is_made_up_of_what_only_a_copy_has(template: Path, root: Path) -> None:
+    other = root.parent / "other"
+    shutil.copytree(template, other)
+    theirs = Repo.open(other / "repo")
+    theirs.set_ref("heads", "own", theirs.resolve(1), "branch")
+    theirs.commit_path(other / "step-5.pt", message="theirs", branch="own")
+    at = theirs.resolve("own")
+    done = Repo.open(root / "repo").repair(other / "repo")
+    assert done.told == {"heads/own": at}  # as it is there, and said
+    assert not damage(root)
+
+
+def test_each_branch_gets_its_own_commits(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    repo.set_ref("heads", "low", repo.resolve(2), "branch")
+    mine = {
+        "heads/low": repo.commit_path(root / "step-4.pt", message="low", branch="low").id,
+        "heads/main": repo.commit_path(root / "step-5.pt", message="main").id,
+    }
+    without_cache(root)
+    for ref in mine:
+        _flip(generations(root, ref)[-1])
+    assert Repo.open(root / "repo").repair().told == mine
+    assert not Repo.open(root / "repo").verify().loose
+
+
+def test_a_repository_of_another_history_gives_no_settings(root: Path) -> None:
+    other = Repo.init(root / "other")
+    other.configure("keep-exact", "0")
+    own = (root / "repo" / ".ckpt" / "config.toml").read_text()
+    (root / "repo" / ".ckpt" / "config.toml").write_text(own + "keep-all = 1\n")
+    (root / "repo" / ".ckpt" / "format").unlink()
+    assert Repo.mend_files(root / "repo", root / "other") == ["format"]
+    assert damage(root) == ["settings"]
+
+
+@pytest.mark.parametrize("text", ["", " \n", 'codec = "near"\nkeep-exact = 5\nkeep-exact = 3\n'])
+def test_settings_that_say_nothing_or_too_much(text: str, root: Path) -> None:
+    (root / "repo" / ".ckpt" / "config.toml").write_text(text)
+    assert damage(root) == ["settings"]
+    Repo.open(root / "repo").repair(drop=True)
+    assert not damage(root)
+
+
+def test_settings_that_are_a_pipe(root: Path) -> None:
+    (root / "repo" / ".ckpt" / "config.toml").unlink()
+    os.mkfifo(root / "repo" / ".ckpt" / "config.toml")
+    assert damage(root) == ["settings"]
+    Repo.open(root / "repo").repair(drop=True)
+    assert not damage(root)
+
+
+@pytest.mark.parametrize("name", ["packs", "meta", "leases", "marks", "tmp"])
+def test_files_where_folders_were(name: str, template: Path, root: Path) -> None:
+    whole = Snapshot.of(root)
+    shutil.rmtree(root / "repo" / ".ckpt" / name)
+    (root / "repo" / ".ckpt" / name).write_bytes(b"")
+    assert "folder" in damage(root)
+    Repo.mend_files(root / "repo", template / "repo")
+    Repo.open(root / "repo").repair(template / "repo")
+    assert not damage(root)
+    assert Snapshot.of(root) == whole
+
+
+def test_a_patch_whose_frames_are_lost_is_let_go_once(root: Path) -> None:
+    store = root / "repo" / ".ckpt"
+    for patch in Repo.open(root / "repo").fader().patches():
+        here = root.parent / patch.pack[:8]
+        shutil.copytree(root, here)
+        (here / "repo" / ".ckpt" / patch.folder / patch.pack[:2] / f"{patch.pack}.pack").unlink()
+        Repo.open(here / "repo").repair(drop=True)
+        assert not damage(here)
+        packs = len(Repo.open(here / "repo").catalog.store.list_packs())
+        Repo.open(here / "repo").repair(drop=True)
+        assert len(Repo.open(here / "repo").catalog.store.list_packs()) == packs
+        Repo.open(here / "repo").gc()
+        assert not damage(here)
+    assert store.exists()
+
+
+def test_an_empty_folder_in_the_place_of_a_generation(root: Path) -> None:
+    newest = generations(root, "heads/main")[-1]
+    _folder(newest)
+    without_cache(root)
+    assert damage(root) == ["ref"]
+    Repo.open(root / "repo").repair()
+    assert not damage(root)

@@ -13,6 +13,7 @@ from ckptvcs.cli.context import JsonOption, locate, open_repo
 from ckptvcs.config import get_setting
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.format import is_repository
+from ckptvcs.history.refs import HEAD
 from ckptvcs.opened import FOLDER
 from ckptvcs.repo import Repo
 
@@ -89,14 +90,21 @@ def verify(
     if (source is not None or drop) and not repair:
         raise InvalidInputError("--from and --drop-damaged go with --repair")
     files = Repo.mend_files(locate(context), source, drop=drop) if repair else []
-    repo = open_repo(context)
+    try:
+        repo = open_repo(context)
+    except CorruptionError as error:
+        if json:  # nothing more can be said of it
+            lost = {"what": "format", "message": error.message, "name": "format"}
+            render.as_json({"ok": False, "damage": [lost]})
+        raise
     repaired = repo.repair(source, drop=drop) if repair else None
     if repaired is not None:
         repaired.files = files
         render.talk(_repaired(repaired))
         for ref, at in repaired.told.items():
-            where = f"at {at[:8]}" if at else "at no commit"
-            render.talk(f"note: {ref} is {where}, as far as can be told: its newest file is lost")
+            branch = f"at branch {render.printable(at)}" if at and ref == HEAD else ""
+            where = branch or (f"at {at[:8]}" if at else "at no commit")
+            render.talk(f"note: {render.printable(ref)} is {where} now, as far as can be told")
     with render.progress("verifying", None) as tick:
         report = repo.verify(tick, subset=subset)
     if json:

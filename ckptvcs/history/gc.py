@@ -101,6 +101,11 @@ class Collector:
                 freed += store.backend.size(name)
         decisions = tuple(self._with_bytes(row, marked, packs) for row in rows)
         loose = self._revisions.loose(set(store.ids(Kind.COMMIT)) - commits.keys())
+        for name in self._revisions.lost_lines() if len(loose) > 1 else ():
+            raise CorruptionError(
+                f"no ref leads to commit {name[:8]}, which stands on others that none leads to",
+                hint="a ref is lost: see 'ckpt verify --repair'",
+            )
         return GcPlan(
             decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops), tuple(loose)
         )

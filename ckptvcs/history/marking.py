@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
-from ckptvcs.history.commit import ERRORS, Commit
+from ckptvcs.history.commit import ERRORS, PARTS, Commit
 from ckptvcs.history.recipe import Recipe
 from ckptvcs.store.object import ObjectId, PackId
 from ckptvcs.store.pack import pack_name
@@ -45,7 +45,7 @@ def mark(
             if part in gone.parts.get(name, ()):
                 continue
             tables.append((state.values, part))
-            if state.exact and state.exact not in faded and catalog.recipes(state.exact):
+            if state.exact and state.exact not in faded and _is_kept(catalog, name, part):
                 tables.append((state.exact, part))
     # Of tables that these stand on, only frames are read: their hashes prove nothing here.
     marked.objects |= {table for table, _ in tables}
@@ -54,6 +54,15 @@ def mark(
         lost |= {name for name in marked.objects if not catalog.store.contains(name)}
     marked.objects |= bases(catalog, marked.objects - (lost or set()), lost)
     return marked
+
+
+def _is_kept(catalog: Catalog, name: ObjectId, part: str) -> bool:
+    """Whether the exact patch of a part is there, or should be."""
+    exact = catalog.commit(name).parts[part].exact
+    if exact is None or catalog.has_recipe(exact):
+        return exact is not None
+    faded = any(part in (record.parts or PARTS) for record in catalog.let_go(name))
+    return bool(catalog.recipes(exact)) and not faded
 
 
 def is_whole(catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped) -> bool:

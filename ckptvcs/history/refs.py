@@ -33,6 +33,7 @@ _OLD = frozenset(  # fields of generations that have no check
     ("ref", "generation", "previous", "commit", "branch", "time", "action", "nonce")
 )
 _LAST = 10**16 - 1
+_MOST = 10**9  # moves of a ref, that somebody may be believed to have made
 _GENERATION = re.compile(r"[0-9]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}\Z")
 _MAX_FILE_NAME = 255
@@ -135,6 +136,22 @@ class Refs:
             number += 1
         if number:
             self._seen[ref] = number
+        elif ref == HEAD or self._is_file(_folder(ref)):
+            raise CorruptionError(f"all of '{ref}' is missing", hint="see 'ckpt verify --repair'")
+        return number
+
+    def _is_file(self, name: str) -> bool:
+        try:
+            return self._backend.size(name) >= 0
+        except (FileNotFoundError, CorruptionError):  # a folder
+            return False
+
+    def last(self, ref: str) -> int:
+        """The number of the newest generation that there is, damaged or not, or was."""
+        spare = self.spare(ref)
+        number = max([0, *self.numbers(ref), spare.number if spare else 0])
+        while self._exists(ref, number + 1):
+            number += 1
         return number
 
     def _exists(self, ref: str, number: int) -> bool:
@@ -196,7 +213,7 @@ class Refs:
         with contextlib.suppress(FileNotFoundError, CkptError):
             data = self.spare_content(ref)
             number = load(data, ref).integer("generation")
-            return self.parse(ref, number, data) if 0 < number <= _LAST else None
+            return self.parse(ref, number, data) if 0 < number <= _MOST else None
         return None
 
     def spare_content(self, ref: str) -> bytes:
@@ -215,9 +232,9 @@ class Refs:
 
     def check(self, ref: str) -> None:
         """Raises CorruptionError where a generation is missing, changed or unreadable."""
-        numbers, newest = self.numbers(ref), self._newest(ref)
-        whole = numbers == list(range(1, len(numbers) + 1)) and newest == len(numbers)
-        if not whole or (ref == HEAD and not newest):
+        newest = self._newest(ref)  # before the others: more may come
+        numbers = [number for number in self.numbers(ref) if number <= newest]
+        if numbers != list(range(1, len(numbers) + 1)) or newest != len(numbers):
             raise CorruptionError(f"a generation of '{ref}' is missing")
         below: Generation | None = None
         for number in numbers:
@@ -270,7 +287,7 @@ class Refs:
         self._backend.make_way(_folder(ref))
         self._seen.pop(ref, None)
         below = None
-        for number in sorted({self._newest(ref), *self.numbers(ref)} - {0}, reverse=True):
+        for number in sorted({self.last(ref), *self.numbers(ref)} - {0}, reverse=True):
             try:
                 below = self.generation(ref, number)
                 break

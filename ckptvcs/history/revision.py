@@ -148,6 +148,19 @@ class Revisions:
                         led.add(name)
         return sorted(names - led)
 
+    def lost_lines(self) -> list[ObjectId]:
+        """The ends of lines of two and more commits that no generation of a ref ever led to.  One
+        may have come to nothing; what another stands on was led to, by a ref that is lost.
+
+        Raises:
+            CorruptionError: a ref is unreadable, or a commit is lost.
+        """
+        loose = self.loose(set(self._catalog.store.ids(Kind.COMMIT)) - self.ids())
+        above = {name: self._catalog.commit(name).parents[:1] for name in loose}
+        under = {name for parents in above.values() for name in parents}
+        return [name for name in loose if name not in under and under.intersection(loose)
+                and set(above[name]).intersection(loose)]  # fmt: skip
+
     def visible(self) -> dict[ObjectId, Commit]:
         """The same without those that were dropped."""
         hidden = self._catalog.dropped().commits

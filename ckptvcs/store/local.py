@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -112,6 +113,8 @@ class LocalBackend:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
             temporary.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
