@@ -54,14 +54,14 @@ class Mended:
 
 
 def is_kin(own: Path, other: Path) -> bool:
-    """Whether two repositories have the same history: by their ids, or, where one lacks it, by a
-    generation of a ref that both have; what has none left may be of any.
+    """Whether two repositories have the same history: by their ids, which may be damaged, or by a
+    generation of a ref that both have; what has neither left may be of any.
     """
     ids = read_id(own), read_id(other)
-    if None not in ids:
-        return ids[0] == ids[1]
-    ours, theirs = _generations(own), _generations(other)
-    return not ours or not ours.isdisjoint(theirs)
+    if None not in ids and ids[0] == ids[1]:
+        return True
+    ours = _generations(own)
+    return not ours.isdisjoint(_generations(other)) or (not ours and ids[0] is None)
 
 
 def _generations(folder: Path) -> set[str | None]:
@@ -132,7 +132,7 @@ class RefMender:
         """Make what could not be put back; whether there was something."""
         changed = False
         if self._sound(ref, last, None) is None and (drop or not ref.startswith("tags/")):
-            branch = self._busiest() if ref == HEAD else None
+            branch = self._main() if ref == HEAD else None
             made = self._refs.mend(ref, partial(self._evidence, ref), now(), branch)
             self.done.told[ref], last, changed = made.branch or made.commit, made.number, True
         if drop:
@@ -281,14 +281,16 @@ class RefMender:
             commit = found[0]
         return commit
 
-    def _busiest(self) -> str:
-        """The branch that was moved last."""
+    def _main(self) -> str:
+        """The branch that is to be followed where nothing says which was: main, or what was moved
+        last.
+        """
         moves = {}
         for branch in self._refs.names("heads"):
             with contextlib.suppress(CkptError):
                 move = self._refs.read(f"heads/{branch}")
                 moves[branch] = move.time if move and move.commit else ""
-        return max(moves, key=lambda branch: moves[branch], default="main")
+        return max(moves, key=lambda branch: (branch == "main", moves[branch]), default="main")
 
     def _tips(self) -> Iterator[ObjectId]:
         """The commits that branches are at which can be read."""

@@ -11,9 +11,11 @@ Nothing is believed that is not proven by its id or by the hashes of its slices.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from ckptvcs.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog, Dropped
@@ -115,13 +117,32 @@ class Repairer:
 
     def _salvage(self) -> None:
         """Copy what is sound in damaged packs and lies nowhere else.  An exact patch is no good in
-        pieces, and cannot be proven but as a whole.
+        pieces, and cannot be proven but as a whole, by what it decodes to.
         """
         for pack, folder in self._damaged.items():
-            entries = self._entries(pack, folder)
-            if not any(entry.id in self._catalog.patches() for entry in entries):
+            entries, patches = self._entries(pack, folder), self._catalog.patches()
+            exact = [patches[entry.id] for entry in entries if entry.id in patches]
+            if not exact:
                 rows = self._sound(pack, folder, entries)
                 self.done.salvaged += self._copy(rows, folder)
+            elif all(map(self._decodes, exact)):
+                places = [Place(pack, folder, entry) for entry in entries]
+                rows = ((p.entry, *self._catalog.store.read_record(p)) for p in places
+                        if not self._elsewhere(p.entry.id))  # fmt: skip
+                self.done.salvaged += self._copy(rows, folder)
+
+    def _decodes(self, exact: ObjectId) -> bool:
+        """Whether exact values of a commit come out as their hashes say."""
+        chain = ChainReader(self._catalog)
+        for name in self._catalog.commits_of_exact(exact):
+            with contextlib.suppress(CkptError):
+                commit = self._catalog.commit(name)
+                schema = self._catalog.schema(commit.schema)
+                (part,) = (part for part, state in commit.parts.items() if state.exact == exact)
+                for position, number in enumerate(schema.stored(part)):
+                    deque(chain.slices(exact, position, schema.tensors[number]), 0)
+                return True
+        return False
 
     def _sound(self, pack: PackId, folder: str, entries: Iterable[Entry]) -> Iterator[Record]:
         store = self._catalog.store

@@ -225,7 +225,9 @@ class Verifier:
                 self._refs.check(name)
                 self._refs.keep_spare(name)
             except CkptError as error:
-                self._wrong("ref", error, name=name)
+                damage, spare = self._wrong("ref", error, name=name), self._refs.spare(name)
+                if name not in roots and spare is not None and spare.commit is not None:
+                    damage.commits = (spare.commit,)  # which nobody gets to by that ref
         return roots
 
     def _reachable(self) -> dict[ObjectId, Commit]:
@@ -242,7 +244,11 @@ class Verifier:
                     found[name], below = commit, next(iter(commit.parents), None)
             except CkptError as error:
                 damage = self._wrong("commit", error, commit=below, name=origin)
-                damage.objects = damage.commits = (below,) if below else ()
+                known = {move.commit for move in self._refs.readable(origin) if move.commit}
+                below_too = sorted(n for n in known if not self._catalog.store.contains(n))
+                damage.objects = damage.commits = tuple(
+                    dict.fromkeys([*([below] if below else ()), *below_too])
+                )
         there = set(self._catalog.store.ids(Kind.COMMIT))
         self.report.loose = revisions.loose(there - found.keys())
         with contextlib.suppress(CkptError):  # which has been said

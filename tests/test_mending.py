@@ -650,3 +650,14 @@ def test_an_empty_folder_in_the_place_of_a_generation(root: Path) -> None:
     assert damage(root) == ["ref"]
     Repo.open(root / "repo").repair()
     assert not damage(root)
+
+
+def test_a_patch_in_a_pack_that_grew_is_saved(root: Path) -> None:
+    whole = Snapshot.of(root)
+    for patch in Repo.open(root / "repo").fader().patches():
+        pack = root / "repo" / ".ckpt" / patch.folder / patch.pack[:2] / f"{patch.pack}.pack"
+        pack.write_bytes(pack.read_bytes() + b"more")
+    without_cache(root)
+    Repo.open(root / "repo").repair(drop=True)
+    assert not damage(root)
+    assert Snapshot.of(root) == whole

@@ -94,8 +94,10 @@ def verify(
         repo = open_repo(context)
     except CorruptionError as error:
         if json:  # nothing more can be said of it
-            lost = {"what": "format", "message": error.message, "name": "format"}
-            render.as_json({"ok": False, "damage": [lost]})
+            from ckptvcs.verify import Damage, Report  # noqa: PLC0415  only here
+
+            lost = Damage("format", error.message, name="format")
+            render.as_json(_verified(Report(damage=[lost]), None))
         raise
     repaired = repo.repair(source, drop=drop) if repair else None
     if repaired is not None:
