@@ -11,8 +11,13 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, locate, open_repo
 from ckptvcs.config import get_setting
-from ckptvcs.errors import CorruptionError, InvalidInputError
-from ckptvcs.format import is_repository
+from ckptvcs.errors import (
+    CkptError,
+    CorruptionError,
+    InvalidInputError,
+    UnsupportedVersionError,
+)  # fmt: skip
+from ckptvcs.format import check_seal, is_repository
 from ckptvcs.history.refs import HEAD
 from ckptvcs.opened import FOLDER
 from ckptvcs.repo import Repo
@@ -92,12 +97,8 @@ def verify(
     files = Repo.mend_files(locate(context), source, drop=drop) if repair else []
     try:
         repo = open_repo(context)
-    except CorruptionError as error:
-        if json:  # nothing more can be said of it
-            from ckptvcs.verify import Damage, Report  # noqa: PLC0415  only here
-
-            lost = Damage("format", error.message, name="format")
-            render.as_json(_verified(Report(damage=[lost]), None))
+    except (CorruptionError, UnsupportedVersionError) as error:
+        _say_unopened(locate(context), error, json=json)
         raise
     repaired = repo.repair(source, drop=drop) if repair else None
     if repaired is not None:
@@ -126,6 +127,27 @@ def verify(
             render.talk("hint: 'ckpt verify --repair' saves what can be saved, --from OTHER more")
     if report.damage:
         raise typer.Exit(CorruptionError.exit_code)
+
+
+def _say_unopened(folder: Path, error: CkptError, *, json: bool) -> None:
+    """All that can be said of a repository that cannot be opened.
+
+    Raises:
+        CorruptionError: it is not of a newer program, as it says, but damaged.
+    """
+    from ckptvcs.verify import Damage, Report  # noqa: PLC0415  see above
+
+    damage: CkptError | None = error if isinstance(error, CorruptionError) else None
+    try:
+        check_seal(folder)
+    except CorruptionError as found:
+        damage = damage or found
+    if damage is not None:
+        if json:
+            lost = Damage("format", damage.message, name="format")
+            render.as_json(_verified(Report(damage=[lost]), None))
+        if damage is not error:
+            raise damage from error
 
 
 def _verified(report: Report, repaired: Repaired | None) -> dict[str, Any]:

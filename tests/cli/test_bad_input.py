@@ -289,3 +289,20 @@ def test_closed_streams(history: Path) -> None:
         done = subprocess.run(command, shell=True, cwd=history, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
     subprocess.run(f"{sys.executable} -m ckptvcs verify >&-", shell=True, cwd=history, check=True)
+
+
+def test_a_format_that_rotted_is_not_a_newer_one(ckpt: Ckpt, history: Path) -> None:
+    path = history / ".ckpt" / "format"
+    for old, new in (('"format":1', '"format":3'), ('"near"', '"neas"')):
+        good = path.read_text()
+        path.write_text(good.replace(old, new))
+        assert path.read_text() != good
+        found = ckpt("verify", "--json", code=6).json
+        assert [one["what"] for one in found["damage"]] == ["format"]
+        ckpt("verify", "--repair")
+        assert ckpt("verify", "--json").json["ok"]
+    path.unlink()
+    assert not ckpt("verify", "--json", code=6).json["ok"]
+    ckpt("log", code=6)
+    ckpt("verify", "--repair")
+    ckpt("log")
