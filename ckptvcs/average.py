@@ -25,7 +25,8 @@ from ckptvcs.extract import Bytes, PartReader, Window, windows
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.schema import Op, Schema, Skeleton
-from ckptvcs.restore import Progress, Restorer, SkeletonSource
+from ckptvcs.restore import Progress, Restorer
+from ckptvcs.skeletons import SkeletonSource
 from ckptvcs.store.object import ObjectId
 from ckptvcs.trajectory import Trajectory
 
@@ -141,7 +142,7 @@ class Averaged(Restorer):
             tensor = self.schema.tensors[argument].size_bytes if op == Op.TENSOR else 0
             length += 4 if op == Op.CRC32 else max(tensor, len(data))
         if changed and file.format == "torch-zip":
-            source = SkeletonSource(self, skeleton)
+            source = SkeletonSource(self.schema, self.tensor, skeleton)
             layout = torchzip.parse(source, checksums=torchzip.Checksums.SMALL)
             for mark in layout.checksums if layout else ():
                 found = layout.tensors[mark.tensor] if layout else None

@@ -91,17 +91,18 @@ class CachedTable(Materialised):
         self._proven: dict[int, bool] = {}
         self._locks = [Lock() for _ in infos]
 
-    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
-        info = self._infos[tensor]
+    def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
+        start = number * SLICE_WORDS * word
         if out is None:
             with self._locks[tensor]:
                 if tensor not in self._proven:
                     self._proven[tensor] = self._prove(tensor)
             if not self._proven[tensor]:
                 return None
-            out = np.empty(slice_counts(info.words)[number], word_type(info.type.word))
+            left = (self._infos[tensor].size_bytes - start) // word
+            out = np.empty(min(SLICE_WORDS, left), word_type(word))
         with contextlib.suppress(OSError):  # another process may have deleted it meanwhile
-            at = self._starts[tensor] + number * SLICE_WORDS * info.type.word
+            at = self._starts[tensor] + start
             if self._read(at, octets(out)) == out.nbytes:
                 return out
         return None
@@ -194,7 +195,7 @@ class BaseTensor:
 
     def __init__(self, chain: ChainReader, values: ObjectId, tensor: int, info: TensorInfo) -> None:
         self.values, self.tensor, self.info = values, tensor, info
-        self._chain, self._links = chain, chain.links(values, tensor)
+        self._chain, self._links = chain, chain.links(values, tensor, info)
 
     def prove(self) -> None:
         """Check that it is what was recorded, unless it is at hand, and known to be.
@@ -202,10 +203,17 @@ class BaseTensor:
         Raises:
             CorruptionError: the chain does not decode to what is recorded.
         """
-        done = self._links[-1].done
-        if self.info.words and (done is None or done[0].slice(done[1], 0) is None):
+        done, word = self._links[-1].done, self.info.type.word
+        if self.info.words and (done is None or done[0].slice(done[1], 0, word) is None):
             for _ in self._chain.slices(self.values, self.tensor, self.info):
                 pass
+            self._links = self._chain.links(self.values, self.tensor, self.info)
+
+    def is_cut_alike(self) -> bool:
+        """Whether its own frame, which may be that of another tensor of the same bytes, has words
+        of the same size, so that slices of a frame upon it stand on slices of it.
+        """
+        return self._links[-1].type.word == self.info.type.word
 
     @property
     def depth(self) -> int:
@@ -284,12 +292,13 @@ class HeldTable(Materialised):
     def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
         self._held, self._infos = held, infos
 
-    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
+    def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         info = self._infos[tensor]
         slices = self._held.tensors.get(info.name)
         words = slices[number] if slices is not None and number < len(slices) else None
-        known = words is not None and words.size == slice_counts(info.words)[number]
-        return words if known else None
+        if words is None or word != info.type.word or words.itemsize != word:
+            return None
+        return words if words.size == slice_counts(info.words)[number] else None
 
 
 class SharedTable(HeldTable):
@@ -299,8 +308,8 @@ class SharedTable(HeldTable):
         super().__init__(held, infos)
         self._values = values
 
-    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
-        words = super().slice(tensor, number, out)
+    def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
+        words = super().slice(tensor, number, word, out)
         # A writer takes the name away before it replaces anything.
         return words if self._held.values == self._values else None
 

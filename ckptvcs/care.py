@@ -154,7 +154,7 @@ class Care(Opened):
     def _rekey(self, progress: Progress) -> None:
         from ckptvcs.rekey import Rekeyer  # noqa: PLC0415
 
-        raise_flags(self.folder, "read", "near", "near-2")
+        raise_flags(self.folder, "read", "near", "near-2", "types")
         cache = self.folder / CACHE / "bases"
         Rekeyer(self.catalog, cache, self.config.keyframe_depth, progress).run(
             self.revisions.visible()

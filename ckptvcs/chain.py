@@ -9,6 +9,7 @@ hash in its bundle; every tensor decoded is checked against its hash in the tabl
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +19,8 @@ from blake3 import blake3
 
 from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.errors import CorruptionError, TruncatedError
+from ckptvcs.dtypes import DTYPES, DType
+from ckptvcs.errors import CkptError, CorruptionError, TruncatedError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.recipe import NO_HASH, Frame, slice_hash
 from ckptvcs.history.schema import TensorInfo
@@ -26,15 +28,31 @@ from ckptvcs.store.object import ObjectId
 
 MAX_DEPTH = 4096
 _PATCH = bytes([PATCH])
-_MASTER = TensorInfo("", "F32", (), "model", "weight")
+_MASTER = DTYPES["F32"]
+_MAX_CHANGES = 4  # of the word size along a chain; each may make decoding eight times as slow
+_KINDS = ("U8", "U16", "BF16", "F16", "U32", "F32", "U64", "F64")
+"""One type for each way in which frames are decoded."""
+
+Types = dict[tuple[ObjectId, int], str]
+"""The element types of frames that name none, by bundle and number."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A frame on the way to a tensor, and the hash of what it decodes to, where that is known."""
+
+    place: tuple[ObjectId, int]
+    frame: Frame
+    expected: bytes | None
 
 
 class Materialised(Protocol):
     """The tensors of a table of values, decoded and proven already."""
 
-    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
-        """One slice of a tensor, not to be changed; None where it is not there after all.  With
-        `out` it may come in that, and it is the caller who proves it.
+    def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
+        """Slice `number` of a tensor, cut into words of `word` bytes, not to be changed; None where
+        it is not there after all.  With `out` it may come in that, and it is the caller who proves
+        it.
         """
 
     def stays(self, tensor: int) -> bool:
@@ -48,12 +66,13 @@ Materials = Callable[[ObjectId], Materialised | None]
 
 @dataclass(frozen=True)
 class Link:
-    """One frame of a chain: its bundle, the chain that ends in its companion, and the tensor it
-    decodes to where that is at hand.
+    """One frame of a chain: its bundle, the element type it was encoded as, the chain that ends in
+    its companion, and the tensor it decodes to where that is at hand.
     """
 
     bundle: ObjectId
     frame: Frame
+    type: DType
     companion: tuple[Link, ...] = ()
     done: tuple[Materialised, int] | None = None
 
@@ -63,41 +82,50 @@ class ChainReader:
 
     def __init__(self, catalog: Catalog, materials: Materials = lambda _: None) -> None:
         self._catalog, self._materials = catalog, materials
+        self._types: Types = {}
 
-    def links(self, values: ObjectId, tensor: int) -> list[Link]:
+    def links(self, values: ObjectId, tensor: int, info: TensorInfo) -> list[Link]:
         """The frames a tensor is decoded from, the keyframe first, or what is at hand to stay.
 
         Raises:
-            CorruptionError: a frame does not stand on one that is less deep.
+            CorruptionError: a frame does not stand on one that is less deep, or has a type that
+                the bytes of the tensor cannot have.
         """
-        return self._chain(*self._catalog.frame(values, tensor), self._done(values, tensor))
+        chain = self._chain(*self._catalog.place(values, tensor), info.type, (values, tensor))
+        _check_types(chain, info)
+        return chain
 
     def _done(self, values: ObjectId, tensor: int) -> tuple[Materialised, int] | None:
         found = self._materials(values)
         return None if found is None else (found, tensor)
 
     def _chain(
-        self, bundle: ObjectId, frame: Frame, done: tuple[Materialised, int] | None,
+        self, bundle: ObjectId, number: int, asked: DType, at: tuple[ObjectId, int] | None,
         *, beside: bool = False,
     ) -> list[Link]:  # fmt: skip
-        """The chain that ends in a frame of a bundle; one `beside` another has no companions."""
+        """The chain that ends in a frame of a bundle; one `beside` another has no companions.  A
+        frame that names no type has the one `asked` for: that of the tensor, or of the frame above.
+        """
         chain: list[Link] = []
         limit = MAX_DEPTH
         while True:
+            frame = self._catalog.frame_at(bundle, number)
             if frame.depth > limit:
                 raise CorruptionError(f"bundle {bundle[:8]} stands on a frame that is not below it")
+            dtype = frame.dtype or self._types.get((bundle, number))
+            asked = DTYPES[dtype] if dtype else asked
             companion: list[Link] = []
             if frame.companion is not None:
                 if beside:
                     raise CorruptionError(f"bundle {bundle[:8]} names companions in turn")
-                other = self._catalog.bundle(bundle)[frame.companion]
-                companion = self._chain(bundle, other, None, beside=True)
-            chain.append(Link(bundle, frame, tuple(companion), done))
+                # Only masters of rounded copies stand on frames themselves, and those are F32.
+                companion = self._chain(bundle, frame.companion, _MASTER, None, beside=True)
+            done = None if at is None else self._done(*at)
+            chain.append(Link(bundle, frame, asked, tuple(companion), done))
             if frame.base is None or (done is not None and done[0].stays(done[1])):
                 return chain[::-1]
-            limit = frame.depth - 1
-            done = self._done(*frame.base)
-            bundle, frame = self._catalog.frame(*frame.base)
+            limit, at = frame.depth - 1, frame.base
+            bundle, number = self._catalog.place(*at)
 
     def require_slices(self, values: ObjectId, tensor: int, info: TensorInfo) -> None:
         """Prove, before room is made for a tensor, that it has a frame of as many slices.
@@ -106,7 +134,8 @@ class ChainReader:
             CorruptionError: it has none; a schema may claim any size.
         """
         bundle, frame = self._catalog.frame(values, tensor)
-        if len(frame.slices) != -(-info.words // SLICE_WORDS):
+        types = [DTYPES[frame.dtype]] if frame.dtype else DTYPES.values()
+        if not any(has_slices(frame, info.size_bytes, dtype) for dtype in types):
             raise CorruptionError(
                 f"bundle {bundle[:8]} has another number of slices of {info.name}"
             )
@@ -114,6 +143,80 @@ class ChainReader:
     def depth(self, values: ObjectId, tensor: int) -> int:
         """How many frames lie below a tensor's own."""
         return self._catalog.frame(values, tensor)[1].depth
+
+    def heal(self, values: ObjectId, tensor: int, info: TensorInfo) -> bool:
+        """Find out, by the hashes of what they decode to, of which types the frames of a tensor are
+        that name none: a program of before `dtype` took frames over from tensors of another type
+        with the same bytes.  Whether the types are others than were assumed.
+        """
+        found = self._find_types(self._path(values, tensor), info)
+        news = {place: name for place, name in found.items() if self._types.get(place) != name}
+        self._types |= news
+        return bool(news)
+
+    def _path(self, values: ObjectId, tensor: int) -> list[_Stage]:
+        """The frames below a tensor and its own, the keyframe first."""
+        path: list[_Stage] = []
+        at: tuple[ObjectId, int] | None = (values, tensor)
+        limit = MAX_DEPTH
+        while at is not None:
+            bundle, number = self._catalog.place(*at)
+            frame = self._catalog.frame_at(bundle, number)
+            if frame.depth > limit:
+                return []  # it is damaged in another way
+            limit = frame.depth - 1
+            expected: bytes | None = None
+            with contextlib.suppress(CkptError):  # of commits that were dropped tables may be gone
+                expected = self._catalog.value(*at)
+            path.append(_Stage((bundle, number), frame, expected))
+            at = frame.base
+        return path[::-1]
+
+    def _find_types(self, path: list[_Stage], info: TensorInfo) -> dict[tuple[ObjectId, int], str]:
+        """Types with which all stages decode to their hashes, by frame; none if there are none."""
+        if not path or path[-1].expected is None or all(stage.frame.dtype for stage in path):
+            return {}
+        open_ = [self._options(path[0], info, None)]
+        chosen: list[str] = []
+        while open_:
+            option = next(open_[-1], None)
+            if option is None:
+                open_.pop()
+                del chosen[-1:]
+                continue
+            chosen[len(open_) - 1 :] = [option[0]]
+            if len(chosen) == len(path):
+                return {
+                    stage.place: name
+                    for stage, name in zip(path, chosen, strict=True) if stage.frame.dtype is None
+                }  # fmt: skip
+            open_.append(self._options(path[len(chosen)], info, option[1]))
+        return {}
+
+    def _options(
+        self, stage: _Stage, info: TensorInfo, below: bytes | None
+    ) -> Iterator[tuple[str, bytes]]:
+        """The types as which a frame decodes to its hash, where that is known, and the bytes."""
+        names = [stage.frame.dtype] if stage.frame.dtype else [info.dtype, *_KINDS]
+        for name in dict.fromkeys(names):
+            if has_slices(stage.frame, info.size_bytes, DTYPES[name]):
+                with contextlib.suppress(CorruptionError):
+                    data = self._decode_stage(stage, DTYPES[name], info.size_bytes, below)
+                    if stage.expected in (None, blake3(data).digest()):
+                        yield name, data
+
+    def _decode_stage(self, stage: _Stage, dtype: DType, size: int, below: bytes | None) -> bytes:
+        bundle, frame = stage.place[0], stage.frame
+        companion: tuple[Link, ...] = ()
+        if frame.companion is not None:
+            companion = tuple(self._chain(bundle, frame.companion, _MASTER, None, beside=True))
+        link = Link(bundle, frame, dtype, companion)
+        words = None if below is None else np.frombuffer(below, word_type(dtype.word))
+        parts = []
+        for number, count in enumerate(slice_counts(size // dtype.word)):
+            base = None if words is None else words[number * SLICE_WORDS :][:count]
+            parts.append(octets(self._apply(link, number, count, base, None, own=False)))
+        return b"".join(parts)
 
     def _slice_bytes(self, bundle: ObjectId, frame: Frame, number: int) -> memoryview:
         if number >= len(frame.slices):
@@ -134,35 +237,66 @@ class ChainReader:
         """Slice `number` of a tensor, `count` words, not yet proven by the tensor's hash; in `out`,
         if there is one.
         """
-        words, first = None, 0
+        word = info.type.word
+        if any(link.type.word != word for link in chain):
+            return _placed(self._cut(chain, info.size_bytes, word, number), out)
+        return _placed(self._run(chain, number, count, word, None, out), out)
+
+    def _run(
+        self, chain: Sequence[Link], number: int, count: int, word: int, base: Words | None,
+        out: Words | None = None,
+    ) -> Words:  # fmt: skip
+        """A slice of the end of a chain whose frames are of one word size, from the words that its
+        first frame stands on, or from what is at hand.
+        """
+        words, first = base, 0
         for place in range(len(chain) - 1, -1, -1):
             done = chain[place].done
-            words = None if done is None else done[0].slice(done[1], number, out)
-            if words is not None:
-                first = place + 1
+            known = None if done is None else done[0].slice(done[1], number, word, out)
+            if known is not None:
+                words, first = known, place + 1
                 break
         own = False
         for link in chain[first:]:
             own |= words is not None and out is not None and np.may_share_memory(words, out)
-            words = self._apply(link, info, number, count, words, out, own=own)
+            words = self._apply(link, number, count, words, out, own=own)
             own = True
         assert words is not None
-        return _placed(words, out)
+        return words
+
+    def _cut(self, chain: Sequence[Link], size: int, word: int, number: int) -> Words:
+        """A slice of a tensor of `size` bytes in words of `word` bytes, from a chain whose frames
+        are of other word sizes.
+        """
+        own = chain[-1].type.word
+        if own != word:
+            start = number * SLICE_WORDS * word
+            stop = min(size, start + SLICE_WORDS * word)
+            first = start // (SLICE_WORDS * own)
+            numbers = range(first, -(-stop // (SLICE_WORDS * own)))
+            parts = [octets(self._cut(chain, size, own, n)) for n in numbers]
+            at = first * SLICE_WORDS * own
+            return np.frombuffer(b"".join(parts)[start - at : stop - at], word_type(word))
+        first = len(chain) - 1
+        while first and chain[first - 1].type.word == own:
+            first -= 1
+        count = min(SLICE_WORDS, size // own - number * SLICE_WORDS)
+        base = self._cut(chain[:first], size, own, number) if first else None
+        return self._run(chain[first:], number, count, own, base)
 
     def apply(
-        self, link: Link, info: TensorInfo, number: int, count: int, base: Words,
-        out: Words | None = None,
-    ) -> Words:  # fmt: skip
+        self, link: Link, number: int, count: int, base: Words, out: Words | None = None
+    ) -> Words:
         """The same by one link alone, from the words of the slice that it stands on."""
-        return _placed(self._apply(link, info, number, count, base, out, own=False), out)
+        return _placed(self._apply(link, number, count, base, out, own=False), out)
 
     def _apply(
-        self, link: Link, info: TensorInfo, number: int, count: int, base: Words | None,
-        out: Words | None, *, own: bool,
+        self, link: Link, number: int, count: int, base: Words | None, out: Words | None,
+        *, own: bool,
     ) -> Words:  # fmt: skip
         data = self._slice_bytes(link.bundle, link.frame, number)
         companion = self._companion(link, number, count)
-        return decode_slice(data, info.type, count, base, companion, own_base=own, out=out)
+        return decode_slice(data, link.type, count, base, companion, own_base=own, out=out)
 
     def _companion(self, link: Link, number: int, count: int) -> Companion | None:
         if not link.companion:
@@ -170,36 +304,61 @@ class ChainReader:
         *below, last = link.companion
         data = self._slice_bytes(last.bundle, last.frame, number)
         base = None
-        if below:  # only masters of rounded copies stand on others, and those are F32
-            base = self.decode_slice(below, _MASTER, number, count)
+        if below:
+            size = (number * SLICE_WORDS + count) * _MASTER.word
+            base = self._cut(below, size, _MASTER.word, number)
         return Companion(data, base)
 
-    def slices(self, values: ObjectId, tensor: int, info: TensorInfo) -> Iterator[Words]:
-        """The words of a tensor, slice after slice; the last one comes after the proof.
+    def slices(
+        self, values: ObjectId, tensor: int, info: TensorInfo
+    ) -> Iterator[tuple[int, Words]]:
+        """The words of a tensor, slice after slice with their numbers; the last one comes after the
+        proof.  They begin again from 0 where the types of frames had to be found out.
 
         Raises:
             CorruptionError: the tensor does not have its recorded hash.
         """
+        try:
+            yield from self._slices(values, tensor, info)
+        except CorruptionError:
+            if not self.heal(values, tensor, info):
+                raise
+            yield from self._slices(values, tensor, info)
+
+    def _slices(
+        self, values: ObjectId, tensor: int, info: TensorInfo
+    ) -> Iterator[tuple[int, Words]]:
         self.require_slices(values, tensor, info)
-        chain = self.links(values, tensor)
+        chain = self.links(values, tensor, info)
         digest = blake3(max_threads=1)
-        pending: Words | None = None
+        pending: tuple[int, Words] | None = None
         for number, count in enumerate(slice_counts(info.words)):
             if pending is not None:
                 yield pending
-            pending = self.decode_slice(chain, info, number, count)
-            digest.update(octets(pending))
+            pending = number, self.decode_slice(chain, info, number, count)
+            digest.update(octets(pending[1]))
         if digest.digest() != self._catalog.value(values, tensor):
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
         if pending is not None:
             yield pending
 
-    def tensor(self, values: ObjectId, tensor: int, info: TensorInfo) -> Words:
-        """All words of a tensor, proven."""
-        parts = list(self.slices(values, tensor, info))
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty(0, word_type(info.type.word))
+
+def has_slices(frame: Frame, size: int, dtype: DType) -> bool:
+    """Whether a frame has as many slices as `size` bytes make of a type."""
+    return size % dtype.word == 0 and len(frame.slices) == -(-(size // dtype.word) // SLICE_WORDS)
+
+
+def _check_types(chain: Sequence[Link], info: TensorInfo) -> None:
+    """Raises CorruptionError where frames are of types that the tensor's bytes cannot have, or of
+    word sizes that change so often that nobody but an attacker made them.
+    """
+    changes, word = 0, info.type.word
+    for link in reversed(chain):
+        if info.size_bytes % link.type.word:
+            raise CorruptionError(f"a frame of {info.name} is of type {link.type.name}")
+        changes, word = changes + (link.type.word != word), link.type.word
+    if changes > _MAX_CHANGES:
+        raise CorruptionError(f"the frames of {info.name} change their word size too often")
 
 
 def _placed(words: Words, out: Words | None) -> Words:

@@ -276,12 +276,12 @@ class Committer:
         faded = any(map(self.is_faded, commit.parts.values()))
         if faded and self._config.exact_rule.wants_patch(request.metrics):
             return False  # here is the exact form again
+        old, schema = self._catalog.schema(commit.schema), checkpoint.schema
         if checkpoint.kind != "state":
             held = {file.path: file.hash for file in commit.files if file.hash}
             new = {f.path: h for f, h in zip(checkpoint.files, file_hashes, strict=True)}
-            if held == new:
+            if held == new and _stored(old) == _stored(schema):
                 return True
-        old, schema = self._catalog.schema(commit.schema), checkpoint.schema
         tables = {part: _table(schema, part, hashes) for part in PARTS if schema.stored(part)}
         known = {part: state.exact or state.values for part, state in commit.parts.items()}
         if commit.source != checkpoint.kind or known != tables:

@@ -232,7 +232,8 @@ class Encoder:
         found = self._base_of(number)
         if found is None:
             return None
-        return BaseTensor(self._chain, found[0].values, found[1], self._infos[number])
+        base = BaseTensor(self._chain, found[0].values, found[1], self._infos[number])
+        return base if base.is_cut_alike() else None
 
     def _left(self, group: list[int]) -> list[int]:
         """The tensors of a group that are not stored yet."""
@@ -295,8 +296,9 @@ class Encoder:
         drafts: list[Draft] = []
         for index, target in enumerate(coder.members):
             base = bases.get(target.number)
-            draft = self._writers[self._infos[target.number].part].begin(
-                base, steady=SourceTensor(self._checkpoint, target.number).steady
+            info = self._infos[target.number]
+            draft = self._writers[info.part].begin(
+                info.dtype, base, steady=SourceTensor(self._checkpoint, target.number).steady
             )
             if index in coder.companions:
                 draft.companion = drafts[coder.companions[index]].number
@@ -364,6 +366,7 @@ class Encoder:
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []
         shared: list[ObjectId] = []
+        made: dict[ObjectId, list[int]] = {}
         data_bytes = patch_bytes = 0
         for name, row in self._numbers.items():
             if not row:
@@ -376,10 +379,13 @@ class Encoder:
             )
             # Values that can be decoded already keep their recipe: a second one could stand on
             # frames that stand on the first.
-            if self._catalog.has_recipe(values, patches=False):
+            if values in made:  # another part is the same bytes
+                self._depths |= {n: self._depths[m] for n, m in zip(row, made[values], strict=True)}
+            elif self._catalog.has_recipe(values, patches=False):
                 for position, number in enumerate(row):
                     self._depths[number] = self._chain.depth(values, position)
             else:
+                made[values] = row
                 bundle, size = self._writers[name].finish(self._catalog.store.publish)
                 data_bytes += size
                 recipes.append(self._recipe(values, row, bundle))
@@ -403,9 +409,7 @@ class Encoder:
         twins = {copy: twin for twin, copies in self._copies.items() for copy in copies}
         for position, number in enumerate(row):
             info, twin = self._infos[number], twins.get(number, number)
-            frames.append(writer.frame(
-                twin, len(slice_counts(info.words)), (values, position), self._depths[twin] + 1
-            ))  # fmt: skip
+            frames.append(writer.frame(twin, info, (values, position), self._depths[twin] + 1))
         return writer.finish(frames, self._table(row), self._catalog.store.publish)
 
     def _recipe(self, values: ObjectId, row: list[int], bundle: ObjectId | None) -> Recipe:
@@ -423,12 +427,13 @@ class Encoder:
 
 def has_patch(catalog: Catalog, state: PartState) -> bool:
     """Whether another commit of the same near and exact values has a patch to share."""
-    if state.exact is None or not catalog.has_recipe(state.exact):
+    if state.exact is None or catalog.is_fading(state.exact):  # its days are numbered
         return False
-    if catalog.is_fading(state.exact):  # its days are numbered
-        return False
-    frames = catalog.bundle(catalog.recipe(state.exact).bundles[0])
-    return all(frame.base and frame.base[0] == state.values for frame in frames)
+    return any(
+        recipe.patch and catalog.store.contains(recipe.bundles[0])
+        and all(f.base and f.base[0] == state.values for f in catalog.bundle(recipe.bundles[0]))
+        for _, recipe in catalog.recipes(state.exact)
+    )  # fmt: skip
 
 
 def _code(job: tuple[_Work, int, bool]) -> _Coded:

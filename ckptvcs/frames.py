@@ -11,11 +11,13 @@ from functools import partial
 from blake3 import blake3
 
 from ckptvcs.bases import BaseTensor
+from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
 from ckptvcs.coding.exact import SAME
 from ckptvcs.coding.group import CodedSlice
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
+from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackInfo, PackWriter
 
@@ -27,11 +29,12 @@ Slice = tuple[int, int, bytes]
 
 @dataclass
 class Draft:
-    """A frame that is being written: hashes of what it decodes to, and of what it was made from
-    (None while that is the same, and where that is `steady`).
+    """A frame of `dtype` that is being written: hashes of what it decodes to, and of what it was
+    made from (None while that is the same, and where that is `steady`).
     """
 
     number: int
+    dtype: str
     base: BaseTensor | None
     steady: bool = False
     companion: int | None = None
@@ -79,8 +82,8 @@ class PartWriter:
         self.abort = self._region.abort
         self.drafts: list[Draft] = []
 
-    def begin(self, base: BaseTensor | None, *, steady: bool) -> Draft:
-        draft = Draft(len(self.drafts), base, steady)
+    def begin(self, dtype: str, base: BaseTensor | None, *, steady: bool) -> Draft:
+        draft = Draft(len(self.drafts), dtype, base, steady)
         self.drafts.append(draft)
         return draft
 
@@ -96,9 +99,9 @@ class PartWriter:
 
     def _frame(self, draft: Draft) -> Frame:
         if draft.base is None or not draft.stands_on_base:
-            return Frame(None, 0, draft.companion, tuple(draft.slices))
-        base = (draft.base.values, draft.base.tensor)
-        return Frame(base, draft.base.depth + 1, draft.companion, tuple(draft.slices))
+            return Frame(None, 0, draft.companion, tuple(draft.slices), draft.dtype)
+        base, depth = (draft.base.values, draft.base.tensor), draft.base.depth + 1
+        return Frame(base, depth, draft.companion, tuple(draft.slices), draft.dtype)
 
     def finish(self, publish: Callable[[PackWriter], PackInfo]) -> tuple[ObjectId | None, int]:
         """Write the bundle and publish the pack: its id, and the bytes on disk."""
@@ -136,16 +139,16 @@ class PatchWriter:
             self._late.popleft().result()
 
     def frame(
-        self, tensor: int, count: int, base: tuple[ObjectId, int] | None, depth: int
+        self, tensor: int, info: TensorInfo, base: tuple[ObjectId, int] | None, depth: int
     ) -> Frame:
-        """The frame of a tensor of `count` slices; those that were not added are the same."""
+        """The frame of a tensor; its slices that were not added are the same."""
         while self._late:  # a region has one writer at a time
             self._late.popleft().result()
         slices = []
-        for index in range(count):
+        for index in range(len(slice_counts(info.words))):
             future = self._slices.get((tensor, index))
             slices.append(self._put(SAME) if future is None else future.result())
-        return Frame(base, depth, None, tuple(slices))
+        return Frame(base, depth, None, tuple(slices), info.dtype)
 
     def finish(
         self, frames: list[Frame], table: bytes, publish: Callable[[PackWriter], PackInfo]

@@ -22,7 +22,6 @@ from ckptvcs.care import quiet
 from ckptvcs.chain import ChainReader
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.checkpoint.layout import Piece, Source
-from ckptvcs.codec.frame import slice_counts
 from ckptvcs.coding.report import report, report_tensors
 from ckptvcs.committing import Committer, SharedPatchFadedError, unchanged
 from ckptvcs.encoder import Encoded, has_patch
@@ -132,6 +131,7 @@ class Joint:
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []
         shared: list[ObjectId] = []
+        made: dict[ObjectId, list[int]] = {}
         depths = {number: one.depth for number, one in stored.items()}
         patch_bytes = 0
         for part in PARTS:
@@ -145,10 +145,13 @@ class Joint:
             parts[part] = PartState(
                 values, None if table == exact else object_id(Kind.VALUES, exact)
             )
-            if catalog.has_recipe(values, patches=False):  # see `Encoder`
+            if values in made:  # another part is the same bytes
+                depths |= {n: depths[m] for n, m in zip(row, made[values], strict=True)}
+            elif catalog.has_recipe(values, patches=False):  # see `Encoder`
                 for position, number in enumerate(row):
                     depths[number] = catalog.frame(values, position)[1].depth
             else:
+                made[values] = row
                 recipes.append(_recipe(catalog.next_generation(values), values, row, stored))
             if self._patched and table != exact:
                 if has_patch(catalog, parts[part]):
@@ -177,8 +180,7 @@ class Joint:
             for position, (number, one, depth) in enumerate(row):
                 for index, data in enumerate(self._slices(infos[number], one)):
                     writer.append(number, index, (data,))
-                count = len(slice_counts(infos[number].words))
-                frames.append(writer.frame(number, count, (values, position), depth))
+                frames.append(writer.frame(number, infos[number], (values, position), depth))
             return writer.finish(frames, exact, store.publish)
         finally:
             writer.abort()

@@ -8,6 +8,7 @@ how their tables are stored from now on.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -265,8 +266,8 @@ class Rekeyer:
             if depth <= min(frame.depth, self._depth):
                 base = (table.below.values, below)
         slices, stands = self._code(bundle, table, position, base, cache)
-        made = Frame(base, depth, None, slices) if stands else Frame(None, 0, None, slices)
-        return bundle.add(made, place)
+        on, depth = (base, depth) if stands else (None, 0)
+        return bundle.add(Frame(on, depth, None, slices, table.infos[position].dtype), place)
 
     def _code(
         self, bundle: _Bundle, table: _Table, position: int, base: tuple[ObjectId, int] | None,
@@ -274,8 +275,10 @@ class Rekeyer:
     ) -> tuple[tuple[Slice, ...], bool]:  # fmt: skip
         """Code a tensor again, slice by slice; whether any slice stands on the base."""
         info, chain = table.infos[position], self._chain
-        links = chain.links(table.values, position)
-        under = None if base is None else chain.links(*base)
+        if self._is_untyped(table.values, position):
+            deque(chain.slices(table.values, position, info), 0)  # which finds the types out
+        links = chain.links(table.values, position, info)
+        under = None if base is None else chain.links(*base, info)
 
         def code(job: tuple[int, int]) -> tuple[Words, Words | None, bytes, bool]:
             number, count = job
@@ -305,6 +308,9 @@ class Rekeyer:
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
         return tuple(slices), stands
 
+    def _is_untyped(self, values: ObjectId, position: int) -> bool:
+        return self._catalog.frame(values, position)[1].dtype is None
+
     def _copy(
         self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int,
         cache: BaseWriter | None,
@@ -322,7 +328,7 @@ class Rekeyer:
             if slice_hash(data) != expected:
                 raise CorruptionError(f"bundle {owner[:8]} is damaged: a slice has another hash")
             slices.append(bundle.append(data))
-        made = Frame(frame.base, frame.depth, companion, tuple(slices))
+        made = Frame(frame.base, frame.depth, companion, tuple(slices), frame.dtype)
         return bundle.add(made, (owner, number))
 
     def _companion(

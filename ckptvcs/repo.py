@@ -285,7 +285,7 @@ class Repo(Care):
 
         require_flags(self.folder, "write")
         spec = self.config.codec_of(codec)
-        flags = ["near", "near-2"] if isinstance(spec.settings, NearSpec) else []
+        flags = ["types", *(["near", "near-2"] if isinstance(spec.settings, NearSpec) else [])]
         if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
             flags.append("patches")
         raise_flags(self.folder, "read", *flags)

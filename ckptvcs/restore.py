@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,15 +23,16 @@ from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
 from ckptvcs.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.checkpoint import MAX_NESTING
-from ckptvcs.checkpoint.layout import Layout, Source
+from ckptvcs.checkpoint.layout import Layout
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
-from ckptvcs.history.schema import Op, Skeleton
+from ckptvcs.history.schema import Op, Skeleton, TensorInfo
 from ckptvcs.parallel import ordered_map
+from ckptvcs.skeletons import SkeletonSource
 from ckptvcs.store.disk import storage_error
 from ckptvcs.store.object import ObjectId
 
@@ -40,10 +40,6 @@ Progress = Callable[[int], None]
 
 _DROPPED = "'ckpt log --all' lists it, 'ckpt reflog' says by which rule"
 _DEEP = 2  # deltas, from which on decoded weights are kept in the cache
-_FORBIDDEN = frozenset('<>:"|?*\\\0')
-_DEVICES = frozenset(
-    ["con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))]
-)
 
 
 def _is_name(text: str) -> bool:
@@ -55,11 +51,11 @@ def _is_name(text: str) -> bool:
 
 
 def safe_path(path: str) -> PurePosixPath:
-    """A committed path that stays inside its target, on every file system.
+    """A committed path that stays inside its target.
 
     Raises:
-        CorruptionError: it is absolute, climbs, or names a device.  Such a commit was not made by
-            this program from such a file.
+        CorruptionError: it is absolute, or climbs.  Such a commit was not made by this program from
+            such a file.
     """
     pure = PurePosixPath(path)
     plain = pure.parts and not pure.is_absolute() and ".." not in pure.parts and path == str(pure)
@@ -67,11 +63,11 @@ def safe_path(path: str) -> PurePosixPath:
         raise CorruptionError(f"a commit holds a file that would leave its target: {path[:200]!r}")
     if any(part.lower() == ".ckpt" for part in pure.parts):
         raise CorruptionError(f"a commit holds a file of a repository: {path[:200]!r}")
-    if os.name == "nt" and any(
-        set(part) & _FORBIDDEN or part.split(".")[0].lower() in _DEVICES for part in pure.parts
-    ):
-        raise InvalidInputError(f"{path!r} is no file name on this system")
     return pure
+
+
+class _RetypedError(CorruptionError):
+    """Slices that were handed out are wrong, but it is known now how to decode them."""
 
 
 @dataclass(frozen=True)
@@ -163,21 +159,27 @@ class Restorer:
         base = self._new_base(numbers)
 
         def decode(job: _Job) -> tuple[_Job, Words]:
-            links = self._chain.links(job.table, job.position)
             info = self.schema.tensors[job.number]
+            try:
+                return decode_as_known(job, info)
+            except CorruptionError:
+                if not self._chain.heal(job.table, job.position, info):
+                    raise
+                return decode_as_known(job, info)
+
+        def decode_as_known(job: _Job, info: TensorInfo) -> tuple[_Job, Words]:
+            links = self._chain.links(job.table, job.position, info)
             if base is None or info.part != "model":
                 words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
             elif job.table == self.commit.parts["model"].values:
                 words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
                 base.write(job.position, job.slice, words)
             else:
-                below, patched = self._below_patch(links, job.position)
+                below, patched = self._below_patch(links, job.position, info)
                 near = self._chain.decode_slice(below, info, job.slice, job.count)
                 base.write(job.position, job.slice, near)
                 if patched:
-                    words = self._chain.apply(
-                        links[-1], info, job.slice, job.count, near, room(job)
-                    )
+                    words = self._chain.apply(links[-1], job.slice, job.count, near, room(job))
                 else:
                     words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
             return job, words
@@ -197,14 +199,16 @@ class Restorer:
             if base is not None:
                 base.abort()
 
-    def _below_patch(self, links: list[Link], position: int) -> tuple[list[Link], bool]:
+    def _below_patch(
+        self, links: list[Link], position: int, info: TensorInfo
+    ) -> tuple[list[Link], bool]:
         """The chain of the near form of a weight, and whether the exact one is a patch upon it: a
         tensor with the same values may be stored elsewhere, in a frame of its own.
         """
         near = self.commit.parts["model"].values
-        if links[-1].frame.base == (near, position):
+        if links[-1].frame.base == (near, position) and links[-1].type.word == info.type.word:
             return links[:-1], True
-        return self._chain.links(near, position), False
+        return self._chain.links(near, position, info), False
 
     def _new_base(self, numbers: list[int]) -> BaseWriter | None:
         """Where weights go that took a chain to decode, if all of them are asked for: who restores
@@ -269,18 +273,23 @@ class Restorer:
             CorruptionError: it is not that, or there is no room to put it right.
         """
         digest, anew = blake3(max_threads=1), ChainReader(self._catalog)
+        info = self.schema.tensors[number]
         for job in self._jobs([number]):
             cached = self._materials.pop(job.table, None)
             if isinstance(cached, CachedTable):
                 cached.discard()
-            links = anew.links(job.table, job.position)
-            info, out = self.schema.tensors[number], room(job)
+            out = room(job)
             if out is None:
                 break
+            if job.slice == 0:
+                anew.heal(job.table, job.position, info)
+            links = anew.links(job.table, job.position, info)
             digest.update(octets(anew.decode_slice(links, info, job.slice, job.count, out)))
         if not self._proven(job, digest):
-            name = self.schema.tensors[number].name
-            raise CorruptionError(f"{name} does not decode to its recorded hash")
+            wrong = f"{info.name} does not decode to its recorded hash"
+            if self._chain.heal(job.table, job.position, info):
+                raise _RetypedError(wrong)
+            raise CorruptionError(wrong)
 
     def tensor(self, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """All bytes of a stored tensor, proven."""
@@ -339,15 +348,16 @@ class Restorer:
 
     def digest(self, file: FileEntry) -> str:
         """The BLAKE3 of a file as it is restored, which is proven and written nowhere."""
-        return self.write_file(file, lambda _: None, lambda _: None)
+        while True:
+            with contextlib.suppress(_RetypedError):
+                return self.write_file(file, lambda _: None, lambda _: None)
 
     def save(self, file: FileEntry, target: Path, progress: Progress) -> str:
         """Write a file to `target`, whole or not at all; the BLAKE3 of its bytes."""
         temporary = target.with_name(f".ckpt-{secrets.token_hex(6)}")  # short: names have limits
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("xb") as out:
-                found = self.write_file(file, out.write, progress)
+            found = self._write_anew(file, temporary, progress)
             temporary.chmod(file.mode & 0o777)
             if file.mtime_ns:
                 os.utime(temporary, ns=(file.mtime_ns, file.mtime_ns))
@@ -358,6 +368,13 @@ class Restorer:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         return found
+
+    def _write_anew(self, file: FileEntry, temporary: Path, progress: Progress) -> str:
+        """Write a file that does not exist yet, once more where it turned out how to decode it."""
+        while True:
+            with contextlib.suppress(_RetypedError), temporary.open("xb") as out:
+                return self.write_file(file, out.write, progress)
+            temporary.unlink()
 
     def save_directory(self, target: Path, progress: Progress) -> list[str]:
         """Write a directory commit to `target`, whole or not at all where it does not exist yet;
@@ -419,7 +436,7 @@ class Restorer:
         """The structure of a file, read from its skeleton alone, and the number in the schema of
         each of its tensors.
         """
-        source = SkeletonSource(self, self._skeleton(file))
+        source = SkeletonSource(self.schema, self.tensor, self._skeleton(file))
         parse = {
             "torch-zip": lambda s: torchzip.parse(s, checksums=torchzip.Checksums.LITERAL),
             "torch-legacy": torchlegacy.parse,
@@ -440,50 +457,3 @@ def _refuse_links(root: Path, path: PurePosixPath) -> None:
 
 def _a_link(path: Path) -> InvalidInputError:
     return InvalidInputError(f"{path} is a symbolic link; not writing through it")
-
-
-class SkeletonSource(Source):
-    """A file's bytes with zeros for its stored tensors, except those that are plain bytes."""
-
-    def __init__(self, restorer: Restorer, skeleton: Skeleton) -> None:
-        self._restorer = restorer
-        self._spans: list[tuple[int, int, Op, int, memoryview]] = []
-        self._bytes: dict[int, bytes] = {}
-        at = 0
-        for op, argument, data in skeleton.walk(restorer.schema):
-            length = 4 if op == Op.CRC32 else len(data)
-            if op == Op.TENSOR:
-                length = restorer.schema.tensors[argument].size_bytes
-            self._spans.append((at, at + length, op, argument, data))
-            at += length
-        self.size = at
-        self._starts = [span[0] for span in self._spans]
-
-    def owner(self, offset: int, size: int) -> int:
-        """The tensor that lies at an offset; -1 where it is empty."""
-        at = bisect_right(self._starts, offset) - 1
-        start, end, op, argument, _ = self._spans[at]
-        here = size and (start, end - start) == (offset, size)
-        return argument if here and op in (Op.TENSOR, Op.INLINE) else -1
-
-    def read(self, offset: int, length: int) -> bytes:
-        if offset < 0 or offset + length > self.size:
-            raise CorruptionError("a skeleton is shorter than the file it describes")
-        parts = []
-        for at in range(bisect_right(self._starts, offset) - 1, len(self._spans)):
-            start, end, op, argument, data = self._spans[at]
-            low, high = max(start, offset), min(end, offset + length)
-            if low >= high:
-                break
-            if op == Op.TENSOR and self._restorer.schema.tensors[argument].part == "rest":
-                data = memoryview(self._tensor(argument))
-            if op == Op.CRC32 or not len(data):
-                parts.append(bytes(high - low))
-            else:
-                parts.append(bytes(data[low - start : high - start]))
-        return b"".join(parts)
-
-    def _tensor(self, number: int) -> bytes:
-        if number not in self._bytes:
-            self._bytes[number] = self._restorer.tensor(number).tobytes()
-        return self._bytes[number]

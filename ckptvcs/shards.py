@@ -236,10 +236,7 @@ class _ShardEncoder(Encoder):
             return {}
         writer = self._patches[name]
         twins = {copy: twin for twin, copies in self._copies.items() for copy in copies}
-        frames = [
-            writer.frame(twins.get(n, n), len(slice_counts(self._infos[n].words)), None, 0)
-            for n in lossy
-        ]
+        frames = [writer.frame(twins.get(n, n), self._infos[n], None, 0) for n in lossy]
         bundle, info = writer.finish_loose(frames, self._catalog.store.publish)
         loose.append(info.id)
         return {number: (bundle, frame) for frame, number in enumerate(lossy)}

@@ -30,7 +30,6 @@ from ckptvcs.history.schema import Schema
 from ckptvcs.restore import Progress, Restorer
 from ckptvcs.store.object import ObjectId
 
-_MASTER_WORD = 4  # bytes: companions that stand on something are masters, which are F32
 _MAX_LISTED = 4
 
 
@@ -83,9 +82,11 @@ class _Kept(Materialised):
     def __init__(self) -> None:
         self.tensors: dict[int, Words] = {}
 
-    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
+    def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         words = self.tensors.get(tensor)
-        return None if words is None else words[number * SLICE_WORDS :][:SLICE_WORDS]
+        if words is None:
+            return None
+        return words.view(word_type(word))[number * SLICE_WORDS :][:SLICE_WORDS]
 
     def stays(self, tensor: int) -> bool:
         return tensor in self.tensors
@@ -97,7 +98,7 @@ class _Seen(Materialised):
     def __init__(self, values: ObjectId, hashes: list[bytes], known: _Known) -> None:
         self.values, self._hashes, self._known = values, hashes, known
 
-    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
+    def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         return None
 
     def stays(self, tensor: int) -> bool:
@@ -182,12 +183,11 @@ class Trajectory:
                 known[self._catalog.value(values, position)] = owner, number
         chain = ChainReader(self._catalog, lambda values: self._seen(values, known))
         for number in then.numbers:
-            word = then.restorer.schema.tensors[number].type.word
-            links = chain.links(*then.restorer.place(number))
-            yield from _lowest(links[0], word)
+            links = chain.links(*then.restorer.place(number), then.restorer.schema.tensors[number])
+            yield from _lowest(links[0])
             for link in links:
                 if link.companion:
-                    yield from _lowest(link.companion[0], _MASTER_WORD)
+                    yield from _lowest(link.companion[0])
 
     def _seen(self, values: ObjectId, known: _Known) -> _Seen | None:
         with contextlib.suppress(CorruptionError):  # of a commit that was dropped it may be gone
@@ -223,15 +223,11 @@ class Trajectory:
         kept.setdefault(values, _Kept()).tensors[position] = data.view(word_type(word))
 
 
-def _lowest(link: Link, word: int) -> Iterator[_Bridge]:
-    """The bridge to the lowest link of a chain, if another commit has its tensor, in `word` bytes
-    a word: other tensors may consist of the same bytes.
-    """
+def _lowest(link: Link) -> Iterator[_Bridge]:
+    """The bridge to the lowest link of a chain, if another commit has its tensor."""
     seen, position = link.done or (None, 0)
     if isinstance(seen, _Seen) and seen.stays(position):
-        owner, number = seen.found(position)
-        if owner.schema.tensors[number].type.word == word:
-            yield _Bridge(seen.values, position, owner, number)
+        yield _Bridge(seen.values, position, *seen.found(position))
 
 
 # -- what a user asks for --------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class Verifier:
         """`catalog` is that of `packs_alone`."""
         self._catalog, self._refs, self._cache = catalog, refs, cache
         self._progress, self._budget = progress, budget
-        self._proven: set[ObjectId] = set()
+        self._proven: set[tuple[ObjectId, tuple[str, ...]]] = set()  # a table, and its types
         self._harmed: dict[tuple[ObjectId, str | None], set[str]] = {}  # tensors of a part
         self.report = Report()
 
@@ -299,13 +299,15 @@ class Verifier:
                 self._wrong("patch", error, commit=name)
 
     def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo], room: Room) -> None:
-        if table in self._proven:
+        # Another commit may have the same bytes in tensors of other types: that proves nothing.
+        known = table, tuple(info.dtype for info in infos)
+        if known in self._proven:
             return
         damaged = len(self.report.damage)
         with room as put:
             for position, info in enumerate(infos):
                 try:
-                    for number, words in enumerate(self._chain.slices(table, position, info)):
+                    for number, words in self._chain.slices(table, position, info):
                         self._progress(words.nbytes)
                         put(position, number, words)
                     self.report.tensors += 1
@@ -313,7 +315,7 @@ class Verifier:
                     self._wrong("tensor", error, commit=name, name=info.name)
                     self._harmed.setdefault((name, info.part), set()).add(info.name)
         if len(self.report.damage) == damaged:
-            self._proven.add(table)
+            self._proven.add(known)
 
     def _room(self, table: ObjectId, infos: list[TensorInfo]) -> Room:
         """Where tensors go that others stand on, as weights do, and what stands on some itself."""

@@ -8,6 +8,7 @@ import pytest
 
 from ckptvcs.coding.exact import SAME
 from ckptvcs.frames import PatchWriter
+from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.object import ObjectId
 
 
@@ -35,7 +36,8 @@ def test_slices_that_are_the_same_are_written_after_those_that_wait(changed: int
     for number in range(1, changed + 1):
         writer.append(number, 0, (b"head", bytes([number]) * 9))
     base = (ObjectId("0" * 64), 0)
-    frames = [writer.frame(number, 1, base, 1) for number in range(changed + 1)]
+    info = TensorInfo("w", "F32", (4,), "model", "weight")
+    frames = [writer.frame(number, info, base, 1) for number in range(changed + 1)]
     writer.abort()
     wanted = [SAME, *(b"head" + bytes([n]) * 9 for n in range(1, changed + 1))]
     places = [frame.slices[0][:2] for frame in frames]

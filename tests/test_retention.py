@@ -441,9 +441,10 @@ def depths(repo: Repo) -> dict[int | None, int]:
     reader = ChainReader(repo.catalog)
     return {
         entry.step: max(
-            len(reader.links(state.values, position)) - 1
-            for state in entry.commit.parts.values()
-            for position in range(len(repo.catalog.values(state.values)))
+            len(reader.links(state.values, position, schema.tensors[number])) - 1
+            for schema in [repo.catalog.schema(entry.commit.schema)]
+            for part, state in entry.commit.parts.items()
+            for position, number in enumerate(schema.stored(part))
         )
         for entry in repo.log()
     }

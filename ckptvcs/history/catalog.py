@@ -100,10 +100,14 @@ class Catalog:
         return load_errors(self.store.get(errors, Kind.ERRORS))
 
     def recipes(self, values: ObjectId) -> list[tuple[ObjectId, Recipe]]:
-        """Every recipe of a table of values, newest first."""
+        """Every recipe of a table of values, the one that counts first: the newest, but exact
+        patches after all others, since these do not last.
+        """
         names = self.store.find(b"values:" + values.encode())
         found = [(name, load_recipe(self.store.get(name, Kind.RECIPE))) for name in names]
-        return sorted(found, key=lambda pair: (pair[1].generation, pair[0]), reverse=True)
+        return sorted(
+            found, key=lambda pair: (not pair[1].patch, pair[1].generation, pair[0]), reverse=True
+        )
 
     def _recipe(self, values: ObjectId) -> Recipe:
         for attempt in range(2):

@@ -10,12 +10,14 @@ Layout: docs/format.md, "Values", "Recipe", "Bundle", "Records".
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from blake3 import blake3
 
+from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
-from ckptvcs.history.canonical import dump, load
+from ckptvcs.history.canonical import Record, dump, load
 from ckptvcs.store.object import ObjectId, checked_id
 
 VALUE_BYTES = 32
@@ -95,13 +97,15 @@ class Frame:
 
     `base` is (table of values, position there) of the tensor it stands on; `depth` counts the
     frames below it; `companion` is the frame of this bundle that it needs beside it; `slices` are
-    (offset in the bundle's region, length, hash).
+    (offset in the bundle's region, length, hash).  `dtype` is the element type that it was encoded
+    as, None in bundles of older programs: a tensor of any type may share a frame of its bytes.
     """
 
     base: tuple[ObjectId, int] | None
     depth: int
     companion: int | None
     slices: tuple[tuple[int, int, bytes], ...]
+    dtype: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -116,6 +120,8 @@ def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
     bases: dict[ObjectId, int] = {}
     rows = []
     at = 0
+    types = Counter(frame.dtype for frame in frames)
+    common = None if None in types else max(types, key=lambda name: types[name], default=None)
     for frame in frames:
         row: dict[str, object] = {
             "lengths": [length for _, length, _ in frame.slices],
@@ -131,14 +137,20 @@ def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
             row |= {"base": [table, frame.base[1]], "depth": frame.depth}
         if frame.companion is not None:
             row["companion"] = frame.companion
+        if frame.dtype != common:
+            row["dtype"] = frame.dtype
         rows.append(row)
-    return dump({"bases": list(bases), "frames": rows, **({"exact": exact} if exact else {})})
+    return dump({
+        "bases": list(bases), "frames": rows, **({"exact": exact} if exact else {}),
+        **({"dtype": common} if common else {}),
+    })  # fmt: skip
 
 
 def load_bundle(data: bytes) -> tuple[Frame, ...]:
     """Read a bundle.  Raises CorruptionError."""
     record = load(data, "a bundle")
     bases = [checked_id(name) for name in record.texts("bases")]
+    common = _dtype(record)
     frames: list[Frame] = []
     at = 0
     for row in record.records("frames"):
@@ -167,8 +179,17 @@ def load_bundle(data: bytes) -> tuple[Frame, ...]:
         companion = row.optional_integer("companion")
         if companion is not None and companion >= len(frames):
             raise CorruptionError("a frame shares the mask of a frame that is not before it")
-        frames.append(Frame(base, row.integer("depth") if base else 0, companion, tuple(slices)))
+        depth = row.integer("depth") if base else 0
+        dtype = _dtype(row) if row.has("dtype") else common
+        frames.append(Frame(base, depth, companion, tuple(slices), dtype))
     return tuple(frames)
+
+
+def _dtype(record: Record) -> str | None:
+    dtype = record.optional_text("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise CorruptionError(f"a frame has an unknown element type '{dtype}'")
+    return dtype
 
 
 @dataclass(frozen=True)

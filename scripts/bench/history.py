@@ -54,8 +54,9 @@ def commit_all(run: Path, place: Path, depth: int) -> Repo:
 def links(repo: Repo, entry: LogEntry) -> int:
     """The most frames that a tensor of the weights of a commit is decoded from."""
     values, reader = entry.commit.parts["model"].values, ChainReader(repo.catalog)
-    count = len(repo.catalog.values(values))
-    return max(len(reader.links(values, position)) for position in range(count))
+    schema = repo.catalog.schema(entry.commit.schema)
+    rows = enumerate(schema.tensors[number] for number in schema.stored("model"))
+    return max(len(reader.links(values, position, info)) for position, info in rows)
 
 
 def checkout_seconds(repo: Repo, entries: list[LogEntry]) -> list[float]:

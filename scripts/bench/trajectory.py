@@ -93,7 +93,7 @@ class Before(Materialised):
             for number, data in reader.tensors(reader.schema.stored("model"))
         ]
 
-    def slice(self, tensor: int, number: int, out: Words | None = None) -> Words | None:
+    def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         return self._words[tensor][number * SLICE_WORDS :][:SLICE_WORDS]
 
     def stays(self, tensor: int) -> bool:

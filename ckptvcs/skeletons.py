@@ -1,0 +1,63 @@
+"""The bytes of a file as its skeleton has them, to be parsed without its tensors."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptvcs.checkpoint.layout import Source
+from ckptvcs.errors import CorruptionError
+from ckptvcs.history.schema import Op, Schema, Skeleton
+
+
+class SkeletonSource(Source):
+    """A file's bytes with zeros for its stored tensors, except those that are plain bytes."""
+
+    def __init__(
+        self, schema: Schema, tensor: Callable[[int], NDArray[np.uint8]], skeleton: Skeleton
+    ) -> None:
+        """`tensor` returns the bytes of a stored tensor by its number in the schema."""
+        self._schema, self._read = schema, tensor
+        self._spans: list[tuple[int, int, Op, int, memoryview]] = []
+        self._bytes: dict[int, bytes] = {}
+        at = 0
+        for op, argument, data in skeleton.walk(schema):
+            length = 4 if op == Op.CRC32 else len(data)
+            if op == Op.TENSOR:
+                length = schema.tensors[argument].size_bytes
+            self._spans.append((at, at + length, op, argument, data))
+            at += length
+        self.size = at
+        self._starts = [span[0] for span in self._spans]
+
+    def owner(self, offset: int, size: int) -> int:
+        """The tensor that lies at an offset; -1 where it is empty."""
+        at = bisect_right(self._starts, offset) - 1
+        start, end, op, argument, _ = self._spans[at]
+        here = size and (start, end - start) == (offset, size)
+        return argument if here and op in (Op.TENSOR, Op.INLINE) else -1
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset < 0 or offset + length > self.size:
+            raise CorruptionError("a skeleton is shorter than the file it describes")
+        parts = []
+        for at in range(bisect_right(self._starts, offset) - 1, len(self._spans)):
+            start, end, op, argument, data = self._spans[at]
+            low, high = max(start, offset), min(end, offset + length)
+            if low >= high:
+                break
+            if op == Op.TENSOR and self._schema.tensors[argument].part == "rest":
+                data = memoryview(self._tensor(argument))
+            if op == Op.CRC32 or not len(data):
+                parts.append(bytes(high - low))
+            else:
+                parts.append(bytes(data[low - start : high - start]))
+        return b"".join(parts)
+
+    def _tensor(self, number: int) -> bytes:
+        if number not in self._bytes:
+            self._bytes[number] = self._read(number).tobytes()
+        return self._bytes[number]
