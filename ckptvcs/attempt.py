@@ -14,7 +14,7 @@ _TRIES = 5  # to code within bounds, before everything is exact
 
 
 class TooFar(Exception):
-    """The weights are further from their base than from zero."""
+    """The weights are about as far from their base as from zero: it says nothing of them."""
 
 
 class TooCoarse(Exception):
@@ -28,13 +28,15 @@ class TooCoarse(Exception):
 @dataclass(frozen=True)
 class Attempt:
     """As a `keyframe` or by residuals, also exactly if it is `patched`, and with an error of all
-    weights together of no more than `bound` (0: there is none).
+    weights together of no more than `bound` (0: there is none); `alone`, if the parent says nothing
+    of these weights.
     """
 
     spec: CodecSpec
     keyframe: bool
     patched: bool
     bound: float
+    alone: bool = False
 
     @classmethod
     def first(cls, spec: CodecSpec, *, keyframe: bool, patched: bool) -> Attempt:
@@ -53,7 +55,7 @@ def within_bounds(first: Attempt, encode: Callable[[Attempt], T]) -> T:
         try:
             return encode(attempt)
         except TooFar:
-            attempt = replace(attempt, keyframe=True)
+            attempt = replace(attempt, keyframe=True, alone=True)
         except TooCoarse as error:
             attempt = replace(attempt, spec=finer(attempt.spec, error.excess))
     return encode(Attempt(CodecSpec(first.spec.name), keyframe=True, patched=False, bound=0))

@@ -151,7 +151,7 @@ class Encoder:
         }
         self._planner = Planner(
             checkpoint, spec, find_masters(checkpoint) if near else {}, self._base_tensor,
-            keyframe=keyframe,
+            keyframe=keyframe, alone=attempt.alone,
         )  # fmt: skip
         self._known = {
             name for name, row in self._numbers.items()

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from ckptvcs.attempt import TooFar
 from ckptvcs.bases import BaseTensor
 from ckptvcs.checkpoint.checkpoint import Checkpoint
-from ckptvcs.checkpoint.roles import FIRST, LOSSY, MOMENTS, SECOND, WEIGHT, Rule
+from ckptvcs.checkpoint.roles import (
+    BESIDE,
+    FIRST,
+    LOSSY,
+    MOMENTS,
+    SECOND,
+    STATE_DICT,
+    WEIGHT,
+    Rule,
+)  # fmt: skip
+from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
 from ckptvcs.coding import excp
 from ckptvcs.coding.device import DeviceCoder
 from ckptvcs.coding.exact import ExactCoder
-from ckptvcs.coding.group import Coder, Group, Target
+from ckptvcs.coding.group import Coder, Floats, Group, Target
 from ckptvcs.coding.near import NearCoder, NearPlan, Scale, energies, measure_scale
 from ckptvcs.dtypes import WEIGHT_DTYPES
 from ckptvcs.parallel import ordered_map
 from ckptvcs.source import SourceTensor
+
+_RELATED = 0.5  # squared distance from the base over squared size, from which on they are not
+_SAMPLE = 1 << 12  # entries of a slice that are looked at
+_LARGEST = 1e3  # squared average over mean square: 53 for betas of 0.9 and 0.999, 526 for 0.9999
+_SHARE = 0.99
 
 Coding = tuple[Coder, dict[int, BaseTensor]]
 """A coder, and the bases of its members by number."""
@@ -30,10 +47,10 @@ class Planner:
 
     def __init__(
         self, checkpoint: Checkpoint, spec: CodecSpec, masters: dict[int, int],
-        base_tensor: Callable[[int], BaseTensor | None], *, keyframe: bool,
+        base_tensor: Callable[[int], BaseTensor | None], *, keyframe: bool, alone: bool = False,
     ) -> None:  # fmt: skip
         self._checkpoint, self._spec, self._masters = checkpoint, spec, masters
-        self._base_tensor, self._keyframe = base_tensor, keyframe
+        self._base_tensor, self._keyframe, self._alone = base_tensor, keyframe, alone
         self._infos = checkpoint.schema.tensors
 
     def groups(self) -> list[list[int]]:
@@ -59,13 +76,14 @@ class Planner:
     def _target(self, number: int) -> Target:
         info = self._infos[number]
         source = SourceTensor(self._checkpoint, number)
-        return Target(number, source, info.dtype, info.shape, info.role)
+        weak = info.evidence == STATE_DICT
+        return Target(number, source, info.dtype, info.shape, info.role, weak=weak)
 
     def coders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Coding]:
         """Coders for groups of tensors, as far as they are not stored yet: (all, what is left).
 
         Raises:
-            TooFar: a keyframe would be closer than residuals.
+            TooFar: the weights have nothing to do with their base.
         """
         settings = self._spec.settings
         if isinstance(settings, NearSpec):
@@ -91,6 +109,8 @@ class Planner:
         for left in rows:
             lossy = [n for n in left if self._infos[n].role in LOSSY
                      and self._infos[n].dtype in WEIGHT_DTYPES]  # fmt: skip
+            if not self._plausible(lossy):
+                lossy = []
             for number in left:
                 if number not in lossy:
                     yield self._exact_coder(number)
@@ -106,7 +126,7 @@ class Planner:
         weights = [group for group in groups if group.weight is not None]
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
         residual, weight = energies(scales.values())
-        if residual > weight and not self._keyframe:
+        if residual > _RELATED * weight and not self._alone:
             raise TooFar
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
@@ -115,6 +135,27 @@ class Planner:
             here = NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe)
             there = not self._keyframe and DeviceCoder.can(group)
             yield DeviceCoder(here, group) if there else here, {} if self._keyframe else bases
+
+    def _plausible(self, group: list[int]) -> bool:
+        """Whether the values of moments that are only known by what stands beside them are such as
+        moments have: squares are not negative, and bound averages (Cauchy and Schwarz).
+        """
+        beside = [n for n in group if self._infos[n].evidence == BESIDE]
+        seconds = [n for n in beside if self._infos[n].role in SECOND]
+        for number in seconds:
+            info = self._infos[number]
+            first = next((
+                n for n in beside if FIRST.get(self._infos[n].role) == info.role
+                and (self._infos[n].dtype, self._infos[n].words) == (info.dtype, info.words)
+            ), None)  # fmt: skip
+            for index in range(len(slice_counts(info.words))):
+                square = self._target(number).sampled(index, _SAMPLE)
+                if not (square >= 0).all():
+                    return False
+                average = None if first is None else self._target(first).sampled(index, _SAMPLE)
+                if average is not None and not _is_bounded(average, square):
+                    return False
+        return True
 
     def _near_group(self, lossy: list[int]) -> Group:
         copies = tuple(self._target(n) for n in lossy if self._masters.get(n) in lossy)
@@ -128,7 +169,7 @@ class Planner:
             None,
         )  # fmt: skip
         others = tuple(t for t in targets.values() if t is not first and t is not second)
-        base = None if weight is None else self._base_tensor(weight.number)
+        base = None if weight is None or self._alone else self._base_tensor(weight.number)
         moments = [number for number in lossy if self._infos[number].role != WEIGHT]
         rules = self._checkpoint.rules
         rule = next((rules[number] for number in moments if number in rules), Rule())
@@ -164,6 +205,13 @@ class Planner:
             return None
         bases = {} if weight is None or base is None else {weight: base}
         return excp.ExcpCoder(tensors, fitted), bases
+
+
+def _is_bounded(average: Floats, square: Floats) -> bool:
+    """Whether nearly all averages are such as gradients of these mean squares can have."""
+    with np.errstate(over="ignore"):
+        inside = np.square(average, dtype=np.float64) <= _LARGEST * square.astype(np.float64)
+    return bool(inside.mean() >= _SHARE) if inside.size else True
 
 
 def _scale(group: Group) -> Scale:

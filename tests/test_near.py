@@ -481,12 +481,12 @@ def test_weights_too_large_to_measure_come_back_all_the_same(near: Repo) -> None
 
 
 def test_weights_whose_exact_values_are_stored_elsewhere(near: Repo) -> None:
-    """As ASGD has them: the frame that they share is no patch upon the near ones."""
+    """The frame that they share is no patch upon the near ones."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 8, generator=draw)
     for step in range(3):
         weight = weight + 0.01 * torch.randn(64, 8, generator=draw)
-        moments = {"state": {0: {"ax": weight.clone()}}, "param_groups": [{"params": [0]}]}
+        moments = {"state": {0: {"kept": weight.clone()}}, "param_groups": [{"params": [0]}]}
         near.commit({"model": {"w": weight}, "optimizer": moments}, step=step)
     reader = Repo.open(near.root)
     assert torch.equal(reader.checkout(2)["model"]["w"], weight)

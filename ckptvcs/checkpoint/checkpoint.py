@@ -243,7 +243,7 @@ def build(
             pair = None if role.pair is None else numbers[id(role.pair)]
             infos.append(TensorInfo(
                 prefix + found.name + found.part, found.dtype, found.shape, role.part, role.role,
-                found.inline, pair, tuple(found.views),
+                found.inline, pair, tuple(found.views), role.evidence,
             ))  # fmt: skip
             if role.rule is not None:
                 rules[len(places)] = role.rule

@@ -28,6 +28,7 @@ def gather(
     names: Names = {}
     if model is not None:
         state[MODEL] = _state_of(model, MODEL)
+        names[file, MODEL] = [[name for name, _ in _named_parameters(model)]]
     if optimizer is not None:
         row = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
         states = [_state_of(one, OPTIMIZER) for one in row]
@@ -45,10 +46,19 @@ def gather(
 
 def parameter_names(model: Any, optimizer: Any) -> list[list[str | None]]:
     """For each group of an optimizer the names that a module has for its parameters."""
-    named = getattr(model, "named_parameters", dict)
-    weights = {id(weight): name for name, weight in dict(named()).items()}
+    weights = {id(weight): name for name, weight in reversed(_named_parameters(model))}
     groups = getattr(optimizer, "param_groups", [])
     return [[weights.get(id(weight)) for weight in group["params"]] for group in groups]
+
+
+def _named_parameters(model: Any) -> list[tuple[str, Any]]:
+    """The parameters of a module by all names that they have, the first one first."""
+    if not hasattr(model, "named_parameters"):
+        return []
+    try:
+        return list(model.named_parameters(remove_duplicate=False))
+    except TypeError:  # something that is no module of torch, and has such a method
+        return list(model.named_parameters())
 
 
 def _state_of(holder: Any, what: str) -> object:

@@ -1,67 +1,57 @@
-"""What each tensor is for: part, role, and the weight that a moment belongs to.
+"""What each tensor is for: part, role, the weight that a moment belongs to, and how this is known.
 
-Roles are found, not configured, and a wrong one costs quality, never correctness: values that
-are coded with loss are measured, and everything that is not understood is exact.
+Lossy coding needs evidence; whatever has none is exact.  A tensor is a
 
-    optimizer   a dict with `state` (index -> dict of tensors) and `param_groups`
-    pairs       by `param_names` in the groups; else by the order of parameters in the same file,
-                where the shapes allow exactly one alignment; else none
-    weight      a float tensor reached through dicts only, and not a known buffer
+    weight  if a module gave it, if it is paired with moments, or if it stands in the state dict of
+            a model, known by its place (a key such as `model`) and by its form (names to tensors)
+    moment  if it is in the state of an optimizer (`optimizers.py`)
+
+Of a state dict whose weights are paired with moments what is not paired is no weight: it is a
+buffer, or frozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
 from ckptvcs.checkpoint.layout import Found, Layout
-from ckptvcs.checkpoint.pickles import StorageRef, TensorRef, walk
+from ckptvcs.checkpoint.optimizers import (
+    FIRST,
+    ITERATES,
+    MASTERS,
+    MOMENTS,
+    SECOND,
+    Names,
+    Optimizer,
+    Rule,
+    Slot,
+    find_flat,
+    find_optimizers,
+    has_moment_name,
+    storage_key,
+)
+from ckptvcs.checkpoint.pickles import METADATA, InertDict, StorageRef, TensorRef, walk
 from ckptvcs.dtypes import WEIGHT_DTYPES
 
+__all__ = ["FIRST", "LOSSY", "MOMENTS", "OTHER", "SECOND", "WEIGHT", "Names", "Role", "Rule"]
+
 WEIGHT, OTHER = "weight", "other"
-
-FIRST = {
-    "exp_avg": "exp_avg_sq",  # Adam and its kin; Lion keeps it alone
-    "momentum_buffer": None,  # SGD, RMSprop, Muon
-    "grad_avg": None,  # RMSprop, centered
-    "exp_avg_diff": None,  # Adan
-}
-"""Keys of optimizer state that are averages of gradients -> the key whose root divides them."""
-
-SECOND = frozenset({
-    "exp_avg_sq", "max_exp_avg_sq",  # Adam, amsgrad
-    "square_avg",  # RMSprop
-    "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance",  # Adafactor
-})  # fmt: skip
-"""Keys of optimizer state that are averages of squared gradients."""
-
-MASTERS = frozenset({
-    "master_param", "master_params", "master_weight", "master_weights", "master", "fp32_param",
-    "param_fp32",
-})  # fmt: skip
-"""Keys of optimizer state that are the weights themselves, in float32: they belong to the model."""
-
-MOMENTS = frozenset(FIRST) | SECOND
-"""Keys of optimizer state that lossy coding knows how to treat."""
 
 LOSSY = MOMENTS | {WEIGHT}
 """Roles of tensors that are coded with loss, where their type allows it."""
 
-
-@dataclass(frozen=True)
-class Rule:
-    """What an optimizer does with its moments, from its `param_groups`; else Adam's defaults."""
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-
+MODULE, PAIRED, STATE_DICT = "module", "moments", "state dict"
+"""Evidence: a module gave it; it is paired with moments; it stands in the state dict of a model."""
+OPTIMIZER, BESIDE = "optimizer", "beside its moments"
+"""Evidence: it is state of an optimizer; or is so by what stands beside it, and by its values."""
 
 _BUFFERS = frozenset({
     "running_mean", "running_var", "num_batches_tracked", "inv_freq", "position_ids",
-    "masked_bias", "attn_mask", "causal_mask", "token_type_ids",
+    "masked_bias", "attn_mask", "causal_mask", "token_type_ids", "original_inv_freq",
+    "relative_position_index", "expert_bias", "tokens_per_expert", "e_score_correction_bias",
 })  # fmt: skip
 
 _REST_FILES = (
@@ -74,37 +64,43 @@ _REST_KEYS = frozenset({
     "hyper_parameters", "callbacks", "loops", "random_state", "sampler",
 })  # fmt: skip
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
+_PLACES = re.compile(
+    r"(model|module|net|network|state_?dict|weights?|params?|master|master_params?"
+    r"|ema|sma|swa|avg|averaged?|shadow|teacher|student|target|online|generator"
+    r"|discriminator|gen|disc|actor|critic|policy|value|encoder|decoder|backbone|head|unet|vae"
+    r"|transformer|text_encoder|lora|adapter|g|d|q)"
+)
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
+_STRONG = frozenset({
+    "model", "module", "net", "network", "dict", "statedict", "weights", "ema", "swa", "master",
+    "params", "generator", "discriminator", "actor", "critic", "policy", "encoder", "decoder",
+    "backbone", "unet", "vae", "transformer", "lora", "adapter", "teacher", "student",
+})  # fmt: skip
+_PARAMETERS = re.compile(r"(weight|bias|kernel|embed|proj|lora_|_flat_param)")
 
 
 @dataclass
 class Role:
-    """What one found tensor is for; `pair` is the weight of a moment, `rule` its optimizer's."""
+    """What one found tensor is for, by which evidence; `pair` is the weight of a moment, `rule` its
+    optimizer's.
+    """
 
     part: str
     role: str
     pair: Found | None = None
     rule: Rule | None = None
+    evidence: str = ""
 
 
 @dataclass
-class _Slot:
-    """A parameter of an optimizer: its state tensors by key, and its name if the file has it."""
+class _Container:
+    """The float tensors of one state dict, in its order, with their names there."""
 
-    state: dict[str, Found]
-    name: str | None
-    rule: Rule
-
-
-@dataclass
-class _Optimizer:
-    groups: list[list[_Slot]]
+    place: str
     file: int
-
-
-Names = dict[tuple[str, str], list[list[str | None]]]
-"""For an optimizer, by the file it is in and its place there (dotted), the names of the parameters
-of each group, as far as they are known.
-"""
+    tensors: list[Found]
+    names: dict[int, str]
+    module: frozenset[str] = field(default_factory=frozenset)
 
 
 def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Role]]:
@@ -117,30 +113,33 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
         for (_, layout), row in zip(files, roles, strict=True)
         for found, role in zip(layout.tensors, row, strict=True)
     }
-    optimizers: list[_Optimizer] = []
+    optimizers: list[Optimizer] = []
     for number, (path, layout) in enumerate(files):
-        known = {found.key: found for found in layout.tensors if found.key}
         given = {place: row for (file, place), row in names.items() if file == path}
-        optimizers += _find_optimizers(layout.tree, known, number, given)
+        optimizers += find_optimizers(layout, number, given)
     for optimizer in optimizers:
+        for found in optimizer.tensors:
+            by_id[id(found)].part = "optimizer"
         for slot in (slot for group in optimizer.groups for slot in group):
-            for key, found in slot.state.items():
-                master = key in MASTERS and found.dtype == "F32"
-                by_id[id(found)].part = "model" if master else "optimizer"
-                by_id[id(found)].role = WEIGHT if master else key
-                by_id[id(found)].rule = slot.rule
-    candidates = [
-        (found, number)
-        for number, (_, layout) in enumerate(files)
-        for found in _weights(layout, by_id)
-    ]
-    for found, _ in candidates:
-        by_id[id(found)].role = WEIGHT
+            _take_slot(slot, by_id, OPTIMIZER)
+    taken = {id(found) for optimizer in optimizers for found in optimizer.tensors}
+    containers = [
+        container for number, (path, layout) in enumerate(files)
+        for container in _containers(path, layout, number, by_id, taken, names)
+    ]  # fmt: skip
+    paired: set[int] = set()
     for optimizer in optimizers:
-        for slot, weight in _pair(optimizer, candidates):
-            for found in slot.state.values():
-                if found.shape == weight.shape:
-                    by_id[id(found)].pair = weight
+        for slot, weight in _pair(optimizer, containers):
+            _join(slot, weight, by_id, paired)
+    ends = _ends(containers)
+    for slot in find_flat(files, taken):
+        owner = slot.weight if slot.weight is not None else _named(slot, ends)
+        if owner is not None or any(FIRST[key] in slot.state for key in slot.state if key in FIRST):
+            _take_slot(slot, by_id, BESIDE)
+        if owner is not None:
+            _join(slot, owner, by_id, paired)
+    for container in containers:
+        _take_container(container, by_id, paired)
     return roles
 
 
@@ -153,137 +152,196 @@ def _default_role(path: str, found: Found) -> Role:
     return Role("optimizer" if stem.startswith("optimizer") else "model", OTHER)
 
 
-def _storage_key(node: object) -> str | None:
-    if isinstance(node, TensorRef):
-        return node.storage.key
-    return node.key if isinstance(node, StorageRef) else None
+def _take_slot(slot: Slot, roles: dict[int, Role], evidence: str) -> None:
+    """State of one parameter: moments, or weights in float32, which belong to the model."""
+    for key, found in slot.state.items():
+        role = roles[id(found)]
+        weight = key in ITERATES or (key in MASTERS and found.dtype == "F32")
+        role.part = "model" if weight else "optimizer"
+        role.role = WEIGHT if weight else key
+        role.rule, role.evidence = slot.rule, evidence
+    if slot.weight is not None:
+        role = roles[id(slot.weight)]
+        role.part, role.role, role.evidence = "model", WEIGHT, PAIRED
 
 
-def _find_optimizers(
-    tree: object, known: dict[str, Found], file: int, given: dict[str, list[list[str | None]]]
-) -> Iterable[_Optimizer]:
-    for path, node in walk(tree):
-        if not isinstance(node, dict):
+def _join(slot: Slot, weight: Found, roles: dict[int, Role], paired: set[int]) -> None:
+    paired.add(id(weight))
+    roles[id(weight)].role, roles[id(weight)].evidence = WEIGHT, PAIRED
+    for found in slot.state.values():
+        if found.shape == weight.shape:
+            roles[id(found)].pair = weight
+
+
+def _take_container(container: _Container, roles: dict[int, Role], paired: set[int]) -> None:
+    """Weights of a state dict: those that the module says, else those that are paired, else all."""
+    some = any(id(found) in paired for found in container.tensors)
+    for found in container.tensors:
+        role = roles[id(found)]
+        name = container.names[id(found)]
+        if container.module:
+            if name in container.module:
+                role.role, role.evidence = WEIGHT, MODULE
+        elif not some:
+            role.role, role.evidence = WEIGHT, STATE_DICT
+
+
+# -- state dicts of models -------------------------------------------------------------------------
+
+
+def _containers(
+    path: str, layout: Layout, file: int, roles: dict[int, Role], taken: set[int], names: Names
+) -> Iterable[_Container]:
+    """The state dicts of models in a file, by their places and forms, outermost first."""
+    known = {found.key: found for found in layout.tensors if found.key}
+    used = set(taken)
+    for steps, node in walk(layout.tree):
+        if not isinstance(node, dict) or not _is_place(path, layout.format, steps, node):
             continue
-        state, groups = node.get("state"), node.get("param_groups")
-        if not isinstance(state, dict) or not isinstance(groups, list):
+        leaves = _leaves(node)
+        if leaves is None:
             continue
-        slots: list[list[_Slot]] = []
-        rows = given.get(".".join(path), [])
-        for number, group in enumerate(groups):
-            if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-                break
-            names = rows[number] if number < len(rows) else group.get("param_names")
-            if names is None and all(type(index) is str for index in group["params"]):
-                names = group["params"]  # as `get_optimizer_state_dict` of torch has them
-            if not isinstance(names, list) or len(names) != len(group["params"]):
-                names = [None] * len(group["params"])
-            rule = _rule(group)
-            slots.append([
-                _Slot(
-                    _state_tensors(state, index, known), name if type(name) is str else None, rule
-                )
-                for index, name in zip(group["params"], names, strict=True)
-            ])  # fmt: skip
-        else:
-            yield _Optimizer(slots, file)
+        rows: dict[str, str] = {}
+        for name, key in leaves:
+            rows.setdefault(key, name)
+        tensors, inside = [], {}
+        for key, name in rows.items():
+            found = known.get(key)
+            if found is None or id(found) in used or not _can_be_weight(found, roles, name):
+                continue
+            used.add(id(found))
+            tensors.append(found)
+            inside[id(found)] = name
+        given = names.get((path, ".".join(steps)), []) if layout.format != "safetensors" else []
+        module = frozenset(name for row in given for name in row if name)
+        if not module & {*inside.values()}:
+            module = frozenset()
+        if tensors:
+            yield _Container(".".join(steps), file, tensors, inside, module)
 
 
-def _rule(group: dict[Any, Any]) -> Rule:
-    """What a group of parameters says of its moments; a default for what is missing or absurd."""
-    betas = group.get("betas")
-    pair = betas if isinstance(betas, list | tuple) and len(betas) > 1 else (None, None)
-    values = (pair[0], group.get("alpha", pair[1]), group.get("eps"))
-    known = (
-        value if isinstance(value, float | int) and 0 <= value < 1 else default
-        for value, default in zip(values, (Rule.beta1, Rule.beta2, Rule.eps), strict=True)
+def _can_be_weight(found: Found, roles: dict[int, Role], name: str) -> bool:
+    role = roles[id(found)]
+    floats = role.part == "model" and role.role == OTHER and found.dtype in WEIGHT_DTYPES
+    return floats and name.split(".")[-1] not in _BUFFERS and not has_moment_name(found)
+
+
+def _is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, object]) -> bool:
+    """Whether the state dict of a model stands here."""
+    if any(step.startswith("@") or step == "_buffers" for step in steps):
+        return False
+    if isinstance(node, InertDict) and isinstance(node.state, dict) and METADATA in node.state:
+        return True  # a module made it
+    if steps:
+        return steps[-1] == "_parameters" or _is_model_word(steps[-1])
+    if form == "safetensors":
+        return True
+    named = sum(
+        isinstance(key, str) and bool(_PARAMETERS.search(key.rpartition(".")[2]))
+        for key in node
+    )  # fmt: skip
+    return 2 * named >= len(node) > 0
+
+
+def _is_model_word(step: str) -> bool:
+    """Whether a key says that a model stands there: `model`, `model_ema`, `netG`, `params`, ..."""
+    words = [word.lower() for word in _WORDS.findall(step)]
+    return any(word in _STRONG for word in words) and all(
+        _PLACES.fullmatch(word) or word.isdigit() or word == "state" for word in words
     )
-    return Rule(*known)
 
 
-def _state_tensors(
-    state: dict[Any, Any], index: object, known: dict[str, Found]
-) -> dict[str, Found]:
-    entry = state.get(index) if isinstance(index, int | str) else None
-    if entry is None and type(index) is int:
-        entry = state.get(str(index))  # torch.distributed.checkpoint makes all keys text
-    if not isinstance(entry, dict):
-        return {}
-    keys = {name: _storage_key(node) for name, node in entry.items() if isinstance(name, str)}
-    return {name: known[key] for name, key in keys.items() if key is not None and key in known}
+def _leaves(node: dict[object, object]) -> list[tuple[str, str]] | None:
+    """The dotted name and the storage key of every tensor below a dict; None where it holds
+    anything but tensors, dicts of them, and what modules keep beside.
+    """
+    found: list[tuple[str, str]] = []
+    stack: list[tuple[str, object]] = [("", node)]
+    seen: set[int] = set()
+    while stack:
+        name, at = stack.pop()
+        if isinstance(at, dict):
+            if id(at) in seen:
+                return None
+            seen.add(id(at))
+            dot = "." if name else ""
+            below = [(f"{name}{dot}{key}", value) for key, value in at.items()]
+            stack += reversed(below)
+        elif isinstance(at, TensorRef | StorageRef | Found):
+            found.append((name, storage_key(at) or ""))
+        elif at is not None and not name.endswith("_extra_state"):
+            return None
+    return found
 
 
-def _weights(layout: Layout, roles: dict[int, Role]) -> list[Found]:
-    """The float tensors of a file that can be weights, in the file's own order of names."""
-    if layout.format == "safetensors":
-        ordered = layout.tensors
-    else:
-        known = {found.key: found for found in layout.tensors if found.key}
-        keys = (_storage_key(node) for path, node in walk(layout.tree) if _plain(path))
-        ordered = [known[key] for key in dict.fromkeys(keys) if key is not None and key in known]
-    return [
-        found for found in ordered
-        if roles[id(found)].part == "model" and found.dtype in WEIGHT_DTYPES
-        and found.name.split(".")[-1] not in _BUFFERS
-    ]  # fmt: skip
+# -- pairs -----------------------------------------------------------------------------------------
 
 
-def _plain(path: tuple[str, ...]) -> bool:
-    """Whether a path leads through dicts and modules only, not through calls or buffers."""
-    return not any(step.startswith("@") or step == "_buffers" for step in path)
-
-
-def _pair(optimizer: _Optimizer, candidates: list[tuple[Found, int]]) -> list[tuple[_Slot, Found]]:
+def _pair(optimizer: Optimizer, containers: list[_Container]) -> list[tuple[Slot, Found]]:
     slots = [slot for group in optimizer.groups for slot in group]
-    if any(slot.name is not None for slot in slots):
+    beside = [(slot, slot.weight) for slot in slots if slot.weight is not None]
+    if beside:
+        return beside
+    if any(slot.names for slot in slots):
         # Shards of a weight have one name: first those that stand where the optimizer does.
-        own = [found for found, file in candidates if file == optimizer.file]
-        return _pair_by_name(slots, own) or _pair_by_name(slots, [found for found, _ in candidates])
-    containers: dict[str, list[Found]] = {}
-    for found, file in candidates:
-        if file == optimizer.file:
-            top, dot, _ = found.name.partition(".")
-            containers.setdefault(top if dot else "", []).append(found)
+        own = [container for container in containers if container.file == optimizer.file]
+        return _pair_by_name(slots, own) or _pair_by_name(slots, containers)
     fitting = {}
-    for name, founds in containers.items():
-        pairs = _pair_by_order(optimizer.groups, founds)
-        if pairs:
-            fitting[name] = pairs
+    for container in containers:
+        if container.file == optimizer.file:
+            pairs = _pair_by_order(optimizer.groups, container.tensors)
+            if pairs:
+                fitting[container.place] = pairs
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     # A copy of the model (an average, say) fits as well as the model: prefer what says so.
     return next((fitting[name] for name in _MODEL_KEYS if name in fitting), [])
 
 
-def _pair_by_name(slots: list[_Slot], weights: list[Found]) -> list[tuple[_Slot, Found]]:
-    """Names match whole, or as the end of one tensor's name only."""
-    ends: dict[str, list[Found]] = {}
-    for found in weights:
-        names = {found.name, *(view.name for view in found.views)}
-        for name in names:
-            steps = name.split(".")
-            for start in range(len(steps)):
-                ends.setdefault(".".join(steps[start:]), []).append(found)
-    pairs = []
-    for slot in slots:
-        options = ends.get(slot.name or "", [])
-        whole = [found for found in options if found.name == slot.name]
-        options = whole or [found for found in options if found.name.split(".")[0] in _MODEL_KEYS] \
-            or options  # fmt: skip
-        if len(options) == 1:
-            pairs.append((slot, options[0]))
-    return pairs
+def _pair_by_name(slots: list[Slot], containers: list[_Container]) -> list[tuple[Slot, Found]]:
+    ends = _ends(containers)
+    pairs = [(slot, _named(slot, ends)) for slot in slots]
+    return [(slot, weight) for slot, weight in pairs if weight is not None]
 
 
-def _shape(slot: _Slot) -> tuple[int, ...] | None:
+def _ends(containers: Iterable[_Container]) -> dict[str, list[tuple[Found, str]]]:
+    """The tensors whose names end so, with the top of their place."""
+    ends: dict[str, list[tuple[Found, str]]] = {}
+    for container in containers:
+        for found in container.tensors:
+            names = {container.names[id(found)], found.name, *(v.name for v in found.views)}
+            for end in {
+                ".".join(steps[start:])
+                for steps in (name.split(".") for name in names) for start in range(len(steps))
+            }:  # fmt: skip
+                ends.setdefault(end, []).append((found, container.place))
+    return ends
+
+
+def _named(slot: Slot, ends: Mapping[str, list[tuple[Found, str]]]) -> Found | None:
+    """The weight of a slot: it has a name whole, or as the end of one tensor's name only, and the
+    shape of a moment, if these have one.
+    """
+    shape = _shape(slot)
+    for name in slot.names:
+        options = ends.get(name, [])
+        whole = [found for found, _ in options if found.name == name]
+        models = [found for found, place in options if place.split(".")[0] in _MODEL_KEYS]
+        for row in (whole, models, [found for found, _ in options]):
+            if len(row) == 1:
+                return row[0] if shape in (None, row[0].shape) or len(slot.names) == 1 else None
+    return None
+
+
+def _shape(slot: Slot) -> tuple[int, ...] | None:
     """The shape of a parameter, as its moments show it; None where it has none."""
     shapes = {found.shape for key, found in slot.state.items() if key != "step"}
     return shapes.pop() if len(shapes) == 1 else None
 
 
-def _pair_by_order(groups: list[list[_Slot]], weights: list[Found]) -> list[tuple[_Slot, Found]]:
+def _pair_by_order(groups: list[list[Slot]], weights: list[Found]) -> list[tuple[Slot, Found]]:
     """Pairs if every group is a subsequence of the weights in exactly one way, without overlap."""
-    pairs: list[tuple[_Slot, Found]] = []
+    pairs: list[tuple[Slot, Found]] = []
     taken: set[int] = set()
     shapes = [found.shape for found in weights]
     for group in groups:

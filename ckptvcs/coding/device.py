@@ -25,7 +25,7 @@ from ckptvcs.codec.moments import Factors, put_second
 from ckptvcs.codec.weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Group, Target
-from ckptvcs.coding.near import Measured, NearCoder, second_rows
+from ckptvcs.coding.near import Measured, NearCoder, leaves_range, second_rows
 from ckptvcs.dtypes import DTYPES
 
 _Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the device
@@ -87,7 +87,7 @@ class DeviceCoder:
         product = device.product(factors.row, factors.column, rows, values)
         near = device.rounded(product, target.dtype)
         errors = Errors(*device.root_squares(values, near))
-        return _coded(NEAR_SECOND, payload, target, count, errors, near)
+        return _coded(NEAR_SECOND, payload, target, values, errors, near)
 
     def _first(self, target: Target, number: int, second: _Coded) -> _Coded | None:
         values, roots = self._values(target, number), second[2].sqrt()
@@ -107,7 +107,7 @@ class DeviceCoder:
         error, energy, largest = device.squares(near, values)
         errors = Errors(error, energy, largest=largest)
         beside = Companion(memoryview(second[0].data))
-        return _coded(NEAR_SCALED_LOW_RANK, payload, target, count, errors, near, companion=beside)
+        return _coded(NEAR_SCALED_LOW_RANK, payload, target, values, errors, near, companion=beside)
 
     def _weight(self, target: Target, number: int, second: _Coded) -> _Coded | None:
         assert self._group.base is not None
@@ -122,19 +122,27 @@ class DeviceCoder:
         if found is None:
             return None
         errors = Errors.of(found[1])
-        return _coded(NEAR_WEIGHT, found[0], target, base.size, errors, None, base=base)
+        return _coded(NEAR_WEIGHT, found[0], target, values, errors, None, base=base)
 
 
 def _coded(
-    method: int, payload: bytes, target: Target, count: int, errors: Errors, near: Any,
+    method: int, payload: bytes, target: Target, values: Any, errors: Errors, near: Any,
     *, base: Words | None = None, companion: Companion | None = None,
 ) -> _Coded | None:  # fmt: skip
-    """A slice in a near form; None where it is worse than nothing, or not finite."""
+    """A slice of `values` in a near form; None where it is worse than nothing, not finite, or of
+    another sign.
+    """
     least = errors.energy if base is None else errors.residual
     if not errors.error <= least < np.inf:
         return None
     data = put_slice(method, payload)
-    decoded = decode_slice(memoryview(data), DTYPES[target.dtype], count, base, companion)
-    if target.dtype != "F32" and not np.isfinite(to_float32(decoded, target.dtype)).all():
+    decoded = decode_slice(memoryview(data), DTYPES[target.dtype], values.numel(), base, companion)
+    floats = to_float32(decoded, target.dtype)
+    if target.dtype != "F32" and not np.isfinite(floats).all():
         return None  # rounded up to infinity
+    low, high = float(values.min()), float(values.max())
+    if leaves_range(floats, low, high, errors.largest) or (target.squared and not floats.all()):
+        return None
+    if target.weak and (low >= 0 or high <= 0):
+        return None  # see `NearCoder`
     return CodedSlice(data, decoded, None, stands_on_base=base is not None), errors, near

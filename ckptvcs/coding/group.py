@@ -93,7 +93,7 @@ class CodedGroup:
 @dataclass(frozen=True)
 class Target:
     """A tensor of `dtype` and `shape` that is to be coded with loss.  `number` is its position in
-    the schema, `role` what it is to its optimizer.
+    the schema, `role` what it is to its optimizer; `weak`, if its place alone says so.
     """
 
     number: int
@@ -101,6 +101,7 @@ class Target:
     dtype: str
     shape: tuple[int, ...] = ()
     role: str = ""
+    weak: bool = False
 
     @property
     def squared(self) -> bool:

@@ -161,6 +161,36 @@ def second_rows(target: Target, number: int, words: int) -> Rows:
     return Rows(words)
 
 
+def _sign(values: Floats) -> int:
+    """1 where no value is below zero, -1 where none is above, else 0."""
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    return 1 if low >= 0 else -1 if high <= 0 else 0
+
+
+def strays(true: Floats, near: Floats, error: float, squared: bool) -> bool:
+    """Whether a near form is what nobody can mean, whatever the tensor is for: of the other sign
+    where the original has only one, or further outside its range than the recorded `error`.  One of
+    a second moment, whose error is that of its root, is not zero where the moment is not.
+    """
+    if not true.size:
+        return False
+    low, high = float(true.min()), float(true.max())
+    return leaves_range(near, low, high, error) or (
+        squared and bool(np.any((near == 0) & (true != 0)))
+    )
+
+
+def leaves_range(near: Floats, low: float, high: float, error: float) -> bool:
+    """Whether values are of the other sign where all are from `low` to `high`, which have one sign,
+    or, where it is known, further outside than an `error`.
+    """
+    least, most = float(near.min()), float(near.max())
+    if (low >= 0 > least) or (high <= 0 < most):
+        return True
+    room = error * (1 + 1e-6)
+    return error > 0 and (least < low - room or most > high + room)
+
+
 Measured = tuple[CodedSlice, Errors]
 """A slice as it is coded, and its errors."""
 
@@ -240,7 +270,10 @@ class NearCoder:
         if not np.isfinite(errors.fisher_residual + errors.fisher_error):  # a moment is not finite
             errors = replace(errors, fisher_error=0.0, fisher_residual=0.0)
         least = errors.residual if target is self._group.weight else errors.energy
-        return (coded, errors) if errors.error <= least < np.inf else None
+        near, true = to_float32(encoded.decoded, target.dtype), target.floats(number)
+        if not errors.error <= least < np.inf or strays(true, near, errors.largest, target.squared):
+            return None
+        return coded, errors
 
     # -- moments -------------------------------------------------------------------------------
 
@@ -356,6 +389,8 @@ class NearCoder:
     def _weight(self, target: Target, number: int, second: Measured | None) -> Measured:
         words, base = target.tensor.slice(number), self._group.base
         encoded = None
+        if target.weak and _sign(to_float32(words, target.dtype)):
+            return self._exact(target, number)  # weights have both signs: these may be counts
         if base is None or self._keyframe:
             step = self._keyframe_step(target)
             if step is not None:

@@ -48,6 +48,7 @@ class View:
 class TensorInfo:
     """One stored tensor: `shape` elements of `dtype`, row after row.
 
+    `evidence` says how its role is known, where it has one (`checkpoint/roles.py`).
     `inline` tensors are so small that their bytes stand in the skeleton.  `pair` is the position
     in the schema of the weight that a moment belongs to.  `views` are the windows on it where
     these are more than the tensor itself under its own name.
@@ -61,6 +62,7 @@ class TensorInfo:
     inline: bool = False
     pair: int | None = None
     views: tuple[View, ...] = ()
+    evidence: str = ""
 
     @property
     def type(self) -> DType:
@@ -106,6 +108,8 @@ def _tensor_fields(info: TensorInfo) -> dict[str, object]:
         fields["inline"] = True
     if info.pair is not None:
         fields["pair"] = info.pair
+    if info.evidence:
+        fields["evidence"] = info.evidence
     if info.views:
         fields["views"] = [
             {"name": view.name, "dtype": view.dtype, "offset": view.offset,
@@ -136,7 +140,7 @@ def _load_tensor(record: Record) -> TensorInfo:
     info = TensorInfo(
         record.text("name"), record.text("dtype"), _load_shape(record, "shape"),
         record.text("part"), record.text("role"), record.flag("inline"),
-        record.optional_integer("pair"), views,
+        record.optional_integer("pair"), views, record.optional_text("evidence") or "",
     )  # fmt: skip
     if info.dtype not in DTYPES or info.part not in ("model", "optimizer", "rest"):
         raise CorruptionError(f"a schema holds a tensor of unknown kind: {info.name!r}")
