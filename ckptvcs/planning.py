@@ -145,7 +145,7 @@ class Planner:
         for number in seconds:
             info = self._infos[number]
             first = next((
-                n for n in beside if FIRST.get(self._infos[n].role) == info.role
+                n for n in beside if info.role in FIRST.get(self._infos[n].role, ())
                 and (self._infos[n].dtype, self._infos[n].words) == (info.dtype, info.words)
             ), None)  # fmt: skip
             for index in range(len(slice_counts(info.words))):
@@ -162,12 +162,7 @@ class Planner:
         own = [number for number in lossy if self._masters.get(number) not in lossy]
         targets = {self._infos[number].role: self._target(number) for number in own}
         weight = targets.pop(WEIGHT, None)
-        second = next((targets[role] for role in targets if role in SECOND), None)
-        first = next(
-            (target for role, target in targets.items() if role in FIRST
-             and (second is None or (FIRST[role], target.dtype) == (second.role, second.dtype))),
-            None,
-        )  # fmt: skip
+        first, second = _first_and_second(targets)
         others = tuple(t for t in targets.values() if t is not first and t is not second)
         base = None if weight is None or self._alone else self._base_tensor(weight.number)
         moments = [number for number in lossy if self._infos[number].role != WEIGHT]
@@ -205,6 +200,19 @@ class Planner:
             return None
         bases = {} if weight is None or base is None else {weight: base}
         return excp.ExcpCoder(tensors, fitted), bases
+
+
+def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target | None]:
+    """An average and what divides it; else the one or the other alone."""
+    firsts = [target for role, target in targets.items() if role in FIRST]
+    seconds = [target for role, target in targets.items() if role in SECOND]
+    for first in firsts:
+        for second in seconds:
+            if second.role in FIRST[first.role] and first.dtype == second.dtype:
+                return first, second
+    if seconds:
+        return None, seconds[0]
+    return (firsts[0] if firsts else None), None
 
 
 def _is_bounded(average: Floats, square: Floats) -> bool:

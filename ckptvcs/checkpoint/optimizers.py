@@ -20,19 +20,19 @@ from typing import Any
 from ckptvcs.checkpoint.layout import Found, Layout
 from ckptvcs.checkpoint.pickles import StorageRef, TensorRef, walk
 
-FIRST = {
-    "exp_avg": "exp_avg_sq",  # Adam and its kin; Lion keeps it alone
-    "exp_avg_fast": "exp_avg_sq",  # AdEMAMix
-    "exp_avg_slow": "exp_avg_sq",
-    "momentum_buffer": None,  # SGD, RMSprop, Muon
-    "grad_avg": None,  # RMSprop, centered
-    "exp_avg_diff": None,  # Adan
-    "m": "v", "mu": "nu",  # loops of one's own, optax
+FIRST: dict[str, tuple[str, ...]] = {
+    "exp_avg": ("exp_avg_sq", "exp_avg_var"),  # Adam and its kin; Lion keeps it alone
+    "exp_avg_fast": ("exp_avg_sq",),  # AdEMAMix
+    "exp_avg_slow": (),
+    "momentum_buffer": (),  # SGD, RMSprop, Muon
+    "grad_avg": (),  # RMSprop, centred
+    "exp_avg_diff": (),  # Adan
+    "m": ("v",), "mu": ("nu",),  # loops of one's own, optax
 }  # fmt: skip
-"""Keys of optimizer state that are averages of gradients -> the key whose root divides them."""
+"""Keys of optimizer state that are averages of gradients -> those whose root may divide them."""
 
 SECOND = frozenset({
-    "exp_avg_sq", "max_exp_avg_sq",  # Adam, amsgrad
+    "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var",  # Adam, amsgrad, AdaBelief
     "square_avg", "acc_delta",  # RMSprop, Adadelta
     "sum",  # Adagrad
     "exp_inf",  # Adamax
@@ -68,16 +68,15 @@ _CHUNK = re.compile(r"\[[0-9:,]*\]\Z")
 class Rule:
     """What an optimizer does with its moments, from its `param_groups`; else Adam's defaults.
 
-    `momentum` is that of averages of gradients that nothing divides; `orthogonal` and `sign` say
-    that the step is that of Muon or of Lion.
+    `beta1` is the momentum, too; `alpha` how much the slow average of AdEMAMix counts, or rho of
+    Sophia.  `kind` is `sgd`, `lion` or `muon` where these are known: their states tell no more.
     """
 
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     alpha: float = 0.0
-    orthogonal: bool = False
-    sign: bool = False
+    kind: str = ""
 
 
 @dataclass
@@ -188,32 +187,35 @@ def _slot(
     state = {
         key: known[place] for key, place in keys.items() if place is not None and place in known
     }
-    return Slot(state, () if name is None else (name,), rule_of(group, state.keys()))
+    return Slot(state, () if name is None else (name,), rule_of(group, keys))
 
 
 def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
     """What a group of parameters with state of such keys says of its optimizer; a default for what
     is missing or absurd.
     """
-    kept = set(keys) & MOMENTS
+    kept = set(keys) - {"step"}
     betas = group.get("betas")
     pair = betas if isinstance(betas, list | tuple) and len(betas) > 1 else (None, None)
-    first = group.get("momentum") if kept == {"momentum_buffer"} else pair[0]
+    first = group.get("momentum") if "momentum_buffer" in kept else pair[0]
     second = next((group[key] for key in ("alpha", "rho") if key in group), pair[1])
-    alpha = group.get("alpha") if "exp_avg_slow" in kept else 0.0
+    alpha: object = 0.0
     if kept & {"exp_avg_slow", "hessian"}:
-        second = pair[1]
+        second, alpha = pair[1], group.get("rho" if "hessian" in kept else "alpha")
+    kind = ""
+    if kept == {"momentum_buffer"} and "ns_steps" in group:
+        kind = "muon"
+    elif kept == {"momentum_buffer"} and "dampening" in group:
+        kind = "sgd"
+    elif kept == {"exp_avg"} and pair[1] is not None:
+        kind = "lion"
     values = (first, second, group.get("eps"))
     beta1, beta2, eps = (
         float(value) if isinstance(value, float | int) and 0 <= value < 1 else default
         for value, default in zip(values, (Rule.beta1, Rule.beta2, Rule.eps), strict=True)
     )
-    return Rule(
-        beta1, beta2, eps,
-        alpha=float(alpha) if isinstance(alpha, float | int) and 0 <= alpha < 1e3 else 0.0,
-        orthogonal=kept == {"momentum_buffer"} and "ns_steps" in group,
-        sign=kept == {"exp_avg"},
-    )  # fmt: skip
+    weight = float(alpha) if isinstance(alpha, float | int) and 0 <= alpha < 1e3 else 0.0
+    return Rule(beta1, beta2, eps, weight, kind)
 
 
 # -- flat ------------------------------------------------------------------------------------------

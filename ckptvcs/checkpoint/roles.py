@@ -134,7 +134,8 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
     ends = _ends(containers)
     for slot in find_flat(files, taken):
         owner = slot.weight if slot.weight is not None else _named(slot, ends)
-        if owner is not None or any(FIRST[key] in slot.state for key in slot.state if key in FIRST):
+        complete = any({*FIRST.get(key, ())} & slot.state.keys() for key in slot.state)
+        if owner is not None or complete:
             _take_slot(slot, by_id, BESIDE)
         if owner is not None:
             _join(slot, owner, by_id, paired)

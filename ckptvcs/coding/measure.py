@@ -5,8 +5,8 @@
     moments  squared error of m and of sqrt(v), and *update NMSE*: the relative squared error of the
              optimizer's next step, since a moment matters by nothing but the steps it makes
 
-The next step is taken with a gradient drawn from N(0, v), from the true and the restored state, on
-a fixed sample of entries.
+The next step is taken by the optimizer's own rule (`updates.py`), from the true and the restored
+state, with a gradient as it is likely to come, on a fixed sample of entries.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.words import NONE, Words, to_float32
 from ckptvcs.coding.group import CodedSlice, Errors, Floats, Group, Target
+from ckptvcs.coding.updates import Moments, gradient_scale, steps_alone, steps_of
 
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
 _LEAST = 1 << 12  # of a slice
+_BEYOND = 1e6  # times the step itself
 
 
 def measure(
@@ -82,42 +84,45 @@ def _normal() -> Floats:
     return np.random.default_rng(0).standard_normal(_SAMPLE, np.float32)
 
 
-def _step(rule: Rule, first: Floats | None, second: Floats | None, gradient: Floats) -> Floats:
-    """The optimizer's next step, but for the learning rate."""
-    if second is None:
-        assert first is not None
-        return first  # momentum alone: the gradient adds the same to both
-    ahead = gradient
-    if first is not None:
-        ahead = rule.beta1 * first + (1 - rule.beta1) * gradient
-    root = np.sqrt(rule.beta2 * second + (1 - rule.beta2) * np.square(gradient))
-    return (ahead / (root + rule.eps)).astype(np.float32)
-
-
 def step_sample(words: int) -> int:
     """How many entries of a slice are looked at, in a tensor of `words` words."""
     return max(_LEAST, _SAMPLE // max(1, len(slice_counts(words))))
 
 
-def measure_step(
-    rule: Rule, first: tuple[Floats, Floats] | None, second: tuple[Floats, Floats] | None,
-    count: int,
-) -> Errors:  # fmt: skip
-    """The error of the next step, from (true, restored) moments of a sample that stands for `count`
-    entries; either may be missing.
+def measure_step(rule: Rule, true: Moments, near: Moments, count: int) -> Errors:
+    """The error of the next step, from the true and the restored moments of a sample that stands
+    for `count` entries: the worst, where there are several ways to step.
     """
-    pairs = [pair for pair in (first, second) if pair is not None]
-    gradient = _normal()[: pairs[0][0].size]
+    size = next(iter(true.values())).size
+    worst = Errors()
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if second is not None:
-            gradient = gradient * np.sqrt(second[0])
-        steps = [
-            _step(rule, first and first[restored], second and second[restored], gradient)
-            for restored in (0, 1)
-        ]
-        share = count / max(1, gradient.size)
-        out = Errors(
-            update_error=share * float(np.square(steps[1] - steps[0], dtype=np.float64).sum()),
-            update_energy=share * float(np.square(steps[0], dtype=np.float64).sum()),
-        )
-    return finite(out)
+        likely = _normal()[:size] * gradient_scale(rule, true)
+        # What an average says alone counts most where the gradient is small.
+        gradients = [likely, 0 * likely] if steps_alone(true) else [likely]
+        for step in steps_of(rule, true):
+            for gradient in gradients:
+                found = difference(step(true, gradient), step(near, gradient), count)
+                if is_worse(found, worst):
+                    worst = found
+    return worst
+
+
+def is_worse(one: Errors, other: Errors) -> bool:
+    """Whether one has the larger error of its step, as a share of it."""
+    return one.update_error * other.update_energy > other.update_error * one.update_energy or (
+        not other.update_energy
+    )
+
+
+def difference(true: Floats, near: Floats, count: int) -> Errors:
+    """The error of a step, of which some entries stand for `count`; beyond any bound where the near
+    one is not finite, none where the true one is not either.
+    """
+    share = count / max(1, true.size)
+    energy = share * float(np.square(true, dtype=np.float64).sum())
+    error = share * float(np.square(near - true, dtype=np.float64).sum())
+    if not np.isfinite(energy):
+        return Errors()
+    if not np.isfinite(error):
+        error = _BEYOND * max(energy, 1.0)
+    return Errors(update_error=error, update_energy=energy)

@@ -33,7 +33,16 @@ from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
-from ckptvcs.coding.measure import finite, measure_moment, measure_step, measure_weight, step_sample
+from ckptvcs.coding.measure import (
+    difference,
+    finite,
+    is_worse,
+    measure_moment,
+    measure_step,
+    measure_weight,
+    step_sample,
+)  # fmt: skip
+from ckptvcs.coding.updates import orthogonal, takes_matrices
 
 _SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
 _SAMPLED_SLICES = 4
@@ -48,6 +57,8 @@ _FEW_ROWS = 16  # in a slice: columns would cost more than they tell
 _PER_RANK = 4  # rows and columns that a direction is worth
 _NOISE = 0.066  # NMSE of residuals over the square of their step in standard deviations, about
 _MARGIN = 0.9  # of a bound, to be on the safe side of samples
+_SHARES = (1.0, 0.5, 0.25, 0.125)  # of the usual steps of averages
+_LEVELS = 3  # of squares: row times column, word by word, exactly
 _LEAST_ROW = 32  # words that a factor of their own is worth
 
 
@@ -223,7 +234,7 @@ class NearCoder:
         """Code one slice of each member."""
         group = self._group
         coded: dict[int, Measured] = {}
-        if group.first is not None or group.second is not None:
+        if self._moments_of():
             self._moments(number, coded)
         if group.weight is not None:
             second = None if group.second is None else coded[group.second.number]
@@ -232,12 +243,11 @@ class NearCoder:
                 master = to_float32(coded[group.weight.number][0].decoded, "F32")
                 near = from_float32(master, target.dtype)
                 copy = CodedSlice(put_slice(ROUNDED, b""), near, target.tensor.slice(number))
-                coded[target.number] = copy, Errors()
-        for target in group.others:
-            coded[target.number] = (
-                next(self._seconds(target, number)) if target.squared
-                else self._first(target, number, None)
-            )  # fmt: skip
+                of_master = coded[group.weight.number][1]
+                coded[target.number] = copy, finite(replace(
+                    measure_moment(target, copy), residual=of_master.residual,
+                    fisher_error=of_master.fisher_error, fisher_residual=of_master.fisher_residual,
+                ))  # fmt: skip
         slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
         return CodedGroup(slices, errors)
 
@@ -278,64 +288,81 @@ class NearCoder:
     # -- moments -------------------------------------------------------------------------------
 
     def _moments(self, number: int, coded: dict[int, Measured]) -> None:
-        """Code first and second: the coarsest forms with which the next step is as good as it must
-        be; by default no worse than without any state at all.
+        """Code all moments: in the coarsest forms with which the next step is as good as it must
+        be.
         """
-        first, second = self._group.first, self._group.second
-        holder = first or second
-        assert holder is not None
-        for near_second in self._seconds(second, number) if second is not None else [None]:
-            if second is not None and near_second is not None:
-                coded[second.number] = near_second
-            for near_first in self._firsts(number, near_second):
-                if first is not None and near_first is not None:
-                    coded[first.number] = near_first
-                step = self.step(number, coded)
-                if self.good(step):
-                    coded[holder.number][1].add(step)
-                    return
-        if first is not None:
-            coded[first.number] = self._exact(first, number)
-        coded[holder.number][1].add(self.step(number, coded))
+        step = Errors()
+        for forms in self._forms(number):
+            coded |= forms
+            step = self.step(number, coded)
+            if self.good(step):
+                break
+        coded[self._moments_of()[0].number][1].add(step)
+
+    def _moments_of(self) -> list[Target]:
+        group = self._group
+        return [target for target in (group.first, group.second, *group.others) if target]
 
     def good(self, step: Errors) -> bool:
         """Whether the next step is within its bound."""
         return step.update_error <= self.spec.max_update_nmse * step.update_energy
 
-    def _firsts(self, number: int, second: Measured | None) -> Iterator[Measured | None]:
-        """A slice of first moments in forms that get finer."""
-        target = self._group.first
-        if target is None:
-            yield None
-            return
-        yield self._first(target, number, second)
-        if self.spec.max_update_nmse < 1:
-            for share in (0.5, 0.25, 0.125):
-                yield self._entries(target, number, second, share)
+    def _forms(self, number: int) -> Iterator[dict[int, Measured]]:
+        """Forms of a slice of all moments that get finer: of squares row times column, word by
+        word, exactly; of averages, with each of these, by directions, by entries, exactly.
+        """
+        group = self._group
+        averages = [target for target in self._moments_of() if not target.squared]
+        squares = [target for target in self._moments_of() if target.squared]
+        shares = _SHARES if averages else _SHARES[:1]
+        for level in range(_LEVELS if squares else 1):
+            coded = {target.number: self._second(target, number, level) for target in squares}
+            second = None if group.second is None else coded[group.second.number]
+            for share in shares:
+                for target in averages:
+                    divided = second if target is group.first else None
+                    coded[target.number] = self._average(target, number, divided, share)
+                yield coded
+            if averages:
+                yield coded | {target.number: self._exact(target, number) for target in averages}
+
+    def _average(
+        self, target: Target, number: int, second: Measured | None, share: float
+    ) -> Measured:
+        """A slice of an average of gradients, in a `share` of the usual steps."""
+        if share == 1:
+            return self._first(target, number, second)
+        return self._entries(target, number, second, share)
 
     def step(self, number: int, coded: dict[int, Measured]) -> Errors:
         """The error of the next step with a slice of each moment as it is coded, by number."""
-        group = self._group
-        size = step_sample(group.words)
-        pairs = [
-            None if target is None else (
-                target.sampled(number, size),
-                sample(to_float32(coded[target.number][0].decoded, target.dtype), size),
-            )
-            for target in (group.first, group.second)
-        ]  # fmt: skip
-        count = slice_counts(group.words)[number]
-        return measure_step(group.rule, pairs[0], pairs[1], count)
+        rule, size = self._group.rule, step_sample(self._group.words)
+        targets = self._moments_of()
+        near = {t.role: to_float32(coded[t.number][0].decoded, t.dtype) for t in targets}
+        count = slice_counts(self._group.words)[number]
+        worst = measure_step(
+            rule, {t.role: t.sampled(number, size) for t in targets},
+            {role: sample(values, size) for role, values in near.items()}, count,
+        )  # fmt: skip
+        if takes_matrices(rule, near):
+            (target,) = targets
+            corners = [orthogonal(values, target.columns, target.start(number))
+                       for values in (target.floats(number), near[target.role])]  # fmt: skip
+            if corners[0] is not None and corners[1] is not None:
+                found = difference(corners[0], corners[1], count)
+                worst = found if is_worse(found, worst) or rule.kind == "muon" else worst
+        return worst
 
-    def _seconds(self, target: Target, number: int) -> Iterator[Measured]:
-        """A slice of squares in forms that get finer: row times column, word by word, exactly."""
+    def _second(self, target: Target, number: int, level: int) -> Measured:
+        """A slice of squares: row times column, word by word, or exactly."""
         words = target.tensor.slice(number)
-        for rows in (second_rows(target, number, words.size), Rows(words.size)):
+        forms = (second_rows(target, number, words.size), Rows(words.size))
+        for rows in forms[level:]:
             encoded = encode_second(words, target.dtype, rows)
             found = self._near(target, number, NEAR_SECOND, encoded)
             if found is not None:
-                yield found
-        yield self._exact(target, number)
+                return found
+        return self._exact(target, number)
 
     def _first(self, target: Target, number: int, second: Measured | None) -> Measured:
         found = self._low_rank(target, number, target.tensor.slice(number), second)

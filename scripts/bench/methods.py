@@ -118,6 +118,7 @@ def keep_ckpt(paths: list[Path], scratch: Path, codec: str) -> Kept:
     """Commits of this program, with the quality of what comes back."""
     kept = Kept(f"ckpt {codec}")
     repo = Repo.init(scratch / codec.replace(":", "-"))
+    repo.configure("keep-exact", "0")  # what lasts is measured
     target = scratch / "back.pt"
     base: State | None = None
     for path in paths:

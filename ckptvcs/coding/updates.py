@@ -1,0 +1,159 @@
+"""The next step of an optimizer from its moments, but for the learning rate.
+
+A moment matters by nothing but the steps it makes: Lion and Muon take the sign of theirs, or make
+it orthogonal, so that a small error of the moment can be a large one of the step.  Of an optimizer
+that is not known the worst of these counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptvcs.checkpoint.roles import SECOND, Rule
+
+Floats = NDArray[np.float32]
+Moments = Mapping[str, Floats]
+"""Moments of some entries by their keys in the optimizer's state."""
+
+_SIDE = 128  # rows and columns of a matrix that a step of Muon is tried on
+_TIMES = 5
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz, as in torch.optim.Muon
+
+
+def steps_of(rule: Rule, moments: Moments) -> list[Callable[[Moments, Floats], Floats]]:
+    """How an optimizer with these moments steps, from them and a gradient; several ways where it is
+    not known.  Steps of Muon, which need whole matrices, are not among them: see `orthogonal`.
+    """
+    keys = moments.keys()
+    if keys & {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "v", "nu"}:
+        return [lambda m, g: _adam(rule, m, g)]
+    if "exp_inf" in keys:
+        return [lambda m, g: _adamax(rule, m, g)]
+    if "acc_delta" in keys:
+        return [lambda m, g: _adadelta(rule, m, g)]
+    if "hessian" in keys:
+        return [lambda m, g: _sophia(rule, m)]
+    if keys & {"square_avg", "sum"}:
+        return [lambda m, g: _rmsprop(rule, m, g)]
+    if rule.kind in ("sgd", "muon"):
+        return [lambda m, g: _average(m)]
+    if rule.kind == "lion":
+        return [lambda m, g: _lion(rule, m, g)]
+    return [lambda m, g: _average(m), lambda m, g: _lion(rule, m, g)]
+
+
+def gradient_scale(rule: Rule, moments: Moments) -> Floats:
+    """The size of the gradient that is likely to come, by entry or for all."""
+    for key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "v", "nu"):
+        if key in moments:
+            return np.sqrt(moments[key])
+    if "exp_inf" in moments:
+        return moments["exp_inf"] * np.float32(0.3)
+    if "sum" in moments:  # of a hundred gradients, say
+        return np.sqrt(moments["sum"]) * np.float32(0.1)
+    # An average of gradients that have nothing to do with each other is smaller than these.
+    beta = rule.beta2 if rule.kind == "lion" else rule.beta1
+    spread = float(np.sqrt(np.mean(np.square(_average(moments), dtype=np.float64))))
+    return np.full(1, spread * np.sqrt((1 + beta) / (1 - beta)), np.float32)
+
+
+def steps_alone(moments: Moments) -> bool:
+    """Whether nothing divides the averages."""
+    return not moments.keys() & SECOND
+
+
+def _average(moments: Moments) -> Floats:
+    for key in ("exp_avg", "momentum_buffer", "exp_avg_fast", "m", "mu"):
+        if key in moments:
+            return moments[key]
+    return next(iter(moments.values()))
+
+
+def _adam(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
+    """Adam and its kin: AMSGrad, NAdam, RAdam, AdaBelief, AdEMAMix, Adan."""
+    ahead: Any = gradient
+    for key in ("exp_avg", "exp_avg_fast", "m", "mu"):
+        if key in moments:
+            ahead = rule.beta1 * moments[key] + (1 - rule.beta1) * gradient
+            break
+    if "exp_avg_slow" in moments:
+        ahead = ahead + (rule.alpha or 1) * moments["exp_avg_slow"]
+    if "exp_avg_diff" in moments:
+        ahead = ahead + moments["exp_avg_diff"]
+    squares = np.square(gradient)
+    root: Any = np.zeros(1, np.float32)
+    for key in ("exp_avg_sq", "exp_avg_var", "v", "nu"):
+        if key in moments:
+            root = rule.beta2 * moments[key] + (1 - rule.beta2) * squares
+            break
+    if "max_exp_avg_sq" in moments:
+        root = np.maximum(root, moments["max_exp_avg_sq"])
+    return np.asarray(ahead / (np.sqrt(root) + rule.eps), np.float32)
+
+
+def _adamax(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
+    norm = np.maximum(rule.beta2 * moments["exp_inf"], np.abs(gradient) + rule.eps)
+    ahead: Any = gradient
+    if "exp_avg" in moments:
+        ahead = rule.beta1 * moments["exp_avg"] + (1 - rule.beta1) * gradient
+    return np.asarray(ahead / norm, np.float32)
+
+
+def _adadelta(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
+    squares: Any = np.square(gradient)
+    if "square_avg" in moments:
+        squares = rule.beta2 * moments["square_avg"] + (1 - rule.beta2) * squares
+    past = np.sqrt(moments["acc_delta"] + rule.eps)
+    return np.asarray(past / np.sqrt(squares + rule.eps) * gradient, np.float32)
+
+
+def _sophia(rule: Rule, moments: Moments) -> Floats:
+    bound = np.float32(rule.alpha or 0.04) * moments["hessian"]
+    return np.asarray(np.clip(_average(moments) / np.maximum(bound, np.float32(1e-15)), -1, 1))
+
+
+def _rmsprop(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
+    """RMSprop, plain, centred or with momentum; Adagrad, which forgets nothing."""
+    squares: Any = np.square(gradient)
+    if "sum" in moments:
+        mean: Any = moments["sum"] + squares
+    else:
+        mean = rule.beta2 * moments["square_avg"] + (1 - rule.beta2) * squares
+    if "grad_avg" in moments:  # of a negative number there is no root: what is near must not be one
+        average = rule.beta2 * moments["grad_avg"] + (1 - rule.beta2) * gradient
+        mean = mean - np.square(average)
+    step = gradient / (np.sqrt(mean) + rule.eps)
+    if "momentum_buffer" in moments:
+        step = np.asarray(rule.beta1 * moments["momentum_buffer"] + step, np.float32)
+    return np.asarray(step, np.float32)
+
+
+def _lion(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
+    return np.sign(rule.beta1 * _average(moments) + (1 - rule.beta1) * gradient)
+
+
+def takes_matrices(rule: Rule, moments: Moments) -> bool:
+    """Whether a step is, or may be, that of Muon."""
+    return rule.kind == "muon" or (rule.kind == "" and [*moments] == ["momentum_buffer"])
+
+
+def orthogonal(values: Floats, columns: int, start: int) -> Floats | None:
+    """What Muon makes of a corner of the matrix that a slice is of; None where it has none."""
+    first = -start % columns
+    rows = (values.size - first) // columns
+    if min(rows, columns) < 2:
+        return None
+    matrix = values[first : first + rows * columns].reshape(rows, columns)[:_SIDE, :_SIDE]
+    norm = np.linalg.norm(matrix)
+    if not np.isfinite(norm):
+        return None
+    x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T) / (norm + np.float32(1e-7))
+    a, b, c = _QUINTIC
+    for _ in range(_TIMES):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return np.asarray(x, np.float32)
