@@ -1,0 +1,230 @@
+"""What a run comes to that is taken back from a near commit."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptvcs.history.log import LogEntry
+from ckptvcs.repo import Repo
+from tests.corpus.directories import DIRECTORIES
+from tests.corpus.layouts import LAYOUTS, Layout
+from tests.corpus.optimizers import ENTRIES, run_of
+from tests.corpus.training import (
+    COMMITS,
+    MORE,
+    RESUMED,
+    Reference,
+    Snapshot,
+    Training,
+    batch,
+    loss_of,
+)
+
+ALL_LAYOUTS: dict[str, Layout] = {**LAYOUTS, **DIRECTORIES}
+
+LARGER, ABOVE = 1.25, 0.02
+"""A commit measures the next step on a sample, with gradients drawn at random.  With those of a
+batch the error may be this many times as large, and this much above that.
+"""
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every optimizer in every layout that can hold its state."""
+    return [
+        (optimizer, layout)
+        for optimizer, entry in ENTRIES.items()
+        for layout, how in ALL_LAYOUTS.items() if entry.form <= how.form
+    ]  # fmt: skip
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a nested state that is no container."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from leaves(item, f"{path}.{number}")
+    else:
+        yield path, value
+
+
+def tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """All tensors of a snapshot, by path."""
+    both = {"model": snapshot.model, "optimizer": snapshot.optimizer}
+    return {path: leaf for path, leaf in leaves(both) if isinstance(leaf, torch.Tensor)}
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two tensors or arrays are equal in every bit."""
+    one, other = torch.as_tensor(first), torch.as_tensor(second)
+    bits = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+
+
+def changed_numbers(true: Snapshot, back: Snapshot) -> list[str]:
+    """Paths of leaves that are no tensors and are not what they were, or are not there."""
+
+    def others(snapshot: Snapshot) -> dict[str, Any]:
+        return {
+            path: None if isinstance(leaf, torch.Tensor) else leaf
+            for path, leaf in leaves(snapshot.optimizer)
+        }
+
+    was, now = others(true), others(back)
+    return sorted(key for key in was.keys() | now.keys()
+                  if key not in was or key not in now or was[key] != now[key])  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """How far a near commit of an optimizer in a layout, and what goes on from it, is from the run.
+
+    `recorded` is the error of the next step that the commit says, `update` the true one with the
+    gradient of the next batch (None for an optimizer that takes its own gradients).  `gap` is the
+    loss above that of the uninterrupted run, `luck` the standard error of that (both 0 where the
+    state is exact).  `faults` says what must not be.
+    """
+
+    ratio: float
+    exact: bool
+    recorded: float
+    update: float | None = None
+    worst: float = 0.0
+    gap: float = 0.0
+    luck: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+def _nonfinite(state: Snapshot) -> list[str]:
+    return [
+        path for path, tensor in tensors(state).items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]  # fmt: skip
+
+
+def _one_signed(true: Snapshot, back: Snapshot) -> Iterator[str]:
+    """Tensors that had one sign and have not any more; states that were not zero and are."""
+    now = tensors(back)
+    for path, was in tensors(true).items():
+        if path not in now or not was.is_floating_point() or was.numel() < 2:
+            continue
+        got = now[path]
+        if not (was < 0).any() and (got < 0).any():
+            yield f"{path}: {int((got < 0).sum())} of {got.numel()} became negative"
+        elif not (was > 0).any() and (got > 0).any():
+            yield f"{path}: {int((got > 0).sum())} of {got.numel()} became positive"
+        elif not (was < 0).any() and path.startswith("optimizer"):
+            lost = int(((was > 0) & (got == 0)).sum())
+            if lost:
+                yield f"{path}: {lost} of {got.numel()} became zero"
+
+
+def _unsaid(
+    repo: Repo, entry: LogEntry, layout: Layout, training: Training, folder: Path
+) -> list[str]:
+    """Tensors that the commit says are exact, and that are not what was committed: by comparison
+    with a lossless commit of the same files.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        other = Repo.init(Path(place) / "repo", codec="lossless")
+        (Path(place) / "file").mkdir()
+        layout.commit(other, training, RESUMED, Path(place) / "file")
+        ((_, true),) = other.trajectory("*", revision="HEAD")
+        other.close()
+    ((_, near),) = repo.trajectory("*", start=RESUMED, stop=RESUMED)
+    infos = repo.catalog.schema(entry.commit.schema).tensors
+    said = {infos[number].name for number in repo.history.errors(entry.id)}
+    if true.keys() != near.keys():
+        return [f"other tensors: {sorted(true.keys() ^ near.keys())[:4]}"]
+    return [name for name in true if name not in said and not same(true[name], near[name])]
+
+
+def _first_updates(run: Reference, back: Training) -> tuple[float, float] | None:
+    """The relative squared error of the first update after a resume with the gradient of the true
+    run: over all weights, and of the worst one.
+    """
+    true = run.at(RESUMED)
+    if isinstance(true.optimizer, torch.optim.LBFGS):
+        return None
+    loss_of(true.model, batch(0, RESUMED + 1)).backward()  # type: ignore[no-untyped-call]
+    gradients = [p.grad for p in true.model.parameters()]
+    steps = []
+    for training in (true, back):
+        training.begin()
+        weights = list(training.model.parameters())
+        before = [p.detach().double().clone() for p in weights]
+        for p, gradient in zip(weights, gradients, strict=True):
+            p.grad = None if gradient is None else gradient.clone()
+        training.optimizer.step()
+        steps.append([p.detach().double() - was for p, was in zip(weights, before, strict=True)])
+    errors = [float((b - a).square().sum()) for a, b in zip(*steps, strict=True)]
+    energies = [float(a.square().sum()) for a in steps[0]]
+    return sum(errors) / sum(energies), max(
+        error / energy if energy else math.inf if error else 0.0
+        for error, energy in zip(errors, energies, strict=True)
+    )
+
+
+def try_out(optimizer: str, layout: str, folder: Path, codec: str = "near") -> Outcome:
+    """Commit a run, take the commit of step `RESUMED` back, and train on from it."""
+    run, how = run_of(optimizer), ALL_LAYOUTS[layout]
+    repo = Repo.init(folder / "repo", codec=codec)
+    repo.configure("keep-exact", "0")
+    entries = {}
+    for step in COMMITS:
+        (folder / f"at-{step}").mkdir()
+        entries[step] = how.commit(repo, run.at(step), step, folder / f"at-{step}")
+    entry = repo.entry(entries[RESUMED].id)
+    back = run.new()
+    (folder / "out").mkdir()
+    how.restore(repo, RESUMED, back, folder / "out")
+    true, now = run.states[RESUMED], Snapshot(back.model.state_dict(), back.optimizer.state_dict())
+    was, got = tensors(true), tensors(now)
+    exact = was.keys() == got.keys() and all(same(was[key], got[key]) for key in was)
+    found = Outcome(
+        entry.commit.raw_bytes / entry.stored_bytes, exact, entry.commit.error.update_nmse
+    )
+    if was.keys() != got.keys():
+        found.faults.append(f"other tensors came back: {sorted(was.keys() ^ got.keys())[:4]}")
+    if numbers := changed_numbers(true, now):
+        found.faults.append(f"not what they were: {numbers[:4]}")
+    if names := _unsaid(repo, entry, how, run.at(RESUMED), folder):
+        found.faults.append(f"said to be exact, and are not: {names[:4]}")
+    found.faults += _one_signed(true, now)
+    if names := _nonfinite(now):
+        found.faults.append(f"came back not finite: {names[:4]}")
+    if not exact:
+        _go_on(found, run, now)
+    repo.close()
+    return found
+
+
+def _go_on(found: Outcome, run: Reference, state: Snapshot) -> None:
+    """What follows from a state that is not exact."""
+    updates = _first_updates(run, Training.saved(run.model, run.make, state))
+    if updates is not None:
+        found.update, found.worst = updates
+        if not found.update <= LARGER * found.recorded + ABOVE:
+            found.faults.append(
+                f"the first update is wrong by {found.update:.3g}, recorded {found.recorded:.3g}"
+            )
+    training = Training.saved(run.model, run.make, state)
+    training.begin()
+    training.run(0, RESUMED, MORE)
+    found.gap, found.luck = training.loss() - run.loss, run.error
+    training.rest()
+    after = Snapshot(training.model.state_dict(), training.optimizer.state_dict())
+    if names := _nonfinite(after):
+        found.faults.append(f"not finite after {MORE} steps: {names[:4]}")
+    if not found.gap <= 3 * found.luck:
+        found.faults.append(
+            f"the loss is {found.gap:.3g} above the run's, whose standard error is {found.luck:.3g}"
+        )

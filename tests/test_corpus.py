@@ -1,0 +1,82 @@
+"""Whatever trains, and however its state is laid out, a run goes on from a near commit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.corpus.optimizers import ENTRIES, run_of
+from tests.corpus.outcome import ALL_LAYOUTS, pairs, try_out
+
+FEW = [
+    ("AdamW", "objects"),
+    ("AdamW", "flattened"),
+    ("AdamW", "CkptWriter flattened"),
+    ("AdamW", "universal"),
+    ("AdamW", "zero 2"),
+    ("AdamW", "zero 3"),
+    ("AdamW", "flat parameters"),
+    ("AdamW", "megatron"),
+    ("AdamW", "megatron torch_dist"),
+    ("AdamW", "w, m, v"),
+    ("AdamW", "arrays"),
+    ("AdamW", "keyed"),
+    ("AdamW", "safetensors"),
+    ("AdamW", "two safetensors"),
+    ("Adafactor", "names"),
+    ("Adagrad", "w, m, v"),
+    ("Lion", "trainer"),
+    ("Muon", "plain"),
+    ("RMSprop momentum", "lightning"),
+    ("SGD momentum", "params, mu, nu"),
+    ("schedule-free AdamW", "state dicts"),
+    ("masters", "distcp flattened"),
+    ("8-bit Adam", "accelerate"),
+]
+"""What the short profile tries: each layout, and the kinds of optimizers."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """torch.distributed.checkpoint warns of its own doings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+def _check(optimizer: str, layout: str, folder: Path) -> None:
+    found = try_out(optimizer, layout, folder)
+    assert not found.faults, "; ".join(found.faults)
+
+
+@pytest.mark.parametrize(("optimizer", "layout"), FEW)
+def test_a_run_goes_on_from_a_near_commit(optimizer: str, layout: str, tmp_path: Path) -> None:
+    _check(optimizer, layout, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "layout"), [pair for pair in pairs() if pair not in FEW])
+def test_any_run_goes_on_from_a_near_commit(optimizer: str, layout: str, tmp_path: Path) -> None:
+    _check(optimizer, layout, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_a_lossless_commit_gives_the_state_back(layout: str, tmp_path: Path) -> None:
+    found = try_out("AdamW groups", layout, tmp_path, codec="lossless")
+    assert found.exact
+    assert not found.faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ENTRIES)
+def test_every_optimizer_trains(optimizer: str) -> None:
+    run = run_of(optimizer)
+    assert run.loss < run.begun - 0.5
+    assert 0 <= run.error < 0.1
