@@ -79,4 +79,4 @@ def test_a_lossless_commit_gives_the_state_back(layout: str, tmp_path: Path) -> 
 def test_every_optimizer_trains(optimizer: str) -> None:
     run = run_of(optimizer)
     assert run.loss < run.begun - 0.5
-    assert 0 <= run.error < 0.1
+    assert 0 <= run.luck < 0.1

@@ -18,8 +18,8 @@ import torch
 from tests.corpus.outcome import Outcome, pairs, try_out
 
 _HEAD = (
-    f"{'optimizer':24}{'layout':22}{'ratio':>7}  {'state':6}{'said':>7}{'true':>8}{'worst':>8}"
-    f"{'gap':>9}{'luck':>8}  faults"
+    f"{'optimizer':24}{'layout':22}{'ratio':>7}  {'state':6}{'said':>7}{'true':>8}{'said':>8}"
+    f"{'worst':>8}{'gap':>9}{'error':>8}  faults"
 )
 
 
@@ -30,8 +30,9 @@ def _row(optimizer: str, layout: str, found: Outcome) -> str:
     state = "exact" if found.exact else "near"
     return (
         f"{optimizer:24}{layout:22}{found.ratio:7.1f}  {state:6}{number(found.recorded):>7}"
-        f"{number(found.update):>8}{number(found.worst):>8}{number(found.gap):>9}"
-        f"{number(found.luck):>8}  {'; '.join(found.faults)}"
+        f"{number(found.update):>8}{number(found.recorded_worst):>8}{number(found.worst):>8}"
+        f"{number(found.gap):>9}"
+        f"{number(found.error):>8}  {'; '.join(found.faults)}"
     )
 
 
@@ -58,7 +59,7 @@ def main() -> int:
             try:
                 found = try_out(optimizer, layout, Path(folder), options.codec)
             except Exception as error:
-                found = Outcome(0.0, False, 0.0)
+                found = Outcome(0.0, False)
                 found.faults.append(f"{type(error).__name__}: {error}".partition("\n")[0])
         total, bad = total + 1, bad + bool(found.faults)
         sys.stdout.write(_row(optimizer, layout, found) + "\n")

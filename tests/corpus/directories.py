@@ -74,6 +74,7 @@ class Zero(Files):
     """
 
     stage: int
+    joined: ClassVar[bool] = True
     form: ClassVar[int] = ELEMENTS
 
     def write(self, folder: Path, training: Training, step: int) -> Path:
@@ -227,6 +228,7 @@ class Universal(Files):
 class FlatParameters(Files):
     """FSDP with flat parameters: two units, and a file of each kind for each rank."""
 
+    joined: ClassVar[bool] = True
     form: ClassVar[int] = ELEMENTS
 
     def write(self, folder: Path, training: Training, step: int) -> Path:
@@ -297,6 +299,7 @@ class Megatron(Files):
     states in buckets, from the last weight to the first.
     """
 
+    joined: ClassVar[bool] = True
     form: ClassVar[int] = ELEMENTS
 
     def write(self, folder: Path, training: Training, step: int) -> Path:

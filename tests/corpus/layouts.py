@@ -32,6 +32,7 @@ class Layout:
     """
 
     form: ClassVar[int] = ANYTHING
+    joined: ClassVar[bool] = False  # one tensor holds several weights
 
     def commit(self, repo: Repo, training: Training, step: int, folder: Path) -> LogEntry:
         """Commit a training at rest; `folder` is empty."""

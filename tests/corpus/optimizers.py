@@ -74,7 +74,7 @@ _TORCH: dict[str, dict[str, dict[str, Any]]] = {
     "AdamW": {"": {"lr": 2e-3, "betas": (0.9, 0.95)}, "0.999": {"lr": 2e-3}},
     "Adamax": {"": {"lr": 2e-3}},
     "ASGD": {"": {"lr": 0.1, "t0": 50}},
-    "LBFGS": {"": {"lr": 0.05, "max_iter": 2, "history_size": 5}},
+    "LBFGS": {"": {"lr": 0.02, "max_iter": 1, "history_size": 5}},
     "Muon": {"": {"lr": 0.01}},
     "NAdam": {"": {"lr": 2e-3}},
     "RAdam": {"": {"lr": 2e-3}},

@@ -7,6 +7,7 @@ run that is committed and goes on uninterrupted; the others tell how much of a l
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ VOCAB, CONTEXT, BATCH = 512, 6, 64
 COMMITS = (20, 40, 60, 80, 100)
 RESUMED = 80  # the commit that is taken back
 MORE = 100  # steps from there on
-ORDERS = (1, 2, 3)  # of other batches
+ORDERS = (1, 2, 3, 4, 5)  # of other batches
+_WHOLE = 512  # windows, for an optimizer that takes all data in each step
 _HELD_OUT = 40_000  # tokens that no batch has
 
 Optimizer = torch.optim.Optimizer
@@ -85,16 +87,17 @@ def _windows(starts: torch.Tensor) -> torch.Tensor:
     return tokens()[starts[:, None] + torch.arange(CONTEXT + 1)]
 
 
-def batch(order: int, step: int) -> torch.Tensor:
-    """Windows (BATCH, CONTEXT + 1) of one step."""
+def batch(order: int, step: int, size: int = BATCH) -> torch.Tensor:
+    """Windows (size, CONTEXT + 1) of one step."""
     draw = torch.Generator().manual_seed(1_000_003 * order + step)
     limit = len(tokens()) - _HELD_OUT - CONTEXT - 1
-    return _windows(torch.randint(limit, (BATCH,), generator=draw))
+    return _windows(torch.randint(limit, (size,), generator=draw))
 
 
-def loss_of(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the last tokens of windows."""
-    return F.cross_entropy(model(windows[:, :CONTEXT]).float(), windows[:, CONTEXT])
+def losses_of(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Cross entropies of the last tokens of windows."""
+    logits = model(windows[:, :CONTEXT]).float()
+    return F.cross_entropy(logits, windows[:, CONTEXT], reduction="none")
 
 
 @dataclass
@@ -118,19 +121,24 @@ class Training:
         made.load(snapshot)
         return made
 
+    @property
+    def whole(self) -> bool:
+        """Whether all data is taken in each step: LBFGS takes no sampled gradients."""
+        return isinstance(self.optimizer, torch.optim.LBFGS)
+
     def run(self, order: int, start: int, steps: int) -> None:
         """Make the steps after step `start`."""
         for step in range(start + 1, start + steps + 1):
-            windows = batch(order, step)
+            windows = batch(0, 0, _WHOLE) if self.whole else batch(order, step)
 
             def closure(windows: torch.Tensor = windows) -> float:
                 self.optimizer.zero_grad()
-                loss = loss_of(self.model, windows)
+                loss = losses_of(self.model, windows).mean()
                 loss.backward()  # type: ignore[no-untyped-call]
                 return loss.item()
 
-            if isinstance(self.optimizer, torch.optim.LBFGS):
-                self.optimizer.step(closure)  # type: ignore[no-untyped-call]
+            if self.whole:
+                self.optimizer.step(closure)
             else:
                 closure()
                 self.optimizer.step()
@@ -154,15 +162,19 @@ class Training:
         yield
         self.begin()
 
-    def loss(self) -> float:
-        """Mean loss on the tokens that no batch has."""
-        with self._at_rest(), torch.no_grad():
+    def losses(self) -> torch.Tensor:
+        """Losses on the tokens that no batch has; on all data where that is taken in each step."""
+        if self.whole:
+            windows = batch(0, 0, _WHOLE)
+        else:
             first = len(tokens()) - _HELD_OUT
-            starts = torch.arange(first, len(tokens()) - CONTEXT - 1, 13)
-            parts = [
-                loss_of(self.model, _windows(part)).item() for part in torch.split(starts, 512)
-            ]
-        return sum(parts) / len(parts)
+            windows = _windows(torch.arange(first, len(tokens()) - CONTEXT - 1, 13))
+        with self._at_rest(), torch.no_grad():
+            return torch.cat([losses_of(self.model, part) for part in torch.split(windows, 512)])
+
+    def loss(self) -> float:
+        """Their mean."""
+        return self.losses().mean().item()
 
     def snapshot(self) -> Snapshot:
         """Copies of both states, as they are saved."""
@@ -187,7 +199,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that nothing interrupts: its states at commits, and the losses at its beginning and
+    """A run that nothing interrupts: its states at commits, the loss at its beginning, and those
     `MORE` steps after the commit that is taken back.
     """
 
@@ -195,7 +207,7 @@ class Reference:
     make: Make
     states: dict[int, Snapshot]
     begun: float
-    loss: float
+    losses: torch.Tensor
 
     @classmethod
     def of(cls, model: str, make: Make) -> Reference:
@@ -207,7 +219,7 @@ class Reference:
             training.run(0, at, step - at)
             states[step], at = training.snapshot(), step
         training.run(0, at, RESUMED + MORE - at)
-        return cls(model, make, states, begun, training.loss())
+        return cls(model, make, states, begun, training.losses())
 
     def new(self) -> Training:
         """A training of the same kind that has not begun, with weights of its own."""
@@ -217,15 +229,30 @@ class Reference:
         """The run as it was saved at a commit."""
         return Training.saved(self.model, self.make, self.states[step])
 
-    @cached_property
-    def error(self) -> float:
-        """The standard error of a loss of this run: how far it moves where the steps after the
-        commit that is taken back are made with other batches.
+    @property
+    def loss(self) -> float:
+        """The loss at the end."""
+        return self.losses.mean().item()
+
+    def above(self, losses: torch.Tensor) -> tuple[float, float]:
+        """How far other losses at the end are above those of this run, and the standard error of
+        that: by the batches that a run happens to have, and by the windows that it is evaluated on.
         """
-        losses = [self.loss]
+        difference = losses - self.losses
+        sampled = difference.std().item() / len(losses) ** 0.5
+        return difference.mean().item(), math.hypot(self.luck, sampled)
+
+    @cached_property
+    def luck(self) -> float:
+        """How far the loss at the end moves where the steps after the commit that is taken back are
+        made with other batches: the standard deviation over several orders.
+        """
+        if self.new().whole:
+            return 0.0
+        found = [self.loss]
         for order in ORDERS:
             training = self.at(RESUMED)
             training.begin()
             training.run(order, RESUMED, MORE)
-            losses.append(training.loss())
-        return statistics.stdev(losses)
+            found.append(training.loss())
+        return statistics.stdev(found)

@@ -155,6 +155,10 @@ class MasterAdam(KeepsTypes):
                 master.sub_(group["lr"] * moved)
                 self._put(p, state, master)
 
+    def master(self, p: Tensor) -> Tensor:
+        """The float32 weight of a 16-bit one."""
+        return self._master(p, self.state[p])
+
     def _master(self, p: Tensor, state: dict[str, Any]) -> Tensor:
         if not self.remainders:
             found: Tensor = state.setdefault("master_param", p.float())
