@@ -243,5 +243,5 @@ def _go_on(found: Outcome, run: Reference, state: Snapshot, *, joined: bool) -> 
         found.faults.append(f"not finite after {MORE} steps: {names[:4]}")
     if not found.gap <= 3 * found.error:
         found.faults.append(
-            f"the loss is {found.gap:.3g} above the run's, with a standard error of {found.error:.3g}"
+            f"the loss is {found.gap:.3g} above the run's, at a standard error of {found.error:.3g}"
         )
