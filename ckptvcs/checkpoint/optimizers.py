@@ -61,6 +61,12 @@ _FLAT = MOMENTS - _SHORT
 _TRIPLES = {"m": ("v", ("w", "p", "param", "params", "model", "weights", "master")),
             "mu": ("nu", ("params", "param", "p", "w", "model", "weights", "master"))}  # fmt: skip
 _WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
+_ADAM = frozenset({
+    "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_avg_fast", "exp_avg_slow",
+    "exp_avg_diff", "exp_avg_var", "master_param", "master_params", "param_remainder",
+})  # fmt: skip
+"""State of Adam and of those who step like it; somebody who keeps more does something else."""
+
 _CHUNK = re.compile(r"\[[0-9:,]*\]\Z")
 
 
@@ -69,7 +75,7 @@ class Rule:
     """What an optimizer does with its moments, from its `param_groups`; else Adam's defaults.
 
     `beta1` is the momentum, too; `alpha` how much the slow average of AdEMAMix counts, or rho of
-    Sophia.  `kind` is `sgd`, `lion` or `muon` where these are known: their states tell no more.
+    Sophia.  `kind` is `adam`, `sgd`, `lion` or `muon` where these are known for sure.
     """
 
     beta1: float = 0.9
@@ -82,13 +88,15 @@ class Rule:
 @dataclass
 class Slot:
     """A parameter of an optimizer: its state tensors by key, the names that it may have, the most
-    likely one first, and the weight itself where it stands beside its moments.
+    likely one first, and the weight itself where it stands beside its moments.  `closed` says that
+    it keeps more than moments (the bases of SOAP, say), so that nobody knows what these do.
     """
 
     state: dict[str, Found]
     names: tuple[str, ...]
     rule: Rule
     weight: Found | None = None
+    closed: bool = False
 
 
 @dataclass
@@ -187,7 +195,9 @@ def _slot(
     state = {
         key: known[place] for key, place in keys.items() if place is not None and place in known
     }
-    return Slot(state, () if name is None else (name,), rule_of(group, keys))
+    closed = any(isinstance(node, list | tuple | dict) for node in entry.values())
+    rule = rule_of(group, entry.keys())
+    return Slot(state, () if name is None else (name,), rule, closed=closed)
 
 
 def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
@@ -202,7 +212,7 @@ def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
     alpha: object = 0.0
     if kept & {"exp_avg_slow", "hessian"}:
         second, alpha = pair[1], group.get("rho" if "hessian" in kept else "alpha")
-    kind = ""
+    kind = "adam" if kept & SECOND and kept <= _ADAM else ""
     if kept == {"momentum_buffer"} and "ns_steps" in group:
         kind = "muon"
     elif kept == {"momentum_buffer"} and "dampening" in group:

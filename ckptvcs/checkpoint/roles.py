@@ -157,9 +157,10 @@ def _take_slot(slot: Slot, roles: dict[int, Role], evidence: str) -> None:
     """State of one parameter: moments, or weights in float32, which belong to the model."""
     for key, found in slot.state.items():
         role = roles[id(found)]
-        weight = key in ITERATES or (key in MASTERS and found.dtype == "F32")
+        weight = key in MASTERS and found.dtype == "F32"
+        weight |= key in ITERATES and "n" not in slot.state  # FTRL sums gradients in its z
         role.part = "model" if weight else "optimizer"
-        role.role = WEIGHT if weight else key
+        role.role = WEIGHT if weight else OTHER if slot.closed else key
         role.rule, role.evidence = slot.rule, evidence
     if slot.weight is not None:
         role = roles[id(slot.weight)]

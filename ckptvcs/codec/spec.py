@@ -49,7 +49,7 @@ class NearSpec:
     momentum_nmse: float = 0.3
     momentum_step: float = 1.5
     max_weight_error: float = 0.1
-    max_update_nmse: float = 0.7
+    max_update_nmse: float = 0.85
 
 
 @dataclass(frozen=True)

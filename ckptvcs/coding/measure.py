@@ -26,6 +26,7 @@ from ckptvcs.coding.updates import Moments, gradient_scale, steps_alone, steps_o
 
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
 _LEAST = 1 << 12  # of a slice
+_SMALL = np.float32(0.05)
 _BEYOND = 1e6  # times the step itself
 
 
@@ -97,8 +98,9 @@ def measure_step(rule: Rule, true: Moments, near: Moments, count: int) -> Errors
     worst = Errors()
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         likely = _normal()[:size] * gradient_scale(rule, true)
-        # What an average says alone counts most where the gradient is small.
-        gradients = [likely, 0 * likely] if steps_alone(true) else [likely]
+        # What an average says alone counts most where the gradient is small, but not zero: then it
+        # gives a sign to what came back as zero.
+        gradients = [likely, _SMALL * likely] if steps_alone(true) else [likely]
         for step in steps_of(rule, true):
             for gradient in gradients:
                 found = difference(step(true, gradient), step(near, gradient), count)

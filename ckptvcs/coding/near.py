@@ -57,7 +57,8 @@ _FEW_ROWS = 16  # in a slice: columns would cost more than they tell
 _PER_RANK = 4  # rows and columns that a direction is worth
 _NOISE = 0.066  # NMSE of residuals over the square of their step in standard deviations, about
 _MARGIN = 0.9  # of a bound, to be on the safe side of samples
-_SHARES = (1.0, 0.5, 0.25, 0.125)  # of the usual steps of averages
+_FORMS = ((1, 1.0), (2, 1.0), (0, 0.5), (0, 0.25), (0, 0.125), (0, 0.04))
+"""Averages, in forms that get finer: times the usual directions, or in a share of usual steps."""
 _LEVELS = 3  # of squares: row times column, word by word, exactly
 _LEAST_ROW = 32  # words that a factor of their own is worth
 
@@ -314,25 +315,20 @@ class NearCoder:
         group = self._group
         averages = [target for target in self._moments_of() if not target.squared]
         squares = [target for target in self._moments_of() if target.squared]
-        shares = _SHARES if averages else _SHARES[:1]
+        forms = _FORMS if averages else _FORMS[:1]
         for level in range(_LEVELS if squares else 1):
             coded = {target.number: self._second(target, number, level) for target in squares}
             second = None if group.second is None else coded[group.second.number]
-            for share in shares:
+            for directions, share in forms:
                 for target in averages:
                     divided = second if target is group.first else None
-                    coded[target.number] = self._average(target, number, divided, share)
+                    coded[target.number] = (
+                        self._first(target, number, divided, directions) if directions
+                        else self._entries(target, number, divided, share)
+                    )  # fmt: skip
                 yield coded
             if averages:
                 yield coded | {target.number: self._exact(target, number) for target in averages}
-
-    def _average(
-        self, target: Target, number: int, second: Measured | None, share: float
-    ) -> Measured:
-        """A slice of an average of gradients, in a `share` of the usual steps."""
-        if share == 1:
-            return self._first(target, number, second)
-        return self._entries(target, number, second, share)
 
     def step(self, number: int, coded: dict[int, Measured]) -> Errors:
         """The error of the next step with a slice of each moment as it is coded, by number."""
@@ -364,8 +360,10 @@ class NearCoder:
                 return found
         return self._exact(target, number)
 
-    def _first(self, target: Target, number: int, second: Measured | None) -> Measured:
-        found = self._low_rank(target, number, target.tensor.slice(number), second)
+    def _first(
+        self, target: Target, number: int, second: Measured | None, times: int = 1
+    ) -> Measured:
+        found = self._low_rank(target, number, target.tensor.slice(number), second, times)
         return found or self._entries(target, number, second)
 
     def _entries(
@@ -380,13 +378,13 @@ class NearCoder:
         return self._near(target, number, method, encoded) or self._exact(target, number)
 
     def _low_rank(
-        self, target: Target, number: int, words: Words, second: Measured | None
+        self, target: Target, number: int, words: Words, second: Measured | None, times: int
     ) -> Measured | None:
-        """A slice by its strongest directions; None where it is too narrow to have any, or, where
-        nothing divides it, these do not say enough.
+        """A slice by so many `times` the usual number of its strongest directions; None where it is
+        too narrow to have any, or, where nothing divides it, these do not say enough.
         """
         spec = self.spec
-        rank = spec.momentum_rank if second is None else spec.rank
+        rank = min(64, times * (spec.momentum_rank if second is None else spec.rank))
         rows = self.direction_rows(target, number, words.size, rank)
         if rows is None:
             return None

@@ -21,6 +21,7 @@ Moments = Mapping[str, Floats]
 
 _SIDE = 128  # rows and columns of a matrix that a step of Muon is tried on
 _TIMES = 5
+_SQUARES = ("exp_avg_sq", "exp_avg_var", "v", "nu", "max_exp_avg_sq")
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz, as in torch.optim.Muon
 
 
@@ -29,14 +30,16 @@ def steps_of(rule: Rule, moments: Moments) -> list[Callable[[Moments, Floats], F
     not known.  Steps of Muon, which need whole matrices, are not among them: see `orthogonal`.
     """
     keys = moments.keys()
-    if keys & {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "v", "nu"}:
-        return [lambda m, g: _adam(rule, m, g)]
+    if keys & {*_SQUARES}:
+        known = [lambda m, g: _adam(rule, m, g)]
+        alone = rule.kind == "adam" or not keys - SECOND
+        return known if alone else [*known, lambda m, g: _average(m)]
     if "exp_inf" in keys:
         return [lambda m, g: _adamax(rule, m, g)]
     if "acc_delta" in keys:
         return [lambda m, g: _adadelta(rule, m, g)]
     if "hessian" in keys:
-        return [lambda m, g: _sophia(rule, m)]
+        return [lambda m, g: _sophia(rule, m, g)]
     if keys & {"square_avg", "sum"}:
         return [lambda m, g: _rmsprop(rule, m, g)]
     if rule.kind in ("sgd", "muon"):
@@ -48,7 +51,7 @@ def steps_of(rule: Rule, moments: Moments) -> list[Callable[[Moments, Floats], F
 
 def gradient_scale(rule: Rule, moments: Moments) -> Floats:
     """The size of the gradient that is likely to come, by entry or for all."""
-    for key in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "v", "nu"):
+    for key in (*_SQUARES, "square_avg"):
         if key in moments:
             return np.sqrt(moments[key])
     if "exp_inf" in moments:
@@ -62,8 +65,8 @@ def gradient_scale(rule: Rule, moments: Moments) -> Floats:
 
 
 def steps_alone(moments: Moments) -> bool:
-    """Whether nothing divides the averages."""
-    return not moments.keys() & SECOND
+    """Whether nothing divides the averages, or cuts off what it divides."""
+    return not moments.keys() & SECOND or "hessian" in moments
 
 
 def _average(moments: Moments) -> Floats:
@@ -86,8 +89,8 @@ def _adam(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
         ahead = ahead + moments["exp_avg_diff"]
     squares = np.square(gradient)
     root: Any = np.zeros(1, np.float32)
-    for key in ("exp_avg_sq", "exp_avg_var", "v", "nu"):
-        if key in moments:
+    for key in _SQUARES:
+        if key in moments and key != "max_exp_avg_sq":
             root = rule.beta2 * moments[key] + (1 - rule.beta2) * squares
             break
     if "max_exp_avg_sq" in moments:
@@ -111,9 +114,10 @@ def _adadelta(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
     return np.asarray(past / np.sqrt(squares + rule.eps) * gradient, np.float32)
 
 
-def _sophia(rule: Rule, moments: Moments) -> Floats:
+def _sophia(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
     bound = np.float32(rule.alpha or 0.04) * moments["hessian"]
-    return np.asarray(np.clip(_average(moments) / np.maximum(bound, np.float32(1e-15)), -1, 1))
+    ahead = rule.beta1 * _average(moments) + (1 - rule.beta1) * gradient
+    return np.asarray(np.clip(ahead / np.maximum(bound, np.float32(1e-15)), -1, 1), np.float32)
 
 
 def _rmsprop(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
