@@ -39,5 +39,17 @@ _TABLE = [
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 """Every known element type by name."""
 
-WEIGHT_DTYPES = frozenset({"F32", "F16", "BF16"})
-"""The types that lossy coding may touch."""
+WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+"""The types of words that lossy coding may touch."""
+
+_OF_COMPLEX = {"C32": "F16", "C64": "F32", "C128": "F64"}
+
+
+def float_type(dtype: str) -> str:
+    """The type of the words of a complex type; any other type itself."""
+    return _OF_COMPLEX.get(dtype, dtype)
+
+
+def can_be_lossy(dtype: str) -> bool:
+    """Whether a tensor of a type consists of words that lossy coding may touch."""
+    return float_type(dtype) in WEIGHT_DTYPES

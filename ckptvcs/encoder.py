@@ -33,7 +33,7 @@ from ckptvcs.coding.exact import code_patch
 from ckptvcs.coding.group import CodedGroup, Coder, Errors
 from ckptvcs.coding.measure import count_nonfinite
 from ckptvcs.coding.report import report, report_tensors
-from ckptvcs.dtypes import WEIGHT_DTYPES
+from ckptvcs.dtypes import WEIGHT_DTYPES, float_type
 from ckptvcs.frames import Draft, PartWriter, PatchWriter
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
@@ -284,7 +284,7 @@ class Encoder:
                 words = source.slice(index)
                 self._base_writer.write(self._position[number], index, words, fresh=False)
                 if info.role == WEIGHT:
-                    errors.add(Errors(energy=energy_of(to_float32(words, info.dtype))))
+                    errors.add(Errors(energy=energy_of(to_float32(words, float_type(info.dtype)))))
             if info.role == WEIGHT:
                 self._errors[number] = errors
         self._progress(info.size_bytes)
@@ -298,7 +298,7 @@ class Encoder:
             base = bases.get(target.number)
             info = self._infos[target.number]
             draft = self._writers[info.part].begin(
-                info.dtype, base, steady=SourceTensor(self._checkpoint, target.number).steady
+                target.dtype, base, steady=SourceTensor(self._checkpoint, target.number).steady
             )
             if index in coder.companions:
                 draft.companion = drafts[coder.companions[index]].number

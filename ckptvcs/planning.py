@@ -26,7 +26,7 @@ from ckptvcs.coding.device import DeviceCoder
 from ckptvcs.coding.exact import ExactCoder
 from ckptvcs.coding.group import Coder, Floats, Group, Target
 from ckptvcs.coding.near import NearCoder, NearPlan, Scale, energies, measure_scale
-from ckptvcs.dtypes import WEIGHT_DTYPES
+from ckptvcs.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.parallel import ordered_map
 from ckptvcs.source import SourceTensor
 
@@ -77,7 +77,10 @@ class Planner:
         info = self._infos[number]
         source = SourceTensor(self._checkpoint, number)
         weak = info.evidence == STATE_DICT
-        return Target(number, source, info.dtype, info.shape, info.role, weak=weak)
+        dtype, shape = float_type(info.dtype), info.shape
+        if dtype != info.dtype:  # a complex number is two words
+            shape = (*shape[:-1], 2 * shape[-1]) if shape else (2,)
+        return Target(number, source, dtype, shape, info.role, weak=weak)
 
     def coders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Coding]:
         """Coders for groups of tensors, as far as they are not stored yet: (all, what is left).
@@ -108,7 +111,7 @@ class Planner:
         groups: list[Group] = []
         for left in rows:
             lossy = [n for n in left if self._infos[n].role in LOSSY
-                     and self._infos[n].dtype in WEIGHT_DTYPES]  # fmt: skip
+                     and can_be_lossy(self._infos[n].dtype)]  # fmt: skip
             if not self._plausible(lossy):
                 lossy = []
             for number in left:

@@ -22,6 +22,7 @@ from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.coding.exact import code_again
+from ckptvcs.dtypes import DTYPES, float_type
 from ckptvcs.errors import CorruptionError
 from ckptvcs.frames import Slice
 from ckptvcs.history.catalog import Catalog
@@ -267,7 +268,8 @@ class Rekeyer:
                 base = (table.below.values, below)
         slices, stands = self._code(bundle, table, position, base, cache)
         on, depth = (base, depth) if stands else (None, 0)
-        return bundle.add(Frame(on, depth, None, slices, table.infos[position].dtype), place)
+        dtype = float_type(table.infos[position].dtype)
+        return bundle.add(Frame(on, depth, None, slices, dtype), place)
 
     def _code(
         self, bundle: _Bundle, table: _Table, position: int, base: tuple[ObjectId, int] | None,
@@ -275,6 +277,7 @@ class Rekeyer:
     ) -> tuple[tuple[Slice, ...], bool]:  # fmt: skip
         """Code a tensor again, slice by slice; whether any slice stands on the base."""
         info, chain = table.infos[position], self._chain
+        dtype = float_type(info.dtype)
         if self._is_untyped(table.values, position):
             deque(chain.slices(table.values, position, info), 0)  # which finds the types out
         links = chain.links(table.values, position, info)
@@ -284,8 +287,8 @@ class Rekeyer:
             number, count = job
             words = chain.decode_slice(links, info, number, count)
             below = None if under is None else chain.decode_slice(under, info, number, count)
-            coded = code_again(words, below, info.dtype)
-            again = decode_slice(memoryview(coded.data), info.type, count, below)
+            coded = code_again(words, below, dtype)
+            again = decode_slice(memoryview(coded.data), DTYPES[dtype], count, below)
             if not np.array_equal(again, words):
                 raise CorruptionError(f"{info.name} does not come back from its new form")
             return words, below, coded.data, coded.stands_on_base

@@ -21,6 +21,7 @@ from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.coding.group import Errors
+from ckptvcs.dtypes import float_type
 from ckptvcs.encoder import Encoder, energy_of
 from ckptvcs.frames import PatchWriter
 from ckptvcs.history.catalog import Catalog
@@ -167,7 +168,7 @@ def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> 
     if info.role != WEIGHT:
         return None
     slices = range(len(slice_counts(info.words)))
-    energy = sum(energy_of(to_float32(tensor.slice(n), info.dtype)) for n in slices)
+    energy = sum(energy_of(to_float32(tensor.slice(n), float_type(info.dtype))) for n in slices)
     error = 0.0 if report is None else report.weight_rel**2 * energy
     return Errors(error, energy, largest=0.0 if report is None else report.max_abs)
 

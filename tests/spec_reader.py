@@ -363,10 +363,14 @@ class Stream:
 def to_float(words: Array, dtype: str) -> Array:
     if dtype == "BF16":
         return (words.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F64":
+        return words.view(np.float64).astype(np.float32)
     return words.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
 
 
 def to_words(values: Array, dtype: str) -> Array:
+    if dtype == "F64":
+        return values.astype(np.float64).view(np.uint64)
     if dtype == "F32":
         return values.view(np.uint32)
     if dtype == "F16":

@@ -34,7 +34,7 @@ from ckptvcs.checkpoint.optimizers import (
     storage_key,
 )
 from ckptvcs.checkpoint.pickles import METADATA, InertDict, StorageRef, TensorRef, walk
-from ckptvcs.dtypes import WEIGHT_DTYPES
+from ckptvcs.dtypes import can_be_lossy
 
 __all__ = ["FIRST", "LOSSY", "MOMENTS", "OTHER", "SECOND", "WEIGHT", "Names", "Role", "Rule"]
 
@@ -224,7 +224,7 @@ def _containers(
 
 def _can_be_weight(found: Found, roles: dict[int, Role], name: str) -> bool:
     role = roles[id(found)]
-    floats = role.part == "model" and role.role == OTHER and found.dtype in WEIGHT_DTYPES
+    floats = role.part == "model" and role.role == OTHER and can_be_lossy(found.dtype)
     return floats and name.split(".")[-1] not in _BUFFERS and not has_moment_name(found)
 
 

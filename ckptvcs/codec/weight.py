@@ -19,7 +19,15 @@ from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
 from ckptvcs.codec.levels import TABLE, fit_levels, signed_table
 from ckptvcs.codec.planes import Bytes, get_section, put_section, sample, sample_positions
 from ckptvcs.codec.rows import NEUTRAL, QUARTERS, Rows, get_rows, take
-from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
+from ckptvcs.codec.words import (
+    NONE,
+    NearSlice,
+    Words,
+    from_float32,
+    to_float32,
+    word_type,
+)  # fmt: skip
+from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 
 Floats = NDArray[np.float32]
@@ -109,7 +117,10 @@ def encode_delta(
     found = put_delta(here, step, zone, factors)
     if found is None:
         return None
-    decoded = from_float32(here.near, dtype)
+    if dtype == "F64":  # what does not change keeps bits that no float32 has
+        decoded = decode_weight(memoryview(found[0]), base, words.size, dtype)
+    else:
+        decoded = from_float32(here.near, dtype)
     if dtype != "F32" and not np.isfinite(to_float32(decoded, dtype)).all():
         return None  # rounded up to infinity
     return NearSlice(found[0], decoded, found[1] if dtype == "F32" else None)
@@ -251,7 +262,7 @@ def decode_weight(
     if base is None and not size and step == 1 and not columns:
         return _keyframe(codes.dense(count), dtype, int(grid))
     if base is None:
-        base = np.zeros(count, np.uint32 if dtype == "F32" else np.uint16)
+        base = np.zeros(count, word_type(DTYPES[dtype].word))
     in_place = in_place and base.flags.writeable
     near = to_float32(base if dtype != "F32" or in_place else base.copy(), dtype)
     loops.active().change(

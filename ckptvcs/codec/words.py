@@ -40,9 +40,12 @@ def word_type(word: int) -> np.dtype[np.unsignedinteger]:
 
 
 def to_float32(words: Words, dtype: str) -> NDArray[np.float32]:
-    """The values of F32, F16 or BF16 words as float32, exactly."""
+    """The values of F32, F16 or BF16 words as float32, exactly; those of F64 words to nearest."""
     if dtype == "F32":
         return words.view(np.float32)
+    if dtype == "F64":
+        with np.errstate(over="ignore"):
+            return words.view(np.float64).astype(np.float32)
     if dtype == "F16":
         return words.view(np.float16).astype(np.float32)
     return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -58,9 +61,11 @@ def room_for_floats(count: int, dtype: str, out: Words | None) -> NDArray[np.flo
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> Words:
-    """Round finite float32 values to words of F32, F16 or BF16, to nearest, ties to even."""
+    """Round finite float32 values to words of F64, F32, F16 or BF16, to nearest, ties to even."""
     if dtype == "F32":
         return values.view(np.uint32)
+    if dtype == "F64":
+        return values.astype(np.float64).view(np.uint64)
     if dtype == "F16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).view(np.uint16)

@@ -44,8 +44,9 @@ class DeviceCoder:
         known = (group.weight, group.first, group.second)
         plain = group.words and group.base is not None and not group.others and not group.copies
         return bool(plain) and all(
-            target is not None and target.tensor.on_device(0) is not None for target in known
-        )
+            target is not None and target.dtype != "F64"
+            and target.tensor.on_device(0) is not None for target in known
+        )  # fmt: skip
 
     def code(self, number: int) -> CodedGroup:
         """Code one slice of each member."""

@@ -284,7 +284,9 @@ class NearCoder:
         near, true = to_float32(encoded.decoded, target.dtype), target.floats(number)
         if not errors.error <= least < np.inf or strays(true, near, errors.largest, target.squared):
             return None
-        return coded, errors
+        # Squares that no float32 has would come back as zero.
+        lost = target.squared and target.dtype == "F64" and (true == 0) & (coded.source != 0)
+        return None if np.any(lost) else (coded, errors)
 
     # -- moments -------------------------------------------------------------------------------
 
