@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.corpus.optimizers import ENTRIES, run_of
-from tests.corpus.outcome import ALL_LAYOUTS, pairs, try_out
+from tests.corpus.outcome import ALL_LAYOUTS, pairs, ratio_of, try_out
 
 FEW = [
     ("AdamW", "objects"),
@@ -39,6 +39,17 @@ FEW = [
 ]
 """What the short profile tries: each layout, and the kinds of optimizers."""
 
+_SLOW = [
+    "AdamW", "Adam amsgrad", "Adafactor", "Lion", "Muon", "SGD momentum", "RMSprop momentum",
+    "masters", "Adadelta", "Adamax", "Rprop", "ASGD", "schedule-free SGD", "Adan", "AdaBelief",
+    "Prodigy", "MARS", "MADGRAD", "AdamW double", "AdamW complex",
+]  # fmt: skip
+SHRINKING = [
+    "AdEMAMix", "Sophia", "Adagrad", "schedule-free AdamW",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW),
+]  # fmt: skip
+"""Optimizers whose states are averages, sums or weights, all of which can be coded near."""
+
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
@@ -65,6 +76,12 @@ def test_a_run_goes_on_from_a_near_commit(optimizer: str, layout: str, tmp_path:
 @pytest.mark.parametrize(("optimizer", "layout"), [pair for pair in pairs() if pair not in FEW])
 def test_any_run_goes_on_from_a_near_commit(optimizer: str, layout: str, tmp_path: Path) -> None:
     _check(optimizer, layout, tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", SHRINKING)
+def test_a_known_optimizer_makes_small_commits(optimizer: str, tmp_path: Path) -> None:
+    # AdamW's are 50 times smaller: matrices are small here.
+    assert ratio_of(optimizer, "plain", tmp_path) > 12
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)

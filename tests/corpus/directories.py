@@ -26,23 +26,36 @@ RANKS = 2
 
 @dataclass(frozen=True)
 class HuggingFace(Files):
-    """`checkpoint-N` of the Trainer, or `accelerator.save_state`."""
+    """`checkpoint-N` of the Trainer, or `accelerator.save_state`; its weights in so many files."""
 
     optimizer: str
+    shards: int = 1
     form: ClassVar[int] = ANYTHING
 
     def write(self, folder: Path, training: Training, step: int) -> Path:
         path = folder / f"checkpoint-{step}"
         path.mkdir()
-        save_file(training.model.state_dict(), path / "model.safetensors", {"format": "pt"})
+        weights = training.model.state_dict()
+        for number, file in enumerate(self._files()):
+            share = {name: weights[name] for name in list(weights)[number :: self.shards]}
+            save_file(share, path / file, {"format": "pt"})
         torch.save(training.optimizer.state_dict(), path / self.optimizer)
         torch.save({"cpu": torch.get_rng_state()}, path / "rng_state.pth")
         (path / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
         return path
 
     def read(self, path: Path, training: Training) -> None:
-        training.model.load_state_dict(load_file(path / "model.safetensors"))
+        found = [load_file(path / file) for file in self._files()]
+        training.model.load_state_dict({n: v for share in found for n, v in share.items()})
         training.optimizer.load_state_dict(load(path / self.optimizer))
+
+    def _files(self) -> list[str]:
+        if self.shards == 1:
+            return ["model.safetensors"]
+        return [
+            f"model-{number + 1:05}-of-{self.shards:05}.safetensors"
+            for number in range(self.shards)
+        ]
 
 
 class fragment_address:
@@ -379,6 +392,7 @@ class MegatronNames(Files):
 
 DIRECTORIES: dict[str, Layout] = {
     "trainer": HuggingFace("optimizer.pt"),
+    "trainer shards": HuggingFace("optimizer.pt", shards=2),
     "accelerate": HuggingFace("optimizer.bin"),
     "zero 2": Zero(2),
     "zero 3": Zero(3),

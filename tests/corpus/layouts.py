@@ -241,6 +241,7 @@ class Dicts(Layout):
 # -- written by hand -----------------------------------------------------------------------------
 
 _LETTERS = {"exp_avg": "m", "momentum_buffer": "m", "exp_avg_sq": "v", "square_avg": "v"}
+_WORDS = {"exp_avg": "first_moment", "exp_avg_sq": "second_moment", "momentum_buffer": "momentum"}
 _GREEK = {"exp_avg": "mu", "exp_avg_sq": "nu", "square_avg": "nu", "momentum_buffer": "trace"}
 
 
@@ -345,6 +346,34 @@ def _from_trees(state: State, order: list[str]) -> tuple[ByName, dict[str, ByNam
     return _leaves(state["params"]), states
 
 
+def _from_long_lists(state: State, order: list[str]) -> tuple[ByName, dict[str, ByName]]:
+    return _from_lists({**state, "w": dict(zip(order, state["w"], strict=True))}, order)
+
+
+def _rows(weights: ByName, states: dict[str, ByName]) -> State:
+    return {
+        name: {"value": weight, **{key: own[name] for key, own in states.items() if name in own}}
+        for name, weight in weights.items()
+    }
+
+
+def _from_rows(state: State, order: list[str]) -> tuple[ByName, dict[str, ByName]]:
+    states: dict[str, ByName] = {}
+    for name in order:
+        for key in state[name].keys() - {"value"}:
+            states.setdefault(key, {})[name] = state[name][key]
+    return {name: state[name]["value"] for name in order}, states
+
+
+def _chain(weights: ByName, states: dict[str, ByName]) -> State:
+    return {"params": weights, "opt_state": ({}, {"count": 1, **states})}
+
+
+def _from_chain(state: State, order: list[str]) -> tuple[ByName, dict[str, ByName]]:
+    states = state["opt_state"][1]
+    return state["params"], {key: states[key] for key in states.keys() - {"count"}}
+
+
 def _keyed(weights: ByName, states: dict[str, ByName]) -> State:
     return {**weights, **{f"{k}.{n}": v for k, own in states.items() for n, v in own.items()}}
 
@@ -426,6 +455,13 @@ LAYOUTS: dict[str, Layout] = {
     "CkptWriter": Writer(flat=False),
     "CkptWriter flattened": Writer(flat=True),
     "w, m, v": Written(_lists, _from_lists, _LETTERS),
+    "lists": Written(
+        lambda weights, states: {**_lists(weights, states), "w": list(weights.values())},
+        _from_long_lists,
+        _WORDS,
+    ),
+    "rows": Written(_rows, _from_rows, _LETTERS),
+    "chain": Written(_chain, _from_chain, _GREEK),
     "params, mu, nu": Written(_trees, _from_trees, _GREEK),
     "arrays": Written(_trees, _from_trees, _GREEK, python=True),
     "keyed": Written(_keyed, _from_keyed, {}),

@@ -30,10 +30,10 @@ class Entry:
 
 
 def _all(kind: Any, **settings: Any) -> Make:
-    """An optimizer of all weights of a model, in one group."""
+    """An optimizer of all weights of a model that are trained, in one group."""
 
     def make(model: nn.Module) -> Optimizer:
-        made: Optimizer = kind(model.parameters(), **settings)
+        made: Optimizer = kind([p for p in model.parameters() if p.requires_grad], **settings)
         return made
 
     return make
@@ -135,6 +135,8 @@ ENTRIES: dict[str, Entry] = {
         Entry("AdamW groups", lambda m: torch.optim.AdamW(_two_groups(m), lr=2e-3)),
         Entry("AdamW double", _all(torch.optim.AdamW, lr=2e-3), "double", TENSORS),
         Entry("AdamW half", _all(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.95)), "half", TENSORS),
+        Entry("AdamW complex", _all(torch.optim.AdamW, lr=5e-3), "waves", TENSORS),
+        Entry("AdamW adapters", _all(torch.optim.AdamW, lr=5e-3), "adapted", TENSORS),
         Entry("Muon with Adam", lambda m: MuonWithAdam(_hidden(m))),
         Entry("Sophia", _all(SophiaG, lr=1e-3)),
         Entry("Shampoo", _all(Shampoo, lr=0.1, momentum=0.9), form=TENSORS),

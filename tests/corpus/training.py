@@ -53,6 +53,49 @@ class Words(nn.Module):
         return logits
 
 
+class Adapted(Words):
+    """The same, frozen but for its norm, with adapters of rank 8 to its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.norm.requires_grad_(True)
+        for name in ("into", "middle", "head"):
+            layer = getattr(self, name)
+            setattr(self, name, Adapter(layer, 8))
+
+
+class Adapter(nn.Module):
+    """A frozen layer and the product of two narrow matrices."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base(x) + 4 * self.lora_B(self.lora_A(x))
+        return out
+
+
+class Waves(nn.Module):
+    """Two tables of complex numbers, and the real part of what a complex matrix makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kind = torch.complex64
+        self.last = nn.Parameter(0.3 * torch.randn(VOCAB, 64, dtype=kind))
+        self.before = nn.Parameter(0.3 * torch.randn(VOCAB, 64, dtype=kind))
+        self.head = nn.Parameter(0.1 * torch.randn(64, VOCAB, dtype=kind))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        both = self.last[ids[:, -1]] + self.before[ids[:, -2]]
+        logits: torch.Tensor = (both @ self.head).real
+        return logits
+
+
 class Pairs(nn.Module):
     """The same by two tables, whose gradients are sparse."""
 
@@ -73,6 +116,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "matrices": lambda: Words(plain=True),
     "half": lambda: Words().to(torch.bfloat16),
     "double": lambda: Words().to(torch.float64),
+    "adapted": Adapted,
+    "waves": Waves,
     "pairs": Pairs,
 }
 
