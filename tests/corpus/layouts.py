@@ -114,8 +114,8 @@ def load_distributed(training: Training, model: State, optimizer: State) -> None
     names = {id(p): name for name, p in training.model.named_parameters()}
     order = [names[id(p)] for group in training.optimizer.param_groups for p in group["params"]]
     state: dict[int, State] = {}
-    if "state" in optimizer:
-        state = {order.index(name): own for name, own in optimizer["state"].items()}
+    if "param_groups" in optimizer:
+        state = {order.index(name): own for name, own in optimizer.get("state", {}).items()}
         groups = optimizer["param_groups"]
     else:
         groups = [
@@ -422,7 +422,7 @@ class Safetensors(Files):
             name, _, kind = key.rpartition(".")
             states.setdefault(kind, {})[name] = tensors[key]
         weights = {name: tensors[name] for name in names}
-        rest, groups = _tensors(json.loads(more["rest"])), json.loads(more["groups"])
+        rest, groups = (_tensors(json.loads(more[key])) for key in ("rest", "groups"))
         put(training, Parts(weights, states, rest, groups))
 
 
@@ -439,7 +439,7 @@ def _tensors(value: Any) -> Any:
         return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
     if isinstance(value, dict):
         return {key: _tensors(item) for key, item in value.items()}
-    return value
+    return [_tensors(item) for item in value] if isinstance(value, list) else value
 
 
 LAYOUTS: dict[str, Layout] = {
