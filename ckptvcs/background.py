@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ckptvcs.checkpoint.staging import Staging
+from ckptvcs.errors import CkptError
 
 _COPIES = 2  # one that is coded, one that waits
 _log = logging.getLogger("ckptvcs")
@@ -33,7 +34,8 @@ class Background(Generic[T]):
         self.process = os.getpid()  # a forked child has none of the threads
         self._thread = ThreadPoolExecutor(1, "ckpt-background")
         self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
-        self._open: list[Future[T]] = []
+        self._open: list[tuple[str, Future[T]]] = []
+        self._lock = threading.Lock()
         for _ in range(_COPIES):
             self._free.put(Staging())
         # When the interpreter ends, thread pools take no more work before `atexit` is asked; this
@@ -56,8 +58,10 @@ class Background(Generic[T]):
         """Nobody reads a copy any more."""
         self._free.put(staging)
 
-    def submit(self, staging: Staging, work: Callable[[], T]) -> Future[T]:
-        """Do `work`, which uses a copy, when all that came before is done."""
+    def submit(self, staging: Staging, work: Callable[[], T], name: str) -> Future[T]:
+        """Do `work`, which uses a copy, when all that came before is done; errors are told with its
+        `name`.
+        """
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # it cannot be cancelled: the copy is made
 
@@ -65,28 +69,43 @@ class Background(Generic[T]):
             try:
                 made = work()
             except BaseException as error:
-                _log.error("a commit in the background failed: %s", error)
+                _log.error("a commit in the background failed (%s): %s", name, error)
                 self.release(staging)
                 future.set_exception(error)
             else:
                 self.release(staging)
                 future.set_result(made)
 
-        self._thread.submit(run)
-        self._open.append(future)
+        with self._lock:
+            try:
+                self._thread.submit(run)
+            except BaseException:  # the interpreter ends
+                self.release(staging)
+                raise
+            self._open.append((name, future))
+        return future
+
+    def done(self, value: T) -> Future[T]:
+        """The future of what is done already."""
+        future: Future[T] = Future()
+        future.set_result(value)
         return future
 
     def raise_failed(self) -> None:
-        """Raise what earlier work failed with, once; the first of several: all are logged."""
-        ended = [future for future in self._open if future.done()]
-        self._open = [future for future in self._open if future not in ended]
-        failed = [error for error in (future.exception() for future in ended) if error]
+        """Raise what earlier work failed with: each failure once, several as one error."""
+        with self._lock:
+            ended = [(name, future) for name, future in self._open if future.done()]
+            self._open = [pair for pair in self._open if pair not in ended]
+        found = ((name, future.exception()) for name, future in ended)
+        failed = [(name, error) for name, error in found if error is not None]
+        if len(failed) == 1:
+            raise failed[0][1]
         if failed:
-            raise failed[0]
+            raise _joined(failed)
 
     def wait(self) -> None:
         """Wait until all is done; raises as `raise_failed` does."""
-        for future in self._open:
+        for _, future in [*self._open]:
             future.exception()
         self.raise_failed()
 
@@ -96,6 +115,15 @@ class Background(Generic[T]):
             self.wait()
         finally:
             self._thread.shutdown()
+
+
+def _joined(failed: list[tuple[str, BaseException]]) -> CkptError:
+    """Several failures as one, of the kind of the first."""
+    what = "; ".join(f"{name}: {error}" for name, error in failed)
+    message, first = f"{len(failed)} commits in the background failed: {what}", failed[0][1]
+    if isinstance(first, CkptError):
+        return type(first)(message, hint=first.hint)
+    return CkptError(message)
 
 
 def _finish(found: weakref.ref[Background[Any]]) -> None:

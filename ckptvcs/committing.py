@@ -18,6 +18,7 @@ import getpass
 import re
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from ckptvcs.history.commit import (  # fmt: skip
 from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.marking import mark, require_packs
 from ckptvcs.history.recipe import dump_let_go, dump_recipe, dump_values
-from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
+from ckptvcs.history.refs import HEAD, Generation, Move, Refs, check_name
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import (  # fmt: skip
     Op,
@@ -58,6 +59,12 @@ from ckptvcs.source import Progress, scan
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter
+
+Announce = Callable[[Move], None]
+
+
+def silent(_: Move) -> None:
+    """Nobody needs to know."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,12 @@ class Committer:
 
     def __init__(
         self, catalog: Catalog, refs: Refs, cache: Path, config: Config, progress: Progress,
-        held: HeldBase | None = None,
+        held: HeldBase | None = None, announce: Announce = silent,
     ) -> None:  # fmt: skip
+        """`announce` is called just before a branch moves to a commit that is made."""
         self._catalog, self._refs, self._cache = catalog, refs, cache
         self._config, self._progress, self._held = config, progress, held
+        self._announce = announce
         self._fader = Fader(catalog, refs, config.exact_rule)
         self._revisions = Revisions(catalog, refs)
 
@@ -408,14 +417,10 @@ class Committer:
 
     def _publish(self, place: Place, name: ObjectId, commit: Commit) -> None:
         head = self._refs.read(HEAD)
-        self._refs.publish(
-            f"heads/{place.branch}", place.tip, commit=name, time=commit.time, action="commit"
-        )
-        # A crash here leaves the commit on its branch and HEAD where it was.
-        if place.moves_head and (head is None or head.branch != place.branch):
-            self._refs.publish(
-                HEAD, head, commit=None, branch=place.branch, time=commit.time, action="commit"
-            )
+        takes_head = place.moves_head and (head is None or head.branch != place.branch)
+        move = Move(name, place.branch, place.tip, head, takes_head, commit.time)
+        self._announce(move)
+        self._refs.make(move)
 
 
 def unchanged(base: Commit, *, patched: bool) -> Encoded:

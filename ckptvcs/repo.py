@@ -8,6 +8,7 @@ state = repo.checkout(2000)
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ckptvcs.care import Care, quiet
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, MissingObjectError
 from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.log import Bound, LogEntry
+from ckptvcs.history.refs import Refs
 from ckptvcs.opened import CACHE
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.reserve import keep_reserve
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from ckptvcs.checkpoint.roles import Names
     from ckptvcs.checkpoint.staging import Staging
     from ckptvcs.codec.spec import CodecSpec
-    from ckptvcs.committing import Result
+    from ckptvcs.committing import Announce, Result
     from ckptvcs.compare import Comparison
     from ckptvcs.restore import Restorer
     from ckptvcs.search import Bisection, Judge, Watch
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 # `status` start without numpy.
 
 T = TypeVar("T")
+_log = logging.getLogger("ckptvcs")
 _NOTHING: Any = object()
 
 
@@ -105,18 +108,20 @@ class Repo(Care):
         """The same, as soon as the state is copied: it is coded while training goes on.
 
         Commits are made in the order of the calls.  One copy may wait while another is coded; then
-        a call waits, and logs that it does.  What has failed is raised by the next call of this or
-        of `commit`, `wait` or `close`, besides by the future.  A commit is safe from the end of the
-        process once its future is done.
+        a call waits, and logs that it does.  A call without room for a copy makes the commit at
+        once.  The copy stays until its commit is made: what fails is tried again from it.  A commit
+        that still fails is raised by its future and by the next call of this or of `commit`, `wait`
+        or `close`.  A commit is safe from the end of the process once its future is done.
 
         Raises:
             InvalidInputError: the state holds what cannot be committed, or what is said of it is
                 wrong.
             CkptError: an earlier commit failed; this one was not begun.
         """
-        from ckptvcs.checkpoint.parcel import pack  # noqa: PLC0415  see above
+        from ckptvcs.checkpoint.parcel import pack, unpack  # noqa: PLC0415  see above
         from ckptvcs.checkpoint.state import STATE_FILE  # noqa: PLC0415
         from ckptvcs.request import plain_message, plain_metrics, plain_step  # noqa: PLC0415
+        from ckptvcs.worker import Done, NoWorkerError  # noqa: PLC0415
 
         background, worker = self._in_background()
         background.raise_failed()
@@ -129,17 +134,32 @@ class Repo(Care):
         staging = background.stage()
         try:
             packed = pack(_take(state, model, optimizer, extra, staging), staging)
+        except (MemoryError, OSError) as error:
+            background.release(staging)
+            _log.warning("there is no room for a copy (%s): training waits for a commit", error)
+            return background.done(self.commit(
+                state, model=model, optimizer=optimizer, extra=extra, step=step, message=message,
+                metrics=metrics, codec=codec,
+            ))  # fmt: skip
         except BaseException:
             background.release(staging)
             raise
 
         def commit() -> LogEntry:
-            made = worker.commit(staging, packed, {**said, "branch": self._branch})
-            self.catalog.store.refresh()
+            request: dict[str, Any] = {**said, "branch": self._branch}
+            try:
+                made = worker.commit(staging, packed, request)
+            except NoWorkerError as error:
+                _log.warning("%s: this process commits, beside the training", error)
+                here = type(self).open(self.folder).commit_checkpoint
+                result = here(unpack(packed, staging.memory), **request)
+                made = Done(result.id, result.branch)
             self._branch = made.branch
+            self.catalog.store.refresh()
             return self.entry(ObjectId(made.name), branch=made.branch)
 
-        return background.submit(staging, commit)
+        named = "without a step" if step is None else f"step {said['step']}"
+        return background.submit(staging, commit, named)
 
     def wait(self) -> None:
         """Wait for commits in the background.  Raises what one of them failed with."""
@@ -168,7 +188,7 @@ class Repo(Care):
         from ckptvcs.worker import Worker  # noqa: PLC0415
 
         if self._background is None or self._background[0].process != os.getpid():
-            self._background = Background(), Worker(self.folder)
+            self._background = Background(), Worker(self.folder, Refs(self._backend).completes)
         return self._background
 
     def _commit_state(
@@ -229,9 +249,10 @@ class Repo(Care):
         codec: str | None,
         branch: str | None = None,
         progress: Progress = quiet,
+        announce: Announce | None = None,
     ) -> Result:
-        """Commit what has been opened already; see `Committer.commit`."""
-        from ckptvcs.committing import Committer  # noqa: PLC0415
+        """Commit what has been opened already; see `Committer`."""
+        from ckptvcs.committing import Committer, silent  # noqa: PLC0415
         from ckptvcs.request import Request  # noqa: PLC0415
 
         spec = self.codec_for(codec, metrics)
@@ -248,9 +269,9 @@ class Repo(Care):
         alone = self._holder.acquire(blocking=False)
         try:
             held = self._held if alone else None
-            result = Committer(self.catalog, self.refs, bases, self.config, progress, held).commit(
-                request
-            )
+            result = Committer(
+                self.catalog, self.refs, bases, self.config, progress, held, announce or silent
+            ).commit(request)
         finally:
             if alone:
                 self._holder.release()

@@ -15,49 +15,58 @@ from pathlib import Path
 
 from ckptvcs.checkpoint.parcel import unpack
 from ckptvcs.errors import CkptError
+from ckptvcs.history.refs import Move
 from ckptvcs.parallel import stay_in_background
 from ckptvcs.repo import Repo
+from ckptvcs.store.leases import patiently
 from ckptvcs.worker import Done, Failed, Job
 
 _LOOK = 0.5  # seconds
-_ROOMS = 2
 
 
 def serve() -> None:
-    """Commit what comes through a pipe, until it ends: [descriptor, parent, repository]."""
+    """Commit what comes through a pipe, until it ends: [descriptor, parent, repository].
+
+    Each job brings its own memory, and nothing of it stays: there is nothing on which the two
+    processes could come to disagree.
+    """
     descriptor, parent, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     threading.Thread(target=_watch, args=[parent], daemon=True).start()
     stay_in_background()
-    pipe, rooms = Connection(descriptor), dict[int, memoryview]()
+    pipe = Connection(descriptor)
     repo: Repo | None = None
-    with suppress(EOFError, OSError):
-        while True:
-            job = pipe.recv()
-            if job is None:
-                return
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
+        while (job := pipe.recv()) is not None:
             assert isinstance(job, Job)
-            if job.fresh:
-                while len(rooms) >= _ROOMS:
-                    del rooms[next(iter(rooms))]
-                handle = recv_handle(pipe)
-                rooms[job.room] = memoryview(mmap.mmap(handle, job.size))
-                os.close(handle)
+            handle = recv_handle(pipe)
             answer: Done | Failed
             try:
                 repo = repo or Repo.open(folder)
-                answer = _commit(repo, job, rooms[job.room])
+                answer = _commit(repo, job, handle, pipe)
             except CkptError as error:
                 answer = Failed(type(error), error.message, error.hint)
             except Exception as error:
                 logging.getLogger("ckptvcs").exception("a commit in the background failed")
                 answer = Failed(CkptError, f"{type(error).__name__}: {error}", None)
+            finally:
+                os.close(handle)
+            if isinstance(answer, Failed):
+                repo = None  # the next commit starts from what is on the disk
             pipe.send(answer)
 
 
-def _commit(repo: Repo, job: Job, room: memoryview) -> Done:
+def _commit(repo: Repo, job: Job, handle: int, pipe: Connection) -> Done:
+    def announce(move: Move) -> None:
+        pipe.send(move)
+
+    def commit() -> Done:
+        state = unpack(job.parcel, room)
+        made = repo.commit_checkpoint(state, **job.said, announce=announce)
+        return Done(made.id, made.branch)
+
     repo.read_settings()  # they may have been changed meanwhile
-    made = repo.commit_checkpoint(unpack(job.parcel, room), **job.said)
-    return Done(made.id, made.branch)
+    room = memoryview(mmap.mmap(handle, job.size))
+    return patiently(commit)
 
 
 def _watch(parent: int) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from tests.test_api import same
 class Here:
     """What a worker is, but a thread of this process, where tests can step in."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, _: object) -> None:
         self._repo = Repo.open(folder)
 
     def commit(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Done:
-        made = self._repo.commit_checkpoint(unpack(parcel, staging._room.data), **said)
+        made = self._repo.commit_checkpoint(unpack(parcel, staging.memory), **said)
         return Done(made.id, made.branch)
 
     def close(self) -> None:
@@ -232,28 +232,6 @@ def test_what_is_said_may_be_tensors(repo: Repo) -> None:
     assert (future.result().step, future.result().metrics) == (4, {"loss": 2.0})
 
 
-def test_a_worker_that_dies(repo: Repo) -> None:
-    run = states(4)
-    repo.commit_async(run[0], step=1).result()
-    assert repo._background is not None
-    idle = repo._background[1]._process
-    idle.kill()
-    idle.wait()  # it had nothing to do: another one does
-    assert repo.commit_async(run[1], step=2).result().step == 2
-    os.kill(worker(repo), signal.SIGSTOP)
-    future = repo.commit_async(run[2], step=3)
-    assert not future.cancel()
-    os.kill(worker(repo), signal.SIGKILL)
-    failed = future.exception()
-    assert isinstance(failed, CkptError)
-    assert "SIGKILL" in str(failed)
-    with pytest.raises(CkptError, match="SIGKILL"):
-        repo.wait()
-    assert repo.commit_async(run[3], step=4).result().step == 4
-    assert [entry.step for entry in repo.log()] == [4, 2, 1]
-    assert not repo.verify().damage
-
-
 def test_what_ends_the_loop_is_not_hidden(tmp_path: Path) -> None:
     def train() -> None:
         with Repo.init(tmp_path) as repo:
@@ -337,14 +315,26 @@ def test_turns_are_as_long_as_before_when_all_work_is_done() -> None:
     assert sys.getswitchinterval() == before
 
 
-def test_all_errors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_failure_is_raised_once(caplog: pytest.LogCaptureFixture) -> None:
     background: Background[None] = Background()
 
-    def fail() -> None:
-        raise CkptError("so it is")
+    def fail(error: Exception) -> Callable[[], None]:
+        def work() -> None:
+            raise error
 
-    for _ in range(2):
-        background.submit(background.stage(), fail)
-    with pytest.raises(CkptError, match="so it is"):
+        return work
+
+    first = background.submit(background.stage(), fail(StorageError("no room", hint="h")), "step 1")
+    second = background.submit(background.stage(), fail(KeyError("x")), "step 2")
+    assert [type(future.exception()) for future in (first, second)] == [StorageError, KeyError]
+    with pytest.raises(StorageError) as raised:
+        background.wait()
+    assert raised.value.message == (
+        "2 commits in the background failed: step 1: no room; step 2: 'x'"
+    )
+    assert raised.value.hint == "h"
+    background.wait()
+    background.submit(background.stage(), fail(CkptError("so it is")), "step 3")
+    with pytest.raises(CkptError, match=r"^so it is$"):
         background.close()
-    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 3

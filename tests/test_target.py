@@ -10,6 +10,7 @@ import pytest
 from ckptvcs import Repo
 from ckptvcs.errors import BusyError
 from ckptvcs.integrations import target
+from ckptvcs.store import leases
 from ckptvcs.store.leases import exclusive
 
 
@@ -27,11 +28,11 @@ def test_a_commit_waits_for_gc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return commit(*args, **kwargs)
 
     monkeypatch.setattr(where.repo, "commit_path", trying)
-    monkeypatch.setattr(target, "_PAUSE", 0.0)
+    monkeypatch.setattr(leases, "_REST", 0.0)
     sweeping.__enter__()
     assert where.commit(tmp_path / "a.bin", step=3, metrics={}).commit.step == 3
     assert len(tries) == 3
     assert [entry.message for entry in Repo.open(tmp_path / "repo").log()] == ["a.bin"]
     with exclusive(where.repo.catalog.store.backend), pytest.raises(BusyError):
         where.commit(tmp_path / "a.bin", step=4, metrics={})
-    assert len(tries) == 3 + target._TRIES
+    assert len(tries) == 3 + leases._TRIES

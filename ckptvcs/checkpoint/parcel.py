@@ -35,9 +35,19 @@ def pack(checkpoint: Checkpoint, staging: Staging) -> Parcel:
 
 
 def unpack(parcel: Parcel, room: memoryview) -> Checkpoint:
-    """The state, read where it is."""
+    """The state, read where it is.
+
+    Raises:
+        ValueError: the room is smaller than what was put there.
+    """
     source = MemorySource()
     for block in parcel.blocks:
-        source.append(block if isinstance(block, bytes) else room[block[0] : block[0] + block[1]])
+        if isinstance(block, bytes):
+            source.append(block)
+            continue
+        start, length = block
+        if start + length > len(room):
+            raise ValueError(f"a copy of {len(room)} bytes lacks those at {start}")
+        source.append(room[start : start + length])
     file = InputFile(parcel.path, source, parcel.format, parcel.pieces, 0o644, 0)
     return replace(parcel.checkpoint, files=(file,))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import secrets
 import sys
 import tempfile
 import weakref
@@ -33,16 +32,23 @@ class Staging:
 
     def __init__(self) -> None:
         self._room: Bytes = np.empty(0, np.uint8)
-        self._pinned = False
-        self._token, self._file = 0, -1
+        self._memory: mmap.mmap | None = None
+        self._file, self._pinned = -1, False
         self._close: Callable[[], object] = int
 
-    def handle(self) -> tuple[int, int, int]:
-        """What another process needs to see the room: a number that no other room has, a file
-        descriptor, and how large it is.
+    def handle(self) -> tuple[int, int]:
+        """What another process needs to see the room: a file descriptor, and how large it is.
+
+        Raises:
+            OSError: there is no room.
         """
         self._make(_ALIGNED, pinned=False)
-        return self._token, self._file, self._room.size
+        return self._file, self._room.size
+
+    @property
+    def memory(self) -> memoryview:
+        """The room as this process sees it."""
+        return self._room.data
 
     def place(self, block: memoryview | DeviceBytes) -> int | None:
         """Where in the room a block is, if it is one of the copies."""
@@ -55,7 +61,7 @@ class Staging:
         """The bytes of each block, which may change from now on; valid until this is called again.
 
         Raises:
-            MemoryError: there is no room.
+            MemoryError, OSError: there is no room.
         """
         starts, end = [], 0
         for block in blocks:
@@ -74,25 +80,40 @@ class Staging:
 
     def _make(self, size: int, *, pinned: bool) -> None:
         if size > self._room.size:
-            self._close()
-            self._file = _shared_file(size)
-            self._close = weakref.finalize(self, os.close, self._file)
-            self._memory = mmap.mmap(self._file, size)
-            self._room = np.frombuffer(self._memory, np.uint8)
-            self._token, self._pinned = secrets.randbits(62), False
-        if pinned and not self._pinned and size:
+            self._let_go()  # first: there may be no room for both
+            file = _shared_file(size)
+            self._close = weakref.finalize(self, os.close, file)
+            self._memory = mmap.mmap(file, size)
+            self._room, self._file = np.frombuffer(self._memory, np.uint8), file
+        if pinned and not self._pinned and self._memory is not None:
             _pin(self._room, self._memory)
             self._pinned = True
 
+    def _let_go(self) -> None:
+        """Have no room any more; whoever still reads the old one keeps it."""
+        self._close()
+        self._close, self._file, self._pinned = int, -1, False
+        self._memory, self._room = None, np.empty(0, np.uint8)
+
 
 def _shared_file(size: int) -> int:
-    """A descriptor of a file in memory that has no name."""
+    """A descriptor of a file without a name: in memory, or on a disk where the system has no other.
+
+    Raises:
+        OSError: there is no room.
+    """
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("ckpt")
     else:
         with tempfile.TemporaryFile() as named:
             file = os.dup(named.fileno())
-    os.ftruncate(file, size)
+    try:
+        os.ftruncate(file, size)
+        if not hasattr(os, "memfd_create") and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)  # a full disk would kill whoever writes to the map
+    except BaseException:
+        os.close(file)
+        raise
     return file
 
 

@@ -58,6 +58,20 @@ class Generation:
     is_lost: bool = False
 
 
+@dataclass(frozen=True)
+class Move:
+    """A branch that is about to move from `old` to a commit; HEAD, which is at `head`, follows the
+    branch from then on if `takes_head`.
+    """
+
+    commit: ObjectId
+    branch: str
+    old: Generation | None
+    head: Generation | None
+    takes_head: bool
+    time: str
+
+
 def check_name(name: str, what: str) -> str:
     """`name`, if it can name a branch or a tag.  Raises InvalidInputError."""
     numeric = name.isdigit() or name.startswith("id:") or name in _RESERVED
@@ -368,3 +382,31 @@ class Refs:
             raise taken
         self._backend.cache(_spare(ref), data)
         return self.parse(ref, number, data)
+
+    def make(self, move: Move) -> None:
+        """Put a commit on its branch.
+
+        Raises:
+            ConflictError: another writer was first.
+        """
+        self.publish(
+            f"heads/{move.branch}", move.old, commit=move.commit, time=move.time, action="commit"
+        )
+        # A crash here leaves the commit on its branch and HEAD where it was.
+        self._take_head(move)
+
+    def completes(self, move: Move) -> bool:
+        """Whether a writer that died had put its commit on the branch; HEAD follows now, if that
+        was all that was left to do.
+        """
+        if all(state.commit != move.commit for state in self.readable(f"heads/{move.branch}")):
+            return False
+        with contextlib.suppress(ConflictError):  # it is elsewhere already
+            self._take_head(move)
+        return True
+
+    def _take_head(self, move: Move) -> None:
+        if move.takes_head:
+            self.publish(
+                HEAD, move.head, commit=None, branch=move.branch, time=move.time, action="commit"
+            )

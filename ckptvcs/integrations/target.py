@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.folder import Found
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.committing import Result
 from ckptvcs.content import Contents
-from ckptvcs.errors import BusyError, CkptError, NotFoundError
+from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.repo import Repo
+from ckptvcs.store.leases import patiently
 from ckptvcs.store.object import ObjectId
-
-T = TypeVar("T")
-
-_TRIES, _PAUSE = 60, 1.0  # seconds, while gc sweeps
 
 Where = str | os.PathLike[str] | Repo
 """A repository, or where one is to be opened, or made if there is none."""
@@ -75,17 +70,3 @@ class Target:
         return patiently(lambda: self.repo.commit_path(
             path, message=path.name, step=step, metrics=metrics, codec=self.codec, names=names
         ))  # fmt: skip
-
-
-def patiently(work: Callable[[], T]) -> T:
-    """Do something when no gc sweeps any more.
-
-    Raises:
-        BusyError: it sweeps for as long as a minute.
-    """
-    for _ in range(_TRIES - 1):
-        try:
-            return work()
-        except BusyError:
-            time.sleep(_PAUSE)
-    return work()

@@ -16,8 +16,9 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from ckptvcs.errors import BusyError, CkptError, ConflictError, CorruptionError, StorageError
 from ckptvcs.store.backend import Backend, read_small, write_once
@@ -25,8 +26,10 @@ from ckptvcs.store.host import boot_id, host_name, is_running, process_space, st
 
 _LEASE, _EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
 _TURNS, _PAUSE = 400, 0.05  # seconds
+_TRIES, _REST = 60, 1.0  # seconds, while gc sweeps
 _MAX_BYTES = 4096
 
+T = TypeVar("T")
 
 _meant: set[str] = set()  # the files of this process that it has not withdrawn
 
@@ -112,6 +115,20 @@ def lease(backend: Backend) -> Iterator[str]:
         if live_leases(backend, _EXCLUSIVE):
             raise BusyError("gc is sweeping this repository", hint="try again in a moment")
         yield name
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """Do something when no gc sweeps any more.
+
+    Raises:
+        BusyError: it sweeps for as long as a minute.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            return work()
+        except BusyError:
+            time.sleep(_REST)
+    return work()
 
 
 def check_lease(backend: Backend, name: str) -> None:

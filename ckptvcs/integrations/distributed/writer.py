@@ -31,11 +31,12 @@ from ckptvcs.history.schema import Schema
 from ckptvcs.integrations.distributed.balance import item_bytes, keep_together
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, dump_metadata, is_path
 from ckptvcs.integrations.distributed.process import open_once
-from ckptvcs.integrations.target import Where, patiently
+from ckptvcs.integrations.target import Where
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
 from ckptvcs.request import step_in_name
 from ckptvcs.shards import Shard
+from ckptvcs.store.leases import patiently
 
 _GROUPS = "param_groups"
 
