@@ -35,11 +35,14 @@ _SPARE = 4  # others may need the same disk
 class BaseWriter:
     """Writes the tensors of a table whose id may not be known yet, from any thread.
 
-    A failure (a full disk, say) only means that there is no materialised base.
+    A failure (a full disk, say), or a slice that nobody writes, only means that there is no
+    materialised base.
     """
 
-    def __init__(self, folder: Path, sizes: list[int]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, sizes: list[int], *, partial: bool = False) -> None:
+        """`sizes` are the bytes of each tensor; one that is `partial` may lack some."""
+        self._folder, self._partial = folder, partial
+        self._written: dict[tuple[int, int], int] = {}
         self._starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
         self._temporary = folder / f".{secrets.token_hex(8)}"
         self._descriptor: int | None = None
@@ -54,13 +57,19 @@ class BaseWriter:
             return
         at = self._starts[tensor] + number * SLICE_WORDS * words.itemsize
         try:
-            os.pwrite(self._descriptor, octets(words), at)
+            self._written[tensor, number] = os.pwrite(self._descriptor, octets(words), at)
         except OSError:
             self._failed = True
 
+    @property
+    def _is_whole(self) -> bool:
+        return self._partial or sum(self._written.values()) == self._starts[-1]
+
     def finish(self, values: ObjectId) -> None:
-        """Publish under its table's id, and forget bases that are no longer near any head."""
-        if self._descriptor is None or self._failed:
+        """Publish under its table's id, if all of it was written, and forget bases that are no
+        longer near any head.
+        """
+        if self._descriptor is None or self._failed or not self._is_whole:
             return
         with contextlib.suppress(OSError):
             self._temporary.rename(self._folder / values)
@@ -122,7 +131,10 @@ class CachedTable(Materialised):
     def discard(self) -> None:
         """Delete what turned out to be wrong."""
         with contextlib.suppress(OSError):
-            self._path.unlink(missing_ok=True)
+            if self._path.is_dir() and not self._path.is_symlink():
+                shutil.rmtree(self._path)
+            else:
+                self._path.unlink(missing_ok=True)
 
     def _read(self, at: int, into: memoryview) -> int:
         with self._path.open("rb", buffering=0) as file:
@@ -173,7 +185,7 @@ class RecentTables:
         self, values: ObjectId, infos: list[TensorInfo], hashes: list[bytes]
     ) -> Iterator[Put]:
         folder = self._folder / infos[0].part
-        writer = BaseWriter(folder, [info.size_bytes for info in infos])
+        writer = BaseWriter(folder, [info.size_bytes for info in infos], partial=True)
         try:
             yield writer.write
             writer.finish(values)

@@ -98,7 +98,7 @@ class Rekeyer:
         self._staying: set[ObjectId] = set()
         self._leaving: set[ObjectId] = set()
         self._moved: dict[tuple[ObjectId, int], _Place] = {}
-        self._full = True  # whether all tensors of a table went into the cache
+        self._sharing: dict[tuple[ObjectId, int], list[int]] = {}  # tensors of a table, by frame
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._chain = ChainReader(catalog, self._materials.get)
 
@@ -202,7 +202,9 @@ class Rekeyer:
                 stack.callback(base.abort)
             meta = store.new_pack("meta")
             stack.callback(meta.abort)
-            places, self._full = self._places(table), True
+            places, self._sharing = self._places(table), {}
+            for position, (place, _) in enumerate(places):
+                self._sharing.setdefault(place, []).append(position)
             self._leaving |= {place[0] for place, frame in places if self._must_change(frame)}
             found = [self._find(bundle, table, n, base) for n in range(len(places))]
             name: ObjectId | None = None
@@ -212,8 +214,8 @@ class Rekeyer:
             meta.add(Kind.RECIPE, dump_recipe(self._recipe(table.values, found, name)))
             store.publish(meta)  # from here on the new frames are used
             self._moved |= {old: (name, number) for old, number in bundle.moved.items()}
-            if base is not None and self._full:
-                base.finish(table.values)
+            if base is not None:
+                base.finish(table.values)  # if all of its tensors were coded anew
         self._catalog.forget_recipes()
 
     def _recipe(self, values: ObjectId, found: list[_Place], own: ObjectId | None) -> Recipe:
@@ -242,13 +244,11 @@ class Rekeyer:
         owner, number = self._catalog.place(table.values, position)
         self._progress(table.infos[position].size_bytes)
         if (owner, number) in self._moved:
-            self._full = False
             return self._moved[owner, number]
         if (owner, number) in bundle.moved:
             return None, bundle.moved[owner, number]
         if self._must_change(self._catalog.frame_at(owner, number)):
             return None, self._recode(bundle, table, position, cache)
-        self._full = False
         if owner not in self._leaving:
             return owner, number
         return None, self._copy(bundle, table, owner, number, cache)
@@ -282,6 +282,7 @@ class Rekeyer:
             deque(chain.slices(table.values, position, info), 0)  # which finds the types out
         links = chain.links(table.values, position, info)
         under = None if base is None else chain.links(*base, info)
+        place = self._catalog.place(table.values, position)
 
         def code(job: tuple[int, int]) -> tuple[Words, Words | None, bytes, bool]:
             number, count = job
@@ -300,8 +301,8 @@ class Rekeyer:
             own.update(octets(words))
             if below is not None:
                 under_digest.update(octets(below))
-            if cache is not None:
-                cache.write(position, number, words)
+            for sharer in self._sharing[place] if cache is not None else ():
+                cache.write(sharer, number, words)
             slices.append(bundle.append(data))
             stands |= on_base
         wrong = own.digest() != self._catalog.value(table.values, position)

@@ -5,7 +5,8 @@ commits   every object that a commit needs is there and is what its id says
 tensors   every table of values decodes to its hashes, each distinct table once, along a line each
           from the one before
 files     every skeleton fits its schema; an exact file has its hash when put together
-cache     materialised bases against the tables that they are of; the index against the packs
+cache     materialised bases against the tables that they are of: a wrong one is deleted, and is no
+          damage; the index against the packs
 
 What the packs hold is found out anew, apart from the index of the repository.
 """
@@ -68,6 +69,7 @@ class Damage:
 class Report:
     """What was looked at, what was left for another time, and what was wrong.  Commits that are
     `loose` are here, and no ref led to them ever: they came to nothing, or their ref was lost.
+    Materialised bases in the cache that were wrong are `discarded`: nothing is lost with them.
     """
 
     packs: int = 0
@@ -77,6 +79,7 @@ class Report:
     bytes: int = 0
     left: int = 0
     loose: list[ObjectId] = field(default_factory=list)
+    discarded: list[str] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
 
 
@@ -365,16 +368,19 @@ class Verifier:
     # -- what can be made anew -----------------------------------------------------------------
 
     def _bases(self) -> None:
-        """Materialised bases are proven when they are used, too: this only names rotten ones."""
+        """Delete materialised bases that are wrong.  Whoever uses one proves it first, so that a
+        wrong one costs no more than time, once it is gone not even that.
+        """
         for path in sorted(self._cache.glob("bases/*")):
             try:
                 table = self._catalog.values(ObjectId(path.name))
                 infos = self._infos(ObjectId(path.name))
             except CkptError:
                 continue  # of a commit that is gone
-            if infos is not None and not CachedTable(path, infos, table).is_sound():
-                error = CorruptionError("a materialised base is damaged; it is made anew when used")
-                self._wrong("cache", error, name=f"bases/{path.name}")
+            base = None if infos is None else CachedTable(path, infos, table)
+            if base is not None and not base.is_sound() and os.path.lexists(path):
+                base.discard()
+                self.report.discarded.append(f"cache/bases/{path.name}")
 
     def _infos(self, table: ObjectId) -> list[TensorInfo] | None:
         """The tensors of a table of weights."""

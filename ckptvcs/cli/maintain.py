@@ -121,6 +121,11 @@ def verify(
             f"{report.files} files, {render.size(report.bytes)} read{left}: "
             + (f"{len(report.damage)} damaged" if report.damage else "all good")
         )
+        for name in report.discarded:
+            render.talk(
+                f"note: {render.printable(name)} held other values than the history: deleted; "
+                "no commit is harmed, and the next one that needs it makes it anew"
+            )
         if report.loose:
             render.talk(_loose(report.loose))
         if report.damage and repaired is None:
@@ -154,7 +159,7 @@ def _verified(report: Report, repaired: Repaired | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "ok": not report.damage, "packs": report.packs, "commits": report.commits,
         "tensors": report.tensors, "files": report.files, "bytes": report.bytes,
-        "left": report.left, "loose": report.loose,
+        "left": report.left, "loose": report.loose, "discarded": report.discarded,
         "damage": [asdict(damage) for damage in report.damage],
     }  # fmt: skip
     if repaired is not None:
