@@ -1,9 +1,10 @@
 """Compare: two commits -> what is between them, tensor by tensor, in numbers.
 
 What is compared is what a checkout gives: the exact form where there is one, else the near form,
-whose own error stands beside the difference.  Tensors whose recorded hashes agree are not decoded;
-the others are read slice by slice, or a few small ones together, and summed up in float64, so that
-memory is a few slices whatever the size.
+whose own error stands beside the difference.  Tensors whose recorded hashes agree are not decoded.
+They are the same where both forms are exact, or the hashes of the originals are known and agree;
+near forms that agree prove nothing about the originals.  All others are read slice by slice, or a
+few small ones together, and summed up in float64, so that memory is a few slices whatever the size.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.restore import Restorer
+from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]
 Key = tuple[str, str, int]
@@ -132,14 +134,16 @@ def _count(marked: NDArray[np.bool_], parts: int) -> int:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How one tensor differs.  `error_a` and `error_b` are the relative errors of its near forms,
-    None where a side is exact.
+    """How one tensor differs.  `near_a` and `near_b` say which sides are near forms, `error_a` and
+    `error_b` their relative errors, None where a side is exact, or its error was let go.
     """
 
     info: TensorInfo
     sums: Sums
     error_a: float | None
     error_b: float | None
+    near_a: bool
+    near_b: bool
 
     @property
     def below_error(self) -> bool:
@@ -147,15 +151,34 @@ class TensorDifference:
         error = (self.error_a or 0.0) * self.sums.norm_a + (self.error_b or 0.0) * self.sums.norm_b
         return 0 < error >= self.sums.norm_difference
 
+    @property
+    def changed(self) -> int | None:
+        """How many entries have other bits; None where a side is near, whose bits say what its
+        coding kept.
+        """
+        return None if self.near_a or self.near_b else self.sums.changed
+
+
+@dataclass(frozen=True)
+class Indistinct:
+    """A tensor whose forms are equal although a side is near; `differs` where the hashes of the
+    originals are known, and say so.
+    """
+
+    info: TensorInfo
+    near_a: bool
+    near_b: bool
+    differs: bool
+
 
 @dataclass(frozen=True)
 class Comparison:
     """What is between two commits.
 
     `tensors` are those that differ, as `ordered` puts them; `total` is over the weights among
-    them.  `reshaped` have another shape or element type in B.  `steps` is how many steps lie
-    between the commits, None where that is not known.  `metadata` are (name, of A, of B) where
-    these differ.
+    them.  `unchanged` are proven to be the same, `indistinct` only look so.  `reshaped` have
+    another shape or element type in B.  `steps` is how many steps lie between the commits, None
+    where that is not known.  `metadata` are (name, of A, of B) where these differ.
     """
 
     a: LogEntry
@@ -165,9 +188,16 @@ class Comparison:
     tensors: tuple[TensorDifference, ...]
     total: Sums
     unchanged: tuple[TensorInfo, ...]
+    indistinct: tuple[Indistinct, ...]
     added: tuple[TensorInfo, ...]
     removed: tuple[TensorInfo, ...]
     reshaped: tuple[tuple[TensorInfo, TensorInfo], ...]
+
+    @property
+    def total_changed(self) -> int | None:
+        """How many entries of `total` have other bits; None where a side of any tensor is near."""
+        counts = [tensor.changed for tensor in self.tensors if tensor.info.role == WEIGHT]
+        return None if None in counts else self.total.changed
 
     def update_ratio(self, sums: Sums) -> float | None:
         """The relative change for each step between the commits; None where steps are unknown."""
@@ -189,6 +219,8 @@ class Comparison:
         def rank(tensor: TensorDifference) -> tuple[int, bool, float, str]:
             sums, info = tensor.sums, tensor.info
             value = 0.0 if key == "name" else float(getattr(sums, key))
+            if key == "changed" and tensor.changed is None:
+                value = -1.0  # after those of which it is known
             broken = sums.nonfinite_a != sums.nonfinite_b or math.isnan(value)
             size = value if key == "cosine" else -value
             size = -math.inf if math.isnan(size) else size
@@ -210,6 +242,8 @@ class _Side:
                 self.numbers[info.part, info.name, seen[info.part, info.name]] = number
                 seen[info.part, info.name] += 1
         self._hashes: dict[int, bytes] = {}
+        self._originals: dict[int, bytes] = {}
+        self._tables: dict[int, tuple[ObjectId, int]] = {}
         for part in parts:
             state = restorer.commit.parts.get(part)
             if state is not None:
@@ -217,6 +251,11 @@ class _Side:
                 stored = restorer.schema.stored(part)
                 values = catalog.all_values(exact or state.values, len(stored))
                 self._hashes |= zip(stored, values, strict=True)
+                original = state.exact or state.values
+                self._tables |= {number: (original, place) for place, number in enumerate(stored)}
+                if catalog.store.contains(original):
+                    values = catalog.all_values(original, len(stored))
+                    self._originals |= zip(stored, values, strict=True)
 
     @property
     def size_bytes(self) -> int:
@@ -229,16 +268,46 @@ class _Side:
 
     @cached_property
     def _errors(self) -> dict[int, float]:
-        return {
+        found = {
             # A moment's own error stands as a squared one.
             number: error.weight_rel or math.sqrt(error.residual_nmse)
             for number, error in self.catalog.errors(self.restorer.name).items()
             if self.restorer.fidelity.get(self.infos[number].part) == "near"
         }
+        # What is equal to another tensor of its part is coded once, and has no error of its own.
+        shared = {(self.infos[n].part, self._hashes.get(n)): error for n, error in found.items()}
+        alike = ((n, shared.get((self.infos[n].part, value))) for n, value in self._hashes.items())
+        return {n: error for n, error in alike if error is not None} | found
+
+    @cached_property
+    def _measured(self) -> set[str]:
+        """The near parts whose errors are there."""
+        return {self.infos[number].part for number in self._errors}
 
     def error(self, number: int) -> float | None:
-        """The relative error of a near tensor; None where it is exact."""
+        """The relative error of a near tensor; None where it is exact, or that is not known."""
         return self._errors.get(number)
+
+    def is_near(self, number: int) -> bool:
+        """Whether the form of a tensor is not known to be the original."""
+        info = self.infos[number]
+        if info.inline or self.restorer.fidelity.get(info.part) != "near":
+            return False
+        if number in self._originals:
+            return self._originals[number] != self._hashes[number]
+        return number in self._errors or info.part not in self._measured
+
+    def is_same(self, number: int, other: _Side, its: int) -> bool | None:
+        """Whether the original of a tensor is that of another side's; None where nobody knows."""
+        if self._tables.get(number, 0) == other._tables.get(its, 1):
+            return True
+        one, two = self._original(number), other._original(its)
+        return None if one is None or two is None else one == two
+
+    def _original(self, number: int) -> bytes | None:
+        """What is equal only where originals are, if it is known."""
+        known = self._originals.get(number)
+        return known if known or self.is_near(number) else self.content(number)
 
     def content(self, number: int) -> bytes | None:
         """What is equal only where tensors are: the hash of a stored one, a small one itself."""
@@ -306,6 +375,7 @@ class _Match:
     removed: list[TensorInfo] = field(default_factory=list)
     reshaped: list[tuple[TensorInfo, TensorInfo]] = field(default_factory=list)
     unchanged: list[TensorInfo] = field(default_factory=list)
+    indistinct: list[Indistinct] = field(default_factory=list)
     stored: list[Pair] = field(default_factory=list)
     small: list[Pair] = field(default_factory=list)
 
@@ -322,8 +392,12 @@ def _match(a: _Side, b: _Side) -> _Match:
         one, other = a.infos[pair[0]], b.infos[pair[1]]
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             found.reshaped.append((one, other))
-        elif not one.words or a.content(pair[0]) == b.content(pair[1]) is not None:
+        elif not one.words or (same := a.is_same(pair[0], b, pair[1])):
             found.unchanged.append(one)
+        elif a.content(pair[0]) == b.content(pair[1]) is not None:
+            found.indistinct.append(
+                Indistinct(one, a.is_near(pair[0]), b.is_near(pair[1]), same is False)
+            )
         elif one.inline or other.inline:
             found.small.append(pair)
         else:
@@ -372,10 +446,14 @@ def compare(
     found = Comparison(
         a[0], b[0], steps, tuple(_metadata(a[0], b[0])),
         tuple(
-            TensorDifference(left.infos[one], sums, left.error(one), right.error(other))
+            TensorDifference(
+                left.infos[one], sums, left.error(one), right.error(other), left.is_near(one),
+                right.is_near(other),
+            )
             for (one, other), sums in tensors.items()
         ),
-        total, tuple(match.unchanged), tuple(match.added), tuple(match.removed),
+        total, tuple(match.unchanged), tuple(match.indistinct), tuple(match.added),
+        tuple(match.removed),
         tuple(match.reshaped),
     )  # fmt: skip
     return replace(found, tensors=tuple(found.ordered()))

@@ -301,8 +301,9 @@ class Rekeyer:
             own.update(octets(words))
             if below is not None:
                 under_digest.update(octets(below))
-            for sharer in self._sharing[place] if cache is not None else ():
-                cache.write(sharer, number, words)
+            if cache is not None:
+                for sharer in self._sharing[place]:
+                    cache.write(sharer, number, words)
             slices.append(bundle.append(data))
             stands |= on_base
         wrong = own.digest() != self._catalog.value(table.values, position)

@@ -21,7 +21,7 @@ from tests.test_background_failures import equal
 CODECS = ["near", "small", "lossless", "excp", "excp-max"]
 
 
-def bases(repo: Repo) -> dict[str, CachedTable]:
+def bases(repo: Repo) -> dict[ObjectId, CachedTable]:
     """The bases that the cache has, by the tables that they are of."""
     found = {}
     for entry in repo.log(all_branches=True):

@@ -291,3 +291,101 @@ def test_an_exact_form_is_preferred(tmp_path: Path) -> None:
     found = repo.diff(2, 3, only="model")
     assert not any(tensor.error_a for tensor in found.tensors)
     assert any(tensor.error_b for tensor in found.tensors)
+
+
+def flat(state: Any, path: str = "") -> dict[str, Any]:
+    """The tensors of a state by the names that they have in a commit."""
+    if isinstance(state, dict):
+        found: dict[str, Any] = {}
+        for key, value in state.items():
+            found |= flat(value, f"{path}.{key}" if path else str(key))
+        return found
+    return {path: state} if isinstance(state, torch.Tensor) else {}
+
+
+@given(
+    seed=st.integers(0, 2**20), codec=st.sampled_from(["near", "small", "excp", "lossless"]),
+    kept=st.integers(0, 2), moves=st.lists(st.booleans(), min_size=3, max_size=3),
+    tiny=st.booleans(),
+)  # fmt: skip
+def test_what_is_called_the_same_was_the_same(
+    seed: int, codec: str, kept: int, moves: list[bool], tiny: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    repo = Repo.init(tmp_path_factory.mktemp("repo"))
+    repo.configure("keep-exact", str(kept))
+    draw = torch.Generator().manual_seed(seed)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    weights = {f"w{n}": some(60, 20) for n in range(3)}
+    weights["tied"] = weights["w0"].clone()
+    states = []
+    for step in range(1, 6):
+        for name, moved in zip(("w0", "w1", "w2"), moves, strict=True):
+            if moved:
+                weights[name] = weights[name] + (1e-9 if tiny else 0.01) * some(60, 20)
+        weights["tied"] = weights["w0"].clone()
+        moments = {
+            n: {"exp_avg": some(60, 20) * (1e-12 if tiny else 1), "exp_avg_sq": some(60, 20) ** 2}
+            for n in range(3)
+        }
+        state = {
+            "model": dict(weights), "count": torch.arange(500) + step,
+            "optimizer": {"state": moments, "param_groups": [{"params": [0, 1, 2], "lr": 0.1}]},
+        }  # fmt: skip
+        states.append(state)
+        repo.commit(state, step=step, codec=codec)
+    for a in range(1, 6):
+        for b in range(a, 6):
+            before, after = flat(states[a - 1]), flat(states[b - 1])
+            equal = {name for name in before if torch.equal(before[name], after[name])}
+            found = repo.diff(a, b)
+            assert {info.name for info in found.unchanged} <= equal
+            assert not {t.info.name for t in found.tensors if t.changed} & equal
+            assert not {one.info.name for one in found.indistinct if one.differs} & equal
+            assert all(one.near_a or one.near_b for one in found.indistinct)
+            exact = {t.info.name for t in found.tensors if t.changed is not None}
+            for tensor in found.tensors:
+                if tensor.info.name in exact:
+                    one, two = before[tensor.info.name], after[tensor.info.name]
+                    assert tensor.changed == int((one != two).sum())
+            seen = [info.name for info in found.unchanged]
+            seen += [tensor.info.name for tensor in found.tensors]
+            seen += [one.info.name for one in found.indistinct]
+            assert sorted(seen) == sorted(before)
+            if a == b:
+                assert {info.name for info in found.unchanged} == before.keys()
+            if codec == "lossless" or (a > 5 - kept and kept):
+                assert {info.name for info in found.unchanged} == equal
+
+
+def test_near_forms_that_are_equal_prove_nothing(tmp_path: Path) -> None:
+    repo = near_repo(tmp_path)
+    states = train(3)
+    for state in states:
+        repo.commit(state, step=state["step"])
+    repo.commit(repo.checkout(3), step=4)  # the near form itself, which is exact there
+    found = repo.diff(3, 4)
+    assert not found.tensors
+    names = {one.info.name for one in found.indistinct}
+    before, after = flat(states[2]), flat(repo.checkout(4))
+    assert names == {name for name in before if not torch.equal(before[name], after[name])}
+    assert all((one.near_a, one.near_b, one.differs) == (True, False, False)
+               for one in found.indistinct)  # fmt: skip
+    assert repo.diff(3, 3).indistinct == ()  # whatever it was, it is the same
+
+
+def test_what_coding_kept_is_not_called_changed(tmp_path: Path) -> None:
+    repo = near_repo(tmp_path)
+    for state in train(3):
+        repo.commit(state, step=state["step"])
+    found = repo.diff(2, 3)
+    near = [tensor for tensor in found.tensors if tensor.near_a or tensor.near_b]
+    assert near
+    assert [tensor.changed for tensor in near] == [None] * len(near)
+    assert found.total_changed is None
+    counts = [t.changed for t in found.ordered("changed") if t.info.part == "model"]
+    known = [count for count in counts if count is not None]
+    assert counts == sorted(known, reverse=True) + [None] * (len(counts) - len(known))

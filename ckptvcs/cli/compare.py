@@ -16,7 +16,9 @@ from ckptvcs.history.schema import TensorInfo
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
-    from ckptvcs.compare import Comparison, Sums, TensorDifference
+    from collections.abc import Sequence
+
+    from ckptvcs.compare import Comparison, Indistinct, Sums, TensorDifference
     from ckptvcs.search import Judge, Verdict
 
 _DEFAULT_ROWS = 30
@@ -72,15 +74,14 @@ def _number(value: float | None) -> Any:
     return None if value is None else from_number(value)
 
 
-def _sums_json(found: Comparison, sums: Sums) -> dict[str, Any]:
+def _sums_json(found: Comparison, sums: Sums, changed: int | None) -> dict[str, Any]:
     numbers = {
         name: from_number(getattr(sums, name))
         for name in ("norm_a", "norm_b", "norm_difference", "relative", "cosine", "max_abs")
     }
-    counts = {
-        name: getattr(sums, name) for name in ("entries", "changed", "nonfinite_a", "nonfinite_b")
-    }
-    return {**numbers, "update_ratio": _number(found.update_ratio(sums)), **counts}
+    counts = {name: getattr(sums, name) for name in ("entries", "nonfinite_a", "nonfinite_b")}
+    ratio = _number(found.update_ratio(sums))
+    return {**numbers, "update_ratio": ratio, "changed": changed, **counts}
 
 
 def _info_json(info: TensorInfo) -> dict[str, Any]:
@@ -98,11 +99,14 @@ def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, 
         "metadata": [
             {"name": name, "a": _plain(a), "b": _plain(b)} for name, a, b in found.metadata
         ],
-        "total": _sums_json(found, found.total) if found.total.entries else None,
+        "total": (
+            _sums_json(found, found.total, found.total_changed) if found.total.entries else None
+        ),
         "tensors": [
             _info_json(tensor.info)
-            | _sums_json(found, tensor.sums)
+            | _sums_json(found, tensor.sums, tensor.changed)
             | {"error_a": _number(tensor.error_a), "error_b": _number(tensor.error_b),
+               "near_a": tensor.near_a, "near_b": tensor.near_b,
                "below_error": tensor.below_error}
             for tensor in tensors
         ],
@@ -110,6 +114,11 @@ def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, 
         "removed": [_info_json(info) for info in found.removed],
         "reshaped": [{"a": _info_json(a), "b": _info_json(b)} for a, b in found.reshaped],
         "unchanged": [_info_json(info) for info in found.unchanged],
+        "indistinct": [
+            _info_json(one.info)
+            | {"near_a": one.near_a, "near_b": one.near_b, "differs": one.differs or None}
+            for one in found.indistinct
+        ],
     }  # fmt: skip
 
 
@@ -123,14 +132,16 @@ def _text(value: object) -> str:
     return "-" if value is None else render.printable(str(value))
 
 
-def _sums_row(name: str, found: Comparison, sums: Sums, mark: str) -> list[str]:
+def _sums_row(
+    name: str, found: Comparison, sums: Sums, changed: int | None, mark: str
+) -> list[str]:
     ratio = found.update_ratio(sums)
     broken = f"{sums.nonfinite_a} -> {sums.nonfinite_b}"
     return [
         name, f"{sums.norm_a:.3g}", f"{sums.norm_b:.3g}", f"{sums.norm_difference:.3g}",
         f"{mark}{sums.relative:.3g}", "-" if ratio is None else f"{ratio:.3g}",
         f"{sums.cosine:.5f}", f"{sums.max_abs:.3g}",
-        f"{100 * sums.changed / max(1, sums.entries):.3g}%",
+        "-" if changed is None else f"{100 * changed / max(1, sums.entries):.3g}%",
         broken if sums.nonfinite_a or sums.nonfinite_b else "",
     ]  # fmt: skip
 
@@ -152,9 +163,11 @@ def _show_diff(found: Comparison, tensors: list[TensorDifference]) -> None:
         rows = [heading]
         for tensor in tensors:
             mark = "~" if tensor.below_error else ""
-            rows.append(_sums_row(render.printable(tensor.info.name), found, tensor.sums, mark))
+            name = render.printable(tensor.info.name)
+            rows.append(_sums_row(name, found, tensor.sums, tensor.changed, mark))
         if found.total.entries:
-            rows.append(_sums_row("all weights that differ", found, found.total, ""))
+            name = "all weights that differ"
+            rows.append(_sums_row(name, found, found.total, found.total_changed, ""))
         hidden = set() if any(row[-1] for row in rows[1:]) else {"not finite"}
         if render.width() < _WIDE:
             hidden |= {"|B|", "|B-A|"}
@@ -173,6 +186,20 @@ def _show_diff(found: Comparison, tensors: list[TensorDifference]) -> None:
     count = len(found.unchanged)
     if count:
         render.data(f"{count} tensor{'s are' if count > 1 else ' is'} the same on both sides")
+    if found.indistinct:
+        render.data(_cannot_tell(found.indistinct))
+
+
+def _cannot_tell(found: Sequence[Indistinct]) -> str:
+    both = all(one.near_a and one.near_b for one in found)
+    where = "both sides" if both else "one side or both"
+    said = f"{_tensors(len(found))} cannot be told apart (near on {where})"
+    differ = sum(one.differs for one in found)
+    return said + (f"; the originals of {_tensors(differ)} differ" if differ else "")
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' if count != 1 else ''}"
 
 
 def _described(info: TensorInfo) -> str:

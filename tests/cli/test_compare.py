@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from ckptvcs.cli import compare, render
+from ckptvcs.compare import Indistinct
+from ckptvcs.history.schema import TensorInfo
 from tests.cli.conftest import Ckpt, environment
 from tests.training import save_run, train
 
@@ -39,12 +41,14 @@ def test_diff_json(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
     found = ckpt("diff", 2, 5, "--json").json
     assert found.keys() == {
         "a", "b", "steps", "metadata", "total", "tensors", "added", "removed", "reshaped",
-        "unchanged",
+        "unchanged", "indistinct",
     }  # fmt: skip
     assert (found["a"]["step"], found["b"]["step"], found["steps"]) == (2, 5, 3)
     assert found["total"].keys() == NUMBERS
     for row in found["tensors"]:
-        assert row.keys() == INFO | NUMBERS | {"error_a", "error_b", "below_error"}
+        assert row.keys() == INFO | NUMBERS | {
+            "error_a", "error_b", "near_a", "near_b", "below_error",
+        }  # fmt: skip
     told = {row["name"]: (row["a"], row["b"]) for row in found["metadata"]}
     assert told["metrics.loss"] == (4, 1)
     assert told["step"] == (2, 5)
@@ -114,6 +118,50 @@ def test_diff_of_what_is_the_same_and_of_near(ckpt: Ckpt, history: Path) -> None
     assert names == sorted(names)
     assert any(row["error_b"] for row in found["tensors"])
     assert {"name": "metrics.loss", "a": 1, "b": "NaN"} in found["metadata"]
+
+
+def test_diff_of_near_sides_claims_nothing(ckpt: Ckpt, tmp_path: Path) -> None:
+    ckpt("init")
+    ckpt("config", "keep-exact", "0")
+    states = train(4)
+    for step, state in enumerate(states, 1):
+        torch.save(state | {"step": step}, tmp_path / "m.pt")
+        ckpt("commit", "m.pt")
+    found = ckpt("diff", 2, 3, "--json").json
+    said = ckpt("diff", 2, 3).out
+    near = [row for row in found["tensors"] if row["near_a"] or row["near_b"]]
+    assert near
+    assert all(row["changed"] is None for row in near)
+    assert all(row["changed"] > 0 for row in found["tensors"] if row not in near)
+    assert found["total"]["changed"] is None
+    (total,) = (line for line in said.splitlines() if line.startswith("all weights"))
+    assert "%" not in total
+    # The near form of step 4, committed as it is, is exact there; what it came from is not known.
+    ckpt("checkout", 4, "-o", "m.pt", "--force")
+    ckpt("commit", "m.pt", "--step", 5)
+    found = ckpt("diff", 4, 5, "--json").json
+    assert found["tensors"] == []
+    assert found["indistinct"]
+    for row in found["indistinct"]:
+        assert row.keys() == INFO | {"near_a", "near_b", "differs"}
+        assert (row["near_a"], row["near_b"], row["differs"]) == (True, False, None)
+    count = len(found["indistinct"])
+    said = ckpt("diff", 4, 5).out.splitlines()[-1]
+    assert said == f"{count} tensors cannot be told apart (near on one side or both)"
+
+
+def test_how_diff_says_that_it_cannot_tell() -> None:
+    info = TensorInfo("w", "F32", (3,), "model", "weight", inline=False)
+    both, left = Indistinct(info, True, True, False), Indistinct(info, True, False, False)
+    known = Indistinct(info, True, True, True)
+    for found, said in (
+        ([both] * 33, "33 tensors cannot be told apart (near on both sides)"),
+        ([both], "1 tensor cannot be told apart (near on both sides)"),
+        ([both, left], "2 tensors cannot be told apart (near on one side or both)"),
+        ([both, known], "2 tensors cannot be told apart (near on both sides); "
+                        "the originals of 1 tensor differ"),
+    ):  # fmt: skip
+        assert compare._cannot_tell(found) == said
 
 
 def test_diff_that_cannot_be(ckpt: Ckpt, history: Path) -> None:
