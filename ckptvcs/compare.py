@@ -13,23 +13,23 @@ import math
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.floats import numbers_of, to_float64
+from ckptvcs.floats import to_float64
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
+from ckptvcs.sums import Sums, sum_up
 
 Progress = Callable[[int], None]
 Key = tuple[str, str, int]
@@ -40,96 +40,6 @@ SORT_KEYS = (
     "nonfinite_b",
 )  # fmt: skip
 _BATCH_WORDS = 2 * SLICE_WORDS
-
-
-@dataclass
-class Sums:
-    """Sums over the entries of one tensor or of several, A being before and B after.
-
-    Entries that are not finite on either side are counted, and left out of everything but
-    `entries` and `changed`.
-    """
-
-    entries: int = 0
-    compared: int = 0
-    changed: int = 0
-    nonfinite_a: int = 0
-    nonfinite_b: int = 0
-    aa: float = 0.0
-    bb: float = 0.0
-    ab: float = 0.0
-    dd: float = 0.0
-    max_abs: float = 0.0
-
-    def add(self, other: Sums) -> None:
-        """Take in the entries of another."""
-        largest = max(self.max_abs, other.max_abs)
-        for part in fields(self):
-            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
-        self.max_abs = largest
-
-    @property
-    def norm_a(self) -> float:
-        """|A|."""
-        return math.sqrt(self.aa)
-
-    @property
-    def norm_b(self) -> float:
-        """|B|."""
-        return math.sqrt(self.bb)
-
-    @property
-    def norm_difference(self) -> float:
-        """|B - A|."""
-        return math.sqrt(self.dd)
-
-    @property
-    def relative(self) -> float:
-        """|B - A| / |A|: 0 where nothing differs, infinite where only A is 0, NaN where no entry
-        can be compared.
-        """
-        if self.entries and not self.compared:
-            return math.nan
-        if not self.dd:
-            return 0.0
-        return self.norm_difference / self.norm_a if self.aa else math.inf
-
-    @property
-    def cosine(self) -> float:
-        """A.B / (|A| |B|), from -1 to 1; NaN where either is 0."""
-        if not self.aa or not self.bb:
-            return math.nan
-        return max(-1.0, min(1.0, self.ab / self.norm_a / self.norm_b))
-
-
-def sum_up(a: Words, b: Words, dtype: str) -> Sums:
-    """The sums over two flat arrays of words, as many on both sides, of element type `dtype`."""
-    parts = numbers_of(dtype)
-    word_parts = parts if dtype != "F4" else 1
-    left, right = to_float64(a, dtype), to_float64(b, dtype)
-    finite_a, finite_b = np.isfinite(left), np.isfinite(right)
-    sums = Sums(
-        entries=left.size // parts,
-        changed=_count(a != b, word_parts) * (parts // word_parts),
-        nonfinite_a=_count(~finite_a, parts),
-        nonfinite_b=_count(~finite_b, parts),
-    )
-    if sums.nonfinite_a or sums.nonfinite_b:
-        both = finite_a & finite_b
-        left, right = left[both], right[both]
-    sums.compared = left.size // parts
-    with np.errstate(over="ignore"):
-        difference = right - left
-        sums.aa, sums.bb = float(left @ left), float(right @ right)
-        sums.ab, sums.dd = float(left @ right), float(difference @ difference)
-    if difference.size:
-        sums.max_abs = float(np.abs(difference, out=difference).max())
-    return sums
-
-
-def _count(marked: NDArray[np.bool_], parts: int) -> int:
-    """How many elements have a mark on any of their numbers."""
-    return int(np.count_nonzero(marked.reshape(-1, parts).any(axis=1) if parts > 1 else marked))
 
 
 @dataclass(frozen=True)
@@ -177,7 +87,8 @@ class Comparison:
 
     `tensors` are those that differ, as `ordered` puts them; `total` is over the weights among
     them.  `unchanged` are proven to be the same, `indistinct` only look so.  `reshaped` have
-    another shape or element type in B.  `steps` is how many steps lie between the commits, None
+    another shape or element type in B.  Parts that a rule `dropped` from either commit are not
+    compared.  `steps` is how many steps lie between the commits, None
     where that is not known.  `metadata` are (name, of A, of B) where these differ.
     """
 
@@ -192,6 +103,7 @@ class Comparison:
     added: tuple[TensorInfo, ...]
     removed: tuple[TensorInfo, ...]
     reshaped: tuple[tuple[TensorInfo, TensorInfo], ...]
+    dropped: tuple[str, ...]
 
     @property
     def total_changed(self) -> int | None:
@@ -431,7 +343,12 @@ def compare(
         NotFoundError: neither has the part.
         CorruptionError: a tensor does not decode to its recorded hash.
     """
-    parts = PARTS if only is None else (only,)
+    gone = [part for part in PARTS if "dropped" in (x[1].fidelity.get(part) for x in (a, b))]
+    parts = [part for part in PARTS if only in (None, part)]
+    dropped = tuple(part for part in parts if part in gone)
+    if only in gone:
+        raise NotFoundError(f"the {only} part of {a[0].id[:8]} or {b[0].id[:8]} was dropped")
+    parts = [part for part in parts if part not in gone]
     left, right = _Side(catalog, a[1], parts), _Side(catalog, b[1], parts)
     if only is not None and not left.numbers and not right.numbers:
         raise NotFoundError(f"neither {a[0].id[:8]} nor {b[0].id[:8]} has a part '{only}'")
@@ -454,7 +371,7 @@ def compare(
         ),
         total, tuple(match.unchanged), tuple(match.indistinct), tuple(match.added),
         tuple(match.removed),
-        tuple(match.reshaped),
+        tuple(match.reshaped), dropped,
     )  # fmt: skip
     return replace(found, tensors=tuple(found.ordered()))
 

@@ -17,9 +17,10 @@ from ckptvcs import InvalidInputError, NotFoundError, Repo
 from ckptvcs.chain import ChainReader
 from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
 from ckptvcs.codec.frame import SLICE_WORDS
-from ckptvcs.compare import Comparison, Sums, all_finite, sum_up
+from ckptvcs.compare import Comparison, all_finite
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.floats import to_float64
+from ckptvcs.sums import Sums, sum_up
 from tests.training import train
 
 floats = hnp.arrays(np.float32, st.shared(st.integers(0, 40)), elements=st.floats(width=32))

@@ -18,8 +18,9 @@ from ckptvcs.repo import Repo
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptvcs.compare import Comparison, Indistinct, Sums, TensorDifference
+    from ckptvcs.compare import Comparison, Indistinct, TensorDifference
     from ckptvcs.search import Judge, Verdict
+    from ckptvcs.sums import Sums
 
 _DEFAULT_ROWS = 30
 _WIDE = 110  # columns of a terminal that has room for every number
@@ -119,6 +120,7 @@ def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, 
             | {"near_a": one.near_a, "near_b": one.near_b, "differs": one.differs or None}
             for one in found.indistinct
         ],
+        "dropped": list(found.dropped),
     }  # fmt: skip
 
 
@@ -183,6 +185,8 @@ def _show_diff(found: Comparison, tensors: list[TensorDifference]) -> None:
             render.data(f"{word}: {_described(info)}")
     for one, other in found.reshaped:
         render.data(f"reshaped: {_described(one)} -> {other.dtype} {list(other.shape)}")
+    for part in found.dropped:
+        render.data(f"{part}: not compared, since a rule dropped it from one of the commits")
     count = len(found.unchanged)
     if count:
         render.data(f"{count} tensor{'s are' if count > 1 else ' is'} the same on both sides")

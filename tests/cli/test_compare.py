@@ -41,7 +41,7 @@ def test_diff_json(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
     found = ckpt("diff", 2, 5, "--json").json
     assert found.keys() == {
         "a", "b", "steps", "metadata", "total", "tensors", "added", "removed", "reshaped",
-        "unchanged", "indistinct",
+        "unchanged", "indistinct", "dropped",
     }  # fmt: skip
     assert (found["a"]["step"], found["b"]["step"], found["steps"]) == (2, 5, 3)
     assert found["total"].keys() == NUMBERS
@@ -148,6 +148,25 @@ def test_diff_of_near_sides_claims_nothing(ckpt: Ckpt, tmp_path: Path) -> None:
     count = len(found["indistinct"])
     said = ckpt("diff", 4, 5).out.splitlines()[-1]
     assert said == f"{count} tensors cannot be told apart (near on one side or both)"
+
+
+def test_diff_leaves_out_what_was_dropped(ckpt: Ckpt, history: Path) -> None:
+    before = ckpt("diff", 2, 3, "--json").json
+    assert before["dropped"] == []
+    ckpt("gc", "--keep-optimizer-last", 2)
+    for a, b in ((2, 3), (3, 5), (5, 3)):
+        found = ckpt("diff", a, b, "--json").json
+        assert found["dropped"] == ["optimizer"]
+        parts = {row["part"] for key in ("tensors", "added", "removed", "unchanged", "indistinct")
+                 for row in found[key]}  # fmt: skip
+        assert "optimizer" not in parts
+        assert "model" in parts
+    found = ckpt("diff", 2, 3, "--json").json
+    for key in ("tensors", "unchanged"):
+        assert found[key] == [row for row in before[key] if row["part"] != "optimizer"]
+    assert "optimizer: not compared, since a rule dropped it" in ckpt("diff", 2, 3).out
+    assert "was dropped" in ckpt("diff", 2, 3, "--only", "optimizer", code=3).err
+    assert ckpt("diff", 4, 5, "--json").json["dropped"] == []
 
 
 def test_how_diff_says_that_it_cannot_tell() -> None:

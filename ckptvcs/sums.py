@@ -1,0 +1,102 @@
+"""Sums over the entries of two tensors: what lies between them, in numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptvcs.codec.words import Words
+from ckptvcs.floats import numbers_of, to_float64
+
+
+@dataclass
+class Sums:
+    """Sums over the entries of one tensor or of several, A being before and B after.
+
+    Entries that are not finite on either side are counted, and left out of everything but
+    `entries` and `changed`.
+    """
+
+    entries: int = 0
+    compared: int = 0
+    changed: int = 0
+    nonfinite_a: int = 0
+    nonfinite_b: int = 0
+    aa: float = 0.0
+    bb: float = 0.0
+    ab: float = 0.0
+    dd: float = 0.0
+    max_abs: float = 0.0
+
+    def add(self, other: Sums) -> None:
+        """Take in the entries of another."""
+        largest = max(self.max_abs, other.max_abs)
+        for part in fields(self):
+            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
+        self.max_abs = largest
+
+    @property
+    def norm_a(self) -> float:
+        """|A|."""
+        return math.sqrt(self.aa)
+
+    @property
+    def norm_b(self) -> float:
+        """|B|."""
+        return math.sqrt(self.bb)
+
+    @property
+    def norm_difference(self) -> float:
+        """|B - A|."""
+        return math.sqrt(self.dd)
+
+    @property
+    def relative(self) -> float:
+        """|B - A| / |A|: 0 where nothing differs, infinite where only A is 0, NaN where no entry
+        can be compared.
+        """
+        if self.entries and not self.compared:
+            return math.nan
+        if not self.dd:
+            return 0.0
+        return self.norm_difference / self.norm_a if self.aa else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """A.B / (|A| |B|), from -1 to 1; NaN where either is 0."""
+        if not self.aa or not self.bb:
+            return math.nan
+        return max(-1.0, min(1.0, self.ab / self.norm_a / self.norm_b))
+
+
+def sum_up(a: Words, b: Words, dtype: str) -> Sums:
+    """The sums over two flat arrays of words, as many on both sides, of element type `dtype`."""
+    parts = numbers_of(dtype)
+    word_parts = parts if dtype != "F4" else 1
+    left, right = to_float64(a, dtype), to_float64(b, dtype)
+    finite_a, finite_b = np.isfinite(left), np.isfinite(right)
+    sums = Sums(
+        entries=left.size // parts,
+        changed=_count(a != b, word_parts) * (parts // word_parts),
+        nonfinite_a=_count(~finite_a, parts),
+        nonfinite_b=_count(~finite_b, parts),
+    )
+    if sums.nonfinite_a or sums.nonfinite_b:
+        both = finite_a & finite_b
+        left, right = left[both], right[both]
+    sums.compared = left.size // parts
+    with np.errstate(over="ignore"):
+        difference = right - left
+        sums.aa, sums.bb = float(left @ left), float(right @ right)
+        sums.ab, sums.dd = float(left @ right), float(difference @ difference)
+    if difference.size:
+        sums.max_abs = float(np.abs(difference, out=difference).max())
+    return sums
+
+
+def _count(marked: NDArray[np.bool_], parts: int) -> int:
+    """How many elements have a mark on any of their numbers."""
+    return int(np.count_nonzero(marked.reshape(-1, parts).any(axis=1) if parts > 1 else marked))
