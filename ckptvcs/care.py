@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckptvcs.config import Config, mend_settings
-from ckptvcs.errors import CorruptionError, InvalidInputError, StorageError
+from ckptvcs.errors import InvalidInputError, StorageError
 from ckptvcs.format import mend_folders, mend_format, raise_flags, require_flags
 from ckptvcs.history.canonical import now
 from ckptvcs.history.fading import Fader
@@ -19,7 +18,6 @@ from ckptvcs.opened import CACHE, CONFIG, Opened
 from ckptvcs.store import disk
 from ckptvcs.store.leases import exclusive
 from ckptvcs.store.local import LocalBackend
-from ckptvcs.store.pack import FOLDERS
 from ckptvcs.store.reserve import give_up_reserve, keep_reserve
 
 if TYPE_CHECKING:
@@ -85,7 +83,8 @@ class Care(Opened):
         return Collector(self.catalog, self.refs, self.fader(), best)
 
     def plan_gc(self, policy: Policy = _NO_RULES) -> GcPlan:
-        """What `gc` would drop, fade and delete now, without rekeying.
+        """What `gc` would drop, fade and delete now.  What rekeying frees is not known before it is
+        done.
 
         Raises:
             CorruptionError: something that is needed is missing.
@@ -98,7 +97,8 @@ class Care(Opened):
         progress: Progress = quiet,
     ) -> GcPlan:  # fmt: skip
         """Drop what the rules do not keep, let fade what the settings do not keep, and delete what
-        nothing reaches; tiny packs are merged.  What was done.
+        nothing reaches; tiny packs are merged.  What was done, and the sizes that it made on disk,
+        which `stats` shows.
 
         `rekey` merges deltas across commits that were dropped, and bounds every chain by the
         settings.  Without `sweep` it is only said what goes: until the next sweep `undo` takes it
@@ -112,9 +112,9 @@ class Care(Opened):
         """
         if rekey and not sweep:
             raise InvalidInputError("what is rekeyed is swept at once")
-        cache = self.folder / CACHE
+        cache, held = self.folder / CACHE, list[int]()
         try:
-            plan = self._gc(policy, progress, sweep=sweep, rekey=rekey)
+            plan = self._gc(policy, progress, held, sweep=sweep, rekey=rekey)
         except StorageError as error:
             if not disk.is_full(error):
                 raise
@@ -123,15 +123,19 @@ class Care(Opened):
                 give_up_reserve(cache)
             except OSError:
                 raise error from None
-            plan = self._gc(policy, progress, sweep=sweep, rekey=rekey)
+            plan = self._gc(policy, progress, held, sweep=sweep, rekey=rekey)
         keep_reserve(cache)
         return plan
 
-    def _gc(self, policy: Policy, progress: Progress, *, sweep: bool, rekey: bool) -> GcPlan:
+    def _gc(
+        self, policy: Policy, progress: Progress, held: list[int], *, sweep: bool, rekey: bool
+    ) -> GcPlan:
+        """`held` takes the size of the repository, before this and a try that came before it."""
         from ckptvcs.history.repack import merge, plan_merges  # noqa: PLC0415
 
         collector = self._collector()
         with exclusive(self._backend):
+            held.append(collector.held_bytes(debris=True))
             time = now()
             plan = collector.plan(policy, time)
             if plan.drops:
@@ -149,7 +153,10 @@ class Care(Opened):
                         if not disk.is_full(error):
                             raise
                         break  # what was to be freed is; the packs stay as they are
-        return plan
+                left = collector.held_bytes(debris=False)
+                return replace(plan, freed_bytes=held[0] - left, kept_bytes=left)
+            left = collector.held_bytes(debris=True)
+            return replace(plan, kept_bytes=left - plan.freed_bytes)
 
     def _rekey(self, progress: Progress) -> None:
         from ckptvcs.rekey import Rekeyer  # noqa: PLC0415
@@ -235,24 +242,14 @@ class Care(Opened):
 
     def stats(self) -> Stats:
         """Sizes on disk."""
+        from ckptvcs.history.gc import files_bytes, stored_bytes  # noqa: PLC0415
+
         commits = self.revisions.visible()
-        sizes = {
-            name: self._size(self._backend.names(name))
-            for name in (*FOLDERS, "refs", "leases", "marks", CACHE)
-        }
-        single = self._size(("format", "config.toml"))
-        stored = sum(sizes.values()) - sizes[CACHE] + single
+        backend = self._backend
+        stored, cached = stored_bytes(backend), files_bytes(backend, backend.names(CACHE))
         fader = Fader(self.catalog, self.refs, Config().exact_rule)  # no setting is asked for
         patches = sum(patch.size_bytes for patch in fader.patches())
         return Stats(
             len(commits), sum(c.raw_bytes for c in commits.values()), stored, stored - patches,
-            patches, sizes[CACHE], len(self.catalog.store.list_packs()),
+            patches, cached, len(self.catalog.store.list_packs()),
         )  # fmt: skip
-
-    def _size(self, names: Iterable[str]) -> int:
-        """Bytes of files, but of those that have gone meanwhile, or that are none."""
-        found = 0
-        for name in names:
-            with contextlib.suppress(FileNotFoundError, CorruptionError):
-                found += self._backend.size(name)
-        return found

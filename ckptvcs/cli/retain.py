@@ -119,13 +119,23 @@ def gc(
         })  # fmt: skip
         return
     _show(plan)
-    verb = "would free" if dry_run else "freed" if sweep else "to be freed by the next sweep:"
-    render.data(f"{verb} {render.size(plan.freed_bytes)}, kept {render.size(plan.kept_bytes)}")
+    render.data(_sizes(plan, dry_run=dry_run, sweep=sweep))
+    if rekey and dry_run:
+        render.talk("note: what --rekey frees besides is not known before it is done")
     chained = sum(row.chained_bytes for row in plan.decisions)
     if chained and not rekey:
         render.talk(
             f"note: {render.size(chained)} stay since chains need them; --rekey merges them"
         )
+
+
+def _sizes(plan: GcPlan, *, dry_run: bool, sweep: bool) -> str:
+    freed, kept = plan.freed_bytes, render.size(plan.kept_bytes)
+    if freed < 0:
+        verb = "would take" if dry_run else "takes"
+        return f"nothing to free: what was done {verb} {render.size(-freed)} to record, kept {kept}"
+    verb = "would free" if dry_run else "freed" if sweep else "to be freed by the next sweep:"
+    return f"{verb} {render.size(freed)}, kept {kept}"
 
 
 def _show(plan: GcPlan) -> None:

@@ -23,13 +23,16 @@ from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.marking import Marked, bases, mark
-from ckptvcs.history.recipe import LetGo
+from ckptvcs.history.recipe import LetGo, dump_let_go
 from ckptvcs.history.refs import Refs
+from ckptvcs.history.repack import Merge, plan_merges
 from ckptvcs.history.retention import Best, Policy, Row
 from ckptvcs.history.revision import Revisions
-from ckptvcs.store.leases import dead_leases
+from ckptvcs.store.backend import Backend
+from ckptvcs.store.index import Place
+from ckptvcs.store.leases import dead_leases, live_leases
 from ckptvcs.store.object import Kind, ObjectId, PackId
-from ckptvcs.store.pack import pack_name
+from ckptvcs.store.pack import FOLDERS, PackWriter, packed_size
 
 OPTIMIZER = "optimizer"
 
@@ -52,7 +55,10 @@ class Decision:
 @dataclass(frozen=True)
 class GcPlan:
     """What gc would do: decisions on commits where there are rules; patches that fade; packs with
-    their folders, debris by name, bytes in all; `loose` commits are on no ref, and never were.
+    their folders, debris by name; `loose` commits are on no ref, and never were.
+
+    `kept_bytes` is the size of the repository after it, and `freed_bytes` by how much it, with the
+    debris, will be smaller than it is: what goes, less the records that say so.
     """
 
     decisions: tuple[Decision, ...]
@@ -65,6 +71,38 @@ class GcPlan:
     loose: tuple[ObjectId, ...] = ()
 
 
+COUNTED = (*FOLDERS, "refs", "leases", "marks")
+"""The folders of a repository that hold more than what can be made anew."""
+
+
+def stored_bytes(backend: Backend) -> int:
+    """Bytes of a repository on disk, without its cache and files on their way."""
+    names = (name for folder in COUNTED for name in backend.names(folder))
+    return files_bytes(backend, [*names, "format", "config.toml"])
+
+
+def files_bytes(backend: Backend, names: Iterable[str]) -> int:
+    """Bytes of files, but of those that have gone meanwhile, or that are none."""
+    found = 0
+    for name in names:
+        with contextlib.suppress(FileNotFoundError, CorruptionError):
+            found += backend.size(name)
+    return found
+
+
+class _Nowhere:
+    """Takes what is written, and keeps nothing."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        pass
+
+    def publish(self, name: str) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
 class Collector:
     """Plans and sweeps one repository."""
 
@@ -75,8 +113,9 @@ class Collector:
 
     # -- planning ------------------------------------------------------------------------------
 
-    def plan(self, policy: Policy, time: str) -> GcPlan:
-        """Decide what can go at a time.  Deletes nothing.
+    def plan(self, policy: Policy, time: str, *, recorded: bool = False) -> GcPlan:
+        """Decide what can go at a time.  Deletes nothing.  Where it is `recorded`, that takes no
+        room any more.
 
         Raises:
             CorruptionError: something that is needed is missing or unreadable.
@@ -93,27 +132,63 @@ class Collector:
         visible = {name: made for name, made in commits.items() if name not in after.commits}
         fading = self._fader.everywhere(visible)
         marked = self._mark(commits, after, fading)
-        packs, kept = self._unmarked(marked)
+        packs = self._unmarked(marked)
         debris = self._debris()
-        freed = sum(store.backend.size(pack_name(folder, p)) for p, folder in packs.items())
-        for name in debris:
-            with contextlib.suppress(FileNotFoundError, CorruptionError):  # it was being deleted
-                freed += store.backend.size(name)
-        decisions = tuple(self._with_bytes(row, marked, packs) for row in rows)
+        coming = [] if recorded else self._packed([*drops, *self._fader.record(fading, time)])
+        merges = plan_merges(self._catalog, marked, coming)
+        freed = self._freed(packs, merges, coming) + self._size(debris)
+        counted: set[ObjectId] = set()
+        merged = {pack for merge in merges for pack in merge.packs}
+        decisions = tuple(
+            self._with_bytes(row, marked, merged.union(packs), counted) for row in rows
+        )
         loose = self._revisions.loose(set(store.ids(Kind.COMMIT)) - commits.keys())
         for name in self._revisions.lost_lines() if len(loose) > 1 else ():
             raise CorruptionError(
                 f"no ref leads to commit {name[:8]}, which stands on others that none leads to",
                 hint="a ref is lost: see 'ckpt verify --repair'",
             )
+        kept = self.held_bytes(debris=True) - freed
         return GcPlan(
             decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops), tuple(loose)
         )
 
     def after(self, plan: GcPlan, time: str) -> GcPlan:
         """A plan that was recorded, with what can go of the disk now."""
-        again = self.plan(Policy(), time)
+        again = self.plan(Policy(), time, recorded=True)
         return replace(again, decisions=plan.decisions, fading=plan.fading, drops=plan.drops)
+
+    def held_bytes(self, *, debris: bool) -> int:
+        """Bytes of the repository as `stats` counts them, but of what says that somebody is at
+        work; with `debris` also of what writers that are gone left in other folders.
+        """
+        backend = self._catalog.store.backend
+        at_work = [*live_leases(backend), *live_leases(backend, "marks/")]
+        found = stored_bytes(backend) - self._size(at_work)
+        if debris:
+            names = (name for name in self._debris() if name.partition("/")[0] not in COUNTED)
+            found += self._size(names)
+        return found
+
+    def _size(self, names: Iterable[str]) -> int:
+        return files_bytes(self._catalog.store.backend, names)
+
+    def _packed(self, records: list[LetGo]) -> list[Place]:
+        """Where records will be once they are written, as large as they will be."""
+        pack = PackWriter(_Nowhere(), "meta")
+        for record in records:
+            pack.add(Kind.RECORD, dump_let_go(record))
+        return [Place(PackId(""), "meta", entry) for entry in pack.entries]
+
+    def _freed(self, packs: dict[PackId, str], merges: Iterable[Merge], coming: list[Place]) -> int:
+        """By how much packs will be less when some are deleted, and others are merged."""
+        size = self._catalog.store.pack_sizes()
+        new = packed_size(place.entry for place in coming) if coming else 0
+        size[PackId("")] = "meta", new
+        freed = sum(size[pack][1] for pack in packs) - new
+        for merge in merges:
+            freed += sum(size[pack][1] for pack in merge.packs) - merge.size_bytes
+        return freed
 
     def _lines(self, hidden: frozenset[ObjectId]) -> dict[str, list[Row]]:
         """Every branch, newest first; then what only tags, pins or HEAD lead to."""
@@ -183,20 +258,24 @@ class Collector:
             decisions.append(Decision(name, commit, action, reasons))
         return decisions
 
-    def _with_bytes(self, row: Decision, marked: Marked, packs: dict[PackId, str]) -> Decision:
-        """A decision with what comes of it on the disk."""
+    def _with_bytes(
+        self, row: Decision, marked: Marked, going: set[PackId], counted: set[ObjectId]
+    ) -> Decision:
+        """A decision with what comes of it on the disk: of bundles in packs that are `going`; each
+        is `counted` once.
+        """
         if row.action == "keep":
             return row
         freed = chained = 0
-        sizes = self._catalog.store.pack_sizes()
         for part, state in row.commit.parts.items():
             if row.action == "drop" or part == OPTIMIZER:
-                for bundle in self._own_bundles(state.values):
+                for bundle in self._own_bundles(state.values) - counted:
+                    counted.add(bundle)
                     for place in self._catalog.store.places(bundle):
-                        if place.pack in packs:
-                            freed += sizes[place.pack][1]
-                        elif bundle in marked.objects:
+                        if bundle in marked.objects:
                             chained += place.entry.record_bytes
+                        elif place.pack in going:
+                            freed += place.entry.record_bytes
         return Decision(row.name, row.commit, row.action, row.reasons, freed, chained)
 
     def _own_bundles(self, values: ObjectId) -> set[ObjectId]:
@@ -221,18 +300,15 @@ class Collector:
         """What must stay as things are now."""
         return self._mark(self._revisions.commits(), self._catalog.dropped())
 
-    def _unmarked(self, marked: Marked) -> tuple[dict[PackId, str], int]:
-        """The packs in which nothing is marked, and the bytes of all others."""
+    def _unmarked(self, marked: Marked) -> dict[PackId, str]:
+        """The packs in which nothing is marked, with their folders."""
         store = self._catalog.store
         needed = {place.pack for name in marked.objects for place in store.places(name)}
         sizes = store.pack_sizes()
-        packs, kept = {}, 0
-        for pack, folder in store.list_packs().items():
-            if pack in needed or pack not in sizes:
-                kept += store.backend.size(pack_name(folder, pack))
-            else:
-                packs[pack] = folder
-        return packs, kept
+        return {
+            pack: folder for pack, folder in store.list_packs().items()
+            if pack in sizes and pack not in needed
+        }  # fmt: skip
 
     def _debris(self) -> list[str]:
         backend = self._catalog.store.backend

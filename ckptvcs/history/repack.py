@@ -7,6 +7,7 @@ of one part hold nothing of another, and exact patches stay alone: dropping eith
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ckptvcs.history.catalog import Catalog
@@ -14,6 +15,7 @@ from ckptvcs.history.copying import read_sound
 from ckptvcs.history.marking import Marked
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import PackId
+from ckptvcs.store.pack import packed_size
 
 _TINY = 1 << 20  # bytes: packs below are merged ...
 _FEW = 4  # ... when there are so many
@@ -30,40 +32,61 @@ class Merge:
     packs: tuple[PackId, ...]
     places: tuple[Place, ...]
 
+    @property
+    def size_bytes(self) -> int:
+        """How large the one pack will be that takes their place."""
+        return packed_size(place.entry for place in self.places)
 
-def plan_merges(catalog: Catalog, marked: Marked) -> list[Merge]:
-    """What to merge, among the packs that hold anything that is `marked`."""
+
+def plan_merges(catalog: Catalog, marked: Marked, coming: Iterable[Place] = ()) -> list[Merge]:
+    """What to merge, among the packs that hold anything that is `marked`; `coming` are the objects
+    of packs that are about to be written.
+    """
     store = catalog.store
+    sizes = store.pack_sizes()
     alone = {place.pack for name in catalog.patches() for place in store.places(name)}
     kept: dict[PackId, list[Place]] = {}
     for name in marked.objects:
         # Of several copies one is enough, but that in a patch goes with it.
         place = next((p for p in store.places(name) if p.pack not in alone), store.places(name)[0])
         kept.setdefault(place.pack, []).append(place)
+    for place in coming:
+        kept.setdefault(place.pack, []).append(place)
+        sizes[place.pack] = place.folder, packed_size(one.entry for one in kept[place.pack])
     groups: dict[tuple[str, str], list[tuple[PackId, bool]]] = {}
-    for pack, (folder, size) in sorted(store.pack_sizes().items()):
+    for pack, (folder, size) in sorted(sizes.items()):
         if pack in alone or pack not in kept:
             continue
         parts = {marked.bundles.get(place.entry.id, "") for place in kept[pack]}
-        used = sum(place.entry.record_bytes for place in kept[pack])
+        used = _used(kept[pack])
         wasted = size - used > max(_WASTE * size, _LEAST_WASTE)
         if (size <= _TINY or wasted) and len(parts) == 1 and used < _FULL:
             groups.setdefault((folder, parts.pop()), []).append((pack, wasted))
-    merges = []
-    for (folder, _), members in groups.items():
-        if len(members) < _FEW and not any(wasted for _, wasted in members):
-            continue
-        batch: list[PackId] = []
-        places: list[Place] = []
-        for pack, _ in members:
-            batch.append(pack)
-            places += sorted(kept[pack], key=lambda place: place.entry.offset)
-            if sum(place.entry.record_bytes for place in places) > _FULL:
-                merges.append(Merge(folder, tuple(batch), tuple(places)))
-                batch, places = [], []
-        if batch:
-            merges.append(Merge(folder, tuple(batch), tuple(places)))
-    return merges
+    return [
+        merge
+        for (folder, _), members in groups.items()
+        if len(members) >= _FEW or any(wasted for _, wasted in members)
+        for merge in _batches(folder, [pack for pack, _ in members], kept)
+    ]
+
+
+def _batches(folder: str, packs: list[PackId], kept: dict[PackId, list[Place]]) -> Iterator[Merge]:
+    batch: list[PackId] = []
+    places: list[Place] = []
+    used = 0
+    for pack in packs:
+        batch.append(pack)
+        places += sorted(kept[pack], key=lambda place: place.entry.offset)
+        used += _used(kept[pack])
+        if used > _FULL:
+            yield Merge(folder, tuple(batch), tuple(places))
+            batch, places, used = [], [], 0
+    if batch:
+        yield Merge(folder, tuple(batch), tuple(places))
+
+
+def _used(places: list[Place]) -> int:
+    return sum(place.entry.record_bytes for place in places)
 
 
 def merge(catalog: Catalog, plan: Merge) -> None:

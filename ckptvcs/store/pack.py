@@ -15,7 +15,7 @@ import contextlib
 import secrets
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
@@ -113,6 +113,12 @@ def pack_name(folder: str, pack: PackId) -> str:
     return f"{folder}/{pack[:2]}/{pack}.pack"
 
 
+def packed_size(entries: Iterable[Entry]) -> int:
+    """The bytes of a pack that holds so many objects."""
+    body = sum(entry.record_bytes + _ENTRY.size + _HEAD.size for entry in entries)
+    return HEADER.size + body + TRAILER.size
+
+
 class PackWriter:
     """Streams objects into a new pack; the caller holds no more than one object in memory."""
 
@@ -179,6 +185,11 @@ class PackWriter:
     def size_bytes(self) -> int:
         """Bytes that were written so far."""
         return self._at
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The objects that were added so far."""
+        return tuple(self._entries)
 
     def publish(self, announce: Callable[[PackInfo], None] = lambda _: None) -> PackInfo:
         """Finish the file and make it durable and visible: crash before, debris in tmp/.  It is

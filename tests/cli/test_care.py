@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ckptvcs import Repo
+from ckptvcs.cli import retain
+from ckptvcs.history.gc import GcPlan
 from tests.cli.conftest import Ckpt
 from tests.test_background_failures import equal
 from tests.test_cached_bases import plain, rekeyed
+from tests.test_gc_sizes import commits
 
 
 def test_verify_deletes_a_wrong_base_and_says_so(ckpt: Ckpt, tmp_path: Path) -> None:
@@ -29,3 +33,35 @@ def test_verify_deletes_a_wrong_base_and_says_so(ckpt: Ckpt, tmp_path: Path) -> 
     again = Repo.open(tmp_path)
     for step, state in true.items():
         assert equal(plain(again.checkout(step or 0)), plain(state))
+
+
+def sizes(ckpt: Ckpt, *args: object) -> tuple[Any, int, int]:
+    before = ckpt("stats", "--json").json["stored_bytes"]
+    found = ckpt("gc", *args, "--json").json
+    return found, before, ckpt("stats", "--json").json["stored_bytes"]
+
+
+def test_gc_of_the_command_line(ckpt: Ckpt, tmp_path: Path) -> None:
+    commits(Repo.init(tmp_path), 3, 9, "near")
+    for rekey in ([], ["--rekey"]):
+        found, before, after = sizes(ckpt, "--keep-last", 4, "--dry-run", *rekey)
+        assert before == after == found["freed_bytes"] + found["kept_bytes"]
+    found, before, after = sizes(ckpt, "--keep-last", 4, "--no-sweep")
+    assert found["freed_bytes"] + found["kept_bytes"] == after
+    for args in ([], ["--keep-every", 3], ["--rekey"], ["--keep-last", 1, "--rekey"], []):
+        found, before, after = sizes(ckpt, *args)
+        assert (found["freed_bytes"], found["kept_bytes"]) == (before - after, after)
+    assert "not known before it is done" in ckpt("gc", "--rekey", "--dry-run").err
+    assert "freed 0 B, kept " in ckpt("gc").out
+
+
+def test_how_gc_says_that_records_took_more() -> None:
+    plan = GcPlan((), (), {}, (), -300, 5000)
+    said = retain._sizes(plan, dry_run=False, sweep=True)
+    assert said == "nothing to free: what was done takes 300 B to record, kept 5 kB"
+    assert "would take 300 B" in retain._sizes(plan, dry_run=True, sweep=True)
+    plan = GcPlan((), (), {}, (), 300, 5000)
+    assert retain._sizes(plan, dry_run=False, sweep=True) == "freed 300 B, kept 5 kB"
+    assert retain._sizes(plan, dry_run=True, sweep=True) == "would free 300 B, kept 5 kB"
+    said = retain._sizes(plan, dry_run=False, sweep=False)
+    assert said == "to be freed by the next sweep: 300 B, kept 5 kB"
