@@ -39,7 +39,7 @@ class Forger:
 
     def __init__(self, root: Path) -> None:
         self.repo = Repo.init(root / "repo", codec="lossless")
-        path = root / "model.bin"
+        path = root / "model.dat"
         path.write_bytes(bytes(range(256)) * 2000)
         self.honest = self.repo.commit_path(path, message="honest", step=1)
         self.commit = self.honest.commit
@@ -235,7 +235,7 @@ def everything(repo: Repo, folder: Path) -> None:
         lambda: repo.save_part(head, "model", folder / "out" / "y.pt"),
         lambda: repo.checkout("HEAD"), lambda: repo.tensor("w"), lambda: repo.diff(head, head),
         lambda: list(repo.trajectory()), lambda: repo.history.graph(),
-        lambda: repo.commit_path(folder / "model.bin", message="on top", step=1 << 61),
+        lambda: repo.commit_path(folder / "model.dat", message="on top", step=1 << 61),
         repo.undo,
     ):  # fmt: skip
         with contextlib.suppress(CkptError):
@@ -252,7 +252,7 @@ def test_every_question_ends(
         repo.verify()
         everything(repo, tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {"repo", "model.bin", "out"}
+    assert left <= {"repo", "model.dat", "out"}
 
 
 DAMAGED = [f for f in FORGERIES if f not in (all_let_go, huge_step, no_text, undone_forever)]
@@ -310,7 +310,7 @@ def test_nothing_is_written_elsewhere(
     assert not (outside / "kept").is_symlink()
     status = outside.stat()
     assert (status.st_mode & 0o777, status.st_mtime_ns) == (0o755, 10**18)
-    assert {path.name for path in tmp_path.iterdir()} <= {"repo", "model.bin", "outside", "target"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"repo", "model.dat", "outside", "target"}
 
 
 @pytest.mark.parametrize("path", ["/x", "../x", ".ckpt/config.toml", ".CKPT/refs/x", "a\0b", ""])

@@ -76,9 +76,9 @@ def test_files_are_committed_and_checked_out_without_torch(tmp_path: Path) -> No
     code = (
         "from pathlib import Path\nfrom ckptvcs.repo import Repo\n"
         f"root = Path({str(tmp_path)!r})\n"
-        "(root / 'x.bin').write_bytes(b'data' * 1000)\nrepo = Repo.init(root)\n"
-        "made = repo.commit_path(root / 'x.bin', message='')\n"
-        "repo.checkout_files(made.id, root / 'y.bin')\nrepo.verify()\nrepo.gc()"
+        "(root / 'x.dat').write_bytes(b'data' * 1000)\nrepo = Repo.init(root)\n"
+        "made = repo.commit_path(root / 'x.dat', message='')\n"
+        "repo.checkout_files(made.id, root / 'y.dat')\nrepo.verify()\nrepo.gc()"
     )
     assert not loaded_by(code) & {"torch", "numba", "safetensors", "typer", "rich"}
 

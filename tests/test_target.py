@@ -15,7 +15,7 @@ from ckptvcs.store.leases import exclusive
 
 
 def test_a_commit_waits_for_gc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.bin").write_bytes(b"data" * 100)
+    (tmp_path / "a.dat").write_bytes(b"data" * 100)
     where = target.Target(tmp_path / "repo", None)
     assert where.existing() is None
     sweeping = exclusive(where.repo.catalog.store.backend)
@@ -30,9 +30,9 @@ def test_a_commit_waits_for_gc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(where.repo, "commit_path", trying)
     monkeypatch.setattr(leases, "_REST", 0.0)
     sweeping.__enter__()
-    assert where.commit(tmp_path / "a.bin", step=3, metrics={}).commit.step == 3
+    assert where.commit(tmp_path / "a.dat", step=3, metrics={}).commit.step == 3
     assert len(tries) == 3
-    assert [entry.message for entry in Repo.open(tmp_path / "repo").log()] == ["a.bin"]
+    assert [entry.message for entry in Repo.open(tmp_path / "repo").log()] == ["a.dat"]
     with exclusive(where.repo.catalog.store.backend), pytest.raises(BusyError):
-        where.commit(tmp_path / "a.bin", step=4, metrics={})
+        where.commit(tmp_path / "a.dat", step=4, metrics={})
     assert len(tries) == 3 + leases._TRIES

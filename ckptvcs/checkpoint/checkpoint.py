@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptvcs.checkpoint import distcp, safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint.intact import require_whole
 from ckptvcs.checkpoint.layout import (
     FileSource,
     Layout,
@@ -31,6 +32,7 @@ _INCOMPLETE = ("checkpoint-is-incomplete.txt",)
 MAX_NESTING = 200
 """Directories in each other; Python makes those of a path in as many calls."""
 
+_DOUBTFUL = ("raw", "torch-zip")  # a zip file is read as far as its directory goes
 _STEP_KEYS = ("step", "global_step", "iteration", "iter", "steps", "current_step")
 
 
@@ -106,7 +108,7 @@ def open_checkpoint(
 
     Raises:
         NotFoundError: there is nothing at `path`.
-        InvalidInputError: it is empty, incomplete or unreadable.
+        InvalidInputError: it is empty, incomplete or unreadable, or not what its suffix says.
     """
     try:
         mode = path.stat().st_mode
@@ -120,19 +122,10 @@ def open_checkpoint(
         raise InvalidInputError(f"{path} is neither a file nor a directory")
     source = FileSource(path)
     with source:
-        if not raw:
-            _refuse_incomplete(source, path)
-        return build("file", [(path.name, source, _parse(source, raw), source.stat)], [], names)
-
-
-def _refuse_incomplete(source: FileSource, path: Path) -> None:
-    if not source.size:
-        raise InvalidInputError(f"{path} is empty", hint="use --raw to commit it all the same")
-    if torchzip.starts_like_zip(source) and not torchzip.has_end(source):
-        raise InvalidInputError(
-            f"{path} is incomplete: it starts like a zip file and has no end",
-            hint="it may still be written; use --raw to commit it all the same",
-        )
+        layout = _parse(source, raw)
+        if not raw and layout.format in _DOUBTFUL:
+            require_whole(source, str(path), alone=True)
+        return build("file", [(path.name, source, layout, source.stat)], [], names)
 
 
 def _parse(source: Source, raw: bool) -> Layout:
@@ -194,7 +187,10 @@ def _open_directory(
             source = FileSource(Path(entry.path))
             with source:
                 plain = raw or name.endswith(distcp.SUFFIX)
-                parsed.append((name, source, _parse(source, plain), source.stat))
+                layout = _parse(source, plain)
+                if not plain and layout.format in _DOUBTFUL:
+                    require_whole(source, entry.path, alone=False)
+                parsed.append((name, source, layout, source.stat))
         else:
             raise InvalidInputError(f"{entry.path} is neither a file nor a directory")
     names = {name for name, *_ in parsed}

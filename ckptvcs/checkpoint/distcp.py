@@ -19,6 +19,7 @@ from typing import Any
 from ckptvcs.checkpoint import torchzip
 from ckptvcs.checkpoint.layout import FileSource, Layout, Source, overlap
 from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, Inert, TensorRef, read_pickle
+from ckptvcs.errors import InvalidInputError
 
 SUFFIX = ".distcp"
 METADATA = ".metadata"
@@ -126,8 +127,13 @@ def _parse(
         return layout  # before anything is read: many items may point at one place
     for number, item in enumerate(items):
         window = _Window(source, item)
-        if item.offset < 0 or item.size <= 0 or item.offset + item.size > source.size:
+        if item.offset < 0 or item.size <= 0:
             continue
+        if item.offset + item.size > source.size:
+            raise InvalidInputError(
+                f"{source.path} is incomplete: {METADATA} names tensors beyond its end",
+                hint="commit the directory with --raw to store the bytes as they are",
+            )
         inner = torchzip.parse(window) if torchzip.starts_like_zip(window) else None
         if inner is None:
             continue

@@ -219,8 +219,8 @@ def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
         return
     if alone:
         raise InvalidInputError(
-            f"{path} is cut off, or no checkpoint: it has no structure",
-            hint="'ckpt commit --raw' stores bytes, whatever they are",
+            f"{path} has no structure that can be read",
+            hint="'ckpt commit' stores its bytes as they are",
         )
     like_zip = file.source.size > 0 and torchzip.starts_like_zip(file.source)
     if like_zip or not file.source.size or file.path.endswith(".safetensors"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from typing import Any
 
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, StorageRef, TensorRef, read_pickle, walk
@@ -59,14 +60,66 @@ class _Reader(io.BufferedReader):
         return super().read(wanted)
 
 
+def stream(file: Source) -> io.BufferedReader:
+    """A file as pickles are read from it."""
+    return _Reader(file, min(file.size, MAX_PICKLE_BYTES))
+
+
+def begins_like_one(file: Source) -> bool:
+    """Whether a file has what is at the beginning of a legacy torch file."""
+    return _MAGIC_BYTES in file.read(0, min(32, file.size))
+
+
+def is_cut(file: Source) -> bool:
+    """Whether a legacy torch file ends before its last tensor, as far as can be told."""
+    if not begins_like_one(file):
+        return False
+    pickles = stream(file)
+    try:
+        *_, tree, keys = _pickles(file, pickles)
+    except pickle.UnpicklingError:
+        return file.size <= MAX_PICKLE_BYTES and not pickles.read(1)
+    types, at = _types(tree), pickles.tell()
+    for key in keys if isinstance(keys, list) else ():
+        storage = types.get(key) if isinstance(key, str) else None
+        if storage is None:
+            return False  # it is not known where the next one begins
+        at += 8 + _size(file, at, storage)
+        if at > file.size:
+            return True
+    return False
+
+
+def _pickles(file: Source, pickles: io.BufferedReader) -> list[Any]:
+    """The five pickles that a file begins with.  Raises UnpicklingError."""
+    return [read_pickle(pickles, file.size, file.size // _LEAST_BYTES) for _ in range(5)]
+
+
+def _types(tree: object) -> dict[str, StorageRef]:
+    """The storages that a tree names, by key."""
+    types: dict[str, StorageRef] = {}
+    for _, node in walk(tree):
+        ref = node.storage if isinstance(node, TensorRef) else node
+        if isinstance(ref, StorageRef):
+            types[ref.key] = ref
+    return types
+
+
+def _size(file: Source, at: int, storage: StorageRef) -> int:
+    """Bytes of the storage whose count stands at a place; more than there are where none does."""
+    if at + 8 > file.size:
+        return file.size
+    count = int.from_bytes(file.read(at, 8), "little")
+    return count * DTYPES[storage_dtype(storage.type_name)].size
+
+
 def parse(file: Source) -> Layout | None:
     """The layout of a legacy torch file; None where it is none."""
-    if file.size < 32 or _MAGIC_BYTES not in file.read(0, 32):
+    if file.size < 32 or not begins_like_one(file):
         return None
-    most = file.size // _LEAST_BYTES
-    stream = _Reader(file, min(file.size, MAX_PICKLE_BYTES))
+    pickles = stream(file)
     try:
-        magic, protocol, _, tree, keys = (read_pickle(stream, file.size, most) for _ in range(5))
+        magic, protocol, _, tree, keys = _pickles(file, pickles)
     except pickle.UnpicklingError:
         return None
     if (magic, protocol) != (_MAGIC, _PROTOCOL):
@@ -75,19 +128,13 @@ def parse(file: Source) -> Layout | None:
         return None
     if len(set(keys)) < len(keys):
         return None  # all tensors of a key would be seen in each of its storages
-    types: dict[str, StorageRef] = {}
-    for _, node in walk(tree):
-        ref = node.storage if isinstance(node, TensorRef) else node
-        if isinstance(ref, StorageRef):
-            types[ref.key] = ref
-    at = stream.tell()
+    types, at = _types(tree), pickles.tell()
     storages = []
     for key in keys:
         storage = types.get(key)
-        if storage is None or at + 8 > file.size:
+        if storage is None:
             return None
-        count = int.from_bytes(file.read(at, 8), "little")
-        size = count * DTYPES[storage_dtype(storage.type_name)].size
+        size = _size(file, at, storage)
         if at + 8 + size > file.size:
             return None
         storages.append(Storage(key, at + 8, size))

@@ -136,6 +136,16 @@ def _crc(file: Source, offset: int, size: int) -> int:
     return crc
 
 
+def is_archive(file: Source) -> bool:
+    """Whether the directory of a zip file can be read, and all of its records lie in the file."""
+    found = _directory(file)
+    return found is not None and bool(found[0]) and all(
+        _payload(file, entry) is not None if entry.method == 0
+        else entry.local + _LOCAL.size <= file.size
+        for entry in found[0]
+    )  # fmt: skip
+
+
 class Checksums(Enum):
     """What to do about the checksums of tensors."""
 

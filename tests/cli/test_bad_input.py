@@ -306,3 +306,25 @@ def test_a_format_that_rotted_is_not_a_newer_one(ckpt: Ckpt, history: Path) -> N
     ckpt("log", code=6)
     ckpt("verify", "--repair")
     ckpt("log")
+
+
+def test_weights_that_are_cut_off_need_raw(ckpt: Ckpt, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    ckpt("init")
+    save_file({"w": torch.randn(300, 300)}, tmp_path / "m.safetensors")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:50_000])
+    (tmp_path / "j.pt").write_bytes(b"junk\n")
+    for name in ("cut.safetensors", "j.pt"):
+        done = ckpt("commit", name, "--step", 1, code=2)
+        assert one_line(done.err).startswith(f"error: {name} is cut off")
+        assert done.err.splitlines()[1] == (
+            "hint: commit it with --raw to store the bytes as they are"
+        )
+    assert ckpt("log", "--json").json == []
+    for name in ("cut.safetensors", "j.pt"):
+        ckpt("commit", name, "--raw")
+        ckpt("checkout", "HEAD", "-o", "back")
+        assert (tmp_path / "back").read_bytes() == (tmp_path / name).read_bytes()
+        (tmp_path / "back").unlink()

@@ -81,8 +81,8 @@ def test_names_of_exports_are_unique(ckpt: Ckpt, tmp_path: Path) -> None:
     for number in range(4):
         torch.save({"w": torch.full((300,), number)}, tmp_path / "m.pt")
         step = ["--step", 7] if number in (1, 2) else []
-        (tmp_path / "x.bin").write_bytes(b"%d" % number * 500)
-        ckpt("commit", "m.pt" if number < 2 else "x.bin", "-m", "x", *step)
+        (tmp_path / "x.dat").write_bytes(b"%d" % number * 500)
+        ckpt("commit", "m.pt" if number < 2 else "x.dat", "-m", "x", *step)
     ids = {row["message"]: row["id"] for row in ckpt("log", "--json").json}
     assert ids
     ckpt("export", "--all", "out")
