@@ -16,6 +16,7 @@ from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.marking import mark
+from ckptvcs.history.schema import Op
 from ckptvcs.restore import Restorer, safe_path
 from ckptvcs.source import Progress
 from ckptvcs.store.object import ObjectId
@@ -56,24 +57,44 @@ class WorkTree:
 
     def can_be_had_again(self, path: Path) -> bool:
         """Whether the bytes of a file are stored exactly, or came from a checkout."""
-        digest = hash_file(path)
+        return self._is_there(hash_file(path))
+
+    def _is_there(self, digest: str) -> bool:
         if (self._written / digest).exists():
             return True
-        return any(map(self._is_safe, self._catalog.store.find(b"file:" + digest.encode())))
+        return any(self._is_safe(name, digest) for name in self._originals(digest))
 
-    def _is_safe(self, name: ObjectId) -> bool:
-        """Whether the exact form of a commit is there, by the bytes of its packs: what is about to
-        be overwritten may be the only other copy.
+    def _originals(self, digest: str) -> list[ObjectId]:
+        """The commits of a file with this hash."""
+        return self._catalog.store.find(b"file:" + digest.encode())
+
+    def _is_safe(self, name: ObjectId, digest: str) -> bool:
+        """Whether a commit holds a file exactly, by the bytes of its packs: what is about to be
+        overwritten may be the only other copy.
         """
         store, gone = self._catalog.store, self._catalog.dropped()
         with contextlib.suppress(CkptError, FileNotFoundError):
-            if Restorer(self._catalog, name).exact:
-                marked = mark(self._catalog, {name: self._catalog.commit(name)}, gone)
-                places = [store.places(one)[0] for one in marked.objects]
-                for pack, folder in {place.pack: place.folder for place in places}.items():
-                    store.verify_pack(pack, folder)
-                return True
+            restorer = Restorer(self._catalog, name)
+            if not restorer.exact:  # beside weights that are near a file may have none
+                return any(
+                    file.hash == digest and self._is_exact(restorer, file)
+                    and restorer.digest(file) == digest
+                    for file in restorer.commit.files
+                )  # fmt: skip
+            marked = mark(self._catalog, {name: self._catalog.commit(name)}, gone)
+            places = [store.places(one)[0] for one in marked.objects]
+            for pack, folder in {place.pack: place.folder for place in places}.items():
+                store.verify_pack(pack, folder)
+            return True
         return False
+
+    def _is_exact(self, restorer: Restorer, file: FileEntry) -> bool:
+        """Whether no tensor of a file is near."""
+        if file.skeleton is None:
+            return False
+        segments = self._catalog.skeleton(file.skeleton).walk(restorer.schema)
+        tensors = (restorer.schema.tensors[at] for op, at, _ in segments if op == Op.TENSOR)
+        return all(restorer.fidelity.get(info.part) == "exact" for info in tensors)
 
     def _remember(self, digest: str) -> None:
         try:
@@ -96,13 +117,39 @@ class WorkTree:
             raise InvalidInputError(
                 f"{target} is a directory", hint="name the file to write: -o PATH"
             )
-        if not target.exists() or self.can_be_had_again(target):
+        if not target.exists() or self._is_there(digest := hash_file(target)):
             return
         if not self._is_near_form(target, restorer, file):
-            raise ConflictError(
+            raise self._refusal(target, digest)
+
+    def _refusal(self, target: Path, digest: str) -> ConflictError:
+        """What would be lost with a file."""
+        commits = {name: self._catalog.commit(name) for name in self._originals(digest)}
+        if not commits:
+            return ConflictError(
                 f"{target} holds changes that are in no commit exactly",
                 hint="commit it first, write elsewhere with -o, or overwrite it with --force",
             )
+        name = max(commits, key=lambda one: commits[one].time)
+        article = "an" if commits[name].source == "directory" else "the"
+        return ConflictError(
+            f"{target} is {article} original of commit {name[:8]}, {self._state(name)}: "
+            "it is the last exact copy",
+            hint="write elsewhere with -o, commit it again to keep it exactly, or overwrite it "
+            "with --force",
+        )
+
+    def _state(self, name: ObjectId) -> str:
+        """Why a commit does not hold its files exactly."""
+        gone = self._catalog.dropped()
+        if name in gone.commits:
+            return "which was dropped"
+        if name in gone.parts:
+            return f"whose {' and '.join(sorted(gone.parts[name]))} part was dropped"
+        with contextlib.suppress(CkptError):
+            if not Restorer(self._catalog, name).exact:
+                return "which is only near now"
+        return "whose exact form is damaged"
 
     def write(
         self, restorer: Restorer, output: Path | None, progress: Progress, *, force: bool

@@ -115,6 +115,73 @@ def test_a_file_that_is_only_near_in_the_store_is_kept(ckpt: Ckpt, history: Path
     ckpt("checkout", "main")  # it is what this commit restores to
 
 
+def test_checkout_says_whose_last_copy_a_file_is(
+    ckpt: Ckpt, tmp_path: Path, run_files: list[Path]
+) -> None:
+    ckpt("init")
+    for number, path in enumerate(run_files[:4], 1):
+        shutil.copy(path, tmp_path / f"step_{number}.pt")
+        ckpt("commit", f"step_{number}.pt")
+    made = {row["step"]: row["id"][:8] for row in ckpt("log", "--json").json}
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
+
+    def refused(step: int, state: str) -> None:
+        done = ckpt("checkout", step, code=4)
+        assert done.err.splitlines()[0] == (
+            f"error: {tmp_path}/step_{step}.pt is the original of commit {made[step]}, {state}: "
+            "it is the last exact copy"
+        )
+        assert "commit it again to keep it exactly" in done.err.splitlines()[1]
+
+    refused(1, "which is only near now")
+    refused(2, "which is only near now")
+    ckpt("checkout", 3)  # still exact
+    (tmp_path / "step_3.pt").write_bytes(before[tmp_path / "step_1.pt"])
+    done = ckpt("checkout", 3, code=4)  # the original of another commit
+    assert f"step_3.pt is the original of commit {made[1]}, which is only near now" in done.err
+    (tmp_path / "step_3.pt").write_bytes(b"something else")
+    assert (
+        "step_3.pt holds changes that are in no commit exactly" in ckpt("checkout", 3, code=4).err
+    )
+    ckpt("checkout", 3, "--force")
+    ckpt("commit", "step_1.pt", "--branch", "again")
+    ckpt("checkout", 1)  # the exact form is there again
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_checkout_says_what_became_of_a_commit(
+    ckpt: Ckpt, history: Path, run_files: list[Path]
+) -> None:
+    made = {row["step"]: row["id"][:8] for row in ckpt("log", "--json").json}
+    ckpt("gc", "--keep-optimizer-last", 2)
+    (history / "model.pt").write_bytes(run_files[2].read_bytes())
+    said = ckpt("checkout", "main", code=4).err
+    assert f"model.pt is the original of commit {made[3]}, whose optimizer part was dropped" in said
+    ckpt("gc", "--keep-last", 1)
+    said = ckpt("checkout", "main", code=4).err
+    assert f"model.pt is the original of commit {made[3]}, which was dropped" in said
+    assert "last exact copy" in said
+
+
+def test_files_beside_near_weights_can_be_had_again(ckpt: Ckpt, tmp_path: Path) -> None:
+    ckpt("init")
+    ckpt("config", "keep-exact", 0)
+    folder, texts = tmp_path / "run", {}
+    folder.mkdir()
+    for step, state in enumerate(train(3), 1):
+        torch.save(state, folder / "model.pt")
+        texts[step] = f'{{"step": {step}}}'.ljust(5000)
+        (folder / "config.json").write_text(texts[step])
+        ckpt("commit", "run", "--step", step)
+    said = ckpt("checkout", 2, code=4).err  # of the weights, not of the text
+    assert "run/model.pt is an original of commit" in said
+    (folder / "model.pt").unlink()
+    ckpt("checkout", 2)
+    assert (folder / "config.json").read_text() == texts[2]
+    (folder / "config.json").write_text("mine")
+    assert "config.json holds changes" in ckpt("checkout", 1, code=4).err
+
+
 def test_near_checkouts(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
     ckpt("init")
     ckpt("config", "keep-exact", 0)
