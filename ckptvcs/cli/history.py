@@ -80,7 +80,8 @@ def show(context: typer.Context, revision: Revision = "HEAD", json: JsonOption =
     """Show one commit and its files."""
     repo = open_repo(context)
     name = repo.resolve(revision)
-    entry = repo.entry(name, tags=repo.history.tags().get(name, ()))
+    tags, branch = repo.history.tags().get(name, ()), repo.history.branch_at(name)
+    entry = repo.entry(name, branch=branch, tags=tags)
     made = entry.commit
     if json:
         files = [

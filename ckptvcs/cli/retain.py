@@ -193,7 +193,7 @@ def reflog(
             for e in events
         ])  # fmt: skip
         return
-    rows = [["time", "action", "id", "step", "commits"]]
+    rows = [["time (UTC)", "action", "id", "step", "commits"]]
     for event in events:
         mark = "" if event.there else " (swept)"
         rows.append([

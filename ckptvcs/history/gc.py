@@ -246,7 +246,7 @@ class Collector:
         for name, commit in commits.items():
             if name in gone.commits:
                 continue
-            why = (*protected.get(name, ()), *kept.get(name, ()))
+            why = tuple(dict.fromkeys((*protected.get(name, ()), *kept.get(name, ()))))
             action, reasons = "keep", why
             if policy.drops and not why:
                 action, reasons = "drop", ("no rule keeps it",)

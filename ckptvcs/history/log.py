@@ -175,7 +175,9 @@ class History:
         return rows
 
     def names(self) -> dict[ObjectId, tuple[str, ...]]:
-        """What names the commits at a tip: `HEAD -> main`, `side`, `tag: v1`; HEAD first."""
+        """What is said of the commits at a tip: `HEAD -> main`, `side`, `tag: v1`, `pinned`; HEAD
+        first.
+        """
         head = self._refs.read(HEAD)
         current = f"heads/{head.branch}" if head and head.branch else HEAD
         found: dict[ObjectId, list[str]] = {}
@@ -185,8 +187,17 @@ class History:
                 shown = HEAD if current == HEAD else f"{HEAD} -> {current[6:]}"
                 found.setdefault(tip, []).insert(0, shown)
             elif name != current:
-                found.setdefault(tip, []).append(f"tag: {short}" if space == "tags" else short)
+                shown = {"tags": f"tag: {short}", "pins": "pinned"}.get(space, short)
+                found.setdefault(tip, []).append(shown)
         return {tip: tuple(names) for tip, names in found.items()}
+
+    def branch_at(self, name: ObjectId) -> str | None:
+        """The branch whose newest commit this is; of several HEAD's, if it is one of them."""
+        head = self._refs.read(HEAD)
+        tips = self._revisions.tips()
+        found = [ref[6:] for ref, tip in tips.items() if ref.startswith("heads/") and tip == name]
+        following = head.branch if head else None
+        return following if following in found else next(iter(found), None)
 
     def unnamed(self, start: ObjectId) -> list[ObjectId]:
         """A commit and its ancestors that no branch, no tag and no HEAD leads to, newest first."""
@@ -201,7 +212,7 @@ class History:
         """
         lines: list[tuple[str | None, ObjectId]] = []
         if start is not None:
-            lines.append((None, start))
+            lines.append((self.branch_at(start), start))
         else:
             head, at = self._refs.read(HEAD), self._revisions.head()
             if at is not None:

@@ -65,3 +65,28 @@ def test_how_gc_says_that_records_took_more() -> None:
     assert retain._sizes(plan, dry_run=True, sweep=True) == "would free 300 B, kept 5 kB"
     said = retain._sizes(plan, dry_run=False, sweep=False)
     assert said == "to be freed by the next sweep: 300 B, kept 5 kB"
+
+
+def test_words_about_refs(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+    ckpt("pin", 4)
+    ckpt("pin", 5)
+    pinned = ckpt("log", "--json").json[0]["id"]
+    graph = ckpt("log", "--graph").out
+    assert pinned not in graph
+    assert "(HEAD -> main, pinned) " in graph
+    assert graph.count("pinned") == 2
+    ckpt("checkout", 2)
+    (history / "model.pt").write_bytes(run_files[3].read_bytes())
+    ckpt("commit", "model.pt")
+    assert ckpt("show", "main-2", "--json").json["branch"] == "main-2"
+    assert ckpt("show", "main", "--json").json["branch"] == "main"
+    assert ckpt("show", "main~1", "--json").json["branch"] is None
+    assert {row["branch"] for row in ckpt("log", "main", "--json").json} == {"main"}
+    ckpt("branch", "same")
+    assert ckpt("show", "HEAD", "--json").json["branch"] == "main-2"  # rather than `same`
+    assert ckpt("reflog").out.startswith("time (UTC) ")
+    ckpt("config", "keep-best", "loss:min")
+    rows = ckpt("gc", "--keep-best", "loss:min:1", "--dry-run", "--json").json["commits"]
+    best = [row["reasons"] for row in rows if "best loss" in row["reasons"]]
+    assert best
+    assert all(len(reasons) == len(set(reasons)) for reasons in best)
