@@ -186,7 +186,8 @@ class Committer:
         # It is in the history now: what goes wrong from here on, gc makes good.
         with contextlib.suppress(CkptError):
             self._fade(fading, name, is_head=place.moves_head)
-        return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, place.notes)
+        notes = (*place.notes, *request.checkpoint.notes)
+        return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, notes)
 
     def _fade(self, recorded: list[Patch], name: ObjectId, *, is_head: bool) -> None:
         """Delete patches, but for those that a tag or a pin has come to keep meanwhile."""

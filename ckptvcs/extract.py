@@ -124,7 +124,12 @@ class PartReader:
                 self.decode_ahead(n for n in numbers if n >= 0)
             if layout.format == "safetensors":
                 states[file.path] = self._flat_state(zip(layout.tensors, numbers, strict=True))
-            elif layout.tree is None and self._restorer.commit.source != "state":
+            elif layout.format == "raw" or layout.problem is not None:
+                if self._restorer.commit.source == "state":
+                    raise InvalidInputError(
+                        f"the structure of this state cannot be read: {layout.problem}",
+                        hint="'ckpt checkout' gives its file back",
+                    )
                 parts: list[bytes] = []
                 self._restorer.write_file(file, lambda d, p=parts: p.append(bytes(d)), _quiet)  # type: ignore[misc]
                 states[file.path] = b"".join(parts)

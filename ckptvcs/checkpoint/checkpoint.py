@@ -23,6 +23,7 @@ from ckptvcs.checkpoint.layout import (
     pieces,
     unreadable,
 )  # fmt: skip
+from ckptvcs.checkpoint.notes import notes, why_raw
 from ckptvcs.checkpoint.pickles import walk
 from ckptvcs.checkpoint.roles import Names, Rule, assign_roles
 from ckptvcs.errors import InvalidInputError, NotFoundError
@@ -66,7 +67,8 @@ class Checkpoint:
 
     `kind` is `file`, `directory` or `state`; `places` gives the file and offset of each tensor of
     `schema`; `step` is what the checkpoint itself says; `rules` what the optimizer of a moment (by
-    its position in the schema) does with it; `directory` where it was listed, and without what.
+    its position in the schema) does with it; `directory` where it was listed, and without what;
+    `notes` what of it was not understood.
     """
 
     kind: str
@@ -77,6 +79,7 @@ class Checkpoint:
     step: int | None
     rules: Mapping[int, Rule]
     directory: tuple[Path, Path | None] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -136,9 +139,9 @@ def _parse(source: Source, raw: bool) -> Layout:
             layout = torchzip.parse(source)
         else:
             layout = safetensors.parse(source) or torchlegacy.parse(source)
-    if layout is None or not covers(layout, source.size):
-        return Layout("raw", [])
-    return layout
+    if layout is not None and covers(layout, source.size):
+        return layout
+    return Layout("raw", [], problem=None if raw or not source.size else why_raw(source))
 
 
 def _entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -204,10 +207,14 @@ def _open_directory(
     if not parsed:
         raise InvalidInputError(f"{root} holds no files")
     if shards and not raw:
+        unread = Layout("raw", [], problem=".metadata does not tell what is in it")
         parsed = [
-            (name, source, layout if covers(layout, source.size) else Layout("raw", []), status)
+            (name, source, layout if covers(layout, source.size) else unread, status)
             for name, source, layout, status in distcp.with_structure(parsed)
         ]
+        for name, _, layout, _ in parsed:
+            if name.endswith(distcp.SUFFIX) and layout.format == "raw":
+                layout.problem = unread.problem
     made = build("directory", parsed, links, names_of_parameters)
     return replace(made, directory=(root, skip))
 
@@ -255,9 +262,11 @@ def build(
             0 if status is None else status.st_mtime_ns,
         ))  # fmt: skip
     step = _find_step([(path, source, layout) for path, source, layout, _ in parsed])
+    said = tuple(notes((path, source, layout) for path, source, layout, _ in parsed))
     return Checkpoint(
-        kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), step, rules
-    )
+        kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), step, rules,
+        notes=said,
+    )  # fmt: skip
 
 
 _FILE = "/"  # no link leads to this: it is told from those that do

@@ -75,7 +75,7 @@ def _items(folder: str, source: FileSource) -> dict[str, list[_Item]]:
     try:
         with source:
             data = source.read(0, source.size)
-        state = read_pickle(io.BytesIO(data), len(data), 0).state
+        state = read_pickle(io.BytesIO(data), len(data)).state
         tensors, places = state["state_dict_metadata"], state["storage_data"]
         paths = state["planner_data"] or {}
         found: dict[str, list[_Item]] = {}

@@ -21,7 +21,8 @@ from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
 from ckptvcs.errors import InvalidInputError
 
 _ALIGNMENT = 64
-_MAX_NESTING = 200
+_SHOWN = 100  # characters of a long path
+_MAX_NESTING = 1000  # torch.save itself gives up at about as many
 _NATIVE = {
     "F32": "FloatStorage", "F64": "DoubleStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
     "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage",
@@ -65,6 +66,10 @@ def _called(value: Any) -> tuple[str, str, object] | None:
     return None
 
 
+_Steps = Iterator[bytes | tuple[object, str]]
+"""What a container is written as: opcodes, and values, each with its path."""
+
+
 class _Pickle:
     """Emits one pickle, protocol 2.  `leaf` turns the caller's tensors into leaves."""
 
@@ -73,23 +78,47 @@ class _Pickle:
         self._out = bytearray(b"\x80\x02")
 
     def dump(self, value: object) -> bytes:
-        self._value(value, "", 0)
+        # The stack is one of its own: Python's ends at some three hundred levels.
+        stack: list[_Steps] = [iter([(value, "")])]
+        while stack:
+            step = next(stack[-1], None)
+            if step is None:
+                stack.pop()
+            elif isinstance(step, bytes):
+                self._out += step
+            else:
+                below = self._value(*step)
+                if below is not None:
+                    if len(stack) > _MAX_NESTING:
+                        where = step[1][:_SHOWN]
+                        raise InvalidInputError(f"the state is nested too deeply at {where} ...")
+                    stack.append(below)
+        self._check_size(0, "")
         return bytes(self._out) + b"."
+
+    def _check_size(self, more: int, path: str) -> None:
+        if len(self._out) + more > MAX_PICKLE_BYTES:  # what is shared is written each time
+            raise InvalidInputError(
+                "the state holds more than a gigabyte besides its tensors"
+                + (f", up to {path}" if path else ""),
+                hint="make tensors of long lists, text and bytes: torch.tensor(list)",
+            )
 
     def _global(self, module: str, name: str) -> None:
         self._out += f"c{module}\n{name}\n".encode()
 
     def _integer(self, value: int, path: str = "") -> None:
         if -(1 << 31) <= value < 1 << 31:
-            self._out += b"J" + struct.pack("<i", value)
+            self._out += b"J" + value.to_bytes(4, "little", signed=True)
         else:
             data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
             if len(data) > 255:
                 raise InvalidInputError(f"the state holds an integer that is too large at {path}")
             self._out += b"\x8a" + bytes([len(data)]) + data
 
-    def _text(self, value: str) -> None:
+    def _text(self, value: str, path: str = "") -> None:
         data = value.encode("utf-8", "surrogatepass")
+        self._check_size(len(data), path)
         self._out += b"X" + struct.pack("<I", len(data)) + data
 
     def _tuple(self, values: tuple[int, ...]) -> None:
@@ -98,11 +127,9 @@ class _Pickle:
             self._integer(value)
         self._out += b"t"
 
-    def _value(self, value: object, path: str, depth: int) -> None:
-        if depth > _MAX_NESTING:
-            raise InvalidInputError(f"the state is nested too deeply at {path or 'its top'}")
-        if len(self._out) > MAX_PICKLE_BYTES:  # what is shared is written each time
-            raise InvalidInputError("the state holds too much besides its tensors")
+    def _value(self, value: object, path: str) -> _Steps | None:
+        """Write a value; the steps that are left to do, if it holds others."""
+        self._check_size(0, path)
         leaf = self._leaf(value, path)
         if leaf is not None:
             self._tensor(leaf)
@@ -115,39 +142,39 @@ class _Pickle:
         elif type(value) is float:
             self._out += b"G" + struct.pack(">d", value)
         elif type(value) is str:
-            self._text(value)
+            self._text(value, path)
         elif type(value) is bytes:
             self._global("_codecs", "encode")
             self._out += b"("
-            self._text(value.decode("latin1"))
+            self._text(value.decode("latin1"), path)
             self._text("latin1")
             self._out += b"tR"
         else:
-            self._container(value, path, depth)
+            return self._container(value, path)
+        return None
 
-    def _container(self, value: object, path: str, depth: int) -> None:
-        dot = "." if path else ""
+    def _container(self, value: object, path: str) -> _Steps:
         if type(value) in (list, tuple):
             assert isinstance(value, list | tuple)
-            self._out += b"](" if type(value) is list else b"("
-            for number, item in enumerate(value):
-                self._value(item, f"{path}{dot}{number}", depth + 1)
-            self._out += b"e" if type(value) is list else b"t"
+            yield b"](" if type(value) is list else b"("
+            yield from self._row(value, path)
+            yield b"e" if type(value) is list else b"t"
         elif type(value) in (dict, InertDict):
-            self._out += b"}"
-            self._items(value, path, depth)
+            yield b"}"
+            yield from self._items(value, path)
         elif type(value) is OrderedDict:
             self._global("collections", "OrderedDict")
-            self._out += b")R"
-            self._items(value, path, depth)
+            yield b")R"
+            yield from self._items(value, path)
             metadata = vars(value).get(METADATA)  # versions of the modules of a state dict
             if metadata is not None:
-                self._items({METADATA: metadata}, path, depth, start=b"}")
-                self._out += b"b"
+                yield b"}"
+                yield from self._items({METADATA: metadata}, path)
+                yield b"b"
         elif (call := _called(value)) is not None:
             self._global(*call[:2])
-            self._value(call[2], path, depth + 1)
-            self._out += b"\x85R"
+            yield call[2], path
+            yield b"\x85R"
         else:
             kind = type(value)
             raise InvalidInputError(
@@ -156,17 +183,25 @@ class _Pickle:
                 "tensors and numpy arrays: make one of these of it, as by float() or dict()",
             )
 
-    def _items(self, value: object, path: str, depth: int, start: bytes = b"") -> None:
+    def _row(self, values: Sequence[object], path: str) -> _Steps:
+        dot = "." if path else ""
+        for number, item in enumerate(values):
+            if type(item) is int:  # most long lists
+                self._integer(item, path)
+            else:
+                yield item, f"{path}{dot}{number}"
+
+    def _items(self, value: object, path: str) -> _Steps:
         assert isinstance(value, dict)
-        self._out += start + b"("
+        yield b"("
         for key, item in value.items():
             if not is_key(key):
                 raise InvalidInputError(
                     f"the state has a key that is neither text nor number at {path or 'its top'}"
                 )
-            self._value(key, path, depth + 1)
-            self._value(item, f"{path}.{key}" if path else str(key), depth + 1)
-        self._out += b"u"
+            yield key, path
+            yield item, f"{path}.{key}" if path else str(key)
+        yield b"u"
 
     def _tensor(self, leaf: Leaf) -> None:
         native = _NATIVE.get(leaf.dtype)

@@ -168,7 +168,8 @@ class Checksum:
 class Layout:
     """What a parser found in a file; `tree` is the inert pickle, or the flat dict of a
     safetensors file, that the roles of tensors are read from; `arrays` are the paths of tensors
-    that were numpy arrays.
+    that were numpy arrays.  `problem` says why its objects cannot be made; `remarks` what else is
+    not as it should be.
     """
 
     format: str
@@ -176,6 +177,8 @@ class Layout:
     checksums: list[Checksum] = field(default_factory=list)
     tree: object = None
     arrays: frozenset[str] = frozenset()
+    problem: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,31 +4,40 @@ A pickle is a program.  This reader runs its stack machine with every global rep
 of its name and every call by a record of its arguments, so a payload such as `os.system` becomes
 data.  What torch needs to rebuild tensors is recognised by name and becomes a `TensorRef`.
 
-The pure Python unpickler of the standard library is used on purpose: its memo is a dict, so that
-a memo index of 2^32 costs nothing, where the C one would allocate it.
+The pure Python unpickler of the standard library is used on purpose: its memo may be any mapping,
+so that a memo index of 2^32 costs nothing, where the C one would allocate it.
+
+A pickle takes time in proportion to its bytes.  Its memory is held to that, too: one byte can make
+an object of a hundred, and a few bytes a copy of a list of a million.  What is made from so little
+is charged, and a pickle whose objects cost more than any program writes is refused.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
-MAX_PICKLE_BYTES = 1 << 26
-# Operations that are allowed bound time and memory: so many for whatever a state holds besides
-# tensors, and so many for each of its storages (two tensors of Adam's take 31 each).
-_OPERATIONS = 1 << 20
-_OPERATIONS_A_STORAGE = 100
+MAX_PICKLE_BYTES = 1 << 30
 """Larger pickles are not read for structure; their file is still stored exactly."""
 
+# Bytes of memory for objects: these, and so many for each byte of the pickle that has been read.  A
+# list of empty dicts, among the dearest that programs write, takes 36 for each byte.
+_ROOM = 1 << 26
+_ROOM_A_BYTE = 40
+_MOST_ROOM = 1 << 32
+# What objects take in Python 3.11, rounded up.
+_LIST, _DICT, _ENTRY, _MARK, _TUPLE, _SLOT, _RECORD, _NAME = 64, 72, 100, 140, 56, 8, 120, 300
+
+_MAX_DIMENSIONS = 64
 _MAX_STEP = 200  # characters of a name that a path shows
 _MAX_PATH = 1000
-_MAX_DEPTH = 200  # nothing below this many levels is looked at; it is stored all the same
+_MAX_STEPS = 200  # of a path, counted from its end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Global:
     """A name that a pickle refers to."""
 
@@ -74,7 +83,7 @@ class InertDict(dict[Any, Any]):
     state: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StorageRef:
     """A storage that a pickle points at: its key in the file, and the type it was saved as."""
 
@@ -83,7 +92,7 @@ class StorageRef:
     numel: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor: a window on a storage.  `dtype` is torch's name where the tensor gives its own,
     None where it is that of the storage.  Offset and strides count elements.
@@ -128,9 +137,9 @@ def _pairs(items: list[Any]) -> InertDict:
 def _sizes(value: object) -> tuple[int, ...] | None:
     if isinstance(value, Inert) and len(value.args) == 1:  # torch.Size(...)
         value = value.args[0]
-    if isinstance(value, tuple | list) and all(type(n) is int and n >= 0 for n in value):
-        return tuple(value)
-    return None
+    if not isinstance(value, tuple | list) or len(value) > _MAX_DIMENSIONS:
+        return None  # many tensors may have the same sizes, which are looked at for each
+    return tuple(value) if all(type(n) is int and n >= 0 for n in value) else None
 
 
 def _tensor(args: tuple[Any, ...], dtype: str | None) -> TensorRef | None:
@@ -140,6 +149,9 @@ def _tensor(args: tuple[Any, ...], dtype: str | None) -> TensorRef | None:
     if shape is None or stride is None or len(shape) != len(stride) or args[1] < 0:
         return None
     return TensorRef(args[0], dtype, args[1], shape, stride)
+
+
+_ORDERED_DICT = Global("collections", "OrderedDict")
 
 
 def _call(maker: object, args: object, depth: int = 0) -> Any:
@@ -170,53 +182,126 @@ def _call(maker: object, args: object, depth: int = 0) -> Any:
 _PurePython: Any = vars(pickle)["_Unpickler"]  # its stubs do not have it
 
 
-class _Budget:
-    """The handlers of the stack machine, handed out so many times and no more."""
+class _Memo:
+    """What a pickle remembers by number: a list as far as numbers follow each other, as programs
+    write them; a dict takes fifteen times as much.
+    """
 
-    def __init__(self, handlers: dict[int, Any], storages: int) -> None:
-        self._handlers = handlers
-        self._left = _OPERATIONS + _OPERATIONS_A_STORAGE * storages
+    def __init__(self, charge: Callable[[int], None]) -> None:
+        self._charge = charge
+        self._row: list[object] = []
+        self._far: dict[int, object] = {}
 
-    def __getitem__(self, code: int) -> Any:
-        self._left -= 1
-        if self._left < 0:
-            raise pickle.UnpicklingError("a pickle of too many operations")
-        return self._handlers[code]
+    def __len__(self) -> int:
+        return len(self._row) + len(self._far)
+
+    def __getitem__(self, number: int) -> object:
+        if 0 <= number < len(self._row):
+            return self._row[number]
+        return self._far[number]
+
+    def __setitem__(self, number: int, value: object) -> None:
+        if number == len(self._row):
+            self._row.append(value)
+        elif 0 <= number < len(self._row):
+            self._row[number] = value
+        else:
+            self._charge(_MARK)
+            self._far[number] = value
 
 
 class InertUnpickler(_PurePython):  # type: ignore[misc]
     """Reads one pickle from `file` without running any of it."""
 
-    handlers: ClassVar[dict[int, Any]] = dict(_PurePython.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(_PurePython.dispatch)
 
-    def __init__(self, file: BinaryIO, size: int, storages: int) -> None:
+    def __init__(self, file: BinaryIO, size: int) -> None:
         super().__init__(file, encoding="latin1")
-        self._size = size
-        self.dispatch = _Budget(self.handlers, storages)
+        self._file, self._start, self._size = file, file.tell(), size
+        self._charged, self._allowed = 0, _ROOM
+        self.memo = _Memo(self._charge)
+
+    def _charge(self, size_bytes: int) -> None:
+        """Account for memory that is about to be taken.
+
+        Raises:
+            pickle.UnpicklingError: it is more than a pickle of so many bytes may take.
+        """
+        self._charged += size_bytes
+        if self._charged > self._allowed:
+            read = self._file.tell() - self._start
+            self._allowed = min(_ROOM + _ROOM_A_BYTE * read, _MOST_ROOM)
+            if self._charged > self._allowed:
+                raise pickle.UnpicklingError("its objects take too much memory")
+
+    def pop_mark(self) -> list[Any]:
+        items: list[Any] = super().pop_mark()
+        self._charged -= _MARK
+        return items
 
     def find_class(self, module: str, name: str) -> Global:
+        self._charge(_NAME)
         return Global(str(module), str(name))
 
     def get_extension(self, code: int) -> None:
+        self._charge(_NAME)
         self.append(Global("copyreg", f"extension {code}"))
 
     def persistent_load(self, pid: object) -> object:
+        self._charge(_RECORD)
         if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
             kind, key, numel = pid[1], pid[2], pid[4]
             if isinstance(kind, Global) and type(key) is str and type(numel) is int:
                 return StorageRef(key, kind.name, numel)
         return Inert("persistent id", (pid,))
 
+    def _load_mark(self) -> None:
+        self._charge(_MARK)
+        self.load_mark()
+
+    def _load_empty_list(self) -> None:
+        self._charge(_LIST)
+        self.append([])
+
+    def _load_empty_dictionary(self) -> None:
+        self._charge(_DICT)
+        self.append({})
+
+    def _load_tuple(self) -> None:
+        items = self.pop_mark()
+        self._charge(_TUPLE + _SLOT * len(items))
+        self.append(tuple(items))
+
+    def _load_tuple1(self) -> None:
+        self._charge(_TUPLE)
+        self.stack[-1] = (self.stack[-1],)
+
+    def _load_tuple2(self) -> None:
+        self._charge(_TUPLE)
+        self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
+
+    def _load_tuple3(self) -> None:
+        self._charge(_TUPLE)
+        self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
+
+    def _called(self, maker: object, args: object) -> object:
+        self._charge(_RECORD)
+        if maker == _ORDERED_DICT and isinstance(args, tuple) and args:
+            # It may be made of the same list many times.
+            self._charge(_ENTRY * len(args[0]) if isinstance(args[0], list) else 0)
+        return _call(maker, args)
+
     def _load_reduce(self) -> None:
         args = self.stack.pop()
-        self.stack[-1] = _call(self.stack[-1], args)
+        self.stack[-1] = self._called(self.stack[-1], args)
 
     def _load_newobj(self) -> None:
         args = self.stack.pop()
-        self.stack.append(_call(self.stack.pop(), args))
+        self.stack.append(self._called(self.stack.pop(), args))
 
     def _load_newobj_ex(self) -> None:
         keywords, args = self.stack.pop(), self.stack.pop()
+        self._charge(_RECORD + _SLOT * len(args))
         maker = self.stack.pop()
         self.stack.append(Inert(maker, (*tuple(args), keywords)))
 
@@ -224,10 +309,12 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
         module = self.readline()[:-1].decode("latin1")
         name = self.readline()[:-1].decode("latin1")
         args = self.pop_mark()
+        self._charge(_RECORD + _NAME + _SLOT * len(args))
         self.append(Inert(Global(module, name), tuple(args)))
 
     def _load_obj(self) -> None:
         args = self.pop_mark()
+        self._charge(_RECORD + _SLOT * len(args))
         self.append(Inert(args[0], tuple(args[1:])))
 
     def _load_build(self) -> None:
@@ -237,21 +324,25 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
             made.state = state
 
     def _load_setitem(self) -> None:
+        self._charge(_ENTRY)
         value = self.stack.pop()
         self.stack[-2][_key(self.stack[-1])] = value
         self.stack.pop()
 
     def _load_setitems(self) -> None:
         items = self.pop_mark()
+        self._charge(_ENTRY * (len(items) // 2))
         made = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
             made[_key(key)] = value
 
     def _load_dict(self) -> None:
         items = self.pop_mark()
+        self._charge(_RECORD + _ENTRY * (len(items) // 2))
         self.append(_pairs(list(zip(items[::2], items[1::2], strict=True))))
 
     def _load_empty_set(self) -> None:
+        self._charge(_RECORD)
         self.append(Inert(Global("builtins", "set"), ()))
 
     def _load_additems(self) -> None:
@@ -260,6 +351,7 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
 
     def _load_frozenset(self) -> None:
         items = self.pop_mark()
+        self._charge(_RECORD + _SLOT * len(items))
         self.append(Inert(Global("builtins", "frozenset"), tuple(items)))
 
     def _load_bytearray8(self) -> None:
@@ -268,31 +360,37 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
             raise pickle.UnpicklingError("a byte array longer than its pickle")
         self.append(self.read(length))
 
-    handlers[pickle.REDUCE[0]] = _load_reduce
-    handlers[pickle.NEWOBJ[0]] = _load_newobj
-    handlers[pickle.NEWOBJ_EX[0]] = _load_newobj_ex
-    handlers[pickle.INST[0]] = _load_inst
-    handlers[pickle.OBJ[0]] = _load_obj
-    handlers[pickle.BUILD[0]] = _load_build
-    handlers[pickle.BYTEARRAY8[0]] = _load_bytearray8
-    handlers[pickle.SETITEM[0]] = _load_setitem
-    handlers[pickle.SETITEMS[0]] = _load_setitems
-    handlers[pickle.DICT[0]] = _load_dict
-    handlers[pickle.EMPTY_SET[0]] = _load_empty_set
-    handlers[pickle.ADDITEMS[0]] = _load_additems
-    handlers[pickle.FROZENSET[0]] = _load_frozenset
+    dispatch[pickle.MARK[0]] = _load_mark
+    dispatch[pickle.EMPTY_LIST[0]] = _load_empty_list
+    dispatch[pickle.EMPTY_DICT[0]] = _load_empty_dictionary
+    dispatch[pickle.TUPLE[0]] = _load_tuple
+    dispatch[pickle.TUPLE1[0]] = _load_tuple1
+    dispatch[pickle.TUPLE2[0]] = _load_tuple2
+    dispatch[pickle.TUPLE3[0]] = _load_tuple3
+    dispatch[pickle.REDUCE[0]] = _load_reduce
+    dispatch[pickle.NEWOBJ[0]] = _load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = _load_newobj_ex
+    dispatch[pickle.INST[0]] = _load_inst
+    dispatch[pickle.OBJ[0]] = _load_obj
+    dispatch[pickle.BUILD[0]] = _load_build
+    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray8
+    dispatch[pickle.SETITEM[0]] = _load_setitem
+    dispatch[pickle.SETITEMS[0]] = _load_setitems
+    dispatch[pickle.DICT[0]] = _load_dict
+    dispatch[pickle.EMPTY_SET[0]] = _load_empty_set
+    dispatch[pickle.ADDITEMS[0]] = _load_additems
+    dispatch[pickle.FROZENSET[0]] = _load_frozenset
 
 
-def read_pickle(file: BinaryIO, size: int, storages: int) -> Any:
+def read_pickle(file: BinaryIO, size: int) -> Any:
     """The inert tree of the pickle at the file's position, which has at most `size` bytes.
 
-    `storages` is how many its file has; pickles of far more operations are not read.
-
     Raises:
-        pickle.UnpicklingError: it is no pickle that can be read.
+        pickle.UnpicklingError: it is no pickle that can be read, or one whose objects take far more
+            memory than it has bytes.
     """
     try:
-        return InertUnpickler(file, size, storages).load()
+        return InertUnpickler(file, size).load()
     except pickle.UnpicklingError:
         raise
     except Exception as error:
@@ -332,34 +430,50 @@ def children(node: object) -> Iterator[tuple[str, object]]:
                 yield str(number), value
 
 
-_NODES = (dict, list, tuple, Inert, TensorRef, StorageRef)
+_CONTAINERS = (dict, list, tuple, Inert)
+_NODES = (*_CONTAINERS, TensorRef, StorageRef)
+
+
+def _below(node: object) -> Iterator[tuple[str, object]]:
+    """Those children of a tree node that are nodes: most long lists hold numbers."""
+    if isinstance(node, list | tuple):
+        for number, value in enumerate(node):
+            if isinstance(value, _NODES):
+                yield str(number), value
+        return
+    yield from ((name, child) for name, child in children(node) if isinstance(child, _NODES))
 
 
 def walk(tree: object) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Every dict, tensor and storage with its path, parents first.
+    """Every dict, tensor and storage with the end of its path, parents first.
 
     A container is entered once, however often it is shared: hostile pickles share on every level.
     """
     seen: set[int] = set()
     # The path is a chain of links, so that depth costs memory only once.
-    stack: list[tuple[Any, int, object]] = [(None, 0, tree)]
+    stack: list[tuple[Any, object]] = [(None, tree)]
     while stack:
-        link, depth, node = stack.pop()
-        if isinstance(node, dict | list | tuple | Inert):
-            if id(node) in seen or depth > _MAX_DEPTH:
+        link, node = stack.pop()
+        if isinstance(node, _CONTAINERS):
+            if id(node) in seen:
                 continue
             seen.add(id(node))
-            below = [
-                ((link, name), depth + 1, child)
-                for name, child in children(node)
-                if isinstance(child, _NODES)
-            ]
+            below = [((link, name), child) for name, child in _below(node)]
             stack.extend(reversed(below))
         if isinstance(node, dict | TensorRef | StorageRef):
-            names: list[str] = []
-            while link is not None:
-                link, name = link
-                names.append(name)
-            while sum(map(len, names)) > _MAX_PATH:
-                names.pop()  # the top: what a path ends in tells more
-            yield tuple(reversed(names)), node
+            yield _path(link), node
+
+
+def _path(link: Any) -> tuple[str, ...]:
+    """The names in a chain of links, the last ones first; what a path ends in tells more than its
+    top, which is left out where there are too many.
+    """
+    names: list[str] = []
+    room = _MAX_PATH
+    while link is not None and len(names) < _MAX_STEPS:
+        link, name = link
+        room -= len(name)
+        if room < 0:
+            break
+        names.append(name)
+    return tuple(reversed(names))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -169,6 +169,9 @@ def fill(
     return _Filler(tensor, arrays).fill(tree, "")
 
 
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+
+
 class _Filler:
     def __init__(
         self, tensor: Callable[[TensorRef], np.ndarray[Any, Any]], arrays: frozenset[str]
@@ -177,28 +180,53 @@ class _Filler:
         self._done: dict[int, object] = {}
 
     def fill(self, node: object, path: str) -> object:
+        # The stack is one of its own: Python's ends at some three hundred levels.
+        stack: list[Generator[tuple[object, str], object, object]] = []
+        value: object = None
+        wanted: tuple[Any, str] | None = (node, path)
+        while wanted or stack:
+            if wanted and self._is_begun(wanted[0]):
+                value, wanted = self._simple(*wanted), None
+            elif wanted:
+                stack.append(self._container(*wanted))
+                value, wanted = None, None
+            if stack:
+                try:
+                    wanted = stack[-1].send(value)
+                except StopIteration as done:
+                    stack.pop()
+                    value = done.value
+        return value
+
+    def _is_begun(self, node: object) -> bool:
+        return not isinstance(node, dict | list | tuple) or id(node) in self._done
+
+    def _simple(self, node: object, path: str) -> object:
         if isinstance(node, TensorRef):
             return self._make(node, path)
-        if isinstance(node, Inert):
-            return _called(node)
-        if not isinstance(node, dict | list | tuple):
-            return node
-        if id(node) in self._done:
-            return self._done[id(node)]
+        return _called(node) if isinstance(node, Inert) else self._done.get(id(node), node)
+
+    def _container(
+        self, node: dict[Any, Any] | list[Any] | tuple[Any, ...], path: str
+    ) -> Generator[tuple[object, str], object, object]:
+        """Ask for what a container holds, and give it; it may hold itself."""
         dot = "." if path else ""
         if isinstance(node, dict):
-            out: Any = {}
+            out: Any = OrderedDict() if isinstance(node, InertDict) else {}
             self._done[id(node)] = out
-            out.update((k, self.fill(v, f"{path}{dot}{k}")) for k, v in node.items())
-            if isinstance(node, InertDict):
-                out = OrderedDict(out)
-                if isinstance(node.state, dict) and METADATA in node.state:
-                    out._metadata = self.fill(node.state[METADATA], f"{path}{dot}{METADATA}")
-        else:
-            items = [self.fill(v, f"{path}{dot}{n}") for n, v in enumerate(node)]
-            out = items if isinstance(node, list) else tuple(items)
-        self._done[id(node)] = out
-        return out
+            for key, item in node.items():
+                plain = type(item) in _PLAIN
+                out[key] = item if plain else (yield item, f"{path}{dot}{key}")
+            state = node.state if isinstance(node, InertDict) else None
+            if isinstance(state, dict) and METADATA in state:
+                out._metadata = yield state[METADATA], f"{path}{dot}{METADATA}"
+            return out
+        items: list[object] = []
+        if isinstance(node, list):
+            self._done[id(node)] = items
+        for number, item in enumerate(node):
+            items.append(item if type(item) in _PLAIN else (yield item, f"{path}{dot}{number}"))
+        return self._done.setdefault(id(node), tuple(items))
 
     def _make(self, ref: TensorRef, path: str) -> object:
         view = View(path, ref_dtype(ref) or "U8", ref.offset, ref.shape, ref.stride)

@@ -19,7 +19,6 @@ from ckptvcs.checkpoint.torchfile import Storage, storage_dtype, stored_tensors
 from ckptvcs.dtypes import DTYPES
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-_LEAST_BYTES = 1 << 10  # how many storages there are is told last; most are larger than this
 _PROTOCOL = 1001
 _MAGIC_BYTES = _MAGIC.to_bytes(10, "little")
 
@@ -92,7 +91,7 @@ def is_cut(file: Source) -> bool:
 
 def _pickles(file: Source, pickles: io.BufferedReader) -> list[Any]:
     """The five pickles that a file begins with.  Raises UnpicklingError."""
-    return [read_pickle(pickles, file.size, file.size // _LEAST_BYTES) for _ in range(5)]
+    return [read_pickle(pickles, file.size) for _ in range(5)]
 
 
 def _types(tree: object) -> dict[str, StorageRef]:

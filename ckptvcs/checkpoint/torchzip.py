@@ -161,7 +161,8 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
     if found is None:
         return None
     entries, _ = found
-    storages, sums, tree, read = [], [], None, False
+    storages, sums, tree = [], [], None
+    problem: str | None = "it has no pickle of torch.save"
     arrays: frozenset[str] = frozenset()
     places = [(_payload(file, entry), entry) for entry in entries if entry.method == 0]
     stored = [(start, entry) for start, entry in places if start is not None]
@@ -172,17 +173,22 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
         if inner == "data.pkl" and entry.size <= MAX_PICKLE_BYTES:
             try:
                 data = io.BytesIO(file.read(start, entry.size))
-                tree = read_pickle(data, entry.size, len(entries))
-                read = True
-            except pickle.UnpicklingError:
-                tree = None  # its tensors stay unnamed and exact
+                tree, problem = read_pickle(data, entry.size), None
+            except pickle.UnpicklingError as error:
+                tree, problem = None, str(error)  # its tensors stay unnamed and exact
+        elif inner == "data.pkl":
+            problem = "its pickle is larger than a gigabyte"
         elif inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
             arrays = _arrays(file.read(start, entry.size))
         elif inner.startswith("data/"):
             storages.append(Storage(inner[5:], start, entry.size))
             sums.append(entry)
-    if not storages and not read:
+    if not storages and problem is not None:
         return None
+    squeezed = sum(entry.name.partition("/")[2].startswith("data/") and entry.method != 0
+                   for entry in entries)  # fmt: skip
+    if squeezed and problem is None:
+        problem = f"{squeezed} of its records are compressed"
     if len({storage.key for storage in storages}) < len(storages):
         return None  # all tensors of a key would be seen in each of its storages
     tensors = stored_tensors(storages, tree)
@@ -203,7 +209,21 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
         descriptor = b"PK\x07\x08" + crc
         if after + 8 <= file.size and file.read(after, 8) == descriptor:
             marks.append(Checksum(after + 4, number))
-    return Layout("torch-zip", tensors, marks, tree, arrays)
+    return Layout("torch-zip", tensors, marks, tree, arrays, problem)
+
+
+def why_not(file: Source) -> str:
+    """Why a zip file is none of torch.save, or none that can be read."""
+    found = _directory(file)
+    if found is None:
+        return "a zip file whose directory is damaged"
+    names = {entry.name.partition("/")[2]: entry for entry in found[0]}
+    pickled = names.get("data.pkl")
+    if pickled is None:
+        return "a zip file without a pickle of torch.save"
+    if pickled.method:
+        return "its records are compressed"
+    return "its records overlap, or cannot be read"
 
 
 def _arrays(data: bytes) -> frozenset[str]:

@@ -62,7 +62,7 @@ def commit(
             raw=raw, progress=tick,
         )  # fmt: skip
     for note in result.notes:
-        render.talk(f"note: {note}")
+        render.talk(f"note: {render.printable(note)}")
     entry = repo.entry(result.id, branch=result.branch)
     if json:
         render.as_json(render.entry_json(entry))

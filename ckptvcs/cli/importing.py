@@ -94,7 +94,7 @@ def _tell_imported(item: Item) -> None:
         if item.problem.hint:
             render.talk(f"hint: {render.printable(item.problem.hint)}")
     for note in item.notes:
-        render.talk(f"note: {name}: {note}")
+        render.talk(f"note: {name}: {render.printable(note)}")
 
 
 def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:

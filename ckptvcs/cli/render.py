@@ -12,6 +12,7 @@ from typing import Any
 from ckptvcs.history.canonical import from_number
 from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
 from ckptvcs.history.log import LogEntry
+from ckptvcs.sizes import size as size
 from ckptvcs.store.object import ObjectId
 
 Json = Any
@@ -42,15 +43,6 @@ def talk(text: str) -> None:
 def as_json(value: Json) -> None:
     """One JSON value, in ASCII: every terminal and every encoding takes any name."""
     data(json.dumps(value, indent=None if not is_terminal() else 2))
-
-
-def size(count: float) -> str:
-    """A number of bytes in three digits."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def ratio(raw: int, stored: int) -> str:

@@ -83,7 +83,7 @@ def _say(repo: Repo, event: Event, *, json: bool) -> None:
     elif event.id is not None:
         entry = repo.entry(event.id)
         for note in event.notes:
-            render.talk(f"note: {name}: {note}")
+            render.talk(f"note: {name}: {render.printable(note)}")
         step = "-" if event.step is None else str(event.step)
         sizes = f"{render.size(event.raw_bytes)} -> {render.size(entry.stored_bytes)}"
         ratio = render.ratio(event.raw_bytes, entry.stored_bytes)

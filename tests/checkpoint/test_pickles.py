@@ -18,7 +18,7 @@ from ckptvcs.repo import Repo
 
 
 def read(data: bytes) -> Any:
-    return read_pickle(io.BytesIO(data), len(data), 0)
+    return read_pickle(io.BytesIO(data), len(data))
 
 
 class Payload:
@@ -93,7 +93,7 @@ BOMBS = {
     "deep": nested(200_000),
     "shared": shared(60),
     "many globals": b"".join(b"cm%d\nn\n0" % i for i in range(20_000)) + b"N.",
-    "calls": b"\x80\x02]cos\na\nq\x00" + b"h\x00)R0" * 3_000_000 + b"0.",
+    "calls": b"\x80\x02]cos\na\nq\x00" + b"h\x00)R0" * 1_000_000 + b"0.",
     "lists": b"\x80\x02" + b"]" * 6_000_000 + b".",
     "marks": b"\x80\x02" + b"(" * 6_000_000 + b".",
     "no stop": b"\x80\x02}",
@@ -184,3 +184,75 @@ def test_a_tensor_is_seen_with_its_window(tmp_path: Path) -> None:
     ref = found[0][1]
     assert isinstance(ref, TensorRef)
     assert (ref.offset, ref.shape, ref.stride) == (2, (4, 4), (6, 1))
+
+
+# -- what a few bytes may cost ---------------------------------------------------------------------
+
+
+def ordered_again(count: int, times: int) -> bytes:
+    """OrderedDict(one list), over and over."""
+    pairs = b"".join(b"J" + struct.pack("<i", n) + b"N\x86" for n in range(count))
+    return (
+        b"\x80\x02](ccollections\nOrderedDict\nq\x00](" + pairs + b"e\x85q\x01"
+        + b"h\x00h\x01R" * times + b"e."
+    )  # fmt: skip
+
+
+def arguments_again(count: int, times: int) -> bytes:
+    """A call with one long row of arguments, which is copied, over and over."""
+    return (
+        b"\x80\x04](ccollections\nOrderedDict\nq\x00(" + b"N" * count + b"tq\x01}q\x02"
+        + b"h\x00h\x01h\x02\x92" * times + b"e."
+    )  # fmt: skip
+
+
+COPIES = {
+    "ordered dict": ordered_again(20_000, 20_000),
+    "arguments": arguments_again(100_000, 20_000),
+    "tuples": b"\x80\x02N" + b"\x85" * 6_000_000 + b".",
+    "sets": b"\x80\x04" + b"\x8f" * 3_000_000 + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_are_refused_before_they_take_memory(name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(pickle.UnpicklingError, match="memory"):
+        read(COPIES[name])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
+
+
+def test_a_tensor_has_few_sizes() -> None:
+    """One tuple of sizes may be that of a million tensors: a long one is not even looked at."""
+
+    class Watched(tuple[int, ...]):
+        looks = 0
+
+        def __iter__(self) -> Any:
+            Watched.looks += 1
+            return super().__iter__()
+
+    from ckptvcs.checkpoint.pickles import StorageRef, _tensor
+
+    storage, ones = StorageRef("0", "FloatStorage", 1), Watched([1] * 65)
+    assert _tensor((storage, 0, ones, ones), None) is None
+    assert Watched.looks == 0
+    assert _tensor((storage, 0, (1,) * 64, (1,) * 64), None) is not None
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_what_programs_write_is_within_bounds(protocol: int) -> None:
+    """However long it is: each of its bytes costs less than is allowed for one."""
+    from ckptvcs.checkpoint import pickles
+
+    count = 50_000
+    values: list[Any] = [
+        [[] for _ in range(count)], [{} for _ in range(count)], [(n,) for n in range(count)],
+        dict.fromkeys(range(count)), [{"a": n, "b": n / 3} for n in range(count)],
+        [str(n) for n in range(count)], [(None, None) for _ in range(count)],
+    ]  # fmt: skip
+    for value in values:
+        data = pickle.dumps(value, protocol)
+        reader = pickles.InertUnpickler(io.BytesIO(data), len(data))
+        assert reader.load() == value
+        assert reader._charged <= pickles._ROOM_A_BYTE * len(data)

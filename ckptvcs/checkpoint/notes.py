@@ -1,0 +1,47 @@
+"""Notes: what of a checkpoint was not understood, and what that costs.
+
+Such a file comes back bit for bit; but its tensors have no names, are not coded near, and Python
+gets bytes in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ckptvcs.checkpoint import torchzip
+from ckptvcs.checkpoint.layout import Layout, Source
+from ckptvcs.sizes import size
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".distcp")
+"""Names of files that hold tensors end so."""
+
+_LARGE = 1 << 24  # bytes, from which on a file of any name is worth a line
+
+
+def why_raw(source: Source) -> str:
+    """Why a file was not read as one of torch or safetensors."""
+    if torchzip.starts_like_zip(source):
+        return torchzip.why_not(source)
+    head = source.read(0, min(source.size, 8))
+    kinds = {
+        b"\x1f\x8b": "it is compressed by gzip", b"\x28\xb5\x2f\xfd": "it is compressed by zstd",
+        b"BZh": "it is compressed by bzip2", b"\xfd7zXZ": "it is compressed by xz",
+        b"\x80": "it is a pickle, not a file of torch.save", b"\x89HDF": "it is a file of HDF5",
+        b"\x93NUMPY": "it is a file of numpy", b"GGUF": "it is a file of GGUF",
+        b"\x7fELF": "it is a program",
+    }  # fmt: skip
+    found = (text for start, text in kinds.items() if head.startswith(start))
+    return next(found, "no structure of torch or safetensors was found")
+
+
+def notes(files: Iterable[tuple[str, Source, Layout]]) -> Iterator[str]:
+    """A line for each file that is not understood, or not as a whole."""
+    for path, source, layout in files:
+        known = path.lower().endswith(SUFFIXES) or source.size >= _LARGE
+        if layout.format == "raw" and layout.problem is not None and known:
+            cost = f"{size(source.size)} stored exactly, as bytes"
+            yield f"{path}: not readable as tensors ({layout.problem}); {cost}"
+        elif layout.format != "raw" and layout.problem is not None:
+            cost = f"{size(source.size)} stored exactly, its tensors without names"
+            yield f"{path}: its objects are not readable ({layout.problem}); {cost}"
+        yield from (f"{path}: {remark}" for remark in layout.remarks)
