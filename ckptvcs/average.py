@@ -26,7 +26,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.schema import Op, Schema, Skeleton
 from ckptvcs.restore import Progress, Restorer
-from ckptvcs.skeletons import SkeletonSource
+from ckptvcs.skeleton import SkeletonSource
 from ckptvcs.store.object import ObjectId
 from ckptvcs.trajectory import Trajectory
 
@@ -142,7 +142,7 @@ class Averaged(Restorer):
             tensor = self.schema.tensors[argument].size_bytes if op == Op.TENSOR else 0
             length += 4 if op == Op.CRC32 else max(tensor, len(data))
         if changed and file.format == "torch-zip":
-            source = SkeletonSource(self.schema, self.tensor, skeleton)
+            source = SkeletonSource(self.schema, skeleton, self.tensor)
             layout = torchzip.parse(source, checksums=torchzip.Checksums.SMALL)
             for mark in layout.checksums if layout else ():
                 found = layout.tensors[mark.tensor] if layout else None

@@ -45,6 +45,7 @@ _TOPS = frozenset({
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
 """Names of files that hold checkpoints end so."""
 
+_NOT_IN_SAFETENSORS = frozenset({"C32", "C128"})
 _MAX_ELEMENTS = 1 << 59  # in bytes no more than 63 bits hold
 _MAX_WINDOW = 1 << 32  # bytes; of elements that stand in one place it may have any number
 
@@ -80,9 +81,14 @@ class PartReader:
         return self._restorer.inline()
 
     def fidelity(self, window: Window) -> str:
-        """`exact` or `near`: how a tensor comes back; small ones are always exact."""
+        """`exact`, `near` or `dropped`: how a tensor comes back; small ones are always exact."""
         info = self.schema.tensors[window[0]]
-        return "exact" if info.inline else self._restorer.fidelity[info.part]
+        form = "exact" if info.inline else self._restorer.fidelity[info.part]
+        return form if form != "near" or window[0] in self._near else "exact"
+
+    @cached_property
+    def _near(self) -> set[int]:
+        return self._restorer.near()
 
     def _blocks(self, number: int) -> Iterator[bytes | memoryview]:
         if number < 0:
@@ -151,19 +157,11 @@ class PartReader:
 
     def _flat_state(self, tensors: Iterable[tuple[Found, int]]) -> dict[str, Any]:
         """The tensors of a safetensors file by their names, also those without elements."""
-        import torch  # noqa: PLC0415  only where tensors of torch are made
-
-        from ckptvcs.checkpoint.torchfile import TORCH_DTYPES  # noqa: PLC0415
-
-        names = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
         state = {}
         for found, number in tensors:
-            dtype = getattr(torch, names.get(found.dtype, "uint8"))
-            shape, data = _possible(found.name, found.shape), self.raw(number)
-            state[found.key] = (
-                torch.from_numpy(data).view(dtype).reshape(shape) if found.size
-                else torch.empty(shape, dtype=dtype)
-            )  # fmt: skip
+            shape = _possible(found.name, found.shape)
+            view = View(found.name, found.dtype, 0, shape, row_major(shape))
+            state[found.key] = make_tensor(self.raw(number), view, array=False)
         return state
 
     def tensors(self, wanted: Mapping[str, Window]) -> dict[str, Any]:
@@ -311,9 +309,15 @@ class PartReader:
         at = 0
         for name, _number, view in rows:
             size = int(np.prod(view.shape, dtype=np.int64)) * DTYPES[view.dtype].size
-            header[name] = {
-                "dtype": view.dtype, "shape": list(view.shape), "data_offsets": [at, at + size],
-            }  # fmt: skip
+            shape = list(view.shape)
+            if view.dtype in _NOT_IN_SAFETENSORS or (view.dtype == "F4" and not shape):
+                raise InvalidInputError(
+                    f"safetensors has no tensors like {name}, which is {view.dtype} {shape}",
+                    hint="end the name of the file in .pt",
+                )
+            if view.dtype == "F4":  # two in a byte, which are counted there
+                shape[-1] *= 2
+            header[name] = {"dtype": view.dtype, "shape": shape, "data_offsets": [at, at + size]}
             at += size
         head = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
         head += b" " * (-len(head) % 8)

@@ -24,15 +24,17 @@ from ckptvcs.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.checkpoint import MAX_NESTING
 from ckptvcs.checkpoint.layout import Layout
+from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
+from ckptvcs.dtypes import WEIGHT_DTYPES
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import Op, Skeleton, TensorInfo
 from ckptvcs.parallel import ordered_map
-from ckptvcs.skeletons import SkeletonSource
+from ckptvcs.skeleton import SkeletonSource
 from ckptvcs.store.disk import storage_error
 from ckptvcs.store.object import ObjectId
 
@@ -124,6 +126,23 @@ class Restorer:
     def exact(self) -> bool:
         """Whether the files come back bit for bit."""
         return all(form == "exact" for form in self.fidelity.values())
+
+    def near(self) -> set[int]:
+        """The stored tensors that come back near; others of a part that is near are exact, since
+        their kind always is, or since the coding of them had no error.
+        """
+        errors = self._catalog.errors(self.name)
+        doubtful = [
+            number for number in self._tables
+            if self.fidelity[(info := self.schema.tensors[number]).part] == "near"
+            and info.role in LOSSY and info.dtype in WEIGHT_DTYPES
+        ]  # fmt: skip
+        if not errors:  # they were let go
+            return set(doubtful)
+        # Of tensors with the same values one is measured.
+        values = {number: self._catalog.value(*self._tables[number]) for number in doubtful}
+        off = {values[number] for number in errors if number in values}
+        return {number for number in doubtful if values[number] in off}
 
     # -- tensors -------------------------------------------------------------------------------
 
@@ -436,7 +455,7 @@ class Restorer:
         """The structure of a file, read from its skeleton alone, and the number in the schema of
         each of its tensors.
         """
-        source = SkeletonSource(self.schema, self.tensor, self._skeleton(file))
+        source = SkeletonSource(self.schema, self._skeleton(file), self.tensor)
         parse = {
             "torch-zip": lambda s: torchzip.parse(s, checksums=torchzip.Checksums.LITERAL),
             "torch-legacy": torchlegacy.parse,

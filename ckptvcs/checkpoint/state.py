@@ -39,6 +39,8 @@ from ckptvcs.history.schema import View
 
 STATE_FILE = "state.pt"
 
+_SHOWN = 100  # characters of a name that somebody else chose
+
 _NUMPY = {
     "float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32",
@@ -73,7 +75,10 @@ class _Storages:
     def _array(self, array: np.ndarray[Any, Any], path: str) -> Leaf:
         dtype = _NUMPY.get(array.dtype.name)
         if dtype is None or array.dtype.byteorder == ">":
-            raise InvalidInputError(f"the state holds an array of {array.dtype} at {path}")
+            raise InvalidInputError(
+                f"the state holds an array of {array.dtype} at {path}",
+                hint="make one of numbers in this machine's byte order of it, or a list",
+            )
         self.arrays.append(path)
         whole = np.ascontiguousarray(array)
         number = len(self.payloads)
@@ -229,7 +234,10 @@ class _Filler:
         return self._done.setdefault(id(node), tuple(items))
 
     def _make(self, ref: TensorRef, path: str) -> object:
-        view = View(path, ref_dtype(ref) or "U8", ref.offset, ref.shape, ref.stride)
+        dtype = ref_dtype(ref)
+        if dtype is None:  # one of torch's that has no name here, such as bits16
+            return _window(self._tensor(ref), str(ref.dtype), ref.offset, ref.shape, ref.stride)
+        view = View(path, dtype, ref.offset, ref.shape, ref.stride)
         return make_tensor(self._tensor(ref), view, array=path in self._arrays)
 
 
@@ -260,8 +268,21 @@ def make_tensor(data: np.ndarray[Any, Any], view: View, *, array: bool) -> Any:
     """
     if array and view.dtype in _NUMPY_NAMES:
         return data.view(_NUMPY_NAMES[view.dtype]).reshape(view.shape)
+    name = _TORCH_NAMES[view.dtype]
+    return _window(data, name, view.offset, view.shape, view.stride)
+
+
+def _window(
+    data: np.ndarray[Any, Any], dtype: str, offset: int, shape: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Any:  # fmt: skip
     import torch  # noqa: PLC0415  only where a tensor of torch is made
 
-    typed = torch.empty(0, dtype=getattr(torch, _TORCH_NAMES[view.dtype]))
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise InvalidInputError(
+            f"torch {torch.__version__} has no tensors of {dtype[:_SHOWN]}",
+            hint="'ckpt checkout' gives the bytes back",
+        )
     storage = torch.from_numpy(data).untyped_storage()
-    return typed.set_(storage, view.offset, view.shape, view.stride)
+    return torch.empty(0, dtype=found).set_(storage, offset, shape, stride)

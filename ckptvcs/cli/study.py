@@ -193,6 +193,11 @@ def _numbers(reader: PartReader, window: Window) -> Any:
         flat: Any = to_float32(np.frombuffer(data, np.uint16), dtype)
     elif dtype == "C32":
         flat = np.frombuffer(data, np.float16).astype(np.float32).view(np.complex64)
+    elif dtype == "F4":  # two numbers in a byte
+        from ckptvcs.floats import to_float64  # noqa: PLC0415
+
+        pairs = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
+        return pairs.reshape(*view.shape[:-1], 2 * (view.shape or (1,))[-1])
     elif dtype.startswith("F8"):
         from ckptvcs.checkpoint.state import make_tensor  # noqa: PLC0415  torch knows these
 
@@ -201,8 +206,8 @@ def _numbers(reader: PartReader, window: Window) -> Any:
         flat = make_tensor(own, one_by_one, array=False).float().numpy()
     else:
         kinds = {"F": "f", "I": "i", "U": "u", "C": "c", "B": "b"}
-        size = 1 if dtype in ("BOOL", "F4") else int(dtype[1:]) // 8
-        kind = "u" if dtype == "F4" else "?" if dtype == "BOOL" else kinds[dtype[0]]
+        size = 1 if dtype == "BOOL" else int(dtype[1:]) // 8
+        kind = "?" if dtype == "BOOL" else kinds[dtype[0]]
         flat = np.frombuffer(data, np.dtype("?" if kind == "?" else f"<{kind}{size}"))
     return flat.reshape(view.shape)
 

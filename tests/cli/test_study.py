@@ -276,3 +276,16 @@ def test_no_torch_where_numpy_is_enough(ckpt_process: Ckpt, history: Path) -> No
 
         done = subprocess.run([sys.executable, "-c", code], cwd=history, capture_output=True)
         assert done.returncode == 0, done
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no 4-bit floats")
+def test_cat_shows_both_numbers_of_a_byte(ckpt: Ckpt, tmp_path: Path) -> None:
+    ckpt("init")
+    packed = torch.tensor([[0x21, 0x7F], [0x98, 0x00]], dtype=torch.uint8)
+    save_file({"four": packed.view(torch.float4_e2m1fn_x2)}, tmp_path / "a.safetensors")
+    ckpt("commit", "a.safetensors", "-m", "x", "--step", 1)
+    found = ckpt("cat", "1:four", "--json").json
+    assert (found["dtype"], found["shape"], found["fidelity"]) == ("F4", [2, 2], "exact")
+    assert found["values"] == [[0.5, 1.0, -6.0, 6.0], [-0.0, -0.5, 0.0, 0.0]]
+    ckpt("cat", "1:four", "-o", "four.npy")
+    assert np.load(tmp_path / "four.npy").tolist() == found["values"]

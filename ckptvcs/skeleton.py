@@ -1,26 +1,27 @@
-"""The bytes of a file as its skeleton has them, to be parsed without its tensors."""
+"""Skeleton: the bytes of a file as far as they are known without its tensors, for its structure."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckptvcs.checkpoint.layout import Source
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.schema import Op, Schema, Skeleton
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
 
 class SkeletonSource(Source):
-    """A file's bytes with zeros for its stored tensors, except those that are plain bytes."""
+    """A file's bytes with zeros for its stored tensors, except those that are plain bytes, which
+    `tensor` gives by number.
+    """
 
-    def __init__(
-        self, schema: Schema, tensor: Callable[[int], NDArray[np.uint8]], skeleton: Skeleton
-    ) -> None:
-        """`tensor` returns the bytes of a stored tensor by its number in the schema."""
-        self._schema, self._read = schema, tensor
+    def __init__(self, schema: Schema, skeleton: Skeleton, tensor: Callable[[int], Bytes]) -> None:
+        self._schema, self._tensor = schema, tensor
         self._spans: list[tuple[int, int, Op, int, memoryview]] = []
         self._bytes: dict[int, bytes] = {}
         at = 0
@@ -50,14 +51,14 @@ class SkeletonSource(Source):
             if low >= high:
                 break
             if op == Op.TENSOR and self._schema.tensors[argument].part == "rest":
-                data = memoryview(self._tensor(argument))
+                data = memoryview(self._plain(argument))
             if op == Op.CRC32 or not len(data):
                 parts.append(bytes(high - low))
             else:
                 parts.append(bytes(data[low - start : high - start]))
         return b"".join(parts)
 
-    def _tensor(self, number: int) -> bytes:
+    def _plain(self, number: int) -> bytes:
         if number not in self._bytes:
-            self._bytes[number] = self._read(number).tobytes()
+            self._bytes[number] = self._tensor(number).tobytes()
         return self._bytes[number]
