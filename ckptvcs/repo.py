@@ -82,8 +82,8 @@ class Repo(Care):
         codec: str | None = None,
     ) -> LogEntry:
         """Commit a nested state of plain types, tensors and numpy arrays; or a module of torch and
-        its optimizer (or a list of them), with what is `extra` beside them: then it is known of
-        each moment which weight it belongs to.
+        its optimizer (or a list or dict of them), with what is `extra` beside them: then it is
+        known of each moment which weight it belongs to.
 
         Raises:
             InvalidInputError: the state holds something else; the message names its path.

@@ -2,22 +2,27 @@
 
 find     every state that is wanted, before anything is loaded
 check    keys and shapes of modules and optimizers, which torch would notice half way, or never
-load     each by its own `load_state_dict`
+load     each by its own `load_state_dict`; states of optimizers keep their types (`optimizers.py`)
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ckptvcs.checkpoint.objects import MODEL, OPTIMIZER
-from ckptvcs.checkpoint.roles import MOMENTS
+from ckptvcs.checkpoint.optimizers import keep_types
+from ckptvcs.checkpoint.roles import FIRST, MOMENTS
 from ckptvcs.errors import InvalidInputError, NotFoundError
 
 _WRAPPERS = {"_orig_mod.": "_orig_mod", "module.": "module"}
 _FAILURES = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+_WHOLE = frozenset({*FIRST, "exp_avg_sq", "max_exp_avg_sq", "square_avg"})
+"""Moments that have the shape of their parameter, in all optimizers but a few."""
+
 _LINE = 300  # characters of what torch says
 
 
@@ -35,14 +40,14 @@ class _Load:
 
 
 def scatter(state: Any, into: Any) -> None:
-    """Load a state into the objects it came from: a module and its optimizers, or objects with
-    `load_state_dict`, or rows of such, by their keys.
+    """Load a state into the objects it came from: a module and its optimizers (or a dict of these),
+    or objects with `load_state_dict`, or rows or dicts of such, by their keys.
 
     Raises:
         NotFoundError: the state lacks what is to be loaded.
         InvalidInputError: it does not fit.  No module or optimizer is changed then.
     """
-    loads = [load for key, row in _rows(into) for load in _loads(state, key, row)]
+    loads = [load for key, holder in _wanted(into) for load in _loads(state, key, holder)]
     checked = []
     for load in loads:
         if hasattr(load.holder, "param_groups"):
@@ -53,41 +58,49 @@ def scatter(state: Any, into: Any) -> None:
             checked.append(load)
     for load in [load for load in loads if load not in checked] + checked:
         try:
-            load.holder.load_state_dict(load.state)
+            with keep_types(load.holder):
+                load.holder.load_state_dict(load.state)
         except _FAILURES as error:
             raise load.refuse(error) from error
 
 
-def _rows(into: Any) -> Iterator[tuple[Any, list[Any]]]:
+def _wanted(into: Any) -> Iterator[tuple[Any, Any]]:
     """What is to be loaded, by the keys of their states."""
     if isinstance(into, Mapping):
-        for key, holder in into.items():
-            yield key, [*holder] if isinstance(holder, list | tuple) else [holder]
+        yield from into.items()
         return
     given = into if isinstance(into, list | tuple) else [into]
     row = [one for each in given for one in (each if isinstance(each, list | tuple) else [each])]
     modules = [one for one in row if hasattr(one, "named_parameters")]
     optimizers = [one for one in row if hasattr(one, "param_groups")]
-    if len(modules) > 1 or len(modules) + len(optimizers) != len(row):
+    dicts = [one for one in row if isinstance(one, Mapping)]
+    others = len(row) - len(modules) - len(optimizers) - len(dicts)
+    if len(modules) > 1 or others or (dicts and len(dicts) + len(optimizers) > 1):
         raise InvalidInputError(
             "load into one module and its optimizers",
             hint="or into objects by key: into={'model': model, 'scheduler': scheduler}",
         )
     if modules:
         yield MODEL, modules
-    if optimizers:
-        yield OPTIMIZER, optimizers
+    if optimizers or dicts:
+        yield OPTIMIZER, optimizers or dicts[0]
 
 
-def _loads(state: Any, key: Any, row: list[Any]) -> Iterator[_Load]:
+def _loads(state: Any, key: Any, holder: Any, above: str = "") -> Iterator[_Load]:
+    name = f"{above}{key}"
     if not isinstance(state, Mapping) or key not in state:
-        raise NotFoundError(f"the commit holds no '{key}'")
+        raise NotFoundError(f"the commit holds no '{name}'")
     found = state[key]
+    if isinstance(holder, Mapping):
+        for below, one in holder.items():
+            yield from _loads(found, below, one, f"{name}.")
+        return
+    row = [*holder] if isinstance(holder, list | tuple) else [holder]
     states = found if isinstance(found, list) else [found]
     if len(states) != len(row):
-        raise InvalidInputError(f"the commit holds {len(states)} of '{key}', not {len(row)}")
-    for holder, one in zip(row, states, strict=True):
-        yield _Load(holder, one, str(key))
+        raise InvalidInputError(f"the commit holds {len(states)} of '{name}', not {len(row)}")
+    for one, its in zip(row, states, strict=True):
+        yield _Load(one, its, name)
 
 
 def _check_module(load: _Load) -> None:
@@ -115,7 +128,7 @@ def _hint(own: Mapping[str, Any], found: Any) -> str | None:
 
 
 def _check_optimizer(load: _Load) -> None:
-    """The same groups, and moments of the shapes of their parameters."""
+    """The same groups, and no moments that are those of other parameters."""
     own = [group["params"] for group in load.holder.param_groups]
     try:
         groups = [group["params"] for group in load.state["param_groups"]]
@@ -124,14 +137,46 @@ def _check_optimizer(load: _Load) -> None:
         raise load.refuse("it is no state of an optimizer") from error
     if [*map(len, own)] != [*map(len, groups)]:
         raise load.refuse(f"groups of {[*map(len, groups)]} parameters, not of {[*map(len, own)]}")
-    weights = [weight for row in own for weight in row]
-    shapes = {weight.shape for weight in weights}
+    weights = [tuple(weight.shape) for row in own for weight in row]
+    kinds: dict[str, list[_Moment]] = {}
     for weight, number in zip(weights, (n for row in groups for n in row), strict=True):
-        for name, moment in (moments.get(number) or {}).items():
-            shape = getattr(moment, "shape", weight.shape)
-            # Some keep factors, which have shapes of their own.
-            if name in MOMENTS and shape != weight.shape and shape in shapes:
-                raise load.refuse(
-                    f"{name} {number} is {[*shape]}, its parameter {[*weight.shape]}",
-                    "give the optimizer its parameters in the order that it had",
-                )
+        entry = moments.get(number)
+        for name, moment in entry.items() if isinstance(entry, Mapping) else ():
+            if name in MOMENTS and hasattr(moment, "shape"):
+                kinds.setdefault(name, []).append((number, tuple(moment.shape), weight))
+    if any(_is_in_place(row, len(moments)) for row in kinds.values()):
+        return
+    for name, row in kinds.items():
+        moved = _moved(row, Counter(weights), whole=name in _WHOLE)
+        if moved is not None:
+            number, shape, weight = moved
+            raise load.refuse(
+                f"{name} {number} is {[*shape]}, its parameter {[*weight]}",
+                "give the optimizer its parameters in the order that it had",
+            )
+
+
+_Moment = tuple[Any, tuple[int, ...], tuple[int, ...]]
+"""The number of a parameter, the shape of a moment of it, and its own shape."""
+
+
+def _is_in_place(row: list[_Moment], count: int) -> bool:
+    """Whether all of `count` parameters have a moment of a kind, each of its own shape, and these
+    are not the same for all.
+    """
+    shapes = {shape for _, shape, _ in row}
+    return len(row) == count and len(shapes) > 1 and all(one == two for _, one, two in row)
+
+
+def _moved(row: list[_Moment], weights: Counter[tuple[int, ...]], *, whole: bool) -> _Moment | None:
+    """The first moment that belongs to another parameter, if the parameters have another order.
+
+    Factors and projections (Adafactor, SOAP, GaLore) have shapes of their own, which some other
+    parameter may have by chance.  An order is wrong only where the moments of a kind have all the
+    shapes of their parameters, each of another one; and, if it is a kind that mostly is `whole`,
+    where parameters without any may be among those.
+    """
+    moved = next((one for one in row if one[1] != one[2]), None)
+    theirs = Counter(shape for _, shape, _ in row)
+    other = theirs - (weights if whole else Counter(weight for _, _, weight in row))
+    return None if other else moved

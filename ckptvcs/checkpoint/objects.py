@@ -18,8 +18,9 @@ MODEL, OPTIMIZER = "model", "optimizer"
 def gather(
     model: Any, optimizer: Any, extra: Mapping[str, object] | None, file: str
 ) -> tuple[dict[str, object], Names]:
-    """The state of a module and of an optimizer (or a row of them) under `model` and `optimizer`,
-    with what is `extra` beside them; nothing is copied.  The names are for a state in `file`.
+    """The state of a module and of an optimizer (or a row or a dict of them) under `model` and
+    `optimizer`, with what is `extra` beside them; nothing is copied.  The names are for a state in
+    `file`.
 
     Raises:
         InvalidInputError: something has no state, or `extra` has one of their keys.
@@ -29,7 +30,11 @@ def gather(
     if model is not None:
         state[MODEL] = _state_of(model, MODEL)
         names[file, MODEL] = [[name for name, _ in _named_parameters(model)]]
-    if optimizer is not None:
+    if isinstance(optimizer, Mapping):
+        state[OPTIMIZER] = {name: _state_of(one, OPTIMIZER) for name, one in optimizer.items()}
+        for name, one in optimizer.items():
+            names[file, f"{OPTIMIZER}.{name}"] = parameter_names(model, one)
+    elif optimizer is not None:
         row = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
         states = [_state_of(one, OPTIMIZER) for one in row]
         state[OPTIMIZER] = states if row is optimizer else states[0]

@@ -4,7 +4,7 @@ Lossy coding needs evidence; whatever has none is exact.  A tensor is a
 
     weight  if a module gave it, if it is paired with moments, or if it stands in the state dict of
             a model, known by its place (a key such as `model`) and by its form (names to tensors)
-    moment  if it is in the state of an optimizer (`optimizers.py`)
+    moment  if it is in the state of an optimizer (`optimizer_state.py`)
 
 Of a state dict whose weights are paired with moments what is not paired is no weight: it is a
 buffer, or frozen.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from ckptvcs.checkpoint.layout import Found, Layout
-from ckptvcs.checkpoint.optimizers import (
+from ckptvcs.checkpoint.optimizer_state import (
     FIRST,
     ITERATES,
     MASTERS,

@@ -1,0 +1,310 @@
+"""Optimizer states: which tensors are moments of which parameter, and what the optimizer does.
+
+    plain   a dict with `state` (index -> dict of tensors) and `param_groups`
+    flat    the same keys within names: `state.layers.0.weight.exp_avg` (torch.distributed),
+            `optimizer.state.exp_avg.layers.0.weight` and `{"param": ..., "exp_avg": ...}`
+            (Megatron), `zero/layers.0.weight/exp_avg.pt` (universal checkpoints of DeepSpeed)
+
+A name alone is no evidence: of a flat state only those tensors are moments that stand beside what
+belongs to them, of the same shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from ckptvcs.checkpoint.layout import Found, Layout
+from ckptvcs.checkpoint.pickles import StorageRef, TensorRef, walk
+
+FIRST: dict[str, tuple[str, ...]] = {
+    "exp_avg": ("exp_avg_sq", "exp_avg_var"),  # Adam and its kin; Lion keeps it alone
+    "exp_avg_fast": ("exp_avg_sq",),  # AdEMAMix
+    "exp_avg_slow": (),
+    "momentum_buffer": (),  # SGD, RMSprop, Muon
+    "grad_avg": (),  # RMSprop, centred
+    "exp_avg_diff": (),  # Adan
+    "m": ("v",), "mu": ("nu",),  # loops of one's own, optax
+}  # fmt: skip
+"""Keys of optimizer state that are averages of gradients -> those whose root may divide them."""
+
+SECOND = frozenset({
+    "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var",  # Adam, amsgrad, AdaBelief
+    "square_avg", "acc_delta",  # RMSprop, Adadelta
+    "sum",  # Adagrad
+    "exp_inf",  # Adamax
+    "hessian",  # Sophia
+    "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance",  # Adafactor
+    "v", "nu",
+})  # fmt: skip
+"""Keys of optimizer state that are never negative: squared gradients, and what scales like them."""
+
+MASTERS = frozenset({
+    "master_param", "master_params", "master_weight", "master_weights", "master", "fp32_param",
+    "param_fp32",
+})  # fmt: skip
+"""Keys of optimizer state that are the weights themselves, in float32: they belong to the model."""
+
+ITERATES = frozenset({"z", "ax"})
+"""Keys of optimizer state that move like weights: schedule-free iterates, averages of ASGD."""
+
+MOMENTS = frozenset(FIRST) | SECOND
+"""Keys of optimizer state that lossy coding knows how to treat."""
+
+_SHORT = frozenset({"m", "v", "mu", "nu", "sum", "variance", "hessian"})
+"""Keys that mean something else elsewhere."""
+
+_FLAT = MOMENTS - _SHORT
+_TRIPLES = {"m": ("v", ("w", "p", "param", "params", "model", "weights", "master")),
+            "mu": ("nu", ("params", "param", "p", "w", "model", "weights", "master"))}  # fmt: skip
+_WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
+_ADAM = frozenset({
+    "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_avg_fast", "exp_avg_slow",
+    "exp_avg_diff", "exp_avg_var", "master_param", "master_params", "param_remainder",
+})  # fmt: skip
+"""State of Adam and of those who step like it; somebody who keeps more does something else."""
+
+_CHUNK = re.compile(r"\[[0-9:,]*\]\Z")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an optimizer does with its moments, from its `param_groups`; else Adam's defaults.
+
+    `beta1` is the momentum, too; `alpha` how much the slow average of AdEMAMix counts, or rho of
+    Sophia.  `kind` is `adam`, `sgd`, `lion` or `muon` where these are known for sure.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    alpha: float = 0.0
+    kind: str = ""
+
+
+@dataclass
+class Slot:
+    """A parameter of an optimizer: its state tensors by key, the names that it may have, the most
+    likely one first, and the weight itself where it stands beside its moments.  `closed` says that
+    it keeps more than moments (the bases of SOAP, say), so that nobody knows what these do.
+    """
+
+    state: dict[str, Found]
+    names: tuple[str, ...]
+    rule: Rule
+    weight: Found | None = None
+    closed: bool = False
+
+
+@dataclass
+class Optimizer:
+    """A plain optimizer state in one file: its groups of parameters, and all tensors below it."""
+
+    groups: list[list[Slot]]
+    file: int
+    tensors: list[Found] = field(default_factory=list)
+
+
+Names = dict[tuple[str, str], list[list[str | None]]]
+"""By the file and the place there (dotted): for an optimizer the names of the parameters of each
+group, as far as they are known; for the state of a module those of all its parameters.
+"""
+
+
+def storage_key(node: object) -> str | None:
+    """What a file calls the storage of a node of its tree."""
+    if isinstance(node, Found):
+        return node.key
+    if isinstance(node, TensorRef):
+        return node.storage.key
+    return node.key if isinstance(node, StorageRef) else None
+
+
+# -- plain -----------------------------------------------------------------------------------------
+
+
+def find_optimizers(
+    layout: Layout, file: int, given: Mapping[str, list[list[str | None]]]
+) -> Iterable[Optimizer]:
+    """The plain optimizer states of a file; `given` are names of parameters by place."""
+    known = {found.key: found for found in layout.tensors if found.key}
+    for path, node in walk(layout.tree):
+        if not isinstance(node, dict):
+            continue
+        state, groups = node.get("state"), node.get("param_groups")
+        if not isinstance(state, dict) or not isinstance(groups, list):
+            continue
+        slots: list[list[Slot]] = []
+        rows = given.get(".".join(path), [])
+        for number, group in enumerate(groups):
+            if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+                break
+            names = rows[number] if number < len(rows) else group.get("param_names")
+            if names is None and all(type(index) is str for index in group["params"]):
+                names = group["params"]  # as `get_optimizer_state_dict` of torch has them
+            if not isinstance(names, list) or len(names) != len(group["params"]):
+                names = [None] * len(group["params"])
+            slots.append([
+                _slot(_entry(state, index), known, name if type(name) is str else None, group)
+                for index, name in zip(group["params"], names, strict=True)
+            ])  # fmt: skip
+        else:
+            keys = (storage_key(inner) for _, inner in walk(node))
+            below = [known[key] for key in dict.fromkeys(keys) if key is not None and key in known]
+            optimizer = Optimizer(slots, file, below)
+            _take_partitions(optimizer, layout, path, known)
+            yield optimizer
+
+
+def _take_partitions(
+    optimizer: Optimizer, layout: Layout, path: tuple[str, ...], known: Mapping[str, Found]
+) -> None:
+    """Give the slots of a ZeRO partition their flat float32 weights, which DeepSpeed keeps in a
+    list beside the state, in the order of the groups.
+    """
+    beside = layout.tree
+    for step in path[:-1]:
+        beside = beside.get(step) if isinstance(beside, dict) else None
+    if not isinstance(beside, dict) or path[-1:] != ("base_optimizer_state",):
+        return
+    flat = beside.get("single_partition_of_fp32_groups") or beside.get("fp32_flat_groups")
+    slots = [slot for group in optimizer.groups for slot in group]
+    if not isinstance(flat, list) or len(flat) != len(slots):
+        return
+    for slot, node in zip(slots, flat, strict=True):
+        weight = known.get(storage_key(node) or "")
+        shapes = {found.shape for key, found in slot.state.items() if key in MOMENTS}
+        if weight is not None and weight.dtype == "F32" and shapes == {weight.shape}:
+            slot.weight = weight
+
+
+def _entry(state: dict[Any, Any], index: object) -> dict[Any, Any]:
+    entry = state.get(index) if isinstance(index, int | str) else None
+    if entry is None and type(index) is int:
+        entry = state.get(str(index))  # torch.distributed.checkpoint makes all keys text
+    return entry if isinstance(entry, dict) else {}
+
+
+def _slot(
+    entry: dict[Any, Any], known: Mapping[str, Found], name: str | None, group: dict[Any, Any]
+) -> Slot:
+    keys = {key: storage_key(node) for key, node in entry.items() if isinstance(key, str)}
+    state = {
+        key: known[place] for key, place in keys.items() if place is not None and place in known
+    }
+    closed = any(isinstance(node, list | tuple | dict) for node in entry.values())
+    rule = rule_of(group, entry.keys())
+    return Slot(state, () if name is None else (name,), rule, closed=closed)
+
+
+def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
+    """What a group of parameters with state of such keys says of its optimizer; a default for what
+    is missing or absurd.
+    """
+    kept = set(keys) - {"step"}
+    betas = group.get("betas")
+    pair = betas if isinstance(betas, list | tuple) and len(betas) > 1 else (None, None)
+    first = group.get("momentum") if "momentum_buffer" in kept else pair[0]
+    second = next((group[key] for key in ("alpha", "rho") if key in group), pair[1])
+    alpha: object = 0.0
+    if kept & {"exp_avg_slow", "hessian"}:
+        second, alpha = pair[1], group.get("rho" if "hessian" in kept else "alpha")
+    kind = "adam" if kept & SECOND and kept <= _ADAM else ""
+    if kept == {"momentum_buffer"} and "ns_steps" in group:
+        kind = "muon"
+    elif kept == {"momentum_buffer"} and "dampening" in group:
+        kind = "sgd"
+    elif kept == {"exp_avg"} and pair[1] is not None:
+        kind = "lion"
+    values = (first, second, group.get("eps"))
+    beta1, beta2, eps = (
+        float(value) if isinstance(value, float | int) and 0 <= value < 1 else default
+        for value, default in zip(values, (Rule.beta1, Rule.beta2, Rule.eps), strict=True)
+    )
+    weight = float(alpha) if isinstance(alpha, float | int) and 0 <= alpha < 1e3 else 0.0
+    return Rule(beta1, beta2, eps, weight, kind)
+
+
+# -- flat ------------------------------------------------------------------------------------------
+
+
+def find_flat(files: list[tuple[str, Layout]], taken: set[int]) -> Iterable[Slot]:
+    """Moments whose keys stand in their names, of all files (path, layout); not those that are
+    `taken` (by identity).
+    """
+    by_base: dict[tuple[str, ...], dict[str, Found]] = {}
+    for path, layout in files:
+        for found in layout.tensors:
+            if id(found) not in taken and found.key and not found.inline:
+                for key, base in _splits(path, found):
+                    by_base.setdefault(base, {}).setdefault(key, found)
+    betas = _flat_betas(files)
+    for base, row in by_base.items():
+        yield from _flat_slots(base, row, betas)
+
+
+def _splits(path: str, found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """The ways to read a tensor's name as a key, and what is left of the name."""
+    folder = PurePosixPath(path)
+    last = found.name + found.part
+    chunk = _CHUNK.search(last)
+    name = last[: chunk.start()] if chunk else last
+    steps = (*folder.parent.parts, folder.stem, *name.split("."))
+    for at, step in enumerate(steps):
+        if step in _FLAT or step in _TRIPLES or step in _WEIGHTS_BESIDE or _is_beside(step):
+            rest = (*steps[:at], "*", *steps[at + 1 :], chunk[0] if chunk else "")
+            yield step, rest
+
+
+def _is_beside(step: str) -> bool:
+    return any(step == second or step in weights for second, weights in _TRIPLES.values())
+
+
+def _flat_slots(
+    base: tuple[str, ...], row: dict[str, Found], betas: Mapping[str, object]
+) -> Iterable[Slot]:
+    state = {key: found for key, found in row.items() if key in _FLAT}
+    shapes = {found.shape for found in state.values()}
+    if state and len(shapes) == 1:
+        weight = next((
+            row[key] for key in _WEIGHTS_BESIDE
+            if key in row and row[key].shape in shapes and row[key].dtype == "F32"
+        ), None)  # fmt: skip
+        yield Slot(state, _names(base), rule_of(betas, state.keys()), weight)
+        return
+    for first, (second, weights) in _TRIPLES.items():
+        beside = next((row[key] for key in weights if key in row), None)
+        if first in row and second in row and beside is not None:
+            state = {first: row[first], second: row[second]}
+            if {found.shape for found in state.values()} == {beside.shape}:
+                yield Slot(state, (), Rule(), beside)
+                return
+
+
+def _names(base: tuple[str, ...]) -> tuple[str, ...]:
+    """What the parameter of a flat state may be called, the longest name first."""
+    steps = [step for step in base if step and step != "*" and not _CHUNK.fullmatch(step)]
+    while steps and steps[-1] == "param":
+        steps.pop()
+    return tuple(".".join(steps[at:]) for at in range(len(steps)))
+
+
+def _flat_betas(files: list[tuple[str, Layout]]) -> dict[str, object]:
+    """What flat groups of parameters (`param_groups.NAME.betas`) say, the first for all."""
+    found: dict[str, object] = {}
+    for _, layout in files:
+        for _, node in walk(layout.tree):
+            if isinstance(node, dict):
+                for key, value in node.items():
+                    if isinstance(key, str) and key.startswith("param_groups."):
+                        found.setdefault(key.rpartition(".")[2], value)
+    return found
+
+
+def has_moment_name(found: Found) -> bool:
+    """Whether a tensor's name says that it is state of an optimizer: no weight is called so."""
+    steps = _CHUNK.sub("", found.name).split(".")
+    return any(step in _FLAT for step in steps)
