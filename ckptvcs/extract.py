@@ -26,6 +26,7 @@ from ckptvcs.checkpoint.emit import (
     zip_records,
 )  # fmt: skip
 from ckptvcs.checkpoint.layout import Found, Layout
+from ckptvcs.checkpoint.links import within
 from ckptvcs.checkpoint.pickles import TensorRef, walk
 from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.checkpoint.torchfile import ref_dtype
@@ -118,8 +119,8 @@ class PartReader:
     # -- states --------------------------------------------------------------------------------
 
     def state(self) -> object:
-        """What was committed: the object of a file; for a directory a dict of these by path,
-        with bytes for files that are no checkpoints.
+        """What was committed: the object of a file; for a directory a dict of these by path, those
+        of links that lead to them included, with bytes for files that are no checkpoints.
         """
         files = [file for file in self._restorer.commit.files if file.skeleton is not None]
         states: dict[str, Any] = {}
@@ -141,7 +142,11 @@ class PartReader:
                 states[file.path] = b"".join(parts)
             else:
                 states[file.path] = self._filled(layout, by_key, file.path)
-        return states if self._restorer.commit.source == "directory" else states[files[0].path]
+        if self._restorer.commit.source != "directory":
+            return states[files[0].path]
+        links = {f.path: f.link for f in self._restorer.commit.files if f.link is not None}
+        found = {path: within(path, links.get) for path in links}
+        return states | {path: states[to] for path, to in found.items() if to in states}
 
     def _filled(self, layout: Layout, numbers: Mapping[str, int], path: str) -> object:
         try:

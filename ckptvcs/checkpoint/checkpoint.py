@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptvcs.checkpoint import distcp, safetensors, torchlegacy, torchzip
@@ -23,6 +23,8 @@ from ckptvcs.checkpoint.layout import (
     pieces,
     unreadable,
 )  # fmt: skip
+from ckptvcs.checkpoint.links import follow
+from ckptvcs.checkpoint.links import notes as links_notes
 from ckptvcs.checkpoint.notes import notes, why_raw
 from ckptvcs.checkpoint.pickles import walk
 from ckptvcs.checkpoint.roles import Names, Rule, assign_roles
@@ -68,7 +70,8 @@ class Checkpoint:
     `kind` is `file`, `directory` or `state`; `places` gives the file and offset of each tensor of
     `schema`; `step` is what the checkpoint itself says; `rules` what the optimizer of a moment (by
     its position in the schema) does with it; `directory` where it was listed, and without what;
-    `notes` what of it was not understood.
+    `followed` which files are those that links lead to, and where; `notes` what of it was not
+    understood.
     """
 
     kind: str
@@ -79,6 +82,7 @@ class Checkpoint:
     step: int | None
     rules: Mapping[int, Rule]
     directory: tuple[Path, Path | None] | None = None
+    followed: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -97,8 +101,21 @@ class Checkpoint:
         root, skip = self.directory
         known: dict[str, str | None] = {file.path: _FILE for file in self.files}
         known |= {link.path: link.target for link in self.links}
-        if {name: _kind(entry) for name, entry in _entries(root, skip)} != known:
+        found = {name: self._kind(name, entry) for name, entry in _entries(root, skip)}
+        if found != known:
             raise changed_while_read(root)
+
+    def _kind(self, name: str, entry: os.DirEntry[str]) -> str | None:
+        """What an entry of the directory is: what a link leads to, None for a directory."""
+        if not entry.is_symlink():
+            return None if entry.is_dir(follow_symlinks=False) else _FILE
+        try:
+            if name in self.followed:
+                real = os.path.realpath(entry.path, strict=True)
+                return _FILE if real == str(self.followed[name]) else ""
+            return str(Path(entry.path).readlink())
+        except OSError:
+            return ""
 
 
 def open_checkpoint(
@@ -172,6 +189,8 @@ def _open_directory(
 ) -> Checkpoint:
     parsed: list[distcp.Parsed] = []
     links: list[InputLink] = []
+    followed: dict[str, Path] = {}
+    real = root.resolve()
     for name, entry in _entries(root, skip):
         if entry.name in _INCOMPLETE and not raw:
             raise InvalidInputError(f"{root} is incomplete: it holds {entry.name}")
@@ -179,15 +198,20 @@ def _open_directory(
             status = entry.stat(follow_symlinks=False)
         except OSError as error:
             raise unreadable(Path(entry.path), error) from error
-        if entry.is_symlink():
+        target = follow(name, real, skip) if entry.is_symlink() else None
+        if entry.is_symlink() and target is None:
             links.append(
                 InputLink(name, str(Path(entry.path).readlink()), 0o777, status.st_mtime_ns)
             )
         elif entry.is_dir(follow_symlinks=False):
             mode = stat.S_IMODE(status.st_mode)
             links.append(InputLink(name, None, mode, status.st_mtime_ns))
-        elif entry.is_file(follow_symlinks=False):
-            source = FileSource(Path(entry.path))
+        elif target is not None or entry.is_file(follow_symlinks=False):
+            path = Path(entry.path)
+            source = FileSource(path, at=path)
+            if target is not None:
+                followed[name] = target.path
+                source = FileSource(path, at=target.path, then=target.status)
             with source:
                 plain = raw or name.endswith(distcp.SUFFIX)
                 layout = _parse(source, plain)
@@ -204,8 +228,13 @@ def _open_directory(
             f"{root} is incomplete: it holds shards and no .metadata",
             hint="commit it again once it is complete",
         )
+    unfollowed = [link.path for link in links if link.target is not None]
+    hidden = tuple(links_notes(unfollowed, real, skip))
     if not parsed:
-        raise InvalidInputError(f"{root} holds no files")
+        raise InvalidInputError(
+            f"{root} holds no files" + ("" if not hidden else f" but {hidden[0]}"),
+            hint=f"commit a copy without links: cp -rL {root} COPY" if hidden else None,
+        )
     if shards and not raw:
         unread = Layout("raw", [], problem=".metadata does not tell what is in it")
         parsed = [
@@ -216,7 +245,8 @@ def _open_directory(
             if name.endswith(distcp.SUFFIX) and layout.format == "raw":
                 layout.problem = unread.problem
     made = build("directory", parsed, links, names_of_parameters)
-    return replace(made, directory=(root, skip))
+    said = (*made.notes, *hidden)
+    return replace(made, directory=(root, skip), followed=followed, notes=said)
 
 
 def build(
@@ -270,16 +300,6 @@ def build(
 
 
 _FILE = "/"  # no link leads to this: it is told from those that do
-
-
-def _kind(entry: os.DirEntry[str]) -> str | None:
-    """What an entry of a directory is: what a link leads to, None for a directory."""
-    if entry.is_symlink():
-        try:
-            return str(Path(entry.path).readlink())
-        except OSError:
-            return ""
-    return None if entry.is_dir(follow_symlinks=False) else _FILE
 
 
 def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:

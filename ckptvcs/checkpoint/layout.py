@@ -7,6 +7,7 @@ a writer of its own to come back.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -57,23 +58,41 @@ class FileSource(Source):
     is for one thread, it stays open.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.stat = self._stat()
+    def __init__(self, path: Path, *, at: Path | None = None, then: Any = None) -> None:
+        """`path` is what errors call it.  With `at` it is read there, and there must be no link;
+        `then` is what was found there.
+
+        Raises:
+            NotFoundError, InvalidInputError: it cannot be looked at.
+        """
+        self.path, self._at = path, at or path
+        self._follows = at is None
+        self.stat: os.stat_result = then or self._stat()
         self.size = self.stat.st_size
         self._file: BinaryIO | None = None
 
     def _stat(self) -> os.stat_result:
         try:
-            return self.path.stat()
+            return self._at.stat(follow_symlinks=self._follows)
         except OSError as error:
             raise unreadable(self.path, error) from error
 
+    def _open(self) -> BinaryIO:
+        """The file that was looked at: another one may have taken its name, or a pipe."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe would wait for its writer
+        flags |= 0 if self._follows else os.O_NOFOLLOW
+        file = os.fdopen(os.open(self._at, flags), "rb", buffering=0)
+        now = os.fstat(file.fileno())
+        if (now.st_dev, now.st_ino) != (self.stat.st_dev, self.stat.st_ino):
+            file.close()
+            raise changed_while_read(self.path)
+        return file
+
     def __enter__(self) -> FileSource:
         try:
-            self._file = self.path.open("rb", buffering=0)
+            self._file = self._open()
         except OSError as error:
-            raise unreadable(self.path, error) from error
+            raise self._refused(error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,12 +105,17 @@ class FileSource(Source):
             return self._read(self._file.fileno(), offset, length)
         # Threads read at the same time, so each read has a descriptor of its own.
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with self._open() as file:
                 return self._read(file.fileno(), offset, length)
         except FileNotFoundError as error:
             raise changed_while_read(self.path) from error  # it was there to be looked at
         except OSError as error:
-            raise unreadable(self.path, error) from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> CkptError:
+        if error.errno == errno.ELOOP and not self._follows:  # it has become a link
+            return changed_while_read(self.path)
+        return unreadable(self.path, error)
 
     def _read(self, descriptor: int, offset: int, length: int) -> bytes:
         parts = []
@@ -110,7 +134,7 @@ class FileSource(Source):
     def check_unchanged(self) -> None:
         """Raises InvalidInputError where the file was written since it was first looked at."""
         try:
-            now, then = self.path.stat(), self.stat
+            now, then = self._at.stat(follow_symlinks=self._follows), self.stat
         except OSError as error:
             raise changed_while_read(self.path) from error
         # Times may be set to what they were; that sets the time of the last change of all.
