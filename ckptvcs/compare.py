@@ -22,7 +22,7 @@ from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.floats import to_float64
+from ckptvcs.floats import in_our_order, numbers_of, to_float64
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry
@@ -230,19 +230,21 @@ class _Side:
     def words(self, numbers: Sequence[int]) -> Generator[Words, None, None]:
         """The words of some stored tensors, one after another; of one alone slice after slice."""
         if len(numbers) == 1:
-            word = word_type(self.infos[numbers[0]].type.word)
+            info = self.infos[numbers[0]]
             for block in self.restorer.blocks(numbers[0]):
-                yield np.frombuffer(block, word)
+                yield in_our_order(np.frombuffer(block, word_type(info.type.word)), info)
             return
         for number, octets in self.restorer.tensors(list(numbers)):
-            yield octets.view(word_type(self.infos[number].type.word))
+            info = self.infos[number]
+            yield in_our_order(octets.view(word_type(info.type.word)), info)
 
     def small(self, number: int) -> Words:
         """All words of a tensor that is small on one side at least."""
-        word = word_type(self.infos[number].type.word)
-        if self.infos[number].inline:
-            return np.frombuffer(self._inline.get(number, b""), word)
-        return self.restorer.tensor(number).view(word)
+        info = self.infos[number]
+        word = word_type(info.type.word)
+        if info.inline:
+            return in_our_order(np.frombuffer(self._inline.get(number, b""), word), info)
+        return in_our_order(self.restorer.tensor(number).view(word), info)
 
 
 Pair = tuple[int, int]
@@ -302,11 +304,12 @@ def _match(a: _Side, b: _Side) -> _Match:
             continue
         pair = number, b.numbers[key]
         one, other = a.infos[pair[0]], b.infos[pair[1]]
+        alike = one.order == other.order
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             found.reshaped.append((one, other))
-        elif not one.words or (same := a.is_same(pair[0], b, pair[1])):
+        elif not one.words or (same := alike and a.is_same(pair[0], b, pair[1])):
             found.unchanged.append(one)
-        elif a.content(pair[0]) == b.content(pair[1]) is not None:
+        elif alike and a.content(pair[0]) == b.content(pair[1]) is not None:
             found.indistinct.append(
                 Indistinct(one, a.is_near(pair[0]), b.is_near(pair[1]), same is False)
             )

@@ -31,10 +31,11 @@ from ckptvcs.checkpoint.pickles import TensorRef, walk
 from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.checkpoint.torchfile import ref_dtype
 from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD
-from ckptvcs.codec.words import word_type
+from ckptvcs.codec.words import octets, word_type
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
-from ckptvcs.history.schema import Schema, View
+from ckptvcs.floats import in_our_order
+from ckptvcs.history.schema import LITTLE, Schema, View
 from ckptvcs.restore import Restorer
 from ckptvcs.store.disk import storage_error
 
@@ -76,6 +77,7 @@ class PartReader:
         self._restorer = restorer
         self.schema = restorer.schema
         self._decoded: dict[int, Bytes] = {}
+        self._plain: dict[int, Bytes] = {}  # of those that are stored in another order
 
     @cached_property
     def _inline(self) -> dict[int, bytes]:
@@ -94,12 +96,28 @@ class PartReader:
     def _blocks(self, number: int) -> Iterator[bytes | memoryview]:
         if number < 0:
             return iter(())
-        if self.schema.tensors[number].inline:
-            return iter([self._inline.get(number, b"")])
-        return self._restorer.blocks(number)
+        info = self.schema.tensors[number]
+        if info.inline:
+            blocks: Iterator[bytes | memoryview] = iter([self._inline.get(number, b"")])
+        else:
+            blocks = self._restorer.blocks(number)
+        if info.order == LITTLE:
+            return blocks
+        word = word_type(info.type.word)
+        return (octets(in_our_order(np.frombuffer(block, word), info)) for block in blocks)
+
+    def plain(self, number: int) -> Bytes:
+        """All bytes of a tensor, the same array each time, its numbers in our order."""
+        if number < 0 or self.schema.tensors[number].order == LITTLE:
+            return self.raw(number)
+        if number not in self._plain:
+            info = self.schema.tensors[number]
+            words = self.raw(number).view(word_type(info.type.word))
+            self._plain[number] = in_our_order(words, info).view(np.uint8)
+        return self._plain[number]
 
     def raw(self, number: int) -> Bytes:
-        """All bytes of a tensor, the same array each time."""
+        """All bytes of a tensor as they are stored, the same array each time."""
         if number < 0:
             return np.empty(0, np.uint8)
         if number not in self._decoded:
@@ -150,7 +168,9 @@ class PartReader:
 
     def _filled(self, layout: Layout, numbers: Mapping[str, int], path: str) -> object:
         try:
-            return fill(layout.tree, lambda ref: self.raw(numbers[ref.storage.key]), layout.arrays)
+            return fill(
+                layout.tree, lambda ref: self.plain(numbers[ref.storage.key]), layout.arrays
+            )
         except CkptError:
             raise
         except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -166,7 +186,7 @@ class PartReader:
         for found, number in tensors:
             shape = _possible(found.name, found.shape)
             view = View(found.name, found.dtype, 0, shape, row_major(shape))
-            state[found.key] = make_tensor(self.raw(number), view, array=False)
+            state[found.key] = make_tensor(self.plain(number), view, array=False)
         return state
 
     def tensors(self, wanted: Mapping[str, Window]) -> dict[str, Any]:
@@ -175,7 +195,7 @@ class PartReader:
             _possible(name, view.shape)
         self.decode_ahead(number for number, _ in wanted.values())
         return {
-            name: make_tensor(self.raw(number), view, array=name in self._arrays)
+            name: make_tensor(self.plain(number), view, array=name in self._arrays)
             for name, (number, view) in wanted.items()
         }
 
@@ -341,7 +361,7 @@ class PartReader:
         info, size = self.schema.tensors[number], DTYPES[view.dtype].size
         if math.prod(view.shape) * size > max(_MAX_WINDOW, info.size_bytes):
             raise InvalidInputError(f"{view.name} repeats its elements too often to be written out")
-        flat = self.raw(number)
+        flat = self.plain(number)
         cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
         strides = tuple(step * size for step in view.stride)
         _possible(view.name, view.shape)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from ckptvcs.codec.words import Words, to_float32
 from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.schema import BIG, UNKNOWN, TensorInfo
 
 Floats = NDArray[np.float64]
 
@@ -30,6 +32,20 @@ _MINIFLOATS = {
 def numbers_of(dtype: str) -> int:
     """How many numbers one element is."""
     return 2 if dtype in _PARTS or dtype == "F4" else 1
+
+
+def in_our_order(words: Words, info: TensorInfo) -> Words:
+    """The words of a tensor as little-endian ones.
+
+    Raises:
+        InvalidInputError: nobody knows in which order they are.
+    """
+    if info.order == UNKNOWN:
+        raise InvalidInputError(
+            f"{info.name} is of a big-endian machine, and its file does not say how it is stored",
+            hint="'ckpt checkout' gives the file back",
+        )
+    return words.byteswap() if info.order == BIG else words
 
 
 def to_float64(words: Words, dtype: str) -> Floats:

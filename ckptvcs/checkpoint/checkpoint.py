@@ -27,9 +27,9 @@ from ckptvcs.checkpoint.links import follow
 from ckptvcs.checkpoint.links import notes as links_notes
 from ckptvcs.checkpoint.notes import notes, why_raw
 from ckptvcs.checkpoint.pickles import walk
-from ckptvcs.checkpoint.roles import Names, Rule, assign_roles
+from ckptvcs.checkpoint.roles import OTHER, Names, Role, Rule, assign_roles
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.history.schema import Schema, TensorInfo
+from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
 
 _INCOMPLETE = ("checkpoint-is-incomplete.txt",)
 MAX_NESTING = 200
@@ -272,11 +272,14 @@ def build(
     for file_number, (path, source, layout, status) in enumerate(parsed):
         first = len(infos)
         prefix = f"{path}:" if several else ""
-        for found, role in zip(layout.tensors, roles[file_number], strict=True):
-            pair = None if role.pair is None else numbers[id(role.pair)]
+        for found, known in zip(layout.tensors, roles[file_number], strict=True):
+            # Whatever codes with loss reads numbers in one order.
+            role = known if found.order == LITTLE else Role(known.part, OTHER)
+            paired = role.pair is not None and role.pair.order == LITTLE
             infos.append(TensorInfo(
                 prefix + found.name + found.part, found.dtype, found.shape, role.part, role.role,
-                found.inline, pair, tuple(found.views), role.evidence,
+                found.inline, numbers[id(role.pair)] if paired else None, tuple(found.views),
+                role.evidence, found.order,
             ))  # fmt: skip
             if role.rule is not None:
                 rules[len(places)] = role.rule

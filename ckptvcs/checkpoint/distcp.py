@@ -138,6 +138,7 @@ def _parse(
         if inner is None:
             continue
         first = len(layout.tensors)
+        layout.remarks = layout.remarks or inner.remarks
         for found in inner.tensors:
             found.offset += item.offset
             found.key = f"{number}/{found.key}"

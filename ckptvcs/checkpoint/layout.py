@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
-from ckptvcs.history.schema import View
+from ckptvcs.history.schema import LITTLE, View
 
 INLINE_ELEMENTS = 128
 """Tensors of fewer elements stand in the skeleton, always exact."""
@@ -162,7 +162,7 @@ class Found:
     """A stored tensor in a file: its payload's place, and what is known of it.
 
     `key` is what the file calls it: a storage's key, or a tensor's name in safetensors; `part`
-    which part of a tensor it is, that other files have the rest of.
+    which part of a tensor it is, that other files have the rest of; `order` that of its bytes.
     """
 
     name: str
@@ -173,6 +173,7 @@ class Found:
     key: str = ""
     views: list[View] = field(default_factory=list)
     part: str = ""
+    order: str = LITTLE
 
     @property
     def inline(self) -> bool:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from ckptvcs.checkpoint.layout import Found
 from ckptvcs.checkpoint.pickles import TensorRef, walk
 from ckptvcs.dtypes import DTYPES
-from ckptvcs.history.schema import View
+from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN, View
+from ckptvcs.sizes import size
 
 _STORAGE_TYPES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -65,6 +66,22 @@ def _row_major(ref: TensorRef) -> bool:
             return False
         expected *= length
     return True
+
+
+def set_order(tensors: Iterable[Found], order: str) -> str | None:
+    """Note of tensors that their file has them in another order of bytes than ours; what is to be
+    said of them.  Where the words of a storage are not known, nor is what it holds.
+    """
+    size_bytes = 0
+    for found in tensors:
+        types = {found.dtype, *(view.dtype for view in found.views)}
+        if order != LITTLE and any(DTYPES[dtype].word > 1 for dtype in types):
+            found.order = order if DTYPES[found.dtype].word > 1 else UNKNOWN
+            size_bytes += found.size
+    if not size_bytes:
+        return None
+    how = "big-endian numbers" if order == BIG else "numbers in an unknown order of bytes"
+    return f"{how}; {size(size_bytes)} of tensors stored exactly, not near"
 
 
 def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:

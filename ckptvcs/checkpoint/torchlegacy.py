@@ -15,8 +15,9 @@ from typing import Any
 
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, StorageRef, TensorRef, read_pickle, walk
-from ckptvcs.checkpoint.torchfile import Storage, storage_dtype, stored_tensors
+from ckptvcs.checkpoint.torchfile import Storage, set_order, storage_dtype, stored_tensors
 from ckptvcs.dtypes import DTYPES
+from ckptvcs.history.schema import LITTLE, UNKNOWN
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -118,7 +119,7 @@ def parse(file: Source) -> Layout | None:
         return None
     pickles = stream(file)
     try:
-        magic, protocol, _, tree, keys = _pickles(file, pickles)
+        magic, protocol, system, tree, keys = _pickles(file, pickles)
     except pickle.UnpicklingError:
         return None
     if (magic, protocol) != (_MAGIC, _PROTOCOL):
@@ -138,4 +139,9 @@ def parse(file: Source) -> Layout | None:
             return None
         storages.append(Storage(key, at + 8, size))
         at += 8 + size
-    return Layout("torch-legacy", stored_tensors(storages, tree), tree=tree)
+    tensors = stored_tensors(storages, tree)
+    # torch itself writes the same bytes on every machine; what other programs do is not known.
+    little = not isinstance(system, dict) or system.get("little_endian", True) is True
+    remark = set_order(tensors, LITTLE if little else UNKNOWN)
+    remarks = () if remark is None else (remark,)
+    return Layout("torch-legacy", tensors, tree=tree, remarks=remarks)

@@ -19,7 +19,8 @@ from enum import Enum
 
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source, overlap
 from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, read_pickle
-from ckptvcs.checkpoint.torchfile import Storage, stored_tensors
+from ckptvcs.checkpoint.torchfile import Storage, set_order, stored_tensors
+from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN
 
 _END = struct.Struct("<4sHHHHIIH")
 _END64 = struct.Struct("<4sQHHIIQQQQ")
@@ -192,6 +193,7 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
     if len({storage.key for storage in storages}) < len(storages):
         return None  # all tensors of a key would be seen in each of its storages
     tensors = stored_tensors(storages, tree)
+    remark = set_order(tensors, _order(file, entries))
     marks = []
     for number, (entry, storage) in enumerate(zip(sums, storages, strict=True)):
         if (
@@ -209,7 +211,20 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
         descriptor = b"PK\x07\x08" + crc
         if after + 8 <= file.size and file.read(after, 8) == descriptor:
             marks.append(Checksum(after + 4, number))
-    return Layout("torch-zip", tensors, marks, tree, arrays, problem)
+    remarks = () if remark is None else (remark,)
+    return Layout("torch-zip", tensors, marks, tree, arrays, problem, remarks)
+
+
+def _order(file: Source, entries: list[_Entry]) -> str:
+    """The order of bytes in the words of a file: that of the machine that wrote it."""
+    said = set()
+    for entry in entries:
+        start = _payload(file, entry)
+        if entry.name.partition("/")[2] == "byteorder" and start is not None:
+            plain = entry.method == 0 and entry.size in (len(BIG), len(LITTLE))
+            text = file.read(start, entry.size) if plain else b""
+            said.add(text.decode("latin1") if text in (b"big", b"little") else UNKNOWN)
+    return LITTLE if not said else said.pop() if len(said) == 1 else UNKNOWN
 
 
 def why_not(file: Source) -> str:

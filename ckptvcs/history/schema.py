@@ -17,6 +17,7 @@ from ckptvcs.dtypes import DTYPES, DType
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.canonical import Record, dump, load
 
+LITTLE, BIG, UNKNOWN = "little", "big", "unknown"
 _LENGTH = struct.Struct("<I")
 _MAX_DIMS = 64
 _MAX_NUMBER = 1 << 44  # of elements, and of what an offset or a stride may be
@@ -51,7 +52,8 @@ class TensorInfo:
     `evidence` says how its role is known, where it has one (`checkpoint/roles.py`).
     `inline` tensors are so small that their bytes stand in the skeleton.  `pair` is the position
     in the schema of the weight that a moment belongs to.  `views` are the windows on it where
-    these are more than the tensor itself under its own name.
+    these are more than the tensor itself under its own name.  `order` is that of the bytes in its
+    words: `little`, `big`, or `unknown`.
     """
 
     name: str
@@ -63,6 +65,7 @@ class TensorInfo:
     pair: int | None = None
     views: tuple[View, ...] = ()
     evidence: str = ""
+    order: str = LITTLE
 
     @property
     def type(self) -> DType:
@@ -116,6 +119,8 @@ def _tensor_fields(info: TensorInfo) -> dict[str, object]:
              "shape": list(view.shape), "stride": list(view.stride)}
             for view in info.views
         ]  # fmt: skip
+    if info.order != LITTLE:
+        fields["order"] = info.order
     return fields
 
 
@@ -141,9 +146,12 @@ def _load_tensor(record: Record) -> TensorInfo:
         record.text("name"), record.text("dtype"), _load_shape(record, "shape"),
         record.text("part"), record.text("role"), record.flag("inline"),
         record.optional_integer("pair"), views, record.optional_text("evidence") or "",
+        record.text("order") if record.has("order") else LITTLE,
     )  # fmt: skip
     if info.dtype not in DTYPES or info.part not in ("model", "optimizer", "rest"):
         raise CorruptionError(f"a schema holds a tensor of unknown kind: {info.name!r}")
+    if info.order not in (LITTLE, BIG, UNKNOWN):
+        raise CorruptionError(f"a schema holds a tensor of unknown order: {info.name!r}")
     for view in views:
         known = DTYPES.get(view.dtype)
         if known is None or not view.fits(info.size_bytes // known.size):
