@@ -26,7 +26,7 @@ from ckptvcs.floats import in_our_order, numbers_of, to_float64
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry
-from ckptvcs.history.schema import TensorInfo
+from ckptvcs.history.schema import BIG, TensorInfo
 from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 from ckptvcs.sums import Sums, sum_up
@@ -400,7 +400,8 @@ def all_finite(catalog: Catalog, restorer: Restorer, known: set[bytes]) -> bool:
     stored = []
     for number in side.numbers.values():
         info, content = side.infos[number], side.content(number)
-        if info.role != WEIGHT or not info.words or content in known:
+        # Weights in another order of bytes have no role.
+        if (info.role != WEIGHT and info.order != BIG) or not info.words or content in known:
             continue
         if not info.inline:
             stored.append((number, number))

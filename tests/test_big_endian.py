@@ -173,3 +173,14 @@ def test_moments_and_weights_of_such_files_are_not_near(tmp_path: Path) -> None:
     wide = [info for info in made.schema.tensors if info.type.word > 1]
     assert {(info.order, info.role, info.pair) for info in wide} == {("big", "other", None)}
     assert not made.rules
+
+
+def test_a_search_for_nan_sees_their_numbers(tmp_path: Path) -> None:
+    from ckptvcs.compare import all_finite
+
+    repo, weight = Repo.init(tmp_path / "repo"), torch.ones(50, 50)
+    for step, value in enumerate([1.0, float("nan")], start=1):
+        weight[3, 4] = value
+        save_big({"model": {"w": weight}}, tmp_path / "a.pt")
+        made = repo.commit_path(tmp_path / "a.pt", message="", step=step)
+        assert all_finite(repo.catalog, repo.restorer(made.id), set()) == (step == 1)

@@ -36,3 +36,12 @@ def test_a_commit_waits_for_gc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with exclusive(where.repo.catalog.store.backend), pytest.raises(BusyError):
         where.commit(tmp_path / "a.dat", step=4, metrics={})
     assert len(tries) == 3 + leases._TRIES
+
+
+def test_what_is_not_understood_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "optimizer.pt").write_bytes(b"\x80no pickle" * 1000)
+    target.Target(tmp_path, None).commit(tmp_path / "run", step=1, metrics={})
+    (record,) = caplog.records
+    assert record.name == "ckptvcs"
+    assert record.message.startswith("run: optimizer.pt: not readable as tensors (")

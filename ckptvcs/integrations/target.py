@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.repo import Repo
 from ckptvcs.store.leases import patiently
 from ckptvcs.store.object import ObjectId
+
+_log = logging.getLogger("ckptvcs")
 
 Where = str | os.PathLike[str] | Repo
 """A repository, or where one is to be opened, or made if there is none."""
@@ -62,11 +65,15 @@ class Target:
         self, path: Path, *, step: int | None, metrics: Mapping[str, float],
         names: Names | None = None,
     ) -> Result:  # fmt: skip
-        """Commit a checkpoint that is complete, when no gc sweeps any more.
+        """Commit a checkpoint that is complete, when no gc sweeps any more; notes about it are
+        logged.
 
         Raises:
             CkptError: it cannot be committed; BusyError if gc sweeps for as long as a minute.
         """
-        return patiently(lambda: self.repo.commit_path(
+        made = patiently(lambda: self.repo.commit_path(
             path, message=path.name, step=step, metrics=metrics, codec=self.codec, names=names
         ))  # fmt: skip
+        for note in made.notes:
+            _log.warning("%s: %s", path.name, note)
+        return made
