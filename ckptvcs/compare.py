@@ -22,7 +22,7 @@ from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.floats import in_our_order, numbers_of, to_float64
+from ckptvcs.floats import in_our_order, to_float64
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry

@@ -42,7 +42,7 @@ def assert_sound(repo: Repo) -> None:
         assert base.is_sound()
         for tensor, info in enumerate(base._infos):
             for number, _ in enumerate(slice_counts(info.words)):
-                assert base.slice(tensor, number) is not None
+                assert base.slice(tensor, number, info.type.word) is not None
     report = repo.verify()
     assert not report.damage
     assert not report.discarded

@@ -91,7 +91,7 @@ def _is_pickle(source: Source) -> bool:
             return False
         return True
     try:  # the first protocols have no mark of their own: text may look like one
-        read_pickle(torchlegacy.stream(source), source.size, 0)
+        read_pickle(torchlegacy.stream(source), source.size)
     except pickle.UnpicklingError:
         return False
     return True
