@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckptvcs.checkpoint import torchzip
+from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
@@ -73,12 +75,20 @@ def mean_weights(
     wanted = _weights(last)
     sums = {name: np.zeros(last.tensors[n].words, np.float64) for name, n in wanted.items()}
 
+    @cache
+    def numbers_in(schema: ObjectId) -> dict[str, int]:
+        """The weights of another schema, by the names that they have in the last one."""
+        numbers = _weights(catalog.schema(schema))
+        return {new: numbers[old] for new, old in alike(list(numbers), list(wanted)).items()}
+
     def choose(schema: ObjectId) -> Mapping[str, Window]:
-        found, numbers = windows(catalog.schema(schema)), _weights(catalog.schema(schema))
-        return {name: (numbers[name], found[name][1]) for name in wanted if name in numbers}
+        found = windows(catalog.schema(schema))
+        infos = catalog.schema(schema).tensors
+        return {name: (number, found[infos[number].name][1])
+                for name, number in numbers_in(schema).items()}  # fmt: skip
 
     for name, reader in Trajectory(catalog, choose).readers(names):
-        infos, numbers = reader.schema.tensors, _weights(reader.schema)
+        infos, numbers = reader.schema.tensors, numbers_in(catalog.commit(name).schema)
         for weight, total in sums.items():
             info, number = last.tensors[wanted[weight]], numbers.get(weight)
             here = None if number is None else infos[number]

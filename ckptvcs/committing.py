@@ -18,12 +18,13 @@ import getpass
 import re
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptvcs.attempt import Attempt, within_bounds
 from ckptvcs.bases import HeldBase
+from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.config import Config
@@ -340,7 +341,9 @@ class Committer:
         return within_bounds(first, encode)
 
     def _has_other_weights(self, checkpoint: Checkpoint, base: Commit) -> bool:
-        return _weights(self._catalog.schema(base.schema)) != _weights(checkpoint.schema)
+        old, new = self._catalog.schema(base.schema), checkpoint.schema
+        names = alike([info.name for info in old.tensors], [info.name for info in new.tensors])
+        return _weights(old, {}) != _weights(new, names)
 
     def starts_keyframe(self, parent: ObjectId | None) -> bool:
         """Whether the chain that ends at `parent` is as deep, or as heavy, as is allowed."""
@@ -373,12 +376,16 @@ class Committer:
         for recipe in encoded.recipes:
             self._put(pack, Kind.RECIPE, dump_recipe(recipe))
         old = {file.path: file.skeleton for file in base.files} if base else {}
+        same = alike(list(old), [file.path for file in checkpoint.files])
         if len(old) == len(checkpoint.files) == 1:  # step1000.pt, then step2000.pt
-            old = dict.fromkeys([checkpoint.files[0].path], *old.values())
+            same = dict.fromkeys([checkpoint.files[0].path], *old)
         files = [
             FileEntry(
                 file.path, file.source.size, digest, file.mode, file.mtime_ns, file.format,
-                self._put(pack, Kind.SKELETON, skeleton_of(checkpoint, file), old.get(file.path)),
+                self._put(
+                    pack, Kind.SKELETON, skeleton_of(checkpoint, file),
+                    old.get(same.get(file.path, "")),
+                ),
             )
             for file, digest in zip(checkpoint.files, file_hashes, strict=True)
         ]  # fmt: skip
@@ -462,10 +469,12 @@ def skeleton_of(checkpoint: Checkpoint, file: InputFile) -> bytes:
     return dump_skeleton(segments, bytes(literals))
 
 
-def _weights(schema: Schema) -> set[tuple[str, str, tuple[int, ...]]]:
-    """What the weights are called, and how large they are."""
+def _weights(
+    schema: Schema, names: Mapping[str, str]
+) -> set[tuple[str, str, tuple[int, ...]]]:  # fmt: skip
+    """What the weights are called, or others call them, and how large they are."""
     infos = (schema.tensors[number] for number in schema.stored("model"))
-    return {(info.name, info.dtype, info.shape) for info in infos}
+    return {(names.get(info.name, info.name), info.dtype, info.shape) for info in infos}
 
 
 def _user() -> str:

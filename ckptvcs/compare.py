@@ -18,6 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ckptvcs.checkpoint.alike import pair_names
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, word_type
@@ -168,6 +169,13 @@ class _Side:
                 if catalog.store.contains(original):
                     values = catalog.all_values(original, len(stored))
                     self._originals |= zip(stored, values, strict=True)
+
+    def name_as(self, other: _Side) -> None:
+        """Look for tensors under the names that they have on another side."""
+        old, new = ([name for _, name, _ in side.numbers] for side in (other, self))
+        names = pair_names(old, new)
+        self.numbers = {(part, names.get(name, name), count): number
+                        for (part, name, count), number in self.numbers.items()}  # fmt: skip
 
     @property
     def size_bytes(self) -> int:
@@ -355,6 +363,7 @@ def compare(
     left, right = _Side(catalog, a[1], parts), _Side(catalog, b[1], parts)
     if only is not None and not left.numbers and not right.numbers:
         raise NotFoundError(f"neither {a[0].id[:8]} nor {b[0].id[:8]} has a part '{only}'")
+    right.name_as(left)
     match = _match(left, right)
     tensors: dict[Pair, Sums] = {}
     total = Sums()

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ckptvcs.attempt import Attempt, TooCoarse
 from ckptvcs.bases import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
 from ckptvcs.chain import ChainReader, Materialised
+from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec import loops
@@ -124,9 +125,9 @@ class Encoder:
         self._catalog, self._chain = catalog, ChainReader(catalog, self._materials.get)
         self._cache, self._held, self._spec = cache, held, spec
         self._keyframe, self._bound, self._progress = keyframe, attempt.bound, progress
-        self._base_parts = {} if base is None else self._load_base(base)
         self._checkpoint, self._hashes = checkpoint, hashes
         self._infos = checkpoint.schema.tensors
+        self._base_parts = {} if base is None else self._load_base(base)
         self._numbers = {name: checkpoint.schema.stored(name) for name in PARTS}
         self._position = {
             number: position
@@ -160,6 +161,7 @@ class Encoder:
 
     def _load_base(self, base: Commit) -> dict[str, _BasePart]:
         schema = self._catalog.schema(base.schema)
+        names = alike([t.name for t in schema.tensors], [t.name for t in self._infos])
         parts = {}
         for name, state in base.parts.items():
             there = self._catalog.store.contains(state.values)
@@ -168,6 +170,7 @@ class Encoder:
             infos = [schema.tensors[number] for number in schema.stored(name)]
             hashes = self._catalog.all_values(state.values, len(infos))
             positions = {info.name: (position, info) for position, info in enumerate(infos)}
+            positions |= {new: positions[old] for new, old in names.items() if old in positions}
             held = self._held if name == "model" else None
             self._materials[state.values] = materialised(
                 self._cache, held, state.values, infos, hashes, change=True

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from blake3 import blake3
 
 from ckptvcs.bases import BaseWriter, materialised
 from ckptvcs.chain import ChainReader, Materialised
+from ckptvcs.checkpoint.alike import alike
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.coding.exact import code_again
@@ -46,13 +48,22 @@ class _Table:
     infos: tuple[TensorInfo, ...]
     below: _Table | None
 
-    def find(self, info: TensorInfo) -> int | None:
-        """Where a tensor of the same name, type and shape stands."""
-        wanted = (info.name, info.dtype, info.shape)
-        for position, known in enumerate(self.infos):
-            if (known.name, known.dtype, known.shape) == wanted:
-                return position
-        return None
+    @cached_property
+    def places_below(self) -> dict[str, int]:
+        """Where the tensors of this table stand in the one before it, by their names here."""
+        if self.below is None:
+            return {}
+        places = {info.name: position for position, info in enumerate(self.below.infos)}
+        names = alike(list(places), [info.name for info in self.infos])
+        return {name: places[old] for name, old in names.items()}
+
+    def place_below(self, info: TensorInfo) -> int | None:
+        """Where the tensor stands in the table before this one, of the same type and shape."""
+        place = self.places_below.get(info.name)
+        if place is None or self.below is None:
+            return None
+        known = self.below.infos[place]
+        return place if (known.dtype, known.shape) == (info.dtype, info.shape) else None
 
 
 _Place = tuple[ObjectId | None, int]  # bundle (None: the one being written), frame
@@ -259,7 +270,7 @@ class Rekeyer:
         """Code a tensor against the nearest commit that stays, or by itself."""
         place = self._catalog.place(table.values, position)
         frame = self._catalog.frame_at(*place)
-        below = None if table.below is None else table.below.find(table.infos[position])
+        below = table.place_below(table.infos[position])
         base: tuple[ObjectId, int] | None = None
         depth = 0
         if table.below is not None and below is not None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.chain import ChainReader, Link, Materialised
+from ckptvcs.checkpoint.alike import alike
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
@@ -49,6 +50,7 @@ def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
     """A tensor by its full name, or by the end of it behind a dot or a colon; its full name.
 
     Where several names end so, the one that lacks nothing but a key at the top (`model`) is meant.
+    Where none does, the name of the same tensor at another step will do.
 
     Raises:
         NotFoundError: there is none; the hint has names that are close.
@@ -68,6 +70,9 @@ def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
             f"several tensors are named '{name}'",
             hint=f"one of {', '.join(sorted(ends, key=len)[:_MAX_LISTED])}{more}",
         )
+    same = alike(list(found), [name]).get(name)
+    if same is not None:
+        return same, found[same]
     close = difflib.get_close_matches(name, found, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "'ckpt show --json' lists them"
     raise NotFoundError(f"no tensor is named '{name}'", hint=hint)

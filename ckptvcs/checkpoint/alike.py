@@ -1,0 +1,122 @@
+"""Alike: the same tensor in two commits, where the path of its file holds the step.
+
+DeepSpeed writes `checkpoint-500/global_step500/...`, Megatron `iter_0000500/...`: the names of all
+tensors of a directory differ from commit to commit, and what they hold is the same model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptvcs.checkpoint.conventions import Kind, Number, read_numbers, stem
+from ckptvcs.checkpoint.together import replaced
+
+_COUNTS = (Kind.STEP, Kind.CHECKPOINT, Kind.ATTACHED, Kind.NUMBER, Kind.LOOSE)
+_LEAST_SHARED = 100  # a smaller number without a word may be the step by chance
+_Form = tuple[str, tuple[int, ...]]
+
+
+def alike(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+    """For each name of a tensor (or file) in `new` the name of the same one in `old`: the same
+    name, or else one that differs in nothing but the step, or the epoch, in the path of its file,
+    as `global_step100/model.pt:w` does from `global_step200/model.pt:w`.
+
+    Where several differ so, that of the highest step is meant.
+    """
+    known = set(old)
+    found = {name: name for name in new if name in known}
+    if len(found) < len(set(new)):
+        there: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name, (form, steps) in _forms(old).items():
+            there[form] = max(there.get(form, ((), "")), (steps, name))
+        for name, (form, _) in _forms(new).items():
+            if name not in found and form in there:
+                found[name] = there[form][1]
+    return found
+
+
+def pair_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+    """The same, but each name goes with one other, or with none where several could be meant."""
+    same = set(old) & set(new)
+    found = {name: name for name in same}
+    if len(same) < max(len(set(old)), len(set(new))):
+        sides: tuple[dict[str, list[str]], ...] = (defaultdict(list), defaultdict(list))
+        for side, names in zip(sides, (old, new), strict=True):
+            for name, (form, _) in _forms(names).items():
+                if name not in same:
+                    side[form].append(name)
+        for form, names in sides[1].items():
+            if len(names) == 1 == len(sides[0].get(form, ())):
+                found[names[0]] = sides[0][form][0]
+    return found
+
+
+def _forms(names: Sequence[str]) -> dict[str, _Form]:
+    """Each name with `*` for the steps in the path of its file, and these steps.
+
+    The step of all these names is the one that all paths have that have any; a number that no word
+    calls a step counts as one where it is the same.
+    """
+    paths = {name: name.partition(":")[0] for name in names}
+    numbers = {path: list(_path_numbers(path)) for path in set(paths.values())}
+    sure = [{one.number.value for one in row if one.number.is_sure} for row in numbers.values()]
+    plain = [{one.number.value for one in row if one.counts} for row in numbers.values()]
+    epochs = _shared(
+        {one.number.value for one in row if one.number.kind is Kind.EPOCH}
+        for row in numbers.values()
+    )
+    steps = _shared(sure if any(sure) else plain)
+    folders: dict[int, set[str]] = defaultdict(set)
+    for one in (one for row in numbers.values() for one in row):
+        if one.number.is_sure and one.folder:
+            folders[one.depth].add(one.folder)
+
+    def is_step(one: _Placed) -> bool:
+        number = one.number
+        if number.kind is Kind.EPOCH:
+            return number.value in epochs
+        if number.is_sure and not steps:
+            return True  # there are several steps, in paths of their own
+        by_chance = (any(sure) and not number.is_sure) or len(folders[one.depth]) > 1
+        least = _LEAST_SHARED if by_chance else 0
+        return one.counts and number.value in steps and number.value >= least
+
+    forms: dict[str, _Form] = {}
+    for path, row in numbers.items():
+        found = [one.number for one in row if is_step(one)]
+        forms[path] = replaced(path, found, "*"), tuple(number.value for number in found)
+    return {
+        name: (forms[path][0] + name[len(path) :], forms[path][1]) for name, path in paths.items()
+    }
+
+
+def _shared(values: Iterable[set[int]]) -> set[int]:
+    """What all of these have that have anything."""
+    some = [one for one in values if one]
+    return set.intersection(*some) if some else set()
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A number in a path, how deep it stands there, and the name of the `folder` that it is in."""
+
+    number: Number
+    depth: int
+    folder: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether it may be a step."""
+        return self.number.kind in _COUNTS
+
+
+def _path_numbers(path: str) -> Iterator[_Placed]:
+    at = 0
+    parts = path.split("/")
+    for depth, part in enumerate(parts):
+        folder = part if depth + 1 < len(parts) else ""
+        for one in read_numbers(stem(part)):
+            yield _Placed(Number(at + one.start, at + one.end, one.value, one.kind), depth, folder)
+        at += len(part) + 1
