@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 from ckptvcs.checkout import hash_file
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.folder import Found
 from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.checkpoint.together import is_member
 from ckptvcs.history.commit import Commit
 from ckptvcs.opened import Opened
 from ckptvcs.store.object import ObjectId
@@ -24,6 +26,8 @@ class Contents:
     def __init__(self, repo: Opened) -> None:
         self._repo = repo
         self._commits: dict[Content, ObjectId] = {}
+        self._members: dict[tuple[str, str], set[ObjectId]] = {}  # path and hash, in directories
+        self._member_sizes: set[tuple[str, int]] = set()
         self._sizes: set[int] = set()
         self._content: dict[str, Content] = {}  # of what was read, by its name
         gone = repo.catalog.dropped().parts
@@ -41,22 +45,50 @@ class Contents:
         if content not in self._commits or self._repo.entry(name).exact:
             self._commits[content] = name
         self._sizes.add(commit.raw_bytes)
+        if commit.source == "directory":
+            for file in files:
+                self._members.setdefault((file.path, str(file.hash)), set()).add(name)
+                self._member_sizes.add((file.path, file.size))
 
     def forget(self, name: str) -> None:
         """A file or directory of this name is not what it was."""
         self._content.pop(name, None)
 
     def find(self, found: Found, progress: Progress) -> ObjectId | None:
-        """The commit that holds what is in a file or directory; read only if one may."""
-        if found.size_bytes not in self._sizes:
+        """The commit that holds what is in a file or directory; read only if one may.
+
+        Of files that make a checkpoint together some may be gone by now: a commit that holds the
+        others holds them all.
+        """
+        is_left = self._may_be_left(found)
+        if found.size_bytes not in self._sizes and not is_left:
             return None
         if found.name not in self._content:
             self._content[found.name] = _content(found.kind, dict(self._hashes(found)))
             progress(found.size_bytes)
-        return self._commits.get(self._content[found.name])
+        content = self._content[found.name]
+        known = self._commits.get(content)
+        return self._holder(found, content) if known is None and is_left else known
+
+    def _may_be_left(self, found: Found) -> bool:
+        """Whether it may be what is left of files that were committed together."""
+        if not found.files:
+            size = (found.name, found.size_bytes)
+            return found.kind == "file" and is_member(found.name) and size in self._member_sizes
+        with contextlib.suppress(OSError):
+            sizes = {(name, (found.path / name).stat().st_size) for name in found.files}
+            return sizes <= self._member_sizes
+        return False
+
+    def _holder(self, found: Found, content: Content) -> ObjectId | None:
+        """The commit of a directory that holds some files; one that is exact, if there is any."""
+        pairs = {(found.name, content)} if isinstance(content, str) else content
+        having = set.intersection(*(self._members.get(pair, set()) for pair in pairs))
+        return min(having, key=lambda name: (not self._repo.entry(name).exact, name), default=None)
 
     def _hashes(self, found: Found) -> Iterator[tuple[str, str]]:
-        checkpoint = open_checkpoint(found.path, skip=self._repo.folder.resolve())
+        skip = self._repo.folder.resolve()
+        checkpoint = open_checkpoint(found.path, skip=skip, only=found.files)
         below = found.kind == "directory"
         for file in checkpoint.files:
             path = found.path / file.path if below else found.path

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from ckptvcs.checkpoint.conventions import PART_KEYS, SUFFIXES
 from ckptvcs.checkpoint.emit import (
     Leaf,
     Payload,
@@ -38,14 +39,6 @@ from ckptvcs.floats import in_our_order
 from ckptvcs.history.schema import LITTLE, Schema, View
 from ckptvcs.restore import Restorer
 from ckptvcs.store.disk import storage_error
-
-_TOPS = frozenset({
-    "model", "state_dict", "model_state_dict", "module", "net", "network", "optimizer",
-    "optimizer_state_dict", "optim",
-})  # fmt: skip
-
-SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
-"""Names of files that hold checkpoints end so."""
 
 _NOT_IN_SAFETENSORS = frozenset({"C32", "C128"})
 _MAX_ELEMENTS = 1 << 59  # in bytes no more than 63 bits hold
@@ -388,7 +381,7 @@ def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
         tops = {name.partition(mark)[0] for name, _, _ in rows if mark in name}
         if len(tops) == 1 and all(mark in name for name, _, _ in rows):
             short = [(name.partition(mark)[2], number, view) for name, number, view in rows]
-            if mark == ":" or next(iter(tops)) in _TOPS:
+            if mark == ":" or next(iter(tops)) in PART_KEYS:
                 rows = short
     return rows
 

@@ -148,7 +148,7 @@ class Importer:
         try:
             made = self.repo.commit_path(
                 found.path, message=found.name, step=found.step, codec=self._codec,
-                branch=line.branch, progress=progress,
+                branch=line.branch, files=found.files, progress=progress,
             )  # fmt: skip
         except (InvalidInputError, NotFoundError, CorruptionError) as error:
             item.fail(error)
@@ -247,7 +247,7 @@ class Importer:
                 item.gone.kept = self.why_kept(item, accept_near=accept_near)
                 if item.id is not None and item.gone.kept is None:
                     item.gone = self._keeper.remove(
-                        item.id, item.found.name, originals, progress, accept_near=accept_near
+                        item.id, item.found.top, originals, progress, accept_near=accept_near
                     )
                 watch(item)
 

@@ -66,7 +66,8 @@ class Keeper:
         self, name: ObjectId, top: str, originals: Originals, progress: Progress, *,
         accept_near: bool,
     ) -> Removal:  # fmt: skip
-        """Delete the file or directory `top` that a commit was made of.
+        """Delete the file or directory `top` that a commit was made of; of one that was made of
+        several files of the folder `top` is empty.
 
         The commit is restored once more, in the form that it has now, and each file is hashed once
         more; whatever is not as it was committed stays.  Unless near is accepted, a commit that
@@ -105,7 +106,7 @@ class Keeper:
             if done.pinned and not done.removed:
                 done.pinned = not self._repo.pin(name, pinned=False)
         folders = [top / f.path for f in commit.files if f.skeleton is None and f.link is None]
-        if inside:
+        if inside and top.name:
             gone = [originals.remove_directory(path) for path in [*folders[::-1], top]]
             if not all(gone):
                 done.kept = "its directory holds what was not committed, or links"

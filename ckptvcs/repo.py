@@ -215,10 +215,12 @@ class Repo(Care):
         branch: str | None = None,
         raw: bool = False,
         names: Names | None = None,
+        files: Sequence[str] = (),
         progress: Progress = quiet,
     ) -> Result:
         """Commit a checkpoint file or a directory of files; `names` are those of the parameters of
-        its optimizers, by file and place there, if they are known.
+        its optimizers, by file and place there, if they are known.  With `files` it is these of the
+        directory that are committed.
 
         Raises:
             NotFoundError, InvalidInputError: there is no complete checkpoint at `path`.
@@ -231,7 +233,8 @@ class Repo(Care):
             raise InvalidInputError(f"{path} is part of the repository itself")
         name, inside = self.naming(path)
         self.wait()
-        checkpoint = open_checkpoint(path, raw=raw, skip=self.folder.resolve(), names=names)
+        skip = self.folder.resolve()
+        checkpoint = open_checkpoint(path, raw=raw, skip=skip, names=names, only=files)
         return self.commit_checkpoint(
             checkpoint, name, inside=inside, step=step, message=message,
             metrics=metrics or {}, codec=codec, branch=branch, progress=progress,

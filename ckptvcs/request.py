@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.checkpoint.conventions import step_in_name, step_in_text
 from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.errors import InvalidInputError
-
-_MESSAGE_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", re.IGNORECASE)
-_FILE_STEP = re.compile(
-    r"(?:global_?step|step|checkpoint|ckpt|iter)[-_=.]?([0-9]{1,18})", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -95,11 +90,8 @@ def find_step(request: Request) -> int | None:
         return request.step
     if request.checkpoint.step is not None:
         return request.checkpoint.step
-    found = _MESSAGE_STEP.search(request.message)
-    return int(found[1]) if found else step_in_name(request.path.rpartition("/")[2])
-
-
-def step_in_name(name: str) -> int | None:
-    """The step in the name of a file, as in `step-2000.pt`."""
-    found = _FILE_STEP.search(name)
-    return int(found[1]) if found else None
+    said = step_in_text(request.message)
+    if said is not None or not request.checkpoint.is_all:
+        return said
+    name = request.path.rpartition("/")[2]
+    return step_in_name(name, request.checkpoint.epoch)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckptvcs.checkpoint import distcp, safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint import conventions, distcp, safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.intact import require_whole
 from ckptvcs.checkpoint.layout import (
     FileSource,
@@ -26,17 +26,16 @@ from ckptvcs.checkpoint.layout import (
 from ckptvcs.checkpoint.links import follow
 from ckptvcs.checkpoint.links import notes as links_notes
 from ckptvcs.checkpoint.notes import notes, why_raw
-from ckptvcs.checkpoint.pickles import walk
 from ckptvcs.checkpoint.roles import OTHER, Names, Role, Rule, assign_roles
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
 
-_INCOMPLETE = ("checkpoint-is-incomplete.txt",)
 MAX_NESTING = 200
 """Directories in each other; Python makes those of a path in as many calls."""
 
 _DOUBTFUL = ("raw", "torch-zip")  # a zip file is read as far as its directory goes
-_STEP_KEYS = ("step", "global_step", "iteration", "iter", "steps", "current_step")
+_MAX_STATE_BYTES = 1 << 26  # of a file that is read to find the step
+_MAX_NAME_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ class Checkpoint:
     """Files and the tensors in them.
 
     `kind` is `file`, `directory` or `state`; `places` gives the file and offset of each tensor of
-    `schema`; `step` is what the checkpoint itself says; `rules` what the optimizer of a moment (by
-    its position in the schema) does with it; `directory` where it was listed, and without what;
-    `followed` which files are those that links lead to, and where; `notes` what of it was not
-    understood.
+    `schema`; `step` and `epoch` are what the checkpoint itself says; `rules` what the optimizer of
+    a moment (by its position in the schema) does with it; `directory` where it was listed, and
+    without what; `followed` which files are those that links lead to, and where; `notes` what of
+    it was not understood; `is_all` whether it is all of the file or directory that its path names.
     """
 
     kind: str
@@ -84,6 +83,8 @@ class Checkpoint:
     directory: tuple[Path, Path | None] | None = None
     followed: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    epoch: int | None = None
+    is_all: bool = True
 
     @property
     def size_bytes(self) -> int:
@@ -119,12 +120,14 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, *, raw: bool = False, skip: Path | None = None, names: Names | None = None
-) -> Checkpoint:
+    path: Path, *, raw: bool = False, skip: Path | None = None, names: Names | None = None,
+    only: Collection[str] = (),
+) -> Checkpoint:  # fmt: skip
     """Read the structure of a file or of a directory of files; `skip` is left out.  See `build` for
     `names`.
 
-    `raw` stores bytes as they are, without looking for structure.
+    `raw` stores bytes as they are, without looking for structure.  With `only`, a checkpoint is
+    these files of a directory.
 
     Raises:
         NotFoundError: there is nothing at `path`.
@@ -137,7 +140,7 @@ def open_checkpoint(
     except OSError as error:
         raise unreadable(path, error) from error
     if stat.S_ISDIR(mode):
-        return _open_directory(path, raw, skip, names)
+        return _open_directory(path, raw, skip, names, only)
     if not stat.S_ISREG(mode):
         raise InvalidInputError(f"{path} is neither a file nor a directory")
     source = FileSource(path)
@@ -185,14 +188,17 @@ def _sorted(root: Path, below: str) -> list[tuple[str, os.DirEntry[str]]]:
 
 
 def _open_directory(
-    root: Path, raw: bool, skip: Path | None, names_of_parameters: Names | None
-) -> Checkpoint:
+    root: Path, raw: bool, skip: Path | None, names_of_parameters: Names | None,
+    only: Collection[str],
+) -> Checkpoint:  # fmt: skip
     parsed: list[distcp.Parsed] = []
     links: list[InputLink] = []
     followed: dict[str, Path] = {}
     real = root.resolve()
     for name, entry in _entries(root, skip):
-        if entry.name in _INCOMPLETE and not raw:
+        if only and name not in only:
+            continue
+        if entry.name == conventions.INCOMPLETE and not raw:
             raise InvalidInputError(f"{root} is incomplete: it holds {entry.name}")
         try:
             status = entry.stat(follow_symlinks=False)
@@ -246,6 +252,11 @@ def _open_directory(
                 layout.problem = unread.problem
     made = build("directory", parsed, links, names_of_parameters)
     said = (*made.notes, *hidden)
+    if only:
+        gone = set(only) - names
+        if gone:
+            raise NotFoundError(f"no such file: {root / min(gone)}")
+        return replace(made, is_all=False, notes=said)
     return replace(made, directory=(root, skip), followed=followed, notes=said)
 
 
@@ -294,11 +305,10 @@ def build(
             0o644 if status is None else stat.S_IMODE(status.st_mode),
             0 if status is None else status.st_mtime_ns,
         ))  # fmt: skip
-    step = _find_step([(path, source, layout) for path, source, layout, _ in parsed])
-    said = tuple(notes((path, source, layout) for path, source, layout, _ in parsed))
+    read = [(path, source, layout) for path, source, layout, _ in parsed]
     return Checkpoint(
-        kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), step, rules,
-        notes=said,
+        kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), _find_step(read),
+        rules, epoch=_find_epoch(read), notes=tuple(notes(read)),
     )  # fmt: skip
 
 
@@ -306,29 +316,48 @@ _FILE = "/"  # no link leads to this: it is told from those that do
 
 
 def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:
-    """The step that a checkpoint itself gives: a key of its top, or the trainer's state file."""
+    """The step that a checkpoint itself gives: a key of its top, or a file of the trainer's."""
     for path, source, layout in parsed:
-        if path.rpartition("/")[2] == "trainer_state.json" and source.size < 1 << 26:
-            step = _json_step(source)
-            if step is not None:
-                return step
-        if path.rpartition("/")[2].startswith("random_states"):
-            continue  # the step of accelerate counts gradients that are accumulated
-        for where, node in walk(layout.tree):
-            if not where and isinstance(node, dict) and layout.format != "safetensors":
-                for key in _STEP_KEYS:
-                    value = node.get(key)
-                    if type(value) is int and 0 <= value < 1 << 62:
-                        return value
-            break
+        step = _step_beside(path, source)
+        if step is None and conventions.says_a_step(path):
+            step = conventions.step_in_keys(_top(layout))
+        if step is not None:
+            return step
     return None
 
 
-def _json_step(source: Source) -> int | None:
-    import json  # noqa: PLC0415  only directories of the HF Trainer need it
+def _find_epoch(parsed: list[tuple[str, Source, Layout]]) -> int | None:
+    """The epoch that a checkpoint itself gives."""
+    epochs = (
+        conventions.epoch_in_keys(_top(layout)) for path, _, layout in parsed
+        if conventions.says_a_step(path)
+    )  # fmt: skip
+    return next((epoch for epoch in epochs if epoch is not None), None)
+
+
+def _top(layout: Layout) -> object:
+    """The dict at the top of a file, for its keys."""
+    return None if layout.format == "safetensors" else layout.tree
+
+
+def _step_beside(path: str, source: Source) -> int | None:
+    """The step that a file beside the tensors gives."""
+    key = conventions.step_key_of(path)
+    if key is not None:
+        whole = source.size < _MAX_STATE_BYTES
+        return _json_step(source.read(0, source.size), key) if whole else None
+    if not conventions.names_a_step(path) or source.size > _MAX_NAME_BYTES:
+        return None
+    text = source.read(0, source.size).decode("ascii", "replace").strip()
+    step = int(text) if text.isdecimal() else conventions.named_step(text)
+    return step if step is not None and step < 1 << 62 else None
+
+
+def _json_step(data: bytes, key: str) -> int | None:
+    import json  # noqa: PLC0415  only some directories need it
 
     try:
-        value = json.loads(source.read(0, source.size)).get("global_step")
+        value = json.loads(data).get(key)
     except (ValueError, AttributeError, RecursionError):
         return None
     return value if type(value) is int and 0 <= value < 1 << 62 else None

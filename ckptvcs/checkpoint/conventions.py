@@ -396,42 +396,56 @@ def _is_plausible(number: Number, name: str) -> bool:
 _TEXT_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", re.IGNORECASE)
 
 
-def named_step(name: str) -> int | None:
-    """The step that the name of a file or directory calls so, as in `checkpoint_6_182000.pt`."""
+def named_step(name: str, said: int | None = None, epoch: int | None = None) -> int | None:
+    """The step that the name of a file or directory calls so, as in `checkpoint_6_182000.pt`.
+
+    `said` and `epoch` are what the checkpoint itself gives: `checkpoint-12` is none of step 12
+    where that is its epoch.
+    """
     numbers = read_numbers(stem(name))
-    for kinds in ((Kind.STEP,), (Kind.CHECKPOINT,), (Kind.NUMBER, Kind.ATTACHED)):
+    called = [one.value for one in numbers if one.kind is Kind.STEP]
+    if called:
+        return called[-1]
+    for kinds in ((Kind.CHECKPOINT,), (Kind.NUMBER, Kind.ATTACHED)):
         found = [one.value for one in numbers if one.kind in kinds and one.is_sure]
         if found:
-            return found[-1]
+            return None if _is_epoch_of(found[-1], said, epoch) else found[-1]
     return None
 
 
-def step_in_name(name: str) -> int | None:
+def step_in_name(name: str, epoch: int | None = None) -> int | None:
     """The same, or else the number in `checkpoint500`."""
-    attached = [n.value for n in read_numbers(stem(name)) if n.kind is Kind.ATTACHED]
-    return named if (named := named_step(name)) is not None else next(reversed(attached), None)
+    step = named_step(name, epoch=epoch)
+    attached = [one.value for one in read_numbers(stem(name)) if one.kind is Kind.ATTACHED]
+    if step is not None or not attached or _is_epoch_of(attached[-1], None, epoch):
+        return step
+    return attached[-1]
 
 
-def number_in_name(name: str) -> int | None:
+def number_in_name(name: str, epoch: int | None = None) -> int | None:
     """The number of a name that can hardly be anything but a step, as in `model-500.pt`: what there
     is to go by where neither the name nor the checkpoint speaks of steps.
     """
     numbers = read_numbers(stem(name))
-    if any(one.kind is Kind.EPOCH for one in numbers):
-        numbers = tuple(n for n in numbers if n.kind is not Kind.NUMBER or n.digits > 2)
-    plain = [n.value for n in numbers if n.kind in (Kind.NUMBER, Kind.ATTACHED)]
-    loose = [n.value for n in numbers if _is_plausible(n, name)]
-    return next(reversed(plain or loose), None)
+    plain = [one.value for one in numbers if one.kind in (Kind.NUMBER, Kind.ATTACHED)]
+    loose = [one.value for one in numbers if _is_plausible(one, name)]
+    found = plain or loose
+    return found[-1] if found and not _is_epoch_of(found[-1], None, epoch) else None
+
+
+def _is_epoch_of(number: int, said: int | None, epoch: int | None) -> bool:
+    """Whether a number in a name is the epoch of the checkpoint: trainers count them from 0 or from
+    1, and save before or after they count on.
+    """
+    return number != said and epoch is not None and abs(number - epoch) <= 1
+
+
+def epochs_in_name(name: str) -> list[int]:
+    """The numbers of a name that it calls epochs."""
+    return [one.value for one in read_numbers(stem(name)) if one.kind is Kind.EPOCH]
 
 
 def step_in_text(text: str) -> int | None:
     """The step that a message speaks of, as in `after step 2000`."""
     found = _TEXT_STEP.search(text)
     return int(found[1]) if found else None
-
-
-def is_epoch_of(number: int, epoch: int | None) -> bool:
-    """Whether a number in a name is just the epoch that the checkpoint gives: trainers count them
-    from 0 or from 1, and save before or after they count on.
-    """
-    return epoch is not None and abs(number - epoch) <= 1

@@ -1,7 +1,8 @@
 """Folder: which entries of a folder are checkpoints, and in which order they were written.
 
-Nothing is followed that is a symbolic link.  What is hidden or temporary is not looked at; all else
-is either found or left out with a reason.
+Files that hold one checkpoint together (`together.py`) are found as one.  Nothing is followed that
+is a symbolic link.  What is hidden or temporary is not looked at; all else is either found or left
+out with a reason.
 """
 
 from __future__ import annotations
@@ -10,35 +11,48 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckptvcs.checkpoint import torchzip
-from ckptvcs.checkpoint.checkpoint import InputFile, open_checkpoint
+from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile, open_checkpoint
+from ckptvcs.checkpoint.conventions import (
+    FOLDER_OF_ONE,
+    PIECE,
+    PIECE_OF_ONE,
+    SUFFIXES,
+    TAKEN_SUFFIXES,
+    TEMPORARY,
+    epochs_in_name,
+    named_step,
+    number_in_name,
+    stem,
+)
 from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.checkpoint.together import (
+    family,
+    group_files,
+    is_numbered_piece,
+    missing_files,
+    shard_ids,
+)
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-_MODEL_SUFFIXES = (*_SUFFIXES, ".distcp")
-_TEMPORARY = re.compile(r"\..*|tmp[-_].*|.*\.(tmp|temp|part|partial)|.*~", re.IGNORECASE)
-_PIECE = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)"
-    r"|.*-[0-9]+-of-[0-9]+\.[a-z]+|.*\.distcp"
-)
-_PIECE_OF_ONE = re.compile(r"optimizer\.(bin|pt|pth)|\.metadata|.*\.distcp")
-_NAMED_STEP = re.compile(
-    r"(?:steps?|checkpoint|ckpt|iter(?:ation)?)[-_=.]?([0-9]{1,18})(?![0-9])", re.IGNORECASE
-)
-_NUMBER = re.compile(r"(?<![0-9.])([0-9]{1,18})(?![0-9]|\.[0-9])")
-_NO_STEP = re.compile(r"(v|fp|bf|int|float)\Z", re.IGNORECASE)  # v2, bf16
+_MODEL_SUFFIXES = (*TAKEN_SUFFIXES, ".distcp")
+_TAR_MAGIC = 257  # where the header of a tar archive says `ustar`
+_LISTED = 3
+_WAIT = "wait until all of its files are written, or remove them"
 
 
 @dataclass(frozen=True)
 class Found:
     """A checkpoint in a folder, by its name there: a `file` or a `directory`, its bytes, its step;
     `said` is the step that it gives itself, `problem` why it cannot be committed.
+
+    Of one that several `files` of the folder hold together `path` is the folder, and `name` has `*`
+    where their names differ.
     """
 
     name: str
@@ -48,6 +62,12 @@ class Found:
     step: int | None
     said: int | None = None
     problem: CkptError | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def top(self) -> str:
+        """The entry of the folder that it is; none for several files."""
+        return "" if self.files else self.name
 
 
 @dataclass(frozen=True)
@@ -63,9 +83,9 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
     in names count as such.  What is left out has been matched by `pattern` (a glob) too.
 
     A step is what the name calls so (`step-900`, `checkpoint-900`), else what the checkpoint says,
-    else the last whole number of the name.  Where a checkpoint whose name has no step says the same
-    as one whose name has, it is of that step too: steps inside may count from 0, or names
-    count epochs.
+    else a number of the name that is no epoch, shard, size or version.  Where a checkpoint whose
+    name has no step says the same as one whose name has, it is of that step too: steps inside may
+    count from 0, or names count epochs.
 
     Raises:
         NotFoundError: there is no such folder, or nothing in it that could be committed.
@@ -75,27 +95,68 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
         raise InvalidInputError(f"{folder} is part of the repository itself")
     found: list[Found] = []
     left: list[LeftOut] = []
-    for entry in _entries(folder):
-        own = _PIECE_OF_ONE.fullmatch(entry.name)
-        if pattern is None and own and entry.is_file(follow_symlinks=False):
+    entries = _entries(folder)
+    for entry in entries if pattern is None else ():
+        if _shows_a_checkpoint(entry):
             raise InvalidInputError(
                 f"{folder} is a checkpoint itself: it holds {entry.name}",
                 hint=f"ckpt commit {folder}; or say with --pattern what is to be imported",
             )
-        if _TEMPORARY.fullmatch(entry.name) or not fnmatchcase(entry.name, pattern or "*"):
+    groups = {name: members for name, members in _groups(entries, pattern).items()
+              if _stands_alone(name, members)}  # fmt: skip
+    grouped = {member for members in groups.values() for member in members}
+    for entry in entries:
+        if not _is_looked_at(entry.name, pattern) or entry.name in grouped:
             continue
         reason = _why_not(entry, store)
         if reason is None:
             found.append(_look_at(entry, store))
         else:
             left.append(LeftOut(entry.name, reason))
+    found += [_look_at_group(folder, name, members) for name, members in groups.items()]
     if not found:
         why = f": {left[0].name} is {left[0].reason}" if len(left) == 1 else ""
         raise NotFoundError(
             f"no checkpoints in {folder}{why}",
-            hint=f"names end in {', '.join(_SUFFIXES)}; directories hold such files",
+            hint=f"names end in {', '.join(SUFFIXES)}; directories hold such files",
         )
-    return sorted(_agreed(found), key=_order), left
+    return sorted(_agreed(_compared(found)), key=_order), left
+
+
+def grouped_files(folder: Path, pattern: str | None) -> dict[str, list[str]]:
+    """The files of a folder that hold one checkpoint together, by the name of that."""
+    try:
+        return _groups(_entries(folder), pattern)
+    except CkptError:
+        return {}  # it is not there yet
+
+
+def _groups(entries: Sequence[os.DirEntry[str]], pattern: str | None) -> dict[str, list[str]]:
+    return group_files([
+        entry.name for entry in entries
+        if _is_looked_at(entry.name, pattern) and entry.is_file(follow_symlinks=False)
+        and entry.name.endswith(TAKEN_SUFFIXES)
+        and (is_numbered_piece(entry.name) or not PIECE.fullmatch(entry.name))
+    ])  # fmt: skip
+
+
+def _stands_alone(group: str, members: Sequence[str]) -> bool:
+    """Whether a group is a checkpoint: shards of a model without a step may be part of a directory,
+    and count only where all of them are here.
+    """
+    return not is_numbered_piece(members[0]) or (
+        named_step(group) is not None or not missing_files(members)
+    )
+
+
+def _is_looked_at(name: str, pattern: str | None) -> bool:
+    return not TEMPORARY.fullmatch(name) and fnmatchcase(name, pattern or "*")
+
+
+def _shows_a_checkpoint(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is what only a folder has that is one checkpoint."""
+    kind = FOLDER_OF_ONE if entry.is_dir(follow_symlinks=False) else PIECE_OF_ONE
+    return kind.fullmatch(entry.name) is not None and not entry.is_symlink()
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -123,14 +184,14 @@ def _agreed(found: list[Found]) -> list[Found]:
 
 
 def _is_named(found: Found) -> bool:
-    return _NAMED_STEP.search(found.name) is not None
+    return named_step(found.name, found.said) is not None
 
 
 def _order(found: Found) -> tuple[bool, int, bool, list[tuple[int, str]]]:
     """By step, those without one last, and before a copy (`best.pt`) what is named by that step;
     then by name, digits as numbers, and `step-1.pt` before `step-1-ema.pt`.
     """
-    parts = re.split(r"([0-9]+)", Path(found.name).stem)
+    parts = re.split(r"([0-9]+)", stem(found.name))
     natural = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
     return found.step is None, found.step or 0, not _is_named(found), natural
 
@@ -146,11 +207,21 @@ def _why_not(entry: os.DirEntry[str], store: Path) -> str | None:
         return _why_no_directory(Path(entry.path), store)
     if not entry.is_file(follow_symlinks=False):
         return "neither a file nor a directory"
-    if _PIECE.fullmatch(entry.name):
+    if PIECE.fullmatch(entry.name):
         return "a piece of a checkpoint, not one by itself"
-    if not entry.name.endswith(_SUFFIXES):
-        return f"no {', '.join(_SUFFIXES)}"
-    return None
+    if not entry.name.endswith(TAKEN_SUFFIXES):
+        return f"no {', '.join(SUFFIXES)}"
+    return "a tar archive" if _is_archive(Path(entry.path)) else None
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file is a real tar archive; `model.pth.tar` of torch.save is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(_TAR_MAGIC)
+            return path.name.endswith(".tar") and file.read(5) == b"ustar"
+    except OSError:
+        return False  # what is wrong with it is said when it is opened
 
 
 def _why_no_directory(path: Path, store: Path) -> str | None:
@@ -163,11 +234,11 @@ def _why_no_directory(path: Path, store: Path) -> str | None:
     except CkptError as error:
         return f"a folder that cannot be read: {error.message}"
     steps = {
-        named[-1] for entry in entries
-        if (entry.is_dir(follow_symlinks=False) or entry.name.endswith(_SUFFIXES))
-        and not _PIECE.fullmatch(entry.name) and (named := _NAMED_STEP.findall(entry.name))
+        step for entry in entries
+        if (entry.is_dir(follow_symlinks=False) or entry.name.endswith(TAKEN_SUFFIXES))
+        and not PIECE.fullmatch(entry.name) and (step := named_step(entry.name)) is not None
     }  # fmt: skip
-    if len(steps) > 1 or (steps and not _NAMED_STEP.search(path.name)):
+    if len(steps) > 1 or (steps and named_step(path.name) is None):
         return "a folder of checkpoints, to be imported by itself"
     return None
 
@@ -191,31 +262,97 @@ def _look_at(entry: os.DirEntry[str], store: Path) -> Found:
     path = Path(entry.path)
     is_directory = entry.is_dir(follow_symlinks=False)
     kind = "directory" if is_directory else "file"
-    stem = entry.name if is_directory else path.stem
-    named = [int(number) for number in _NAMED_STEP.findall(stem)][-1:]
     try:
         checkpoint = open_checkpoint(path, skip=store)
         for file in checkpoint.files:
             _refuse_cut_off(file, path, alone=not is_directory)
     except CkptError as error:
-        step = next(iter(named), None)
+        step = named_step(entry.name)
         return Found(entry.name, path, kind, sum(_sizes(path)), step, problem=error)
-    said = checkpoint.step
-    step = next(iter([*named, *([] if said is None else [said]), *_numbers(stem)]), None)
-    return Found(entry.name, path, kind, checkpoint.size_bytes, step, said)
+    step = _step_of([entry.name], checkpoint)
+    return Found(entry.name, path, kind, checkpoint.size_bytes, step, checkpoint.step)
 
 
-def _numbers(stem: str) -> list[int]:
-    """The last whole number of a name, in a list; none where that is a version or a type."""
-    found = [m for m in _NUMBER.finditer(stem) if not _NO_STEP.search(stem[: m.start()])]
-    return [int(match[1]) for match in found[-1:]]
+def _look_at_group(folder: Path, name: str, members: Sequence[str]) -> Found:
+    """What some files hold together: one problem, if there are any."""
+    files = tuple(members)
+    try:
+        missing = missing_files(members)
+        if missing:
+            raise _incomplete(name, missing, "missing")
+        checkpoint = open_checkpoint(folder, only=members)
+        cut = [file.path for file in checkpoint.files if file.format == "raw"]
+        if cut:
+            raise _incomplete(name, cut, "empty or cut off")
+    except CkptError as error:
+        size = sum(size for member in members for size in _sizes(folder / member))
+        step = _named_step_of(members, None, None)
+        return Found(name, folder, "directory", size, step, problem=error, files=files)
+    step = _step_of(members, checkpoint)
+    size = checkpoint.size_bytes
+    return Found(name, folder, "directory", size, step, checkpoint.step, files=files)
+
+
+def _incomplete(name: str, files: Sequence[str], what: str) -> InvalidInputError:
+    more = f" and {len(files) - _LISTED} more" if len(files) > _LISTED else ""
+    listed = ", ".join(files[:_LISTED]) + more
+    return InvalidInputError(
+        f"{name} is incomplete: {listed} {'is' if len(files) == 1 else 'are'} {what}", hint=_WAIT
+    )
+
+
+def _step_of(names: Sequence[str], checkpoint: Checkpoint) -> int | None:
+    """The step of a checkpoint by the names of its files and by what it says."""
+    said, epoch = checkpoint.step, checkpoint.epoch
+    step = _named_step_of(names, said, epoch)
+    if step is None and said is None:
+        epochs = {one for name in names for one in epochs_in_name(name)}
+        numbers = {number_in_name(name, epoch) for name in names} - epochs
+        return min((n for n in numbers if n is not None), default=None)
+    return said if step is None else step
+
+
+def _named_step_of(
+    names: Sequence[str], said: int | None, epoch: int | None
+) -> int | None:  # fmt: skip
+    named = (named_step(name, said, epoch) for name in names)
+    return next((step for step in named if step is not None), None)
+
+
+def _compared(found: Sequence[Found]) -> list[Found]:
+    """The same, where a checkpoint that has fewer shards than the others of its run is known to be
+    incomplete: one that was written by fewer processes has as many bytes.
+    """
+    runs: dict[str, list[Found]] = {}
+    for one in found:
+        if one.files or shard_ids(one.name):
+            runs.setdefault(family(one.name), []).append(one)
+    lacking: dict[str, Found] = {}
+    for run in runs.values():
+        counts = [_shard_count(one) for one in run]
+        most = max(counts)
+        whole = min(one.size_bytes for one, count in zip(run, counts, strict=True) if count == most)
+        for one, count in zip(run, counts, strict=True):
+            # Half a shard less than those that have all of them.
+            short = 2 * most * one.size_bytes < whole * (2 * most - 1)
+            if count < most and short and counts.count(count) == 1 and one.problem is None:
+                problem = InvalidInputError(
+                    f"{one.name} is incomplete: it has {count} of {most} shards", hint=_WAIT
+                )
+                lacking[one.name] = replace(one, problem=problem)
+    return [lacking.get(one.name, one) for one in found]
+
+
+def _shard_count(found: Found) -> int:
+    """How many files of ranks, parts or shards hold a checkpoint."""
+    return sum(bool(shard_ids(name)) for name in found.files or [found.name])
 
 
 def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
     """Raises InvalidInputError where what should be a checkpoint has no structure.  In a directory
     files of any other kind are fine, whatever their names end in.
     """
-    if file.format != "raw" or not (alone or file.path.endswith(_SUFFIXES)):
+    if file.format != "raw" or not (alone or file.path.endswith(TAKEN_SUFFIXES)):
         return
     if alone:
         raise InvalidInputError(

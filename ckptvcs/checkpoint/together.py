@@ -95,6 +95,17 @@ def _companion(text: str) -> tuple[str, str] | None:
     ].lower(), f"{short[: found[0].start()]}*{short[found[0].end() :].lstrip('-_.')}"
 
 
+def is_member(name: str) -> bool:
+    """Whether a file of this name may hold a checkpoint together with others."""
+    return bool(_shards(name)) or _companion(template(name)) is not None
+
+
+def is_numbered_piece(name: str) -> bool:
+    """Whether a name says which of how many shards it is: `model-00001-of-00002.safetensors`."""
+    found = SHARD_COUNT.search(template(name))
+    return found is not None and found[1] is not None
+
+
 def missing_files(members: Iterable[str]) -> list[str]:
     """The names of files that a group lacks for sure: those between others, and of as many as the
     names themselves say that there are.

@@ -149,7 +149,7 @@ def _row(importer: Importer, item: Item, *, planned: bool) -> list[str]:
             render.fidelity(entry),
         ]  # fmt: skip
     step = "-" if found.step is None else str(found.step)
-    name = render.printable(found.name) + ("/" if found.kind == "directory" else "")
+    name = render.printable(found.name) + ("/" if found.kind == "directory" and found.top else "")
     return [step, name, render.size(found.size_bytes), *stored, render.printable(note)]
 
 
@@ -190,7 +190,8 @@ def _json(importer: Importer, *, dry_run: bool) -> render.Json:
 def _item_json(importer: Importer, item: Item) -> dict[str, render.Json]:
     found, entry = item.found, importer.entry(item)
     return {
-        "name": found.name, "step": found.step, "kind": found.kind, "raw_bytes": found.size_bytes,
+        "name": found.name, "step": found.step, "kind": found.kind if found.top else "files",
+        "raw_bytes": found.size_bytes,
         "action": item.action, "same_as": item.same_as, "branch": item.branch,
         "commit": None if entry is None else render.entry_json(entry),
         "problem": None if item.problem is None else item.problem.message,

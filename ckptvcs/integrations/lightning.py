@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from ckptvcs.checkpoint.conventions import LIGHTNING_LAST
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.integrations.target import Target, Where
@@ -29,9 +29,6 @@ try:
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 except ImportError as error:
     raise ImportError("install it with: pip install 'ckptvcs[lightning]'") from error
-
-_LAST = re.compile(r"last(-v[0-9]+)?\.ckpt")
-"""What Lightning calls the newest checkpoint, which it writes besides one of another name."""
 
 _PASSED_ON = ".temp.ckpt"
 """What processes that end give to the one that started them: nobody's checkpoint."""
@@ -142,7 +139,7 @@ class CkptCheckpointIO(CheckpointIO):
         self, checkpoint: Mapping[str, Any], path: Path, scores: Mapping[str, float]
     ) -> ObjectId:
         content = _digest(checkpoint)
-        if self._newest and _LAST.fullmatch(path.name):
+        if self._newest and LIGHTNING_LAST.fullmatch(path.name):
             folder, before, name = self._newest
             if (folder, before) == (path.parent, content):
                 return name
@@ -165,7 +162,7 @@ def _is_remote(path: str | Path) -> bool:
 def _find(repo: Repo, path: Path) -> LogEntry | None:
     """The newest commit of a file, on HEAD's line or else on any."""
     name, inside = repo.naming(path)
-    is_last = _LAST.fullmatch(path.name)
+    is_last = LIGHTNING_LAST.fullmatch(path.name)
     for everywhere in (False, True):
         for entry in repo.log(all_branches=everywhere):
             commit = entry.commit

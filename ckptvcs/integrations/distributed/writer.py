@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.checkpoint.conventions import step_in_name
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.extract import windows
@@ -34,7 +35,6 @@ from ckptvcs.integrations.distributed.process import open_once
 from ckptvcs.integrations.target import Where
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
-from ckptvcs.request import step_in_name
 from ckptvcs.shards import Shard
 from ckptvcs.store.leases import patiently
 
