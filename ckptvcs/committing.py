@@ -245,8 +245,11 @@ class Committer:
             notes.append(
                 f"step {step} is not above step {above}: started branch '{branch}' {origin}"
             )
+        stays = request.head_stays and branch != wanted
         moves_head = request.branch is None or (head is not None and head.branch == wanted)
-        return Place(step, branch, tip, parent, moves_head, unchanged, tuple(notes))
+        return Place(
+            step, branch, tip, parent, moves_head and not stays, unchanged, tuple(notes)
+        )  # fmt: skip
 
     def _tip(self, branch: str) -> ObjectId | None:
         state = self._refs.read(f"heads/{branch}")

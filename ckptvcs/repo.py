@@ -216,11 +216,13 @@ class Repo(Care):
         raw: bool = False,
         names: Names | None = None,
         files: Sequence[str] = (),
+        head_stays: bool = False,
         progress: Progress = quiet,
     ) -> Result:
         """Commit a checkpoint file or a directory of files; `names` are those of the parameters of
         its optimizers, by file and place there, if they are known.  With `files` it is these of the
-        directory that are committed.
+        directory that are committed.  Where `head_stays`, HEAD does not follow to a branch that has
+        to be started since the step is not above that of the line.
 
         Raises:
             NotFoundError, InvalidInputError: there is no complete checkpoint at `path`.
@@ -237,7 +239,8 @@ class Repo(Care):
         checkpoint = open_checkpoint(path, raw=raw, skip=skip, names=names, only=files)
         return self.commit_checkpoint(
             checkpoint, name, inside=inside, step=step, message=message,
-            metrics=metrics or {}, codec=codec, branch=branch, progress=progress,
+            metrics=metrics or {}, codec=codec, branch=branch, head_stays=head_stays,
+            progress=progress,
         )  # fmt: skip
 
     def commit_checkpoint(
@@ -251,6 +254,7 @@ class Repo(Care):
         metrics: Mapping[str, float],
         codec: str | None,
         branch: str | None = None,
+        head_stays: bool = False,
         progress: Progress = quiet,
         announce: Announce | None = None,
     ) -> Result:
@@ -266,7 +270,7 @@ class Repo(Care):
             self._held = HeldBase()
         request = Request.of(
             checkpoint, path, inside=inside, message=message, step=step, metrics=metrics,
-            spec=spec, branch=branch,
+            spec=spec, branch=branch, head_stays=head_stays,
         )  # fmt: skip
         # A commit of another thread that is still at work replaces the base in memory.
         alone = self._holder.acquire(blocking=False)

@@ -15,7 +15,9 @@ from ckptvcs.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be committed, and what is said about it.  `path` is how it will be named."""
+    """What is to be committed, and what is said about it.  `path` is how it will be named; where
+    `head_stays`, HEAD does not follow to a branch that has to be started.
+    """
 
     checkpoint: Checkpoint
     path: str
@@ -25,11 +27,13 @@ class Request:
     metrics: Mapping[str, float]
     spec: CodecSpec
     branch: str | None = None
+    head_stays: bool = False
 
     @classmethod
     def of(
         cls, checkpoint: Checkpoint, path: str, *, inside: bool, message: object, step: object,
         metrics: Mapping[Any, object], spec: CodecSpec, branch: str | None,
+        head_stays: bool = False,
     ) -> Request:  # fmt: skip
         """A request of what a user has given.
 
@@ -38,7 +42,7 @@ class Request:
         """
         return cls(
             checkpoint, path, inside, plain_message(message), plain_step(step),
-            plain_metrics(metrics), spec, branch,
+            plain_metrics(metrics), spec, branch, head_stays,
         )  # fmt: skip
 
 

@@ -14,22 +14,21 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ckptvcs.checkpoint.folder import Found, survey
+from ckptvcs.checkpoint.conventions import HF_FIRST, HF_LAST, is_alias
+from ckptvcs.checkpoint.folder import Found, grouped_files, survey
 from ckptvcs.content import Contents
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.keeping import Keeper, Removal
+from ckptvcs.lines import Lines
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
-
-# What the trainer of Hugging Face writes first into a checkpoint, and what it writes last.
-_FIRST, _LAST = "training_args.bin", "trainer_state.json"
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """Of each file: its path, size, time of change and number."""
@@ -48,6 +47,18 @@ class Event:
     notes: tuple[str, ...] = ()
     problem: CkptError | None = None
     gone: Removal | None = None
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A checkpoint that was dealt with as it is: the commit that has it, if one has; `turn` counts
+    the looks that took something.
+    """
+
+    signature: Signature
+    turn: int
+    found: Found | None = None
+    id: ObjectId | None = None
 
 
 class Watcher:
@@ -69,12 +80,15 @@ class Watcher:
         if keep_local is not None and keep_local < 1:
             raise InvalidInputError("keep at least one checkpoint, the newest: training needs it")
         self._repo, self._folder, self._pattern = repo, folder, pattern
-        self._codec, self._branch = codec, branch
+        self._codec, self._lines = codec, Lines(repo, branch)
         self._settle, self._keep_local, self._accept_near = settle, keep_local, accept_near
         self._keeper = Keeper(repo, codec)
         self._contents: Contents | None = None
         self._since: dict[str, tuple[Signature, float]] = {}
-        self._done: dict[str, tuple[Signature, int | None, ObjectId | None]] = {}
+        self._files: dict[str, Sequence[str]] = {}  # of those that are several files
+        self._done: dict[str, _Taken] = {}
+        self._order: list[str] = []  # of what is done, the oldest first
+        self._turn = 0
         self._told: dict[str, str] = {}
 
     def look(self) -> Iterator[Event]:
@@ -86,15 +100,19 @@ class Watcher:
         settled = self._settled()
         if settled and self._contents is None:
             self._contents = Contents(self._repo)
+            self._lines.learn(settled)
+        self._turn += bool(settled)
         for found in self._found(settled):
             yield from self._take(found, settled[found.name])
+        if settled:
+            self._order = self._by_age()
         if self._keep_local is not None:
             yield from self._remove(self._keep_local)
 
     @property
     def waiting(self) -> bool:
         """Whether there is something that has not settled yet."""
-        return any(name not in self._done or self._done[name][0] != signature
+        return any(name not in self._done or self._done[name].signature != signature
                    for name, (signature, _) in self._since.items())  # fmt: skip
 
     # -- what is there -------------------------------------------------------------------------
@@ -110,11 +128,12 @@ class Watcher:
         settled = {
             name: signature for name, (signature, since) in self._since.items()
             if now - since >= self._settle
-            and (name not in self._done or self._done[name][0] != signature)
+            and (name not in self._done or self._done[name].signature != signature)
         }  # fmt: skip
         if settled:
             written = set(_open_for_writing(self._folder))
-            settled = {name: one for name, one in settled.items() if name not in written}
+            settled = {name: one for name, one in settled.items()
+                       if written.isdisjoint(self._files.get(name, [name]))}  # fmt: skip
         return settled
 
     def _signatures(self) -> Iterator[tuple[str, Signature]]:
@@ -123,10 +142,15 @@ class Watcher:
                 names = sorted(entry.name for entry in entries)
         except OSError:
             return  # it is not there yet
-        for name in names:
-            if fnmatchcase(name, self._pattern or "*"):
-                files = dict(_files(self._folder / name, name))
-                if f"{name}/{_FIRST}" in files and f"{name}/{_LAST}" not in files:
+        grouped = grouped_files(self._folder, self._pattern)
+        self._files = dict(grouped)
+        members = {file for files in grouped.values() for file in files}
+        for name in [*grouped, *(name for name in names if name not in members)]:
+            if name in grouped or fnmatchcase(name, self._pattern or "*"):
+                files: dict[str, os.stat_result] = {}
+                for file in grouped.get(name, [name]):
+                    files |= _files(self._folder / file, file)
+                if f"{name}/{HF_FIRST}" in files and f"{name}/{HF_LAST}" not in files:
                     continue
                 yield (
                     name,
@@ -146,7 +170,7 @@ class Watcher:
             found = []
         names = {one.name for one in found}
         for name in settled.keys() - names:  # no checkpoint, and none as long as it is like this
-            self._done[name] = settled[name], None, None
+            self._done[name] = _Taken(settled[name], self._turn)
         return [one for one in found if one.name in settled]
 
     # -- in ------------------------------------------------------------------------------------
@@ -154,15 +178,17 @@ class Watcher:
     def _take(self, found: Found, signature: Signature) -> Iterator[Event]:
         assert self._contents is not None
         try:
-            if found.problem is not None:
-                raise found.problem
             self._contents.forget(found.name)
             known = self._contents.find(found, lambda _: None)
             if known is None:
+                if found.problem is not None:
+                    raise found.problem
+                branch, head_stays = self._lines.branch_for(found.name)
                 made = self._repo.commit_path(
                     found.path, message=found.name, step=found.step, codec=self._codec,
-                    branch=self._branch,
+                    branch=branch, files=found.files, head_stays=head_stays,
                 )  # fmt: skip
+                self._lines.add(found.name, made)
                 self._contents.add(made.id, made.commit)
                 known = made.id
                 yield Event(found.name, made.commit.step, made.id, found.size_bytes, made.notes)
@@ -170,10 +196,10 @@ class Watcher:
             yield from self._tell(found, error)
             return
         except (InvalidInputError, NotFoundError) as error:
-            self._done[found.name] = signature, found.step, None
-            yield from self._tell(found, error)
+            self._done[found.name] = _Taken(signature, self._turn, found)
+            yield from self._tell(found, found.problem or error)
             return
-        self._done[found.name] = signature, found.step, known
+        self._done[found.name] = _Taken(signature, self._turn, found, known)
 
     def _tell(self, found: Found, error: CkptError) -> Iterator[Event]:
         if self._told.get(found.name) != error.message:
@@ -182,32 +208,41 @@ class Watcher:
 
     # -- out -----------------------------------------------------------------------------------
 
+    def _by_age(self) -> list[str]:
+        """The names of what is in the history, the oldest first: as it came while it was watched,
+        before that by the order of commits.  What is written again and again (`last.pt`) is not
+        among them.
+        """
+        held = {name: taken.id for name, taken in self._done.items()
+                if taken.id is not None and not is_alias(name)}  # fmt: skip
+        if self._keep_local is None or len(held) <= self._keep_local:
+            return list(held)
+        places = {commit: at for at, commit in enumerate(self._lines.by_age(held.values()))}
+        return sorted(held, key=lambda name: (self._done[name].turn, places[held[name]]))
+
     def _remove(self, count: int) -> Iterator[Event]:
         """Remove the originals of all but the newest `count` that are in the history."""
-        order = {name: number for number, name in enumerate(self._done)}  # as they came
-        held = sorted(
-            ((name, step, made) for name, (_, step, made) in self._done.items() if made),
-            key=lambda row: (row[1] is None, row[1] or 0, order[row[0]]),
-        )
         able = []
-        for name, step, made in held[:-count]:
+        held = [(taken.found, taken.id) for name in self._order if (taken := self._done.get(name))
+                and taken.found is not None and taken.id is not None]  # fmt: skip
+        for found, made in held[:-count]:
             kept = self._keeper.why_kept(made, accept_near=self._accept_near)
             if kept is None:
-                able.append((name, step, made))
-            elif self._told.get(name) != kept:
-                self._told[name] = kept
-                yield Event(name, step, made, gone=Removal(kept=kept))
+                able.append((found, made))
+            elif self._told.get(found.name) != kept:
+                self._told[found.name] = kept
+                yield Event(found.name, found.step, made, gone=Removal(kept=kept))
         if not able:
             return
         try:
             with lease(self._repo.catalog.store.backend), Originals(self._folder) as originals:
-                for name, step, made in able:
+                for found, made in able:
                     gone = self._keeper.remove(
-                        made, name, originals, lambda _: None, accept_near=self._accept_near
+                        made, found.top, originals, lambda _: None, accept_near=self._accept_near
                     )
-                    if gone.kept is None or self._told.get(name) != gone.kept:
-                        self._told[name] = gone.kept or ""
-                        yield Event(name, step, made, gone=gone)
+                    if gone.kept is None or self._told.get(found.name) != gone.kept:
+                        self._told[found.name] = gone.kept or ""
+                        yield Event(found.name, found.step, made, gone=gone)
         except BusyError:
             return  # until the next look
 

@@ -445,6 +445,12 @@ def epochs_in_name(name: str) -> list[int]:
     return [one.value for one in read_numbers(stem(name)) if one.kind is Kind.EPOCH]
 
 
+def is_alias(name: str) -> bool:
+    """Whether a name says `last` or `best` where those of other checkpoints have a step."""
+    counts = [one for one in read_numbers(stem(name)) if one.kind not in (Kind.SHARD, Kind.OTHER)]
+    return ALIAS.search(name) is not None and not counts
+
+
 def step_in_text(text: str) -> int | None:
     """The step that a message speaks of, as in `after step 2000`."""
     found = _TEXT_STEP.search(text)

@@ -204,6 +204,12 @@ class History:
         named = self._revisions.ids()
         return [name for name, _ in self._catalog.ancestors(start) if name not in named]
 
+    def newest_first(self) -> list[ObjectId]:
+        """The commits of all branches, dropped ones too; none comes before those that stand on it,
+        whatever clocks said.
+        """
+        return [name for name, _ in self._newest_first(start=None, all_branches=True)]
+
     def _newest_first(
         self, limit: int | None = None, *, start: ObjectId | None, all_branches: bool
     ) -> list[tuple[ObjectId, str | None]]:

@@ -10,11 +10,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ckptvcs.checkpoint.conventions import named_step
 from ckptvcs.checkpoint.objects import parameter_names
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.keeping import Keeper
+from ckptvcs.lines import Lines
 from ckptvcs.removal import Originals
 from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
@@ -71,18 +73,22 @@ class CkptCallback(TrainerCallback):
         )  # fmt: skip
         if self._keep_local is not None:
             self._made = self._made or self._earlier(folder)
+            self._made.pop(folder, None)  # a run that began again writes it anew: it is the newest
             self._made[folder] = made.id
             with contextlib.suppress(BusyError):  # gc has come: until the next checkpoint
                 self._remove({folder, Path(state.best_model_checkpoint or folder)})
 
     def _earlier(self, folder: Path) -> dict[Path, ObjectId]:
-        """What earlier runs have left beside a checkpoint, and the history has, by their steps."""
-        steps = {
-            path: int(path.name.rpartition("-")[2]) for path in folder.parent.glob("checkpoint-*")
-            if path != folder and path.name.rpartition("-")[2].isdecimal()
+        """What earlier runs have left beside a checkpoint, and the history has, by the order of
+        their commits.
+        """
+        found = {
+            path: name for path in folder.parent.glob("checkpoint-*")
+            if path != folder and named_step(path.name) is not None
+            and (name := self._target.find(path)) is not None
         }  # fmt: skip
-        found = {path: self._target.find(path) for path in sorted(steps, key=lambda p: steps[p])}
-        return {path: name for path, name in found.items() if name is not None}
+        order = Lines(self._target.repo, None).by_age(found.values())
+        return dict(sorted(found.items(), key=lambda pair: order.index(pair[1])))
 
     def _remove(self, staying: set[Path]) -> None:
         assert self._keep_local is not None
