@@ -379,15 +379,15 @@ class Committer:
         for recipe in encoded.recipes:
             self._put(pack, Kind.RECIPE, dump_recipe(recipe))
         old = {file.path: file.skeleton for file in base.files} if base else {}
-        same = alike(list(old), [file.path for file in checkpoint.files])
-        if len(old) == len(checkpoint.files) == 1:  # step1000.pt, then step2000.pt
-            same = dict.fromkeys([checkpoint.files[0].path], *old)
+        same = alike([f"{path}:" for path in old], [f"{file.path}:" for file in checkpoint.files])
+        if len(old) == len(checkpoint.files) == 1:  # a.pt, then b.pt
+            same = {f"{checkpoint.files[0].path}:": f"{path}:" for path in old}
         files = [
             FileEntry(
                 file.path, file.source.size, digest, file.mode, file.mtime_ns, file.format,
                 self._put(
                     pack, Kind.SKELETON, skeleton_of(checkpoint, file),
-                    old.get(same.get(file.path, "")),
+                    old.get(same.get(f"{file.path}:", "")[:-1]),
                 ),
             )
             for file, digest in zip(checkpoint.files, file_hashes, strict=True)

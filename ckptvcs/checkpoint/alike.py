@@ -19,9 +19,9 @@ _Form = tuple[str, tuple[int, ...]]
 
 
 def alike(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """For each name of a tensor (or file) in `new` the name of the same one in `old`: the same
-    name, or else one that differs in nothing but the step, or the epoch, in the path of its file,
-    as `global_step100/model.pt:w` does from `global_step200/model.pt:w`.
+    """For each name of a tensor in `new` the name of the same one in `old`: the same name, or else
+    one that differs in nothing but the step, or the epoch, in the path of its file, which stands
+    before a colon: as `global_step100/model.pt:w` differs from `global_step200/model.pt:w`.
 
     Where several differ so, that of the highest step is meant.
     """
@@ -59,7 +59,7 @@ def _forms(names: Sequence[str]) -> dict[str, _Form]:
     The step of all these names is the one that all paths have that have any; a number that no word
     calls a step counts as one where it is the same.
     """
-    paths = {name: name.partition(":")[0] for name in names}
+    paths = {name: name.partition(":")[0] if ":" in name else "" for name in names}
     numbers = {path: list(_path_numbers(path)) for path in set(paths.values())}
     sure = [{one.number.value for one in row if one.number.is_sure} for row in numbers.values()]
     plain = [{one.number.value for one in row if one.counts} for row in numbers.values()]

@@ -185,6 +185,7 @@ class Number:
         return self.kind in (Kind.STEP, Kind.CHECKPOINT) or padded
 
 
+_LONGEST = 4096  # characters; file systems have no longer names
 _PADDED = 6  # digits: model_0004999.pth of detectron2, model010000.pt of guided diffusion
 
 _STEP_ENDS = (
@@ -252,7 +253,7 @@ def _masked(name: str) -> str:
     for pattern in _MASKED:
         name = pattern.sub(lambda found: "\0" * len(found[0]), name)
     for found in _DATE.finditer(name):
-        if not _STEP_BEFORE.search(name[: found.start()]):
+        if not _STEP_BEFORE.search(name[max(0, found.start() - 16) : found.start()]):
             name = name[: found.start()] + "\0" * len(found[0]) + name[found.end() :]
     return name
 
@@ -272,7 +273,11 @@ class _Seen:
 
 @lru_cache(1 << 14)
 def read_numbers(name: str) -> tuple[Number, ...]:
-    """The whole numbers in a name (without the ending of a file), and what each counts."""
+    """The whole numbers in a name (without the ending of a file), and what each counts; none of
+    one that is too long for a name.
+    """
+    if len(name) > _LONGEST:
+        return ()
     numbers = [Number(found.start(1), found.end(1), int(found[1]), Kind.SHARD)
                for found in _OF.finditer(name)]  # fmt: skip
     plain = _OF.sub(lambda found: "\0" * len(found[0]), _masked(name))
