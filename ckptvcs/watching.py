@@ -100,7 +100,7 @@ class Watcher:
         settled = self._settled()
         if settled and self._contents is None:
             self._contents = Contents(self._repo)
-            self._lines.learn(settled)
+            self._lines.learn(self._since)
         self._turn += bool(settled)
         for found in self._found(settled):
             yield from self._take(found, settled[found.name])
