@@ -209,7 +209,7 @@ _OTHER_WORDS = frozenset({
     "epochstep", "epochsteps", "seed", "fold", "run", "trial", "exp", "experiment", "job", "id",
     "task", "version", "v", "lr", "bs", "b", "k", "x", "batch", "size", "dim", "hidden", "layers",
     "heads", "width", "depth", "res", "resolution", "patch", "window", "px", "len", "length", "ctx",
-    "context", "seq", "tokens", "token", "samples", "sample", "vocab", "best", "top", "loss", "acc",
+    "context", "seq", "tokens", "token", "samples", "sample", "vocab", "top", "loss", "acc",
     "accuracy", "score", "reward", "return", "bleu", "wer", "cer", "map", "miou", "psnr", "fid",
     "stage", "ingredient", "level", "fp", "bf", "int", "float", "uint", "bit", "bits", "q", "alpha",
     "beta", "temp", "time", "copy", "group", "config", "cfg", "h", "r",
@@ -227,7 +227,7 @@ _TOKENS = re.compile(
     r"(?P<bar>\0+)|(?P<decimal>[0-9]+(?:\.[0-9]+)+)|(?P<number>[0-9]+)|(?P<word>[^\W\d_]+)"
     r"|(?P<gap>(?:[^\w\0]|_)+)"
 )
-_OF = re.compile(r"(?<![0-9])([0-9]{1,18})([-_]?of[-_]?)([0-9]{1,18})(?![0-9])", re.IGNORECASE)
+_OF = re.compile(r"(?<![0-9])([0-9]{1,18}|\*)([-_]?of[-_]?)([0-9]{1,18})(?![0-9])", re.IGNORECASE)
 _DATE = re.compile(
     r"(?<![0-9A-Za-z])(?:19|20)[0-9]{2}([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12][0-9]|3[01])"
     r"(?![0-9])(?:[-_T+ .]?[0-9]{2}([-_:h.]?)[0-9]{2}(?:\2[0-9]{2})?(?![0-9])(?:\+[0-9]{2})?)?"
@@ -279,7 +279,7 @@ def read_numbers(name: str) -> tuple[Number, ...]:
     if len(name) > _LONGEST:
         return ()
     numbers = [Number(found.start(1), found.end(1), int(found[1]), Kind.SHARD)
-               for found in _OF.finditer(name)]  # fmt: skip
+               for found in _OF.finditer(name) if found[1] != "*"]  # fmt: skip
     plain = _OF.sub(lambda found: "\0" * len(found[0]), _masked(name))
     kinds: dict[int, Kind] = {}
     bare = not any(letter.isalpha() for letter in plain)
@@ -292,7 +292,8 @@ def read_numbers(name: str) -> tuple[Number, ...]:
                 (first, kinds[number]), (second, kinds[number + 1])
             )
     for number, one in enumerate(seen):
-        multiple = _MULTIPLES.get(one.unit, 1) if kinds[number] is Kind.STEP else 1
+        counts = kinds[number] in (Kind.STEP, Kind.CHECKPOINT)
+        multiple = _MULTIPLES.get(one.unit, 1) if counts else 1
         end = one.start + len(one.text)
         numbers.append(Number(one.start, end, int(one.text) * multiple, kinds[number]))
     return tuple(sorted(numbers, key=lambda one: one.start))
@@ -353,6 +354,8 @@ def _kind(one: _Seen, *, bare: bool) -> Kind:
         return Kind.EPOCH
     if unit in _MULTIPLES and ((_is_step(label) and first) or _is_step(after)):
         return Kind.STEP
+    if unit == "k" and first and label.endswith(_CHECKPOINT_ENDS):  # checkpoint-100k
+        return Kind.CHECKPOINT
     if unit and not (_is_step(label) and first and unit not in _SIZES):
         return Kind.OTHER
     if _is_step(label):

@@ -61,8 +61,9 @@ def group_files(names: Collection[str]) -> dict[str, list[str]]:
     of them, which has `*` where theirs differ.
     """
     templates: dict[str, list[str]] = defaultdict(list)
+    counted = _counted(names)
     for name in names:
-        templates[template(name)].append(name)
+        templates[template(name) if family(name) in counted else name].append(name)
     companions: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for text in templates:
         role = _companion(text)
@@ -77,6 +78,23 @@ def group_files(names: Collection[str]) -> dict[str, list[str]]:
             groups[name] = sorted(name for text in texts for name in templates.pop(text))
     groups |= {text: sorted(found) for text, found in templates.items() if len(found) > 1}
     return {name: members for name, members in groups.items() if name not in names}
+
+
+def _counted(names: Iterable[str]) -> set[str]:
+    """The families whose numbers count ranks, parts or shards: from 0, or without great gaps from
+    1.  Others mean something else: `lora-rank8.pt` and `lora-rank16.pt`.
+    """
+    found: dict[str, set[_Ids]] = defaultdict(set)
+    for name in names:
+        if ids := shard_ids(name):
+            found[family(name)].add(ids)
+    return {
+        text for text, rows in found.items()
+        if SHARD_COUNT.search(text) or all(
+            0 in column or 2 * len(column) > max(column)
+            for column in map(set, zip(*rows, strict=False))
+        )
+    }  # fmt: skip
 
 
 def _companion(text: str) -> tuple[str, str] | None:

@@ -43,6 +43,7 @@ NAMED = {
     # Hugging Face, lerobot, accelerate
     "checkpoint-500": 500, "checkpoint-130000-epoch-9": 130000, "step-002500": 2500,
     "step_900": 900, "checkpoint-1000 copy.pt": 1000, "checkpoint_500_7b.pt": 500,
+    "checkpoint-100k": 100_000,
     # DeepSpeed, Megatron, torchtitan, torchtune, verl, GPT-NeoX
     "global_step100_universal": 100, "global_step0020.bin": 20, "iter_0001000": 1000,
     "iter_1000.pth": 1000, "step-1000": 1000, "global_step_100": 100, "step1000-unsharded": 1000,
@@ -67,7 +68,8 @@ PLAIN = {  # what neither a word nor the checkpoint calls a step
     "model-100-bf16.pt": 100, "net-0500-ema.pt": 500, "1000.pt": 1000, "7.pt": 7,
     "7-1999.ckpt": 1999,
     "myrun_1000.pt": 1000, "nanolm-500.pt": 500, "G_10000.pth": 10000, "D_800.pth": 800,
-    "net_g_5000.pth": 5000, "best_model_1234.pth": 1234, "resnet50_20000.pth": 20000,
+    "net_g_5000.pth": 5000, "best_model_1234.pth": 1234, "best_4000.pt": 4000,
+    "resnet50_20000.pth": 20000,
     "checkpoint0099.pth": 99, "checkpoint6.pt": 6, "model_v2_1000.pt": 1000, "unet_500.pt": 500,
 }  # fmt: skip
 

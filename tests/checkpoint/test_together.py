@@ -36,6 +36,8 @@ METASEQ = [f"checkpoint_1_500-model_part-{p}-shard{s}.pt" for p in (0, 1) for s 
         ("*1000", ["model_1000.safetensors", "optimizer_1000.pt"]),
         ("run1_*step_7.pt", ["run1_model_step_7.pt", "run1_optim_step_7.pt"]),
         ("*best.pt", ["model_best.pt", "optimizer_best.pt"]),
+        ("a-rank*.pt", ["a-rank1.pt", "a-rank2.pt", "a-rank3.pt"]),
+        ("part*.pt", ["part1.pt", "part2.pt"]),
         ("*20-rank*.pt", [
             "model_20-rank0.pt", "model_20-rank1.pt", "optim_20-rank0.pt", "optim_20-rank1.pt",
         ]),
@@ -54,6 +56,7 @@ def test_files_of_one_checkpoint(name: str, members: list[str]) -> None:
         ["seed1-step100.pt", "seed2-step100.pt"], ["fold_0.pt", "fold_1.pt"],
         ["model.pt", "ema.pt"],
         ["resnet18-f37072fd.pth", "resnet50-0676ba61.pth"], ["model-7b.pt", "model-13b.pt"],
+        ["lora-rank8.pt", "lora-rank16.pt", "lora-rank64.pt"], ["rank4-step9.pt", "rank8-step9.pt"],
         ["epoch_1.pt", "epoch_2.pt"], ["model_1.pt", "optimizer_2.pt"], ["G_800.pth", "D_900.pth"],
         ["model-v1.pt", "model-v2.pt"], ["iter_1.pth", "epoch_1.pth"], ["rank.pt", "shard.pt"],
         ["checkpoint-500.pt", "checkpoint-500.safetensors"], ["a*.pt", "a-rank0.pt"],
@@ -91,6 +94,7 @@ def test_families_are_names_without_steps() -> None:
         ("step-1.pt", "step-200.pt"), ("checkpoint_1_9-shard0.pt", "checkpoint_2_50-shard3.pt"),
         ("epoch=1-step=9.ckpt", "epoch=2-step=70.ckpt"), ("*010000.pt", "*020000.pt"),
         ("ep0-ba200-rank*.pt", "ep1-ba900-rank0.pt"), ("best.pt", "last.pt"),
+        ("step9-*-of-00002.bin", "step20-00001-of-00002.bin"),
         ("checkpoint_last-shard*.pt", "checkpoint_3_90-shard*.pt"),
     ):  # fmt: skip
         assert family(one) == family(other)
