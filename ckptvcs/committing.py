@@ -14,10 +14,8 @@ A crash anywhere before the last line leaves packs that nothing refers to, which
 from __future__ import annotations
 
 import contextlib
-import getpass
 import re
 import socket
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from ckptvcs.attempt import Attempt, within_bounds
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
+from ckptvcs.checkpoint.notes import unknown_floats
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder
@@ -55,6 +54,7 @@ from ckptvcs.history.schema import (  # fmt: skip
     dump_skeleton,
     load_schema,
 )
+from ckptvcs.provenance import code_commit, user
 from ckptvcs.request import Request, find_step
 from ckptvcs.source import Progress, scan
 from ckptvcs.store.leases import check_lease, lease
@@ -187,8 +187,16 @@ class Committer:
         # It is in the history now: what goes wrong from here on, gc makes good.
         with contextlib.suppress(CkptError):
             self._fade(fading, name, is_head=place.moves_head)
-        notes = (*place.notes, *request.checkpoint.notes)
-        return Result(name, commit, encoded.data_bytes + info.size_bytes, place.branch, notes)
+        notes = [*place.notes, *request.checkpoint.notes, *encoded.notes]
+        if request.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
+            notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
+        return Result(
+            name, commit, encoded.data_bytes + info.size_bytes, place.branch, tuple(notes)
+        )
+
+    def _has_schema(self, parent: ObjectId | None, schema: ObjectId) -> bool:
+        """Whether the parent has the same tensors, of which all has been said."""
+        return parent is not None and self._catalog.commit(parent).schema == schema
 
     def _fade(self, recorded: list[Patch], name: ObjectId, *, is_head: bool) -> None:
         """Delete patches, but for those that a tag or a pin has come to keep meanwhile."""
@@ -408,7 +416,7 @@ class Committer:
             patch_bytes=encoded.patch_bytes, nonfinite=encoded.nonfinite,
             source=checkpoint.kind, path=request.path, inside=request.inside, schema=schema,
             parts=encoded.parts, files=tuple(files), error=encoded.error,
-            errors=errors, host=socket.gethostname(), user=_user(), code=_code_commit(),
+            errors=errors, host=socket.gethostname(), user=user(), code=code_commit(),
         )  # fmt: skip
 
     def _put(
@@ -478,24 +486,3 @@ def _weights(
     """What the weights are called, or others call them, and how large they are."""
     infos = (schema.tensors[number] for number in schema.stored("model"))
     return {(names.get(info.name, info.name), info.dtype, info.shape) for info in infos}
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container may have no name for its user
-        return ""
-
-
-def _code_commit() -> str | None:
-    """The git commit of the code in the working directory, if there is one."""
-    folder = Path.cwd()
-    if not any((above / ".git").exists() for above in (folder, *folder.parents)):
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
-            capture_output=True, text=True, timeout=5, check=True,
-        )  # fmt: skip
-        return done.stdout.strip() or None
-    return None

@@ -64,6 +64,7 @@ class Encoded:
     error: ErrorReport
     errors: dict[int, ErrorReport]
     shared: list[ObjectId]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -404,6 +405,7 @@ class Encoder:
             parts, tables, recipes, max(self._depths.values(), default=0), data_bytes, patch_bytes,
             self._nonfinite, report(self._errors, self._infos),
             report_tensors(self._errors, self._infos) if lossy else {}, shared,
+            self._planner.notes,
         )  # fmt: skip
 
     def _patch(self, name: str, values: ObjectId, row: list[int]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -29,6 +29,7 @@ from ckptvcs.format import (
     is_repository,
     new_format,
     raise_flags,
+    require_flags,
     write_format,
 )
 from ckptvcs.history.canonical import now
@@ -47,6 +48,7 @@ from ckptvcs.store.reserve import keep_reserve
 if TYPE_CHECKING:
     from ckptvcs.background import Background
     from ckptvcs.bases import HeldBase
+    from ckptvcs.codec.spec import CodecSpec
     from ckptvcs.restore import Restorer
     from ckptvcs.worker import Worker
 
@@ -212,6 +214,24 @@ class Opened:
     ) -> LogEntry:
         """A commit as the log shows it."""
         return self.history.entry(name, branch=branch, tags=tags)
+
+    def codec_for(self, codec: str | None, metrics: Mapping[str, float]) -> CodecSpec:
+        """The codec of a commit with these metrics; programs that do not know what it writes keep
+        away from the repository from here on.
+
+        Raises:
+            InvalidInputError: there is no such codec.
+            UnsupportedVersionError: a newer program does not let this one write.
+        """
+        from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415  needs numpy
+
+        require_flags(self.folder, "write")
+        spec = self.config.codec_of(codec)
+        flags = ["types", *(["near", "near-2"] if isinstance(spec.settings, NearSpec) else [])]
+        if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
+            flags.append("patches")
+        raise_flags(self.folder, "read", *flags)
+        return spec
 
     def log(
         self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False

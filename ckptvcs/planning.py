@@ -28,6 +28,7 @@ from ckptvcs.coding.group import Coder, Floats, Group, Target
 from ckptvcs.coding.near import NearCoder, NearPlan, Scale, energies, measure_scale
 from ckptvcs.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.parallel import ordered_map
+from ckptvcs.sizes import size
 from ckptvcs.source import SourceTensor
 
 _RELATED = 0.5  # squared distance from the base over squared size, from which on they are not
@@ -52,6 +53,21 @@ class Planner:
         self._checkpoint, self._spec, self._masters = checkpoint, spec, masters
         self._base_tensor, self._keyframe, self._alone = base_tensor, keyframe, alone
         self._infos = checkpoint.schema.tensors
+        self._untrained: list[int] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the forms that were chosen."""
+        found = []
+        if self._alone:
+            found.append("these weights have nothing to do with those of the parent: stored as a "
+                         "first checkpoint")  # fmt: skip
+        if self._untrained:
+            found.append(
+                f"{len(self._untrained)} weights, {size(sum(self._untrained))}, stored exactly: "
+                "nothing says that they are in training (no moments, no close parent)"
+            )
+        return tuple(found)
 
     def groups(self) -> list[list[int]]:
         """Stored tensors: a weight with its moments; moments of an unknown weight; others alone.
@@ -136,6 +152,8 @@ class Planner:
             base = group.base if isinstance(group.base, BaseTensor) else None
             bases = {} if group.weight is None or base is None else {group.weight.number: base}
             here = NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe)
+            if group.weight is not None and here.is_untrained:
+                self._untrained.append(self._infos[group.weight.number].size_bytes)
             there = not self._keyframe and DeviceCoder.can(group)
             yield DeviceCoder(here, group) if there else here, {} if self._keyframe else bases
 

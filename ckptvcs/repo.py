@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ckptvcs.care import Care, quiet
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, MissingObjectError
-from ckptvcs.format import raise_flags, require_flags
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.history.refs import Refs
 from ckptvcs.opened import CACHE
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from ckptvcs.checkpoint.checkpoint import Checkpoint
     from ckptvcs.checkpoint.roles import Names
     from ckptvcs.checkpoint.staging import Staging
-    from ckptvcs.codec.spec import CodecSpec
     from ckptvcs.committing import Announce, Result
     from ckptvcs.compare import Comparison
     from ckptvcs.restore import Restorer
@@ -201,6 +199,8 @@ class Repo(Care):
             checkpoint, STATE_FILE, inside=True, step=step, message=message, metrics=metrics,
             codec=codec, branch=self._branch,
         )  # fmt: skip
+        for note in result.notes:
+            _log.warning("%s", note)
         self._branch = result.branch
         return self.entry(result.id, branch=result.branch)
 
@@ -300,24 +300,6 @@ class Repo(Care):
         finally:
             if alone:
                 self._holder.release()
-
-    def codec_for(self, codec: str | None, metrics: Mapping[str, float]) -> CodecSpec:
-        """The codec of a commit with these metrics; programs that do not know what it writes keep
-        away from the repository from here on.
-
-        Raises:
-            InvalidInputError: there is no such codec.
-            UnsupportedVersionError: a newer program does not let this one write.
-        """
-        from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415  see above
-
-        require_flags(self.folder, "write")
-        spec = self.config.codec_of(codec)
-        flags = ["types", *(["near", "near-2"] if isinstance(spec.settings, NearSpec) else [])]
-        if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
-            flags.append("patches")
-        raise_flags(self.folder, "read", *flags)
-        return spec
 
     def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
         """The state of a commit: the nested object that was committed, with its tensors.

@@ -28,7 +28,7 @@ from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.codec import loops
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.dtypes import WEIGHT_DTYPES
+from ckptvcs.dtypes import can_be_lossy
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
@@ -135,7 +135,7 @@ class Restorer:
         doubtful = [
             number for number in self._tables
             if self.fidelity[(info := self.schema.tensors[number]).part] == "near"
-            and info.role in LOSSY and info.dtype in WEIGHT_DTYPES
+            and info.role in LOSSY and can_be_lossy(info.dtype)
         ]  # fmt: skip
         if not errors:  # they were let go
             return set(doubtful)

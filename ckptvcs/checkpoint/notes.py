@@ -10,11 +10,15 @@ from collections.abc import Iterable, Iterator
 
 from ckptvcs.checkpoint import torchzip
 from ckptvcs.checkpoint.layout import Layout, Source
+from ckptvcs.checkpoint.roles import LOSSY
+from ckptvcs.dtypes import can_be_lossy
+from ckptvcs.history.schema import Schema
 from ckptvcs.sizes import size
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".distcp")
 """Names of files that hold tensors end so."""
 
+_SHARE = 0.01  # of a checkpoint's bytes, from which on exact floats are worth a line
 _LARGE = 1 << 24  # bytes, from which on a file of any name is worth a line
 
 
@@ -45,3 +49,19 @@ def notes(files: Iterable[tuple[str, Source, Layout]]) -> Iterator[str]:
             cost = f"{size(source.size)} stored exactly, its tensors without names"
             yield f"{path}: its objects are not readable ({layout.problem}); {cost}"
         yield from (f"{path}: {remark}" for remark in layout.remarks)
+
+
+def unknown_floats(schema: Schema, size_bytes: int) -> Iterator[str]:
+    """A line for the float tensors of a checkpoint of so many bytes of which nothing shows that
+    they are weights or moments, if they are more than a little of it.
+    """
+    found = [
+        info.size_bytes for info in schema.tensors
+        if not info.inline and info.role not in LOSSY and can_be_lossy(info.dtype)
+    ]  # fmt: skip
+    if sum(found) >= _SHARE * size_bytes > 0:
+        tensors = "1 tensor" if len(found) == 1 else f"{len(found)} tensors"
+        yield (
+            f"{tensors}, {size(sum(found))}, stored exactly: not known as weights or moments; "
+            "see 'ckpt show --roles'"
+        )

@@ -13,6 +13,7 @@ from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.commit import ERROR_NAMES
 from ckptvcs.history.log import LogEntry
 from ckptvcs.repo import Repo
+from ckptvcs.store.object import ObjectId
 
 _DEFAULT_ENTRIES = 30
 
@@ -69,17 +70,41 @@ def _tensors_json(repo: Repo, entry: LogEntry) -> list[dict[str, Any]]:
     errors = repo.history.errors(entry.id)
     return [
         {"name": info.name, "part": info.part, "role": info.role, "dtype": info.dtype,
-         "shape": list(info.shape),
+         "shape": list(info.shape), "evidence": info.evidence or None,
          "error": render.error_json(errors[number]) if number in errors else None}
         for number, info in enumerate(repo.catalog.schema(entry.commit.schema).tensors)
         if not info.inline
     ]  # fmt: skip
 
 
-def show(context: typer.Context, revision: Revision = "HEAD", json: JsonOption = False) -> None:
+def _show_roles(repo: Repo, name: ObjectId) -> None:
+    """The stored tensors of a commit, what they are taken for, and how they come back."""
+    reader = repo.restorer(name)
+    near, infos = reader.near(), reader.schema.tensors
+    rows = [["tensor", "dtype", "shape", "part", "role", "evidence", "form"]]
+    for number, info in enumerate(infos):
+        if not info.inline:
+            form = "near" if number in near else reader.fidelity[info.part].replace("near", "exact")
+            rows.append([
+                render.printable(info.name), info.dtype, " x ".join(map(str, info.shape)),
+                info.part, info.role, info.evidence or "none", form,
+            ])  # fmt: skip
+    render.table(rows)
+
+
+def show(
+    context: typer.Context, revision: Revision = "HEAD",
+    roles: Annotated[
+        bool, typer.Option("--roles", help="List tensors with their roles and the evidence.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:  # fmt: skip
     """Show one commit and its files."""
     repo = open_repo(context)
     name = repo.resolve(revision)
+    if roles and not json:
+        _show_roles(repo, name)
+        return
     tags, branch = repo.history.tags().get(name, ()), repo.history.branch_at(name)
     entry = repo.entry(name, branch=branch, tags=tags)
     made = entry.commit

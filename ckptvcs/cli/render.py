@@ -91,14 +91,18 @@ def entry_json(entry: LogEntry) -> dict[str, Json]:
 
 
 def fidelity(entry: LogEntry) -> str:
-    """`exact`, `weights exact`, or how far the near weights are off."""
+    """`exact`, `weights exact`, or how far the near weights are off, and the optimizer's next step
+    where that is far.
+    """
     if set(entry.fidelity.values()) == {"dropped"}:
         return "dropped"
     if entry.exact:
         return "exact"
     if entry.fidelity.get("model") == "exact":
         return "weights exact"
-    return f"near {entry.commit.error.weight_rel:.2g}"
+    error = entry.commit.error
+    update = f", update {error.update_nmse:.2g}" if error.update_nmse > _FAR else ""
+    return f"near {error.weight_rel:.2g}{update}"
 
 
 def ids(names: Sequence[str]) -> str:
@@ -112,6 +116,7 @@ def metrics(values: Mapping[str, float]) -> str:
     return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
 
 
+_FAR = 0.7  # relative squared error of a step
 _LOG = ["step", "id", "message", "metrics", "size", "ratio", "fidelity"]
 
 

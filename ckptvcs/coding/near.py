@@ -438,19 +438,26 @@ class NearCoder:
         own = (self._scale.residual if self._scale is not None else None) or 0.0
         return min(spec.step * self._plan.residual, spec.cap * own) if own else 0.0
 
+    @property
+    def is_untrained(self) -> bool:
+        """Whether nothing says that the weight is in training: it has neither moments nor a base,
+        or has not moved.
+        """
+        moved = self._scale is not None and self._scale.residual
+        return not moved and not self._moments_of()
+
     def _keyframe_step(self, target: Target) -> float | None:
         """None where it has to be exact: 16-bit weights, whose near form would not be smaller, and
         what nothing says is trained.
         """
-        group, scale = self._group, self._scale
+        scale = self._scale
         if target.dtype != "F32" or scale is None or not scale.weight:
             return None
         if scale.residual:
             step = _KEYFRAME_STEP * self.delta_step()
             return min(step, _COARSEST_KEYFRAME * scale.weight)
-        trained = group.first is not None or group.second is not None or group.others
         first = min(_FIRST_STEP, 3 * (self.spec.max_weight_error or 1))
-        return first * scale.weight if trained else None
+        return None if self.is_untrained else first * scale.weight
 
     def row_factors(self, factors: Factors | None) -> tuple[Rows, Bytes] | None:
         """Factors of steps by the second moments of rows; None where these say nothing of rows."""
