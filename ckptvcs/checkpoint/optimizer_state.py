@@ -58,8 +58,8 @@ _SHORT = frozenset({"m", "v", "mu", "nu", "sum", "variance", "hessian"})
 """Keys that mean something else elsewhere."""
 
 _FLAT = MOMENTS - _SHORT
-_TRIPLES = {"m": ("v", ("w", "p", "param", "params", "model", "weights", "master")),
-            "mu": ("nu", ("params", "param", "p", "w", "model", "weights", "master"))}  # fmt: skip
+_BESIDE = ("w", "p", "param", "params", "value", "model", "weights", "master")
+_TRIPLES = {"m": ("v", _BESIDE), "mu": ("nu", _BESIDE)}
 _WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
 _ADAM = frozenset({
     "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_avg_fast", "exp_avg_slow",
@@ -89,7 +89,8 @@ class Rule:
 class Slot:
     """A parameter of an optimizer: its state tensors by key, the names that it may have, the most
     likely one first, and the weight itself where it stands beside its moments.  `closed` says that
-    it keeps more than moments (the bases of SOAP, say), so that nobody knows what these do.
+    it keeps more than moments (the bases of SOAP, say), so that nobody knows what these do;
+    `doubtful`, that its keys mean moments only if there is a weight of one of its names.
     """
 
     state: dict[str, Found]
@@ -97,6 +98,7 @@ class Slot:
     rule: Rule
     weight: Found | None = None
     closed: bool = False
+    doubtful: bool = False
 
 
 @dataclass
@@ -254,7 +256,14 @@ def _splits(path: str, found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
     name = last[: chunk.start()] if chunk else last
     steps = (*folder.parent.parts, folder.stem, *name.split("."))
     for at, step in enumerate(steps):
-        if step in _FLAT or step in _TRIPLES or step in _WEIGHTS_BESIDE or _is_beside(step):
+        is_last = at + 1 == len(steps) and "state" in steps[:at] and step in SECOND
+        if (
+            is_last
+            or step in _FLAT
+            or step in _TRIPLES
+            or step in _WEIGHTS_BESIDE
+            or _is_beside(step)
+        ):
             rest = (*steps[:at], "*", *steps[at + 1 :], chunk[0] if chunk else "")
             yield step, rest
 
@@ -276,12 +285,17 @@ def _flat_slots(
         yield Slot(state, _names(base), rule_of(betas, state.keys()), weight)
         return
     for first, (second, weights) in _TRIPLES.items():
-        beside = next((row[key] for key in weights if key in row), None)
-        if first in row and second in row and beside is not None:
+        if first in row and second in row and row[first].shape == row[second].shape:
             state = {first: row[first], second: row[second]}
-            if {found.shape for found in state.values()} == {beside.shape}:
+            beside = next((row[key] for key in weights if key in row), None)
+            if beside is not None and beside.shape == row[first].shape:
                 yield Slot(state, (), Rule(), beside)
-                return
+            else:
+                yield Slot(state, _names(base), Rule(), doubtful=True)
+            return
+    for key, found in row.items():
+        if key in SECOND & _SHORT:
+            yield Slot({key: found}, _names(base), Rule(), doubtful=True)
 
 
 def _names(base: tuple[str, ...]) -> tuple[str, ...]:

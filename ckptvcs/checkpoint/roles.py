@@ -76,6 +76,7 @@ _STRONG = frozenset({
     "params", "generator", "discriminator", "actor", "critic", "policy", "encoder", "decoder",
     "backbone", "unet", "vae", "transformer", "lora", "adapter", "teacher", "student",
 })  # fmt: skip
+_FILES = frozenset({"model", "ema", "weights", "lora", "adapter"})
 _PARAMETERS = re.compile(r"(weight|bias|kernel|embed|proj|lora_|_flat_param)")
 
 
@@ -135,7 +136,7 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
     for slot in find_flat(files, taken):
         owner = slot.weight if slot.weight is not None else _named(slot, ends)
         complete = any({*FIRST.get(key, ())} & slot.state.keys() for key in slot.state)
-        if owner is not None or complete:
+        if owner is not None or (complete and not slot.doubtful):
             _take_slot(slot, by_id, BESIDE)
         if owner is not None:
             _join(slot, owner, by_id, paired)
@@ -236,7 +237,8 @@ def _is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, o
         return True  # a module made it
     if steps:
         return steps[-1] == "_parameters" or _is_model_word(steps[-1])
-    if form == "safetensors":
+    stem = PurePosixPath(path).name.partition(".")[0]
+    if form == "safetensors" or any(word.lower() in _FILES for word in _WORDS.findall(stem)):
         return True
     named = sum(
         isinstance(key, str) and bool(_PARAMETERS.search(key.rpartition(".")[2]))

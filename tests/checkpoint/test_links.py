@@ -60,7 +60,7 @@ def test_a_snapshot_of_the_hub(shared: bool, through: str, tmp_path: Path) -> No
         path = tmp_path / "model"
         path.symlink_to(snapshot)
     made = repo.commit_path(path, message="", step=1)
-    assert made.notes == ()
+    assert not any("link" in note for note in made.notes)
     assert "pytorch_model.bin:w" in [
         info.name for info in repo.catalog.schema(made.commit.schema).tensors
     ]
