@@ -65,14 +65,14 @@ _REST_KEYS = frozenset({
 })  # fmt: skip
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
 _PLACES = re.compile(
-    r"(model|module|net|network|state_?dict|weights?|params?|master|master_params?"
+    r"(model|module|net|network|state|dict|weights?|params?|master|master_params?"
     r"|ema|sma|swa|avg|averaged?|shadow|teacher|student|target|online|generator"
     r"|discriminator|gen|disc|actor|critic|policy|value|encoder|decoder|backbone|head|unet|vae"
     r"|transformer|text_encoder|lora|adapter|g|d|q)"
 )
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 _STRONG = frozenset({
-    "model", "module", "net", "network", "dict", "statedict", "weights", "ema", "swa", "master",
+    "model", "module", "net", "network", "weights", "ema", "swa", "master",
     "params", "generator", "discriminator", "actor", "critic", "policy", "encoder", "decoder",
     "backbone", "unet", "vae", "transformer", "lora", "adapter", "teacher", "student",
 })  # fmt: skip
@@ -250,9 +250,8 @@ def _is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, o
 def _is_model_word(step: str) -> bool:
     """Whether a key says that a model stands there: `model`, `model_ema`, `netG`, `params`, ..."""
     words = [word.lower() for word in _WORDS.findall(step)]
-    return any(word in _STRONG for word in words) and all(
-        _PLACES.fullmatch(word) or word.isdigit() or word == "state" for word in words
-    )
+    strong = any(word in _STRONG for word in words) or words[-2:] == ["state", "dict"]
+    return strong and all(_PLACES.fullmatch(word) or word.isdigit() for word in words)
 
 
 def _leaves(node: dict[object, object]) -> list[tuple[str, str]] | None:

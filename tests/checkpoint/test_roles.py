@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckptvcs.checkpoint.objects import gather
+from ckptvcs.checkpoint.roles import LOSSY
+from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint
 
 
 def stepped(
@@ -151,3 +155,156 @@ def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
 def test_steps_are_found(tmp_path: Path) -> None:
     assert save(tmp_path / "a.pt", {"w": torch.ones(3), "global_step": 1234}).step == 1234
     assert save(tmp_path / "b.pt", {"w": torch.ones(3)}).step is None
+
+
+# -- evidence --------------------------------------------------------------------------------------
+
+
+def evidence(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Role and evidence of every tensor that has some."""
+    infos = checkpoint.schema.tensors
+    return {i.name: (i.role, i.evidence) for i in infos if i.evidence}
+
+
+def lossy(checkpoint: Checkpoint) -> set[str]:
+    return {i.name for i in checkpoint.schema.tensors if i.role in LOSSY}
+
+
+def matrices(*names: str) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(20, 30) for name in names}
+
+
+def test_what_is_not_paired_beside_paired_weights_is_no_weight(tmp_path: Path) -> None:
+    model = network()
+    model.register_buffer("statistics", torch.randn(40, 40))
+    optimizer = stepped(model, model.parameters())
+    checkpoint = save(
+        tmp_path / "a.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    )
+    known = evidence(checkpoint)
+    assert known["model.0.weight"] == ("weight", "moments")
+    assert known["optimizer.state.0.exp_avg"] == ("exp_avg", "optimizer")
+    assert "model.statistics" not in lossy(checkpoint)
+
+
+def test_a_module_says_which_of_its_tensors_are_weights() -> None:
+    model = network()
+    model.register_buffer("statistics", torch.randn(40, 40))
+    state, names = gather(model, None, None, STATE_FILE)
+    checkpoint = state_checkpoint(state, names)
+    assert evidence(checkpoint)["model.0.weight"] == ("weight", "module")
+    assert "model.statistics" not in lossy(checkpoint)
+
+
+@pytest.mark.parametrize("key", [
+    "model", "state_dict", "model_state_dict", "module", "ema", "model_ema", "netG", "generator",
+    "teacher", "params", "net_1",
+])  # fmt: skip
+def test_a_state_dict_is_known_by_its_key_and_its_form(key: str, tmp_path: Path) -> None:
+    name = f"{key}.0.weight"
+    assert evidence(save(tmp_path / "a.pt", {key: matrices("0.weight"), "step": 3})) == {
+        name: ("weight", "state dict")
+    }
+    nested = {key: {"0": matrices("weight")}}
+    assert lossy(save(tmp_path / "b.pt", nested)) == {name}
+    mixed = {key: {**matrices("0.weight"), "how": "by hand"}}
+    assert not lossy(save(tmp_path / "c.pt", mixed))
+
+
+def test_what_a_module_made_is_a_state_dict_by_any_key(tmp_path: Path) -> None:
+    assert lossy(save(tmp_path / "a.pt", {"thing": nn.Linear(20, 30).state_dict()})) == {
+        "thing.weight", "thing.bias"
+    }  # fmt: skip
+    assert not lossy(save(tmp_path / "b.pt", {"thing": matrices("weight")}))
+
+
+@pytest.mark.parametrize("key", [
+    "replay_buffer", "obs_rms", "router_stats", "priorities", "modelling_data", "statistics",
+    "histograms", "value_of_states", "embeddings_cache",
+])  # fmt: skip
+def test_a_name_of_a_weight_alone_is_no_evidence(key: str, tmp_path: Path) -> None:
+    state = {key: matrices("weight", "0.weight", "v", "exp_avg", "exp_avg_sq_of"), "step": 1}
+    assert not lossy(save(tmp_path / "a.pt", state))
+
+
+def test_a_file_of_names_to_tensors_is_a_state_dict_if_the_names_are_such(tmp_path: Path) -> None:
+    assert lossy(save(tmp_path / "a.pt", matrices("0.weight", "1.weight"))) == {
+        "0.weight", "1.weight"
+    }  # fmt: skip
+    assert not lossy(save(tmp_path / "b.pt", matrices("rewards", "states", "actions")))
+    assert lossy(save(tmp_path / "model.pt", matrices("w"))) == {"w"}
+    save_file(matrices("w"), tmp_path / "c.safetensors")
+    assert lossy(open_checkpoint(tmp_path / "c.safetensors")) == {"w"}
+
+
+def moments(shape: tuple[int, ...] = (20, 30)) -> dict[str, torch.Tensor]:
+    square = torch.rand(shape)
+    return {"exp_avg": 0.1 * square.sqrt() * torch.randn(shape), "exp_avg_sq": square}
+
+
+def flat(form: str) -> dict[str, torch.Tensor]:
+    return {form.format(key): value for key, value in moments().items()}
+
+
+@pytest.mark.parametrize("form", [
+    "state.0.weight.{}", "optimizer.state.{}.0.weight", "{}.0.weight", "0.weight.{}",
+])  # fmt: skip
+def test_moments_of_flat_states_are_paired_by_name(form: str, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "a.pt", {"model": matrices("0.weight"), "optim": flat(form)})
+    assert set(pairs(checkpoint).values()) == {"model.0.weight"}
+    assert {role for role, how in evidence(checkpoint).values() if how == "beside its moments"} == {
+        "exp_avg", "exp_avg_sq"
+    }  # fmt: skip
+    parts = {i.name: i.part for i in checkpoint.schema.tensors}
+    assert {part for name, part in parts.items() if name.startswith("optim.")} == {"optimizer"}
+
+
+def test_one_moment_without_the_other_needs_its_weight(tmp_path: Path) -> None:
+    buffer = {"state.0.weight.momentum_buffer": torch.randn(20, 30)}
+    alone = save(tmp_path / "a.pt", {"optim": buffer, "model": matrices("other.kernel")})
+    assert lossy(alone) == {"model.other.kernel"}
+    beside = save(tmp_path / "b.pt", {"optim": buffer, "model": matrices("0.weight")})
+    assert "optim.state.0.weight.momentum_buffer" in lossy(beside)
+
+
+def test_a_universal_checkpoint_holds_weights_beside_their_moments(tmp_path: Path) -> None:
+    folder = tmp_path / "zero" / "layers.0.weight"
+    folder.mkdir(parents=True)
+    for name, value in {**moments(), "fp32": torch.randn(20, 30)}.items():
+        torch.save({"param": value}, folder / f"{name}.pt")
+    checkpoint = open_checkpoint(tmp_path)
+    weight = "zero/layers.0.weight/fp32.pt:param"
+    assert evidence(checkpoint)[weight] == ("weight", "moments")
+    assert pairs(checkpoint) == {
+        f"zero/layers.0.weight/{key}.pt:param": weight for key in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def test_partitions_of_deepspeed_are_paired_with_their_moments(tmp_path: Path) -> None:
+    state = {
+        "state": {n: moments((600,)) for n in range(2)},
+        "param_groups": [{"params": [0]}, {"params": [1]}],
+    }
+    checkpoint = save(tmp_path / "a.pt", {"optimizer_state_dict": {
+        "base_optimizer_state": state,
+        "single_partition_of_fp32_groups": [torch.randn(600), torch.randn(600)],
+    }})  # fmt: skip
+    names = [f"optimizer_state_dict.single_partition_of_fp32_groups.{n}" for n in range(2)]
+    assert [*dict.fromkeys(pairs(checkpoint).values())] == names
+
+
+def test_an_optimizer_that_keeps_more_than_moments_is_exact(tmp_path: Path) -> None:
+    state = {0: {**moments(), "GG": [torch.eye(20), torch.eye(30)]}}
+    optimizer = {"state": state, "param_groups": [{"params": [0]}]}
+    checkpoint = save(tmp_path / "a.pt", {"model": matrices("0.weight"), "optimizer": optimizer})
+    assert lossy(checkpoint) == {"model.0.weight"}
+
+
+@pytest.mark.parametrize(("key", "lossily"), [("z", True), ("ax", True), ("Q", False)])
+def test_states_that_move_like_weights_belong_to_the_model(
+    key: str, lossily: bool, tmp_path: Path
+) -> None:
+    optimizer = {"state": {0: {key: torch.randn(20, 30)}}, "param_groups": [{"params": [0]}]}
+    checkpoint = save(tmp_path / "a.pt", {"model": matrices("w"), "optimizer": optimizer})
+    (info,) = (i for i in checkpoint.schema.tensors if i.name.endswith(f".{key}"))
+    assert (info.role in LOSSY, info.part) == (lossily, "model" if lossily else "optimizer")
