@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from ckptvcs.attempt import TooFar
 from ckptvcs.bases import BaseTensor
 from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.checkpoint.notes import NOTED
 from ckptvcs.checkpoint.roles import (
     BESIDE,
     FIRST,
@@ -25,7 +26,7 @@ from ckptvcs.coding import excp
 from ckptvcs.coding.device import DeviceCoder
 from ckptvcs.coding.exact import ExactCoder
 from ckptvcs.coding.group import Coder, Floats, Group, Target
-from ckptvcs.coding.near import NearCoder, NearPlan, Scale, energies, measure_scale
+from ckptvcs.coding.near import NearCoder, NearPlan, Scale, measure_scale
 from ckptvcs.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.parallel import ordered_map
 from ckptvcs.sizes import size
@@ -54,19 +55,19 @@ class Planner:
         self._base_tensor, self._keyframe, self._alone = base_tensor, keyframe, alone
         self._infos = checkpoint.schema.tensors
         self._untrained: list[int] = []
+        self._weight_bytes = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the forms that were chosen."""
         found = []
-        if self._alone:
+        cost = f"{len(self._untrained)} weights, {size(sum(self._untrained))}, stored exactly"
+        if self._alone and self._weight_bytes >= NOTED:
             found.append("these weights have nothing to do with those of the parent: stored as a "
                          "first checkpoint")  # fmt: skip
-        if self._untrained:
-            found.append(
-                f"{len(self._untrained)} weights, {size(sum(self._untrained))}, stored exactly: "
-                "nothing says that they are in training (no moments, no close parent)"
-            )
+        if sum(self._untrained) >= NOTED:
+            found.append(f"{cost}: nothing says that they are in training (no moments of theirs, no "
+                         "close parent)")  # fmt: skip
         return tuple(found)
 
     def groups(self) -> list[list[int]]:
@@ -144,16 +145,17 @@ class Planner:
                 lossy = [number for number in lossy if number not in taken]
         weights = [group for group in groups if group.weight is not None]
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
-        residual, weight = energies(scales.values())
-        if residual > _RELATED * weight and not self._alone:
+        if not self._alone and _is_far(scales.values()):
             raise TooFar
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
             base = group.base if isinstance(group.base, BaseTensor) else None
             bases = {} if group.weight is None or base is None else {group.weight.number: base}
             here = NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe)
-            if group.weight is not None and here.is_untrained:
-                self._untrained.append(self._infos[group.weight.number].size_bytes)
+            if group.weight is not None:
+                self._weight_bytes += self._infos[group.weight.number].size_bytes
+                if here.is_untrained:
+                    self._untrained.append(self._infos[group.weight.number].size_bytes)
             there = not self._keyframe and DeviceCoder.can(group)
             yield DeviceCoder(here, group) if there else here, {} if self._keyframe else bases
 
@@ -234,6 +236,15 @@ def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target
     if seconds:
         return None, seconds[0]
     return (firsts[0] if firsts else None), None
+
+
+def _is_far(scales: Iterable[Scale]) -> bool:
+    """Whether most of the weights that have a base are about as far from it as from zero; a few may
+    have been initialised again.
+    """
+    rows = [row for row in scales if row.residual is not None and row.weight]
+    far = sum(row.words for row in rows if (row.residual or 0) ** 2 > _RELATED * row.weight**2)
+    return 2 * far > sum(row.words for row in rows)
 
 
 def _is_bounded(average: Floats, square: Floats) -> bool:

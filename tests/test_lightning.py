@@ -110,7 +110,8 @@ def test_what_another_checkpoint_keeps_of_the_same_step(tmp_path: Path) -> None:
     log = repo.log()
     assert [entry.step for entry in log] == [4, 4, 2, 2]
     assert {entry.branch for entry in log} == {"main"}
-    assert max(log[0].stored_bytes, log[2].stored_bytes) < log[1].stored_bytes / 2
+    sizes = [entry.commit.data_bytes for entry in log]
+    assert max(sizes[0], sizes[2]) < sizes[1] / 2
     assert [entry.commit.depth for entry in log] == [1, 1, 0, 0]
 
 

@@ -84,8 +84,9 @@ def saved(callback: Any, out: Path, step: int) -> None:
     """What a Trainer does at a step, as far as the callback sees it."""
     folder = out / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    torch.manual_seed(step)
-    torch.save({"weight": torch.randn(40, 40)}, folder / "pytorch_model.bin")
+    weight = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    moved = weight + 0.01 * step * weight.roll(1)
+    torch.save({"weight": moved}, folder / "pytorch_model.bin")
     arguments = SimpleNamespace(output_dir=str(out))
     state = SimpleNamespace(
         is_world_process_zero=True, global_step=step, log_history=[], best_model_checkpoint=None

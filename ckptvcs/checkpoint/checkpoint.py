@@ -221,7 +221,9 @@ def _open_directory(
             with source:
                 plain = raw or name.endswith(distcp.SUFFIX)
                 layout = _parse(source, plain)
-                if not plain and layout.format in _DOUBTFUL:
+                # Of files that are one checkpoint the caller says which are cut off.
+                doubtful = layout.format in (_DOUBTFUL[1:] if only else _DOUBTFUL)
+                if not plain and doubtful:
                     require_whole(source, entry.path, alone=False)
                 parsed.append((name, source, layout, source.stat))
         else:

@@ -12,11 +12,14 @@ from ckptvcs.checkpoint import torchzip
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.dtypes import can_be_lossy
-from ckptvcs.history.schema import Schema
+from ckptvcs.history.schema import LITTLE, Schema
 from ckptvcs.sizes import size
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".distcp")
 """Names of files that hold tensors end so."""
+
+NOTED = 1 << 14
+"""Bytes of exact floats, from which on they are worth a line."""
 
 _SHARE = 0.01  # of a checkpoint's bytes, from which on exact floats are worth a line
 _LARGE = 1 << 24  # bytes, from which on a file of any name is worth a line
@@ -58,8 +61,9 @@ def unknown_floats(schema: Schema, size_bytes: int) -> Iterator[str]:
     found = [
         info.size_bytes for info in schema.tensors
         if not info.inline and info.role not in LOSSY and can_be_lossy(info.dtype)
+        and info.order == LITTLE
     ]  # fmt: skip
-    if sum(found) >= _SHARE * size_bytes > 0:
+    if sum(found) >= max(NOTED, _SHARE * size_bytes):
         tensors = "1 tensor" if len(found) == 1 else f"{len(found)} tensors"
         yield (
             f"{tensors}, {size(sum(found))}, stored exactly: not known as weights or moments; "

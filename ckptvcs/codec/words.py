@@ -44,7 +44,7 @@ def to_float32(words: Words, dtype: str) -> NDArray[np.float32]:
     if dtype == "F32":
         return words.view(np.float32)
     if dtype == "F64":
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return words.view(np.float64).astype(np.float32)
     if dtype == "F16":
         return words.view(np.float16).astype(np.float32)
