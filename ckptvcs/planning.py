@@ -66,8 +66,8 @@ class Planner:
             found.append("these weights have nothing to do with those of the parent: stored as a "
                          "first checkpoint")  # fmt: skip
         if sum(self._untrained) >= NOTED:
-            found.append(f"{cost}: nothing says that they are in training (no moments of theirs, no "
-                         "close parent)")  # fmt: skip
+            found.append(f"{cost}: nothing says that they are in training (no moments of theirs, "
+                         "no close parent)")  # fmt: skip
         return tuple(found)
 
     def groups(self) -> list[list[int]]:

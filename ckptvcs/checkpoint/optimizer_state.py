@@ -61,6 +61,9 @@ _FLAT = MOMENTS - _SHORT
 _BESIDE = ("w", "p", "param", "params", "value", "model", "weights", "master")
 _TRIPLES = {"m": ("v", _BESIDE), "mu": ("nu", _BESIDE)}
 _WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
+_KEYS = _FLAT | {*_TRIPLES, "v", "nu", *_BESIDE, *_WEIGHTS_BESIDE}
+"""Steps of names that may say what a tensor is to an optimizer."""
+
 _ADAM = frozenset({
     "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_avg_fast", "exp_avg_slow",
     "exp_avg_diff", "exp_avg_var", "master_param", "master_params", "param_remainder",
@@ -239,37 +242,27 @@ def find_flat(files: list[tuple[str, Layout]], taken: set[int]) -> Iterable[Slot
     """
     by_base: dict[tuple[str, ...], dict[str, Found]] = {}
     for path, layout in files:
+        folder = PurePosixPath(path)
+        above = (*folder.parent.parts, folder.stem)
         for found in layout.tensors:
             if id(found) not in taken and found.key and not found.inline:
-                for key, base in _splits(path, found):
+                for key, base in _splits(above, found):
                     by_base.setdefault(base, {}).setdefault(key, found)
-    betas = _flat_betas(files)
+    betas = _flat_betas(files) if by_base else {}
     for base, row in by_base.items():
         yield from _flat_slots(base, row, betas)
 
 
-def _splits(path: str, found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """The ways to read a tensor's name as a key, and what is left of the name."""
-    folder = PurePosixPath(path)
-    last = found.name + found.part
-    chunk = _CHUNK.search(last)
-    name = last[: chunk.start()] if chunk else last
-    steps = (*folder.parent.parts, folder.stem, *name.split("."))
+def _splits(above: tuple[str, ...], found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """The ways to read a name, behind the steps of its file, as a key and the rest."""
+    name, chunk = found.name + found.part, ""
+    if name.endswith("]") and (cut := _CHUNK.search(name)):
+        name, chunk = name[: cut.start()], cut[0]
+    steps = (*above, *name.split("."))
     for at, step in enumerate(steps):
-        is_last = at + 1 == len(steps) and "state" in steps[:at] and step in SECOND
-        if (
-            is_last
-            or step in _FLAT
-            or step in _TRIPLES
-            or step in _WEIGHTS_BESIDE
-            or _is_beside(step)
-        ):
-            rest = (*steps[:at], "*", *steps[at + 1 :], chunk[0] if chunk else "")
-            yield step, rest
-
-
-def _is_beside(step: str) -> bool:
-    return any(step == second or step in weights for second, weights in _TRIPLES.values())
+        is_last = at + 1 == len(steps) and step in SECOND and "state" in steps[:at]
+        if is_last or step in _KEYS:
+            yield step, (*steps[:at], "*", *steps[at + 1 :], chunk)
 
 
 def _flat_slots(

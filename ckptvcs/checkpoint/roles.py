@@ -132,8 +132,9 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
     for optimizer in optimizers:
         for slot, weight in _pair(optimizer, containers):
             _join(slot, weight, by_id, paired)
-    ends = _ends(containers)
-    for slot in find_flat(files, taken):
+    flat = list(find_flat(files, taken))
+    ends = _ends(containers) if flat else {}
+    for slot in flat:
         owner = slot.weight if slot.weight is not None else _named(slot, ends)
         complete = any({*FIRST.get(key, ())} & slot.state.keys() for key in slot.state)
         if owner is not None or (complete and not slot.doubtful):

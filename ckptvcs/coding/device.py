@@ -25,7 +25,7 @@ from ckptvcs.codec.moments import Factors, put_second
 from ckptvcs.codec.weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Group, Target
-from ckptvcs.coding.near import Measured, NearCoder, leaves_range, second_rows
+from ckptvcs.coding.near import Measured, NearCoder, is_beyond, second_rows
 from ckptvcs.dtypes import DTYPES
 
 _Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the device
@@ -142,8 +142,9 @@ def _coded(
     if target.dtype != "F32" and not np.isfinite(floats).all():
         return None  # rounded up to infinity
     low, high = float(values.min()), float(values.max())
-    if leaves_range(floats, low, high, errors.largest) or (target.squared and not floats.all()):
-        return None
-    if target.weak and (low >= 0 or high <= 0):
+    sign = 1 if low >= 0 else -1 if high <= 0 else 0
+    if sign and (target.weak or is_beyond(floats, sign)):
         return None  # see `NearCoder`
+    if target.squared and not floats.all():
+        return None
     return CodedSlice(data, decoded, None, stands_on_base=base is not None), errors, near

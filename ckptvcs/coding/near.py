@@ -57,8 +57,10 @@ _FEW_ROWS = 16  # in a slice: columns would cost more than they tell
 _PER_RANK = 4  # rows and columns that a direction is worth
 _NOISE = 0.066  # NMSE of residuals over the square of their step in standard deviations, about
 _MARGIN = 0.9  # of a bound, to be on the safe side of samples
-_FORMS = ((1, 1.0), (2, 1.0), (0, 0.5), (0, 0.25), (0, 0.125), (0, 0.04))
+_ENTRIES = ((0, 1.0), (0, 0.5), (0, 0.25), (0, 0.125), (0, 0.04))
+_FORMS = ((1, 1.0), (2, 1.0), *_ENTRIES[1:])
 """Averages, in forms that get finer: times the usual directions, or in a share of usual steps."""
+_FEW = 256  # values that show both signs, if there are both
 _LEVELS = 3  # of squares: row times column, word by word, exactly
 _LEAST_ROW = 32  # words that a factor of their own is worth
 
@@ -175,32 +177,28 @@ def second_rows(target: Target, number: int, words: int) -> Rows:
 
 def _sign(values: Floats) -> int:
     """1 where no value is below zero, -1 where none is above, else 0."""
+    few = values[:_FEW]
+    if few.size and few.min() < 0 < few.max():
+        return 0  # as nearly always
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     return 1 if low >= 0 else -1 if high <= 0 else 0
 
 
-def strays(true: Floats, near: Floats, error: float, squared: bool) -> bool:
+def strays(true: Floats, near: Floats, *, squared: bool) -> bool:
     """Whether a near form is what nobody can mean, whatever the tensor is for: of the other sign
-    where the original has only one, or further outside its range than the recorded `error`.  One of
-    a second moment, whose error is that of its root, is not zero where the moment is not.
+    where the original has only one, or zero where a second moment is not.
+
+    It cannot leave the range of the original by more than its error, which is the largest one.
     """
-    if not true.size:
-        return False
-    low, high = float(true.min()), float(true.max())
-    return leaves_range(near, low, high, error) or (
-        squared and bool(np.any((near == 0) & (true != 0)))
-    )
+    if squared:
+        return bool(near.size) and (bool(near.min() < 0) or bool(((near == 0) & (true != 0)).any()))
+    sign = _sign(true)
+    return sign != 0 and is_beyond(near, sign)
 
 
-def leaves_range(near: Floats, low: float, high: float, error: float) -> bool:
-    """Whether values are of the other sign where all are from `low` to `high`, which have one sign,
-    or, where it is known, further outside than an `error`.
-    """
-    least, most = float(near.min()), float(near.max())
-    if (low >= 0 > least) or (high <= 0 < most):
-        return True
-    room = error * (1 + 1e-6)
-    return error > 0 and (least < low - room or most > high + room)
+def is_beyond(near: Floats, sign: int) -> bool:
+    """Whether a value has the other sign."""
+    return bool(near.size) and bool(near.min() < 0 if sign > 0 else near.max() > 0)
 
 
 Measured = tuple[CodedSlice, Errors]
@@ -266,26 +264,29 @@ class NearCoder:
 
     def _near(
         self, target: Target, number: int, method: int, encoded: NearSlice | None,
-        *, stands_on_base: bool = False,
+        *, stands_on_base: bool = False, is_sound: bool = False,
     ) -> Measured | None:  # fmt: skip
         """A near form with its errors; None where there is none, or it is worse than nothing, or
-        so large that it cannot be told.
+        so large that it cannot be told, or strays, where it is not known to be sound.
         """
         if encoded is None:
             return None
         data = put_slice(method, encoded.payload)
-        coded = CodedSlice(data, encoded.decoded, target.tensor.slice(number), stands_on_base)
+        words = target.tensor.slice(number)
+        coded = CodedSlice(data, encoded.decoded, words, stands_on_base)
         errors = (
             self._errors(target, number, coded) if encoded.sums is None else Errors.of(encoded.sums)
         )
         if not np.isfinite(errors.fisher_residual + errors.fisher_error):  # a moment is not finite
             errors = replace(errors, fisher_error=0.0, fisher_residual=0.0)
         least = errors.residual if target is self._group.weight else errors.energy
-        near, true = to_float32(encoded.decoded, target.dtype), target.floats(number)
-        if not errors.error <= least < np.inf or strays(true, near, errors.largest, target.squared):
+        if not errors.error <= least < np.inf:
+            return None
+        true, near = (to_float32(w, target.dtype) for w in (words, encoded.decoded))
+        if not is_sound and strays(true, near, squared=target.squared):
             return None
         # Squares that no float32 has would come back as zero.
-        lost = target.squared and target.dtype == "F64" and (true == 0) & (coded.source != 0)
+        lost = target.squared and target.dtype == "F64" and (true == 0) & (words != 0)
         return None if np.any(lost) else (coded, errors)
 
     # -- moments -------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ class NearCoder:
         group = self._group
         averages = [target for target in self._moments_of() if not target.squared]
         squares = [target for target in self._moments_of() if target.squared]
-        forms = _FORMS if averages else _FORMS[:1]
+        forms = self._forms_of(averages, number)
         for level in range(_LEVELS if squares else 1):
             coded = {target.number: self._second(target, number, level) for target in squares}
             second = None if group.second is None else coded[group.second.number]
@@ -331,6 +332,18 @@ class NearCoder:
                 yield coded
             if averages:
                 yield coded | {target.number: self._exact(target, number) for target in averages}
+
+    def _forms_of(self, averages: list[Target], number: int) -> tuple[tuple[int, float], ...]:
+        """How averages may be coded, the coarsest first: see `_FORMS`."""
+        if not averages:
+            return _FORMS[:1]
+        count, spec = slice_counts(self._group.words)[number], self.spec
+        rank = spec.momentum_rank if self._group.second is None else spec.rank
+        if any(self.direction_rows(target, number, count, rank) for target in averages):
+            return _FORMS
+        # Entries that something divides take half the usual steps at least to be of any use.
+        halves = self._group.second is not None and spec.max_update_nmse < 1
+        return _ENTRIES[halves:]
 
     def step(self, number: int, coded: dict[int, Measured]) -> Errors:
         """The error of the next step with a slice of each moment as it is coded, by number."""
@@ -357,7 +370,10 @@ class NearCoder:
         forms = (second_rows(target, number, words.size), Rows(words.size))
         for rows in forms[level:]:
             encoded = encode_second(words, target.dtype, rows)
-            found = self._near(target, number, NEAR_SECOND, encoded)
+            # A product of float32 factors is zero only where one of them is.
+            factors = None if encoded is None else Factors.of(encoded.payload, words.size)
+            is_sound = target.dtype == "F32" and factors is not None and factors.roots() is not None
+            found = self._near(target, number, NEAR_SECOND, encoded, is_sound=is_sound)
             if found is not None:
                 return found
         return self._exact(target, number)
