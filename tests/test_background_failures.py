@@ -211,32 +211,46 @@ def test_without_room_for_a_copy_training_waits(
 
 
 def test_a_copy_without_room_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    create = os.memfd_create
+
+    def noting(name: str) -> int:
+        file = create(name)
+        made.append(os.fstat(file).st_ino)
+        return file
+
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
-    def count() -> int:
-        return len([*Path("/proc/self/fd").iterdir()])
+    def held() -> list[int]:
+        """Which of the copies that were made are open, or mapped."""
+        inodes = set()
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(path.stat().st_ino)
+        return [inode for inode in made if inode in inodes]
 
+    monkeypatch.setattr(os, "memfd_create", noting)
     staging, blocks = Staging(), [memoryview(bytes(size)) for size in (100, 10**6)]
     (before,) = staging.copies(blocks[:1])
-    whole = count()
-    for name in ("ftruncate", "memfd_create"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, full)
-            with pytest.raises(OSError, match="no space left"):
-                staging.copies(blocks)
-        assert count() == whole - 1  # what was too small has gone, too
-    assert bytes(before) == bytes(100)  # whoever reads it keeps it
-    del before
-    monkeypatch.setattr("mmap.mmap", full)
-    for _ in range(3):
+    assert held() == made
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", full)
         with pytest.raises(OSError, match="no space left"):
             staging.copies(blocks)
-        assert count() == whole - 1  # one without a map, until the next one is made
-    monkeypatch.undo()
+    assert bytes(before) == bytes(100)  # whoever reads what was too small keeps it
+    assert held() == made[:1]
+    del before
+    assert held() == []
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr("mmap.mmap", full)
+            with pytest.raises(OSError, match="no space left"):
+                staging.copies(blocks)
+        assert held() == made[-1:]  # one without a map, until the next one is made
     assert [len(copy) for copy in staging.copies(blocks)] == [100, 10**6]
     assert os.fstat(staging.handle()[0]).st_size == staging.handle()[1] == len(staging.memory)
-    assert count() == whole
+    assert held() == made[-1:]
 
 
 def test_a_copy_on_a_disk_has_real_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
