@@ -149,8 +149,8 @@ ENTRIES: dict[str, Entry] = {
         ),
         Entry("masters", _all(MasterAdam, lr=2e-3), "half", TENSORS),
         Entry("remainders", _all(MasterAdam, lr=2e-3, remainders=True), "half", TENSORS),
-        Entry("8-bit Adam", _all(Adam8bit, lr=2e-3), form=TENSORS),
-        Entry("8-bit Adam nested", _all(Adam8bit, lr=2e-3, nested=True), form=ANYTHING),
+        Entry("8-bit Adam", _all(Adam8bit, lr=2e-3), "small", TENSORS),
+        Entry("8-bit Adam nested", _all(Adam8bit, lr=2e-3, nested=True), "small", ANYTHING),
         *(
             Entry(name, _from("pytorch_optimizer", name, **settings), form=form)
             for name, (settings, form) in _PACKAGED.items()

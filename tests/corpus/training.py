@@ -114,6 +114,7 @@ class Pairs(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "words": Words,
     "matrices": lambda: Words(plain=True),
+    "small": lambda: Words(width=96, embedded=32),
     "half": lambda: Words().to(torch.bfloat16),
     "double": lambda: Words().to(torch.float64),
     "adapted": Adapted,
@@ -281,11 +282,12 @@ class Reference:
 
     def above(self, losses: torch.Tensor) -> tuple[float, float]:
         """How far other losses at the end are above those of this run, and the standard error of
-        that: by the batches that a run happens to have, and by the windows that it is evaluated on.
+        that: by the windows that it is evaluated on, and, where that does not explain it, by the
+        batches that a run happens to have.
         """
         difference = losses - self.losses
-        sampled = difference.std().item() / len(losses) ** 0.5
-        return difference.mean().item(), math.hypot(self.luck, sampled)
+        gap, sampled = difference.mean().item(), difference.std().item() / len(losses) ** 0.5
+        return gap, sampled if gap <= 3 * sampled else math.hypot(self.luck, sampled)
 
     @cached_property
     def luck(self) -> float:
