@@ -27,8 +27,27 @@ GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 CODECS = (
     "near", "near", "small", "near:step=0.05", "lossless", "near:gamma=0", "near:rank=0,step=40",
     "near:momentum_rank=2,momentum_nmse=1", "near:momentum_rank=2,momentum_nmse=1", "near", "near",
+    "near", "near", "lossless",
 )  # fmt: skip
-"""The last two keep half-precision weights beside their masters, the two before them momenta."""
+"""The last one has the bytes of the one before as other types; the two before that are of float64,
+with complex weights; the two before these keep half-precision weights beside their masters; the two
+before them momenta.
+"""
+
+
+def _wider(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix in float64, the first half of its rows as the real part of the second."""
+    wide = tensor.to(torch.float64)
+    if tensor.dim() == 2 and tensor.shape[0] % 2 == 0 and (tensor < 0).any():
+        half = tensor.shape[0] // 2
+        return torch.complex(tensor[:half].float(), tensor[half:].float())
+    return wide
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers of another word size."""
+    words = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return words.contiguous().view(torch.int16) if words.dim() else words
 
 
 def main() -> None:
@@ -45,13 +64,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         repo = Repo.init(target)
         states = train(len(CODECS))
-        for state in states[-4:-2]:
+        for state in states[-7:-5]:
             moments = state["optimizer"]["state"]
             for key, each in moments.items():
                 moments[key] = {"momentum_buffer": each["exp_avg"]}
-        for state in states[-2:]:
+        for state in states[-5:-3]:
             state["master"] = {k: v for k, v in state["model"].items() if v.dtype == torch.float32}
             state["model"] = {k: v.to(torch.bfloat16) for k, v in state["master"].items()}
+        for state in states[-3:]:
+            state["model"] = {k: _wider(v) for k, v in state["model"].items()}
+            for each in state["optimizer"]["state"].values():
+                each |= {k: _wider(v) for k, v in each.items() if k != "step"}
+        states[-1]["model"] = {k: _as_integers(v) for k, v in states[-2]["model"].items()}
         for path, codec in zip(save_run(Path(scratch), states), CODECS, strict=True):
             made = repo.commit_path(path, message=f"by {codec}", codec=codec)
             if made.commit.step == 3:

@@ -14,7 +14,7 @@ from ckptvcs.store.object import ObjectId
 from tests.spec_reader import SpecRepository
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ["v1-first", "v1-momenta", "v1-near", "v1-patches", "v1-shared-bytes"]
+NAMES = ["v1-first", "v1-momenta", "v1-near", "v1-patches", "v1-shared-bytes", "v1-types"]
 
 
 def test_all_are_listed() -> None:
