@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import tempfile
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -281,27 +281,15 @@ def _changing(seed: int, count: int) -> Iterator[State]:
         yield one
 
 
-@contextlib.contextmanager
-def _kills(repo: Repo, seed: int, most: float) -> Iterator[list[int]]:
-    """Kill the process that commits, again and again; which ones that were."""
-    done, killed, rng = threading.Event(), list[int](), random.Random(seed)
-
-    def kill() -> None:
-        while not done.wait(rng.uniform(0, most)):
-            with contextlib.suppress(ProcessLookupError, AttributeError, TypeError):
-                assert repo._background is not None
-                process = repo._background[1]._process
-                if process.pid not in killed and process.poll() is None:
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
-        yield killed
-    finally:
-        done.set()
-        thread.join()
+def _kill(repo: Repo) -> bool:
+    """Kill the process that commits, if there is one at this moment."""
+    assert repo._background is not None
+    process = repo._background[1]._process
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+            return True
+    return False
 
 
 _SHORT, _LONG = 60, 500
@@ -320,10 +308,13 @@ def test_none_of_many_is_lost(count: int, repo: Repo) -> None:
 def test_none_of_many_is_lost_when_processes_are_killed(count: int, repo: Repo) -> None:
     seed = int(os.environ.get("CKPT_TEST_SEED", "2"))
     repo.commit_async(state(0), step=0).result()
-    with _kills(repo, seed, most=0.8) as killed:
-        for step, one in enumerate(_changing(seed, count)):
-            repo.commit_async(one, step=step + 1)
-        repo.wait()
+    rng, killed = random.Random(seed), 0
+    for step, one in enumerate(_changing(seed, count)):
+        repo.commit_async(one, step=step + 1)
+        if rng.random() < 0.25:
+            time.sleep(rng.uniform(0, 0.03))
+            killed += _kill(repo)
+    repo.wait()
     assert killed
     _all_there(repo, seed, count, first=1)
 
