@@ -401,10 +401,15 @@ class Encoder:
         if "model" in parts and "model" not in self._known:
             self._base_writer.finish(parts["model"].values)
         lossy = self._spec.settings is not None
+        # A copy of a tensor has its errors, but counts once in those of all weights.
+        of_each = self._errors | {
+            copy: self._errors[twin] for twin, copies in self._copies.items()
+            for copy in copies if twin in self._errors
+        }  # fmt: skip
         return Encoded(
             parts, tables, recipes, max(self._depths.values(), default=0), data_bytes, patch_bytes,
             self._nonfinite, report(self._errors, self._infos),
-            report_tensors(self._errors, self._infos) if lossy else {}, shared,
+            report_tensors(of_each, self._infos) if lossy else {}, shared,
             self._planner.notes,
         )  # fmt: skip
 

@@ -200,3 +200,16 @@ def test_float64_keeps_the_bits_of_what_does_not_move(tmp_path: Path) -> None:
     assert 0 < np.abs(back[:32] - second[:32]).max() < 3e-3
     assert from_float32(back.reshape(-1).astype(np.float32), "F64").dtype == np.uint64
     repo.close()
+
+
+def test_a_copy_of_a_tensor_has_its_error(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 80, generator=draw)
+    repo = Repo.init(tmp_path)
+    repo.configure("keep-exact", "0")
+    for step in range(1, 3):
+        weight = weight + 1e-3 * torch.randn(64, 80, generator=draw)
+        entry = repo.commit({"model": {"a": weight, "b": weight.clone()}}, step=step)
+    first, second = repo.history.errors(entry.id).values()
+    assert first == second
+    assert first.weight_rel == pytest.approx(entry.commit.error.weight_rel, rel=1e-2)
