@@ -13,8 +13,10 @@ from ckptvcs.checkpoint.notes import NOTED
 from ckptvcs.checkpoint.roles import (
     BESIDE,
     FIRST,
+    ITERATES,
     LOSSY,
     MOMENTS,
+    OPTIMIZER,
     SECOND,
     STATE_DICT,
     WEIGHT,
@@ -97,7 +99,8 @@ class Planner:
         dtype, shape = float_type(info.dtype), info.shape
         if dtype != info.dtype:  # a complex number is two words
             shape = (*shape[:-1], 2 * shape[-1]) if shape else (2,)
-        return Target(number, source, dtype, shape, info.role, weak=weak)
+        iterate = info.evidence == OPTIMIZER and info.name.rpartition(".")[2] in ITERATES
+        return Target(number, source, dtype, shape, info.role, weak=weak, iterate=iterate)
 
     def coders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Coding]:
         """Coders for groups of tensors, as far as they are not stored yet: (all, what is left).

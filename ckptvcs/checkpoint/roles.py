@@ -7,7 +7,7 @@ Lossy coding needs evidence; whatever has none is exact.  A tensor is a
     moment  if it is in the state of an optimizer (`optimizer_state.py`)
 
 Of a state dict whose weights are paired with moments what is not paired is no weight: it is a
-buffer, or frozen.
+buffer, or frozen.  That holds where all parameters with a state are paired.
 """
 
 from __future__ import annotations
@@ -36,7 +36,18 @@ from ckptvcs.checkpoint.optimizer_state import (
 from ckptvcs.checkpoint.pickles import METADATA, InertDict, StorageRef, TensorRef, walk
 from ckptvcs.dtypes import can_be_lossy
 
-__all__ = ["FIRST", "LOSSY", "MOMENTS", "OTHER", "SECOND", "WEIGHT", "Names", "Role", "Rule"]
+__all__ = [
+    "FIRST",
+    "ITERATES",
+    "LOSSY",
+    "MOMENTS",
+    "OTHER",
+    "SECOND",
+    "WEIGHT",
+    "Names",
+    "Role",
+    "Rule",
+]
 
 WEIGHT, OTHER = "weight", "other"
 
@@ -76,6 +87,9 @@ _STRONG = frozenset({
     "params", "generator", "discriminator", "actor", "critic", "policy", "encoder", "decoder",
     "backbone", "unet", "vae", "transformer", "lora", "adapter", "teacher", "student",
 })  # fmt: skip
+_FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
+"""Vectors whose product the second moment of a matrix is."""
+
 _FILES = frozenset({"model", "ema", "weights", "lora", "adapter"})
 _PARAMETERS = re.compile(r"(weight|bias|kernel|embed|proj|lora_|_flat_param)")
 
@@ -129,9 +143,14 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
         for container in _containers(path, layout, number, by_id, taken, names)
     ]  # fmt: skip
     paired: set[int] = set()
+    whole = True  # whether each parameter that has a state is known
     for optimizer in optimizers:
-        for slot, weight in _pair(optimizer, containers):
+        pairs = _pair(optimizer, containers)
+        for slot, weight in pairs:
             _join(slot, weight, by_id, paired)
+        slots = [slot for group in optimizer.groups for slot in group]
+        stateful = [s for s in slots if any(not found.inline for found in s.state.values())]
+        whole &= {id(slot) for slot in stateful} <= {id(slot) for slot, _ in pairs}
     flat = list(find_flat(files, taken))
     ends = _ends(containers) if flat else {}
     for slot in flat:
@@ -142,7 +161,7 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
         if owner is not None:
             _join(slot, owner, by_id, paired)
     for container in containers:
-        _take_container(container, by_id, paired)
+        _take_container(container, by_id, paired if whole else set())
     return roles
 
 
@@ -178,7 +197,9 @@ def _join(slot: Slot, weight: Found, roles: dict[int, Role], paired: set[int]) -
 
 
 def _take_container(container: _Container, roles: dict[int, Role], paired: set[int]) -> None:
-    """Weights of a state dict: those that the module says, else those that are paired, else all."""
+    """Weights of a state dict: those that the module says, else those that are paired, else all.
+    Without `paired` it is not known of all parameters which tensors they are.
+    """
     some = any(id(found) in paired for found in container.tensors)
     for found in container.tensors:
         role = roles[id(found)]
@@ -186,7 +207,7 @@ def _take_container(container: _Container, roles: dict[int, Role], paired: set[i
         if container.module:
             if name in container.module:
                 role.role, role.evidence = WEIGHT, MODULE
-        elif not some:
+        elif not some and role.role != WEIGHT:
             role.role, role.evidence = WEIGHT, STATE_DICT
 
 
@@ -339,8 +360,16 @@ def _named(slot: Slot, ends: Mapping[str, list[tuple[Found, str]]]) -> Found | N
 
 def _shape(slot: Slot) -> tuple[int, ...] | None:
     """The shape of a parameter, as its moments show it; None where it has none."""
-    shapes = {found.shape for key, found in slot.state.items() if key != "step"}
-    return shapes.pop() if len(shapes) == 1 else None
+    factors = next((pair for pair in _FACTORS if {*pair} <= slot.state.keys()), ())
+    shapes = {found.shape for key, found in slot.state.items() if key not in ("step", *factors)}
+    if len(shapes) == 1:
+        return shapes.pop()
+    if shapes or not factors:
+        return None
+    row, column = (slot.state[key].shape for key in factors)
+    if row[-1:] == (1,) and len(row) == len(column) > 1:  # of torch; others leave the ones out
+        return (*row[:-1], column[-1])
+    return (*row, *column[-1:])
 
 
 def _pair_by_order(groups: list[list[Slot]], weights: list[Found]) -> list[tuple[Slot, Found]]:

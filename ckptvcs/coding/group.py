@@ -98,7 +98,8 @@ class CodedGroup:
 @dataclass(frozen=True)
 class Target:
     """A tensor of `dtype` and `shape` that is to be coded with loss.  `number` is its position in
-    the schema, `role` what it is to its optimizer; `weak`, if its place alone says so.
+    the schema, `role` what it is to its optimizer; `weak`, if its place alone says so;
+    `iterate`, if it is state that an optimizer steps from.
     """
 
     number: int
@@ -107,6 +108,7 @@ class Target:
     shape: tuple[int, ...] = ()
     role: str = ""
     weak: bool = False
+    iterate: bool = False
 
     @property
     def squared(self) -> bool:

@@ -237,7 +237,10 @@ class NearCoder:
             self._moments(number, coded)
         if group.weight is not None:
             second = None if group.second is None else coded[group.second.number]
-            coded[group.weight.number] = self._weight(group.weight, number, second)
+            weight, own = self._weight(group.weight, number, second)
+            if group.weight.iterate:  # steps are about as large as its movement
+                own.update_error, own.update_energy = own.error, own.residual
+            coded[group.weight.number] = weight, own
             for target in group.copies:
                 master = to_float32(coded[group.weight.number][0].decoded, "F32")
                 near = from_float32(master, target.dtype)

@@ -175,6 +175,9 @@ def _first_updates(run: Reference, back: Training) -> tuple[float, float] | None
         return None
     losses_of(true.model, batch(0, RESUMED + 1)).mean().backward()  # type: ignore[no-untyped-call]
     gradients = [p.grad for p in true.model.parameters()]
+    with torch.no_grad():  # errors of weights are recorded as such: an update is that of the state
+        for restored, p in zip(back.model.parameters(), true.model.parameters(), strict=True):
+            restored.copy_(p)
     steps = []
     for training in (true, back):
         training.begin()
