@@ -42,7 +42,7 @@ from ckptvcs.coding.measure import (
     measure_weight,
     step_sample,
 )  # fmt: skip
-from ckptvcs.coding.updates import orthogonal, takes_matrices
+from ckptvcs.coding.updates import is_known, orthogonal, takes_matrices
 
 _SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
 _SAMPLED_SLICES = 4
@@ -60,6 +60,7 @@ _MARGIN = 0.9  # of a bound, to be on the safe side of samples
 _ENTRIES = ((0, 1.0), (0, 0.5), (0, 0.25), (0, 0.125), (0, 0.04))
 _FORMS = ((1, 1.0), (2, 1.0), *_ENTRIES[1:])
 """Averages, in forms that get finer: times the usual directions, or in a share of usual steps."""
+_UNKNOWN = 0.3  # error of a step, where nobody knows what the optimizer makes of it
 _FEW = 256  # values that show both signs, if there are both
 _LEVELS = 3  # of squares: row times column, word by word, exactly
 _LEAST_ROW = 32  # words that a factor of their own is worth
@@ -222,6 +223,10 @@ class NearCoder:
         self._plan, self.spec = plan, plan.spec
         named = (group.second, group.weight, *group.copies, group.first, *group.others)
         self.members = tuple(target for target in named if target is not None)
+        self._limit = self.spec.max_update_nmse
+        roles = [target.role for target in self._moments_of()]
+        if roles and not is_known(group.rule, roles):
+            self._limit = min(self._limit, _UNKNOWN)
         self.companions: dict[int, int] = {}
         if group.first is not None and group.second is not None:
             self.companions[self.members.index(group.first)] = 0
@@ -312,7 +317,7 @@ class NearCoder:
 
     def good(self, step: Errors) -> bool:
         """Whether the next step is within its bound."""
-        return step.update_error <= self.spec.max_update_nmse * step.update_energy
+        return step.update_error <= self._limit * step.update_energy
 
     def _forms(self, number: int) -> Iterator[dict[int, Measured]]:
         """Forms of a slice of all moments that get finer: of squares row times column, word by

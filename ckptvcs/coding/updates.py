@@ -7,7 +7,7 @@ that is not known the worst of these counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,11 @@ def steps_of(rule: Rule, moments: Moments) -> list[Callable[[Moments, Floats], F
     if rule.kind == "lion":
         return [lambda m, g: _lion(rule, m, g)]
     return [lambda m, g: _average(m), lambda m, g: _lion(rule, m, g)]
+
+
+def is_known(rule: Rule, keys: Iterable[str]) -> bool:
+    """Whether it is known how an optimizer steps from moments of these keys."""
+    return len(steps_of(rule, dict.fromkeys(keys, np.zeros(0, np.float32)))) == 1
 
 
 def gradient_scale(rule: Rule, moments: Moments) -> Floats:
