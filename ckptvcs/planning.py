@@ -63,13 +63,15 @@ class Planner:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the forms that were chosen."""
         found = []
-        cost = f"{len(self._untrained)} weights, {size(sum(self._untrained))}, stored exactly"
+        count = len(self._untrained)
+        weights = "1 weight" if count == 1 else f"{count} weights"
+        cost = f"{weights}, {size(sum(self._untrained))}, stored exactly"
         if self._alone and self._weight_bytes >= NOTED:
             found.append("these weights have nothing to do with those of the parent: stored as a "
                          "first checkpoint")  # fmt: skip
         if sum(self._untrained) >= NOTED:
-            found.append(f"{cost}: nothing says that they are in training (no moments of theirs, "
-                         "no close parent)")  # fmt: skip
+            found.append(f"{cost}: no optimizer state, and no parent close by, shows that they "
+                         "are in training")  # fmt: skip
         return tuple(found)
 
     def groups(self) -> list[list[int]]:
@@ -89,7 +91,8 @@ class Planner:
                 key = (info.name.rpartition(".")[0], info.words)
                 if weight is not None and not alone:
                     key = self._masters.get(weight, weight)
-            groups.setdefault(key, []).append(number)
+            # A complex tensor has twice as many words as a real one of its shape.
+            groups.setdefault((key, info.words), []).append(number)
         return list(groups.values())
 
     def _target(self, number: int) -> Target:
@@ -110,7 +113,11 @@ class Planner:
         """
         settings = self._spec.settings
         if isinstance(settings, NearSpec):
-            yield from self._near_coders([left for _, left in rows if left], settings)
+            known = sum(
+                self._infos[n].words for group, left in rows for n in {*group} - {*left}
+                if self._infos[n].role == WEIGHT
+            )  # fmt: skip
+            yield from self._near_coders([left for _, left in rows if left], settings, known)
             return
         for group, left in rows:
             if left and isinstance(settings, ExcpSpec) and not self._keyframe:
@@ -127,7 +134,8 @@ class Planner:
             base.prove()
         return ExactCoder(self._target(number), base), {} if base is None else {number: base}
 
-    def _near_coders(self, rows: list[list[int]], spec: NearSpec) -> Iterator[Coding]:
+    def _near_coders(self, rows: list[list[int]], spec: NearSpec, known: int) -> Iterator[Coding]:
+        """Coders for rows of tensors beside so many words of weights that are `known` already."""
         groups: list[Group] = []
         for left in rows:
             lossy = [n for n in left if self._infos[n].role in LOSSY
@@ -148,7 +156,7 @@ class Planner:
                 lossy = [number for number in lossy if number not in taken]
         weights = [group for group in groups if group.weight is not None]
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
-        if not self._alone and _is_far(scales.values()):
+        if not self._alone and _is_far(scales.values(), known):
             raise TooFar
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
@@ -241,13 +249,13 @@ def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target
     return (firsts[0] if firsts else None), None
 
 
-def _is_far(scales: Iterable[Scale]) -> bool:
-    """Whether most of the weights that have a base are about as far from it as from zero; a few may
-    have been initialised again.
+def _is_far(scales: Iterable[Scale], known: int) -> bool:
+    """Whether most of the weights that have a base are about as far from it as from zero, and not
+    `known` as they are; a few may have been initialised again.
     """
     rows = [row for row in scales if row.residual is not None and row.weight]
     far = sum(row.words for row in rows if (row.residual or 0) ** 2 > _RELATED * row.weight**2)
-    return 2 * far > sum(row.words for row in rows)
+    return 2 * far > sum(row.words for row in rows) + known
 
 
 def _is_bounded(average: Floats, square: Floats) -> bool:

@@ -59,7 +59,7 @@ _SHORT = frozenset({"m", "v", "mu", "nu", "sum", "variance", "hessian"})
 
 _FLAT = MOMENTS - _SHORT
 _BESIDE = ("w", "p", "param", "params", "value", "model", "weights", "master")
-_TRIPLES = {"m": ("v", _BESIDE), "mu": ("nu", _BESIDE)}
+_TRIPLES = {"m": ("v", _BESIDE), "mu": ("nu", tuple(w for w in _BESIDE if w != "value"))}
 _WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
 _KEYS = _FLAT | {*_TRIPLES, "v", "nu", *_BESIDE, *_WEIGHTS_BESIDE}
 """Steps of names that may say what a tensor is to an optimizer."""
@@ -70,6 +70,7 @@ _ADAM = frozenset({
 })  # fmt: skip
 """State of Adam and of those who step like it; somebody who keeps more does something else."""
 
+_OPTIMIZER = re.compile(r"(optim|opt_state|adam|sgd|muon|lion)", re.IGNORECASE)
 _CHUNK = re.compile(r"\[[0-9:,]*\]\Z")
 
 
@@ -93,7 +94,8 @@ class Slot:
     """A parameter of an optimizer: its state tensors by key, the names that it may have, the most
     likely one first, and the weight itself where it stands beside its moments.  `closed` says that
     it keeps more than moments (the bases of SOAP, say), so that nobody knows what these do;
-    `doubtful`, that its keys mean moments only if there is a weight of one of its names.
+    `doubtful`, that its keys mean moments only if there is a weight of one of its names;
+    `is_optimizers`, that its name says that it is an optimizer's.
     """
 
     state: dict[str, Found]
@@ -102,6 +104,7 @@ class Slot:
     weight: Found | None = None
     closed: bool = False
     doubtful: bool = False
+    is_optimizers: bool = False
 
 
 @dataclass
@@ -275,7 +278,8 @@ def _flat_slots(
             row[key] for key in _WEIGHTS_BESIDE
             if key in row and row[key].shape in shapes and row[key].dtype == "F32"
         ), None)  # fmt: skip
-        yield Slot(state, _names(base), rule_of(betas, state.keys()), weight)
+        yield Slot(state, _names(base), rule_of(betas, state.keys()), weight,
+                   is_optimizers=_says_optimizer(base))  # fmt: skip
         return
     for first, (second, weights) in _TRIPLES.items():
         if first in row and second in row and row[first].shape == row[second].shape:
@@ -284,11 +288,17 @@ def _flat_slots(
             if beside is not None and beside.shape == row[first].shape:
                 yield Slot(state, (), Rule(), beside)
             else:
-                yield Slot(state, _names(base), Rule(), doubtful=True)
+                yield Slot(state, _names(base), Rule(), doubtful=True,
+                           is_optimizers=_says_optimizer(base))  # fmt: skip
             return
     for key, found in row.items():
         if key in SECOND & _SHORT:
-            yield Slot({key: found}, _names(base), Rule(), doubtful=True)
+            yield Slot({key: found}, _names(base), Rule(), doubtful=True,
+                       is_optimizers=_says_optimizer(base))  # fmt: skip
+
+
+def _says_optimizer(base: tuple[str, ...]) -> bool:
+    return any(step == "state" or _OPTIMIZER.search(step) for step in base)
 
 
 def _names(base: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ buffer, or frozen.  That holds where all parameters with a state are paired.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -31,9 +30,9 @@ from ckptvcs.checkpoint.optimizer_state import (
     find_flat,
     find_optimizers,
     has_moment_name,
-    storage_key,
 )
-from ckptvcs.checkpoint.pickles import METADATA, InertDict, StorageRef, TensorRef, walk
+from ckptvcs.checkpoint.pickles import walk
+from ckptvcs.checkpoint.places import is_buffer, is_parameter, is_place, leaves_of
 from ckptvcs.dtypes import can_be_lossy
 
 __all__ = [
@@ -59,12 +58,6 @@ MODULE, PAIRED, STATE_DICT = "module", "moments", "state dict"
 OPTIMIZER, BESIDE = "optimizer", "beside its moments"
 """Evidence: it is state of an optimizer; or is so by what stands beside it, and by its values."""
 
-_BUFFERS = frozenset({
-    "running_mean", "running_var", "num_batches_tracked", "inv_freq", "position_ids",
-    "masked_bias", "attn_mask", "causal_mask", "token_type_ids", "original_inv_freq",
-    "relative_position_index", "expert_bias", "tokens_per_expert", "e_score_correction_bias",
-})  # fmt: skip
-
 _REST_FILES = (
     "rng_state", "random_states", "scheduler", "scaler", "training_args", "trainer_state",
     "sampler", "dl_state_dict", "custom_checkpoint",
@@ -75,23 +68,8 @@ _REST_KEYS = frozenset({
     "hyper_parameters", "callbacks", "loops", "random_state", "sampler",
 })  # fmt: skip
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
-_PLACES = re.compile(
-    r"(model|module|net|network|state|dict|weights?|params?|master|master_params?"
-    r"|ema|sma|swa|avg|averaged?|shadow|teacher|student|target|online|generator"
-    r"|discriminator|gen|disc|actor|critic|policy|value|encoder|decoder|backbone|head|unet|vae"
-    r"|transformer|text_encoder|lora|adapter|g|d|q)"
-)
-_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
-_STRONG = frozenset({
-    "model", "module", "net", "network", "weights", "ema", "swa", "master",
-    "params", "generator", "discriminator", "actor", "critic", "policy", "encoder", "decoder",
-    "backbone", "unet", "vae", "transformer", "lora", "adapter", "teacher", "student",
-})  # fmt: skip
 _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
 """Vectors whose product the second moment of a matrix is."""
-
-_FILES = frozenset({"model", "ema", "weights", "lora", "adapter"})
-_PARAMETERS = re.compile(r"(weight|bias|kernel|embed|proj|lora_|_flat_param)")
 
 
 @dataclass
@@ -143,26 +121,63 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
         for container in _containers(path, layout, number, by_id, taken, names)
     ]  # fmt: skip
     paired: set[int] = set()
-    whole = True  # whether each parameter that has a state is known
+    unknown: set[tuple[int, ...]] = set()  # shapes, where not all that have a state are paired
     for optimizer in optimizers:
         pairs = _pair(optimizer, containers)
         for slot, weight in pairs:
             _join(slot, weight, by_id, paired)
         slots = [slot for group in optimizer.groups for slot in group]
         stateful = [s for s in slots if any(not found.inline for found in s.state.values())]
-        whole &= {id(slot) for slot in stateful} <= {id(slot) for slot, _ in pairs}
+        if not {id(slot) for slot in stateful} <= {id(slot) for slot, _ in pairs}:
+            unknown |= {shape for slot in stateful if (shape := _shape(slot)) is not None} | {()}
     flat = list(find_flat(files, taken))
     ends = _ends(containers) if flat else {}
     for slot in flat:
         owner = slot.weight if slot.weight is not None else _named(slot, ends)
         complete = any({*FIRST.get(key, ())} & slot.state.keys() for key in slot.state)
+        if slot.weight is None and not slot.is_optimizers:
+            # Statistics are called so, too: then no other moments may have the weight.
+            complete, owner = False, None if owner is not None and id(owner) in paired else owner
         if owner is not None or (complete and not slot.doubtful):
             _take_slot(slot, by_id, BESIDE)
         if owner is not None:
             _join(slot, owner, by_id, paired)
     for container in containers:
-        _take_container(container, by_id, paired if whole else set())
+        known = set() if unknown else paired
+        _take_container(container, by_id, known, unknown - {()})
+    _refuse_shared(by_id, files, containers, optimizers)
     return roles
+
+
+def _refuse_shared(
+    roles: dict[int, Role], files: list[tuple[str, Layout]], containers: list[_Container],
+    optimizers: list[Optimizer],
+) -> None:  # fmt: skip
+    """Take the role from storages of which something else is a part, too: a window on a weight that
+    stands outside of every state dict, or moments of two kinds.
+    """
+    for number, (_, layout) in enumerate(files):
+        places = [c.place for c in containers if c.file == number]
+        inner = [f"{place}." if place else "" for place in places]
+        for found in layout.tensors:
+            role = roles[id(found)]
+            if role.role == OTHER or not found.views:
+                continue
+            names = [view.name for view in found.views]
+            if role.role == WEIGHT and role.evidence != OPTIMIZER:
+                modules = [c.module for c in containers if c.file == number and c.module]
+                sound = all(any(name.startswith(place) for place in inner) for name in names)
+                sound = sound or (role.evidence == PAIRED and not places)
+                for module in modules:
+                    sound &= all(any(_is_end(of, name) or _is_end(name, of) for of in module)
+                                 for name in names)  # fmt: skip
+            else:
+                sound = len({name.rpartition(".")[2] for name in names}) == 1
+            if not sound:
+                role.role, role.evidence, role.pair = OTHER, "", None
+    for role in roles.values():
+        if role.pair is not None and roles[id(role.pair)].role != WEIGHT:
+            role.pair = None
 
 
 def _default_role(path: str, found: Found) -> Role:
@@ -196,18 +211,32 @@ def _join(slot: Slot, weight: Found, roles: dict[int, Role], paired: set[int]) -
             roles[id(found)].pair = weight
 
 
-def _take_container(container: _Container, roles: dict[int, Role], paired: set[int]) -> None:
-    """Weights of a state dict: those that the module says, else those that are paired, else all.
-    Without `paired` it is not known of all parameters which tensors they are.
+def _is_end(name: str, of: str) -> bool:
+    """Whether a name is another one, or the end of it: wrappers of modules add to names."""
+    return name == of or of.endswith(f".{name}")
+
+
+def _fits(found: Found, name: str, shapes: set[tuple[int, ...]]) -> bool:
+    """Whether a tensor may be one of the parameters of these shapes, of which it is not known which
+    tensors they are: it is called like one.
+    """
+    return not shapes or (found.shape in shapes and is_parameter(name))
+
+
+def _take_container(
+    container: _Container, roles: dict[int, Role], paired: set[int], shapes: set[tuple[int, ...]]
+) -> None:
+    """Weights of a state dict: those that the module says, else those that are paired, else all;
+    where some parameters, of `shapes`, are not paired, those that may be one.
     """
     some = any(id(found) in paired for found in container.tensors)
     for found in container.tensors:
         role = roles[id(found)]
         name = container.names[id(found)]
         if container.module:
-            if name in container.module:
+            if any(_is_end(name, of) or _is_end(of, name) for of in container.module):
                 role.role, role.evidence = WEIGHT, MODULE
-        elif not some and role.role != WEIGHT:
+        elif not some and role.role != WEIGHT and _fits(found, name, shapes):
             role.role, role.evidence = WEIGHT, STATE_DICT
 
 
@@ -221,9 +250,9 @@ def _containers(
     known = {found.key: found for found in layout.tensors if found.key}
     used = set(taken)
     for steps, node in walk(layout.tree):
-        if not isinstance(node, dict) or not _is_place(path, layout.format, steps, node):
+        if not isinstance(node, dict) or not is_place(path, layout.format, steps, node):
             continue
-        leaves = _leaves(node)
+        leaves = leaves_of(node)
         if leaves is None:
             continue
         rows: dict[str, str] = {}
@@ -239,8 +268,6 @@ def _containers(
             inside[id(found)] = name
         given = names.get((path, ".".join(steps)), []) if layout.format != "safetensors" else []
         module = frozenset(name for row in given for name in row if name)
-        if not module & {*inside.values()}:
-            module = frozenset()
         if tensors:
             yield _Container(".".join(steps), file, tensors, inside, module)
 
@@ -248,55 +275,7 @@ def _containers(
 def _can_be_weight(found: Found, roles: dict[int, Role], name: str) -> bool:
     role = roles[id(found)]
     floats = role.part == "model" and role.role == OTHER and can_be_lossy(found.dtype)
-    return floats and name.split(".")[-1] not in _BUFFERS and not has_moment_name(found)
-
-
-def _is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, object]) -> bool:
-    """Whether the state dict of a model stands here."""
-    if any(step.startswith("@") or step == "_buffers" for step in steps):
-        return False
-    if isinstance(node, InertDict) and isinstance(node.state, dict) and METADATA in node.state:
-        return True  # a module made it
-    if steps:
-        return steps[-1] == "_parameters" or _is_model_word(steps[-1])
-    stem = PurePosixPath(path).name.partition(".")[0]
-    if form == "safetensors" or any(word.lower() in _FILES for word in _WORDS.findall(stem)):
-        return True
-    named = sum(
-        isinstance(key, str) and bool(_PARAMETERS.search(key.rpartition(".")[2]))
-        for key in node
-    )  # fmt: skip
-    return 2 * named >= len(node) > 0
-
-
-def _is_model_word(step: str) -> bool:
-    """Whether a key says that a model stands there: `model`, `model_ema`, `netG`, `params`, ..."""
-    words = [word.lower() for word in _WORDS.findall(step)]
-    strong = any(word in _STRONG for word in words) or words[-2:] == ["state", "dict"]
-    return strong and all(_PLACES.fullmatch(word) or word.isdigit() for word in words)
-
-
-def _leaves(node: dict[object, object]) -> list[tuple[str, str]] | None:
-    """The dotted name and the storage key of every tensor below a dict; None where it holds
-    anything but tensors, dicts of them, and what modules keep beside.
-    """
-    found: list[tuple[str, str]] = []
-    stack: list[tuple[str, object]] = [("", node)]
-    seen: set[int] = set()
-    while stack:
-        name, at = stack.pop()
-        if isinstance(at, dict):
-            if id(at) in seen:
-                return None
-            seen.add(id(at))
-            dot = "." if name else ""
-            below = [(f"{name}{dot}{key}", value) for key, value in at.items()]
-            stack += reversed(below)
-        elif isinstance(at, TensorRef | StorageRef | Found):
-            found.append((name, storage_key(at) or ""))
-        elif at is not None and not name.endswith("_extra_state"):
-            return None
-    return found
+    return floats and not is_buffer(name) and not has_moment_name(found)
 
 
 # -- pairs -----------------------------------------------------------------------------------------

@@ -117,14 +117,14 @@ def is_worse(one: Errors, other: Errors) -> bool:
 
 
 def difference(true: Floats, near: Floats, count: int) -> Errors:
-    """The error of a step, of which some entries stand for `count`; beyond any bound where the near
-    one is not finite, none where the true one is not either.
+    """The error of a step, of which some entries stand for `count`, over those that are finite;
+    beyond any bound where the near one is not finite there.
     """
-    share = count / max(1, true.size)
+    share, known = count / max(1, true.size), np.isfinite(true)
+    if not known.all():
+        true, near = true[known], near[known]
     energy = share * float(np.square(true, dtype=np.float64).sum())
     error = share * float(np.square(near - true, dtype=np.float64).sum())
-    if not np.isfinite(energy):
-        return Errors()
     if not np.isfinite(error):
         error = _BEYOND * max(energy, 1.0)
     return Errors(update_error=error, update_energy=energy)

@@ -293,8 +293,8 @@ class NearCoder:
         true, near = (to_float32(w, target.dtype) for w in (words, encoded.decoded))
         if not is_sound and strays(true, near, squared=target.squared):
             return None
-        # Squares that no float32 has would come back as zero.
-        lost = target.squared and target.dtype == "F64" and (true == 0) & (words != 0)
+        # Numbers that no float32 has would come back as zero.
+        lost = target.dtype == "F64" and (true == 0) & (words.view(np.float64) != 0)
         return None if np.any(lost) else (coded, errors)
 
     # -- moments -------------------------------------------------------------------------------

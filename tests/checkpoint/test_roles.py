@@ -308,3 +308,67 @@ def test_states_that_move_like_weights_belong_to_the_model(
     checkpoint = save(tmp_path / "a.pt", {"model": matrices("w"), "optimizer": optimizer})
     (info,) = (i for i in checkpoint.schema.tensors if i.name.endswith(f".{key}"))
     assert (info.role in LOSSY, info.part) == (lossily, "model" if lossily else "optimizer")
+
+
+def test_a_window_of_something_else_on_a_weight_makes_it_exact(tmp_path: Path) -> None:
+    flat = torch.randn(4096 + 2000)
+    state = {"model": {"w.weight": flat[:4096].view(64, 64)}, "statistics": flat[4096:]}
+    assert not lossy(save(tmp_path / "a.pt", state))
+    squares = torch.rand(2000)
+    both = {"exp_avg": squares[:600].view(20, 30), "exp_avg_sq": squares[600:1200].view(20, 30)}
+    optimizer = {"state": {0: both}, "param_groups": [{"params": [0]}]}
+    checkpoint = save(tmp_path / "b.pt", {"model": matrices("0.weight"), "optimizer": optimizer})
+    assert not {name for name in lossy(checkpoint) if name.startswith("optimizer")}
+    tied = matrices("a.weight")
+    tied["b.weight"] = tied["a.weight"]
+    assert len(lossy(save(tmp_path / "c.pt", {"model": tied}))) == 1
+
+
+def test_a_module_within_a_wrapper_says_which_tensors_are_weights() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+            self.inner.register_buffer("memory", torch.randn(40, 40))
+
+        def state_dict(self, *args: Any, **options: Any) -> Any:
+            return self.inner.state_dict(*args, **options)
+
+    state, names = gather(Wrapper(), None, None, STATE_FILE)
+    found = evidence(state_checkpoint(state, names))
+    assert found["model.0.weight"] == ("weight", "module")
+    assert "model.memory" not in found
+
+
+def test_where_the_order_is_doubtful_only_parameters_are_weights(tmp_path: Path) -> None:
+    model = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+    model.register_buffer("center", torch.randn(1, 256))
+    model.register_buffer("queue", torch.randn(16, 16))
+    optimizer = stepped(model, [model[0].weight, model[2].weight])
+    checkpoint = save(
+        tmp_path / "a.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    )
+    names = {name for name in lossy(checkpoint) if name.startswith("model")}
+    assert names == {f"model.{n}.weight" for n in range(3)}
+
+
+@pytest.mark.parametrize("state", [
+    {"obs_norm_state_dict": matrices("mean", "var")}, {"dino_loss": matrices("center")},
+    {"policy": matrices("actions")}, {"critic": matrices("targets")},
+    {"rollouts": {"actor": matrices("weight")}}, {"normalizer": {"params": matrices("weight")}},
+    {"replay_buffer": {"state_dict": matrices("0.weight")}},
+    {"reward_norm": {"exp_avg": torch.randn(20, 30), "exp_avg_sq": torch.rand(20, 30)}},
+    {"latents": {"mu": torch.randn(20, 30), "nu": torch.rand(20, 30), "value": torch.rand(20, 30)}},
+])  # fmt: skip
+def test_what_is_called_like_weights_elsewhere_is_exact(state: Any, tmp_path: Path) -> None:
+    assert not lossy(save(tmp_path / "a.pt", state))
+
+
+@pytest.mark.parametrize("name", [
+    "replay_buffer.safetensors", "normalizer.safetensors", "model_inputs.pt", "loss_ema.pt",
+    "sample_weights.pt", "model_stats.pt",
+])  # fmt: skip
+def test_a_file_may_say_that_it_holds_something_else(name: str, tmp_path: Path) -> None:
+    path, state = tmp_path / name, matrices("first", "second")
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    assert not lossy(open_checkpoint(path))
