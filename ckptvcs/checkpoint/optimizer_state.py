@@ -286,9 +286,9 @@ def _flat_slots(
             state = {first: row[first], second: row[second]}
             beside = next((row[key] for key in weights if key in row), None)
             if beside is not None and beside.shape == row[first].shape:
-                yield Slot(state, (), Rule(), beside)
+                yield Slot(state, (), Rule(kind="adam"), beside)
             else:
-                yield Slot(state, _names(base), Rule(), doubtful=True,
+                yield Slot(state, _names(base), Rule(kind="adam"), doubtful=True,
                            is_optimizers=_says_optimizer(base))  # fmt: skip
             return
     for key, found in row.items():
