@@ -145,14 +145,13 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
     for container in containers:
         known = set() if unknown else paired
         _take_container(container, by_id, known, unknown - {()})
-    _refuse_shared(by_id, files, containers, optimizers)
+    _refuse_shared(by_id, files, containers)
     return roles
 
 
 def _refuse_shared(
-    roles: dict[int, Role], files: list[tuple[str, Layout]], containers: list[_Container],
-    optimizers: list[Optimizer],
-) -> None:  # fmt: skip
+    roles: dict[int, Role], files: list[tuple[str, Layout]], containers: list[_Container]
+) -> None:
     """Take the role from storages of which something else is a part, too: a window on a weight that
     stands outside of every state dict, or moments of two kinds.
     """
@@ -216,11 +215,15 @@ def _is_end(name: str, of: str) -> bool:
     return name == of or of.endswith(f".{name}")
 
 
-def _fits(found: Found, name: str, shapes: set[tuple[int, ...]]) -> bool:
-    """Whether a tensor may be one of the parameters of these shapes, of which it is not known which
-    tensors they are: it is called like one.
+def _fitting(container: _Container, shapes: set[tuple[int, ...]]) -> set[int]:
+    """Those tensors of a state dict that may be the parameters of some shapes, of which it is not
+    known which tensors they are: all, where none has such a shape (parameters lie flat, say).
     """
-    return not shapes or (found.shape in shapes and is_parameter(name))
+    same = [found for found in container.tensors if found.shape in shapes]
+    called = [found for found in same if is_parameter(container.names[id(found)])]
+    known = {found.shape for found in called}
+    fitting = called + [found for found in same if found.shape not in known]
+    return {id(found) for found in (fitting or container.tensors)}
 
 
 def _take_container(
@@ -230,13 +233,14 @@ def _take_container(
     where some parameters, of `shapes`, are not paired, those that may be one.
     """
     some = any(id(found) in paired for found in container.tensors)
+    fitting = _fitting(container, shapes)
     for found in container.tensors:
         role = roles[id(found)]
         name = container.names[id(found)]
         if container.module:
             if any(_is_end(name, of) or _is_end(of, name) for of in container.module):
                 role.role, role.evidence = WEIGHT, MODULE
-        elif not some and role.role != WEIGHT and _fits(found, name, shapes):
+        elif not some and role.role != WEIGHT and id(found) in fitting:
             role.role, role.evidence = WEIGHT, STATE_DICT
 
 
