@@ -65,14 +65,25 @@ def is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, ob
     stem = _words(PurePosixPath(path).name.partition(".")[0])
     if any(word in _ELSE for words in (stem, *map(_words, steps)) for word in words):
         return False
-    if isinstance(node, InertDict) and isinstance(node.state, dict) and METADATA in node.state:
-        # A module made it; some hold nothing but buffers.
-        return any(isinstance(key, str) and is_parameter(key) for key in node)
+    if _is_made_by_module(node) and not may_be_buffers(node):
+        return True
     if steps:
         return steps[-1] == "_parameters" or _is_models(steps[-1], node)
     if form == "safetensors" or any(word in _FILES for word in stem):
         return True
     return _has_parameters([key for key in node if isinstance(key, str)], len(node))
+
+
+def _is_made_by_module(node: dict[object, object]) -> bool:
+    return isinstance(node, InertDict) and isinstance(node.state, dict) and METADATA in node.state
+
+
+def may_be_buffers(node: dict[object, object]) -> bool:
+    """Whether a module made a state dict in which no name is that of a parameter: it may hold
+    nothing but buffers.
+    """
+    named = any(isinstance(key, str) and is_parameter(key) for key in node)
+    return _is_made_by_module(node) and not named
 
 
 def _is_models(step: str, node: dict[object, object]) -> bool:

@@ -32,7 +32,13 @@ from ckptvcs.checkpoint.optimizer_state import (
     has_moment_name,
 )
 from ckptvcs.checkpoint.pickles import walk
-from ckptvcs.checkpoint.places import is_buffer, is_parameter, is_place, leaves_of
+from ckptvcs.checkpoint.places import (
+    is_buffer,
+    is_parameter,
+    is_place,
+    leaves_of,
+    may_be_buffers,
+)  # fmt: skip
 from ckptvcs.dtypes import can_be_lossy
 
 __all__ = [
@@ -87,13 +93,16 @@ class Role:
 
 @dataclass
 class _Container:
-    """The float tensors of one state dict, in its order, with their names there."""
+    """The float tensors of one state dict, in its order, with their names there; `doubtful` where
+    these may all be buffers.
+    """
 
     place: str
     file: int
     tensors: list[Found]
     names: dict[int, str]
     module: frozenset[str] = field(default_factory=frozenset)
+    doubtful: bool = False
 
 
 def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Role]]:
@@ -232,7 +241,7 @@ def _take_container(
     """Weights of a state dict: those that the module says, else those that are paired, else all;
     where some parameters, of `shapes`, are not paired, those that may be one.
     """
-    some = any(id(found) in paired for found in container.tensors)
+    known = container.doubtful or any(id(found) in paired for found in container.tensors)
     fitting = _fitting(container, shapes)
     for found in container.tensors:
         role = roles[id(found)]
@@ -240,7 +249,7 @@ def _take_container(
         if container.module:
             if any(_is_end(name, of) or _is_end(of, name) for of in container.module):
                 role.role, role.evidence = WEIGHT, MODULE
-        elif not some and role.role != WEIGHT and id(found) in fitting:
+        elif not known and role.role != WEIGHT and id(found) in fitting:
             role.role, role.evidence = WEIGHT, STATE_DICT
 
 
@@ -273,7 +282,8 @@ def _containers(
         given = names.get((path, ".".join(steps)), []) if layout.format != "safetensors" else []
         module = frozenset(name for row in given for name in row if name)
         if tensors:
-            yield _Container(".".join(steps), file, tensors, inside, module)
+            place, doubtful = ".".join(steps), may_be_buffers(node)
+            yield _Container(place, file, tensors, inside, module, doubtful)
 
 
 def _can_be_weight(found: Found, roles: dict[int, Role], name: str) -> bool:

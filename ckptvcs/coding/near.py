@@ -56,6 +56,8 @@ _FLAT = 1 << 14  # words from which on a vector is cut into such runs
 _FEW_ROWS = 16  # in a slice: columns would cost more than they tell
 _PER_RANK = 4  # rows and columns that a direction is worth
 _NOISE = 0.066  # NMSE of residuals over the square of their step in standard deviations, about
+_SETTLED = 0.05  # energy of the movement of weights, over theirs, below which they have settled
+_UNSETTLED = 0.05  # error of a step, where they have not
 _MARGIN = 0.9  # of a bound, to be on the safe side of samples
 _ENTRIES = ((0, 1.0), (0, 0.5), (0, 0.25), (0, 0.125), (0, 0.04))
 _FORMS = ((1, 1.0), (2, 1.0), *_ENTRIES[1:])
@@ -149,8 +151,15 @@ class NearPlan:
 
 
 def _finer(spec: NearSpec, rows: list[Scale]) -> NearSpec:
-    """Steps with which the bound on the error of weights holds, as far as scales tell."""
+    """Steps with which the bound on the error of weights holds, as far as scales tell.
+
+    The bounds are tighter for weights that move by much of their own size between commits.  The
+    loss is far from flat around them, and falls with every step: an error that a settled model does
+    not feel costs loss there.  So they are where no weight tells how far a run is.
+    """
     residual, weight = energies(rows)
+    if residual > _SETTLED * weight or not rows:
+        spec = replace(spec, max_update_nmse=min(_UNSETTLED, spec.max_update_nmse))
     bound = (_MARGIN * spec.max_weight_error) ** 2 * weight
     if not spec.max_weight_error or _NOISE * spec.step**2 * residual <= bound:
         return spec
