@@ -12,8 +12,8 @@ belongs to them, of the same shape.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -71,6 +71,7 @@ _ADAM = frozenset({
 """State of Adam and of those who step like it; somebody who keeps more does something else."""
 
 _OPTIMIZER = re.compile(r"(optim|opt_state|adam|sgd|muon|lion)", re.IGNORECASE)
+_FACTORS = frozenset({"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"})
 _CHUNK = re.compile(r"\[[0-9:,]*\]\Z")
 
 
@@ -79,7 +80,8 @@ class Rule:
     """What an optimizer does with its moments, from its `param_groups`; else Adam's defaults.
 
     `beta1` is the momentum, too; `alpha` how much the slow average of AdEMAMix counts, or rho of
-    Sophia.  `kind` is `adam`, `sgd`, `lion` or `muon` where these are known for sure.
+    Sophia.  `kind` is `adam`, `sgd`, `lion` or `muon` where these are known; `is_sure` unless it
+    is only the names of its state that say so, which LaProp, for one, shares with Adam.
     """
 
     beta1: float = 0.9
@@ -87,6 +89,7 @@ class Rule:
     eps: float = 1e-8
     alpha: float = 0.0
     kind: str = ""
+    is_sure: bool = True
 
 
 @dataclass
@@ -239,29 +242,62 @@ def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
 # -- flat ------------------------------------------------------------------------------------------
 
 
-def find_flat(files: list[tuple[str, Layout]], taken: set[int]) -> Iterable[Slot]:
+def find_flat(
+    files: list[tuple[str, Layout]], taken: set[int], weights: Container[int]
+) -> Iterable[Slot]:
     """Moments whose keys stand in their names, of all files (path, layout); not those that are
-    `taken` (by identity).
+    `taken`.  `weights` are the tensors in state dicts of models (both by identity).
     """
     by_base: dict[tuple[str, ...], dict[str, Found]] = {}
     for path, layout in files:
-        folder = PurePosixPath(path)
-        above = (*folder.parent.parts, folder.stem)
         for found in layout.tensors:
             if id(found) not in taken and found.key and not found.inline:
-                for key, base in _splits(above, found):
+                for key, base in _splits(path, found):
                     by_base.setdefault(base, {}).setdefault(key, found)
-    betas = _flat_betas(files) if by_base else {}
+    if not by_base:
+        return
+    betas, strange = _flat_betas(files), _strange_bases(files, by_base, taken, weights)
+    # Who factors second moments averages steps, not gradients.
+    is_factored = any(row.keys() & _FACTORS for row in by_base.values())
     for base, row in by_base.items():
-        yield from _flat_slots(base, row, betas)
+        for slot in _flat_slots(base, row, betas):
+            kind = "" if is_factored or base in strange else slot.rule.kind
+            slot.rule = replace(slot.rule, kind=kind, is_sure=False)
+            yield slot
 
 
-def _splits(above: tuple[str, ...], found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """The ways to read a name, behind the steps of its file, as a key and the rest."""
+def _strange_bases(
+    files: list[tuple[str, Layout]], by_base: Mapping[tuple[str, ...], Mapping[str, Found]],
+    taken: set[int], weights: Container[int],
+) -> set[tuple[str, ...]]:  # fmt: skip
+    """The parameters beside whose moments the optimizer keeps a tensor of unknown use."""
+    strange = set()
+    for path, layout in files:
+        for found in layout.tensors:
+            if id(found) in taken or id(found) in weights or not found.key or found.inline:
+                continue
+            steps, chunk = _steps(path, found)
+            for at, step in enumerate(steps):
+                if step in _KEYS or step in MASTERS or step in ITERATES:
+                    continue
+                base = (*steps[:at], "*", *steps[at + 1 :], chunk)
+                if any(other.shape == found.shape for other in by_base.get(base, {}).values()):
+                    strange.add(base)
+    return strange
+
+
+def _steps(path: str, found: Found) -> tuple[tuple[str, ...], str]:
+    """The steps of a file and of the name of a tensor in it; which chunk of the tensor it is."""
     name, chunk = found.name + found.part, ""
     if name.endswith("]") and (cut := _CHUNK.search(name)):
         name, chunk = name[: cut.start()], cut[0]
-    steps = (*above, *name.split("."))
+    file = PurePosixPath(path)
+    return (*file.parent.parts, file.stem, *name.split(".")), chunk
+
+
+def _splits(path: str, found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """The ways to read the name of a tensor as a key and the rest."""
+    steps, chunk = _steps(path, found)
     for at, step in enumerate(steps):
         is_last = at + 1 == len(steps) and step in SECOND and "state" in steps[:at]
         if is_last or step in _KEYS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import PurePosixPath
 
 from ckptvcs.checkpoint.layout import Found
@@ -40,13 +41,24 @@ _ELSE = frozenset({
 })  # fmt: skip
 """Words of keys and files that say that something else stands there, or below."""
 
+_OPTIMIZERS = frozenset({"optim", "optims", "optimizer", "optimizers", "opt"})
+"""Words of keys that say that an optimizer stands there, or below."""
+
 _FILES = frozenset({"model", "ema", "weights", "lora", "adapter"})
 _PARAMETERS = re.compile(r"(weight|bias|kernel|embed|proj|lora_|_flat_param)")
 
 
-def is_buffer(name: str) -> bool:
-    """Whether the name of a tensor in a state dict is that of a well-known buffer."""
-    return name.rpartition(".")[2] in _BUFFERS
+def may_be_weight(name: str, names: Container[str]) -> bool:
+    """Whether the name of a tensor in a state dict that has these `names` may be that of a weight:
+    not of a buffer, of state of an optimizer, of what stands below another tensor, or below a key
+    that says something else.
+    """
+    steps = name.split(".")
+    if steps[-1] in _BUFFERS or any(word in _OPTIMIZERS for s in steps for word in _words(s)):
+        return False
+    if not is_parameter(name) and any(word in _ELSE for word in _words(steps[0])):
+        return False
+    return not any(".".join(steps[:at]) in names for at in range(1, len(steps)))
 
 
 def is_parameter(name: str) -> bool:

@@ -33,11 +33,11 @@ from ckptvcs.checkpoint.optimizer_state import (
 )
 from ckptvcs.checkpoint.pickles import walk
 from ckptvcs.checkpoint.places import (
-    is_buffer,
     is_parameter,
     is_place,
     leaves_of,
     may_be_buffers,
+    may_be_weight,
 )  # fmt: skip
 from ckptvcs.dtypes import can_be_lossy
 
@@ -139,7 +139,8 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
         stateful = [s for s in slots if any(not found.inline for found in s.state.values())]
         if not {id(slot) for slot in stateful} <= {id(slot) for slot, _ in pairs}:
             unknown |= {shape for slot in stateful if (shape := _shape(slot)) is not None} | {()}
-    flat = list(find_flat(files, taken))
+    named = {id(found) for container in containers for found in container.tensors}
+    flat = list(find_flat(files, taken, named))
     ends = _ends(containers) if flat else {}
     for slot in flat:
         owner = slot.weight if slot.weight is not None else _named(slot, ends)
@@ -271,10 +272,15 @@ def _containers(
         rows: dict[str, str] = {}
         for name, key in leaves:
             rows.setdefault(key, name)
-        tensors, inside = [], {}
+        tensors, inside, said = [], {}, {name for name, _ in leaves}
         for key, name in rows.items():
             found = known.get(key)
-            if found is None or id(found) in used or not _can_be_weight(found, roles, name):
+            if found is None or id(found) in used or not may_be_weight(name, said):
+                continue
+            role = roles[id(found)]
+            if role.part != "model" or role.role != OTHER:
+                continue
+            if not can_be_lossy(found.dtype) or has_moment_name(found):
                 continue
             used.add(id(found))
             tensors.append(found)
@@ -284,12 +290,6 @@ def _containers(
         if tensors:
             place, doubtful = ".".join(steps), may_be_buffers(node)
             yield _Container(place, file, tensors, inside, module, doubtful)
-
-
-def _can_be_weight(found: Found, roles: dict[int, Role], name: str) -> bool:
-    role = roles[id(found)]
-    floats = role.part == "model" and role.role == OTHER and can_be_lossy(found.dtype)
-    return floats and not is_buffer(name) and not has_moment_name(found)
 
 
 # -- pairs -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ state, with a gradient as it is likely to come, on a fixed sample of entries.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,11 +22,12 @@ from ckptvcs.codec import loops
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.words import NONE, Words, to_float32
 from ckptvcs.coding.group import CodedSlice, Errors, Floats, Group, Target
-from ckptvcs.coding.updates import Moments, gradient_scale, steps_alone, steps_of
+from ckptvcs.coding.updates import Moments, gradient_scale, orthogonal, steps_alone, steps_of
 
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
 _LEAST = 1 << 12  # of a slice
 _SMALL = np.float32(0.05)
+_PARTITION = 1 << 14  # words from which on a vector is no bias: ZeRO and FSDP have larger ones
 _BEYOND = 1e6  # times the step itself
 
 
@@ -81,8 +82,15 @@ def count_nonfinite(words: Words, dtype: str) -> int:
 
 
 @lru_cache(1)
-def _normal() -> Floats:
-    return np.random.default_rng(0).standard_normal(_SAMPLE, np.float32)
+def _gradients() -> Floats:
+    """Gradients in units of their size: a fourth of them is about twice that, the others are small.
+
+    Real ones are so: most classes are in no batch.  Where the gradient is small, the step is what
+    the moments say, and their errors count most.
+    """
+    draw = np.random.default_rng(0)
+    sizes = np.where(draw.random(_SAMPLE) < 0.25, 1.96, 0.2).astype(np.float32)
+    return sizes * draw.standard_normal(_SAMPLE, np.float32)
 
 
 def step_sample(words: int) -> int:
@@ -95,25 +103,49 @@ def measure_step(rule: Rule, true: Moments, near: Moments, count: int) -> Errors
     for `count` entries: the worst, where there are several ways to step.
     """
     size = next(iter(true.values())).size
-    worst = Errors()
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        likely = _normal()[:size] * gradient_scale(rule, true)
+        likely = _gradients()[:size] * gradient_scale(rule, true)
         # What an average says alone counts most where the gradient is small, but not zero: then it
         # gives a sign to what came back as zero.
         gradients = [likely, _SMALL * likely] if steps_alone(true) else [likely]
-        for step in steps_of(rule, true):
-            for gradient in gradients:
-                found = difference(step(true, gradient), step(near, gradient), count)
-                if is_worse(found, worst):
-                    worst = found
-    return worst
+        return _worst([
+            difference(step(true, gradient), step(near, gradient), count)
+            for step in steps_of(rule, true) for gradient in gradients
+        ], count)  # fmt: skip
 
 
-def is_worse(one: Errors, other: Errors) -> bool:
-    """Whether one has the larger error of its step, as a share of it."""
-    return one.update_error * other.update_energy > other.update_error * one.update_energy or (
-        not other.update_energy
-    )
+def measure_matrix(
+    rule: Rule, target: Target, number: int, words: int, near: Floats, other: Errors
+) -> Errors:
+    """The error of a step that is orthogonal, as Muon's, from the restored floats of a slice of
+    a tensor of so many `words`; the worse one of this and an `other`, where Muon is only likely;
+    beyond any bound where it is not known which matrices a partition holds.
+    """
+    if target.columns == words >= _PARTITION:
+        return replace(other, update_error=np.inf) if other.update_error else other
+    start = target.start(number)
+    true, back = (orthogonal(v, target.columns, start) for v in (target.floats(number), near))
+    if true is None or back is None:
+        return other
+    count = slice_counts(words)[number]
+    found = difference(true, back, count)
+    return found if rule.kind == "muon" else _worst([other, found], count)
+
+
+def _worst(errors: list[Errors], count: int) -> Errors:
+    """The worst error of several steps that are possible, as a share of a step.
+
+    The steps of two optimizers can differ by orders of magnitude.  So that sums over slices stay
+    sums of one kind, such a step counts as one of size 1 in each of its entries.
+    """
+    if len(errors) == 1:
+        return errors[0]
+    share = max(
+        error.update_error / error.update_energy if error.update_energy
+        else _BEYOND if error.update_error else 0.0
+        for error in errors
+    )  # fmt: skip
+    return Errors(update_error=share * count, update_energy=float(count))
 
 
 def difference(true: Floats, near: Floats, count: int) -> Errors:

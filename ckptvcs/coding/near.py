@@ -34,15 +34,14 @@ from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
 from ckptvcs.coding.measure import (
-    difference,
     finite,
-    is_worse,
+    measure_matrix,
     measure_moment,
     measure_step,
     measure_weight,
     step_sample,
 )  # fmt: skip
-from ckptvcs.coding.updates import is_known, orthogonal, takes_matrices
+from ckptvcs.coding.updates import is_known, takes_matrices
 
 _SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
 _SAMPLED_SLICES = 4
@@ -374,11 +373,8 @@ class NearCoder:
         )  # fmt: skip
         if takes_matrices(rule, near):
             (target,) = targets
-            corners = [orthogonal(values, target.columns, target.start(number))
-                       for values in (target.floats(number), near[target.role])]  # fmt: skip
-            if corners[0] is not None and corners[1] is not None:
-                found = difference(corners[0], corners[1], count)
-                worst = found if is_worse(found, worst) or rule.kind == "muon" else worst
+            words = self._group.words
+            return measure_matrix(rule, target, number, words, near[target.role], worst)
         return worst
 
     def _second(self, target: Target, number: int, level: int) -> Measured:

@@ -32,7 +32,7 @@ def steps_of(rule: Rule, moments: Moments) -> list[Callable[[Moments, Floats], F
     keys = moments.keys()
     if keys & {*_SQUARES}:
         known = [lambda m, g: _adam(rule, m, g)]
-        alone = rule.kind == "adam" or not keys - SECOND
+        alone = (rule.kind == "adam" and rule.is_sure) or not keys - SECOND
         return known if alone else [*known, lambda m, g: _average(m)]
     if "exp_inf" in keys:
         return [lambda m, g: _adamax(rule, m, g)]
@@ -50,8 +50,9 @@ def steps_of(rule: Rule, moments: Moments) -> list[Callable[[Moments, Floats], F
 
 
 def is_known(rule: Rule, keys: Iterable[str]) -> bool:
-    """Whether it is known how an optimizer steps from moments of these keys."""
-    return len(steps_of(rule, dict.fromkeys(keys, np.zeros(0, np.float32)))) == 1
+    """Whether it is known how an optimizer steps from moments of these keys, or at least likely."""
+    ways = steps_of(rule, dict.fromkeys(keys, np.zeros(0, np.float32)))
+    return rule.kind == "adam" or len(ways) == 1
 
 
 def gradient_scale(rule: Rule, moments: Moments) -> Floats:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ckptvcs.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ckptvcs.checkpoint.objects import gather
-from ckptvcs.checkpoint.roles import LOSSY
+from ckptvcs.checkpoint.roles import LOSSY, Rule
 from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint
 
 
@@ -372,3 +372,50 @@ def test_a_file_may_say_that_it_holds_something_else(name: str, tmp_path: Path) 
     path, state = tmp_path / name, matrices("first", "second")
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     assert not lossy(open_checkpoint(path))
+
+
+@pytest.mark.parametrize("name", ["w.codes", "optimizer.state.w", "replay.obs", "w.absmax.of"])
+def test_what_stands_below_something_else_is_no_weight(name: str, tmp_path: Path) -> None:
+    state = {"w": torch.randn(20, 30), "0.weight": torch.randn(20, 30), name: torch.rand(20, 30)}
+    save_file(state, tmp_path / "model.safetensors")
+    assert lossy(open_checkpoint(tmp_path / "model.safetensors")) == {"w", "0.weight"}
+
+
+def test_parameters_of_any_name_are_paired_with_their_moments(tmp_path: Path) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Parameter(torch.randn(20, 30))
+            self.after = nn.Parameter(torch.randn(30, 20, dtype=torch.complex64))
+
+    model = Bare()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    both = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    known = evidence(save(tmp_path / "a.pt", both))
+    assert known["model.before"] == known["model.after"] == ("weight", "moments")
+    # Alone they may be buffers.
+    assert not lossy(save(tmp_path / "b.pt", {"model": model.state_dict()}))
+
+
+def rule_of_first(state: dict[str, Any], path: Path) -> Rule:
+    checkpoint = save(path, {"model": matrices("a.weight"), **state})
+    (number,) = (
+        number for number, info in enumerate(checkpoint.schema.tensors) if info.role == "exp_avg"
+    )
+    return checkpoint.rules[number]
+
+
+def test_names_of_moments_alone_do_not_say_for_sure_that_they_are_those_of_adam(
+    tmp_path: Path,
+) -> None:
+    named = {f"state.a.weight.{key}": value for key, value in moments().items()}
+    assert rule_of_first(named, tmp_path / "a.pt") == Rule(kind="adam", is_sure=False)
+    more = {**named, "state.a.weight.last_grad": torch.randn(20, 30)}
+    assert rule_of_first(more, tmp_path / "b.pt").kind == ""
+    number = {**named, "state.a.weight.step": torch.tensor(3.0)}
+    assert rule_of_first(number, tmp_path / "c.pt").kind == "adam"
+    factored = {**named, "state.b.weight.exp_avg_sq_row": torch.rand(200)}
+    assert rule_of_first(factored, tmp_path / "d.pt").kind == ""

@@ -261,7 +261,8 @@ class FlatParameters(Files):
                         for key, own in parts.states.items() if names[0] in own
                     },
                 }  # fmt: skip
-            optimizer = {"state": state, "param_groups": [{"params": list(units)}]}
+            group = {**parts.groups[0], "params": list(units)}
+            optimizer = {"state": state, "param_groups": [group]}
             torch.save(model, path / f"pytorch_model_fsdp_rank{rank}.bin")
             torch.save({**optimizer, "groups": parts.groups}, path / f"optimizer_rank{rank}.bin")
         return path
