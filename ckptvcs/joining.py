@@ -53,7 +53,7 @@ class Joint:
     ) -> None:  # fmt: skip
         """Raises InvalidInputError: a step, a metric, a message or a codec is none."""
         self._repo, self._catalog = repo, repo.catalog
-        nothing = Checkpoint("directory", (), (), Schema(()), (), None, {})
+        nothing = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
         self._request = Request.of(
             nothing, path, inside=True, message=message, step=step, metrics=metrics or {},
             spec=repo.codec_for(codec, metrics or {}), branch=branch,
@@ -250,4 +250,4 @@ def _join(
         joined.append(InputFile(path, source, "raw", (piece,), 0o644, 0))
     step = next((shard.step for shard in shards.values() if shard.step is not None), None)
     schema = Schema(tuple(infos))
-    return Checkpoint("directory", tuple(joined), (), schema, tuple(places), step, {}), stored
+    return Checkpoint("directory", tuple(joined), (), schema, tuple(places), step, {}, {}), stored

@@ -85,10 +85,9 @@ class Planner:
                 continue
             key: object = self._masters.get(number, number)
             if info.role in MOMENTS:
-                # Moments of one parameter have all of their names but the last step in common.
                 weight = info.pair
                 alone = weight is None or self._infos[weight].inline
-                key = (info.name.rpartition(".")[0], info.words)
+                key = ("moments", self._checkpoint.parameters.get(number, number))
                 if weight is not None and not alone:
                     key = self._masters.get(weight, weight)
             # A complex tensor has twice as many words as a real one of its shape.

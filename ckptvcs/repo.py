@@ -276,9 +276,11 @@ class Repo(Care):
         alone = self._holder.acquire(blocking=False)
         try:
             held = self._held if alone else None
-            result = Committer(
+            committer = Committer(
                 self.catalog, self.refs, bases, self.config, progress, held, announce or silent
-            ).commit(request)
+            )
+            with checkpoint.kept_open():
+                result = committer.commit(request)
         finally:
             if alone:
                 self._holder.release()

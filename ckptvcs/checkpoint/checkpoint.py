@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from ckptvcs.checkpoint.links import follow
 from ckptvcs.checkpoint.links import notes as links_notes
 from ckptvcs.checkpoint.notes import notes, why_raw
 from ckptvcs.checkpoint.roles import OTHER, Names, Role, Rule, assign_roles
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
 
 MAX_NESTING = 200
@@ -36,6 +37,7 @@ MAX_NESTING = 200
 _DOUBTFUL = ("raw", "torch-zip")  # a zip file is read as far as its directory goes
 _MAX_STATE_BYTES = 1 << 26  # of a file that is read to find the step
 _MAX_NAME_BYTES = 64
+_KEPT_OPEN = 16  # files
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Checkpoint:
 
     `kind` is `file`, `directory` or `state`; `places` gives the file and offset of each tensor of
     `schema`; `step` and `epoch` are what the checkpoint itself says; `rules` what the optimizer of
-    a moment (by its position in the schema) does with it; `directory` where it was listed, and
+    a moment (by its position in the schema) does with it; `parameters` which moments are those of
+    one parameter (by position, a number for each); `directory` where it was listed, and
     without what; `followed` which files are those that links lead to, and where; `notes` what of
     it was not understood; `is_all` whether it is all of the file or directory that its path names.
     """
@@ -80,11 +83,23 @@ class Checkpoint:
     places: tuple[tuple[int, int], ...]
     step: int | None
     rules: Mapping[int, Rule]
+    parameters: Mapping[int, int]
     directory: tuple[Path, Path | None] | None = None
     followed: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     epoch: int | None = None
     is_all: bool = True
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Open each file once for all reads, unless there are many."""
+        with ExitStack() as opened:
+            if len(self.files) <= _KEPT_OPEN:
+                for source in (file.source for file in self.files):
+                    if isinstance(source, FileSource):
+                        with suppress(CkptError):  # the first read will raise it
+                            opened.enter_context(source)
+            yield
 
     @property
     def size_bytes(self) -> int:
@@ -280,6 +295,7 @@ def build(
     infos: list[TensorInfo] = []
     places: list[tuple[int, int]] = []
     rules: dict[int, Rule] = {}
+    parameters: dict[int, int] = {}
     files: list[InputFile] = []
     several = kind == "directory"
     for file_number, (path, source, layout, status) in enumerate(parsed):
@@ -296,6 +312,7 @@ def build(
             ))  # fmt: skip
             if role.rule is not None:
                 rules[len(places)] = role.rule
+                parameters[len(places)] = role.parameter
             places.append((file_number, found.offset))
         files.append(InputFile(
             path, source, layout.format,
@@ -310,7 +327,7 @@ def build(
     read = [(path, source, layout) for path, source, layout, _ in parsed]
     return Checkpoint(
         kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), _find_step(read),
-        rules, epoch=_find_epoch(read), notes=tuple(notes(read)),
+        rules, parameters, epoch=_find_epoch(read), notes=tuple(notes(read)),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
@@ -55,7 +55,7 @@ class FileSource(Source):
     Reads by position, never by a memory map: a trainer that truncates the file meanwhile makes a
     short read here, which is an error, where a map would kill the process.  The file is opened
     for each read, so that a directory of many files needs few descriptors; within `with`, which
-    is for one thread, it stays open.
+    all threads that read must have left before it ends, it stays open.
     """
 
     def __init__(self, path: Path, *, at: Path | None = None, then: Any = None) -> None:
@@ -69,7 +69,7 @@ class FileSource(Source):
         self._follows = at is None
         self.stat: os.stat_result = then or self._stat()
         self.size = self.stat.st_size
-        self._file: BinaryIO | None = None
+        self._descriptor: int | None = None
 
     def _stat(self) -> os.stat_result:
         try:
@@ -77,40 +77,45 @@ class FileSource(Source):
         except OSError as error:
             raise unreadable(self.path, error) from error
 
-    def _open(self) -> BinaryIO:
-        """The file that was looked at: another one may have taken its name, or a pipe."""
+    def _open(self) -> int:
+        """A descriptor of the file that was looked at: another one may have taken its name, or a
+        pipe.
+        """
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe would wait for its writer
         flags |= 0 if self._follows else os.O_NOFOLLOW
-        file = os.fdopen(os.open(self._at, flags), "rb", buffering=0)
-        now = os.fstat(file.fileno())
+        descriptor = os.open(self._at, flags)
+        now = os.fstat(descriptor)
         if (now.st_dev, now.st_ino) != (self.stat.st_dev, self.stat.st_ino):
-            file.close()
+            os.close(descriptor)
             raise changed_while_read(self.path)
-        return file
+        return descriptor
 
     def __enter__(self) -> FileSource:
         try:
-            self._file = self._open()
+            self._descriptor = self._open()
         except OSError as error:
             raise self._refused(error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def read(self, offset: int, length: int) -> bytes:
-        if self._file is not None:
-            return self._read(self._file.fileno(), offset, length)
-        # Threads read at the same time, so each read has a descriptor of its own.
+        if self._descriptor is not None:
+            return self._read(self._descriptor, offset, length)
+        # Nobody closes a source that threads read, so each read has a descriptor of its own.
         try:
-            with self._open() as file:
-                return self._read(file.fileno(), offset, length)
+            descriptor = self._open()
         except FileNotFoundError as error:
             raise changed_while_read(self.path) from error  # it was there to be looked at
         except OSError as error:
             raise self._refused(error) from error
+        try:
+            return self._read(descriptor, offset, length)
+        finally:
+            os.close(descriptor)
 
     def _refused(self, error: OSError) -> CkptError:
         if error.errno == errno.ELOOP and not self._follows:  # it has become a link

@@ -42,6 +42,11 @@ SECOND = frozenset({
 })  # fmt: skip
 """Keys of optimizer state that are never negative: squared gradients, and what scales like them."""
 
+DIVIDING = frozenset({
+    "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "exp_inf", "hessian", "v", "nu",
+})  # fmt: skip
+"""Those of them whose root, or themselves, divide an average that the optimizer keeps, too."""
+
 MASTERS = frozenset({
     "master_param", "master_params", "master_weight", "master_weights", "master", "fp32_param",
     "param_fp32",
@@ -142,9 +147,8 @@ def find_optimizers(
 ) -> Iterable[Optimizer]:
     """The plain optimizer states of a file; `given` are names of parameters by place."""
     known = {found.key: found for found in layout.tensors if found.key}
-    for path, node in walk(layout.tree):
-        if not isinstance(node, dict):
-            continue
+    for path, node in walk(layout.tree, (dict,)):
+        assert isinstance(node, dict)
         state, groups = node.get("state"), node.get("param_groups")
         if not isinstance(state, dict) or not isinstance(groups, list):
             continue
@@ -163,7 +167,7 @@ def find_optimizers(
                 for index, name in zip(group["params"], names, strict=True)
             ])  # fmt: skip
         else:
-            keys = (storage_key(inner) for _, inner in walk(node))
+            keys = (storage_key(inner) for _, inner in walk(node, (TensorRef, StorageRef)))
             below = [known[key] for key in dict.fromkeys(keys) if key is not None and key in known]
             optimizer = Optimizer(slots, file, below)
             _take_partitions(optimizer, layout, path, known)
@@ -349,11 +353,11 @@ def _flat_betas(files: list[tuple[str, Layout]]) -> dict[str, object]:
     """What flat groups of parameters (`param_groups.NAME.betas`) say, the first for all."""
     found: dict[str, object] = {}
     for _, layout in files:
-        for _, node in walk(layout.tree):
-            if isinstance(node, dict):
-                for key, value in node.items():
-                    if isinstance(key, str) and key.startswith("param_groups."):
-                        found.setdefault(key.rpartition(".")[2], value)
+        for _, node in walk(layout.tree, (dict,)):
+            assert isinstance(node, dict)
+            for key, value in node.items():
+                if isinstance(key, str) and key.startswith("param_groups."):
+                    found.setdefault(key.rpartition(".")[2], value)
     return found
 
 

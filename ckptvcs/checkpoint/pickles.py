@@ -444,8 +444,11 @@ def _below(node: object) -> Iterator[tuple[str, object]]:
     yield from ((name, child) for name, child in children(node) if isinstance(child, _NODES))
 
 
-def walk(tree: object) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Every dict, tensor and storage with the end of its path, parents first.
+def walk(
+    tree: object, kinds: tuple[type, ...] = (dict, TensorRef, StorageRef)
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every dict, tensor and storage, or other `kinds` of these, with the end of its path, parents
+    first.
 
     A container is entered once, however often it is shared: hostile pickles share on every level.
     """
@@ -460,7 +463,7 @@ def walk(tree: object) -> Iterator[tuple[tuple[str, ...], object]]:
             seen.add(id(node))
             below = [((link, name), child) for name, child in _below(node)]
             stack.extend(reversed(below))
-        if isinstance(node, dict | TensorRef | StorageRef):
+        if isinstance(node, kinds):
             yield _path(link), node
 
 

@@ -72,18 +72,18 @@ def _words(step: str) -> list[str]:
 
 def is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, object]) -> bool:
     """Whether the state dict of a model stands at some steps in a file of some form."""
+    if steps:
+        known = steps[-1] == "_parameters" or _is_models(steps[-1], node)
+    else:
+        names = [key for key in node if isinstance(key, str)]
+        known = form == "safetensors" or _has_parameters(names, len(node))
+    stem = _words(PurePosixPath(path).name.partition(".")[0])
+    known |= not steps and any(word in _FILES for word in stem)
+    if not known and (not _is_made_by_module(node) or may_be_buffers(node)):
+        return False
     if any(step.startswith("@") or step == "_buffers" for step in steps):
         return False
-    stem = _words(PurePosixPath(path).name.partition(".")[0])
-    if any(word in _ELSE for words in (stem, *map(_words, steps)) for word in words):
-        return False
-    if _is_made_by_module(node) and not may_be_buffers(node):
-        return True
-    if steps:
-        return steps[-1] == "_parameters" or _is_models(steps[-1], node)
-    if form == "safetensors" or any(word in _FILES for word in stem):
-        return True
-    return _has_parameters([key for key in node if isinstance(key, str)], len(node))
+    return not any(word in _ELSE for words in (stem, *map(_words, steps)) for word in words)
 
 
 def _is_made_by_module(node: dict[object, object]) -> bool:

@@ -18,6 +18,7 @@ from pathlib import PurePosixPath
 
 from ckptvcs.checkpoint.layout import Found, Layout
 from ckptvcs.checkpoint.optimizer_state import (
+    DIVIDING,
     FIRST,
     ITERATES,
     MASTERS,
@@ -81,13 +82,14 @@ _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
 @dataclass
 class Role:
     """What one found tensor is for, by which evidence; `pair` is the weight of a moment, `rule` its
-    optimizer's.
+    optimizer's, `parameter` what all states of one parameter have in common.
     """
 
     part: str
     role: str
     pair: Found | None = None
     rule: Rule | None = None
+    parameter: int = 0
     evidence: str = ""
 
 
@@ -148,6 +150,8 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
         if slot.weight is None and not slot.is_optimizers:
             # Statistics are called so, too: then no other moments may have the weight.
             complete, owner = False, None if owner is not None and id(owner) in paired else owner
+        if slot.state.keys() <= DIVIDING:
+            continue  # without what it divides nobody knows what an error of it does
         if owner is not None or (complete and not slot.doubtful):
             _take_slot(slot, by_id, BESIDE)
         if owner is not None:
@@ -206,7 +210,7 @@ def _take_slot(slot: Slot, roles: dict[int, Role], evidence: str) -> None:
         weight |= key in ITERATES and "n" not in slot.state  # FTRL sums gradients in its z
         role.part = "model" if weight else "optimizer"
         role.role = WEIGHT if weight else OTHER if slot.closed else key
-        role.rule, role.evidence = slot.rule, evidence
+        role.rule, role.parameter, role.evidence = slot.rule, id(slot), evidence
     if slot.weight is not None:
         role = roles[id(slot.weight)]
         role.part, role.role, role.evidence = "model", WEIGHT, PAIRED
@@ -263,7 +267,7 @@ def _containers(
     """The state dicts of models in a file, by their places and forms, outermost first."""
     known = {found.key: found for found in layout.tensors if found.key}
     used = set(taken)
-    for steps, node in walk(layout.tree):
+    for steps, node in walk(layout.tree, (dict,)):
         if not isinstance(node, dict) or not is_place(path, layout.format, steps, node):
             continue
         leaves = leaves_of(node)

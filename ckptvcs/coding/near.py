@@ -56,7 +56,7 @@ _FEW_ROWS = 16  # in a slice: columns would cost more than they tell
 _PER_RANK = 4  # rows and columns that a direction is worth
 _NOISE = 0.066  # NMSE of residuals over the square of their step in standard deviations, about
 _SETTLED = 0.05  # energy of the movement of weights, over theirs, below which they have settled
-_UNSETTLED = 0.05  # error of a step, where they have not
+_UNSETTLED = 0.1  # error of a step, where they have not, or where the averages are not known
 _MARGIN = 0.9  # of a bound, to be on the safe side of samples
 _ENTRIES = ((0, 1.0), (0, 0.5), (0, 0.25), (0, 0.125), (0, 0.04))
 _FORMS = ((1, 1.0), (2, 1.0), *_ENTRIES[1:])
@@ -200,7 +200,9 @@ def strays(true: Floats, near: Floats, *, squared: bool) -> bool:
     It cannot leave the range of the original by more than its error, which is the largest one.
     """
     if squared:
-        return bool(near.size) and (bool(near.min() < 0) or bool(((near == 0) & (true != 0)).any()))
+        if not near.size or near.min() > 0:  # as nearly always
+            return False
+        return bool((near < 0).any() or ((near == 0) & (true != 0)).any())
     sign = _sign(true)
     return sign != 0 and is_beyond(near, sign)
 
@@ -280,10 +282,10 @@ class NearCoder:
 
     def _near(
         self, target: Target, number: int, method: int, encoded: NearSlice | None,
-        *, stands_on_base: bool = False, is_sound: bool = False,
+        *, stands_on_base: bool = False,
     ) -> Measured | None:  # fmt: skip
         """A near form with its errors; None where there is none, or it is worse than nothing, or
-        so large that it cannot be told, or strays, where it is not known to be sound.
+        so large that it cannot be told, or strays.
         """
         if encoded is None:
             return None
@@ -299,7 +301,7 @@ class NearCoder:
         if not errors.error <= least < np.inf:
             return None
         true, near = (to_float32(w, target.dtype) for w in (words, encoded.decoded))
-        if not is_sound and strays(true, near, squared=target.squared):
+        if strays(true, near, squared=target.squared):
             return None
         # Numbers that no float32 has would come back as zero.
         lost = target.dtype == "F64" and (true == 0) & (words.view(np.float64) != 0)
@@ -383,10 +385,7 @@ class NearCoder:
         forms = (second_rows(target, number, words.size), Rows(words.size))
         for rows in forms[level:]:
             encoded = encode_second(words, target.dtype, rows)
-            # A product of float32 factors is zero only where one of them is.
-            factors = None if encoded is None else Factors.of(encoded.payload, words.size)
-            is_sound = target.dtype == "F32" and factors is not None and factors.roots() is not None
-            found = self._near(target, number, NEAR_SECOND, encoded, is_sound=is_sound)
+            found = self._near(target, number, NEAR_SECOND, encoded)
             if found is not None:
                 return found
         return self._exact(target, number)

@@ -18,22 +18,30 @@ from ckptvcs.checkpoint.roles import SECOND, Rule
 Floats = NDArray[np.float32]
 Moments = Mapping[str, Floats]
 """Moments of some entries by their keys in the optimizer's state."""
+Step = Callable[[Moments, Floats], Floats]
+"""A step from moments and a gradient, but for the learning rate."""
 
+_DOUBT = 1.1  # times what is possible at most: samples and rounding
+_LEAST_SHARE = 1e-3  # of a first moment: that of Adam has 0.05 where gradients are mere noise
 _SIDE = 128  # rows and columns of a matrix that a step of Muon is tried on
 _TIMES = 5
 _SQUARES = ("exp_avg_sq", "exp_avg_var", "v", "nu", "max_exp_avg_sq")
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz, as in torch.optim.Muon
 
 
-def steps_of(rule: Rule, moments: Moments) -> list[Callable[[Moments, Floats], Floats]]:
+def steps_of(rule: Rule, moments: Moments) -> list[Step]:
     """How an optimizer with these moments steps, from them and a gradient; several ways where it is
     not known.  Steps of Muon, which need whole matrices, are not among them: see `orthogonal`.
     """
     keys = moments.keys()
     if keys & {*_SQUARES}:
-        known = [lambda m, g: _adam(rule, m, g)]
-        alone = (rule.kind == "adam" and rule.is_sure) or not keys - SECOND
-        return known if alone else [*known, lambda m, g: _average(m)]
+        adams: list[Step] = [lambda m, g: _adam(rule, m, g)]
+        share = _share(moments)
+        if share is not None and share < _LEAST_SHARE:
+            adams.append(lambda m, _: _over_norm(m))
+        is_bounded = share is None or share <= _DOUBT * _most_share(rule)
+        alone = (rule.kind == "adam" and rule.is_sure and is_bounded) or not keys - SECOND
+        return adams if alone else [*adams, lambda m, _: _average(m)]
     if "exp_inf" in keys:
         return [lambda m, g: _adamax(rule, m, g)]
     if "acc_delta" in keys:
@@ -47,6 +55,24 @@ def steps_of(rule: Rule, moments: Moments) -> list[Callable[[Moments, Floats], F
     if rule.kind == "lion":
         return [lambda m, g: _lion(rule, m, g)]
     return [lambda m, g: _average(m), lambda m, g: _lion(rule, m, g)]
+
+
+def _share(moments: Moments) -> float | None:
+    """The energy of a first moment over that of the gradients which its second moment averages."""
+    second = next((moments[key] for key in _SQUARES[:1] + _SQUARES[2:4] if key in moments), None)
+    if second is None or not moments.keys() - SECOND:
+        return None
+    energy = float(second.sum(dtype=np.float64))
+    return float(np.square(_average(moments), dtype=np.float64).sum()) / energy if energy else None
+
+
+def _most_share(rule: Rule) -> float:
+    """The largest share that an average of gradients can have (Cauchy and Schwarz).  That of ADOPT
+    is larger: it averages steps.
+    """
+    if rule.beta1**2 >= rule.beta2:
+        return np.inf
+    return (1 - rule.beta1) ** 2 / ((1 - rule.beta2) * (1 - rule.beta1**2 / rule.beta2))
 
 
 def is_known(rule: Rule, keys: Iterable[str]) -> bool:
@@ -102,6 +128,12 @@ def _adam(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
     if "max_exp_avg_sq" in moments:
         root = np.maximum(root, moments["max_exp_avg_sq"])
     return np.asarray(ahead / (np.sqrt(root) + rule.eps), np.float32)
+
+
+def _over_norm(moments: Moments) -> Floats:
+    """The step of what is called `v` and is no average of squares but a norm, as Adamax has it."""
+    second = next(moments[key] for key in _SQUARES if key in moments)
+    return np.asarray(_average(moments) / np.maximum(second, np.float32(1e-30)), np.float32)
 
 
 def _adamax(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
