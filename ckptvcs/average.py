@@ -30,6 +30,7 @@ from ckptvcs.history.schema import Op, Schema, Skeleton
 from ckptvcs.restore import Progress, Restorer
 from ckptvcs.skeleton import SkeletonSource
 from ckptvcs.store.object import ObjectId
+from ckptvcs.targets import Target, looked
 from ckptvcs.trajectory import Trajectory
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
@@ -169,13 +170,16 @@ class Averaged(Restorer):
 
 
 def write_average(
-    catalog: Catalog, names: Sequence[ObjectId], target: Path, progress: Progress
-) -> None:
+    catalog: Catalog, names: Sequence[ObjectId], target: Path | Target, progress: Progress, *,
+    force: bool = False,
+) -> None:  # fmt: skip
     """Write the mean of some commits as `PartReader.export` writes the last of them.
 
     Raises:
         NotFoundError: there are no commits.
         InvalidInputError: a weight is not in all of them, in the same shape and type.
+        ConflictError: as `PartReader.export`; the look at the target comes first.
     """
-    newest = Averaged(catalog, names[-1], mean_weights(catalog, names, progress))
-    PartReader(newest).export(target, None, lambda _: None)
+    with looked(target) as at:
+        newest = Averaged(catalog, names[-1], mean_weights(catalog, names, progress))
+        PartReader(newest).export(at, None, lambda _: None, force=force)

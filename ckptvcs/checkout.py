@@ -2,24 +2,39 @@
 
 A file that stands where a checkout writes is overwritten only if its bytes can be had again: its
 hash is that of a file of a commit that can be restored exactly, or it was written by a checkout.
+What comes, or is saved anew, after that look stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from blake3 import blake3
 
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import FileEntry
+from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.marking import mark
 from ckptvcs.history.schema import Op
-from ckptvcs.restore import Restorer, safe_path
-from ckptvcs.source import Progress
+from ckptvcs.names import refuse_trusted, safe_path
+from ckptvcs.placing import Folder, NotRegularError, Seen
+from ckptvcs.restore import Progress, Restorer
 from ckptvcs.store.object import ObjectId
+from ckptvcs.targets import Target, Targets, writing
+from ckptvcs.writing import (
+    Looks,
+    entry,
+    look_at_files,
+    named_paths,
+    require_links,
+    save_directory,
+    save_file,
+)  # fmt: skip
 
 _BLOCK = 1 << 22
 _MAX_REMEMBERED = 10_000
@@ -36,11 +51,20 @@ class CheckedOut:
 
 def hash_file(path: Path) -> str:
     """BLAKE3 of a file's bytes."""
-    digest = blake3(max_threads=blake3.AUTO)
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+        return _hash(file)
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = blake3(max_threads=blake3.AUTO)
+    while block := file.read(_BLOCK):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _only(commit: Commit) -> FileEntry:
+    """The file of a commit that is no directory."""
+    return next(file for file in commit.files if file.skeleton is not None)
 
 
 class WorkTree:
@@ -51,9 +75,15 @@ class WorkTree:
     def __init__(self, catalog: Catalog, root: Path, written: Path) -> None:
         self._catalog, self._root, self._written = catalog, root, written
 
-    def home(self, path: str, *, inside: bool) -> Path:
-        """Where a committed path belongs: below the repository's folder if it came from there."""
-        return (self._root if inside else Path.cwd()) / path
+    def home(self, commit: Commit) -> tuple[Path, PurePosixPath]:
+        """Where a commit says that it belongs: a folder, below it the way that the commit names,
+        which may be somebody else's word.
+
+        Raises:
+            CorruptionError: the way leaves the folder.
+        """
+        top = self._root if commit.inside else Path.cwd()
+        return top, PurePosixPath() if commit.path == "." else safe_path(commit.path)
 
     def can_be_had_again(self, path: Path) -> bool:
         """Whether the bytes of a file are stored exactly, or came from a checkout."""
@@ -106,21 +136,31 @@ class WorkTree:
         except OSError:
             pass  # a later checkout then asks for --force, which is safe
 
-    def _is_near_form(self, path: Path, restorer: Restorer, file: FileEntry) -> bool:
-        """Whether a file is what this commit restores to, though nothing remembers writing it."""
-        if restorer.exact or path.stat().st_size != file.size:
-            return False
-        return restorer.digest(file) == hash_file(path)
-
-    def _guard(self, target: Path, restorer: Restorer, file: FileEntry) -> None:
-        if target.is_dir() and not target.is_symlink():
-            raise InvalidInputError(
-                f"{target} is a directory", hint="name the file to write: -o PATH"
-            )
-        if not target.exists() or self._is_there(digest := hash_file(target)):
+    def _guard(
+        self, folder: Folder, name: str, seen: Seen | None, restorer: Restorer, file: FileEntry
+    ) -> None:
+        """Raises ConflictError where what has a name cannot be had again."""
+        if seen is None:
             return
-        if not self._is_near_form(target, restorer, file):
-            raise self._refusal(target, digest)
+        path = folder.path / name
+        if stat.S_ISDIR(seen.st_mode):
+            raise InvalidInputError(
+                f"{path} is a directory", hint="name the file to write: -o PATH"
+            )
+        try:
+            with folder.open_file(name, follow=True) as there:
+                size, digest = os.fstat(there.fileno()).st_size, _hash(there)
+        except FileNotFoundError:
+            return  # a link that leads nowhere
+        except NotRegularError:
+            raise ConflictError(
+                f"{path} is no regular file", hint="write elsewhere with -o"
+            ) from None
+        if self._is_there(digest):
+            return
+        # Nothing may remember writing what this commit restores to.
+        if restorer.exact or size != file.size or restorer.digest(file) != digest:
+            raise self._refusal(path, digest)
 
     def _refusal(self, target: Path, digest: str) -> ConflictError:
         """What would be lost with a file."""
@@ -161,42 +201,57 @@ class WorkTree:
             CorruptionError: something does not have its hash; nothing was replaced by it.
         """
         commit = restorer.commit
-        target = output
-        if target is None:
-            if commit.path != ".":
-                safe_path(commit.path)
-            target = self.home(commit.path, inside=commit.inside)
         files = [file for file in commit.files if file.skeleton is not None]
-        if commit.source == "directory":
-            if target.exists() and not target.is_dir():
-                raise InvalidInputError(f"{target} is a file, the commit is a directory")
-            pairs = [(file, target / safe_path(file.path)) for file in files]
-        else:
-            pairs = [(files[0], target)]
-        if not force:
-            for file, path in pairs:
-                self._guard(path, restorer, file)
-        digests = self._save(restorer, files, target, progress)
+        with Targets() as targets:
+            if output is not None:
+                target = targets.look(output)
+            else:
+                target = targets.below(*self.home(commit))
+            if not force:
+                refuse_trusted(named_paths(commit, own=output is None))
+            looks = look_at_files(commit, target) if commit.source == "directory" else {}
+            if not force:
+                self._guard_all(restorer, target, looks)
+            digests = self._save(restorer, target, looks, progress)
         if not restorer.exact or commit.source == "state":
             for file, digest in zip(files, digests, strict=True):
                 if digest != file.hash:
                     self._remember(digest)
-        return CheckedOut(tuple(path for _, path in pairs), dict(restorer.fidelity), restorer.exact)
+        paths: tuple[Path, ...] = (target.path,)
+        if commit.source == "directory":
+            paths = tuple(target.path / file.path for file in files)
+        return CheckedOut(paths, dict(restorer.fidelity), restorer.exact)
+
+    def _guard_all(self, restorer: Restorer, target: Target, looks: Looks) -> None:
+        commit = restorer.commit
+        with writing(target.path):
+            if commit.source != "directory":
+                if target.seen is not None:  # then no folder is missing
+                    self._guard(target.folder, target.name, target.seen, restorer, _only(commit))
+            elif target.is_folder:
+                require_links(commit, looks, target.path.joinpath)
+                with target.existing() as place:
+                    for file in commit.files:
+                        if file.skeleton is None or looks.get(file.path) is None:
+                            continue
+                        with entry(place, safe_path(file.path)) as (parent, name):
+                            if parent is not None:
+                                self._guard(parent, name, looks[file.path], restorer, file)
 
     def _save(
-        self, restorer: Restorer, files: list[FileEntry], target: Path, progress: Progress
+        self, restorer: Restorer, target: Target, looks: Looks, progress: Progress
     ) -> list[str]:
         if restorer.commit.source == "directory":
-            return restorer.save_directory(target, progress)
-        return [restorer.save(files[0], target, progress)]
+            return save_directory(restorer, target, looks, progress)
+        return [save_file(restorer, target, progress)]
 
     def changes(self, restorer: Restorer) -> list[tuple[str, Path]]:
         """How the files of a commit differ from those in their places: `missing`, `changed` or
         `near` (written by a checkout of a near commit), with the path.
         """
         commit = restorer.commit
-        home = self.home(commit.path, inside=commit.inside)
-        found = []
+        top, way = self.home(commit)
+        home, found = top / way, []
         for file in commit.files:
             if file.hash is None:
                 continue

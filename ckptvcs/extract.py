@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -37,8 +36,10 @@ from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.floats import in_our_order
 from ckptvcs.history.schema import LITTLE, Schema, View
+from ckptvcs.names import refuse_trusted
 from ckptvcs.restore import Restorer
-from ckptvcs.store.disk import storage_error
+from ckptvcs.targets import Target, looked, named
+from ckptvcs.writing import look_at_files, named_paths, save_directory, save_file
 
 _NOT_IN_SAFETENSORS = frozenset({"C32", "C128"})
 _MAX_ELEMENTS = 1 << 59  # in bytes no more than 63 bits hold
@@ -233,22 +234,23 @@ class PartReader:
                         break
         return found[0] if len(found) == 1 else None
 
-    def save(self, part: str, target: Path) -> None:
+    def save(self, part: str, target: Path | Target) -> None:
         """Write one part as .safetensors, or as a file of torch.save under any other name.
 
         Raises:
             NotFoundError: the commit does not have that part.
+            ConflictError: what is there is not what was there at the look.
         """
-        rows = self.named(part)
-        if target.suffix == ".safetensors":
+        rows, path = self.named(part), named(target)
+        if path.suffix == ".safetensors":
             write_whole(target, lambda out: self._save_safetensors(_short(rows), out))
         else:
-            write_whole(target, lambda out: self._save_torch(part, rows, target.stem, out))
+            write_whole(target, lambda out: self._save_torch(part, rows, path.stem, out))
 
-    def save_tensor(self, name: str, window: Window, target: Path) -> None:
+    def save_tensor(self, name: str, window: Window, target: Path | Target) -> None:
         """Write one tensor as .safetensors, under its name, or as a file of torch.save, alone."""
         number, view = window
-        if target.suffix == ".safetensors":
+        if named(target).suffix == ".safetensors":
             write_whole(target, lambda out: self._save_safetensors([(name, number, view)], out))
             return
         data = self.window(window)
@@ -257,28 +259,38 @@ class PartReader:
             0, view.dtype, size // DTYPES[view.dtype].size, size, 0, shape, row_major(shape)
         )
         records = zip_records(dump_pickle(None, lambda *_: leaf), [_payload(data)], {})
-        write_whole(target, lambda out: write_zip(out.write, target.stem, records))
+        write_whole(target, lambda out: write_zip(out.write, named(target).stem, records))
 
-    def export(self, target: Path, part: str | None, progress: Callable[[int], None]) -> None:
+    def export(
+        self, target: Path | Target, part: str | None, progress: Callable[[int], None], *,
+        force: bool = False,
+    ) -> None:  # fmt: skip
         """Write what was committed, in the form that it was committed in, where that is what
         `target` says: a file of torch, of safetensors by its suffix, or a directory where there is
         no suffix of either; else, or with `part`, one part (`model`) as `save` does.
 
         Raises:
             NotFoundError: the commit does not have that part.
+            ConflictError: what is there is not what was there at the look; or, without `force`, a
+                directory holds names that tools execute or trust.
         """
         restorer, commit = self._restorer, self._restorer.commit
         files = [file for file in commit.files if file.skeleton is not None]
-        if part is None and commit.source == "directory" and target.suffix not in SUFFIXES:
-            restorer.save_directory(target, progress)
-            return
-        flat = target.suffix == ".safetensors"
-        alone = commit.source != "directory" and (files[0].format == "safetensors") == flat
-        if part is None and alone:
-            restorer.save(files[0], target, progress)
-        else:
-            self.save(part or "model", target)
-            progress(commit.raw_bytes)
+        suffix = named(target).suffix
+        whole = part is None and commit.source == "directory" and suffix not in SUFFIXES
+        alone = commit.source != "directory" and (
+            (files[0].format == "safetensors") == (suffix == ".safetensors")
+        )
+        with looked(target) as at:
+            if whole:
+                if not force:
+                    refuse_trusted(named_paths(commit, own=False))
+                save_directory(restorer, at, look_at_files(commit, at), progress)
+            elif part is None and alone:
+                save_file(restorer, at, progress)
+            else:
+                self.save(part or "model", at)
+                progress(commit.raw_bytes)
 
     def _save_torch(
         self, part: str, rows: list[tuple[str, int, View]], stem: str, out: BinaryIO
@@ -361,18 +373,14 @@ class PartReader:
         return as_strided(cells[view.offset :], view.shape, strides, writeable=False).tobytes()
 
 
-def write_whole(target: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file, whole or not at all."""
-    temporary = target.with_name(f".ckpt-{secrets.token_hex(6)}")  # short: names have limits
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as out:
-            write(out)
-        temporary.replace(target)
-    except OSError as error:
-        raise storage_error(error, f"write {target}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_whole(target: Path | Target, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        ConflictError: what is there is not what was there at the look, which comes first.
+    """
+    with looked(target) as at, at.file() as out:
+        write(out)
 
 
 def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:

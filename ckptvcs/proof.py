@@ -16,7 +16,8 @@ from ckptvcs.bases import materialised
 from ckptvcs.chain import Materialised
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.restore import Restorer, safe_path
+from ckptvcs.names import safe_path
+from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]

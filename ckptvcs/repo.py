@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ckptvcs.search import Bisection, Judge, Watch
     from ckptvcs.shards import Shard, Ticket
     from ckptvcs.source import Progress
+    from ckptvcs.targets import Target
     from ckptvcs.worker import Worker
 
 # The methods that touch tensors import what they need when they are called: `log`, `show` and
@@ -402,20 +403,25 @@ class Repo(Care):
 
         return map(named, found)  # a loop would hold a value while the next one is decoded
 
-    def save_part(self, name: ObjectId, part: str, target: Path, *, exact: bool = False) -> str:
+    def save_part(
+        self, name: ObjectId, part: str, target: Path | Target, *, exact: bool = False
+    ) -> str:
         """Write one part of a commit as .safetensors or as a torch.save file; its fidelity.
 
         Raises:
-            ConflictError: it was to be `exact`, and is not, or not any more.
+            ConflictError: it was to be `exact`, and is not, or not any more; or the file at
+                `target` came, or was changed, while it was made.
         """
         from ckptvcs.extract import PartReader  # noqa: PLC0415
+        from ckptvcs.targets import looked  # noqa: PLC0415
 
         def save() -> str:
             restorer = self._reader(name, part, exact=exact)
-            PartReader(restorer).save(part, target)
+            PartReader(restorer).save(part, at)
             return restorer.fidelity.get(part, "exact")  # small tensors alone always are
 
-        return self._twice(save)
+        with looked(target) as at:
+            return self._twice(save)
 
     def _reader(self, name: ObjectId, part: str | None = None, *, exact: bool) -> Restorer:
         """What reads a commit, in the form that it has at this moment."""

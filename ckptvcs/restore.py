@@ -1,20 +1,18 @@
 """Restore: a commit -> its files, one part of it, or its state in Python.
 
-Files are put together from their skeletons and decoded tensors in a temporary place beside the
-target, proven (every tensor by its hash, an exact file by its own), and only then renamed.
+Files are put together from their skeletons and decoded tensors, and proven: every tensor by its
+hash, an exact file by its own.  `writing.py` gives them their names after that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from blake3 import blake3
@@ -22,7 +20,6 @@ from blake3 import blake3
 from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
 from ckptvcs.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
-from ckptvcs.checkpoint.checkpoint import MAX_NESTING
 from ckptvcs.checkpoint.layout import Layout
 from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.codec import loops
@@ -33,39 +30,15 @@ from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import Op, Skeleton, TensorInfo
+from ckptvcs.names import safe_path as safe_path
 from ckptvcs.parallel import ordered_map
 from ckptvcs.skeleton import SkeletonSource
-from ckptvcs.store.disk import storage_error
 from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]
 
 _DROPPED = "'ckpt log --all' lists it, 'ckpt reflog' says by which rule"
 _DEEP = 2  # deltas, from which on decoded weights are kept in the cache
-
-
-def _is_name(text: str) -> bool:
-    """Whether the file system can have a name like this at all."""
-    try:
-        return bool(text) and b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
-def safe_path(path: str) -> PurePosixPath:
-    """A committed path that stays inside its target.
-
-    Raises:
-        CorruptionError: it is absolute, or climbs.  Such a commit was not made by this program from
-            such a file.
-    """
-    pure = PurePosixPath(path)
-    plain = pure.parts and not pure.is_absolute() and ".." not in pure.parts and path == str(pure)
-    if not plain or len(path) > 4096 or len(pure.parts) > MAX_NESTING + 1 or not _is_name(path):
-        raise CorruptionError(f"a commit holds a file that would leave its target: {path[:200]!r}")
-    if any(part.lower() == ".ckpt" for part in pure.parts):
-        raise CorruptionError(f"a commit holds a file of a repository: {path[:200]!r}")
-    return pure
 
 
 class _RetypedError(CorruptionError):
@@ -371,79 +344,15 @@ class Restorer:
             with contextlib.suppress(_RetypedError):
                 return self.write_file(file, lambda _: None, lambda _: None)
 
-    def save(self, file: FileEntry, target: Path, progress: Progress) -> str:
-        """Write a file to `target`, whole or not at all; the BLAKE3 of its bytes."""
-        temporary = target.with_name(f".ckpt-{secrets.token_hex(6)}")  # short: names have limits
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            found = self._write_anew(file, temporary, progress)
-            temporary.chmod(file.mode & 0o777)
-            if file.mtime_ns:
-                os.utime(temporary, ns=(file.mtime_ns, file.mtime_ns))
-            temporary.replace(target)
-        except OSError as error:
-            raise storage_error(error, f"write {target}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return found
-
-    def _write_anew(self, file: FileEntry, temporary: Path, progress: Progress) -> str:
-        """Write a file that does not exist yet, once more where it turned out how to decode it."""
-        while True:
-            with contextlib.suppress(_RetypedError), temporary.open("xb") as out:
-                return self.write_file(file, out.write, progress)
-            temporary.unlink()
-
-    def save_directory(self, target: Path, progress: Progress) -> list[str]:
-        """Write a directory commit to `target`, whole or not at all where it does not exist yet;
-        the BLAKE3 of each file.  Files that are there and not in the commit stay.
+    def write_whole(self, file: FileEntry, out: BinaryIO, progress: Progress) -> str:
+        """Write a file's bytes into an empty one, once more where it turned out how to decode it;
+        their BLAKE3.
         """
-        fresh = not target.exists()
-        place = target.with_name(f".ckpt-{secrets.token_hex(6)}") if fresh else target
-        found = []
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            for file in self.commit.files:
-                path = safe_path(file.path)
-                _refuse_links(place, path)
-                if file.skeleton is not None:
-                    found.append(self.save(file, place / path, progress))
-                elif file.link is None:
-                    if (place / path).is_symlink():
-                        raise _a_link(place / path)
-                    (place / path).mkdir(parents=True, exist_ok=True)
-            self._make_links(place)
-            self._set_modes(place)
-            if fresh:
-                place.rename(target)
-        except OSError as error:
-            raise storage_error(error, f"write {target}") from error
-        finally:
-            if fresh:
-                shutil.rmtree(place, ignore_errors=True)
-        return found
-
-    def _make_links(self, place: Path) -> None:
-        """Links come last, so that no file is written through one."""
-        for file in self.commit.files:
-            if file.link is not None:
-                if not _is_name(file.link):
-                    raise CorruptionError(f"{file.path} is a link to no name that can be")
-                _refuse_links(place, safe_path(file.path))  # those that were just made, too
-                path = place / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.is_symlink():
-                    path.unlink()
-                path.symlink_to(file.link)
-
-    def _set_modes(self, place: Path) -> None:
-        """Directories get their modes and times last: until then they must take files."""
-        for file in reversed(self.commit.files):
-            if file.skeleton is None and file.link is None:
-                path = place / safe_path(file.path)
-                path.chmod(file.mode & 0o777 | 0o700)
-                os.utime(path, ns=(file.mtime_ns, file.mtime_ns))
+        while True:
+            with contextlib.suppress(_RetypedError):
+                return self.write_file(file, out.write, progress)
+            out.seek(0)
+            out.truncate()
 
     # -- structure -----------------------------------------------------------------------------
 
@@ -465,14 +374,3 @@ class Restorer:
         layout = layout or Layout("raw", [])
         numbers = [source.owner(found.offset, found.size) for found in layout.tensors]
         return layout, numbers
-
-
-def _refuse_links(root: Path, path: PurePosixPath) -> None:
-    """Raises InvalidInputError where a directory on the way to a file is a symbolic link."""
-    for parent in list(path.parents)[:-1]:
-        if (root / parent).is_symlink():
-            raise _a_link(root / parent)
-
-
-def _a_link(path: Path) -> InvalidInputError:
-    return InvalidInputError(f"{path} is a symbolic link; not writing through it")

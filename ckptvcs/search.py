@@ -24,7 +24,8 @@ from ckptvcs.compare import all_finite
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.log import LogEntry
-from ckptvcs.restore import Restorer, safe_path
+from ckptvcs.names import safe_path
+from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 
 _SKIP, _HIGHEST = 125, 127  # exit codes of a command, as `git bisect run` has them

@@ -30,6 +30,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.schema import Schema
 from ckptvcs.restore import Progress, Restorer
 from ckptvcs.store.object import ObjectId
+from ckptvcs.targets import Target
 
 _MAX_LISTED = 4
 
@@ -298,8 +299,8 @@ def series(
 
 
 def export(
-    catalog: Catalog, names: Sequence[ObjectId], targets: Sequence[Path], part: str | None,
-    progress: Progress,
+    catalog: Catalog, names: Sequence[ObjectId], targets: Sequence[Path | Target],
+    part: str | None, progress: Progress, *, force: bool = False,
 ) -> None:  # fmt: skip
     """Write each commit, or one part of it, to its target, as `PartReader.export` does.
 
@@ -315,5 +316,5 @@ def export(
 
     readers = Trajectory(catalog, choose).readers(names)
     for target, (_, reader) in zip(targets, readers, strict=True):
-        reader.export(target, part, progress)
+        reader.export(target, part, progress, force=force)
         del reader

@@ -35,7 +35,8 @@ from ckptvcs.history.marking import mark
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.restore import Restorer, safe_path
+from ckptvcs.names import safe_path
+from ckptvcs.restore import Restorer
 from ckptvcs.store import pack as packs
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import Kind, ObjectId, PackId

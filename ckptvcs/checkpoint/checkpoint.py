@@ -30,9 +30,7 @@ from ckptvcs.checkpoint.notes import notes, why_raw
 from ckptvcs.checkpoint.roles import OTHER, Names, Role, Rule, assign_roles
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
-
-MAX_NESTING = 200
-"""Directories in each other; Python makes those of a path in as many calls."""
+from ckptvcs.names import MAX_NESTING, is_repository_name, listed, trusted_names
 
 _DOUBTFUL = ("raw", "torch-zip")  # a zip file is read as far as its directory goes
 _MAX_STATE_BYTES = 1 << 26  # of a file that is read to find the step
@@ -187,6 +185,10 @@ def _entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[s
             raise InvalidInputError(f"{root} nests more than {MAX_NESTING} directories")
         if entry.name.lower() == ".ckpt" or (skip and Path(entry.path).resolve() == skip):
             continue
+        if is_repository_name(entry.name):
+            raise InvalidInputError(
+                f"other systems take {entry.path!r} for a repository of ckpt", hint="rename it"
+            )
         yield name, entry
         if entry.is_dir(follow_symlinks=False):
             stack += _sorted(root, name)
@@ -268,13 +270,23 @@ def _open_directory(
             if name.endswith(distcp.SUFFIX) and layout.format == "raw":
                 layout.problem = unread.problem
     made = build("directory", parsed, links, names_of_parameters)
-    said = (*made.notes, *hidden)
+    said = (*made.notes, *hidden, *_trusted([*names, *(link.path for link in links)]))
     if only:
         gone = set(only) - names
         if gone:
             raise NotFoundError(f"no such file: {root / min(gone)}")
         return replace(made, is_all=False, notes=said)
     return replace(made, directory=(root, skip), followed=followed, notes=said)
+
+
+def _trusted(paths: Sequence[str]) -> Iterator[str]:
+    """A line where a checkout will ask whether it is meant."""
+    found = trusted_names(sorted(paths))
+    if found:
+        yield (
+            f"{listed(found)}: tools execute or trust files of this name; "
+            "a checkout writes them only with --force"
+        )
 
 
 def build(

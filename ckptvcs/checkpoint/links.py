@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptvcs.checkpoint.notes import SUFFIXES
+from ckptvcs.names import is_repository_name
 from ckptvcs.sizes import size
 
 _SHARED = ".huggingface-shared-blobs"  # a file that marks a store of the Hub as such
@@ -83,7 +84,7 @@ def _is_same_in_copies(name: str, real: Path, root: Path) -> bool:
 
 
 def _is_ours(real: Path, root: Path, skip: Path | None) -> bool:
-    if any(part.lower() == ".ckpt" for part in real.parts) or (skip and real.is_relative_to(skip)):
+    if any(map(is_repository_name, real.parts)) or (skip and real.is_relative_to(skip)):
         return False
     return real.is_relative_to(root) or any(map(real.is_relative_to, _stores(root)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -267,7 +268,8 @@ def _judge(
     if metric is not None:
         return search.metric_judge(metric, above=above, below=below)
     if command:
-        return search.command_judge(command, repo.checkout_files)
+        # The place is new, and nobody's working directory.
+        return search.command_judge(command, partial(repo.checkout_files, force=True))
     return search.finite_judge(repo.catalog, repo.restorer)
 
 

@@ -12,8 +12,10 @@ from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.history.commit import PARTS
+from ckptvcs.names import refuse_trusted
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
+from ckptvcs.targets import Targets
 
 
 def _metric(text: str) -> tuple[str, float]:
@@ -110,6 +112,11 @@ def checkout(
         path, form = _checkout_part(repo, name, only, target, exactly, force=force)
         paths, forms, where = [path], {only: form}, None
     else:
+        if target is None:
+            top, way = repo.worktree().home(entry.commit)
+            files = sum(file.skeleton is not None for file in entry.commit.files)
+            what = f"{files} files to" if entry.commit.source == "directory" else ""
+            render.talk(f"writing {what} {top / way}".replace("  ", " "))
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
             done = repo.checkout_files(name, target, force=force, exact=exactly, progress=tick)
         paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
@@ -130,15 +137,25 @@ def checkout(
 
 
 def _checkout_part(
-    repo: Repo, name: ObjectId, part: str, target: Path | None, exact: bool, *, force: bool
+    repo: Repo, name: ObjectId, part: str, output: Path | None, exact: bool, *, force: bool
 ) -> tuple[Path, str]:
     made = repo.catalog.commit(name)
-    if target is None:
-        home = repo.worktree().home(made.path, inside=made.inside)
-        stem = home.stem if made.source != "directory" else home.name or "checkpoint"
-        target = home.with_name(f"{stem}.{part}.pt")
-    if target.is_dir():
-        raise InvalidInputError(f"{target} is a directory", hint="name the file to write")
-    if target.exists() and not force:
-        raise ConflictError(f"{target} exists", hint="overwrite it with --force")
-    return target, repo.save_part(name, part, target, exact=exact)
+    with Targets() as looks:
+        if output is not None:
+            target = looks.look(output)
+        else:
+            top, way = repo.worktree().home(made)
+            home = top / way
+            stem = home.stem if made.source != "directory" else home.name or "checkpoint"
+            if way.parts:
+                target = looks.below(top, way.with_name(f"{stem}.{part}.pt"))
+            else:
+                target = looks.look(home.with_name(f"{stem}.{part}.pt"))
+            render.talk(f"writing {target.path}")
+        if target.is_folder:
+            raise InvalidInputError(f"{target.path} is a directory", hint="name the file to write")
+        if target.seen is not None and not force:
+            raise ConflictError(f"{target.path} exists", hint="overwrite it with --force")
+        if output is None and not force:
+            refuse_trusted([made.path])
+        return target.path, repo.save_part(name, part, target, exact=exact)

@@ -17,6 +17,7 @@ from ckptvcs.history.commit import PARTS
 from ckptvcs.history.revision import split_range, split_tensor
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
+from ckptvcs.targets import Target, Targets
 
 if TYPE_CHECKING:
     from ckptvcs.extract import PartReader, Window
@@ -76,11 +77,12 @@ def export(
             targets = [path.with_name(f"{path.name}.safetensors")]
     if not names:
         raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
-    for target in targets:
-        _refuse(target, force=force)
     entries = [repo.entry(name) for name in names]
-    with render.progress("exporting", sum(entry.commit.raw_bytes for entry in entries)) as tick:
-        write_commits(repo.catalog, names, targets, only, tick)
+    size_bytes = sum(entry.commit.raw_bytes for entry in entries)
+    with Targets() as looks:
+        places = [_look(looks, target, force=force) for target in targets]
+        with render.progress("exporting", size_bytes) as tick:
+            write_commits(repo.catalog, names, places, only, tick, force=force)
     if json:
         render.as_json([
             {"id": entry.id, "step": entry.step, "path": str(target),
@@ -109,10 +111,12 @@ def _file_names(repo: Repo, names: list[ObjectId], form: str | None, only: str |
     return found
 
 
-def _refuse(target: Path, *, force: bool) -> None:
-    """Raises ConflictError where something is in the way."""
-    if target.exists() and not force:
-        raise ConflictError(f"{target} exists", hint="overwrite it with --force")
+def _look(looks: Targets, path: Path, *, force: bool) -> Target:
+    """A target, held as it is now.  Raises ConflictError where something is in the way."""
+    target = looks.look(path)
+    if target.seen is not None and not force:
+        raise ConflictError(f"{path} exists", hint="overwrite it with --force")
+    return target
 
 
 def cat(
@@ -142,8 +146,8 @@ def cat(
         "shape": list(view.shape), "fidelity": reader.fidelity(window),
     }  # fmt: skip
     if output is not None:
-        _refuse(output, force=force)
-        _write_tensor(reader, full, window, output)
+        with Targets() as looks:
+            _write_tensor(reader, full, window, _look(looks, output, force=force))
         if json:
             render.as_json(about | {"path": str(output)})
         else:
@@ -165,19 +169,20 @@ def cat(
     render.data(np.array2string(values, threshold=limit))
 
 
-def _write_tensor(reader: PartReader, name: str, window: Window, target: Path) -> None:
+def _write_tensor(reader: PartReader, name: str, window: Window, target: Target) -> None:
     """Write one tensor in the format that the name of its file says."""
-    if target.suffix == ".npy":
+    suffix = target.path.suffix
+    if suffix == ".npy":
         import numpy as np  # noqa: PLC0415  see above
 
         from ckptvcs.extract import write_whole  # noqa: PLC0415
 
         values = _numbers(reader, window)
         write_whole(target, lambda out: np.save(out, values, allow_pickle=False))
-    elif target.suffix in (".pt", ".safetensors"):
+    elif suffix in (".pt", ".safetensors"):
         reader.save_tensor(name, window, target)
     else:
-        raise InvalidInputError(f"{target} is no name of a tensor's file",
+        raise InvalidInputError(f"{target.path} is no name of a tensor's file",
                                 hint="end it in .npy, .pt or .safetensors")  # fmt: skip
 
 
@@ -258,13 +263,15 @@ def average(
 
     start, stop = split_range(revisions)
     repo = open_repo(context)
-    _refuse(output, force=force)
     names = repo.history.line(start, stop, every)
     if not names:
         raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
     commits = [repo.catalog.commit(name) for name in names]
-    with render.progress("averaging", sum(commit.raw_bytes for commit in commits)) as tick:
-        write_average(repo.catalog, names, output, tick)
+    size_bytes = sum(commit.raw_bytes for commit in commits)
+    with Targets() as looks:
+        place = _look(looks, output, force=force)
+        with render.progress("averaging", size_bytes) as tick:
+            write_average(repo.catalog, names, place, tick, force=force)
     if json:
         render.as_json({
             "path": str(output), "commits": names, "steps": [commit.step for commit in commits],

@@ -1,0 +1,140 @@
+"""Writing: the files of a commit, into a folder of the user's.
+
+A directory that does not exist yet is filled under a temporary name, and is there whole or not at
+all.  In one that exists each file is; what is there and not in the commit stays.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+
+from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
+from ckptvcs.history.commit import Commit
+from ckptvcs.names import is_name, safe_path
+from ckptvcs.placing import Folder, Seen
+from ckptvcs.restore import Progress, Restorer
+from ckptvcs.targets import Target, writing
+
+Looks = Mapping[str, Seen | None]
+"""What was found where the files and links of a directory belong, by their paths."""
+
+
+def named_paths(commit: Commit, *, own: bool) -> list[str]:
+    """The paths that a commit names: of a file only where it gets its `own` one."""
+    if commit.source != "directory":
+        return [commit.path] if own else []
+    top = f"{commit.path}/" if own and commit.path != "." else ""
+    return [f"{top}{file.path}" for file in commit.files]
+
+
+def save_file(restorer: Restorer, target: Target, progress: Progress) -> str:
+    """Write the file of a commit that has one; the BLAKE3 of its bytes.
+
+    Raises:
+        ConflictError: what is there is not what was there at the look.
+    """
+    file = next(file for file in restorer.commit.files if file.skeleton is not None)
+    with target.file(mode=file.mode & 0o777, mtime_ns=file.mtime_ns) as out:
+        return restorer.write_whole(file, out, progress)
+
+
+def look_at_files(commit: Commit, target: Target) -> dict[str, Seen | None]:
+    """What is there now."""
+    looks: dict[str, Seen | None] = {}
+    if not target.is_folder:
+        return looks
+    with writing(target.path), target.existing() as place:
+        for file in commit.files:
+            if file.skeleton is not None or file.link is not None:
+                with entry(place, safe_path(file.path)) as (parent, name):
+                    looks[file.path] = None if parent is None else parent.look(name)
+    return looks
+
+
+@contextmanager
+def entry(place: Folder, path: PurePosixPath) -> Iterator[tuple[Folder | None, str]]:
+    """The folder that a path leads to, open, if it is there, and the name in it."""
+    parts, at = path.parts, place
+    for folder in parts[:-1]:
+        below = at.enter(folder) if at.look(folder) is not None else None
+        if at is not place:
+            at.close()
+        if below is None:
+            yield None, path.name
+            return
+        at = below
+    try:
+        yield at, path.name
+    finally:
+        if at is not place:
+            at.close()
+
+
+def save_directory(
+    restorer: Restorer, target: Target, looks: Looks, progress: Progress
+) -> list[str]:
+    """Write the files of a directory; the BLAKE3 of each.
+
+    Raises:
+        ConflictError: a file is not what was there at the look; those before it are written.
+    """
+    if target.is_folder:
+        with writing(target.path), target.existing() as place:
+            return _fill(restorer, place, looks, progress)
+    if target.seen is not None:
+        if stat.S_ISLNK(target.seen.st_mode):
+            raise InvalidInputError(
+                f"{target.path} is a symbolic link; not writing through it",
+                hint="name the folder that it leads to, with -o",
+            )
+        raise InvalidInputError(f"{target.path} is a file, the commit is a directory")
+    with writing(target.path), target.parent() as parent, parent.tree(target.name) as place:
+        return _fill(restorer, place, {}, progress)
+
+
+def _fill(restorer: Restorer, place: Folder, looks: Looks, progress: Progress) -> list[str]:
+    found = []
+    for file in restorer.commit.files:
+        path = safe_path(file.path)
+        if file.skeleton is None and file.link is not None:
+            continue
+        with place.inside(path.parent, make=True) as parent:
+            if file.skeleton is None:
+                parent.enter(path.name, make=True).close()
+                continue
+            seen, mode = looks.get(file.path), file.mode & 0o777
+            with parent.file(path.name, seen, mode=mode, mtime_ns=file.mtime_ns) as out:
+                found.append(restorer.write_whole(file, out, progress))
+    _make_links(restorer.commit, place, looks)
+    for file in reversed(restorer.commit.files):
+        # Directories get their modes and times last: until then they must take files.
+        if file.skeleton is None and file.link is None:
+            with place.inside(safe_path(file.path)) as folder:
+                folder.finish(file.mode & 0o777 | 0o700, file.mtime_ns)
+    return found
+
+
+def _make_links(commit: Commit, place: Folder, looks: Looks) -> None:
+    """Links come last, so that no file is written through one."""
+    for file in commit.files:
+        if file.link is None:
+            continue
+        if not is_name(file.link):
+            raise CorruptionError(f"{file.path} is a link to no name that can be")
+        path = safe_path(file.path)
+        with place.inside(path.parent, make=True) as parent:
+            parent.link(path.name, file.link, looks.get(file.path))
+
+
+def require_links(commit: Commit, looks: Looks, shown: Callable[[str], object]) -> None:
+    """Raises ConflictError where something else than a link is in the way of one."""
+    for file in commit.files:
+        seen = looks.get(file.path)
+        if file.link is not None and seen is not None and not stat.S_ISLNK(seen.st_mode):
+            raise ConflictError(
+                f"{shown(file.path)} is in the way of a link",
+                hint="write elsewhere with -o, or overwrite it with --force",
+            )
