@@ -19,7 +19,10 @@ from ckptvcs.errors import (
     UnsupportedVersionError,
 )
 from ckptvcs.history.log import LogEntry
+from ckptvcs.plain import tame_log
 from ckptvcs.repo import Repo
+
+tame_log()
 
 __all__ = [
     "BusyError",

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from ckptvcs.errors import ConflictError, CorruptionError
+from ckptvcs.plain import UNSEEN
 
 MAX_NESTING = 200
 """Directories in each other; Python makes those of a path in as many calls."""
@@ -52,17 +53,13 @@ _IMPORTED = frozenset({"sitecustomize", "usercustomize", "conftest"})
 _SHORT = {re.sub("[. ]", "", name)[:6]: name for name in (_REPOSITORY, *sorted(_TRUSTED))}
 _SHORT |= {name[:6]: name for name in _IMPORTED}
 _TILDE = re.compile(r"([^~]{1,6})~[0-9]+(?:\..*)?")
-# Letters and marks that are shown as nothing, besides those of the category of formats.
-_UNSEEN = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
-)
 
 
 def _readings(name: str) -> set[str]:
     """What a name may be taken for, in lower case."""
     found = set()
     for piece in re.split(r"[/\\]", name):
-        seen = "".join(c for c in _UNSEEN.sub("", piece) if unicodedata.category(c) != "Cf")
+        seen = "".join(c for c in UNSEEN.sub("", piece) if unicodedata.category(c) != "Cf")
         folded = unicodedata.normalize("NFKC", seen).casefold()
         plain = folded.partition(":")[0].rstrip(". ")
         found.add(plain)

@@ -22,6 +22,7 @@ from ckptvcs.cli import (
     history,
     importing,
     maintain,
+    output,
     refs,
     render,
     retain,
@@ -120,6 +121,6 @@ def main() -> None:
     # What is loaded now stays: looking through it again and again is a tenth of `ckpt log`.
     gc.freeze()
     try:
-        app()
+        output.run(app)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

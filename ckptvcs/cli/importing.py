@@ -103,7 +103,7 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
     size_bytes = sum(item.found.size_bytes for item in able)
     if able and ask and interactive():
         what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}"
-        if not typer.confirm(f"{what}{_how_near(importer, able)}?", err=True):
+        if not render.confirm(f"{what}{_how_near(importer, able)}?"):
             for item in importer.items:
                 item.gone.kept = "not removed: the answer was no"
             return

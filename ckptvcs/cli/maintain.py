@@ -114,7 +114,7 @@ def verify(
         render.as_json(_verified(report, repaired))
     else:
         for damage in report.damage:
-            render.data("\n".join(_damage_lines(damage)))
+            render.data(*_damage_lines(damage))
         left = f", {report.left} packs and commits left" if report.left else ""
         render.data(
             f"{report.packs} packs, {report.commits} commits, {report.tensors} tensors, "
@@ -127,7 +127,7 @@ def verify(
                 "no commit is harmed, and the next one that needs it makes it anew"
             )
         if report.loose:
-            render.talk(_loose(report.loose))
+            render.talk(*_loose(report.loose))
         if report.damage and repaired is None:
             render.talk("hint: 'ckpt verify --repair' saves what can be saved, --from OTHER more")
     if report.damage:
@@ -167,10 +167,10 @@ def _verified(report: Report, repaired: Repaired | None) -> dict[str, Any]:
     return found
 
 
-def _loose(names: Sequence[ObjectId]) -> str:
+def _loose(names: Sequence[ObjectId]) -> tuple[str, str]:
     return (
-        f"note: {len(names)} commit(s) that no ref leads to, or ever did: {render.ids(names)}\n"
-        "hint: they came to nothing, or a ref is lost; 'ckpt branch NAME ID' keeps one"
+        f"note: {len(names)} commit(s) that no ref leads to, or ever did: {render.ids(names)}",
+        "hint: they came to nothing, or a ref is lost; 'ckpt branch NAME ID' keeps one",
     )
 
 

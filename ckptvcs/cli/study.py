@@ -166,7 +166,7 @@ def cat(
     import numpy as np  # noqa: PLC0415  see above
 
     limit = _SHOWN if render.is_terminal() else values.size + 1
-    render.data(np.array2string(values, threshold=limit))
+    render.data(*np.array2string(values, threshold=limit).split("\n"))
 
 
 def _write_tensor(reader: PartReader, name: str, window: Window, target: Target) -> None:

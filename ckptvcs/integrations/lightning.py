@@ -36,7 +36,7 @@ _PASSED_ON = ".temp.ckpt"
 _OWN_NAME = "last_model_path"
 """Where a ModelCheckpoint keeps that name: alone in this the two may differ."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ckptvcs")
 
 
 class CkptCheckpointIO(CheckpointIO):

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise ImportError("install it with: pip install 'ckptvcs[transformers]'") from error
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ckptvcs")
 
 _NO_METRICS = frozenset(("step", "epoch", "total_flos"))
 
