@@ -300,7 +300,7 @@ class Folder:
             claimed = os.fstat(claim)
         finally:
             os.close(claim)
-        if _lasting(self.look(name)) != _lasting(claimed):
+        if claimed.st_size or _lasting(self.look(name)) != _lasting(claimed):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
         os.replace(temporary, name, src_dir_fd=self._at, dst_dir_fd=self._at)
 
