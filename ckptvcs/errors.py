@@ -16,6 +16,8 @@ Decoders raise only these.  Anything else that reaches the command line is a bug
 
 from __future__ import annotations
 
+from ckptvcs.plain import plain
+
 
 class CkptError(Exception):
     """Base of the tree: one line for the user, and a hint on what to do next."""
@@ -29,7 +31,7 @@ class CkptError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return self.message
+        return plain(self.message)  # a traceback goes to a terminal, too
 
 
 class InvalidInputError(CkptError, ValueError):

@@ -52,24 +52,29 @@ _TRUSTED = frozenset({
 _IMPORTED = frozenset({"sitecustomize", "usercustomize", "conftest"})
 _SHORT = {re.sub("[. ]", "", name)[:6]: name for name in (_REPOSITORY, *sorted(_TRUSTED))}
 _SHORT |= {name[:6]: name for name in _IMPORTED}
+_ODD = re.compile(r"[~:/\\]|[. ]$")
 _TILDE = re.compile(r"([^~]{1,6})~[0-9]+(?:\..*)?")
 
 
 def _readings(name: str) -> set[str]:
     """What a name may be taken for, in lower case."""
+    if name.isascii() and not _ODD.search(name):
+        return _with_stem(name.lower())
     found = set()
     for piece in re.split(r"[/\\]", name):
         seen = "".join(c for c in UNSEEN.sub("", piece) if unicodedata.category(c) != "Cf")
         folded = unicodedata.normalize("NFKC", seen).casefold()
-        plain = folded.partition(":")[0].rstrip(". ")
-        found.add(plain)
-        stem = plain.partition(".")[0]
-        if stem in _IMPORTED:
-            found.add(stem)
-        short = _TILDE.fullmatch(plain)
+        whole = folded.partition(":")[0].rstrip(". ")
+        found |= _with_stem(whole)
+        short = _TILDE.fullmatch(whole)
         if short:
             found.add(_SHORT.get(short[1], ""))
     return found
+
+
+def _with_stem(name: str) -> set[str]:
+    stem = name.partition(".")[0]
+    return {name, stem} if stem in _IMPORTED else {name}
 
 
 def is_repository_name(name: str) -> bool:

@@ -25,6 +25,7 @@ from ckptvcs.repo import Repo
 from ckptvcs.targets import Targets
 
 OURS, THEIRS, OLD = b"ours" * 50, b"an hour of work of another program", b"old bytes" * 7
+Act = Callable[[], object]
 CALLS = (
     "open", "stat", "fstat", "mkdir", "link", "symlink", "rename", "replace", "unlink", "fchmod",
     "utime", "dup",
@@ -36,7 +37,8 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
-        self.at, self.act = -1, _nothing
+        self.at = -1
+        self.act: Act = _nothing
         self._rename = placing._rename
         monkeypatch.setattr(placing, "os", self)
         monkeypatch.setattr(placing, "_rename", self.rename_flags)
@@ -86,7 +88,7 @@ def write(target: Path) -> None:
             out.write(OURS)
 
 
-def save_anew(target: Path) -> Callable[[], None]:
+def save_anew(target: Path) -> Act:
     """As trainers save."""
 
     def act() -> None:
@@ -97,15 +99,15 @@ def save_anew(target: Path) -> Callable[[], None]:
     return act
 
 
-def save_in_place(target: Path) -> Callable[[], None]:
-    return lambda: target.write_bytes(THEIRS) and None
+def save_in_place(target: Path) -> Act:
+    return lambda: target.write_bytes(THEIRS)
 
 
-def same_size(target: Path) -> Callable[[], None]:
-    return lambda: target.write_bytes(THEIRS[:1] * len(OLD)) and None
+def same_size(target: Path) -> Act:
+    return lambda: target.write_bytes(THEIRS[:1] * len(OLD))
 
 
-def save_and_forget(target: Path) -> Callable[[], None]:
+def save_and_forget(target: Path) -> Act:
     def act() -> None:
         save_anew(target)()
         target.unlink()
@@ -113,7 +115,7 @@ def save_and_forget(target: Path) -> Callable[[], None]:
     return act
 
 
-def make_folder(target: Path) -> Callable[[], None]:
+def make_folder(target: Path) -> Act:
     def act() -> None:
         target.unlink(missing_ok=True)
         target.mkdir()
@@ -122,7 +124,7 @@ def make_folder(target: Path) -> Callable[[], None]:
     return act
 
 
-def make_link(target: Path) -> Callable[[], None]:
+def make_link(target: Path) -> Act:
     def act() -> None:
         target.unlink(missing_ok=True)
         target.symlink_to(target.parent.parent / "elsewhere")
@@ -145,7 +147,7 @@ def state(target: Path) -> object:
 @pytest.mark.parametrize("there", [False, True], ids=["free", "taken"])
 @pytest.mark.parametrize("act", ACTS)
 def test_what_others_do_before_any_call_stays(
-    act: Callable[[Path], Callable[[], None]], there: bool, system: str, tmp_path: Path,
+    act: Callable[[Path], Act], there: bool, system: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     world = World(monkeypatch)
@@ -216,7 +218,8 @@ def test_a_file_saved_again_while_it_is_put_back_is_the_one_that_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice in the same moment: the later one has the name, the other is not deleted."""
-    target, real, turn = tmp_path / "model.pt", placing._rename, []
+    target, real = tmp_path / "model.pt", placing._rename
+    turn: list[str] = []
     target.write_bytes(OLD)
 
     def rename(folder: int, old: str, new: str, how: str) -> bool:
@@ -241,7 +244,7 @@ def test_a_file_saved_again_while_it_is_put_back_is_the_one_that_stays(
 
 @pytest.mark.parametrize("act", [save_anew, save_in_place, make_link])
 def test_an_original_that_is_saved_anew_is_not_removed(
-    act: Callable[[Path], Callable[[], None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    act: Callable[[Path], Act], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from blake3 import blake3
 
@@ -335,7 +338,8 @@ def while_decoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -
     """Do something once, when the first bytes are written."""
     from ckptvcs.restore import Restorer
 
-    real, times = Restorer._slices, []
+    real = Restorer._slices
+    times: list[int] = []
 
     def slices(self: Restorer, *args: Any, **options: Any) -> Iterator[Any]:
         if not times:
@@ -426,12 +430,12 @@ def test_a_part_of_a_commit_stays_inside(tmp_path: Path, monkeypatch: pytest.Mon
     import torch
     from typer.testing import CliRunner
 
-    from ckptvcs import committing
     from ckptvcs.cli.app import app
+    from ckptvcs.history.commit import dump_commit
 
-    dump = committing.dump_commit
     monkeypatch.setattr(
-        committing, "dump_commit", lambda made: dump(dataclasses.replace(made, path="../../x"))
+        "ckptvcs.committing.dump_commit",
+        lambda made: dump_commit(dataclasses.replace(made, path="../../x")),
     )
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")

@@ -53,7 +53,7 @@ def on_a_branch_with_slashes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [as_it_is, packed, detached, on_a_branch_with_slashes])
-def test_it_is_what_git_says(change: Callable[[Path], None], code: Path) -> None:
+def test_it_is_what_git_says(change: Callable[[Path], object], code: Path) -> None:
     change(code)
     assert code_commit() == git(code, "rev-parse", "HEAD")
 
@@ -83,8 +83,8 @@ def test_before_the_first_commit_there_is_none(
     assert code_commit() is None
 
 
-def head(text: str) -> Callable[[Path], None]:
-    return lambda git_folder: (git_folder / "HEAD").write_text(text) and None
+def head(text: str) -> Callable[[Path], object]:
+    return lambda git_folder: (git_folder / "HEAD").write_text(text)
 
 
 def a_pipe(git_folder: Path) -> None:
@@ -107,7 +107,7 @@ def a_circle(git_folder: Path) -> None:
     head("ref: /etc/passwd\n"), head("ref: refs/heads/\x1b[2J\n"), head("\x1b[2J"), a_pipe,
     a_device, a_circle,
 ])  # fmt: skip
-def test_what_is_no_commit_is_none(hostile: Callable[[Path], None], code: Path) -> None:
+def test_what_is_no_commit_is_none(hostile: Callable[[Path], object], code: Path) -> None:
     (code / "secret").write_text("a" * 40)
     hostile(code / ".git")
     assert code_commit() is None

@@ -114,9 +114,11 @@ def checkout(
     else:
         if target is None:
             top, way = repo.worktree().home(entry.commit)
-            files = sum(file.skeleton is not None for file in entry.commit.files)
-            what = f"{files} files to" if entry.commit.source == "directory" else ""
-            render.talk(f"writing {what} {top / way}".replace("  ", " "))
+            what = ""
+            if entry.commit.source == "directory":
+                count = sum(file.skeleton is not None for file in entry.commit.files)
+                what = f"{count} file{'s' if count != 1 else ''} to "
+            render.talk(f"writing {what}{top / way}")
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
             done = repo.checkout_files(name, target, force=force, exact=exactly, progress=tick)
         paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
