@@ -28,7 +28,6 @@ from ckptvcs.store.object import ObjectId
 from ckptvcs.targets import Target, Targets, writing
 from ckptvcs.writing import (
     Looks,
-    entry,
     look_at_files,
     named_paths,
     require_links,
@@ -137,11 +136,9 @@ class WorkTree:
             pass  # a later checkout then asks for --force, which is safe
 
     def _guard(
-        self, folder: Folder, name: str, seen: Seen | None, restorer: Restorer, file: FileEntry
+        self, folder: Folder, name: str, seen: Seen, restorer: Restorer, file: FileEntry
     ) -> None:
         """Raises ConflictError where what has a name cannot be had again."""
-        if seen is None:
-            return
         path = folder.path / name
         if stat.S_ISDIR(seen.st_mode):
             raise InvalidInputError(
@@ -232,11 +229,10 @@ class WorkTree:
                 require_links(commit, looks, target.path.joinpath)
                 with target.existing() as place:
                     for file in commit.files:
-                        if file.skeleton is None or looks.get(file.path) is None:
-                            continue
-                        with entry(place, safe_path(file.path)) as (parent, name):
-                            if parent is not None:
-                                self._guard(parent, name, looks[file.path], restorer, file)
+                        path, seen = safe_path(file.path), looks.get(file.path)
+                        if file.skeleton is not None and seen is not None:
+                            with place.inside(path.parent) as parent:
+                                self._guard(parent, path.name, seen, restorer, file)
 
     def _save(
         self, restorer: Restorer, target: Target, looks: Looks, progress: Progress

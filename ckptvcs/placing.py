@@ -38,7 +38,8 @@ Seen = os.stat_result
 LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
 """What opening a folder fails with where a symbolic link stands in its place."""
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# What is in a folder need not be readable.
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _NO_LINKS = (*_CANNOT, errno.EPERM, errno.EMLINK)
 _FREE_ONLY, _EXCHANGE = "free only", "exchange"
@@ -85,7 +86,10 @@ def _same(one: Seen | None, other: Seen | None) -> bool:
     """Whether nothing was done to a file between two looks."""
     if one is None or other is None:
         return one is other
-    return _lasting(one) == _lasting(other) and one.st_ctime_ns == other.st_ctime_ns
+    # A file with other names changes when one of these is taken away.
+    return _lasting(one) == _lasting(other) and (
+        one.st_nlink > 1 or one.st_ctime_ns == other.st_ctime_ns
+    )
 
 
 class NotRegularError(OSError):
@@ -255,8 +259,8 @@ class Folder:
 
     def finish(self, mode: int, mtime_ns: int) -> None:
         """Give the folder its mode and time, when all is in it."""
-        os.fchmod(self._at, mode)
-        os.utime(self._at, ns=(mtime_ns, mtime_ns))
+        os.chmod(".", mode, dir_fd=self._at)
+        os.utime(".", ns=(mtime_ns, mtime_ns), dir_fd=self._at)
 
     @contextmanager
     def _temporary(self) -> Iterator[_Temporary]:

@@ -7,9 +7,7 @@ all.  In one that exists each file is; what is there and not in the commit stays
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import PurePosixPath
+from collections.abc import Callable, Mapping
 
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.history.commit import Commit
@@ -48,29 +46,15 @@ def look_at_files(commit: Commit, target: Target) -> dict[str, Seen | None]:
         return looks
     with writing(target.path), target.existing() as place:
         for file in commit.files:
-            if file.skeleton is not None or file.link is not None:
-                with entry(place, safe_path(file.path)) as (parent, name):
-                    looks[file.path] = None if parent is None else parent.look(name)
+            if file.skeleton is None and file.link is None:
+                continue
+            path = safe_path(file.path)
+            try:
+                with place.inside(path.parent) as parent:
+                    looks[file.path] = parent.look(path.name)
+            except FileNotFoundError:
+                looks[file.path] = None
     return looks
-
-
-@contextmanager
-def entry(place: Folder, path: PurePosixPath) -> Iterator[tuple[Folder | None, str]]:
-    """The folder that a path leads to, open, if it is there, and the name in it."""
-    parts, at = path.parts, place
-    for folder in parts[:-1]:
-        below = at.enter(folder) if at.look(folder) is not None else None
-        if at is not place:
-            at.close()
-        if below is None:
-            yield None, path.name
-            return
-        at = below
-    try:
-        yield at, path.name
-    finally:
-        if at is not place:
-            at.close()
 
 
 def save_directory(

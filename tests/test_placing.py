@@ -22,6 +22,7 @@ from ckptvcs.extract import PartReader
 from ckptvcs.placing import Folder
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
+from ckptvcs.store.object import ObjectId
 from ckptvcs.targets import Targets
 
 OURS, THEIRS, OLD = b"ours" * 50, b"an hour of work of another program", b"old bytes" * 7
@@ -444,6 +445,19 @@ def test_a_part_of_a_commit_stays_inside(tmp_path: Path, monkeypatch: pytest.Mon
     for args in (["checkout", "1"], ["checkout", "1", "--only", "model"], ["status"]):
         assert CliRunner().invoke(app, args).exit_code == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_files_that_are_one_by_hard_links_are_replaced_each(
+    directory: tuple[Repo, str, Path], tmp_path: Path
+) -> None:
+    repo, name, folder = directory
+    target = tmp_path / "target"
+    shutil.copytree(folder, target, symlinks=True)
+    (target / "sub" / "f1.dat").unlink()
+    os.link(target / "sub" / "f0.dat", target / "sub" / "f1.dat")
+    repo.checkout_files(ObjectId(name), target)
+    for path in folder.rglob("*.dat"):
+        assert (target / path.relative_to(folder)).read_bytes() == path.read_bytes()
 
 
 def test_many_targets_hold_one_folder_open(tmp_path: Path) -> None:
