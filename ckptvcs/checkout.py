@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -64,6 +65,10 @@ def _hash(file: BinaryIO) -> str:
 def _only(commit: Commit) -> FileEntry:
     """The file of a commit that is no directory."""
     return next(file for file in commit.files if file.skeleton is not None)
+
+
+def _silent(_: Path) -> None:
+    """Nobody has to be told."""
 
 
 class WorkTree:
@@ -189,9 +194,10 @@ class WorkTree:
         return "whose exact form is damaged"
 
     def write(
-        self, restorer: Restorer, output: Path | None, progress: Progress, *, force: bool
-    ) -> CheckedOut:
-        """Write the files of a commit.
+        self, restorer: Restorer, output: Path | None, progress: Progress, *, force: bool,
+        announce: Callable[[Path], object] = _silent,
+    ) -> CheckedOut:  # fmt: skip
+        """Write the files of a commit; `announce` is told where, before anything is written.
 
         Raises:
             ConflictError: a file would be overwritten whose bytes are nowhere else.
@@ -209,6 +215,7 @@ class WorkTree:
             looks = look_at_files(commit, target) if commit.source == "directory" else {}
             if not force:
                 self._guard_all(restorer, target, looks)
+            announce(target.path)
             digests = self._save(restorer, target, looks, progress)
         if not restorer.exact or commit.source == "state":
             for file, digest in zip(files, digests, strict=True):

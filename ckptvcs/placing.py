@@ -82,14 +82,13 @@ def _lasting(status: Seen | None) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode
 
 
-def _same(one: Seen | None, other: Seen | None) -> bool:
-    """Whether nothing was done to a file between two looks."""
-    if one is None or other is None:
-        return one is other
+def _same(now: Seen | None, seen: Seen) -> bool:
+    """Whether nothing was done to a file since a look."""
+    if now is None:
+        return False
     # A file with other names changes when one of these is taken away.
-    return _lasting(one) == _lasting(other) and (
-        one.st_nlink > 1 or one.st_ctime_ns == other.st_ctime_ns
-    )
+    same_change = seen.st_nlink > 1 or now.st_ctime_ns == seen.st_ctime_ns
+    return _lasting(now) == _lasting(seen) and same_change
 
 
 class NotRegularError(OSError):

@@ -483,13 +483,15 @@ class Repo(Care):
         force: bool = False,
         exact: bool = False,
         progress: Progress = quiet,
+        announce: Callable[[Path], object] = lambda _: None,
     ) -> CheckedOut:
-        """Write the files of a commit; HEAD stays where it is (see `move_head`).
+        """Write the files of a commit; HEAD stays where it is (see `move_head`).  `announce` is
+        told where, before anything is written.
 
         Raises:
             ConflictError: they were to be `exact`, and are not, or not any more; or a file would be
                 overwritten that no commit holds.
         """
         return self._twice(lambda: self.worktree().write(
-            self._reader(name, exact=exact), output, progress, force=force
+            self._reader(name, exact=exact), output, progress, force=force, announce=announce
         ))  # fmt: skip

@@ -180,8 +180,6 @@ def test_a_search_needs_no_force(ckpt: Ckpt, clone: Path, tmp_path: Path) -> Non
 def test_where_files_are_about_to_go_is_said_first(
     ckpt: Ckpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptvcs import targets
-
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.dat").write_bytes(b"x" * 1000)
     ckpt("init", "--codec", "lossless")
@@ -193,11 +191,11 @@ def test_where_files_are_about_to_go_is_said_first(
     assert "writing" not in ckpt("checkout", "HEAD", "-o", "y").err
 
     def nothing(*_: object, **__: object) -> None:
-        raise InvalidInputError("it ends before anything is looked at")
+        raise InvalidInputError("it ends before anything is written")
 
-    monkeypatch.setattr(targets.Targets, "below", nothing)
+    monkeypatch.setattr("ckptvcs.checkout.save_directory", nothing)
     for more in ([], ["--json"], ["--force"]):
-        assert "writing" in ckpt("checkout", "HEAD", *more, code=2).err
+        assert "writing" in ckpt("checkout", 2, *more, code=2).err
 
 
 @given(st.text(max_size=30))

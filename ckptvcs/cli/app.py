@@ -22,7 +22,6 @@ from ckptvcs.cli import (
     history,
     importing,
     maintain,
-    output,
     refs,
     render,
     retain,
@@ -121,6 +120,6 @@ def main() -> None:
     # What is loaded now stays: looking through it again and again is a tenth of `ckpt log`.
     gc.freeze()
     try:
-        output.run(app)
+        render.run(app)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

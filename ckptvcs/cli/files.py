@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError
-from ckptvcs.history.commit import PARTS
+from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.names import refuse_trusted
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
@@ -112,15 +113,11 @@ def checkout(
         path, form = _checkout_part(repo, name, only, target, exactly, force=force)
         paths, forms, where = [path], {only: form}, None
     else:
-        if target is None:
-            top, way = repo.worktree().home(entry.commit)
-            what = ""
-            if entry.commit.source == "directory":
-                count = sum(file.skeleton is not None for file in entry.commit.files)
-                what = f"{count} file{'s' if count != 1 else ''} to "
-            render.talk(f"writing {what}{top / way}")
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
-            done = repo.checkout_files(name, target, force=force, exact=exactly, progress=tick)
+            done = repo.checkout_files(
+                name, target, force=force, exact=exactly, progress=tick,
+                announce=_ignore if target else partial(_announce, entry.commit),
+            )  # fmt: skip
         paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
         where = None if target else repo.move_head(name, revision)
     exact = all(form == "exact" for form in forms.values())
@@ -138,6 +135,17 @@ def checkout(
         render.talk("note: HEAD is at an older commit; the next commit starts a branch")
 
 
+def _ignore(_: Path) -> None:
+    """The user has named the place."""
+
+
+def _announce(commit: Commit, place: Path) -> None:
+    """Say where the files of a commit are about to go, which the commit says."""
+    count = sum(file.skeleton is not None for file in commit.files)
+    files = f"{count} file{'s' if count != 1 else ''} to "
+    render.talk(f"writing {files if commit.source == 'directory' else ''}{place}")
+
+
 def _checkout_part(
     repo: Repo, name: ObjectId, part: str, output: Path | None, exact: bool, *, force: bool
 ) -> tuple[Path, str]:
@@ -153,11 +161,12 @@ def _checkout_part(
                 target = looks.below(top, way.with_name(f"{stem}.{part}.pt"))
             else:
                 target = looks.look(home.with_name(f"{stem}.{part}.pt"))
-            render.talk(f"writing {target.path}")
         if target.is_folder:
             raise InvalidInputError(f"{target.path} is a directory", hint="name the file to write")
         if target.seen is not None and not force:
             raise ConflictError(f"{target.path} exists", hint="overwrite it with --force")
         if output is None and not force:
             refuse_trusted([made.path])
+        if output is None:
+            render.talk(f"writing {target.path}")
         return target.path, repo.save_part(name, part, target, exact=exact)

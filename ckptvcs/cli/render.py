@@ -1,120 +1,167 @@
-"""How a commit and its numbers are shown, as text and as JSON; `output.py` prints."""
+"""The only door to the terminal: data to stdout, talk and progress to stderr.
+
+Whatever goes through is made plain: a repository may be somebody else's, and so may be every text
+in it, each name, error and time.  Line breaks, colors and bars are made here and nowhere else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import json
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TextIO, cast
 
-from ckptvcs.cli.output import Json as Json
-from ckptvcs.cli.output import as_json as as_json
-from ckptvcs.cli.output import confirm as confirm
-from ckptvcs.cli.output import data as data
-from ckptvcs.cli.output import is_terminal as is_terminal
-from ckptvcs.cli.output import progress as progress
-from ckptvcs.cli.output import table as table
-from ckptvcs.cli.output import talk as talk
-from ckptvcs.cli.output import width as width
-from ckptvcs.history.canonical import from_number
-from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
-from ckptvcs.history.log import LogEntry
+import typer
+
+from ckptvcs.cli.entries import Json as Json
+from ckptvcs.cli.entries import entry_json as entry_json
+from ckptvcs.cli.entries import error_json as error_json
+from ckptvcs.cli.entries import fidelity as fidelity
+from ckptvcs.cli.entries import graph_rows as graph_rows
+from ckptvcs.cli.entries import ids as ids
+from ckptvcs.cli.entries import log_rows as log_rows
+from ckptvcs.cli.entries import metrics as metrics
+from ckptvcs.cli.entries import ratio as ratio
+from ckptvcs.plain import plain, plain_lines
 from ckptvcs.plain import printable as printable
 from ckptvcs.sizes import size as size
-from ckptvcs.store.object import ObjectId
 
-_MAX_IDS = 12  # in a line
+# Of which typer does not give the name; all that is said of wrong arguments is one.
+_USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]
+_UNEXPECTED = 1
 
-
-def ratio(raw: int, stored: int) -> str:
-    """How many times smaller."""
-    if not stored:
-        return "-"
-    value = raw / stored
-    return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x"
-
-
-def error_json(error: ErrorReport) -> dict[str, Json]:
-    """A report of errors with stable keys."""
-    return {name: from_number(getattr(error, name)) for name in ERROR_NAMES}
+_RIGHT = frozenset({
+    "step", "size", "stored", "ratio", "bytes", "depth", "freed", "|A|", "|B|", "|B-A|", "change",
+    "per step", "cosine", "max", "changed", "not finite",
+})  # fmt: skip
+_FLEXIBLE = frozenset({"message", "metrics", "name", "reason", "note"})
+_GAP = 2  # columns between two cells
 
 
-def entry_json(entry: LogEntry) -> dict[str, Json]:
-    """A commit with stable keys."""
-    commit = entry.commit
-    return {
-        "id": entry.id,
-        "step": commit.step,
-        "message": commit.message,
-        "raw_bytes": commit.raw_bytes,
-        "stored_bytes": entry.stored_bytes,
-        "patch_bytes": commit.patch_bytes,
-        "kind": commit.kind,
-        "depth": commit.depth,
-        "exact": entry.exact,
-        "fidelity": dict(entry.fidelity),
-        "error": error_json(commit.error),
-        "codec": commit.codec,
-        "time": commit.time,
-        "metrics": {name: from_number(value) for name, value in commit.metrics.items()},
-        "parents": list(commit.parents),
-        "branch": entry.branch,
-        "tags": list(entry.tags),
-    }
+def is_terminal() -> bool:
+    """Whether stdout is looked at by a person."""
+    return sys.stdout.isatty()
 
 
-def fidelity(entry: LogEntry) -> str:
-    """`exact`, `weights exact`, or how far the near weights are off, and the optimizer's next step
-    where that is far.
+def width() -> int:
+    """Columns that there are for a table: of the terminal, else as many as it takes."""
+    return shutil.get_terminal_size().columns if is_terminal() else sys.maxsize
+
+
+def _write(stream: TextIO, lines: Sequence[str]) -> None:
+    stream.write("".join(f"{plain(line)}\n" for line in lines))
+
+
+def data(*lines: str) -> None:
+    """Lines of what was asked for."""
+    _write(sys.stdout, lines)
+
+
+def talk(*lines: str) -> None:
+    """Lines about what is going on."""
+    _write(sys.stderr, lines)
+
+
+def as_json(value: Json) -> None:
+    """One JSON value, in printable ASCII: every terminal and every encoding takes any name."""
+    text = json.dumps(value, indent=None if not is_terminal() else 2, ensure_ascii=True)
+    data(*text.replace("\x7f", "\\u007f").split("\n"))
+
+
+def confirm(question: str) -> bool:
+    """Ask on stderr; Enter is no."""
+    return typer.confirm(plain(question), err=True)
+
+
+def _fitted(rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """The width of each column, so that rows fit in `room`: flexible columns share evenly what the
+    others leave.
     """
-    if set(entry.fidelity.values()) == {"dropped"}:
-        return "dropped"
-    if entry.exact:
-        return "exact"
-    if entry.fidelity.get("model") == "exact":
-        return "weights exact"
-    error = entry.commit.error
-    update = f", update {error.update_nmse:.2g}" if error.update_nmse > _FAR else ""
-    return f"near {error.weight_rel:.2g}{update}"
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    flexible = [column for column, name in enumerate(rows[0]) if name in _FLEXIBLE]
+    left = room - _GAP * (len(widths) - 1) - sum(widths) + sum(widths[c] for c in flexible)
+    for done, column in enumerate(sorted(flexible, key=lambda column: widths[column])):
+        widths[column] = max(4, min(widths[column], left // (len(flexible) - done)))
+        left -= widths[column]
+    return widths
 
 
-def ids(names: Sequence[str]) -> str:
-    """Short ids, the first few of many."""
-    more = f" and {len(names) - _MAX_IDS} more" if len(names) > _MAX_IDS else ""
-    return ", ".join(name[:8] for name in names[:_MAX_IDS]) + more
+def table(rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns under a heading; on a terminal fitted to its width."""
+    rows = [list(map(plain, row)) for row in rows]
+    if not is_terminal():
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            cells = [
+                cell.rjust(width) if name in _RIGHT else cell.ljust(width)
+                for cell, width, name in zip(row, widths, rows[0], strict=True)
+            ]
+            data((" " * _GAP).join(cells).rstrip())
+        return
+    from rich.console import Console  # noqa: PLC0415  only a terminal pays for it
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    console = Console()
+    grid = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    widths = _fitted(rows, console.width)
+    if rows[0][0] == "name":  # names of tensors differ at their ends
+        rows = [
+            [
+                cell
+                if len(cell) <= widths[0]
+                else f"\N{HORIZONTAL ELLIPSIS}{cell[1 - widths[0] :]}",
+                *rest,
+            ]
+            for cell, *rest in rows
+        ]
+    for name, width in zip(rows[0], widths, strict=True):
+        grid.add_column(
+            name, justify="right" if name in _RIGHT else "left", width=width, no_wrap=True,
+            overflow="ellipsis",
+        )  # fmt: skip
+    for row in rows[1:]:
+        grid.add_row(*map(Text, row))
+    console.print(grid)
 
 
-def metrics(values: Mapping[str, float]) -> str:
-    """`loss=2.31 acc=0.5`."""
-    return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
+@contextmanager
+def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes with rate and time left on a terminal's stderr, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich import progress as bars  # noqa: PLC0415  only a terminal pays for it
+    from rich.console import Console  # noqa: PLC0415
+
+    columns = (
+        bars.TextColumn("{task.description}", markup=False), bars.BarColumn(),
+        bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn(),
+    )  # fmt: skip
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(plain(label), total=total)
+        yield lambda count: bar.advance(task, count)
 
 
-_FAR = 0.7  # relative squared error of a step
-_LOG = ["step", "id", "message", "metrics", "size", "ratio", "fidelity"]
-
-
-def _log_row(entry: LogEntry, names: Sequence[str]) -> list[str]:
-    commit = entry.commit
-    marks = f"({', '.join(names)}) " if names else ""
-    return [
-        "-" if commit.step is None else str(commit.step),
-        entry.id[:8],
-        marks + printable(commit.message),
-        metrics(commit.metrics),
-        size(entry.stored_bytes),
-        ratio(commit.raw_bytes, entry.stored_bytes),
-        fidelity(entry),
-    ]
-
-
-def log_rows(entries: Sequence[LogEntry]) -> list[list[str]]:
-    """The log as a table, with its heading."""
-    return [_LOG, *(_log_row(entry, entry.tags) for entry in entries)]
-
-
-def graph_rows(
-    graph: Sequence[tuple[str, LogEntry | None]], names: Mapping[ObjectId, Sequence[str]]
-) -> list[list[str]]:
-    """The same with a graph in front, and what names the tips."""
-    rows = [["", *_LOG]]
-    for drawn, entry in graph:
-        cells = [""] * len(_LOG) if entry is None else _log_row(entry, names.get(entry.id, ()))
-        rows.append([drawn, *cells])
-    return rows
+def run(app: typer.Typer) -> NoReturn:
+    """Run a command line to its end; what it was called with wrongly, and the traceback of a bug,
+    are made plain like everything else.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except _USAGE_ERROR as error:
+        shown, usage = io.StringIO(), cast("typer.BadParameter", error)
+        usage.show(shown)
+        talk(*plain_lines(shown.getvalue().rstrip("\n")))
+        code = usage.exit_code
+    except typer.Abort:
+        talk("Aborted!")
+        code = _UNEXPECTED
+    except Exception:
+        talk(*plain_lines(traceback.format_exc().rstrip("\n")))
+        code = _UNEXPECTED
+    sys.exit(code if isinstance(code, int) else 0)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ckptvcs.cli import app as command_line
-from ckptvcs.cli import output
+from ckptvcs.cli import render
 from ckptvcs.errors import CkptError
 from ckptvcs.history import commit as commits
 from ckptvcs.history.canonical import now, seal
@@ -63,7 +63,7 @@ def test_what_people_write_stays() -> None:
 
 # -- by construction -------------------------------------------------------------------------------
 
-DOOR = ROOT / "ckptvcs" / "cli" / "output.py"
+DOOR = ROOT / "ckptvcs" / "cli" / "render.py"
 PRINTING = {"print", "input", "breakpoint"}
 OF_MODULES: dict[str, set[str] | None] = {
     "typer": {"echo", "secho", "confirm", "prompt", "progressbar", "launch", "style"},
@@ -239,7 +239,7 @@ def test_no_command_prints_what_drives_a_terminal(
         for args in (command, [*command, "--json"]):
             monkeypatch.setattr(sys, "argv", ["ckpt", *args])
             with pytest.raises(SystemExit) as ended:
-                output.run(command_line.app)
+                render.run(command_line.app)
             out = capfd.readouterr()
             codes.add(ended.value.code)
             assert set(out.out + out.err) <= SEEN, (args, ascii(out))
@@ -263,7 +263,7 @@ def test_a_bug_and_wrong_arguments_are_plain_too(
     for args, code in ((["init"], 1), ([f"no{ODD[:-4]}"], 2), (["log", f"--no{ODD[:-4]}"], 2)):
         monkeypatch.setattr(sys, "argv", ["ckpt", *args])
         with pytest.raises(SystemExit) as ended:
-            output.run(command_line.app)
+            render.run(command_line.app)
         out = capfd.readouterr()
         assert ended.value.code == code
         assert set(out.out + out.err) <= SEEN

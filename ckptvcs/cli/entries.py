@@ -1,0 +1,113 @@
+"""How a commit and its numbers are shown, as text and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckptvcs.history.canonical import from_number
+from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
+from ckptvcs.history.log import LogEntry
+from ckptvcs.plain import printable
+from ckptvcs.sizes import size
+from ckptvcs.store.object import ObjectId
+
+Json = Any
+_MAX_IDS = 12  # in a line
+
+
+def ratio(raw: int, stored: int) -> str:
+    """How many times smaller."""
+    if not stored:
+        return "-"
+    value = raw / stored
+    return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x"
+
+
+def error_json(error: ErrorReport) -> dict[str, Json]:
+    """A report of errors with stable keys."""
+    return {name: from_number(getattr(error, name)) for name in ERROR_NAMES}
+
+
+def entry_json(entry: LogEntry) -> dict[str, Json]:
+    """A commit with stable keys."""
+    commit = entry.commit
+    return {
+        "id": entry.id,
+        "step": commit.step,
+        "message": commit.message,
+        "raw_bytes": commit.raw_bytes,
+        "stored_bytes": entry.stored_bytes,
+        "patch_bytes": commit.patch_bytes,
+        "kind": commit.kind,
+        "depth": commit.depth,
+        "exact": entry.exact,
+        "fidelity": dict(entry.fidelity),
+        "error": error_json(commit.error),
+        "codec": commit.codec,
+        "time": commit.time,
+        "metrics": {name: from_number(value) for name, value in commit.metrics.items()},
+        "parents": list(commit.parents),
+        "branch": entry.branch,
+        "tags": list(entry.tags),
+    }
+
+
+def fidelity(entry: LogEntry) -> str:
+    """`exact`, `weights exact`, or how far the near weights are off, and the optimizer's next step
+    where that is far.
+    """
+    if set(entry.fidelity.values()) == {"dropped"}:
+        return "dropped"
+    if entry.exact:
+        return "exact"
+    if entry.fidelity.get("model") == "exact":
+        return "weights exact"
+    error = entry.commit.error
+    update = f", update {error.update_nmse:.2g}" if error.update_nmse > _FAR else ""
+    return f"near {error.weight_rel:.2g}{update}"
+
+
+def ids(names: Sequence[str]) -> str:
+    """Short ids, the first few of many."""
+    more = f" and {len(names) - _MAX_IDS} more" if len(names) > _MAX_IDS else ""
+    return ", ".join(name[:8] for name in names[:_MAX_IDS]) + more
+
+
+def metrics(values: Mapping[str, float]) -> str:
+    """`loss=2.31 acc=0.5`."""
+    return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
+
+
+_FAR = 0.7  # relative squared error of a step
+_LOG = ["step", "id", "message", "metrics", "size", "ratio", "fidelity"]
+
+
+def _log_row(entry: LogEntry, names: Sequence[str]) -> list[str]:
+    commit = entry.commit
+    marks = f"({', '.join(names)}) " if names else ""
+    return [
+        "-" if commit.step is None else str(commit.step),
+        entry.id[:8],
+        marks + printable(commit.message),
+        metrics(commit.metrics),
+        size(entry.stored_bytes),
+        ratio(commit.raw_bytes, entry.stored_bytes),
+        fidelity(entry),
+    ]
+
+
+def log_rows(entries: Sequence[LogEntry]) -> list[list[str]]:
+    """The log as a table, with its heading."""
+    return [_LOG, *(_log_row(entry, entry.tags) for entry in entries)]
+
+
+def graph_rows(
+    graph: Sequence[tuple[str, LogEntry | None]], names: Mapping[ObjectId, Sequence[str]]
+) -> list[list[str]]:
+    """The same with a graph in front, and what names the tips."""
+    rows = [["", *_LOG]]
+    for drawn, entry in graph:
+        cells = [""] * len(_LOG) if entry is None else _log_row(entry, names.get(entry.id, ()))
+        rows.append([drawn, *cells])
+    return rows
