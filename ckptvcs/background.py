@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from ckptvcs.checkpoint.staging import Staging
 from ckptvcs.errors import CkptError
+from ckptvcs.parallel import start
 
 _COPIES = 2  # one that is coded, one that waits
 _log = logging.getLogger("ckptvcs")
@@ -78,7 +79,7 @@ class Background(Generic[T]):
 
         with self._lock:
             try:
-                self._thread.submit(run)
+                start(self._thread, run)
             except BaseException:  # the interpreter ends
                 self.release(staging)
                 raise

@@ -18,6 +18,7 @@ from ckptvcs.coding.exact import SAME
 from ckptvcs.coding.group import CodedSlice
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
+from ckptvcs.parallel import start
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackInfo, PackWriter
 
@@ -132,7 +133,7 @@ class PatchWriter:
         """Add a slice of a tensor.  The buffers must stay as they are until `frame`."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "ckpt-patch")
-        future = self._thread.submit(self._put, *buffers)
+        future = start(self._thread, partial(self._put, *buffers))
         self._slices[tensor, index] = future
         self._late.append(future)
         if len(self._late) > _LATE:

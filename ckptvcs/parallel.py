@@ -1,20 +1,22 @@
 """Work in threads, results in order.
 
 The heavy loops (numpy, zstd, blake3, reads) release the interpreter lock, so threads use all
-cores; at most a few results wait, so memory stays bounded.
+cores; at most a few results wait, so memory stays bounded.  Where the system gives no thread, the
+one that asks does the work itself.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock, get_native_id, local
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
 _LEAST = 19  # the priority that comes last
@@ -51,6 +53,37 @@ def stay_in_background() -> None:
         os.setpriority(os.PRIO_PROCESS, get_native_id(), _LEAST)
 
 
+class _Work(Generic[R]):
+    """Work that is done once, by whoever comes first."""
+
+    def __init__(self, function: Callable[[], R]) -> None:
+        self.future: Future[R] = Future()
+        self._function, self._turns = function, itertools.count()
+
+    def __call__(self) -> None:
+        # A count is taken in one step of the interpreter.
+        if next(self._turns) or not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._function()
+        except BaseException as error:
+            self.future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self.future.set_result(result)
+
+
+def start(pool: ThreadPoolExecutor, function: Callable[[], R]) -> Future[R]:
+    """Have a pool do something; where it has no thread and gets none, do it here and now."""
+    work = _Work(function)
+    try:
+        pool.submit(work)
+    except (RuntimeError, MemoryError):  # which leave it in the queue of the pool
+        work()
+    return work.future
+
+
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map`, in threads, a few items ahead of the consumer.
 
@@ -62,7 +95,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     with _short_turns():
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
+                waiting.append(start(pool, partial(function, item)))
                 if len(waiting) > worker_count() + _AHEAD:
                     yield waiting.popleft().result()
             while waiting:

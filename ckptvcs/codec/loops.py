@@ -6,6 +6,7 @@ times faster, and cost about a second to load: they are worth it from some amoun
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -46,7 +47,8 @@ def prepare(size_bytes: int) -> None:
     if wanted == "0" or _State.loops is not None:
         return
     loaded = threading.Event()
-    threading.Thread(target=_announce, args=[loaded], daemon=True).start()
+    with contextlib.suppress(RuntimeError, MemoryError):  # the system gives no thread
+        threading.Thread(target=_announce, args=[loaded], daemon=True).start()
     try:
         from ckptvcs.codec import compiled  # noqa: PLC0415  takes about a second
 

@@ -15,11 +15,12 @@ import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ckptvcs.errors import ConflictError, CorruptionError
+from ckptvcs.parallel import start
 from ckptvcs.store import disk
 from ckptvcs.store.disk import storage_error
 
@@ -138,7 +139,7 @@ class LocalBackend:
             else:  # which takes a while, and nobody has to wait for
                 aside = self.root / "tmp" / secrets.token_hex(16)
                 disk.rename(path, aside)
-                _background(os.getpid()).submit(aside.unlink, missing_ok=True)
+                start(_background(os.getpid()), partial(aside.unlink, missing_ok=True))
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -167,7 +168,8 @@ class LocalWriter:
             self._unsynced += len(data)
             if self._unsynced > _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
                 self._unsynced = 0
-                self._syncing = _background(os.getpid()).submit(os.fdatasync, self._file.fileno())
+                sync = partial(os.fdatasync, self._file.fileno())
+                self._syncing = start(_background(os.getpid()), sync)
         except OSError as error:
             self.abort()
             raise storage_error(error, "write to the repository") from error
