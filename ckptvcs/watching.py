@@ -14,13 +14,12 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckptvcs.checkpoint.conventions import HF_FIRST, HF_LAST, is_alias
-from ckptvcs.checkpoint.folder import Found, grouped_files, survey
+from ckptvcs.checkpoint.folder import Found, candidates, survey
 from ckptvcs.content import Contents
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.keeping import Keeper, Removal
@@ -85,7 +84,8 @@ class Watcher:
         self._keeper = Keeper(repo, codec)
         self._contents: Contents | None = None
         self._since: dict[str, tuple[Signature, float]] = {}
-        self._files: dict[str, Sequence[str]] = {}  # of those that are several files
+        self._files: Mapping[str, Sequence[str]] = {}  # the entries that each name stands for
+        self._written: set[str] = set()  # entries that somebody has open to write
         self._done: dict[str, _Taken] = {}
         self._order: list[str] = []  # of what is done, the oldest first
         self._turn = 0
@@ -98,9 +98,6 @@ class Watcher:
             StorageError: the repository cannot be written.
         """
         settled = self._settled()
-        if settled and self._contents is None:
-            self._contents = Contents(self._repo)
-            self._lines.learn(self._since)
         self._turn += bool(settled)
         for found in self._found(settled):
             yield from self._take(found, settled[found.name])
@@ -110,10 +107,20 @@ class Watcher:
             yield from self._remove(self._keep_local)
 
     @property
-    def waiting(self) -> bool:
-        """Whether there is something that has not settled yet."""
-        return any(name not in self._done or self._done[name].signature != signature
-                   for name, (signature, _) in self._since.items())  # fmt: skip
+    def waiting(self) -> frozenset[str]:
+        """The entries of the folder that are, or may become, checkpoints, and have not been dealt
+        with as they are.
+        """
+        return frozenset(
+            entry for name, (signature, _) in self._since.items()
+            if name not in self._done or self._done[name].signature != signature
+            for entry in self._files[name]
+        )  # fmt: skip
+
+    @property
+    def written(self) -> frozenset[str]:
+        """Those of them that somebody has open to write."""
+        return self.waiting & self._written
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -131,34 +138,26 @@ class Watcher:
             and (name not in self._done or self._done[name].signature != signature)
         }  # fmt: skip
         if settled:
-            written = set(_open_for_writing(self._folder))
+            self._written = set(_open_for_writing(self._folder))
             settled = {name: one for name, one in settled.items()
-                       if written.isdisjoint(self._files.get(name, [name]))}  # fmt: skip
+                       if self._written.isdisjoint(self._files[name])}  # fmt: skip
         return settled
 
     def _signatures(self) -> Iterator[tuple[str, Signature]]:
-        try:
-            with os.scandir(self._folder) as entries:
-                names = sorted(entry.name for entry in entries)
-        except OSError:
-            return  # it is not there yet
-        grouped = grouped_files(self._folder, self._pattern)
-        self._files = dict(grouped)
-        members = {file for files in grouped.values() for file in files}
-        for name in [*grouped, *(name for name in names if name not in members)]:
-            if name in grouped or fnmatchcase(name, self._pattern or "*"):
-                files: dict[str, os.stat_result] = {}
-                for file in grouped.get(name, [name]):
-                    files |= _files(self._folder / file, file)
-                if f"{name}/{HF_FIRST}" in files and f"{name}/{HF_LAST}" not in files:
-                    continue
-                yield (
-                    name,
-                    tuple(
-                        (path, status.st_size, status.st_mtime_ns, status.st_ino)
-                        for path, status in sorted(files.items())
-                    ),
-                )
+        self._files = candidates(self._folder, self._pattern, self._repo.folder.resolve())
+        for name, entries in self._files.items():
+            files: dict[str, os.stat_result] = {}
+            for entry in entries:
+                files |= _files(self._folder / entry, entry)
+            if f"{name}/{HF_FIRST}" in files and f"{name}/{HF_LAST}" not in files:
+                continue
+            yield (
+                name,
+                tuple(
+                    (path, status.st_size, status.st_mtime_ns, status.st_ino)
+                    for path, status in sorted(files.items())
+                ),
+            )
 
     def _found(self, settled: dict[str, Signature]) -> list[Found]:
         """The checkpoints among what has settled, by step."""
@@ -176,10 +175,10 @@ class Watcher:
     # -- in ------------------------------------------------------------------------------------
 
     def _take(self, found: Found, signature: Signature) -> Iterator[Event]:
-        assert self._contents is not None
         try:
-            self._contents.forget(found.name)
-            known = self._contents.find(found, lambda _: None)
+            contents = self._known()
+            contents.forget(found.name)
+            known = contents.find(found, lambda _: None)
             if known is None:
                 if found.problem is not None:
                     raise found.problem
@@ -189,10 +188,11 @@ class Watcher:
                     branch=branch, files=found.files, head_stays=head_stays,
                 )  # fmt: skip
                 self._lines.add(found.name, made)
-                self._contents.add(made.id, made.commit)
+                contents.add(made.id, made.commit)
                 known = made.id
                 yield Event(found.name, made.commit.step, made.id, found.size_bytes, made.notes)
         except (BusyError, ConflictError) as error:  # until the next look
+            self._contents = None  # somebody else is at work, or a commit was made all the same
             yield from self._tell(found, error)
             return
         except (InvalidInputError, NotFoundError) as error:
@@ -200,6 +200,13 @@ class Watcher:
             yield from self._tell(found, found.problem or error)
             return
         self._done[found.name] = _Taken(signature, self._turn, found, known)
+
+    def _known(self) -> Contents:
+        """What the history has."""
+        if self._contents is None:
+            self._contents = Contents(self._repo)
+            self._lines.learn(self._since)
+        return self._contents
 
     def _tell(self, found: Found, error: CkptError) -> Iterator[Event]:
         if self._told.get(found.name) != error.message:

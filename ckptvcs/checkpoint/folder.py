@@ -123,12 +123,22 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
     return sorted(_agreed(_compared(found)), key=_order), left
 
 
-def grouped_files(folder: Path, pattern: str | None) -> dict[str, list[str]]:
-    """The files of a folder that hold one checkpoint together, by the name of that."""
+def candidates(folder: Path, pattern: str | None, store: Path) -> dict[str, list[str]]:
+    """What `survey` may find in a folder, complete or not: the name of each, and the entries of the
+    folder that it is.  Nothing where there is no such folder yet.
+    """
     try:
-        return _groups(_entries(folder), pattern)
+        entries = _entries(folder)
     except CkptError:
-        return {}  # it is not there yet
+        return {}
+    groups = _groups(entries, pattern)
+    grouped = {member for members in groups.values() for member in members}
+    alone = {
+        entry.name: [entry.name] for entry in entries
+        if entry.name not in grouped and _is_looked_at(entry.name, pattern)
+        and _why_not(entry, store) is None
+    }  # fmt: skip
+    return groups | alone
 
 
 def _groups(entries: Sequence[os.DirEntry[str]], pattern: str | None) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import InvalidInputError, NotFoundError, after
 
 if TYPE_CHECKING:
     from ckptvcs.repo import Repo
@@ -55,13 +55,25 @@ def watch(
     if not once:
         later = "" if folder.is_dir() else ", which is not there yet"
         render.talk(f"watching {render.printable(str(folder))}{later}; Ctrl-C ends it")
+    left: frozenset[str] | None = None  # of what was there at first
+    told: set[str] = set()
     while True:
         for event in watcher.look():
-            _say(repo, event, json=json)
-            sys.stdout.flush()
-        if once and not watcher.waiting:
+            with after(_made(event)):
+                _say(repo, event, json=json)
+                sys.stdout.flush()
+        left = watcher.waiting if left is None else left & watcher.waiting
+        if once and not left:
             return
+        for name in sorted(left & watcher.written - told) if once else ():
+            render.talk(f"waiting: {render.printable(name)} is open to write")
+            told.add(name)
         time.sleep(min(settle, interval) / 2 + 0.01 if once else interval)
+
+
+def _made(event: Event) -> str:
+    new = event.id is not None and event.gone is None and event.problem is None
+    return f"commit {event.id and event.id[:8]} was made" if new else ""
 
 
 def _say(repo: Repo, event: Event, *, json: bool) -> None:
