@@ -229,7 +229,6 @@ class Care(Opened):
             kin = is_kin(self.folder, other.folder)
             copy = Copy(other.catalog, other.refs if kin else None)
         files = self.mend_files(self.folder, source, drop=drop)
-        self.read_settings()
         with exclusive(self._backend), packs_alone(self.catalog) as catalog:
             if drop:
                 raise_flags(self.folder, "gc", "drops")

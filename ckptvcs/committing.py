@@ -23,12 +23,12 @@ from pathlib import Path
 from ckptvcs.attempt import Attempt, within_bounds
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.alike import alike
-from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
+from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.notes import unknown_floats
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.config import Config
 from ckptvcs.encoder import Encoded, Encoder
-from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, MissingObjectError
+from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, MissingObjectError, after
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import (  # fmt: skip
@@ -44,18 +44,12 @@ from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.marking import mark, require_packs
 from ckptvcs.history.recipe import dump_let_go, dump_recipe, dump_values
 from ckptvcs.history.refs import HEAD, Generation, Move, Refs, check_name
+from ckptvcs.history.retention import ExactRule
 from ckptvcs.history.revision import Revisions
-from ckptvcs.history.schema import (  # fmt: skip
-    Op,
-    Schema,
-    Segment,
-    TensorInfo,
-    dump_schema,
-    dump_skeleton,
-    load_schema,
-)
+from ckptvcs.history.schema import Schema, TensorInfo, dump_schema, load_schema  # fmt: skip
 from ckptvcs.provenance import code_commit, user
 from ckptvcs.request import Request, find_step
+from ckptvcs.skeleton import skeleton_of
 from ckptvcs.source import Progress, scan
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
@@ -101,13 +95,16 @@ class Committer:
 
     def __init__(
         self, catalog: Catalog, refs: Refs, cache: Path, config: Config, progress: Progress,
-        held: HeldBase | None = None, announce: Announce = silent,
+        held: HeldBase | None = None, announce: Announce = silent, *,
+        rule: Callable[[], ExactRule],
     ) -> None:  # fmt: skip
-        """`announce` is called just before a branch moves to a commit that is made."""
+        """`announce` is called just before a branch moves to a commit that is made; `rule` says
+        what stays exact when it is asked, `config` said so when the commit began.
+        """
         self._catalog, self._refs, self._cache = catalog, refs, cache
         self._config, self._progress, self._held = config, progress, held
-        self._announce = announce
-        self._fader = Fader(catalog, refs, config.exact_rule)
+        self._announce, self._rule = announce, rule
+        self._move: Move | None = None  # the one that makes the commit
         self._revisions = Revisions(catalog, refs)
 
     def commit(self, request: Request) -> Result:
@@ -123,7 +120,8 @@ class Committer:
         rebuilt = False
         while True:
             try:
-                return self._commit(request)
+                with after(self._made):
+                    return self._commit(request)
             except SharedPatchFadedError:
                 continue  # it gets one of its own
             except MissingObjectError:  # the index may be older than the packs, after a power cut
@@ -171,7 +169,7 @@ class Committer:
             load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
             name = pack.add(Kind.COMMIT, content)
             fading = self._fading(name, commit, is_head=place.moves_head)
-            for record in self._fader.record(fading, commit.time):
+            for record in self._fader().record(fading, commit.time):
                 pack.add(Kind.RECORD, dump_let_go(record))
             request.checkpoint.check_unchanged()
             info = store.publish(pack)
@@ -183,13 +181,13 @@ class Committer:
         if any(map(self._is_gone, encoded.shared)):
             raise SharedPatchFadedError
         check_lease(store.backend, held)
-        self._publish(place, name, commit)
-        # It is in the history now: what goes wrong from here on, gc makes good.
-        with contextlib.suppress(CkptError):
-            self._fade(fading, name, is_head=place.moves_head)
         notes = [*place.notes, *request.checkpoint.notes, *encoded.notes]
         if request.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
             notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
+        self._publish(place, name, commit)
+        # It is in the history now: what goes wrong from here on, gc makes good.
+        with contextlib.suppress(CkptError, OSError, MemoryError):
+            self._fade(fading, name, is_head=place.moves_head)
         return Result(
             name, commit, encoded.data_bytes + info.size_bytes, place.branch, tuple(notes)
         )
@@ -198,11 +196,15 @@ class Committer:
         """Whether the parent has the same tensors, of which all has been said."""
         return parent is not None and self._catalog.commit(parent).schema == schema
 
+    def _fader(self) -> Fader:
+        return Fader(self._catalog, self._refs, self._rule())
+
     def _fade(self, recorded: list[Patch], name: ObjectId, *, is_head: bool) -> None:
-        """Delete patches, but for those that a tag or a pin has come to keep meanwhile."""
+        """Delete patches, but for those that a tag, a pin or a setting keeps by now."""
         if recorded:
-            still = {patch.pack for patch in self._fader.after(name, is_head=is_head)}
-            self._fader.delete(patch for patch in recorded if patch.pack in still)
+            fader = self._fader()
+            still = {patch.pack for patch in fader.after(name, is_head=is_head)}
+            fader.delete(patch for patch in recorded if patch.pack in still)
 
     def base(self, parent: ObjectId | None) -> Commit | None:
         """What a commit can be coded against: its parent, as far as that is still there."""
@@ -218,7 +220,7 @@ class Committer:
         before = self._catalog.commit(parent).nonfinite if parent else 0
         if commit.nonfinite > before:
             return []
-        return self._fader.after(parent, (name, commit), is_head=is_head)
+        return self._fader().after(parent, (name, commit), is_head=is_head)
 
     # -- where it goes ---------------------------------------------------------------------------
 
@@ -439,7 +441,21 @@ class Committer:
         takes_head = place.moves_head and (head is None or head.branch != place.branch)
         move = Move(name, place.branch, place.tip, head, takes_head, commit.time)
         self._announce(move)
-        self._refs.make(move)
+        self._move = move
+        with after(self._made):
+            self._refs.make(move)
+
+    def _made(self) -> str:
+        """What is to be said of a commit that is in the history, whatever goes wrong from then on:
+        a ref is seen before it is known to be durable, and HEAD follows after that.
+        """
+        if self._move is None:
+            return ""
+        try:
+            made = "was made" if self._refs.has(self._move) else ""
+        except (CkptError, OSError, MemoryError):
+            made = "may have been made"
+        return made and f"commit {self._move.commit[:8]} {made}"
 
 
 def unchanged(base: Commit, *, patched: bool) -> Encoded:
@@ -459,25 +475,6 @@ def _table(schema: Schema, part: str, hashes: dict[int, bytes]) -> ObjectId:
 def _stored(schema: Schema) -> dict[int, TensorInfo]:
     """The tensors that do not stand in skeletons, by position."""
     return {number: info for number, info in enumerate(schema.tensors) if not info.inline}
-
-
-def skeleton_of(checkpoint: Checkpoint, file: InputFile) -> bytes:
-    """The content of a file's skeleton."""
-    segments: list[Segment] = []
-    literals = bytearray()
-    for piece in file.pieces:
-        info = None if piece.tensor is None else checkpoint.schema.tensors[piece.tensor]
-        if piece.tensor is None or info is None:
-            segments.append((Op.LITERAL, piece.size))
-            literals += file.source.read(piece.offset, piece.size)
-        elif piece.checksum:
-            segments.append((Op.CRC32, piece.tensor))
-        elif info.inline:
-            segments.append((Op.INLINE, piece.tensor))
-            literals += file.source.read(piece.offset, piece.size)
-        else:
-            segments.append((Op.TENSOR, piece.tensor))
-    return dump_skeleton(segments, bytes(literals))
 
 
 def _weights(

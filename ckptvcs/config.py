@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Callable
@@ -25,6 +26,8 @@ Value = str | int | float
 
 _LARGEST = 1e9
 _MAX_BYTES = 1 << 16
+_ALL = (1 << 31) - 1
+_log = logging.getLogger("ckptvcs")
 OFF = "off"
 AUTO = "auto"
 _HINT = "mend it by hand, or see 'ckpt verify --repair'"
@@ -90,7 +93,7 @@ def _whole(least: int) -> Callable[[Value], int]:
             number = int(value) if not isinstance(value, float) else -1
         except ValueError:
             number = -1
-        if isinstance(value, bool) or not least <= number < 1 << 31:
+        if isinstance(value, bool) or not least <= number <= _ALL:
             raise InvalidInputError(f"'{value}' is no whole number from {least}")
         return number
 
@@ -158,6 +161,50 @@ def load_config(path: Path) -> Config:
             What defaults would let go may have been told to stay.
     """
     return _parse(_read(path), path)
+
+
+class Settings:
+    """The settings of an open repository, as they are at each moment.
+
+    A process may train for weeks: the file is a few lines, and is read whenever it is asked for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: tuple[str, Config] | None = None  # the last text that could be read
+        self._told: str | None = None
+
+    def now(self) -> Config:
+        """The settings as the file says them now.
+
+        Raises:
+            InvalidInputError: the file cannot be read; see `load_config`.
+        """
+        text, known = _read(self._path), self._known
+        if known is None or known[0] != text:
+            known = self._known = text, _parse(text, self._path)
+        self._told = None
+        return known[1]
+
+    def for_commit(self) -> Config:
+        """The same for a commit.  Where the file can no longer be read, a commit uses what this
+        process read last, and keeps every exact form: the new text may tell more of them to stay.
+
+        Raises:
+            InvalidInputError: this process has never been able to read the file.
+        """
+        try:
+            return self.now()
+        except InvalidInputError as error:
+            if self._known is None:
+                raise
+            if self._told != error.message:
+                self._told = error.message
+                _log.warning(
+                    "%s: commits use the settings before that, and keep every exact form",
+                    error.message,
+                )
+            return replace(self._known[1], keep_exact=_ALL)
 
 
 def _read(path: Path) -> str:

@@ -9,14 +9,21 @@
         TruncatedError                    ... they end too early
         MissingObjectError                ... they are not there at all
       UnsupportedVersionError         7   upgrade ckptvcs
-      StorageError                    8   the disk or the network failed
+      StorageError                    8   the system refused: disk, network, memory, output
 
 Decoders raise only these.  Anything else that reaches the command line is a bug.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from ckptvcs.plain import plain
+
+NO_MEMORY = os.strerror(errno.ENOMEM)
 
 
 class CkptError(Exception):
@@ -89,7 +96,39 @@ class UnsupportedVersionError(CkptError):
 
 
 class StorageError(CkptError):
-    """The file system refused: full, read-only, or failing."""
+    """The system refused: a disk that is full, read-only, or failing; no memory."""
 
     kind = "storage"
     exit_code = 8
+
+
+@contextmanager
+def after(what: str | Callable[[], str]) -> Iterator[None]:
+    """Something is done and stays, such as a commit: whatever ends the block says so first.
+
+    Errors of ckptvcs say it in their message.  Those of the system become a StorageError.  All
+    others get a note.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        reason = NO_MEMORY if isinstance(error, MemoryError) else error.strerror or str(error)
+        raise StorageError(_joined(what, reason)) from error
+    except CkptError as error:
+        error.message = _joined(what, error.message)
+        error.args = (error.message,)
+        raise
+    except BaseException as error:
+        done = _text(what)
+        if done and done not in getattr(error, "__notes__", ()):
+            error.add_note(done)
+        raise
+
+
+def _text(what: str | Callable[[], str]) -> str:
+    return what if isinstance(what, str) else what()
+
+
+def _joined(what: str | Callable[[], str], reason: str) -> str:
+    done = _text(what)
+    return reason if not done or reason.startswith(done) else f"{done}, but: {reason}"

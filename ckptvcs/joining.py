@@ -25,7 +25,7 @@ from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.coding.report import report, report_tensors
 from ckptvcs.committing import Committer, SharedPatchFadedError, unchanged
 from ckptvcs.encoder import Encoded, has_patch
-from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
+from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError, after
 from ckptvcs.frames import PatchWriter
 from ckptvcs.history.commit import PARTS, PartState
 from ckptvcs.history.log import LogEntry
@@ -54,13 +54,17 @@ class Joint:
         """Raises InvalidInputError: a step, a metric, a message or a codec is none."""
         self._repo, self._catalog = repo, repo.catalog
         nothing = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
+        config = repo.commit_config()
         self._request = Request.of(
             nothing, path, inside=True, message=message, step=step, metrics=metrics or {},
-            spec=repo.codec_for(codec, metrics or {}), branch=branch,
+            spec=repo.codec_for(codec, metrics or {}, config), branch=branch,
         )  # fmt: skip
-        self._patched = repo.config.exact_rule.wants_patch(self._request.metrics)
+        self._patched = config.exact_rule.wants_patch(self._request.metrics)
         cache = repo.folder / CACHE / "bases"
-        self._committer = Committer(repo.catalog, repo.refs, cache, repo.config, quiet)
+        self._committer = Committer(
+            repo.catalog, repo.refs, cache, config, quiet,
+            rule=lambda: repo.commit_config().exact_rule,
+        )  # fmt: skip
         self._stack = ExitStack()
         self.abandon = weakref.finalize(self, self._stack.close)
 
@@ -117,9 +121,11 @@ class Joint:
                 encoded = self._encoded(checkpoint, stored, shards)
             with contextlib.suppress(SharedPatchFadedError):  # it gets one of its own
                 made = self._committer.complete(request, place, encoded, hashes, self._held)
-        with contextlib.suppress(CkptError):  # the next gc takes what stays
-            store.delete_packs({pack: "packs" for shard in shards.values() for pack in shard.loose})
-        return self._repo.entry(made.id, branch=made.branch)
+        with after(f"commit {made.id[:8]} was made"):
+            with contextlib.suppress(CkptError):  # the next gc takes what stays
+                loose = [pack for shard in shards.values() for pack in shard.loose]
+                store.delete_packs(dict.fromkeys(loose, "packs"))
+            return self._repo.entry(made.id, branch=made.branch)
 
     # -- how it is stored ------------------------------------------------------------------------
 

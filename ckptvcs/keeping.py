@@ -36,7 +36,7 @@ class Keeper:
             InvalidInputError: there is no such codec.
         """
         self._repo, self._codec = repo, codec
-        self._name = repo.config.codec_of(codec).name
+        repo.config.codec_of(codec)
 
     def is_exact(self, name: ObjectId, progress: Progress) -> bool:
         """Prove a commit; see `ckptvcs.proof`."""
@@ -45,8 +45,10 @@ class Keeper:
 
     def _bound(self, codec: str) -> float:
         """The error that weights may have which a codec has coded: as it is set now; 0 for any."""
+        config = self._repo.commit_config()
         try:
-            spec = self._repo.config.codec_of(self._codec if codec == self._name else codec)
+            own = config.codec_of(self._codec)
+            spec = own if codec == own.name else config.codec_of(codec)
         except InvalidInputError:  # one of a newer program, or one that keeps no bounds
             return 0.0
         return spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0.0

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Self
 from ckptvcs.config import (
     KEYS,
     Config,
+    Settings,
     Value,
     default_text,
     get_setting,
-    load_config,
     set_setting,
 )  # fmt: skip
+from ckptvcs.descriptors import occupy_standard
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.format import (
     FOLDERS,
@@ -61,12 +62,15 @@ class Opened:
     """What every use of a repository begins with."""
 
     def __init__(self, folder: Path) -> None:
+        occupy_standard()
         self.folder = folder = folder.absolute()  # the working directory may change
         self.root = folder.parent
         refuse_links(folder, *map(PurePosixPath, FOLDERS))
         check_format(folder)
         self._backend = LocalBackend(folder)
-        self.read_settings()
+        self._settings = Settings(folder / CONFIG)
+        with contextlib.suppress(InvalidInputError):  # an error of what needs them, and of no other
+            self._settings.now()
         store = ObjectStore(self._backend, folder / CACHE / "index", keys_of)
         self.catalog = Catalog(store)
         self.refs = Refs(self._backend)
@@ -80,22 +84,16 @@ class Opened:
 
     @property
     def config(self) -> Config:
-        """The settings.
+        """The settings as they are at this moment.
 
         Raises:
             InvalidInputError: they cannot be read.  Nothing but what needs them is refused then.
         """
-        if isinstance(self._settings, InvalidInputError):
-            raise InvalidInputError(self._settings.message, hint=self._settings.hint)
-        return self._settings
+        return self._settings.now()
 
-    def read_settings(self) -> None:
-        """Read the settings, which may have been changed."""
-        self._settings: Config | InvalidInputError
-        try:
-            self._settings = load_config(self.folder / CONFIG)
-        except InvalidInputError as error:
-            self._settings = error
+    def commit_config(self) -> Config:
+        """The settings for a commit; see `Settings.for_commit`."""
+        return self._settings.for_commit()
 
     @classmethod
     def init(cls, path: str | os.PathLike[str] = ".", *, codec: str | None = None) -> Self:
@@ -106,6 +104,7 @@ class Opened:
             InvalidInputError: there is no such codec, or the repository there has another.
             StorageError: it cannot be written.
         """
+        occupy_standard()
         folder = Path(path) / FOLDER
         settings = default_text(codec)
         if is_repository(folder):
@@ -215,9 +214,11 @@ class Opened:
         """A commit as the log shows it."""
         return self.history.entry(name, branch=branch, tags=tags)
 
-    def codec_for(self, codec: str | None, metrics: Mapping[str, float]) -> CodecSpec:
-        """The codec of a commit with these metrics; programs that do not know what it writes keep
-        away from the repository from here on.
+    def codec_for(
+        self, codec: str | None, metrics: Mapping[str, float], config: Config
+    ) -> CodecSpec:
+        """The codec of a commit with these metrics and settings; programs that do not know what it
+        writes keep away from the repository from here on.
 
         Raises:
             InvalidInputError: there is no such codec.
@@ -226,9 +227,9 @@ class Opened:
         from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415  needs numpy
 
         require_flags(self.folder, "write")
-        spec = self.config.codec_of(codec)
+        spec = config.codec_of(codec)
         flags = ["types", *(["near", "near-2"] if isinstance(spec.settings, NearSpec) else [])]
-        if spec.settings is not None and self.config.exact_rule.wants_patch(metrics):
+        if spec.settings is not None and config.exact_rule.wants_patch(metrics):
             flags.append("patches")
         raise_flags(self.folder, "read", *flags)
         return spec
@@ -295,7 +296,8 @@ class Opened:
 
     def settings(self) -> dict[str, Value]:
         """Every setting by its name."""
-        return {key: get_setting(self.config, key) for key in KEYS}
+        config = self.config
+        return {key: get_setting(config, key) for key in KEYS}
 
     def configure(self, key: str, value: str | None) -> Value:
         """Change a setting, durably; None gives it its default back.  Its value from then on.
@@ -303,8 +305,7 @@ class Opened:
         Raises:
             InvalidInputError: there is no such setting, or it does not take that value.
         """
-        self._settings = set_setting(self.folder / CONFIG, key, value)
-        return get_setting(self.config, key)
+        return get_setting(set_setting(self.folder / CONFIG, key, value), key)
 
     def fader(self) -> Fader:
         """What knows the exact patches, and which of them the settings keep."""

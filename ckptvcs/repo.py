@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ckptvcs.care import Care, quiet
-from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, MissingObjectError
+from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, MissingObjectError, after
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.history.refs import Refs
 from ckptvcs.opened import CACHE
@@ -124,7 +124,7 @@ class Repo(Care):
 
         background, worker = self._in_background()
         background.raise_failed()
-        self.config.codec_of(codec)
+        self.commit_config().codec_of(codec)
         said = {
             "path": STATE_FILE, "inside": True, "step": plain_step(step),
             "message": plain_message(message), "metrics": plain_metrics(metrics or {}),
@@ -154,8 +154,9 @@ class Repo(Care):
                 result = here(unpack(packed, staging.memory), **request)
                 made = Done(result.id, result.branch)
             self._branch = made.branch
-            self.catalog.store.refresh()
-            return self.entry(ObjectId(made.name), branch=made.branch)
+            with after(f"commit {made.name[:8]} was made"):
+                self.catalog.store.refresh()
+                return self.entry(ObjectId(made.name), branch=made.branch)
 
         named = "without a step" if step is None else f"step {said['step']}"
         return background.submit(staging, commit, named)
@@ -203,7 +204,8 @@ class Repo(Care):
         for note in result.notes:
             _log.warning("%s", note)
         self._branch = result.branch
-        return self.entry(result.id, branch=result.branch)
+        with after(f"commit {result.id[:8]} was made"):
+            return self.entry(result.id, branch=result.branch)
 
     def commit_path(
         self,
@@ -263,7 +265,8 @@ class Repo(Care):
         from ckptvcs.committing import Committer, silent  # noqa: PLC0415
         from ckptvcs.request import Request  # noqa: PLC0415
 
-        spec = self.codec_for(codec, metrics)
+        config = self.commit_config()
+        spec = self.codec_for(codec, metrics, config)
         bases = self.folder / CACHE / "bases"
         if checkpoint.kind == "state" and self._held is None:
             from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
@@ -278,14 +281,16 @@ class Repo(Care):
         try:
             held = self._held if alone else None
             committer = Committer(
-                self.catalog, self.refs, bases, self.config, progress, held, announce or silent
-            )
+                self.catalog, self.refs, bases, config, progress, held, announce or silent,
+                rule=lambda: self.commit_config().exact_rule,
+            )  # fmt: skip
             with checkpoint.kept_open():
                 result = committer.commit(request)
         finally:
             if alone:
                 self._holder.release()
-        keep_reserve(self.folder / CACHE)
+        with after(f"commit {result.id[:8]} was made"):
+            keep_reserve(self.folder / CACHE)
         return result
 
     def code_shard(self, ticket: Ticket, checkpoint: Checkpoint) -> Shard:

@@ -64,7 +64,6 @@ def _commit(repo: Repo, job: Job, handle: int, pipe: Connection) -> Done:
         made = repo.commit_checkpoint(state, **job.said, announce=announce)
         return Done(made.id, made.branch)
 
-    repo.read_settings()  # they may have been changed meanwhile
     room = memoryview(mmap.mmap(handle, job.size))
     return patiently(commit)
 

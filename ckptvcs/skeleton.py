@@ -1,4 +1,4 @@
-"""Skeleton: the bytes of a file as far as they are known without its tensors, for its structure."""
+"""Skeleton: a file without its tensors: made from a checkpoint, and read for its structure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.checkpoint.layout import Source
 from ckptvcs.errors import CorruptionError
-from ckptvcs.history.schema import Op, Schema, Skeleton
+from ckptvcs.history.schema import Op, Schema, Segment, Skeleton, dump_skeleton
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -62,3 +63,22 @@ class SkeletonSource(Source):
         if number not in self._bytes:
             self._bytes[number] = self._tensor(number).tobytes()
         return self._bytes[number]
+
+
+def skeleton_of(checkpoint: Checkpoint, file: InputFile) -> bytes:
+    """The content of a file's skeleton."""
+    segments: list[Segment] = []
+    literals = bytearray()
+    for piece in file.pieces:
+        info = None if piece.tensor is None else checkpoint.schema.tensors[piece.tensor]
+        if piece.tensor is None or info is None:
+            segments.append((Op.LITERAL, piece.size))
+            literals += file.source.read(piece.offset, piece.size)
+        elif piece.checksum:
+            segments.append((Op.CRC32, piece.tensor))
+        elif info.inline:
+            segments.append((Op.INLINE, piece.tensor))
+            literals += file.source.read(piece.offset, piece.size)
+        else:
+            segments.append((Op.TENSOR, piece.tensor))
+    return dump_skeleton(segments, bytes(literals))

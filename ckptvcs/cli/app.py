@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -29,7 +27,8 @@ from ckptvcs.cli import (
     watch,
 )
 from ckptvcs.cli.context import Globals
-from ckptvcs.errors import CkptError, StorageError
+from ckptvcs.cli.streams import OutputError, ReaderGoneError, prepare
+from ckptvcs.errors import NO_MEMORY, CkptError, StorageError
 
 P = ParamSpec("P")
 
@@ -42,34 +41,59 @@ app = typer.Typer(
 
 
 def _guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose errors become one line, a hint, and an exit code.
-
-    Anything that is no CkptError is a bug, and shows its traceback.
-    """
+    """A command whose errors become one line, a hint, and an exit code."""
 
     @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> None:
         try:
             command(*args, **options)
             sys.stdout.flush()
-        except CkptError as error:
-            render.talk(f"error: {render.printable(error.message)}")
-            if error.hint:
-                render.talk(f"hint: {render.printable(error.hint)}")
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            render.talk("interrupted; nothing was half-written")
-            raise typer.Exit(INTERRUPTED) from error
-        except BrokenPipeError as error:
-            # The reader of stdout has gone (`ckpt log | head`): nothing more to say to anybody.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from error
-        except OSError as error:
-            where = f" {error.filename}" if error.filename else ""
-            render.talk(f"error: cannot use{where}: {error.strerror or error}")
-            raise typer.Exit(StorageError.exit_code) from error
+        except BaseException as error:
+            code = _end(error)
+            if code is None:
+                raise
+            raise typer.Exit(code) from error
 
     return run
+
+
+def _end(error: BaseException) -> int | None:
+    """Say what ended a command: its exit code.  None where it is no error, or a bug, which shows
+    its traceback.
+    """
+    done = "; ".join(getattr(error, "__notes__", ()))
+    if isinstance(error, KeyboardInterrupt):
+        render.talk(f"interrupted; {done or 'nothing was half-written'}")
+        return INTERRUPTED
+    if isinstance(error, SystemExit):
+        if done:
+            render.talk(f"terminated; {done}")
+        return None
+    refusal = _refusal(error)
+    if refusal is None:
+        return None
+    if not isinstance(refusal, ReaderGoneError):
+        message = f"{done}, but: {refusal.message}" if done else refusal.message
+        render.talk(f"error: {render.printable(message)}")
+        if refusal.hint:
+            render.talk(f"hint: {render.printable(refusal.hint)}")
+    return refusal.exit_code
+
+
+def _refusal(error: BaseException) -> CkptError | None:
+    """The error that a user is told; None for a bug."""
+    if isinstance(error, CkptError):
+        return error
+    if isinstance(error, MemoryError):
+        return StorageError(NO_MEMORY, hint="free some memory, or raise the limit (ulimit -v)")
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else ""
+        return StorageError(f"cannot use{where}: {error.strerror or error}")
+    if isinstance(error, ImportError):
+        return StorageError(f"cannot load a module: {error}", hint="see whether it is installed")
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return StorageError(str(error), hint="raise the limit of processes (ulimit -u)")
+    return None
 
 
 for _command in (
@@ -111,15 +135,27 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of the time before there was an `app`
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A stream that was closed is none, and the next file that is opened would have its number.
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name may be one that its encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+    prepare()
     # What is loaded now stays: looking through it again and again is a tenth of `ckpt log`.
     gc.freeze()
+    sys.exit(_run())
+
+
+def _run() -> str | int | None:
+    """Run the command line: its exit code."""
+    code: str | int | None = None
     try:
-        render.run(app)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        code = render.run(app)
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        code = _end(error)
+        if code is None:
+            if not isinstance(error, Exception):
+                raise
+            code = render.bug()
+    try:
+        sys.stdout.flush()
+    except OutputError as error:
+        code = code or _end(error)
+    return code

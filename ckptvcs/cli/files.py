@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
-from ckptvcs.errors import ConflictError, InvalidInputError
+from ckptvcs.errors import ConflictError, InvalidInputError, after
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.names import refuse_trusted
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
 from ckptvcs.targets import Targets
+
+if TYPE_CHECKING:
+    from ckptvcs.committing import Result
 
 
 def _metric(text: str) -> tuple[str, float]:
@@ -64,21 +68,27 @@ def commit(
             path, message=message, step=step, metrics=metrics, codec=codec, branch=branch,
             raw=raw, progress=tick,
         )  # fmt: skip
+    with after(f"commit {result.id[:8]} was made"):
+        _tell(repo, result, json=json)
+
+
+def _tell(repo: Repo, result: Result, *, json: bool) -> None:
     for note in result.notes:
         render.talk(f"note: {render.printable(note)}")
     entry = repo.entry(result.id, branch=result.branch)
+    made = entry.commit
     if json:
         render.as_json(render.entry_json(entry))
-        return
-    made = entry.commit
-    where = f"{result.branch} {entry.id[:8]}"
-    title = "" if made.step is None else f" step {made.step}"
-    render.data(f"[{where}]{title} {render.printable(made.message)}".rstrip())
-    render.data(
-        f"  {render.size(made.raw_bytes)} -> {render.size(entry.stored_bytes)}"
-        f" ({render.ratio(made.raw_bytes, entry.stored_bytes)}), {made.kind},"
-        f" depth {made.depth}, {render.fidelity(entry)}"
-    )
+    else:
+        where = f"{result.branch} {entry.id[:8]}"
+        title = "" if made.step is None else f" step {made.step}"
+        render.data(f"[{where}]{title} {render.printable(made.message)}".rstrip())
+        render.data(
+            f"  {render.size(made.raw_bytes)} -> {render.size(entry.stored_bytes)}"
+            f" ({render.ratio(made.raw_bytes, entry.stored_bytes)}), {made.kind},"
+            f" depth {made.depth}, {render.fidelity(entry)}"
+        )
+    sys.stdout.flush()
 
 
 def checkout(

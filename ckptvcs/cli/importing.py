@@ -10,7 +10,7 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
-from ckptvcs.errors import ConflictError, InvalidInputError
+from ckptvcs.errors import ConflictError, InvalidInputError, after
 
 if TYPE_CHECKING:
     from ckptvcs.importing import Importer, Item
@@ -52,26 +52,37 @@ def import_(
     size_bytes = sum(item.found.size_bytes for item in importer.items)
     with render.progress("comparing", size_bytes) as tick:
         importer.look(tick)
-    if not dry_run:
-        with render.progress("importing", size_bytes) as tick:
-            importer.run(tick, _tell_imported)
-        if delete:
-            _remove(importer, accept_near=accept_near, ask=not yes)
-    elif delete:
-        for item in importer.items:
-            item.gone.kept = importer.why_kept(item, accept_near=accept_near)
-    if dry_run:
-        for item in importer.items:
-            _tell_imported(item)
-    if json:
-        render.as_json(_json(importer, dry_run=dry_run))
-    else:
-        render.table([
-            ["step", "name", "size", "stored", "ratio", "fidelity", "note"],
-            *(_row(importer, item, planned=dry_run and delete) for item in importer.items),
-        ])  # fmt: skip
-        _sum_up(importer, dry_run=dry_run, delete=delete)
+    with after(lambda: _made(importer)):
+        if not dry_run:
+            with render.progress("importing", size_bytes) as tick:
+                importer.run(tick, _tell_imported)
+            if delete:
+                _remove(importer, accept_near=accept_near, ask=not yes)
+        elif delete:
+            for item in importer.items:
+                item.gone.kept = importer.why_kept(item, accept_near=accept_near)
+        if dry_run:
+            for item in importer.items:
+                _tell_imported(item)
+        if json:
+            render.as_json(_json(importer, dry_run=dry_run))
+        else:
+            render.table([
+                ["step", "name", "size", "stored", "ratio", "fidelity", "note"],
+                *(_row(importer, item, planned=dry_run and delete) for item in importer.items),
+            ])  # fmt: skip
+            _sum_up(importer, dry_run=dry_run, delete=delete)
+        sys.stdout.flush()
     _exit(importer, kept=delete and not dry_run)
+
+
+def _made(importer: Importer) -> str:
+    """What an import did that stays, whatever happens then."""
+    made = [item for item in importer.items if item.action == "committed"]
+    gone = sum(len(item.gone.removed) for item in importer.items)
+    parts = [f"{len(made)} of {len(importer.items)} checkpoints were committed"] if made else []
+    parts += [f"{gone} file(s) were removed"] if gone else []
+    return ", ".join(parts)
 
 
 def interactive() -> bool:

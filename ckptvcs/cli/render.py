@@ -147,9 +147,9 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def run(app: typer.Typer) -> NoReturn:
-    """Run a command line to its end; what it was called with wrongly, and the traceback of a bug,
-    are made plain like everything else.
+def run(app: typer.Typer) -> int:
+    """Run a command line to its end: its exit code.  What it was called with wrongly is made plain
+    like everything else.
     """
     try:
         code = app(standalone_mode=False)
@@ -161,7 +161,10 @@ def run(app: typer.Typer) -> NoReturn:
     except typer.Abort:
         talk("Aborted!")
         code = _UNEXPECTED
-    except Exception:
-        talk(*plain_lines(traceback.format_exc().rstrip("\n")))
-        code = _UNEXPECTED
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
+
+
+def bug() -> int:
+    """Show the traceback of the error that is handled, which is a bug: the exit code."""
+    talk(*plain_lines(traceback.format_exc().rstrip("\n")))
+    return _UNEXPECTED

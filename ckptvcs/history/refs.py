@@ -18,6 +18,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from urllib.parse import quote, unquote
 
 from blake3 import blake3
@@ -395,11 +396,17 @@ class Refs:
         # A crash here leaves the commit on its branch and HEAD where it was.
         self._take_head(move)
 
+    def has(self, move: Move) -> bool:
+        """Whether a branch has been moved so, durably or not."""
+        since = move.old.number if move.old else 0
+        later = takewhile(lambda one: one.number > since, self.readable(f"heads/{move.branch}"))
+        return any(one.commit == move.commit for one in later)
+
     def completes(self, move: Move) -> bool:
         """Whether a writer that died had put its commit on the branch; HEAD follows now, if that
         was all that was left to do.
         """
-        if all(state.commit != move.commit for state in self.readable(f"heads/{move.branch}")):
+        if not self.has(move):
             return False
         with contextlib.suppress(ConflictError):  # it is elsewhere already
             self._take_head(move)

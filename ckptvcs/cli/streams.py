@@ -1,0 +1,109 @@
+"""Standard output and standard error, where the system may refuse them.
+
+Output that cannot be written is an error, once; what is left of it then goes nowhere, so that the
+interpreter does not stumble over it at its end.  Talk that cannot be written is no error: there is
+nobody to be told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import select
+import sys
+from pathlib import Path
+from typing import Self, TextIO
+
+from ckptvcs.errors import StorageError
+
+_HINT = "print to another place; whatever the command had to change is changed"
+
+
+class OutputError(StorageError):
+    """Standard output cannot be written."""
+
+
+class ReaderGoneError(OutputError):
+    """Whoever read standard output has gone (`ckpt log | head`): that is no failure."""
+
+    exit_code = 0
+
+
+class _Waiting(io.FileIO):
+    """A descriptor that may be set not to wait, by who shares it: it is waited for."""
+
+    def write(self, data: object) -> int:
+        while (count := super().write(data)) is None:  # type: ignore[arg-type]
+            select.select([], [self.fileno()], [])
+        return count
+
+
+class _Stream(io.TextIOWrapper):
+    @classmethod
+    def of(cls, stream: TextIO | None, number: int) -> Self:
+        """What takes the place of a stream of Python; where that was closed, of none."""
+        encoding, lines = "utf-8", False
+        if isinstance(stream, io.TextIOWrapper):
+            encoding, lines = stream.encoding, stream.line_buffering or stream.write_through
+        raw = io.BufferedWriter(_Waiting(number, "w", closefd=False))
+        # A name may be one that the encoding lacks.
+        return cls(raw, encoding, "backslashreplace", line_buffering=lines)
+
+    def give_up(self) -> None:
+        """Let what is left, and what comes, go nowhere."""
+        number = self.fileno()
+        with contextlib.suppress(OSError):
+            try:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+            except OSError:  # there is no descriptor left but this one
+                os.close(number)
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+
+
+class Output(_Stream):
+    """Standard output.  Raises OutputError."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> OutputError:
+        self.give_up()
+        kind = ReaderGoneError if isinstance(error, BrokenPipeError) else OutputError
+        reason = error.strerror or str(error)
+        return kind(f"cannot write to standard output: {reason}", hint=_HINT)
+
+
+class Talk(_Stream):
+    """Standard error."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self.give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self.give_up()
+
+
+def prepare() -> None:
+    """Put these in the place of the streams of this process."""
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    sys.stdout, sys.stderr = Output.of(sys.stdout, 1), Talk.of(sys.stderr, 2)
