@@ -201,7 +201,7 @@ class Settings:
             if self._told != error.message:
                 self._told = error.message
                 _log.warning(
-                    "%s: commits use the settings before that, and keep every exact form",
+                    "%s; commits use the settings before that, and keep every exact form",
                     error.message,
                 )
             return replace(self._known[1], keep_exact=_ALL)

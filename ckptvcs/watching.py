@@ -10,10 +10,12 @@ Nothing is remembered outside the history: a watch that is started again finds i
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,12 @@ from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
+
+_TRIES = 3  # looks at what the system refuses to read
+_LASTING = frozenset({
+    errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+    errno.EPERM,
+})  # fmt: skip
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """Of each file: its path, size, time of change and number."""
@@ -90,6 +98,7 @@ class Watcher:
         self._order: list[str] = []  # of what is done, the oldest first
         self._turn = 0
         self._told: dict[str, str] = {}
+        self._refused: Counter[tuple[str, Signature]] = Counter()
 
     def look(self) -> Iterator[Event]:
         """Look once, and deal with what has settled.
@@ -196,10 +205,14 @@ class Watcher:
             yield from self._tell(found, error)
             return
         except (InvalidInputError, NotFoundError) as error:
+            self._refused[found.name, signature] += 1
+            if _may_pass(error) and self._refused[found.name, signature] < _TRIES:
+                return  # until the next look
             self._done[found.name] = _Taken(signature, self._turn, found)
             yield from self._tell(found, found.problem or error)
             return
         self._done[found.name] = _Taken(signature, self._turn, found, known)
+        self._refused.clear()
 
     def _known(self) -> Contents:
         """What the history has."""
@@ -252,6 +265,12 @@ class Watcher:
                         yield Event(found.name, found.step, made, gone=gone)
         except BusyError:
             return  # until the next look
+
+
+def _may_pass(error: CkptError) -> bool:
+    """Whether it is the system that has refused, for a reason that may be gone at the next look."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno not in _LASTING
 
 
 def _files(path: Path, name: str) -> Iterator[tuple[str, os.stat_result]]:

@@ -1,0 +1,39 @@
+"""What is there of a repository, whatever was refused: in a process where nothing is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ckptvcs.repo import Repo
+from ckptvcs.restore import Restorer
+
+_SCRATCH = ("tmp", "leases", "marks")
+
+
+def commits(root: str) -> dict[str, Any]:
+    """The commits by their ids, with what each gives, the refs, and what is damaged."""
+    repo = Repo.open(Path(root) / "repo")
+    found = {}
+    for name, commit in repo.revisions.visible().items():
+        exact = repo.entry(name).exact
+        found[name] = {
+            "step": commit.step, "message": commit.message,
+            "near": _digest(repo.restorer(name, near=True)),
+            "exact": _digest(repo.restorer(name)) if exact else None,
+        }  # fmt: skip
+    damage = [one.message for one in repo.verify().damage]
+    return {"commits": found, "refs": dict(repo.revisions.tips()), "damage": damage}
+
+
+def _digest(restorer: Restorer) -> str:
+    return " ".join(map(restorer.digest, restorer.commit.files))
+
+
+def swept(root: str) -> dict[str, Any]:
+    """The same after gc, and what that left in folders for what is on its way."""
+    repo = Repo.open(Path(root) / "repo")
+    repo.gc()
+    left = [str(path.relative_to(repo.folder)) for folder in _SCRATCH
+            for path in (repo.folder / folder).glob("*")]  # fmt: skip
+    return commits(root) | {"left": left}
