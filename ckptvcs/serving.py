@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import os
@@ -35,6 +36,7 @@ def serve() -> None:
     stay_in_background()
     pipe = Connection(descriptor)
     repo: Repo | None = None
+    gc.freeze()  # what is loaded stays, and is not looked through each time
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         while (job := pipe.recv()) is not None:
             assert isinstance(job, Job)
@@ -53,6 +55,7 @@ def serve() -> None:
             if isinstance(answer, Failed):
                 repo = None  # the next commit starts from what is on the disk
             pipe.send(answer)
+            gc.collect()  # the memory of a job lies in cycles, with a descriptor of its own
 
 
 def _commit(repo: Repo, job: Job, handle: int, pipe: Connection) -> Done:
