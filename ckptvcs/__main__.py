@@ -1,6 +1,10 @@
 """`python -m ckptvcs` is `ckpt`."""
 
+import contextlib
+import errno
+import os
 import signal
+import sys
 
 
 def main() -> None:
@@ -10,9 +14,18 @@ def main() -> None:
     from ckptvcs.descriptors import occupy_standard  # noqa: PLC0415
 
     occupy_standard()
-    from ckptvcs.cli import app  # noqa: PLC0415
-
+    try:
+        from ckptvcs.cli import app  # noqa: PLC0415
+    except (ImportError, MemoryError, OSError) as error:
+        reason = str(error) or os.strerror(errno.ENOMEM)
+        sys.exit(_refused(f"error: cannot load ckptvcs: {reason}"))
     app.main()
+
+
+def _refused(line: str) -> int:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or full
+        sys.stderr.write(f"{line}\n")
+    return 8  # of errors.StorageError
 
 
 if __name__ == "__main__":

@@ -102,6 +102,14 @@ class StorageError(CkptError):
     exit_code = 8
 
 
+def refuse_memory(error: Exception) -> None:
+    """Raises MemoryError where that is what a library in C says in its own words: bytes that cannot
+    be decompressed for want of memory are not damaged.
+    """
+    if "llocation error" in str(error):
+        raise MemoryError(str(error)) from error
+
+
 @contextmanager
 def after(what: str | Callable[[], str]) -> Iterator[None]:
     """Something is done and stays, such as a commit: whatever ends the block says so first.
@@ -112,6 +120,8 @@ def after(what: str | Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError) as error:
+        if not _text(what):
+            raise
         reason = NO_MEMORY if isinstance(error, MemoryError) else error.strerror or str(error)
         raise StorageError(_joined(what, reason)) from error
     except CkptError as error:

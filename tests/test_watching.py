@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -15,6 +17,9 @@ import pytest
 import torch
 
 from ckptvcs import BusyError, InvalidInputError, NotFoundError, Repo
+from ckptvcs.checkpoint import folder
+from ckptvcs.checkpoint.checkpoint import open_checkpoint
+from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.store.leases import exclusive
 from ckptvcs.watching import Event, Watcher
 from tests.cli.conftest import environment
@@ -230,3 +235,79 @@ def test_a_folder_that_is_not_there(near: Repo) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == NotFoundError.exit_code
     assert "no folder nowhere" in err
+
+
+def test_what_would_not_be_committed_is_not_waited_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    repo = Repo.init(run)  # in the very folder
+    save(run, 1)
+    (run / "events").mkdir()
+    (run / "several").mkdir()
+    save(run / "several", 1, 2)
+    names = ("train.log", "metrics.csv", "step-2.pt.tmp", "events/tfevents.1",
+             ".ckpt/cache/more", "several/step-1.pt")  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((run / name).open("ab")) for name in names]
+        watch = watcher(repo, run)
+        assert [event.step for event in looks(watch)] == [1]
+        assert watch.waiting == frozenset()
+        for file in files:
+            file.write(b"more")
+            file.flush()
+        assert not looks(watch)
+        assert watch.waiting == frozenset()
+        with (run / "step-1.pt").open("ab") as late:
+            late.write(b"x")
+            late.flush()
+            assert not looks(watch)
+            assert watch.waiting == watch.written == {"step-1.pt"}
+
+
+def test_once_ends_though_more_keeps_coming(near: Repo, run: Path) -> None:
+    save(run, 1)
+    with (run / "train.log").open("w"):
+        process = _ckpt(near.root, "watch", run, "--once", "--settle", "0.3")
+        more = 0
+        while process.poll() is None:
+            more += 1
+            (run / f"late-{more}.pt").write_bytes(b"not yet" * more)
+            time.sleep(0.05)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "step 1  step-1.pt" in out
+
+
+def test_once_says_what_it_waits_for(near: Repo, run: Path) -> None:
+    save(run, 1)
+    with (run / "step-1.pt").open("ab"):
+        process = _ckpt(near.root, "watch", run, "--once", "--settle", "0.05")
+        assert process.stderr is not None
+        assert process.stderr.readline() == "waiting: step-1.pt is open to write\n"
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "step 1  step-1.pt" in out
+
+
+def test_what_the_system_refuses_once_is_read_at_the_next_look(
+    near: Repo, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, 1)
+    calm, left = open_checkpoint, [errno.EIO, errno.EMFILE]
+
+    def refused(path: Path, **options: object) -> object:
+        if left:
+            code = left.pop()
+            raise unreadable(path, OSError(code, os.strerror(code))) from OSError(code, "")
+        return calm(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(folder, "open_checkpoint", refused)
+    watch = watcher(near, run)
+    for _ in range(2):
+        assert not [*watch.look()]
+        assert watch.waiting == {"step-1.pt"}
+    assert [event.step for event in watch.look()] == [1]
+    save(run, 2)
+    left += [errno.EIO] * 9
+    problems = [event.problem for event in looks(watch, 5)]
+    assert [type(problem) for problem in problems] == [InvalidInputError]  # said, and given up
+    assert watch.waiting == frozenset()

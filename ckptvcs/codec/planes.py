@@ -16,7 +16,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from ckptvcs.codec import loops
-from ckptvcs.errors import CorruptionError, TruncatedError
+from ckptvcs.errors import CorruptionError, TruncatedError, refuse_memory
 
 Bytes = NDArray[np.uint8]
 Value = TypeVar("Value", bound=np.generic)
@@ -71,7 +71,11 @@ def put_section(values: Bytes, *, text: bool = False, short: bool = False) -> by
         return _head(CONSTANT, 1, short) + bytes(values[:1])
     if text or entropy_bits(sample(values)) < _COMPRESSIBLE_BITS:
         parameters = _TEXT if text else _SHORT_HUFFMAN if short else _HUFFMAN
-        packed = zstandard.ZstdCompressor(compression_params=parameters).compress(values.data)
+        try:
+            packed = zstandard.ZstdCompressor(compression_params=parameters).compress(values.data)
+        except zstandard.ZstdError as error:
+            refuse_memory(error)
+            raise
         if len(packed) < values.size:
             return _head(ZSTD, len(packed), short) + packed
     return _head(RAW, values.size, short) + values.tobytes()
@@ -140,6 +144,7 @@ def inflate(packed: memoryview, size: int, *, short: bool = False) -> Bytes:
             if got > size:
                 break
     except zstandard.ZstdError as error:
+        refuse_memory(error)
         raise CorruptionError(f"a compressed section is damaged ({error})") from error
     if got != size:
         raise CorruptionError("a compressed section does not have its declared size")

@@ -27,6 +27,7 @@ from ckptvcs.errors import (
     InvalidInputError,
     TruncatedError,
     UnsupportedVersionError,
+    refuse_memory,
 )  # fmt: skip
 from ckptvcs.store.backend import Backend, Writer
 from ckptvcs.store.object import MAX_OBJECT_BYTES, Kind, ObjectId, PackId, object_id
@@ -159,9 +160,13 @@ class PackWriter:
             )
         name = object_id(kind, content)
         encoding, payload = RAW, content
-        for option, candidate in _encodings(content, base[1] if base else None):
-            if len(candidate) < len(payload):
-                encoding, payload = option, candidate
+        try:
+            for option, candidate in _encodings(content, base[1] if base else None):
+                if len(candidate) < len(payload):
+                    encoding, payload = option, candidate
+        except zstandard.ZstdError as error:
+            refuse_memory(error)
+            raise
         base_id = base[0] if base and encoding == ZSTD_ON_BASE else None
         entry = Entry(
             name, kind, encoding, base_id, self._at, self._region, len(content), len(payload)
@@ -255,6 +260,7 @@ def decode_object(entry: Entry, payload: bytes, base: Callable[[ObjectId], bytes
                 dict_data=dictionary, max_window_size=1 << 29
             ).decompress(payload)
         except zstandard.ZstdError as error:
+            refuse_memory(error)
             raise CorruptionError(f"object {entry.id} is damaged ({error})") from error
     if object_id(entry.kind, content) != entry.id:
         raise CorruptionError(f"object {entry.id} is damaged: its content has another hash")

@@ -1,0 +1,158 @@
+"""No more threads, no more memory: work is done without them, or a command ends with one line."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckptvcs import Repo, StorageError, parallel
+from ckptvcs.codec.planes import inflate
+from ckptvcs.errors import after
+from ckptvcs.store import pack
+from ckptvcs.store.object import Kind, ObjectId
+from tests.cli.conftest import environment
+from tests.crashing import save, states
+
+NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
+MiB = 1 << 20
+LIMITS = range(140, 400, 4 if NIGHTLY else 60)  # MiB; below, OpenBLAS ends the process by itself
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system gives no thread from now on."""
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    parallel._pool.cache_clear()
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_all_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    with Repo.init(tmp_path / "repo") as repo:
+        save(tmp_path, range(1, 4))
+        repo.commit(states(1)[0], step=1)
+        assert repo.commit_async(states(2)[1], step=2).result().step == 2
+        made = repo.commit_path(tmp_path / "step-3.pt", message="")
+        assert repo.checkout_files(made.id, tmp_path / "out.pt").exact
+        assert (tmp_path / "out.pt").read_bytes() == (tmp_path / "step-3.pt").read_bytes()
+        assert repo.verify().damage == []
+        repo.gc()
+        assert [entry.step for entry in repo.log()] == [3, 2, 1]
+
+
+def test_work_that_stays_in_a_queue_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = threading.Thread.start
+    refusals = [False, True]  # the last one first
+
+    def refused_once(thread: threading.Thread) -> None:
+        if refusals.pop():
+            raise RuntimeError("can't start new thread")
+        calm(thread)
+
+    done: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(threading.Thread, "start", refused_once)
+        first = parallel.start(pool, partial(done.append, 1))
+        assert first.done()  # here and now
+        parallel.start(pool, partial(done.append, 2)).result()  # by a thread, which finds both
+    assert done == [1, 2]
+    with ThreadPoolExecutor(1) as pool:
+        pool.shutdown()
+        with pytest.raises(ZeroDivisionError):
+            parallel.start(pool, lambda: 1 // 0).result()
+
+
+def test_work_that_was_cancelled_is_not_done() -> None:
+    done: list[int] = []
+    gate = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        first = parallel.start(pool, gate.wait)
+        second = parallel.start(pool, partial(done.append, 1))
+        assert second.cancel()
+        gate.set()
+        first.result()
+    assert not done
+
+
+@pytest.mark.parametrize("args", ["commit ../step-2.pt", "verify", "checkout 1 -o ../out.pt"])
+def test_limited_memory(args: str, cut_folder: Path) -> None:
+    template = cut_folder / "template"
+    (template / "repo").mkdir(parents=True)
+    repo = Repo.init(template / "repo")
+    for step in (1, 2):
+        state = {"model": {"w": torch.randn(1000, 1500)}, "step": step}
+        torch.save(state, template / f"step-{step}.pt")
+    repo.commit_path(template / "step-1.pt", message="")
+    codes = set()
+    for limit in LIMITS:
+        root = cut_folder / str(limit)
+        shutil.copytree(template, root)
+        done = subprocess.run(
+            [sys.executable, "-m", "ckptvcs", *args.split()], cwd=root / "repo", text=True,
+            env=environment(), capture_output=True, timeout=300, check=False,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (limit * MiB, limit * MiB)),
+        )  # fmt: skip
+        assert done.returncode in (0, StorageError.exit_code), (limit, done.stderr)
+        if done.returncode:
+            lines = [line.partition(":")[0] for line in done.stderr.splitlines()]
+            assert lines.count("error") == 1, done.stderr
+            assert "Traceback" not in done.stderr
+        codes.add(done.returncode)
+        repo = Repo.open(root / "repo")
+        is_made = args.startswith("commit") and not done.returncode
+        assert [entry.step for entry in repo.log()] == ([2, 1] if is_made else [1])
+        assert repo.verify().damage == []
+        shutil.rmtree(root)
+    assert codes == {0, StorageError.exit_code}
+
+
+def test_what_cannot_be_decompressed_for_want_of_memory_is_not_damaged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import zstandard
+
+    def refused(*_: object, **__: object) -> None:
+        raise zstandard.ZstdError("decompression error: Allocation error : not enough memory")
+
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", refused)
+    with pytest.raises(MemoryError):
+        inflate(memoryview(b"1234"), 10)
+    entry = pack.Entry(ObjectId("0" * 64), Kind.COMMIT, pack.ZSTD, None, 0, 0, 3, 3)
+    payload = zstandard.ZstdCompressor().compress(b"abc")
+    with pytest.raises(MemoryError):
+        pack.decode_object(entry, payload, lambda _: b"")
+
+
+def test_what_was_done_is_said_first() -> None:
+    for error in (OSError(5, "it fails"), MemoryError(), StorageError("it fails", hint="x")):
+        with (
+            pytest.raises(StorageError, match=r"^it is made, but: ") as caught,
+            after("it is made"),
+        ):
+            raise error
+        assert "it is made, but: it is made" not in str(caught.value)
+    with (
+        pytest.raises(StorageError, match=r"^it is made, but: it") as caught,
+        after("it is made"), after(lambda: "it is made"),
+    ):  # fmt: skip
+        raise StorageError("it fails")
+    assert str(caught.value) == caught.value.message == "it is made, but: it fails"
+    with pytest.raises(KeyboardInterrupt) as interrupted, after("it is made"):
+        raise KeyboardInterrupt
+    assert interrupted.value.__notes__ == ["it is made"]
+    with pytest.raises(MemoryError), after(""):
+        raise MemoryError
