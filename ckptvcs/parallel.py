@@ -10,16 +10,19 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from threading import Lock, get_native_id, local
+from threading import Event, Lock, get_native_id, local
 from typing import Generic, TypeVar
 
 _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
 _LEAST = 19  # the priority that comes last
+_PROCESS = os.getpid()  # that has loaded this
+_BLAS_THREADS = frozenset({"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"})
 _AHEAD = 2  # items more than threads, so that none idles while a slow one is waited for
 
 T = TypeVar("T")
@@ -28,10 +31,14 @@ R = TypeVar("R")
 
 def worker_count() -> int:
     """How many threads to use: the cores this process may run on, at most 16."""
+    return min(16, _cores())
+
+
+def _cores() -> int:
     try:
-        return min(16, len(os.sched_getaffinity(0)))
+        return len(os.sched_getaffinity(0))
     except AttributeError:
-        return min(16, os.cpu_count() or 1)
+        return os.cpu_count() or 1
 
 
 @lru_cache(2)
@@ -51,6 +58,37 @@ def stay_in_background() -> None:
     _thread.background = True
     with suppress(AttributeError, OSError):  # on Linux a thread has a priority of its own
         os.setpriority(os.PRIO_PROCESS, get_native_id(), _LEAST)
+
+
+def spare_threads() -> None:
+    """Keep numpy, which is not loaded yet, from starting threads where the system does not give as
+    many: its OpenBLAS interrupts the process (SIGINT) for want of one, or waits for it for ever.
+    """
+    if "numpy" in sys.modules or _BLAS_THREADS.intersection(os.environ):
+        return
+    if not _are_given():
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+
+def may_hash_in_threads() -> bool:
+    """Whether BLAKE3 may use its threads: it panics where they cannot be started, and a process
+    that was forked waits for ever for those of its parent.
+    """
+    return os.getpid() == _PROCESS and _are_given()
+
+
+@lru_cache(1)
+def _are_given() -> bool:
+    """Whether the system gives one thread for each core."""
+    gate = Event()
+    try:
+        for _ in range(_cores()):
+            start_new_thread(gate.wait, ())
+    except (RuntimeError, MemoryError):
+        return False
+    finally:
+        gate.set()
+    return True
 
 
 class _Work(Generic[R]):

@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from ckptvcs import Repo, StorageError, parallel
+from ckptvcs.checkout import hash_file
 from ckptvcs.codec.planes import inflate
 from ckptvcs.errors import after
 from ckptvcs.store import pack
 from ckptvcs.store.object import Kind, ObjectId
 from tests.cli.conftest import environment
 from tests.crashing import save, states
+from tests.faults import apart
+from tests.refusing.asking import library
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 MiB = 1 << 20
@@ -52,6 +55,33 @@ def test_without_threads_all_is_the_same(tmp_path: Path) -> None:
         assert repo.verify().damage == []
         repo.gc()
         assert [entry.step for entry in repo.log()] == [3, 2, 1]
+
+
+def test_commands_without_threads(cut_folder: Path) -> None:
+    root = cut_folder / "repo"
+    Repo.init(root)
+    for step in (1, 2):
+        torch.save({"model": {"w": torch.randn(300, 1500)}, "step": step}, root / f"step-{step}.pt")
+    env = environment() | {"LD_PRELOAD": str(library(cut_folder)), "REFUSING_THREADS": "1"}
+    env.pop("OMP_NUM_THREADS", None)  # numpy would start threads
+    for args in (
+        "commit step-1.pt --raw", "watch . --once --settle 0", "verify", "log", "diff 1 2", "gc",
+        "checkout 2 -o out.pt", "verify --subset 100%", "import . --delete-originals",
+    ):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "ckptvcs", *args.split()], cwd=root, text=True, env=env,
+            capture_output=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (args, done.stderr)
+        assert "thread" not in done.stderr
+    assert Repo.open(root).verify().damage == []
+
+
+def test_a_forked_child_hashes_by_itself(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 * MiB))
+    mine = hash_file(path)  # starts the threads of BLAKE3, which a child has none of
+    assert apart(partial(hash_file, path)) == mine
 
 
 def test_work_that_stays_in_a_queue_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,15 @@ from ckptvcs.cli import (
 from ckptvcs.cli.context import Globals
 from ckptvcs.cli.streams import OutputError, ReaderGoneError, prepare
 from ckptvcs.errors import NO_MEMORY, CkptError, StorageError
+from ckptvcs.parallel import spare_threads
 
 P = ParamSpec("P")
 
 INTERRUPTED = 130
+_WITHOUT_NUMPY = frozenset({
+    maintain.init, maintain.config, maintain.stats, maintain.index, history.log, history.show,
+    history.status, refs.branch, refs.tag, refs.pin, refs.unpin, retain.undo, retain.reflog,
+})  # fmt: skip
 
 app = typer.Typer(
     name="ckpt", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -46,6 +51,8 @@ def _guarded(command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> None:
         try:
+            if command not in _WITHOUT_NUMPY:
+                spare_threads()
             command(*args, **options)
             sys.stdout.flush()
         except BaseException as error:

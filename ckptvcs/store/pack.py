@@ -29,6 +29,7 @@ from ckptvcs.errors import (
     UnsupportedVersionError,
     refuse_memory,
 )  # fmt: skip
+from ckptvcs.parallel import may_hash_in_threads
 from ckptvcs.store.backend import Backend, Writer
 from ckptvcs.store.object import MAX_OBJECT_BYTES, Kind, ObjectId, PackId, object_id
 
@@ -335,7 +336,7 @@ def find_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
 
 def hash_pack(backend: Backend, name: str) -> PackId:
     """BLAKE3 of the file, which must be its name."""
-    digest = blake3(max_threads=blake3.AUTO)
+    digest = blake3(max_threads=blake3.AUTO if may_hash_in_threads() else 1)
     at = 0
     while data := backend.read(name, at, 1 << 24):
         digest.update(data)

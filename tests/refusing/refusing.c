@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -63,6 +64,12 @@ void refusing_arm(int kind, long number, int error, int lasts, int records) {
     lasting = lasts;
     recording = records;
     armed = 1;
+}
+
+/* A process that is to have no threads is armed from its start. */
+__attribute__((constructor)) static void begin(void) {
+    if (getenv("REFUSING_THREADS") && refusing_shared())
+        refusing_arm(THREAD, 1, EAGAIN, 1, 0);
 }
 
 static void describe(char *out, int fd, const char *path) {
