@@ -23,6 +23,7 @@ from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.marking import mark
 from ckptvcs.history.schema import Op
 from ckptvcs.names import refuse_trusted, safe_path
+from ckptvcs.parallel import may_hash_in_threads
 from ckptvcs.placing import Folder, NotRegularError, Seen
 from ckptvcs.restore import Progress, Restorer
 from ckptvcs.store.object import ObjectId
@@ -56,7 +57,7 @@ def hash_file(path: Path) -> str:
 
 
 def _hash(file: BinaryIO) -> str:
-    digest = blake3(max_threads=blake3.AUTO)
+    digest = blake3(max_threads=blake3.AUTO if may_hash_in_threads() else 1)
     while block := file.read(_BLOCK):
         digest.update(block)
     return digest.hexdigest()
