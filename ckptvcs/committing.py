@@ -177,6 +177,7 @@ class Committer:
             pack.abort()
         gone = self._catalog.dropped()
         require_packs(self._catalog, mark(self._catalog, {name: commit}, gone))
+        store.backend.settle_seen()  # those who wrote what it stands on may have been killed
         # Who lets a patch go says so first, and looks then who shares it: one sees the other.
         if any(map(self._is_gone, encoded.shared)):
             raise SharedPatchFadedError
@@ -185,9 +186,16 @@ class Committer:
         if request.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
             notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
         self._publish(place, name, commit)
+        try:
+            check_lease(store.backend, held)
+        except CkptError:
+            from ckptvcs.history.undo import take_back  # noqa: PLC0415  hardly ever needed
+
+            if take_back(self._catalog, self._refs, place.branch, place.tip, name):
+                raise
         # It is in the history now: what goes wrong from here on, gc makes good.
         with contextlib.suppress(CkptError, OSError, MemoryError):
-            self._fade(fading, name, is_head=place.moves_head)
+            self._fade(fading, name, held, is_head=place.moves_head)
         return Result(
             name, commit, encoded.data_bytes + info.size_bytes, place.branch, tuple(notes)
         )
@@ -199,11 +207,14 @@ class Committer:
     def _fader(self) -> Fader:
         return Fader(self._catalog, self._refs, self._rule())
 
-    def _fade(self, recorded: list[Patch], name: ObjectId, *, is_head: bool) -> None:
-        """Delete patches, but for those that a tag, a pin or a setting keeps by now."""
+    def _fade(self, recorded: list[Patch], name: ObjectId, held: str, *, is_head: bool) -> None:
+        """Delete patches, but for those that a tag, a pin or a setting has come to keep meanwhile;
+        who pins waits for this process as long as it holds its lease.
+        """
         if recorded:
             fader = self._fader()
             still = {patch.pack for patch in fader.after(name, is_head=is_head)}
+            check_lease(self._catalog.store.backend, held)
             fader.delete(patch for patch in recorded if patch.pack in still)
 
     def base(self, parent: ObjectId | None) -> Commit | None:

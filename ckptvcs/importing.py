@@ -24,7 +24,6 @@ from ckptvcs.keeping import Keeper, Removal
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.source import Progress
-from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
 
 _AFTER_ALL = 1 << 62  # above every step
@@ -242,7 +241,7 @@ class Importer:
         Raises:
             BusyError: gc is sweeping.
         """
-        with lease(self.repo.catalog.store.backend), Originals(self.folder) as originals:
+        with self._keeper.at_work(), Originals(self.folder) as originals:
             for item in self.items:
                 item.gone.kept = self.why_kept(item, accept_near=accept_near)
                 if item.id is not None and item.gone.kept is None:

@@ -1,18 +1,37 @@
-"""Keeping: what the history has of a checkpoint, proven before its originals go."""
+"""Keeping: what the history has of a checkpoint, proven before its originals go.
+
+reach    a ref leads to the commit: read now, by files and not by what is in memory
+pin      where the commit is exact thanks to a patch that may fade
+wait     for whoever may be about to delete that patch, and looked for pins before this one
+prove    the commit comes back, and each original is what was committed
+settle   the ref, the pin and all packs that the commit stands on are made durable
+look     in a turn that is taken by all who move refs: the ref and the pin are there; then delete
+
+docs/format.md, "Deletions", says why the order matters; tests/test_interleavings.py tries them all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
+from ckptvcs.history.commit import Commit
+from ckptvcs.history.marking import mark, require_packs
+from ckptvcs.history.refs import HEAD
+from ckptvcs.history.retention import PATCHED_PARTS
 from ckptvcs.opened import CACHE
 from ckptvcs.proof import prove
-from ckptvcs.removal import Originals, Removed
+from ckptvcs.removal import Originals, Proven, Removed
 from ckptvcs.repo import Repo
 from ckptvcs.source import Progress
+from ckptvcs.store.leases import await_others, check_lease, lease, live_leases, turn
 from ckptvcs.store.object import ObjectId
+
+_AGAIN = "try again when no other process commits"
 
 
 @dataclass
@@ -37,6 +56,25 @@ class Keeper:
         """
         self._repo, self._codec = repo, codec
         repo.config.codec_of(codec)
+        self._lease: str | None = None
+        self._lines: dict[ObjectId, Set[ObjectId]] = {}
+        self._last = HEAD  # a ref that led to a commit: it may lead to the next one, too
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keep gc away while originals are removed, and know what it has dropped before.
+
+        Raises:
+            BusyError: gc is sweeping.
+        """
+        catalog = self._repo.catalog
+        with lease(catalog.store.backend) as self._lease:
+            catalog.store.refresh()
+            catalog.forget()
+            try:
+                yield
+            finally:
+                self._lease = None
 
     def is_exact(self, name: ObjectId, progress: Progress) -> bool:
         """Prove a commit; see `ckptvcs.proof`."""
@@ -58,8 +96,13 @@ class Keeper:
         without reading them.
         """
         entry = self._repo.entry(name)
-        if entry.exact or accept_near:
+        if accept_near:
             return None
+        if entry.exact:
+            fidelity = self._repo.config.pin_fidelity
+            if _patched(entry.commit) <= PATCHED_PARTS[fidelity]:
+                return None
+            return f"it is exact for now only: pin-fidelity is '{fidelity}'"
         error = entry.commit.error.weight_rel
         off = f"weights off by {error:.2g}" if error else "its weights are exact"
         return f"its commit is only near ({off})"
@@ -72,10 +115,11 @@ class Keeper:
         several files of the folder `top` is empty.
 
         The commit is restored once more, in the form that it has now, and each file is hashed once
-        more; whatever is not as it was committed stays.  Unless near is accepted, a commit that
-        owes it to a patch that it is exact is pinned first, lest it fades later.
+        more; whatever is not as it was committed stays, and so does all to whose commit no ref
+        leads any more.  Unless near is accepted, a commit that owes it to a patch that it is exact
+        is pinned first, lest it fades later.
 
-        The caller holds a lease.
+        The caller is `at_work`.
         """
         done = Removal(kept=self.why_kept(name, accept_near=accept_near))
         if done.kept is None:
@@ -97,13 +141,19 @@ class Keeper:
         ]  # fmt: skip
         for path, size, _ in files:
             originals.check(path, size)
-        patched = any(part.exact is not None for part in commit.parts.values())
-        done.pinned = patched and not accept_near and self._repo.pin(name, pinned=True)
+        ref = self._way(name, None)
+        needs_pin = bool(_patched(commit)) and not accept_near
+        done.pinned = needs_pin and self._repo.pin(name, pinned=True)
+        pin = f"pins/{name}" if needs_pin else None
+        own = pin if done.pinned else None
         try:
+            if pin is not None:
+                self._await_faders(commit)
             if not self.is_exact(name, lambda _: None) and not accept_near:
                 raise ConflictError("its commit has faded to near")
-            for path, _, digest in files:
-                done.removed.append(originals.remove(path, digest, progress))
+            proven = [originals.prove(path, digest, progress) for path, _, digest in files]
+            self._settle(name, commit, [ref, *([pin] if pin is not None else [])])
+            self._delete(name, ref, pin, own, originals, proven, done)
         finally:
             if done.pinned and not done.removed:
                 done.pinned = not self._repo.pin(name, pinned=False)
@@ -112,3 +162,75 @@ class Keeper:
             gone = [originals.remove_directory(path) for path in [*folders[::-1], top]]
             if not all(gone):
                 done.kept = "its directory holds what was not committed, or links"
+
+    def _way(self, name: ObjectId, but: str | None) -> str:
+        """A ref that leads to a commit, as refs are now, `but` not this one.
+
+        Raises:
+            ConflictError: there is none; or the commit was dropped.
+        """
+        if name in self._repo.catalog.dropped().commits:
+            raise ConflictError("its commit was dropped")
+        revisions = self._repo.revisions
+        for refs in ([self._last], revisions.tips()):
+            for ref in refs:
+                if ref != but and revisions.leads(ref, name, self._lines):
+                    self._last = ref
+                    return ref
+        raise ConflictError("no branch leads to its commit any more")
+
+    def _await_faders(self, commit: Commit) -> None:
+        """Wait for those who may have looked for pins before this one was there, and delete the
+        patches of a commit yet.
+
+        Raises:
+            ConflictError: they do not end.
+        """
+        catalog = self._repo.catalog
+        backend = catalog.store.backend
+        others = [one for one in live_leases(backend) if one != self._lease]
+        if not others:  # who deletes patches holds a lease
+            return
+        catalog.store.refresh()
+        catalog.forget()
+        exact = [part.exact for part in commit.parts.values() if part.exact is not None]
+        if any(map(catalog.is_fading, exact)) and not await_others(backend, others):
+            raise ConflictError("another process may let its exact form go", hint=_AGAIN)
+
+    def _settle(self, name: ObjectId, commit: Commit, refs: list[str]) -> None:
+        """Make durable what the commit comes back from, whoever has written it."""
+        catalog = self._repo.catalog
+        marked = mark(catalog, {name: commit}, catalog.dropped())
+        require_packs(catalog, marked, durable=True)
+        catalog.store.backend.settle(["format"])
+        for ref in refs:
+            self._repo.refs.settle(ref)
+
+    def _delete(
+        self, name: ObjectId, ref: str, pin: str | None, own: str | None, originals: Originals,
+        proven: list[Proven], done: Removal,
+    ) -> None:  # fmt: skip
+        """Delete files while nobody can take the commit back, or its pin.
+
+        Raises:
+            ConflictError: somebody has done so; or a file was touched.
+        """
+        backend = self._repo.catalog.store.backend
+        with turn(backend):
+            if self._lease is not None:
+                check_lease(backend, self._lease)
+            self._repo.catalog.forget_drops()
+            again = self._way(name, own)
+            state = self._repo.refs.read(pin) if pin is not None else None
+            if pin is not None and (state is None or state.commit is None):
+                raise ConflictError("its commit was unpinned")
+            if again != ref:
+                self._repo.refs.settle(again)
+            backend.settle_seen()
+            for one in proven:
+                done.removed.append(originals.delete(one))
+
+
+def _patched(commit: Commit) -> set[str]:
+    """The parts that are exact thanks to a patch."""
+    return {name for name, part in commit.parts.items() if part.exact is not None}

@@ -40,7 +40,7 @@ from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store import disk
-from ckptvcs.store.leases import lease
+from ckptvcs.store.leases import lease, turn
 from ckptvcs.store.local import LocalBackend, refuse_links
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import ObjectStore
@@ -68,6 +68,7 @@ class Opened:
         refuse_links(folder, *map(PurePosixPath, FOLDERS))
         check_format(folder)
         self._backend = LocalBackend(folder)
+        self._backend.size("format")  # who made the repository may have been killed just then
         self._settings = Settings(folder / CONFIG)
         with contextlib.suppress(InvalidInputError):  # an error of what needs them, and of no other
             self._settings.now()
@@ -116,8 +117,9 @@ class Opened:
                 )
             return repo
         try:
+            disk.make_folder(folder)
             for name in (*FOLDERS, CACHE):
-                (folder / name).mkdir(parents=True, exist_ok=True)
+                (folder / name).mkdir(exist_ok=True)
             disk.replace(folder / CONFIG, settings, folder / "tmp")
             refs = Refs(LocalBackend(folder))
             if not refs.numbers(HEAD):
@@ -125,7 +127,7 @@ class Opened:
                     refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
             # Before this there is no repository, after it a whole one.
             write_format(folder, new_format(), new=True)
-            disk.sync_folder(folder.parent)
+            disk.sync_above(folder)
             keep_reserve(folder / CACHE)
         except FileExistsError:
             return cls.init(path, codec=codec)
@@ -269,30 +271,38 @@ class Opened:
         new.  What has faded already does not come back.
         """
         ref = f"pins/{name}"
+        if self._is_pinned(name) != pinned:
+            raise_flags(self.folder, "gc", "pins")
         with self.leading_to(name if pinned else None):
             old = self.refs.read(ref)
             if pinned == (old is not None and old.commit is not None):
                 return False
-            raise_flags(self.folder, "gc", "pins")
             action = "pin" if pinned else "unpin"
             commit = name if pinned else None
             self.refs.publish(ref, old, commit=commit, time=now(), action=action)
         return True
 
+    def _is_pinned(self, name: ObjectId) -> bool:
+        pin = self.refs.read(f"pins/{name}")
+        return pin is not None and pin.commit is not None
+
     @contextmanager
     def leading_to(self, name: ObjectId | None) -> Iterator[None]:
-        """Move a ref while no gc sweeps, to a commit that is there.
+        """Move a ref while no gc sweeps, and nobody deletes an original because the ref leads to
+        its commit; to a commit that is there, durably.
 
         Raises:
-            BusyError: gc is sweeping.
+            BusyError: gc is sweeping, or somebody deletes originals and does not end.
             NotFoundError: the commit was dropped, or swept.
         """
         with lease(self._backend):
             self.catalog.store.refresh()
             self.catalog.forget()
             if name is not None:
-                self.revisions.require(name)
-            yield
+                self.revisions.require_durable(name)
+            with turn(self._backend):
+                self._backend.settle_seen()
+                yield
 
     def settings(self) -> dict[str, Value]:
         """Every setting by its name."""

@@ -4,7 +4,8 @@
 
 Names are looked up in directories that are held open, so that nobody who moves or links directories
 meanwhile can turn a removal elsewhere.  What is hashed is what is open.  It is renamed before it is
-unlinked: where it is something else by then, or was written since, it gets its name back.
+unlinked: where it is something else by then, or was written since, it gets its name back.  All
+files of a checkpoint are proven before the first one is deleted: the deletions are one short moment.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ class Removed:
     def freed_bytes(self) -> int:
         """Bytes of disk that came free: none while the file has another name."""
         return 0 if self.other_names else self.size_bytes
+
+
+@dataclass(frozen=True)
+class Proven:
+    """A file that holds what it should, and what the system says of it."""
+
+    path: PurePosixPath
+    status: os.stat_result
 
 
 class Originals:
@@ -98,17 +107,38 @@ class Originals:
             ConflictError: it is something else now; it stays.
             StorageError: it cannot be read or removed; it stays.
         """
-        with self._open(path) as (file, parent):
+        return self.delete(self.prove(path, digest, progress))
+
+    def prove(self, path: PurePosixPath, digest: str, progress: Progress) -> Proven:
+        """A file whose BLAKE3 is still `digest`, as it is now.
+
+        Raises:
+            ConflictError: it is something else now.
+            StorageError: it cannot be read.
+        """
+        with self._open(path) as (file, _):
             before = os.fstat(file.fileno())
             hasher = blake3(max_threads=1)
             while block := file.read(_BLOCK):
                 hasher.update(block)
                 progress(len(block))
-            if hasher.hexdigest() != digest:
+            if hasher.hexdigest() != digest or _state(os.fstat(file.fileno())) != _state(before):
                 raise _changed(path)
-            if not parent.remove(path.name, before):
+        return Proven(path, before)
+
+    def delete(self, proven: Proven) -> Removed:
+        """Delete a file that has not been touched since it was proven.
+
+        Raises:
+            ConflictError: it has been; it stays.
+            StorageError: it cannot be removed; it stays.
+        """
+        path = proven.path
+        with self._open(path) as (file, parent):
+            now = os.fstat(file.fileno())
+            if _is_other(now, proven.status) or not parent.remove(path.name, proven.status):
                 raise _changed(path)
-        return Removed(path, before.st_size, before.st_nlink - 1)
+        return Removed(path, now.st_size, now.st_nlink - 1)
 
     def remove_directory(self, path: PurePosixPath) -> bool:
         """Delete a directory if nothing is in it; whether that was so.  A link is none."""
@@ -129,3 +159,13 @@ def _regular(parent: Folder, path: PurePosixPath) -> BinaryIO:
 
 def _changed(path: PurePosixPath) -> ConflictError:
     return ConflictError(f"{path} is not any more what was committed")
+
+
+def _is_other(now: os.stat_result, before: os.stat_result) -> bool:
+    """Whether a file that has no other name was touched at all, or its number given to another."""
+    return now.st_nlink == before.st_nlink == 1 and now.st_ctime_ns != before.st_ctime_ns
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -28,7 +28,6 @@ from ckptvcs.keeping import Keeper, Removal
 from ckptvcs.lines import Lines
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
-from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
 
 _TRIES = 3  # looks at what the system refuses to read
@@ -255,7 +254,7 @@ class Watcher:
         if not able:
             return
         try:
-            with lease(self._repo.catalog.store.backend), Originals(self._folder) as originals:
+            with self._keeper.at_work(), Originals(self._folder) as originals:
                 for found, made in able:
                     gone = self._keeper.remove(
                         made, found.top, originals, lambda _: None, accept_near=self._accept_near

@@ -247,8 +247,12 @@ class Catalog:
         for cache in (self.values, self.bundle, self.recipe):
             cache.cache_clear()
 
+    def forget_drops(self) -> None:
+        """Ask the index again what was dropped."""
+        self.dropped.cache_clear()
+
     def forget(self) -> None:
         """Drop what is cached, after packs have moved."""
         for cache in (self.commit, self.schema, self.values, self.bundle, self.recipe):
             cache.cache_clear()
-        self.dropped.cache_clear()
+        self.forget_drops()

@@ -137,6 +137,7 @@ class Fader:
         if packs:
             # The commit whose turn it was is in the history: it must not look as if it had failed.
             with contextlib.suppress(StorageError):
+                self._catalog.store.backend.settle_seen()  # the refs that let them go
                 self._catalog.store.delete_packs(packs)
             self._catalog.forget_recipes()
 

@@ -323,7 +323,11 @@ class Collector:
         self._catalog.record([*plan.drops, *self._fader.record(plan.fading, time)])
 
     def sweep(self, plan: GcPlan) -> None:
-        """Delete what the plan lists.  A crash in between leaves the rest for the next gc."""
+        """Delete what the plan lists.  A crash in between leaves the rest for the next gc.
+
+        Refs and packs that others have published, and were killed, are made durable first.
+        """
+        self._refs.settle_all()
         self._catalog.store.delete_packs(plan.packs)
         for name in plan.debris:
             self._catalog.store.backend.delete(name)

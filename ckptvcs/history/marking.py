@@ -150,8 +150,9 @@ def _stands_on(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
     return {base[0] for base in found if base is not None}
 
 
-def require_packs(catalog: Catalog, marked: Marked) -> None:
-    """Prove that the packs of what is marked are there, whatever the index says.
+def require_packs(catalog: Catalog, marked: Marked, *, durable: bool = False) -> None:
+    """Prove that the packs of what is marked are there, whatever the index says; with `durable`
+    sync them, too.
 
     Raises:
         MissingObjectError: one is not, or is cut off.
@@ -170,3 +171,5 @@ def require_packs(catalog: Catalog, marked: Marked) -> None:
             there = False
         if not there:
             raise MissingObjectError(f"{file} is gone or cut off", hint="see 'ckpt verify'")
+    if durable:
+        store.backend.settle(pack_name(folder, pack) for pack, folder in packs.items())

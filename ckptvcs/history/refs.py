@@ -342,6 +342,28 @@ class Refs:
         """The branches that ever were, each with the number of its newest generation."""
         return tuple((name, self._newest(f"heads/{name}")) for name in self.names("heads"))
 
+    def settle(self, ref: str) -> None:
+        """Make the newest generation durable, whoever has published it.
+
+        Raises:
+            CorruptionError, StorageError: it is missing, or cannot be synced.
+        """
+        number = self._newest(ref)
+        if number:
+            self._backend.settle([_file(ref, number)])
+
+    def settle_all(self) -> None:
+        """Make durable what all refs are at, pins as far as they may not be yet.
+
+        Raises:
+            CorruptionError, StorageError: one is missing, or cannot be synced.
+        """
+        for ref in self.every():
+            if not ref.startswith("pins/"):
+                self.settle(ref)
+        self.targets("pins")
+        self._backend.settle_seen()
+
     def targets(self, space: str) -> set[ObjectId]:
         """The commits that the refs of a space are at."""
         found = (self.read(f"{space}/{name}") for name in self.names(space))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Set
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, find_metrics
-from ckptvcs.history.marking import is_whole
+from ckptvcs.history.marking import is_whole, mark, require_packs
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.store.object import Kind, ObjectId
 
@@ -97,9 +97,12 @@ class Revisions:
             return False
         return is_whole(self._catalog, {name: self._catalog.commit(name)}, gone)
 
-    def require(self, name: ObjectId, reached: Set[ObjectId] | None = None) -> None:
+    def require(
+        self, name: ObjectId, reached: Set[ObjectId] | None = None
+    ) -> dict[ObjectId, Commit]:  # fmt: skip
         """Refuse to lead to a commit that rules or a sweep took away, or that stands on such.
-        `reached` is what `ids` gives, where it is asked for many.
+        `reached` is what `ids` gives, where it is asked for many.  The commits that no ref leads
+        to, down from this one.
 
         Raises:
             NotFoundError: it is one.
@@ -117,6 +120,29 @@ class Revisions:
             below = next(iter(commits[below].parents), None)
         if not is_whole(self._catalog, commits, gone):
             raise NotFoundError(f"commit {name[:8]} was swept", hint="see 'ckpt reflog'")
+        return commits
+
+    def require_durable(self, name: ObjectId) -> None:
+        """The same, for who is about to lead to it: where no ref did so before, the packs that it
+        stands on are looked at, so that those which are not durable yet are known.
+
+        Raises:
+            NotFoundError, MissingObjectError: it is not there any more.
+        """
+        commits = self.require(name)
+        require_packs(self._catalog, mark(self._catalog, commits, self._catalog.dropped()))
+
+    def leads(self, ref: str, name: ObjectId, lines: dict[ObjectId, Set[ObjectId]]) -> bool:
+        """Whether a ref leads to a commit by itself, as it is now: HEAD only where it follows no
+        branch.  `lines` keeps what is below each commit that a ref was at.
+        """
+        state = self._refs.read(ref)
+        tip = state.commit if state else None
+        if tip is None:
+            return False
+        if tip not in lines:
+            lines[tip] = frozenset(self._catalog.ids_below(tip))
+        return name in lines[tip]
 
     def ids(self) -> set[ObjectId]:
         """Every commit that a ref leads to, dropped ones too."""

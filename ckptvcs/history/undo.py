@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-from ckptvcs.errors import ConflictError, CorruptionError, NotFoundError
+from ckptvcs.errors import ConflictError, CorruptionError, MissingObjectError, NotFoundError
+from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.marking import is_whole
 from ckptvcs.history.recipe import LetGo, load_let_go
@@ -42,6 +44,26 @@ def _after(record: LetGo, branch: str, moves: Iterable[Generation]) -> int:
     earlier = (move.number for move in moves if move.time < record.time)
     known = dict(record.after).get(branch)
     return max(earlier, default=0) if known is None else known
+
+
+def take_back(
+    catalog: Catalog, refs: Refs, branch: str, old: Generation | None, name: ObjectId
+) -> bool:  # fmt: skip
+    """Whether a commit was swept just before its branch moved to it from `old`: the branch is where
+    it was then.  That happens to a writer that was silent for so long that a sweep took it for one
+    that is gone, and withdrew its lease.
+    """
+    catalog.store.refresh()
+    catalog.forget()
+    with contextlib.suppress(MissingObjectError):
+        if is_whole(catalog, {name: catalog.commit(name)}, catalog.dropped()):
+            return False
+    ref, number = f"heads/{branch}", (old.number if old else 0) + 1
+    refs.publish(
+        ref, refs.generation(ref, number), commit=old.commit if old else None, time=now(),
+        action=f"{_UNDO}{number}",
+    )  # fmt: skip
+    return True
 
 
 class Past:

@@ -18,7 +18,6 @@ from ckptvcs.integrations.target import Target, Where
 from ckptvcs.keeping import Keeper
 from ckptvcs.lines import Lines
 from ckptvcs.removal import Originals
-from ckptvcs.store.leases import lease
 from ckptvcs.store.object import ObjectId
 
 try:
@@ -99,7 +98,7 @@ class CkptCallback(TrainerCallback):
             if folder in staying:
                 continue
             if folder.is_dir():
-                with lease(repo.catalog.store.backend), Originals(folder.parent) as originals:
+                with keeper.at_work(), Originals(folder.parent) as originals:
                     done = keeper.remove(
                         self._made[folder], folder.name, originals, lambda _: None,
                         accept_near=self._accept_near,

@@ -6,7 +6,8 @@ after that.  `MemoryBackend` keeps everything in a dict; `ckptvcs.store.local` i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from ckptvcs.errors import ConflictError, CorruptionError, StorageError
@@ -28,6 +29,33 @@ class Writer(Protocol):
 
     def abort(self) -> None:
         """Forget what was written.  Does nothing after `publish`."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What tells a file from a copy of it, and whether somebody is there who holds it.
+
+    `device` and `inode` are the numbers of the file; they are `fixed` where the file system is one
+    of this machine alone, so that no file has other numbers elsewhere.  `is_locked` is None where
+    the file system knows no locks.  `renewed_ns` is when the holder last renewed the file, by the
+    clock of the file system.
+    """
+
+    device: int = 0
+    inode: int = 0
+    fixed: bool = False
+    is_locked: bool | None = None
+    renewed_ns: int = 0
+
+
+class Hold(Protocol):
+    """A file that says that its holder is at work."""
+
+    def renew(self) -> None:
+        """Say again that the holder is there; nothing where that fails."""
+
+    def release(self) -> None:
+        """Take the file away.  Raises StorageError; nobody holds it any more all the same."""
 
 
 class Backend(Protocol):
@@ -56,6 +84,39 @@ class Backend(Protocol):
 
     def writer(self) -> Writer:
         """Begin a new file."""
+
+    def hold(self, name: str, say: Callable[[Trace], bytes]) -> Hold:
+        """Publish what `say` makes of a file's own trace, and hold the file.  It need not outlast
+        the machine, and is not synced.
+
+        Raises:
+            ConflictError: the name is taken.
+            StorageError: it cannot be written.
+        """
+
+    def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
+        """The bytes of a file that somebody holds, or held, and its trace.
+
+        Raises:
+            FileNotFoundError, StorageError, CorruptionError: as `read_small`.
+        """
+
+    def clock_ns(self) -> int:
+        """What the clock says that `renewed_ns` is taken from."""
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Make files durable, with their names, whoever has published them.  What this object has
+        published or settled already costs nothing.
+
+        Raises:
+            FileNotFoundError: one is gone.
+            StorageError: they cannot be synced.
+        """
+
+    def settle_seen(self) -> None:
+        """The same for all files that this object has read or measured and that may not be durable
+        yet: their writers have not come to the end of `publish`.  What is gone by now is left out.
+        """
 
     def cache(self, name: str, data: bytes) -> None:
         """Put a file that may be lost in the place of what has its name; nothing where it cannot be
@@ -92,6 +153,23 @@ class MemoryBackend:
     def writer(self) -> MemoryWriter:
         return MemoryWriter(self)
 
+    def hold(self, name: str, say: Callable[[Trace], bytes]) -> MemoryHold:
+        write_once(self, name, say(Trace()))
+        return MemoryHold(self, name)
+
+    def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
+        return read_small(self, name, limit), Trace()
+
+    def clock_ns(self) -> int:
+        return 0
+
+    def settle(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.size(name)
+
+    def settle_seen(self) -> None:
+        """Nothing here outlasts the process."""
+
     def cache(self, name: str, data: bytes) -> None:
         self.files[name] = data
 
@@ -100,6 +178,19 @@ class MemoryBackend:
 
     def delete(self, name: str) -> None:
         self.files.pop(name, None)
+
+
+class MemoryHold:
+    """A file of a MemoryBackend that somebody holds."""
+
+    def __init__(self, backend: MemoryBackend, name: str) -> None:
+        self._backend, self._name = backend, name
+
+    def renew(self) -> None:
+        """Nobody looks at it from elsewhere."""
+
+    def release(self) -> None:
+        self._backend.delete(self._name)
 
 
 class MemoryWriter:

@@ -78,8 +78,8 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def link(path: Path, name: Path) -> None:
-    """Give a file another name; its own may be gone then.  Raises FileExistsError where that is
+def link(path: Path, name: Path) -> bool:
+    """Give a file another name; whether it keeps its own.  Raises FileExistsError where that is
     taken: of two who want it one gets it, and what it shows is never half a file.
     """
     try:
@@ -88,6 +88,8 @@ def link(path: Path, name: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
         _rename_to_new(path, name, error)
+        return False
+    return True
 
 
 def _rename_to_new(path: Path, name: Path, refused: OSError) -> None:
@@ -121,17 +123,43 @@ def unlink(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, durably."""
-    if path.is_dir():
-        return
-    make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
+    """Make a folder and those above it, durably.
+
+    One that is there and empty may come from a process that was killed before it synced the folder
+    above, which is synced then.  Nothing is put into a folder before that is done, so that one
+    which holds anything is durable.
+    """
+    try:
+        with os.scandir(path) as entries:
+            if next(entries, None) is not None:
+                return
+    except (FileNotFoundError, NotADirectoryError):
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+    if path != path.parent:
+        sync_folder(path.parent)
+
+
+def sync_above(path: Path) -> None:
+    """Make the way to a folder durable: the names in all folders above it, on its file system, that
+    this user may read.
+    """
+    device = path.stat().st_dev
+    for folder in path.resolve().parents:
+        if folder.stat().st_dev != device:
+            return
+        with contextlib.suppress(PermissionError):
+            sync_folder(folder)
 
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, as far as the file system knows how to."""
-    descriptor = os.open(path, os.O_RDONLY)
+    settle(path)
+
+
+def settle(path: Path) -> None:
+    """Make durable what a file, or a folder, holds, whoever has written it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     except OSError as error:

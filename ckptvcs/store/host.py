@@ -1,10 +1,17 @@
-"""Who writes: this machine, since when it runs, and which process of it."""
+"""Who writes: this machine, this start of it, and which process of it."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
+from functools import lru_cache
 from pathlib import Path
+
+from blake3 import blake3
+
+_NETWORK = Path("/sys/class/net")
+_ID_FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
 
 def host_name() -> str:
@@ -18,6 +25,49 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
         return ""
+
+
+@lru_cache(1)
+def machine_id() -> str:
+    """What this machine is called from one start to the next, and no other machine is; empty where
+    nothing says so for sure.
+
+    The id that its system was installed with is no proof alone: machines that were copied share
+    it, and so do containers of one image.  The addresses of network cards tell copies apart; a
+    container sees none, and so has no such name.
+    """
+    cards = sorted(filter(None, map(_address, _listed(_NETWORK))))
+    installed = next(filter(None, map(_text, _ID_FILES)), "")
+    if not cards or len(installed) != 32:
+        return ""
+    return blake3(f"ckptvcs {installed} {' '.join(cards)}".encode()).hexdigest()[:32]
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _address(card: Path) -> str:
+    """The address of a network card that is one: what is made by software has no device."""
+    return _text(card / "address") if (card / "device").exists() else ""
+
+
+def seconds_since_start() -> float:
+    """How long this machine has been running, asleep or not; 0 where it does not say."""
+    try:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (AttributeError, OSError):
+        return 0.0
 
 
 def process_space() -> str:

@@ -1,70 +1,52 @@
-"""Leases: writers and a sweeping gc keep out of each other's way, without locks.
+"""Leases: writers and a sweeping gc keep out of each other's way, without waiting for locks.
 
 A writer puts a lease, then looks for an exclusive mark.  gc puts an exclusive mark, then looks for
 leases and for marks of others.  All publish before they look, so at least one of two sees the other
 and backs off.  Each file is its holder's own: none is ever taken over.
-A process that dies leaves its file behind: it counts no more once the process is known to be
-gone, which only its own host can tell.  One that lives on may fail to delete its file: within it
-that counts no more at once, and for others when it ends.
+A process that dies leaves its file behind, and so does a copy of a repository: `store/holders.py`
+judges whether a holder may still be at work.  One that lives on may fail to delete its file: it
+holds that no more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from ckptvcs.errors import BusyError, CkptError, ConflictError, CorruptionError, StorageError
-from ckptvcs.store.backend import Backend, read_small, write_once
-from ckptvcs.store.host import boot_id, host_name, is_running, process_space, started
+from ckptvcs.store import holders
+from ckptvcs.store.backend import Backend, Hold, read_small
+from ckptvcs.store.holders import Holder, Silence, describe, judge
+from ckptvcs.store.host import boot_id, host_name
 
 _LEASE, _EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
 _TURNS, _PAUSE = 400, 0.05  # seconds
 _TRIES, _REST = 60, 1.0  # seconds, while gc sweeps
 _MAX_BYTES = 4096
+_GRACE, _LOOK = 2.0, 0.05  # seconds
 
 T = TypeVar("T")
 
 _meant: set[str] = set()  # the files of this process that it has not withdrawn
+_silence = Silence()
 
 
-def _self() -> bytes:
-    pid = os.getpid()
-    return json.dumps({
-        "host": host_name(), "boot": boot_id(), "space": process_space(), "pid": pid,
-        "started": started(pid),
-    }).encode()  # fmt: skip
-
-
-def _alive(name: str, data: bytes) -> bool:
-    """Whether the process that wrote a lease may still be at work."""
+def _judge(backend: Backend, name: str) -> Holder:
     try:
-        fields = json.loads(data)
-        host, boot, pid, since = (fields[k] for k in ("host", "boot", "pid", "started"))
-        if host != host_name():
-            return True
-        if boot != boot_id():
-            return False
-        if fields.get("space", "") != process_space():
-            return True
-        if int(pid) == os.getpid():
-            return name in _meant
-        return is_running(int(pid), since)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return False
-
-
-def _holder(backend: Backend, name: str) -> bool:
-    try:
-        return _alive(name, read_small(backend, name, _MAX_BYTES))
+        data, trace = backend.look(name, _MAX_BYTES)
     except (FileNotFoundError, CorruptionError):  # what is no file is nobody's
-        return False
+        return Holder.GONE
+    found = judge(
+        data, trace, host_name(), boot_id(), is_meant=name in _meant, clock_ns=backend.clock_ns
+    )
+    return _silence.judge(backend, name, trace) if found is Holder.UNKNOWN else found
 
 
 def _who(backend: Backend, name: str) -> str:
@@ -80,28 +62,79 @@ def live_leases(backend: Backend, prefix: str = _LEASE) -> list[str]:
     """The leases or marks whose holders may still be at work."""
     folder = prefix.partition("/")[0]
     names = [name for name in backend.names(folder) if name.startswith(prefix)]
-    return [name for name in names if _holder(backend, name)]
+    return [name for name in names if _judge(backend, name) not in holders.NO_MORE]
 
 
 def dead_leases(backend: Backend) -> list[str]:
     """What dead writers and sweepers left behind."""
     names = [*backend.names("leases"), *backend.names("marks")]
-    return [name for name in names if not _holder(backend, name)]
+    return [name for name in names if _judge(backend, name) in holders.NO_MORE]
+
+
+def await_others(backend: Backend, others: Iterable[str]) -> bool:
+    """Wait a moment for the holders of some leases to end; whether all have.  One that only keeps
+    silent has not.
+    """
+    end = time.monotonic() + _GRACE
+    left = list(others)
+    while left := [name for name in left if _judge(backend, name) is not Holder.GONE]:
+        if time.monotonic() > end:
+            return False
+        time.sleep(_LOOK)
+    return True
+
+
+class _Renewal:
+    """Renews what this process holds, for those who cannot see the process."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._hold: Hold | None = None
+        try:
+            threading.Thread(target=self._run, name="ckpt-lease", daemon=True).start()
+        except RuntimeError:  # no thread can be started
+            self.is_there = False
+        else:
+            self.is_there = True
+
+    def of(self, hold: Hold | None) -> None:
+        """What is to be renewed from now on."""
+        self._hold = hold
+
+    def end(self) -> None:
+        """Nothing is renewed any more."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(holders.BEAT):
+            if self._hold is not None:
+                self._hold.renew()
 
 
 @contextmanager
-def _held(backend: Backend, prefix: str) -> Iterator[str]:
-    """Say in a file of one's own that this process is at work, for so long."""
+def _held(backend: Backend, prefix: str, *, brief: bool = False) -> Iterator[str]:
+    """Say in a file of one's own that this process is at work, for so long.  What is held for a
+    `brief` time only needs no renewal.
+    """
     name = f"{prefix}{secrets.token_hex(12)}"
     _meant.add(name)
+    hold = None
+    renewal = None if brief else _Renewal()
+    is_renewed = renewal is None or renewal.is_there
     try:
-        write_once(backend, name, _self())  # which may fail when the name is there already
+        hold = backend.hold(
+            name, lambda trace: describe(trace, host_name(), boot_id(), is_renewed=is_renewed)
+        )
+        if renewal is not None:
+            renewal.of(hold)
         yield name
     finally:
+        if renewal is not None:
+            renewal.end()
         _meant.discard(name)
-        # Where it cannot be deleted it counts no more for this process, and for none when it ends.
+        # Where it cannot be deleted it counts no more: nobody holds it.
         with contextlib.suppress(StorageError):
-            backend.delete(name)
+            backend.delete(name) if hold is None else hold.release()
 
 
 @contextmanager
@@ -149,26 +182,33 @@ def exclusive(backend: Backend) -> Iterator[None]:
     with _held(backend, _EXCLUSIVE) as own:
         others = [name for name in live_leases(backend, _EXCLUSIVE) if name != own]
         if others:
+            _silence.keep(backend)
             raise BusyError("another gc is at work", hint=_who(backend, others[0]))
         writers = live_leases(backend, _LEASE)
         if writers:
+            _silence.keep(backend)
             what = f"{len(writers)} writer(s) are at work"
             raise BusyError(what, hint=_who(backend, writers[0]))
+        # Who was only silent finds his lease gone before he publishes what is swept now.
+        for name in dead_leases(backend):
+            backend.delete(name)
         yield
 
 
 @contextmanager
 def turn(backend: Backend) -> Iterator[None]:
-    """Wait until nobody else is about to change what is changed in place, for a moment.
+    """Wait until nobody else is about to change what is changed in place, or to move a ref so that
+    it leads elsewhere, or to delete an original that a ref leads to; for a moment.
 
     Raises:
         BusyError: somebody is, and stays so.
     """
     for _ in range(_TURNS):
-        with _held(backend, _CHANGE) as own:
+        with _held(backend, _CHANGE, brief=True) as own:
             others = [name for name in live_leases(backend, _CHANGE) if name != own]
             if not others:
                 yield
                 return
         time.sleep(random.random() * _PAUSE)
+    _silence.keep(backend)
     raise BusyError("the repository is being changed", hint=_who(backend, others[0]))

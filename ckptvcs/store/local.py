@@ -1,8 +1,12 @@
 """A backend on a directory: temporary file, fsync, link, fsync of the directory.
 
-A crash before the link leaves a file in tmp/, which gc sweeps; after it the file is complete and
-durable.  `disk.link` is the atomic put-if-absent: of two writers of one name exactly one succeeds,
-and the name never shows half a file.  No locks anywhere.
+A crash before the link leaves a file in tmp/, which gc sweeps; after it the file is complete, and
+durable once its folder is synced.  `disk.link` is the atomic put-if-absent: of two writers of one
+name exactly one succeeds, and the name never shows half a file.
+
+A file keeps its name in tmp/ until its folder is synced.  So one with a second name may not be
+durable: its writer is not done, or was killed.  Nobody has to wait for a lock here; those that the
+holders of leases take only say that they are there.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -22,9 +27,12 @@ from typing import BinaryIO
 from ckptvcs.errors import ConflictError, CorruptionError
 from ckptvcs.parallel import start
 from ckptvcs.store import disk
+from ckptvcs.store.backend import Trace
 from ckptvcs.store.disk import storage_error
+from ckptvcs.store.held import LocalHold, hold, trace
 
 _SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
+_PASSING = frozenset({"cache", "leases", "marks", "tmp"})  # folders of what need not last
 _NO_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
 
@@ -57,6 +65,10 @@ class LocalBackend:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._settled: set[str] = set()
+        self._doubtful: set[str] = set()  # seen, and perhaps not durable
+        self._has_links = True  # as far as is known
+        self._is_rooted = False  # whether the way to `root` was synced
 
     def names(self, folder: str) -> Iterator[str]:
         stack = [folder]
@@ -82,7 +94,12 @@ class LocalBackend:
             raise self._refused(error, name) from error
         if not stat.S_ISREG(found.st_mode):
             raise _no_file(name)
+        self._note(name, found)
         return found.st_size
+
+    def _note(self, name: str, found: os.stat_result) -> None:
+        if found.st_nlink != 1 or not self._has_links:
+            self._doubtful.add(name)
 
     def _refused(self, error: OSError, name: str) -> Exception:
         """What is raised where a file cannot be read: it is not there, or something else is."""
@@ -94,7 +111,9 @@ class LocalBackend:
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         try:
             with open(self.root / name, "rb", buffering=0, opener=_open_at_once) as file:
-                left = max(0, os.fstat(file.fileno()).st_size - offset)
+                found = os.fstat(file.fileno())
+                self._note(name, found)
+                left = max(0, found.st_size - offset)
                 if length is not None:
                     left = min(left, length)
                 parts = []
@@ -107,7 +126,76 @@ class LocalBackend:
             raise self._refused(error, name) from error
 
     def writer(self) -> LocalWriter:
-        return LocalWriter(self.root)
+        return LocalWriter(self.root, self._published)
+
+    def _published(self, name: str, *, linked: bool) -> None:
+        self._settled.add(name)
+        self._has_links &= linked
+
+    def hold(self, name: str, say: Callable[[Trace], bytes]) -> LocalHold:
+        return hold(self.root, name, say)
+
+    def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
+        try:
+            with open(self.root / name, "rb", buffering=0, opener=_open_at_once) as file:
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode):
+                    raise _no_file(name)
+                if found.st_size > limit:
+                    raise CorruptionError(f"{name} is larger than the {limit} bytes it may have")
+                return os.pread(file.fileno(), limit, 0), trace(file)
+        except OSError as error:
+            raise self._refused(error, name) from error
+
+    def clock_ns(self) -> int:
+        path = self.root / "tmp" / secrets.token_hex(16)
+        try:
+            with path.open("xb") as file:
+                return os.fstat(file.fileno()).st_mtime_ns
+        except OSError:  # nothing can be written here
+            return time.time_ns()
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def settle(self, names: Iterable[str]) -> None:
+        names = {name for name in names if name not in self._settled}
+        try:
+            for name in names:
+                disk.settle(self.root / name)
+            self._sync_folders({PurePosixPath(name).parent for name in names})
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise storage_error(error, "sync the repository") from error
+        self._settled |= names
+
+    def settle_seen(self) -> None:
+        seen, self._doubtful = self._doubtful, set()
+        for name in seen:
+            with contextlib.suppress(FileNotFoundError):
+                self.size(name)  # by now its writer may be done
+        doubtful, self._doubtful = self._doubtful, set()
+        there = [name for name in doubtful if (self.root / name).exists()]
+        with contextlib.suppress(FileNotFoundError):
+            self.settle(there)
+
+    def _sync_folders(self, folders: set[PurePosixPath]) -> None:
+        """Sync folders, those above them first: no name is durable before the way to it is."""
+        for folder in sorted({above for one in folders for above in (one, *one.parents)}):
+            disk.sync_folder(self.root / folder)
+        if folders and not self._is_rooted:
+            disk.sync_above(self.root)
+            self._is_rooted = True
+
+    def _settle_all(self) -> None:
+        """Make durable whatever has been published here."""
+        folders = [path.name for path in self.root.iterdir() if path.name not in _PASSING]
+        below = {
+            PurePosixPath(path).relative_to(self.root)
+            for name in folders for path, _, _ in os.walk(self.root / name)
+        }  # fmt: skip
+        self._sync_folders(below)
 
     def cache(self, name: str, data: bytes) -> None:
         path, temporary = self.root / name, self.root / "tmp" / secrets.token_hex(16)
@@ -132,6 +220,8 @@ class LocalBackend:
         path = self.root / name
         try:
             found = path.lstat()
+            if name.startswith("tmp/") and found.st_nlink > 1 and stat.S_ISREG(found.st_mode):
+                self._settle_all()  # nothing will tell from now on that its other name is not
             if stat.S_ISDIR(found.st_mode):  # of which a file has to come: gc sweeps what is in it
                 disk.rename(path, self.root / "tmp" / secrets.token_hex(16))
             elif found.st_size < _SYNC_BYTES:
@@ -149,8 +239,9 @@ class LocalBackend:
 class LocalWriter:
     """A file of a LocalBackend on its way, in tmp/ until it is published."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, published: Callable[..., None]) -> None:
+        """`published` is told of the name that the file has got, durably."""
+        self._root, self._published = root, published
         self._path = root / "tmp" / secrets.token_hex(16)
         self._unsynced = 0
         self._syncing: Future[None] | None = None
@@ -184,8 +275,9 @@ class LocalWriter:
             self._file.close()
             refuse_links(self._root, *PurePosixPath(name).parents)
             disk.make_folder(target.parent)
-            disk.link(self._path, target)  # crash before: debris in tmp/; after: published
+            linked = disk.link(self._path, target)  # crash before: debris in tmp/; after: visible
             disk.sync_folder(target.parent)
+            self._published(name, linked=linked)
         except FileExistsError as error:
             raise ConflictError(f"{name} exists already") from error
         except OSError as error:
