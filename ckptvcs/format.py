@@ -99,6 +99,9 @@ def raise_flags(folder: Path, operation: str, *wanted: str) -> None:
     if not _missing(_format(folder), operation, wanted):
         return
     with turn(LocalBackend(folder)):  # two writers may raise flags at once
+        backend = LocalBackend(folder)
+        backend.size("format")  # the new file will not tell that the way to it may not be durable
+        backend.settle_seen()
         fields = _format(folder)
         flags = fields["flags"].setdefault(operation, [])
         flags += _missing(fields, operation, wanted)

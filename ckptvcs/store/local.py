@@ -174,11 +174,7 @@ class LocalBackend:
         seen, self._doubtful = self._doubtful, set()
         for name in seen:
             with contextlib.suppress(FileNotFoundError):
-                self.size(name)  # by now its writer may be done
-        doubtful, self._doubtful = self._doubtful, set()
-        there = [name for name in doubtful if (self.root / name).exists()]
-        with contextlib.suppress(FileNotFoundError):
-            self.settle(there)
+                self.settle([name])
 
     def _sync_folders(self, folders: set[PurePosixPath]) -> None:
         """Sync folders, those above them first: no name is durable before the way to it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -18,7 +20,7 @@ from typing import Any
 import pytest
 
 from ckptvcs.errors import BusyError, ConflictError
-from ckptvcs.store import held, holders, host, leases
+from ckptvcs.store import disk, held, holders, host, leases, local
 from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.holders import Holder
 from ckptvcs.store.leases import check_lease, dead_leases, exclusive, lease, live_leases, turn
@@ -112,7 +114,7 @@ def test_a_copy_without_locks_is_known_by_its_number(
     def refuse(*_: object) -> None:
         raise OSError("this file system has no locks")
 
-    monkeypatch.setattr(held.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(held, "is_own_device", lambda _: True)
     with lease(LocalBackend(root)):
         copy = copied(root, "copy")
@@ -155,7 +157,7 @@ def test_a_lease_that_cannot_be_deleted_counts_no_more(
         raise PermissionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(held.disk, "unlink", refuse)
+        patch.setattr(disk, "unlink", refuse)
         with lease(LocalBackend(root)):
             pass
     assert found(root) == [Holder.GONE]
@@ -235,7 +237,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self._patch = 1000.0, monkeypatch
-        monkeypatch.setattr(holders.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
         self.forget()
 
     def forget(self) -> None:
