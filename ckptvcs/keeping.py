@@ -31,6 +31,7 @@ from ckptvcs.source import Progress
 from ckptvcs.store.leases import await_others, check_lease, lease, live_leases, turn
 from ckptvcs.store.object import ObjectId
 
+_DROPPED = "its commit was dropped"
 _AGAIN = "try again when no other process commits"
 
 
@@ -95,6 +96,8 @@ class Keeper:
         """Why the originals of a commit may not be removed; None if they may, as far as can be told
         without reading them.
         """
+        if name in self._repo.catalog.dropped().commits:
+            return _DROPPED
         entry = self._repo.entry(name)
         if accept_near:
             return None
@@ -170,7 +173,7 @@ class Keeper:
             ConflictError: there is none; or the commit was dropped.
         """
         if name in self._repo.catalog.dropped().commits:
-            raise ConflictError("its commit was dropped")
+            raise ConflictError(_DROPPED)
         revisions = self._repo.revisions
         for refs in ([self._last], revisions.tips()):
             for ref in refs:

@@ -14,6 +14,7 @@ from ckptvcs import committing
 from ckptvcs.errors import BusyError, ConflictError, MissingObjectError
 from ckptvcs.format import raise_flags
 from ckptvcs.history.fading import Fader, Patch
+from ckptvcs.history.refs import Move, Refs
 from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
@@ -131,6 +132,38 @@ def test_a_writer_whose_lease_was_taken_away(
     repo.commit(run[1], step=2)
     assert torch.equal(repo.checkout(2)["model"]["a"], run[1]["model"]["a"])
     assert not Repo.open(tmp_path).verify().damage
+
+
+@pytest.mark.parametrize("swept", [True, False])
+def test_a_writer_whose_lease_was_taken_away_just_before_its_branch_moved(
+    tmp_path: Path, *, swept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, run = Repo.init(tmp_path), states(4)
+    repo.commit(run[0], step=1)
+    calm = Refs.make
+
+    def make(refs: Refs, move: Move) -> None:
+        for lease in (repo.folder / "leases").iterdir():
+            lease.unlink()
+        if swept:
+            Repo.open(tmp_path).gc()
+        calm(refs, move)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Refs, "make", make)
+        if swept:
+            with pytest.raises(ConflictError, match="lease"):
+                repo.commit(run[1], step=2)
+        else:
+            repo.commit(run[1], step=2)
+    steps = [1] if swept else [2, 1]
+    assert [entry.step for entry in Repo.open(tmp_path).log()] == steps
+    assert not Repo.open(tmp_path).verify().damage
+    again = Repo.open(tmp_path)
+    again.commit(run[2], step=3)
+    assert [entry.step for entry in again.log()] == [3, *steps]
+    assert torch.equal(again.checkout(3)["model"]["a"], run[2]["model"]["a"])
+    assert not again.verify().damage
 
 
 @pytest.mark.parametrize("when", ["dump_commit", "require_packs", "check_lease"])

@@ -23,7 +23,7 @@ from ckptvcs.errors import (
 )  # fmt: skip
 from ckptvcs.history.retention import Policy
 from ckptvcs.importing import Importer, Item
-from ckptvcs.removal import Originals
+from ckptvcs.removal import Originals, Proven
 from ckptvcs.repo import Repo
 from ckptvcs.restore import Restorer
 from tests.checkpoint.test_round_trip import trainer_directory
@@ -460,6 +460,83 @@ def test_what_changed_since_it_was_committed_stays(repo: Repo, folder: Path, way
     assert names(folder) == ([] if way == "gone" else ["step-900.pt"])
     if way in ("gone", "link", "directory"):
         assert (folder.parent / "moved").read_bytes() == data
+
+
+@pytest.mark.parametrize("how", ["undo", "drop", "delete the branch"])
+def test_what_another_process_lets_go_keeps_its_original(
+    how: str, repo: Repo, folder: Path
+) -> None:
+    other = Repo.open(repo.folder)
+    if how == "delete the branch":
+        other.commit({"w": torch.ones(3)})
+        importer = run(repo, folder, branch="side")
+        other.set_ref("heads", "side", None, "delete")
+    else:
+        importer = run(repo, folder)
+        _ = [other.undo() for _ in range(2)] if how == "undo" else [other.gc(Policy(last=2))]
+    kept = remove(importer)
+    stay = {
+        "undo": ["step-1000.pt", "step-1100.pt"], "drop": ["step-800.pt", "step-900.pt"],
+        "delete the branch": sorted(f"step-{n}.pt" for n in (800, 900, 1000, 1100)),
+    }[how]  # fmt: skip
+    assert names(folder) == sorted(stay)
+    for name in stay:
+        assert ("dropped" if how == "drop" else "no branch leads to") in (kept[name] or "")
+
+
+def test_a_tag_is_enough(repo: Repo, folder: Path) -> None:
+    importer = run(repo, folder)
+    other = Repo.open(repo.folder)
+    other.set_ref("tags", "v1", other.resolve("HEAD"), "tag")
+    _ = [other.undo() for _ in range(3)]
+    assert set(remove(importer).values()) == {None}
+    other.gc()
+    assert other.entry(other.resolve("v1")).exact
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "stays"), [("exact", False), ("weights", True), ("near", True)]
+)  # fmt: skip
+def test_pins_that_do_not_keep_what_is_exact(
+    fidelity: str, near: Repo, folder: Path, *, stays: bool
+) -> None:
+    near.configure("pin-fidelity", fidelity)
+    importer = run(near, folder)
+    kept = remove(importer)
+    newest = "step-1100.pt"
+    assert (folder / newest).exists() == stays
+    assert ("pin-fidelity" in (kept[newest] or "")) == stays
+    assert bool(near.refs.targets("pins")) != stays
+
+
+def test_a_pin_that_is_taken_away_meanwhile(
+    near: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importer = run(near, folder)
+    newest = near.resolve("HEAD")
+    calm = Originals.prove
+
+    def prove(self: Originals, *args: Any) -> Proven:
+        Repo.open(near.folder).pin(newest, pinned=False)
+        return calm(self, *args)
+
+    monkeypatch.setattr(Originals, "prove", prove)
+    assert "unpinned" in (remove(importer)["step-1100.pt"] or "")
+    assert (folder / "step-1100.pt").exists()
+
+
+def test_a_file_of_several_that_changes_keeps_the_others(
+    repo: Repo, folder: Path, states: list[State]
+) -> None:
+    made = trainer_directory(folder, states[0], 500)
+    importer = run(repo, folder)
+    files = sorted(path for path in made.rglob("*") if path.is_file())
+    with files[-1].open("r+b") as file:
+        first = file.read(1)
+        file.seek(0)
+        file.write(bytes([first[0] ^ 1]))
+    assert "not any more what was committed" in (remove(importer)["checkpoint-500"] or "")
+    assert all(path.exists() for path in files)
 
 
 def test_a_file_replaced_while_it_is_hashed_stays(repo: Repo, folder: Path) -> None:
