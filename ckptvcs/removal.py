@@ -4,8 +4,8 @@
 
 Names are looked up in directories that are held open, so that nobody who moves or links directories
 meanwhile can turn a removal elsewhere.  What is hashed is what is open.  It is renamed before it is
-unlinked: where it is something else by then, or was written since, it gets its name back.  All
-files of a checkpoint are proven before the first one is deleted: the deletions are one short moment.
+unlinked: where it is something else by then, or was written since, it gets its name back.
+All files of a checkpoint are proven before the first one is deleted: that is one short moment.
 """
 
 from __future__ import annotations
