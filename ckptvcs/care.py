@@ -16,7 +16,7 @@ from ckptvcs.history.fading import Fader
 from ckptvcs.history.retention import Policy
 from ckptvcs.opened import CACHE, CONFIG, Opened
 from ckptvcs.store import disk
-from ckptvcs.store.leases import exclusive
+from ckptvcs.store.leases import exclusive, sole
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.reserve import give_up_reserve, keep_reserve
 
@@ -131,32 +131,22 @@ class Care(Opened):
         self, policy: Policy, progress: Progress, held: list[int], *, sweep: bool, rekey: bool
     ) -> GcPlan:
         """`held` takes the size of the repository, before this and a try that came before it."""
-        from ckptvcs.history.repack import merge, plan_merges  # noqa: PLC0415
+        from ckptvcs.history.sweep import Sweep  # noqa: PLC0415
 
         collector = self._collector()
-        with exclusive(self._backend):
+        with sole(self._backend) as mark:
+            before = self.catalog.store.list_packs().keys()
             held.append(collector.held_bytes(debris=True))
-            time = now()
-            plan = collector.plan(policy, time)
-            if plan.drops:
-                raise_flags(self.folder, "gc", "drops")
-            collector.record(plan, time)
-            if rekey:
-                self._rekey(progress)
-                plan = collector.after(plan, time)
-            if sweep:
-                collector.sweep(plan)
-                for batch in plan_merges(self.catalog, collector.mark_all()):
-                    try:
-                        merge(self.catalog, batch)
-                    except StorageError as error:
-                        if not disk.is_full(error):
-                            raise
-                        break  # what was to be freed is; the packs stay as they are
-                left = collector.held_bytes(debris=False)
-                return replace(plan, freed_bytes=held[0] - left, kept_bytes=left)
-            left = collector.held_bytes(debris=True)
-            return replace(plan, kept_bytes=left - plan.freed_bytes)
+            plan = Sweep(collector, self.catalog, mark).run(
+                policy, now(), sweep=sweep,
+                before_drop=lambda: raise_flags(self.folder, "gc", "drops"),
+                rekey=(lambda: self._rekey(progress)) if rekey else None,
+            )  # fmt: skip
+            left = collector.held_bytes(debris=not sweep)
+            held[0] += collector.foreign_bytes(plan, before)
+            if not sweep:
+                return replace(plan, kept_bytes=left - plan.freed_bytes)
+            return replace(plan, freed_bytes=held[0] - left, kept_bytes=left)
 
     def _rekey(self, progress: Progress) -> None:
         from ckptvcs.rekey import Rekeyer  # noqa: PLC0415

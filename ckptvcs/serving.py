@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import mmap
 import os
 import sys
@@ -19,7 +20,7 @@ from ckptvcs.errors import CkptError
 from ckptvcs.history.refs import Move
 from ckptvcs.parallel import stay_in_background
 from ckptvcs.repo import Repo
-from ckptvcs.store.leases import patiently
+from ckptvcs.store.leases import patience
 from ckptvcs.worker import Done, Failed, Job
 
 _LOOK = 0.5  # seconds
@@ -68,7 +69,8 @@ def _commit(repo: Repo, job: Job, handle: int, pipe: Connection) -> Done:
         return Done(made.id, made.branch)
 
     room = memoryview(mmap.mmap(handle, job.size))
-    return patiently(commit)
+    with patience(math.inf):  # the copy is safe, and nobody waits for it
+        return commit()
 
 
 def _watch(parent: int) -> None:

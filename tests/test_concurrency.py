@@ -225,7 +225,7 @@ def test_gc_waits_for_writers_and_they_for_it(
     repo, run, found = Repo.init(tmp_path), states(2), list[str]()
 
     def collect() -> None:
-        with pytest.raises(BusyError) as caught:
+        with leases.patience(0), pytest.raises(BusyError) as caught:
             Repo.open(tmp_path).gc()
         found.append(str(caught.value.hint))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,28 +13,31 @@ from ckptvcs.store import leases
 from ckptvcs.store.leases import exclusive
 
 
-def test_a_commit_waits_for_gc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_waits_for_gc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "a.dat").write_bytes(b"data" * 100)
     where = target.Target(tmp_path / "repo", None)
     assert where.existing() is None
     sweeping = exclusive(where.repo.catalog.store.backend)
-    tries, commit = [], where.repo.commit_path
+    rests = list[float]()
 
-    def trying(*args: Any, **kwargs: Any) -> Any:
-        tries.append(args)
-        if len(tries) == 3:
+    def rest(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 3:
             sweeping.__exit__(None, None, None)
-        return commit(*args, **kwargs)
 
-    monkeypatch.setattr(where.repo, "commit_path", trying)
-    monkeypatch.setattr(leases, "_REST", 0.0)
+    monkeypatch.setattr("time.sleep", rest)
+    monkeypatch.setattr(leases, "_SAY_AFTER", -1.0)
     sweeping.__enter__()
     assert where.commit(tmp_path / "a.dat", step=3, metrics={}).commit.step == 3
-    assert len(tries) == 3
+    assert len(rests) == 3
+    assert [record.message for record in caplog.records] == [
+        "gc is sweeping this repository: waiting"
+    ]
     assert [entry.message for entry in Repo.open(tmp_path / "repo").log()] == ["a.dat"]
-    with exclusive(where.repo.catalog.store.backend), pytest.raises(BusyError):
+    with exclusive(where.repo.catalog.store.backend), leases.patience(0), pytest.raises(BusyError):
         where.commit(tmp_path / "a.dat", step=4, metrics={})
-    assert len(tries) == 3 + leases._TRIES
 
 
 def test_what_is_not_understood_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ from ckptvcs import BusyError, InvalidInputError, NotFoundError, Repo
 from ckptvcs.checkpoint import folder
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.layout import unreadable
-from ckptvcs.store.leases import exclusive
+from ckptvcs.store.leases import exclusive, patience
 from ckptvcs.watching import Event, Watcher
 from tests.cli.conftest import environment
 from tests.crashing import states
@@ -127,7 +127,7 @@ def test_what_is_not_complete_waits(near: Repo, run: Path) -> None:
 def test_gc_is_waited_for(near: Repo, run: Path) -> None:
     save(run, 1)
     watch = watcher(near, run)
-    with exclusive(near.catalog.store.backend):
+    with exclusive(near.catalog.store.backend), patience(0):
         events = looks(watch)
         assert [type(event.problem) for event in events] == [BusyError]
         assert watch.waiting

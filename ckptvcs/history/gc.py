@@ -2,10 +2,14 @@
 
     drop     commits, or their optimizer parts, that no rule of the user keeps
     fade     exact patches that the settings do not keep
-    record   both, durably, before anything is deleted
     mark     every commit that a ref reaches, and all that the kept ones need; for a tensor that is
              the chain down to its keyframe
-    sweep    under the exclusive mark: index first, files after
+    record   what is dropped and fades, durably, before anything is deleted
+    sweep    index first, files after
+
+Writers are at work while gc plans.  It records and sweeps under the exclusive mark, a batch of
+packs at a time, and looks each time at what came since the plan: what that needs stays, and where
+it contradicts the plan there is a new one.
 
 A missing or unreadable object stops the mark: nothing is deleted on half a picture.  Headers of
 commits that were dropped stay, so that the history stays whole.
@@ -14,16 +18,16 @@ commits that were dropped stay, so that the history stays whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from ckptvcs.errors import CorruptionError, InvalidInputError
+from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.marking import Marked, bases, mark
-from ckptvcs.history.recipe import LetGo, dump_let_go
+from ckptvcs.history.recipe import LetGo, dump_let_go, load_let_go
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.repack import Merge, plan_merges
 from ckptvcs.history.retention import Best, Policy, Row
@@ -69,6 +73,23 @@ class GcPlan:
     kept_bytes: int
     drops: tuple[LetGo, ...] = ()
     loose: tuple[ObjectId, ...] = ()
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a plan was made of: the commits in the history, the records of what was let go, what
+    the refs lead to; and what it marked.
+    """
+
+    commits: Set[ObjectId]
+    records: Set[ObjectId]
+    tips: Set[ObjectId]
+    marked: Marked
+
+
+class OutdatedError(CkptError):
+    """What came since a plan contradicts it."""
 
 
 COUNTED = (*FOLDERS, "refs", "leases", "marks")
@@ -88,6 +109,14 @@ def files_bytes(backend: Backend, names: Iterable[str]) -> int:
         with contextlib.suppress(FileNotFoundError, CorruptionError):
             found += backend.size(name)
     return found
+
+
+@dataclass(frozen=True)
+class Going:
+    """A pack that goes: its folder, and the objects of it that another pack has now."""
+
+    folder: str
+    copied: frozenset[ObjectId] = frozenset()
 
 
 class _Nowhere:
@@ -124,7 +153,11 @@ class Collector:
         store = self._catalog.store
         store.rebuild()  # nothing is deleted on the word of an index that may be rotten
         self._catalog.forget()
-        commits = self._revisions.commits()
+        # First what there is, then what leads to it: writers are at work.
+        headers, records = store.ids(Kind.COMMIT), frozenset(store.ids(Kind.RECORD))
+        listed = self._packs()
+        tips = frozenset(self._revisions.tips().values())
+        commits = dict(self._revisions.reachable(sorted(tips)))
         gone = self._catalog.dropped()
         rows = self._judge(policy, commits, gone, datetime.fromisoformat(time))
         drops = _drops(rows, policy, time, self._refs.branches())
@@ -132,7 +165,7 @@ class Collector:
         visible = {name: made for name, made in commits.items() if name not in after.commits}
         fading = self._fader.everywhere(visible)
         marked = self._mark(commits, after, fading)
-        packs = self._unmarked(marked)
+        packs = self._unmarked(listed, marked)
         debris = self._debris()
         coming = [] if recorded else self._packed([*drops, *self._fader.record(fading, time)])
         merges = plan_merges(self._catalog, marked, coming)
@@ -142,7 +175,7 @@ class Collector:
         decisions = tuple(
             self._with_bytes(row, marked, merged.union(packs), counted) for row in rows
         )
-        loose = self._revisions.loose(set(store.ids(Kind.COMMIT)) - commits.keys())
+        loose = self._revisions.loose(set(headers) - commits.keys())
         for name in self._revisions.lost_lines() if len(loose) > 1 else ():
             raise CorruptionError(
                 f"no ref leads to commit {name[:8]}, which stands on others that none leads to",
@@ -150,8 +183,9 @@ class Collector:
             )
         kept = self.held_bytes(debris=True) - freed
         return GcPlan(
-            decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops), tuple(loose)
-        )
+            decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops), tuple(loose),
+            Picture(commits.keys(), records, tips, marked),
+        )  # fmt: skip
 
     def after(self, plan: GcPlan, time: str) -> GcPlan:
         """A plan that was recorded, with what can go of the disk now."""
@@ -168,6 +202,19 @@ class Collector:
         if debris:
             names = (name for name in self._debris() if name.partition("/")[0] not in COUNTED)
             found += self._size(names)
+        return found
+
+    def foreign_bytes(self, plan: GcPlan, before: Set[PackId]) -> int:
+        """Bytes of packs that writers have added since there were those `before`: they hold what a
+        plan does not mark.
+        """
+        assert plan.picture is not None
+        store, known, found = self._catalog.store, plan.picture.marked.objects, 0
+        for pack, (folder, size) in store.pack_sizes().items():
+            if pack not in before:
+                with contextlib.suppress(CorruptionError, FileNotFoundError):
+                    names = {entry.id for entry in store.entries(pack, folder)}
+                    found += 0 if names <= known else size
         return found
 
     def _size(self, names: Iterable[str]) -> int:
@@ -296,19 +343,19 @@ class Collector:
         marked.objects |= {*records, *bases(self._catalog, records)}
         return marked
 
-    def mark_all(self) -> Marked:
-        """What must stay as things are now."""
-        return self._mark(self._revisions.commits(), self._catalog.dropped())
+    def _packs(self) -> dict[PackId, str]:
+        """Every pack that is there and that the index knows, with its folder."""
+        sizes = self._catalog.store.pack_sizes()
+        there = self._catalog.store.list_packs()
+        return {pack: folder for pack, folder in there.items() if pack in sizes}
 
-    def _unmarked(self, marked: Marked) -> dict[PackId, str]:
+    def _unmarked(self, listed: Mapping[PackId, str], marked: Marked) -> dict[PackId, str]:
         """The packs in which nothing is marked, with their folders."""
-        store = self._catalog.store
-        needed = {place.pack for name in marked.objects for place in store.places(name)}
-        sizes = store.pack_sizes()
-        return {
-            pack: folder for pack, folder in store.list_packs().items()
-            if pack in sizes and pack not in needed
-        }  # fmt: skip
+        needed = self._packs_of(marked.objects)
+        return {pack: folder for pack, folder in listed.items() if pack not in needed}
+
+    def _packs_of(self, names: Iterable[ObjectId]) -> set[PackId]:
+        return {place.pack for name in names for place in self._catalog.store.places(name)}
 
     def _debris(self) -> list[str]:
         backend = self._catalog.store.backend
@@ -318,20 +365,57 @@ class Collector:
 
     # -- sweeping ------------------------------------------------------------------------------
 
-    def record(self, plan: GcPlan, time: str) -> None:
-        """Say durably what is let go."""
-        self._catalog.record([*plan.drops, *self._fader.record(plan.fading, time)])
+    def require_current(self, plan: GcPlan) -> set[ObjectId]:
+        """What commits need that came since a plan was made; nobody writes meanwhile.
 
-    def sweep(self, plan: GcPlan) -> None:
-        """Delete what the plan lists.  A crash in between leaves the rest for the next gc.
-
-        Refs and packs that others have published, and were killed, are made durable first.
+        Raises:
+            OutdatedError: refs lead to what it drops or lets fade; records were undone.
+            CorruptionError: something that is needed is missing.
         """
-        self._refs.settle_all()
-        self._catalog.store.delete_packs(plan.packs)
-        for name in plan.debris:
-            self._catalog.store.backend.delete(name)
+        seen, store = plan.picture, self._catalog.store
+        assert seen is not None
+        self._refs.settle_all()  # others may have been killed between publishing and syncing
+        store.refresh()
         self._catalog.forget()
+        for name in set(store.ids(Kind.RECORD)) - seen.records:
+            record = load_let_go(store.get(name, Kind.RECORD))
+            if record.what != "fade":  # commits let patches fade, too
+                raise OutdatedError("others dropped commits, or took that back")
+        going = {name for record in plan.drops for name in record.commits}
+        going |= {name for patch in plan.fading for name in patch.commits}
+        tips = frozenset(self._revisions.tips().values())
+        if going & (tips - seen.tips):
+            raise OutdatedError("refs lead to what was to be dropped")
+        new = dict(self._revisions.reachable(sorted(tips - seen.tips), seen.commits))
+        return self._mark(new, self._catalog.dropped()).objects if new else set()
+
+    def record(self, plan: GcPlan, time: str) -> GcPlan:
+        """Say durably what is let go.  The plan, which knows of that."""
+        known = self._catalog.patches()
+        fading = [patch for patch in plan.fading if any(
+            table == patch.values for table in known.values()
+        )]  # fmt: skip
+        self._catalog.record([*plan.drops, *self._fader.record(fading, time)])
+        assert plan.picture is not None
+        records = self._catalog.store.ids(Kind.RECORD)
+        plan.picture.marked.objects.update(records, bases(self._catalog, records))
+        return replace(plan, picture=replace(plan.picture, records=frozenset(records)))
+
+    def delete(self, packs: Mapping[PackId, Going], needed: Set[ObjectId]) -> None:
+        """Delete packs, unless they hold what is `needed` and nothing else has."""
+        stay = set()
+        for name in needed:
+            for place in self._catalog.store.places(name):
+                if place.pack in packs and name not in packs[place.pack].copied:
+                    stay.add(place.pack)
+        going = {pack: one.folder for pack, one in packs.items() if pack not in stay}
+        self._catalog.store.delete_packs(going)
+        self._catalog.forget()
+
+    def delete_debris(self) -> None:
+        """Delete what writers left that are gone; nobody writes meanwhile."""
+        for name in self._debris():
+            self._catalog.store.backend.delete(name)
 
 
 def _drops(

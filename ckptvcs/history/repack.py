@@ -44,11 +44,14 @@ def plan_merges(catalog: Catalog, marked: Marked, coming: Iterable[Place] = ()) 
     """
     store = catalog.store
     sizes = store.pack_sizes()
-    alone = {place.pack for name in catalog.patches() for place in store.places(name)}
+    alone = {place.pack for name in catalog.patches() for place in store.index.known(name)}
     kept: dict[PackId, list[Place]] = {}
     for name in marked.objects:
+        places = store.index.known(name)
+        if not places:
+            continue  # it was of a patch that a writer has let fade meanwhile
         # Of several copies one is enough, but that in a patch goes with it.
-        place = next((p for p in store.places(name) if p.pack not in alone), store.places(name)[0])
+        place = next((place for place in places if place.pack not in alone), places[0])
         kept.setdefault(place.pack, []).append(place)
     for place in coming:
         kept.setdefault(place.pack, []).append(place)
@@ -89,16 +92,14 @@ def _used(places: list[Place]) -> int:
     return sum(place.entry.record_bytes for place in places)
 
 
-def merge(catalog: Catalog, plan: Merge) -> None:
-    """Copy what is kept into a new pack, then delete the old ones.
+def copy_kept(catalog: Catalog, plan: Merge) -> None:
+    """Copy what is kept into a new pack; the old ones can be deleted then.
 
     Raises:
-        CorruptionError: something is damaged; nothing was deleted.
-        StorageError: the disk is full; nothing was deleted.
+        CorruptionError: something is damaged.
+        StorageError: the disk is full.
     """
     store = catalog.store
     with store.packing(plan.folder) as pack:
         for place in plan.places:
             pack.copy(place.entry, *read_sound(store, place))
-    store.delete_packs(dict.fromkeys(plan.packs, plan.folder))
-    catalog.forget()

@@ -192,16 +192,18 @@ class Revisions:
         hidden = self._catalog.dropped().commits
         return {name: made for name, made in self.commits().items() if name not in hidden}
 
-    def reachable(self, start: Iterable[ObjectId]) -> Iterator[tuple[ObjectId, Commit]]:
+    def reachable(
+        self, start: Iterable[ObjectId], known: Set[ObjectId] = frozenset()
+    ) -> Iterator[tuple[ObjectId, Commit]]:
         """Every commit that can be reached from `start`, each once, children before parents
-        along every line.
+        along every line; not those that are `known`, nor what only these lead to.
         """
         seen: set[ObjectId] = set()
         for tip in start:
             stack = [tip]
             while stack:
                 name = stack.pop()
-                if name in seen:
+                if name in seen or name in known:
                     continue
                 seen.add(name)
                 commit = self._catalog.commit(name)

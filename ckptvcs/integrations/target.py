@@ -15,7 +15,6 @@ from ckptvcs.committing import Result
 from ckptvcs.content import Contents
 from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.repo import Repo
-from ckptvcs.store.leases import patiently
 from ckptvcs.store.object import ObjectId
 
 _log = logging.getLogger("ckptvcs")
@@ -65,15 +64,14 @@ class Target:
         self, path: Path, *, step: int | None, metrics: Mapping[str, float],
         names: Names | None = None,
     ) -> Result:  # fmt: skip
-        """Commit a checkpoint that is complete, when no gc sweeps any more; notes about it are
-        logged.
+        """Commit a checkpoint that is complete; notes about it are logged.
 
         Raises:
-            CkptError: it cannot be committed; BusyError if gc sweeps for as long as a minute.
+            CkptError: it cannot be committed; BusyError if gc deletes for as long as a minute.
         """
-        made = patiently(lambda: self.repo.commit_path(
+        made = self.repo.commit_path(
             path, message=path.name, step=step, metrics=metrics, codec=self.codec, names=names
-        ))  # fmt: skip
+        )
         for note in made.notes:
             _log.warning("%s: %s", path.name, note)
         return made

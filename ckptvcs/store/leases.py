@@ -2,7 +2,9 @@
 
 A writer puts a lease, then looks for an exclusive mark.  gc puts an exclusive mark, then looks for
 leases and for marks of others.  All publish before they look, so at least one of two sees the other
-and backs off.  Each file is its holder's own: none is ever taken over.
+and backs off; it tries again for a while.  gc has the exclusive mark only while it deletes.  While
+it looks at what can go, and copies what stays, its mark keeps out other gcs alone.
+Each file is its holder's own: none is ever taken over.
 A process that dies leaves its file behind, and so does a copy of a repository: `store/holders.py`
 judges whether a holder may still be at work.  One that lives on may fail to delete its file: it
 holds that no more.
@@ -12,13 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import os
 import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from contextvars import ContextVar
+from weakref import WeakKeyDictionary
 
 from ckptvcs.errors import BusyError, CkptError, ConflictError, CorruptionError, StorageError
 from ckptvcs.store import holders
@@ -27,13 +32,16 @@ from ckptvcs.store.holders import Holder, Silence, describe, judge
 from ckptvcs.store.host import boot_id, host_name
 
 _LEASE, _EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
+_SOLE = "marks/gc-"
 _TURNS, _PAUSE = 400, 0.05  # seconds
-_TRIES, _REST = 60, 1.0  # seconds, while gc sweeps
+_REST, _SAY_AFTER = 0.05, 1.0  # seconds
 _MAX_BYTES = 4096
 _GRACE, _LOOK = 2.0, 0.05  # seconds
 
-T = TypeVar("T")
-
+_log = logging.getLogger("ckptvcs")
+_patience = ContextVar("patience", default=60.0)  # seconds
+_leases: WeakKeyDictionary[Backend, set[str]] = WeakKeyDictionary()  # those of this process
+os.register_at_fork(after_in_child=_leases.clear)  # a child holds none
 _meant: set[str] = set()  # the files of this process that it has not withdrawn
 _silence = Silence()
 
@@ -139,29 +147,56 @@ def _held(backend: Backend, prefix: str, *, brief: bool = False) -> Iterator[str
 
 @contextmanager
 def lease(backend: Backend) -> Iterator[str]:
-    """Hold a lease while writing; it names the lease, to be checked before publishing.
+    """Hold a lease while writing; it names the lease, to be checked before publishing.  Waits while
+    gc deletes; see `patience`.  Who holds one already does not: gc waits for him.
 
     Raises:
-        BusyError: gc is sweeping.
+        BusyError: gc still deletes when patience ends.
     """
-    with _held(backend, _LEASE) as name:
-        if live_leases(backend, _EXCLUSIVE):
-            raise BusyError("gc is sweeping this repository", hint="try again in a moment")
-        yield name
+    waiting, own = _Waiting(_patience.get()), _leases.setdefault(backend, set())
+    while True:
+        with _held(backend, _LEASE) as name:
+            # First whether there is another one: who ends it does so before he deletes its file.
+            sweeping = [] if own else live_leases(backend, _EXCLUSIVE)
+            if not sweeping:
+                own.add(name)
+                try:
+                    yield name
+                finally:
+                    own.discard(name)
+                return
+        waiting.go_on("gc is sweeping this repository", _who(backend, sweeping[0]))
 
 
-def patiently(work: Callable[[], T]) -> T:
-    """Do something when no gc sweeps any more.
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """What this thread does meanwhile waits for so long at most where others are at work."""
+    before = _patience.set(seconds)
+    try:
+        yield
+    finally:
+        _patience.reset(before)
 
-    Raises:
-        BusyError: it sweeps for as long as a minute.
-    """
-    for _ in range(_TRIES - 1):
-        try:
-            return work()
-        except BusyError:
-            time.sleep(_REST)
-    return work()
+
+class _Waiting:
+    """A wait that ends, and that says once what it is for."""
+
+    def __init__(self, seconds: float) -> None:
+        self._start, self._seconds, self._said = time.monotonic(), seconds, False
+
+    @property
+    def left(self) -> float:
+        """Seconds until it ends."""
+        return self._start + self._seconds - time.monotonic()
+
+    def go_on(self, what: str, hint: str) -> None:
+        """Rest for a moment.  Raises BusyError where the time is over."""
+        if self.left <= 0:
+            raise BusyError(what, hint=hint)
+        if not self._said and time.monotonic() - self._start > _SAY_AFTER:
+            self._said = True
+            _log.warning("%s: waiting", what)
+        time.sleep(_REST * (0.5 + random.random()))
 
 
 def check_lease(backend: Backend, name: str) -> None:
@@ -173,26 +208,70 @@ def check_lease(backend: Backend, name: str) -> None:
 
 
 @contextmanager
-def exclusive(backend: Backend) -> Iterator[None]:
-    """Keep new writers out while sweeping.  Of two that come at once one goes on at most.
+def exclusive(backend: Backend, own: str = "", *, wait: bool = False) -> Iterator[None]:
+    """Keep writers out, and any other gc but that which holds the mark `own`.  Of two that come at
+    once one goes on at most.  With `wait` it waits for writers that are at work; see `patience`.
+    New ones are let in meanwhile, until half of that time is over.
 
     Raises:
         BusyError: a writer or another gc is at work.
     """
-    with _held(backend, _EXCLUSIVE) as own:
-        others = [name for name in live_leases(backend, _EXCLUSIVE) if name != own]
+    waiting = _Waiting(_patience.get() if wait else 0.0)
+    if not wait:
+        with _alone(backend, own, waiting, stays=True):
+            yield
+        return
+    half = waiting.left / 2
+    while True:
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(_alone(backend, own, waiting, stays=waiting.left <= half))
+            except _WritersError as error:
+                busy = error
+            else:
+                yield
+                return
+        waiting.go_on(busy.message, busy.hint or "")
+
+
+class _WritersError(BusyError):
+    """Writers are at work."""
+
+
+@contextmanager
+def _alone(backend: Backend, own: str, waiting: _Waiting, *, stays: bool) -> Iterator[None]:
+    """Put the exclusive mark, and wait for writers with it in place, where it `stays`."""
+    with _held(backend, _EXCLUSIVE) as mark:
+        others = [*live_leases(backend, _EXCLUSIVE), *live_leases(backend, _SOLE)]
+        others = [name for name in others if name not in (mark, own)]
         if others:
             _silence.keep(backend)
             raise BusyError("another gc is at work", hint=_who(backend, others[0]))
-        writers = live_leases(backend, _LEASE)
-        if writers:
+        while writers := live_leases(backend, _LEASE):
             _silence.keep(backend)
-            what = f"{len(writers)} writer(s) are at work"
-            raise BusyError(what, hint=_who(backend, writers[0]))
+            what, who = f"{len(writers)} writer(s) are at work", _who(backend, writers[0])
+            if not stays or waiting.left <= 0:
+                raise _WritersError(what, hint=who)
+            waiting.go_on(what, who)
         # Who was only silent finds his lease gone before he publishes what is swept now.
         for name in dead_leases(backend):
             backend.delete(name)
         yield
+
+
+@contextmanager
+def sole(backend: Backend) -> Iterator[str]:
+    """Be the only gc, beside writers; the name of the mark.
+
+    Raises:
+        BusyError: another gc is at work.
+    """
+    with _held(backend, _SOLE) as mark:
+        others = [*live_leases(backend, _EXCLUSIVE), *live_leases(backend, _SOLE)]
+        others = [name for name in others if name != mark]
+        if others:
+            raise BusyError("another gc is at work", hint=_who(backend, others[0]))
+        yield mark
 
 
 @contextmanager

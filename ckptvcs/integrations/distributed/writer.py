@@ -36,7 +36,6 @@ from ckptvcs.integrations.target import Where
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
 from ckptvcs.shards import Shard
-from ckptvcs.store.leases import patiently
 
 _GROUPS = "param_groups"
 
@@ -108,7 +107,7 @@ class CkptWriter(StorageWriter):
         if said["step"] is None:
             said["step"] = step_in_name(self._name)  # rather than what the state says
         self._joint = Joint(open_once(self._where, make=True), self._name, **said)
-        ticket = patiently(self._joint.begin)
+        ticket = self._joint.begin()
         given = keep_together([plan.items for plan in plans], [plan.storage_data for plan in plans])
         return [
             dataclasses.replace(plan, items=items, storage_data=ticket)

@@ -1,0 +1,113 @@
+"""Sweep: one gc from its plan to the last pack that it deletes, beside writers.
+
+    plan      beside writers
+    record    what is dropped and fades: no writer is let in
+    delete    what the plan does not mark, a batch of packs at a time: no writer is let in
+    merge     tiny packs, and those that are mostly waste: beside writers
+    delete    the packs that were merged, in the same way
+
+Writers wait for one batch at most.  Whatever contradicts the plan meanwhile begins it anew.  The
+last attempt lets no writer in at all, so that gc comes to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+from ckptvcs.errors import CorruptionError, StorageError
+from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.gc import Collector, GcPlan, Going, OutdatedError
+from ckptvcs.history.repack import copy_kept, plan_merges
+from ckptvcs.history.retention import Policy
+from ckptvcs.store import disk
+from ckptvcs.store.leases import exclusive
+from ckptvcs.store.object import PackId
+
+_BATCH = 2000  # packs that are deleted while no writer is let in
+_BESIDE = 3  # attempts beside writers
+
+Step = Callable[[], None]
+
+
+class Sweep:
+    """One gc of a repository; `mark` says that there is no other one."""
+
+    def __init__(self, collector: Collector, catalog: Catalog, mark: str) -> None:
+        self._collector, self._catalog, self._mark = collector, catalog, mark
+        self._lets_in = True
+
+    def run(
+        self, policy: Policy, time: str, *, sweep: bool, before_drop: Step, rekey: Step | None
+    ) -> GcPlan:
+        """Plan, record and, with `sweep`, delete; `before_drop` is called before the first record
+        of a drop is written, `rekey` once everything is recorded.
+
+        Raises:
+            BusyError: a writer is at work, and stays so.
+            CorruptionError: something that is needed is missing: nothing was deleted.
+            StorageError: the disk fails.
+        """
+        plan: GcPlan | None = None
+        for attempt in range(_BESIDE + 1):
+            is_last = attempt == _BESIDE
+            with self._alone() if is_last else nullcontext():
+                self._lets_in = not is_last
+                try:
+                    if plan is None:
+                        plan = self._recorded(self._collector.plan(policy, time), time, before_drop)
+                    else:
+                        plan = self._collector.after(plan, time)
+                    if rekey is not None:
+                        rekey()
+                        rekey, plan = None, self._collector.after(plan, time)
+                    if sweep:
+                        self._sweep(plan)
+                    return plan
+                except (OutdatedError, CorruptionError):
+                    if is_last:
+                        raise
+                finally:
+                    self._lets_in = True
+        raise AssertionError("the last attempt returns or raises")
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Let no writer in, for a moment."""
+        backend = self._catalog.store.backend
+        return exclusive(backend, self._mark, wait=True) if self._lets_in else nullcontext()
+
+    def _recorded(self, plan: GcPlan, time: str, before_drop: Step) -> GcPlan:
+        if not plan.drops and not plan.fading:
+            return plan
+        with self._alone():
+            self._collector.require_current(plan)
+            if plan.drops:
+                before_drop()
+            return self._collector.record(plan, time)
+
+    def _sweep(self, plan: GcPlan) -> None:
+        self._delete(plan, {pack: Going(folder) for pack, folder in plan.packs.items()})
+        assert plan.picture is not None
+        merged: dict[PackId, Going] = {}
+        for merge in plan_merges(self._catalog, plan.picture.marked):
+            try:
+                copy_kept(self._catalog, merge)
+            except StorageError as error:
+                if not disk.is_full(error):
+                    raise
+                break  # what was to be freed is; the packs stay as they are
+            copied = frozenset(place.entry.id for place in merge.places)
+            merged |= {pack: Going(merge.folder, copied) for pack in merge.packs}
+        if merged:
+            self._delete(plan, merged)
+
+    def _delete(self, plan: GcPlan, packs: Mapping[PackId, Going]) -> None:
+        left = list(packs.items())
+        while True:
+            with self._alone():
+                needed = self._collector.require_current(plan)
+                self._collector.delete_debris()
+                self._collector.delete(dict(left[:_BATCH]), needed)
+            left = left[_BATCH:]
+            if not left:
+                return
