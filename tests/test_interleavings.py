@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -100,7 +101,8 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     points: list[tuple[Any, str, str]] = [
         (keeping, "live_leases", "look for leases"), (keeping, "turn", "turn"),
         (Fader, "delete", "delete patches"), (Originals, "delete", "delete the original"),
-        (care.Care, "_rekey", "rekey"), (gc.Collector, "sweep", "sweep"),
+        (care.Care, "_rekey", "rekey"), (gc.Collector, "record", "record"),
+        (gc.Collector, "delete", "sweep"),
     ]  # fmt: skip
     if every:
         points += [
@@ -115,7 +117,9 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     patches += [
         mock.patch.object(Refs, "publish", moving),
         mock.patch.object(committing.Committer, "_fade", stage.stopping("look for pins", fade)),
-        mock.patch.multiple(leases, _GRACE=-1.0, _TURNS=1, _PAUSE=0.0, _TRIES=1),
+        mock.patch.multiple(
+            leases, _GRACE=-1.0, _TURNS=1, _PAUSE=0.0, _patience=ContextVar("none", default=0.0)
+        ),
     ]
     return patches
 
