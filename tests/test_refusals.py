@@ -201,7 +201,8 @@ class Trial:
         for step in (4, 5) if self.name in ("import", "watch") else ():
             is_there = (root / "found" / f"step-{step}.pt").exists()
             assert is_there or any(one["step"] == step for one in new.values()), f"{step} is lost"
-        if ran.code == 0:
+        is_told = self.name == "watch" and "error: step-" in ran.err  # which goes on
+        if ran.code == 0 and not is_told:
             assert len(found["commits"]) == len(after), "it is not done"
 
 
