@@ -405,16 +405,6 @@ def sweeper(world: World, *, drops: bool = False) -> Actor:
             world.backend.delete(PATCH)
 
 
-class _NoRenewal:
-    is_there = True
-
-    def of(self, hold: object) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-
 def only(actor: Actor, steps: Set[str]) -> Actor:
     """An actor that stops at some of its steps only, and at what has to be seen in the log."""
     return (label for label in actor if label in steps)
@@ -450,10 +440,7 @@ def _orders(
         count, deleted = count + 1, deleted + (not world.original)
         return world.taken
 
-    with (
-        mock.patch.multiple(leases, _GRACE=-1.0, _TURNS=1, _PAUSE=0.0, _LOOK=0.0),
-        mock.patch.object(leases, "_Renewal", _NoRenewal),
-    ):
+    with mock.patch.multiple(leases, _GRACE=-1.0, _TURNS=1, _PAUSE=0.0, _LOOK=0.0):
         for _ in every_order(run):
             pass
     return count, deleted

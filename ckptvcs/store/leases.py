@@ -92,31 +92,61 @@ def await_others(backend: Backend, others: Iterable[str]) -> bool:
     return True
 
 
-class _Renewal:
-    """Renews what this process holds, for those who cannot see the process."""
+class Renewals:
+    """Renews what this process holds, for those who cannot see the process, by one thread that ends
+    a while after nothing is held any more.
+    """
 
     def __init__(self) -> None:
-        self._ended = threading.Event()
-        self._hold: Hold | None = None
-        try:
-            threading.Thread(target=self._run, name="ckpt-lease", daemon=True).start()
-        except RuntimeError:  # no thread can be started
-            self.is_there = False
-        else:
-            self.is_there = True
+        self.forget()
 
-    def of(self, hold: Hold | None) -> None:
-        """What is to be renewed from now on."""
-        self._hold = hold
+    def forget(self) -> None:
+        """Nothing is held, and no thread runs: so it is in a forked child."""
+        self._lock, self._holds = threading.Lock(), set[Hold]()
+        self._is_running = False
 
-    def end(self) -> None:
-        """Nothing is renewed any more."""
-        self._ended.set()
+    def begin(self) -> bool:
+        """Whether what is added from now on will be renewed."""
+        with self._lock:
+            if not self._is_running:
+                with contextlib.suppress(RuntimeError):  # no thread can be started
+                    threading.Thread(target=self._run, name="ckpt-lease", daemon=True).start()
+                    self._is_running = True
+            return self._is_running
+
+    def add(self, hold: Hold) -> None:
+        """Renew something."""
+        with self._lock:
+            self._holds.add(hold)
+        self.begin()  # the thread may have ended just before
+
+    def remove(self, hold: Hold) -> None:
+        """Renew it no more."""
+        with self._lock:
+            self._holds.discard(hold)
 
     def _run(self) -> None:
-        while not self._ended.wait(holders.BEAT):
-            if self._hold is not None:
-                self._hold.renew()
+        while True:
+            time.sleep(holders.BEAT)
+            with self._lock:
+                holds = list(self._holds)
+                self._is_running = bool(holds)
+            if not holds:
+                return
+            for hold in holds:
+                hold.renew()
+
+
+_renewals = Renewals()
+
+
+def _forked() -> None:
+    """A child holds nothing of its parent's."""
+    _renewals.forget()
+    _meant.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager
@@ -127,18 +157,17 @@ def _held(backend: Backend, prefix: str, *, brief: bool = False) -> Iterator[str
     name = f"{prefix}{secrets.token_hex(12)}"
     _meant.add(name)
     hold = None
-    renewal = None if brief else _Renewal()
-    is_renewed = renewal is None or renewal.is_there
+    is_renewed = brief or _renewals.begin()
     try:
         hold = backend.hold(
             name, lambda trace: describe(trace, host_name(), boot_id(), is_renewed=is_renewed)
         )
-        if renewal is not None:
-            renewal.of(hold)
+        if not brief:
+            _renewals.add(hold)
         yield name
     finally:
-        if renewal is not None:
-            renewal.end()
+        if hold is not None:
+            _renewals.remove(hold)
         _meant.discard(name)
         # Where it cannot be deleted it counts no more: nobody holds it.
         with contextlib.suppress(StorageError):

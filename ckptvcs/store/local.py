@@ -66,6 +66,7 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._settled: set[str] = set()
+        self._folders: set[Path] = set()  # in which this object has published something
         self._doubtful: set[str] = set()  # seen, and perhaps not durable
         self._has_links = True  # as far as is known
         self._is_rooted = False  # whether the way to `root` was synced
@@ -126,9 +127,22 @@ class LocalBackend:
             raise self._refused(error, name) from error
 
     def writer(self) -> LocalWriter:
-        return LocalWriter(self.root, self._published)
+        return LocalWriter(self.root, self)
 
-    def _published(self, name: str, *, linked: bool) -> None:
+    def publish(self, path: Path, name: str) -> None:
+        """Give a synced file its name, durably.  Raises OSError."""
+        target = self.root / name
+        refuse_links(self.root, *PurePosixPath(name).parents)
+        if target.parent not in self._folders:
+            disk.make_folder(target.parent)
+        try:
+            linked = disk.link(path, target)  # crash before: debris in tmp/; after: visible
+        except FileNotFoundError:  # the folder has been deleted
+            self._folders.discard(target.parent)
+            disk.make_folder(target.parent)
+            linked = disk.link(path, target)
+        disk.sync_folder(target.parent)
+        self._folders.add(target.parent)
         self._settled.add(name)
         self._has_links &= linked
 
@@ -235,9 +249,8 @@ class LocalBackend:
 class LocalWriter:
     """A file of a LocalBackend on its way, in tmp/ until it is published."""
 
-    def __init__(self, root: Path, published: Callable[..., None]) -> None:
-        """`published` is told of the name that the file has got, durably."""
-        self._root, self._published = root, published
+    def __init__(self, root: Path, backend: LocalBackend) -> None:
+        self._backend = backend
         self._path = root / "tmp" / secrets.token_hex(16)
         self._unsynced = 0
         self._syncing: Future[None] | None = None
@@ -263,17 +276,12 @@ class LocalWriter:
 
     def publish(self, name: str) -> None:
         assert self._file is not None
-        target = self._root / name
         try:
             if self._syncing is not None:
                 self._syncing.result()
             disk.sync(self._file)
             self._file.close()
-            refuse_links(self._root, *PurePosixPath(name).parents)
-            disk.make_folder(target.parent)
-            linked = disk.link(self._path, target)  # crash before: debris in tmp/; after: visible
-            disk.sync_folder(target.parent)
-            self._published(name, linked=linked)
+            self._backend.publish(self._path, name)
         except FileExistsError as error:
             raise ConflictError(f"{name} exists already") from error
         except OSError as error:

@@ -329,6 +329,7 @@ def test_who_renews_nothing_is_never_silent(
 
 def test_a_lease_is_renewed_while_it_is_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holders, "BEAT", 0.01)
+    monkeypatch.setattr(leases, "_renewals", leases.Renewals())
     backend = LocalBackend(root)
     with lease(backend) as name:
         first = backend.look(name, 4096)[1].renewed_ns
@@ -343,6 +344,7 @@ def test_where_no_thread_can_be_started(root: Path, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(leases, "_renewals", leases.Renewals())
     backend = LocalBackend(root)
     with lease(backend) as name:
         assert json.loads(backend.read(name))["renewed"] is False
