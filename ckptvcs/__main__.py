@@ -24,7 +24,8 @@ def main() -> None:
 
 def _refused(line: str) -> int:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or full
-        sys.stderr.write(f"{line}\n")
+        # Without the modules that make texts plain: all but ASCII is escaped.
+        sys.stderr.write(line.encode("unicode_escape").decode("ascii") + "\n")
     return 8  # of errors.StorageError
 
 

@@ -256,11 +256,9 @@ class Repo(Care):
         message: str,
         metrics: Mapping[str, float],
         codec: str | None,
-        branch: str | None = None,
-        head_stays: bool = False,
-        progress: Progress = quiet,
+        branch: str | None = None, head_stays: bool = False, progress: Progress = quiet,
         announce: Announce | None = None,
-    ) -> Result:
+    ) -> Result:  # fmt: skip
         """Commit what has been opened already; see `Committer`."""
         from ckptvcs.committing import Committer, silent  # noqa: PLC0415
         from ckptvcs.request import Request  # noqa: PLC0415
@@ -280,12 +278,11 @@ class Repo(Care):
         alone = self._holder.acquire(blocking=False)
         try:
             held = self._held if alone else None
-            committer = Committer(
-                self.catalog, self.refs, bases, config, progress, held, announce or silent,
-                rule=lambda: self.commit_config().exact_rule,
-            )  # fmt: skip
             with checkpoint.kept_open():
-                result = committer.commit(request)
+                result = Committer(
+                    self.catalog, self.refs, bases, config, progress, held, announce or silent,
+                    rule=lambda: self.commit_config().exact_rule,
+                ).commit(request)  # fmt: skip
         finally:
             if alone:
                 self._holder.release()

@@ -147,10 +147,10 @@ def main() -> None:
     prepare()
     # What is loaded now stays: looking through it again and again is a tenth of `ckpt log`.
     gc.freeze()
-    sys.exit(_run())
+    sys.exit(run())
 
 
-def _run() -> str | int | None:
+def run() -> str | int | None:
     """Run the command line: its exit code."""
     code: str | int | None = None
     try:
