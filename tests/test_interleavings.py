@@ -41,6 +41,13 @@ Make = Callable[[Path], dict[str, Callable[[], object]]]
 Found = tuple[Taken, list[tuple[str, str]], str | None]
 
 
+@pytest.fixture(autouse=True)
+def _impatient() -> Iterator[None]:
+    """Actors take turns in one thread: who waited for another one would wait for himself."""
+    with leases.patience(0):
+        yield
+
+
 # -- the code as it is -----------------------------------------------------------------------------
 
 

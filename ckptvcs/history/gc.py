@@ -184,7 +184,7 @@ class Collector:
         kept = self.held_bytes(debris=True) - freed
         return GcPlan(
             decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops), tuple(loose),
-            Picture(commits.keys(), records, tips, marked),
+            Picture(frozenset(commits), records, tips, marked),
         )  # fmt: skip
 
     def after(self, plan: GcPlan, time: str) -> GcPlan:
