@@ -14,13 +14,13 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ckptvcs.checkpoint.staging import Staging
 from ckptvcs.errors import CkptError
-from ckptvcs.parallel import start
+from ckptvcs.parallel import Pool
 
 _COPIES = 2  # one that is coded, one that waits
 _log = logging.getLogger("ckptvcs")
@@ -33,7 +33,7 @@ class Background(Generic[T]):
 
     def __init__(self) -> None:
         self.process = os.getpid()  # a forked child has none of the threads
-        self._thread = ThreadPoolExecutor(1, "ckpt-background")
+        self._thread = Pool(1, "ckpt-background")
         self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
         self._open: list[tuple[str, Future[T]]] = []
         self._lock = threading.Lock()
@@ -79,7 +79,7 @@ class Background(Generic[T]):
 
         with self._lock:
             try:
-                start(self._thread, run)
+                self._thread.start(run)
             except BaseException:  # the interpreter ends
                 self.release(staging)
                 raise

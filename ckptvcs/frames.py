@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ from ckptvcs.coding.exact import SAME
 from ckptvcs.coding.group import CodedSlice
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.parallel import start
+from ckptvcs.parallel import Pool
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackInfo, PackWriter
 
@@ -125,15 +125,15 @@ class PatchWriter:
     def __init__(self, new_pack: Callable[[], PackWriter], *, joined: bool = False) -> None:
         self._region = _Region(new_pack)
         self._put = partial(self._region.append, hashed=joined)
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: Pool | None = None
         self._slices: dict[tuple[int, int], Future[Slice]] = {}
         self._late: deque[Future[Slice]] = deque()
 
     def append(self, tensor: int, index: int, buffers: Buffers) -> None:
         """Add a slice of a tensor.  The buffers must stay as they are until `frame`."""
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "ckpt-patch")
-        future = start(self._thread, partial(self._put, *buffers))
+            self._thread = Pool(1, "ckpt-patch")
+        future = self._thread.start(partial(self._put, *buffers))
         self._slices[tensor, index] = future
         self._late.append(future)
         if len(self._late) > _LATE:
@@ -175,5 +175,5 @@ class PatchWriter:
     def abort(self) -> None:
         """Leave nothing behind that is not published, and no thread."""
         if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown(cancel=True)
         self._region.abort()

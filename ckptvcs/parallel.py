@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from _thread import start_new_thread
+from _thread import LockType, allocate_lock, start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,6 +23,7 @@ _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants 
 _LEAST = 19  # the priority that comes last
 _PROCESS = os.getpid()  # that has loaded this
 _BLAS_THREADS = frozenset({"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"})
+_BIRTH = 5.0  # seconds, after which a thread has died in its first moment
 _AHEAD = 2  # items more than threads, so that none idles while a slow one is waited for
 
 T = TypeVar("T")
@@ -42,10 +43,10 @@ def _cores() -> int:
 
 
 @lru_cache(2)
-def _pool(process: int, background: bool) -> ThreadPoolExecutor:
+def _pool(process: int, background: bool) -> Pool:
     """The threads of this process; a forked child makes its own."""
     workers = max(1, worker_count() - background)  # one core is somebody else's
-    return ThreadPoolExecutor(workers, thread_name_prefix=f"ckpt-{process}")
+    return Pool(workers, f"ckpt-{process}")
 
 
 _thread = local()
@@ -112,14 +113,50 @@ class _Work(Generic[R]):
             self.future.set_result(result)
 
 
-def start(pool: ThreadPoolExecutor, function: Callable[[], R]) -> Future[R]:
-    """Have a pool do something; where it has no thread and gets none, do it here and now."""
-    work = _Work(function)
+class Pool:
+    """Some threads, which are started as they are needed."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self._executor = ThreadPoolExecutor(most, name)
+        self._unborn = most
+
+    def start(self, function: Callable[[], R]) -> Future[R]:
+        """Have something done by a thread; where the system gives none, do it here and now."""
+        work = _Work(function)
+        if self._unborn and not may_start_thread():
+            work()
+            return work.future
+        self._unborn = max(0, self._unborn - 1)
+        try:
+            self._executor.submit(work)
+        except (RuntimeError, MemoryError):  # which leave it in the queue
+            work()
+        return work.future
+
+    def shutdown(self, *, cancel: bool = False) -> None:
+        """Wait for the threads to end; what has not begun may be cancelled."""
+        self._executor.shutdown(cancel_futures=cancel)
+
+
+def may_start_thread() -> bool:
+    """Whether the system gives a thread that finds the memory which it needs in its first moment:
+    `Thread.start` waits for ever for one that does not.
+    """
+    alive = allocate_lock()
+    alive.acquire()
+    # That takes no frame of Python, for which there may be no memory, and keeps nothing.
+    hook, sys.unraisablehook = sys.unraisablehook, deque[object](maxlen=0).append
     try:
-        pool.submit(work)
-    except (RuntimeError, MemoryError):  # which leave it in the queue of the pool
-        work()
-    return work.future
+        start_new_thread(_be_born, (alive,))
+        return alive.acquire(timeout=_BIRTH)
+    except (RuntimeError, MemoryError):
+        return False
+    finally:
+        sys.unraisablehook = hook
+
+
+def _be_born(alive: LockType) -> None:
+    alive.release()
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -133,7 +170,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     with _short_turns():
         try:
             for item in items:
-                waiting.append(start(pool, partial(function, item)))
+                waiting.append(pool.start(partial(function, item)))
                 if len(waiting) > worker_count() + _AHEAD:
                     yield waiting.popleft().result()
             while waiting:

@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,6 +25,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.log import LogEntry
 from ckptvcs.names import safe_path
 from ckptvcs.restore import Restorer
+from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.object import ObjectId
 
 _SKIP, _HIGHEST = 125, 127  # exit codes of a command, as `git bisect run` has them
@@ -177,9 +177,9 @@ def command_judge(command: Sequence[str], write: Callable[[ObjectId, Path], obje
     """
 
     def judge(entry: LogEntry) -> Verdict:
-        with tempfile.TemporaryDirectory(prefix="ckpt-bisect-", ignore_cleanup_errors=True) as at:
+        with scratch_folder("ckpt-bisect-") as at:
             path = entry.commit.path
-            target = Path(at) / ("checkpoint" if path == "." else safe_path(path).name)
+            target = at / ("checkpoint" if path == "." else safe_path(path).name)
             write(entry.id, target)
             return _verdict(_run(command, entry, target), entry)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,6 +37,7 @@ from ckptvcs.history.schema import TensorInfo
 from ckptvcs.names import safe_path
 from ckptvcs.restore import Restorer
 from ckptvcs.store import pack as packs
+from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.index import Place
 from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.objects import ObjectStore
@@ -87,8 +87,8 @@ class Report:
 @contextlib.contextmanager
 def packs_alone(catalog: Catalog) -> Iterator[Catalog]:
     """The same objects, by an index made of the packs alone."""
-    with tempfile.TemporaryDirectory(prefix="ckpt-verify-") as folder:
-        store = ObjectStore(catalog.store.backend, Path(folder) / "index", keys_of)
+    with scratch_folder("ckpt-verify-") as folder:
+        store = ObjectStore(catalog.store.backend, folder / "index", keys_of)
         try:
             store.refresh()
             yield Catalog(store)
@@ -126,8 +126,8 @@ class Verifier:
         """Look at everything; damage is collected, not raised.  `index` is the store whose index is
         to be compared with the packs.
         """
-        with tempfile.TemporaryDirectory(prefix="ckpt-verify-") as folder:
-            self._recent = RecentTables(Path(folder))
+        with scratch_folder("ckpt-verify-") as folder:
+            self._recent = RecentTables(folder)
             self._chain = ChainReader(self._catalog, self._recent.get)
             return self._run(index)
 

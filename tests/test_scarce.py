@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +34,11 @@ LIMITS = range(140, 400, 4 if NIGHTLY else 60)  # MiB; below, OpenBLAS ends the 
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system gives no thread from now on."""
 
-    def refused(_: threading.Thread) -> None:
+    def refused(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(parallel, "start_new_thread", refused)
     parallel._pool.cache_clear()
 
 
@@ -94,27 +94,41 @@ def test_work_that_stays_in_a_queue_is_done_once(monkeypatch: pytest.MonkeyPatch
         calm(thread)
 
     done: list[int] = []
-    with ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr(threading.Thread, "start", refused_once)
-        first = parallel.start(pool, partial(done.append, 1))
-        assert first.done()  # here and now
-        parallel.start(pool, partial(done.append, 2)).result()  # by a thread, which finds both
+    pool = parallel.Pool(1, "test")
+    monkeypatch.setattr(threading.Thread, "start", refused_once)
+    first = pool.start(partial(done.append, 1))
+    assert first.done()  # here and now
+    pool.start(partial(done.append, 2)).result()  # by a thread, which finds both
+    pool.shutdown()
     assert done == [1, 2]
-    with ThreadPoolExecutor(1) as pool:
-        pool.shutdown()
-        with pytest.raises(ZeroDivisionError):
-            parallel.start(pool, lambda: 1 // 0).result()
+    with pytest.raises(ZeroDivisionError):
+        pool.start(lambda: 1 // 0).result()
+
+
+def test_a_thread_that_dies_in_its_first_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(parallel, "_BIRTH", 0.2)
+    monkeypatch.setattr(parallel, "_be_born", dies)
+    before = sys.unraisablehook
+    assert not parallel.may_start_thread()
+    assert sys.unraisablehook is before
+    assert parallel.Pool(1, "test").start(threading.get_ident).result() == threading.get_ident()
+    monkeypatch.undo()
+    assert parallel.may_start_thread()
 
 
 def test_work_that_was_cancelled_is_not_done() -> None:
     done: list[int] = []
     gate = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        first = parallel.start(pool, gate.wait)
-        second = parallel.start(pool, partial(done.append, 1))
-        assert second.cancel()
-        gate.set()
-        first.result()
+    pool = parallel.Pool(1, "test")
+    first = pool.start(gate.wait)
+    second = pool.start(partial(done.append, 1))
+    assert second.cancel()
+    gate.set()
+    first.result()
+    pool.shutdown()
     assert not done
 
 
@@ -124,7 +138,7 @@ def test_limited_memory(args: str, cut_folder: Path) -> None:
     (template / "repo").mkdir(parents=True)
     repo = Repo.init(template / "repo")
     for step in (1, 2):
-        state = {"model": {"w": torch.randn(1000, 1500)}, "step": step}
+        state = {"model": {"w": torch.randn(3000, 1500)}, "step": step}
         torch.save(state, template / f"step-{step}.pt")
     repo.commit_path(template / "step-1.pt", message="")
     codes = set()

@@ -6,7 +6,6 @@ times faster, and cost about a second to load: they are worth it from some amoun
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec.words import Words
+from ckptvcs.parallel import may_start_thread
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
@@ -47,7 +47,7 @@ def prepare(size_bytes: int) -> None:
     if wanted == "0" or _State.loops is not None:
         return
     loaded = threading.Event()
-    with contextlib.suppress(RuntimeError, MemoryError):  # the system gives no thread
+    if may_start_thread():
         threading.Thread(target=_announce, args=[loaded], daemon=True).start()
     try:
         from ckptvcs.codec import compiled  # noqa: PLC0415  takes about a second

@@ -12,6 +12,9 @@ import ctypes
 import errno
 import os
 import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +57,21 @@ def read_text(path: Path, most: int) -> str:
     if len(data) > most:
         raise ValueError(f"it has more than {most} bytes")
     return data.decode("utf-8")
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A folder for temporary files.  What cannot be deleted at its end stays: TemporaryDirectory
+    of Python 3.11 tries again without an end where it may not list a folder.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_full(error: StorageError) -> bool:

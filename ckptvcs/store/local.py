@@ -19,13 +19,13 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ckptvcs.errors import ConflictError, CorruptionError
-from ckptvcs.parallel import start
+from ckptvcs.parallel import Pool
 from ckptvcs.store import disk
 from ckptvcs.store.backend import Trace
 from ckptvcs.store.disk import storage_error
@@ -50,9 +50,9 @@ def refuse_links(root: Path, *folders: PurePosixPath) -> None:
 
 
 @lru_cache(1)
-def _background(process: int) -> ThreadPoolExecutor:
+def _background(process: int) -> Pool:
     """A thread of this process; a forked child makes its own."""
-    return ThreadPoolExecutor(1, f"ckpt-sync-{process}")
+    return Pool(1, f"ckpt-sync-{process}")
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -239,7 +239,7 @@ class LocalBackend:
             else:  # which takes a while, and nobody has to wait for
                 aside = self.root / "tmp" / secrets.token_hex(16)
                 disk.rename(path, aside)
-                start(_background(os.getpid()), partial(aside.unlink, missing_ok=True))
+                _background(os.getpid()).start(partial(aside.unlink, missing_ok=True))
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -269,7 +269,7 @@ class LocalWriter:
             if self._unsynced > _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
                 self._unsynced = 0
                 sync = partial(os.fdatasync, self._file.fileno())
-                self._syncing = start(_background(os.getpid()), sync)
+                self._syncing = _background(os.getpid()).start(sync)
         except OSError as error:
             self.abort()
             raise storage_error(error, "write to the repository") from error
