@@ -33,7 +33,7 @@ class Background(Generic[T]):
 
     def __init__(self) -> None:
         self.process = os.getpid()  # a forked child has none of the threads
-        self._thread = Pool(1, "ckpt-background")
+        self._thread = Pool(1)
         self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
         self._open: list[tuple[str, Future[T]]] = []
         self._lock = threading.Lock()

@@ -132,7 +132,7 @@ class PatchWriter:
     def append(self, tensor: int, index: int, buffers: Buffers) -> None:
         """Add a slice of a tensor.  The buffers must stay as they are until `frame`."""
         if self._thread is None:
-            self._thread = Pool(1, "ckpt-patch")
+            self._thread = Pool(1)
         future = self._thread.start(partial(self._put, *buffers))
         self._slices[tensor, index] = future
         self._late.append(future)

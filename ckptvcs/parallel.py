@@ -13,11 +13,12 @@ import sys
 from _thread import LockType, allocate_lock, start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
-from threading import Event, Lock, get_native_id, local
-from typing import Generic, TypeVar
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Semaphore, get_native_id, local
+from typing import Any, Generic, TypeVar
 
 _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
 _LEAST = 19  # the priority that comes last
@@ -46,7 +47,7 @@ def _cores() -> int:
 def _pool(process: int, background: bool) -> Pool:
     """The threads of this process; a forked child makes its own."""
     workers = max(1, worker_count() - background)  # one core is somebody else's
-    return Pool(workers, f"ckpt-{process}")
+    return Pool(workers)
 
 
 _thread = local()
@@ -114,49 +115,92 @@ class _Work(Generic[R]):
 
 
 class Pool:
-    """Some threads, which are started as they are needed."""
+    """Some threads, which are started as they are needed, and end with the process."""
 
-    def __init__(self, most: int, name: str) -> None:
-        self._executor = ThreadPoolExecutor(most, name)
-        self._unborn = most
+    def __init__(self, most: int) -> None:
+        self._most, self._process = most, os.getpid()
+        self._queue: SimpleQueue[_Work[Any] | None] = SimpleQueue()
+        self._idle, self._lock = Semaphore(0), Lock()
+        self._ends: list[LockType] = []  # of each thread: it is free once that has ended
 
     def start(self, function: Callable[[], R]) -> Future[R]:
         """Have something done by a thread; where the system gives none, do it here and now."""
         work = _Work(function)
-        if self._unborn and not may_start_thread():
-            work()
-            return work.future
-        self._unborn = max(0, self._unborn - 1)
-        try:
-            self._executor.submit(work)
-        except (RuntimeError, MemoryError):  # which leave it in the queue
-            work()
+        if self._idle.acquire(blocking=False):
+            self._queue.put(work)
+        elif not self._is_with_new_thread(work):
+            if self._ends:
+                self._queue.put(work)
+            else:
+                work()
         return work.future
+
+    def _is_with_new_thread(self, work: _Work[Any]) -> bool:
+        """Whether one more thread could be started, for some work to begin with."""
+        with self._lock:
+            if len(self._ends) == self._most:
+                return False
+            end = allocate_lock()
+            end.acquire()
+            begun = start_thread(partial(self._serve, end, [work]))
+            if begun:
+                self._ends.append(end)
+            return begun
+
+    def _serve(self, end: LockType, first: list[_Work[Any]]) -> None:
+        try:
+            work: _Work[Any] | None = first.pop()  # which nothing else holds until the thread ends
+            while work is not None:
+                with suppress(BaseException):  # which its future has
+                    work()
+                del work
+                try:
+                    work = self._queue.get_nowait()
+                except Empty:
+                    self._idle.release()
+                    work = self._queue.get()
+        finally:
+            end.release()
 
     def shutdown(self, *, cancel: bool = False) -> None:
         """Wait for the threads to end; what has not begun may be cancelled."""
-        self._executor.shutdown(cancel_futures=cancel)
+        if os.getpid() != self._process:
+            return  # a forked child has none of them
+        with suppress(Empty):
+            while cancel and (work := self._queue.get_nowait()) is not None:
+                work.future.cancel()
+        with self._lock:
+            ends, self._ends = self._ends, []
+        for _ in ends:
+            self._queue.put(None)
+        for end in ends:
+            end.acquire()
 
 
-def may_start_thread() -> bool:
-    """Whether the system gives a thread that finds the memory which it needs in its first moment:
-    `Thread.start` waits for ever for one that does not.
+def start_thread(run: Callable[[], object]) -> bool:
+    """Run something in a thread that nobody waits for; whether the system gives one, with the
+    memory that it needs in its first moment: `Thread.start` waits for ever for one without.
     """
-    alive = allocate_lock()
+    alive, wanted = allocate_lock(), [True]
     alive.acquire()
     # That takes no frame of Python, for which there may be no memory, and keeps nothing.
     hook, sys.unraisablehook = sys.unraisablehook, deque[object](maxlen=0).append
     try:
-        start_new_thread(_be_born, (alive,))
-        return alive.acquire(timeout=_BIRTH)
+        start_new_thread(_live, (alive, wanted, run))
+        if alive.acquire(timeout=_BIRTH):
+            return True
     except (RuntimeError, MemoryError):
         return False
     finally:
         sys.unraisablehook = hook
+    wanted.clear()
+    return False
 
 
-def _be_born(alive: LockType) -> None:
+def _live(alive: LockType, wanted: list[bool], run: Callable[[], object]) -> None:
     alive.release()
+    if wanted:  # else it comes too late
+        run()
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

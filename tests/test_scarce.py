@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+from _thread import start_new_thread
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,51 +86,63 @@ def test_a_forked_child_hashes_by_itself(tmp_path: Path) -> None:
     assert apart(partial(hash_file, path)) == mine
 
 
-def test_work_that_stays_in_a_queue_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = threading.Thread.start
-    refusals = [False, True]  # the last one first
+def test_the_next_work_has_a_thread_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm, refusals = start_new_thread, [False, True]  # the last one first
 
-    def refused_once(thread: threading.Thread) -> None:
+    def refused_once(*args: Any) -> int:
         if refusals.pop():
             raise RuntimeError("can't start new thread")
-        calm(thread)
+        return calm(*args)
 
-    done: list[int] = []
-    pool = parallel.Pool(1, "test")
-    monkeypatch.setattr(threading.Thread, "start", refused_once)
-    first = pool.start(partial(done.append, 1))
-    assert first.done()  # here and now
-    pool.start(partial(done.append, 2)).result()  # by a thread, which finds both
-    pool.shutdown()
-    assert done == [1, 2]
+    monkeypatch.setattr(parallel, "start_new_thread", refused_once)
+    pool = parallel.Pool(1)
+    assert pool.start(threading.get_ident).result() == threading.get_ident()
+    assert pool.start(threading.get_ident).result() != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
         pool.start(lambda: 1 // 0).result()
+    assert pool.start(threading.get_ident).result() != threading.get_ident()  # it is still there
+    assert not refusals
+    pool.shutdown()
+    apart(pool.shutdown)  # waits for nobody
 
 
 def test_a_thread_that_dies_in_its_first_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dies(_: object) -> None:
+    def dies(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(parallel, "_BIRTH", 0.2)
-    monkeypatch.setattr(parallel, "_be_born", dies)
+    monkeypatch.setattr(parallel, "_live", dies)
     before = sys.unraisablehook
-    assert not parallel.may_start_thread()
+    pool = parallel.Pool(1)
+    assert pool.start(threading.get_ident).result() == threading.get_ident()
     assert sys.unraisablehook is before
-    assert parallel.Pool(1, "test").start(threading.get_ident).result() == threading.get_ident()
     monkeypatch.undo()
-    assert parallel.may_start_thread()
+    assert pool.start(threading.get_ident).result() != threading.get_ident()
+    pool.shutdown()
+
+
+def test_work_goes_to_all_threads_and_each_once() -> None:
+    pool, both = parallel.Pool(2), threading.Barrier(2)
+    futures = [pool.start(both.wait) for _ in range(2)]  # which end together only
+    assert sorted(future.result(20) for future in futures) == [0, 1]
+    numbers: list[int] = []
+    for future in [pool.start(partial(numbers.append, n)) for n in range(1000)]:
+        future.result()
+    assert sorted(numbers) == list(range(1000))
+    pool.shutdown()
 
 
 def test_work_that_was_cancelled_is_not_done() -> None:
     done: list[int] = []
     gate = threading.Event()
-    pool = parallel.Pool(1, "test")
+    pool = parallel.Pool(1)
     first = pool.start(gate.wait)
-    second = pool.start(partial(done.append, 1))
-    assert second.cancel()
-    gate.set()
-    first.result()
-    pool.shutdown()
+    later = [pool.start(partial(done.append, n)) for n in range(3)]
+    assert later[0].cancel()
+    threading.Timer(0.1, gate.set).start()
+    pool.shutdown(cancel=True)
+    assert first.done()
+    assert all(future.cancelled() for future in later)
     assert not done
 
 

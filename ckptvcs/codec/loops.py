@@ -11,13 +11,14 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec.words import Words
-from ckptvcs.parallel import may_start_thread
+from ckptvcs.parallel import start_thread
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
@@ -47,8 +48,7 @@ def prepare(size_bytes: int) -> None:
     if wanted == "0" or _State.loops is not None:
         return
     loaded = threading.Event()
-    if may_start_thread():
-        threading.Thread(target=_announce, args=[loaded], daemon=True).start()
+    start_thread(partial(_announce, loaded))
     try:
         from ckptvcs.codec import compiled  # noqa: PLC0415  takes about a second
 

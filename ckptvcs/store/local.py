@@ -11,6 +11,7 @@ holders of leases take only say that they are there.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -52,7 +53,9 @@ def refuse_links(root: Path, *folders: PurePosixPath) -> None:
 @lru_cache(1)
 def _background(process: int) -> Pool:
     """A thread of this process; a forked child makes its own."""
-    return Pool(1, f"ckpt-sync-{process}")
+    pool = Pool(1)
+    atexit.register(pool.shutdown)  # what is to be deleted is
+    return pool
 
 
 def _open_at_once(path: str, flags: int) -> int:
