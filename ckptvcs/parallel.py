@@ -55,6 +55,15 @@ _turns = Lock()
 _asking: list[float] = []  # what was set before, and one entry for each of the others
 
 
+def _renew_lock() -> None:
+    """A thread of the parent, which a forked child does not have, may hold it."""
+    global _turns
+    _turns = Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def stay_in_background() -> None:
     """Let what this thread does, and the threads that it starts, come after all other work."""
     _thread.background = True

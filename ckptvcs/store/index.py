@@ -1,286 +1,335 @@
-"""Object id -> place, in LMDB: a fast view of the packs that can be deleted at any time.
+"""Index: what the packs hold, in editions of LMDB files and journals of what came after them.
 
 Nothing here is the truth.  Everything can be rebuilt from the tables of contents of the packs; a
 value that turns out wrong is noticed because every object is checked against its id.
 
-    packs      pack id              -> folder, size
-    objects    object id            -> places (several packs may hold the same object)
-    contents   object id            -> content of small objects that are read often
-    keys       key of the caller    -> object ids   ("recipes of these values", "commits of step 7")
-    expected   pack id              -> folder, of packs that are about to be published
+Reading takes the newest edition there is, and what the journals from its number on say.
+Writing appends to the newest journal, and now and then makes the next edition: one process at a
+time, for which nobody waits.  Where none can be made, or read, a process has one of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import struct
+import os
+import secrets
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 
 import lmdb
 
-from ckptvcs.store.environment import (
-    close,
-    delete_older,
-    environment,
-    is_current,
-    newest_file,
-    next_file,
-    opening,
+from ckptvcs.store import forking
+from ckptvcs.store.drafting import (
+    announce,
+    apply_rows,
+    begin_journal,
+    clean,
+    delete_all,
+    draft_after,
+    forget_expected,
+    read_journals,
 )
+from ckptvcs.store.environment import Draft, Family, new_draft, open_edition
+from ckptvcs.store.following import Follower, close
+from ckptvcs.store.locked import alone
 from ckptvcs.store.object import Kind, ObjectId, PackId
-from ckptvcs.store.pack import FOLDERS, Entry, PackInfo
+from ckptvcs.store.recent import Recent
+from ckptvcs.store.rows import (
+    CONTENTS,
+    EXPECTED,
+    KEYS,
+    OBJECTS,
+    PACKS,
+    REMOVED,
+    ROTTEN,
+    KeysOf,
+    Place,
+    Row,
+    cut_key,
+    dump_rows,
+    folder_of,
+    load_pack,
+    load_place,
+    load_rows,
+    pack_of,
+)
 
-_PLACE = struct.Struct("<32sBBQQQQ32s")  # pack, kind, encoding, offset, region, raw, stored, base
-_PACK = struct.Struct("<BQI")  # folder, size, commits
-_VERSION = b"ckptvcs index 4"
-_WHOLE = b"whole"
-_NO_BASE = bytes(32)
-_MAX_KEY = 500
+__all__ = ["ROTTEN", "Index", "KeysOf", "Place", "Records"]
 
+Records = Callable[[], Iterable[Iterable[Row]]]
+"""The rows of all packs that there are when it is called."""
 
-@dataclass(frozen=True)
-class Place:
-    """One copy of an object: the pack it lies in and its entry there."""
-
-    pack: PackId
-    folder: str
-    entry: Entry
-
-
-KeysOf = Callable[[Kind, bytes], Iterable[bytes]]
-"""What an object can be found by, besides its id; made by the caller, opaque to the index."""
-
-ROTTEN = (lmdb.Error, struct.error, ValueError, IndexError)
-"""What reading or writing an index may raise: it is rotten, or nobody uses it any more."""
+_JOURNAL_BYTES = 1 << 17  # of records, before the next edition is made
+_RECORDS = 32  # of journals, that are written at once: pages are free for the next ones
+_BATCH = 256  # packs that are written at once
+_MEMORY = [folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)]
 
 
 class Index:
-    """The LMDB file; every method is one transaction."""
+    """What the files of one name say; it follows them as they are written."""
 
-    def __init__(self, name: Path) -> None:
-        """Open the index of this `name`; see `ckptvcs.store.environment` for its file.
+    def __init__(self, name: Path, keys_of: KeysOf) -> None:
+        """Nothing is opened before it is asked."""
+        self._family, self._keys_of = Family.of(name), keys_of
+        self._followed = Follower(self._family)
+        self._read = self._followed.read
+        self._enough = _JOURNAL_BYTES
+        self._room_is_wanted = False
+        weakref.finalize(self, close, self._followed).atexit = False
+
+    @property
+    def turn(self) -> int:
+        """How often files were opened."""
+        return self._followed.turn
+
+    def look_again(self) -> None:
+        """Open it; leave files whose names lead elsewhere by now.
 
         Raises:
-            lmdb.Error, OSError: it is rotten, or the file system refuses.
+            lmdb.Error, ValueError, OSError: there is no index that can be used.
         """
-        self._name, self._path = name, newest_file(name)
-        fresh = not self._path.exists()
-        with opening:
-            self._open()
-        if fresh:
-            delete_older(self._path)
+        with forking.using:
+            self._followed.look_again()
 
-    def _open(self) -> None:
-        self._env = environment(self._path)
-        # Without a transaction of its own, opening a database waits for the writer of another
-        # thread with the interpreter's lock in its hands, which that one needs.
-        with self._env.begin(write=True) as txn:
-            if txn.get(b"version", _VERSION) != _VERSION:
-                raise lmdb.InvalidError("the index has another version")
-            self._packs = self._env.open_db(b"packs", txn)
-            self._objects = self._env.open_db(b"objects", txn, dupsort=True)
-            self._contents = self._env.open_db(b"contents", txn)
-            self._keys = self._env.open_db(b"keys", txn, dupsort=True)
-            self._expected = self._env.open_db(b"expected", txn)
-            if txn.get(b"version") is None:
-                txn.put(b"version", _VERSION)
-
-    def follow(self) -> Index:
-        """The one to use instead of this one: of a newer file, which is an empty one if nobody has
-        found out before that this one is rotten.  Raises lmdb.Error, OSError.
-        """
-        if not self.is_superseded():
-            next_file(self._path)
-        return Index(self._name)
-
-    def is_superseded(self) -> bool:
-        """Whether others use a newer file by now, or this process is a child of the one that opened
-        this one.
-        """
-        return newest_file(self._name) != self._path or not is_current(self._path, self._env)
+    def distrust(self) -> None:
+        """It said something that cannot be: what is not made anew is not believed again."""
+        with forking.using:
+            self._followed.distrust()
 
     def close(self) -> None:
-        """Let the file go, which nobody else of this process may be using."""
-        close(self._path)
-
-    @staticmethod
-    def discard(name: Path) -> None:
-        """Begin a new file, where one cannot be opened.  Raises OSError."""
-        next_file(newest_file(name))
-
-    def _write(self, change: Callable[[lmdb.Transaction], object]) -> None:
-        """Run `change` in one transaction, in a larger map if this one is full."""
-        if self.is_superseded():
-            raise lmdb.InvalidError("nobody would read what is written here")
-        while True:
-            try:
-                with self._env.begin(write=True) as txn:
-                    change(txn)
-                return
-            except lmdb.MapFullError:
-                self._env.set_mapsize(self._env.info()["map_size"] * 2)
-            except lmdb.MapResizedError:
-                self._env.set_mapsize(0)
+        """Let the files go; it can be asked again."""
+        close(self._followed)
 
     def _begin(self) -> lmdb.Transaction:
+        """A transaction on the edition alone."""
+        with forking.using:
+            env = self._read().base.env
+            assert env is not None
+            return env.begin()
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def _say(self, rows: Iterable[Row]) -> None:
+        """Let everybody know rows; where there is no room for them, this process alone."""
+        record = dump_rows(rows)
+        with forking.using:
+            self._read()
+            told = self._followed.append(record)
+            recent = self._read()
+            if not told:
+                recent.apply(load_rows(record))
+            elif not self._followed.own and self._followed.unread_bytes > self._enough:
+                try:
+                    self._write(lambda _: None)
+                    self._enough = _JOURNAL_BYTES
+                except (OSError, *ROTTEN):  # somebody is at it, or there is no room
+                    self._enough *= 2
+
+    def _write(self, change: Callable[[lmdb.Transaction], object]) -> None:
+        """Make the next edition: the last one, what the journals say, and `change`.
+
+        Raises:
+            BlockingIOError: another process does so.
+            lmdb.Error, ValueError, OSError: the last one is rotten, or there is no room.
+        """
+        with forking.using, alone(self._family.lock):
+            if self._followed.own:
+                raise lmdb.InvalidError("there is no edition that others have")
+            root = self._followed.open().base.root
+            draft, first = draft_after(self._family, self._followed.number, root)
+            try:
+                number = begin_journal(self._family)
+                draft.write(lambda txn: forget_expected(draft, txn))
+                records = read_journals(self._family, range(first, number))
+                while batch := [*islice(records, _RECORDS)]:
+                    self._add(draft, batch)
+                draft.write(change)
+                draft.publish(self._family.edition(number))
+            finally:
+                draft.close()
+            announce(self._family, number)
+            self._followed.open()
+            clean(self._family, 2)
+
+    def rebuild(self, records: Records, *, anew: bool) -> None:
+        """Make an edition of the packs alone; unless it is to be made `anew`, another one will
+        do that somebody has made meanwhile.
+
+        Raises:
+            lmdb.Error, OSError: there is no room anywhere.
+        """
+        if self._room_is_wanted:
+            self.move_out(records, delete=True)
+            return
         try:
-            return self._env.begin()
-        except lmdb.MapResizedError:
-            self._env.set_mapsize(0)
-            return self._env.begin()
+            self._rebuild(records, anew=anew)
+        except (OSError, *ROTTEN):
+            self.move_out(records, awaits=not anew)
 
-    def is_whole(self) -> bool:
-        """Whether it was filled to the end: one that is not lacks packs that are there."""
-        with self._begin() as txn:
-            return txn.get(_WHOLE) is not None
+    def _rebuild(self, records: Records, *, anew: bool) -> None:
+        self._family.folder.mkdir(parents=True, exist_ok=True)
+        with alone(self._family.lock):
+            if not anew:
+                with forking.using, contextlib.suppress(OSError, *ROTTEN):
+                    self._followed.open()
+                    return
+                clean(self._family, 0)  # there may be no room for two
+            number = begin_journal(self._family)
+            self._fill(self._family.draft, self._family.edition(number), records)
+            announce(self._family, number)
+            with forking.using:
+                self._followed.open()
+            clean(self._family, 1)
+            self._family.delete_older()
 
-    def finish(self) -> None:
-        """It holds all packs that there are."""
-        self._write(lambda txn: txn.put(_WHOLE, b""))
+    def _fill(self, path: Path, target: Path, records: Records) -> None:
+        with forking.using:
+            draft = new_draft(path, root=secrets.token_bytes(16))
+        try:
+            packs = iter(records())
+            while batch := [*islice(packs, _BATCH)]:
+                self._add(draft, [[*rows] for rows in batch])
+            with forking.using:
+                draft.publish(target)
+        finally:
+            with forking.using:
+                draft.close()
+
+    def _add(self, draft: Draft, batch: list[list[Row]]) -> None:
+        def change(txn: lmdb.Transaction) -> None:
+            for rows in batch:
+                apply_rows(draft, txn, rows, self._keys_of)
+
+        with forking.using:
+            draft.write(change)
+
+    def move_out(self, records: Records, *, awaits: bool = False, delete: bool = False) -> None:
+        """Go on with an edition for this process alone, which no folder has: of the packs, and of
+        what the journals will say.  It `awaits` the next one of all; or else, with `delete`, makes
+        room of those that there are.
+
+        Raises:
+            lmdb.Error, OSError: there is no room anywhere.
+        """
+        last, problem = 0, Exception()
+        with contextlib.suppress(OSError):
+            last = max(self._family.scan()[1], default=0)
+        for folder in (None, *_MEMORY):
+            scratch = None
+            try:
+                scratch = Path(tempfile.mkdtemp(prefix="ckpt-index-", dir=folder))
+                self._fill(scratch / "draft", scratch / "index", records)
+                with forking.using:
+                    base = open_edition(scratch / "index")
+                    self._followed.go_on(Recent(base), last, told=not delete, awaits=awaits)
+                break
+            except (OSError, *ROTTEN) as error:
+                problem = error
+            finally:
+                if scratch is not None:
+                    shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            raise problem
+        if delete:
+            self._room_is_wanted = True
+            with contextlib.suppress(OSError):
+                delete_all(self._family)
+
+    # -- asking ----------------------------------------------------------------------------------
 
     def packs(self) -> dict[PackId, tuple[str, int]]:
         """Every indexed pack: its folder and size in bytes."""
-        with self._begin() as txn, txn.cursor(self._packs) as cursor:
+        with forking.using:
             return {
-                PackId(bytes(key).hex()): (FOLDERS[folder], size)
-                for key, value in cursor
-                for folder, size, _ in [_PACK.unpack(value)]
+                PackId(key.hex()): (folder_of(row), load_pack(row)[1])
+                for key, row in self._read().rows(PACKS)
             }
 
     def pack_size(self, pack: PackId) -> int:
         """Bytes of an indexed pack; 0 where it is not known."""
-        return self._pack(pack)[0]
+        return self._pack(pack)[1]
 
     def pack_share(self, pack: PackId) -> int:
         """Bytes of an indexed pack for each commit in it."""
-        size, commits = self._pack(pack)
-        return size // max(1, commits)
+        _, size, commits = self._pack(pack)
+        return size // (commits or 1)
 
-    def _pack(self, pack: PackId) -> tuple[int, int]:
-        with self._begin() as txn:
-            row = txn.get(bytes.fromhex(pack), db=self._packs)
-            _, size, commits = (0, 0, 0) if row is None else _PACK.unpack(bytes(row))
-            return size, commits
+    def _pack(self, pack: PackId) -> tuple[int, int, int]:
+        with forking.using:
+            row = self._read().get(PACKS, bytes.fromhex(pack))
+        return (0, 0, 0) if row is None else load_pack(row)
 
     def places(self, name: ObjectId) -> list[Place]:
         """Where an object lies; empty where it is not known."""
-        with self._begin() as txn, txn.cursor(self._objects) as cursor:
-            if not cursor.set_key(bytes.fromhex(name)):
-                return []
-            return [self._place(txn, name, bytes(value)) for value in cursor.iternext_dup()]
-
-    def _place(self, txn: lmdb.Transaction, name: ObjectId, value: bytes) -> Place:
-        pack, kind, encoding, offset, region, raw, stored, base = _PLACE.unpack(value)
-        folder = _PACK.unpack(bytes(txn.get(pack, db=self._packs) or b""))[0]
-        entry = Entry(
-            name, Kind(kind), encoding, None if base == _NO_BASE else ObjectId(base.hex()),
-            offset, region, raw, stored,
-        )  # fmt: skip
-        return Place(PackId(pack.hex()), FOLDERS[folder], entry)
+        with forking.using:
+            recent = self._read()
+            return [
+                load_place(name, row, folder_of(recent.get(PACKS, pack_of(row)) or b""))
+                for row in recent.places(bytes.fromhex(name))
+            ]
 
     def content(self, name: ObjectId) -> bytes | None:
         """The content of a small object, unproven; None where it is not kept here."""
-        with self.reading() as content:
-            return content(name)
+        with forking.using:
+            return self._read().get(CONTENTS, bytes.fromhex(name))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[ObjectId], bytes | None]]:
         """`content`, for many: it takes half the time."""
-        with self._begin() as txn:
-            get, contents = txn.get, self._contents
-
-            def content(name: ObjectId) -> bytes | None:
-                found = get(bytes.fromhex(name), db=contents)
-                return None if found is None else bytes(found)
-
-            yield content
+        with forking.using:
+            get = self._read().get
+            yield lambda name: get(CONTENTS, bytes.fromhex(name))
 
     def find(self, key: bytes) -> list[ObjectId]:
         """The objects that have `key`."""
-        with self._begin() as txn, txn.cursor(self._keys) as cursor:
-            if not cursor.set_key(key[:_MAX_KEY]):
-                return []
-            return [ObjectId(bytes(value).hex()) for value in cursor.iternext_dup()]
+        with forking.using:
+            return [ObjectId(name.hex()) for name in self._read().find(cut_key(key))]
 
     def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
         """Every object of a kind whose id begins with `prefix` (hex digits)."""
         names: dict[ObjectId, None] = {}
-        with self._begin() as txn, txn.cursor(self._objects) as cursor:
-            if cursor.set_range(bytes.fromhex(prefix[: len(prefix) // 2 * 2]) or b"\0"):
-                for key, value in cursor:
-                    name = ObjectId(bytes(key).hex())
-                    if name[: len(prefix)] > prefix:
-                        break
-                    if name.startswith(prefix) and bytes(value)[32] == kind:
-                        names[name] = None
-        return list(names)
+        start = bytes.fromhex(prefix[: len(prefix) // 2 * 2])
+        with forking.using:
+            for key in self._read().objects(kind, start):
+                name = ObjectId(key.hex())
+                if name[: len(prefix)] > prefix:
+                    break
+                if name.startswith(prefix):
+                    names[name] = None
+        return [*names]
+
+    def expected(self) -> dict[PackId, str]:
+        """The packs that were about to be published and have not been added: id -> folder."""
+        with forking.using:
+            rows = self._read().rows(EXPECTED)
+            return {PackId(key.hex()): value.decode("ascii") for key, value in rows}
+
+    def same(self, other: Index) -> bool:
+        """Whether both hold the same packs, objects, contents and keys."""
+        with forking.using:
+            mine, theirs = self._read(), other._read()
+            return all(
+                one == two
+                for table in (PACKS, OBJECTS, CONTENTS, KEYS)
+                for one, two in zip_longest(mine.rows(table), theirs.rows(table))
+            )
+
+    # -- telling ---------------------------------------------------------------------------------
 
     def expect(self, pack: PackId, folder: str) -> None:
         """Note a pack that is about to be published: should the process end before it is added,
         others know where to look.
         """
-        self._write(lambda txn: txn.put(bytes.fromhex(pack), folder.encode(), db=self._expected))
+        self._say([(EXPECTED, bytes.fromhex(pack), folder.encode())])
 
-    def expected(self) -> dict[PackId, str]:
-        """The packs that were about to be published and have not been added: id -> folder."""
-        with self._begin() as txn, txn.cursor(self._expected) as cursor:
-            return {PackId(bytes(k).hex()): bytes(v).decode("ascii") for k, v in cursor}
+    def add(self, rows: Iterable[Row]) -> None:
+        """Make a pack's objects findable."""
+        self._say(rows)
 
-    def same(self, other: Index) -> bool:
-        """Whether both hold the same packs, objects, contents and keys."""
-        with self._begin() as mine, other._begin() as theirs:
-            for one, two in zip(self._tables(), other._tables(), strict=True):
-                with mine.cursor(one) as left, theirs.cursor(two) as right:
-                    if any(a != b for a, b in zip_longest(left, right)):
-                        return False
-        return True
-
-    def _tables(self) -> tuple[Any, ...]:
-        return self._packs, self._objects, self._contents, self._keys
-
-    def add(self, pack: PackInfo, contents: dict[ObjectId, bytes], keys_of: KeysOf) -> None:
-        """Make a pack's objects findable; `contents` are the small ones to keep."""
-
-        def change(txn: lmdb.Transaction) -> None:
-            name = bytes.fromhex(pack.id)
-            txn.delete(name, db=self._expected)
-            commits = sum(entry.kind == Kind.COMMIT for entry in pack.entries)
-            row = _PACK.pack(FOLDERS.index(pack.folder), pack.size_bytes, commits)
-            txn.put(name, row, db=self._packs)
-            for entry in pack.entries:
-                base = bytes.fromhex(entry.base) if entry.base else _NO_BASE
-                place = _PLACE.pack(
-                    name, entry.kind, entry.encoding, entry.offset, entry.region_bytes,
-                    entry.raw_bytes, entry.stored_bytes, base,
-                )  # fmt: skip
-                txn.put(bytes.fromhex(entry.id), place, db=self._objects)
-                content = contents.get(entry.id)
-                if content is not None:
-                    txn.put(bytes.fromhex(entry.id), content, db=self._contents)
-                    for key in keys_of(entry.kind, content):
-                        txn.put(key[:_MAX_KEY], bytes.fromhex(entry.id), db=self._keys)
-
-        self._write(change)
-
-    def remove(self, packs: set[PackId], keys_of: KeysOf) -> None:
+    def remove(self, packs: set[PackId]) -> None:
         """Forget packs, and the objects that lay nowhere else."""
-        gone = {bytes.fromhex(pack) for pack in packs}
-
-        def change(txn: lmdb.Transaction) -> None:
-            with txn.cursor(self._objects) as cursor:
-                rows = [(bytes(k), bytes(v)) for k, v in cursor if bytes(v)[:32] in gone]
-            for key, value in rows:
-                txn.delete(key, value, db=self._objects)
-                if txn.get(key, db=self._objects) is None:
-                    content = txn.get(key, db=self._contents)
-                    for found in keys_of(Kind(value[32]), bytes(content)) if content else ():
-                        txn.delete(found[:_MAX_KEY], key, db=self._keys)
-                    txn.delete(key, db=self._contents)
-            for name in gone:
-                txn.delete(name, db=self._packs)
-
-        self._write(change)
+        self._say((REMOVED, bytes.fromhex(pack), b"") for pack in packs)

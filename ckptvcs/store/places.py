@@ -7,11 +7,9 @@ with the packs, or made anew; where the repository cannot hold one, this process
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import TypeVar
@@ -20,13 +18,15 @@ from ckptvcs.errors import CorruptionError, StorageError
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.disk import storage_error
-from ckptvcs.store.index import ROTTEN, Index, KeysOf, Place
+from ckptvcs.store.forking import in_child
+from ckptvcs.store.index import ROTTEN, Index, Records
 from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
+from ckptvcs.store.rows import KeysOf, Place, Row, rows_of_content, rows_of_pack
 
 _HINT = "free some space where the repository or temporary files are"
-_MEMORY = [folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)]
 _TRIES = 5  # others may find an index rotten, too, and begin another one each time
 _KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # contents the index keeps
+_MOST_KEPT_BYTES = 1 << 23  # of one of them
 
 T = TypeVar("T")
 Next = Callable[[bytes], ObjectId | None]
@@ -44,103 +44,58 @@ def _forgiving(keys_of: KeysOf) -> KeysOf:
     return keys
 
 
-def _is_superseded(index: Index) -> bool:
-    with contextlib.suppress(OSError):
-        return index.is_superseded()
-    return False
-
-
 class Places:
-    """Where the objects of one repository are.  Safe to share between threads."""
+    """Where the objects of one repository are.  Safe to share between threads, and with a forked
+    child, which reads and writes by files that it opens itself.
+    """
 
     def __init__(
         self, backend: Backend, index: Path, keys_of: KeysOf, decode: Callable[[Place], bytes]
     ) -> None:
         """`index` is the name of the index file; `decode` gives an object's content, proven."""
-        self._backend, self._name = backend, index
+        self._backend = backend
         self._keys_of, self._decode = _forgiving(keys_of), decode
-        self._scratch: str | None = None
         self._changing = RLock()
-        self._rebuilt = self._renewing = False
-        self._index = self._open()
-        if not self._ask(Index.is_whole):
-            self.refresh()
+        self._rebuilt = False
+        self._index = Index(index, self._keys_of)
+        _all.add(self)
+        self._ask(Index.look_again)
 
     # -- the index -----------------------------------------------------------------------------
-
-    def _open(self) -> Index:
-        for _ in range(2):
-            with contextlib.suppress(OSError):
-                try:
-                    return Index(self._name)
-                except ROTTEN:
-                    Index.discard(self._name)
-        return self._own()
-
-    def _own(self) -> Index:
-        """An index for this process alone, where the repository cannot hold one: it is read-only,
-        or its disk is full.
-
-        Raises:
-            StorageError: there is no room anywhere.
-        """
-        with contextlib.suppress(OSError):
-            Index.discard(self._name)  # it will not be told of what this process writes
-        problem: Exception | None = None
-        for folder in (None, *_MEMORY):
-            try:
-                self._scratch = tempfile.mkdtemp(prefix="ckpt-index-", dir=folder)
-                weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
-                return Index(Path(self._scratch) / self._name.name)
-            except (OSError, *ROTTEN) as error:
-                problem = error
-        if isinstance(problem, OSError):
-            raise storage_error(problem, "make an index") from problem
-        raise StorageError(f"there is no room for an index: {problem}", hint=_HINT) from problem
-
-    def move_out(self) -> None:
-        """Go on with an index for this process alone: room here is wanted for something else."""
-        with self._changing:
-            if self._scratch is None:
-                self._index = self._own()
-                self.refresh()
 
     def _ask(self, question: Callable[[Index], T]) -> T:
         """What the index says; one that is made anew, where it turns out to be rotten."""
         problem: Exception | None = None
         for _ in range(_TRIES):
-            index = self._index
-            if self._renewing:  # it is not whole yet
-                with self._changing:
-                    index = self._index
+            turn = self._index.turn
             try:
-                return question(index)
+                return question(self._index)
             except (OSError, *ROTTEN) as error:
                 problem = error
-                self._renew(index)
+            with self._changing:
+                if turn == self._index.turn:  # else another thread was quicker
+                    if not isinstance(problem, OSError):
+                        self._index.distrust()
+                    self._make(partial(self._index.rebuild, anew=False))
         if isinstance(problem, OSError):
             raise storage_error(problem, "use the index") from problem
         raise StorageError(f"the index cannot be used: {problem}", hint=_HINT) from problem
 
-    def _renew(self, wrong: Index) -> None:
-        with self._changing:
-            if self._index is not wrong:
-                return  # another thread was quicker
-            again, self._renewing = self._renewing, True
-            try:
-                if again and self._scratch is not None:
-                    raise StorageError("there is no room for an index", hint=_HINT)
-                rotten = again and not _is_superseded(wrong)
-                self._index = self._own() if rotten else self._followed(wrong)
-                self.refresh()
-            finally:
-                self._renewing = again
-
-    def _followed(self, wrong: Index) -> Index:
+    def _make(self, make: Callable[[Records], None]) -> None:
+        """Raises StorageError: there is no room for an index anywhere."""
+        late: list[Place] = []
         try:
-            return wrong.follow()
-        except (OSError, *ROTTEN):
-            return self._own()
+            make(partial(self._records, late))
+        except OSError as error:
+            raise storage_error(error, "make an index") from error
+        except ROTTEN as error:
+            raise StorageError(f"there is no room for an index: {error}", hint=_HINT) from error
+        self._add_late(late)
+
+    def move_out(self) -> None:
+        """Go on with an index for this process alone: room here is wanted for something else."""
+        with self._changing:
+            self._make(partial(self._index.move_out, delete=True))
 
     def close(self) -> None:
         """Nobody will ask any more."""
@@ -165,22 +120,25 @@ class Places:
     def refresh(self) -> None:
         """Bring the index in line with the packs on disk."""
         with self._changing:
+            self._ask(Index.look_again)
             known, there = self._ask(Index.packs), self.list_packs()
             gone = {name for name, (folder, _) in known.items() if there.get(name) != folder}
             if gone:
                 self.remove(gone)
+            late: list[Place] = []
             for name, folder in there.items():
                 if name not in known:
                     # A damaged pack hides only its own objects here; verify names it.
                     with contextlib.suppress(CorruptionError, FileNotFoundError):
-                        self.add(self._read_pack(name, folder))
-            if not self._ask(Index.is_whole):
-                self._ask(Index.finish)
+                        rows = self._rows(self._read_pack(name, folder), late)
+                        self._ask(partial(Index.add, rows=rows))
+            self._add_late(late)
 
     def rebuild(self) -> int:
         """Make the index anew from the packs; how many packs it holds then."""
         self._rebuilt = True
-        self._renew(self._index)
+        with self._changing:
+            self._make(partial(self._index.rebuild, anew=True))
         return len(self._ask(Index.packs))
 
     def doubt(self) -> None:
@@ -198,6 +156,39 @@ class Places:
         size = self._backend.size(file)
         return packs.PackInfo(name, folder, size, packs.find_entries(self._backend, file))
 
+    def _records(self, late: list[Place]) -> Iterator[list[Row]]:
+        """The rows of every pack on disk."""
+        for name, folder in self.list_packs().items():
+            with contextlib.suppress(CorruptionError, FileNotFoundError):
+                yield self._rows(self._read_pack(name, folder), late)
+
+    def _rows(self, info: packs.PackInfo, late: list[Place]) -> list[Row]:
+        """The rows of a pack, without those of contents that stand on others: for these the others
+        have to be known.
+        """
+        rows = [*rows_of_pack(info)]
+        for entry in info.entries:
+            place = Place(info.id, info.folder, entry)
+            if entry.kind in _KEPT and entry.base is None:
+                rows += self._rows_of_content(place)
+            elif entry.kind in _KEPT:
+                late.append(place)
+        return rows
+
+    def _rows_of_content(self, place: Place) -> list[Row]:
+        entry = place.entry
+        if entry.raw_bytes <= _MOST_KEPT_BYTES:
+            with contextlib.suppress(CorruptionError, FileNotFoundError):
+                content = self._decode(place)
+                return [*rows_of_content(entry.id, entry.kind, content, self._keys_of)]
+        return []
+
+    def _add_late(self, late: list[Place]) -> None:
+        for place in late:
+            rows = self._rows_of_content(place)
+            if rows:
+                self._ask(partial(Index.add, rows=rows))
+
     def agrees(self, other: Places) -> bool:
         """Whether both say the same."""
         return self._ask(lambda mine: other._ask(mine.same))
@@ -210,16 +201,13 @@ class Places:
 
     def add(self, info: packs.PackInfo) -> None:
         """A pack is there."""
-        contents = {}
-        for entry in info.entries:
-            if entry.kind in _KEPT:
-                with contextlib.suppress(CorruptionError, FileNotFoundError):
-                    contents[entry.id] = self._decode(Place(info.id, info.folder, entry))
-        self._ask(lambda index: index.add(info, contents, self._keys_of))
+        late: list[Place] = []
+        self._ask(partial(Index.add, rows=self._rows(info, late)))
+        self._add_late(late)
 
     def remove(self, names: set[PackId]) -> None:
         """Packs are to be deleted, or are gone."""
-        self._ask(lambda index: index.remove(names, self._keys_of))
+        self._ask(lambda index: index.remove(names))
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -286,3 +274,14 @@ class Places:
             return found, at
 
         return self._ask(ask)
+
+
+_all: weakref.WeakSet[Places] = weakref.WeakSet()
+
+
+def _renew_locks(_: bool) -> None:
+    for places in [*_all]:
+        places._changing = RLock()
+
+
+in_child(_renew_locks)

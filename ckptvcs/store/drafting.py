@@ -1,0 +1,156 @@
+"""How the next edition of an index is made, by whoever has its family locked.
+
+The edition before last becomes the next one: it is brought up to date, in place, from the
+journals since its number, so that the cost does not grow with the index.  Where somebody still
+reads it, a copy of the last one is made instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import lmdb
+
+from ckptvcs.store.environment import Draft, Family, new_draft, spare_draft
+from ckptvcs.store.journal import Journal, VoidError, append_record, create_journal, void
+from ckptvcs.store.locked import delete_unused
+from ckptvcs.store.object import Kind
+from ckptvcs.store.rows import (
+    CONTENTS,
+    EXPECTED,
+    KEYS,
+    MANY,
+    MEMBERS,
+    OBJECTS,
+    PACKS,
+    REMOVED,
+    KeysOf,
+    Row,
+    cut_key,
+    kind_of,
+    load_rows,
+    members_of,
+    pack_of,
+)
+
+
+def begin_journal(family: Family) -> int:
+    """Begin the next journal; its number.  What is appended to an older one from here on is
+    appended to this one, too.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    editions, journals = family.scan()
+    number = max(*editions, *journals, 0, 0) + 1
+    create_journal(family.journal(number), family.new)
+    if journals:
+        announce(family, journals[-1])
+    return number
+
+
+def announce(family: Family, journal: int) -> None:
+    """Tell those who follow a journal that there is something to look at."""
+    with contextlib.suppress(OSError, VoidError):
+        append_record(family.journal(journal), b"")
+
+
+def read_journals(family: Family, numbers: Iterable[int]) -> Iterator[list[Row]]:
+    """The records of journals.  Raises VoidError, OSError."""
+    for number in numbers:
+        journal = Journal(family.journal(number))
+        try:
+            yield from map(load_rows, journal.read())
+        finally:
+            journal.close()
+
+
+def draft_after(family: Family, newest: int, root: bytes) -> tuple[Draft, int]:
+    """A draft, and the number of the first journal that it lacks, where the newest edition has
+    this number and this root.
+
+    Raises:
+        lmdb.Error, OSError: there is no room for one.
+    """
+    editions, journals = family.scan()
+    for number in reversed([number for number in editions if number < newest]):
+        if set(range(number, newest)) <= set(journals):
+            draft = spare_draft(family.draft, family.edition(number), root)
+            if draft is not None:
+                return draft, number
+    return new_draft(family.draft, copied=family.edition(newest)), newest
+
+
+def clean(family: Family, kept: int) -> None:
+    """Delete all editions but so many, and the journals before them, as far as nobody has them
+    open; whoever reads such a journal is sent to the newest edition.
+    """
+    editions, journals = family.scan()
+    old = max(0, len(editions) - kept)
+    for number in editions[:old]:
+        delete_unused(family.edition(number))
+    first = min(editions[old:], default=max(journals, default=0))
+    for number in journals:
+        if number < first:
+            void(family.journal(number))
+            delete_unused(family.journal(number))
+
+
+def delete_all(family: Family) -> None:
+    """Make room: nobody is to believe what is there, and it is deleted where nobody has it open.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    for number in family.scan()[1]:
+        void(family.journal(number))
+    clean(family, 0)
+
+
+def apply_rows(draft: Draft, txn: lmdb.Transaction, rows: Iterable[Row], keys_of: KeysOf) -> None:
+    """Write rows into a draft; to do it twice changes nothing."""
+    tables = draft.tables
+    for table, key, value in rows:
+        if table == REMOVED:
+            _remove(tables, txn, key, keys_of)
+            continue
+        txn.put(key, value, db=tables[table], dupdata=table in MANY)
+        if table == PACKS:
+            txn.delete(key, db=tables[EXPECTED])
+
+
+def _remove(tables: list[Any], txn: lmdb.Transaction, pack: bytes, keys_of: KeysOf) -> None:
+    members = txn.get(pack, db=tables[MEMBERS])
+    with txn.cursor(tables[OBJECTS]) as cursor:
+        for name in members_of(bytes(members or b"")):
+            kind = 0
+            while cursor.set_range_dup(name, pack):
+                place = bytes(cursor.value())
+                if pack_of(place) != pack:
+                    break
+                kind = kind_of(place)
+                cursor.delete()
+            if not cursor.set_key(name):
+                _forget(tables, txn, name, kind, keys_of)
+    txn.delete(pack, db=tables[MEMBERS])
+    txn.delete(pack, db=tables[PACKS])
+
+
+def _forget(
+    tables: list[Any], txn: lmdb.Transaction, name: bytes, kind: int, keys_of: KeysOf
+) -> None:
+    """An object lies nowhere any more."""
+    content = txn.get(name, db=tables[CONTENTS])
+    if content is not None:
+        for key in keys_of(Kind(kind), bytes(content)):
+            txn.delete(cut_key(key), name, db=tables[KEYS])
+        txn.delete(name, db=tables[CONTENTS])
+
+
+def forget_expected(draft: Draft, txn: lmdb.Transaction) -> None:
+    """Forget the packs that were expected when the draft was an edition, and have not come."""
+    with txn.cursor(draft.tables[EXPECTED]) as cursor:
+        while cursor.first():
+            cursor.delete()

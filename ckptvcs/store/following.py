@@ -1,0 +1,241 @@
+"""Following an index as others write it: its newest edition, and the journals from there on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import lmdb
+
+from ckptvcs.store import forking
+from ckptvcs.store.environment import Family, open_edition
+from ckptvcs.store.journal import MOST_BYTES, Journal, VoidError, append_record, void
+from ckptvcs.store.recent import Recent
+from ckptvcs.store.rows import ROTTEN, load_rows
+
+_TRIES = 5  # others may make a new edition each time
+_MOST_OWN_BYTES = 1 << 23  # of journals, that are kept in memory with an edition of one's own
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Follower:
+    """What the files of one family say now; the caller holds `forking.using`.
+
+    A process whose edition is its `own` reads the journals that others read; one without a
+    journal knows what it wrote itself.
+    """
+
+    def __init__(self, family: Family) -> None:
+        """Nothing is opened before it is read."""
+        self._family = family
+        self._recent: Recent | None = None
+        self._tail: Journal | None = None
+        self._bad = self._last = 0  # the last edition that cannot be used; the last journal
+        self._next = self._awaited = ""
+        self._awaits = True
+        self._taken = 0  # bytes of earlier journals
+        self.number = 0
+        """That of the edition, unless it is this process's `own`."""
+        self.own = False
+        self.turn = 0
+        """How often files were opened."""
+
+    def read(self) -> Recent:
+        """What they say.
+
+        Raises:
+            lmdb.Error, ValueError, OSError: there is no index that can be used.
+        """
+        recent, tail = self._recent, self._tail
+        if recent is None or recent.base.env is None:  # a forked child has lost it
+            return self.open()
+        if tail is None or tail.has_changed():
+            return self._catch_up(recent)
+        return recent
+
+    def open(self) -> Recent:
+        """Begin with the newest edition.
+
+        Raises:
+            lmdb.Error, ValueError, OSError: there is none that can be used.
+        """
+        self.close()
+        number = self._bad
+        for _ in range(_TRIES):
+            editions, journals = self._family.scan()
+            number = max(editions, default=0)
+            if number <= self._bad:
+                break
+            try:
+                return self._open_at(number, max(journals, default=0))
+            except (FileNotFoundError, BlockingIOError, VoidError):
+                continue  # others have made a new one meanwhile
+            except ROTTEN:
+                self._bad = number
+                raise
+        self._bad = max(number, self._bad)
+        raise lmdb.InvalidError("there is no index that can be used")
+
+    def _open_at(self, number: int, last: int) -> Recent:
+        base, tail, left = open_edition(self._family.edition(number)), None, MOST_BYTES
+        try:
+            recent = Recent(base)
+            for journal in range(number, last + 1):
+                if tail is not None:
+                    tail.close()
+                tail = Journal(self._family.journal(journal))
+                take(recent, tail)
+                left -= tail.read_bytes
+                if journal < last and not tail.ended:  # who began the next one could not say so
+                    with contextlib.suppress(OSError, VoidError):
+                        append_record(tail.path, b"")
+            _require(tail is not None and left >= 0)
+        except BaseException:
+            base.leave()
+            if tail is not None:
+                tail.close()
+            raise
+        self.number, self.own, self._awaits = number, False, True
+        self._awaited = str(self._family.edition(last)) if last > number else ""
+        self._follow(recent, tail, last)
+        return recent
+
+    def go_on(self, recent: Recent, last: int, *, told: bool, awaits: bool) -> None:
+        """Go on with an edition of this process's own, and, if it is to be `told`, with what the
+        journals from the `last` one on say; until the next one of all comes, if it `awaits` that.
+        """
+        self.close()
+        tail = None
+        if told and last:
+            with contextlib.suppress(OSError, *ROTTEN):
+                tail = _taken(recent, self._family.journal(last))
+        coming = self._family.edition(last)
+        self.number, self.own, self._awaits, self._taken = 0, True, awaits, 0
+        self._awaited = str(coming) if awaits and tail is not None and not coming.exists() else ""
+        self._follow(recent, tail, last)
+
+    def _follow(self, recent: Recent, tail: Journal | None, last: int) -> None:
+        self._recent, self._tail, self._last = recent, tail, last
+        self._next = str(self._family.journal(last + 1))
+        self.turn += 1
+
+    def _catch_up(self, recent: Recent) -> Recent:
+        if self._tail is None:
+            if not os.access(self._next, os.F_OK):
+                return recent
+            newest = max(self._family.scan()[0], default=0)
+            return self.open() if newest > max(self._last, self._bad) else recent
+        try:
+            while True:
+                goes_on = os.access(self._next, os.F_OK)  # looked for before the end is
+                take(recent, self._tail)
+                if not goes_on:
+                    break
+                tail = Journal(Path(self._next))
+                self._taken += self._tail.read_bytes
+                self._tail.close()
+                self._follow(recent, tail, self._last + 1)
+                if self._awaits:
+                    self._awaited = str(self._family.edition(self._last))
+        except (FileNotFoundError, VoidError):
+            return self.open()
+        too_much = self.own and self._taken + self._tail.read_bytes > _MOST_OWN_BYTES
+        if too_much or (self._awaited and os.access(self._awaited, os.F_OK)):
+            return self.open()
+        return recent
+
+    def look_again(self) -> None:
+        """Leave files whose names lead elsewhere by now: a folder may be deleted, and made again.
+
+        Raises:
+            lmdb.Error, ValueError, OSError: there is no index that can be used.
+        """
+        self.read()
+        if self._tail is not None and not self._tail.is_there():
+            self.open()
+
+    def distrust(self) -> None:
+        """Never open this edition again, but a newer one."""
+        self._bad = max(self._bad, self.number)
+        self.close()
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of the newest journal, which the next edition will have."""
+        return 0 if self._tail is None else self._tail.read_bytes
+
+    def append(self, record: bytes) -> bool:
+        """Add a record to the newest journal; whether it will be read from there.
+
+        Raises:
+            lmdb.Error, ValueError, OSError: there is no index that can be used.
+        """
+        for _ in range(_TRIES):
+            tail, number = self._tail, self._last
+            if tail is None:
+                number = max(self._family.scan()[1], default=0)
+                if number <= self._last:
+                    return False
+            try:
+                _require(tail is None or tail.is_there())
+                while True:
+                    append_record(self._family.journal(number), record)
+                    number += 1
+                    if not os.access(self._family.journal(number), os.F_OK):
+                        return tail is not None
+            except (VoidError, FileNotFoundError):
+                if tail is None:
+                    return False
+                self.open()
+            except OSError as error:
+                if error.errno not in _FORBIDDEN:
+                    self._stop_telling()
+                return False
+        return False
+
+    def _stop_telling(self) -> None:
+        """Nobody is to believe that the journal says all."""
+        tail, self._tail = self._tail, None
+        if tail is not None:
+            tail.close()  # there may be no descriptor left
+            with contextlib.suppress(OSError):
+                void(tail.path)
+
+    def close(self) -> None:
+        """Let the files go; they can be read again."""
+        recent, tail = self._recent, self._tail
+        self._recent = self._tail = None
+        if recent is not None:
+            recent.base.leave()
+        if tail is not None:
+            tail.close()
+
+
+def take(recent: Recent, journal: Journal) -> None:
+    """Take over what a journal says.  Raises VoidError, struct.error, OSError."""
+    for record in journal.read():
+        recent.apply(load_rows(record))
+
+
+def _taken(recent: Recent, path: Path) -> Journal:
+    """A journal that was taken over.  Raises VoidError, struct.error, OSError."""
+    journal = Journal(path)
+    try:
+        take(recent, journal)
+    except BaseException:
+        journal.close()
+        raise
+    return journal
+
+
+def _require(sound: bool) -> None:
+    if not sound:
+        raise VoidError
+
+
+def close(follower: Follower) -> None:
+    """Let the files go of one that nobody uses any more."""
+    with forking.using:
+        follower.close()

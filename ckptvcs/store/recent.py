@@ -1,0 +1,123 @@
+"""What journals say that is not in an edition yet, in memory, and laid over that edition."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from ckptvcs.store.environment import Edition
+from ckptvcs.store.object import Kind
+from ckptvcs.store.rows import (
+    CONTENTS,
+    EXPECTED,
+    KEYS,
+    MANY,
+    MEMBERS,
+    OBJECTS,
+    PACKS,
+    REMOVED,
+    TABLES,
+    Row,
+    kind_of,
+    members_of,
+    pack_of,
+)
+
+
+class Recent:
+    """An edition with the rows that came after it; the caller holds `forking.using`."""
+
+    def __init__(self, base: Edition) -> None:
+        self.base = base
+        self._get, self._tables, self._cursor = base.txn.get, base.tables, base.cursors[OBJECTS]
+        self._one: list[dict[bytes, bytes]] = [{} for _ in TABLES]
+        self._many: list[dict[bytes, dict[bytes, None]]] = [{} for _ in TABLES]
+        self._places = self._many[OBJECTS]
+        self._gone: set[bytes] = set()  # packs that were removed
+        self._lost: set[bytes] = set()  # objects that lie in no other pack
+        self._met: set[bytes] = set()  # expected packs that came
+        # The keys of each table whose values the edition still has, though they are gone.
+        self._hidden = [self._gone for _ in TABLES]
+        self._hidden[CONTENTS], self._hidden[EXPECTED] = self._lost, self._met
+
+    def apply(self, rows: Iterable[Row]) -> None:
+        """Take rows over: once or, where it was interrupted, again."""
+        for table, key, value in rows:
+            if table in MANY:
+                self._many[table].setdefault(key, {})[value] = None
+                if table == OBJECTS:
+                    self._lost.discard(key)
+            elif table == REMOVED:
+                self._remove(key)
+            else:
+                self._one[table][key] = value
+                if table == PACKS:
+                    self._gone.discard(key)
+                    self._one[EXPECTED].pop(key, None)
+                    self._met.add(key)
+
+    def _remove(self, pack: bytes) -> None:
+        members = self._one[MEMBERS].get(pack) or self.base.get(MEMBERS, pack) or b""
+        self._gone.add(pack)
+        for name in members_of(members):
+            mine = self._places.get(name, {})
+            for place in [place for place in mine if pack_of(place) == pack]:
+                del mine[place]
+            if not self.places(name):
+                self._lost.add(name)
+                self._places.pop(name, None)
+                self._one[CONTENTS].pop(name, None)
+        self._one[PACKS].pop(pack, None)
+        self._one[MEMBERS].pop(pack, None)
+
+    def get(self, table: int, key: bytes) -> bytes | None:
+        """The value of a key, in a table that has one for each."""
+        found = self._one[table].get(key)
+        if found is None and key not in self._hidden[table]:
+            found = self._get(key, None, self._tables[table])
+        return found
+
+    def places(self, name: bytes) -> list[bytes]:
+        """The rows of `objects` for an object."""
+        cursor = self._cursor
+        found = [*cursor.iternext_dup()] if cursor.set_key(name) else []
+        recent = self._places.get(name)
+        if self._gone:
+            found = [place for place in found if pack_of(place) not in self._gone]
+        return sorted({*found, *recent}) if recent else found
+
+    def find(self, key: bytes) -> list[bytes]:
+        """The objects of a key of `keys`."""
+        found, recent = self.base.values(KEYS, key), self._many[KEYS].get(key)
+        if recent:
+            found = sorted({*found, *recent})
+        return [name for name in found if name not in self._lost] if self._lost else found
+
+    def objects(self, kind: Kind, start: bytes) -> Iterator[bytes]:
+        """The objects of a kind from an id on, in order."""
+        for name, place in self._merged(OBJECTS, start):
+            if kind_of(place) == kind:
+                yield name
+
+    def rows(self, table: int) -> Iterator[tuple[bytes, bytes]]:
+        """All keys of a table, in order, with their values."""
+        return self._merged(table, b"")
+
+    def _merged(self, table: int, start: bytes) -> Iterator[tuple[bytes, bytes]]:
+        if table in MANY:
+            more = [(key, value) for key, values in self._many[table].items() for value in values]
+        else:
+            more = [*self._one[table].items()]
+        added = sorted(row for row in more if row[0] >= start)
+        kept = (row for row in self.base.rows(table, start) if not self._is_hidden(table, *row))
+        if table == KEYS:
+            added = [row for row in added if row[1] not in self._lost]
+        return (row for row, _ in groupby(heapq.merge(kept, added)))
+
+    def _is_hidden(self, table: int, key: bytes, value: bytes) -> bool:
+        if table == OBJECTS:
+            return pack_of(value) in self._gone
+        if table == KEYS:
+            return value in self._lost
+        return key in self._hidden[table] or key in self._one[table]
