@@ -211,11 +211,10 @@ class Committer:
         """Delete patches, but for those that a tag, a pin or a setting has come to keep meanwhile;
         who pins waits for this process as long as it holds its lease.
         """
-        if recorded:
-            fader = self._fader()
-            still = {patch.pack for patch in fader.after(name, is_head=is_head)}
-            check_lease(self._catalog.store.backend, held)
-            fader.delete(patch for patch in recorded if patch.pack in still)
+        fader = self._fader()
+        still = {patch.pack for patch in fader.after(name, is_head=is_head)} if recorded else set()
+        check_lease(self._catalog.store.backend, held)
+        fader.delete(patch for patch in recorded if patch.pack in still)
 
     def base(self, parent: ObjectId | None) -> Commit | None:
         """What a commit can be coded against: its parent, as far as that is still there."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pytest
 from ckptvcs import care, committing, keeping, opened
 from ckptvcs.errors import CkptError, ConflictError
 from ckptvcs.history import gc
-from ckptvcs.history.fading import Fader
+from ckptvcs.history.fading import Fader, Patch
 from ckptvcs.history.refs import Refs
 from ckptvcs.keeping import Keeper
 from ckptvcs.removal import Originals
@@ -105,9 +105,16 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
         stage.stop_at(f"publish {ref.partition('/')[0]}")
         return publish(self, ref, *args, **kwargs)
 
+    delete = Fader.delete
+
+    def fading(self: Fader, patches: Iterable[Patch]) -> None:
+        patches = [*patches]
+        stage.stop_at("delete patches" if patches else "delete nothing")
+        delete(self, patches)
+
     points: list[tuple[Any, str, str]] = [
         (keeping, "live_leases", "look for leases"), (keeping, "turn", "turn"),
-        (Fader, "delete", "delete patches"), (Originals, "delete", "delete the original"),
+        (Originals, "delete", "delete the original"),
         (care.Care, "_rekey", "rekey"), (gc.Collector, "record", "record"),
         (gc.Collector, "delete", "sweep"),
     ]  # fmt: skip
@@ -123,6 +130,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     ]
     patches += [
         mock.patch.object(Refs, "publish", moving),
+        mock.patch.object(Fader, "delete", fading),
         mock.patch.object(committing.Committer, "_fade", stage.stopping("look for pins", fade)),
         mock.patch.multiple(
             leases, _GRACE=-1.0, _TURNS=1, _PAUSE=0.0, _patience=ContextVar("none", default=0.0)
