@@ -7,6 +7,7 @@ one that asks does the work itself.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import sys
@@ -19,6 +20,7 @@ from functools import lru_cache, partial
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Semaphore, get_native_id, local
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
 _LEAST = 19  # the priority that comes last
@@ -124,13 +126,17 @@ class _Work(Generic[R]):
 
 
 class Pool:
-    """Some threads, which are started as they are needed, and end with the process."""
+    """Some threads, which are started as they are needed.  The interpreter waits for them before it
+    ends: what a thread of another library does meanwhile may need it, and ends the process where it
+    is gone.
+    """
 
     def __init__(self, most: int) -> None:
         self._most, self._process = most, os.getpid()
         self._queue: SimpleQueue[_Work[Any] | None] = SimpleQueue()
         self._idle, self._lock = Semaphore(0), Lock()
         self._ends: list[LockType] = []  # of each thread: it is free once that has ended
+        _pools.add(self)
 
     def start(self, function: Callable[[], R]) -> Future[R]:
         """Have something done by a thread; where the system gives none, do it here and now."""
@@ -184,6 +190,15 @@ class Pool:
             self._queue.put(None)
         for end in ends:
             end.acquire()
+
+
+_pools: WeakSet[Pool] = WeakSet()
+
+
+@atexit.register
+def _shut_down_all() -> None:
+    for pool in [*_pools]:
+        pool.shutdown()
 
 
 def start_thread(run: Callable[[], object]) -> bool:

@@ -121,7 +121,7 @@ class Edition:
     def __init__(self, file: LockedFile) -> None:
         """Raises lmdb.Error, OSError: it is rotten, or the file system refuses."""
         self._file, self._users = file, 0
-        _check_length(file.path)
+        _check_length(file.descriptor)
         self.env: lmdb.Environment | None = _environment(file.path, readonly=True, lock=False)
         try:
             self.txn = self.env.begin()
@@ -208,7 +208,7 @@ class Draft:
         """
         self._file, self._published = file, False
         if root is None:
-            _check_length(file.path)
+            _check_length(file.descriptor)
         self._env: lmdb.Environment | None = _environment(
             file.path, lock=False, sync=False, metasync=False,
             map_size=max(_FIRST_MAP_BYTES, 2 * os.fstat(file.descriptor).st_size),
@@ -329,23 +329,24 @@ def _open_tables(env: lmdb.Environment, txn: lmdb.Transaction, *, create: bool) 
     ]
 
 
-def _check_length(path: Path) -> None:
+def _check_length(descriptor: int) -> None:
     """LMDB maps its file and trusts it: reading behind the end of a cut one kills the process.
 
     Raises:
         lmdb.CorruptedError: the file is shorter than its meta pages say.
+        OSError: it cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(_META.size)
-        if len(head) < _META.size:
-            raise lmdb.CorruptedError("the index is cut off")
-        page, last = _META.unpack(head)
-        file.seek(page)
-        second = file.read(_META.size)
-        if len(second) == _META.size:
-            last = max(last, _META.unpack(second)[1])
-    if not 512 <= page <= 1 << 16 or (last + 1) * page > size:
+    size = os.fstat(descriptor).st_size
+    head = os.pread(descriptor, _META.size, 0)
+    if len(head) < _META.size:
+        raise lmdb.CorruptedError("the index is cut off")
+    page, last = _META.unpack(head)
+    if not 512 <= page <= 1 << 16:
+        raise lmdb.CorruptedError("the index is damaged")
+    second = os.pread(descriptor, _META.size, page)
+    if len(second) == _META.size:
+        last = max(last, _META.unpack(second)[1])
+    if (last + 1) * page > size:
         raise lmdb.CorruptedError("the index is cut off")
 
 

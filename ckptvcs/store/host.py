@@ -21,10 +21,7 @@ def host_name() -> str:
 
 def boot_id() -> str:
     """What the kernel calls this start of the machine; empty where it does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
-        return ""
+    return _text(Path("/proc/sys/kernel/random/boot_id"))
 
 
 @lru_cache(1)
@@ -51,9 +48,10 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _text(path: Path) -> str:
+    """The text of a small file; empty where there is none, or a read would block (TypeError)."""
     try:
         return path.read_text("ascii").strip()
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return ""
 
 

@@ -14,6 +14,7 @@ import contextlib
 import os
 import struct
 from collections.abc import Iterator
+from io import FileIO
 from os import SEEK_END, lseek
 from pathlib import Path
 
@@ -93,26 +94,23 @@ def append_record(path: Path, payload: bytes) -> None:
         CutError: it is void from now on.
         OSError: it cannot be written to, and is as it was; FileNotFoundError: it was deleted.
     """
-    descriptor = os.open(path, _WRITE | os.O_APPEND)
-    try:
-        if os.fstat(descriptor).st_size < len(_HEADER):
+    with FileIO(os.open(path, _WRITE | os.O_APPEND), "wb") as file:
+        if os.fstat(file.fileno()).st_size < len(_HEADER):
             raise VoidError
-        _append(descriptor, payload)
-    finally:
-        os.close(descriptor)
+        _append(file, payload)
 
 
-def _append(descriptor: int, payload: bytes) -> None:
+def _append(file: FileIO, payload: bytes) -> None:
     digest = blake3(payload).digest(_RECORD.size - 8)
     record = _RECORD.pack(_MAGIC, len(payload), digest) + payload
     problem: OSError | None = None
     try:
-        room = MOST_BYTES - os.fstat(descriptor).st_size
-        if len(record) <= room and os.write(descriptor, record) == len(record):
+        room = MOST_BYTES - os.fstat(file.fileno()).st_size
+        if len(record) <= room and file.write(record) == len(record):
             return
     except OSError as error:
         problem = error
-    os.ftruncate(descriptor, 0)
+    file.truncate(0)
     raise CutError("the journal of the index has no room") from problem
 
 
