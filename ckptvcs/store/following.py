@@ -180,11 +180,10 @@ class Follower:
                     return False
             try:
                 _require(tail is None or tail.is_there())
-                while True:
-                    append_record(self._family.journal(number), record)
+                journal = self._family.journal
+                while append_record(journal(number), record, journal(number + 1)):
                     number += 1
-                    if not os.access(self._family.journal(number), os.F_OK):
-                        return tail is not None
+                return tail is not None
             except (VoidError, FileNotFoundError):
                 if tail is None:
                     return False

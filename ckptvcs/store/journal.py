@@ -25,7 +25,8 @@ from ckptvcs.store.locked import LockedFile, let_others_write
 _HEADER = b"ckptvcs journal 1\n"
 _RECORD = struct.Struct("<4sI16s")  # magic, bytes of the payload, the first of its hash
 _MAGIC = b"CKJR"
-_WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_APPEND = _FLAGS | os.O_RDWR | os.O_APPEND
 MOST_BYTES = 1 << 26
 """No journal is longer, nor are those together that are read for one edition."""
 
@@ -86,18 +87,31 @@ class Journal(LockedFile):
         self._seen = status.st_size
 
 
-def append_record(path: Path, payload: bytes) -> None:
-    """Add a record to a journal, whoever else adds some.
+def append_record(path: Path, payload: bytes, later: Path | None = None) -> bool:
+    """Add a record to a journal, whoever else adds some; whether the `later` one has begun by then,
+    which needs the record, too.
 
     Raises:
         VoidError: it is void.
         CutError: it is void from now on.
         OSError: it cannot be written to, and is as it was; FileNotFoundError: it was deleted.
     """
-    with FileIO(os.open(path, _WRITE | os.O_APPEND), "wb") as file:
-        if os.fstat(file.fileno()).st_size < len(_HEADER):
-            raise VoidError
+    with FileIO(os.open(path, _APPEND), "r+b") as file:
+        _require_sound(file)
         _append(file, payload)
+        if later is not None and os.access(later, os.F_OK):
+            return True
+        # The later one may have begun, and be deleted: this one is void before that.
+        _require_sound(file)
+    return False
+
+
+def _require_sound(file: FileIO) -> None:
+    """Raises VoidError: a journal is void, or deleted."""
+    descriptor = file.fileno()
+    linked = os.fstat(descriptor).st_nlink
+    if not linked or os.pread(descriptor, len(_HEADER), 0) != _HEADER:
+        raise VoidError
 
 
 def _append(file: FileIO, payload: bytes) -> None:
@@ -151,7 +165,7 @@ def create_journal(path: Path, scratch: Path) -> None:
 def void(path: Path) -> None:
     """Have everybody look elsewhere who reads a journal.  Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(path, _WRITE)
+        descriptor = os.open(path, _FLAGS | os.O_WRONLY)
         try:
             os.ftruncate(descriptor, 0)
         finally:

@@ -176,10 +176,13 @@ class ObjectStore:
         return info
 
     def delete_packs(self, names: dict[PackId, str]) -> None:
-        """Delete packs: out of the index first, so that nobody is sent to a file that is gone."""
+        """Delete packs: out of the index first, so that nobody is sent to a file that is gone; and
+        once more afterwards, as another process may have made an index of the files meanwhile.
+        """
         self.index.remove(set(names))
         for name, folder in names.items():
             self.backend.delete(packs.pack_name(folder, name))
+        self.index.remove(set(names))
 
     def verify_pack(self, name: PackId, folder: str) -> packs.PackInfo:
         """Read a whole pack and prove its name.

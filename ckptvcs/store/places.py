@@ -105,8 +105,9 @@ class Places:
         """Add what a process published that ended before it could say so."""
         for pack, folder in self._ask(Index.expected).items():
             if folder in packs.FOLDERS:
-                with contextlib.suppress(CorruptionError, FileNotFoundError):
-                    self.add(self._read_pack(pack, folder))
+                late: list[Place] = []
+                self._add_found(pack, folder, late)
+                self._add_late(late)
 
     def list_packs(self) -> dict[PackId, str]:
         """Every pack on disk, by listing: pack id -> folder."""
@@ -128,11 +129,20 @@ class Places:
             late: list[Place] = []
             for name, folder in there.items():
                 if name not in known:
-                    # A damaged pack hides only its own objects here; verify names it.
-                    with contextlib.suppress(CorruptionError, FileNotFoundError):
-                        rows = self._rows(self._read_pack(name, folder), late)
-                        self._ask(partial(Index.add, rows=rows))
+                    self._add_found(name, folder, late)
             self._add_late(late)
+
+    def _add_found(self, name: PackId, folder: str, late: list[Place]) -> None:
+        """Add a pack that another process published, and may delete at any moment.  A damaged one
+        hides only its own objects here; verify names it.
+        """
+        with contextlib.suppress(CorruptionError, FileNotFoundError):
+            self._ask(partial(Index.add, rows=self._rows(self._read_pack(name, folder), late)))
+            try:
+                # Who deletes it notes that once more afterwards: before this look, or after it.
+                self._backend.size(packs.pack_name(folder, name))
+            except FileNotFoundError:
+                self.remove({name})
 
     def rebuild(self) -> int:
         """Make the index anew from the packs; how many packs it holds then."""

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lmdb
 import pytest
@@ -23,8 +24,9 @@ import pytest
 from ckptvcs.store import drafting, environment, index
 from ckptvcs.store.environment import Family
 from ckptvcs.store.local import LocalBackend
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.pack import PackInfo
 
 PATIENCE = 60  # seconds, after which a process is one that waits for ever
 SMALL = 4000  # bytes of a journal, so that editions are made often
@@ -390,6 +392,7 @@ from pathlib import Path
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object import Kind
 from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.pack import PackInfo
 folder = Path(sys.argv[1])
 store = ObjectStore(LocalBackend(folder), folder / "cache" / "index", lambda kind, content: [])
 for line in sys.stdin:
@@ -538,3 +541,34 @@ def test_a_cache_that_is_deleted_while_it_is_used(tmp_path: Path) -> None:
     assert opened(tmp_path).find(b"starts:las") == [last]
     assert store.get(old, Kind.COMMIT) == b"abc"
     assert agrees_with_packs(tmp_path, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("what", ["adds", "makes anew"])
+def test_a_pack_that_is_deleted_while_another_process_finds_it(what: str, tmp_path: Path) -> None:
+    store, other = opened(tmp_path), opened(tmp_path)
+    (name,) = put(store, b"one")
+    (pack,) = {place.pack for place in store.places(name)}
+    if what == "adds":
+        store.index.remove({pack})  # the file is there still
+        read = other.index._read_pack
+
+        def delete(found: PackId, folder: str) -> PackInfo:
+            info = read(found, folder)
+            store.delete_packs({found: folder})
+            return info
+
+        with mock.patch.object(other.index, "_read_pack", delete):
+            other.refresh()
+    else:
+        calm = store.backend.delete
+
+        def rebuild(file: str) -> None:
+            other.rebuild()
+            assert other.index.known(name)
+            calm(file)
+
+        with mock.patch.object(store.backend, "delete", rebuild):
+            store.delete_packs({pack: "meta"})
+    for index in (store.index, other.index, opened(tmp_path).index):
+        assert not index.known(name)
+        assert not index.pack_sizes()
