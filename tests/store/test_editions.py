@@ -569,6 +569,6 @@ def test_a_pack_that_is_deleted_while_another_process_finds_it(what: str, tmp_pa
 
         with mock.patch.object(store.backend, "delete", rebuild):
             store.delete_packs({pack: "meta"})
-    for index in (store.index, other.index, opened(tmp_path).index):
-        assert not index.known(name)
-        assert not index.pack_sizes()
+    for places in (store.index, other.index, opened(tmp_path).index):
+        assert not places.known(name)
+        assert not places.pack_sizes()
