@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Semaphore, get_native_id, local
+from time import monotonic
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
@@ -26,7 +27,8 @@ _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants 
 _LEAST = 19  # the priority that comes last
 _PROCESS = os.getpid()  # that has loaded this
 _BLAS_THREADS = frozenset({"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"})
-_BIRTH = 5.0  # seconds, after which a thread has died in its first moment
+_BIRTH = 2.0  # seconds, after which a thread has died in its first moment
+_AGAIN = 30.0  # seconds after that in which no other one is tried
 _AHEAD = 2  # items more than threads, so that none idles while a slow one is waited for
 
 T = TypeVar("T")
@@ -201,10 +203,16 @@ def _shut_down_all() -> None:
         pool.shutdown()
 
 
+_refused_until = 0.0
+
+
 def start_thread(run: Callable[[], object]) -> bool:
     """Run something in a thread that nobody waits for; whether the system gives one, with the
     memory that it needs in its first moment: `Thread.start` waits for ever for one without.
     """
+    global _refused_until
+    if monotonic() < _refused_until:
+        return False
     alive, wanted = allocate_lock(), [True]
     alive.acquire()
     # That takes no frame of Python, for which there may be no memory, and keeps nothing.
@@ -218,6 +226,7 @@ def start_thread(run: Callable[[], object]) -> bool:
     finally:
         sys.unraisablehook = hook
     wanted.clear()
+    _refused_until = monotonic() + _AGAIN
     return False
 
 

@@ -43,7 +43,8 @@ Signature = tuple[tuple[str, int, int, int], ...]
 @dataclass(frozen=True)
 class Event:
     """What happened to a checkpoint: a commit was made (`id`), or something is wrong with it (the
-    `problem`), or its originals were, or were not, removed (`gone`).
+    `problem`), or its originals were, or were not, removed (`gone`).  The folder itself may have a
+    problem, too.
     """
 
     name: str
@@ -103,16 +104,30 @@ class Watcher:
         """Look once, and deal with what has settled.
 
         Raises:
+            InvalidInputError: the folder cannot be read, and this will not pass.
             StorageError: the repository cannot be written.
         """
-        settled = self._settled()
-        self._turn += bool(settled)
-        for found in self._found(settled):
+        try:
+            settled = self._settled()
+            self._turn += bool(settled)
+            there = self._found(settled)
+        except InvalidInputError as error:
+            if not _may_pass(error):
+                raise
+            yield from self._tell(self.name, None, error)
+            return
+        self._told.pop(self.name, None)
+        for found in there:
             yield from self._take(found, settled[found.name])
         if settled:
             self._order = self._by_age()
         if self._keep_local is not None:
             yield from self._remove(self._keep_local)
+
+    @property
+    def name(self) -> str:
+        """What events call the folder itself."""
+        return str(self._folder)
 
     @property
     def waiting(self) -> frozenset[str]:
@@ -201,14 +216,14 @@ class Watcher:
                 yield Event(found.name, made.commit.step, made.id, found.size_bytes, made.notes)
         except (BusyError, ConflictError) as error:  # until the next look
             self._contents = None  # somebody else is at work, or a commit was made all the same
-            yield from self._tell(found, error)
+            yield from self._tell(found.name, found.step, error)
             return
         except (InvalidInputError, NotFoundError) as error:
             self._refused[found.name, signature] += 1
             if _may_pass(error) and self._refused[found.name, signature] < _TRIES:
                 return  # until the next look
             self._done[found.name] = _Taken(signature, self._turn, found)
-            yield from self._tell(found, found.problem or error)
+            yield from self._tell(found.name, found.step, found.problem or error)
             return
         self._done[found.name] = _Taken(signature, self._turn, found, known)
         self._refused.clear()
@@ -220,10 +235,10 @@ class Watcher:
             self._lines.learn(self._since)
         return self._contents
 
-    def _tell(self, found: Found, error: CkptError) -> Iterator[Event]:
-        if self._told.get(found.name) != error.message:
-            self._told[found.name] = error.message
-            yield Event(found.name, found.step, problem=error)
+    def _tell(self, name: str, step: int | None, error: CkptError) -> Iterator[Event]:
+        if self._told.get(name) != error.message:
+            self._told[name] = error.message
+            yield Event(name, step, problem=error)
 
     # -- out -----------------------------------------------------------------------------------
 

@@ -94,18 +94,22 @@ class Soak:
 
     def run(self) -> None:
         """Make all commits."""
-        for step in range(1, self._count + 1):
-            state = next(self._states)
-            if step % 2:
-                self._repo.commit(state, step=step)
-            else:
-                self._repo.commit_async(state, step=step)
-            self._beside(step)
-            if step % LOOK == 0 or step == self._count:
-                self._repo.wait()
-                self._look(step)
-        self._kill(len(self._readers))
-        self._repo.close()
+        try:
+            for step in range(1, self._count + 1):
+                state = next(self._states)
+                if step % 2:
+                    self._repo.commit(state, step=step)
+                else:
+                    self._repo.commit_async(state, step=step)
+                self._beside(step)
+                if step % LOOK == 0 or step == self._count:
+                    self._repo.wait()
+                    self._look(step)
+            self._kill(len(self._readers))
+            self._repo.close()
+        finally:
+            for reader in self._readers:
+                reader.kill()
 
     def _beside(self, step: int) -> None:
         if step % FORK == 0:

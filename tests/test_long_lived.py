@@ -16,6 +16,7 @@ from ckptvcs.config import KEYS, Settings
 from ckptvcs.history.retention import Policy
 from ckptvcs.importing import Importer
 from ckptvcs.joining import Joint
+from ckptvcs.store.object import ObjectId
 from ckptvcs.watching import Watcher
 from tests.crashing import states
 
@@ -158,3 +159,27 @@ def test_a_change_that_no_time_and_no_size_shows(tmp_path: Path) -> None:
     assert settings.now().keep_exact == 7
     assert repo.config.keep_exact == 7
     assert set(repo.settings()) == set(KEYS)
+
+
+def test_a_log_while_an_exact_form_fades(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = Repo.init(tmp_path)
+    repo.configure("keep-exact", "1")
+    first, second, third = states(3)
+    repo.commit(first)
+    repo.commit(second)
+    assert exact(repo) == [2]
+    reader = Repo.open(tmp_path)
+    store = reader.catalog.store
+    calm, found = store.find, list[bytes]()
+
+    def find(key: bytes) -> list[ObjectId]:
+        names = calm(key)
+        if not found and key.startswith(b"values:") and names:
+            found.append(key)
+            repo.commit(third)  # the exact form of the second one fades
+        return names
+
+    monkeypatch.setattr(store, "find", find)
+    assert [entry.step for entry in reader.log()] == [2, 1]
+    assert found
+    assert exact(Repo.open(tmp_path)) == [3]

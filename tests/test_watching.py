@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from ckptvcs import BusyError, InvalidInputError, NotFoundError, Repo
 from ckptvcs.checkpoint import folder
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.cli.app import app
 from ckptvcs.store.leases import exclusive, patience
 from ckptvcs.watching import Event, Watcher
 from tests.cli.conftest import environment
@@ -311,3 +313,29 @@ def test_what_the_system_refuses_once_is_read_at_the_next_look(
     problems = [event.problem for event in looks(watch, 5)]
     assert [type(problem) for problem in problems] == [InvalidInputError]  # said, and given up
     assert watch.waiting == frozenset()
+
+
+def test_a_folder_that_the_system_refuses_to_list(
+    near: Repo, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, 1)
+    watch, calm = watcher(near, run), os.scandir
+
+    def refused(path: Path) -> object:
+        if Path(path) == run:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return calm(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refused)
+        events = looks(watch, 3)
+        assert [(event.name, type(event.problem)) for event in events] == [
+            (str(run), InvalidInputError)
+        ]
+        repo = ["--repo", str(near.folder.parent)]
+        done = CliRunner().invoke(app, [*repo, "watch", str(run), "--once", "--settle", "0"])
+        assert done.exit_code == 2
+        assert "cannot read" in done.stderr
+    assert [event.step for event in looks(watch, 3)] == [1]
+    monkeypatch.setattr(os, "scandir", refused)
+    assert [event.name for event in looks(watch, 2)] == [str(run)]

@@ -126,10 +126,13 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
 def candidates(folder: Path, pattern: str | None, store: Path) -> dict[str, list[str]]:
     """What `survey` may find in a folder, complete or not: the name of each, and the entries of the
     folder that it is.  Nothing where there is no such folder yet.
+
+    Raises:
+        InvalidInputError: it cannot be read, or is a file.
     """
     try:
         entries = _entries(folder)
-    except CkptError:
+    except NotFoundError:
         return {}
     groups = _groups(entries, pattern)
     grouped = {member for members in groups.values() for member in members}

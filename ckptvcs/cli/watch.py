@@ -59,6 +59,8 @@ def watch(
     told: set[str] = set()
     while True:
         for event in watcher.look():
+            if once and event.problem is not None and event.name == watcher.name:
+                raise event.problem
             with after(_made(event)):
                 _say(repo, event, json=json)
                 sys.stdout.flush()

@@ -5,6 +5,7 @@ values id -> newest recipe whose bundles are there       step, file hash -> comm
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,11 +104,15 @@ class Catalog:
         """Every recipe of a table of values, the one that counts first: the newest, but exact
         patches after all others, since these do not last.
         """
-        names = self.store.find(b"values:" + values.encode())
-        found = [(name, load_recipe(self.store.get(name, Kind.RECIPE))) for name in names]
+        found = self._recipes(b"values:" + values.encode())
         return sorted(
             found, key=lambda pair: (not pair[1].patch, pair[1].generation, pair[0]), reverse=True
         )
+
+    def _recipes(self, key: bytes) -> Iterator[tuple[ObjectId, Recipe]]:
+        for name in self.store.find(key):
+            with contextlib.suppress(MissingObjectError):  # another process has just let it go
+                yield name, load_recipe(self.store.get(name, Kind.RECIPE))
 
     def _recipe(self, values: ObjectId) -> Recipe:
         for attempt in range(2):
@@ -133,8 +138,7 @@ class Catalog:
 
     def patches(self) -> dict[ObjectId, ObjectId]:
         """The recipes of all exact patches -> the exact values they are for."""
-        names = self.store.find(b"patch")
-        return {name: load_recipe(self.store.get(name, Kind.RECIPE)).values for name in names}
+        return {name: recipe.values for name, recipe in self._recipes(b"patch")}
 
     def commits_of_exact(self, values: ObjectId) -> list[ObjectId]:
         """The commits whose exact form has these values."""

@@ -26,6 +26,7 @@ from contextvars import ContextVar
 from weakref import WeakKeyDictionary
 
 from ckptvcs.errors import BusyError, CkptError, ConflictError, CorruptionError, StorageError
+from ckptvcs.parallel import start_thread
 from ckptvcs.store import holders
 from ckptvcs.store.backend import Backend, Hold, read_small
 from ckptvcs.store.holders import Holder, Silence, describe, judge
@@ -109,9 +110,7 @@ class Renewals:
         """Whether what is added from now on will be renewed."""
         with self._lock:
             if not self._is_running:
-                with contextlib.suppress(RuntimeError):  # no thread can be started
-                    threading.Thread(target=self._run, name="ckpt-lease", daemon=True).start()
-                    self._is_running = True
+                self._is_running = start_thread(self._run)
             return self._is_running
 
     def add(self, hold: Hold) -> None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ckptvcs import parallel
 from ckptvcs.errors import BusyError, ConflictError
 from ckptvcs.store import disk, held, holders, host, leases, local
 from ckptvcs.store.backend import MemoryBackend
@@ -340,10 +340,10 @@ def test_a_lease_is_renewed_while_it_is_held(root: Path, monkeypatch: pytest.Mon
 
 
 def test_where_no_thread_can_be_started(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: threading.Thread) -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(parallel, "start_new_thread", refuse)
     monkeypatch.setattr(leases, "_renewals", leases.Renewals())
     backend = LocalBackend(root)
     with lease(backend) as name:
