@@ -14,10 +14,8 @@ from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
 from ckptvcs.history.commit import PARTS, Commit
-from ckptvcs.names import refuse_trusted
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
-from ckptvcs.targets import Targets
 
 if TYPE_CHECKING:
     from ckptvcs.committing import Result
@@ -160,6 +158,9 @@ def _checkout_part(
     repo: Repo, name: ObjectId, part: str, output: Path | None, exact: bool, *, force: bool
 ) -> tuple[Path, str]:
     made = repo.catalog.commit(name)
+    from ckptvcs.names import refuse_trusted  # noqa: PLC0415
+    from ckptvcs.targets import Targets  # noqa: PLC0415
+
     with Targets() as looks:
         if output is not None:
             target = looks.look(output)

@@ -17,10 +17,10 @@ from ckptvcs.history.commit import PARTS
 from ckptvcs.history.revision import split_range, split_tensor
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
-from ckptvcs.targets import Target, Targets
 
 if TYPE_CHECKING:
     from ckptvcs.extract import PartReader, Window
+    from ckptvcs.targets import Target, Targets
 
 # numpy is loaded by what reads tensors, so that the other commands start without it.
 
@@ -55,6 +55,7 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write commits as files: one, or with --all those of a line."""
+    from ckptvcs.targets import Targets  # noqa: PLC0415
     from ckptvcs.trajectory import export as write_commits  # noqa: PLC0415  see above
 
     if form not in (None, *_FORMATS):
@@ -133,6 +134,7 @@ def cat(
 ) -> None:
     """Show one tensor of a commit, reading nothing else."""
     from ckptvcs.extract import PartReader  # noqa: PLC0415  see above
+    from ckptvcs.targets import Targets  # noqa: PLC0415
     from ckptvcs.trajectory import find_tensor  # noqa: PLC0415
 
     revision, tensor = split_tensor(where)
@@ -260,6 +262,7 @@ def average(
 ) -> None:
     """Write the mean of the weights of several commits."""
     from ckptvcs.average import write_average  # noqa: PLC0415  see above
+    from ckptvcs.targets import Targets  # noqa: PLC0415
 
     start, stop = split_range(revisions)
     repo = open_repo(context)
