@@ -5,7 +5,8 @@ repo.commit({"model": model.state_dict()}, step=2000, metrics={"loss": 2.31})
 state = repo.checkout(2000)
 """
 
-from ckptvcs.care import Stats
+from typing import TYPE_CHECKING
+
 from ckptvcs.errors import (
     BusyError,
     CkptError,
@@ -18,11 +19,28 @@ from ckptvcs.errors import (
     TruncatedError,
     UnsupportedVersionError,
 )
-from ckptvcs.history.log import LogEntry
 from ckptvcs.plain import tame_log
-from ckptvcs.repo import Repo
+
+if TYPE_CHECKING:
+    from ckptvcs.care import Stats
+    from ckptvcs.history.log import LogEntry
+    from ckptvcs.repo import Repo
 
 tame_log()
+
+_HOMES = {"LogEntry": "history.log", "Repo": "repo", "Stats": "care"}
+
+
+def __getattr__(name: str) -> object:
+    """Load a class when it is first asked for.  The command line, which is below this package, can
+    so be interrupted, and find no memory, from its first moment.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ckptvcs' has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415
+
+    return getattr(import_module(f"ckptvcs.{_HOMES[name]}"), name)
+
 
 __all__ = [
     "BusyError",

@@ -20,6 +20,7 @@ from ckptvcs.errors import CkptError, InvalidInputError
 from ckptvcs.history.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store import disk
 from ckptvcs.store.backend import read_small
+from ckptvcs.store.leases import turn
 from ckptvcs.store.local import LocalBackend
 
 Value = str | int | float
@@ -234,18 +235,20 @@ def set_setting(path: Path, key: str, value: str | None) -> Config:
 
     Raises:
         InvalidInputError: there is no such setting, or it does not take that value.
+        BusyError: others are changing the repository, and do not end.
         StorageError: the file cannot be written.
     """
     get_setting(Config(), key)
     checked = None if value is None else _checked(key, value)
     own = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
-    there = _read(path) if path.exists() else _HEADING
-    lines = [line for line in there.splitlines() if not own.match(line)]
-    if checked is not None:
-        lines.append(f"{key} = {json.dumps(checked)}")
-    text = "\n".join(lines) + "\n"
-    config = _parse(text, path)
-    disk.replace(path, text, path.parent / "tmp")
+    with turn(LocalBackend(path.parent)):  # two processes may change settings at once
+        there = _read(path) if path.exists() else _HEADING
+        lines = [line for line in there.splitlines() if not own.match(line)]
+        if checked is not None:
+            lines.append(f"{key} = {json.dumps(checked)}")
+        text = "\n".join(lines) + "\n"
+        config = _parse(text, path)
+        disk.replace(path, text, path.parent / "tmp")
     return config
 
 

@@ -12,6 +12,7 @@ from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.checkpoint.together import is_member
 from ckptvcs.history.commit import Commit
 from ckptvcs.opened import Opened
+from ckptvcs.store.disk import real_path
 from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]
@@ -87,7 +88,7 @@ class Contents:
         return min(having, key=lambda name: (not self._repo.entry(name).exact, name), default=None)
 
     def _hashes(self, found: Found) -> Iterator[tuple[str, str]]:
-        skip = self._repo.folder.resolve()
+        skip = real_path(self._repo.folder)
         checkpoint = open_checkpoint(found.path, skip=skip, only=found.files)
         below = found.kind == "directory"
         for file in checkpoint.files:

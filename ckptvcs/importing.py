@@ -24,6 +24,7 @@ from ckptvcs.keeping import Keeper, Removal
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.source import Progress
+from ckptvcs.store.disk import real_path
 from ckptvcs.store.object import ObjectId
 
 _AFTER_ALL = 1 << 62  # above every step
@@ -86,7 +87,7 @@ class Importer:
         self.repo, self.folder, self._codec = repo, folder, codec
         self._keeper = Keeper(repo, codec)
         self._wanted = check_name(branch, "branch") if branch else None
-        found, self.left_out = survey(folder, pattern, repo.folder.resolve())
+        found, self.left_out = survey(folder, pattern, real_path(repo.folder))
         self.items = [Item(one) for one in found]
         for item in self.items:
             if item.found.problem is not None:

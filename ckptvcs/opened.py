@@ -129,8 +129,13 @@ class Opened:
             write_format(folder, new_format(), new=True)
             disk.sync_above(folder)
             keep_reserve(folder / CACHE)
-        except FileExistsError:
-            return cls.init(path, codec=codec)
+        except FileExistsError as error:
+            if is_repository(folder):  # another process has made it meanwhile
+                return cls.init(path, codec=codec)
+            raise InvalidInputError(
+                f"{error.filename or folder} is in the way of a repository",
+                hint="delete it, or choose another directory",
+            ) from error
         except OSError as error:
             raise disk.storage_error(error, f"make a repository in {path}") from error
         return cls(folder)

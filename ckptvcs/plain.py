@@ -22,7 +22,7 @@ def plain(text: str) -> str:
     """`text` on one line, as long as it was."""
     if text.isprintable() and (text.isascii() or not UNSEEN.search(text)):
         return text
-    return "".join(c if _is_seen(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(c if _is_seen(c) else "\ufffd" for c in text)
 
 
 def _is_seen(character: str) -> bool:

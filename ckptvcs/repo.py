@@ -19,6 +19,7 @@ from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, MissingO
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.history.refs import Refs
 from ckptvcs.opened import CACHE
+from ckptvcs.store.disk import real_path
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.reserve import keep_reserve
 
@@ -233,12 +234,11 @@ class Repo(Care):
         """
         from ckptvcs.checkpoint.checkpoint import open_checkpoint  # noqa: PLC0415
 
-        path = Path(path)
-        if path.resolve().is_relative_to(self.folder.resolve()):
+        path, skip = Path(path), real_path(self.folder)
+        if real_path(path).is_relative_to(skip):
             raise InvalidInputError(f"{path} is part of the repository itself")
         name, inside = self.naming(path)
         self.wait()
-        skip = self.folder.resolve()
         checkpoint = open_checkpoint(path, raw=raw, skip=skip, names=names, only=files)
         return self.commit_checkpoint(
             checkpoint, name, inside=inside, step=step, message=message,

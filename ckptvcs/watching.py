@@ -28,6 +28,7 @@ from ckptvcs.keeping import Keeper, Removal
 from ckptvcs.lines import Lines
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
+from ckptvcs.store.disk import real_path
 from ckptvcs.store.object import ObjectId
 
 _TRIES = 3  # looks at what the system refuses to read
@@ -82,7 +83,7 @@ class Watcher:
         Raises:
             InvalidInputError: the folder is part of the repository; no such codec; a bad number.
         """
-        if folder.resolve().is_relative_to(repo.folder.resolve()):
+        if real_path(folder).is_relative_to(real_path(repo.folder)):
             raise InvalidInputError(f"{folder} is part of the repository itself")
         if keep_local is not None and keep_local < 1:
             raise InvalidInputError("keep at least one checkpoint, the newest: training needs it")
@@ -141,6 +142,15 @@ class Watcher:
         )  # fmt: skip
 
     @property
+    def unsettled(self) -> frozenset[str]:
+        """Those of them that have changed a moment ago."""
+        now = time.monotonic()
+        return frozenset(
+            entry for name, (_, since) in self._since.items() if now - since < self._settle
+            for entry in self._files[name]
+        )  # fmt: skip
+
+    @property
     def written(self) -> frozenset[str]:
         """Those of them that somebody has open to write."""
         return self.waiting & self._written
@@ -167,7 +177,7 @@ class Watcher:
         return settled
 
     def _signatures(self) -> Iterator[tuple[str, Signature]]:
-        self._files = candidates(self._folder, self._pattern, self._repo.folder.resolve())
+        self._files = candidates(self._folder, self._pattern, real_path(self._repo.folder))
         for name, entries in self._files.items():
             files: dict[str, os.stat_result] = {}
             for entry in entries:
@@ -187,7 +197,7 @@ class Watcher:
         if not settled:
             return []
         try:
-            found, _ = survey(self._folder, self._pattern, self._repo.folder.resolve())
+            found, _ = survey(self._folder, self._pattern, real_path(self._repo.folder))
         except NotFoundError:
             found = []
         names = {one.name for one in found}
@@ -306,7 +316,7 @@ def _open_for_writing(folder: Path) -> Iterator[str]:
     """The names in a folder that a process of this user writes to, or to something below: where the
     system tells (Linux).
     """
-    root = folder.resolve()
+    root = real_path(folder)
     for process in _listed(Path("/proc")):
         for handle in _listed(process / "fd") if process.name.isdecimal() else ():
             try:

@@ -39,6 +39,7 @@ from ckptvcs.errors import (
     UnsupportedVersionError,
 )  # fmt: skip
 from ckptvcs.history.refs import Move
+from ckptvcs.store.disk import real_path
 
 if TYPE_CHECKING:
     from ckptvcs.checkpoint.parcel import Parcel
@@ -113,7 +114,7 @@ class Worker:
         self._pipe, far = Pipe()
         with far:
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
-            arguments = [str(far.fileno()), str(os.getpid()), str(self._folder.resolve())]
+            arguments = [str(far.fileno()), str(os.getpid()), str(real_path(self._folder))]
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START, *arguments], pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}, process_group=0,

@@ -187,6 +187,7 @@ class Soak:
 
 def read(folder: Path, seed: int) -> None:
     """Read at random, by a repository that is opened now and then."""
+    os.nice(19)  # the training comes first
     draw = random.Random(seed)
     while True:
         repo = Repo.open(folder)

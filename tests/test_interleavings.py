@@ -133,7 +133,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
         mock.patch.object(Fader, "delete", fading),
         mock.patch.object(committing.Committer, "_fade", stage.stopping("look for pins", fade)),
         mock.patch.multiple(
-            leases, _GRACE=-1.0, _TURNS=1, _PAUSE=0.0, _patience=ContextVar("none", default=0.0)
+            leases, _GRACE=-1.0, _LEAST_TURN=0.0, _patience=ContextVar("none", default=0.0)
         ),
     ]
     return patches
@@ -455,7 +455,7 @@ def _orders(
         count, deleted = count + 1, deleted + (not world.original)
         return world.taken
 
-    with mock.patch.multiple(leases, _GRACE=-1.0, _TURNS=1, _PAUSE=0.0, _LOOK=0.0):
+    with mock.patch.multiple(leases, _GRACE=-1.0, _LEAST_TURN=0.0, _LOOK=0.0):
         for _ in every_order(run):
             pass
     return count, deleted

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ckptvcs import InvalidInputError, Repo
+from ckptvcs import InvalidInputError, Repo, config
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.config import KEYS, Settings
 from ckptvcs.history.retention import Policy
@@ -183,3 +184,26 @@ def test_a_log_while_an_exact_form_fades(tmp_path: Path, monkeypatch: pytest.Mon
     assert [entry.step for entry in reader.log()] == [2, 1]
     assert found
     assert exact(Repo.open(tmp_path)) == [3]
+
+
+def test_settings_that_two_processes_change_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = Repo.init(tmp_path)
+    other = Repo.open(tmp_path)
+    calm, others = config._read, list[threading.Thread]()
+
+    def read(path: Path) -> str:
+        text = calm(path)
+        if not others and threading.current_thread() is threading.main_thread():
+            others.append(threading.Thread(target=other.configure, args=("keep-exact", "7")))
+            others[0].start()
+            others[0].join(0.5)
+        return text
+
+    repo.configure("keyframe-depth", "5")
+    monkeypatch.setattr(config, "_read", read)
+    repo.configure("keyframe-depth", "9")
+    others[0].join()
+    now = Repo.open(tmp_path).config
+    assert (now.keyframe_depth, now.keep_exact) == (9, 7)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,27 @@ def test_once_ends_though_more_keeps_coming(near: Repo, run: Path) -> None:
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "step 1  step-1.pt" in out
+
+
+def test_once_leaves_what_keeps_changing(
+    near: Repo, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, 1)
+    shutil.copy(run / "step-1.pt", run / "last.pt")
+    monkeypatch.setattr("ckptvcs.cli.watch._ONCE", 0.0)
+    calm = Watcher.look
+
+    def look(watch: Watcher) -> Iterator[Event]:
+        shutil.copy(run / "step-1.pt", run / "new")
+        (run / "new").replace(run / "last.pt")
+        return calm(watch)
+
+    monkeypatch.setattr(Watcher, "look", look)
+    repo = ["--repo", str(near.folder.parent)]
+    done = CliRunner().invoke(app, [*repo, "watch", str(run), "--once", "--settle", "0.1"])
+    assert done.exit_code == 0, done.stderr
+    assert "left: last.pt keeps changing" in done.stderr
+    assert [entry.step for entry in near.log()] == [1]
 
 
 def test_once_says_what_it_waits_for(near: Repo, run: Path) -> None:

@@ -31,6 +31,7 @@ from ckptvcs.checkpoint.roles import OTHER, Names, Role, Rule, assign_roles
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
 from ckptvcs.names import MAX_NESTING, is_repository_name, listed, trusted_names
+from ckptvcs.store.disk import real_path
 
 _DOUBTFUL = ("raw", "torch-zip")  # a zip file is read as far as its directory goes
 _MAX_STATE_BYTES = 1 << 26  # of a file that is read to find the step
@@ -183,7 +184,7 @@ def _entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[s
         name, entry = stack.pop()
         if name.count("/") >= MAX_NESTING:
             raise InvalidInputError(f"{root} nests more than {MAX_NESTING} directories")
-        if entry.name.lower() == ".ckpt" or (skip and Path(entry.path).resolve() == skip):
+        if entry.name.lower() == ".ckpt" or (skip and real_path(Path(entry.path)) == skip):
             continue
         if is_repository_name(entry.name):
             raise InvalidInputError(
@@ -211,7 +212,7 @@ def _open_directory(
     parsed: list[distcp.Parsed] = []
     links: list[InputLink] = []
     followed: dict[str, Path] = {}
-    real = root.resolve()
+    real = real_path(root)
     for name, entry in _entries(root, skip):
         if only and name not in only:
             continue

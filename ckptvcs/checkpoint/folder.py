@@ -39,6 +39,7 @@ from ckptvcs.checkpoint.together import (
     shard_ids,
 )
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
+from ckptvcs.store.disk import real_path
 
 _MODEL_SUFFIXES = (*TAKEN_SUFFIXES, ".distcp")
 _TAR_MAGIC = 257  # where the header of a tar archive says `ustar`
@@ -91,7 +92,7 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
         NotFoundError: there is no such folder, or nothing in it that could be committed.
         InvalidInputError: it is a checkpoint itself, or it is in the `store`.
     """
-    if folder.resolve().is_relative_to(store):
+    if real_path(folder).is_relative_to(store):
         raise InvalidInputError(f"{folder} is part of the repository itself")
     found: list[Found] = []
     left: list[LeftOut] = []
@@ -240,7 +241,7 @@ def _is_archive(path: Path) -> bool:
 def _why_no_directory(path: Path, store: Path) -> str | None:
     try:
         entries = [e for e in _entries(path) if not e.is_symlink()]
-        if store.is_relative_to(path.resolve()) or any(e.name.lower() == ".ckpt" for e in entries):
+        if store.is_relative_to(real_path(path)) or any(e.name.lower() == ".ckpt" for e in entries):
             return "a folder with a repository in it"
         if not _hold_model(entries):
             return "a folder without model files"

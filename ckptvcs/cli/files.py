@@ -127,7 +127,8 @@ def checkout(
                 announce=_ignore if target else partial(_announce, entry.commit),
             )  # fmt: skip
         paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
-        where = None if target else repo.move_head(name, revision)
+        with after("" if target else "the files were written"):
+            where = None if target else repo.move_head(name, revision)
     exact = all(form == "exact" for form in forms.values())
     if json:
         render.as_json({

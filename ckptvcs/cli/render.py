@@ -73,8 +73,14 @@ def as_json(value: Json) -> None:
 
 
 def confirm(question: str) -> bool:
-    """Ask on stderr; Enter is no."""
-    return typer.confirm(plain(question), err=True)
+    """Ask on stderr; Enter, or the end of the input, is no."""
+    try:
+        return typer.confirm(plain(question), err=True)
+    except typer.Abort as error:  # of a KeyboardInterrupt or an EOFError
+        talk("")
+        if isinstance(error.__context__, EOFError):
+            return False
+        raise KeyboardInterrupt from None
 
 
 def _fitted(rows: Sequence[Sequence[str]], room: int) -> list[int]:
@@ -112,9 +118,7 @@ def table(rows: Sequence[Sequence[str]]) -> None:
     if rows[0][0] == "name":  # names of tensors differ at their ends
         rows = [
             [
-                cell
-                if len(cell) <= widths[0]
-                else f"\N{HORIZONTAL ELLIPSIS}{cell[1 - widths[0] :]}",
+                cell if len(cell) <= widths[0] else f"\u2026{cell[1 - widths[0] :]}",
                 *rest,
             ]
             for cell, *rest in rows
@@ -158,9 +162,6 @@ def run(app: typer.Typer) -> int:
         usage.show(shown)
         talk(*plain_lines(shown.getvalue().rstrip("\n")))
         code = usage.exit_code
-    except typer.Abort:
-        talk("Aborted!")
-        code = _UNEXPECTED
     return code if isinstance(code, int) else 0
 
 

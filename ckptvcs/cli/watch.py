@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from ckptvcs.errors import InvalidInputError, NotFoundError, after
 if TYPE_CHECKING:
     from ckptvcs.repo import Repo
     from ckptvcs.watching import Event
+
+_ONCE, _SETTLES = 10.0, 10  # seconds and times --settle, after which --once leaves what changes
 
 
 def watch(
@@ -43,7 +46,7 @@ def watch(
 
     if accept_near and keep_local is None:
         raise InvalidInputError("--accept-near goes with --keep-local")
-    if interval <= 0 or settle < 0:
+    if not (0 < interval < math.inf and 0 <= settle < math.inf):
         raise InvalidInputError("--interval is above 0, --settle not below")
     repo = open_repo(context)
     watcher = Watcher(
@@ -57,6 +60,7 @@ def watch(
         render.talk(f"watching {render.printable(str(folder))}{later}; Ctrl-C ends it")
     left: frozenset[str] | None = None  # of what was there at first
     told: set[str] = set()
+    end = time.monotonic() + max(_ONCE, _SETTLES * settle)
     while True:
         for event in watcher.look():
             if once and event.problem is not None and event.name == watcher.name:
@@ -65,6 +69,10 @@ def watch(
                 _say(repo, event, json=json)
                 sys.stdout.flush()
         left = watcher.waiting if left is None else left & watcher.waiting
+        if once and time.monotonic() > end:
+            for name in sorted(left & watcher.unsettled - watcher.written):
+                render.talk(f"left: {render.printable(name)} keeps changing")
+            left -= watcher.unsettled - watcher.written
         if once and not left:
             return
         for name in sorted(left & watcher.written - told) if once else ():

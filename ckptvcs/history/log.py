@@ -10,7 +10,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, ErrorReport
 from ckptvcs.history.graph import draw_graph
 from ckptvcs.history.refs import HEAD, Refs
-from ckptvcs.history.revision import Revisions
+from ckptvcs.history.revision import LONGEST_STEP, Revisions
 from ckptvcs.store.object import ObjectId
 
 Bound = str | int | None
@@ -56,7 +56,7 @@ class LogEntry:
 def _bound(at: Bound) -> int | None:
     """The step that bounds a stretch of a line; None where it is no step but a revision."""
     digits = str(at).removeprefix("step:")
-    return int(digits) if digits.isdecimal() else None
+    return int(digits) if digits.isdecimal() and len(digits) <= LONGEST_STEP else None
 
 
 class History:

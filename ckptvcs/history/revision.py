@@ -20,7 +20,7 @@ from ckptvcs.history.marking import is_whole, mark, require_packs
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.store.object import Kind, ObjectId
 
-_LONGEST_STEP = 19  # digits
+LONGEST_STEP = 19  # digits
 _SHORT_ID = 8  # digits of an id, as logs show it
 _HEX = re.compile(r"[0-9a-f]{4,64}\Z")
 _BACK = re.compile(r"(.+?)~([0-9]{0,9})\Z")
@@ -228,7 +228,7 @@ class Revisions:
             if head is None:
                 raise NotFoundError("there are no commits yet", hint="ckpt commit PATH -m MESSAGE")
             return head
-        if (text.isdecimal() and len(text) <= _LONGEST_STEP) or text.startswith("step:"):
+        if (text.isdecimal() and len(text) <= LONGEST_STEP) or text.startswith("step:"):
             return self._step(text)
         if text.startswith("best:"):
             return self._best(text)
@@ -245,7 +245,7 @@ class Revisions:
         if at_ref is not None:
             return at_ref
         branch, at, step = text.rpartition("@")
-        if at and step.isdecimal() and len(step) <= _LONGEST_STEP:
+        if at and step.isdecimal() and len(step) <= LONGEST_STEP:
             tip = self.branch(branch)
             if tip is None:
                 raise self._unknown(branch)
@@ -268,7 +268,7 @@ class Revisions:
 
     def _step(self, text: str) -> ObjectId:
         digits = text.removeprefix("step:")
-        if not digits.isdecimal() or len(digits) > _LONGEST_STEP:
+        if not digits.isdecimal() or len(digits) > LONGEST_STEP:
             raise InvalidInputError(f"'{text}' is no step")
         step = int(digits)
         here = self._on_line(self.head(), step)

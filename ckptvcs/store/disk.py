@@ -158,12 +158,19 @@ def make_folder(path: Path) -> None:
         sync_folder(path.parent)
 
 
+def real_path(path: Path) -> Path:
+    """A path without links.  `Path.resolve` of Python 3.11 raises RuntimeError where a link leads
+    to itself.
+    """
+    return Path(os.path.realpath(path))
+
+
 def sync_above(path: Path) -> None:
     """Make the way to a folder durable: the names in all folders above it, on its file system, that
     this user may read.
     """
     device = path.stat().st_dev
-    for folder in path.resolve().parents:
+    for folder in real_path(path).parents:
         if folder.stat().st_dev != device:
             return
         with contextlib.suppress(PermissionError):

@@ -34,7 +34,7 @@ from ckptvcs.store.host import boot_id, host_name
 
 _LEASE, _EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
 _SOLE = "marks/gc-"
-_TURNS, _PAUSE = 400, 0.05  # seconds
+_LEAST_TURN = 10.0  # seconds
 _REST, _SAY_AFTER = 0.05, 1.0  # seconds
 _MAX_BYTES = 4096
 _GRACE, _LOOK = 2.0, 0.05  # seconds
@@ -305,17 +305,18 @@ def sole(backend: Backend) -> Iterator[str]:
 @contextmanager
 def turn(backend: Backend) -> Iterator[None]:
     """Wait until nobody else is about to change what is changed in place, or to move a ref so that
-    it leads elsewhere, or to delete an original that a ref leads to; for a moment.
+    it leads elsewhere, or to delete an original that a ref leads to; see `patience`.
 
     Raises:
         BusyError: somebody is, and stays so.
     """
-    for _ in range(_TURNS):
+    waiting = _Waiting(max(_patience.get(), _LEAST_TURN))
+    while True:
         with _held(backend, _CHANGE, brief=True) as own:
             others = [name for name in live_leases(backend, _CHANGE) if name != own]
             if not others:
                 yield
                 return
-        time.sleep(random.random() * _PAUSE)
-    _silence.keep(backend)
-    raise BusyError("the repository is being changed", hint=_who(backend, others[0]))
+        if waiting.left <= 0:
+            _silence.keep(backend)
+        waiting.go_on("the repository is being changed", _who(backend, others[0]))

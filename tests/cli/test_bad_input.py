@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+import ckptvcs
 from ckptvcs.checkpoint.layout import FileSource
+from ckptvcs.cli import render
 from ckptvcs.encoder import Encoder
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
@@ -328,3 +331,84 @@ def test_weights_that_are_cut_off_need_raw(ckpt: Ckpt, tmp_path: Path) -> None:
         ckpt("checkout", "HEAD", "-o", "back")
         assert (tmp_path / "back").read_bytes() == (tmp_path / name).read_bytes()
         (tmp_path / "back").unlink()
+
+
+@pytest.mark.parametrize("where", [".", ".ckpt", ".ckpt/refs", ".ckpt/tmp", ".ckpt/cache"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_init_where_something_is_in_the_way(
+    kind: str, where: str, ckpt: Ckpt, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "file":
+        path.write_bytes(b"")
+    else:
+        path.symlink_to("nowhere")
+    done = ckpt("init", tmp_path / "new", code=None)
+    assert done.code in (2, 8)
+    one_line(done.err)
+    assert os.path.lexists(path)
+
+
+def test_links_that_lead_to_themselves(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
+    ckpt("init")
+    inside = tmp_path / "in" / "checkpoint-5"
+    inside.mkdir(parents=True)
+    shutil.copy(run_files[0], inside / "model.pt")
+    (inside / "latest").symlink_to("latest")
+    (tmp_path / "loop").symlink_to("loop")
+    ckpt("commit", inside)
+    ckpt("import", tmp_path / "in")
+    ckpt("watch", tmp_path / "in", "--once", "--settle", 0)
+    for command in ("commit", "import"):
+        done = ckpt(command, tmp_path / "loop", code=None)
+        assert done.code in (2, 3)
+        one_line(done.err)
+    back = tmp_path / "back"
+    ckpt("checkout", "@", "-o", back)
+    assert (back / "latest").readlink() == Path("latest")
+    assert (back / "model.pt").exists()
+
+
+@pytest.mark.parametrize("args", [
+    ["watch", ".", "--settle", "nan"], ["watch", ".", "--settle", "inf", "--once"],
+    ["watch", ".", "--interval", "inf"], ["watch", ".", "--interval", "nan"],
+    ["export", "--all", "out", "--start", "9" * 5000], ["log", "9" * 5000],
+])  # fmt: skip
+def test_numbers_that_are_none(args: list[str], ckpt: Ckpt, history: Path) -> None:
+    done = ckpt(*args, code=None)
+    assert done.code in (2, 3)
+    one_line(done.err)
+
+
+@pytest.mark.parametrize(("error", "answer"), [(EOFError, False), (KeyboardInterrupt, None)])
+def test_a_question_without_an_answer(
+    error: type[BaseException], answer: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal:
+        def readline(self) -> str:
+            raise error
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    if answer is None:
+        with pytest.raises(KeyboardInterrupt):
+            render.confirm("remove all?")
+    else:
+        assert render.confirm("remove all?") is answer
+
+
+def test_the_package_loads_its_classes_when_they_are_asked_for() -> None:
+    code = """
+import sys, ckptvcs
+print(*sorted(name for name in sys.modules if name.startswith("ckptvcs.")))
+print(*(getattr(ckptvcs, name).__name__ for name in ckptvcs.__all__))
+print(hasattr(ckptvcs, "nothing"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=environment(),
+    )  # fmt: skip
+    loaded, names, nothing = done.stdout.splitlines()
+    assert loaded == "ckptvcs.errors ckptvcs.plain"
+    assert names.split() == ckptvcs.__all__
+    assert nothing == "False"

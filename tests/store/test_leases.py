@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -400,9 +402,39 @@ def test_one_at_a_time_has_a_turn(
     make: Callable[[], MemoryBackend] | None, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = LocalBackend(root) if make is None else make()
-    monkeypatch.setattr(leases, "_TURNS", 2)
-    with turn(backend), pytest.raises(BusyError, match="being changed"), turn(backend):
+    monkeypatch.setattr(leases, "_LEAST_TURN", 0.1)
+    busy = pytest.raises(BusyError, match="being changed")
+    with turn(backend), leases.patience(0.0), busy, turn(backend):
         pass
     with turn(backend):
         pass
     assert list(backend.names("marks")) == []
+
+
+def test_a_turn_is_waited_for_as_long_as_there_is_patience(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, ends = LocalBackend(root), threading.Event()
+    monkeypatch.setattr(leases, "_LEAST_TURN", 0.0)
+    monkeypatch.setattr(leases, "_SAY_AFTER", 0.0)
+    calm = time.sleep
+
+    def sleep(seconds: float) -> None:
+        if caplog.messages:  # it has said that it waits
+            ends.set()
+        calm(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    begun = threading.Event()
+
+    def other() -> None:
+        with turn(LocalBackend(root)):
+            begun.set()
+            assert ends.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert begun.wait(60)
+    with leases.patience(math.inf), turn(backend):
+        thread.join()
+    assert caplog.messages == ["the repository is being changed: waiting"]
