@@ -41,6 +41,7 @@ LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
 # What is in a folder need not be readable.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_TRIES = 2  # to delete what is temporary: the system may refuse a call once
 _NO_LINKS = (*_CANNOT, errno.EPERM, errno.EMLINK)
 _FREE_ONLY, _EXCHANGE = "free only", "exchange"
 _FLAGS = {
@@ -196,6 +197,7 @@ class Folder:
         with self._temporary() as temporary:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(temporary.name, flags, 0o666, dir_fd=self._at)
+            temporary.is_new = True
             with os.fdopen(descriptor, "w+b") as out:
                 temporary.own = os.fstat(descriptor)
                 yield out
@@ -211,6 +213,7 @@ class Folder:
         """Make a symbolic link.  Raises ConflictError as `file` does."""
         with self._temporary() as temporary:
             os.symlink(text, temporary.name, dir_fd=self._at)
+            temporary.is_new = True
             temporary.own = self.look(temporary.name)
             self._place(temporary, name, seen)
 
@@ -233,7 +236,8 @@ class Folder:
                     raise
                 raise self._came(name) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True, dir_fd=self._at)
+            for _ in range(_TRIES):
+                shutil.rmtree(temporary, ignore_errors=True, dir_fd=self._at)
 
     def remove(self, name: str, seen: Seen) -> bool:
         """Delete a file, if it is what was seen; whether it was.  It is first taken out of the way
@@ -268,10 +272,18 @@ class Folder:
         try:
             yield temporary
         finally:
-            with contextlib.suppress(OSError):
-                found, own = self.look(temporary.name), temporary.own
-                if found and own and (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino):
-                    os.unlink(temporary.name, dir_fd=self._at)
+            for _ in range(_TRIES):
+                with contextlib.suppress(OSError):
+                    self._clear(temporary)
+                    break
+
+    def _clear(self, temporary: _Temporary) -> None:
+        found, own = self.look(temporary.name), temporary.own
+        if found is None:
+            return
+        is_own = temporary.is_new and own is None
+        if is_own or (own and (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)):
+            os.unlink(temporary.name, dir_fd=self._at)
 
     def _place(self, temporary: _Temporary, name: str, seen: Seen | None) -> None:
         if _lasting(self.look(temporary.name)) != _lasting(temporary.own):
@@ -366,6 +378,7 @@ class _Temporary:
 
     name: str
     own: Seen | None = None
+    is_new: bool = False  # what has it was made under it
 
 
 def _temporary_name() -> str:

@@ -206,6 +206,35 @@ def test_a_free_name_is_taken_and_a_seen_file_replaced(system: str, tmp_path: Pa
         assert [path.name for path in target.parent.iterdir()] == ["model.pt"]
 
 
+@pytest.mark.parametrize("call", ["fstat", "stat", "unlink", "rename"])
+def test_a_call_that_is_refused_once_leaves_nothing_behind(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, calls, refused = getattr(os, call), 0, 0
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return calm(*args, **options)
+
+    def end() -> None:
+        expected = contextlib.suppress(ZeroDivisionError, OSError, CkptError)
+        with expected, Targets() as looks, looks.look(tmp_path / "model.pt").file() as out:
+            out.write(OURS[: 1 // 0])
+
+    monkeypatch.setattr(os, call, refuse)
+    for refused in range(1, 30):
+        calls = 0
+        end()
+        assert list(tmp_path.iterdir()) == [], (call, refused)
+        if calls < refused:
+            break
+    else:
+        pytest.fail("it never comes to its end")
+
+
 def test_an_error_while_it_is_made_leaves_all_as_it_was(system: str, tmp_path: Path) -> None:
     target = tmp_path / "model.pt"
     target.write_bytes(OLD)
