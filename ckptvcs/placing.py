@@ -199,7 +199,7 @@ class Folder:
             descriptor = os.open(temporary.name, flags, 0o666, dir_fd=self._at)
             temporary.is_new = True
             with os.fdopen(descriptor, "w+b") as out:
-                temporary.own = os.fstat(descriptor)
+                temporary.own, temporary.is_new = os.fstat(descriptor), False
                 yield out
                 out.flush()
                 if mode is not None:
@@ -214,7 +214,7 @@ class Folder:
         with self._temporary() as temporary:
             os.symlink(text, temporary.name, dir_fd=self._at)
             temporary.is_new = True
-            temporary.own = self.look(temporary.name)
+            temporary.own, temporary.is_new = self.look(temporary.name), False
             self._place(temporary, name, seen)
 
     @contextmanager
@@ -281,8 +281,7 @@ class Folder:
         found, own = self.look(temporary.name), temporary.own
         if found is None:
             return
-        is_own = temporary.is_new and own is None
-        if is_own or (own and (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)):
+        if temporary.is_new or (own and (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)):
             os.unlink(temporary.name, dir_fd=self._at)
 
     def _place(self, temporary: _Temporary, name: str, seen: Seen | None) -> None:
@@ -378,7 +377,7 @@ class _Temporary:
 
     name: str
     own: Seen | None = None
-    is_new: bool = False  # what has it was made under it
+    is_new: bool = False  # what has it was made a moment ago
 
 
 def _temporary_name() -> str:
