@@ -27,7 +27,7 @@ _TURN = 2e-4  # seconds that a thread holds the interpreter while another wants 
 _LEAST = 19  # the priority that comes last
 _PROCESS = os.getpid()  # that has loaded this
 _BLAS_THREADS = frozenset({"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"})
-_BIRTH = 2.0  # seconds, after which a thread has died in its first moment
+_BIRTH = 5.0  # seconds, after which a thread has died in its first moment
 _AGAIN = 30.0  # seconds after that in which no other one is tried
 _AHEAD = 2  # items more than threads, so that none idles while a slow one is waited for
 

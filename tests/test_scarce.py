@@ -113,15 +113,16 @@ def test_a_thread_that_dies_in_its_first_moment(monkeypatch: pytest.MonkeyPatch)
         tried.append(1)
         raise MemoryError
 
-    monkeypatch.setattr(parallel, "_BIRTH", 0.2)
-    monkeypatch.setattr(parallel, "_live", dies)
+    monkeypatch.setattr(parallel, "_refused_until", 0.0)
     before = sys.unraisablehook
     pool = parallel.Pool(1)
-    for _ in range(5):  # only the first one is waited for
-        assert pool.start(threading.get_ident).result() == threading.get_ident()
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "_BIRTH", 0.2)
+        patch.setattr(parallel, "_live", dies)
+        for _ in range(5):  # only the first one is waited for
+            assert pool.start(threading.get_ident).result() == threading.get_ident()
     assert len(tried) == 1
     assert sys.unraisablehook is before
-    monkeypatch.undo()
     monkeypatch.setattr(parallel, "_refused_until", 0.0)
     assert pool.start(threading.get_ident).result() != threading.get_ident()
     pool.shutdown()
