@@ -66,7 +66,7 @@ class Catalog:
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
         # Bundles and tables are read again for every tensor of a chain.
-        self.commit = lru_cache(1 << 14)(self._commit)
+        self.commit = lru_cache(1 << 9)(self._commit)
         self.schema = lru_cache(16)(self._schema)
         self.values = lru_cache(256)(self._values)
         self.bundle = lru_cache(256)(self._bundle)
