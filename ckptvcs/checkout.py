@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from blake3 import blake3
 
+from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
@@ -252,6 +253,9 @@ class WorkTree:
     def changes(self, restorer: Restorer) -> list[tuple[str, Path]]:
         """How the files of a commit differ from those in their places: `missing`, `changed` or
         `near` (written by a checkout of a near commit), with the path.
+
+        Raises:
+            InvalidInputError: one cannot be read.
         """
         commit = restorer.commit
         top, way = self.home(commit)
@@ -260,12 +264,20 @@ class WorkTree:
             if file.hash is None:
                 continue
             path = home / safe_path(file.path) if commit.source == "directory" else home
-            if not path.is_file():
-                found.append(("missing", path))
-                continue
-            if path.stat().st_size == file.size and (digest := hash_file(path)) != file.hash:
-                kind = "near" if (self._written / digest).exists() else "changed"
+            try:
+                kind = self._change(path, file)
+            except OSError as error:
+                raise unreadable(path, error) from error
+            if kind:
                 found.append((kind, path))
-            elif path.stat().st_size != file.size:
-                found.append(("changed", path))
         return found
+
+    def _change(self, path: Path, file: FileEntry) -> str:
+        if not path.is_file():
+            return "missing"
+        if path.stat().st_size != file.size:
+            return "changed"
+        digest = hash_file(path)
+        if digest == file.hash:
+            return ""
+        return "near" if (self._written / digest).exists() else "changed"

@@ -94,16 +94,14 @@ def may_hash_in_threads() -> bool:
 
 @lru_cache(1)
 def _are_given() -> bool:
-    """Whether the system gives one thread for each core."""
+    """Whether the system gives one thread for each core.  All have begun when this returns: CPython
+    3.11 crashes where the interpreter ends before a thread has begun.
+    """
     gate = Event()
     try:
-        for _ in range(_cores()):
-            start_new_thread(gate.wait, ())
-    except (RuntimeError, MemoryError):
-        return False
+        return all(start_thread(gate.wait) for _ in range(_cores()))
     finally:
         gate.set()
-    return True
 
 
 class _Work(Generic[R]):

@@ -168,8 +168,9 @@ def test_limited_memory(args: str, cut_folder: Path) -> None:
         shutil.copytree(template, root)
         done = subprocess.run(
             [sys.executable, "-m", "ckptvcs", *args.split()], cwd=root / "repo", text=True,
-            env=environment(), capture_output=True, timeout=300, check=False,
-            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (limit * MiB, limit * MiB)),
+            env=environment() | {"OPENBLAS_NUM_THREADS": "1"}, capture_output=True, check=False,
+            timeout=300,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (limit * MiB,) * 2),
         )  # fmt: skip
         assert done.returncode in (0, StorageError.exit_code), (limit, done.stderr)
         if done.returncode:
