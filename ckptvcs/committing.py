@@ -196,6 +196,7 @@ class Committer:
         # It is in the history now: what goes wrong from here on, gc makes good.
         with contextlib.suppress(CkptError, OSError, MemoryError):
             self._fade(fading, name, held, is_head=place.moves_head)
+        self._catalog.forget_commits()
         return Result(
             name, commit, encoded.data_bytes + info.size_bytes, place.branch, tuple(notes)
         )

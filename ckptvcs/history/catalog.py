@@ -60,13 +60,16 @@ class Dropped:
     parts: Mapping[ObjectId, frozenset[str]]
 
 
+_MANY = 512  # commits
+
+
 class Catalog:
     """Typed reads over an ObjectStore.  Everything returned has been proven by its id."""
 
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
         # Bundles and tables are read again for every tensor of a chain.
-        self.commit = lru_cache(1 << 9)(self._commit)
+        self.commit = lru_cache(1 << 14)(self._commit)
         self.schema = lru_cache(16)(self._schema)
         self.values = lru_cache(256)(self._values)
         self.bundle = lru_cache(256)(self._bundle)
@@ -245,6 +248,13 @@ class Catalog:
         """The same without those that were dropped."""
         hidden = self.dropped().commits
         return (pair for pair in self.ancestors(name) if pair[0] not in hidden)
+
+    def forget_commits(self) -> None:
+        """Drop the commits that are cached, where they are many: one who commits for long needs the
+        last ones only.
+        """
+        if self.commit.cache_info().currsize > _MANY:
+            self.commit.cache_clear()
 
     def forget_recipes(self) -> None:
         """Drop what is cached of where things lie, after patches were deleted."""
