@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,7 +43,7 @@ class BaseWriter:
         self._folder, self._partial = folder, partial
         self._written: dict[tuple[int, int], int] = {}
         self._starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
-        self._temporary = folder / f".{secrets.token_hex(8)}"
+        self._temporary = folder / f".{os.urandom(8).hex()}"
         self._descriptor: int | None = None
         self._failed = False
         with contextlib.suppress(OSError):

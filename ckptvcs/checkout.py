@@ -158,7 +158,7 @@ class WorkTree:
             return  # a link that leads nowhere
         except NotRegularError:
             raise ConflictError(
-                f"{path} is no regular file", hint="write elsewhere with -o"
+                f"{path} is not a regular file", hint="write elsewhere with -o"
             ) from None
         if self._is_there(digest):
             return

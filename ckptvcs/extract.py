@@ -239,7 +239,7 @@ class PartReader:
 
         Raises:
             NotFoundError: the commit does not have that part.
-            ConflictError: what is there is not what was there at the look.
+            ConflictError: the file has changed since the look.
         """
         rows, path = self.named(part), named(target)
         if path.suffix == ".safetensors":
@@ -271,7 +271,7 @@ class PartReader:
 
         Raises:
             NotFoundError: the commit does not have that part.
-            ConflictError: what is there is not what was there at the look; or, without `force`, a
+            ConflictError: the file has changed since the look; or, without `force`, a
                 directory holds names that tools execute or trust.
         """
         restorer, commit = self._restorer, self._restorer.commit
@@ -377,7 +377,7 @@ def write_whole(target: Path | Target, write: Callable[[BinaryIO], None]) -> Non
     """Write a file, whole or not at all.
 
     Raises:
-        ConflictError: what is there is not what was there at the look, which comes first.
+        ConflictError: the file has changed since the look, which comes first.
     """
     with looked(target) as at, at.file() as out:
         write(out)

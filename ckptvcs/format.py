@@ -6,7 +6,7 @@ docs/format.md, "format".
 from __future__ import annotations
 
 import contextlib
-import uuid
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _missing(fields: dict[str, Any], operation: str, wanted: tuple[str, ...]) ->
 def new_format(own: str | None = None) -> dict[str, Any]:
     """The fields of a repository that is `own`, by default a new one, and asks for nothing."""
     flags: dict[str, list[str]] = {operation: [] for operation in FLAGS}
-    return {"format": FORMAT, "id": own or uuid.uuid4().hex, "flags": flags}
+    return {"format": FORMAT, "id": own or os.urandom(16).hex(), "flags": flags}
 
 
 def check_seal(folder: Path) -> None:

@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import shutil
 import stat
 import sys
@@ -93,7 +92,7 @@ def _same(now: Seen | None, seen: Seen) -> bool:
 
 
 class NotRegularError(OSError):
-    """A pipe, a device, a folder: no regular file."""
+    """A pipe, a device, a folder: not a regular file."""
 
 
 class Folder:
@@ -180,7 +179,7 @@ class Folder:
         file = os.open(name, flags, dir_fd=self._at)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise NotRegularError(errno.EINVAL, "it is no regular file", name)
+            raise NotRegularError(errno.EINVAL, "not a regular file", name)
         return os.fdopen(file, "rb", buffering=0)
 
     # -- writing -----------------------------------------------------------------------------------
@@ -381,4 +380,4 @@ class _Temporary:
 
 
 def _temporary_name() -> str:
-    return f".ckpt-{secrets.token_hex(6)}"  # short: names have limits
+    return f".ckpt-{os.urandom(6).hex()}"  # short: names have limits

@@ -47,7 +47,7 @@ def code_commit() -> str | None:
 def _read(path: Path, most: int) -> str:
     """A regular file as text.  Raises OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is no regular file")
+        raise OSError("not a regular file")
     # A pipe, should it be one by now, would wait for its writer.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags), "rb") as file:

@@ -154,7 +154,7 @@ def _regular(parent: Folder, path: PurePosixPath) -> BinaryIO:
     try:
         return parent.open_file(path.name)
     except NotRegularError:
-        raise ConflictError(f"{path} is no regular file") from None
+        raise ConflictError(f"{path} is not a regular file") from None
 
 
 def _changed(path: PurePosixPath) -> ConflictError:

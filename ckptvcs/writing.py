@@ -32,7 +32,7 @@ def save_file(restorer: Restorer, target: Target, progress: Progress) -> str:
     """Write the file of a commit that has one; the BLAKE3 of its bytes.
 
     Raises:
-        ConflictError: what is there is not what was there at the look.
+        ConflictError: the file has changed since the look.
     """
     file = next(file for file in restorer.commit.files if file.skeleton is not None)
     with target.file(mode=file.mode & 0o777, mtime_ns=file.mtime_ns) as out:

@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,14 @@ from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
 from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
+from tests.soaking import run_states
 
 Act = Callable[[Path], object]
 
 
 def states(count: int) -> list[dict[str, Any]]:
     """States of a very small run, with the moments of AdamW."""
-    draw = torch.Generator().manual_seed(0)
-    weights = {"a": torch.randn(40, 30, generator=draw), "b": torch.randn(200, generator=draw)}
-    found = []
-    for step in range(1, count + 1):
-        weights = {n: w + torch.randn(w.shape, generator=draw) * 1e-3 for n, w in weights.items()}
-        moments = {
-            n: {"step": torch.tensor(float(step)),
-                "exp_avg": torch.randn(w.shape, generator=draw) * 1e-3,
-                "exp_avg_sq": torch.rand(w.shape, generator=draw) * 1e-6}
-            for n, w in enumerate(weights.values())
-        }  # fmt: skip
-        groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0, 1],
-                   "param_names": ["a", "b"]}]  # fmt: skip
-        found.append(copy.deepcopy({
-            "model": weights, "optimizer": {"state": moments, "param_groups": groups}, "step": step,
-        }))  # fmt: skip
-    return found
+    return [copy.deepcopy(state) for state in islice(run_states(0, (40, 30)), count)]
 
 
 def save(folder: Path, steps: range) -> None:

@@ -30,12 +30,12 @@ KEPT = (2, 5, 3)  # commits that stay exact, by the setting, in turn
 _HUNG = 60  # seconds
 
 
-def run_states(seed: int) -> Iterator[dict[str, Any]]:
+def run_states(seed: int, shape: tuple[int, int] = (48, 40)) -> Iterator[dict[str, Any]]:
     """The states of a small run, with the moments of Adam, one after the other."""
     import torch
 
     draw = torch.Generator().manual_seed(seed)
-    weights = {"a": torch.randn(48, 40, generator=draw), "b": torch.randn(200, generator=draw)}
+    weights = {"a": torch.randn(*shape, generator=draw), "b": torch.randn(200, generator=draw)}
     step = 0
     while True:
         step += 1

@@ -14,8 +14,8 @@ the hash of, lies in the cache once more, so that it is missed.  Layout: docs/fo
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -276,7 +276,7 @@ class Refs:
         """Say of a generation that it is lost, whose hash was `own`."""
         self.restore(ref, number, seal({
             "ref": ref, "generation": number, "previous": None, "commit": None, "branch": None,
-            "time": time, "action": "lost", "nonce": secrets.token_hex(8), "is_lost": True,
+            "time": time, "action": "lost", "nonce": os.urandom(8).hex(), "is_lost": True,
             "lost": own,
         }))  # fmt: skip
 
@@ -390,7 +390,7 @@ class Refs:
         fields = {
             "ref": ref, "generation": number, "previous": old.hash if old else None,
             "commit": commit, "branch": branch, "time": time, "action": action,
-            "nonce": secrets.token_hex(8),
+            "nonce": os.urandom(8).hex(),
         }  # fmt: skip
         data = seal(fields)
         taken = ConflictError(

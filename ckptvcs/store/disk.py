@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -202,7 +201,7 @@ def replace(path: Path, text: str, scratch: Path, *, new: bool = False) -> None:
         FileExistsError: it was to be a `new` one.
         StorageError: the file is as it was.
     """
-    temporary = scratch / f"{path.name}-{secrets.token_hex(8)}"
+    temporary = scratch / f"{path.name}-{os.urandom(8).hex()}"
     try:
         make_folder(scratch)
         with create(temporary) as file:

@@ -46,7 +46,7 @@ class Follower:
         """What they say.
 
         Raises:
-            lmdb.Error, ValueError, OSError: there is no index that can be used.
+            lmdb.Error, ValueError, OSError: no edition can be used.
         """
         recent, tail = self._recent, self._tail
         if recent is None or recent.base.env is None:  # a forked child has lost it
@@ -76,7 +76,7 @@ class Follower:
                 self._bad = number
                 raise
         self._bad = max(number, self._bad)
-        raise lmdb.InvalidError("there is no index that can be used")
+        raise lmdb.InvalidError("no edition can be used")
 
     def _open_at(self, number: int, last: int) -> Recent:
         base, tail, left = open_edition(self._family.edition(number)), None, MOST_BYTES
@@ -150,7 +150,7 @@ class Follower:
         """Leave files whose names lead elsewhere by now: a folder may be deleted, and made again.
 
         Raises:
-            lmdb.Error, ValueError, OSError: there is no index that can be used.
+            lmdb.Error, ValueError, OSError: no edition can be used.
         """
         self.read()
         if self._tail is not None and not self._tail.is_there():
@@ -170,7 +170,7 @@ class Follower:
         """Add a record to the newest journal; whether it will be read from there.
 
         Raises:
-            lmdb.Error, ValueError, OSError: there is no index that can be used.
+            lmdb.Error, ValueError, OSError: no edition can be used.
         """
         for _ in range(_TRIES):
             tail, number = self._tail, self._last

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 from collections.abc import Callable
 from functools import lru_cache
 from io import FileIO
@@ -61,7 +60,7 @@ def hold(root: Path, name: str, say: Callable[[Trace], bytes]) -> LocalHold:
 
 
 def _hold(root: Path, target: Path, say: Callable[[Trace], bytes]) -> LocalHold:
-    path = root / "tmp" / secrets.token_hex(16)
+    path = root / "tmp" / os.urandom(16).hex()
     for folder in (path.parent, target.parent):
         folder.mkdir(exist_ok=True)
     file = disk.create(path)

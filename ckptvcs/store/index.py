@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import tempfile
 import weakref
@@ -90,7 +89,7 @@ class Index:
         """Open it; leave files whose names lead elsewhere by now.
 
         Raises:
-            lmdb.Error, ValueError, OSError: there is no index that can be used.
+            lmdb.Error, ValueError, OSError: no edition can be used.
         """
         with forking.using:
             self._followed.look_again()
@@ -188,7 +187,7 @@ class Index:
 
     def _fill(self, path: Path, target: Path, records: Records) -> None:
         with forking.using:
-            draft = new_draft(path, root=secrets.token_bytes(16))
+            draft = new_draft(path, root=os.urandom(16))
         try:
             packs = iter(records())
             while batch := [*islice(packs, _BATCH)]:

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import random
-import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -153,7 +152,7 @@ def _held(backend: Backend, prefix: str, *, brief: bool = False) -> Iterator[str
     """Say in a file of one's own that this process is at work, for so long.  What is held for a
     `brief` time only needs no renewal.
     """
-    name = f"{prefix}{secrets.token_hex(12)}"
+    name = f"{prefix}{os.urandom(12).hex()}"
     _meant.add(name)
     hold = None
     is_renewed = brief or _renewals.begin()

@@ -15,7 +15,6 @@ import atexit
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 import time
@@ -165,7 +164,7 @@ class LocalBackend:
             raise self._refused(error, name) from error
 
     def clock_ns(self) -> int:
-        path = self.root / "tmp" / secrets.token_hex(16)
+        path = self.root / "tmp" / os.urandom(16).hex()
         try:
             with path.open("xb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
@@ -211,7 +210,7 @@ class LocalBackend:
         self._sync_folders(below)
 
     def cache(self, name: str, data: bytes) -> None:
-        path, temporary = self.root / name, self.root / "tmp" / secrets.token_hex(16)
+        path, temporary = self.root / name, self.root / "tmp" / os.urandom(16).hex()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
@@ -236,11 +235,11 @@ class LocalBackend:
             if name.startswith("tmp/") and found.st_nlink > 1 and stat.S_ISREG(found.st_mode):
                 self._settle_all()  # nothing will tell from now on that its other name is not
             if stat.S_ISDIR(found.st_mode):  # of which a file has to come: gc sweeps what is in it
-                disk.rename(path, self.root / "tmp" / secrets.token_hex(16))
+                disk.rename(path, self.root / "tmp" / os.urandom(16).hex())
             elif found.st_size < _SYNC_BYTES:
                 disk.unlink(path)
             else:  # which takes a while, and nobody has to wait for
-                aside = self.root / "tmp" / secrets.token_hex(16)
+                aside = self.root / "tmp" / os.urandom(16).hex()
                 disk.rename(path, aside)
                 _background(os.getpid()).start(partial(aside.unlink, missing_ok=True))
         except FileNotFoundError:
@@ -254,7 +253,7 @@ class LocalWriter:
 
     def __init__(self, root: Path, backend: LocalBackend) -> None:
         self._backend = backend
-        self._path = root / "tmp" / secrets.token_hex(16)
+        self._path = root / "tmp" / os.urandom(16).hex()
         self._unsynced = 0
         self._syncing: Future[None] | None = None
         try:

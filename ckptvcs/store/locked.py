@@ -28,7 +28,7 @@ class LockedFile:
 
     def __init__(self, path: Path, *, alone: bool = False, create: bool = False) -> None:
         """Raises BlockingIOError: others have it open; FileNotFoundError: it is not there, or has
-        gone meanwhile; OSError: it is no file, or cannot be locked.
+        gone meanwhile; OSError: it is not a regular file, or cannot be locked.
         """
         self.path, self._descriptor = path, -1
         flags = _FLAGS | (os.O_RDWR if alone else os.O_RDONLY) | (os.O_CREAT if create else 0)
@@ -44,7 +44,7 @@ class LockedFile:
         fcntl.flock(self._descriptor, lock | fcntl.LOCK_NB)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{self.path} is no file")
+            raise OSError(f"{self.path} is not a regular file")
         if not os.path.samestat(status, self.path.lstat()):
             raise FileNotFoundError(self.path)
 

@@ -12,7 +12,7 @@ the deletion of an old pack.  Layout: docs/format.md, "Pack".
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -204,7 +204,7 @@ class PackWriter:
         toc = b"".join(_ENTRY.pack(entry.offset) + entry.head() for entry in self._entries)
         start = self._at
         self._write(toc)
-        nonce = secrets.token_bytes(16)
+        nonce = os.urandom(16)
         self._write(TRAILER.pack(start, len(toc), nonce, blake3(toc).digest(), _END_MAGIC))
         info = PackInfo(
             PackId(self._hash.hexdigest()), self._folder, self._at, tuple(self._entries)

@@ -82,14 +82,14 @@ class Places:
         raise StorageError(f"the index cannot be used: {problem}", hint=_HINT) from problem
 
     def _make(self, make: Callable[[Records], None]) -> None:
-        """Raises StorageError: there is no room for an index anywhere."""
+        """Raises StorageError: no disk has room for an index."""
         late: list[Place] = []
         try:
             make(partial(self._records, late))
         except OSError as error:
             raise storage_error(error, "make an index") from error
         except ROTTEN as error:
-            raise StorageError(f"there is no room for an index: {error}", hint=_HINT) from error
+            raise StorageError(f"no room for an index: {error}", hint=_HINT) from error
         self._add_late(late)
 
     def move_out(self) -> None:

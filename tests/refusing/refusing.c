@@ -139,9 +139,10 @@ static void *real(void **known, const char *name) {
         return REAL(name) arguments;                                                               \
     }
 
-#define OPENS(name)                                                                                \
+/* open and its like, with or without the folder (`at`) that a path starts from */
+#define OPENING(name, arguments, passed)                                                           \
     static void *name##_;                                                                          \
-    int name(const char *path, int flags, ...) {                                                   \
+    int name arguments {                                                                           \
         mode_t mode = 0;                                                                           \
         if (flags & (O_CREAT | O_TMPFILE)) {                                                       \
             va_list list;                                                                          \
@@ -154,26 +155,12 @@ static void *real(void **known, const char *name) {
             errno = error;                                                                         \
             return -1;                                                                             \
         }                                                                                          \
-        return REAL(name)(path, flags, mode);                                                      \
+        return REAL(name) passed;                                                                  \
     }
 
+#define OPENS(name) OPENING(name, (const char *path, int flags, ...), (path, flags, mode))
 #define OPENS_AT(name)                                                                             \
-    static void *name##_;                                                                          \
-    int name(int at, const char *path, int flags, ...) {                                           \
-        mode_t mode = 0;                                                                           \
-        if (flags & (O_CREAT | O_TMPFILE)) {                                                       \
-            va_list list;                                                                          \
-            va_start(list, flags);                                                                 \
-            mode = va_arg(list, mode_t);                                                           \
-            va_end(list);                                                                          \
-        }                                                                                          \
-        int error = refused(OPEN, -1, path);                                                       \
-        if (error) {                                                                               \
-            errno = error;                                                                         \
-            return -1;                                                                             \
-        }                                                                                          \
-        return REAL(name)(at, path, flags, mode);                                                  \
-    }
+    OPENING(name, (int at, const char *path, int flags, ...), (at, path, flags, mode))
 
 #define FCNTL(name)                                                                                \
     static void *name##_;                                                                          \
