@@ -352,19 +352,15 @@ class Folder:
 
     def _saved_again(self, temporary: _Temporary, name: str) -> ConflictError:
         return ConflictError(
-            f"{self.path / name} was saved again and again while it was to be replaced",
-            hint=f"look at it, and at {self.path / temporary.name}, which it was before",
+            f"{self.path / name} was saved again and again meanwhile",
+            hint=f"compare it with {self.path / temporary.name}, an earlier save",
         )
 
     def _came(self, name: str) -> ConflictError:
-        return ConflictError(
-            f"{self.path / name} came while it was to be written; it stays", hint=_LOOK
-        )
+        return ConflictError(f"{self.path / name} was created meanwhile; it is kept", hint=_LOOK)
 
     def _changed(self, name: str) -> ConflictError:
-        return ConflictError(
-            f"{self.path / name} was changed while it was to be replaced; it stays", hint=_LOOK
-        )
+        return ConflictError(f"{self.path / name} was changed meanwhile; it is kept", hint=_LOOK)
 
 
 _LOOK = "look at it, then try again, or write elsewhere"

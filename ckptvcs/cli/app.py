@@ -99,7 +99,7 @@ def _refusal(error: BaseException) -> CkptError | None:
     if isinstance(error, ImportError):
         while isinstance(error.__cause__, ImportError):  # numpy wraps it in a page of advice
             error = error.__cause__
-        return StorageError(f"cannot load a module: {error}", hint="see whether it is installed")
+        return StorageError(f"cannot load a module: {error}", hint="check that it is installed")
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return StorageError(str(error), hint="raise the limit of processes (ulimit -u)")
     return None

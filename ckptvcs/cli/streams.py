@@ -17,7 +17,7 @@ from typing import Self, TextIO
 
 from ckptvcs.errors import StorageError
 
-_HINT = "print to another place; whatever the command had to change is changed"
+_HINT = "print to another file; the command has made its changes"
 
 
 class OutputError(StorageError):

@@ -184,7 +184,7 @@ def _write_tensor(reader: PartReader, name: str, window: Window, target: Target)
     elif suffix in (".pt", ".safetensors"):
         reader.save_tensor(name, window, target)
     else:
-        raise InvalidInputError(f"{target.path} is no name of a tensor's file",
+        raise InvalidInputError(f"{target.path} is not the name of a tensor file",
                                 hint="end it in .npy, .pt or .safetensors")  # fmt: skip
 
 

@@ -239,5 +239,5 @@ def read_small(backend: Backend, name: str, limit: int) -> bytes:
     """
     data = backend.read(name, 0, limit + 1)
     if len(data) > limit:
-        raise CorruptionError(f"{name} is larger than the {limit} bytes it may have")
+        raise CorruptionError(f"{name} is larger than its limit of {limit} bytes")
     return data

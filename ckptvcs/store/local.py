@@ -158,7 +158,7 @@ class LocalBackend:
                 if not stat.S_ISREG(found.st_mode):
                     raise _no_file(name)
                 if found.st_size > limit:
-                    raise CorruptionError(f"{name} is larger than the {limit} bytes it may have")
+                    raise CorruptionError(f"{name} is larger than its limit of {limit} bytes")
                 return os.pread(file.fileno(), limit, 0), trace(file)
         except OSError as error:
             raise self._refused(error, name) from error
