@@ -25,7 +25,7 @@ from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
-from ckptvcs.codec import loops
+from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.spec import NearSpec
@@ -121,7 +121,7 @@ class Encoder:
         the base of the next commit in memory, which else goes into the cache.
         """
         spec, keyframe, patched = attempt.spec, attempt.keyframe, attempt.patched
-        loops.prepare(checkpoint.size_bytes)
+        kernels.prepare(checkpoint.size_bytes)
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._catalog, self._chain = catalog, ChainReader(catalog, self._materials.get)
         self._cache, self._held, self._spec = cache, held, spec

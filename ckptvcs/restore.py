@@ -22,7 +22,7 @@ from ckptvcs.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import Layout
 from ckptvcs.checkpoint.roles import LOSSY
-from ckptvcs.codec import loops
+from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.dtypes import can_be_lossy
@@ -68,7 +68,7 @@ class Restorer:
         self.name = name
         self.commit: Commit = catalog.commit(name)
         self.schema = catalog.schema(self.commit.schema)
-        loops.prepare(self.commit.raw_bytes)
+        kernels.prepare(self.commit.raw_bytes)
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._catalog, self._cache = catalog, cache
         self._chain = ChainReader(catalog, materials or self._materials.get)

@@ -12,8 +12,8 @@ from blake3 import blake3
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_read
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
-from ckptvcs.codec import device
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
+from ckptvcs.codec.kernels import on_torch
 from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_type
 from ckptvcs.dtypes import WEIGHT_DTYPES
 from ckptvcs.parallel import ordered_map
@@ -96,7 +96,7 @@ def _scan_state(checkpoint: Checkpoint, *, stay: bool) -> dict[int, bytes]:
         tensor = SourceTensor(checkpoint, number)
         if stay and stays(checkpoint, number):
             slices = range(len(slice_counts(tensor.info.words)))
-            marks = [device.fingerprint(tensor.on_device(index)) for index in slices]
+            marks = [on_torch.fingerprint(tensor.on_device(index)) for index in slices]
             return blake3(b"".join(marks)).digest()
         digest = blake3(max_threads=1)
         for index in range(len(slice_counts(tensor.info.words))):

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptvcs.checkpoint import emit
 from ckptvcs.checkpoint import state as states
-from ckptvcs.codec import device, loops
-from ckptvcs.codec.lowrank import factors_of, put_directions
-from ckptvcs.codec.rows import Rows
+from ckptvcs.codec.kernels import on_torch, reference
+from ckptvcs.codec.matrix import Rows
+from ckptvcs.codec.near_lowrank import factors_of, put_directions
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter
 from ckptvcs.repo import Repo
 
@@ -199,15 +199,15 @@ def test_shards_of_several_processes(tmp_path: Path, where: str, kept: str) -> N
 @given(st.integers(1, 3000), st.integers(0, 2**32))
 def test_a_fingerprint_tells_bytes_apart(size: int, seed: int) -> None:
     data = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, size).astype(np.uint8))
-    mark = device.fingerprint(data)
-    assert device.fingerprint(data.clone()) == mark
+    mark = on_torch.fingerprint(data)
+    assert on_torch.fingerprint(data.clone()) == mark
     changed = data.clone()
     changed[seed % size] ^= 1 + seed % 255
-    assert device.fingerprint(changed) != mark
-    assert device.fingerprint(torch.cat((data, data[:1]))) != mark
+    assert on_torch.fingerprint(changed) != mark
+    assert on_torch.fingerprint(torch.cat((data, data[:1]))) != mark
     if size >= 8 and not torch.equal(data[:4], data[4:8]):
         swapped = torch.cat((data[4:8], data[:4], data[8:]))
-        assert device.fingerprint(swapped) != mark
+        assert on_torch.fingerprint(swapped) != mark
 
 
 @given(st.integers(1, 4000), st.integers(1, 70), st.integers(0, 2**32))
@@ -222,21 +222,21 @@ def test_operations_do_what_the_loops_do(count: int, columns: int, seed: int) ->
     amounts = random.integers(1, 90, 256).astype(np.float32)
     how = (np.float32(4096), np.float32(40), np.float32(0.5), amounts, factors, rows.columns,
            rows.start)  # fmt: skip
-    numpy_loops: Any = loops
+    numpy_loops: Any = reference
     _, bitmap, codes, sums, largest = numpy_loops.code_residuals(values, base, second, *how)
     x, b, v = (torch.from_numpy(array) for array in (values, base, second))
-    found = device.DeviceResiduals(x, b, v, "F32").code(*how)
+    found = on_torch.DeviceResiduals(x, b, v, "F32").code(*how)
     assert found[0].tobytes() == bitmap.tobytes()
     assert np.array_equal(found[1], codes)
     assert found[3] <= largest
     assert np.allclose(found[2], sums, rtol=1e-4)
-    logs = device.log_sums(v, rows)
+    logs = on_torch.log_sums(v, rows)
     assert logs is not None
     for one, two in zip(
         logs, numpy_loops.log_sums(second, rows.columns, rows.start, height), strict=False
     ):
         assert np.allclose(one, two, rtol=1e-4, atol=1e-3)
-    near = device.product(factors, amounts[: rows.columns], rows, v)
+    near = on_torch.product(factors, amounts[: rows.columns], rows, v)
     made = np.empty(count, np.float32)
     if rows.columns <= 256:
         numpy_loops.product(factors, amounts[: rows.columns], rows.start, made)
@@ -247,7 +247,7 @@ def test_directions_of_a_matrix_on_a_device() -> None:
     draw = torch.Generator().manual_seed(1)
     matrix = torch.randn(90, 2, generator=draw) @ torch.randn(2, 50, generator=draw)
     rows = Rows(50)
-    payload = put_directions(device.DeviceMatrix.of(matrix.reshape(-1), rows), rows, 2, 0.05)
+    payload = put_directions(on_torch.DeviceMatrix.of(matrix.reshape(-1), rows), rows, 2, 0.05)
     assert payload is not None
     left, right, scale = factors_of(payload, matrix.numel())
     assert np.allclose((left @ right) * scale, matrix.numpy(), atol=0.2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ckptvcs.codec import compiled, excp, frame, loops, lossless, patch
+from ckptvcs.codec import excp, frame, kernels, lossless, patch
 from ckptvcs.codec.frame import Companion, decode_slice, put_slice
-from ckptvcs.codec.lowrank import encode_low_rank
-from ckptvcs.codec.moments import encode_first, encode_second
-from ckptvcs.codec.rows import Rows
-from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
+from ckptvcs.codec.kernels import compiled, reference
+from ckptvcs.codec.matrix import Rows
+from ckptvcs.codec.near_lowrank import encode_low_rank
+from ckptvcs.codec.near_moments import encode_first, encode_second
+from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.words import NearSlice, Words, from_float32, word_type
 from ckptvcs.dtypes import DTYPES
 from tests.fuzzing import mutated, read_or_refuse
@@ -110,9 +110,9 @@ CORPUS = corpus()
 @pytest.fixture(params=["plain", "compiled"], scope="module", autouse=True)
 def _loops(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both loops: those that are compiled do not look where they write."""
-    module = compiled if request.param == "compiled" else sys.modules[loops.__name__]
+    module = compiled if request.param == "compiled" else reference
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loops, "active", lambda: module)
+        patched.setattr(kernels, "active", lambda: module)
         yield
 
 

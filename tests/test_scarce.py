@@ -18,7 +18,7 @@ import torch
 
 from ckptvcs import Repo, StorageError, parallel
 from ckptvcs.checkout import hash_file
-from ckptvcs.codec.planes import inflate
+from ckptvcs.codec.sections import inflate
 from ckptvcs.errors import after
 from ckptvcs.store import pack
 from ckptvcs.store.object import Kind, ObjectId

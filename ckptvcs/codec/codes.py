@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec import loops
-from ckptvcs.codec.planes import Bytes, get_bytes, get_section, put_bits, put_section
-from ckptvcs.codec.sparse import Positions, get_bitmap, get_positions, put_bitmap, put_mask
+from ckptvcs.codec import kernels
+from ckptvcs.codec.masks import Positions, get_bitmap, get_positions, put_bitmap, put_mask
+from ckptvcs.codec.sections import Bytes, get_bytes, get_section, put_bits, put_section
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Integers = NDArray[np.int32]
@@ -69,7 +69,7 @@ def put_codes(codes: Codes, count: int) -> bytes:
     if there > _DENSE_SHARE * count:
         return _BYTE.pack(DENSE) + _put_dense(codes.dense(count))
     bitmap, values = codes.sparse()
-    signs, large, rest = loops.active().split(values)
+    signs, large, rest = kernels.active().split(values)
     mask = put_bitmap(bitmap, count, values.size, short=True)
     plane = put_bitmap(large, values.size, rest.size, short=True)
     sizes = _put_sizes(values.size, plane, rest)
@@ -164,7 +164,7 @@ def _get_signed(data: memoryview, at: int, count: int, *, long: bool) -> tuple[I
         if int(words.max()) >= MAX_CODE:
             raise CorruptionError("a frame holds a code that is too large")
         sizes[slice(None) if above is None else above] += words.astype(np.int32)
-    values: Integers = loops.active().with_signs(sizes, signs)
+    values: Integers = kernels.active().with_signs(sizes, signs)
     return values, at
 
 
@@ -174,7 +174,7 @@ def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
         raise CorruptionError("a frame holds codes of too many bits")
     planes, at = get_bytes(data, at, shift * ((count + 7) // 8))
     high, at = get_section(data, at, count, short=True)
-    values: Integers = loops.active().join_bits(planes, high, count, shift)
+    values: Integers = kernels.active().join_bits(planes, high, count, shift)
     outliers, at = _take(_COUNT, data, at)
     escaped = high == 0
     if outliers != np.count_nonzero(escaped):

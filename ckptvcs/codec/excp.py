@@ -19,8 +19,8 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.planes import get_section, put_section
-from ckptvcs.codec.sparse import Mask, get_mask, put_mask
+from ckptvcs.codec.masks import Mask, get_mask, put_mask
+from ckptvcs.codec.sections import get_section, put_section
 from ckptvcs.codec.spec import ExcpSpec
 from ckptvcs.codec.words import Words, from_float32, to_float32
 from ckptvcs.errors import CorruptionError, TruncatedError

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ckptvcs.codec import excp, lossless, lowrank, moments, patch, weight
+from ckptvcs.codec import excp, lossless, near_lowrank, near_moments, near_weight, patch
 from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
 from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from ckptvcs.errors import CorruptionError, TruncatedError
@@ -82,22 +82,22 @@ def decode_slice(
     if method == EXCP_MOMENT:
         return excp.decode_moment(payload, count, None, dtype.name)
     if method == NEAR_WEIGHT:
-        return weight.decode_weight(payload, base, count, dtype.name, in_place=own_base)
+        return near_weight.decode_weight(payload, base, count, dtype.name, in_place=own_base)
     if method == NEAR_SECOND:
-        return moments.decode_second(payload, count, dtype.name, out)
+        return near_moments.decode_second(payload, count, dtype.name, out)
     if method == NEAR_FIRST:
-        return moments.decode_first(payload, None, count, dtype.name)
+        return near_moments.decode_first(payload, None, count, dtype.name)
     if method == NEAR_LOW_RANK:
-        return lowrank.decode_low_rank(payload, None, count, dtype.name, out)
+        return near_lowrank.decode_low_rank(payload, None, count, dtype.name, out)
     if companion is not None:
         if method == EXCP_SHARED_MASK_MOMENT and companion.data[:1] == bytes([EXCP_MOMENT]):
             return excp.decode_moment(payload, count, companion.data[1:], dtype.name)
         if method == NEAR_SCALED_FIRST:
             second = decode_slice(companion.data, dtype, count, companion.base)
-            return moments.decode_first(payload, second, count, dtype.name)
+            return near_moments.decode_first(payload, second, count, dtype.name)
         if method == NEAR_SCALED_LOW_RANK:
             second = decode_slice(companion.data, dtype, count, companion.base)
-            return lowrank.decode_low_rank(payload, second, count, dtype.name, out)
+            return near_lowrank.decode_low_rank(payload, second, count, dtype.name, out)
         if method == ROUNDED and not len(payload):
             master = decode_slice(companion.data, DTYPES["F32"], count, companion.base)
             return from_float32(to_float32(master, "F32"), dtype.name)

@@ -21,8 +21,9 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec import loops
-from ckptvcs.codec.planes import entropy_bits, get_section, put_section, sample
+from ckptvcs.codec import kernels
+from ckptvcs.codec.kernels import reference
+from ckptvcs.codec.sections import entropy_bits, get_section, put_section, sample
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.dtypes import DType
 from ckptvcs.errors import CorruptionError, TruncatedError
@@ -41,7 +42,7 @@ def _split(words: Words, base: Words | None, transform: int, dtype: DType) -> Pl
 
 def _loops_for(words: Words) -> ModuleType:
     """The loops for words of a size: those that are compiled know 2 and 4 bytes."""
-    return loops.active() if words.itemsize in (2, 4) else loops
+    return kernels.active() if words.itemsize in (2, 4) else reference
 
 
 def _cost_bits(planes: Planes) -> float:

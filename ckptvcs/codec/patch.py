@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ckptvcs.codec import loops
-from ckptvcs.codec.loops import split_words
+from ckptvcs.codec import kernels
+from ckptvcs.codec.kernels.reference import split_words
 from ckptvcs.codec.lossless import DELTA
-from ckptvcs.codec.planes import get_bytes, sample
-from ckptvcs.codec.sparse import get_positions, put_bitmap
+from ckptvcs.codec.masks import get_positions, put_bitmap
+from ckptvcs.codec.sections import get_bytes, sample
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.dtypes import DType
 from ckptvcs.errors import CorruptionError, TruncatedError
@@ -45,7 +45,7 @@ def encode(words: Words, near: Words, dtype: DType) -> Buffers:
 
 
 def _encode_near(words: Words, near: Words, dtype: DType, raw: int) -> Buffers:
-    planes, bitmap, high, good = loops.active().split_near(words, near, dtype.floating, raw)
+    planes, bitmap, high, good = kernels.active().split_near(words, near, dtype.floating, raw)
     if not good:
         raise CorruptionError("an exact patch does not give back what it was made from")
     upper = high.view(np.uint8).reshape(high.size, 4).T[: dtype.word - raw]
@@ -84,5 +84,5 @@ def decode(
     if at != len(data):
         raise CorruptionError("a patch goes on after its end")
     words = np.empty(count, word_type(size)) if out is None else out
-    loops.active().join_words(planes, near, DELTA, dtype.floating, words)
+    kernels.active().join_words(planes, near, DELTA, dtype.floating, words)
     return words

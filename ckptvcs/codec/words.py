@@ -16,7 +16,7 @@ NONE = np.zeros(0, np.float32)
 
 class NearSlice(NamedTuple):
     """A slice in a near form: the payload, the words it decodes to, and sums over their errors (as
-    `loops.weight_squares` has them) where these came out on the way.
+    `kernels.weight_squares` has them) where these came out on the way.
     """
 
     payload: bytes

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ckptvcs.codec import device
 from ckptvcs.codec.frame import (
     NEAR_SCALED_LOW_RANK,
     NEAR_SECOND,
@@ -20,9 +19,10 @@ from ckptvcs.codec.frame import (
     decode_slice,
     put_slice,
 )  # fmt: skip
-from ckptvcs.codec.lowrank import factors_of, put_directions
-from ckptvcs.codec.moments import Factors, put_second
-from ckptvcs.codec.weight import put_delta
+from ckptvcs.codec.kernels import on_torch
+from ckptvcs.codec.near_lowrank import factors_of, put_directions
+from ckptvcs.codec.near_moments import Factors, put_second
+from ckptvcs.codec.near_weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Group, Target
 from ckptvcs.coding.near import Measured, NearCoder, is_beyond, second_rows
@@ -74,20 +74,20 @@ class DeviceCoder:
         return CodedGroup(slices, errors)
 
     def _values(self, target: Target, number: int) -> Any:
-        return device.floats(target.tensor.on_device(number), target.dtype)
+        return on_torch.floats(target.tensor.on_device(number), target.dtype)
 
     def _second(self, target: Target, number: int) -> _Coded | None:
         values = self._values(target, number)
         count = int(values.numel())
         rows = second_rows(target, number, count)
-        sums = device.log_sums(values, rows)
+        sums = on_torch.log_sums(values, rows)
         payload = None if sums is None else put_second(*sums, rows, None)
         if payload is None:
             return None
         factors = Factors.of(payload, count)
-        product = device.product(factors.row, factors.column, rows, values)
-        near = device.rounded(product, target.dtype)
-        errors = Errors(*device.root_squares(values, near))
+        product = on_torch.product(factors.row, factors.column, rows, values)
+        near = on_torch.rounded(product, target.dtype)
+        errors = Errors(*on_torch.root_squares(values, near))
         return _coded(NEAR_SECOND, payload, target, values, errors, near)
 
     def _first(self, target: Target, number: int, second: _Coded) -> _Coded | None:
@@ -97,15 +97,15 @@ class DeviceCoder:
         rows = self._host.direction_rows(target, number, count, spec.rank)
         if rows is None:
             return None
-        matrix = device.DeviceMatrix.of(values / roots, rows)
+        matrix = on_torch.DeviceMatrix.of(values / roots, rows)
         payload = put_directions(matrix, rows, spec.rank, spec.rank_step)
         if payload is None:
             return None
         left, right, scale = factors_of(payload, count)
-        product = device.there(left, values) @ device.there(right, values)
+        product = on_torch.there(left, values) @ on_torch.there(right, values)
         near = product.reshape(-1)[rows.start : rows.start + count] * float(scale) * roots
-        near = device.rounded(near, target.dtype)
-        error, energy, largest = device.squares(near, values)
+        near = on_torch.rounded(near, target.dtype)
+        error, energy, largest = on_torch.squares(near, values)
         errors = Errors(error, energy, largest=largest)
         beside = Companion(memoryview(second[0].data))
         return _coded(NEAR_SCALED_LOW_RANK, payload, target, values, errors, near, companion=beside)
@@ -114,8 +114,8 @@ class DeviceCoder:
         assert self._group.base is not None
         assert self._group.second is not None
         values, base = self._values(target, number), self._group.base.slice(number)
-        residuals = device.DeviceResiduals(
-            values, device.there(to_float32(base, target.dtype), values),
+        residuals = on_torch.DeviceResiduals(
+            values, on_torch.there(to_float32(base, target.dtype), values),
             self._values(self._group.second, number), target.dtype,
         )  # fmt: skip
         factors = self._host.row_factors(Factors.of(second[0].data[1:], base.size))

@@ -8,7 +8,7 @@ import numpy as np
 
 from ckptvcs.codec import lossless, patch
 from ckptvcs.codec.frame import LOSSLESS, NEAR_WEIGHT, PATCH, put_slice
-from ckptvcs.codec.weight import encode_difference, encode_keyframe, find_grid
+from ckptvcs.codec.near_weight import encode_difference, encode_keyframe, find_grid
 from ckptvcs.codec.words import NearSlice, Words
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Target, Tensor
 from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES

@@ -19,7 +19,7 @@ from ckptvcs.codec.frame import (
     put_slice,
     slice_counts,
 )  # fmt: skip
-from ckptvcs.codec.sparse import Mask
+from ckptvcs.codec.masks import Mask
 from ckptvcs.codec.spec import ExcpSpec
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Group, Target
 from ckptvcs.coding.measure import measure

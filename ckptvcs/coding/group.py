@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.checkpoint.roles import SECOND, Rule
-from ckptvcs.codec import device
 from ckptvcs.codec.frame import SLICE_WORDS
-from ckptvcs.codec.planes import sample
+from ckptvcs.codec.kernels import on_torch
+from ckptvcs.codec.sections import sample
 from ckptvcs.codec.words import Words, to_float32
 
 Floats = NDArray[np.float32]
@@ -71,7 +71,7 @@ class Errors:
 
     @classmethod
     def of(cls, sums: tuple[float, ...]) -> Errors:
-        """Those of a weight, from what `loops.weight_squares` returns."""
+        """Those of a weight, from what `kernels.weight_squares` returns."""
         error, energy, residual, fisher_error, fisher_residual, largest = sums
         return cls(error, energy, residual, fisher_error, fisher_residual, largest=largest)
 
@@ -123,7 +123,7 @@ class Target:
         """The values of one slice at the positions of `planes.sample`."""
         data = self.tensor.on_device(number)
         if data is not None:
-            return device.picked(device.floats(data, self.dtype), size)
+            return on_torch.picked(on_torch.floats(data, self.dtype), size)
         return sample(self.floats(number), size)
 
     @property

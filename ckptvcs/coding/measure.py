@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from ckptvcs.checkpoint.roles import Rule
-from ckptvcs.codec import loops
+from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.words import NONE, Words, to_float32
 from ckptvcs.coding.group import CodedSlice, Errors, Floats, Group, Target
@@ -56,7 +56,7 @@ def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
         if group.base is not None:
             base = to_float32(group.base.slice(number), dtype)
         second = NONE if group.second is None else group.second.floats(number)
-        sums = loops.active().weight_squares(near, true, base, second)
+        sums = kernels.active().weight_squares(near, true, base, second)
     return Errors.of(sums)
 
 
@@ -66,8 +66,8 @@ def measure_moment(target: Target, coded: CodedSlice) -> Errors:
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
         if target.squared:
-            return Errors(*loops.active().root_squares(true, near))
-        error, energy, largest = loops.active().squares(near, true)
+            return Errors(*kernels.active().root_squares(true, near))
+        error, energy, largest = kernels.active().squares(near, true)
         return Errors(error, energy, largest=largest)
 
 

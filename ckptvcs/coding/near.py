@@ -24,12 +24,12 @@ from ckptvcs.codec.frame import (
     put_slice,
     slice_counts,
 )  # fmt: skip
-from ckptvcs.codec.lowrank import encode_low_rank
-from ckptvcs.codec.moments import Factors, encode_first, encode_second
-from ckptvcs.codec.planes import Bytes, sample
-from ckptvcs.codec.rows import Rows
+from ckptvcs.codec.matrix import Rows
+from ckptvcs.codec.near_lowrank import encode_low_rank
+from ckptvcs.codec.near_moments import Factors, encode_first, encode_second
+from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
+from ckptvcs.codec.sections import Bytes, sample
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
 from ckptvcs.coding.exact import code_exactly
 from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target

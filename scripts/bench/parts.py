@@ -22,8 +22,8 @@ import zstandard
 from numpy.typing import NDArray
 
 from ckptvcs.codec.codes import Codes, put_codes
-from ckptvcs.codec.moments import encode_second
-from ckptvcs.codec.rows import Rows
+from ckptvcs.codec.matrix import Rows
+from ckptvcs.codec.near_moments import encode_second
 from scripts.bench.tables import STRETCHES, stretch
 
 Floats = NDArray[np.float32]

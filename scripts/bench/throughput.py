@@ -185,7 +185,7 @@ def keep_zipnn(made: MadeUp) -> dict[str, float]:
 
 def loading() -> dict[str, float]:
     """Seconds to import the compiled loops: compiling them, and from the cache."""
-    command = [sys.executable, "-c", "import ckptvcs.codec.compiled"]
+    command = [sys.executable, "-c", "import ckptvcs.codec.kernels.compiled"]
     times = {}
     with tempfile.TemporaryDirectory(prefix="ckpt-numba-") as cache:
         for name in ("compiled loops, compiled anew", "compiled loops, from numba's cache"):

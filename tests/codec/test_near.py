@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.codec import loops
+from ckptvcs.codec import kernels
 from ckptvcs.codec.codes import Codes, get_codes, put_codes
 from ckptvcs.codec.frame import (
     NEAR_FIRST,
@@ -23,11 +22,12 @@ from ckptvcs.codec.frame import (
     decode_slice,
     put_slice,
 )  # fmt: skip
-from ckptvcs.codec.lowrank import encode_low_rank
-from ckptvcs.codec.moments import Factors, encode_first, encode_second
-from ckptvcs.codec.planes import Bytes
-from ckptvcs.codec.rows import Rows
-from ckptvcs.codec.weight import encode_delta, encode_keyframe, row_factors
+from ckptvcs.codec.kernels import reference
+from ckptvcs.codec.matrix import Rows
+from ckptvcs.codec.near_lowrank import encode_low_rank
+from ckptvcs.codec.near_moments import Factors, encode_first, encode_second
+from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
+from ckptvcs.codec.sections import Bytes
 from ckptvcs.codec.words import from_float32, to_float32
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
@@ -158,7 +158,7 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
 def test_a_value_far_above_the_others(
     largest: float, compiled: bool, in_base: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loops, "active", lambda: both()[compiled])
+    monkeypatch.setattr(kernels, "active", lambda: both()[compiled])
     base = np.rint(normal(9000, 3, 100)) / np.float32(4096)
     values = base + normal(9000, 4, 0.01)
     (base if in_base else values)[77] = largest
@@ -203,7 +203,7 @@ def test_moments_come_back(count: int, dtype: str, seed: int, columns: int, zero
 def test_weights_whose_squares_vanish(
     size: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loops, "active", lambda: both()[compiled])
+    monkeypatch.setattr(kernels, "active", lambda: both()[compiled])
     base = normal(500, 1, size)
     values = base + normal(500, 2, size * 1e-3)
     for step in (size * 1e-3, size * 1e-9):  # the second is too fine for any grid
@@ -283,9 +283,9 @@ def test_a_row_times_a_column_is_what_comes_back() -> None:
 
 
 def both() -> list[ModuleType]:
-    from ckptvcs.codec import compiled
+    from ckptvcs.codec.kernels import compiled
 
-    return [sys.modules[loops.__name__], compiled]
+    return [reference, compiled]
 
 
 @given(st.integers(1, 5000), st.integers(1, 700), st.integers(0, 2**32))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.codec import compiled, loops, patch
+from ckptvcs.codec import patch
+from ckptvcs.codec.kernels import compiled, reference
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError, TruncatedError
@@ -52,7 +51,7 @@ def test_compiled_loops_give_the_same_bits(
     dtype: str, count: int, seed: int, share: float, raw: int, transform: int
 ) -> None:
     words, near = pair(dtype, count, seed, share)
-    plain, floating = sys.modules[loops.__name__], DTYPES[dtype].floating
+    plain, floating = reference, DTYPES[dtype].floating
     both = [
         loop.split_near(words, near, floating, min(raw, words.itemsize - 1))
         for loop in (plain, compiled)

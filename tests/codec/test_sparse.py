@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.codec.sparse import get_mask, get_positions, put_mask
+from ckptvcs.codec.masks import get_mask, get_positions, put_mask
 from ckptvcs.errors import CorruptionError
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from ckptvcs.codec import loops
+from ckptvcs.codec import kernels
 from ckptvcs.errors import CorruptionError, TruncatedError, refuse_memory
 
 Bytes = NDArray[np.uint8]
@@ -120,7 +120,7 @@ def get_bits(data: memoryview, at: int, count: int, bits: int) -> tuple[NDArray[
         TruncatedError: they run past the end of `data`.
     """
     planes, at = get_bytes(data, at, bits * ((count + 7) // 8))
-    return loops.active().join_bits(planes, np.zeros(0, np.uint8), count, bits), at
+    return kernels.active().join_bits(planes, np.zeros(0, np.uint8), count, bits), at
 
 
 def get_bytes(data: memoryview, at: int, size: int) -> tuple[Bytes, int]:

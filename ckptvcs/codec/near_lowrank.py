@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec import loops
-from ckptvcs.codec.planes import Bytes, get_section, put_section
-from ckptvcs.codec.rows import Rows, get_rows, take
+from ckptvcs.codec import kernels
+from ckptvcs.codec.matrix import Rows, get_rows, take
+from ckptvcs.codec.sections import Bytes, get_section, put_section
 from ckptvcs.codec.words import NearSlice, Words, from_float32, room_for_floats, to_float32
 from ckptvcs.errors import CorruptionError
 
@@ -47,7 +47,7 @@ def encode_low_rank(
     values, height = to_float32(words, dtype), rows.count(words.size)
     if roots is None:
         if second is not None:
-            values, good = loops.active().divide_roots(values, to_float32(second, dtype))
+            values, good = kernels.active().divide_roots(values, to_float32(second, dtype))
             if not good:
                 return None
         roots = np.ones(height, np.float32), np.ones(rows.columns, np.float32)
@@ -107,11 +107,11 @@ class _Scaled:
         return self.matrix.shape[0], self.matrix.shape[1]
 
     def times_rows(self, lines: Floats) -> Floats:
-        product: Floats = loops.active().times_rows(self.matrix, lines * self.column)
+        product: Floats = kernels.active().times_rows(self.matrix, lines * self.column)
         return product * self.row[:, None]
 
     def times_columns(self, left: Floats) -> Floats:
-        product: Floats = loops.active().times_columns(left * self.row[:, None], self.matrix)
+        product: Floats = kernels.active().times_columns(left * self.row[:, None], self.matrix)
         return product * self.column
 
     def thinned(self, height: int) -> Matrix:
@@ -123,7 +123,7 @@ def _factors(matrix: Matrix, rank: int, step: float) -> tuple[Floats, Floats, np
     """The strongest directions of a matrix (by power iteration from random ones), each shared
     evenly between both factors, in whole steps; and the scale that fits their product best.
     """
-    active = loops.active()
+    active = kernels.active()
     shape = matrix.shape
     rank = min(rank, *shape)
     lines = _random(rank + _MORE, shape[1])
@@ -179,7 +179,7 @@ def _orthonormal(columns: Floats) -> Floats | None:
     By their small products only: what works on long columns in LAPACK would start threads of its
     own in each of ours.
     """
-    active = loops.active()
+    active = kernels.active()
     vectors, sizes = _principal(active.times_columns(columns, columns))
     there = sizes > 1e-5 * max(sizes[0], 1e-30)
     if not there.any():
@@ -218,7 +218,7 @@ def decode_low_rank(
     factors = _split(stored, rank, height)
     squares = np.ones(count, np.float32) if second is None else to_float32(second, dtype)
     near = room_for_floats(count, dtype, out)
-    loops.active().directions(*factors, rows.start, np.float32(scale), squares, near)
+    kernels.active().directions(*factors, rows.start, np.float32(scale), squares, near)
     return from_float32(near, dtype)
 
 

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec import loops
+from ckptvcs.codec import kernels
 from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
-from ckptvcs.codec.levels import TABLE, fit_levels, signed_table
-from ckptvcs.codec.planes import Bytes, get_section, put_section, sample, sample_positions
-from ckptvcs.codec.rows import NEUTRAL, QUARTERS, Rows, get_rows, take
+from ckptvcs.codec.matrix import NEUTRAL, QUARTERS, Rows, get_rows, take
+from ckptvcs.codec.quantize import TABLE, fit_levels, signed_table
+from ckptvcs.codec.sections import Bytes, get_section, put_section, sample, sample_positions
 from ckptvcs.codec.words import (
     NONE,
     NearSlice,
@@ -77,7 +77,7 @@ class Residuals(Protocol):
         self, scale: np.float32, step: np.float32, zone: np.float32, amounts: Floats,
         factors: Floats, columns: int, start: int,
     ) -> tuple[Bytes, Integers, tuple[float, ...], float]:  # fmt: skip
-        """What `loops.code_residuals` returns but for the first."""
+        """What `kernels.code_residuals` returns but for the first."""
 
     def largest(self) -> float:
         """The largest size of a value or of the base; not finite where one is not."""
@@ -92,12 +92,12 @@ class _Here:
         return sample(self.values, size), sample(self.base, size)
 
     def code(self, *how: Any) -> tuple[Bytes, Integers, tuple[float, ...], float]:
-        coded = loops.active().code_residuals(self.values, self.base, self.weights, *how)
+        coded = kernels.active().code_residuals(self.values, self.base, self.weights, *how)
         self.near, bitmap, codes, sums, bound = coded
         return bitmap, codes, sums, bound
 
     def largest(self) -> float:
-        one, other = (loops.active().extent(x)[1] for x in (self.values, self.base))
+        one, other = (kernels.active().extent(x)[1] for x in (self.values, self.base))
         return float(np.maximum(one, other))  # NaN, if one is
 
 
@@ -107,7 +107,7 @@ def encode_delta(
 ) -> NearSlice | None:  # fmt: skip
     """Code one slice of a weight against its base.  `step` is that of a row whose factor is 1.
 
-    Returns what `decode_weight` will return; for float32 with the sums of `loops.weight_squares`,
+    Returns what `decode_weight` will return; for float32 with the sums of `kernels.weight_squares`,
     weighted by `weights`.  None where values are not finite, or too large for a grid as fine as the
     step asks.
     """
@@ -129,7 +129,7 @@ def encode_delta(
 def put_delta(
     residuals: Residuals, step: float, zone: float, factors: tuple[Rows, Bytes] | None
 ) -> tuple[bytes, tuple[float, ...]] | None:
-    """The payload of a slice, and the sums of `loops.weight_squares`; None as for `encode_delta`,
+    """The payload of a slice, and the sums of `kernels.weight_squares`; None as for `encode_delta`,
     but that a 16-bit weight may have been rounded up to infinity.
     """
     rows, stored = factors or (Rows(max(1, residuals.size)), NO_FACTORS)
@@ -185,7 +185,7 @@ def encode_keyframe(words: Words, dtype: str, step: float) -> NearSlice | None:
     Returns and refuses as `encode_delta` does.
     """
     values = to_float32(words, dtype)
-    largest = float(loops.active().extent(values)[1])
+    largest = float(kernels.active().extent(values)[1])
     if not (step > 1e-36 and np.isfinite(largest)):
         return None
     grid = int(np.ceil(-np.log2(step)))
@@ -265,7 +265,7 @@ def decode_weight(
         base = np.zeros(count, word_type(DTYPES[dtype].word))
     in_place = in_place and base.flags.writeable
     near = to_float32(base if dtype != "F32" or in_place else base.copy(), dtype)
-    loops.active().change(
+    kernels.active().change(
         near, *codes.sparse(), np.float32(2.0**grid), np.float32(step),
         signed_table(levels.astype(np.float32), np.float32(step)), QUARTERS[stored],
         rows.columns, rows.start,

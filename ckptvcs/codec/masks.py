@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec import loops
-from ckptvcs.codec.planes import Bytes, get_bits, get_bytes, get_section, put_bits, put_section
+from ckptvcs.codec import kernels
+from ckptvcs.codec.sections import Bytes, get_bits, get_bytes, get_section, put_bits, put_section
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Mask = NDArray[np.bool_]
@@ -46,11 +46,11 @@ def put_mask(mask: Mask, *, short: bool = False) -> bytes:
 def put_bitmap(bitmap: Bytes, count: int, kept: int, *, short: bool = False) -> bytes:
     """Store the mask of `count` entries, of which `kept` are kept, given as the bits of bytes."""
     if kept < _SPARSE_DENSITY * count:
-        return _put_gaps(loops.active().bit_positions(bitmap, count), count, short=short)
+        return _put_gaps(kernels.active().bit_positions(bitmap, count), count, short=short)
     whole = _head(BITMAP, bitmap.size, short) + put_section(bitmap, short=short)
     if not short or not 0 < kept < _FEW:
         return whole
-    return min(whole, _put_rice(_gaps(loops.active().bit_positions(bitmap, count))), key=len)
+    return min(whole, _put_rice(_gaps(kernels.active().bit_positions(bitmap, count))), key=len)
 
 
 def _head(form: int, size: int, short: bool) -> bytes:
@@ -114,7 +114,7 @@ def get_positions(
     """
     bitmap, positions, at = _get(data, at, count, short=short)
     if positions is None:
-        positions = loops.active().bit_positions(bitmap, count)
+        positions = kernels.active().bit_positions(bitmap, count)
     return positions, at
 
 
@@ -157,11 +157,11 @@ def _get(
         return stream, None, at
     positions: Positions
     if form >= UNARY_GAPS:
-        positions = loops.active().bit_positions(stream, 8 * size)
+        positions = kernels.active().bit_positions(stream, 8 * size)
     elif stream.size and stream[-1] == _ESCAPE:
         raise CorruptionError("a mask ends inside a gap")
     else:
-        positions = loops.active().gap_positions(stream)
+        positions = kernels.active().gap_positions(stream)
     if form >= SPLIT_GAPS:
         if at >= len(data) or data[at] > _MAX_SHIFT:
             raise CorruptionError("a frame holds gaps of too many bits")

@@ -11,14 +11,16 @@ from tests.cli.conftest import environment
 
 
 def run(code: str, compiled: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", f"from ckptvcs.codec import loops\n{code}"]
+    command = [sys.executable, "-c", f"from ckptvcs.codec import kernels\n{code}"]
     variables = environment() | {"CKPT_COMPILED": compiled}
     return subprocess.run(command, capture_output=True, text=True, env=variables, check=True)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.0, "compiling"), (300.0, "")])
 def test_compiling_is_announced(seconds: float, said: str) -> None:
-    done = run(f"loops._LONG_SECONDS, loops._LOOK_SECONDS = {seconds}, 0.01; loops.prepare(1)", "1")
+    done = run(
+        f"kernels._LONG_SECONDS, kernels._LOOK_SECONDS = {seconds}, 0.01; kernels.prepare(1)", "1"
+    )
     assert done.stderr.startswith(said)
     assert bool(done.stderr) == bool(said)
 
@@ -26,8 +28,8 @@ def test_compiling_is_announced(seconds: float, said: str) -> None:
 def test_loaded_once_they_are_worth_it() -> None:
     code = """
 for size in (40_000_000, 40_000_000, 40_000_000):
-    loops.prepare(size)
-    print(loops.active().__name__.rpartition(".")[2])
+    kernels.prepare(size)
+    print(kernels.active().__name__.rpartition(".")[2])
 """
-    assert run(code).stdout.split() == ["loops", "loops", "compiled"]
-    assert run(code, "0").stdout.split() == ["loops"] * 3
+    assert run(code).stdout.split() == ["reference", "reference", "compiled"]
+    assert run(code, "0").stdout.split() == ["reference"] * 3

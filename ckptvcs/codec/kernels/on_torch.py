@@ -15,9 +15,9 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from ckptvcs.codec.codes import Integers
-from ckptvcs.codec.lowrank import Matrix
-from ckptvcs.codec.planes import Bytes, sample_positions
-from ckptvcs.codec.rows import Rows
+from ckptvcs.codec.matrix import Rows
+from ckptvcs.codec.near_lowrank import Matrix
+from ckptvcs.codec.sections import Bytes, sample_positions
 
 Floats = NDArray[np.float32]
 Tensor = Any

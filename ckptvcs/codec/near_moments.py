@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec import loops
+from ckptvcs.codec import kernels
 from ckptvcs.codec.codes import Codes, Integers, get_codes, put_codes
-from ckptvcs.codec.levels import amounts_of, fit_levels
-from ckptvcs.codec.planes import Bytes, get_section, put_section, sample
-from ckptvcs.codec.rows import HALVES, Rows, get_rows, half_powers, take
+from ckptvcs.codec.matrix import HALVES, Rows, get_rows, half_powers, take
+from ckptvcs.codec.quantize import amounts_of, fit_levels
+from ckptvcs.codec.sections import Bytes, get_section, put_section, sample
 from ckptvcs.codec.words import NearSlice, Words, from_float32, room_for_floats, to_float32
 from ckptvcs.errors import CorruptionError, TruncatedError
 
@@ -43,12 +43,12 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> NearSlice | None:
     if int(words.max(initial=0)) >> (8 * words.itemsize - 1):  # the sign of a word is its top bit
         return None
     shape = rows.columns, rows.start, rows.count(words.size)
-    row_sums, in_row, sums, in_column, least, largest = loops.active().log_sums(values, *shape)
+    row_sums, in_row, sums, in_column, least, largest = kernels.active().log_sums(values, *shape)
     if not np.isfinite(largest):
         return None
     if least < _LEAST:  # rare; what is zero stays zero
         values = np.where((values < _LEAST) & (values != 0), _LEAST, values)
-        row_sums, in_row, sums, in_column, *_ = loops.active().log_sums(values, *shape)
+        row_sums, in_row, sums, in_column, *_ = kernels.active().log_sums(values, *shape)
     payload = put_second(row_sums, in_row, sums, in_column, rows, values)
     return None if payload is None else NearSlice(payload, decode_second(
         memoryview(payload), words.size, dtype
@@ -59,8 +59,8 @@ def put_second(
     row_sums: Floats, in_row: Integers, sums: Floats, in_column: Integers, rows: Rows,
     values: Floats | None,
 ) -> bytes | None:  # fmt: skip
-    """The payload of a slice from what `loops.log_sums` says of it, `values` being given where some
-    are 0; None where their range is too wide.
+    """Return the payload of a slice from what `kernels.log_sums` says of it; None where the range
+    of its values is too wide.  `values` is given where some of them are 0.
     """
     row_codes, low = _exponents(row_sums / np.maximum(in_row, 1), in_row)
     # What rounding took from the rows goes to the columns.
@@ -162,7 +162,7 @@ def decode_second(data: memoryview, count: int, dtype: str, out: Words | None = 
     if at != len(data) or not _within(int(low), codes[:height], codes[height:]):
         raise CorruptionError("a frame holds second moments that no float32 has")
     near = room_for_floats(count, dtype, out)
-    loops.active().product(*_rows_and_columns(codes, int(low), height), rows.start, near)
+    kernels.active().product(*_rows_and_columns(codes, int(low), height), rows.start, near)
     return from_float32(near, dtype)
 
 
@@ -183,7 +183,7 @@ def encode_first(
     )
     if second is None:
         squares = np.ones(values.size, np.float32)
-    bitmap, kept, good = loops.active().quantize_units(values, squares, width, np.float32(zone))
+    bitmap, kept, good = kernels.active().quantize_units(values, squares, width, np.float32(zone))
     if not good:
         return None
     found = np.unpackbits(bitmap, count=words.size).view(np.bool_)
@@ -206,7 +206,7 @@ def _moment(
     codes: Codes, second: Words | None, count: int, dtype: str, step: np.float32, levels: Floats
 ) -> Words:
     bitmap, values = codes.sparse()
-    positions = loops.active().bit_positions(bitmap, count)
+    positions = kernels.active().bit_positions(bitmap, count)
     with np.errstate(over="ignore", invalid="ignore"):
         amounts = amounts_of(np.abs(values), levels, step)
         np.negative(amounts, out=amounts, where=values < 0)

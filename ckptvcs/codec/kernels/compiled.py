@@ -1,4 +1,4 @@
-"""The loops of `ckptvcs.codec.loops`, compiled, each in one pass over memory.
+"""The loops of `reference`, compiled, each in one pass over memory.
 
 What is stored or decoded keeps to the order and rounding of IEEE arithmetic, so both forms give the
 same bits.  Loops that only measure or steer (`_LOOSE`) may add up in any order.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from ckptvcs.codec.compiled_codes import (
+from ckptvcs.codec.kernels.compiled_bits import (
     BLOCK,
     EXACT,
     I32,
@@ -24,11 +24,13 @@ from ckptvcs.codec.compiled_codes import (
     compact,
     gap_positions,
     join_bits,
+    join_words,
     positions,
     split,
+    split_near,
+    split_words,
     with_signs,
 )
-from ckptvcs.codec.compiled_words import join_words, split_near, split_words
 
 __all__ = [
     "bit_positions", "change", "code_residuals", "directions", "divide_roots", "extent",
@@ -87,7 +89,7 @@ def _largest_error(near: Array, true: Array) -> Any:
 
 @njit((_F32, _F32, _F32, _F32), **_LOOSE)
 def weight_squares(near: Array, true: Array, base: Array, weights: Array) -> Any:
-    """See `loops.weight_squares`."""
+    """See `reference.weight_squares`."""
     sums, largest = np.zeros(5, np.float64), np.int32(0)
     for low in range(0, true.size, BLOCK):
         high = min(true.size, low + BLOCK)
@@ -124,7 +126,7 @@ def code_residuals(
     values: Array, base: Array, weights: Array, scale: Any, step: Any, zone: Any, amounts: Array,
     factors: Array, columns: int, start: int,
 ) -> Any:  # fmt: skip
-    """See `loops.code_residuals`."""
+    """See `reference.code_residuals`."""
     near = np.empty(values.size, np.float32)
     bitmap = np.empty((values.size + 7) // 8, np.uint8)
     kept = np.empty(values.size + 1, np.int32)
@@ -158,7 +160,7 @@ def code_residuals(
 
 @njit((_F32, _F32, _FLOAT, _FLOAT), **EXACT)
 def quantize_units(values: Array, second: Array, step: Any, zone: Any) -> Any:
-    """See `loops.quantize_units`."""
+    """See `reference.quantize_units`."""
     bitmap = np.empty((values.size + 7) // 8, np.uint8)
     kept = np.empty(values.size + 1, np.int32)
     codes = np.empty(BLOCK, np.int32)
@@ -181,7 +183,7 @@ def quantize_units(values: Array, second: Array, step: Any, zone: Any) -> Any:
 
 @njit((_F32,), **EXACT)
 def extent(values: Array) -> tuple[Any, Any]:
-    """See `loops.extent`."""
+    """See `reference.extent`."""
     words = values.view(np.int32)
     least, largest = np.int32(0x7F800000), np.int32(0)
     for i in range(words.size):  # floats without a sign are ordered as integers are
@@ -199,7 +201,7 @@ def change(
     out: Array, bitmap: Array, codes: Array, scale: Any, step: Any, amounts: Array, factors: Array,
     columns: int, start: int,
 ) -> None:  # fmt: skip
-    """See `loops.change`."""
+    """See `reference.change`."""
     places, amount = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.float32)
     unit, seen = np.float32(1) / scale, 0
     for low in range(0, out.size, BLOCK):
@@ -225,7 +227,7 @@ def change(
 
 @njit((_F32, INT, INT, INT), **_LOOSE)
 def log_sums(values: Array, columns: int, start: int, rows: int) -> Any:
-    """See `loops.log_sums`."""
+    """See `reference.log_sums`."""
     row_sums, row_counts = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
     sums, counts = np.zeros(columns, np.float32), np.zeros(columns, np.int32)
     words = values.view(np.int32)
@@ -259,7 +261,7 @@ def log_sums(values: Array, columns: int, start: int, rows: int) -> Any:
 
 @njit((_F32, _F32, INT, _OUT), **EXACT)
 def product(row: Array, column: Array, start: int, out: Array) -> None:
-    """See `loops.product`."""
+    """See `reference.product`."""
     low = 0
     for r in range(row.size):
         high = min(out.size, (r + 1) * column.size - start)
@@ -273,7 +275,7 @@ def product(row: Array, column: Array, start: int, out: Array) -> None:
 
 @njit((_F32, _F32), **EXACT)
 def divide_roots(values: Array, second: Array) -> Any:
-    """See `loops.divide_roots`."""
+    """See `reference.divide_roots`."""
     out = np.empty(values.size, np.float32)
     words = out.view(np.int32)
     largest = np.int32(0)
@@ -290,7 +292,7 @@ def divide_roots(values: Array, second: Array) -> Any:
 
 @njit((_MATRIX, _MATRIX), **_LOOSE)
 def times_rows(matrix: Array, lines: Array) -> Array:
-    """See `loops.times_rows`; four lines at a time, so that one read serves four sums."""
+    """See `reference.times_rows`; four lines at a time, so that one read serves four sums."""
     ranks = lines.shape[0]
     out = np.zeros((matrix.shape[0], ranks), np.float32)
     whole = ranks // 4 * 4
@@ -321,7 +323,7 @@ def times_rows(matrix: Array, lines: Array) -> Array:
 
 @njit((_MATRIX, _MATRIX), **_LOOSE)
 def times_columns(left: Array, matrix: Array) -> Array:
-    """See `loops.times_columns`; four rows at a time, so that one write serves four products."""
+    """See `reference.times_columns`; four rows at a time: one write serves four products."""
     height, ranks = left.shape
     out = np.zeros((ranks, matrix.shape[1]), np.float32)
     whole = height // 4 * 4
@@ -348,7 +350,7 @@ def times_columns(left: Array, matrix: Array) -> Array:
 def directions(
     left: Array, right: Array, start: int, scale: Any, second: Array, out: Array
 ) -> None:
-    """See `loops.directions`; whole numbers add up the same in any order."""
+    """See `reference.directions`; whole numbers add up the same in any order."""
     columns, ranks = right.shape[1], left.shape[1]
     whole, low = ranks // 4 * 4, 0
     for row in range(left.shape[0]):
@@ -377,7 +379,7 @@ def directions(
 
 @njit((_F32, _F32), **_LOOSE)
 def squares(x: Array, y: Array) -> tuple[Any, Any, Any]:
-    """See `loops.squares`."""
+    """See `reference.squares`."""
     total, energy, largest = 0.0, 0.0, np.int32(0)
     for low in range(0, x.size, BLOCK):
         high = min(x.size, low + BLOCK)
@@ -396,7 +398,7 @@ def squares(x: Array, y: Array) -> tuple[Any, Any, Any]:
 
 @njit((_F32, _F32), **_LOOSE)
 def root_squares(x: Array, y: Array) -> tuple[Any, Any]:
-    """See `loops.root_squares`."""
+    """See `reference.root_squares`."""
     error = energy = 0.0
     for low in range(0, x.size, BLOCK):
         high = min(x.size, low + BLOCK)

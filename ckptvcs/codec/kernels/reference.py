@@ -1,76 +1,19 @@
-"""The inner loops of the near codec, in numpy; `active()` gives these or their compiled form.
+"""The inner loops of the codec in numpy: they say what each loop means.
 
-Both give the same bits wherever a result is stored or decoded.  The compiled loops are several
-times faster, and cost about a second to load: they are worth it from some amount of work on.
+`compiled` gives the same bits wherever a result is stored or decoded.
 """
 
 from __future__ import annotations
-
-import logging
-import os
-import sys
-import threading
-import time
-from functools import partial
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec.words import Words
-from ckptvcs.parallel import start_thread
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int32]
 Positions = NDArray[np.int32] | NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-
-_WORTH_LOADING = 100_000_000  # bytes of tensors
-_SWITCH = "CKPT_COMPILED"  # 0: never, 1: always
-_LONG_SECONDS = 3.0  # of a processor: loading takes one
-_LOOK_SECONDS = 0.5
-_log = logging.getLogger("ckptvcs")
-
-
-class _State:
-    """Of the process."""
-
-    loops: ModuleType | None = None
-    work_bytes = 0
-
-
-def prepare(size_bytes: int) -> None:
-    """Load the compiled loops, if they can be had, and work of that many bytes of tensors makes up
-    for it, together with what this process did before.
-    """
-    _State.work_bytes += size_bytes
-    wanted = os.environ.get(_SWITCH) or str(int(_State.work_bytes >= _WORTH_LOADING))
-    if wanted == "0" or _State.loops is not None:
-        return
-    loaded = threading.Event()
-    start_thread(partial(_announce, loaded))
-    try:
-        from ckptvcs.codec import compiled  # noqa: PLC0415  takes about a second
-
-        _State.loops = compiled
-    except (ImportError, RuntimeError, OSError):  # no numba, or nowhere to keep what it compiles
-        _State.loops = sys.modules[__name__]
-    finally:
-        loaded.set()
-
-
-def _announce(loaded: threading.Event) -> None:
-    """Say so where loading takes so much work that it must be compiling."""
-    start = time.process_time()
-    while not loaded.wait(_LOOK_SECONDS):
-        if time.process_time() - start >= _LONG_SECONDS:
-            _log.warning("compiling the inner loops; this is done once")
-            return
-
-
-def active() -> ModuleType:
-    """The module whose loops to call."""
-    return _State.loops or sys.modules[__name__]
 
 
 def _expand(rows: Floats, columns: int, start: int, count: int) -> Floats:
