@@ -149,7 +149,7 @@ class Care(Opened):
             return replace(plan, freed_bytes=held[0] - left, kept_bytes=left)
 
     def _rekey(self, progress: Progress) -> None:
-        from ckptvcs.rekey import Rekeyer  # noqa: PLC0415
+        from ckptvcs.encode.rekey import Rekeyer  # noqa: PLC0415
 
         raise_flags(self.folder, "read", "near", "near-2", "types")
         cache = self.folder / CACHE / "bases"

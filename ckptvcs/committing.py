@@ -20,14 +20,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptvcs.attempt import Attempt, within_bounds
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.notes import unknown_floats
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.config import Config
-from ckptvcs.encoder import Encoded, Encoder
+from ckptvcs.encode.attempt import Attempt, within_bounds
+from ckptvcs.encode.encoder import Encoded, Encoder
+from ckptvcs.encode.source import Progress, scan
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, MissingObjectError, after
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
@@ -50,7 +51,6 @@ from ckptvcs.history.schema import Schema, TensorInfo, dump_schema, load_schema 
 from ckptvcs.provenance import code_commit, user
 from ckptvcs.request import Request, find_step
 from ckptvcs.skeleton import skeleton_of
-from ckptvcs.source import Progress, scan
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter

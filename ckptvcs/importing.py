@@ -17,13 +17,13 @@ from pathlib import Path
 
 from ckptvcs.checkpoint.folder import Found, survey
 from ckptvcs.content import Contents
+from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.keeping import Keeper, Removal
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
-from ckptvcs.source import Progress
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.object import ObjectId
 

@@ -1,7 +1,7 @@
 """Joint: one commit of several processes.
 
     begin    who joins takes a lease, and says what all are to code against
-    code     each process its own shard (`shards.py`)
+    code     each process its own shard (`encode/shards.py`)
     finish   tables, recipes and one exact patch a part from all shards; the commit, the branch
 
 Nothing is in the history before `finish`: a process that dies leaves packs that gc sweeps.
@@ -22,11 +22,12 @@ from ckptvcs.care import quiet
 from ckptvcs.chain import ChainReader
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.checkpoint.layout import Piece, Source
-from ckptvcs.coding.report import report, report_tensors
 from ckptvcs.committing import Committer, SharedPatchFadedError, unchanged
-from ckptvcs.encoder import Encoded, has_patch
+from ckptvcs.encode.encoder import Encoded, has_patch
+from ckptvcs.encode.frame_writer import PatchWriter
+from ckptvcs.encode.report import report, report_tensors
+from ckptvcs.encode.shards import Shard, Stored, Ticket
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError, after
-from ckptvcs.frames import PatchWriter
 from ckptvcs.history.commit import PARTS, PartState
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.recipe import NO_HASH, Recipe, dump_values, slice_hash
@@ -34,7 +35,6 @@ from ckptvcs.history.schema import Schema, TensorInfo
 from ckptvcs.opened import CACHE
 from ckptvcs.repo import Repo
 from ckptvcs.request import Request
-from ckptvcs.shards import Shard, Stored, Ticket
 from ckptvcs.store.leases import lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 

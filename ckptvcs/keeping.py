@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from ckptvcs.codec.spec import NearSpec
+from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.marking import mark, require_packs
@@ -27,7 +28,6 @@ from ckptvcs.opened import CACHE
 from ckptvcs.proof import prove
 from ckptvcs.removal import Originals, Proven, Removed
 from ckptvcs.repo import Repo
-from ckptvcs.source import Progress
 from ckptvcs.store.leases import await_others, check_lease, lease, live_leases, turn
 from ckptvcs.store.object import ObjectId
 

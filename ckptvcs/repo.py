@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from ckptvcs.checkpoint.staging import Staging
     from ckptvcs.committing import Announce, Result
     from ckptvcs.compare import Comparison
+    from ckptvcs.encode.shards import Shard, Ticket
+    from ckptvcs.encode.source import Progress
     from ckptvcs.restore import Restorer
     from ckptvcs.search import Bisection, Judge, Watch
-    from ckptvcs.shards import Shard, Ticket
-    from ckptvcs.source import Progress
     from ckptvcs.targets import Target
     from ckptvcs.worker import Worker
 
@@ -293,7 +293,7 @@ class Repo(Care):
     def code_shard(self, ticket: Ticket, checkpoint: Checkpoint) -> Shard:
         """Code the share of this process in a commit of several; see `joining`."""
         from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
-        from ckptvcs.shards import code_shard  # noqa: PLC0415
+        from ckptvcs.encode.shards import code_shard  # noqa: PLC0415
 
         self.catalog.store.refresh()  # who joins may have committed meanwhile
         self._held = self._held or HeldBase()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ckptvcs import committing, encoder
+from ckptvcs import committing
+from ckptvcs.encode import encoder
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.repo import Repo
 from tests.training import train, train_on

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from ckptvcs.coding.exact import SAME
-from ckptvcs.frames import PatchWriter
+from ckptvcs.encode.exact import SAME
+from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.object import ObjectId
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from ckptvcs import Repo
 from ckptvcs.checkpoint.state import state_checkpoint
+from ckptvcs.encode.shards import Shard
 from ckptvcs.errors import BusyError, ConflictError, InvalidInputError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.joining import Joint
-from ckptvcs.shards import Shard
 from ckptvcs.store import leases
 from tests.spec_reader import SpecRepository
 

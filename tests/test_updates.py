@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ckptvcs.checkpoint.optimizer_state import MOMENTS, rule_of
 from ckptvcs.checkpoint.roles import Rule
 from ckptvcs.codec.words import from_float32
-from ckptvcs.coding.measure import difference, measure_step
-from ckptvcs.coding.near import strays
-from ckptvcs.coding.updates import orthogonal, steps_of, takes_matrices
+from ckptvcs.encode.measure import difference, measure_step
+from ckptvcs.encode.near import strays
+from ckptvcs.encode.updates import orthogonal, steps_of, takes_matrices
 from ckptvcs.repo import Repo
 
 Make = Callable[[list[torch.nn.Parameter]], Any]

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from ckptvcs.checkpoint import checkpoint as opening
 from ckptvcs.checkpoint import links
 from ckptvcs.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError
 from ckptvcs.repo import Repo
-from ckptvcs.source import scan
 
 WEIGHTS = {"w": torch.arange(3000.0)}
 

@@ -19,7 +19,7 @@ import torch
 import ckptvcs
 from ckptvcs.checkpoint.layout import FileSource
 from ckptvcs.cli import render
-from ckptvcs.encoder import Encoder
+from ckptvcs.encode.encoder import Encoder
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import Kind

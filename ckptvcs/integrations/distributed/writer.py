@@ -25,6 +25,7 @@ from torch.futures import Future
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.conventions import step_in_name
 from ckptvcs.checkpoint.state import state_checkpoint
+from ckptvcs.encode.shards import Shard
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.extract import windows
 from ckptvcs.history.log import LogEntry
@@ -35,7 +36,6 @@ from ckptvcs.integrations.distributed.process import open_once
 from ckptvcs.integrations.target import Where
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
-from ckptvcs.shards import Shard
 
 _GROUPS = "param_groups"
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ckptvcs.attempt import TooFar
 from ckptvcs.bases import BaseTensor
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.notes import NOTED
@@ -24,15 +23,16 @@ from ckptvcs.checkpoint.roles import (
 )  # fmt: skip
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
-from ckptvcs.coding import excp
-from ckptvcs.coding.device import DeviceCoder
-from ckptvcs.coding.exact import ExactCoder
-from ckptvcs.coding.group import Coder, Floats, Group, Target
-from ckptvcs.coding.near import NearCoder, NearPlan, Scale, measure_scale
 from ckptvcs.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
+from ckptvcs.encode import excp
+from ckptvcs.encode.attempt import TooFar
+from ckptvcs.encode.exact import ExactCoder
+from ckptvcs.encode.gpu import DeviceCoder
+from ckptvcs.encode.group import Coder, Floats, Group, Target
+from ckptvcs.encode.near import NearCoder, NearPlan, Scale, measure_scale
+from ckptvcs.encode.source import SourceTensor
 from ckptvcs.parallel import ordered_map
 from ckptvcs.sizes import size
-from ckptvcs.source import SourceTensor
 
 _RELATED = 0.5  # squared distance from the base over squared size, from which on they are not
 _SAMPLE = 1 << 12  # entries of a slice that are looked at

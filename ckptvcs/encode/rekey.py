@@ -23,16 +23,16 @@ from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint.alike import alike
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
-from ckptvcs.coding.exact import code_again
 from ckptvcs.dtypes import DTYPES, float_type
+from ckptvcs.encode.exact import code_again
+from ckptvcs.encode.frame_writer import Slice
+from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CorruptionError
-from ckptvcs.frames import Slice
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import ordered_map
-from ckptvcs.source import Progress
 from ckptvcs.store.object import Kind, ObjectId
 from ckptvcs.store.pack import PackWriter
 

@@ -10,8 +10,8 @@ from ckptvcs.codec import lossless, patch
 from ckptvcs.codec.frame import LOSSLESS, NEAR_WEIGHT, PATCH, put_slice
 from ckptvcs.codec.near_weight import encode_difference, encode_keyframe, find_grid
 from ckptvcs.codec.words import NearSlice, Words
-from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Target, Tensor
 from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES
+from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Target, Tensor
 
 
 def code_exactly(source: Words, base: Words | None, dtype: str) -> CodedSlice:

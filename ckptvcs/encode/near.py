@@ -31,9 +31,9 @@ from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.sections import Bytes, sample
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
-from ckptvcs.coding.exact import code_exactly
-from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
-from ckptvcs.coding.measure import (
+from ckptvcs.encode.exact import code_exactly
+from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
+from ckptvcs.encode.measure import (
     finite,
     measure_matrix,
     measure_moment,
@@ -41,7 +41,7 @@ from ckptvcs.coding.measure import (
     measure_weight,
     step_sample,
 )  # fmt: skip
-from ckptvcs.coding.updates import is_known, takes_matrices
+from ckptvcs.encode.updates import is_known, takes_matrices
 
 _SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
 _SAMPLED_SLICES = 4

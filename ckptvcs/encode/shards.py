@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptvcs.attempt import Attempt, within_bounds
 from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.layout import Piece
@@ -20,14 +19,15 @@ from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
-from ckptvcs.coding.group import Errors
 from ckptvcs.dtypes import float_type
-from ckptvcs.encoder import Encoder, energy_of
-from ckptvcs.frames import PatchWriter
+from ckptvcs.encode.attempt import Attempt, within_bounds
+from ckptvcs.encode.encoder import Encoder, energy_of
+from ckptvcs.encode.frame_writer import PatchWriter
+from ckptvcs.encode.group import Errors
+from ckptvcs.encode.source import SourceTensor, scan
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, ErrorReport
 from ckptvcs.history.schema import Schema
-from ckptvcs.source import SourceTensor, scan
 from ckptvcs.store.object import ObjectId, PackId
 
 

@@ -21,8 +21,8 @@ from ckptvcs.codec.frame import (
 )  # fmt: skip
 from ckptvcs.codec.masks import Mask
 from ckptvcs.codec.spec import ExcpSpec
-from ckptvcs.coding.group import CodedGroup, CodedSlice, Group, Target
-from ckptvcs.coding.measure import measure
+from ckptvcs.encode.group import CodedGroup, CodedSlice, Group, Target
+from ckptvcs.encode.measure import measure
 from ckptvcs.parallel import ordered_map
 
 _SAMPLE = 1 << 20  # entries that thresholds and codebooks are fitted on

@@ -19,7 +19,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.attempt import Attempt, TooCoarse
 from ckptvcs.bases import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
 from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint.alike import alike
@@ -30,19 +29,20 @@ from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
-from ckptvcs.coding.exact import code_patch
-from ckptvcs.coding.group import CodedGroup, Coder, Errors
-from ckptvcs.coding.measure import count_nonfinite
-from ckptvcs.coding.report import report, report_tensors
 from ckptvcs.dtypes import WEIGHT_DTYPES, float_type
-from ckptvcs.frames import Draft, PartWriter, PatchWriter
+from ckptvcs.encode.attempt import Attempt, TooCoarse
+from ckptvcs.encode.exact import code_patch
+from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
+from ckptvcs.encode.group import CodedGroup, Coder, Errors
+from ckptvcs.encode.measure import count_nonfinite
+from ckptvcs.encode.planner import Planner
+from ckptvcs.encode.report import report, report_tensors
+from ckptvcs.encode.source import Progress, SourceTensor, find_masters, stays
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
 from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import ordered_map
-from ckptvcs.planning import Planner
-from ckptvcs.source import Progress, SourceTensor, find_masters, stays
 from ckptvcs.store.object import Kind, ObjectId, object_id
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import sqrt
 
 from ckptvcs.checkpoint.roles import WEIGHT
-from ckptvcs.coding.group import Errors
+from ckptvcs.encode.group import Errors
 from ckptvcs.history.commit import ErrorReport
 from ckptvcs.history.schema import TensorInfo
 

@@ -21,8 +21,8 @@ from ckptvcs.checkpoint.roles import Rule
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.words import NONE, Words, to_float32
-from ckptvcs.coding.group import CodedSlice, Errors, Floats, Group, Target
-from ckptvcs.coding.updates import Moments, gradient_scale, orthogonal, steps_alone, steps_of
+from ckptvcs.encode.group import CodedSlice, Errors, Floats, Group, Target
+from ckptvcs.encode.updates import Moments, gradient_scale, orthogonal, steps_alone, steps_of
 
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
 _LEAST = 1 << 12  # of a slice

@@ -24,9 +24,9 @@ from ckptvcs.codec.near_lowrank import factors_of, put_directions
 from ckptvcs.codec.near_moments import Factors, put_second
 from ckptvcs.codec.near_weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
-from ckptvcs.coding.group import CodedGroup, CodedSlice, Errors, Group, Target
-from ckptvcs.coding.near import Measured, NearCoder, is_beyond, second_rows
 from ckptvcs.dtypes import DTYPES
+from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Group, Target
+from ckptvcs.encode.near import Measured, NearCoder, is_beyond, second_rows
 
 _Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the device
 

@@ -14,8 +14,8 @@ from ckptvcs.bases import BaseTensor
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
-from ckptvcs.coding.exact import SAME
-from ckptvcs.coding.group import CodedSlice
+from ckptvcs.encode.exact import SAME
+from ckptvcs.encode.group import CodedSlice
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Pool

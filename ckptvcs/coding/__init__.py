@@ -1,1 +1,0 @@
-"""From tensors to coded slices: which method codes what, with which settings, and how well."""
