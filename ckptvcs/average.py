@@ -22,16 +22,16 @@ from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
+from ckptvcs.decode.commit_reader import Progress, Restorer
+from ckptvcs.decode.part_reader import Bytes, PartReader, Window, windows
+from ckptvcs.decode.trajectory import Trajectory
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.extract import Bytes, PartReader, Window, windows
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.schema import Op, Schema, Skeleton
-from ckptvcs.restore import Progress, Restorer
 from ckptvcs.skeleton import SkeletonSource
 from ckptvcs.store.object import ObjectId
 from ckptvcs.targets import Target, looked
-from ckptvcs.trajectory import Trajectory
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
 

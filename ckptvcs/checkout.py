@@ -18,6 +18,15 @@ from typing import BinaryIO
 from blake3 import blake3
 
 from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.decode.commit_reader import Progress, Restorer
+from ckptvcs.decode.file_writer import (
+    Looks,
+    look_at_files,
+    named_paths,
+    require_links,
+    save_directory,
+    save_file,
+)  # fmt: skip
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
@@ -26,17 +35,8 @@ from ckptvcs.history.schema import Op
 from ckptvcs.names import refuse_trusted, safe_path
 from ckptvcs.parallel import may_hash_in_threads
 from ckptvcs.placing import Folder, NotRegularError, Seen
-from ckptvcs.restore import Progress, Restorer
 from ckptvcs.store.object import ObjectId
 from ckptvcs.targets import Target, Targets, writing
-from ckptvcs.writing import (
-    Looks,
-    look_at_files,
-    named_paths,
-    require_links,
-    save_directory,
-    save_file,
-)  # fmt: skip
 
 _BLOCK = 1 << 22
 _MAX_REMEMBERED = 10_000

@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.notes import unknown_floats
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.config import Config
+from ckptvcs.decode.base_cache import HeldBase
 from ckptvcs.encode.attempt import Attempt, within_bounds
 from ckptvcs.encode.encoder import Encoded, Encoder
 from ckptvcs.encode.source import Progress, scan

@@ -22,13 +22,13 @@ from ckptvcs.checkpoint.alike import pair_names
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, word_type
+from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.decode.floats import in_our_order, to_float64
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.floats import in_our_order, to_float64
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import BIG, TensorInfo
-from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 from ckptvcs.sums import Sums, sum_up
 

@@ -19,10 +19,10 @@ from typing import Self
 from blake3 import blake3
 
 from ckptvcs.care import quiet
-from ckptvcs.chain import ChainReader
 from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.committing import Committer, SharedPatchFadedError, unchanged
+from ckptvcs.decode.chain import ChainReader
 from ckptvcs.encode.encoder import Encoded, has_patch
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.report import report, report_tensors

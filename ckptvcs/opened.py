@@ -48,9 +48,9 @@ from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
     from ckptvcs.background import Background
-    from ckptvcs.bases import HeldBase
     from ckptvcs.codec.spec import CodecSpec
-    from ckptvcs.restore import Restorer
+    from ckptvcs.decode.base_cache import HeldBase
+    from ckptvcs.decode.commit_reader import Restorer
     from ckptvcs.worker import Worker
 
 FOLDER = ".ckpt"
@@ -197,7 +197,7 @@ class Opened:
 
     def restorer(self, name: ObjectId, *, near: bool = False) -> Restorer:
         """What reads one commit."""
-        from ckptvcs.restore import Restorer  # noqa: PLC0415
+        from ckptvcs.decode.commit_reader import Restorer  # noqa: PLC0415
 
         cache = self.folder / CACHE / "bases"
         return Restorer(self.catalog, name, near=near, cache=cache, held=self._held)

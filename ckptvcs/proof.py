@@ -12,12 +12,12 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ckptvcs.bases import materialised
-from ckptvcs.chain import Materialised
+from ckptvcs.decode.base_cache import materialised
+from ckptvcs.decode.chain import Materialised
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.names import safe_path
-from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]

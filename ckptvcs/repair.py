@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ckptvcs.chain import ChainReader
+from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog, Dropped

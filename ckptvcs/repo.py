@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from ckptvcs.checkpoint.staging import Staging
     from ckptvcs.committing import Announce, Result
     from ckptvcs.compare import Comparison
+    from ckptvcs.decode.commit_reader import Restorer
     from ckptvcs.encode.shards import Shard, Ticket
     from ckptvcs.encode.source import Progress
-    from ckptvcs.restore import Restorer
     from ckptvcs.search import Bisection, Judge, Watch
     from ckptvcs.targets import Target
     from ckptvcs.worker import Worker
@@ -267,7 +267,7 @@ class Repo(Care):
         spec = self.codec_for(codec, metrics, config)
         bases = self.folder / CACHE / "bases"
         if checkpoint.kind == "state" and self._held is None:
-            from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
+            from ckptvcs.decode.base_cache import HeldBase  # noqa: PLC0415  see above
 
             self._held = HeldBase()
         request = Request.of(
@@ -292,7 +292,7 @@ class Repo(Care):
 
     def code_shard(self, ticket: Ticket, checkpoint: Checkpoint) -> Shard:
         """Code the share of this process in a commit of several; see `joining`."""
-        from ckptvcs.bases import HeldBase  # noqa: PLC0415  see above
+        from ckptvcs.decode.base_cache import HeldBase  # noqa: PLC0415  see above
         from ckptvcs.encode.shards import code_shard  # noqa: PLC0415
 
         self.catalog.store.refresh()  # who joins may have committed meanwhile
@@ -319,7 +319,7 @@ class Repo(Care):
             InvalidInputError: what is to be loaded does not fit; nothing was loaded then.
             CorruptionError: it does not decode to its recorded hashes.
         """
-        from ckptvcs.extract import PartReader  # noqa: PLC0415
+        from ckptvcs.decode.part_reader import PartReader  # noqa: PLC0415
 
         name = self.resolve(revision)
         state = self._twice(lambda: PartReader(self.restorer(name)).state())
@@ -362,7 +362,7 @@ class Repo(Care):
             InvalidInputError: a revision names several commits; `every` is below 1.
             CorruptionError: while it is walked: a tensor does not decode to its recorded hash.
         """
-        from ckptvcs.trajectory import states  # noqa: PLC0415  see above
+        from ckptvcs.decode.trajectory import states  # noqa: PLC0415  see above
 
         globs = [select] if isinstance(select, str) else select
         names = self.history.line(start, stop, every, revision=revision)
@@ -378,8 +378,8 @@ class Repo(Care):
             NotFoundError, InvalidInputError: there is no such commit or tensor, or several.
             CorruptionError: it does not decode to its recorded hash.
         """
-        from ckptvcs.extract import PartReader  # noqa: PLC0415
-        from ckptvcs.trajectory import find_tensor  # noqa: PLC0415
+        from ckptvcs.decode.part_reader import PartReader  # noqa: PLC0415
+        from ckptvcs.decode.trajectory import find_tensor  # noqa: PLC0415
 
         reader = PartReader(self.restorer(self.resolve(at)))
         full, window = find_tensor(reader.schema, name)
@@ -390,7 +390,7 @@ class Repo(Care):
         revision: str | int | None = None,
     ) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
         """One tensor along a line, of those commits that have it; as `trajectory` and `tensor`."""
-        from ckptvcs.trajectory import series  # noqa: PLC0415
+        from ckptvcs.decode.trajectory import series  # noqa: PLC0415
 
         names = self.history.line(start, stop, every, revision=revision)
         return self._with_entries(series(self.catalog, names, name))
@@ -414,7 +414,7 @@ class Repo(Care):
             ConflictError: it was to be `exact`, and is not, or not any more; or the file at
                 `target` came, or was changed, while it was made.
         """
-        from ckptvcs.extract import PartReader  # noqa: PLC0415
+        from ckptvcs.decode.part_reader import PartReader  # noqa: PLC0415
         from ckptvcs.targets import looked  # noqa: PLC0415
 
         def save() -> str:

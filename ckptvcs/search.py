@@ -20,11 +20,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from ckptvcs.compare import all_finite
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.log import LogEntry
 from ckptvcs.names import safe_path
-from ckptvcs.restore import Restorer
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.object import ObjectId
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec.words import Words
-from ckptvcs.floats import numbers_of, to_float64
+from ckptvcs.decode.floats import numbers_of, to_float64
 
 
 @dataclass

@@ -21,10 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ckptvcs.bases import NO_ROOM, CachedTable, RecentTables, Room
 from ckptvcs.budget import Budget, Checked
-from ckptvcs.chain import ChainReader
 from ckptvcs.config import load_config
+from ckptvcs.decode.base_cache import NO_ROOM, CachedTable, RecentTables, Room
+from ckptvcs.decode.chain import ChainReader
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.format import FOLDERS, check_seal
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of
@@ -35,7 +36,6 @@ from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.names import safe_path
-from ckptvcs.restore import Restorer
 from ckptvcs.store import pack as packs
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.index import Place

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from ckptvcs.checkpoint.state import state_checkpoint
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import NotFoundError
 from ckptvcs.history.retention import Policy
 from ckptvcs.importing import Importer
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
-from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 from tests.soaking import run_states
 

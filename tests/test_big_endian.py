@@ -13,8 +13,8 @@ import torch
 
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.pickles import TensorRef, read_pickle, walk
+from ckptvcs.decode.part_reader import PartReader, windows
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.extract import PartReader, windows
 from ckptvcs.repo import Repo
 from tests.test_api import same
 from tests.training import train

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.extract import PartReader
 from ckptvcs.repo import Repo
 from tests.test_near import adam_state, weights
 

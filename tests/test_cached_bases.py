@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs import Repo
-from ckptvcs.bases import BaseWriter, CachedTable
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
+from ckptvcs.decode.base_cache import BaseWriter, CachedTable
 from ckptvcs.history.retention import Policy
 from ckptvcs.store.object import ObjectId
 from tests.test_background_failures import equal

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo
-from ckptvcs.chain import ChainReader
 from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.compare import Comparison, all_finite
+from ckptvcs.decode.chain import ChainReader
+from ckptvcs.decode.floats import to_float64
 from ckptvcs.dtypes import DTYPES
-from ckptvcs.floats import to_float64
 from ckptvcs.sums import Sums, sum_up
 from tests.training import train
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptvcs import chain
+from ckptvcs.decode import chain
 from ckptvcs.repo import Repo
 from ckptvcs.store.local import LocalBackend, LocalWriter
 from tests.test_near import adam_state

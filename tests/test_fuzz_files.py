@@ -23,10 +23,10 @@ from ckptvcs.checkpoint.emit import MemorySource
 from ckptvcs.checkpoint.folder import survey
 from ckptvcs.checkpoint.layout import Layout, covers
 from ckptvcs.checkpoint.pickles import read_pickle, walk
+from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.schema import dump_schema, load_schema
 from ckptvcs.repo import Repo
-from ckptvcs.restore import safe_path
 from tests.fuzzing import little_room, mutated, mutated_json, read_or_refuse
 from tests.training import train
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ckptvcs.codec.spec import parse_codec
 from ckptvcs.config import KEYS, load_config
+from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.format import check_format, require_flags
 from ckptvcs.history.canonical import dump
@@ -52,7 +53,6 @@ from ckptvcs.history.schema import (
     load_schema,
     load_skeleton,
 )  # fmt: skip
-from ckptvcs.restore import safe_path
 from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.leases import dead_leases, live_leases
 from ckptvcs.store.object import ObjectId

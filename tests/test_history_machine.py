@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
-from ckptvcs.extract import PartReader
 from ckptvcs.history.retention import Best, Policy
 from ckptvcs.repo import Repo
 from tests.test_near import adam_state

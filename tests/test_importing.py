@@ -14,6 +14,7 @@ import torch
 
 from ckptvcs.checkout import hash_file
 from ckptvcs.checkpoint.folder import survey
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import (
     ConflictError,
     CorruptionError,
@@ -25,7 +26,6 @@ from ckptvcs.history.retention import Policy
 from ckptvcs.importing import Importer, Item
 from ckptvcs.removal import Originals, Proven
 from ckptvcs.repo import Repo
-from ckptvcs.restore import Restorer
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.training import train
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.pickles import Inert
 from ckptvcs.checkpoint.state import state_checkpoint
+from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.extract import PartReader
 from ckptvcs.repo import Repo
 
 

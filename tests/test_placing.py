@@ -17,8 +17,8 @@ import pytest
 
 from ckptvcs import placing
 from ckptvcs.average import write_average
+from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import CkptError, ConflictError
-from ckptvcs.extract import PartReader
 from ckptvcs.placing import Folder
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
@@ -366,7 +366,7 @@ def test_a_folder_that_becomes_a_link_before_any_call(
 
 def while_decoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> list[int]:
     """Do something once, when the first bytes are written."""
-    from ckptvcs.restore import Restorer
+    from ckptvcs.decode.commit_reader import Restorer
 
     real = Restorer._slices
     times: list[int] = []

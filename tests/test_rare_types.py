@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from ckptvcs.checkpoint.checkpoint import open_checkpoint
 from ckptvcs.checkpoint.safetensors import parse
+from ckptvcs.decode.part_reader import PartReader, windows
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.extract import PartReader, windows
 from ckptvcs.repo import Repo
 
 IN_SAFETENSORS = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptvcs.chain import ChainReader
+from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import BusyError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.retention import Best, Policy

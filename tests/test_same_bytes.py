@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ckptvcs.chain import ChainReader
+from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.recipe import Frame, dump_bundle, load_bundle
 from ckptvcs.repo import Repo

@@ -16,9 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs import InvalidInputError, NotFoundError, Repo, chain
+from ckptvcs import InvalidInputError, NotFoundError, Repo
 from ckptvcs.codec import frame
-from ckptvcs.extract import PartReader
+from ckptvcs.decode import chain
+from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import ObjectStore
 from tests.test_api import same

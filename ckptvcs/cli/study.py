@@ -19,7 +19,7 @@ from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
 
 if TYPE_CHECKING:
-    from ckptvcs.extract import PartReader, Window
+    from ckptvcs.decode.part_reader import PartReader, Window
     from ckptvcs.targets import Target, Targets
 
 # numpy is loaded by what reads tensors, so that the other commands start without it.
@@ -55,8 +55,8 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write commits as files: one, or with --all those of a line."""
+    from ckptvcs.decode.trajectory import export as write_commits  # noqa: PLC0415  see above
     from ckptvcs.targets import Targets  # noqa: PLC0415
-    from ckptvcs.trajectory import export as write_commits  # noqa: PLC0415  see above
 
     if form not in (None, *_FORMATS):
         raise InvalidInputError(f"no format '{form}'", hint=f"formats: {', '.join(_FORMATS)}")
@@ -133,9 +133,9 @@ def cat(
     json: JsonOption = False,
 ) -> None:
     """Show one tensor of a commit, reading nothing else."""
-    from ckptvcs.extract import PartReader  # noqa: PLC0415  see above
+    from ckptvcs.decode.part_reader import PartReader  # noqa: PLC0415  see above
+    from ckptvcs.decode.trajectory import find_tensor  # noqa: PLC0415
     from ckptvcs.targets import Targets  # noqa: PLC0415
-    from ckptvcs.trajectory import find_tensor  # noqa: PLC0415
 
     revision, tensor = split_tensor(where)
     repo = open_repo(context)
@@ -177,7 +177,7 @@ def _write_tensor(reader: PartReader, name: str, window: Window, target: Target)
     if suffix == ".npy":
         import numpy as np  # noqa: PLC0415  see above
 
-        from ckptvcs.extract import write_whole  # noqa: PLC0415
+        from ckptvcs.decode.part_reader import write_whole  # noqa: PLC0415
 
         values = _numbers(reader, window)
         write_whole(target, lambda out: np.save(out, values, allow_pickle=False))
@@ -201,7 +201,7 @@ def _numbers(reader: PartReader, window: Window) -> Any:
     elif dtype == "C32":
         flat = np.frombuffer(data, np.float16).astype(np.float32).view(np.complex64)
     elif dtype == "F4":  # two numbers in a byte
-        from ckptvcs.floats import to_float64  # noqa: PLC0415
+        from ckptvcs.decode.floats import to_float64  # noqa: PLC0415
 
         pairs = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
         return pairs.reshape(*view.shape[:-1], 2 * (view.shape or (1,))[-1])

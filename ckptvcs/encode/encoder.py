@@ -19,8 +19,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.bases import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
-from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint.alike import alike
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
@@ -29,6 +27,8 @@ from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
+from ckptvcs.decode.base_cache import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
+from ckptvcs.decode.chain import ChainReader, Materialised
 from ckptvcs.dtypes import WEIGHT_DTYPES, float_type
 from ckptvcs.encode.attempt import Attempt, TooCoarse
 from ckptvcs.encode.exact import code_patch

@@ -10,10 +10,10 @@ from functools import partial
 
 from blake3 import blake3
 
-from ckptvcs.bases import BaseTensor
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
+from ckptvcs.decode.base_cache import BaseTensor
 from ckptvcs.encode.exact import SAME
 from ckptvcs.encode.group import CodedSlice
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ckptvcs.bases import BaseTensor
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.notes import NOTED
 from ckptvcs.checkpoint.roles import (
@@ -23,6 +22,7 @@ from ckptvcs.checkpoint.roles import (
 )  # fmt: skip
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
+from ckptvcs.decode.base_cache import BaseTensor
 from ckptvcs.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.encode import excp
 from ckptvcs.encode.attempt import TooFar

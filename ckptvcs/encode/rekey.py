@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.bases import BaseWriter, materialised
-from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.checkpoint.alike import alike
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
+from ckptvcs.decode.base_cache import BaseWriter, materialised
+from ckptvcs.decode.chain import ChainReader, Materialised
 from ckptvcs.dtypes import DTYPES, float_type
 from ckptvcs.encode.exact import code_again
 from ckptvcs.encode.frame_writer import Slice

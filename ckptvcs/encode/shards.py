@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptvcs.bases import HeldBase
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.layout import Piece
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
+from ckptvcs.decode.base_cache import HeldBase
 from ckptvcs.dtypes import float_type
 from ckptvcs.encode.attempt import Attempt, within_bounds
 from ckptvcs.encode.encoder import Encoder, energy_of

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ckptvcs.chain import ChainReader
 from ckptvcs.config import Config
+from ckptvcs.decode.chain import ChainReader
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo

@@ -28,14 +28,14 @@ from unittest import mock
 
 import torch
 
-from ckptvcs import chain
-from ckptvcs.chain import Materialised
 from ckptvcs.codec import frame
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, word_type
-from ckptvcs.extract import PartReader
+from ckptvcs.decode import chain
+from ckptvcs.decode.chain import Materialised
+from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.repo import Repo
-from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 from ckptvcs.store.objects import ObjectStore
 

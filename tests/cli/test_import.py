@@ -127,7 +127,7 @@ def test_what_failed_is_kept_and_says_so_once(ckpt: Ckpt, folder: Path) -> None:
 def test_damage_has_its_code(
     ckpt: Ckpt, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    from ckptvcs.restore import Restorer
+    from ckptvcs.decode.commit_reader import Restorer
 
     monkeypatch.setattr(Restorer, "write_file", lambda *_: "0" * 64)
     done = ckpt("import", "run", "--delete-originals", "--codec", "lossless", code=6)

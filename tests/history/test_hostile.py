@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.recipe import (
     Frame,
@@ -26,7 +27,6 @@ from ckptvcs.history.schema import (
     load_schema,
     load_skeleton,
 )  # fmt: skip
-from ckptvcs.restore import safe_path
 from ckptvcs.store.object import ObjectId
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.repo import Repo
-from ckptvcs.restore import Restorer
 
 _SCRATCH = ("tmp", "leases", "marks")
 

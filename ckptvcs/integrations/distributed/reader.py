@@ -17,13 +17,13 @@ from torch.futures import Future
 
 from ckptvcs.care import quiet
 from ckptvcs.checkpoint.state import fill, make_tensor
+from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
-from ckptvcs.extract import PartReader, Window, windows
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, load_metadata
 from ckptvcs.integrations.distributed.process import open_once
 from ckptvcs.integrations.target import Where
 from ckptvcs.repo import Repo
-from ckptvcs.restore import Restorer
 from ckptvcs.store.object import ObjectId
 
 _BATCH_BYTES = 1 << 28  # decoded at a time

@@ -25,9 +25,9 @@ from torch.futures import Future
 from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.conventions import step_in_name
 from ckptvcs.checkpoint.state import state_checkpoint
+from ckptvcs.decode.part_reader import windows
 from ckptvcs.encode.shards import Shard
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.extract import windows
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import Schema
 from ckptvcs.integrations.distributed.balance import item_bytes, keep_together

@@ -9,11 +9,11 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Mapping
 
+from ckptvcs.decode.commit_reader import Progress, Restorer
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.history.commit import Commit
 from ckptvcs.names import is_name, safe_path
 from ckptvcs.placing import Folder, Seen
-from ckptvcs.restore import Progress, Restorer
 from ckptvcs.targets import Target, writing
 
 Looks = Mapping[str, Seen | None]

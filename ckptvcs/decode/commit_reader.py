@@ -1,7 +1,7 @@
 """Restore: a commit -> its files, one part of it, or its state in Python.
 
 Files are put together from their skeletons and decoded tensors, and proven: every tensor by its
-hash, an exact file by its own.  `writing.py` gives them their names after that.
+hash, an exact file by its own.  `decode/file_writer.py` gives them their names after that.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.bases import BaseWriter, CachedTable, HeldBase, materialised
-from ckptvcs.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
 from ckptvcs.checkpoint.layout import Layout
 from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
+from ckptvcs.decode.base_cache import BaseWriter, CachedTable, HeldBase, materialised
+from ckptvcs.decode.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.dtypes import can_be_lossy
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog

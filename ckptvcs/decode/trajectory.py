@@ -20,15 +20,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ckptvcs.chain import ChainReader, Link, Materialised
 from ckptvcs.checkpoint.alike import alike
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, word_type
+from ckptvcs.decode.chain import ChainReader, Link, Materialised
+from ckptvcs.decode.commit_reader import Progress, Restorer
+from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
-from ckptvcs.extract import PartReader, Window, windows
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.schema import Schema
-from ckptvcs.restore import Progress, Restorer
 from ckptvcs.store.object import ObjectId
 from ckptvcs.targets import Target
 

@@ -32,14 +32,14 @@ from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.checkpoint.torchfile import ref_dtype
 from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD
 from ckptvcs.codec.words import octets, word_type
+from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.decode.file_writer import look_at_files, named_paths, save_directory, save_file
+from ckptvcs.decode.floats import in_our_order
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
-from ckptvcs.floats import in_our_order
 from ckptvcs.history.schema import LITTLE, Schema, View
 from ckptvcs.names import refuse_trusted
-from ckptvcs.restore import Restorer
 from ckptvcs.targets import Target, looked, named
-from ckptvcs.writing import look_at_files, named_paths, save_directory, save_file
 
 _NOT_IN_SAFETENSORS = frozenset({"C32", "C128"})
 _MAX_ELEMENTS = 1 << 59  # in bytes no more than 63 bits hold

@@ -19,9 +19,9 @@ from threading import Lock
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.chain import ChainReader, Materialised
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
+from ckptvcs.decode.chain import ChainReader, Materialised
 from ckptvcs.history.recipe import VALUE_BYTES
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.object import ObjectId

@@ -1,0 +1,1 @@
+"""Packs to tensors and files: chains are decoded from a keyframe on."""
