@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ckptvcs.checkpoint import torchzip
-from ckptvcs.checkpoint.alike import alike
+from ckptvcs.checkpoint import torch_zip
+from ckptvcs.checkpoint.matching import alike
 from ckptvcs.checkpoint.roles import WEIGHT
+from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
 from ckptvcs.decode.commit_reader import Progress, Restorer
@@ -29,7 +30,6 @@ from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.schema import Op, Schema, Skeleton
-from ckptvcs.skeleton import SkeletonSource
 from ckptvcs.store.object import ObjectId
 from ckptvcs.targets import Target, looked
 
@@ -154,7 +154,7 @@ class Averaged(Restorer):
             length += 4 if op == Op.CRC32 else max(tensor, len(data))
         if changed and file.format == "torch-zip":
             source = SkeletonSource(self.schema, skeleton, self.tensor)
-            layout = torchzip.parse(source, checksums=torchzip.Checksums.SMALL)
+            layout = torch_zip.parse(source, checksums=torch_zip.Checksums.SMALL)
             for mark in layout.checksums if layout else ():
                 found = layout.tensors[mark.tensor] if layout else None
                 number = source.owner(found.offset, found.size) if found else -1

@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptvcs.checkpoint.alike import alike
-from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.checkpoint.matching import alike
 from ckptvcs.checkpoint.notes import unknown_floats
+from ckptvcs.checkpoint.open import Checkpoint
+from ckptvcs.checkpoint.skeleton import skeleton_of
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.config import Config
 from ckptvcs.decode.base_cache import HeldBase
@@ -50,7 +51,6 @@ from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import Schema, TensorInfo, dump_schema, load_schema  # fmt: skip
 from ckptvcs.provenance import code_commit, user
 from ckptvcs.request import Request, find_step
-from ckptvcs.skeleton import skeleton_of
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter

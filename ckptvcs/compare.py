@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ckptvcs.checkpoint.alike import pair_names
+from ckptvcs.checkpoint.matching import pair_names
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, word_type

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 from ckptvcs.checkout import hash_file
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
-from ckptvcs.checkpoint.folder import Found
+from ckptvcs.checkpoint.grouping import is_member
 from ckptvcs.checkpoint.layout import unreadable
-from ckptvcs.checkpoint.together import is_member
+from ckptvcs.checkpoint.open import open_checkpoint
+from ckptvcs.checkpoint.survey import Found
 from ckptvcs.history.commit import Commit
 from ckptvcs.opened import Opened
 from ckptvcs.store.disk import real_path

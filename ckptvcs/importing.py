@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckptvcs.checkpoint.folder import Found, survey
+from ckptvcs.checkpoint.survey import Found, survey
 from ckptvcs.content import Contents
 from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
@@ -78,7 +78,7 @@ class Importer:
         self, repo: Repo, folder: Path, *, pattern: str | None = None, branch: str | None = None,
         codec: str | None = None,
     ) -> None:  # fmt: skip
-        """Look at the folder; see `ckptvcs.checkpoint.folder`.
+        """Look at the folder; see `ckptvcs.checkpoint.survey`.
 
         Raises:
             NotFoundError: there is no such folder, or no checkpoint in it.

@@ -19,8 +19,8 @@ from typing import Self
 from blake3 import blake3
 
 from ckptvcs.care import quiet
-from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.checkpoint.layout import Piece, Source
+from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.committing import Committer, SharedPatchFadedError, unchanged
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.encode.encoder import Encoded, has_patch

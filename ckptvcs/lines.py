@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ckptvcs.checkpoint.together import family
+from ckptvcs.checkpoint.grouping import family
 from ckptvcs.committing import Result
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ckptvcs.background import Background
     from ckptvcs.checkout import CheckedOut, WorkTree
-    from ckptvcs.checkpoint.checkpoint import Checkpoint
+    from ckptvcs.checkpoint.open import Checkpoint
     from ckptvcs.checkpoint.roles import Names
     from ckptvcs.checkpoint.staging import Staging
     from ckptvcs.committing import Announce, Result
@@ -53,8 +53,8 @@ def _take(
     staging: Staging | None = None,
 ) -> Checkpoint:  # fmt: skip
     """A state, or that of a model and its optimizer, as a checkpoint."""
-    from ckptvcs.checkpoint.objects import gather  # noqa: PLC0415  see above
     from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint  # noqa: PLC0415
+    from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415  see above
 
     if (state is _NOTHING) == (model is None and optimizer is None):
         raise InvalidInputError("commit either a state, or a model and its optimizer")
@@ -232,7 +232,7 @@ class Repo(Care):
             NotFoundError, InvalidInputError: there is no complete checkpoint at `path`.
             ConflictError: another writer moved the branch meanwhile.
         """
-        from ckptvcs.checkpoint.checkpoint import open_checkpoint  # noqa: PLC0415
+        from ckptvcs.checkpoint.open import open_checkpoint  # noqa: PLC0415
 
         path, skip = Path(path), real_path(self.folder)
         if real_path(path).is_relative_to(skip):
@@ -324,7 +324,7 @@ class Repo(Care):
         name = self.resolve(revision)
         state = self._twice(lambda: PartReader(self.restorer(name)).state())
         if into is not None:
-            from ckptvcs.checkpoint.loading import scatter  # noqa: PLC0415
+            from ckptvcs.checkpoint.torch_objects import scatter  # noqa: PLC0415
 
             scatter(state, into)
         return state

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.conventions import step_in_name, step_in_text
+from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.errors import InvalidInputError
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptvcs.checkpoint.conventions import HF_FIRST, HF_LAST, is_alias
-from ckptvcs.checkpoint.folder import Found, candidates, survey
+from ckptvcs.checkpoint.survey import Found, candidates, survey
 from ckptvcs.content import Contents
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.keeping import Keeper, Removal

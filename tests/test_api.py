@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckptvcs import ConflictError, InvalidInputError, NotFoundError, Repo
-from ckptvcs.checkpoint.checkpoint import Checkpoint
-from ckptvcs.checkpoint.emit import dump_pickle
+from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.state import state_checkpoint
+from ckptvcs.checkpoint.torch_writer import dump_pickle
 from tests.training import train
 
 ODD_COUNTS: Any = collections.Counter()

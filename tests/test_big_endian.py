@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
-from ckptvcs.checkpoint.pickles import TensorRef, read_pickle, walk
+from ckptvcs.checkpoint.open import open_checkpoint
+from ckptvcs.checkpoint.pickle_reader import TensorRef, read_pickle, walk
 from ckptvcs.decode.part_reader import PartReader, windows
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo

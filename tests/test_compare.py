@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo
-from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
+from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.compare import Comparison, all_finite
 from ckptvcs.decode.chain import ChainReader

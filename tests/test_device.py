@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ckptvcs.checkpoint import emit
 from ckptvcs.checkpoint import state as states
+from ckptvcs.checkpoint import torch_writer
 from ckptvcs.codec.kernels import on_torch, reference
 from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import factors_of, put_directions
@@ -40,14 +40,14 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of what is moved as it is."""
     sizes: list[int] = []
-    move = emit.DeviceBytes.__getitem__
+    move = torch_writer.DeviceBytes.__getitem__
 
-    def count(self: emit.DeviceBytes, part: slice) -> memoryview:
+    def count(self: torch_writer.DeviceBytes, part: slice) -> memoryview:
         data = move(self, part)
         sizes.append(len(data))
         return data
 
-    monkeypatch.setattr(emit.DeviceBytes, "__getitem__", count)
+    monkeypatch.setattr(torch_writer.DeviceBytes, "__getitem__", count)
     return sizes
 
 

@@ -17,12 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
-from ckptvcs.checkpoint.checkpoint import build, open_checkpoint
-from ckptvcs.checkpoint.emit import MemorySource
-from ckptvcs.checkpoint.folder import survey
+from ckptvcs.checkpoint import safetensors, torch_legacy, torch_zip
 from ckptvcs.checkpoint.layout import Layout, covers
-from ckptvcs.checkpoint.pickles import read_pickle, walk
+from ckptvcs.checkpoint.open import build, open_checkpoint
+from ckptvcs.checkpoint.pickle_reader import read_pickle, walk
+from ckptvcs.checkpoint.survey import survey
+from ckptvcs.checkpoint.torch_writer import MemorySource
 from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.schema import dump_schema, load_schema
@@ -65,9 +65,9 @@ def zip_edges(data: bytes) -> bytes:
 
 
 PARSERS: dict[str, tuple[Callable[[Any], Layout | None], bytes]] = {
-    "zip": (torchzip.parse, ZIP),
-    "zip directory": (torchzip.parse, zip_edges(ZIP)),
-    "legacy": (torchlegacy.parse, LEGACY),
+    "zip": (torch_zip.parse, ZIP),
+    "zip directory": (torch_zip.parse, zip_edges(ZIP)),
+    "legacy": (torch_legacy.parse, LEGACY),
     "safetensors": (safetensors.parse, tensors_file(HEADER)),
 }
 
@@ -197,7 +197,7 @@ def many_storages(count: int, *, same: bool) -> bytes:
 )
 def test_records_that_are_shared(data: bytes) -> None:
     with little_room():
-        read(torchzip.parse, data)
+        read(torch_zip.parse, data)
 
 
 ABSURD = [0, 1, 0xFFFFFFFE, 0xFFFFFFFF]
@@ -212,11 +212,11 @@ def test_sizes_that_lie(size: int, at: int, wide: int) -> None:
     with little_room():
         for method in (0, 8):
             directory = [entry(b"x/data/0", 0, size, at, method, extra)]
-            read(torchzip.parse, archive(body, directory))
-            read(torchzip.parse, archive(body, directory, 0xFFFF))
+            read(torch_zip.parse, archive(body, directory))
+            read(torch_zip.parse, archive(body, directory, 0xFFFF))
         end = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0, 0, 0, 0, wide, wide, wide, wide)
         locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, wide, 1)
-        read(torchzip.parse, archive(body + end + locator, []))
+        read(torch_zip.parse, archive(body + end + locator, []))
 
 
 @pytest.mark.parametrize("claim", [1 << 33, 1 << 40, (1 << 63) - 1])
@@ -225,14 +225,14 @@ def test_a_legacy_file_that_claims_much(claim: int) -> None:
     for code in (b"\x8e", b"\x96", b"\x95"):
         data = head + b"\x80\x05" + code + struct.pack("<Q", claim) + bytes(100)
         with little_room():
-            assert torchlegacy.parse(source(data)) is None
+            assert torch_legacy.parse(source(data)) is None
 
 
 def test_one_storage_under_one_key_often() -> None:
     keys = pickle.dumps(["0"] * 5000, 2)
     whole = LEGACY[: LEGACY.rindex(b"\x80\x02")] + keys + bytes(8) * 5000
     with little_room():
-        read(torchlegacy.parse, whole)
+        read(torch_legacy.parse, whole)
 
 
 def test_a_product_without_end(tmp_path: Path) -> None:

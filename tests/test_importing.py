@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ckptvcs.checkout import hash_file
-from ckptvcs.checkpoint.folder import survey
+from ckptvcs.checkpoint.survey import survey
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import (
     ConflictError,

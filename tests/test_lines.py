@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs import Repo
-from ckptvcs.checkpoint.together import family
+from ckptvcs.checkpoint.grouping import family
 from ckptvcs.lines import Lines
 from ckptvcs.watching import Event, Watcher
 

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
-from ckptvcs.checkpoint.pickles import Inert
+from ckptvcs.checkpoint.open import open_checkpoint
+from ckptvcs.checkpoint.pickle_reader import Inert
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import InvalidInputError
@@ -131,9 +131,9 @@ def test_a_numpy_array_of_objects_hides_no_tensors(tmp_path: Path) -> None:
 def test_a_state_with_too_much_beside_its_tensors_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptvcs.checkpoint import emit
+    from ckptvcs.checkpoint import torch_writer
 
-    monkeypatch.setattr(emit, "MAX_PICKLE_BYTES", 1 << 20)
+    monkeypatch.setattr(torch_writer, "MAX_PICKLE_BYTES", 1 << 20)
     with pytest.raises(InvalidInputError, match="besides its tensors, up to text") as refused:
         state_checkpoint({"list": [0.5], "text": "x" * (1 << 20)})
     assert refused.value.hint
@@ -172,11 +172,11 @@ plain = st.recursive(
 
 @given(plain)
 def test_any_state_comes_back(value: Any) -> None:
-    from ckptvcs.checkpoint import torchzip
+    from ckptvcs.checkpoint import torch_zip
     from ckptvcs.checkpoint.state import fill
 
     source = state_checkpoint(value).files[0].source
-    layout = torchzip.parse(source)
+    layout = torch_zip.parse(source)
     assert layout is not None
     places = {found.key: found for found in layout.tensors}
 
@@ -199,7 +199,7 @@ def test_a_state_whose_structure_was_lost_is_not_none(
     def fail(*_: object) -> None:
         raise pickle.UnpicklingError("its objects take too much memory")
 
-    monkeypatch.setattr("ckptvcs.checkpoint.torchzip.read_pickle", fail)
+    monkeypatch.setattr("ckptvcs.checkpoint.torch_zip.read_pickle", fail)
     with pytest.raises(InvalidInputError, match="too much memory") as refused:
         PartReader(repo.restorer(made.id)).state()
     assert "ckpt checkout" in (refused.value.hint or "")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
+from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.safetensors import parse
 from ckptvcs.decode.part_reader import PartReader, windows
 from ckptvcs.errors import InvalidInputError

@@ -19,9 +19,9 @@ import torch
 from typer.testing import CliRunner
 
 from ckptvcs import BusyError, InvalidInputError, NotFoundError, Repo
-from ckptvcs.checkpoint import folder
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
+from ckptvcs.checkpoint import survey
 from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.cli.app import app
 from ckptvcs.store.leases import exclusive, patience
 from ckptvcs.watching import Event, Watcher
@@ -324,7 +324,7 @@ def test_what_the_system_refuses_once_is_read_at_the_next_look(
             raise unreadable(path, OSError(code, os.strerror(code))) from OSError(code, "")
         return calm(path, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(folder, "open_checkpoint", refused)
+    monkeypatch.setattr(survey, "open_checkpoint", refused)
     watch = watcher(near, run)
     for _ in range(2):
         assert not [*watch.look()]

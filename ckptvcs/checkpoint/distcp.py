@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptvcs.checkpoint import torchzip
+from ckptvcs.checkpoint import torch_zip
 from ckptvcs.checkpoint.layout import FileSource, Layout, Source, overlap
-from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, Inert, TensorRef, read_pickle
+from ckptvcs.checkpoint.pickle_reader import MAX_PICKLE_BYTES, Inert, TensorRef, read_pickle
 from ckptvcs.errors import InvalidInputError
 
 SUFFIX = ".distcp"
@@ -134,7 +134,7 @@ def _parse(
                 f"{source.path} is incomplete: {METADATA} names tensors beyond its end",
                 hint="commit the directory with --raw to store the bytes as they are",
             )
-        inner = torchzip.parse(window) if torchzip.starts_like_zip(window) else None
+        inner = torch_zip.parse(window) if torch_zip.starts_like_zip(window) else None
         if inner is None:
             continue
         first = len(layout.tensors)

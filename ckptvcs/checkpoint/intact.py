@@ -11,9 +11,9 @@ from __future__ import annotations
 import pickle
 import pickletools
 
-from ckptvcs.checkpoint import torchlegacy, torchzip
+from ckptvcs.checkpoint import torch_legacy, torch_zip
 from ckptvcs.checkpoint.layout import Source
-from ckptvcs.checkpoint.pickles import read_pickle
+from ckptvcs.checkpoint.pickle_reader import read_pickle
 from ckptvcs.errors import InvalidInputError
 
 SAFETENSORS = ".safetensors"
@@ -36,15 +36,15 @@ def require_whole(source: Source, name: str, *, alone: bool) -> None:
         return
     if not source.size:
         raise InvalidInputError(f"{name} is empty", hint=HINT)
-    if torchzip.starts_like_zip(source):
-        if not torchzip.has_end(source):
+    if torch_zip.starts_like_zip(source):
+        if not torch_zip.has_end(source):
             what = "it starts like a zip file and has no end"
             raise InvalidInputError(f"{name} is incomplete: {what}", hint=HINT)
-        if suffix in TORCH and not torchzip.is_archive(source):
+        if suffix in TORCH and not torch_zip.is_archive(source):
             raise InvalidInputError(f"{name} is a damaged zip file", hint=HINT)
         if suffix in TORCH:
             return
-    if torchlegacy.is_cut(source):
+    if torch_legacy.is_cut(source):
         raise InvalidInputError(f"{name} is incomplete: it ends within its tensors", hint=HINT)
     if suffix == SAFETENSORS:
         raise InvalidInputError(
@@ -57,7 +57,7 @@ def require_whole(source: Source, name: str, *, alone: bool) -> None:
 
 
 def _is_of_torch(source: Source) -> bool:
-    return torchlegacy.begins_like_one(source) or _is_tar(source) or _is_pickle(source)
+    return torch_legacy.begins_like_one(source) or _is_tar(source) or _is_pickle(source)
 
 
 def _is_tar(source: Source) -> bool:
@@ -91,7 +91,7 @@ def _is_pickle(source: Source) -> bool:
             return False
         return True
     try:  # the first protocols have no mark of their own: text may look like one
-        read_pickle(torchlegacy.stream(source), source.size)
+        read_pickle(torch_legacy.stream(source), source.size)
     except pickle.UnpicklingError:
         return False
     return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ckptvcs.checkpoint import torchzip
+from ckptvcs.checkpoint import torch_zip
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.dtypes import can_be_lossy
@@ -27,8 +27,8 @@ _LARGE = 1 << 24  # bytes, from which on a file of any name is worth a line
 
 def why_raw(source: Source) -> str:
     """Why a file was not read as one of torch or safetensors."""
-    if torchzip.starts_like_zip(source):
-        return torchzip.why_not(source)
+    if torch_zip.starts_like_zip(source):
+        return torch_zip.why_not(source)
     head = source.read(0, min(source.size, 8))
     kinds = {
         b"\x1f\x8b": "it is compressed by gzip", b"\x28\xb5\x2f\xfd": "it is compressed by zstd",

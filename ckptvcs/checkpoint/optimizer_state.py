@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ckptvcs.checkpoint.layout import Found, Layout
-from ckptvcs.checkpoint.pickles import StorageRef, TensorRef, walk
+from ckptvcs.checkpoint.pickle_reader import StorageRef, TensorRef, walk
 
 FIRST: dict[str, tuple[str, ...]] = {
     "exp_avg": ("exp_avg_sq", "exp_avg_var"),  # Adam and its kin; Lion keeps it alone

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
-from ckptvcs.checkpoint.emit import DeviceBytes, MemorySource
 from ckptvcs.checkpoint.layout import Piece
+from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.checkpoint.staging import Staging
+from ckptvcs.checkpoint.torch_writer import DeviceBytes, MemorySource
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from ckptvcs.checkpoint.optimizer_state import (
     find_optimizers,
     has_moment_name,
 )
-from ckptvcs.checkpoint.pickles import walk
-from ckptvcs.checkpoint.places import (
+from ckptvcs.checkpoint.pickle_reader import walk
+from ckptvcs.checkpoint.state_dicts import (
     is_parameter,
     is_place,
     leaves_of,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.checkpoint.emit import DeviceBytes
+from ckptvcs.checkpoint.torch_writer import DeviceBytes
 from ckptvcs.parallel import ordered_map
 
 _ALIGNED = 64  # bytes

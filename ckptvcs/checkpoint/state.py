@@ -15,8 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint, build
-from ckptvcs.checkpoint.emit import (
+from ckptvcs.checkpoint.layout import INLINE_BYTES
+from ckptvcs.checkpoint.open import Checkpoint, build
+from ckptvcs.checkpoint.pickle_reader import (
+    METADATA,
+    Global,
+    Inert,
+    InertDict,
+    TensorRef,
+    is_member,
+)
+from ckptvcs.checkpoint.roles import Names
+from ckptvcs.checkpoint.staging import Staging
+from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES, ref_dtype
+from ckptvcs.checkpoint.torch_writer import (
     DeviceBytes,
     Leaf,
     MemorySource,
@@ -27,12 +39,7 @@ from ckptvcs.checkpoint.emit import (
     write_zip,
     zip_records,
 )  # fmt: skip
-from ckptvcs.checkpoint.layout import INLINE_BYTES
-from ckptvcs.checkpoint.pickles import METADATA, Global, Inert, InertDict, TensorRef, is_member
-from ckptvcs.checkpoint.roles import Names
-from ckptvcs.checkpoint.staging import Staging
-from ckptvcs.checkpoint.torchfile import TORCH_DTYPES, ref_dtype
-from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD, Checksums, parse
+from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD, Checksums, parse
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.schema import View

@@ -17,9 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.checkpoint import safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint import safetensors, torch_legacy, torch_zip
 from ckptvcs.checkpoint.layout import Layout
 from ckptvcs.checkpoint.roles import LOSSY
+from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
@@ -32,7 +33,6 @@ from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import Op, Skeleton, TensorInfo
 from ckptvcs.names import safe_path as safe_path
 from ckptvcs.parallel import ordered_map
-from ckptvcs.skeleton import SkeletonSource
 from ckptvcs.store.object import ObjectId
 
 Progress = Callable[[int], None]
@@ -366,8 +366,8 @@ class Restorer:
         """
         source = SkeletonSource(self.schema, self._skeleton(file), self.tensor)
         parse = {
-            "torch-zip": lambda s: torchzip.parse(s, checksums=torchzip.Checksums.LITERAL),
-            "torch-legacy": torchlegacy.parse,
+            "torch-zip": lambda s: torch_zip.parse(s, checksums=torch_zip.Checksums.LITERAL),
+            "torch-legacy": torch_legacy.parse,
             "safetensors": safetensors.parse,
         }.get(file.format)
         layout = parse(source) if parse else None

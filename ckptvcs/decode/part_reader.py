@@ -17,7 +17,12 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ckptvcs.checkpoint.conventions import PART_KEYS, SUFFIXES
-from ckptvcs.checkpoint.emit import (
+from ckptvcs.checkpoint.layout import Found, Layout
+from ckptvcs.checkpoint.links import within
+from ckptvcs.checkpoint.pickle_reader import TensorRef, walk
+from ckptvcs.checkpoint.state import fill, make_tensor
+from ckptvcs.checkpoint.torch_storages import ref_dtype
+from ckptvcs.checkpoint.torch_writer import (
     Leaf,
     Payload,
     dump_pickle,
@@ -25,12 +30,7 @@ from ckptvcs.checkpoint.emit import (
     write_zip,
     zip_records,
 )  # fmt: skip
-from ckptvcs.checkpoint.layout import Found, Layout
-from ckptvcs.checkpoint.links import within
-from ckptvcs.checkpoint.pickles import TensorRef, walk
-from ckptvcs.checkpoint.state import fill, make_tensor
-from ckptvcs.checkpoint.torchfile import ref_dtype
-from ckptvcs.checkpoint.torchzip import ARRAYS_RECORD
+from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD
 from ckptvcs.codec.words import octets, word_type
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.file_writer import look_at_files, named_paths, save_directory, save_file

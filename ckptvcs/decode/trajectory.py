@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ckptvcs.checkpoint.alike import alike
+from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.decode.chain import ChainReader, Link, Materialised

@@ -19,8 +19,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.checkpoint.alike import alike
-from ckptvcs.checkpoint.checkpoint import Checkpoint
+from ckptvcs.checkpoint.matching import alike
+from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_counts

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.notes import NOTED
+from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import (
     BESIDE,
     FIRST,

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.checkpoint.alike import alike
+from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, materialised

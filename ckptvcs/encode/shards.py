@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.layout import Piece
+from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_read
+from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.kernels import on_torch

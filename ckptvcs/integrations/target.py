@@ -8,9 +8,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
-from ckptvcs.checkpoint.folder import Found
+from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.roles import Names
+from ckptvcs.checkpoint.survey import Found
 from ckptvcs.committing import Result
 from ckptvcs.content import Contents
 from ckptvcs.errors import CkptError, NotFoundError

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.checkpoint.conventions import named_step
-from ckptvcs.checkpoint.objects import parameter_names
 from ckptvcs.checkpoint.roles import Names
+from ckptvcs.checkpoint.torch_objects import parameter_names
 from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.keeping import Keeper

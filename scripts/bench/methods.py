@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import zstandard
 
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
+from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.repo import Repo
 from scripts.bench.quality import Quality, State, compare
 

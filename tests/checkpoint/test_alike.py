@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.checkpoint.alike import alike, pair_names
+from ckptvcs.checkpoint.matching import alike, pair_names
 
 DEEPSPEED = [
     "global_step{0}/mp_rank_00_model_states.pt:module.layers.0.w",

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckptvcs import Repo
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
+from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.errors import CkptError, InvalidInputError
 from tests.fuzzing import little_room, mutated
 

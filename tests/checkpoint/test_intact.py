@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
 from ckptvcs import InvalidInputError, Repo
-from ckptvcs.checkpoint.checkpoint import open_checkpoint
-from ckptvcs.checkpoint.emit import MemorySource
 from ckptvcs.checkpoint.intact import HINT, TORCH, require_whole
+from ckptvcs.checkpoint.open import open_checkpoint
+from ckptvcs.checkpoint.torch_writer import MemorySource
 from tests.training import train
 
 

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.checkpoint import checkpoint as opening
 from ckptvcs.checkpoint import links
-from ckptvcs.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckptvcs.checkpoint import open as opening
+from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
 from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError
 from ckptvcs.repo import Repo

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptvcs.checkpoint.pickles import Inert, TensorRef, read_pickle, walk
+from ckptvcs.checkpoint.pickle_reader import Inert, TensorRef, read_pickle, walk
 from ckptvcs.repo import Repo
 
 
@@ -151,13 +151,13 @@ def test_claims_outside_a_storage_are_ignored(repo: Repo, tmp_path: Path) -> Non
 def test_tensors_that_make_absurd_claims(
     shape: tuple[int, ...], stride: tuple[int, ...], offset: int, repo: Repo, tmp_path: Path
 ) -> None:
-    from ckptvcs.checkpoint import emit
+    from ckptvcs.checkpoint import torch_writer
 
-    leaf = emit.Leaf(0, "F32", 200, 800, offset, shape, stride)
-    pickled = emit.dump_pickle({"w": 0}, lambda value, _: leaf if value == 0 else None)
-    payload = emit.Payload(800, lambda: iter([bytes(800)]))
+    leaf = torch_writer.Leaf(0, "F32", 200, 800, offset, shape, stride)
+    pickled = torch_writer.dump_pickle({"w": 0}, lambda value, _: leaf if value == 0 else None)
+    payload = torch_writer.Payload(800, lambda: iter([bytes(800)]))
     with (tmp_path / "a.pt").open("wb") as out:
-        emit.write_zip(out.write, "a", emit.zip_records(pickled, [payload], {}))
+        torch_writer.write_zip(out.write, "a", torch_writer.zip_records(pickled, [payload], {}))
     result = repo.commit_path(tmp_path / "a.pt", message="x")
     repo.checkout_files(result.id, tmp_path / "b.pt")
     assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
@@ -232,7 +232,7 @@ def test_a_tensor_has_few_sizes() -> None:
             Watched.looks += 1
             return super().__iter__()
 
-    from ckptvcs.checkpoint.pickles import StorageRef, _tensor
+    from ckptvcs.checkpoint.pickle_reader import StorageRef, _tensor
 
     storage, ones = StorageRef("0", "FloatStorage", 1), Watched([1] * 65)
     assert _tensor((storage, 0, ones, ones), None) is None
@@ -243,7 +243,7 @@ def test_a_tensor_has_few_sizes() -> None:
 @pytest.mark.parametrize("protocol", range(6))
 def test_what_programs_write_is_within_bounds(protocol: int) -> None:
     """However long it is: each of its bytes costs less than is allowed for one."""
-    from ckptvcs.checkpoint import pickles
+    from ckptvcs.checkpoint import pickle_reader
 
     count = 50_000
     values: list[Any] = [
@@ -253,6 +253,6 @@ def test_what_programs_write_is_within_bounds(protocol: int) -> None:
     ]  # fmt: skip
     for value in values:
         data = pickle.dumps(value, protocol)
-        reader = pickles.InertUnpickler(io.BytesIO(data), len(data))
+        reader = pickle_reader.InertUnpickler(io.BytesIO(data), len(data))
         assert reader.load() == value
-        assert reader._charged <= pickles._ROOM_A_BYTE * len(data)
+        assert reader._charged <= pickle_reader._ROOM_A_BYTE * len(data)

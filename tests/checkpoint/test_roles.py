@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from ckptvcs.checkpoint.objects import gather
+from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, Rule
 from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint
+from ckptvcs.checkpoint.torch_objects import gather
 
 
 def stepped(

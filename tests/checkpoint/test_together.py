@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs.checkpoint.conventions import named_step
-from ckptvcs.checkpoint.together import family, group_files, missing_files
+from ckptvcs.checkpoint.grouping import family, group_files, missing_files
 
 METASEQ = [f"checkpoint_1_500-model_part-{p}-shard{s}.pt" for p in (0, 1) for s in range(3)]
 

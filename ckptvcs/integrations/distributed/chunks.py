@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
+from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES
 from ckptvcs.errors import CorruptionError, InvalidInputError
 
 DESCRIPTION = "checkpoint.json"

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint
 from ckptvcs.checkpoint.conventions import step_in_name
+from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.decode.part_reader import windows
 from ckptvcs.encode.shards import Shard

@@ -14,8 +14,14 @@ import pickle
 from typing import Any
 
 from ckptvcs.checkpoint.layout import Layout, Source
-from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, StorageRef, TensorRef, read_pickle, walk
-from ckptvcs.checkpoint.torchfile import Storage, set_order, storage_dtype, stored_tensors
+from ckptvcs.checkpoint.pickle_reader import (
+    MAX_PICKLE_BYTES,
+    StorageRef,
+    TensorRef,
+    read_pickle,
+    walk,
+)
+from ckptvcs.checkpoint.torch_storages import Storage, set_order, storage_dtype, stored_tensors
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.history.schema import LITTLE, UNKNOWN
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptvcs.checkpoint.conventions import Kind, Number, read_numbers, stem
-from ckptvcs.checkpoint.together import replaced
+from ckptvcs.checkpoint.grouping import replaced
 
 _COUNTS = (Kind.STEP, Kind.CHECKPOINT, Kind.ATTACHED, Kind.NUMBER, Kind.LOOSE)
 _LEAST_SHARED = 100  # a smaller number without a word may be the step by chance

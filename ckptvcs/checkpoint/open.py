@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckptvcs.checkpoint import conventions, distcp, safetensors, torchlegacy, torchzip
+from ckptvcs.checkpoint import conventions, distcp, safetensors, torch_legacy, torch_zip
 from ckptvcs.checkpoint.intact import require_whole
 from ckptvcs.checkpoint.layout import (
     FileSource,
@@ -169,10 +169,10 @@ def _parse(source: Source, raw: bool) -> Layout:
     """The layout of a file; one row of bytes where nothing is understood."""
     layout = None
     if not raw and source.size:
-        if torchzip.starts_like_zip(source):
-            layout = torchzip.parse(source)
+        if torch_zip.starts_like_zip(source):
+            layout = torch_zip.parse(source)
         else:
-            layout = safetensors.parse(source) or torchlegacy.parse(source)
+            layout = safetensors.parse(source) or torch_legacy.parse(source)
     if layout is not None and covers(layout, source.size):
         return layout
     return Layout("raw", [], problem=None if raw or not source.size else why_raw(source))

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from ckptvcs.checkpoint.layout import Found
 from ckptvcs.checkpoint.optimizer_state import storage_key
-from ckptvcs.checkpoint.pickles import METADATA, InertDict, StorageRef, TensorRef
+from ckptvcs.checkpoint.pickle_reader import METADATA, InertDict, StorageRef, TensorRef
 
 _BUFFERS = frozenset({
     "running_mean", "running_var", "num_batches_tracked", "inv_freq", "position_ids",

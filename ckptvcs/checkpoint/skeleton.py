@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile
 from ckptvcs.checkpoint.layout import Source
+from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.schema import Op, Schema, Segment, Skeleton, dump_skeleton
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ckptvcs.checkpoint.layout import Found
-from ckptvcs.checkpoint.pickles import TensorRef, walk
+from ckptvcs.checkpoint.pickle_reader import TensorRef, walk
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN, View
 from ckptvcs.sizes import size

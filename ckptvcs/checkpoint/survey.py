@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ckptvcs.checkpoint import torchzip
-from ckptvcs.checkpoint.checkpoint import Checkpoint, InputFile, open_checkpoint
+from ckptvcs.checkpoint import torch_zip
 from ckptvcs.checkpoint.conventions import (
     FOLDER_OF_ONE,
     PIECE,
@@ -30,14 +29,15 @@ from ckptvcs.checkpoint.conventions import (
     number_in_name,
     stem,
 )
-from ckptvcs.checkpoint.layout import unreadable
-from ckptvcs.checkpoint.together import (
+from ckptvcs.checkpoint.grouping import (
     family,
     group_files,
     is_numbered_piece,
     missing_files,
     shard_ids,
 )
+from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.checkpoint.open import Checkpoint, InputFile, open_checkpoint
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.store.disk import real_path
 
@@ -373,7 +373,7 @@ def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
             f"{path} has no structure that can be read",
             hint="'ckpt commit' stores its bytes as they are",
         )
-    like_zip = file.source.size > 0 and torchzip.starts_like_zip(file.source)
+    like_zip = file.source.size > 0 and torch_zip.starts_like_zip(file.source)
     if like_zip or not file.source.size or file.path.endswith(".safetensors"):
         raise InvalidInputError(f"{path} is incomplete: {file.path} is cut off")
 

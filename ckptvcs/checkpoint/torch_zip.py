@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source, overlap
-from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, read_pickle
-from ckptvcs.checkpoint.torchfile import Storage, set_order, stored_tensors
+from ckptvcs.checkpoint.pickle_reader import MAX_PICKLE_BYTES, read_pickle
+from ckptvcs.checkpoint.torch_storages import Storage, set_order, stored_tensors
 from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN
 
 _END = struct.Struct("<4sHHHHIIH")

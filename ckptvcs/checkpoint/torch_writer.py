@@ -16,8 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptvcs.checkpoint.layout import Source
-from ckptvcs.checkpoint.pickles import MAX_PICKLE_BYTES, METADATA, InertDict, is_key, is_member
-from ckptvcs.checkpoint.torchfile import TORCH_DTYPES
+from ckptvcs.checkpoint.pickle_reader import (
+    MAX_PICKLE_BYTES,
+    METADATA,
+    InertDict,
+    is_key,
+    is_member,
+)
+from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES
 from ckptvcs.errors import InvalidInputError
 
 _ALIGNMENT = 64
