@@ -21,9 +21,8 @@ import numpy as np
 from ckptvcs.checkpoint.matching import pair_names
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
-from ckptvcs.codec.words import Words, word_type
-from ckptvcs.decode.commit_reader import Restorer
-from ckptvcs.decode.floats import in_our_order, to_float64
+from ckptvcs.codec.words import Words, to_float64, word_type
+from ckptvcs.decode.commit_reader import Restorer, in_our_order
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS

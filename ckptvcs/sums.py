@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.words import Words
-from ckptvcs.decode.floats import numbers_of, to_float64
+from ckptvcs.codec.words import Words, numbers_of, to_float64
 
 
 @dataclass

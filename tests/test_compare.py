@@ -16,9 +16,9 @@ from hypothesis.extra import numpy as hnp
 from ckptvcs import InvalidInputError, NotFoundError, Repo
 from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES
 from ckptvcs.codec.frame import SLICE_WORDS
+from ckptvcs.codec.words import to_float64
 from ckptvcs.compare import Comparison, all_finite
 from ckptvcs.decode.chain import ChainReader
-from ckptvcs.decode.floats import to_float64
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.sums import Sums, sum_up
 from tests.training import train

@@ -201,7 +201,7 @@ def _numbers(reader: PartReader, window: Window) -> Any:
     elif dtype == "C32":
         flat = np.frombuffer(data, np.float16).astype(np.float32).view(np.complex64)
     elif dtype == "F4":  # two numbers in a byte
-        from ckptvcs.decode.floats import to_float64  # noqa: PLC0415
+        from ckptvcs.codec.words import to_float64  # noqa: PLC0415
 
         pairs = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
         return pairs.reshape(*view.shape[:-1], 2 * (view.shape or (1,))[-1])

@@ -30,7 +30,7 @@ from ckptvcs.dtypes import can_be_lossy
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
-from ckptvcs.history.schema import Op, Skeleton, TensorInfo
+from ckptvcs.history.schema import BIG, UNKNOWN, Op, Skeleton, TensorInfo
 from ckptvcs.names import safe_path as safe_path
 from ckptvcs.parallel import ordered_map
 from ckptvcs.store.object import ObjectId
@@ -43,6 +43,20 @@ _DEEP = 2  # deltas, from which on decoded weights are kept in the cache
 
 class _RetypedError(CorruptionError):
     """Slices that were handed out are wrong, but it is known now how to decode them."""
+
+
+def in_our_order(words: Words, info: TensorInfo) -> Words:
+    """Return the words of a tensor, little-endian.
+
+    Raises:
+        InvalidInputError: nobody knows in which order they are.
+    """
+    if info.order == UNKNOWN:
+        raise InvalidInputError(
+            f"{info.name} is of a big-endian machine, and its file does not say how it is stored",
+            hint="'ckpt checkout' gives the file back",
+        )
+    return words.byteswap() if info.order == BIG else words
 
 
 @dataclass(frozen=True)

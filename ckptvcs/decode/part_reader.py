@@ -32,9 +32,8 @@ from ckptvcs.checkpoint.torch_writer import (
 )  # fmt: skip
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD
 from ckptvcs.codec.words import octets, word_type
-from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.decode.commit_reader import Restorer, in_our_order
 from ckptvcs.decode.file_writer import look_at_files, named_paths, save_directory, save_file
-from ckptvcs.decode.floats import in_our_order
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.history.schema import LITTLE, Schema, View
