@@ -7,25 +7,16 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
-from ckptvcs.cli import (
-    compare,
-    files,
-    history,
-    importing,
-    maintain,
-    refs,
-    render,
-    retain,
-    study,
-    watch,
-)
+from ckptvcs.cli import render
 from ckptvcs.cli.context import Globals
 from ckptvcs.cli.streams import OutputError, ReaderGoneError, prepare
 from ckptvcs.errors import NO_MEMORY, CkptError, StorageError
@@ -34,24 +25,57 @@ from ckptvcs.parallel import spare_threads
 P = ParamSpec("P")
 
 INTERRUPTED = 130
+COMMANDS = (
+    "init", "commit", "import", "watch", "log", "show", "status", "checkout", "export", "cat",
+    "average", "diff", "bisect", "branch", "tag", "pin", "unpin", "gc", "undo", "reflog",
+    "config", "verify", "stats", "index",
+)  # fmt: skip
+_MODULES = {"import": "importing", "unpin": "pin"}  # all others are called as their commands
 _WITHOUT_NUMPY = frozenset({
-    maintain.init, maintain.config, maintain.stats, maintain.index, history.log, history.show,
-    history.status, refs.branch, refs.tag, refs.pin, refs.unpin, retain.undo, retain.reflog,
+    "init", "config", "stats", "index", "log", "show", "status", "branch", "tag", "pin", "unpin",
+    "undo", "reflog",
 })  # fmt: skip
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+def load(command: str) -> Callable[..., None]:
+    """Import the module of a command, and return its function."""
+    module = import_module(f"ckptvcs.cli.{_MODULES.get(command, command)}")
+    # `import` is a word of Python, so that its function has an underscore behind it.
+    function: Callable[..., None] = getattr(module, "import_" if command == "import" else command)
+    return function
+
+
+class Commands(TyperGroup):
+    """The commands, each in a module that is loaded when the command is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        alone = typer.Typer(
+            add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS,
+            pretty_exceptions_enable=False,
+        )  # fmt: skip
+        alone.command(cmd_name)(_guarded(cmd_name, load(cmd_name)))
+        return typer.main.get_command(alone)
+
 
 app = typer.Typer(
-    name="ckpt", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
-    rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]},
+    name="ckpt", cls=Commands, no_args_is_help=True, add_completion=True,
+    pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=_SETTINGS,
 )  # fmt: skip
 
 
-def _guarded(command: Callable[P, None]) -> Callable[P, None]:
+def _guarded(name: str, command: Callable[P, None]) -> Callable[P, None]:
     """A command whose errors become one line, a hint, and an exit code."""
 
     @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> None:
         try:
-            if command not in _WITHOUT_NUMPY:
+            if name not in _WITHOUT_NUMPY:
                 spare_threads()
             command(*args, **options)
             sys.stdout.flush()
@@ -103,16 +127,6 @@ def _refusal(error: BaseException) -> CkptError | None:
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return StorageError(str(error), hint="raise the limit of processes (ulimit -u)")
     return None
-
-
-for _command in (
-    maintain.init, files.commit, importing.import_, watch.watch, history.log, history.show,
-    history.status, files.checkout, study.export, study.cat, study.average, compare.diff,
-    compare.bisect, refs.branch, refs.tag, refs.pin, refs.unpin, retain.gc, retain.undo,
-    retain.reflog, maintain.config, maintain.verify, maintain.stats, maintain.index,
-):  # fmt: skip
-    # `import` is a word of Python, so that its function has an underscore behind it.
-    app.command(_command.__name__.rstrip("_"))(_guarded(_command))
 
 
 def _version(wanted: bool) -> None:

@@ -5,19 +5,30 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.repo import Repo
+
+if TYPE_CHECKING:
+    from ckptvcs.targets import Target, Targets
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 Revision = Annotated[
     str, typer.Argument(metavar="REV", help="a step, tag, branch, id, HEAD~2, best:loss:min ...")
 ]
+
+
+Start = Annotated[str | None, typer.Option(metavar="REV", help="from this step or revision on")]
+Stop = Annotated[str | None, typer.Option(metavar="REV", help="up to this one, included")]
+Every = Annotated[
+    int | None, typer.Option(metavar="STEPS", help="only steps that are multiples of this")
+]
+Force = Annotated[bool, typer.Option("--force", help="overwrite what is there")]
 
 
 @dataclass(frozen=True)
@@ -50,3 +61,15 @@ def open_repo(context: typer.Context) -> Repo:
     except InvalidInputError as error:  # which is an error where they are needed
         render.talk(f"warning: {error.message}")
     return repo
+
+
+def free_target(looks: Targets, path: Path, *, force: bool) -> Target:
+    """Hold a target as it is now.
+
+    Raises:
+        ConflictError: something is in the way, and `force` is not given.
+    """
+    target = looks.look(path)
+    if target.seen is not None and not force:
+        raise ConflictError(f"{path} exists", hint="overwrite it with --force")
+    return target

@@ -43,7 +43,7 @@ def import_(
     json: JsonOption = False,
 ) -> None:
     """Commit a folder of checkpoints, prove each, and remove the originals if asked to."""
-    from ckptvcs.importing import Importer  # noqa: PLC0415  see above
+    from ckptvcs.importing import Importer
 
     if accept_near and not delete:
         raise InvalidInputError("--accept-near goes with --delete-originals")

@@ -108,9 +108,9 @@ def table(rows: Sequence[Sequence[str]]) -> None:
             ]
             data((" " * _GAP).join(cells).rstrip())
         return
-    from rich.console import Console  # noqa: PLC0415  only a terminal pays for it
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     grid = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
@@ -139,8 +139,8 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich import progress as bars  # noqa: PLC0415  only a terminal pays for it
-    from rich.console import Console  # noqa: PLC0415
+    from rich import progress as bars
+    from rich.console import Console
 
     columns = (
         bars.TextColumn("{task.description}", markup=False), bars.BarColumn(),

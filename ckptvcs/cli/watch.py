@@ -42,7 +42,7 @@ def watch(
     json: JsonOption = False,
 ) -> None:
     """Commit checkpoints as a trainer writes them, until Ctrl-C."""
-    from ckptvcs.watching import Watcher  # noqa: PLC0415  numpy is not needed for the others
+    from ckptvcs.watching import Watcher
 
     if accept_near and keep_local is None:
         raise InvalidInputError("--accept-near goes with --keep-local")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs import Repo
-from ckptvcs.cli import retain
+from ckptvcs.cli import gc
 from ckptvcs.history.gc import GcPlan
 from tests.cli.conftest import Ckpt
 from tests.test_background_failures import equal
@@ -57,13 +57,13 @@ def test_gc_of_the_command_line(ckpt: Ckpt, tmp_path: Path) -> None:
 
 def test_how_gc_says_that_records_took_more() -> None:
     plan = GcPlan((), (), {}, (), -300, 5000)
-    said = retain._sizes(plan, dry_run=False, sweep=True)
+    said = gc._sizes(plan, dry_run=False, sweep=True)
     assert said == "nothing to free: what was done takes 300 B to record, kept 5 kB"
-    assert "would take 300 B" in retain._sizes(plan, dry_run=True, sweep=True)
+    assert "would take 300 B" in gc._sizes(plan, dry_run=True, sweep=True)
     plan = GcPlan((), (), {}, (), 300, 5000)
-    assert retain._sizes(plan, dry_run=False, sweep=True) == "freed 300 B, kept 5 kB"
-    assert retain._sizes(plan, dry_run=True, sweep=True) == "would free 300 B, kept 5 kB"
-    said = retain._sizes(plan, dry_run=False, sweep=False)
+    assert gc._sizes(plan, dry_run=False, sweep=True) == "freed 300 B, kept 5 kB"
+    assert gc._sizes(plan, dry_run=True, sweep=True) == "would free 300 B, kept 5 kB"
+    said = gc._sizes(plan, dry_run=False, sweep=False)
     assert said == "to be freed by the next sweep: 300 B, kept 5 kB"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptvcs.cli import compare, render
+from ckptvcs.cli import diff, render
 from ckptvcs.compare import Indistinct
 from ckptvcs.history.schema import TensorInfo
 from tests.cli.conftest import Ckpt, environment
@@ -89,7 +89,7 @@ def test_diff_for_people(ckpt: Ckpt, history: Path, monkeypatch: pytest.MonkeyPa
     assert "the same on both sides" in lines[-1]
     monkeypatch.setattr(render, "is_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(compare, "_DEFAULT_ROWS", 4)
+    monkeypatch.setattr(diff, "_DEFAULT_ROWS", 4)
     shown = ckpt("diff", 3)
     assert sum("%" in line for line in shown.out.splitlines()) == 4 + 1
     assert all(len(line) <= 80 for line in shown.out.splitlines())
@@ -180,7 +180,7 @@ def test_how_diff_says_that_it_cannot_tell() -> None:
         ([both, known], "2 tensors cannot be told apart (near on both sides); "
                         "the originals of 1 tensor differ"),
     ):  # fmt: skip
-        assert compare._cannot_tell(found) == said
+        assert diff._cannot_tell(found) == said
 
 
 def test_diff_that_cannot_be(ckpt: Ckpt, history: Path) -> None:

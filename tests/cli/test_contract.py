@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckptvcs.cli import history as cli_history
+from ckptvcs.cli import log as cli_log
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.cli.conftest import Ckpt
 from tests.training import train, train_on
@@ -70,7 +70,7 @@ def test_log(ckpt: Ckpt, history: Path) -> None:
 
 
 def test_a_long_log_is_cut(ckpt: Ckpt, history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_history, "_DEFAULT_ENTRIES", 3)
+    monkeypatch.setattr(cli_log, "_DEFAULT_ENTRIES", 3)
     shown = ckpt("log")
     assert len(shown.out.splitlines()) == 1 + 3
     assert "the newest 3; -n shows more" in shown.err

@@ -113,7 +113,10 @@ def serve() -> None:
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)
     os.close(nowhere)
-    import_module("ckptvcs.cli.app")
+    from ckptvcs.cli.app import COMMANDS, load
+
+    for command in COMMANDS:
+        load(command)
     for line in _lines(asked):
         request = json.loads(line)
         if "function" in request:

@@ -1,61 +1,17 @@
-"""log, show, status."""
+"""show."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
-from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.commit import ERROR_NAMES
 from ckptvcs.history.log import LogEntry
 from ckptvcs.repo import Repo
 from ckptvcs.store.object import ObjectId
-
-_DEFAULT_ENTRIES = 30
-
-
-def log(
-    context: typer.Context,
-    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="start here")] = None,
-    count: Annotated[int | None, typer.Option("-n", help="show at most this many")] = None,
-    all_branches: Annotated[bool, typer.Option("--all", help="show every branch")] = False,
-    graph: Annotated[bool, typer.Option("--graph", help="draw every branch")] = False,
-    json: JsonOption = False,
-) -> None:
-    """List commits, newest first."""
-    repo = open_repo(context)
-    if count is not None and count < 1:
-        raise InvalidInputError("-n takes a number from 1")
-    limit = count
-    if limit is None and not json:
-        limit = _DEFAULT_ENTRIES
-    shown = None if limit is None else limit + 1
-    if graph and not json:
-        start = None if revision is None else repo.resolve(revision)
-        rows = repo.history.graph(shown, start=start)
-        listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
-        more = limit is not None and len(listed) > limit
-        end = listed[-2] + 1 if more else None
-        table = render.graph_rows(rows[:end], repo.history.names())
-    else:
-        entries = repo.log(shown, revision=revision, all_branches=all_branches or graph)
-        more = limit is not None and len(entries) > limit
-        if json:
-            render.as_json([render.entry_json(entry) for entry in entries[:limit]])
-            return
-        table = render.log_rows(entries[:limit])
-    if len(table) == 1:
-        render.talk("no commits yet")
-        return
-    render.table(table)
-    if more and count is None:
-        render.talk(
-            f"the newest {limit}; -n shows more" if not graph else f"{limit} commits; -n shows more"
-        )
 
 
 def _parts_json(entry: LogEntry) -> dict[str, Any]:
@@ -145,35 +101,3 @@ def show(
     listed += [[render.printable(f.path), str(f.size), f.format] for f in made.files]
     render.data("")
     render.table(listed)
-
-
-def status(context: typer.Context, json: JsonOption = False) -> None:
-    """Show where HEAD is, and whether the checked-out files differ from it."""
-    repo = open_repo(context)
-    head, name = repo.head(), repo.revisions.head()
-    branch = head.branch if head else None
-    changes: list[tuple[str, Path]] = []
-    if name is not None:
-        changes = repo.worktree().changes(repo.restorer(name))
-    step = repo.catalog.commit(name).step if name else None
-    if json:
-        render.as_json({
-            "repository": str(repo.folder), "branch": branch, "detached": branch is None,
-            "head": name, "step": step,
-            "changes": [{"what": what, "path": str(path)} for what, path in changes],
-        })  # fmt: skip
-        return
-    if name is None:
-        render.data(f"on branch {branch}, no commits yet")
-        return
-    where = f"on branch {branch}" if branch else "on no branch"
-    at = "" if step is None else f" (step {step})"
-    render.data(f"{where}, at {name[:8]}{at}")
-    words = {
-        "missing": "not checked out", "changed": "differs from HEAD",
-        "near": "checked out in near form",
-    }  # fmt: skip
-    for what, path in changes:
-        render.data(f"  {words[what]}: {render.printable(str(path))}")
-    if not changes:
-        render.data("files are as in HEAD")

@@ -1,4 +1,4 @@
-"""gc, undo, reflog."""
+"""gc."""
 
 from __future__ import annotations
 
@@ -167,40 +167,3 @@ def _row(row: Decision) -> list[str]:
     chained = render.size(row.chained_bytes) if row.chained_bytes else ""
     step = "-" if row.commit.step is None else str(row.commit.step)
     return [step, row.name[:8], row.action, freed, chained, ", ".join(row.reasons)]
-
-
-def undo(context: typer.Context, json: JsonOption = False) -> None:
-    """Take back the last move or drop of HEAD's branch."""
-    repo = open_repo(context)
-    done = repo.undo()
-    if json:
-        render.as_json({"undone": done.what, "branch": done.branch, "commit": done.commit})
-        return
-    at = f", now at {done.commit[:8]}" if done.commit else ", which has no commit now"
-    render.data(f"undone: {done.what}; branch {done.branch}{at}")
-
-
-def reflog(
-    context: typer.Context,
-    ref: Annotated[str | None, typer.Argument(metavar="[BRANCH]", help="else HEAD's")] = None,
-    json: JsonOption = False,
-) -> None:
-    """List what happened to a branch, newest first: moves, drops, fades."""
-    repo = open_repo(context)
-    events = repo.reflog(ref)
-    if json:
-        render.as_json([
-            {"time": e.time, "action": e.action, "commit": e.commit, "step": e.step,
-             "commits": e.count, "there": e.there}
-            for e in events
-        ])  # fmt: skip
-        return
-    rows = [["time (UTC)", "action", "id", "step", "commits"]]
-    for event in events:
-        mark = "" if event.there else " (swept)"
-        rows.append([
-            event.time[:19].replace("T", " "), render.printable(event.action),
-            (event.commit or "-")[:8] + mark, "-" if event.step is None else str(event.step),
-            str(event.count) if event.count else "",
-        ])  # fmt: skip
-    render.table(rows)

@@ -1,0 +1,83 @@
+"""bisect."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.log import LogEntry
+from ckptvcs.repo import Repo
+
+if TYPE_CHECKING:
+    from ckptvcs.search import Judge, Verdict
+
+
+def bisect(
+    context: typer.Context,
+    good: Annotated[str, typer.Argument(metavar="GOOD", help="a commit before it began")],
+    bad: Annotated[str, typer.Argument(metavar="BAD", help="a later commit that has it")],
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- COMMAND ...]", help="run with the path in place of {}"),
+    ] = None,
+    nan: Annotated[bool, typer.Option("--nan", help="bad: weights that are not finite")] = False,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="bad: by this metric")] = None,
+    above: Annotated[float | None, typer.Option(help="... where it is above this")] = None,
+    below: Annotated[float | None, typer.Option(help="... where it is below this")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the first bad commit between a good and a bad one."""
+    if sum((bool(command), nan, metric is not None)) != 1:
+        raise InvalidInputError(
+            "one test is needed",
+            hint="'-- COMMAND', --nan, or --metric NAME with --above or --below",
+        )
+    if (metric is not None) != (above is not None or below is not None):
+        raise InvalidInputError("--metric goes with --above or --below, and these with it")
+    repo = open_repo(context)
+
+    def watch(entry: LogEntry, verdict: Verdict, left: int) -> None:
+        render.talk(f"{_named(entry)}: {verdict}, {left} left")
+
+    found = repo.bisect(good, bad, _judge(repo, command, metric, above, below), watch)
+    if json:
+        first = found.first_bad
+        render.as_json({
+            "first_bad": None if first is None else first.id,
+            "last_good": found.last_good.id,
+            "candidates": [render.entry_json(entry) for entry in found.candidates],
+            "tested": [
+                {"id": entry.id, "step": entry.step, "verdict": verdict}
+                for entry, verdict in found.tested
+            ],
+        })  # fmt: skip
+        return
+    if found.first_bad is None:
+        render.talk("the commits between could not be judged")
+        render.data("the first bad commit is one of:")
+    else:
+        render.data("first bad commit:")
+    render.table(render.log_rows(found.candidates))
+
+
+def _judge(
+    repo: Repo, command: list[str] | None, metric: str | None, above: float | None,
+    below: float | None,
+) -> Judge:  # fmt: skip
+    from ckptvcs import search
+
+    if metric is not None:
+        return search.metric_judge(metric, above=above, below=below)
+    if command:
+        # The place is new, and nobody's working directory.
+        return search.command_judge(command, partial(repo.checkout_files, force=True))
+    return search.finite_judge(repo.catalog, repo.restorer)
+
+
+def _named(entry: LogEntry) -> str:
+    return f"{entry.id[:8]}" if entry.step is None else f"step {entry.step} ({entry.id[:8]})"

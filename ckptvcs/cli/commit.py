@@ -1,0 +1,85 @@
+"""commit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.errors import InvalidInputError, after
+from ckptvcs.repo import Repo
+
+if TYPE_CHECKING:
+    from ckptvcs.committing import Result
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, equals, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        equals = ""
+    if not name or not equals:
+        raise InvalidInputError(f"'{text}' is no metric", hint="write --metric loss=2.31")
+    return name, number
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def commit(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint file or directory")],
+    message: Annotated[str, typer.Option("-m", "--message", help="what to remember it by")] = "",
+    step: Annotated[int | None, typer.Option(help="training step; else found")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a metric; may be repeated")
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="near, small, lossless, excp; near:step=1.5 for more")
+    ] = None,
+    branch: Annotated[
+        str | None, typer.Option(help="commit to this branch, leaving HEAD where it is")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="store bytes, look for no structure")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Store a checkpoint as the next commit."""
+    repo = open_repo(context)
+    metrics = dict(_metric(text) for text in metric or [])
+    with render.progress("committing", _size_of(path)) as tick:
+        result = repo.commit_path(
+            path, message=message, step=step, metrics=metrics, codec=codec, branch=branch,
+            raw=raw, progress=tick,
+        )  # fmt: skip
+    with after(f"commit {result.id[:8]} was made"):
+        _tell(repo, result, json=json)
+
+
+def _tell(repo: Repo, result: Result, *, json: bool) -> None:
+    for note in result.notes:
+        render.talk(f"note: {render.printable(note)}")
+    entry = repo.entry(result.id, branch=result.branch)
+    made = entry.commit
+    if json:
+        render.as_json(render.entry_json(entry))
+    else:
+        where = f"{result.branch} {entry.id[:8]}"
+        title = "" if made.step is None else f" step {made.step}"
+        render.data(f"[{where}]{title} {render.printable(made.message)}".rstrip())
+        render.data(
+            f"  {render.size(made.raw_bytes)} -> {render.size(entry.stored_bytes)}"
+            f" ({render.ratio(made.raw_bytes, entry.stored_bytes)}), {made.kind},"
+            f" depth {made.depth}, {render.fidelity(entry)}"
+        )
+    sys.stdout.flush()

@@ -1,0 +1,39 @@
+"""config."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.config import get_setting
+from ckptvcs.errors import InvalidInputError  # fmt: skip
+
+
+def config(
+    context: typer.Context,
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="read this one")] = None,
+    value: Annotated[str | None, typer.Argument(metavar="[VALUE]", help="set it")] = None,
+    unset: Annotated[bool, typer.Option("--unset", help="back to the default")] = False,
+    json: JsonOption = False,
+) -> None:
+    """List the settings, read one, or set one."""
+    repo = open_repo(context)
+    if unset and (key is None or value is not None):
+        raise InvalidInputError("--unset takes a KEY and no VALUE")
+    if key is None:
+        found = repo.settings()
+        if json:
+            render.as_json(found)
+        else:
+            render.table([["setting", "value"], *([k, str(v)] for k, v in found.items())])
+        return
+    if value is not None or unset:
+        repo.configure(key, value)
+    setting = get_setting(repo.config, key)
+    if json:
+        render.as_json({key: setting})
+    else:
+        render.data(str(setting))

@@ -1,0 +1,26 @@
+"""index."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.errors import InvalidInputError  # fmt: skip
+
+
+def index(
+    context: typer.Context,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="make it anew")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Rebuild the index from the packs."""
+    if not rebuild:
+        raise InvalidInputError("nothing to do", hint="ckpt index --rebuild")
+    packs = open_repo(context).catalog.store.rebuild()
+    if json:
+        render.as_json({"packs": packs})
+    else:
+        render.data(f"indexed {packs} packs")

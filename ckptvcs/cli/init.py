@@ -1,0 +1,34 @@
+"""init."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption
+from ckptvcs.format import is_repository
+from ckptvcs.opened import FOLDER
+from ckptvcs.repo import Repo
+
+
+def init(
+    context: typer.Context,
+    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="where")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="how commits are stored: near (default), small, lossless")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a repository."""
+    folder = directory or context.find_root().obj.repo or Path()
+    if folder.name == FOLDER:
+        folder = folder.parent
+    known = is_repository(folder / FOLDER)
+    repo = Repo.init(folder, codec=codec)
+    if json:
+        render.as_json({"repository": str(repo.folder), "created": not known})
+    else:
+        render.data(f"{'repository is there already' if known else 'made'}: {repo.folder}")

@@ -1,0 +1,50 @@
+"""pin, unpin."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.cli.listing import warn_if_faded
+from ckptvcs.repo import Repo
+
+
+def pin(
+    context: typer.Context,
+    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="pin this")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List pins, or keep a commit and its exact form whatever rules say."""
+    repo = open_repo(context)
+    if revision is None:
+        pinned = [repo.entry(name) for name in sorted(repo.refs.targets("pins"))]
+        if json:
+            render.as_json([render.entry_json(entry) for entry in pinned])
+        elif pinned:
+            render.table(render.log_rows(pinned))
+        return
+    _set_pin(repo, revision, pinned=True, json=json)
+
+
+def unpin(
+    context: typer.Context,
+    revision: Annotated[str, typer.Argument(metavar="REV", help="unpin this")],
+    json: JsonOption = False,
+) -> None:
+    """Leave a commit to the rules again."""
+    _set_pin(open_repo(context), revision, pinned=False, json=json)
+
+
+def _set_pin(repo: Repo, revision: str, *, pinned: bool, json: bool) -> None:
+    commit = repo.resolve(revision)
+    changed = repo.pin(commit, pinned=pinned)
+    if pinned:
+        warn_if_faded(repo, commit)
+    if json:
+        render.as_json({"commit": commit, "pinned": pinned, "changed": changed})
+    else:
+        known = "" if changed else " already" if pinned else ", which was not pinned"
+        render.data(f"{'pinned' if pinned else 'unpinned'} {commit[:8]}{known}")

@@ -1,0 +1,36 @@
+"""reflog."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+
+
+def reflog(
+    context: typer.Context,
+    ref: Annotated[str | None, typer.Argument(metavar="[BRANCH]", help="else HEAD's")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List what happened to a branch, newest first: moves, drops, fades."""
+    repo = open_repo(context)
+    events = repo.reflog(ref)
+    if json:
+        render.as_json([
+            {"time": e.time, "action": e.action, "commit": e.commit, "step": e.step,
+             "commits": e.count, "there": e.there}
+            for e in events
+        ])  # fmt: skip
+        return
+    rows = [["time (UTC)", "action", "id", "step", "commits"]]
+    for event in events:
+        mark = "" if event.there else " (swept)"
+        rows.append([
+            event.time[:19].replace("T", " "), render.printable(event.action),
+            (event.commit or "-")[:8] + mark, "-" if event.step is None else str(event.step),
+            str(event.count) if event.count else "",
+        ])  # fmt: skip
+    render.table(rows)

@@ -1,0 +1,42 @@
+"""status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+
+
+def status(context: typer.Context, json: JsonOption = False) -> None:
+    """Show where HEAD is, and whether the checked-out files differ from it."""
+    repo = open_repo(context)
+    head, name = repo.head(), repo.revisions.head()
+    branch = head.branch if head else None
+    changes: list[tuple[str, Path]] = []
+    if name is not None:
+        changes = repo.worktree().changes(repo.restorer(name))
+    step = repo.catalog.commit(name).step if name else None
+    if json:
+        render.as_json({
+            "repository": str(repo.folder), "branch": branch, "detached": branch is None,
+            "head": name, "step": step,
+            "changes": [{"what": what, "path": str(path)} for what, path in changes],
+        })  # fmt: skip
+        return
+    if name is None:
+        render.data(f"on branch {branch}, no commits yet")
+        return
+    where = f"on branch {branch}" if branch else "on no branch"
+    at = "" if step is None else f" (step {step})"
+    render.data(f"{where}, at {name[:8]}{at}")
+    words = {
+        "missing": "not checked out", "changed": "differs from HEAD",
+        "near": "checked out in near form",
+    }  # fmt: skip
+    for what, path in changes:
+        render.data(f"  {words[what]}: {render.printable(str(path))}")
+    if not changes:
+        render.data("files are as in HEAD")

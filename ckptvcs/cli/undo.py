@@ -1,0 +1,19 @@
+"""undo."""
+
+from __future__ import annotations
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, open_repo
+
+
+def undo(context: typer.Context, json: JsonOption = False) -> None:
+    """Take back the last move or drop of HEAD's branch."""
+    repo = open_repo(context)
+    done = repo.undo()
+    if json:
+        render.as_json({"undone": done.what, "branch": done.branch, "commit": done.commit})
+        return
+    at = f", now at {done.commit[:8]}" if done.commit else ", which has no commit now"
+    render.data(f"undone: {done.what}; branch {done.branch}{at}")
