@@ -30,7 +30,7 @@ from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.schema import Op, Schema, Skeleton
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.targets import Target, looked
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})

@@ -35,7 +35,7 @@ from ckptvcs.history.schema import Op
 from ckptvcs.names import refuse_trusted, safe_path
 from ckptvcs.parallel import may_hash_in_threads
 from ckptvcs.placing import Folder, NotRegularError, Seen
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.targets import Target, Targets, writing
 
 _BLOCK = 1 << 22

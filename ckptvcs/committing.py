@@ -51,8 +51,8 @@ from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import Schema, TensorInfo, dump_schema, load_schema  # fmt: skip
 from ckptvcs.provenance import code_commit, user
 from ckptvcs.request import Request, find_step
+from ckptvcs.store.ids import Kind, ObjectId, object_id
 from ckptvcs.store.leases import check_lease, lease
-from ckptvcs.store.object import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackWriter
 
 Announce = Callable[[Move], None]

@@ -28,7 +28,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import BIG, TensorInfo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.sums import Sums, sum_up
 
 Progress = Callable[[int], None]

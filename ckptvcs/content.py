@@ -13,7 +13,7 @@ from ckptvcs.checkpoint.survey import Found
 from ckptvcs.history.commit import Commit
 from ckptvcs.opened import Opened
 from ckptvcs.store.disk import real_path
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 Progress = Callable[[int], None]
 

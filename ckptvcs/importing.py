@@ -25,7 +25,7 @@ from ckptvcs.keeping import Keeper, Removal
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.store.disk import real_path
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _AFTER_ALL = 1 << 62  # above every step
 

@@ -35,8 +35,8 @@ from ckptvcs.history.schema import Schema, TensorInfo
 from ckptvcs.opened import CACHE
 from ckptvcs.repo import Repo
 from ckptvcs.request import Request
+from ckptvcs.store.ids import Kind, ObjectId, object_id
 from ckptvcs.store.leases import lease
-from ckptvcs.store.object import Kind, ObjectId, object_id
 
 
 class Joint:

@@ -28,8 +28,8 @@ from ckptvcs.opened import CACHE
 from ckptvcs.proof import prove
 from ckptvcs.removal import Originals, Proven, Removed
 from ckptvcs.repo import Repo
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import await_others, check_lease, lease, live_leases, turn
-from ckptvcs.store.object import ObjectId
 
 _DROPPED = "its commit was dropped"
 _AGAIN = "try again when no other process commits"

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from ckptvcs.checkpoint.grouping import family
 from ckptvcs.committing import Result
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _NEAR_TIP = 100  # commits of a line that are looked at for a name of the folder
 

@@ -25,8 +25,8 @@ from ckptvcs.history.canonical import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.refs import HEAD, Generation, Refs, follows
 from ckptvcs.history.revision import Revisions
+from ckptvcs.store.ids import Kind, ObjectId, checked_id
 from ckptvcs.store.local import LocalBackend
-from ckptvcs.store.object import Kind, ObjectId, checked_id
 
 _MAX_GAPS = 10_000  # generations that may be missing; more are a name that somebody made up
 _ROUNDS = 1000  # commits on the way from what is known of a branch to where it may have been

@@ -22,7 +22,6 @@ from ckptvcs.config import (
     get_setting,
     set_setting,
 )  # fmt: skip
-from ckptvcs.descriptors import occupy_standard
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.format import (
     FOLDERS,
@@ -40,10 +39,11 @@ from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store import disk
+from ckptvcs.store.descriptors import occupy_standard
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import lease, turn
 from ckptvcs.store.local import LocalBackend, refuse_links
-from ckptvcs.store.object import ObjectId
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:

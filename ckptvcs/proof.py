@@ -18,7 +18,7 @@ from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.names import safe_path
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 Progress = Callable[[int], None]
 

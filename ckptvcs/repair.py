@@ -26,8 +26,8 @@ from ckptvcs.history.recipe import LetGo, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.mending import Copy, RefMender
-from ckptvcs.store.index import Place
-from ckptvcs.store.object import Kind, ObjectId, PackId
+from ckptvcs.store.ids import Kind, ObjectId, PackId
+from ckptvcs.store.index.index import Place
 from ckptvcs.store.pack import Entry, find_entries, pack_name
 
 _BLOCK = 1 << 24

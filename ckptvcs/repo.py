@@ -20,7 +20,7 @@ from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.history.refs import Refs
 from ckptvcs.opened import CACHE
 from ckptvcs.store.disk import real_path
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.log import LogEntry
 from ckptvcs.names import safe_path
 from ckptvcs.store.disk import scratch_folder
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _SKIP, _HIGHEST = 125, 127  # exit codes of a command, as `git bisect run` has them
 _STDERR = 2

@@ -38,9 +38,9 @@ from ckptvcs.history.schema import TensorInfo
 from ckptvcs.names import safe_path
 from ckptvcs.store import pack as packs
 from ckptvcs.store.disk import scratch_folder
-from ckptvcs.store.index import Place
-from ckptvcs.store.object import Kind, ObjectId, PackId
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.ids import Kind, ObjectId, PackId
+from ckptvcs.store.index.index import Place
+from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import find_entries
 
 _TRIES = 3

@@ -29,7 +29,7 @@ from ckptvcs.lines import Lines
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.store.disk import real_path
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _TRIES = 3  # looks at what the system refuses to read
 _LASTING = frozenset({

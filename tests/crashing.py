@@ -19,7 +19,7 @@ from ckptvcs.history.retention import Policy
 from ckptvcs.importing import Importer
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from tests.soaking import run_states
 
 Act = Callable[[Path], object]

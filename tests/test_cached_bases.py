@@ -15,7 +15,7 @@ from ckptvcs import Repo
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable
 from ckptvcs.history.retention import Policy
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from tests.test_background_failures import equal
 
 CODECS = ["near", "small", "lossless", "excp", "excp-max"]

@@ -9,7 +9,8 @@ import shutil
 from functools import partial
 from unittest import mock
 
-from ckptvcs.store import environment, leases
+from ckptvcs.store import leases
+from ckptvcs.store.index import editions
 from tests.crashing import Cut
 from tests.faults import PowerCut, Steps, cuts, killed
 
@@ -56,7 +57,7 @@ def test_the_power_fails_at_any_step(cut: Cut) -> None:
                     shutil.copytree(spares, cache / "refs")
         with (
             mock.patch.multiple(leases, boot_id=next_start),
-            mock.patch.multiple(environment, boot_id=next_start),
+            mock.patch.multiple(editions, boot_id=next_start),
         ):
             cut.expected.check(cut.scenario, left)
         shutil.rmtree(left)

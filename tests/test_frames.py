@@ -9,7 +9,7 @@ import pytest
 from ckptvcs.encode.exact import SAME
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 
 class SlowPack:

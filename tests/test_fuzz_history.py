@@ -54,8 +54,8 @@ from ckptvcs.history.schema import (
     load_skeleton,
 )  # fmt: skip
 from ckptvcs.store.backend import MemoryBackend
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import dead_leases, live_leases
-from ckptvcs.store.object import ObjectId
 from tests.fuzzing import any_json, little_room, mutated, mutated_json, read_or_refuse
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)

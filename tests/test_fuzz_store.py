@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.store.backend import MemoryBackend, read_small
+from ckptvcs.store.ids import Kind, ObjectId, PackId, object_id
 from ckptvcs.store.local import LocalBackend
-from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import (
     HEADER,
     TRAILER,

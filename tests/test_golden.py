@@ -10,7 +10,7 @@ import pytest
 from blake3 import blake3
 
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from tests.spec_reader import SpecRepository
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -28,7 +28,7 @@ from ckptvcs.history.recipe import (
 )  # fmt: skip
 from ckptvcs.history.schema import Op, Schema, TensorInfo, View, dump_schema, dump_skeleton
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.ids import Kind, ObjectId
 from tests.fuzzing import little_room
 
 MISSING = ObjectId("f" * 64)

@@ -29,7 +29,7 @@ from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from ckptvcs.store.backend import MemoryBackend, write_once
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from tests.crashing import save
 from tests.faults import apart
 from tests.orders import Actor, Stage, Taken, every_order, take

@@ -17,7 +17,7 @@ from ckptvcs.config import KEYS, Settings
 from ckptvcs.history.retention import Policy
 from ckptvcs.importing import Importer
 from ckptvcs.joining import Joint
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.watching import Watcher
 from tests.crashing import states
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ckptvcs.errors import ConflictError
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from tests.spec_reader import SpecRepository
 
 State = dict[str, Any]

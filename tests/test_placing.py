@@ -22,7 +22,7 @@ from ckptvcs.errors import CkptError, ConflictError
 from ckptvcs.placing import Folder
 from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.targets import Targets
 
 OURS, THEIRS, OLD = b"ours" * 50, b"an hour of work of another program", b"old bytes" * 7

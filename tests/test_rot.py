@@ -15,7 +15,7 @@ import pytest
 
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.pack import pack_name
 from ckptvcs.verify import Damage
 from tests.crashing import SCENARIOS, Scenario, Snapshot, save

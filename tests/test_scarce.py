@@ -21,7 +21,7 @@ from ckptvcs.checkout import hash_file
 from ckptvcs.codec.sections import inflate
 from ckptvcs.errors import after
 from ckptvcs.store import pack
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.ids import Kind, ObjectId
 from tests.cli.conftest import environment
 from tests.crashing import save, states
 from tests.faults import apart

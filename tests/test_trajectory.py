@@ -20,8 +20,8 @@ from ckptvcs import InvalidInputError, NotFoundError, Repo
 from ckptvcs.codec import frame
 from ckptvcs.decode import chain
 from ckptvcs.decode.part_reader import PartReader
-from ckptvcs.store.object import ObjectId
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.ids import ObjectId
+from ckptvcs.store.object_store import ObjectStore
 from tests.test_api import same
 from tests.training import train
 

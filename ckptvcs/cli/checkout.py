@@ -14,7 +14,7 @@ from ckptvcs.cli.context import JsonOption, Revision, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 
 def checkout(

@@ -10,7 +10,7 @@ from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
 from ckptvcs.history.log import LogEntry
 from ckptvcs.plain import printable
 from ckptvcs.sizes import size
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 Json = Any
 _MAX_IDS = 12  # in a line

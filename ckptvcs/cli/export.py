@@ -13,7 +13,7 @@ from ckptvcs.cli.context import Every, Force, JsonOption, Start, Stop, free_targ
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.commit import PARTS
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _FORMATS = ("pt", "safetensors")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckptvcs.cli import render
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 
 def list_refs(repo: Repo, space: str, *, json: bool, current: str | None) -> None:

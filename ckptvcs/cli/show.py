@@ -11,7 +11,7 @@ from ckptvcs.cli.context import JsonOption, Revision, open_repo
 from ckptvcs.history.commit import ERROR_NAMES
 from ckptvcs.history.log import LogEntry
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 
 def _parts_json(entry: LogEntry) -> dict[str, Any]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckptvcs.repair import Repaired
-    from ckptvcs.store.object import ObjectId
+    from ckptvcs.store.ids import ObjectId
     from ckptvcs.verify import Damage, Report
 
 

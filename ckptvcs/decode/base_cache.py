@@ -24,7 +24,7 @@ from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.decode.chain import ChainReader, Materialised
 from ckptvcs.history.recipe import VALUE_BYTES
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _KEPT = 2  # heads of two branches in turn
 _BLOCK = 1 << 22

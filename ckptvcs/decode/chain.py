@@ -24,7 +24,7 @@ from ckptvcs.errors import CkptError, CorruptionError, TruncatedError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.recipe import NO_HASH, Frame, slice_hash
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 MAX_DEPTH = 4096
 _PATCH = bytes([PATCH])

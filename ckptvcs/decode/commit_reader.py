@@ -33,7 +33,7 @@ from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import BIG, UNKNOWN, Op, Skeleton, TensorInfo
 from ckptvcs.names import safe_path as safe_path
 from ckptvcs.parallel import ordered_map
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 Progress = Callable[[int], None]
 

@@ -29,7 +29,7 @@ from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.schema import Schema
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.targets import Target
 
 _MAX_LISTED = 4

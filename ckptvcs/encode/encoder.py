@@ -43,7 +43,7 @@ from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
 from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import ordered_map
-from ckptvcs.store.object import Kind, ObjectId, object_id
+from ckptvcs.store.ids import Kind, ObjectId, object_id
 
 T = TypeVar("T")
 

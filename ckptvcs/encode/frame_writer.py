@@ -19,7 +19,7 @@ from ckptvcs.encode.group import CodedSlice
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Pool
-from ckptvcs.store.object import Kind, ObjectId, object_id
+from ckptvcs.store.ids import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackInfo, PackWriter
 
 _LATE = 6  # slices that may wait to be written: they take memory

@@ -33,7 +33,7 @@ from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import ordered_map
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.pack import PackWriter
 
 _WASTE = 0.1  # of a bundle's bytes: for less the rest is not copied

@@ -28,7 +28,7 @@ from ckptvcs.encode.source import SourceTensor, scan
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, ErrorReport
 from ckptvcs.history.schema import Schema
-from ckptvcs.store.object import ObjectId, PackId
+from ckptvcs.store.ids import ObjectId, PackId
 
 
 @dataclass(frozen=True)

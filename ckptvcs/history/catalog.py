@@ -31,8 +31,8 @@ from ckptvcs.history.recipe import (
     load_values,
 )  # fmt: skip
 from ckptvcs.history.schema import Schema, Skeleton, load_schema, load_skeleton
-from ckptvcs.store.object import Kind, ObjectId
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.ids import Kind, ObjectId
+from ckptvcs.store.object_store import ObjectStore
 
 
 def keys_of(kind: Kind, content: bytes) -> Iterable[bytes]:

@@ -14,7 +14,7 @@ from datetime import datetime
 
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.canonical import Record, dump, from_number, load, to_number
-from ckptvcs.store.object import ObjectId, checked_id
+from ckptvcs.store.ids import ObjectId, checked_id
 
 PARTS = ("model", "optimizer", "rest")
 """Weights; optimizer state; everything else.  Each decodes without the others."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.recipe import NO_HASH, load_bundle, slice_hash
-from ckptvcs.store.index import Place
-from ckptvcs.store.object import Kind
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.ids import Kind
+from ckptvcs.store.index.index import Place
+from ckptvcs.store.object_store import ObjectStore
 
 
 def read_sound(store: ObjectStore, place: Place) -> tuple[bytes, bytes]:

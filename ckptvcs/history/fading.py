@@ -19,7 +19,7 @@ from ckptvcs.history.recipe import LetGo
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.retention import ExactRule
 from ckptvcs.history.revision import Revisions
-from ckptvcs.store.object import Kind, ObjectId, PackId
+from ckptvcs.store.ids import Kind, ObjectId, PackId
 
 _LINE = 64  # commits that a commit looks back to for what to fade: its cost does not grow
 

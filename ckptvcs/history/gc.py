@@ -33,9 +33,9 @@ from ckptvcs.history.repack import Merge, plan_merges
 from ckptvcs.history.retention import Best, Policy, Row
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.backend import Backend
-from ckptvcs.store.index import Place
+from ckptvcs.store.ids import Kind, ObjectId, PackId
+from ckptvcs.store.index.index import Place
 from ckptvcs.store.leases import dead_leases, live_leases
-from ckptvcs.store.object import Kind, ObjectId, PackId
 from ckptvcs.store.pack import FOLDERS, PackWriter, packed_size
 
 OPTIMIZER = "optimizer"

@@ -11,7 +11,7 @@ from ckptvcs.history.commit import Commit, ErrorReport
 from ckptvcs.history.graph import draw_graph
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import LONGEST_STEP, Revisions
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 Bound = str | int | None
 """Where a stretch of a line begins or ends: a step, a revision, or as far as it goes."""

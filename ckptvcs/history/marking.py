@@ -9,7 +9,7 @@ from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import ERRORS, PARTS, Commit
 from ckptvcs.history.recipe import Recipe
-from ckptvcs.store.object import ObjectId, PackId
+from ckptvcs.store.ids import ObjectId, PackId
 from ckptvcs.store.pack import pack_name
 
 

@@ -18,7 +18,7 @@ from blake3 import blake3
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.canonical import Record, dump, load
-from ckptvcs.store.object import ObjectId, checked_id
+from ckptvcs.store.ids import ObjectId, checked_id
 
 VALUE_BYTES = 32
 SLICE_HASH_BYTES = 16

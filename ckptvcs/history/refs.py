@@ -26,7 +26,7 @@ from blake3 import blake3
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.history.canonical import load, seal, unseal
 from ckptvcs.store.backend import Backend, read_small, write_once
-from ckptvcs.store.object import ObjectId, checked_id
+from ckptvcs.store.ids import ObjectId, checked_id
 
 HEAD = "HEAD"
 _MAX_REF_BYTES = 1 << 16

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.copying import read_sound
 from ckptvcs.history.marking import Marked
-from ckptvcs.store.index import Place
-from ckptvcs.store.object import PackId
+from ckptvcs.store.ids import PackId
+from ckptvcs.store.index.index import Place
 from ckptvcs.store.pack import packed_size
 
 _TINY = 1 << 20  # bytes: packs below are merged ...

@@ -13,7 +13,7 @@ from datetime import datetime
 
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.commit import PARTS, Commit
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _SPACING = 4  # commits of each distance that --keep-log-spaced leaves, about
 

@@ -18,7 +18,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, find_metrics
 from ckptvcs.history.marking import is_whole, mark, require_packs
 from ckptvcs.history.refs import HEAD, Refs
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.ids import Kind, ObjectId
 
 LONGEST_STEP = 19  # digits
 _SHORT_ID = 8  # digits of an id, as logs show it

@@ -21,8 +21,8 @@ from ckptvcs.history.gc import Collector, GcPlan, Going, OutdatedError
 from ckptvcs.history.repack import copy_kept, plan_merges
 from ckptvcs.history.retention import Policy
 from ckptvcs.store import disk
+from ckptvcs.store.ids import PackId
 from ckptvcs.store.leases import exclusive
-from ckptvcs.store.object import PackId
 
 _BATCH = 2000  # packs that are deleted while no writer is let in
 _BESIDE = 3  # attempts beside writers

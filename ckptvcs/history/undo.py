@@ -13,7 +13,7 @@ from ckptvcs.history.marking import is_whole
 from ckptvcs.history.recipe import LetGo, load_let_go
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
-from ckptvcs.store.object import Kind, ObjectId
+from ckptvcs.store.ids import Kind, ObjectId
 
 _UNDO = "undo "  # before the number of the generation that was taken back
 

@@ -22,7 +22,7 @@ from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 try:
     from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO

@@ -15,7 +15,7 @@ from ckptvcs.committing import Result
 from ckptvcs.content import Contents
 from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _log = logging.getLogger("ckptvcs")
 

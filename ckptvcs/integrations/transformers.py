@@ -18,7 +18,7 @@ from ckptvcs.integrations.target import Target, Where
 from ckptvcs.keeping import Keeper
 from ckptvcs.lines import Lines
 from ckptvcs.removal import Originals
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 try:
     from transformers import TrainerCallback

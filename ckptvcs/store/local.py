@@ -29,7 +29,7 @@ from ckptvcs.parallel import Pool
 from ckptvcs.store import disk
 from ckptvcs.store.backend import Trace
 from ckptvcs.store.disk import storage_error
-from ckptvcs.store.held import LocalHold, hold, trace
+from ckptvcs.store.lease_files import LocalHold, hold, trace
 
 _SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
 _PASSING = frozenset({"cache", "leases", "marks", "tmp"})  # folders of what need not last

@@ -31,7 +31,7 @@ from ckptvcs.errors import (
 )  # fmt: skip
 from ckptvcs.parallel import may_hash_in_threads
 from ckptvcs.store.backend import Backend, Writer
-from ckptvcs.store.object import MAX_OBJECT_BYTES, Kind, ObjectId, PackId, object_id
+from ckptvcs.store.ids import MAX_OBJECT_BYTES, Kind, ObjectId, PackId, object_id
 
 HEADER = struct.Struct("<8sHHI")  # magic, version, flags, zero
 _HEAD = struct.Struct(

@@ -21,7 +21,7 @@ from ckptvcs.codec import frame
 from ckptvcs.codec.codes import get_codes
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 from scripts.bench.tables import stretch
 
 LEAST = 1 << 16  # codes of a slice whose entropy is looked at

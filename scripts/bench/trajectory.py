@@ -36,8 +36,8 @@ from ckptvcs.decode.chain import Materialised
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.ids import ObjectId
+from ckptvcs.store.object_store import ObjectStore
 
 RUN = "gpt-b0.95"
 TENSORS = 300

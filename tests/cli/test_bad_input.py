@@ -22,7 +22,7 @@ from ckptvcs.cli import render
 from ckptvcs.encode.encoder import Encoder
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import Kind
+from ckptvcs.store.ids import Kind
 from tests.cli.conftest import Ckpt, environment
 from tests.training import train_on
 

@@ -27,7 +27,7 @@ from ckptvcs.history.schema import (
     load_schema,
     load_skeleton,
 )  # fmt: skip
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.history.refs import HEAD, Refs, check_name
 from ckptvcs.store.backend import MemoryBackend
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
 

@@ -21,11 +21,12 @@ from unittest import mock
 import lmdb
 import pytest
 
-from ckptvcs.store import drafting, environment, index
-from ckptvcs.store.environment import Family
+from ckptvcs.store.ids import Kind, ObjectId, PackId
+from ckptvcs.store.index import drafting, index
+from ckptvcs.store.index import editions as edition_files
+from ckptvcs.store.index.editions import Family
 from ckptvcs.store.local import LocalBackend
-from ckptvcs.store.object import Kind, ObjectId, PackId
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import PackInfo
 
 PATIENCE = 60  # seconds, after which a process is one that waits for ever
@@ -227,7 +228,7 @@ def test_its_size_and_the_cost_of_a_write_stay_flat(
         copy(*names)
 
     monkeypatch.setattr(shutil, "copyfile", copy_file)
-    monkeypatch.setattr("ckptvcs.store.index.apply_rows", count)
+    monkeypatch.setattr("ckptvcs.store.index.index.apply_rows", count)
     sizes, copies = [], []
     for _ in range(5):
         rows.append(0)
@@ -271,7 +272,7 @@ def test_to_open_it_no_pack_is_read(tmp_path: Path, often: None) -> None:
 STEPS = [
     (os, "write"), (os, "ftruncate"), (os, "unlink"), (os, "open"), (os, "rename"),
     (fcntl, "flock"), (lmdb, "open"), (Path, "rename"), (Path, "unlink"),
-    (environment.Draft, "write"), (environment.Draft, "publish"),
+    (edition_files.Draft, "write"), (edition_files.Draft, "publish"),
 ]  # fmt: skip
 
 
@@ -393,8 +394,8 @@ READER = """
 import sys
 from pathlib import Path
 from ckptvcs.store.local import LocalBackend
-from ckptvcs.store.object import Kind
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.ids import Kind
+from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import PackInfo
 folder = Path(sys.argv[1])
 store = ObjectStore(LocalBackend(folder), folder / "cache" / "index", lambda kind, content: [])
@@ -443,7 +444,7 @@ def test_files_of_other_starts_go_once_nobody_has_them_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(environment, "boot_id", lambda: "another start, or machine")
+        patch.setattr(edition_files, "boot_id", lambda: "another start, or machine")
         other = opened(tmp_path)
         (name,) = put(other, b"abc")
     theirs = files(tmp_path)

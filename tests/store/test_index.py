@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
-from ckptvcs.store.environment import newest_file
+from ckptvcs.store.ids import Kind, ObjectId
+from ckptvcs.store.index.editions import newest_file
 from ckptvcs.store.local import LocalBackend
-from ckptvcs.store.object import Kind, ObjectId
-from ckptvcs.store.objects import ObjectStore
+from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import pack_name
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from ckptvcs import parallel
 from ckptvcs.errors import BusyError, ConflictError
-from ckptvcs.store import disk, held, holders, host, leases, local
+from ckptvcs.store import disk, holders, host, lease_files, leases, local
 from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.holders import Holder
 from ckptvcs.store.leases import check_lease, dead_leases, exclusive, lease, live_leases, turn
@@ -101,11 +101,11 @@ def test_a_copy_on_another_disk_is_held_by_nobody(root: Path) -> None:
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == root.stat().st_dev:
         pytest.skip("there is one file system only")
-    assert held.is_own_device(memory.stat().st_dev)
+    assert lease_files.is_own_device(memory.stat().st_dev)
     with holder(root):
         copy = copied(root, f"ckpt-test-{os.getpid()}", memory)
         try:
-            assert found(copy) == [Holder.GONE] * held.is_own_device(root.stat().st_dev)
+            assert found(copy) == [Holder.GONE] * lease_files.is_own_device(root.stat().st_dev)
         finally:
             shutil.rmtree(copy)
 
@@ -117,7 +117,7 @@ def test_a_copy_without_locks_is_known_by_its_number(
         raise OSError("this file system has no locks")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(held, "is_own_device", lambda _: True)
+    monkeypatch.setattr(lease_files, "is_own_device", lambda _: True)
     with lease(LocalBackend(root)):
         copy = copied(root, "copy")
         assert found(copy) == [Holder.GONE]
@@ -131,7 +131,9 @@ def test_a_process_of_another_container(
     monkeypatch.setattr(holders, "process_space", lambda: "pid:[another]")
     with holder(root) as process:
         if not locks:
-            monkeypatch.setattr(local, "trace", lambda file: held._trace(file, is_locked=None))
+            monkeypatch.setattr(
+                local, "trace", lambda file: lease_files._trace(file, is_locked=None)
+            )
         assert found(root) == [Holder.THERE if locks else Holder.UNKNOWN]
         kill(process)
         assert found(root) == [Holder.GONE if locks else Holder.UNKNOWN]
@@ -184,10 +186,10 @@ def test_this_machine_before_it_was_started_anew(
         pytest.skip("nothing tells this machine from its copies")
     with holder(root, boot="an earlier start") as process:
         kill(process)
-    monkeypatch.setattr(held, "is_own_device", lambda _: True)
+    monkeypatch.setattr(lease_files, "is_own_device", lambda _: True)
     assert found(root) == [Holder.GONE]
     # Where others can write, too, it may be that of a machine that has the same name.
-    monkeypatch.setattr(held, "is_own_device", lambda _: False)
+    monkeypatch.setattr(lease_files, "is_own_device", lambda _: False)
     assert found(root) == [Holder.UNKNOWN]
     monkeypatch.setattr(holders, "seconds_since_start", lambda: 100.0)
     (file,) = (root / "leases").iterdir()
@@ -373,7 +375,7 @@ def _here(**fields: object) -> dict[str, object]:
 def test_leases_of_older_programs(
     fields: dict[str, object], wanted: Holder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held, "is_own_device", lambda _: True)
+    monkeypatch.setattr(lease_files, "is_own_device", lambda _: True)
     (root / "leases" / "old").write_text(json.dumps(_here(**fields)))
     assert found(root) == [wanted]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.store.backend import MemoryBackend
-from ckptvcs.store.object import Kind
+from ckptvcs.store.ids import Kind
 from ckptvcs.store.pack import (
     PackInfo,
     PackWriter,

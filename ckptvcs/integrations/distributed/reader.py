@@ -24,7 +24,7 @@ from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, loa
 from ckptvcs.integrations.distributed.process import open_once
 from ckptvcs.integrations.target import Where
 from ckptvcs.repo import Repo
-from ckptvcs.store.object import ObjectId
+from ckptvcs.store.ids import ObjectId
 
 _BATCH_BYTES = 1 << 28  # decoded at a time
 _MAX_DESCRIPTION = 1 << 28

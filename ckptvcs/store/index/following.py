@@ -10,10 +10,10 @@ from pathlib import Path
 import lmdb
 
 from ckptvcs.store import forking
-from ckptvcs.store.environment import Family, open_edition
-from ckptvcs.store.journal import MOST_BYTES, Journal, VoidError, append_record, void
-from ckptvcs.store.recent import Recent
-from ckptvcs.store.rows import ROTTEN, load_rows
+from ckptvcs.store.index.editions import Family, open_edition
+from ckptvcs.store.index.journal import MOST_BYTES, Journal, VoidError, append_record, void
+from ckptvcs.store.index.recent import Recent
+from ckptvcs.store.index.rows import ROTTEN, load_rows
 
 _TRIES = 5  # others may make a new edition each time
 _MOST_OWN_BYTES = 1 << 23  # of journals, that are kept in memory with an edition of one's own

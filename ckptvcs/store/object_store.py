@@ -14,9 +14,9 @@ from pathlib import Path
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Backend
-from ckptvcs.store.index import KeysOf, Place
-from ckptvcs.store.object import Kind, ObjectId, PackId
-from ckptvcs.store.places import Places
+from ckptvcs.store.ids import Kind, ObjectId, PackId
+from ckptvcs.store.index.index import KeysOf, Place
+from ckptvcs.store.pack_index import Places
 
 _BATCH = 512  # objects of a line that are read at once
 _MAX_BASES = 8  # an object that stands on another is one or two links deep

@@ -22,7 +22,8 @@ from pathlib import Path
 import lmdb
 
 from ckptvcs.store import forking
-from ckptvcs.store.drafting import (
+from ckptvcs.store.ids import Kind, ObjectId, PackId
+from ckptvcs.store.index.drafting import (
     announce,
     apply_rows,
     begin_journal,
@@ -32,12 +33,11 @@ from ckptvcs.store.drafting import (
     forget_expected,
     read_journals,
 )
-from ckptvcs.store.environment import Draft, Family, new_draft, open_edition
-from ckptvcs.store.following import Follower, close
-from ckptvcs.store.locked import alone
-from ckptvcs.store.object import Kind, ObjectId, PackId
-from ckptvcs.store.recent import Recent
-from ckptvcs.store.rows import (
+from ckptvcs.store.index.editions import Draft, Family, new_draft, open_edition
+from ckptvcs.store.index.following import Follower, close
+from ckptvcs.store.index.locked import alone
+from ckptvcs.store.index.recent import Recent
+from ckptvcs.store.index.rows import (
     CONTENTS,
     EXPECTED,
     KEYS,

@@ -19,9 +19,9 @@ from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.disk import storage_error
 from ckptvcs.store.forking import in_child
-from ckptvcs.store.index import ROTTEN, Index, Records
-from ckptvcs.store.object import Kind, ObjectId, PackId, object_id
-from ckptvcs.store.rows import KeysOf, Place, Row, rows_of_content, rows_of_pack
+from ckptvcs.store.ids import Kind, ObjectId, PackId, object_id
+from ckptvcs.store.index.index import ROTTEN, Index, Records
+from ckptvcs.store.index.rows import KeysOf, Place, Row, rows_of_content, rows_of_pack
 
 _HINT = "free some space where the repository or temporary files are"
 _TRIES = 5  # others may find an index rotten, too, and begin another one each time

@@ -32,8 +32,8 @@ from blake3 import blake3
 
 from ckptvcs.store.forking import in_child
 from ckptvcs.store.host import boot_id, host_name
-from ckptvcs.store.locked import LockedFile, delete_unused, let_others_write
-from ckptvcs.store.rows import MANY, TABLES
+from ckptvcs.store.index.locked import LockedFile, delete_unused, let_others_write
+from ckptvcs.store.index.rows import MANY, TABLES
 
 _FIRST_MAP_BYTES = 1 << 24
 _META = struct.Struct("<40xI92xQ")  # of LMDB 0.9: page size, last page used

@@ -13,11 +13,11 @@ from typing import Any
 
 import lmdb
 
-from ckptvcs.store.environment import Draft, Family, new_draft, spare_draft
-from ckptvcs.store.journal import Journal, VoidError, append_record, create_journal, void
-from ckptvcs.store.locked import delete_unused
-from ckptvcs.store.object import Kind
-from ckptvcs.store.rows import (
+from ckptvcs.store.ids import Kind
+from ckptvcs.store.index.editions import Draft, Family, new_draft, spare_draft
+from ckptvcs.store.index.journal import Journal, VoidError, append_record, create_journal, void
+from ckptvcs.store.index.locked import delete_unused
+from ckptvcs.store.index.rows import (
     CONTENTS,
     EXPECTED,
     KEYS,

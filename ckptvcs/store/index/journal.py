@@ -20,7 +20,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ckptvcs.store.locked import LockedFile, let_others_write
+from ckptvcs.store.index.locked import LockedFile, let_others_write
 
 _HEADER = b"ckptvcs journal 1\n"
 _RECORD = struct.Struct("<4sI16s")  # magic, bytes of the payload, the first of its hash

@@ -6,9 +6,9 @@ import heapq
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from ckptvcs.store.environment import Edition
-from ckptvcs.store.object import Kind
-from ckptvcs.store.rows import (
+from ckptvcs.store.ids import Kind
+from ckptvcs.store.index.editions import Edition
+from ckptvcs.store.index.rows import (
     CONTENTS,
     EXPECTED,
     KEYS,

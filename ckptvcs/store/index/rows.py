@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import lmdb
 
-from ckptvcs.store.object import Kind, ObjectId, PackId
+from ckptvcs.store.ids import Kind, ObjectId, PackId
 from ckptvcs.store.pack import FOLDERS, Entry, PackInfo
 
 PACKS, OBJECTS, CONTENTS, KEYS, EXPECTED, MEMBERS = range(6)

@@ -1,0 +1,1 @@
+"""The index of the packs: editions in LMDB, and journals of what came after them."""
