@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from ckptvcs.config import Config, mend_settings
 from ckptvcs.errors import InvalidInputError, StorageError
-from ckptvcs.format import mend_folders, mend_format, raise_flags, require_flags
-from ckptvcs.history.canonical import now
-from ckptvcs.history.fading import Fader
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.fading import Fader
+from ckptvcs.gc.retention import Policy
+from ckptvcs.history.canonical_json import now
+from ckptvcs.history.format_file import mend_folders, mend_format, raise_flags, require_flags
 from ckptvcs.opened import CACHE, CONFIG, Opened
 from ckptvcs.store import disk
 from ckptvcs.store.leases import exclusive, sole
@@ -21,8 +21,8 @@ from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.reserve import give_up_reserve, keep_reserve
 
 if TYPE_CHECKING:
-    from ckptvcs.history.gc import Collector, GcPlan
-    from ckptvcs.history.undo import Event, Past, Undone
+    from ckptvcs.gc.collect import Collector, GcPlan
+    from ckptvcs.history.reflog import Event, Past, Undone
     from ckptvcs.repair import Repaired
     from ckptvcs.verify import Report
 
@@ -71,12 +71,12 @@ class Care(Opened):
             return self._past().undo(now())
 
     def _past(self) -> Past:
-        from ckptvcs.history.undo import Past  # noqa: PLC0415
+        from ckptvcs.history.reflog import Past  # noqa: PLC0415
 
         return Past(self.catalog, self.refs)
 
     def _collector(self) -> Collector:
-        from ckptvcs.history.gc import Collector  # noqa: PLC0415
+        from ckptvcs.gc.collect import Collector  # noqa: PLC0415
 
         require_flags(self.folder, "gc")
         best = self.config.exact_rule.best
@@ -131,7 +131,7 @@ class Care(Opened):
         self, policy: Policy, progress: Progress, held: list[int], *, sweep: bool, rekey: bool
     ) -> GcPlan:
         """`held` takes the size of the repository, before this and a try that came before it."""
-        from ckptvcs.history.sweep import Sweep  # noqa: PLC0415
+        from ckptvcs.gc.sweep import Sweep  # noqa: PLC0415
 
         collector = self._collector()
         with sole(self._backend) as mark:
@@ -231,7 +231,7 @@ class Care(Opened):
 
     def stats(self) -> Stats:
         """Sizes on disk."""
-        from ckptvcs.history.gc import files_bytes, stored_bytes  # noqa: PLC0415
+        from ckptvcs.gc.collect import files_bytes, stored_bytes  # noqa: PLC0415
 
         commits = self.revisions.visible()
         backend = self._backend

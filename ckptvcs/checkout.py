@@ -30,7 +30,7 @@ from ckptvcs.decode.file_writer import (
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
-from ckptvcs.history.marking import mark
+from ckptvcs.history.reachability import mark
 from ckptvcs.history.schema import Op
 from ckptvcs.names import refuse_trusted, safe_path
 from ckptvcs.parallel import may_hash_in_threads

@@ -31,7 +31,9 @@ from ckptvcs.encode.attempt import Attempt, within_bounds
 from ckptvcs.encode.encoder import Encoded, Encoder
 from ckptvcs.encode.source import Progress, scan
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, MissingObjectError, after
-from ckptvcs.history.canonical import now
+from ckptvcs.gc.fading import Fader, Patch
+from ckptvcs.gc.retention import ExactRule
+from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import (  # fmt: skip
     PARTS,
@@ -42,11 +44,9 @@ from ckptvcs.history.commit import (  # fmt: skip
     dump_errors,
     load_commit,
 )
-from ckptvcs.history.fading import Fader, Patch
-from ckptvcs.history.marking import mark, require_packs
+from ckptvcs.history.reachability import mark, require_packs
 from ckptvcs.history.recipe import dump_let_go, dump_recipe, dump_values
 from ckptvcs.history.refs import HEAD, Generation, Move, Refs, check_name
-from ckptvcs.history.retention import ExactRule
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import Schema, TensorInfo, dump_schema, load_schema  # fmt: skip
 from ckptvcs.provenance import code_commit, user
@@ -189,7 +189,7 @@ class Committer:
         try:
             check_lease(store.backend, held)
         except CkptError:
-            from ckptvcs.history.undo import take_back  # noqa: PLC0415  hardly ever needed
+            from ckptvcs.history.reflog import take_back  # noqa: PLC0415  hardly ever needed
 
             if take_back(self._catalog, self._refs, place.branch, place.tip, name):
                 raise

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckptvcs.codec.spec import CodecSpec, parse_codec, with_bounds
 from ckptvcs.errors import CkptError, InvalidInputError
-from ckptvcs.history.retention import FIDELITIES, Best, ExactRule
+from ckptvcs.gc.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store import disk
 from ckptvcs.store.backend import read_small
 from ckptvcs.store.leases import turn

@@ -20,10 +20,10 @@ from pathlib import PurePosixPath
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
+from ckptvcs.gc.retention import PATCHED_PARTS
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.marking import mark, require_packs
+from ckptvcs.history.reachability import mark, require_packs
 from ckptvcs.history.refs import HEAD
-from ckptvcs.history.retention import PATCHED_PARTS
 from ckptvcs.opened import CACHE
 from ckptvcs.proof import prove
 from ckptvcs.removal import Originals, Proven, Removed

@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 from ckptvcs.errors import CkptError, CorruptionError
-from ckptvcs.format import read_id
-from ckptvcs.history.canonical import now
+from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.format_file import read_id
 from ckptvcs.history.refs import HEAD, Generation, Refs, follows
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId, checked_id

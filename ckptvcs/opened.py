@@ -23,7 +23,10 @@ from ckptvcs.config import (
     set_setting,
 )  # fmt: skip
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
-from ckptvcs.format import (
+from ckptvcs.gc.fading import Fader
+from ckptvcs.history.canonical_json import now
+from ckptvcs.history.catalog import Catalog, keys_of
+from ckptvcs.history.format_file import (
     FOLDERS,
     check_format,
     is_repository,
@@ -32,9 +35,6 @@ from ckptvcs.format import (
     require_flags,
     write_format,
 )
-from ckptvcs.history.canonical import now
-from ckptvcs.history.catalog import Catalog, keys_of
-from ckptvcs.history.fading import Fader
 from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
 from ckptvcs.history.revision import Revisions

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError
-from ckptvcs.history.canonical import now
+from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import ERRORS, PARTS, Commit, dump_commit
 from ckptvcs.history.copying import read_sound
-from ckptvcs.history.marking import mark
+from ckptvcs.history.reachability import mark
 from ckptvcs.history.recipe import LetGo, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions

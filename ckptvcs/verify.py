@@ -27,11 +27,11 @@ from ckptvcs.decode.base_cache import NO_ROOM, CachedTable, RecentTables, Room
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
-from ckptvcs.format import FOLDERS, check_seal
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.copying import read_sound
-from ckptvcs.history.marking import mark
+from ckptvcs.history.format_file import FOLDERS, check_seal
+from ckptvcs.history.reachability import mark
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo

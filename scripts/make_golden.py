@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from ckptvcs.format import FORMAT
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
+from ckptvcs.history.format_file import FORMAT
 from ckptvcs.repo import Repo
 from tests.training import save_run, train
 

@@ -15,7 +15,7 @@ import torch
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import NotFoundError
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 from ckptvcs.importing import Importer
 from ckptvcs.joining import Joint
 from ckptvcs.repo import Repo

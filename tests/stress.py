@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ckptvcs.errors import BusyError, CkptError, ConflictError, NotFoundError
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 from ckptvcs.repo import Repo
 
 

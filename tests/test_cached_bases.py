@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ckptvcs import Repo
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 from ckptvcs.store.ids import ObjectId
 from tests.test_background_failures import equal
 

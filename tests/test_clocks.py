@@ -11,7 +11,7 @@ import torch
 
 from ckptvcs import care, committing, opened
 from ckptvcs.errors import NotFoundError
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 from ckptvcs.repo import Repo
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

@@ -12,10 +12,10 @@ import torch
 
 from ckptvcs import committing
 from ckptvcs.errors import BusyError, ConflictError, MissingObjectError
-from ckptvcs.format import raise_flags
-from ckptvcs.history.fading import Fader, Patch
+from ckptvcs.gc.fading import Fader, Patch
+from ckptvcs.gc.retention import Policy
+from ckptvcs.history.format_file import raise_flags
 from ckptvcs.history.refs import Move, Refs
-from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from tests import stress

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 from ckptvcs.repo import Repo
 from tests.checkpoint.test_round_trip import every_dtype, trainer_directory, views
 from tests.spec_reader import SpecRepository

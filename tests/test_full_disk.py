@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import StorageError
+from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
-from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
 from tests.crashing import SCENARIOS, Expected, expected, save
 from tests.faults import apart

@@ -16,8 +16,7 @@ from ckptvcs.codec.spec import parse_codec
 from ckptvcs.config import KEYS, load_config
 from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CkptError, CorruptionError
-from ckptvcs.format import check_format, require_flags
-from ckptvcs.history.canonical import dump
+from ckptvcs.history.canonical_json import dump
 from ckptvcs.history.commit import (
     Commit,
     ErrorReport,
@@ -30,6 +29,7 @@ from ckptvcs.history.commit import (
     load_commit,
     load_errors,
 )  # fmt: skip
+from ckptvcs.history.format_file import check_format, require_flags
 from ckptvcs.history.recipe import (
     Frame,
     LetGo,

@@ -12,11 +12,11 @@ import pytest
 
 from ckptvcs import Repo
 from ckptvcs.errors import CkptError, NotFoundError
-from ckptvcs.history import repack
-from ckptvcs.history import sweep as sweeping
-from ckptvcs.history.gc import Collector
-from ckptvcs.history.retention import Policy
-from ckptvcs.history.sweep import Sweep
+from ckptvcs.gc import repack
+from ckptvcs.gc import sweep as sweeping
+from ckptvcs.gc.collect import Collector
+from ckptvcs.gc.retention import Policy
+from ckptvcs.gc.sweep import Sweep
 from ckptvcs.store import leases
 
 STEPS = 8

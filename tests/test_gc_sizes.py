@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs import Repo
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 
 _DIGITS = 8  # bytes that the time of a record may make more or less of, compressed
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
-from ckptvcs.history.retention import Best, Policy
+from ckptvcs.gc.retention import Best, Policy
 from ckptvcs.repo import Repo
 from tests.test_near import adam_state
 from tests.test_retention import same

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ckptvcs.errors import CkptError, CorruptionError
-from ckptvcs.history.canonical import now
+from ckptvcs.history.canonical_json import now
 from ckptvcs.history.commit import Commit, FileEntry, PartState, dump_commit
 from ckptvcs.history.recipe import (
     Frame,

@@ -22,7 +22,7 @@ from ckptvcs.errors import (
     NotFoundError,
     StorageError,
 )  # fmt: skip
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 from ckptvcs.importing import Importer, Item
 from ckptvcs.removal import Originals, Proven
 from ckptvcs.repo import Repo

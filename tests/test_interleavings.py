@@ -21,8 +21,8 @@ import pytest
 
 from ckptvcs import care, committing, keeping, opened
 from ckptvcs.errors import CkptError, ConflictError
-from ckptvcs.history import gc
-from ckptvcs.history.fading import Fader, Patch
+from ckptvcs.gc import collect
+from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.refs import Refs
 from ckptvcs.keeping import Keeper
 from ckptvcs.removal import Originals
@@ -115,13 +115,13 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     points: list[tuple[Any, str, str]] = [
         (keeping, "live_leases", "look for leases"), (keeping, "turn", "turn"),
         (Originals, "delete", "delete the original"),
-        (care.Care, "_rekey", "rekey"), (gc.Collector, "record", "record"),
-        (gc.Collector, "delete", "sweep"),
+        (care.Care, "_rekey", "rekey"), (collect.Collector, "record", "record"),
+        (collect.Collector, "delete", "sweep"),
     ]  # fmt: skip
     if every:
         points += [
             (Keeper, "_way", "look for a ref"), (Keeper, "is_exact", "prove"),
-            (opened, "turn", "turn"), (gc.Collector, "plan", "plan"),
+            (opened, "turn", "turn"), (collect.Collector, "plan", "plan"),
         ]  # fmt: skip
     fade = committing.Committer._fade
     patches: list[Any] = [

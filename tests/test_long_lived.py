@@ -14,7 +14,7 @@ import torch
 from ckptvcs import InvalidInputError, Repo, config
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.config import KEYS, Settings
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 from ckptvcs.importing import Importer
 from ckptvcs.joining import Joint
 from ckptvcs.store.ids import ObjectId

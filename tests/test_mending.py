@@ -16,7 +16,7 @@ from ckptvcs.errors import (
     InvalidInputError,
     NotFoundError,
 )  # fmt: skip
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
 from ckptvcs.repo import Repo
 from tests.crashing import SCENARIOS, Scenario, Snapshot, refs
 

@@ -10,8 +10,8 @@ import torch
 
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import BusyError, ConflictError, InvalidInputError, NotFoundError
+from ckptvcs.gc.retention import Best, Policy
 from ckptvcs.history.log import LogEntry
-from ckptvcs.history.retention import Best, Policy
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from ckptvcs.store.leases import exclusive

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import StorageError
-from ckptvcs.history.marking import mark
-from ckptvcs.history.retention import Policy
+from ckptvcs.gc.retention import Policy
+from ckptvcs.history.reachability import mark
 from ckptvcs.importing import Importer
 from ckptvcs.opened import Opened
 from ckptvcs.removal import Originals, Proven, Removed
@@ -283,8 +283,8 @@ def test_a_sweep_relies_on_what_is_durable(
         cut(root, "refs/heads/main", "Repo.open('.').undo()")
     else:
         code = """
-from ckptvcs.history.marking import mark
-from ckptvcs.history.retention import Policy
+from ckptvcs.history.reachability import mark
+from ckptvcs.gc.retention import Policy
 Repo.open('.').gc(Policy(last=1), sweep=False)
 """
         cut(root, "meta/??", code)

@@ -11,7 +11,7 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Force, JsonOption, free_target, open_repo
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.history.canonical import from_number
+from ckptvcs.history.canonical_json import from_number
 from ckptvcs.history.revision import split_tensor
 
 if TYPE_CHECKING:

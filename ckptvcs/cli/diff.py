@@ -9,7 +9,7 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.history.canonical import from_number
+from ckptvcs.history.canonical_json import from_number
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.repo import Repo

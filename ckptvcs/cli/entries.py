@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptvcs.history.canonical import from_number
+from ckptvcs.history.canonical_json import from_number
 from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
 from ckptvcs.history.log import LogEntry
 from ckptvcs.plain import printable

@@ -10,10 +10,10 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.history.retention import Best, Policy
+from ckptvcs.gc.retention import Best, Policy
 
 if TYPE_CHECKING:
-    from ckptvcs.history.gc import Decision, GcPlan
+    from ckptvcs.gc.collect import Decision, GcPlan
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31557600}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

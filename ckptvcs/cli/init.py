@@ -9,7 +9,7 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption
-from ckptvcs.format import is_repository
+from ckptvcs.history.format_file import is_repository
 from ckptvcs.opened import FOLDER
 from ckptvcs.repo import Repo
 

@@ -16,7 +16,7 @@ from ckptvcs.errors import (
     InvalidInputError,
     UnsupportedVersionError,
 )  # fmt: skip
-from ckptvcs.format import check_seal
+from ckptvcs.history.format_file import check_seal
 from ckptvcs.history.refs import HEAD
 from ckptvcs.repo import Repo
 

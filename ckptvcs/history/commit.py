@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ckptvcs.errors import CorruptionError
-from ckptvcs.history.canonical import Record, dump, from_number, load, to_number
+from ckptvcs.history.canonical_json import Record, dump, from_number, load, to_number
 from ckptvcs.store.ids import ObjectId, checked_id
 
 PARTS = ("model", "optimizer", "rest")

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
-from ckptvcs.history.canonical import Record, dump, load
+from ckptvcs.history.canonical_json import Record, dump, load
 from ckptvcs.store.ids import ObjectId, checked_id
 
 VALUE_BYTES = 32

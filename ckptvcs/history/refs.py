@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 from blake3 import blake3
 
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
-from ckptvcs.history.canonical import load, seal, unseal
+from ckptvcs.history.canonical_json import load, seal, unseal
 from ckptvcs.store.backend import Backend, read_small, write_once
 from ckptvcs.store.ids import ObjectId, checked_id
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Set
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, find_metrics
-from ckptvcs.history.marking import is_whole, mark, require_packs
+from ckptvcs.history.reachability import is_whole, mark, require_packs
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.store.ids import Kind, ObjectId
 

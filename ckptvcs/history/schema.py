@@ -15,7 +15,7 @@ from enum import IntEnum
 
 from ckptvcs.dtypes import DTYPES, DType
 from ckptvcs.errors import CorruptionError
-from ckptvcs.history.canonical import Record, dump, load
+from ckptvcs.history.canonical_json import Record, dump, load
 
 LITTLE, BIG, UNKNOWN = "little", "big", "unknown"
 _LENGTH = struct.Struct("<I")

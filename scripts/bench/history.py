@@ -22,8 +22,8 @@ from typing import Any
 
 from ckptvcs.config import Config
 from ckptvcs.decode.chain import ChainReader
+from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
-from ckptvcs.history.retention import Policy
 from ckptvcs.repo import Repo
 from scripts.bench.runs import LONG
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptvcs import Repo
 from ckptvcs.cli import gc
-from ckptvcs.history.gc import GcPlan
+from ckptvcs.gc.collect import GcPlan
 from tests.cli.conftest import Ckpt
 from tests.test_background_failures import equal
 from tests.test_cached_bases import plain, rekeyed

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from ckptvcs.cli import app as command_line
 from ckptvcs.errors import CkptError
 from ckptvcs.history import commit as commits
-from ckptvcs.history.canonical import now, seal
+from ckptvcs.history.canonical_json import now, seal
 from ckptvcs.plain import plain, plain_lines, printable
 from ckptvcs.repo import Repo
 from tests.cli.conftest import environment

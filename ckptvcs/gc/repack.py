@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.copying import read_sound
-from ckptvcs.history.marking import Marked
+from ckptvcs.history.reachability import Marked
 from ckptvcs.store.ids import PackId
 from ckptvcs.store.index.index import Place
 from ckptvcs.store.pack import packed_size

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ckptvcs.errors import CorruptionError, StorageError
+from ckptvcs.gc.retention import ExactRule
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import LetGo
 from ckptvcs.history.refs import HEAD, Generation, Refs
-from ckptvcs.history.retention import ExactRule
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId, PackId
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.errors import CkptError, CorruptionError, UnsupportedVersionError
-from ckptvcs.history.canonical import CHECK, load, seal, unseal
+from ckptvcs.history.canonical_json import CHECK, load, seal, unseal
 from ckptvcs.store import disk
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import read_small

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from ckptvcs.errors import ConflictError, CorruptionError, MissingObjectError, NotFoundError
-from ckptvcs.history.canonical import now
+from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.marking import is_whole
+from ckptvcs.history.reachability import is_whole
 from ckptvcs.history.recipe import LetGo, load_let_go
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions

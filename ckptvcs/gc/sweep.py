@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from ckptvcs.errors import CorruptionError, StorageError
+from ckptvcs.gc.collect import Collector, GcPlan, Going, OutdatedError
+from ckptvcs.gc.repack import copy_kept, plan_merges
+from ckptvcs.gc.retention import Policy
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.gc import Collector, GcPlan, Going, OutdatedError
-from ckptvcs.history.repack import copy_kept, plan_merges
-from ckptvcs.history.retention import Policy
 from ckptvcs.store import disk
 from ckptvcs.store.ids import PackId
 from ckptvcs.store.leases import exclusive

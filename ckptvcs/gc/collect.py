@@ -23,14 +23,14 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError
+from ckptvcs.gc.fading import Fader, Patch
+from ckptvcs.gc.repack import Merge, plan_merges
+from ckptvcs.gc.retention import Best, Policy, Row
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.fading import Fader, Patch
-from ckptvcs.history.marking import Marked, bases, mark
+from ckptvcs.history.reachability import Marked, bases, mark
 from ckptvcs.history.recipe import LetGo, dump_let_go, load_let_go
 from ckptvcs.history.refs import Refs
-from ckptvcs.history.repack import Merge, plan_merges
-from ckptvcs.history.retention import Best, Policy, Row
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, PackId

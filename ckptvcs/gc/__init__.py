@@ -1,0 +1,1 @@
+"""What may go: rules, fading, and the collector that deletes."""
