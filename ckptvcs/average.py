@@ -27,11 +27,11 @@ from ckptvcs.decode.commit_reader import Progress, Restorer
 from ckptvcs.decode.part_reader import Bytes, PartReader, Window, windows
 from ckptvcs.decode.trajectory import Trajectory
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.files.targets import Target, looked
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.schema import Op, Schema, Skeleton
 from ckptvcs.store.ids import ObjectId
-from ckptvcs.targets import Target, looked
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
 

@@ -28,15 +28,15 @@ from ckptvcs.decode.file_writer import (
     save_file,
 )  # fmt: skip
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
+from ckptvcs.files.names import refuse_trusted, safe_path
+from ckptvcs.files.placing import Folder, NotRegularError, Seen
+from ckptvcs.files.targets import Target, Targets, writing
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.schema import Op
-from ckptvcs.names import refuse_trusted, safe_path
 from ckptvcs.parallel import may_hash_in_threads
-from ckptvcs.placing import Folder, NotRegularError, Seen
 from ckptvcs.store.ids import ObjectId
-from ckptvcs.targets import Target, Targets, writing
 
 _BLOCK = 1 << 22
 _MAX_REMEMBERED = 10_000

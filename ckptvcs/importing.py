@@ -19,10 +19,10 @@ from ckptvcs.checkpoint.survey import Found, survey
 from ckptvcs.content import Contents
 from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.files.removal import Originals
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.keeping import Keeper, Removal
-from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId

@@ -20,13 +20,13 @@ from pathlib import PurePosixPath
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
+from ckptvcs.files.removal import Originals, Proven, Removed
 from ckptvcs.gc.retention import PATCHED_PARTS
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.reachability import mark, require_packs
 from ckptvcs.history.refs import HEAD
 from ckptvcs.opened import CACHE
 from ckptvcs.proof import prove
-from ckptvcs.removal import Originals, Proven, Removed
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import await_others, check_lease, lease, live_leases, turn

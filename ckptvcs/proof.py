@@ -16,8 +16,8 @@ from ckptvcs.decode.base_cache import materialised
 from ckptvcs.decode.chain import Materialised
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CorruptionError, MissingObjectError
+from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.names import safe_path
 from ckptvcs.store.ids import ObjectId
 
 Progress = Callable[[int], None]

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from ckptvcs.decode.commit_reader import Restorer
     from ckptvcs.encode.shards import Shard, Ticket
     from ckptvcs.encode.source import Progress
+    from ckptvcs.files.targets import Target
     from ckptvcs.search import Bisection, Judge, Watch
-    from ckptvcs.targets import Target
     from ckptvcs.worker import Worker
 
 # The methods that touch tensors import what they need when they are called: `log`, `show` and
@@ -415,7 +415,7 @@ class Repo(Care):
                 `target` came, or was changed, while it was made.
         """
         from ckptvcs.decode.part_reader import PartReader  # noqa: PLC0415
-        from ckptvcs.targets import looked  # noqa: PLC0415
+        from ckptvcs.files.targets import looked  # noqa: PLC0415
 
         def save() -> str:
             restorer = self._reader(name, part, exact=exact)

@@ -22,9 +22,9 @@ from pathlib import Path
 from ckptvcs.compare import all_finite
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.log import LogEntry
-from ckptvcs.names import safe_path
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.ids import ObjectId
 

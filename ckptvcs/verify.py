@@ -27,6 +27,7 @@ from ckptvcs.decode.base_cache import NO_ROOM, CachedTable, RecentTables, Room
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
+from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.copying import read_sound
@@ -35,7 +36,6 @@ from ckptvcs.history.reachability import mark
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.names import safe_path
 from ckptvcs.store import pack as packs
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.ids import Kind, ObjectId, PackId

@@ -24,9 +24,9 @@ from ckptvcs.checkpoint.conventions import HF_FIRST, HF_LAST, is_alias
 from ckptvcs.checkpoint.survey import Found, candidates, survey
 from ckptvcs.content import Contents
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
+from ckptvcs.files.removal import Originals
 from ckptvcs.keeping import Keeper, Removal
 from ckptvcs.lines import Lines
-from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId

@@ -22,9 +22,9 @@ from ckptvcs.errors import (
     NotFoundError,
     StorageError,
 )  # fmt: skip
+from ckptvcs.files.removal import Originals, Proven
 from ckptvcs.gc.retention import Policy
 from ckptvcs.importing import Importer, Item
-from ckptvcs.removal import Originals, Proven
 from ckptvcs.repo import Repo
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.training import train

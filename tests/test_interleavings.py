@@ -21,11 +21,11 @@ import pytest
 
 from ckptvcs import care, committing, keeping, opened
 from ckptvcs.errors import CkptError, ConflictError
+from ckptvcs.files.removal import Originals
 from ckptvcs.gc import collect
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.refs import Refs
 from ckptvcs.keeping import Keeper
-from ckptvcs.removal import Originals
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from ckptvcs.store.backend import MemoryBackend, write_once

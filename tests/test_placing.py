@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from ckptvcs import placing
 from ckptvcs.average import write_average
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import CkptError, ConflictError
-from ckptvcs.placing import Folder
-from ckptvcs.removal import Originals
+from ckptvcs.files import placing
+from ckptvcs.files.placing import Folder
+from ckptvcs.files.removal import Originals
+from ckptvcs.files.targets import Targets
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
-from ckptvcs.targets import Targets
 
 OURS, THEIRS, OLD = b"ours" * 50, b"an hour of work of another program", b"old bytes" * 7
 Act = Callable[[], object]

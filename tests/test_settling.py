@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import StorageError
+from ckptvcs.files.removal import Originals, Proven, Removed
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.reachability import mark
 from ckptvcs.importing import Importer
 from ckptvcs.opened import Opened
-from ckptvcs.removal import Originals, Proven, Removed
 from ckptvcs.repo import Repo
 from ckptvcs.store import disk
 from ckptvcs.store.backend import write_once

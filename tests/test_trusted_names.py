@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
-from ckptvcs.names import is_repository_name, is_trusted_name, refuse_trusted, safe_path
+from ckptvcs.files.names import is_repository_name, is_trusted_name, refuse_trusted, safe_path
 from ckptvcs.repo import Repo
 from tests.cli.conftest import Ckpt, ckpt
 from tests.test_hostile_repository import Forger, forger

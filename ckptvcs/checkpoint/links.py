@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptvcs.checkpoint.notes import SUFFIXES
-from ckptvcs.names import is_repository_name
+from ckptvcs.files.names import is_repository_name
 from ckptvcs.sizes import size
 
 _SHARED = ".huggingface-shared-blobs"  # a file that marks a store of the Hub as such

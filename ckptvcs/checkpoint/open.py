@@ -29,8 +29,8 @@ from ckptvcs.checkpoint.links import notes as links_notes
 from ckptvcs.checkpoint.notes import notes, why_raw
 from ckptvcs.checkpoint.roles import OTHER, Names, Role, Rule, assign_roles
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
+from ckptvcs.files.names import MAX_NESTING, is_repository_name, listed, trusted_names
 from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
-from ckptvcs.names import MAX_NESTING, is_repository_name, listed, trusted_names
 from ckptvcs.store.disk import real_path
 
 _DOUBTFUL = ("raw", "torch-zip")  # a zip file is read as far as its directory goes

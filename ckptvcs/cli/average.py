@@ -25,7 +25,7 @@ def average(
 ) -> None:
     """Write the mean of the weights of several commits."""
     from ckptvcs.average import write_average
-    from ckptvcs.targets import Targets
+    from ckptvcs.files.targets import Targets
 
     start, stop = split_range(revisions)
     repo = open_repo(context)

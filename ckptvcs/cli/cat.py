@@ -16,7 +16,7 @@ from ckptvcs.history.revision import split_tensor
 
 if TYPE_CHECKING:
     from ckptvcs.decode.part_reader import PartReader, Window
-    from ckptvcs.targets import Target
+    from ckptvcs.files.targets import Target
 
 _SHOWN = 1000  # values, from which on a terminal gets the first and last ones only
 
@@ -36,7 +36,7 @@ def cat(
     """Show one tensor of a commit, reading nothing else."""
     from ckptvcs.decode.part_reader import PartReader
     from ckptvcs.decode.trajectory import find_tensor
-    from ckptvcs.targets import Targets
+    from ckptvcs.files.targets import Targets
 
     revision, tensor = split_tensor(where)
     repo = open_repo(context)

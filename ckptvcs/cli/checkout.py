@@ -87,8 +87,8 @@ def _checkout_part(
     repo: Repo, name: ObjectId, part: str, output: Path | None, exact: bool, *, force: bool
 ) -> tuple[Path, str]:
     made = repo.catalog.commit(name)
-    from ckptvcs.names import refuse_trusted
-    from ckptvcs.targets import Targets
+    from ckptvcs.files.names import refuse_trusted
+    from ckptvcs.files.targets import Targets
 
     with Targets() as looks:
         if output is not None:

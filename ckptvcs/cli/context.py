@@ -14,7 +14,7 @@ from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
-    from ckptvcs.targets import Target, Targets
+    from ckptvcs.files.targets import Target, Targets
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 

@@ -39,7 +39,7 @@ def export(
 ) -> None:
     """Write commits as files: one, or with --all those of a line."""
     from ckptvcs.decode.trajectory import export as write_commits
-    from ckptvcs.targets import Targets
+    from ckptvcs.files.targets import Targets
 
     if form not in (None, *_FORMATS):
         raise InvalidInputError(f"no format '{form}'", hint=f"formats: {', '.join(_FORMATS)}")

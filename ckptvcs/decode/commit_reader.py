@@ -28,10 +28,10 @@ from ckptvcs.decode.base_cache import BaseWriter, CachedTable, HeldBase, materia
 from ckptvcs.decode.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.dtypes import can_be_lossy
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.files.names import safe_path as safe_path
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import BIG, UNKNOWN, Op, Skeleton, TensorInfo
-from ckptvcs.names import safe_path as safe_path
 from ckptvcs.parallel import ordered_map
 from ckptvcs.store.ids import ObjectId
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 
 from ckptvcs.decode.commit_reader import Progress, Restorer
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
+from ckptvcs.files.names import is_name, safe_path
+from ckptvcs.files.placing import Folder, Seen
+from ckptvcs.files.targets import Target, writing
 from ckptvcs.history.commit import Commit
-from ckptvcs.names import is_name, safe_path
-from ckptvcs.placing import Folder, Seen
-from ckptvcs.targets import Target, writing
 
 Looks = Mapping[str, Seen | None]
 """What was found where the files and links of a directory belong, by their paths."""

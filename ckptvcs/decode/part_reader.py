@@ -36,9 +36,9 @@ from ckptvcs.decode.commit_reader import Restorer, in_our_order
 from ckptvcs.decode.file_writer import look_at_files, named_paths, save_directory, save_file
 from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
+from ckptvcs.files.names import refuse_trusted
+from ckptvcs.files.targets import Target, looked, named
 from ckptvcs.history.schema import LITTLE, Schema, View
-from ckptvcs.names import refuse_trusted
-from ckptvcs.targets import Target, looked, named
 
 _NOT_IN_SAFETENSORS = frozenset({"C32", "C128"})
 _MAX_ELEMENTS = 1 << 59  # in bytes no more than 63 bits hold

@@ -27,10 +27,10 @@ from ckptvcs.decode.chain import ChainReader, Link, Materialised
 from ckptvcs.decode.commit_reader import Progress, Restorer
 from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.files.targets import Target
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.schema import Schema
 from ckptvcs.store.ids import ObjectId
-from ckptvcs.targets import Target
 
 _MAX_LISTED = 4
 

@@ -14,10 +14,10 @@ from ckptvcs.checkpoint.conventions import named_step
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.checkpoint.torch_objects import parameter_names
 from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError
+from ckptvcs.files.removal import Originals
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.keeping import Keeper
 from ckptvcs.lines import Lines
-from ckptvcs.removal import Originals
 from ckptvcs.store.ids import ObjectId
 
 try:

@@ -1,6 +1,6 @@
 """Targets: where the user wants something to be written, and what is there before it is made.
 
-What is written takes minutes to decode.  The look comes before, `placing.py` compares after.
+What is written takes minutes to decode.  The look comes before, `files/placing.py` compares after.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self
 
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.placing import Folder, Seen
+from ckptvcs.files.placing import Folder, Seen
 from ckptvcs.store.disk import storage_error
 
 _NAME_IT = "name the place yourself, with -o"

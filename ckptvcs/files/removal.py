@@ -21,7 +21,7 @@ from typing import BinaryIO, Self
 from blake3 import blake3
 
 from ckptvcs.errors import ConflictError, InvalidInputError
-from ckptvcs.placing import LINK_ERRORS, Folder, NotRegularError
+from ckptvcs.files.placing import LINK_ERRORS, Folder, NotRegularError
 from ckptvcs.store.disk import storage_error
 
 _BLOCK = 1 << 22
