@@ -19,22 +19,97 @@ from ckptvcs.errors import (
     TruncatedError,
     UnsupportedVersionError,
 )
-from ckptvcs.plain import tame_log
+from ckptvcs.text import tame_log
 
 if TYPE_CHECKING:
-    from ckptvcs.care import Stats
+    from ckptvcs.checkpoint.survey import Found, LeftOut
+    from ckptvcs.files.removal import Removed
+    from ckptvcs.gc.collect import Decision, GcPlan
+    from ckptvcs.gc.fading import Patch
+    from ckptvcs.gc.retention import Best, Policy
+    from ckptvcs.history.commit import Commit, ErrorReport, FileEntry, PartState
     from ckptvcs.history.log import LogEntry
+    from ckptvcs.history.reflog import ReflogEvent, Undone
+    from ckptvcs.history.refs import Generation
+    from ckptvcs.history.schema import TensorInfo
+    from ckptvcs.ops.bisect import Bisection, Verdict
+    from ckptvcs.ops.checkout import CheckedOut
+    from ckptvcs.ops.commit import CommitResult
+    from ckptvcs.ops.diff import Comparison, Indistinct, TensorDifference
+    from ckptvcs.ops.diff_sums import Sums
+    from ckptvcs.ops.export import Exported
+    from ckptvcs.ops.import_folder import Importer, ImportItem
+    from ckptvcs.ops.originals import Removal
+    from ckptvcs.ops.refs import DeletedBranch, NamedCommit
+    from ckptvcs.ops.repair import Repaired
+    from ckptvcs.ops.show import Status, TensorEntry
+    from ckptvcs.ops.stats import Stats
+    from ckptvcs.ops.tensor import TensorView
+    from ckptvcs.ops.verify import Damage, VerifyReport
+    from ckptvcs.ops.watch import Watcher, WatchEvent
+    from ckptvcs.reader import Reader
     from ckptvcs.repo import Repo
+    from ckptvcs.store.ids import ObjectId
+
+__version__: str
 
 tame_log()
 
-_HOMES = {"LogEntry": "history.log", "Repo": "repo", "Stats": "care"}
+_HOMES = {
+    "Best": "gc.retention",
+    "Bisection": "ops.bisect",
+    "CheckedOut": "ops.checkout",
+    "Commit": "history.commit",
+    "CommitResult": "ops.commit",
+    "Comparison": "ops.diff",
+    "Damage": "ops.verify",
+    "Decision": "gc.collect",
+    "DeletedBranch": "ops.refs",
+    "ErrorReport": "history.commit",
+    "Exported": "ops.export",
+    "FileEntry": "history.commit",
+    "Found": "checkpoint.survey",
+    "GcPlan": "gc.collect",
+    "Generation": "history.refs",
+    "ImportItem": "ops.import_folder",
+    "Importer": "ops.import_folder",
+    "Indistinct": "ops.diff",
+    "LeftOut": "checkpoint.survey",
+    "LogEntry": "history.log",
+    "NamedCommit": "ops.refs",
+    "ObjectId": "store.ids",
+    "PartState": "history.commit",
+    "Patch": "gc.fading",
+    "Policy": "gc.retention",
+    "Reader": "reader",
+    "ReflogEvent": "history.reflog",
+    "Removal": "ops.originals",
+    "Removed": "files.removal",
+    "Repaired": "ops.repair",
+    "Repo": "repo",
+    "Stats": "ops.stats",
+    "Status": "ops.show",
+    "Sums": "ops.diff_sums",
+    "TensorDifference": "ops.diff",
+    "TensorEntry": "ops.show",
+    "TensorInfo": "history.schema",
+    "TensorView": "ops.tensor",
+    "Undone": "history.reflog",
+    "Verdict": "ops.bisect",
+    "VerifyReport": "ops.verify",
+    "WatchEvent": "ops.watch",
+    "Watcher": "ops.watch",
+}
 
 
 def __getattr__(name: str) -> object:
     """Load a class when it is first asked for.  The command line, which is below this package, can
     so be interrupted, and find no memory, from its first moment.
     """
+    if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415
+
+        return version("ckptvcs")
     if name not in _HOMES:
         raise AttributeError(f"module 'ckptvcs' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415
@@ -43,17 +118,57 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "Best",
+    "Bisection",
     "BusyError",
+    "CheckedOut",
     "CkptError",
+    "Commit",
+    "CommitResult",
+    "Comparison",
     "ConflictError",
     "CorruptionError",
+    "Damage",
+    "Decision",
+    "DeletedBranch",
+    "ErrorReport",
+    "Exported",
+    "FileEntry",
+    "Found",
+    "GcPlan",
+    "Generation",
+    "ImportItem",
+    "Importer",
+    "Indistinct",
     "InvalidInputError",
+    "LeftOut",
     "LogEntry",
     "MissingObjectError",
+    "NamedCommit",
     "NotFoundError",
+    "ObjectId",
+    "PartState",
+    "Patch",
+    "Policy",
+    "Reader",
+    "ReflogEvent",
+    "Removal",
+    "Removed",
+    "Repaired",
     "Repo",
     "Stats",
+    "Status",
     "StorageError",
+    "Sums",
+    "TensorDifference",
+    "TensorEntry",
+    "TensorInfo",
+    "TensorView",
     "TruncatedError",
+    "Undone",
     "UnsupportedVersionError",
+    "Verdict",
+    "VerifyReport",
+    "WatchEvent",
+    "Watcher",
 ]

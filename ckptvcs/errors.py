@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ckptvcs.plain import plain
+from ckptvcs.text import plain
 
 NO_MEMORY = os.strerror(errno.ENOMEM)
 

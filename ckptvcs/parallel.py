@@ -34,6 +34,13 @@ _AHEAD = 2  # items more than threads, so that none idles while a slow one is wa
 T = TypeVar("T")
 R = TypeVar("R")
 
+Progress = Callable[[int], None]
+"""Is told of bytes that were read or written."""
+
+
+def quiet(_: int) -> None:
+    """Show no progress."""
+
 
 def worker_count() -> int:
     """How many threads to use: the cores this process may run on, at most 16."""

@@ -16,8 +16,8 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
-from ckptvcs.importing import Importer
-from ckptvcs.joining import Joint
+from ckptvcs.ops.import_folder import Importer
+from ckptvcs.ops.join import Joint
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from tests.soaking import run_states

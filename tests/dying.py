@@ -1,7 +1,7 @@
 """The process that commits in the background, but it comes to grief at a chosen moment.
 
 Started as `python -c "from tests.dying import serve; serve(moment, how, file, times)"` with the
-arguments of `ckptvcs.serving.serve`.  The file counts how often it happened.
+arguments of `ckptvcs.background.server.serve`.  The file counts how often it happened.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckptvcs import serving
+from ckptvcs.background import server
 from ckptvcs.history.refs import Refs
 from ckptvcs.repo import Repo
 
@@ -41,7 +41,7 @@ def serve(moment: str, how: str, file: str, times: int) -> None:
     _before(moment == "announced", Refs, "make", strike)
     _before(moment == "branch", Refs, "_take_head", strike)
     _after(moment == "answer", Repo, "commit_checkpoint", strike)
-    serving.serve()
+    server.serve()
 
 
 def _before(wanted: bool, owner: type, name: str, strike: Callable[[], None]) -> None:

@@ -69,7 +69,7 @@ def workers() -> list[int]:
     for task in Path("/proc/self/task").iterdir():
         for child in (task / "children").read_text().split():
             with contextlib.suppress(OSError):
-                if b"ckptvcs.serving" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"ckptvcs.background.server" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return found
 

@@ -279,7 +279,7 @@ def test_a_working_directory_that_changes(tmp_path: Path, monkeypatch: pytest.Mo
     "moment",
     [
         "ckptvcs.history.refs.Refs.publish",
-        "ckptvcs.opened.write_format",
+        "ckptvcs.ops.repository.write_format",
         "ckptvcs.store.disk.replace",
     ],
 )

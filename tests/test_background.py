@@ -18,12 +18,11 @@ import pytest
 import torch
 
 from ckptvcs import CkptError, InvalidInputError, Repo, StorageError
-from ckptvcs.background import Background
-from ckptvcs.checkpoint.parcel import Parcel, unpack
-from ckptvcs.checkpoint.staging import Staging
+from ckptvcs.background.process import Done
+from ckptvcs.background.queue import Background
+from ckptvcs.background.shared_state import Parcel, Staging, unpack
 from ckptvcs.parallel import ordered_map
 from ckptvcs.store.local import LocalWriter
-from ckptvcs.worker import Done
 from tests.cli.conftest import environment
 from tests.crashing import states
 from tests.test_api import same
@@ -51,7 +50,7 @@ def repo(tmp_path: Path) -> Iterator[Repo]:
 
 @pytest.fixture
 def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
-    monkeypatch.setattr("ckptvcs.worker.Worker", Here)
+    monkeypatch.setattr("ckptvcs.background.process.Worker", Here)
     return Repo.init(tmp_path / "near")
 
 

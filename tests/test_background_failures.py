@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckptvcs import CkptError, Repo, worker
-from ckptvcs.checkpoint.staging import Staging
+from ckptvcs import CkptError, Repo
+from ckptvcs.background import process
+from ckptvcs.background.shared_state import Staging
 from ckptvcs.store.leases import exclusive
 from tests.dying import MOMENTS
 
@@ -40,7 +41,7 @@ class Grief:
     def begin(self, moment: str, how: str, times: int = 1) -> None:
         arguments = f"{moment!r}, {how!r}, {str(self._file)!r}, {times}"
         start = f"from tests.dying import serve; serve({arguments})"
-        self._patch.setattr(worker, "_START", start)
+        self._patch.setattr(process, "_START", start)
         self._file.touch()
 
     @property
@@ -124,7 +125,7 @@ def test_where_no_process_lives_this_one_commits(
     for step, one in enumerate(run):
         repo.commit_async(one, step=step)
     repo.wait()
-    assert grief.count == 3 * worker._PROCESSES  # and no more
+    assert grief.count == 3 * process._PROCESSES  # and no more
     assert steps(repo) == [0, 1, 2]
     assert all(equal(repo.checkout(step), one) for step, one in enumerate(run))
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
@@ -143,9 +144,9 @@ def test_where_none_can_be_started(repo: Repo, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("moment", "how", "times", "match"),
     [
-        ("job", "SIGSEGV", worker._PROCESSES, "SIGSEGV"),  # this process shall not die of it
-        ("job", "KeyError", worker._ATTEMPTS, "KeyError"),
-        ("announced", "OSError", worker._ATTEMPTS, "OSError"),
+        ("job", "SIGSEGV", process._PROCESSES, "SIGSEGV"),  # this process shall not die of it
+        ("job", "KeyError", process._ATTEMPTS, "KeyError"),
+        ("announced", "OSError", process._ATTEMPTS, "OSError"),
     ],
 )
 def test_what_fails_again_is_raised_once(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ckptvcs import committing
 from ckptvcs.encode import encoder
 from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.ops import commit
 from ckptvcs.repo import Repo
 from tests.training import train, train_on
 
@@ -35,12 +35,12 @@ def before(owner: object, name: str, change: Change, monkeypatch: pytest.MonkeyP
 
 
 MOMENTS: dict[str, tuple[object, str]] = {
-    "before the scan": (committing, "scan"),
-    "after the scan": (committing.Committer, "place"),
+    "before the scan": (commit, "scan"),
+    "after the scan": (commit.Committer, "place"),
     "before the first tensor": (encoder.Encoder, "encode"),
     "between tensors": (encoder.Encoder, "_put"),
     "before the last look": (encoder.Encoder, "_settle"),
-    "before the commit is written": (committing.Committer, "_describe"),
+    "before the commit is written": (commit.Committer, "_describe"),
 }
 
 SOME = ("before the scan", "between tensors", "before the commit is written")

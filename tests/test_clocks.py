@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptvcs import care, committing, opened
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
+from ckptvcs.ops import care, commit, repository
 from ckptvcs.repo import Repo
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         days[0] += 1e-6
         return (START + timedelta(days=days[0])).isoformat()
 
-    for module in (care, committing, opened):
+    for module in (care, commit, repository):
         monkeypatch.setattr(module, "now", now)
 
     def put(day: float) -> None:

@@ -15,12 +15,12 @@ from hypothesis.extra import numpy as hnp
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo
 from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import to_float64
-from ckptvcs.compare import Comparison, all_finite
 from ckptvcs.decode.chain import ChainReader
-from ckptvcs.dtypes import DTYPES
-from ckptvcs.sums import Sums, sum_up
+from ckptvcs.ops.diff import Comparison, all_finite
+from ckptvcs.ops.diff_sums import Sums, sum_up
 from tests.training import train
 
 floats = hnp.arrays(np.float32, st.shared(st.integers(0, 40)), elements=st.floats(width=32))

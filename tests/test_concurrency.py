@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from ckptvcs import committing
 from ckptvcs.errors import BusyError, ConflictError, MissingObjectError
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.format_file import raise_flags
 from ckptvcs.history.refs import Move, Refs
+from ckptvcs.ops import commit
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from tests import stress
@@ -90,7 +90,7 @@ class Meanwhile:
                 action()
             calm(*args)
 
-        monkeypatch.setattr(committing, "check_lease", check)
+        monkeypatch.setattr(commit, "check_lease", check)
 
 
 def test_a_writer_that_slept_through_other_commits(
@@ -175,7 +175,7 @@ def test_a_patch_that_fades_while_another_comes_to_share_it(
         torch.save(run[step - 1], tmp_path / "run.pt")
         repo.commit_path(tmp_path / "run.pt", message="", step=step)
     late, done = list[Patch](), list[str]()
-    calm, delete = getattr(committing, when), Fader.delete
+    calm, delete = getattr(commit, when), Fader.delete
 
     def others(*args: Any) -> Any:
         """Two commits on the branch that has the patch, which looked who shares it, and will delete
@@ -190,7 +190,7 @@ def test_a_patch_that_fades_while_another_comes_to_share_it(
                     other.commit(run[step - 1], step=step)
         return calm(*args)
 
-    monkeypatch.setattr(committing, when, others)
+    monkeypatch.setattr(commit, when, others)
     made = repo.commit_path(tmp_path / "run.pt", message="", step=2, branch="side")
     delete(Repo.open(tmp_path).fader(), late)
     for name in ("main@4", "main@3", made.id):

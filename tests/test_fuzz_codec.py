@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ckptvcs.codec import excp, frame, kernels, lossless, patch
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.frame import Companion, decode_slice, put_slice
 from ckptvcs.codec.kernels import compiled, reference
 from ckptvcs.codec.matrix import Rows
@@ -19,7 +20,6 @@ from ckptvcs.codec.near_lowrank import encode_low_rank
 from ckptvcs.codec.near_moments import encode_first, encode_second
 from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.words import NearSlice, Words, from_float32, word_type
-from ckptvcs.dtypes import DTYPES
 from tests.fuzzing import mutated, read_or_refuse
 
 COUNT, COLUMNS = 1200, 40

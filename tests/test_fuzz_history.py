@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs.codec.spec import parse_codec
-from ckptvcs.config import KEYS, load_config
 from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical_json import dump
@@ -53,6 +52,7 @@ from ckptvcs.history.schema import (
     load_schema,
     load_skeleton,
 )  # fmt: skip
+from ckptvcs.ops.config import KEYS, load_config
 from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import dead_leases, live_leases

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from ckptvcs.checkout import hash_file
 from ckptvcs.checkpoint.survey import survey
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import (
@@ -24,7 +23,8 @@ from ckptvcs.errors import (
 )  # fmt: skip
 from ckptvcs.files.removal import Originals, Proven
 from ckptvcs.gc.retention import Policy
-from ckptvcs.importing import Importer, Item
+from ckptvcs.ops.checkout import hash_file
+from ckptvcs.ops.import_folder import Importer, ImportItem
 from ckptvcs.repo import Repo
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.training import train
@@ -673,12 +673,12 @@ def test_dropped_commits_are_committed_again(repo: Repo, folder: Path) -> None:
 
 
 @pytest.fixture
-def seen() -> list[Item]:
+def seen() -> list[ImportItem]:
     return []
 
 
 def test_progress_counts_every_byte_once(
-    repo: Repo, folder: Path, states: list[State], seen: list[Item]
+    repo: Repo, folder: Path, states: list[State], seen: list[ImportItem]
 ) -> None:
     trainer_directory(folder, states[0], 500)
     (folder / "step-7.pt").write_bytes(b"PK\x03\x04")
@@ -686,7 +686,7 @@ def test_progress_counts_every_byte_once(
         counts: list[int] = []
         importer = Importer(repo, folder)
         importer.look(silent)
-        watch: Callable[[Item], None] = seen.append
+        watch: Callable[[ImportItem], None] = seen.append
         importer.run(counts.append, watch)
         assert sum(counts) == sum(item.found.size_bytes for item in importer.items)
         assert min(counts) >= 0

@@ -19,13 +19,13 @@ from unittest import mock
 
 import pytest
 
-from ckptvcs import care, committing, keeping, opened
 from ckptvcs.errors import CkptError, ConflictError
 from ckptvcs.files.removal import Originals
 from ckptvcs.gc import collect
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.refs import Refs
-from ckptvcs.keeping import Keeper
+from ckptvcs.ops import care, commit, originals, repository
+from ckptvcs.ops.originals import Keeper
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from ckptvcs.store.backend import MemoryBackend, write_once
@@ -113,7 +113,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
         delete(self, patches)
 
     points: list[tuple[Any, str, str]] = [
-        (keeping, "live_leases", "look for leases"), (keeping, "turn", "turn"),
+        (originals, "live_leases", "look for leases"), (originals, "turn", "turn"),
         (Originals, "delete", "delete the original"),
         (care.Care, "_rekey", "rekey"), (collect.Collector, "record", "record"),
         (collect.Collector, "delete", "sweep"),
@@ -121,9 +121,9 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     if every:
         points += [
             (Keeper, "_way", "look for a ref"), (Keeper, "is_exact", "prove"),
-            (opened, "turn", "turn"), (collect.Collector, "plan", "plan"),
+            (repository, "turn", "turn"), (collect.Collector, "plan", "plan"),
         ]  # fmt: skip
-    fade = committing.Committer._fade
+    fade = commit.Committer._fade
     patches: list[Any] = [
         mock.patch.object(where, name, stage.stopping(label, getattr(where, name)))
         for where, name, label in points
@@ -131,7 +131,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     patches += [
         mock.patch.object(Refs, "publish", moving),
         mock.patch.object(Fader, "delete", fading),
-        mock.patch.object(committing.Committer, "_fade", stage.stopping("look for pins", fade)),
+        mock.patch.object(commit.Committer, "_fade", stage.stopping("look for pins", fade)),
         mock.patch.multiple(
             leases, _GRACE=-1.0, _LEAST_TURN=0.0, _patience=ContextVar("none", default=0.0)
         ),

@@ -15,7 +15,7 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.encode.shards import Shard
 from ckptvcs.errors import BusyError, ConflictError, InvalidInputError
 from ckptvcs.history.log import LogEntry
-from ckptvcs.joining import Joint
+from ckptvcs.ops.join import Joint
 from ckptvcs.store import leases
 from tests.spec_reader import SpecRepository
 

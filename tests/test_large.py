@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckptvcs.checkout import hash_file
+from ckptvcs.ops.checkout import hash_file
 from ckptvcs.repo import Repo
 
 GiB = 1 << 30

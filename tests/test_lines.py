@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from ckptvcs import Repo
 from ckptvcs.checkpoint.grouping import family
-from ckptvcs.lines import Lines
-from ckptvcs.watching import Event, Watcher
+from ckptvcs.ops.series import Lines
+from ckptvcs.ops.watch import Watcher, WatchEvent
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def save(run: Path, name: str, step: int | None = None) -> None:
     torch.save(state if step is None else state | {"step": step}, run / name)
 
 
-def look(repo: Repo, run: Path, keep: int | None = None, **options: object) -> list[Event]:
+def look(repo: Repo, run: Path, keep: int | None = None, **options: object) -> list[WatchEvent]:
     watcher = Watcher(
         repo, run, settle=0, keep_local=keep, accept_near=True, **options  # type: ignore[arg-type]
     )  # fmt: skip
@@ -57,7 +57,7 @@ def test_clocks_do_not_say_what_is_new(
 ) -> None:
     hours = itertools.count(12, {"forward": 1, "back": -1, "still": 0}[skew])
     monkeypatch.setattr(
-        "ckptvcs.committing.now", lambda: f"2026-01-01T{next(hours):02}:00:00.000000Z"
+        "ckptvcs.ops.commit.now", lambda: f"2026-01-01T{next(hours):02}:00:00.000000Z"
     )
     for step in (500, 600, 700):
         save(run, f"step-{step}.pt")

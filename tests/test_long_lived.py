@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptvcs import InvalidInputError, Repo, config
+from ckptvcs import InvalidInputError, Repo
 from ckptvcs.checkpoint.state import state_checkpoint
-from ckptvcs.config import KEYS, Settings
 from ckptvcs.gc.retention import Policy
-from ckptvcs.importing import Importer
-from ckptvcs.joining import Joint
+from ckptvcs.ops import config
+from ckptvcs.ops.config import KEYS, Settings
+from ckptvcs.ops.import_folder import Importer
+from ckptvcs.ops.join import Joint
+from ckptvcs.ops.watch import Watcher
 from ckptvcs.store.ids import ObjectId
-from ckptvcs.watching import Watcher
 from tests.crashing import states
 
 STEPS = 6

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from ckptvcs.average import write_average
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import CkptError, ConflictError
 from ckptvcs.files import placing
 from ckptvcs.files.placing import Folder
 from ckptvcs.files.removal import Originals
 from ckptvcs.files.targets import Targets
+from ckptvcs.ops.average import write_average
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
@@ -464,7 +464,7 @@ def test_a_part_of_a_commit_stays_inside(tmp_path: Path, monkeypatch: pytest.Mon
     from ckptvcs.history.commit import dump_commit
 
     monkeypatch.setattr(
-        "ckptvcs.committing.dump_commit",
+        "ckptvcs.ops.commit.dump_commit",
         lambda made: dump_commit(dataclasses.replace(made, path="../../x")),
     )
     (tmp_path / "a" / "b").mkdir(parents=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
+from ckptvcs.ops.verify import Damage
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.pack import pack_name
-from ckptvcs.verify import Damage
 from tests.crashing import SCENARIOS, Scenario, Snapshot, save
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from ckptvcs import Repo, StorageError, parallel
-from ckptvcs.checkout import hash_file
 from ckptvcs.codec.sections import inflate
 from ckptvcs.errors import after
+from ckptvcs.ops.checkout import hash_file
 from ckptvcs.store import pack
 from ckptvcs.store.ids import Kind, ObjectId
 from tests.cli.conftest import environment

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs import InvalidInputError, LogEntry, Repo
-from ckptvcs.search import Verdict, finite_judge, line, metric_judge, narrow
+from ckptvcs.ops.bisect import Verdict, finite_judge, line, metric_judge, narrow
 
 
 @st.composite

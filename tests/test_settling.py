@@ -14,8 +14,8 @@ from ckptvcs.errors import StorageError
 from ckptvcs.files.removal import Originals, Proven, Removed
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.reachability import mark
-from ckptvcs.importing import Importer
-from ckptvcs.opened import Opened
+from ckptvcs.ops.import_folder import Importer
+from ckptvcs.ops.repository import Opened
 from ckptvcs.repo import Repo
 from ckptvcs.store import disk
 from ckptvcs.store.backend import write_once

@@ -193,7 +193,7 @@ def test_where_files_are_about_to_go_is_said_first(
     def nothing(*_: object, **__: object) -> None:
         raise InvalidInputError("it ends before anything is written")
 
-    monkeypatch.setattr("ckptvcs.checkout.save_directory", nothing)
+    monkeypatch.setattr("ckptvcs.ops.checkout.save_directory", nothing)
     for more in ([], ["--json"], ["--force"]):
         assert "writing" in ckpt("checkout", 2, *more, code=2).err
 

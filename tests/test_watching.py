@@ -23,8 +23,8 @@ from ckptvcs.checkpoint import survey
 from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.cli.app import app
+from ckptvcs.ops.watch import Watcher, WatchEvent
 from ckptvcs.store.leases import exclusive, patience
-from ckptvcs.watching import Event, Watcher
 from tests.cli.conftest import environment
 from tests.crashing import states
 
@@ -51,7 +51,7 @@ def watcher(repo: Repo, run: Path, **options: object) -> Watcher:
     return Watcher(repo, run, settle=0, **options)  # type: ignore[arg-type]
 
 
-def looks(watcher: Watcher, times: int = 2) -> list[Event]:
+def looks(watcher: Watcher, times: int = 2) -> list[WatchEvent]:
     return [event for _ in range(times) for event in watcher.look()]
 
 
@@ -288,7 +288,7 @@ def test_once_leaves_what_keeps_changing(
     monkeypatch.setattr("ckptvcs.cli.watch._ONCE", 0.0)
     calm = Watcher.look
 
-    def look(watch: Watcher) -> Iterator[Event]:
+    def look(watch: Watcher) -> Iterator[WatchEvent]:
         shutil.copy(run / "step-1.pt", run / "new")
         (run / "new").replace(run / "last.pt")
         return calm(watch)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ckptvcs.checkpoint.notes import SUFFIXES
 from ckptvcs.files.names import is_repository_name
-from ckptvcs.sizes import size
+from ckptvcs.text import size
 
 _SHARED = ".huggingface-shared-blobs"  # a file that marks a store of the Hub as such
 _MAX_HOPS = 40  # as many as Linux goes

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from ckptvcs.checkpoint import torch_zip
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.checkpoint.roles import LOSSY
-from ckptvcs.dtypes import can_be_lossy
+from ckptvcs.codec.dtypes import can_be_lossy
 from ckptvcs.history.schema import LITTLE, Schema
-from ckptvcs.sizes import size
+from ckptvcs.text import size
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".distcp")
 """Names of files that hold tensors end so."""

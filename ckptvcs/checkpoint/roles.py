@@ -40,7 +40,7 @@ from ckptvcs.checkpoint.state_dicts import (
     may_be_buffers,
     may_be_weight,
 )  # fmt: skip
-from ckptvcs.dtypes import can_be_lossy
+from ckptvcs.codec.dtypes import can_be_lossy
 
 __all__ = [
     "FIRST",

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 
 from ckptvcs.checkpoint.layout import Found, Layout, Source
-from ckptvcs.dtypes import DTYPES
+from ckptvcs.codec.dtypes import DTYPES
 
 _MAX_HEADER = 100_000_000
 _MAX_DIMS, _MAX_NUMBER = 64, 1 << 56  # products of more and larger ones take long

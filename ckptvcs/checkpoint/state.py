@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from ckptvcs.checkpoint.pickle_reader import (
     is_member,
 )
 from ckptvcs.checkpoint.roles import Names
-from ckptvcs.checkpoint.staging import Staging
 from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES, ref_dtype
 from ckptvcs.checkpoint.torch_writer import (
     DeviceBytes,
@@ -40,11 +39,14 @@ from ckptvcs.checkpoint.torch_writer import (
     zip_records,
 )  # fmt: skip
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD, Checksums, parse
-from ckptvcs.dtypes import DTYPES
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.schema import View
 
 STATE_FILE = "state.pt"
+
+Copies = Callable[[Sequence[memoryview | DeviceBytes]], list[memoryview]]
+"""Copies blocks of bytes into room that nobody changes."""
 
 _SHOWN = 100  # characters of a name that somebody else chose
 
@@ -128,10 +130,10 @@ def _refused(path: str) -> InvalidInputError:
 
 
 def state_checkpoint(
-    state: object, names: Names | None = None, staging: Staging | None = None
+    state: object, names: Names | None = None, copies: Copies | None = None
 ) -> Checkpoint:
     """A state as a checkpoint of one file, `state.pt`; see `build` for `names`.  Its tensors are
-    read where they are, and must stay as they are; from a copy, if there is a `staging`.
+    read where they are, and must stay as they are; or from what `copies` makes of them.
 
     Raises:
         InvalidInputError: it holds something else than plain types, tensors and numpy arrays.
@@ -143,12 +145,12 @@ def state_checkpoint(
         raise changed_state() from error
     extra = {ARRAYS_RECORD: json.dumps(storages.arrays).encode()} if storages.arrays else {}
     source = MemorySource()
-    if staging is None:
+    if copies is None:
         for tensor, version in storages.versions:
             source.watch_version(tensor, version)
         payloads = [_payload(_settled(source, view)) for view in storages.payloads]
     else:
-        payloads = [_payload(view) for view in staging.copies(storages.payloads)]
+        payloads = [_payload(view) for view in copies(storages.payloads)]
     write_zip(source.append, "state", zip_records(pickled, payloads, extra))
     layout = parse(source, checksums=Checksums.TRUSTED)
     assert layout is not None

@@ -22,7 +22,7 @@ from ckptvcs.checkpoint.pickle_reader import (
     walk,
 )
 from ckptvcs.checkpoint.torch_storages import Storage, set_order, storage_dtype, stored_tensors
-from ckptvcs.dtypes import DTYPES
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.history.schema import LITTLE, UNKNOWN
 
 _MAGIC = 0x1950A86A20F9469CFC6C

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from ckptvcs.checkpoint.layout import Found
 from ckptvcs.checkpoint.pickle_reader import TensorRef, walk
-from ckptvcs.dtypes import DTYPES
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN, View
-from ckptvcs.sizes import size
+from ckptvcs.text import size
 
 _STORAGE_TYPES = {
     "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16",

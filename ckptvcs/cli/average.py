@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import Every, Force, JsonOption, free_target, open_repo
-from ckptvcs.errors import NotFoundError
-from ckptvcs.history.revision import split_range
+from ckptvcs.cli.context import Every, Force, JsonOption, open_repo
+from ckptvcs.errors import InvalidInputError
 
 
 def average(
@@ -24,24 +23,23 @@ def average(
     json: JsonOption = False,
 ) -> None:
     """Write the mean of the weights of several commits."""
-    from ckptvcs.average import write_average
-    from ckptvcs.files.targets import Targets
-
-    start, stop = split_range(revisions)
+    start, stop = _split(revisions)
     repo = open_repo(context)
-    names = repo.history.line(start, stop, every)
-    if not names:
-        raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
-    commits = [repo.catalog.commit(name) for name in names]
-    size_bytes = sum(commit.raw_bytes for commit in commits)
-    with Targets() as looks:
-        place = free_target(looks, output, force=force)
-        with render.progress("averaging", size_bytes) as tick:
-            write_average(repo.catalog, names, place, tick, force=force)
+    entries = repo.line(start, stop, every)
+    with render.progress("averaging", sum(entry.commit.raw_bytes for entry in entries)) as tick:
+        names = repo.average(start, stop, output, every=every, force=force, progress=tick)
     if json:
         render.as_json({
-            "path": str(output), "commits": names, "steps": [commit.step for commit in commits],
+            "path": str(output), "commits": names, "steps": [entry.step for entry in entries],
         })  # fmt: skip
         return
     shown = render.printable(str(output))
     render.data(f"{shown}: the mean of {len(names)} commits, all else from {names[-1][:8]}")
+
+
+def _split(text: str) -> tuple[str | None, str | None]:
+    """`REV..REV` as two revisions; None for one that is left out."""
+    start, dots, stop = text.partition("..")
+    if not dots or ".." in stop:
+        raise InvalidInputError(f"'{text}' is no REV..REV", hint="for example 1000..2000")
+    return start or None, stop or None

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
-from ckptvcs.errors import InvalidInputError
-from ckptvcs.history.log import LogEntry
-from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
-    from ckptvcs.search import Judge, Verdict
+    from ckptvcs import LogEntry, Verdict
 
 
 def bisect(
@@ -32,19 +28,14 @@ def bisect(
     json: JsonOption = False,
 ) -> None:
     """Find the first bad commit between a good and a bad one."""
-    if sum((bool(command), nan, metric is not None)) != 1:
-        raise InvalidInputError(
-            "one test is needed",
-            hint="'-- COMMAND', --nan, or --metric NAME with --above or --below",
-        )
-    if (metric is not None) != (above is not None or below is not None):
-        raise InvalidInputError("--metric goes with --above or --below, and these with it")
     repo = open_repo(context)
 
     def watch(entry: LogEntry, verdict: Verdict, left: int) -> None:
         render.talk(f"{_named(entry)}: {verdict}, {left} left")
 
-    found = repo.bisect(good, bad, _judge(repo, command, metric, above, below), watch)
+    found = repo.bisect(
+        good, bad, None, watch, command=command, nan=nan, metric=metric, above=above, below=below
+    )
     if json:
         first = found.first_bad
         render.as_json({
@@ -63,20 +54,6 @@ def bisect(
     else:
         render.data("first bad commit:")
     render.table(render.log_rows(found.candidates))
-
-
-def _judge(
-    repo: Repo, command: list[str] | None, metric: str | None, above: float | None,
-    below: float | None,
-) -> Judge:  # fmt: skip
-    from ckptvcs import search
-
-    if metric is not None:
-        return search.metric_judge(metric, above=above, below=below)
-    if command:
-        # The place is new, and nobody's working directory.
-        return search.command_judge(command, partial(repo.checkout_files, force=True))
-    return search.finite_judge(repo.catalog, repo.restorer)
 
 
 def _named(entry: LogEntry) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import JsonOption, Revision, open_repo
-from ckptvcs.errors import ConflictError, InvalidInputError, after
-from ckptvcs.history.commit import PARTS, Commit
-from ckptvcs.repo import Repo
-from ckptvcs.store.ids import ObjectId
+from ckptvcs.cli.context import JsonOption, Revision, check_part, open_repo
+from ckptvcs.errors import InvalidInputError, after
+
+if TYPE_CHECKING:
+    from ckptvcs import Commit
 
 
 def checkout(
@@ -39,24 +39,26 @@ def checkout(
         )
     if require not in (None, "exact"):
         raise InvalidInputError(f"--require takes 'exact', not '{require}'")
-    if only is not None and only not in PARTS:
-        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")
+    check_part(only)
     repo = open_repo(context)
     name = repo.resolve(revision)
     entry = repo.entry(name)
     target, exactly = Path(output) if output else None, require is not None
+    where = None
     if only:
-        path, form = _checkout_part(repo, name, only, target, exactly, force=force)
-        paths, forms, where = [path], {only: form}, None
+        done = repo.checkout_part(
+            name, only, target, force=force, exact=exactly,
+            announce=_ignore if target else _announce_part,
+        )  # fmt: skip
     else:
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
             done = repo.checkout_files(
                 name, target, force=force, exact=exactly, progress=tick,
                 announce=_ignore if target else partial(_announce, entry.commit),
             )  # fmt: skip
-        paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
         with after("" if target else "the files were written"):
-            where = None if target else repo.move_head(name, revision)
+            where = None if target else repo.move_head(revision)
+    paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
     exact = all(form == "exact" for form in forms.values())
     if json:
         render.as_json({
@@ -83,30 +85,5 @@ def _announce(commit: Commit, place: Path) -> None:
     render.talk(f"writing {files if commit.source == 'directory' else ''}{place}")
 
 
-def _checkout_part(
-    repo: Repo, name: ObjectId, part: str, output: Path | None, exact: bool, *, force: bool
-) -> tuple[Path, str]:
-    made = repo.catalog.commit(name)
-    from ckptvcs.files.names import refuse_trusted
-    from ckptvcs.files.targets import Targets
-
-    with Targets() as looks:
-        if output is not None:
-            target = looks.look(output)
-        else:
-            top, way = repo.worktree().home(made)
-            home = top / way
-            stem = home.stem if made.source != "directory" else home.name or "checkpoint"
-            if way.parts:
-                target = looks.below(top, way.with_name(f"{stem}.{part}.pt"))
-            else:
-                target = looks.look(home.with_name(f"{stem}.{part}.pt"))
-        if target.is_folder:
-            raise InvalidInputError(f"{target.path} is a directory", hint="name the file to write")
-        if target.seen is not None and not force:
-            raise ConflictError(f"{target.path} exists", hint="overwrite it with --force")
-        if output is None and not force:
-            refuse_trusted([made.path])
-        if output is None:
-            render.talk(f"writing {target.path}")
-        return target.path, repo.save_part(name, part, target, exact=exact)
+def _announce_part(place: Path) -> None:
+    render.talk(f"writing {place}")

@@ -14,7 +14,7 @@ from ckptvcs.errors import InvalidInputError, after
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
-    from ckptvcs.committing import Result
+    from ckptvcs import CommitResult
 
 
 def _metric(text: str) -> tuple[str, float]:
@@ -66,7 +66,7 @@ def commit(
         _tell(repo, result, json=json)
 
 
-def _tell(repo: Repo, result: Result, *, json: bool) -> None:
+def _tell(repo: Repo, result: CommitResult, *, json: bool) -> None:
     for note in result.notes:
         render.talk(f"note: {render.printable(note)}")
     entry = repo.entry(result.id, branch=result.branch)

@@ -8,7 +8,6 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
-from ckptvcs.config import get_setting
 from ckptvcs.errors import InvalidInputError  # fmt: skip
 
 
@@ -32,7 +31,7 @@ def config(
         return
     if value is not None or unset:
         repo.configure(key, value)
-    setting = get_setting(repo.config, key)
+    setting = repo.setting(key)
     if json:
         render.as_json({key: setting})
     else:

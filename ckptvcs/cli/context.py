@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.errors import ConflictError, InvalidInputError
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 
-if TYPE_CHECKING:
-    from ckptvcs.files.targets import Target, Targets
+PARTS = ("model", "optimizer", "rest")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -45,8 +44,7 @@ def locate(context: typer.Context) -> Path:
     Raises:
         NotFoundError: there is none.
     """
-    named = context.find_root().obj.repo or os.environ.get("CKPT_DIR")
-    return Repo.locate(named) if named else Repo.locate_above(Path.cwd())
+    return Repo.locate(context.find_root().obj.repo or os.environ.get("CKPT_DIR") or None)
 
 
 def open_repo(context: typer.Context) -> Repo:
@@ -57,19 +55,13 @@ def open_repo(context: typer.Context) -> Repo:
     """
     repo = Repo(locate(context))
     try:
-        _ = repo.config
+        repo.settings()
     except InvalidInputError as error:  # which is an error where they are needed
         render.talk(f"warning: {error.message}")
     return repo
 
 
-def free_target(looks: Targets, path: Path, *, force: bool) -> Target:
-    """Hold a target as it is now.
-
-    Raises:
-        ConflictError: something is in the way, and `force` is not given.
-    """
-    target = looks.look(path)
-    if target.seen is not None and not force:
-        raise ConflictError(f"{path} exists", hint="overwrite it with --force")
-    return target
+def check_part(only: str | None) -> None:
+    """Raise InvalidInputError where `--only` names no part."""
+    if only is not None and only not in PARTS:
+        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")

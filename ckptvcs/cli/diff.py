@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.cli.context import JsonOption, check_part, open_repo
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.history.canonical_json import from_number
-from ckptvcs.history.commit import PARTS
-from ckptvcs.history.schema import TensorInfo
 from ckptvcs.repo import Repo
+from ckptvcs.text import from_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptvcs.compare import Comparison, Indistinct, TensorDifference
-    from ckptvcs.sums import Sums
+    from ckptvcs import Comparison, Indistinct, Sums, TensorDifference, TensorInfo
 
 _DEFAULT_ROWS = 30
 _WIDE = 110  # columns of a terminal that has room for every number
@@ -40,8 +37,7 @@ def diff(
     """Show how far tensors moved between two commits."""
     if count is not None and count < 1:
         raise InvalidInputError("-n takes a number from 1")
-    if only is not None and only not in PARTS:
-        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")
+    check_part(only)
     if a is not None and ".." in a:
         if b is not None:
             raise InvalidInputError(f"'{a}' names both commits already")
@@ -64,8 +60,7 @@ def diff(
 
 
 def _tensor_bytes(repo: Repo, revision: str, only: str | None) -> int:
-    schema = repo.catalog.schema(repo.catalog.commit(repo.resolve(revision)).schema)
-    return sum(info.size_bytes for info in schema.tensors if only in (None, info.part))
+    return sum(one.size_bytes for one in repo.tensors(revision) if only in (None, one.part))
 
 
 def _number(value: float | None) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from ckptvcs.history.canonical_json import from_number
-from ckptvcs.history.commit import ERROR_NAMES, ErrorReport
-from ckptvcs.history.log import LogEntry
-from ckptvcs.plain import printable
-from ckptvcs.sizes import size
-from ckptvcs.store.ids import ObjectId
+from ckptvcs.text import from_number, printable, size
+
+if TYPE_CHECKING:
+    from ckptvcs import ErrorReport, LogEntry, ObjectId
 
 Json = Any
 _MAX_IDS = 12  # in a line
@@ -26,7 +25,7 @@ def ratio(raw: int, stored: int) -> str:
 
 def error_json(error: ErrorReport) -> dict[str, Json]:
     """A report of errors with stable keys."""
-    return {name: from_number(getattr(error, name)) for name in ERROR_NAMES}
+    return {name: from_number(value) for name, value in asdict(error).items()}
 
 
 def entry_json(entry: LogEntry) -> dict[str, Json]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import Every, Force, JsonOption, Start, Stop, free_target, open_repo
-from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.history.commit import PARTS
-from ckptvcs.repo import Repo
-from ckptvcs.store.ids import ObjectId
+from ckptvcs.cli.context import Every, Force, JsonOption, Start, Stop, open_repo
+from ckptvcs.errors import InvalidInputError
 
 _FORMATS = ("pt", "safetensors")
 
@@ -38,58 +34,30 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write commits as files: one, or with --all those of a line."""
-    from ckptvcs.decode.trajectory import export as write_commits
-    from ckptvcs.files.targets import Targets
-
-    if form not in (None, *_FORMATS):
-        raise InvalidInputError(f"no format '{form}'", hint=f"formats: {', '.join(_FORMATS)}")
-    if only is not None and only not in PARTS:
-        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")
     repo = open_repo(context)
     if folder is not None:
         if path is not None:
             raise InvalidInputError("--all DIR takes no PATH", hint="ckpt export [REV] --all DIR")
-        names = repo.history.line(start, stop, every, revision=revision)
-        targets = [folder / name for name in _file_names(repo, names, form, only)]
+        entries = repo.line(start, stop, every, revision=revision)
     elif revision is None or path is None:
         raise InvalidInputError("nothing to export to", hint="REV PATH, or --all DIR")
     else:
-        names, targets = [repo.resolve(revision)], [path]
-        if form and path.suffix == ".safetensors" and form != "safetensors":
-            raise InvalidInputError(f"{path} is no name for --format {form}")
-        if form == "safetensors" and path.suffix != ".safetensors":
-            targets = [path.with_name(f"{path.name}.safetensors")]
-    if not names:
-        raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
-    entries = [repo.entry(name) for name in names]
-    size_bytes = sum(entry.commit.raw_bytes for entry in entries)
-    with Targets() as looks:
-        places = [free_target(looks, target, force=force) for target in targets]
-        with render.progress("exporting", size_bytes) as tick:
-            write_commits(repo.catalog, names, places, only, tick, force=force)
+        entries = [repo.show(revision)]
+    with render.progress("exporting", sum(entry.commit.raw_bytes for entry in entries)) as tick:
+        if folder is not None:
+            written = repo.export_line(
+                folder, start=start, stop=stop, every=every, revision=revision, form=form,
+                only=only, force=force, progress=tick,
+            )  # fmt: skip
+        elif revision is not None and path is not None:
+            written = [
+                repo.export(revision, path, form=form, only=only, force=force, progress=tick)
+            ]
     if json:
         render.as_json([
-            {"id": entry.id, "step": entry.step, "path": str(target),
-             "exact": entry.fidelity.get(only, "") == "exact" if only else entry.exact}
-            for entry, target in zip(entries, targets, strict=True)
+            {"id": one.entry.id, "step": one.entry.step, "path": str(one.path), "exact": one.exact}
+            for one in written
         ])  # fmt: skip
         return
-    for target in targets:
-        render.data(render.printable(str(target)))
-
-
-def _file_names(repo: Repo, names: list[ObjectId], form: str | None, only: str | None) -> list[str]:
-    """A name for each commit: its step, and its id where that alone would not tell it apart."""
-    commits = [repo.catalog.commit(name) for name in names]
-    steps = Counter(commit.step for commit in commits)
-    found = []
-    for name, commit in zip(names, commits, strict=True):
-        stem = f"commit-{name[:8]}" if commit.step is None else f"step-{commit.step}"
-        if commit.step is not None and steps[commit.step] > 1:
-            stem += f"-{name[:8]}"
-        suffix = form or "pt"
-        if form is None and all(f.format == "safetensors" for f in commit.files):
-            suffix = "safetensors"
-        whole = form is None and only is None and commit.source == "directory"
-        found.append(stem if whole else f"{stem}.{suffix}")
-    return found
+    for one in written:
+        render.data(render.printable(str(one.path)))

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ckptvcs import Best, Policy
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.gc.retention import Best, Policy
 
 if TYPE_CHECKING:
-    from ckptvcs.gc.collect import Decision, GcPlan
+    from ckptvcs import Decision, GcPlan
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31557600}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

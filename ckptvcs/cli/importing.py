@@ -13,7 +13,7 @@ from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
 
 if TYPE_CHECKING:
-    from ckptvcs.importing import Importer, Item
+    from ckptvcs import Importer, ImportItem
 
 # numpy is loaded by what reads tensors, so that the other commands start without it.
 
@@ -43,11 +43,9 @@ def import_(
     json: JsonOption = False,
 ) -> None:
     """Commit a folder of checkpoints, prove each, and remove the originals if asked to."""
-    from ckptvcs.importing import Importer
-
     if accept_near and not delete:
         raise InvalidInputError("--accept-near goes with --delete-originals")
-    importer = Importer(open_repo(context), folder, pattern=pattern, branch=branch, codec=codec)
+    importer = open_repo(context).import_folder(folder, pattern=pattern, branch=branch, codec=codec)
     _tell_left_out(importer)
     size_bytes = sum(item.found.size_bytes for item in importer.items)
     with render.progress("comparing", size_bytes) as tick:
@@ -98,7 +96,7 @@ def _tell_left_out(importer: Importer) -> None:
         render.talk(f"left out: {more} more, which --json lists")
 
 
-def _tell_imported(item: Item) -> None:
+def _tell_imported(item: ImportItem) -> None:
     name = render.printable(item.found.name)
     if item.problem is not None:
         render.talk(f"error: {name}: {render.printable(item.problem.message)}")
@@ -119,7 +117,7 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
                 item.gone.kept = "not removed: the answer was no"
             return
 
-    def tell(item: Item) -> None:
+    def tell(item: ImportItem) -> None:
         entry = importer.entry(item)
         form = "" if entry is None else f" (kept {render.fidelity(entry)})"
         for gone in item.gone.removed:
@@ -134,7 +132,7 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
         importer.remove(accept_near=accept_near, progress=tick, watch=tell)
 
 
-def _how_near(importer: Importer, items: list[Item]) -> str:
+def _how_near(importer: Importer, items: list[ImportItem]) -> str:
     """How far those of some items are off that are kept near only."""
     entries = [entry for item in items if (entry := importer.entry(item)) and not entry.exact]
     if not entries:
@@ -143,7 +141,7 @@ def _how_near(importer: Importer, items: list[Item]) -> str:
     return f", {len(entries)} of them kept near (weights off by up to {worst:.2g})"
 
 
-def _row(importer: Importer, item: Item, *, planned: bool) -> list[str]:
+def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
     found, entry = item.found, importer.entry(item)
     note = {"commit": "new", "committed": "", "known": "known", "failed": "failed"}[item.action]
     if item.same_as is not None:
@@ -183,7 +181,7 @@ def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
             render.talk("hint: --accept-near removes what is kept near; 'ckpt log' shows errors")
 
 
-def _is_near(importer: Importer, item: Item) -> bool:
+def _is_near(importer: Importer, item: ImportItem) -> bool:
     entry = importer.entry(item)
     return entry is not None and not entry.exact
 
@@ -198,7 +196,7 @@ def _json(importer: Importer, *, dry_run: bool) -> render.Json:
     }  # fmt: skip
 
 
-def _item_json(importer: Importer, item: Item) -> dict[str, render.Json]:
+def _item_json(importer: Importer, item: ImportItem) -> dict[str, render.Json]:
     found, entry = item.found, importer.entry(item)
     return {
         "name": found.name, "step": found.step, "kind": found.kind if found.top else "files",

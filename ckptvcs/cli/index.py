@@ -19,7 +19,7 @@ def index(
     """Rebuild the index from the packs."""
     if not rebuild:
         raise InvalidInputError("nothing to do", hint="ckpt index --rebuild")
-    packs = open_repo(context).catalog.store.rebuild()
+    packs = open_repo(context).rebuild_index()
     if json:
         render.as_json({"packs": packs})
     else:

@@ -9,8 +9,6 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption
-from ckptvcs.history.format_file import is_repository
-from ckptvcs.opened import FOLDER
 from ckptvcs.repo import Repo
 
 
@@ -24,9 +22,9 @@ def init(
 ) -> None:
     """Make a repository."""
     folder = directory or context.find_root().obj.repo or Path()
-    if folder.name == FOLDER:
+    if folder.name == ".ckpt":
         folder = folder.parent
-    known = is_repository(folder / FOLDER)
+    known = Repo.exists(folder)
     repo = Repo.init(folder, codec=codec)
     if json:
         render.as_json({"repository": str(repo.folder), "created": not known})

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
 from ckptvcs.cli import render
-from ckptvcs.repo import Repo
-from ckptvcs.store.ids import ObjectId
+
+if TYPE_CHECKING:
+    from ckptvcs import LogEntry, NamedCommit
 
 
-def list_refs(repo: Repo, space: str, *, json: bool, current: str | None) -> None:
-    """Print the branches or tags with their commits; `current` is marked."""
-    names = repo.refs.names(space)
-    read = repo.revisions.tag if space == "tags" else repo.revisions.branch
-    found = [(name, commit) for name in names if (commit := read(name)) is not None]
+def show_names(names: Sequence[NamedCommit], *, json: bool) -> None:
+    """Print branches or tags with their commits; the current one is marked."""
     if json:
-        render.as_json([
-            {"name": name, "commit": commit, "step": repo.catalog.commit(commit).step,
-             "current": name == current}
-            for name, commit in found
-        ])  # fmt: skip
+        render.as_json([asdict(one) for one in names])
         return
-    for name, commit in found:
-        step = repo.catalog.commit(commit).step
-        mark = "* " if name == current else "  "
-        render.data(f"{mark}{name}  {commit[:8]}" + ("" if step is None else f"  step {step}"))
+    for one in names:
+        mark = "* " if one.current else "  "
+        step = "" if one.step is None else f"  step {one.step}"
+        render.data(f"{mark}{one.name}  {one.commit[:8]}{step}")
 
 
-def warn_if_faded(repo: Repo, commit: ObjectId) -> None:
+def warn_if_faded(entry: LogEntry) -> None:
     """Say what a tag or a pin cannot bring back."""
-    entry = repo.entry(commit)
     if not entry.exact:
-        render.talk(
-            f"note: {commit[:8]} is {render.fidelity(entry)} by now; it cannot become exact again"
-        )
+        form = render.fidelity(entry)
+        render.talk(f"note: {entry.id[:8]} is {form} by now; it cannot become exact again")

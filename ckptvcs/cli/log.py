@@ -30,12 +30,11 @@ def log(
         limit = _DEFAULT_ENTRIES
     shown = None if limit is None else limit + 1
     if graph and not json:
-        start = None if revision is None else repo.resolve(revision)
-        rows = repo.history.graph(shown, start=start)
+        rows = repo.graph(shown, revision=revision)
         listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
         more = limit is not None and len(listed) > limit
         end = listed[-2] + 1 if more else None
-        table = render.graph_rows(rows[:end], repo.history.names())
+        table = render.graph_rows(rows[:end], repo.labels())
     else:
         entries = repo.log(shown, revision=revision, all_branches=all_branches or graph)
         more = limit is not None and len(entries) > limit

@@ -20,7 +20,7 @@ def pin(
     """List pins, or keep a commit and its exact form whatever rules say."""
     repo = open_repo(context)
     if revision is None:
-        pinned = [repo.entry(name) for name in sorted(repo.refs.targets("pins"))]
+        pinned = repo.pins()
         if json:
             render.as_json([render.entry_json(entry) for entry in pinned])
         elif pinned:
@@ -42,7 +42,7 @@ def _set_pin(repo: Repo, revision: str, *, pinned: bool, json: bool) -> None:
     commit = repo.resolve(revision)
     changed = repo.pin(commit, pinned=pinned)
     if pinned:
-        warn_if_faded(repo, commit)
+        warn_if_faded(repo.entry(commit))
     if json:
         render.as_json({"commit": commit, "pinned": pinned, "changed": changed})
     else:

@@ -26,9 +26,9 @@ from ckptvcs.cli.entries import ids as ids
 from ckptvcs.cli.entries import log_rows as log_rows
 from ckptvcs.cli.entries import metrics as metrics
 from ckptvcs.cli.entries import ratio as ratio
-from ckptvcs.plain import plain, plain_lines
-from ckptvcs.plain import printable as printable
-from ckptvcs.sizes import size as size
+from ckptvcs.text import plain, plain_lines
+from ckptvcs.text import printable as printable
+from ckptvcs.text import size as size
 
 # Of which typer does not give the name; all that is said of wrong arguments is one.
 _USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]

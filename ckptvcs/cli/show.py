@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
-from ckptvcs.history.commit import ERROR_NAMES
-from ckptvcs.history.log import LogEntry
 from ckptvcs.repo import Repo
-from ckptvcs.store.ids import ObjectId
+
+if TYPE_CHECKING:
+    from ckptvcs import LogEntry, ObjectId
 
 
 def _parts_json(entry: LogEntry) -> dict[str, Any]:
@@ -21,30 +22,24 @@ def _parts_json(entry: LogEntry) -> dict[str, Any]:
     }
 
 
-def _tensors_json(repo: Repo, entry: LogEntry) -> list[dict[str, Any]]:
+def _tensors_json(repo: Repo, name: ObjectId) -> list[dict[str, Any]]:
     """The stored tensors of a commit, those that are near with their errors."""
-    errors = repo.history.errors(entry.id)
     return [
-        {"name": info.name, "part": info.part, "role": info.role, "dtype": info.dtype,
-         "shape": list(info.shape), "evidence": info.evidence or None,
-         "error": render.error_json(errors[number]) if number in errors else None}
-        for number, info in enumerate(repo.catalog.schema(entry.commit.schema).tensors)
-        if not info.inline
+        {"name": one.name, "part": one.part, "role": one.role, "dtype": one.dtype,
+         "shape": list(one.shape), "evidence": one.evidence or None,
+         "error": None if one.error is None else render.error_json(one.error)}
+        for one in repo.tensors(name)
     ]  # fmt: skip
 
 
 def _show_roles(repo: Repo, name: ObjectId) -> None:
     """The stored tensors of a commit, what they are taken for, and how they come back."""
-    reader = repo.restorer(name)
-    near, infos = reader.near(), reader.schema.tensors
     rows = [["tensor", "dtype", "shape", "part", "role", "evidence", "form"]]
-    for number, info in enumerate(infos):
-        if not info.inline:
-            form = "near" if number in near else reader.fidelity[info.part].replace("near", "exact")
-            rows.append([
-                render.printable(info.name), info.dtype, " x ".join(map(str, info.shape)),
-                info.part, info.role, info.evidence or "none", form,
-            ])  # fmt: skip
+    for one, form in zip(repo.tensors(name), repo.forms(name), strict=True):
+        rows.append([
+            render.printable(one.name), one.dtype, " x ".join(map(str, one.shape)),
+            one.part, one.role, one.evidence or "none", form,
+        ])  # fmt: skip
     render.table(rows)
 
 
@@ -61,8 +56,7 @@ def show(
     if roles and not json:
         _show_roles(repo, name)
         return
-    tags, branch = repo.history.tags().get(name, ()), repo.history.branch_at(name)
-    entry = repo.entry(name, branch=branch, tags=tags)
+    entry = repo.show(name)
     made = entry.commit
     if json:
         files = [
@@ -73,7 +67,7 @@ def show(
             render.entry_json(entry)
             | {"parts": _parts_json(entry), "files": files, "source": made.source,
                "path": made.path, "host": made.host, "user": made.user, "code": made.code,
-               "tensors": _tensors_json(repo, entry)}
+               "tensors": _tensors_json(repo, name)}
         )  # fmt: skip
         return
     rows = [
@@ -91,7 +85,7 @@ def show(
         ("stored as", f"{made.codec}, {made.kind}, depth {made.depth}"),
         ("fidelity", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
         ("error", "" if entry.exact else ", ".join(
-            f"{name} {getattr(made.error, name):.3g}" for name in ERROR_NAMES
+            f"{name} {value:.3g}" for name, value in asdict(made.error).items()
         )),
     ]  # fmt: skip
     for label, value in rows:

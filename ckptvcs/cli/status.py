@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from ckptvcs.cli import render
@@ -13,12 +11,8 @@ from ckptvcs.cli.context import JsonOption, open_repo
 def status(context: typer.Context, json: JsonOption = False) -> None:
     """Show where HEAD is, and whether the checked-out files differ from it."""
     repo = open_repo(context)
-    head, name = repo.head(), repo.revisions.head()
-    branch = head.branch if head else None
-    changes: list[tuple[str, Path]] = []
-    if name is not None:
-        changes = repo.worktree().changes(repo.restorer(name))
-    step = repo.catalog.commit(name).step if name else None
+    found = repo.status()
+    branch, name, step, changes = found.branch, found.head, found.step, found.changes
     if json:
         render.as_json({
             "repository": str(repo.folder), "branch": branch, "detached": branch is None,

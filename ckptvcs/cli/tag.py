@@ -8,8 +8,7 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
-from ckptvcs.cli.listing import list_refs, warn_if_faded
-from ckptvcs.errors import ConflictError, NotFoundError
+from ckptvcs.cli.listing import show_names, warn_if_faded
 
 
 def tag(
@@ -22,20 +21,13 @@ def tag(
     """List tags, make one, or delete one."""
     repo = open_repo(context)
     if name is None:
-        list_refs(repo, "tags", json=json, current=None)
+        show_names(repo.tags(), json=json)
         return
-    known = repo.revisions.tag(name)
     if delete:
-        if known is None:
-            raise NotFoundError(f"no tag '{name}'")
-        repo.set_ref("tags", name, None, "delete")
-        render.talk(f"deleted tag {name}, which was at {known[:8]}")
+        render.talk(f"deleted tag {name}, which was at {repo.delete_tag(name)[:8]}")
         return
-    if known is not None:
-        raise ConflictError(f"tag '{name}' exists", hint=f"ckpt tag --delete {name}")
-    commit = repo.resolve(revision)
-    repo.set_ref("tags", name, commit, "tag")
-    warn_if_faded(repo, commit)
+    commit = repo.tag(name, revision)
+    warn_if_faded(repo.entry(commit))
     if json:
         render.as_json({"name": name, "commit": commit})
     else:

@@ -16,16 +16,12 @@ from ckptvcs.errors import (
     InvalidInputError,
     UnsupportedVersionError,
 )  # fmt: skip
-from ckptvcs.history.format_file import check_seal
-from ckptvcs.history.refs import HEAD
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptvcs.repair import Repaired
-    from ckptvcs.store.ids import ObjectId
-    from ckptvcs.verify import Damage, Report
+    from ckptvcs import Damage, ObjectId, Repaired, VerifyReport
 
 
 def verify(
@@ -45,18 +41,18 @@ def verify(
     """Prove that every commit can be restored: re-hash, decode, compare."""
     if (source is not None or drop) and not repair:
         raise InvalidInputError("--from and --drop-damaged go with --repair")
-    files = Repo.mend_files(locate(context), source, drop=drop) if repair else []
+    repaired = None
     try:
+        if repair:
+            repaired = Repo.repair_at(locate(context), source, drop=drop)
         repo = open_repo(context)
     except (CorruptionError, UnsupportedVersionError) as error:
         _say_unopened(locate(context), error, json=json)
         raise
-    repaired = repo.repair(source, drop=drop) if repair else None
     if repaired is not None:
-        repaired.files = files
         render.talk(_repaired(repaired))
         for ref, at in repaired.told.items():
-            branch = f"at branch {render.printable(at)}" if at and ref == HEAD else ""
+            branch = f"at branch {render.printable(at)}" if at and ref == "HEAD" else ""
             where = branch or (f"at {at[:8]}" if at else "at no commit")
             render.talk(f"note: {render.printable(ref)} is {where} now, as far as can be told")
     with render.progress("verifying", None) as tick:
@@ -91,22 +87,19 @@ def _say_unopened(folder: Path, error: CkptError, *, json: bool) -> None:
     Raises:
         CorruptionError: it is not of a newer program, as it says, but damaged.
     """
-    from ckptvcs.verify import Damage, Report
+    from ckptvcs import Damage, VerifyReport
 
-    damage: CkptError | None = error if isinstance(error, CorruptionError) else None
-    try:
-        check_seal(folder)
-    except CorruptionError as found:
-        damage = damage or found
-    if damage is not None:
-        if json:
-            lost = Damage("format", damage.message, name="format")
-            render.as_json(_verified(Report(damage=[lost]), None))
-        if damage is not error:
-            raise damage from error
+    damage = Repo.why_unopened(folder, error)
+    if damage is None:
+        return
+    if json:
+        lost = Damage("format", damage.message, name="format")
+        render.as_json(_verified(VerifyReport(damage=[lost]), None))
+    if damage is not error:
+        raise damage from error
 
 
-def _verified(report: Report, repaired: Repaired | None) -> dict[str, Any]:
+def _verified(report: VerifyReport, repaired: Repaired | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "ok": not report.damage, "packs": report.packs, "commits": report.commits,
         "tensors": report.tensors, "files": report.files, "bytes": report.bytes,

@@ -15,8 +15,8 @@ from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.errors import InvalidInputError, NotFoundError, after
 
 if TYPE_CHECKING:
+    from ckptvcs import WatchEvent
     from ckptvcs.repo import Repo
-    from ckptvcs.watching import Event
 
 _ONCE, _SETTLES = 10.0, 10  # seconds and times --settle, after which --once leaves what changes
 
@@ -42,15 +42,13 @@ def watch(
     json: JsonOption = False,
 ) -> None:
     """Commit checkpoints as a trainer writes them, until Ctrl-C."""
-    from ckptvcs.watching import Watcher
-
     if accept_near and keep_local is None:
         raise InvalidInputError("--accept-near goes with --keep-local")
     if not (0 < interval < math.inf and 0 <= settle < math.inf):
         raise InvalidInputError("--interval is above 0, --settle not below")
     repo = open_repo(context)
-    watcher = Watcher(
-        repo, folder, pattern=pattern, codec=codec, branch=branch, settle=settle,
+    watcher = repo.watch(
+        folder, pattern=pattern, codec=codec, branch=branch, settle=settle,
         keep_local=keep_local, accept_near=accept_near,
     )  # fmt: skip
     if once and not folder.is_dir():
@@ -81,12 +79,12 @@ def watch(
         time.sleep(min(settle, interval) / 2 + 0.01 if once else interval)
 
 
-def _made(event: Event) -> str:
+def _made(event: WatchEvent) -> str:
     new = event.id is not None and event.gone is None and event.problem is None
     return f"commit {event.id and event.id[:8]} was made" if new else ""
 
 
-def _say(repo: Repo, event: Event, *, json: bool) -> None:
+def _say(repo: Repo, event: WatchEvent, *, json: bool) -> None:
     if json:
         render.as_json(_json(repo, event))
         return
@@ -113,7 +111,7 @@ def _say(repo: Repo, event: Event, *, json: bool) -> None:
         render.data(f"{event.id[:8]}  step {step}  {name}  {sizes} ({ratio})  {form}")
 
 
-def _json(repo: Repo, event: Event) -> render.Json:
+def _json(repo: Repo, event: WatchEvent) -> render.Json:
     gone = event.gone
     return {
         "name": event.name, "step": event.step,

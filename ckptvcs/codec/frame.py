@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckptvcs.codec import excp, lossless, near_lowrank, near_moments, near_weight, patch
+from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
-from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES, DType
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 SLICE_WORDS = 1 << 20

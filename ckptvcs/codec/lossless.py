@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import kernels
+from ckptvcs.codec.dtypes import DType
 from ckptvcs.codec.kernels import reference
 from ckptvcs.codec.sections import entropy_bits, get_section, put_section, sample
 from ckptvcs.codec.words import Words, word_type
-from ckptvcs.dtypes import DType
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Planes = NDArray[np.uint8]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ckptvcs.codec import kernels
 from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.matrix import NEUTRAL, QUARTERS, Rows, get_rows, take
 from ckptvcs.codec.quantize import TABLE, fit_levels, signed_table
 from ckptvcs.codec.sections import Bytes, get_section, put_section, sample, sample_positions
@@ -27,7 +28,6 @@ from ckptvcs.codec.words import (
     to_float32,
     word_type,
 )  # fmt: skip
-from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 
 Floats = NDArray[np.float32]

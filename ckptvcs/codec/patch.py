@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from ckptvcs.codec import kernels
+from ckptvcs.codec.dtypes import DType
 from ckptvcs.codec.kernels.reference import split_words
 from ckptvcs.codec.lossless import DELTA
 from ckptvcs.codec.masks import get_positions, put_bitmap
 from ckptvcs.codec.sections import get_bytes, sample
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.dtypes import DType
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 SAME, WHOLE, NEAR = 0, 1, 2

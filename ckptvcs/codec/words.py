@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES
+from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES
 
 Words = NDArray[np.unsignedinteger]
 """A flat array of unsigned integers holding the little-endian words of a tensor."""

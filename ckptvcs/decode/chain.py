@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 from blake3 import blake3
 
+from ckptvcs.codec.dtypes import DTYPES, DType
 from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.dtypes import DTYPES, DType
 from ckptvcs.errors import CkptError, CorruptionError, TruncatedError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.recipe import NO_HASH, Frame, slice_hash

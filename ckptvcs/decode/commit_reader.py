@@ -22,20 +22,18 @@ from ckptvcs.checkpoint.layout import Layout
 from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec import kernels
+from ckptvcs.codec.dtypes import can_be_lossy
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable, HeldBase, materialised
 from ckptvcs.decode.chain import ChainReader, Link, Materialised, Materials
-from ckptvcs.dtypes import can_be_lossy
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.files.names import safe_path as safe_path
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import BIG, UNKNOWN, Op, Skeleton, TensorInfo
-from ckptvcs.parallel import ordered_map
+from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import ObjectId
-
-Progress = Callable[[int], None]
 
 _DROPPED = "'ckpt log --all' lists it, 'ckpt reflog' says by which rule"
 _DEEP = 2  # deltas, from which on decoded weights are kept in the cache

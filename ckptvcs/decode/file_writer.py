@@ -9,12 +9,13 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Mapping
 
-from ckptvcs.decode.commit_reader import Progress, Restorer
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.files.names import is_name, safe_path
 from ckptvcs.files.placing import Folder, Seen
 from ckptvcs.files.targets import Target, writing
 from ckptvcs.history.commit import Commit
+from ckptvcs.parallel import Progress
 
 Looks = Mapping[str, Seen | None]
 """What was found where the files and links of a directory belong, by their paths."""

@@ -31,14 +31,15 @@ from ckptvcs.checkpoint.torch_writer import (
     zip_records,
 )  # fmt: skip
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.words import octets, word_type
 from ckptvcs.decode.commit_reader import Restorer, in_our_order
 from ckptvcs.decode.file_writer import look_at_files, named_paths, save_directory, save_file
-from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.files.names import refuse_trusted
 from ckptvcs.files.targets import Target, looked, named
 from ckptvcs.history.schema import LITTLE, Schema, View
+from ckptvcs.parallel import quiet
 
 _NOT_IN_SAFETENSORS = frozenset({"C32", "C128"})
 _MAX_ELEMENTS = 1 << 59  # in bytes no more than 63 bits hold
@@ -149,7 +150,7 @@ class PartReader:
                         hint="'ckpt checkout' gives its file back",
                     )
                 parts: list[bytes] = []
-                self._restorer.write_file(file, lambda d, p=parts: p.append(bytes(d)), _quiet)  # type: ignore[misc]
+                self._restorer.write_file(file, lambda d, p=parts: p.append(bytes(d)), quiet)  # type: ignore[misc]
                 states[file.path] = b"".join(parts)
             else:
                 states[file.path] = self._filled(layout, by_key, file.path)
@@ -405,7 +406,3 @@ def _possible(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _payload(data: bytes) -> Payload:
     return Payload(len(data), lambda: iter([data]))
-
-
-def _quiet(_: int) -> None:
-    """No progress is shown inside a Python program."""

@@ -24,12 +24,13 @@ from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.decode.chain import ChainReader, Link, Materialised
-from ckptvcs.decode.commit_reader import Progress, Restorer
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Target
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.schema import Schema
+from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
 _MAX_LISTED = 4

@@ -23,13 +23,13 @@ from ckptvcs.checkpoint.matching import alike
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec import kernels
+from ckptvcs.codec.dtypes import WEIGHT_DTYPES, float_type
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.decode.base_cache import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
 from ckptvcs.decode.chain import ChainReader, Materialised
-from ckptvcs.dtypes import WEIGHT_DTYPES, float_type
 from ckptvcs.encode.attempt import Attempt, TooCoarse
 from ckptvcs.encode.exact import code_patch
 from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
@@ -37,12 +37,12 @@ from ckptvcs.encode.group import CodedGroup, Coder, Errors
 from ckptvcs.encode.measure import count_nonfinite
 from ckptvcs.encode.planner import Planner
 from ckptvcs.encode.report import report, report_tensors
-from ckptvcs.encode.source import Progress, SourceTensor, find_masters, stays
+from ckptvcs.encode.source import SourceTensor, find_masters, stays
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
 from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.parallel import ordered_map
+from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId, object_id
 
 T = TypeVar("T")

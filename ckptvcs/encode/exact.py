@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from ckptvcs.codec import lossless, patch
+from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES
 from ckptvcs.codec.frame import LOSSLESS, NEAR_WEIGHT, PATCH, put_slice
 from ckptvcs.codec.near_weight import encode_difference, encode_keyframe, find_grid
 from ckptvcs.codec.words import NearSlice, Words
-from ckptvcs.dtypes import DTYPES, WEIGHT_DTYPES
 from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Target, Tensor
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.frame import (
     NEAR_SCALED_LOW_RANK,
     NEAR_SECOND,
@@ -24,7 +25,6 @@ from ckptvcs.codec.near_lowrank import factors_of, put_directions
 from ckptvcs.codec.near_moments import Factors, put_second
 from ckptvcs.codec.near_weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
-from ckptvcs.dtypes import DTYPES
 from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Group, Target
 from ckptvcs.encode.near import Measured, NearCoder, is_beyond, second_rows
 

@@ -20,10 +20,10 @@ from ckptvcs.checkpoint.roles import (
     WEIGHT,
     Rule,
 )  # fmt: skip
+from ckptvcs.codec.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec
 from ckptvcs.decode.base_cache import BaseTensor
-from ckptvcs.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.encode import excp
 from ckptvcs.encode.attempt import TooFar
 from ckptvcs.encode.exact import ExactCoder
@@ -32,7 +32,7 @@ from ckptvcs.encode.group import Coder, Floats, Group, Target
 from ckptvcs.encode.near import NearCoder, NearPlan, Scale, measure_scale
 from ckptvcs.encode.source import SourceTensor
 from ckptvcs.parallel import ordered_map
-from ckptvcs.sizes import size
+from ckptvcs.text import size
 
 _RELATED = 0.5  # squared distance from the base over squared size, from which on they are not
 _SAMPLE = 1 << 12  # entries of a slice that are looked at

@@ -19,20 +19,19 @@ import numpy as np
 from blake3 import blake3
 
 from ckptvcs.checkpoint.matching import alike
+from ckptvcs.codec.dtypes import DTYPES, float_type
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, materialised
 from ckptvcs.decode.chain import ChainReader, Materialised
-from ckptvcs.dtypes import DTYPES, float_type
 from ckptvcs.encode.exact import code_again
 from ckptvcs.encode.frame_writer import Slice
-from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.parallel import ordered_map
+from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.pack import PackWriter
 

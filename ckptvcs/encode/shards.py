@@ -15,11 +15,11 @@ from pathlib import Path
 from ckptvcs.checkpoint.layout import Piece
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import WEIGHT
+from ckptvcs.codec.dtypes import float_type
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.decode.base_cache import HeldBase
-from ckptvcs.dtypes import float_type
 from ckptvcs.encode.attempt import Attempt, within_bounds
 from ckptvcs.encode.encoder import Encoder, energy_of
 from ckptvcs.encode.frame_writer import PatchWriter

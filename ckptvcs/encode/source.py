@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ from blake3 import blake3
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_read
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
+from ckptvcs.codec.dtypes import WEIGHT_DTYPES
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.kernels import on_torch
 from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_type
-from ckptvcs.dtypes import WEIGHT_DTYPES
-from ckptvcs.parallel import ordered_map
+from ckptvcs.parallel import Progress, ordered_map
 
-Progress = Callable[[int], None]
 """Called with a number of bytes that have been dealt with."""
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from ckptvcs.errors import ConflictError, CorruptionError
-from ckptvcs.plain import UNSEEN
+from ckptvcs.text import UNSEEN
 
 MAX_NESTING = 200
 """Directories in each other; Python makes those of a path in as many calls."""

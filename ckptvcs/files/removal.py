@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,11 +22,10 @@ from blake3 import blake3
 
 from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.files.placing import LINK_ERRORS, Folder, NotRegularError
+from ckptvcs.parallel import Progress
 from ckptvcs.store.disk import storage_error
 
 _BLOCK = 1 << 22
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)

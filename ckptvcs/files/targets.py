@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self
 
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.files.placing import Folder, Seen
 from ckptvcs.store.disk import storage_error
 
@@ -93,6 +93,17 @@ class Targets:
             folder, missing = self._known[path.parent]
             seen = None if missing.parts else folder.look(path.name)
             return Target(path, folder, missing, path.name, seen)
+
+    def free(self, path: Path, *, force: bool) -> Target:
+        """The same, where nothing is in the way.
+
+        Raises:
+            ConflictError: there is something, and `force` is not given.
+        """
+        target = self.look(path)
+        if target.seen is not None and not force:
+            raise ConflictError(f"{path} exists", hint="overwrite it with --force")
+        return target
 
     def _lowest(self, path: Path) -> tuple[Folder, PurePosixPath]:
         missing: list[str] = []

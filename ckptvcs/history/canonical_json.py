@@ -6,7 +6,6 @@ Reading checks every field, because a repository may come from someone else.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Set
 from datetime import UTC, datetime
 from typing import Any
@@ -172,13 +171,6 @@ class Record:
 def now() -> str:
     """The time as commits, refs and records hold it."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def from_number(value: float) -> Json:
-    """A number as JSON can hold it: what is not finite becomes its name."""
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def to_number(value: Json) -> float:

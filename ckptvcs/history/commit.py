@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ckptvcs.errors import CorruptionError
-from ckptvcs.history.canonical_json import Record, dump, from_number, load, to_number
+from ckptvcs.history.canonical_json import Record, dump, load, to_number
 from ckptvcs.store.ids import ObjectId, checked_id
+from ckptvcs.text import from_number
 
 PARTS = ("model", "optimizer", "rest")
 """Weights; optimizer state; everything else.  Each decodes without the others."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from ckptvcs.dtypes import DTYPES
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.canonical_json import Record, dump, load
 from ckptvcs.store.ids import ObjectId, checked_id

@@ -19,7 +19,7 @@ _UNDO = "undo "  # before the number of the generation that was taken back
 
 
 @dataclass(frozen=True)
-class Event:
+class ReflogEvent:
     """Something that happened to a branch: a move of it, or `count` commits of it let go."""
 
     time: str
@@ -82,7 +82,7 @@ class Past:
             raise NotFoundError(f"branch '{found}' has no history yet")
         return found
 
-    def events(self, branch: str | None = None) -> list[Event]:
+    def events(self, branch: str | None = None) -> list[ReflogEvent]:
         """The moves of a branch (HEAD's), and what was let go of its commits, newest first.
 
         Raises:
@@ -98,14 +98,14 @@ class Past:
             if count:
                 action = f"{record.what} {record.rule}".strip()
                 place = (_after(record, name, moves), record.time)
-                events.append((place, Event(record.time, action, None, None, True, count)))
+                events.append((place, ReflogEvent(record.time, action, None, None, True, count)))
         return [event for _, event in sorted(events, key=lambda row: row[0], reverse=True)]
 
-    def _event(self, move: Generation, reached: Set[ObjectId]) -> Event:
+    def _event(self, move: Generation, reached: Set[ObjectId]) -> ReflogEvent:
         known = move.commit is not None and self._catalog.store.contains(move.commit)
         step = self._catalog.commit(move.commit).step if move.commit and known else None
         there = move.commit is None or (known and self._stands(move.commit, reached))
-        return Event(move.time, move.action, move.commit, step, there)
+        return ReflogEvent(move.time, move.action, move.commit, step, there)
 
     def _stands(self, name: ObjectId, reached: Set[ObjectId]) -> bool:
         try:

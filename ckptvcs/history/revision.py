@@ -47,18 +47,6 @@ def split_tensor(text: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def split_range(text: str) -> tuple[str | None, str | None]:
-    """`REV..REV` as two revisions; None for one that is left out.
-
-    Raises:
-        InvalidInputError: there is no `..` in it, or more than one.
-    """
-    start, dots, stop = text.partition("..")
-    if not dots or ".." in stop:
-        raise InvalidInputError(f"'{text}' is no REV..REV", hint="for example 1000..2000")
-    return start or None, stop or None
-
-
 class Revisions:
     """Resolves revisions against the refs and commits of one repository."""
 

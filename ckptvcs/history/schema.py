@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ckptvcs.dtypes import DTYPES, DType
+from ckptvcs.codec.dtypes import DTYPES, DType
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.canonical_json import Record, dump, load
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.checkpoint.roles import Names
-from ckptvcs.committing import Result
 from ckptvcs.integrations.target import Target, Where
+from ckptvcs.ops.commit import CommitResult
 
 try:
     from accelerate import Accelerator
@@ -24,7 +24,7 @@ def commit_state(
     accelerator: Accelerator, repo: Where, output_dir: str | os.PathLike[str] | None = None, *,
     step: int | None = None, metrics: Mapping[str, float] | None = None, codec: str | None = None,
     **saving: Any,
-) -> Result | None:  # fmt: skip
+) -> CommitResult | None:  # fmt: skip
     """Save the state of a training by `accelerator.save_state`, and commit the directory on the
     main process; the others wait for it.  What was committed, or None on these.
 

@@ -21,6 +21,7 @@ from ckptvcs.checkpoint.conventions import LIGHTNING_LAST
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.integrations.target import Target, Where
+from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
@@ -161,7 +162,7 @@ def _is_remote(path: str | Path) -> bool:
 
 def _find(repo: Repo, path: Path) -> LogEntry | None:
     """The newest commit of a file, on HEAD's line or else on any."""
-    name, inside = repo.naming(path)
+    name, inside = Repository(repo.folder).naming(path)
     is_last = LIGHTNING_LAST.fullmatch(path.name)
     for everywhere in (False, True):
         for entry in repo.log(all_branches=everywhere):

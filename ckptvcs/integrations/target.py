@@ -11,9 +11,10 @@ from pathlib import Path
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.checkpoint.survey import Found
-from ckptvcs.committing import Result
-from ckptvcs.content import Contents
 from ckptvcs.errors import CkptError, NotFoundError
+from ckptvcs.ops.commit import CommitResult
+from ckptvcs.ops.content import Contents
+from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
@@ -56,14 +57,14 @@ class Target:
         kind = "directory" if path.is_dir() else "file"
         try:
             found = Found(path.name, path, kind, open_checkpoint(path).size_bytes, None)
-            return Contents(repo).find(found, lambda _: None)
+            return Contents(Repository(repo.folder)).find(found, lambda _: None)
         except CkptError:  # nothing that could have been committed
             return None
 
     def commit(
         self, path: Path, *, step: int | None, metrics: Mapping[str, float],
         names: Names | None = None,
-    ) -> Result:  # fmt: skip
+    ) -> CommitResult:  # fmt: skip
         """Commit a checkpoint that is complete; notes about it are logged.
 
         Raises:

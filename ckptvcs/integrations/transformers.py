@@ -16,8 +16,9 @@ from ckptvcs.checkpoint.torch_objects import parameter_names
 from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError
 from ckptvcs.files.removal import Originals
 from ckptvcs.integrations.target import Target, Where
-from ckptvcs.keeping import Keeper
-from ckptvcs.lines import Lines
+from ckptvcs.ops.originals import Keeper
+from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.series import Lines
 from ckptvcs.store.ids import ObjectId
 
 try:
@@ -86,14 +87,14 @@ class CkptCallback(TrainerCallback):
             if path != folder and named_step(path.name) is not None
             and (name := self._target.find(path)) is not None
         }  # fmt: skip
-        order = Lines(self._target.repo, None).by_age(found.values())
+        order = Lines(Repository(self._target.repo.folder), None).by_age(found.values())
         return dict(sorted(found.items(), key=lambda pair: order.index(pair[1])))
 
     def _remove(self, staying: set[Path]) -> None:
         assert self._keep_local is not None
-        repo = self._target.repo
+        repository = Repository(self._target.repo.folder)
         older = list(self._made)[: -self._keep_local]
-        keeper = Keeper(repo, self._target.codec)
+        keeper = Keeper(repository, self._target.codec)
         for folder in older:
             if folder in staying:
                 continue

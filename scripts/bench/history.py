@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ckptvcs.config import Config
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
+from ckptvcs.ops.config import Config
 from ckptvcs.repo import Repo
 from scripts.bench.runs import LONG
 

@@ -409,6 +409,6 @@ print(hasattr(ckptvcs, "nothing"))
         env=environment(),
     )  # fmt: skip
     loaded, names, nothing = done.stdout.splitlines()
-    assert loaded == "ckptvcs.errors ckptvcs.plain"
+    assert loaded == "ckptvcs.errors ckptvcs.text"
     assert names.split() == ckptvcs.__all__
     assert nothing == "False"

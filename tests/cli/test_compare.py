@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ckptvcs.cli import diff, render
-from ckptvcs.compare import Indistinct
 from ckptvcs.history.schema import TensorInfo
+from ckptvcs.ops.diff import Indistinct
 from tests.cli.conftest import Ckpt, environment
 from tests.training import save_run, train
 

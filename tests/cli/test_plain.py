@@ -25,8 +25,8 @@ from ckptvcs.cli import app as command_line
 from ckptvcs.errors import CkptError
 from ckptvcs.history import commit as commits
 from ckptvcs.history.canonical_json import now, seal
-from ckptvcs.plain import plain, plain_lines, printable
 from ckptvcs.repo import Repo
+from ckptvcs.text import plain, plain_lines, printable
 from tests.cli.conftest import environment
 
 ROOT = Path(__file__).parent.parent.parent
@@ -163,7 +163,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         odd = {"time": ODD, "action": ODD} if "heads" in fields["ref"] else {}
         return seal({**fields, **odd})
 
-    patch.setattr("ckptvcs.committing.dump_commit", forged)
+    patch.setattr("ckptvcs.ops.commit.dump_commit", forged)
     patch.setattr("ckptvcs.history.refs.seal", sealed)
     rng = np.random.default_rng(1)
     repo = Repo.init(root)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs.codec import excp
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.frame import (
     EXCP_MOMENT,
     EXCP_RESIDUAL,
@@ -18,7 +19,6 @@ from ckptvcs.codec.frame import (
 )  # fmt: skip
 from ckptvcs.codec.spec import ExcpSpec
 from ckptvcs.codec.words import from_float32, to_float32
-from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 
 SPEC = ExcpSpec()

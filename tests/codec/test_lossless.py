@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ckptvcs.codec import lossless
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.words import Words, word_type
-from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 
 DTYPE_NAMES = sorted(DTYPES)

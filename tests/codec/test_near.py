@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ckptvcs.codec import kernels
 from ckptvcs.codec.codes import Codes, get_codes, put_codes
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.frame import (
     NEAR_FIRST,
     NEAR_LOW_RANK,
@@ -29,7 +30,6 @@ from ckptvcs.codec.near_moments import Factors, encode_first, encode_second
 from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.sections import Bytes
 from ckptvcs.codec.words import from_float32, to_float32
-from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 
 DTYPE_NAMES = st.sampled_from(["F32", "F16", "BF16"])

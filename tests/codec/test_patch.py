@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs.codec import patch
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.kernels import compiled, reference
 from ckptvcs.codec.words import Words, word_type
-from ckptvcs.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 FORMS = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "U8": 1, "F64": 8}

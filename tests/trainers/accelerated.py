@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ckptvcs.committing import Committer
 from ckptvcs.integrations.accelerate import commit_state
 from ckptvcs.integrations.target import Target
+from ckptvcs.ops.commit import Committer
 
 
 class Mean:

@@ -21,8 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from ckptvcs.committing import Committer
 from ckptvcs.integrations.transformers import CkptCallback
+from ckptvcs.ops.commit import Committer
 
 
 class _Data(torch.utils.data.Dataset[dict[str, Any]]):

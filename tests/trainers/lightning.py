@@ -19,8 +19,8 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
-from ckptvcs.committing import Committer
 from ckptvcs.integrations.lightning import CkptCheckpointIO
+from ckptvcs.ops.commit import Committer
 
 
 class Net(LightningModule):

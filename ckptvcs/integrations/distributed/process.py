@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckptvcs.integrations.target import Where
+from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
 
-_opened: dict[Path, Repo] = {}  # what a process has coded last is the base of what it codes next
+# What a process has coded last is the base of what it codes next.
+_opened: dict[Path, Repository] = {}
 
 
-def open_once(where: Where, *, make: bool = False) -> Repo:
+def open_once(where: Where, *, make: bool = False) -> Repository:
     """A repository, opened once in a process, or made where there is none."""
-    if isinstance(where, Repo):
-        return where
-    path = Path(where).resolve()
+    path = Path(where.root if isinstance(where, Repo) else where).resolve()
     if path not in _opened:
-        _opened[path] = Repo.init(path) if make else Repo.open(path)
+        made = Repository.init(path) if make else Repository(Repository.locate(path))
+        _opened[path] = made
     return _opened[path]

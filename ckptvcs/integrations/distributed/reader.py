@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckptvcs.care import quiet
 from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import PartReader, Window, windows
@@ -23,7 +22,8 @@ from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, load_metadata
 from ckptvcs.integrations.distributed.process import open_once
 from ckptvcs.integrations.target import Where
-from ckptvcs.repo import Repo
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import quiet
 from ckptvcs.store.ids import ObjectId
 
 _BATCH_BYTES = 1 << 28  # decoded at a time
@@ -179,7 +179,7 @@ def _inside(node: Any, step: str | int) -> Any:
     return node.get(step, _MISSING) if isinstance(node, dict) else _MISSING
 
 
-def _find(repo: Repo, revision: str) -> ObjectId:
+def _find(repo: Repository, revision: str) -> ObjectId:
     """The commit that a revision names, or the newest one that was saved under a name."""
     try:
         return repo.resolve(revision)

@@ -34,7 +34,7 @@ from ckptvcs.integrations.distributed.balance import item_bytes, keep_together
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, dump_metadata, is_path
 from ckptvcs.integrations.distributed.process import open_once
 from ckptvcs.integrations.target import Where
-from ckptvcs.joining import Joint
+from ckptvcs.ops.join import Joint, code_share
 from ckptvcs.repo import Repo
 
 _GROUPS = "param_groups"
@@ -121,7 +121,7 @@ class CkptWriter(StorageWriter):
         if plan.items:
             try:
                 checkpoint = _Part(planner).checkpoint(plan.items)
-                shard = open_once(self._where).code_shard(plan.storage_data, checkpoint)
+                shard = code_share(open_once(self._where), plan.storage_data, checkpoint)
             except BaseException:
                 self._give_up()
                 raise

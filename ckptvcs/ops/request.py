@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptvcs.checkpoint.conventions import step_in_name, step_in_text
 from ckptvcs.checkpoint.open import Checkpoint
+from ckptvcs.checkpoint.state import STATE_FILE
 from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.errors import InvalidInputError
 
@@ -44,6 +45,20 @@ class Request:
             checkpoint, path, inside, plain_message(message), plain_step(step),
             plain_metrics(metrics), spec, branch, head_stays,
         )  # fmt: skip
+
+
+def plain(
+    step: object, message: object, metrics: Mapping[Any, object], codec: str | None
+) -> dict[str, Any]:
+    """What is said of a state, as `commit_checkpoint` takes it.
+
+    Raises:
+        InvalidInputError: a step, a metric or a message is none.
+    """
+    return {
+        "path": STATE_FILE, "inside": True, "step": plain_step(step),
+        "message": plain_message(message), "metrics": plain_metrics(metrics), "codec": codec,
+    }  # fmt: skip
 
 
 def plain_step(step: object) -> int | None:

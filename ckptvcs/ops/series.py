@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ckptvcs.checkpoint.grouping import family
-from ckptvcs.committing import Result
-from ckptvcs.repo import Repo
+from ckptvcs.ops.commit import CommitResult
+from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import ObjectId
 
 _NEAR_TIP = 100  # commits of a line that are looked at for a name of the folder
@@ -20,7 +20,7 @@ _NEAR_TIP = 100  # commits of a line that are looked at for a name of the folder
 class Lines:
     """The lines of one folder in one repository."""
 
-    def __init__(self, repo: Repo, branch: str | None) -> None:
+    def __init__(self, repo: Repository, branch: str | None) -> None:
         """Commits go to `branch`, or else to HEAD's."""
         self._repo, self._wanted = repo, branch
         self._main: str | None = None  # the series of HEAD's line, or of `branch`
@@ -77,7 +77,7 @@ class Lines:
             return self._others[series], True
         return self._wanted, self._main not in (None, series)
 
-    def add(self, name: str, made: Result) -> None:
+    def add(self, name: str, made: CommitResult) -> None:
         """A checkpoint was committed."""
         series = family(name)
         if self._main is None:

@@ -42,15 +42,14 @@ from ckptvcs.history.refs import Move
 from ckptvcs.store.disk import real_path
 
 if TYPE_CHECKING:
-    from ckptvcs.checkpoint.parcel import Parcel
-    from ckptvcs.checkpoint.staging import Staging
+    from ckptvcs.background.shared_state import Parcel, Staging
 
 # Who stops a job may tell all of its processes; this one ends with the one that it works for, which
 # may have something left to commit.
 _NOT_HEARD = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _START = (
     f"import signal as s; [s.signal(getattr(s, name), s.SIG_IGN) for name in {_NOT_HEARD}]; "
-    "from ckptvcs.serving import serve; serve()"
+    "from ckptvcs.background.server import serve; serve()"
 )
 _PATIENCE = 10.0  # seconds for an idle process to end in
 _LOOK = 1.0  # seconds between looks whether it is alive

@@ -1,4 +1,4 @@
-"""Plain: text that others made, so that it can be shown.
+"""Text for people: sizes in bytes, and text of others made plain so that it can be shown.
 
 A name, a message, an error may hold sequences that drive a terminal, or marks that turn the order
 of letters around.  What would not be seen as itself is seen as U+FFFD.
@@ -7,6 +7,7 @@ of letters around.  What would not be seen as itself is seen as U+FFFD.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import traceback
 
@@ -16,6 +17,22 @@ UNSEEN = re.compile(
 """Letters and marks that are shown as nothing, besides those of the category of formats."""
 
 _VARIANTS = range(0xFE00, 0xFE10)  # of signs such as emoji, which have one as a rule
+
+
+def size(count: float) -> str:
+    """A number of bytes in three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def from_number(value: float) -> float | str:
+    """A number as JSON can hold it: what is not finite becomes its name."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def plain(text: str) -> str:

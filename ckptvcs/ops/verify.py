@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ckptvcs.budget import Budget, Checked
-from ckptvcs.config import load_config
 from ckptvcs.decode.base_cache import NO_ROOM, CachedTable, RecentTables, Room
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.decode.commit_reader import Restorer
@@ -36,6 +34,10 @@ from ckptvcs.history.reachability import mark
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
+from ckptvcs.ops.config import load_config
+from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.verify_subset import Budget, Checked
+from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store import pack as packs
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.ids import Kind, ObjectId, PackId
@@ -46,7 +48,6 @@ from ckptvcs.store.pack import find_entries
 _TRIES = 3
 
 T = TypeVar("T")
-Progress = Callable[[int], None]
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Damage:
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What was looked at, what was left for another time, and what was wrong.  Commits that are
     `loose` are here, and no ref led to them ever: they came to nothing, or their ref was lost.
     Materialised bases in the cache that were wrong are `discarded`: nothing is lost with them.
@@ -110,7 +111,7 @@ class Verifier:
         self._progress, self._budget = progress, budget
         self._proven: set[tuple[ObjectId, tuple[str, ...]]] = set()  # a table, and its types
         self._harmed: dict[tuple[ObjectId, str | None], set[str]] = {}  # tensors of a part
-        self.report = Report()
+        self.report = VerifyReport()
 
     def _wrong(
         self, what: str, error: CkptError, commit: ObjectId | None = None, name: str | None = None
@@ -122,7 +123,7 @@ class Verifier:
             self._harmed.setdefault((commit, None), set())
         return damage
 
-    def run(self, index: ObjectStore | None = None) -> Report:
+    def run(self, index: ObjectStore | None = None) -> VerifyReport:
         """Look at everything; damage is collected, not raised.  `index` is the store whose index is
         to be compared with the packs.
         """
@@ -131,7 +132,7 @@ class Verifier:
             self._chain = ChainReader(self._catalog, self._recent.get)
             return self._run(index)
 
-    def _run(self, index: ObjectStore | None) -> Report:
+    def _run(self, index: ObjectStore | None) -> VerifyReport:
         sizes = dict(self._files())
         self._single_files()
         commits = self._twice(self._reachable)
@@ -407,3 +408,30 @@ class Verifier:
                 "the index does not agree with the packs: 'ckpt index --rebuild'"
             )
             self._wrong("cache", error, name="index")
+
+
+def verify(
+    repository: Repository, progress: Progress = quiet, *, subset: str | None = None
+) -> VerifyReport:
+    """Prove that everything can be read; see `Repo.verify`.
+
+    Raises:
+        InvalidInputError: there is no such subset.
+    """
+    budget = None if subset is None else Budget.parse(subset)
+    with packs_alone(repository.catalog) as catalog:
+        verifier = Verifier(catalog, repository.refs, repository.cache, progress, budget)
+        return verifier.run(repository.catalog.store)
+
+
+def why_unopened(folder: Path, error: CkptError) -> CorruptionError | None:
+    """Return the damage for which a repository could not be opened, which raised `error`; None if
+    it is of a newer program, as it says.
+    """
+    if isinstance(error, CorruptionError):
+        return error
+    try:
+        check_seal(folder)
+    except CorruptionError as found:
+        return found
+    return None

@@ -1,4 +1,4 @@
-"""What runs in the process that commits in the background; see `worker.py`."""
+"""What runs in the process that commits in the background; see `background/process.py`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
 
-from ckptvcs.checkpoint.parcel import unpack
+from ckptvcs.background.process import Done, Failed, Job
+from ckptvcs.background.shared_state import unpack
 from ckptvcs.errors import CkptError
 from ckptvcs.history.refs import Move
+from ckptvcs.ops.commit import commit_checkpoint
+from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import stay_in_background
-from ckptvcs.repo import Repo
 from ckptvcs.store.leases import patience
-from ckptvcs.worker import Done, Failed, Job
 
 _LOOK = 0.5  # seconds
 
@@ -36,7 +37,7 @@ def serve() -> None:
     threading.Thread(target=_watch, args=[parent], daemon=True).start()
     stay_in_background()
     pipe = Connection(descriptor)
-    repo: Repo | None = None
+    repository: Repository | None = None
     gc.freeze()  # what is loaded stays, and is not looked through each time
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         while (job := pipe.recv()) is not None:
@@ -44,8 +45,8 @@ def serve() -> None:
             handle = recv_handle(pipe)
             answer: Done | Failed
             try:
-                repo = repo or Repo.open(folder)
-                answer = _commit(repo, job, handle, pipe)
+                repository = repository or Repository(folder)
+                answer = _commit(repository, job, handle, pipe)
             except CkptError as error:
                 answer = Failed(type(error), error.message, error.hint)
             except Exception as error:
@@ -54,18 +55,18 @@ def serve() -> None:
             finally:
                 os.close(handle)
             if isinstance(answer, Failed):
-                repo = None  # the next commit starts from what is on the disk
+                repository = None  # the next commit starts from what is on the disk
             pipe.send(answer)
             gc.collect()  # the memory of a job lies in cycles, with a descriptor of its own
 
 
-def _commit(repo: Repo, job: Job, handle: int, pipe: Connection) -> Done:
+def _commit(repository: Repository, job: Job, handle: int, pipe: Connection) -> Done:
     def announce(move: Move) -> None:
         pipe.send(move)
 
     def commit() -> Done:
         state = unpack(job.parcel, room)
-        made = repo.commit_checkpoint(state, **job.said, announce=announce)
+        made = commit_checkpoint(repository, state, **job.said, announce=announce)
         return Done(made.id, made.branch)
 
     room = memoryview(mmap.mmap(handle, job.size))

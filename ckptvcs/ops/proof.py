@@ -9,7 +9,6 @@ each of its frames read once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 
 from ckptvcs.decode.base_cache import materialised
@@ -18,9 +17,8 @@ from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog
+from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
-
-Progress = Callable[[int], None]
 
 
 def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress: Progress) -> bool:

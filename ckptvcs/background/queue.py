@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from ckptvcs.checkpoint.staging import Staging
+from ckptvcs.background.shared_state import Staging
 from ckptvcs.errors import CkptError
 from ckptvcs.parallel import Pool
 

@@ -23,14 +23,17 @@ from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
-from ckptvcs.decode.commit_reader import Progress, Restorer
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import Bytes, PartReader, Window, windows
 from ckptvcs.decode.trajectory import Trajectory
-from ckptvcs.errors import InvalidInputError
-from ckptvcs.files.targets import Target, looked
+from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.files.targets import Target, Targets, looked
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
+from ckptvcs.history.log import Bound
 from ckptvcs.history.schema import Op, Schema, Skeleton
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
@@ -167,6 +170,21 @@ class Averaged(Restorer):
                         there = literal + mark.offset - start
                         literals[there : there + 4] = new
         return replace(skeleton, literals=memoryview(bytes(literals)))
+
+
+def average(
+    repository: Repository, start: Bound, stop: Bound, path: Path, *, every: int | None = None,
+    force: bool = False, progress: Progress = quiet,
+) -> list[ObjectId]:  # fmt: skip
+    """Write the mean of the weights of a line of commits; see `Repo.average`."""
+    names = repository.history.line(start, stop, every)
+    if not names:
+        raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
+    with Targets() as looks:
+        write_average(
+            repository.catalog, names, looks.free(path, force=force), progress, force=force
+        )
+    return names
 
 
 def write_average(

@@ -1,4 +1,4 @@
-"""Search: a line of commits, of which the first are good and the last are bad -> the first bad one.
+"""Bisect: a line of commits, of which the first are good and the last are bad -> the first bad one.
 
     good  good  good  ?  ?  ?  bad          each test halves what is unknown
 
@@ -17,14 +17,17 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
-from ckptvcs.compare import all_finite
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.log import LogEntry
+from ckptvcs.ops.checkout import checkout_files
+from ckptvcs.ops.diff import all_finite
+from ckptvcs.ops.repository import Repository
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.ids import ObjectId
 
@@ -137,6 +140,38 @@ def bisect(
     good, bad = narrow(len(names), test)
     candidates = tuple(entry(name) for name in names[good + 1 : bad + 1])
     return Bisection(entry(names[good]), candidates, tuple(tested))
+
+
+def search(
+    repository: Repository, good: str | int, bad: str | int, judge: Judge, watch: Watch
+) -> Bisection:
+    """Find the first bad commit between two; see `Repo.bisect`."""
+    names = line(repository.catalog, repository.resolve(good), repository.resolve(bad))
+    return bisect(names, repository.entry, judge, watch)
+
+
+def choose_judge(
+    repository: Repository, command: Sequence[str] | None, metric: str | None,
+    above: float | None, below: float | None, *, nan: bool,
+) -> Judge:  # fmt: skip
+    """Return the one judge that is asked for.
+
+    Raises:
+        InvalidInputError: none is, or several are; or a bound without a metric.
+    """
+    if sum((bool(command), nan, metric is not None)) != 1:
+        raise InvalidInputError(
+            "one test is needed",
+            hint="'-- COMMAND', --nan, or --metric NAME with --above or --below",
+        )
+    if (metric is not None) != (above is not None or below is not None):
+        raise InvalidInputError("--metric requires --above or --below, and these require --metric")
+    if metric is not None:
+        return metric_judge(metric, above=above, below=below)
+    if command:
+        # The place is new, and nobody's working directory.
+        return command_judge(command, partial(checkout_files, repository, force=True))
+    return finite_judge(repository.catalog, repository.restorer)
 
 
 def metric_judge(name: str, *, above: float | None, below: float | None) -> Judge:

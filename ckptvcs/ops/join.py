@@ -18,23 +18,23 @@ from typing import Self
 
 from blake3 import blake3
 
-from ckptvcs.care import quiet
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
-from ckptvcs.committing import Committer, SharedPatchFadedError, unchanged
+from ckptvcs.decode.base_cache import HeldBase
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.encode.encoder import Encoded, has_patch
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.report import report, report_tensors
-from ckptvcs.encode.shards import Shard, Stored, Ticket
+from ckptvcs.encode.shards import Shard, Stored, Ticket, code_shard
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError, after
 from ckptvcs.history.commit import PARTS, PartState
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.recipe import NO_HASH, Recipe, dump_values, slice_hash
 from ckptvcs.history.schema import Schema, TensorInfo
-from ckptvcs.opened import CACHE
-from ckptvcs.repo import Repo
-from ckptvcs.request import Request
+from ckptvcs.ops.commit import Committer, SharedPatchFadedError, unchanged
+from ckptvcs.ops.likeness import Scanned
+from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.request import Request
 from ckptvcs.store.ids import Kind, ObjectId, object_id
 from ckptvcs.store.leases import lease
 
@@ -47,24 +47,20 @@ class Joint:
     """
 
     def __init__(
-        self, repo: Repo, path: str, *, step: int | None = None, message: str = "",
+        self, repository: Repository, path: str, *, step: int | None = None, message: str = "",
         metrics: Mapping[str, float] | None = None, codec: str | None = None,
         branch: str | None = None,
     ) -> None:  # fmt: skip
         """Raises InvalidInputError: a step, a metric, a message or a codec is none."""
-        self._repo, self._catalog = repo, repo.catalog
+        self._repository, self._catalog = repository, repository.catalog
         nothing = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
-        config = repo.commit_config()
+        config = repository.commit_config()
         self._request = Request.of(
             nothing, path, inside=True, message=message, step=step, metrics=metrics or {},
-            spec=repo.codec_for(codec, metrics or {}, config), branch=branch,
+            spec=repository.codec_for(codec, metrics or {}, config), branch=branch,
         )  # fmt: skip
         self._patched = config.exact_rule.wants_patch(self._request.metrics)
-        cache = repo.folder / CACHE / "bases"
-        self._committer = Committer(
-            repo.catalog, repo.refs, cache, config, quiet,
-            rule=lambda: repo.commit_config().exact_rule,
-        )  # fmt: skip
+        self._committer = Committer(repository, config)
         self._stack = ExitStack()
         self.abandon = weakref.finalize(self, self._stack.close)
 
@@ -81,7 +77,7 @@ class Joint:
             BusyError: gc is sweeping.
         """
         self._held = self._stack.enter_context(lease(self._catalog.store.backend))
-        self._begun = place = self._committer.place(self._request, [], None)
+        self._begun = place = self._committer.place(self._request, None)
         there = self._committer.base(place.parent) is not None
         keyframe = not there or self._committer.starts_keyframe(place.parent)
         base = place.parent if there else None
@@ -109,7 +105,8 @@ class Joint:
         exact = {number: one.exact for number, one in stored.items()}
         made = None
         while made is None:
-            place = self._committer.place(request, hashes, exact)
+            scanned = Scanned(checkpoint, hashes, exact, self._patched)
+            place = self._committer.place(request, scanned)
             if place.branch == self._begun.branch and place.tip != self._begun.tip:
                 raise ConflictError(
                     f"another writer moved '{place.branch}' meanwhile", hint="save again"
@@ -120,12 +117,12 @@ class Joint:
             else:
                 encoded = self._encoded(checkpoint, stored, shards)
             with contextlib.suppress(SharedPatchFadedError):  # it gets one of its own
-                made = self._committer.complete(request, place, encoded, hashes, self._held)
+                made = self._committer.complete(request, place, base, encoded, hashes, self._held)
         with after(f"commit {made.id[:8]} was made"):
             with contextlib.suppress(CkptError):  # the next gc takes what stays
                 loose = [pack for shard in shards.values() for pack in shard.loose]
                 store.delete_packs(dict.fromkeys(loose, "packs"))
-            return self._repo.entry(made.id, branch=made.branch)
+            return self._repository.entry(made.id, branch=made.branch)
 
     # -- how it is stored ------------------------------------------------------------------------
 
@@ -213,6 +210,14 @@ def _recipe(
     owners = tuple(bundles.setdefault(stored[n].bundle, len(bundles)) for n in row)
     frames = tuple(stored[n].frame for n in row)
     return Recipe(values, generation, tuple(bundles), owners, frames)
+
+
+def code_share(repository: Repository, ticket: Ticket, checkpoint: Checkpoint) -> Shard:
+    """Code the share of this process in a commit of several."""
+    repository.catalog.store.refresh()  # who joins may have committed meanwhile
+    with repository.held_base("state") as held:
+        held = HeldBase() if held is None else held
+        return code_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
 
 
 class _Elsewhere(Source):

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from blake3 import blake3
 
 from ckptvcs.checkpoint.layout import unreadable
-from ckptvcs.decode.commit_reader import Progress, Restorer
+from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.file_writer import (
     Looks,
     look_at_files,
@@ -27,15 +27,17 @@ from ckptvcs.decode.file_writer import (
     save_directory,
     save_file,
 )  # fmt: skip
+from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.files.names import refuse_trusted, safe_path
 from ckptvcs.files.placing import Folder, NotRegularError, Seen
-from ckptvcs.files.targets import Target, Targets, writing
+from ckptvcs.files.targets import Target, Targets, looked, writing
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.schema import Op
-from ckptvcs.parallel import may_hash_in_threads
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import Progress, may_hash_in_threads, quiet
 from ckptvcs.store.ids import ObjectId
 
 _BLOCK = 1 << 22
@@ -71,6 +73,89 @@ def _only(commit: Commit) -> FileEntry:
 
 def _silent(_: Path) -> None:
     """Nobody has to be told."""
+
+
+def checkout_files(
+    repository: Repository, name: ObjectId, output: Path | None = None, *, force: bool = False,
+    exact: bool = False, progress: Progress = quiet,
+    announce: Callable[[Path], object] = _silent,
+) -> CheckedOut:  # fmt: skip
+    """Write the files of a commit; see `Repo.checkout_files`."""
+    return repository.read_again(lambda: worktree(repository).write(
+        _reader(repository, name, exact=exact), output, progress, force=force, announce=announce
+    ))  # fmt: skip
+
+
+def checkout_part(
+    repository: Repository, name: ObjectId, part: str, output: Path | None = None, *,
+    force: bool = False, exact: bool = False, announce: Callable[[Path], object] = _silent,
+) -> CheckedOut:  # fmt: skip
+    """Write one part of a commit; see `Repo.checkout_part`."""
+    with Targets() as looks:
+        target = _part_target(repository, repository.catalog.commit(name), part, output, looks)
+        if target.is_folder:
+            raise InvalidInputError(f"{target.path} is a directory", hint="name the file to write")
+        if target.seen is not None and not force:
+            raise ConflictError(f"{target.path} exists", hint="overwrite it with --force")
+        if output is None:
+            if not force:
+                refuse_trusted([repository.catalog.commit(name).path])
+            announce(target.path)
+        form = save_part(repository, name, part, target, exact=exact)
+        return CheckedOut((target.path,), {part: form}, form == "exact")
+
+
+def _part_target(
+    repository: Repository, commit: Commit, part: str, output: Path | None, looks: Targets
+) -> Target:
+    """Where a part goes: as the user says, else beside where its commit belongs."""
+    if output is not None:
+        return looks.look(output)
+    top, way = worktree(repository).home(commit)
+    home = top / way
+    stem = home.stem if commit.source != "directory" else home.name or "checkpoint"
+    if way.parts:
+        return looks.below(top, way.with_name(f"{stem}.{part}.pt"))
+    return looks.look(home.with_name(f"{stem}.{part}.pt"))
+
+
+def save_part(
+    repository: Repository, name: ObjectId, part: str, target: Path | Target, *,
+    exact: bool = False,
+) -> str:  # fmt: skip
+    """Write one part of a commit as .safetensors or as a torch.save file; return its fidelity.
+
+    Raises:
+        ConflictError: it was to be `exact`, and is not, or not any more; or the file at `target`
+            came, or was changed, while it was made.
+    """
+
+    def save() -> str:
+        restorer = _reader(repository, name, part, exact=exact)
+        PartReader(restorer).save(part, at)
+        return restorer.fidelity.get(part, "exact")  # small tensors alone always are
+
+    with looked(target) as at:
+        return repository.read_again(save)
+
+
+def _reader(
+    repository: Repository, name: ObjectId, part: str | None = None, *, exact: bool
+) -> Restorer:
+    """What reads a commit, in the form that it has at this moment."""
+    restorer = repository.restorer(name)
+    forms = [form for one, form in restorer.fidelity.items() if part in (None, one)]
+    if exact and "near" in forms:
+        raise ConflictError(
+            f"commit {name[:8]} can only be restored in near form",
+            hint="leave out --require exact to take it as it is",
+        )
+    return restorer
+
+
+def worktree(repository: Repository) -> WorkTree:
+    """Return the files outside the store."""
+    return WorkTree(repository.catalog, repository.root, repository.cache / "written")
 
 
 class WorkTree:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
-from ckptvcs.checkout import hash_file
 from ckptvcs.checkpoint.grouping import is_member
 from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.survey import Found
 from ckptvcs.history.commit import Commit
-from ckptvcs.opened import Opened
+from ckptvcs.ops.checkout import hash_file
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import Progress
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
-
-Progress = Callable[[int], None]
 
 Content = str | frozenset[tuple[str, str]]
 """What a checkpoint holds: the hash of its file, or those of a directory's files by path."""
@@ -24,7 +23,7 @@ Content = str | frozenset[tuple[str, str]]
 class Contents:
     """The commits of a repository, as far as they can be restored in full, by their content."""
 
-    def __init__(self, repo: Opened) -> None:
+    def __init__(self, repo: Repository) -> None:
         self._repo = repo
         self._commits: dict[Content, ObjectId] = {}
         self._members: dict[tuple[str, str], set[ObjectId]] = {}  # path and hash, in directories

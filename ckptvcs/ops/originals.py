@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.files.removal import Originals, Proven, Removed
 from ckptvcs.gc.retention import PATCHED_PARTS
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.reachability import mark, require_packs
 from ckptvcs.history.refs import HEAD
-from ckptvcs.opened import CACHE
-from ckptvcs.proof import prove
-from ckptvcs.repo import Repo
+from ckptvcs.ops.proof import prove
+from ckptvcs.ops.refs import set_pin
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import await_others, check_lease, lease, live_leases, turn
 
@@ -49,7 +49,7 @@ class Removal:
 class Keeper:
     """Proves commits of one repository, and removes originals that can be had again."""
 
-    def __init__(self, repo: Repo, codec: str | None) -> None:
+    def __init__(self, repo: Repository, codec: str | None) -> None:
         """`codec` is the one that commits are made with now, if not that of the settings.
 
         Raises:
@@ -78,8 +78,8 @@ class Keeper:
                 self._lease = None
 
     def is_exact(self, name: ObjectId, progress: Progress) -> bool:
-        """Prove a commit; see `ckptvcs.proof`."""
-        catalog, cache = self._repo.catalog, self._repo.folder / CACHE / "bases"
+        """Prove a commit; see `ckptvcs.ops.proof`."""
+        catalog, cache = self._repo.catalog, self._repo.bases
         return prove(catalog, cache, name, self._bound(catalog.commit(name).codec), progress)
 
     def _bound(self, codec: str) -> float:
@@ -146,7 +146,7 @@ class Keeper:
             originals.check(path, size)
         ref = self._way(name, None)
         needs_pin = bool(_patched(commit)) and not accept_near
-        done.pinned = needs_pin and self._repo.pin(name, pinned=True)
+        done.pinned = needs_pin and set_pin(self._repo, name, pinned=True)
         pin = f"pins/{name}" if needs_pin else None
         own = pin if done.pinned else None
         try:
@@ -159,7 +159,7 @@ class Keeper:
             self._delete(name, ref, pin, own, originals, proven, done)
         finally:
             if done.pinned and not done.removed:
-                done.pinned = not self._repo.pin(name, pinned=False)
+                done.pinned = not set_pin(self._repo, name, pinned=False)
         folders = [top / f.path for f in commit.files if f.skeleton is None and f.link is None]
         if inside and top.name:
             gone = [originals.remove_directory(path) for path in [*folders[::-1], top]]

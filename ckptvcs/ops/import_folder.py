@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptvcs.checkpoint.survey import Found, survey
-from ckptvcs.content import Contents
-from ckptvcs.encode.source import Progress
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.files.removal import Originals
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
-from ckptvcs.keeping import Keeper, Removal
-from ckptvcs.repo import Repo
+from ckptvcs.ops.commit import commit_path
+from ckptvcs.ops.content import Contents
+from ckptvcs.ops.originals import Keeper, Removal
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 
@@ -31,7 +32,7 @@ _AFTER_ALL = 1 << 62  # above every step
 
 
 @dataclass
-class Item:
+class ImportItem:
     """A checkpoint of the folder, and what has become of it.
 
     `action` is `commit` (still to be done), `committed`, `known` (in the history already, as `id`;
@@ -53,7 +54,7 @@ class Item:
         self.action, self.problem = "failed", problem
 
 
-Watch = Callable[[Item], None]
+Watch = Callable[[ImportItem], None]
 """Called with each item when all that was to be done with it is done."""
 
 
@@ -75,8 +76,8 @@ class Importer:
     """Imports one folder into one repository."""
 
     def __init__(
-        self, repo: Repo, folder: Path, *, pattern: str | None = None, branch: str | None = None,
-        codec: str | None = None,
+        self, repo: Repository, folder: Path, *, pattern: str | None = None,
+        branch: str | None = None, codec: str | None = None,
     ) -> None:  # fmt: skip
         """Look at the folder; see `ckptvcs.checkpoint.survey`.
 
@@ -88,7 +89,7 @@ class Importer:
         self._keeper = Keeper(repo, codec)
         self._wanted = check_name(branch, "branch") if branch else None
         found, self.left_out = survey(folder, pattern, real_path(repo.folder))
-        self.items = [Item(one) for one in found]
+        self.items = [ImportItem(one) for one in found]
         for item in self.items:
             if item.found.problem is not None:
                 item.fail(item.found.problem)
@@ -103,7 +104,7 @@ class Importer:
             if item.action == "commit":
                 self._recognise(item, progress)
 
-    def _recognise(self, item: Item, progress: Progress) -> None:
+    def _recognise(self, item: ImportItem, progress: Progress) -> None:
         try:
             known = self._contents.find(item.found, progress)
         except CkptError as error:
@@ -127,7 +128,7 @@ class Importer:
         for item in self.items:
             half = _Half(item.found.size_bytes, progress)
             if item.action == "commit":  # an earlier one of this folder may hold the same
-                self._recognise(item, _silent)
+                self._recognise(item, quiet)  # the bar has no bytes for this
             if item.action == "commit":
                 self._commit(item, lines, half)
             half.fill(1)
@@ -136,7 +137,7 @@ class Importer:
             half.fill(2)
             watch(item)
 
-    def _commit(self, item: Item, lines: list[_Line], progress: Progress) -> None:
+    def _commit(self, item: ImportItem, lines: list[_Line], progress: Progress) -> None:
         found = item.found
         line = next((line for line in lines if line.takes(found.step)), None)
         if line is None:
@@ -146,7 +147,8 @@ class Importer:
             line = _Line(self._side_branch(), _AFTER_ALL if loose else -1, loose)
             lines.append(line)
         try:
-            made = self.repo.commit_path(
+            made = commit_path(
+                self.repo,
                 found.path, message=found.name, step=found.step, codec=self._codec,
                 branch=line.branch, files=found.files, progress=progress,
             )  # fmt: skip
@@ -160,7 +162,7 @@ class Importer:
         self._first[made.id] = found.name
         self._contents.add(made.id, made.commit)
 
-    def _prove(self, item: Item, progress: Progress) -> None:
+    def _prove(self, item: ImportItem, progress: Progress) -> None:
         assert item.id is not None
         try:
             self._keeper.is_exact(item.id, progress)
@@ -215,7 +217,7 @@ class Importer:
 
     # -- out ---------------------------------------------------------------------------------------
 
-    def entry(self, item: Item) -> LogEntry | None:
+    def entry(self, item: ImportItem) -> LogEntry | None:
         """The commit of an item as it is now: it may have faded since it was made."""
         return None if item.id is None else self.repo.entry(item.id)
 
@@ -225,7 +227,7 @@ class Importer:
         entries = [self.repo.entry(name) for name in names]
         return sum(e.commit.raw_bytes for e in entries), sum(e.stored_bytes for e in entries)
 
-    def why_kept(self, item: Item, *, accept_near: bool) -> str | None:
+    def why_kept(self, item: ImportItem, *, accept_near: bool) -> str | None:
         """Why the originals of an item may not be removed; None if they may, as far as can be told
         without reading them.
         """
@@ -267,7 +269,3 @@ class _Half:
     def fill(self, halves: int) -> None:
         """All of so many halves is done, whatever was counted."""
         self(max(0, halves * self._size - self._done))
-
-
-def _silent(_: int) -> None:
-    """Work that the bar has no bytes for."""

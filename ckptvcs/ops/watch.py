@@ -22,12 +22,13 @@ from pathlib import Path
 
 from ckptvcs.checkpoint.conventions import HF_FIRST, HF_LAST, is_alias
 from ckptvcs.checkpoint.survey import Found, candidates, survey
-from ckptvcs.content import Contents
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.files.removal import Originals
-from ckptvcs.keeping import Keeper, Removal
-from ckptvcs.lines import Lines
-from ckptvcs.repo import Repo
+from ckptvcs.ops.commit import commit_path
+from ckptvcs.ops.content import Contents
+from ckptvcs.ops.originals import Keeper, Removal
+from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.series import Lines
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 
@@ -42,7 +43,7 @@ Signature = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True)
-class Event:
+class WatchEvent:
     """What happened to a checkpoint: a commit was made (`id`), or something is wrong with it (the
     `problem`), or its originals were, or were not, removed (`gone`).  The folder itself may have a
     problem, too.
@@ -73,9 +74,9 @@ class Watcher:
     """Watches one folder for one repository."""
 
     def __init__(
-        self, repo: Repo, folder: Path, *, pattern: str | None = None, codec: str | None = None,
-        branch: str | None = None, settle: float = 2.0, keep_local: int | None = None,
-        accept_near: bool = False,
+        self, repo: Repository, folder: Path, *, pattern: str | None = None,
+        codec: str | None = None, branch: str | None = None, settle: float = 2.0,
+        keep_local: int | None = None, accept_near: bool = False,
     ) -> None:  # fmt: skip
         """A checkpoint is taken when it has not changed for `settle` seconds; `keep_local` is how
         many of the newest stay in the folder (None: all).
@@ -101,7 +102,7 @@ class Watcher:
         self._told: dict[str, str] = {}
         self._refused: Counter[tuple[str, Signature]] = Counter()
 
-    def look(self) -> Iterator[Event]:
+    def look(self) -> Iterator[WatchEvent]:
         """Look once, and deal with what has settled.
 
         Raises:
@@ -207,7 +208,7 @@ class Watcher:
 
     # -- in ------------------------------------------------------------------------------------
 
-    def _take(self, found: Found, signature: Signature) -> Iterator[Event]:
+    def _take(self, found: Found, signature: Signature) -> Iterator[WatchEvent]:
         try:
             contents = self._known()
             contents.forget(found.name)
@@ -216,14 +217,17 @@ class Watcher:
                 if found.problem is not None:
                     raise found.problem
                 branch, head_stays = self._lines.branch_for(found.name)
-                made = self._repo.commit_path(
+                made = commit_path(
+                    self._repo,
                     found.path, message=found.name, step=found.step, codec=self._codec,
                     branch=branch, files=found.files, head_stays=head_stays,
                 )  # fmt: skip
                 self._lines.add(found.name, made)
                 contents.add(made.id, made.commit)
                 known = made.id
-                yield Event(found.name, made.commit.step, made.id, found.size_bytes, made.notes)
+                yield WatchEvent(
+                    found.name, made.commit.step, made.id, found.size_bytes, made.notes
+                )
         except (BusyError, ConflictError) as error:  # until the next look
             self._contents = None  # somebody else is at work, or a commit was made all the same
             yield from self._tell(found.name, found.step, error)
@@ -245,10 +249,10 @@ class Watcher:
             self._lines.learn(self._since)
         return self._contents
 
-    def _tell(self, name: str, step: int | None, error: CkptError) -> Iterator[Event]:
+    def _tell(self, name: str, step: int | None, error: CkptError) -> Iterator[WatchEvent]:
         if self._told.get(name) != error.message:
             self._told[name] = error.message
-            yield Event(name, step, problem=error)
+            yield WatchEvent(name, step, problem=error)
 
     # -- out -----------------------------------------------------------------------------------
 
@@ -264,7 +268,7 @@ class Watcher:
         places = {commit: at for at, commit in enumerate(self._lines.by_age(held.values()))}
         return sorted(held, key=lambda name: (self._done[name].turn, places[held[name]]))
 
-    def _remove(self, count: int) -> Iterator[Event]:
+    def _remove(self, count: int) -> Iterator[WatchEvent]:
         """Remove the originals of all but the newest `count` that are in the history."""
         able = []
         held = [(taken.found, taken.id) for name in self._order if (taken := self._done.get(name))
@@ -275,7 +279,7 @@ class Watcher:
                 able.append((found, made))
             elif self._told.get(found.name) != kept:
                 self._told[found.name] = kept
-                yield Event(found.name, found.step, made, gone=Removal(kept=kept))
+                yield WatchEvent(found.name, found.step, made, gone=Removal(kept=kept))
         if not able:
             return
         try:
@@ -286,7 +290,7 @@ class Watcher:
                     )
                     if gone.kept is None or self._told.get(found.name) != gone.kept:
                         self._told[found.name] = gone.kept or ""
-                        yield Event(found.name, found.step, made, gone=gone)
+                        yield WatchEvent(found.name, found.step, made, gone=gone)
         except BusyError:
             return  # until the next look
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,10 +28,11 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import BIG, TensorInfo
+from ckptvcs.ops.diff_sums import Sums, sum_up
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
-from ckptvcs.sums import Sums, sum_up
 
-Progress = Callable[[int], None]
 Key = tuple[str, str, int]
 """Part, name, and how many of that name came before it."""
 
@@ -337,6 +338,17 @@ def _sums(a: _Side, b: _Side, match: _Match, progress: Progress) -> Iterator[tup
         for pair, before, after in _read(a, b, batch):
             yield pair, sum_up(before, after, a.infos[pair[0]].dtype)
             progress(before.nbytes + after.nbytes)
+
+
+def diff(
+    repository: Repository, a: str | int, b: str | int, only: str | None, progress: Progress
+) -> Comparison:
+    """Compare two commits; see `Repo.diff`."""
+    left, right = repository.resolve(a), repository.resolve(b)
+    return compare(
+        repository.catalog, (repository.entry(left), repository.restorer(left)),
+        (repository.entry(right), repository.restorer(right)), only, progress,
+    )  # fmt: skip
 
 
 def compare(

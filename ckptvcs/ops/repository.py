@@ -1,4 +1,4 @@
-"""An open repository: its folder, its settings, its refs and its history.
+"""An open repository: its folder, settings, refs and object catalog.
 
 Paths: DIR/.ckpt holds the store; DIR is the folder that committed paths are relative to.
 """
@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from ckptvcs.config import (
-    KEYS,
-    Config,
-    Settings,
-    Value,
-    default_text,
-    get_setting,
-    set_setting,
-)  # fmt: skip
-from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.errors import (
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    MissingObjectError,
+    NotFoundError,
+)
 from ckptvcs.gc.fading import Fader
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, keys_of
@@ -36,8 +33,9 @@ from ckptvcs.history.format_file import (
     write_format,
 )
 from ckptvcs.history.log import History, LogEntry
-from ckptvcs.history.refs import HEAD, Generation, Refs, check_name
+from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
+from ckptvcs.ops.config import Config, Settings, default_text  # fmt: skip
 from ckptvcs.store import disk
 from ckptvcs.store.descriptors import occupy_standard
 from ckptvcs.store.ids import ObjectId
@@ -47,19 +45,19 @@ from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
-    from ckptvcs.background import Background
     from ckptvcs.codec.spec import CodecSpec
     from ckptvcs.decode.base_cache import HeldBase
     from ckptvcs.decode.commit_reader import Restorer
-    from ckptvcs.worker import Worker
+
+T = TypeVar("T")
 
 FOLDER = ".ckpt"
 CACHE = "cache"
 CONFIG = "config.toml"
 
 
-class Opened:
-    """What every use of a repository begins with."""
+class Repository:
+    """What every operation begins with."""
 
     def __init__(self, folder: Path) -> None:
         occupy_standard()
@@ -67,20 +65,19 @@ class Opened:
         self.root = folder.parent
         refuse_links(folder, *map(PurePosixPath, FOLDERS))
         check_format(folder)
-        self._backend = LocalBackend(folder)
-        self._backend.size("format")  # who made the repository may have been killed just then
+        self.cache, self.bases = folder / CACHE, folder / CACHE / "bases"
+        self.backend = LocalBackend(folder)
+        self.backend.size("format")  # who made the repository may have been killed just then
         self._settings = Settings(folder / CONFIG)
         with contextlib.suppress(InvalidInputError):  # an error of what needs them, and of no other
             self._settings.now()
-        store = ObjectStore(self._backend, folder / CACHE / "index", keys_of)
+        store = ObjectStore(self.backend, self.cache / "index", keys_of)
         self.catalog = Catalog(store)
-        self.refs = Refs(self._backend)
+        self.refs = Refs(self.backend)
         self.revisions = Revisions(self.catalog, self.refs)
         self.history = History(self.catalog, self.refs, self.revisions)
-        self._branch: str | None = None
         self._held: HeldBase | None = None
         self._holder = Lock()
-        self._background: tuple[Background[LogEntry], Worker] | None = None
         self._sync_index()
 
     @property
@@ -158,15 +155,6 @@ class Opened:
                 return folder
         raise NotFoundError(f"no repository at {path}", hint="make one with 'ckpt init'")
 
-    @classmethod
-    def discover(cls, start: Path) -> Self:
-        """Open the repository of `start` or of the nearest folder above it.
-
-        Raises:
-            NotFoundError: there is none.
-        """
-        return cls(cls.locate_above(start))
-
     @staticmethod
     def locate_above(start: Path) -> Path:
         """Its folder.  Raises NotFoundError: there is none."""
@@ -199,8 +187,34 @@ class Opened:
         """What reads one commit."""
         from ckptvcs.decode.commit_reader import Restorer  # noqa: PLC0415
 
-        cache = self.folder / CACHE / "bases"
-        return Restorer(self.catalog, name, near=near, cache=cache, held=self._held)
+        return Restorer(self.catalog, name, near=near, cache=self.bases, held=self._held)
+
+    @contextmanager
+    def held_base(self, kind: str) -> Iterator[HeldBase | None]:
+        """Lend the decoded weights of the last state, which stay in memory, to a commit of a
+        `kind` of checkpoint; None while a commit of another thread has them.
+        """
+        from ckptvcs.decode.base_cache import HeldBase  # noqa: PLC0415  needs numpy
+
+        if kind == "state" and self._held is None:
+            self._held = HeldBase()
+        alone = self._holder.acquire(blocking=False)
+        try:
+            yield self._held if alone else None
+        finally:
+            if alone:
+                self._holder.release()
+
+    def read_again(self, read: Callable[[], T]) -> T:
+        """Read, once more where something was missing: another process may have let it fade, or
+        moved it, meanwhile.
+        """
+        try:
+            return read()
+        except MissingObjectError:
+            self.catalog.store.refresh()
+            self.catalog.forget()
+            return read()
 
     def naming(self, path: Path) -> tuple[str, bool]:
         """How commits name a file or a directory, and whether they do so from this repository's
@@ -241,56 +255,6 @@ class Opened:
         raise_flags(self.folder, "read", *flags)
         return spec
 
-    def log(
-        self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
-    ) -> list[LogEntry]:
-        """Commits, newest first: HEAD's line (or that of `revision`), or those of all branches."""
-        start = None if revision is None else self.resolve(revision)
-        return self.history.entries(limit, start=start, all_branches=all_branches)
-
-    def move_head(self, name: ObjectId, branch: str | None) -> str | None:
-        """Point HEAD at a commit; at a branch where the commit is its newest.  That branch."""
-        head = self.refs.read(HEAD)
-        tips = {n: self.revisions.branch(n) for n in self.refs.names("heads")}
-        at = [n for n, tip in tips.items() if tip == name]
-        following = head.branch if head else None
-        if branch not in at:
-            branch = following if following in at else (at[0] if at else None)
-        commit = None if branch else name
-        if head is None or (head.branch, head.commit) != (branch, commit):
-            with self.leading_to(name):
-                self.refs.publish(
-                    HEAD, head, commit=commit, branch=branch, time=now(), action="checkout"
-                )
-        return branch
-
-    def set_ref(self, space: str, name: str, commit: ObjectId | None, action: str) -> None:
-        """Create or move a branch (`heads`) or a tag (`tags`); None deletes it."""
-        check_name(name, "tag" if space == "tags" else "branch")
-        ref = f"{space}/{name}"
-        with self.leading_to(commit):
-            self.refs.publish(ref, self.refs.read(ref), commit=commit, time=now(), action=action)
-
-    def pin(self, name: ObjectId, *, pinned: bool) -> bool:
-        """Keep the exact form of a commit whatever the rules say, or no longer; whether that is
-        new.  What has faded already does not come back.
-        """
-        ref = f"pins/{name}"
-        if self._is_pinned(name) != pinned:
-            raise_flags(self.folder, "gc", "pins")
-        with self.leading_to(name if pinned else None):
-            old = self.refs.read(ref)
-            if pinned == (old is not None and old.commit is not None):
-                return False
-            action = "pin" if pinned else "unpin"
-            commit = name if pinned else None
-            self.refs.publish(ref, old, commit=commit, time=now(), action=action)
-        return True
-
-    def _is_pinned(self, name: ObjectId) -> bool:
-        pin = self.refs.read(f"pins/{name}")
-        return pin is not None and pin.commit is not None
-
     @contextmanager
     def leading_to(self, name: ObjectId | None) -> Iterator[None]:
         """Move a ref while no gc sweeps, and nobody deletes an original because the ref leads to
@@ -300,27 +264,14 @@ class Opened:
             BusyError: gc is sweeping, or somebody deletes originals and does not end.
             NotFoundError: the commit was dropped, or swept.
         """
-        with lease(self._backend):
+        with lease(self.backend):
             self.catalog.store.refresh()
             self.catalog.forget()
             if name is not None:
                 self.revisions.require_durable(name)
-            with turn(self._backend):
-                self._backend.settle_seen()
+            with turn(self.backend):
+                self.backend.settle_seen()
                 yield
-
-    def settings(self) -> dict[str, Value]:
-        """Every setting by its name."""
-        config = self.config
-        return {key: get_setting(config, key) for key in KEYS}
-
-    def configure(self, key: str, value: str | None) -> Value:
-        """Change a setting, durably; None gives it its default back.  Its value from then on.
-
-        Raises:
-            InvalidInputError: there is no such setting, or it does not take that value.
-        """
-        return get_setting(set_setting(self.folder / CONFIG, key, value), key)
 
     def fader(self) -> Fader:
         """What knows the exact patches, and which of them the settings keep."""

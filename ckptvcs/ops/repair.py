@@ -1,7 +1,7 @@
 """Repair: what can be saved of a damaged repository is saved, and the rest is named.
 
 salvage    what is sound in damaged packs, and commits that the index remembers, into new packs
-refs       see `ckptvcs.mending`
+refs       see `ckptvcs.ops.repair_refs`
 fetch      what is missing, from another repository that has it
 drop       only when told to: what cannot be saved is let go by record, and damaged packs deleted
 
@@ -11,9 +11,11 @@ Nothing is believed that is not proven by its id or by the hashes of its slices.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError
@@ -21,13 +23,19 @@ from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import ERRORS, PARTS, Commit, dump_commit
 from ckptvcs.history.copying import read_sound
+from ckptvcs.history.format_file import mend_folders, mend_format, raise_flags
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.recipe import LetGo, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
-from ckptvcs.mending import Copy, RefMender
+from ckptvcs.ops.config import mend_settings
+from ckptvcs.ops.repair_refs import Copy, RefMender, is_kin
+from ckptvcs.ops.repository import CONFIG, Repository
+from ckptvcs.ops.verify import packs_alone
 from ckptvcs.store.ids import Kind, ObjectId, PackId
 from ckptvcs.store.index.index import Place
+from ckptvcs.store.leases import exclusive
+from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.pack import Entry, find_entries, pack_name
 
 _BLOCK = 1 << 24
@@ -383,3 +391,42 @@ class Repairer:
                 self._catalog.store.delete_packs({pack: where})
                 self.done.packs += 1
         self._catalog.forget()
+
+
+def repair(folder: Path, source: Path | None, *, drop: bool) -> Repaired:
+    """Save what can be saved of the repository in `folder`, with what the one in `source` has;
+    `drop` what cannot.  First the files that it is opened by are repaired.
+
+    Raises:
+        BusyError: somebody is at work.
+        CorruptionError, UnsupportedVersionError: it cannot be opened even so.
+        StorageError: it cannot be written.
+    """
+    files = _repair_files(folder, source, drop=drop)
+    repository = Repository(folder)
+    copy = None
+    if source is not None:
+        other = Repository(source)
+        copy = Copy(other.catalog, other.refs if is_kin(folder, source) else None)
+    with exclusive(repository.backend), packs_alone(repository.catalog) as catalog:
+        if drop:
+            raise_flags(folder, "gc", "drops")
+        done = Repairer(catalog, repository.catalog, repository.refs).run(copy, drop=drop)
+        shutil.rmtree(repository.bases, ignore_errors=True)
+        repository.catalog.store.rebuild()
+    done.files = files
+    return done
+
+
+def _repair_files(folder: Path, source: Path | None, *, drop: bool) -> list[str]:
+    """Repair the files that a repository is opened by; with `drop` without settings that cannot be
+    read.  Returns the names of the repaired files.
+    """
+    copy = source if source is not None and is_kin(folder, source) else None
+    lost = mend_folders(folder)
+    with exclusive(LocalBackend(folder)):
+        mended = {
+            "format": mend_format(folder, copy),
+            CONFIG: mend_settings(folder / CONFIG, copy and copy / CONFIG, drop=drop),
+        }
+    return lost + [name for name, done in mended.items() if done]

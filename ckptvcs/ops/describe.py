@@ -1,0 +1,110 @@
+"""What a commit says of itself: schema, skeletons, hash tables, recipes, in one meta pack."""
+
+from __future__ import annotations
+
+import socket
+
+from ckptvcs.checkpoint.matching import alike
+from ckptvcs.checkpoint.open import Checkpoint
+from ckptvcs.checkpoint.skeleton import skeleton_of
+from ckptvcs.encode.encoder import Encoded
+from ckptvcs.errors import CorruptionError, InvalidInputError
+from ckptvcs.history.canonical_json import now
+from ckptvcs.history.commit import Commit, FileEntry, dump_commit, dump_errors, load_commit
+from ckptvcs.history.recipe import dump_recipe
+from ckptvcs.history.schema import dump_schema, load_schema
+from ckptvcs.ops.placement import Place
+from ckptvcs.ops.provenance import code_commit, user
+from ckptvcs.ops.request import Request
+from ckptvcs.store.ids import Kind, ObjectId, object_id
+from ckptvcs.store.object_store import ObjectStore
+from ckptvcs.store.pack import PackWriter
+
+
+class Description:
+    """Puts into a meta pack what one commit refers to, and the commit."""
+
+    def __init__(self, store: ObjectStore, pack: PackWriter) -> None:
+        self._store, self._pack = store, pack
+
+    def add(
+        self, request: Request, place: Place, base: Commit | None, encoded: Encoded,
+        file_hashes: list[str | None],
+    ) -> tuple[ObjectId, Commit]:  # fmt: skip
+        """Add a commit and what it refers to, unless the store has that already.
+
+        Raises:
+            InvalidInputError: its structure cannot be read back.
+        """
+        checkpoint = request.checkpoint
+        schema = self._put(Kind.SCHEMA, _described(checkpoint))
+        for table in encoded.tables.values():
+            self._put(Kind.VALUES, table)
+        for recipe in encoded.recipes:
+            self._put(Kind.RECIPE, dump_recipe(recipe))
+        files = self._files(checkpoint, base, file_hashes)
+        errors = base.errors if base is not None and place.unchanged else None
+        if encoded.errors:
+            errors = self._put(Kind.ERRORS, dump_errors(encoded.errors))
+        keyframe = not encoded.depth and not place.unchanged
+        commit = Commit(
+            parents=(place.parent,) if place.parent else (), time=now(), step=place.step,
+            message=request.message, metrics=dict(request.metrics), codec=request.spec.name,
+            kind="keyframe" if keyframe else "delta", depth=encoded.depth,
+            raw_bytes=checkpoint.size_bytes, data_bytes=encoded.data_bytes,
+            patch_bytes=encoded.patch_bytes, nonfinite=encoded.nonfinite,
+            source=checkpoint.kind, path=request.path, inside=request.inside, schema=schema,
+            parts=encoded.parts, files=files, error=encoded.error, errors=errors,
+            host=socket.gethostname(), user=user(), code=code_commit(),
+        )  # fmt: skip
+        content = dump_commit(commit)
+        load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
+        return self._pack.add(Kind.COMMIT, content), commit
+
+    def _files(
+        self, checkpoint: Checkpoint, base: Commit | None, file_hashes: list[str | None]
+    ) -> tuple[FileEntry, ...]:
+        """The files and links, with their skeletons in the pack, as changes of the parent's."""
+        old = {file.path: file.skeleton for file in base.files} if base else {}
+        same = alike([f"{path}:" for path in old], [f"{file.path}:" for file in checkpoint.files])
+        if len(old) == len(checkpoint.files) == 1:  # a.pt, then b.pt
+            same = {f"{checkpoint.files[0].path}:": f"{path}:" for path in old}
+        files = [
+            FileEntry(
+                file.path, file.source.size, digest, file.mode, file.mtime_ns, file.format,
+                self._put(
+                    Kind.SKELETON, skeleton_of(checkpoint, file),
+                    old.get(same.get(f"{file.path}:", "")[:-1]),
+                ),
+            )
+            for file, digest in zip(checkpoint.files, file_hashes, strict=True)
+        ]  # fmt: skip
+        links = [
+            FileEntry(link.path, 0, None, link.mode, link.mtime_ns, "link", None, link.target)
+            for link in checkpoint.links
+        ]
+        return (*files, *links)
+
+    def _put(self, kind: Kind, content: bytes, base: ObjectId | None = None) -> ObjectId:
+        """Add an object unless the store, or this pack, has it."""
+        name = object_id(kind, content)
+        if name in self._pack or self._store.lasts(name):
+            return name
+        return self._pack.add(kind, content, self._root(base, kind) if base else None)
+
+    def _root(self, base: ObjectId, kind: Kind) -> tuple[ObjectId, bytes]:
+        """The object that `base` itself is a change of, so that no object is two links deep."""
+        root = self._store.places(base)[0].entry.base or base
+        return root, self._store.get(root, kind)
+
+
+def _described(checkpoint: Checkpoint) -> bytes:
+    schema = dump_schema(checkpoint.schema)
+    try:
+        load_schema(schema)  # a schema that cannot be read would lock its branch
+    except CorruptionError as error:
+        raise InvalidInputError(
+            f"the structure of this checkpoint makes no sense: {error.message}",
+            hint="commit it with --raw",
+        ) from error
+    return schema

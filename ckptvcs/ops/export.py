@@ -1,0 +1,98 @@
+"""Commits as files of their own, in the format of their files or in another."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptvcs.decode.trajectory import export as write_commits
+from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.files.targets import Targets
+from ckptvcs.history.commit import PARTS
+from ckptvcs.history.log import Bound, LogEntry
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import Progress, quiet
+from ckptvcs.store.ids import ObjectId
+
+FORMATS = ("pt", "safetensors")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A commit that was written to a path; `exact` if the file holds what was committed."""
+
+    entry: LogEntry
+    path: Path
+    exact: bool
+
+
+def export(
+    repository: Repository, revision: str | int, path: Path, *, form: str | None = None,
+    only: str | None = None, force: bool = False, progress: Progress = quiet,
+) -> Exported:  # fmt: skip
+    """Write one commit; see `Repo.export`."""
+    _check(form, only)
+    if form and path.suffix == ".safetensors" and form != "safetensors":
+        raise InvalidInputError(f"{path} is no name for --format {form}")
+    if form == "safetensors" and path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
+    names = [repository.resolve(revision)]
+    return _write(repository, names, [path], only, progress, force=force)[0]
+
+
+def export_line(
+    repository: Repository, folder: Path, *, start: Bound = None, stop: Bound = None,
+    every: int | None = None, revision: str | int | None = None, form: str | None = None,
+    only: str | None = None, force: bool = False, progress: Progress = quiet,
+) -> list[Exported]:  # fmt: skip
+    """Write each commit of a line; see `Repo.export_line`."""
+    _check(form, only)
+    names = repository.history.line(start, stop, every, revision=revision)
+    paths = [folder / name for name in _file_names(repository, names, form, only)]
+    return _write(repository, names, paths, only, progress, force=force)
+
+
+def _check(form: str | None, only: str | None) -> None:
+    if form not in (None, *FORMATS):
+        raise InvalidInputError(f"no format '{form}'", hint=f"formats: {', '.join(FORMATS)}")
+    if only is not None and only not in PARTS:
+        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")
+
+
+def _write(
+    repository: Repository, names: Sequence[ObjectId], paths: Sequence[Path], only: str | None,
+    progress: Progress, *, force: bool,
+) -> list[Exported]:  # fmt: skip
+    if not names:
+        raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
+    entries = [repository.entry(name) for name in names]
+    with Targets() as looks:
+        targets = [looks.free(path, force=force) for path in paths]
+        write_commits(repository.catalog, names, targets, only, progress, force=force)
+    return [
+        Exported(
+            entry, path, entry.fidelity.get(only, "") == "exact" if only else entry.exact
+        )
+        for entry, path in zip(entries, paths, strict=True)
+    ]  # fmt: skip
+
+
+def _file_names(
+    repository: Repository, names: Sequence[ObjectId], form: str | None, only: str | None
+) -> list[str]:
+    """A name for each commit: its step, and its id where that alone would not tell it apart."""
+    commits = [repository.catalog.commit(name) for name in names]
+    steps = Counter(commit.step for commit in commits)
+    found = []
+    for name, commit in zip(names, commits, strict=True):
+        stem = f"commit-{name[:8]}" if commit.step is None else f"step-{commit.step}"
+        if commit.step is not None and steps[commit.step] > 1:
+            stem += f"-{name[:8]}"
+        suffix = form or "pt"
+        if form is None and all(f.format == "safetensors" for f in commit.files):
+            suffix = "safetensors"
+        whole = form is None and only is None and commit.source == "directory"
+        found.append(stem if whole else f"{stem}.{suffix}")
+    return found

@@ -1,0 +1,55 @@
+"""States and tensors of commits, read as Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from ckptvcs.decode import trajectory
+from ckptvcs.decode.part_reader import PartReader
+from ckptvcs.history.log import Bound, LogEntry
+from ckptvcs.ops.repository import Repository
+from ckptvcs.store.ids import ObjectId
+
+
+def state(repository: Repository, revision: str | int) -> Any:
+    """Return the nested object that was committed, with its tensors; see `Repo.checkout`."""
+    name = repository.resolve(revision)
+    return repository.read_again(lambda: PartReader(repository.restorer(name)).state())
+
+
+def tensor(repository: Repository, name: str, at: str | int) -> Any:
+    """Return one tensor of a commit; see `Repo.tensor`."""
+    reader = PartReader(repository.restorer(repository.resolve(at)))
+    full, window = trajectory.find_tensor(reader.schema, name)
+    return reader.tensors({full: window})[full]
+
+
+def states(
+    repository: Repository, select: str | Sequence[str] | None, start: Bound, stop: Bound,
+    every: int | None, revision: str | int | None,
+) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
+    """Yield the states of a line of commits, oldest first; see `Repo.trajectory`."""
+    globs = [select] if isinstance(select, str) else select
+    names = repository.history.line(start, stop, every, revision=revision)
+    return _with_entries(repository, trajectory.states(repository.catalog, names, globs))
+
+
+def series(
+    repository: Repository, name: str, start: Bound, stop: Bound, every: int | None,
+    revision: str | int | None,
+) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
+    """Yield one tensor along a line of commits, oldest first; see `Repo.series`."""
+    names = repository.history.line(start, stop, every, revision=revision)
+    return _with_entries(repository, trajectory.series(repository.catalog, names, name))
+
+
+def _with_entries(
+    repository: Repository, found: Iterable[tuple[ObjectId, Any]]
+) -> Iterator[tuple[LogEntry, Any]]:
+    tags = repository.history.tags()
+
+    def named(pair: tuple[ObjectId, Any]) -> tuple[LogEntry, Any]:
+        return repository.entry(pair[0], tags=tags.get(pair[0], ())), pair[1]
+
+    return map(named, found)  # a loop would hold a value while the next one is decoded

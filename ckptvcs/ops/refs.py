@@ -1,0 +1,171 @@
+"""Branches, tags, pins and HEAD: how users move them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckptvcs.errors import ConflictError, NotFoundError
+from ckptvcs.history.canonical_json import now
+from ckptvcs.history.format_file import raise_flags
+from ckptvcs.history.log import LogEntry
+from ckptvcs.history.refs import HEAD, check_name
+from ckptvcs.ops.repository import Repository
+from ckptvcs.store.ids import ObjectId
+
+
+@dataclass(frozen=True)
+class NamedCommit:
+    """A branch or a tag, and the commit that it names; `current` is set on HEAD's branch."""
+
+    name: str
+    commit: ObjectId
+    step: int | None
+    current: bool = False
+
+
+@dataclass(frozen=True)
+class DeletedBranch:
+    """A branch that was deleted: the commit it was at, and the commits that no branch, tag or HEAD
+    leads to any more, newest first.
+    """
+
+    name: str
+    commit: ObjectId
+    unnamed: tuple[ObjectId, ...]
+
+
+def branches(repository: Repository) -> list[NamedCommit]:
+    """Return the branches that have a commit, by name."""
+    head = repository.head()
+    current = head.branch if head else None
+    return _named(repository, "heads", repository.revisions.branch, current)
+
+
+def tags(repository: Repository) -> list[NamedCommit]:
+    """Return the tags, by name."""
+    return _named(repository, "tags", repository.revisions.tag, None)
+
+
+def _named(
+    repository: Repository, space: str, read: Callable[[str], ObjectId | None],
+    current: str | None,
+) -> list[NamedCommit]:  # fmt: skip
+    return [
+        NamedCommit(name, commit, repository.catalog.commit(commit).step, name == current)
+        for name in repository.refs.names(space) if (commit := read(name)) is not None
+    ]  # fmt: skip
+
+
+def create_branch(repository: Repository, name: str, revision: str | int) -> ObjectId:
+    """Start a branch at a commit; return that.
+
+    Raises:
+        ConflictError: the branch exists.
+    """
+    if repository.revisions.branch(name) is not None:
+        raise ConflictError(f"branch '{name}' exists")
+    commit = repository.resolve(revision)
+    set_ref(repository, "heads", name, commit, "branch")
+    return commit
+
+
+def delete_branch(repository: Repository, name: str) -> DeletedBranch:
+    """Delete a branch; its commits stay until the next gc.
+
+    Raises:
+        NotFoundError: there is no such branch.
+        ConflictError: HEAD is on it.
+    """
+    tip, head = repository.revisions.branch(name), repository.head()
+    if tip is None:
+        raise NotFoundError(f"no branch '{name}'", hint="see 'ckpt branch'")
+    if head is not None and head.branch == name:
+        raise ConflictError(f"HEAD is on branch '{name}'", hint="check out another one first")
+    set_ref(repository, "heads", name, None, "delete")
+    return DeletedBranch(name, tip, tuple(repository.history.unnamed(tip)))
+
+
+def create_tag(repository: Repository, name: str, revision: str | int) -> ObjectId:
+    """Give a commit a name that stays; return the commit.
+
+    Raises:
+        ConflictError: the tag exists.
+    """
+    if repository.revisions.tag(name) is not None:
+        raise ConflictError(f"tag '{name}' exists", hint=f"ckpt tag --delete {name}")
+    commit = repository.resolve(revision)
+    set_ref(repository, "tags", name, commit, "tag")
+    return commit
+
+
+def delete_tag(repository: Repository, name: str) -> ObjectId:
+    """Delete a tag; return the commit that it named.
+
+    Raises:
+        NotFoundError: there is no such tag.
+    """
+    commit = repository.revisions.tag(name)
+    if commit is None:
+        raise NotFoundError(f"no tag '{name}'")
+    set_ref(repository, "tags", name, None, "delete")
+    return commit
+
+
+def pins(repository: Repository) -> list[LogEntry]:
+    """Return the pinned commits, by id."""
+    return [repository.entry(name) for name in sorted(repository.refs.targets("pins"))]
+
+
+def move_head(repository: Repository, name: ObjectId, branch: str | None) -> str | None:
+    """Point HEAD at a commit, or at a branch whose newest commit it is; return that branch.
+
+    `branch` is tried first, then the branch that HEAD follows, then any other.
+    """
+    refs = repository.refs
+    head = refs.read(HEAD)
+    at = [n for n in refs.names("heads") if repository.revisions.branch(n) == name]
+    following = head.branch if head else None
+    if branch not in at:
+        branch = following if following in at else (at[0] if at else None)
+    commit = None if branch else name
+    if head is None or (head.branch, head.commit) != (branch, commit):
+        with repository.leading_to(name):
+            refs.publish(HEAD, head, commit=commit, branch=branch, time=now(), action="checkout")
+    return branch
+
+
+def set_ref(
+    repository: Repository, space: str, name: str, commit: ObjectId | None, action: str
+) -> None:
+    """Create or move a branch (`heads`) or a tag (`tags`); None deletes it.
+
+    Raises:
+        InvalidInputError: the name is not valid.
+        NotFoundError: the commit was dropped, or swept.
+    """
+    check_name(name, "tag" if space == "tags" else "branch")
+    ref, refs = f"{space}/{name}", repository.refs
+    with repository.leading_to(commit):
+        refs.publish(ref, refs.read(ref), commit=commit, time=now(), action=action)
+
+
+def set_pin(repository: Repository, name: ObjectId, *, pinned: bool) -> bool:
+    """Keep the exact form of a commit whatever the rules say, or no longer; return whether that is
+    new.  What has faded already does not come back.
+    """
+    ref, refs = f"pins/{name}", repository.refs
+
+    def is_pinned() -> bool:
+        pin = refs.read(ref)
+        return pin is not None and pin.commit is not None
+
+    if is_pinned() != pinned:
+        raise_flags(repository.folder, "gc", "pins")
+    with repository.leading_to(name if pinned else None):
+        old = refs.read(ref)
+        if pinned == (old is not None and old.commit is not None):
+            return False
+        action, commit = ("pin", name) if pinned else ("unpin", None)
+        refs.publish(ref, old, commit=commit, time=now(), action=action)
+    return True

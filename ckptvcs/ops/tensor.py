@@ -1,0 +1,116 @@
+"""One tensor of a commit: its numbers, what they are like, and a file of its own."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckptvcs.checkpoint.state import make_tensor
+from ckptvcs.codec.words import to_float32, to_float64
+from ckptvcs.decode.part_reader import PartReader, write_whole
+from ckptvcs.decode.trajectory import find_tensor
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.files.targets import Targets
+from ckptvcs.history.revision import split_tensor
+from ckptvcs.ops.repository import Repository
+
+
+class TensorView:
+    """A tensor of a commit.  Its values are read when they are first asked for."""
+
+    def __init__(self, repository: Repository, where: str) -> None:
+        """`where` is `REV:TENSOR`, the tensor as for `Repo.tensor`.
+
+        Raises:
+            NotFoundError, InvalidInputError: there is no such commit or tensor, or several.
+        """
+        revision, name = split_tensor(where)
+        self.id = repository.resolve(revision)
+        self._reader = PartReader(repository.restorer(self.id))
+        self.name, self._window = find_tensor(self._reader.schema, name)
+        self.step = repository.catalog.commit(self.id).step
+        view = self._window[1]
+        self.dtype, self.shape = view.dtype, tuple(view.shape)
+        self.fidelity = self._reader.fidelity(self._window)
+
+    @cached_property
+    def values(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """The values as numpy has them; as float32 where numpy lacks their type.
+
+        Raises:
+            CorruptionError: they do not decode to their recorded hash.
+        """
+        values: np.ndarray[Any, np.dtype[Any]] = _numbers(self._reader, self._window)
+        return values
+
+    def statistics(self) -> dict[str, float | None]:
+        """Return min, max, mean, standard deviation and norm of the finite values, and how many are
+        zero or not finite.  None where there is nothing to tell.
+        """
+        return _statistics(self.values)
+
+    def save(self, path: Path, *, force: bool = False) -> None:
+        """Write the tensor as .npy, .pt or .safetensors, as the name of the file says.
+
+        Raises:
+            InvalidInputError: the name of the file says none of these.
+            ConflictError: the file exists, and `force` is not given; or it came meanwhile.
+        """
+        with Targets() as looks:
+            target = looks.free(path, force=force)
+            if path.suffix == ".npy":
+                write_whole(target, lambda out: np.save(out, self.values, allow_pickle=False))
+            elif path.suffix in (".pt", ".safetensors"):
+                self._reader.save_tensor(self.name, self._window, target)
+            else:
+                raise InvalidInputError(
+                    f"{path} is not the name of a tensor file",
+                    hint="end it in .npy, .pt or .safetensors",
+                )
+
+
+def _numbers(reader: PartReader, window: Any) -> Any:
+    """The values of a tensor as numpy has them; float32 where numpy lacks their type."""
+    data, view = reader.window(window), window[1]
+    dtype = view.dtype
+    if dtype == "BF16":
+        flat: Any = to_float32(np.frombuffer(data, np.uint16), dtype)
+    elif dtype == "C32":
+        flat = np.frombuffer(data, np.float16).astype(np.float32).view(np.complex64)
+    elif dtype == "F4":  # two numbers in a byte
+        pairs = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
+        return pairs.reshape(*view.shape[:-1], 2 * (view.shape or (1,))[-1])
+    elif dtype.startswith("F8"):
+        own = np.frombuffer(bytearray(data), np.uint8)
+        one_by_one = type(view)(view.name, dtype, 0, (own.size,), (1,))
+        flat = make_tensor(own, one_by_one, array=False).float().numpy()
+    else:
+        kinds = {"F": "f", "I": "i", "U": "u", "C": "c", "B": "b"}
+        size = 1 if dtype == "BOOL" else int(dtype[1:]) // 8
+        kind = "?" if dtype == "BOOL" else kinds[dtype[0]]
+        flat = np.frombuffer(data, np.dtype("?" if kind == "?" else f"<{kind}{size}"))
+    return flat.reshape(view.shape)
+
+
+def _statistics(values: Any) -> dict[str, float | None]:
+    """Of the finite values: min, max, mean, standard deviation, norm; counts of zeros and of others
+    that are not finite.  None where there is nothing to tell.
+    """
+    wide = np.abs(values) if values.dtype.kind == "c" else values
+    wide = wide.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    found: dict[str, float | None] = dict.fromkeys(("min", "max", "mean", "std", "norm"))
+    if finite.size:
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = {
+                "min": float(finite.min()), "max": float(finite.max()),
+                "mean": float(finite.mean()), "std": float(finite.std()),
+                "norm": float(np.sqrt(np.square(finite).sum())),
+            }  # fmt: skip
+    counts = {"zeros": int((finite == 0).sum()), "not_finite": int(wide.size - finite.size)}
+    plain = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
+    return plain | counts
