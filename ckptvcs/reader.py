@@ -44,7 +44,7 @@ class Reader:
     """An open repository, to be read."""
 
     def __init__(self, folder: Path) -> None:
-        self._repository = Repository(folder)
+        self.repository = Repository(folder)
 
     @classmethod
     def open(cls, path: PathLike) -> Self:
@@ -74,12 +74,12 @@ class Reader:
     @property
     def folder(self) -> Path:
         """DIR/.ckpt."""
-        return self._repository.folder
+        return self.repository.folder
 
     @property
     def root(self) -> Path:
         """DIR, the folder that committed paths are relative to."""
-        return self._repository.root
+        return self.repository.root
 
     def resolve(self, revision: str | int) -> ObjectId:
         """The id of the commit that a revision names; an int is a step.
@@ -87,22 +87,22 @@ class Reader:
         Raises:
             NotFoundError, InvalidInputError: it names none, or several.
         """
-        return self._repository.resolve(revision)
+        return self.repository.resolve(revision)
 
     def log(
         self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
     ) -> list[LogEntry]:
         """Commits, newest first: HEAD's line (or that of `revision`), or those of all branches."""
         start = None if revision is None else self.resolve(revision)
-        return self._repository.history.entries(limit, start=start, all_branches=all_branches)
+        return self.repository.history.entries(limit, start=start, all_branches=all_branches)
 
     def line(
         self, start: Bound = None, stop: Bound = None, every: int | None = None, *,
         revision: str | int | None = None,
     ) -> list[LogEntry]:  # fmt: skip
         """Commits of a line, oldest first, chosen as `trajectory` chooses them."""
-        names = self._repository.history.line(start, stop, every, revision=revision)
-        return [self._repository.entry(name) for name in names]
+        names = self.repository.history.line(start, stop, every, revision=revision)
+        return [self.repository.entry(name) for name in names]
 
     def graph(
         self, limit: int | None = None, *, revision: str | None = None
@@ -111,35 +111,35 @@ class Reader:
         drawn, and the commit beside it, if any.  `limit` counts commits.
         """
         start = None if revision is None else self.resolve(revision)
-        return self._repository.history.graph(limit, start=start)
+        return self.repository.history.graph(limit, start=start)
 
     def labels(self) -> dict[ObjectId, tuple[str, ...]]:
         """What is said of commits at a tip: `HEAD -> main`, `side`, `tag: v1`, `pinned`."""
-        return self._repository.history.names()
+        return self.repository.history.names()
 
     def show(self, revision: str | int = "HEAD") -> LogEntry:
         """One commit, with its tags and the branch whose newest commit it is."""
-        name, history = self.resolve(revision), self._repository.history
+        name, history = self.resolve(revision), self.repository.history
         tags = history.tags().get(name, ())
-        return self._repository.entry(name, branch=history.branch_at(name), tags=tags)
+        return self.repository.entry(name, branch=history.branch_at(name), tags=tags)
 
     def entry(
         self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
     ) -> LogEntry:
         """A commit by its id, as the log shows it, with the branch and the tags that are given."""
-        return self._repository.entry(name, branch=branch, tags=tags)
+        return self.repository.entry(name, branch=branch, tags=tags)
 
     def tensors(self, revision: str | int = "HEAD") -> list[TensorEntry]:
         """The stored tensors of a commit, with their roles and errors."""
-        return ops.show.tensors(self._repository, self.resolve(revision))
+        return ops.show.tensors(self.repository, self.resolve(revision))
 
     def forms(self, revision: str | int = "HEAD") -> list[str]:
         """How each of `tensors` comes back: `exact`, `near` or `dropped`."""
-        return ops.show.forms(self._repository, self.resolve(revision))
+        return ops.show.forms(self.repository, self.resolve(revision))
 
     def status(self) -> Status:
         """Where HEAD is, and how the checked-out files differ from it."""
-        return ops.show.status(self._repository)
+        return ops.show.status(self.repository)
 
     def diff(
         self, a: str | int = "HEAD~1", b: str | int = "HEAD", *, only: str | None = None,
@@ -150,27 +150,27 @@ class Reader:
         Raises:
             NotFoundError, InvalidInputError: there is no such commit, or no such part.
         """
-        return ops.diff.diff(self._repository, a, b, only, progress)
+        return ops.diff.diff(self.repository, a, b, only, progress)
 
     def branches(self) -> list[NamedCommit]:
         """The branches that have a commit, by name."""
-        return ops.refs.branches(self._repository)
+        return ops.refs.branches(self.repository)
 
     def tags(self) -> list[NamedCommit]:
         """The tags, by name."""
-        return ops.refs.tags(self._repository)
+        return ops.refs.tags(self.repository)
 
     def pins(self) -> list[LogEntry]:
         """The pinned commits, by id."""
-        return ops.refs.pins(self._repository)
+        return ops.refs.pins(self.repository)
 
     def head(self) -> Generation | None:
         """What HEAD is at: a `branch`, or a `commit`."""
-        return self._repository.head()
+        return self.repository.head()
 
     def reflog(self, branch: str | None = None) -> list[ReflogEvent]:
         """What happened to a branch (HEAD's), newest first."""
-        return ops.undo.events(self._repository, branch)
+        return ops.undo.events(self.repository, branch)
 
     def plan_gc(self, policy: Policy = _NO_RULES) -> GcPlan:
         """What `gc` would drop, fade and delete now.  What rekeying frees is not known before it is
@@ -180,15 +180,15 @@ class Reader:
             CorruptionError: something that is needed is missing.
             InvalidInputError: the rules keep nothing at all.
         """
-        return ops.gc.plan(self._repository, policy)
+        return ops.gc.plan(self.repository, policy)
 
     def stats(self) -> Stats:
         """Sizes on disk."""
-        return ops.stats.measure(self._repository)
+        return ops.stats.measure(self.repository)
 
     def setting(self, key: str) -> Value:
         """One setting.  Raises InvalidInputError: there is none of this name."""
-        return get_setting(self._repository.config, key)
+        return get_setting(self.repository.config, key)
 
     def settings(self) -> dict[str, Value]:
         """Every setting by its name.
@@ -196,7 +196,7 @@ class Reader:
         Raises:
             InvalidInputError: they cannot be read.
         """
-        config = self._repository.config
+        config = self.repository.config
         return {key: get_setting(config, key) for key in KEYS}
 
     def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
@@ -212,7 +212,7 @@ class Reader:
             InvalidInputError: what is to be loaded does not fit; nothing was loaded then.
             CorruptionError: it does not decode to its recorded hashes.
         """
-        state = ops.read.state(self._repository, revision)
+        state = ops.read.state(self.repository, revision)
         if into is not None:
             from ckptvcs.checkpoint.torch_objects import scatter  # noqa: PLC0415
 
@@ -232,7 +232,7 @@ class Reader:
                 overwritten that no commit holds.
         """
         return ops.checkout.checkout_files(
-            self._repository, self.resolve(revision), _path(output), force=force, exact=exact,
+            self.repository, self.resolve(revision), _path(output), force=force, exact=exact,
             progress=progress, announce=announce,
         )  # fmt: skip
 
@@ -249,7 +249,7 @@ class Reader:
                 way.
         """
         return ops.checkout.checkout_part(
-            self._repository, self.resolve(revision), part, _path(output), force=force,
+            self.repository, self.resolve(revision), part, _path(output), force=force,
             exact=exact, announce=announce,
         )  # fmt: skip
 
@@ -265,7 +265,7 @@ class Reader:
             ConflictError: a file is in the way, and `force` is not given.
         """
         return ops.export.export(
-            self._repository, revision, Path(path), form=form, only=only, force=force,
+            self.repository, revision, Path(path), form=form, only=only, force=force,
             progress=progress,
         )  # fmt: skip
 
@@ -282,7 +282,7 @@ class Reader:
             ConflictError: a file is in the way, and `force` is not given.
         """
         return ops.export.export_line(
-            self._repository, Path(folder), start=start, stop=stop, every=every,
+            self.repository, Path(folder), start=start, stop=stop, every=every,
             revision=revision, form=form, only=only, force=force, progress=progress,
         )  # fmt: skip
 
@@ -299,7 +299,7 @@ class Reader:
             ConflictError: a file is in the way, and `force` is not given.
         """
         return ops.average.average(
-            self._repository, start, stop, Path(path), every=every, force=force, progress=progress
+            self.repository, start, stop, Path(path), every=every, force=force, progress=progress
         )
 
     def trajectory(
@@ -324,7 +324,7 @@ class Reader:
             InvalidInputError: a revision names several commits; `every` is below 1.
             CorruptionError: while it is walked: a tensor does not decode to its recorded hash.
         """
-        return ops.read.states(self._repository, select, start, stop, every, revision)
+        return ops.read.states(self.repository, select, start, stop, every, revision)
 
     def tensor(self, name: str, at: str | int = "HEAD") -> Any:
         """One tensor of a commit, as `checkout` gives it; nothing else is read or decoded.
@@ -336,20 +336,20 @@ class Reader:
             NotFoundError, InvalidInputError: there is no such commit or tensor, or several.
             CorruptionError: it does not decode to its recorded hash.
         """
-        return ops.read.tensor(self._repository, name, at)
+        return ops.read.tensor(self.repository, name, at)
 
     def tensor_view(self, where: str) -> TensorView:
         """The tensor `REV:TENSOR`, with what is known of it: values as numpy has them, statistics,
         fidelity.  Raises as `tensor`.
         """
-        return ops.tensor.TensorView(self._repository, where)
+        return ops.tensor.TensorView(self.repository, where)
 
     def series(
         self, name: str, *, start: Bound = None, stop: Bound = None, every: int | None = None,
         revision: str | int | None = None,
     ) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
         """One tensor along a line, of those commits that have it; as `trajectory` and `tensor`."""
-        return ops.read.series(self._repository, name, start, stop, every, revision)
+        return ops.read.series(self.repository, name, start, stop, every, revision)
 
     def bisect(
         self, good: str | int, bad: str | int, judge: Judge | None = None,
@@ -364,10 +364,8 @@ class Reader:
             InvalidInputError: `good` is no ancestor of `bad`, or they are not what their names say.
         """
         if judge is None:
-            judge = ops.bisect.choose_judge(
-                self._repository, command, metric, above, below, nan=nan
-            )
-        return ops.bisect.search(self._repository, good, bad, judge, watch or (lambda *_: None))
+            judge = ops.bisect.choose_judge(self.repository, command, metric, above, below, nan=nan)
+        return ops.bisect.search(self.repository, good, bad, judge, watch or (lambda *_: None))
 
     def verify(self, progress: Progress = quiet, *, subset: str | None = None) -> VerifyReport:
         """Prove that everything can be read.  A `subset` of `5%`, `10G` or `15m` is what was
@@ -376,7 +374,7 @@ class Reader:
         Raises:
             InvalidInputError: there is no such subset.
         """
-        return ops.verify.verify(self._repository, progress, subset=subset)
+        return ops.verify.verify(self.repository, progress, subset=subset)
 
     @staticmethod
     def why_unopened(path: PathLike, error: CkptError) -> CorruptionError | None:

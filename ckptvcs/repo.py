@@ -52,7 +52,7 @@ class Repo(Reader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._branch: str | None = None
-        self._client: Client | None = None
+        self.background: Client | None = None
 
     @classmethod
     def init(cls, path: PathLike = ".", *, codec: str | None = None) -> Self:
@@ -67,12 +67,12 @@ class Repo(Reader):
 
     def wait(self) -> None:
         """Wait for commits in the background.  Raises what one of them failed with."""
-        if self._client is not None and self._client.is_ours:
-            self._client.wait()
+        if self.background is not None and self.background.is_ours:
+            self.background.wait()
 
     def close(self) -> None:
         """The same, at the end."""
-        client, self._client = self._client, None
+        client, self.background = self.background, None
         if client is not None and client.is_ours:
             client.close()
 
@@ -101,14 +101,14 @@ class Repo(Reader):
 
         self.wait()
         made = ops.commit.commit_checkpoint(
-            self._repository, _take(state, model, optimizer, extra), STATE_FILE, inside=True,
+            self.repository, _take(state, model, optimizer, extra), STATE_FILE, inside=True,
             step=step, message=message, metrics=metrics or {}, codec=codec, branch=self._branch,
         )  # fmt: skip
         for note in made.notes:
             _log.warning("%s", note)
         self._branch = made.branch
         with after(f"commit {made.id[:8]} was made"):
-            return self._repository.entry(made.id, branch=made.branch)
+            return self.repository.entry(made.id, branch=made.branch)
 
     def commit_async(
         self, state: object = _NOTHING, *, model: Any = None, optimizer: Any = None,
@@ -130,12 +130,12 @@ class Repo(Reader):
         """
         from ckptvcs.background.client import Client  # noqa: PLC0415
 
-        if self._client is None or not self._client.is_ours:
-            self._client = Client(self._repository)
-        self._client.raise_failed()
-        self._repository.commit_config().codec_of(codec)
+        if self.background is None or not self.background.is_ours:
+            self.background = Client(self.repository)
+        self.background.raise_failed()
+        self.repository.commit_config().codec_of(codec)
         said = ops.request.plain(step, message, metrics or {}, codec)
-        return self._client.commit(
+        return self.background.commit(
             lambda copies: _take(state, model, optimizer, extra, copies), said,
             lambda: self._branch, self._follow,
             lambda: self.commit(
@@ -148,8 +148,8 @@ class Repo(Reader):
         """Know of a commit that another process has made."""
         self._branch = made.branch
         with after(f"commit {made.name[:8]} was made"):
-            self._repository.catalog.store.refresh()
-            return self._repository.entry(ObjectId(made.name), branch=made.branch)
+            self.repository.catalog.store.refresh()
+            return self.repository.entry(ObjectId(made.name), branch=made.branch)
 
     def commit_path(
         self, path: PathLike, *, message: str, step: int | None = None,
@@ -169,7 +169,7 @@ class Repo(Reader):
         """
         self.wait()
         return ops.commit.commit_path(
-            self._repository, path, message=message, step=step, metrics=metrics, codec=codec,
+            self.repository, path, message=message, step=step, metrics=metrics, codec=codec,
             branch=branch, raw=raw, names=names, files=files, head_stays=head_stays,
             progress=progress,
         )  # fmt: skip
@@ -186,7 +186,7 @@ class Repo(Reader):
             InvalidInputError: it is a checkpoint itself, or part of the repository; no such codec.
         """
         return ops.import_folder.Importer(
-            self._repository, Path(folder), pattern=pattern, branch=branch, codec=codec
+            self.repository, Path(folder), pattern=pattern, branch=branch, codec=codec
         )
 
     def watch(
@@ -202,13 +202,13 @@ class Repo(Reader):
             InvalidInputError: the folder is part of the repository; or there is no such codec.
         """
         return ops.watch.Watcher(
-            self._repository, Path(folder), pattern=pattern, codec=codec, branch=branch,
+            self.repository, Path(folder), pattern=pattern, codec=codec, branch=branch,
             settle=settle, keep_local=keep_local, accept_near=accept_near,
         )  # fmt: skip
 
     def move_head(self, revision: str | int) -> str | None:
         """Point HEAD at a commit, or at a branch whose newest commit it is; return that branch."""
-        return ops.refs.move_head(self._repository, self.resolve(revision), str(revision))
+        return ops.refs.move_head(self.repository, self.resolve(revision), str(revision))
 
     def branch(self, name: str, revision: str | int = "HEAD") -> ObjectId:
         """Start a branch at a commit; return its id.
@@ -216,7 +216,7 @@ class Repo(Reader):
         Raises:
             ConflictError: the branch exists.
         """
-        return ops.refs.create_branch(self._repository, name, revision)
+        return ops.refs.create_branch(self.repository, name, revision)
 
     def delete_branch(self, name: str) -> DeletedBranch:
         """Delete a branch; its commits stay until the next gc.
@@ -225,7 +225,7 @@ class Repo(Reader):
             NotFoundError: there is no such branch.
             ConflictError: HEAD is on it.
         """
-        return ops.refs.delete_branch(self._repository, name)
+        return ops.refs.delete_branch(self.repository, name)
 
     def tag(self, name: str, revision: str | int = "HEAD") -> ObjectId:
         """Give a commit a name that stays; return its id.
@@ -233,17 +233,17 @@ class Repo(Reader):
         Raises:
             ConflictError: the tag exists.
         """
-        return ops.refs.create_tag(self._repository, name, revision)
+        return ops.refs.create_tag(self.repository, name, revision)
 
     def delete_tag(self, name: str) -> ObjectId:
         """Delete a tag; return the id of the commit that it named.  Raises NotFoundError."""
-        return ops.refs.delete_tag(self._repository, name)
+        return ops.refs.delete_tag(self.repository, name)
 
     def pin(self, revision: str | int = "HEAD", *, pinned: bool = True) -> bool:
         """Keep a commit and its exact form whatever the rules say, or no longer; return whether
         that is new.  What has faded already does not come back.
         """
-        return ops.refs.set_pin(self._repository, self.resolve(revision), pinned=pinned)
+        return ops.refs.set_pin(self.repository, self.resolve(revision), pinned=pinned)
 
     def gc(
         self, policy: Policy = _NO_RULES, *, sweep: bool = True, rekey: bool = False,
@@ -263,7 +263,7 @@ class Repo(Reader):
             InvalidInputError: the rules keep nothing at all.
             StorageError: the disk fails.
         """
-        return ops.gc.collect(self._repository, policy, sweep=sweep, rekey=rekey, progress=progress)
+        return ops.gc.collect(self.repository, policy, sweep=sweep, rekey=rekey, progress=progress)
 
     def undo(self) -> Undone:
         """Take back the last move of HEAD's branch, or the last drop of its commits.
@@ -272,7 +272,7 @@ class Repo(Reader):
             NotFoundError: there is nothing to take back.
             ConflictError: what it was about has been swept; or another writer moved the branch.
         """
-        return ops.undo.undo(self._repository)
+        return ops.undo.undo(self.repository)
 
     def repair(self, source: PathLike | None = None, *, drop: bool = False) -> Repaired:
         """Save what can be saved, with what the repository at `source` has; `drop` what cannot.
@@ -283,7 +283,7 @@ class Repo(Reader):
             StorageError: it cannot be written.
         """
         done = self.repair_at(self.folder, source, drop=drop)
-        self._repository = Repository(self.folder)
+        self.repository = Repository(self.folder)
         return done
 
     @staticmethod
@@ -302,7 +302,7 @@ class Repo(Reader):
 
     def rebuild_index(self) -> int:
         """Rebuild the index from the packs; return how many there are."""
-        return self._repository.catalog.store.rebuild()
+        return self.repository.catalog.store.rebuild()
 
     def configure(self, key: str, value: str | None) -> Value:
         """Change a setting, durably; None gives it its default back.  Its value from then on.

@@ -17,7 +17,8 @@ from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops.import_folder import Importer
-from ckptvcs.ops.join import Joint
+from ckptvcs.ops.join import Joint, code_share
+from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from tests.soaking import run_states
@@ -61,7 +62,7 @@ class Scenario:
             repo.configure("keyframe-depth", "4")
             for step in range(1, self.commits + 1):
                 repo.commit_path(root / f"step-{step}.pt", message="", metrics={"loss": 1 / step})
-            repo.set_ref("tags", "first", repo.resolve(1), "tag")
+            set_ref(repo.repository, "tags", "first", repo.resolve(1), "tag")
         if self.prepare is not None:
             self.prepare(root)
 
@@ -82,14 +83,16 @@ def _commit_together(root: Path) -> None:
     steps = [entry.step or 0 for entry in repo.log(1)]
     step = min(4, steps[0] + 1)
     whole = states(step)[-1]
-    with Joint(repo, "together", step=step, message="next") as joint:
+    with Joint(repo.repository, "together", step=step, message="next") as joint:
         ticket, shards = joint.begin(), {}
         for number, name in enumerate("ab"):
             moments = {number: whole["optimizer"]["state"][number]}
             part = {"model": {name: whole["model"][name]},
                     "optimizer": {**whole["optimizer"], "state": moments}}  # fmt: skip
             checkpoint = state_checkpoint(part)
-            shards[f"rank-{number}.pt"] = Repo.open(root / "repo").code_shard(ticket, checkpoint)
+            shards[f"rank-{number}.pt"] = code_share(
+                Repo.open(root / "repo").repository, ticket, checkpoint
+            )
         joint.finish(shards, {"notes.json": b"{}"})
 
 
@@ -108,7 +111,7 @@ def _found(root: Path) -> None:
 def _import(root: Path) -> None:
     repo = Repo.open(root / "repo")
     try:
-        importer = Importer(repo, root / "found")
+        importer = Importer(repo.repository, root / "found")
     except NotFoundError:  # all of it has been imported, and removed
         return
     importer.look(lambda _: None)
@@ -125,13 +128,13 @@ def _originals_are_somewhere(root: Path) -> None:
 
 def _branch(root: Path) -> None:
     repo = Repo.open(root / "repo")
-    repo.move_head(repo.resolve(2), None)
+    move_head(repo.repository, repo.resolve(2), None)
     repo.commit_path(root / "step-3.pt", message="again")
 
 
 def _refs(root: Path) -> None:
     repo = Repo.open(root / "repo")
-    repo.set_ref("tags", "v1", repo.resolve(2), "tag")
+    set_ref(repo.repository, "tags", "v1", repo.resolve(2), "tag")
     repo.pin(repo.resolve(2), pinned=True)
     repo.configure("keep-exact", "1")
 
@@ -139,7 +142,7 @@ def _refs(root: Path) -> None:
 def _side(root: Path) -> None:
     repo = Repo.open(root / "repo")
     repo.commit_path(root / "step-4.pt", message="side", branch="side")
-    repo.set_ref("heads", "side", None, "delete")
+    set_ref(repo.repository, "heads", "side", None, "delete")
 
 
 SCENARIOS = {
@@ -168,8 +171,10 @@ SCENARIOS = {
 def refs(repo: Repo) -> dict[str, ObjectId]:
     """What refs are at; pins by the step of their commit, whose id is another one each time."""
     return {
-        f"pins/{repo.catalog.commit(name).step}" if ref.startswith("pins/") else ref: name
-        for ref, name in repo.revisions.tips().items()
+        f"pins/{repo.repository.catalog.commit(name).step}"
+        if ref.startswith("pins/")
+        else ref: name
+        for ref, name in repo.repository.revisions.tips().items()
     }
 
 
@@ -191,16 +196,16 @@ class Snapshot:
         except NotFoundError:
             return cls({}, {}, {})
         near, exact = {}, {}
-        for name in repo.revisions.visible():
+        for name in repo.repository.revisions.visible():
             entry = repo.entry(name)
             if "dropped" in entry.fidelity.values():
-                model = repo.catalog.schema(entry.commit.schema).stored("model")
-                read = dict(repo.restorer(name, near=True).tensors(model))
+                model = repo.repository.catalog.schema(entry.commit.schema).stored("model")
+                read = dict(repo.repository.restorer(name, near=True).tensors(model))
                 near[name] = str(len(read))
                 continue
-            near[name] = _digest(repo.restorer(name, near=True))
+            near[name] = _digest(repo.repository.restorer(name, near=True))
             if entry.exact:
-                exact[name] = _digest(repo.restorer(name))
+                exact[name] = _digest(repo.repository.restorer(name))
         return cls(near, exact, refs(repo))
 
 
@@ -229,7 +234,7 @@ class Expected:
             scenario.act(root)  # a second try works
         repo = Repo.open(root / "repo")
         assert set(refs(repo)) == set(self.after.refs)
-        left = set(repo.revisions.visible())
+        left = set(repo.repository.revisions.visible())
         assert left >= set(self.before.near) & set(self.after.near)
         assert len(left) == len(self.after.near)
         for name in set(self.before.exact) & set(self.after.exact):

@@ -194,7 +194,7 @@ def read(folder: Path, seed: int) -> None:
         for _ in range(20):
             entries = repo.log(draw.choice([1, 10, 100]))
             with contextlib.suppress(MissingObjectError):  # which gc has just moved, twice
-                repo.restorer(draw.choice(entries).id, near=True).fidelity  # noqa: B018
+                repo.repository.restorer(draw.choice(entries).id, near=True).fidelity  # noqa: B018
             time.sleep(draw.random() * 0.01)
 
 

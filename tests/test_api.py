@@ -21,6 +21,8 @@ from ckptvcs import ConflictError, InvalidInputError, NotFoundError, Repo
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.checkpoint.torch_writer import dump_pickle
+from ckptvcs.ops.checkout import save_part
+from ckptvcs.ops.refs import move_head
 from tests.training import train
 
 ODD_COUNTS: Any = collections.Counter()
@@ -183,10 +185,10 @@ def test_two_writers(repo: Repo) -> None:
     other.commit({"a": 2}, step=2)
     repo.commit({"a": 3}, step=3)
     assert [e.commit.step for e in other.log()] == [3, 2, 1]
-    head = repo.refs.read("heads/main")
-    repo.refs.publish("heads/main", head, commit=None, time="t", action="test")
+    head = repo.repository.refs.read("heads/main")
+    repo.repository.refs.publish("heads/main", head, commit=None, time="t", action="test")
     with pytest.raises(ConflictError):
-        other.refs.publish("heads/main", head, commit=None, time="t", action="test")
+        other.repository.refs.publish("heads/main", head, commit=None, time="t", action="test")
 
 
 def test_opening(tmp_path: Path) -> None:
@@ -194,18 +196,18 @@ def test_opening(tmp_path: Path) -> None:
         Repo.open(tmp_path)
     repo = Repo.init(tmp_path)
     assert Repo.open(tmp_path).folder == Repo.open(tmp_path / ".ckpt").folder == repo.folder
-    assert Repo.discover(tmp_path).log() == []
+    assert Repo.open(Repo.locate()).log() == []
 
 
 def test_a_checkout_elsewhere_does_not_fork_a_trainer(repo: Repo) -> None:
     for step in (1, 2):
         repo.commit({"x": step}, step=step)
     other = Repo.open(repo.root)
-    other.move_head(other.resolve(1), None)
+    move_head(other.repository, other.resolve(1), None)
     repo.commit({"x": 3}, step=3)
-    main = repo.revisions.branch("main")
+    main = repo.repository.revisions.branch("main")
     assert main is not None
-    assert repo.catalog.commit(main).step == 3
+    assert repo.repository.catalog.commit(main).step == 3
     assert [e.commit.step for e in repo.log(revision="main")] == [3, 2, 1]
 
 
@@ -315,9 +317,9 @@ def test_a_repository_made_again_at_the_same_path(tmp_path: Path) -> None:
 
 def test_an_id_without_letters_is_found(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     name = repo.commit({"w": torch.zeros(3)}, step=7).id
-    ids = repo.catalog.store.ids
+    ids = repo.repository.catalog.store.ids
     monkeypatch.setattr(
-        repo.catalog.store, "ids",
+        repo.repository.catalog.store, "ids",
         lambda kind, prefix: [name] if prefix == "12345678" else ids(kind, prefix),
     )  # fmt: skip
     assert repo.resolve("12345678") == name
@@ -333,7 +335,7 @@ def test_a_file_with_tensors_without_elements(repo: Repo, tmp_path: Path) -> Non
     save_file(state, tmp_path / "model.safetensors")
     name = repo.commit_path(tmp_path / "model.safetensors", message="").id
     assert same(dict(sorted(repo.checkout("HEAD").items())), state)
-    assert repo.save_part(name, "model", tmp_path / "model.pt", exact=True) == "exact"
+    assert save_part(repo.repository, name, "model", tmp_path / "model.pt", exact=True) == "exact"
     assert same(dict(sorted(torch.load(tmp_path / "model.pt").items())), state)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from ckptvcs import CkptError, InvalidInputError, Repo, StorageError
 from ckptvcs.background.process import Done
 from ckptvcs.background.queue import Background
 from ckptvcs.background.shared_state import Parcel, Staging, unpack
+from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.parallel import ordered_map
 from ckptvcs.store.local import LocalWriter
 from tests.cli.conftest import environment
@@ -35,7 +37,7 @@ class Here:
         self._repo = Repo.open(folder)
 
     def commit(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Done:
-        made = self._repo.commit_checkpoint(unpack(parcel, staging.memory), **said)
+        made = commit_checkpoint(self._repo.repository, unpack(parcel, staging.memory), **said)
         return Done(made.id, made.branch)
 
     def close(self) -> None:
@@ -148,11 +150,10 @@ def test_copies_are_made_in_the_same_room(near: Repo) -> None:
     rooms = set()
     for step in range(6):
         near.commit_async(states(1)[0] | {"step": step}, step=step).result()
-        assert near._background is not None
-        background, _ = near._background
-        staging = background.stage()
-        rooms.add(staging._room.ctypes.data)
-        background.release(staging)
+        assert near.background is not None
+        staging = near.background.queue.stage()
+        rooms.add(np.frombuffer(staging.memory, np.uint8).ctypes.data)
+        near.background.queue.release(staging)
     assert len(rooms) <= 2
 
 
@@ -174,18 +175,20 @@ def test_a_child_has_a_background_of_its_own(near: Repo) -> None:
         code = 1
         try:
             near.wait()
-            assert near._in_background()[0].process == os.getpid()
+            made = near.commit_async(states(2)[1], step=2).result()
+            assert made.step == 2
+            near.close()
             code = 0
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert near._in_background()[0].process == os.getpid()
+    assert [entry.step for entry in near.log()] == [2, 1]
 
 
 def worker(repo: Repo) -> int:
     """The process that commits for a repository that is open here."""
-    assert repo._background is not None
-    return repo._background[1]._process.pid
+    assert repo.background is not None
+    return repo.background.worker.process.pid
 
 
 def test_another_process_commits(repo: Repo) -> None:
@@ -254,12 +257,12 @@ def test_a_signal_to_all_is_for_the_training(number: signal.Signals, repo: Repo)
 
 def test_children_do_not_hold_it_up(repo: Repo) -> None:
     repo.commit_async(states(1)[0], step=1).result()
-    assert repo._background is not None
-    beside = repo._background[1]
-    os.set_inheritable(beside._pipe.fileno(), True)  # as in a child that is forked
+    assert repo.background is not None
+    beside = repo.background.worker
+    os.set_inheritable(beside.pipe.fileno(), True)  # as in a child that is forked
     with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
         repo.close()
-        assert beside._process.returncode == 0  # it was not killed for want of an end
+        assert beside.process.returncode == 0  # it was not killed for want of an end
         child.kill()
 
 
@@ -270,7 +273,7 @@ for step in range(3):
     future = repo.commit_async({"w": torch.full((1 << 18,), float(step))}, step=step)
     if step < 2:
         future.result()
-print(repo._background[1]._process.pid)
+print(repo.background.worker.process.pid)
 if sys.argv[2] == "die":
     os._exit(0)
 """

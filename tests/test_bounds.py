@@ -77,7 +77,7 @@ def test_bounds_hold_on_any_trajectory(
         for step, event in enumerate(["step", *events]):
             happen(event, now, draw)
             entry = repo.commit(adam_state(now, step), step=step)
-            near: Any = PartReader(repo.restorer(entry.id, near=True)).state()
+            near: Any = PartReader(repo.repository.restorer(entry.id, near=True)).state()
             assert relative(now, near["model"]) <= weight * 1.0001
             assert entry.commit.error.weight_rel <= weight
             assert entry.commit.error.update_nmse <= update

@@ -26,13 +26,15 @@ def bases(repo: Repo) -> dict[ObjectId, CachedTable]:
     found = {}
     for entry in repo.log(all_branches=True):
         schema, values = (
-            repo.catalog.schema(entry.commit.schema),
+            repo.repository.catalog.schema(entry.commit.schema),
             entry.commit.parts["model"].values,
         )
         infos = [schema.tensors[number] for number in schema.stored("model")]
         path = repo.folder / "cache" / "bases" / values
         if path.exists():
-            found[values] = CachedTable(path, infos, repo.catalog.all_values(values, len(infos)))
+            found[values] = CachedTable(
+                path, infos, repo.repository.catalog.all_values(values, len(infos))
+            )
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops import care, commit, repository
+from ckptvcs.ops.refs import move_head
 from ckptvcs.repo import Repo
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -80,7 +81,7 @@ def test_the_reflog_is_in_order(repo: Repo, clock: Clock) -> None:
 
 def test_the_log_of_branches_shows_no_commit_below_its_parent(repo: Repo, clock: Clock) -> None:
     run(repo, clock, 5, 1, 7)
-    repo.move_head(repo.resolve(2), None)
+    move_head(repo.repository, repo.resolve(2), None)
     run(repo, clock, 0, 9, first=10)
     found = steps(repo, everything=True)
     assert sorted(found, key=str) == [1, 10, 11, 2, 3]
@@ -112,7 +113,7 @@ def test_a_drop_of_an_older_program_goes_by_its_time(repo: Repo, clock: Clock) -
     clock(3)
     plan = repo.plan_gc(Policy(last=1))
     (drop,) = plan.drops
-    repo.catalog.record([type(drop)("drop", drop.commits, (), drop.rule, drop.time)])
+    repo.repository.catalog.record([type(drop)("drop", drop.commits, (), drop.rule, drop.time)])
     assert steps(repo) == [2]
     assert "drop" in repo.undo().what
     assert steps(repo) == [2, 1]

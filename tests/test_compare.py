@@ -246,9 +246,9 @@ def test_numbers_that_are_not_finite(repo: Repo) -> None:
     assert (found.total.nonfinite_b, found.total.entries) == (202, 900)
     assert math.isfinite(found.total.relative)
     known: set[bytes] = set()
-    assert all_finite(repo.catalog, repo.restorer(repo.resolve(1)), known)
+    assert all_finite(repo.repository.catalog, repo.repository.restorer(repo.resolve(1)), known)
     assert len(known) == 3
-    assert not all_finite(repo.catalog, repo.restorer(repo.resolve(2)), known)
+    assert not all_finite(repo.repository.catalog, repo.repository.restorer(repo.resolve(2)), known)
 
 
 def near_repo(folder: Path) -> Repo:

@@ -34,8 +34,11 @@ def test_writers_readers_and_a_collector(seconds: float, tmp_path: Path) -> None
     assert done.sweeps
     repo = Repo.open(root)
     assert {entry.id for entry in repo.log(all_branches=True)} == done.commits
-    for name in repo.revisions.visible():
-        found, true = repo.checkout(f"id:{name}")["model"], repo.catalog.commit(name).message
+    for name in repo.repository.revisions.visible():
+        found, true = (
+            repo.checkout(f"id:{name}")["model"],
+            repo.repository.catalog.commit(name).message,
+        )
         assert all(torch.equal(found[k], w) for k, w in stress.content(true).items())
     repo.gc()
     assert not Repo.open(root).verify().damage
@@ -192,7 +195,7 @@ def test_a_patch_that_fades_while_another_comes_to_share_it(
 
     monkeypatch.setattr(commit, when, others)
     made = repo.commit_path(tmp_path / "run.pt", message="", step=2, branch="side")
-    delete(Repo.open(tmp_path).fader(), late)
+    delete(Repo.open(tmp_path).repository.fader(), late)
     for name in ("main@4", "main@3", made.id):
         step = 2 if name == made.id else int(name[-1])
         assert repo.entry(repo.resolve(name)).exact

@@ -173,10 +173,10 @@ def test_a_copy_is_made_in_memory_that_the_device_writes_to(tmp_path: Path) -> N
             assert future.result().exact
             for restored, one in zip(leaves(repo.checkout("HEAD")), true, strict=True):
                 assert torch.equal(restored, one)
-        assert repo._background is not None
-        staging = repo._background[0].stage()
-        assert staging._pinned
-        repo._background[0].release(staging)
+        assert repo.background is not None
+        staging = repo.background.queue.stage()
+        assert staging.pinned
+        repo.background.queue.release(staging)
 
 
 @pytest.mark.filterwarnings("ignore")

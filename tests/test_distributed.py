@@ -58,7 +58,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert last.exact
     assert last.commit.depth == 2
     assert last.metrics == {"loss": 1.5}
-    infos = repo.catalog.schema(last.commit.schema).tensors
+    infos = repo.repository.catalog.schema(last.commit.schema).tensors
     moments = [info for info in infos if info.role in ("exp_avg", "exp_avg_sq")]
     assert {infos[info.pair].name for info in moments if info.pair is not None} >= {
         "model.0.weight[0:20,0:24]", "model.0.weight[20:40,0:24]",
@@ -93,7 +93,7 @@ def test_replicas(tmp_path: Path) -> None:
     repo = Repo.open(tmp_path / "repo")
     newest = repo.log()[0]
     assert newest.commit.depth == 1
-    infos = repo.catalog.schema(newest.commit.schema).tensors
+    infos = repo.repository.catalog.schema(newest.commit.schema).tensors
     moments = [info for info in infos if info.role in ("exp_avg", "exp_avg_sq")]
     assert moments
     assert all(info.pair is not None for info in moments)

@@ -36,11 +36,11 @@ def test_chains(codec: str, repo: Repo, tmp_path: Path) -> None:
 def test_what_gc_leaves(tmp_path: Path) -> None:
     repo, paths = Repo.init(tmp_path / "near"), save_run(tmp_path, train(8))
     names = [repo.commit_path(path, message="x").id for path in paths]
-    tables = [repo.catalog.commit(name).parts["model"].values for name in names[:6]]
+    tables = [repo.repository.catalog.commit(name).parts["model"].values for name in names[:6]]
     for _ in range(2):  # the second one merges what the first one left
         repo.gc(Policy(last=2))
     repo = Repo.open(tmp_path / "near")
-    assert not any(map(repo.catalog.store.contains, tables))
+    assert not any(map(repo.repository.catalog.store.contains, tables))
     assert [entry.step for entry, _ in repo.trajectory()] == [7, 8]
     spec = SpecRepository(repo.folder)
     for name, path in zip(names[6:], paths[6:], strict=True):

@@ -32,6 +32,9 @@ def test_old_bytes_decode_to_the_same_bits(name: str, tmp_path: Path) -> None:
         repo.checkout_files(ObjectId(commit), tmp_path / "out.pt", force=True)
         data = (tmp_path / "out.pt").read_bytes()
         assert blake3(data).hexdigest() == digest
-        assert spec.file(commit, repo.catalog.commit(ObjectId(commit)).files[0].path) == data
+        assert (
+            spec.file(commit, repo.repository.catalog.commit(ObjectId(commit)).files[0].path)
+            == data
+        )
     assert not repo.verify().damage
     assert repo.resolve("first") in expected

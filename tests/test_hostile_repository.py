@@ -27,6 +27,7 @@ from ckptvcs.history.recipe import (
     slice_hash,
 )  # fmt: skip
 from ckptvcs.history.schema import Op, Schema, TensorInfo, View, dump_schema, dump_skeleton
+from ckptvcs.ops.checkout import save_part
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind, ObjectId
 from tests.fuzzing import little_room
@@ -45,17 +46,19 @@ class Forger:
         self.commit = self.honest.commit
 
     def put(self, kind: Kind, content: bytes, region: bytes = b"") -> ObjectId:
-        pack = self.repo.catalog.store.new_pack("packs" if kind == Kind.BUNDLE else "meta")
+        pack = self.repo.repository.catalog.store.new_pack(
+            "packs" if kind == Kind.BUNDLE else "meta"
+        )
         if region:
             pack.append_region(region)
         name = pack.add(kind, content)
-        self.repo.catalog.store.publish(pack)
+        self.repo.repository.catalog.store.publish(pack)
         return name
 
     def lead_to(self, commit: Commit) -> ObjectId:
         """Make a commit the newest one."""
         name = self.put(Kind.COMMIT, dump_commit(commit))
-        refs = self.repo.refs
+        refs = self.repo.repository.refs
         refs.publish("heads/main", refs.read("heads/main"), commit=name, time=now(), action="x")
         return name
 
@@ -232,9 +235,9 @@ def everything(repo: Repo, folder: Path) -> None:
     for ask in (
         lambda: repo.log(all_branches=True), repo.stats, repo.reflog, repo.plan_gc,
         lambda: repo.checkout_files(head, folder / "out" / "x", force=True),
-        lambda: repo.save_part(head, "model", folder / "out" / "y.pt"),
+        lambda: save_part(repo.repository, head, "model", folder / "out" / "y.pt"),
         lambda: repo.checkout("HEAD"), lambda: repo.tensor("w"), lambda: repo.diff(head, head),
-        lambda: list(repo.trajectory()), lambda: repo.history.graph(),
+        lambda: list(repo.trajectory()), lambda: repo.repository.history.graph(),
         lambda: repo.commit_path(folder / "model.dat", message="on top", step=1 << 61),
         repo.undo,
     ):  # fmt: skip

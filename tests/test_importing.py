@@ -25,6 +25,7 @@ from ckptvcs.files.removal import Originals, Proven
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops.checkout import hash_file
 from ckptvcs.ops.import_folder import Importer, ImportItem
+from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.training import train
@@ -38,7 +39,7 @@ def silent(_: object) -> None:
 
 def run(repo: Repo, folder: Path, **options: Any) -> Importer:
     """An import with nothing removed."""
-    importer = Importer(repo, folder, **options)
+    importer = Importer(repo.repository, folder, **options)
     importer.look(silent)
     importer.run(silent, silent)
     return importer
@@ -63,7 +64,7 @@ def messages(repo: Repo, revision: str | None = None) -> list[str]:
 
 
 def branches(repo: Repo) -> list[str]:
-    return repo.refs.names("heads")
+    return repo.repository.refs.names("heads")
 
 
 @pytest.fixture(scope="session")
@@ -172,18 +173,18 @@ def test_what_is_left_out(folder: Path, tmp_path: Path, states: list[State]) -> 
 
 def test_folders_that_are_refused(near: Repo, folder: Path, states: list[State]) -> None:
     with pytest.raises(NotFoundError, match="no such folder"):
-        Importer(near, folder / "nothing")
+        Importer(near.repository, folder / "nothing")
     with pytest.raises(InvalidInputError, match="is a file"):
-        Importer(near, folder / "step-800.pt")
+        Importer(near.repository, folder / "step-800.pt")
     with pytest.raises(InvalidInputError, match="itself"):
-        Importer(near, near.folder / "packs")
+        Importer(near.repository, near.folder / "packs")
     with pytest.raises(InvalidInputError, match="codec"):
-        Importer(near, folder, codec="zip")
+        Importer(near.repository, folder, codec="zip")
     with pytest.raises(NotFoundError, match="no checkpoints"):
-        Importer(near, folder, pattern="*.bin")
+        Importer(near.repository, folder, pattern="*.bin")
     checkpoint = trainer_directory(folder, states[0], 500)
     with pytest.raises(InvalidInputError, match="is a checkpoint itself"):
-        Importer(near, checkpoint)
+        Importer(near.repository, checkpoint)
     assert near.log() == []
 
 
@@ -424,7 +425,7 @@ def test_near_is_removed_where_it_is_accepted(near: Repo, folder: Path) -> None:
     importer = run(near, folder)
     assert set(remove(importer, accept_near=True).values()) == {None}
     assert names(folder) == []
-    assert near.refs.targets("pins") == set()
+    assert near.repository.refs.targets("pins") == set()
     assert not near.verify().damage
 
 
@@ -432,7 +433,7 @@ def test_lossless_lets_all_be_removed(near: Repo, folder: Path) -> None:
     importer = run(near, folder, codec="lossless")
     assert set(remove(importer).values()) == {None}
     assert names(folder) == []
-    assert near.refs.targets("pins") == set()  # nothing of it could fade
+    assert near.repository.refs.targets("pins") == set()  # nothing of it could fade
 
 
 @pytest.mark.parametrize("way", ["written", "longer", "replaced", "gone", "link", "directory"])
@@ -470,7 +471,7 @@ def test_what_another_process_lets_go_keeps_its_original(
     if how == "delete the branch":
         other.commit({"w": torch.ones(3)})
         importer = run(repo, folder, branch="side")
-        other.set_ref("heads", "side", None, "delete")
+        set_ref(other.repository, "heads", "side", None, "delete")
     else:
         importer = run(repo, folder)
         _ = [other.undo() for _ in range(2)] if how == "undo" else [other.gc(Policy(last=2))]
@@ -487,7 +488,7 @@ def test_what_another_process_lets_go_keeps_its_original(
 def test_a_tag_is_enough(repo: Repo, folder: Path) -> None:
     importer = run(repo, folder)
     other = Repo.open(repo.folder)
-    other.set_ref("tags", "v1", other.resolve("HEAD"), "tag")
+    set_ref(other.repository, "tags", "v1", other.resolve("HEAD"), "tag")
     _ = [other.undo() for _ in range(3)]
     assert set(remove(importer).values()) == {None}
     other.gc()
@@ -506,7 +507,7 @@ def test_pins_that_do_not_keep_what_is_exact(
     newest = "step-1100.pt"
     assert (folder / newest).exists() == stays
     assert ("pin-fidelity" in (kept[newest] or "")) == stays
-    assert bool(near.refs.targets("pins")) != stays
+    assert bool(near.repository.refs.targets("pins")) != stays
 
 
 def test_a_pin_that_is_taken_away_meanwhile(
@@ -649,7 +650,7 @@ def test_a_refused_removal_leaves_no_pin(near: Repo, folder: Path) -> None:
     path = folder / "step-1100.pt"
     path.write_bytes(path.read_bytes()[::-1])
     remove(importer)
-    assert near.refs.targets("pins") == {near.resolve(1000)}
+    assert near.repository.refs.targets("pins") == {near.resolve(1000)}
     assert path.exists()
 
 
@@ -684,7 +685,7 @@ def test_progress_counts_every_byte_once(
     (folder / "step-7.pt").write_bytes(b"PK\x03\x04")
     for _ in range(2):
         counts: list[int] = []
-        importer = Importer(repo, folder)
+        importer = Importer(repo.repository, folder)
         importer.look(silent)
         watch: Callable[[ImportItem], None] = seen.append
         importer.run(counts.append, watch)

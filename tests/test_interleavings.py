@@ -24,7 +24,7 @@ from ckptvcs.files.removal import Originals
 from ckptvcs.gc import collect
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.refs import Refs
-from ckptvcs.ops import care, commit, originals, repository
+from ckptvcs.ops import commit, gc, originals, repository
 from ckptvcs.ops.originals import Keeper
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
@@ -73,7 +73,7 @@ def _build(folder: Path) -> None:
 
 
 def _delete(root: Path, name: ObjectId) -> Callable[[], object]:
-    keeper = Keeper(Repo.open(root), None)
+    keeper = Keeper(Repo.open(root).repository, None)
 
     def run() -> None:
         with keeper.at_work(), Originals(root / "in") as originals:
@@ -115,7 +115,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     points: list[tuple[Any, str, str]] = [
         (originals, "live_leases", "look for leases"), (originals, "turn", "turn"),
         (Originals, "delete", "delete the original"),
-        (care.Care, "_rekey", "rekey"), (collect.Collector, "record", "record"),
+        (gc, "_rekey", "rekey"), (collect.Collector, "record", "record"),
         (collect.Collector, "delete", "sweep"),
     ]  # fmt: skip
     if every:

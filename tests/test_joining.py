@@ -15,7 +15,8 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.encode.shards import Shard
 from ckptvcs.errors import BusyError, ConflictError, InvalidInputError
 from ckptvcs.history.log import LogEntry
-from ckptvcs.ops.join import Joint
+from ckptvcs.ops.join import Joint, code_share
+from ckptvcs.ops.repository import Repository
 from ckptvcs.store import leases
 from tests.spec_reader import SpecRepository
 
@@ -54,15 +55,15 @@ class World:
 
     def __init__(self, root: Path, count: int = 2) -> None:
         self.repo = Repo.init(root)
-        self.others = [Repo.open(root) for _ in range(count)]
+        self.others = [Repository(root / ".ckpt") for _ in range(count)]
 
     def begin(self, step: int | None) -> Joint:
-        return Joint(self.repo, "joined", step=step)
+        return Joint(self.repo.repository, "joined", step=step)
 
     def code(self, joint: Joint, states: list[State]) -> dict[str, Shard]:
         ticket = joint.begin()
         return {
-            f"rank-{number}.pt": repo.code_shard(ticket, state_checkpoint(state))
+            f"rank-{number}.pt": code_share(repo, ticket, state_checkpoint(state))
             for number, (repo, state) in enumerate(zip(self.others, states, strict=True))
             if state
         }
@@ -89,10 +90,10 @@ def world(tmp_path: Path) -> World:
 
 def depths(repo: Repo, entry: LogEntry) -> dict[str, int]:
     """How many frames each weight stands on."""
-    schema = repo.catalog.schema(entry.commit.schema)
+    schema = repo.repository.catalog.schema(entry.commit.schema)
     values = entry.commit.parts["model"].values
     return {
-        schema.tensors[number].name: repo.catalog.frame(values, position)[1].depth
+        schema.tensors[number].name: repo.repository.catalog.frame(values, position)[1].depth
         for position, number in enumerate(schema.stored("model"))
     }
 
@@ -102,9 +103,9 @@ def test_each_process_goes_on_from_its_own(world: World) -> None:
         entry = world.commit(step, [share(step, "abc"), share(step, "def")])
     assert entry.exact
     assert depths(world.repo, entry) == {f"model.{name}": 2 for name in NAMES}
-    held = world.others[0]._held
-    assert held is not None
-    assert sorted(held.tensors) == ["model.a", "model.b", "model.c"]
+    with world.others[0].held_base("state") as held:
+        assert held is not None
+        assert sorted(held.tensors) == ["model.a", "model.b", "model.c"]
     world.check("HEAD", [share(3, "abc"), share(3, "def")])
     assert not world.repo.verify().damage
     spec = SpecRepository(world.repo.folder)
@@ -198,7 +199,7 @@ def test_gc_waits_and_takes_what_was_abandoned(world: World) -> None:
 def test_codecs(codec: str, tmp_path: Path) -> None:
     world = World(tmp_path)
     world.repo.configure("codec", codec)
-    world.others = [Repo.open(tmp_path) for _ in range(2)]
+    world.others = [Repository(tmp_path / ".ckpt") for _ in range(2)]
     for step in (1, 2):
         world.commit(step, [share(step, "abc"), share(step, "def")])
     world.check("HEAD", [share(2, "abc"), share(2, "def")])

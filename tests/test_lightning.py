@@ -74,7 +74,7 @@ def test_moments_are_paired(tmp_path: Path) -> None:
 
     train(CkptCheckpointIO(tmp_path / "repo"), tmp_path / "out", 1)
     repo = Repo.open(tmp_path / "repo")
-    tensors = repo.catalog.schema(repo.log()[0].commit.schema).tensors
+    tensors = repo.repository.catalog.schema(repo.log()[0].commit.schema).tensors
     moments = [info for info in tensors if info.role in ("exp_avg", "exp_avg_sq")]
     assert len(moments) == 12
     for info in moments:
@@ -258,7 +258,7 @@ def test_fabric(tmp_path: Path) -> None:
     repo = Repo.open(tmp_path / "repo")
     (entry,) = repo.log()
     assert entry.step == 7
-    tensors = repo.catalog.schema(entry.commit.schema).tensors
+    tensors = repo.repository.catalog.schema(entry.commit.schema).tensors
     assert [t.pair is not None for t in tensors if t.role.startswith("exp_avg")] == [True] * 4
     (tmp_path / "a.ckpt").unlink()
     optimizer.step()

@@ -15,9 +15,10 @@ from ckptvcs import InvalidInputError, Repo
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops import config
+from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.config import KEYS, Settings
 from ckptvcs.ops.import_folder import Importer
-from ckptvcs.ops.join import Joint
+from ckptvcs.ops.join import Joint, code_share
 from ckptvcs.ops.watch import Watcher
 from ckptvcs.store.ids import ObjectId
 from tests.crashing import states
@@ -40,16 +41,16 @@ def _commit_path(repo: Repo, folder: Path, step: int) -> None:
 
 
 def _join(repo: Repo, _: Path, step: int) -> None:
-    with Joint(repo, "together", step=step) as joint:
+    with Joint(repo.repository, "together", step=step) as joint:
         ticket = joint.begin()
-        shard = repo.code_shard(ticket, state_checkpoint(states(step)[-1]))
+        shard = code_share(repo.repository, ticket, state_checkpoint(states(step)[-1]))
         joint.finish({"rank-0.pt": shard}, {})
 
 
 def _import(repo: Repo, folder: Path, step: int) -> None:
     (folder / f"found-{step}").mkdir()
     torch.save(states(step)[-1], folder / f"found-{step}" / f"step-{step}.pt")
-    importer = Importer(repo, folder / f"found-{step}")
+    importer = Importer(repo.repository, folder / f"found-{step}")
     importer.look(lambda _: None)
     importer.run(lambda _: None, lambda _: None)
 
@@ -85,7 +86,7 @@ def test_what_is_told_to_stay_stays_from_the_next_commit_on(way: str, tmp_path: 
 def test_a_watch_that_goes_on_for_long(tmp_path: Path) -> None:
     repo, run = Repo.init(tmp_path / "repo"), tmp_path / "run"
     run.mkdir()
-    watch = Watcher(repo, run, settle=0)
+    watch = Watcher(repo.repository, run, settle=0)
     for step in range(1, STEPS + 1):
         torch.save(states(step)[-1], run / f"step-{step}.pt")
         if step == 4:
@@ -100,7 +101,7 @@ def test_what_is_told_to_stay_while_a_commit_is_made(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path / "repo")
     for step in (1, 2):
         _commit(repo, tmp_path, step)
-    repo.commit_checkpoint(
+    commit_checkpoint(repo.repository,
         state_checkpoint(states(3)[-1]), "state", inside=True, step=3, message="", metrics={},
         codec=None, announce=lambda _: change(repo.root, "keep-exact", "3"),
     )  # fmt: skip
@@ -138,7 +139,7 @@ def test_settings_that_can_no_longer_be_read(
     said = [record for record in caplog.records if "config.toml" in record.getMessage()]
     assert len(said) == 1
     assert exact(repo) == [1, 2, 3, 4]
-    for refused in (repo.gc, repo.settings, lambda: repo.config):
+    for refused in (repo.gc, repo.settings, lambda: repo.repository.config):
         with pytest.raises(InvalidInputError, match="cannot read"):
             refused()
     with pytest.raises(InvalidInputError, match="cannot read"):
@@ -159,7 +160,7 @@ def test_a_change_that_no_time_and_no_size_shows(tmp_path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
     assert settings.now().keep_exact == 7
-    assert repo.config.keep_exact == 7
+    assert repo.repository.config.keep_exact == 7
     assert set(repo.settings()) == set(KEYS)
 
 
@@ -171,7 +172,7 @@ def test_a_log_while_an_exact_form_fades(tmp_path: Path, monkeypatch: pytest.Mon
     repo.commit(second)
     assert exact(repo) == [2]
     reader = Repo.open(tmp_path)
-    store = reader.catalog.store
+    store = reader.repository.catalog.store
     calm, found = store.find, list[bytes]()
 
     def find(key: bytes) -> list[ObjectId]:
@@ -206,5 +207,5 @@ def test_settings_that_two_processes_change_at_once(
     monkeypatch.setattr(config, "_read", read)
     repo.configure("keyframe-depth", "9")
     others[0].join()
-    now = Repo.open(tmp_path).config
+    now = Repo.open(tmp_path).repository.config
     assert (now.keyframe_depth, now.keep_exact) == (9, 7)

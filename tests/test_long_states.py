@@ -201,5 +201,5 @@ def test_a_state_whose_structure_was_lost_is_not_none(
 
     monkeypatch.setattr("ckptvcs.checkpoint.torch_zip.read_pickle", fail)
     with pytest.raises(InvalidInputError, match="too much memory") as refused:
-        PartReader(repo.restorer(made.id)).state()
+        PartReader(repo.repository.restorer(made.id)).state()
     assert "ckpt checkout" in (refused.value.hint or "")

@@ -41,7 +41,7 @@ def test_moments_are_paired_with_their_weights(repo: Repo) -> None:
     optimizer = _grouped(model)
     _train(model, optimizer, range(3))
     entry = repo.commit(model=model, optimizer=optimizer, step=3)
-    tensors = repo.catalog.schema(entry.commit.schema).tensors
+    tensors = repo.repository.catalog.schema(entry.commit.schema).tensors
     pairs = {info.name: tensors[info.pair].name for info in tensors if info.pair is not None}
     order = ["3.weight", "0.weight", "2.bias", "2.weight", "0.bias", "3.bias"]
     assert pairs == {
@@ -49,7 +49,9 @@ def test_moments_are_paired_with_their_weights(repo: Repo) -> None:
         for number, name in enumerate(order) for moment in ("exp_avg", "exp_avg_sq")
     }  # fmt: skip
     again = repo.commit({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step=4)
-    assert not any(i.pair is not None for i in repo.catalog.schema(again.commit.schema).tensors)
+    assert not any(
+        i.pair is not None for i in repo.repository.catalog.schema(again.commit.schema).tensors
+    )
 
 
 def test_training_goes_on_from_a_commit(repo: Repo) -> None:

@@ -319,11 +319,11 @@ def directory(tmp_path: Path) -> tuple[Repo, str, Path]:
 WRITERS: dict[str, Callable[[Repo, Any, Path], object]] = {
     "checkout": lambda repo, name, target: repo.checkout_files(name, target),
     "checkout --force": lambda repo, name, target: repo.checkout_files(name, target, force=True),
-    "export": lambda repo, name, target: PartReader(repo.restorer(name)).export(
+    "export": lambda repo, name, target: PartReader(repo.repository.restorer(name)).export(
         target, None, lambda _: None
     ),
     "average": lambda repo, name, target: write_average(
-        repo.catalog, [name], target, lambda _: None
+        repo.repository.catalog, [name], target, lambda _: None
     ),
 }
 

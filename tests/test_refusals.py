@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from tests.crashing import save
 from tests.refusing.asking import ERRORS, Ran, Refusal, Server, library, site
@@ -63,7 +64,7 @@ def build(root: Path) -> None:
     repo.configure("keyframe-depth", "4")
     for step in (1, 2, 3):
         repo.commit_path(root / f"step-{step}.pt", message="", metrics={"loss": 1 / step})
-    repo.set_ref("tags", "first", repo.resolve(1), "tag")
+    set_ref(repo.repository, "tags", "first", repo.resolve(1), "tag")
     save(root / "found", range(4, 6))
 
 

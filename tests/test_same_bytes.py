@@ -115,11 +115,11 @@ def test_deltas_stand_on_what_has_words_of_their_size(tmp_path: Path) -> None:
         repo.commit(state, step=step)
     repo = drop_cache(repo)
     for entry in repo.log():
-        schema = repo.catalog.schema(entry.commit.schema)
+        schema = repo.repository.catalog.schema(entry.commit.schema)
         for part, stored in entry.commit.parts.items():
             for position, number in enumerate(schema.stored(part)):
                 info = schema.tensors[number]
-                chain = ChainReader(repo.catalog).links(stored.values, position, info)
+                chain = ChainReader(repo.repository.catalog).links(stored.values, position, info)
                 assert len({link.type.word for link in chain}) == 1
     for step, state in enumerate(states, 1):
         assert same(repo.checkout(step), state)

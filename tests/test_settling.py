@@ -15,10 +15,11 @@ from ckptvcs.files.removal import Originals, Proven, Removed
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.reachability import mark
 from ckptvcs.ops.import_folder import Importer
-from ckptvcs.ops.repository import Opened
+from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from ckptvcs.store import disk
 from ckptvcs.store.backend import write_once
+from ckptvcs.store.ids import Kind
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.pack import pack_name
 from tests.crashing import save
@@ -79,9 +80,17 @@ _COMMIT = "Repo.open('.').commit_path(Path('step-3.pt'), message='')"
 def packs_of(repo: Repo, revision: int) -> set[str]:
     """The packs that a commit stands on."""
     name = repo.resolve(revision)
-    marked = mark(repo.catalog, {name: repo.catalog.commit(name)}, repo.catalog.dropped())
-    return {pack_name(place.folder, place.pack)
-            for name in marked.objects for place in repo.catalog.store.places(name)}  # fmt: skip
+    marked = mark(
+        repo.repository.catalog,
+        {name: repo.repository.catalog.commit(name)},
+        repo.repository.catalog.dropped(),
+    )
+    store = repo.repository.catalog.store
+    return {
+        pack_name(place.folder, place.pack)
+        for name in marked.objects
+        for place in store.places(name)
+    }
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -154,7 +163,7 @@ def test_a_commit_stands_on_packs_of_one_that_was_killed(
     cut(root, "meta/??", _COMMIT)
     left = {p for p in (root / ".ckpt").glob("meta/??/*.pack") if p.stat().st_nlink == 2}
     repo = Repo.open(root)
-    repo.catalog.store.refresh()
+    repo.repository.catalog.store.refresh()
     synced = Synced(root / ".ckpt", monkeypatch)
     repo.commit_path(root / "step-3.pt", message="")
     done = synced.taken()
@@ -167,12 +176,16 @@ def test_a_commit_stands_on_packs_of_one_that_was_killed(
 def test_a_tag_on_a_commit_that_no_ref_led_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(root, "meta/??", _COMMIT)
     repo = Repo.open(root)
-    repo.catalog.store.refresh()
-    (loose,) = repo.revisions.loose(set(repo.catalog.store.ids(1)) - repo.revisions.ids())  # type: ignore[arg-type]
+    repo.repository.catalog.store.refresh()
+    (loose,) = repo.repository.revisions.loose(
+        set(repo.repository.catalog.store.ids(Kind.COMMIT)) - repo.repository.revisions.ids()
+    )
     synced = Synced(root / ".ckpt", monkeypatch)
-    repo.set_ref("tags", "found", loose, "tag")
+    set_ref(repo.repository, "tags", "found", loose, "tag")
     done = synced.taken()
-    packs = {pack_name(place.folder, place.pack) for place in repo.catalog.store.places(loose)}
+    packs = {
+        pack_name(place.folder, place.pack) for place in repo.repository.catalog.store.places(loose)
+    }
     for pack in packs:
         assert pack in done
         assert done.index(str(Path(pack).parent)) < done.index("refs/tags/found")
@@ -197,7 +210,7 @@ def test_a_calm_commit_syncs_what_it_writes_and_no_more(
 
 
 def _delete_originals(repo: Repo, folder: Path) -> Importer:
-    importer = Importer(repo, folder)
+    importer = Importer(repo.repository, folder)
     importer.look(lambda _: None)
     importer.run(lambda _: None, lambda _: None)
     importer.remove(accept_near=False, progress=lambda _: None, watch=lambda _: None)
@@ -260,9 +273,9 @@ def test_an_original_stays_where_nothing_can_be_synced(
     with monkeypatch.context() as patch:
         patch.setattr(disk, "settle", refuse)
         with pytest.raises(StorageError):
-            repo.catalog.store.backend.settle(["format"])
+            repo.repository.catalog.store.backend.settle(["format"])
         patch.setattr(disk, "sync_folder", disk.sync_folder)
-    importer = Importer(repo, root / "found")
+    importer = Importer(repo.repository, root / "found")
     importer.look(lambda _: None)
     importer.run(lambda _: None, lambda _: None)
     monkeypatch.setattr(disk, "settle", refuse)
@@ -328,8 +341,8 @@ def test_without_links_every_file_of_others_is_doubtful(
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", link)
-    repo: Opened = Repo.open(root)
-    backend = repo.catalog.store.backend
+    repo = Repo.open(root)
+    backend = repo.repository.backend
     write_once(backend, "refs/tags/x/1", b"x")
     (name, *_) = sorted(packs_of(Repo.open(root), 2))
     synced = Synced(root / ".ckpt", monkeypatch)

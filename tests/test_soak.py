@@ -53,9 +53,9 @@ def test_a_long_training(cut_folder: Path) -> None:
             assert 0 < entry.commit.error.weight_rel < 0.1
 
     for _ in range(2):  # what readers had open goes with the next editions
-        repo.catalog.store.index._index._write(lambda _: None)
+        repo.repository.catalog.store.index._index._write(lambda _: None)
     before = index_bytes(repo)
-    repo.catalog.store.rebuild()
+    repo.repository.catalog.store.rebuild()
     anew = index_bytes(repo)
     print(f"index {before}, made anew {anew}")
     assert before <= AS_ANEW * anew + MiB

@@ -19,7 +19,7 @@ def test_a_commit_waits_for_gc(
     (tmp_path / "a.dat").write_bytes(b"data" * 100)
     where = target.Target(tmp_path / "repo", None)
     assert where.existing() is None
-    sweeping = exclusive(where.repo.catalog.store.backend)
+    sweeping = exclusive(where.repo.repository.catalog.store.backend)
     rests = list[float]()
 
     def rest(seconds: float) -> None:
@@ -36,7 +36,11 @@ def test_a_commit_waits_for_gc(
         "gc is sweeping this repository: waiting"
     ]
     assert [entry.message for entry in Repo.open(tmp_path / "repo").log()] == ["a.dat"]
-    with exclusive(where.repo.catalog.store.backend), leases.patience(0), pytest.raises(BusyError):
+    with (
+        exclusive(where.repo.repository.catalog.store.backend),
+        leases.patience(0),
+        pytest.raises(BusyError),
+    ):
         where.commit(tmp_path / "a.dat", step=4, metrics={})
 
 

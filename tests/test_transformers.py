@@ -39,7 +39,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     entry = repo.log()[1]
     assert entry.exact
     assert {"loss", "learning_rate", "grad_norm"} <= entry.metrics.keys()
-    tensors = repo.catalog.schema(entry.commit.schema).tensors
+    tensors = repo.repository.catalog.schema(entry.commit.schema).tensors
     pairs = {info.name: tensors[info.pair].name for info in tensors if info.pair is not None}
     moments = [i for i in tensors if i.role in ("exp_avg", "exp_avg_sq") and not i.inline]
     assert moments

@@ -102,7 +102,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 WAYS: dict[str, Callable[[Repo, Any, Path, bool], object]] = {
     "checkout": lambda repo, name, to, force: repo.checkout_files(name, to, force=force),
-    "export": lambda repo, name, to, force: PartReader(repo.restorer(name)).export(
+    "export": lambda repo, name, to, force: PartReader(repo.repository.restorer(name)).export(
         to, None, lambda _: None, force=force
     ),
 }

@@ -212,7 +212,7 @@ def test_a_copy_of_a_tensor_has_its_error(tmp_path: Path) -> None:
     for step in range(1, 3):
         weight = weight + 1e-3 * torch.randn(64, 80, generator=draw)
         entry = repo.commit({"model": {"a": weight, "b": weight.clone()}}, step=step)
-    first, second = repo.history.errors(entry.id).values()
+    first, second = repo.repository.history.errors(entry.id).values()
     assert first == second
     assert first.weight_rel == pytest.approx(entry.commit.error.weight_rel, rel=1e-2)
 

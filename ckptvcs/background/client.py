@@ -25,8 +25,8 @@ class Client:
 
     def __init__(self, repository: Repository) -> None:
         self._repository, self._process = repository, os.getpid()
-        self._queue: Background[LogEntry] = Background()
-        self._worker = Worker(repository.folder, repository.refs.completes)
+        self.queue: Background[LogEntry] = Background()
+        self.worker = Worker(repository.folder, repository.refs.completes)
 
     @property
     def is_ours(self) -> bool:
@@ -42,21 +42,21 @@ class Client:
         there is no room for one.  `said` and `branch` (asked when the commit begins) are what
         `commit_checkpoint` takes; `follow` is told of the commit, and gives its entry.
         """
-        staging = self._queue.stage()
+        staging = self.queue.stage()
         try:
             packed = pack(take(staging.copies), staging)
         except (MemoryError, OSError) as error:
-            self._queue.release(staging)
+            self.queue.release(staging)
             _log.warning("there is no room for a copy (%s): training waits for a commit", error)
-            return self._queue.done(at_once())
+            return self.queue.done(at_once())
         except BaseException:
-            self._queue.release(staging)
+            self.queue.release(staging)
             raise
 
         def commit() -> LogEntry:
             request: dict[str, Any] = {**said, "branch": branch()}
             try:
-                made = self._worker.commit(staging, packed, request)
+                made = self.worker.commit(staging, packed, request)
             except NoWorkerError as error:
                 _log.warning("%s: this process commits, beside the training", error)
                 own = Repository(self._repository.folder)
@@ -65,21 +65,21 @@ class Client:
             return follow(made)
 
         step = said["step"]
-        return self._queue.submit(
+        return self.queue.submit(
             staging, commit, "without a step" if step is None else f"step {step}"
         )
 
     def raise_failed(self) -> None:
         """Raise what an earlier commit failed with, once."""
-        self._queue.raise_failed()
+        self.queue.raise_failed()
 
     def wait(self) -> None:
         """Wait for all commits.  Raises what one of them failed with."""
-        self._queue.wait()
+        self.queue.wait()
 
     def close(self) -> None:
         """The same, at the end; the process that commits ends, too."""
         try:
-            self._queue.close()
+            self.queue.close()
         finally:
-            self._worker.close()
+            self.worker.close()

@@ -110,15 +110,15 @@ class Worker:
         self._end: weakref.finalize[Any, Any] | None = None
 
     def _start(self) -> None:
-        self._pipe, far = Pipe()
+        self.pipe, far = Pipe()
         with far:
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
             arguments = [str(far.fileno()), str(os.getpid()), str(real_path(self._folder))]
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START, *arguments], pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}, process_group=0,
             )  # fmt: skip
-        self._end = weakref.finalize(self, _stop, self._pipe, self._process, os.getpid())
+        self._end = weakref.finalize(self, _stop, self.pipe, self.process, os.getpid())
 
     def commit(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Done:
         """Have a state committed whose tensors are in the room of a `staging`.
@@ -157,7 +157,7 @@ class Worker:
     def _answers(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Iterator[object]:
         """What the process says of one commit, until nobody asks any more."""
         try:
-            if self._end is not None and self._end.alive and self._process.poll() is not None:
+            if self._end is not None and self._end.alive and self.process.poll() is not None:
                 self.close()  # it died while it had nothing to do
             if self._end is None or not self._end.alive:
                 self._start()
@@ -168,21 +168,21 @@ class Worker:
         except OSError as error:
             raise NoWorkerError(f"no memory can be shared: {error}") from error
         try:
-            self._pipe.send(Job(size, parcel, said))
-            send_handle(self._pipe, handle, self._process.pid)
+            self.pipe.send(Job(size, parcel, said))
+            send_handle(self.pipe, handle, self.process.pid)
             while True:
                 yield self._answer()
         except (EOFError, OSError) as error:
             self.close()
-            code = self._process.returncode
+            code = self.process.returncode
             by_fault = -code in _FAULTS
             raise _DiedError(_names.get(-code, f"exit {code}"), by_fault=by_fault) from error
 
     def _answer(self) -> object:
-        while not self._pipe.poll(_LOOK):  # forked children may hold the other end, too
-            if self._process.poll() is not None and not self._pipe.poll():
+        while not self.pipe.poll(_LOOK):  # forked children may hold the other end, too
+            if self.process.poll() is not None and not self.pipe.poll():
                 raise EOFError
-        return self._pipe.recv()
+        return self.pipe.recv()
 
     def close(self) -> None:
         """End the process."""

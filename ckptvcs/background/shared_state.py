@@ -37,7 +37,7 @@ class Staging:
     def __init__(self) -> None:
         self._room: Bytes = np.empty(0, np.uint8)
         self._memory: mmap.mmap | None = None
-        self._file, self._pinned = -1, False
+        self._file, self.pinned = -1, False
         self._close: Callable[[], object] = int
 
     def handle(self) -> tuple[int, int]:
@@ -89,14 +89,14 @@ class Staging:
             self._close = weakref.finalize(self, os.close, file)
             self._memory = mmap.mmap(file, size)
             self._room, self._file = np.frombuffer(self._memory, np.uint8), file
-        if pinned and not self._pinned and self._memory is not None:
+        if pinned and not self.pinned and self._memory is not None:
             _pin(self._room, self._memory)
-            self._pinned = True
+            self.pinned = True
 
     def _let_go(self) -> None:
         """Have no room any more; whoever still reads the old one keeps it."""
         self._close()
-        self._close, self._file, self._pinned = int, -1, False
+        self._close, self._file, self.pinned = int, -1, False
         self._memory, self._room = None, np.empty(0, np.uint8)
 
 

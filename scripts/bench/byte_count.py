@@ -51,14 +51,14 @@ def excess(data: bytes, at: int, count: int) -> float:
 
 def count_bytes(repo: Repo, name: ObjectId) -> tuple[Counter[str], list[float]]:
     """Bytes of a commit by what they are for; the excess of each slice of many codes."""
-    store, commit = repo.catalog.store, repo.catalog.commit(name)
-    schema = repo.catalog.schema(commit.schema)
+    store, commit = repo.repository.catalog.store, repo.repository.catalog.commit(name)
+    schema = repo.repository.catalog.schema(commit.schema)
     found: Counter[str] = Counter()
     excesses = []
     for part, state in commit.parts.items():
         stored = schema.stored(part)
         for position, number in enumerate(stored):
-            bundle, row = repo.catalog.frame(state.values, position)
+            bundle, row = repo.repository.catalog.frame(state.values, position)
             counts = slice_counts(schema.tensors[number].words)
             for (offset, length, _), count in zip(row.slices, counts, strict=True):
                 data = bytes(store.read_region(bundle, offset, length))

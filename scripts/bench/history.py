@@ -53,8 +53,8 @@ def commit_all(run: Path, place: Path, depth: int) -> Repo:
 
 def links(repo: Repo, entry: LogEntry) -> int:
     """The most frames that a tensor of the weights of a commit is decoded from."""
-    values, reader = entry.commit.parts["model"].values, ChainReader(repo.catalog)
-    schema = repo.catalog.schema(entry.commit.schema)
+    values, reader = entry.commit.parts["model"].values, ChainReader(repo.repository.catalog)
+    schema = repo.repository.catalog.schema(entry.commit.schema)
     rows = enumerate(schema.tensors[number] for number in schema.stored("model"))
     return max(len(reader.links(values, position, info)) for position, info in rows)
 
@@ -90,7 +90,7 @@ def merged(repo: Repo) -> tuple[list[Row], float]:
     """What dropping nine commits of ten leaves; merged deltas over the ten that each replaces."""
     before = {entry.step or 0: entry.commit for entry in repo.log()}
     repo.gc(Policy(every=EVERY), rekey=True)
-    store, shares = repo.catalog.store, []
+    store, shares = repo.repository.catalog.store, []
     for entry in repo.log():
         step = entry.step or 0
         replaced = [made for at, made in before.items() if step - EVERY < at <= step]
@@ -98,7 +98,7 @@ def merged(repo: Repo) -> tuple[list[Row], float]:
             continue
         left = 0
         for part in entry.commit.parts.values():
-            recipe = repo.catalog.recipe(part.values)
+            recipe = repo.repository.catalog.recipe(part.values)
             left += sum(store.places(bundle)[0].entry.record_bytes for bundle in recipe.bundles)
         shares.append(left / sum(made.data_bytes for made in replaced))
     row = measure(repo, f"after gc --keep-every {EVERY} --rekey")

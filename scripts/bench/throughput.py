@@ -228,7 +228,10 @@ def measure(size: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
     for name, value in (keep_zipnn(made) | loading()).items():
         rows.append({"what": name, "seconds": round(value, 2)})
     commit = repo.resolve("HEAD")
-    depth, raw = repo.catalog.commit(commit).depth, repo.catalog.commit(commit).raw_bytes
+    depth, raw = (
+        repo.repository.catalog.commit(commit).depth,
+        repo.repository.catalog.commit(commit).raw_bytes,
+    )
     parts, excesses = count_bytes(repo, commit)
     total = sum(parts.values())
     side = sum(value for what, value in parts.items() if what.startswith("side"))

@@ -85,7 +85,7 @@ class Before(Materialised):
     """The weights of a commit, decoded."""
 
     def __init__(self, repo: Repo, name: ObjectId) -> None:
-        reader = repo.restorer(name)
+        reader = repo.repository.restorer(name)
         self.values = reader.commit.parts["model"].values
         infos = reader.schema.tensors
         self._words = [
@@ -107,7 +107,9 @@ def single(repo: Repo, before: ObjectId | None, name: ObjectId) -> float:
     def materials(values: ObjectId) -> Before | None:
         return base if base is not None and base.values == values else None
 
-    return timed(lambda: PartReader(Restorer(repo.catalog, name, materials=materials)).state())
+    return timed(
+        lambda: PartReader(Restorer(repo.repository.catalog, name, materials=materials)).state()
+    )
 
 
 def walk(repo: Repo) -> list[float]:
@@ -144,10 +146,10 @@ def trajectory(run: Path, scratch: Path) -> list[Row]:
     with counted() as work:
         walk(forget(repo))
     bundles = {
-        bundle for name in ids for part in repo.catalog.commit(name).parts.values()
-        for bundle in repo.catalog.recipe(part.values).bundles
+        bundle for name in ids for part in repo.repository.catalog.commit(name).parts.values()
+        for bundle in repo.repository.catalog.recipe(part.values).bundles
     }  # fmt: skip
-    held = sum(len(row.slices) for name in bundles for row in repo.catalog.bundle(name))
+    held = sum(len(row.slices) for name in bundles for row in repo.repository.catalog.bundle(name))
     return [
         {"what": f"single deltas, {len(ids)} commits", "seconds": statistics.median(singles)},
         {"what": "one walk", "seconds": statistics.median(walks),
@@ -169,7 +171,7 @@ def one_tensor(size: int, scratch: Path) -> list[Row]:
         repo.commit({"model": weights}, step=step)
         for weight in weights.values():
             weight.add_(torch.randn(weight.shape), alpha=2e-5)
-    assert repo.catalog.commit(repo.resolve("HEAD")).depth == DEPTH
+    assert repo.repository.catalog.commit(repo.resolve("HEAD")).depth == DEPTH
     name = f"layers.{TENSORS // 2}.weight"
     whole, again, one, next_one, line = [], [], [], [], []
     for _ in range(ROUNDS):

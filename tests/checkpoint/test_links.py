@@ -62,7 +62,7 @@ def test_a_snapshot_of_the_hub(shared: bool, through: str, tmp_path: Path) -> No
     made = repo.commit_path(path, message="", step=1)
     assert not any("link" in note for note in made.notes)
     assert "pytorch_model.bin:w" in [
-        info.name for info in repo.catalog.schema(made.commit.schema).tensors
+        info.name for info in repo.repository.catalog.schema(made.commit.schema).tensors
     ]
     shutil.rmtree(tmp_path / "hub")
     back = tmp_path / "back"

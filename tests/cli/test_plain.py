@@ -180,7 +180,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repo.commit_path(folder, message=ODD, step=4, raw=True)
     (root / ".ckpt" / "tmp" / ODD[:-4]).touch()
     (root / ".ckpt" / "refs" / "tags" / ODD[:-4]).mkdir(parents=True)
-    repo.refs.publish("tags/t", None, commit=repo.resolve(2), time=now(), action=f"tag {ODD}")
+    repo.repository.refs.publish(
+        "tags/t", None, commit=repo.resolve(2), time=now(), action=f"tag {ODD}"
+    )
     (root / "watched").mkdir()
     (root / "watched" / f"step-5{ODD[:-4]}.pt").write_bytes(b"no checkpoint")
     (root / "watched" / f"other{ODD[:-4]}").mkdir()

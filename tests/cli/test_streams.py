@@ -17,6 +17,7 @@ from typing import IO
 import pytest
 
 from ckptvcs import Repo, StorageError
+from ckptvcs.ops.refs import set_ref
 from tests.cli.conftest import environment
 from tests.crashing import save
 
@@ -108,8 +109,12 @@ def test_a_reader_that_has_gone(run: Path, args: str) -> None:
 def test_a_pipe_that_does_not_wait(run: Path) -> None:
     repo = Repo.open(run)
     for number in range(40):
-        repo.set_ref(
-            "tags", f"a-very-long-name-of-a-tag-{'x' * 150}-{number}", repo.resolve(2), "tag"
+        set_ref(
+            repo.repository,
+            "tags",
+            f"a-very-long-name-of-a-tag-{'x' * 150}-{number}",
+            repo.resolve(2),
+            "tag",
         )
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

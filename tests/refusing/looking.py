@@ -15,15 +15,15 @@ def commits(root: str) -> dict[str, Any]:
     """The commits by their ids, with what each gives, the refs, and what is damaged."""
     repo = Repo.open(Path(root) / "repo")
     found = {}
-    for name, commit in repo.revisions.visible().items():
+    for name, commit in repo.repository.revisions.visible().items():
         exact = repo.entry(name).exact
         found[name] = {
             "step": commit.step, "message": commit.message,
-            "near": _digest(repo.restorer(name, near=True)),
-            "exact": _digest(repo.restorer(name)) if exact else None,
+            "near": _digest(repo.repository.restorer(name, near=True)),
+            "exact": _digest(repo.repository.restorer(name)) if exact else None,
         }  # fmt: skip
     damage = [one.message for one in repo.verify().damage]
-    return {"commits": found, "refs": dict(repo.revisions.tips()), "damage": damage}
+    return {"commits": found, "refs": dict(repo.repository.revisions.tips()), "damage": damage}
 
 
 def _digest(restorer: Restorer) -> str:
