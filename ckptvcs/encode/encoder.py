@@ -30,13 +30,11 @@ from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.decode.base_cache import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
 from ckptvcs.decode.chain import ChainReader, Materialised
-from ckptvcs.encode.attempt import Attempt, TooCoarse
 from ckptvcs.encode.exact import code_patch
 from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
 from ckptvcs.encode.group import CodedGroup, Coder, Errors
-from ckptvcs.encode.measure import count_nonfinite
-from ckptvcs.encode.planner import Planner
-from ckptvcs.encode.report import report, report_tensors
+from ckptvcs.encode.measure import count_nonfinite, report, report_tensors
+from ckptvcs.encode.planner import Attempt, Planner, TooCoarse
 from ckptvcs.encode.source import SourceTensor, find_masters, stays
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState

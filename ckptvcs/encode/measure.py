@@ -11,18 +11,21 @@ state, with a gradient as it is likely to come, on a fixed sample of entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import lru_cache
+from math import sqrt
 
 import numpy as np
 
-from ckptvcs.checkpoint.roles import Rule
+from ckptvcs.checkpoint.roles import WEIGHT, Rule
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.words import NONE, Words, to_float32
 from ckptvcs.encode.group import CodedSlice, Errors, Floats, Group, Target
 from ckptvcs.encode.updates import Moments, gradient_scale, orthogonal, steps_alone, steps_of
+from ckptvcs.history.commit import ErrorReport
+from ckptvcs.history.schema import TensorInfo
 
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
 _LEAST = 1 << 12  # of a slice
@@ -160,3 +163,45 @@ def difference(true: Floats, near: Floats, count: int) -> Errors:
     if not np.isfinite(error):
         error = _BEYOND * max(energy, 1.0)
     return Errors(update_error=error, update_energy=energy)
+
+
+def _ratio(error: float, energy: float) -> float:
+    return error / energy if energy else 0.0
+
+
+def _weights(sums: Errors) -> ErrorReport:
+    return ErrorReport(
+        sqrt(_ratio(sums.error, sums.energy)),
+        _ratio(sums.error, sums.residual),
+        _ratio(sums.fisher_error, sums.fisher_residual),
+        _ratio(sums.update_error, sums.update_energy),
+        sums.largest,
+    )
+
+
+def report(errors: Mapping[int, Errors], infos: Sequence[TensorInfo]) -> ErrorReport:
+    """The errors of a commit: of its weights together, and of all next steps together."""
+    total = Errors()
+    for number, sums in errors.items():
+        if infos[number].role == WEIGHT:
+            total.add(sums)
+        total.update_error += sums.update_error
+        total.update_energy += sums.update_energy
+    return _weights(total)
+
+
+def report_tensors(
+    errors: Mapping[int, Errors], infos: Sequence[TensorInfo]
+) -> dict[int, ErrorReport]:
+    """The errors of each tensor that is not exact.  A moment's own NMSE stands as
+    `residual_nmse`: of exp_avg as it is, of squares by their roots.
+    """
+    found = {}
+    for number, sums in errors.items():
+        if sums.error:
+            one = _weights(sums)
+            if infos[number].role != WEIGHT:
+                nmse = _ratio(sums.error, sums.energy)
+                one = ErrorReport(0.0, nmse, 0.0, one.update_nmse, one.max_abs)
+            found[number] = one
+    return found

@@ -20,10 +20,10 @@ from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.decode.base_cache import HeldBase
-from ckptvcs.encode.attempt import Attempt, within_bounds
 from ckptvcs.encode.encoder import Encoder, energy_of
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.group import Errors
+from ckptvcs.encode.planner import Attempt, within_bounds
 from ckptvcs.encode.source import SourceTensor, scan
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, ErrorReport

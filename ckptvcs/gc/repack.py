@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.copying import read_sound
+from ckptvcs.history.catalog import Catalog, read_sound
 from ckptvcs.history.reachability import Marked
 from ckptvcs.store.ids import PackId
 from ckptvcs.store.index.index import Place

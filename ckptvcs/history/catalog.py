@@ -21,6 +21,7 @@ from ckptvcs.history.commit import (
     load_errors,
 )  # fmt: skip
 from ckptvcs.history.recipe import (
+    NO_HASH,
     Frame,
     LetGo,
     Recipe,
@@ -29,9 +30,11 @@ from ckptvcs.history.recipe import (
     load_let_go,
     load_recipe,
     load_values,
+    slice_hash,
 )  # fmt: skip
 from ckptvcs.history.schema import Schema, Skeleton, load_schema, load_skeleton
 from ckptvcs.store.ids import Kind, ObjectId
+from ckptvcs.store.index.index import Place
 from ckptvcs.store.object_store import ObjectStore
 
 
@@ -270,3 +273,22 @@ class Catalog:
         for cache in (self.commit, self.schema, self.values, self.bundle, self.recipe):
             cache.cache_clear()
         self.forget_drops()
+
+
+def read_sound(store: ObjectStore, place: Place) -> tuple[bytes, bytes]:
+    """The region and the payload of an object in one pack: the payload by the object's id, the
+    region by the hashes of its slices.
+
+    Raises:
+        CorruptionError: they are damaged, or cannot be proven, as those of an exact patch.
+        FileNotFoundError: the pack is gone.
+    """
+    content = store.content_at(place)
+    region, payload = store.read_record(place)
+    if place.entry.kind == Kind.BUNDLE:
+        for frame in load_bundle(content):
+            for start, length, expected in frame.slices:
+                found = slice_hash(memoryview(region)[start : start + length])
+                if found != expected or expected == NO_HASH:
+                    raise CorruptionError(f"bundle {place.entry.id[:8]} is damaged")
+    return region, payload

@@ -13,7 +13,7 @@ from ckptvcs.checkpoint.roles import Names
 from ckptvcs.checkpoint.survey import Found
 from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.ops.commit import CommitResult
-from ckptvcs.ops.content import Contents
+from ckptvcs.ops.originals import Contents
 from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId

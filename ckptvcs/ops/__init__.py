@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from ckptvcs.ops import checkout as checkout
     from ckptvcs.ops import commit as commit
     from ckptvcs.ops import config as config
-    from ckptvcs.ops import content as content
     from ckptvcs.ops import describe as describe
     from ckptvcs.ops import diff as diff
     from ckptvcs.ops import diff_sums as diff_sums
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from ckptvcs.ops import likeness as likeness
     from ckptvcs.ops import originals as originals
     from ckptvcs.ops import placement as placement
-    from ckptvcs.ops import proof as proof
     from ckptvcs.ops import provenance as provenance
     from ckptvcs.ops import read as read
     from ckptvcs.ops import refs as refs

@@ -21,8 +21,7 @@ from ckptvcs.files.removal import Originals
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.ops.commit import commit_path
-from ckptvcs.ops.content import Contents
-from ckptvcs.ops.originals import Keeper, Removal
+from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import real_path

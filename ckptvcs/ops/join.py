@@ -24,7 +24,7 @@ from ckptvcs.decode.base_cache import HeldBase
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.encode.encoder import Encoded, has_patch
 from ckptvcs.encode.frame_writer import PatchWriter
-from ckptvcs.encode.report import report, report_tensors
+from ckptvcs.encode.measure import report, report_tensors
 from ckptvcs.encode.shards import Shard, Stored, Ticket, code_shard
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError, after
 from ckptvcs.history.commit import PARTS, PartState

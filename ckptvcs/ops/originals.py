@@ -1,10 +1,11 @@
-"""Keeping: what the history has of a checkpoint, proven before its originals go.
+"""May the files of a checkpoint be deleted, since the history has them?
 
+find     the commit that holds, byte for byte, what is in a file or a directory (`Contents`)
 reach    a ref leads to the commit: read now, by files and not by what is in memory
 pin      where the commit is exact thanks to a patch that may fade
 wait     for whoever may be about to delete that patch, and looked for pins before this one
 prove    the commit comes back, and each original is what was committed
-settle   the ref, the pin and all packs that the commit stands on are made durable
+settle   the ref, the pin and all packs that the commit depends on are made durable
 look     in a turn that is taken by all who move refs: the ref and the pin are there; then delete
 
 docs/format.md, "Deletions", says why the order matters; tests/test_interleavings.py tries them all.
@@ -12,22 +13,39 @@ docs/format.md, "Deletions", says why the order matters; tests/test_interleaving
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+import contextlib
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
+from ckptvcs.checkpoint.grouping import is_member
+from ckptvcs.checkpoint.layout import unreadable
+from ckptvcs.checkpoint.open import open_checkpoint
+from ckptvcs.checkpoint.survey import Found
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
+from ckptvcs.decode.base_cache import materialised
+from ckptvcs.decode.chain import Materialised
+from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.errors import (
+    CkptError,
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    MissingObjectError,
+)
+from ckptvcs.files.names import safe_path
 from ckptvcs.files.removal import Originals, Proven, Removed
 from ckptvcs.gc.retention import PATCHED_PARTS
+from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.reachability import mark, require_packs
 from ckptvcs.history.refs import HEAD
-from ckptvcs.ops.proof import prove
+from ckptvcs.ops.checkout import hash_file
 from ckptvcs.ops.refs import set_pin
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress
+from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import await_others, check_lease, lease, live_leases, turn
 
@@ -78,7 +96,7 @@ class Keeper:
                 self._lease = None
 
     def is_exact(self, name: ObjectId, progress: Progress) -> bool:
-        """Prove a commit; see `ckptvcs.ops.proof`."""
+        """Prove a commit; see `ckptvcs.ops.originals`."""
         catalog, cache = self._repo.catalog, self._repo.bases
         return prove(catalog, cache, name, self._bound(catalog.commit(name).codec), progress)
 
@@ -237,3 +255,140 @@ class Keeper:
 def _patched(commit: Commit) -> set[str]:
     """The parts that are exact thanks to a patch."""
     return {name for name, part in commit.parts.items() if part.exact is not None}
+
+
+def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress: Progress) -> bool:
+    """Restore a commit in the form that it has now; whether that is exact.
+
+    Exact: each file has the hash that was committed.  Near: each tensor has the hash that was
+    recorded, each file opens as what it was, and the relative error of the weights is within
+    `bound` (0: whatever it is).
+
+    What the cache has of the commit itself is not used: a proof that read the weights which were put
+    there while they were coded would not see that their frames cannot be read.  Those of its parent
+    are, against their hashes, so that a line that is proven commit after commit has each of its
+    frames read once.
+
+    Raises:
+        CorruptionError: it is not so.
+        NotFoundError: the commit, or a part of it, was dropped.
+    """
+    restorer = Restorer(catalog, name, cache=cache, materials=_of_parent(catalog, cache, name).get)
+    for file in restorer.commit.files:
+        safe_path(file.path)  # a checkout refuses what leaves its target, originals or not
+        if file.skeleton is None:
+            continue
+        digest = restorer.write_file(file, lambda _: None, progress)
+        if restorer.exact and digest != file.hash:
+            raise CorruptionError(f"{file.path} does not come back as it was")
+        layout, numbers = restorer.layout(file)
+        if layout.format != file.format or -1 in numbers:
+            raise CorruptionError(f"{file.path} comes back as no {file.format} file")
+    error = restorer.commit.error.weight_rel
+    if not restorer.exact and bound and not error <= bound:
+        raise CorruptionError(f"weights are off by {error:.2g}, more than {bound:.2g}")
+    return restorer.exact
+
+
+def _of_parent(
+    catalog: Catalog, cache: Path, name: ObjectId
+) -> dict[ObjectId, Materialised | None]:
+    """The weights of a commit's parent, if the cache has them."""
+    commit = catalog.commit(name)
+    own = commit.parts.get("model")
+    for parent in commit.parents[:1]:
+        with contextlib.suppress(MissingObjectError):  # gc may have swept it
+            above = catalog.commit(parent)
+            state, schema = above.parts.get("model"), catalog.schema(above.schema)
+            if state is not None and (own is None or state.values != own.values):
+                infos = [schema.tensors[number] for number in schema.stored("model")]
+                hashes = catalog.all_values(state.values, len(infos))
+                return {state.values: materialised(cache, None, state.values, infos, hashes)}
+    return {}
+
+
+Content = str | frozenset[tuple[str, str]]
+"""What a checkpoint holds: the hash of its file, or those of a directory's files by path."""
+
+
+class Contents:
+    """The commits of a repository, as far as they can be restored in full, by their content."""
+
+    def __init__(self, repo: Repository) -> None:
+        self._repo = repo
+        self._commits: dict[Content, ObjectId] = {}
+        self._members: dict[tuple[str, str], set[ObjectId]] = {}  # path and hash, in directories
+        self._member_sizes: set[tuple[str, int]] = set()
+        self._sizes: set[int] = set()
+        self._content: dict[str, Content] = {}  # of what was read, by its name
+        gone = repo.catalog.dropped().parts
+        for name, commit in repo.revisions.visible().items():
+            if name not in gone:
+                self.add(name, commit)
+
+    def add(self, name: ObjectId, commit: Commit) -> None:
+        """Know a commit; of several with the same content one that is exact."""
+        files = [file for file in commit.files if file.skeleton is not None]
+        hashes = {file.path: file.hash for file in files if file.hash is not None}
+        if len(hashes) < len(files):  # some never were files
+            return
+        content = _content(commit.source, hashes)
+        if content not in self._commits or self._repo.entry(name).exact:
+            self._commits[content] = name
+        self._sizes.add(commit.raw_bytes)
+        if commit.source == "directory":
+            for file in files:
+                self._members.setdefault((file.path, str(file.hash)), set()).add(name)
+                self._member_sizes.add((file.path, file.size))
+
+    def forget(self, name: str) -> None:
+        """A file or directory of this name is not what it was."""
+        self._content.pop(name, None)
+
+    def find(self, found: Found, progress: Progress) -> ObjectId | None:
+        """The commit that holds what is in a file or directory; read only if one may.
+
+        Of files that make a checkpoint together some may be gone by now: a commit that holds the
+        others holds them all.
+        """
+        is_left = self._may_be_left(found)
+        if found.size_bytes not in self._sizes and not is_left:
+            return None
+        if found.name not in self._content:
+            self._content[found.name] = _content(found.kind, dict(self._hashes(found)))
+            progress(found.size_bytes)
+        content = self._content[found.name]
+        known = self._commits.get(content)
+        return self._holder(found, content) if known is None and is_left else known
+
+    def _may_be_left(self, found: Found) -> bool:
+        """Whether it may be what is left of files that were committed together."""
+        if not found.files:
+            size = (found.name, found.size_bytes)
+            return found.kind == "file" and is_member(found.name) and size in self._member_sizes
+        with contextlib.suppress(OSError):
+            sizes = {(name, (found.path / name).stat().st_size) for name in found.files}
+            return sizes <= self._member_sizes
+        return False
+
+    def _holder(self, found: Found, content: Content) -> ObjectId | None:
+        """The commit of a directory that holds some files; one that is exact, if there is any."""
+        pairs = {(found.name, content)} if isinstance(content, str) else content
+        having = set.intersection(*(self._members.get(pair, set()) for pair in pairs))
+        return min(having, key=lambda name: (not self._repo.entry(name).exact, name), default=None)
+
+    def _hashes(self, found: Found) -> Iterator[tuple[str, str]]:
+        skip = real_path(self._repo.folder)
+        checkpoint = open_checkpoint(found.path, skip=skip, only=found.files)
+        below = found.kind == "directory"
+        for file in checkpoint.files:
+            path = found.path / file.path if below else found.path
+            try:
+                yield file.path, hash_file(path)
+            except OSError as error:
+                raise unreadable(path, error) from error
+        checkpoint.check_unchanged()
+
+
+def _content(kind: str, hashes: Mapping[str, str]) -> Content:
+    return frozenset(hashes.items()) if kind == "directory" else next(iter(hashes.values()))

@@ -20,9 +20,8 @@ from pathlib import Path
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical_json import now
-from ckptvcs.history.catalog import Catalog, Dropped
+from ckptvcs.history.catalog import Catalog, Dropped, read_sound
 from ckptvcs.history.commit import ERRORS, PARTS, Commit, dump_commit
-from ckptvcs.history.copying import read_sound
 from ckptvcs.history.format_file import mend_folders, mend_format, raise_flags
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.recipe import LetGo, load_recipe

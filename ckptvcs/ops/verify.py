@@ -26,9 +26,8 @@ from ckptvcs.decode.chain import ChainReader
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.files.names import safe_path
-from ckptvcs.history.catalog import Catalog, Dropped, keys_of
+from ckptvcs.history.catalog import Catalog, Dropped, keys_of, read_sound
 from ckptvcs.history.commit import PARTS, Commit
-from ckptvcs.history.copying import read_sound
 from ckptvcs.history.format_file import FOLDERS, check_seal
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.refs import Refs

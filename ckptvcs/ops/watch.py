@@ -25,8 +25,7 @@ from ckptvcs.checkpoint.survey import Found, candidates, survey
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.files.removal import Originals
 from ckptvcs.ops.commit import commit_path
-from ckptvcs.ops.content import Contents
-from ckptvcs.ops.originals import Keeper, Removal
+from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.series import Lines
 from ckptvcs.store.disk import real_path
