@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.import_folder import Importer, ImportItem
     from ckptvcs.ops.originals import Removal
+    from ckptvcs.ops.reader import Reader
     from ckptvcs.ops.refs import DeletedBranch, NamedCommit
     from ckptvcs.ops.repair import Repaired
     from ckptvcs.ops.show import Status, TensorEntry
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from ckptvcs.ops.tensor import TensorView
     from ckptvcs.ops.verify import Damage, VerifyReport
     from ckptvcs.ops.watch import Watcher, WatchEvent
-    from ckptvcs.reader import Reader
     from ckptvcs.repo import Repo
     from ckptvcs.store.ids import ObjectId
 

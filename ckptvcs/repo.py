@@ -21,9 +21,9 @@ from ckptvcs.errors import CkptError, InvalidInputError, after
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.config import Value, get_setting, set_setting
+from ckptvcs.ops.reader import PathLike, Reader
 from ckptvcs.ops.repository import CONFIG, Repository
 from ckptvcs.parallel import Progress, quiet
-from ckptvcs.reader import PathLike, Reader
 from ckptvcs.store.ids import ObjectId
 
 if TYPE_CHECKING:

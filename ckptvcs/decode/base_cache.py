@@ -17,11 +17,11 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from blake3 import blake3
 
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.decode.chain import ChainReader, Materialised
+from ckptvcs.hashing import hasher
 from ckptvcs.history.recipe import VALUE_BYTES
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.ids import ObjectId
@@ -140,7 +140,7 @@ class CachedTable(Materialised):
             return os.preadv(file.fileno(), [into], at)
 
     def _prove(self, tensor: int) -> bool:
-        digest, start = blake3(max_threads=1), self._starts[tensor]
+        digest, start = hasher(), self._starts[tensor]
         end = start + self._infos[tensor].size_bytes
         with contextlib.suppress(OSError):
             block = memoryview(bytearray(min(_BLOCK, end - start)))

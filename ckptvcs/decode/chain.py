@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from blake3 import blake3
 
 from ckptvcs.codec.dtypes import DTYPES, DType
 from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.errors import CkptError, CorruptionError, TruncatedError
+from ckptvcs.hashing import hash_of, hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.recipe import NO_HASH, Frame, slice_hash
 from ckptvcs.history.schema import TensorInfo
@@ -202,7 +202,7 @@ class ChainReader:
             if has_slices(stage.frame, info.size_bytes, DTYPES[name]):
                 with contextlib.suppress(CorruptionError):
                     data = self._decode_stage(stage, DTYPES[name], info.size_bytes, below)
-                    if stage.expected in (None, blake3(data).digest()):
+                    if stage.expected in (None, hash_of(data)):
                         yield name, data
 
     def _decode_stage(self, stage: _Stage, dtype: DType, size: int, below: bytes | None) -> bytes:
@@ -330,7 +330,7 @@ class ChainReader:
     ) -> Iterator[tuple[int, Words]]:
         self.require_slices(values, tensor, info)
         chain = self.links(values, tensor, info)
-        digest = blake3(max_threads=1)
+        digest = hasher()
         pending: tuple[int, Words] | None = None
         for number, count in enumerate(slice_counts(info.words)):
             if pending is not None:

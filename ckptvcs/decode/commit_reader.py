@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from blake3 import blake3
 
 from ckptvcs.checkpoint import safetensors, torch_legacy, torch_zip
 from ckptvcs.checkpoint.layout import Layout
@@ -29,6 +28,7 @@ from ckptvcs.decode.base_cache import BaseWriter, CachedTable, HeldBase, materia
 from ckptvcs.decode.chain import ChainReader, Link, Materialised, Materials
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.files.names import safe_path as safe_path
+from ckptvcs.hashing import Hasher, hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import BIG, UNKNOWN, Op, Skeleton, TensorInfo
@@ -188,14 +188,14 @@ class Restorer:
                     words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
             return job, words
 
-        digest = blake3(max_threads=1)
+        digest = hasher()
         try:
             for job, words in ordered_map(decode, self._jobs(numbers)):
                 digest.update(octets(words))
                 if job.slice + 1 == len(slice_counts(self.schema.tensors[job.number].words)):
                     if not self._proven(job, digest):
                         self._decode_again(job.number, room)
-                    digest = blake3(max_threads=1)
+                    digest = hasher()
                 yield job, words
             if base is not None:
                 base.finish(self.commit.parts["model"].values)
@@ -267,7 +267,7 @@ class Restorer:
             if not self.schema.tensors[number].words:
                 yield number, np.empty(0, np.uint8)
 
-    def _proven(self, job: _Job, digest: blake3) -> bool:
+    def _proven(self, job: _Job, digest: Hasher) -> bool:
         return digest.digest() == self._catalog.value(job.table, job.position)
 
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
@@ -276,7 +276,7 @@ class Restorer:
         Raises:
             CorruptionError: it is not that, or there is no room to put it right.
         """
-        digest, anew = blake3(max_threads=1), ChainReader(self._catalog)
+        digest, anew = hasher(), ChainReader(self._catalog)
         info = self.schema.tensors[number]
         for job in self._jobs([number]):
             cached = self._materials.pop(job.table, None)
@@ -318,7 +318,7 @@ class Restorer:
         Raises:
             CorruptionError: a tensor, or a file that is exact, does not have its hash.
         """
-        digest = blake3(max_threads=1)
+        digest = hasher()
 
         def put(data: bytes | memoryview) -> None:
             digest.update(data)

@@ -8,14 +8,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
-from blake3 import blake3
-
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
 from ckptvcs.decode.base_cache import BaseTensor
 from ckptvcs.encode.exact import SAME
 from ckptvcs.encode.group import CodedSlice
+from ckptvcs.hashing import Hasher, hasher
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Pool
@@ -42,8 +41,8 @@ class Draft:
     stands_on_base: bool = False
     exact: bool = True
     slices: list[Slice] = field(default_factory=list)
-    digest: blake3 = field(default_factory=lambda: blake3(max_threads=1))
-    source: blake3 | None = None
+    digest: Hasher = field(default_factory=lambda: hasher())
+    source: Hasher | None = None
 
 
 class _Region:

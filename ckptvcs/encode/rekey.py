@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from blake3 import blake3
 
 from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.dtypes import DTYPES, float_type
@@ -27,6 +26,7 @@ from ckptvcs.decode.chain import ChainReader, Materialised
 from ckptvcs.encode.exact import code_again
 from ckptvcs.encode.frame_writer import Slice
 from ckptvcs.errors import CorruptionError
+from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
@@ -304,7 +304,7 @@ class Rekeyer:
                 raise CorruptionError(f"{info.name} does not come back from its new form")
             return words, below, coded.data, coded.stands_on_base
 
-        own, under_digest = blake3(max_threads=1), blake3(max_threads=1)
+        own, under_digest = hasher(), hasher()
         slices, stands = [], False
         jobs = enumerate(slice_counts(info.words))
         for number, (words, below, data, on_base) in enumerate(ordered_map(code, jobs)):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_read
 from ckptvcs.checkpoint.open import Checkpoint
@@ -15,6 +14,7 @@ from ckptvcs.codec.dtypes import WEIGHT_DTYPES
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.kernels import on_torch
 from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_type
+from ckptvcs.hashing import hash_of, hasher
 from ckptvcs.parallel import Progress, ordered_map
 
 """Called with a number of bytes that have been dealt with."""
@@ -63,10 +63,10 @@ def scan(
     file_hashes: list[str | None] = []
     hashes: dict[int, bytes] = {}
     for file in checkpoint.files:
-        digest = blake3(max_threads=1)
+        digest = hasher()
         for piece in file.pieces:
             stored = piece.tensor is not None and not piece.checksum
-            tensor = blake3(max_threads=1)
+            tensor = hasher()
             for at in range(piece.offset, piece.offset + piece.size, BLOCK_BYTES):
                 length = min(BLOCK_BYTES, piece.offset + piece.size - at)
                 block = file.source.read(at, length)
@@ -78,7 +78,7 @@ def scan(
             progress(0)
         file_hashes.append(digest.hexdigest())
     for number in range(len(checkpoint.schema.tensors)):
-        hashes.setdefault(number, blake3(b"").digest())
+        hashes.setdefault(number, hash_of(b""))
     return file_hashes, hashes
 
 
@@ -95,8 +95,8 @@ def _scan_state(checkpoint: Checkpoint, *, stay: bool) -> dict[int, bytes]:
         if stay and stays(checkpoint, number):
             slices = range(len(slice_counts(tensor.info.words)))
             marks = [on_torch.fingerprint(tensor.on_device(index)) for index in slices]
-            return blake3(b"".join(marks)).digest()
-        digest = blake3(max_threads=1)
+            return hash_of(b"".join(marks))
+        digest = hasher()
         for index in range(len(slice_counts(tensor.info.words))):
             digest.update(octets(tensor.slice(index)))
         return digest.digest()

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Self
 
-from blake3 import blake3
-
 from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.files.placing import LINK_ERRORS, Folder, NotRegularError
+from ckptvcs.hashing import hasher
 from ckptvcs.parallel import Progress
 from ckptvcs.store.disk import storage_error
 
@@ -117,11 +116,11 @@ class Originals:
         """
         with self._open(path) as (file, _):
             before = os.fstat(file.fileno())
-            hasher = blake3(max_threads=1)
+            found = hasher()
             while block := file.read(_BLOCK):
-                hasher.update(block)
+                found.update(block)
                 progress(len(block))
-            if hasher.hexdigest() != digest or _state(os.fstat(file.fileno())) != _state(before):
+            if found.hexdigest() != digest or _state(os.fstat(file.fileno())) != _state(before):
                 raise _changed(path)
         return Proven(path, before)
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Set
 from datetime import UTC, datetime
 from typing import Any
 
-from blake3 import blake3
-
 from ckptvcs.errors import CorruptionError
+from ckptvcs.hashing import hex_hash
 
 CHECK = "check"
 """The field of a record that holds the hash of all others."""
@@ -61,7 +60,7 @@ def unseal(data: bytes, what: str, old: Set[str]) -> Record:
 
 
 def _check(fields: Mapping[str, Json]) -> str:
-    return blake3(dump(fields)).hexdigest(16)
+    return hex_hash(dump(fields), 16)
 
 
 class Record:

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from blake3 import blake3
-
 from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
+from ckptvcs.hashing import hasher
 from ckptvcs.history.canonical_json import Record, dump, load
 from ckptvcs.store.ids import ObjectId, checked_id
 
@@ -42,7 +41,7 @@ NO_HASH = bytes(SLICE_HASH_BYTES)
 
 def slice_hash(*data: bytes | memoryview) -> bytes:
     """The hash that a bundle holds for each slice, which may be given in pieces."""
-    digest = blake3()
+    digest = hasher()
     for piece in data:
         digest.update(piece)
     return digest.digest(SLICE_HASH_BYTES)

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from urllib.parse import quote, unquote
 
-from blake3 import blake3
-
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
+from ckptvcs.hashing import hex_hash
 from ckptvcs.history.canonical_json import load, seal, unseal
 from ckptvcs.store.backend import Backend, read_small, write_once
 from ckptvcs.store.ids import ObjectId, checked_id
@@ -216,7 +215,7 @@ class Refs:
         if branch is not None and not _can_be(f"heads/{branch}"):
             raise CorruptionError(f"{name} follows a branch that cannot be")
         is_lost = record.flag("is_lost")
-        own = record.optional_text("lost") if is_lost else blake3(data).hexdigest()
+        own = record.optional_text("lost") if is_lost else hex_hash(data)
         return Generation(
             number, own, record.optional_text("previous"),
             None if commit is None else checked_id(commit), branch, record.text("time"),
@@ -320,7 +319,7 @@ class Refs:
             record = load(self.content(ref, number + 1), ref)
         except FileNotFoundError:
             return False
-        return record.optional_text("previous") == blake3(data).hexdigest()
+        return record.optional_text("previous") == hex_hash(data)
 
     def names(self, space: str) -> list[str]:
         """The branches (`heads`) or tags (`tags`) that ever were, sorted."""

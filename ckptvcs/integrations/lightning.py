@@ -15,10 +15,10 @@ from threading import Condition
 from typing import Any
 
 import torch
-from blake3 import blake3
 
 from ckptvcs.checkpoint.conventions import LIGHTNING_LAST
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.hashing import hasher
 from ckptvcs.history.log import LogEntry
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.ops.repository import Repository
@@ -192,7 +192,7 @@ class _Hashing(io.BytesIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self.digest = blake3()
+        self.digest = hasher()
 
     def write(self, data: Any) -> int:
         self.digest.update(data)

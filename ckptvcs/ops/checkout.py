@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from blake3 import blake3
-
 from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.file_writer import (
@@ -32,12 +30,13 @@ from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.files.names import refuse_trusted, safe_path
 from ckptvcs.files.placing import Folder, NotRegularError, Seen
 from ckptvcs.files.targets import Target, Targets, looked, writing
+from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.schema import Op
 from ckptvcs.ops.repository import Repository
-from ckptvcs.parallel import Progress, may_hash_in_threads, quiet
+from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 
 _BLOCK = 1 << 22
@@ -60,7 +59,7 @@ def hash_file(path: Path) -> str:
 
 
 def _hash(file: BinaryIO) -> str:
-    digest = blake3(max_threads=blake3.AUTO if may_hash_in_threads() else 1)
+    digest = hasher(threads=True)
     while block := file.read(_BLOCK):
         digest.update(block)
     return digest.hexdigest()

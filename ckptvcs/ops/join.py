@@ -16,8 +16,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Self
 
-from blake3 import blake3
-
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.decode.base_cache import HeldBase
@@ -27,6 +25,7 @@ from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.measure import report, report_tensors
 from ckptvcs.encode.shards import Shard, Stored, Ticket, code_shard
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError, after
+from ckptvcs.hashing import hex_hash
 from ckptvcs.history.commit import PARTS, PartState
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.recipe import NO_HASH, Recipe, dump_values, slice_hash
@@ -101,7 +100,7 @@ class Joint:
         self._catalog.forget()
         checkpoint, stored = _join(shards, files)
         request = replace(self._request, checkpoint=checkpoint)
-        hashes = [None] * len(shards) + [blake3(content).hexdigest() for content in files.values()]
+        hashes = [None] * len(shards) + [hex_hash(content) for content in files.values()]
         exact = {number: one.exact for number, one in stored.items()}
         made = None
         while made is None:

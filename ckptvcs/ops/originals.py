@@ -264,10 +264,9 @@ def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress:
     recorded, each file opens as what it was, and the relative error of the weights is within
     `bound` (0: whatever it is).
 
-    What the cache has of the commit itself is not used: a proof that read the weights which were put
-    there while they were coded would not see that their frames cannot be read.  Those of its parent
-    are, against their hashes, so that a line that is proven commit after commit has each of its
-    frames read once.
+    The cached weights of the commit itself are not used: they were cached while they were coded,
+    and do not show whether their frames can be read.  Those of its parent are used, against their
+    hashes, so that a line that is proven commit after commit has each frame read once.
 
     Raises:
         CorruptionError: it is not so.

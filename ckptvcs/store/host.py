@@ -8,7 +8,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from blake3 import blake3
+from ckptvcs.hashing import hex_hash
 
 _NETWORK = Path("/sys/class/net")
 _ID_FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
@@ -37,7 +37,7 @@ def machine_id() -> str:
     installed = next(filter(None, map(_text, _ID_FILES)), "")
     if not cards or len(installed) != 32:
         return ""
-    return blake3(f"ckptvcs {installed} {' '.join(cards)}".encode()).hexdigest()[:32]
+    return hex_hash(f"ckptvcs {installed} {' '.join(cards)}".encode())[:32]
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -6,9 +6,8 @@ import re
 from enum import IntEnum
 from typing import NewType
 
-from blake3 import blake3
-
 from ckptvcs.errors import CorruptionError
+from ckptvcs.hashing import hex_hash
 
 ObjectId = NewType("ObjectId", str)
 """64 lower-case hex digits."""
@@ -40,7 +39,7 @@ _PREFIXES = {kind: kind.name.lower().encode() + b"\0" for kind in Kind}
 
 def object_id(kind: Kind, content: bytes) -> ObjectId:
     """The name of an object."""
-    return ObjectId(blake3(_PREFIXES[kind] + content).hexdigest())
+    return ObjectId(hex_hash(_PREFIXES[kind] + content))
 
 
 def checked_id(text: object) -> ObjectId:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import zstandard
-from blake3 import blake3
 
 from ckptvcs.errors import (
     CorruptionError,
@@ -29,7 +28,7 @@ from ckptvcs.errors import (
     UnsupportedVersionError,
     refuse_memory,
 )  # fmt: skip
-from ckptvcs.parallel import may_hash_in_threads
+from ckptvcs.hashing import hash_of, hasher
 from ckptvcs.store.backend import Backend, Writer
 from ckptvcs.store.ids import MAX_OBJECT_BYTES, Kind, ObjectId, PackId, object_id
 
@@ -127,7 +126,7 @@ class PackWriter:
     def __init__(self, writer: Writer, folder: str) -> None:
         self._writer = writer
         self._folder = folder
-        self._hash = blake3(max_threads=1)
+        self._hash = hasher()
         self._at = 0
         self._region = 0
         self._entries: list[Entry] = []
@@ -205,7 +204,7 @@ class PackWriter:
         start = self._at
         self._write(toc)
         nonce = os.urandom(16)
-        self._write(TRAILER.pack(start, len(toc), nonce, blake3(toc).digest(), _END_MAGIC))
+        self._write(TRAILER.pack(start, len(toc), nonce, hash_of(toc), _END_MAGIC))
         info = PackInfo(
             PackId(self._hash.hexdigest()), self._folder, self._at, tuple(self._entries)
         )
@@ -293,7 +292,7 @@ def read_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
     if end != _END_MAGIC or start + length + TRAILER.size != size or length % step:
         raise TruncatedError(f"{name} has no table of contents at its end")
     toc = _exactly(backend, name, start, length)
-    if blake3(toc).digest() != digest:
+    if hash_of(toc) != digest:
         raise CorruptionError(f"{name} has a damaged table of contents")
     return tuple(
         _parse_head(toc[at + _ENTRY.size : at + step], _ENTRY.unpack_from(toc, at)[0])
@@ -336,7 +335,7 @@ def find_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
 
 def hash_pack(backend: Backend, name: str) -> PackId:
     """BLAKE3 of the file, which must be its name."""
-    digest = blake3(max_threads=blake3.AUTO if may_hash_in_threads() else 1)
+    digest = hasher(threads=True)
     at = 0
     while data := backend.read(name, at, 1 << 24):
         digest.update(data)

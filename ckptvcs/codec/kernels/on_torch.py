@@ -11,13 +11,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from ckptvcs.codec.codes import Integers
 from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import Matrix
 from ckptvcs.codec.sections import Bytes, sample_positions
+from ckptvcs.hashing import hasher
 
 Floats = NDArray[np.float32]
 Tensor = Any
@@ -66,7 +66,7 @@ def fingerprint(data: Tensor) -> bytes:
     """32 bytes that tell the bytes of a tensor from others: two sums of its words, each times a
     number of its position, modulo 2^64.  No proof against those who choose the bytes.
     """
-    torch, digest = _torch(), blake3(b"device", max_threads=1)
+    torch, digest = _torch(), hasher()
     digest.update(data.numel().to_bytes(8, "little"))
     for low in range(0, data.numel(), _PIECE):
         piece = data[low : low + _PIECE]

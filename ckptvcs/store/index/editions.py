@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-from blake3 import blake3
 
+from ckptvcs.hashing import hex_hash
 from ckptvcs.store.forking import in_child
 from ckptvcs.store.host import boot_id, host_name
 from ckptvcs.store.index.locked import LockedFile, delete_unused, let_others_write
@@ -106,7 +106,7 @@ class Family:
 
 
 def _short(text: str) -> str:
-    return blake3(text.encode()).hexdigest()[:_DIGITS]
+    return hex_hash(text.encode())[:_DIGITS]
 
 
 def newest_file(name: Path) -> Path:

@@ -18,8 +18,7 @@ from io import FileIO
 from os import SEEK_END, lseek
 from pathlib import Path
 
-from blake3 import blake3
-
+from ckptvcs.hashing import hash_of
 from ckptvcs.store.index.locked import LockedFile, let_others_write
 
 _HEADER = b"ckptvcs journal 1\n"
@@ -115,7 +114,7 @@ def _require_sound(file: FileIO) -> None:
 
 
 def _append(file: FileIO, payload: bytes) -> None:
-    digest = blake3(payload).digest(_RECORD.size - 8)
+    digest = hash_of(payload, _RECORD.size - 8)
     record = _RECORD.pack(_MAGIC, len(payload), digest) + payload
     problem: OSError | None = None
     try:
@@ -142,7 +141,7 @@ def _records(data: bytes) -> Iterator[bytes]:
             raise VoidError
         if len(payload) < length:
             return
-        if blake3(payload).digest(len(digest)) != digest:
+        if hash_of(payload, len(digest)) != digest:
             raise VoidError
         yield payload
         at += _RECORD.size + length
