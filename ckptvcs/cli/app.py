@@ -25,16 +25,20 @@ from ckptvcs.parallel import spare_threads
 P = ParamSpec("P")
 
 INTERRUPTED = 130
-COMMANDS = (
-    "init", "commit", "import", "watch", "log", "show", "status", "checkout", "export", "cat",
-    "average", "diff", "bisect", "branch", "tag", "pin", "unpin", "gc", "undo", "reflog",
-    "config", "verify", "stats", "index",
-)  # fmt: skip
+GROUPS = {
+    "Store checkpoints": ("init", "commit", "import", "watch"),
+    "Look at a run": ("log", "show", "status", "diff", "bisect", "cat", "reflog"),
+    "Get checkpoints back": ("checkout", "export", "average"),
+    "Name commits": ("branch", "tag", "pin", "unpin"),
+    "Maintain a repository": ("gc", "undo", "verify", "stats", "config", "index"),
+}
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 _MODULES = {"import": "importing", "unpin": "pin"}  # all others are called as their commands
 _WITHOUT_NUMPY = frozenset({
     "init", "config", "stats", "index", "log", "show", "status", "branch", "tag", "pin", "unpin",
     "undo", "reflog",
 })  # fmt: skip
+_SUMMARY = 80  # characters of a line of help, which no summary fills
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -51,6 +55,12 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for title, names in GROUPS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([(n, one.get_short_help_str(_SUMMARY)) for n, one in commands])
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
@@ -139,10 +149,10 @@ def _version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     repo: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="the repository [env: CKPT_DIR]")
+        Path | None, typer.Option(metavar="PATH", help="repository directory [env: CKPT_DIR]")
     ] = None,
     _: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     """Git for training runs: every checkpoint, in the space of a few."""

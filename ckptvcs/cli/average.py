@@ -14,15 +14,17 @@ from ckptvcs.errors import InvalidInputError
 
 def average(
     context: typer.Context,
-    revisions: Annotated[str, typer.Argument(metavar="REV..REV", help="both ends included")],
+    revisions: Annotated[
+        str, typer.Argument(metavar="REV..REV", help="first and last commit, both included")
+    ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PATH", help="the checkpoint to write")
+        Path, typer.Option("-o", "--output", metavar="PATH", help="output checkpoint")
     ],
     every: Every = None,
     force: Force = False,
     json: JsonOption = False,
 ) -> None:
-    """Write the mean of the weights of several commits."""
+    """Write the mean weights of several commits."""
     start, stop = _split(revisions)
     repo = open_repo(context)
     entries = repo.line(start, stop, every)

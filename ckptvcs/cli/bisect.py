@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 def bisect(
     context: typer.Context,
-    good: Annotated[str, typer.Argument(metavar="GOOD", help="a commit before it began")],
-    bad: Annotated[str, typer.Argument(metavar="BAD", help="a later commit that has it")],
+    good: Annotated[str, typer.Argument(metavar="GOOD", help="good commit")],
+    bad: Annotated[str, typer.Argument(metavar="BAD", help="bad commit, later than GOOD")],
     command: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- COMMAND ...]", help="run with the path in place of {}"),
+        typer.Argument(metavar="[-- COMMAND ...]", help="test command; {} is replaced by the path"),
     ] = None,
-    nan: Annotated[bool, typer.Option("--nan", help="bad: weights that are not finite")] = False,
-    metric: Annotated[str | None, typer.Option(metavar="NAME", help="bad: by this metric")] = None,
-    above: Annotated[float | None, typer.Option(help="... where it is above this")] = None,
-    below: Annotated[float | None, typer.Option(help="... where it is below this")] = None,
+    nan: Annotated[bool, typer.Option("--nan", help="bad if weights are not finite")] = False,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="metric that decides")] = None,
+    above: Annotated[float | None, typer.Option(help="bad if the metric is above this")] = None,
+    below: Annotated[float | None, typer.Option(help="bad if the metric is below this")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the first bad commit between a good and a bad one."""
+    """Find the first bad commit by binary search."""
     repo = open_repo(context)
 
     def watch(entry: LogEntry, verdict: Verdict, left: int) -> None:

@@ -17,12 +17,14 @@ _MAX_LISTED = 6
 
 def branch(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="make this branch")] = None,
-    revision: Annotated[str, typer.Argument(metavar="[REV]", help="start here")] = "HEAD",
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="name of a new branch")
+    ] = None,
+    revision: Annotated[str, typer.Argument(metavar="[REV]", help="commit to start at")] = "HEAD",
     delete: Annotated[bool, typer.Option("--delete", help="delete the branch")] = False,
     json: JsonOption = False,
 ) -> None:
-    """List branches, make one, or delete one."""
+    """List, create or delete branches."""
     repo = open_repo(context)
     if delete:
         _delete(repo, name, json=json)

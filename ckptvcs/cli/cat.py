@@ -17,16 +17,18 @@ _SHOWN = 1000  # values, from which on a terminal gets the first and last ones o
 def cat(
     context: typer.Context,
     where: Annotated[
-        str, typer.Argument(metavar="REV:TENSOR", help="a commit and a tensor, or its name's end")
+        str, typer.Argument(metavar="REV:TENSOR", help="commit and tensor (full name or its end)")
     ],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="write .npy, .pt or .safetensors"),
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="output file: .npy, .pt or .safetensors"
+        ),
     ] = None,
     force: Force = False,
     json: JsonOption = False,
 ) -> None:
-    """Show one tensor of a commit, reading nothing else."""
+    """Print one tensor of a commit."""
     view = open_repo(context).tensor_view(where)
     about = {
         "id": view.id, "step": view.step, "name": view.name, "dtype": view.dtype,

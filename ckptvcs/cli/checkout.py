@@ -21,18 +21,17 @@ def checkout(
     context: typer.Context,
     revision: Revision,
     output: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="PATH", help="write here; HEAD stays")
+        str | None,
+        typer.Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite uncommitted files")] = False,
     only: Annotated[
-        str | None, typer.Option(metavar="PART", help="one part: model, optimizer or rest")
+        str | None, typer.Option(metavar="PART", help="part: model, optimizer or rest")
     ] = None,
-    require: Annotated[
-        str | None, typer.Option(metavar="exact", help="refuse anything but this fidelity")
-    ] = None,
+    require: Annotated[str | None, typer.Option(metavar="exact", help="required fidelity")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write the files of a commit as they were."""
+    """Restore the files of a commit."""
     if output == "-":
         raise InvalidInputError(
             "checkpoints are not written to stdout", hint="name a file: -o model.pt"

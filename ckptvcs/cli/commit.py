@@ -39,19 +39,21 @@ def _size_of(path: Path) -> int | None:
 
 def commit(
     context: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="a checkpoint file or directory")],
-    message: Annotated[str, typer.Option("-m", "--message", help="what to remember it by")] = "",
-    step: Annotated[int | None, typer.Option(help="training step; else found")] = None,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint file or directory")],
+    message: Annotated[str, typer.Option("-m", "--message", help="commit message")] = "",
+    step: Annotated[
+        int | None, typer.Option(help="training step (default: read from the checkpoint)")
+    ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="a metric; may be repeated")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="metric; can be repeated")
     ] = None,
     codec: Annotated[
-        str | None, typer.Option(help="near, small, lossless, excp; near:step=1.5 for more")
+        str | None, typer.Option(help="near, small, lossless or excp (default: setting codec)")
     ] = None,
-    branch: Annotated[
-        str | None, typer.Option(help="commit to this branch, leaving HEAD where it is")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="store bytes, look for no structure")] = False,
+    branch: Annotated[str | None, typer.Option(help="target branch (does not move HEAD)")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="store plain bytes, do not parse the file")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Store a checkpoint as the next commit."""

@@ -13,12 +13,12 @@ from ckptvcs.errors import InvalidInputError  # fmt: skip
 
 def config(
     context: typer.Context,
-    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="read this one")] = None,
-    value: Annotated[str | None, typer.Argument(metavar="[VALUE]", help="set it")] = None,
-    unset: Annotated[bool, typer.Option("--unset", help="back to the default")] = False,
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="setting")] = None,
+    value: Annotated[str | None, typer.Argument(metavar="[VALUE]", help="new value")] = None,
+    unset: Annotated[bool, typer.Option("--unset", help="restore the default")] = False,
     json: JsonOption = False,
 ) -> None:
-    """List the settings, read one, or set one."""
+    """List, read or change settings."""
     repo = open_repo(context)
     if unset and (key is None or value is not None):
         raise InvalidInputError("--unset takes a KEY and no VALUE")

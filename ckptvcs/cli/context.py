@@ -18,16 +18,14 @@ PARTS = ("model", "optimizer", "rest")
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 Revision = Annotated[
-    str, typer.Argument(metavar="REV", help="a step, tag, branch, id, HEAD~2, best:loss:min ...")
+    str, typer.Argument(metavar="REV", help="step, tag, branch, id, HEAD~2, best:loss:min ...")
 ]
 
 
-Start = Annotated[str | None, typer.Option(metavar="REV", help="from this step or revision on")]
-Stop = Annotated[str | None, typer.Option(metavar="REV", help="up to this one, included")]
-Every = Annotated[
-    int | None, typer.Option(metavar="STEPS", help="only steps that are multiples of this")
-]
-Force = Annotated[bool, typer.Option("--force", help="overwrite what is there")]
+Start = Annotated[str | None, typer.Option(metavar="REV", help="first step or revision")]
+Stop = Annotated[str | None, typer.Option(metavar="REV", help="last step or revision, included")]
+Every = Annotated[int | None, typer.Option(metavar="STEPS", help="select multiples of STEPS")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,23 @@ _WIDE = 110  # columns of a terminal that has room for every number
 
 def diff(
     context: typer.Context,
-    a: Annotated[str | None, typer.Argument(metavar="[A]", help="or A..B; else HEAD~1")] = None,
-    b: Annotated[str | None, typer.Argument(metavar="[B]", help="else HEAD")] = None,
-    count: Annotated[int | None, typer.Option("-n", help="show at most this many tensors")] = None,
+    a: Annotated[
+        str | None, typer.Argument(metavar="[A]", help="first commit, or A..B (default: HEAD~1)")
+    ] = None,
+    b: Annotated[
+        str | None, typer.Argument(metavar="[B]", help="second commit (default: HEAD)")
+    ] = None,
+    count: Annotated[int | None, typer.Option("-n", help="maximum number of tensors")] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="PART", help="one part: model, optimizer or rest")
+        str | None, typer.Option(metavar="PART", help="part: model, optimizer or rest")
     ] = None,
     sort: Annotated[
-        str, typer.Option(metavar="KEY", help="relative, name, cosine, max_abs, changed ...")
+        str,
+        typer.Option(metavar="KEY", help="sort key: relative, name, cosine, max_abs, changed ..."),
     ] = "relative",
     json: JsonOption = False,
 ) -> None:
-    """Show how far tensors moved between two commits."""
+    """Compare the tensors of two commits."""
     if count is not None and count < 1:
         raise InvalidInputError("-n takes a number from 1")
     check_part(only)

@@ -16,16 +16,21 @@ _FORMATS = ("pt", "safetensors")
 
 def export(
     context: typer.Context,
-    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="a commit")] = None,
-    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="its file")] = None,
+    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="commit")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[PATH]", help="output file or directory")
+    ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--all", metavar="DIR", help="every commit of a line, by step")
+        Path | None, typer.Option("--all", metavar="DIR", help="output directory for all commits")
     ] = None,
     form: Annotated[
-        str | None, typer.Option("--format", metavar="pt|safetensors", help="else as committed")
+        str | None,
+        typer.Option(
+            "--format", metavar="pt|safetensors", help="output format (default: as committed)"
+        ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="PART", help="one part: model, optimizer or rest")
+        str | None, typer.Option(metavar="PART", help="part: model, optimizer or rest")
     ] = None,
     start: Start = None,
     stop: Stop = None,
@@ -33,7 +38,7 @@ def export(
     force: Force = False,
     json: JsonOption = False,
 ) -> None:
-    """Write commits as files: one, or with --all those of a line."""
+    """Write one commit, or with --all many, as files."""
     repo = open_repo(context)
     if folder is not None:
         if path is not None:

@@ -61,39 +61,39 @@ def _policy(
 def gc(
     context: typer.Context,
     keep_last: Annotated[
-        int | None, typer.Option(metavar="N", help="keep the newest N of each branch")
+        int | None, typer.Option(metavar="N", help="keep the newest N commits of each branch")
     ] = None,
     keep_every: Annotated[
-        int | None, typer.Option(metavar="STEPS", help="keep steps that are multiples of STEPS")
+        int | None, typer.Option(metavar="STEPS", help="keep multiples of STEPS")
     ] = None,
     keep_within: Annotated[
-        str | None, typer.Option(metavar="TIME", help="keep what is younger: 12h, 7d")
+        str | None, typer.Option(metavar="TIME", help="keep younger commits: 12h, 7d")
     ] = None,
     keep_best: Annotated[
         list[str] | None,
-        typer.Option(metavar="METRIC:min|max:N", help="keep the N best; may be repeated"),
+        typer.Option(metavar="METRIC:min|max:N", help="keep the N best; can be repeated"),
     ] = None,
-    keep_tag: Annotated[bool, typer.Option("--keep-tag", help="keep what has a tag")] = False,
+    keep_tag: Annotated[bool, typer.Option("--keep-tag", help="keep tagged commits")] = False,
     keep_log_spaced: Annotated[
-        bool, typer.Option("--keep-log-spaced", help="keep ever fewer, the older they are")
+        bool, typer.Option("--keep-log-spaced", help="keep fewer commits the older they are")
     ] = False,
     max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="keep the newest that fit: 50G")
+        str | None, typer.Option(metavar="SIZE", help="keep the newest commits that fit: 50G")
     ] = None,
     keep_optimizer_last: Annotated[
         int | None,
-        typer.Option(metavar="N", help="drop the optimizer part of all but the newest N"),
+        typer.Option(metavar="N", help="drop optimizer states except the newest N"),
     ] = None,
     rekey: Annotated[
-        bool, typer.Option("--rekey", help="merge deltas across dropped commits, bound chains")
+        bool, typer.Option("--rekey", help="merge deltas across dropped commits")
     ] = False,
     sweep: Annotated[
-        bool, typer.Option("--sweep/--no-sweep", help="delete now, or leave it to be undone")
+        bool, typer.Option("--sweep/--no-sweep", help="delete files now, or only drop commits")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would go")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be deleted")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Drop commits that no rule keeps, and delete what nothing reaches."""
+    """Delete commits that no rule keeps, and unreachable data."""
     policy = _policy(
         keep_last, keep_every, keep_within, keep_best, tagged=keep_tag,
         log_spaced=keep_log_spaced, max_size=max_size, optimizer_last=keep_optimizer_last,

@@ -22,27 +22,24 @@ _LISTED = 10  # entries that are left out, one line each; then only their number
 
 def import_(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where the checkpoints are")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="directory of checkpoints")],
     pattern: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="only these names: 'step*.pt'")
+        str | None, typer.Option(metavar="GLOB", help="select names, for example 'step*.pt'")
     ] = None,
-    codec: Annotated[
-        str | None, typer.Option(help="as for commit; lossless keeps all of them exact")
-    ] = None,
-    branch: Annotated[
-        str | None, typer.Option(help="commit to this branch, leaving HEAD where it is")
-    ] = None,
+    codec: Annotated[str | None, typer.Option(help="codec, as for commit")] = None,
+    branch: Annotated[str | None, typer.Option(help="target branch (does not move HEAD)")] = None,
     delete: Annotated[
-        bool, typer.Option("--delete-originals", help="remove what is kept exactly, after proof")
+        bool,
+        typer.Option("--delete-originals", help="delete originals that can be restored exactly"),
     ] = False,
     accept_near: Annotated[
-        bool, typer.Option("--accept-near", help="with that: remove what is kept near, too")
+        bool, typer.Option("--accept-near", help="also delete originals of near commits")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="ask nothing")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask for confirmation")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Commit a folder of checkpoints, prove each, and remove the originals if asked to."""
+    """Commit a directory of checkpoints, oldest first."""
     if accept_near and not delete:
         raise InvalidInputError("--accept-near goes with --delete-originals")
     importer = open_repo(context).import_folder(folder, pattern=pattern, branch=branch, codec=codec)

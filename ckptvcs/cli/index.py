@@ -13,7 +13,7 @@ from ckptvcs.errors import InvalidInputError  # fmt: skip
 
 def index(
     context: typer.Context,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="make it anew")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="rebuild the index")] = False,
     json: JsonOption = False,
 ) -> None:
     """Rebuild the index from the packs."""

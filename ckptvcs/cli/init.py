@@ -14,13 +14,15 @@ from ckptvcs.repo import Repo
 
 def init(
     context: typer.Context,
-    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="where")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="directory (default: current)")
+    ] = None,
     codec: Annotated[
-        str | None, typer.Option(help="how commits are stored: near (default), small, lossless")
+        str | None, typer.Option(help="default codec: near, small or lossless")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a repository."""
+    """Create a repository."""
     folder = directory or context.find_root().obj.repo or Path()
     if folder.name == ".ckpt":
         folder = folder.parent

@@ -15,10 +15,12 @@ _DEFAULT_ENTRIES = 30
 
 def log(
     context: typer.Context,
-    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="start here")] = None,
-    count: Annotated[int | None, typer.Option("-n", help="show at most this many")] = None,
-    all_branches: Annotated[bool, typer.Option("--all", help="show every branch")] = False,
-    graph: Annotated[bool, typer.Option("--graph", help="draw every branch")] = False,
+    revision: Annotated[
+        str | None, typer.Argument(metavar="[REV]", help="newest commit to list")
+    ] = None,
+    count: Annotated[int | None, typer.Option("-n", help="maximum number of commits")] = None,
+    all_branches: Annotated[bool, typer.Option("--all", help="list all branches")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="draw all branches as a graph")] = False,
     json: JsonOption = False,
 ) -> None:
     """List commits, newest first."""

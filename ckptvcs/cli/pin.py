@@ -14,10 +14,10 @@ from ckptvcs.repo import Repo
 
 def pin(
     context: typer.Context,
-    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="pin this")] = None,
+    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="commit to pin")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List pins, or keep a commit and its exact form whatever rules say."""
+    """Keep a commit exact whatever the rules say, or list pins."""
     repo = open_repo(context)
     if revision is None:
         pinned = repo.pins()
@@ -31,10 +31,10 @@ def pin(
 
 def unpin(
     context: typer.Context,
-    revision: Annotated[str, typer.Argument(metavar="REV", help="unpin this")],
+    revision: Annotated[str, typer.Argument(metavar="REV", help="pinned commit")],
     json: JsonOption = False,
 ) -> None:
-    """Leave a commit to the rules again."""
+    """Remove a pin."""
     _set_pin(open_repo(context), revision, pinned=False, json=json)
 
 

@@ -12,10 +12,12 @@ from ckptvcs.cli.context import JsonOption, open_repo
 
 def reflog(
     context: typer.Context,
-    ref: Annotated[str | None, typer.Argument(metavar="[BRANCH]", help="else HEAD's")] = None,
+    ref: Annotated[
+        str | None, typer.Argument(metavar="[BRANCH]", help="branch (default: the current one)")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """List what happened to a branch, newest first: moves, drops, fades."""
+    """List what happened to a branch, newest first."""
     repo = open_repo(context)
     events = repo.reflog(ref)
     if json:

@@ -46,11 +46,11 @@ def _show_roles(repo: Repo, name: ObjectId) -> None:
 def show(
     context: typer.Context, revision: Revision = "HEAD",
     roles: Annotated[
-        bool, typer.Option("--roles", help="List tensors with their roles and the evidence.")
+        bool, typer.Option("--roles", help="list tensors with their roles")
     ] = False,
     json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Show one commit and its files."""
+    """Print one commit and its files."""
     repo = open_repo(context)
     name = repo.resolve(revision)
     if roles and not json:

@@ -9,7 +9,7 @@ from ckptvcs.cli.context import JsonOption, open_repo
 
 
 def stats(context: typer.Context, json: JsonOption = False) -> None:
-    """Show sizes on disk."""
+    """Print sizes on disk."""
     found = open_repo(context).stats()
     if json:
         render.as_json({

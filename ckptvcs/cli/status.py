@@ -9,7 +9,7 @@ from ckptvcs.cli.context import JsonOption, open_repo
 
 
 def status(context: typer.Context, json: JsonOption = False) -> None:
-    """Show where HEAD is, and whether the checked-out files differ from it."""
+    """Print the current commit and the files that differ from it."""
     repo = open_repo(context)
     found = repo.status()
     branch, name, step, changes = found.branch, found.head, found.step, found.changes

@@ -13,12 +13,12 @@ from ckptvcs.cli.listing import show_names, warn_if_faded
 
 def tag(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="make this tag")] = None,
-    revision: Annotated[str, typer.Argument(metavar="[REV]", help="tag this")] = "HEAD",
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="name of a new tag")] = None,
+    revision: Annotated[str, typer.Argument(metavar="[REV]", help="commit to tag")] = "HEAD",
     delete: Annotated[bool, typer.Option("--delete", help="delete the tag")] = False,
     json: JsonOption = False,
 ) -> None:
-    """List tags, make one, or delete one."""
+    """List, create or delete tags."""
     repo = open_repo(context)
     if name is None:
         show_names(repo.tags(), json=json)

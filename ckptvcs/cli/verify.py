@@ -27,18 +27,20 @@ if TYPE_CHECKING:
 def verify(
     context: typer.Context,
     subset: Annotated[
-        str | None, typer.Option(help="no more than this, longest unchecked first: 5%, 10G, 15m")
+        str | None, typer.Option(help="amount to check, longest unchecked first: 5%, 10G, 15m")
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="save what can be saved")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="repair damage")] = False,
     source: Annotated[
-        Path | None, typer.Option("--from", help="with that: take what is missing from there")
+        Path | None,
+        typer.Option("--from", help="repository to copy missing objects from (with --repair)"),
     ] = None,
     drop: Annotated[
-        bool, typer.Option("--drop-damaged", help="with that: let go what cannot be saved")
+        bool,
+        typer.Option("--drop-damaged", help="drop commits that cannot be repaired (with --repair)"),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Prove that every commit can be restored: re-hash, decode, compare."""
+    """Check that every commit can be restored, or repair damage."""
     if (source is not None or drop) and not repair:
         raise InvalidInputError("--from and --drop-damaged go with --repair")
     repaired = None

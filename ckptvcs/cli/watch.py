@@ -23,25 +23,30 @@ _ONCE, _SETTLES = 10.0, 10  # seconds and times --settle, after which --once lea
 
 def watch(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where a trainer writes to")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="directory that a trainer writes to")
+    ],
     pattern: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="only these names: 'step*.pt'")
+        str | None, typer.Option(metavar="GLOB", help="select names, for example 'step*.pt'")
     ] = None,
-    codec: Annotated[str | None, typer.Option(help="as for commit")] = None,
-    branch: Annotated[str | None, typer.Option(help="commit to this branch")] = None,
+    codec: Annotated[str | None, typer.Option(help="codec, as for commit")] = None,
+    branch: Annotated[str | None, typer.Option(help="target branch (does not move HEAD)")] = None,
     keep_local: Annotated[
         int | None,
-        typer.Option("--keep-local", metavar="N", help="remove older originals that are kept"),
+        typer.Option("--keep-local", metavar="N", help="delete originals except the newest N"),
     ] = None,
     accept_near: Annotated[
-        bool, typer.Option("--accept-near", help="with that: where they are kept near, too")
+        bool,
+        typer.Option(
+            "--accept-near", help="also delete originals of near commits (with --keep-local)"
+        ),
     ] = False,
-    interval: Annotated[float, typer.Option(help="seconds between two looks")] = 5.0,
-    settle: Annotated[float, typer.Option(help="seconds without a change: complete")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="take what is there, and end")] = False,
+    interval: Annotated[float, typer.Option(help="seconds between scans")] = 5.0,
+    settle: Annotated[float, typer.Option(help="seconds without a change before a commit")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="commit what is there, then exit")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Commit checkpoints as a trainer writes them, until Ctrl-C."""
+    """Commit new checkpoints of a running training."""
     if accept_near and keep_local is None:
         raise InvalidInputError("--accept-near goes with --keep-local")
     if not (0 < interval < math.inf and 0 <= settle < math.inf):

@@ -8,31 +8,18 @@ if TYPE_CHECKING:
     from ckptvcs.ops import bisect as bisect
     from ckptvcs.ops import checkout as checkout
     from ckptvcs.ops import commit as commit
-    from ckptvcs.ops import config as config
-    from ckptvcs.ops import describe as describe
     from ckptvcs.ops import diff as diff
-    from ckptvcs.ops import diff_sums as diff_sums
     from ckptvcs.ops import export as export
     from ckptvcs.ops import gc as gc
     from ckptvcs.ops import import_folder as import_folder
-    from ckptvcs.ops import join as join
-    from ckptvcs.ops import likeness as likeness
-    from ckptvcs.ops import originals as originals
-    from ckptvcs.ops import placement as placement
-    from ckptvcs.ops import provenance as provenance
     from ckptvcs.ops import read as read
     from ckptvcs.ops import refs as refs
     from ckptvcs.ops import repair as repair
-    from ckptvcs.ops import repair_refs as repair_refs
-    from ckptvcs.ops import repository as repository
-    from ckptvcs.ops import request as request
-    from ckptvcs.ops import series as series
     from ckptvcs.ops import show as show
     from ckptvcs.ops import stats as stats
     from ckptvcs.ops import tensor as tensor
     from ckptvcs.ops import undo as undo
     from ckptvcs.ops import verify as verify
-    from ckptvcs.ops import verify_subset as verify_subset
     from ckptvcs.ops import watch as watch
 
 
