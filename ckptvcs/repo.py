@@ -85,10 +85,17 @@ class Repo(Reader):
             self.close()
 
     def commit(
-        self, state: object = _NOTHING, *, model: Any = None, optimizer: Any = None,
-        extra: Mapping[str, object] | None = None, step: int | None = None, message: str = "",
-        metrics: Mapping[str, float] | None = None, codec: str | None = None,
-    ) -> LogEntry:  # fmt: skip
+        self,
+        state: object = _NOTHING,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        extra: Mapping[str, object] | None = None,
+        step: int | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        codec: str | None = None,
+    ) -> LogEntry:
         """Commit a nested state of plain types, tensors and numpy arrays; or a module of torch and
         its optimizer (or a list or dict of them), with what is `extra` beside them: then it is
         known of each moment which weight it belongs to.
@@ -101,9 +108,16 @@ class Repo(Reader):
 
         self.wait()
         made = ops.commit.commit_checkpoint(
-            self.repository, _take(state, model, optimizer, extra), STATE_FILE, inside=True,
-            step=step, message=message, metrics=metrics or {}, codec=codec, branch=self._branch,
-        )  # fmt: skip
+            self.repository,
+            _take(state, model, optimizer, extra),
+            STATE_FILE,
+            inside=True,
+            step=step,
+            message=message,
+            metrics=metrics or {},
+            codec=codec,
+            branch=self._branch,
+        )
         for note in made.notes:
             _log.warning("%s", note)
         self._branch = made.branch
@@ -111,10 +125,17 @@ class Repo(Reader):
             return self.repository.entry(made.id, branch=made.branch)
 
     def commit_async(
-        self, state: object = _NOTHING, *, model: Any = None, optimizer: Any = None,
-        extra: Mapping[str, object] | None = None, step: int | None = None, message: str = "",
-        metrics: Mapping[str, float] | None = None, codec: str | None = None,
-    ) -> Future[LogEntry]:  # fmt: skip
+        self,
+        state: object = _NOTHING,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        extra: Mapping[str, object] | None = None,
+        step: int | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        codec: str | None = None,
+    ) -> Future[LogEntry]:
         """The same, as soon as the state is copied: it is coded while training goes on.
 
         Commits are made in the order of the calls.  One copy may wait while another is coded; then
@@ -136,13 +157,21 @@ class Repo(Reader):
         self.repository.commit_config().codec_of(codec)
         said = ops.request.plain(step, message, metrics or {}, codec)
         return self.background.commit(
-            lambda copies: _take(state, model, optimizer, extra, copies), said,
-            lambda: self._branch, self._follow,
+            lambda copies: _take(state, model, optimizer, extra, copies),
+            said,
+            lambda: self._branch,
+            self._follow,
             lambda: self.commit(
-                state, model=model, optimizer=optimizer, extra=extra, step=step, message=message,
-                metrics=metrics, codec=codec,
+                state,
+                model=model,
+                optimizer=optimizer,
+                extra=extra,
+                step=step,
+                message=message,
+                metrics=metrics,
+                codec=codec,
             ),
-        )  # fmt: skip
+        )
 
     def _follow(self, made: Done) -> LogEntry:
         """Know of a commit that another process has made."""
@@ -152,12 +181,20 @@ class Repo(Reader):
             return self.repository.entry(ObjectId(made.name), branch=made.branch)
 
     def commit_path(
-        self, path: PathLike, *, message: str, step: int | None = None,
-        metrics: Mapping[str, float] | None = None, codec: str | None = None,
-        branch: str | None = None, raw: bool = False,
+        self,
+        path: PathLike,
+        *,
+        message: str,
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        codec: str | None = None,
+        branch: str | None = None,
+        raw: bool = False,
         names: dict[tuple[str, str], list[list[str | None]]] | None = None,
-        files: Sequence[str] = (), head_stays: bool = False, progress: Progress = quiet,
-    ) -> CommitResult:  # fmt: skip
+        files: Sequence[str] = (),
+        head_stays: bool = False,
+        progress: Progress = quiet,
+    ) -> CommitResult:
         """Commit a checkpoint file or a directory of files; `names` are those of the parameters of
         its optimizers, by file and place there, if they are known.  With `files` it is these of the
         directory that are committed.  Where `head_stays`, HEAD does not follow to a branch that has
@@ -169,15 +206,28 @@ class Repo(Reader):
         """
         self.wait()
         return ops.commit.commit_path(
-            self.repository, path, message=message, step=step, metrics=metrics, codec=codec,
-            branch=branch, raw=raw, names=names, files=files, head_stays=head_stays,
+            self.repository,
+            path,
+            message=message,
+            step=step,
+            metrics=metrics,
+            codec=codec,
+            branch=branch,
+            raw=raw,
+            names=names,
+            files=files,
+            head_stays=head_stays,
             progress=progress,
-        )  # fmt: skip
+        )
 
     def import_folder(
-        self, folder: PathLike, *, pattern: str | None = None,
-        branch: str | None = None, codec: str | None = None,
-    ) -> Importer:  # fmt: skip
+        self,
+        folder: PathLike,
+        *,
+        pattern: str | None = None,
+        branch: str | None = None,
+        codec: str | None = None,
+    ) -> Importer:
         """Look at a folder of checkpoints; `look`, `run` and `remove` of what is returned compare,
         commit, and delete originals.
 
@@ -190,10 +240,16 @@ class Repo(Reader):
         )
 
     def watch(
-        self, folder: PathLike, *, pattern: str | None = None,
-        codec: str | None = None, branch: str | None = None, settle: float = 2.0,
-        keep_local: int | None = None, accept_near: bool = False,
-    ) -> Watcher:  # fmt: skip
+        self,
+        folder: PathLike,
+        *,
+        pattern: str | None = None,
+        codec: str | None = None,
+        branch: str | None = None,
+        settle: float = 2.0,
+        keep_local: int | None = None,
+        accept_near: bool = False,
+    ) -> Watcher:
         """Watch a folder that a trainer writes to: each `look` of what is returned commits what is
         complete, and yields what happened.  A checkpoint is complete after `settle` seconds without
         a change.  Of the originals the newest `keep_local` stay (None: all).
@@ -202,9 +258,15 @@ class Repo(Reader):
             InvalidInputError: the folder is part of the repository; or there is no such codec.
         """
         return ops.watch.Watcher(
-            self.repository, Path(folder), pattern=pattern, codec=codec, branch=branch,
-            settle=settle, keep_local=keep_local, accept_near=accept_near,
-        )  # fmt: skip
+            self.repository,
+            Path(folder),
+            pattern=pattern,
+            codec=codec,
+            branch=branch,
+            settle=settle,
+            keep_local=keep_local,
+            accept_near=accept_near,
+        )
 
     def move_head(self, revision: str | int) -> str | None:
         """Point HEAD at a commit, or at a branch whose newest commit it is; return that branch."""
@@ -246,9 +308,13 @@ class Repo(Reader):
         return ops.refs.set_pin(self.repository, self.resolve(revision), pinned=pinned)
 
     def gc(
-        self, policy: Policy = _NO_RULES, *, sweep: bool = True, rekey: bool = False,
+        self,
+        policy: Policy = _NO_RULES,
+        *,
+        sweep: bool = True,
+        rekey: bool = False,
         progress: Progress = quiet,
-    ) -> GcPlan:  # fmt: skip
+    ) -> GcPlan:
         """Drop what the rules do not keep, let fade what the settings do not keep, and delete what
         nothing reaches; tiny packs are merged.  What was done, and the sizes that it made on disk,
         which `stats` shows.
@@ -288,9 +354,8 @@ class Repo(Reader):
 
     @staticmethod
     def repair_at(
-        path: PathLike, source: PathLike | None = None, *,
-        drop: bool = False,
-    ) -> Repaired:  # fmt: skip
+        path: PathLike, source: PathLike | None = None, *, drop: bool = False
+    ) -> Repaired:
         """The same for a repository that may be too damaged to be opened.
 
         Raises:
@@ -314,9 +379,12 @@ class Repo(Reader):
 
 
 def _take(
-    state: object, model: Any, optimizer: Any, extra: Mapping[str, object] | None,
+    state: object,
+    model: Any,
+    optimizer: Any,
+    extra: Mapping[str, object] | None,
     copies: Copies | None = None,
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     """A state, or that of a model and its optimizer, as a checkpoint."""
     from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint  # noqa: PLC0415
     from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415

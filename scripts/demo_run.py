@@ -31,8 +31,11 @@ def ckpt(folder: Path, *args: str, show: bool = True) -> None:
         console.print(f"\n[bold]$ ckpt {' '.join(args)}[/bold]")
     done = subprocess.run(
         [sys.executable, "-m", "ckptvcs", *args],
-        cwd=folder, text=True, stdout=subprocess.PIPE, check=True,
-    )  # fmt: skip
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     if show:
         console.print(done.stdout.rstrip(), markup=False, highlight=False)
 
@@ -48,9 +51,12 @@ def train_and_commit(folder: Path, spec: TrainSpec) -> tuple[dict[int, str], int
     raw = 0
     model = folder / "model.pt"
     columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("training", total=spec.steps, note="")
 
@@ -63,8 +69,20 @@ def train_and_commit(folder: Path, spec: TrainSpec) -> tuple[dict[int, str], int
             originals[step] = sha256(model)
             raw += model.stat().st_size
             for codec in CODECS:
-                ckpt(folder, "--repo", codec, "commit", "model.pt", "-m", f"step {step}",
-                     "--metric", f"loss={loss:.4f}", "--codec", codec, show=False)  # fmt: skip
+                ckpt(
+                    folder,
+                    "--repo",
+                    codec,
+                    "commit",
+                    "model.pt",
+                    "-m",
+                    f"step {step}",
+                    "--metric",
+                    f"loss={loss:.4f}",
+                    "--codec",
+                    codec,
+                    show=False,
+                )
 
         train(spec, on_step, on_checkpoint)
     return originals, raw

@@ -16,13 +16,19 @@ from tests.crashing import SCENARIOS, Cut
 
 settings.register_profile("dev", max_examples=30, stateful_step_count=10, deadline=None)
 settings.register_profile(
-    "ci", max_examples=15, stateful_step_count=10, deadline=None, derandomize=True,
+    "ci",
+    max_examples=15,
+    stateful_step_count=10,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
+)
 settings.register_profile(
-    "nightly", max_examples=int(os.environ.get("CKPT_TEST_EXAMPLES", "100")), deadline=None,
+    "nightly",
+    max_examples=int(os.environ.get("CKPT_TEST_EXAMPLES", "100")),
+    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
+)
 settings.load_profile(os.environ.get("CKPT_TEST_PROFILE", "dev"))
 
 # What a shell starts in the background ignores Ctrl-C, and so would the processes of the tests.

@@ -87,8 +87,10 @@ def _commit_together(root: Path) -> None:
         ticket, shards = joint.begin(), {}
         for number, name in enumerate("ab"):
             moments = {number: whole["optimizer"]["state"][number]}
-            part = {"model": {name: whole["model"][name]},
-                    "optimizer": {**whole["optimizer"], "state": moments}}  # fmt: skip
+            part = {
+                "model": {name: whole["model"][name]},
+                "optimizer": {**whole["optimizer"], "state": moments},
+            }
             checkpoint = state_checkpoint(part)
             shards[f"rank-{number}.pt"] = code_share(
                 Repo.open(root / "repo").repository, ticket, checkpoint
@@ -161,11 +163,12 @@ SCENARIOS = {
         Scenario("rekey", _gc(Policy(every=3), rekey=True), commits=7),
         Scenario("repack", _gc(Policy()), commits=9),
         Scenario("undo a commit", _undo, repeats=False),
-        Scenario("undo a drop", _undo, commits=5, prepare=_gc(Policy(last=1), sweep=False),
-                 repeats=False),
+        Scenario(
+            "undo a drop", _undo, commits=5, prepare=_gc(Policy(last=1), sweep=False), repeats=False
+        ),
         Scenario("import", _import, prepare=_found, also=_originals_are_somewhere),
     )
-}  # fmt: skip
+}
 
 
 def refs(repo: Repo) -> dict[str, ObjectId]:

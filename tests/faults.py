@@ -65,9 +65,13 @@ class Steps:
     """
 
     def __init__(
-        self, root: Path, at: int | None = None, phase: str = BEFORE,
-        fault: Callable[[], None] = lambda: None, then: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
+        self,
+        root: Path,
+        at: int | None = None,
+        phase: str = BEFORE,
+        fault: Callable[[], None] = lambda: None,
+        then: tuple[str, ...] = (),
+    ) -> None:
         """`then` are the operations at which it is done again from then on."""
         self.seen: list[Step] = []
         self._root, self._at, self._phase, self._fault = root, at, phase, fault
@@ -163,17 +167,24 @@ def apart(action: Callable[[], T]) -> T:
 
 
 REFUSALS: tuple[BaseException, ...] = (
-    *(OSError(code, os.strerror(code))
-      for code in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES)),
+    *(
+        OSError(code, os.strerror(code))
+        for code in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    ),
     KeyboardInterrupt(),
-)  # fmt: skip
+)
 """Why a step is not taken: the operating system does not want it, or the user."""
 
 
 def refused(
-    root: Path, action: Callable[[], object], at: int, phase: str, why: BaseException,
-    *, lasting: bool,
-) -> BaseException | None:  # fmt: skip
+    root: Path,
+    action: Callable[[], object],
+    at: int,
+    phase: str,
+    why: BaseException,
+    *,
+    lasting: bool,
+) -> BaseException | None:
     """Run `action`, one of whose steps is refused; a `lasting` reason refuses all that follow: a
     full disk those that take room.  The error that it ends with, if it does.
     """

@@ -52,12 +52,16 @@ def mutated(draw: st.DrawFn, good: bytes) -> bytes:
 
 
 any_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from(_HUGE) | st.floats()
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(_HUGE)
+    | st.floats()
     | st.sampled_from(["", "a" * 64, "0" * 63 + "\n", "\0", "\ud800", "..", "NaN", "x" * 5000])
     | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
-)  # fmt: skip
+)
 
 
 @st.composite

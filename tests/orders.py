@@ -37,7 +37,7 @@ def every_order(run: Callable[[Sequence[str]], Taken]) -> Iterator[list[str]]:
 
 def take(
     actors: Mapping[str, Actor], first: Sequence[str], log: list[tuple[str, str]] | None = None
-) -> Taken:  # fmt: skip
+) -> Taken:
     """Run generators in an order; what they do at each step comes into the `log`.  One that raises
     CkptError has given up.
     """

@@ -41,15 +41,27 @@ def run_states(seed: int, shape: tuple[int, int] = (48, 40)) -> Iterator[dict[st
         step += 1
         weights = {n: w + torch.randn(w.shape, generator=draw) * 1e-3 for n, w in weights.items()}
         moments = {
-            n: {"step": torch.tensor(float(step)),
+            n: {
+                "step": torch.tensor(float(step)),
                 "exp_avg": torch.randn(w.shape, generator=draw) * 1e-3,
-                "exp_avg_sq": torch.rand(w.shape, generator=draw) * 1e-6}
+                "exp_avg_sq": torch.rand(w.shape, generator=draw) * 1e-6,
+            }
             for n, w in enumerate(weights.values())
-        }  # fmt: skip
-        groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": [0, 1],
-                   "param_names": ["a", "b"]}]  # fmt: skip
-        yield {"model": weights, "optimizer": {"state": moments, "param_groups": groups},
-               "step": step}  # fmt: skip
+        }
+        groups = [
+            {
+                "lr": 1e-3,
+                "betas": (0.9, 0.999),
+                "eps": 1e-8,
+                "params": [0, 1],
+                "param_names": ["a", "b"],
+            }
+        ]
+        yield {
+            "model": weights,
+            "optimizer": {"state": moments, "param_groups": groups},
+            "step": step,
+        }
 
 
 def resident(pid: int | str) -> int:
@@ -176,13 +188,23 @@ class Soak:
 
     def _look(self, step: int) -> None:
         own = workers()
-        print(json.dumps({
-            "step": step, "memory": resident("self"), "files": descriptors("self"),
-            "worker_memory": max(map(resident, own), default=0),
-            "worker_files": max(map(descriptors, own), default=0),
-            "index": index_bytes(self._repo), "killed": self.killed, "forked": self.forked,
-            "changed": self.changed, "asked": self.asked,
-        }), flush=True)  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "step": step,
+                    "memory": resident("self"),
+                    "files": descriptors("self"),
+                    "worker_memory": max(map(resident, own), default=0),
+                    "worker_files": max(map(descriptors, own), default=0),
+                    "index": index_bytes(self._repo),
+                    "killed": self.killed,
+                    "forked": self.forked,
+                    "changed": self.changed,
+                    "asked": self.asked,
+                }
+            ),
+            flush=True,
+        )
 
 
 def read(folder: Path, seed: int) -> None:

@@ -107,10 +107,12 @@ def run(root: Path, seconds: float, *, writers: int, readers: int) -> Outcome:
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.stress", role, str(root), str(seconds), str(number)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number, role in enumerate(roles)
-    ]  # fmt: skip
+    ]
     printed: dict[str, list[str]] = {role: [] for role in ROLES}
     failed = []
     for role, process in zip(roles, running, strict=True):
@@ -119,9 +121,10 @@ def run(root: Path, seconds: float, *, writers: int, readers: int) -> Outcome:
         failed += [f"{role}: {err[-3000:]}"] if process.returncode else []
     assert not failed, "\n".join(failed)
     return Outcome(
-        frozenset(printed["write"]), sum(map(int, printed["read"])),
+        frozenset(printed["write"]),
+        sum(map(int, printed["read"])),
         sum(map(int, printed["collect"])),
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -67,17 +67,18 @@ def test_what_its_tensors_are_for(tmp_path: Path) -> None:
     tensors = repo.repository.catalog.schema(repo.log()[0].commit.schema).tensors
     parts = {info.name.partition(":")[0]: info.part for info in tensors}
     assert parts == {
-        "model.safetensors": "model", "optimizer.bin": "optimizer",
-        "random_states_0.pkl": "rest", "custom_checkpoint_0.pkl": "rest",
-    }  # fmt: skip
+        "model.safetensors": "model",
+        "optimizer.bin": "optimizer",
+        "random_states_0.pkl": "rest",
+        "custom_checkpoint_0.pkl": "rest",
+    }
     weights = ["5.weight", "0.weight", "3.weight", "5.bias", "3.bias", "0.bias"]
-    paired = {
-        info.name: tensors[info.pair].name for info in tensors if info.pair is not None
-    }  # fmt: skip
+    paired = {info.name: tensors[info.pair].name for info in tensors if info.pair is not None}
     assert paired == {
         f"optimizer.bin:state.{number}.{moment}": f"model.safetensors:{weight}"
-        for number, weight in enumerate(weights) for moment in ("exp_avg", "exp_avg_sq")
-    }  # fmt: skip
+        for number, weight in enumerate(weights)
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def test_it_does_not_tell_the_step(tmp_path: Path) -> None:
@@ -90,11 +91,14 @@ def test_it_does_not_tell_the_step(tmp_path: Path) -> None:
     assert repo.commit_path(tmp_path / "state", message="", step=4).commit.step == 4
 
 
-@pytest.mark.parametrize("moment", [
-    "half",
-    pytest.param("files", marks=pytest.mark.slow),
-    pytest.param("commit", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "half",
+        pytest.param("files", marks=pytest.mark.slow),
+        pytest.param("commit", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_it_saves(moment: str, tmp_path: Path) -> None:
     from tests.trainers.accelerated import train
 

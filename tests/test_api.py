@@ -37,9 +37,11 @@ def bits(tensor: torch.Tensor) -> bytes:
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return (
-            isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
-            and a.stride() == b.stride() and bits(a) == bits(b)
-        )  # fmt: skip
+            isinstance(b, torch.Tensor)
+            and (a.dtype, a.shape) == (b.dtype, b.shape)
+            and a.stride() == b.stride()
+            and bits(a) == bits(b)
+        )
     if isinstance(a, np.ndarray):
         return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.tobytes() == b.tobytes()
     if isinstance(a, dict):
@@ -64,18 +66,28 @@ def test_a_training_run_comes_back(repo: Repo) -> None:
 
 def test_everything_plain(repo: Repo) -> None:
     state: dict[Any, Any] = {
-        "none": None, "flags": [True, False], "ints": [0, -1, 1 << 40, -(1 << 70), 255],
-        "floats": [1.5, float("inf"), float("nan"), -0.0], "text": "é\ud800\n",
+        "none": None,
+        "flags": [True, False],
+        "ints": [0, -1, 1 << 40, -(1 << 70), 255],
+        "floats": [1.5, float("inf"), float("nan"), -0.0],
+        "text": "é\ud800\n",
         "bytes": b"\x00\xff",
-        "tuple": (1, (2, ()), []), 7: "int key", "empty": {},
-        "ordered": collections.OrderedDict(b=1, a=2), "set": {"b", 1, 2.5, None},
-        "size": torch.Size([3, 4]), "counter": collections.Counter({4: 2, 2: 1}),
+        "tuple": (1, (2, ()), []),
+        7: "int key",
+        "empty": {},
+        "ordered": collections.OrderedDict(b=1, a=2),
+        "set": {"b", 1, 2.5, None},
+        "size": torch.Size([3, 4]),
+        "counter": collections.Counter({4: 2, 2: 1}),
         "float keys": {0.5: torch.ones(300), 0.25: torch.zeros(300), float("inf"): 1},
         "array": np.arange(2000, dtype=np.float64).reshape(40, 50).T,
-        "small array": np.array([[1, 2]], dtype=np.uint16), "zero-d": torch.tensor(3),
-        "no elements": torch.empty(0, 4), "bf16": torch.randn(300).bfloat16(),
-        "float8": torch.randn(300).to(torch.float8_e4m3fn), "bool": torch.rand(300) > 0.5,
-    }  # fmt: skip
+        "small array": np.array([[1, 2]], dtype=np.uint16),
+        "zero-d": torch.tensor(3),
+        "no elements": torch.empty(0, 4),
+        "bf16": torch.randn(300).bfloat16(),
+        "float8": torch.randn(300).to(torch.float8_e4m3fn),
+        "bool": torch.rand(300) > 0.5,
+    }
     repo.commit(state, step=1)
     back = repo.checkout(1)
     assert same(back, state | {"array": np.ascontiguousarray(state["array"])})
@@ -161,9 +173,13 @@ leaves = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=20)
 )
 plain: st.SearchStrategy[Any] = st.deferred(
-    lambda: leaves | st.lists(plain, max_size=3) | st.tuples(plain, plain)
-    | st.dictionaries(st.text(), plain, max_size=3)
-)  # fmt: skip
+    lambda: (
+        leaves
+        | st.lists(plain, max_size=3)
+        | st.tuples(plain, plain)
+        | st.dictionaries(st.text(), plain, max_size=3)
+    )
+)
 
 
 @given(plain)
@@ -248,9 +264,14 @@ def test_numbers_of_numpy_and_torch_are_taken(repo: Repo) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [np.ma.array([1, 2], mask=[False, True]), collections.defaultdict(int), frozenset((1,)),
-     np.float64(1.5), torch.nn.parameter.UninitializedParameter()],
-)  # fmt: skip
+    [
+        np.ma.array([1, 2], mask=[False, True]),
+        collections.defaultdict(int),
+        frozenset((1,)),
+        np.float64(1.5),
+        torch.nn.parameter.UninitializedParameter(),
+    ],
+)
 def test_what_would_come_back_as_something_else_is_refused(repo: Repo, value: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"deep\.x"):
         repo.commit({"deep": {"x": value}})
@@ -319,9 +340,10 @@ def test_an_id_without_letters_is_found(repo: Repo, monkeypatch: pytest.MonkeyPa
     name = repo.commit({"w": torch.zeros(3)}, step=7).id
     ids = repo.repository.catalog.store.ids
     monkeypatch.setattr(
-        repo.repository.catalog.store, "ids",
+        repo.repository.catalog.store,
+        "ids",
         lambda kind, prefix: [name] if prefix == "12345678" else ids(kind, prefix),
-    )  # fmt: skip
+    )
     assert repo.resolve("12345678") == name
     with pytest.raises(NotFoundError):
         repo.resolve("1234567")

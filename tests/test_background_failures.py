@@ -103,8 +103,10 @@ def test_a_commit_is_made_once_whenever_it_is_interrupted(
     assert head.branch == "main-2"
     assert steps(repo) == [3, 4]
     assert sorted(str(entry.step) for entry in repo.log(all_branches=True)) == ["3", "4", "5"]
-    assert all(equal(repo.checkout(f"m{'ain-2' if step < 5 else 'ain'}@{step}"), one)
-               for one, step in zip(run, (5, 3, 4), strict=True))  # fmt: skip
+    assert all(
+        equal(repo.checkout(f"m{'ain-2' if step < 5 else 'ain'}@{step}"), one)
+        for one, step in zip(run, (5, 3, 4), strict=True)
+    )
     assert not repo.verify().damage
 
 
@@ -269,8 +271,9 @@ def _changing(seed: int, count: int) -> Iterator[State]:
     for step in range(count):
         names = [f"layer{n}" for n in range(int(rng.integers(0, 6)))]
         size = int(10 ** rng.uniform(0, 5))
-        weights = {name: rng.standard_normal(int(rng.integers(0, size + 1)), np.float32)
-                   for name in names}  # fmt: skip
+        weights = {
+            name: rng.standard_normal(int(rng.integers(0, size + 1)), np.float32) for name in names
+        }
         moments = {name: {"exp_avg": w * 0, "step": step} for name, w in weights.items()}
         one: State = {"model": weights, "epoch": step}
         if step % 3:

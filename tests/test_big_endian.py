@@ -20,16 +20,33 @@ from tests.test_api import same
 from tests.training import train
 
 WORDS = {
-    "float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
-    "complex64": 4, "complex128": 8, "uint8": 1, "bool": 1,
-}  # fmt: skip
+    "float32": 4,
+    "float64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "complex64": 4,
+    "complex128": 8,
+    "uint8": 1,
+    "bool": 1,
+}
 
 
 STORAGES = {
-    "FloatStorage": 4, "DoubleStorage": 8, "HalfStorage": 2, "BFloat16Storage": 2,
-    "LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "ComplexFloatStorage": 4,
-    "ComplexDoubleStorage": 8, "ByteStorage": 1, "BoolStorage": 1,
-}  # fmt: skip
+    "FloatStorage": 4,
+    "DoubleStorage": 8,
+    "HalfStorage": 2,
+    "BFloat16Storage": 2,
+    "LongStorage": 8,
+    "IntStorage": 4,
+    "ShortStorage": 2,
+    "ComplexFloatStorage": 4,
+    "ComplexDoubleStorage": 8,
+    "ByteStorage": 1,
+    "BoolStorage": 1,
+}
 
 
 def save_big(state: Any, path: Path, order: bytes = b"big") -> None:
@@ -51,8 +68,12 @@ def save_big(state: Any, path: Path, order: bytes = b"big") -> None:
                 data = words.byteswap().tobytes()
             elif name == "byteorder":
                 data = order
-            if name not in ("version", ".data/serialization_id", ".format_version",
-                            ".storage_alignment"):  # fmt: skip
+            if name not in (
+                "version",
+                ".data/serialization_id",
+                ".format_version",
+                ".storage_alignment",
+            ):
                 writer.write_record(name, data, len(data))
         writer.write_end_of_file()
 
@@ -155,10 +176,12 @@ def test_an_order_that_is_not_known_is_exact_and_refused(what: str, tmp_path: Pa
     reader = PartReader(repo.repository.restorer(made.id))
     found = windows(reader.schema)
     for read in (
-        lambda: repo.checkout(1), lambda: repo.tensor("w", at=1),
-        lambda: reader.window(found["w"]), lambda: reader.save("model", tmp_path / "m.pt"),
+        lambda: repo.checkout(1),
+        lambda: repo.tensor("w", at=1),
+        lambda: reader.window(found["w"]),
+        lambda: reader.save("model", tmp_path / "m.pt"),
         lambda: reader.save("model", tmp_path / "m.safetensors"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InvalidInputError, match="big-endian machine") as refused:
             read()
         assert "ckpt checkout" in (refused.value.hint or "")

@@ -18,9 +18,21 @@ from tests.test_near import adam_state, weights
 State = dict[str, Any]
 
 EVENTS = [
-    "step", "step", "big step", "spike", "warm up", "reset layer", "reset all", "zero", "resize",
-    "add", "remove", "half", "reset moments", "frozen",
-]  # fmt: skip
+    "step",
+    "step",
+    "big step",
+    "spike",
+    "warm up",
+    "reset layer",
+    "reset all",
+    "zero",
+    "resize",
+    "add",
+    "remove",
+    "half",
+    "reset moments",
+    "frozen",
+]
 
 
 def happen(event: str, now: dict[str, torch.Tensor], draw: torch.Generator) -> None:
@@ -60,10 +72,12 @@ def relative(true: State, back: State) -> float:
 
 
 @given(
-    st.lists(st.sampled_from(EVENTS), min_size=1, max_size=5), st.integers(0, 1 << 30),
-    st.sampled_from([0.1, 0.01, 1e-4]), st.sampled_from([1.0, 0.3, 0.05]),
+    st.lists(st.sampled_from(EVENTS), min_size=1, max_size=5),
+    st.integers(0, 1 << 30),
+    st.sampled_from([0.1, 0.01, 1e-4]),
+    st.sampled_from([1.0, 0.3, 0.05]),
     st.sampled_from(["near", "small"]),
-)  # fmt: skip
+)
 def test_bounds_hold_on_any_trajectory(
     events: list[str], seed: int, weight: float, update: float, codec: str
 ) -> None:

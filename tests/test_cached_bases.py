@@ -63,8 +63,10 @@ class Weights:
         self._ties = ties
 
     def step(self) -> dict[str, Any]:
-        self._rows = [(now + 0.01 * self._rng.standard_normal(now.size, np.float32), count)
-                      for now, count in self._rows]  # fmt: skip
+        self._rows = [
+            (now + 0.01 * self._rng.standard_normal(now.size, np.float32), count)
+            for now, count in self._rows
+        ]
         model: dict[str, Any] = {}
         for row, (now, count) in enumerate(self._rows):
             for twin in range(count):
@@ -74,15 +76,24 @@ class Weights:
 
 
 @given(
-    seed=st.integers(0, 2**32), codec=st.sampled_from(CODECS),
+    seed=st.integers(0, 2**32),
+    codec=st.sampled_from(CODECS),
     groups=st.lists(st.integers(1, 4), min_size=1, max_size=4),
-    ties=st.lists(st.integers(0, 3), max_size=2), every=st.integers(2, 4),
-    in_file=st.booleans(), exact=st.integers(0, 2),
-)  # fmt: skip
+    ties=st.lists(st.integers(0, 3), max_size=2),
+    every=st.integers(2, 4),
+    in_file=st.booleans(),
+    exact=st.integers(0, 2),
+)
 def test_rekeying_leaves_sound_bases(
-    seed: int, codec: str, groups: list[int], ties: list[int], every: int, in_file: bool,
-    exact: int, tmp_path_factory: pytest.TempPathFactory,
-) -> None:  # fmt: skip
+    seed: int,
+    codec: str,
+    groups: list[int],
+    ties: list[int],
+    every: int,
+    in_file: bool,
+    exact: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     root = tmp_path_factory.mktemp("run")
     repo, run = Repo.init(root), Weights(seed, groups, ties)
     repo.configure("keep-exact", str(exact))
@@ -91,8 +102,10 @@ def test_rekeying_leaves_sound_bases(
         if in_file:
             import torch
 
-            state = {k: v if k == "noise" else {n: torch.from_numpy(w) for n, w in v.items()}
-                     for k, v in run.step().items()}  # fmt: skip
+            state = {
+                k: v if k == "noise" else {n: torch.from_numpy(w) for n, w in v.items()}
+                for k, v in run.step().items()
+            }
             state["noise"] = torch.from_numpy(state["noise"])
             torch.save(state, root / "model.pt")
             repo.commit_path(root / "model.pt", message="", step=step, codec=codec)

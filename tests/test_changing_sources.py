@@ -96,9 +96,12 @@ def in_place(path: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {
-    "rewritten": rewrite, "replaced": silently, "in place": in_place, "gone": Path.unlink,
+    "rewritten": rewrite,
+    "replaced": silently,
+    "in place": in_place,
+    "gone": Path.unlink,
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
-}  # fmt: skip
+}
 
 
 def prepared(tmp_path: Path, codec: str) -> tuple[Repo, Path]:
@@ -153,7 +156,7 @@ FOLDERS: dict[str, Callable[[Path], object]] = {
     "in place": lambda folder: in_place(folder / "sub" / "notes.txt"),
     "link": lambda folder: (folder / "sub" / "notes.txt").rename(folder / "link"),
     "swapped": swap,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("moment", SOME)
@@ -186,10 +189,13 @@ def test_a_folder_that_was_committed_before(
     again(repo, folder, tmp_path)
 
 
-@pytest.mark.parametrize(("what", "moment"), [
-    ("small", "before the scan"),
-    *((what, moment) for what in ("weight", "moment", "rest", "small") for moment in SOME[1:]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "moment"),
+    [
+        ("small", "before the scan"),
+        *((what, moment) for what in ("weight", "moment", "rest", "small") for moment in SOME[1:]),
+    ],
+)
 @pytest.mark.parametrize("codec", CODECS)
 def test_states(
     codec: str, what: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -199,10 +205,11 @@ def test_states(
     first, state = train(2)
     repo.commit(first)
     tensor = {
-        "weight": state["model"]["0.weight"], "rest": state["rng"],
+        "weight": state["model"]["0.weight"],
+        "rest": state["rng"],
         "small": state["optimizer"]["state"][2]["step"],
         "moment": state["optimizer"]["state"][2]["exp_avg_sq"],
-    }[what]  # fmt: skip
+    }[what]
     before(*MOMENTS[moment], lambda: tensor.add_(1), monkeypatch)
     log = [entry.id for entry in repo.log()]
     with pytest.raises(InvalidInputError, match="changed while"):

@@ -59,8 +59,11 @@ def test_undo_takes_back_what_came_last(repo: Repo, clock: Clock) -> None:
     repo.gc(Policy(last=1), sweep=False)
     run(repo, clock, -9, first=4)
     assert [event.action.split()[0] for event in repo.reflog()][:4] == [
-        "commit", "drop", "undo", "drop",
-    ]  # fmt: skip
+        "commit",
+        "drop",
+        "undo",
+        "drop",
+    ]
     assert "commit" in repo.undo().what
     assert "drop" in repo.undo().what
     assert steps(repo) == [3, 2, 1]

@@ -86,8 +86,10 @@ def test_sums_are_what_numpy_finds(
     for part in (slice(0, cut), slice(cut, None)):
         parts.add(sum_up(words(a[part]), words(b[part]), "F32"))
     assert (parts.entries, parts.compared, parts.changed) == (
-        sums.entries, sums.compared, sums.changed,
-    )  # fmt: skip
+        sums.entries,
+        sums.compared,
+        sums.changed,
+    )
     assert parts.max_abs == sums.max_abs
     assert same(parts.relative, sums.relative) or parts.relative == pytest.approx(sums.relative)
 
@@ -188,8 +190,9 @@ def test_tensors_that_come_and_go(repo: Repo) -> None:
     assert [info.name for info in found.added] == ["model.came"]
     assert [info.name for info in found.removed] == ["model.gone"]
     assert {a.name: (a.dtype, b.dtype, b.shape) for a, b in found.reshaped} == {
-        "model.grown": ("F32", "F32", (301,)), "model.cast": ("F32", "F64", (300,)),
-    }  # fmt: skip
+        "model.grown": ("F32", "F32", (301,)),
+        "model.cast": ("F32", "F64", (300,)),
+    }
     assert {info.name for info in found.unchanged} == {"model.same", "model.none"}
     (small,) = found.tensors
     assert (small.sums.relative, small.sums.norm_b) == (1, 0)
@@ -204,10 +207,13 @@ def test_large_tensors_of_every_kind(repo: Repo, decoded: list[str]) -> None:
     torch.manual_seed(0)
     count = 5 * SLICE_WORDS // 2
     a = {
-        "long": torch.randn(count), "also": torch.randn(SLICE_WORDS), "few": torch.randn(300),
-        "half": torch.randn(500).half(), "ints": torch.arange(400),
+        "long": torch.randn(count),
+        "also": torch.randn(SLICE_WORDS),
+        "few": torch.randn(300),
+        "half": torch.randn(500).half(),
+        "ints": torch.arange(400),
         "complex": torch.randn(200, dtype=torch.complex64),
-    }  # fmt: skip
+    }
     b = {name: value + 1 for name, value in a.items()}
     b["long"][-1] = a["long"][-1] - 7
     repo.commit({"model": a}, step=1)
@@ -305,14 +311,20 @@ def flat(state: Any, path: str = "") -> dict[str, Any]:
 
 
 @given(
-    seed=st.integers(0, 2**20), codec=st.sampled_from(["near", "small", "excp", "lossless"]),
-    kept=st.integers(0, 2), moves=st.lists(st.booleans(), min_size=3, max_size=3),
+    seed=st.integers(0, 2**20),
+    codec=st.sampled_from(["near", "small", "excp", "lossless"]),
+    kept=st.integers(0, 2),
+    moves=st.lists(st.booleans(), min_size=3, max_size=3),
     tiny=st.booleans(),
-)  # fmt: skip
+)
 def test_what_is_called_the_same_was_the_same(
-    seed: int, codec: str, kept: int, moves: list[bool], tiny: bool,
+    seed: int,
+    codec: str,
+    kept: int,
+    moves: list[bool],
+    tiny: bool,
     tmp_path_factory: pytest.TempPathFactory,
-) -> None:  # fmt: skip
+) -> None:
     repo = Repo.init(tmp_path_factory.mktemp("repo"))
     repo.configure("keep-exact", str(kept))
     draw = torch.Generator().manual_seed(seed)
@@ -333,9 +345,10 @@ def test_what_is_called_the_same_was_the_same(
             for n in range(3)
         }
         state = {
-            "model": dict(weights), "count": torch.arange(500) + step,
+            "model": dict(weights),
+            "count": torch.arange(500) + step,
             "optimizer": {"state": moments, "param_groups": [{"params": [0, 1, 2], "lr": 0.1}]},
-        }  # fmt: skip
+        }
         states.append(state)
         repo.commit(state, step=step, codec=codec)
     for a in range(1, 6):
@@ -373,8 +386,9 @@ def test_near_forms_that_are_equal_prove_nothing(tmp_path: Path) -> None:
     names = {one.info.name for one in found.indistinct}
     before, after = flat(states[2]), flat(repo.checkout(4))
     assert names == {name for name in before if not torch.equal(before[name], after[name])}
-    assert all((one.near_a, one.near_b, one.differs) == (True, False, False)
-               for one in found.indistinct)  # fmt: skip
+    assert all(
+        (one.near_a, one.near_b, one.differs) == (True, False, False) for one in found.indistinct
+    )
     assert repo.diff(3, 3).indistinct == ()  # whatever it was, it is the same
 
 

@@ -275,8 +275,9 @@ def test_two_flags_raised_at_once(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     threads = [
         threading.Thread(target=raise_flags, args=(repo.folder, "gc", flag))
-        for flag in ("pins", "drops") for _ in range(4)
-    ]  # fmt: skip
+        for flag in ("pins", "drops")
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -46,14 +46,30 @@ FEW = [
 """What the short profile tries: each layout, and the kinds of optimizers."""
 
 _SLOW = [
-    "AdamW", "Adam amsgrad", "Adafactor", "Lion", "Muon", "SGD momentum", "RMSprop momentum",
-    "masters", "Adadelta", "Adamax", "ASGD", "schedule-free SGD", "AdaBelief",
+    "AdamW",
+    "Adam amsgrad",
+    "Adafactor",
+    "Lion",
+    "Muon",
+    "SGD momentum",
+    "RMSprop momentum",
+    "masters",
+    "Adadelta",
+    "Adamax",
+    "ASGD",
+    "schedule-free SGD",
+    "AdaBelief",
     "AdamW double",
-]  # fmt: skip
+]
 SHRINKING = [
-    "AdEMAMix", "Sophia", "Adagrad", "schedule-free AdamW", "SparseAdam", "AdamW complex",
+    "AdEMAMix",
+    "Sophia",
+    "Adagrad",
+    "schedule-free AdamW",
+    "SparseAdam",
+    "AdamW complex",
     *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW),
-]  # fmt: skip
+]
 """Optimizers whose states are averages, sums or weights, all of which can be coded near."""
 
 PARTLY = {"Adan": 5, "Prodigy": 5, "MARS": 4, "Rprop": 2.4, "MADGRAD": 2.4, "NovoGrad": 2.2}

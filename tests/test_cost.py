@@ -20,9 +20,11 @@ class Counts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes = self.files = self.frames = 0
         for owner, name in (
-            (LocalWriter, "write"), (LocalWriter, "publish"), (LocalBackend, "delete"),
+            (LocalWriter, "write"),
+            (LocalWriter, "publish"),
+            (LocalBackend, "delete"),
             (chain, "decode_slice"),
-        ):  # fmt: skip
+        ):
             monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
 
     def _counted(self, name: str, function: Any) -> Any:

@@ -73,15 +73,23 @@ def trajectory(where: str, dtype: torch.dtype = torch.float32, steps: int = 4) -
                 "exp_avg_sq": second.to(where, dtype),
             }
             weight += torch.randn(weight.shape, generator=draw) * 5e-4
-        out.append({
-            "model": {name: w.to(where, dtype, copy=True) for name, w in weights.items()},
-            "optimizer": {
-                "state": moments,
-                "param_groups": [{"betas": (0.9, 0.999), "eps": 1e-8, "params": [0, 1, 2],
-                                  "param_names": list(shapes)}],
-            },
-            "step": step,
-        })  # fmt: skip
+        out.append(
+            {
+                "model": {name: w.to(where, dtype, copy=True) for name, w in weights.items()},
+                "optimizer": {
+                    "state": moments,
+                    "param_groups": [
+                        {
+                            "betas": (0.9, 0.999),
+                            "eps": 1e-8,
+                            "params": [0, 1, 2],
+                            "param_names": list(shapes),
+                        }
+                    ],
+                },
+                "step": step,
+            }
+        )
     return out
 
 
@@ -103,12 +111,19 @@ def test_codes_leave_the_device_and_nothing_else(
         if state["step"] > 1:  # a vector has no directions; structure is looked for at the end
             assert sum(moved) <= 1 << 17
         here = near.commit(
-            {"model": {n: t.cpu().clone() for n, t in state["model"].items()},
-             "optimizer": {**state["optimizer"], "state": {
-                 k: {n: t.cpu().clone() for n, t in m.items()}
-                 for k, m in state["optimizer"]["state"].items()}},
-             "step": state["step"]}, step=state["step"],
-        )  # fmt: skip
+            {
+                "model": {n: t.cpu().clone() for n, t in state["model"].items()},
+                "optimizer": {
+                    **state["optimizer"],
+                    "state": {
+                        k: {n: t.cpu().clone() for n, t in m.items()}
+                        for k, m in state["optimizer"]["state"].items()
+                    },
+                },
+                "step": state["step"],
+            },
+            step=state["step"],
+        )
         if state["step"] == 1 or where == "cuda":
             continue
         assert there.commit.depth == here.commit.depth
@@ -220,8 +235,15 @@ def test_operations_do_what_the_loops_do(count: int, columns: int, seed: int) ->
     second = np.exp(random.standard_normal(count)).astype(np.float32)
     factors = np.exp(random.standard_normal(height) * 0.3).astype(np.float32)
     amounts = random.integers(1, 90, 256).astype(np.float32)
-    how = (np.float32(4096), np.float32(40), np.float32(0.5), amounts, factors, rows.columns,
-           rows.start)  # fmt: skip
+    how = (
+        np.float32(4096),
+        np.float32(40),
+        np.float32(0.5),
+        amounts,
+        factors,
+        rows.columns,
+        rows.start,
+    )
     numpy_loops: Any = reference
     _, bitmap, codes, sums, largest = numpy_loops.code_residuals(values, base, second, *how)
     x, b, v = (torch.from_numpy(array) for array in (values, base, second))

@@ -32,9 +32,18 @@ from tests.trainers.distributed import differences
 
 def torchrun(processes: int, kind: str, folder: Path, *actions: str, dies: bool = False) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-        "-m", "tests.trainers.distributed", kind, str(folder / "repo"), str(folder), *actions,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "tests.trainers.distributed",
+        kind,
+        str(folder / "repo"),
+        str(folder),
+        *actions,
+    ]
     variables = environment() | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     assert (done.returncode != 0) == dies, done.stderr
@@ -47,9 +56,23 @@ def saved(folder: Path, step: int) -> dict[str, Any]:
 
 def test_two_processes(tmp_path: Path) -> None:
     torchrun(
-        2, "fsdp", tmp_path, "train", "save", "train", "save", "save", "train=2", "async", "truth",
-        "load=2", "train=2", "check", "load=step-4", "check",
-    )  # fmt: skip
+        2,
+        "fsdp",
+        tmp_path,
+        "train",
+        "save",
+        "train",
+        "save",
+        "save",
+        "train=2",
+        "async",
+        "truth",
+        "load=2",
+        "train=2",
+        "check",
+        "load=step-4",
+        "check",
+    )
     repo = Repo.open(tmp_path / "repo")
     last, again, second, _ = log = repo.log()
     assert [entry.step for entry in log] == [4, 2, 2, 1]
@@ -61,8 +84,9 @@ def test_two_processes(tmp_path: Path) -> None:
     infos = repo.repository.catalog.schema(last.commit.schema).tensors
     moments = [info for info in infos if info.role in ("exp_avg", "exp_avg_sq")]
     assert {infos[info.pair].name for info in moments if info.pair is not None} >= {
-        "model.0.weight[0:20,0:24]", "model.0.weight[20:40,0:24]",
-    }  # fmt: skip
+        "model.0.weight[0:20,0:24]",
+        "model.0.weight[20:40,0:24]",
+    }
     assert not differences(saved(tmp_path, 4), load_state(repo, "step-4"))
     assert not repo.verify().damage
 
@@ -80,8 +104,18 @@ def test_other_numbers_of_processes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_saved_by_processes_beside(tmp_path: Path) -> None:
-    torchrun(2, "fsdp", tmp_path, "train", "async=process", "train", "async=process", "truth",
-             "load=2", "check")  # fmt: skip
+    torchrun(
+        2,
+        "fsdp",
+        tmp_path,
+        "train",
+        "async=process",
+        "train",
+        "async=process",
+        "truth",
+        "load=2",
+        "check",
+    )
     repo = Repo.open(tmp_path / "repo")
     assert [entry.commit.depth for entry in repo.log()] == [1, 0]
     assert not repo.verify().damage
@@ -105,8 +139,9 @@ def test_replicas(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "coding", "coded"])
 def test_a_process_that_dies_leaves_no_commit(moment: str, tmp_path: Path) -> None:
-    torchrun(2, "fsdp", tmp_path, "train", "save", "truth", "train", f"die={moment}", "save",
-             dies=True)  # fmt: skip
+    torchrun(
+        2, "fsdp", tmp_path, "train", "save", "truth", "train", f"die={moment}", "save", dies=True
+    )
     repo = Repo.open(tmp_path / "repo")
     assert [entry.step for entry in repo.log()] == [1]
     assert not repo.verify().damage
@@ -174,8 +209,11 @@ def test_any_state_comes_back(tmp_path: Path) -> None:
 
 def test_what_is_no_plain_value_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointException) as caught:
-        save({"x": torch.ones(3), "path": Path("x")}, storage_writer=CkptWriter(tmp_path),
-             no_dist=True)  # fmt: skip
+        save(
+            {"x": torch.ones(3), "path": Path("x")},
+            storage_writer=CkptWriter(tmp_path),
+            no_dist=True,
+        )
     (failure,) = caught.value.failures.values()
     assert "at path" in str(failure[0])
     assert Repo.open(tmp_path).log() == []
@@ -193,19 +231,25 @@ def test_commits_of_others_are_refused(tmp_path: Path) -> None:
         load_state(tmp_path, "step-12")
 
 
-@pytest.mark.parametrize("text", [
-    "", "[]", "{}", '{"format": "ckptvcs-distributed", "version": 2}',
-    '{"format":"ckptvcs-distributed","version":1,"tensors":{"w":{"dtype":"F32","size":[-1],'
-    '"chunks":[]}},"values":[],"paths":{}}',
-    '{"format":"ckptvcs-distributed","version":1,"tensors":{"w":{"dtype":"F32","size":[4],'
-    '"chunks":[[[2],[3]]]}},"values":[],"paths":{}}',
-    '{"format":"ckptvcs-distributed","version":1,"tensors":{"w":{"dtype":"F32",'
-    '"size":[99999999999,99999999999],"chunks":[]}},"values":[],"paths":{}}',
-    '{"format":"ckptvcs-distributed","version":1,"tensors":{"w":{"dtype":"X","size":[4],'
-    '"chunks":[]}},"values":[],"paths":{}}',
-    '{"format":"ckptvcs-distributed","version":1,"tensors":{},"values":[],"paths":{"a":[[]]}}',
-    "[" * 100000,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "ckptvcs-distributed", "version": 2}',
+        '{"format":"ckptvcs-distributed","version":1,"tensors":{"w":{"dtype":"F32","size":[-1],'
+        '"chunks":[]}},"values":[],"paths":{}}',
+        '{"format":"ckptvcs-distributed","version":1,"tensors":{"w":{"dtype":"F32","size":[4],'
+        '"chunks":[[[2],[3]]]}},"values":[],"paths":{}}',
+        '{"format":"ckptvcs-distributed","version":1,"tensors":{"w":{"dtype":"F32",'
+        '"size":[99999999999,99999999999],"chunks":[]}},"values":[],"paths":{}}',
+        '{"format":"ckptvcs-distributed","version":1,"tensors":{"w":{"dtype":"X","size":[4],'
+        '"chunks":[]}},"values":[],"paths":{}}',
+        '{"format":"ckptvcs-distributed","version":1,"tensors":{},"values":[],"paths":{"a":[[]]}}',
+        "[" * 100000,
+    ],
+)
 def test_descriptions_are_hostile(text: str) -> None:
     with pytest.raises(CorruptionError):
         load_metadata(text.encode())
@@ -221,10 +265,11 @@ def test_a_weight_and_its_moments_stay_together() -> None:
         item(name, size)
         for number, size in enumerate((50, 40, 30, 20))
         for name in (
-            f"model.{number}.weight", f"optim.state.{number}.weight.exp_avg",
+            f"model.{number}.weight",
+            f"optim.state.{number}.weight.exp_avg",
             f"optim.state.{number}.weight.exp_avg_sq",
         )
-    ]  # fmt: skip
+    ]
     own = item("own", 1)
     everything = [row.index for row in rows]
     # As a planner deals them out: one by one.
@@ -232,7 +277,9 @@ def test_a_weight_and_its_moments_stay_together() -> None:
     names = [{row.index.fqn for row in part} for part in shared]
     assert names[0] | names[1] == {row.index.fqn for row in [*rows, own]}
     assert "own" in names[1]
-    numbers = [{name.split(".")[-2 - name.startswith("optim")] for name in part if name != "own"}
-               for part in names]  # fmt: skip
+    numbers = [
+        {name.split(".")[-2 - name.startswith("optim")] for name in part if name != "own"}
+        for part in names
+    ]
     assert not numbers[0] & numbers[1]
     assert all(numbers)

@@ -21,16 +21,55 @@ Draw = np.random.Generator
 Array = NDArray[Any]
 
 HOLDERS = [
-    "replay_buffer", "obs_rms", "router_stats", "priorities", "statistics", "memory", "env",
-    "curriculum", "returns", "cache", "loss_history", "normaliser", "data", "filter",
-]  # fmt: skip
+    "replay_buffer",
+    "obs_rms",
+    "router_stats",
+    "priorities",
+    "statistics",
+    "memory",
+    "env",
+    "curriculum",
+    "returns",
+    "cache",
+    "loss_history",
+    "normaliser",
+    "data",
+    "filter",
+]
 """Keys of what a run keeps besides its model."""
 
 NAMES = [
-    "weight", "v", "weights", "bias", "w", "var", "variance", "mean", "sum", "count", "done", "nu",
-    "reward", "gamma", "beta", "scale", "square_avg", "hessian", "norm.weight", "expert.0.weight",
-    "z", "p", "values", "logits", "exp_inf", "running_var", "embedding", "kernel", "a b", "",
-]  # fmt: skip
+    "weight",
+    "v",
+    "weights",
+    "bias",
+    "w",
+    "var",
+    "variance",
+    "mean",
+    "sum",
+    "count",
+    "done",
+    "nu",
+    "reward",
+    "gamma",
+    "beta",
+    "scale",
+    "square_avg",
+    "hessian",
+    "norm.weight",
+    "expert.0.weight",
+    "z",
+    "p",
+    "values",
+    "logits",
+    "exp_inf",
+    "running_var",
+    "embedding",
+    "kernel",
+    "a b",
+    "",
+]
 """Names of tensors, of which many are those of weights and second moments elsewhere."""
 
 
@@ -54,7 +93,7 @@ DISTRIBUTIONS: dict[str, Callable[[Draw, int], Array]] = {
     "squares": lambda d, n: np.square(d.normal(0, 1e-4, n)),
     "coarse": lambda d, n: np.round(d.normal(size=n) * 8) / 8,
     "infinite": lambda d, n: np.where(d.random(n) < 0.01, np.inf, d.normal(size=n)),
-}  # fmt: skip
+}
 
 TYPES = ["float32"] * 4 + ["float64", "float16", "bfloat16", "int64", "uint8", "bool", "complex64"]
 CHANGES = ["nothing", "some", "all", "drift", "decay"]
@@ -100,9 +139,12 @@ class Held:
 
 
 HELD = st.builds(
-    Held, st.sampled_from(sorted(DISTRIBUTIONS)), SHAPES, st.sampled_from(TYPES),
+    Held,
+    st.sampled_from(sorted(DISTRIBUTIONS)),
+    SHAPES,
+    st.sampled_from(TYPES),
     array=st.booleans(),
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -127,7 +169,7 @@ def at_present(tree: Any) -> Any:
     return {
         key: [at_present(one) for one in item.values()] if key == "list" else at_present(item)
         for key, item in tree.items()
-    }  # fmt: skip
+    }
 
 
 def held(tree: Any) -> Iterator[Held]:

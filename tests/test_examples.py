@@ -37,9 +37,11 @@ def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(16, 16)
     optimizer = torch.optim.AdamW(model.parameters())
     names: dict[str, Any] = {
-        "model": model, "optimizer": optimizer, "train_step": _train_step,
+        "model": model,
+        "optimizer": optimizer,
+        "train_step": _train_step,
         "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 10),
-    }  # fmt: skip
+    }
     assert len(blocks()) == 3
     for block in blocks():
         run(block, names)

@@ -80,9 +80,10 @@ def test_tensors_of_several_slices(repo: Repo, tmp_path: Path) -> None:
         weight = torch.randn((1 << 20) + 5000) + torch.randn((1 << 20) + 5000) * 1e-3 * step
         moments = {"step": torch.tensor(1.0), "exp_avg": weight * 1e-3, "exp_avg_sq": weight**2}
         state = {
-            "model": {"w": weight}, "step": step,
+            "model": {"w": weight},
+            "step": step,
             "optimizer": {"state": {0: moments}, "param_groups": [{"params": [0]}]},
-        }  # fmt: skip
+        }
         torch.save(state, tmp_path / f"{step}.pt")
         result = repo.commit_path(tmp_path / f"{step}.pt", message="x", codec="excp")
         data = SpecRepository(repo.folder).file(result.id, result.commit.files[0].path)

@@ -73,31 +73,62 @@ def corpus() -> dict[str, Slice]:
         shared, _ = excp.encode_moment(moment, mask, centres, name, own_mask=False)
         first = put_slice(frame.EXCP_MOMENT, own)
         beside = put_slice(frame.NEAR_SECOND, second)
-        scaled = good(encode_low_rank(moment, from_float32(np.ones(COUNT, np.float32), name),
-                                      name, ROWS, 2, 0.5))  # fmt: skip
+        scaled = good(
+            encode_low_rank(
+                moment, from_float32(np.ones(COUNT, np.float32), name), name, ROWS, 2, 0.5
+            )
+        )
         plain = good(encode_low_rank(moment, None, name, ROWS, 2, 0.5))
         for label, method, payload, base, companion in (
             ("residual", frame.EXCP_RESIDUAL, residual, before, None),
             ("excp moment", frame.EXCP_MOMENT, own, None, None),
             ("shared mask", frame.EXCP_SHARED_MASK_MOMENT, shared, None, first),
-            ("delta", frame.NEAR_WEIGHT, good(encode_delta(near, before, name, 1e-2, 0.7)),
-             before, None),
-            ("rows", frame.NEAR_WEIGHT, good(encode_delta(near, before, name, 3e-3, 0.7, rows)),
-             before, None),
+            (
+                "delta",
+                frame.NEAR_WEIGHT,
+                good(encode_delta(near, before, name, 1e-2, 0.7)),
+                before,
+                None,
+            ),
+            (
+                "rows",
+                frame.NEAR_WEIGHT,
+                good(encode_delta(near, before, name, 3e-3, 0.7, rows)),
+                before,
+                None,
+            ),
             ("keyframe", frame.NEAR_WEIGHT, good(encode_keyframe(near, name, 1e-4)), None, None),
             ("second", frame.NEAR_SECOND, second, None, None),
-            ("first", frame.NEAR_FIRST, good(encode_first(moment, None, name, 0.5, 0.7)),
-             None, None),
-            ("scaled", frame.NEAR_SCALED_FIRST,
-             good(encode_first(moment, squares, name, 0.5, 0.7)), None, beside),
+            (
+                "first",
+                frame.NEAR_FIRST,
+                good(encode_first(moment, None, name, 0.5, 0.7)),
+                None,
+                None,
+            ),
+            (
+                "scaled",
+                frame.NEAR_SCALED_FIRST,
+                good(encode_first(moment, squares, name, 0.5, 0.7)),
+                None,
+                beside,
+            ),
             ("low rank", frame.NEAR_LOW_RANK, plain, None, None),
             ("scaled low rank", frame.NEAR_SCALED_LOW_RANK, scaled, None, beside),
-        ):  # fmt: skip
+        ):
             found[f"{label} {name}"] = Slice(put_slice(method, payload), name, base, companion)
-    master = put_slice(frame.NEAR_WEIGHT, good(encode_delta(
-        from_float32(normal(1) + normal(2, 1e-2), "F32"), normal(1).view(np.uint32), "F32",
-        1e-2, 0.7,
-    )))  # fmt: skip
+    master = put_slice(
+        frame.NEAR_WEIGHT,
+        good(
+            encode_delta(
+                from_float32(normal(1) + normal(2, 1e-2), "F32"),
+                normal(1).view(np.uint32),
+                "F32",
+                1e-2,
+                0.7,
+            )
+        ),
+    )
     found["rounded"] = Slice(
         bytes([frame.ROUNDED]), "BF16", None, master, normal(1).view(np.uint32)
     )
@@ -144,8 +175,12 @@ def test_slices(method: int, data: st.DataObject) -> None:
     read_or_refuse(lambda: decode(one, changed, companion, count))
 
 
-@given(st.binary(max_size=200), st.integers(0, frame.PATCH + 1), st.sampled_from(sorted(DTYPES)),
-       st.sampled_from([1, 500, frame.SLICE_WORDS]))  # fmt: skip
+@given(
+    st.binary(max_size=200),
+    st.integers(0, frame.PATCH + 1),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from([1, 500, frame.SLICE_WORDS]),
+)
 def test_any_bytes(data: bytes, method: int, dtype: str, count: int) -> None:
     one = Slice(put_slice(method, data), dtype)
     read_or_refuse(lambda: decode(one, one.data, one.data, count))

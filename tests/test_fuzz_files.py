@@ -147,21 +147,51 @@ def test_pickles(data: st.DataObject) -> None:
 def record(name: bytes, data: bytes, at: int, *, size: int | None = None) -> tuple[bytes, bytes]:
     """A stored record, and its entry in the directory, which may claim another size."""
     crc, size = zlib.crc32(data), len(data) if size is None else size
-    local = struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", 0, 0, 0, 0, 0, crc, *[len(data)] * 2,
-                        len(name), 0) + name + data  # fmt: skip
+    local = (
+        struct.pack(
+            "<4sHHHHHIIIHH", b"PK\x03\x04", 0, 0, 0, 0, 0, crc, *[len(data)] * 2, len(name), 0
+        )
+        + name
+        + data
+    )
     return local, entry(name, crc, size, at)
 
 
 def entry(name: bytes, crc: int, size: int, at: int, method: int = 0, extra: bytes = b"") -> bytes:
-    return struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 0, 0, 0, method, 0, 0, crc, size, size,
-                       len(name), len(extra), 0, 0, 0, 0, at) + name + extra  # fmt: skip
+    return (
+        struct.pack(
+            "<4sHHHHHHIIIHHHHHII",
+            b"PK\x01\x02",
+            0,
+            0,
+            0,
+            method,
+            0,
+            0,
+            crc,
+            size,
+            size,
+            len(name),
+            len(extra),
+            0,
+            0,
+            0,
+            0,
+            at,
+        )
+        + name
+        + extra
+    )
 
 
 def archive(body: bytes, directory: list[bytes], count: int | None = None) -> bytes:
     joined = b"".join(directory)
     number = min(0xFFFF, len(directory) if count is None else count)
-    return body + joined + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, number, number,
-                                       len(joined), len(body), 0)  # fmt: skip
+    return (
+        body
+        + joined
+        + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, number, number, len(joined), len(body), 0)
+    )
 
 
 def many_readers(count: int) -> bytes:
@@ -173,14 +203,16 @@ def many_readers(count: int) -> bytes:
 
 def many_storages(count: int, *, same: bool) -> bytes:
     """Storages of one key, and a pickle of many tensors that look at it."""
-    tensors = b"".join(
-        b"h\x01(h\x02K\x00(K\x01t(K\x01t\x89NtR" for _ in range(20_000)
-    )  # fmt: skip
+    tensors = b"".join(b"h\x01(h\x02K\x00(K\x01t(K\x01t\x89NtR" for _ in range(20_000))
     pickled = (
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x01"
-        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01"
-        b"tQq\x0200]("
-    ) + tensors + b"e."  # fmt: skip
+        (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x01"
+            b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01"
+            b"tQq\x0200]("
+        )
+        + tensors
+        + b"e."
+    )
     body, first = record(b"x/data.pkl", pickled, 0)
     directory = [first]
     for number in range(count):
@@ -243,7 +275,7 @@ def test_a_product_without_end(tmp_path: Path) -> None:
         b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
         b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
         b"K\x00(" + b"h\x00" * 60 + b"t(" + b"K\x01" * 60 + b"t\x89NtR."
-    )  # fmt: skip
+    )
     one, first = record(b"x/data.pkl", pickled, 0)
     two, second = record(b"x/data/0", bytes(4), len(one))
     path = tmp_path / "a.pt"
@@ -257,8 +289,9 @@ def test_a_product_without_end(tmp_path: Path) -> None:
 
 NAMES = st.text(
     st.characters(exclude_characters="/\0", exclude_categories=["Cs"]) | st.just("\udcff"),
-    min_size=1, max_size=40,
-).filter(lambda name: name not in (".", "..", ".ckpt"))  # fmt: skip
+    min_size=1,
+    max_size=40,
+).filter(lambda name: name not in (".", "..", ".ckpt"))
 
 
 @given(st.lists(NAMES, min_size=1, max_size=3), st.sampled_from(["", ".pt", "-00001-of-00002.bin"]))

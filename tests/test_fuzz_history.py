@@ -27,7 +27,7 @@ from ckptvcs.history.commit import (
     first_parent,
     load_commit,
     load_errors,
-)  # fmt: skip
+)
 from ckptvcs.history.format_file import check_format, require_flags
 from ckptvcs.history.recipe import (
     Frame,
@@ -40,7 +40,7 @@ from ckptvcs.history.recipe import (
     load_let_go,
     load_recipe,
     load_values,
-)  # fmt: skip
+)
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.schema import (
     Op,
@@ -51,7 +51,7 @@ from ckptvcs.history.schema import (
     dump_skeleton,
     load_schema,
     load_skeleton,
-)  # fmt: skip
+)
 from ckptvcs.ops.config import KEYS, load_config
 from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.ids import ObjectId
@@ -61,22 +61,50 @@ from tests.fuzzing import any_json, little_room, mutated, mutated_json, read_or_
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
 
 COMMIT = Commit(
-    (B,), "2026-01-01T00:00:00Z", 7, "message", {"loss": 0.5, "worse": float("inf")}, "near",
-    "delta", 3, 1000, 100, 50, "file", "model.pt", True, A, {"model": PartState(A, B)},
-    (FileEntry("model.pt", 1000, A, 0o644, 1, "torch-zip", B),), ErrorReport(0.1), A, "host",
-    "user", None, 1,
-)  # fmt: skip
+    (B,),
+    "2026-01-01T00:00:00Z",
+    7,
+    "message",
+    {"loss": 0.5, "worse": float("inf")},
+    "near",
+    "delta",
+    3,
+    1000,
+    100,
+    50,
+    "file",
+    "model.pt",
+    True,
+    A,
+    {"model": PartState(A, B)},
+    (FileEntry("model.pt", 1000, A, 0o644, 1, "torch-zip", B),),
+    ErrorReport(0.1),
+    A,
+    "host",
+    "user",
+    None,
+    1,
+)
 FRAMES = [
     Frame(None, 0, None, ((0, 10, b"x" * 16), (10, 5, b"y" * 16))),
     Frame((A, 4), 2, None, ((15, 1, b"z" * 16),)),
     Frame((B, 4), 9, 0, ((90, 3, b"w" * 16), (16, 2, b"v" * 16))),
 ]
-SCHEMA = Schema((
-    TensorInfo("w", "F32", (3, 4), "model", "weight"),
-    TensorInfo("s", "I64", (), "optimizer", "step", inline=True),
-    TensorInfo("m", "F32", (3, 4), "optimizer", "exp_avg", pair=0,
-               views=(View("m", "F32", 2, (2,), (3,)),)),
-))  # fmt: skip
+SCHEMA = Schema(
+    (
+        TensorInfo("w", "F32", (3, 4), "model", "weight"),
+        TensorInfo("s", "I64", (), "optimizer", "step", inline=True),
+        TensorInfo(
+            "m",
+            "F32",
+            (3, 4),
+            "optimizer",
+            "exp_avg",
+            pair=0,
+            views=(View("m", "F32", 2, (2,), (3,)),),
+        ),
+    )
+)
 SEGMENTS = [(Op.LITERAL, 3), (Op.TENSOR, 0), (Op.CRC32, 0), (Op.INLINE, 1), (Op.LITERAL, 1)]
 LITERALS = b"abc12345678z"
 
@@ -99,9 +127,10 @@ OBJECTS: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
     "errors": (load_errors, dump_errors({0: ErrorReport(0.1, 0.2), 2: ErrorReport()})),
     "values": (load_values, b"x" * 64),
     "skeleton": (
-        lambda data: list(load_skeleton(data).walk(SCHEMA)), dump_skeleton(SEGMENTS, LITERALS)
+        lambda data: list(load_skeleton(data).walk(SCHEMA)),
+        dump_skeleton(SEGMENTS, LITERALS),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OBJECTS)
@@ -128,8 +157,10 @@ def test_endless_nesting(name: str, opening: bytes) -> None:
         OBJECTS[name][0](opening * 100_000)
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(Op)), st.integers(0, 1 << 62)), max_size=5),
-       st.binary(max_size=20))  # fmt: skip
+@given(
+    st.lists(st.tuples(st.sampled_from(list(Op)), st.integers(0, 1 << 62)), max_size=5),
+    st.binary(max_size=20),
+)
 def test_segments(segments: list[tuple[Op, int]], literals: bytes) -> None:
     data = dump_skeleton(segments, literals)
     read_or_refuse(lambda: list(load_skeleton(data).walk(SCHEMA)))
@@ -147,11 +178,19 @@ def test_two_parents_in_one_commit() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"files": []}, {"files": [json.loads(dump_commit(COMMIT))["files"][0]] * 2},
-     {"files": [{"path": "a", "size": 0, "mode": 0, "mtime_ns": 0, "format": "link"}]},
-     {"source": "thought"}, {"time": "yesterday"}, {"time": "2026-01-01"}, {"time": ""},
-     {"metrics": {"a": 10**400}}, {"step": 1 << 63}, {"depth": -1}],
-)  # fmt: skip
+    [
+        {"files": []},
+        {"files": [json.loads(dump_commit(COMMIT))["files"][0]] * 2},
+        {"files": [{"path": "a", "size": 0, "mode": 0, "mtime_ns": 0, "format": "link"}]},
+        {"source": "thought"},
+        {"time": "yesterday"},
+        {"time": "2026-01-01"},
+        {"time": ""},
+        {"metrics": {"a": 10**400}},
+        {"step": 1 << 63},
+        {"depth": -1},
+    ],
+)
 def test_commits_that_make_no_sense(fields: dict[str, Any]) -> None:
     load_commit(A, dump_commit(COMMIT))
     with pytest.raises(CorruptionError):
@@ -160,21 +199,34 @@ def test_commits_that_make_no_sense(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "view",
-    [View("v", "F32", 0, (13,), (1,)), View("v", "F32", 12, (1,), (1,)),
-     View("v", "F64", 0, (12,), (1,)), View("v", "F32", 0, (2, 2), (12, 0)),
-     View("v", "F32", 0, (1 << 50,), (0,)), View("v", "F32", 1 << 60, (0,), (1,)),
-     View("v", "F32", 0, (2,), (1 << 62,)), View("v", "F32", 0, (2, 2), (1,)),
-     View("v", "F32", 0, (1,) * 65, (1,) * 65), View("v", "X", 0, (1,), (1,))],
-)  # fmt: skip
+    [
+        View("v", "F32", 0, (13,), (1,)),
+        View("v", "F32", 12, (1,), (1,)),
+        View("v", "F64", 0, (12,), (1,)),
+        View("v", "F32", 0, (2, 2), (12, 0)),
+        View("v", "F32", 0, (1 << 50,), (0,)),
+        View("v", "F32", 1 << 60, (0,), (1,)),
+        View("v", "F32", 0, (2,), (1 << 62,)),
+        View("v", "F32", 0, (2, 2), (1,)),
+        View("v", "F32", 0, (1,) * 65, (1,) * 65),
+        View("v", "X", 0, (1,), (1,)),
+    ],
+)
 def test_views_that_leave_their_tensor(view: View) -> None:
     schema = Schema((TensorInfo("w", "F32", (3, 4), "model", "weight", views=(view,)),))
     with pytest.raises(CorruptionError):
         load_schema(dump_schema(schema))
 
 
-@given(st.text(max_size=12) | st.lists(st.sampled_from(
-    ["..", ".", "", "a", ".ckpt", ".CKPT", "\0", "\ud800", "\udcff", "x" * 300, "C:", "nul"]
-), max_size=4).map("/".join))  # fmt: skip
+@given(
+    st.text(max_size=12)
+    | st.lists(
+        st.sampled_from(
+            ["..", ".", "", "a", ".ckpt", ".CKPT", "\0", "\ud800", "\udcff", "x" * 300, "C:", "nul"]
+        ),
+        max_size=4,
+    ).map("/".join)
+)
 def test_paths_stay_inside(path: str) -> None:
     try:
         safe = Path("/target") / safe_path(path)
@@ -235,10 +287,33 @@ def test_refs_with_numbers_that_are_not_finite(name: str, number: bytes) -> None
         read_refs(backend)
 
 
-@given(st.lists(st.sampled_from(
-    ["..", ".", "%2E%2E", "%2e", "%2F", "main", "Main", "%FF", "%", "", "%00", "\ud800", "x" * 300,
-     "0000000000000001", "9999999999999999", "0000000000000000", "\u0661" * 16]
-), min_size=1, max_size=3).map("/".join))  # fmt: skip
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "..",
+                ".",
+                "%2E%2E",
+                "%2e",
+                "%2F",
+                "main",
+                "Main",
+                "%FF",
+                "%",
+                "",
+                "%00",
+                "\ud800",
+                "x" * 300,
+                "0000000000000001",
+                "9999999999999999",
+                "0000000000000000",
+                "\u0661" * 16,
+            ]
+        ),
+        min_size=1,
+        max_size=3,
+    ).map("/".join)
+)
 def test_names_of_refs(below: str) -> None:
     backend = published()
     for space in ("heads", "tags", "pins"):
@@ -254,9 +329,11 @@ def test_names_of_refs(below: str) -> None:
         read_or_refuse(lambda name=name: refs.read(f"heads/{name}"))  # type: ignore[misc]
 
 
-@given(mutated(b'{"host":"here","boot":"x","pid":123,"started":"77"}') | any_json.map(
-    lambda value: json.dumps(value).encode()
-) | st.just(b"[" * 4000))  # fmt: skip
+@given(
+    mutated(b'{"host":"here","boot":"x","pid":123,"started":"77"}')
+    | any_json.map(lambda value: json.dumps(value).encode())
+    | st.just(b"[" * 4000)
+)
 def test_leases(data: bytes) -> None:
     backend = MemoryBackend()
     backend.files |= {"leases/one": data, "marks/exclusive": data}
@@ -267,11 +344,13 @@ def test_leases(data: bytes) -> None:
 
 FORMAT = {"format": 1, "id": "ab", "flags": {"read": ["near"], "write": [], "gc": []}}
 CONFIG = "\n".join(
-    f"{key} = {value}" for key, value in zip(
-        KEYS, ['"near"', 2, '"loss:min"', '"exact"', '"near"', '"exact"', 0.1, '"off"', 64, 16.5],
+    f"{key} = {value}"
+    for key, value in zip(
+        KEYS,
+        ['"near"', 2, '"loss:min"', '"exact"', '"near"', '"exact"', 0.1, '"off"', 64, 16.5],
         strict=True,
     )
-)  # fmt: skip
+)
 
 
 def read_format(folder: Path, data: bytes) -> None:
@@ -286,18 +365,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("settings")
 
 
-@given(mutated(json.dumps(FORMAT).encode()) | mutated_json(FORMAT).map(
-    lambda value: json.dumps(value).encode()
-))  # fmt: skip
+@given(
+    mutated(json.dumps(FORMAT).encode())
+    | mutated_json(FORMAT).map(lambda value: json.dumps(value).encode())
+)
 def test_format(folder: Path, data: bytes) -> None:
     read_or_refuse(lambda: read_format(folder, data))
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"[" * 60_000, b'{"format":1,"flags":{"read":[[]]}}', b'{"format":1,"flags":{"read":[{}]}}',
-     b'{"format":0}', b'{"format":-1}', b'{"format":1' + b" " * 100_000 + b"}", b"\xff\xfe"],
-)  # fmt: skip
+    [
+        b"[" * 60_000,
+        b'{"format":1,"flags":{"read":[[]]}}',
+        b'{"format":1,"flags":{"read":[{}]}}',
+        b'{"format":0}',
+        b'{"format":-1}',
+        b'{"format":1' + b" " * 100_000 + b"}",
+        b"\xff\xfe",
+    ],
+)
 def test_formats_that_make_no_sense(folder: Path, data: bytes) -> None:
     with pytest.raises(CorruptionError):
         read_format(folder, data)
@@ -314,15 +401,34 @@ def test_a_format_and_settings_of_a_gigabyte(folder: Path) -> None:
 
 
 TOML = st.sampled_from(
-    ["nan", "-inf", "1e400", "-1", "0", "0x" + "f" * 6000, "9" * 5000, "true", '"nan"', '"1e999"',
-     '"near:step=1e-400"', '"near:step=nan"', '"a:b:c:d"', "[" * 5000, "{a.b.c=1}", "1979-05-27",
-     '"\\ud800"', '"\\u0000"', "''"]
-)  # fmt: skip
+    [
+        "nan",
+        "-inf",
+        "1e400",
+        "-1",
+        "0",
+        "0x" + "f" * 6000,
+        "9" * 5000,
+        "true",
+        '"nan"',
+        '"1e999"',
+        '"near:step=1e-400"',
+        '"near:step=nan"',
+        '"a:b:c:d"',
+        "[" * 5000,
+        "{a.b.c=1}",
+        "1979-05-27",
+        '"\\ud800"',
+        '"\\u0000"',
+        "''",
+    ]
+)
 
 
-@given(mutated(CONFIG.encode()) | st.builds(
-    lambda key, value: f"{key} = {value}".encode(), st.sampled_from(KEYS), TOML
-))  # fmt: skip
+@given(
+    mutated(CONFIG.encode())
+    | st.builds(lambda key, value: f"{key} = {value}".encode(), st.sampled_from(KEYS), TOML)
+)
 def test_settings(folder: Path, data: bytes) -> None:
     path = folder / "config.toml"
     path.write_bytes(data)

@@ -31,7 +31,7 @@ from ckptvcs.store.pack import (
     read_payload,
     read_region,
     scan_entries,
-)  # fmt: skip
+)
 from tests.fuzzing import little_room, mutated, read_or_refuse
 
 CONTENT = bytes(range(256)) * 12
@@ -83,9 +83,11 @@ def read_all(backend: MemoryBackend, entries: tuple[Entry, ...]) -> None:
             continue
 
 
-@given(mutated(GOOD) | mutated(GOOD[TOC_AT : TOC_AT + TOC_BYTES]).map(
-    lambda toc: sealed(GOOD[:TOC_AT], toc)
-) | mutated(GOOD[:TOC_AT]).map(checked))  # fmt: skip
+@given(
+    mutated(GOOD)
+    | mutated(GOOD[TOC_AT : TOC_AT + TOC_BYTES]).map(lambda toc: sealed(GOOD[:TOC_AT], toc))
+    | mutated(GOOD[:TOC_AT]).map(checked)
+)
 def test_packs(data: bytes) -> None:
     backend = MemoryBackend()
     backend.files[NAME] = data

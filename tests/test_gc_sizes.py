@@ -20,8 +20,12 @@ def commits(repo: Repo, seed: int, count: int, codec: str, first: int = 1) -> No
     weight = rng.standard_normal(6000, np.float32)
     for step in range(first, first + count):
         weight = weight + 0.01 * rng.standard_normal(6000, np.float32)
-        moments = {0: {"exp_avg": rng.standard_normal(6000, np.float32),
-                       "exp_avg_sq": rng.random(6000, np.float32)}}  # fmt: skip
+        moments = {
+            0: {
+                "exp_avg": rng.standard_normal(6000, np.float32),
+                "exp_avg_sq": rng.random(6000, np.float32),
+            }
+        }
         optimizer = {"state": moments, "param_groups": [{"params": [0]}]}
         repo.commit({"model": {"w": weight}, "optimizer": optimizer}, step=step, codec=codec)
 
@@ -31,18 +35,31 @@ def stored(repo: Repo) -> int:
 
 
 @given(
-    seed=st.integers(0, 2**20), codec=st.sampled_from(["near", "small", "lossless"]),
-    count=st.integers(1, 9), kept=st.integers(0, 3),
-    policy=st.sampled_from([
-        Policy(), Policy(last=1), Policy(last=3), Policy(every=2), Policy(optimizer_last=1),
-        Policy(last=2, optimizer_last=1),
-    ]),
+    seed=st.integers(0, 2**20),
+    codec=st.sampled_from(["near", "small", "lossless"]),
+    count=st.integers(1, 9),
+    kept=st.integers(0, 3),
+    policy=st.sampled_from(
+        [
+            Policy(),
+            Policy(last=1),
+            Policy(last=3),
+            Policy(every=2),
+            Policy(optimizer_last=1),
+            Policy(last=2, optimizer_last=1),
+        ]
+    ),
     debris=st.integers(0, 5000),
-)  # fmt: skip
+)
 def test_what_is_freed_and_kept_adds_up(
-    seed: int, codec: str, count: int, kept: int, policy: Policy, debris: int,
+    seed: int,
+    codec: str,
+    count: int,
+    kept: int,
+    policy: Policy,
+    debris: int,
     tmp_path_factory: pytest.TempPathFactory,
-) -> None:  # fmt: skip
+) -> None:
     repo = Repo.init(tmp_path_factory.mktemp("repo"))
     commits(repo, seed, count, codec)
     repo.configure("keep-exact", str(kept))

@@ -19,10 +19,16 @@ from tests.test_near import adam_state
 from tests.test_retention import same
 
 POLICIES = [
-    Policy(last=2), Policy(every=3), Policy(last=1, every=4), Policy(log_spaced=True),
-    Policy(best=(Best("loss", "min", 2),)), Policy(optimizer_last=2), Policy(max_bytes=60_000),
-    Policy(within=3600.0, optimizer_last=1), Policy(last=1, tagged=True),
-]  # fmt: skip
+    Policy(last=2),
+    Policy(every=3),
+    Policy(last=1, every=4),
+    Policy(log_spaced=True),
+    Policy(best=(Best("loss", "min", 2),)),
+    Policy(optimizer_last=2),
+    Policy(max_bytes=60_000),
+    Policy(within=3600.0, optimizer_last=1),
+    Policy(last=1, tagged=True),
+]
 
 
 class Histories(RuleBasedStateMachine):
@@ -66,9 +72,11 @@ class Histories(RuleBasedStateMachine):
     # -- commands ----------------------------------------------------------------------------------
 
     @rule(
-        size=st.sampled_from([1e-3, 1e-2, 1.0]), loss=st.floats(0, 9), bad=st.booleans(),
+        size=st.sampled_from([1e-3, 1e-2, 1.0]),
+        loss=st.floats(0, 9),
+        bad=st.booleans(),
         codec=st.sampled_from(["near", "near", "small", "lossless"]),
-    )  # fmt: skip
+    )
     def commit(self, size: float, loss: float, bad: bool, codec: str) -> None:
         self.step += 1
         for name in ("a", "b"):

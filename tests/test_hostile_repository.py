@@ -25,7 +25,7 @@ from ckptvcs.history.recipe import (
     dump_let_go,
     dump_recipe,
     slice_hash,
-)  # fmt: skip
+)
 from ckptvcs.history.schema import Op, Schema, TensorInfo, View, dump_schema, dump_skeleton
 from ckptvcs.ops.checkout import save_part
 from ckptvcs.repo import Repo
@@ -70,20 +70,23 @@ class Forger:
 
     def folder(self, *entries: FileEntry) -> ObjectId:
         file = replace(self.commit.files[0], path="file")
-        return self.lead_to(replace(
-            self.commit, source="directory", files=(file, *entries), path="folder"
-        ))  # fmt: skip
+        return self.lead_to(
+            replace(self.commit, source="directory", files=(file, *entries), path="folder")
+        )
 
     def part(self, schema: Schema, table: bytes, values: Callable[[ObjectId], ObjectId]) -> None:
         """A commit of a part that is forged: `values` makes its recipe."""
         name = self.put(Kind.VALUES, table)
         skeleton = self.put(Kind.SKELETON, dump_skeleton([(Op.TENSOR, 0)], b""))
         values(name)
-        self.lead_to(replace(
-            self.commit, schema=self.put(Kind.SCHEMA, dump_schema(schema)),
-            parts={"model": PartState(name)},
-            files=(replace(self.commit.files[0], skeleton=skeleton),),
-        ))  # fmt: skip
+        self.lead_to(
+            replace(
+                self.commit,
+                schema=self.put(Kind.SCHEMA, dump_schema(schema)),
+                parts={"model": PartState(name)},
+                files=(replace(self.commit.files[0], skeleton=skeleton),),
+            )
+        )
 
 
 @pytest.fixture
@@ -127,21 +130,25 @@ def another_kind(forger: Forger) -> None:
 
 
 def own_base(forger: Forger) -> None:
-    forger.part(WEIGHT, bytes(32), recipe_of(
-        forger, lambda values: Frame((values, 0), 1, None, (SLICE,))
-    ))  # fmt: skip
+    forger.part(
+        WEIGHT, bytes(32), recipe_of(forger, lambda values: Frame((values, 0), 1, None, (SLICE,)))
+    )
 
 
 def deep_base(forger: Forger) -> None:
-    forger.part(WEIGHT, bytes(32), recipe_of(
-        forger, lambda values: Frame((values, 0), (1 << 63) - 1, None, (SLICE,))
-    ))  # fmt: skip
+    forger.part(
+        WEIGHT,
+        bytes(32),
+        recipe_of(forger, lambda values: Frame((values, 0), (1 << 63) - 1, None, (SLICE,))),
+    )
 
 
 def base_outside(forger: Forger) -> None:
-    forger.part(WEIGHT, bytes(32), recipe_of(
-        forger, lambda values: Frame((values, 1 << 62), 3, None, (SLICE,))
-    ))  # fmt: skip
+    forger.part(
+        WEIGHT,
+        bytes(32),
+        recipe_of(forger, lambda values: Frame((values, 1 << 62), 3, None, (SLICE,))),
+    )
 
 
 def region_outside(forger: Forger) -> None:
@@ -222,25 +229,49 @@ def pipes(forger: Forger) -> None:
 
 
 FORGERIES = [
-    no_parent, no_schema, no_recipe, another_kind, own_base, deep_base, base_outside,
-    region_outside, frame_outside, short_recipe, short_table, huge_tensor, huger_tensor,
-    view_outside, all_let_go, huge_step, no_text, nested, last_generation, no_branch,
-    undone_forever, pipes,
-]  # fmt: skip
+    no_parent,
+    no_schema,
+    no_recipe,
+    another_kind,
+    own_base,
+    deep_base,
+    base_outside,
+    region_outside,
+    frame_outside,
+    short_recipe,
+    short_table,
+    huge_tensor,
+    huger_tensor,
+    view_outside,
+    all_let_go,
+    huge_step,
+    no_text,
+    nested,
+    last_generation,
+    no_branch,
+    undone_forever,
+    pipes,
+]
 
 
 def everything(repo: Repo, folder: Path) -> None:
     """All that can be asked of a repository; each ends."""
     head = repo.resolve("HEAD")
     for ask in (
-        lambda: repo.log(all_branches=True), repo.stats, repo.reflog, repo.plan_gc,
+        lambda: repo.log(all_branches=True),
+        repo.stats,
+        repo.reflog,
+        repo.plan_gc,
         lambda: repo.checkout_files(head, folder / "out" / "x", force=True),
         lambda: save_part(repo.repository, head, "model", folder / "out" / "y.pt"),
-        lambda: repo.checkout("HEAD"), lambda: repo.tensor("w"), lambda: repo.diff(head, head),
-        lambda: list(repo.trajectory()), lambda: repo.repository.history.graph(),
+        lambda: repo.checkout("HEAD"),
+        lambda: repo.tensor("w"),
+        lambda: repo.diff(head, head),
+        lambda: list(repo.trajectory()),
+        lambda: repo.repository.history.graph(),
         lambda: repo.commit_path(folder / "model.dat", message="on top", step=1 << 61),
         repo.undo,
-    ):  # fmt: skip
+    ):
         with contextlib.suppress(CkptError):
             ask()
 

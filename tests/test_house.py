@@ -22,8 +22,11 @@ MODULES = sorted((ROOT / "ckptvcs").rglob("*.py"))
 def loaded_by(code: str) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"],
-        capture_output=True, text=True, check=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     return set(done.stdout.split())
 
 
@@ -93,10 +96,17 @@ def test_the_error_tree() -> None:
     members = inspect.getmembers(errors, inspect.isclass)
     found = [c for _, c in members if issubclass(c, errors.CkptError)]
     assert {c.__name__: c.exit_code for c in found} == {
-        "CkptError": 1, "InvalidInputError": 2, "NotFoundError": 3, "ConflictError": 4,
-        "BusyError": 5, "CorruptionError": 6, "TruncatedError": 6, "MissingObjectError": 6,
-        "UnsupportedVersionError": 7, "StorageError": 8,
-    }  # fmt: skip
+        "CkptError": 1,
+        "InvalidInputError": 2,
+        "NotFoundError": 3,
+        "ConflictError": 4,
+        "BusyError": 5,
+        "CorruptionError": 6,
+        "TruncatedError": 6,
+        "MissingObjectError": 6,
+        "UnsupportedVersionError": 7,
+        "StorageError": 8,
+    }
     assert len({c.kind for c in found}) == len(found)
     assert issubclass(errors.InvalidInputError, ValueError)
     assert issubclass(errors.NotFoundError, KeyError)

@@ -20,7 +20,7 @@ from ckptvcs.errors import (
     InvalidInputError,
     NotFoundError,
     StorageError,
-)  # fmt: skip
+)
 from ckptvcs.files.removal import Originals, Proven
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops.checkout import hash_file
@@ -106,21 +106,31 @@ def found(folder: Path, pattern: str | None = None) -> list[tuple[str, int | Non
 
 def test_natural_order(folder: Path, states: list[State]) -> None:
     assert found(folder) == [
-        ("step-800.pt", 800), ("step-900.pt", 900), ("step-1000.pt", 1000), ("step-1100.pt", 1100),
-    ]  # fmt: skip
+        ("step-800.pt", 800),
+        ("step-900.pt", 900),
+        ("step-1000.pt", 1000),
+        ("step-1100.pt", 1100),
+    ]
     assert found(folder, "*1?00.pt") == [("step-1000.pt", 1000), ("step-1100.pt", 1100)]
 
 
 @pytest.mark.parametrize(
     ("name", "inside", "step"),
     [
-        ("epoch=3-step=1000-v1.ckpt", 7, 1000), ("checkpoint-500.pt", None, 500),
-        ("global_step0020.bin", None, 20), ("model_iter_30.pth", 7, 30), ("epoch_3.pt", 7, 7),
-        ("net-0500-ema.pt", None, 500), ("loss-0.25.pt", None, None), ("best.pt", 9, 9),
-        ("best.pt", None, None), ("model-bf16.pt", None, None), ("model-100-bf16.pt", None, 100),
+        ("epoch=3-step=1000-v1.ckpt", 7, 1000),
+        ("checkpoint-500.pt", None, 500),
+        ("global_step0020.bin", None, 20),
+        ("model_iter_30.pth", 7, 30),
+        ("epoch_3.pt", 7, 7),
+        ("net-0500-ema.pt", None, 500),
+        ("loss-0.25.pt", None, None),
+        ("best.pt", 9, 9),
+        ("best.pt", None, None),
+        ("model-bf16.pt", None, None),
+        ("model-100-bf16.pt", None, 100),
         ("gpt-v2.pt", None, None),
     ],
-)  # fmt: skip
+)
 def test_steps(tmp_path: Path, name: str, inside: int | None, step: int | None) -> None:
     state: State = {"w": torch.ones(3)}
     torch.save(state if inside is None else state | {"step": inside}, tmp_path / name)
@@ -131,8 +141,12 @@ def test_copies_come_behind_what_is_named_by_its_step(tmp_path: Path) -> None:
     for name in ("best.pt", "step3.pt", "a.pt", "other-10.pt", "other-9.pt"):
         torch.save({"w": torch.ones(3)} | ({"step": 3} if name != "a.pt" else {}), tmp_path / name)
     assert [name for name, _ in found(tmp_path)] == [
-        "step3.pt", "best.pt", "other-9.pt", "other-10.pt", "a.pt",
-    ]  # fmt: skip
+        "step3.pt",
+        "best.pt",
+        "other-9.pt",
+        "other-10.pt",
+        "a.pt",
+    ]
 
 
 def test_a_copy_has_the_step_that_the_name_of_another_gives(tmp_path: Path) -> None:
@@ -211,8 +225,9 @@ def test_trainer_directories(repo: Repo, tmp_path: Path, states: list[State]) ->
     assert messages(repo) == ["checkpoint-50", "checkpoint-100"]
     assert [item.found.kind for item in importer.items] == ["directory"] * 2
     assert actions(run(repo, tmp_path / "run")) == {
-        "checkpoint-50": "known", "checkpoint-100": "known",
-    }  # fmt: skip
+        "checkpoint-50": "known",
+        "checkpoint-100": "known",
+    }
     assert len(repo.log()) == 2
 
 
@@ -316,9 +331,13 @@ def test_files_that_are_cut_off_are_skipped(repo: Repo, folder: Path, states: li
     importer = run(repo, folder)
     failed = {name for name, action in actions(importer).items() if action == "failed"}
     assert failed == {
-        "step-900.pt", "step-1.pt", "junk.bin", "checkpoint-500", "checkpoint-501",
+        "step-900.pt",
+        "step-1.pt",
+        "junk.bin",
+        "checkpoint-500",
+        "checkpoint-501",
         "step-2.safetensors",
-    }  # fmt: skip
+    }
     assert messages(repo) == ["step-800.pt", "step-1000.pt", "step-1100.pt"]
     before = set(names(folder))
     remove(importer)
@@ -386,9 +405,11 @@ def test_an_error_above_its_bound_is_none_to_live_with(near: Repo, folder: Path)
     near.configure("max-weight-error", "1e-9")
     importer = run(near, folder)
     assert actions(importer) == {
-        "step-800.pt": "failed", "step-900.pt": "failed", "step-1000.pt": "known",
+        "step-800.pt": "failed",
+        "step-900.pt": "failed",
+        "step-1000.pt": "known",
         "step-1100.pt": "known",
-    }  # fmt: skip
+    }
     remove(importer, accept_near=True)
     assert names(folder) == ["step-800.pt", "step-900.pt"]
 
@@ -477,9 +498,10 @@ def test_what_another_process_lets_go_keeps_its_original(
         _ = [other.undo() for _ in range(2)] if how == "undo" else [other.gc(Policy(last=2))]
     kept = remove(importer)
     stay = {
-        "undo": ["step-1000.pt", "step-1100.pt"], "drop": ["step-800.pt", "step-900.pt"],
+        "undo": ["step-1000.pt", "step-1100.pt"],
+        "drop": ["step-800.pt", "step-900.pt"],
         "delete the branch": sorted(f"step-{n}.pt" for n in (800, 900, 1000, 1100)),
-    }[how]  # fmt: skip
+    }[how]
     assert names(folder) == sorted(stay)
     for name in stay:
         assert ("dropped" if how == "drop" else "no branch leads to") in (kept[name] or "")
@@ -497,7 +519,7 @@ def test_a_tag_is_enough(repo: Repo, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fidelity", "stays"), [("exact", False), ("weights", True), ("near", True)]
-)  # fmt: skip
+)
 def test_pins_that_do_not_keep_what_is_exact(
     fidelity: str, near: Repo, folder: Path, *, stays: bool
 ) -> None:

@@ -113,16 +113,20 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
         delete(self, patches)
 
     points: list[tuple[Any, str, str]] = [
-        (originals, "live_leases", "look for leases"), (originals, "turn", "turn"),
+        (originals, "live_leases", "look for leases"),
+        (originals, "turn", "turn"),
         (Originals, "delete", "delete the original"),
-        (gc, "_rekey", "rekey"), (collect.Collector, "record", "record"),
+        (gc, "_rekey", "rekey"),
+        (collect.Collector, "record", "record"),
         (collect.Collector, "delete", "sweep"),
-    ]  # fmt: skip
+    ]
     if every:
         points += [
-            (Keeper, "_way", "look for a ref"), (Keeper, "is_exact", "prove"),
-            (repository, "turn", "turn"), (collect.Collector, "plan", "plan"),
-        ]  # fmt: skip
+            (Keeper, "_way", "look for a ref"),
+            (Keeper, "is_exact", "prove"),
+            (repository, "turn", "turn"),
+            (collect.Collector, "plan", "plan"),
+        ]
     fade = commit.Committer._fade
     patches: list[Any] = [
         mock.patch.object(where, name, stage.stopping(label, getattr(where, name)))
@@ -140,9 +144,12 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
 
 
 def _played(
-    template: Path, make: Callable[[Path], dict[str, Callable[[], object]]], first: Sequence[str],
-    *, every: bool,
-) -> Found:  # fmt: skip
+    template: Path,
+    make: Callable[[Path], dict[str, Callable[[], object]]],
+    first: Sequence[str],
+    *,
+    every: bool,
+) -> Found:
     """Take one order, in a process of its own: the choices, the steps, and what is wrong then."""
     root = template.with_name(f"run-{os.getpid()}")
     shutil.copytree(template, root)
@@ -175,8 +182,11 @@ def _wrong(root: Path, want: bytes, stage: Stage) -> str | None:
     if kept:
         return None
     at = steps.index("delete the original")
-    moves = [n for n, (actor, label) in enumerate(stage.log)
-             if actor == "undo" and label == "publish heads"]  # fmt: skip
+    moves = [
+        n
+        for n, (actor, label) in enumerate(stage.log)
+        if actor == "undo" and label == "publish heads"
+    ]
     there = [entry for entry in repo.log(all_branches=True) if entry.step == STEP]
     if not there:
         back = all(at < move for move in moves[-1:]) and bool(moves)
@@ -217,36 +227,42 @@ def _both(runs: list[Found]) -> bool:
 
 
 def test_a_commit_lets_the_exact_form_fade(template: Path) -> None:
-    runs = _all(template, lambda root: {
-        "keeper": _delete(root, _name(root)), "writer": _commit(root, 4),
-    })  # fmt: skip
+    runs = _all(
+        template, lambda root: {"keeper": _delete(root, _name(root)), "writer": _commit(root, 4)}
+    )
     assert _both(runs)
     assert {_faded(run) for run in runs} == {True, False}
 
 
 def test_the_commit_is_taken_back(template: Path) -> None:
-    assert _both(_all(template, lambda root: {
-        "keeper": _delete(root, _name(root)), "undo": _undo(root, 2),
-    }))  # fmt: skip
+    assert _both(
+        _all(template, lambda root: {"keeper": _delete(root, _name(root)), "undo": _undo(root, 2)})
+    )
 
 
 def test_gc_comes_meanwhile(template: Path) -> None:
-    assert _both(_all(template, lambda root: {
-        "keeper": _delete(root, _name(root)), "gc": _gc(root),
-    }))  # fmt: skip
+    assert _both(
+        _all(template, lambda root: {"keeper": _delete(root, _name(root)), "gc": _gc(root)})
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("third", ["undo", "gc", "pin"])
 def test_three_at_once(third: str, template: Path) -> None:
     others: dict[str, Callable[[Path], Callable[[], object]]] = {
-        "undo": lambda root: _undo(root, 3), "gc": _gc,
+        "undo": lambda root: _undo(root, 3),
+        "gc": _gc,
         "pin": lambda root: lambda: Repo.open(root).pin(_name(root), pinned=True),
-    }  # fmt: skip
-    runs = _all(template, lambda root: {
-        "keeper": _delete(root, _name(root)), "writer": _commit(root, 4),
-        third: others[third](root),
-    }, every=False)  # fmt: skip
+    }
+    runs = _all(
+        template,
+        lambda root: {
+            "keeper": _delete(root, _name(root)),
+            "writer": _commit(root, 4),
+            third: others[third](root),
+        },
+        every=False,
+    )
     assert _both(runs)
 
 
@@ -270,8 +286,16 @@ def test_the_code_takes_the_steps_of_the_model(template: Path) -> None:
 
 FIRST, SECOND, NEXT = (ObjectId(digit * 64) for digit in "123")
 PATCH, RECORD, DROP = "packs/aa/patch", "meta/aa/fade", "meta/aa/drop"
-KEEPER = ["look for a ref", "turn", "publish pins", "look for leases", "prove", "turn",
-          "look for a ref", "delete the original"]  # fmt: skip
+KEEPER = [
+    "look for a ref",
+    "turn",
+    "publish pins",
+    "look for leases",
+    "prove",
+    "turn",
+    "look for a ref",
+    "delete the original",
+]
 FADER = ["publish heads", "look for pins", "delete patches"]
 
 
@@ -426,18 +450,32 @@ def only(actor: Actor, steps: Set[str]) -> Actor:
 
 
 _MADE: dict[str, Callable[[World], Actor]] = {
-    "keeper": keeper, "second keeper": keeper, "writer": fader, "undo": taker_back,
-    "unpin": unpinner, "gc": sweeper, "dropping gc": lambda world: sweeper(world, drops=True),
-}  # fmt: skip
+    "keeper": keeper,
+    "second keeper": keeper,
+    "writer": fader,
+    "undo": taker_back,
+    "unpin": unpinner,
+    "gc": sweeper,
+    "dropping gc": lambda world: sweeper(world, drops=True),
+}
 _SEEN = {"deleted", "taken back", "unpinned", "dropped"}
-_COARSE = {"record", "publish pins", "look for leases", "delete the original", "look for pins",
-           "delete patches", "move", "sweep", *_SEEN}  # fmt: skip
+_COARSE = {
+    "record",
+    "publish pins",
+    "look for leases",
+    "delete the original",
+    "look for pins",
+    "delete patches",
+    "move",
+    "sweep",
+    *_SEEN,
+}
 _FINE = {*_COARSE, "turn"}
 
 
 def _orders(
     names: Sequence[str], steps: Set[str] | None, *, patched: bool = True
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """How many orders there are, each of which leaves the world safe; how many delete the
     original.
     """
@@ -474,9 +512,15 @@ def test_every_order_of_two(other: str) -> None:
 
 
 _THREE = [
-    ("writer", "undo"), ("writer", "unpin"), ("writer", "gc"), ("writer", "dropping gc"),
-    ("undo", "gc"), ("undo", "dropping gc"), ("unpin", "gc"), ("unpin", "undo"),
-]  # fmt: skip
+    ("writer", "undo"),
+    ("writer", "unpin"),
+    ("writer", "gc"),
+    ("writer", "dropping gc"),
+    ("undo", "gc"),
+    ("undo", "dropping gc"),
+    ("unpin", "gc"),
+    ("unpin", "undo"),
+]
 
 
 @pytest.mark.parametrize("others", _THREE, ids=" and ".join)

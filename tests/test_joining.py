@@ -43,11 +43,13 @@ def share(step: int, names: str) -> State:
     return {
         "model": {name: weights(step, name) for name in names},
         "optim": {
-            "state": {name: {"exp_avg": moment(step, name), "exp_avg_sq": moment(step, name) ** 2}
-                      for name in names},
+            "state": {
+                name: {"exp_avg": moment(step, name), "exp_avg_sq": moment(step, name) ** 2}
+                for name in names
+            },
             "param_groups": [{"params": list(NAMES), "lr": 0.01}],
         },
-    }  # fmt: skip
+    }
 
 
 class World:
@@ -113,8 +115,10 @@ def test_each_process_goes_on_from_its_own(world: World) -> None:
         target = world.repo.root / entry.id
         world.repo.checkout_files(entry.id, target)
         assert sorted(path.name for path in target.iterdir()) == [
-            "notes.json", "rank-0.pt", "rank-1.pt",
-        ]  # fmt: skip
+            "notes.json",
+            "rank-0.pt",
+            "rank-1.pt",
+        ]
         for path in target.iterdir():
             assert spec.file(entry.id, path.name) == path.read_bytes()
     first = Repo.open(world.repo.root).checkout("1")["rank-1.pt"]["model"]["e"]
@@ -130,8 +134,9 @@ def test_what_another_process_has_now_goes_on(world: World) -> None:
     entry = world.commit(3, [split, share(3, "b")])
     found = depths(world.repo, entry)
     assert {name for name, depth in found.items() if not depth} == {
-        "model.a[0:15]", "model.a[15:30]",
-    }  # fmt: skip
+        "model.a[0:15]",
+        "model.a[15:30]",
+    }
     assert not world.repo.verify().damage
 
 
@@ -234,8 +239,10 @@ def test_weights_move_between_processes(
     """`rows` say for each step which process has which weight."""
     world = World(tmp_path_factory.mktemp("joined"), 3)
     for step, owners in enumerate(rows, 1):
-        shares = ["".join(n for n, owner in zip(NAMES, owners, strict=True) if owner == rank)
-                  for rank in range(3)]  # fmt: skip
+        shares = [
+            "".join(n for n, owner in zip(NAMES, owners, strict=True) if owner == rank)
+            for rank in range(3)
+        ]
         states = [share(step, names) if names else {} for names in shares]
         entry = world.commit(step, states)
         assert set(depths(world.repo, entry).values()) == {step - 1}

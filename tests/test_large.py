@@ -25,10 +25,16 @@ def compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 def sparse(path: Path) -> None:
     """A file of a tensor of 4 GiB and a bit, and of another behind it; zeros but for a few."""
     large, small = 4 * GiB + 4096, 4000
-    header = json.dumps({
-        "large": {"dtype": "F32", "shape": [large // 4], "data_offsets": [0, large]},
-        "small": {"dtype": "F32", "shape": [small // 4], "data_offsets": [large, large + small]},
-    }).encode()  # fmt: skip
+    header = json.dumps(
+        {
+            "large": {"dtype": "F32", "shape": [large // 4], "data_offsets": [0, large]},
+            "small": {
+                "dtype": "F32",
+                "shape": [small // 4],
+                "data_offsets": [large, large + small],
+            },
+        }
+    ).encode()
     draw = np.random.default_rng(0)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -61,12 +67,16 @@ def test_more_than_4_gib(codec: str, cut_folder: Path) -> None:
 
 def many(path: Path, count: int, shape: list[int]) -> bytes:
     size = 4 * int(np.prod(shape))
-    header = json.dumps({
-        f"block.{number}.weight": {
-            "dtype": "F32", "shape": shape, "data_offsets": [number * size, (number + 1) * size],
+    header = json.dumps(
+        {
+            f"block.{number}.weight": {
+                "dtype": "F32",
+                "shape": shape,
+                "data_offsets": [number * size, (number + 1) * size],
+            }
+            for number in range(count)
         }
-        for number in range(count)
-    }).encode()  # fmt: skip
+    ).encode()
     data = np.random.default_rng(0).standard_normal(count * size // 4, np.float32).tobytes()
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
     return data

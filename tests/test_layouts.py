@@ -42,8 +42,10 @@ def tensors(rows: Rows, place: int) -> dict[str, torch.Tensor]:
 
 
 def plain(rows: Rows) -> dict[str, Any]:
-    state = {n: {"exp_avg": torch.from_numpy(m), "exp_avg_sq": torch.from_numpy(v)}
-             for n, (_, m, v) in enumerate(rows.values())}  # fmt: skip
+    state = {
+        n: {"exp_avg": torch.from_numpy(m), "exp_avg_sq": torch.from_numpy(v)}
+        for n, (_, m, v) in enumerate(rows.values())
+    }
     group = {"params": [*state], "betas": (0.9, 0.99)}
     return {"model": tensors(rows, 0), "optimizer": {"state": state, "param_groups": [group]}}
 
@@ -56,7 +58,7 @@ def named(form: str) -> Callable[[Rows], dict[str, Any]]:
             for key, place in keys.items()
             for name, value in tensors(rows, place).items()
         }
-        return {"model": tensors(rows, 0), "optim": flat}  # fmt: skip
+        return {"model": tensors(rows, 0), "optim": flat}
 
     return make
 
@@ -98,10 +100,13 @@ def histories(draw: st.DrawFn) -> list[Rows]:
     states = [rows]
     for _ in range(draw(st.integers(1, 2))):
         rows = {
-            name: ((w * (1 + np.float32(1e-3) * normal(numbers, w.shape))).astype(np.float32), m,
-                   (np.minimum(v, 1e38) * numbers.uniform(0.5, 2, v.shape)).astype(np.float32))
+            name: (
+                (w * (1 + np.float32(1e-3) * normal(numbers, w.shape))).astype(np.float32),
+                m,
+                (np.minimum(v, 1e38) * numbers.uniform(0.5, 2, v.shape)).astype(np.float32),
+            )
             for name, (w, m, v) in rows.items()
-        }  # fmt: skip
+        }
         states.append(rows)
     return states
 

@@ -150,8 +150,10 @@ def test_the_last_is_the_newest_of_its_folder(tmp_path: Path) -> None:
 
     used, out = CkptCheckpointIO(tmp_path), tmp_path / "out"
     for step, saved in (
-        (1, ["a.ckpt", "last.ckpt"]), (2, ["last.ckpt"]), (3, ["b.ckpt", "last.ckpt"])
-    ):  # fmt: skip
+        (1, ["a.ckpt", "last.ckpt"]),
+        (2, ["last.ckpt"]),
+        (3, ["b.ckpt", "last.ckpt"]),
+    ):
         for name in saved:
             used.save_checkpoint({"global_step": step, "x": torch.rand(9)}, out / name)
     state: dict[str, Any] = {"global_step": 3, "x": torch.rand(9)}
@@ -268,13 +270,16 @@ def test_fabric(tmp_path: Path) -> None:
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("moment", [
-    "commit",
-    pytest.param("half", marks=pytest.mark.slow),
-    pytest.param("file", marks=pytest.mark.slow),
-    pytest.param("published", marks=pytest.mark.slow),
-    pytest.param("async commit", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "commit",
+        pytest.param("half", marks=pytest.mark.slow),
+        pytest.param("file", marks=pytest.mark.slow),
+        pytest.param("published", marks=pytest.mark.slow),
+        pytest.param("async commit", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_it_saves(moment: str, tmp_path: Path, whole: bytes) -> None:
     from ckptvcs.integrations.lightning import CkptCheckpointIO
     from tests.trainers.lightning import train

@@ -43,8 +43,13 @@ def save(run: Path, name: str, step: int | None = None) -> None:
 
 def look(repo: Repo, run: Path, keep: int | None = None, **options: object) -> list[WatchEvent]:
     watcher = Watcher(
-        repo, run, settle=0, keep_local=keep, accept_near=True, **options  # type: ignore[arg-type]
-    )  # fmt: skip
+        repo.repository,
+        run,
+        settle=0,
+        keep_local=keep,
+        accept_near=True,
+        **options,  # type: ignore[arg-type]
+    )
     return [event for _ in range(2) for event in watcher.look()]
 
 

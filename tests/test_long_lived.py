@@ -56,9 +56,12 @@ def _import(repo: Repo, folder: Path, step: int) -> None:
 
 
 WAYS: dict[str, Committing] = {
-    "commit": _commit, "commit_async": _commit_async, "commit_path": _commit_path,
-    "several processes": _join, "import": _import,
-}  # fmt: skip
+    "commit": _commit,
+    "commit_async": _commit_async,
+    "commit_path": _commit_path,
+    "several processes": _join,
+    "import": _import,
+}
 
 
 def exact(repo: Repo) -> list[int]:
@@ -101,10 +104,17 @@ def test_what_is_told_to_stay_while_a_commit_is_made(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path / "repo")
     for step in (1, 2):
         _commit(repo, tmp_path, step)
-    commit_checkpoint(repo.repository,
-        state_checkpoint(states(3)[-1]), "state", inside=True, step=3, message="", metrics={},
-        codec=None, announce=lambda _: change(repo.root, "keep-exact", "3"),
-    )  # fmt: skip
+    commit_checkpoint(
+        repo.repository,
+        state_checkpoint(states(3)[-1]),
+        "state",
+        inside=True,
+        step=3,
+        message="",
+        metrics={},
+        codec=None,
+        announce=lambda _: change(repo.root, "keep-exact", "3"),
+    )
     assert exact(repo) == [1, 2, 3]
     assert repo.verify().damage == []
 

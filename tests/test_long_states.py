@@ -86,9 +86,7 @@ def test_a_state_comes_back(name: str, tmp_path: Path) -> None:
 def test_a_file_has_named_tensors(zipped: bool, protocol: int, tmp_path: Path) -> None:
     value = {"model": {"w": torch.randn(50, 50)}, "order": permutation(), "deep": nested(250)}
     path = tmp_path / "a.pt"
-    torch.save(
-        value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped
-    )  # fmt: skip
+    torch.save(value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     made = open_checkpoint(path)
     assert made.schema.tensors[0].name == "model.w"
     assert not made.notes
@@ -160,14 +158,22 @@ def test_lists_and_dicts_that_hold_themselves_come_back(tmp_path: Path) -> None:
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-    | st.binary() | st.just(torch.arange(5)),
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple)
-    | st.dictionaries(st.text() | st.integers(-5, 1 << 50), inner)
-    | st.dictionaries(st.text(), inner).map(OrderedDict)
-    | st.sets(st.integers(0, 99) | st.text()),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.just(torch.arange(5)),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.integers(-5, 1 << 50), inner)
+        | st.dictionaries(st.text(), inner).map(OrderedDict)
+        | st.sets(st.integers(0, 99) | st.text())
+    ),
     max_leaves=40,
-)  # fmt: skip
+)
 
 
 @given(plain)

@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptvcs.errors import (
-    ConflictError,
-    CorruptionError,
-    InvalidInputError,
-    NotFoundError,
-)  # fmt: skip
+from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.repo import Repo

@@ -20,11 +20,35 @@ from tests.cli.conftest import Ckpt, ckpt_process
 __all__ = ["ckpt_process"]
 
 NAMES = [
-    "e\u0301", "\u00e9", "\u05d0\u05d1\u05d2", "\u202eevil\u202c", "\u200bzero", "\u200b",
-    "\U0001f600\U0001f468\u200d\U0001f469", "a\nb", "\x1b[31mred", "\x07bell", "A", "a", "\ufb01",
-    "tab\there", "\ufeffbom", "x" * 255, "\u00fc" * 127, "\u2028line", "\x7f", " lead", "trail ",
-    "con", "..x", "-dash", "%41", "\\back", '"q"', "\x9b31m",
-]  # fmt: skip
+    "e\u0301",
+    "\u00e9",
+    "\u05d0\u05d1\u05d2",
+    "\u202eevil\u202c",
+    "\u200bzero",
+    "\u200b",
+    "\U0001f600\U0001f468\u200d\U0001f469",
+    "a\nb",
+    "\x1b[31mred",
+    "\x07bell",
+    "A",
+    "a",
+    "\ufb01",
+    "tab\there",
+    "\ufeffbom",
+    "x" * 255,
+    "\u00fc" * 127,
+    "\u2028line",
+    "\x7f",
+    " lead",
+    "trail ",
+    "con",
+    "..x",
+    "-dash",
+    "%41",
+    "\\back",
+    '"q"',
+    "\x9b31m",
+]
 RAW = [b"\xff\xfe", b"caf\xe9", b"x" * 254 + b"\xff"]  # file names that are not UTF-8
 DRIVING = {*map(chr, range(32)), *map(chr, range(0x7F, 0xA0)), *"\u202e\u202c\u200b\u2028\ufeff"}
 DRIVING -= {"\n"}
@@ -91,10 +115,19 @@ def test_what_is_printed(encoding: str, ckpt_process: Ckpt, tmp_path: Path) -> N
     repo.commit_path(path, message=odd, metrics={f"loss{odd}": 1.0})
     path.unlink()
     for command in (
-        ["log"], ["log", "--graph"], ["show"], ["status"], ["checkout", "HEAD"], ["show", odd],
-        ["tag", odd], ["branch", odd], ["commit", odd], ["checkout", "HEAD", "-o", odd],
-        ["log", "--json"], ["show", "--json"],
-    ):  # fmt: skip
+        ["log"],
+        ["log", "--graph"],
+        ["show"],
+        ["status"],
+        ["checkout", "HEAD"],
+        ["show", odd],
+        ["tag", odd],
+        ["branch", odd],
+        ["commit", odd],
+        ["checkout", "HEAD", "-o", odd],
+        ["log", "--json"],
+        ["show", "--json"],
+    ):
         env = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
         done = ckpt_process(*command, code=None, **env)
         assert done.code in (0, 2, 3), done.err

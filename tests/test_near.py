@@ -62,8 +62,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(300, 48), nn.Flatten(), nn.Linear(48 * 4, 200), nn.ReLU(),
-                         nn.Linear(200, 48))  # fmt: skip
+    return nn.Sequential(
+        nn.Embedding(300, 48), nn.Flatten(), nn.Linear(48 * 4, 200), nn.ReLU(), nn.Linear(200, 48)
+    )
 
 
 def run(
@@ -154,8 +155,13 @@ def adam_state(weights: dict[str, torch.Tensor], step: int, squares: float = 1e-
         }
         for n, w in enumerate(weights.values())
     }
-    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": list(range(len(weights))),
-             "param_names": list(weights)}  # fmt: skip
+    group = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "params": list(range(len(weights))),
+        "param_names": list(weights),
+    }
     state = {"model": weights, "optimizer": {"state": moments, "param_groups": [group]}}
     return copy.deepcopy(state | {"step": step})
 
@@ -269,9 +275,11 @@ def test_rounded_copies_of_master_weights_cost_nothing(where: str, near: Repo) -
         result = near.commit(state, step=step, codec="near:max_update_nmse=1")
         sizes.append(result.commit.data_bytes)
         back = near.checkout(step)
-        kept = back["master"] if where == "beside" else {
-            n: back["optimizer"]["state"][k]["master_param"] for k, n in enumerate(master)
-        }  # fmt: skip
+        kept = (
+            back["master"]
+            if where == "beside"
+            else {n: back["optimizer"]["state"][k]["master_param"] for k, n in enumerate(master)}
+        )
         for name in master:
             assert torch.equal(kept[name].to(torch.bfloat16), back["model"][name])
         master = moved(master)

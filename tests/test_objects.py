@@ -46,8 +46,9 @@ def test_moments_are_paired_with_their_weights(repo: Repo) -> None:
     order = ["3.weight", "0.weight", "2.bias", "2.weight", "0.bias", "3.bias"]
     assert pairs == {
         f"optimizer.state.{number}.{moment}": f"model.{name}"
-        for number, name in enumerate(order) for moment in ("exp_avg", "exp_avg_sq")
-    }  # fmt: skip
+        for number, name in enumerate(order)
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
     again = repo.commit({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step=4)
     assert not any(
         i.pair is not None for i in repo.repository.catalog.schema(again.commit.schema).tensors
@@ -90,11 +91,18 @@ def test_several_optimizers_and_objects_by_key(repo: Repo) -> None:
     assert scheduler.last_epoch == schedulers[0].last_epoch
 
 
-@pytest.mark.parametrize("given", [
-    {}, {"extra": {"a": 1}}, {"model": 3}, {"optimizer": [3]},
-    {"model": torch.nn.Linear(2, 2), "extra": {"model": 1}},
-    {"state": {"a": 1}, "model": torch.nn.Linear(2, 2)}, {"state": {"a": 1}, "extra": {"b": 1}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"extra": {"a": 1}},
+        {"model": 3},
+        {"optimizer": [3]},
+        {"model": torch.nn.Linear(2, 2), "extra": {"model": 1}},
+        {"state": {"a": 1}, "model": torch.nn.Linear(2, 2)},
+        {"state": {"a": 1}, "extra": {"b": 1}},
+    ],
+)
 def test_what_cannot_be_committed(repo: Repo, given: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError):
         repo.commit(**given)
@@ -121,11 +129,12 @@ def test_nothing_is_loaded_where_something_does_not_fit(repo: Repo) -> None:
     reordered = torch.optim.AdamW([*other.parameters()][::-1])
     wider = torch.nn.Sequential(*[*other][:-1], torch.nn.Linear(40, 41))
     for into, why in (
-        (wider, "size mismatch"), ({"model": other, "ema": other}, "holds no 'ema'"),
+        (wider, "size mismatch"),
+        ({"model": other, "ema": other}, "holds no 'ema'"),
         ((other, torch.optim.SGD(other.parameters(), 0.1)), r"groups of \[2, 4\] parameters"),
         ((other, [reordered, reordered]), "holds 1 of 'optimizer'"),
         ({"model": other, "optimizer": other}, "does not fit"),
-    ):  # fmt: skip
+    ):
         with pytest.raises((InvalidInputError, NotFoundError), match=why) as refused:
             repo.checkout(1, into=into)
         assert "\n" not in str(refused.value)
@@ -266,11 +275,14 @@ def test_states_keep_their_types(how: str, repo: Repo) -> None:
     repo.commit(model=net, optimizer=given.get(how, optimizer), step=3)
     other, fresh = _rounded()
     into: dict[str, Any] = {
-        "plain": (other, fresh), "wrapped": (other, Wrapper(fresh)),
-        "parallel": (Parallel(other), fresh), "row": (other, [fresh]),
-        "dict": (other, {"a": fresh}), "by key": {"optimizer": fresh, "model": other},
+        "plain": (other, fresh),
+        "wrapped": (other, Wrapper(fresh)),
+        "parallel": (Parallel(other), fresh),
+        "row": (other, [fresh]),
+        "dict": (other, {"a": fresh}),
+        "by key": {"optimizer": fresh, "model": other},
         "deep": {"optimizer": {"a": fresh}, "model": other},
-    }  # fmt: skip
+    }
     repo.checkout(3, into=into[how])
     assert _exactly(fresh.state_dict(), optimizer.state_dict())
     assert _exactly(dict(other.state_dict()), dict(model.state_dict()))
@@ -348,8 +360,10 @@ class Factored(torch.optim.Optimizer):
             elif self.kind == "scalars":
                 state |= {"exp_avg": weight.grad + 0, "exp_avg_sq": square.mean()}
             elif self.kind == "shampoo":
-                state |= {"momentum_buffer": weight.grad + 0, "exp_avg_sq": [square.T @ square]
-                          if wide else [square]}  # fmt: skip
+                state |= {
+                    "momentum_buffer": weight.grad + 0,
+                    "exp_avg_sq": [square.T @ square] if wide else [square],
+                }
             else:
                 state |= {"exp_avg": weight.grad + 0, "exp_avg_sq": square}
 
@@ -360,10 +374,12 @@ KINDS = ["adafactor", "unnamed factors", "low rank", "scalars", "shampoo", "plai
 def _shapes(kind: str, *, turned: bool = False) -> tuple[Any, Factored]:
     """A model in which the shape of every factor is also that of some parameter."""
     torch.manual_seed(0)
-    model = torch.nn.ParameterList([
-        torch.nn.Parameter(torch.randn(shape))
-        for shape in [(64, 32), (64,), (32, 64), (32,), (8, 32), (8, 64), (8,), ()]
-    ])  # fmt: skip
+    model = torch.nn.ParameterList(
+        [
+            torch.nn.Parameter(torch.randn(shape))
+            for shape in [(64, 32), (64,), (32, 64), (32,), (8, 32), (8, 64), (8,), ()]
+        ]
+    )
     weights = [*model][::-1] if turned else [*model]
     return model, Factored(weights, kind)
 

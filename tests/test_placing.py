@@ -28,9 +28,19 @@ from ckptvcs.store.ids import ObjectId
 OURS, THEIRS, OLD = b"ours" * 50, b"an hour of work of another program", b"old bytes" * 7
 Act = Callable[[], object]
 CALLS = (
-    "open", "stat", "fstat", "mkdir", "link", "symlink", "rename", "replace", "unlink", "fchmod",
-    "utime", "dup",
-)  # fmt: skip
+    "open",
+    "stat",
+    "fstat",
+    "mkdir",
+    "link",
+    "symlink",
+    "rename",
+    "replace",
+    "unlink",
+    "fchmod",
+    "utime",
+    "dup",
+)
 
 
 class World:
@@ -148,9 +158,12 @@ def state(target: Path) -> object:
 @pytest.mark.parametrize("there", [False, True], ids=["free", "taken"])
 @pytest.mark.parametrize("act", ACTS)
 def test_what_others_do_before_any_call_stays(
-    act: Callable[[Path], Act], there: bool, system: str, tmp_path: Path,
+    act: Callable[[Path], Act],
+    there: bool,
+    system: str,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     world = World(monkeypatch)
 
     def prepare(number: int) -> Path:
@@ -331,9 +344,12 @@ WRITERS: dict[str, Callable[[Repo, Any, Path], object]] = {
 @pytest.mark.parametrize("swapped", [".", "sub", "sub/deep"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_folder_that_becomes_a_link_before_any_call(
-    writer: str, swapped: str, directory: tuple[Repo, str, Path], tmp_path: Path,
+    writer: str,
+    swapped: str,
+    directory: tuple[Repo, str, Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     repo, name, folder = directory
     world, outside = World(monkeypatch), tmp_path / "outside"
     (outside / "sub" / "deep").mkdir(parents=True)

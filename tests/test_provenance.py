@@ -20,9 +20,13 @@ def git(folder: Path, *args: str) -> str:
     calm = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
     who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.hooksPath=/dev/null"]
     done = subprocess.run(
-        ["git", *who, *args], cwd=folder, env={**os.environ, **calm}, text=True,
-        capture_output=True, check=True,
-    )  # fmt: skip
+        ["git", *who, *args],
+        cwd=folder,
+        env={**os.environ, **calm},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     return done.stdout.strip()
 
 
@@ -102,11 +106,21 @@ def a_circle(git_folder: Path) -> None:
     (git_folder / "refs/heads/a").write_text("ref: refs/heads/a\n")
 
 
-@pytest.mark.parametrize("hostile", [
-    head(""), head("x" * 100_000), head("ref: ../../secret\n"), head("ref: refs/../../secret\n"),
-    head("ref: /etc/passwd\n"), head("ref: refs/heads/\x1b[2J\n"), head("\x1b[2J"), a_pipe,
-    a_device, a_circle,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        head(""),
+        head("x" * 100_000),
+        head("ref: ../../secret\n"),
+        head("ref: refs/../../secret\n"),
+        head("ref: /etc/passwd\n"),
+        head("ref: refs/heads/\x1b[2J\n"),
+        head("\x1b[2J"),
+        a_pipe,
+        a_device,
+        a_circle,
+    ],
+)
 def test_what_is_no_commit_is_none(hostile: Callable[[Path], object], code: Path) -> None:
     (code / "secret").write_text("a" * 40)
     hostile(code / ".git")

@@ -18,15 +18,42 @@ from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 
 IN_SAFETENSORS = [
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
-    "uint16", "uint32", "uint64", "bool", "complex64", "float8_e4m3fn", "float8_e5m2",
-    "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
-]  # fmt: skip
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+    "complex64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "float4_e2m1fn_x2",
+]
 IN_TORCH = [*IN_SAFETENSORS, "complex32", "complex128", "bits8", "bits16", "bits1x8", "bits2x4"]
 IN_OLD_FILES = {
-    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
-    "complex64", "complex128",
-}  # fmt: skip
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "complex64",
+    "complex128",
+}
 SHAPES = [(64, 32), (7,), (3, 1), (0, 4), (2, 3, 5)]
 
 needs_types = pytest.mark.skipif(
@@ -174,12 +201,14 @@ def test_what_is_said_of_a_tensor_of_a_near_commit_is_true_of_it(tmp_path: Path)
         weight = weight + 0.01 * torch.randn(80, 80, generator=draw)
         states[step] = {
             "model": {
-                "w": weight, "copy": weight.clone(), "frozen": frozen,
+                "w": weight,
+                "copy": weight.clone(),
+                "frozen": frozen,
                 "codes": torch.randint(0, 255, (80, 80), dtype=torch.uint8, generator=draw),
                 "small": torch.randn(5, generator=draw),
             },
             "ids": torch.randint(0, 1 << 40, (800,), generator=draw),
-        }  # fmt: skip
+        }
         repo.commit(states[step], step=step)
     reader = PartReader(repo.repository.restorer(repo.resolve(2)))
     state = repo.checkout(2)

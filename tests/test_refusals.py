@@ -31,9 +31,13 @@ PROCESSES = 2 if NIGHTLY else 1
 LINES = 300  # characters of what a command said that are shown
 CODES = frozenset(range(9)) - {1}
 LASTING = {  # of which every third refusal stays
-    "open": (EMFILE, ENFILE, ENOSPC, EACCES), "thread": (EAGAIN,), "mkdir": (EROFS, ENOSPC),
-    "link": (EROFS, ENOSPC), "rename": (EROFS, ENOSPC), "mmap": (ENOMEM,),
-}  # fmt: skip
+    "open": (EMFILE, ENFILE, ENOSPC, EACCES),
+    "thread": (EAGAIN,),
+    "mkdir": (EROFS, ENOSPC),
+    "link": (EROFS, ENOSPC),
+    "rename": (EROFS, ENOSPC),
+    "mmap": (ENOMEM,),
+}
 
 COMMANDS = {
     "commit": ["commit", "../step-4.pt", "-m", "next", "--metric", "loss=1"],
@@ -105,8 +109,12 @@ class Trial:
         first = [
             (places[name][0], error) for name in places for error in ERRORS[places[name][0][0]]
         ]
-        other = [(call, error) for calls in places.values() for call in calls[1:]
-                 for error in ERRORS[call[0]]]  # fmt: skip
+        other = [
+            (call, error)
+            for calls in places.values()
+            for call in calls[1:]
+            for error in ERRORS[call[0]]
+        ]
         draw.shuffle(first)
         draw.shuffle(other)
         if not NIGHTLY:  # of each kind first

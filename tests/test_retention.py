@@ -148,8 +148,12 @@ def test_patches_on_the_same_near_values_are_told_apart(run: Run, repo: Repo) ->
         run.commit(codec="excp-max")
     assert len({entry.commit.parts["model"].values for entry in repo.log(3)}) == 1
     assert run.exact() == [4, 3, 1]  # the first is a lossless keyframe
-    bundles = [repo.repository.catalog.recipe(state.exact).bundles for entry in repo.log(2)
-               for state in entry.commit.parts.values() if state.exact]  # fmt: skip
+    bundles = [
+        repo.repository.catalog.recipe(state.exact).bundles
+        for entry in repo.log(2)
+        for state in entry.commit.parts.values()
+        if state.exact
+    ]
     assert len(set(bundles)) == len(bundles) > 1
     assert not repo.verify().damage
 
@@ -253,8 +257,10 @@ def test_parts_can_be_dropped_alone(run: Run, repo: Repo) -> None:
     run.commit(6)
     repo.gc(Policy(optimizer_last=2))
     assert [entry.fidelity["optimizer"] for entry in repo.log()] == [
-        "exact", "exact", *["dropped"] * 4,
-    ]  # fmt: skip
+        "exact",
+        "exact",
+        *["dropped"] * 4,
+    ]
     with pytest.raises(NotFoundError, match="optimizer"):
         repo.checkout(2)
     save_part(repo.repository, repo.resolve(2), "model", repo.root / "two.pt")
@@ -385,9 +391,13 @@ def test_nothing_leads_to_what_was_swept(run: Run, repo: Repo) -> None:
             act()
     repo.gc(Policy(last=1))
     with pytest.raises(NotFoundError):
-        set_ref(repo.repository, "tags", "v2", next(
-            entry.id for entry in repo.log(all_branches=True) if not entry.exact
-        ), "tag")  # fmt: skip
+        set_ref(
+            repo.repository,
+            "tags",
+            "v2",
+            next(entry.id for entry in repo.log(all_branches=True) if not entry.exact),
+            "tag",
+        )
     assert not repo.verify().damage
     repo.gc()
 
@@ -396,9 +406,10 @@ def test_refs_wait_for_a_sweep(run: Run, repo: Repo) -> None:
     run.commit(2)
     with exclusive(repo.repository.catalog.store.backend):
         for act in (
-            repo.undo, lambda: repo.pin(repo.resolve(1), pinned=True),
+            repo.undo,
+            lambda: repo.pin(repo.resolve(1), pinned=True),
             lambda: set_ref(repo.repository, "tags", "v1", repo.resolve(1), "tag"),
-        ):  # fmt: skip
+        ):
             with leases.patience(0), pytest.raises(BusyError):
                 act()
 

@@ -20,10 +20,20 @@ from ckptvcs.history.recipe import Frame, dump_bundle, load_bundle
 from ckptvcs.repo import Repo
 
 TYPES = (
-    torch.uint8, torch.int8, torch.bool, torch.float8_e4m3fn, torch.int16, torch.uint16,
-    torch.bfloat16, torch.float16, torch.int32, torch.float32, torch.int64, torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.int16,
+    torch.uint16,
+    torch.bfloat16,
+    torch.float16,
+    torch.int32,
+    torch.float32,
+    torch.int64,
+    torch.float64,
     torch.complex64,
-)  # fmt: skip
+)
 PLACES = (("model",), ("rest", "inner"), ("optimizer",), ("ema",), ("scheduler",))
 
 
@@ -127,9 +137,7 @@ def test_deltas_stand_on_what_has_words_of_their_size(tmp_path: Path) -> None:
 
 def test_a_part_that_is_dropped_takes_nothing_from_another_of_its_bytes(tmp_path: Path) -> None:
     w = torch.randn(40, 40)
-    state = {
-        "model": {"w": w.bfloat16()}, "rest": {"w": w.bfloat16().view(torch.int16)},
-    }  # fmt: skip
+    state = {"model": {"w": w.bfloat16()}, "rest": {"w": w.bfloat16().view(torch.int16)}}
     repo = Repo.init(tmp_path, codec="lossless")
     repo.commit(state, step=1)
     repo.commit({"model": {"w": w.bfloat16() * 2}}, step=2)

@@ -32,10 +32,15 @@ def _write_besides(state: dict[str, Any]) -> None:
     state["last"] = "a/b/last.pt"
 
 
-@pytest.mark.parametrize(("change", "branch", "shares"), [
-    (_write_besides, "main", True), (_move_moments, "main", False), (_leave_moments, "main", False),
-    (_move_weights, "main-2", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "branch", "shares"),
+    [
+        (_write_besides, "main", True),
+        (_move_moments, "main", False),
+        (_leave_moments, "main", False),
+        (_move_weights, "main-2", False),
+    ],
+)
 @pytest.mark.parametrize("codec", ["near", "lossless"])
 def test_another_file_of_a_step(
     tmp_path: Path, codec: str, change: Change, branch: str, shares: bool

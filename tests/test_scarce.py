@@ -67,13 +67,25 @@ def test_commands_without_threads(cut_folder: Path) -> None:
     env = environment() | {"LD_PRELOAD": str(library(cut_folder)), "REFUSING_THREADS": "1"}
     env.pop("OMP_NUM_THREADS", None)  # numpy would start threads
     for args in (
-        "commit step-1.pt --raw", "watch . --once --settle 0", "verify", "log", "diff 1 2", "gc",
-        "checkout 2 -o out.pt", "verify --subset 100%", "import . --delete-originals",
-    ):  # fmt: skip
+        "commit step-1.pt --raw",
+        "watch . --once --settle 0",
+        "verify",
+        "log",
+        "diff 1 2",
+        "gc",
+        "checkout 2 -o out.pt",
+        "verify --subset 100%",
+        "import . --delete-originals",
+    ):
         done = subprocess.run(
-            [sys.executable, "-m", "ckptvcs", *args.split()], cwd=root, text=True, env=env,
-            capture_output=True, timeout=300, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "ckptvcs", *args.split()],
+            cwd=root,
+            text=True,
+            env=env,
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
         assert done.returncode == 0, (args, done.stderr)
         assert "thread" not in done.stderr
     assert Repo.open(root).verify().damage == []
@@ -167,11 +179,15 @@ def test_limited_memory(args: str, cut_folder: Path) -> None:
         root = cut_folder / str(limit)
         shutil.copytree(template, root)
         done = subprocess.run(
-            [sys.executable, "-m", "ckptvcs", *args.split()], cwd=root / "repo", text=True,
-            env=environment() | {"OPENBLAS_NUM_THREADS": "1"}, capture_output=True, check=False,
+            [sys.executable, "-m", "ckptvcs", *args.split()],
+            cwd=root / "repo",
+            text=True,
+            env=environment() | {"OPENBLAS_NUM_THREADS": "1"},
+            capture_output=True,
+            check=False,
             timeout=300,
             preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (limit * MiB,) * 2),
-        )  # fmt: skip
+        )
         assert done.returncode in (0, StorageError.exit_code), (limit, done.stderr)
         if done.returncode:
             lines = [line.partition(":")[0] for line in done.stderr.splitlines()]
@@ -213,8 +229,9 @@ def test_what_was_done_is_said_first() -> None:
         assert "it is made, but: it is made" not in str(caught.value)
     with (
         pytest.raises(StorageError, match=r"^it is made, but: it") as caught,
-        after("it is made"), after(lambda: "it is made"),
-    ):  # fmt: skip
+        after("it is made"),
+        after(lambda: "it is made"),
+    ):
         raise StorageError("it fails")
     assert str(caught.value) == caught.value.message == "it is made, but: it fails"
     with pytest.raises(KeyboardInterrupt) as interrupted, after("it is made"):

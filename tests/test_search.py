@@ -51,9 +51,11 @@ def test_a_metric(repo: Repo) -> None:
     made = commits(repo, [3, 2, None, 1, None, 5, math.nan, 9])
     told: list[tuple[int | None, str, int]] = []
     found = repo.bisect(
-        0, 7, metric_judge("loss", above=4, below=None),
+        0,
+        7,
+        metric_judge("loss", above=4, below=None),
         lambda entry, verdict, left: told.append((entry.step, verdict, left)),
-    )  # fmt: skip
+    )
     assert found.first_bad is None
     assert [entry.step for entry in found.candidates] == [4, 5]
     assert found.last_good.id == made[3].id
@@ -70,9 +72,11 @@ def test_ends_that_are_not_what_they_are_said_to_be(repo: Repo) -> None:
     commits(repo, [1, 2, None, 3])
     judge = metric_judge("loss", above=2.5, below=None)
     for good, bad, text in [
-        (0, 1, "given as bad, but is good"), (0, 2, "could not be judged"),
-        (2, 3, "given as good, but could not be judged"), (1, 1, "both"),
-    ]:  # fmt: skip
+        (0, 1, "given as bad, but is good"),
+        (0, 2, "could not be judged"),
+        (2, 3, "given as good, but could not be judged"),
+        (1, 1, "both"),
+    ]:
         with pytest.raises(InvalidInputError, match=text):
             repo.bisect(good, bad, judge)
     with pytest.raises(InvalidInputError, match="given as good, but is bad"):

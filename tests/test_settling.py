@@ -198,8 +198,11 @@ def test_a_calm_commit_syncs_what_it_writes_and_no_more(
     before = {p for p in (root / ".ckpt").rglob("*") if p.is_file()}
     synced = Synced(root / ".ckpt", monkeypatch)
     repo.commit_path(root / "step-3.pt", message="")
-    new = [p.relative_to(root / ".ckpt") for p in (root / ".ckpt").rglob("*")
-           if p.is_file() and p not in before]  # fmt: skip
+    new = [
+        p.relative_to(root / ".ckpt")
+        for p in (root / ".ckpt").rglob("*")
+        if p.is_file() and p not in before
+    ]
     last = [path for path in new if path.parts[0] in ("packs", "meta", "refs")]
     above = {str(path.parent.parent) for path in last}  # of folders that are new
     rest = [name for name in synced.taken() if name not in above]
@@ -309,8 +312,11 @@ Repo.open('.').gc(Policy(last=1), sweep=False)
         seen.append(set(synced.names))
         calm(self, name)
 
-    doubtful = [str(p.relative_to(root / ".ckpt").parent) for p in (root / ".ckpt").rglob("*")
-                if p.is_file() and p.stat().st_nlink == 2 and p.parent.name != "tmp"]  # fmt: skip
+    doubtful = [
+        str(p.relative_to(root / ".ckpt").parent)
+        for p in (root / ".ckpt").rglob("*")
+        if p.is_file() and p.stat().st_nlink == 2 and p.parent.name != "tmp"
+    ]
     assert doubtful
     monkeypatch.setattr(LocalBackend, "delete", delete)
     assert repo.gc(Policy()).packs
@@ -326,8 +332,12 @@ def test_who_sweeps_a_file_of_a_writer_that_was_killed_syncs_all(
     (left,) = [p for p in (root / ".ckpt" / "tmp").iterdir() if p.stat().st_nlink == 2]
     synced = Synced(root / ".ckpt", monkeypatch)
     LocalBackend(root / ".ckpt").delete(f"tmp/{left.name}")
-    folders = {str(p.relative_to(root / ".ckpt")) for name in ("packs", "meta", "refs")
-               for p in (root / ".ckpt" / name).rglob("*") if p.is_dir()}  # fmt: skip
+    folders = {
+        str(p.relative_to(root / ".ckpt"))
+        for name in ("packs", "meta", "refs")
+        for p in (root / ".ckpt" / name).rglob("*")
+        if p.is_dir()
+    }
     assert folders <= set(synced.taken())
     (root / ".ckpt" / "tmp" / "other").write_bytes(b"debris")
     LocalBackend(root / ".ckpt").delete("tmp/other")

@@ -32,9 +32,13 @@ ENDS = {
 
 def ckpt(root: Path, *args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "ckptvcs", *args], cwd=root / "repo", text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
-    )  # fmt: skip
+        [sys.executable, "-m", "ckptvcs", *args],
+        cwd=root / "repo",
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -27,8 +27,11 @@ def test_a_long_training(cut_folder: Path) -> None:
     folder = cut_folder / "repo"
     done = subprocess.run(
         [sys.executable, "-m", "tests.soaking", "train", folder, str(COUNT), str(SEED)],
-        capture_output=True, text=True, env=environment(), check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     looks = [json.loads(line) for line in done.stdout.splitlines()]
     first, last = looks[len(looks) // 3], looks[-1]

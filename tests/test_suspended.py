@@ -52,8 +52,12 @@ def suspended(folder: Path, work: str) -> Iterator[None]:
 def ckpt(folder: Path, *words: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "ckptvcs", "--repo", folder, *words],
-        capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=folder,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

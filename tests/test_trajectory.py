@@ -65,9 +65,11 @@ def from_scratch(repo: Repo, revision: str | int) -> Any:
 def own_slices(repo: Repo) -> int:
     """The slices of all frames that commits brought, without what they stand on."""
     bundles = {
-        bundle for entry in repo.log() for part in entry.commit.parts.values()
+        bundle
+        for entry in repo.log()
+        for part in entry.commit.parts.values()
         for bundle in repo.repository.catalog.recipe(part.values).bundles
-    }  # fmt: skip
+    }
     return sum(len(row.slices) for name in bundles for row in repo.repository.catalog.bundle(name))
 
 
@@ -207,12 +209,15 @@ def test_exact_patches_are_yielded_and_near_values_built_upon(
     repo.configure("keep-exact", "0")
     repo.commit(train(9)[8], step=9)
     patches = sum(
-        len(row.slices) for entry in repo.log() for part in entry.commit.parts.values()
-        if part.exact and repo.repository.catalog.has_recipe(part.exact)
+        len(row.slices)
+        for entry in repo.log()
+        for part in entry.commit.parts.values()
+        if part.exact
+        and repo.repository.catalog.has_recipe(part.exact)
         and (every is None or (entry.step or 0) % every == 0)
         for bundle in repo.repository.catalog.recipe(part.exact).bundles
         for row in repo.repository.catalog.bundle(bundle)
-    )  # fmt: skip
+    )
     with counted() as work:
         found = list(Repo.open(tmp_path).trajectory(every=every))
     assert work.slices <= own_slices(repo) + patches
@@ -242,8 +247,9 @@ commits = st.lists(
         st.sampled_from(["go on", "add", "remove", "reshape", "stand still", "back", "twins"]),
         st.booleans(),
     ),
-    min_size=2, max_size=6,
-)  # fmt: skip
+    min_size=2,
+    max_size=6,
+)
 
 
 @given(commits, st.sampled_from([None, 2, 3]), st.integers(1, 6))
@@ -271,10 +277,11 @@ def test_any_history_comes_back_as_checkouts_give_it(
                 repo = Repo.open(folder)
             still = change == "stand still"
             weights = {
-                name: value if still and name != "a" else
-                value + torch.randn(value.shape, generator=draw) * 0.01
+                name: value
+                if still and name != "a"
+                else value + torch.randn(value.shape, generator=draw) * 0.01
                 for name, value in weights.items()
-            }  # fmt: skip
+            }
             moments = {name: value.square() for name, value in weights.items()}
             state = {"model": dict(weights), "other": moments, "array": np.arange(200) * step}
             entry = repo.commit(state, step=step, codec=codec)
@@ -320,12 +327,16 @@ def test_one_tensor_reads_its_own_frames(tmp_path: Path) -> None:
 def test_names(repo: Repo) -> None:
     shared = torch.randn(20, 30)
     state: State = {
-        "model": {"a.weight": shared, "tied.weight": shared, "row": shared[3],
-                  "x:y.z": torch.ones(3)},
+        "model": {
+            "a.weight": shared,
+            "tied.weight": shared,
+            "row": shared[3],
+            "x:y.z": torch.ones(3),
+        },
         "ema": {"a.weight": torch.zeros(20, 30)},
         "deep": {"model": {"a.weight": torch.ones(200), "b.weight": torch.ones(200) * 2}},
         "array": np.arange(600.0).reshape(20, 30),
-    }  # fmt: skip
+    }
     repo.commit(state, step=1)
     assert same(repo.tensor("model.tied.weight"), shared)
     assert same(repo.tensor("row"), shared[3])

@@ -28,8 +28,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     """The files of a checkpoint but for that which names its folder."""
     return {
         path.name: path.read_bytes()
-        for path in folder.iterdir() if path.name != "training_args.bin"
-    }  # fmt: skip
+        for path in folder.iterdir()
+        if path.name != "training_args.bin"
+    }
 
 
 def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -114,8 +115,10 @@ def test_why_directories_stay_is_logged(tmp_path: Path, caplog: pytest.LogCaptur
     callback = CkptCallback(tmp_path / "repo", keep_local=2)
     for step in (2, 4, 6, 8):
         saved(callback, tmp_path / "out", step)
-    names = [record.getMessage().partition(" is not removed: its commit is only near")[0]
-             for record in caplog.records]  # fmt: skip
+    names = [
+        record.getMessage().partition(" is not removed: its commit is only near")[0]
+        for record in caplog.records
+    ]
     assert len({*names}) == len(names) > 0
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {*names, "checkpoint-6", "checkpoint-8"}
@@ -127,8 +130,9 @@ def test_why_directories_stay_is_logged(tmp_path: Path, caplog: pytest.LogCaptur
 def test_older_directories_go(tmp_path: Path) -> None:
     train(tmp_path / "out", tmp_path / "repo", 8, "", 2)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "checkpoint-6", "checkpoint-8",
-    ]  # fmt: skip
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
     repo = Repo.open(tmp_path / "repo")
     assert [entry.step for entry in repo.log()] == [8, 6, 4, 2]
     target = tmp_path / "resumed" / "checkpoint-4"

@@ -58,21 +58,64 @@ def test_every_spelling_of_a_repository_is_refused(name: str, above: list[str]) 
             safe_path("/".join(path))
 
 
-@pytest.mark.parametrize("name", [
-    "git~1", "GIT~2", "CKPT~1", "gitmod~1", "sitecustomize.py", "SiteCustomize.pyc",
-    "sitecustomize.cpython-311-x86_64-linux-gnu.so", "usercustomize", "conftest.py",
-    "SITECU~1.PY", ".pdbrc", ".bashrc", ".ssh", ".RData", "pyvenv.cfg", ".mise.toml",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "git~1",
+        "GIT~2",
+        "CKPT~1",
+        "gitmod~1",
+        "sitecustomize.py",
+        "SiteCustomize.pyc",
+        "sitecustomize.cpython-311-x86_64-linux-gnu.so",
+        "usercustomize",
+        "conftest.py",
+        "SITECU~1.PY",
+        ".pdbrc",
+        ".bashrc",
+        ".ssh",
+        ".RData",
+        "pyvenv.cfg",
+        ".mise.toml",
+    ],
+)
 def test_other_names_of_the_kind(name: str) -> None:
     assert is_trusted_name(name) or is_repository_name(name)
 
 
-@pytest.mark.parametrize("name", [
-    "model.safetensors", "config.json", ".metadata", ".gitattributes", ".gitignore", ".cache",
-    "model.ckpt", "last.ckpt", "git", "agit", ".gitx", ".ckpt2", "..x", "a~1", "train.py",
-    "modeling_x.py", "tokenizer.model", "README.md", ".hydra", "~", "x:y", "a.git", "env",
-    "\U0001f600", "\ufb01", " lead", "trail ", "%41",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        ".metadata",
+        ".gitattributes",
+        ".gitignore",
+        ".cache",
+        "model.ckpt",
+        "last.ckpt",
+        "git",
+        "agit",
+        ".gitx",
+        ".ckpt2",
+        "..x",
+        "a~1",
+        "train.py",
+        "modeling_x.py",
+        "tokenizer.model",
+        "README.md",
+        ".hydra",
+        "~",
+        "x:y",
+        "a.git",
+        "env",
+        "\U0001f600",
+        "\ufb01",
+        " lead",
+        "trail ",
+        "%41",
+    ],
+)
 def test_names_of_checkpoints_need_nothing(name: str) -> None:
     assert not is_trusted_name(name)
     assert not is_repository_name(name)
@@ -96,8 +139,9 @@ def clone(tmp_path: Path) -> Path:
 def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*") if path.is_file()
-    }  # fmt: skip
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 WAYS: dict[str, Callable[[Repo, Any, Path, bool], object]] = {
@@ -129,9 +173,11 @@ def test_the_command_line_asks_for_force(ckpt: Ckpt, clone: Path, tmp_path: Path
     ckpt("init", "--codec", "lossless")
     assert "note: .git, sub/sitecustomize.py: tools execute" in ckpt("commit", clone.name).err
     for args in (
-        ["checkout", "HEAD", "-o", "x"], ["checkout", "HEAD"], ["export", "HEAD", "x"],
+        ["checkout", "HEAD", "-o", "x"],
+        ["checkout", "HEAD"],
+        ["export", "HEAD", "x"],
         ["average", "HEAD..HEAD", "-o", "x"],
-    ):  # fmt: skip
+    ):
         done = ckpt(*args, code=4)
         assert "--force" in done.err
         assert ".git" in done.err
@@ -140,10 +186,19 @@ def test_the_command_line_asks_for_force(ckpt: Ckpt, clone: Path, tmp_path: Path
     assert files(tmp_path / "x") == files(clone)
 
 
-@pytest.mark.parametrize("path", [
-    ".git/hooks/post-commit", ".GIT/config", "a/.g\u200cit/x", ".git::$INDEX_ALLOCATION/x",
-    "git~1/hooks/x", ".envrc", "sitecustomize.py", ".vscode/tasks.json",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".git/hooks/post-commit",
+        ".GIT/config",
+        "a/.g\u200cit/x",
+        ".git::$INDEX_ALLOCATION/x",
+        "git~1/hooks/x",
+        ".envrc",
+        "sitecustomize.py",
+        ".vscode/tasks.json",
+    ],
+)
 def test_the_path_of_a_commit_is_asked_about_but_not_the_users(
     path: str, forger: Forger, tmp_path: Path
 ) -> None:

@@ -76,15 +76,18 @@ def test_the_step_of_muon_is_that_of_torch() -> None:
     assert np.corrcoef(true.reshape(-1), found.reshape(-1))[0, 1] > 0.99
 
 
-@pytest.mark.parametrize(("keys", "group", "kind"), [
-    ({"exp_avg", "exp_avg_sq", "step"}, {"betas": (0.9, 0.99)}, "adam"),
-    ({"exp_avg", "exp_avg_sq", "exp_avg_lr"}, {"betas": (0.9, 0.99)}, ""),
-    ({"exp_avg"}, {"betas": (0.9, 0.99)}, "lion"),
-    ({"exp_avg"}, {}, ""),
-    ({"momentum_buffer"}, {"momentum": 0.95, "ns_steps": 5}, "muon"),
-    ({"momentum_buffer"}, {"momentum": 0.9, "dampening": 0}, "sgd"),
-    ({"momentum_buffer"}, {}, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keys", "group", "kind"),
+    [
+        ({"exp_avg", "exp_avg_sq", "step"}, {"betas": (0.9, 0.99)}, "adam"),
+        ({"exp_avg", "exp_avg_sq", "exp_avg_lr"}, {"betas": (0.9, 0.99)}, ""),
+        ({"exp_avg"}, {"betas": (0.9, 0.99)}, "lion"),
+        ({"exp_avg"}, {}, ""),
+        ({"momentum_buffer"}, {"momentum": 0.95, "ns_steps": 5}, "muon"),
+        ({"momentum_buffer"}, {"momentum": 0.9, "dampening": 0}, "sgd"),
+        ({"momentum_buffer"}, {}, ""),
+    ],
+)
 def test_an_optimizer_is_known_by_its_groups_and_states(
     keys: set[str], group: dict[str, Any], kind: str
 ) -> None:
@@ -142,8 +145,9 @@ def test_a_centred_rmsprop_goes_on_without_nan(form: str, tmp_path: Path) -> Non
         for _ in range(20):
             weight.grad = drift + 0.1 * torch.randn(96, 128, generator=draw)
             optimizer.step()
-        repo.commit({"model": {"w": weight.detach()}, "optimizer": optimizer.state_dict()},
-                    step=step)  # fmt: skip
+        repo.commit(
+            {"model": {"w": weight.detach()}, "optimizer": optimizer.state_dict()}, step=step
+        )
     again = make()
     again.load_state_dict(repo.checkout(4)["optimizer"])
     weight.grad = drift.clone()
@@ -179,8 +183,10 @@ def test_an_unrelated_checkpoint_in_training_has_a_step_of_its_own(tmp_path: Pat
     repo.configure("keep-exact", "0")
     for seed in range(2):
         state = weights(seed)
-        moments = {n: {"exp_avg": 1e-3 * w, "exp_avg_sq": 1e-6 * w.square()}
-                   for n, w in enumerate(state["model"].values())}  # fmt: skip
+        moments = {
+            n: {"exp_avg": 1e-3 * w, "exp_avg_sq": 1e-6 * w.square()}
+            for n, w in enumerate(state["model"].values())
+        }
         group = {"params": [*moments], "betas": (0.9, 0.999)}
         repo.commit({**state, "optimizer": {"state": moments, "param_groups": [group]}}, step=seed)
     first, second = (entry.commit for entry in repo.log()[::-1])
@@ -238,8 +244,9 @@ def test_float64_numbers_below_those_of_float32_are_exact(tmp_path: Path) -> Non
     optimizer = {"state": state, "param_groups": [{"params": [0], "momentum": 0.9}]}
     repo = Repo.init(tmp_path)
     repo.configure("keep-exact", "0")
-    repo.commit({"model": {"w": torch.randn(64, 64, dtype=torch.float64)},
-                 "optimizer": optimizer}, step=1)  # fmt: skip
+    repo.commit(
+        {"model": {"w": torch.randn(64, 64, dtype=torch.float64)}, "optimizer": optimizer}, step=1
+    )
     assert torch.equal(repo.checkout(1)["optimizer"]["state"][0]["momentum_buffer"], tiny)
 
 

@@ -202,9 +202,13 @@ def test_bad_settings(near: Repo, run: Path, options: dict[str, object]) -> None
 
 def _ckpt(root: Path, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "ckptvcs", *map(str, args)], cwd=root, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
-    )  # fmt: skip
+        [sys.executable, "-m", "ckptvcs", *map(str, args)],
+        cwd=root,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
 
 
 def test_the_command_beside_a_trainer(near: Repo, run: Path) -> None:
@@ -247,8 +251,14 @@ def test_what_would_not_be_committed_is_not_waited_for(tmp_path: Path) -> None:
     (run / "events").mkdir()
     (run / "several").mkdir()
     save(run / "several", 1, 2)
-    names = ("train.log", "metrics.csv", "step-2.pt.tmp", "events/tfevents.1",
-             ".ckpt/cache/more", "several/step-1.pt")  # fmt: skip
+    names = (
+        "train.log",
+        "metrics.csv",
+        "step-2.pt.tmp",
+        "events/tfevents.1",
+        ".ckpt/cache/more",
+        "several/step-1.pt",
+    )
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((run / name).open("ab")) for name in names]
         watch = watcher(repo, run)

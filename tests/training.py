@@ -34,12 +34,14 @@ def train(
         loss.backward()
         optimizer.step()
         if step % every == 0:
-            states.append({
-                "model": {k: v.clone() for k, v in model.state_dict().items()},
-                "optimizer": _copy(optimizer.state_dict()),
-                "step": step,
-                "rng": torch.get_rng_state(),
-            })  # fmt: skip
+            states.append(
+                {
+                    "model": {k: v.clone() for k, v in model.state_dict().items()},
+                    "optimizer": _copy(optimizer.state_dict()),
+                    "step": step,
+                    "rng": torch.get_rng_state(),
+                }
+            )
     return states
 
 

@@ -34,10 +34,13 @@ class Client:
         return self._process == os.getpid()
 
     def commit(
-        self, take: Callable[[Copies], Checkpoint], said: Mapping[str, Any],
-        branch: Callable[[], str | None], follow: Callable[[Done], LogEntry],
+        self,
+        take: Callable[[Copies], Checkpoint],
+        said: Mapping[str, Any],
+        branch: Callable[[], str | None],
+        follow: Callable[[Done], LogEntry],
         at_once: Callable[[], LogEntry],
-    ) -> Future[LogEntry]:  # fmt: skip
+    ) -> Future[LogEntry]:
         """Commit what `take` makes with copies of its bytes; `at_once` does so without a copy, if
         there is no room for one.  `said` and `branch` (asked when the commit begins) are what
         `commit_checkpoint` takes; `follow` is told of the commit, and gives its entry.

@@ -37,7 +37,7 @@ from ckptvcs.errors import (
     NotFoundError,
     StorageError,
     UnsupportedVersionError,
-)  # fmt: skip
+)
 from ckptvcs.history.refs import Move
 from ckptvcs.store.disk import real_path
 
@@ -115,9 +115,12 @@ class Worker:
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
             arguments = [str(far.fileno()), str(os.getpid()), str(real_path(self._folder))]
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, *arguments], pass_fds=[far.fileno()],
-                stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}, process_group=0,
-            )  # fmt: skip
+                [sys.executable, "-P", "-c", _START, *arguments],
+                pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": paths},
+                process_group=0,
+            )
         self._end = weakref.finalize(self, _stop, self.pipe, self.process, os.getpid())
 
     def commit(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Done:

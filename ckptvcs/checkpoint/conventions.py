@@ -278,8 +278,11 @@ def read_numbers(name: str) -> tuple[Number, ...]:
     """
     if len(name) > _LONGEST:
         return ()
-    numbers = [Number(found.start(1), found.end(1), int(found[1]), Kind.SHARD)
-               for found in _OF.finditer(name) if found[1] != "*"]  # fmt: skip
+    numbers = [
+        Number(found.start(1), found.end(1), int(found[1]), Kind.SHARD)
+        for found in _OF.finditer(name)
+        if found[1] != "*"
+    ]
     plain = _OF.sub(lambda found: "\0" * len(found[0]), _masked(name))
     kinds: dict[int, Kind] = {}
     bare = not any(letter.isalpha() for letter in plain)
@@ -327,8 +330,9 @@ def _behind(tokens: list[re.Match[str]]) -> tuple[str, str]:
             return "", ""
         tokens = tokens[1:]
     if len(tokens) > 1 and (tokens[0].lastgroup, tokens[1].lastgroup) == ("gap", "word"):
-        labels = _is_number(tokens[2:3]) or (len(tokens) > 2 and tokens[2].lastgroup == "gap"
-                                             and _is_number(tokens[3:4]))  # fmt: skip
+        labels = _is_number(tokens[2:3]) or (
+            len(tokens) > 2 and tokens[2].lastgroup == "gap" and _is_number(tokens[3:4])
+        )
         after = "" if labels else tokens[1][0].lower()
     return unit, after
 

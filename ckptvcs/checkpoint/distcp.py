@@ -84,13 +84,17 @@ def _items(folder: str, source: FileSource) -> dict[str, list[_Item]]:
             name, info = str(index["fqn"]), tensors[index["fqn"]].state
             path = paths.get(name, (name,))
             plain = (
-                isinstance(path, tuple) and len(path) < _MAX_DEPTH
+                isinstance(path, tuple)
+                and len(path) < _MAX_DEPTH
                 and all(type(step) in (str, int) for step in path)
-            )  # fmt: skip
+            )
             item = _Item(
-                int(place.state["offset"]), int(place.state["length"]), name,
-                _part(index.get("offset"), info), path if plain and path else (name,),
-            )  # fmt: skip
+                int(place.state["offset"]),
+                int(place.state["length"]),
+                name,
+                _part(index.get("offset"), info),
+                path if plain and path else (name,),
+            )
             found.setdefault(folder + str(place.state["relative_path"]), []).append(item)
     except (pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError):
         return {}

@@ -49,9 +49,7 @@ def template(name: str) -> str:
 
 def family(name: str) -> str:
     """What the names of the checkpoints of one run have in common: the same, without steps."""
-    counts = [
-        one for one in read_numbers(stem(name)) if one.kind not in (Kind.SHARD, Kind.OTHER)
-    ]  # fmt: skip
+    counts = [one for one in read_numbers(stem(name)) if one.kind not in (Kind.SHARD, Kind.OTHER)]
     plain = ALIAS.sub("#", template(replaced(name, counts, "#")))
     return re.sub(r"#(?:[-_]#)+", "#", plain)
 
@@ -89,12 +87,14 @@ def _counted(names: Iterable[str]) -> set[str]:
         if ids := shard_ids(name):
             found[family(name)].add(ids)
     return {
-        text for text, rows in found.items()
-        if SHARD_COUNT.search(text) or all(
+        text
+        for text, rows in found.items()
+        if SHARD_COUNT.search(text)
+        or all(
             0 in column or 2 * len(column) > max(column)
             for column in map(set, zip(*rows, strict=False))
         )
-    }  # fmt: skip
+    }
 
 
 def _companion(text: str) -> tuple[str, str] | None:

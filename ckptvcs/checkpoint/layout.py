@@ -144,8 +144,11 @@ class FileSource(Source):
             raise changed_while_read(self.path) from error
         # Times may be set to what they were; that sets the time of the last change of all.
         if (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino) != (
-            then.st_size, then.st_mtime_ns, then.st_ctime_ns, then.st_ino,
-        ):  # fmt: skip
+            then.st_size,
+            then.st_mtime_ns,
+            then.st_ctime_ns,
+            then.st_ino,
+        ):
             raise changed_while_read(self.path)
 
 
@@ -227,9 +230,10 @@ def pieces(layout: Layout, size: int) -> Iterator[Piece]:
     Long literal runs become tensors of bytes, appended to `layout.tensors`.
     """
     marks = [
-        Piece(found.offset, found.size, number) for number, found in enumerate(layout.tensors)
+        Piece(found.offset, found.size, number)
+        for number, found in enumerate(layout.tensors)
         if found.size
-    ]  # fmt: skip
+    ]
     marks += [Piece(mark.offset, 4, mark.tensor, checksum=True) for mark in layout.checksums]
     marks.sort(key=lambda piece: piece.offset)
     at = 0

@@ -31,12 +31,16 @@ def why_raw(source: Source) -> str:
         return torch_zip.why_not(source)
     head = source.read(0, min(source.size, 8))
     kinds = {
-        b"\x1f\x8b": "it is compressed by gzip", b"\x28\xb5\x2f\xfd": "it is compressed by zstd",
-        b"BZh": "it is compressed by bzip2", b"\xfd7zXZ": "it is compressed by xz",
-        b"\x80": "it is a pickle, not a file of torch.save", b"\x89HDF": "it is a file of HDF5",
-        b"\x93NUMPY": "it is a file of numpy", b"GGUF": "it is a file of GGUF",
+        b"\x1f\x8b": "it is compressed by gzip",
+        b"\x28\xb5\x2f\xfd": "it is compressed by zstd",
+        b"BZh": "it is compressed by bzip2",
+        b"\xfd7zXZ": "it is compressed by xz",
+        b"\x80": "it is a pickle, not a file of torch.save",
+        b"\x89HDF": "it is a file of HDF5",
+        b"\x93NUMPY": "it is a file of numpy",
+        b"GGUF": "it is a file of GGUF",
         b"\x7fELF": "it is a program",
-    }  # fmt: skip
+    }
     found = (text for start, text in kinds.items() if head.startswith(start))
     return next(found, "no structure of torch or safetensors was found")
 
@@ -59,10 +63,13 @@ def unknown_floats(schema: Schema, size_bytes: int) -> Iterator[str]:
     they are weights or moments, if they are more than a little of it.
     """
     found = [
-        info.size_bytes for info in schema.tensors
-        if not info.inline and info.role not in LOSSY and can_be_lossy(info.dtype)
+        info.size_bytes
+        for info in schema.tensors
+        if not info.inline
+        and info.role not in LOSSY
+        and can_be_lossy(info.dtype)
         and info.order == LITTLE
-    ]  # fmt: skip
+    ]
     if sum(found) >= max(NOTED, _SHARE * size_bytes):
         tensors = "1 tensor" if len(found) == 1 else f"{len(found)} tensors"
         yield (

@@ -23,7 +23,7 @@ from ckptvcs.checkpoint.layout import (
     covers,
     pieces,
     unreadable,
-)  # fmt: skip
+)
 from ckptvcs.checkpoint.links import follow
 from ckptvcs.checkpoint.links import notes as links_notes
 from ckptvcs.checkpoint.notes import notes, why_raw
@@ -134,9 +134,13 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path, *, raw: bool = False, skip: Path | None = None, names: Names | None = None,
+    path: Path,
+    *,
+    raw: bool = False,
+    skip: Path | None = None,
+    names: Names | None = None,
     only: Collection[str] = (),
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     """Read the structure of a file or of a directory of files; `skip` is left out.  See `build` for
     `names`.
 
@@ -206,9 +210,12 @@ def _sorted(root: Path, below: str) -> list[tuple[str, os.DirEntry[str]]]:
 
 
 def _open_directory(
-    root: Path, raw: bool, skip: Path | None, names_of_parameters: Names | None,
+    root: Path,
+    raw: bool,
+    skip: Path | None,
+    names_of_parameters: Names | None,
     only: Collection[str],
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     parsed: list[distcp.Parsed] = []
     links: list[InputLink] = []
     followed: dict[str, Path] = {}
@@ -318,30 +325,52 @@ def build(
             # Whatever codes with loss reads numbers in one order.
             role = known if found.order == LITTLE else Role(known.part, OTHER)
             paired = role.pair is not None and role.pair.order == LITTLE
-            infos.append(TensorInfo(
-                prefix + found.name + found.part, found.dtype, found.shape, role.part, role.role,
-                found.inline, numbers[id(role.pair)] if paired else None, tuple(found.views),
-                role.evidence, found.order,
-            ))  # fmt: skip
+            infos.append(
+                TensorInfo(
+                    prefix + found.name + found.part,
+                    found.dtype,
+                    found.shape,
+                    role.part,
+                    role.role,
+                    found.inline,
+                    numbers[id(role.pair)] if paired else None,
+                    tuple(found.views),
+                    role.evidence,
+                    found.order,
+                )
+            )
             if role.rule is not None:
                 rules[len(places)] = role.rule
                 parameters[len(places)] = role.parameter
             places.append((file_number, found.offset))
-        files.append(InputFile(
-            path, source, layout.format,
-            tuple(
-                piece if piece.tensor is None
-                else Piece(piece.offset, piece.size, first + piece.tensor, piece.checksum)
-                for piece in cut[file_number]
-            ),
-            0o644 if status is None else stat.S_IMODE(status.st_mode),
-            0 if status is None else status.st_mtime_ns,
-        ))  # fmt: skip
+        files.append(
+            InputFile(
+                path,
+                source,
+                layout.format,
+                tuple(
+                    piece
+                    if piece.tensor is None
+                    else Piece(piece.offset, piece.size, first + piece.tensor, piece.checksum)
+                    for piece in cut[file_number]
+                ),
+                0o644 if status is None else stat.S_IMODE(status.st_mode),
+                0 if status is None else status.st_mtime_ns,
+            )
+        )
     read = [(path, source, layout) for path, source, layout, _ in parsed]
     return Checkpoint(
-        kind, tuple(files), tuple(links), Schema(tuple(infos)), tuple(places), _find_step(read),
-        rules, parameters, epoch=_find_epoch(read), notes=tuple(notes(read)),
-    )  # fmt: skip
+        kind,
+        tuple(files),
+        tuple(links),
+        Schema(tuple(infos)),
+        tuple(places),
+        _find_step(read),
+        rules,
+        parameters,
+        epoch=_find_epoch(read),
+        notes=tuple(notes(read)),
+    )
 
 
 _FILE = "/"  # no link leads to this: it is told from those that do
@@ -361,9 +390,10 @@ def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:
 def _find_epoch(parsed: list[tuple[str, Source, Layout]]) -> int | None:
     """The epoch that a checkpoint itself gives."""
     epochs = (
-        conventions.epoch_in_keys(_top(layout)) for path, _, layout in parsed
+        conventions.epoch_in_keys(_top(layout))
+        for path, _, layout in parsed
         if conventions.says_a_step(path)
-    )  # fmt: skip
+    )
     return next((epoch for epoch in epochs if epoch is not None), None)
 
 

@@ -27,30 +27,48 @@ FIRST: dict[str, tuple[str, ...]] = {
     "momentum_buffer": (),  # SGD, RMSprop, Muon
     "grad_avg": (),  # RMSprop, centred
     "exp_avg_diff": (),  # Adan
-    "m": ("v",), "mu": ("nu",),  # loops of one's own, optax
-}  # fmt: skip
+    "m": ("v",),
+    "mu": ("nu",),  # loops of one's own, optax
+}
 """Keys of optimizer state that are averages of gradients -> those whose root may divide them."""
 
-SECOND = frozenset({
-    "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var",  # Adam, amsgrad, AdaBelief
-    "square_avg", "acc_delta",  # RMSprop, Adadelta
-    "sum",  # Adagrad
-    "exp_inf",  # Adamax
-    "hessian",  # Sophia
-    "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance",  # Adafactor
-    "v", "nu",
-})  # fmt: skip
+SECOND = frozenset(
+    {
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_avg_var",  # Adam, amsgrad, AdaBelief
+        "square_avg",
+        "acc_delta",  # RMSprop, Adadelta
+        "sum",  # Adagrad
+        "exp_inf",  # Adamax
+        "hessian",  # Sophia
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "row_var",
+        "col_var",
+        "variance",  # Adafactor
+        "v",
+        "nu",
+    }
+)
 """Keys of optimizer state that are never negative: squared gradients, and what scales like them."""
 
-DIVIDING = frozenset({
-    "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "exp_inf", "hessian", "v", "nu",
-})  # fmt: skip
+DIVIDING = frozenset(
+    {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "exp_inf", "hessian", "v", "nu"}
+)
 """Those of them whose root, or themselves, divide an average that the optimizer keeps, too."""
 
-MASTERS = frozenset({
-    "master_param", "master_params", "master_weight", "master_weights", "master", "fp32_param",
-    "param_fp32",
-})  # fmt: skip
+MASTERS = frozenset(
+    {
+        "master_param",
+        "master_params",
+        "master_weight",
+        "master_weights",
+        "master",
+        "fp32_param",
+        "param_fp32",
+    }
+)
 """Keys of optimizer state that are the weights themselves, in float32: they belong to the model."""
 
 ITERATES = frozenset({"z", "ax"})
@@ -69,10 +87,22 @@ _WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
 _KEYS = _FLAT | {*_TRIPLES, "v", "nu", *_BESIDE, *_WEIGHTS_BESIDE}
 """Steps of names that may say what a tensor is to an optimizer."""
 
-_ADAM = frozenset({
-    "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "exp_avg_fast", "exp_avg_slow",
-    "exp_avg_diff", "exp_avg_var", "master_param", "master_params", "param_remainder",
-})  # fmt: skip
+_ADAM = frozenset(
+    {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "mu_product",
+        "exp_avg_fast",
+        "exp_avg_slow",
+        "exp_avg_diff",
+        "exp_avg_var",
+        "master_param",
+        "master_params",
+        "param_remainder",
+    }
+)
 """State of Adam and of those who step like it; somebody who keeps more does something else."""
 
 _OPTIMIZER = re.compile(r"(optim|opt_state|adam|sgd|muon|lion)", re.IGNORECASE)
@@ -162,10 +192,12 @@ def find_optimizers(
                 names = group["params"]  # as `get_optimizer_state_dict` of torch has them
             if not isinstance(names, list) or len(names) != len(group["params"]):
                 names = [None] * len(group["params"])
-            slots.append([
-                _slot(_entry(state, index), known, name if type(name) is str else None, group)
-                for index, name in zip(group["params"], names, strict=True)
-            ])  # fmt: skip
+            slots.append(
+                [
+                    _slot(_entry(state, index), known, name if type(name) is str else None, group)
+                    for index, name in zip(group["params"], names, strict=True)
+                ]
+            )
         else:
             keys = (storage_key(inner) for _, inner in walk(node, (TensorRef, StorageRef)))
             below = [known[key] for key in dict.fromkeys(keys) if key is not None and key in known]
@@ -271,9 +303,11 @@ def find_flat(
 
 
 def _strange_bases(
-    files: list[tuple[str, Layout]], by_base: Mapping[tuple[str, ...], Mapping[str, Found]],
-    taken: set[int], weights: Container[int],
-) -> set[tuple[str, ...]]:  # fmt: skip
+    files: list[tuple[str, Layout]],
+    by_base: Mapping[tuple[str, ...], Mapping[str, Found]],
+    taken: set[int],
+    weights: Container[int],
+) -> set[tuple[str, ...]]:
     """The parameters beside whose moments the optimizer keeps a tensor of unknown use."""
     strange = set()
     for path, layout in files:
@@ -314,12 +348,21 @@ def _flat_slots(
     state = {key: found for key, found in row.items() if key in _FLAT}
     shapes = {found.shape for found in state.values()}
     if state and len(shapes) == 1:
-        weight = next((
-            row[key] for key in _WEIGHTS_BESIDE
-            if key in row and row[key].shape in shapes and row[key].dtype == "F32"
-        ), None)  # fmt: skip
-        yield Slot(state, _names(base), rule_of(betas, state.keys()), weight,
-                   is_optimizers=_says_optimizer(base))  # fmt: skip
+        weight = next(
+            (
+                row[key]
+                for key in _WEIGHTS_BESIDE
+                if key in row and row[key].shape in shapes and row[key].dtype == "F32"
+            ),
+            None,
+        )
+        yield Slot(
+            state,
+            _names(base),
+            rule_of(betas, state.keys()),
+            weight,
+            is_optimizers=_says_optimizer(base),
+        )
         return
     for first, (second, weights) in _TRIPLES.items():
         if first in row and second in row and row[first].shape == row[second].shape:
@@ -328,13 +371,23 @@ def _flat_slots(
             if beside is not None and beside.shape == row[first].shape:
                 yield Slot(state, (), Rule(kind="adam"), beside)
             else:
-                yield Slot(state, _names(base), Rule(kind="adam"), doubtful=True,
-                           is_optimizers=_says_optimizer(base))  # fmt: skip
+                yield Slot(
+                    state,
+                    _names(base),
+                    Rule(kind="adam"),
+                    doubtful=True,
+                    is_optimizers=_says_optimizer(base),
+                )
             return
     for key, found in row.items():
         if key in SECOND & _SHORT:
-            yield Slot({key: found}, _names(base), Rule(), doubtful=True,
-                       is_optimizers=_says_optimizer(base))  # fmt: skip
+            yield Slot(
+                {key: found},
+                _names(base),
+                Rule(),
+                doubtful=True,
+                is_optimizers=_says_optimizer(base),
+            )
 
 
 def _says_optimizer(base: tuple[str, ...]) -> bool:

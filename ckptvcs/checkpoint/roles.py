@@ -39,7 +39,7 @@ from ckptvcs.checkpoint.state_dicts import (
     leaves_of,
     may_be_buffers,
     may_be_weight,
-)  # fmt: skip
+)
 from ckptvcs.codec.dtypes import can_be_lossy
 
 __all__ = [
@@ -66,14 +66,38 @@ OPTIMIZER, BESIDE = "optimizer", "beside its moments"
 """Evidence: it is state of an optimizer; or is so by what stands beside it, and by its values."""
 
 _REST_FILES = (
-    "rng_state", "random_states", "scheduler", "scaler", "training_args", "trainer_state",
-    "sampler", "dl_state_dict", "custom_checkpoint",
-)  # fmt: skip
-_REST_KEYS = frozenset({
-    "rng", "rng_state", "rng_states", "cuda_rng_state", "torch_rng_state", "numpy_rng_state",
-    "scheduler", "lr_scheduler", "lr_schedulers", "scaler", "grad_scaler", "args", "config",
-    "hyper_parameters", "callbacks", "loops", "random_state", "sampler",
-})  # fmt: skip
+    "rng_state",
+    "random_states",
+    "scheduler",
+    "scaler",
+    "training_args",
+    "trainer_state",
+    "sampler",
+    "dl_state_dict",
+    "custom_checkpoint",
+)
+_REST_KEYS = frozenset(
+    {
+        "rng",
+        "rng_state",
+        "rng_states",
+        "cuda_rng_state",
+        "torch_rng_state",
+        "numpy_rng_state",
+        "scheduler",
+        "lr_scheduler",
+        "lr_schedulers",
+        "scaler",
+        "grad_scaler",
+        "args",
+        "config",
+        "hyper_parameters",
+        "callbacks",
+        "loops",
+        "random_state",
+        "sampler",
+    }
+)
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
 _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
 """Vectors whose product the second moment of a matrix is."""
@@ -128,9 +152,10 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
             _take_slot(slot, by_id, OPTIMIZER)
     taken = {id(found) for optimizer in optimizers for found in optimizer.tensors}
     containers = [
-        container for number, (path, layout) in enumerate(files)
+        container
+        for number, (path, layout) in enumerate(files)
         for container in _containers(path, layout, number, by_id, taken, names)
-    ]  # fmt: skip
+    ]
     paired: set[int] = set()
     unknown: set[tuple[int, ...]] = set()  # shapes, where not all that have a state are paired
     for optimizer in optimizers:
@@ -182,8 +207,10 @@ def _refuse_shared(
                 sound = all(any(name.startswith(place) for place in inner) for name in names)
                 sound = sound or (role.evidence == PAIRED and not places)
                 for module in modules:
-                    sound &= all(any(_is_end(of, name) or _is_end(name, of) for of in module)
-                                 for name in names)  # fmt: skip
+                    sound &= all(
+                        any(_is_end(of, name) or _is_end(name, of) for of in module)
+                        for name in names
+                    )
             else:
                 sound = len({name.rpartition(".")[2] for name in names}) == 1
             if not sound:
@@ -334,8 +361,9 @@ def _ends(containers: Iterable[_Container]) -> dict[str, list[tuple[Found, str]]
             names = {container.names[id(found)], found.name, *(v.name for v in found.views)}
             for end in {
                 ".".join(steps[start:])
-                for steps in (name.split(".") for name in names) for start in range(len(steps))
-            }:  # fmt: skip
+                for steps in (name.split(".") for name in names)
+                for start in range(len(steps))
+            }:
                 ends.setdefault(end, []).append((found, container.place))
     return ends
 

@@ -37,7 +37,7 @@ from ckptvcs.checkpoint.torch_writer import (
     row_major,
     write_zip,
     zip_records,
-)  # fmt: skip
+)
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD, Checksums, parse
 from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError
@@ -51,10 +51,21 @@ Copies = Callable[[Sequence[memoryview | DeviceBytes]], list[memoryview]]
 _SHOWN = 100  # characters of a name that somebody else chose
 
 _NUMPY = {
-    "float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32",
-    "uint64": "U64", "bool": "BOOL", "complex64": "C64", "complex128": "C128",
-}  # fmt: skip
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "complex128": "C128",
+}
 _NUMPY_NAMES = {ours: theirs for theirs, ours in _NUMPY.items()}
 _TORCH_NAMES = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
 
@@ -112,9 +123,14 @@ class _Storages:
             self.payloads.append(DeviceBytes(flat) if far else flat.numpy().data)
         size = storage.nbytes()
         return Leaf(
-            self._numbers[key], dtype, size // DTYPES[dtype].size, size,
-            tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()),
-        )  # fmt: skip
+            self._numbers[key],
+            dtype,
+            size // DTYPES[dtype].size,
+            size,
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+        )
 
 
 def _on_device(tensor: Any) -> bool:
@@ -282,9 +298,12 @@ def make_tensor(data: np.ndarray[Any, Any], view: View, *, array: bool) -> Any:
 
 
 def _window(
-    data: np.ndarray[Any, Any], dtype: str, offset: int, shape: tuple[int, ...],
+    data: np.ndarray[Any, Any],
+    dtype: str,
+    offset: int,
+    shape: tuple[int, ...],
     stride: tuple[int, ...],
-) -> Any:  # fmt: skip
+) -> Any:
     import torch  # noqa: PLC0415  only where a tensor of torch is made
 
     found = getattr(torch, dtype, None)

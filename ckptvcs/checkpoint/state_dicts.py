@@ -10,35 +10,95 @@ from ckptvcs.checkpoint.layout import Found
 from ckptvcs.checkpoint.optimizer_state import storage_key
 from ckptvcs.checkpoint.pickle_reader import METADATA, InertDict, StorageRef, TensorRef
 
-_BUFFERS = frozenset({
-    "running_mean", "running_var", "num_batches_tracked", "inv_freq", "position_ids",
-    "masked_bias", "attn_mask", "causal_mask", "token_type_ids", "original_inv_freq",
-    "relative_position_index", "expert_bias", "tokens_per_expert", "e_score_correction_bias",
-    "mean", "var", "std", "_mean", "_var", "_std", "count", "center", "queue",
-})  # fmt: skip
+_BUFFERS = frozenset(
+    {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+        "inv_freq",
+        "position_ids",
+        "masked_bias",
+        "attn_mask",
+        "causal_mask",
+        "token_type_ids",
+        "original_inv_freq",
+        "relative_position_index",
+        "expert_bias",
+        "tokens_per_expert",
+        "e_score_correction_bias",
+        "mean",
+        "var",
+        "std",
+        "_mean",
+        "_var",
+        "_std",
+        "count",
+        "center",
+        "queue",
+    }
+)
 """Last steps of names that are no parameters."""
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
-_MODELS = frozenset({
-    "model", "module", "net", "network", "weights", "ema", "swa", "master", "params",
-})  # fmt: skip
+_MODELS = frozenset(
+    {"model", "module", "net", "network", "weights", "ema", "swa", "master", "params"}
+)
 """Words of keys that say that a model stands there."""
 
-_ROLES = frozenset({
-    "generator", "discriminator", "actor", "critic", "policy", "encoder", "decoder", "backbone",
-    "unet", "vae", "transformer", "lora", "adapter", "teacher", "student",
-})  # fmt: skip
+_ROLES = frozenset(
+    {
+        "generator",
+        "discriminator",
+        "actor",
+        "critic",
+        "policy",
+        "encoder",
+        "decoder",
+        "backbone",
+        "unet",
+        "vae",
+        "transformer",
+        "lora",
+        "adapter",
+        "teacher",
+        "student",
+    }
+)
 """Words of keys that say so if most of the names there are those of parameters."""
 
 _BESIDE = re.compile(
     r"(state|dict|weight|param|master_params?|sma|avg|averaged?|shadow|target|online|gen|disc"
     r"|value|head|text|g|d|q)"
 )
-_ELSE = frozenset({
-    "buffer", "buffers", "replay", "rollout", "rollouts", "normalizer", "normaliser", "dataloader",
-    "dataset", "stats", "statistics", "loss", "losses", "input", "inputs", "cache", "sample",
-    "samples", "history", "metrics", "queue", "rms", "priorities", "obs", "observations",
-})  # fmt: skip
+_ELSE = frozenset(
+    {
+        "buffer",
+        "buffers",
+        "replay",
+        "rollout",
+        "rollouts",
+        "normalizer",
+        "normaliser",
+        "dataloader",
+        "dataset",
+        "stats",
+        "statistics",
+        "loss",
+        "losses",
+        "input",
+        "inputs",
+        "cache",
+        "sample",
+        "samples",
+        "history",
+        "metrics",
+        "queue",
+        "rms",
+        "priorities",
+        "obs",
+        "observations",
+    }
+)
 """Words of keys and files that say that something else stands there, or below."""
 
 _OPTIMIZERS = frozenset({"optim", "optims", "optimizer", "optimizers", "opt"})

@@ -103,8 +103,11 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
                 f"{folder} is a checkpoint itself: it holds {entry.name}",
                 hint=f"ckpt commit {folder}; or say with --pattern what is to be imported",
             )
-    groups = {name: members for name, members in _groups(entries, pattern).items()
-              if _stands_alone(name, members)}  # fmt: skip
+    groups = {
+        name: members
+        for name, members in _groups(entries, pattern).items()
+        if _stands_alone(name, members)
+    }
     grouped = {member for members in groups.values() for member in members}
     for entry in entries:
         if not _is_looked_at(entry.name, pattern) or entry.name in grouped:
@@ -138,20 +141,26 @@ def candidates(folder: Path, pattern: str | None, store: Path) -> dict[str, list
     groups = _groups(entries, pattern)
     grouped = {member for members in groups.values() for member in members}
     alone = {
-        entry.name: [entry.name] for entry in entries
-        if entry.name not in grouped and _is_looked_at(entry.name, pattern)
+        entry.name: [entry.name]
+        for entry in entries
+        if entry.name not in grouped
+        and _is_looked_at(entry.name, pattern)
         and _why_not(entry, store) is None
-    }  # fmt: skip
+    }
     return groups | alone
 
 
 def _groups(entries: Sequence[os.DirEntry[str]], pattern: str | None) -> dict[str, list[str]]:
-    return group_files([
-        entry.name for entry in entries
-        if _is_looked_at(entry.name, pattern) and entry.is_file(follow_symlinks=False)
-        and entry.name.endswith(TAKEN_SUFFIXES)
-        and (is_numbered_piece(entry.name) or not PIECE.fullmatch(entry.name))
-    ])  # fmt: skip
+    return group_files(
+        [
+            entry.name
+            for entry in entries
+            if _is_looked_at(entry.name, pattern)
+            and entry.is_file(follow_symlinks=False)
+            and entry.name.endswith(TAKEN_SUFFIXES)
+            and (is_numbered_piece(entry.name) or not PIECE.fullmatch(entry.name))
+        ]
+    )
 
 
 def _stands_alone(group: str, members: Sequence[str]) -> bool:
@@ -191,10 +200,11 @@ def _agreed(found: list[Found]) -> list[Found]:
     """The same, where what a checkpoint says of its step is put as the names of others put it."""
     named = {one.said: one.step for one in found if _is_named(one)}
     return [
-        one if _is_named(one) or one.said is None
+        one
+        if _is_named(one) or one.said is None
         else replace(one, step=named.get(one.said, one.step))
         for one in found
-    ]  # fmt: skip
+    ]
 
 
 def _is_named(found: Found) -> bool:
@@ -248,10 +258,12 @@ def _why_no_directory(path: Path, store: Path) -> str | None:
     except CkptError as error:
         return f"a folder that cannot be read: {error.message}"
     steps = {
-        step for entry in entries
+        step
+        for entry in entries
         if (entry.is_dir(follow_symlinks=False) or entry.name.endswith(TAKEN_SUFFIXES))
-        and not PIECE.fullmatch(entry.name) and (step := named_step(entry.name)) is not None
-    }  # fmt: skip
+        and not PIECE.fullmatch(entry.name)
+        and (step := named_step(entry.name)) is not None
+    }
     if len(steps) > 1 or (steps and named_step(path.name) is None):
         return "a folder of checkpoints, to be imported by itself"
     return None
@@ -326,9 +338,7 @@ def _step_of(names: Sequence[str], checkpoint: Checkpoint) -> int | None:
     return said if step is None else step
 
 
-def _named_step_of(
-    names: Sequence[str], said: int | None, epoch: int | None
-) -> int | None:  # fmt: skip
+def _named_step_of(names: Sequence[str], said: int | None, epoch: int | None) -> int | None:
     named = (named_step(name, said, epoch) for name in names)
     return next((step for step in named if step is not None), None)
 

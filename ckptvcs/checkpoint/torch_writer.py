@@ -30,11 +30,19 @@ _ALIGNMENT = 64
 _SHOWN = 100  # characters of a long path
 _MAX_NESTING = 1000  # torch.save itself gives up at about as many
 _NATIVE = {
-    "F32": "FloatStorage", "F64": "DoubleStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
-    "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage",
-    "U8": "ByteStorage", "BOOL": "BoolStorage", "C64": "ComplexFloatStorage",
+    "F32": "FloatStorage",
+    "F64": "DoubleStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+    "I64": "LongStorage",
+    "I32": "IntStorage",
+    "I16": "ShortStorage",
+    "I8": "CharStorage",
+    "U8": "ByteStorage",
+    "BOOL": "BoolStorage",
+    "C64": "ComplexFloatStorage",
     "C128": "ComplexDoubleStorage",
-}  # fmt: skip
+}
 _TORCH_NAMES = {ours: torchs for torchs, ours in TORCH_DTYPES.items()}
 
 
@@ -294,9 +302,13 @@ def write_zip(
         padding = -start % _ALIGNMENT
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         sizes = (0xFFFFFFFF, 0xFFFFFFFF) if large else (0, 0)
-        write(struct.pack(
-            "<4sHHHHHIIIHH", b"PK\x03\x04", 0, flags, 0, 0, 0, 0, *sizes, len(full), len(extra)
-        ) + full + extra)  # fmt: skip
+        write(
+            struct.pack(
+                "<4sHHHHHIIIHH", b"PK\x03\x04", 0, flags, 0, 0, 0, 0, *sizes, len(full), len(extra)
+            )
+            + full
+            + extra
+        )
         crc = 0
         for block in payload.blocks():
             crc = zlib.crc32(block[:], crc) if payload.summed else 0
@@ -311,19 +323,48 @@ def write_zip(
         more += struct.pack("<Q", at) if far else b""
         more = struct.pack("<HH", 1, len(more)) + more if more else b""
         size32 = 0xFFFFFFFF if large else payload.size
-        directory += struct.pack(
-            "<4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc, size32, size32,
-            len(full), len(more), 0, 0, 0, 0, 0xFFFFFFFF if far else at,
-        ) + full + more  # fmt: skip
+        directory += (
+            struct.pack(
+                "<4sHHHHHHIIIHHHHHII",
+                b"PK\x01\x02",
+                0,
+                0,
+                flags,
+                0,
+                0,
+                0,
+                crc,
+                size32,
+                size32,
+                len(full),
+                len(more),
+                0,
+                0,
+                0,
+                0,
+                0xFFFFFFFF if far else at,
+            )
+            + full
+            + more
+        )
         at = start + padding + payload.size + len(end)
     count, size = len(records), len(directory)
     write(bytes(directory))
-    write(struct.pack(
-        "<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, size, at
-    ) + struct.pack("<4sIQI", b"PK\x06\x07", 0, at + size, 1) + struct.pack(
-        "<4sHHHHIIH", b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF),
-        min(size, 0xFFFFFFFF), min(at, 0xFFFFFFFF), 0,
-    ))  # fmt: skip
+    write(
+        struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, size, at)
+        + struct.pack("<4sIQI", b"PK\x06\x07", 0, at + size, 1)
+        + struct.pack(
+            "<4sHHHHIIH",
+            b"PK\x05\x06",
+            0,
+            0,
+            min(count, 0xFFFF),
+            min(count, 0xFFFF),
+            min(size, 0xFFFFFFFF),
+            min(at, 0xFFFFFFFF),
+            0,
+        )
+    )
 
 
 class DeviceBytes:

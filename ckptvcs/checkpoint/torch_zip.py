@@ -111,8 +111,9 @@ def _zip64(extra: bytes, stored: int, length: int, local: int) -> tuple[int, int
         if kind == 1:
             values = iter(
                 struct.unpack_from(f"<{size // 8}Q", extra, at + 4)
-                if at + 4 + size <= len(extra) else ()
-            )  # fmt: skip
+                if at + 4 + size <= len(extra)
+                else ()
+            )
             length = next(values, length) if length == _ALL else length
             stored = next(values, stored) if stored == _ALL else stored
             local = next(values, local) if local == _ALL else local
@@ -140,11 +141,16 @@ def _crc(file: Source, offset: int, size: int) -> int:
 def is_archive(file: Source) -> bool:
     """Whether the directory of a zip file can be read, and all of its records lie in the file."""
     found = _directory(file)
-    return found is not None and bool(found[0]) and all(
-        _payload(file, entry) is not None if entry.method == 0
-        else entry.local + _LOCAL.size <= file.size
-        for entry in found[0]
-    )  # fmt: skip
+    return (
+        found is not None
+        and bool(found[0])
+        and all(
+            _payload(file, entry) is not None
+            if entry.method == 0
+            else entry.local + _LOCAL.size <= file.size
+            for entry in found[0]
+        )
+    )
 
 
 class Checksums(Enum):
@@ -186,8 +192,9 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
             sums.append(entry)
     if not storages and problem is not None:
         return None
-    squeezed = sum(entry.name.partition("/")[2].startswith("data/") and entry.method != 0
-                   for entry in entries)  # fmt: skip
+    squeezed = sum(
+        entry.name.partition("/")[2].startswith("data/") and entry.method != 0 for entry in entries
+    )
     if squeezed and problem is None:
         problem = f"{squeezed} of its records are compressed"
     if len({storage.key for storage in storages}) < len(storages):
@@ -199,9 +206,11 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
         if (
             checksums is Checksums.LITERAL
             or tensors[number].inline != (checksums is Checksums.SMALL)
-            or (checksums is Checksums.PROVEN
-                and _crc(file, storage.offset, storage.size) != entry.crc)
-        ):  # fmt: skip
+            or (
+                checksums is Checksums.PROVEN
+                and _crc(file, storage.offset, storage.size) != entry.crc
+            )
+        ):
             continue  # some options of torch.save falsify checksums
         marks.append(Checksum(entry.crc_offset, number))
         crc = struct.pack("<I", entry.crc)

@@ -34,10 +34,23 @@ GROUPS = {
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 _MODULES = {"import": "importing", "unpin": "pin"}  # all others are called as their commands
-_WITHOUT_NUMPY = frozenset({
-    "init", "config", "stats", "index", "log", "show", "status", "branch", "tag", "pin", "unpin",
-    "undo", "reflog",
-})  # fmt: skip
+_WITHOUT_NUMPY = frozenset(
+    {
+        "init",
+        "config",
+        "stats",
+        "index",
+        "log",
+        "show",
+        "status",
+        "branch",
+        "tag",
+        "pin",
+        "unpin",
+        "undo",
+        "reflog",
+    }
+)
 _SUMMARY = 80  # characters of a line of help, which no summary fills
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -66,17 +79,24 @@ class Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         alone = typer.Typer(
-            add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS,
+            add_completion=False,
+            rich_markup_mode=None,
+            context_settings=_SETTINGS,
             pretty_exceptions_enable=False,
-        )  # fmt: skip
+        )
         alone.command(cmd_name)(_guarded(cmd_name, load(cmd_name)))
         return typer.main.get_command(alone)
 
 
 app = typer.Typer(
-    name="ckpt", cls=Commands, no_args_is_help=True, add_completion=True,
-    pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=_SETTINGS,
-)  # fmt: skip
+    name="ckpt",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=_SETTINGS,
+)
 
 
 def _guarded(name: str, command: Callable[P, None]) -> Callable[P, None]:

@@ -31,9 +31,9 @@ def average(
     with render.progress("averaging", sum(entry.commit.raw_bytes for entry in entries)) as tick:
         names = repo.average(start, stop, output, every=every, force=force, progress=tick)
     if json:
-        render.as_json({
-            "path": str(output), "commits": names, "steps": [entry.step for entry in entries],
-        })  # fmt: skip
+        render.as_json(
+            {"path": str(output), "commits": names, "steps": [entry.step for entry in entries]}
+        )
         return
     shown = render.printable(str(output))
     render.data(f"{shown}: the mean of {len(names)} commits, all else from {names[-1][:8]}")

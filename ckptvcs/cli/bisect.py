@@ -38,15 +38,17 @@ def bisect(
     )
     if json:
         first = found.first_bad
-        render.as_json({
-            "first_bad": None if first is None else first.id,
-            "last_good": found.last_good.id,
-            "candidates": [render.entry_json(entry) for entry in found.candidates],
-            "tested": [
-                {"id": entry.id, "step": entry.step, "verdict": verdict}
-                for entry, verdict in found.tested
-            ],
-        })  # fmt: skip
+        render.as_json(
+            {
+                "first_bad": None if first is None else first.id,
+                "last_good": found.last_good.id,
+                "candidates": [render.entry_json(entry) for entry in found.candidates],
+                "tested": [
+                    {"id": entry.id, "step": entry.step, "verdict": verdict}
+                    for entry, verdict in found.tested
+                ],
+            }
+        )
         return
     if found.first_bad is None:
         render.talk("the commits between could not be judged")

@@ -31,9 +31,13 @@ def cat(
     """Print one tensor of a commit."""
     view = open_repo(context).tensor_view(where)
     about = {
-        "id": view.id, "step": view.step, "name": view.name, "dtype": view.dtype,
-        "shape": list(view.shape), "fidelity": view.fidelity,
-    }  # fmt: skip
+        "id": view.id,
+        "step": view.step,
+        "name": view.name,
+        "dtype": view.dtype,
+        "shape": list(view.shape),
+        "fidelity": view.fidelity,
+    }
     if output is not None:
         view.save(output, force=force)
         if json:

@@ -46,24 +46,38 @@ def checkout(
     where = None
     if only:
         done = repo.checkout_part(
-            name, only, target, force=force, exact=exactly,
+            name,
+            only,
+            target,
+            force=force,
+            exact=exactly,
             announce=_ignore if target else _announce_part,
-        )  # fmt: skip
+        )
     else:
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
             done = repo.checkout_files(
-                name, target, force=force, exact=exactly, progress=tick,
+                name,
+                target,
+                force=force,
+                exact=exactly,
+                progress=tick,
                 announce=_ignore if target else partial(_announce, entry.commit),
-            )  # fmt: skip
+            )
         with after("" if target else "the files were written"):
             where = None if target else repo.move_head(revision)
     paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
     exact = all(form == "exact" for form in forms.values())
     if json:
-        render.as_json({
-            "id": name, "step": entry.commit.step, "paths": [str(path) for path in paths],
-            "fidelity": forms, "exact": exact, "branch": where,
-        })  # fmt: skip
+        render.as_json(
+            {
+                "id": name,
+                "step": entry.commit.step,
+                "paths": [str(path) for path in paths],
+                "fidelity": forms,
+                "exact": exact,
+                "branch": where,
+            }
+        )
         return
     form = render.fidelity(replace(entry, fidelity=forms))
     shown = render.printable(str(paths[0])) if len(paths) == 1 else f"{len(paths)} files"

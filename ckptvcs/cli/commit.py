@@ -61,9 +61,15 @@ def commit(
     metrics = dict(_metric(text) for text in metric or [])
     with render.progress("committing", _size_of(path)) as tick:
         result = repo.commit_path(
-            path, message=message, step=step, metrics=metrics, codec=codec, branch=branch,
-            raw=raw, progress=tick,
-        )  # fmt: skip
+            path,
+            message=message,
+            step=step,
+            metrics=metrics,
+            codec=codec,
+            branch=branch,
+            raw=raw,
+            progress=tick,
+        )
     with after(f"commit {result.id[:8]} was made"):
         _tell(repo, result, json=json)
 

@@ -84,9 +84,12 @@ def _sums_json(found: Comparison, sums: Sums, changed: int | None) -> dict[str, 
 
 def _info_json(info: TensorInfo) -> dict[str, Any]:
     return {
-        "name": info.name, "part": info.part, "role": info.role, "dtype": info.dtype,
+        "name": info.name,
+        "part": info.part,
+        "role": info.role,
+        "dtype": info.dtype,
         "shape": list(info.shape),
-    }  # fmt: skip
+    }
 
 
 def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, Any]:
@@ -103,9 +106,13 @@ def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, 
         "tensors": [
             _info_json(tensor.info)
             | _sums_json(found, tensor.sums, tensor.changed)
-            | {"error_a": _number(tensor.error_a), "error_b": _number(tensor.error_b),
-               "near_a": tensor.near_a, "near_b": tensor.near_b,
-               "below_error": tensor.below_error}
+            | {
+                "error_a": _number(tensor.error_a),
+                "error_b": _number(tensor.error_b),
+                "near_a": tensor.near_a,
+                "near_b": tensor.near_b,
+                "below_error": tensor.below_error,
+            }
             for tensor in tensors
         ],
         "added": [_info_json(info) for info in found.added],
@@ -118,7 +125,7 @@ def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, 
             for one in found.indistinct
         ],
         "dropped": list(found.dropped),
-    }  # fmt: skip
+    }
 
 
 def _plain(value: object) -> Any:
@@ -137,12 +144,17 @@ def _sums_row(
     ratio = found.update_ratio(sums)
     broken = f"{sums.nonfinite_a} -> {sums.nonfinite_b}"
     return [
-        name, f"{sums.norm_a:.3g}", f"{sums.norm_b:.3g}", f"{sums.norm_difference:.3g}",
-        f"{mark}{sums.relative:.3g}", "-" if ratio is None else f"{ratio:.3g}",
-        f"{sums.cosine:.5f}", f"{sums.max_abs:.3g}",
+        name,
+        f"{sums.norm_a:.3g}",
+        f"{sums.norm_b:.3g}",
+        f"{sums.norm_difference:.3g}",
+        f"{mark}{sums.relative:.3g}",
+        "-" if ratio is None else f"{ratio:.3g}",
+        f"{sums.cosine:.5f}",
+        f"{sums.max_abs:.3g}",
         "-" if changed is None else f"{100 * changed / max(1, sums.entries):.3g}%",
         broken if sums.nonfinite_a or sums.nonfinite_b else "",
-    ]  # fmt: skip
+    ]
 
 
 def _show_diff(found: Comparison, tensors: list[TensorDifference]) -> None:
@@ -157,8 +169,18 @@ def _show_diff(found: Comparison, tensors: list[TensorDifference]) -> None:
         elif name != "step":
             render.data(f"  {render.printable(name)}: {_text(a)} -> {_text(b)}")
     if tensors:
-        heading = ["name", "|A|", "|B|", "|B-A|", "change", "per step", "cosine", "max", "changed",
-                   "not finite"]  # fmt: skip
+        heading = [
+            "name",
+            "|A|",
+            "|B|",
+            "|B-A|",
+            "change",
+            "per step",
+            "cosine",
+            "max",
+            "changed",
+            "not finite",
+        ]
         rows = [heading]
         for tensor in tensors:
             mark = "~" if tensor.below_error else ""
@@ -171,10 +193,12 @@ def _show_diff(found: Comparison, tensors: list[TensorDifference]) -> None:
         if render.width() < _WIDE:
             hidden |= {"|B|", "|B-A|"}
         render.data("")
-        render.table([
-            [cell for cell, name in zip(row, heading, strict=True) if name not in hidden]
-            for row in rows
-        ])  # fmt: skip
+        render.table(
+            [
+                [cell for cell, name in zip(row, heading, strict=True) if name not in hidden]
+                for row in rows
+            ]
+        )
         if any(tensor.below_error for tensor in tensors):
             render.data("~ no more than the error of the near forms: it may mean nothing")
     for word, infos in (("added", found.added), ("removed", found.removed)):

@@ -51,18 +51,32 @@ def export(
     with render.progress("exporting", sum(entry.commit.raw_bytes for entry in entries)) as tick:
         if folder is not None:
             written = repo.export_line(
-                folder, start=start, stop=stop, every=every, revision=revision, form=form,
-                only=only, force=force, progress=tick,
-            )  # fmt: skip
+                folder,
+                start=start,
+                stop=stop,
+                every=every,
+                revision=revision,
+                form=form,
+                only=only,
+                force=force,
+                progress=tick,
+            )
         elif revision is not None and path is not None:
             written = [
                 repo.export(revision, path, form=form, only=only, force=force, progress=tick)
             ]
     if json:
-        render.as_json([
-            {"id": one.entry.id, "step": one.entry.step, "path": str(one.path), "exact": one.exact}
-            for one in written
-        ])  # fmt: skip
+        render.as_json(
+            [
+                {
+                    "id": one.entry.id,
+                    "step": one.entry.step,
+                    "path": str(one.path),
+                    "exact": one.exact,
+                }
+                for one in written
+            ]
+        )
         return
     for one in written:
         render.data(render.printable(str(one.path)))

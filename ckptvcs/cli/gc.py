@@ -40,9 +40,16 @@ def _size(text: str) -> int:
 
 
 def _policy(
-    last: int | None, every: int | None, within: str | None, best: list[str] | None, *,
-    tagged: bool, log_spaced: bool, max_size: str | None, optimizer_last: int | None,
-) -> Policy:  # fmt: skip
+    last: int | None,
+    every: int | None,
+    within: str | None,
+    best: list[str] | None,
+    *,
+    tagged: bool,
+    log_spaced: bool,
+    max_size: str | None,
+    optimizer_last: int | None,
+) -> Policy:
     for name, number in (("last", last), ("every", every), ("optimizer-last", optimizer_last)):
         if number is not None and number < 1:
             raise InvalidInputError(f"--keep-{name} takes a number from 1")
@@ -53,9 +60,15 @@ def _policy(
     if size is not None and size < 0:
         raise InvalidInputError(f"'{max_size}' is no size", hint="write 500M, 50G")
     return Policy(
-        last, every, seconds, tuple(Best.parse(text) for text in best or ()), tagged, log_spaced,
-        size, optimizer_last,
-    )  # fmt: skip
+        last,
+        every,
+        seconds,
+        tuple(Best.parse(text) for text in best or ()),
+        tagged,
+        log_spaced,
+        size,
+        optimizer_last,
+    )
 
 
 def gc(
@@ -81,8 +94,7 @@ def gc(
         str | None, typer.Option(metavar="SIZE", help="keep the newest commits that fit: 50G")
     ] = None,
     keep_optimizer_last: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="drop optimizer states except the newest N"),
+        int | None, typer.Option(metavar="N", help="drop optimizer states except the newest N")
     ] = None,
     rekey: Annotated[
         bool, typer.Option("--rekey", help="merge deltas across dropped commits")
@@ -95,9 +107,15 @@ def gc(
 ) -> None:
     """Delete commits that no rule keeps, and unreachable data."""
     policy = _policy(
-        keep_last, keep_every, keep_within, keep_best, tagged=keep_tag,
-        log_spaced=keep_log_spaced, max_size=max_size, optimizer_last=keep_optimizer_last,
-    )  # fmt: skip
+        keep_last,
+        keep_every,
+        keep_within,
+        keep_best,
+        tagged=keep_tag,
+        log_spaced=keep_log_spaced,
+        max_size=max_size,
+        optimizer_last=keep_optimizer_last,
+    )
     if rekey and not sweep:
         raise InvalidInputError("--rekey sweeps at once", hint="leave out --no-sweep")
     repo = open_repo(context)
@@ -107,18 +125,28 @@ def gc(
         with render.progress("rekeying" if rekey else "sweeping", None) as tick:
             plan = repo.gc(policy, sweep=sweep, rekey=rekey, progress=tick)
     if json:
-        render.as_json({
-            "dry_run": dry_run, "packs": sorted(plan.packs), "debris": list(plan.debris),
-            "freed_bytes": plan.freed_bytes, "kept_bytes": plan.kept_bytes,
-            "loose": list(plan.loose),
-            "faded": sorted({name for patch in plan.fading for name in patch.commits}),
-            "commits": [
-                {"id": row.name, "step": row.commit.step, "action": row.action,
-                 "reasons": list(row.reasons), "freed_bytes": row.freed_bytes,
-                 "chained_bytes": row.chained_bytes}
-                for row in plan.decisions
-            ],
-        })  # fmt: skip
+        render.as_json(
+            {
+                "dry_run": dry_run,
+                "packs": sorted(plan.packs),
+                "debris": list(plan.debris),
+                "freed_bytes": plan.freed_bytes,
+                "kept_bytes": plan.kept_bytes,
+                "loose": list(plan.loose),
+                "faded": sorted({name for patch in plan.fading for name in patch.commits}),
+                "commits": [
+                    {
+                        "id": row.name,
+                        "step": row.commit.step,
+                        "action": row.action,
+                        "reasons": list(row.reasons),
+                        "freed_bytes": row.freed_bytes,
+                        "chained_bytes": row.chained_bytes,
+                    }
+                    for row in plan.decisions
+                ],
+            }
+        )
         return
     _show(plan)
     render.data(_sizes(plan, dry_run=dry_run, sweep=sweep))

@@ -62,10 +62,12 @@ def import_(
         if json:
             render.as_json(_json(importer, dry_run=dry_run))
         else:
-            render.table([
-                ["step", "name", "size", "stored", "ratio", "fidelity", "note"],
-                *(_row(importer, item, planned=dry_run and delete) for item in importer.items),
-            ])  # fmt: skip
+            render.table(
+                [
+                    ["step", "name", "size", "stored", "ratio", "fidelity", "note"],
+                    *(_row(importer, item, planned=dry_run and delete) for item in importer.items),
+                ]
+            )
             _sum_up(importer, dry_run=dry_run, delete=delete)
         sys.stdout.flush()
     _exit(importer, kept=delete and not dry_run)
@@ -151,9 +153,10 @@ def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
     if entry is not None:
         raw = entry.commit.raw_bytes
         stored = [
-            render.size(entry.stored_bytes), render.ratio(raw, entry.stored_bytes),
+            render.size(entry.stored_bytes),
+            render.ratio(raw, entry.stored_bytes),
             render.fidelity(entry),
-        ]  # fmt: skip
+        ]
     step = "-" if found.step is None else str(found.step)
     name = render.printable(found.name) + ("/" if found.kind == "directory" and found.top else "")
     return [step, name, render.size(found.size_bytes), *stored, render.printable(note)]
@@ -161,8 +164,10 @@ def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
 
 def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
     items = importer.items
-    count = {action: sum(item.action == action for item in items)
-             for action in ("commit", "committed", "known", "failed")}  # fmt: skip
+    count = {
+        action: sum(item.action == action for item in items)
+        for action in ("commit", "committed", "known", "failed")
+    }
     parts = [f"{count['commit']} to be committed" if dry_run else f"{count['committed']} committed"]
     parts += [f"{count[action]} {action}" for action in ("known", "failed") if count[action]]
     raw, stored = importer.totals()
@@ -173,8 +178,10 @@ def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
         freed = render.size(sum(file.freed_bytes for file in gone))
         kept = sum(item.gone.kept is not None for item in items)
         render.data(f"{len(gone)} file(s) removed, {freed} freed, {kept} original(s) kept")
-        if any(item.id and not item.problem and item.gone.kept and _is_near(importer, item)
-               for item in items):  # fmt: skip
+        if any(
+            item.id and not item.problem and item.gone.kept and _is_near(importer, item)
+            for item in items
+        ):
             render.talk("hint: --accept-near removes what is kept near; 'ckpt log' shows errors")
 
 
@@ -186,24 +193,32 @@ def _is_near(importer: Importer, item: ImportItem) -> bool:
 def _json(importer: Importer, *, dry_run: bool) -> render.Json:
     raw, stored = importer.totals()
     return {
-        "dry_run": dry_run, "raw_bytes": raw, "stored_bytes": stored,
+        "dry_run": dry_run,
+        "raw_bytes": raw,
+        "stored_bytes": stored,
         "freed_bytes": sum(f.freed_bytes for item in importer.items for f in item.gone.removed),
         "checkpoints": [_item_json(importer, item) for item in importer.items],
         "left_out": [{"name": e.name, "reason": e.reason} for e in importer.left_out],
-    }  # fmt: skip
+    }
 
 
 def _item_json(importer: Importer, item: ImportItem) -> dict[str, render.Json]:
     found, entry = item.found, importer.entry(item)
     return {
-        "name": found.name, "step": found.step, "kind": found.kind if found.top else "files",
+        "name": found.name,
+        "step": found.step,
+        "kind": found.kind if found.top else "files",
         "raw_bytes": found.size_bytes,
-        "action": item.action, "same_as": item.same_as, "branch": item.branch,
+        "action": item.action,
+        "same_as": item.same_as,
+        "branch": item.branch,
         "commit": None if entry is None else render.entry_json(entry),
         "problem": None if item.problem is None else item.problem.message,
-        "notes": list(item.notes), "removed": [str(gone.path) for gone in item.gone.removed],
-        "kept": item.gone.kept, "pinned": item.gone.pinned,
-    }  # fmt: skip
+        "notes": list(item.notes),
+        "removed": [str(gone.path) for gone in item.gone.removed],
+        "kept": item.gone.kept,
+        "pinned": item.gone.pinned,
+    }
 
 
 def _exit(importer: Importer, *, kept: bool) -> None:

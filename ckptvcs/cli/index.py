@@ -8,7 +8,7 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
-from ckptvcs.errors import InvalidInputError  # fmt: skip
+from ckptvcs.errors import InvalidInputError
 
 
 def index(

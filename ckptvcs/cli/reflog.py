@@ -21,18 +21,30 @@ def reflog(
     repo = open_repo(context)
     events = repo.reflog(ref)
     if json:
-        render.as_json([
-            {"time": e.time, "action": e.action, "commit": e.commit, "step": e.step,
-             "commits": e.count, "there": e.there}
-            for e in events
-        ])  # fmt: skip
+        render.as_json(
+            [
+                {
+                    "time": e.time,
+                    "action": e.action,
+                    "commit": e.commit,
+                    "step": e.step,
+                    "commits": e.count,
+                    "there": e.there,
+                }
+                for e in events
+            ]
+        )
         return
     rows = [["time (UTC)", "action", "id", "step", "commits"]]
     for event in events:
         mark = "" if event.there else " (swept)"
-        rows.append([
-            event.time[:19].replace("T", " "), render.printable(event.action),
-            (event.commit or "-")[:8] + mark, "-" if event.step is None else str(event.step),
-            str(event.count) if event.count else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                event.time[:19].replace("T", " "),
+                render.printable(event.action),
+                (event.commit or "-")[:8] + mark,
+                "-" if event.step is None else str(event.step),
+                str(event.count) if event.count else "",
+            ]
+        )
     render.table(rows)

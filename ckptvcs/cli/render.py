@@ -34,10 +34,26 @@ from ckptvcs.text import size as size
 _USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]
 _UNEXPECTED = 1
 
-_RIGHT = frozenset({
-    "step", "size", "stored", "ratio", "bytes", "depth", "freed", "|A|", "|B|", "|B-A|", "change",
-    "per step", "cosine", "max", "changed", "not finite",
-})  # fmt: skip
+_RIGHT = frozenset(
+    {
+        "step",
+        "size",
+        "stored",
+        "ratio",
+        "bytes",
+        "depth",
+        "freed",
+        "|A|",
+        "|B|",
+        "|B-A|",
+        "change",
+        "per step",
+        "cosine",
+        "max",
+        "changed",
+        "not finite",
+    }
+)
 _FLEXIBLE = frozenset({"message", "metrics", "name", "reason", "note"})
 _GAP = 2  # columns between two cells
 
@@ -117,17 +133,17 @@ def table(rows: Sequence[Sequence[str]]) -> None:
     widths = _fitted(rows, console.width)
     if rows[0][0] == "name":  # names of tensors differ at their ends
         rows = [
-            [
-                cell if len(cell) <= widths[0] else f"\u2026{cell[1 - widths[0] :]}",
-                *rest,
-            ]
+            [cell if len(cell) <= widths[0] else f"\u2026{cell[1 - widths[0] :]}", *rest]
             for cell, *rest in rows
         ]
     for name, width in zip(rows[0], widths, strict=True):
         grid.add_column(
-            name, justify="right" if name in _RIGHT else "left", width=width, no_wrap=True,
+            name,
+            justify="right" if name in _RIGHT else "left",
+            width=width,
+            no_wrap=True,
             overflow="ellipsis",
-        )  # fmt: skip
+        )
     for row in rows[1:]:
         grid.add_row(*map(Text, row))
     console.print(grid)
@@ -143,9 +159,12 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
 
     columns = (
-        bars.TextColumn("{task.description}", markup=False), bars.BarColumn(),
-        bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn(),
-    )  # fmt: skip
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(plain(label), total=total)
         yield lambda count: bar.advance(task, count)

@@ -25,31 +25,43 @@ def _parts_json(entry: LogEntry) -> dict[str, Any]:
 def _tensors_json(repo: Repo, name: ObjectId) -> list[dict[str, Any]]:
     """The stored tensors of a commit, those that are near with their errors."""
     return [
-        {"name": one.name, "part": one.part, "role": one.role, "dtype": one.dtype,
-         "shape": list(one.shape), "evidence": one.evidence or None,
-         "error": None if one.error is None else render.error_json(one.error)}
+        {
+            "name": one.name,
+            "part": one.part,
+            "role": one.role,
+            "dtype": one.dtype,
+            "shape": list(one.shape),
+            "evidence": one.evidence or None,
+            "error": None if one.error is None else render.error_json(one.error),
+        }
         for one in repo.tensors(name)
-    ]  # fmt: skip
+    ]
 
 
 def _show_roles(repo: Repo, name: ObjectId) -> None:
     """The stored tensors of a commit, what they are taken for, and how they come back."""
     rows = [["tensor", "dtype", "shape", "part", "role", "evidence", "form"]]
     for one, form in zip(repo.tensors(name), repo.forms(name), strict=True):
-        rows.append([
-            render.printable(one.name), one.dtype, " x ".join(map(str, one.shape)),
-            one.part, one.role, one.evidence or "none", form,
-        ])  # fmt: skip
+        rows.append(
+            [
+                render.printable(one.name),
+                one.dtype,
+                " x ".join(map(str, one.shape)),
+                one.part,
+                one.role,
+                one.evidence or "none",
+                form,
+            ]
+        )
     render.table(rows)
 
 
 def show(
-    context: typer.Context, revision: Revision = "HEAD",
-    roles: Annotated[
-        bool, typer.Option("--roles", help="list tensors with their roles")
-    ] = False,
+    context: typer.Context,
+    revision: Revision = "HEAD",
+    roles: Annotated[bool, typer.Option("--roles", help="list tensors with their roles")] = False,
     json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Print one commit and its files."""
     repo = open_repo(context)
     name = repo.resolve(revision)
@@ -65,10 +77,17 @@ def show(
         ]
         render.as_json(
             render.entry_json(entry)
-            | {"parts": _parts_json(entry), "files": files, "source": made.source,
-               "path": made.path, "host": made.host, "user": made.user, "code": made.code,
-               "tensors": _tensors_json(repo, name)}
-        )  # fmt: skip
+            | {
+                "parts": _parts_json(entry),
+                "files": files,
+                "source": made.source,
+                "path": made.path,
+                "host": made.host,
+                "user": made.user,
+                "code": made.code,
+                "tensors": _tensors_json(repo, name),
+            }
+        )
         return
     rows = [
         ("commit", entry.id),
@@ -80,14 +99,20 @@ def show(
         ("code", made.code or ""),
         ("message", render.printable(made.message)),
         ("metrics", render.metrics(made.metrics)),
-        ("size", f"{render.size(made.raw_bytes)} -> {render.size(entry.stored_bytes)} "
-                 f"({render.ratio(made.raw_bytes, entry.stored_bytes)})"),
+        (
+            "size",
+            f"{render.size(made.raw_bytes)} -> {render.size(entry.stored_bytes)} "
+            f"({render.ratio(made.raw_bytes, entry.stored_bytes)})",
+        ),
         ("stored as", f"{made.codec}, {made.kind}, depth {made.depth}"),
         ("fidelity", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
-        ("error", "" if entry.exact else ", ".join(
-            f"{name} {value:.3g}" for name, value in asdict(made.error).items()
-        )),
-    ]  # fmt: skip
+        (
+            "error",
+            ""
+            if entry.exact
+            else ", ".join(f"{name} {value:.3g}" for name, value in asdict(made.error).items()),
+        ),
+    ]
     for label, value in rows:
         if value:
             render.data(f"{label:<10} {value}")

@@ -12,12 +12,18 @@ def stats(context: typer.Context, json: JsonOption = False) -> None:
     """Print sizes on disk."""
     found = open_repo(context).stats()
     if json:
-        render.as_json({
-            "commits": found.commits, "raw_bytes": found.raw_bytes,
-            "stored_bytes": found.stored_bytes, "history_bytes": found.history_bytes,
-            "patch_bytes": found.patch_bytes, "cache_bytes": found.cache_bytes,
-            "packs": found.packs, "ratio": found.ratio,
-        })  # fmt: skip
+        render.as_json(
+            {
+                "commits": found.commits,
+                "raw_bytes": found.raw_bytes,
+                "stored_bytes": found.stored_bytes,
+                "history_bytes": found.history_bytes,
+                "patch_bytes": found.patch_bytes,
+                "cache_bytes": found.cache_bytes,
+                "packs": found.packs,
+                "ratio": found.ratio,
+            }
+        )
         return
     render.data(f"commits   {found.commits}")
     render.data(f"committed {render.size(found.raw_bytes)}")

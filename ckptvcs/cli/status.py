@@ -14,11 +14,16 @@ def status(context: typer.Context, json: JsonOption = False) -> None:
     found = repo.status()
     branch, name, step, changes = found.branch, found.head, found.step, found.changes
     if json:
-        render.as_json({
-            "repository": str(repo.folder), "branch": branch, "detached": branch is None,
-            "head": name, "step": step,
-            "changes": [{"what": what, "path": str(path)} for what, path in changes],
-        })  # fmt: skip
+        render.as_json(
+            {
+                "repository": str(repo.folder),
+                "branch": branch,
+                "detached": branch is None,
+                "head": name,
+                "step": step,
+                "changes": [{"what": what, "path": str(path)} for what, path in changes],
+            }
+        )
         return
     if name is None:
         render.data(f"on branch {branch}, no commits yet")
@@ -27,9 +32,10 @@ def status(context: typer.Context, json: JsonOption = False) -> None:
     at = "" if step is None else f" (step {step})"
     render.data(f"{where}, at {name[:8]}{at}")
     words = {
-        "missing": "not checked out", "changed": "differs from HEAD",
+        "missing": "not checked out",
+        "changed": "differs from HEAD",
         "near": "checked out in near form",
-    }  # fmt: skip
+    }
     for what, path in changes:
         render.data(f"  {words[what]}: {render.printable(str(path))}")
     if not changes:

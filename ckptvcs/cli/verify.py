@@ -10,12 +10,7 @@ import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, locate, open_repo
-from ckptvcs.errors import (
-    CkptError,
-    CorruptionError,
-    InvalidInputError,
-    UnsupportedVersionError,
-)  # fmt: skip
+from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, UnsupportedVersionError
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
@@ -103,11 +98,17 @@ def _say_unopened(folder: Path, error: CkptError, *, json: bool) -> None:
 
 def _verified(report: VerifyReport, repaired: Repaired | None) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "ok": not report.damage, "packs": report.packs, "commits": report.commits,
-        "tensors": report.tensors, "files": report.files, "bytes": report.bytes,
-        "left": report.left, "loose": report.loose, "discarded": report.discarded,
+        "ok": not report.damage,
+        "packs": report.packs,
+        "commits": report.commits,
+        "tensors": report.tensors,
+        "files": report.files,
+        "bytes": report.bytes,
+        "left": report.left,
+        "loose": report.loose,
+        "discarded": report.discarded,
         "damage": [asdict(damage) for damage in report.damage],
-    }  # fmt: skip
+    }
     if repaired is not None:
         found["repaired"] = asdict(repaired)
     return found
@@ -134,10 +135,13 @@ def _damage_lines(damage: Damage) -> list[str]:
 
 def _repaired(done: Repaired) -> str:
     counts = {
-        "object(s) salvaged": done.salvaged, "object(s) remembered": done.remembered,
-        "object(s) fetched": done.fetched, "ref(s) mended": len(done.refs),
-        "file(s) mended": len(done.files), "commit(s) dropped": len(done.dropped),
+        "object(s) salvaged": done.salvaged,
+        "object(s) remembered": done.remembered,
+        "object(s) fetched": done.fetched,
+        "ref(s) mended": len(done.refs),
+        "file(s) mended": len(done.files),
+        "commit(s) dropped": len(done.dropped),
         "damaged pack(s) deleted": done.packs,
-    }  # fmt: skip
+    }
     said = [f"{count} {what}" for what, count in counts.items() if count]
     return "repaired: " + (", ".join(said) or "nothing")

@@ -53,9 +53,14 @@ def watch(
         raise InvalidInputError("--interval is above 0, --settle not below")
     repo = open_repo(context)
     watcher = repo.watch(
-        folder, pattern=pattern, codec=codec, branch=branch, settle=settle,
-        keep_local=keep_local, accept_near=accept_near,
-    )  # fmt: skip
+        folder,
+        pattern=pattern,
+        codec=codec,
+        branch=branch,
+        settle=settle,
+        keep_local=keep_local,
+        accept_near=accept_near,
+    )
     if once and not folder.is_dir():
         raise NotFoundError(f"there is no folder {folder}")
     if not once:
@@ -119,10 +124,12 @@ def _say(repo: Repo, event: WatchEvent, *, json: bool) -> None:
 def _json(repo: Repo, event: WatchEvent) -> render.Json:
     gone = event.gone
     return {
-        "name": event.name, "step": event.step,
+        "name": event.name,
+        "step": event.step,
         "commit": None if event.id is None else render.entry_json(repo.entry(event.id)),
         "problem": None if event.problem is None else event.problem.message,
         "notes": list(event.notes),
         "removed": [str(file.path) for file in gone.removed] if gone else [],
-        "kept": gone.kept if gone else None, "pinned": gone.pinned if gone else False,
-    }  # fmt: skip
+        "kept": gone.kept if gone else None,
+        "pinned": gone.pinned if gone else False,
+    }

@@ -24,17 +24,22 @@ class DType:
 
 
 _TABLE = [
-    *(DType(f"{letter}{bits}", bits // 8, bits // 8, False)
-      for letter in "IU" for bits in (8, 16, 32, 64)),
+    *(
+        DType(f"{letter}{bits}", bits // 8, bits // 8, False)
+        for letter in "IU"
+        for bits in (8, 16, 32, 64)
+    ),
     *(DType(f"F{bits}", bits // 8, bits // 8, True) for bits in (16, 32, 64)),
     DType("BF16", 2, 2, True),
     DType("BOOL", 1, 1, False),
-    *(DType(name, 1, 1, False)
-      for name in ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4")),
+    *(
+        DType(name, 1, 1, False)
+        for name in ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4")
+    ),
     DType("C32", 4, 2, True),
     DType("C64", 8, 4, True),
     DType("C128", 16, 8, True),
-]  # fmt: skip
+]
 
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 """Every known element type by name."""

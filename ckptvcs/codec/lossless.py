@@ -61,8 +61,7 @@ def _cheapest(words: Words, base: Words | None, dtype: DType) -> int:
     words_sample = sample(words)
     base_sample = None if base is None else sample(base)
     return min(
-        options,
-        key=lambda option: _cost_bits(_split(words_sample, base_sample, option, dtype)),
+        options, key=lambda option: _cost_bits(_split(words_sample, base_sample, option, dtype))
     )
 
 

@@ -33,9 +33,14 @@ MAX_RANK = 64  # 64 * 127^2 is below 2^24: float32 adds up such products exactly
 
 
 def encode_low_rank(
-    words: Words, second: Words | None, dtype: str, rows: Rows, rank: int, step: float,
+    words: Words,
+    second: Words | None,
+    dtype: str,
+    rows: Rows,
+    rank: int,
+    step: float,
     roots: tuple[Floats, Floats] | None = None,
-) -> NearSlice | None:  # fmt: skip
+) -> NearSlice | None:
     """Code one slice of a first moment as `rank` directions of moment / sqrt(second), or of itself.
 
     `step` is that of the factors, in root mean squares of the weakest direction that is kept.

@@ -50,15 +50,21 @@ def encode_second(words: Words, dtype: str, rows: Rows) -> NearSlice | None:
         values = np.where((values < _LEAST) & (values != 0), _LEAST, values)
         row_sums, in_row, sums, in_column, *_ = kernels.active().log_sums(values, *shape)
     payload = put_second(row_sums, in_row, sums, in_column, rows, values)
-    return None if payload is None else NearSlice(payload, decode_second(
-        memoryview(payload), words.size, dtype
-    ))  # fmt: skip
+    return (
+        None
+        if payload is None
+        else NearSlice(payload, decode_second(memoryview(payload), words.size, dtype))
+    )
 
 
 def put_second(
-    row_sums: Floats, in_row: Integers, sums: Floats, in_column: Integers, rows: Rows,
+    row_sums: Floats,
+    in_row: Integers,
+    sums: Floats,
+    in_column: Integers,
+    rows: Rows,
     values: Floats | None,
-) -> bytes | None:  # fmt: skip
+) -> bytes | None:
     """Return the payload of a slice from what `kernels.log_sums` says of it; None where the range
     of its values is too wide.  `values` is given where some of them are 0.
     """
@@ -108,9 +114,13 @@ class Factors:
 
 
 def _column_means(
-    row: Floats, in_row: Integers, sums: Floats, in_column: Integers, rows: Rows,
+    row: Floats,
+    in_row: Integers,
+    sums: Floats,
+    in_column: Integers,
+    rows: Rows,
     values: Floats | None,
-) -> Floats:  # fmt: skip
+) -> Floats:
     """The mean of log2(value) - its row over what is above zero in each column."""
     total = np.asarray(row * in_row, np.float64).sum()
     count = int(in_row.sum())

@@ -20,14 +20,7 @@ from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.matrix import NEUTRAL, QUARTERS, Rows, get_rows, take
 from ckptvcs.codec.quantize import TABLE, fit_levels, signed_table
 from ckptvcs.codec.sections import Bytes, get_section, put_section, sample, sample_positions
-from ckptvcs.codec.words import (
-    NONE,
-    NearSlice,
-    Words,
-    from_float32,
-    to_float32,
-    word_type,
-)  # fmt: skip
+from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32, word_type
 from ckptvcs.errors import CorruptionError
 
 Floats = NDArray[np.float32]
@@ -74,9 +67,15 @@ class Residuals(Protocol):
         """Values, and those of the base, at the positions of `planes.sample`."""
 
     def code(
-        self, scale: np.float32, step: np.float32, zone: np.float32, amounts: Floats,
-        factors: Floats, columns: int, start: int,
-    ) -> tuple[Bytes, Integers, tuple[float, ...], float]:  # fmt: skip
+        self,
+        scale: np.float32,
+        step: np.float32,
+        zone: np.float32,
+        amounts: Floats,
+        factors: Floats,
+        columns: int,
+        start: int,
+    ) -> tuple[Bytes, Integers, tuple[float, ...], float]:
         """What `kernels.code_residuals` returns but for the first."""
 
     def largest(self) -> float:
@@ -102,9 +101,14 @@ class _Here:
 
 
 def encode_delta(
-    words: Words, base: Words, dtype: str, step: float, zone: float,
-    factors: tuple[Rows, Bytes] | None = None, weights: Floats = NONE,
-) -> NearSlice | None:  # fmt: skip
+    words: Words,
+    base: Words,
+    dtype: str,
+    step: float,
+    zone: float,
+    factors: tuple[Rows, Bytes] | None = None,
+    weights: Floats = NONE,
+) -> NearSlice | None:
     """Code one slice of a weight against its base.  `step` is that of a row whose factor is 1.
 
     Returns what `decode_weight` will return; for float32 with the sums of `kernels.weight_squares`,
@@ -163,9 +167,13 @@ def put_delta(
 
 
 def _fit(
-    residuals: Residuals, scale: np.float32, step: np.float32, factors: Floats, rows: Rows,
+    residuals: Residuals,
+    scale: np.float32,
+    step: np.float32,
+    factors: Floats,
+    rows: Rows,
     zone: float,
-) -> NDArray[np.uint16] | None:  # fmt: skip
+) -> NDArray[np.uint16] | None:
     """Levels in units of the grid, from a sample; None where that is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         values, before = residuals.sample(_SAMPLE)
@@ -266,10 +274,15 @@ def decode_weight(
     in_place = in_place and base.flags.writeable
     near = to_float32(base if dtype != "F32" or in_place else base.copy(), dtype)
     kernels.active().change(
-        near, *codes.sparse(), np.float32(2.0**grid), np.float32(step),
-        signed_table(levels.astype(np.float32), np.float32(step)), QUARTERS[stored],
-        rows.columns, rows.start,
-    )  # fmt: skip
+        near,
+        *codes.sparse(),
+        np.float32(2.0**grid),
+        np.float32(step),
+        signed_table(levels.astype(np.float32), np.float32(step)),
+        QUARTERS[stored],
+        rows.columns,
+        rows.start,
+    )
     if dtype == "F32":
         return near.view(np.uint32)
     # Rounding must not touch words of the base, which may be NaNs.

@@ -50,9 +50,11 @@ def _encode_near(words: Words, near: Words, dtype: DType, raw: int) -> Buffers:
         raise CorruptionError("an exact patch does not give back what it was made from")
     upper = high.view(np.uint8).reshape(high.size, 4).T[: dtype.word - raw]
     return (
-        bytes([NEAR, raw]), *(octets(plane) for plane in planes),
-        put_bitmap(bitmap, words.size, high.size), upper.tobytes(),
-    )  # fmt: skip
+        bytes([NEAR, raw]),
+        *(octets(plane) for plane in planes),
+        put_bitmap(bitmap, words.size, high.size),
+        upper.tobytes(),
+    )
 
 
 def decode(

@@ -147,7 +147,12 @@ def finer(spec: CodecSpec, excess: float) -> CodecSpec:
     settings = spec.settings
     assert isinstance(settings, NearSpec)
     share = min(0.7, 0.8 / excess)
-    return replace(spec, settings=replace(
-        settings, step=share * settings.step, cap=share * settings.cap,
-        max_weight_error=share * settings.max_weight_error,
-    ))  # fmt: skip
+    return replace(
+        spec,
+        settings=replace(
+            settings,
+            step=share * settings.step,
+            cap=share * settings.cap,
+            max_weight_error=share * settings.max_weight_error,
+        ),
+    )

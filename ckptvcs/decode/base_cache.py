@@ -326,9 +326,14 @@ class SharedTable(HeldTable):
 
 
 def materialised(
-    folder: Path, held: HeldBase | None, values: ObjectId, infos: list[TensorInfo],
-    hashes: list[bytes], *, change: bool = False,
-) -> Materialised | None:  # fmt: skip
+    folder: Path,
+    held: HeldBase | None,
+    values: ObjectId,
+    infos: list[TensorInfo],
+    hashes: list[bytes],
+    *,
+    change: bool = False,
+) -> Materialised | None:
     """A table of values from memory or from the cache; None where neither has it.  Only the commit
     that is to `change` what is in memory may see it change.
     """

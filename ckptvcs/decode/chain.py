@@ -100,9 +100,14 @@ class ChainReader:
         return None if found is None else (found, tensor)
 
     def _chain(
-        self, bundle: ObjectId, number: int, asked: DType, at: tuple[ObjectId, int] | None,
-        *, beside: bool = False,
-    ) -> list[Link]:  # fmt: skip
+        self,
+        bundle: ObjectId,
+        number: int,
+        asked: DType,
+        at: tuple[ObjectId, int] | None,
+        *,
+        beside: bool = False,
+    ) -> list[Link]:
         """The chain that ends in a frame of a bundle; one `beside` another has no companions.  A
         frame that names no type has the one `asked` for: that of the tensor, or of the frame above.
         """
@@ -188,8 +193,9 @@ class ChainReader:
             if len(chosen) == len(path):
                 return {
                     stage.place: name
-                    for stage, name in zip(path, chosen, strict=True) if stage.frame.dtype is None
-                }  # fmt: skip
+                    for stage, name in zip(path, chosen, strict=True)
+                    if stage.frame.dtype is None
+                }
             open_.append(self._options(path[len(chosen)], info, option[1]))
         return {}
 
@@ -231,9 +237,13 @@ class ChainReader:
         return memoryview(data)
 
     def decode_slice(
-        self, chain: Sequence[Link], info: TensorInfo, number: int, count: int,
+        self,
+        chain: Sequence[Link],
+        info: TensorInfo,
+        number: int,
+        count: int,
         out: Words | None = None,
-    ) -> Words:  # fmt: skip
+    ) -> Words:
         """Slice `number` of a tensor, `count` words, not yet proven by the tensor's hash; in `out`,
         if there is one.
         """
@@ -243,9 +253,14 @@ class ChainReader:
         return _placed(self._run(chain, number, count, word, None, out), out)
 
     def _run(
-        self, chain: Sequence[Link], number: int, count: int, word: int, base: Words | None,
+        self,
+        chain: Sequence[Link],
+        number: int,
+        count: int,
+        word: int,
+        base: Words | None,
         out: Words | None = None,
-    ) -> Words:  # fmt: skip
+    ) -> Words:
         """A slice of the end of a chain whose frames are of one word size, from the words that its
         first frame stands on, or from what is at hand.
         """
@@ -291,9 +306,15 @@ class ChainReader:
         return _placed(self._apply(link, number, count, base, out, own=False), out)
 
     def _apply(
-        self, link: Link, number: int, count: int, base: Words | None, out: Words | None,
-        *, own: bool,
-    ) -> Words:  # fmt: skip
+        self,
+        link: Link,
+        number: int,
+        count: int,
+        base: Words | None,
+        out: Words | None,
+        *,
+        own: bool,
+    ) -> Words:
         data = self._slice_bytes(link.bundle, link.frame, number)
         companion = self._companion(link, number, count)
         return decode_slice(data, link.type, count, base, companion, own_base=own, out=out)

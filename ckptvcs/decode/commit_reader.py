@@ -74,9 +74,15 @@ class Restorer:
     """
 
     def __init__(
-        self, catalog: Catalog, name: ObjectId, *, near: bool = False, cache: Path | None = None,
-        held: HeldBase | None = None, materials: Materials | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        catalog: Catalog,
+        name: ObjectId,
+        *,
+        near: bool = False,
+        cache: Path | None = None,
+        held: HeldBase | None = None,
+        materials: Materials | None = None,
+    ) -> None:
         self.name = name
         self.commit: Commit = catalog.commit(name)
         self.schema = catalog.schema(self.commit.schema)
@@ -118,10 +124,12 @@ class Restorer:
         """
         errors = self._catalog.errors(self.name)
         doubtful = [
-            number for number in self._tables
+            number
+            for number in self._tables
             if self.fidelity[(info := self.schema.tensors[number]).part] == "near"
-            and info.role in LOSSY and can_be_lossy(info.dtype)
-        ]  # fmt: skip
+            and info.role in LOSSY
+            and can_be_lossy(info.dtype)
+        ]
         if not errors:  # they were let go
             return set(doubtful)
         # Of tensors with the same values one is measured.
@@ -221,9 +229,12 @@ class Restorer:
         model = self.schema.stored("model")
         state = self.commit.parts.get("model")
         if (
-            self._cache is None or state is None or self._materials.get(state.values) is not None
-            or self.commit.depth < _DEEP or not set(model) <= set(numbers)
-        ):  # fmt: skip
+            self._cache is None
+            or state is None
+            or self._materials.get(state.values) is not None
+            or self.commit.depth < _DEEP
+            or not set(model) <= set(numbers)
+        ):
             return None
         sizes = [self.schema.tensors[n].size_bytes for n in model]
         try:

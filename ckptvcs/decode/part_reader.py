@@ -29,7 +29,7 @@ from ckptvcs.checkpoint.torch_writer import (
     row_major,
     write_zip,
     zip_records,
-)  # fmt: skip
+)
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD
 from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.words import octets, word_type
@@ -208,8 +208,11 @@ class PartReader:
     def named(self, part: str) -> list[tuple[str, int, View]]:
         """Every tensor of a part under every name it has: name, stored tensor, window on it."""
         found = windows(self.schema).items()
-        rows = [(name, number, view) for name, (number, view) in found
-                if self.schema.tensors[number].part == part]  # fmt: skip
+        rows = [
+            (name, number, view)
+            for name, (number, view) in found
+            if self.schema.tensors[number].part == part
+        ]
         if not rows:
             raise NotFoundError(f"commit {self._restorer.name[:8]} has no part '{part}'")
         return rows
@@ -262,9 +265,13 @@ class PartReader:
         write_whole(target, lambda out: write_zip(out.write, named(target).stem, records))
 
     def export(
-        self, target: Path | Target, part: str | None, progress: Callable[[int], None], *,
+        self,
+        target: Path | Target,
+        part: str | None,
+        progress: Callable[[int], None],
+        *,
         force: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write what was committed, in the form that it was committed in, where that is what
         `target` says: a file of torch, of safetensors by its suffix, or a directory where there is
         no suffix of either; else, or with `part`, one part (`model`) as `save` does.

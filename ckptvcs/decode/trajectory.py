@@ -43,9 +43,10 @@ def select_tensors(schema: Schema, globs: Iterable[str]) -> dict[str, Window]:
     """The tensors whose name one of some globs matches; `*` matches dots too."""
     found, patterns = windows(schema), list(globs)
     return {
-        name: window for name, window in found.items()
+        name: window
+        for name, window in found.items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }  # fmt: skip
+    }
 
 
 def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
@@ -183,8 +184,10 @@ class Trajectory:
         stored = [number for number, info in enumerate(infos) if not info.inline]
         # Of several that have a value the last one counts: what is decoded anyway.
         for owner, numbers in (
-            (here.near, stored), (here.restorer, stored), (here.restorer, here.numbers)
-        ):  # fmt: skip
+            (here.near, stored),
+            (here.restorer, stored),
+            (here.restorer, here.numbers),
+        ):
             for number in numbers:
                 values, position = owner.place(number)
                 known[self._catalog.value(values, position)] = owner, number
@@ -223,9 +226,13 @@ class Trajectory:
 
     @staticmethod
     def _keep(
-        kept: dict[ObjectId, _Kept], values: ObjectId, position: int, here: _Stop, number: int,
+        kept: dict[ObjectId, _Kept],
+        values: ObjectId,
+        position: int,
+        here: _Stop,
+        number: int,
         data: Words,
-    ) -> None:  # fmt: skip
+    ) -> None:
         word = here.restorer.schema.tensors[number].type.word
         kept.setdefault(values, _Kept()).tensors[position] = data.view(word_type(word))
 
@@ -300,9 +307,14 @@ def series(
 
 
 def export(
-    catalog: Catalog, names: Sequence[ObjectId], targets: Sequence[Path | Target],
-    part: str | None, progress: Progress, *, force: bool = False,
-) -> None:  # fmt: skip
+    catalog: Catalog,
+    names: Sequence[ObjectId],
+    targets: Sequence[Path | Target],
+    part: str | None,
+    progress: Progress,
+    *,
+    force: bool = False,
+) -> None:
     """Write each commit, or one part of it, to its target, as `PartReader.export` does.
 
     Raises:

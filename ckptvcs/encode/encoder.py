@@ -150,13 +150,18 @@ class Encoder:
             name: PatchWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
         }
         self._planner = Planner(
-            checkpoint, spec, find_masters(checkpoint) if near else {}, self._base_tensor,
-            keyframe=keyframe, alone=attempt.alone,
-        )  # fmt: skip
+            checkpoint,
+            spec,
+            find_masters(checkpoint) if near else {},
+            self._base_tensor,
+            keyframe=keyframe,
+            alone=attempt.alone,
+        )
         self._known = {
-            name for name, row in self._numbers.items()
+            name
+            for name, row in self._numbers.items()
             if catalog.has_recipe(object_id(Kind.VALUES, self._table(row)), patches=False)
-        }  # fmt: skip
+        }
 
     def _load_base(self, base: Commit) -> dict[str, _BasePart]:
         schema = self._catalog.schema(base.schema)
@@ -316,9 +321,13 @@ class Encoder:
         work, index = coded.work, coded.index
         self._nonfinite += coded.nonfinite
         for target, draft, part, errors, patch in zip(
-            work.coder.members, work.drafts, coded.group.slices, coded.group.errors,
-            coded.patches, strict=True,
-        ):  # fmt: skip
+            work.coder.members,
+            work.drafts,
+            coded.group.slices,
+            coded.group.errors,
+            coded.patches,
+            strict=True,
+        ):
             info = self._infos[target.number]
             self._writers[info.part].append(draft, part)
             if patch is not None:
@@ -326,9 +335,11 @@ class Encoder:
             if info.part == "model":
                 for number in (target.number, *self._copies.get(target.number, ())):
                     self._base_writer.write(
-                        self._position[number], index, part.decoded,
+                        self._position[number],
+                        index,
+                        part.decoded,
                         fresh=part.decoded is not part.source,
-                    )  # fmt: skip
+                    )
             self._errors.setdefault(target.number, Errors()).add(errors)
             self._progress(part.decoded.nbytes)
         if index + 1 == work.slices:
@@ -401,15 +412,24 @@ class Encoder:
         lossy = self._spec.settings is not None
         # A copy of a tensor has its errors, but counts once in those of all weights.
         of_each = self._errors | {
-            copy: self._errors[twin] for twin, copies in self._copies.items()
-            for copy in copies if twin in self._errors
-        }  # fmt: skip
+            copy: self._errors[twin]
+            for twin, copies in self._copies.items()
+            for copy in copies
+            if twin in self._errors
+        }
         return Encoded(
-            parts, tables, recipes, max(self._depths.values(), default=0), data_bytes, patch_bytes,
-            self._nonfinite, report(self._errors, self._infos),
-            report_tensors(of_each, self._infos) if lossy else {}, shared,
+            parts,
+            tables,
+            recipes,
+            max(self._depths.values(), default=0),
+            data_bytes,
+            patch_bytes,
+            self._nonfinite,
+            report(self._errors, self._infos),
+            report_tensors(of_each, self._infos) if lossy else {},
+            shared,
             self._planner.notes,
-        )  # fmt: skip
+        )
 
     def _patch(self, name: str, values: ObjectId, row: list[int]) -> int:
         """Write the exact patch of a part: its bytes on disk."""
@@ -438,10 +458,11 @@ def has_patch(catalog: Catalog, state: PartState) -> bool:
     if state.exact is None or catalog.is_fading(state.exact):  # its days are numbered
         return False
     return any(
-        recipe.patch and catalog.store.contains(recipe.bundles[0])
+        recipe.patch
+        and catalog.store.contains(recipe.bundles[0])
         and all(f.base and f.base[0] == state.values for f in catalog.bundle(recipe.bundles[0]))
         for _, recipe in catalog.recipes(state.exact)
-    )  # fmt: skip
+    )
 
 
 def _code(job: tuple[_Work, int, bool]) -> _Coded:

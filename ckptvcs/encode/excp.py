@@ -18,7 +18,7 @@ from ckptvcs.codec.frame import (
     EXCP_SHARED_MASK_MOMENT,
     put_slice,
     slice_counts,
-)  # fmt: skip
+)
 from ckptvcs.codec.masks import Mask
 from ckptvcs.codec.spec import ExcpSpec
 from ckptvcs.encode.group import CodedGroup, CodedSlice, Group, Target
@@ -77,8 +77,10 @@ def plan(group: Group, spec: ExcpSpec) -> ExcpPlan | None:
 
     for residual, first, second in ordered_map(measure, range(len(slice_counts(group.words)))):
         for values, kept in (
-            (residual, sample.residual), (first, sample.first), (second, sample.second),
-        ):  # fmt: skip
+            (residual, sample.residual),
+            (first, sample.first),
+            (second, sample.second),
+        ):
             if values is not None:
                 if not np.isfinite(values).all():
                     return None

@@ -19,7 +19,7 @@ from ckptvcs.codec.frame import (
     Companion,
     decode_slice,
     put_slice,
-)  # fmt: skip
+)
 from ckptvcs.codec.kernels import on_torch
 from ckptvcs.codec.near_lowrank import factors_of, put_directions
 from ckptvcs.codec.near_moments import Factors, put_second
@@ -44,9 +44,9 @@ class DeviceCoder:
         known = (group.weight, group.first, group.second)
         plain = group.words and group.base is not None and not group.others and not group.copies
         return bool(plain) and all(
-            target is not None and target.dtype != "F64"
-            and target.tensor.on_device(0) is not None for target in known
-        )  # fmt: skip
+            target is not None and target.dtype != "F64" and target.tensor.on_device(0) is not None
+            for target in known
+        )
 
     def code(self, number: int) -> CodedGroup:
         """Code one slice of each member."""
@@ -62,8 +62,9 @@ class DeviceCoder:
         if second is None or first is None:
             return None
         coded: dict[int, Measured] = {
-            group.first.number: first[:2], group.second.number: second[:2],
-        }  # fmt: skip
+            group.first.number: first[:2],
+            group.second.number: second[:2],
+        }
         step = self._host.step(number, coded)
         weight = self._weight(group.weight, number, second)
         if weight is None or not self._host.good(step):
@@ -115,9 +116,11 @@ class DeviceCoder:
         assert self._group.second is not None
         values, base = self._values(target, number), self._group.base.slice(number)
         residuals = on_torch.DeviceResiduals(
-            values, on_torch.there(to_float32(base, target.dtype), values),
-            self._values(self._group.second, number), target.dtype,
-        )  # fmt: skip
+            values,
+            on_torch.there(to_float32(base, target.dtype), values),
+            self._values(self._group.second, number),
+            target.dtype,
+        )
         factors = self._host.row_factors(Factors.of(second[0].data[1:], base.size))
         found = put_delta(residuals, self._host.delta_step(), self._host.spec.zone, factors)
         if found is None:
@@ -127,9 +130,16 @@ class DeviceCoder:
 
 
 def _coded(
-    method: int, payload: bytes, target: Target, values: Any, errors: Errors, near: Any,
-    *, base: Words | None = None, companion: Companion | None = None,
-) -> _Coded | None:  # fmt: skip
+    method: int,
+    payload: bytes,
+    target: Target,
+    values: Any,
+    errors: Errors,
+    near: Any,
+    *,
+    base: Words | None = None,
+    companion: Companion | None = None,
+) -> _Coded | None:
     """A slice of `values` in a near form; None where it is worse than nothing, not finite, or of
     another sign.
     """

@@ -111,10 +111,14 @@ def measure_step(rule: Rule, true: Moments, near: Moments, count: int) -> Errors
         # What an average says alone counts most where the gradient is small, but not zero: then it
         # gives a sign to what came back as zero.
         gradients = [likely, _SMALL * likely] if steps_alone(true) else [likely]
-        return _worst([
-            difference(step(true, gradient), step(near, gradient), count)
-            for step in steps_of(rule, true) for gradient in gradients
-        ], count)  # fmt: skip
+        return _worst(
+            [
+                difference(step(true, gradient), step(near, gradient), count)
+                for step in steps_of(rule, true)
+                for gradient in gradients
+            ],
+            count,
+        )
 
 
 def measure_matrix(
@@ -144,10 +148,13 @@ def _worst(errors: list[Errors], count: int) -> Errors:
     if len(errors) == 1:
         return errors[0]
     share = max(
-        error.update_error / error.update_energy if error.update_energy
-        else _BEYOND if error.update_error else 0.0
+        error.update_error / error.update_energy
+        if error.update_energy
+        else _BEYOND
+        if error.update_error
+        else 0.0
         for error in errors
-    )  # fmt: skip
+    )
     return Errors(update_error=share * count, update_energy=float(count))
 
 

@@ -23,7 +23,7 @@ from ckptvcs.codec.frame import (
     ROUNDED,
     put_slice,
     slice_counts,
-)  # fmt: skip
+)
 from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import encode_low_rank
 from ckptvcs.codec.near_moments import Factors, encode_first, encode_second
@@ -40,7 +40,7 @@ from ckptvcs.encode.measure import (
     measure_step,
     measure_weight,
     step_sample,
-)  # fmt: skip
+)
 from ckptvcs.encode.updates import is_known, takes_matrices
 
 _SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
@@ -104,10 +104,11 @@ def measure_scale(group: Group) -> Scale:
             seconds.append(second[(second > 0) & np.isfinite(second)])
     found = np.concatenate(seconds) if seconds else np.zeros(0, np.float32)
     return Scale(
-        group.words, _finite_rms(np.concatenate(weights)) if weights else 0.0,
+        group.words,
+        _finite_rms(np.concatenate(weights)) if weights else 0.0,
         _finite_rms(np.concatenate(residuals)) if residuals else None,
         float(np.median(np.log2(found))) if found.size else None,
-    )  # fmt: skip
+    )
 
 
 def _weighted_median(values: list[float], weights: list[int]) -> float:
@@ -261,10 +262,17 @@ class NearCoder:
                 near = from_float32(master, target.dtype)
                 copy = CodedSlice(put_slice(ROUNDED, b""), near, target.tensor.slice(number))
                 of_master = coded[group.weight.number][1]
-                coded[target.number] = copy, finite(replace(
-                    measure_moment(target, copy), residual=of_master.residual,
-                    fisher_error=of_master.fisher_error, fisher_residual=of_master.fisher_residual,
-                ))  # fmt: skip
+                coded[target.number] = (
+                    copy,
+                    finite(
+                        replace(
+                            measure_moment(target, copy),
+                            residual=of_master.residual,
+                            fisher_error=of_master.fisher_error,
+                            fisher_residual=of_master.fisher_residual,
+                        )
+                    ),
+                )
         slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
         return CodedGroup(slices, errors)
 
@@ -281,9 +289,14 @@ class NearCoder:
         return measure_moment(target, coded)
 
     def _near(
-        self, target: Target, number: int, method: int, encoded: NearSlice | None,
-        *, stands_on_base: bool = False,
-    ) -> Measured | None:  # fmt: skip
+        self,
+        target: Target,
+        number: int,
+        method: int,
+        encoded: NearSlice | None,
+        *,
+        stands_on_base: bool = False,
+    ) -> Measured | None:
         """A near form with its errors; None where there is none, or it is worse than nothing, or
         so large that it cannot be told, or strays.
         """
@@ -344,9 +357,10 @@ class NearCoder:
                 for target in averages:
                     divided = second if target is group.first else None
                     coded[target.number] = (
-                        self._first(target, number, divided, directions) if directions
+                        self._first(target, number, divided, directions)
+                        if directions
                         else self._entries(target, number, divided, share)
-                    )  # fmt: skip
+                    )
                 yield coded
             if averages:
                 yield coded | {target.number: self._exact(target, number) for target in averages}
@@ -370,9 +384,11 @@ class NearCoder:
         near = {t.role: to_float32(coded[t.number][0].decoded, t.dtype) for t in targets}
         count = slice_counts(self._group.words)[number]
         worst = measure_step(
-            rule, {t.role: t.sampled(number, size) for t in targets},
-            {role: sample(values, size) for role, values in near.items()}, count,
-        )  # fmt: skip
+            rule,
+            {t.role: t.sampled(number, size) for t in targets},
+            {role: sample(values, size) for role, values in near.items()},
+            count,
+        )
         if takes_matrices(rule, near):
             (target,) = targets
             words = self._group.words
@@ -425,9 +441,14 @@ class NearCoder:
             return found if enough else None
         factors = _factors(second)
         encoded = encode_low_rank(
-            words, second[0].decoded, target.dtype, rows, rank, spec.rank_step,
+            words,
+            second[0].decoded,
+            target.dtype,
+            rows,
+            rank,
+            spec.rank_step,
             factors.roots() if factors is not None and factors.rows == rows else None,
-        )  # fmt: skip
+        )
         return self._near(target, number, NEAR_SCALED_LOW_RANK, encoded)
 
     @staticmethod
@@ -452,10 +473,14 @@ class NearCoder:
                 encoded = encode_keyframe(words, target.dtype, step)
         else:
             encoded = encode_delta(
-                words, base.slice(number), target.dtype, self.delta_step(), self.spec.zone,
+                words,
+                base.slice(number),
+                target.dtype,
+                self.delta_step(),
+                self.spec.zone,
                 self.row_factors(_factors(second)),
                 NONE if self._group.second is None else self._group.second.floats(number),
-            )  # fmt: skip
+            )
         stands = base is not None and not self._keyframe
         found = self._near(target, number, NEAR_WEIGHT, encoded, stands_on_base=stands)
         return found or self._exact(target, number)

@@ -21,7 +21,7 @@ from ckptvcs.checkpoint.roles import (
     STATE_DICT,
     WEIGHT,
     Rule,
-)  # fmt: skip
+)
 from ckptvcs.codec.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec, finer
@@ -51,9 +51,15 @@ class Planner:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: CodecSpec, masters: dict[int, int],
-        base_tensor: Callable[[int], BaseTensor | None], *, keyframe: bool, alone: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        spec: CodecSpec,
+        masters: dict[int, int],
+        base_tensor: Callable[[int], BaseTensor | None],
+        *,
+        keyframe: bool,
+        alone: bool = False,
+    ) -> None:
         self._checkpoint, self._spec, self._masters = checkpoint, spec, masters
         self._base_tensor, self._keyframe, self._alone = base_tensor, keyframe, alone
         self._infos = checkpoint.schema.tensors
@@ -68,11 +74,15 @@ class Planner:
         weights = "1 weight" if count == 1 else f"{count} weights"
         cost = f"{weights}, {size(sum(self._untrained))}, stored exactly"
         if self._alone and self._weight_bytes >= NOTED:
-            found.append("these weights have nothing to do with those of the parent: stored as a "
-                         "first checkpoint")  # fmt: skip
+            found.append(
+                "these weights have nothing to do with those of the parent: stored as a "
+                "first checkpoint"
+            )
         if sum(self._untrained) >= NOTED:
-            found.append(f"{cost}: no optimizer state, and no parent close by, shows that they "
-                         "are in training")  # fmt: skip
+            found.append(
+                f"{cost}: no optimizer state, and no parent close by, shows that they "
+                "are in training"
+            )
         return tuple(found)
 
     def groups(self) -> list[list[int]]:
@@ -114,9 +124,11 @@ class Planner:
         settings = self._spec.settings
         if isinstance(settings, NearSpec):
             known = sum(
-                self._infos[n].words for group, left in rows for n in {*group} - {*left}
+                self._infos[n].words
+                for group, left in rows
+                for n in {*group} - {*left}
                 if self._infos[n].role == WEIGHT
-            )  # fmt: skip
+            )
             yield from self._near_coders([left for _, left in rows if left], settings, known)
             return
         for group, left in rows:
@@ -138,8 +150,11 @@ class Planner:
         """Coders for rows of tensors beside so many words of weights that are `known` already."""
         groups: list[Group] = []
         for left in rows:
-            lossy = [n for n in left if self._infos[n].role in LOSSY
-                     and can_be_lossy(self._infos[n].dtype)]  # fmt: skip
+            lossy = [
+                n
+                for n in left
+                if self._infos[n].role in LOSSY and can_be_lossy(self._infos[n].dtype)
+            ]
             if not self._plausible(lossy):
                 lossy = []
             for number in left:
@@ -178,10 +193,15 @@ class Planner:
         seconds = [n for n in beside if self._infos[n].role in SECOND]
         for number in seconds:
             info = self._infos[number]
-            first = next((
-                n for n in beside if info.role in FIRST.get(self._infos[n].role, ())
-                and (self._infos[n].dtype, self._infos[n].words) == (info.dtype, info.words)
-            ), None)  # fmt: skip
+            first = next(
+                (
+                    n
+                    for n in beside
+                    if info.role in FIRST.get(self._infos[n].role, ())
+                    and (self._infos[n].dtype, self._infos[n].words) == (info.dtype, info.words)
+                ),
+                None,
+            )
             for index in range(len(slice_counts(info.words))):
                 square = self._target(number).sampled(index, _SAMPLE)
                 if not (square >= 0).all():
@@ -225,10 +245,11 @@ class Planner:
             return None
         tensors = Group(
             self._infos[left[0]].words,
-            None if weight is None else self._target(weight), base,
+            None if weight is None else self._target(weight),
+            base,
             None if first is None else self._target(first),
             None if second is None else self._target(second),
-        )  # fmt: skip
+        )
         fitted = excp.plan(tensors, spec)
         if fitted is None:
             return None

@@ -139,9 +139,11 @@ class Rekeyer:
         for name in self._downwards(kept):
             commit = kept[name]
             schema = self._catalog.schema(commit.schema)
-            above = next(
-                (n for n, _ in self._catalog.ancestors(commit.parents[0]) if n in kept), None
-            ) if commit.parents else None  # fmt: skip
+            above = (
+                next((n for n, _ in self._catalog.ancestors(commit.parents[0]) if n in kept), None)
+                if commit.parents
+                else None
+            )
             for part, state in commit.parts.items():
                 below = made.get((above, part)) if above else None
                 if part in gone.get(name, ()):
@@ -282,9 +284,13 @@ class Rekeyer:
         return bundle.add(Frame(on, depth, None, slices, dtype), place)
 
     def _code(
-        self, bundle: _Bundle, table: _Table, position: int, base: tuple[ObjectId, int] | None,
+        self,
+        bundle: _Bundle,
+        table: _Table,
+        position: int,
+        base: tuple[ObjectId, int] | None,
         cache: BaseWriter | None,
-    ) -> tuple[tuple[Slice, ...], bool]:  # fmt: skip
+    ) -> tuple[tuple[Slice, ...], bool]:
         """Code a tensor again, slice by slice; whether any slice stands on the base."""
         info, chain = table.infos[position], self._chain
         dtype = float_type(info.dtype)
@@ -327,9 +333,8 @@ class Rekeyer:
         return self._catalog.frame(values, position)[1].dtype is None
 
     def _copy(
-        self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int,
-        cache: BaseWriter | None,
-    ) -> int:  # fmt: skip
+        self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
+    ) -> int:
         """Take over a frame as it is, with its companion."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]
@@ -347,9 +352,8 @@ class Rekeyer:
         return bundle.add(made, (owner, number))
 
     def _companion(
-        self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int,
-        cache: BaseWriter | None,
-    ) -> int:  # fmt: skip
+        self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
+    ) -> int:
         """The frame that another needs beside it, in the same bundle: coded anew if it must be."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]

@@ -106,9 +106,15 @@ def code_shard(
 
     def share(stored: dict[int, Stored], **more: object) -> Shard:
         return Shard(
-            file.format, file.source.size, file.pieces, literals, checkpoint.schema,
-            checkpoint.step, stored, **more,  # type: ignore[arg-type]
-        )  # fmt: skip
+            file.format,
+            file.source.size,
+            file.pieces,
+            literals,
+            checkpoint.schema,
+            checkpoint.step,
+            stored,
+            **more,  # type: ignore[arg-type]
+        )
 
     if ticket.base is not None and len(known) == len(hashes):
         return share(known)
@@ -151,10 +157,15 @@ def _known(
         proof = None if exact is None else (exact, position)
         report = reports.get(there)
         found[number] = Stored(
-            tables[values][position], value, *catalog.place(values, position),
-            catalog.frame(values, position)[1].depth, proof and catalog.place(*proof),
-            _errors(checkpoint, number, report), report, proof,
-        )  # fmt: skip
+            tables[values][position],
+            value,
+            *catalog.place(values, position),
+            catalog.frame(values, position)[1].depth,
+            proof and catalog.place(*proof),
+            _errors(checkpoint, number, report),
+            report,
+            proof,
+        )
     return found
 
 
@@ -177,9 +188,15 @@ class _ShardEncoder(Encoder):
     """Encodes one shard; its held base is of the tensors of its own process."""
 
     def __init__(
-        self, catalog: Catalog, cache: Path, attempt: Attempt, ticket: Ticket,
-        checkpoint: Checkpoint, hashes: dict[int, bytes], held: HeldBase,
-    ) -> None:  # fmt: skip
+        self,
+        catalog: Catalog,
+        cache: Path,
+        attempt: Attempt,
+        ticket: Ticket,
+        checkpoint: Checkpoint,
+        hashes: dict[int, bytes],
+        held: HeldBase,
+    ) -> None:
         base = None if ticket.base is None else catalog.commit(ticket.base)
         if base is not None and "model" in base.parts:
             schema, values = catalog.schema(base.schema), base.parts["model"].values
@@ -221,9 +238,14 @@ class _ShardEncoder(Encoder):
                 assert owner is not None
                 value, exact = self._values[number], self._hashes[number]
                 stored[number] = Stored(
-                    value, exact, owner, frame, self._depths[twins.get(number, number)],
-                    patches.get(number), self._errors.get(number),
-                )  # fmt: skip
+                    value,
+                    exact,
+                    owner,
+                    frame,
+                    self._depths[twins.get(number, number)],
+                    patches.get(number),
+                    self._errors.get(number),
+                )
         model = self._numbers["model"]
         self._own.keep({self._infos[number].name: self._values[number] for number in model})
         return share(stored, data_bytes=data_bytes, nonfinite=self._nonfinite, loose=tuple(loose))

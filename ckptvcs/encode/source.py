@@ -113,8 +113,11 @@ def find_masters(checkpoint: Checkpoint) -> dict[int, int]:
     optimizer that is paired with it.
     """
     masters: dict[object, int] = {}
-    weights = [n for n, info in enumerate(checkpoint.schema.tensors)
-               if info.role == WEIGHT and info.part == "model" and not info.inline]  # fmt: skip
+    weights = [
+        n
+        for n, info in enumerate(checkpoint.schema.tensors)
+        if info.role == WEIGHT and info.part == "model" and not info.inline
+    ]
     for number in weights:
         info = checkpoint.schema.tensors[number]
         if info.dtype == "F32":

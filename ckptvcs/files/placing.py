@@ -301,7 +301,7 @@ class Folder:
         try:
             os.link(
                 temporary, name, src_dir_fd=self._at, dst_dir_fd=self._at, follow_symlinks=False
-            )  # fmt: skip
+            )
             return
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_LINKS:

@@ -80,10 +80,7 @@ class Originals:
             StorageError: it cannot be opened, or what is done with it fails.
         """
         try:
-            with (
-                self._folder.inside(path.parent) as parent,
-                _regular(parent, path) as file,
-            ):
+            with self._folder.inside(path.parent) as parent, _regular(parent, path) as file:
                 yield file, parent
         except OSError as error:
             if error.errno in LINK_ERRORS:

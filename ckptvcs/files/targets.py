@@ -63,9 +63,11 @@ class Target:
             raise InvalidInputError(
                 f"{self.path} is a directory", hint="name the file to write: -o PATH"
             )
-        with writing(self.path), self.parent() as parent, parent.file(
-            self.name, self.seen, **how
-        ) as out:  # fmt: skip
+        with (
+            writing(self.path),
+            self.parent() as parent,
+            parent.file(self.name, self.seen, **how) as out,
+        ):
             yield out
 
 

@@ -183,9 +183,16 @@ class Collector:
             )
         kept = self.held_bytes(debris=True) - freed
         return GcPlan(
-            decisions, tuple(fading), packs, tuple(debris), freed, kept, tuple(drops), tuple(loose),
+            decisions,
+            tuple(fading),
+            packs,
+            tuple(debris),
+            freed,
+            kept,
+            tuple(drops),
+            tuple(loose),
             Picture(frozenset(commits), records, tips, marked),
-        )  # fmt: skip
+        )
 
     def after(self, plan: GcPlan, time: str) -> GcPlan:
         """A plan that was recorded, with what can go of the disk now."""
@@ -286,8 +293,11 @@ class Collector:
         rows = {row.name: row for line in lines.values() for row in line}
         young = set()
         for line in lines.values():
-            stay = [row.name for row in line
-                    if not policy.drops or row.name in kept or row.name in protected]  # fmt: skip
+            stay = [
+                row.name
+                for row in line
+                if not policy.drops or row.name in kept or row.name in protected
+            ]
             young.update(stay[: policy.optimizer_last])
         decisions = []
         for name, commit in commits.items():
@@ -329,9 +339,11 @@ class Collector:
         """The bundles that came with the newest recipe of a table, as far as there is one."""
         recipes = self._catalog.recipes(values)
         return {
-            bundle for _, recipe in recipes[:1] for bundle in recipe.bundles
+            bundle
+            for _, recipe in recipes[:1]
+            for bundle in recipe.bundles
             if self._catalog.store.contains(bundle)
-        }  # fmt: skip
+        }
 
     # -- marking -------------------------------------------------------------------------------
 
@@ -392,9 +404,9 @@ class Collector:
     def record(self, plan: GcPlan, time: str) -> GcPlan:
         """Say durably what is let go.  The plan, which knows of that."""
         known = self._catalog.patches()
-        fading = [patch for patch in plan.fading if any(
-            table == patch.values for table in known.values()
-        )]  # fmt: skip
+        fading = [
+            patch for patch in plan.fading if any(table == patch.values for table in known.values())
+        ]
         self._catalog.record([*plan.drops, *self._fader.record(fading, time)])
         assert plan.picture is not None
         records = self._catalog.store.ids(Kind.RECORD)
@@ -425,8 +437,9 @@ def _drops(
     whole = tuple(row.name for row in rows if row.action == "drop")
     parts = tuple(row.name for row in rows if row.action == "drop optimizer")
     found = [(whole, tuple[str, ...]()), (parts, (OPTIMIZER,))]
-    return [LetGo("drop", names, gone, policy.text, time, after=after)
-            for names, gone in found if names]  # fmt: skip
+    return [
+        LetGo("drop", names, gone, policy.text, time, after=after) for names, gone in found if names
+    ]
 
 
 def _with(gone: Dropped, rows: Iterable[Decision]) -> Dropped:

@@ -49,11 +49,14 @@ class Fader:
         for recipe, values in self._catalog.patches().items():
             holders = tuple(self._catalog.commits_of_exact(values))
             part = next(
-                (name for holder in holders
-                 for name, state in self._catalog.commit(holder).parts.items()
-                 if state.exact == values),
+                (
+                    name
+                    for holder in holders
+                    for name, state in self._catalog.commit(holder).parts.items()
+                    if state.exact == values
+                ),
                 "",
-            )  # fmt: skip
+            )
             found += [
                 Patch(values, place.pack, place.folder, part, holders, store.pack_size(place.pack))
                 for place in store.index.known(recipe)
@@ -113,8 +116,10 @@ class Fader:
             there = self._revisions.ids() - self._catalog.dropped().commits
             candidates |= {
                 name: self._catalog.commit(name)
-                for patch in patches for name in patch.commits if name in there
-            }  # fmt: skip
+                for patch in patches
+                for name in patch.commits
+                if name in there
+            }
         tagged, pinned = self._refs.targets("tags"), self._refs.targets("pins")
         return self._rule.kept_parts(lines, tagged, pinned, candidates.items())
 
@@ -128,8 +133,9 @@ class Fader:
         for name, gone in parts.items():
             groups.setdefault(tuple(sorted(gone)), []).append(name)
         rule = f"keep-exact {self._rule.newest}"
-        return [LetGo("fade", tuple(sorted(names)), gone, rule, time)
-                for gone, names in groups.items()]  # fmt: skip
+        return [
+            LetGo("fade", tuple(sorted(names)), gone, rule, time) for gone, names in groups.items()
+        ]
 
     def delete(self, patches: Iterable[Patch]) -> None:
         """Delete patches whose records are durable; what stays is for the next gc."""

@@ -21,8 +21,10 @@ EXACT, WEIGHTS, NEAR = FIDELITIES = ("exact", "weights", "near")
 """How much of a commit is kept bit for bit: all, its weights, only what needs no patch."""
 
 PATCHED_PARTS: Mapping[str, frozenset[str]] = {
-    EXACT: frozenset(PARTS), WEIGHTS: frozenset({"model"}), NEAR: frozenset(),
-}  # fmt: skip
+    EXACT: frozenset(PARTS),
+    WEIGHTS: frozenset({"model"}),
+    NEAR: frozenset(),
+}
 """The parts whose exact patches each fidelity keeps."""
 
 
@@ -137,12 +139,14 @@ class Policy:
     def text(self) -> str:
         """The rules as the command line has them."""
         rules: list[tuple[str, object]] = [
-            ("last", self.last), ("every", self.every),
+            ("last", self.last),
+            ("every", self.every),
             ("within", None if self.within is None else f"{self.within:.0f}s"),
             *(("best", f"{b.metric}:{b.way}:{b.count}") for b in self.best),
-            ("tag", "" if self.tagged else None), ("log-spaced", "" if self.log_spaced else None),
+            ("tag", "" if self.tagged else None),
+            ("log-spaced", "" if self.log_spaced else None),
             ("optimizer-last", self.optimizer_last),
-        ]  # fmt: skip
+        ]
         named = [(f"--keep-{name}", value) for name, value in rules]
         named.append(("--max-size", self.max_bytes))
         return " ".join(f"{name} {value}".strip() for name, value in named if value is not None)

@@ -19,7 +19,7 @@ from ckptvcs.history.commit import (
     first_parent,
     load_commit,
     load_errors,
-)  # fmt: skip
+)
 from ckptvcs.history.recipe import (
     NO_HASH,
     Frame,
@@ -31,7 +31,7 @@ from ckptvcs.history.recipe import (
     load_recipe,
     load_values,
     slice_hash,
-)  # fmt: skip
+)
 from ckptvcs.history.schema import Schema, Skeleton, load_schema, load_skeleton
 from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.index.index import Place
@@ -139,8 +139,9 @@ class Catalog:
         """
         return any(
             all(self.store.contains(bundle) for bundle in recipe.bundles)
-            for _, recipe in self.recipes(values) if patches or not recipe.patch
-        )  # fmt: skip
+            for _, recipe in self.recipes(values)
+            if patches or not recipe.patch
+        )
 
     def patches(self) -> dict[ObjectId, ObjectId]:
         """The recipes of all exact patches -> the exact values they are for."""

@@ -127,31 +127,47 @@ def _part_fields(part: PartState) -> dict[str, str]:
 
 def _file_fields(file: FileEntry) -> dict[str, object]:
     fields = {
-        "path": file.path, "size": file.size, "hash": file.hash, "mode": file.mode,
-        "mtime_ns": file.mtime_ns, "format": file.format, "skeleton": file.skeleton,
+        "path": file.path,
+        "size": file.size,
+        "hash": file.hash,
+        "mode": file.mode,
+        "mtime_ns": file.mtime_ns,
+        "format": file.format,
+        "skeleton": file.skeleton,
         "link": file.link,
-    }  # fmt: skip
+    }
     return {key: value for key, value in fields.items() if value is not None}
 
 
 def dump_commit(commit: Commit) -> bytes:
     """The canonical bytes of a commit."""
-    return dump({
-        "parents": list(commit.parents), "time": commit.time, "step": commit.step,
-        "message": commit.message,
-        "metrics": {name: from_number(value) for name, value in commit.metrics.items()},
-        "codec": commit.codec, "kind": commit.kind, "depth": commit.depth,
-        "raw_bytes": commit.raw_bytes, "data_bytes": commit.data_bytes,
-        "patch_bytes": commit.patch_bytes,
-        "source": commit.source, "path": commit.path, "inside": commit.inside,
-        "schema": commit.schema,
-        "parts": {name: _part_fields(part) for name, part in commit.parts.items()},
-        "files": [_file_fields(file) for file in commit.files],
-        "error": {name: from_number(getattr(commit.error, name)) for name in ERROR_NAMES},
-        **({} if commit.errors is None else {"errors": commit.errors}),
-        **({"nonfinite": commit.nonfinite} if commit.nonfinite else {}),
-        "host": commit.host, "user": commit.user, "code": commit.code,
-    })  # fmt: skip
+    return dump(
+        {
+            "parents": list(commit.parents),
+            "time": commit.time,
+            "step": commit.step,
+            "message": commit.message,
+            "metrics": {name: from_number(value) for name, value in commit.metrics.items()},
+            "codec": commit.codec,
+            "kind": commit.kind,
+            "depth": commit.depth,
+            "raw_bytes": commit.raw_bytes,
+            "data_bytes": commit.data_bytes,
+            "patch_bytes": commit.patch_bytes,
+            "source": commit.source,
+            "path": commit.path,
+            "inside": commit.inside,
+            "schema": commit.schema,
+            "parts": {name: _part_fields(part) for name, part in commit.parts.items()},
+            "files": [_file_fields(file) for file in commit.files],
+            "error": {name: from_number(getattr(commit.error, name)) for name in ERROR_NAMES},
+            **({} if commit.errors is None else {"errors": commit.errors}),
+            **({"nonfinite": commit.nonfinite} if commit.nonfinite else {}),
+            "host": commit.host,
+            "user": commit.user,
+            "code": commit.code,
+        }
+    )
 
 
 def _load_part(record: Record) -> PartState:
@@ -164,10 +180,15 @@ def _load_part(record: Record) -> PartState:
 def _load_file(record: Record) -> FileEntry:
     skeleton = record.optional_text("skeleton")
     return FileEntry(
-        record.text("path"), record.integer("size"), record.optional_text("hash"),
-        record.integer("mode"), record.signed("mtime_ns"), record.text("format"),
-        None if skeleton is None else checked_id(skeleton), record.optional_text("link"),
-    )  # fmt: skip
+        record.text("path"),
+        record.integer("size"),
+        record.optional_text("hash"),
+        record.integer("mode"),
+        record.signed("mtime_ns"),
+        record.text("format"),
+        None if skeleton is None else checked_id(skeleton),
+        record.optional_text("link"),
+    )
 
 
 _METRICS, _PARENTS = b',"metrics":', b',"parents":['

@@ -72,11 +72,13 @@ class History:
         commit = self._catalog.commit(name)
         gone = self._catalog.dropped().parts.get(name, frozenset())
         fidelity = {
-            part: "dropped" if part in gone
-            else "exact" if state.exact is None or self._catalog.has_recipe(state.exact)
+            part: "dropped"
+            if part in gone
+            else "exact"
+            if state.exact is None or self._catalog.has_recipe(state.exact)
             else "near"
             for part, state in commit.parts.items()
-        }  # fmt: skip
+        }
         stored = commit.data_bytes + self._catalog.store.home_size(name)
         return LogEntry(name, commit, stored, fidelity, branch, tags)
 
@@ -94,9 +96,13 @@ class History:
         return found
 
     def line(
-        self, start: Bound = None, stop: Bound = None, every: int | None = None, *,
+        self,
+        start: Bound = None,
+        stop: Bound = None,
+        every: int | None = None,
+        *,
         revision: str | int | None = None,
-    ) -> list[ObjectId]:  # fmt: skip
+    ) -> list[ObjectId]:
         """The commits of a line, oldest first, from `start` to `stop`, both included; without those
         that were dropped.
 
@@ -136,15 +142,13 @@ class History:
         if name not in line:
             of = f" of {line[-1][:8]}" if line else ""  # all of it may have been dropped
             raise NotFoundError(
-                f"'{revision}' is not on the line{of}",
-                hint="'ckpt log REV' lists a line",
+                f"'{revision}' is not on the line{of}", hint="'ckpt log REV' lists a line"
             )
         return line.index(name)
 
     def entries(
-        self, limit: int | None = None, *, start: ObjectId | None = None,
-        all_branches: bool = False,
-    ) -> list[LogEntry]:  # fmt: skip
+        self, limit: int | None = None, *, start: ObjectId | None = None, all_branches: bool = False
+    ) -> list[LogEntry]:
         """Commits, newest first: HEAD's line (or that of `start`), or those of all branches."""
         tags = self.tags()
         found = self._newest_first(limit, start=start, all_branches=all_branches)
@@ -158,9 +162,7 @@ class History:
         """
         tags = self.tags()
         branches = dict(self._newest_first(start=start, all_branches=True))
-        parents = {
-            name: next(iter(self._catalog.commit(name).parents), None) for name in branches
-        }  # fmt: skip
+        parents = {name: next(iter(self._catalog.commit(name).parents), None) for name in branches}
         straight = {name for name, _ in self._catalog.ancestors(start or self._revisions.head())}
         rows: list[tuple[str, LogEntry | None]] = []
         for drawn, name in draw_graph(parents, straight):

@@ -22,9 +22,12 @@ class Marked:
 
 
 def mark(
-    catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped,
-    faded: Set[ObjectId] = frozenset(), lost: set[ObjectId] | None = None,
-) -> Marked:  # fmt: skip
+    catalog: Catalog,
+    commits: Mapping[ObjectId, Commit],
+    gone: Dropped,
+    faded: Set[ObjectId] = frozenset(),
+    lost: set[ObjectId] | None = None,
+) -> Marked:
     """Every object that commits need but for what is `gone` of them; of exact values that have
     `faded` nothing.  What is not there comes into `lost`, if that is given.
 
@@ -96,9 +99,8 @@ def bases(
 
 
 def _mark_tables(
-    catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: Marked,
-    lost: set[ObjectId] | None,
-) -> None:  # fmt: skip
+    catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: Marked, lost: set[ObjectId] | None
+) -> None:
     """Mark the recipes and bundles of tables of values, and of the tables that these stand on."""
     done = set[ObjectId]()
     while tables:
@@ -107,9 +109,10 @@ def _mark_tables(
             continue
         done.add(table)
         names = [
-            (name, recipe) for name, recipe in catalog.recipes(table)
+            (name, recipe)
+            for name, recipe in catalog.recipes(table)
             if all(map(catalog.store.contains, recipe.bundles))
-        ]  # fmt: skip
+        ]
         if not names:
             if lost is None and catalog.is_fading(table):
                 continue  # a writer has let the patch fade since it was looked for
@@ -120,10 +123,11 @@ def _mark_tables(
         # The newest one is what readers use; an exact patch is not what others stand on.
         own = [pair for pair in names if not pair[1].patch][:1]
         own += [
-            pair for pair in names
+            pair
+            for pair in names
             # One that a commit left behind that came to nothing stands on what was never written.
             if pair[1].patch and (not own or _can_be_read(catalog, pair[1]))
-        ]  # fmt: skip
+        ]
         for name, recipe in own:
             marked.objects.add(name)
             marked.objects.update(recipe.bundles)

@@ -70,11 +70,16 @@ class Recipe:
 
 def dump_recipe(recipe: Recipe) -> bytes:
     """The canonical bytes of a recipe."""
-    return dump({
-        "values": recipe.values, "generation": recipe.generation,
-        "bundles": list(recipe.bundles), "owners": list(recipe.owners),
-        "frames": list(recipe.frames), **({"patch": True} if recipe.patch else {}),
-    })  # fmt: skip
+    return dump(
+        {
+            "values": recipe.values,
+            "generation": recipe.generation,
+            "bundles": list(recipe.bundles),
+            "owners": list(recipe.owners),
+            "frames": list(recipe.frames),
+            **({"patch": True} if recipe.patch else {}),
+        }
+    )
 
 
 def load_recipe(data: bytes) -> Recipe:
@@ -85,9 +90,13 @@ def load_recipe(data: bytes) -> Recipe:
     if len(owners) != len(frames) or any(owner >= len(bundles) for owner in owners):
         raise CorruptionError("a recipe names a bundle that it does not list")
     return Recipe(
-        checked_id(record.text("values")), record.integer("generation"), bundles,
-        tuple(owners), tuple(frames), record.flag("patch"),
-    )  # fmt: skip
+        checked_id(record.text("values")),
+        record.integer("generation"),
+        bundles,
+        tuple(owners),
+        tuple(frames),
+        record.flag("patch"),
+    )
 
 
 @dataclass(frozen=True)
@@ -139,10 +148,14 @@ def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
         if frame.dtype != common:
             row["dtype"] = frame.dtype
         rows.append(row)
-    return dump({
-        "bases": list(bases), "frames": rows, **({"exact": exact} if exact else {}),
-        **({"dtype": common} if common else {}),
-    })  # fmt: skip
+    return dump(
+        {
+            "bases": list(bases),
+            "frames": rows,
+            **({"exact": exact} if exact else {}),
+            **({"dtype": common} if common else {}),
+        }
+    )
 
 
 def load_bundle(data: bytes) -> tuple[Frame, ...]:
@@ -212,12 +225,17 @@ class LetGo:
 
 def dump_let_go(record: LetGo) -> bytes:
     """The canonical bytes of a fade or drop record."""
-    return dump({
-        "what": record.what, "commits": list(record.commits), "parts": list(record.parts),
-        "rule": record.rule, "time": record.time,
-        **({"undoes": list(record.undoes)} if record.undoes else {}),
-        **({"after": [[*pair] for pair in record.after]} if record.after else {}),
-    })  # fmt: skip
+    return dump(
+        {
+            "what": record.what,
+            "commits": list(record.commits),
+            "parts": list(record.parts),
+            "rule": record.rule,
+            "time": record.time,
+            **({"undoes": list(record.undoes)} if record.undoes else {}),
+            **({"after": [[*pair] for pair in record.after]} if record.after else {}),
+        }
+    )
 
 
 def load_let_go(data: bytes) -> LetGo:
@@ -226,8 +244,11 @@ def load_let_go(data: bytes) -> LetGo:
     if record.text("what") not in ("fade", "drop", "undo"):
         raise CorruptionError("a record is none of fade, drop, undo")
     return LetGo(
-        record.text("what"), tuple(checked_id(name) for name in record.texts("commits")),
-        tuple(record.texts("parts")), record.text("rule"), record.text("time"),
+        record.text("what"),
+        tuple(checked_id(name) for name in record.texts("commits")),
+        tuple(record.texts("parts")),
+        record.text("rule"),
+        record.text("time"),
         tuple(map(checked_id, record.texts("undoes") if record.has("undoes") else ())),
         record.pairs("after") if record.has("after") else (),
-    )  # fmt: skip
+    )

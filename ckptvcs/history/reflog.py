@@ -48,7 +48,7 @@ def _after(record: LetGo, branch: str, moves: Iterable[Generation]) -> int:
 
 def take_back(
     catalog: Catalog, refs: Refs, branch: str, old: Generation | None, name: ObjectId
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether a commit was swept just before its branch moved to it from `old`: the branch is where
     it was then.  That happens to a writer that was silent for so long that a sweep took it for one
     that is gone, and withdrew its lease.
@@ -60,9 +60,12 @@ def take_back(
             return False
     ref, number = f"heads/{branch}", (old.number if old else 0) + 1
     refs.publish(
-        ref, refs.generation(ref, number), commit=old.commit if old else None, time=now(),
+        ref,
+        refs.generation(ref, number),
+        commit=old.commit if old else None,
+        time=now(),
         action=f"{_UNDO}{number}",
-    )  # fmt: skip
+    )
     return True
 
 
@@ -177,13 +180,15 @@ class Past:
         records = self._records()
         undone = {old for _, record in records for old in record.undoes}
         drops = [
-            (name, record) for name, record in records
+            (name, record)
+            for name, record in records
             if record.what == "drop" and name not in undone and line.intersection(record.commits)
-        ]  # fmt: skip
+        ]
         return max(
-            drops, key=lambda pair: (_after(pair[1], branch, moves), pair[1].time, pair[0]),
+            drops,
+            key=lambda pair: (_after(pair[1], branch, moves), pair[1].time, pair[0]),
             default=None,
-        )  # fmt: skip
+        )
 
     def _restore(
         self, branch: str, newest: Generation, name: ObjectId, drop: LetGo, time: str

@@ -217,10 +217,15 @@ class Refs:
         is_lost = record.flag("is_lost")
         own = record.optional_text("lost") if is_lost else hex_hash(data)
         return Generation(
-            number, own, record.optional_text("previous"),
-            None if commit is None else checked_id(commit), branch, record.text("time"),
-            record.text("action"), is_lost,
-        )  # fmt: skip
+            number,
+            own,
+            record.optional_text("previous"),
+            None if commit is None else checked_id(commit),
+            branch,
+            record.text("time"),
+            record.text("action"),
+            is_lost,
+        )
 
     def spare(self, ref: str) -> Generation | None:
         """The newest generation as the cache has it; None where it has none, or a damaged one."""
@@ -273,11 +278,24 @@ class Refs:
 
     def mark_lost(self, ref: str, number: int, own: str | None, time: str) -> None:
         """Say of a generation that it is lost, whose hash was `own`."""
-        self.restore(ref, number, seal({
-            "ref": ref, "generation": number, "previous": None, "commit": None, "branch": None,
-            "time": time, "action": "lost", "nonce": os.urandom(8).hex(), "is_lost": True,
-            "lost": own,
-        }))  # fmt: skip
+        self.restore(
+            ref,
+            number,
+            seal(
+                {
+                    "ref": ref,
+                    "generation": number,
+                    "previous": None,
+                    "commit": None,
+                    "branch": None,
+                    "time": time,
+                    "action": "lost",
+                    "nonce": os.urandom(8).hex(),
+                    "is_lost": True,
+                    "lost": own,
+                }
+            ),
+        )
 
     def keep_spare(self, ref: str) -> None:
         """Put the newest generation into the cache once more, if it is not there."""
@@ -287,9 +305,12 @@ class Refs:
                 self._backend.cache(_spare(ref), self.content(ref, newest.number))
 
     def mend(
-        self, ref: str, commit: Callable[[Generation | None], ObjectId | None], time: str,
+        self,
+        ref: str,
+        commit: Callable[[Generation | None], ObjectId | None],
+        time: str,
         branch: str | None = None,
-    ) -> Generation:  # fmt: skip
+    ) -> Generation:
         """Write the newest generation anew, which is damaged or missing; `commit` says what it is
         at, from the newest one below that can be read.  `branch` is what HEAD follows where nothing
         below says so.
@@ -327,10 +348,12 @@ class Refs:
         spares = {name.split("/")[3] for name in self._backend.names(f"cache/refs/{space}")}
         found = {unquote(folder, errors="replace"): folder for folder in folders | spares}
         return sorted(
-            name for name, folder in found.items()
-            if _can_be(f"{space}/{name}") and _folder(f"{space}/{name}") == f"refs/{space}/{folder}"
+            name
+            for name, folder in found.items()
+            if _can_be(f"{space}/{name}")
+            and _folder(f"{space}/{name}") == f"refs/{space}/{folder}"
             and (folder in folders or self.spare(f"{space}/{name}"))
-        )  # fmt: skip
+        )
 
     def every(self) -> list[str]:
         """All refs that ever were."""
@@ -387,10 +410,15 @@ class Refs:
         if number > _LAST:
             raise CorruptionError(f"'{ref}' has no number left for another generation")
         fields = {
-            "ref": ref, "generation": number, "previous": old.hash if old else None,
-            "commit": commit, "branch": branch, "time": time, "action": action,
+            "ref": ref,
+            "generation": number,
+            "previous": old.hash if old else None,
+            "commit": commit,
+            "branch": branch,
+            "time": time,
+            "action": action,
             "nonce": os.urandom(8).hex(),
-        }  # fmt: skip
+        }
         data = seal(fields)
         taken = ConflictError(
             f"'{ref.rpartition('/')[2]}' was moved by another writer",

@@ -87,7 +87,7 @@ class Revisions:
 
     def require(
         self, name: ObjectId, reached: Set[ObjectId] | None = None
-    ) -> dict[ObjectId, Commit]:  # fmt: skip
+    ) -> dict[ObjectId, Commit]:
         """Refuse to lead to a commit that rules or a sweep took away, or that stands on such.
         `reached` is what `ids` gives, where it is asked for many.  The commits that no ref leads
         to, down from this one.
@@ -172,8 +172,13 @@ class Revisions:
         loose = self.loose(set(self._catalog.store.ids(Kind.COMMIT)) - self.ids())
         above = {name: self._catalog.commit(name).parents[:1] for name in loose}
         under = {name for parents in above.values() for name in parents}
-        return [name for name in loose if name not in under and under.intersection(loose)
-                and set(above[name]).intersection(loose)]  # fmt: skip
+        return [
+            name
+            for name in loose
+            if name not in under
+            and under.intersection(loose)
+            and set(above[name]).intersection(loose)
+        ]
 
     def visible(self) -> dict[ObjectId, Commit]:
         """The same without those that were dropped."""

@@ -97,16 +97,20 @@ class Schema:
     def stored(self, part: str) -> list[int]:
         """The positions of a part's tensors that frames hold, in the order of its values."""
         return [
-            number for number, info in enumerate(self.tensors)
+            number
+            for number, info in enumerate(self.tensors)
             if info.part == part and not info.inline
-        ]  # fmt: skip
+        ]
 
 
 def _tensor_fields(info: TensorInfo) -> dict[str, object]:
     fields: dict[str, object] = {
-        "name": info.name, "dtype": info.dtype, "shape": list(info.shape),
-        "part": info.part, "role": info.role,
-    }  # fmt: skip
+        "name": info.name,
+        "dtype": info.dtype,
+        "shape": list(info.shape),
+        "part": info.part,
+        "role": info.role,
+    }
     if info.inline:
         fields["inline"] = True
     if info.pair is not None:
@@ -115,10 +119,15 @@ def _tensor_fields(info: TensorInfo) -> dict[str, object]:
         fields["evidence"] = info.evidence
     if info.views:
         fields["views"] = [
-            {"name": view.name, "dtype": view.dtype, "offset": view.offset,
-             "shape": list(view.shape), "stride": list(view.stride)}
+            {
+                "name": view.name,
+                "dtype": view.dtype,
+                "offset": view.offset,
+                "shape": list(view.shape),
+                "stride": list(view.stride),
+            }
             for view in info.views
-        ]  # fmt: skip
+        ]
     if info.order != LITTLE:
         fields["order"] = info.order
     return fields
@@ -138,16 +147,27 @@ def _load_shape(record: Record, field: str) -> tuple[int, ...]:
 
 def _load_tensor(record: Record) -> TensorInfo:
     views = tuple(
-        View(view.text("name"), view.text("dtype"), view.integer("offset"),
-             _load_shape(view, "shape"), tuple(view.integers("stride")))
+        View(
+            view.text("name"),
+            view.text("dtype"),
+            view.integer("offset"),
+            _load_shape(view, "shape"),
+            tuple(view.integers("stride")),
+        )
         for view in (record.records("views") if record.has("views") else [])
-    )  # fmt: skip
+    )
     info = TensorInfo(
-        record.text("name"), record.text("dtype"), _load_shape(record, "shape"),
-        record.text("part"), record.text("role"), record.flag("inline"),
-        record.optional_integer("pair"), views, record.optional_text("evidence") or "",
+        record.text("name"),
+        record.text("dtype"),
+        _load_shape(record, "shape"),
+        record.text("part"),
+        record.text("role"),
+        record.flag("inline"),
+        record.optional_integer("pair"),
+        views,
+        record.optional_text("evidence") or "",
         record.text("order") if record.has("order") else LITTLE,
-    )  # fmt: skip
+    )
     if info.dtype not in DTYPES or info.part not in ("model", "optimizer", "rest"):
         raise CorruptionError(f"a schema holds a tensor of unknown kind: {info.name!r}")
     if info.order not in (LITTLE, BIG, UNKNOWN):

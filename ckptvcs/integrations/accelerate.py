@@ -21,10 +21,15 @@ except ImportError as error:
 
 
 def commit_state(
-    accelerator: Accelerator, repo: Where, output_dir: str | os.PathLike[str] | None = None, *,
-    step: int | None = None, metrics: Mapping[str, float] | None = None, codec: str | None = None,
+    accelerator: Accelerator,
+    repo: Where,
+    output_dir: str | os.PathLike[str] | None = None,
+    *,
+    step: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+    codec: str | None = None,
     **saving: Any,
-) -> CommitResult | None:  # fmt: skip
+) -> CommitResult | None:
     """Save the state of a training by `accelerator.save_state`, and commit the directory on the
     main process; the others wait for it.  What was committed, or None on these.
 

@@ -203,11 +203,15 @@ def _digest(checkpoint: Mapping[str, Any]) -> str:
     """The hash of all that a checkpoint holds but the name of the last one."""
     callbacks = checkpoint.get("callbacks")
     if isinstance(callbacks, Mapping):
-        checkpoint = {**checkpoint, "callbacks": {
-            name: {**state, _OWN_NAME: ""} if isinstance(state, dict) and _OWN_NAME in state
-            else state
-            for name, state in callbacks.items()
-        }}  # fmt: skip
+        checkpoint = {
+            **checkpoint,
+            "callbacks": {
+                name: {**state, _OWN_NAME: ""}
+                if isinstance(state, dict) and _OWN_NAME in state
+                else state
+                for name, state in callbacks.items()
+            },
+        }
     sink = _Hashing()
     torch.save(checkpoint, sink)
     return sink.digest.hexdigest()

@@ -62,9 +62,13 @@ class Target:
             return None
 
     def commit(
-        self, path: Path, *, step: int | None, metrics: Mapping[str, float],
+        self,
+        path: Path,
+        *,
+        step: int | None,
+        metrics: Mapping[str, float],
         names: Names | None = None,
-    ) -> CommitResult:  # fmt: skip
+    ) -> CommitResult:
         """Commit a checkpoint that is complete; notes about it are logged.
 
         Raises:

@@ -43,9 +43,14 @@ class CkptCallback(TrainerCallback):
     """
 
     def __init__(
-        self, repo: Where = ".", *, metrics: bool = True,
-        keep_local: int | None = None, accept_near: bool = False, codec: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        repo: Where = ".",
+        *,
+        metrics: bool = True,
+        keep_local: int | None = None,
+        accept_near: bool = False,
+        codec: str | None = None,
+    ) -> None:
         """`repo` is a repository, or where one is to be opened, or made if there is none.
 
         Raises:
@@ -68,9 +73,11 @@ class CkptCallback(TrainerCallback):
             return
         folder = _folder(Path(args.output_dir), state.global_step)
         made = self._target.commit(
-            folder, step=state.global_step, metrics=_logged(state) if self._metrics else {},
+            folder,
+            step=state.global_step,
+            metrics=_logged(state) if self._metrics else {},
             names=_names(kwargs.get("model"), kwargs.get("optimizer")),
-        )  # fmt: skip
+        )
         if self._keep_local is not None:
             self._made = self._made or self._earlier(folder)
             self._made.pop(folder, None)  # a run that began again writes it anew: it is the newest
@@ -83,10 +90,12 @@ class CkptCallback(TrainerCallback):
         their commits.
         """
         found = {
-            path: name for path in folder.parent.glob("checkpoint-*")
-            if path != folder and named_step(path.name) is not None
+            path: name
+            for path in folder.parent.glob("checkpoint-*")
+            if path != folder
+            and named_step(path.name) is not None
             and (name := self._target.find(path)) is not None
-        }  # fmt: skip
+        }
         order = Lines(Repository(self._target.repo.folder), None).by_age(found.values())
         return dict(sorted(found.items(), key=lambda pair: order.index(pair[1])))
 
@@ -101,9 +110,12 @@ class CkptCallback(TrainerCallback):
             if folder.is_dir():
                 with keeper.at_work(), Originals(folder.parent) as originals:
                     done = keeper.remove(
-                        self._made[folder], folder.name, originals, lambda _: None,
+                        self._made[folder],
+                        folder.name,
+                        originals,
+                        lambda _: None,
                         accept_near=self._accept_near,
-                    )  # fmt: skip
+                    )
                 if done.kept and folder not in self._said:
                     _log.warning("%s is not removed: %s", folder.name, done.kept)
                     self._said.add(folder)
@@ -124,10 +136,11 @@ def _logged(state: Any) -> dict[str, float]:
     """The numbers that were logged at the step of a checkpoint."""
     return {
         key: float(value)
-        for row in state.log_history if row.get("step") == state.global_step
+        for row in state.log_history
+        if row.get("step") == state.global_step
         for key, value in row.items()
         if key not in _NO_METRICS and isinstance(value, int | float)
-    }  # fmt: skip
+    }
 
 
 def _names(model: Any, optimizer: Any) -> Names:

@@ -42,9 +42,10 @@ _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
 def _weights(schema: Schema) -> dict[str, int]:
     """The float weights of a schema, by name."""
     return {
-        info.name: number for number, info in enumerate(schema.tensors)
+        info.name: number
+        for number, info in enumerate(schema.tensors)
         if info.role == WEIGHT and info.dtype in _AVERAGED
-    }  # fmt: skip
+    }
 
 
 def _values(words: Words, dtype: str) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
@@ -88,8 +89,10 @@ def mean_weights(
     def choose(schema: ObjectId) -> Mapping[str, Window]:
         found = windows(catalog.schema(schema))
         infos = catalog.schema(schema).tensors
-        return {name: (number, found[infos[number].name][1])
-                for name, number in numbers_in(schema).items()}  # fmt: skip
+        return {
+            name: (number, found[infos[number].name][1])
+            for name, number in numbers_in(schema).items()
+        }
 
     for name, reader in Trajectory(catalog, choose).readers(names):
         infos, numbers = reader.schema.tensors, numbers_in(catalog.commit(name).schema)
@@ -173,9 +176,15 @@ class Averaged(Restorer):
 
 
 def average(
-    repository: Repository, start: Bound, stop: Bound, path: Path, *, every: int | None = None,
-    force: bool = False, progress: Progress = quiet,
-) -> list[ObjectId]:  # fmt: skip
+    repository: Repository,
+    start: Bound,
+    stop: Bound,
+    path: Path,
+    *,
+    every: int | None = None,
+    force: bool = False,
+    progress: Progress = quiet,
+) -> list[ObjectId]:
     """Write the mean of the weights of a line of commits; see `Repo.average`."""
     names = repository.history.line(start, stop, every)
     if not names:
@@ -188,9 +197,13 @@ def average(
 
 
 def write_average(
-    catalog: Catalog, names: Sequence[ObjectId], target: Path | Target, progress: Progress, *,
+    catalog: Catalog,
+    names: Sequence[ObjectId],
+    target: Path | Target,
+    progress: Progress,
+    *,
     force: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Write the mean of some commits as `PartReader.export` writes the last of them.
 
     Raises:

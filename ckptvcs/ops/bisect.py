@@ -151,9 +151,14 @@ def search(
 
 
 def choose_judge(
-    repository: Repository, command: Sequence[str] | None, metric: str | None,
-    above: float | None, below: float | None, *, nan: bool,
-) -> Judge:  # fmt: skip
+    repository: Repository,
+    command: Sequence[str] | None,
+    metric: str | None,
+    above: float | None,
+    below: float | None,
+    *,
+    nan: bool,
+) -> Judge:
     """Return the one judge that is asked for.
 
     Raises:

@@ -24,7 +24,7 @@ from ckptvcs.decode.file_writer import (
     require_links,
     save_directory,
     save_file,
-)  # fmt: skip
+)
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError
 from ckptvcs.files.names import refuse_trusted, safe_path
@@ -75,20 +75,33 @@ def _silent(_: Path) -> None:
 
 
 def checkout_files(
-    repository: Repository, name: ObjectId, output: Path | None = None, *, force: bool = False,
-    exact: bool = False, progress: Progress = quiet,
+    repository: Repository,
+    name: ObjectId,
+    output: Path | None = None,
+    *,
+    force: bool = False,
+    exact: bool = False,
+    progress: Progress = quiet,
     announce: Callable[[Path], object] = _silent,
-) -> CheckedOut:  # fmt: skip
+) -> CheckedOut:
     """Write the files of a commit; see `Repo.checkout_files`."""
-    return repository.read_again(lambda: worktree(repository).write(
-        _reader(repository, name, exact=exact), output, progress, force=force, announce=announce
-    ))  # fmt: skip
+    return repository.read_again(
+        lambda: worktree(repository).write(
+            _reader(repository, name, exact=exact), output, progress, force=force, announce=announce
+        )
+    )
 
 
 def checkout_part(
-    repository: Repository, name: ObjectId, part: str, output: Path | None = None, *,
-    force: bool = False, exact: bool = False, announce: Callable[[Path], object] = _silent,
-) -> CheckedOut:  # fmt: skip
+    repository: Repository,
+    name: ObjectId,
+    part: str,
+    output: Path | None = None,
+    *,
+    force: bool = False,
+    exact: bool = False,
+    announce: Callable[[Path], object] = _silent,
+) -> CheckedOut:
     """Write one part of a commit; see `Repo.checkout_part`."""
     with Targets() as looks:
         target = _part_target(repository, repository.catalog.commit(name), part, output, looks)
@@ -119,9 +132,8 @@ def _part_target(
 
 
 def save_part(
-    repository: Repository, name: ObjectId, part: str, target: Path | Target, *,
-    exact: bool = False,
-) -> str:  # fmt: skip
+    repository: Repository, name: ObjectId, part: str, target: Path | Target, *, exact: bool = False
+) -> str:
     """Write one part of a commit as .safetensors or as a torch.save file; return its fidelity.
 
     Raises:
@@ -197,10 +209,11 @@ class WorkTree:
             restorer = Restorer(self._catalog, name)
             if not restorer.exact:  # beside weights that are near a file may have none
                 return any(
-                    file.hash == digest and self._is_exact(restorer, file)
+                    file.hash == digest
+                    and self._is_exact(restorer, file)
                     and restorer.digest(file) == digest
                     for file in restorer.commit.files
-                )  # fmt: skip
+                )
             marked = mark(self._catalog, {name: self._catalog.commit(name)}, gone)
             places = [store.places(one)[0] for one in marked.objects]
             for pack, folder in {place.pack: place.folder for place in places}.items():
@@ -280,9 +293,14 @@ class WorkTree:
         return "whose exact form is damaged"
 
     def write(
-        self, restorer: Restorer, output: Path | None, progress: Progress, *, force: bool,
+        self,
+        restorer: Restorer,
+        output: Path | None,
+        progress: Progress,
+        *,
+        force: bool,
         announce: Callable[[Path], object] = _silent,
-    ) -> CheckedOut:  # fmt: skip
+    ) -> CheckedOut:
         """Write the files of a commit; `announce` is told where, before anything is written.
 
         Raises:

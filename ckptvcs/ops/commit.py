@@ -68,11 +68,20 @@ class SharedPatchFadedError(Exception):
 
 
 def commit_path(
-    repository: Repository, path: str | os.PathLike[str], *, message: str, step: int | None = None,
-    metrics: Mapping[str, float] | None = None, codec: str | None = None,
-    branch: str | None = None, raw: bool = False, names: Names | None = None,
-    files: Sequence[str] = (), head_stays: bool = False, progress: Progress = quiet,
-) -> CommitResult:  # fmt: skip
+    repository: Repository,
+    path: str | os.PathLike[str],
+    *,
+    message: str,
+    step: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+    codec: str | None = None,
+    branch: str | None = None,
+    raw: bool = False,
+    names: Names | None = None,
+    files: Sequence[str] = (),
+    head_stays: bool = False,
+    progress: Progress = quiet,
+) -> CommitResult:
     """Commit a checkpoint file or a directory of files; see `Repo.commit_path`.
 
     Raises:
@@ -85,17 +94,35 @@ def commit_path(
     name, inside = repository.naming(path)
     checkpoint = open_checkpoint(path, raw=raw, skip=skip, names=names, only=files)
     return commit_checkpoint(
-        repository, checkpoint, name, inside=inside, step=step, message=message,
-        metrics=metrics or {}, codec=codec, branch=branch, head_stays=head_stays,
+        repository,
+        checkpoint,
+        name,
+        inside=inside,
+        step=step,
+        message=message,
+        metrics=metrics or {},
+        codec=codec,
+        branch=branch,
+        head_stays=head_stays,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
 def commit_checkpoint(
-    repository: Repository, checkpoint: Checkpoint, path: str, *, inside: bool, step: int | None,
-    message: str, metrics: Mapping[str, float], codec: str | None, branch: str | None = None,
-    head_stays: bool = False, progress: Progress = quiet, announce: Announce = silent,
-) -> CommitResult:  # fmt: skip
+    repository: Repository,
+    checkpoint: Checkpoint,
+    path: str,
+    *,
+    inside: bool,
+    step: int | None,
+    message: str,
+    metrics: Mapping[str, float],
+    codec: str | None,
+    branch: str | None = None,
+    head_stays: bool = False,
+    progress: Progress = quiet,
+    announce: Announce = silent,
+) -> CommitResult:
     """Commit what has been opened already.  `announce` is called just before a branch moves to a
     commit that is made.
 
@@ -108,9 +135,16 @@ def commit_checkpoint(
     """
     config = repository.commit_config()
     request = Request.of(
-        checkpoint, path, inside=inside, message=message, step=step, metrics=metrics,
-        spec=repository.codec_for(codec, metrics, config), branch=branch, head_stays=head_stays,
-    )  # fmt: skip
+        checkpoint,
+        path,
+        inside=inside,
+        message=message,
+        step=step,
+        metrics=metrics,
+        spec=repository.codec_for(codec, metrics, config),
+        branch=branch,
+        head_stays=head_stays,
+    )
     with repository.held_base(checkpoint.kind) as held, checkpoint.kept_open():
         result = Committer(repository, config, progress, held, announce).commit(request)
     with after(f"commit {result.id[:8]} was made"):
@@ -122,9 +156,13 @@ class Committer:
     """Makes one commit in a repository."""
 
     def __init__(
-        self, repository: Repository, config: Config, progress: Progress = quiet,
-        held: HeldBase | None = None, announce: Announce = silent,
-    ) -> None:  # fmt: skip
+        self,
+        repository: Repository,
+        config: Config,
+        progress: Progress = quiet,
+        held: HeldBase | None = None,
+        announce: Announce = silent,
+    ) -> None:
         """`config` holds the settings as they were when the commit began."""
         self._repository, self._config = repository, config
         self._catalog, self._refs = repository.catalog, repository.refs
@@ -176,10 +214,14 @@ class Committer:
         if head is not None and (wanted or not head.branch):
             parent = self._tip(head.branch) if head.branch else head.commit
         situation = Situation(
-            find_step(request), wanted, Head(following, self._last_branch),
-            self._refs.read(f"heads/{asked}") if asked else None, parent,
-            frozenset(self._refs.names("heads")), request.head_stays,
-        )  # fmt: skip
+            find_step(request),
+            wanted,
+            Head(following, self._last_branch),
+            self._refs.read(f"heads/{asked}") if asked else None,
+            parent,
+            frozenset(self._refs.names("heads")),
+            request.head_stays,
+        )
 
         def likeness(commit: ObjectId | None) -> Likeness:
             if scanned is None:
@@ -216,25 +258,41 @@ class Committer:
         return True
 
     def _encode(
-        self, request: Request, base: Commit | None, hashes: dict[int, bytes], *, keyframe: bool,
+        self,
+        request: Request,
+        base: Commit | None,
+        hashes: dict[int, bytes],
+        *,
+        keyframe: bool,
         patched: bool,
-    ) -> Encoded:  # fmt: skip
+    ) -> Encoded:
         checkpoint = request.checkpoint
         held = self._held if checkpoint.kind == "state" else None
 
         def encode(attempt: Attempt) -> Encoded:
             return Encoder(
-                self._catalog, self._repository.bases, attempt, base, checkpoint, dict(hashes),
-                progress=self._progress, held=held,
-            ).encode()  # fmt: skip
+                self._catalog,
+                self._repository.bases,
+                attempt,
+                base,
+                checkpoint,
+                dict(hashes),
+                progress=self._progress,
+                held=held,
+            ).encode()
 
         first = Attempt.first(request.spec, keyframe=keyframe, patched=patched)
         return within_bounds(first, encode)
 
     def complete(
-        self, request: Request, place: Place, base: Commit | None, encoded: Encoded,
-        file_hashes: list[str | None], held: str,
-    ) -> CommitResult:  # fmt: skip
+        self,
+        request: Request,
+        place: Place,
+        base: Commit | None,
+        encoded: Encoded,
+        file_hashes: list[str | None],
+        held: str,
+    ) -> CommitResult:
         """Make a commit of what is stored, and move its branch; `held` names the lease that was
         held all the time.
 
@@ -338,6 +396,14 @@ def unchanged(base: Commit, *, patched: bool) -> Encoded:
     """What is stored for a checkpoint that a commit holds already; its exact patches are shared."""
     shared = [state.exact for state in base.parts.values() if state.exact]
     return Encoded(
-        dict(base.parts), {}, [], base.depth, 0, 0, base.nonfinite, base.error, {},
+        dict(base.parts),
+        {},
+        [],
+        base.depth,
+        0,
+        0,
+        base.nonfinite,
+        base.error,
+        {},
         shared if patched else [],
-    )  # fmt: skip
+    )

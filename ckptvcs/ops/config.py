@@ -116,11 +116,17 @@ def _bound(value: Value) -> str | float:
 
 
 _CHECKS: dict[str, Callable[[Value], Value]] = {
-    "codec": _codec, "keep-exact": _whole(0), "keep-best": _best,
-    "best-fidelity": _fidelity, "tag-fidelity": _fidelity, "pin-fidelity": _fidelity,
-    "max-weight-error": _bound, "max-update-nmse": _bound,
-    "keyframe-depth": _whole(1), "keyframe-bytes": _number,
-}  # fmt: skip
+    "codec": _codec,
+    "keep-exact": _whole(0),
+    "keep-best": _best,
+    "best-fidelity": _fidelity,
+    "tag-fidelity": _fidelity,
+    "pin-fidelity": _fidelity,
+    "max-weight-error": _bound,
+    "max-update-nmse": _bound,
+    "keyframe-depth": _whole(1),
+    "keyframe-bytes": _number,
+}
 
 KEYS = tuple(_CHECKS)
 """The names of the settings, as the file and the command line have them."""

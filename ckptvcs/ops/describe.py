@@ -28,9 +28,13 @@ class Description:
         self._store, self._pack = store, pack
 
     def add(
-        self, request: Request, place: Place, base: Commit | None, encoded: Encoded,
+        self,
+        request: Request,
+        place: Place,
+        base: Commit | None,
+        encoded: Encoded,
         file_hashes: list[str | None],
-    ) -> tuple[ObjectId, Commit]:  # fmt: skip
+    ) -> tuple[ObjectId, Commit]:
         """Add a commit and what it refers to, unless the store has that already.
 
         Raises:
@@ -48,15 +52,30 @@ class Description:
             errors = self._put(Kind.ERRORS, dump_errors(encoded.errors))
         keyframe = not encoded.depth and not place.unchanged
         commit = Commit(
-            parents=(place.parent,) if place.parent else (), time=now(), step=place.step,
-            message=request.message, metrics=dict(request.metrics), codec=request.spec.name,
-            kind="keyframe" if keyframe else "delta", depth=encoded.depth,
-            raw_bytes=checkpoint.size_bytes, data_bytes=encoded.data_bytes,
-            patch_bytes=encoded.patch_bytes, nonfinite=encoded.nonfinite,
-            source=checkpoint.kind, path=request.path, inside=request.inside, schema=schema,
-            parts=encoded.parts, files=files, error=encoded.error, errors=errors,
-            host=socket.gethostname(), user=user(), code=code_commit(),
-        )  # fmt: skip
+            parents=(place.parent,) if place.parent else (),
+            time=now(),
+            step=place.step,
+            message=request.message,
+            metrics=dict(request.metrics),
+            codec=request.spec.name,
+            kind="keyframe" if keyframe else "delta",
+            depth=encoded.depth,
+            raw_bytes=checkpoint.size_bytes,
+            data_bytes=encoded.data_bytes,
+            patch_bytes=encoded.patch_bytes,
+            nonfinite=encoded.nonfinite,
+            source=checkpoint.kind,
+            path=request.path,
+            inside=request.inside,
+            schema=schema,
+            parts=encoded.parts,
+            files=files,
+            error=encoded.error,
+            errors=errors,
+            host=socket.gethostname(),
+            user=user(),
+            code=code_commit(),
+        )
         content = dump_commit(commit)
         load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
         return self._pack.add(Kind.COMMIT, content), commit
@@ -71,14 +90,20 @@ class Description:
             same = {f"{checkpoint.files[0].path}:": f"{path}:" for path in old}
         files = [
             FileEntry(
-                file.path, file.source.size, digest, file.mode, file.mtime_ns, file.format,
+                file.path,
+                file.source.size,
+                digest,
+                file.mode,
+                file.mtime_ns,
+                file.format,
                 self._put(
-                    Kind.SKELETON, skeleton_of(checkpoint, file),
+                    Kind.SKELETON,
+                    skeleton_of(checkpoint, file),
                     old.get(same.get(f"{file.path}:", "")[:-1]),
                 ),
             )
             for file, digest in zip(checkpoint.files, file_hashes, strict=True)
-        ]  # fmt: skip
+        ]
         links = [
             FileEntry(link.path, 0, None, link.mode, link.mtime_ns, "link", None, link.target)
             for link in checkpoint.links

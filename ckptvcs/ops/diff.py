@@ -37,9 +37,16 @@ Key = tuple[str, str, int]
 """Part, name, and how many of that name came before it."""
 
 SORT_KEYS = (
-    "relative", "name", "norm_a", "norm_b", "norm_difference", "cosine", "max_abs", "changed",
+    "relative",
+    "name",
+    "norm_a",
+    "norm_b",
+    "norm_difference",
+    "cosine",
+    "max_abs",
+    "changed",
     "nonfinite_b",
-)  # fmt: skip
+)
 _BATCH_WORDS = 2 * SLICE_WORDS
 
 
@@ -174,8 +181,10 @@ class _Side:
         """Look for tensors under the names that they have on another side."""
         old, new = ([name for _, name, _ in side.numbers] for side in (other, self))
         names = pair_names(old, new)
-        self.numbers = {(part, names.get(name, name), count): number
-                        for (part, name, count), number in self.numbers.items()}  # fmt: skip
+        self.numbers = {
+            (part, names.get(name, name), count): number
+            for (part, name, count), number in self.numbers.items()
+        }
 
     @property
     def size_bytes(self) -> int:
@@ -346,9 +355,12 @@ def diff(
     """Compare two commits; see `Repo.diff`."""
     left, right = repository.resolve(a), repository.resolve(b)
     return compare(
-        repository.catalog, (repository.entry(left), repository.restorer(left)),
-        (repository.entry(right), repository.restorer(right)), only, progress,
-    )  # fmt: skip
+        repository.catalog,
+        (repository.entry(left), repository.restorer(left)),
+        (repository.entry(right), repository.restorer(right)),
+        only,
+        progress,
+    )
 
 
 def compare(
@@ -384,18 +396,29 @@ def compare(
             total.add(sums)
     steps = None if a[0].step is None or b[0].step is None else abs(b[0].step - a[0].step)
     found = Comparison(
-        a[0], b[0], steps, tuple(_metadata(a[0], b[0])),
+        a[0],
+        b[0],
+        steps,
+        tuple(_metadata(a[0], b[0])),
         tuple(
             TensorDifference(
-                left.infos[one], sums, left.error(one), right.error(other), left.is_near(one),
+                left.infos[one],
+                sums,
+                left.error(one),
+                right.error(other),
+                left.is_near(one),
                 right.is_near(other),
             )
             for (one, other), sums in tensors.items()
         ),
-        total, tuple(match.unchanged), tuple(match.indistinct), tuple(match.added),
+        total,
+        tuple(match.unchanged),
+        tuple(match.indistinct),
+        tuple(match.added),
         tuple(match.removed),
-        tuple(match.reshaped), dropped,
-    )  # fmt: skip
+        tuple(match.reshaped),
+        dropped,
+    )
     return replace(found, tensors=tuple(found.ordered()))
 
 

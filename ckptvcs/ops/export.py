@@ -29,9 +29,15 @@ class Exported:
 
 
 def export(
-    repository: Repository, revision: str | int, path: Path, *, form: str | None = None,
-    only: str | None = None, force: bool = False, progress: Progress = quiet,
-) -> Exported:  # fmt: skip
+    repository: Repository,
+    revision: str | int,
+    path: Path,
+    *,
+    form: str | None = None,
+    only: str | None = None,
+    force: bool = False,
+    progress: Progress = quiet,
+) -> Exported:
     """Write one commit; see `Repo.export`."""
     _check(form, only)
     if form and path.suffix == ".safetensors" and form != "safetensors":
@@ -43,10 +49,18 @@ def export(
 
 
 def export_line(
-    repository: Repository, folder: Path, *, start: Bound = None, stop: Bound = None,
-    every: int | None = None, revision: str | int | None = None, form: str | None = None,
-    only: str | None = None, force: bool = False, progress: Progress = quiet,
-) -> list[Exported]:  # fmt: skip
+    repository: Repository,
+    folder: Path,
+    *,
+    start: Bound = None,
+    stop: Bound = None,
+    every: int | None = None,
+    revision: str | int | None = None,
+    form: str | None = None,
+    only: str | None = None,
+    force: bool = False,
+    progress: Progress = quiet,
+) -> list[Exported]:
     """Write each commit of a line; see `Repo.export_line`."""
     _check(form, only)
     names = repository.history.line(start, stop, every, revision=revision)
@@ -62,9 +76,14 @@ def _check(form: str | None, only: str | None) -> None:
 
 
 def _write(
-    repository: Repository, names: Sequence[ObjectId], paths: Sequence[Path], only: str | None,
-    progress: Progress, *, force: bool,
-) -> list[Exported]:  # fmt: skip
+    repository: Repository,
+    names: Sequence[ObjectId],
+    paths: Sequence[Path],
+    only: str | None,
+    progress: Progress,
+    *,
+    force: bool,
+) -> list[Exported]:
     if not names:
         raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
     entries = [repository.entry(name) for name in names]
@@ -72,11 +91,9 @@ def _write(
         targets = [looks.free(path, force=force) for path in paths]
         write_commits(repository.catalog, names, targets, only, progress, force=force)
     return [
-        Exported(
-            entry, path, entry.fidelity.get(only, "") == "exact" if only else entry.exact
-        )
+        Exported(entry, path, entry.fidelity.get(only, "") == "exact" if only else entry.exact)
         for entry, path in zip(entries, paths, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _file_names(

@@ -23,9 +23,13 @@ def plan(repository: Repository, policy: Policy) -> GcPlan:
 
 
 def collect(
-    repository: Repository, policy: Policy, *, sweep: bool = True, rekey: bool = False,
+    repository: Repository,
+    policy: Policy,
+    *,
+    sweep: bool = True,
+    rekey: bool = False,
     progress: Progress = quiet,
-) -> GcPlan:  # fmt: skip
+) -> GcPlan:
     """Collect garbage; see `Repo.gc`.
 
     Raises:
@@ -53,19 +57,26 @@ def collect(
 
 
 def _collect(
-    repository: Repository, policy: Policy, progress: Progress, held: list[int], *, sweep: bool,
+    repository: Repository,
+    policy: Policy,
+    progress: Progress,
+    held: list[int],
+    *,
+    sweep: bool,
     rekey: bool,
-) -> GcPlan:  # fmt: skip
+) -> GcPlan:
     """`held` takes the size of the repository, before this and a try that came before it."""
     collector, store = _collector(repository), repository.catalog.store
     with sole(repository.backend) as mark:
         before = store.list_packs().keys()
         held.append(collector.held_bytes(debris=True))
         done = Sweep(collector, repository.catalog, mark).run(
-            policy, now(), sweep=sweep,
+            policy,
+            now(),
+            sweep=sweep,
             before_drop=lambda: raise_flags(repository.folder, "gc", "drops"),
             rekey=(lambda: _rekey(repository, progress)) if rekey else None,
-        )  # fmt: skip
+        )
         left = collector.held_bytes(debris=not sweep)
         held[0] += collector.foreign_bytes(done, before)
         if not sweep:

@@ -75,9 +75,14 @@ class Importer:
     """Imports one folder into one repository."""
 
     def __init__(
-        self, repo: Repository, folder: Path, *, pattern: str | None = None,
-        branch: str | None = None, codec: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        repo: Repository,
+        folder: Path,
+        *,
+        pattern: str | None = None,
+        branch: str | None = None,
+        codec: str | None = None,
+    ) -> None:
         """Look at the folder; see `ckptvcs.checkpoint.survey`.
 
         Raises:
@@ -148,9 +153,14 @@ class Importer:
         try:
             made = commit_path(
                 self.repo,
-                found.path, message=found.name, step=found.step, codec=self._codec,
-                branch=line.branch, files=found.files, progress=progress,
-            )  # fmt: skip
+                found.path,
+                message=found.name,
+                step=found.step,
+                codec=self._codec,
+                branch=line.branch,
+                files=found.files,
+                progress=progress,
+            )
         except (InvalidInputError, NotFoundError, CorruptionError) as error:
             item.fail(error)
             return

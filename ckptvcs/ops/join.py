@@ -46,18 +46,30 @@ class Joint:
     """
 
     def __init__(
-        self, repository: Repository, path: str, *, step: int | None = None, message: str = "",
-        metrics: Mapping[str, float] | None = None, codec: str | None = None,
+        self,
+        repository: Repository,
+        path: str,
+        *,
+        step: int | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        codec: str | None = None,
         branch: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Raises InvalidInputError: a step, a metric, a message or a codec is none."""
         self._repository, self._catalog = repository, repository.catalog
         nothing = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
         config = repository.commit_config()
         self._request = Request.of(
-            nothing, path, inside=True, message=message, step=step, metrics=metrics or {},
-            spec=repository.codec_for(codec, metrics or {}, config), branch=branch,
-        )  # fmt: skip
+            nothing,
+            path,
+            inside=True,
+            message=message,
+            step=step,
+            metrics=metrics or {},
+            spec=repository.codec_for(codec, metrics or {}, config),
+            branch=branch,
+        )
         self._patched = config.exact_rule.wants_patch(self._request.metrics)
         self._committer = Committer(repository, config)
         self._stack = ExitStack()
@@ -165,16 +177,25 @@ class Joint:
         reports = report_tensors(errors, infos) if self._request.spec.settings else {}
         reports |= {number: one.known for number, one in stored.items() if one.known is not None}
         return Encoded(
-            parts, tables, recipes, max(depths.values(), default=0),
-            sum(shard.data_bytes for shard in shards.values()), patch_bytes,
-            sum(shard.nonfinite for shard in shards.values()), report(errors, infos), reports,
+            parts,
+            tables,
+            recipes,
+            max(depths.values(), default=0),
+            sum(shard.data_bytes for shard in shards.values()),
+            patch_bytes,
+            sum(shard.nonfinite for shard in shards.values()),
+            report(errors, infos),
+            reports,
             shared,
-        )  # fmt: skip
+        )
 
     def _patch(
-        self, infos: tuple[TensorInfo, ...], values: ObjectId, exact: bytes,
+        self,
+        infos: tuple[TensorInfo, ...],
+        values: ObjectId,
+        exact: bytes,
         row: list[tuple[int, Stored, int]],
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Copy the exact patches of a part into one pack: its bytes on disk."""
         store, frames = self._catalog.store, []
         writer = PatchWriter(lambda: store.new_pack("packs"))

@@ -129,9 +129,14 @@ class Keeper:
         return f"its commit is only near ({off})"
 
     def remove(
-        self, name: ObjectId, top: str, originals: Originals, progress: Progress, *,
+        self,
+        name: ObjectId,
+        top: str,
+        originals: Originals,
+        progress: Progress,
+        *,
         accept_near: bool,
-    ) -> Removal:  # fmt: skip
+    ) -> Removal:
         """Delete the file or directory `top` that a commit was made of; of one that was made of
         several files of the folder `top` is empty.
 
@@ -151,15 +156,21 @@ class Keeper:
         return done
 
     def _remove(
-        self, name: ObjectId, top: PurePosixPath, originals: Originals, progress: Progress,
-        done: Removal, accept_near: bool,
-    ) -> None:  # fmt: skip
+        self,
+        name: ObjectId,
+        top: PurePosixPath,
+        originals: Originals,
+        progress: Progress,
+        done: Removal,
+        accept_near: bool,
+    ) -> None:
         commit = self._repo.catalog.commit(name)
         inside = commit.source == "directory"
         files = [
             (top / file.path if inside else top, file.size, file.hash)
-            for file in commit.files if file.skeleton is not None and file.hash is not None
-        ]  # fmt: skip
+            for file in commit.files
+            if file.skeleton is not None and file.hash is not None
+        ]
         for path, size, _ in files:
             originals.check(path, size)
         ref = self._way(name, None)
@@ -228,9 +239,15 @@ class Keeper:
             self._repo.refs.settle(ref)
 
     def _delete(
-        self, name: ObjectId, ref: str, pin: str | None, own: str | None, originals: Originals,
-        proven: list[Proven], done: Removal,
-    ) -> None:  # fmt: skip
+        self,
+        name: ObjectId,
+        ref: str,
+        pin: str | None,
+        own: str | None,
+        originals: Originals,
+        proven: list[Proven],
+        done: Removal,
+    ) -> None:
         """Delete files while nobody can take the commit back, or its pin.
 
         Raises:

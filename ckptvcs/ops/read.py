@@ -26,9 +26,13 @@ def tensor(repository: Repository, name: str, at: str | int) -> Any:
 
 
 def states(
-    repository: Repository, select: str | Sequence[str] | None, start: Bound, stop: Bound,
-    every: int | None, revision: str | int | None,
-) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
+    repository: Repository,
+    select: str | Sequence[str] | None,
+    start: Bound,
+    stop: Bound,
+    every: int | None,
+    revision: str | int | None,
+) -> Iterator[tuple[LogEntry, Any]]:
     """Yield the states of a line of commits, oldest first; see `Repo.trajectory`."""
     globs = [select] if isinstance(select, str) else select
     names = repository.history.line(start, stop, every, revision=revision)
@@ -36,9 +40,13 @@ def states(
 
 
 def series(
-    repository: Repository, name: str, start: Bound, stop: Bound, every: int | None,
+    repository: Repository,
+    name: str,
+    start: Bound,
+    stop: Bound,
+    every: int | None,
     revision: str | int | None,
-) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
+) -> Iterator[tuple[LogEntry, Any]]:
     """Yield one tensor along a line of commits, oldest first; see `Repo.series`."""
     names = repository.history.line(start, stop, every, revision=revision)
     return _with_entries(repository, trajectory.series(repository.catalog, names, name))

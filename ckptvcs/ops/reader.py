@@ -97,9 +97,13 @@ class Reader:
         return self.repository.history.entries(limit, start=start, all_branches=all_branches)
 
     def line(
-        self, start: Bound = None, stop: Bound = None, every: int | None = None, *,
+        self,
+        start: Bound = None,
+        stop: Bound = None,
+        every: int | None = None,
+        *,
         revision: str | int | None = None,
-    ) -> list[LogEntry]:  # fmt: skip
+    ) -> list[LogEntry]:
         """Commits of a line, oldest first, chosen as `trajectory` chooses them."""
         names = self.repository.history.line(start, stop, every, revision=revision)
         return [self.repository.entry(name) for name in names]
@@ -142,9 +146,13 @@ class Reader:
         return ops.show.status(self.repository)
 
     def diff(
-        self, a: str | int = "HEAD~1", b: str | int = "HEAD", *, only: str | None = None,
+        self,
+        a: str | int = "HEAD~1",
+        b: str | int = "HEAD",
+        *,
+        only: str | None = None,
         progress: Progress = quiet,
-    ) -> Comparison:  # fmt: skip
+    ) -> Comparison:
         """What lies between two commits, of all parts or of one.
 
         Raises:
@@ -220,10 +228,15 @@ class Reader:
         return state
 
     def checkout_files(
-        self, revision: str | int, output: PathLike | None = None, *,
-        force: bool = False, exact: bool = False, progress: Progress = quiet,
+        self,
+        revision: str | int,
+        output: PathLike | None = None,
+        *,
+        force: bool = False,
+        exact: bool = False,
+        progress: Progress = quiet,
         announce: Callable[[Path], object] = lambda _: None,
-    ) -> CheckedOut:  # fmt: skip
+    ) -> CheckedOut:
         """Write the files of a commit; HEAD stays where it is (see `move_head`).  `announce` is
         told where, before anything is written.
 
@@ -232,15 +245,25 @@ class Reader:
                 overwritten that no commit holds.
         """
         return ops.checkout.checkout_files(
-            self.repository, self.resolve(revision), _path(output), force=force, exact=exact,
-            progress=progress, announce=announce,
-        )  # fmt: skip
+            self.repository,
+            self.resolve(revision),
+            _path(output),
+            force=force,
+            exact=exact,
+            progress=progress,
+            announce=announce,
+        )
 
     def checkout_part(
-        self, revision: str | int, part: str, output: PathLike | None = None, *,
-        force: bool = False, exact: bool = False,
+        self,
+        revision: str | int,
+        part: str,
+        output: PathLike | None = None,
+        *,
+        force: bool = False,
+        exact: bool = False,
         announce: Callable[[Path], object] = lambda _: None,
-    ) -> CheckedOut:  # fmt: skip
+    ) -> CheckedOut:
         """Write one part of a commit (`model`, `optimizer` or `rest`) as .safetensors or as a
         torch.save file; without `output` beside where the commit belongs.
 
@@ -249,14 +272,25 @@ class Reader:
                 way.
         """
         return ops.checkout.checkout_part(
-            self.repository, self.resolve(revision), part, _path(output), force=force,
-            exact=exact, announce=announce,
-        )  # fmt: skip
+            self.repository,
+            self.resolve(revision),
+            part,
+            _path(output),
+            force=force,
+            exact=exact,
+            announce=announce,
+        )
 
     def export(
-        self, revision: str | int, path: PathLike, *, form: str | None = None,
-        only: str | None = None, force: bool = False, progress: Progress = quiet,
-    ) -> Exported:  # fmt: skip
+        self,
+        revision: str | int,
+        path: PathLike,
+        *,
+        form: str | None = None,
+        only: str | None = None,
+        force: bool = False,
+        progress: Progress = quiet,
+    ) -> Exported:
         """Write a commit, or one part of it, in the format `form` (`pt` or `safetensors`; None: as
         it was committed).
 
@@ -265,15 +299,28 @@ class Reader:
             ConflictError: a file is in the way, and `force` is not given.
         """
         return ops.export.export(
-            self.repository, revision, Path(path), form=form, only=only, force=force,
+            self.repository,
+            revision,
+            Path(path),
+            form=form,
+            only=only,
+            force=force,
             progress=progress,
-        )  # fmt: skip
+        )
 
     def export_line(
-        self, folder: PathLike, *, start: Bound = None, stop: Bound = None,
-        every: int | None = None, revision: str | int | None = None, form: str | None = None,
-        only: str | None = None, force: bool = False, progress: Progress = quiet,
-    ) -> list[Exported]:  # fmt: skip
+        self,
+        folder: PathLike,
+        *,
+        start: Bound = None,
+        stop: Bound = None,
+        every: int | None = None,
+        revision: str | int | None = None,
+        form: str | None = None,
+        only: str | None = None,
+        force: bool = False,
+        progress: Progress = quiet,
+    ) -> list[Exported]:
         """Write each commit of a line, as `trajectory` chooses them, into a folder, named by its
         step; each frame is decoded once.
 
@@ -282,14 +329,28 @@ class Reader:
             ConflictError: a file is in the way, and `force` is not given.
         """
         return ops.export.export_line(
-            self.repository, Path(folder), start=start, stop=stop, every=every,
-            revision=revision, form=form, only=only, force=force, progress=progress,
-        )  # fmt: skip
+            self.repository,
+            Path(folder),
+            start=start,
+            stop=stop,
+            every=every,
+            revision=revision,
+            form=form,
+            only=only,
+            force=force,
+            progress=progress,
+        )
 
     def average(
-        self, start: Bound, stop: Bound, path: PathLike, *, every: int | None = None,
-        force: bool = False, progress: Progress = quiet,
-    ) -> list[ObjectId]:  # fmt: skip
+        self,
+        start: Bound,
+        stop: Bound,
+        path: PathLike,
+        *,
+        every: int | None = None,
+        force: bool = False,
+        progress: Progress = quiet,
+    ) -> list[ObjectId]:
         """Write the mean of the weights of a line of commits, all else as in the last of them;
         return their ids.
 
@@ -303,9 +364,14 @@ class Reader:
         )
 
     def trajectory(
-        self, select: str | Sequence[str] | None = None, *, start: Bound = None, stop: Bound = None,
-        every: int | None = None, revision: str | int | None = None,
-    ) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
+        self,
+        select: str | Sequence[str] | None = None,
+        *,
+        start: Bound = None,
+        stop: Bound = None,
+        every: int | None = None,
+        revision: str | int | None = None,
+    ) -> Iterator[tuple[LogEntry, Any]]:
         """The states of a line of commits, oldest first, each with its entry in the log.
 
         A state is what `checkout` gives; with `select`, a glob or several over the names of tensors
@@ -345,17 +411,30 @@ class Reader:
         return ops.tensor.TensorView(self.repository, where)
 
     def series(
-        self, name: str, *, start: Bound = None, stop: Bound = None, every: int | None = None,
+        self,
+        name: str,
+        *,
+        start: Bound = None,
+        stop: Bound = None,
+        every: int | None = None,
         revision: str | int | None = None,
-    ) -> Iterator[tuple[LogEntry, Any]]:  # fmt: skip
+    ) -> Iterator[tuple[LogEntry, Any]]:
         """One tensor along a line, of those commits that have it; as `trajectory` and `tensor`."""
         return ops.read.series(self.repository, name, start, stop, every, revision)
 
     def bisect(
-        self, good: str | int, bad: str | int, judge: Judge | None = None,
-        watch: Watch | None = None, *, command: Sequence[str] | None = None, nan: bool = False,
-        metric: str | None = None, above: float | None = None, below: float | None = None,
-    ) -> Bisection:  # fmt: skip
+        self,
+        good: str | int,
+        bad: str | int,
+        judge: Judge | None = None,
+        watch: Watch | None = None,
+        *,
+        command: Sequence[str] | None = None,
+        nan: bool = False,
+        metric: str | None = None,
+        above: float | None = None,
+        below: float | None = None,
+    ) -> Bisection:
         """The first bad commit between two.  Bad is what `judge` says; or what the exit code of a
         `command` says; or weights that are not finite (`nan`); or a `metric` above or below a
         bound.  `watch` is told of each verdict.

@@ -48,13 +48,13 @@ def tags(repository: Repository) -> list[NamedCommit]:
 
 
 def _named(
-    repository: Repository, space: str, read: Callable[[str], ObjectId | None],
-    current: str | None,
-) -> list[NamedCommit]:  # fmt: skip
+    repository: Repository, space: str, read: Callable[[str], ObjectId | None], current: str | None
+) -> list[NamedCommit]:
     return [
         NamedCommit(name, commit, repository.catalog.commit(commit).step, name == current)
-        for name in repository.refs.names(space) if (commit := read(name)) is not None
-    ]  # fmt: skip
+        for name in repository.refs.names(space)
+        if (commit := read(name)) is not None
+    ]
 
 
 def create_branch(repository: Repository, name: str, revision: str | int) -> ObjectId:

@@ -134,8 +134,11 @@ class Repairer:
                 self.done.salvaged += self._copy(rows, folder)
             elif all(map(self._decodes, exact)):
                 places = [Place(pack, folder, entry) for entry in entries]
-                rows = ((p.entry, *self._catalog.store.read_record(p)) for p in places
-                        if not self._elsewhere(p.entry.id))  # fmt: skip
+                rows = (
+                    (p.entry, *self._catalog.store.read_record(p))
+                    for p in places
+                    if not self._elsewhere(p.entry.id)
+                )
                 self.done.salvaged += self._copy(rows, folder)
 
     def _decodes(self, exact: ObjectId) -> bool:
@@ -202,8 +205,11 @@ class Repairer:
         for _ in range(_ROUNDS):
             wanted: dict[PackId, str] = {}
             for name in self._lost():
-                names = {name} | {one for recipe, content in other.recipes(name)
-                                  for one in (recipe, *content.bundles)}  # fmt: skip
+                names = {name} | {
+                    one
+                    for recipe, content in other.recipes(name)
+                    for one in (recipe, *content.bundles)
+                }
                 for one in names:
                     places = [p for p in other.store.index.known(one) if p.pack not in tried]
                     if places and not self._elsewhere(one):
@@ -221,9 +227,12 @@ class Repairer:
             other.store.verify_pack(pack, folder)
         except (CkptError, FileNotFoundError):
             with contextlib.suppress(CkptError, FileNotFoundError):
-                rows = [(p.entry, *read_sound(other.store, p)) for p in (
-                    Place(pack, folder, entry) for entry in other.store.entries(pack, folder)
-                )]  # fmt: skip
+                rows = [
+                    (p.entry, *read_sound(other.store, p))
+                    for p in (
+                        Place(pack, folder, entry) for entry in other.store.entries(pack, folder)
+                    )
+                ]
                 self.done.fetched += self._copy(rows, folder)
             return
         if self._damaged.pop(pack, None):
@@ -275,9 +284,11 @@ class Repairer:
         if not commit.patch_bytes:
             return []
         faded = self._faded(name)
-        return [(part, state.exact) for part, state in commit.parts.items()
-                if state.exact and part not in faded
-                and not self._catalog.has_recipe(state.exact)]  # fmt: skip
+        return [
+            (part, state.exact)
+            for part, state in commit.parts.items()
+            if state.exact and part not in faded and not self._catalog.has_recipe(state.exact)
+        ]
 
     # -- what cannot be saved ------------------------------------------------------------------
 
@@ -306,10 +317,12 @@ class Repairer:
                 ref, old = f"pins/{parent}", None
             self._refs.publish(ref, old, commit=parent, time=now(), action="repair")
         records = {record for name in moved for record in self._catalog.let_go(name)}
-        self._catalog.record([
-            replace(record, commits=tuple(moved.get(name, name) for name in record.commits))
-            for record in sorted(records, key=repr)
-        ])  # fmt: skip
+        self._catalog.record(
+            [
+                replace(record, commits=tuple(moved.get(name, name) for name in record.commits))
+                for record in sorted(records, key=repr)
+            ]
+        )
 
     def _above(self, tip: ObjectId) -> tuple[dict[ObjectId, Commit], ObjectId | None]:
         """The commits from a tip down to one that is lost, and that one."""
@@ -341,15 +354,21 @@ class Repairer:
                 self.done.dropped[name] = lost if _ALONE.issuperset(lost) else ()
                 drops.setdefault(self.done.dropped[name], []).append(name)
             faded = {part for part, _ in self._lost_patches(name, commit)}
-            faded |= {part for part, state in commit.parts.items()
-                      if state.exact and not self._sound_table(state.exact)}  # fmt: skip
+            faded |= {
+                part
+                for part, state in commit.parts.items()
+                if state.exact and not self._sound_table(state.exact)
+            }
             faded -= self._faded(name)
             if faded:
                 fades.setdefault(tuple(sorted(faded)), []).append(name)
-        self._catalog.record([
-            LetGo(what, tuple(sorted(names)), parts, _RULE, now())
-            for what, rows in (("drop", drops), ("fade", fades)) for parts, names in rows.items()
-        ])  # fmt: skip
+        self._catalog.record(
+            [
+                LetGo(what, tuple(sorted(names)), parts, _RULE, now())
+                for what, rows in (("drop", drops), ("fade", fades))
+                for parts, names in rows.items()
+            ]
+        )
 
     def _lost_parts(self, name: ObjectId, commit: Commit) -> tuple[str, ...]:
         """What cannot be restored of a commit: parts, or the errors of its tensors."""
@@ -366,8 +385,16 @@ class Repairer:
 
     def _sound_table(self, table: ObjectId) -> bool:
         """Whether there is nothing to be said against a patch: its pack is whole, or gone."""
-        return all(map(self._elsewhere, [one for name, recipe in self._catalog.recipes(table)
-                                         for one in (name, *recipe.bundles)]))  # fmt: skip
+        return all(
+            map(
+                self._elsewhere,
+                [
+                    one
+                    for name, recipe in self._catalog.recipes(table)
+                    for one in (name, *recipe.bundles)
+                ],
+            )
+        )
 
     def _discard(self) -> None:
         """Delete damaged packs of which nothing is needed that does not lie elsewhere."""
@@ -378,8 +405,11 @@ class Repairer:
         needed, _ = self._needed()
         for pack, folder in list(self._damaged.items()):
             left = [entry.id for entry in self._entries(pack, folder)]
-            left += [name for name in needed if pack in {
-                place.pack for place in self._catalog.store.index.known(name)}]  # fmt: skip
+            left += [
+                name
+                for name in needed
+                if pack in {place.pack for place in self._catalog.store.index.known(name)}
+            ]
             if left and all(name not in needed or self._elsewhere(name) for name in left):
                 self._delete([pack], folder)
 

@@ -187,8 +187,11 @@ class RefMender:
         for data, is_own in self._candidates(ref, number):
             with contextlib.suppress(CkptError):
                 move = self._refs.parse(ref, number, data)
-                fits = move.hash == wanted if wanted else (
-                    (number > 1 and below is None) or follows(move, below))  # fmt: skip
+                fits = (
+                    move.hash == wanted
+                    if wanted
+                    else ((number > 1 and below is None) or follows(move, below))
+                )
                 if fits and (is_own or not newest or not self._contradicts(ref, move, below)):
                     return data
         return None
@@ -269,13 +272,17 @@ class RefMender:
         """
         commit = below.commit if below else None
         parents, tips = self._parents(), set(self._tips())
-        ends = [name for name in parents.keys() - set(parents.values()) - self._reached(parents)
-                if self._comes_from(name, ref, commit, parents)]  # fmt: skip
+        ends = [
+            name
+            for name in parents.keys() - set(parents.values()) - self._reached(parents)
+            if self._comes_from(name, ref, commit, parents)
+        ]
         if ends:
             return max(ends, key=lambda name: self._catalog.commit(name).time)
         for _ in range(_ROUNDS):
-            found = [name for name, parent in parents.items()
-                     if parent == commit and name not in tips]  # fmt: skip
+            found = [
+                name for name, parent in parents.items() if parent == commit and name not in tips
+            ]
             if len(found) != 1:
                 break
             commit = found[0]

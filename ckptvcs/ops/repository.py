@@ -35,7 +35,7 @@ from ckptvcs.history.format_file import (
 from ckptvcs.history.log import History, LogEntry
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
-from ckptvcs.ops.config import Config, Settings, default_text  # fmt: skip
+from ckptvcs.ops.config import Config, Settings, default_text
 from ckptvcs.store import disk
 from ckptvcs.store.descriptors import occupy_standard
 from ckptvcs.store.ids import ObjectId

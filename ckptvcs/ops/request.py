@@ -32,19 +32,34 @@ class Request:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, path: str, *, inside: bool, message: object, step: object,
-        metrics: Mapping[Any, object], spec: CodecSpec, branch: str | None,
+        cls,
+        checkpoint: Checkpoint,
+        path: str,
+        *,
+        inside: bool,
+        message: object,
+        step: object,
+        metrics: Mapping[Any, object],
+        spec: CodecSpec,
+        branch: str | None,
         head_stays: bool = False,
-    ) -> Request:  # fmt: skip
+    ) -> Request:
         """A request of what a user has given.
 
         Raises:
             InvalidInputError: a step, a metric or a message is none.
         """
         return cls(
-            checkpoint, path, inside, plain_message(message), plain_step(step),
-            plain_metrics(metrics), spec, branch, head_stays,
-        )  # fmt: skip
+            checkpoint,
+            path,
+            inside,
+            plain_message(message),
+            plain_step(step),
+            plain_metrics(metrics),
+            spec,
+            branch,
+            head_stays,
+        )
 
 
 def plain(
@@ -56,9 +71,13 @@ def plain(
         InvalidInputError: a step, a metric or a message is none.
     """
     return {
-        "path": STATE_FILE, "inside": True, "step": plain_step(step),
-        "message": plain_message(message), "metrics": plain_metrics(metrics), "codec": codec,
-    }  # fmt: skip
+        "path": STATE_FILE,
+        "inside": True,
+        "step": plain_step(step),
+        "message": plain_message(message),
+        "metrics": plain_metrics(metrics),
+        "codec": codec,
+    }
 
 
 def plain_step(step: object) -> int | None:

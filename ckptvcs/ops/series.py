@@ -96,8 +96,10 @@ class Lines:
         head = self._repo.head()
         main = self._branch or self._wanted or (head.branch if head else None)
         now = {
-            name for branch in {main, *self._others.values()} if branch
+            name
+            for branch in {main, *self._others.values()}
+            if branch
             for name in self._repo.catalog.ids_below(self._repo.revisions.branch(branch))
-        }  # fmt: skip
+        }
         places = self._places()
         return sorted(set(names), key=lambda name: (name in now, places.get(name, -1)))

@@ -44,12 +44,18 @@ def tensors(repository: Repository, name: ObjectId) -> list[TensorEntry]:
     errors = catalog.errors(name)
     return [
         TensorEntry(
-            info.name, info.part, info.role, info.dtype, info.shape, info.size_bytes,
-            info.evidence, errors.get(number),
+            info.name,
+            info.part,
+            info.role,
+            info.dtype,
+            info.shape,
+            info.size_bytes,
+            info.evidence,
+            errors.get(number),
         )
         for number, info in enumerate(catalog.schema(catalog.commit(name).schema).tensors)
         if not info.inline
-    ]  # fmt: skip
+    ]
 
 
 def forms(repository: Repository, name: ObjectId) -> list[str]:
@@ -58,8 +64,9 @@ def forms(repository: Repository, name: ObjectId) -> list[str]:
     near = reader.near()
     return [
         "near" if number in near else reader.fidelity[info.part].replace("near", "exact")
-        for number, info in enumerate(reader.schema.tensors) if not info.inline
-    ]  # fmt: skip
+        for number, info in enumerate(reader.schema.tensors)
+        if not info.inline
+    ]
 
 
 def status(repository: Repository) -> Status:

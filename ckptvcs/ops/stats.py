@@ -35,6 +35,11 @@ def measure(repository: Repository) -> Stats:
     fader = Fader(repository.catalog, repository.refs, Config().exact_rule)  # any rule would do
     patches = sum(patch.size_bytes for patch in fader.patches())
     return Stats(
-        len(commits), sum(c.raw_bytes for c in commits.values()), stored, stored - patches,
-        patches, cached, len(repository.catalog.store.list_packs()),
-    )  # fmt: skip
+        len(commits),
+        sum(c.raw_bytes for c in commits.values()),
+        stored,
+        stored - patches,
+        patches,
+        cached,
+        len(repository.catalog.store.list_packs()),
+    )

@@ -107,10 +107,12 @@ def _statistics(values: Any) -> dict[str, float | None]:
     if finite.size:
         with np.errstate(over="ignore", invalid="ignore"):
             found = {
-                "min": float(finite.min()), "max": float(finite.max()),
-                "mean": float(finite.mean()), "std": float(finite.std()),
+                "min": float(finite.min()),
+                "max": float(finite.max()),
+                "mean": float(finite.mean()),
+                "std": float(finite.std()),
                 "norm": float(np.sqrt(np.square(finite).sum())),
-            }  # fmt: skip
+            }
     counts = {"zeros": int((finite == 0).sum()), "not_finite": int(wide.size - finite.size)}
     plain = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
     return plain | counts

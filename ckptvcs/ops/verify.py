@@ -102,9 +102,13 @@ class Verifier:
     """
 
     def __init__(
-        self, catalog: Catalog, refs: Refs, cache: Path, progress: Progress,
+        self,
+        catalog: Catalog,
+        refs: Refs,
+        cache: Path,
+        progress: Progress,
         budget: Budget | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`catalog` is that of `packs_alone`."""
         self._catalog, self._refs, self._cache = catalog, refs, cache
         self._progress, self._budget = progress, budget

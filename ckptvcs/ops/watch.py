@@ -32,10 +32,17 @@ from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 
 _TRIES = 3  # looks at what the system refuses to read
-_LASTING = frozenset({
-    errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
-    errno.EPERM,
-})  # fmt: skip
+_LASTING = frozenset(
+    {
+        errno.EACCES,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+    }
+)
 
 Signature = tuple[tuple[str, int, int, int], ...]
 """Of each file: its path, size, time of change and number."""
@@ -73,10 +80,17 @@ class Watcher:
     """Watches one folder for one repository."""
 
     def __init__(
-        self, repo: Repository, folder: Path, *, pattern: str | None = None,
-        codec: str | None = None, branch: str | None = None, settle: float = 2.0,
-        keep_local: int | None = None, accept_near: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        repo: Repository,
+        folder: Path,
+        *,
+        pattern: str | None = None,
+        codec: str | None = None,
+        branch: str | None = None,
+        settle: float = 2.0,
+        keep_local: int | None = None,
+        accept_near: bool = False,
+    ) -> None:
         """A checkpoint is taken when it has not changed for `settle` seconds; `keep_local` is how
         many of the newest stay in the folder (None: all).
 
@@ -136,19 +150,22 @@ class Watcher:
         with as they are.
         """
         return frozenset(
-            entry for name, (signature, _) in self._since.items()
+            entry
+            for name, (signature, _) in self._since.items()
             if name not in self._done or self._done[name].signature != signature
             for entry in self._files[name]
-        )  # fmt: skip
+        )
 
     @property
     def unsettled(self) -> frozenset[str]:
         """Those of them that have changed a moment ago."""
         now = time.monotonic()
         return frozenset(
-            entry for name, (_, since) in self._since.items() if now - since < self._settle
+            entry
+            for name, (_, since) in self._since.items()
+            if now - since < self._settle
             for entry in self._files[name]
-        )  # fmt: skip
+        )
 
     @property
     def written(self) -> frozenset[str]:
@@ -161,19 +178,25 @@ class Watcher:
         """What is new and has not changed for a while, and nobody has open to write."""
         now, here = time.monotonic(), dict(self._signatures())
         self._since = {
-            name: before if (before := self._since.get(name)) and before[0] == signature
-            else (signature, now) for name, signature in here.items()
-        }  # fmt: skip
+            name: before
+            if (before := self._since.get(name)) and before[0] == signature
+            else (signature, now)
+            for name, signature in here.items()
+        }
         self._done = {name: row for name, row in self._done.items() if name in here}
         settled = {
-            name: signature for name, (signature, since) in self._since.items()
+            name: signature
+            for name, (signature, since) in self._since.items()
             if now - since >= self._settle
             and (name not in self._done or self._done[name].signature != signature)
-        }  # fmt: skip
+        }
         if settled:
             self._written = set(_open_for_writing(self._folder))
-            settled = {name: one for name, one in settled.items()
-                       if self._written.isdisjoint(self._files[name])}  # fmt: skip
+            settled = {
+                name: one
+                for name, one in settled.items()
+                if self._written.isdisjoint(self._files[name])
+            }
         return settled
 
     def _signatures(self) -> Iterator[tuple[str, Signature]]:
@@ -218,9 +241,14 @@ class Watcher:
                 branch, head_stays = self._lines.branch_for(found.name)
                 made = commit_path(
                     self._repo,
-                    found.path, message=found.name, step=found.step, codec=self._codec,
-                    branch=branch, files=found.files, head_stays=head_stays,
-                )  # fmt: skip
+                    found.path,
+                    message=found.name,
+                    step=found.step,
+                    codec=self._codec,
+                    branch=branch,
+                    files=found.files,
+                    head_stays=head_stays,
+                )
                 self._lines.add(found.name, made)
                 contents.add(made.id, made.commit)
                 known = made.id
@@ -260,8 +288,11 @@ class Watcher:
         before that by the order of commits.  What is written again and again (`last.pt`) is not
         among them.
         """
-        held = {name: taken.id for name, taken in self._done.items()
-                if taken.id is not None and not is_alias(name)}  # fmt: skip
+        held = {
+            name: taken.id
+            for name, taken in self._done.items()
+            if taken.id is not None and not is_alias(name)
+        }
         if self._keep_local is None or len(held) <= self._keep_local:
             return list(held)
         places = {commit: at for at, commit in enumerate(self._lines.by_age(held.values()))}
@@ -270,8 +301,11 @@ class Watcher:
     def _remove(self, count: int) -> Iterator[WatchEvent]:
         """Remove the originals of all but the newest `count` that are in the history."""
         able = []
-        held = [(taken.found, taken.id) for name in self._order if (taken := self._done.get(name))
-                and taken.found is not None and taken.id is not None]  # fmt: skip
+        held = [
+            (taken.found, taken.id)
+            for name in self._order
+            if (taken := self._done.get(name)) and taken.found is not None and taken.id is not None
+        ]
         for found, made in held[:-count]:
             kept = self._keeper.why_kept(made, accept_near=self._accept_near)
             if kept is None:

@@ -19,9 +19,7 @@ from typing import BinaryIO
 
 from ckptvcs.errors import StorageError
 
-_NO_LINKS = frozenset({
-    errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK,
-})  # fmt: skip
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
 
 _HINTS = {

@@ -35,8 +35,9 @@ def _is_importing() -> bool:
     """Whether a module of this package is being imported: no thread that forks is at that."""
     return any(
         getattr(getattr(module, "__spec__", None), "_initializing", False)
-        for name, module in list(sys.modules.items()) if name.startswith(_PACKAGE)
-    )  # fmt: skip
+        for name, module in list(sys.modules.items())
+        if name.startswith(_PACKAGE)
+    )
 
 
 def _before() -> None:

@@ -26,7 +26,7 @@ from ckptvcs.store.host import (
     process_space,
     seconds_since_start,
     started,
-)  # fmt: skip
+)
 
 BEAT = 20.0
 """Seconds between two renewals of a lease."""
@@ -56,17 +56,26 @@ NO_MORE = frozenset({Holder.GONE, Holder.SILENT})
 def describe(trace: Trace, host: str, boot: str, *, is_renewed: bool) -> bytes:
     """The content of a lease of this process, in a file that has this trace."""
     pid = os.getpid()
-    return json.dumps({
-        "host": host, "boot": boot, "space": process_space(), "pid": pid, "started": started(pid),
-        "machine": machine_id(), "device": trace.device, "inode": trace.inode,
-        "fixed": trace.fixed, "locked": trace.is_locked is True, "renewed": is_renewed,
-    }).encode()  # fmt: skip
+    return json.dumps(
+        {
+            "host": host,
+            "boot": boot,
+            "space": process_space(),
+            "pid": pid,
+            "started": started(pid),
+            "machine": machine_id(),
+            "device": trace.device,
+            "inode": trace.inode,
+            "fixed": trace.fixed,
+            "locked": trace.is_locked is True,
+            "renewed": is_renewed,
+        }
+    ).encode()
 
 
 def judge(
-    data: bytes, trace: Trace, host: str, boot: str, *, is_meant: bool,
-    clock_ns: Callable[[], int],
-) -> Holder:  # fmt: skip
+    data: bytes, trace: Trace, host: str, boot: str, *, is_meant: bool, clock_ns: Callable[[], int]
+) -> Holder:
     """What is known of the process that wrote a lease; `host` and `boot` are those of this machine.
     Where it is this process, the lease `is_meant` unless it has been withdrawn.
     """
@@ -150,9 +159,15 @@ class Silence:
     def _noted(backend: Backend) -> dict[str, tuple[int, float, float]]:
         found: dict[str, tuple[int, float, float]] = {}
         with suppress(
-            CkptError, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError,
-            OverflowError, RecursionError,
-        ):  # fmt: skip
+            CkptError,
+            FileNotFoundError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ):
             fields = json.loads(read_small(backend, _NOTES, _MAX_NOTES))
             if fields["boot"] == boot_id() != "":
                 for name, (renewed, last, silent) in fields["seen"].items():

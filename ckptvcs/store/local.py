@@ -205,8 +205,9 @@ class LocalBackend:
         folders = [path.name for path in self.root.iterdir() if path.name not in _PASSING]
         below = {
             PurePosixPath(path).relative_to(self.root)
-            for name in folders for path, _, _ in os.walk(self.root / name)
-        }  # fmt: skip
+            for name in folders
+            for path, _, _ in os.walk(self.root / name)
+        }
         self._sync_folders(below)
 
     def cache(self, name: str, data: bytes) -> None:

@@ -27,7 +27,7 @@ from ckptvcs.errors import (
     TruncatedError,
     UnsupportedVersionError,
     refuse_memory,
-)  # fmt: skip
+)
 from ckptvcs.hashing import hash_of, hasher
 from ckptvcs.store.backend import Backend, Writer
 from ckptvcs.store.ids import MAX_OBJECT_BYTES, Kind, ObjectId, PackId, object_id
@@ -74,10 +74,16 @@ class Entry:
     def head(self) -> bytes:
         """The head as it is stored, without its crc32."""
         return _HEAD.pack(
-            _RECORD_MAGIC, self.kind, self.encoding, 0, bytes.fromhex(self.id),
+            _RECORD_MAGIC,
+            self.kind,
+            self.encoding,
+            0,
+            bytes.fromhex(self.id),
             bytes.fromhex(self.base) if self.base else _NO_BASE,
-            self.region_bytes, self.raw_bytes, self.stored_bytes,
-        )  # fmt: skip
+            self.region_bytes,
+            self.raw_bytes,
+            self.stored_bytes,
+        )
 
 
 def _parse_head(head: bytes, offset: int) -> Entry:
@@ -85,9 +91,15 @@ def _parse_head(head: bytes, offset: int) -> Entry:
     if magic != _RECORD_MAGIC or kind not in _KINDS or encoding > ZSTD_ON_BASE or region > offset:
         raise CorruptionError("a pack holds a record of an unknown kind")
     return Entry(
-        ObjectId(name.hex()), Kind(kind), encoding,
-        None if base == _NO_BASE else ObjectId(base.hex()), offset, region, raw, stored,
-    )  # fmt: skip
+        ObjectId(name.hex()),
+        Kind(kind),
+        encoding,
+        None if base == _NO_BASE else ObjectId(base.hex()),
+        offset,
+        region,
+        raw,
+        stored,
+    )
 
 
 @dataclass(frozen=True)
@@ -227,9 +239,11 @@ def _encodings(content: bytes, base: bytes | None) -> Iterator[tuple[int, bytes]
     if base:
         dictionary = zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
         parameters = zstandard.ZstdCompressionParameters.from_level(
-            _LEVEL, source_size=len(content) + len(base), dict_size=len(base),
+            _LEVEL,
+            source_size=len(content) + len(base),
+            dict_size=len(base),
             window_log=min(27, max(10, (len(content) + len(base)).bit_length())),
-        )  # fmt: skip
+        )
         compressor = zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters)
         yield ZSTD_ON_BASE, compressor.compress(content)
 

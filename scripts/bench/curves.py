@@ -69,13 +69,17 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     """Draw an error in each column, a stretch in each row."""
     plt = pyplot()
     titles = ("residual NMSE", "Fisher-weighted NMSE", "update NMSE")
-    figure, axes = plt.subplots(len(SHOWN), len(ERRORS), figsize=(11, 3.1 * len(SHOWN)),
-                                sharex=True, squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        len(SHOWN), len(ERRORS), figsize=(11, 3.1 * len(SHOWN)), sharex=True, squeeze=False
+    )
     for name, line in zip(SHOWN, axes, strict=True):
         for error, title, axis in zip(ERRORS, titles, line, strict=True):
             for family in FAMILIES:
-                points = sorted((row["ratio"], row[error]) for row in rows
-                                if (row["stretch"], row["family"]) == (name, family))  # fmt: skip
+                points = sorted(
+                    (row["ratio"], row[error])
+                    for row in rows
+                    if (row["stretch"], row["family"]) == (name, family)
+                )
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=family)
             plain_ratios(axis)
             axis.set_yscale("log")

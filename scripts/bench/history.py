@@ -78,12 +78,16 @@ def measure(repo: Repo, what: str) -> Row:
     seconds = checkout_seconds(repo, entries[:: max(1, len(entries) // _CHECKOUTS)])
     keyframes = sum(entry.commit.kind == "keyframe" for entry in entries)
     return {
-        "what": what, "commits": len(entries), "keyframes": keyframes,
+        "what": what,
+        "commits": len(entries),
+        "keyframes": keyframes,
         "history MB": round(stats.history_bytes / 1e6, 2),
         "ratio": round(stats.raw_bytes / stats.history_bytes, 1),
-        "deepest": max(deep), "mean depth": round(statistics.mean(deep), 1),
-        "checkout s": round(statistics.median(seconds), 2), "slowest s": round(max(seconds), 2),
-    }  # fmt: skip
+        "deepest": max(deep),
+        "mean depth": round(statistics.mean(deep), 1),
+        "checkout s": round(statistics.median(seconds), 2),
+        "slowest s": round(max(seconds), 2),
+    }
 
 
 def merged(repo: Repo) -> tuple[list[Row], float]:
@@ -123,8 +127,9 @@ def main() -> None:
             if depth == Config.keyframe_depth:
                 more, share = merged(repo)
                 rows += more
-                rows.append({"what": "a merged delta of the ten it replaces",
-                             "ratio": round(share, 3)})  # fmt: skip
+                rows.append(
+                    {"what": "a merged delta of the ten it replaces", "ratio": round(share, 3)}
+                )
                 print(rows[-2:], flush=True)
     with options.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -117,12 +117,16 @@ def measure(spec: TrainSpec, steps: int, rounds: int, scratch: Path) -> list[dic
     for name, turns in timed.items():
         lost = [one - none for (one, _), (none, _) in zip(turns, timed["nothing"], strict=True)]
         whole = statistics.median(seconds for seconds, _ in timed["nothing"])
-        rows.append({
-            "way": name,
-            "seconds lost per checkpoint": round(statistics.median(lost) / CHECKPOINTS, 3),
-            "of the stretch": f"{statistics.median(lost) / whole:.1%}",
-            "longest call, seconds": round(statistics.median(longest for _, longest in turns), 3),
-        })  # fmt: skip
+        rows.append(
+            {
+                "way": name,
+                "seconds lost per checkpoint": round(statistics.median(lost) / CHECKPOINTS, 3),
+                "of the stretch": f"{statistics.median(lost) / whole:.1%}",
+                "longest call, seconds": round(
+                    statistics.median(longest for _, longest in turns), 3
+                ),
+            }
+        )
     return rows
 
 

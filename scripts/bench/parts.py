@@ -61,8 +61,10 @@ def loops_compared(paths: list[Path]) -> list[Row]:
     """The error of the last weights in closed and open loop at the same step; no residual."""
     states = [matrices(path)[0] for path in paths]
     names = list(states[0])
-    moved = [np.concatenate([(b[n] - a[n]).reshape(-1) for n in names])
-             for a, b in itertools.pairwise(states)]  # fmt: skip
+    moved = [
+        np.concatenate([(b[n] - a[n]).reshape(-1) for n in names])
+        for a, b in itertools.pairwise(states)
+    ]
     step = STEP * float(np.sqrt(np.mean(np.square(moved[-1], dtype=np.float64))))
     flat = [np.concatenate([state[n].reshape(-1) for n in names]) for state in states]
     closed, opened = flat[0].copy(), flat[0].copy()
@@ -73,8 +75,9 @@ def loops_compared(paths: list[Path]) -> list[Row]:
         closed = closed + near
         opened = opened + quantize(after - before, step)[1]
     energy = float(np.square(flat[-1] - old, dtype=np.float64).sum())
-    errors = [float(np.square(flat[-1] - w, dtype=np.float64).sum()) / energy
-              for w in (closed, opened)]  # fmt: skip
+    errors = [
+        float(np.square(flat[-1] - w, dtype=np.float64).sum()) / energy for w in (closed, opened)
+    ]
     # A uniform step of this width leaves about the error of the closed loop.
     fine = float(np.sqrt(12 * errors[0] * energy / flat[-1].size))
     alone = np.rint(flat[-1] / np.float32(fine)).astype(np.int32)
@@ -96,8 +99,10 @@ def stored(codes: NDArray[np.int32]) -> list[Row]:
             np.clip(c, -128, 127).astype(np.int8)
         )
     slices = [codes[at : at + (1 << 20)] for at in range(0, codes.size, 1 << 20)]
-    return [(f"bits a weight, {name}", f"{8 * sum(len(way(c)) for c in slices) / codes.size:.3f}")
-            for name, way in ways.items()]  # fmt: skip
+    return [
+        (f"bits a weight, {name}", f"{8 * sum(len(way(c)) for c in slices) / codes.size:.3f}")
+        for name, way in ways.items()
+    ]
 
 
 def seconds(path: Path) -> list[Row]:

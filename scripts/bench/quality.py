@@ -53,8 +53,9 @@ class _Ratio:
 
 def weights(state: State) -> dict[str, torch.Tensor]:
     """The weights of a state by name, float32, without what batch norm averages."""
-    return {name: value.float() for name, value in state["model"].items()
-            if not name.endswith(_BUFFERS)}  # fmt: skip
+    return {
+        name: value.float() for name, value in state["model"].items() if not name.endswith(_BUFFERS)
+    }
 
 
 def moments(state: State) -> Iterator[dict[str, torch.Tensor]]:
@@ -89,9 +90,14 @@ def compare(true: State, restored: State, base: State) -> Quality:
         update.add(next_step(group, two, gradient) - step, step)
         fisher.add(root * (near[name] - now[name]), root * (now[name] - old[name]))
     return Quality(
-        weight.value() ** 0.5, residual.value(), fisher.value(), first.value(), second.value(),
-        update.value(), worst,
-    )  # fmt: skip
+        weight.value() ** 0.5,
+        residual.value(),
+        fisher.value(),
+        first.value(),
+        second.value(),
+        update.value(),
+        worst,
+    )
 
 
 def next_step(group: State, moments: State, gradient: torch.Tensor) -> torch.Tensor:

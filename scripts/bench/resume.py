@@ -111,9 +111,17 @@ def main() -> None:
                 with tempfile.TemporaryDirectory(prefix="ckpt-resume-") as scratch:
                     state, ratio = restored(run, point, codec, Path(scratch))
                 gap = go_on(spec, state, tokens, held_out) - reference
-                rows.append({"run": run.name, "beta2": beta2, "point": point, "codec": codec,
-                             "ratio": round(ratio, 2), "loss": round(reference, 5),
-                             "gap": round(gap, 5)})  # fmt: skip
+                rows.append(
+                    {
+                        "run": run.name,
+                        "beta2": beta2,
+                        "point": point,
+                        "codec": codec,
+                        "ratio": round(ratio, 2),
+                        "loss": round(reference, 5),
+                        "gap": round(gap, 5),
+                    }
+                )
                 sys.stderr.write(f"{rows[-1]}\n")
                 with options.csv.open("w", newline="") as file:
                     writer = csv.DictWriter(file, rows[0].keys())

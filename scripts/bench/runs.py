@@ -27,11 +27,16 @@ from scripts.tinygpt import PIECE, TinyGPT, TrainSpec, corpus, train, vocabulary
 State = dict[str, Any]
 Keep = Callable[[int, State], None]
 
-MAIN = {"gpt-b0.95": TrainSpec(also=range(1050, 1151, 10)),
-        "gpt-b0.999": TrainSpec(beta2=0.999, seed=1, also=range(1050, 1151, 10))}  # fmt: skip
+MAIN = {
+    "gpt-b0.95": TrainSpec(also=range(1050, 1151, 10)),
+    "gpt-b0.999": TrainSpec(beta2=0.999, seed=1, also=range(1050, 1151, 10)),
+}
 LONG = "gpt-long"  # 200 checkpoints, for what a history takes
-RESUME = {f"resume-b{beta2}-s{seed}": TrainSpec(beta2=beta2, seed=seed)
-          for beta2 in (0.95, 0.999) for seed in range(3)}  # fmt: skip
+RESUME = {
+    f"resume-b{beta2}-s{seed}": TrainSpec(beta2=beta2, seed=seed)
+    for beta2 in (0.95, 0.999)
+    for seed in range(3)
+}
 RESUME_STEPS = 1050  # of a schedule of 1500
 FINETUNE, VISION = "finetune-bf16", "vision-sgd"
 FINETUNE_STEPS, FINETUNE_EVERY, FINETUNE_LR = 500, 50, 5e-5
@@ -68,8 +73,10 @@ def finetune(start: State, spec: TrainSpec, keep: Keep) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step % FINETUNE_EVERY == 0:
-            keep(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "step": step})  # fmt: skip
+            keep(
+                step,
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+            )
 
 
 class _Residual(nn.Module):
@@ -87,10 +94,14 @@ class _Residual(nn.Module):
 def digits_model(width: int = 96, blocks: int = 4) -> nn.Module:
     """A residual network for images of 8 x 8: logits of ten classes."""
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(1, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
         *(_Residual(width) for _ in range(blocks)),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 10),
-    )  # fmt: skip
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
 
 
 def vision(keep: Keep) -> None:
@@ -116,8 +127,15 @@ def vision(keep: Keep) -> None:
         optimizer.step()
         schedule.step()
         if step % VISION_EVERY == 0:
-            keep(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(), "step": step})  # fmt: skip
+            keep(
+                step,
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "step": step,
+                },
+            )
 
 
 def _gpt(spec: TrainSpec, stop: int) -> Callable[[Keep], None]:

@@ -18,13 +18,25 @@ from scripts.bench.runs import FINETUNE, VISION
 
 CODECS = ("near", "small", "lossless", "excp", "excp-max")
 ABLATIONS = (
-    "near", "near:gamma=0", "near:gamma=0.25", "near:cap=1e9", "near:step=1e9,cap=1.85",
+    "near",
+    "near:gamma=0",
+    "near:gamma=0.25",
+    "near:cap=1e9",
+    "near:step=1e9,cap=1.85",
     "near:zone=0.66,step=1.5",
-    "near:rank=0,moment_step=4", "near:rank=0,moment_step=1e9", "near:rank=4", "near:rank=16",
-    "near:step=1.4", "near:step=2.4",
-    "small", "small:gamma=0", "small:gamma=1", "small:rank=0,moment_step=1e9", "small:step=2.4",
+    "near:rank=0,moment_step=4",
+    "near:rank=0,moment_step=1e9",
+    "near:rank=4",
+    "near:rank=16",
+    "near:step=1.4",
+    "near:step=2.4",
+    "small",
+    "small:gamma=0",
+    "small:gamma=1",
+    "small:rank=0,moment_step=1e9",
+    "small:step=2.4",
     "small:step=3.4",
-)  # fmt: skip
+)
 STRETCHES = {
     "late-b0.95": ("gpt-b0.95", 1050, 1500, 50),
     "late-b0.999": ("gpt-b0.999", 1050, 1500, 50),
@@ -39,10 +51,22 @@ STRETCHES = {
 """Run, first and last step, steps between two checkpoints."""
 
 HEADING = [
-    "stretch", "kept as", "raw MB", "first MB", "later MB", "ratio", "commit s", "checkout s",
-    "weight_rel", "residual NMSE", "Fisher NMSE", "m NMSE", "sqrt(v) NMSE", "update NMSE",
+    "stretch",
+    "kept as",
+    "raw MB",
+    "first MB",
+    "later MB",
+    "ratio",
+    "commit s",
+    "checkout s",
+    "weight_rel",
+    "residual NMSE",
+    "Fisher NMSE",
+    "m NMSE",
+    "sqrt(v) NMSE",
+    "update NMSE",
     "worst tensor",
-]  # fmt: skip
+]
 
 
 def stretch(folder: Path, first: int, last: int, every: int = 1) -> list[Path]:
@@ -58,11 +82,24 @@ def stretch(folder: Path, first: int, last: int, every: int = 1) -> list[Path]:
 def line(name: str, kept: Kept, raw: int) -> list[str]:
     """A line of the table."""
     later = kept.later(kept.stored)
-    cells = [name, kept.name, f"{raw / 1e6:.2f}", f"{kept.stored[0] / 1e6:.2f}",
-             f"{later / 1e6:.3f}", f"{raw / later:.1f}", f"{kept.later(kept.commit_s):.3f}",
-             f"{kept.later(kept.checkout_s):.3f}" if kept.checkout_s else ""]  # fmt: skip
-    for field in ("weight_rel", "residual_nmse", "fisher_nmse", "first_nmse", "root_second_nmse",
-                  "update_nmse"):  # fmt: skip
+    cells = [
+        name,
+        kept.name,
+        f"{raw / 1e6:.2f}",
+        f"{kept.stored[0] / 1e6:.2f}",
+        f"{later / 1e6:.3f}",
+        f"{raw / later:.1f}",
+        f"{kept.later(kept.commit_s):.3f}",
+        f"{kept.later(kept.checkout_s):.3f}" if kept.checkout_s else "",
+    ]
+    for field in (
+        "weight_rel",
+        "residual_nmse",
+        "fisher_nmse",
+        "first_nmse",
+        "root_second_nmse",
+        "update_nmse",
+    ):
         values = [getattr(quality, field) for quality in kept.quality]
         cells.append(f"{statistics.mean(values):.4g}" if values else "")
     cells.append(f"{max(q.worst for q in kept.quality):.3g}" if kept.quality else "")

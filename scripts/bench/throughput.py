@@ -62,8 +62,10 @@ class MadeUp:
         if len(shape) == 2:
             first = 0.4 * first + torch.randn(shape[0], 8) @ torch.randn(8, shape[1]) / 3
         self.moments[len(self.weights)] = {
-            "step": torch.tensor(1.0), "exp_avg": first * second.sqrt() * 0.3, "exp_avg_sq": second,
-        }  # fmt: skip
+            "step": torch.tensor(1.0),
+            "exp_avg": first * second.sqrt() * 0.3,
+            "exp_avg_sq": second,
+        }
         self.weights[name] = torch.randn(shape) * 0.02
 
     def move(self) -> None:
@@ -77,10 +79,18 @@ class MadeUp:
     def state(self, step: int) -> State:
         """The state; its tensors are live."""
         names = list(self.weights)
-        group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8,
-                 "params": list(range(len(names))), "param_names": names}  # fmt: skip
-        return {"model": self.weights, "step": step,
-                "optimizer": {"state": self.moments, "param_groups": [group]}}  # fmt: skip
+        group = {
+            "lr": 1e-3,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "params": list(range(len(names))),
+            "param_names": names,
+        }
+        return {
+            "model": self.weights,
+            "step": step,
+            "optimizer": {"state": self.moments, "param_groups": [group]},
+        }
 
 
 def durable(write: Callable[[Any], object], path: Path) -> None:
@@ -222,9 +232,14 @@ def measure(size: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
         if name == "torch.load":
             reference = name
         ratios = [one / two for one, two in zip(found, seconds[reference], strict=True)]
-        rows.append({"what": name, "seconds": round(statistics.median(found), 3),
-                     "of torch": round(statistics.median(ratios), 2),
-                     "memory MB": round(memory[name])})  # fmt: skip
+        rows.append(
+            {
+                "what": name,
+                "seconds": round(statistics.median(found), 3),
+                "of torch": round(statistics.median(ratios), 2),
+                "memory MB": round(memory[name]),
+            }
+        )
     for name, value in (keep_zipnn(made) | loading()).items():
         rows.append({"what": name, "seconds": round(value, 2)})
     commit = repo.resolve("HEAD")

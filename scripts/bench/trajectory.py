@@ -146,19 +146,28 @@ def trajectory(run: Path, scratch: Path) -> list[Row]:
     with counted() as work:
         walk(forget(repo))
     bundles = {
-        bundle for name in ids for part in repo.repository.catalog.commit(name).parts.values()
+        bundle
+        for name in ids
+        for part in repo.repository.catalog.commit(name).parts.values()
         for bundle in repo.repository.catalog.recipe(part.values).bundles
-    }  # fmt: skip
+    }
     held = sum(len(row.slices) for name in bundles for row in repo.repository.catalog.bundle(name))
     return [
         {"what": f"single deltas, {len(ids)} commits", "seconds": statistics.median(singles)},
-        {"what": "one walk", "seconds": statistics.median(walks),
-         "ratio": statistics.median(w / s for w, s in zip(walks, singles, strict=True)),
-         "slices": work["slices"], "bytes": work["bytes"]},
-        {"what": "checkouts, one by one", "seconds": statistics.median(alone),
-         "ratio": statistics.median(a / s for a, s in zip(alone, singles, strict=True))},
+        {
+            "what": "one walk",
+            "seconds": statistics.median(walks),
+            "ratio": statistics.median(w / s for w, s in zip(walks, singles, strict=True)),
+            "slices": work["slices"],
+            "bytes": work["bytes"],
+        },
+        {
+            "what": "checkouts, one by one",
+            "seconds": statistics.median(alone),
+            "ratio": statistics.median(a / s for a, s in zip(alone, singles, strict=True)),
+        },
         {"what": "slices that the commits hold", "slices": held},
-    ]  # fmt: skip
+    ]
 
 
 def one_tensor(size: int, scratch: Path) -> list[Row]:
@@ -186,14 +195,18 @@ def one_tensor(size: int, scratch: Path) -> list[Row]:
         forget(repo).checkout("HEAD")
     with counted() as work:
         forget(repo).tensor(name)
+    size_bytes = 4 * side * side * TENSORS
     rows: list[Row] = [
-        {"what": f"checkout, {TENSORS} tensors, {4 * side * side * TENSORS:,} bytes, depth {DEPTH}",
-         "seconds": statistics.median(whole), **all_work},
+        {
+            "what": f"checkout, {TENSORS} tensors, {size_bytes:,} bytes, depth {DEPTH}",
+            "seconds": statistics.median(whole),
+            **all_work,
+        },
         {"what": "again, with its weights in the cache", "seconds": statistics.median(again)},
         {"what": "one tensor", "seconds": statistics.median(one), **work},
         {"what": "another one", "seconds": statistics.median(next_one)},
         {"what": f"one tensor of all {DEPTH + 1} commits", "seconds": statistics.median(line)},
-    ]  # fmt: skip
+    ]
     for row in rows:
         row["ratio"] = row["seconds"] / statistics.median(whole)
     return rows

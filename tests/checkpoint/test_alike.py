@@ -12,26 +12,36 @@ DEEPSPEED = [
     "global_step{0}/mp_rank_00_model_states.pt:module.layers.0.w",
     "global_step{0}/zero_pp_rank_0_mp_rank_00_optim_states.pt:optimizer_state_dict.exp_avg",
     "global_step{0}/zero_pp_rank_1_mp_rank_00_optim_states.pt:optimizer_state_dict.exp_avg",
-    "rng_state_0.pth:cuda", "model.safetensors:w", "scheduler.pt:x",
-]  # fmt: skip
+    "rng_state_0.pth:cuda",
+    "model.safetensors:w",
+    "scheduler.pt:x",
+]
 TREES = [
     DEEPSPEED,
     [f"checkpoint-{{0}}/{name}" for name in DEEPSPEED],
-    ["iter_{0:07}/mp_rank_00/model_optim_rng.pt:w", "iter_{0:07}/mp_rank_01/model_optim_rng.pt:w",
-     "iter_{0:07}/mp_rank_00/distrib_optim.pt:w"],
-    ["global_step{0}_universal/zero/time_step.0/fp32.pt:param",
-     "global_step{0}_universal/zero/time_step.1/fp32.pt:param",
-     "global_step{0}_universal/zero/layers.1.weight/exp_avg.pt:param",
-     "global_step{0}_universal/zero/layers.2.weight/exp_avg.pt:param"],
+    [
+        "iter_{0:07}/mp_rank_00/model_optim_rng.pt:w",
+        "iter_{0:07}/mp_rank_01/model_optim_rng.pt:w",
+        "iter_{0:07}/mp_rank_00/distrib_optim.pt:w",
+    ],
+    [
+        "global_step{0}_universal/zero/time_step.0/fp32.pt:param",
+        "global_step{0}_universal/zero/time_step.1/fp32.pt:param",
+        "global_step{0}_universal/zero/layers.1.weight/exp_avg.pt:param",
+        "global_step{0}_universal/zero/layers.2.weight/exp_avg.pt:param",
+    ],
     ["checkpoint_{1}_{0}-model_part-0-shard0.pt:w", "checkpoint_{1}_{0}-model_part-0-shard1.pt:w"],
     ["model{0:06}.pt:w", "opt{0:06}.pt:w", "ema_0.9999_{0:06}.pt:w", "ema_0.999_{0:06}.pt:w"],
     ["model_{0}.pt:w", "opt_{0}.pt:w", "ema_0.99_{0}.pt:w"],
     ["step-{0}/__0_0.distcp:w", "step-{0}/__1_0.distcp:w", "step-{0}/__1_1.distcp:w"],
     ["epoch_{1}/model.pt:w", "epoch_{1}/optim.pt:w"],
     ["ep{1}-ba{0}/__0_0.distcp:w", "ep{1}-ba{0}/__1_0.distcp:w"],
-    ["layer_00-model_00-model_states.pt:w", "layer_01-model_00-model_states.pt:w",
-     "global_step{0}/layer_00-model_01-model_states.pt:w"],
-]  # fmt: skip
+    [
+        "layer_00-model_00-model_states.pt:w",
+        "layer_01-model_00-model_states.pt:w",
+        "global_step{0}/layer_00-model_01-model_states.pt:w",
+    ],
+]
 
 
 def named(tree: list[str], step: int, epoch: int) -> list[str]:
@@ -61,11 +71,15 @@ def test_names_without_a_path_are_what_they_are() -> None:
 
 def test_numbers_that_are_no_steps_tell_files_apart() -> None:
     for one, other in (
-        ("rank0.pt:w", "rank1.pt:w"), ("a/seed1/model.pt:w", "a/seed2/model.pt:w"),
-        ("model-7b.pt:w", "model-13b.pt:w"), ("v1/model.pt:w", "v2/model.pt:w"),
-        ("expert_3/w.pt:w", "expert_4/w.pt:w"), ("global_step5/a.pt:w", "global_step9/b.pt:w"),
-        ("step5/a.pt:w", "step6/a.pt:v"), ("step5/a.pt:w", "iter6/a.pt:w"),
-    ):  # fmt: skip
+        ("rank0.pt:w", "rank1.pt:w"),
+        ("a/seed1/model.pt:w", "a/seed2/model.pt:w"),
+        ("model-7b.pt:w", "model-13b.pt:w"),
+        ("v1/model.pt:w", "v2/model.pt:w"),
+        ("expert_3/w.pt:w", "expert_4/w.pt:w"),
+        ("global_step5/a.pt:w", "global_step9/b.pt:w"),
+        ("step5/a.pt:w", "step6/a.pt:v"),
+        ("step5/a.pt:w", "iter6/a.pt:w"),
+    ):
         assert alike([one], [other]) == {}
 
 
@@ -84,8 +98,9 @@ paths = st.lists(words, min_size=1, max_size=3).map("/".join)
 @given(
     st.lists(st.tuples(paths, words), min_size=1, max_size=8, unique=True),
     st.sampled_from(["global_step{}", "checkpoint-{}", "iter_{:07}", "x/step_{:04}", "ckpt_{}/y"]),
-    st.integers(0, 10**7), st.integers(0, 10**7),
-)  # fmt: skip
+    st.integers(0, 10**7),
+    st.integers(0, 10**7),
+)
 def test_any_tree_below_a_step_is_found_again(
     tree: list[tuple[str, str]], top: str, one: int, other: int
 ) -> None:

@@ -40,9 +40,11 @@ def write(folder: Path, steps: int = 1, **options: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"thread_count": 3}, {"single_file_per_rank": False}, {"below": "pytorch_model_fsdp_0"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"thread_count": 3}, {"single_file_per_rank": False}, {"below": "pytorch_model_fsdp_0"}],
+    ids=str,
+)
 def test_tensors_are_found(
     options: dict[str, Any], tmp_path: Path, round_trip: Callable[[Path], None]
 ) -> None:

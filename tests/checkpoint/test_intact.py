@@ -34,8 +34,12 @@ def tarred() -> bytes:
     """What torch wrote before 0.2: a tar file of pickles and of storages."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:", format=tarfile.PAX_FORMAT) as tar:
-        members = {"sys_info": pickle.dumps({}), "storages": os.urandom(3000),
-                   "tensors": os.urandom(100), "pickle": pickle.dumps([1])}  # fmt: skip
+        members = {
+            "sys_info": pickle.dumps({}),
+            "storages": os.urandom(3000),
+            "tensors": os.urandom(100),
+            "pickle": pickle.dumps([1]),
+        }
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -60,10 +64,15 @@ ZIP, LEGACY = saved(), saved(_use_new_zipfile_serialization=False)
 TENSORS = save_safetensors({f"w{n}": torch.randn(40, n + 1) for n in range(5)})
 PLAIN = pickle.dumps({"epoch": 3, "names": [f"n{k}" for k in range(500)]})
 WHOLE = {
-    "zip": ZIP, "legacy": LEGACY, "script": scripted(), "tar": tarred(), "pickle": PLAIN,
-    "old pickle": pickle.dumps([1, {"a": "b"}], protocol=0), "none": pickle.dumps(None),
+    "zip": ZIP,
+    "legacy": LEGACY,
+    "script": scripted(),
+    "tar": tarred(),
+    "pickle": PLAIN,
+    "old pickle": pickle.dumps([1, {"a": "b"}], protocol=0),
+    "none": pickle.dumps(None),
     "large pickle": pickle.dumps(os.urandom(1 << 23)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("suffix", [*TORCH, ".PT"])
@@ -166,17 +175,29 @@ def directory(root: Path, **files: bytes) -> Path:
 
 def test_in_a_directory_only_weights_that_are_cut_are_refused(tmp_path: Path) -> None:
     fine = {
-        "model__safetensors": TENSORS, "optimizer__pt": ZIP, "training_args__bin": PLAIN,
-        "tokenizer__bin": os.urandom(3000), "vocab__bin": b"junk\n", "old__pth": LEGACY,
-        "cut_pickle__bin": PLAIN[:-9], "letter": b"P", "part__zip": ZIP[:2000], "note__txt": b"",
-    }  # fmt: skip
+        "model__safetensors": TENSORS,
+        "optimizer__pt": ZIP,
+        "training_args__bin": PLAIN,
+        "tokenizer__bin": os.urandom(3000),
+        "vocab__bin": b"junk\n",
+        "old__pth": LEGACY,
+        "cut_pickle__bin": PLAIN[:-9],
+        "letter": b"P",
+        "part__zip": ZIP[:2000],
+        "note__txt": b"",
+    }
     opened = open_checkpoint(directory(tmp_path / "run", **fine))
     assert len(opened.files) == len(fine)
     for name, data in {
-        "model__safetensors": TENSORS[:-3], "optimizer__pt": ZIP[:-100], "model__bin": ZIP[:5000],
-        "old__pth": LEGACY[:-50], "pytorch_model__bin": LEGACY[: len(LEGACY) // 2],
-        "a__ckpt": b"", "b__safetensors": b"", "c__safetensors": b"junk" * 9,
-    }.items():  # fmt: skip
+        "model__safetensors": TENSORS[:-3],
+        "optimizer__pt": ZIP[:-100],
+        "model__bin": ZIP[:5000],
+        "old__pth": LEGACY[:-50],
+        "pytorch_model__bin": LEGACY[: len(LEGACY) // 2],
+        "a__ckpt": b"",
+        "b__safetensors": b"",
+        "c__safetensors": b"junk" * 9,
+    }.items():
         folder = directory(tmp_path / "run", **fine | {name: data})
         with pytest.raises(InvalidInputError) as refused:
             open_checkpoint(folder)

@@ -108,9 +108,12 @@ def test_links_within_a_directory(tmp_path: Path) -> None:
     assert [file.path for file in made.files] == content
     links = {link.path: link.target for link in made.links}
     assert links == {
-        "deep": None, "latest": "deep", "relative.pt": "deep/step-1.pt", "chain.pt": "relative.pt",
+        "deep": None,
+        "latest": "deep",
+        "relative.pt": "deep/step-1.pt",
+        "chain.pt": "relative.pt",
         "below.pt": "latest/step-1.pt",
-    }  # fmt: skip
+    }
     assert not made.notes
     repo = Repo.init(tmp_path / "repo")
     repo.commit_path(folder, message="", step=1)
@@ -151,7 +154,7 @@ ELSEWHERE: dict[str, tuple[Callable[[Path], str | Path], str]] = {
     "itself": (lambda _: "model.pt", "leads nowhere"),
     "directory": (lambda tmp: outside(tmp).parent, "leads to a directory elsewhere"),
     "repository": (lambda tmp: Repo.init(tmp / "run").folder / "format", "leads out of"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -330,5 +333,6 @@ def test_within_is_what_the_system_does(data: st.DataObject) -> None:
             if found is not None:
                 assert real == top / found
             else:
-                assert ".." in name or any(".." in str(p.readlink()) for p in top.rglob("*")
-                                           if p.is_symlink())  # fmt: skip
+                assert ".." in name or any(
+                    ".." in str(p.readlink()) for p in top.rglob("*") if p.is_symlink()
+                )

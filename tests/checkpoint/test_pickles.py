@@ -70,9 +70,11 @@ def keyed(levels: int, end: bytes) -> bytes:
 def colliding(count: int) -> bytes:
     """A dict of integers that all have the hash 0."""
     keys = (n * ((1 << 61) - 1) for n in range(1, count))
-    return b"\x80\x02}(" + b"".join(
-        b"\x8a\x0c" + key.to_bytes(12, "little", signed=True) + b"N" for key in keys
-    ) + b"u."  # fmt: skip
+    return (
+        b"\x80\x02}("
+        + b"".join(b"\x8a\x0c" + key.to_bytes(12, "little", signed=True) + b"N" for key in keys)
+        + b"u."
+    )
 
 
 BOMBS = {
@@ -143,11 +145,16 @@ def test_claims_outside_a_storage_are_ignored(repo: Repo, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("shape", "stride", "offset"),
     [
-        ((0, 1 << 63), (1, 1), 0), ((200,), (1,), 1 << 60), ((1 << 62, 1 << 62), (0, 0), 0),
-        ((200,), (1 << 70,), 0), ((1,) * 100, (1,) * 100, 0), ((1 << 2000,), (1,), 0),
-        ((0,), (1,), 1 << 64), ((10**9, 10**9), (0, 0), 0),
+        ((0, 1 << 63), (1, 1), 0),
+        ((200,), (1,), 1 << 60),
+        ((1 << 62, 1 << 62), (0, 0), 0),
+        ((200,), (1 << 70,), 0),
+        ((1,) * 100, (1,) * 100, 0),
+        ((1 << 2000,), (1,), 0),
+        ((0,), (1,), 1 << 64),
+        ((10**9, 10**9), (0, 0), 0),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_make_absurd_claims(
     shape: tuple[int, ...], stride: tuple[int, ...], offset: int, repo: Repo, tmp_path: Path
 ) -> None:
@@ -193,17 +200,23 @@ def ordered_again(count: int, times: int) -> bytes:
     """OrderedDict(one list), over and over."""
     pairs = b"".join(b"J" + struct.pack("<i", n) + b"N\x86" for n in range(count))
     return (
-        b"\x80\x02](ccollections\nOrderedDict\nq\x00](" + pairs + b"e\x85q\x01"
-        + b"h\x00h\x01R" * times + b"e."
-    )  # fmt: skip
+        b"\x80\x02](ccollections\nOrderedDict\nq\x00]("
+        + pairs
+        + b"e\x85q\x01"
+        + b"h\x00h\x01R" * times
+        + b"e."
+    )
 
 
 def arguments_again(count: int, times: int) -> bytes:
     """A call with one long row of arguments, which is copied, over and over."""
     return (
-        b"\x80\x04](ccollections\nOrderedDict\nq\x00(" + b"N" * count + b"tq\x01}q\x02"
-        + b"h\x00h\x01h\x02\x92" * times + b"e."
-    )  # fmt: skip
+        b"\x80\x04](ccollections\nOrderedDict\nq\x00("
+        + b"N" * count
+        + b"tq\x01}q\x02"
+        + b"h\x00h\x01h\x02\x92" * times
+        + b"e."
+    )
 
 
 COPIES = {
@@ -211,7 +224,7 @@ COPIES = {
     "arguments": arguments_again(100_000, 20_000),
     "tuples": b"\x80\x02N" + b"\x85" * 6_000_000 + b".",
     "sets": b"\x80\x04" + b"\x8f" * 3_000_000 + b".",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COPIES)
@@ -247,10 +260,14 @@ def test_what_programs_write_is_within_bounds(protocol: int) -> None:
 
     count = 50_000
     values: list[Any] = [
-        [[] for _ in range(count)], [{} for _ in range(count)], [(n,) for n in range(count)],
-        dict.fromkeys(range(count)), [{"a": n, "b": n / 3} for n in range(count)],
-        [str(n) for n in range(count)], [(None, None) for _ in range(count)],
-    ]  # fmt: skip
+        [[] for _ in range(count)],
+        [{} for _ in range(count)],
+        [(n,) for n in range(count)],
+        dict.fromkeys(range(count)),
+        [{"a": n, "b": n / 3} for n in range(count)],
+        [str(n) for n in range(count)],
+        [(None, None) for _ in range(count)],
+    ]
     for value in values:
         data = pickle.dumps(value, protocol)
         reader = pickle_reader.InertUnpickler(io.BytesIO(data), len(data))

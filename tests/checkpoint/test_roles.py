@@ -28,9 +28,12 @@ def stepped(
 
 def network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Linear(30, 200), nn.LayerNorm(200),
+        nn.Linear(20, 30),
+        nn.BatchNorm1d(30),
+        nn.Linear(30, 200),
+        nn.LayerNorm(200),
         nn.Linear(200, 5),
-    )  # fmt: skip
+    )
 
 
 def pairs(checkpoint: Checkpoint) -> dict[str, str]:
@@ -55,8 +58,9 @@ def expected(model: nn.Module, order: list[int] | None = None) -> dict[str, str]
     order = order or list(range(len(names)))
     return {
         f"optimizer.state.{position}.{kind}": f"model.{names[number]}"
-        for position, number in enumerate(order) for kind in ("exp_avg", "exp_avg_sq")
-    }  # fmt: skip
+        for position, number in enumerate(order)
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def test_order_in_one_file_with_buffers_between(tmp_path: Path) -> None:
@@ -64,9 +68,12 @@ def test_order_in_one_file_with_buffers_between(tmp_path: Path) -> None:
     optimizer = stepped(model, model.parameters())
     checkpoint = save(
         tmp_path / "a.pt",
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-         "rng": torch.get_rng_state()},
-    )  # fmt: skip
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        },
+    )
     assert pairs(checkpoint) == expected(model)
     assert parts(checkpoint) == {"model": {"model"}, "optimizer": {"optimizer"}, "rest": {"rng"}}
     roles = {i.name: i.role for i in checkpoint.schema.tensors}
@@ -102,8 +109,9 @@ def test_names_win_over_order_and_cross_files(tmp_path: Path) -> None:
     names = [name for name, _ in named]
     assert found == {
         f"optimizer.pt:state.{n}.{kind}": f"model.safetensors:{name}"
-        for n, name in enumerate(names) for kind in ("exp_avg", "exp_avg_sq")
-    }  # fmt: skip
+        for n, name in enumerate(names)
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def test_a_doubtful_order_pairs_nothing(tmp_path: Path) -> None:
@@ -133,9 +141,8 @@ def test_an_average_of_the_model_does_not_take_its_moments(tmp_path: Path) -> No
     optimizer = stepped(model, model.parameters())
     checkpoint = save(
         tmp_path / "a.pt",
-        {"ema": ema.state_dict(), "model": model.state_dict(),
-         "optimizer": optimizer.state_dict()},
-    )  # fmt: skip
+        {"ema": ema.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()},
+    )
     assert pairs(checkpoint) == expected(model)
 
 
@@ -196,10 +203,22 @@ def test_a_module_says_which_of_its_tensors_are_weights() -> None:
     assert "model.statistics" not in lossy(checkpoint)
 
 
-@pytest.mark.parametrize("key", [
-    "model", "state_dict", "model_state_dict", "module", "ema", "model_ema", "netG", "generator",
-    "teacher", "params", "net_1",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model",
+        "state_dict",
+        "model_state_dict",
+        "module",
+        "ema",
+        "model_ema",
+        "netG",
+        "generator",
+        "teacher",
+        "params",
+        "net_1",
+    ],
+)
 def test_a_state_dict_is_known_by_its_key_and_its_form(key: str, tmp_path: Path) -> None:
     name = f"{key}.0.weight"
     assert evidence(save(tmp_path / "a.pt", {key: matrices("0.weight"), "step": 3})) == {
@@ -213,15 +232,26 @@ def test_a_state_dict_is_known_by_its_key_and_its_form(key: str, tmp_path: Path)
 
 def test_what_a_module_made_is_a_state_dict_by_any_key(tmp_path: Path) -> None:
     assert lossy(save(tmp_path / "a.pt", {"thing": nn.Linear(20, 30).state_dict()})) == {
-        "thing.weight", "thing.bias"
-    }  # fmt: skip
+        "thing.weight",
+        "thing.bias",
+    }
     assert not lossy(save(tmp_path / "b.pt", {"thing": matrices("weight")}))
 
 
-@pytest.mark.parametrize("key", [
-    "replay_buffer", "obs_rms", "router_stats", "priorities", "modelling_data", "statistics",
-    "histograms", "value_of_states", "embeddings_cache",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "replay_buffer",
+        "obs_rms",
+        "router_stats",
+        "priorities",
+        "modelling_data",
+        "statistics",
+        "histograms",
+        "value_of_states",
+        "embeddings_cache",
+    ],
+)
 def test_a_name_of_a_weight_alone_is_no_evidence(key: str, tmp_path: Path) -> None:
     state = {key: matrices("weight", "0.weight", "v", "exp_avg", "exp_avg_sq_of"), "step": 1}
     assert not lossy(save(tmp_path / "a.pt", state))
@@ -229,8 +259,9 @@ def test_a_name_of_a_weight_alone_is_no_evidence(key: str, tmp_path: Path) -> No
 
 def test_a_file_of_names_to_tensors_is_a_state_dict_if_the_names_are_such(tmp_path: Path) -> None:
     assert lossy(save(tmp_path / "a.pt", matrices("0.weight", "1.weight"))) == {
-        "0.weight", "1.weight"
-    }  # fmt: skip
+        "0.weight",
+        "1.weight",
+    }
     assert not lossy(save(tmp_path / "b.pt", matrices("rewards", "states", "actions")))
     assert lossy(save(tmp_path / "model.pt", matrices("w"))) == {"w"}
     save_file(matrices("w"), tmp_path / "c.safetensors")
@@ -246,15 +277,16 @@ def flat(form: str) -> dict[str, torch.Tensor]:
     return {form.format(key): value for key, value in moments().items()}
 
 
-@pytest.mark.parametrize("form", [
-    "state.0.weight.{}", "optimizer.state.{}.0.weight", "{}.0.weight", "0.weight.{}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "form", ["state.0.weight.{}", "optimizer.state.{}.0.weight", "{}.0.weight", "0.weight.{}"]
+)
 def test_moments_of_flat_states_are_paired_by_name(form: str, tmp_path: Path) -> None:
     checkpoint = save(tmp_path / "a.pt", {"model": matrices("0.weight"), "optim": flat(form)})
     assert set(pairs(checkpoint).values()) == {"model.0.weight"}
     assert {role for role, how in evidence(checkpoint).values() if how == "beside its moments"} == {
-        "exp_avg", "exp_avg_sq"
-    }  # fmt: skip
+        "exp_avg",
+        "exp_avg_sq",
+    }
     parts = {i.name: i.part for i in checkpoint.schema.tensors}
     assert {part for name, part in parts.items() if name.startswith("optim.")} == {"optimizer"}
 
@@ -285,10 +317,15 @@ def test_partitions_of_deepspeed_are_paired_with_their_moments(tmp_path: Path) -
         "state": {n: moments((600,)) for n in range(2)},
         "param_groups": [{"params": [0]}, {"params": [1]}],
     }
-    checkpoint = save(tmp_path / "a.pt", {"optimizer_state_dict": {
-        "base_optimizer_state": state,
-        "single_partition_of_fp32_groups": [torch.randn(600), torch.randn(600)],
-    }})  # fmt: skip
+    checkpoint = save(
+        tmp_path / "a.pt",
+        {
+            "optimizer_state_dict": {
+                "base_optimizer_state": state,
+                "single_partition_of_fp32_groups": [torch.randn(600), torch.randn(600)],
+            }
+        },
+    )
     names = [f"optimizer_state_dict.single_partition_of_fp32_groups.{n}" for n in range(2)]
     assert [*dict.fromkeys(pairs(checkpoint).values())] == names
 
@@ -352,22 +389,41 @@ def test_where_the_order_is_doubtful_only_parameters_are_weights(tmp_path: Path)
     assert names == {f"model.{n}.weight" for n in range(3)}
 
 
-@pytest.mark.parametrize("state", [
-    {"obs_norm_state_dict": matrices("mean", "var")}, {"dino_loss": matrices("center")},
-    {"policy": matrices("actions")}, {"critic": matrices("targets")},
-    {"rollouts": {"actor": matrices("weight")}}, {"normalizer": {"params": matrices("weight")}},
-    {"replay_buffer": {"state_dict": matrices("0.weight")}},
-    {"reward_norm": {"exp_avg": torch.randn(20, 30), "exp_avg_sq": torch.rand(20, 30)}},
-    {"latents": {"mu": torch.randn(20, 30), "nu": torch.rand(20, 30), "value": torch.rand(20, 30)}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"obs_norm_state_dict": matrices("mean", "var")},
+        {"dino_loss": matrices("center")},
+        {"policy": matrices("actions")},
+        {"critic": matrices("targets")},
+        {"rollouts": {"actor": matrices("weight")}},
+        {"normalizer": {"params": matrices("weight")}},
+        {"replay_buffer": {"state_dict": matrices("0.weight")}},
+        {"reward_norm": {"exp_avg": torch.randn(20, 30), "exp_avg_sq": torch.rand(20, 30)}},
+        {
+            "latents": {
+                "mu": torch.randn(20, 30),
+                "nu": torch.rand(20, 30),
+                "value": torch.rand(20, 30),
+            }
+        },
+    ],
+)
 def test_what_is_called_like_weights_elsewhere_is_exact(state: Any, tmp_path: Path) -> None:
     assert not lossy(save(tmp_path / "a.pt", state))
 
 
-@pytest.mark.parametrize("name", [
-    "replay_buffer.safetensors", "normalizer.safetensors", "model_inputs.pt", "loss_ema.pt",
-    "sample_weights.pt", "model_stats.pt",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "replay_buffer.safetensors",
+        "normalizer.safetensors",
+        "model_inputs.pt",
+        "loss_ema.pt",
+        "sample_weights.pt",
+        "model_stats.pt",
+    ],
+)
 def test_a_file_may_say_that_it_holds_something_else(name: str, tmp_path: Path) -> None:
     path, state = tmp_path / name, matrices("first", "second")
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)

@@ -30,10 +30,27 @@ RoundTrip = Callable[[Path], None]
 
 def every_dtype() -> dict[str, torch.Tensor]:
     names = [
-        "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
-        "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "int8", "int16", "int32",
-        "int64", "uint8", "uint16", "uint32", "uint64", "bool", "complex64", "complex128",
-    ]  # fmt: skip
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "bool",
+        "complex64",
+        "complex128",
+    ]
     out = {}
     for name in names:
         dtype = getattr(torch, name)
@@ -46,13 +63,19 @@ def every_dtype() -> dict[str, torch.Tensor]:
 def views() -> dict[str, Any]:
     base = torch.randn(40, 50)
     return {
-        "base": base, "slice": base[3:20, 5:], "transposed": base.T, "strided": base[::2, ::3],
-        "expanded": torch.randn(1, 300).expand(30, 300), "scalar": torch.tensor(3.0),
-        "empty": torch.empty(0), "empty 2d": torch.empty(3, 0, 4), "flipped": base.flip(0),
+        "base": base,
+        "slice": base[3:20, 5:],
+        "transposed": base.T,
+        "strided": base[::2, ::3],
+        "expanded": torch.randn(1, 300).expand(30, 300),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0),
+        "empty 2d": torch.empty(3, 0, 4),
+        "flipped": base.flip(0),
         "conjugate": torch.randn(200, dtype=torch.complex64).conj(),
         "negative": torch.randn(200, dtype=torch.complex64).imag,
         "big storage": torch.randn(10_000)[100:110],
-    }  # fmt: skip
+    }
 
 
 def tied_model() -> dict[str, Any]:
@@ -65,12 +88,22 @@ def odd_objects() -> dict[str, Any]:
     return {
         "args": argparse.Namespace(lr=0.1, layers=[1, 2], nested=argparse.Namespace(x=None)),
         "numpy": np.random.default_rng(0).normal(size=(50, 60)),
-        "rng": {"python": random.getstate(), "numpy": np.random.get_state(),
-                "torch": torch.get_rng_state()},
-        "ordered": collections.OrderedDict(a=1), "set": {1, 2}, "tuple": (1, (2, 3)),
-        "counter": collections.Counter("hello"), "bytes": b"\x00\xff", "big": 1 << 100,
-        "path": Path("x"), "complex": 1j, "none": None, "slice": slice(1, 2),
-    }  # fmt: skip
+        "rng": {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+        },
+        "ordered": collections.OrderedDict(a=1),
+        "set": {1, 2},
+        "tuple": (1, (2, 3)),
+        "counter": collections.Counter("hello"),
+        "bytes": b"\x00\xff",
+        "big": 1 << 100,
+        "path": Path("x"),
+        "complex": 1j,
+        "none": None,
+        "slice": slice(1, 2),
+    }
 
 
 SAVED: dict[str, Callable[[], Any]] = {
@@ -160,9 +193,17 @@ def test_files_that_only_look_like_checkpoints(tmp_path: Path, round_trip: Round
 
 
 SAFETENSORS_TYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8,
-    torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64,
-]  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.complex64,
+]
 
 
 def test_safetensors(tmp_path: Path, round_trip: RoundTrip) -> None:

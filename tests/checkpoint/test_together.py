@@ -22,13 +22,18 @@ METASEQ = [f"checkpoint_1_500-model_part-{p}-shard{s}.pt" for p in (0, 1) for s 
         ("ep0-ba200-rank*.pt", ["ep0-ba200-rank0.pt", "ep0-ba200-rank1.pt"]),
         ("model_0012499.rank_*.pth", ["model_0012499.rank_0.pth", "model_0012499.rank_1.pth"]),
         ("step9-*-of-00002.bin", ["step9-00001-of-00002.bin", "step9-00002-of-00002.bin"]),
-        ("checkpoint_1_9-rank-*-shard*.pt", [
-            "checkpoint_1_9-rank-0-shard0.pt", "checkpoint_1_9-rank-1-shard0.pt",
-            "checkpoint_1_9-shared-shard0.pt",
-        ]),
-        ("*010000.pt", [
-            "ema_0.9999_010000.pt", "ema_0.999_010000.pt", "model010000.pt", "opt010000.pt",
-        ]),
+        (
+            "checkpoint_1_9-rank-*-shard*.pt",
+            [
+                "checkpoint_1_9-rank-0-shard0.pt",
+                "checkpoint_1_9-rank-1-shard0.pt",
+                "checkpoint_1_9-shared-shard0.pt",
+            ],
+        ),
+        (
+            "*010000.pt",
+            ["ema_0.9999_010000.pt", "ema_0.999_010000.pt", "model010000.pt", "opt010000.pt"],
+        ),
         ("*800.pth", ["D_800.pth", "G_800.pth"]),
         ("*5000.pth", ["net_d_5000.pth", "net_g_5000.pth"]),
         ("*epoch_3.th", ["model_state_epoch_3.th", "training_state_epoch_3.th"]),
@@ -38,11 +43,12 @@ METASEQ = [f"checkpoint_1_500-model_part-{p}-shard{s}.pt" for p in (0, 1) for s 
         ("*best.pt", ["model_best.pt", "optimizer_best.pt"]),
         ("a-rank*.pt", ["a-rank1.pt", "a-rank2.pt", "a-rank3.pt"]),
         ("part*.pt", ["part1.pt", "part2.pt"]),
-        ("*20-rank*.pt", [
-            "model_20-rank0.pt", "model_20-rank1.pt", "optim_20-rank0.pt", "optim_20-rank1.pt",
-        ]),
+        (
+            "*20-rank*.pt",
+            ["model_20-rank0.pt", "model_20-rank1.pt", "optim_20-rank0.pt", "optim_20-rank1.pt"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_of_one_checkpoint(name: str, members: list[str]) -> None:
     others = ["step-1.pt", "step-2.pt", "best.pt", "vae.safetensors", "checkpoint_9_9999-shard0.pt"]
     assert group_files([*others, *reversed(members)]) == {name: members}
@@ -52,16 +58,26 @@ def test_files_of_one_checkpoint(name: str, members: list[str]) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["step-1.pt", "step-2.pt"], ["step-800.pt", "step-800-ema.pt"], ["best.pt", "last.pt"],
-        ["seed1-step100.pt", "seed2-step100.pt"], ["fold_0.pt", "fold_1.pt"],
+        ["step-1.pt", "step-2.pt"],
+        ["step-800.pt", "step-800-ema.pt"],
+        ["best.pt", "last.pt"],
+        ["seed1-step100.pt", "seed2-step100.pt"],
+        ["fold_0.pt", "fold_1.pt"],
         ["model.pt", "ema.pt"],
-        ["resnet18-f37072fd.pth", "resnet50-0676ba61.pth"], ["model-7b.pt", "model-13b.pt"],
-        ["lora-rank8.pt", "lora-rank16.pt", "lora-rank64.pt"], ["rank4-step9.pt", "rank8-step9.pt"],
-        ["epoch_1.pt", "epoch_2.pt"], ["model_1.pt", "optimizer_2.pt"], ["G_800.pth", "D_900.pth"],
-        ["model-v1.pt", "model-v2.pt"], ["iter_1.pth", "epoch_1.pth"], ["rank.pt", "shard.pt"],
-        ["checkpoint-500.pt", "checkpoint-500.safetensors"], ["a*.pt", "a-rank0.pt"],
+        ["resnet18-f37072fd.pth", "resnet50-0676ba61.pth"],
+        ["model-7b.pt", "model-13b.pt"],
+        ["lora-rank8.pt", "lora-rank16.pt", "lora-rank64.pt"],
+        ["rank4-step9.pt", "rank8-step9.pt"],
+        ["epoch_1.pt", "epoch_2.pt"],
+        ["model_1.pt", "optimizer_2.pt"],
+        ["G_800.pth", "D_900.pth"],
+        ["model-v1.pt", "model-v2.pt"],
+        ["iter_1.pth", "epoch_1.pth"],
+        ["rank.pt", "shard.pt"],
+        ["checkpoint-500.pt", "checkpoint-500.safetensors"],
+        ["a*.pt", "a-rank0.pt"],
     ],
-)  # fmt: skip
+)
 def test_files_that_stand_for_themselves(names: list[str]) -> None:
     assert group_files(names) == {}
 
@@ -78,30 +94,38 @@ def test_a_name_that_a_file_has_is_not_given_to_a_group() -> None:
         (["a-rank00.pt", "a-rank10.pt"], [f"a-rank{n:02}.pt" for n in range(1, 10)]),
         (["m-00002-of-00003.bin", "m-00001-of-00003.bin"], ["m-00003-of-00003.bin"]),
         (["m-00000-of-00003.bin", "m-00001-of-00003.bin"], ["m-00002-of-00003.bin"]),
-        (["o_world_size_2_rank_0.pt", "m_world_size_2_rank_0.pt", "m_world_size_2_rank_1.pt"],
-         ["o_world_size_2_rank_1.pt"]),
+        (
+            ["o_world_size_2_rank_0.pt", "m_world_size_2_rank_0.pt", "m_world_size_2_rank_1.pt"],
+            ["o_world_size_2_rank_1.pt"],
+        ),
         ([name for name in METASEQ if name != METASEQ[4]], [METASEQ[4]]),
         (["model010000.pt", "opt010000.pt"], []),
         (["a-rank0.pt", "a-rank4000000000.pt"], []),  # nobody has so many
     ],
-)  # fmt: skip
+)
 def test_files_that_are_missing_for_sure(members: list[str], missing: list[str]) -> None:
     assert missing_files(members) == missing
 
 
 def test_families_are_names_without_steps() -> None:
     for one, other in (
-        ("step-1.pt", "step-200.pt"), ("checkpoint_1_9-shard0.pt", "checkpoint_2_50-shard3.pt"),
-        ("epoch=1-step=9.ckpt", "epoch=2-step=70.ckpt"), ("*010000.pt", "*020000.pt"),
-        ("ep0-ba200-rank*.pt", "ep1-ba900-rank0.pt"), ("best.pt", "last.pt"),
+        ("step-1.pt", "step-200.pt"),
+        ("checkpoint_1_9-shard0.pt", "checkpoint_2_50-shard3.pt"),
+        ("epoch=1-step=9.ckpt", "epoch=2-step=70.ckpt"),
+        ("*010000.pt", "*020000.pt"),
+        ("ep0-ba200-rank*.pt", "ep1-ba900-rank0.pt"),
+        ("best.pt", "last.pt"),
         ("step9-*-of-00002.bin", "step20-00001-of-00002.bin"),
         ("checkpoint_last-shard*.pt", "checkpoint_3_90-shard*.pt"),
-    ):  # fmt: skip
+    ):
         assert family(one) == family(other)
     for one, other in (
-        ("step-1.pt", "step-1-ema.pt"), ("step-1.pt", "checkpoint-1.pt"), ("a-v1.pt", "a-v2.pt"),
-        ("seed1-step2.pt", "seed2-step2.pt"), ("best.pt", "step-1.pt"),
-    ):  # fmt: skip
+        ("step-1.pt", "step-1-ema.pt"),
+        ("step-1.pt", "checkpoint-1.pt"),
+        ("a-v1.pt", "a-v2.pt"),
+        ("seed1-step2.pt", "seed2-step2.pt"),
+        ("best.pt", "step-1.pt"),
+    ):
         assert family(one) != family(other)
 
 
@@ -111,9 +135,7 @@ steps = st.lists(st.integers(0, 10**6), min_size=1, max_size=4, unique=True)
 shards = st.integers(2, 5)
 
 
-def _runs(
-    steps: Sequence[int], count: int, form: str, width: int
-) -> dict[int, list[str]]:  # fmt: skip
+def _runs(steps: Sequence[int], count: int, form: str, width: int) -> dict[int, list[str]]:
     return {
         step: [form.format(step=step, shard=f"{shard:0{width}}") for shard in range(count)]
         for step in steps
@@ -121,13 +143,21 @@ def _runs(
 
 
 @given(
-    steps, shards, st.integers(1, 4), st.randoms(),
-    st.sampled_from([
-        "step-{step}-rank{shard}.pt", "checkpoint_3_{step}-model_part-0-shard{shard}.pt",
-        "ep1-ba{step}-rank{shard}.pt", "global_step{step}.shard_{shard}.safetensors",
-        "iter_{step:07}_mp_{shard}.pth.tar", "rank_{shard}_step_{step}.ckpt",
-    ]),
-)  # fmt: skip
+    steps,
+    shards,
+    st.integers(1, 4),
+    st.randoms(),
+    st.sampled_from(
+        [
+            "step-{step}-rank{shard}.pt",
+            "checkpoint_3_{step}-model_part-0-shard{shard}.pt",
+            "ep1-ba{step}-rank{shard}.pt",
+            "global_step{step}.shard_{shard}.safetensors",
+            "iter_{step:07}_mp_{shard}.pth.tar",
+            "rank_{shard}_step_{step}.ckpt",
+        ]
+    ),
+)
 def test_shards_of_one_step_are_one_and_of_several_never(
     steps: list[int], count: int, width: int, random: object, form: str
 ) -> None:

@@ -50,9 +50,14 @@ def ckpt_process(tmp_path: Path) -> Ckpt:
 
     def run(*args: object, code: int | None = 0, cwd: Path = tmp_path, **env: str) -> Done:
         done = subprocess.run(
-            [sys.executable, "-m", "ckptvcs", *map(str, args)], cwd=cwd, text=True,
-            capture_output=True, timeout=300, env=environment() | env, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "ckptvcs", *map(str, args)],
+            cwd=cwd,
+            text=True,
+            capture_output=True,
+            timeout=300,
+            env=environment() | env,
+            check=False,
+        )
         return check(Done(done.returncode, done.stdout, done.stderr), args, code)
 
     return run

@@ -147,8 +147,16 @@ def test_a_newer_format_is_refused(ckpt: Ckpt, history: Path) -> None:
 
 def test_bad_settings(ckpt: Ckpt, history: Path) -> None:
     config = history / ".ckpt" / "config.toml"
-    for text in ('codec = "zip"', "codec = 3", "depth = 1", "codec = ", "keyframe-depth = -1",
-                 "codec = []", "keep-exact = 0.5", "keep-exact = true"):  # fmt: skip
+    for text in (
+        'codec = "zip"',
+        "codec = 3",
+        "depth = 1",
+        "codec = ",
+        "keyframe-depth = -1",
+        "codec = []",
+        "keep-exact = 0.5",
+        "keep-exact = true",
+    ):
         config.write_text(text)
         ckpt("config", code=2)
         ckpt("commit", "model.pt", code=2)
@@ -188,9 +196,13 @@ def test_no_permission(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None
 
     def as_nobody(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", script, *args], cwd=history, text=True, capture_output=True,
-            env=environment() | {"HOME": "/tmp"}, check=False,
-        )  # fmt: skip
+            [sys.executable, "-c", script, *args],
+            cwd=history,
+            text=True,
+            capture_output=True,
+            env=environment() | {"HOME": "/tmp"},
+            check=False,
+        )
 
     probe = as_nobody("--version")
     if probe.returncode:
@@ -210,8 +222,9 @@ def test_a_full_disk(room: int, ckpt_process: Ckpt, tmp_path: Path, run_files: l
     mount.mkdir()
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={room}k", "tmpfs", str(mount)],
-        capture_output=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        check=False,
+    )
     if made.returncode:
         pytest.skip("cannot mount a small file system here")
     try:
@@ -235,9 +248,13 @@ def test_interrupted(number: signal.Signals, ckpt_process: Ckpt, tmp_path: Path)
     ckpt("init")
     torch.save({"w": torch.randn(15_000_000)}, tmp_path / "big.pt")
     process = subprocess.Popen(
-        [sys.executable, "-m", "ckptvcs", "commit", "big.pt", "-m", "x"], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
+        [sys.executable, "-m", "ckptvcs", "commit", "big.pt", "-m", "x"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
     packs = tmp_path / ".ckpt" / "tmp"
     for _ in range(600):
         with contextlib.suppress(FileNotFoundError):  # files come and go
@@ -370,11 +387,17 @@ def test_links_that_lead_to_themselves(ckpt: Ckpt, tmp_path: Path, run_files: li
     assert (back / "model.pt").exists()
 
 
-@pytest.mark.parametrize("args", [
-    ["watch", ".", "--settle", "nan"], ["watch", ".", "--settle", "inf", "--once"],
-    ["watch", ".", "--interval", "inf"], ["watch", ".", "--interval", "nan"],
-    ["export", "--all", "out", "--start", "9" * 5000], ["log", "9" * 5000],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["watch", ".", "--settle", "nan"],
+        ["watch", ".", "--settle", "inf", "--once"],
+        ["watch", ".", "--interval", "inf"],
+        ["watch", ".", "--interval", "nan"],
+        ["export", "--all", "out", "--start", "9" * 5000],
+        ["log", "9" * 5000],
+    ],
+)
 def test_numbers_that_are_none(args: list[str], ckpt: Ckpt, history: Path) -> None:
     done = ckpt(*args, code=None)
     assert done.code in (2, 3)
@@ -405,9 +428,8 @@ print(*(getattr(ckptvcs, name).__name__ for name in ckptvcs.__all__))
 print(hasattr(ckptvcs, "nothing"))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env=environment(),
-    )  # fmt: skip
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
     loaded, names, nothing = done.stdout.splitlines()
     assert loaded == "ckptvcs.errors ckptvcs.text"
     assert names.split() == ckptvcs.__all__

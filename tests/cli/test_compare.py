@@ -21,9 +21,18 @@ from tests.cli.conftest import Ckpt, environment
 from tests.training import save_run, train
 
 NUMBERS = {
-    "norm_a", "norm_b", "norm_difference", "relative", "update_ratio", "cosine", "max_abs",
-    "entries", "changed", "nonfinite_a", "nonfinite_b",
-}  # fmt: skip
+    "norm_a",
+    "norm_b",
+    "norm_difference",
+    "relative",
+    "update_ratio",
+    "cosine",
+    "max_abs",
+    "entries",
+    "changed",
+    "nonfinite_a",
+    "nonfinite_b",
+}
 INFO = {"name", "part", "role", "dtype", "shape"}
 
 
@@ -40,15 +49,29 @@ def temporary(history: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_diff_json(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
     found = ckpt("diff", 2, 5, "--json").json
     assert found.keys() == {
-        "a", "b", "steps", "metadata", "total", "tensors", "added", "removed", "reshaped",
-        "unchanged", "indistinct", "dropped",
-    }  # fmt: skip
+        "a",
+        "b",
+        "steps",
+        "metadata",
+        "total",
+        "tensors",
+        "added",
+        "removed",
+        "reshaped",
+        "unchanged",
+        "indistinct",
+        "dropped",
+    }
     assert (found["a"]["step"], found["b"]["step"], found["steps"]) == (2, 5, 3)
     assert found["total"].keys() == NUMBERS
     for row in found["tensors"]:
         assert row.keys() == INFO | NUMBERS | {
-            "error_a", "error_b", "near_a", "near_b", "below_error",
-        }  # fmt: skip
+            "error_a",
+            "error_b",
+            "near_a",
+            "near_b",
+            "below_error",
+        }
     told = {row["name"]: (row["a"], row["b"]) for row in found["metadata"]}
     assert told["metrics.loss"] == (4, 1)
     assert told["step"] == (2, 5)
@@ -157,8 +180,11 @@ def test_diff_leaves_out_what_was_dropped(ckpt: Ckpt, history: Path) -> None:
     for a, b in ((2, 3), (3, 5), (5, 3)):
         found = ckpt("diff", a, b, "--json").json
         assert found["dropped"] == ["optimizer"]
-        parts = {row["part"] for key in ("tensors", "added", "removed", "unchanged", "indistinct")
-                 for row in found[key]}  # fmt: skip
+        parts = {
+            row["part"]
+            for key in ("tensors", "added", "removed", "unchanged", "indistinct")
+            for row in found[key]
+        }
         assert "optimizer" not in parts
         assert "model" in parts
     found = ckpt("diff", 2, 3, "--json").json
@@ -177,9 +203,11 @@ def test_how_diff_says_that_it_cannot_tell() -> None:
         ([both] * 33, "33 tensors cannot be told apart (near on both sides)"),
         ([both], "1 tensor cannot be told apart (near on both sides)"),
         ([both, left], "2 tensors cannot be told apart (near on one side or both)"),
-        ([both, known], "2 tensors cannot be told apart (near on both sides); "
-                        "the originals of 1 tensor differ"),
-    ):  # fmt: skip
+        (
+            [both, known],
+            "2 tensors cannot be told apart (near on both sides); the originals of 1 tensor differ",
+        ),
+    ):
         assert diff._cannot_tell(found) == said
 
 
@@ -259,8 +287,13 @@ def test_tests_that_are_built_in(ckpt: Ckpt, history: Path) -> None:
         torch.save(state | {"step": step}, history / "model.pt")
         ckpt("commit", "model.pt")
     assert [e["step"] for e in ckpt("bisect", 1, 8, "--nan", "--json").json["candidates"]] == [7]
-    for args in ([], ["--nan", "--metric", "loss", "--above", 1], ["--metric", "loss"],
-                 ["--nan", "--above", "1"], ["--nan", "--", "true"]):  # fmt: skip
+    for args in (
+        [],
+        ["--nan", "--metric", "loss", "--above", 1],
+        ["--metric", "loss"],
+        ["--nan", "--above", "1"],
+        ["--nan", "--", "true"],
+    ):
         assert "hint" in ckpt("bisect", 1, 8, *args, code=2).err or args
 
 
@@ -272,9 +305,12 @@ def test_an_interrupted_bisect_leaves_nothing(
     wait = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(300)"
     process = subprocess.Popen(
         [sys.executable, "-m", "ckptvcs", "bisect", "1", "5", "--", sys.executable, "-c", wait],
-        cwd=history, env=environment() | {"TMPDIR": str(temporary)}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=history,
+        env=environment() | {"TMPDIR": str(temporary)},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not ready.exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -321,11 +357,16 @@ def test_rolling_back_and_going_on(ckpt: Ckpt, tmp_path: Path) -> None:
     assert [line[:4].rstrip() for line in rows[1:]] == ["*", "*", "| *", "|/", "*", "*"]
     for row, words in zip(
         rows[1:],
-        [["4", "(HEAD -> main-2) lower rate", "loss=1 "], ["3", "lower rate", "loss=2 "],
-         ["3", "(main, tag: spike) try 3", "loss=3 "], [], ["2", "try 2", "loss=2 "],
-         ["1", "try 1", "loss=1 "]],
+        [
+            ["4", "(HEAD -> main-2) lower rate", "loss=1 "],
+            ["3", "lower rate", "loss=2 "],
+            ["3", "(main, tag: spike) try 3", "loss=3 "],
+            [],
+            ["2", "try 2", "loss=2 "],
+            ["1", "try 1", "loss=1 "],
+        ],
         strict=True,
-    ):  # fmt: skip
+    ):
         assert all(f" {word}" in row for word in words), row
     listed = ckpt("log", "--graph", "--json").json
     assert listed == ckpt("log", "--all", "--json").json
@@ -376,8 +417,11 @@ def test_deleting_a_branch(ckpt: Ckpt, history: Path, run_files: list[Path]) -> 
     assert [e["step"] for e in ckpt("log", "main", "--json").json] == [5, 4, 3, 2, 1]
     gone = ckpt("branch", "--delete", "main", "--json").json
     assert gone == {
-        "name": "main", "commit": main[0]["id"], "deleted": True, "on_no_branch": [main[0]["id"]],
-    }  # fmt: skip
+        "name": "main",
+        "commit": main[0]["id"],
+        "deleted": True,
+        "on_no_branch": [main[0]["id"]],
+    }
     ckpt("gc")
     assert ckpt("verify", "--json").json["ok"]
     ckpt("branch", "main", main[0]["id"], code=3)

@@ -17,9 +17,18 @@ from tests.cli.conftest import Ckpt
 from tests.training import train, train_on
 
 COMMIT_KEYS = {
-    "id", "step", "message", "raw_bytes", "stored_bytes", "patch_bytes", "kind", "depth", "exact",
-    "fidelity", "error",
-}  # fmt: skip
+    "id",
+    "step",
+    "message",
+    "raw_bytes",
+    "stored_bytes",
+    "patch_bytes",
+    "kind",
+    "depth",
+    "exact",
+    "fidelity",
+    "error",
+}
 
 
 def sha(path: Path) -> str:
@@ -37,9 +46,18 @@ def test_commit_json(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
     for number, codec in enumerate(["lossless", "lossless", "excp", "excp-max"]):
         before = disk(store / "packs") + disk(store / "meta")
         made = ckpt(
-            "commit", run_files[number], "-m", "hello", "--codec", codec, "--metric", "a=1.5",
-            "--metric", "b=nan", "--json",
-        ).json  # fmt: skip
+            "commit",
+            run_files[number],
+            "-m",
+            "hello",
+            "--codec",
+            codec,
+            "--metric",
+            "a=1.5",
+            "--metric",
+            "b=nan",
+            "--json",
+        ).json
         assert made.keys() >= COMMIT_KEYS
         after = disk(store / "packs") + disk(store / "meta")
         assert made["stored_bytes"] + made["patch_bytes"] == after - before
@@ -252,10 +270,22 @@ def test_revisions(ckpt: Ckpt, history: Path) -> None:
     ckpt("tag", "good", "2")
     ckpt("branch", "side", "3")
     for revision, step in {
-        "2": 2, "step:2": 2, "HEAD": 5, "latest": 5, "HEAD~2": 3, "main": 5, "main@4": 4,
-        "good": 2, "side": 3, "side~1": 2, "best:loss:min": 5, "best:loss:max": 1,
-        ids[4]: 4, ids[4][:8]: 4, f"id:{ids[4][:10]}": 4,
-    }.items():  # fmt: skip
+        "2": 2,
+        "step:2": 2,
+        "HEAD": 5,
+        "latest": 5,
+        "HEAD~2": 3,
+        "main": 5,
+        "main@4": 4,
+        "good": 2,
+        "side": 3,
+        "side~1": 2,
+        "best:loss:min": 5,
+        "best:loss:max": 1,
+        ids[4]: 4,
+        ids[4][:8]: 4,
+        f"id:{ids[4][:10]}": 4,
+    }.items():
         assert ckpt("show", revision, "--json").json["step"] == step, revision
     assert "nearest steps: 1, 2" in ckpt("show", 0, code=3).err
     assert "did you mean main" in ckpt("show", "mian", code=3).err
@@ -424,8 +454,19 @@ def test_verify_names_damage(ckpt: Ckpt, history: Path) -> None:
 
 def test_help_and_version(ckpt: Ckpt) -> None:
     assert ckpt("--version").out.startswith("ckpt ")
-    commands = ["init", "commit", "log", "show", "status", "checkout", "gc", "verify", "stats",
-                "diff", "bisect"]  # fmt: skip
+    commands = [
+        "init",
+        "commit",
+        "log",
+        "show",
+        "status",
+        "checkout",
+        "gc",
+        "verify",
+        "stats",
+        "diff",
+        "bisect",
+    ]
     text = ckpt("--help").out
     assert all(command in text for command in commands)
     for command in commands:

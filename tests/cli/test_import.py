@@ -13,9 +13,20 @@ from tests.cli.conftest import Ckpt, environment
 from tests.cli.test_contract import COMMIT_KEYS, disk
 
 ITEM_KEYS = {
-    "name", "step", "kind", "raw_bytes", "action", "same_as", "branch", "commit", "problem",
-    "notes", "removed", "kept", "pinned",
-}  # fmt: skip
+    "name",
+    "step",
+    "kind",
+    "raw_bytes",
+    "action",
+    "same_as",
+    "branch",
+    "commit",
+    "problem",
+    "notes",
+    "removed",
+    "kept",
+    "pinned",
+}
 
 
 @pytest.fixture
@@ -40,8 +51,13 @@ def test_text(ckpt: Ckpt, folder: Path) -> None:
     rows = [line.split() for line in done.out.splitlines()]
     assert rows[0] == ["step", "name", "size", "stored", "ratio", "fidelity", "note"]
     assert [row[1] for row in rows[1:-1]] == [
-        "step-8.pt", "step-9.pt", "best.pt", "step-10.pt", "step-11.pt", "step-12.pt",
-    ]  # fmt: skip
+        "step-8.pt",
+        "step-9.pt",
+        "best.pt",
+        "step-10.pt",
+        "step-11.pt",
+        "step-12.pt",
+    ]
     assert "as step-9.pt" in done.out
     assert [row[-1] for row in rows[-3:-1]] == ["exact", "exact"]
     assert "near 0.0" in done.out
@@ -56,8 +72,13 @@ def test_json(ckpt: Ckpt, folder: Path) -> None:
     done = ckpt("import", "run", "--json", code=2)
     found = done.json
     assert found.keys() == {
-        "dry_run", "raw_bytes", "stored_bytes", "freed_bytes", "checkpoints", "left_out",
-    }  # fmt: skip
+        "dry_run",
+        "raw_bytes",
+        "stored_bytes",
+        "freed_bytes",
+        "checkpoints",
+        "left_out",
+    }
     assert found["left_out"] == [
         {"name": "notes.txt", "reason": "no .pt, .pth, .bin, .ckpt, .safetensors"}
     ]
@@ -108,8 +129,10 @@ def test_originals(ckpt: Ckpt, folder: Path) -> None:
     found = ckpt("import", "run", "--delete-originals", "--accept-near", "--json")
     assert names(folder) == []
     assert [item["removed"] for item in found.json["checkpoints"]] == [
-        ["step-8.pt"], ["step-9.pt"], ["step-10.pt"],
-    ]  # fmt: skip
+        ["step-8.pt"],
+        ["step-9.pt"],
+        ["step-10.pt"],
+    ]
     assert "removed: step-8.pt (kept near 0.0" in found.err
     assert found.json["freed_bytes"] == found.json["raw_bytes"]
     assert ckpt("verify", "--json").json["ok"]
@@ -124,9 +147,7 @@ def test_what_failed_is_kept_and_says_so_once(ckpt: Ckpt, folder: Path) -> None:
     assert done.err.count("incomplete") == 1
 
 
-def test_damage_has_its_code(
-    ckpt: Ckpt, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_damage_has_its_code(ckpt: Ckpt, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ckptvcs.decode.commit_reader import Restorer
 
     monkeypatch.setattr(Restorer, "write_file", lambda *_: "0" * 64)
@@ -191,9 +212,12 @@ def test_an_import_that_is_killed_goes_on(ckpt_process: Ckpt, ckpt: Ckpt, folder
         "from ckptvcs.cli.app import app\napp(['import', 'run', '--delete-originals'])"
     )
     killed = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, check=False,
+        [sys.executable, "-c", code],
+        env=environment(),
+        capture_output=True,
+        check=False,
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     assert killed.returncode == 9
     assert len(names(folder)) == 5
     found = ckpt_process("import", "run", "--json").json

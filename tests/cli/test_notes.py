@@ -77,11 +77,18 @@ OPAQUE: dict[str, tuple[Callable[[], bytes], str]] = {
 REFUSED_BY_IMPORT = ("deflated", "another zip")  # as cut off
 
 
-@pytest.mark.parametrize(("where", "kind"), [
-    *(("directory", kind) for kind in OPAQUE),
-    *((where, kind) for where in ("import", "watch") for kind in OPAQUE
-      if kind not in REFUSED_BY_IMPORT),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        *(("directory", kind) for kind in OPAQUE),
+        *(
+            (where, kind)
+            for where in ("import", "watch")
+            for kind in OPAQUE
+            if kind not in REFUSED_BY_IMPORT
+        ),
+    ],
+)
 def test_a_file_that_is_not_understood(kind: str, where: str, ckpt: Ckpt, tmp_path: Path) -> None:
     make, said = OPAQUE[kind]
     ckpt("init")

@@ -67,9 +67,12 @@ BEFORE = ROOT / "ckptvcs" / "__main__.py"  # says that the modules cannot be loa
 PRINTING = {"print", "input", "breakpoint"}
 OF_MODULES: dict[str, set[str] | None] = {
     "typer": {"echo", "secho", "confirm", "prompt", "progressbar", "launch", "style"},
-    "click": None, "rich": None, "curses": None, "warnings": {"warn", "warn_explicit"},
+    "click": None,
+    "rich": None,
+    "curses": None,
+    "warnings": {"warn", "warn_explicit"},
     "traceback": {"print_exc", "print_exception", "print_stack", "print_last", "print_tb"},
-}  # fmt: skip
+}
 
 
 def leaks(source: str) -> Iterator[int]:
@@ -102,18 +105,33 @@ def _is_leak(node: ast.AST) -> bool:
 def test_nothing_prints_but_the_door() -> None:
     found = {
         (str(path.relative_to(ROOT)), line)
-        for path in (ROOT / "ckptvcs").rglob("*.py") if path not in (DOOR, BEFORE)
+        for path in (ROOT / "ckptvcs").rglob("*.py")
+        if path not in (DOOR, BEFORE)
         for line in leaks(path.read_text("utf-8"))
-    }  # fmt: skip
+    }
     assert not found
 
 
-@pytest.mark.parametrize("source", [
-    "print(x)", "import rich", "from rich.console import Console", "typer.echo(x)",
-    "from typer import echo", "sys.stdout.write(x)", "sys.__stderr__.write(x)", "os.write(1, x)",
-    "sys.stdout.buffer.write(x)", "logging.getLogger(__name__)", "logging.getLogger()",
-    "import click", "warnings.warn(x)", "traceback.print_exc()", "typer.confirm(x)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(x)",
+        "import rich",
+        "from rich.console import Console",
+        "typer.echo(x)",
+        "from typer import echo",
+        "sys.stdout.write(x)",
+        "sys.__stderr__.write(x)",
+        "os.write(1, x)",
+        "sys.stdout.buffer.write(x)",
+        "logging.getLogger(__name__)",
+        "logging.getLogger()",
+        "import click",
+        "warnings.warn(x)",
+        "traceback.print_exc()",
+        "typer.confirm(x)",
+    ],
+)
 def test_the_test_sees_other_doors(source: str) -> None:
     assert list(leaks(source))
 
@@ -131,9 +149,12 @@ def test_what_is_logged_is_plain(caplog: pytest.LogCaptureFixture) -> None:
 def test_an_error_that_nobody_catches_is_plain(hostile: Path) -> None:
     code = f"import ckptvcs; ckptvcs.Repo.open('.').checkout({f'no{ODD[:-4]}'!a})"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=hostile, capture_output=True, check=False,
+        [sys.executable, "-c", code],
+        cwd=hostile,
+        capture_output=True,
+        check=False,
         env=environment() | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
-    )  # fmt: skip
+    )
     last = done.stderr.decode().splitlines()[-1]
     assert last.startswith("ckptvcs.errors.NotFoundError")
     assert set(last) <= SEEN
@@ -150,14 +171,23 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dump = commits.dump_commit
 
     def forged(commit: commits.Commit) -> bytes:
-        return dump(dataclasses.replace(
-            commit, user=ODD, host=ODD, code=ODD, codec=ODD, message=ODD, kind=ODD,
-            metrics={ODD: 1.0, "loss": 2.0}, path=f"x{ODD[:-3]}",
-            files=tuple(
-                dataclasses.replace(file, format=file.format if file.format else ODD)
-                for file in commit.files
-            ),
-        ))  # fmt: skip
+        return dump(
+            dataclasses.replace(
+                commit,
+                user=ODD,
+                host=ODD,
+                code=ODD,
+                codec=ODD,
+                message=ODD,
+                kind=ODD,
+                metrics={ODD: 1.0, "loss": 2.0},
+                path=f"x{ODD[:-3]}",
+                files=tuple(
+                    dataclasses.replace(file, format=file.format if file.format else ODD)
+                    for file in commit.files
+                ),
+            )
+        )
 
     def sealed(fields: Any) -> Any:
         odd = {"time": ODD, "action": ODD} if "heads" in fields["ref"] else {}
@@ -190,20 +220,55 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COMMANDS: list[list[str]] = [
-    ["log"], ["log", "--graph"], ["log", "--all"], ["show", "latest"], ["show", "2"],
-    ["show", "2", "--roles"], ["status"], ["diff", "1", "3"], ["diff", "3", "4"], ["diff", "1"],
-    ["branch"], ["tag"], ["pin"], ["pin", "1"], ["unpin", "1"], ["reflog"], ["gc", "--dry-run"],
-    ["gc", "--keep-last", "1", "--dry-run"], ["config"], ["stats"], ["verify"],
-    ["index", "--rebuild"], ["cat", "2:w"], ["cat", f"2:model.w{ODD[:-4]}"], ["cat", "2:nothing"],
-    ["checkout", "4"], ["checkout", "2"], ["checkout", "4", "--force", "-o", "out"],
-    ["checkout", "1", "--only", "model"], ["export", "2", "out.pt"], ["export", "--all", "all"],
-    ["export", "2", "out.safetensors"], ["average", "1..3", "-o", "mean.pt"],
-    ["bisect", "1", "3", "--metric", "loss", "--above", "1"], ["bisect", "1", "3", "--nan"],
-    ["import", "watched"], ["import", "watched", "--dry-run"], ["watch", "watched", "--once"],
-    ["commit", f"watched/step-5{ODD[:-4]}.pt"], ["commit", f"dir{ODD[:-4]}"],
-    ["branch", "b", "1"], ["branch", "--delete", "b"], ["tag", "x", "1"], ["tag", "--delete", "x"],
-    ["show", f"no{ODD[:-4]}"], ["branch", f"no{ODD[:-4]}"], ["undo"], ["gc"],
-]  # fmt: skip
+    ["log"],
+    ["log", "--graph"],
+    ["log", "--all"],
+    ["show", "latest"],
+    ["show", "2"],
+    ["show", "2", "--roles"],
+    ["status"],
+    ["diff", "1", "3"],
+    ["diff", "3", "4"],
+    ["diff", "1"],
+    ["branch"],
+    ["tag"],
+    ["pin"],
+    ["pin", "1"],
+    ["unpin", "1"],
+    ["reflog"],
+    ["gc", "--dry-run"],
+    ["gc", "--keep-last", "1", "--dry-run"],
+    ["config"],
+    ["stats"],
+    ["verify"],
+    ["index", "--rebuild"],
+    ["cat", "2:w"],
+    ["cat", f"2:model.w{ODD[:-4]}"],
+    ["cat", "2:nothing"],
+    ["checkout", "4"],
+    ["checkout", "2"],
+    ["checkout", "4", "--force", "-o", "out"],
+    ["checkout", "1", "--only", "model"],
+    ["export", "2", "out.pt"],
+    ["export", "--all", "all"],
+    ["export", "2", "out.safetensors"],
+    ["average", "1..3", "-o", "mean.pt"],
+    ["bisect", "1", "3", "--metric", "loss", "--above", "1"],
+    ["bisect", "1", "3", "--nan"],
+    ["import", "watched"],
+    ["import", "watched", "--dry-run"],
+    ["watch", "watched", "--once"],
+    ["commit", f"watched/step-5{ODD[:-4]}.pt"],
+    ["commit", f"dir{ODD[:-4]}"],
+    ["branch", "b", "1"],
+    ["branch", "--delete", "b"],
+    ["tag", "x", "1"],
+    ["tag", "--delete", "x"],
+    ["show", f"no{ODD[:-4]}"],
+    ["branch", f"no{ODD[:-4]}"],
+    ["undo"],
+    ["gc"],
+]
 
 
 def broken_settings(root: Path) -> None:
@@ -222,13 +287,17 @@ def broken_refs(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [None, broken_settings, broken_packs, broken_refs],
+    "damage",
+    [None, broken_settings, broken_packs, broken_refs],
     ids=lambda found: found.__name__ if found else "whole",
-)  # fmt: skip
+)
 def test_no_command_prints_what_drives_a_terminal(
-    damage: Callable[[Path], None] | None, hostile: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    damage: Callable[[Path], None] | None,
+    hostile: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     import shutil
 
     shutil.copytree(hostile, tmp_path / "x", symlinks=True)
@@ -278,9 +347,12 @@ def test_a_terminal_gets_no_sequences_but_our_own(hostile: Path) -> None:
     for args in (["log"], ["show", "2"], ["diff", "1", "2"], ["reflog"], ["show", "2", "--json"]):
         here, there = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, "-m", "ckptvcs", *args], cwd=hostile, stdout=there, stderr=there,
+            [sys.executable, "-m", "ckptvcs", *args],
+            cwd=hostile,
+            stdout=there,
+            stderr=there,
             env=environment() | {"TERM": "xterm", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        )
         os.close(there)
         parts = []
         while True:

@@ -44,8 +44,9 @@ def save(path: Path, value: object) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def rows(ckpt: Ckpt, *args: object) -> list[tuple[str, int | None, str]]:
@@ -61,17 +62,21 @@ def sharded(out: Path, form: str, *, steps: tuple[int, ...] = (100, 200), count:
     draw = torch.Generator().manual_seed(0)
     for step in steps:
         for shard in range(count):
-            save(out / form.format(step=step, shard=shard),
-                 {"model": {"flat": torch.randn(2000, generator=draw)}})  # fmt: skip
+            save(
+                out / form.format(step=step, shard=shard),
+                {"model": {"flat": torch.randn(2000, generator=draw)}},
+            )
 
 
 @pytest.mark.parametrize(
     "form",
     [
-        "checkpoint_3_{step}-model_part-0-shard{shard}.pt", "ep0-ba{step}-rank{shard}.pt",
-        "model_0000{step}.rank_{shard}.pth", "step{step}-0000{shard}-of-00004.bin",
+        "checkpoint_3_{step}-model_part-0-shard{shard}.pt",
+        "ep0-ba{step}-rank{shard}.pt",
+        "model_0000{step}.rank_{shard}.pth",
+        "step{step}-0000{shard}-of-00004.bin",
     ],
-)  # fmt: skip
+)
 def test_shards_are_one_commit_of_their_step(ckpt: Ckpt, tmp_path: Path, form: str) -> None:
     out = tmp_path / "out"
     sharded(out, form)
@@ -79,11 +84,13 @@ def test_shards_are_one_commit_of_their_step(ckpt: Ckpt, tmp_path: Path, form: s
     ckpt("init", "--codec", "lossless")
     found = ckpt("import", "out", "--json").json
     assert [(one["step"], one["kind"]) for one in found["checkpoints"]] == [
-        (100, "files"), (200, "files"),
-    ]  # fmt: skip
+        (100, "files"),
+        (200, "files"),
+    ]
     assert [(step, branch) for _, step, branch in rows(ckpt, "--all")] == [
-        (100, "main"), (200, "main"),
-    ]  # fmt: skip
+        (100, "main"),
+        (200, "main"),
+    ]
     for step in (100, 200):
         ckpt("checkout", step, "-o", f"back{step}")
     back = contents(tmp_path / "back100") | contents(tmp_path / "back200")
@@ -105,9 +112,7 @@ def test_the_files_of_guided_diffusion(ckpt: Ckpt, tmp_path: Path) -> None:
         save(out / f"opt{number}.pt", optimizer(m, v))
     ckpt("init")
     ckpt("import", "out")
-    assert rows(ckpt, "--all") == [
-        (f"*0{1000 * step}.pt", 1000 * step, "main") for step in STEPS
-    ]  # fmt: skip
+    assert rows(ckpt, "--all") == [(f"*0{1000 * step}.pt", 1000 * step, "main") for step in STEPS]
     log = ckpt("log", "--json").json
     assert [entry["kind"] for entry in log] == ["delta", "delta", "delta", "keyframe"]
     before = contents(out)
@@ -160,8 +165,10 @@ def test_a_run_on_fewer_processes_is_complete(ckpt: Ckpt, tmp_path: Path) -> Non
     draw = torch.Generator().manual_seed(0)
     for step, count in ((100, 4), (200, 4), (300, 2)):
         for rank in range(count):
-            save(tmp_path / "out" / f"step{step}-rank{rank}.pt",
-                 {"w": torch.randn(8000 // count, generator=draw)})  # fmt: skip
+            save(
+                tmp_path / "out" / f"step{step}-rank{rank}.pt",
+                {"w": torch.randn(8000 // count, generator=draw)},
+            )
     ckpt("init")
     ckpt("import", "out")
     assert [step for _, step, _ in rows(ckpt)] == [100, 200, 300]
@@ -182,31 +189,40 @@ def test_shards_of_a_directory_are_no_checkpoint(ckpt: Ckpt, tmp_path: Path) -> 
 def test_files_that_end_in_tar(ckpt: Ckpt, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for epoch in (1, 2):  # as the example of ImageNet writes them: epochs
-        save(out / f"checkpoint_{epoch:04}.pth.tar",
-             {"epoch": epoch + 1, "model": {"w": torch.full((300,), float(epoch))}})  # fmt: skip
+        save(
+            out / f"checkpoint_{epoch:04}.pth.tar",
+            {"epoch": epoch + 1, "model": {"w": torch.full((300,), float(epoch))}},
+        )
     save(out / "iter_300.pth.tar", {"w": torch.ones(300)})
     with tarfile.open(out / "logs.tar", "w") as archive:
         archive.add(__file__, "x.py")
     ckpt("init")
     found = ckpt("import", "out", "--json").json
     assert [(one["name"], one["step"]) for one in found["checkpoints"]] == [
-        ("iter_300.pth.tar", 300), ("checkpoint_0001.pth.tar", None),
+        ("iter_300.pth.tar", 300),
+        ("checkpoint_0001.pth.tar", None),
         ("checkpoint_0002.pth.tar", None),
-    ]  # fmt: skip
+    ]
     assert found["left_out"] == [{"name": "logs.tar", "reason": "a tar archive"}]
 
 
 @pytest.mark.parametrize(
     ("name", "state", "step"),
     [
-        ("checkpoint_6_182000.pt", {}, 182000), ("checkpoint_6_182000.pt", {"step": 7}, 7),
+        ("checkpoint_6_182000.pt", {}, 182000),
+        ("checkpoint_6_182000.pt", {"step": 7}, 7),
         ("checkpoint_best.pt", {"optimizer_history": [{"num_updates": 50}]}, 50),
-        ("ep0-ba200-rank0.pt", {}, 200), ("epoch_12.pth", {}, None), ("llama-7b.pt", {}, None),
-        ("checkpoint_12.pth.tar", {"epoch": 12}, None), ("epoch_12.pth", {"meta": {"iter": 9}}, 9),
-        ("resnet50-0676ba61.pth", {}, None), ("model_0004999.pth", {}, 4999),
-        ("multiberts-seed_0-step_100k", {}, 100_000), ("step-001000-2BT", {}, 1000),
+        ("ep0-ba200-rank0.pt", {}, 200),
+        ("epoch_12.pth", {}, None),
+        ("llama-7b.pt", {}, None),
+        ("checkpoint_12.pth.tar", {"epoch": 12}, None),
+        ("epoch_12.pth", {"meta": {"iter": 9}}, 9),
+        ("resnet50-0676ba61.pth", {}, None),
+        ("model_0004999.pth", {}, 4999),
+        ("multiberts-seed_0-step_100k", {}, 100_000),
+        ("step-001000-2BT", {}, 1000),
     ],
-)  # fmt: skip
+)
 def test_the_step_of_a_single_commit(
     ckpt: Ckpt, tmp_path: Path, name: str, state: dict[str, Any], step: int | None
 ) -> None:
@@ -218,11 +234,15 @@ def test_the_step_of_a_single_commit(
 @pytest.mark.parametrize(
     ("name", "text", "step"),
     [
-        ("latest", "global_step700", 700), ("latest_checkpointed_iteration.txt", "800\n", 800),
-        ("metadata.json", '{"step": 900}', 900), ("latest", "x" * 1000, None),
-        ("latest", "9" * 60, None), ("latest", "", None), ("metadata.json", "[1]", None),
+        ("latest", "global_step700", 700),
+        ("latest_checkpointed_iteration.txt", "800\n", 800),
+        ("metadata.json", '{"step": 900}', 900),
+        ("latest", "x" * 1000, None),
+        ("latest", "9" * 60, None),
+        ("latest", "", None),
+        ("metadata.json", "[1]", None),
     ],
-)  # fmt: skip
+)
 def test_the_step_that_a_file_beside_the_tensors_gives(
     ckpt: Ckpt, tmp_path: Path, name: str, text: str, step: int | None
 ) -> None:
@@ -235,15 +255,21 @@ def test_the_step_that_a_file_beside_the_tensors_gives(
 # -- steps in the paths of files -------------------------------------------------------------------
 
 LAYOUTS = {
-    "deepspeed": ("checkpoint-{0}/global_step{0}/mp_rank_00_model_states.pt",
-                  "checkpoint-{0}/global_step{0}/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
-    "megatron": ("iter_{0:07}/iter_{0:07}/mp_rank_00/model_optim_rng.pt",
-                 "iter_{0:07}/iter_{0:07}/mp_rank_00/distrib_optim.pt"),
-    "universal": ("step_{0}/global_step{0}_universal/mp_rank_00_model_states.pt",
-                  "step_{0}/global_step{0}_universal/zero/w/state.pt"),
+    "deepspeed": (
+        "checkpoint-{0}/global_step{0}/mp_rank_00_model_states.pt",
+        "checkpoint-{0}/global_step{0}/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    ),
+    "megatron": (
+        "iter_{0:07}/iter_{0:07}/mp_rank_00/model_optim_rng.pt",
+        "iter_{0:07}/iter_{0:07}/mp_rank_00/distrib_optim.pt",
+    ),
+    "universal": (
+        "step_{0}/global_step{0}_universal/mp_rank_00_model_states.pt",
+        "step_{0}/global_step{0}_universal/zero/w/state.pt",
+    ),
     "names": ("ckpt_{0}/model-step{0:05}.pt", "ckpt_{0}/optim-step{0:05}.pt"),
     "nested": ("step-{0}/run/checkpoint_2_{0}/model.pt", "step-{0}/run/checkpoint_2_{0}/opt.pt"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -353,16 +379,22 @@ def test_series_of_names_have_a_line_each(ckpt: Ckpt, tmp_path: Path) -> None:
                 save(out / name, {"model": {"w": torch.randn(80, 80)}, "step": step})
         watch(ckpt, "--keep-local", 4)
     assert [message for message, _, _ in rows(ckpt)] == [
-        "step-100.pt", "step-200.pt", "step-300.pt",
-    ]  # fmt: skip
+        "step-100.pt",
+        "step-200.pt",
+        "step-300.pt",
+    ]
     lines = {branch for _, _, branch in rows(ckpt, "--all")}
     assert lines == {"main", "main-2", "main-3"}
     side = [message for message, _, _ in rows(ckpt, "main-2")]
     assert side == ["step-100-ema.pt", "step-200-ema.pt", "step-300-ema.pt"]
     assert ckpt("status", "--json").json["branch"] == "main"
     assert set(contents(out)) == {
-        "best.pt", "step-200.pt", "step-200-ema.pt", "step-300.pt", "step-300-ema.pt",
-    }  # fmt: skip
+        "best.pt",
+        "step-200.pt",
+        "step-200-ema.pt",
+        "step-300.pt",
+        "step-300-ema.pt",
+    }
     save(out / "step-50.pt", {"model": {"w": torch.randn(80, 80)}, "step": 50})  # begins again
     watch(ckpt, "--keep-local", 1)
     assert set(contents(out)) == {"best.pt", "step-50.pt"}
@@ -376,7 +408,7 @@ def test_shards_are_watched_and_removed_together(ckpt: Ckpt, tmp_path: Path) -> 
         watch(ckpt, "--keep-local", 1)
     assert rows(ckpt, "--all") == [
         (f"ep0-ba{step}-rank*.pt", step, "main") for step in (100, 200, 300)
-    ]  # fmt: skip
+    ]
     assert set(contents(out)) == {f"ep0-ba300-rank{rank}.pt" for rank in range(3)}
     (out / "ep0-ba300-rank2.pt").write_bytes(b"")
     said = watch(ckpt, "--keep-local", 1)

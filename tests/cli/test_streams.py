@@ -37,14 +37,21 @@ def run(tmp_path: Path) -> Path:
 
 
 def start(
-    folder: Path, *args: str, stdout: int | IO[str] = subprocess.PIPE,
-    stderr: int | IO[str] = subprocess.PIPE, unbuffered: str = "",
-) -> subprocess.Popen[str]:  # fmt: skip
+    folder: Path,
+    *args: str,
+    stdout: int | IO[str] = subprocess.PIPE,
+    stderr: int | IO[str] = subprocess.PIPE,
+    unbuffered: str = "",
+) -> subprocess.Popen[str]:
     env = environment() | {"PYTHONUNBUFFERED": unbuffered}
     return subprocess.Popen(
-        [sys.executable, "-m", "ckptvcs", *args], cwd=folder, text=True, env=env, stdout=stdout,
+        [sys.executable, "-m", "ckptvcs", *args],
+        cwd=folder,
+        text=True,
+        env=env,
+        stdout=stdout,
         stderr=stderr,
-    )  # fmt: skip
+    )
 
 
 def to_full(folder: Path, *args: str, unbuffered: str = "") -> list[str]:
@@ -77,9 +84,23 @@ def test_what_was_imported_and_watched_is_said(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", ["log", "log --json", "show", "status", "stats", "verify", "--help", "--version",
-             "config", "gc", "diff 1 2", "reflog", "commit --help"],
-)  # fmt: skip
+    "args",
+    [
+        "log",
+        "log --json",
+        "show",
+        "status",
+        "stats",
+        "verify",
+        "--help",
+        "--version",
+        "config",
+        "gc",
+        "diff 1 2",
+        "reflog",
+        "commit --help",
+    ],
+)
 def test_any_output_without_room(run: Path, args: str) -> None:
     to_full(run, *args.split())
 

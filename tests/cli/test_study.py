@@ -36,8 +36,9 @@ def test_export_all_gives_the_files_back(ckpt: Ckpt, history: Path, run_files: l
     assert {path: sha(path) for path in (history / "out").iterdir()} == before
     ckpt("export", "--all", "out", "--force")
     assert ckpt("export", "--all", "some", "--start", 2, "--every", 2).out.split() == [
-        "some/step-2.pt", "some/step-4.pt",
-    ]  # fmt: skip
+        "some/step-2.pt",
+        "some/step-4.pt",
+    ]
     ckpt("export", "--all", "none", "--start", 9, code=3)
     assert not (history / "none").exists()
 
@@ -69,9 +70,14 @@ def test_export_one(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
     true = torch.load(run_files[1], weights_only=True)["model"]
     assert same(dict(true), load_file(history / "m.safetensors"))
     ckpt("export", 2, "m.safetensors", code=4)
-    for wrong in (["export"], ["export", 2], ["export", 2, "x.pt", "--format", "zip"],
-                  ["export", 2, "x.pt", "--only", "all"], ["export", 2, "x.pt", "--all", "d"],
-                  ["export", 2, "x.safetensors", "--format", "pt"]):  # fmt: skip
+    for wrong in (
+        ["export"],
+        ["export", 2],
+        ["export", 2, "x.pt", "--format", "zip"],
+        ["export", 2, "x.pt", "--only", "all"],
+        ["export", 2, "x.pt", "--all", "d"],
+        ["export", 2, "x.safetensors", "--format", "pt"],
+    ):
         ckpt(*wrong, code=2)
     assert not (history / "x.pt").exists()
 
@@ -131,13 +137,18 @@ def test_cat(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
 def test_cat_of_every_type(ckpt: Ckpt, tmp_path: Path) -> None:
     tensors = {
         "bf16": torch.tensor([1.5, float("nan"), float("-inf")]).bfloat16(),
-        "f16": torch.randn(3, 4).half(), "f64": torch.randn(200).double(),
-        "bool": torch.tensor([True, False]), "i8": torch.tensor([-3, 4], dtype=torch.int8),
-        "u8": torch.tensor([255], dtype=torch.uint8), "i64": torch.tensor(1 << 60),
-        "c64": torch.tensor([1 + 2j]), "f8": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn),
-        "none": torch.zeros(0, 3), "rows": torch.arange(600.0).reshape(20, 30).T,
+        "f16": torch.randn(3, 4).half(),
+        "f64": torch.randn(200).double(),
+        "bool": torch.tensor([True, False]),
+        "i8": torch.tensor([-3, 4], dtype=torch.int8),
+        "u8": torch.tensor([255], dtype=torch.uint8),
+        "i64": torch.tensor(1 << 60),
+        "c64": torch.tensor([1 + 2j]),
+        "f8": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn),
+        "none": torch.zeros(0, 3),
+        "rows": torch.arange(600.0).reshape(20, 30).T,
         "a:b": torch.ones(2),
-    }  # fmt: skip
+    }
     torch.save(tensors, tmp_path / "m.pt")
     ckpt("init")
     ckpt("commit", "m.pt")
@@ -151,8 +162,9 @@ def test_cat_of_every_type(ckpt: Ckpt, tmp_path: Path) -> None:
             assert found["values"] == [1.5, "NaN", "-Infinity"]
             assert found["statistics"]["not_finite"] == 2
         else:
-            assert torch.equal(torch.tensor(found["values"]).reshape(true.shape).double(),
-                               true.double())  # fmt: skip
+            assert torch.equal(
+                torch.tensor(found["values"]).reshape(true.shape).double(), true.double()
+            )
         ckpt("cat", f"HEAD:{name}", "-o", f"{name}.npy")
         ckpt("cat", f"HEAD:{name}", "-o", f"{name}.pt")
         back = torch.load(tmp_path / f"{name}.pt", weights_only=True)
@@ -220,8 +232,12 @@ def test_average_of_other_types(ckpt: Ckpt, tmp_path: Path) -> None:
     ckpt("init", "--codec", "lossless")
     rows = []
     for step in range(1, 4):
-        row = {"b": torch.randn(300).bfloat16(), "h": torch.randn(300).half(),
-               "d": torch.randn(300).double(), "n": torch.full((300,), step)}  # fmt: skip
+        row = {
+            "b": torch.randn(300).bfloat16(),
+            "h": torch.randn(300).half(),
+            "d": torch.randn(300).double(),
+            "n": torch.full((300,), step),
+        }
         row["b"][0], row["b"][1], row["h"][0] = float("nan"), float("inf"), 60000
         rows.append(row)
         save_file(row, tmp_path / "m.safetensors")
@@ -256,9 +272,13 @@ def test_average_of_a_directory(ckpt: Ckpt, tmp_path: Path) -> None:
 
 
 def test_no_torch_where_numpy_is_enough(ckpt_process: Ckpt, history: Path) -> None:
-    for command in (["export", "--all", "out"], ["cat", "3:0.weight"],
-                    ["cat", "3:0.weight", "-o", "w.pt"], ["average", "1..3", "-o", "m.pt"],
-                    ["export", "3", "m.safetensors"]):  # fmt: skip
+    for command in (
+        ["export", "--all", "out"],
+        ["cat", "3:0.weight"],
+        ["cat", "3:0.weight", "-o", "w.pt"],
+        ["average", "1..3", "-o", "m.pt"],
+        ["export", "3", "m.safetensors"],
+    ):
         code = (
             "import sys\nfrom ckptvcs.cli.app import app\n"
             f"try: app({command!r})\nexcept SystemExit: pass\n"

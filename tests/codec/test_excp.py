@@ -16,7 +16,7 @@ from ckptvcs.codec.frame import (
     Companion,
     decode_slice,
     put_slice,
-)  # fmt: skip
+)
 from ckptvcs.codec.spec import ExcpSpec
 from ckptvcs.codec.words import from_float32, to_float32
 from ckptvcs.errors import CorruptionError

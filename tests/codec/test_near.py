@@ -22,7 +22,7 @@ from ckptvcs.codec.frame import (
     Companion,
     decode_slice,
     put_slice,
-)  # fmt: skip
+)
 from ckptvcs.codec.kernels import reference
 from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import encode_low_rank
@@ -40,9 +40,13 @@ def normal(count: int, seed: int, scale: float = 1.0) -> np.ndarray:
 
 
 def decode(
-    method: int, data: bytes, dtype: str, count: int, base: np.ndarray | None = None,
+    method: int,
+    data: bytes,
+    dtype: str,
+    count: int,
+    base: np.ndarray | None = None,
     companion: bytes | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     beside = None if companion is None else Companion(memoryview(companion))
     return decode_slice(memoryview(put_slice(method, data)), DTYPES[dtype], count, base, beside)
 
@@ -51,9 +55,11 @@ def decode(
 
 
 @given(
-    st.integers(0, 3000), st.sampled_from([0.0, 0.01, 0.2, 1.0, 30.0, 1e5]), st.integers(0, 2**32),
+    st.integers(0, 3000),
+    st.sampled_from([0.0, 0.01, 0.2, 1.0, 30.0, 1e5]),
+    st.integers(0, 2**32),
     st.booleans(),
-)  # fmt: skip
+)
 def test_codes_come_back(count: int, spread: float, seed: int, outlier: bool) -> None:
     codes = np.rint(normal(count, seed, spread)).astype(np.int32)
     if outlier and count:
@@ -80,9 +86,13 @@ def test_codes_are_near_their_entropy(step: float) -> None:
 
 
 @given(
-    st.integers(1, 3000), DTYPE_NAMES, st.integers(0, 2**32), st.floats(-5, 0.5),
-    st.sampled_from([0.5, 0.66, 1.0]), st.integers(0, 60),
-)  # fmt: skip
+    st.integers(1, 3000),
+    DTYPE_NAMES,
+    st.integers(0, 2**32),
+    st.floats(-5, 0.5),
+    st.sampled_from([0.5, 0.66, 1.0]),
+    st.integers(0, 60),
+)
 def test_weights_come_back(
     count: int, dtype: str, seed: int, exponent: float, zone: float, columns: int
 ) -> None:
@@ -171,9 +181,12 @@ def test_a_value_far_above_the_others(
 
 
 @given(
-    st.integers(1, 3000), DTYPE_NAMES, st.integers(0, 2**32), st.integers(1, 80),
+    st.integers(1, 3000),
+    DTYPE_NAMES,
+    st.integers(0, 2**32),
+    st.integers(1, 80),
     st.sampled_from([0.0, 0.3, 1.0]),
-)  # fmt: skip
+)
 def test_moments_come_back(count: int, dtype: str, seed: int, columns: int, zeros: float) -> None:
     random = np.random.default_rng(seed)
     rows = Rows(min(columns, count), seed % min(columns, count))
@@ -323,20 +336,23 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
         )
         sums.append(coded[3])
         assert coded[4] >= max(np.abs(values).max(), np.abs(base).max())
-        results.append([
-            *coded[:3],
-            *loop.quantize_units(first, second, np.float32(0.3), half),
-            loop.quantize_units(np.zeros_like(first), odd, half, half)[2],
-            changed,
-            loop.bit_positions(bitmap, count),
-            loop.with_signs(np.abs(codes), signs),
-            *loop.split(codes),
-            loop.join_bits(planes, gaps, count, 3),
-            loop.gap_positions(gaps),
-            *loop.divide_roots(first, second),
-            made[0], made[1],
-            *loop.extent(values),
-        ])  # fmt: skip
+        results.append(
+            [
+                *coded[:3],
+                *loop.quantize_units(first, second, np.float32(0.3), half),
+                loop.quantize_units(np.zeros_like(first), odd, half, half)[2],
+                changed,
+                loop.bit_positions(bitmap, count),
+                loop.with_signs(np.abs(codes), signs),
+                *loop.split(codes),
+                loop.join_bits(planes, gaps, count, 3),
+                loop.gap_positions(gaps),
+                *loop.divide_roots(first, second),
+                made[0],
+                made[1],
+                *loop.extent(values),
+            ]
+        )
     assert np.allclose(sums[0], sums[1], rtol=1e-3)
     for one, other in zip(*results, strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other, np.asarray(one).dtype).tobytes()
@@ -346,9 +362,10 @@ def test_compiled_loops_give_the_same_bits(count: int, columns: int, seed: int) 
         ("root_squares", (second, second[::-1].copy())),
         ("log_sums", (second, columns, rows.start, height)),
         ("times_rows", (values[:columns][None], right)),
-        ("times_columns", (left, values[:height, None])) if height <= count else
-        ("times_rows", (values[:columns][None], right)),
-    ):  # fmt: skip
+        ("times_columns", (left, values[:height, None]))
+        if height <= count
+        else ("times_rows", (values[:columns][None], right)),
+    ):
         pair = [getattr(loop, name)(*arguments) for loop in both()]
         for left, right in zip(*pair, strict=True):
             assert np.allclose(left, right, rtol=1e-3, atol=5e-3 * count)

@@ -28,9 +28,11 @@ def pair(dtype: str, count: int, seed: int, share: float) -> tuple[Words, Words]
 
 
 @given(
-    st.sampled_from(sorted(FORMS)), st.integers(0, 9000), st.integers(0, 2**32),
+    st.sampled_from(sorted(FORMS)),
+    st.integers(0, 9000),
+    st.integers(0, 2**32),
     st.sampled_from([0.0, 0.001, 0.05, 0.5]),
-)  # fmt: skip
+)
 def test_every_word_comes_back(dtype: str, count: int, seed: int, share: float) -> None:
     words, near = pair(dtype, count, seed, share)
     data = b"".join(patch.encode(words, near, DTYPES[dtype]))
@@ -44,9 +46,13 @@ def test_every_word_comes_back(dtype: str, count: int, seed: int, share: float) 
 
 
 @given(
-    st.sampled_from(["F32", "BF16", "I32"]), st.integers(1, 9000), st.integers(0, 2**32),
-    st.sampled_from([0.0, 0.01, 0.9]), st.integers(0, 3), st.integers(0, 2),
-)  # fmt: skip
+    st.sampled_from(["F32", "BF16", "I32"]),
+    st.integers(1, 9000),
+    st.integers(0, 2**32),
+    st.sampled_from([0.0, 0.01, 0.9]),
+    st.integers(0, 3),
+    st.integers(0, 2),
+)
 def test_compiled_loops_give_the_same_bits(
     dtype: str, count: int, seed: int, share: float, raw: int, transform: int
 ) -> None:

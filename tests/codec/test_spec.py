@@ -15,10 +15,25 @@ def test_settings_change_only_what_they_name() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "zip", "lossless:alpha=1", "excp:gamma=1", "excp:alpha", "excp:alpha=x", "excp:bits=0",
-     "excp:bits=9", "excp:alpha=nan", "excp:beta=-1", "excp:,", "near:step=0", "near:zone=0.3",
-     "near:alpha=1", "small:gamma=nan", "near:step=inf"],
-)  # fmt: skip
+    [
+        "",
+        "zip",
+        "lossless:alpha=1",
+        "excp:gamma=1",
+        "excp:alpha",
+        "excp:alpha=x",
+        "excp:bits=0",
+        "excp:bits=9",
+        "excp:alpha=nan",
+        "excp:beta=-1",
+        "excp:,",
+        "near:step=0",
+        "near:zone=0.3",
+        "near:alpha=1",
+        "small:gamma=nan",
+        "near:step=inf",
+    ],
+)
 def test_what_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(InvalidInputError):
         parse_codec(text)

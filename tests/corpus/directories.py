@@ -104,10 +104,17 @@ class Zero(Files):
         for rank in range(RANKS if self.stage == 3 else 1):
             name = f"zero_pp_rank_{rank}_" if self.stage == 3 else ""
             state = {
-                "module": {} if self.stage == 3 else module, "buffer_names": [], "optimizer": None,
-                "param_shapes": shapes, "frozen_param_shapes": None, "shared_params": {},
-                "lr_scheduler": None, "global_steps": step, "dp_world_size": RANKS, **common,
-            }  # fmt: skip
+                "module": {} if self.stage == 3 else module,
+                "buffer_names": [],
+                "optimizer": None,
+                "param_shapes": shapes,
+                "frozen_param_shapes": None,
+                "shared_params": {},
+                "lr_scheduler": None,
+                "global_steps": step,
+                "dp_world_size": RANKS,
+                **common,
+            }
             torch.save(state, path / f"{name}mp_rank_00_model_states.pt")
         with _deepspeed():
             for rank in range(RANKS):
@@ -133,24 +140,36 @@ class Zero(Files):
                 **{k: self._flat(v, names, rank) for k, v in parts.of_group(number).items()},
             }
             base["param_groups"].append({**group, "params": [number]})
-            mappings.append(OrderedDict(
-                (name, fragment_address(numel, start))
-                for name, start, numel in ranges(names, parts.weights, rank, len(flats[-1]))
-            ))  # fmt: skip
+            mappings.append(
+                OrderedDict(
+                    (name, fragment_address(numel, start))
+                    for name, start, numel in ranges(names, parts.weights, rank, len(flats[-1]))
+                )
+            )
         shared = {
-            "loss_scaler": None, "dynamic_loss_scale": False, "overflow": False,
-            "zero_stage": self.stage, "partition_count": [RANKS] * len(flats),
-        }  # fmt: skip
+            "loss_scaler": None,
+            "dynamic_loss_scale": False,
+            "overflow": False,
+            "zero_stage": self.stage,
+            "partition_count": [RANKS] * len(flats),
+        }
         # What stands in param_groups names its weights by numbers; the loader needs the names.
         names_of_groups = [group["params"] for group in parts.groups]
         if self.stage == 3:
-            return {**shared, "optimizer_state_dict": base, "fp32_flat_groups": flats,
-                    "names": names_of_groups}  # fmt: skip
+            return {
+                **shared,
+                "optimizer_state_dict": base,
+                "fp32_flat_groups": flats,
+                "names": names_of_groups,
+            }
         return {
-            **shared, "base_optimizer_state": base, "single_partition_of_fp32_groups": flats,
-            "group_paddings": [0] * len(flats), "param_slice_mappings": mappings,
+            **shared,
+            "base_optimizer_state": base,
+            "single_partition_of_fp32_groups": flats,
+            "group_paddings": [0] * len(flats),
+            "param_slice_mappings": mappings,
             "names": names_of_groups,
-        }  # fmt: skip
+        }
 
     def read(self, path: Path, training: Training) -> None:
         with _deepspeed():
@@ -216,8 +235,10 @@ class Universal(Files):
         torch.save({"optimizer_state_dict": state}, path / "zero" / "optimizer_state.pt")
         module = {name: value.to(torch.bfloat16) for name, value in parts.weights.items()}
         info = {"universal_checkpoint_version": 0.2, "original_vocab_size": 512}
-        torch.save({"module": module, "global_steps": step, "universal_checkpoint_info": info},
-                   path / "mp_rank_00_model_states.pt")  # fmt: skip
+        torch.save(
+            {"module": module, "global_steps": step, "universal_checkpoint_info": info},
+            path / "mp_rank_00_model_states.pt",
+        )
         return path
 
     def read(self, path: Path, training: Training) -> None:
@@ -258,9 +279,10 @@ class FlatParameters(Files):
                     **parts.rest.get(names[0], {}),
                     **{
                         key: shares(join([own[n] for n in names], RANKS), RANKS)[rank]
-                        for key, own in parts.states.items() if names[0] in own
+                        for key, own in parts.states.items()
+                        if names[0] in own
                     },
-                }  # fmt: skip
+                }
             group = {**parts.groups[0], "params": list(units)}
             optimizer = {"state": state, "param_groups": [group]}
             torch.save(model, path / f"pytorch_model_fsdp_rank{rank}.bin")
@@ -298,9 +320,13 @@ def _units(parts: Parts) -> dict[str, list[str]]:
 
 def _decoder(name: str) -> str:
     """A name as Megatron has it."""
-    inner = {"embed.": "embedding.word_embeddings.", "into.": "decoder.layers.0.mlp.linear_fc1.",
-             "middle.": "decoder.layers.0.mlp.linear_fc2.", "head.": "output_layer.",
-             "norm.": "decoder.layers.0.input_layernorm."}  # fmt: skip
+    inner = {
+        "embed.": "embedding.word_embeddings.",
+        "into.": "decoder.layers.0.mlp.linear_fc1.",
+        "middle.": "decoder.layers.0.mlp.linear_fc2.",
+        "head.": "output_layer.",
+        "norm.": "decoder.layers.0.input_layernorm.",
+    }
     for start, other in inner.items():
         if name.startswith(start):
             return other + name[len(start) :]
@@ -321,13 +347,21 @@ class Megatron(Files):
         (path / "mp_rank_00").mkdir(parents=True)
         parts = take(training)
         model = {_decoder(name): value.to(torch.bfloat16) for name, value in parts.weights.items()}
-        saved = {"param_groups": [{**group, "params": list(range(len(group["params"])))}
-                                  for group in parts.groups]}  # fmt: skip
+        saved = {
+            "param_groups": [
+                {**group, "params": list(range(len(group["params"])))} for group in parts.groups
+            ]
+        }
         state = {
-            "args": {"num_layers": 2}, "checkpoint_version": 3.0, "iteration": step, "model": model,
-            "optimizer": {"optimizer": saved}, "opt_param_scheduler": {"num_steps": step * 64},
-            "rest": parts.rest, "groups": parts.groups,
-        }  # fmt: skip
+            "args": {"num_layers": 2},
+            "checkpoint_version": 3.0,
+            "iteration": step,
+            "model": model,
+            "optimizer": {"optimizer": saved},
+            "opt_param_scheduler": {"num_steps": step * 64},
+            "rest": parts.rest,
+            "groups": parts.groups,
+        }
         torch.save(state, path / "mp_rank_00" / "model_optim_rng.pt")
         buckets: dict[int, Any] = {}
         for number, group in enumerate(parts.groups):
@@ -369,8 +403,12 @@ class MegatronNames(Files):
         for key, own in {"fp32_param": parts.weights, **parts.states}.items():
             state |= {f"optimizer.state.{key}.{_decoder(n)}": v for n, v in own.items()}
         save(state, storage_writer=FileSystemWriter(path), no_dist=True)
-        common = {"iteration": step, "rest": parts.rest, "groups": parts.groups,
-                  "optimizer": {"param_groups": [{"params": [0]}]}}  # fmt: skip
+        common = {
+            "iteration": step,
+            "rest": parts.rest,
+            "groups": parts.groups,
+            "optimizer": {"param_groups": [{"params": [0]}]},
+        }
         torch.save(common, path / "common.pt")
         return path
 

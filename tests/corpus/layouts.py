@@ -187,9 +187,11 @@ class Distcp(Files):
 
 def load_tensors(into: State, path: Path) -> None:
     _load_state_dict(
-        into, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(),  # type: ignore[no-untyped-call]
+        into,
+        storage_reader=FileSystemReader(path),
+        planner=_EmptyStateDictLoadPlanner(),  # type: ignore[no-untyped-call]
         no_dist=True,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -336,9 +338,7 @@ def _leaves(tree: State) -> ByName:
 
 
 def _trees(weights: ByName, states: dict[str, ByName]) -> State:
-    return {
-        "params": _tree(weights), "opt_state": {key: _tree(own) for key, own in states.items()}
-    }  # fmt: skip
+    return {"params": _tree(weights), "opt_state": {key: _tree(own) for key, own in states.items()}}
 
 
 def _from_trees(state: State, order: list[str]) -> tuple[ByName, dict[str, ByName]]:

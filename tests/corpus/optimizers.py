@@ -95,16 +95,20 @@ _FORMS = {"Adafactor": TENSORS, "LBFGS": ANYTHING}
 
 def _of_torch() -> list[Entry]:
     kinds = {
-        name: kind for name, kind in vars(torch.optim).items()
+        name: kind
+        for name, kind in vars(torch.optim).items()
         if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
-    }  # fmt: skip
+    }
     return [
         Entry(
-            f"{name} {word}".strip(), _all(kinds[name], **settings),
-            _MODELS.get(name, "words"), _FORMS.get(name, ELEMENTS),
+            f"{name} {word}".strip(),
+            _all(kinds[name], **settings),
+            _MODELS.get(name, "words"),
+            _FORMS.get(name, ELEMENTS),
         )
-        for name in sorted(kinds) for word, settings in _TORCH[name].items()
-    ]  # fmt: skip
+        for name in sorted(kinds)
+        for word, settings in _TORCH[name].items()
+    ]
 
 
 _PACKAGED: dict[str, tuple[dict[str, Any], int]] = {
@@ -156,7 +160,7 @@ ENTRIES: dict[str, Entry] = {
             for name, (settings, form) in _PACKAGED.items()
         ),
     ]
-}  # fmt: skip
+}
 """All of torch.optim (one that a release of torch adds fails here until it has settings), and what
 is used besides.
 """

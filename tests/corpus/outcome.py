@@ -45,8 +45,9 @@ def pairs() -> list[tuple[str, str]]:
     return [
         (optimizer, layout)
         for optimizer, entry in ENTRIES.items()
-        for layout, how in ALL_LAYOUTS.items() if entry.form <= how.form
-    ]  # fmt: skip
+        for layout, how in ALL_LAYOUTS.items()
+        if entry.form <= how.form
+    ]
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -66,8 +67,9 @@ def tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     both = {"model": snapshot.model, "optimizer": snapshot.optimizer}
     return {
         path: torch.view_as_real(leaf) if leaf.is_complex() else leaf
-        for path, leaf in leaves(both) if isinstance(leaf, torch.Tensor)
-    }  # fmt: skip
+        for path, leaf in leaves(both)
+        if isinstance(leaf, torch.Tensor)
+    }
 
 
 def same(first: Any, second: Any) -> bool:
@@ -87,8 +89,11 @@ def changed_numbers(true: Snapshot, back: Snapshot) -> list[str]:
         }
 
     was, now = others(true), others(back)
-    return sorted(key for key in was.keys() | now.keys()
-                  if key not in was or key not in now or was[key] != now[key])  # fmt: skip
+    return sorted(
+        key
+        for key in was.keys() | now.keys()
+        if key not in was or key not in now or was[key] != now[key]
+    )
 
 
 @dataclass
@@ -115,9 +120,10 @@ class Outcome:
 
 def _nonfinite(state: Snapshot) -> list[str]:
     return [
-        path for path, tensor in tensors(state).items()
+        path
+        for path, tensor in tensors(state).items()
         if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]  # fmt: skip
+    ]
 
 
 def _one_signed(true: Snapshot, back: Snapshot, *, joined: bool) -> Iterator[str]:
@@ -235,9 +241,11 @@ def try_out(optimizer: str, layout: str, folder: Path, codec: str = "near") -> O
     exact = was.keys() == got.keys() and all(same(was[key], got[key]) for key in was)
     errors = repo.repository.history.errors(entry.id).values()
     found = Outcome(
-        _ratio(entry), exact, entry.commit.error.update_nmse,
+        _ratio(entry),
+        exact,
+        entry.commit.error.update_nmse,
         max((error.update_nmse for error in errors), default=0.0),
-    )  # fmt: skip
+    )
     if not found.recorded_worst <= MOST:
         found.faults.append(f"the next step of a tensor is wrong by {found.recorded_worst:.3g}")
     if was.keys() != got.keys():

@@ -78,9 +78,9 @@ def put(training: Training, parts: Parts) -> None:
         {**group, "params": [names.index(name) for name in group["params"]]}
         for group in parts.groups
     ]
-    training.optimizer.load_state_dict({
-        "state": {index: own for index, own in state.items() if own}, "param_groups": groups,
-    })  # fmt: skip
+    training.optimizer.load_state_dict(
+        {"state": {index: own for index, own in state.items() if own}, "param_groups": groups}
+    )
 
 
 def join(tensors: list[Tensor], align: int = 1) -> Tensor:

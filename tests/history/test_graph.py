@@ -68,12 +68,30 @@ def test_a_reader_finds_every_parent(given_: tuple[Forest, set[int]]) -> None:
 
 
 def test_it_looks_like_this() -> None:
-    parents = {"m4": "m3", "y2": "x1", "x2": "x1", "m3": "m2", "x1": "m2", "m2": "m1", "m1": None,
-               "other": None}  # fmt: skip
+    parents = {
+        "m4": "m3",
+        "y2": "x1",
+        "x2": "x1",
+        "m3": "m2",
+        "x1": "m2",
+        "m2": "m1",
+        "m1": None,
+        "other": None,
+    }
     rows = list(draw_graph(parents, {"m4", "m3", "m2", "m1"}))
     assert [f"{drawn} {name or ''}".rstrip() for drawn, name in rows] == [
-        "* m4", "* m3", "| * y2", "| | * x2", "| |/", "| * x1", "|/", "* m2", "* m1", "", "* other",
-    ]  # fmt: skip
+        "* m4",
+        "* m3",
+        "| * y2",
+        "| | * x2",
+        "| |/",
+        "| * x1",
+        "|/",
+        "* m2",
+        "* m1",
+        "",
+        "* other",
+    ]
 
 
 def test_what_is_not_there_has_no_line() -> None:

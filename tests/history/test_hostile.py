@@ -16,7 +16,7 @@ from ckptvcs.history.recipe import (
     load_bundle,
     load_let_go,
     load_recipe,
-)  # fmt: skip
+)
 from ckptvcs.history.schema import (
     Op,
     Schema,
@@ -26,7 +26,7 @@ from ckptvcs.history.schema import (
     dump_skeleton,
     load_schema,
     load_skeleton,
-)  # fmt: skip
+)
 from ckptvcs.store.ids import ObjectId
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
@@ -38,12 +38,21 @@ FRAMES = [
     Frame((B, 4), 9, 0, ((90, 3, b"w" * 16), (16, 2, b"v" * 16))),
     Frame(None, 0, None, ()),
 ]
-SCHEMA = Schema((
-    TensorInfo("w", "F32", (3, 4), "model", "weight"),
-    TensorInfo("s", "I64", (), "optimizer", "step", inline=True),
-    TensorInfo("m", "F32", (3, 4), "optimizer", "exp_avg", pair=0,
-               views=(View("m", "F32", 2, (2,), (3,)),)),
-))  # fmt: skip
+SCHEMA = Schema(
+    (
+        TensorInfo("w", "F32", (3, 4), "model", "weight"),
+        TensorInfo("s", "I64", (), "optimizer", "step", inline=True),
+        TensorInfo(
+            "m",
+            "F32",
+            (3, 4),
+            "optimizer",
+            "exp_avg",
+            pair=0,
+            views=(View("m", "F32", 2, (2,), (3,)),),
+        ),
+    )
+)
 LET_GO = LetGo("fade", (A,), ("model",), "keep-exact", "now")
 SEGMENTS = [(Op.LITERAL, 3), (Op.TENSOR, 0), (Op.CRC32, 0), (Op.INLINE, 1), (Op.LITERAL, 1)]
 
@@ -56,9 +65,12 @@ def test_what_is_written_is_read() -> None:
     skeleton = load_skeleton(dump_skeleton(SEGMENTS, b"abc12345678z"))
     walked = [(op, bytes(data)) for op, _, data in skeleton.walk(SCHEMA)]
     assert walked == [
-        (Op.LITERAL, b"abc"), (Op.TENSOR, b""), (Op.CRC32, b""), (Op.INLINE, b"12345678"),
+        (Op.LITERAL, b"abc"),
+        (Op.TENSOR, b""),
+        (Op.CRC32, b""),
+        (Op.INLINE, b"12345678"),
         (Op.LITERAL, b"z"),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("literals", [b"", b"abc1234567", b"abc12345678zz"])

@@ -29,14 +29,25 @@ def at(commit: str | None) -> Generation:
 
 
 def placed(
-    step: int | None, *, tip: str | None = "c4", wanted: str | None = None,
-    head: str | None = "main", parent: str | None = None, like: Likeness = NOTHING,
-    branches: tuple[str, ...] = ("main",), head_stays: bool = False,
-) -> Place:  # fmt: skip
+    step: int | None,
+    *,
+    tip: str | None = "c4",
+    wanted: str | None = None,
+    head: str | None = "main",
+    parent: str | None = None,
+    like: Likeness = NOTHING,
+    branches: tuple[str, ...] = ("main",),
+    head_stays: bool = False,
+) -> Place:
     situation = Situation(
-        step, wanted, Head(head, lambda: "main"), None if tip is None else at(tip),
-        ObjectId(parent) if parent else None, branches, head_stays,
-    )  # fmt: skip
+        step,
+        wanted,
+        Head(head, lambda: "main"),
+        None if tip is None else at(tip),
+        ObjectId(parent) if parent else None,
+        branches,
+        head_stays,
+    )
     return decide(situation, line, lambda _: like)
 
 
@@ -103,9 +114,11 @@ def test_where_head_is_to_stay_it_does_not_follow_to_a_new_branch() -> None:
 @pytest.mark.parametrize(
     ("name", "branches", "free"),
     [
-        ("main", (), "main-2"), ("main", ("main", "main-2"), "main-3"),
-        ("main-2", ("main", "main-2"), "main-3"), ("run-7b", (), "run-7b-2"),
+        ("main", (), "main-2"),
+        ("main", ("main", "main-2"), "main-3"),
+        ("main-2", ("main", "main-2"), "main-3"),
+        ("run-7b", (), "run-7b-2"),
     ],
-)  # fmt: skip
+)
 def test_free_names_count_up(name: str, branches: tuple[str, ...], free: str) -> None:
     assert free_name(name, branches) == free

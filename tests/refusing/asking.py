@@ -21,7 +21,7 @@ from errno import (
     ENOSPC,
     EROFS,
     errorcode,
-)  # fmt: skip
+)
 from pathlib import Path
 from typing import Any, Self
 
@@ -114,9 +114,12 @@ class Server:
     def __init__(self, made: Path) -> None:
         env = environment() | {"LD_PRELOAD": str(made), "PYTHONHASHSEED": "0"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.refusing.server"], env=env, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.refusing.server"],
+            env=env,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -136,9 +139,13 @@ class Server:
         return json.loads(self._process.stdout.readline())
 
     def run(
-        self, folder: Path, *args: str, refusal: Refusal | None = None, record: bool = False,
+        self,
+        folder: Path,
+        *args: str,
+        refusal: Refusal | None = None,
+        record: bool = False,
         learn: Path | None = None,
-    ) -> Ran:  # fmt: skip
+    ) -> Ran:
         """Run `ckpt ARGS` in a folder; by way of a file to `learn` from, the server has loaded from
         then on what that loads.
         """
@@ -147,9 +154,15 @@ class Server:
             kind, number = KINDS.index(refusal.kind), refusal.number
             error, lasts = refusal.error, refusal.lasts
         answer = self._ask(
-            folder=str(folder), args=args, kind=kind, number=number, error=error, lasts=lasts,
-            record=record, learn=str(learn or ""),
-        )  # fmt: skip
+            folder=str(folder),
+            args=args,
+            kind=kind,
+            number=number,
+            error=error,
+            lasts=lasts,
+            record=record,
+            learn=str(learn or ""),
+        )
         calls = tuple((KINDS[kind], path) for kind, path in answer["calls"])
         return Ran(answer["code"], answer["out"], answer["err"], answer["hit"], calls)
 

@@ -18,10 +18,11 @@ def commits(root: str) -> dict[str, Any]:
     for name, commit in repo.repository.revisions.visible().items():
         exact = repo.entry(name).exact
         found[name] = {
-            "step": commit.step, "message": commit.message,
+            "step": commit.step,
+            "message": commit.message,
             "near": _digest(repo.repository.restorer(name, near=True)),
             "exact": _digest(repo.repository.restorer(name)) if exact else None,
-        }  # fmt: skip
+        }
     damage = [one.message for one in repo.verify().damage]
     return {"commits": found, "refs": dict(repo.repository.revisions.tips()), "damage": damage}
 
@@ -34,6 +35,9 @@ def swept(root: str) -> dict[str, Any]:
     """The same after gc, and what that left in folders for what is on its way."""
     repo = Repo.open(Path(root) / "repo")
     repo.gc()
-    left = [str(path.relative_to(repo.folder)) for folder in _SCRATCH
-            for path in (repo.folder / folder).glob("*")]  # fmt: skip
+    left = [
+        str(path.relative_to(repo.folder))
+        for folder in _SCRATCH
+        for path in (repo.folder / folder).glob("*")
+    ]
     return commits(root) | {"left": left}

@@ -30,9 +30,12 @@ class _Record(ctypes.Structure):
 
 class _Shared(ctypes.Structure):
     _fields_ = [
-        ("counts", ctypes.c_long * _KINDS), ("hits", ctypes.c_int), ("hit", ctypes.c_char * _PATH),
-        ("recorded", ctypes.c_long), ("records", _Record * _RECORDS),
-    ]  # fmt: skip
+        ("counts", ctypes.c_long * _KINDS),
+        ("hits", ctypes.c_int),
+        ("hit", ctypes.c_char * _PATH),
+        ("recorded", ctypes.c_long),
+        ("records", _Record * _RECORDS),
+    ]
 
 
 def _load(names: list[str]) -> None:
@@ -56,9 +59,12 @@ def _run(request: dict[str, Any], own: Any) -> NoReturn:
         atexit.register(lambda: Path(request["learn"]).write_text(json.dumps(sorted(sys.modules))))
     sys.argv = ["ckpt", *request["args"]]
     own.refusing_arm(
-        request["kind"], ctypes.c_long(request["number"]), request["error"],
-        int(request["lasts"]), int(request["record"]),
-    )  # fmt: skip
+        request["kind"],
+        ctypes.c_long(request["number"]),
+        request["error"],
+        int(request["lasts"]),
+        int(request["record"]),
+    )
     main()
     raise SystemExit(0)
 
@@ -144,10 +150,12 @@ def serve() -> None:
             _load(json.loads(Path(request["learn"]).read_text()))
         rows = shared.records[: min(shared.recorded, _RECORDS)] if request["record"] else ()
         answer = {
-            "code": code, "out": _read(out), "err": _read(err),
+            "code": code,
+            "out": _read(out),
+            "err": _read(err),
             "hit": shared.hit.decode("utf-8", "replace") if shared.hits else None,
             "calls": [[row.kind, row.path.decode("utf-8", "replace")] for row in rows],
-        }  # fmt: skip
+        }
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 

@@ -270,10 +270,18 @@ def test_to_open_it_no_pack_is_read(tmp_path: Path, often: None) -> None:
 # -- suspended -------------------------------------------------------------------------------------
 
 STEPS = [
-    (os, "write"), (os, "ftruncate"), (os, "unlink"), (os, "open"), (os, "rename"),
-    (fcntl, "flock"), (lmdb, "open"), (Path, "rename"), (Path, "unlink"),
-    (edition_files.Draft, "write"), (edition_files.Draft, "publish"),
-]  # fmt: skip
+    (os, "write"),
+    (os, "ftruncate"),
+    (os, "unlink"),
+    (os, "open"),
+    (os, "rename"),
+    (fcntl, "flock"),
+    (lmdb, "open"),
+    (Path, "rename"),
+    (Path, "unlink"),
+    (edition_files.Draft, "write"),
+    (edition_files.Draft, "publish"),
+]
 
 
 def suspended_at(step: int, act: Callable[[], object]) -> None:
@@ -409,8 +417,10 @@ def test_nobody_deletes_what_another_process_has_open(tmp_path: Path, often: Non
     put(store, b"abc")
     reader = subprocess.Popen(
         [sys.executable, "-c", READER, tmp_path],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert reader.stdin is not None
     assert reader.stdout is not None
 

@@ -256,8 +256,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def elsewhere(root: Path, **fields: object) -> Path:
     """The lease of a process on another machine."""
-    said = {"host": "far", "boot": "b", "space": "s", "pid": 7, "started": "1", "machine": "m",
-            "device": 1, "inode": 1, "fixed": False, "locked": True, "renewed": True}  # fmt: skip
+    said = {
+        "host": "far",
+        "boot": "b",
+        "space": "s",
+        "pid": 7,
+        "started": "1",
+        "machine": "m",
+        "device": 1,
+        "inode": 1,
+        "fixed": False,
+        "locked": True,
+        "renewed": True,
+    }
     path = root / "leases" / "far"
     path.write_text(json.dumps(said | fields))
     return path
@@ -359,19 +370,30 @@ def test_where_no_thread_can_be_started(root: Path, monkeypatch: pytest.MonkeyPa
 
 def _here(**fields: object) -> dict[str, object]:
     pid = os.getppid()
-    return {"host": host.host_name(), "boot": host.boot_id(), "space": host.process_space(),
-            "pid": pid, "started": host.started(pid)} | fields  # fmt: skip
+    return {
+        "host": host.host_name(),
+        "boot": host.boot_id(),
+        "space": host.process_space(),
+        "pid": pid,
+        "started": host.started(pid),
+    } | fields
 
 
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        ({}, Holder.THERE), ({"started": "1"}, Holder.GONE), ({"pid": 2**22 + 1}, Holder.GONE),
-        ({"pid": os.getpid()}, Holder.GONE), ({"host": "far", "boot": "b"}, Holder.THERE),
-        ({"boot": "an earlier start"}, Holder.GONE), ({"space": "another"}, Holder.THERE),
-        ({"host": "far"}, Holder.THERE), ({"pid": "x"}, Holder.GONE), ({"pid": None}, Holder.GONE),
+        ({}, Holder.THERE),
+        ({"started": "1"}, Holder.GONE),
+        ({"pid": 2**22 + 1}, Holder.GONE),
+        ({"pid": os.getpid()}, Holder.GONE),
+        ({"host": "far", "boot": "b"}, Holder.THERE),
+        ({"boot": "an earlier start"}, Holder.GONE),
+        ({"space": "another"}, Holder.THERE),
+        ({"host": "far"}, Holder.THERE),
+        ({"pid": "x"}, Holder.GONE),
+        ({"pid": None}, Holder.GONE),
     ],
-)  # fmt: skip
+)
 def test_leases_of_older_programs(
     fields: dict[str, object], wanted: Holder, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from ckptvcs.store.pack import (
     read_payload,
     read_region,
     scan_entries,
-)  # fmt: skip
+)
 
 
 def make_pack(backend: MemoryBackend) -> PackInfo:

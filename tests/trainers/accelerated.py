@@ -39,14 +39,19 @@ def prepared() -> tuple[Accelerator, list[Any], Mean]:
     set_seed(1)
     accelerator, mean = Accelerator(cpu=True), Mean()
     model = torch.nn.Sequential(
-        torch.nn.Linear(16, 64), torch.nn.Dropout(0.1), torch.nn.ReLU(),
-        torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64),
-    )  # fmt: skip
+        torch.nn.Linear(16, 64),
+        torch.nn.Dropout(0.1),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 64),
+        torch.nn.ReLU(),
+        torch.nn.Linear(64, 64),
+    )
     # In an order that none of the files tells.
     groups: list[dict[str, Any]] = [
-        {"params": [model[5].weight, model[0].weight]}, {"params": [model[3].weight]},
+        {"params": [model[5].weight, model[0].weight]},
+        {"params": [model[3].weight]},
         {"params": [model[number].bias for number in (5, 3, 0)], "weight_decay": 0.0},
-    ]  # fmt: skip
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     rows = torch.utils.data.TensorDataset(torch.randn(32, 16))
     loader = torch.utils.data.DataLoader(rows, batch_size=8, shuffle=True)
@@ -71,9 +76,12 @@ def train(out: Path, repo: Path, epochs: int, resume: Path | None = None) -> dic
             scheduler.step()
             optimizer.zero_grad()
         made = commit_state(
-            accelerator, repo, out / f"step-{4 * epoch}", step=4 * epoch,
+            accelerator,
+            repo,
+            out / f"step-{4 * epoch}",
+            step=4 * epoch,
             metrics={"loss": loss.item()},
-        )  # fmt: skip
+        )
         assert (made is not None) == accelerator.is_main_process
     return contents(out / f"step-{4 * epochs}")
 

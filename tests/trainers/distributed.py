@@ -67,9 +67,11 @@ class Trained:
         state = self.state()
         load(state, checkpoint_id=revision, storage_reader=reader)
         set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"],
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
             optim_state_dict=state["optim"],
-        )  # fmt: skip
+        )
         self.step = state["notes"]["step"]
         assert state["notes"]["words"] == ["a", ("b", 2.5)]
         assert torch.equal(state["notes"]["mask"], MASK)
@@ -119,9 +121,11 @@ def main() -> None:
         elif what == "async":
             how = AsyncCheckpointerType(argument or "thread")
             future: Any = async_save(
-                trained.state(), checkpoint_id=name, storage_writer=writer,
+                trained.state(),
+                checkpoint_id=name,
+                storage_writer=writer,
                 async_checkpointer_type=how,
-            )  # fmt: skip
+            )
             future.result()
         elif what == "torch":
             save(trained.state(), checkpoint_id=Path(folder) / name)

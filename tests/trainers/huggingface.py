@@ -47,13 +47,26 @@ def parts(out: str) -> tuple[GPT2LMHeadModel, TrainingArguments, _Data]:
     """A model, arguments for 8 steps, and data: the same each time."""
     set_seed(1)
     config = GPT2Config(
-        vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0,
+        vocab_size=64,
+        n_positions=16,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
         eos_token_id=0,
-    )  # fmt: skip
+    )
     arguments = TrainingArguments(
-        out, max_steps=8, save_steps=2, logging_steps=1, per_device_train_batch_size=4,
-        report_to=[], disable_tqdm=True, use_cpu=True, seed=1, learning_rate=1e-3,
-    )  # fmt: skip
+        out,
+        max_steps=8,
+        save_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=1,
+        learning_rate=1e-3,
+    )
     return GPT2LMHeadModel(config), arguments, _Data()
 
 
@@ -75,10 +88,15 @@ def main(
     out: str, repo: str, stop: str, resume: str = "", keep_local: str = "", moment: str = ""
 ) -> None:
     if moment:
-        _die_in_second(*{
-            "half": (Trainer, "_save_optimizer_and_scheduler"), "files": (CkptCallback, "on_save"),
-            "commit": (Committer, "_publish"), "done": (Committer, "_publish"),
-        }[moment], after=moment == "done")  # fmt: skip
+        _die_in_second(
+            *{
+                "half": (Trainer, "_save_optimizer_and_scheduler"),
+                "files": (CkptCallback, "on_save"),
+                "commit": (Committer, "_publish"),
+                "done": (Committer, "_publish"),
+            }[moment],
+            after=moment == "done",
+        )
     model, arguments, data = parts(out)
     callback = CkptCallback(
         repo, keep_local=int(keep_local) if keep_local else None, accept_near=bool(keep_local)

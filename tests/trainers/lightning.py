@@ -27,9 +27,13 @@ class Net(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layers = torch.nn.Sequential(
-            torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Dropout(0.1),
-            torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1),
-        )  # fmt: skip
+            torch.nn.Linear(16, 64),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.1),
+            torch.nn.Linear(64, 64),
+            torch.nn.ReLU(),
+            torch.nn.Linear(64, 1),
+        )
 
     def training_step(self, batch: list[torch.Tensor], number: int) -> torch.Tensor:
         torch.manual_seed(self.global_step)  # Lightning keeps no state of random numbers
@@ -54,10 +58,16 @@ def trainer(
     beside = [options.pop("beside")] if "beside" in options else []
     chosen: dict[str, Any] = {"monitor": "loss", "save_last": True} | options
     return Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=devices, plugins=[io],
-        callbacks=[ModelCheckpoint(dirpath=out, **chosen), *beside], default_root_dir=out,
-        logger=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=devices,
+        plugins=[io],
+        callbacks=[ModelCheckpoint(dirpath=out, **chosen), *beside],
+        default_root_dir=out,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def train(

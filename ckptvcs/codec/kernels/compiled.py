@@ -33,11 +33,28 @@ from ckptvcs.codec.kernels.compiled_bits import (
 )
 
 __all__ = [
-    "bit_positions", "change", "code_residuals", "directions", "divide_roots", "extent",
-    "gap_positions", "join_bits", "join_words", "log_sums", "product", "quantize_units",
-    "root_squares", "split", "split_near", "split_words", "squares", "times_columns", "times_rows",
-    "weight_squares", "with_signs",
-]  # fmt: skip
+    "bit_positions",
+    "change",
+    "code_residuals",
+    "directions",
+    "divide_roots",
+    "extent",
+    "gap_positions",
+    "join_bits",
+    "join_words",
+    "log_sums",
+    "product",
+    "quantize_units",
+    "root_squares",
+    "split",
+    "split_near",
+    "split_words",
+    "squares",
+    "times_columns",
+    "times_rows",
+    "weight_squares",
+    "with_signs",
+]
 
 Array = Any
 
@@ -102,9 +119,17 @@ def weight_squares(near: Array, true: Array, base: Array, weights: Array) -> Any
 
 @njit(**EXACT)
 def _code_row(
-    x: Array, b: Array, out: Array, codes: Array, amount: Array, scale: Any, step: Any, more: Any,
-    amounts: Array, factor: Any,
-) -> None:  # fmt: skip
+    x: Array,
+    b: Array,
+    out: Array,
+    codes: Array,
+    amount: Array,
+    scale: Any,
+    step: Any,
+    more: Any,
+    amounts: Array,
+    factor: Any,
+) -> None:
     own, unit = step * factor, np.float32(1) / scale
     for i in range(x.size):
         y = (x[i] * scale - np.rint(b[i] * scale)) / own
@@ -119,13 +144,19 @@ def _code_row(
         out[i] = moved if c != 0 else b[i]
 
 
-@njit(
-    (_F32, _F32, _F32, _FLOAT, _FLOAT, _FLOAT, _F32, _F32, INT, INT), **EXACT
-)  # fmt: skip
+@njit((_F32, _F32, _F32, _FLOAT, _FLOAT, _FLOAT, _F32, _F32, INT, INT), **EXACT)
 def code_residuals(
-    values: Array, base: Array, weights: Array, scale: Any, step: Any, zone: Any, amounts: Array,
-    factors: Array, columns: int, start: int,
-) -> Any:  # fmt: skip
+    values: Array,
+    base: Array,
+    weights: Array,
+    scale: Any,
+    step: Any,
+    zone: Any,
+    amounts: Array,
+    factors: Array,
+    columns: int,
+    start: int,
+) -> Any:
     """See `reference.code_residuals`."""
     near = np.empty(values.size, np.float32)
     bitmap = np.empty((values.size + 7) // 8, np.uint8)
@@ -139,9 +170,17 @@ def code_residuals(
         while at < high:
             end = min(high, (row + 1) * columns - start)
             _code_row(
-                values[at:end], base[at:end], near[at:end], codes[at - low : end - low], amount,
-                scale, step, more, amounts, factors[row if factors.size > 1 else 0],
-            )  # fmt: skip
+                values[at:end],
+                base[at:end],
+                near[at:end],
+                codes[at - low : end - low],
+                amount,
+                scale,
+                step,
+                more,
+                amounts,
+                factors[row if factors.size > 1 else 0],
+            )
             at = end
             row += 1
         x, b = values[low:high], base[low:high]
@@ -153,9 +192,12 @@ def code_residuals(
         found += compact(codes[: 8 * bits.size], bits, kept[found:])
     sizes = np.array([largest], np.int32).view(np.float32)
     return (
-        near, bitmap, kept[:found].copy(),
-        (sums[0], sums[1], sums[2], sums[3], sums[4], sizes[0]), bound,
-    )  # fmt: skip
+        near,
+        bitmap,
+        kept[:found].copy(),
+        (sums[0], sums[1], sums[2], sums[3], sums[4], sizes[0]),
+        bound,
+    )
 
 
 @njit((_F32, _F32, _FLOAT, _FLOAT), **EXACT)
@@ -194,13 +236,18 @@ def extent(values: Array) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-@njit(
-    (_OUT, U8, I32, _FLOAT, _FLOAT, _F32, _F32, INT, INT), **EXACT
-)  # fmt: skip
+@njit((_OUT, U8, I32, _FLOAT, _FLOAT, _F32, _F32, INT, INT), **EXACT)
 def change(
-    out: Array, bitmap: Array, codes: Array, scale: Any, step: Any, amounts: Array, factors: Array,
-    columns: int, start: int,
-) -> None:  # fmt: skip
+    out: Array,
+    bitmap: Array,
+    codes: Array,
+    scale: Any,
+    step: Any,
+    amounts: Array,
+    factors: Array,
+    columns: int,
+    start: int,
+) -> None:
     """See `reference.change`."""
     places, amount = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.float32)
     unit, seen = np.float32(1) / scale, 0

@@ -94,9 +94,11 @@ def log_sums(values: Tensor, rows: Rows) -> tuple[Floats, Integers, Floats, Inte
     logs = _matrix(values.log2(), rows)
     inside = _matrix(_torch().ones_like(values), rows)
     return (
-        here(logs.sum(1)), here(inside.sum(1)).astype(np.int32),
-        here(logs.sum(0)), here(inside.sum(0)).astype(np.int32),
-    )  # fmt: skip
+        here(logs.sum(1)),
+        here(inside.sum(1)).astype(np.int32),
+        here(logs.sum(0)),
+        here(inside.sum(0)).astype(np.int32),
+    )
 
 
 def product(row: Floats, column: Floats, rows: Rows, like: Tensor) -> Tensor:
@@ -158,9 +160,15 @@ class DeviceResiduals:
         return picked(self._values, size), picked(self._base, size)
 
     def code(
-        self, scale: np.float32, step: np.float32, zone: np.float32, amounts: Floats,
-        factors: Floats, columns: int, start: int,
-    ) -> tuple[Bytes, Integers, tuple[float, ...], float]:  # fmt: skip
+        self,
+        scale: np.float32,
+        step: np.float32,
+        zone: np.float32,
+        amounts: Floats,
+        factors: Floats,
+        columns: int,
+        start: int,
+    ) -> tuple[Bytes, Integers, tuple[float, ...], float]:
         torch, values, base = _torch(), self._values, self._base
         factor = there(factors, values)
         if factors.size > 1:
@@ -178,8 +186,13 @@ class DeviceResiduals:
         weighted = (0.0, 0.0)
         if self._weights is not None:
             weighted = _sum(error * self._weights), _sum(change * self._weights)
-        sums = (_sum(error), _sum(values.square()), _sum(change), *weighted,
-                float(error.max().sqrt()))  # fmt: skip
+        sums = (
+            _sum(error),
+            _sum(values.square()),
+            _sum(change),
+            *weighted,
+            float(error.max().sqrt()),
+        )
         kept = codes != 0
         return _bits(kept), here(codes[kept]), sums, self.largest()
 

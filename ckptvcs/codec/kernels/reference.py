@@ -25,9 +25,17 @@ def _expand(rows: Floats, columns: int, start: int, count: int) -> Floats:
 
 
 def code_residuals(
-    values: Floats, base: Floats, weights: Floats, scale: np.float32, step: np.float32,
-    zone: np.float32, amounts: Floats, factors: Floats, columns: int, start: int,
-) -> tuple[Floats, Bytes, Integers, tuple[float, ...], float]:  # fmt: skip
+    values: Floats,
+    base: Floats,
+    weights: Floats,
+    scale: np.float32,
+    step: np.float32,
+    zone: np.float32,
+    amounts: Floats,
+    factors: Floats,
+    columns: int,
+    start: int,
+) -> tuple[Floats, Bytes, Integers, tuple[float, ...], float]:
     """Code values * scale - round(base * scale), in steps of one times the factor of a row.
 
     Returns what `change` makes of the base; which codes are not 0, as bits; these codes; sums as
@@ -99,9 +107,16 @@ def join_bits(planes: Bytes, high: Bytes, count: int, bits: int) -> Integers:
 
 
 def change(
-    out: Floats, bitmap: Bytes, codes: Integers, scale: np.float32, step: np.float32,
-    amounts: Floats, factors: Floats, columns: int, start: int,
-) -> None:  # fmt: skip
+    out: Floats,
+    bitmap: Bytes,
+    codes: Integers,
+    scale: np.float32,
+    step: np.float32,
+    amounts: Floats,
+    factors: Floats,
+    columns: int,
+    start: int,
+) -> None:
     """(round(out * scale) + round(amount * factor)) / scale where a bit is set, in place.
 
     `codes` are those of the set bits.  `amounts` has 256 entries, that of code c at c & 255, for
@@ -113,9 +128,16 @@ def change(
 
 
 def _move(
-    out: Floats, found: Positions, codes: Integers, scale: np.float32, step: np.float32,
-    amounts: Floats, factors: Floats, columns: int, start: int,
-) -> None:  # fmt: skip
+    out: Floats,
+    found: Positions,
+    codes: Integers,
+    scale: np.float32,
+    step: np.float32,
+    amounts: Floats,
+    factors: Floats,
+    columns: int,
+    start: int,
+) -> None:
     amount = np.where(np.abs(codes) < 128, amounts[codes & 255], codes.astype(np.float32) * step)
     amount *= factors if factors.size == 1 else factors[(found + start) // columns]
     np.rint(amount, out=amount)
@@ -141,9 +163,13 @@ def log_sums(
     above = matrix > 0
     logs = np.log2(matrix, out=np.zeros_like(matrix), where=above)
     return (
-        logs.sum(1), above.sum(1, dtype=np.int32), logs.sum(0), above.sum(0, dtype=np.int32),
-        float(matrix.min(where=above, initial=np.inf)), float(values.max(initial=0)),
-    )  # fmt: skip
+        logs.sum(1),
+        above.sum(1, dtype=np.int32),
+        logs.sum(0),
+        above.sum(0, dtype=np.int32),
+        float(matrix.min(where=above, initial=np.inf)),
+        float(values.max(initial=0)),
+    )
 
 
 def product(row: Floats, column: Floats, start: int, out: Floats) -> None:

@@ -63,16 +63,20 @@ def dump_metadata(metadata: Metadata) -> bytes:
         if dtype is None:
             raise InvalidInputError(f"{name} is of {entry.properties.dtype}, which is not stored")
         tensors[name] = {
-            "dtype": dtype, "size": list(entry.size),
+            "dtype": dtype,
+            "size": list(entry.size),
             "requires_grad": bool(entry.properties.requires_grad),
             "chunks": [[list(c.offsets), list(c.sizes)] for c in entry.chunks],
-        }  # fmt: skip
+        }
     planned = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     paths = {name: list(path) for name, path in planned.items() if is_path(path)}
     record = {
-        "format": _FORMAT, "version": _VERSION, "tensors": tensors, "values": values,
+        "format": _FORMAT,
+        "version": _VERSION,
+        "tensors": tensors,
+        "values": values,
         "paths": paths,
-    }  # fmt: skip
+    }
     return json.dumps(record, separators=(",", ":")).encode()
 
 

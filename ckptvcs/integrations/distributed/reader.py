@@ -59,8 +59,9 @@ class CkptReader(StorageReader):
         self._parts = PartReader(self._restorer)
         self._layouts = [
             self._restorer.layout(file)
-            for file in self._restorer.commit.files if file.format == "torch-zip"
-        ]  # fmt: skip
+            for file in self._restorer.commit.files
+            if file.format == "torch-zip"
+        ]
         files = {file.path: file for file in self._restorer.commit.files}
         if DESCRIPTION not in files or files[DESCRIPTION].size > _MAX_DESCRIPTION:
             raise InvalidInputError(
@@ -157,8 +158,9 @@ class CkptReader(StorageReader):
                 below = ".".join(map(str, path))
                 arrays = frozenset(
                     array.removeprefix(below).removeprefix(".")
-                    for array in layout.arrays if f"{array}.".startswith(f"{below}.")
-                )  # fmt: skip
+                    for array in layout.arrays
+                    if f"{array}.".startswith(f"{below}.")
+                )
                 by_key = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
                 return fill(node, lambda ref: self._parts.raw(by_key[ref.storage.key]), arrays)  # noqa: B023
         raise CorruptionError(f"the commit lacks {name}")

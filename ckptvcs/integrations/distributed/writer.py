@@ -40,9 +40,12 @@ from ckptvcs.repo import Repo
 _GROUPS = "param_groups"
 
 _ARRAYS: list[Any] = [
-    np.ndarray, np.dtype, np.empty(0).__reduce__()[0], codecs.encode,
+    np.ndarray,
+    np.dtype,
+    np.empty(0).__reduce__()[0],
+    codecs.encode,
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
-]  # fmt: skip
+]
 """What a pickle of numpy's arrays calls."""
 
 
@@ -54,16 +57,24 @@ class CkptWriter(StorageWriter):
     """
 
     def __init__(
-        self, repo: Where = ".", *, step: int | None = None,
-        message: str = "", metrics: Mapping[str, float] | None = None, codec: str | None = None,
+        self,
+        repo: Where = ".",
+        *,
+        step: int | None = None,
+        message: str = "",
+        metrics: Mapping[str, float] | None = None,
+        codec: str | None = None,
         branch: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`repo` is a repository, or where one is to be opened, or made if there is none."""
         self._where = repo
         self._said: dict[str, Any] = {
-            "step": step, "message": message, "metrics": dict(metrics or {}), "codec": codec,
+            "step": step,
+            "message": message,
+            "metrics": dict(metrics or {}),
+            "codec": codec,
             "branch": branch,
-        }  # fmt: skip
+        }
         self._name = "checkpoint"
         self._joint: Joint | None = None
         self.entry: LogEntry | None = None

@@ -210,9 +210,12 @@ class Draft:
         if root is None:
             _check_length(file.descriptor)
         self._env: lmdb.Environment | None = _environment(
-            file.path, lock=False, sync=False, metasync=False,
+            file.path,
+            lock=False,
+            sync=False,
+            metasync=False,
             map_size=max(_FIRST_MAP_BYTES, 2 * os.fstat(file.descriptor).st_size),
-        )  # fmt: skip
+        )
         _drafts.add(self)
         try:
             with self._env.begin(write=True) as txn:
@@ -306,9 +309,7 @@ def _environment(path: Path, **options: Any) -> lmdb.Environment:
     if int(lmdb.__version__.partition(".")[0]) >= 3:
         options["lib_version"] = 0
     options.setdefault("map_size", max(1, path.stat().st_size))
-    return lmdb.open(
-        str(path), subdir=False, max_dbs=len(TABLES), readahead=False, **options
-    )  # fmt: skip
+    return lmdb.open(str(path), subdir=False, max_dbs=len(TABLES), readahead=False, **options)
 
 
 def _root(txn: lmdb.Transaction) -> bytes:

@@ -83,9 +83,15 @@ def load_place(name: ObjectId, row: bytes, folder: str) -> Place:
     """A row of `objects`.  Raises struct.error, ValueError."""
     pack, kind, encoding, offset, region, raw, stored, base = _PLACE.unpack(row)
     entry = Entry(
-        name, Kind(kind), encoding, None if base == _NO_BASE else ObjectId(base.hex()),
-        offset, region, raw, stored,
-    )  # fmt: skip
+        name,
+        Kind(kind),
+        encoding,
+        None if base == _NO_BASE else ObjectId(base.hex()),
+        offset,
+        region,
+        raw,
+        stored,
+    )
     return Place(PackId(pack.hex()), folder, entry)
 
 
@@ -97,9 +103,15 @@ def rows_of_pack(info: PackInfo) -> Iterator[Row]:
     for entry in info.entries:
         base = bytes.fromhex(entry.base) if entry.base else _NO_BASE
         place = _PLACE.pack(
-            pack, entry.kind, entry.encoding, entry.offset, entry.region_bytes,
-            entry.raw_bytes, entry.stored_bytes, base,
-        )  # fmt: skip
+            pack,
+            entry.kind,
+            entry.encoding,
+            entry.offset,
+            entry.region_bytes,
+            entry.raw_bytes,
+            entry.stored_bytes,
+            base,
+        )
         yield OBJECTS, bytes.fromhex(entry.id), place
     names = dict.fromkeys(entry.id for entry in info.entries)
     yield MEMBERS, pack, b"".join(bytes.fromhex(name) for name in names)
