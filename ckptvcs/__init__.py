@@ -81,7 +81,7 @@ _HOMES = {
     "PartState": "history.commit",
     "Patch": "gc.fading",
     "Policy": "gc.retention",
-    "Reader": "reader",
+    "Reader": "ops.reader",
     "ReflogEvent": "history.reflog",
     "Removal": "ops.originals",
     "Removed": "files.removal",

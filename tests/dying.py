@@ -14,7 +14,6 @@ from typing import Any
 
 from ckptvcs.background import server
 from ckptvcs.history.refs import Refs
-from ckptvcs.repo import Repo
 
 MOMENTS = ("start", "job", "announced", "branch", "answer")
 """Before anything; with a job; before a branch moves; before HEAD follows it; when all is done."""
@@ -37,14 +36,14 @@ def serve(moment: str, how: str, file: str, times: int) -> None:
 
     if moment == "start":
         strike()
-    _before(moment == "job", Repo, "commit_checkpoint", strike)
+    _before(moment == "job", server, "commit_checkpoint", strike)
     _before(moment == "announced", Refs, "make", strike)
     _before(moment == "branch", Refs, "_take_head", strike)
-    _after(moment == "answer", Repo, "commit_checkpoint", strike)
+    _after(moment == "answer", server, "commit_checkpoint", strike)
     server.serve()
 
 
-def _before(wanted: bool, owner: type, name: str, strike: Callable[[], None]) -> None:
+def _before(wanted: bool, owner: object, name: str, strike: Callable[[], None]) -> None:
     calm = getattr(owner, name)
 
     def struck(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +54,7 @@ def _before(wanted: bool, owner: type, name: str, strike: Callable[[], None]) ->
         setattr(owner, name, struck)
 
 
-def _after(wanted: bool, owner: type, name: str, strike: Callable[[], None]) -> None:
+def _after(wanted: bool, owner: object, name: str, strike: Callable[[], None]) -> None:
     calm = getattr(owner, name)
 
     def struck(*args: Any, **kwargs: Any) -> Any:

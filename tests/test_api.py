@@ -207,11 +207,13 @@ def test_two_writers(repo: Repo) -> None:
         other.repository.refs.publish("heads/main", head, commit=None, time="t", action="test")
 
 
-def test_opening(tmp_path: Path) -> None:
+def test_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotFoundError):
         Repo.open(tmp_path)
     repo = Repo.init(tmp_path)
     assert Repo.open(tmp_path).folder == Repo.open(tmp_path / ".ckpt").folder == repo.folder
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
     assert Repo.open(Repo.locate()).log() == []
 
 

@@ -52,7 +52,7 @@ def repo(tmp_path: Path) -> Iterator[Repo]:
 
 @pytest.fixture
 def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repo:
-    monkeypatch.setattr("ckptvcs.background.process.Worker", Here)
+    monkeypatch.setattr("ckptvcs.background.client.Worker", Here)
     return Repo.init(tmp_path / "near")
 
 

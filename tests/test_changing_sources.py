@@ -12,7 +12,7 @@ import torch
 
 from ckptvcs.encode import encoder
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.ops import commit
+from ckptvcs.ops import commit, describe
 from ckptvcs.repo import Repo
 from tests.training import train, train_on
 
@@ -40,7 +40,7 @@ MOMENTS: dict[str, tuple[object, str]] = {
     "before the first tensor": (encoder.Encoder, "encode"),
     "between tensors": (encoder.Encoder, "_put"),
     "before the last look": (encoder.Encoder, "_settle"),
-    "before the commit is written": (commit.Committer, "_describe"),
+    "before the commit is written": (describe.Description, "add"),
 }
 
 SOME = ("before the scan", "between tensors", "before the commit is written")

@@ -15,7 +15,7 @@ from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.format_file import raise_flags
 from ckptvcs.history.refs import Move, Refs
-from ckptvcs.ops import commit
+from ckptvcs.ops import commit, describe
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from tests import stress
@@ -178,7 +178,8 @@ def test_a_patch_that_fades_while_another_comes_to_share_it(
         torch.save(run[step - 1], tmp_path / "run.pt")
         repo.commit_path(tmp_path / "run.pt", message="", step=step)
     late, done = list[Patch](), list[str]()
-    calm, delete = getattr(commit, when), Fader.delete
+    where = describe if when == "dump_commit" else commit
+    calm, delete = getattr(where, when), Fader.delete
 
     def others(*args: Any) -> Any:
         """Two commits on the branch that has the patch, which looked who shares it, and will delete
@@ -193,7 +194,7 @@ def test_a_patch_that_fades_while_another_comes_to_share_it(
                     other.commit(run[step - 1], step=step)
         return calm(*args)
 
-    monkeypatch.setattr(commit, when, others)
+    monkeypatch.setattr(where, when, others)
     made = repo.commit_path(tmp_path / "run.pt", message="", step=2, branch="side")
     delete(Repo.open(tmp_path).repository.fader(), late)
     for name in ("main@4", "main@3", made.id):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import inspect
 import re
 import statistics
@@ -14,6 +16,7 @@ import pytest
 
 import ckptvcs
 from ckptvcs import errors
+from ckptvcs.cli.app import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "ckptvcs").rglob("*.py"))
@@ -39,6 +42,33 @@ def test_files_are_small() -> None:
 def test_no_grab_bags() -> None:
     forbidden = {"utils", "util", "helpers", "common", "misc", "types", "base"}
     assert not [path for path in MODULES if path.stem in forbidden]
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return found
+
+
+def test_the_hall_is_small() -> None:
+    files = [path.name for path in (ROOT / "ckptvcs").iterdir() if path.is_file()]
+    assert len(files) <= 8, files
+
+
+def test_the_command_line_calls_the_public_api_only() -> None:
+    allowed = {"ckptvcs", "ckptvcs.errors", "ckptvcs.parallel", "ckptvcs.repo", "ckptvcs.text"}
+    for path in (ROOT / "ckptvcs" / "cli").glob("*.py"):
+        ours = {name for name in imports(path) if name.startswith("ckptvcs")}
+        assert not {n for n in ours - allowed if not n.startswith("ckptvcs.cli")}, path
+
+
+def test_blake3_is_imported_in_one_place() -> None:
+    assert [path.name for path in MODULES if "blake3" in imports(path)] == ["hashing.py"]
 
 
 def test_every_layer_is_drawn() -> None:
@@ -90,6 +120,32 @@ def test_public_names_are_there() -> None:
     assert sorted(ckptvcs.__all__) == ckptvcs.__all__
     for name in ckptvcs.__all__:
         assert hasattr(ckptvcs, name)
+    assert ckptvcs.__version__ == importlib.metadata.version("ckptvcs")
+    with pytest.raises(AttributeError):
+        _ = ckptvcs.nothing
+
+
+def test_public_names_have_one_home() -> None:
+    """Names are listed for type checkers, for loading and for `import *`: all three agree."""
+    tree = ast.parse((ROOT / "ckptvcs" / "__init__.py").read_text("utf-8"))
+    checked = {
+        alias.name: (node.module or "").removeprefix("ckptvcs.")
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert checked == ckptvcs._HOMES
+    assert set(ckptvcs.__all__) >= checked.keys()
+
+
+def test_every_command_is_a_method() -> None:
+    names = {"import": "import_folder", "cat": "tensor_view", "index": "rebuild_index"}
+    names |= {"config": "settings", "unpin": "pin"}
+    for command in COMMANDS:
+        method = getattr(ckptvcs.Repo, names.get(command, command))
+        assert inspect.getdoc(method)
 
 
 def test_the_error_tree() -> None:

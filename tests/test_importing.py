@@ -23,9 +23,12 @@ from ckptvcs.errors import (
 )
 from ckptvcs.files.removal import Originals, Proven
 from ckptvcs.gc.retention import Policy
+from ckptvcs.ops import import_folder
 from ckptvcs.ops.checkout import hash_file
+from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.import_folder import Importer, ImportItem
 from ckptvcs.ops.refs import set_ref
+from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.training import train
@@ -296,15 +299,15 @@ def test_an_interrupted_import_goes_on(
 ) -> None:
     ema = [state | {"model": {k: v * 2 for k, v in state["model"].items()}} for state in states]
     save(folder, ema[:4], "step-{}-ema.pt")
-    commit, left = Repo.commit_path, [3]
+    commit, left = commit_path, [3]
 
-    def dies(self: Repo, *args: Any, **options: Any) -> Any:
+    def dies(*args: Any, **options: Any) -> Any:
         if not left[0]:
             raise StorageError("the disk is full")
         left[0] -= 1
-        return commit(self, *args, **options)
+        return commit(*args, **options)
 
-    monkeypatch.setattr(Repo, "commit_path", dies)
+    monkeypatch.setattr(import_folder, "commit_path", dies)
     with pytest.raises(StorageError):
         run(repo, folder)
     assert len(repo.log(all_branches=True)) == 3
@@ -370,20 +373,20 @@ def test_a_proof_reads_the_frames_of_its_commit(
 ) -> None:
     """Not the weights that the cache has since they were coded."""
     near.configure("keep-exact", "0")
-    commit = Repo.commit_path
+    commit = commit_path
 
-    def damaged(self: Repo, *args: Any, **options: Any) -> Any:
-        before = set(self.folder.rglob("*.pack"))
-        made = commit(self, *args, **options)
+    def damaged(repository: Repository, *args: Any, **options: Any) -> Any:
+        before = set(repository.folder.rglob("*.pack"))
+        made = commit(repository, *args, **options)
         if made.commit.step == step:
-            for pack in set((self.folder / "packs").rglob("*.pack")) - before:
+            for pack in set((repository.folder / "packs").rglob("*.pack")) - before:
                 data = bytearray(pack.read_bytes())
                 data[len(data) // 3] ^= 1
                 pack.chmod(0o644)
                 pack.write_bytes(data)
         return made
 
-    monkeypatch.setattr(Repo, "commit_path", damaged)
+    monkeypatch.setattr(import_folder, "commit_path", damaged)
     importer = run(near, folder)
     assert actions(importer)[f"step-{step}.pt"] == "failed"
     remove(importer, accept_near=True)

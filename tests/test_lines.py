@@ -63,7 +63,7 @@ def test_clocks_do_not_say_what_is_new(
 ) -> None:
     hours = itertools.count(12, {"forward": 1, "back": -1, "still": 0}[skew])
     monkeypatch.setattr(
-        "ckptvcs.ops.commit.now", lambda: f"2026-01-01T{next(hours):02}:00:00.000000Z"
+        "ckptvcs.ops.describe.now", lambda: f"2026-01-01T{next(hours):02}:00:00.000000Z"
     )
     for step in (500, 600, 700):
         save(run, f"step-{step}.pt")

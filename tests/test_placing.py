@@ -480,7 +480,7 @@ def test_a_part_of_a_commit_stays_inside(tmp_path: Path, monkeypatch: pytest.Mon
     from ckptvcs.history.commit import dump_commit
 
     monkeypatch.setattr(
-        "ckptvcs.ops.commit.dump_commit",
+        "ckptvcs.ops.describe.dump_commit",
         lambda made: dump_commit(dataclasses.replace(made, path="../../x")),
     )
     (tmp_path / "a" / "b").mkdir(parents=True)

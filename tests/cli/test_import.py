@@ -203,12 +203,12 @@ def test_usage(ckpt: Ckpt, folder: Path) -> None:
 
 def test_an_import_that_is_killed_goes_on(ckpt_process: Ckpt, ckpt: Ckpt, folder: Path) -> None:
     code = (
-        f"import os\nos.chdir({str(folder.parent)!r})\nfrom ckptvcs.repo import Repo\n"
-        "commit, count = Repo.commit_path, [0]\n"
-        "def dies(self, *a, **k):\n"
-        "    made = commit(self, *a, **k)\n    count[0] += 1\n"
+        f"import os\nos.chdir({str(folder.parent)!r})\nfrom ckptvcs.ops import import_folder\n"
+        "commit, count = import_folder.commit_path, [0]\n"
+        "def dies(*a, **k):\n"
+        "    made = commit(*a, **k)\n    count[0] += 1\n"
         "    if count[0] == 3: os._exit(9)\n    return made\n"
-        "Repo.commit_path = dies\n"
+        "import_folder.commit_path = dies\n"
         "from ckptvcs.cli.app import app\napp(['import', 'run', '--delete-originals'])"
     )
     killed = subprocess.run(

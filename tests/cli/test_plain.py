@@ -193,7 +193,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         odd = {"time": ODD, "action": ODD} if "heads" in fields["ref"] else {}
         return seal({**fields, **odd})
 
-    patch.setattr("ckptvcs.ops.commit.dump_commit", forged)
+    patch.setattr("ckptvcs.ops.describe.dump_commit", forged)
     patch.setattr("ckptvcs.history.refs.seal", sealed)
     rng = np.random.default_rng(1)
     repo = Repo.init(root)
