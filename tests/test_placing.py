@@ -314,6 +314,39 @@ def test_an_original_that_is_saved_anew_is_not_removed(
     assert "rename" in reached
 
 
+@pytest.mark.parametrize("act", ["remove", "replace"])
+def test_a_file_that_cannot_be_looked_at_any_more_keeps_its_name(
+    act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.pt").write_bytes(OLD)
+    look, refused = Folder.look, list[str]()
+
+    with Folder.open(tmp_path) as folder:
+        seen = folder.look("model.pt")
+        assert seen is not None
+
+        def refuse(self: Folder, name: str) -> Any:
+            found = look(self, name)
+            moved = name.startswith(".ckpt-") and found is not None and found.st_ino == seen.st_ino
+            if moved and not refused:
+                refused.append(name)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return found
+
+        monkeypatch.setattr(Folder, "look", refuse)
+
+        def replace() -> None:
+            with folder.file("model.pt", seen) as out:
+                out.write(OURS)
+
+        acts = {"remove": lambda: folder.remove("model.pt", seen), "replace": replace}
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            acts[act]()
+    assert refused
+    assert (tmp_path / "model.pt").read_bytes() == OLD
+    assert os.listdir(tmp_path) == ["model.pt"]  # noqa: PTH208
+
+
 # -- whole commands --------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from ckptvcs.history.reachability import mark
 from ckptvcs.ops.import_folder import Importer
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
-from ckptvcs.store import disk
+from ckptvcs.store import disk, local
 from ckptvcs.store.backend import write_once
 from ckptvcs.store.ids import Kind
 from ckptvcs.store.local import LocalBackend
@@ -53,7 +53,7 @@ def cut(root: Path, folder: str, code: str) -> None:
 import os
 from pathlib import Path
 from ckptvcs import Repo
-from ckptvcs.store import disk
+from ckptvcs.store import disk, local
 calm = disk.sync_folder
 def sync_folder(path):
     if path.match({folder!r}): os._exit(7)
@@ -261,6 +261,20 @@ def test_what_is_durable_is_not_synced_again(root: Path, monkeypatch: pytest.Mon
     synced.taken()
     backend.settle(["refs/tags/x/1"])
     assert synced.taken() == []
+
+
+def test_a_long_training_remembers_the_newest_files_that_are_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_MOST_SETTLED", 8)
+    backend = LocalBackend(tmp_path)
+    for number in range(30):
+        write_once(backend, f"meta/{number}", b"data")
+    synced = Synced(tmp_path, monkeypatch)
+    backend.settle(["meta/29"])
+    assert not synced.taken()
+    backend.settle(["meta/0"])
+    assert "meta/0" in synced.taken()
 
 
 def test_an_original_stays_where_nothing_can_be_synced(

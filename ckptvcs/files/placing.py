@@ -249,11 +249,16 @@ class Folder:
                 os.rename(name, temporary.name, src_dir_fd=self._at, dst_dir_fd=self._at)
             except FileNotFoundError:
                 return False
-            if _lasting(self.look(temporary.name)) == _lasting(seen):
+            try:
+                is_seen = _lasting(self.look(temporary.name)) == _lasting(seen)
+            except OSError:
+                self._put_back(temporary, name)
+                raise
+            if is_seen:
                 temporary.own = seen
-                return True
-            self._put_back(temporary, name)
-            return False
+            else:
+                self._put_back(temporary, name)
+            return is_seen
 
     def rmdir(self, name: str) -> None:
         """Delete an empty folder.  Raises OSError."""
@@ -328,7 +333,13 @@ class Folder:
         except FileNotFoundError as error:
             raise self._changed(name) from error
         own, temporary.own = temporary.own, None
-        if _lasting(self.look(temporary.name)) == _lasting(seen):
+        try:
+            is_seen = _lasting(self.look(temporary.name)) == _lasting(seen)
+        except OSError:
+            _rename(self._at, temporary.name, name, _EXCHANGE)
+            temporary.own = own
+            raise
+        if is_seen:
             temporary.own = seen
             return
         try:  # somebody saved it in this very moment

@@ -18,7 +18,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import Future, wait
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -32,6 +32,7 @@ from ckptvcs.store.disk import storage_error
 from ckptvcs.store.lease_files import LocalHold, hold, trace
 
 _SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
+_MOST_SETTLED = 1 << 14  # names of files that are known to be durable; of others it is asked again
 _PASSING = frozenset({"cache", "leases", "marks", "tmp"})  # folders of what need not last
 _NO_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
@@ -145,7 +146,7 @@ class LocalBackend:
             linked = disk.link(path, target)
         disk.sync_folder(target.parent)
         self._folders.add(target.parent)
-        self._settled.add(name)
+        self._remember({name})
         self._has_links &= linked
 
     def hold(self, name: str, say: Callable[[Trace], bytes]) -> LocalHold:
@@ -184,6 +185,12 @@ class LocalBackend:
             if isinstance(error, FileNotFoundError):
                 raise
             raise storage_error(error, "sync the repository") from error
+        self._remember(names)
+
+    def _remember(self, names: Set[str]) -> None:
+        """Know that files are durable.  Whoever commits for long relies on the newest ones only."""
+        if len(self._settled) + len(names) > _MOST_SETTLED:
+            self._settled.clear()
         self._settled |= names
 
     def settle_seen(self) -> None:

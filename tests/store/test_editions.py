@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +28,8 @@ from ckptvcs.store.index.editions import Family
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import PackInfo
+from ckptvcs.store.recent import Recent
+from ckptvcs.store.rows import Row
 
 PATIENCE = 60  # seconds, after which a process is one that waits for ever
 SMALL = 4000  # bytes of a journal, so that editions are made often
@@ -245,6 +247,48 @@ def test_its_size_and_the_cost_of_a_write_stay_flat(
     assert len(store.ids(Kind.COMMIT)) == 1
 
 
+def test_who_is_behind_reads_the_newest_edition_and_not_the_journals_before_it(
+    tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, behind = opened(tmp_path), opened(tmp_path)
+    (first,) = put(store, b"abc")
+    assert behind.get(first, Kind.COMMIT) == b"abc"
+    before, number = editions(tmp_path), 0
+    while editions(tmp_path) == before:
+        put(store, b"x%02d" % number)
+        number += 1
+    taken, take = list[Row](), Recent.apply
+
+    def count(recent: Recent, rows: Iterable[Row]) -> None:
+        rows = list(rows)
+        taken.extend(rows)
+        take(recent, rows)
+
+    monkeypatch.setattr(Recent, "apply", count)
+    assert len(behind.find(b"starts:x00")) == 1
+    assert len(taken) < number  # each put is several rows
+
+
+def test_few_rows_are_written_to_an_edition_at_once(
+    tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, written, apply = opened(tmp_path), list[int](), drafting.apply_rows
+
+    def count(draft: Any, txn: Any, rows: Any, keys: Any) -> None:
+        written.append(len(rows))
+        apply(draft, txn, rows, keys)
+
+    monkeypatch.setattr(index, "_ROWS", 20)
+    monkeypatch.setattr(index, "apply_rows", count)
+    names = put(store, *(b"%03d" % number for number in range(100)))  # one record of the journal
+    for number in range(30):
+        put(store, b"x%02d" % number)
+    assert sum(written) > 100
+    assert max(written) <= 20
+    assert all(store.contains(name) for name in names)
+    assert agrees_with_packs(tmp_path, tmp_path / "alone")
+
+
 def test_to_open_it_no_pack_is_read(tmp_path: Path, often: None) -> None:
     store = opened(tmp_path)
     names = put(store, *(b"%03d" % n for n in range(100)))
@@ -405,6 +449,8 @@ from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.ids import Kind
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import PackInfo
+from ckptvcs.store.recent import Recent
+from ckptvcs.store.rows import Row
 folder = Path(sys.argv[1])
 store = ObjectStore(LocalBackend(folder), folder / "cache" / "index", lambda kind, content: [])
 for line in sys.stdin:

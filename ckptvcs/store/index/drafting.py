@@ -57,7 +57,7 @@ def announce(family: Family, journal: int) -> None:
         append_record(family.journal(journal), b"")
 
 
-def read_journals(family: Family, numbers: Iterable[int]) -> Iterator[list[Row]]:
+def read_journals(family: Family, numbers: Iterable[int]) -> Iterator[Iterator[Row]]:
     """The records of journals.  Raises VoidError, OSError."""
     for number in numbers:
         journal = Journal(family.journal(number))

@@ -125,11 +125,12 @@ class Follower:
         if self._tail is None:
             if not os.access(self._next, os.F_OK):
                 return recent
-            newest = max(self._family.scan()[0], default=0)
-            return self.open() if newest > max(self._last, self._bad) else recent
+            return self.open() if self._newest() > max(self._last, self._bad) else recent
         try:
             while True:
                 goes_on = os.access(self._next, os.F_OK)  # looked for before the end is
+                if goes_on and self._awaits and self._newest() > max(self._last, self._bad):
+                    return self.open()  # it has all of this journal, which may be a long one
                 take(recent, self._tail)
                 if not goes_on:
                     break
@@ -145,6 +146,9 @@ class Follower:
         if too_much or (self._awaited and os.access(self._awaited, os.F_OK)):
             return self.open()
         return recent
+
+    def _newest(self) -> int:
+        return max(self._family.scan()[0], default=0)
 
     def look_again(self) -> None:
         """Leave files whose names lead elsewhere by now: a folder may be deleted, and made again.

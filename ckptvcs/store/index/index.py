@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import lmdb
@@ -63,8 +63,7 @@ Records = Callable[[], Iterable[Iterable[Row]]]
 """The rows of all packs that there are when it is called."""
 
 _JOURNAL_BYTES = 1 << 17  # of records, before the next edition is made
-_RECORDS = 32  # of journals, that are written at once: pages are free for the next ones
-_BATCH = 256  # packs that are written at once
+_ROWS = 1024  # that are written at once: their pages are in memory, and then free for the next ones
 _MEMORY = [folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)]
 
 
@@ -143,9 +142,7 @@ class Index:
             try:
                 number = begin_journal(self._family)
                 draft.write(lambda txn: forget_expected(draft, txn))
-                records = read_journals(self._family, range(first, number))
-                while batch := [*islice(records, _RECORDS)]:
-                    self._add(draft, batch)
+                self._add(draft, read_journals(self._family, range(first, number)))
                 draft.write(change)
                 draft.publish(self._family.edition(number))
             finally:
@@ -189,22 +186,18 @@ class Index:
         with forking.using:
             draft = new_draft(path, root=os.urandom(16))
         try:
-            packs = iter(records())
-            while batch := [*islice(packs, _BATCH)]:
-                self._add(draft, [[*rows] for rows in batch])
+            self._add(draft, records())
             with forking.using:
                 draft.publish(target)
         finally:
             with forking.using:
                 draft.close()
 
-    def _add(self, draft: Draft, batch: list[list[Row]]) -> None:
-        def change(txn: lmdb.Transaction) -> None:
-            for rows in batch:
-                apply_rows(draft, txn, rows, self._keys_of)
-
-        with forking.using:
-            draft.write(change)
+    def _add(self, draft: Draft, records: Iterable[Iterable[Row]]) -> None:
+        rows = chain.from_iterable(records)
+        while batch := [*islice(rows, _ROWS)]:
+            with forking.using:
+                draft.write(lambda txn: apply_rows(draft, txn, batch, self._keys_of))
 
     def move_out(self, records: Records, *, awaits: bool = False, delete: bool = False) -> None:
         """Go on with an edition for this process alone, which no folder has: of the packs, and of

@@ -32,7 +32,8 @@ class Recent:
         self.base = base
         self._get, self._tables, self._cursor = base.txn.get, base.tables, base.cursors[OBJECTS]
         self._one: list[dict[bytes, bytes]] = [{} for _ in TABLES]
-        self._many: list[dict[bytes, dict[bytes, None]]] = [{} for _ in TABLES]
+        # One value as it is, several as a dict: after a merge of packs there are very many keys.
+        self._many: list[dict[bytes, bytes | dict[bytes, None]]] = [{} for _ in TABLES]
         self._places = self._many[OBJECTS]
         self._gone: set[bytes] = set()  # packs that were removed
         self._lost: set[bytes] = set()  # objects that lie in no other pack
@@ -45,7 +46,7 @@ class Recent:
         """Take rows over: once or, where it was interrupted, again."""
         for table, key, value in rows:
             if table in MANY:
-                self._many[table].setdefault(key, {})[value] = None
+                self._put(self._many[table], key, value)
                 if table == OBJECTS:
                     self._lost.discard(key)
             elif table == REMOVED:
@@ -57,16 +58,25 @@ class Recent:
                     self._one[EXPECTED].pop(key, None)
                     self._met.add(key)
 
+    @staticmethod
+    def _put(many: dict[bytes, bytes | dict[bytes, None]], key: bytes, value: bytes) -> None:
+        found = many.setdefault(key, value)
+        if isinstance(found, dict):
+            found[value] = None
+        elif found != value:
+            many[key] = {found: None, value: None}
+
     def _remove(self, pack: bytes) -> None:
         members = self._one[MEMBERS].get(pack) or self.base.get(MEMBERS, pack) or b""
         self._gone.add(pack)
         for name in members_of(members):
-            mine = self._places.get(name, {})
-            for place in [place for place in mine if pack_of(place) == pack]:
-                del mine[place]
+            others = [
+                place for place in _values(self._places.pop(name, None)) if pack_of(place) != pack
+            ]
+            for place in others:
+                self._put(self._places, name, place)
             if not self.places(name):
                 self._lost.add(name)
-                self._places.pop(name, None)
                 self._one[CONTENTS].pop(name, None)
         self._one[PACKS].pop(pack, None)
         self._one[MEMBERS].pop(pack, None)
@@ -82,14 +92,14 @@ class Recent:
         """The rows of `objects` for an object."""
         cursor = self._cursor
         found = [*cursor.iternext_dup()] if cursor.set_key(name) else []
-        recent = self._places.get(name)
+        recent = _values(self._places.get(name))
         if self._gone:
             found = [place for place in found if pack_of(place) not in self._gone]
         return sorted({*found, *recent}) if recent else found
 
     def find(self, key: bytes) -> list[bytes]:
         """The objects of a key of `keys`."""
-        found, recent = self.base.values(KEYS, key), self._many[KEYS].get(key)
+        found, recent = self.base.values(KEYS, key), _values(self._many[KEYS].get(key))
         if recent:
             found = sorted({*found, *recent})
         return [name for name in found if name not in self._lost] if self._lost else found
@@ -106,7 +116,8 @@ class Recent:
 
     def _merged(self, table: int, start: bytes) -> Iterator[tuple[bytes, bytes]]:
         if table in MANY:
-            more = [(key, value) for key, values in self._many[table].items() for value in values]
+            found = self._many[table].items()
+            more = [(key, value) for key, values in found for value in _values(values)]
         else:
             more = [*self._one[table].items()]
         added = sorted(row for row in more if row[0] >= start)
@@ -121,3 +132,7 @@ class Recent:
         if table == KEYS:
             return value in self._lost
         return key in self._hidden[table] or key in self._one[table]
+
+
+def _values(found: bytes | dict[bytes, None] | None) -> Iterable[bytes]:
+    return (found,) if isinstance(found, bytes) else found or ()

@@ -133,9 +133,9 @@ def dump_rows(rows: Iterable[Row]) -> bytes:
     return b"".join(parts)
 
 
-def load_rows(data: bytes) -> list[Row]:
-    """The same back.  Raises ValueError, struct.error: it is no such record."""
-    rows, at, size = list[Row](), 0, _ROW.size
+def load_rows(data: bytes) -> Iterator[Row]:
+    """The same back, one by one.  Raises ValueError, struct.error: it is no such record."""
+    at, size = 0, _ROW.size
     while at < len(data):
         table, key_bytes, value_bytes = _ROW.unpack_from(data, at)
         start = at + size
@@ -143,5 +143,4 @@ def load_rows(data: bytes) -> list[Row]:
         at = middle + value_bytes
         if at > len(data) or not (table < len(TABLES) or table == REMOVED):
             raise ValueError("a record of the index is damaged")
-        rows.append((table, data[start:middle], data[middle:at]))
-    return rows
+        yield table, data[start:middle], data[middle:at]
