@@ -48,7 +48,7 @@ def save(run: Path, *steps: int) -> None:
 
 
 def watcher(repo: Repo, run: Path, **options: object) -> Watcher:
-    return Watcher(repo, run, settle=0, **options)  # type: ignore[arg-type]
+    return Watcher(repo.repository, run, settle=0, **options)  # type: ignore[arg-type]
 
 
 def looks(watcher: Watcher, times: int = 2) -> list[WatchEvent]:
