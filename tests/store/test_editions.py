@@ -449,8 +449,6 @@ from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.ids import Kind
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import PackInfo
-from ckptvcs.store.recent import Recent
-from ckptvcs.store.rows import Row
 folder = Path(sys.argv[1])
 store = ObjectStore(LocalBackend(folder), folder / "cache" / "index", lambda kind, content: [])
 for line in sys.stdin:
