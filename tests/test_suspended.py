@@ -20,14 +20,14 @@ PATIENCE = 60  # seconds, after which a process is one that waits for ever
 SUSPENDED = {
     "making an edition": """
 def stop(txn): os.kill(os.getpid(), signal.SIGSTOP)
-repo.catalog.store.index._index._write(stop)
+repo.repository.catalog.store.index._index._write(stop)
 """,
     "reading": """
-kept = repo.catalog.store.index._index._begin()
+kept = repo.repository.catalog.store.index._index._begin()
 os.kill(os.getpid(), signal.SIGSTOP)
 """,
     "telling of a commit": """
-from ckptvcs.store import following
+from ckptvcs.store.index import following
 def stop(*args): os.kill(os.getpid(), signal.SIGSTOP)
 following.append_record = stop
 repo.commit({"w": numpy.full(1000, 7, "f4")}, step=7)

@@ -25,11 +25,11 @@ from ckptvcs.store.ids import Kind, ObjectId, PackId
 from ckptvcs.store.index import drafting, index
 from ckptvcs.store.index import editions as edition_files
 from ckptvcs.store.index.editions import Family
+from ckptvcs.store.index.recent import Recent
+from ckptvcs.store.index.rows import Row
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import PackInfo
-from ckptvcs.store.recent import Recent
-from ckptvcs.store.rows import Row
 
 PATIENCE = 60  # seconds, after which a process is one that waits for ever
 SMALL = 4000  # bytes of a journal, so that editions are made often
