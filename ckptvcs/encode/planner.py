@@ -30,7 +30,8 @@ from ckptvcs.encode import excp
 from ckptvcs.encode.exact import ExactCoder
 from ckptvcs.encode.gpu import DeviceCoder
 from ckptvcs.encode.group import Coder, Floats, Group, Target
-from ckptvcs.encode.near import NearCoder, NearPlan, Scale, measure_scale
+from ckptvcs.encode.near import NearCoder
+from ckptvcs.encode.near_plan import NearPlan, Scale, measure_scale
 from ckptvcs.encode.source import SourceTensor
 from ckptvcs.parallel import ordered_map
 from ckptvcs.text import size
