@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import ckptvcs
 from ckptvcs.cli.app import COMMANDS
-from tests.training import train
+from tests.helpers.training import train
 
 Run = Callable[..., str]
 ROOT = Path(__file__).parent.parent
@@ -71,9 +71,7 @@ def test_every_command_works(python: Run, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     eight_bits = torch.tensor([0.5, -448.0]).to(torch.float8_e4m3fn)
     save_file(states[0]["model"] | {"f8": eight_bits}, tmp_path / "old" / "9.safetensors")
-    torch.distributed.checkpoint.save(
-        {"w": torch.ones(3000)}, checkpoint_id=tmp_path / "new" / "step-10", no_dist=True
-    )
+    dcp.save({"w": torch.ones(3000)}, checkpoint_id=tmp_path / "new" / "step-10", no_dist=True)
     used = set()
 
     def ckpt(*arguments: str) -> str:
