@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from ckptvcs.repo import Repo
-from tests.crashing import SCENARIOS, Cut
+from tests.helpers.crashing import SCENARIOS, Cut
 
 settings.register_profile("dev", max_examples=30, stateful_step_count=10, deadline=None)
 settings.register_profile(
@@ -80,5 +80,5 @@ _LONG = {"commit together": pytest.mark.slow}
 
 @pytest.fixture(params=[pytest.param(name, marks=_LONG.get(name, ())) for name in SCENARIOS])
 def cut(request: pytest.FixtureRequest, cut_folder: Path) -> Cut:
-    """A scenario of `tests.crashing`, prepared."""
+    """A scenario of `tests.helpers.crashing`, prepared."""
     return Cut(SCENARIOS[request.param], cut_folder)

@@ -8,7 +8,8 @@ prove    the commit comes back, and each original is what was committed
 settle   the ref, the pin and all packs that the commit depends on are made durable
 look     in a turn that is taken by all who move refs: the ref and the pin are there; then delete
 
-docs/format.md, "Deletions", says why the order matters; tests/test_interleavings.py tries them all.
+docs/format.md, "Deletions", says why the order matters; tests/system/test_interleavings.py tries
+them all.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptvcs.repo import Repo
-from tests.training import train
+from tests.helpers.training import train
 
 RoundTrip = Callable[[Path], None]
 

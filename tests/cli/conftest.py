@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ckptvcs.cli.app import app
-from tests.training import save_run, train
+from tests.helpers.training import save_run, train
 
 
 @dataclass(frozen=True)

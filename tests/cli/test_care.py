@@ -8,10 +8,10 @@ from typing import Any
 from ckptvcs import Repo
 from ckptvcs.cli import gc
 from ckptvcs.gc.collect import GcPlan
+from tests.background.test_failures import equal
 from tests.cli.conftest import Ckpt
-from tests.test_background_failures import equal
-from tests.test_cached_bases import plain, rekeyed
-from tests.test_gc_sizes import commits
+from tests.decode.test_base_cache import plain, rekeyed
+from tests.gc.test_sizes import commits
 
 
 def test_verify_deletes_a_wrong_base_and_says_so(ckpt: Ckpt, tmp_path: Path) -> None:

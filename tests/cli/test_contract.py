@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ckptvcs.cli import log as cli_log
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.cli.conftest import Ckpt
-from tests.training import train, train_on
+from tests.helpers.training import train, train_on
 
 COMMIT_KEYS = {
     "id",

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from ckptvcs.repo import Repo
+from tests.checkpoint.test_big_endian import save_big
 from tests.checkpoint.test_round_trip import trainer_directory
 from tests.cli.conftest import Ckpt
-from tests.test_big_endian import save_big
-from tests.training import train
+from tests.helpers.training import train
 
 STATE = {"w": torch.arange(60_000.0)}
 

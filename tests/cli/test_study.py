@@ -15,8 +15,8 @@ from ckptvcs import InvalidInputError
 from ckptvcs.history.revision import split_tensor
 from tests.cli.conftest import Ckpt
 from tests.cli.test_contract import sha
-from tests.test_api import same
-from tests.training import train
+from tests.helpers.training import train
+from tests.test_repo import same
 
 
 def names(folder: Path) -> list[str]:
