@@ -53,7 +53,7 @@ def guides() -> list[Path]:
 
 def normalize(output: str) -> str:
     """Replace what differs between two runs: ids, numbers, and the width of columns."""
-    output = re.sub(r"\b[0-9a-f]{8,64}\b", "ID", output)
+    output = re.sub(r"\b([0-9a-f]{2}/)?[0-9a-f]{8,64}\b", "ID", output)
     output = re.sub(r"-?\d[\d.,]*(e[-+]\d+)?", "N", output)
     output = re.sub(r"[-=]{2,}", "--", output)
     return "\n".join(" ".join(line.split()) for line in output.strip().splitlines())
