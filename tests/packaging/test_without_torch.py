@@ -18,7 +18,7 @@ from ckptvcs.cli.app import COMMANDS
 from tests.helpers.training import train
 
 Run = Callable[..., str]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STATES = """
 import numpy as np
 import ckptvcs
