@@ -17,7 +17,7 @@ from ckptvcs.errors import CkptError, after
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.config import Value, get_setting, set_setting
-from ckptvcs.ops.history_reader import PathLike
+from ckptvcs.ops.history_reader import NO_RULES, PathLike
 from ckptvcs.ops.reader import Reader
 from ckptvcs.ops.repository import CONFIG, Repository
 from ckptvcs.parallel import Progress, quiet
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from ckptvcs.ops.watch import Watcher
 
 _log = logging.getLogger("ckptvcs")
-_NO_RULES = Policy()
 
 
 class Repo(Reader):
@@ -67,11 +66,7 @@ class Repo(Reader):
         return cls(Repository.init(path, codec=codec).folder)
 
     def wait(self) -> None:
-        """Wait until all background commits are done.
-
-        Raises:
-            CkptError: A background commit failed.
-        """
+        """Wait until all background commits are done; raises the CkptError of a failed one."""
         if self.background is not None and self.background.is_ours:
             self.background.wait()
 
@@ -406,7 +401,7 @@ class Repo(Reader):
 
     def gc(
         self,
-        policy: Policy = _NO_RULES,
+        policy: Policy = NO_RULES,
         *,
         sweep: bool = True,
         rekey: bool = False,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_NO_RULES = Policy()
+NO_RULES = Policy()
 
 
 class HistoryReader:
@@ -206,7 +206,7 @@ class HistoryReader:
         """
         return ops.undo.events(self.repository, branch)
 
-    def plan_gc(self, policy: Policy = _NO_RULES) -> GcPlan:
+    def plan_gc(self, policy: Policy = NO_RULES) -> GcPlan:
         """Return what `gc` would drop, fade and delete, without changing anything.
 
         The plan does not include the bytes that `gc(rekey=True)` frees.
