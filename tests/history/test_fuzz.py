@@ -56,6 +56,7 @@ from ckptvcs.ops.config import KEYS, load_config
 from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import dead_leases, live_leases
+from ckptvcs.store.local import LocalBackend
 from tests.helpers.fuzzing import any_json, little_room, mutated, mutated_json, read_or_refuse
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
@@ -355,9 +356,10 @@ CONFIG = "\n".join(
 
 def read_format(folder: Path, data: bytes) -> None:
     (folder / "format").write_bytes(data)
-    check_format(folder)
-    require_flags(folder, "write")
-    require_flags(folder, "gc")
+    backend = LocalBackend(folder)
+    check_format(backend)
+    require_flags(backend, "write")
+    require_flags(backend, "gc")
 
 
 @pytest.fixture(scope="module")
@@ -391,12 +393,15 @@ def test_formats_that_make_no_sense(folder: Path, data: bytes) -> None:
 
 
 def test_a_format_and_settings_of_a_gigabyte(folder: Path) -> None:
-    for name, read in (("format", check_format), ("config.toml", load_config)):
+    for name, read in (
+        ("format", lambda path: check_format(LocalBackend(path.parent))),
+        ("config.toml", load_config),
+    ):
         path = folder / name
         with path.open("wb") as file:
             file.truncate(1 << 30)
         with little_room(), pytest.raises(CkptError):
-            read(folder if name == "format" else path)
+            read(path)
         path.unlink()
 
 

@@ -275,7 +275,7 @@ def test_verify_while_others_commit_and_collect(at: int, tmp_path: Path) -> None
 def test_two_flags_raised_at_once(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     threads = [
-        threading.Thread(target=raise_flags, args=(repo.folder, "gc", flag))
+        threading.Thread(target=raise_flags, args=(repo.repository.backend, "gc", flag))
         for flag in ("pins", "drops")
         for _ in range(4)
     ]
