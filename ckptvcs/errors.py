@@ -10,6 +10,7 @@
         MissingObjectError                ... they are not there at all
       UnsupportedVersionError         7   upgrade ckptvcs
       StorageError                    8   the system refused: disk, network, memory, output
+      MissingExtraError (ImportError) 9   install the named extra of ckptvcs
 
 Decoders raise only these.  Anything else that reaches the command line is a bug.
 """
@@ -20,6 +21,8 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 from ckptvcs.text import plain
 
@@ -100,6 +103,30 @@ class StorageError(CkptError):
 
     kind = "storage"
     exit_code = 8
+
+
+class MissingExtraError(CkptError, ImportError):
+    """An optional package is not installed."""
+
+    kind = "missing-extra"
+    exit_code = 9
+
+
+def missing_extra(package: str) -> MissingExtraError:
+    """Return the error for a package that cannot be imported; its extra has the same name."""
+    return MissingExtraError(f"cannot import {package}: run pip install 'ckptvcs[{package}]'")
+
+
+def optional(package: str) -> Any:
+    """Import and return a package that only an extra of ckptvcs installs.
+
+    Raises:
+        MissingExtraError: the package cannot be imported.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise missing_extra(package) from error
 
 
 def refuse_memory(error: Exception) -> None:

@@ -375,7 +375,9 @@ class Repo(Reader):
         Raises:
             InvalidInputError: there is no such setting, or it does not take that value.
         """
-        return get_setting(set_setting(self.folder / CONFIG, key, value), key)
+        return get_setting(
+            set_setting(self.folder / CONFIG, self.repository.backend, key, value), key
+        )
 
 
 def _take(

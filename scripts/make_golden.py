@@ -22,7 +22,7 @@ from ckptvcs.gc.retention import Policy
 from ckptvcs.history.format_file import FORMAT
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
-from tests.training import save_run, train
+from tests.helpers.training import save_run, train
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 CODECS = (

@@ -162,6 +162,7 @@ def test_the_error_tree() -> None:
         "MissingObjectError": 6,
         "UnsupportedVersionError": 7,
         "StorageError": 8,
+        "MissingExtraError": 9,
     }
     assert len({c.kind for c in found}) == len(found)
     assert issubclass(errors.InvalidInputError, ValueError)

@@ -2,7 +2,7 @@
 
 A state becomes a torch.save zip file in memory and is committed like any other file.  On the way
 back the tree of a file's pickle is filled with the decoded tensors; unknown objects stay inert.
-torch is imported only when a tensor of it is there to be read or made.
+Only functions that make tensors of torch import it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ckptvcs.checkpoint.torch_writer import (
 )
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD, Checksums, parse
 from ckptvcs.codec.dtypes import DTYPES
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import InvalidInputError, optional
 from ckptvcs.history.schema import View
 
 STATE_FILE = "state.pt"
@@ -279,9 +279,7 @@ def _called(node: Inert) -> object:
                 return set(items)
         case Global("torch", "Size"), (tuple() as sizes,):
             if all(type(size) is int for size in sizes):
-                import torch  # noqa: PLC0415  see above
-
-                return torch.Size(sizes)
+                return optional("torch").Size(sizes)
         case _:
             pass
     return node
@@ -304,8 +302,7 @@ def _window(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> Any:
-    import torch  # noqa: PLC0415  only where a tensor of torch is made
-
+    torch = optional("torch")
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
         raise InvalidInputError(

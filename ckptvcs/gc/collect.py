@@ -18,7 +18,7 @@ commits that were dropped stay, so that the history stays whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -269,51 +269,46 @@ class Collector:
         """A decision on every commit, if there are rules."""
         if not policy.drops and policy.optimizer_last is None:
             return []
-        tips = self._revisions.tips()
-        tagged = self._refs.targets("tags")
-        lines = self._lines(gone.commits)
-        kept = policy.kept(lines.values(), tagged, now)
+        known = {name: made for name, made in commits.items() if name not in gone.commits}
+        protected = self._protected(known)
+        lines = list(self._lines(gone.commits).values())
+        kept = policy.kept(lines, self._refs.targets("tags"), now)
         if policy.drops and not kept and commits:
             raise InvalidInputError(
                 "these rules keep no commit at all", hint="add one, as --keep-last 10"
             )
-        protected: dict[ObjectId, list[str]] = {}
-        for ref, name in tips.items():
-            space, _, label = ref.partition("/")
-            title = {"heads": f"branch {label}", "tags": f"tag {label}", "pins": "pin"}
-            if space in title:
-                protected.setdefault(name, []).append(title[space])
+        old = _old(policy, lines, protected.keys() | kept.keys()) - protected.keys()
+        decisions = []
+        for name, commit in known.items():
+            why = tuple(dict.fromkeys((*protected.get(name, ()), *kept.get(name, ()))))
+            stored = commit.parts.keys() - gone.parts.get(name, frozenset())
+            if policy.drops and not why:
+                decision = Decision(name, commit, "drop", ("no rule keeps it",))
+            elif name in old and OPTIMIZER in stored:
+                why = (*why, f"optimizer of the last {policy.optimizer_last}")
+                decision = Decision(name, commit, "drop optimizer", why)
+            else:
+                decision = Decision(name, commit, "keep", why)
+            decisions.append(decision)
+        return decisions
+
+    def _protected(self, commits: Mapping[ObjectId, Commit]) -> dict[ObjectId, list[str]]:
+        """Return why commits stay whole whatever the rules say: refs, and what the settings keep
+        of `commits`.
+        """
+        reasons: dict[ObjectId, list[str]] = {}
         head = self._revisions.head()
         if head is not None:
-            protected.setdefault(head, []).insert(0, "HEAD")
+            reasons[head] = ["HEAD"]
+        for ref, name in self._revisions.tips().items():
+            space, _, label = ref.partition("/")
+            titles = {"heads": f"branch {label}", "tags": f"tag {label}", "pins": "pin"}
+            if space in titles:
+                reasons.setdefault(name, []).append(titles[space])
         if self._best is not None:
-            known = {n: c for n, c in commits.items() if n not in gone.commits}
-            for name in self._best.pick(known.items()):
-                protected.setdefault(name, []).append(f"best {self._best.metric}")
-        rows = {row.name: row for line in lines.values() for row in line}
-        young = set()
-        for line in lines.values():
-            stay = [
-                row.name
-                for row in line
-                if not policy.drops or row.name in kept or row.name in protected
-            ]
-            young.update(stay[: policy.optimizer_last])
-        decisions = []
-        for name, commit in commits.items():
-            if name in gone.commits:
-                continue
-            why = tuple(dict.fromkeys((*protected.get(name, ()), *kept.get(name, ()))))
-            action, reasons = "keep", why
-            if policy.drops and not why:
-                action, reasons = "drop", ("no rule keeps it",)
-            elif name not in protected and name not in young and name in rows:
-                there = OPTIMIZER in commit.parts and OPTIMIZER not in gone.parts.get(name, ())
-                if there:
-                    action = "drop optimizer"
-                    reasons = (*why, f"optimizer of the last {policy.optimizer_last}")
-            decisions.append(Decision(name, commit, action, reasons))
-        return decisions
+            for name in self._best.pick(commits.items()):
+                reasons.setdefault(name, []).append(f"best {self._best.metric}")
+        return reasons
 
     def _with_bytes(
         self, row: Decision, marked: Marked, going: set[PackId], counted: set[ObjectId]
@@ -428,6 +423,19 @@ class Collector:
         """Delete what writers left that are gone; nobody writes meanwhile."""
         for name in self._debris():
             self._catalog.store.backend.delete(name)
+
+
+def _old(policy: Policy, lines: Iterable[Sequence[Row]], stay: Set[ObjectId]) -> set[ObjectId]:
+    """Return the commits that are too old for their optimizers to be kept: of the commits that
+    `stay`, none of the newest of a line is.
+    """
+    rows, young = set[ObjectId](), set[ObjectId]()
+    for line in lines:
+        names = [row.name for row in line]
+        rows.update(names)
+        staying = [name for name in names if not policy.drops or name in stay]
+        young.update(staying[: policy.optimizer_last])
+    return rows - young
 
 
 def _drops(

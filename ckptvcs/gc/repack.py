@@ -43,26 +43,19 @@ def plan_merges(catalog: Catalog, marked: Marked, coming: Iterable[Place] = ()) 
     """
     store = catalog.store
     sizes = store.pack_sizes()
-    alone = {place.pack for name in catalog.patches() for place in store.index.known(name)}
-    kept: dict[PackId, list[Place]] = {}
-    for name in marked.objects:
-        places = store.index.known(name)
-        if not places:
-            continue  # it was of a patch that a writer has let fade meanwhile
-        # Of several copies one is enough, but that in a patch goes with it.
-        place = next((place for place in places if place.pack not in alone), places[0])
-        kept.setdefault(place.pack, []).append(place)
+    kept = _kept(catalog, marked)
     for place in coming:
         kept.setdefault(place.pack, []).append(place)
         sizes[place.pack] = place.folder, packed_size(one.entry for one in kept[place.pack])
     groups: dict[tuple[str, str], list[tuple[PackId, bool]]] = {}
     for pack, (folder, size) in sorted(sizes.items()):
-        if pack in alone or pack not in kept:
+        places = kept.get(pack, [])
+        parts = {marked.bundles.get(place.entry.id, "") for place in places}
+        if len(parts) != 1:
             continue
-        parts = {marked.bundles.get(place.entry.id, "") for place in kept[pack]}
-        used = _used(kept[pack])
+        used = _used(places)
         wasted = size - used > max(_WASTE * size, _LEAST_WASTE)
-        if (size <= _TINY or wasted) and len(parts) == 1 and used < _FULL:
+        if (size <= _TINY or wasted) and used < _FULL:
             groups.setdefault((folder, parts.pop()), []).append((pack, wasted))
     return [
         merge
@@ -70,6 +63,18 @@ def plan_merges(catalog: Catalog, marked: Marked, coming: Iterable[Place] = ()) 
         if len(members) >= _FEW or any(wasted for _, wasted in members)
         for merge in _batches(folder, [pack for pack, _ in members], kept)
     ]
+
+
+def _kept(catalog: Catalog, marked: Marked) -> dict[PackId, list[Place]]:
+    """Return one place of each marked object, by pack, outside of the packs of exact patches."""
+    index = catalog.store.index
+    alone = {place.pack for name in catalog.patches() for place in index.known(name)}
+    kept: dict[PackId, list[Place]] = {}
+    for name in marked.objects:
+        place = next((place for place in index.known(name) if place.pack not in alone), None)
+        if place is not None:
+            kept.setdefault(place.pack, []).append(place)
+    return kept
 
 
 def _batches(folder: str, packs: list[PackId], kept: dict[PackId, list[Place]]) -> Iterator[Merge]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptvcs.errors import InvalidInputError, NotFoundError
@@ -57,6 +57,26 @@ def _bound(at: Bound) -> int | None:
     """The step that bounds a stretch of a line; None where it is no step but a revision."""
     digits = str(at).removeprefix("step:")
     return int(digits) if digits.isdecimal() and len(digits) <= LONGEST_STEP else None
+
+
+def _within(step: int | None, low: int | None, high: int | None) -> bool:
+    """Whether a step is in bounds; an unknown one is below every bound."""
+    if step is None:
+        return low is None
+    return (low is None or step >= low) and (high is None or step <= high)
+
+
+def _matching(
+    steps: Iterable[int | None], low: int | None, high: int | None, every: int | None
+) -> Iterator[int]:
+    """Yield the positions of steps that are in bounds and multiples of `every`, if that is given;
+    where the step is unknown, that before it has to be in bounds.
+    """
+    last = None
+    for number, step in enumerate(steps):
+        last = last if step is None else step
+        if _within(last, low, high) and (every is None or (step is not None and step % every == 0)):
+            yield number
 
 
 class History:
@@ -125,17 +145,8 @@ class History:
         names = [name for name, _ in line]
         first = 0 if start is None or low is not None else self._position(start, names)
         last = len(names) if stop is None or high is not None else self._position(stop, names) + 1
-        found, step = [], None
-        for number, (name, commit) in enumerate(line):
-            step = step if commit.step is None else commit.step
-            if (
-                first <= number < last
-                and (low is None or (step is not None and step >= low))
-                and (high is None or step is None or step <= high)
-                and (every is None or (commit.step is not None and commit.step % every == 0))
-            ):
-                found.append(name)
-        return found
+        matching = _matching((commit.step for _, commit in line), low, high, every)
+        return [names[number] for number in matching if first <= number < last]
 
     def _position(self, revision: str | int, line: list[ObjectId]) -> int:
         name = self._revisions.resolve(str(revision))
@@ -218,17 +229,10 @@ class History:
         """Commits with the branch whose line they were found on; on one line no more than
         `limit`.
         """
-        lines: list[tuple[str | None, ObjectId]] = []
         if start is not None:
-            lines.append((self.branch_at(start), start))
+            lines = [(self.branch_at(start), start)]
         else:
-            head, at = self._refs.read(HEAD), self._revisions.head()
-            if at is not None:
-                lines.append((head.branch if head else None, at))
-            if all_branches:
-                tips = self._revisions.tips()
-                lines += [(n[6:], tip) for n, tip in tips.items() if n.startswith("heads/")]
-                lines += [(None, tip) for n, tip in tips.items() if not n.startswith("heads/")]
+            lines = self._lines(all_branches=all_branches)
         walk = self._catalog.ancestors if all_branches else self._catalog.line
         found: dict[ObjectId, str | None] = {}
         times: dict[ObjectId, str] = {}
@@ -239,12 +243,23 @@ class History:
                     break
                 found[name] = branch
                 line.append((name, commit))
-            for name, commit in reversed(
-                line
-            ):  # none is older than its parent, say clocks what may
+            for name, commit in reversed(line):
+                # No commit counts as older than its parent, whatever its clock said.
                 below = times.get(commit.parents[0], "") if commit.parents else ""
                 times[name] = max(commit.time, below)
         names = list(found)
         if len(lines) > 1:
             names.sort(key=lambda name: times[name], reverse=True)
         return [(name, found[name]) for name in names]
+
+    def _lines(self, *, all_branches: bool) -> list[tuple[str | None, ObjectId]]:
+        """Return HEAD's line, or first this and then those of all refs: (branch, tip) each."""
+        lines: list[tuple[str | None, ObjectId]] = []
+        head, at = self._refs.read(HEAD), self._revisions.head()
+        if at is not None:
+            lines.append((head.branch if head else None, at))
+        if all_branches:
+            tips = self._revisions.tips()
+            lines += [(n[6:], tip) for n, tip in tips.items() if n.startswith("heads/")]
+            lines += [(None, tip) for n, tip in tips.items() if not n.startswith("heads/")]
+        return lines

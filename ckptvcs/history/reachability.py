@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
@@ -42,14 +42,10 @@ def mark(
             continue
         marked.objects.add(commit.schema)
         marked.objects |= {file.skeleton for file in commit.files if file.skeleton}
-        if commit.errors is not None and ERRORS not in gone.parts.get(name, ()):
+        gone_parts = gone.parts.get(name, frozenset())
+        if commit.errors is not None and ERRORS not in gone_parts:
             marked.objects.add(commit.errors)
-        for part, state in commit.parts.items():
-            if part in gone.parts.get(name, ()):
-                continue
-            tables.append((state.values, part))
-            if state.exact and state.exact not in faded and _is_kept(catalog, name, part):
-                tables.append((state.exact, part))
+        tables += _tables_of(catalog, name, commit, gone_parts, faded)
     # Of tables that these stand on, only frames are read: their hashes prove nothing here.
     marked.objects |= {table for table, _ in tables}
     _mark_tables(catalog, tables, marked, lost)
@@ -57,6 +53,18 @@ def mark(
         lost |= {name for name in marked.objects if not catalog.store.contains(name)}
     marked.objects |= bases(catalog, marked.objects - (lost or set()), lost)
     return marked
+
+
+def _tables_of(
+    catalog: Catalog, name: ObjectId, commit: Commit, gone: Set[str], faded: Set[ObjectId]
+) -> Iterator[tuple[ObjectId, str]]:
+    """Yield the tables of values that a commit needs, with the part of each."""
+    for part, state in commit.parts.items():
+        if part in gone:
+            continue
+        yield state.values, part
+        if state.exact and state.exact not in faded and _is_kept(catalog, name, part):
+            yield state.exact, part
 
 
 def _is_kept(catalog: Catalog, name: ObjectId, part: str) -> bool:
@@ -108,27 +116,10 @@ def _mark_tables(
         if table in done:
             continue
         done.add(table)
-        names = [
-            (name, recipe)
-            for name, recipe in catalog.recipes(table)
-            if all(map(catalog.store.contains, recipe.bundles))
-        ]
-        if not names:
-            if lost is None and catalog.is_fading(table):
-                continue  # a writer has let the patch fade since it was looked for
-            if lost is None:
-                raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
-            lost |= {table, *(b for _, recipe in catalog.recipes(table) for b in recipe.bundles)}
-            continue
-        # The newest one is what readers use; an exact patch is not what others stand on.
-        own = [pair for pair in names if not pair[1].patch][:1]
-        own += [
-            pair
-            for pair in names
-            # One that a commit left behind that came to nothing stands on what was never written.
-            if pair[1].patch and (not own or _can_be_read(catalog, pair[1]))
-        ]
-        for name, recipe in own:
+        recipes = _recipes_of(catalog, table)
+        if not recipes:
+            _lose(catalog, table, lost)
+        for name, recipe in recipes:
             marked.objects.add(name)
             marked.objects.update(recipe.bundles)
             marked.bundles |= dict.fromkeys(recipe.bundles, part)
@@ -139,6 +130,33 @@ def _mark_tables(
                     raise
                 continue  # the bundle is damaged, and among the objects that are marked
             tables += [(base, part) for base in below if base not in done]
+
+
+def _recipes_of(catalog: Catalog, table: ObjectId) -> list[tuple[ObjectId, Recipe]]:
+    """Return the recipes of a table that are needed; none where no recipe has its bundles."""
+    whole = [
+        (name, recipe)
+        for name, recipe in catalog.recipes(table)
+        if all(map(catalog.store.contains, recipe.bundles))
+    ]
+    # The newest one is what readers use; an exact patch is not what others stand on.
+    used = [pair for pair in whole if not pair[1].patch][:1]
+    # A patch of a commit that was never finished may stand on what was never written.
+    return used + [
+        pair for pair in whole if pair[1].patch and (not used or _can_be_read(catalog, pair[1]))
+    ]
+
+
+def _lose(catalog: Catalog, table: ObjectId, lost: set[ObjectId] | None) -> None:
+    """Add a table that no recipe is left for to `lost`.
+
+    Raises:
+        MissingObjectError: `lost` is not given.
+    """
+    if lost is not None:
+        lost |= {table, *(b for _, recipe in catalog.recipes(table) for b in recipe.bundles)}
+    elif not catalog.is_fading(table):  # else a writer let the patch fade since the first look
+        raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
 
 
 def _can_be_read(catalog: Catalog, patch: Recipe) -> bool:

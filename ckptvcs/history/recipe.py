@@ -11,7 +11,9 @@ Layout: docs/format.md, "Values", "Recipe", "Bundle", "Records".
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
@@ -164,37 +166,51 @@ def load_bundle(data: bytes) -> tuple[Frame, ...]:
     bases = [checked_id(name) for name in record.texts("bases")]
     common = _dtype(record)
     frames: list[Frame] = []
-    at = 0
+    end = 0  # of the slices so far
     for row in record.records("frames"):
         lengths = row.integers("lengths")
-        try:
-            digests = bytes.fromhex(row.text("hashes"))
-        except ValueError:
-            digests = b""
-        if len(digests) != SLICE_HASH_BYTES * len(lengths):
-            raise CorruptionError("a bundle does not have a hash for each slice")
-        base = None
-        if row.has("base"):
-            pair = row.integers("base")
-            if len(pair) != 2 or pair[0] >= len(bases) or row.integer("depth") < 1:
-                raise CorruptionError("a bundle names a base that it does not list")
-            base = (bases[pair[0]], pair[1])
-        starts = row.integers("starts") if row.has("starts") else []
-        if starts and len(starts) != len(lengths):
-            raise CorruptionError("a bundle does not have a start for each slice")
-        slices = []
-        for number, length in enumerate(lengths):
-            at = starts[number] if starts else at
-            digest = digests[number * SLICE_HASH_BYTES : (number + 1) * SLICE_HASH_BYTES]
-            slices.append((at, length, digest))
-            at += length
+        hashes = _load_hashes(row, len(lengths))
+        base = _load_base(row, bases)
+        starts = _load_starts(row, lengths, end)
+        if lengths:
+            end = starts[-1] + lengths[-1]
         companion = row.optional_integer("companion")
         if companion is not None and companion >= len(frames):
             raise CorruptionError("a frame shares the mask of a frame that is not before it")
         depth = row.integer("depth") if base else 0
         dtype = _dtype(row) if row.has("dtype") else common
-        frames.append(Frame(base, depth, companion, tuple(slices), dtype))
+        slices = tuple(zip(starts, lengths, hashes, strict=True))
+        frames.append(Frame(base, depth, companion, slices, dtype))
     return tuple(frames)
+
+
+def _load_hashes(row: Record, count: int) -> list[bytes]:
+    """Return the hashes of the slices of a frame."""
+    try:
+        data = bytes.fromhex(row.text("hashes"))
+    except ValueError:
+        data = b""
+    if len(data) != SLICE_HASH_BYTES * count:
+        raise CorruptionError("a bundle does not have a hash for each slice")
+    return [data[at : at + SLICE_HASH_BYTES] for at in range(0, len(data), SLICE_HASH_BYTES)]
+
+
+def _load_base(row: Record, bases: Sequence[ObjectId]) -> tuple[ObjectId, int] | None:
+    """Return the base of a frame, whose table is one of `bases`."""
+    if not row.has("base"):
+        return None
+    pair = row.integers("base")
+    if len(pair) != 2 or pair[0] >= len(bases) or row.integer("depth") < 1:
+        raise CorruptionError("a bundle names a base that it does not list")
+    return bases[pair[0]], pair[1]
+
+
+def _load_starts(row: Record, lengths: list[int], end: int) -> list[int]:
+    """Return where the slices of a frame start: one after another from `end` on, if unsaid."""
+    starts = row.integers("starts") if row.has("starts") else []
+    if starts and len(starts) != len(lengths):
+        raise CorruptionError("a bundle does not have a start for each slice")
+    return starts or list(accumulate(lengths, initial=end))[: len(lengths)]
 
 
 def _dtype(record: Record) -> str | None:

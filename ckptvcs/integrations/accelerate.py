@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.checkpoint.roles import Names
+from ckptvcs.errors import missing_extra
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.ops.commit import CommitResult
 
 try:
     from accelerate import Accelerator
 except ImportError as error:
-    raise ImportError("install it with: pip install 'ckptvcs[accelerate]'") from error
+    raise missing_extra("accelerate") from error
 
 
 def commit_state(

@@ -14,10 +14,8 @@ from pathlib import Path, PurePosixPath
 from threading import Condition
 from typing import Any
 
-import torch
-
 from ckptvcs.checkpoint.conventions import LIGHTNING_LAST
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import InvalidInputError, missing_extra
 from ckptvcs.hashing import hasher
 from ckptvcs.history.log import LogEntry
 from ckptvcs.integrations.target import Target, Where
@@ -26,10 +24,11 @@ from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
 try:
+    import torch
     from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 except ImportError as error:
-    raise ImportError("install it with: pip install 'ckptvcs[lightning]'") from error
+    raise missing_extra("lightning") from error
 
 _PASSED_ON = ".temp.ckpt"
 """What processes that end give to the one that started them: nobody's checkpoint."""

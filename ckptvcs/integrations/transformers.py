@@ -13,7 +13,7 @@ from typing import Any
 from ckptvcs.checkpoint.conventions import named_step
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.checkpoint.torch_objects import parameter_names
-from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError
+from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError, missing_extra
 from ckptvcs.files.removal import Originals
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.ops.originals import Keeper
@@ -24,7 +24,7 @@ from ckptvcs.store.ids import ObjectId
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise ImportError("install it with: pip install 'ckptvcs[transformers]'") from error
+    raise missing_extra("transformers") from error
 
 _log = logging.getLogger("ckptvcs")
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.codec.spec import CodecSpec, parse_codec, with_bounds
-from ckptvcs.errors import CkptError, InvalidInputError
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.gc.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store import disk
-from ckptvcs.store.backend import read_small
+from ckptvcs.store.backend import Backend
 from ckptvcs.store.leases import turn
-from ckptvcs.store.local import LocalBackend
 
 Value = str | int | float
 
@@ -216,8 +215,8 @@ class Settings:
 
 def _read(path: Path) -> str:
     try:
-        text = read_small(LocalBackend(path.parent), path.name, _MAX_BYTES).decode("utf-8")
-    except (OSError, ValueError, CkptError) as error:
+        text = disk.read_small(path, _MAX_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise InvalidInputError(f"cannot read {path}: {error}", hint=_HINT) from error
     if not text.strip():
         raise InvalidInputError(f"{path} is empty", hint=_HINT)
@@ -235,7 +234,7 @@ def _parse(text: str, path: Path) -> Config:
     return replace(Config(), **settings)  # type: ignore[arg-type]  # checked one by one
 
 
-def set_setting(path: Path, key: str, value: str | None) -> Config:
+def set_setting(path: Path, backend: Backend, key: str, value: str | None) -> Config:
     """Change a setting in the file, whole or not at all, leaving its other lines as they are; None
     takes it out.  The settings from then on.
 
@@ -247,18 +246,18 @@ def set_setting(path: Path, key: str, value: str | None) -> Config:
     get_setting(Config(), key)
     checked = None if value is None else _checked(key, value)
     own = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
-    with turn(LocalBackend(path.parent)):  # two processes may change settings at once
+    with turn(backend):  # two processes may change settings at once
         there = _read(path) if path.exists() else _HEADING
         lines = [line for line in there.splitlines() if not own.match(line)]
         if checked is not None:
             lines.append(f"{key} = {json.dumps(checked)}")
         text = "\n".join(lines) + "\n"
         config = _parse(text, path)
-        disk.replace(path, text, path.parent / "tmp")
+        disk.replace(path, text.encode(), path.parent / "tmp")
     return config
 
 
-def mend_settings(path: Path, copy: Path | None, *, drop: bool) -> bool:
+def mend_settings(path: Path, backend: Backend, copy: Path | None, *, drop: bool) -> bool:
     """Where the settings cannot be read, take those of a copy, or, if told to `drop`, the lines of
     them that can be read; whether that was done.
 
@@ -280,15 +279,15 @@ def mend_settings(path: Path, copy: Path | None, *, drop: bool) -> bool:
                 text += f"{line}\n"
     if text is None:
         return False
-    LocalBackend(path.parent).delete(path.name)  # which may be no file
-    disk.replace(path, text, path.parent / "tmp")
+    backend.delete(path.name)  # which may be no file
+    disk.replace(path, text.encode(), path.parent / "tmp")
     return True
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        data = LocalBackend(path.parent).read(path.name, 0, _MAX_BYTES)
-    except (OSError, CkptError):
+        data = disk.read_small(path, _MAX_BYTES)
+    except (OSError, ValueError):
         return []
     return data.decode("utf-8", "replace").removeprefix(_HEADING).splitlines()
 

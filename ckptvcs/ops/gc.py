@@ -74,7 +74,7 @@ def _collect(
             policy,
             now(),
             sweep=sweep,
-            before_drop=lambda: raise_flags(repository.folder, "gc", "drops"),
+            before_drop=lambda: raise_flags(repository.backend, "gc", "drops"),
             rekey=(lambda: _rekey(repository, progress)) if rekey else None,
         )
         left = collector.held_bytes(debris=not sweep)
@@ -85,7 +85,7 @@ def _collect(
 
 
 def _collector(repository: Repository) -> Collector:
-    require_flags(repository.folder, "gc")
+    require_flags(repository.backend, "gc")
     best = repository.config.exact_rule.best
     return Collector(repository.catalog, repository.refs, repository.fader(), best)
 
@@ -93,7 +93,7 @@ def _collector(repository: Repository) -> Collector:
 def _rekey(repository: Repository, progress: Progress) -> None:
     from ckptvcs.encode.rekey import Rekeyer  # noqa: PLC0415  needs numpy
 
-    raise_flags(repository.folder, "read", "near", "near-2", "types")
+    raise_flags(repository.backend, "read", "near", "near-2", "types")
     depth = repository.config.keyframe_depth
     Rekeyer(repository.catalog, repository.bases, depth, progress).run(
         repository.revisions.visible()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Self
 from ckptvcs import ops
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.gc.retention import Policy
-from ckptvcs.history.format_file import is_repository
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.ops.config import KEYS, Value, get_setting
 from ckptvcs.ops.repository import FOLDER, Repository
@@ -69,7 +68,7 @@ class Reader:
     @staticmethod
     def exists(path: PathLike) -> bool:
         """Whether DIR/.ckpt is a repository."""
-        return is_repository(Path(path) / FOLDER)
+        return Repository.exists(Path(path) / FOLDER)
 
     @property
     def folder(self) -> Path:

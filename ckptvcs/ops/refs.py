@@ -161,7 +161,7 @@ def set_pin(repository: Repository, name: ObjectId, *, pinned: bool) -> bool:
         return pin is not None and pin.commit is not None
 
     if is_pinned() != pinned:
-        raise_flags(repository.folder, "gc", "pins")
+        raise_flags(repository.backend, "gc", "pins")
     with repository.leading_to(name if pinned else None):
         old = refs.read(ref)
         if pinned == (old is not None and old.commit is not None):

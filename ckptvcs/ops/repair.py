@@ -22,7 +22,7 @@ from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped, read_sound
 from ckptvcs.history.commit import ERRORS, PARTS, Commit, dump_commit
-from ckptvcs.history.format_file import mend_folders, mend_format, raise_flags
+from ckptvcs.history.format_file import FOLDERS, raise_flags, repair_format
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.recipe import LetGo, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
@@ -31,10 +31,10 @@ from ckptvcs.ops.config import mend_settings
 from ckptvcs.ops.repair_refs import Copy, RefMender, is_kin
 from ckptvcs.ops.repository import CONFIG, Repository
 from ckptvcs.ops.verify import packs_alone
+from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, PackId
 from ckptvcs.store.index.index import Place
 from ckptvcs.store.leases import exclusive
-from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.pack import Entry, find_entries, pack_name
 
 _BLOCK = 1 << 24
@@ -431,15 +431,16 @@ def repair(folder: Path, source: Path | None, *, drop: bool) -> Repaired:
         CorruptionError, UnsupportedVersionError: it cannot be opened even so.
         StorageError: it cannot be written.
     """
-    files = _repair_files(folder, source, drop=drop)
-    repository = Repository(folder)
+    backend = Repository.backend_at(folder)
+    files = _repair_files(folder, backend, source, drop=drop)
+    repository = Repository(folder, backend)
     copy = None
     if source is not None:
         other = Repository(source)
-        copy = Copy(other.catalog, other.refs if is_kin(folder, source) else None)
+        copy = Copy(other.catalog, other.refs if is_kin(backend, other.backend) else None)
     with exclusive(repository.backend), packs_alone(repository.catalog) as catalog:
         if drop:
-            raise_flags(folder, "gc", "drops")
+            raise_flags(backend, "gc", "drops")
         done = Repairer(catalog, repository.catalog, repository.refs).run(copy, drop=drop)
         shutil.rmtree(repository.bases, ignore_errors=True)
         repository.catalog.store.rebuild()
@@ -447,15 +448,17 @@ def repair(folder: Path, source: Path | None, *, drop: bool) -> Repaired:
     return done
 
 
-def _repair_files(folder: Path, source: Path | None, *, drop: bool) -> list[str]:
+def _repair_files(folder: Path, backend: Backend, source: Path | None, *, drop: bool) -> list[str]:
     """Repair the files that a repository is opened by; with `drop` without settings that cannot be
     read.  Returns the names of the repaired files.
     """
-    copy = source if source is not None and is_kin(folder, source) else None
-    lost = mend_folders(folder)
-    with exclusive(LocalBackend(folder)):
+    copy = None if source is None else Repository.backend_at(source)
+    if copy is not None and not is_kin(backend, copy):
+        source = copy = None
+    lost = backend.make_folders(FOLDERS)
+    with exclusive(backend):
         mended = {
-            "format": mend_format(folder, copy),
-            CONFIG: mend_settings(folder / CONFIG, copy and copy / CONFIG, drop=drop),
+            "format": repair_format(backend, copy),
+            CONFIG: mend_settings(folder / CONFIG, backend, source and source / CONFIG, drop=drop),
         }
     return lost + [name for name, done in mended.items() if done]

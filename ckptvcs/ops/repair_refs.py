@@ -17,7 +17,6 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical_json import now
@@ -25,8 +24,8 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.format_file import read_id
 from ckptvcs.history.refs import HEAD, Generation, Refs, follows
 from ckptvcs.history.revision import Revisions
+from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, checked_id
-from ckptvcs.store.local import LocalBackend
 
 _MAX_GAPS = 10_000  # generations that may be missing; more are a name that somebody made up
 _ROUNDS = 1000  # commits on the way from what is known of a branch to where it may have been
@@ -53,7 +52,7 @@ class Mended:
     told: dict[str, str | None] = field(default_factory=dict)
 
 
-def is_kin(own: Path, other: Path) -> bool:
+def is_kin(own: Backend, other: Backend) -> bool:
     """Whether two repositories have the same history: by their ids, which may be damaged, or by a
     generation of a ref that both have; what has neither left may be of any.
     """
@@ -64,8 +63,8 @@ def is_kin(own: Path, other: Path) -> bool:
     return not ours.isdisjoint(_generations(other)) or (not ours and ids[0] is None)
 
 
-def _generations(folder: Path) -> set[str | None]:
-    refs = Refs(LocalBackend(folder))
+def _generations(backend: Backend) -> set[str | None]:
+    refs = Refs(backend)
     return {move.hash for ref in refs.every() for move in refs.readable(ref)}
 
 

@@ -37,6 +37,7 @@ from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.config import Config, Settings, default_text
 from ckptvcs.store import disk
+from ckptvcs.store.backend import Backend
 from ckptvcs.store.descriptors import occupy_standard
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import lease, turn
@@ -59,14 +60,17 @@ CONFIG = "config.toml"
 class Repository:
     """What every operation begins with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: Backend | None = None) -> None:
+        """`backend` holds the files of the repository, except settings and cache; by default
+        `backend_at(folder)`.
+        """
         occupy_standard()
         self.folder = folder = folder.absolute()  # the working directory may change
         self.root = folder.parent
         refuse_links(folder, *map(PurePosixPath, FOLDERS))
-        check_format(folder)
+        self.backend = self.backend_at(folder) if backend is None else backend
+        check_format(self.backend)
         self.cache, self.bases = folder / CACHE, folder / CACHE / "bases"
-        self.backend = LocalBackend(folder)
         self.backend.size("format")  # who made the repository may have been killed just then
         self._settings = Settings(folder / CONFIG)
         with contextlib.suppress(InvalidInputError):  # an error of what needs them, and of no other
@@ -93,8 +97,19 @@ class Repository:
         """The settings for a commit; see `Settings.for_commit`."""
         return self._settings.for_commit()
 
+    @staticmethod
+    def backend_at(folder: Path) -> Backend:
+        """Return the backend of the repository in `folder`; nothing else chooses a backend."""
+        return LocalBackend(folder)
+
     @classmethod
-    def init(cls, path: str | os.PathLike[str] = ".", *, codec: str | None = None) -> Self:
+    def init(
+        cls,
+        path: str | os.PathLike[str] = ".",
+        *,
+        codec: str | None = None,
+        backend: Backend | None = None,
+    ) -> Self:
         """Make a repository in DIR/.ckpt, or open the one that is there.  `codec` becomes its
         setting; without it commits are near.
 
@@ -105,8 +120,9 @@ class Repository:
         occupy_standard()
         folder = Path(path) / FOLDER
         settings = default_text(codec)
-        if is_repository(folder):
-            repo = cls(folder)
+        backend = cls.backend_at(folder) if backend is None else backend
+        if is_repository(backend):
+            repo = cls(folder, backend)
             if codec not in (None, repo.config.codec):
                 raise InvalidInputError(
                     f"{folder} is there already, with codec '{repo.config.codec}'",
@@ -117,25 +133,25 @@ class Repository:
             disk.make_folder(folder)
             for name in (*FOLDERS, CACHE):
                 (folder / name).mkdir(exist_ok=True)
-            disk.replace(folder / CONFIG, settings, folder / "tmp")
-            refs = Refs(LocalBackend(folder))
+            disk.replace(folder / CONFIG, settings.encode(), folder / "tmp")
+            refs = Refs(backend)
             if not refs.numbers(HEAD):
                 with contextlib.suppress(ConflictError):  # another process makes it, too
                     refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
             # Before this there is no repository, after it a whole one.
-            write_format(folder, new_format(), new=True)
+            write_format(backend, new_format(), new=True)
             disk.sync_above(folder)
             keep_reserve(folder / CACHE)
-        except FileExistsError as error:
-            if is_repository(folder):  # another process has made it meanwhile
-                return cls.init(path, codec=codec)
+        except (ConflictError, FileExistsError) as error:
+            if is_repository(backend):  # another process has made it meanwhile
+                return cls.init(path, codec=codec, backend=backend)
             raise InvalidInputError(
-                f"{error.filename or folder} is in the way of a repository",
+                f"{getattr(error, 'filename', None) or folder} is in the way of a repository",
                 hint="delete it, or choose another directory",
             ) from error
         except OSError as error:
             raise disk.storage_error(error, f"make a repository in {path}") from error
-        return cls(folder)
+        return cls(folder, backend)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -147,19 +163,24 @@ class Repository:
         """
         return cls(cls.locate(path))
 
-    @staticmethod
-    def locate(path: str | os.PathLike[str]) -> Path:
+    @classmethod
+    def exists(cls, folder: Path) -> bool:
+        """Return whether `folder` is the folder of a repository."""
+        return is_repository(cls.backend_at(folder))
+
+    @classmethod
+    def locate(cls, path: str | os.PathLike[str]) -> Path:
         """The folder of the repository DIR or DIR/.ckpt.  Raises NotFoundError: there is none."""
         for folder in (Path(path) / FOLDER, Path(path)):
-            if is_repository(folder):
+            if cls.exists(folder):
                 return folder
         raise NotFoundError(f"no repository at {path}", hint="make one with 'ckpt init'")
 
-    @staticmethod
-    def locate_above(start: Path) -> Path:
+    @classmethod
+    def locate_above(cls, start: Path) -> Path:
         """Its folder.  Raises NotFoundError: there is none."""
         for folder in (start, *start.parents):
-            if is_repository(folder / FOLDER):
+            if cls.exists(folder / FOLDER):
                 return folder / FOLDER
         raise NotFoundError(
             f"no repository in {start} or above it",
@@ -247,12 +268,12 @@ class Repository:
         """
         from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415  needs numpy
 
-        require_flags(self.folder, "write")
+        require_flags(self.backend, "write")
         spec = config.codec_of(codec)
         flags = ["types", *(["near", "near-2"] if isinstance(spec.settings, NearSpec) else [])]
         if spec.settings is not None and config.exact_rule.wants_patch(metrics):
             flags.append("patches")
-        raise_flags(self.folder, "read", *flags)
+        raise_flags(self.backend, "read", *flags)
         return spec
 
     @contextmanager

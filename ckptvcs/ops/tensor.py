@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ckptvcs.checkpoint.state import make_tensor
 from ckptvcs.codec.words import to_float32, to_float64
 from ckptvcs.decode.part_reader import PartReader, write_whole
 from ckptvcs.decode.trajectory import find_tensor
@@ -85,9 +84,7 @@ def _numbers(reader: PartReader, window: Any) -> Any:
         pairs = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
         return pairs.reshape(*view.shape[:-1], 2 * (view.shape or (1,))[-1])
     elif dtype.startswith("F8"):
-        own = np.frombuffer(bytearray(data), np.uint8)
-        one_by_one = type(view)(view.name, dtype, 0, (own.size,), (1,))
-        flat = make_tensor(own, one_by_one, array=False).float().numpy()
+        flat = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
     else:
         kinds = {"F": "f", "I": "i", "U": "u", "C": "c", "B": "b"}
         size = 1 if dtype == "BOOL" else int(dtype[1:]) // 8

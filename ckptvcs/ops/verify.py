@@ -176,7 +176,7 @@ class Verifier:
             if os.path.lexists(folder / name) and not (folder / name).is_dir():
                 self._wrong("folder", CorruptionError(f"{name} is no folder"), name=name)
         for what, name, check in (
-            ("format", "format", lambda: check_seal(folder)),
+            ("format", "format", lambda: check_seal(self._catalog.store.backend)),
             ("settings", "config.toml", lambda: load_config(folder / "config.toml")),
         ):
             try:
@@ -434,7 +434,7 @@ def why_unopened(folder: Path, error: CkptError) -> CorruptionError | None:
     if isinstance(error, CorruptionError):
         return error
     try:
-        check_seal(folder)
+        check_seal(Repository.backend_at(folder))
     except CorruptionError as found:
         return found
     return None

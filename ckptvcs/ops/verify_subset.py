@@ -39,7 +39,7 @@ class Checked:
         self.times |= dict.fromkeys(names, time.time())
         # A repository that cannot be written can be verified.
         with contextlib.suppress(OSError, StorageError):
-            disk.replace(self._path, json.dumps(self.times), self._path.parent)
+            disk.replace(self._path, json.dumps(self.times).encode(), self._path.parent)
 
 
 @dataclass(frozen=True)

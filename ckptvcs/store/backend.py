@@ -59,7 +59,7 @@ class Hold(Protocol):
 
 
 class Backend(Protocol):
-    """A folder of write-once files."""
+    """A folder of write-once files; `str` names it in messages."""
 
     def names(self, folder: str) -> Iterator[str]:
         """Every name below `folder`, in no order; nothing where the folder does not exist."""
@@ -118,9 +118,23 @@ class Backend(Protocol):
         yet: their writers have not come to the end of `publish`.  What is gone by now is left out.
         """
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a small file durably in place of an older version of it.
+
+        Raises:
+            StorageError: the file is unchanged.
+        """
+
     def cache(self, name: str, data: bytes) -> None:
         """Put a file that may be lost in the place of what has its name; nothing where it cannot be
         written.
+        """
+
+    def make_folders(self, folders: Iterable[str]) -> list[str]:
+        """Create the folders that are missing or are not folders; return their names.
+
+        Raises:
+            StorageError: a folder cannot be created.
         """
 
     def make_way(self, folder: str) -> None:
@@ -135,6 +149,9 @@ class MemoryBackend:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
+
+    def __str__(self) -> str:
+        return "memory"
 
     def names(self, folder: str) -> Iterator[str]:
         return iter([name for name in self.files if name.startswith(folder + "/")])
@@ -170,8 +187,14 @@ class MemoryBackend:
     def settle_seen(self) -> None:
         """Nothing here outlasts the process."""
 
+    def replace(self, name: str, data: bytes) -> None:
+        self.files[name] = data
+
     def cache(self, name: str, data: bytes) -> None:
         self.files[name] = data
+
+    def make_folders(self, folders: Iterable[str]) -> list[str]:
+        return []
 
     def make_way(self, folder: str) -> None:
         self.files.pop(folder, None)

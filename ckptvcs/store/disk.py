@@ -42,18 +42,23 @@ def storage_error(error: OSError, action: str) -> StorageError:
     return StorageError(f"cannot {action}: {reason}", hint=_HINTS.get(error.errno or 0))
 
 
-def read_text(path: Path, most: int) -> str:
-    """A text file of at most so many bytes.
+def open_nonblocking(path: str | Path, flags: int) -> int:
+    """Open a file; return at once for a pipe, which has no bytes to read."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """Read a file of at most `limit` bytes.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is larger, or no text.
+        OSError: the file cannot be read.
+        ValueError: the file is larger.
     """
-    with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"it has more than {most} bytes")
-    return data.decode("utf-8")
+    with open(path, "rb", opener=open_nonblocking) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is larger than its limit of {limit} bytes")
+    return data
 
 
 @contextlib.contextmanager
@@ -191,27 +196,25 @@ def settle(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace(path: Path, text: str, scratch: Path, *, new: bool = False) -> None:
-    """Put `text` in the place of a file, whole or not at all, by way of a folder on the same file
-    system.
+def replace(path: Path, data: bytes, scratch: Path) -> None:
+    """Replace a file atomically and durably.
+
+    `scratch` is a folder for the temporary file, on the same file system.
 
     Raises:
-        FileExistsError: it was to be a `new` one.
-        StorageError: the file is as it was.
+        StorageError: the file is unchanged.
     """
     temporary = scratch / f"{path.name}-{os.urandom(8).hex()}"
     try:
         make_folder(scratch)
         with create(temporary) as file:
-            write(file, text.encode())
+            write(file, data)
             sync(file)
-        (link if new else rename)(temporary, path)
+        rename(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if new and isinstance(error, FileExistsError):
-            raise
         raise storage_error(error, f"write {path}") from error
     finally:
-        # What stays in the scratch folder is debris, which gc sweeps.
+        # gc deletes a temporary file that stays here.
         with contextlib.suppress(OSError):
             unlink(temporary)

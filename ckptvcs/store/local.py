@@ -58,11 +58,6 @@ def _background(process: int) -> Pool:
     return pool
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a pipe, which is of no size, without waiting for somebody who writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 class LocalBackend:
     """Write-once files below a directory."""
 
@@ -73,6 +68,9 @@ class LocalBackend:
         self._doubtful: set[str] = set()  # seen, and perhaps not durable
         self._has_links = True  # as far as is known
         self._is_rooted = False  # whether the way to `root` was synced
+
+    def __str__(self) -> str:
+        return str(self.root)
 
     def names(self, folder: str) -> Iterator[str]:
         stack = [folder]
@@ -114,7 +112,7 @@ class LocalBackend:
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         try:
-            with open(self.root / name, "rb", buffering=0, opener=_open_at_once) as file:
+            with open(self.root / name, "rb", buffering=0, opener=disk.open_nonblocking) as file:
                 found = os.fstat(file.fileno())
                 self._note(name, found)
                 left = max(0, found.st_size - offset)
@@ -154,7 +152,7 @@ class LocalBackend:
 
     def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
         try:
-            with open(self.root / name, "rb", buffering=0, opener=_open_at_once) as file:
+            with open(self.root / name, "rb", buffering=0, opener=disk.open_nonblocking) as file:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise _no_file(name)
@@ -217,6 +215,9 @@ class LocalBackend:
         }
         self._sync_folders(below)
 
+    def replace(self, name: str, data: bytes) -> None:
+        disk.replace(self.root / name, data, self.root / "tmp")
+
     def cache(self, name: str, data: bytes) -> None:
         path, temporary = self.root / name, self.root / "tmp" / os.urandom(16).hex()
         try:
@@ -228,6 +229,13 @@ class LocalBackend:
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+    def make_folders(self, folders: Iterable[str]) -> list[str]:
+        missing = [name for name in folders if not (self.root / name).is_dir()]
+        for name in missing:
+            self.make_way(name)
+            disk.make_folder(self.root / name)
+        return missing
 
     def make_way(self, folder: str) -> None:
         own = PurePosixPath(folder)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ckptvcs import Repo
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.errors import CkptError, InvalidInputError
-from tests.fuzzing import little_room, mutated
+from tests.helpers.fuzzing import little_room, mutated
 
 
 def write(folder: Path, steps: int = 1, **options: Any) -> Path:

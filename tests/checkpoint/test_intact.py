@@ -21,7 +21,7 @@ from ckptvcs import InvalidInputError, Repo
 from ckptvcs.checkpoint.intact import HINT, TORCH, require_whole
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.torch_writer import MemorySource
-from tests.training import train
+from tests.helpers.training import train
 
 
 def saved(**options: Any) -> bytes:

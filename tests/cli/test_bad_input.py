@@ -23,8 +23,8 @@ from ckptvcs.encode.encoder import Encoder
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind
-from tests.cli.conftest import Ckpt, environment
-from tests.training import train_on
+from tests.helpers.command_line import Ckpt, environment
+from tests.helpers.training import train_on
 
 
 def snapshot(store: Path) -> set[str]:

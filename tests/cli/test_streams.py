@@ -18,8 +18,8 @@ import pytest
 
 from ckptvcs import Repo, StorageError
 from ckptvcs.ops.refs import set_ref
-from tests.cli.conftest import environment
-from tests.crashing import save
+from tests.helpers.command_line import environment
+from tests.helpers.crashing import save
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")

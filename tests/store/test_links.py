@@ -19,8 +19,8 @@ from ckptvcs.errors import ConflictError, StorageError
 from ckptvcs.repo import Repo
 from ckptvcs.store.backend import Backend, write_once
 from ckptvcs.store.local import LocalBackend
-from tests.crashing import SCENARIOS, Expected, expected, save
-from tests.faults import AFTER, BEFORE, Steps, killed
+from tests.helpers.crashing import SCENARIOS, Expected, expected, save
+from tests.helpers.faults import AFTER, BEFORE, Steps, killed
 from tests.store.contract import BackendContract
 
 CODES = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)

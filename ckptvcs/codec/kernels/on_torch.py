@@ -17,6 +17,7 @@ from ckptvcs.codec.codes import Integers
 from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import Matrix
 from ckptvcs.codec.sections import Bytes, sample_positions
+from ckptvcs.errors import optional
 from ckptvcs.hashing import hasher
 
 Floats = NDArray[np.float32]
@@ -30,9 +31,7 @@ _PIECE = 1 << 24  # bytes whose fingerprint is taken at once
 
 @lru_cache(1)
 def _torch() -> Any:
-    import torch  # noqa: PLC0415  see above
-
-    return torch
+    return optional("torch")
 
 
 def floats(data: Tensor, dtype: str) -> Tensor:

@@ -7,7 +7,12 @@ A commit is a directory: `rank-N.pt` for each process, as torch.save would write
 state, and `checkpoint.json` (`chunks.py`), which says what each has.
 """
 
-from ckptvcs.integrations.distributed.reader import CkptReader, load_state
-from ckptvcs.integrations.distributed.writer import CkptWriter
+from ckptvcs.errors import missing_extra
+
+try:
+    from ckptvcs.integrations.distributed.reader import CkptReader, load_state
+    from ckptvcs.integrations.distributed.writer import CkptWriter
+except ImportError as error:
+    raise missing_extra("torch") from error
 
 __all__ = ["CkptReader", "CkptWriter", "load_state"]

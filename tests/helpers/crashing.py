@@ -1,0 +1,296 @@
+"""What may be cut, and what must hold of the repository then."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptvcs.checkpoint.state import state_checkpoint
+from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.errors import NotFoundError
+from ckptvcs.gc.retention import Policy
+from ckptvcs.ops.import_folder import Importer
+from ckptvcs.ops.join import Joint, code_share
+from ckptvcs.ops.refs import move_head, set_ref
+from ckptvcs.repo import Repo
+from ckptvcs.store.ids import ObjectId
+from tests.helpers.soaking import run_states
+
+Act = Callable[[Path], object]
+
+
+def states(count: int) -> list[dict[str, Any]]:
+    """States of a very small run, with the moments of AdamW."""
+    return [copy.deepcopy(state) for state in islice(run_states(0, (40, 30)), count)]
+
+
+def save(folder: Path, steps: range) -> None:
+    """Write checkpoints of some steps."""
+    folder.mkdir(exist_ok=True)
+    for state in states(steps.stop - 1)[steps.start - 1 :]:
+        torch.save(state, folder / f"step-{state['step']}.pt")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A history of `commits` near ones is prepared, and then there is an `act` on it.
+
+    `repeats`: it can be done again once it is done, and leaves the same.  `also` must hold after a
+    cut, whatever happens to the history.
+    """
+
+    name: str
+    act: Act
+    commits: int = 3
+    prepare: Act | None = None
+    repeats: bool = True
+    also: Act = lambda _: None
+
+    def build(self, root: Path) -> None:
+        """Make the repository in `root`/repo, and files to commit beside it."""
+        save(root, range(1, self.commits + 3))
+        (root / "repo").mkdir()
+        if self.commits:
+            repo = Repo.init(root / "repo")
+            repo.configure("keyframe-depth", "4")
+            for step in range(1, self.commits + 1):
+                repo.commit_path(root / f"step-{step}.pt", message="", metrics={"loss": 1 / step})
+            set_ref(repo.repository, "tags", "first", repo.resolve(1), "tag")
+        if self.prepare is not None:
+            self.prepare(root)
+
+
+def _commit(codec: str) -> Act:
+    def act(root: Path) -> None:
+        repo = Repo.open(root / "repo")
+        steps = [entry.step or 0 for entry in repo.log(1)]
+        path = root / f"step-{min(4, steps[0] + 1)}.pt"
+        repo.commit_path(path, message="next", codec=codec)
+
+    return act
+
+
+def _commit_together(root: Path) -> None:
+    """As two processes do, each of which has one of the weights."""
+    repo = Repo.open(root / "repo")
+    steps = [entry.step or 0 for entry in repo.log(1)]
+    step = min(4, steps[0] + 1)
+    whole = states(step)[-1]
+    with Joint(repo.repository, "together", step=step, message="next") as joint:
+        ticket, shards = joint.begin(), {}
+        for number, name in enumerate("ab"):
+            moments = {number: whole["optimizer"]["state"][number]}
+            part = {
+                "model": {name: whole["model"][name]},
+                "optimizer": {**whole["optimizer"], "state": moments},
+            }
+            checkpoint = state_checkpoint(part)
+            shards[f"rank-{number}.pt"] = code_share(
+                Repo.open(root / "repo").repository, ticket, checkpoint
+            )
+        joint.finish(shards, {"notes.json": b"{}"})
+
+
+def _gc(policy: Policy, *, sweep: bool = True, rekey: bool = False) -> Act:
+    return lambda root: Repo.open(root / "repo").gc(policy, sweep=sweep, rekey=rekey)
+
+
+def _undo(root: Path) -> None:
+    Repo.open(root / "repo").undo()
+
+
+def _found(root: Path) -> None:
+    save(root / "found", range(4, 6))
+
+
+def _import(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    try:
+        importer = Importer(repo.repository, root / "found")
+    except NotFoundError:  # all of it has been imported, and removed
+        return
+    importer.look(lambda _: None)
+    importer.run(lambda _: None, lambda _: None)
+    importer.remove(accept_near=False, progress=lambda _: None, watch=lambda _: None)
+
+
+def _originals_are_somewhere(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    exact = {entry.step for entry in repo.log() if entry.exact}
+    for step in (4, 5):
+        assert step in exact or (root / "found" / f"step-{step}.pt").exists()
+
+
+def _branch(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    move_head(repo.repository, repo.resolve(2), None)
+    repo.commit_path(root / "step-3.pt", message="again")
+
+
+def _refs(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    set_ref(repo.repository, "tags", "v1", repo.resolve(2), "tag")
+    repo.pin(repo.resolve(2), pinned=True)
+    repo.configure("keep-exact", "1")
+
+
+def _side(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    repo.commit_path(root / "step-4.pt", message="side", branch="side")
+    set_ref(repo.repository, "heads", "side", None, "delete")
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("init", lambda root: Repo.init(root / "repo"), commits=0),
+        Scenario("commit", _commit("near"), repeats=False),
+        Scenario("commit exactly", _commit("lossless"), repeats=False),
+        Scenario("commit excp", _commit("excp"), repeats=False),
+        Scenario("commit together", _commit_together, repeats=False),
+        Scenario("branch", _branch, repeats=False),
+        Scenario("refs", _refs),
+        Scenario("gc", _gc(Policy(last=2)), commits=5),
+        Scenario("gc of parts", _gc(Policy(optimizer_last=1)), commits=4),
+        Scenario("gc of a branch", _gc(Policy()), prepare=_side),
+        Scenario("rekey", _gc(Policy(every=3), rekey=True), commits=7),
+        Scenario("repack", _gc(Policy()), commits=9),
+        Scenario("undo a commit", _undo, repeats=False),
+        Scenario(
+            "undo a drop", _undo, commits=5, prepare=_gc(Policy(last=1), sweep=False), repeats=False
+        ),
+        Scenario("import", _import, prepare=_found, also=_originals_are_somewhere),
+    )
+}
+
+
+def refs(repo: Repo) -> dict[str, ObjectId]:
+    """What refs are at; pins by the step of their commit, whose id is another one each time."""
+    return {
+        f"pins/{repo.repository.catalog.commit(name).step}"
+        if ref.startswith("pins/")
+        else ref: name
+        for ref, name in repo.repository.revisions.tips().items()
+    }
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The visible commits of a repository: the hash of what each gives, in its near form and, where
+    there is one, in its exact form.
+    """
+
+    near: dict[ObjectId, str]
+    exact: dict[ObjectId, str]
+    refs: dict[str, ObjectId]
+
+    @classmethod
+    def of(cls, root: Path) -> Snapshot:
+        """Look at a repository; nothing where there is none."""
+        try:
+            repo = Repo.open(root / "repo")
+        except NotFoundError:
+            return cls({}, {}, {})
+        near, exact = {}, {}
+        for name in repo.repository.revisions.visible():
+            entry = repo.entry(name)
+            if "dropped" in entry.fidelity.values():
+                model = repo.repository.catalog.schema(entry.commit.schema).stored("model")
+                read = dict(repo.repository.restorer(name, near=True).tensors(model))
+                near[name] = str(len(read))
+                continue
+            near[name] = _digest(repo.repository.restorer(name, near=True))
+            if entry.exact:
+                exact[name] = _digest(repo.repository.restorer(name))
+        return cls(near, exact, refs(repo))
+
+
+def _digest(restorer: Restorer) -> str:
+    return " ".join(map(restorer.digest, restorer.commit.files))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an act does when nothing cuts it."""
+
+    before: Snapshot
+    after: Snapshot
+
+    def check(self, scenario: Scenario, root: Path) -> None:
+        """Everything that must hold of a repository whose act was cut."""
+        found = Snapshot.of(root)
+        self._check_old(found)
+        scenario.also(root)
+        assert set(found.refs) <= set(self.before.refs) | set(self.after.refs)
+        for ref, name in self.before.refs.items():
+            now = found.refs.get(ref)
+            moved = self.after.refs.get(ref) != name
+            assert now == name or moved, f"{ref} moved"
+        if scenario.repeats or not self._is_done(found):
+            scenario.act(root)  # a second try works
+        repo = Repo.open(root / "repo")
+        assert set(refs(repo)) == set(self.after.refs)
+        left = set(repo.repository.revisions.visible())
+        assert left >= set(self.before.near) & set(self.after.near)
+        assert len(left) == len(self.after.near)
+        for name in set(self.before.exact) & set(self.after.exact):
+            assert repo.entry(name).exact, "an exact form is gone"
+        repo.gc()
+        for folder in ("tmp", "leases", "marks"):
+            assert not list((repo.folder / folder).glob("*")), f"debris in {folder}"
+        damage = repo.verify().damage
+        assert not damage, damage
+
+    def _is_done(self, found: Snapshot) -> bool:
+        """Whether the refs that move have moved, and what is dropped is dropped."""
+        moved = [
+            {ref for ref, name in one.refs.items() if name != self.before.refs.get(ref)}
+            for one in (found, self.after)
+        ]
+        return moved[0] == moved[1] and len(found.near) == len(self.after.near)
+
+    def _check_old(self, found: Snapshot) -> None:
+        """Old commits go only where the act drops them; what is there is what it was."""
+        for name, digest in self.before.near.items():
+            if name in self.after.near:
+                assert name in found.near, "a commit is gone"
+            if name in found.near:
+                # Its moments may have been let go.
+                assert found.near[name] in (digest, self.after.near.get(name))
+            if name in self.after.exact:
+                assert name in found.exact, "an exact form is gone"
+            if name in found.exact:
+                assert found.exact[name] == self.before.exact.get(name, self.after.exact.get(name))
+
+
+def expected(scenario: Scenario, template: Path, scratch: Path) -> Expected:
+    """Run an act on a copy of `template`."""
+    shutil.copytree(template, scratch)
+    before = Snapshot.of(scratch)
+    scenario.act(scratch)
+    return Expected(before, Snapshot.of(scratch))
+
+
+class Cut:
+    """A prepared history, and what its act does when nothing cuts it."""
+
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
+        self.scenario, self._folder, self._count = scenario, folder, 0
+        self.template = folder / "template"
+        self.template.mkdir()
+        scenario.build(self.template)
+        self.expected: Expected = expected(scenario, self.template, folder / "calm")
+
+    def copy(self) -> Path:
+        """A fresh copy of the history."""
+        self._count += 1
+        target = self._folder / str(self._count)
+        shutil.copytree(self.template, target)
+        return target

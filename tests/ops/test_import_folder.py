@@ -1,0 +1,719 @@
+"""Importing a folder: what is taken, where it goes, what may be removed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import torch
+
+from ckptvcs.checkpoint.survey import survey
+from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.errors import (
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+)
+from ckptvcs.files.removal import Originals, Proven
+from ckptvcs.gc.retention import Policy
+from ckptvcs.ops import import_folder
+from ckptvcs.ops.checkout import hash_file
+from ckptvcs.ops.commit import commit_path
+from ckptvcs.ops.import_folder import Importer, ImportItem
+from ckptvcs.ops.refs import set_ref
+from ckptvcs.ops.repository import Repository
+from ckptvcs.repo import Repo
+from tests.helpers.checkpoints import trainer_directory
+from tests.helpers.training import train
+
+State = dict[str, Any]
+
+
+def silent(_: object) -> None:
+    return
+
+
+def run(repo: Repo, folder: Path, **options: Any) -> Importer:
+    """An import with nothing removed."""
+    importer = Importer(repo.repository, folder, **options)
+    importer.look(silent)
+    importer.run(silent, silent)
+    return importer
+
+
+def remove(importer: Importer, *, accept_near: bool = False) -> dict[str, str | None]:
+    """Why each checkpoint stays; None for those that are gone."""
+    importer.remove(accept_near=accept_near, progress=silent, watch=silent)
+    return {item.found.name: item.gone.kept for item in importer.items}
+
+
+def actions(importer: Importer) -> dict[str, str]:
+    return {item.found.name: item.action for item in importer.items}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def messages(repo: Repo, revision: str | None = None) -> list[str]:
+    return [entry.message for entry in repo.log(revision=revision)][::-1]
+
+
+def branches(repo: Repo) -> list[str]:
+    return repo.repository.refs.names("heads")
+
+
+@pytest.fixture(scope="session")
+def states() -> list[State]:
+    return train(6)
+
+
+def save(folder: Path, states: list[State], name: str = "step-{}.pt") -> list[Path]:
+    """Write states as step-800.pt, step-900.pt, step-1000.pt ..., without a step inside."""
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for number, state in enumerate(states):
+        path = folder / name.format(800 + 100 * number)
+        torch.save({key: value for key, value in state.items() if key != "step"}, path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def near(tmp_path: Path) -> Repo:
+    """A repository with the default settings: all but the two newest commits fade to near."""
+    repo = Repo.init(tmp_path / "near")
+    repo.configure("max-weight-error", "off")  # the weights of a model this small move far
+    return repo
+
+
+@pytest.fixture
+def folder(tmp_path: Path, states: list[State]) -> Path:
+    save(tmp_path / "run", states[:4])
+    return tmp_path / "run"
+
+
+# -- what is in a folder ---------------------------------------------------------------------------
+
+
+def found(folder: Path, pattern: str | None = None) -> list[tuple[str, int | None]]:
+    return [(one.name, one.step) for one in survey(folder, pattern, folder / ".ckpt")[0]]
+
+
+def test_natural_order(folder: Path, states: list[State]) -> None:
+    assert found(folder) == [
+        ("step-800.pt", 800),
+        ("step-900.pt", 900),
+        ("step-1000.pt", 1000),
+        ("step-1100.pt", 1100),
+    ]
+    assert found(folder, "*1?00.pt") == [("step-1000.pt", 1000), ("step-1100.pt", 1100)]
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "step"),
+    [
+        ("epoch=3-step=1000-v1.ckpt", 7, 1000),
+        ("checkpoint-500.pt", None, 500),
+        ("global_step0020.bin", None, 20),
+        ("model_iter_30.pth", 7, 30),
+        ("epoch_3.pt", 7, 7),
+        ("net-0500-ema.pt", None, 500),
+        ("loss-0.25.pt", None, None),
+        ("best.pt", 9, 9),
+        ("best.pt", None, None),
+        ("model-bf16.pt", None, None),
+        ("model-100-bf16.pt", None, 100),
+        ("gpt-v2.pt", None, None),
+    ],
+)
+def test_steps(tmp_path: Path, name: str, inside: int | None, step: int | None) -> None:
+    state: State = {"w": torch.ones(3)}
+    torch.save(state if inside is None else state | {"step": inside}, tmp_path / name)
+    assert found(tmp_path) == [(name, step)]
+
+
+def test_copies_come_behind_what_is_named_by_its_step(tmp_path: Path) -> None:
+    for name in ("best.pt", "step3.pt", "a.pt", "other-10.pt", "other-9.pt"):
+        torch.save({"w": torch.ones(3)} | ({"step": 3} if name != "a.pt" else {}), tmp_path / name)
+    assert [name for name, _ in found(tmp_path)] == [
+        "step3.pt",
+        "best.pt",
+        "other-9.pt",
+        "other-10.pt",
+        "a.pt",
+    ]
+
+
+def test_a_copy_has_the_step_that_the_name_of_another_gives(tmp_path: Path) -> None:
+    for name, inside in (("checkpoint-1.pt", 999), ("checkpoint-2.pt", 1999), ("best.pt", 999)):
+        torch.save({"w": torch.ones(3), "step": inside}, tmp_path / name)
+    assert found(tmp_path) == [("checkpoint-1.pt", 1), ("best.pt", 1), ("checkpoint-2.pt", 2)]
+
+
+def test_what_is_left_out(folder: Path, tmp_path: Path, states: list[State]) -> None:
+    taken = [name for name, _ in found(folder)]
+    (folder / "notes.txt").write_text("x")
+    (folder / "last.pt").symlink_to("step-900.pt")
+    (folder / "elsewhere").symlink_to(tmp_path)
+    shutil.copy(folder / "step-900.pt", folder / "training_args.bin")
+    shutil.copy(folder / "step-900.pt", folder / "model-00001-of-00002.safetensors")
+    os.mkfifo(folder / "pipe.pt")
+    (folder / "logs").mkdir()
+    (folder / "logs" / "events").write_text("x")
+    save(folder / "other", states[:2])
+    Repo.init(folder / "repository")
+    torch.save({"w": torch.ones(3)}, folder / "repository" / "model.pt")
+    for hidden in (".step-1.pt", "step-2.pt.tmp", "tmp-checkpoint-7", "step-3.pt~"):
+        shutil.copy(folder / "step-900.pt", folder / hidden)
+    kept, left = survey(folder, None, tmp_path / "nowhere")
+    assert [one.name for one in kept] == taken
+    assert {one.name: one.reason for one in left} == {
+        "notes.txt": "no .pt, .pth, .bin, .ckpt, .safetensors",
+        "last.pt": "a symbolic link",
+        "elsewhere": "a symbolic link",
+        "training_args.bin": "a piece of a checkpoint, not one by itself",
+        "model-00001-of-00002.safetensors": "a piece of a checkpoint, not one by itself",
+        "pipe.pt": "neither a file nor a directory",
+        "logs": "a folder without model files",
+        "other": "a folder of checkpoints, to be imported by itself",
+        "repository": "a folder with a repository in it",
+    }
+
+
+def test_folders_that_are_refused(near: Repo, folder: Path, states: list[State]) -> None:
+    with pytest.raises(NotFoundError, match="no such folder"):
+        Importer(near.repository, folder / "nothing")
+    with pytest.raises(InvalidInputError, match="is a file"):
+        Importer(near.repository, folder / "step-800.pt")
+    with pytest.raises(InvalidInputError, match="itself"):
+        Importer(near.repository, near.folder / "packs")
+    with pytest.raises(InvalidInputError, match="codec"):
+        Importer(near.repository, folder, codec="zip")
+    with pytest.raises(NotFoundError, match="no checkpoints"):
+        Importer(near.repository, folder, pattern="*.bin")
+    checkpoint = trainer_directory(folder, states[0], 500)
+    with pytest.raises(InvalidInputError, match="is a checkpoint itself"):
+        Importer(near.repository, checkpoint)
+    assert near.log() == []
+
+
+# -- where it goes ---------------------------------------------------------------------------------
+
+
+def test_all_are_committed_in_order(repo: Repo, folder: Path) -> None:
+    importer = run(repo, folder)
+    assert set(actions(importer).values()) == {"committed"}
+    assert messages(repo) == ["step-800.pt", "step-900.pt", "step-1000.pt", "step-1100.pt"]
+    assert [entry.step for entry in repo.log()] == [1100, 1000, 900, 800]
+    assert branches(repo) == ["main"]
+    for entry in repo.log():
+        out = folder / "out"
+        repo.checkout_files(entry.id, out, force=True)
+        assert hash_file(out) == hash_file(folder / entry.message)
+    assert len(names(folder)) == 5  # nothing is removed unasked
+
+
+def test_trainer_directories(repo: Repo, tmp_path: Path, states: list[State]) -> None:
+    for number in (100, 50):
+        trainer_directory(tmp_path / "run", states[number // 50], number)
+    importer = run(repo, tmp_path / "run")
+    assert messages(repo) == ["checkpoint-50", "checkpoint-100"]
+    assert [item.found.kind for item in importer.items] == ["directory"] * 2
+    assert actions(run(repo, tmp_path / "run")) == {
+        "checkpoint-50": "known",
+        "checkpoint-100": "known",
+    }
+    assert len(repo.log()) == 2
+
+
+def test_the_same_content_twice_is_one_commit(near: Repo, folder: Path) -> None:
+    shutil.copy(folder / "step-900.pt", folder / "best.pt")
+    importer = run(near, folder)
+    assert len(near.log(all_branches=True)) == 4
+    by_name = {item.found.name: item for item in importer.items}
+    assert by_name["best.pt"].same_as == "step-900.pt"
+    assert by_name["best.pt"].id == by_name["step-900.pt"].id
+    assert by_name["step-900.pt"].same_as is None
+
+
+def test_other_content_of_a_step_goes_to_one_side_branch(
+    repo: Repo, folder: Path, states: list[State]
+) -> None:
+    ema = [state | {"model": {k: v * 2 for k, v in state["model"].items()}} for state in states]
+    save(folder, ema[:4], "step-{}-ema.pt")
+    torch.save({"w": torch.ones(300)}, folder / "best.pt")
+    torch.save({"w": torch.zeros(300)}, folder / "last.pt")
+    run(repo, folder)
+    line = ["step-800.pt", "step-900.pt", "step-1000.pt", "step-1100.pt"]
+    assert messages(repo) == line
+    side = [f"step-{step}-ema.pt" for step in (800, 900, 1000, 1100)]
+    assert messages(repo, "main-2") == side
+    assert messages(repo, "main-3")[-2:] == ["best.pt", "last.pt"]
+    assert branches(repo) == ["main", "main-2", "main-3"]
+    head = repo.head()
+    assert head is not None
+    assert head.branch == "main"
+
+
+def test_another_run_goes_to_a_branch_of_its_own(
+    repo: Repo, folder: Path, states: list[State]
+) -> None:
+    repo.commit(states[5], step=1000)
+    run(repo, folder)  # 1100 would fit main, and belongs to the others all the same
+    assert [entry.step for entry in repo.log()] == [1000]
+    assert len(messages(repo, "main-2")) == 4
+    torch.save(states[4], folder / "step-1200.pt")
+    assert actions(run(repo, folder))["step-1200.pt"] == "committed"
+    assert messages(repo, "main-2")[-1] == "step-1200.pt"
+    assert [entry.step for entry in repo.log()] == [1000]
+
+
+def test_a_branch_that_is_asked_for(repo: Repo, folder: Path) -> None:
+    run(repo, folder, branch="old", pattern="step-?00.pt")
+    assert repo.log() == []
+    run(repo, folder, branch="old")
+    assert len(messages(repo, "old")) == 4
+    assert branches(repo) == ["old"]
+
+
+def test_names_without_steps_follow_each_other(repo: Repo, folder: Path) -> None:
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"{'abcd'[number]}.pt")
+    run(repo, folder)
+    assert messages(repo) == ["a.pt", "b.pt", "c.pt", "d.pt"]
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+
+def test_an_interrupted_import_goes_on(
+    repo: Repo, folder: Path, states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ema = [state | {"model": {k: v * 2 for k, v in state["model"].items()}} for state in states]
+    save(folder, ema[:4], "step-{}-ema.pt")
+    commit, left = commit_path, [3]
+
+    def dies(*args: Any, **options: Any) -> Any:
+        if not left[0]:
+            raise StorageError("the disk is full")
+        left[0] -= 1
+        return commit(*args, **options)
+
+    monkeypatch.setattr(import_folder, "commit_path", dies)
+    with pytest.raises(StorageError):
+        run(repo, folder)
+    assert len(repo.log(all_branches=True)) == 3
+    monkeypatch.undo()
+    done = list(actions(run(Repo.open(repo.root), folder)).values())
+    assert (done.count("known"), done.count("committed")) == (3, 5)
+    assert len(messages(repo)) == len(messages(repo, "main-2")) == 4
+    assert branches(repo) == ["main", "main-2"]
+    assert set(actions(run(repo, folder)).values()) == {"known"}
+    assert len(repo.log(all_branches=True)) == 8
+
+
+def test_files_that_are_cut_off_are_skipped(repo: Repo, folder: Path, states: list[State]) -> None:
+    whole = (folder / "step-900.pt").read_bytes()
+    (folder / "step-900.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "step-1.pt").touch()
+    (folder / "junk.bin").write_bytes(os.urandom(1000))
+    made = trainer_directory(folder, states[0], 500)
+    weights = made / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    shutil.copy(weights, folder / "step-2.safetensors")
+    optimizer = trainer_directory(folder, states[0], 501) / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    importer = run(repo, folder)
+    failed = {name for name, action in actions(importer).items() if action == "failed"}
+    assert failed == {
+        "step-900.pt",
+        "step-1.pt",
+        "junk.bin",
+        "checkpoint-500",
+        "checkpoint-501",
+        "step-2.safetensors",
+    }
+    assert messages(repo) == ["step-800.pt", "step-1000.pt", "step-1100.pt"]
+    before = set(names(folder))
+    remove(importer)
+    assert set(names(folder)) == failed
+    assert before > failed
+
+
+def test_a_commit_that_is_not_proven_keeps_its_original(
+    repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Restorer.write_file
+
+    def fails(self: Restorer, *args: Any) -> str:
+        if self.commit.step == 900:
+            raise CorruptionError("a tensor does not decode to its recorded hash")
+        return write(self, *args)
+
+    monkeypatch.setattr(Restorer, "write_file", fails)
+    importer = run(repo, folder)
+    assert actions(importer)["step-900.pt"] == "failed"
+    remove(importer)
+    assert names(folder) == ["step-900.pt"]
+    remove(importer, accept_near=True)
+    assert names(folder) == ["step-900.pt"]
+
+
+@pytest.mark.parametrize("step", [800, 1000])
+def test_a_proof_reads_the_frames_of_its_commit(
+    near: Repo, folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the weights that the cache has since they were coded."""
+    near.configure("keep-exact", "0")
+    commit = commit_path
+
+    def damaged(repository: Repository, *args: Any, **options: Any) -> Any:
+        before = set(repository.folder.rglob("*.pack"))
+        made = commit(repository, *args, **options)
+        if made.commit.step == step:
+            for pack in set((repository.folder / "packs").rglob("*.pack")) - before:
+                data = bytearray(pack.read_bytes())
+                data[len(data) // 3] ^= 1
+                pack.chmod(0o644)
+                pack.write_bytes(data)
+        return made
+
+    monkeypatch.setattr(import_folder, "commit_path", damaged)
+    importer = run(near, folder)
+    assert actions(importer)[f"step-{step}.pt"] == "failed"
+    remove(importer, accept_near=True)
+    assert f"step-{step}.pt" in names(folder)
+
+
+def test_damage_between_proof_and_removal_keeps_the_original(
+    repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importer = run(repo, folder)
+    monkeypatch.setattr(Restorer, "write_file", lambda *_: "0" * 64)
+    kept = remove(importer)
+    assert all("does not come back" in (reason or "") for reason in kept.values())
+    assert len(names(folder)) == 4
+
+
+def test_an_error_above_its_bound_is_none_to_live_with(near: Repo, folder: Path) -> None:
+    run(near, folder)
+    near.configure("max-weight-error", "1e-9")
+    importer = run(near, folder)
+    assert actions(importer) == {
+        "step-800.pt": "failed",
+        "step-900.pt": "failed",
+        "step-1000.pt": "known",
+        "step-1100.pt": "known",
+    }
+    remove(importer, accept_near=True)
+    assert names(folder) == ["step-800.pt", "step-900.pt"]
+
+
+def test_a_bound_that_was_given_with_the_codec_counts(repo: Repo, folder: Path) -> None:
+    repo.configure("keep-exact", "0")
+    importer = run(repo, folder, codec="near:max_weight_error=0.9")
+    assert set(actions(importer).values()) == {"committed"}
+    assert set(actions(run(repo, folder, codec="near:max_weight_error=1e-8")).values()) == {
+        "failed"
+    }
+    assert set(actions(run(repo, folder, codec="near:max_weight_error=0")).values()) == {"known"}
+
+
+# -- removal ---------------------------------------------------------------------------------------
+
+
+def test_what_is_exact_is_removed_and_stays_exact(
+    near: Repo, folder: Path, states: list[State]
+) -> None:
+    original = hash_file(folder / "step-1000.pt")
+    kept = remove(run(near, folder))
+    assert names(folder) == ["step-800.pt", "step-900.pt"]
+    assert kept["step-1000.pt"] is None
+    assert "only near (weights off by 0.0" in (kept["step-800.pt"] or "")
+    for step in (2000, 2001, 2002):  # would let it fade, if it were not pinned
+        near.commit(states[5], step=step)
+    assert near.entry(near.resolve(1000)).exact
+    near.checkout_files(near.resolve(1000), folder / "back.pt")
+    assert hash_file(folder / "back.pt") == original
+
+
+def test_near_is_removed_where_it_is_accepted(near: Repo, folder: Path) -> None:
+    importer = run(near, folder)
+    assert set(remove(importer, accept_near=True).values()) == {None}
+    assert names(folder) == []
+    assert near.repository.refs.targets("pins") == set()
+    assert not near.verify().damage
+
+
+def test_lossless_lets_all_be_removed(near: Repo, folder: Path) -> None:
+    importer = run(near, folder, codec="lossless")
+    assert set(remove(importer).values()) == {None}
+    assert names(folder) == []
+    assert near.repository.refs.targets("pins") == set()  # nothing of it could fade
+
+
+@pytest.mark.parametrize("way", ["written", "longer", "replaced", "gone", "link", "directory"])
+def test_what_changed_since_it_was_committed_stays(repo: Repo, folder: Path, way: str) -> None:
+    importer = run(repo, folder)
+    path, data = folder / "step-900.pt", (folder / "step-900.pt").read_bytes()
+    status = path.stat()
+    if way == "written":  # of the same size, and with the time that it had
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif way == "longer":
+        path.write_bytes(data + b"x")
+    elif way == "replaced":
+        shutil.copy(folder / "step-800.pt", folder / "new")
+        (folder / "new").rename(path)
+    else:
+        path.rename(folder.parent / "moved")
+    if way == "link":
+        path.symlink_to(folder.parent / "moved")
+    if way == "directory":
+        path.mkdir()
+    kept = remove(importer)
+    assert kept.pop("step-900.pt")
+    assert set(kept.values()) == {None}
+    assert names(folder) == ([] if way == "gone" else ["step-900.pt"])
+    if way in ("gone", "link", "directory"):
+        assert (folder.parent / "moved").read_bytes() == data
+
+
+@pytest.mark.parametrize("how", ["undo", "drop", "delete the branch"])
+def test_what_another_process_lets_go_keeps_its_original(
+    how: str, repo: Repo, folder: Path
+) -> None:
+    other = Repo.open(repo.folder)
+    if how == "delete the branch":
+        other.commit({"w": torch.ones(3)})
+        importer = run(repo, folder, branch="side")
+        set_ref(other.repository, "heads", "side", None, "delete")
+    else:
+        importer = run(repo, folder)
+        _ = [other.undo() for _ in range(2)] if how == "undo" else [other.gc(Policy(last=2))]
+    kept = remove(importer)
+    stay = {
+        "undo": ["step-1000.pt", "step-1100.pt"],
+        "drop": ["step-800.pt", "step-900.pt"],
+        "delete the branch": sorted(f"step-{n}.pt" for n in (800, 900, 1000, 1100)),
+    }[how]
+    assert names(folder) == sorted(stay)
+    for name in stay:
+        assert ("dropped" if how == "drop" else "no branch leads to") in (kept[name] or "")
+
+
+def test_a_tag_is_enough(repo: Repo, folder: Path) -> None:
+    importer = run(repo, folder)
+    other = Repo.open(repo.folder)
+    set_ref(other.repository, "tags", "v1", other.resolve("HEAD"), "tag")
+    _ = [other.undo() for _ in range(3)]
+    assert set(remove(importer).values()) == {None}
+    other.gc()
+    assert other.entry(other.resolve("v1")).exact
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "stays"), [("exact", False), ("weights", True), ("near", True)]
+)
+def test_pins_that_do_not_keep_what_is_exact(
+    fidelity: str, near: Repo, folder: Path, *, stays: bool
+) -> None:
+    near.configure("pin-fidelity", fidelity)
+    importer = run(near, folder)
+    kept = remove(importer)
+    newest = "step-1100.pt"
+    assert (folder / newest).exists() == stays
+    assert ("pin-fidelity" in (kept[newest] or "")) == stays
+    assert bool(near.repository.refs.targets("pins")) != stays
+
+
+def test_a_pin_that_is_taken_away_meanwhile(
+    near: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importer = run(near, folder)
+    newest = near.resolve("HEAD")
+    calm = Originals.prove
+
+    def prove(self: Originals, *args: Any) -> Proven:
+        Repo.open(near.folder).pin(newest, pinned=False)
+        return calm(self, *args)
+
+    monkeypatch.setattr(Originals, "prove", prove)
+    assert "unpinned" in (remove(importer)["step-1100.pt"] or "")
+    assert (folder / "step-1100.pt").exists()
+
+
+def test_a_file_of_several_that_changes_keeps_the_others(
+    repo: Repo, folder: Path, states: list[State]
+) -> None:
+    made = trainer_directory(folder, states[0], 500)
+    importer = run(repo, folder)
+    files = sorted(path for path in made.rglob("*") if path.is_file())
+    with files[-1].open("r+b") as file:
+        first = file.read(1)
+        file.seek(0)
+        file.write(bytes([first[0] ^ 1]))
+    assert "not any more what was committed" in (remove(importer)["checkpoint-500"] or "")
+    assert all(path.exists() for path in files)
+
+
+def test_a_file_replaced_while_it_is_hashed_stays(repo: Repo, folder: Path) -> None:
+    importer = run(repo, folder)
+    path = folder / "step-900.pt"
+    precious = b"written meanwhile"
+
+    def replace(_: int) -> None:
+        if path.exists() and path.read_bytes() != precious:
+            (folder / "new").write_bytes(precious)
+            (folder / "new").rename(path)
+
+    importer.remove(accept_near=False, progress=replace, watch=silent)
+    assert names(folder) == ["step-900.pt"]
+    assert path.read_bytes() == precious
+
+
+def test_a_file_written_while_it_is_hashed_stays(repo: Repo, folder: Path) -> None:
+    importer = run(repo, folder)
+    path, times = folder / "step-900.pt", itertools.count(1)
+
+    def touch(_: int) -> None:
+        if path.exists():
+            os.utime(path, ns=(1, next(times)))
+
+    importer.remove(accept_near=False, progress=touch, watch=silent)
+    assert names(folder) == ["step-900.pt"]
+
+
+def test_links_in_the_folder_are_neither_followed_nor_removed(
+    repo: Repo, folder: Path, tmp_path: Path, states: list[State]
+) -> None:
+    outside = tmp_path / "outside"
+    trainer_directory(outside, states[0], 700)
+    shutil.copy(folder / "step-900.pt", outside / "linked.pt")
+    (folder / "step-50.pt").symlink_to(outside / "linked.pt")
+    (folder / "checkpoint-700").symlink_to(outside / "checkpoint-700")
+    made = trainer_directory(folder, states[1], 701)
+    (made / "linked.pt").symlink_to(outside / "linked.pt")
+    (made / "linked").symlink_to(outside / "checkpoint-700")
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+    kept = remove(run(repo, folder))
+    assert names(folder) == ["checkpoint-700", "checkpoint-701", "step-50.pt"]
+    assert names(made) == ["linked", "linked.pt"]
+    assert "links" in (kept["checkpoint-701"] or "")
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_that_became_a_link_is_not_gone_through(
+    repo: Repo, folder: Path, tmp_path: Path, states: list[State]
+) -> None:
+    made = trainer_directory(folder, states[0], 500)
+    (made / "deep").mkdir()
+    shutil.copy(folder / "step-900.pt", made / "deep" / "extra.pt")
+    importer = run(repo, folder)
+    (made / "deep").rename(tmp_path / "deep")
+    (made / "deep").symlink_to(tmp_path / "deep")
+    assert "symbolic link" in (remove(importer)["checkpoint-500"] or "")
+    assert (tmp_path / "deep" / "extra.pt").exists()
+    assert len(names(made)) == 8  # it was found out before anything was removed
+    (made / "deep").unlink()
+    (tmp_path / "deep").rename(made / "deep")
+    made.rename(tmp_path / "moved")
+    made.symlink_to(tmp_path / "moved")
+    remove(importer)
+    assert len(names(tmp_path / "moved")) == 8
+
+
+def test_directories_are_removed_when_all_in_them_was_committed(
+    repo: Repo, tmp_path: Path, states: list[State]
+) -> None:
+    folder = tmp_path / "run"
+    for number in (1, 2, 3):
+        made = trainer_directory(folder, states[number], number)
+        (made / "empty").mkdir()
+        (made / "deep" / "er").mkdir(parents=True)
+        (made / "deep" / "er" / "x").write_text("x")
+    importer = run(repo, folder)
+    (folder / "checkpoint-2" / "deep" / "notes.txt").write_text("written later")
+    (folder / "checkpoint-3" / "config.json").write_text("[]")
+    kept = remove(importer)
+    assert names(folder) == ["checkpoint-2", "checkpoint-3"]
+    left = [path.name for path in (folder / "checkpoint-2").rglob("*")]
+    assert sorted(left) == ["deep", "notes.txt"]
+    assert "not committed" in (kept["checkpoint-2"] or "")
+    assert "config.json" in (kept["checkpoint-3"] or "")
+    repo.checkout_files(repo.resolve(1), tmp_path / "back")
+    assert (tmp_path / "back" / "deep" / "er" / "x").read_text() == "x"
+    assert (tmp_path / "back" / "empty").is_dir()
+
+
+def test_a_file_with_other_names_frees_nothing(repo: Repo, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other name").hardlink_to(folder / "step-900.pt")
+    importer = run(repo, folder)
+    remove(importer)
+    freed = {item.found.name: item.gone.removed[0].freed_bytes for item in importer.items}
+    assert freed.pop("step-900.pt") == 0
+    assert all(freed.values())
+    assert (tmp_path / "other name").exists()
+
+
+def test_a_copy_is_removed_with_what_it_is_a_copy_of(repo: Repo, folder: Path) -> None:
+    shutil.copy(folder / "step-900.pt", folder / "best.pt")
+    remove(run(repo, folder))
+    assert names(folder) == []
+
+
+def test_a_refused_removal_leaves_no_pin(near: Repo, folder: Path) -> None:
+    importer = run(near, folder)
+    path = folder / "step-1100.pt"
+    path.write_bytes(path.read_bytes()[::-1])
+    remove(importer)
+    assert near.repository.refs.targets("pins") == {near.resolve(1000)}
+    assert path.exists()
+
+
+def test_paths_stay_below_the_folder(folder: Path) -> None:
+    digest = hash_file(folder / "step-900.pt")
+    with Originals(folder / "..") as originals:
+        for path in ("../x", "run/../run/step-900.pt", str(folder / "step-900.pt")):
+            with pytest.raises((InvalidInputError, ConflictError)):
+                originals.remove(PurePosixPath(path), digest, silent)
+        assert originals.remove(PurePosixPath("run/step-900.pt"), digest, silent).size_bytes
+
+
+def test_dropped_commits_are_committed_again(repo: Repo, folder: Path) -> None:
+    run(repo, folder)
+    repo.gc(Policy(last=1), sweep=False)
+    importer = run(Repo.open(repo.root), folder)
+    done = actions(importer)
+    assert done["step-1100.pt"] == "known"
+    assert done["step-800.pt"] == done["step-900.pt"] == "committed"
+    assert set(remove(importer).values()) == {None}
+
+
+@pytest.fixture
+def seen() -> list[ImportItem]:
+    return []
+
+
+def test_progress_counts_every_byte_once(
+    repo: Repo, folder: Path, states: list[State], seen: list[ImportItem]
+) -> None:
+    trainer_directory(folder, states[0], 500)
+    (folder / "step-7.pt").write_bytes(b"PK\x03\x04")
+    for _ in range(2):
+        counts: list[int] = []
+        importer = Importer(repo.repository, folder)
+        importer.look(silent)
+        watch: Callable[[ImportItem], None] = seen.append
+        importer.run(counts.append, watch)
+        assert sum(counts) == sum(item.found.size_bytes for item in importer.items)
+        assert min(counts) >= 0
+    assert len(seen) == 12

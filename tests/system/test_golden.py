@@ -1,0 +1,40 @@
+"""Old repositories decode to the same bits, for ever.  A missing one fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from ckptvcs.repo import Repo
+from ckptvcs.store.ids import ObjectId
+from tests.spec_reader import SpecRepository
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = ["v1-first", "v1-momenta", "v1-near", "v1-patches", "v1-shared-bytes", "v1-types"]
+
+
+def test_all_are_listed() -> None:
+    assert sorted(path.name for path in GOLDEN.iterdir()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_old_bytes_decode_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / name / "store", tmp_path / ".ckpt")
+    expected = json.loads((GOLDEN / name / "expected.json").read_text())
+    assert len(expected) >= 6
+    repo = Repo.open(tmp_path)
+    spec = SpecRepository(tmp_path / ".ckpt")
+    for commit, digest in expected.items():
+        repo.checkout_files(ObjectId(commit), tmp_path / "out.pt", force=True)
+        data = (tmp_path / "out.pt").read_bytes()
+        assert blake3(data).hexdigest() == digest
+        assert (
+            spec.file(commit, repo.repository.catalog.commit(ObjectId(commit)).files[0].path)
+            == data
+        )
+    assert not repo.verify().damage
+    assert repo.resolve("first") in expected
