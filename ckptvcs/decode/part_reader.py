@@ -342,6 +342,11 @@ class PartReader:
         write_zip(out.write, stem, zip_records(pickled, payloads, {}))
 
     def _save_safetensors(self, rows: list[tuple[str, int, View]], out: BinaryIO) -> None:
+        """Write tensors as a safetensors file, block by block.
+
+        The safetensors library needs all tensors in memory at once and writes to a path only.
+        It also orders metadata differently on each run.
+        """
         header: dict[str, Any] = {}
         at = 0
         for name, _number, view in rows:
