@@ -97,10 +97,29 @@ def _get_rice_bits(
     return bits @ (np.int32(1) << np.arange(shift, dtype=np.int32)[::-1]), at
 
 
-def _with_low_bits(positions: Positions, low: NDArray[np.int32], shift: int) -> Positions:
-    """Positions of gaps to which `low` bits below `shift` belong."""
-    gaps = np.diff(positions, prepend=-1) - 1
-    return np.asarray(np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1, np.int64)
+def _positions_of(form: int, stream: Bytes) -> Positions:
+    """Decode the gaps of a mask to positions, without the low bits of the gaps."""
+    positions: Positions
+    if form >= UNARY_GAPS:
+        positions = kernels.active().bit_positions(stream, 8 * stream.size)
+    elif stream.size and stream[-1] == _ESCAPE:
+        raise CorruptionError("corrupt mask: it ends inside a gap")
+    else:
+        positions = kernels.active().gap_positions(stream)
+    return positions
+
+
+def _get_low_bits(
+    form: int, positions: Positions, data: memoryview, at: int
+) -> tuple[Positions, int]:
+    """Read the low bits of the gaps; return the full positions and the next offset."""
+    if at >= len(data) or data[at] > _MAX_SHIFT:
+        raise CorruptionError("corrupt mask: its gaps have too many low bits")
+    shift = data[at]
+    read = _get_rice_bits if form == RICE else get_bits
+    low, at = read(data, at + 1, positions.size, shift)
+    gaps = _gaps(positions)
+    return np.asarray(np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1, np.int64), at
 
 
 def get_positions(
@@ -155,19 +174,9 @@ def _get(
         if size != (count + 7) // 8:
             raise CorruptionError("a frame holds a bitmap of a wrong size")
         return stream, None, at
-    positions: Positions
-    if form >= UNARY_GAPS:
-        positions = kernels.active().bit_positions(stream, 8 * size)
-    elif stream.size and stream[-1] == _ESCAPE:
-        raise CorruptionError("a mask ends inside a gap")
-    else:
-        positions = kernels.active().gap_positions(stream)
+    positions = _positions_of(form, stream)
     if form >= SPLIT_GAPS:
-        if at >= len(data) or data[at] > _MAX_SHIFT:
-            raise CorruptionError("a frame holds gaps of too many bits")
-        read = _get_rice_bits if form == RICE else get_bits
-        low, end = read(data, at + 1, positions.size, data[at])
-        positions, at = _with_low_bits(positions, low, data[at]), end
+        positions, at = _get_low_bits(form, positions, data, at)
     if positions.size and positions[-1] >= count:
         raise CorruptionError("a mask keeps a position outside its slice")
     return stream[:0], positions.astype(np.int32), at

@@ -224,18 +224,6 @@ class ChainReader:
             parts.append(octets(self._apply(link, number, count, base, None, own=False)))
         return b"".join(parts)
 
-    def _slice_bytes(self, bundle: ObjectId, frame: Frame, number: int) -> memoryview:
-        if number >= len(frame.slices):
-            raise CorruptionError(f"bundle {bundle[:8]} holds a frame with too few slices")
-        offset, length, expected = frame.slices[number]
-        data = self._catalog.store.read_region(bundle, offset, length)
-        if len(data) != length:
-            raise TruncatedError(f"bundle {bundle[:8]} is cut off")
-        proven_later = expected == NO_HASH and data[:1] == _PATCH
-        if not proven_later and slice_hash(data) != expected:
-            raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
-        return memoryview(data)
-
     def decode_slice(
         self,
         chain: Sequence[Link],
@@ -315,15 +303,19 @@ class ChainReader:
         *,
         own: bool,
     ) -> Words:
-        data = self._slice_bytes(link.bundle, link.frame, number)
+        data = self._read_slice(link, number)
         companion = self._companion(link, number, count)
         return decode_slice(data, link.type, count, base, companion, own_base=own, out=out)
+
+    def _read_slice(self, link: Link, number: int) -> memoryview:
+        data = read_slice(self._catalog, link.bundle, link.frame, number, unhashed_patch=True)
+        return memoryview(data)
 
     def _companion(self, link: Link, number: int, count: int) -> Companion | None:
         if not link.companion:
             return None
         *below, last = link.companion
-        data = self._slice_bytes(last.bundle, last.frame, number)
+        data = self._read_slice(last, number)
         base = None
         if below:
             size = (number * SLICE_WORDS + count) * _MASTER.word
@@ -362,6 +354,30 @@ class ChainReader:
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
         if pending is not None:
             yield pending
+
+
+def read_slice(
+    catalog: Catalog, bundle: ObjectId, frame: Frame, number: int, *, unhashed_patch: bool = False
+) -> bytes:
+    """Read one encoded slice and check it against the hash in its bundle.
+
+    A slice of an exact patch may lack a hash if `unhashed_patch` is set: the tensor that it decodes
+    to has one.
+
+    Raises:
+        TruncatedError, CorruptionError: the slice is damaged or missing.
+    """
+    if number >= len(frame.slices):
+        raise CorruptionError(f"bundle {bundle[:8]} is damaged: a frame has too few slices")
+    offset, length, expected = frame.slices[number]
+    data = catalog.store.read_region(bundle, offset, length)
+    if len(data) != length:
+        raise TruncatedError(f"bundle {bundle[:8]} is truncated")
+    if unhashed_patch and expected == NO_HASH and data[:1] == _PATCH:
+        return data
+    if slice_hash(data) != expected:
+        raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has the wrong hash")
+    return data
 
 
 def has_slices(frame: Frame, size: int, dtype: DType) -> bool:

@@ -22,14 +22,15 @@ from ckptvcs.codec.dtypes import DTYPES, float_type
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, materialised
-from ckptvcs.decode.chain import ChainReader, Materialised
+from ckptvcs.decode.chain import ChainReader, Materialised, read_slice
+from ckptvcs.encode.assemble import Place, StoredPlace, in_bundle, recipe_of
 from ckptvcs.encode.exact import code_again
-from ckptvcs.encode.frame_writer import Slice
+from ckptvcs.encode.frame_writer import Region, Slice
 from ckptvcs.errors import CorruptionError
 from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
+from ckptvcs.history.recipe import Frame, dump_bundle, dump_recipe
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId
@@ -65,37 +66,19 @@ class _Table:
         return place if (known.dtype, known.shape) == (info.dtype, info.shape) else None
 
 
-_Place = tuple[ObjectId | None, int]  # bundle (None: the one being written), frame
-
-
-class _Bundle:
-    """A bundle on its way, in a pack that is begun when it is first needed."""
+class _Bundle(Region):
+    """The region of a new bundle, its frames, and the numbers of the frames that they replace."""
 
     def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
-        self._new_pack = new_pack
-        self.pack: PackWriter | None = None
+        super().__init__(new_pack)
         self.frames: list[Frame] = []
-        self.moved: dict[tuple[ObjectId, int], int] = {}
-        self._at = 0
+        self.moved: dict[StoredPlace, int] = {}
 
-    def append(self, data: bytes) -> Slice:
-        """Add a slice."""
-        if self.pack is None:
-            self.pack = self._new_pack()
-        self.pack.append_region(data)
-        start, self._at = self._at, self._at + len(data)
-        return start, len(data), slice_hash(data)
-
-    def add(self, frame: Frame, old: tuple[ObjectId, int]) -> int:
+    def add(self, frame: Frame, old: StoredPlace) -> int:
         """Add a frame that takes the place of an `old` one: its number."""
         self.frames.append(frame)
         self.moved[old] = len(self.frames) - 1
         return len(self.frames) - 1
-
-    def abort(self) -> None:
-        """Leave nothing behind that is not published."""
-        if self.pack is not None:
-            self.pack.abort()
 
 
 class Rekeyer:
@@ -107,8 +90,8 @@ class Rekeyer:
         self._progress = progress
         self._staying: set[ObjectId] = set()
         self._leaving: set[ObjectId] = set()
-        self._moved: dict[tuple[ObjectId, int], _Place] = {}
-        self._sharing: dict[tuple[ObjectId, int], list[int]] = {}  # tensors of a table, by frame
+        self._moved: dict[StoredPlace, Place] = {}
+        self._sharing: dict[StoredPlace, list[int]] = {}  # tensors of a table, by frame
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._chain = ChainReader(catalog, self._materials.get)
 
@@ -191,7 +174,7 @@ class Rekeyer:
         gone = frame.base is not None and frame.base[0] not in self._staying
         return gone or frame.depth > self._depth
 
-    def _places(self, table: _Table) -> list[tuple[tuple[ObjectId, int], Frame]]:
+    def _places(self, table: _Table) -> list[tuple[StoredPlace, Frame]]:
         """Where each tensor of a table lies."""
         recipe = self._catalog.recipe(table.values)
         places = [recipe.place(position) for position in range(len(recipe.frames))]
@@ -220,26 +203,19 @@ class Rekeyer:
             self._leaving |= {place[0] for place, frame in places if self._must_change(frame)}
             found = [self._find(bundle, table, n, base) for n in range(len(places))]
             name: ObjectId | None = None
-            if bundle.pack is not None:
+            if bundle.frames:
                 name = bundle.pack.add(Kind.BUNDLE, dump_bundle(bundle.frames))
                 store.publish(bundle.pack)
-            meta.add(Kind.RECIPE, dump_recipe(self._recipe(table.values, found, name)))
+            generation = self._catalog.next_generation(table.values)
+            meta.add(
+                Kind.RECIPE,
+                dump_recipe(recipe_of(table.values, generation, in_bundle(found, name))),
+            )
             store.publish(meta)  # from here on the new frames are used
             self._moved |= {old: (name, number) for old, number in bundle.moved.items()}
             if base is not None:
                 base.finish(table.values)  # if all of its tensors were coded anew
         self._catalog.forget_recipes()
-
-    def _recipe(self, values: ObjectId, found: list[_Place], own: ObjectId | None) -> Recipe:
-        bundles: dict[ObjectId, int] = {}
-        owners = []
-        for bundle, _ in found:
-            owner = bundle or own
-            assert owner is not None
-            owners.append(bundles.setdefault(owner, len(bundles)))
-        generation = 1 + max(recipe.generation for _, recipe in self._catalog.recipes(values))
-        numbers = tuple(number for _, number in found)
-        return Recipe(values, generation, tuple(bundles), tuple(owners), numbers)
 
     def _have(self, table: _Table | None) -> None:
         """Read a table from the cache, if it is there."""
@@ -251,7 +227,7 @@ class Rekeyer:
 
     def _find(
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
-    ) -> _Place:
+    ) -> Place:
         """Where the frame of a tensor lies from now on."""
         owner, number = self._catalog.place(table.values, position)
         self._progress(table.infos[position].size_bytes)
@@ -272,7 +248,7 @@ class Rekeyer:
         place = self._catalog.place(table.values, position)
         frame = self._catalog.frame_at(*place)
         below = table.place_below(table.infos[position])
-        base: tuple[ObjectId, int] | None = None
+        base: StoredPlace | None = None
         depth = 0
         if table.below is not None and below is not None:
             depth = self._chain.depth(table.below.values, below) + 1
@@ -288,7 +264,7 @@ class Rekeyer:
         bundle: _Bundle,
         table: _Table,
         position: int,
-        base: tuple[ObjectId, int] | None,
+        base: StoredPlace | None,
         cache: BaseWriter | None,
     ) -> tuple[tuple[Slice, ...], bool]:
         """Code a tensor again, slice by slice; whether any slice stands on the base."""
@@ -342,12 +318,10 @@ class Rekeyer:
         companion = None
         if frame.companion is not None:
             companion = self._companion(bundle, table, owner, frame.companion, cache)
-        slices = []
-        for offset, length, expected in frame.slices:
-            data = self._catalog.store.read_region(owner, offset, length)
-            if slice_hash(data) != expected:
-                raise CorruptionError(f"bundle {owner[:8]} is damaged: a slice has another hash")
-            slices.append(bundle.append(data))
+        slices = [
+            bundle.append(read_slice(self._catalog, owner, frame, index))
+            for index in range(len(frame.slices))
+        ]
         made = Frame(frame.base, frame.depth, companion, tuple(slices), frame.dtype)
         return bundle.add(made, (owner, number))
 

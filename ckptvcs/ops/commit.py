@@ -24,7 +24,8 @@ from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.decode.base_cache import HeldBase
-from ckptvcs.encode.encoder import Encoded, Encoder
+from ckptvcs.encode.assemble import Encoded
+from ckptvcs.encode.encoder import Encoder
 from ckptvcs.encode.planner import Attempt, within_bounds
 from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError, MissingObjectError, after
