@@ -55,7 +55,15 @@ def silent(_: Move) -> None:
 
 @dataclass(frozen=True)
 class CommitResult:
-    """A commit that is in the history now."""
+    """A new commit.
+
+    Attributes:
+        id: The id of the commit.
+        commit: The commit object.
+        stored_bytes: The bytes that the commit added to the repository.
+        branch: The branch of the commit.
+        notes: Warnings for the user, such as a branch that was started.
+    """
 
     id: ObjectId
     commit: Commit
