@@ -69,7 +69,7 @@ class Region:
         return self._pack
 
     def abort(self) -> None:
-        """Leave nothing behind that is not published."""
+        """Delete the temporary file unless it was published."""
         if self._pack is not None:
             self._pack.abort()
 
@@ -180,7 +180,7 @@ class PatchWriter:
         return bundle, publish(self._region.pack)
 
     def abort(self) -> None:
-        """Leave nothing behind that is not published, and no thread."""
+        """Stop the thread and delete the pack unless it was published."""
         if self._thread is not None:
             self._thread.shutdown(cancel=True)
         self._region.abort()

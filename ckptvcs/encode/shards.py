@@ -84,7 +84,7 @@ class Shard:
 def code_shard(
     catalog: Catalog, cache: Path, ticket: Ticket, checkpoint: Checkpoint, held: HeldBase
 ) -> Shard:
-    """Store the tensors of one process: durable when this returns, visible to nobody.
+    """Store the tensors of one process: durable on return, not yet visible.
 
     `held` keeps what the next commit is coded against.  The lease of who joins keeps gc away.
 
