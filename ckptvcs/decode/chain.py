@@ -19,15 +19,16 @@ import numpy as np
 from ckptvcs.codec.dtypes import DTYPES, DType
 from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.errors import CkptError, CorruptionError, TruncatedError
+from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.hashing import hash_of, hasher
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.recipe import NO_HASH, Frame, slice_hash
+from ckptvcs.history.recipe import Frame
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.ids import ObjectId
 
 MAX_DEPTH = 4096
-_PATCH = bytes([PATCH])
+PATCH_METHOD = bytes([PATCH])
+"""The first byte of a slice of an exact patch."""
 _MASTER = DTYPES["F32"]
 _MAX_CHANGES = 4  # of the word size along a chain; each may make decoding eight times as slow
 _KINDS = ("U8", "U16", "BF16", "F16", "U32", "F32", "U64", "F64")
@@ -227,14 +228,9 @@ class ChainReader:
     def _slice_bytes(self, bundle: ObjectId, frame: Frame, number: int) -> memoryview:
         if number >= len(frame.slices):
             raise CorruptionError(f"bundle {bundle[:8]} holds a frame with too few slices")
-        offset, length, expected = frame.slices[number]
-        data = self._catalog.store.read_region(bundle, offset, length)
-        if len(data) != length:
-            raise TruncatedError(f"bundle {bundle[:8]} is cut off")
-        proven_later = expected == NO_HASH and data[:1] == _PATCH
-        if not proven_later and slice_hash(data) != expected:
-            raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
-        return memoryview(data)
+        return memoryview(
+            self._catalog.read_slice(bundle, frame.slices[number], unhashed=PATCH_METHOD)
+        )
 
     def decode_slice(
         self,

@@ -342,12 +342,7 @@ class Rekeyer:
         companion = None
         if frame.companion is not None:
             companion = self._companion(bundle, table, owner, frame.companion, cache)
-        slices = []
-        for offset, length, expected in frame.slices:
-            data = self._catalog.store.read_region(owner, offset, length)
-            if slice_hash(data) != expected:
-                raise CorruptionError(f"bundle {owner[:8]} is damaged: a slice has another hash")
-            slices.append(bundle.append(data))
+        slices = [bundle.append(self._catalog.read_slice(owner, part)) for part in frame.slices]
         made = Frame(frame.base, frame.depth, companion, tuple(slices), frame.dtype)
         return bundle.add(made, (owner, number))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ckptvcs.errors import CorruptionError, MissingObjectError
+from ckptvcs.errors import CorruptionError, MissingObjectError, TruncatedError
 from ckptvcs.history.commit import (
     ERRORS,
     PARTS,
@@ -184,10 +184,46 @@ class Catalog:
             raise CorruptionError(f"bundle {bundle[:8]} has no frame {number}")
         return frames[number]
 
+    def read_slice(
+        self, bundle: ObjectId, part: tuple[int, int, bytes], *, unhashed: bytes | None = None
+    ) -> bytes:
+        """Read a slice of a frame and check its hash.
+
+        A slice without a hash must begin with `unhashed`, the method of exact patches: the hash
+        of its tensor proves it.
+
+        Raises:
+            CorruptionError: the slice is damaged, cut off or missing.
+        """
+        offset, length, expected = part
+        data = self.store.read_region(bundle, offset, length)
+        if len(data) != length:
+            raise TruncatedError(f"bundle {bundle[:8]} is cut off")
+        if expected == NO_HASH and unhashed is not None and data.startswith(unhashed):
+            return data
+        if slice_hash(data) != expected:
+            raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
+        return data
+
     def let_go(self, commit: ObjectId) -> list[LetGo]:
         """The fade and drop records of a commit."""
         names = self.store.find(b"let go:" + commit.encode())
         return [load_let_go(self.store.get(name, Kind.RECORD)) for name in names]
+
+    def recorded_parts(self, commit: ObjectId) -> set[str]:
+        """Return the parts of a commit that fade or drop records name."""
+        return {part for record in self.let_go(commit) for part in record.parts or PARTS}
+
+    def lost_patches(self, name: ObjectId, commit: Commit) -> list[tuple[str, ObjectId]]:
+        """Return the parts whose exact patch is missing without a record, with its table."""
+        if not commit.patch_bytes:
+            return []
+        recorded = self.recorded_parts(name)
+        return [
+            (part, state.exact)
+            for part, state in commit.parts.items()
+            if state.exact and part not in recorded and not self.has_recipe(state.exact)
+        ]
 
     def is_fading(self, values: ObjectId) -> bool:
         """Whether a record lets these exact values go, of any commit: a patch for them may be

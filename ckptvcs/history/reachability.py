@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
-from ckptvcs.history.commit import ERRORS, PARTS, Commit
+from ckptvcs.history.commit import ERRORS, Commit
 from ckptvcs.history.recipe import Recipe
 from ckptvcs.store.ids import ObjectId, PackId
 from ckptvcs.store.pack import pack_name
@@ -72,8 +72,7 @@ def _is_kept(catalog: Catalog, name: ObjectId, part: str) -> bool:
     exact = catalog.commit(name).parts[part].exact
     if exact is None or catalog.has_recipe(exact):
         return exact is not None
-    faded = any(part in (record.parts or PARTS) for record in catalog.let_go(name))
-    return bool(catalog.recipes(exact)) and not faded
+    return bool(catalog.recipes(exact)) and part not in catalog.recorded_parts(name)
 
 
 def is_whole(catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped) -> bool:

@@ -19,16 +19,16 @@ from typing import Self
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.decode.base_cache import HeldBase
-from ckptvcs.decode.chain import ChainReader
+from ckptvcs.decode.chain import PATCH_METHOD, ChainReader
 from ckptvcs.encode.encoder import Encoded, has_patch
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.measure import report, report_tensors
 from ckptvcs.encode.shards import Shard, Stored, Ticket, code_shard
-from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError, after
+from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, after
 from ckptvcs.hashing import hex_hash
 from ckptvcs.history.commit import PARTS, PartState
 from ckptvcs.history.log import LogEntry
-from ckptvcs.history.recipe import NO_HASH, Recipe, dump_values, slice_hash
+from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import Schema, TensorInfo
 from ckptvcs.ops.commit import Committer, SharedPatchFadedError, unchanged
 from ckptvcs.ops.likeness import Scanned
@@ -216,11 +216,8 @@ class Joint:
             for _ in ChainReader(self._catalog).slices(*one.proof, info):
                 pass
         bundle, frame = one.patch
-        for offset, length, expected in self._catalog.frame_at(bundle, frame).slices:
-            data = self._catalog.store.read_region(bundle, offset, length)
-            if expected != NO_HASH and slice_hash(data) != expected:
-                raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
-            yield data
+        for part in self._catalog.frame_at(bundle, frame).slices:
+            yield self._catalog.read_slice(bundle, part, unhashed=PATCH_METHOD)
 
 
 def _recipe(

@@ -27,7 +27,7 @@ from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of, read_sound
-from ckptvcs.history.commit import PARTS, Commit
+from ckptvcs.history.commit import Commit
 from ckptvcs.history.format_file import FOLDERS, check_seal
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.refs import Refs
@@ -298,13 +298,9 @@ class Verifier:
 
     def _patches(self, name: ObjectId, commit: Commit) -> None:
         """A patch may be missing only where a record says so."""
-        if not commit.patch_bytes:
-            return
-        gone = {part for record in self._catalog.let_go(name) for part in record.parts or PARTS}
-        for part, state in commit.parts.items():
-            if state.exact and part not in gone and not self._catalog.has_recipe(state.exact):
-                error = MissingObjectError(f"the exact patch of the {part} part is gone")
-                self._wrong("patch", error, commit=name)
+        for part, _ in self._catalog.lost_patches(name, commit):
+            error = MissingObjectError(f"the exact patch of the {part} part is gone")
+            self._wrong("patch", error, commit=name)
 
     def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo], room: Room) -> None:
         # Another commit may have the same bytes in tensors of other types: that proves nothing.
