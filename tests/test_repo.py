@@ -23,32 +23,11 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.checkpoint.torch_writer import dump_pickle
 from ckptvcs.ops.checkout import save_part
 from ckptvcs.ops.refs import move_head
+from tests.helpers.comparing import same
 from tests.helpers.training import train
 
 ODD_COUNTS: Any = collections.Counter()
 ODD_COUNTS["a"] = "text"
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    """The elements of a tensor, row after row, as they are."""
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return (
-            isinstance(b, torch.Tensor)
-            and (a.dtype, a.shape) == (b.dtype, b.shape)
-            and a.stride() == b.stride()
-            and bits(a) == bits(b)
-        )
-    if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and a.dtype == b.dtype and a.tobytes() == b.tobytes()
-    if isinstance(a, dict):
-        return type(a) is type(b) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and (a == b or a != a)
 
 
 def test_a_training_run_comes_back(repo: Repo) -> None:

@@ -8,7 +8,7 @@ way of float32).  Everything that is no float weight is the newest commit's.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -37,6 +37,9 @@ from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
+
+_Literal = tuple[int, int, int]
+"""A run of literal bytes: its start and end in the file, and its start in the template."""
 
 
 def _weights(schema: Schema) -> dict[str, int]:
@@ -144,35 +147,44 @@ class Averaged(Restorer):
                 yield job, words
 
     def _skeleton(self, file: FileEntry) -> Skeleton:
-        """The skeleton with the other values of small tensors, and their checksums."""
+        """Return the file template with the new values of small tensors, and their checksums."""
         skeleton = super()._skeleton(file)
         literals = bytearray(skeleton.literals)
-        places: list[tuple[int, int, int]] = []  # in the file: from, to; in the literals: from
-        changed: dict[int, int] = {}
-        at = length = 0
+        ranges: list[_Literal] = []
+        changed: dict[int, int] = {}  # the old CRC-32 of each small tensor with new values
+        at = offset = 0
         for op, argument, data in skeleton.walk(self.schema):
             if op == Op.INLINE and argument in self._others:
                 literals[at : at + len(data)] = self._others[argument].tobytes()
                 changed[argument] = zlib.crc32(data)
-            places.append((length, length + len(data), at))
+            ranges.append((offset, offset + len(data), at))
             at += len(data)
             tensor = self.schema.tensors[argument].size_bytes if op == Op.TENSOR else 0
-            length += 4 if op == Op.CRC32 else max(tensor, len(data))
+            offset += 4 if op == Op.CRC32 else max(tensor, len(data))
         if changed and file.format == "torch-zip":
-            source = SkeletonSource(self.schema, skeleton, self.tensor)
-            layout = torch_zip.parse(source, checksums=torch_zip.Checksums.SMALL)
-            for mark in layout.checksums if layout else ():
-                found = layout.tensors[mark.tensor] if layout else None
-                number = source.owner(found.offset, found.size) if found else -1
-                old = changed.get(number)
-                if old is None or source.read(mark.offset, 4) != old.to_bytes(4, "little"):
-                    continue
-                new = zlib.crc32(self._others[number].tobytes()).to_bytes(4, "little")
-                for start, end, literal in places:
-                    if start <= mark.offset and mark.offset + 4 <= end:
-                        there = literal + mark.offset - start
-                        literals[there : there + 4] = new
+            for offset, crc in self._new_checksums(skeleton, changed):
+                for start, end, literal in ranges:
+                    if start <= offset and offset + 4 <= end:
+                        at = literal + offset - start
+                        literals[at : at + 4] = crc
         return replace(skeleton, literals=memoryview(bytes(literals)))
+
+    def _new_checksums(
+        self, skeleton: Skeleton, changed: Mapping[int, int]
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield the file offset and the new bytes of the CRC-32 of each changed small tensor."""
+        source = SkeletonSource(self.schema, skeleton, self.tensor)
+        layout = torch_zip.parse(source, checksums=torch_zip.Checksums.SMALL)
+        if layout is None:
+            return
+        for mark in layout.checksums:
+            view = layout.tensors[mark.tensor]
+            number = source.owner(view.offset, view.size)
+            if number not in changed:
+                continue
+            if source.read(mark.offset, 4) == changed[number].to_bytes(4, "little"):
+                crc = zlib.crc32(self._others[number].tobytes())
+                yield mark.offset, crc.to_bytes(4, "little")
 
 
 def average(

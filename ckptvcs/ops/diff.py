@@ -370,22 +370,24 @@ def compare(
     only: str | None,
     progress: Progress,
 ) -> Comparison:
-    """What is between two commits, of one part or of all; `progress` counts the bytes of tensors
-    on both sides, decoded or not.
+    """Return the differences of two commits, in one part or in all.
+
+    `progress` counts the bytes of the tensors on both sides, decoded or not.
 
     Raises:
-        NotFoundError: neither has the part.
+        NotFoundError: neither commit has the part, or the part was dropped.
         CorruptionError: a tensor does not decode to its recorded hash.
     """
-    gone = [part for part in PARTS if "dropped" in (x[1].fidelity.get(part) for x in (a, b))]
+    (entry_a, reader_a), (entry_b, reader_b) = a, b
     parts = [part for part in PARTS if only in (None, part)]
-    dropped = tuple(part for part in parts if part in gone)
-    if only in gone:
-        raise NotFoundError(f"the {only} part of {a[0].id[:8]} or {b[0].id[:8]} was dropped")
-    parts = [part for part in parts if part not in gone]
-    left, right = _Side(catalog, a[1], parts), _Side(catalog, b[1], parts)
+    forms = reader_a.fidelity, reader_b.fidelity
+    dropped = [part for part in parts if "dropped" in (form.get(part) for form in forms)]
+    if only in dropped:
+        raise NotFoundError(f"the {only} part of {entry_a.id[:8]} or {entry_b.id[:8]} was dropped")
+    parts = [part for part in parts if part not in dropped]
+    left, right = _Side(catalog, reader_a, parts), _Side(catalog, reader_b, parts)
     if only is not None and not left.numbers and not right.numbers:
-        raise NotFoundError(f"neither {a[0].id[:8]} nor {b[0].id[:8]} has a part '{only}'")
+        raise NotFoundError(f"neither {entry_a.id[:8]} nor {entry_b.id[:8]} has a part '{only}'")
     right.name_as(left)
     match = _match(left, right)
     tensors: dict[Pair, Sums] = {}
@@ -394,32 +396,32 @@ def compare(
         tensors.setdefault(pair, Sums()).add(sums)
         if left.infos[pair[0]].role == WEIGHT:
             total.add(sums)
-    steps = None if a[0].step is None or b[0].step is None else abs(b[0].step - a[0].step)
-    found = Comparison(
-        a[0],
-        b[0],
-        steps,
-        tuple(_metadata(a[0], b[0])),
-        tuple(
-            TensorDifference(
-                left.infos[one],
-                sums,
-                left.error(one),
-                right.error(other),
-                left.is_near(one),
-                right.is_near(other),
-            )
-            for (one, other), sums in tensors.items()
-        ),
+    comparison = Comparison(
+        entry_a,
+        entry_b,
+        _steps_between(entry_a, entry_b),
+        tuple(_metadata(entry_a, entry_b)),
+        tuple(_difference(left, right, pair, sums) for pair, sums in tensors.items()),
         total,
         tuple(match.unchanged),
         tuple(match.indistinct),
         tuple(match.added),
         tuple(match.removed),
         tuple(match.reshaped),
-        dropped,
+        tuple(dropped),
     )
-    return replace(found, tensors=tuple(found.ordered()))
+    return replace(comparison, tensors=tuple(comparison.ordered()))
+
+
+def _steps_between(a: LogEntry, b: LogEntry) -> int | None:
+    return None if a.step is None or b.step is None else abs(b.step - a.step)
+
+
+def _difference(left: _Side, right: _Side, pair: Pair, sums: Sums) -> TensorDifference:
+    a, b = pair
+    return TensorDifference(
+        left.infos[a], sums, left.error(a), right.error(b), left.is_near(a), right.is_near(b)
+    )
 
 
 def _metadata(a: LogEntry, b: LogEntry) -> Iterator[tuple[str, object, object]]:

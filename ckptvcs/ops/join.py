@@ -22,11 +22,12 @@ from ckptvcs.decode.base_cache import HeldBase
 from ckptvcs.decode.chain import PATCH_METHOD, ChainReader
 from ckptvcs.encode.encoder import Encoded, has_patch
 from ckptvcs.encode.frame_writer import PatchWriter
+from ckptvcs.encode.group import Errors
 from ckptvcs.encode.measure import report, report_tensors
 from ckptvcs.encode.shards import Shard, Stored, Ticket, code_shard
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, after
 from ckptvcs.hashing import hex_hash
-from ckptvcs.history.commit import PARTS, PartState
+from ckptvcs.history.commit import PARTS, ErrorReport, PartState
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.history.schema import Schema, TensorInfo
@@ -145,8 +146,8 @@ class Joint:
         tables: dict[str, bytes] = {}
         recipes: list[Recipe] = []
         shared: list[ObjectId] = []
-        made: dict[ObjectId, list[int]] = {}
-        depths = {number: one.depth for number, one in stored.items()}
+        rows: dict[ObjectId, list[int]] = {}  # the tensors of each new recipe
+        depths = {number: tensor.depth for number, tensor in stored.items()}
         patch_bytes = 0
         for part in PARTS:
             row = checkpoint.schema.stored(part)
@@ -156,26 +157,20 @@ class Joint:
             exact = dump_values([stored[number].exact for number in row])
             values = object_id(Kind.VALUES, table)
             tables[part] = table
-            parts[part] = PartState(
-                values, None if table == exact else object_id(Kind.VALUES, exact)
-            )
-            if values in made:  # another part is the same bytes
-                depths |= {n: depths[m] for n, m in zip(row, made[values], strict=True)}
-            elif catalog.has_recipe(values, patches=False):  # see `Encoder`
-                for position, number in enumerate(row):
-                    depths[number] = catalog.frame(values, position)[1].depth
-            else:
-                made[values] = row
+            exact_id = None if table == exact else object_id(Kind.VALUES, exact)
+            parts[part] = PartState(values, exact_id)
+            depths |= self._known_depths(values, row, rows, depths)
+            if values not in rows and not catalog.has_recipe(values, patches=False):
+                rows[values] = row
                 recipes.append(_recipe(catalog.next_generation(values), values, row, stored))
-            if self._patched and table != exact:
-                if has_patch(catalog, parts[part]):
-                    shared.append(object_id(Kind.VALUES, exact))
-                else:
-                    frames = [(number, stored[number], depths[number] + 1) for number in row]
-                    patch_bytes += self._patch(infos, values, exact, frames)
-        errors = {number: one.errors for number, one in stored.items() if one.errors is not None}
-        reports = report_tensors(errors, infos) if self._request.spec.settings else {}
-        reports |= {number: one.known for number, one in stored.items() if one.known is not None}
+            if not self._patched or exact_id is None:
+                continue
+            if has_patch(catalog, parts[part]):
+                shared.append(exact_id)
+            else:
+                frames = [(number, stored[number], depths[number] + 1) for number in row]
+                patch_bytes += self._patch(infos, values, exact, frames)
+        errors, reports = self._reports(infos, stored)
         return Encoded(
             parts,
             tables,
@@ -188,6 +183,30 @@ class Joint:
             reports,
             shared,
         )
+
+    def _known_depths(
+        self,
+        values: ObjectId,
+        row: list[int],
+        rows: Mapping[ObjectId, list[int]],
+        depths: Mapping[int, int],
+    ) -> dict[int, int]:
+        """Return the chain depths of tensors whose hash table already has a recipe."""
+        if values in rows:  # another part has the same bytes
+            return {n: depths[m] for n, m in zip(row, rows[values], strict=True)}
+        if self._catalog.has_recipe(values, patches=False):  # see `Encoder`
+            frames = (self._catalog.frame(values, position)[1] for position in range(len(row)))
+            return {number: frame.depth for number, frame in zip(row, frames, strict=True)}
+        return {}
+
+    def _reports(
+        self, infos: tuple[TensorInfo, ...], stored: Mapping[int, Stored]
+    ) -> tuple[dict[int, Errors], dict[int, ErrorReport]]:
+        """Return the measured errors, and the error report of each near tensor."""
+        errors = {n: tensor.errors for n, tensor in stored.items() if tensor.errors is not None}
+        reports = report_tensors(errors, infos) if self._request.spec.settings else {}
+        reports |= {n: tensor.known for n, tensor in stored.items() if tensor.known is not None}
+        return errors, reports
 
     def _patch(
         self,

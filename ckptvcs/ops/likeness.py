@@ -48,27 +48,40 @@ def compare(
 
 
 def _is_all(catalog: Catalog, scanned: Scanned, commit: Commit) -> bool:
-    """Whether a commit holds just these tensors, bit for bit.  What stands around them in a file
-    may be other; in a state nothing may.
+    """Return whether a commit holds exactly these tensors, bit for bit.
+
+    The bytes around the tensors of a file may differ; those of a state may not.
     """
-    checkpoint, hashes = scanned.checkpoint, scanned.hashes
     exact = [state.exact for state in commit.parts.values() if state.exact is not None]
     if scanned.patched and any(is_gone(catalog, values) for values in exact):
-        return False  # here is the exact form again
-    old, schema = catalog.schema(commit.schema), checkpoint.schema
-    if checkpoint.kind != "state":
-        held = {file.path: file.hash for file in commit.files if file.hash}
-        new = {f.path: h for f, h in zip(checkpoint.files, scanned.file_hashes, strict=True)}
-        if held == new and _stored(old) == _stored(schema):
-            return True
-    tables = {part: _table(schema, part, hashes) for part in PARTS if schema.stored(part)}
-    known = {part: state.exact or state.values for part, state in commit.parts.items()}
-    if commit.source != checkpoint.kind or known != tables:
-        return False
-    if checkpoint.kind != "state":
-        return bool(tables) and _stored(old) == _stored(schema)
+        return False  # this checkpoint restores the exact form
+    old = catalog.schema(commit.schema)
+    if scanned.checkpoint.kind == "state":
+        return _has_tables(scanned, commit) and _is_state(scanned.checkpoint, old, commit)
+    return _stored(old) == _stored(scanned.checkpoint.schema) and (
+        _has_files(scanned, commit) or (_has_tables(scanned, commit) and bool(commit.parts))
+    )
+
+
+def _has_files(scanned: Scanned, commit: Commit) -> bool:
+    """Return whether a commit has the same files, byte for byte."""
+    files = zip(scanned.checkpoint.files, scanned.file_hashes, strict=True)
+    return {f.path: f.hash for f in commit.files if f.hash} == {f.path: h for f, h in files}
+
+
+def _has_tables(scanned: Scanned, commit: Commit) -> bool:
+    """Return whether a commit of the same kind has the same tensor hash tables."""
+    schema = scanned.checkpoint.schema
+    tables = {part: _table(schema, part, scanned.hashes) for part in PARTS if schema.stored(part)}
+    return commit.source == scanned.checkpoint.kind and tables == {
+        part: state.exact or state.values for part, state in commit.parts.items()
+    }
+
+
+def _is_state(checkpoint: Checkpoint, old: Schema, commit: Commit) -> bool:
+    """Return whether a commit has the same schema and file templates."""
     skeletons = [object_id(Kind.SKELETON, skeleton_of(checkpoint, f)) for f in checkpoint.files]
-    return old == schema and [file.skeleton for file in commit.files] == skeletons
+    return old == checkpoint.schema and [file.skeleton for file in commit.files] == skeletons
 
 
 def is_gone(catalog: Catalog, exact: ObjectId) -> bool:

@@ -45,7 +45,7 @@ from ckptvcs.history.refs import HEAD
 from ckptvcs.ops.checkout import hash_file
 from ckptvcs.ops.refs import set_pin
 from ckptvcs.ops.repository import Repository
-from ckptvcs.parallel import Progress
+from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import await_others, check_lease, lease, live_leases, turn
@@ -166,35 +166,29 @@ class Keeper:
         accept_near: bool,
     ) -> None:
         commit = self._repo.catalog.commit(name)
-        inside = commit.source == "directory"
-        files = [
-            (top / file.path if inside else top, file.size, file.hash)
-            for file in commit.files
-            if file.skeleton is not None and file.hash is not None
-        ]
+        files = list(_source_files(commit, top))
         for path, size, _ in files:
             originals.check(path, size)
         ref = self._way(name, None)
-        needs_pin = bool(_patched(commit)) and not accept_near
-        done.pinned = needs_pin and set_pin(self._repo, name, pinned=True)
-        pin = f"pins/{name}" if needs_pin else None
-        own = pin if done.pinned else None
+        pin = f"pins/{name}" if _patched(commit) and not accept_near else None
+        done.pinned = pin is not None and set_pin(self._repo, name, pinned=True)
         try:
             if pin is not None:
                 self._await_faders(commit)
-            if not self.is_exact(name, lambda _: None) and not accept_near:
+            if not self.is_exact(name, quiet) and not accept_near:
                 raise ConflictError("its commit has faded to near")
             proven = [originals.prove(path, digest, progress) for path, _, digest in files]
-            self._settle(name, commit, [ref, *([pin] if pin is not None else [])])
-            self._delete(name, ref, pin, own, originals, proven, done)
+            self._settle(name, commit, [ref] if pin is None else [ref, pin])
+            self._delete(name, ref, pin, originals, proven, done)
         finally:
             if done.pinned and not done.removed:
                 done.pinned = not set_pin(self._repo, name, pinned=False)
-        folders = [top / f.path for f in commit.files if f.skeleton is None and f.link is None]
-        if inside and top.name:
-            gone = [originals.remove_directory(path) for path in [*folders[::-1], top]]
-            if not all(gone):
-                done.kept = "its directory holds what was not committed, or links"
+        if (
+            commit.source == "directory"
+            and top.name
+            and not _remove_folders(commit, top, originals)
+        ):
+            done.kept = "its directory contains files that are not committed, or links"
 
     def _way(self, name: ObjectId, but: str | None) -> str:
         """A ref that leads to a commit, as refs are now, `but` not this one.
@@ -244,7 +238,6 @@ class Keeper:
         name: ObjectId,
         ref: str,
         pin: str | None,
-        own: str | None,
         originals: Originals,
         proven: list[Proven],
         done: Removal,
@@ -259,7 +252,7 @@ class Keeper:
             if self._lease is not None:
                 check_lease(backend, self._lease)
             self._repo.catalog.forget_drops()
-            again = self._way(name, own)
+            again = self._way(name, pin if done.pinned else None)
             state = self._repo.refs.read(pin) if pin is not None else None
             if pin is not None and (state is None or state.commit is None):
                 raise ConflictError("its commit was unpinned")
@@ -270,8 +263,23 @@ class Keeper:
                 done.removed.append(originals.delete(one))
 
 
+def _source_files(commit: Commit, top: PurePosixPath) -> Iterator[tuple[PurePosixPath, int, str]]:
+    """Yield the path, the size in bytes and the hash of each source file of a commit."""
+    for file in commit.files:
+        if file.skeleton is not None and file.hash is not None:
+            path = top / file.path if commit.source == "directory" else top
+            yield path, file.size, file.hash
+
+
+def _remove_folders(commit: Commit, top: PurePosixPath, originals: Originals) -> bool:
+    """Remove the empty directories of a commit; return whether all are removed."""
+    folders = [top / f.path for f in commit.files if f.skeleton is None and f.link is None]
+    removed = [originals.remove_directory(path) for path in [*folders[::-1], top]]
+    return all(removed)
+
+
 def _patched(commit: Commit) -> set[str]:
-    """The parts that are exact thanks to a patch."""
+    """Return the parts that are exact through an exact patch."""
     return {name for name, part in commit.parts.items() if part.exact is not None}
 
 

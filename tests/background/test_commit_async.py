@@ -25,9 +25,9 @@ from ckptvcs.background.shared_state import Parcel, Staging, unpack
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.parallel import ordered_map
 from ckptvcs.store.local import LocalWriter
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
+from tests.helpers.comparing import same
 from tests.helpers.crashing import states
-from tests.test_repo import same
 
 
 class Here:

@@ -21,6 +21,7 @@ from ckptvcs import CkptError, Repo
 from ckptvcs.background import process
 from ckptvcs.background.shared_state import Staging
 from ckptvcs.store.leases import exclusive
+from tests.helpers.comparing import same
 from tests.helpers.dying import MOMENTS
 
 State = dict[str, Any]
@@ -61,15 +62,6 @@ def state(number: int, size: int = 1000) -> State:
     return {"model": {"w": np.random.default_rng(number).standard_normal(size, dtype=np.float32)}}
 
 
-def equal(back: Any, given: Any) -> bool:
-    if isinstance(given, dict):
-        return back.keys() == given.keys() and all(equal(back[k], given[k]) for k in given)
-    if isinstance(given, np.ndarray):
-        same = (back.dtype, back.shape) == (given.dtype, given.shape)
-        return same and back.tobytes() == given.tobytes()
-    return type(back) is type(given) and bool(back == given)
-
-
 def steps(repo: Repo) -> list[int | None]:
     return [entry.step for entry in reversed(repo.log())]
 
@@ -82,7 +74,7 @@ def test_copies_that_grow(grown: list[int], repo: Repo) -> None:
         repo.commit_async(one, step=step)
     repo.wait()
     assert steps(repo) == list(range(9))
-    assert all(equal(repo.checkout(step), one) for step, one in enumerate(run))
+    assert all(same(repo.checkout(step), one) for step, one in enumerate(run))
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "KeyError"])
@@ -104,7 +96,7 @@ def test_a_commit_is_made_once_whenever_it_is_interrupted(
     assert steps(repo) == [3, 4]
     assert sorted(str(entry.step) for entry in repo.log(all_branches=True)) == ["3", "4", "5"]
     assert all(
-        equal(repo.checkout(f"m{'ain-2' if step < 5 else 'ain'}@{step}"), one)
+        same(repo.checkout(f"m{'ain-2' if step < 5 else 'ain'}@{step}"), one)
         for one, step in zip(run, (5, 3, 4), strict=True)
     )
     assert not repo.verify().damage
@@ -129,7 +121,7 @@ def test_where_no_process_lives_this_one_commits(
     repo.wait()
     assert grief.count == 3 * process._PROCESSES  # and no more
     assert steps(repo) == [0, 1, 2]
-    assert all(equal(repo.checkout(step), one) for step, one in enumerate(run))
+    assert all(same(repo.checkout(step), one) for step, one in enumerate(run))
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
     grief.end()
     assert repo.commit_async(state(3), step=3).result().step == 3
@@ -209,7 +201,7 @@ def test_without_room_for_a_copy_training_waits(
         assert future.result().step == step
     repo.close()
     assert steps(repo) == [0, 1, 2, 3, 4]
-    assert all(equal(repo.checkout(step), one) for step, one in enumerate(run))
+    assert all(same(repo.checkout(step), one) for step, one in enumerate(run))
     assert "no space left" in caplog.text
 
 
@@ -326,5 +318,5 @@ def test_none_of_many_is_lost_when_processes_are_killed(count: int, repo: Repo) 
 def _all_there(repo: Repo, seed: int, count: int, first: int = 0) -> None:
     assert steps(repo) == list(range(count + first))
     for step, one in enumerate(_changing(seed, count), start=first):
-        assert equal(repo.checkout(step), one), step
+        assert same(repo.checkout(step), one), step
     assert not repo.verify().damage

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from ckptvcs.checkpoint.open import open_checkpoint
-from ckptvcs.checkpoint.pickle_reader import TensorRef, read_pickle, walk
 from ckptvcs.decode.part_reader import PartReader, windows
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
+from tests.helpers.checkpoints import save_big
+from tests.helpers.comparing import same
 from tests.helpers.training import train
-from tests.test_repo import same
 
 WORDS = {
     "float32": 4,
@@ -32,50 +30,6 @@ WORDS = {
     "uint8": 1,
     "bool": 1,
 }
-
-
-STORAGES = {
-    "FloatStorage": 4,
-    "DoubleStorage": 8,
-    "HalfStorage": 2,
-    "BFloat16Storage": 2,
-    "LongStorage": 8,
-    "IntStorage": 4,
-    "ShortStorage": 2,
-    "ComplexFloatStorage": 4,
-    "ComplexDoubleStorage": 8,
-    "ByteStorage": 1,
-    "BoolStorage": 1,
-}
-
-
-def save_big(state: Any, path: Path, order: bytes = b"big") -> None:
-    """As torch saves it on such a machine: the words of each storage the other way round."""
-    plain = io.BytesIO()
-    torch.save(state, plain)
-    with zipfile.ZipFile(plain) as old:
-        pickled = old.read("archive/data.pkl")
-        kinds = {
-            node.storage.key: STORAGES[node.storage.type_name]
-            for _, node in walk(read_pickle(io.BytesIO(pickled), len(pickled)))
-            if isinstance(node, TensorRef)
-        }
-        writer = torch._C.PyTorchFileWriter(str(path))
-        for full in old.namelist():
-            name, data = full.removeprefix("archive/"), old.read(full)
-            if name.startswith("data/"):
-                words = np.frombuffer(data, f"u{kinds[name[5:]]}")
-                data = words.byteswap().tobytes()
-            elif name == "byteorder":
-                data = order
-            if name not in (
-                "version",
-                ".data/serialization_id",
-                ".format_version",
-                ".storage_alignment",
-            ):
-                writer.write_record(name, data, len(data))
-        writer.write_end_of_file()
 
 
 def every_type() -> dict[str, Any]:

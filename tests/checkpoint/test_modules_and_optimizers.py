@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo
-from tests.test_repo import same
+from tests.helpers.comparing import same
 
 
 def _model() -> torch.nn.Sequential:

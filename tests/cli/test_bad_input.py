@@ -23,7 +23,7 @@ from ckptvcs.encode.encoder import Encoder
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind
-from tests.cli.conftest import Ckpt, environment
+from tests.helpers.command_line import Ckpt, environment
 from tests.helpers.training import train_on
 
 

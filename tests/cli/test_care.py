@@ -8,10 +8,9 @@ from typing import Any
 from ckptvcs import Repo
 from ckptvcs.cli import gc
 from ckptvcs.gc.collect import GcPlan
-from tests.background.test_failures import equal
-from tests.cli.conftest import Ckpt
-from tests.decode.test_base_cache import plain, rekeyed
-from tests.gc.test_sizes import commits
+from tests.helpers.command_line import Ckpt
+from tests.helpers.comparing import same
+from tests.helpers.histories import commits, plain, rekeyed
 
 
 def test_verify_deletes_a_wrong_base_and_says_so(ckpt: Ckpt, tmp_path: Path) -> None:
@@ -32,7 +31,7 @@ def test_verify_deletes_a_wrong_base_and_says_so(ckpt: Ckpt, tmp_path: Path) -> 
     path.write_bytes(bytes(10**5))  # and who reads it without that
     again = Repo.open(tmp_path)
     for step, state in true.items():
-        assert equal(plain(again.checkout(step or 0)), plain(state))
+        assert same(plain(again.checkout(step or 0)), plain(state))
 
 
 def sizes(ckpt: Ckpt, *args: object) -> tuple[Any, int, int]:

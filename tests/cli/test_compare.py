@@ -17,7 +17,7 @@ import torch
 from ckptvcs.cli import diff, render
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.ops.diff import Indistinct
-from tests.cli.conftest import Ckpt, environment
+from tests.helpers.command_line import Ckpt, environment
 from tests.helpers.training import save_run, train
 
 NUMBERS = {

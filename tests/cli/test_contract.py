@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,31 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from ckptvcs.cli import log as cli_log
-from tests.checkpoint.test_round_trip import trainer_directory
-from tests.cli.conftest import Ckpt
+from tests.helpers.checkpoints import trainer_directory
+from tests.helpers.command_line import COMMIT_KEYS, Ckpt, disk, sha
 from tests.helpers.training import train, train_on
-
-COMMIT_KEYS = {
-    "id",
-    "step",
-    "message",
-    "raw_bytes",
-    "stored_bytes",
-    "patch_bytes",
-    "kind",
-    "depth",
-    "exact",
-    "fidelity",
-    "error",
-}
-
-
-def sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def disk(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def test_commit_json(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:

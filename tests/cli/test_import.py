@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Ckpt, environment
-from tests.cli.test_contract import COMMIT_KEYS, disk
+from tests.helpers.command_line import COMMIT_KEYS, Ckpt, disk, environment
 
 ITEM_KEYS = {
     "name",

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from ckptvcs.repo import Repo
-from tests.checkpoint.test_big_endian import save_big
-from tests.checkpoint.test_round_trip import trainer_directory
-from tests.cli.conftest import Ckpt
+from tests.helpers.checkpoints import save_big, trainer_directory
+from tests.helpers.command_line import Ckpt
 from tests.helpers.training import train
 
 STATE = {"w": torch.arange(60_000.0)}

@@ -27,7 +27,7 @@ from ckptvcs.history import commit as commits
 from ckptvcs.history.canonical_json import now, seal
 from ckptvcs.repo import Repo
 from ckptvcs.text import plain, plain_lines, printable
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 
 ROOT = Path(__file__).parent.parent.parent
 ODD = "\x1b]0;t\x07\x9b31m\r\x08\x7f\u202eevil\u2066\u200b\u2028\ufeff\ud800\U000e0041\u3164"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.conftest import Ckpt
+from tests.helpers.command_line import Ckpt
 
 STEPS = (10, 20, 30, 40)
 

@@ -18,7 +18,7 @@ import pytest
 
 from ckptvcs import Repo, StorageError
 from ckptvcs.ops.refs import set_ref
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 from tests.helpers.crashing import save
 
 FULL = Path("/dev/full")

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from ckptvcs import InvalidInputError
 from ckptvcs.history.revision import split_tensor
-from tests.cli.conftest import Ckpt
-from tests.cli.test_contract import sha
+from tests.helpers.command_line import Ckpt, sha
+from tests.helpers.comparing import same
 from tests.helpers.training import train
-from tests.test_repo import same
 
 
 def names(folder: Path) -> list[str]:
@@ -96,7 +95,7 @@ def test_names_of_exports_are_unique(ckpt: Ckpt, tmp_path: Path) -> None:
 
 
 def test_directories_are_exported_as_such(ckpt: Ckpt, tmp_path: Path) -> None:
-    from tests.checkpoint.test_round_trip import trainer_directory
+    from tests.helpers.checkpoints import trainer_directory
 
     ckpt("init", "--codec", "lossless")
     for state in train(2):
@@ -259,7 +258,7 @@ def test_average_of_other_types(ckpt: Ckpt, tmp_path: Path) -> None:
 
 
 def test_average_of_a_directory(ckpt: Ckpt, tmp_path: Path) -> None:
-    from tests.checkpoint.test_round_trip import trainer_directory
+    from tests.helpers.checkpoints import trainer_directory
 
     ckpt("init", "--codec", "lossless")
     for state in train(2):

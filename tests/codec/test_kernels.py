@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 
 
 def run(code: str, compiled: str = "") -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,8 @@ from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable
 from ckptvcs.gc.retention import Policy
 from ckptvcs.store.ids import ObjectId
-from tests.background.test_failures import equal
+from tests.helpers.comparing import same
+from tests.helpers.histories import Weights, plain, rekeyed
 
 CODECS = ["near", "small", "lossless", "excp", "excp-max"]
 
@@ -48,31 +49,6 @@ def assert_sound(repo: Repo) -> None:
     report = repo.verify()
     assert not report.damage
     assert not report.discarded
-
-
-class Weights:
-    """Weights of a random structure, some of them equal, which move a little at each step."""
-
-    def __init__(self, seed: int, groups: list[int], ties: list[int]) -> None:
-        """`groups`: how many tensors stay equal to each other; `ties`: share memory, too."""
-        self._rng = np.random.default_rng(seed)
-        self._rows = [
-            (self._rng.standard_normal(int(self._rng.integers(300, 3000)), np.float32), count)
-            for count in groups
-        ]
-        self._ties = ties
-
-    def step(self) -> dict[str, Any]:
-        self._rows = [
-            (now + 0.01 * self._rng.standard_normal(now.size, np.float32), count)
-            for now, count in self._rows
-        ]
-        model: dict[str, Any] = {}
-        for row, (now, count) in enumerate(self._rows):
-            for twin in range(count):
-                tied = twin in self._ties
-                model[f"layer{row}.bias{twin}"] = now if tied else now.copy()
-        return {"model": model, "noise": self._rng.standard_normal(64, np.float32)}
 
 
 @given(
@@ -121,33 +97,13 @@ def test_rekeying_leaves_sound_bases(
     repo.gc(rekey=True)
     repo = Repo.open(root)
     assert_sound(repo)
-    assert all(equal(plain(repo.checkout(step)), plain(true[step])) for step in kept)
+    assert all(same(plain(repo.checkout(step)), plain(true[step])) for step in kept)
     commit(7)
     assert_sound(repo)
     shutil.rmtree(repo.folder / "cache")
     again = Repo.open(root)
-    assert all(equal(plain(again.checkout(step)), plain(true[step])) for step in kept)
+    assert all(same(plain(again.checkout(step)), plain(true[step])) for step in kept)
     assert_sound(again)
-
-
-def plain(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: plain(value) for key, value in state.items()}
-    return np.asarray(state) if hasattr(state, "shape") else state
-
-
-def rekeyed(root: Path, codec: str = "near") -> Repo:
-    """A repository of files with equal tensors, whose newest commits were coded anew."""
-    repo, run = Repo.init(root, codec=codec), Weights(1, [3, 2, 1], [])
-    repo.configure("keep-exact", "0")
-    torch = pytest.importorskip("torch")
-    for step in range(1, 6):
-        model = {name: torch.from_numpy(w) for name, w in run.step()["model"].items()}
-        torch.save({"model": model}, root / "model.pt")
-        repo.commit_path(root / "model.pt", message="", step=step)
-    repo.gc(Policy(last=2))
-    repo.gc(rekey=True)
-    return repo
 
 
 @pytest.mark.parametrize("codec", ["near", "small", "lossless"])

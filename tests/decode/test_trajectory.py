@@ -23,8 +23,8 @@ from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.object_store import ObjectStore
+from tests.helpers.comparing import same
 from tests.helpers.training import train
-from tests.test_repo import same
 
 State = dict[str, Any]
 

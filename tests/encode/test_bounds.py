@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
-from tests.encode.test_near import adam_state, weights
+from tests.helpers.states import adam_state, weights
 
 State = dict[str, Any]
 

@@ -17,9 +17,8 @@ from torch import nn
 from ckptvcs.errors import ConflictError
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
+from tests.helpers.states import State, adam_state, moved, weights
 from tests.spec_reader import SpecRepository
-
-State = dict[str, Any]
 
 
 @pytest.fixture
@@ -142,42 +141,6 @@ def test_embedding_rows_that_never_moved_stay(near: Repo) -> None:
         assert not moments["exp_avg_sq"][200:].any()
         assert not moments["exp_avg"][200:].any()
         assert (moments["exp_avg_sq"][:200].sum(1) > 0).all()
-
-
-def adam_state(weights: dict[str, torch.Tensor], step: int, squares: float = 1e-6) -> State:
-    """A state as AdamW leaves it, with made-up moments."""
-    draw = torch.Generator().manual_seed(step)
-    moments = {
-        n: {
-            "step": torch.tensor(float(step)),
-            "exp_avg": torch.randn(w.shape, generator=draw) * squares**0.5 * 0.3,
-            "exp_avg_sq": torch.rand(w.shape, generator=draw) * squares,
-        }
-        for n, w in enumerate(weights.values())
-    }
-    group = {
-        "lr": 1e-3,
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "params": list(range(len(weights))),
-        "param_names": list(weights),
-    }
-    state = {"model": weights, "optimizer": {"state": moments, "param_groups": [group]}}
-    return copy.deepcopy(state | {"step": step})
-
-
-def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return {f"layer{n}": (torch.randn(120, 90) * 0.05).to(dtype) for n in range(4)}
-
-
-def moved(
-    tensors: dict[str, torch.Tensor], size: float = 1e-3, **other: float
-) -> dict[str, torch.Tensor]:
-    return {
-        name: (w.float() + torch.randn(w.shape) * other.get(name, size)).to(w.dtype)
-        for name, w in tensors.items()
-    }
 
 
 def test_the_first_commit_is_close_and_what_is_not_trained_is_exact(near: Repo) -> None:

@@ -15,9 +15,7 @@ from safetensors.torch import save_file
 from ckptvcs.errors import NotFoundError
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
-from tests.cli.conftest import Ckpt, ckpt_process
-
-__all__ = ["ckpt_process"]
+from tests.helpers.command_line import Ckpt
 
 NAMES = [
     "e\u0301",

@@ -16,10 +16,8 @@ from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.files.names import is_repository_name, is_trusted_name, refuse_trusted, safe_path
 from ckptvcs.repo import Repo
-from tests.cli.conftest import Ckpt, ckpt
-from tests.system.test_hostile_repository import Forger, forger
-
-__all__ = ["ckpt", "forger"]
+from tests.helpers.command_line import Ckpt
+from tests.helpers.forging import Forger
 
 IGNORED = "\u200c\u200d\u200e\u200f\u202a\u202e\u206a\u206f\ufeff\u00ad\u2060\u180e\u034f\ufe0f"
 

@@ -17,21 +17,13 @@ from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from ckptvcs.store.leases import exclusive
-from tests.encode.test_near import adam_state, moved, weights
+from tests.helpers.comparing import same
+from tests.helpers.states import adam_state, moved, weights
 
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Repo:
     return Repo.init(tmp_path)
-
-
-def same(one: Any, two: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, torch.Tensor):
-        raw = [x.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for x in (one, two)]
-        return one.dtype == two.dtype and raw[0] == raw[1]
-    return bool(one == two)
 
 
 class Run:

@@ -11,23 +11,9 @@ from hypothesis import strategies as st
 
 from ckptvcs import Repo
 from ckptvcs.gc.retention import Policy
+from tests.helpers.histories import commits
 
 _DIGITS = 8  # bytes that the time of a record may make more or less of, compressed
-
-
-def commits(repo: Repo, seed: int, count: int, codec: str, first: int = 1) -> None:
-    rng = np.random.default_rng(seed)
-    weight = rng.standard_normal(6000, np.float32)
-    for step in range(first, first + count):
-        weight = weight + 0.01 * rng.standard_normal(6000, np.float32)
-        moments = {
-            0: {
-                "exp_avg": rng.standard_normal(6000, np.float32),
-                "exp_avg_sq": rng.random(6000, np.float32),
-            }
-        }
-        optimizer = {"state": moments, "param_groups": [{"params": [0]}]}
-        repo.commit({"model": {"w": weight}, "optimizer": optimizer}, step=step, codec=codec)
 
 
 def stored(repo: Repo) -> int:

@@ -26,7 +26,7 @@ from ckptvcs.errors import CorruptionError, NotFoundError
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter, load_state
 from ckptvcs.integrations.distributed.balance import keep_together
 from ckptvcs.integrations.distributed.chunks import load_metadata
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 from tests.helpers.trainers.distributed import differences
 
 

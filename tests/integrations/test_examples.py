@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +9,13 @@ import pytest
 import torch
 
 from ckptvcs import Repo
-
-PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+from tests.helpers.docs_examples import blocks, run
 
 
 def _train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     model(torch.randn(4, 16)).square().mean().backward()
     optimizer.step()
-
-
-def blocks(trainer: str | None = None) -> list[str]:
-    """The examples; those of one of the trainers of others, or those without."""
-    found = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE.read_text("utf-8"))
-    used = [re.findall(r"ckptvcs\.integrations\.(\w+)", block) for block in found]
-    wanted = [] if trainer is None else [trainer]
-    return [block for block, names in zip(found, used, strict=True) if names == wanted]
-
-
-def run(block: str, names: dict[str, Any]) -> None:
-    exec(compile(block, str(PAGE), "exec"), names)
 
 
 def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from ckptvcs import InvalidInputError, Repo
-from tests.cli.conftest import environment
-from tests.integrations.test_examples import blocks, run
+from tests.helpers.command_line import environment
+from tests.helpers.docs_examples import blocks, run
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="no lightning"),

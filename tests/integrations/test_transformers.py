@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ckptvcs import InvalidInputError, Repo
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 
 pytest.importorskip("transformers")
 

@@ -30,7 +30,7 @@ from ckptvcs.ops.import_folder import Importer, ImportItem
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
-from tests.checkpoint.test_round_trip import trainer_directory
+from tests.helpers.checkpoints import trainer_directory
 from tests.helpers.training import train
 
 State = dict[str, Any]

@@ -25,7 +25,7 @@ from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.cli.app import app
 from ckptvcs.ops.watch import Watcher, WatchEvent
 from ckptvcs.store.leases import exclusive, patience
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 from tests.helpers.crashing import states
 
 

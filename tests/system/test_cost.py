@@ -11,7 +11,7 @@ import torch
 from ckptvcs.decode import chain
 from ckptvcs.repo import Repo
 from ckptvcs.store.local import LocalBackend, LocalWriter
-from tests.encode.test_near import adam_state
+from tests.helpers.states import adam_state
 
 
 class Counts:

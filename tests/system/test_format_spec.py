@@ -9,7 +9,7 @@ import torch
 
 from ckptvcs.gc.retention import Policy
 from ckptvcs.repo import Repo
-from tests.checkpoint.test_round_trip import every_dtype, trainer_directory, views
+from tests.helpers.checkpoints import every_dtype, trainer_directory, views
 from tests.helpers.training import save_run, train
 from tests.spec_reader import SpecRepository
 

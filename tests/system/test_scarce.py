@@ -22,7 +22,7 @@ from ckptvcs.errors import after
 from ckptvcs.ops.checkout import hash_file
 from ckptvcs.store import pack
 from ckptvcs.store.ids import Kind, ObjectId
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 from tests.helpers.crashing import save, states
 from tests.helpers.faults import apart
 from tests.helpers.refusing.asking import library

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 from tests.helpers.crashing import SCENARIOS, Expected, expected
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ckptvcs.repo import Repo
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 from tests.helpers.soaking import index_bytes, run_states
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"

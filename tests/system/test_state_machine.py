@@ -15,8 +15,8 @@ from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.gc.retention import Best, Policy
 from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.repo import Repo
-from tests.encode.test_near import adam_state
-from tests.gc.test_retention import same
+from tests.helpers.comparing import same
+from tests.helpers.states import adam_state
 
 POLICIES = [
     Policy(last=2),

@@ -23,10 +23,7 @@ def keep_together(
     is coded by what it says of its weight.  The same state is always shared out the same way, so
     that each process has the base of its tensors in memory.
     """
-    holders: dict[MetadataIndex, set[int]] = {}
-    for rank, indices in enumerate(owned):
-        for index in indices:
-            holders.setdefault(index, set()).add(rank)
+    holders = _holders(owned)
     shared: list[list[WriteItem]] = [[] for _ in planned]
     keys = _keys({item.index.fqn for items in planned for item in items})
     groups: dict[str, list[tuple[int, WriteItem]]] = {}
@@ -50,6 +47,15 @@ def keep_together(
                 shared[rank].append(item)
                 loads[rank] += item_bytes(item)
     return shared
+
+
+def _holders(owned: Sequence[Iterable[MetadataIndex]]) -> dict[MetadataIndex, set[int]]:
+    """Return the ranks that have each item."""
+    holders: dict[MetadataIndex, set[int]] = {}
+    for rank, indices in enumerate(owned):
+        for index in indices:
+            holders.setdefault(index, set()).add(rank)
+    return holders
 
 
 def _keys(names: set[str]) -> dict[str, str]:

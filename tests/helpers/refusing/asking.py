@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import pytest
 
-from tests.cli.conftest import environment
+from tests.helpers.command_line import environment
 
 HALF = -1  # a call that does half of what it was to do
 
