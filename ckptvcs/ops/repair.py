@@ -24,7 +24,7 @@ from ckptvcs.history.catalog import Catalog, Dropped, read_sound
 from ckptvcs.history.commit import ERRORS, Commit, dump_commit
 from ckptvcs.history.format_file import FOLDERS, raise_flags, repair_format
 from ckptvcs.history.reachability import mark
-from ckptvcs.history.recipe import LetGo, load_recipe
+from ckptvcs.history.recipe import DropRecord, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.config import mend_settings
@@ -301,7 +301,7 @@ class Repairer:
                 self._refs.publish(ref, old, commit=None, time=now(), action="repair")
                 ref, old = f"pins/{parent}", None
             self._refs.publish(ref, old, commit=parent, time=now(), action="repair")
-        records = {record for name in moved for record in self._catalog.let_go(name)}
+        records = {record for name in moved for record in self._catalog.drop_records(name)}
         self._catalog.record(
             [
                 replace(record, commits=tuple(moved.get(name, name) for name in record.commits))
@@ -349,7 +349,7 @@ class Repairer:
                 fades.setdefault(tuple(sorted(faded)), []).append(name)
         self._catalog.record(
             [
-                LetGo(what, tuple(sorted(names)), parts, _RULE, now())
+                DropRecord(what, tuple(sorted(names)), parts, _RULE, now())
                 for what, rows in (("drop", drops), ("fade", fades))
                 for parts, names in rows.items()
             ]

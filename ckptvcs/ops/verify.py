@@ -231,11 +231,11 @@ class Verifier:
                 if move is not None and move.commit is not None:
                     roots[name] = move.commit
                 self._refs.check(name)
-                self._refs.keep_spare(name)
+                self._refs.keep_backup(name)
             except CkptError as error:
-                damage, spare = self._wrong("ref", error, name=name), self._refs.spare(name)
-                if name not in roots and spare is not None and spare.commit is not None:
-                    damage.commits = (spare.commit,)  # which nobody gets to by that ref
+                damage, backup = self._wrong("ref", error, name=name), self._refs.backup(name)
+                if name not in roots and backup is not None and backup.commit is not None:
+                    damage.commits = (backup.commit,)  # which nobody gets to by that ref
         return roots
 
     def _reachable(self) -> dict[ObjectId, Commit]:
@@ -258,7 +258,7 @@ class Verifier:
                     dict.fromkeys([*([below] if below else ()), *below_too])
                 )
         there = set(self._catalog.store.ids(Kind.COMMIT))
-        self.report.loose = revisions.loose(there - found.keys())
+        self.report.loose = revisions.unreachable(there - found.keys())
         with contextlib.suppress(CkptError):  # which has been said
             for name in revisions.lost_lines():
                 lost = CorruptionError("a ref is lost: this and those below it are on none")
