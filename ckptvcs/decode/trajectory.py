@@ -70,7 +70,7 @@ def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
     if ends:
         more = ", ..." if len(ends) > _MAX_LISTED else ""
         raise InvalidInputError(
-            f"several tensors are named '{name}'",
+            f"ambiguous tensor name '{name}'",
             hint=f"one of {', '.join(sorted(ends, key=len)[:_MAX_LISTED])}{more}",
         )
     same = alike(list(found), [name]).get(name)
@@ -288,7 +288,7 @@ def series(
         InvalidInputError: the name means several tensors of a commit.
     """
     found: dict[ObjectId, dict[str, Window]] = {}
-    missing = NotFoundError(f"there is no commit to look for '{tensor}' in")
+    missing = NotFoundError(f"no commits to search for tensor '{tensor}'")
     for schema in dict.fromkeys(catalog.commit(name).schema for name in names):
         try:
             full, window = find_tensor(catalog.schema(schema), tensor)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ckptvcs.errors import CorruptionError, MissingObjectError, TruncatedError
+from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.commit import (
     ERRORS,
     PARTS,
@@ -187,27 +187,6 @@ class Catalog:
         if number >= len(frames):
             raise CorruptionError(f"bundle {bundle[:8]} has no frame {number}")
         return frames[number]
-
-    def read_slice(
-        self, bundle: ObjectId, part: tuple[int, int, bytes], *, unhashed: bytes | None = None
-    ) -> bytes:
-        """Read a slice of a frame and check its hash.
-
-        A slice without a hash must begin with `unhashed`, the method of exact patches: the hash
-        of its tensor proves it.
-
-        Raises:
-            CorruptionError: the slice is damaged, cut off or missing.
-        """
-        offset, length, expected = part
-        data = self.store.read_region(bundle, offset, length)
-        if len(data) != length:
-            raise TruncatedError(f"bundle {bundle[:8]} is cut off")
-        if expected == NO_HASH and unhashed is not None and data.startswith(unhashed):
-            return data
-        if slice_hash(data) != expected:
-            raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
-        return data
 
     def drop_records(self, commit: ObjectId) -> list[DropRecord]:
         """Return the fade and drop records of a commit."""

@@ -24,7 +24,8 @@ from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.decode.base_cache import HeldBase
-from ckptvcs.encode.encoder import Encoded, Encoder
+from ckptvcs.encode.assemble import Encoded
+from ckptvcs.encode.encoder import Encoder
 from ckptvcs.encode.planner import Attempt, within_bounds
 from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError, MissingObjectError, after
@@ -54,7 +55,15 @@ def silent(_: Move) -> None:
 
 @dataclass(frozen=True)
 class CommitResult:
-    """A commit that is in the history now."""
+    """A new commit.
+
+    Attributes:
+        id: The id of the commit.
+        commit: The commit object.
+        stored_bytes: The bytes that the commit added to the repository.
+        branch: The branch of the commit.
+        notes: Warnings for the user, such as a branch that was started.
+    """
 
     id: ObjectId
     commit: Commit

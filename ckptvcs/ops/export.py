@@ -21,7 +21,13 @@ FORMATS = ("pt", "safetensors")
 
 @dataclass(frozen=True)
 class Exported:
-    """A commit that was written to a path; `exact` if the file holds what was committed."""
+    """A commit that was written to a file.
+
+    Attributes:
+        entry: The commit.
+        path: The written file or directory.
+        exact: Whether the file has exactly the committed values.
+    """
 
     entry: LogEntry
     path: Path

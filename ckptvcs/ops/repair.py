@@ -48,9 +48,17 @@ Record = tuple[Entry, bytes, bytes]
 
 @dataclass
 class Repaired:
-    """What was done: objects by where they came from, refs that were mended, and where those are
-    that had to be guessed, other files that were made anew, commits let go (parts, or all), and
-    packs that were deleted.
+    """The result of a repair.
+
+    Attributes:
+        salvaged: The number of objects copied from damaged packs.
+        remembered: The number of objects restored from the index.
+        fetched: The number of objects copied from the other repository.
+        refs: The repaired refs.
+        told: The refs whose newest version was inferred, with their commit or branch.
+        files: The other repaired files.
+        dropped: The dropped commits with the dropped parts; empty parts mean the whole commit.
+        packs: The number of deleted packs.
     """
 
     salvaged: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptvcs.checkpoint.conventions import step_in_name, step_in_text
 from ckptvcs.checkpoint.open import Checkpoint
-from ckptvcs.checkpoint.state import STATE_FILE
+from ckptvcs.checkpoint.state import STATE_FILE, Copies, state_checkpoint
 from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.errors import InvalidInputError
 
@@ -133,3 +133,27 @@ def find_step(request: Request) -> int | None:
         return said
     name = request.path.rpartition("/")[2]
     return step_in_name(name, request.checkpoint.epoch)
+
+
+def gather_state(
+    state: object,
+    model: Any,
+    optimizer: Any,
+    extra: Mapping[str, object] | None,
+    copies: Copies | None = None,
+) -> Checkpoint:
+    """Return a state, or that of a model and its optimizers, as a checkpoint; see `Repo.commit`.
+
+    Raises:
+        InvalidInputError: both are given, or neither is.
+    """
+    from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415
+
+    if (state is ...) == (model is None and optimizer is None):
+        raise InvalidInputError("commit either a state, or a model and its optimizer")
+    if state is not ... and extra is not None:
+        raise InvalidInputError("pass either a state or extra, not both")
+    if state is not ...:
+        return state_checkpoint(state, None, copies)
+    gathered, names = gather(model, optimizer, extra, STATE_FILE)
+    return state_checkpoint(gathered, names, copies)

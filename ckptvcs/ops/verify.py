@@ -51,10 +51,16 @@ T = TypeVar("T")
 
 @dataclass
 class Damage:
-    """One thing that is wrong: what, in which commit (if known), in which file or tensor.
+    """One damaged thing.
 
-    Of a pack or object, `objects` are the ids that cannot be read, and `commits` and `tensors` what
-    cannot be restored because of it.
+    Attributes:
+        what: Its kind, such as `pack`, `commit`, `tensor`, `ref` or `file`.
+        message: What is wrong with it.
+        commit: The commit that contains it, if known.
+        name: The name of the file, ref, pack or tensor.
+        objects: The ids of objects that cannot be read.
+        commits: The commits that cannot be restored because of it.
+        tensors: The tensors that cannot be restored because of it.
     """
 
     what: str
@@ -68,9 +74,18 @@ class Damage:
 
 @dataclass
 class VerifyReport:
-    """What was looked at, what was left for another time, and what was wrong.  Commits that are
-    `loose` are here, and no ref led to them ever: they came to nothing, or their ref was lost.
-    Materialised bases in the cache that were wrong are `discarded`: nothing is lost with them.
+    """The result of `Repo.verify`.
+
+    Attributes:
+        packs: The number of checked packs.
+        commits: The number of checked commits.
+        tensors: The number of decoded tensors.
+        files: The number of checked files.
+        bytes: The size of the checked packs, in bytes.
+        left: The number of packs and commits that `subset` left out.
+        loose: Unreachable commits; they are not damage.
+        discarded: Wrong cache files that were deleted; they are not damage.
+        damage: Everything that is damaged.
     """
 
     packs: int = 0

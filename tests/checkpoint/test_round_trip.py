@@ -23,6 +23,8 @@ from ckptvcs.repo import Repo
 from tests.helpers.checkpoints import every_dtype, odd_objects, trainer_directory, views
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.any_backend
+
 RoundTrip = Callable[[Path], None]
 
 

@@ -26,6 +26,8 @@ from ckptvcs.store.object_store import ObjectStore
 from tests.helpers.comparing import same
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.any_backend
+
 State = dict[str, Any]
 
 

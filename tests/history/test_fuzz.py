@@ -53,11 +53,11 @@ from ckptvcs.history.schema import (
     load_skeleton,
 )
 from ckptvcs.ops.config import KEYS, load_config
-from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import dead_leases, live_leases
 from ckptvcs.store.local import LocalBackend
 from tests.helpers.fuzzing import any_json, little_room, mutated, mutated_json, read_or_refuse
+from tests.helpers.memory_backend import MemoryBackend
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
 

@@ -20,6 +20,8 @@ from ckptvcs.ops.repository import Repository
 from ckptvcs.store import leases
 from tests.spec_reader import SpecRepository
 
+pytestmark = pytest.mark.any_backend
+
 State = dict[str, Any]
 NAMES = "abcdef"
 
@@ -100,6 +102,7 @@ def depths(repo: Repo, entry: LogEntry) -> dict[str, int]:
     }
 
 
+@pytest.mark.directory_only
 def test_each_process_goes_on_from_its_own(world: World) -> None:
     for step in (1, 2, 3):
         entry = world.commit(step, [share(step, "abc"), share(step, "def")])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.catalog import Catalog, keys_of
-from ckptvcs.store.backend import MemoryBackend, read_small
+from ckptvcs.store.backend import read_small
 from ckptvcs.store.ids import Kind, ObjectId, PackId, object_id
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object_store import ObjectStore
@@ -33,6 +33,7 @@ from ckptvcs.store.pack import (
     scan_entries,
 )
 from tests.helpers.fuzzing import little_room, mutated, read_or_refuse
+from tests.helpers.memory_backend import MemoryBackend
 
 CONTENT = bytes(range(256)) * 12
 HEAD_BYTES = 96
