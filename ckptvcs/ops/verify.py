@@ -189,7 +189,7 @@ class Verifier:
         folder = self._cache.parent
         for name in FOLDERS:
             if os.path.lexists(folder / name) and not (folder / name).is_dir():
-                self._wrong("folder", CorruptionError(f"{name} is no folder"), name=name)
+                self._wrong("folder", CorruptionError(f"{name} is not a folder"), name=name)
         for what, name, check in (
             ("format", "format", lambda: check_seal(self._catalog.store.backend)),
             ("settings", "config.toml", lambda: load_config(folder / "config.toml")),
@@ -276,7 +276,9 @@ class Verifier:
         self.report.loose = revisions.unreachable(there - found.keys())
         with contextlib.suppress(CkptError):  # which has been said
             for name in revisions.lost_lines():
-                lost = CorruptionError("a ref is lost: this and those below it are on none")
+                lost = CorruptionError(
+                    "a ref is lost: this commit and its ancestors are on no branch"
+                )
                 self._wrong("ref", lost, commit=name)
         return {name: commit for name, commit in found.items() if name not in hidden}
 
