@@ -47,7 +47,7 @@ def export(
     """Write one commit; see `Repo.export`."""
     _check(form, only)
     if form and path.suffix == ".safetensors" and form != "safetensors":
-        raise InvalidInputError(f"{path} is no name for --format {form}")
+        raise InvalidInputError(f"{path} has the wrong suffix for --format {form}")
     if form == "safetensors" and path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
     names = [repository.resolve(revision)]

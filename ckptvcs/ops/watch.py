@@ -107,7 +107,9 @@ class Watcher:
         if real_path(folder).is_relative_to(real_path(repo.folder)):
             raise InvalidInputError(f"{folder} is part of the repository itself")
         if keep_local is not None and keep_local < 1:
-            raise InvalidInputError("keep at least one checkpoint, the newest: training needs it")
+            raise InvalidInputError(
+                "keep_local must be at least 1: training needs the newest checkpoint"
+            )
         self._repo, self._folder, self._pattern = repo, folder, pattern
         self._codec, self._lines = codec, Lines(repo, branch)
         self._settle, self._keep_local, self._accept_near = settle, keep_local, accept_near
