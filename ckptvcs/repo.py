@@ -176,10 +176,6 @@ class Repo(Reader):
         Raises:
             InvalidInputError: The state or an argument is not valid.
             CkptError: An earlier commit failed; this one was not started.
-
-        Example:
-            >>> with Repo.init("runs/exp1") as repo:
-            ...     repo.commit_async(model=model, optimizer=optimizer, step=step)
         """
         from ckptvcs.background.client import Client  # noqa: PLC0415
 

@@ -28,13 +28,13 @@ PATCH = 11
 
 
 def slice_counts(words: int) -> list[int]:
-    """The number of words in each slice of a tensor of `words` words."""
+    """Return the number of words in each slice of a tensor."""
     full, rest = divmod(words, SLICE_WORDS)
     return [SLICE_WORDS] * full + ([rest] if rest else [])
 
 
 def put_slice(method: int, payload: bytes) -> bytes:
-    """A slice as it is stored."""
+    """Return the stored form of a slice."""
     return bytes([method]) + payload
 
 

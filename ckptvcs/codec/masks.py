@@ -38,13 +38,13 @@ def _to_bytes(gaps: Positions) -> Bytes:
 
 
 def put_mask(mask: Mask, *, short: bool = False) -> bytes:
-    """Store which entries of a slice are kept; `short` as in `put_section`."""
+    """Encode a boolean mask; `short` as in `put_section`."""
     kept = int(np.count_nonzero(mask))
     return put_bitmap(np.packbits(mask), mask.size, kept, short=short)
 
 
 def put_bitmap(bitmap: Bytes, count: int, kept: int, *, short: bool = False) -> bytes:
-    """Store the mask of `count` entries, of which `kept` are kept, given as the bits of bytes."""
+    """Encode a mask of `count` entries with `kept` set bits, given as a bitmap."""
     if kept < _SPARSE_DENSITY * count:
         return _put_gaps(kernels.active().bit_positions(bitmap, count), count, short=short)
     whole = _head(BITMAP, bitmap.size, short) + put_section(bitmap, short=short)
@@ -129,7 +129,7 @@ def get_positions(
     where the next section begins.
 
     Raises:
-        TruncatedError, CorruptionError: there is no such mask.
+        TruncatedError, CorruptionError: the data is not a valid mask.
     """
     bitmap, positions, at = _get(data, at, count, short=short)
     if positions is None:
@@ -162,21 +162,21 @@ def _get(
     """A mask as bits, or as positions (and no bits), whichever it is stored as."""
     begin = at + (4 if short else 5)
     if begin > len(data):
-        raise TruncatedError("a frame ends inside a mask header")
+        raise TruncatedError("corrupt frame: truncated mask header")
     form, size = data[at], int.from_bytes(data[at + 1 : begin], "little")
     if form > (RICE if short else GAPS) or size > max(count, 1):
-        raise CorruptionError("a frame holds a mask of an unknown form or size")
+        raise CorruptionError("corrupt frame: unknown mask form or size")
     if form >= UNARY_GAPS:
         stream, at = get_bytes(data, begin, size)
     else:
         stream, at = get_section(data, begin, size, short=short)
     if form == BITMAP:
         if size != (count + 7) // 8:
-            raise CorruptionError("a frame holds a bitmap of a wrong size")
+            raise CorruptionError("corrupt frame: bitmap has the wrong size")
         return stream, None, at
     positions = _positions_of(form, stream)
     if form >= SPLIT_GAPS:
         positions, at = _get_low_bits(form, positions, data, at)
     if positions.size and positions[-1] >= count:
-        raise CorruptionError("a mask keeps a position outside its slice")
+        raise CorruptionError("corrupt mask: position outside its slice")
     return stream[:0], positions.astype(np.int32), at

@@ -274,7 +274,7 @@ def decode_weight(
         stored, at = get_section(data, at, rows.count(count), short=True)
     codes, at = get_codes(data, at, count)
     if at != len(data):
-        raise CorruptionError("a frame has bytes after its codes")
+        raise CorruptionError("corrupt frame: trailing bytes after its codes")
     if base is None and not size and step == 1 and not columns:
         return _keyframe(codes.dense(count), dtype, int(grid))
     if base is None:

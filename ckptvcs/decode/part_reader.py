@@ -157,7 +157,7 @@ class PartReader:
         if self._restorer.commit.source == "state":
             raise InvalidInputError(
                 f"the structure of this state cannot be read: {layout.problem}",
-                hint="'ckpt checkout' gives its file back",
+                hint="use 'ckpt checkout' to restore the file",
             )
         parts: list[bytes] = []
         self._restorer.write_file(file, lambda data: parts.append(bytes(data)), quiet)
@@ -173,8 +173,8 @@ class PartReader:
         except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
             # It was committed as it is, and may hold any claim and any depth.
             raise InvalidInputError(
-                f"{path} holds no objects that can be made: {type(error).__name__}",
-                hint="'ckpt checkout' gives its bytes back",
+                f"{path} cannot be loaded as Python objects: {type(error).__name__}",
+                hint="use 'ckpt checkout' to restore the file",
             ) from error
 
     def _flat_state(self, tensors: Iterable[tuple[Found, int]]) -> dict[str, Any]:
@@ -362,8 +362,8 @@ class PartReader:
             shape = list(view.shape)
             if view.dtype in _NOT_IN_SAFETENSORS or (view.dtype == "F4" and not shape):
                 raise InvalidInputError(
-                    f"safetensors has no tensors like {name}, which is {view.dtype} {shape}",
-                    hint="end the name of the file in .pt",
+                    f"safetensors cannot store {name} ({view.dtype} {shape})",
+                    hint="use a file name that ends in .pt",
                 )
             if view.dtype == "F4":  # two in a byte, which are counted there
                 shape[-1] *= 2
@@ -385,7 +385,7 @@ class PartReader:
         number, view = window
         info, size = self.schema.tensors[number], DTYPES[view.dtype].size
         if math.prod(view.shape) * size > max(_MAX_WINDOW, info.size_bytes):
-            raise InvalidInputError(f"{view.name} repeats its elements too often to be written out")
+            raise InvalidInputError(f"{view.name} is too large to write: its view repeats elements")
         flat = self.plain(number)
         cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
         strides = tuple(step * size for step in view.stride)
@@ -418,8 +418,8 @@ def _possible(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """A shape, if a tensor can have it: one without elements may be of any length otherwise."""
     if math.prod(length for length in shape if length) >= _MAX_ELEMENTS:
         raise InvalidInputError(
-            f"{name} has a shape that no tensor can have: {list(shape)}",
-            hint="'ckpt checkout' gives its bytes back",
+            f"{name} has an invalid shape: {list(shape)}",
+            hint="use 'ckpt checkout' to restore the file",
         )
     return shape
 

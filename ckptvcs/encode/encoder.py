@@ -164,12 +164,12 @@ class Encoder:
         return parts
 
     def encode(self) -> Encoded:
-        """Store the tensors of the checkpoint: durable when this returns, visible to nobody.
+        """Store the tensors of the checkpoint: durable on return, not yet visible.
 
         Raises:
             InvalidInputError: the checkpoint changed since it was scanned.
-            TooFar: it is to be coded as a keyframe.
-            TooCoarse: a bound does not hold.
+            TooFar: it has to be encoded as a keyframe.
+            TooCoarse: the error exceeds a bound.
         """
         return self._coded(self._finish)
 
@@ -201,7 +201,7 @@ class Encoder:
                     stack.callback(self._patches[name].abort)
 
     def _table(self, row: list[int]) -> bytes:
-        """The table of the values that were asked for."""
+        """Return the hash table of the exact values."""
         return dump_values([self._hashes[number] for number in row])
 
     # -- what belongs together -----------------------------------------------------------------
@@ -216,7 +216,7 @@ class Encoder:
         return part, position
 
     def _base_tensor(self, number: int) -> BaseTensor | None:
-        """What a tensor can be coded against, not yet proven."""
+        """Return the base of a tensor, not yet verified, or None."""
         found = self._base_of(number)
         if found is None:
             return None
@@ -224,7 +224,7 @@ class Encoder:
         return base if base.is_cut_alike() else None
 
     def _left(self, group: list[int]) -> list[int]:
-        """The tensors of a group that are not stored yet."""
+        """Return the tensors of a group that are not stored yet."""
         left = []
         for number in group:
             if self._infos[number].part in self._known:
@@ -236,7 +236,7 @@ class Encoder:
     # -- reuse ---------------------------------------------------------------------------------
 
     def _reuse(self, number: int) -> bool:
-        """Take over a frame that holds this tensor's value, or will."""
+        """Reuse a frame with this tensor's value, if one is stored or being written."""
         info, value = self._infos[number], self._hashes[number]
         # Not across parts, which are dropped one by one; nor roles, which are coded apart.
         twin = self._twins.setdefault((value, info.dtype, info.part, info.role), number)
@@ -346,7 +346,7 @@ class Encoder:
     # -- the end -------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Copies of a tensor are where it is."""
+        """Give each duplicate tensor the place and hash of its twin."""
         self._checkpoint.check_unchanged()
         for number, twin in self._twin_of.items():
             if twin in self._places:  # else its part is stored already, with all its tensors

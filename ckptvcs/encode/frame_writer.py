@@ -69,7 +69,7 @@ class Region:
         return self._pack
 
     def abort(self) -> None:
-        """Leave nothing behind that is not published."""
+        """Delete the temporary file unless it was published."""
         if self._pack is not None:
             self._pack.abort()
 
@@ -116,8 +116,8 @@ class PartWriter:
 
 
 class PatchWriter:
-    """The exact patch of one part on its way into a pack that holds all of it: to fade is to delete
-    that pack.
+    """The exact patch of one part on its way into a pack that holds all of it: deleting
+    that pack makes the patch expire.
 
     It is most of the bytes of a commit, so that they are hashed and written in a thread beside.
     One that is to be `joined` with those of other processes is not read by what it decodes to, but
@@ -180,7 +180,7 @@ class PatchWriter:
         return bundle, publish(self._region.pack)
 
     def abort(self) -> None:
-        """Leave nothing behind that is not published, and no thread."""
+        """Stop the thread and delete the pack unless it was published."""
         if self._thread is not None:
             self._thread.shutdown(cancel=True)
         self._region.abort()

@@ -57,7 +57,7 @@ class DeviceCoder:
         return cls(host, weight, base, first, second)
 
     def code(self, number: int) -> CodedGroup:
-        """Code one slice of each member."""
+        """Encode one slice of each member."""
         return self._code_here(number) or self._host.code(number)
 
     def _code_here(self, number: int) -> CodedGroup | None:

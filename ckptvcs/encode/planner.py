@@ -1,4 +1,4 @@
-"""Who codes what: tensors that belong together, and a coder for each group of them."""
+"""Group related tensors and choose a coder for each group."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Planner:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the forms that were chosen."""
+        """Return notes for the user about the chosen encodings."""
         found = []
         count = len(self._untrained)
         weights = "1 weight" if count == 1 else f"{count} weights"
@@ -277,8 +277,9 @@ def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target
 
 
 def _is_far(scales: Iterable[Scale], known: int) -> bool:
-    """Whether most of the weights that have a base are about as far from it as from zero, and not
-    `known` as they are; a few may have been initialised again.
+    """Return whether most weights are about as far from their base as from zero.
+
+    `known` words of weights are unchanged. A few weights may have been initialised again.
     """
     rows = [row for row in scales if row.residual is not None and row.weight]
     far = sum(row.words for row in rows if (row.residual or 0) ** 2 > _RELATED * row.weight**2)
@@ -286,7 +287,7 @@ def _is_far(scales: Iterable[Scale], known: int) -> bool:
 
 
 def _is_bounded(average: Floats, square: Floats) -> bool:
-    """Whether nearly all averages are such as gradients of these mean squares can have."""
+    """Return whether nearly all averages are such as gradients of these mean squares can have."""
     with np.errstate(over="ignore"):
         inside = np.square(average, dtype=np.float64) <= _LARGEST * square.astype(np.float64)
     return bool(inside.mean() >= _SHARE) if inside.size else True

@@ -1,4 +1,4 @@
-"""Rekey: what stands on dropped commits is coded anew, on commits that stay or by itself.
+"""Re-base chains: re-encode frames that depend on dropped commits.
 
 Deltas across dropped commits become one: near weights are multiples of a grid, so that the sum
 of deltas is a difference of integers.  No value changes: each tensor is proven by its hash before
@@ -82,10 +82,10 @@ class _Bundle(Region):
 
 
 class Rekeyer:
-    """Rekeys one repository, while nobody writes."""
+    """Re-bases the chains of a repository that has no other writer."""
 
     def __init__(self, catalog: Catalog, cache: Path, depth: int, progress: Progress) -> None:
-        """No chain may be deeper than `depth`."""
+        """Limit chains to `depth`."""
         self._catalog, self._cache, self._depth = catalog, cache, depth
         self._progress = progress
         self._staying: set[ObjectId] = set()
@@ -96,7 +96,7 @@ class Rekeyer:
         self._chain = ChainReader(catalog, self._materials.get)
 
     def run(self, kept: Mapping[ObjectId, Commit]) -> int:
-        """Code anew what stands on commits that are not `kept`; how many tables that were.
+        """Re-encode tables that depend on commits not in `kept`; return their number.
 
         Raises:
             CorruptionError: a tensor does not decode to its hash.
@@ -112,7 +112,7 @@ class Rekeyer:
                 count += 1
         return count
 
-    # -- what to code anew ---------------------------------------------------------------------
+    # -- tables to re-encode ---------------------------------------------------------------------
 
     def _tables(self, kept: Mapping[ObjectId, Commit]) -> Iterator[_Table]:
         """The tables of all commits that stay, each once, those of ancestors first."""
@@ -139,7 +139,7 @@ class Rekeyer:
                     yield table
 
     def _downwards(self, kept: Mapping[ObjectId, Commit]) -> Iterator[ObjectId]:
-        """Commits, every one after its ancestors."""
+        """Yield the kept commits, ancestors first."""
         seen: set[ObjectId] = set()
         for tip in kept:
             path = []
@@ -151,7 +151,7 @@ class Rekeyer:
             yield from (name for name in reversed(path) if name in kept)
 
     def _wasted(self, tables: Iterable[_Table]) -> set[ObjectId]:
-        """The bundles of which too little is used."""
+        """Return the bundles that waste too much space."""
         used: dict[ObjectId, set[int]] = {}
         for table in tables:
             recipe = self._catalog.recipe(table.values)
@@ -175,12 +175,12 @@ class Rekeyer:
         return gone or frame.depth > self._depth
 
     def _places(self, table: _Table) -> list[tuple[StoredPlace, Frame]]:
-        """Where each tensor of a table lies."""
+        """Return the place and frame of each tensor of a table."""
         recipe = self._catalog.recipe(table.values)
         places = [recipe.place(position) for position in range(len(recipe.frames))]
         return [(place, self._catalog.frame_at(*place)) for place in places]
 
-    # -- coding anew ---------------------------------------------------------------------------
+    # -- re-encoding ---------------------------------------------------------------------------
 
     def _rewrite(self, table: _Table) -> None:
         """Give a table a recipe that comes before all others; frames that change, and those beside
@@ -214,11 +214,11 @@ class Rekeyer:
             store.publish(meta)  # from here on the new frames are used
             self._moved |= {old: (name, number) for old, number in bundle.moved.items()}
             if base is not None:
-                base.finish(table.values)  # if all of its tensors were coded anew
+                base.finish(table.values)  # only if all tensors were re-encoded
         self._catalog.forget_recipes()
 
     def _have(self, table: _Table | None) -> None:
-        """Read a table from the cache, if it is there."""
+        """Use the cached base of a table, if any."""
         self._materials.clear()
         if table is not None and table.part == "model":
             hashes = self._catalog.all_values(table.values, len(table.infos))
@@ -228,7 +228,7 @@ class Rekeyer:
     def _find(
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
     ) -> Place:
-        """Where the frame of a tensor lies from now on."""
+        """Return the new place of a tensor's frame."""
         owner, number = self._catalog.place(table.values, position)
         self._progress(table.infos[position].size_bytes)
         if (owner, number) in self._moved:
@@ -244,7 +244,7 @@ class Rekeyer:
     def _recode(
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
     ) -> int:
-        """Code a tensor against the nearest commit that stays, or by itself."""
+        """Re-encode a tensor against the nearest kept commit, or without a base."""
         place = self._catalog.place(table.values, position)
         frame = self._catalog.frame_at(*place)
         below = table.place_below(table.infos[position])
@@ -267,7 +267,7 @@ class Rekeyer:
         base: StoredPlace | None,
         cache: BaseWriter | None,
     ) -> tuple[tuple[Slice, ...], bool]:
-        """Code a tensor again, slice by slice; whether any slice stands on the base."""
+        """Re-encode a tensor; also return whether any slice depends on the base."""
         info, chain = table.infos[position], self._chain
         dtype = float_type(info.dtype)
         if self._is_untyped(table.values, position):
@@ -283,7 +283,7 @@ class Rekeyer:
             coded = code_again(words, below, dtype)
             again = decode_slice(memoryview(coded.data), DTYPES[dtype], count, below)
             if not np.array_equal(again, words):
-                raise CorruptionError(f"{info.name} does not come back from its new form")
+                raise CorruptionError(f"re-encoding {info.name} would change it")
             return words, below, coded.data, coded.stands_on_base
 
         own, under_digest = hasher(), hasher()
@@ -311,7 +311,7 @@ class Rekeyer:
     def _copy(
         self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
     ) -> int:
-        """Take over a frame as it is, with its companion."""
+        """Copy a frame unchanged, with its auxiliary frame."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]
         frame = self._catalog.frame_at(owner, number)
@@ -328,7 +328,7 @@ class Rekeyer:
     def _companion(
         self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
     ) -> int:
-        """The frame that another needs beside it, in the same bundle: coded anew if it must be."""
+        """Return the auxiliary frame in the new bundle, copied or re-encoded."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]
         recipe = self._catalog.recipe(table.values)

@@ -66,7 +66,7 @@ class Shard:
     """One process' share of a commit: a file, the tensors in it, and where these are.
 
     `literals` are the bytes of its pieces that stand in no frame, by offset; `loose` are
-    packs of patches that are to be joined.
+    packs of patches to join.
     """
 
     format: str
@@ -84,13 +84,13 @@ class Shard:
 def code_shard(
     catalog: Catalog, cache: Path, ticket: Ticket, checkpoint: Checkpoint, held: HeldBase
 ) -> Shard:
-    """Store the tensors of one process: durable when this returns, visible to nobody.
+    """Store the tensors of one process: durable on return, not yet visible.
 
     `held` keeps what the next commit is coded against.  The lease of who joins keeps gc away.
 
     Raises:
         InvalidInputError: the state changed while it was read.
-        CorruptionError, MissingObjectError: what it would stand on is damaged, or missing.
+        CorruptionError, MissingObjectError: the base is damaged or missing.
         StorageError: the disk is full, or fails.
     """
     near = isinstance(ticket.spec.settings, NearSpec)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptvcs import ops
-from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.ops.history_reader import HistoryReader, PathLike
 from ckptvcs.parallel import Progress, quiet
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.tensor import TensorView
     from ckptvcs.ops.verify import VerifyReport
-
-
-_NO_RULES = Policy()
 
 
 class Reader(HistoryReader):

@@ -93,7 +93,7 @@ def plain_step(step: object) -> int | None:
     except (TypeError, ValueError, RuntimeError):
         number = -1
     if not 0 <= number < 1 << 62:
-        raise InvalidInputError(f"a step is a whole number from 0, not {step!r}")
+        raise InvalidInputError(f"step must be a non-negative integer, got {step!r}")
     return number
 
 
@@ -111,14 +111,14 @@ def plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
             take = getattr(value, "item", None)  # of a tensor, which may have a gradient
             plain[name] = float(take() if callable(take) else value)  # type: ignore[arg-type]
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise InvalidInputError(f"metric {name!r} is no number: {value!r}") from None
+            raise InvalidInputError(f"metric {name!r} must be a number, got {value!r}") from None
     return plain
 
 
 def plain_message(message: object) -> str:
     """A message as a commit holds it.  Raises InvalidInputError."""
     if not isinstance(message, str):
-        raise InvalidInputError(f"a message is text, not {message!r}")
+        raise InvalidInputError(f"message must be text, got {message!r}")
     return message
 
 

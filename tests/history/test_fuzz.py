@@ -30,14 +30,14 @@ from ckptvcs.history.commit import (
 )
 from ckptvcs.history.format_file import check_format, require_flags
 from ckptvcs.history.recipe import (
+    DropRecord,
     Frame,
-    LetGo,
     Recipe,
     dump_bundle,
-    dump_let_go,
+    dump_drop_record,
     dump_recipe,
     load_bundle,
-    load_let_go,
+    load_drop_record,
     load_recipe,
     load_values,
 )
@@ -121,7 +121,10 @@ OBJECTS: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
     "recipe": (load_recipe, dump_recipe(Recipe(A, 3, (A, B), (0, 1, 0), (5, 6, 7)))),
     "bundle": (load_bundle, dump_bundle(FRAMES)),
     "schema": (views_fit, dump_schema(SCHEMA)),
-    "let go": (load_let_go, dump_let_go(LetGo("fade", (A,), ("model",), "keep-exact", "now"))),
+    "let go": (
+        load_drop_record,
+        dump_drop_record(DropRecord("fade", (A,), ("model",), "keep-exact", "now")),
+    ),
     "commit": (lambda data: load_commit(A, data), dump_commit(COMMIT)),
     "first parent": (first_parent, dump_commit(COMMIT)),
     "metrics": (find_metrics, dump_commit(COMMIT)),
