@@ -28,7 +28,7 @@ Buffers = tuple[bytes | memoryview, ...]
 def encode(words: Words, near: Words, dtype: DType) -> Buffers:
     """Code words against their near form, as many; the buffers may be those of `words`.
 
-    Every word is made again on the way: old patches are let go on the word of new ones.
+    The result is verified: older patches expire once a newer one exists.
 
     Raises:
         CorruptionError: what was coded does not give the words back.

@@ -208,10 +208,10 @@ class BaseTensor:
         self._chain, self._links = chain, chain.links(values, tensor, info)
 
     def prove(self) -> None:
-        """Check that it is what was recorded, unless it is at hand, and known to be.
+        """Verify the tensor, unless a verified copy is available.
 
         Raises:
-            CorruptionError: the chain does not decode to what is recorded.
+            CorruptionError: the tensor does not match its recorded hash.
         """
         done, word = self._links[-1].done, self.info.type.word
         if self.info.words and (done is None or done[0].slice(done[1], 0, word) is None):
@@ -221,7 +221,7 @@ class BaseTensor:
 
     def is_cut_alike(self) -> bool:
         """Whether its own frame, which may be that of another tensor of the same bytes, has words
-        of the same size, so that slices of a frame upon it stand on slices of it.
+        of the same size, so that slices of both have the same boundaries.
         """
         return self._links[-1].type.word == self.info.type.word
 

@@ -67,7 +67,7 @@ Materials = Callable[[ObjectId], Materialised | None]
 @dataclass(frozen=True)
 class Link:
     """One frame of a chain: its bundle, the element type it was encoded as, the chain that ends in
-    its companion, and the tensor it decodes to where that is at hand.
+    its companion, and the decoded tensor if it is available.
     """
 
     bundle: ObjectId
@@ -85,10 +85,10 @@ class ChainReader:
         self._types: Types = {}
 
     def links(self, values: ObjectId, tensor: int, info: TensorInfo) -> list[Link]:
-        """The frames a tensor is decoded from, the keyframe first, or what is at hand to stay.
+        """Return the frames of a tensor, from its keyframe or a decoded tensor on.
 
         Raises:
-            CorruptionError: a frame does not stand on one that is less deep, or has a type that
+            CorruptionError: a frame is not based on one of lower depth, or has a type that
                 the bytes of the tensor cannot have.
         """
         chain = self._chain(*self._catalog.place(values, tensor), info.type, (values, tensor))
@@ -128,7 +128,7 @@ class ChainReader:
                     raise CorruptionError(
                         f"bundle {bundle[:8]} is damaged: nested auxiliary frames"
                     )
-                # Only masters of rounded copies stand on frames themselves, and those are F32.
+                # Only the masters of rounded copies have bases, and those are F32.
                 companion = self._chain(bundle, frame.companion, _MASTER, None, beside=True)
             done = None if at is None else self._done(*at)
             chain.append(Link(bundle, frame, asked, tuple(companion), done))
@@ -255,7 +255,7 @@ class ChainReader:
         out: Words | None = None,
     ) -> Words:
         """A slice of the end of a chain whose frames are of one word size, from the words that its
-        first frame stands on, or from what is at hand.
+        first frame is based on, or from a decoded tensor.
         """
         words, first = base, 0
         for place in range(len(chain) - 1, -1, -1):
@@ -295,7 +295,7 @@ class ChainReader:
     def apply(
         self, link: Link, number: int, count: int, base: Words, out: Words | None = None
     ) -> Words:
-        """The same by one link alone, from the words of the slice that it stands on."""
+        """Decode a slice with one link, given the words of its base."""
         return _placed(self._apply(link, number, count, base, out, own=False), out)
 
     def _apply(

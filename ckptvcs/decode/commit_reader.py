@@ -70,7 +70,7 @@ class _Job:
 
 class Restorer:
     """Reads one commit.  `near` asks for the near form even where an exact patch is there; `cache`
-    and `held` may have its weights at hand, `materials` whatever a caller has decoded already.
+    and `held` may have its decoded weights, `materials` other decoded tensors.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Restorer:
             and info.role in LOSSY
             and can_be_lossy(info.dtype)
         ]
-        if not errors:  # they were let go
+        if not errors:  # they were dropped
             return set(doubtful)
         # Of tensors with the same values one is measured.
         values = {number: self._catalog.value(*self._tables[number]) for number in doubtful}
@@ -283,12 +283,12 @@ class Restorer:
         return digest.digest() == self._catalog.value(job.table, job.position)
 
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
-        """Decode a tensor from its keyframe on, where it may be what was at hand that is wrong.
+        """Decode a tensor from its keyframe: a cached base may be wrong.
 
         Raises:
-            CorruptionError: it is not that, or there is no room to put it right.
+            CorruptionError: the chain is damaged, or the slices were handed out already.
         """
-        digest, anew = hasher(), ChainReader(self._catalog)
+        digest, chain = hasher(), ChainReader(self._catalog)
         info = self.schema.tensors[number]
         for job in self._jobs([number]):
             cached = self._materials.pop(job.table, None)
@@ -298,9 +298,9 @@ class Restorer:
             if out is None:
                 break
             if job.slice == 0:
-                anew.heal(job.table, job.position, info)
-            links = anew.links(job.table, job.position, info)
-            digest.update(octets(anew.decode_slice(links, info, job.slice, job.count, out)))
+                chain.heal(job.table, job.position, info)
+            links = chain.links(job.table, job.position, info)
+            digest.update(octets(chain.decode_slice(links, info, job.slice, job.count, out)))
         if not self._proven(job, digest):
             wrong = f"{info.name} does not decode to its recorded hash"
             if self._chain.heal(job.table, job.position, info):

@@ -116,8 +116,8 @@ class PartWriter:
 
 
 class PatchWriter:
-    """The exact patch of one part on its way into a pack that holds all of it: to fade is to delete
-    that pack.
+    """The exact patch of one part on its way into a pack that holds all of it: deleting
+    that pack makes the patch expire.
 
     It is most of the bytes of a commit, so that they are hashed and written in a thread beside.
     One that is to be `joined` with those of other processes is not read by what it decodes to, but

@@ -97,7 +97,7 @@ class CodedGroup:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of `dtype` and `shape` that is to be coded with loss.  `number` is its position in
+    """A tensor of `dtype` and `shape` to encode with loss.  `number` is its position in
     the schema, `role` what it is to its optimizer; `weak`, if its place alone says so;
     `iterate`, if it is state that an optimizer steps from.
     """

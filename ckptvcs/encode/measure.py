@@ -30,7 +30,7 @@ from ckptvcs.history.schema import TensorInfo
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
 _LEAST = 1 << 12  # of a slice
 _SMALL = np.float32(0.05)
-_PARTITION = 1 << 14  # words from which on a vector is no bias: ZeRO and FSDP have larger ones
+_PARTITION = 1 << 14  # words; longer vectors are partitions (ZeRO, FSDP), not biases
 _BEYOND = 1e6  # times the step itself
 
 

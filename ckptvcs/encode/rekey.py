@@ -214,7 +214,7 @@ class Rekeyer:
             store.publish(meta)  # from here on the new frames are used
             self._moved |= {old: (name, number) for old, number in bundle.moved.items()}
             if base is not None:
-                base.finish(table.values)  # if all of its tensors were coded anew
+                base.finish(table.values)  # only if all tensors were re-encoded
         self._catalog.forget_recipes()
 
     def _have(self, table: _Table | None) -> None:
@@ -267,7 +267,7 @@ class Rekeyer:
         base: StoredPlace | None,
         cache: BaseWriter | None,
     ) -> tuple[tuple[Slice, ...], bool]:
-        """Code a tensor again, slice by slice; whether any slice stands on the base."""
+        """Re-encode a tensor; also return whether any slice depends on the base."""
         info, chain = table.infos[position], self._chain
         dtype = float_type(info.dtype)
         if self._is_untyped(table.values, position):
@@ -328,7 +328,7 @@ class Rekeyer:
     def _companion(
         self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
     ) -> int:
-        """The frame that another needs beside it, in the same bundle: coded anew if it must be."""
+        """Return the auxiliary frame in the new bundle, copied or re-encoded."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]
         recipe = self._catalog.recipe(table.values)

@@ -66,7 +66,7 @@ class Shard:
     """One process' share of a commit: a file, the tensors in it, and where these are.
 
     `literals` are the bytes of its pieces that stand in no frame, by offset; `loose` are
-    packs of patches that are to be joined.
+    packs of patches to join.
     """
 
     format: str
@@ -90,7 +90,7 @@ def code_shard(
 
     Raises:
         InvalidInputError: the state changed while it was read.
-        CorruptionError, MissingObjectError: what it would stand on is damaged, or missing.
+        CorruptionError, MissingObjectError: the base is damaged or missing.
         StorageError: the disk is full, or fails.
     """
     near = isinstance(ticket.spec.settings, NearSpec)
