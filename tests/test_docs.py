@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import ckptvcs
 from ckptvcs import errors
@@ -31,14 +32,37 @@ def check(path: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder that the tutorial ends with."""
+    """Return the folder that the tutorial ends with; its output is checked on the way."""
     folder = tmp_path_factory.mktemp("tutorial")
-    doc_examples.run_page(doc_examples.TUTORIAL, folder)
+    check(doc_examples.TUTORIAL, folder)
     return folder
 
 
-def test_the_tutorial_prints_what_it_shows(tmp_path: Path) -> None:
-    check(doc_examples.TUTORIAL, tmp_path)
+def test_the_tutorial_prints_what_it_shows(tutorial: Path) -> None:
+    assert [entry.step for entry in ckptvcs.Repo.open(tutorial).log(2)] == [700, 600]
+
+
+def test_the_python_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"(?ms)^```python\n(.*?)^```$", readme)
+    model = torch.nn.Linear(16, 16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    exec(compile(block, "README.md", "exec"), {"model": model, "optimizer": optimizer})
+    assert [entry.step for entry in ckptvcs.Repo.open("runs/exp1").log()] == [2000]
+
+
+def test_the_readme_fits_on_a_screen_and_works_elsewhere() -> None:
+    readme = (DOCS.parent / "README.md").read_text("utf-8")
+    assert len(readme.splitlines()) <= 75
+    links = re.findall(r"\]\(([^)]+)\)", readme)
+    assert links
+    for link in links:
+        assert link.startswith("https://"), link
+        path = re.sub(r"^https://github.com/ckptvcs/ckptvcs/(blob|tree)/main/", "", link)
+        assert path == link or (DOCS.parent / path).exists(), link
 
 
 @pytest.mark.parametrize("guide", doc_examples.guides(), ids=lambda path: path.stem)
