@@ -1,6 +1,6 @@
 """The settings of a repository: what they are called, which values they take, where they stand.
 
-Lower layers get values, never the file.  docs/cli.md, "Settings".
+Lower layers get values, never the file.  docs/reference/settings.md describes the settings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
 
 @dataclass(frozen=True)
 class Config:
-    """The settings; docs/cli.md says what each means.
+    """The settings; docs/reference/settings.md describes each.
 
     Bounds are a number, `off`, or `auto`: the codec's own.
     """
