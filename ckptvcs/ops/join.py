@@ -18,13 +18,13 @@ from typing import Self
 
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
-from ckptvcs.decode.base_cache import HeldBase
+from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.decode.chain import ChainReader, read_slice
 from ckptvcs.encode.assemble import Assembly, Encoded, StoredPlace
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.group import Errors
 from ckptvcs.encode.measure import report, report_tensors
-from ckptvcs.encode.shards import Shard, Stored, Ticket, code_shard
+from ckptvcs.encode.shards import Shard, Stored, Ticket, encode_shard
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, after
 from ckptvcs.hashing import hex_hash
 from ckptvcs.history.commit import PARTS, ErrorReport
@@ -215,8 +215,8 @@ def code_share(repository: Repository, ticket: Ticket, checkpoint: Checkpoint) -
     """Code the share of this process in a commit of several."""
     repository.catalog.store.refresh()  # who joins may have committed meanwhile
     with repository.held_base("state") as held:
-        held = HeldBase() if held is None else held
-        return code_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
+        held = MemoryBase() if held is None else held
+        return encode_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
 
 
 class _Elsewhere(Source):
