@@ -32,7 +32,7 @@ from ckptvcs.store.ids import ObjectId, PackId
 
 
 @dataclass(frozen=True)
-class Ticket:
+class ShardPlan:
     """How all processes are to code: against which commit, and whether exactly too."""
 
     base: ObjectId | None
@@ -82,7 +82,7 @@ class Shard:
 
 
 def encode_shard(
-    catalog: Catalog, cache: Path, ticket: Ticket, checkpoint: Checkpoint, memory: MemoryBase
+    catalog: Catalog, cache: Path, ticket: ShardPlan, checkpoint: Checkpoint, memory: MemoryBase
 ) -> Shard:
     """Store the tensors of one process: durable on return, not yet visible.
 
@@ -128,7 +128,7 @@ def encode_shard(
 
 
 def _known(
-    catalog: Catalog, ticket: Ticket, checkpoint: Checkpoint, hashes: dict[int, bytes]
+    catalog: Catalog, ticket: ShardPlan, checkpoint: Checkpoint, hashes: dict[int, bytes]
 ) -> dict[int, Stored]:
     """The tensors that the ticket's base holds as they are, exactly if that is asked for."""
     assert ticket.base is not None
@@ -215,7 +215,7 @@ class _ShardEncoder(Encoder):
         catalog: Catalog,
         cache: Path,
         attempt: Attempt,
-        ticket: Ticket,
+        ticket: ShardPlan,
         checkpoint: Checkpoint,
         hashes: dict[int, bytes],
         memory: MemoryBase,
