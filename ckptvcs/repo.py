@@ -1,11 +1,7 @@
 """Repo: one repository, and everything that can be done with it.
 
-repo = Repo.init("runs/exp1")
-repo.commit({"model": model.state_dict()}, step=2000, metrics={"loss": 2.31})
-state = repo.checkout(2000)
-
-Each method is one call into `ops/` or `background/`, which are loaded when they are called: `log`,
-`show` and `status` start without numpy.
+Each method is one call into `ops/` or `background/`.  These load on their first call, so that
+`log`, `show` and `status` start without numpy.
 """
 
 from __future__ import annotations
@@ -17,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ckptvcs import ops
-from ckptvcs.errors import CkptError, InvalidInputError, after
+from ckptvcs.errors import CkptError, after
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.config import Value, get_setting, set_setting
-from ckptvcs.ops.reader import PathLike, Reader
+from ckptvcs.ops.history_reader import NO_RULES, PathLike
+from ckptvcs.ops.reader import Reader
 from ckptvcs.ops.repository import CONFIG, Repository
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
@@ -31,8 +28,6 @@ if TYPE_CHECKING:
 
     from ckptvcs.background.client import Client
     from ckptvcs.background.process import Done
-    from ckptvcs.checkpoint.open import Checkpoint
-    from ckptvcs.checkpoint.state import Copies
     from ckptvcs.gc.collect import GcPlan
     from ckptvcs.history.reflog import Undone
     from ckptvcs.ops.commit import CommitResult
@@ -42,12 +37,14 @@ if TYPE_CHECKING:
     from ckptvcs.ops.watch import Watcher
 
 _log = logging.getLogger("ckptvcs")
-_NOTHING: Any = object()
-_NO_RULES = Policy()
 
 
 class Repo(Reader):
-    """An open repository.  Holds its own branch: a checkout elsewhere does not move it."""
+    """An open repository that can be read and changed.
+
+    A `Repo` remembers the branch of its last commit: a checkout in another process does not move
+    it. Use it in a `with` block, or call `close`, if you use `commit_async`.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -56,22 +53,25 @@ class Repo(Reader):
 
     @classmethod
     def init(cls, path: PathLike = ".", *, codec: str | None = None) -> Self:
-        """Make a repository in DIR/.ckpt, or open the one that is there.  `codec` becomes its
-        setting; without it commits are near.
+        """Create a repository in `path`/.ckpt, or open the existing one.
+
+        Args:
+            path: The directory for the repository.
+            codec: The value of the setting `codec`; None uses `near` for a new repository.
 
         Raises:
-            InvalidInputError: there is no such codec, or the repository there has another.
-            StorageError: it cannot be written.
+            InvalidInputError: The codec is not known, or the existing repository has another codec.
+            StorageError: The directory cannot be written.
         """
         return cls(Repository.init(path, codec=codec).folder)
 
     def wait(self) -> None:
-        """Wait for commits in the background.  Raises what one of them failed with."""
+        """Wait until all background commits are done; raises the CkptError of a failed one."""
         if self.background is not None and self.background.is_ours:
             self.background.wait()
 
     def close(self) -> None:
-        """The same, at the end."""
+        """Wait until all background commits are done, and stop the worker process; see `wait`."""
         client, self.background = self.background, None
         if client is not None and client.is_ours:
             client.close()
@@ -80,13 +80,13 @@ class Repo(Reader):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What failed in the background was logged; it must not hide what ended the `with`.
+        # A background failure was logged; it must not hide the error that ended the `with`.
         with contextlib.suppress(*([CkptError] if kind else [])):
             self.close()
 
     def commit(
         self,
-        state: object = _NOTHING,
+        state: object = ...,
         *,
         model: Any = None,
         optimizer: Any = None,
@@ -96,20 +96,36 @@ class Repo(Reader):
         metrics: Mapping[str, float] | None = None,
         codec: str | None = None,
     ) -> LogEntry:
-        """Commit a nested state of plain types, tensors and numpy arrays; or a module of torch and
-        its optimizer (or a list or dict of them), with what is `extra` beside them: then it is
-        known of each moment which weight it belongs to.
+        """Commit a state, or a model and its optimizers.
+
+        Args:
+            state: A nested structure of plain types, torch tensors and numpy arrays.
+            model: A torch module.  Pass `model` and `optimizer` instead of `state` to record which
+                weight each optimizer moment belongs to.
+            optimizer: A torch optimizer, or a list or dict of optimizers.
+            extra: Further entries beside `model` and `optimizer`, such as a scheduler state.
+            step: The training step; None reads it from the state, if the state has one.
+            message: The message of the commit.
+            metrics: Metrics by name, such as `{"loss": 2.31}`.
+            codec: The codec for this commit; None uses the setting `codec`.
+
+        Returns:
+            The new commit.
 
         Raises:
-            InvalidInputError: the state holds something else; the message names its path.
-            ConflictError: another writer moved the branch meanwhile.
+            InvalidInputError: The state has a value of another type; the message names its path.
+            ConflictError: Another writer moved the branch meanwhile.
+            CkptError: An earlier background commit failed; nothing was committed.
+
+        Example:
+            >>> entry = repo.commit(model=model, optimizer=optimizer, step=2000)
         """
         from ckptvcs.checkpoint.state import STATE_FILE  # noqa: PLC0415
 
         self.wait()
-        made = ops.commit.commit_checkpoint(
+        result = ops.commit.commit_checkpoint(
             self.repository,
-            _take(state, model, optimizer, extra),
+            ops.request.gather_state(state, model, optimizer, extra),
             STATE_FILE,
             inside=True,
             step=step,
@@ -118,15 +134,15 @@ class Repo(Reader):
             codec=codec,
             branch=self._branch,
         )
-        for note in made.notes:
+        for note in result.notes:
             _log.warning("%s", note)
-        self._branch = made.branch
-        with after(f"commit {made.id[:8]} was made"):
-            return self.repository.entry(made.id, branch=made.branch)
+        self._branch = result.branch
+        with after(f"commit {result.id[:8]} was made"):
+            return self.repository.entry(result.id, branch=result.branch)
 
     def commit_async(
         self,
-        state: object = _NOTHING,
+        state: object = ...,
         *,
         model: Any = None,
         optimizer: Any = None,
@@ -136,18 +152,30 @@ class Repo(Reader):
         metrics: Mapping[str, float] | None = None,
         codec: str | None = None,
     ) -> Future[LogEntry]:
-        """The same, as soon as the state is copied: it is coded while training goes on.
+        """Copy a state and commit it in the background while training continues.
 
-        Commits are made in the order of the calls.  One copy may wait while another is coded; then
-        a call waits, and logs that it does.  A call without room for a copy makes the commit at
-        once.  The copy stays until its commit is made: what fails is tried again from it.  A commit
-        that still fails is raised by its future and by the next call of this or of `commit`, `wait`
-        or `close`.  A commit is safe from the end of the process once its future is done.
+        Commits are made in the order of the calls.  At most one copy waits while another is
+        compressed; a further call blocks and logs a warning.  If memory for the copy is missing,
+        the call commits directly.  A failed commit is raised by its future, and by the next call of
+        this method, `commit`, `wait` or `close`.  A commit is durable as soon as its future is
+        done.
+
+        Args:
+            state: As for `commit`.
+            model: As for `commit`.
+            optimizer: As for `commit`.
+            extra: As for `commit`.
+            step: The training step; None reads it from the state, if the state has one.
+            message: The message of the commit.
+            metrics: Metrics by name, such as `{"loss": 2.31}`.
+            codec: The codec for this commit; None uses the setting `codec`.
+
+        Returns:
+            A future of the new commit.
 
         Raises:
-            InvalidInputError: the state holds what cannot be committed, or what is said of it is
-                wrong.
-            CkptError: an earlier commit failed; this one was not begun.
+            InvalidInputError: The state or an argument is not valid.
+            CkptError: An earlier commit failed; this one was not started.
         """
         from ckptvcs.background.client import Client  # noqa: PLC0415
 
@@ -155,10 +183,10 @@ class Repo(Reader):
             self.background = Client(self.repository)
         self.background.raise_failed()
         self.repository.commit_config().codec_of(codec)
-        said = ops.request.plain(step, message, metrics or {}, codec)
+        fields = ops.request.plain(step, message, metrics or {}, codec)
         return self.background.commit(
-            lambda copies: _take(state, model, optimizer, extra, copies),
-            said,
+            lambda copies: ops.request.gather_state(state, model, optimizer, extra, copies),
+            fields,
             lambda: self._branch,
             self._follow,
             lambda: self.commit(
@@ -174,7 +202,7 @@ class Repo(Reader):
         )
 
     def _follow(self, made: Done) -> LogEntry:
-        """Know of a commit that another process has made."""
+        """Take over a commit of the worker process."""
         self._branch = made.branch
         with after(f"commit {made.name[:8]} was made"):
             self.repository.catalog.store.refresh()
@@ -195,14 +223,28 @@ class Repo(Reader):
         head_stays: bool = False,
         progress: Progress = quiet,
     ) -> CommitResult:
-        """Commit a checkpoint file or a directory of files; `names` are those of the parameters of
-        its optimizers, by file and place there, if they are known.  With `files` it is these of the
-        directory that are committed.  Where `head_stays`, HEAD does not follow to a branch that has
-        to be started since the step is not above that of the line.
+        """Commit a checkpoint file, or a directory of files.
+
+        Args:
+            path: The file or directory.
+            message: The message of the commit.
+            step: The training step; None reads it from the checkpoint, the message or the file
+                name.
+            metrics: Metrics by name.
+            codec: The codec for this commit; None uses the setting `codec`.
+            branch: The branch to commit to; None uses the branch of HEAD.
+            raw: Store the bytes without parsing the file.
+            names: Parameter names of the optimizers, by file and by path in the file, for each
+                group.
+            files: Commit only these files of the directory; empty commits all.
+            head_stays: Do not move HEAD to a branch that is started because the step is not above
+                the last one.
+            progress: Called with the number of bytes that were read or written since its last call.
 
         Raises:
-            NotFoundError, InvalidInputError: there is no complete checkpoint at `path`.
-            ConflictError: another writer moved the branch meanwhile.
+            NotFoundError: `path` does not exist.
+            InvalidInputError: `path` contains no complete checkpoint.
+            ConflictError: Another writer moved the branch meanwhile.
         """
         self.wait()
         return ops.commit.commit_path(
@@ -228,12 +270,19 @@ class Repo(Reader):
         branch: str | None = None,
         codec: str | None = None,
     ) -> Importer:
-        """Look at a folder of checkpoints; `look`, `run` and `remove` of what is returned compare,
-        commit, and delete originals.
+        """Return an importer for a folder of checkpoints.
+
+        Its methods `look`, `run` and `remove` compare, commit and delete the checkpoints.
+
+        Args:
+            folder: The folder that contains the checkpoints.
+            pattern: A glob for the names of the checkpoints; None takes all.
+            branch: The branch to commit to; None uses the branch of HEAD.
+            codec: The codec for the commits; None uses the setting `codec`.
 
         Raises:
-            NotFoundError: there is no such folder, or no checkpoint in it.
-            InvalidInputError: it is a checkpoint itself, or part of the repository; no such codec.
+            NotFoundError: The folder does not exist, or contains no checkpoint.
+            InvalidInputError: The folder is a checkpoint or part of the repository.
         """
         return ops.import_folder.Importer(
             self.repository, Path(folder), pattern=pattern, branch=branch, codec=codec
@@ -250,12 +299,22 @@ class Repo(Reader):
         keep_local: int | None = None,
         accept_near: bool = False,
     ) -> Watcher:
-        """Watch a folder that a trainer writes to: each `look` of what is returned commits what is
-        complete, and yields what happened.  A checkpoint is complete after `settle` seconds without
-        a change.  Of the originals the newest `keep_local` stay (None: all).
+        """Return a watcher for a folder that a trainer writes to.
+
+        Each call of `look` of the watcher commits the checkpoints that are complete, and yields
+        events.
+
+        Args:
+            folder: The folder that the trainer writes to.
+            pattern: A glob for the names of the checkpoints; None takes all.
+            codec: The codec for the commits; None uses the setting `codec`.
+            branch: The branch to commit to; None uses the branch of HEAD.
+            settle: A checkpoint is complete after this many seconds without a change.
+            keep_local: Delete the source files of all but the newest N checkpoints; None keeps all.
+            accept_near: Also delete source files whose commit is only near.
 
         Raises:
-            InvalidInputError: the folder is part of the repository; or there is no such codec.
+            InvalidInputError: The folder is part of the repository, or an argument is not valid.
         """
         return ops.watch.Watcher(
             self.repository,
@@ -269,133 +328,166 @@ class Repo(Reader):
         )
 
     def move_head(self, revision: str | int) -> str | None:
-        """Point HEAD at a commit, or at a branch whose newest commit it is; return that branch."""
+        """Point HEAD to a commit, or to a branch whose newest commit it is.
+
+        Returns:
+            The branch that HEAD follows; None if HEAD is detached.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+        """
         return ops.refs.move_head(self.repository, self.resolve(revision), str(revision))
 
     def branch(self, name: str, revision: str | int = "HEAD") -> ObjectId:
-        """Start a branch at a commit; return its id.
+        """Create a branch, and return the id of its commit.
+
+        Args:
+            name: The name of the new branch.
+            revision: The commit that the branch points to.
 
         Raises:
-            ConflictError: the branch exists.
+            ConflictError: The branch exists.
+            InvalidInputError: The name is not valid.
         """
         return ops.refs.create_branch(self.repository, name, revision)
 
     def delete_branch(self, name: str) -> DeletedBranch:
-        """Delete a branch; its commits stay until the next gc.
+        """Delete a branch; its commits are kept until the next gc.
 
         Raises:
-            NotFoundError: there is no such branch.
-            ConflictError: HEAD is on it.
+            NotFoundError: The branch does not exist.
+            ConflictError: HEAD is on the branch.
         """
         return ops.refs.delete_branch(self.repository, name)
 
     def tag(self, name: str, revision: str | int = "HEAD") -> ObjectId:
-        """Give a commit a name that stays; return its id.
+        """Create a tag, and return the id of its commit.
+
+        Args:
+            name: The name of the new tag.
+            revision: The commit that the tag points to.
 
         Raises:
-            ConflictError: the tag exists.
+            ConflictError: The tag exists.
+            InvalidInputError: The name is not valid.
         """
         return ops.refs.create_tag(self.repository, name, revision)
 
     def delete_tag(self, name: str) -> ObjectId:
-        """Delete a tag; return the id of the commit that it named.  Raises NotFoundError."""
+        """Delete a tag, and return the id of its commit.
+
+        Raises:
+            NotFoundError: The tag does not exist.
+        """
         return ops.refs.delete_tag(self.repository, name)
 
     def pin(self, revision: str | int = "HEAD", *, pinned: bool = True) -> bool:
-        """Keep a commit and its exact form whatever the rules say, or no longer; return whether
-        that is new.  What has faded already does not come back.
+        """Pin a commit, so that gc keeps it and its exact form; or unpin it.
+
+        An exact patch that has expired is not restored.
+
+        Args:
+            revision: The commit to pin.
+            pinned: False removes the pin.
+
+        Returns:
+            Whether the pin changed.
         """
         return ops.refs.set_pin(self.repository, self.resolve(revision), pinned=pinned)
 
     def gc(
         self,
-        policy: Policy = _NO_RULES,
+        policy: Policy = NO_RULES,
         *,
         sweep: bool = True,
         rekey: bool = False,
         progress: Progress = quiet,
     ) -> GcPlan:
-        """Drop what the rules do not keep, let fade what the settings do not keep, and delete what
-        nothing reaches; tiny packs are merged.  What was done, and the sizes that it made on disk,
-        which `stats` shows.
+        """Drop the commits that no rule keeps, and delete unreferenced data.
 
-        `rekey` merges deltas across commits that were dropped, and bounds every chain by the
-        settings.  Without `sweep` it is only said what goes: until the next sweep `undo` takes it
-        back.  A full disk is no hindrance, but for what rekeying takes.
+        gc also lets exact patches expire that the settings do not keep, and merges tiny packs.  It
+        works on a full disk, except with `rekey`.
+
+        Args:
+            policy: The retention rules; the default keeps every commit.
+            sweep: False only records the drops: `undo` can revert them until the next sweep.
+            rekey: Re-encode deltas across dropped commits, and limit each chain as the settings
+                say.
+            progress: Called with the number of bytes that were read or written since its last call.
+
+        Returns:
+            The dropped commits and the freed sizes, in bytes on disk.
 
         Raises:
-            BusyError: a writer is at work.
-            CorruptionError: something that is needed is missing: nothing was deleted.
-            InvalidInputError: the rules keep nothing at all.
-            StorageError: the disk fails.
+            BusyError: Another process is writing.
+            CorruptionError: An object that a commit needs is missing; nothing was deleted.
+            InvalidInputError: The rules keep no commit at all.
+            StorageError: The disk fails.
+
+        Example:
+            >>> repo.gc(ckptvcs.Policy(last=20, every=10_000)).freed_bytes
         """
         return ops.gc.collect(self.repository, policy, sweep=sweep, rekey=rekey, progress=progress)
 
     def undo(self) -> Undone:
-        """Take back the last move of HEAD's branch, or the last drop of its commits.
+        """Revert the last move of HEAD's branch, or the last drop of its commits.
 
         Raises:
-            NotFoundError: there is nothing to take back.
-            ConflictError: what it was about has been swept; or another writer moved the branch.
+            NotFoundError: There is no change to revert.
+            ConflictError: The change was swept, or another writer moved the branch.
         """
         return ops.undo.undo(self.repository)
 
     def repair(self, source: PathLike | None = None, *, drop: bool = False) -> Repaired:
-        """Save what can be saved, with what the repository at `source` has; `drop` what cannot.
+        """Repair a damaged repository.
+
+        Args:
+            source: Another repository to copy lost objects from.
+            drop: Drop the commits that cannot be repaired.
 
         Raises:
-            BusyError: somebody is at work.
-            NotFoundError: there is no repository at `source`.
-            StorageError: it cannot be written.
+            BusyError: Another process uses the repository.
+            NotFoundError: `source` contains no repository.
+            StorageError: The repository cannot be written.
         """
-        done = self.repair_at(self.folder, source, drop=drop)
+        report = self.repair_at(self.folder, source, drop=drop)
         self.repository = Repository(self.folder)
-        return done
+        return report
 
     @staticmethod
     def repair_at(
         path: PathLike, source: PathLike | None = None, *, drop: bool = False
     ) -> Repaired:
-        """The same for a repository that may be too damaged to be opened.
+        """Repair a repository that may be too damaged to open.
+
+        Args:
+            path: The directory of the repository.
+            source: As for `repair`.
+            drop: As for `repair`.
 
         Raises:
-            NotFoundError: there is no repository at `path`, or at `source`.
-            CorruptionError, UnsupportedVersionError: it cannot be opened even so.
+            NotFoundError: `path` or `source` contains no repository.
+            CorruptionError: The repository cannot be opened even after the repair.
+            UnsupportedVersionError: A newer version of ckptvcs wrote the repository.
         """
         copy = None if source is None else Repository.locate(source)
         return ops.repair.repair(Repository.locate(path), copy, drop=drop)
 
     def rebuild_index(self) -> int:
-        """Rebuild the index from the packs; return how many there are."""
+        """Rebuild the index from the packs, and return the number of packs."""
         return self.repository.catalog.store.rebuild()
 
     def configure(self, key: str, value: str | None) -> Value:
-        """Change a setting, durably; None gives it its default back.  Its value from then on.
+        """Change a setting, and return its new value.
+
+        Args:
+            key: The name of the setting, as in `settings`.
+            value: The new value as text; None restores the default.
 
         Raises:
-            InvalidInputError: there is no such setting, or it does not take that value.
+            InvalidInputError: No setting has this name, or the value is not valid.
+            StorageError: The settings cannot be written.
         """
         return get_setting(
             set_setting(self.folder / CONFIG, self.repository.backend, key, value), key
         )
-
-
-def _take(
-    state: object,
-    model: Any,
-    optimizer: Any,
-    extra: Mapping[str, object] | None,
-    copies: Copies | None = None,
-) -> Checkpoint:
-    """A state, or that of a model and its optimizer, as a checkpoint."""
-    from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint  # noqa: PLC0415
-    from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415
-
-    if (state is _NOTHING) == (model is None and optimizer is None):
-        raise InvalidInputError("commit either a state, or a model and its optimizer")
-    if state is not _NOTHING and extra is not None:
-        raise InvalidInputError("pass either a state or extra, not both")
-    if state is not _NOTHING:
-        return state_checkpoint(state, None, copies)
-    gathered, names = gather(model, optimizer, extra, STATE_FILE)
-    return state_checkpoint(gathered, names, copies)

@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, settings
 from typer.testing import CliRunner
 
 from ckptvcs.cli.app import app
+from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
 from tests.helpers.command_line import Ckpt, Done, check, environment
 from tests.helpers.crashing import SCENARIOS, Cut
 from tests.helpers.forging import Forger
+from tests.helpers.memory_backend import memory_backends
 
 settings.register_profile("dev", max_examples=30, stateful_step_count=10, deadline=None)
 settings.register_profile(
@@ -42,6 +44,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # They would be loaded in the midst of some test, and measure with other roundings from there on.
 os.environ.setdefault("CKPT_COMPILED", "0")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests marked `any_backend` on a directory and on a backend in memory."""
+    marks = metafunc.definition.get_closest_marker
+    if marks("any_backend") and not marks("directory_only"):
+        metafunc.parametrize("chosen_backend", ["directory", "memory"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def chosen_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand each repository a backend from outside, unless it is the one on a directory."""
+    if getattr(request, "param", "directory") == "memory":
+        monkeypatch.setattr(Repository, "backend_at", staticmethod(memory_backends()))
 
 
 @pytest.fixture

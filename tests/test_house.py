@@ -13,6 +13,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from radon.complexity import cc_visit
+from radon.visitors import Function
 
 import ckptvcs
 from ckptvcs import errors
@@ -20,6 +22,46 @@ from ckptvcs.cli.app import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "ckptvcs").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+# Names of others that begin with an underscore: of Python, of torch.
+FOREIGN = {"_exit", "_C", "_metadata", "_load_from_state_dict", "_run_exitfuncs"}
+FOREIGN |= {f"_optimizer_load_state_dict_{moment}_hooks" for moment in ("pre", "post")}
+PATCHES = ("patch.setattr", "monkeypatch.setattr", "patch.object", "mock.patch")
+TOO_LONG_YET = {
+    "cli/checkout.checkout",
+    "cli/diff._show_diff",
+    "cli/diff.diff",
+    "cli/export.export",
+    "cli/gc.gc",
+    "cli/log.log",
+    "cli/show.show",
+    "cli/verify.verify",
+    "cli/watch.watch",
+    "cli/importing._sum_up",
+}
+PRIVATE_YET = {
+    "background/test_failures.py",
+    "checkpoint/test_links.py",
+    "checkpoint/test_pickles.py",
+    "cli/test_care.py",
+    "cli/test_compare.py",
+    "cli/test_contract.py",
+    "decode/test_base_cache.py",
+    "encode/test_gpu.py",
+    "encode/test_near.py",
+    "files/test_placing.py",
+    "gc/test_beside_writers.py",
+    "helpers/trainers/lightning.py",
+    "integrations/test_target.py",
+    "ops/test_config.py",
+    "store/test_editions.py",
+    "store/test_leases.py",
+    "store/test_settling.py",
+    "system/test_interleavings.py",
+    "system/test_scarce.py",
+    "system/test_soak.py",
+    "test_house.py",
+}
 
 
 def loaded_by(code: str) -> set[str]:
@@ -39,6 +81,19 @@ def test_files_are_small() -> None:
     assert statistics.median(lines.values()) <= 250
 
 
+def test_functions_are_short_and_simple() -> None:
+    """At most 60 lines and a cyclomatic complexity of 15, but for functions listed above."""
+    beyond = set()
+    for path in MODULES:
+        for block in cc_visit(path.read_text("utf-8")):
+            for part in (block, *getattr(block, "methods", ())):
+                is_long = isinstance(part, Function) and part.endline - part.lineno >= 60
+                if is_long or (isinstance(part, Function) and part.complexity > 15):
+                    module = path.relative_to(ROOT / "ckptvcs").with_suffix("")
+                    beyond.add(f"{module}.{part.name}")
+    assert beyond <= TOO_LONG_YET
+
+
 def test_no_grab_bags() -> None:
     forbidden = {"utils", "util", "helpers", "common", "misc", "types", "base"}
     assert not [path for path in MODULES if path.stem in forbidden]
@@ -53,6 +108,22 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
     return found
+
+
+def private_attributes() -> set[str]:
+    """The test files that use a private name of another object, by an attribute or a patch."""
+    files = set()
+    for path in TESTS:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            name = ""
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+                name = node.attr
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(PATCHES):
+                literals = [a.value for a in node.args[:2] if isinstance(a, ast.Constant)]
+                name = str(literals[-1]).rpartition(".")[2] if literals else ""
+            if name.startswith("_") and not name.startswith("__") and name not in FOREIGN:
+                files.add(str(path.relative_to(ROOT / "tests")))
+    return files
 
 
 def test_the_hall_is_small() -> None:
@@ -183,3 +254,30 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 def test_ci_runs_the_command_of_the_readme() -> None:
     assert "scripts/test\n" in (ROOT / ".ci" / "run").read_text("utf-8")
     assert "\nscripts/demo\nscripts/test\n" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_fast_profile_tests_every_package() -> None:
+    lines = (ROOT / "tests" / "fast.txt").read_text("utf-8").split()
+    files = [line for line in lines if not line.startswith("--deselect=")]
+    assert all((ROOT / file).exists() for file in files)
+    packages = {path.parent.name for path in (ROOT / "ckptvcs").glob("*/__init__.py")}
+    assert {Path(file).parts[1] for file in files} >= packages
+    assert "@tests/fast.txt" in (ROOT / "scripts" / "test").read_text("utf-8")
+
+
+def test_tests_mirror_the_packages() -> None:
+    packages = {path.parent.name for path in (ROOT / "ckptvcs").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert packages <= folders
+    assert folders - packages <= {"packaging", "system"}
+
+
+def test_no_test_module_is_imported() -> None:
+    for path in TESTS:
+        modules = {name for name in imports(path) if name.startswith("tests.")}
+        assert not [name for name in modules if re.search(r"\.(test_|conftest)", name)], path
+
+
+def test_tests_read_no_private_attributes() -> None:
+    """A test uses what a caller can use; the files below do not yet, and no others may."""
+    assert private_attributes() <= PRIVATE_YET

@@ -26,6 +26,8 @@ from ckptvcs.ops.refs import move_head
 from tests.helpers.comparing import same
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.any_backend
+
 ODD_COUNTS: Any = collections.Counter()
 ODD_COUNTS["a"] = "text"
 
@@ -43,7 +45,7 @@ def test_a_training_run_comes_back(repo: Repo) -> None:
     assert same(repo.checkout("best:loss:min"), states[-1])
 
 
-def test_everything_plain(repo: Repo) -> None:
+def test_every_plain_python_value_comes_back(repo: Repo) -> None:
     state: dict[Any, Any] = {
         "none": None,
         "flags": [True, False],
@@ -264,6 +266,7 @@ def test_any_state(repo: Repo, state: Any) -> None:
     assert same(repo.checkout("HEAD"), state)
 
 
+@pytest.mark.directory_only
 def test_a_working_directory_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (two, one):
@@ -307,6 +310,7 @@ def test_processes_that_make_the_same_repository(
     assert not repo.verify().damage
 
 
+@pytest.mark.directory_only
 def test_a_repository_made_again_at_the_same_path(tmp_path: Path) -> None:
     state = train(1)[0]
     for _ in range(2):

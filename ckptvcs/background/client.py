@@ -50,7 +50,7 @@ class Client:
             packed = pack(take(staging.copies), staging)
         except (MemoryError, OSError) as error:
             self.queue.release(staging)
-            _log.warning("there is no room for a copy (%s): training waits for a commit", error)
+            _log.warning("not enough memory for a copy (%s): training waits for this commit", error)
             return self.queue.done(at_once())
         except BaseException:
             self.queue.release(staging)

@@ -52,7 +52,10 @@ class Background(Generic[T]):
         try:
             return self._free.get_nowait()
         except queue.Empty:
-            _log.warning("a commit waits until an earlier one is coded: commit less often")
+            _log.warning(
+                "commit_async blocked: the previous commit is still being compressed; "
+                "consider committing less often"
+            )
             return self._free.get()
 
     def release(self, staging: Staging) -> None:

@@ -350,35 +350,47 @@ def _is_epoch(word: str) -> bool:
 
 
 def _kind(one: _Seen, *, bare: bool) -> Kind:
-    label, unit, after = one.label, one.unit, one.after
-    first = one.place == 0
-    if unit and unit not in _MULTIPLES and _is_step(unit):
+    """Return what a number counts: its unit says so, or else the word before it, or else that
+    behind it.
+    """
+    known = _kind_by_unit(one) or _kind_by_label(one)
+    if known is not None:
+        return known
+    if _is_step(one.after):
         return Kind.STEP
-    if _is_epoch(unit) and unit not in ("e",):
+    if _is_epoch(one.after) or (not one.label and one.after == "net"):  # 100_net_G of pix2pix
         return Kind.EPOCH
-    if unit in _MULTIPLES and ((_is_step(label) and first) or _is_step(after)):
-        return Kind.STEP
-    if unit == "k" and first and label.endswith(_CHECKPOINT_ENDS):  # checkpoint-100k
-        return Kind.CHECKPOINT
-    if unit and not (_is_step(label) and first and unit not in _SIZES):
-        return Kind.OTHER
-    if _is_step(label):
-        return Kind.STEP if first else Kind.OTHER
-    if label in _SHARD_WORDS:
-        return Kind.SHARD
-    if _is_epoch(label):
-        return Kind.EPOCH if first else Kind.LOOSE
-    if label in _OTHER_WORDS:
-        return Kind.OTHER
-    if _is_step(after):
-        return Kind.STEP
-    if _is_epoch(after) or (not label and after == "net"):  # 100_net_G of pix2pix
-        return Kind.EPOCH
-    if label.endswith(_CHECKPOINT_ENDS):
+    if one.label.endswith(_CHECKPOINT_ENDS):
         return Kind.ATTACHED if one.attached else Kind.CHECKPOINT
-    if bare or label in _PLAIN_WORDS:
+    if bare or one.label in _PLAIN_WORDS:
         return Kind.NUMBER
     return Kind.OTHER if one.attached else Kind.LOOSE
+
+
+def _kind_by_unit(one: _Seen) -> Kind | None:
+    unit, first = one.unit, one.place == 0
+    is_step = first and _is_step(one.label)
+    if unit in _MULTIPLES:
+        if is_step or _is_step(one.after):
+            return Kind.STEP
+        if unit == "k" and first and one.label.endswith(_CHECKPOINT_ENDS):  # checkpoint-100k
+            return Kind.CHECKPOINT
+    elif _is_step(unit):
+        return Kind.STEP
+    elif _is_epoch(unit) and unit != "e":
+        return Kind.EPOCH
+    return Kind.OTHER if unit and (not is_step or unit in _SIZES) else None
+
+
+def _kind_by_label(one: _Seen) -> Kind | None:
+    first = one.place == 0
+    if _is_step(one.label):
+        return Kind.STEP if first else Kind.OTHER
+    if one.label in _SHARD_WORDS:
+        return Kind.SHARD
+    if _is_epoch(one.label):
+        return Kind.EPOCH if first else Kind.LOOSE
+    return Kind.OTHER if one.label in _OTHER_WORDS else None
 
 
 def _kinds_of_two(first: tuple[_Seen, Kind], second: tuple[_Seen, Kind]) -> tuple[Kind, Kind]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import product
 
 from ckptvcs.checkpoint.conventions import (
@@ -55,27 +55,33 @@ def family(name: str) -> str:
 
 
 def group_files(names: Collection[str]) -> dict[str, list[str]]:
-    """The files among some names that hold one checkpoint together, two at least, by a name for all
-    of them, which has `*` where theirs differ.
+    """Return the groups of at least two files that form one checkpoint.
+
+    Each group has a common name, with `*` in place of the parts that differ.
     """
     templates: dict[str, list[str]] = defaultdict(list)
     counted = _counted(names)
     for name in names:
         templates[template(name) if family(name) in counted else name].append(name)
+    groups: dict[str, list[str]] = {}
+    for name, texts in _companion_groups(templates):
+        groups[name] = sorted(member for text in texts for member in templates.pop(text))
+    groups |= {text: sorted(files) for text, files in templates.items() if len(files) > 1}
+    return {name: members for name, members in groups.items() if name not in names}
+
+
+def _companion_groups(templates: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the templates of a model and its optimizer or average, with their common name."""
     companions: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for text in templates:
-        role = _companion(text)
-        if role is not None:
-            companions[role[1]][role[0]].append(text)
-    groups: dict[str, list[str]] = {}
+        companion = _companion(text)
+        if companion is not None:
+            companions[companion[1]][companion[0]].append(text)
     for rest, roles in companions.items():
         if len(roles) > 1:
-            texts = [text for found in roles.values() for text in found]
+            texts = [text for members in roles.values() for text in members]
             endings = {text[len(stem(text)) :] for text in texts}
-            name = rest + (endings.pop() if len(endings) == 1 else "")
-            groups[name] = sorted(name for text in texts for name in templates.pop(text))
-    groups |= {text: sorted(found) for text, found in templates.items() if len(found) > 1}
-    return {name: members for name, members in groups.items() if name not in names}
+            yield rest + (endings.pop() if len(endings) == 1 else ""), texts
 
 
 def _counted(names: Iterable[str]) -> set[str]:

@@ -54,42 +54,49 @@ def pair_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
 
 
 def _forms(names: Sequence[str]) -> dict[str, _Form]:
-    """Each name with `*` for the steps in the path of its file, and these steps.
-
-    The step of all these names is the one that all paths have that have any; a number that no word
-    calls a step counts as one where it is the same.
-    """
+    """Return each name with `*` for the steps in its file path, and these steps."""
     paths = {name: name.partition(":")[0] if ":" in name else "" for name in names}
     numbers = {path: list(_path_numbers(path)) for path in set(paths.values())}
-    sure = [{one.number.value for one in row if one.number.is_sure} for row in numbers.values()]
-    plain = [{one.number.value for one in row if one.counts} for row in numbers.values()]
-    epochs = _shared(
-        {one.number.value for one in row if one.number.kind is Kind.EPOCH}
-        for row in numbers.values()
-    )
-    steps = _shared(sure if any(sure) else plain)
-    folders: dict[int, set[str]] = defaultdict(set)
-    for one in (one for row in numbers.values() for one in row):
-        if one.number.is_sure and one.folder:
-            folders[one.depth].add(one.folder)
-
-    def is_step(one: _Placed) -> bool:
-        number = one.number
-        if number.kind is Kind.EPOCH:
-            return number.value in epochs
-        if number.is_sure and not steps:
-            return True  # there are several steps, in paths of their own
-        by_chance = (any(sure) and not number.is_sure) or len(folders[one.depth]) > 1
-        least = _LEAST_SHARED if by_chance else 0
-        return one.counts and number.value in steps and number.value >= least
-
+    steps = _Steps(list(numbers.values()))
     forms: dict[str, _Form] = {}
     for path, row in numbers.items():
-        found = [one.number for one in row if is_step(one)]
-        forms[path] = replaced(path, found, "*"), tuple(number.value for number in found)
+        counts = [placed.number for placed in row if steps.include(placed)]
+        forms[path] = replaced(path, counts, "*"), tuple(number.value for number in counts)
     return {
         name: (forms[path][0] + name[len(path) :], forms[path][1]) for name, path in paths.items()
     }
+
+
+class _Steps:
+    """The steps and epochs that all file paths with any numbers share.
+
+    A number without a word such as `step` counts only if no path has such a word.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[_Placed]]) -> None:
+        sure = [{one.number.value for one in row if one.number.is_sure} for row in rows]
+        plain = [{one.number.value for one in row if one.counts} for row in rows]
+        self._any_sure = any(sure)
+        self._steps = _shared(sure if self._any_sure else plain)
+        self._epochs = _shared(
+            {one.number.value for one in row if one.number.kind is Kind.EPOCH} for row in rows
+        )
+        self._folders: dict[int, set[str]] = defaultdict(set)
+        for row in rows:
+            for one in row:
+                if one.number.is_sure and one.folder:
+                    self._folders[one.depth].add(one.folder)
+
+    def include(self, placed: _Placed) -> bool:
+        """Return whether a number is one of these steps or epochs."""
+        number = placed.number
+        if number.kind is Kind.EPOCH:
+            return number.value in self._epochs
+        if number.is_sure and not self._steps:
+            return True  # each path has a step of its own
+        by_chance = (self._any_sure and not number.is_sure) or len(self._folders[placed.depth]) > 1
+        least = _LEAST_SHARED if by_chance else 0
+        return placed.counts and number.value in self._steps and number.value >= least
 
 
 def _shared(values: Iterable[set[int]]) -> set[int]:

@@ -16,6 +16,7 @@ from ckptvcs.checkpoint import conventions, distcp, safetensors, torch_legacy, t
 from ckptvcs.checkpoint.intact import require_whole
 from ckptvcs.checkpoint.layout import (
     FileSource,
+    Found,
     Layout,
     Piece,
     Source,
@@ -210,81 +211,104 @@ def _sorted(root: Path, below: str) -> list[tuple[str, os.DirEntry[str]]]:
 
 
 def _open_directory(
-    root: Path,
-    raw: bool,
-    skip: Path | None,
-    names_of_parameters: Names | None,
-    only: Collection[str],
+    root: Path, raw: bool, skip: Path | None, names: Names | None, only: Collection[str]
 ) -> Checkpoint:
-    parsed: list[distcp.Parsed] = []
-    links: list[InputLink] = []
-    followed: dict[str, Path] = {}
-    real = real_path(root)
+    read = _Directory(root, raw, skip, only)
     for name, entry in _entries(root, skip):
-        if only and name not in only:
-            continue
-        if entry.name == conventions.INCOMPLETE and not raw:
-            raise InvalidInputError(f"{root} is incomplete: it holds {entry.name}")
+        if not only or name in only:
+            read.take(name, entry)
+    files = {name for name, *_ in read.parsed}
+    is_sharded = not raw and _is_sharded(root, files)
+    unfollowed = [link.path for link in read.links if link.target is not None]
+    hidden = tuple(links_notes(unfollowed, read.real, skip))
+    if not files and hidden:
+        raise InvalidInputError(
+            f"{root} holds no files but {hidden[0]}",
+            hint=f"commit a copy without links: cp -rL {root} COPY",
+        )
+    if not files:
+        raise InvalidInputError(f"{root} holds no files")
+    parsed = list(_with_structure(read.parsed)) if is_sharded else read.parsed
+    made = build("directory", parsed, read.links, names)
+    said = (*made.notes, *hidden, *_trusted([*files, *(link.path for link in read.links)]))
+    if not only:
+        return replace(made, directory=(root, skip), followed=read.followed, notes=said)
+    gone = set(only) - files
+    if gone:
+        raise NotFoundError(f"no such file: {root / min(gone)}")
+    return replace(made, is_all=False, notes=said)
+
+
+class _Directory:
+    """What is read of a directory, entry by entry: files, links, and where links to files lead."""
+
+    def __init__(self, root: Path, raw: bool, skip: Path | None, only: Collection[str]) -> None:
+        self.parsed: list[distcp.Parsed] = []
+        self.links: list[InputLink] = []
+        self.followed: dict[str, Path] = {}
+        self.real = real_path(root)
+        self._root, self._raw, self._skip = root, raw, skip
+        # Of files that are one checkpoint the caller says which are cut off.
+        self._doubtful = _DOUBTFUL[1:] if only else _DOUBTFUL
+
+    def take(self, name: str, entry: os.DirEntry[str]) -> None:
+        """Read an entry, which is at `name` in the directory."""
+        if entry.name == conventions.INCOMPLETE and not self._raw:
+            raise InvalidInputError(f"{self._root} is incomplete: it holds {entry.name}")
+        path = Path(entry.path)
         try:
             status = entry.stat(follow_symlinks=False)
         except OSError as error:
-            raise unreadable(Path(entry.path), error) from error
-        target = follow(name, real, skip) if entry.is_symlink() else None
-        if entry.is_symlink() and target is None:
-            links.append(
-                InputLink(name, str(Path(entry.path).readlink()), 0o777, status.st_mtime_ns)
-            )
+            raise unreadable(path, error) from error
+        is_link = entry.is_symlink()
+        target = follow(name, self.real, self._skip) if is_link else None
+        if target is not None:
+            self.followed[name] = target.path
+            source = FileSource(path, at=target.path, then=target.status)
+            self._parse(name, entry.path, source)
+        elif is_link:
+            self.links.append(InputLink(name, str(path.readlink()), 0o777, status.st_mtime_ns))
         elif entry.is_dir(follow_symlinks=False):
             mode = stat.S_IMODE(status.st_mode)
-            links.append(InputLink(name, None, mode, status.st_mtime_ns))
-        elif target is not None or entry.is_file(follow_symlinks=False):
-            path = Path(entry.path)
-            source = FileSource(path, at=path)
-            if target is not None:
-                followed[name] = target.path
-                source = FileSource(path, at=target.path, then=target.status)
-            with source:
-                plain = raw or name.endswith(distcp.SUFFIX)
-                layout = _parse(source, plain)
-                # Of files that are one checkpoint the caller says which are cut off.
-                doubtful = layout.format in (_DOUBTFUL[1:] if only else _DOUBTFUL)
-                if not plain and doubtful:
-                    require_whole(source, entry.path, alone=False)
-                parsed.append((name, source, layout, source.stat))
+            self.links.append(InputLink(name, None, mode, status.st_mtime_ns))
+        elif entry.is_file(follow_symlinks=False):
+            self._parse(name, entry.path, FileSource(path, at=path))
         else:
             raise InvalidInputError(f"{entry.path} is neither a file nor a directory")
-    names = {name for name, *_ in parsed}
-    shards = any(name.endswith(distcp.SUFFIX) for name in names)
-    described = any(name.rpartition("/")[2] == distcp.METADATA for name in names)
-    if shards and not raw and not described:
+
+    def _parse(self, name: str, shown: str, source: FileSource) -> None:
+        with source:
+            plain = self._raw or name.endswith(distcp.SUFFIX)
+            layout = _parse(source, plain)
+            if not plain and layout.format in self._doubtful:
+                require_whole(source, shown, alone=False)
+            self.parsed.append((name, source, layout, source.stat))
+
+
+def _is_sharded(root: Path, files: Collection[str]) -> bool:
+    """Return whether there are shards of `torch.distributed.checkpoint` among the files.
+
+    Raises:
+        InvalidInputError: no metadata says what is in them.
+    """
+    if not any(name.endswith(distcp.SUFFIX) for name in files):
+        return False
+    if not any(name.rpartition("/")[2] == distcp.METADATA for name in files):
         raise InvalidInputError(
             f"{root} is incomplete: it holds shards and no .metadata",
             hint="commit it again once it is complete",
         )
-    unfollowed = [link.path for link in links if link.target is not None]
-    hidden = tuple(links_notes(unfollowed, real, skip))
-    if not parsed:
-        raise InvalidInputError(
-            f"{root} holds no files" + ("" if not hidden else f" but {hidden[0]}"),
-            hint=f"commit a copy without links: cp -rL {root} COPY" if hidden else None,
-        )
-    if shards and not raw:
-        unread = Layout("raw", [], problem=".metadata does not tell what is in it")
-        parsed = [
-            (name, source, layout if covers(layout, source.size) else unread, status)
-            for name, source, layout, status in distcp.with_structure(parsed)
-        ]
-        for name, _, layout, _ in parsed:
-            if name.endswith(distcp.SUFFIX) and layout.format == "raw":
-                layout.problem = unread.problem
-    made = build("directory", parsed, links, names_of_parameters)
-    said = (*made.notes, *hidden, *_trusted([*names, *(link.path for link in links)]))
-    if only:
-        gone = set(only) - names
-        if gone:
-            raise NotFoundError(f"no such file: {root / min(gone)}")
-        return replace(made, is_all=False, notes=said)
-    return replace(made, directory=(root, skip), followed=followed, notes=said)
+    return True
+
+
+def _with_structure(parsed: Sequence[distcp.Parsed]) -> Iterator[distcp.Parsed]:
+    """Yield the files of a directory of shards with the layouts that its metadata gives them."""
+    problem = ".metadata does not tell what is in it"
+    for name, source, layout, status in distcp.with_structure(parsed):
+        known = layout if covers(layout, source.size) else Layout("raw", [], problem=problem)
+        if name.endswith(distcp.SUFFIX) and known.format == "raw":
+            known.problem = problem
+        yield name, source, known, status
 
 
 def _trusted(paths: Sequence[str]) -> Iterator[str]:
@@ -308,56 +332,24 @@ def build(
     """
     cut = [tuple(pieces(layout, source.size)) for _, source, layout, _ in parsed]
     roles = assign_roles([(path, layout) for path, _, layout, _ in parsed], names or {})
-    numbers: dict[int, int] = {}
-    for _, _, layout, _ in parsed:
-        for found in layout.tensors:
-            numbers[id(found)] = len(numbers)
+    stored = (found for _, _, layout, _ in parsed for found in layout.tensors)
+    numbers = {id(found): number for number, found in enumerate(stored)}
     infos: list[TensorInfo] = []
     places: list[tuple[int, int]] = []
     rules: dict[int, Rule] = {}
     parameters: dict[int, int] = {}
     files: list[InputFile] = []
-    several = kind == "directory"
     for file_number, (path, source, layout, status) in enumerate(parsed):
-        first = len(infos)
-        prefix = f"{path}:" if several else ""
+        files.append(_input_file(path, source, layout, status, cut[file_number], len(infos)))
+        prefix = f"{path}:" if kind == "directory" else ""
         for found, known in zip(layout.tensors, roles[file_number], strict=True):
             # Whatever codes with loss reads numbers in one order.
             role = known if found.order == LITTLE else Role(known.part, OTHER)
-            paired = role.pair is not None and role.pair.order == LITTLE
-            infos.append(
-                TensorInfo(
-                    prefix + found.name + found.part,
-                    found.dtype,
-                    found.shape,
-                    role.part,
-                    role.role,
-                    found.inline,
-                    numbers[id(role.pair)] if paired else None,
-                    tuple(found.views),
-                    role.evidence,
-                    found.order,
-                )
-            )
+            infos.append(_info(prefix, found, role, numbers))
             if role.rule is not None:
                 rules[len(places)] = role.rule
                 parameters[len(places)] = role.parameter
             places.append((file_number, found.offset))
-        files.append(
-            InputFile(
-                path,
-                source,
-                layout.format,
-                tuple(
-                    piece
-                    if piece.tensor is None
-                    else Piece(piece.offset, piece.size, first + piece.tensor, piece.checksum)
-                    for piece in cut[file_number]
-                ),
-                0o644 if status is None else stat.S_IMODE(status.st_mode),
-                0 if status is None else status.st_mtime_ns,
-            )
-        )
     read = [(path, source, layout) for path, source, layout, _ in parsed]
     return Checkpoint(
         kind,
@@ -370,6 +362,45 @@ def build(
         parameters,
         epoch=_find_epoch(read),
         notes=tuple(notes(read)),
+    )
+
+
+def _input_file(
+    path: str,
+    source: Source,
+    layout: Layout,
+    status: os.stat_result | None,
+    row: Sequence[Piece],
+    first: int,
+) -> InputFile:
+    """Make the file of a checkpoint of a row of pieces; the `first` of its tensors has this number
+    in the schema.
+    """
+    mode = 0o644 if status is None else stat.S_IMODE(status.st_mode)
+    time = 0 if status is None else status.st_mtime_ns
+    counted = (
+        piece
+        if piece.tensor is None
+        else Piece(piece.offset, piece.size, first + piece.tensor, piece.checksum)
+        for piece in row
+    )
+    return InputFile(path, source, layout.format, tuple(counted), mode, time)
+
+
+def _info(prefix: str, found: Found, role: Role, numbers: Mapping[int, int]) -> TensorInfo:
+    """Describe a tensor; `numbers` are those of all tensors, by identity."""
+    paired = role.pair is not None and role.pair.order == LITTLE
+    return TensorInfo(
+        prefix + found.name + found.part,
+        found.dtype,
+        found.shape,
+        role.part,
+        role.role,
+        found.inline,
+        numbers[id(role.pair)] if paired else None,
+        tuple(found.views),
+        role.evidence,
+        found.order,
     )
 
 

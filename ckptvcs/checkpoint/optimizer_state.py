@@ -153,6 +153,11 @@ class Optimizer:
     file: int
     tensors: list[Found] = field(default_factory=list)
 
+    @property
+    def slots(self) -> list[Slot]:
+        """The parameters of all groups."""
+        return [slot for group in self.groups for slot in group]
+
 
 Names = dict[tuple[str, str], list[list[str | None]]]
 """By the file and the place there (dotted): for an optimizer the names of the parameters of each
@@ -175,35 +180,44 @@ def storage_key(node: object) -> str | None:
 def find_optimizers(
     layout: Layout, file: int, given: Mapping[str, list[list[str | None]]]
 ) -> Iterable[Optimizer]:
-    """The plain optimizer states of a file; `given` are names of parameters by place."""
+    """Yield the plain optimizer states of a file; `given` are parameter names by place."""
     known = {found.key: found for found in layout.tensors if found.key}
     for path, node in walk(layout.tree, (dict,)):
-        assert isinstance(node, dict)
-        state, groups = node.get("state"), node.get("param_groups")
-        if not isinstance(state, dict) or not isinstance(groups, list):
+        if not isinstance(node, dict) or not _is_optimizer(node):
             continue
-        slots: list[list[Slot]] = []
+        state, groups = node["state"], node["param_groups"]
         rows = given.get(".".join(path), [])
+        slots = []
         for number, group in enumerate(groups):
-            if not isinstance(group, dict) or not isinstance(group.get("params"), list):
-                break
-            names = rows[number] if number < len(rows) else group.get("param_names")
-            if names is None and all(type(index) is str for index in group["params"]):
-                names = group["params"]  # as `get_optimizer_state_dict` of torch has them
-            if not isinstance(names, list) or len(names) != len(group["params"]):
-                names = [None] * len(group["params"])
-            slots.append(
-                [
-                    _slot(_entry(state, index), known, name if type(name) is str else None, group)
-                    for index, name in zip(group["params"], names, strict=True)
-                ]
-            )
-        else:
-            keys = (storage_key(inner) for _, inner in walk(node, (TensorRef, StorageRef)))
-            below = [known[key] for key in dict.fromkeys(keys) if key is not None and key in known]
-            optimizer = Optimizer(slots, file, below)
-            _take_partitions(optimizer, layout, path, known)
-            yield optimizer
+            names = _group_names(group, rows[number] if number < len(rows) else None)
+            pairs = zip(group["params"], names, strict=True)
+            slots.append([_slot(_entry(state, i), known, name, group) for i, name in pairs])
+        keys = (storage_key(inner) for _, inner in walk(node, (TensorRef, StorageRef)))
+        below = [known[key] for key in dict.fromkeys(keys) if key is not None and key in known]
+        optimizer = Optimizer(slots, file, below)
+        _take_partitions(optimizer, layout, path, known)
+        yield optimizer
+
+
+def _is_optimizer(node: dict[Any, Any]) -> bool:
+    """Return whether a dict has the form of an optimizer's state."""
+    groups = node.get("param_groups")
+    return (
+        isinstance(node.get("state"), dict)
+        and isinstance(groups, list)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    )
+
+
+def _group_names(group: dict[Any, Any], given: list[str | None] | None) -> list[str | None]:
+    """Return the names of the parameters of a group, None for each unknown one."""
+    parameters = group["params"]
+    names: Any = group.get("param_names") if given is None else given
+    if names is None and all(type(index) is str for index in parameters):
+        names = parameters  # torch's `get_optimizer_state_dict` uses names as indices
+    if not isinstance(names, list) or len(names) != len(parameters):
+        return [None] * len(parameters)
+    return [name if type(name) is str else None for name in names]
 
 
 def _take_partitions(
@@ -218,7 +232,7 @@ def _take_partitions(
     if not isinstance(beside, dict) or path[-1:] != ("base_optimizer_state",):
         return
     flat = beside.get("single_partition_of_fp32_groups") or beside.get("fp32_flat_groups")
-    slots = [slot for group in optimizer.groups for slot in group]
+    slots = optimizer.slots
     if not isinstance(flat, list) or len(flat) != len(slots):
         return
     for slot, node in zip(slots, flat, strict=True):
@@ -248,8 +262,9 @@ def _slot(
 
 
 def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
-    """What a group of parameters with state of such keys says of its optimizer; a default for what
-    is missing or absurd.
+    """Return the rule of a parameter group; missing or absurd values become defaults.
+
+    `keys` are those of the state of its parameters.
     """
     kept = set(keys) - {"step"}
     betas = group.get("betas")
@@ -259,20 +274,28 @@ def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
     alpha: object = 0.0
     if kept & {"exp_avg_slow", "hessian"}:
         second, alpha = pair[1], group.get("rho" if "hessian" in kept else "alpha")
-    kind = "adam" if kept & SECOND and kept <= _ADAM else ""
-    if kept == {"momentum_buffer"} and "ns_steps" in group:
-        kind = "muon"
-    elif kept == {"momentum_buffer"} and "dampening" in group:
-        kind = "sgd"
-    elif kept == {"exp_avg"} and pair[1] is not None:
-        kind = "lion"
-    values = (first, second, group.get("eps"))
-    beta1, beta2, eps = (
-        float(value) if isinstance(value, float | int) and 0 <= value < 1 else default
-        for value, default in zip(values, (Rule.beta1, Rule.beta2, Rule.eps), strict=True)
+    return Rule(
+        _number(first, 1, Rule.beta1),
+        _number(second, 1, Rule.beta2),
+        _number(group.get("eps"), 1, Rule.eps),
+        _number(alpha, 1e3, 0.0),
+        _optimizer_kind(group, kept, has_betas=pair[1] is not None),
     )
-    weight = float(alpha) if isinstance(alpha, float | int) and 0 <= alpha < 1e3 else 0.0
-    return Rule(beta1, beta2, eps, weight, kind)
+
+
+def _number(value: object, limit: float, default: float) -> float:
+    """Return a number from 0 to below a limit, or a default for anything else."""
+    return float(value) if isinstance(value, float | int) and 0 <= value < limit else default
+
+
+def _optimizer_kind(group: Mapping[Any, Any], kept: set[str], *, has_betas: bool) -> str:
+    if kept == {"momentum_buffer"} and "ns_steps" in group:
+        return "muon"
+    if kept == {"momentum_buffer"} and "dampening" in group:
+        return "sgd"
+    if kept == {"exp_avg"} and has_betas:
+        return "lion"
+    return "adam" if kept & SECOND and kept <= _ADAM else ""
 
 
 # -- flat ------------------------------------------------------------------------------------------
@@ -345,49 +368,40 @@ def _splits(path: str, found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
 def _flat_slots(
     base: tuple[str, ...], row: dict[str, Found], betas: Mapping[str, object]
 ) -> Iterable[Slot]:
+    """Yield the slots of the tensors whose names differ only in a key."""
+    names, is_optimizers = _names(base), _says_optimizer(base)
     state = {key: found for key, found in row.items() if key in _FLAT}
     shapes = {found.shape for found in state.values()}
     if state and len(shapes) == 1:
-        weight = next(
-            (
-                row[key]
-                for key in _WEIGHTS_BESIDE
-                if key in row and row[key].shape in shapes and row[key].dtype == "F32"
-            ),
-            None,
-        )
-        yield Slot(
-            state,
-            _names(base),
-            rule_of(betas, state.keys()),
-            weight,
-            is_optimizers=_says_optimizer(base),
-        )
+        weight = _master(row, shapes.pop())
+        rule = rule_of(betas, state.keys())
+        yield Slot(state, names, rule, weight, is_optimizers=is_optimizers)
         return
     for first, (second, weights) in _TRIPLES.items():
         if first in row and second in row and row[first].shape == row[second].shape:
-            state = {first: row[first], second: row[second]}
-            beside = next((row[key] for key in weights if key in row), None)
-            if beside is not None and beside.shape == row[first].shape:
-                yield Slot(state, (), Rule(kind="adam"), beside)
-            else:
-                yield Slot(
-                    state,
-                    _names(base),
-                    Rule(kind="adam"),
-                    doubtful=True,
-                    is_optimizers=_says_optimizer(base),
-                )
+            slot = Slot({first: row[first], second: row[second]}, (), Rule(kind="adam"))
+            slot.weight = _beside(row, weights, row[first].shape)
+            if slot.weight is None:
+                slot.names, slot.doubtful, slot.is_optimizers = names, True, is_optimizers
+            yield slot
             return
     for key, found in row.items():
         if key in SECOND & _SHORT:
-            yield Slot(
-                {key: found},
-                _names(base),
-                Rule(),
-                doubtful=True,
-                is_optimizers=_says_optimizer(base),
-            )
+            yield Slot({key: found}, names, Rule(), doubtful=True, is_optimizers=is_optimizers)
+
+
+def _beside(
+    row: dict[str, Found], weights: tuple[str, ...], shape: tuple[int, ...]
+) -> Found | None:
+    """Return the first tensor with one of the keys of a weight, if it has this shape."""
+    weight = next((row[key] for key in weights if key in row), None)
+    return weight if weight is not None and weight.shape == shape else None
+
+
+def _master(row: dict[str, Found], shape: tuple[int, ...]) -> Found | None:
+    """Return the float32 weight of a flat slot."""
+    masters = (row[key] for key in _WEIGHTS_BESIDE if key in row)
+    return next((found for found in masters if (found.shape, found.dtype) == (shape, "F32")), None)
 
 
 def _says_optimizer(base: tuple[str, ...]) -> bool:

@@ -154,18 +154,21 @@ def _tensor(args: tuple[Any, ...], dtype: str | None) -> TensorRef | None:
 _ORDERED_DICT = Global("collections", "OrderedDict")
 
 
+def _ordered_dict(args: tuple[Any, ...]) -> Any:
+    """Return the dict that OrderedDict makes of its arguments, or None if they are unusual."""
+    if not args:
+        return InertDict()
+    return _pairs(args[0]) if len(args) == 1 and isinstance(args[0], list) else None
+
+
 def _call(maker: object, args: object, depth: int = 0) -> Any:
     """What calling `maker` leaves in the tree."""
     if not isinstance(args, tuple):
         raise pickle.UnpicklingError("a call without an argument tuple")
     found: object = None
     match maker:
-        case Global("collections", "OrderedDict") if not args:
-            return InertDict()
-        case Global("collections", "OrderedDict") if len(args) == 1 and isinstance(args[0], list):
-            return _pairs(args[0])
-        case Global("builtins" | "__builtin__", "set" | "frozenset") if len(args) == 1:
-            return Inert(maker, args)
+        case Global("collections", "OrderedDict"):
+            found = _ordered_dict(args)
         case Global("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor"):
             found = _tensor(args, None)
         case Global("torch._utils", "_rebuild_tensor_v3") if len(args) > 6:
@@ -416,18 +419,23 @@ def children(node: object) -> Iterator[tuple[str, object]]:
         for number, value in enumerate(node):
             yield str(number), value
     elif isinstance(node, Inert):
-        for number, value in enumerate(node.args):
-            yield f"@arg{number}", value
-        if isinstance(node.state, dict):
-            yield from children(node.state)
-        elif node.state is not None:
-            yield "@state", node.state
-        for number, value in enumerate(node.items):
-            if isinstance(value, tuple) and len(value) == 2:
-                named = isinstance(value[0], str | int)
-                yield (_step(value[0]) if named else str(number)), value[1]
-            else:
-                yield str(number), value
+        yield from _children_of_inert(node)
+
+
+def _children_of_inert(node: Inert) -> Iterator[tuple[str, object]]:
+    """Yield the arguments, the state and the items of an object that was not made."""
+    for number, value in enumerate(node.args):
+        yield f"@arg{number}", value
+    if isinstance(node.state, dict):
+        yield from children(node.state)
+    elif node.state is not None:
+        yield "@state", node.state
+    for number, value in enumerate(node.items):
+        if isinstance(value, tuple) and len(value) == 2:
+            named = isinstance(value[0], str | int)
+            yield (_step(value[0]) if named else str(number)), value[1]
+        else:
+            yield str(number), value
 
 
 _CONTAINERS = (dict, list, tuple, Inert)

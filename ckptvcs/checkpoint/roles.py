@@ -12,7 +12,7 @@ buffer, or frozen.  That holds where all parameters with a state are paired.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -116,6 +116,11 @@ class Role:
     parameter: int = 0
     evidence: str = ""
 
+    @property
+    def is_open(self) -> bool:
+        """Return whether it is part of a model, and nothing says yet what it is there."""
+        return self.part == "model" and self.role == OTHER
+
 
 @dataclass
 class _Container:
@@ -131,93 +136,134 @@ class _Container:
     doubtful: bool = False
 
 
+@dataclass
+class _Pairs:
+    """Which weights are `paired` with moments, by identity.  `is_whole` says that all parameters
+    with a state are; `shapes` are those of the optimizers where some are not.
+    """
+
+    paired: set[int] = field(default_factory=set)
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+    is_whole: bool = True
+
+
 def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Role]]:
     """Roles for every tensor of every file (path, layout), in their order; `names` count more than
     those that stand in the files.
     """
-    roles = [[_default_role(path, found) for found in layout.tensors] for path, layout in files]
-    by_id = {
-        id(found): role
-        for (_, layout), row in zip(files, roles, strict=True)
-        for found, role in zip(layout.tensors, row, strict=True)
-    }
-    optimizers: list[Optimizer] = []
-    for number, (path, layout) in enumerate(files):
-        given = {place: row for (file, place), row in names.items() if file == path}
-        optimizers += find_optimizers(layout, number, given)
+    rows = [[_default_role(path, found) for found in layout.tensors] for path, layout in files]
+    roles: dict[int, Role] = {}
+    for (_, layout), row in zip(files, rows, strict=True):
+        roles |= zip(map(id, layout.tensors), row, strict=True)
+    optimizers = list(_optimizers(files, names))
     for optimizer in optimizers:
-        for found in optimizer.tensors:
-            by_id[id(found)].part = "optimizer"
-        for slot in (slot for group in optimizer.groups for slot in group):
-            _take_slot(slot, by_id, OPTIMIZER)
+        _take_optimizer(optimizer, roles)
     taken = {id(found) for optimizer in optimizers for found in optimizer.tensors}
     containers = [
         container
         for number, (path, layout) in enumerate(files)
-        for container in _containers(path, layout, number, by_id, taken, names)
+        for container in _containers(path, layout, number, roles, taken, names)
     ]
-    paired: set[int] = set()
-    unknown: set[tuple[int, ...]] = set()  # shapes, where not all that have a state are paired
+    pairs = _Pairs()
     for optimizer in optimizers:
-        pairs = _pair(optimizer, containers)
-        for slot, weight in pairs:
-            _join(slot, weight, by_id, paired)
-        slots = [slot for group in optimizer.groups for slot in group]
-        stateful = [s for s in slots if any(not found.inline for found in s.state.values())]
-        if not {id(slot) for slot in stateful} <= {id(slot) for slot, _ in pairs}:
-            unknown |= {shape for slot in stateful if (shape := _shape(slot)) is not None} | {()}
+        _pair_optimizer(optimizer, containers, roles, pairs)
+    _take_flat(files, taken, containers, roles, pairs)
+    for container in containers:
+        _take_container(container, roles, pairs)
+    _refuse_shared(roles, files, containers)
+    return rows
+
+
+def _optimizers(files: list[tuple[str, Layout]], names: Names) -> Iterator[Optimizer]:
+    """Yield the plain optimizer states of all files."""
+    for number, (path, layout) in enumerate(files):
+        given = {place: row for (file, place), row in names.items() if file == path}
+        yield from find_optimizers(layout, number, given)
+
+
+def _pair_optimizer(
+    optimizer: Optimizer, containers: list[_Container], roles: dict[int, Role], pairs: _Pairs
+) -> None:
+    """Join the weights of an optimizer with their moments, and note which parameters have none."""
+    found = _pair(optimizer, containers)
+    for slot, weight in found:
+        _join(slot, weight, roles, pairs.paired)
+    joined = {id(slot) for slot, _ in found}
+    stateful = [s for s in optimizer.slots if any(not one.inline for one in s.state.values())]
+    if any(id(slot) not in joined for slot in stateful):
+        pairs.is_whole = False
+        pairs.shapes |= {shape for slot in stateful if (shape := _shape(slot))}
+
+
+def _take_flat(
+    files: list[tuple[str, Layout]],
+    taken: set[int],
+    containers: list[_Container],
+    roles: dict[int, Role],
+    pairs: _Pairs,
+) -> None:
+    """Give their roles to moments whose keys stand in their names, and to their weights."""
     named = {id(found) for container in containers for found in container.tensors}
     flat = list(find_flat(files, taken, named))
     ends = _ends(containers) if flat else {}
     for slot in flat:
-        owner = slot.weight if slot.weight is not None else _named(slot, ends)
-        complete = any({*FIRST.get(key, ())} & slot.state.keys() for key in slot.state)
-        if slot.weight is None and not slot.is_optimizers:
-            # Statistics are called so, too: then no other moments may have the weight.
-            complete, owner = False, None if owner is not None and id(owner) in paired else owner
         if slot.state.keys() <= DIVIDING:
             continue  # without what it divides nobody knows what an error of it does
-        if owner is not None or (complete and not slot.doubtful):
-            _take_slot(slot, by_id, BESIDE)
+        owner = _owner(slot, ends, pairs.paired)
+        if owner is not None or (slot.is_optimizers and _is_complete(slot)):
+            _take_slot(slot, roles, BESIDE)
         if owner is not None:
-            _join(slot, owner, by_id, paired)
-    for container in containers:
-        known = set() if unknown else paired
-        _take_container(container, by_id, known, unknown - {()})
-    _refuse_shared(by_id, files, containers)
-    return roles
+            _join(slot, owner, roles, pairs.paired)
+
+
+def _owner(
+    slot: Slot, ends: Mapping[str, list[tuple[Found, str]]], paired: set[int]
+) -> Found | None:
+    """Return the weight of a flat slot: the one beside it, or one of its name."""
+    if slot.weight is not None:
+        return slot.weight
+    owner = _named(slot, ends)
+    # Statistics are called so, too: then no other moments may have the weight.
+    return owner if slot.is_optimizers or id(owner) not in paired else None
+
+
+def _is_complete(slot: Slot) -> bool:
+    """Return whether a slot holds an average of gradients and what divides it, and nothing makes
+    this doubtful.
+    """
+    return not slot.doubtful and any(
+        not slot.state.keys().isdisjoint(FIRST.get(key, ())) for key in slot.state
+    )
 
 
 def _refuse_shared(
     roles: dict[int, Role], files: list[tuple[str, Layout]], containers: list[_Container]
 ) -> None:
-    """Take the role from storages of which something else is a part, too: a window on a weight that
-    stands outside of every state dict, or moments of two kinds.
-    """
+    """Take the role from storages of which something else is a part, too."""
     for number, (_, layout) in enumerate(files):
-        places = [c.place for c in containers if c.file == number]
-        inner = [f"{place}." if place else "" for place in places]
+        beside = [container for container in containers if container.file == number]
         for found in layout.tensors:
             role = roles[id(found)]
-            if role.role == OTHER or not found.views:
-                continue
-            names = [view.name for view in found.views]
-            if role.role == WEIGHT and role.evidence != OPTIMIZER:
-                modules = [c.module for c in containers if c.file == number and c.module]
-                sound = all(any(name.startswith(place) for place in inner) for name in names)
-                sound = sound or (role.evidence == PAIRED and not places)
-                for module in modules:
-                    sound &= all(
-                        any(_is_end(of, name) or _is_end(name, of) for of in module)
-                        for name in names
-                    )
-            else:
-                sound = len({name.rpartition(".")[2] for name in names}) == 1
-            if not sound:
+            if role.role != OTHER and found.views and not _is_sound(role, found, beside):
                 role.role, role.evidence, role.pair = OTHER, "", None
     for role in roles.values():
         if role.pair is not None and roles[id(role.pair)].role != WEIGHT:
             role.pair = None
+
+
+def _is_sound(role: Role, found: Found, containers: list[_Container]) -> bool:
+    """Return whether all views of a storage have its role: those of a weight stand in the state
+    dicts of the file, and moments are of one kind.
+    """
+    names = [view.name for view in found.views]
+    if role.role != WEIGHT or role.evidence == OPTIMIZER:
+        return len({name.rpartition(".")[2] for name in names}) == 1
+    inner = tuple(f"{c.place}." if c.place else "" for c in containers)
+    inside = all(name.startswith(inner) for name in names)
+    modules = [c.module for c in containers if c.module]
+    return (inside or (role.evidence == PAIRED and not containers)) and all(
+        _is_in(module, name) for module in modules for name in names
+    )
 
 
 def _default_role(path: str, found: Found) -> Role:
@@ -227,6 +273,14 @@ def _default_role(path: str, found: Found) -> Role:
     if unnamed or stem.startswith(_REST_FILES) or top in _REST_KEYS or "rng" in top.split("_"):
         return Role("rest", OTHER)
     return Role("optimizer" if stem.startswith("optimizer") else "model", OTHER)
+
+
+def _take_optimizer(optimizer: Optimizer, roles: dict[int, Role]) -> None:
+    """Give all tensors of an optimizer their part, and those of its slots their roles."""
+    for found in optimizer.tensors:
+        roles[id(found)].part = "optimizer"
+    for slot in optimizer.slots:
+        _take_slot(slot, roles, OPTIMIZER)
 
 
 def _take_slot(slot: Slot, roles: dict[int, Role], evidence: str) -> None:
@@ -256,33 +310,36 @@ def _is_end(name: str, of: str) -> bool:
     return name == of or of.endswith(f".{name}")
 
 
-def _fitting(container: _Container, shapes: set[tuple[int, ...]]) -> set[int]:
+def _is_in(module: frozenset[str], name: str) -> bool:
+    """Return whether a parameter of a module has this name."""
+    return any(_is_end(of, name) or _is_end(name, of) for of in module)
+
+
+def _fitting(container: _Container, shapes: set[tuple[int, ...]]) -> list[Found]:
     """Those tensors of a state dict that may be the parameters of some shapes, of which it is not
     known which tensors they are: all, where none has such a shape (parameters lie flat, say).
     """
     same = [found for found in container.tensors if found.shape in shapes]
     called = [found for found in same if is_parameter(container.names[id(found)])]
     known = {found.shape for found in called}
-    fitting = called + [found for found in same if found.shape not in known]
-    return {id(found) for found in (fitting or container.tensors)}
+    return called + [found for found in same if found.shape not in known] or container.tensors
 
 
-def _take_container(
-    container: _Container, roles: dict[int, Role], paired: set[int], shapes: set[tuple[int, ...]]
-) -> None:
+def _take_container(container: _Container, roles: dict[int, Role], pairs: _Pairs) -> None:
     """Weights of a state dict: those that the module says, else those that are paired, else all;
-    where some parameters, of `shapes`, are not paired, those that may be one.
+    where some parameters are not paired, those that may be one.
     """
-    known = container.doubtful or any(id(found) in paired for found in container.tensors)
-    fitting = _fitting(container, shapes)
-    for found in container.tensors:
-        role = roles[id(found)]
-        name = container.names[id(found)]
-        if container.module:
-            if any(_is_end(name, of) or _is_end(of, name) for of in container.module):
-                role.role, role.evidence = WEIGHT, MODULE
-        elif not known and role.role != WEIGHT and id(found) in fitting:
-            role.role, role.evidence = WEIGHT, STATE_DICT
+    if container.module:
+        for found in container.tensors:
+            if _is_in(container.module, container.names[id(found)]):
+                roles[id(found)].role, roles[id(found)].evidence = WEIGHT, MODULE
+        return
+    paired = any(id(found) in pairs.paired for found in container.tensors)
+    if container.doubtful or (pairs.is_whole and paired):
+        return
+    for found in _fitting(container, pairs.shapes):
+        if roles[id(found)].role != WEIGHT:
+            roles[id(found)].role, roles[id(found)].evidence = WEIGHT, STATE_DICT
 
 
 # -- state dicts of models -------------------------------------------------------------------------
@@ -290,57 +347,60 @@ def _take_container(
 
 def _containers(
     path: str, layout: Layout, file: int, roles: dict[int, Role], taken: set[int], names: Names
-) -> Iterable[_Container]:
+) -> Iterator[_Container]:
     """The state dicts of models in a file, by their places and forms, outermost first."""
     known = {found.key: found for found in layout.tensors if found.key}
     used = set(taken)
     for steps, node in walk(layout.tree, (dict,)):
         if not isinstance(node, dict) or not is_place(path, layout.format, steps, node):
             continue
-        leaves = leaves_of(node)
-        if leaves is None:
-            continue
-        rows: dict[str, str] = {}
-        for name, key in leaves:
-            rows.setdefault(key, name)
-        tensors, inside, said = [], {}, {name for name, _ in leaves}
-        for key, name in rows.items():
-            found = known.get(key)
-            if found is None or id(found) in used or not may_be_weight(name, said):
-                continue
-            role = roles[id(found)]
-            if role.part != "model" or role.role != OTHER:
-                continue
-            if not can_be_lossy(found.dtype) or has_moment_name(found):
-                continue
-            used.add(id(found))
-            tensors.append(found)
-            inside[id(found)] = name
-        given = names.get((path, ".".join(steps)), []) if layout.format != "safetensors" else []
-        module = frozenset(name for row in given for name in row if name)
+        inside: dict[int, str] = {}
+        tensors = []
+        for found, name in _candidates(leaves_of(node) or [], known):
+            if id(found) not in used and roles[id(found)].is_open:
+                used.add(id(found))
+                tensors.append(found)
+                inside[id(found)] = name
         if tensors:
             place, doubtful = ".".join(steps), may_be_buffers(node)
+            given = names.get((path, place), []) if layout.format != "safetensors" else []
+            module = frozenset(name for row in given for name in row if name)
             yield _Container(place, file, tensors, inside, module, doubtful)
+
+
+def _candidates(
+    leaves: list[tuple[str, str]], known: Mapping[str, Found]
+) -> Iterator[tuple[Found, str]]:
+    """Yield the tensors of a state dict that may be weights, each with its first name there."""
+    said = {name for name, _ in leaves}
+    first: dict[str, str] = {}
+    for name, key in leaves:
+        first.setdefault(key, name)
+    for key, name in first.items():
+        found = known.get(key)
+        if found is None or not may_be_weight(name, said):
+            continue
+        if can_be_lossy(found.dtype) and not has_moment_name(found):
+            yield found, name
 
 
 # -- pairs -----------------------------------------------------------------------------------------
 
 
 def _pair(optimizer: Optimizer, containers: list[_Container]) -> list[tuple[Slot, Found]]:
-    slots = [slot for group in optimizer.groups for slot in group]
+    slots = optimizer.slots
     beside = [(slot, slot.weight) for slot in slots if slot.weight is not None]
     if beside:
         return beside
+    own = [container for container in containers if container.file == optimizer.file]
     if any(slot.names for slot in slots):
         # Shards of a weight have one name: first those that stand where the optimizer does.
-        own = [container for container in containers if container.file == optimizer.file]
         return _pair_by_name(slots, own) or _pair_by_name(slots, containers)
-    fitting = {}
-    for container in containers:
-        if container.file == optimizer.file:
-            pairs = _pair_by_order(optimizer.groups, container.tensors)
-            if pairs:
-                fitting[container.place] = pairs
+    fitting = {
+        container.place: pairs
+        for container in own
+        if (pairs := _pair_by_order(optimizer.groups, container.tensors))
+    }
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     # A copy of the model (an average, say) fits as well as the model: prefer what says so.

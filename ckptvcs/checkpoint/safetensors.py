@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from typing import Any
 
 from ckptvcs.checkpoint.layout import Found, Layout, Source
 from ckptvcs.codec.dtypes import DTYPES
@@ -32,33 +33,39 @@ def parse(file: Source) -> Layout | None:
         return None
     try:
         header = json.loads(file.read(8, length))
-        tensors, tree = [], {}
-        unknown: Counter[str] = Counter()
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            dtype = str(entry["dtype"])
-            if not all(type(n) is int and 0 <= n < _MAX_NUMBER for n in (start, end, *shape)):
-                return None
-            if end < start or len(shape) > _MAX_DIMS:
-                return None
-            if dtype == "F4" and shape and not shape[-1] % 2:
-                shape = (*shape[:-1], shape[-1] // 2)
-            if dtype not in DTYPES:
-                unknown[dtype[:_MAX_TYPE]] += 1
-            if dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].size != end - start:
-                dtype, shape = "U8", (end - start,)
-            found = Found(name[:_MAX_NAME], dtype, shape, 8 + length + start, end - start, name)
-            tensors.append(found)
-            tree[name] = found
+        tree = {
+            name: _tensor(name, entry, 8 + length)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    tensors.sort(key=lambda found: found.offset)
+    types = (str(entry["dtype"]) for name, entry in header.items() if name in tree)
+    unknown = Counter(dtype[:_MAX_TYPE] for dtype in types if dtype not in DTYPES)
+    tensors = sorted(tree.values(), key=lambda found: found.offset)
     remarks = (
         f"{count} {'tensor' if count == 1 else 'tensors'} of type {dtype}, which torch lacks:"
         " stored exactly, and bytes in Python"
         for dtype, count in unknown.most_common(_SAID)
     )
     return Layout("safetensors", tensors, tree=tree, remarks=tuple(remarks))
+
+
+def _tensor(name: str, entry: Any, data_start: int) -> Found:
+    """Return a tensor from its header entry.
+
+    Raises:
+        ValueError: a number in the entry is not valid.
+    """
+    start, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    dtype = str(entry["dtype"])
+    if not all(type(n) is int and 0 <= n < _MAX_NUMBER for n in (start, end, *shape)):
+        raise ValueError("a number is negative, too large or not an integer")
+    if end < start or len(shape) > _MAX_DIMS:
+        raise ValueError("a size is negative, or there are too many dimensions")
+    if dtype == "F4" and shape and not shape[-1] % 2:
+        shape = (*shape[:-1], shape[-1] // 2)
+    if dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].size != end - start:
+        dtype, shape = "U8", (end - start,)
+    return Found(name[:_MAX_NAME], dtype, shape, data_start + start, end - start, name)

@@ -132,18 +132,16 @@ def _words(step: str) -> list[str]:
 
 def is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, object]) -> bool:
     """Whether the state dict of a model stands at some steps in a file of some form."""
+    stem = _words(PurePosixPath(path).name.partition(".")[0])
     if steps:
         known = steps[-1] == "_parameters" or _is_models(steps[-1], node)
     else:
-        names = [key for key in node if isinstance(key, str)]
-        known = form == "safetensors" or _has_parameters(names, len(node))
-    stem = _words(PurePosixPath(path).name.partition(".")[0])
-    known |= not steps and any(word in _FILES for word in stem)
+        known = form == "safetensors" or not _FILES.isdisjoint(stem) or _is_models_top(node)
     if not known and (not _is_made_by_module(node) or may_be_buffers(node)):
         return False
     if any(step.startswith("@") or step == "_buffers" for step in steps):
         return False
-    return not any(word in _ELSE for words in (stem, *map(_words, steps)) for word in words)
+    return all(_ELSE.isdisjoint(words) for words in (stem, *map(_words, steps)))
 
 
 def _is_made_by_module(node: dict[object, object]) -> bool:
@@ -173,6 +171,11 @@ def _is_models(step: str, node: dict[object, object]) -> bool:
         return False
     names = [name for name, _ in leaves_of(node) or []]
     return _has_parameters(names, len(names))
+
+
+def _is_models_top(node: dict[object, object]) -> bool:
+    """Return whether the names at the top of a file are those of a model's parameters."""
+    return _has_parameters([key for key in node if isinstance(key, str)], len(node))
 
 
 def _has_parameters(names: list[str], count: int) -> bool:

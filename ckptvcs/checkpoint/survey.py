@@ -94,15 +94,11 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
     """
     if real_path(folder).is_relative_to(store):
         raise InvalidInputError(f"{folder} is part of the repository itself")
+    entries = _entries(folder)
+    if pattern is None:
+        _refuse_checkpoint(folder, entries)
     found: list[Found] = []
     left: list[LeftOut] = []
-    entries = _entries(folder)
-    for entry in entries if pattern is None else ():
-        if _shows_a_checkpoint(entry):
-            raise InvalidInputError(
-                f"{folder} is a checkpoint itself: it holds {entry.name}",
-                hint=f"ckpt commit {folder}; or say with --pattern what is to be imported",
-            )
     groups = {
         name: members
         for name, members in _groups(entries, pattern).items()
@@ -125,6 +121,15 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
             hint=f"names end in {', '.join(SUFFIXES)}; directories hold such files",
         )
     return sorted(_agreed(_compared(found)), key=_order), left
+
+
+def _refuse_checkpoint(folder: Path, entries: list[os.DirEntry[str]]) -> None:
+    for entry in entries:
+        if _shows_a_checkpoint(entry):
+            raise InvalidInputError(
+                f"{folder} is a checkpoint itself: it holds {entry.name}",
+                hint=f"ckpt commit {folder}; or say with --pattern what is to be imported",
+            )
 
 
 def candidates(folder: Path, pattern: str | None, store: Path) -> dict[str, list[str]]:
@@ -257,16 +262,21 @@ def _why_no_directory(path: Path, store: Path) -> str | None:
             return "a folder without model files"
     except CkptError as error:
         return f"a folder that cannot be read: {error.message}"
-    steps = {
-        step
-        for entry in entries
-        if (entry.is_dir(follow_symlinks=False) or entry.name.endswith(TAKEN_SUFFIXES))
-        and not PIECE.fullmatch(entry.name)
-        and (step := named_step(entry.name)) is not None
-    }
+    steps = _named_steps(entries)
     if len(steps) > 1 or (steps and named_step(path.name) is None):
         return "a folder of checkpoints, to be imported by itself"
     return None
+
+
+def _named_steps(entries: list[os.DirEntry[str]]) -> set[int]:
+    """Return the steps in the names of directories and checkpoint files."""
+    names = [
+        entry.name
+        for entry in entries
+        if entry.is_dir(follow_symlinks=False) or entry.name.endswith(TAKEN_SUFFIXES)
+    ]
+    steps = (named_step(name) for name in names if not PIECE.fullmatch(name))
+    return {step for step in steps if step is not None}
 
 
 def _hold_model(entries: list[os.DirEntry[str]]) -> bool:

@@ -128,14 +128,12 @@ def scatter(state: Any, into: Any) -> None:
 
 
 def _wanted(into: Any) -> Iterator[tuple[Any, Any]]:
-    """What is to be loaded, by the keys of their states."""
+    """Yield the objects to load, each with the key of its state."""
     if isinstance(into, Mapping):
         yield from into.items()
         return
-    given = into if isinstance(into, list | tuple) else [into]
-    row = [one for each in given for one in (each if isinstance(each, list | tuple) else [each])]
-    modules = [one for one in row if hasattr(one, "named_parameters")]
-    optimizers = [one for one in row if hasattr(one, "param_groups")]
+    row = [inner for one in _row(into) for inner in _row(one)]
+    modules, optimizers = _having(row, "named_parameters"), _having(row, "param_groups")
     dicts = [one for one in row if isinstance(one, Mapping)]
     others = len(row) - len(modules) - len(optimizers) - len(dicts)
     if len(modules) > 1 or others or (dicts and len(dicts) + len(optimizers) > 1):
@@ -149,6 +147,14 @@ def _wanted(into: Any) -> Iterator[tuple[Any, Any]]:
         yield OPTIMIZER, optimizers or dicts[0]
 
 
+def _having(row: list[Any], attribute: str) -> list[Any]:
+    return [one for one in row if hasattr(one, attribute)]
+
+
+def _row(value: Any) -> list[Any]:
+    return [*value] if isinstance(value, list | tuple) else [value]
+
+
 def _loads(state: Any, key: Any, holder: Any, above: str = "") -> Iterator[_Load]:
     name = f"{above}{key}"
     if not isinstance(state, Mapping) or key not in state:
@@ -158,7 +164,7 @@ def _loads(state: Any, key: Any, holder: Any, above: str = "") -> Iterator[_Load
         for below, one in holder.items():
             yield from _loads(found, below, one, f"{name}.")
         return
-    row = [*holder] if isinstance(holder, list | tuple) else [holder]
+    row = _row(holder)
     states = found if isinstance(found, list) else [found]
     if len(states) != len(row):
         raise InvalidInputError(f"the commit holds {len(states)} of '{name}', not {len(row)}")
@@ -201,12 +207,7 @@ def _check_optimizer(load: _Load) -> None:
     if [*map(len, own)] != [*map(len, groups)]:
         raise load.refuse(f"groups of {[*map(len, groups)]} parameters, not of {[*map(len, own)]}")
     weights = [tuple(weight.shape) for row in own for weight in row]
-    kinds: dict[str, list[_Moment]] = {}
-    for weight, number in zip(weights, (n for row in groups for n in row), strict=True):
-        entry = moments.get(number)
-        for name, moment in entry.items() if isinstance(entry, Mapping) else ():
-            if name in MOMENTS and hasattr(moment, "shape"):
-                kinds.setdefault(name, []).append((number, tuple(moment.shape), weight))
+    kinds = _moments_by_key(weights, [number for row in groups for number in row], moments)
     if any(_is_in_place(row, len(moments)) for row in kinds.values()):
         return
     for name, row in kinds.items():
@@ -221,6 +222,19 @@ def _check_optimizer(load: _Load) -> None:
 
 _Moment = tuple[Any, tuple[int, ...], tuple[int, ...]]
 """The number of a parameter, the shape of a moment of it, and its own shape."""
+
+
+def _moments_by_key(
+    weights: list[tuple[int, ...]], numbers: list[Any], moments: Mapping[Any, Any]
+) -> dict[str, list[_Moment]]:
+    """Return the moments of an optimizer state by their keys, such as `exp_avg`."""
+    kinds: dict[str, list[_Moment]] = {}
+    for weight, number in zip(weights, numbers, strict=True):
+        entry = moments.get(number)
+        for name, moment in entry.items() if isinstance(entry, Mapping) else ():
+            if name in MOMENTS and hasattr(moment, "shape"):
+                kinds.setdefault(name, []).append((number, tuple(moment.shape), weight))
+    return kinds
 
 
 def _is_in_place(row: list[_Moment], count: int) -> bool:

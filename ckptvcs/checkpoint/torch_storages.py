@@ -121,35 +121,36 @@ def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
 
 
 def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str, int]) -> Found:
-    views, dtypes, fitting = [], set(), []
+    """Return the stored tensor of a storage; `taken` counts the uses of each name."""
+    views, fitting = [], []
     for name, ref in refs:
         dtype = ref_dtype(ref)
-        dtypes.add(dtype)
         view = View(name, dtype or "", ref.offset, ref.shape, ref.stride)
         if dtype is not None and view.fits(storage.size // DTYPES[dtype].size):
             views.append(view)
             fitting.append(ref)
-    dtype = dtypes.pop() if len(dtypes) == 1 else None
-    if dtype is None or storage.size % DTYPES[dtype].size:
-        dtype = "U8"
+    dtype = _common_dtype(storage, refs)
     elements = storage.size // DTYPES[dtype].size
-    whole = next(
-        (
-            ref
-            for ref in fitting
-            if ref.offset == 0
-            and math.prod(ref.shape) == elements
-            and _row_major(ref)
-            and ref_dtype(ref) == dtype
-        ),
-        None,
-    )
-    shape = whole.shape if whole else (elements,)
+    whole = next((ref for ref in fitting if _covers(ref, dtype, elements)), None)
     name = views[0].name if views else f"storage.{storage.key}"
     taken[name] = taken.get(name, 0) + 1
     if taken[name] > 1:
         name = f"{name}#{taken[name]}"
-    found = Found(name, dtype, shape, storage.offset, storage.size, storage.key)
+    shape = whole.shape if whole else (elements,)
+    tensor = Found(name, dtype, shape, storage.offset, storage.size, storage.key)
     if not (whole and len(refs) == 1):
-        found.views = views
-    return found
+        tensor.views = views
+    return tensor
+
+
+def _common_dtype(storage: Storage, refs: list[tuple[str, TensorRef]]) -> str:
+    """Return the element type of all tensors of a storage, or U8 if they differ."""
+    dtypes = {ref_dtype(ref) for _, ref in refs}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return "U8" if dtype is None or storage.size % DTYPES[dtype].size else dtype
+
+
+def _covers(ref: TensorRef, dtype: str, elements: int) -> bool:
+    """Return whether a tensor is the whole storage in row-major order."""
+    is_whole = ref.offset == 0 and math.prod(ref.shape) == elements
+    return is_whole and _row_major(ref) and ref_dtype(ref) == dtype

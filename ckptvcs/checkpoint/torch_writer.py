@@ -252,6 +252,9 @@ def dump_pickle(value: object, leaf: Callable[[object, str], Leaf | None]) -> by
     return _Pickle(leaf).dump(value)
 
 
+_LIMIT = 0xFFFFFFFF  # larger sizes and offsets need zip64
+
+
 @dataclass(frozen=True)
 class Payload:
     """Content of a record whose bytes come in blocks when they are needed.  Without `summed` its
@@ -283,87 +286,87 @@ def zip_records(
     ]
 
 
+@dataclass(frozen=True)
+class _Header:
+    """The name, size and offset of a record, which its two headers in a zip file need."""
+
+    name: bytes
+    size: int
+    at: int
+
+    @property
+    def is_large(self) -> bool:
+        return self.size >= _LIMIT
+
+    @property
+    def is_zip64(self) -> bool:
+        """Return whether its size or offset needs 64 bits."""
+        return self.is_large or self.at >= _LIMIT
+
+    @property
+    def _flags(self) -> int:
+        return 0x0808 if self.size else 0x0800
+
+    def _extra(self, second_size: int) -> bytes:
+        """Return the zip64 field; the local header has 0 in place of the second size."""
+        body = struct.pack("<QQ", self.size, second_size) if self.is_large else b""
+        body += struct.pack("<Q", self.at) if self.at >= _LIMIT else b""
+        return struct.pack("<HH", 1, len(body)) + body if body else b""
+
+    def local(self) -> bytes:
+        """Return the header before the content, padded so that the content is aligned."""
+        extra = self._extra(0)
+        padding = -(self.at + 30 + len(self.name) + len(extra) + 4) % _ALIGNMENT
+        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        sizes = (_LIMIT, _LIMIT) if self.is_large else (0, 0)
+        lengths = len(self.name), len(extra)
+        fixed = (b"PK\x03\x04", 0, self._flags, 0, 0, 0, 0, *sizes, *lengths)
+        return struct.pack("<4sHHHHHIIIHH", *fixed) + self.name + extra
+
+    def descriptor(self, crc: int) -> bytes:
+        """Return the checksum and the sizes behind the content."""
+        layout = "<4sIQQ" if self.is_zip64 else "<4sIII"
+        return struct.pack(layout, b"PK\x07\x08", crc, self.size, self.size) if self.size else b""
+
+    def entry(self, crc: int) -> bytes:
+        """Return the entry in the central directory."""
+        extra = self._extra(self.size)
+        size, at = min(self.size, _LIMIT), min(self.at, _LIMIT)
+        sums = (b"PK\x01\x02", 0, 0, self._flags, 0, 0, 0, crc, size, size)
+        fixed = (*sums, len(self.name), len(extra), 0, 0, 0, 0, at)
+        return struct.pack("<4sHHHHHHIIIHHHHHII", *fixed) + self.name + extra
+
+
 def write_zip(
     write: Callable[[Any], object], stem: str, records: list[tuple[str, Payload]]
 ) -> None:
-    """Write a zip file as torch lays it out: stored records, aligned, checksums behind them."""
+    """Write a zip file as torch does: aligned, uncompressed records, each before its checksum."""
     at = 0
     directory = bytearray()
     for name, payload in records:
-        full = f"{stem}/{name}".encode()
-        far, large = at >= 0xFFFFFFFF, payload.size >= 0xFFFFFFFF
-        flags = 0x0808 if payload.size else 0x0800
-        extra = b""
-        if far or large:
-            body = struct.pack("<QQ", payload.size, 0) if large else b""
-            body += struct.pack("<Q", at) if far else b""
-            extra = struct.pack("<HH", 1, len(body)) + body
-        start = at + 30 + len(full) + len(extra) + 4
-        padding = -start % _ALIGNMENT
-        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        sizes = (0xFFFFFFFF, 0xFFFFFFFF) if large else (0, 0)
-        write(
-            struct.pack(
-                "<4sHHHHHIIIHH", b"PK\x03\x04", 0, flags, 0, 0, 0, 0, *sizes, len(full), len(extra)
-            )
-            + full
-            + extra
-        )
+        header = _Header(f"{stem}/{name}".encode(), payload.size, at)
+        local = header.local()
+        write(local)
         crc = 0
         for block in payload.blocks():
             crc = zlib.crc32(block[:], crc) if payload.summed else 0
             write(block)
-        wide = large or far
-        end = b""
-        if payload.size:
-            layout = "<4sIQQ" if wide else "<4sIII"
-            end = struct.pack(layout, b"PK\x07\x08", crc, payload.size, payload.size)
-        write(end)
-        more = struct.pack("<QQ", payload.size, payload.size) if large else b""
-        more += struct.pack("<Q", at) if far else b""
-        more = struct.pack("<HH", 1, len(more)) + more if more else b""
-        size32 = 0xFFFFFFFF if large else payload.size
-        directory += (
-            struct.pack(
-                "<4sHHHHHHIIIHHHHHII",
-                b"PK\x01\x02",
-                0,
-                0,
-                flags,
-                0,
-                0,
-                0,
-                crc,
-                size32,
-                size32,
-                len(full),
-                len(more),
-                0,
-                0,
-                0,
-                0,
-                0xFFFFFFFF if far else at,
-            )
-            + full
-            + more
-        )
-        at = start + padding + payload.size + len(end)
-    count, size = len(records), len(directory)
+        descriptor = header.descriptor(crc)
+        write(descriptor)
+        directory += header.entry(crc)
+        at += len(local) + payload.size + len(descriptor)
     write(bytes(directory))
-    write(
+    write(_directory_end(len(records), len(directory), at))
+
+
+def _directory_end(count: int, size: int, at: int) -> bytes:
+    """Return what follows the central directory: its zip64 record, locator, and old record."""
+    short = min(count, 0xFFFF)
+    old = (b"PK\x05\x06", 0, 0, short, short, min(size, _LIMIT), min(at, _LIMIT), 0)
+    return (
         struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, size, at)
         + struct.pack("<4sIQI", b"PK\x06\x07", 0, at + size, 1)
-        + struct.pack(
-            "<4sHHHHIIH",
-            b"PK\x05\x06",
-            0,
-            0,
-            min(count, 0xFFFF),
-            min(count, 0xFFFF),
-            min(size, 0xFFFFFFFF),
-            min(at, 0xFFFFFFFF),
-            0,
-        )
+        + struct.pack("<4sHHHHIIH", *old)
     )
 
 

@@ -14,7 +14,8 @@ import json
 import pickle
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from enum import Enum
 
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source, overlap
@@ -43,6 +44,11 @@ class _Entry:
     crc_offset: int
     size: int
     local: int
+
+    @property
+    def inner(self) -> str:
+        """Its name without the folder that all records are in."""
+        return self.name.partition("/")[2]
 
 
 def starts_like_zip(file: Source) -> bool:
@@ -168,60 +174,84 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
     if found is None:
         return None
     entries, _ = found
-    storages, sums, tree = [], [], None
-    problem: str | None = "it has no pickle of torch.save"
+    records = _read(file, entries)
+    if records is None or (not records.storages and records.problem is not None):
+        return None
+    squeezed = sum(entry.inner.startswith("data/") and entry.method != 0 for entry in entries)
+    if squeezed and records.problem is None:
+        records.problem = f"{squeezed} of its records are compressed"
+    if len({storage.key for storage in records.storages}) < len(records.storages):
+        return None  # all tensors of a key would be seen in each of its storages
+    tensors = stored_tensors(records.storages, records.tree)
+    remark = set_order(tensors, _order(file, entries))
+    marks = []
+    for number, (storage, entry) in enumerate(zip(records.storages, records.payloads, strict=True)):
+        if _is_remade(file, storage, entry, tensors[number].inline, checksums):
+            marks += [Checksum(at, number) for at in _checksum_places(file, storage, entry)]
+    remarks = () if remark is None else (remark,)
+    return Layout(
+        "torch-zip", tensors, marks, records.tree, records.arrays, records.problem, remarks
+    )
+
+
+@dataclass
+class _Records:
+    """What the records of a file hold: storages, their entries (`payloads`), the tree of the pickle
+    or the `problem` with it, and which tensors were arrays.
+    """
+
+    storages: list[Storage] = field(default_factory=list)
+    payloads: list[_Entry] = field(default_factory=list)
+    tree: object = None
     arrays: frozenset[str] = frozenset()
+    problem: str | None = "it has no pickle of torch.save"
+
+
+def _read(file: Source, entries: list[_Entry]) -> _Records | None:
+    """Read the records that are stored uncompressed; None where they overlap."""
     places = [(_payload(file, entry), entry) for entry in entries if entry.method == 0]
     stored = [(start, entry) for start, entry in places if start is not None]
     if overlap((start, entry.size) for start, entry in stored):
         return None  # before anything is read: thousands of entries may point at one record
+    records = _Records()
     for start, entry in stored:
-        _, _, inner = entry.name.partition("/")
-        if inner == "data.pkl" and entry.size <= MAX_PICKLE_BYTES:
+        if entry.inner.startswith("data/"):
+            records.storages.append(Storage(entry.inner[5:], start, entry.size))
+            records.payloads.append(entry)
+        elif entry.inner == "data.pkl" and entry.size > MAX_PICKLE_BYTES:
+            records.problem = "its pickle is larger than a gigabyte"
+        elif entry.inner == "data.pkl":
             try:
                 data = io.BytesIO(file.read(start, entry.size))
-                tree, problem = read_pickle(data, entry.size), None
+                records.tree, records.problem = read_pickle(data, entry.size), None
             except pickle.UnpicklingError as error:
-                tree, problem = None, str(error)  # its tensors stay unnamed and exact
-        elif inner == "data.pkl":
-            problem = "its pickle is larger than a gigabyte"
-        elif inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
-            arrays = _arrays(file.read(start, entry.size))
-        elif inner.startswith("data/"):
-            storages.append(Storage(inner[5:], start, entry.size))
-            sums.append(entry)
-    if not storages and problem is not None:
-        return None
-    squeezed = sum(
-        entry.name.partition("/")[2].startswith("data/") and entry.method != 0 for entry in entries
-    )
-    if squeezed and problem is None:
-        problem = f"{squeezed} of its records are compressed"
-    if len({storage.key for storage in storages}) < len(storages):
-        return None  # all tensors of a key would be seen in each of its storages
-    tensors = stored_tensors(storages, tree)
-    remark = set_order(tensors, _order(file, entries))
-    marks = []
-    for number, (entry, storage) in enumerate(zip(sums, storages, strict=True)):
-        if (
-            checksums is Checksums.LITERAL
-            or tensors[number].inline != (checksums is Checksums.SMALL)
-            or (
-                checksums is Checksums.PROVEN
-                and _crc(file, storage.offset, storage.size) != entry.crc
-            )
-        ):
-            continue  # some options of torch.save falsify checksums
-        marks.append(Checksum(entry.crc_offset, number))
-        crc = struct.pack("<I", entry.crc)
-        if entry.crc and file.read(entry.local + 14, 4) == crc:  # writers that know it beforehand
-            marks.append(Checksum(entry.local + 14, number))
-        after = storage.offset + storage.size
-        descriptor = b"PK\x07\x08" + crc
-        if after + 8 <= file.size and file.read(after, 8) == descriptor:
-            marks.append(Checksum(after + 4, number))
-    remarks = () if remark is None else (remark,)
-    return Layout("torch-zip", tensors, marks, tree, arrays, problem, remarks)
+                # Its tensors stay unnamed and exact.
+                records.tree, records.problem = None, str(error)
+        elif entry.inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
+            records.arrays = _arrays(file.read(start, entry.size))
+    return records
+
+
+def _is_remade(
+    file: Source, storage: Storage, entry: _Entry, inline: bool, checksums: Checksums
+) -> bool:
+    """Return whether the checksum of a tensor is made again when the file is."""
+    if checksums is Checksums.LITERAL or inline != (checksums is Checksums.SMALL):
+        return False
+    # Some options of torch.save falsify checksums.
+    proven = checksums is Checksums.PROVEN
+    return not proven or _crc(file, storage.offset, storage.size) == entry.crc
+
+
+def _checksum_places(file: Source, storage: Storage, entry: _Entry) -> Iterator[int]:
+    """Yield where the checksum of a payload stands."""
+    yield entry.crc_offset
+    crc = struct.pack("<I", entry.crc)
+    if entry.crc and file.read(entry.local + 14, 4) == crc:  # writers that know it beforehand
+        yield entry.local + 14
+    after = storage.offset + storage.size
+    if after + 8 <= file.size and file.read(after, 8) == b"PK\x07\x08" + crc:
+        yield after + 4
 
 
 def _order(file: Source, entries: list[_Entry]) -> str:
@@ -229,7 +259,7 @@ def _order(file: Source, entries: list[_Entry]) -> str:
     said = set()
     for entry in entries:
         start = _payload(file, entry)
-        if entry.name.partition("/")[2] == "byteorder" and start is not None:
+        if entry.inner == "byteorder" and start is not None:
             plain = entry.method == 0 and entry.size in (len(BIG), len(LITTLE))
             text = file.read(start, entry.size) if plain else b""
             said.add(text.decode("latin1") if text in (b"big", b"little") else UNKNOWN)
@@ -241,7 +271,7 @@ def why_not(file: Source) -> str:
     found = _directory(file)
     if found is None:
         return "a zip file whose directory is damaged"
-    names = {entry.name.partition("/")[2]: entry for entry in found[0]}
+    names = {entry.inner: entry for entry in found[0]}
     pickled = names.get("data.pkl")
     if pickled is None:
         return "a zip file without a pickle of torch.save"

@@ -124,7 +124,7 @@ def _put_dense(codes: Integers) -> bytes:
 
 def _take(layout: struct.Struct, data: memoryview, at: int) -> tuple[int, int]:
     if at + layout.size > len(data):
-        raise TruncatedError("a frame ends inside its codes")
+        raise TruncatedError("corrupt frame: truncated codes")
     return int(layout.unpack_from(data, at)[0]), at + layout.size
 
 
@@ -132,13 +132,13 @@ def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
     """Read the codes of `count` entries at `at`; also where the next section begins.
 
     Raises:
-        TruncatedError, CorruptionError: there are no such codes.
+        TruncatedError, CorruptionError: the data are not valid codes.
     """
     form, at = _take(_BYTE, data, at)
     if form == DENSE:
         return _get_dense(data, at, count)
     if form not in (LONG_SPARSE, SPARSE):
-        raise CorruptionError("a frame holds codes of an unknown form")
+        raise CorruptionError("corrupt frame: unknown form of codes")
     bitmap, at = get_bitmap(data, at, count, short=True)
     count = int(np.count_nonzero(np.unpackbits(bitmap)))
     values, at = _get_signed(data, at, count, long=form == LONG_SPARSE)
@@ -159,10 +159,10 @@ def _get_signed(data: memoryview, at: int, count: int, *, long: bool) -> tuple[I
     left, at = _take(_COUNT, data, at) if more else (0, at)
     if left:
         if left != (count if above is None else above.size):
-            raise CorruptionError("a frame holds magnitudes that belong nowhere")
+            raise CorruptionError("corrupt codes: wrong number of magnitudes")
         words, at = _get_words(data, at, left)
         if int(words.max()) >= MAX_CODE:
-            raise CorruptionError("a frame holds a code that is too large")
+            raise CorruptionError("corrupt codes: code out of range")
         sizes[slice(None) if above is None else above] += words.astype(np.int32)
     values: Integers = kernels.active().with_signs(sizes, signs)
     return values, at
@@ -171,17 +171,17 @@ def _get_signed(data: memoryview, at: int, count: int, *, long: bool) -> tuple[I
 def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
     shift, at = _take(_BYTE, data, at)
     if shift > 24:
-        raise CorruptionError("a frame holds codes of too many bits")
+        raise CorruptionError("corrupt codes: too many low bits")
     planes, at = get_bytes(data, at, shift * ((count + 7) // 8))
     high, at = get_section(data, at, count, short=True)
     values: Integers = kernels.active().join_bits(planes, high, count, shift)
     outliers, at = _take(_COUNT, data, at)
     escaped = high == 0
     if outliers != np.count_nonzero(escaped):
-        raise CorruptionError("a frame holds outliers that belong nowhere")
+        raise CorruptionError("corrupt codes: wrong number of outliers")
     if outliers:
         words, at = _get_words(data, at, outliers)
         values[escaped] = words.view(np.int32)
     if count and max(int(values.max()), -int(values.min())) >= MAX_CODE:
-        raise CorruptionError("a frame holds a code that is too large")
+        raise CorruptionError("corrupt codes: code out of range")
     return Codes(None, values), at

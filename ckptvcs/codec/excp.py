@@ -83,15 +83,15 @@ def _put_codes(codes: NDArray[np.uint8], centres: Centres) -> bytes:
 def _get_values(data: memoryview, at: int, count: int) -> Floats:
     """Read a codebook and `count` codes, up to the end of `data`: their float32 values."""
     if at >= len(data):
-        raise TruncatedError("a frame ends before its codebook")
+        raise TruncatedError("corrupt frame: codebook is missing")
     size = data[at]
     at += _HEAD.size
     if at + 2 * size > len(data):
-        raise TruncatedError("a frame ends inside its codebook")
+        raise TruncatedError("corrupt frame: truncated codebook")
     table = np.frombuffer(data[at : at + 2 * size], "<f2").astype(np.float32)
     codes, at = get_section(data, at + 2 * size, count)
     if at != len(data) or (count and int(codes.max()) >= size):
-        raise CorruptionError("a frame holds codes outside its codebook, or bytes after its codes")
+        raise CorruptionError("corrupt frame: codes outside the codebook, or trailing bytes")
     return table[codes]
 
 

@@ -10,6 +10,7 @@ slice decodes from the same slice of its base.  Layout: docs/format.md, "Frame".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ckptvcs.codec import excp, lossless, near_lowrank, near_moments, near_weight, patch
@@ -27,22 +28,107 @@ PATCH = 11
 
 
 def slice_counts(words: int) -> list[int]:
-    """The number of words in each slice of a tensor of `words` words."""
+    """Return the number of words in each slice of a tensor."""
     full, rest = divmod(words, SLICE_WORDS)
     return [SLICE_WORDS] * full + ([rest] if rest else [])
 
 
 def put_slice(method: int, payload: bytes) -> bytes:
-    """A slice as it is stored."""
+    """Return the stored form of a slice."""
     return bytes([method]) + payload
 
 
 @dataclass(frozen=True)
 class Companion:
-    """A slice that another needs: its bytes, and the words it stands on itself."""
+    """The slice of an auxiliary frame: its bytes, and the words of its own base."""
 
     data: memoryview
     base: Words | None = None
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """An encoded slice of `count` words with everything it may be decoded from."""
+
+    payload: memoryview
+    dtype: DType
+    count: int
+    base: Words | None
+    companion: Companion | None
+    own_base: bool
+    out: Words | None
+
+    def companion_words(self, dtype: DType | None = None) -> Words | None:
+        """Decode the companion, as words of this slice's type unless `dtype` is given."""
+        if self.companion is None:
+            return None
+        data, base = self.companion.data, self.companion.base
+        return decode_slice(data, dtype or self.dtype, self.count, base)
+
+
+def _excp_residual(s: _Slice) -> Words | None:
+    return None if s.base is None else excp.decode_residual(s.payload, s.base, s.dtype.name)
+
+
+def _excp_moment(s: _Slice) -> Words | None:
+    return excp.decode_moment(s.payload, s.count, None, s.dtype.name)
+
+
+def _excp_shared_mask(s: _Slice) -> Words | None:
+    if s.companion is None or s.companion.data[:1] != bytes([EXCP_MOMENT]):
+        return None
+    return excp.decode_moment(s.payload, s.count, s.companion.data[1:], s.dtype.name)
+
+
+def _near_weight(s: _Slice) -> Words | None:
+    name = s.dtype.name
+    return near_weight.decode_weight(s.payload, s.base, s.count, name, in_place=s.own_base)
+
+
+def _near_second(s: _Slice) -> Words | None:
+    return near_moments.decode_second(s.payload, s.count, s.dtype.name, s.out)
+
+
+def _near_first(s: _Slice) -> Words | None:
+    return near_moments.decode_first(s.payload, None, s.count, s.dtype.name)
+
+
+def _near_scaled_first(s: _Slice) -> Words | None:
+    second = s.companion_words()
+    if second is None:
+        return None
+    return near_moments.decode_first(s.payload, second, s.count, s.dtype.name)
+
+
+def _near_low_rank(s: _Slice) -> Words | None:
+    return near_lowrank.decode_low_rank(s.payload, None, s.count, s.dtype.name, s.out)
+
+
+def _near_scaled_low_rank(s: _Slice) -> Words | None:
+    second = s.companion_words()
+    if second is None:
+        return None
+    return near_lowrank.decode_low_rank(s.payload, second, s.count, s.dtype.name, s.out)
+
+
+def _rounded(s: _Slice) -> Words | None:
+    master = None if len(s.payload) else s.companion_words(DTYPES["F32"])
+    return None if master is None else from_float32(to_float32(master, "F32"), s.dtype.name)
+
+
+_LOSSY: dict[int, Callable[[_Slice], Words | None]] = {
+    EXCP_RESIDUAL: _excp_residual,
+    EXCP_MOMENT: _excp_moment,
+    EXCP_SHARED_MASK_MOMENT: _excp_shared_mask,
+    NEAR_WEIGHT: _near_weight,
+    NEAR_SECOND: _near_second,
+    NEAR_FIRST: _near_first,
+    NEAR_SCALED_FIRST: _near_scaled_first,
+    ROUNDED: _rounded,
+    NEAR_SCALED_LOW_RANK: _near_scaled_low_rank,
+    NEAR_LOW_RANK: _near_low_rank,
+}
+"""Decoders of the lossy methods; each returns None if the slice lacks its base or companion."""
 
 
 def decode_slice(
@@ -55,50 +141,33 @@ def decode_slice(
     own_base: bool = False,
     out: Words | None = None,
 ) -> Words:
-    """Decode one slice of `count` words.  A base that is its `own_base` may be changed in place;
-    what comes back may be `out`, `count` words that are not read.
+    """Decode one slice of `count` words of `dtype`.
 
-    `base` is the same slice of the tensor the frame stands on, `companion` the same slice of the
-    frame that it names; each None where the frame names none.
+    `base` is the same slice of the tensor that the frame is based on, `companion` the same slice
+    of the auxiliary frame; each is None if the frame names none. A decoder may change the base in
+    place if `own_base` is set. It may return `out`: room for `count` words, never read.
+
+    Unknown methods are corruption: a repository with newer methods has format flags that the
+    program checks when it opens the repository.
 
     Raises:
-        TruncatedError, CorruptionError: `data` is no slice of `count` words of `dtype`.
-        UnsupportedVersionError is never raised here: a method that an old reader does not know
-        raises the repository's format flags, which are checked when it is opened.
+        TruncatedError, CorruptionError: `data` is not a slice of `count` words of `dtype`.
     """
     if not len(data):
-        raise TruncatedError("a frame has an empty slice")
+        raise TruncatedError("corrupt frame: empty slice")
     method, payload = data[0], data[1:]
     if base is not None and (base.size, base.dtype) != (count, word_type(dtype.word)):
-        raise CorruptionError("a frame stands on a base of another size or type")
+        raise CorruptionError("corrupt frame: its base has another size or type")
     if method == LOSSLESS:
         return lossless.decode(payload, count, base, dtype, out)
     if method == PATCH:
         return patch.decode(payload, count, base, dtype, out)
     if dtype.name not in WEIGHT_DTYPES:
-        raise CorruptionError(f"a frame codes {dtype.name} words with loss")
-    if method == EXCP_RESIDUAL and base is not None:
-        return excp.decode_residual(payload, base, dtype.name)
-    if method == EXCP_MOMENT:
-        return excp.decode_moment(payload, count, None, dtype.name)
-    if method == NEAR_WEIGHT:
-        return near_weight.decode_weight(payload, base, count, dtype.name, in_place=own_base)
-    if method == NEAR_SECOND:
-        return near_moments.decode_second(payload, count, dtype.name, out)
-    if method == NEAR_FIRST:
-        return near_moments.decode_first(payload, None, count, dtype.name)
-    if method == NEAR_LOW_RANK:
-        return near_lowrank.decode_low_rank(payload, None, count, dtype.name, out)
-    if companion is not None:
-        if method == EXCP_SHARED_MASK_MOMENT and companion.data[:1] == bytes([EXCP_MOMENT]):
-            return excp.decode_moment(payload, count, companion.data[1:], dtype.name)
-        if method == NEAR_SCALED_FIRST:
-            second = decode_slice(companion.data, dtype, count, companion.base)
-            return near_moments.decode_first(payload, second, count, dtype.name)
-        if method == NEAR_SCALED_LOW_RANK:
-            second = decode_slice(companion.data, dtype, count, companion.base)
-            return near_lowrank.decode_low_rank(payload, second, count, dtype.name, out)
-        if method == ROUNDED and not len(payload):
-            master = decode_slice(companion.data, DTYPES["F32"], count, companion.base)
-            return from_float32(to_float32(master, "F32"), dtype.name)
-    raise CorruptionError(f"a frame has a slice of unknown method {method}, or lacks its base")
+        raise CorruptionError(f"corrupt frame: {dtype.name} words have a lossy encoding")
+    decode = _LOSSY.get(method)
+    words = (
+        decode(_Slice(payload, dtype, count, base, companion, own_base, out)) if decode else None
+    )
+    if words is None:
+        raise CorruptionError(f"corrupt frame: unknown method {method}, or its base is missing")
+    return words

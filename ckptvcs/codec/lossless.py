@@ -66,7 +66,7 @@ def _cheapest(words: Words, base: Words | None, dtype: DType) -> int:
 
 
 def encode(words: Words, base: Words | None, dtype: DType) -> bytes:
-    """Code one slice of words exactly; `base` has as many words, or is None."""
+    """Encode one slice losslessly, against `base` (as many words) if given."""
     transform = _cheapest(words, base, dtype)
     planes = _split(words, base, transform, dtype)
     text = dtype.name == "U8"
@@ -81,22 +81,22 @@ def needs_base(data: memoryview) -> bool:
 def decode(
     data: memoryview, count: int, base: Words | None, dtype: DType, out: Words | None = None
 ) -> Words:
-    """Read back the `count` words that `encode` was given; in `out`, if there is one.
+    """Decode `count` words, into `out` if it is given.
 
     Raises:
         TruncatedError, CorruptionError: `data` is not a lossless slice of `count` words.
     """
     if len(data) < _HEAD.size:
-        raise TruncatedError("a frame ends before its first section")
+        raise TruncatedError("corrupt frame: no section")
     transform = data[0]
     if transform > DELTA or (transform == DELTA and base is None):
-        raise CorruptionError("a frame has an unknown transform or lacks its base")
+        raise CorruptionError("corrupt frame: unknown transform, or its base is missing")
     at = _HEAD.size
     planes = np.empty((dtype.word, count), np.uint8)
     for plane in range(dtype.word):
         planes[plane], at = get_section(data, at, count)
     if at != len(data):
-        raise CorruptionError("a frame has bytes after its last section")
+        raise CorruptionError("corrupt frame: trailing bytes after its last section")
     words = np.empty(count, word_type(dtype.word)) if out is None else out
     there = base if transform == DELTA and base is not None else words
     _loops_for(words).join_words(planes, there, transform, dtype.floating, words)

@@ -38,13 +38,13 @@ def _to_bytes(gaps: Positions) -> Bytes:
 
 
 def put_mask(mask: Mask, *, short: bool = False) -> bytes:
-    """Store which entries of a slice are kept; `short` as in `put_section`."""
+    """Encode a boolean mask; `short` as in `put_section`."""
     kept = int(np.count_nonzero(mask))
     return put_bitmap(np.packbits(mask), mask.size, kept, short=short)
 
 
 def put_bitmap(bitmap: Bytes, count: int, kept: int, *, short: bool = False) -> bytes:
-    """Store the mask of `count` entries, of which `kept` are kept, given as the bits of bytes."""
+    """Encode a mask of `count` entries with `kept` set bits, given as a bitmap."""
     if kept < _SPARSE_DENSITY * count:
         return _put_gaps(kernels.active().bit_positions(bitmap, count), count, short=short)
     whole = _head(BITMAP, bitmap.size, short) + put_section(bitmap, short=short)
@@ -97,10 +97,29 @@ def _get_rice_bits(
     return bits @ (np.int32(1) << np.arange(shift, dtype=np.int32)[::-1]), at
 
 
-def _with_low_bits(positions: Positions, low: NDArray[np.int32], shift: int) -> Positions:
-    """Positions of gaps to which `low` bits below `shift` belong."""
-    gaps = np.diff(positions, prepend=-1) - 1
-    return np.asarray(np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1, np.int64)
+def _positions_of(form: int, stream: Bytes) -> Positions:
+    """Decode the gaps of a mask to positions, without the low bits of the gaps."""
+    positions: Positions
+    if form >= UNARY_GAPS:
+        positions = kernels.active().bit_positions(stream, 8 * stream.size)
+    elif stream.size and stream[-1] == _ESCAPE:
+        raise CorruptionError("corrupt mask: it ends inside a gap")
+    else:
+        positions = kernels.active().gap_positions(stream)
+    return positions
+
+
+def _get_low_bits(
+    form: int, positions: Positions, data: memoryview, at: int
+) -> tuple[Positions, int]:
+    """Read the low bits of the gaps; return the full positions and the next offset."""
+    if at >= len(data) or data[at] > _MAX_SHIFT:
+        raise CorruptionError("corrupt mask: its gaps have too many low bits")
+    shift = data[at]
+    read = _get_rice_bits if form == RICE else get_bits
+    low, at = read(data, at + 1, positions.size, shift)
+    gaps = _gaps(positions)
+    return np.asarray(np.cumsum((gaps.astype(np.int64) << shift) + low + 1) - 1, np.int64), at
 
 
 def get_positions(
@@ -110,7 +129,7 @@ def get_positions(
     where the next section begins.
 
     Raises:
-        TruncatedError, CorruptionError: there is no such mask.
+        TruncatedError, CorruptionError: the data is not a valid mask.
     """
     bitmap, positions, at = _get(data, at, count, short=short)
     if positions is None:
@@ -143,31 +162,21 @@ def _get(
     """A mask as bits, or as positions (and no bits), whichever it is stored as."""
     begin = at + (4 if short else 5)
     if begin > len(data):
-        raise TruncatedError("a frame ends inside a mask header")
+        raise TruncatedError("corrupt frame: truncated mask header")
     form, size = data[at], int.from_bytes(data[at + 1 : begin], "little")
     if form > (RICE if short else GAPS) or size > max(count, 1):
-        raise CorruptionError("a frame holds a mask of an unknown form or size")
+        raise CorruptionError("corrupt frame: unknown mask form or size")
     if form >= UNARY_GAPS:
         stream, at = get_bytes(data, begin, size)
     else:
         stream, at = get_section(data, begin, size, short=short)
     if form == BITMAP:
         if size != (count + 7) // 8:
-            raise CorruptionError("a frame holds a bitmap of a wrong size")
+            raise CorruptionError("corrupt frame: bitmap has the wrong size")
         return stream, None, at
-    positions: Positions
-    if form >= UNARY_GAPS:
-        positions = kernels.active().bit_positions(stream, 8 * size)
-    elif stream.size and stream[-1] == _ESCAPE:
-        raise CorruptionError("a mask ends inside a gap")
-    else:
-        positions = kernels.active().gap_positions(stream)
+    positions = _positions_of(form, stream)
     if form >= SPLIT_GAPS:
-        if at >= len(data) or data[at] > _MAX_SHIFT:
-            raise CorruptionError("a frame holds gaps of too many bits")
-        read = _get_rice_bits if form == RICE else get_bits
-        low, end = read(data, at + 1, positions.size, data[at])
-        positions, at = _with_low_bits(positions, low, data[at]), end
+        positions, at = _get_low_bits(form, positions, data, at)
     if positions.size and positions[-1] >= count:
-        raise CorruptionError("a mask keeps a position outside its slice")
+        raise CorruptionError("corrupt mask: position outside its slice")
     return stream[:0], positions.astype(np.int32), at

@@ -58,12 +58,12 @@ class Rows:
 def get_rows(columns: int, start: int) -> Rows:
     """Rows as a slice declares them.  Raises CorruptionError."""
     if start >= columns:
-        raise CorruptionError("a frame holds rows of an impossible shape")
+        raise CorruptionError("corrupt frame: invalid row shape")
     return Rows(columns, start)
 
 
 def take(layout: struct.Struct, data: memoryview, at: int) -> tuple[tuple[float, ...], int]:
     """The fields at `at`, and where the next ones are.  Raises TruncatedError."""
     if at + layout.size > len(data):
-        raise TruncatedError("a frame ends inside a header")
+        raise TruncatedError("corrupt frame: truncated header")
     return layout.unpack_from(data, at), at + layout.size

@@ -210,16 +210,16 @@ def decode_low_rank(
     there is one for float32.
 
     Raises:
-        TruncatedError, CorruptionError: `data` is no such slice of `count` words.
+        TruncatedError, CorruptionError: `data` is not such a slice of `count` words.
     """
     (columns, start, rank, scale), at = take(_HEAD, data, 0)
     rows, rank = get_rows(int(columns), int(start)), int(rank)
     height = rows.count(count)
     if columns > count or not 1 <= rank <= min(MAX_RANK, height, columns):
-        raise CorruptionError("a frame holds factors of an impossible shape")
+        raise CorruptionError("corrupt frame: invalid shape of factors")
     stored, at = get_section(data, at, rank * (height + rows.columns), short=True)
     if at != len(data) or not int(stored.min()):
-        raise CorruptionError("a frame has bytes after its factors, or a factor out of range")
+        raise CorruptionError("corrupt frame: trailing bytes, or a factor out of range")
     factors = _split(stored, rank, height)
     squares = np.ones(count, np.float32) if second is None else to_float32(second, dtype)
     near = room_for_floats(count, dtype, out)

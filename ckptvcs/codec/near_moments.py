@@ -161,16 +161,16 @@ def decode_second(data: memoryview, count: int, dtype: str, out: Words | None = 
     """A row's power of two times a column's; in `out`, if there is one for float32.
 
     Raises:
-        TruncatedError, CorruptionError: `data` is no such slice of `count` words.
+        TruncatedError, CorruptionError: `data` is not such a slice of `count` words.
     """
     (low, columns, start), at = take(_FACTORS, data, 0)
     rows = get_rows(int(columns), int(start))
     if columns > count:
-        raise CorruptionError("a frame holds more columns than words")
+        raise CorruptionError("corrupt frame: more columns than words")
     codes, at = get_section(data, at, rows.count(count) + rows.columns, short=True)
     height = rows.count(count)
     if at != len(data) or not _within(int(low), codes[:height], codes[height:]):
-        raise CorruptionError("a frame holds second moments that no float32 has")
+        raise CorruptionError("corrupt frame: second moments out of the range of float32")
     near = room_for_floats(count, dtype, out)
     kernels.active().product(*_rows_and_columns(codes, int(low), height), rows.start, near)
     return from_float32(near, dtype)
@@ -232,14 +232,14 @@ def decode_first(data: memoryview, second: Words | None, count: int, dtype: str)
     """Levels, times sqrt(second) where there is one; zero where the code is.
 
     Raises:
-        TruncatedError, CorruptionError: `data` is no such slice of `count` words.
+        TruncatedError, CorruptionError: `data` is not such a slice of `count` words.
     """
     (step, size), at = take(_FIRST, data, 0)
     end = at + 4 * int(size)
     if end > len(data):
-        raise TruncatedError("a frame ends inside its levels")
+        raise TruncatedError("corrupt frame: truncated reconstruction levels")
     levels = np.frombuffer(data[at:end], "<f4")
     codes, at = get_codes(data, end, count)
     if at != len(data):
-        raise CorruptionError("a frame has bytes after its codes")
+        raise CorruptionError("corrupt frame: trailing bytes after its codes")
     return _moment(codes, second, count, dtype, np.float32(step), levels)

@@ -245,6 +245,19 @@ def _keyframe(codes: Integers, dtype: str, grid: int) -> Words:
         return from_float32(codes.astype(np.float32) * np.float32(2.0**-grid), dtype)
 
 
+def _get_levels(
+    data: memoryview, at: int, grid: float, step: float, size: int
+) -> tuple[NDArray[np.uint16], int]:
+    """Check the header of a slice and read its `size` reconstruction levels."""
+    end = at + 2 * size
+    if grid not in _GRIDS or not 0 < step < np.inf or end > len(data):
+        raise CorruptionError("corrupt weight slice: invalid grid or quantization step")
+    levels = np.frombuffer(data[at:end], "<u2")
+    if size >= TABLE or not int(levels.min(initial=1)):
+        raise CorruptionError("corrupt weight slice: invalid reconstruction levels")
+    return levels, end
+
+
 def decode_weight(
     data: memoryview, base: Words | None, count: int, dtype: str, *, in_place: bool = False
 ) -> Words:
@@ -254,19 +267,14 @@ def decode_weight(
         TruncatedError, CorruptionError: `data` is not a weight slice of `count` words.
     """
     (grid, step, size, columns, start), at = take(_HEAD, data, 0)
-    if grid not in _GRIDS or not 0 < step < np.inf or at + 2 * int(size) > len(data):
-        raise CorruptionError("a frame holds a weight on an impossible grid")
-    levels = np.frombuffer(data[at : at + 2 * int(size)], "<u2")
-    if size >= TABLE or not int(levels.min(initial=1)):
-        raise CorruptionError("a frame holds a weight of impossible levels")
-    at += 2 * int(size)
+    levels, at = _get_levels(data, at, grid, step, int(size))
     rows, stored = Rows(max(1, count)), NO_FACTORS
     if columns:
         rows = get_rows(int(columns), int(start))
         stored, at = get_section(data, at, rows.count(count), short=True)
     codes, at = get_codes(data, at, count)
     if at != len(data):
-        raise CorruptionError("a frame has bytes after its codes")
+        raise CorruptionError("corrupt frame: trailing bytes after its codes")
     if base is None and not size and step == 1 and not columns:
         return _keyframe(codes.dense(count), dtype, int(grid))
     if base is None:

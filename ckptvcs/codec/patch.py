@@ -28,7 +28,7 @@ Buffers = tuple[bytes | memoryview, ...]
 def encode(words: Words, near: Words, dtype: DType) -> Buffers:
     """Code words against their near form, as many; the buffers may be those of `words`.
 
-    Every word is made again on the way: old patches are let go on the word of new ones.
+    The result is verified: older patches expire once a newer one exists.
 
     Raises:
         CorruptionError: what was coded does not give the words back.
@@ -47,7 +47,7 @@ def encode(words: Words, near: Words, dtype: DType) -> Buffers:
 def _encode_near(words: Words, near: Words, dtype: DType, raw: int) -> Buffers:
     planes, bitmap, high, good = kernels.active().split_near(words, near, dtype.floating, raw)
     if not good:
-        raise CorruptionError("an exact patch does not give back what it was made from")
+        raise CorruptionError("exact patch does not restore its source")
     upper = high.view(np.uint8).reshape(high.size, 4).T[: dtype.word - raw]
     return (
         bytes([NEAR, raw]),
@@ -60,22 +60,22 @@ def _encode_near(words: Words, near: Words, dtype: DType, raw: int) -> Buffers:
 def decode(
     data: memoryview, count: int, near: Words | None, dtype: DType, out: Words | None = None
 ) -> Words:
-    """Read back the `count` words that `encode` was given; in `out`, if there is one.
+    """Decode `count` words, into `out` if it is given.
 
     Raises:
-        TruncatedError, CorruptionError: `data` is no patch of `count` words.
+        TruncatedError, CorruptionError: `data` is not a patch of `count` words.
     """
     if not len(data):
-        raise TruncatedError("a patch is empty")
+        raise TruncatedError("corrupt exact patch: empty")
     if near is None:
-        raise CorruptionError("a patch lacks what it is for")
+        raise CorruptionError("exact patch requires its near form")
     form, size = data[0], dtype.word
     if form == SAME and len(data) == 1:
         return near
     if form == WHOLE and len(data) == 1 + count * size:
         return np.frombuffer(data[1:], word_type(size))
     if form != NEAR or len(data) < 2 or size not in (2, 4) or data[1] >= size:
-        raise CorruptionError("a patch has an unknown form, or another length")
+        raise CorruptionError("corrupt exact patch: unknown form or wrong length")
     raw, at = data[1], 2
     planes = np.zeros((size, count), np.uint8)
     for plane in planes[:raw]:
@@ -84,7 +84,7 @@ def decode(
     for plane in planes[raw:]:
         plane[positions], at = get_bytes(data, at, positions.size)
     if at != len(data):
-        raise CorruptionError("a patch goes on after its end")
+        raise CorruptionError("corrupt exact patch: trailing bytes")
     words = np.empty(count, word_type(size)) if out is None else out
     kernels.active().join_words(planes, near, DELTA, dtype.floating, words)
     return words

@@ -94,18 +94,18 @@ def get_section(data: memoryview, at: int, size: int, *, short: bool = False) ->
     """
     begin = at + (4 if short else 5)
     if begin > len(data):
-        raise TruncatedError("a frame ends inside a section header")
+        raise TruncatedError("corrupt frame: truncated section header")
     tag, stored = data[at], int.from_bytes(data[at + 1 : begin], "little")
     end = begin + stored
     if end > len(data):
-        raise TruncatedError("a frame ends inside a section")
+        raise TruncatedError("corrupt frame: truncated section")
     if tag == RAW and stored == size:
         return np.frombuffer(data[begin:end], np.uint8), end
     if tag == CONSTANT and stored == 1 and size:
         return np.full(size, data[begin], np.uint8), end
     if tag == ZSTD:
         return inflate(data[begin:end], size, short=short), end
-    raise CorruptionError("a frame holds a section of a wrong kind or size")
+    raise CorruptionError("corrupt frame: section has the wrong type or size")
 
 
 def put_bits(values: NDArray[np.integer], bits: int) -> bytes:
@@ -126,7 +126,7 @@ def get_bits(data: memoryview, at: int, count: int, bits: int) -> tuple[NDArray[
 def get_bytes(data: memoryview, at: int, size: int) -> tuple[Bytes, int]:
     """Bytes as they stand, and where the next ones begin.  Raises TruncatedError."""
     if at + size > len(data):
-        raise TruncatedError("a frame ends inside its codes")
+        raise TruncatedError("corrupt frame: truncated codes")
     return np.frombuffer(data[at : at + size], np.uint8), at + size
 
 
@@ -147,5 +147,5 @@ def inflate(packed: memoryview, size: int, *, short: bool = False) -> Bytes:
         refuse_memory(error)
         raise CorruptionError(f"a compressed section is damaged ({error})") from error
     if got != size:
-        raise CorruptionError("a compressed section does not have its declared size")
+        raise CorruptionError("corrupt section: wrong decompressed size")
     return values[:size]

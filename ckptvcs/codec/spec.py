@@ -108,7 +108,9 @@ def parse_codec(text: str) -> CodecSpec:
         try:
             number = int(value) if key in _WHOLE else float(value)
         except ValueError:
-            raise InvalidInputError(f"'{key}' needs a number, not '{value}'") from None
+            raise InvalidInputError(
+                f"invalid value for '{key}': expected a number, got '{value}'"
+            ) from None
         low, high = _RANGES.get(key, _ANY)
         if not low <= number <= high:
             raise InvalidInputError(f"'{key}' is out of range: {value}")
@@ -129,7 +131,7 @@ def with_bounds(
         return spec
     if not isinstance(settings, NearSpec):
         raise InvalidInputError(
-            f"codec '{spec.name}' cannot keep a bound",
+            f"codec '{spec.name}' does not support error bounds",
             hint="set max-weight-error and max-update-nmse to auto",
         )
     if weight_error is not None:

@@ -1,8 +1,7 @@
-"""Materialised bases: the decoded weights of recent commits, raw, beside the store.
+"""Cache the decoded weights of recent commits as raw files beside the store.
 
-The next commit is coded against them without walking a chain.  They are a cache: each tensor is
-checked against its hash before it is used, a wrong one is decoded from the chain instead, and the
-folder may be deleted at any time.
+The next commit is encoded against them without decoding a chain. Each tensor is checked against its
+hash before use; a wrong one is decoded from the chain. The folder may be deleted at any time.
 
     cache/bases/<id of the table of values>      the tensors of the table, one after another
 """
@@ -80,7 +79,7 @@ class BaseWriter:
                 path.unlink(missing_ok=True)
 
     def abort(self) -> None:
-        """Leave nothing behind that is not published."""
+        """Delete the temporary file unless it was published."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
@@ -116,19 +115,19 @@ class CachedTable(Materialised):
         return None
 
     def is_sound(self) -> bool:
-        """Whether all of it is what it is to be."""
+        """Return whether all tensors match their hashes."""
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
-            return True  # it was let go meanwhile
+            return True  # it was deleted meanwhile
         return size == self._starts[-1] and all(map(self._prove, range(len(self._infos))))
 
     def exists(self) -> bool:
-        """Whether it was not let go meanwhile."""
+        """Return whether the file still exists."""
         return self._path.is_file()
 
     def discard(self) -> None:
-        """Delete what turned out to be wrong."""
+        """Delete the cached file."""
         with contextlib.suppress(OSError):
             if self._path.is_dir() and not self._path.is_symlink():
                 shutil.rmtree(self._path)
@@ -167,7 +166,7 @@ class RecentTables:
         self._tables: dict[ObjectId, CachedTable] = {}
 
     def get(self, values: ObjectId) -> Materialised | None:
-        """A table, if it is there."""
+        """Return a table if it is cached."""
         return self._tables.get(values)
 
     def room(self, values: ObjectId, infos: list[TensorInfo], hashes: list[bytes]) -> Room:
@@ -194,7 +193,7 @@ class RecentTables:
         self._tables = {name: table for name, table in self._tables.items() if table.exists()}
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Clear the cache."""
         self._tables.clear()
 
 
@@ -209,10 +208,10 @@ class BaseTensor:
         self._chain, self._links = chain, chain.links(values, tensor, info)
 
     def prove(self) -> None:
-        """Check that it is what was recorded, unless it is at hand, and known to be.
+        """Verify the tensor, unless a verified copy is available.
 
         Raises:
-            CorruptionError: the chain does not decode to what is recorded.
+            CorruptionError: the tensor does not match its recorded hash.
         """
         done, word = self._links[-1].done, self.info.type.word
         if self.info.words and (done is None or done[0].slice(done[1], 0, word) is None):
@@ -222,17 +221,17 @@ class BaseTensor:
 
     def is_cut_alike(self) -> bool:
         """Whether its own frame, which may be that of another tensor of the same bytes, has words
-        of the same size, so that slices of a frame upon it stand on slices of it.
+        of the same size, so that slices of both have the same boundaries.
         """
         return self._links[-1].type.word == self.info.type.word
 
     @property
     def depth(self) -> int:
-        """How many frames lie below this tensor's own."""
+        """Return the number of frames below this one in the chain."""
         return self._links[-1].frame.depth
 
     def slice(self, number: int) -> Words:
-        """The words of one slice."""
+        """Return the words of one slice."""
         count = slice_counts(self.info.words)[number]
         return self._chain.decode_slice(self._links, self.info, number, count)
 
@@ -250,15 +249,15 @@ class HeldBase:
         self.hashes: dict[str, bytes] = {}
 
     def writer(self, infos: list[TensorInfo]) -> HeldWriter:
-        """Where the next commit's decoded weights go."""
+        """Return the writer for the decoded weights of the next commit."""
         return HeldWriter(self, infos)
 
     def keep(self, hashes: dict[str, bytes]) -> None:
-        """They are values of a table whose id is not known yet, since others make some of it."""
+        """Keep values of a table whose id is unknown: other processes write parts of it."""
         self.hashes, self.values = hashes, ObjectId("")
 
     def adopt(self, values: ObjectId, hashes: Mapping[str, bytes]) -> None:
-        """They are those of this table of values, as far as they have the hashes that it has."""
+        """Keep only the tensors whose hashes match this table."""
         for name in [*self.tensors]:
             if self.hashes.get(name, b"") != hashes.get(name):
                 del self.tensors[name]
@@ -288,20 +287,25 @@ class HeldWriter:
         slices[number] = words if fresh else words.copy()
 
     def finish(self, values: ObjectId) -> None:
-        """They are the decoded values of a table from here on."""
+        """Declare the slices to be the decoded values of a table."""
         self._held.values = values
 
     def abort(self) -> None:
-        """What was begun and not finished is of no use."""
+        """Discard the slices if the commit was not finished."""
         if self._held.values is None:
             self._held.tensors.clear()
 
 
 class HeldTable(Materialised):
-    """A table of values as a `HeldBase` has it, for the commit that replaces it."""
+    """The tensors of a `HeldBase`, for the commit that replaces them.
 
-    def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
-        self._held, self._infos = held, infos
+    Other readers pass the table that they expect: a commit of another thread may replace it.
+    """
+
+    def __init__(
+        self, held: HeldBase, infos: list[TensorInfo], expected: ObjectId | None = None
+    ) -> None:
+        self._held, self._infos, self._expected = held, infos, expected
 
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         info = self._infos[tensor]
@@ -309,20 +313,10 @@ class HeldTable(Materialised):
         words = slices[number] if slices is not None and number < len(slices) else None
         if words is None or word != info.type.word or words.itemsize != word:
             return None
+        # A writer clears `values` before it replaces a slice: compare after reading the slice.
+        if self._expected is not None and self._held.values != self._expected:
+            return None
         return words if words.size == slice_counts(info.words)[number] else None
-
-
-class SharedTable(HeldTable):
-    """The same for readers, while a commit of another thread may begin to replace it."""
-
-    def __init__(self, held: HeldBase, values: ObjectId, infos: list[TensorInfo]) -> None:
-        super().__init__(held, infos)
-        self._values = values
-
-    def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
-        words = super().slice(tensor, number, word, out)
-        # A writer takes the name away before it replaces anything.
-        return words if self._held.values == self._values else None
 
 
 def materialised(
@@ -338,6 +332,6 @@ def materialised(
     that is to `change` what is in memory may see it change.
     """
     if held is not None and held.values == values:
-        return HeldTable(held, infos) if change else SharedTable(held, values, infos)
+        return HeldTable(held, infos, None if change else values)
     path = folder / values
     return CachedTable(path, infos, hashes) if path.is_file() else None

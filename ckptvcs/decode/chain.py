@@ -1,10 +1,10 @@
-"""Chains: which frame stands on which, walked forward from a keyframe to a tensor.
+"""Decode tensors along their delta chains, from a keyframe forward.
 
     values[i] -> recipe -> frame -> base values[j] -> recipe -> frame -> ... -> keyframe
 
-Slices of one tensor are cut alike along a chain, so one slice at a time is decoded from the
-keyframe up: memory is a few slices, whatever the tensor.  Every slice read is checked against the
-hash in its bundle; every tensor decoded is checked against its hash in the table of values.
+All frames of a chain have the same slice boundaries. Decoding one slice at a time keeps memory at a
+few slices for any tensor. Each slice is checked against the hash in its bundle, each decoded tensor
+against its hash in the hash table.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class Materialised(Protocol):
 
 
 Materials = Callable[[ObjectId], Materialised | None]
-"""What there is for a table of values."""
+"""Returns the decoded tensors of a hash table, if any."""
 
 
 @dataclass(frozen=True)
 class Link:
     """One frame of a chain: its bundle, the element type it was encoded as, the chain that ends in
-    its companion, and the tensor it decodes to where that is at hand.
+    its companion, and the decoded tensor if it is available.
     """
 
     bundle: ObjectId
@@ -78,17 +78,17 @@ class Link:
 
 
 class ChainReader:
-    """Decodes tensors of tables of values, from what is materialised where there is any."""
+    """Decodes tensors of tables of values, from the cached bases where there is any."""
 
     def __init__(self, catalog: Catalog, materials: Materials = lambda _: None) -> None:
         self._catalog, self._materials = catalog, materials
         self._types: Types = {}
 
     def links(self, values: ObjectId, tensor: int, info: TensorInfo) -> list[Link]:
-        """The frames a tensor is decoded from, the keyframe first, or what is at hand to stay.
+        """Return the frames of a tensor, from its keyframe or a decoded tensor on.
 
         Raises:
-            CorruptionError: a frame does not stand on one that is less deep, or has a type that
+            CorruptionError: a frame is not based on one of lower depth, or has a type that
                 the bytes of the tensor cannot have.
         """
         chain = self._chain(*self._catalog.place(values, tensor), info.type, (values, tensor))
@@ -116,14 +116,19 @@ class ChainReader:
         while True:
             frame = self._catalog.frame_at(bundle, number)
             if frame.depth > limit:
-                raise CorruptionError(f"bundle {bundle[:8]} stands on a frame that is not below it")
+                raise CorruptionError(
+                    f"corrupt delta chain: bundle {bundle[:8]} "
+                    "references a frame that is not an ancestor"
+                )
             dtype = frame.dtype or self._types.get((bundle, number))
             asked = DTYPES[dtype] if dtype else asked
             companion: list[Link] = []
             if frame.companion is not None:
                 if beside:
-                    raise CorruptionError(f"bundle {bundle[:8]} names companions in turn")
-                # Only masters of rounded copies stand on frames themselves, and those are F32.
+                    raise CorruptionError(
+                        f"bundle {bundle[:8]} is damaged: nested auxiliary frames"
+                    )
+                # Only the masters of rounded copies have bases, and those are F32.
                 companion = self._chain(bundle, frame.companion, _MASTER, None, beside=True)
             done = None if at is None else self._done(*at)
             chain.append(Link(bundle, frame, asked, tuple(companion), done))
@@ -142,11 +147,11 @@ class ChainReader:
         types = [DTYPES[frame.dtype]] if frame.dtype else DTYPES.values()
         if not any(has_slices(frame, info.size_bytes, dtype) for dtype in types):
             raise CorruptionError(
-                f"bundle {bundle[:8]} has another number of slices of {info.name}"
+                f"bundle {bundle[:8]} is damaged: wrong number of slices for {info.name}"
             )
 
     def depth(self, values: ObjectId, tensor: int) -> int:
-        """How many frames lie below a tensor's own."""
+        """Return the number of frames below this tensor in its chain."""
         return self._catalog.frame(values, tensor)[1].depth
 
     def heal(self, values: ObjectId, tensor: int, info: TensorInfo) -> bool:
@@ -224,18 +229,6 @@ class ChainReader:
             parts.append(octets(self._apply(link, number, count, base, None, own=False)))
         return b"".join(parts)
 
-    def _slice_bytes(self, bundle: ObjectId, frame: Frame, number: int) -> memoryview:
-        if number >= len(frame.slices):
-            raise CorruptionError(f"bundle {bundle[:8]} holds a frame with too few slices")
-        offset, length, expected = frame.slices[number]
-        data = self._catalog.store.read_region(bundle, offset, length)
-        if len(data) != length:
-            raise TruncatedError(f"bundle {bundle[:8]} is cut off")
-        proven_later = expected == NO_HASH and data[:1] == _PATCH
-        if not proven_later and slice_hash(data) != expected:
-            raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
-        return memoryview(data)
-
     def decode_slice(
         self,
         chain: Sequence[Link],
@@ -262,7 +255,7 @@ class ChainReader:
         out: Words | None = None,
     ) -> Words:
         """A slice of the end of a chain whose frames are of one word size, from the words that its
-        first frame stands on, or from what is at hand.
+        first frame is based on, or from a decoded tensor.
         """
         words, first = base, 0
         for place in range(len(chain) - 1, -1, -1):
@@ -302,7 +295,7 @@ class ChainReader:
     def apply(
         self, link: Link, number: int, count: int, base: Words, out: Words | None = None
     ) -> Words:
-        """The same by one link alone, from the words of the slice that it stands on."""
+        """Decode a slice with one link, given the words of its base."""
         return _placed(self._apply(link, number, count, base, out, own=False), out)
 
     def _apply(
@@ -315,15 +308,19 @@ class ChainReader:
         *,
         own: bool,
     ) -> Words:
-        data = self._slice_bytes(link.bundle, link.frame, number)
+        data = self._read_slice(link, number)
         companion = self._companion(link, number, count)
         return decode_slice(data, link.type, count, base, companion, own_base=own, out=out)
+
+    def _read_slice(self, link: Link, number: int) -> memoryview:
+        data = read_slice(self._catalog, link.bundle, link.frame, number, unhashed_patch=True)
+        return memoryview(data)
 
     def _companion(self, link: Link, number: int, count: int) -> Companion | None:
         if not link.companion:
             return None
         *below, last = link.companion
-        data = self._slice_bytes(last.bundle, last.frame, number)
+        data = self._read_slice(last, number)
         base = None
         if below:
             size = (number * SLICE_WORDS + count) * _MASTER.word
@@ -333,8 +330,10 @@ class ChainReader:
     def slices(
         self, values: ObjectId, tensor: int, info: TensorInfo
     ) -> Iterator[tuple[int, Words]]:
-        """The words of a tensor, slice after slice with their numbers; the last one comes after the
-        proof.  They begin again from 0 where the types of frames had to be found out.
+        """Yield the number and the words of each slice of a tensor.
+
+        The last slice comes after the hash of the tensor was checked. The slices start again from
+        0 if the element types of frames had to be inferred.
 
         Raises:
             CorruptionError: the tensor does not have its recorded hash.
@@ -364,6 +363,30 @@ class ChainReader:
             yield pending
 
 
+def read_slice(
+    catalog: Catalog, bundle: ObjectId, frame: Frame, number: int, *, unhashed_patch: bool = False
+) -> bytes:
+    """Read one encoded slice and check it against the hash in its bundle.
+
+    A slice of an exact patch may lack a hash if `unhashed_patch` is set: the tensor that it decodes
+    to has one.
+
+    Raises:
+        TruncatedError, CorruptionError: the slice is damaged or missing.
+    """
+    if number >= len(frame.slices):
+        raise CorruptionError(f"bundle {bundle[:8]} is damaged: a frame has too few slices")
+    offset, length, expected = frame.slices[number]
+    data = catalog.store.read_region(bundle, offset, length)
+    if len(data) != length:
+        raise TruncatedError(f"bundle {bundle[:8]} is truncated")
+    if unhashed_patch and expected == NO_HASH and data[:1] == _PATCH:
+        return data
+    if slice_hash(data) != expected:
+        raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has the wrong hash")
+    return data
+
+
 def has_slices(frame: Frame, size: int, dtype: DType) -> bool:
     """Whether a frame has as many slices as `size` bytes make of a type."""
     return size % dtype.word == 0 and len(frame.slices) == -(-(size // dtype.word) // SLICE_WORDS)
@@ -376,10 +399,12 @@ def _check_types(chain: Sequence[Link], info: TensorInfo) -> None:
     changes, word = 0, info.type.word
     for link in reversed(chain):
         if info.size_bytes % link.type.word:
-            raise CorruptionError(f"a frame of {info.name} is of type {link.type.name}")
+            raise CorruptionError(
+                f"corrupt delta chain of {info.name}: unexpected type {link.type.name}"
+            )
         changes, word = changes + (link.type.word != word), link.type.word
     if changes > _MAX_CHANGES:
-        raise CorruptionError(f"the frames of {info.name} change their word size too often")
+        raise CorruptionError(f"corrupt delta chain of {info.name}: too many changes of word size")
 
 
 def _placed(words: Words, out: Words | None) -> Words:

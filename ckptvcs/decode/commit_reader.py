@@ -1,4 +1,4 @@
-"""Restore: a commit -> its files, one part of it, or its state in Python.
+"""Restore the files, one part or the Python state of a commit.
 
 Files are put together from their skeletons and decoded tensors, and proven: every tensor by its
 hash, an exact file by its own.  `decode/file_writer.py` gives them their names after that.
@@ -52,7 +52,7 @@ def in_our_order(words: Words, info: TensorInfo) -> Words:
     if info.order == UNKNOWN:
         raise InvalidInputError(
             f"{info.name} is of a big-endian machine, and its file does not say how it is stored",
-            hint="'ckpt checkout' gives the file back",
+            hint="use 'ckpt checkout' to restore the file",
         )
     return words.byteswap() if info.order == BIG else words
 
@@ -70,7 +70,7 @@ class _Job:
 
 class Restorer:
     """Reads one commit.  `near` asks for the near form even where an exact patch is there; `cache`
-    and `held` may have its weights at hand, `materials` whatever a caller has decoded already.
+    and `held` may have its decoded weights, `materials` other decoded tensors.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Restorer:
 
     @property
     def exact(self) -> bool:
-        """Whether the files come back bit for bit."""
+        """Return whether the files are restored bit for bit."""
         return all(form == "exact" for form in self.fidelity.values())
 
     def near(self) -> set[int]:
@@ -130,7 +130,7 @@ class Restorer:
             and info.role in LOSSY
             and can_be_lossy(info.dtype)
         ]
-        if not errors:  # they were let go
+        if not errors:  # they were dropped
             return set(doubtful)
         # Of tensors with the same values one is measured.
         values = {number: self._catalog.value(*self._tables[number]) for number in doubtful}
@@ -149,7 +149,7 @@ class Restorer:
             part = self.schema.tensors[number].part
             raise NotFoundError(
                 f"the {part} part of commit {self.name[:8]} was dropped",
-                hint="take another part with --only",
+                hint="select another part with --only",
             )
         return self._tables[number]
 
@@ -265,7 +265,8 @@ class Restorer:
             outs = {n: np.empty(infos[n].words, word_type(infos[n].type.word)) for n in numbers}
         except MemoryError as error:
             raise InvalidInputError(
-                "these tensors take more memory than there is", hint="'ckpt checkout' needs little"
+                "not enough memory for these tensors",
+                hint="use 'ckpt checkout', which decodes slice by slice",
             ) from error
 
         def room(job: _Job) -> Words:
@@ -282,12 +283,12 @@ class Restorer:
         return digest.digest() == self._catalog.value(job.table, job.position)
 
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
-        """Decode a tensor from its keyframe on, where it may be what was at hand that is wrong.
+        """Decode a tensor from its keyframe: a cached base may be wrong.
 
         Raises:
-            CorruptionError: it is not that, or there is no room to put it right.
+            CorruptionError: the chain is damaged, or the slices were handed out already.
         """
-        digest, anew = hasher(), ChainReader(self._catalog)
+        digest, chain = hasher(), ChainReader(self._catalog)
         info = self.schema.tensors[number]
         for job in self._jobs([number]):
             cached = self._materials.pop(job.table, None)
@@ -297,9 +298,9 @@ class Restorer:
             if out is None:
                 break
             if job.slice == 0:
-                anew.heal(job.table, job.position, info)
-            links = anew.links(job.table, job.position, info)
-            digest.update(octets(anew.decode_slice(links, info, job.slice, job.count, out)))
+                chain.heal(job.table, job.position, info)
+            links = chain.links(job.table, job.position, info)
+            digest.update(octets(chain.decode_slice(links, info, job.slice, job.count, out)))
         if not self._proven(job, digest):
             wrong = f"{info.name} does not decode to its recorded hash"
             if self._chain.heal(job.table, job.position, info):
@@ -307,11 +308,11 @@ class Restorer:
             raise CorruptionError(wrong)
 
     def tensor(self, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """All bytes of a stored tensor, proven."""
+        """Return all bytes of a stored tensor, verified."""
         return next(self.tensors([number]))[1]
 
     def blocks(self, number: int) -> Iterator[memoryview]:
-        """The bytes of a stored tensor, slice after slice."""
+        """Yield the bytes of a stored tensor, slice after slice."""
         return (octets(words) for _, words in self._slices([number]))
 
     # -- files ---------------------------------------------------------------------------------
@@ -355,10 +356,10 @@ class Restorer:
                 else:
                     put(data)
             for _ in stream:
-                raise CorruptionError(f"{file.path} has tensors that belong nowhere")
+                raise CorruptionError(f"{file.path} is damaged: unexpected tensors")
         found = digest.hexdigest()
         if self.exact and file.hash is not None and found != file.hash:
-            raise CorruptionError(f"{file.path} does not have the hash that was committed")
+            raise CorruptionError(f"{file.path} does not match its committed hash")
         return found
 
     def digest(self, file: FileEntry) -> str:

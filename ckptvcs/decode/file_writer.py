@@ -1,4 +1,4 @@
-"""Writing: the files of a commit, into a folder of the user's.
+"""Write the files of a commit into a user's folder.
 
 A directory that does not exist yet is filled under a temporary name, and is there whole or not at
 all.  In one that exists each file is; what is there and not in the commit stays.
@@ -41,7 +41,7 @@ def save_file(restorer: Restorer, target: Target, progress: Progress) -> str:
 
 
 def look_at_files(commit: Commit, target: Target) -> dict[str, Seen | None]:
-    """What is there now."""
+    """Return the existing files and links at the paths of the commit."""
     looks: dict[str, Seen | None] = {}
     if not target.is_folder:
         return looks
@@ -108,7 +108,7 @@ def _make_links(commit: Commit, place: Folder, looks: Looks) -> None:
         if file.link is None:
             continue
         if not is_name(file.link):
-            raise CorruptionError(f"{file.path} is a link to no name that can be")
+            raise CorruptionError(f"{file.path} has an invalid link target")
         path = safe_path(file.path)
         with place.inside(path.parent, make=True) as parent:
             parent.link(path.name, file.link, looks.get(file.path))
@@ -120,6 +120,6 @@ def require_links(commit: Commit, looks: Looks, shown: Callable[[str], object]) 
         seen = looks.get(file.path)
         if file.link is not None and seen is not None and not stat.S_ISLNK(seen.st_mode):
             raise ConflictError(
-                f"{shown(file.path)} is in the way of a link",
+                f"{shown(file.path)} blocks a link: it exists and is not a link",
                 hint="write elsewhere with -o, or overwrite it with --force",
             )

@@ -38,6 +38,7 @@ from ckptvcs.decode.file_writer import look_at_files, named_paths, save_director
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.files.names import refuse_trusted
 from ckptvcs.files.targets import Target, looked, named
+from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.schema import LITTLE, Schema, View
 from ckptvcs.parallel import quiet
 
@@ -134,31 +135,33 @@ class PartReader:
         """What was committed: the object of a file; for a directory a dict of these by path, those
         of links that lead to them included, with bytes for files that are no checkpoints.
         """
-        files = [file for file in self._restorer.commit.files if file.skeleton is not None]
-        states: dict[str, Any] = {}
-        for file in files:
-            layout, numbers = self._restorer.layout(file)
-            by_key = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
-            if layout.tree is not None or layout.format == "safetensors":
-                self.decode_ahead(n for n in numbers if n >= 0)
-            if layout.format == "safetensors":
-                states[file.path] = self._flat_state(zip(layout.tensors, numbers, strict=True))
-            elif layout.format == "raw" or layout.problem is not None:
-                if self._restorer.commit.source == "state":
-                    raise InvalidInputError(
-                        f"the structure of this state cannot be read: {layout.problem}",
-                        hint="'ckpt checkout' gives its file back",
-                    )
-                parts: list[bytes] = []
-                self._restorer.write_file(file, lambda d, p=parts: p.append(bytes(d)), quiet)  # type: ignore[misc]
-                states[file.path] = b"".join(parts)
-            else:
-                states[file.path] = self._filled(layout, by_key, file.path)
-        if self._restorer.commit.source != "directory":
-            return states[files[0].path]
-        links = {f.path: f.link for f in self._restorer.commit.files if f.link is not None}
+        commit = self._restorer.commit
+        files = [file for file in commit.files if file.skeleton is not None]
+        if commit.source != "directory":
+            return self._state_of(files[0])
+        states = {file.path: self._state_of(file) for file in files}
+        links = {f.path: f.link for f in commit.files if f.link is not None}
         found = {path: within(path, links.get) for path in links}
         return states | {path: states[to] for path, to in found.items() if to in states}
+
+    def _state_of(self, file: FileEntry) -> object:
+        """Return the object in a file: a dict of tensors for safetensors, else bytes."""
+        layout, numbers = self._restorer.layout(file)
+        if layout.tree is not None or layout.format == "safetensors":
+            self.decode_ahead(n for n in numbers if n >= 0)
+        if layout.format == "safetensors":
+            return self._flat_state(zip(layout.tensors, numbers, strict=True))
+        if layout.format != "raw" and layout.problem is None:
+            by_key = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
+            return self._filled(layout, by_key, file.path)
+        if self._restorer.commit.source == "state":
+            raise InvalidInputError(
+                f"the structure of this state cannot be read: {layout.problem}",
+                hint="use 'ckpt checkout' to restore the file",
+            )
+        parts: list[bytes] = []
+        self._restorer.write_file(file, lambda data: parts.append(bytes(data)), quiet)
+        return b"".join(parts)
 
     def _filled(self, layout: Layout, numbers: Mapping[str, int], path: str) -> object:
         try:
@@ -170,8 +173,8 @@ class PartReader:
         except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
             # It was committed as it is, and may hold any claim and any depth.
             raise InvalidInputError(
-                f"{path} holds no objects that can be made: {type(error).__name__}",
-                hint="'ckpt checkout' gives its bytes back",
+                f"{path} cannot be loaded as Python objects: {type(error).__name__}",
+                hint="use 'ckpt checkout' to restore the file",
             ) from error
 
     def _flat_state(self, tensors: Iterable[tuple[Found, int]]) -> dict[str, Any]:
@@ -219,23 +222,28 @@ class PartReader:
 
     def _subtree(self, part: str) -> tuple[object, dict[str, int]] | None:
         """The object that holds a whole part and nothing else, and its tensors by key."""
-        found = []
-        for file in self._restorer.commit.files:
-            if file.skeleton is None or file.format not in ("torch-zip", "torch-legacy"):
-                continue
-            layout, numbers = self._restorer.layout(file)
-            keys = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
-            if not isinstance(layout.tree, dict):
-                continue
-            for tree in (layout.tree, *layout.tree.values()):
-                refs = [node for _, node in walk(tree) if isinstance(node, TensorRef)]
-                owners = [keys.get(ref.storage.key, -1) for ref in refs]
-                parts = {self.schema.tensors[n].part for n in owners if n >= 0}
-                if isinstance(tree, dict) and parts == {part}:
-                    found.append((tree, keys))
-                    if tree is layout.tree:
-                        break
+        found = [
+            (tree, keys)
+            for file in self._restorer.commit.files
+            if file.skeleton is not None and file.format in ("torch-zip", "torch-legacy")
+            for tree, keys in self._subtrees(file, part)
+        ]
         return found[0] if len(found) == 1 else None
+
+    def _subtrees(self, file: FileEntry, part: str) -> Iterator[tuple[object, dict[str, int]]]:
+        """Yield the dicts of a file, at most one level deep, whose tensors are all of a part."""
+        layout, numbers = self._restorer.layout(file)
+        if not isinstance(layout.tree, dict):
+            return
+        keys = {f.key: n for f, n in zip(layout.tensors, numbers, strict=True)}
+        for tree in (layout.tree, *layout.tree.values()):
+            refs = [node for _, node in walk(tree) if isinstance(node, TensorRef)]
+            owners = [keys.get(ref.storage.key, -1) for ref in refs]
+            parts = {self.schema.tensors[n].part for n in owners if n >= 0}
+            if isinstance(tree, dict) and parts == {part}:
+                yield tree, keys
+                if tree is layout.tree:
+                    return
 
     def save(self, part: str, target: Path | Target) -> None:
         """Write one part as .safetensors, or as a file of torch.save under any other name.
@@ -342,6 +350,11 @@ class PartReader:
         write_zip(out.write, stem, zip_records(pickled, payloads, {}))
 
     def _save_safetensors(self, rows: list[tuple[str, int, View]], out: BinaryIO) -> None:
+        """Write tensors as a safetensors file, block by block.
+
+        The safetensors library needs all tensors in memory at once and writes to a path only.
+        It also orders metadata differently on each run.
+        """
         header: dict[str, Any] = {}
         at = 0
         for name, _number, view in rows:
@@ -349,8 +362,8 @@ class PartReader:
             shape = list(view.shape)
             if view.dtype in _NOT_IN_SAFETENSORS or (view.dtype == "F4" and not shape):
                 raise InvalidInputError(
-                    f"safetensors has no tensors like {name}, which is {view.dtype} {shape}",
-                    hint="end the name of the file in .pt",
+                    f"safetensors cannot store {name} ({view.dtype} {shape})",
+                    hint="use a file name that ends in .pt",
                 )
             if view.dtype == "F4":  # two in a byte, which are counted there
                 shape[-1] *= 2
@@ -372,7 +385,7 @@ class PartReader:
         number, view = window
         info, size = self.schema.tensors[number], DTYPES[view.dtype].size
         if math.prod(view.shape) * size > max(_MAX_WINDOW, info.size_bytes):
-            raise InvalidInputError(f"{view.name} repeats its elements too often to be written out")
+            raise InvalidInputError(f"{view.name} is too large to write: its view repeats elements")
         flat = self.plain(number)
         cells = flat.view(word_type(size) if size <= 8 else np.dtype("V16"))
         strides = tuple(step * size for step in view.stride)
@@ -405,8 +418,8 @@ def _possible(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """A shape, if a tensor can have it: one without elements may be of any length otherwise."""
     if math.prod(length for length in shape if length) >= _MAX_ELEMENTS:
         raise InvalidInputError(
-            f"{name} has a shape that no tensor can have: {list(shape)}",
-            hint="'ckpt checkout' gives its bytes back",
+            f"{name} has an invalid shape: {list(shape)}",
+            hint="use 'ckpt checkout' to restore the file",
         )
     return shape
 

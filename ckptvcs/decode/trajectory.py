@@ -1,6 +1,6 @@
 """Trajectory: the states of a line of commits, one after another, each frame decoded once.
 
-    commit n-1 --decoded--> what n stands on stays in memory --frames of n alone--> commit n
+    commit n-1 --decoded--> bases of n stay in memory --frames of n only--> commit n
 
 Before a commit is decoded it is known which of its values the next one stands on; these are kept,
 whatever form they have (the near one where a commit comes back exact), and nothing else is.  A
@@ -70,7 +70,7 @@ def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
     if ends:
         more = ", ..." if len(ends) > _MAX_LISTED else ""
         raise InvalidInputError(
-            f"several tensors are named '{name}'",
+            f"ambiguous tensor name '{name}'",
             hint=f"one of {', '.join(sorted(ends, key=len)[:_MAX_LISTED])}{more}",
         )
     same = alike(list(found), [name]).get(name)
@@ -131,7 +131,7 @@ class _Stop:
 
 @dataclass(frozen=True)
 class _Bridge:
-    """A tensor that the next commit stands on, under the name that it has there."""
+    """A tensor that the next commit depends on, under its name there."""
 
     values: ObjectId
     position: int
@@ -142,7 +142,7 @@ class _Bridge:
 class Trajectory:
     """Decodes tensors of commits in the order in which they are named.
 
-    `wanted` gives those that are to be decoded of commits with a schema, by its id.
+    `wanted` returns the tensors to decode from commits with a schema, given its id.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Trajectory:
             ahead = None if last else self._stop(names[number + 1])
             kept = self._decode(here, [] if ahead is None else list(self._bridges(here, ahead)))
             yield name, here.reader
-            # Nothing but what the next one stands on outlives its turn.
+            # Keep only the bases of the next commit.
             self._kept = kept
             del here
 
@@ -178,7 +178,7 @@ class Trajectory:
         return _Stop(PartReader(restorer), restorer, near, numbers)
 
     def _bridges(self, here: _Stop, then: _Stop) -> Iterator[_Bridge]:
-        """What the next commit stands on, as far as this one has it."""
+        """Yield the bases of the next commit that this commit has."""
         known: _Known = {}
         infos = here.restorer.schema.tensors
         stored = [number for number, info in enumerate(infos) if not info.inline]
@@ -205,10 +205,10 @@ class Trajectory:
         return None
 
     def _decode(self, here: _Stop, bridges: list[_Bridge]) -> dict[ObjectId, _Kept]:
-        """Decode what is wanted of a commit, and have it at hand; what the next one stands on."""
+        """Decode the wanted tensors of a commit; return the bases of the next one."""
         near = dict.fromkeys(b.number for b in bridges if b.owner is here.near)
         decoded = dict(here.near.tensors(list(near)))
-        for number, data in decoded.items():  # exact patches stand on these
+        for number, data in decoded.items():  # exact patches are based on these
             self._keep(self._kept, *here.near.place(number), here, number, data)
         others = [b.number for b in bridges if b.owner is here.restorer]
         here.reader.decode_ahead([*here.numbers, *others])
@@ -288,7 +288,7 @@ def series(
         InvalidInputError: the name means several tensors of a commit.
     """
     found: dict[ObjectId, dict[str, Window]] = {}
-    missing = NotFoundError(f"there is no commit to look for '{tensor}' in")
+    missing = NotFoundError(f"no commits to search for tensor '{tensor}'")
     for schema in dict.fromkeys(catalog.commit(name).schema for name in names):
         try:
             full, window = find_tensor(catalog.schema(schema), tensor)

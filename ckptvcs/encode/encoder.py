@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.decode.base_cache import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
 from ckptvcs.decode.chain import ChainReader, Materialised
+from ckptvcs.encode.assemble import Assembly, Encoded, Place, StoredPlace, in_bundle
 from ckptvcs.encode.exact import code_patch
 from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
 from ckptvcs.encode.group import CodedGroup, Coder, Errors
@@ -37,32 +39,13 @@ from ckptvcs.encode.measure import count_nonfinite, report, report_tensors
 from ckptvcs.encode.planner import Attempt, Planner, TooCoarse
 from ckptvcs.encode.source import SourceTensor, find_masters, stays
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
-from ckptvcs.history.recipe import Recipe, dump_values
+from ckptvcs.history.commit import PARTS, Commit, ErrorReport
+from ckptvcs.history.recipe import dump_values
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId, object_id
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A checkpoint whose tensors are stored durably, not yet named by any commit; `shared` are the
-    exact values whose patch is that of another commit.
-    """
-
-    parts: dict[str, PartState]
-    tables: dict[str, bytes]
-    recipes: list[Recipe]
-    depth: int
-    data_bytes: int
-    patch_bytes: int
-    nonfinite: int
-    error: ErrorReport
-    errors: dict[int, ErrorReport]
-    shared: list[ObjectId]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -72,9 +55,6 @@ class _BasePart:
     values: ObjectId
     hashes: list[bytes]
     positions: dict[str, tuple[int, TensorInfo]]
-
-
-_Place = tuple[ObjectId | None, int]  # bundle (None: the one being written), frame
 
 
 @dataclass
@@ -136,12 +116,13 @@ class Encoder:
         near = isinstance(spec.settings, NearSpec)
         self._stay = {n for n in hashes if near and not patched and stays(checkpoint, n)}
         self._values = dict(hashes)
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         self._twins: dict[tuple[bytes, str, str, str], int] = {}
         self._copies: dict[int, list[int]] = {}
+        self._twin_of: dict[int, int] = {}
         self._errors: dict[int, Errors] = {}
         self._depths: dict[int, int] = {}
-        self._nonfinite = 0
+        self._nonfinite = self._data_bytes = 0
         self._writers = {
             name: PartWriter(lambda: catalog.store.new_pack("packs")) for name in PARTS
         }
@@ -183,12 +164,12 @@ class Encoder:
         return parts
 
     def encode(self) -> Encoded:
-        """Store the tensors of the checkpoint: durable when this returns, visible to nobody.
+        """Store the tensors of the checkpoint: durable on return, not yet visible.
 
         Raises:
             InvalidInputError: the checkpoint changed since it was scanned.
-            TooFar: it is to be coded as a keyframe.
-            TooCoarse: a bound does not hold.
+            TooFar: it has to be encoded as a keyframe.
+            TooCoarse: the error exceeds a bound.
         """
         return self._coded(self._finish)
 
@@ -220,7 +201,7 @@ class Encoder:
                     stack.callback(self._patches[name].abort)
 
     def _table(self, row: list[int]) -> bytes:
-        """The table of the values that were asked for."""
+        """Return the hash table of the exact values."""
         return dump_values([self._hashes[number] for number in row])
 
     # -- what belongs together -----------------------------------------------------------------
@@ -235,7 +216,7 @@ class Encoder:
         return part, position
 
     def _base_tensor(self, number: int) -> BaseTensor | None:
-        """What a tensor can be coded against, not yet proven."""
+        """Return the base of a tensor, not yet verified, or None."""
         found = self._base_of(number)
         if found is None:
             return None
@@ -243,7 +224,7 @@ class Encoder:
         return base if base.is_cut_alike() else None
 
     def _left(self, group: list[int]) -> list[int]:
-        """The tensors of a group that are not stored yet."""
+        """Return the tensors of a group that are not stored yet."""
         left = []
         for number in group:
             if self._infos[number].part in self._known:
@@ -255,12 +236,13 @@ class Encoder:
     # -- reuse ---------------------------------------------------------------------------------
 
     def _reuse(self, number: int) -> bool:
-        """Take over a frame that holds this tensor's value, or will."""
+        """Reuse a frame with this tensor's value, if one is stored or being written."""
         info, value = self._infos[number], self._hashes[number]
         # Not across parts, which are dropped one by one; nor roles, which are coded apart.
         twin = self._twins.setdefault((value, info.dtype, info.part, info.role), number)
         if twin != number:
             self._copies.setdefault(twin, []).append(number)
+            self._twin_of[number] = twin
             if twin in self._places:
                 self._skip(number)
             else:
@@ -364,105 +346,62 @@ class Encoder:
     # -- the end -------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Copies of a tensor are where it is."""
+        """Give each duplicate tensor the place and hash of its twin."""
         self._checkpoint.check_unchanged()
-        for twin, copies in self._copies.items():
-            for number in copies:
-                if twin in self._places:  # else its part is stored already, with all its tensors
-                    self._places[number] = self._places[twin]
-                self._values[number] = self._values[twin]
-                if number in self._stay:
-                    self._hashes[number] = self._hashes[twin]
+        for number, twin in self._twin_of.items():
+            if twin in self._places:  # else its part is stored already, with all its tensors
+                self._places[number] = self._places[twin]
+            self._values[number] = self._values[twin]
+            if number in self._stay:
+                self._hashes[number] = self._hashes[twin]
 
     def _finish(self) -> Encoded:
-        parts: dict[str, PartState] = {}
-        tables: dict[str, bytes] = {}
-        recipes: list[Recipe] = []
-        shared: list[ObjectId] = []
-        made: dict[ObjectId, list[int]] = {}
-        data_bytes = patch_bytes = 0
+        assembly = Assembly(self._catalog, self._depths, patched=self._patched)
         for name, row in self._numbers.items():
-            if not row:
-                continue
-            table, exact = dump_values([self._values[number] for number in row]), self._table(row)
-            values = object_id(Kind.VALUES, table)
-            tables[name] = table
-            parts[name] = PartState(
-                values, None if table == exact else object_id(Kind.VALUES, exact)
+            assembly.add(
+                name,
+                row,
+                (self._values, self._hashes),
+                partial(self._finish_frames, name, row),
+                partial(self._finish_patch, name, row),
             )
-            # Values that can be decoded already keep their recipe: a second one could stand on
-            # frames that stand on the first.
-            if values in made:  # another part is the same bytes
-                self._depths |= {n: self._depths[m] for n, m in zip(row, made[values], strict=True)}
-            elif self._catalog.has_recipe(values, patches=False):
-                for position, number in enumerate(row):
-                    self._depths[number] = self._chain.depth(values, position)
-            else:
-                made[values] = row
-                bundle, size = self._writers[name].finish(self._catalog.store.publish)
-                data_bytes += size
-                recipes.append(self._recipe(values, row, bundle))
-            if self._patched and table != exact:
-                if has_patch(self._catalog, parts[name]):
-                    shared.append(object_id(Kind.VALUES, exact))
-                else:
-                    patch_bytes += self._patch(name, values, row)
-        if "model" in parts and "model" not in self._known:
-            self._base_writer.finish(parts["model"].values)
-        lossy = self._spec.settings is not None
-        # A copy of a tensor has its errors, but counts once in those of all weights.
-        of_each = self._errors | {
-            copy: self._errors[twin]
-            for twin, copies in self._copies.items()
-            for copy in copies
-            if twin in self._errors
-        }
+        if "model" in assembly.parts and "model" not in self._known:
+            self._base_writer.finish(assembly.parts["model"].values)
         return Encoded(
-            parts,
-            tables,
-            recipes,
+            assembly.parts,
+            assembly.tables,
+            assembly.recipes,
             max(self._depths.values(), default=0),
-            data_bytes,
-            patch_bytes,
+            self._data_bytes,
+            assembly.patch_bytes,
             self._nonfinite,
             report(self._errors, self._infos),
-            report_tensors(of_each, self._infos) if lossy else {},
-            shared,
+            self._reports(),
+            assembly.shared,
             self._planner.notes,
         )
 
-    def _patch(self, name: str, values: ObjectId, row: list[int]) -> int:
-        """Write the exact patch of a part: its bytes on disk."""
+    def _reports(self) -> dict[int, ErrorReport]:
+        """Return the error report of each near tensor, copies included."""
+        if self._spec.settings is None:
+            return {}
+        errors = dict(self._errors)
+        errors |= {n: errors[twin] for n, twin in self._twin_of.items() if twin in errors}
+        return report_tensors(errors, self._infos)
+
+    def _finish_frames(self, name: str, row: list[int]) -> list[StoredPlace]:
+        """Publish the frames of a part; return the place of each tensor of `row`."""
+        bundle, size = self._writers[name].finish(self._catalog.store.publish)
+        self._data_bytes += size
+        return in_bundle([self._places[number] for number in row], bundle)
+
+    def _finish_patch(self, name: str, row: list[int], values: ObjectId, exact: bytes) -> int:
+        """Publish the exact patch of a part; return its size in bytes."""
         writer, frames = self._patches[name], []
-        twins = {copy: twin for twin, copies in self._copies.items() for copy in copies}
         for position, number in enumerate(row):
-            info, twin = self._infos[number], twins.get(number, number)
+            info, twin = self._infos[number], self._twin_of.get(number, number)
             frames.append(writer.frame(twin, info, (values, position), self._depths[twin] + 1))
-        return writer.finish(frames, self._table(row), self._catalog.store.publish)
-
-    def _recipe(self, values: ObjectId, row: list[int], bundle: ObjectId | None) -> Recipe:
-        bundles: dict[ObjectId, int] = {}
-        owners, frames = [], []
-        for number in row:
-            owner, frame = self._places[number]
-            owner = owner or bundle
-            assert owner is not None
-            owners.append(bundles.setdefault(owner, len(bundles)))
-            frames.append(frame)
-        generation = self._catalog.next_generation(values)
-        return Recipe(values, generation, tuple(bundles), tuple(owners), tuple(frames))
-
-
-def has_patch(catalog: Catalog, state: PartState) -> bool:
-    """Whether another commit of the same near and exact values has a patch to share."""
-    if state.exact is None or catalog.is_fading(state.exact):  # its days are numbered
-        return False
-    return any(
-        recipe.patch
-        and catalog.store.contains(recipe.bundles[0])
-        and all(f.base and f.base[0] == state.values for f in catalog.bundle(recipe.bundles[0]))
-        for _, recipe in catalog.recipes(state.exact)
-    )
+        return writer.finish(frames, exact, self._catalog.store.publish)
 
 
 def _code(job: tuple[_Work, int, bool]) -> _Coded:

@@ -1,4 +1,4 @@
-"""Exact coding of one tensor."""
+"""Encode one tensor losslessly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Target, Tensor
 
 
 def code_exactly(source: Words, base: Words | None, dtype: str) -> CodedSlice:
-    """Code the words of a slice so that they come back."""
+    """Encode a slice losslessly."""
     payload = lossless.encode(source, base, DTYPES[dtype])
     stands_on_base = lossless.needs_base(memoryview(payload))
     return CodedSlice(put_slice(LOSSLESS, payload), source, source, stands_on_base)
@@ -49,7 +49,7 @@ def code_patch(source: Words, near: Words, dtype: str) -> patch.Buffers:
 
 
 class ExactCoder:
-    """Codes a tensor against its base, or by itself."""
+    """Encodes a tensor losslessly, with or without a base."""
 
     def __init__(self, target: Target, base: Tensor | None) -> None:
         self.members = (target,)
@@ -57,7 +57,7 @@ class ExactCoder:
         self._base = base
 
     def code(self, number: int) -> CodedGroup:
-        """Code one slice."""
+        """Encode one slice."""
         (target,) = self.members
         base = None if self._base is None else self._base.slice(number)
         coded = code_exactly(target.tensor.slice(number), base, target.dtype)

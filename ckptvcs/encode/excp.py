@@ -128,7 +128,7 @@ class ExcpCoder:
         self.companions = {last: last - 1} if group.second is not None else {}
 
     def code(self, number: int) -> CodedGroup:
-        """Code one slice of each member."""
+        """Encode one slice of each member."""
         group, fitted = self._group, self._plan
         slices = []
         mask: Mask | bool = True

@@ -45,7 +45,7 @@ class Draft:
     source: Hasher | None = None
 
 
-class _Region:
+class Region:
     """Slices on their way into the region of a bundle, in a pack of its own."""
 
     def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
@@ -69,7 +69,7 @@ class _Region:
         return self._pack
 
     def abort(self) -> None:
-        """Leave nothing behind that is not published."""
+        """Delete the temporary file unless it was published."""
         if self._pack is not None:
             self._pack.abort()
 
@@ -78,9 +78,12 @@ class PartWriter:
     """The frames of one part on their way into a pack of their own."""
 
     def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
-        self._region = _Region(new_pack)
-        self.abort = self._region.abort
+        self._region = Region(new_pack)
         self.drafts: list[Draft] = []
+
+    def abort(self) -> None:
+        """Delete the pack unless it was published."""
+        self._region.abort()
 
     def begin(self, dtype: str, base: BaseTensor | None, *, steady: bool) -> Draft:
         draft = Draft(len(self.drafts), dtype, base, steady)
@@ -113,8 +116,8 @@ class PartWriter:
 
 
 class PatchWriter:
-    """The exact patch of one part on its way into a pack that holds all of it: to fade is to delete
-    that pack.
+    """The exact patch of one part on its way into a pack that holds all of it: deleting
+    that pack makes the patch expire.
 
     It is most of the bytes of a commit, so that they are hashed and written in a thread beside.
     One that is to be `joined` with those of other processes is not read by what it decodes to, but
@@ -122,8 +125,8 @@ class PatchWriter:
     """
 
     def __init__(self, new_pack: Callable[[], PackWriter], *, joined: bool = False) -> None:
-        self._region = _Region(new_pack)
-        self._put = partial(self._region.append, hashed=joined)
+        self._region = Region(new_pack)
+        self._hashed = joined
         self._thread: Pool | None = None
         self._slices: dict[tuple[int, int], Future[Slice]] = {}
         self._late: deque[Future[Slice]] = deque()
@@ -132,7 +135,8 @@ class PatchWriter:
         """Add a slice of a tensor.  The buffers must stay as they are until `frame`."""
         if self._thread is None:
             self._thread = Pool(1)
-        future = self._thread.start(partial(self._put, *buffers))
+        append = partial(self._region.append, *buffers, hashed=self._hashed)
+        future = self._thread.start(append)
         self._slices[tensor, index] = future
         self._late.append(future)
         if len(self._late) > _LATE:
@@ -147,7 +151,11 @@ class PatchWriter:
         slices = []
         for index in range(len(slice_counts(info.words))):
             future = self._slices.get((tensor, index))
-            slices.append(self._put(SAME) if future is None else future.result())
+            slices.append(
+                self._region.append(SAME, hashed=self._hashed)
+                if future is None
+                else future.result()
+            )
         return Frame(base, depth, None, tuple(slices), info.dtype)
 
     def finish(
@@ -172,7 +180,7 @@ class PatchWriter:
         return bundle, publish(self._region.pack)
 
     def abort(self) -> None:
-        """Leave nothing behind that is not published, and no thread."""
+        """Stop the thread and delete the pack unless it was published."""
         if self._thread is not None:
             self._thread.shutdown(cancel=True)
         self._region.abort()

@@ -25,7 +25,7 @@ from ckptvcs.codec.near_lowrank import factors_of, put_directions
 from ckptvcs.codec.near_moments import Factors, put_second
 from ckptvcs.codec.near_weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
-from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Group, Target
+from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Group, Target, Tensor
 from ckptvcs.encode.near import Measured, NearCoder, is_beyond, second_rows
 
 _Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the device
@@ -34,50 +34,54 @@ _Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the de
 class DeviceCoder:
     """Codes what a `NearCoder` would, where it is."""
 
-    def __init__(self, host: NearCoder, group: Group) -> None:
-        self._host, self._group = host, group
+    def __init__(
+        self, host: NearCoder, weight: Target, base: Tensor, first: Target, second: Target
+    ) -> None:
+        self._host, self._weight, self._base = host, weight, base
+        self._first, self._second = first, second
         self.members, self.companions = host.members, host.companions
 
-    @staticmethod
-    def can(group: Group) -> bool:
-        """Whether a group is a weight with a base and both moments, all on a device."""
-        known = (group.weight, group.first, group.second)
-        plain = group.words and group.base is not None and not group.others and not group.copies
-        return bool(plain) and all(
-            target is not None and target.dtype != "F64" and target.tensor.on_device(0) is not None
-            for target in known
-        )
+    @classmethod
+    def of(cls, host: NearCoder, group: Group) -> DeviceCoder | None:
+        """Return a coder for a group of a weight with a base and both moments, all on a device;
+        None for other groups.
+        """
+        weight, base, first, second = group.weight, group.base, group.first, group.second
+        if not group.words or group.others or group.copies:
+            return None
+        if weight is None or base is None or first is None or second is None:
+            return None
+        for target in (weight, first, second):
+            if target.dtype == "F64" or target.tensor.on_device(0) is None:
+                return None
+        return cls(host, weight, base, first, second)
 
     def code(self, number: int) -> CodedGroup:
-        """Code one slice of each member."""
-        return self._near(number) or self._host.code(number)
+        """Encode one slice of each member."""
+        return self._code_here(number) or self._host.code(number)
 
-    def _near(self, number: int) -> CodedGroup | None:
-        group = self._group
-        assert group.weight is not None
-        assert group.first is not None
-        assert group.second is not None
-        second = self._second(group.second, number)
-        first = None if second is None else self._first(group.first, number, second)
+    def _code_here(self, number: int) -> CodedGroup | None:
+        second = self._code_second(self._second, number)
+        first = None if second is None else self._code_first(self._first, number, second)
         if second is None or first is None:
             return None
         coded: dict[int, Measured] = {
-            group.first.number: first[:2],
-            group.second.number: second[:2],
+            self._first.number: first[:2],
+            self._second.number: second[:2],
         }
         step = self._host.step(number, coded)
-        weight = self._weight(group.weight, number, second)
+        weight = self._code_weight(self._weight, number, second)
         if weight is None or not self._host.good(step):
             return None
         first[1].add(step)
-        coded[group.weight.number] = weight[:2]
+        coded[self._weight.number] = weight[:2]
         slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
         return CodedGroup(slices, errors)
 
     def _values(self, target: Target, number: int) -> Any:
         return on_torch.floats(target.tensor.on_device(number), target.dtype)
 
-    def _second(self, target: Target, number: int) -> _Coded | None:
+    def _code_second(self, target: Target, number: int) -> _Coded | None:
         values = self._values(target, number)
         count = int(values.numel())
         rows = second_rows(target, number, count)
@@ -91,7 +95,7 @@ class DeviceCoder:
         errors = Errors(*on_torch.root_squares(values, near))
         return _coded(NEAR_SECOND, payload, target, values, errors, near)
 
-    def _first(self, target: Target, number: int, second: _Coded) -> _Coded | None:
+    def _code_first(self, target: Target, number: int, second: _Coded) -> _Coded | None:
         values, roots = self._values(target, number), second[2].sqrt()
         count = int(values.numel())
         spec = self._host.spec
@@ -111,14 +115,12 @@ class DeviceCoder:
         beside = Companion(memoryview(second[0].data))
         return _coded(NEAR_SCALED_LOW_RANK, payload, target, values, errors, near, companion=beside)
 
-    def _weight(self, target: Target, number: int, second: _Coded) -> _Coded | None:
-        assert self._group.base is not None
-        assert self._group.second is not None
-        values, base = self._values(target, number), self._group.base.slice(number)
+    def _code_weight(self, target: Target, number: int, second: _Coded) -> _Coded | None:
+        values, base = self._values(target, number), self._base.slice(number)
         residuals = on_torch.DeviceResiduals(
             values,
             on_torch.there(to_float32(base, target.dtype), values),
-            self._values(self._group.second, number),
+            self._values(self._second, number),
             target.dtype,
         )
         factors = self._host.row_factors(Factors.of(second[0].data[1:], base.size))

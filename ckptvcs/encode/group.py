@@ -1,4 +1,4 @@
-"""What is coded together, slice by slice, and what comes out of it."""
+"""Groups of tensors that are encoded together, and the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tensor(Protocol):
     """A tensor that is read slice by slice."""
 
     def slice(self, number: int) -> Words:
-        """The words of one slice."""
+        """Return the words of one slice."""
 
 
 class SourceTensor(Tensor, Protocol):
@@ -97,7 +97,7 @@ class CodedGroup:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of `dtype` and `shape` that is to be coded with loss.  `number` is its position in
+    """A tensor of `dtype` and `shape` to encode with loss.  `number` is its position in
     the schema, `role` what it is to its optimizer; `weak`, if its place alone says so;
     `iterate`, if it is state that an optimizer steps from.
     """
@@ -182,4 +182,4 @@ class Coder(Protocol):
         """Which member names which other as its companion, by position."""
 
     def code(self, number: int) -> CodedGroup:
-        """Code one slice of each member."""
+        """Encode one slice of each member."""

@@ -1,4 +1,4 @@
-"""How far the near form of a slice is from what was asked for.
+"""Measure the error of the near form of a slice.
 
     weight   squared error against squared weight and squared residual, plain and weighted by the
              second moment (the empirical Fisher information, as far as an optimizer knows it)
@@ -30,14 +30,14 @@ from ckptvcs.history.schema import TensorInfo
 _SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
 _LEAST = 1 << 12  # of a slice
 _SMALL = np.float32(0.05)
-_PARTITION = 1 << 14  # words from which on a vector is no bias: ZeRO and FSDP have larger ones
+_PARTITION = 1 << 14  # words; longer vectors are partitions (ZeRO, FSDP), not biases
 _BEYOND = 1e6  # times the step itself
 
 
 def measure(
     group: Group, number: int, members: Sequence[Target], slices: Sequence[CodedSlice]
 ) -> tuple[Errors, ...]:
-    """The errors of slice `number` of each member."""
+    """Measure the errors of slice `number` of each member."""
     return tuple(
         finite(
             measure_weight(group, number, coded)
@@ -49,7 +49,7 @@ def measure(
 
 
 def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
-    """The errors of slice `number` of a group's weight."""
+    """Measure the errors of slice `number` of a group's weight."""
     assert group.weight is not None
     assert coded.source is not None
     dtype = group.weight.dtype
@@ -64,7 +64,7 @@ def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
 
 
 def measure_moment(target: Target, coded: CodedSlice) -> Errors:
-    """The errors of a slice of a moment."""
+    """Measure the errors of a slice of a moment."""
     assert coded.source is not None
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
@@ -80,7 +80,7 @@ def finite(errors: Errors) -> Errors:
 
 
 def count_nonfinite(words: Words, dtype: str) -> int:
-    """How many of the values are infinite, or none at all."""
+    """Count the infinite values and NaNs."""
     return int(words.size - np.count_nonzero(np.isfinite(to_float32(words, dtype))))
 
 

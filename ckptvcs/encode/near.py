@@ -95,12 +95,12 @@ def strays(true: Floats, near: Floats, *, squared: bool) -> bool:
 
 
 def is_beyond(near: Floats, sign: int) -> bool:
-    """Whether a value has the other sign."""
+    """Return whether any value has the opposite sign."""
     return bool(near.size) and bool(near.min() < 0 if sign > 0 else near.max() > 0)
 
 
 Measured = tuple[CodedSlice, Errors]
-"""A slice as it is coded, and its errors."""
+"""An encoded slice and its errors."""
 
 
 def _factors(second: Measured | None) -> Factors | None:
@@ -132,7 +132,7 @@ class NearCoder:
                 self.companions[self.members.index(copy)] = self.members.index(group.weight)
 
     def code(self, number: int) -> CodedGroup:
-        """Code one slice of each member."""
+        """Encode one slice of each member."""
         group = self._group
         coded: dict[int, Measured] = {}
         if self._moments_of():

@@ -1,4 +1,4 @@
-"""Who codes what: tensors that belong together, and a coder for each group of them."""
+"""Group related tensors and choose a coder for each group."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Planner:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the forms that were chosen."""
+        """Return notes for the user about the chosen encodings."""
         found = []
         count = len(self._untrained)
         weights = "1 weight" if count == 1 else f"{count} weights"
@@ -124,67 +124,75 @@ class Planner:
         """
         settings = self._spec.settings
         if isinstance(settings, NearSpec):
-            known = sum(
-                self._infos[n].words
-                for group, left in rows
-                for n in {*group} - {*left}
-                if self._infos[n].role == WEIGHT
-            )
+            stored = [n for group, left in rows for n in {*group} - {*left}]
+            known = sum(self._infos[n].words for n in stored if self._infos[n].role == WEIGHT)
             yield from self._near_coders([left for _, left in rows if left], settings, known)
-            return
-        for group, left in rows:
-            if left and isinstance(settings, ExcpSpec) and not self._keyframe:
-                found = self._excp_coder(left, group, settings)
-                if found is not None:
-                    yield found
-                    left = [n for n in left if all(n != m.number for m in found[0].members)]
-            for number in left:
-                yield self._exact_coder(number)
+        elif isinstance(settings, ExcpSpec) and not self._keyframe:
+            for group, left in rows:
+                yield from self._excp_coders(left, group, settings)
+        else:
+            yield from (self._exact_coder(number) for _, left in rows for number in left)
+
+    def _excp_coders(self, left: list[int], group: list[int], spec: ExcpSpec) -> Iterator[Coding]:
+        """Code what ExCP applies to together, and the rest exactly."""
+        coding = self._excp_coder(left, group, spec) if left else None
+        members = []
+        if coding is not None:
+            members = [target.number for target in coding[0].members]
+            yield coding
+        yield from (self._exact_coder(number) for number in left if number not in members)
 
     def _exact_coder(self, number: int) -> Coding:
         base = None if self._keyframe else self._base_tensor(number)
         if base is not None:
             base.prove()
-        return ExactCoder(self._target(number), base), {} if base is None else {number: base}
+        return ExactCoder(self._target(number), base), _bases(number, base)
 
     def _near_coders(self, rows: list[list[int]], spec: NearSpec, known: int) -> Iterator[Coding]:
         """Coders for rows of tensors beside so many words of weights that are `known` already."""
         groups: list[Group] = []
         for left in rows:
-            lossy = [
-                n
-                for n in left
-                if self._infos[n].role in LOSSY and can_be_lossy(self._infos[n].dtype)
-            ]
-            if not self._plausible(lossy):
-                lossy = []
-            for number in left:
-                if number not in lossy:
-                    yield self._exact_coder(number)
-            while lossy:  # two optimizers of one model have moments of the same roles
-                first: dict[str, int] = {}
-                for number in lossy:
-                    if self._masters.get(number) not in lossy:
-                        first.setdefault(self._infos[number].role, number)
-                chosen = set(first.values())
-                taken = [n for n in lossy if {n, self._masters.get(n)} & chosen]
-                groups.append(self._near_group(taken))
-                lossy = [number for number in lossy if number not in taken]
+            lossy = self._lossy(left)
+            yield from (self._exact_coder(number) for number in left if number not in lossy)
+            groups += self._near_groups(lossy)
         weights = [group for group in groups if group.weight is not None]
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
         if not self._alone and _is_far(scales.values(), known):
             raise TooFar
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
-            base = group.base if isinstance(group.base, BaseTensor) else None
-            bases = {} if group.weight is None or base is None else {group.weight.number: base}
-            here = NearCoder(group, plan, scales.get(id(group)), keyframe=self._keyframe)
-            if group.weight is not None:
-                self._weight_bytes += self._infos[group.weight.number].size_bytes
-                if here.is_untrained:
-                    self._untrained.append(self._infos[group.weight.number].size_bytes)
-            there = not self._keyframe and DeviceCoder.can(group)
-            yield DeviceCoder(here, group) if there else here, {} if self._keyframe else bases
+            yield self._near_coder(group, plan, scales.get(id(group)))
+
+    def _lossy(self, numbers: list[int]) -> list[int]:
+        """Return those of some tensors that may be coded with loss."""
+        infos = self._infos
+        lossy = [n for n in numbers if infos[n].role in LOSSY and can_be_lossy(infos[n].dtype)]
+        return lossy if self._plausible(lossy) else []
+
+    def _near_groups(self, lossy: list[int]) -> Iterator[Group]:
+        """Split tensors into groups that have each role once: a model can have two optimizers."""
+        while lossy:
+            first: dict[str, int] = {}
+            for number in lossy:
+                if self._masters.get(number) not in lossy:
+                    first.setdefault(self._infos[number].role, number)
+            chosen = set(first.values())
+            taken = [n for n in lossy if {n, self._masters.get(n)} & chosen]
+            yield self._near_group(taken)
+            lossy = [number for number in lossy if number not in taken]
+
+    def _near_coder(self, group: Group, plan: NearPlan, scale: Scale | None) -> Coding:
+        host = NearCoder(group, plan, scale, keyframe=self._keyframe)
+        bases: dict[int, BaseTensor] = {}
+        if group.weight is not None:
+            size = self._infos[group.weight.number].size_bytes
+            self._weight_bytes += size
+            if host.is_untrained:
+                self._untrained.append(size)
+            if isinstance(group.base, BaseTensor) and not self._keyframe:
+                bases[group.weight.number] = group.base
+        device = None if self._keyframe else DeviceCoder.of(host, group)
+        return device or host, bases
 
     def _plausible(self, group: list[int]) -> bool:
         """Whether the values of moments that are only known by what stands beside them are such as
@@ -234,28 +242,25 @@ class Planner:
         paired = any(self._infos[number].role == WEIGHT for number in group)
         if paired and base is None:
             return None  # the weight is new or did not move: its moments have no mask
-        if any(self._infos[number].dtype not in WEIGHT_DTYPES for number in left):
+        if not {self._infos[number].dtype for number in left} <= WEIGHT_DTYPES:
             return None
         if base is not None:
             base.prove()
-        # A first moment without its second, or the other way round, belongs to an optimizer
-        # whose rules ExCP does not know.
+        # ExCP does not know the rules of an optimizer that has only one of the two moments.
         pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
-        first, second = pair if None not in pair else (None, None)
-        if weight is None and first is None:
+        members = weight, *(pair if None not in pair else (None, None))
+        target, first, second = (None if n is None else self._target(n) for n in members)
+        if target is None and first is None:
             return None
-        tensors = Group(
-            self._infos[left[0]].words,
-            None if weight is None else self._target(weight),
-            base,
-            None if first is None else self._target(first),
-            None if second is None else self._target(second),
-        )
+        tensors = Group(self._infos[left[0]].words, target, base, first, second)
         fitted = excp.plan(tensors, spec)
         if fitted is None:
             return None
-        bases = {} if weight is None or base is None else {weight: base}
-        return excp.ExcpCoder(tensors, fitted), bases
+        return excp.ExcpCoder(tensors, fitted), _bases(weight, base)
+
+
+def _bases(number: int | None, base: BaseTensor | None) -> dict[int, BaseTensor]:
+    return {} if number is None or base is None else {number: base}
 
 
 def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target | None]:
@@ -272,8 +277,9 @@ def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target
 
 
 def _is_far(scales: Iterable[Scale], known: int) -> bool:
-    """Whether most of the weights that have a base are about as far from it as from zero, and not
-    `known` as they are; a few may have been initialised again.
+    """Return whether most weights are about as far from their base as from zero.
+
+    `known` words of weights are unchanged. A few weights may have been initialised again.
     """
     rows = [row for row in scales if row.residual is not None and row.weight]
     far = sum(row.words for row in rows if (row.residual or 0) ** 2 > _RELATED * row.weight**2)
@@ -281,7 +287,7 @@ def _is_far(scales: Iterable[Scale], known: int) -> bool:
 
 
 def _is_bounded(average: Floats, square: Floats) -> bool:
-    """Whether nearly all averages are such as gradients of these mean squares can have."""
+    """Return whether nearly all averages are such as gradients of these mean squares can have."""
     with np.errstate(over="ignore"):
         inside = np.square(average, dtype=np.float64) <= _LARGEST * square.astype(np.float64)
     return bool(inside.mean() >= _SHARE) if inside.size else True

@@ -1,4 +1,4 @@
-"""Rekey: what stands on dropped commits is coded anew, on commits that stay or by itself.
+"""Re-base chains: re-encode frames that depend on dropped commits.
 
 Deltas across dropped commits become one: near weights are multiples of a grid, so that the sum
 of deltas is a difference of integers.  No value changes: each tensor is proven by its hash before
@@ -22,14 +22,15 @@ from ckptvcs.codec.dtypes import DTYPES, float_type
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, materialised
-from ckptvcs.decode.chain import ChainReader, Materialised
+from ckptvcs.decode.chain import ChainReader, Materialised, read_slice
+from ckptvcs.encode.assemble import Place, StoredPlace, in_bundle, recipe_of
 from ckptvcs.encode.exact import code_again
-from ckptvcs.encode.frame_writer import Slice
+from ckptvcs.encode.frame_writer import Region, Slice
 from ckptvcs.errors import CorruptionError
 from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
+from ckptvcs.history.recipe import Frame, dump_bundle, dump_recipe
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId
@@ -65,55 +66,37 @@ class _Table:
         return place if (known.dtype, known.shape) == (info.dtype, info.shape) else None
 
 
-_Place = tuple[ObjectId | None, int]  # bundle (None: the one being written), frame
-
-
-class _Bundle:
-    """A bundle on its way, in a pack that is begun when it is first needed."""
+class _Bundle(Region):
+    """The region of a new bundle, its frames, and the numbers of the frames that they replace."""
 
     def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
-        self._new_pack = new_pack
-        self.pack: PackWriter | None = None
+        super().__init__(new_pack)
         self.frames: list[Frame] = []
-        self.moved: dict[tuple[ObjectId, int], int] = {}
-        self._at = 0
+        self.moved: dict[StoredPlace, int] = {}
 
-    def append(self, data: bytes) -> Slice:
-        """Add a slice."""
-        if self.pack is None:
-            self.pack = self._new_pack()
-        self.pack.append_region(data)
-        start, self._at = self._at, self._at + len(data)
-        return start, len(data), slice_hash(data)
-
-    def add(self, frame: Frame, old: tuple[ObjectId, int]) -> int:
+    def add(self, frame: Frame, old: StoredPlace) -> int:
         """Add a frame that takes the place of an `old` one: its number."""
         self.frames.append(frame)
         self.moved[old] = len(self.frames) - 1
         return len(self.frames) - 1
 
-    def abort(self) -> None:
-        """Leave nothing behind that is not published."""
-        if self.pack is not None:
-            self.pack.abort()
-
 
 class Rekeyer:
-    """Rekeys one repository, while nobody writes."""
+    """Re-bases the chains of a repository that has no other writer."""
 
     def __init__(self, catalog: Catalog, cache: Path, depth: int, progress: Progress) -> None:
-        """No chain may be deeper than `depth`."""
+        """Limit chains to `depth`."""
         self._catalog, self._cache, self._depth = catalog, cache, depth
         self._progress = progress
         self._staying: set[ObjectId] = set()
         self._leaving: set[ObjectId] = set()
-        self._moved: dict[tuple[ObjectId, int], _Place] = {}
-        self._sharing: dict[tuple[ObjectId, int], list[int]] = {}  # tensors of a table, by frame
+        self._moved: dict[StoredPlace, Place] = {}
+        self._sharing: dict[StoredPlace, list[int]] = {}  # tensors of a table, by frame
         self._materials: dict[ObjectId, Materialised | None] = {}
         self._chain = ChainReader(catalog, self._materials.get)
 
     def run(self, kept: Mapping[ObjectId, Commit]) -> int:
-        """Code anew what stands on commits that are not `kept`; how many tables that were.
+        """Re-encode tables that depend on commits not in `kept`; return their number.
 
         Raises:
             CorruptionError: a tensor does not decode to its hash.
@@ -129,7 +112,7 @@ class Rekeyer:
                 count += 1
         return count
 
-    # -- what to code anew ---------------------------------------------------------------------
+    # -- tables to re-encode ---------------------------------------------------------------------
 
     def _tables(self, kept: Mapping[ObjectId, Commit]) -> Iterator[_Table]:
         """The tables of all commits that stay, each once, those of ancestors first."""
@@ -156,7 +139,7 @@ class Rekeyer:
                     yield table
 
     def _downwards(self, kept: Mapping[ObjectId, Commit]) -> Iterator[ObjectId]:
-        """Commits, every one after its ancestors."""
+        """Yield the kept commits, ancestors first."""
         seen: set[ObjectId] = set()
         for tip in kept:
             path = []
@@ -168,7 +151,7 @@ class Rekeyer:
             yield from (name for name in reversed(path) if name in kept)
 
     def _wasted(self, tables: Iterable[_Table]) -> set[ObjectId]:
-        """The bundles of which too little is used."""
+        """Return the bundles that waste too much space."""
         used: dict[ObjectId, set[int]] = {}
         for table in tables:
             recipe = self._catalog.recipe(table.values)
@@ -191,13 +174,13 @@ class Rekeyer:
         gone = frame.base is not None and frame.base[0] not in self._staying
         return gone or frame.depth > self._depth
 
-    def _places(self, table: _Table) -> list[tuple[tuple[ObjectId, int], Frame]]:
-        """Where each tensor of a table lies."""
+    def _places(self, table: _Table) -> list[tuple[StoredPlace, Frame]]:
+        """Return the place and frame of each tensor of a table."""
         recipe = self._catalog.recipe(table.values)
         places = [recipe.place(position) for position in range(len(recipe.frames))]
         return [(place, self._catalog.frame_at(*place)) for place in places]
 
-    # -- coding anew ---------------------------------------------------------------------------
+    # -- re-encoding ---------------------------------------------------------------------------
 
     def _rewrite(self, table: _Table) -> None:
         """Give a table a recipe that comes before all others; frames that change, and those beside
@@ -220,29 +203,22 @@ class Rekeyer:
             self._leaving |= {place[0] for place, frame in places if self._must_change(frame)}
             found = [self._find(bundle, table, n, base) for n in range(len(places))]
             name: ObjectId | None = None
-            if bundle.pack is not None:
+            if bundle.frames:
                 name = bundle.pack.add(Kind.BUNDLE, dump_bundle(bundle.frames))
                 store.publish(bundle.pack)
-            meta.add(Kind.RECIPE, dump_recipe(self._recipe(table.values, found, name)))
+            generation = self._catalog.next_generation(table.values)
+            meta.add(
+                Kind.RECIPE,
+                dump_recipe(recipe_of(table.values, generation, in_bundle(found, name))),
+            )
             store.publish(meta)  # from here on the new frames are used
             self._moved |= {old: (name, number) for old, number in bundle.moved.items()}
             if base is not None:
-                base.finish(table.values)  # if all of its tensors were coded anew
+                base.finish(table.values)  # only if all tensors were re-encoded
         self._catalog.forget_recipes()
 
-    def _recipe(self, values: ObjectId, found: list[_Place], own: ObjectId | None) -> Recipe:
-        bundles: dict[ObjectId, int] = {}
-        owners = []
-        for bundle, _ in found:
-            owner = bundle or own
-            assert owner is not None
-            owners.append(bundles.setdefault(owner, len(bundles)))
-        generation = 1 + max(recipe.generation for _, recipe in self._catalog.recipes(values))
-        numbers = tuple(number for _, number in found)
-        return Recipe(values, generation, tuple(bundles), tuple(owners), numbers)
-
     def _have(self, table: _Table | None) -> None:
-        """Read a table from the cache, if it is there."""
+        """Use the cached base of a table, if any."""
         self._materials.clear()
         if table is not None and table.part == "model":
             hashes = self._catalog.all_values(table.values, len(table.infos))
@@ -251,8 +227,8 @@ class Rekeyer:
 
     def _find(
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
-    ) -> _Place:
-        """Where the frame of a tensor lies from now on."""
+    ) -> Place:
+        """Return the new place of a tensor's frame."""
         owner, number = self._catalog.place(table.values, position)
         self._progress(table.infos[position].size_bytes)
         if (owner, number) in self._moved:
@@ -268,11 +244,11 @@ class Rekeyer:
     def _recode(
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
     ) -> int:
-        """Code a tensor against the nearest commit that stays, or by itself."""
+        """Re-encode a tensor against the nearest kept commit, or without a base."""
         place = self._catalog.place(table.values, position)
         frame = self._catalog.frame_at(*place)
         below = table.place_below(table.infos[position])
-        base: tuple[ObjectId, int] | None = None
+        base: StoredPlace | None = None
         depth = 0
         if table.below is not None and below is not None:
             depth = self._chain.depth(table.below.values, below) + 1
@@ -288,10 +264,10 @@ class Rekeyer:
         bundle: _Bundle,
         table: _Table,
         position: int,
-        base: tuple[ObjectId, int] | None,
+        base: StoredPlace | None,
         cache: BaseWriter | None,
     ) -> tuple[tuple[Slice, ...], bool]:
-        """Code a tensor again, slice by slice; whether any slice stands on the base."""
+        """Re-encode a tensor; also return whether any slice depends on the base."""
         info, chain = table.infos[position], self._chain
         dtype = float_type(info.dtype)
         if self._is_untyped(table.values, position):
@@ -307,7 +283,7 @@ class Rekeyer:
             coded = code_again(words, below, dtype)
             again = decode_slice(memoryview(coded.data), DTYPES[dtype], count, below)
             if not np.array_equal(again, words):
-                raise CorruptionError(f"{info.name} does not come back from its new form")
+                raise CorruptionError(f"re-encoding {info.name} would change it")
             return words, below, coded.data, coded.stands_on_base
 
         own, under_digest = hasher(), hasher()
@@ -335,26 +311,24 @@ class Rekeyer:
     def _copy(
         self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
     ) -> int:
-        """Take over a frame as it is, with its companion."""
+        """Copy a frame unchanged, with its auxiliary frame."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]
         frame = self._catalog.frame_at(owner, number)
         companion = None
         if frame.companion is not None:
             companion = self._companion(bundle, table, owner, frame.companion, cache)
-        slices = []
-        for offset, length, expected in frame.slices:
-            data = self._catalog.store.read_region(owner, offset, length)
-            if slice_hash(data) != expected:
-                raise CorruptionError(f"bundle {owner[:8]} is damaged: a slice has another hash")
-            slices.append(bundle.append(data))
+        slices = [
+            bundle.append(read_slice(self._catalog, owner, frame, index))
+            for index in range(len(frame.slices))
+        ]
         made = Frame(frame.base, frame.depth, companion, tuple(slices), frame.dtype)
         return bundle.add(made, (owner, number))
 
     def _companion(
         self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
     ) -> int:
-        """The frame that another needs beside it, in the same bundle: coded anew if it must be."""
+        """Return the auxiliary frame in the new bundle, copied or re-encoded."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]
         recipe = self._catalog.recipe(table.values)

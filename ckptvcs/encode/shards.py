@@ -26,13 +26,13 @@ from ckptvcs.encode.group import Errors
 from ckptvcs.encode.planner import Attempt, within_bounds
 from ckptvcs.encode.source import SourceTensor, scan
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import PARTS, ErrorReport
+from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
 from ckptvcs.history.schema import Schema
 from ckptvcs.store.ids import ObjectId, PackId
 
 
 @dataclass(frozen=True)
-class Ticket:
+class ShardPlan:
     """How all processes are to code: against which commit, and whether exactly too."""
 
     base: ObjectId | None
@@ -66,7 +66,7 @@ class Shard:
     """One process' share of a commit: a file, the tensors in it, and where these are.
 
     `literals` are the bytes of its pieces that stand in no frame, by offset; `loose` are
-    packs of patches that are to be joined.
+    packs of patches to join.
     """
 
     format: str
@@ -81,16 +81,16 @@ class Shard:
     loose: tuple[PackId, ...] = ()
 
 
-def code_shard(
-    catalog: Catalog, cache: Path, ticket: Ticket, checkpoint: Checkpoint, held: HeldBase
+def encode_shard(
+    catalog: Catalog, cache: Path, ticket: ShardPlan, checkpoint: Checkpoint, held: HeldBase
 ) -> Shard:
-    """Store the tensors of one process: durable when this returns, visible to nobody.
+    """Store the tensors of one process: durable on return, not yet visible.
 
     `held` keeps what the next commit is coded against.  The lease of who joins keeps gc away.
 
     Raises:
         InvalidInputError: the state changed while it was read.
-        CorruptionError, MissingObjectError: what it would stand on is damaged, or missing.
+        CorruptionError, MissingObjectError: the base is damaged or missing.
         StorageError: the disk is full, or fails.
     """
     near = isinstance(ticket.spec.settings, NearSpec)
@@ -128,36 +128,27 @@ def code_shard(
 
 
 def _known(
-    catalog: Catalog, ticket: Ticket, checkpoint: Checkpoint, hashes: dict[int, bytes]
+    catalog: Catalog, ticket: ShardPlan, checkpoint: Checkpoint, hashes: dict[int, bytes]
 ) -> dict[int, Stored]:
     """The tensors that the ticket's base holds as they are, exactly if that is asked for."""
     assert ticket.base is not None
     base = catalog.commit(ticket.base)
     schema, reports = catalog.schema(base.schema), catalog.errors(ticket.base)
-    places: dict[str, tuple[int, ObjectId, int, ObjectId | None]] = {}
-    tables: dict[ObjectId, list[bytes]] = {}
-    for part, state in base.parts.items():
-        row = schema.stored(part)
-        lossy = state.exact is not None
-        if not catalog.has_recipe(state.values) or (lossy and not _is_there(catalog, state.exact)):
-            continue  # it was let go, and with it what would tell
-        for table in (state.values, *([state.exact] if state.exact else [])):
-            tables[table] = catalog.all_values(table, len(row))
-        for position, number in enumerate(row):
-            places[schema.tensors[number].name] = number, state.values, position, state.exact
-    found: dict[int, Stored] = {}
+    tensors = _base_tensors(catalog, base, schema)
+    stored: dict[int, Stored] = {}
     for number, value in hashes.items():
         info = checkpoint.schema.tensors[number]
-        there, values, position, exact = places.get(info.name, (-1, ObjectId(""), 0, None))
-        if there < 0 or tables[exact or values][position] != value:
+        there = tensors.get(info.name)
+        if there is None or there.exact != value:
             return {}
-        known = schema.tensors[there]
+        known = schema.tensors[there.number]
         if (known.part, known.dtype, known.shape) != (info.part, info.dtype, info.shape):
             return {}
-        proof = None if exact is None else (exact, position)
-        report = reports.get(there)
-        found[number] = Stored(
-            tables[values][position],
+        values, position = there.state.values, there.position
+        proof = None if there.state.exact is None else (there.state.exact, position)
+        report = reports.get(there.number)
+        stored[number] = Stored(
+            there.near,
             value,
             *catalog.place(values, position),
             catalog.frame(values, position)[1].depth,
@@ -166,11 +157,43 @@ def _known(
             report,
             proof,
         )
-    return found
+    return stored
 
 
-def _is_there(catalog: Catalog, exact: ObjectId | None) -> bool:
-    return exact is not None and catalog.has_recipe(exact) and not catalog.is_fading(exact)
+@dataclass(frozen=True)
+class _BaseTensor:
+    """A stored tensor of the base commit: its number in the schema, its position in the tables of
+    its part, and the hashes of its near and exact values.
+    """
+
+    number: int
+    state: PartState
+    position: int
+    near: bytes
+    exact: bytes
+
+
+def _base_tensors(catalog: Catalog, base: Commit, schema: Schema) -> dict[str, _BaseTensor]:
+    """Return the tensors, by name, of those parts of the base that can be restored exactly."""
+    tensors = {}
+    for part, state in base.parts.items():
+        if not catalog.has_recipe(state.values):
+            continue
+        if state.exact is not None and not _is_there(catalog, state.exact):
+            continue
+        row = schema.stored(part)
+        near = exact = catalog.all_values(state.values, len(row))
+        if state.exact is not None:
+            exact = catalog.all_values(state.exact, len(row))
+        for position, number in enumerate(row):
+            tensors[schema.tensors[number].name] = _BaseTensor(
+                number, state, position, near[position], exact[position]
+            )
+    return tensors
+
+
+def _is_there(catalog: Catalog, exact: ObjectId) -> bool:
+    return catalog.has_recipe(exact) and not catalog.is_fading(exact)
 
 
 def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> Errors | None:
@@ -192,7 +215,7 @@ class _ShardEncoder(Encoder):
         catalog: Catalog,
         cache: Path,
         attempt: Attempt,
-        ticket: Ticket,
+        ticket: ShardPlan,
         checkpoint: Checkpoint,
         hashes: dict[int, bytes],
         held: HeldBase,
@@ -223,32 +246,25 @@ class _ShardEncoder(Encoder):
         return self._coded(lambda: self._share(share))
 
     def _share(self, share: Callable[..., Shard]) -> Shard:
-        publish = self._catalog.store.publish
-        twins = {copy: twin for twin, copies in self._copies.items() for copy in copies}
         stored: dict[int, Stored] = {}
         loose: list[PackId] = []
-        data_bytes = 0
         for name, row in self._numbers.items():
-            bundle, size = self._writers[name].finish(publish)
-            data_bytes += size
+            places = self._finish_frames(name, row)
             patches = self._loose(name, row, loose)
-            for number in row:
-                owner, frame = self._places[number]
-                owner = owner or bundle
-                assert owner is not None
-                value, exact = self._values[number], self._hashes[number]
+            for number, place in zip(row, places, strict=True):
                 stored[number] = Stored(
-                    value,
-                    exact,
-                    owner,
-                    frame,
-                    self._depths[twins.get(number, number)],
+                    self._values[number],
+                    self._hashes[number],
+                    *place,
+                    self._depths[self._twin_of.get(number, number)],
                     patches.get(number),
                     self._errors.get(number),
                 )
         model = self._numbers["model"]
         self._own.keep({self._infos[number].name: self._values[number] for number in model})
-        return share(stored, data_bytes=data_bytes, nonfinite=self._nonfinite, loose=tuple(loose))
+        return share(
+            stored, data_bytes=self._data_bytes, nonfinite=self._nonfinite, loose=tuple(loose)
+        )
 
     def _loose(
         self, name: str, row: list[int], loose: list[PackId]
@@ -258,8 +274,7 @@ class _ShardEncoder(Encoder):
         if not self._patched or not lossy:
             return {}
         writer = self._patches[name]
-        twins = {copy: twin for twin, copies in self._copies.items() for copy in copies}
-        frames = [writer.frame(twins.get(n, n), self._infos[n], None, 0) for n in lossy]
+        frames = [writer.frame(self._twin_of.get(n, n), self._infos[n], None, 0) for n in lossy]
         bundle, info = writer.finish_loose(frames, self._catalog.store.publish)
         loose.append(info.id)
         return {number: (bundle, frame) for frame, number in enumerate(lossy)}

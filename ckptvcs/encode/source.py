@@ -21,7 +21,7 @@ from ckptvcs.parallel import Progress, ordered_map
 
 
 class SourceTensor:
-    """A tensor of the checkpoint, read slice by slice."""
+    """A tensor of the checkpoint that is read slice by slice."""
 
     def __init__(self, checkpoint: Checkpoint, number: int) -> None:
         file, self._offset = checkpoint.places[number]
@@ -42,7 +42,7 @@ class SourceTensor:
 
     @property
     def steady(self) -> bool:
-        """Whether it cannot change while it is read: a state in memory is its owner's care."""
+        """Return whether the source cannot change while it is read, as a state in memory."""
         return not isinstance(self._source, FileSource)
 
     def changed(self) -> Exception:
@@ -83,7 +83,7 @@ def scan(
 
 
 def stays(checkpoint: Checkpoint, number: int) -> bool:
-    """Whether a tensor is on a device, and of a kind that is coded near, and there."""
+    """Return whether a tensor is on a device and will be encoded there."""
     info = checkpoint.schema.tensors[number]
     lossy = info.role in LOSSY and info.dtype in WEIGHT_DTYPES and info.words > 0
     return lossy and SourceTensor(checkpoint, number).on_device(0) is not None

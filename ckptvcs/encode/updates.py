@@ -131,7 +131,7 @@ def _adam(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
 
 
 def _over_norm(moments: Moments) -> Floats:
-    """The step of what is called `v` and is no average of squares but a norm, as Adamax has it."""
+    """Return the step if `v` is a norm (as in Adamax), not an average of squares."""
     second = next(moments[key] for key in _SQUARES if key in moments)
     return np.asarray(_average(moments) / np.maximum(second, np.float32(1e-30)), np.float32)
 
@@ -165,7 +165,7 @@ def _rmsprop(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
         mean: Any = moments["sum"] + squares
     else:
         mean = rule.beta2 * moments["square_avg"] + (1 - rule.beta2) * squares
-    if "grad_avg" in moments:  # of a negative number there is no root: what is near must not be one
+    if "grad_avg" in moments:  # the near form must not be negative under the root
         average = rule.beta2 * moments["grad_avg"] + (1 - rule.beta2) * gradient
         mean = mean - np.square(average)
     step = gradient / (np.sqrt(mean) + rule.eps)

@@ -29,7 +29,7 @@ from ckptvcs.gc.retention import Best, Policy, Row
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.reachability import Marked, bases, mark
-from ckptvcs.history.recipe import LetGo, dump_let_go, load_let_go
+from ckptvcs.history.recipe import DropRecord, dump_drop_record, load_drop_record
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.backend import Backend
@@ -71,7 +71,7 @@ class GcPlan:
     debris: tuple[str, ...]
     freed_bytes: int
     kept_bytes: int
-    drops: tuple[LetGo, ...] = ()
+    drops: tuple[DropRecord, ...] = ()
     loose: tuple[ObjectId, ...] = ()
     picture: Picture | None = None
 
@@ -175,7 +175,7 @@ class Collector:
         decisions = tuple(
             self._with_bytes(row, marked, merged.union(packs), counted) for row in rows
         )
-        loose = self._revisions.loose(set(headers) - commits.keys())
+        loose = self._revisions.unreachable(set(headers) - commits.keys())
         for name in self._revisions.lost_lines() if len(loose) > 1 else ():
             raise CorruptionError(
                 f"no ref leads to commit {name[:8]}, which stands on others that none leads to",
@@ -227,11 +227,11 @@ class Collector:
     def _size(self, names: Iterable[str]) -> int:
         return files_bytes(self._catalog.store.backend, names)
 
-    def _packed(self, records: list[LetGo]) -> list[Place]:
+    def _packed(self, records: list[DropRecord]) -> list[Place]:
         """Where records will be once they are written, as large as they will be."""
         pack = PackWriter(_Nowhere(), "meta")
         for record in records:
-            pack.add(Kind.RECORD, dump_let_go(record))
+            pack.add(Kind.RECORD, dump_drop_record(record))
         return [Place(PackId(""), "meta", entry) for entry in pack.entries]
 
     def _freed(self, packs: dict[PackId, str], merges: Iterable[Merge], coming: list[Place]) -> int:
@@ -385,7 +385,7 @@ class Collector:
         store.refresh()
         self._catalog.forget()
         for name in set(store.ids(Kind.RECORD)) - seen.records:
-            record = load_let_go(store.get(name, Kind.RECORD))
+            record = load_drop_record(store.get(name, Kind.RECORD))
             if record.what != "fade":  # commits let patches fade, too
                 raise OutdatedError("others dropped commits, or took that back")
         going = {name for record in plan.drops for name in record.commits}
@@ -440,13 +440,15 @@ def _old(policy: Policy, lines: Iterable[Sequence[Row]], stay: Set[ObjectId]) ->
 
 def _drops(
     rows: Iterable[Decision], policy: Policy, time: str, after: tuple[tuple[str, int], ...]
-) -> list[LetGo]:
+) -> list[DropRecord]:
     """The records of what is dropped."""
     whole = tuple(row.name for row in rows if row.action == "drop")
     parts = tuple(row.name for row in rows if row.action == "drop optimizer")
     found = [(whole, tuple[str, ...]()), (parts, (OPTIMIZER,))]
     return [
-        LetGo("drop", names, gone, policy.text, time, after=after) for names, gone in found if names
+        DropRecord("drop", names, gone, policy.text, time, after=after)
+        for names, gone in found
+        if names
     ]
 
 

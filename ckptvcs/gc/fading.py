@@ -1,8 +1,8 @@
-"""Fading: exact patches that no rule keeps any more are let go, and their commits become near.
+"""Fading: exact patches that no rule keeps expire, and their commits become near.
 
-plan     by the rule, among the patches that there are
-record   who fades, and by which rule: durable before anything is deleted
-delete   the packs of the patches; nothing else stands on what they hold
+plan     select patches by the rule
+record   write fade records, durable before anything is deleted
+delete   delete the packs of the patches; nothing else depends on them
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ckptvcs.errors import CorruptionError, StorageError
 from ckptvcs.gc.retention import ExactRule
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.recipe import LetGo
+from ckptvcs.history.recipe import DropRecord
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId, PackId
 
-_LINE = 64  # commits that a commit looks back to for what to fade: its cost does not grow
+_LINE = 64  # a new commit checks only so many older ones, so that its cost is constant
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Patch:
 
 
 class Fader:
-    """Decides what fades in one repository."""
+    """Selects, records and deletes expired patches of one repository."""
 
     def __init__(self, catalog: Catalog, refs: Refs, rule: ExactRule) -> None:
         self._catalog, self._refs, self._rule = catalog, refs, rule
         self._revisions = Revisions(catalog, refs)
 
     def patches(self) -> list[Patch]:
-        """Every exact patch that there is."""
+        """Return every stored exact patch."""
         store, found = self._catalog.store, []
         for recipe, values in self._catalog.patches().items():
             holders = tuple(self._catalog.commits_of_exact(values))
@@ -66,9 +66,10 @@ class Fader:
     def after(
         self, parent: ObjectId | None, new: tuple[ObjectId, Commit] | None = None, *, is_head: bool
     ) -> list[Patch]:
-        """What fades when a line's newest commit is `new`, or else `parent`: patches of commits
-        on that line that the rule does not keep.  Unless the line `is_head`, those of HEAD's branch
-        stay too.
+        """Return the patches that expire on one line.
+
+        The newest commit of the line is `new`, otherwise `parent`.  Unless the line `is_head`, the
+        newest commits of HEAD's branch keep their patches too.
         """
         patches = [patch for patch in self.patches() if patch.commits]
         line = list(islice(self._catalog.line(parent), _LINE))
@@ -85,16 +86,17 @@ class Fader:
         return [patch for patch in mine if not _needed(patch, kept)]
 
     def everywhere(self, known: dict[ObjectId, Commit]) -> list[Patch]:
-        """What fades of everything, `known` being the commits in the history: HEAD's branch and the
-        one that was committed to last count as a line.  Patches that belong to no known commit are
-        left to the sweep.
+        """Return the patches of `known` commits that expire.
+
+        The newest commits of HEAD's branch and of the latest moved branch keep their patches.
+        Patches without a known commit are left to the sweep.
         """
         patches = [patch for patch in self.patches() if known.keys() & set(patch.commits)]
         kept = self._kept([self._head_line(), self._latest_line()], [], known)
         return [patch for patch in patches if not _needed(patch, kept)]
 
     def _head_line(self) -> list[ObjectId]:
-        """The newest commits of HEAD's branch; without one, of that which it followed last."""
+        """Return the newest commits of HEAD's branch; if detached, of its last branch."""
         branch = next((move.branch for move in self._refs.readable(HEAD) if move.branch), None)
         return self._line(self._refs.read(f"heads/{branch}") if branch else None)
 
@@ -112,7 +114,7 @@ class Fader:
     ) -> dict[ObjectId, frozenset[str]]:
         candidates = dict(known)
         if self._rule.best is not None and patches:
-            # Not what was taken back, or never was in the history.
+            # Exclude commits that were undone or never reachable.
             there = self._revisions.ids() - self._catalog.dropped().commits
             candidates |= {
                 name: self._catalog.commit(name)
@@ -123,8 +125,8 @@ class Fader:
         tagged, pinned = self._refs.targets("tags"), self._refs.targets("pins")
         return self._rule.kept_parts(lines, tagged, pinned, candidates.items())
 
-    def record(self, patches: Iterable[Patch], time: str) -> list[LetGo]:
-        """The records that must be durable before these patches are deleted."""
+    def record(self, patches: Iterable[Patch], time: str) -> list[DropRecord]:
+        """Return the records that must be durable before patches are deleted."""
         parts: dict[ObjectId, set[str]] = {}
         for patch in patches:
             for name in patch.commits:
@@ -134,21 +136,22 @@ class Fader:
             groups.setdefault(tuple(sorted(gone)), []).append(name)
         rule = f"keep-exact {self._rule.newest}"
         return [
-            LetGo("fade", tuple(sorted(names)), gone, rule, time) for gone, names in groups.items()
+            DropRecord("fade", tuple(sorted(names)), gone, rule, time)
+            for gone, names in groups.items()
         ]
 
     def delete(self, patches: Iterable[Patch]) -> None:
-        """Delete patches whose records are durable; what stays is for the next gc."""
+        """Delete patches whose records are durable; the next gc deletes the rest."""
         packs = {patch.pack: patch.folder for patch in patches if self._is_alone(patch)}
         if packs:
-            # The commit whose turn it was is in the history: it must not look as if it had failed.
+            # The commit that called this has succeeded: a failure here must not fail it.
             with contextlib.suppress(StorageError):
-                self._catalog.store.backend.settle_seen()  # the refs that let them go
+                self._catalog.store.backend.settle_seen()  # the refs that the records depend on
                 self._catalog.store.delete_packs(packs)
             self._catalog.forget_recipes()
 
     def _is_alone(self, patch: Patch) -> bool:
-        """Whether a pack holds a patch and nothing else, by its own word, not the index's."""
+        """Return whether a pack contains only this patch, by its own table of contents."""
         try:
             entries = self._catalog.store.entries(patch.pack, patch.folder)
         except (CorruptionError, FileNotFoundError):

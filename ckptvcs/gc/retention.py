@@ -1,7 +1,7 @@
-"""Which commits keep what: pure functions over commits.
+"""Retention rules: pure functions over commits.
 
-exact forms     `ExactRule`: the newest, tags, pins and the best by a metric; others fade to near
-commits, parts  `Policy`: what any of its rules keeps; the others are dropped
+`ExactRule`  keeps exact patches of the newest commits, tags, pins and the best by a metric
+`Policy`     keeps commits and parts that any of its rules keeps; the others are dropped
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckptvcs.store.ids import ObjectId
 _SPACING = 4  # commits of each distance that --keep-log-spaced leaves, about
 
 EXACT, WEIGHTS, NEAR = FIDELITIES = ("exact", "weights", "near")
-"""How much of a commit is kept bit for bit: all, its weights, only what needs no patch."""
+"""What stays exact: all parts, only the weights, or only parts that need no patch."""
 
 PATCHED_PARTS: Mapping[str, frozenset[str]] = {
     EXACT: frozenset(PARTS),
@@ -30,7 +30,7 @@ PATCHED_PARTS: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Best:
-    """The `count` best commits by a metric; of equals the older one counts as better."""
+    """The `count` best commits by a metric; of equal commits the older one is better."""
 
     metric: str
     way: str
@@ -38,10 +38,10 @@ class Best:
 
     @classmethod
     def parse(cls, text: str) -> Best:
-        """Read METRIC:min, METRIC:max or METRIC:min:N; metrics may hold colons.
+        """Parse METRIC:min[:N] or METRIC:max[:N]; the metric may contain colons.
 
         Raises:
-            InvalidInputError: it is none of these.
+            InvalidInputError: the text has another form.
         """
         head, _, last = text.rpartition(":")
         named, count = text, 1
@@ -49,11 +49,13 @@ class Best:
             named, count = head, int(last[:9])
         metric, _, way = named.rpartition(":")
         if not metric or way not in ("min", "max") or not count:
-            raise InvalidInputError(f"'{text}' is no METRIC:min or METRIC:max, with :N or without")
+            raise InvalidInputError(
+                f"invalid rule '{text}', expected METRIC:min[:N] or METRIC:max[:N]"
+            )
         return cls(metric, way, count)
 
     def pick(self, commits: Iterable[tuple[ObjectId, Commit]]) -> list[ObjectId]:
-        """The best of some commits; those whose metric is missing or not finite do not count."""
+        """Return the best of some commits, ignoring missing and non-finite metrics."""
         found = [
             (commit.metrics[self.metric], commit.time, name)
             for name, commit in commits
@@ -66,8 +68,8 @@ class Best:
 
 @dataclass(frozen=True)
 class ExactRule:
-    """Whose exact patches stay: those of the `newest` commits of HEAD's branch, and as much as the
-    fidelities say of the best, of tags, of pins.
+    """Which exact patches are kept: those of the `newest` commits of HEAD's branch, and those that
+    the fidelities name of the best, of tagged and of pinned commits.
     """
 
     newest: int = 2
@@ -77,7 +79,7 @@ class ExactRule:
     pin_fidelity: str = EXACT
 
     def wants_patch(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a commit with these metrics may keep a patch when it is new."""
+        """Return whether a new commit with these metrics may keep its patch."""
         good = self.best is not None and self.best.metric in metrics
         return self.newest > 0 or (good and self.best_fidelity != NEAR)
 
@@ -88,8 +90,9 @@ class ExactRule:
         pinned: Set[ObjectId],
         candidates: Iterable[tuple[ObjectId, Commit]],
     ) -> dict[ObjectId, frozenset[str]]:
-        """The parts that stay exact, by commit: `lines` are newest first, `candidates` those that
-        the best are picked from.
+        """Return the parts that stay exact, by commit.
+
+        `lines` are newest first; the best are picked from `candidates`.
         """
         rows = [(name, EXACT) for line in lines for name in line[: self.newest]]
         rows += [(name, self.tag_fidelity) for name in tagged]
@@ -104,8 +107,10 @@ class ExactRule:
 
 @dataclass(frozen=True)
 class Row:
-    """A commit as the rules see it: its `place` on its branch, 0 being the newest; with those that
-    were dropped counted too its `age`, and its `ordinal` from the root; the bytes it takes.
+    """A commit for the rules.
+
+    `place` counts the newer commits of its branch that were not dropped.  `age` counts all newer
+    commits, `ordinal` all older ones.
     """
 
     name: ObjectId
@@ -118,7 +123,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Policy:
-    """Rules about which commits stay; what any of them keeps, stays.
+    """Rules that keep commits; a commit that any rule keeps is not dropped.
 
     Of each branch: the newest `last`; those whose step is a multiple of `every`; those of the last
     `within` seconds; the newest that together take no more than `max_bytes`; with `log_spaced` ever
@@ -137,7 +142,7 @@ class Policy:
 
     @property
     def text(self) -> str:
-        """The rules as the command line has them."""
+        """The rules as options of the command line."""
         rules: list[tuple[str, object]] = [
             ("last", self.last),
             ("every", self.every),
@@ -153,7 +158,7 @@ class Policy:
 
     @property
     def drops(self) -> bool:
-        """Whether there is a rule about whole commits: without one all of them stay."""
+        """Whether a rule covers whole commits; without one all commits stay."""
         numbers = (self.last, self.every, self.within, self.max_bytes)
         given = any(number is not None for number in numbers)
         return given or bool(self.best or self.tagged or self.log_spaced)
@@ -161,7 +166,7 @@ class Policy:
     def kept(
         self, lines: Iterable[Sequence[Row]], tagged: Set[ObjectId], now: datetime
     ) -> dict[ObjectId, list[str]]:
-        """Why each commit that a rule keeps is kept; `lines` are branches, newest first."""
+        """Return the reasons for each kept commit; `lines` are branches, newest first."""
         reasons: dict[ObjectId, list[str]] = {}
         known: dict[ObjectId, Commit] = {}
         for line in lines:
@@ -190,14 +195,16 @@ class Policy:
             yield "recent"
         if self.max_bytes is not None and stored <= self.max_bytes:
             yield "size"
-        # What is let go at one age is never asked for at a later one.
+        # A commit that is dropped at one age would not be kept at a later one.
         if self.log_spaced and row.age < _SPACING * (row.ordinal & -row.ordinal or 1 << 62):
             yield "log-spaced"
 
 
 def _ages(line: Sequence[Row], now: datetime) -> dict[ObjectId, float]:
-    """Seconds since each commit of a line, newest first, was made, by clocks that may be wrong: a
-    commit from the future is as old as the next newer one; none is older than those before it.
+    """Return the age of each commit of a line in seconds; `line` is newest first.
+
+    Clocks can be wrong.  A commit from the future is as old as the next
+    newer one; no commit is older than its parent.
     """
     made: list[datetime] = []
     for row in line:

@@ -37,25 +37,25 @@ def load(data: bytes, what: str) -> Record:
 
 
 def seal(fields: Mapping[str, Json]) -> bytes:
-    """The canonical bytes of a record that no hash elsewhere covers, with a `check` of its own."""
+    """Return the canonical bytes of a record with a `check`: no other hash covers it."""
     return dump({**fields, CHECK: _check(fields)})
 
 
 def unseal(data: bytes, what: str, old: Set[str]) -> Record:
-    """Read what `seal` made; records of older programs have no check, and no fields but `old` ones.
+    """Parse a sealed record; records of older programs have only `old` fields and no check.
 
     Raises:
-        CorruptionError: its bytes are not what was written.
+        CorruptionError: the hash does not match.
     """
     record = load(data, what)
     fields = record.fields()
     given = fields.pop(CHECK, None)
     try:
         right = given == _check(fields) and dump({**fields, CHECK: given}) == data
-    except ValueError:  # a number that is not finite, which nobody writes
+    except ValueError:  # a number that is not finite is never written
         right = False
     if not right and not (given is None and fields.keys() <= old):
-        raise CorruptionError(f"{what} is damaged: it does not have its own hash")
+        raise CorruptionError(f"{what} is damaged: its hash does not match")
     return record
 
 
@@ -76,8 +76,9 @@ class Record:
         return CorruptionError(f"{self._what} has no valid '{field}'")
 
     def checked(self, kinds: Mapping[str, type]) -> dict[str, Json]:
-        """The fields themselves, once those of `kinds` are there and of these very types; whole
-        numbers are from 0 to 2^63 - 1.  Faster than asking for each: the log reads thousands.
+        """Return the fields after checking that those of `kinds` have exactly these types.
+
+        Integers must be from 0 to 2^63 - 1.  Faster than single checks: the log reads thousands.
         """
         for field, kind in kinds.items():
             value: Json = self._value.get(field)
@@ -87,11 +88,11 @@ class Record:
         return self._value
 
     def fields(self) -> dict[str, Json]:
-        """A copy of all fields, unchecked."""
+        """Return an unchecked copy of all fields."""
         return dict(self._value)
 
     def pairs(self, field: str) -> tuple[tuple[str, int], ...]:
-        """A list of names with whole numbers."""
+        """Return a list of (name, integer) pairs."""
         rows: Json = self._value.get(field)
         if not isinstance(rows, list):
             raise self._wrong(field)
@@ -110,7 +111,7 @@ class Record:
         return None if self._value.get(field) is None else self.text(field)
 
     def integer(self, field: str) -> int:
-        """A whole number from 0 to 2^63 - 1."""
+        """Return an integer from 0 to 2^63 - 1."""
         value = self._value.get(field)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
             raise self._wrong(field)
@@ -144,7 +145,7 @@ class Record:
         return values
 
     def integers(self, field: str) -> list[int]:
-        """Whole numbers from 0 to 2^63 - 1."""
+        """Return a list of integers from 0 to 2^63 - 1."""
         values = self.items(field)
         for value in values:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 63:
@@ -168,7 +169,7 @@ class Record:
 
 
 def now() -> str:
-    """The time as commits, refs and records hold it."""
+    """Return the current time in the form of commits, refs and records."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
@@ -178,5 +179,5 @@ def to_number(value: Json) -> float:
         return value
     if value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
-    kind = type(value).__name__  # the value may be too large, or too deep, to be shown
-    raise CorruptionError(f"a record holds a {kind} that is no number where one belongs")
+    kind = type(value).__name__  # the value may be too large to show
+    raise CorruptionError(f"a record has a {kind} instead of a number")

@@ -18,18 +18,18 @@ from ckptvcs.store.ids import ObjectId, checked_id
 from ckptvcs.text import from_number
 
 PARTS = ("model", "optimizer", "rest")
-"""Weights; optimizer state; everything else.  Each decodes without the others."""
+"""Weights, optimizer state, everything else.  Each part decodes without the others."""
 
 ERRORS = "errors"
-"""What a commit can be without, besides parts: the errors of its tensors one by one."""
+"""Name of the droppable table of errors by tensor, beside the parts."""
 
 
 @dataclass(frozen=True)
 class PartState:
-    """One part of a commit: its values when decoded, and when the original differs, its own.
+    """One part of a commit.
 
-    `values` is what the chain decodes to.  `exact` names the original's values where these are
-    others; they can be read as long as a recipe for them exists (an exact patch).
+    `values` is the table of hashes that the chain decodes to.  `exact` is the table of the original
+    if that differs; it is readable as long as a recipe for it exists (an exact patch).
     """
 
     values: ObjectId
@@ -37,16 +37,15 @@ class PartState:
 
     @property
     def fidelity(self) -> str:
-        """`exact` where the chain itself gives the original back, else `near`."""
+        """`exact` if the chain decodes to the original, otherwise `near`."""
         return "exact" if self.exact is None else "near"
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One committed file: path (relative, `/`), BLAKE3 of its bytes, and how to put it together.
+    """One committed file: relative path with `/`, BLAKE3 of its bytes, and its template.
 
-    `skeleton` is None for what has no content of its own: a directory, or a symbolic link,
-    whose target is `link`.
+    `skeleton` is None for a directory and for a symbolic link, whose target is `link`.
     """
 
     path: str
@@ -85,7 +84,7 @@ ERROR_NAMES = ("weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max
 @dataclass(frozen=True)
 class Commit:
     """One commit.  Times are ISO 8601 in UTC, sizes are bytes; `nonfinite` counts the weights and
-    moments that are infinite, or no numbers.
+    moments that are infinite or NaN.
     """
 
     parents: tuple[ObjectId, ...]
@@ -114,7 +113,7 @@ class Commit:
 
     @property
     def exact(self) -> bool:
-        """Whether the chain gives every file back bit for bit."""
+        """Whether the chain decodes to every file bit for bit."""
         return all(part.exact is None for part in self.parts.values())
 
 
@@ -140,7 +139,7 @@ def _file_fields(file: FileEntry) -> dict[str, object]:
 
 
 def dump_commit(commit: Commit) -> bytes:
-    """The canonical bytes of a commit."""
+    """Return the canonical bytes of a commit."""
     return dump(
         {
             "parents": list(commit.parents),
@@ -209,25 +208,25 @@ def _checked_time(text: str) -> str:
             return text
     except ValueError:
         pass
-    raise CorruptionError("a commit was made at no time that there is")
+    raise CorruptionError("invalid commit time")
 
 
 def _check_files(name: ObjectId, source: str, files: tuple[FileEntry, ...]) -> None:
-    """Raises CorruptionError where these cannot be the files of such a commit."""
+    """Raise CorruptionError if a commit of this source cannot have these files."""
     whole = [file for file in files if file.skeleton is not None]
     single = source in ("file", "state") and len(files) == len(whole) == 1
     if not single and not (source == "directory" and whole):
-        raise CorruptionError(f"commit {name[:8]} does not hold the files of a {source[:20]!r}")
+        raise CorruptionError(f"commit {name[:8]} has invalid files for source {source[:20]!r}")
 
 
 def load_commit(name: ObjectId, data: bytes) -> Commit:
-    """Read a commit.  Raises CorruptionError."""
+    """Parse a commit.  Raises CorruptionError."""
     record = load(data, f"commit {name[:8]}")
     fields = record.checked(_KINDS)
     parts = record.record("parts")
     parents = tuple(checked_id(parent) for parent in fields["parents"])
     if len(parents) > 1 or first_parent(data) != (parents[0] if parents else None):
-        raise CorruptionError(f"commit {name[:8]} does not say in one way what its parent is")
+        raise CorruptionError(f"commit {name[:8]} has duplicate parent fields")
     files = tuple(_load_file(file) for file in record.records("files"))
     _check_files(name, fields["source"], files)
     return Commit(
@@ -258,15 +257,15 @@ def load_commit(name: ObjectId, data: bytes) -> Commit:
 
 
 def first_parent(data: bytes) -> ObjectId | None:
-    """The first parent of a commit, without reading all of it: where a history is walked.
+    """Return the parent of a commit without parsing it, for walks of the history.
 
     Raises:
-        CorruptionError: it does not say.
+        CorruptionError: the field is missing.
     """
-    # No other text can be this: a quote inside a string is escaped.
+    # This text occurs once: a quote inside a string is escaped.
     at = data.find(_PARENTS)
     if at < 0:
-        raise CorruptionError("a commit does not name its parents")
+        raise CorruptionError("a commit has no parents field")
     at += len(_PARENTS)
     if data[at : at + 1] == b"]":
         return None
@@ -274,17 +273,17 @@ def first_parent(data: bytes) -> ObjectId | None:
 
 
 def find_metrics(data: bytes) -> dict[str, float]:
-    """The metrics of a commit, likewise.  Raises CorruptionError."""
+    """Return the metrics of a commit without parsing it.  Raises CorruptionError."""
     at = data.find(_METRICS)
     try:
         found, _ = _DECODER.raw_decode(data[at + len(_METRICS) :].decode("ascii"))
         return {name: to_number(value) for name, value in found.items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise CorruptionError("a commit does not name its metrics") from error
+        raise CorruptionError("a commit has no metrics field") from error
 
 
 def dump_errors(errors: Mapping[int, ErrorReport]) -> bytes:
-    """The canonical bytes of the reports of single tensors, by position in the schema."""
+    """Return the canonical bytes of the errors of tensors, by position in the schema."""
     rows = sorted(errors)
     columns = {
         name: [from_number(float(f"{getattr(errors[row], name):.3g}")) for row in rows]
@@ -294,7 +293,7 @@ def dump_errors(errors: Mapping[int, ErrorReport]) -> bytes:
 
 
 def load_errors(data: bytes) -> dict[int, ErrorReport]:
-    """Read the reports of single tensors.  Raises CorruptionError."""
+    """Parse the errors of tensors.  Raises CorruptionError."""
     record = load(data, "a table of errors")
     rows = record.integers("tensors")
     columns = [record.items(name) for name in ERROR_NAMES]

@@ -14,7 +14,7 @@ from ckptvcs.history.revision import LONGEST_STEP, Revisions
 from ckptvcs.store.ids import ObjectId
 
 Bound = str | int | None
-"""Where a stretch of a line begins or ends: a step, a revision, or as far as it goes."""
+"""A bound of a range of commits: a step or a revision; None for no bound."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LogEntry:
 
     @property
     def exact(self) -> bool:
-        """Whether every file comes back bit for bit."""
+        """Whether every file can be restored bit for bit."""
         return all(form == "exact" for form in self.fidelity.values())
 
     @property
@@ -44,23 +44,23 @@ class LogEntry:
 
     @property
     def message(self) -> str:
-        """What the commit is remembered by."""
+        """The commit message."""
         return self.commit.message
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Its metrics by name."""
+        """The metrics by name."""
         return self.commit.metrics
 
 
 def _bound(at: Bound) -> int | None:
-    """The step that bounds a stretch of a line; None where it is no step but a revision."""
+    """Return a bound as a step, or None if it is a revision."""
     digits = str(at).removeprefix("step:")
     return int(digits) if digits.isdecimal() and len(digits) <= LONGEST_STEP else None
 
 
 def _within(step: int | None, low: int | None, high: int | None) -> bool:
-    """Whether a step is in bounds; an unknown one is below every bound."""
+    """Return whether a step is in bounds; an unknown step is below every bound."""
     if step is None:
         return low is None
     return (low is None or step >= low) and (high is None or step <= high)
@@ -69,8 +69,9 @@ def _within(step: int | None, low: int | None, high: int | None) -> bool:
 def _matching(
     steps: Iterable[int | None], low: int | None, high: int | None, every: int | None
 ) -> Iterator[int]:
-    """Yield the positions of steps that are in bounds and multiples of `every`, if that is given;
-    where the step is unknown, that before it has to be in bounds.
+    """Yield the positions of the steps that are in bounds and multiples of `every`.
+
+    An unknown step has the bounds of the step before it.
     """
     last = None
     for number, step in enumerate(steps):
@@ -88,7 +89,7 @@ class History:
     def entry(
         self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
     ) -> LogEntry:
-        """A commit as the log shows it."""
+        """Return a commit as the log shows it."""
         commit = self._catalog.commit(name)
         gone = self._catalog.dropped().parts.get(name, frozenset())
         fidelity = {
@@ -107,7 +108,7 @@ class History:
         return self._catalog.errors(name)
 
     def tags(self) -> dict[ObjectId, tuple[str, ...]]:
-        """The tags of each commit that has any."""
+        """Return the tags of each tagged commit."""
         found: dict[ObjectId, tuple[str, ...]] = {}
         for tag in self._refs.names("tags"):
             commit = self._revisions.tag(tag)
@@ -136,7 +137,7 @@ class History:
             InvalidInputError: `every` is below 1, or a revision names several commits.
         """
         if every is not None and every < 1:
-            raise InvalidInputError(f"every {every} steps: that has to be 1 or more")
+            raise InvalidInputError(f"invalid interval {every}: it must be at least 1")
         low, high = _bound(start), _bound(stop)
         if revision is None:
             revision = stop if stop is not None and high is None else HEAD
@@ -151,7 +152,7 @@ class History:
     def _position(self, revision: str | int, line: list[ObjectId]) -> int:
         name = self._revisions.resolve(str(revision))
         if name not in line:
-            of = f" of {line[-1][:8]}" if line else ""  # all of it may have been dropped
+            of = f" of {line[-1][:8]}" if line else ""  # empty if all commits were dropped
             raise NotFoundError(
                 f"'{revision}' is not on the line{of}", hint="'ckpt log REV' lists a line"
             )
@@ -188,9 +189,7 @@ class History:
         return rows
 
     def names(self) -> dict[ObjectId, tuple[str, ...]]:
-        """What is said of the commits at a tip: `HEAD -> main`, `side`, `tag: v1`, `pinned`; HEAD
-        first.
-        """
+        """Return the labels of tips, HEAD first: `HEAD -> main`, `side`, `tag: v1`, `pinned`."""
         head = self._refs.read(HEAD)
         current = f"heads/{head.branch}" if head and head.branch else HEAD
         found: dict[ObjectId, list[str]] = {}
@@ -205,7 +204,7 @@ class History:
         return {tip: tuple(names) for tip, names in found.items()}
 
     def branch_at(self, name: ObjectId) -> str | None:
-        """The branch whose newest commit this is; of several HEAD's, if it is one of them."""
+        """Return a branch whose newest commit this is, preferring HEAD's branch."""
         head = self._refs.read(HEAD)
         tips = self._revisions.tips()
         found = [ref[6:] for ref, tip in tips.items() if ref.startswith("heads/") and tip == name]
@@ -213,22 +212,18 @@ class History:
         return following if following in found else next(iter(found), None)
 
     def unnamed(self, start: ObjectId) -> list[ObjectId]:
-        """A commit and its ancestors that no branch, no tag and no HEAD leads to, newest first."""
+        """Return a commit and its ancestors that no ref reaches, newest first."""
         named = self._revisions.ids()
         return [name for name, _ in self._catalog.ancestors(start) if name not in named]
 
     def newest_first(self) -> list[ObjectId]:
-        """The commits of all branches, dropped ones too; none comes before those that stand on it,
-        whatever clocks said.
-        """
+        """Return the commits of all branches, dropped ones too, children before parents."""
         return [name for name, _ in self._newest_first(start=None, all_branches=True)]
 
     def _newest_first(
         self, limit: int | None = None, *, start: ObjectId | None, all_branches: bool
     ) -> list[tuple[ObjectId, str | None]]:
-        """Commits with the branch whose line they were found on; on one line no more than
-        `limit`.
-        """
+        """Return commits and the branch that each was found on; `limit` counts if only one line."""
         if start is not None:
             lines = [(self.branch_at(start), start)]
         else:
@@ -244,7 +239,7 @@ class History:
                 found[name] = branch
                 line.append((name, commit))
             for name, commit in reversed(line):
-                # No commit counts as older than its parent, whatever its clock said.
+                # Clocks can be wrong: a commit never counts as older than its parent.
                 below = times.get(commit.parents[0], "") if commit.parents else ""
                 times[name] = max(commit.time, below)
         names = list(found)
@@ -253,7 +248,7 @@ class History:
         return [(name, found[name]) for name in names]
 
     def _lines(self, *, all_branches: bool) -> list[tuple[str | None, ObjectId]]:
-        """Return HEAD's line, or first this and then those of all refs: (branch, tip) each."""
+        """Return (branch, tip) of HEAD, followed with `all_branches` by those of all refs."""
         lines: list[tuple[str | None, ObjectId]] = []
         head, at = self._refs.read(HEAD), self._revisions.head()
         if at is not None:

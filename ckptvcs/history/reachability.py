@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
-from ckptvcs.history.commit import ERRORS, PARTS, Commit
+from ckptvcs.history.commit import ERRORS, Commit
 from ckptvcs.history.recipe import Recipe
 from ckptvcs.store.ids import ObjectId, PackId
 from ckptvcs.store.pack import pack_name
@@ -15,7 +15,7 @@ from ckptvcs.store.pack import pack_name
 
 @dataclass
 class Marked:
-    """Objects that must stay; of bundles, also the part they belong to."""
+    """The needed objects, and the part of each needed bundle."""
 
     objects: set[ObjectId] = field(default_factory=set)
     bundles: dict[ObjectId, str] = field(default_factory=dict)
@@ -28,11 +28,12 @@ def mark(
     faded: Set[ObjectId] = frozenset(),
     lost: set[ObjectId] | None = None,
 ) -> Marked:
-    """Every object that commits need but for what is `gone` of them; of exact values that have
-    `faded` nothing.  What is not there comes into `lost`, if that is given.
+    """Return every object that commits need, except `gone` parts and `faded` exact tables.
+
+    Missing objects are added to `lost`.
 
     Raises:
-        CorruptionError: something that is needed is missing or unreadable, and `lost` is not given.
+        CorruptionError: `lost` is None and a needed object is missing or unreadable.
     """
     marked = Marked()
     tables: list[tuple[ObjectId, str]] = []
@@ -46,7 +47,7 @@ def mark(
         if commit.errors is not None and ERRORS not in gone_parts:
             marked.objects.add(commit.errors)
         tables += _tables_of(catalog, name, commit, gone_parts, faded)
-    # Of tables that these stand on, only frames are read: their hashes prove nothing here.
+    # Only the frames of the tables that these depend on are read, not their hashes.
     marked.objects |= {table for table, _ in tables}
     _mark_tables(catalog, tables, marked, lost)
     if lost is not None:
@@ -58,7 +59,7 @@ def mark(
 def _tables_of(
     catalog: Catalog, name: ObjectId, commit: Commit, gone: Set[str], faded: Set[ObjectId]
 ) -> Iterator[tuple[ObjectId, str]]:
-    """Yield the tables of values that a commit needs, with the part of each."""
+    """Yield the tensor hash tables that a commit needs, with the part of each."""
     for part, state in commit.parts.items():
         if part in gone:
             continue
@@ -68,16 +69,15 @@ def _tables_of(
 
 
 def _is_kept(catalog: Catalog, name: ObjectId, part: str) -> bool:
-    """Whether the exact patch of a part is there, or should be."""
+    """Return whether the exact patch of a part exists, or is missing without a record."""
     exact = catalog.commit(name).parts[part].exact
     if exact is None or catalog.has_recipe(exact):
         return exact is not None
-    faded = any(part in (record.parts or PARTS) for record in catalog.let_go(name))
-    return bool(catalog.recipes(exact)) and not faded
+    return bool(catalog.recipes(exact)) and part not in catalog.recorded_parts(name)
 
 
 def is_whole(catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped) -> bool:
-    """Whether everything is there that commits need but for what is `gone` of them."""
+    """Return whether every object that commits need is stored, except `gone` parts."""
     lost: set[ObjectId] = set()
     mark(catalog, commits, gone, lost=lost)
     return not lost
@@ -86,10 +86,10 @@ def is_whole(catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped
 def bases(
     catalog: Catalog, names: Iterable[ObjectId], lost: set[ObjectId] | None = None
 ) -> set[ObjectId]:
-    """The objects that others are coded on; those that are not there come into `lost`.
+    """Return the bases that objects are encoded against; missing objects are added to `lost`.
 
     Raises:
-        MissingObjectError: one is not there, and `lost` is not given.
+        MissingObjectError: `lost` is None and an object is missing.
     """
     found: set[ObjectId] = set()
     stack = list(names)
@@ -109,7 +109,7 @@ def bases(
 def _mark_tables(
     catalog: Catalog, tables: list[tuple[ObjectId, str]], marked: Marked, lost: set[ObjectId] | None
 ) -> None:
-    """Mark the recipes and bundles of tables of values, and of the tables that these stand on."""
+    """Mark the recipes and bundles of tables, and of the tables that these depend on."""
     done = set[ObjectId]()
     while tables:
         table, part = tables.pop()
@@ -124,47 +124,47 @@ def _mark_tables(
             marked.objects.update(recipe.bundles)
             marked.bundles |= dict.fromkeys(recipe.bundles, part)
             try:
-                below = _stands_on(catalog, recipe)
+                below = _dependencies(catalog, recipe)
             except CorruptionError:
                 if lost is None:
                     raise
-                continue  # the bundle is damaged, and among the objects that are marked
+                continue  # the bundle is damaged, but marked
             tables += [(base, part) for base in below if base not in done]
 
 
 def _recipes_of(catalog: Catalog, table: ObjectId) -> list[tuple[ObjectId, Recipe]]:
-    """Return the recipes of a table that are needed; none where no recipe has its bundles."""
+    """Return the needed recipes of a table; none if no recipe has all of its bundles."""
     whole = [
         (name, recipe)
         for name, recipe in catalog.recipes(table)
         if all(map(catalog.store.contains, recipe.bundles))
     ]
-    # The newest one is what readers use; an exact patch is not what others stand on.
+    # Readers use the newest recipe; nothing depends on an exact patch.
     used = [pair for pair in whole if not pair[1].patch][:1]
-    # A patch of a commit that was never finished may stand on what was never written.
+    # The patch of an interrupted commit may depend on a table that was never written.
     return used + [
         pair for pair in whole if pair[1].patch and (not used or _can_be_read(catalog, pair[1]))
     ]
 
 
 def _lose(catalog: Catalog, table: ObjectId, lost: set[ObjectId] | None) -> None:
-    """Add a table that no recipe is left for to `lost`.
+    """Add a table without a complete recipe to `lost`.
 
     Raises:
-        MissingObjectError: `lost` is not given.
+        MissingObjectError: `lost` is None.
     """
     if lost is not None:
         lost |= {table, *(b for _, recipe in catalog.recipes(table) for b in recipe.bundles)}
-    elif not catalog.is_fading(table):  # else a writer let the patch fade since the first look
-        raise MissingObjectError(f"no recipe is left for the values {table[:8]}")
+    elif not catalog.is_fading(table):  # otherwise a writer has just deleted the patch
+        raise MissingObjectError(f"no complete recipe for the tensor hash table {table[:8]}")
 
 
 def _can_be_read(catalog: Catalog, patch: Recipe) -> bool:
-    return all(catalog.has_recipe(table) for table in _stands_on(catalog, patch))
+    return all(catalog.has_recipe(table) for table in _dependencies(catalog, patch))
 
 
-def _stands_on(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
-    """The tables that the frames of a recipe stand on."""
+def _dependencies(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
+    """Return the tables that the frames of a recipe depend on."""
     used: dict[int, set[int]] = {}
     for owner, frame in zip(recipe.owners, recipe.frames, strict=True):
         used.setdefault(owner, set()).add(frame)
@@ -175,11 +175,10 @@ def _stands_on(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
 
 
 def require_packs(catalog: Catalog, marked: Marked, *, durable: bool = False) -> None:
-    """Prove that the packs of what is marked are there, whatever the index says; with `durable`
-    sync them, too.
+    """Check on disk that the packs of marked objects exist; with `durable` sync them.
 
     Raises:
-        MissingObjectError: one is not, or is cut off.
+        MissingObjectError: a pack is missing or truncated.
     """
     store = catalog.store
     packs: dict[PackId, str] = {}
@@ -194,6 +193,6 @@ def require_packs(catalog: Catalog, marked: Marked, *, durable: bool = False) ->
         except FileNotFoundError:
             there = False
         if not there:
-            raise MissingObjectError(f"{file} is gone or cut off", hint="see 'ckpt verify'")
+            raise MissingObjectError(f"{file} is missing or truncated", hint="run 'ckpt verify'")
     if durable:
         store.backend.settle(pack_name(folder, pack) for pack, folder in packs.items())

@@ -1,9 +1,9 @@
-"""How values are stored: tables of values, recipes, bundles, and records of what was let go.
+"""How tensors are stored: hash tables, recipes, bundles, and drop records.
 
     values   the hashes of a part's tensors, in schema order: 32 bytes each
     recipe   for one table of values, where the frame of each tensor lies
     bundle   frames written together, with the hash of every slice; names bases by values
-    record   a fade or a drop: what a rule let go, written before anything is deleted
+    record   a fade or a drop by a rule, written before anything is deleted
 
 Layout: docs/format.md, "Values", "Recipe", "Bundle", "Records".
 """
@@ -26,23 +26,23 @@ SLICE_HASH_BYTES = 16
 
 
 def dump_values(hashes: list[bytes]) -> bytes:
-    """The content of a table of values."""
+    """Return the bytes of a tensor hash table."""
     return b"".join(hashes)
 
 
 def load_values(data: bytes) -> list[bytes]:
-    """The hashes of a table of values.  Raises CorruptionError."""
+    """Parse a tensor hash table.  Raises CorruptionError."""
     if len(data) % VALUE_BYTES:
-        raise CorruptionError("a table of values has a broken length")
+        raise CorruptionError("a tensor hash table has an invalid length")
     return [data[at : at + VALUE_BYTES] for at in range(0, len(data), VALUE_BYTES)]
 
 
 NO_HASH = bytes(SLICE_HASH_BYTES)
-"""In the place of the hash of a slice of an exact patch: its tensor's own proves it."""
+"""Replaces the hash of a slice of an exact patch: the hash of its tensor proves it."""
 
 
 def slice_hash(*data: bytes | memoryview) -> bytes:
-    """The hash that a bundle holds for each slice, which may be given in pieces."""
+    """Return the hash of a slice, which may be given in pieces."""
     digest = hasher()
     for piece in data:
         digest.update(piece)
@@ -54,8 +54,8 @@ class Recipe:
     """Where the frames of a table of values lie: tensor i is frame `frames[i]` of bundle
     `bundles[owners[i]]`.  The highest `generation` whose bundles are all there is used.
 
-    That of an exact `patch` lies in one pack with its table and bundle, and goes with it: nothing
-    else may stand on what it decodes to.
+    The recipe of an exact `patch` shares a pack with its table and bundle and is deleted with it:
+    nothing else may depend on its values.
     """
 
     values: ObjectId
@@ -66,12 +66,12 @@ class Recipe:
     patch: bool = False
 
     def place(self, tensor: int) -> tuple[ObjectId, int]:
-        """Bundle and frame of a tensor."""
+        """Return the bundle and frame number of a tensor."""
         return self.bundles[self.owners[tensor]], self.frames[tensor]
 
 
 def dump_recipe(recipe: Recipe) -> bytes:
-    """The canonical bytes of a recipe."""
+    """Return the canonical bytes of a recipe."""
     return dump(
         {
             "values": recipe.values,
@@ -85,7 +85,7 @@ def dump_recipe(recipe: Recipe) -> bytes:
 
 
 def load_recipe(data: bytes) -> Recipe:
-    """Read a recipe.  Raises CorruptionError."""
+    """Parse a recipe.  Raises CorruptionError."""
     record = load(data, "a recipe")
     bundles = tuple(checked_id(name) for name in record.texts("bundles"))
     owners, frames = record.integers("owners"), record.integers("frames")
@@ -105,10 +105,10 @@ def load_recipe(data: bytes) -> Recipe:
 class Frame:
     """One encoded tensor in a bundle.
 
-    `base` is (table of values, position there) of the tensor it stands on; `depth` counts the
-    frames below it; `companion` is the frame of this bundle that it needs beside it; `slices` are
-    (offset in the bundle's region, length, hash).  `dtype` is the element type that it was encoded
-    as, None in bundles of older programs: a tensor of any type may share a frame of its bytes.
+    `base` is (hash table, position there) of the tensor it depends on; `depth` is the number of
+    frames below it; `companion` is the auxiliary frame of this bundle that it needs; `slices` are
+    (offset in the region of the bundle, length in bytes, hash).  `dtype` is the encoded element
+    type, None in bundles of older programs: tensors of several types may share a frame.
     """
 
     base: tuple[ObjectId, int] | None
@@ -124,8 +124,9 @@ class Frame:
 
 
 def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
-    """The canonical bytes of a bundle: its table of contents.  One of an exact patch names the
-    table of the `exact` values: its slices have no hashes, which tell other bundles apart.
+    """Return the canonical bytes of a bundle: its table of contents.
+
+    `exact` is the table of an exact patch, whose slices have no hashes to tell bundles apart.
     """
     bases: dict[ObjectId, int] = {}
     rows = []
@@ -161,7 +162,7 @@ def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
 
 
 def load_bundle(data: bytes) -> tuple[Frame, ...]:
-    """Read a bundle.  Raises CorruptionError."""
+    """Parse a bundle.  Raises CorruptionError."""
     record = load(data, "a bundle")
     bases = [checked_id(name) for name in record.texts("bases")]
     common = _dtype(record)
@@ -176,7 +177,7 @@ def load_bundle(data: bytes) -> tuple[Frame, ...]:
             end = starts[-1] + lengths[-1]
         companion = row.optional_integer("companion")
         if companion is not None and companion >= len(frames):
-            raise CorruptionError("a frame shares the mask of a frame that is not before it")
+            raise CorruptionError("a frame references an auxiliary frame that is not before it")
         depth = row.integer("depth") if base else 0
         dtype = _dtype(row) if row.has("dtype") else common
         slices = tuple(zip(starts, lengths, hashes, strict=True))
@@ -206,7 +207,7 @@ def _load_base(row: Record, bases: Sequence[ObjectId]) -> tuple[ObjectId, int] |
 
 
 def _load_starts(row: Record, lengths: list[int], end: int) -> list[int]:
-    """Return where the slices of a frame start: one after another from `end` on, if unsaid."""
+    """Return the offsets of the slices of a frame, by default consecutive from `end` on."""
     starts = row.integers("starts") if row.has("starts") else []
     if starts and len(starts) != len(lengths):
         raise CorruptionError("a bundle does not have a start for each slice")
@@ -221,13 +222,13 @@ def _dtype(record: Record) -> str | None:
 
 
 @dataclass(frozen=True)
-class LetGo:
-    """A fade (the exact patch of parts) or a drop (parts; whole commits, where it names none) by a
-    rule; or the undoing of such records, by their ids.  `after` says which generation each branch
-    was at, where that matters: clocks go wrong.
+class DropRecord:
+    """A fade, a drop or an undo of such records.
 
-    Written durably before anything is deleted; a patch or bundle that is missing without such a
-    record is damage.
+    A fade names parts that lose their exact patch, a drop the dropped parts, or whole commits if it
+    names none.  `undoes` are record ids.  `after` holds the version of each branch, because clocks
+    can be wrong.  Records are durable before anything is deleted: a patch or bundle that is missing
+    without a record is damage.
     """
 
     what: str
@@ -239,8 +240,8 @@ class LetGo:
     after: tuple[tuple[str, int], ...] = ()
 
 
-def dump_let_go(record: LetGo) -> bytes:
-    """The canonical bytes of a fade or drop record."""
+def dump_drop_record(record: DropRecord) -> bytes:
+    """Return the canonical bytes of a record."""
     return dump(
         {
             "what": record.what,
@@ -254,12 +255,12 @@ def dump_let_go(record: LetGo) -> bytes:
     )
 
 
-def load_let_go(data: bytes) -> LetGo:
-    """Read a fade or drop record.  Raises CorruptionError."""
+def load_drop_record(data: bytes) -> DropRecord:
+    """Parse a record.  Raises CorruptionError."""
     record = load(data, "a record")
     if record.text("what") not in ("fade", "drop", "undo"):
-        raise CorruptionError("a record is none of fade, drop, undo")
-    return LetGo(
+        raise CorruptionError("a drop record has an unknown type")
+    return DropRecord(
         record.text("what"),
         tuple(checked_id(name) for name in record.texts("commits")),
         tuple(record.texts("parts")),

@@ -1,4 +1,4 @@
-"""The past of a branch: its moves, and what rules did to its commits; and how to take them back."""
+"""The reflog of a branch, and undo: its moves, and the drops of its commits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ckptvcs.errors import ConflictError, CorruptionError, MissingObjectError, N
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.reachability import is_whole
-from ckptvcs.history.recipe import LetGo, load_let_go
+from ckptvcs.history.recipe import DropRecord, load_drop_record
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId
 
-_UNDO = "undo "  # before the number of the generation that was taken back
+_UNDO = "undo "  # followed by the number of the version that was undone
 
 
 @dataclass(frozen=True)
 class ReflogEvent:
-    """Something that happened to a branch: a move of it, or `count` commits of it let go."""
+    """A move of a branch, or a drop or fade of `count` of its commits."""
 
     time: str
     action: str
@@ -32,15 +32,15 @@ class ReflogEvent:
 
 @dataclass(frozen=True)
 class Undone:
-    """What was taken back, and where the branch is now."""
+    """An undone action, and the commit of the branch after it."""
 
     what: str
     branch: str
     commit: ObjectId | None
 
 
-def _after(record: LetGo, branch: str, moves: Iterable[Generation]) -> int:
-    """The move of a branch that a record came after: as it says, else as the times say."""
+def _after(record: DropRecord, branch: str, moves: Iterable[Generation]) -> int:
+    """Return the number of the last move before a record, by time if the record has none."""
     earlier = (move.number for move in moves if move.time < record.time)
     known = dict(record.after).get(branch)
     return max(earlier, default=0) if known is None else known
@@ -49,9 +49,10 @@ def _after(record: LetGo, branch: str, moves: Iterable[Generation]) -> int:
 def take_back(
     catalog: Catalog, refs: Refs, branch: str, old: Generation | None, name: ObjectId
 ) -> bool:
-    """Whether a commit was swept just before its branch moved to it from `old`: the branch is where
-    it was then.  That happens to a writer that was silent for so long that a sweep took it for one
-    that is gone, and withdrew its lease.
+    """Undo the move of a branch from `old` if gc deleted its commit; return whether it did.
+
+    A writer that does not renew its lease for long counts as dead.  gc may then delete its objects
+    just before the writer moves the branch.
     """
     catalog.store.refresh()
     catalog.forget()
@@ -70,7 +71,7 @@ def take_back(
 
 
 class Past:
-    """Looks back in one repository."""
+    """The reflog of one repository."""
 
     def __init__(self, catalog: Catalog, refs: Refs) -> None:
         self._catalog, self._refs = catalog, refs
@@ -80,16 +81,16 @@ class Past:
         head = self._refs.read(HEAD)
         found = name or (head.branch if head else None)
         if found is None:
-            raise NotFoundError("HEAD is on no branch", hint="name one")
+            raise NotFoundError("HEAD is detached", hint="pass a branch name")
         if self._refs.read(f"heads/{found}") is None:
-            raise NotFoundError(f"branch '{found}' has no history yet")
+            raise NotFoundError(f"branch '{found}' has no commits yet")
         return found
 
     def events(self, branch: str | None = None) -> list[ReflogEvent]:
-        """The moves of a branch (HEAD's), and what was let go of its commits, newest first.
+        """Return the moves of a branch (default: HEAD's) and drops of its commits, newest first.
 
         Raises:
-            NotFoundError: there is no such branch, or nothing happened to it.
+            NotFoundError: the branch does not exist or has no commits.
         """
         name = self._branch(branch)
         moves = self._refs.reflog(f"heads/{name}")
@@ -118,7 +119,7 @@ class Past:
         return True
 
     def _ever(self, moves: list[Generation]) -> set[ObjectId]:
-        """Every commit that was on a branch, as far as it has not been swept."""
+        """Return every commit that was ever on a branch and is still stored."""
         found: set[ObjectId] = set()
         for move in moves:
             name = move.commit
@@ -128,18 +129,17 @@ class Past:
                 name = parents[0] if parents else None
         return found
 
-    def _records(self) -> list[tuple[ObjectId, LetGo]]:
+    def _records(self) -> list[tuple[ObjectId, DropRecord]]:
         store = self._catalog.store
         names = store.ids(Kind.RECORD)
-        return [(name, load_let_go(store.get(name, Kind.RECORD))) for name in names]
+        return [(name, load_drop_record(store.get(name, Kind.RECORD))) for name in names]
 
     def undo(self, time: str) -> Undone:
-        """Take back the last move of HEAD's branch, or the last drop of its commits that was not
-        swept yet, whichever came last.
+        """Undo the last move of HEAD's branch or the last drop of its commits, whichever is newer.
 
         Raises:
-            NotFoundError: there is nothing to take back.
-            ConflictError: what it was about has been swept; or another writer moved the branch.
+            NotFoundError: no move or drop is left to undo.
+            ConflictError: gc deleted the commits, or another writer moved the branch.
         """
         name = self._branch(None)
         ref = f"heads/{name}"
@@ -150,11 +150,13 @@ class Past:
         if drop and (last is None or _after(drop[1], name, moves.values()) >= last):
             return self._restore(name, newest, *drop, time)
         if last is None or last == 1:
-            raise NotFoundError(f"there is nothing to undo on branch '{name}'")
+            raise NotFoundError(f"nothing to undo on branch '{name}'")
         below = moves[self._standing(moves, last - 1) or 1]
         before = below.commit
         if below.is_lost or moves[last].is_lost:
-            raise ConflictError("what the branch was at before is lost", hint="see 'ckpt reflog'")
+            raise ConflictError(
+                "the previous commit of the branch is lost", hint="see 'ckpt reflog'"
+            )
         if before is not None:
             try:
                 self._revisions.require(before)
@@ -167,15 +169,17 @@ class Past:
 
     @staticmethod
     def _standing(moves: dict[int, Generation], number: int) -> int | None:
-        """The move that a branch's state stands for, once undone ones are left out."""
+        """Return the number of the move that is in effect, skipping undone ones."""
         while number and number in moves and moves[number].action.startswith(_UNDO):
             undone = moves[number].action[len(_UNDO) :]
             if not undone.isdecimal() or not 0 < int(undone[:17]) < number:
-                raise CorruptionError("a ref undoes a move that is not below it")
+                raise CorruptionError("a ref undoes a move that is not older")
             number = int(undone[:17]) - 1
         return number if number in moves else None
 
-    def _last_drop(self, branch: str, moves: list[Generation]) -> tuple[ObjectId, LetGo] | None:
+    def _last_drop(
+        self, branch: str, moves: list[Generation]
+    ) -> tuple[ObjectId, DropRecord] | None:
         line = self._ever(moves)
         records = self._records()
         undone = {old for _, record in records for old in record.undoes}
@@ -191,12 +195,14 @@ class Past:
         )
 
     def _restore(
-        self, branch: str, newest: Generation, name: ObjectId, drop: LetGo, time: str
+        self, branch: str, newest: Generation, name: ObjectId, drop: DropRecord, time: str
     ) -> Undone:
         commits = {commit: self._catalog.commit(commit) for commit in drop.commits}
         if not is_whole(self._catalog, commits, self._catalog.dropped(name)):
-            raise ConflictError(f"what '{drop.rule}' dropped was swept", hint="see 'ckpt reflog'")
+            raise ConflictError(
+                f"gc deleted the commits that '{drop.rule}' dropped", hint="see 'ckpt reflog'"
+            )
         after = self._refs.branches()
-        record = LetGo("undo", drop.commits, drop.parts, drop.rule, time, (name,), after)
+        record = DropRecord("undo", drop.commits, drop.parts, drop.rule, time, (name,), after)
         self._catalog.record([record])
         return Undone(f"drop {drop.rule} of {len(drop.commits)} commits", branch, newest.commit)

@@ -5,10 +5,11 @@
     refs/pins/<id>/<generation>        pins: commits that keep their exact form
     refs/HEAD/<generation>             what is checked out: a branch, or a commit
 
-Each generation holds the hash of the one it was computed from.  Of two writers that computed the
-same next generation one publishes it and the other gets a ConflictError.  Nothing is ever
-overwritten or deleted, so older generations are the reflog.  The newest one, which no other holds
-the hash of, lies in the cache once more, so that it is missed.  Layout: docs/format.md, "Refs".
+Each version (a field `generation` on disk) holds the hash of the version it was computed from.  Of
+two writers of the same number one publishes it and the other gets a ConflictError.  Versions are
+never overwritten or deleted: the older ones are the reflog.  No other version holds the hash of the
+newest one, so the cache has a backup copy of it, which shows its loss.
+Layout: docs/format.md, "Refs".
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from ckptvcs.store.ids import ObjectId, checked_id
 
 HEAD = "HEAD"
 _MAX_REF_BYTES = 1 << 16
-_OLD = frozenset(  # fields of generations that have no check
+_OLD = frozenset(  # fields of versions without a check
     ("ref", "generation", "previous", "commit", "branch", "time", "action", "nonce")
 )
 _LAST = 10**16 - 1
-_MOST = 10**9  # moves of a ref, that somebody may be believed to have made
+_MOST = 10**9  # plausible versions of a ref
 _GENERATION = re.compile(r"[0-9]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}\Z")
 _MAX_FILE_NAME = 255
@@ -42,10 +43,12 @@ _RESERVED = frozenset({"HEAD", "latest"})
 
 @dataclass(frozen=True)
 class Generation:
-    """One ref file.  `branch` is set on HEAD where it follows a branch; a tag or branch whose
-    `commit` is None has been deleted (or, for a branch, has no commit yet).  `previous` is the hash
-    of the one it was computed from.  One that `is_lost` stands where a repair found none: its hash
-    is what the next one says, None if that is not known.
+    """One version of a ref: one file.
+
+    `branch` is set on HEAD when it follows a branch.  A tag or branch whose `commit` is None was
+    deleted, or is a branch without commits.  `previous` is the hash of the version it was computed
+    from.  A version that `is_lost` replaces one that a repair could not recover; its `hash` is what
+    the next version says, None if that is unknown.
     """
 
     number: int
@@ -60,8 +63,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Move:
-    """A branch that is about to move from `old` to a commit; HEAD, which is at `head`, follows the
-    branch from then on if `takes_head`.
+    """A planned move of a branch from `old` to a commit.
+
+    If `takes_head`, HEAD moves too, from `head` to the branch.
     """
 
     commit: ObjectId
@@ -73,7 +77,7 @@ class Move:
 
 
 def check_name(name: str, what: str) -> str:
-    """`name`, if it can name a branch or a tag.  Raises InvalidInputError."""
+    """Return `name` if a branch or a tag may have it.  Raises InvalidInputError."""
     numeric = name.isdigit() or name.startswith("id:") or name in _RESERVED
     if numeric or not _fits(name) or ".." in name or name.endswith((".", "/")):
         raise InvalidInputError(
@@ -92,7 +96,7 @@ def _fits(name: str) -> bool:
 
 
 def _folder(ref: str) -> str:
-    """Where a ref's generations lie.  Upper case is escaped too: some file systems fold it."""
+    """Return the folder of a ref.  Upper case is escaped: some file systems ignore case."""
     if ref == HEAD:
         return "refs/HEAD"
     space, _, name = ref.partition("/")
@@ -103,18 +107,18 @@ def _file(ref: str, number: int) -> str:
     return f"{_folder(ref)}/{number:016}"
 
 
-def _spare(ref: str) -> str:
+def _backup(ref: str) -> str:
     return f"cache/{_folder(ref)}"
 
 
 def follows(move: Generation, below: Generation | None) -> bool:
-    """Whether a generation was computed from the one below it, as far as can be known."""
+    """Return whether a version was computed from the one before it, as far as their hashes tell."""
     own = below.hash if below else None
     return move.previous == own or (below is not None and own is None)
 
 
 def _can_be(ref: str) -> bool:
-    """Whether a ref may have such a name: none leads to another folder than its own."""
+    """Return whether a ref may have this name: its folder must not be outside its space."""
     name = ref.partition("/")[2]
     return ref == HEAD or (_fits(name) and ".." not in name)
 
@@ -127,31 +131,33 @@ class Refs:
         self._seen: dict[str, int] = {}
 
     def _newest(self, ref: str) -> int:
-        """The number of the newest generation; 0 where there is none.
+        """Return the number of the newest version, 0 if the ref has none.
 
-        Each writer publishes the number after the newest, so that from one that was seen no more
-        than the next ones need to be looked for: a folder of ten thousand takes a while to list.
+        Numbers have no gaps.  The search starts at the last number seen, because listing a folder
+        of ten thousand versions is slow.
 
         Raises:
-            CorruptionError: there was a newer one.
+            CorruptionError: the newest version is missing.
         """
         number = self._seen.get(ref, 0)
         if not number or not self._exists(ref, number):
             number = max(self.numbers(ref), default=0)
-            spare = self.spare(ref)
-            if spare is not None and spare.number > number:
-                number = spare.number
+            backup = self.backup(ref)
+            if backup is not None and backup.number > number:
+                number = backup.number
                 if not self._exists(ref, number):
                     raise CorruptionError(
-                        f"generation {number} of '{ref}' is missing",
-                        hint="see 'ckpt verify'; if an older copy was put back, delete cache/refs",
+                        f"version {number} of ref '{ref}' is missing",
+                        hint="run 'ckpt verify'; after restoring an older copy, delete cache/refs",
                     )
         while self._exists(ref, number + 1):
             number += 1
         if number:
             self._seen[ref] = number
         elif ref == HEAD or self._is_file(_folder(ref)):
-            raise CorruptionError(f"all of '{ref}' is missing", hint="see 'ckpt verify --repair'")
+            raise CorruptionError(
+                f"all versions of ref '{ref}' are missing", hint="run 'ckpt verify --repair'"
+            )
         return number
 
     def _is_file(self, name: str) -> bool:
@@ -161,9 +167,9 @@ class Refs:
             return False
 
     def last(self, ref: str) -> int:
-        """The number of the newest generation that there is, damaged or not, or was."""
-        spare = self.spare(ref)
-        number = max([0, *self.numbers(ref), spare.number if spare else 0])
+        """Return the newest number of a ref, even if that version is damaged or lost."""
+        backup = self.backup(ref)
+        number = max([0, *self.numbers(ref), backup.number if backup else 0])
         while self._exists(ref, number + 1):
             number += 1
         return number
@@ -177,35 +183,35 @@ class Refs:
             return True  # something is there
 
     def numbers(self, ref: str) -> list[int]:
-        """The numbers of the generations that there are, sorted."""
+        """Return the numbers of the existing versions, sorted."""
         folder = _folder(ref)
         names = (name.removeprefix(f"{folder}/") for name in self._backend.names(folder))
         return sorted(int(name) for name in names if _GENERATION.match(name))
 
     def read(self, ref: str) -> Generation | None:
-        """The newest generation; None where the ref was never set, or cannot be.
+        """Return the newest version, or None if the ref was never set.
 
         Raises:
-            CorruptionError: the newest generation is unreadable, or missing.  Older ones are not
-                used in its place: that would silently take commits back.
+            CorruptionError: the newest version is unreadable or missing.  An older version is not
+                used instead: that would silently undo commits.
         """
         number = self._newest(ref) if _can_be(ref) else 0
         return self.generation(ref, number) if number else None
 
     def generation(self, ref: str, number: int) -> Generation:
-        """One generation.
+        """Return one version.
 
         Raises:
-            FileNotFoundError, CorruptionError: it is missing, or unreadable.
+            FileNotFoundError, CorruptionError: the version is missing or unreadable.
         """
         return self.parse(ref, number, self.content(ref, number))
 
     def content(self, ref: str, number: int) -> bytes:
-        """The bytes of a generation, unproven.  Raises FileNotFoundError."""
+        """Return the unchecked bytes of a version.  Raises FileNotFoundError."""
         return read_small(self._backend, _file(ref, number), _MAX_REF_BYTES)
 
     def parse(self, ref: str, number: int, data: bytes) -> Generation:
-        """A generation from its bytes.  Raises CorruptionError."""
+        """Parse and check the bytes of a version.  Raises CorruptionError."""
         name = _file(ref, number)
         record = unseal(data, name, _OLD)
         commit = record.optional_text("commit")
@@ -213,7 +219,7 @@ class Refs:
             raise CorruptionError(f"{name} belongs to another ref")
         branch = record.optional_text("branch")
         if branch is not None and not _can_be(f"heads/{branch}"):
-            raise CorruptionError(f"{name} follows a branch that cannot be")
+            raise CorruptionError(f"{name} has an invalid branch name")
         is_lost = record.flag("is_lost")
         own = record.optional_text("lost") if is_lost else hex_hash(data)
         return Generation(
@@ -227,57 +233,55 @@ class Refs:
             is_lost,
         )
 
-    def spare(self, ref: str) -> Generation | None:
-        """The newest generation as the cache has it; None where it has none, or a damaged one."""
+    def backup(self, ref: str) -> Generation | None:
+        """Return the backup of the newest version, or None if it is missing or damaged."""
         with contextlib.suppress(FileNotFoundError, CkptError):
-            data = self.spare_content(ref)
+            data = self.backup_content(ref)
             number = load(data, ref).integer("generation")
             return self.parse(ref, number, data) if 0 < number <= _MOST else None
         return None
 
-    def spare_content(self, ref: str) -> bytes:
-        """Its bytes.  Raises FileNotFoundError."""
-        return read_small(self._backend, _spare(ref), _MAX_REF_BYTES)
+    def backup_content(self, ref: str) -> bytes:
+        """Return the bytes of the backup.  Raises FileNotFoundError."""
+        return read_small(self._backend, _backup(ref), _MAX_REF_BYTES)
 
     def reflog(self, ref: str) -> list[Generation]:
-        """Every generation of a ref, newest first.  Raises CorruptionError: one is unreadable."""
+        """Return every version of a ref, newest first.  Raises CorruptionError."""
         return [self.generation(ref, number) for number in reversed(self.numbers(ref))]
 
     def readable(self, ref: str) -> Iterator[Generation]:
-        """The generations of a ref that can be read, newest first."""
+        """Yield the readable versions of a ref, newest first."""
         for number in reversed(self.numbers(ref)):
             with contextlib.suppress(FileNotFoundError, CorruptionError):
                 yield self.generation(ref, number)
 
     def check(self, ref: str) -> None:
-        """Raises CorruptionError where a generation is missing, changed or unreadable."""
+        """Check all versions.  Raises CorruptionError: one is missing, changed or unreadable."""
         newest = self._newest(ref)  # before the others: more may come
         numbers = [number for number in self.numbers(ref) if number <= newest]
         if numbers != list(range(1, len(numbers) + 1)) or newest != len(numbers):
-            raise CorruptionError(f"a generation of '{ref}' is missing")
+            raise CorruptionError(f"a version of ref '{ref}' is missing")
         below: Generation | None = None
         for number in numbers:
             move = self.generation(ref, number)
             if not (move.is_lost or follows(move, below)):
-                raise CorruptionError(
-                    f"{_file(ref, number)} does not follow the generation before it"
-                )
+                raise CorruptionError(f"{_file(ref, number)} does not follow the version before it")
             below = move
 
-    # -- mending -------------------------------------------------------------------------------
+    # -- repair ---------------------------------------------------------------------------------
 
     def restore(self, ref: str, number: int, data: bytes) -> None:
-        """Put the bytes of a generation in the place of what is damaged.
+        """Replace a damaged version by these bytes.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the version cannot be written.
         """
         self._backend.make_way(_folder(ref))
         self._backend.delete(_file(ref, number))
         write_once(self._backend, _file(ref, number), data)
 
     def mark_lost(self, ref: str, number: int, own: str | None, time: str) -> None:
-        """Say of a generation that it is lost, whose hash was `own`."""
+        """Replace a version, whose hash was `own`, by a record that it is lost."""
         self.restore(
             ref,
             number,
@@ -297,28 +301,29 @@ class Refs:
             ),
         )
 
-    def keep_spare(self, ref: str) -> None:
-        """Put the newest generation into the cache once more, if it is not there."""
+    def keep_backup(self, ref: str) -> None:
+        """Write the backup of the newest version if it is missing."""
         with contextlib.suppress(FileNotFoundError, CkptError):
-            newest, spare = self.read(ref), self.spare(ref)
-            if newest is not None and (spare is None or spare.number < newest.number):
-                self._backend.cache(_spare(ref), self.content(ref, newest.number))
+            newest, backup = self.read(ref), self.backup(ref)
+            if newest is not None and (backup is None or backup.number < newest.number):
+                self._backend.cache(_backup(ref), self.content(ref, newest.number))
 
-    def mend(
+    def repair(
         self,
         ref: str,
         commit: Callable[[Generation | None], ObjectId | None],
         time: str,
         branch: str | None = None,
     ) -> Generation:
-        """Write the newest generation anew, which is damaged or missing; `commit` says what it is
-        at, from the newest one below that can be read.  `branch` is what HEAD follows where nothing
-        below says so.
+        """Rewrite the newest version, which is damaged or missing.
+
+        `commit` chooses its commit, given the newest readable older version.  `branch` is for HEAD
+        if no older version names one.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the version cannot be written.
         """
-        self._backend.delete(_spare(ref))
+        self._backend.delete(_backup(ref))
         self._backend.make_way(_folder(ref))
         self._seen.pop(ref, None)
         below = None
@@ -335,7 +340,7 @@ class Refs:
         return self.publish(ref, below, commit=at, branch=branch, time=time, action="repair")
 
     def _follows(self, ref: str, number: int, data: bytes) -> bool:
-        """Whether the next generation was computed from this one: another writer was quick."""
+        """Return whether another writer has already published a version based on this one."""
         try:
             record = load(self.content(ref, number + 1), ref)
         except FileNotFoundError:
@@ -343,42 +348,42 @@ class Refs:
         return record.optional_text("previous") == hex_hash(data)
 
     def names(self, space: str) -> list[str]:
-        """The branches (`heads`) or tags (`tags`) that ever were, sorted."""
+        """Return the refs of a space (`heads`, `tags`, `pins`), deleted ones too, sorted."""
         folders = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
-        spares = {name.split("/")[3] for name in self._backend.names(f"cache/refs/{space}")}
-        found = {unquote(folder, errors="replace"): folder for folder in folders | spares}
+        backups = {name.split("/")[3] for name in self._backend.names(f"cache/refs/{space}")}
+        found = {unquote(folder, errors="replace"): folder for folder in folders | backups}
         return sorted(
             name
             for name, folder in found.items()
             if _can_be(f"{space}/{name}")
             and _folder(f"{space}/{name}") == f"refs/{space}/{folder}"
-            and (folder in folders or self.spare(f"{space}/{name}"))
+            and (folder in folders or self.backup(f"{space}/{name}"))
         )
 
     def every(self) -> list[str]:
-        """All refs that ever were."""
+        """Return all refs, deleted ones too."""
         spaces = ("heads", "tags", "pins")
         return [HEAD, *(f"{space}/{name}" for space in spaces for name in self.names(space))]
 
     def branches(self) -> tuple[tuple[str, int], ...]:
-        """The branches that ever were, each with the number of its newest generation."""
+        """Return all branches, deleted ones too, with the number of the newest version."""
         return tuple((name, self._newest(f"heads/{name}")) for name in self.names("heads"))
 
     def settle(self, ref: str) -> None:
-        """Make the newest generation durable, whoever has published it.
+        """Make the newest version durable, whoever published it.
 
         Raises:
-            CorruptionError, StorageError: it is missing, or cannot be synced.
+            CorruptionError, StorageError: the version is missing or cannot be synced.
         """
         number = self._newest(ref)
         if number:
             self._backend.settle([_file(ref, number)])
 
     def settle_all(self) -> None:
-        """Make durable what all refs are at, pins as far as they may not be yet.
+        """Make the newest versions of all refs durable; of pins only those that may not be yet.
 
         Raises:
-            CorruptionError, StorageError: one is missing, or cannot be synced.
+            CorruptionError, StorageError: a version is missing or cannot be synced.
         """
         for ref in self.every():
             if not ref.startswith("pins/"):
@@ -387,7 +392,7 @@ class Refs:
         self._backend.settle_seen()
 
     def targets(self, space: str) -> set[ObjectId]:
-        """The commits that the refs of a space are at."""
+        """Return the commits that the refs of a space point to."""
         found = (self.read(f"{space}/{name}") for name in self.names(space))
         return {state.commit for state in found if state is not None and state.commit is not None}
 
@@ -401,14 +406,14 @@ class Refs:
         action: str,
         branch: str | None = None,
     ) -> Generation:
-        """Move a ref: the one commit point.  A crash before leaves it as it was.
+        """Move a ref atomically: the commit point of every operation.
 
         Raises:
-            ConflictError: `old` is not the newest generation (any more).
+            ConflictError: `old` is not the newest version (any more).
         """
         number = (old.number if old else 0) + 1
         if number > _LAST:
-            raise CorruptionError(f"'{ref}' has no number left for another generation")
+            raise CorruptionError(f"ref '{ref}' has no number left for another version")
         fields = {
             "ref": ref,
             "generation": number,
@@ -422,7 +427,7 @@ class Refs:
         data = seal(fields)
         taken = ConflictError(
             f"'{ref.rpartition('/')[2]}' was moved by another writer",
-            hint="look at 'ckpt log' and try again",
+            hint="check 'ckpt log', then try again",
         )
         try:
             write_once(self._backend, _file(ref, number), data)
@@ -430,7 +435,7 @@ class Refs:
             raise taken from error
         if self._newest(ref) != number and not self._follows(ref, number, data):
             raise taken
-        self._backend.cache(_spare(ref), data)
+        self._backend.cache(_backup(ref), data)
         return self.parse(ref, number, data)
 
     def make(self, move: Move) -> None:
@@ -446,18 +451,16 @@ class Refs:
         self._take_head(move)
 
     def has(self, move: Move) -> bool:
-        """Whether a branch has been moved so, durably or not."""
+        """Return whether a branch has been moved like this, durably or not."""
         since = move.old.number if move.old else 0
         later = takewhile(lambda one: one.number > since, self.readable(f"heads/{move.branch}"))
         return any(one.commit == move.commit for one in later)
 
     def completes(self, move: Move) -> bool:
-        """Whether a writer that died had put its commit on the branch; HEAD follows now, if that
-        was all that was left to do.
-        """
+        """Finish the move of a writer that died; return whether it had moved the branch."""
         if not self.has(move):
             return False
-        with contextlib.suppress(ConflictError):  # it is elsewhere already
+        with contextlib.suppress(ConflictError):  # HEAD has moved since
             self._take_head(move)
         return True
 

@@ -1,4 +1,4 @@
-"""What a user types -> one commit.
+"""Revisions: the names of commits that users type.
 
 2000  step:2000        the step, on HEAD's line first       HEAD  HEAD~3  latest
 v1                     a tag                                best:val_loss:min
@@ -31,18 +31,18 @@ _WITHIN = re.compile(
 
 
 def split_tensor(text: str) -> tuple[str, str]:
-    """`REV:TENSOR` as a revision and the name of a tensor, either of which may hold colons.
+    """Split `REV:TENSOR` into a revision and a tensor name; both may contain colons.
 
-    The revision ends at the first colon that its form does not need itself, as `best:loss:min` and
-    `step:2000` do; all that follows is the name.
+    The revision ends at the first colon that does not belong to its form (`best:loss:min`,
+    `step:2000`).
 
     Raises:
-        InvalidInputError: there is no colon, or nothing on one side of it.
+        InvalidInputError: the text has no colon, or one side is empty.
     """
     found = _WITHIN.match(text)
     if found is None:
         raise InvalidInputError(
-            f"'{text}' is no REV:TENSOR", hint="for example HEAD:model.layers.0.weight"
+            f"'{text}' is not a valid REV:TENSOR", hint="use a form like HEAD:model.layers.0.weight"
         )
     return found[1], found[2]
 
@@ -54,24 +54,24 @@ class Revisions:
         self._catalog, self._refs = catalog, refs
 
     def head(self) -> ObjectId | None:
-        """The commit that HEAD is at; None where there is none yet."""
+        """Return the commit of HEAD, or None if it has none yet."""
         state = self._refs.read(HEAD)
         if state is None:
             return None
         return self.branch(state.branch) if state.branch else state.commit
 
     def branch(self, name: str) -> ObjectId | None:
-        """The newest commit of a branch."""
+        """Return the newest commit of a branch, if it has one."""
         state = self._refs.read(f"heads/{name}")
         return state.commit if state else None
 
     def tag(self, name: str) -> ObjectId | None:
-        """The commit of a tag."""
+        """Return the commit of a tag, if it exists."""
         state = self._refs.read(f"tags/{name}")
         return state.commit if state else None
 
     def tips(self) -> dict[str, ObjectId]:
-        """Every branch, tag, pin and a detached HEAD that is at a commit."""
+        """Return the commit of HEAD and of every branch, tag and pin that has one."""
         found = {f"heads/{name}": self.branch(name) for name in self._refs.names("heads")}
         found |= {f"pins/{name}": name for name in self._refs.targets("pins")}
         found |= {f"tags/{name}": self.tag(name) for name in self._refs.names("tags")}
@@ -79,7 +79,7 @@ class Revisions:
         return {name: commit for name, commit in found.items() if commit is not None}
 
     def whole(self, name: ObjectId) -> bool:
-        """Whether a commit is there with all of its parts."""
+        """Return whether a commit is stored with all of its parts."""
         gone = self._catalog.dropped()
         if not self._catalog.store.contains(name) or name in gone.commits or name in gone.parts:
             return False
@@ -88,12 +88,12 @@ class Revisions:
     def require(
         self, name: ObjectId, reached: Set[ObjectId] | None = None
     ) -> dict[ObjectId, Commit]:
-        """Refuse to lead to a commit that rules or a sweep took away, or that stands on such.
-        `reached` is what `ids` gives, where it is asked for many.  The commits that no ref leads
-        to, down from this one.
+        """Check that a ref may point to a commit; return its ancestors that no ref reaches yet.
+
+        `reached` is the result of `ids`, to be computed once for many commits.
 
         Raises:
-            NotFoundError: it is one.
+            NotFoundError: the commit was dropped, or gc deleted it or an ancestor.
         """
         gone = self._catalog.dropped()
         if name in gone.commits:
@@ -103,26 +103,30 @@ class Revisions:
         below: ObjectId | None = name
         while below is not None and below not in reached:
             if not self._catalog.store.contains(below):
-                raise NotFoundError(f"commit {below[:8]} was swept", hint="see 'ckpt reflog'")
+                raise NotFoundError(
+                    f"commit {below[:8]} was deleted by gc", hint="see 'ckpt reflog'"
+                )
             commits[below] = self._catalog.commit(below)
             below = next(iter(commits[below].parents), None)
         if not is_whole(self._catalog, commits, gone):
-            raise NotFoundError(f"commit {name[:8]} was swept", hint="see 'ckpt reflog'")
+            raise NotFoundError(f"commit {name[:8]} was deleted by gc", hint="see 'ckpt reflog'")
         return commits
 
     def require_durable(self, name: ObjectId) -> None:
-        """The same, for who is about to lead to it: where no ref did so before, the packs that it
-        stands on are looked at, so that those which are not durable yet are known.
+        """Do the same, and check the packs of commits that no ref reaches yet.
+
+        The backend then knows the packs that are not durable yet, for `settle_seen`.
 
         Raises:
-            NotFoundError, MissingObjectError: it is not there any more.
+            NotFoundError, MissingObjectError: the commit or one of its packs is missing.
         """
         commits = self.require(name)
         require_packs(self._catalog, mark(self._catalog, commits, self._catalog.dropped()))
 
     def leads(self, ref: str, name: ObjectId, lines: dict[ObjectId, Set[ObjectId]]) -> bool:
-        """Whether a ref leads to a commit by itself, as it is now: HEAD only where it follows no
-        branch.  `lines` keeps what is below each commit that a ref was at.
+        """Return whether the newest version of a ref reaches a commit; HEAD only when detached.
+
+        `lines` caches the ancestors of each tip.
         """
         state = self._refs.read(ref)
         tip = state.commit if state else None
@@ -133,7 +137,7 @@ class Revisions:
         return name in lines[tip]
 
     def ids(self) -> set[ObjectId]:
-        """Every commit that a ref leads to, dropped ones too."""
+        """Return the ids of all reachable commits, dropped ones too."""
         found: set[ObjectId] = set()
         for tip in self.tips().values():
             for name in self._catalog.ids_below(tip):
@@ -143,14 +147,13 @@ class Revisions:
         return found
 
     def commits(self) -> dict[ObjectId, Commit]:
-        """Every commit that a ref leads to, dropped ones too, children before parents along every
-        line.
-        """
+        """Return all reachable commits, dropped ones too, children before parents."""
         return dict(self.reachable(sorted(self.tips().values())))
 
-    def loose(self, names: Set[ObjectId]) -> list[ObjectId]:
-        """Those of some commits that no generation of a ref leads to, as far as those can be read:
-        they came to nothing, or their generation was lost.
+    def unreachable(self, names: Set[ObjectId]) -> list[ObjectId]:
+        """Return those of some commits that no readable version of a ref reaches.
+
+        An interrupted commit leaves one, or the version of a ref was lost.
         """
         led: set[ObjectId] = set()
         for ref in self._refs.every() if names else ():
@@ -163,33 +166,35 @@ class Revisions:
         return sorted(names - led)
 
     def lost_lines(self) -> list[ObjectId]:
-        """The ends of lines of two and more commits that no generation of a ref ever led to.  One
-        may have come to nothing; what another stands on was led to, by a ref that is lost.
+        """Return the tips of unreachable lines of at least two commits: their ref is lost.
+
+        A single unreachable commit may come from an interrupted commit.
 
         Raises:
-            CorruptionError: a ref is unreadable, or a commit is lost.
+            CorruptionError: a ref is unreadable or a commit is missing.
         """
-        loose = self.loose(set(self._catalog.store.ids(Kind.COMMIT)) - self.ids())
-        above = {name: self._catalog.commit(name).parents[:1] for name in loose}
+        unreachable = self.unreachable(set(self._catalog.store.ids(Kind.COMMIT)) - self.ids())
+        above = {name: self._catalog.commit(name).parents[:1] for name in unreachable}
         under = {name for parents in above.values() for name in parents}
         return [
             name
-            for name in loose
+            for name in unreachable
             if name not in under
-            and under.intersection(loose)
-            and set(above[name]).intersection(loose)
+            and under.intersection(unreachable)
+            and set(above[name]).intersection(unreachable)
         ]
 
     def visible(self) -> dict[ObjectId, Commit]:
-        """The same without those that were dropped."""
+        """Return all reachable commits that were not dropped."""
         hidden = self._catalog.dropped().commits
         return {name: made for name, made in self.commits().items() if name not in hidden}
 
     def reachable(
         self, start: Iterable[ObjectId], known: Set[ObjectId] = frozenset()
     ) -> Iterator[tuple[ObjectId, Commit]]:
-        """Every commit that can be reached from `start`, each once, children before parents
-        along every line; not those that are `known`, nor what only these lead to.
+        """Yield every commit reachable from `start` once, children before parents.
+
+        The walk stops at `known` commits.
         """
         seen: set[ObjectId] = set()
         for tip in start:
@@ -204,22 +209,24 @@ class Revisions:
                 stack.extend(commit.parents)
 
     def resolve(self, text: str) -> ObjectId:
-        """The commit that `text` names.
+        """Return the commit that a revision names.
 
         Raises:
-            NotFoundError: nothing has that name; the hint suggests some that exist.
-            InvalidInputError: it names several commits, which the hint lists.
+            NotFoundError: no commit has that name; the hint suggests others.
+            InvalidInputError: the name is ambiguous or not valid.
         """
         text = text.strip()
         if not text:
-            raise InvalidInputError("an empty revision names nothing")
+            raise InvalidInputError("the revision is empty")
         back = _BACK.match(text)
         if back:
             return self._back(self.resolve(back[1]), int(back[2] or 1), text)
         if text in (HEAD, "latest", "@"):
             head = self.head()
             if head is None:
-                raise NotFoundError("there are no commits yet", hint="ckpt commit PATH -m MESSAGE")
+                raise NotFoundError(
+                    "there are no commits yet", hint="create one with 'ckpt commit PATH -m MESSAGE'"
+                )
             return head
         if (text.isdecimal() and len(text) <= LONGEST_STEP) or text.startswith("step:"):
             return self._step(text)
@@ -229,7 +236,7 @@ class Revisions:
         found = found or self._prefix(text.removeprefix("id:"))
         if found is None:
             if _HEX.match(text.removeprefix("id:").lower()):
-                self.ids()  # where a commit of the history is lost, that is what there is to say
+                self.ids()  # a missing commit in the history is the more important error
             raise self._unknown(text)
         return found
 
@@ -249,7 +256,7 @@ class Revisions:
         return None
 
     def _on_line(self, tip: ObjectId | None, step: int) -> ObjectId | None:
-        """The newest commit of a step among a commit and its ancestors."""
+        """Return the newest commit of a step on the line of `tip`."""
         known = set(self._catalog.store.find(b"step:%d" % step))
         return next((n for n, _ in self._catalog.walk(tip) if n in known), None) if known else None
 
@@ -262,7 +269,7 @@ class Revisions:
     def _step(self, text: str) -> ObjectId:
         digits = text.removeprefix("step:")
         if not digits.isdecimal() or len(digits) > LONGEST_STEP:
-            raise InvalidInputError(f"'{text}' is no step")
+            raise InvalidInputError(f"'{text}' is not a valid step")
         step = int(digits)
         here = self._on_line(self.head(), step)
         if here is not None:
@@ -277,11 +284,11 @@ class Revisions:
             )
         if found:
             return found[0]
-        # The short id that a log shows may have no letter in it.
+        # A short id may consist of digits only.
         named = self._prefix(text) if len(text) >= _SHORT_ID else None
         if named is None and hidden:
             raise NotFoundError(
-                f"step {step} was dropped", hint="'ckpt log --all' and 'ckpt reflog' say by what"
+                f"step {step} was dropped", hint="see 'ckpt log --all' and 'ckpt reflog'"
             )
         if named is None:
             raise self._no_step(step)
@@ -297,7 +304,9 @@ class Revisions:
         _, metric, *rest = text.split(":")
         way = rest[0] if rest else "min"
         if not metric or len(rest) > 1 or way not in ("min", "max"):
-            raise InvalidInputError(f"'{text}' is no best:METRIC:min or best:METRIC:max")
+            raise InvalidInputError(
+                f"invalid revision '{text}', expected best:METRIC:min or best:METRIC:max"
+            )
         found = (
             (find_metrics(content).get(metric, math.nan), name)
             for name, content in self._catalog.walk(self.head())

@@ -57,7 +57,7 @@ class CkptCallback(TrainerCallback):
             InvalidInputError: none is to stay.
         """
         if keep_local is not None and keep_local < 1:
-            raise InvalidInputError("at least one directory stays: keep_local is 1 or more")
+            raise InvalidInputError("keep_local must be at least 1")
         self._target, self._metrics = Target(repo, codec), metrics
         self._keep_local, self._accept_near = keep_local, accept_near
         self._made: dict[Path, ObjectId] = {}
@@ -128,7 +128,7 @@ def _folder(output: Path, step: int) -> Path:
     name = f"checkpoint-{step}"
     found = [path for path in (output / name, *output.glob(f"run-*/{name}")) if path.is_dir()]
     if not found:
-        raise NotFoundError(f"there is no {name} in {output}")
+        raise NotFoundError(f"{output} contains no {name}")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 

@@ -36,7 +36,7 @@ _STDERR = 2
 
 
 class Verdict(StrEnum):
-    """What a commit is found to be."""
+    """The result of a bisect test for one commit."""
 
     GOOD = "good"
     BAD = "bad"
@@ -50,8 +50,13 @@ Watch = Callable[[LogEntry, Verdict, int], None]
 
 @dataclass(frozen=True)
 class Bisection:
-    """What a search found: the first bad commit is one of `candidates`, oldest first; all of these
-    but the last, which is bad, had to be skipped.  `tested` are verdicts in their order.
+    """The result of a bisect.
+
+    Attributes:
+        last_good: The newest commit that is known to be good.
+        candidates: The commits that may be the first bad one, oldest first.  The last of them is
+            bad; all others were skipped.
+        tested: The tested commits with their verdicts, in the order of the tests.
     """
 
     last_good: LogEntry
@@ -60,7 +65,7 @@ class Bisection:
 
     @property
     def first_bad(self) -> LogEntry | None:
-        """The first bad commit, where it is known."""
+        """The first bad commit; None if skipped commits leave several candidates."""
         return self.candidates[0] if len(self.candidates) == 1 else None
 
 

@@ -45,7 +45,13 @@ _MAX_REMEMBERED = 10_000
 
 @dataclass(frozen=True)
 class CheckedOut:
-    """What a checkout wrote, and how true it is."""
+    """The result of a checkout.
+
+    Attributes:
+        paths: The written files.
+        fidelity: For each part its form: `exact`, `near` or `dropped`.
+        exact: Whether the files are exactly the committed ones.
+    """
 
     paths: tuple[Path, ...]
     fidelity: dict[str, str]

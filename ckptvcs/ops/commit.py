@@ -24,14 +24,15 @@ from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.decode.base_cache import HeldBase
-from ckptvcs.encode.encoder import Encoded, Encoder
+from ckptvcs.encode.assemble import Encoded
+from ckptvcs.encode.encoder import Encoder
 from ckptvcs.encode.planner import Attempt, within_bounds
 from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError, MissingObjectError, after
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.reachability import mark, require_packs
-from ckptvcs.history.recipe import dump_let_go
+from ckptvcs.history.recipe import dump_drop_record
 from ckptvcs.history.refs import HEAD, Move, check_name
 from ckptvcs.ops.config import Config
 from ckptvcs.ops.describe import Description
@@ -54,7 +55,15 @@ def silent(_: Move) -> None:
 
 @dataclass(frozen=True)
 class CommitResult:
-    """A commit that is in the history now."""
+    """A new commit.
+
+    Attributes:
+        id: The id of the commit.
+        commit: The commit object.
+        stored_bytes: The bytes that the commit added to the repository.
+        branch: The branch of the commit.
+        notes: Warnings for the user, such as a branch that was started.
+    """
 
     id: ObjectId
     commit: Commit
@@ -306,7 +315,7 @@ class Committer:
             name, commit = Description(store, pack).add(request, place, base, encoded, file_hashes)
             fading = self._fading(name, commit, is_head=place.moves_head)
             for record in self._fader().record(fading, commit.time):
-                pack.add(Kind.RECORD, dump_let_go(record))
+                pack.add(Kind.RECORD, dump_drop_record(record))
             request.checkpoint.check_unchanged()
             info = store.publish(pack)
         finally:

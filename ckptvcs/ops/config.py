@@ -1,6 +1,6 @@
 """The settings of a repository: what they are called, which values they take, where they stand.
 
-Lower layers get values, never the file.  docs/cli.md, "Settings".
+Lower layers get values, never the file.  docs/reference/settings.md describes the settings.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _ALL = (1 << 31) - 1
 _log = logging.getLogger("ckptvcs")
 OFF = "off"
 AUTO = "auto"
-_HINT = "mend it by hand, or see 'ckpt verify --repair'"
+_HINT = "edit the file, or run 'ckpt verify --repair'"
 _HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings; docs/cli.md says what each means.
+    """The settings; docs/reference/settings.md describes each.
 
     Bounds are a number, `off`, or `auto`: the codec's own.
     """
@@ -83,7 +83,7 @@ def _best(value: Value) -> str:
 
 def _fidelity(value: Value) -> str:
     if value not in FIDELITIES:
-        raise InvalidInputError(f"'{value}' is none of {', '.join(FIDELITIES)}")
+        raise InvalidInputError(f"invalid value '{value}', expected one of {', '.join(FIDELITIES)}")
     return str(value)
 
 
@@ -94,7 +94,9 @@ def _whole(least: int) -> Callable[[Value], int]:
         except ValueError:
             number = -1
         if isinstance(value, bool) or not least <= number <= _ALL:
-            raise InvalidInputError(f"'{value}' is no whole number from {least}")
+            raise InvalidInputError(
+                f"invalid value '{value}': must be an integer of at least {least}"
+            )
         return number
 
     return check
@@ -106,7 +108,7 @@ def _number(value: Value) -> float:
     except (ValueError, OverflowError):
         number = -1.0
     if not 0 < number <= _LARGEST:
-        raise InvalidInputError(f"'{value}' is no number above 0, up to {_LARGEST:.0e}")
+        raise InvalidInputError(f"invalid value '{value}': must be > 0 and <= {_LARGEST:.0e}")
     return number
 
 
@@ -137,7 +139,7 @@ def _field(key: str) -> str:
 
 def _checked(key: str, value: object) -> Value:
     if key not in _CHECKS:
-        raise InvalidInputError(f"there is no setting '{key}'", hint=f"keys: {', '.join(KEYS)}")
+        raise InvalidInputError(f"unknown setting '{key}'", hint=f"use one of {', '.join(KEYS)}")
     if not isinstance(value, str | int | float):
         raise InvalidInputError(f"'{key}' is neither text nor a number")
     try:

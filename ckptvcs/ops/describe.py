@@ -7,7 +7,7 @@ import socket
 from ckptvcs.checkpoint.matching import alike
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.skeleton import skeleton_of
-from ckptvcs.encode.encoder import Encoded
+from ckptvcs.encode.assemble import Encoded
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.commit import Commit, FileEntry, dump_commit, dump_errors, load_commit

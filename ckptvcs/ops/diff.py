@@ -52,8 +52,15 @@ _BATCH_WORDS = 2 * SLICE_WORDS
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How one tensor differs.  `near_a` and `near_b` say which sides are near forms, `error_a` and
-    `error_b` their relative errors, None where a side is exact, or its error was let go.
+    """The difference of one tensor between commits A and B.
+
+    Attributes:
+        info: The tensor in A.
+        sums: Sums over the entries of both sides.
+        error_a: The relative error of the near form in A; None if it is exact or not known.
+        error_b: The same in B.
+        near_a: Whether the form in A is near.
+        near_b: Whether the form in B is near.
     """
 
     info: TensorInfo
@@ -65,22 +72,25 @@ class TensorDifference:
 
     @property
     def below_error(self) -> bool:
-        """Whether the errors of near forms alone could make the difference."""
+        """Whether the errors of the near forms alone explain the difference."""
         error = (self.error_a or 0.0) * self.sums.norm_a + (self.error_b or 0.0) * self.sums.norm_b
         return 0 < error >= self.sums.norm_difference
 
     @property
     def changed(self) -> int | None:
-        """How many entries have other bits; None where a side is near, whose bits say what its
-        coding kept.
-        """
+        """The number of entries whose bits differ; None if a side is near."""
         return None if self.near_a or self.near_b else self.sums.changed
 
 
 @dataclass(frozen=True)
 class Indistinct:
-    """A tensor whose forms are equal although a side is near; `differs` where the hashes of the
-    originals are known, and say so.
+    """A tensor whose forms are equal although a side is near.
+
+    Attributes:
+        info: The tensor in A.
+        near_a: Whether the form in A is near.
+        near_b: Whether the form in B is near.
+        differs: Whether the recorded hashes prove that the original values differ.
     """
 
     info: TensorInfo
@@ -91,13 +101,21 @@ class Indistinct:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is between two commits.
+    """The differences between two commits A and B.
 
-    `tensors` are those that differ, as `ordered` puts them; `total` is over the weights among
-    them.  `unchanged` are proven to be the same, `indistinct` only look so.  `reshaped` have
-    another shape or element type in B.  Parts that a rule `dropped` from either commit are not
-    compared.  `steps` is how many steps lie between the commits, None
-    where that is not known.  `metadata` are (name, of A, of B) where these differ.
+    Attributes:
+        a: Commit A.
+        b: Commit B.
+        steps: The number of training steps between them; None if a step is not known.
+        metadata: The name and both values of each field that differs.
+        tensors: The tensors that differ, sorted as by `ordered`.
+        total: Sums over the weights in `tensors`.
+        unchanged: Tensors that are proven to be equal.
+        indistinct: Tensors that look equal, but have a near form.
+        added: Tensors that only B has.
+        removed: Tensors that only A has.
+        reshaped: Tensors of another shape or type in B, as pairs (of A, of B).
+        dropped: Parts that are not compared, because they were dropped from A or B.
     """
 
     a: LogEntry
@@ -115,21 +133,26 @@ class Comparison:
 
     @property
     def total_changed(self) -> int | None:
-        """How many entries of `total` have other bits; None where a side of any tensor is near."""
+        """The number of weights whose bits differ; None if a side of a tensor is near."""
         counts = [tensor.changed for tensor in self.tensors if tensor.info.role == WEIGHT]
         return None if None in counts else self.total.changed
 
     def update_ratio(self, sums: Sums) -> float | None:
-        """The relative change for each step between the commits; None where steps are unknown."""
+        """Return the relative change per training step; None if the steps are not known."""
         return sums.relative / self.steps if self.steps else None
 
     def ordered(self, key: str = "relative") -> list[TensorDifference]:
-        """The tensors that differ, in the order of parts, in each part the largest `key` first (the
-        smallest cosine, the first name); one whose count of numbers that are not finite has changed
-        before all others.  Keys are `SORT_KEYS`.
+        """Return the tensors that differ, sorted within each part.
+
+        The largest value comes first (the smallest for `cosine`, alphabetically for `name`).
+        Tensors whose number of non-finite entries changed come before all others.
+
+        Args:
+            key: One of `relative`, `name`, `norm_a`, `norm_b`, `norm_difference`, `cosine`,
+                `max_abs`, `changed` and `nonfinite_b`.
 
         Raises:
-            InvalidInputError: there is no such key.
+            InvalidInputError: The key is not known.
         """
         if key not in SORT_KEYS:
             raise InvalidInputError(

@@ -13,10 +13,21 @@ from ckptvcs.codec.words import Words, numbers_of, to_float64
 
 @dataclass
 class Sums:
-    """Sums over the entries of one tensor or of several, A being before and B after.
+    """Sums over the entries of one or several tensors, before (A) and after (B).
 
-    Entries that are not finite on either side are counted, and left out of everything but
-    `entries` and `changed`.
+    Non-finite entries only count in `entries`, `changed` and `nonfinite_*`.
+
+    Attributes:
+        entries: The number of entries.
+        compared: The number of entries that are finite on both sides.
+        changed: The number of entries whose bits differ.
+        nonfinite_a: The number of non-finite entries in A.
+        nonfinite_b: The number of non-finite entries in B.
+        aa: The sum of A squared.
+        bb: The sum of B squared.
+        ab: The sum of A times B.
+        dd: The sum of (B - A) squared.
+        max_abs: The largest absolute difference.
     """
 
     entries: int = 0
@@ -31,7 +42,7 @@ class Sums:
     max_abs: float = 0.0
 
     def add(self, other: Sums) -> None:
-        """Take in the entries of another."""
+        """Add the sums of other entries."""
         largest = max(self.max_abs, other.max_abs)
         for part in fields(self):
             setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
@@ -39,24 +50,22 @@ class Sums:
 
     @property
     def norm_a(self) -> float:
-        """|A|."""
+        """The Euclidean norm of A."""
         return math.sqrt(self.aa)
 
     @property
     def norm_b(self) -> float:
-        """|B|."""
+        """The Euclidean norm of B."""
         return math.sqrt(self.bb)
 
     @property
     def norm_difference(self) -> float:
-        """|B - A|."""
+        """The Euclidean norm of B - A."""
         return math.sqrt(self.dd)
 
     @property
     def relative(self) -> float:
-        """|B - A| / |A|: 0 where nothing differs, infinite where only A is 0, NaN where no entry
-        can be compared.
-        """
+        """|B - A| / |A|; infinite if only A is 0, NaN if no entry can be compared."""
         if self.entries and not self.compared:
             return math.nan
         if not self.dd:
@@ -65,7 +74,7 @@ class Sums:
 
     @property
     def cosine(self) -> float:
-        """A.B / (|A| |B|), from -1 to 1; NaN where either is 0."""
+        """The cosine of the angle between A and B; NaN if one of them is 0."""
         if not self.aa or not self.bb:
             return math.nan
         return max(-1.0, min(1.0, self.ab / self.norm_a / self.norm_b))

@@ -21,7 +21,13 @@ FORMATS = ("pt", "safetensors")
 
 @dataclass(frozen=True)
 class Exported:
-    """A commit that was written to a path; `exact` if the file holds what was committed."""
+    """A commit that was written to a file.
+
+    Attributes:
+        entry: The commit.
+        path: The written file or directory.
+        exact: Whether the file has exactly the committed values.
+    """
 
     entry: LogEntry
     path: Path
@@ -41,7 +47,7 @@ def export(
     """Write one commit; see `Repo.export`."""
     _check(form, only)
     if form and path.suffix == ".safetensors" and form != "safetensors":
-        raise InvalidInputError(f"{path} is no name for --format {form}")
+        raise InvalidInputError(f"{path} has the wrong suffix for --format {form}")
     if form == "safetensors" and path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
     names = [repository.resolve(revision)]

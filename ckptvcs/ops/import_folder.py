@@ -32,11 +32,17 @@ _AFTER_ALL = 1 << 62  # above every step
 
 @dataclass
 class ImportItem:
-    """A checkpoint of the folder, and what has become of it.
+    """A checkpoint of an imported folder, and its state.
 
-    `action` is `commit` (still to be done), `committed`, `known` (in the history already, as `id`;
-    `same_as` names the checkpoint of this folder that has the same content) or `failed` (the
-    `problem` says why); `gone` is what has become of its originals.
+    Attributes:
+        found: The checkpoint on disk.
+        action: `commit` (not done yet), `committed`, `known` (already in the history) or `failed`.
+        id: The commit that contains the checkpoint; None before it is known.
+        branch: The branch of a new commit.
+        same_as: The name of an earlier checkpoint of the folder with the same content.
+        notes: Warnings for the user.
+        problem: The error, if `action` is `failed`.
+        gone: What happened to the source files.
     """
 
     found: Found
@@ -49,7 +55,7 @@ class ImportItem:
     gone: Removal = field(default_factory=Removal)
 
     def fail(self, problem: CkptError) -> None:
-        """It is not, or not well, in the history."""
+        """Mark the checkpoint as failed."""
         self.action, self.problem = "failed", problem
 
 
@@ -72,7 +78,7 @@ class _Line:
 
 
 class Importer:
-    """Imports one folder into one repository."""
+    """Imports the checkpoints of one folder; see `Repo.import_folder`."""
 
     def __init__(
         self,
@@ -103,7 +109,13 @@ class Importer:
     # -- in ----------------------------------------------------------------------------------------
 
     def look(self, progress: Progress) -> None:
-        """Find out what is in the history already.  Files are read only where sizes agree."""
+        """Find the checkpoints that the history already contains.
+
+        Files are read only if their size matches a commit.
+
+        Args:
+            progress: Called with the number of bytes that were read since its last call.
+        """
         for item in self.items:
             if item.action == "commit":
                 self._recognise(item, progress)
@@ -120,13 +132,18 @@ class Importer:
             item.same_as = first if first != item.found.name else None
 
     def run(self, progress: Progress, watch: Watch) -> None:
-        """Commit what is not in the history yet, and prove every commit.
+        """Commit the new checkpoints, and verify each commit by restoring it.
 
-        What is wrong with one checkpoint is kept as its problem, and the next one follows.
+        A checkpoint that fails gets its error as `problem`; the import continues.
+
+        Args:
+            progress: Called with the number of bytes that were processed since its last call.
+            watch: Called with each item when it is done.
 
         Raises:
-            ConflictError: another writer moved the branch meanwhile.
-            BusyError, StorageError: as for a commit; what is committed by then stays.
+            ConflictError: Another writer moved the branch meanwhile.
+            BusyError: gc is deleting.
+            StorageError: The disk is full or fails; earlier commits are kept.
         """
         lines = self._lines()
         for item in self.items:

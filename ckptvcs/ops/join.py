@@ -1,4 +1,4 @@
-"""Joint: one commit of several processes.
+"""DistributedCommit: one commit of several processes.
 
     begin    who joins takes a lease, and says what all are to code against
     code     each process its own shard (`encode/shards.py`)
@@ -19,27 +19,26 @@ from typing import Self
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.decode.base_cache import HeldBase
-from ckptvcs.decode.chain import ChainReader
-from ckptvcs.encode.encoder import Encoded, has_patch
+from ckptvcs.decode.chain import ChainReader, read_slice
+from ckptvcs.encode.assemble import Assembly, Encoded, StoredPlace
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.group import Errors
 from ckptvcs.encode.measure import report, report_tensors
-from ckptvcs.encode.shards import Shard, Stored, Ticket, code_shard
-from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError, after
+from ckptvcs.encode.shards import Shard, ShardPlan, Stored, encode_shard
+from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, after
 from ckptvcs.hashing import hex_hash
-from ckptvcs.history.commit import PARTS, ErrorReport, PartState
+from ckptvcs.history.commit import PARTS, ErrorReport
 from ckptvcs.history.log import LogEntry
-from ckptvcs.history.recipe import NO_HASH, Recipe, dump_values, slice_hash
 from ckptvcs.history.schema import Schema, TensorInfo
 from ckptvcs.ops.commit import Committer, SharedPatchFadedError, unchanged
 from ckptvcs.ops.likeness import Scanned
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request
-from ckptvcs.store.ids import Kind, ObjectId, object_id
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import lease
 
 
-class Joint:
+class DistributedCommit:
     """A commit that several processes make together; held by the one that joins what they code.
 
     gc keeps away from `begin` until the end of `finish`, of a `with`, or of the process, or until
@@ -82,7 +81,7 @@ class Joint:
     def __exit__(self, *_: object) -> None:
         self.abandon()
 
-    def begin(self) -> Ticket:
+    def begin(self) -> ShardPlan:
         """What all processes need to code their shards.
 
         Raises:
@@ -93,7 +92,7 @@ class Joint:
         there = self._committer.base(place.parent) is not None
         keyframe = not there or self._committer.starts_keyframe(place.parent)
         base = place.parent if there else None
-        self._ticket = Ticket(base, self._request.spec, keyframe, self._patched)
+        self._ticket = ShardPlan(base, self._request.spec, keyframe, self._patched)
         return self._ticket
 
     def finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
@@ -141,63 +140,35 @@ class Joint:
     def _encoded(
         self, checkpoint: Checkpoint, stored: Mapping[int, Stored], shards: Mapping[str, Shard]
     ) -> Encoded:
-        catalog, infos = self._catalog, checkpoint.schema.tensors
-        parts: dict[str, PartState] = {}
-        tables: dict[str, bytes] = {}
-        recipes: list[Recipe] = []
-        shared: list[ObjectId] = []
-        rows: dict[ObjectId, list[int]] = {}  # the tensors of each new recipe
+        infos = checkpoint.schema.tensors
         depths = {number: tensor.depth for number, tensor in stored.items()}
-        patch_bytes = 0
+        assembly = Assembly(self._catalog, depths, patched=self._patched)
+        near = {number: tensor.value for number, tensor in stored.items()}
+        exact = {number: tensor.exact for number, tensor in stored.items()}
         for part in PARTS:
             row = checkpoint.schema.stored(part)
-            if not row:
-                continue
-            table = dump_values([stored[number].value for number in row])
-            exact = dump_values([stored[number].exact for number in row])
-            values = object_id(Kind.VALUES, table)
-            tables[part] = table
-            exact_id = None if table == exact else object_id(Kind.VALUES, exact)
-            parts[part] = PartState(values, exact_id)
-            depths |= self._known_depths(values, row, rows, depths)
-            if values not in rows and not catalog.has_recipe(values, patches=False):
-                rows[values] = row
-                recipes.append(_recipe(catalog.next_generation(values), values, row, stored))
-            if not self._patched or exact_id is None:
-                continue
-            if has_patch(catalog, parts[part]):
-                shared.append(exact_id)
-            else:
+
+            def places(row: list[int] = row) -> list[StoredPlace]:
+                return [(stored[number].bundle, stored[number].frame) for number in row]
+
+            def patch(values: ObjectId, table: bytes, row: list[int] = row) -> int:
                 frames = [(number, stored[number], depths[number] + 1) for number in row]
-                patch_bytes += self._patch(infos, values, exact, frames)
+                return self._patch(infos, values, table, frames)
+
+            assembly.add(part, row, (near, exact), places, patch)
         errors, reports = self._reports(infos, stored)
         return Encoded(
-            parts,
-            tables,
-            recipes,
+            assembly.parts,
+            assembly.tables,
+            assembly.recipes,
             max(depths.values(), default=0),
             sum(shard.data_bytes for shard in shards.values()),
-            patch_bytes,
+            assembly.patch_bytes,
             sum(shard.nonfinite for shard in shards.values()),
             report(errors, infos),
             reports,
-            shared,
+            assembly.shared,
         )
-
-    def _known_depths(
-        self,
-        values: ObjectId,
-        row: list[int],
-        rows: Mapping[ObjectId, list[int]],
-        depths: Mapping[int, int],
-    ) -> dict[int, int]:
-        """Return the chain depths of tensors whose hash table already has a recipe."""
-        if values in rows:  # another part has the same bytes
-            return {n: depths[m] for n, m in zip(row, rows[values], strict=True)}
-        if self._catalog.has_recipe(values, patches=False):  # see `Encoder`
-            frames = (self._catalog.frame(values, position)[1] for position in range(len(row)))
-            return {number: frame.depth for number, frame in zip(row, frames, strict=True)}
-        return {}
 
     def _reports(
         self, infos: tuple[TensorInfo, ...], stored: Mapping[int, Stored]
@@ -234,29 +205,18 @@ class Joint:
         if one.proof is not None:  # it is that of a commit, and has no hashes
             for _ in ChainReader(self._catalog).slices(*one.proof, info):
                 pass
-        bundle, frame = one.patch
-        for offset, length, expected in self._catalog.frame_at(bundle, frame).slices:
-            data = self._catalog.store.read_region(bundle, offset, length)
-            if expected != NO_HASH and slice_hash(data) != expected:
-                raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has another hash")
-            yield data
+        bundle, number = one.patch
+        frame = self._catalog.frame_at(bundle, number)
+        for index in range(len(frame.slices)):
+            yield read_slice(self._catalog, bundle, frame, index, unhashed_patch=True)
 
 
-def _recipe(
-    generation: int, values: ObjectId, row: list[int], stored: Mapping[int, Stored]
-) -> Recipe:
-    bundles: dict[ObjectId, int] = {}
-    owners = tuple(bundles.setdefault(stored[n].bundle, len(bundles)) for n in row)
-    frames = tuple(stored[n].frame for n in row)
-    return Recipe(values, generation, tuple(bundles), owners, frames)
-
-
-def code_share(repository: Repository, ticket: Ticket, checkpoint: Checkpoint) -> Shard:
+def encode_share(repository: Repository, ticket: ShardPlan, checkpoint: Checkpoint) -> Shard:
     """Code the share of this process in a commit of several."""
     repository.catalog.store.refresh()  # who joins may have committed meanwhile
     with repository.held_base("state") as held:
         held = HeldBase() if held is None else held
-        return code_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
+        return encode_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
 
 
 class _Elsewhere(Source):

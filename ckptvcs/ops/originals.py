@@ -56,8 +56,12 @@ _AGAIN = "try again when no other process commits"
 
 @dataclass
 class Removal:
-    """What became of the originals of a checkpoint: files that are gone, why others are not, and
-    whether its commit was pinned for their sake.
+    """What happened to the source files of a checkpoint.
+
+    Attributes:
+        removed: The deleted files.
+        kept: Why files were kept; None if all were deleted.
+        pinned: Whether the commit was pinned, so that its exact form is kept.
     """
 
     removed: list[Removed] = field(default_factory=list)

@@ -1,148 +1,39 @@
-"""Reader: what can be done with a repository without changing its history.
+"""Reader: everything that can be done with a repository without changing its history.
 
-Each method is one call into `ops/`, whose modules are loaded when they are first used: `log` and
-`show` start without numpy.
+Each method is one call into `ops/`, whose modules are loaded when they are first used.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from ckptvcs import ops
-from ckptvcs.errors import CkptError, CorruptionError
-from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import Bound, LogEntry
-from ckptvcs.ops.config import KEYS, Value, get_setting
-from ckptvcs.ops.repository import FOLDER, Repository
+from ckptvcs.ops.history_reader import HistoryReader, PathLike
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 
 if TYPE_CHECKING:
-    from ckptvcs.gc.collect import GcPlan
-    from ckptvcs.history.reflog import ReflogEvent
-    from ckptvcs.history.refs import Generation
     from ckptvcs.ops.bisect import Bisection, Judge, Watch
     from ckptvcs.ops.checkout import CheckedOut
     from ckptvcs.ops.diff import Comparison
     from ckptvcs.ops.export import Exported
-    from ckptvcs.ops.refs import NamedCommit
-    from ckptvcs.ops.show import Status, TensorEntry
-    from ckptvcs.ops.stats import Stats
     from ckptvcs.ops.tensor import TensorView
     from ckptvcs.ops.verify import VerifyReport
 
-PathLike = str | os.PathLike[str]
 
-_NO_RULES = Policy()
+class Reader(HistoryReader):
+    """An open repository that is only read.
 
+    `Repo` has the same methods, and those that write.  A *revision* is a step (an `int`), a tag, a
+    branch, an id prefix, `HEAD`, `latest`, `best:METRIC:min`, or one of these followed by `~N`.
 
-class Reader:
-    """An open repository, to be read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.repository = Repository(folder)
-
-    @classmethod
-    def open(cls, path: PathLike) -> Self:
-        """Open the repository DIR or DIR/.ckpt.
-
-        Raises:
-            NotFoundError: there is none.
-            UnsupportedVersionError: a newer program wrote it.
-        """
-        return cls(Repository.locate(path))
-
-    @staticmethod
-    def locate(path: PathLike | None = None) -> Path:
-        """Return the folder of the repository DIR or DIR/.ckpt; without a path, of the working
-        directory or of the nearest one above it.
-
-        Raises:
-            NotFoundError: there is none.
-        """
-        return Repository.locate_above(Path.cwd()) if path is None else Repository.locate(path)
-
-    @staticmethod
-    def exists(path: PathLike) -> bool:
-        """Whether DIR/.ckpt is a repository."""
-        return Repository.exists(Path(path) / FOLDER)
-
-    @property
-    def folder(self) -> Path:
-        """DIR/.ckpt."""
-        return self.repository.folder
-
-    @property
-    def root(self) -> Path:
-        """DIR, the folder that committed paths are relative to."""
-        return self.repository.root
-
-    def resolve(self, revision: str | int) -> ObjectId:
-        """The id of the commit that a revision names; an int is a step.
-
-        Raises:
-            NotFoundError, InvalidInputError: it names none, or several.
-        """
-        return self.repository.resolve(revision)
-
-    def log(
-        self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
-    ) -> list[LogEntry]:
-        """Commits, newest first: HEAD's line (or that of `revision`), or those of all branches."""
-        start = None if revision is None else self.resolve(revision)
-        return self.repository.history.entries(limit, start=start, all_branches=all_branches)
-
-    def line(
-        self,
-        start: Bound = None,
-        stop: Bound = None,
-        every: int | None = None,
-        *,
-        revision: str | int | None = None,
-    ) -> list[LogEntry]:
-        """Commits of a line, oldest first, chosen as `trajectory` chooses them."""
-        names = self.repository.history.line(start, stop, every, revision=revision)
-        return [self.repository.entry(name) for name in names]
-
-    def graph(
-        self, limit: int | None = None, *, revision: str | None = None
-    ) -> list[tuple[str, LogEntry | None]]:
-        """The commits of all branches (or the line of `revision`) as the rows of a graph: what is
-        drawn, and the commit beside it, if any.  `limit` counts commits.
-        """
-        start = None if revision is None else self.resolve(revision)
-        return self.repository.history.graph(limit, start=start)
-
-    def labels(self) -> dict[ObjectId, tuple[str, ...]]:
-        """What is said of commits at a tip: `HEAD -> main`, `side`, `tag: v1`, `pinned`."""
-        return self.repository.history.names()
-
-    def show(self, revision: str | int = "HEAD") -> LogEntry:
-        """One commit, with its tags and the branch whose newest commit it is."""
-        name, history = self.resolve(revision), self.repository.history
-        tags = history.tags().get(name, ())
-        return self.repository.entry(name, branch=history.branch_at(name), tags=tags)
-
-    def entry(
-        self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
-    ) -> LogEntry:
-        """A commit by its id, as the log shows it, with the branch and the tags that are given."""
-        return self.repository.entry(name, branch=branch, tags=tags)
-
-    def tensors(self, revision: str | int = "HEAD") -> list[TensorEntry]:
-        """The stored tensors of a commit, with their roles and errors."""
-        return ops.show.tensors(self.repository, self.resolve(revision))
-
-    def forms(self, revision: str | int = "HEAD") -> list[str]:
-        """How each of `tensors` comes back: `exact`, `near` or `dropped`."""
-        return ops.show.forms(self.repository, self.resolve(revision))
-
-    def status(self) -> Status:
-        """Where HEAD is, and how the checked-out files differ from it."""
-        return ops.show.status(self.repository)
+    Example:
+        >>> reader = Reader.open("runs/exp1")
+        >>> [entry.step for entry in reader.log(limit=3)]
+    """
 
     def diff(
         self,
@@ -152,72 +43,43 @@ class Reader:
         only: str | None = None,
         progress: Progress = quiet,
     ) -> Comparison:
-        """What lies between two commits, of all parts or of one.
+        """Compare two commits, tensor by tensor.
+
+        Args:
+            a: The older commit.
+            b: The newer commit.
+            only: Compare only `model`, `optimizer` or `rest`; None compares all parts.
+            progress: Called with the number of bytes that were read or written since its last call.
 
         Raises:
-            NotFoundError, InvalidInputError: there is no such commit, or no such part.
+            NotFoundError: A commit does not exist, or neither commit has the part.
+            CorruptionError: A tensor does not decode to its recorded hash.
+
+        Example:
+            >>> comparison = reader.diff(1000, 2000, only="model")
+            >>> comparison.tensors[0].info.name, comparison.tensors[0].sums.relative
         """
         return ops.diff.diff(self.repository, a, b, only, progress)
 
-    def branches(self) -> list[NamedCommit]:
-        """The branches that have a commit, by name."""
-        return ops.refs.branches(self.repository)
-
-    def tags(self) -> list[NamedCommit]:
-        """The tags, by name."""
-        return ops.refs.tags(self.repository)
-
-    def pins(self) -> list[LogEntry]:
-        """The pinned commits, by id."""
-        return ops.refs.pins(self.repository)
-
-    def head(self) -> Generation | None:
-        """What HEAD is at: a `branch`, or a `commit`."""
-        return self.repository.head()
-
-    def reflog(self, branch: str | None = None) -> list[ReflogEvent]:
-        """What happened to a branch (HEAD's), newest first."""
-        return ops.undo.events(self.repository, branch)
-
-    def plan_gc(self, policy: Policy = _NO_RULES) -> GcPlan:
-        """What `gc` would drop, fade and delete now.  What rekeying frees is not known before it is
-        done.
-
-        Raises:
-            CorruptionError: something that is needed is missing.
-            InvalidInputError: the rules keep nothing at all.
-        """
-        return ops.gc.plan(self.repository, policy)
-
-    def stats(self) -> Stats:
-        """Sizes on disk."""
-        return ops.stats.measure(self.repository)
-
-    def setting(self, key: str) -> Value:
-        """One setting.  Raises InvalidInputError: there is none of this name."""
-        return get_setting(self.repository.config, key)
-
-    def settings(self) -> dict[str, Value]:
-        """Every setting by its name.
-
-        Raises:
-            InvalidInputError: they cannot be read.
-        """
-        config = self.repository.config
-        return {key: get_setting(config, key) for key in KEYS}
-
     def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
-        """The state of a commit: the nested object that was committed, with its tensors.
+        """Return the state of a commit: the committed nested object with its tensors.
 
-        Tensors of torch come back as such (which imports torch); unknown classes come back as
-        inert records and are never executed.  A directory comes back as a dict of its files.
-        The state is also loaded `into` a module, a module and its optimizers, or objects with
-        `load_state_dict` by the keys that their states have.
+        Torch tensors are returned as torch tensors (this imports torch).  Unknown classes become
+        inert records; their code never runs.  A directory is returned as a dict of its files.
+
+        Args:
+            revision: The commit to read.
+            into: Also load the state into this module, into a module and its optimizers, or into a
+                dict of objects that have `load_state_dict`.  If the state does not fit, no object
+                is changed.
 
         Raises:
-            NotFoundError: there is no such commit, or it lacks what is to be loaded.
-            InvalidInputError: what is to be loaded does not fit; nothing was loaded then.
-            CorruptionError: it does not decode to its recorded hashes.
+            NotFoundError: The commit does not exist, or lacks a key that `into` needs.
+            InvalidInputError: A shape or a type differs from `into`.
+            CorruptionError: A tensor does not decode to its recorded hash.
+
+        Example:
+            >>> reader.checkout(2000, into={"model": model, "optimizer": optimizer})
         """
         state = ops.read.state(self.repository, revision)
         if into is not None:
@@ -236,12 +98,19 @@ class Reader:
         progress: Progress = quiet,
         announce: Callable[[Path], object] = lambda _: None,
     ) -> CheckedOut:
-        """Write the files of a commit; HEAD stays where it is (see `move_head`).  `announce` is
-        told where, before anything is written.
+        """Write the files of a commit to disk; HEAD does not move (see `Repo.move_head`).
+
+        Args:
+            revision: The commit to write.
+            output: The file or directory to write; None uses the path that the commit recorded.
+            force: Overwrite files whose content is in no commit.
+            exact: Refuse a commit that can only be restored in near form.
+            progress: Called with the number of bytes that were read or written since its last call.
+            announce: Called with the target path before the first byte is written.
 
         Raises:
-            ConflictError: they were to be `exact`, and are not, or not any more; or a file would be
-                overwritten that no commit holds.
+            ConflictError: A file would be lost, or the commit is not `exact`.
+            CorruptionError: A file does not have its recorded hash; nothing was replaced.
         """
         return ops.checkout.checkout_files(
             self.repository,
@@ -263,12 +132,19 @@ class Reader:
         exact: bool = False,
         announce: Callable[[Path], object] = lambda _: None,
     ) -> CheckedOut:
-        """Write one part of a commit (`model`, `optimizer` or `rest`) as .safetensors or as a
-        torch.save file; without `output` beside where the commit belongs.
+        """Write one part of a commit as .safetensors, or as a file of `torch.save`.
+
+        Args:
+            revision: The commit to write.
+            part: `model`, `optimizer` or `rest`.
+            output: The file to write; None writes beside the path that the commit recorded.
+            force: Overwrite an existing file.
+            exact: Refuse a part that can only be restored in near form.
+            announce: Called with the target path before the first byte is written, if `output` is
+                None.
 
         Raises:
-            ConflictError: it was to be `exact`, and is not, or not any more; or a file is in the
-                way.
+            ConflictError: The file exists, or the part is not `exact`.
         """
         return ops.checkout.checkout_part(
             self.repository,
@@ -290,12 +166,20 @@ class Reader:
         force: bool = False,
         progress: Progress = quiet,
     ) -> Exported:
-        """Write a commit, or one part of it, in the format `form` (`pt` or `safetensors`; None: as
-        it was committed).
+        """Write a commit, or one part of it, as a file.
+
+        Args:
+            revision: The commit to write.
+            path: The file to write, or the directory if the commit is a directory.
+            form: `pt` or `safetensors`; None keeps the committed format.
+            only: Write only `model`, `optimizer` or `rest`.
+            force: Overwrite an existing file.
+            progress: Called with the number of bytes that were read or written since its last call.
 
         Raises:
-            NotFoundError, InvalidInputError: there is no such commit, part or format.
-            ConflictError: a file is in the way, and `force` is not given.
+            NotFoundError: The commit or the part does not exist.
+            InvalidInputError: The format or the part is not known.
+            ConflictError: The file exists and `force` is not set.
         """
         return ops.export.export(
             self.repository,
@@ -320,12 +204,23 @@ class Reader:
         force: bool = False,
         progress: Progress = quiet,
     ) -> list[Exported]:
-        """Write each commit of a line, as `trajectory` chooses them, into a folder, named by its
-        step; each frame is decoded once.
+        """Write each commit of a first-parent history into a folder, named by step.
+
+        Args:
+            folder: The folder to write to.
+            start: As for `line`.
+            stop: As for `line`.
+            every: As for `line`.
+            revision: As for `line`.
+            form: `pt` or `safetensors`; None keeps the committed format.
+            only: Write only `model`, `optimizer` or `rest`.
+            force: Overwrite existing files.
+            progress: Called with the number of bytes that were read or written since its last call.
 
         Raises:
-            NotFoundError, InvalidInputError: no commit lies between; no such part or format.
-            ConflictError: a file is in the way, and `force` is not given.
+            NotFoundError: The range contains no commit.
+            InvalidInputError: The format or the part is not known.
+            ConflictError: A file exists and `force` is not set.
         """
         return ops.export.export_line(
             self.repository,
@@ -350,13 +245,25 @@ class Reader:
         force: bool = False,
         progress: Progress = quiet,
     ) -> list[ObjectId]:
-        """Write the mean of the weights of a line of commits, all else as in the last of them;
-        return their ids.
+        """Write the mean of the weights of a range of commits.
+
+        Everything except the float weights is that of the last commit.
+
+        Args:
+            start: As for `line`.
+            stop: As for `line`.
+            path: The file or directory to write.
+            every: As for `line`.
+            force: Overwrite an existing file.
+            progress: Called with the number of bytes that were read or written since its last call.
+
+        Returns:
+            The ids of the averaged commits, oldest first.
 
         Raises:
-            NotFoundError: no commit lies between.
-            InvalidInputError: a weight is not in all of them, in the same shape and type.
-            ConflictError: a file is in the way, and `force` is not given.
+            NotFoundError: The range contains no commit.
+            InvalidInputError: A weight does not have the same shape and type in all commits.
+            ConflictError: The file exists and `force` is not set.
         """
         return ops.average.average(
             self.repository, start, stop, Path(path), every=every, force=force, progress=progress
@@ -371,41 +278,56 @@ class Reader:
         every: int | None = None,
         revision: str | int | None = None,
     ) -> Iterator[tuple[LogEntry, Any]]:
-        """The states of a line of commits, oldest first, each with its entry in the log.
+        """Yield the states of a first-parent history, oldest first.
 
-        A state is what `checkout` gives; with `select`, a glob or several over the names of tensors
-        (`model.*`, as `ckpt show --json` has them), a flat dict of those, and nothing else is read.
-        Only the frames since the commit before are decoded, and one state is in memory, besides
-        those that the caller keeps.  The next is decoded from it: a tensor that the caller changes
-        in place costs a walk down its whole chain.
+        Each state is decoded from the one before it; only one is kept in memory.  A tensor that the
+        caller changes in place is decoded again from its whole delta chain.
 
-        The line is HEAD's, or that of `revision`, or of `stop` where that is a revision.  `start`
-        and `stop`, both included, are steps (bounds, which need not be those of commits) or
-        revisions on the line; `every` leaves only commits whose step is a multiple of it.
+        Args:
+            select: A glob or several over tensor names, such as `model.*`.  Each state is then a
+                flat dict of these tensors, and no other tensor is read.  None yields what
+                `checkout` returns.
+            start: As for `line`.
+            stop: As for `line`.
+            every: As for `line`.
+            revision: As for `line`.
 
         Raises:
-            NotFoundError: a revision names nothing, or nothing on the line; no tensor of any of
-                the commits is selected.
-            InvalidInputError: a revision names several commits; `every` is below 1.
-            CorruptionError: while it is walked: a tensor does not decode to its recorded hash.
+            NotFoundError: A revision names no commit of this history, or `select` matches no
+                tensor.
+            InvalidInputError: A revision names several commits, or `every` is below 1.
+            CorruptionError: During iteration: a tensor does not decode to its recorded hash.
+
+        Example:
+            >>> for entry, state in reader.trajectory("model.*.weight", every=1000):
+            ...     print(entry.step, {name: tensor.norm() for name, tensor in state.items()})
         """
         return ops.read.states(self.repository, select, start, stop, every, revision)
 
     def tensor(self, name: str, at: str | int = "HEAD") -> Any:
-        """One tensor of a commit, as `checkout` gives it; nothing else is read or decoded.
+        """Return one tensor of a commit; no other tensor is decoded.
 
-        `name` is as `ckpt show --json` has it, or the end of that behind a dot or a colon, if one
-        tensor alone is meant: `layers.0.weight` for `model.layers.0.weight`.
+        Args:
+            name: The name of the tensor in `tensors`, or an unambiguous end of it after a dot or a
+                colon: `layers.0.weight` for `model.layers.0.weight`.
+            at: The commit to read.
 
         Raises:
-            NotFoundError, InvalidInputError: there is no such commit or tensor, or several.
-            CorruptionError: it does not decode to its recorded hash.
+            NotFoundError: The commit or the tensor does not exist.
+            InvalidInputError: Several commits or tensors match.
+            CorruptionError: The tensor does not decode to its recorded hash.
         """
         return ops.read.tensor(self.repository, name, at)
 
     def tensor_view(self, where: str) -> TensorView:
-        """The tensor `REV:TENSOR`, with what is known of it: values as numpy has them, statistics,
-        fidelity.  Raises as `tensor`.
+        """Return one tensor with its values as numpy, its statistics and its fidelity.
+
+        Args:
+            where: `REV:TENSOR`; the tensor is named as in `tensor`.
+
+        Raises:
+            NotFoundError: The commit or the tensor does not exist.
+            InvalidInputError: Several commits or tensors match.
         """
         return ops.tensor.TensorView(self.repository, where)
 
@@ -418,7 +340,21 @@ class Reader:
         every: int | None = None,
         revision: str | int | None = None,
     ) -> Iterator[tuple[LogEntry, Any]]:
-        """One tensor along a line, of those commits that have it; as `trajectory` and `tensor`."""
+        """Yield one tensor along a first-parent history, oldest first.
+
+        Commits without the tensor are skipped.
+
+        Args:
+            name: As for `tensor`.
+            start: As for `line`.
+            stop: As for `line`.
+            every: As for `line`.
+            revision: As for `line`.
+
+        Raises:
+            NotFoundError: A revision names no commit of this history, or no commit has the tensor.
+            InvalidInputError: Several tensors match, or `every` is below 1.
+        """
         return ops.read.series(self.repository, name, start, stop, every, revision)
 
     def bisect(
@@ -434,32 +370,47 @@ class Reader:
         above: float | None = None,
         below: float | None = None,
     ) -> Bisection:
-        """The first bad commit between two.  Bad is what `judge` says; or what the exit code of a
-        `command` says; or weights that are not finite (`nan`); or a `metric` above or below a
-        bound.  `watch` is told of each verdict.
+        """Find the first bad commit between a good one and a bad one.
+
+        Pass exactly one test: `judge`, `command`, `nan` or `metric`.
+
+        Args:
+            good: A commit that passes the test, an ancestor of `bad`.
+            bad: A commit that fails the test.
+            judge: Returns the `Verdict` of a commit.
+            watch: Called with each commit, its verdict, and the number of commits that are left.
+            command: A command and its arguments; `{}` is replaced by the path of the restored
+                checkpoint. Exit code 0 is good, 125 skips, any other code up to 127 is bad.
+            nan: Weights that are not finite are bad.
+            metric: The name of a metric that is compared with a bound.
+            above: The commit is bad if the metric is above this value.
+            below: The commit is bad if the metric is below this value.
 
         Raises:
-            InvalidInputError: `good` is no ancestor of `bad`, or they are not what their names say.
+            InvalidInputError: `good` is not an ancestor of `bad`, or a verdict contradicts its
+                name.
+
+        Example:
+            >>> reader.bisect(1000, 9000, metric="loss", above=3.0).first_bad
         """
         if judge is None:
             judge = ops.bisect.choose_judge(self.repository, command, metric, above, below, nan=nan)
         return ops.bisect.search(self.repository, good, bad, judge, watch or (lambda *_: None))
 
     def verify(self, progress: Progress = quiet, *, subset: str | None = None) -> VerifyReport:
-        """Prove that everything can be read.  A `subset` of `5%`, `10G` or `15m` is what was
-        checked longest ago.
+        """Check that every commit can be read, bit for bit.
+
+        Damage is collected in the report, not raised.
+
+        Args:
+            progress: Called with the number of bytes that were read or written since its last call.
+            subset: Check only a share (`5%`), a size (`10G`) or a time (`15m`), least recently
+                checked first; None checks everything.
 
         Raises:
-            InvalidInputError: there is no such subset.
+            InvalidInputError: `subset` is not valid.
         """
         return ops.verify.verify(self.repository, progress, subset=subset)
-
-    @staticmethod
-    def why_unopened(path: PathLike, error: CkptError) -> CorruptionError | None:
-        """The damage for which a repository could not be opened, which raised `error`; None if it
-        is of a newer program, as it says.
-        """
-        return ops.verify.why_unopened(Repository.locate(path), error)
 
 
 def _path(output: PathLike | None) -> Path | None:

@@ -16,7 +16,14 @@ from ckptvcs.store.ids import ObjectId
 
 @dataclass(frozen=True)
 class NamedCommit:
-    """A branch or a tag, and the commit that it names; `current` is set on HEAD's branch."""
+    """A branch or a tag.
+
+    Attributes:
+        name: The name of the branch or tag.
+        commit: The id of its commit.
+        step: The training step of the commit, if known.
+        current: Whether HEAD follows the branch.
+    """
 
     name: str
     commit: ObjectId
@@ -26,8 +33,12 @@ class NamedCommit:
 
 @dataclass(frozen=True)
 class DeletedBranch:
-    """A branch that was deleted: the commit it was at, and the commits that no branch, tag or HEAD
-    leads to any more, newest first.
+    """A deleted branch.
+
+    Attributes:
+        name: The name of the branch.
+        commit: The commit that it pointed to.
+        unnamed: The commits that no other ref reaches, newest first; the next gc deletes them.
     """
 
     name: str

@@ -21,10 +21,10 @@ from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped, read_sound
-from ckptvcs.history.commit import ERRORS, PARTS, Commit, dump_commit
+from ckptvcs.history.commit import ERRORS, Commit, dump_commit
 from ckptvcs.history.format_file import FOLDERS, raise_flags, repair_format
 from ckptvcs.history.reachability import mark
-from ckptvcs.history.recipe import LetGo, load_recipe
+from ckptvcs.history.recipe import DropRecord, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.config import mend_settings
@@ -48,9 +48,17 @@ Record = tuple[Entry, bytes, bytes]
 
 @dataclass
 class Repaired:
-    """What was done: objects by where they came from, refs that were mended, and where those are
-    that had to be guessed, other files that were made anew, commits let go (parts, or all), and
-    packs that were deleted.
+    """The result of a repair.
+
+    Attributes:
+        salvaged: The number of objects copied from damaged packs.
+        remembered: The number of objects restored from the index.
+        fetched: The number of objects copied from the other repository.
+        refs: The repaired refs.
+        told: The refs whose newest version was inferred, with their commit or branch.
+        files: The other repaired files.
+        dropped: The dropped commits with the dropped parts; empty parts mean the whole commit.
+        packs: The number of deleted packs.
     """
 
     salvaged: int = 0
@@ -264,7 +272,7 @@ class Repairer:
             lost |= {hole} if hole else set()
         gone = self._catalog.dropped()
         for name in commits.keys() - gone.commits:
-            lost |= {table for _, table in self._lost_patches(name, commits[name])}
+            lost |= {table for _, table in self._catalog.lost_patches(name, commits[name])}
         return mark(self._catalog, commits, gone, lost=lost).objects | lost, lost
 
     def _tips(self) -> Iterator[ObjectId]:
@@ -274,21 +282,6 @@ class Repairer:
                 move = self._refs.read(ref)
                 if move is not None and move.commit is not None:
                     yield move.commit
-
-    def _faded(self, name: ObjectId) -> set[str]:
-        """The parts of a commit of which a record lets the exact form go."""
-        return {part for record in self._catalog.let_go(name) for part in record.parts or PARTS}
-
-    def _lost_patches(self, name: ObjectId, commit: Commit) -> list[tuple[str, ObjectId]]:
-        """The parts of a commit whose exact patch is gone without a record, and its table."""
-        if not commit.patch_bytes:
-            return []
-        faded = self._faded(name)
-        return [
-            (part, state.exact)
-            for part, state in commit.parts.items()
-            if state.exact and part not in faded and not self._catalog.has_recipe(state.exact)
-        ]
 
     # -- what cannot be saved ------------------------------------------------------------------
 
@@ -316,7 +309,7 @@ class Repairer:
                 self._refs.publish(ref, old, commit=None, time=now(), action="repair")
                 ref, old = f"pins/{parent}", None
             self._refs.publish(ref, old, commit=parent, time=now(), action="repair")
-        records = {record for name in moved for record in self._catalog.let_go(name)}
+        records = {record for name in moved for record in self._catalog.drop_records(name)}
         self._catalog.record(
             [
                 replace(record, commits=tuple(moved.get(name, name) for name in record.commits))
@@ -353,18 +346,18 @@ class Repairer:
             if lost:
                 self.done.dropped[name] = lost if _ALONE.issuperset(lost) else ()
                 drops.setdefault(self.done.dropped[name], []).append(name)
-            faded = {part for part, _ in self._lost_patches(name, commit)}
+            faded = {part for part, _ in self._catalog.lost_patches(name, commit)}
             faded |= {
                 part
                 for part, state in commit.parts.items()
                 if state.exact and not self._sound_table(state.exact)
             }
-            faded -= self._faded(name)
+            faded -= self._catalog.recorded_parts(name)
             if faded:
                 fades.setdefault(tuple(sorted(faded)), []).append(name)
         self._catalog.record(
             [
-                LetGo(what, tuple(sorted(names)), parts, _RULE, now())
+                DropRecord(what, tuple(sorted(names)), parts, _RULE, now())
                 for what, rows in (("drop", drops), ("fade", fades))
                 for parts, names in rows.items()
             ]

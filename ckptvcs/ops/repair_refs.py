@@ -1,6 +1,6 @@
 """Mending refs: generations that are damaged or missing, from where their bytes can be had.
 
-spare      the newest one lies in the cache once more
+backup      the newest one lies in the cache once more
 copy       another repository of the same history has them, whole refs that are lost, and perhaps
            newer ones; the newest of a ref is believed where nothing here contradicts it
 evidence   else a branch is at the end of a line of commits that comes from the generation below, a
@@ -132,7 +132,7 @@ class RefMender:
         changed = False
         if self._sound(ref, last, None) is None and (drop or not ref.startswith("tags/")):
             branch = self._main() if ref == HEAD else None
-            made = self._refs.mend(ref, partial(self._evidence, ref), now(), branch)
+            made = self._refs.repair(ref, partial(self._evidence, ref), now(), branch)
             self.done.told[ref], last, changed = made.branch or made.commit, made.number, True
         if drop:
             changed |= self._mark_lost(ref, last)
@@ -170,14 +170,14 @@ class RefMender:
             if data is not None:
                 self._refs.restore(ref, number, data)
                 found = True
-                if number == last and data != self._spare(ref):
+                if number == last and data != self._backup(ref):
                     move = self._refs.generation(ref, number)
                     self.done.told[ref] = move.branch or move.commit
         return found
 
-    def _spare(self, ref: str) -> bytes | None:
+    def _backup(self, ref: str) -> bytes | None:
         with contextlib.suppress(CkptError, FileNotFoundError):
-            return self._refs.spare_content(ref)
+            return self._refs.backup_content(ref)
         return None
 
     def _find(self, ref: str, number: int, wanted: str | None, *, newest: bool) -> bytes | None:
@@ -196,9 +196,9 @@ class RefMender:
         return None
 
     def _candidates(self, ref: str, number: int) -> Iterator[tuple[bytes, bool]]:
-        spare = self._spare(ref)
-        if spare is not None:
-            yield spare, True
+        backup = self._backup(ref)
+        if backup is not None:
+            yield backup, True
         if self._other is not None:
             with contextlib.suppress(CkptError, FileNotFoundError):
                 yield self._other.content(ref, number), False
@@ -211,7 +211,7 @@ class RefMender:
             return False
         parents = self._parents()
         known = set(_line(move.commit, parents))
-        loose = Revisions(self._catalog, self._refs).loose(parents.keys() - known)
+        loose = Revisions(self._catalog, self._refs).unreachable(parents.keys() - known)
         return any(self._comes_from(name, ref, below.commit, parents) for name in loose)
 
     def _comes_from(

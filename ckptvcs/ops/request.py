@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptvcs.checkpoint.conventions import step_in_name, step_in_text
 from ckptvcs.checkpoint.open import Checkpoint
-from ckptvcs.checkpoint.state import STATE_FILE
+from ckptvcs.checkpoint.state import STATE_FILE, Copies, state_checkpoint
 from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.errors import InvalidInputError
 
@@ -93,7 +93,7 @@ def plain_step(step: object) -> int | None:
     except (TypeError, ValueError, RuntimeError):
         number = -1
     if not 0 <= number < 1 << 62:
-        raise InvalidInputError(f"a step is a whole number from 0, not {step!r}")
+        raise InvalidInputError(f"step must be a non-negative integer, got {step!r}")
     return number
 
 
@@ -111,14 +111,14 @@ def plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
             take = getattr(value, "item", None)  # of a tensor, which may have a gradient
             plain[name] = float(take() if callable(take) else value)  # type: ignore[arg-type]
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise InvalidInputError(f"metric {name!r} is no number: {value!r}") from None
+            raise InvalidInputError(f"metric {name!r} must be a number, got {value!r}") from None
     return plain
 
 
 def plain_message(message: object) -> str:
     """A message as a commit holds it.  Raises InvalidInputError."""
     if not isinstance(message, str):
-        raise InvalidInputError(f"a message is text, not {message!r}")
+        raise InvalidInputError(f"message must be text, got {message!r}")
     return message
 
 
@@ -133,3 +133,27 @@ def find_step(request: Request) -> int | None:
         return said
     name = request.path.rpartition("/")[2]
     return step_in_name(name, request.checkpoint.epoch)
+
+
+def gather_state(
+    state: object,
+    model: Any,
+    optimizer: Any,
+    extra: Mapping[str, object] | None,
+    copies: Copies | None = None,
+) -> Checkpoint:
+    """Return a state, or that of a model and its optimizers, as a checkpoint; see `Repo.commit`.
+
+    Raises:
+        InvalidInputError: both are given, or neither is.
+    """
+    from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415
+
+    if (state is ...) == (model is None and optimizer is None):
+        raise InvalidInputError("commit either a state, or a model and its optimizer")
+    if state is not ... and extra is not None:
+        raise InvalidInputError("pass either a state or extra, not both")
+    if state is not ...:
+        return state_checkpoint(state, None, copies)
+    gathered, names = gather(model, optimizer, extra, STATE_FILE)
+    return state_checkpoint(gathered, names, copies)

@@ -12,8 +12,17 @@ from ckptvcs.store.ids import ObjectId
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A stored tensor of a commit.  `evidence` says how its role is known, `error` how far its near
-    form is off (None where it is exact).
+    """A stored tensor of a commit.
+
+    Attributes:
+        name: The full name of the tensor.
+        part: `model`, `optimizer` or `rest`.
+        role: What the tensor is, such as a weight or an optimizer moment.
+        dtype: The element type, such as `BF16`.
+        shape: The shape.
+        size_bytes: The uncompressed size in bytes.
+        evidence: How the role was detected.
+        error: The error of the near form; None if the tensor is exact.
     """
 
     name: str
@@ -28,8 +37,13 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Status:
-    """Where HEAD is, and how the checked-out files differ from it: `missing`, `changed` or `near`
-    (written by a checkout of a near commit), each with its path.
+    """The position of HEAD, and the differences of the files on disk.
+
+    Attributes:
+        branch: The branch that HEAD follows; None if HEAD is detached.
+        head: The commit of HEAD; None in an empty repository.
+        step: The training step of that commit, if known.
+        changes: For each differing file `missing`, `changed` or `near`, and its path.
     """
 
     branch: str | None

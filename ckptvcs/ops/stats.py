@@ -12,7 +12,17 @@ from ckptvcs.ops.repository import CACHE, Repository
 
 @dataclass(frozen=True)
 class Stats:
-    """Sizes of a repository in bytes, as they are on disk."""
+    """Sizes of a repository, in bytes on disk.
+
+    Attributes:
+        commits: The number of commits.
+        raw_bytes: The total size of the committed files.
+        stored_bytes: The size of the repository without its cache.
+        history_bytes: `stored_bytes` without exact patches.
+        patch_bytes: The size of the exact patches.
+        cache_bytes: The size of the cache, which can always be deleted.
+        packs: The number of packs.
+    """
 
     commits: int
     raw_bytes: int
@@ -24,7 +34,7 @@ class Stats:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the repository is than the files that were committed."""
+        """`raw_bytes` divided by `stored_bytes`."""
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 0.0
 
 

@@ -19,7 +19,16 @@ from ckptvcs.ops.repository import Repository
 
 
 class TensorView:
-    """A tensor of a commit.  Its values are read when they are first asked for."""
+    """One tensor of a commit; its values are read on first access.
+
+    Attributes:
+        id: The id of the commit.
+        name: The full name of the tensor.
+        step: The training step of the commit, if known.
+        dtype: The element type, such as `BF16`.
+        shape: The shape.
+        fidelity: `exact` or `near`.
+    """
 
     def __init__(self, repository: Repository, where: str) -> None:
         """`where` is `REV:TENSOR`, the tensor as for `Repo.tensor`.
@@ -38,26 +47,32 @@ class TensorView:
 
     @cached_property
     def values(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The values as numpy has them; as float32 where numpy lacks their type.
+        """The values as a numpy array; float32 if numpy lacks the element type.
 
         Raises:
-            CorruptionError: they do not decode to their recorded hash.
+            CorruptionError: The tensor does not decode to its recorded hash.
         """
         values: np.ndarray[Any, np.dtype[Any]] = _numbers(self._reader, self._window)
         return values
 
     def statistics(self) -> dict[str, float | None]:
-        """Return min, max, mean, standard deviation and norm of the finite values, and how many are
-        zero or not finite.  None where there is nothing to tell.
+        """Return statistics of the finite values by name.
+
+        The names are `min`, `max`, `mean`, `std`, `norm`, `zeros` and `not_finite`.  A value is
+        None if no entry is finite.
         """
         return _statistics(self.values)
 
     def save(self, path: Path, *, force: bool = False) -> None:
-        """Write the tensor as .npy, .pt or .safetensors, as the name of the file says.
+        """Write the tensor as .npy, .pt or .safetensors, by the suffix of `path`.
+
+        Args:
+            path: The file to write.
+            force: Overwrite an existing file.
 
         Raises:
-            InvalidInputError: the name of the file says none of these.
-            ConflictError: the file exists, and `force` is not given; or it came meanwhile.
+            InvalidInputError: The suffix is not known.
+            ConflictError: The file exists, and `force` is not set.
         """
         with Targets() as looks:
             target = looks.free(path, force=force)

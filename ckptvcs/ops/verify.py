@@ -27,7 +27,7 @@ from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of, read_sound
-from ckptvcs.history.commit import PARTS, Commit
+from ckptvcs.history.commit import Commit
 from ckptvcs.history.format_file import FOLDERS, check_seal
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.refs import Refs
@@ -51,10 +51,16 @@ T = TypeVar("T")
 
 @dataclass
 class Damage:
-    """One thing that is wrong: what, in which commit (if known), in which file or tensor.
+    """One damaged thing.
 
-    Of a pack or object, `objects` are the ids that cannot be read, and `commits` and `tensors` what
-    cannot be restored because of it.
+    Attributes:
+        what: Its kind, such as `pack`, `commit`, `tensor`, `ref` or `file`.
+        message: What is wrong with it.
+        commit: The commit that contains it, if known.
+        name: The name of the file, ref, pack or tensor.
+        objects: The ids of objects that cannot be read.
+        commits: The commits that cannot be restored because of it.
+        tensors: The tensors that cannot be restored because of it.
     """
 
     what: str
@@ -68,9 +74,18 @@ class Damage:
 
 @dataclass
 class VerifyReport:
-    """What was looked at, what was left for another time, and what was wrong.  Commits that are
-    `loose` are here, and no ref led to them ever: they came to nothing, or their ref was lost.
-    Materialised bases in the cache that were wrong are `discarded`: nothing is lost with them.
+    """The result of `Repo.verify`.
+
+    Attributes:
+        packs: The number of checked packs.
+        commits: The number of checked commits.
+        tensors: The number of decoded tensors.
+        files: The number of checked files.
+        bytes: The size of the checked packs, in bytes.
+        left: The number of packs and commits that `subset` left out.
+        loose: Unreachable commits; they are not damage.
+        discarded: Wrong cache files that were deleted; they are not damage.
+        damage: Everything that is damaged.
     """
 
     packs: int = 0
@@ -174,7 +189,7 @@ class Verifier:
         folder = self._cache.parent
         for name in FOLDERS:
             if os.path.lexists(folder / name) and not (folder / name).is_dir():
-                self._wrong("folder", CorruptionError(f"{name} is no folder"), name=name)
+                self._wrong("folder", CorruptionError(f"{name} is not a folder"), name=name)
         for what, name, check in (
             ("format", "format", lambda: check_seal(self._catalog.store.backend)),
             ("settings", "config.toml", lambda: load_config(folder / "config.toml")),
@@ -231,11 +246,11 @@ class Verifier:
                 if move is not None and move.commit is not None:
                     roots[name] = move.commit
                 self._refs.check(name)
-                self._refs.keep_spare(name)
+                self._refs.keep_backup(name)
             except CkptError as error:
-                damage, spare = self._wrong("ref", error, name=name), self._refs.spare(name)
-                if name not in roots and spare is not None and spare.commit is not None:
-                    damage.commits = (spare.commit,)  # which nobody gets to by that ref
+                damage, backup = self._wrong("ref", error, name=name), self._refs.backup(name)
+                if name not in roots and backup is not None and backup.commit is not None:
+                    damage.commits = (backup.commit,)  # which nobody gets to by that ref
         return roots
 
     def _reachable(self) -> dict[ObjectId, Commit]:
@@ -258,10 +273,12 @@ class Verifier:
                     dict.fromkeys([*([below] if below else ()), *below_too])
                 )
         there = set(self._catalog.store.ids(Kind.COMMIT))
-        self.report.loose = revisions.loose(there - found.keys())
+        self.report.loose = revisions.unreachable(there - found.keys())
         with contextlib.suppress(CkptError):  # which has been said
             for name in revisions.lost_lines():
-                lost = CorruptionError("a ref is lost: this and those below it are on none")
+                lost = CorruptionError(
+                    "a ref is lost: this commit and its ancestors are on no branch"
+                )
                 self._wrong("ref", lost, commit=name)
         return {name: commit for name, commit in found.items() if name not in hidden}
 
@@ -298,13 +315,9 @@ class Verifier:
 
     def _patches(self, name: ObjectId, commit: Commit) -> None:
         """A patch may be missing only where a record says so."""
-        if not commit.patch_bytes:
-            return
-        gone = {part for record in self._catalog.let_go(name) for part in record.parts or PARTS}
-        for part, state in commit.parts.items():
-            if state.exact and part not in gone and not self._catalog.has_recipe(state.exact):
-                error = MissingObjectError(f"the exact patch of the {part} part is gone")
-                self._wrong("patch", error, commit=name)
+        for part, _ in self._catalog.lost_patches(name, commit):
+            error = MissingObjectError(f"the exact patch of the {part} part is gone")
+            self._wrong("patch", error, commit=name)
 
     def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo], room: Room) -> None:
         # Another commit may have the same bytes in tensors of other types: that proves nothing.

@@ -55,7 +55,9 @@ class Budget:
         """`5%`, `10G`, `15m`.  Raises InvalidInputError."""
         found = _FORM.match(text.strip())
         if found is None:
-            raise InvalidInputError(f"'{text}' is no subset", hint="as in 5%, 10G or 15m")
+            raise InvalidInputError(
+                f"invalid --subset '{text}'", hint="use a form such as 5%, 10G or 15m"
+            )
         number, unit = float(found[1]), found[2]
         if unit == "%":
             return cls(share=number / 100)

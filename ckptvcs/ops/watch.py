@@ -50,9 +50,16 @@ Signature = tuple[tuple[str, int, int, int], ...]
 
 @dataclass(frozen=True)
 class WatchEvent:
-    """What happened to a checkpoint: a commit was made (`id`), or something is wrong with it (the
-    `problem`), or its originals were, or were not, removed (`gone`).  The folder itself may have a
-    problem, too.
+    """Something that happened to a watched checkpoint, or to the folder.
+
+    Attributes:
+        name: The name of the checkpoint, or the folder.
+        step: The training step, if known.
+        id: The new commit, if one was made.
+        raw_bytes: The size of the checkpoint, in bytes.
+        notes: Warnings for the user.
+        problem: The error, if the checkpoint cannot be committed.
+        gone: What happened to the source files, if they were due for deletion.
     """
 
     name: str
@@ -77,7 +84,7 @@ class _Taken:
 
 
 class Watcher:
-    """Watches one folder for one repository."""
+    """Watches one folder and commits its checkpoints; see `Repo.watch`."""
 
     def __init__(
         self,
@@ -100,7 +107,9 @@ class Watcher:
         if real_path(folder).is_relative_to(real_path(repo.folder)):
             raise InvalidInputError(f"{folder} is part of the repository itself")
         if keep_local is not None and keep_local < 1:
-            raise InvalidInputError("keep at least one checkpoint, the newest: training needs it")
+            raise InvalidInputError(
+                "keep_local must be at least 1: training needs the newest checkpoint"
+            )
         self._repo, self._folder, self._pattern = repo, folder, pattern
         self._codec, self._lines = codec, Lines(repo, branch)
         self._settle, self._keep_local, self._accept_near = settle, keep_local, accept_near
@@ -116,11 +125,14 @@ class Watcher:
         self._refused: Counter[tuple[str, Signature]] = Counter()
 
     def look(self) -> Iterator[WatchEvent]:
-        """Look once, and deal with what has settled.
+        """Look once, and commit the checkpoints that have settled.
+
+        Yields:
+            An event for each commit, problem and deletion.
 
         Raises:
-            InvalidInputError: the folder cannot be read, and this will not pass.
-            StorageError: the repository cannot be written.
+            InvalidInputError: The folder cannot be read, and a retry would not help.
+            StorageError: The repository cannot be written.
         """
         try:
             settled = self._settled()
@@ -141,14 +153,12 @@ class Watcher:
 
     @property
     def name(self) -> str:
-        """What events call the folder itself."""
+        """The name of the folder in events."""
         return str(self._folder)
 
     @property
     def waiting(self) -> frozenset[str]:
-        """The entries of the folder that are, or may become, checkpoints, and have not been dealt
-        with as they are.
-        """
+        """The folder entries that are or may become checkpoints, and are not committed."""
         return frozenset(
             entry
             for name, (signature, _) in self._since.items()
@@ -158,7 +168,7 @@ class Watcher:
 
     @property
     def unsettled(self) -> frozenset[str]:
-        """Those of them that have changed a moment ago."""
+        """The entries that changed within the last `settle` seconds."""
         now = time.monotonic()
         return frozenset(
             entry
@@ -169,7 +179,7 @@ class Watcher:
 
     @property
     def written(self) -> frozenset[str]:
-        """Those of them that somebody has open to write."""
+        """The waiting entries that a process has open for writing."""
         return self.waiting & self._written
 
     # -- what is there -------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Where files live: named, write-once, listed by folder.
 
 Names are relative and use `/`.  A file is complete when its name appears, and is never changed
-after that.  `MemoryBackend` keeps everything in a dict; `ckptvcs.store.local` is the real one.
+after that.  `ckptvcs.store.local` implements it for a directory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckptvcs.errors import ConflictError, CorruptionError, StorageError
+from ckptvcs.errors import CorruptionError, StorageError
 
 
 class Writer(Protocol):
@@ -142,97 +142,6 @@ class Backend(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove a file, or what has its name; no error where there is none."""
-
-
-class MemoryBackend:
-    """A backend that is a dict, for tests and for states that need no disk."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-
-    def __str__(self) -> str:
-        return "memory"
-
-    def names(self, folder: str) -> Iterator[str]:
-        return iter([name for name in self.files if name.startswith(folder + "/")])
-
-    def size(self, name: str) -> int:
-        if name not in self.files:
-            raise FileNotFoundError(name)
-        return len(self.files[name])
-
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        if name not in self.files:
-            raise FileNotFoundError(name)
-        data = self.files[name]
-        return data[offset : len(data) if length is None else offset + length]
-
-    def writer(self) -> MemoryWriter:
-        return MemoryWriter(self)
-
-    def hold(self, name: str, say: Callable[[Trace], bytes]) -> MemoryHold:
-        write_once(self, name, say(Trace()))
-        return MemoryHold(self, name)
-
-    def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
-        return read_small(self, name, limit), Trace()
-
-    def clock_ns(self) -> int:
-        return 0
-
-    def settle(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.size(name)
-
-    def settle_seen(self) -> None:
-        """Nothing here outlasts the process."""
-
-    def replace(self, name: str, data: bytes) -> None:
-        self.files[name] = data
-
-    def cache(self, name: str, data: bytes) -> None:
-        self.files[name] = data
-
-    def make_folders(self, folders: Iterable[str]) -> list[str]:
-        return []
-
-    def make_way(self, folder: str) -> None:
-        self.files.pop(folder, None)
-
-    def delete(self, name: str) -> None:
-        self.files.pop(name, None)
-
-
-class MemoryHold:
-    """A file of a MemoryBackend that somebody holds."""
-
-    def __init__(self, backend: MemoryBackend, name: str) -> None:
-        self._backend, self._name = backend, name
-
-    def renew(self) -> None:
-        """Nobody looks at it from elsewhere."""
-
-    def release(self) -> None:
-        self._backend.delete(self._name)
-
-
-class MemoryWriter:
-    """A file of a MemoryBackend on its way."""
-
-    def __init__(self, backend: MemoryBackend) -> None:
-        self._backend = backend
-        self._data = bytearray()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._data += data
-
-    def publish(self, name: str) -> None:
-        if name in self._backend.files:
-            raise ConflictError(f"{name} exists already")
-        self._backend.files[name] = bytes(self._data)
-
-    def abort(self) -> None:
-        self._data.clear()
 
 
 _TRIES = 3

@@ -88,7 +88,7 @@ def judge(
             return unseen
         if not is_this_start:
             return _of_other_start(fields, trace, host, clock_ns, unseen)
-        if _is_let_go(fields, trace):
+        if _is_released(fields, trace):
             return Holder.GONE
         if fields.get("space", "") != process_space():
             seen = fields.get("locked") is True and trace.is_locked is True
@@ -118,7 +118,7 @@ def _of_other_start(
     return unseen
 
 
-def _is_let_go(fields: dict[str, Any], trace: Trace) -> bool:
+def _is_released(fields: dict[str, Any], trace: Trace) -> bool:
     """Whether a lease that was written since this machine was started is a copy, or has lost the
     lock that its holder took.
     """

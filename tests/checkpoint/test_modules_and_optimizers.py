@@ -10,6 +10,8 @@ import torch
 from ckptvcs import InvalidInputError, NotFoundError, Repo
 from tests.helpers.comparing import same
 
+pytestmark = pytest.mark.any_backend
+
 
 def _model() -> torch.nn.Sequential:
     torch.manual_seed(7)

@@ -188,7 +188,7 @@ def test_exports_can_be_read(tmp_path: Path) -> None:
     assert same(torch.load(tmp_path / "four.pt", weights_only=True), value)
     with pytest.raises(InvalidInputError, match="C128") as refused:
         reader.save_tensor("wide", rows["wide"], tmp_path / "wide.safetensors")
-    assert refused.value.hint == "end the name of the file in .pt"
+    assert refused.value.hint == "use a file name that ends in .pt"
     assert not (tmp_path / "wide.safetensors").exists()
 
 

@@ -26,6 +26,8 @@ from ckptvcs.store.object_store import ObjectStore
 from tests.helpers.comparing import same
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.any_backend
+
 State = dict[str, Any]
 
 
@@ -324,7 +326,7 @@ def test_one_tensor_reads_its_own_frames(tmp_path: Path) -> None:
     assert work.slices == 4
 
 
-def test_names(repo: Repo) -> None:
+def test_names_of_tensors_and_their_aliases(repo: Repo) -> None:
     shared = torch.randn(20, 30)
     state: State = {
         "model": {

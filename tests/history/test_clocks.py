@@ -15,6 +15,8 @@ from ckptvcs.ops import describe, gc, refs, repository, undo
 from ckptvcs.ops.refs import move_head
 from ckptvcs.repo import Repo
 
+pytestmark = pytest.mark.any_backend
+
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = 86400
 Clock = Callable[[float], None]

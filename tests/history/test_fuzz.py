@@ -30,14 +30,14 @@ from ckptvcs.history.commit import (
 )
 from ckptvcs.history.format_file import check_format, require_flags
 from ckptvcs.history.recipe import (
+    DropRecord,
     Frame,
-    LetGo,
     Recipe,
     dump_bundle,
-    dump_let_go,
+    dump_drop_record,
     dump_recipe,
     load_bundle,
-    load_let_go,
+    load_drop_record,
     load_recipe,
     load_values,
 )
@@ -53,11 +53,11 @@ from ckptvcs.history.schema import (
     load_skeleton,
 )
 from ckptvcs.ops.config import KEYS, load_config
-from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import dead_leases, live_leases
 from ckptvcs.store.local import LocalBackend
 from tests.helpers.fuzzing import any_json, little_room, mutated, mutated_json, read_or_refuse
+from tests.helpers.memory_backend import MemoryBackend
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
 
@@ -121,7 +121,10 @@ OBJECTS: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
     "recipe": (load_recipe, dump_recipe(Recipe(A, 3, (A, B), (0, 1, 0), (5, 6, 7)))),
     "bundle": (load_bundle, dump_bundle(FRAMES)),
     "schema": (views_fit, dump_schema(SCHEMA)),
-    "let go": (load_let_go, dump_let_go(LetGo("fade", (A,), ("model",), "keep-exact", "now"))),
+    "let go": (
+        load_drop_record,
+        dump_drop_record(DropRecord("fade", (A,), ("model",), "keep-exact", "now")),
+    ),
     "commit": (lambda data: load_commit(A, data), dump_commit(COMMIT)),
     "first parent": (first_parent, dump_commit(COMMIT)),
     "metrics": (find_metrics, dump_commit(COMMIT)),
@@ -136,7 +139,7 @@ OBJECTS: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
 
 @pytest.mark.parametrize("name", OBJECTS)
 @given(data=st.data())
-def test_objects(name: str, data: st.DataObject) -> None:
+def test_mutated_objects_are_read_or_refused(name: str, data: st.DataObject) -> None:
     load, good = OBJECTS[name]
     load(good)
     changed = data.draw(mutated(good))
@@ -145,7 +148,7 @@ def test_objects(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", [n for n, (_, good) in OBJECTS.items() if good[:1] == b"{"])
 @given(data=st.data())
-def test_fields(name: str, data: st.DataObject) -> None:
+def test_objects_with_any_field_are_read_or_refused(name: str, data: st.DataObject) -> None:
     load, good = OBJECTS[name]
     changed = json.dumps(data.draw(mutated_json(json.loads(good)))).encode()
     read_or_refuse(lambda: load(changed))
@@ -162,7 +165,7 @@ def test_endless_nesting(name: str, opening: bytes) -> None:
     st.lists(st.tuples(st.sampled_from(list(Op)), st.integers(0, 1 << 62)), max_size=5),
     st.binary(max_size=20),
 )
-def test_segments(segments: list[tuple[Op, int]], literals: bytes) -> None:
+def test_any_segments_are_read_or_refused(segments: list[tuple[Op, int]], literals: bytes) -> None:
     data = dump_skeleton(segments, literals)
     read_or_refuse(lambda: list(load_skeleton(data).walk(SCHEMA)))
 
@@ -269,7 +272,7 @@ FILES = sorted(published().files)
 
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
-def test_refs(name: str, data: st.DataObject) -> None:
+def test_mutated_refs_are_read_or_refused(name: str, data: st.DataObject) -> None:
     backend = published()
     good = backend.files[name]
     if data.draw(st.booleans()):
@@ -335,7 +338,7 @@ def test_names_of_refs(below: str) -> None:
     | any_json.map(lambda value: json.dumps(value).encode())
     | st.just(b"[" * 4000)
 )
-def test_leases(data: bytes) -> None:
+def test_any_lease_is_read_or_refused(data: bytes) -> None:
     backend = MemoryBackend()
     backend.files |= {"leases/one": data, "marks/exclusive": data}
     read_or_refuse(lambda: live_leases(backend) + dead_leases(backend))
@@ -371,7 +374,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mutated(json.dumps(FORMAT).encode())
     | mutated_json(FORMAT).map(lambda value: json.dumps(value).encode())
 )
-def test_format(folder: Path, data: bytes) -> None:
+def test_any_format_file_is_read_or_refused(folder: Path, data: bytes) -> None:
     read_or_refuse(lambda: read_format(folder, data))
 
 
@@ -434,7 +437,7 @@ TOML = st.sampled_from(
     mutated(CONFIG.encode())
     | st.builds(lambda key, value: f"{key} = {value}".encode(), st.sampled_from(KEYS), TOML)
 )
-def test_settings(folder: Path, data: bytes) -> None:
+def test_any_settings_are_read_or_refused(folder: Path, data: bytes) -> None:
     path = folder / "config.toml"
     path.write_bytes(data)
 
@@ -447,5 +450,5 @@ def test_settings(folder: Path, data: bytes) -> None:
 
 
 @given(mutated(b"near:step=1.5,gamma=0.5,zone=0.5").map(lambda data: data.decode("latin1")))
-def test_codecs(text: str) -> None:
+def test_any_codec_name_is_parsed_or_refused(text: str) -> None:
     read_or_refuse(lambda: parse_codec(text))

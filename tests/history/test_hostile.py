@@ -7,14 +7,14 @@ import pytest
 from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.recipe import (
+    DropRecord,
     Frame,
-    LetGo,
     Recipe,
     dump_bundle,
-    dump_let_go,
+    dump_drop_record,
     dump_recipe,
     load_bundle,
-    load_let_go,
+    load_drop_record,
     load_recipe,
 )
 from ckptvcs.history.schema import (
@@ -53,7 +53,7 @@ SCHEMA = Schema(
         ),
     )
 )
-LET_GO = LetGo("fade", (A,), ("model",), "keep-exact", "now")
+LET_GO = DropRecord("fade", (A,), ("model",), "keep-exact", "now")
 SEGMENTS = [(Op.LITERAL, 3), (Op.TENSOR, 0), (Op.CRC32, 0), (Op.INLINE, 1), (Op.LITERAL, 1)]
 
 
@@ -61,7 +61,7 @@ def test_what_is_written_is_read() -> None:
     assert load_recipe(dump_recipe(RECIPE)) == RECIPE
     assert load_bundle(dump_bundle(FRAMES)) == tuple(FRAMES)
     assert load_schema(dump_schema(SCHEMA)) == SCHEMA
-    assert load_let_go(dump_let_go(LET_GO)) == LET_GO
+    assert load_drop_record(dump_drop_record(LET_GO)) == LET_GO
     skeleton = load_skeleton(dump_skeleton(SEGMENTS, b"abc12345678z"))
     walked = [(op, bytes(data)) for op, _, data in skeleton.walk(SCHEMA)]
     assert walked == [

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.history.refs import HEAD, Refs, check_name
-from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.ids import ObjectId
+from tests.helpers.memory_backend import MemoryBackend
 
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from ckptvcs import InvalidInputError, LogEntry, Repo
 from ckptvcs.ops.bisect import Verdict, finite_judge, line, metric_judge, narrow
 
+pytestmark = pytest.mark.any_backend
+
 
 @st.composite
 def lines(draw: st.DrawFn) -> tuple[int, int, set[int]]:

@@ -23,6 +23,8 @@ from ckptvcs.ops.diff import Comparison, all_finite
 from ckptvcs.ops.diff_sums import Sums, sum_up
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.any_backend
+
 floats = hnp.arrays(np.float32, st.shared(st.integers(0, 40)), elements=st.floats(width=32))
 
 

@@ -10,7 +10,7 @@ import pytest
 from ckptvcs import Repo
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops.repository import Repository
-from ckptvcs.store.backend import MemoryBackend
+from tests.helpers.memory_backend import MemoryBackend
 
 
 def test_every_operation_uses_the_chosen_backend(

@@ -13,6 +13,8 @@ import torch
 from ckptvcs import Repo
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.any_backend
+
 Change = Callable[[dict[str, Any]], object]
 
 

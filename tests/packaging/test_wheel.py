@@ -8,7 +8,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-from tests.packaging.conftest import FOLDERS, ROOT
+from tests.helpers.distributions import FOLDERS, ROOT
 
 
 def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:

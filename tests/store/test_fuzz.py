@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.catalog import Catalog, keys_of
-from ckptvcs.store.backend import MemoryBackend, read_small
+from ckptvcs.store.backend import read_small
 from ckptvcs.store.ids import Kind, ObjectId, PackId, object_id
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object_store import ObjectStore
@@ -33,6 +33,7 @@ from ckptvcs.store.pack import (
     scan_entries,
 )
 from tests.helpers.fuzzing import little_room, mutated, read_or_refuse
+from tests.helpers.memory_backend import MemoryBackend
 
 CONTENT = bytes(range(256)) * 12
 HEAD_BYTES = 96
@@ -88,7 +89,7 @@ def read_all(backend: MemoryBackend, entries: tuple[Entry, ...]) -> None:
     | mutated(GOOD[TOC_AT : TOC_AT + TOC_BYTES]).map(lambda toc: sealed(GOOD[:TOC_AT], toc))
     | mutated(GOOD[:TOC_AT]).map(checked)
 )
-def test_packs(data: bytes) -> None:
+def test_any_pack_is_read_or_refused(data: bytes) -> None:
     backend = MemoryBackend()
     backend.files[NAME] = data
     for read in (read_entries, scan_entries):

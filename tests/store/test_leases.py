@@ -23,10 +23,10 @@ import pytest
 from ckptvcs import parallel
 from ckptvcs.errors import BusyError, ConflictError
 from ckptvcs.store import disk, holders, host, lease_files, leases, local
-from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.holders import Holder
 from ckptvcs.store.leases import check_lease, dead_leases, exclusive, lease, live_leases, turn
 from ckptvcs.store.local import LocalBackend
+from tests.helpers.memory_backend import MemoryBackend
 
 
 @pytest.fixture

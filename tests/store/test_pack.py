@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
-from ckptvcs.store.backend import MemoryBackend
 from ckptvcs.store.ids import Kind
 from ckptvcs.store.pack import (
     PackInfo,
@@ -21,6 +20,7 @@ from ckptvcs.store.pack import (
     read_region,
     scan_entries,
 )
+from tests.helpers.memory_backend import MemoryBackend
 
 
 def make_pack(backend: MemoryBackend) -> PackInfo:

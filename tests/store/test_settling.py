@@ -177,7 +177,7 @@ def test_a_tag_on_a_commit_that_no_ref_led_to(root: Path, monkeypatch: pytest.Mo
     cut(root, "meta/??", _COMMIT)
     repo = Repo.open(root)
     repo.repository.catalog.store.refresh()
-    (loose,) = repo.repository.revisions.loose(
+    (loose,) = repo.repository.revisions.unreachable(
         set(repo.repository.catalog.store.ids(Kind.COMMIT)) - repo.repository.revisions.ids()
     )
     synced = Synced(root / ".ckpt", monkeypatch)

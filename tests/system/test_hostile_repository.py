@@ -17,11 +17,11 @@ import pytest
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.recipe import (
+    DropRecord,
     Frame,
-    LetGo,
     Recipe,
     dump_bundle,
-    dump_let_go,
+    dump_drop_record,
     dump_recipe,
     slice_hash,
 )
@@ -128,8 +128,8 @@ def view_outside(forger: Forger) -> None:
 
 
 def all_let_go(forger: Forger) -> None:
-    record = LetGo("drop", (forger.honest.id, MISSING) * 1000, (), "rule", "")
-    forger.put(Kind.RECORD, dump_let_go(record))
+    record = DropRecord("drop", (forger.honest.id, MISSING) * 1000, (), "rule", "")
+    forger.put(Kind.RECORD, dump_drop_record(record))
 
 
 def huge_step(forger: Forger) -> None:

@@ -28,10 +28,11 @@ from ckptvcs.ops import commit, gc, originals, repository
 from ckptvcs.ops.originals import Keeper
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
-from ckptvcs.store.backend import MemoryBackend, write_once
+from ckptvcs.store.backend import write_once
 from ckptvcs.store.ids import ObjectId
 from tests.helpers.crashing import save
 from tests.helpers.faults import apart
+from tests.helpers.memory_backend import MemoryBackend
 from tests.helpers.orders import Actor, Stage, Taken, every_order, take
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"

@@ -24,7 +24,7 @@ _log = logging.getLogger("ckptvcs")
 
 
 class _State:
-    """Of the process."""
+    """State of the process."""
 
     loops: ModuleType | None = None
     work_bytes = 0
@@ -55,10 +55,10 @@ def _announce(loaded: threading.Event) -> None:
     start = time.process_time()
     while not loaded.wait(_LOOK_SECONDS):
         if time.process_time() - start >= _LONG_SECONDS:
-            _log.warning("compiling the inner loops; this is done once")
+            _log.warning("compiling the codec kernels (only once)")
             return
 
 
 def active() -> ModuleType:
-    """The module whose loops to call."""
+    """Return the module with the kernels to call."""
     return _State.loops or reference

@@ -1,0 +1,255 @@
+"""HistoryReader: what a repository says of its commits, refs, sizes and settings.
+
+Nothing here decodes a tensor: `log` and `show` start without numpy.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from ckptvcs import ops
+from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.gc.retention import Policy
+from ckptvcs.history.log import Bound, LogEntry
+from ckptvcs.ops.config import KEYS, Value, get_setting
+from ckptvcs.ops.repository import FOLDER, Repository
+from ckptvcs.store.ids import ObjectId
+
+if TYPE_CHECKING:
+    from ckptvcs.gc.collect import GcPlan
+    from ckptvcs.history.reflog import ReflogEvent
+    from ckptvcs.history.refs import Generation
+    from ckptvcs.ops.refs import NamedCommit
+    from ckptvcs.ops.show import Status, TensorEntry
+    from ckptvcs.ops.stats import Stats
+
+PathLike = str | os.PathLike[str]
+
+NO_RULES = Policy()
+
+
+class HistoryReader:
+    """The methods of `Reader` that decode no tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repository = Repository(folder)
+
+    @classmethod
+    def open(cls, path: PathLike) -> Self:
+        """Open the repository in a directory.
+
+        Args:
+            path: The directory that contains `.ckpt`, or `.ckpt` itself.
+
+        Raises:
+            NotFoundError: The directory contains no repository.
+            UnsupportedVersionError: A newer version of ckptvcs wrote the repository.
+        """
+        return cls(Repository.locate(path))
+
+    @staticmethod
+    def locate(path: PathLike | None = None) -> Path:
+        """Return the `.ckpt` folder of a repository.
+
+        Args:
+            path: The directory that contains `.ckpt`, or `.ckpt` itself.  None searches the working
+                directory and then its parents.
+
+        Raises:
+            NotFoundError: No repository was found.
+        """
+        return Repository.locate_above(Path.cwd()) if path is None else Repository.locate(path)
+
+    @staticmethod
+    def exists(path: PathLike) -> bool:
+        """Return whether the directory `path` contains a repository."""
+        return Repository.exists(Path(path) / FOLDER)
+
+    @property
+    def folder(self) -> Path:
+        """The `.ckpt` folder."""
+        return self.repository.folder
+
+    @property
+    def root(self) -> Path:
+        """The directory that contains `.ckpt`; the paths of commits are relative to it."""
+        return self.repository.root
+
+    def resolve(self, revision: str | int) -> ObjectId:
+        """Return the id of the commit that a revision names.
+
+        Args:
+            revision: A revision; an `int` is a step.
+
+        Raises:
+            NotFoundError: No commit matches.
+            InvalidInputError: Several commits match.
+        """
+        return self.repository.resolve(revision)
+
+    def log(
+        self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
+    ) -> list[LogEntry]:
+        """Return commits, newest first.
+
+        Args:
+            limit: The maximum number of commits; None returns all.
+            revision: Start at this commit; None starts at HEAD.
+            all_branches: Return the commits of every branch instead of one first-parent history.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+        """
+        start = None if revision is None else self.resolve(revision)
+        return self.repository.history.entries(limit, start=start, all_branches=all_branches)
+
+    def line(
+        self,
+        start: Bound = None,
+        stop: Bound = None,
+        every: int | None = None,
+        *,
+        revision: str | int | None = None,
+    ) -> list[LogEntry]:
+        """Return the commits of a first-parent history, oldest first.
+
+        Args:
+            start: The first step, or the first commit (included); None starts at the oldest commit.
+            stop: The last step, or the last commit (included); None stops at the newest commit.
+            every: Return only commits whose step is a multiple of this number.
+            revision: The commit whose history is read; None reads that of `stop` or HEAD.
+
+        Raises:
+            NotFoundError: A revision names no commit, or no commit of this history.
+            InvalidInputError: A revision names several commits, or `every` is below 1.
+        """
+        names = self.repository.history.line(start, stop, every, revision=revision)
+        return [self.repository.entry(name) for name in names]
+
+    def graph(
+        self, limit: int | None = None, *, revision: str | None = None
+    ) -> list[tuple[str, LogEntry | None]]:
+        """Return the commit graph as rows of text.
+
+        Args:
+            limit: The maximum number of commits; None returns all.
+            revision: Draw only the history of this commit; None draws all branches.
+
+        Returns:
+            For each row the drawn text, and the commit on that row or None.
+        """
+        start = None if revision is None else self.resolve(revision)
+        return self.repository.history.graph(limit, start=start)
+
+    def labels(self) -> dict[ObjectId, tuple[str, ...]]:
+        """Return the labels of each commit: `HEAD -> main`, `side`, `tag: v1`, `pinned`."""
+        return self.repository.history.names()
+
+    def show(self, revision: str | int = "HEAD") -> LogEntry:
+        """Return one commit with its tags and the branch that points to it.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            InvalidInputError: `revision` names several commits.
+        """
+        name, history = self.resolve(revision), self.repository.history
+        tags = history.tags().get(name, ())
+        return self.repository.entry(name, branch=history.branch_at(name), tags=tags)
+
+    def entry(
+        self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
+    ) -> LogEntry:
+        """Return one commit as the log shows it.
+
+        Args:
+            name: The full id of the commit.
+            branch: The branch to list in the entry.
+            tags: The tags to list in the entry.
+        """
+        return self.repository.entry(name, branch=branch, tags=tags)
+
+    def tensors(self, revision: str | int = "HEAD") -> list[TensorEntry]:
+        """Return the stored tensors of a commit, with their roles and errors."""
+        return ops.show.tensors(self.repository, self.resolve(revision))
+
+    def forms(self, revision: str | int = "HEAD") -> list[str]:
+        """Return the form of each tensor in `tensors`: `exact`, `near` or `dropped`."""
+        return ops.show.forms(self.repository, self.resolve(revision))
+
+    def status(self) -> Status:
+        """Return the position of HEAD, and how the files on disk differ from its commit."""
+        return ops.show.status(self.repository)
+
+    def branches(self) -> list[NamedCommit]:
+        """Return the branches that point to a commit, sorted by name."""
+        return ops.refs.branches(self.repository)
+
+    def tags(self) -> list[NamedCommit]:
+        """Return the tags, sorted by name."""
+        return ops.refs.tags(self.repository)
+
+    def pins(self) -> list[LogEntry]:
+        """Return the pinned commits, sorted by id."""
+        return ops.refs.pins(self.repository)
+
+    def head(self) -> Generation | None:
+        """Return the current version of HEAD: its `branch`, or its `commit` if HEAD is detached."""
+        return self.repository.head()
+
+    def reflog(self, branch: str | None = None) -> list[ReflogEvent]:
+        """Return the changes of a branch, newest first.
+
+        Args:
+            branch: The name of the branch; None reads the branch of HEAD.
+        """
+        return ops.undo.events(self.repository, branch)
+
+    def plan_gc(self, policy: Policy = NO_RULES) -> GcPlan:
+        """Return what `gc` would drop, fade and delete, without changing anything.
+
+        The plan does not include the bytes that `gc(rekey=True)` frees.
+
+        Args:
+            policy: The retention rules; the default keeps every commit.
+
+        Raises:
+            CorruptionError: An object that a commit needs is missing.
+            InvalidInputError: The rules keep no commit at all.
+        """
+        return ops.gc.plan(self.repository, policy)
+
+    def stats(self) -> Stats:
+        """Return the sizes of the repository on disk, in bytes."""
+        return ops.stats.measure(self.repository)
+
+    def setting(self, key: str) -> Value:
+        """Return the value of one setting.
+
+        Raises:
+            InvalidInputError: No setting has this name, or the settings cannot be read.
+        """
+        return get_setting(self.repository.config, key)
+
+    def settings(self) -> dict[str, Value]:
+        """Return all settings by name.
+
+        Raises:
+            InvalidInputError: The settings cannot be read.
+        """
+        config = self.repository.config
+        return {key: get_setting(config, key) for key in KEYS}
+
+    @staticmethod
+    def why_unopened(path: PathLike, error: CkptError) -> CorruptionError | None:
+        """Return the damage that prevents a repository from being opened.
+
+        Args:
+            path: The directory of the repository.
+            error: The error that `open` raised.
+
+        Returns:
+            The damage; None if a newer version of ckptvcs wrote the repository.
+        """
+        return ops.verify.why_unopened(Repository.locate(path), error)
