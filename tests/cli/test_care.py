@@ -63,7 +63,7 @@ def test_how_gc_says_that_records_took_more() -> None:
     assert gc._sizes(plan, dry_run=False, sweep=True) == "freed 300 B, kept 5 kB"
     assert gc._sizes(plan, dry_run=True, sweep=True) == "would free 300 B, kept 5 kB"
     said = gc._sizes(plan, dry_run=False, sweep=False)
-    assert said == "to be freed by the next sweep: 300 B, kept 5 kB"
+    assert said == "the next sweep frees 300 B, kept 5 kB"
 
 
 def test_words_about_refs(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:

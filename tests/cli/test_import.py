@@ -121,7 +121,7 @@ def test_originals(ckpt: Ckpt, folder: Path) -> None:
     assert names(folder) == ["step-10.pt", "step-8.pt", "step-9.pt"]
     assert "removed: step-11.pt (kept exact)" in done.err
     assert "not removed: step-8.pt: its commit is only near (weights off by 0.0" in done.err
-    assert "hint: --accept-near" in done.err
+    assert "hint: add --accept-near" in done.err
     assert done.err.count("pinned: ") == 2
     assert "2 file(s) removed" in done.out
     assert "3 original(s) kept" in done.out
@@ -186,7 +186,7 @@ def test_the_question_says_how_near(
     monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text))
     ckpt("import", "run", "--delete-originals", "--accept-near", code=4)
     assert "remove 5 of 5 originals" in asked[0]
-    assert "3 of them kept near (weights off by up to 0.0" in asked[0]
+    assert "3 of them only near (relative weight error up to 0.0" in asked[0]
     assert len(names(folder)) == 5
 
 

@@ -241,7 +241,7 @@ def test_a_folder_that_is_not_there(near: Repo) -> None:
     process = _ckpt(near.root, "watch", "nowhere", "--once")
     _, err = process.communicate(timeout=60)
     assert process.returncode == NotFoundError.exit_code
-    assert "no folder nowhere" in err
+    assert "directory nowhere does not exist" in err
 
 
 def test_what_would_not_be_committed_is_not_waited_for(tmp_path: Path) -> None:
