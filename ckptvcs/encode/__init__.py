@@ -1,1 +1,1 @@
-"""Tensors to packs: which coder codes what, with which settings, and how well."""
+"""Tensors to packs: which encoder codes what, with which settings, and how well."""

@@ -1,4 +1,4 @@
-"""Coding by ExCP: a weight with its moments, in two passes.
+"""Assignment by ExCP: a weight with its moments, in two passes.
 
 One pass measures (thresholds, codebooks), one codes.  Both go slice by slice, so memory does not
 depend on the size of a tensor.
@@ -21,7 +21,7 @@ from ckptvcs.codec.frame import (
 )
 from ckptvcs.codec.masks import Mask
 from ckptvcs.codec.spec import ExcpSpec
-from ckptvcs.encode.group import CodedGroup, CodedSlice, Group, Target
+from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Group, Target
 from ckptvcs.encode.measure import measure
 from ckptvcs.parallel import ordered_map
 
@@ -116,7 +116,7 @@ def _fit(sample: _Sample, group: Group, spec: ExcpSpec) -> ExcpPlan | None:
     return ExcpPlan(threshold, moment_threshold, weight_codes, first_codes, second_codes)
 
 
-class ExcpCoder:
+class ExcpEncoder:
     """Codes a group: its slices are the weight's, then exp_avg's, then exp_avg_sq's."""
 
     def __init__(self, group: Group, fitted: ExcpPlan) -> None:
@@ -127,7 +127,7 @@ class ExcpCoder:
         last = len(self.members) - 1
         self.companions = {last: last - 1} if group.second is not None else {}
 
-    def code(self, number: int) -> CodedGroup:
+    def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""
         group, fitted = self._group, self._plan
         slices = []
@@ -140,20 +140,20 @@ class ExcpCoder:
             mask = (np.abs(residual) > fitted.residual_threshold) & bool(fitted.weight.size)
             payload, decoded = excp.encode_residual(source, base, mask, fitted.weight, dtype)
             data = put_slice(EXCP_RESIDUAL, payload)
-            slices.append(CodedSlice(data, decoded, source, stands_on_base=True))
+            slices.append(EncodedSlice(data, decoded, source, uses_base=True))
         if group.first is not None:
             large = np.abs(group.first.floats(number)) > fitted.moment_threshold
             kept = mask & large & bool(fitted.first.size)
             slices.append(_moment(group.first, number, kept, fitted.first, own_mask=True))
             if group.second is not None:
                 slices.append(_moment(group.second, number, kept, fitted.second, own_mask=False))
-        return CodedGroup(tuple(slices), measure(group, number, self.members, slices))
+        return EncodedGroup(tuple(slices), measure(group, number, self.members, slices))
 
 
 def _moment(
     moment: Target, number: int, mask: Mask, centres: Centres, *, own_mask: bool
-) -> CodedSlice:
+) -> EncodedSlice:
     words = moment.tensor.slice(number)
     payload, decoded = excp.encode_moment(words, mask, centres, moment.dtype, own_mask=own_mask)
     method = EXCP_MOMENT if own_mask else EXCP_SHARED_MASK_MOMENT
-    return CodedSlice(put_slice(method, payload), decoded, words)
+    return EncodedSlice(put_slice(method, payload), decoded, words)

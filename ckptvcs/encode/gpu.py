@@ -25,25 +25,25 @@ from ckptvcs.codec.near_lowrank import factors_of, put_directions
 from ckptvcs.codec.near_moments import Factors, put_second
 from ckptvcs.codec.near_weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
-from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Group, Target, Tensor
-from ckptvcs.encode.near import Measured, NearCoder, is_beyond, second_rows
+from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Group, Target, Tensor
+from ckptvcs.encode.near import Measured, NearEncoder, is_beyond, second_rows
 
-_Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the device
+_Coded = tuple[EncodedSlice, Errors, Any]  # the last one: the near form on the device
 
 
-class DeviceCoder:
-    """Codes what a `NearCoder` would, where it is."""
+class DeviceEncoder:
+    """Codes what a `NearEncoder` would, where it is."""
 
     def __init__(
-        self, host: NearCoder, weight: Target, base: Tensor, first: Target, second: Target
+        self, host: NearEncoder, weight: Target, base: Tensor, first: Target, second: Target
     ) -> None:
         self._host, self._weight, self._base = host, weight, base
         self._first, self._second = first, second
         self.members, self.companions = host.members, host.companions
 
     @classmethod
-    def of(cls, host: NearCoder, group: Group) -> DeviceCoder | None:
-        """Return a coder for a group of a weight with a base and both moments, all on a device;
+    def of(cls, host: NearEncoder, group: Group) -> DeviceEncoder | None:
+        """Return a encoder for a group of a weight with a base and both moments, all on a device;
         None for other groups.
         """
         weight, base, first, second = group.weight, group.base, group.first, group.second
@@ -56,11 +56,11 @@ class DeviceCoder:
                 return None
         return cls(host, weight, base, first, second)
 
-    def code(self, number: int) -> CodedGroup:
+    def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""
-        return self._code_here(number) or self._host.code(number)
+        return self._code_here(number) or self._host.encode(number)
 
-    def _code_here(self, number: int) -> CodedGroup | None:
+    def _code_here(self, number: int) -> EncodedGroup | None:
         second = self._code_second(self._second, number)
         first = None if second is None else self._code_first(self._first, number, second)
         if second is None or first is None:
@@ -76,7 +76,7 @@ class DeviceCoder:
         first[1].add(step)
         coded[self._weight.number] = weight[:2]
         slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
-        return CodedGroup(slices, errors)
+        return EncodedGroup(slices, errors)
 
     def _values(self, target: Target, number: int) -> Any:
         return on_torch.floats(target.tensor.on_device(number), target.dtype)
@@ -99,7 +99,7 @@ class DeviceCoder:
         values, roots = self._values(target, number), second[2].sqrt()
         count = int(values.numel())
         spec = self._host.spec
-        rows = self._host.direction_rows(target, number, count, spec.rank)
+        rows = self._host.low_rank_rows(target, number, count, spec.rank)
         if rows is None:
             return None
         matrix = on_torch.DeviceMatrix.of(values / roots, rows)
@@ -156,7 +156,7 @@ def _coded(
     low, high = float(values.min()), float(values.max())
     sign = 1 if low >= 0 else -1 if high <= 0 else 0
     if sign and (target.weak or is_beyond(floats, sign)):
-        return None  # see `NearCoder`
+        return None  # see `NearEncoder`
     if target.squared and not floats.all():
         return None
-    return CodedSlice(data, decoded, None, stands_on_base=base is not None), errors, near
+    return EncodedSlice(data, decoded, None, uses_base=base is not None), errors, near

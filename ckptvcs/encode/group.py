@@ -40,7 +40,7 @@ class SourceTensor(Tensor, Protocol):
 
 
 @dataclass(frozen=True)
-class CodedSlice:
+class EncodedSlice:
     """A slice as it is stored, the words it decodes to, and the words that were asked for, unless
     these stayed on a device.
     """
@@ -48,7 +48,7 @@ class CodedSlice:
     data: bytes
     decoded: Words
     source: Words | None
-    stands_on_base: bool = False
+    uses_base: bool = False
 
 
 @dataclass
@@ -88,10 +88,10 @@ class Errors:
 
 
 @dataclass(frozen=True)
-class CodedGroup:
-    """One slice of each member of a group, in the order of its coder, and its errors."""
+class EncodedGroup:
+    """One slice of each member of a group, in the order of its encoder, and its errors."""
 
-    slices: tuple[CodedSlice, ...]
+    slices: tuple[EncodedSlice, ...]
     errors: tuple[Errors, ...]
 
 
@@ -170,7 +170,7 @@ class Group:
         return residual
 
 
-class Coder(Protocol):
+class GroupEncoder(Protocol):
     """Codes the slices of some tensors of as many words, in any order and any thread."""
 
     @property
@@ -181,5 +181,5 @@ class Coder(Protocol):
     def companions(self) -> Mapping[int, int]:
         """Which member names which other as its companion, by position."""
 
-    def code(self, number: int) -> CodedGroup:
+    def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""

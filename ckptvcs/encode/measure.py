@@ -22,7 +22,7 @@ from ckptvcs.checkpoint.roles import WEIGHT, Rule
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.words import NONE, Words, to_float32
-from ckptvcs.encode.group import CodedSlice, Errors, Floats, Group, Target
+from ckptvcs.encode.group import EncodedSlice, Errors, Floats, Group, Target
 from ckptvcs.encode.updates import Moments, gradient_scale, orthogonal, steps_alone, steps_of
 from ckptvcs.history.commit import ErrorReport
 from ckptvcs.history.schema import TensorInfo
@@ -35,7 +35,7 @@ _BEYOND = 1e6  # times the step itself
 
 
 def measure(
-    group: Group, number: int, members: Sequence[Target], slices: Sequence[CodedSlice]
+    group: Group, number: int, members: Sequence[Target], slices: Sequence[EncodedSlice]
 ) -> tuple[Errors, ...]:
     """Measure the errors of slice `number` of each member."""
     return tuple(
@@ -48,7 +48,7 @@ def measure(
     )
 
 
-def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
+def measure_weight(group: Group, number: int, coded: EncodedSlice) -> Errors:
     """Measure the errors of slice `number` of a group's weight."""
     assert group.weight is not None
     assert coded.source is not None
@@ -63,7 +63,7 @@ def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
     return Errors.of(sums)
 
 
-def measure_moment(target: Target, coded: CodedSlice) -> Errors:
+def measure_moment(target: Target, coded: EncodedSlice) -> Errors:
     """Measure the errors of a slice of a moment."""
     assert coded.source is not None
     with np.errstate(over="ignore", invalid="ignore"):

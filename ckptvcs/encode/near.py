@@ -1,4 +1,4 @@
-"""Coding by the near codec: which steps, and exactly where it cannot do well.
+"""Assignment by the near codec: which steps, and exactly where it cannot do well.
 
 One step for the residuals of the whole model spends bits where they do most (reverse
 water-filling); a cap in each tensor's own scale keeps quiet tensors from starving.  A slice whose
@@ -30,8 +30,8 @@ from ckptvcs.codec.near_moments import Factors, encode_first, encode_second
 from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.sections import Bytes, sample
 from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
-from ckptvcs.encode.exact import code_exactly
-from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Floats, Group, Target
+from ckptvcs.encode.exact import encode_exactly
+from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Floats, Group, Target
 from ckptvcs.encode.measure import (
     finite,
     measure_matrix,
@@ -80,7 +80,7 @@ def _sign(values: Floats) -> int:
     return 1 if low >= 0 else -1 if high <= 0 else 0
 
 
-def strays(true: Floats, near: Floats, *, squared: bool) -> bool:
+def is_implausible(true: Floats, near: Floats, *, squared: bool) -> bool:
     """Whether a near form is what nobody can mean, whatever the tensor is for: of the other sign
     where the original has only one, or zero where a second moment is not.
 
@@ -99,7 +99,7 @@ def is_beyond(near: Floats, sign: int) -> bool:
     return bool(near.size) and bool(near.min() < 0 if sign > 0 else near.max() > 0)
 
 
-Measured = tuple[CodedSlice, Errors]
+Measured = tuple[EncodedSlice, Errors]
 """An encoded slice and its errors."""
 
 
@@ -110,7 +110,7 @@ def _factors(second: Measured | None) -> Factors | None:
     return Factors.of(second[0].data[1:], second[0].decoded.size)
 
 
-class NearCoder:
+class NearEncoder:
     """Codes a weight with its moments, or moments alone."""
 
     def __init__(
@@ -131,7 +131,7 @@ class NearCoder:
             for copy in group.copies:
                 self.companions[self.members.index(copy)] = self.members.index(group.weight)
 
-    def code(self, number: int) -> CodedGroup:
+    def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""
         group = self._group
         coded: dict[int, Measured] = {}
@@ -146,7 +146,7 @@ class NearCoder:
             for target in group.copies:
                 master = to_float32(coded[group.weight.number][0].decoded, "F32")
                 near = from_float32(master, target.dtype)
-                copy = CodedSlice(put_slice(ROUNDED, b""), near, target.tensor.slice(number))
+                copy = EncodedSlice(put_slice(ROUNDED, b""), near, target.tensor.slice(number))
                 of_master = coded[group.weight.number][1]
                 coded[target.number] = (
                     copy,
@@ -160,16 +160,16 @@ class NearCoder:
                     ),
                 )
         slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
-        return CodedGroup(slices, errors)
+        return EncodedGroup(slices, errors)
 
     def _exact(self, target: Target, number: int) -> Measured:
         base = None
         if target is self._group.weight and self._group.base is not None and not self._keyframe:
             base = self._group.base.slice(number)
-        coded = code_exactly(target.tensor.slice(number), base, target.dtype)
+        coded = encode_exactly(target.tensor.slice(number), base, target.dtype)
         return coded, finite(self._errors(target, number, coded))
 
-    def _errors(self, target: Target, number: int, coded: CodedSlice) -> Errors:
+    def _errors(self, target: Target, number: int, coded: EncodedSlice) -> Errors:
         if target is self._group.weight:
             return measure_weight(self._group, number, coded)
         return measure_moment(target, coded)
@@ -181,16 +181,16 @@ class NearCoder:
         method: int,
         encoded: NearSlice | None,
         *,
-        stands_on_base: bool = False,
+        uses_base: bool = False,
     ) -> Measured | None:
         """A near form with its errors; None where there is none, or it is worse than nothing, or
-        so large that it cannot be told, or strays.
+        so large that it cannot be told, or is_implausible.
         """
         if encoded is None:
             return None
         data = put_slice(method, encoded.payload)
         words = target.tensor.slice(number)
-        coded = CodedSlice(data, encoded.decoded, words, stands_on_base)
+        coded = EncodedSlice(data, encoded.decoded, words, uses_base)
         errors = (
             self._errors(target, number, coded) if encoded.sums is None else Errors.of(encoded.sums)
         )
@@ -200,7 +200,7 @@ class NearCoder:
         if not errors.error <= least < np.inf:
             return None
         true, near = (to_float32(w, target.dtype) for w in (words, encoded.decoded))
-        if strays(true, near, squared=target.squared):
+        if is_implausible(true, near, squared=target.squared):
             return None
         # Numbers that no float32 has would come back as zero.
         lost = target.dtype == "F64" and (true == 0) & (words.view(np.float64) != 0)
@@ -257,7 +257,7 @@ class NearCoder:
             return _FORMS[:1]
         count, spec = slice_counts(self._group.words)[number], self.spec
         rank = spec.momentum_rank if self._group.second is None else spec.rank
-        if any(self.direction_rows(target, number, count, rank) for target in averages):
+        if any(self.low_rank_rows(target, number, count, rank) for target in averages):
             return _FORMS
         # Entries that something divides take half the usual steps at least to be of any use.
         halves = self._group.second is not None and spec.max_update_nmse < 1
@@ -317,7 +317,7 @@ class NearCoder:
         """
         spec = self.spec
         rank = min(64, times * (spec.momentum_rank if second is None else spec.rank))
-        rows = self.direction_rows(target, number, words.size, rank)
+        rows = self.low_rank_rows(target, number, words.size, rank)
         if rows is None:
             return None
         if second is None:
@@ -338,7 +338,7 @@ class NearCoder:
         return self._near(target, number, NEAR_SCALED_LOW_RANK, encoded)
 
     @staticmethod
-    def direction_rows(target: Target, number: int, count: int, rank: int) -> Rows | None:
+    def low_rank_rows(target: Target, number: int, count: int, rank: int) -> Rows | None:
         """How a slice of a first moment is cut into rows; None where it is too narrow to have so
         many directions.
         """
@@ -368,7 +368,7 @@ class NearCoder:
                 NONE if self._group.second is None else self._group.second.floats(number),
             )
         stands = base is not None and not self._keyframe
-        found = self._near(target, number, NEAR_WEIGHT, encoded, stands_on_base=stands)
+        found = self._near(target, number, NEAR_WEIGHT, encoded, uses_base=stands)
         return found or self._exact(target, number)
 
     def delta_step(self) -> float:

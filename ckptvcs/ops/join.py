@@ -18,7 +18,7 @@ from typing import Self
 
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
-from ckptvcs.decode.base_cache import HeldBase
+from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.decode.chain import ChainReader, read_slice
 from ckptvcs.encode.assemble import Assembly, Encoded, StoredPlace
 from ckptvcs.encode.frame_writer import PatchWriter
@@ -215,7 +215,7 @@ def encode_share(repository: Repository, ticket: ShardPlan, checkpoint: Checkpoi
     """Code the share of this process in a commit of several."""
     repository.catalog.store.refresh()  # who joins may have committed meanwhile
     with repository.held_base("state") as held:
-        held = HeldBase() if held is None else held
+        held = MemoryBase() if held is None else held
         return encode_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
 
 

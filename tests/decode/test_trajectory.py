@@ -124,7 +124,7 @@ def test_every_and_bounds(repo: Repo) -> None:
     with counted() as work:
         list(repo.trajectory("model.0.weight", every=20))
     assert work.slices == 8
-    with pytest.raises(InvalidInputError, match="every"):
+    with pytest.raises(InvalidInputError, match="interval"):
         repo.trajectory(every=0)
     with pytest.raises(NotFoundError, match="unknown revision"):
         repo.trajectory(start="nothing")
