@@ -92,7 +92,7 @@ def _tell_left_out(importer: Importer) -> None:
 
 
 def _tell_imported(item: ImportItem) -> None:
-    removals.tell(item.found.name, item.problem, item.notes)
+    removals.tell(item.found.name, item)
 
 
 def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
@@ -110,7 +110,7 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
         entry = importer.entry(item)
         form = "" if entry is None else f" (kept {render.fidelity(entry)})"
         if item.problem is None:  # an error has been printed
-            removals.tell_removal(item.found.name, item.id, item.gone, form)
+            removals.tell_removal(item.found.name, item, form)
 
     with render.progress("removing", size_bytes) as tick:
         importer.remove(accept_near=accept_near, progress=tick, watch=tell)
@@ -199,7 +199,7 @@ def _item_json(importer: Importer, item: ImportItem) -> dict[str, render.Json]:
         "same_as": item.same_as,
         "branch": item.branch,
         "commit": None if entry is None else render.entry_json(entry),
-    } | removals.as_json(item.problem, item.notes, item.gone)
+    } | removals.as_json(item)
 
 
 def _exit(importer: Importer, *, kept: bool) -> None:

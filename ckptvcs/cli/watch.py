@@ -129,12 +129,12 @@ def _made(event: WatchEvent) -> str:
 
 def _tell(repo: Repo, event: WatchEvent) -> None:
     if event.problem is not None:
-        removals.tell(event.name, event.problem, ())
+        removals.tell(event.name, event)
     elif event.gone is not None:
-        removals.tell_removal(event.name, event.id, event.gone)
+        removals.tell_removal(event.name, event)
     elif event.id is not None:
         entry = repo.entry(event.id)
-        removals.tell(event.name, None, event.notes)
+        removals.tell(event.name, event)
         step = "-" if event.step is None else str(event.step)
         sizes = f"{render.size(event.raw_bytes)} -> {render.size(entry.stored_bytes)}"
         ratio = render.ratio(event.raw_bytes, entry.stored_bytes)
@@ -147,4 +147,4 @@ def _json(repo: Repo, event: WatchEvent) -> render.Json:
         "name": event.name,
         "step": event.step,
         "commit": None if event.id is None else render.entry_json(repo.entry(event.id)),
-    } | removals.as_json(event.problem, event.notes, event.gone)
+    } | removals.as_json(event)
