@@ -42,7 +42,7 @@ from ckptvcs.history.refs import Move
 from ckptvcs.store.disk import real_path
 
 if TYPE_CHECKING:
-    from ckptvcs.background.shared_state import Parcel, Staging
+    from ckptvcs.background.shared_state import Staging, StateMessage
 
 # Who stops a job may tell all of its processes; this one ends with the one that it works for, which
 # may have something left to commit.
@@ -68,7 +68,7 @@ class Job:
     """One commit, of what is in `size` bytes of memory; a descriptor of these follows."""
 
     size: int
-    parcel: Parcel
+    parcel: StateMessage
     said: dict[str, Any]
 
 
@@ -123,7 +123,7 @@ class Worker:
             )
         self._end = weakref.finalize(self, _stop, self.pipe, self.process, os.getpid())
 
-    def commit(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Done:
+    def commit(self, staging: Staging, parcel: StateMessage, said: dict[str, Any]) -> Done:
         """Have a state committed whose tensors are in the room of a `staging`.
 
         Raises:
@@ -157,7 +157,9 @@ class Worker:
             _log.warning("a commit in the background is tried again: %s", problem)
             self.close()
 
-    def _answers(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Iterator[object]:
+    def _answers(
+        self, staging: Staging, parcel: StateMessage, said: dict[str, Any]
+    ) -> Iterator[object]:
         """What the process says of one commit, until nobody asks any more."""
         try:
             if self._end is not None and self._end.alive and self.process.poll() is not None:

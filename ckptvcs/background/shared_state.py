@@ -1,7 +1,7 @@
 """A copy of a state in shared memory, and what another process is sent to read it.
 
 Staging   room for the bytes of a state; it is used again, since new memory costs more than copying
-Parcel    a checkpoint whose tensors are (start, length) in that room; all else is copied
+StateMessage    a checkpoint whose tensors are (start, length) in that room; all else is copied
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _copy(pair: tuple[Bytes, Bytes]) -> None:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class StateMessage:
     """A checkpoint of one file, whose blocks are bytes, or (start, length) in a room."""
 
     checkpoint: Checkpoint
@@ -157,7 +157,7 @@ class Parcel:
     blocks: tuple[bytes | tuple[int, int], ...]
 
 
-def pack(checkpoint: Checkpoint, staging: Staging) -> Parcel:
+def pack(checkpoint: Checkpoint, staging: Staging) -> StateMessage:
     """A state to be sent; its tensors stay where they are in the room of `staging`."""
     (file,) = checkpoint.files
     assert isinstance(file.source, MemorySource)
@@ -167,10 +167,10 @@ def pack(checkpoint: Checkpoint, staging: Staging) -> Parcel:
         start = staging.place(block)
         blocks.append(bytes(block) if start is None else (start, len(block)))
     bare = replace(checkpoint, files=())
-    return Parcel(bare, file.path, file.format, file.pieces, tuple(blocks))
+    return StateMessage(bare, file.path, file.format, file.pieces, tuple(blocks))
 
 
-def unpack(parcel: Parcel, room: memoryview) -> Checkpoint:
+def unpack(parcel: StateMessage, room: memoryview) -> Checkpoint:
     """The state, read where it is.
 
     Raises:

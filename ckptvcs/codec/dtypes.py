@@ -14,35 +14,55 @@ class DType:
     """One element type: `size` bytes an element, made of words of `word` bytes.
 
     A complex number is two words; everything else is one.  `floating` says that a word is an
-    IEEE-like float with its sign in the top bit.
+    IEEE-like float with its sign in the top bit.  `torch` is torch's name of the type.
+    `storage` is the name of its old storage class, or "" if it has none.
     """
 
     name: str
     size: int
     word: int
     floating: bool
+    torch: str
+    storage: str = ""
 
+    @property
+    def numpy(self) -> str | None:
+        """Return numpy's name of the type, or None if numpy lacks it."""
+        return None if self.torch.startswith(_NOT_OF_NUMPY) else self.torch
+
+
+_NOT_OF_NUMPY = ("bfloat16", "complex32", "float8_", "float4_")
 
 _TABLE = [
-    *(
-        DType(f"{letter}{bits}", bits // 8, bits // 8, False)
-        for letter in "IU"
-        for bits in (8, 16, 32, 64)
-    ),
-    *(DType(f"F{bits}", bits // 8, bits // 8, True) for bits in (16, 32, 64)),
-    DType("BF16", 2, 2, True),
-    DType("BOOL", 1, 1, False),
-    *(
-        DType(name, 1, 1, False)
-        for name in ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4")
-    ),
-    DType("C32", 4, 2, True),
-    DType("C64", 8, 4, True),
-    DType("C128", 16, 8, True),
+    DType("I8", 1, 1, False, "int8", "CharStorage"),
+    DType("I16", 2, 2, False, "int16", "ShortStorage"),
+    DType("I32", 4, 4, False, "int32", "IntStorage"),
+    DType("I64", 8, 8, False, "int64", "LongStorage"),
+    DType("U8", 1, 1, False, "uint8", "ByteStorage"),
+    DType("U16", 2, 2, False, "uint16"),
+    DType("U32", 4, 4, False, "uint32"),
+    DType("U64", 8, 8, False, "uint64"),
+    DType("F16", 2, 2, True, "float16", "HalfStorage"),
+    DType("F32", 4, 4, True, "float32", "FloatStorage"),
+    DType("F64", 8, 8, True, "float64", "DoubleStorage"),
+    DType("BF16", 2, 2, True, "bfloat16", "BFloat16Storage"),
+    DType("BOOL", 1, 1, False, "bool", "BoolStorage"),
+    DType("F8_E4M3", 1, 1, False, "float8_e4m3fn"),
+    DType("F8_E5M2", 1, 1, False, "float8_e5m2"),
+    DType("F8_E4M3FNUZ", 1, 1, False, "float8_e4m3fnuz"),
+    DType("F8_E5M2FNUZ", 1, 1, False, "float8_e5m2fnuz"),
+    DType("F8_E8M0", 1, 1, False, "float8_e8m0fnu"),
+    DType("F4", 1, 1, False, "float4_e2m1fn_x2"),
+    DType("C32", 4, 2, True, "complex32"),
+    DType("C64", 8, 4, True, "complex64", "ComplexFloatStorage"),
+    DType("C128", 16, 8, True, "complex128", "ComplexDoubleStorage"),
 ]
 
 DTYPES = {dtype.name: dtype for dtype in _TABLE}
 """Every known element type by name."""
+
+OF_TORCH = {dtype.torch: dtype.name for dtype in _TABLE}
+"""Our names of element types by torch's."""
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """The types of words that lossy coding may touch."""

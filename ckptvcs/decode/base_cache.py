@@ -19,7 +19,7 @@ import numpy as np
 
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.decode.chain import ChainReader, Materialised
+from ckptvcs.decode.chain import ChainReader, DecodedTable
 from ckptvcs.hashing import hasher
 from ckptvcs.history.recipe import VALUE_BYTES
 from ckptvcs.history.schema import TensorInfo
@@ -87,7 +87,7 @@ class BaseWriter:
             self._descriptor = None
 
 
-class CachedTable(Materialised):
+class CachedTable(DecodedTable):
     """A table of values as the cache has it; a tensor is hashed before it is used, unless the
     caller gives the room for it, and hashes what is there.
     """
@@ -165,7 +165,7 @@ class RecentTables:
         self._folder = folder
         self._tables: dict[ObjectId, CachedTable] = {}
 
-    def get(self, values: ObjectId) -> Materialised | None:
+    def get(self, values: ObjectId) -> DecodedTable | None:
         """Return a table if it is cached."""
         return self._tables.get(values)
 
@@ -207,7 +207,7 @@ class BaseTensor:
         self.values, self.tensor, self.info = values, tensor, info
         self._chain, self._links = chain, chain.links(values, tensor, info)
 
-    def prove(self) -> None:
+    def verify(self) -> None:
         """Verify the tensor, unless a verified copy is available.
 
         Raises:
@@ -219,7 +219,7 @@ class BaseTensor:
                 pass
             self._links = self._chain.links(self.values, self.tensor, self.info)
 
-    def is_cut_alike(self) -> bool:
+    def has_same_slices(self) -> bool:
         """Whether its own frame, which may be that of another tensor of the same bytes, has words
         of the same size, so that slices of both have the same boundaries.
         """
@@ -236,7 +236,7 @@ class BaseTensor:
         return self._chain.decode_slice(self._links, self.info, number, count)
 
 
-class HeldBase:
+class MemoryBase:
     """The decoded weights of the newest commit of a process, in memory: slices, by name.
 
     A commit replaces them slice by slice, each after it was built upon; until it is done they are
@@ -248,9 +248,9 @@ class HeldBase:
         self.tensors: dict[str, list[Words | None]] = {}
         self.hashes: dict[str, bytes] = {}
 
-    def writer(self, infos: list[TensorInfo]) -> HeldWriter:
+    def writer(self, infos: list[TensorInfo]) -> MemoryWriter:
         """Return the writer for the decoded weights of the next commit."""
-        return HeldWriter(self, infos)
+        return MemoryWriter(self, infos)
 
     def keep(self, hashes: dict[str, bytes]) -> None:
         """Keep values of a table whose id is unknown: other processes write parts of it."""
@@ -264,16 +264,16 @@ class HeldBase:
         self.values = values
 
 
-class HeldWriter:
-    """Changes a `HeldBase`; what a `BaseWriter` is to the cache."""
+class MemoryWriter:
+    """Changes a `MemoryBase`; what a `BaseWriter` is to the cache."""
 
-    def __init__(self, held: HeldBase, infos: list[TensorInfo]) -> None:
-        self._held, self._infos = held, infos
-        held.values = None
+    def __init__(self, memory: MemoryBase, infos: list[TensorInfo]) -> None:
+        self._memory, self._infos = memory, infos
+        memory.values = None
         names = {info.name for info in infos}
-        for name in [*held.tensors]:
+        for name in [*memory.tensors]:
             if name not in names:
-                del held.tensors[name]
+                del memory.tensors[name]
 
     def write(self, tensor: int, number: int, words: Words, *, fresh: bool) -> None:
         """Put slice `number` of a tensor in its place; one that is not `fresh` belongs to others,
@@ -281,57 +281,57 @@ class HeldWriter:
         """
         info = self._infos[tensor]
         count = len(slice_counts(info.words))
-        slices = self._held.tensors.get(info.name)
+        slices = self._memory.tensors.get(info.name)
         if slices is None or len(slices) != count:
-            slices = self._held.tensors[info.name] = [None] * count
+            slices = self._memory.tensors[info.name] = [None] * count
         slices[number] = words if fresh else words.copy()
 
     def finish(self, values: ObjectId) -> None:
         """Declare the slices to be the decoded values of a table."""
-        self._held.values = values
+        self._memory.values = values
 
     def abort(self) -> None:
         """Discard the slices if the commit was not finished."""
-        if self._held.values is None:
-            self._held.tensors.clear()
+        if self._memory.values is None:
+            self._memory.tensors.clear()
 
 
-class HeldTable(Materialised):
-    """The tensors of a `HeldBase`, for the commit that replaces them.
+class MemoryTable(DecodedTable):
+    """The tensors of a `MemoryBase`, for the commit that replaces them.
 
     Other readers pass the table that they expect: a commit of another thread may replace it.
     """
 
     def __init__(
-        self, held: HeldBase, infos: list[TensorInfo], expected: ObjectId | None = None
+        self, memory: MemoryBase, infos: list[TensorInfo], expected: ObjectId | None = None
     ) -> None:
-        self._held, self._infos, self._expected = held, infos, expected
+        self._memory, self._infos, self._expected = memory, infos, expected
 
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         info = self._infos[tensor]
-        slices = self._held.tensors.get(info.name)
+        slices = self._memory.tensors.get(info.name)
         words = slices[number] if slices is not None and number < len(slices) else None
         if words is None or word != info.type.word or words.itemsize != word:
             return None
         # A writer clears `values` before it replaces a slice: compare after reading the slice.
-        if self._expected is not None and self._held.values != self._expected:
+        if self._expected is not None and self._memory.values != self._expected:
             return None
         return words if words.size == slice_counts(info.words)[number] else None
 
 
-def materialised(
+def find_decoded(
     folder: Path,
-    held: HeldBase | None,
+    memory: MemoryBase | None,
     values: ObjectId,
     infos: list[TensorInfo],
     hashes: list[bytes],
     *,
     change: bool = False,
-) -> Materialised | None:
+) -> DecodedTable | None:
     """A table of values from memory or from the cache; None where neither has it.  Only the commit
     that is to `change` what is in memory may see it change.
     """
-    if held is not None and held.values == values:
-        return HeldTable(held, infos, None if change else values)
+    if memory is not None and memory.values == values:
+        return MemoryTable(memory, infos, None if change else values)
     path = folder / values
     return CachedTable(path, infos, hashes) if path.is_file() else None

@@ -46,7 +46,7 @@ class _Stage:
     expected: bytes | None
 
 
-class Materialised(Protocol):
+class DecodedTable(Protocol):
     """The tensors of a table of values, decoded and proven already."""
 
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
@@ -60,7 +60,7 @@ class Materialised(Protocol):
         return False
 
 
-Materials = Callable[[ObjectId], Materialised | None]
+DecodedTables = Callable[[ObjectId], DecodedTable | None]
 """Returns the decoded tensors of a hash table, if any."""
 
 
@@ -74,14 +74,14 @@ class Link:
     frame: Frame
     type: DType
     companion: tuple[Link, ...] = ()
-    done: tuple[Materialised, int] | None = None
+    done: tuple[DecodedTable, int] | None = None
 
 
 class ChainReader:
     """Decodes tensors of tables of values, from the cached bases where there is any."""
 
-    def __init__(self, catalog: Catalog, materials: Materials = lambda _: None) -> None:
-        self._catalog, self._materials = catalog, materials
+    def __init__(self, catalog: Catalog, decoded: DecodedTables = lambda _: None) -> None:
+        self._catalog, self._decoded = catalog, decoded
         self._types: Types = {}
 
     def links(self, values: ObjectId, tensor: int, info: TensorInfo) -> list[Link]:
@@ -95,8 +95,8 @@ class ChainReader:
         _check_types(chain, info)
         return chain
 
-    def _done(self, values: ObjectId, tensor: int) -> tuple[Materialised, int] | None:
-        found = self._materials(values)
+    def _done(self, values: ObjectId, tensor: int) -> tuple[DecodedTable, int] | None:
+        found = self._decoded(values)
         return None if found is None else (found, tensor)
 
     def _chain(

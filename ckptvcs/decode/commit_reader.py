@@ -24,8 +24,8 @@ from ckptvcs.codec import kernels
 from ckptvcs.codec.dtypes import can_be_lossy
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.decode.base_cache import BaseWriter, CachedTable, HeldBase, materialised
-from ckptvcs.decode.chain import ChainReader, Link, Materialised, Materials
+from ckptvcs.decode.base_cache import BaseWriter, CachedTable, MemoryBase, find_decoded
+from ckptvcs.decode.chain import ChainReader, DecodedTable, DecodedTables, Link
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.files.names import safe_path as safe_path
 from ckptvcs.hashing import Hasher, hasher
@@ -70,7 +70,7 @@ class _Job:
 
 class Restorer:
     """Reads one commit.  `near` asks for the near form even where an exact patch is there; `cache`
-    and `held` may have its decoded weights, `materials` other decoded tensors.
+    and `memory` may have its decoded weights, `decoded` other decoded tensors.
     """
 
     def __init__(
@@ -80,16 +80,16 @@ class Restorer:
         *,
         near: bool = False,
         cache: Path | None = None,
-        held: HeldBase | None = None,
-        materials: Materials | None = None,
+        memory: MemoryBase | None = None,
+        decoded: DecodedTables | None = None,
     ) -> None:
         self.name = name
         self.commit: Commit = catalog.commit(name)
         self.schema = catalog.schema(self.commit.schema)
         kernels.prepare(self.commit.raw_bytes)
-        self._materials: dict[ObjectId, Materialised | None] = {}
+        self._decoded: dict[ObjectId, DecodedTable | None] = {}
         self._catalog, self._cache = catalog, cache
-        self._chain = ChainReader(catalog, materials or self._materials.get)
+        self._chain = ChainReader(catalog, decoded or self._decoded.get)
         self.fidelity: dict[str, str] = {}
         self._tables: dict[int, tuple[ObjectId, int]] = {}
         gone = catalog.dropped()
@@ -109,8 +109,8 @@ class Restorer:
             if part == "model" and cache is not None:
                 infos = [self.schema.tensors[number] for number in self.schema.stored(part)]
                 hashes = catalog.all_values(state.values, len(infos))
-                self._materials[state.values] = materialised(
-                    cache, held, state.values, infos, hashes
+                self._decoded[state.values] = find_decoded(
+                    cache, memory, state.values, infos, hashes
                 )
 
     @property
@@ -231,7 +231,7 @@ class Restorer:
         if (
             self._cache is None
             or state is None
-            or self._materials.get(state.values) is not None
+            or self._decoded.get(state.values) is not None
             or self.commit.depth < _DEEP
             or not set(model) <= set(numbers)
         ):
@@ -291,7 +291,7 @@ class Restorer:
         digest, chain = hasher(), ChainReader(self._catalog)
         info = self.schema.tensors[number]
         for job in self._jobs([number]):
-            cached = self._materials.pop(job.table, None)
+            cached = self._decoded.pop(job.table, None)
             if isinstance(cached, CachedTable):
                 cached.discard()
             out = room(job)

@@ -23,7 +23,7 @@ from typing import Any
 from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, word_type
-from ckptvcs.decode.chain import ChainReader, Link, Materialised
+from ckptvcs.decode.chain import ChainReader, DecodedTable, Link
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
@@ -84,7 +84,7 @@ def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
 # -- decoding --------------------------------------------------------------------------------------
 
 
-class _Kept(Materialised):
+class _Kept(DecodedTable):
     """Decoded tensors of a table of values, by their position there."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class _Kept(Materialised):
         return tensor in self.tensors
 
 
-class _Seen(Materialised):
+class _Seen(DecodedTable):
     """A table of values of which it is only asked which tensors a commit has too."""
 
     def __init__(self, values: ObjectId, hashes: list[bytes], known: _Known) -> None:
@@ -169,9 +169,9 @@ class Trajectory:
             del here
 
     def _stop(self, name: ObjectId) -> _Stop:
-        materials = lambda values: self._kept.get(values)  # noqa: E731  each time as it is then
-        restorer = Restorer(self._catalog, name, materials=materials)
-        near = Restorer(self._catalog, name, near=True, materials=materials)
+        decoded = lambda values: self._kept.get(values)  # noqa: E731  each time as it is then
+        restorer = Restorer(self._catalog, name, decoded=decoded)
+        near = Restorer(self._catalog, name, near=True, decoded=decoded)
         infos = restorer.schema.tensors
         wanted = dict.fromkeys(n for n, _ in self._wanted(restorer.commit.schema).values())
         numbers = [number for number in wanted if not infos[number].inline]

@@ -29,12 +29,12 @@ from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
-from ckptvcs.decode.base_cache import BaseTensor, BaseWriter, HeldBase, HeldWriter, materialised
-from ckptvcs.decode.chain import ChainReader, Materialised
+from ckptvcs.decode.base_cache import BaseTensor, BaseWriter, MemoryBase, MemoryWriter, find_decoded
+from ckptvcs.decode.chain import ChainReader, DecodedTable
 from ckptvcs.encode.assemble import Assembly, Encoded, Place, StoredPlace, in_bundle
-from ckptvcs.encode.exact import code_patch
+from ckptvcs.encode.exact import encode_patch
 from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
-from ckptvcs.encode.group import CodedGroup, Coder, Errors
+from ckptvcs.encode.group import EncodedGroup, Errors, GroupEncoder
 from ckptvcs.encode.measure import count_nonfinite, report, report_tensors
 from ckptvcs.encode.planner import Attempt, Planner, TooCoarse
 from ckptvcs.encode.source import SourceTensor, find_masters, stays
@@ -59,9 +59,9 @@ class _BasePart:
 
 @dataclass
 class _Work:
-    """Tensors that a coder is at: a draft for each member, and how many slices are to come."""
+    """Tensors that a encoder is at: a draft for each member, and how many slices are to come."""
 
-    coder: Coder
+    encoder: GroupEncoder
     bases: dict[int, BaseTensor]
     drafts: list[Draft]
     slices: int
@@ -75,7 +75,7 @@ class _Coded:
 
     work: _Work
     index: int
-    group: CodedGroup
+    group: EncodedGroup
     patches: list[Buffers | None]
     nonfinite: int
 
@@ -93,16 +93,16 @@ class Encoder:
         hashes: dict[int, bytes],
         *,
         progress: Progress,
-        held: HeldBase | None = None,
+        memory: MemoryBase | None = None,
     ) -> None:
-        """`hashes` are those that `scan` returned for the tensors of `checkpoint`; `held` keeps
+        """`hashes` are those that `scan` returned for the tensors of `checkpoint`; `memory` keeps
         the base of the next commit in memory, which else goes into the cache.
         """
         spec, keyframe, patched = attempt.spec, attempt.keyframe, attempt.patched
         kernels.prepare(checkpoint.size_bytes)
-        self._materials: dict[ObjectId, Materialised | None] = {}
-        self._catalog, self._chain = catalog, ChainReader(catalog, self._materials.get)
-        self._cache, self._held, self._spec = cache, held, spec
+        self._decoded: dict[ObjectId, DecodedTable | None] = {}
+        self._catalog, self._chain = catalog, ChainReader(catalog, self._decoded.get)
+        self._cache, self._memory, self._spec = cache, memory, spec
         self._keyframe, self._bound, self._progress = keyframe, attempt.bound, progress
         self._checkpoint, self._hashes = checkpoint, hashes
         self._infos = checkpoint.schema.tensors
@@ -156,9 +156,9 @@ class Encoder:
             hashes = self._catalog.all_values(state.values, len(infos))
             positions = {info.name: (position, info) for position, info in enumerate(infos)}
             positions |= {new: positions[old] for new, old in names.items() if old in positions}
-            held = self._held if name == "model" else None
-            self._materials[state.values] = materialised(
-                self._cache, held, state.values, infos, hashes, change=True
+            memory = self._memory if name == "model" else None
+            self._decoded[state.values] = find_decoded(
+                self._cache, memory, state.values, infos, hashes, change=True
             )
             parts[name] = _BasePart(state.values, hashes, positions)
         return parts
@@ -175,21 +175,21 @@ class Encoder:
 
     def _coded(self, finish: Callable[[], T]) -> T:
         infos = [self._infos[number] for number in self._numbers["model"]]
-        self._base_writer: BaseWriter | HeldWriter
-        if self._held is None:
+        self._base_writer: BaseWriter | MemoryWriter
+        if self._memory is None:
             self._base_writer = BaseWriter(self._cache, [info.size_bytes for info in infos])
         else:
-            self._base_writer = self._held.writer(infos)
+            self._base_writer = self._memory.writer(infos)
         try:
             rows = [(group, self._left(group)) for group in self._planner.groups()]
             jobs = (
                 (work, number, self._patched)
-                for work in map(self._begin, self._planner.coders(rows))
+                for work in map(self._begin, self._planner.encoders(rows))
                 for number in range(work.slices)
             )
             for coded in ordered_map(_code, jobs):
                 self._put(coded)
-                del coded  # not to be held while the next one is waited for
+                del coded  # not held while the next one is waited for
             self._check_bound()
             self._settle()
             return finish()
@@ -221,7 +221,7 @@ class Encoder:
         if found is None:
             return None
         base = BaseTensor(self._chain, found[0].values, found[1], self._infos[number])
-        return base if base.is_cut_alike() else None
+        return base if base.has_same_slices() else None
 
     def _left(self, group: list[int]) -> list[int]:
         """Return the tensors of a group that are not stored yet."""
@@ -280,21 +280,21 @@ class Encoder:
 
     # -- coding --------------------------------------------------------------------------------
 
-    def _begin(self, found: tuple[Coder, dict[int, BaseTensor]]) -> _Work:
-        coder, bases = found
+    def _begin(self, found: tuple[GroupEncoder, dict[int, BaseTensor]]) -> _Work:
+        encoder, bases = found
         drafts: list[Draft] = []
-        for index, target in enumerate(coder.members):
+        for index, target in enumerate(encoder.members):
             base = bases.get(target.number)
             info = self._infos[target.number]
             draft = self._writers[info.part].begin(
                 target.dtype, base, steady=SourceTensor(self._checkpoint, target.number).steady
             )
-            if index in coder.companions:
-                draft.companion = drafts[coder.companions[index]].number
+            if index in encoder.companions:
+                draft.companion = drafts[encoder.companions[index]].number
             self._places[target.number] = (None, draft.number)
             drafts.append(draft)
-        words = self._infos[coder.members[0].number].words
-        work = _Work(coder, bases, drafts, len(slice_counts(words)))
+        words = self._infos[encoder.members[0].number].words
+        work = _Work(encoder, bases, drafts, len(slice_counts(words)))
         if not work.slices:
             self._end(work)
         return work
@@ -303,7 +303,7 @@ class Encoder:
         work, index = coded.work, coded.index
         self._nonfinite += coded.nonfinite
         for target, draft, part, errors, patch in zip(
-            work.coder.members,
+            work.encoder.members,
             work.drafts,
             coded.group.slices,
             coded.group.errors,
@@ -328,14 +328,14 @@ class Encoder:
             self._end(work)
 
     def _end(self, work: _Work) -> None:
-        for target, draft in zip(work.coder.members, work.drafts, strict=True):
+        for target, draft in zip(work.encoder.members, work.drafts, strict=True):
             self._values[target.number] = draft.digest.digest()
             if draft.exact and target.number in self._stay:
                 self._hashes[target.number] = self._values[target.number]
             read = draft.source or (draft.digest if draft.exact else None)
             if read is not None and read.digest() != self._hashes[target.number]:
                 raise SourceTensor(self._checkpoint, target.number).changed()
-            stands = draft.stands_on_base and draft.base is not None
+            stands = draft.uses_base and draft.base is not None
             self._depths[target.number] = draft.base.depth + 1 if stands else 0  # type: ignore[union-attr]
 
     def _check_bound(self) -> None:
@@ -406,17 +406,17 @@ class Encoder:
 
 def _code(job: tuple[_Work, int, bool]) -> _Coded:
     work, number, patched = job
-    coded = work.coder.code(number)
+    coded = work.encoder.encode(number)
     patches: list[Buffers | None] = []
     nonfinite = 0
-    for target, part in zip(work.coder.members, coded.slices, strict=True):
+    for target, part in zip(work.encoder.members, coded.slices, strict=True):
         exact = part.decoded is part.source
         if exact and target.role in LOSSY and target.dtype in WEIGHT_DTYPES:
             nonfinite += count_nonfinite(part.decoded, target.dtype)
         if exact or not patched:
             patches.append(None)
         else:
-            patches.append(code_patch(target.tensor.slice(number), part.decoded, target.dtype))
+            patches.append(encode_patch(target.tensor.slice(number), part.decoded, target.dtype))
     return _Coded(work, number, coded, patches, nonfinite)
 
 

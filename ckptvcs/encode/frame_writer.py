@@ -13,7 +13,7 @@ from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
 from ckptvcs.decode.base_cache import BaseTensor
 from ckptvcs.encode.exact import SAME
-from ckptvcs.encode.group import CodedSlice
+from ckptvcs.encode.group import EncodedSlice
 from ckptvcs.hashing import Hasher, hasher
 from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_recipe, slice_hash
 from ckptvcs.history.schema import TensorInfo
@@ -38,7 +38,7 @@ class Draft:
     base: BaseTensor | None
     steady: bool = False
     companion: int | None = None
-    stands_on_base: bool = False
+    uses_base: bool = False
     exact: bool = True
     slices: list[Slice] = field(default_factory=list)
     digest: Hasher = field(default_factory=lambda: hasher())
@@ -90,9 +90,9 @@ class PartWriter:
         self.drafts.append(draft)
         return draft
 
-    def append(self, draft: Draft, coded: CodedSlice) -> None:
+    def append(self, draft: Draft, coded: EncodedSlice) -> None:
         draft.slices.append(self._region.append(coded.data))
-        draft.stands_on_base |= coded.stands_on_base
+        draft.uses_base |= coded.uses_base
         draft.exact &= coded.decoded is coded.source
         if draft.source is None and not draft.steady and coded.decoded is not coded.source:
             draft.source = draft.digest.copy()
@@ -101,7 +101,7 @@ class PartWriter:
         draft.digest.update(octets(coded.decoded))
 
     def _frame(self, draft: Draft) -> Frame:
-        if draft.base is None or not draft.stands_on_base:
+        if draft.base is None or not draft.uses_base:
             return Frame(None, 0, draft.companion, tuple(draft.slices), draft.dtype)
         base, depth = (draft.base.values, draft.base.tensor), draft.base.depth + 1
         return Frame(base, depth, draft.companion, tuple(draft.slices), draft.dtype)

@@ -1,4 +1,4 @@
-"""Group related tensors and choose a coder for each group."""
+"""Group related tensors and choose a encoder for each group."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec, finer
 from ckptvcs.decode.base_cache import BaseTensor
 from ckptvcs.encode import excp
-from ckptvcs.encode.exact import ExactCoder
-from ckptvcs.encode.gpu import DeviceCoder
-from ckptvcs.encode.group import Coder, Floats, Group, Target
-from ckptvcs.encode.near import NearCoder
+from ckptvcs.encode.exact import ExactEncoder
+from ckptvcs.encode.gpu import DeviceEncoder
+from ckptvcs.encode.group import Floats, Group, GroupEncoder, Target
+from ckptvcs.encode.near import NearEncoder
 from ckptvcs.encode.near_plan import NearPlan, Scale, measure_scale
 from ckptvcs.encode.source import SourceTensor
 from ckptvcs.parallel import ordered_map
@@ -41,12 +41,12 @@ _SAMPLE = 1 << 12  # entries of a slice that are looked at
 _LARGEST = 1e3  # squared average over mean square: 53 for betas of 0.9 and 0.999, 526 for 0.9999
 _SHARE = 0.99
 
-Coding = tuple[Coder, dict[int, BaseTensor]]
-"""A coder, and the bases of its members by number."""
+Assignment = tuple[GroupEncoder, dict[int, BaseTensor]]
+"""A encoder, and the bases of its members by number."""
 
 
 class Planner:
-    """Finds coders for the tensors of one checkpoint.
+    """Finds encoders for the tensors of one checkpoint.
 
     `masters` are those of `find_masters`; `base_tensor` is what a tensor can be coded against.
     """
@@ -116,7 +116,7 @@ class Planner:
         iterate = info.evidence == OPTIMIZER and info.name.rpartition(".")[2] in ITERATES
         return Target(number, source, dtype, shape, info.role, weak=weak, iterate=iterate)
 
-    def coders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Coding]:
+    def encoders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Assignment]:
         """Coders for groups of tensors, as far as they are not stored yet: (all, what is left).
 
         Raises:
@@ -126,34 +126,38 @@ class Planner:
         if isinstance(settings, NearSpec):
             stored = [n for group, left in rows for n in {*group} - {*left}]
             known = sum(self._infos[n].words for n in stored if self._infos[n].role == WEIGHT)
-            yield from self._near_coders([left for _, left in rows if left], settings, known)
+            yield from self._near_encoders([left for _, left in rows if left], settings, known)
         elif isinstance(settings, ExcpSpec) and not self._keyframe:
             for group, left in rows:
-                yield from self._excp_coders(left, group, settings)
+                yield from self._excp_encoders(left, group, settings)
         else:
-            yield from (self._exact_coder(number) for _, left in rows for number in left)
+            yield from (self._exact_encoder(number) for _, left in rows for number in left)
 
-    def _excp_coders(self, left: list[int], group: list[int], spec: ExcpSpec) -> Iterator[Coding]:
+    def _excp_encoders(
+        self, left: list[int], group: list[int], spec: ExcpSpec
+    ) -> Iterator[Assignment]:
         """Code what ExCP applies to together, and the rest exactly."""
-        coding = self._excp_coder(left, group, spec) if left else None
+        coding = self._excp_encoder(left, group, spec) if left else None
         members = []
         if coding is not None:
             members = [target.number for target in coding[0].members]
             yield coding
-        yield from (self._exact_coder(number) for number in left if number not in members)
+        yield from (self._exact_encoder(number) for number in left if number not in members)
 
-    def _exact_coder(self, number: int) -> Coding:
+    def _exact_encoder(self, number: int) -> Assignment:
         base = None if self._keyframe else self._base_tensor(number)
         if base is not None:
-            base.prove()
-        return ExactCoder(self._target(number), base), _bases(number, base)
+            base.verify()
+        return ExactEncoder(self._target(number), base), _bases(number, base)
 
-    def _near_coders(self, rows: list[list[int]], spec: NearSpec, known: int) -> Iterator[Coding]:
+    def _near_encoders(
+        self, rows: list[list[int]], spec: NearSpec, known: int
+    ) -> Iterator[Assignment]:
         """Coders for rows of tensors beside so many words of weights that are `known` already."""
         groups: list[Group] = []
         for left in rows:
             lossy = self._lossy(left)
-            yield from (self._exact_coder(number) for number in left if number not in lossy)
+            yield from (self._exact_encoder(number) for number in left if number not in lossy)
             groups += self._near_groups(lossy)
         weights = [group for group in groups if group.weight is not None]
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
@@ -161,7 +165,7 @@ class Planner:
             raise TooFar
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
-            yield self._near_coder(group, plan, scales.get(id(group)))
+            yield self._near_encoder(group, plan, scales.get(id(group)))
 
     def _lossy(self, numbers: list[int]) -> list[int]:
         """Return those of some tensors that may be coded with loss."""
@@ -181,8 +185,8 @@ class Planner:
             yield self._near_group(taken)
             lossy = [number for number in lossy if number not in taken]
 
-    def _near_coder(self, group: Group, plan: NearPlan, scale: Scale | None) -> Coding:
-        host = NearCoder(group, plan, scale, keyframe=self._keyframe)
+    def _near_encoder(self, group: Group, plan: NearPlan, scale: Scale | None) -> Assignment:
+        host = NearEncoder(group, plan, scale, keyframe=self._keyframe)
         bases: dict[int, BaseTensor] = {}
         if group.weight is not None:
             size = self._infos[group.weight.number].size_bytes
@@ -191,7 +195,7 @@ class Planner:
                 self._untrained.append(size)
             if isinstance(group.base, BaseTensor) and not self._keyframe:
                 bases[group.weight.number] = group.base
-        device = None if self._keyframe else DeviceCoder.of(host, group)
+        device = None if self._keyframe else DeviceEncoder.of(host, group)
         return device or host, bases
 
     def _plausible(self, group: list[int]) -> bool:
@@ -234,7 +238,7 @@ class Planner:
         words = self._infos[lossy[0]].words
         return Group(words, weight, base, first, second, others, copies, rule)
 
-    def _excp_coder(self, left: list[int], group: list[int], spec: ExcpSpec) -> Coding | None:
+    def _excp_encoder(self, left: list[int], group: list[int], spec: ExcpSpec) -> Assignment | None:
         """ExCP for a weight and its moments; None where all has to be coded exactly."""
         roles = {self._infos[number].role: number for number in left}
         weight = roles.get(WEIGHT)
@@ -245,7 +249,7 @@ class Planner:
         if not {self._infos[number].dtype for number in left} <= WEIGHT_DTYPES:
             return None
         if base is not None:
-            base.prove()
+            base.verify()
         # ExCP does not know the rules of an optimizer that has only one of the two moments.
         pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
         members = weight, *(pair if None not in pair else (None, None))
@@ -256,7 +260,7 @@ class Planner:
         fitted = excp.plan(tensors, spec)
         if fitted is None:
             return None
-        return excp.ExcpCoder(tensors, fitted), _bases(weight, base)
+        return excp.ExcpEncoder(tensors, fitted), _bases(weight, base)
 
 
 def _bases(number: int | None, base: BaseTensor | None) -> dict[int, BaseTensor]:
@@ -295,7 +299,7 @@ def _is_bounded(average: Floats, square: Floats) -> bool:
 
 def _scale(group: Group) -> Scale:
     if isinstance(group.base, BaseTensor):
-        group.base.prove()
+        group.base.verify()
     return measure_scale(group)
 
 

@@ -21,10 +21,10 @@ from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.dtypes import DTYPES, float_type
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
-from ckptvcs.decode.base_cache import BaseWriter, materialised
-from ckptvcs.decode.chain import ChainReader, Materialised, read_slice
+from ckptvcs.decode.base_cache import BaseWriter, find_decoded
+from ckptvcs.decode.chain import ChainReader, DecodedTable, read_slice
 from ckptvcs.encode.assemble import Place, StoredPlace, in_bundle, recipe_of
-from ckptvcs.encode.exact import code_again
+from ckptvcs.encode.exact import reencode
 from ckptvcs.encode.frame_writer import Region, Slice
 from ckptvcs.errors import CorruptionError
 from ckptvcs.hashing import hasher
@@ -92,8 +92,8 @@ class Rekeyer:
         self._leaving: set[ObjectId] = set()
         self._moved: dict[StoredPlace, Place] = {}
         self._sharing: dict[StoredPlace, list[int]] = {}  # tensors of a table, by frame
-        self._materials: dict[ObjectId, Materialised | None] = {}
-        self._chain = ChainReader(catalog, self._materials.get)
+        self._decoded: dict[ObjectId, DecodedTable | None] = {}
+        self._chain = ChainReader(catalog, self._decoded.get)
 
     def run(self, kept: Mapping[ObjectId, Commit]) -> int:
         """Re-encode tables that depend on commits not in `kept`; return their number.
@@ -219,11 +219,11 @@ class Rekeyer:
 
     def _have(self, table: _Table | None) -> None:
         """Use the cached base of a table, if any."""
-        self._materials.clear()
+        self._decoded.clear()
         if table is not None and table.part == "model":
             hashes = self._catalog.all_values(table.values, len(table.infos))
-            found = materialised(self._cache, None, table.values, list(table.infos), hashes)
-            self._materials[table.values] = found
+            found = find_decoded(self._cache, None, table.values, list(table.infos), hashes)
+            self._decoded[table.values] = found
 
     def _find(
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
@@ -280,11 +280,11 @@ class Rekeyer:
             number, count = job
             words = chain.decode_slice(links, info, number, count)
             below = None if under is None else chain.decode_slice(under, info, number, count)
-            coded = code_again(words, below, dtype)
+            coded = reencode(words, below, dtype)
             again = decode_slice(memoryview(coded.data), DTYPES[dtype], count, below)
             if not np.array_equal(again, words):
                 raise CorruptionError(f"re-encoding {info.name} would change it")
-            return words, below, coded.data, coded.stands_on_base
+            return words, below, coded.data, coded.uses_base
 
         own, under_digest = hasher(), hasher()
         slices, stands = [], False

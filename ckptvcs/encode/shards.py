@@ -19,7 +19,7 @@ from ckptvcs.codec.dtypes import float_type
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
-from ckptvcs.decode.base_cache import HeldBase
+from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.encode.encoder import Encoder, energy_of
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.group import Errors
@@ -32,7 +32,7 @@ from ckptvcs.store.ids import ObjectId, PackId
 
 
 @dataclass(frozen=True)
-class Ticket:
+class ShardPlan:
     """How all processes are to code: against which commit, and whether exactly too."""
 
     base: ObjectId | None
@@ -81,12 +81,12 @@ class Shard:
     loose: tuple[PackId, ...] = ()
 
 
-def code_shard(
-    catalog: Catalog, cache: Path, ticket: Ticket, checkpoint: Checkpoint, held: HeldBase
+def encode_shard(
+    catalog: Catalog, cache: Path, ticket: ShardPlan, checkpoint: Checkpoint, memory: MemoryBase
 ) -> Shard:
     """Store the tensors of one process: durable on return, not yet visible.
 
-    `held` keeps what the next commit is coded against.  The lease of who joins keeps gc away.
+    `memory` keeps what the next commit is coded against.  The lease of who joins keeps gc away.
 
     Raises:
         InvalidInputError: the state changed while it was read.
@@ -120,7 +120,7 @@ def code_shard(
         return share(known)
 
     def encode(attempt: Attempt) -> Shard:
-        encoder = _ShardEncoder(catalog, cache, attempt, ticket, checkpoint, dict(hashes), held)
+        encoder = _ShardEncoder(catalog, cache, attempt, ticket, checkpoint, dict(hashes), memory)
         return encoder.encode_shard(share)
 
     first = Attempt.first(ticket.spec, keyframe=ticket.keyframe, patched=ticket.patched)
@@ -128,7 +128,7 @@ def code_shard(
 
 
 def _known(
-    catalog: Catalog, ticket: Ticket, checkpoint: Checkpoint, hashes: dict[int, bytes]
+    catalog: Catalog, ticket: ShardPlan, checkpoint: Checkpoint, hashes: dict[int, bytes]
 ) -> dict[int, Stored]:
     """The tensors that the ticket's base holds as they are, exactly if that is asked for."""
     assert ticket.base is not None
@@ -208,17 +208,17 @@ def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> 
 
 
 class _ShardEncoder(Encoder):
-    """Encodes one shard; its held base is of the tensors of its own process."""
+    """Encodes one shard; its base in memory is of the tensors of its own process."""
 
     def __init__(
         self,
         catalog: Catalog,
         cache: Path,
         attempt: Attempt,
-        ticket: Ticket,
+        ticket: ShardPlan,
         checkpoint: Checkpoint,
         hashes: dict[int, bytes],
-        held: HeldBase,
+        memory: MemoryBase,
     ) -> None:
         base = None if ticket.base is None else catalog.commit(ticket.base)
         if base is not None and "model" in base.parts:
@@ -226,12 +226,19 @@ class _ShardEncoder(Encoder):
             names = [schema.tensors[number].name for number in schema.stored("model")]
             if catalog.has_recipe(values):
                 hashes_there = catalog.all_values(values, len(names))
-                held.adopt(values, dict(zip(names, hashes_there, strict=True)))
+                memory.adopt(values, dict(zip(names, hashes_there, strict=True)))
         super().__init__(
-            catalog, cache, attempt, base, checkpoint, hashes, progress=lambda _: None, held=held
+            catalog,
+            cache,
+            attempt,
+            base,
+            checkpoint,
+            hashes,
+            progress=lambda _: None,
+            memory=memory,
         )
         self._known = set()  # its tables are those of all processes together
-        self._own = held
+        self._own = memory
         self._patches = {
             name: PatchWriter(lambda: catalog.store.new_pack("packs"), joined=True)
             for name in PARTS

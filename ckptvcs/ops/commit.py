@@ -23,7 +23,7 @@ from ckptvcs.checkpoint.notes import unknown_floats
 from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.decode.base_cache import HeldBase
+from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.encode.assemble import Encoded
 from ckptvcs.encode.encoder import Encoder
 from ckptvcs.encode.planner import Attempt, within_bounds
@@ -169,7 +169,7 @@ class Committer:
         repository: Repository,
         config: Config,
         progress: Progress = quiet,
-        held: HeldBase | None = None,
+        held: MemoryBase | None = None,
         announce: Announce = silent,
     ) -> None:
         """`config` holds the settings as they were when the commit began."""
@@ -287,7 +287,7 @@ class Committer:
                 checkpoint,
                 dict(hashes),
                 progress=self._progress,
-                held=held,
+                memory=held,
             ).encode()
 
         first = Attempt.first(request.spec, keyframe=keyframe, patched=patched)

@@ -1,4 +1,4 @@
-"""Joint: one commit of several processes.
+"""DistributedCommit: one commit of several processes.
 
     begin    who joins takes a lease, and says what all are to code against
     code     each process its own shard (`encode/shards.py`)
@@ -18,13 +18,13 @@ from typing import Self
 
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
-from ckptvcs.decode.base_cache import HeldBase
+from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.decode.chain import ChainReader, read_slice
 from ckptvcs.encode.assemble import Assembly, Encoded, StoredPlace
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.group import Errors
 from ckptvcs.encode.measure import report, report_tensors
-from ckptvcs.encode.shards import Shard, Stored, Ticket, code_shard
+from ckptvcs.encode.shards import Shard, ShardPlan, Stored, encode_shard
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, after
 from ckptvcs.hashing import hex_hash
 from ckptvcs.history.commit import PARTS, ErrorReport
@@ -38,7 +38,7 @@ from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import lease
 
 
-class Joint:
+class DistributedCommit:
     """A commit that several processes make together; held by the one that joins what they code.
 
     gc keeps away from `begin` until the end of `finish`, of a `with`, or of the process, or until
@@ -81,7 +81,7 @@ class Joint:
     def __exit__(self, *_: object) -> None:
         self.abandon()
 
-    def begin(self) -> Ticket:
+    def begin(self) -> ShardPlan:
         """What all processes need to code their shards.
 
         Raises:
@@ -92,7 +92,7 @@ class Joint:
         there = self._committer.base(place.parent) is not None
         keyframe = not there or self._committer.starts_keyframe(place.parent)
         base = place.parent if there else None
-        self._ticket = Ticket(base, self._request.spec, keyframe, self._patched)
+        self._ticket = ShardPlan(base, self._request.spec, keyframe, self._patched)
         return self._ticket
 
     def finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
@@ -211,12 +211,12 @@ class Joint:
             yield read_slice(self._catalog, bundle, frame, index, unhashed_patch=True)
 
 
-def code_share(repository: Repository, ticket: Ticket, checkpoint: Checkpoint) -> Shard:
+def encode_share(repository: Repository, ticket: ShardPlan, checkpoint: Checkpoint) -> Shard:
     """Code the share of this process in a commit of several."""
     repository.catalog.store.refresh()  # who joins may have committed meanwhile
     with repository.held_base("state") as held:
-        held = HeldBase() if held is None else held
-        return code_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
+        held = MemoryBase() if held is None else held
+        return encode_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
 
 
 class _Elsewhere(Source):

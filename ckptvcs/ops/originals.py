@@ -25,8 +25,8 @@ from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.survey import Found
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.decode.base_cache import materialised
-from ckptvcs.decode.chain import Materialised
+from ckptvcs.decode.base_cache import find_decoded
+from ckptvcs.decode.chain import DecodedTable
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import (
     CkptError,
@@ -302,7 +302,7 @@ def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress:
         CorruptionError: it is not so.
         NotFoundError: the commit, or a part of it, was dropped.
     """
-    restorer = Restorer(catalog, name, cache=cache, materials=_of_parent(catalog, cache, name).get)
+    restorer = Restorer(catalog, name, cache=cache, decoded=_of_parent(catalog, cache, name).get)
     for file in restorer.commit.files:
         safe_path(file.path)  # a checkout refuses what leaves its target, originals or not
         if file.skeleton is None:
@@ -321,7 +321,7 @@ def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress:
 
 def _of_parent(
     catalog: Catalog, cache: Path, name: ObjectId
-) -> dict[ObjectId, Materialised | None]:
+) -> dict[ObjectId, DecodedTable | None]:
     """The weights of a commit's parent, if the cache has them."""
     commit = catalog.commit(name)
     own = commit.parts.get("model")
@@ -332,7 +332,7 @@ def _of_parent(
             if state is not None and (own is None or state.values != own.values):
                 infos = [schema.tensors[number] for number in schema.stored("model")]
                 hashes = catalog.all_values(state.values, len(infos))
-                return {state.values: materialised(cache, None, state.values, infos, hashes)}
+                return {state.values: find_decoded(cache, None, state.values, infos, hashes)}
     return {}
 
 

@@ -287,7 +287,7 @@ class Verifier:
             return  # meanwhile
         self.report.commits += 1
         try:
-            restorer = Restorer(self._catalog, name, materials=self._recent.get)
+            restorer = Restorer(self._catalog, name, decoded=self._recent.get)
             self._catalog.errors(name)
         except CkptError as error:
             self._wrong("commit", error, commit=name)

@@ -21,7 +21,7 @@ import torch
 from ckptvcs import CkptError, InvalidInputError, Repo, StorageError
 from ckptvcs.background.process import Done
 from ckptvcs.background.queue import Background
-from ckptvcs.background.shared_state import Parcel, Staging, unpack
+from ckptvcs.background.shared_state import Staging, StateMessage, unpack
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.parallel import ordered_map
 from ckptvcs.store.local import LocalWriter
@@ -36,7 +36,7 @@ class Here:
     def __init__(self, folder: Path, _: object) -> None:
         self._repo = Repo.open(folder)
 
-    def commit(self, staging: Staging, parcel: Parcel, said: dict[str, Any]) -> Done:
+    def commit(self, staging: Staging, parcel: StateMessage, said: dict[str, Any]) -> Done:
         made = commit_checkpoint(self._repo.repository, unpack(parcel, staging.memory), **said)
         return Done(made.id, made.branch)
 

@@ -17,7 +17,7 @@ from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops.import_folder import Importer
-from ckptvcs.ops.join import Joint, code_share
+from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
@@ -83,7 +83,7 @@ def _commit_together(root: Path) -> None:
     steps = [entry.step or 0 for entry in repo.log(1)]
     step = min(4, steps[0] + 1)
     whole = states(step)[-1]
-    with Joint(repo.repository, "together", step=step, message="next") as joint:
+    with DistributedCommit(repo.repository, "together", step=step, message="next") as joint:
         ticket, shards = joint.begin(), {}
         for number, name in enumerate("ab"):
             moments = {number: whole["optimizer"]["state"][number]}
@@ -92,7 +92,7 @@ def _commit_together(root: Path) -> None:
                 "optimizer": {**whole["optimizer"], "state": moments},
             }
             checkpoint = state_checkpoint(part)
-            shards[f"rank-{number}.pt"] = code_share(
+            shards[f"rank-{number}.pt"] = encode_share(
                 Repo.open(root / "repo").repository, ticket, checkpoint
             )
         joint.finish(shards, {"notes.json": b"{}"})

@@ -18,7 +18,7 @@ from ckptvcs.ops import config
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.config import KEYS, Settings
 from ckptvcs.ops.import_folder import Importer
-from ckptvcs.ops.join import Joint, code_share
+from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.watch import Watcher
 from ckptvcs.store.ids import ObjectId
 from tests.helpers.crashing import states
@@ -41,9 +41,9 @@ def _commit_path(repo: Repo, folder: Path, step: int) -> None:
 
 
 def _join(repo: Repo, _: Path, step: int) -> None:
-    with Joint(repo.repository, "together", step=step) as joint:
+    with DistributedCommit(repo.repository, "together", step=step) as joint:
         ticket = joint.begin()
-        shard = code_share(repo.repository, ticket, state_checkpoint(states(step)[-1]))
+        shard = encode_share(repo.repository, ticket, state_checkpoint(states(step)[-1]))
         joint.finish({"rank-0.pt": shard}, {})
 
 

@@ -134,7 +134,9 @@ def test_natural_order(folder: Path, states: list[State]) -> None:
         ("gpt-v2.pt", None, None),
     ],
 )
-def test_steps(tmp_path: Path, name: str, inside: int | None, step: int | None) -> None:
+def test_steps_are_read_from_names_or_contents(
+    tmp_path: Path, name: str, inside: int | None, step: int | None
+) -> None:
     state: State = {"w": torch.ones(3)}
     torch.save(state if inside is None else state | {"step": inside}, tmp_path / name)
     assert found(tmp_path) == [(name, step)]

@@ -15,7 +15,7 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.encode.shards import Shard
 from ckptvcs.errors import BusyError, ConflictError, InvalidInputError
 from ckptvcs.history.log import LogEntry
-from ckptvcs.ops.join import Joint, code_share
+from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store import leases
 from tests.spec_reader import SpecRepository
@@ -61,13 +61,13 @@ class World:
         self.repo = Repo.init(root)
         self.others = [Repository(root / ".ckpt") for _ in range(count)]
 
-    def begin(self, step: int | None) -> Joint:
-        return Joint(self.repo.repository, "joined", step=step)
+    def begin(self, step: int | None) -> DistributedCommit:
+        return DistributedCommit(self.repo.repository, "joined", step=step)
 
-    def code(self, joint: Joint, states: list[State]) -> dict[str, Shard]:
+    def code(self, joint: DistributedCommit, states: list[State]) -> dict[str, Shard]:
         ticket = joint.begin()
         return {
-            f"rank-{number}.pt": code_share(repo, ticket, state_checkpoint(state))
+            f"rank-{number}.pt": encode_share(repo, ticket, state_checkpoint(state))
             for number, (repo, state) in enumerate(zip(self.others, states, strict=True))
             if state
         }
@@ -204,7 +204,7 @@ def test_gc_waits_and_takes_what_was_abandoned(world: World) -> None:
 
 
 @pytest.mark.parametrize("codec", ["lossless", "excp", "small"])
-def test_codecs(codec: str, tmp_path: Path) -> None:
+def test_processes_commit_together_with_each_codec(codec: str, tmp_path: Path) -> None:
     world = World(tmp_path)
     world.repo.configure("codec", codec)
     world.others = [Repository(tmp_path / ".ckpt") for _ in range(2)]

@@ -34,7 +34,7 @@ from ckptvcs.integrations.distributed.balance import item_bytes, keep_together
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, dump_metadata, is_path
 from ckptvcs.integrations.distributed.process import open_once
 from ckptvcs.integrations.target import Where
-from ckptvcs.ops.join import Joint, code_share
+from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.repo import Repo
 
 _GROUPS = "param_groups"
@@ -76,7 +76,7 @@ class CkptWriter(StorageWriter):
             "branch": branch,
         }
         self._name = "checkpoint"
-        self._joint: Joint | None = None
+        self._joint: DistributedCommit | None = None
         self.entry: LogEntry | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class CkptWriter(StorageWriter):
         said = {**self._said, "message": self._said["message"] or self._name}
         if said["step"] is None:
             said["step"] = step_in_name(self._name)  # rather than what the state says
-        self._joint = Joint(open_once(self._where, make=True), self._name, **said)
+        self._joint = DistributedCommit(open_once(self._where, make=True), self._name, **said)
         ticket = self._joint.begin()
         given = keep_together([plan.items for plan in plans], [plan.storage_data for plan in plans])
         return [
@@ -132,7 +132,7 @@ class CkptWriter(StorageWriter):
         if plan.items:
             try:
                 checkpoint = _Part(planner).checkpoint(plan.items)
-                shard = code_share(open_once(self._where), plan.storage_data, checkpoint)
+                shard = encode_share(open_once(self._where), plan.storage_data, checkpoint)
             except BaseException:
                 self._give_up()
                 raise
