@@ -27,7 +27,7 @@ from ckptvcs.history.reachability import mark
 from ckptvcs.history.recipe import DropRecord, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
-from ckptvcs.ops.config import mend_settings
+from ckptvcs.ops.config import repair_settings
 from ckptvcs.ops.repair_refs import Copy, RefMender, is_kin
 from ckptvcs.ops.repository import CONFIG, Repository
 from ckptvcs.ops.verify import packs_alone
@@ -452,6 +452,8 @@ def _repair_files(folder: Path, backend: Backend, source: Path | None, *, drop: 
     with exclusive(backend):
         mended = {
             "format": repair_format(backend, copy),
-            CONFIG: mend_settings(folder / CONFIG, backend, source and source / CONFIG, drop=drop),
+            CONFIG: repair_settings(
+                folder / CONFIG, backend, source and source / CONFIG, drop=drop
+            ),
         }
     return lost + [name for name, done in mended.items() if done]
