@@ -139,14 +139,7 @@ class Encoder:
             keyframe=keyframe,
             alone=attempt.alone,
         )
-        self._stored_parts = {
-            name
-            for name, row in self._numbers.items()
-            if catalog.has_recipe(
-                object_id(Kind.VALUES, dump_values([hashes[number] for number in row])),
-                patches=False,
-            )
-        }
+        self._stored_parts = {name for name, row in self._numbers.items() if self._is_stored(row)}
 
     def _load_base(self, base: Commit) -> dict[str, _BasePart]:
         schema = self._catalog.schema(base.schema)
@@ -205,6 +198,11 @@ class Encoder:
                     stack.callback(self._patches[name].abort)
 
     # -- bases and reuse -----------------------------------------------------------------------
+
+    def _is_stored(self, row: list[int]) -> bool:
+        """Return whether the repository has the exact values of these tensors as a hash table."""
+        table = dump_values([self._hashes[number] for number in row])
+        return self._catalog.has_recipe(object_id(Kind.VALUES, table), patches=False)
 
     def _base_of(self, number: int) -> tuple[_BasePart, int] | None:
         """Return the place of the base tensor with the same name, type and shape."""
