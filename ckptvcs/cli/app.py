@@ -124,7 +124,7 @@ def _end(error: BaseException) -> int | None:
     """
     done = "; ".join(getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
-        render.talk(f"interrupted; {done or 'nothing was half-written'}")
+        render.talk(f"interrupted; {done or 'the repository is unchanged or complete'}")
         return INTERRUPTED
     if isinstance(error, SystemExit):
         if done:
