@@ -47,14 +47,14 @@ if TYPE_CHECKING:
 # Who stops a job may tell all of its processes; this one ends with the one that it works for, which
 # may have something left to commit.
 _NOT_HEARD = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-_START = (
+SERVER_CODE = (
     f"import signal as s; [s.signal(getattr(s, name), s.SIG_IGN) for name in {_NOT_HEARD}]; "
     "from ckptvcs.background.server import serve; serve()"
 )
 _PATIENCE = 10.0  # seconds for an idle process to end in
 _LOOK = 1.0  # seconds between looks whether it is alive
-_PROCESSES = 3  # that may die over one commit
-_ATTEMPTS = 2  # of one commit that may be answered with an error
+MAX_PROCESSES = 3  # that may die over one commit
+MAX_ATTEMPTS = 2  # of one commit that may be answered with an error
 # A process that dies of these would take the next one, and the training, with it.
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 # Another attempt would meet the same, or was made already.
@@ -115,7 +115,7 @@ class Worker:
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
             arguments = [str(far.fileno()), str(os.getpid()), str(real_path(self._folder))]
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, *arguments],
+                [sys.executable, "-P", "-c", SERVER_CODE, *arguments],
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": paths},
@@ -148,9 +148,9 @@ class Worker:
                 failed, problem = failed + 1, error
             if move is not None and self._was_made(move):
                 return Done(move.commit, move.branch)
-            if isinstance(problem, _FINAL) or failed == _ATTEMPTS:
+            if isinstance(problem, _FINAL) or failed == MAX_ATTEMPTS:
                 raise problem
-            if died == _PROCESSES:
+            if died == MAX_PROCESSES:
                 how = f"the process that commits in the background ended each time ({problem})"
                 by_fault = isinstance(problem, _DiedError) and problem.by_fault
                 raise CkptError(how) if by_fault else NoWorkerError(how)

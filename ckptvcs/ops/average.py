@@ -131,12 +131,12 @@ class Averaged(Restorer):
     def exact(self) -> bool:
         return False
 
-    def _slices(
+    def read_slices(
         self, numbers: list[int], room: Callable[[Any], Words | None] = lambda _: None
     ) -> Generator[tuple[Any, Words], None, None]:
         for other, run in groupby(numbers, self._others.__contains__):
             if not other:
-                yield from super()._slices(list(run), room)
+                yield from super().read_slices(list(run), room)
                 continue
             for job in self._jobs(list(run)):
                 word = self.schema.tensors[job.number].type.word

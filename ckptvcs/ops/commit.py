@@ -333,7 +333,7 @@ class Committer:
         self._stay_or_take_back(place, name, held)
         # It is in the history now: what goes wrong from here on, gc makes good.
         with contextlib.suppress(CkptError, OSError, MemoryError):
-            self._fade(fading, name, held, is_head=place.moves_head)
+            self.fade(fading, name, held, is_head=place.moves_head)
         self._catalog.forget_commits()
         return CommitResult(
             name, commit, encoded.data_bytes + info.size_bytes, place.branch, tuple(notes)
@@ -387,7 +387,7 @@ class Committer:
             return []
         return self._fader().after(parent, (name, commit), is_head=is_head)
 
-    def _fade(self, recorded: list[Patch], name: ObjectId, held: str, *, is_head: bool) -> None:
+    def fade(self, recorded: list[Patch], name: ObjectId, held: str, *, is_head: bool) -> None:
         """Delete patches, but for those that a tag, a pin or a setting has come to keep meanwhile;
         who pins waits for this process as long as it holds its lease.
         """

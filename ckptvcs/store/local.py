@@ -32,7 +32,7 @@ from ckptvcs.store.disk import storage_error
 from ckptvcs.store.lease_files import LocalHold, hold, trace
 
 _SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
-_MOST_SETTLED = 1 << 14  # names of files that are known to be durable; of others it is asked again
+MAX_SETTLED = 1 << 14  # names of files that are known to be durable; of others it is asked again
 _PASSING = frozenset({"cache", "leases", "marks", "tmp"})  # folders of what need not last
 _NO_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
@@ -187,7 +187,7 @@ class LocalBackend:
 
     def _remember(self, names: Set[str]) -> None:
         """Know that files are durable.  Whoever commits for long relies on the newest ones only."""
-        if len(self._settled) + len(names) > _MOST_SETTLED:
+        if len(self._settled) + len(names) > MAX_SETTLED:
             self._settled.clear()
         self._settled |= names
 

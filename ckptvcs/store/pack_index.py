@@ -57,7 +57,7 @@ class Places:
         self._keys_of, self._decode = _forgiving(keys_of), decode
         self._changing = RLock()
         self._rebuilt = False
-        self._index = Index(index, self._keys_of)
+        self.editions = Index(index, self._keys_of)
         _all.add(self)
         self._ask(Index.look_again)
 
@@ -67,16 +67,16 @@ class Places:
         """What the index says; one that is made anew, where it turns out to be rotten."""
         problem: Exception | None = None
         for _ in range(_TRIES):
-            turn = self._index.turn
+            turn = self.editions.turn
             try:
-                return question(self._index)
+                return question(self.editions)
             except (OSError, *ROTTEN) as error:
                 problem = error
             with self._changing:
-                if turn == self._index.turn:  # else another thread was quicker
+                if turn == self.editions.turn:  # else another thread was quicker
                     if not isinstance(problem, OSError):
-                        self._index.distrust()
-                    self._make(partial(self._index.rebuild, anew=False))
+                        self.editions.distrust()
+                    self._make(partial(self.editions.rebuild, anew=False))
         if isinstance(problem, OSError):
             raise storage_error(problem, "use the index") from problem
         raise StorageError(f"the index cannot be used: {problem}", hint=_HINT) from problem
@@ -95,11 +95,11 @@ class Places:
     def move_out(self) -> None:
         """Go on with an index for this process alone: room here is wanted for something else."""
         with self._changing:
-            self._make(partial(self._index.move_out, delete=True))
+            self._make(partial(self.editions.move_out, delete=True))
 
     def close(self) -> None:
         """Nobody will ask any more."""
-        self._index.close()
+        self.editions.close()
 
     def add_expected(self) -> None:
         """Add what a process published that ended before it could say so."""
@@ -137,7 +137,7 @@ class Places:
         hides only its own objects here; verify names it.
         """
         with contextlib.suppress(CorruptionError, FileNotFoundError):
-            self._ask(partial(Index.add, rows=self._rows(self._read_pack(name, folder), late)))
+            self._ask(partial(Index.add, rows=self._rows(self.read_pack(name, folder), late)))
             try:
                 # Who deletes it notes that once more afterwards: before this look, or after it.
                 self._backend.size(packs.pack_name(folder, name))
@@ -148,7 +148,7 @@ class Places:
         """Make the index anew from the packs; how many packs it holds then."""
         self._rebuilt = True
         with self._changing:
-            self._make(partial(self._index.rebuild, anew=True))
+            self._make(partial(self.editions.rebuild, anew=True))
         return len(self._ask(Index.packs))
 
     def doubt(self) -> None:
@@ -161,7 +161,7 @@ class Places:
         else:
             self.rebuild()
 
-    def _read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
+    def read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
         file = packs.pack_name(folder, name)
         size = self._backend.size(file)
         return packs.PackInfo(name, folder, size, packs.find_entries(self._backend, file))
@@ -170,7 +170,7 @@ class Places:
         """The rows of every pack on disk."""
         for name, folder in self.list_packs().items():
             with contextlib.suppress(CorruptionError, FileNotFoundError):
-                yield self._rows(self._read_pack(name, folder), late)
+                yield self._rows(self.read_pack(name, folder), late)
 
     def _rows(self, info: packs.PackInfo, late: list[Place]) -> list[Row]:
         """The rows of a pack, without those of contents that stand on others: for these the others

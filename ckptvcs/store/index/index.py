@@ -62,8 +62,8 @@ __all__ = ["ROTTEN", "Index", "KeysOf", "Place", "Records"]
 Records = Callable[[], Iterable[Iterable[Row]]]
 """The rows of all packs that there are when it is called."""
 
-_JOURNAL_BYTES = 1 << 17  # of records, before the next edition is made
-_ROWS = 1024  # that are written at once: their pages are in memory, and then free for the next ones
+JOURNAL_BYTES = 1 << 17  # of records, before the next edition is made
+ROWS_PER_WRITE = 1024  # their pages are in memory, and then free for the next rows
 _MEMORY = [folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)]
 
 
@@ -73,16 +73,16 @@ class Index:
     def __init__(self, name: Path, keys_of: KeysOf) -> None:
         """Nothing is opened before it is asked."""
         self._family, self._keys_of = Family.of(name), keys_of
-        self._followed = Follower(self._family)
-        self._read = self._followed.read
-        self._enough = _JOURNAL_BYTES
+        self.follower = Follower(self._family)
+        self._read = self.follower.read
+        self._enough = JOURNAL_BYTES
         self._room_is_wanted = False
-        weakref.finalize(self, close, self._followed).atexit = False
+        weakref.finalize(self, close, self.follower).atexit = False
 
     @property
     def turn(self) -> int:
         """How often files were opened."""
-        return self._followed.turn
+        return self.follower.turn
 
     def look_again(self) -> None:
         """Open it; leave files whose names lead elsewhere by now.
@@ -91,18 +91,18 @@ class Index:
             lmdb.Error, ValueError, OSError: no edition can be used.
         """
         with forking.using:
-            self._followed.look_again()
+            self.follower.look_again()
 
     def distrust(self) -> None:
         """It said something that cannot be: what is not made anew is not believed again."""
         with forking.using:
-            self._followed.distrust()
+            self.follower.distrust()
 
     def close(self) -> None:
         """Let the files go; it can be asked again."""
-        close(self._followed)
+        close(self.follower)
 
-    def _begin(self) -> lmdb.Transaction:
+    def begin(self) -> lmdb.Transaction:
         """A transaction on the edition alone."""
         with forking.using:
             env = self._read().base.env
@@ -116,18 +116,18 @@ class Index:
         record = dump_rows(rows)
         with forking.using:
             self._read()
-            told = self._followed.append(record)
+            told = self.follower.append(record)
             recent = self._read()
             if not told:
                 recent.apply(load_rows(record))
-            elif not self._followed.own and self._followed.unread_bytes > self._enough:
+            elif not self.follower.own and self.follower.unread_bytes > self._enough:
                 try:
-                    self._write(lambda _: None)
-                    self._enough = _JOURNAL_BYTES
+                    self.make_edition(lambda _: None)
+                    self._enough = JOURNAL_BYTES
                 except (OSError, *ROTTEN):  # somebody is at it, or there is no room
                     self._enough *= 2
 
-    def _write(self, change: Callable[[lmdb.Transaction], object]) -> None:
+    def make_edition(self, change: Callable[[lmdb.Transaction], object]) -> None:
         """Make the next edition: the last one, what the journals say, and `change`.
 
         Raises:
@@ -135,10 +135,10 @@ class Index:
             lmdb.Error, ValueError, OSError: the last one is rotten, or there is no room.
         """
         with forking.using, alone(self._family.lock):
-            if self._followed.own:
+            if self.follower.own:
                 raise lmdb.InvalidError("there is no edition that others have")
-            root = self._followed.open().base.root
-            draft, first = draft_after(self._family, self._followed.number, root)
+            root = self.follower.open().base.root
+            draft, first = draft_after(self._family, self.follower.number, root)
             try:
                 number = begin_journal(self._family)
                 draft.write(lambda txn: forget_expected(draft, txn))
@@ -148,7 +148,7 @@ class Index:
             finally:
                 draft.close()
             announce(self._family, number)
-            self._followed.open()
+            self.follower.open()
             clean(self._family, 2)
 
     def rebuild(self, records: Records, *, anew: bool) -> None:
@@ -171,14 +171,14 @@ class Index:
         with alone(self._family.lock):
             if not anew:
                 with forking.using, contextlib.suppress(OSError, *ROTTEN):
-                    self._followed.open()
+                    self.follower.open()
                     return
                 clean(self._family, 0)  # there may be no room for two
             number = begin_journal(self._family)
             self._fill(self._family.draft, self._family.edition(number), records)
             announce(self._family, number)
             with forking.using:
-                self._followed.open()
+                self.follower.open()
             clean(self._family, 1)
             self._family.delete_older()
 
@@ -195,7 +195,7 @@ class Index:
 
     def _add(self, draft: Draft, records: Iterable[Iterable[Row]]) -> None:
         rows = chain.from_iterable(records)
-        while batch := [*islice(rows, _ROWS)]:
+        while batch := [*islice(rows, ROWS_PER_WRITE)]:
             with forking.using:
                 draft.write(lambda txn: apply_rows(draft, txn, batch, self._keys_of))
 
@@ -217,7 +217,7 @@ class Index:
                 self._fill(scratch / "draft", scratch / "index", records)
                 with forking.using:
                     base = open_edition(scratch / "index")
-                    self._followed.go_on(Recent(base), last, told=not delete, awaits=awaits)
+                    self.follower.go_on(Recent(base), last, told=not delete, awaits=awaits)
                 break
             except (OSError, *ROTTEN) as error:
                 problem = error
