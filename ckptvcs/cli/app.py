@@ -34,10 +34,16 @@ GROUPS = {
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 _MODULES = {"import": "importing", "unpin": "pin"}  # all others are called as their commands
-_WITHOUT_NUMPY = frozenset(
-    [*GROUPS["Name commits"], "init", "log", "show", "status", "reflog", "undo"]
-    + ["stats", "config", "index"]
-)
+_WITH_NUMPY = frozenset(GROUPS["Get checkpoints back"]) | {
+    "commit",
+    "import",
+    "watch",
+    "diff",
+    "bisect",
+    "cat",
+    "gc",
+    "verify",
+}
 _SUMMARY = 80  # characters of a line of help, which no summary fills
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -99,7 +105,7 @@ def _guarded(name: str, command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> None:
         try:
-            if name not in _WITHOUT_NUMPY:
+            if name in _WITH_NUMPY:
                 spare_threads()
             command(*args, **options)
             sys.stdout.flush()
