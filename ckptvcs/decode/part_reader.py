@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ckptvcs.checkpoint.conventions import PART_KEYS, SUFFIXES
-from ckptvcs.checkpoint.layout import Found, Layout
+from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.links import within
 from ckptvcs.checkpoint.pickle_reader import TensorRef, walk
 from ckptvcs.checkpoint.state import fill, make_tensor
@@ -177,7 +177,7 @@ class PartReader:
                 hint="use 'ckpt checkout' to restore the file",
             ) from error
 
-    def _flat_state(self, tensors: Iterable[tuple[Found, int]]) -> dict[str, Any]:
+    def _flat_state(self, tensors: Iterable[tuple[StoredTensor, int]]) -> dict[str, Any]:
         """The tensors of a safetensors file by their names, also those without elements."""
         state = {}
         for found, number in tensors:
