@@ -17,12 +17,8 @@ from ckptvcs.codec.words import Words, to_float32
 
 Floats = NDArray[np.float32]
 
-_LIMITS = {
-    "F64": 1e38,
-    "F32": 1e38,
-    "BF16": 1e38,
-    "F16": 3e4,
-}  # larger weights could overflow when decoded
+_LIMITS = {"F64": 1e38, "F32": 1e38, "BF16": 1e38, "F16": 3e4}
+"""Weights of larger magnitude could overflow when decoded."""
 
 
 class Tensor(Protocol):
@@ -76,8 +72,7 @@ class Errors:
     @classmethod
     def of(cls, sums: tuple[float, ...]) -> Errors:
         """Return the errors of a weight from the result of `kernels.weight_squares`."""
-        error, energy, residual, fisher_error, fisher_residual, largest = sums
-        return cls(error, energy, residual, fisher_error, fisher_residual, largest=largest)
+        return cls(*sums[:5], largest=sums[5])
 
     def add(self, other: Errors) -> None:
         """Add the sums of other entries."""
