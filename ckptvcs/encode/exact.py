@@ -22,8 +22,9 @@ def encode_exactly(source: Words, base: Words | None, dtype: str) -> EncodedSlic
 
 
 def reencode(words: Words, base: Words | None, dtype: str) -> EncodedSlice:
-    """Code a slice that was decoded so that the same comes back, in as few bytes as any form takes:
-    on the grid of near weights, or losslessly.
+    """Re-encode a decoded slice without loss, in the smallest form.
+
+    Decoded near weights lie on a grid, and often fit the near form exactly.
     """
     options = [encode_exactly(words, base, dtype)]
     near: NearSlice | None = None
@@ -40,11 +41,11 @@ def reencode(words: Words, base: Words | None, dtype: str) -> EncodedSlice:
 
 
 SAME = bytes([PATCH, patch.SAME])
-"""A slice of a patch whose words are those of the near form."""
+"""The slice of an exact patch that changes no word."""
 
 
 def encode_patch(source: Words, near: Words, dtype: str) -> patch.Buffers:
-    """What makes the words of a slice of its near form, as a slice."""
+    """Return the slice of the exact patch that turns `near` into `source`."""
     return bytes([PATCH]), *patch.encode(source, near, DTYPES[dtype])
 
 
