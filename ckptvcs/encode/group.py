@@ -72,7 +72,8 @@ class Errors:
     @classmethod
     def of(cls, sums: tuple[float, ...]) -> Errors:
         """Return the errors of a weight from the result of `kernels.weight_squares`."""
-        return cls(*sums[:5], largest=sums[5])
+        error, energy, residual, fisher_error, fisher_residual, largest = sums
+        return cls(error, energy, residual, fisher_error, fisher_residual, largest=largest)
 
     def add(self, other: Errors) -> None:
         """Add the sums of other entries."""
