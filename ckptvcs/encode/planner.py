@@ -252,8 +252,10 @@ class Planner:
             return None  # the weight is new or did not change: its moments have no mask
         if not {self._infos[number].dtype for number in left} <= WEIGHT_DTYPES:
             return None
+        bases: dict[int, BaseTensor] = {}
         if base is not None:
             base.verify()
+            bases[roles[WEIGHT]] = base
         # ExCP applies only to optimizers with both moments.
         pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
         members = weight, *(pair if None not in pair else (None, None))
@@ -264,7 +266,6 @@ class Planner:
         fitted = excp.plan(tensors, spec)
         if fitted is None:
             return None
-        bases = {} if weight is None or base is None else {weight: base}
         return excp.ExcpEncoder(tensors, fitted), bases
 
 
