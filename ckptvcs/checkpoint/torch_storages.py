@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckptvcs.checkpoint.layout import Found
+from ckptvcs.checkpoint.layout import StoredTensor
 from ckptvcs.checkpoint.pickle_reader import TensorRef, walk
 from ckptvcs.codec.dtypes import DTYPES, OF_TORCH
 from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN, View
@@ -54,7 +54,7 @@ def _row_major(ref: TensorRef) -> bool:
     return True
 
 
-def set_order(tensors: Iterable[Found], order: str) -> str | None:
+def set_order(tensors: Iterable[StoredTensor], order: str) -> str | None:
     """Note of tensors that their file has them in another order of bytes than ours; what is to be
     said of them.  Where the words of a storage are not known, nor is what it holds.
     """
@@ -70,7 +70,7 @@ def set_order(tensors: Iterable[Found], order: str) -> str | None:
     return f"{how}; {size(size_bytes)} of tensors stored exactly, not near"
 
 
-def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
+def stored_tensors(storages: Iterable[Storage], tree: object) -> list[StoredTensor]:
     """One stored tensor for each storage, named after the first tensor that looks at it."""
     refs: dict[str, list[tuple[str, TensorRef]]] = {}
     for path, node in walk(tree):
@@ -80,7 +80,9 @@ def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
     return [_stored(storage, refs.get(storage.key, []), taken) for storage in storages]
 
 
-def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str, int]) -> Found:
+def _stored(
+    storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str, int]
+) -> StoredTensor:
     """Return the stored tensor of a storage; `taken` counts the uses of each name."""
     views, fitting = [], []
     for name, ref in refs:
@@ -97,7 +99,7 @@ def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str
     if taken[name] > 1:
         name = f"{name}#{taken[name]}"
     shape = whole.shape if whole else (elements,)
-    tensor = Found(name, dtype, shape, storage.offset, storage.size, storage.key)
+    tensor = StoredTensor(name, dtype, shape, storage.offset, storage.size, storage.key)
     if not (whole and len(refs) == 1):
         tensor.views = views
     return tensor
