@@ -122,7 +122,7 @@ def test_why_directories_stay_is_logged(tmp_path: Path, caplog: pytest.LogCaptur
     assert len({*names}) == len(names) > 0
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {*names, "checkpoint-6", "checkpoint-8"}
-    with pytest.raises(InvalidInputError, match="at least one"):
+    with pytest.raises(InvalidInputError, match="at least 1"):
         CkptCallback(tmp_path / "repo", keep_local=0)
 
 
