@@ -38,8 +38,8 @@ Progress = Callable[[int], None]
 """Is told of bytes that were read or written."""
 
 
-def quiet(_: int) -> None:
-    """Show no progress."""
+def quiet(_: object) -> None:
+    """Ignore progress, or another notification."""
 
 
 def worker_count() -> int:

@@ -43,14 +43,20 @@ OPTIMIZER = "optimizer"
 
 @dataclass(frozen=True)
 class Decision:
-    """What gc decides of one commit, and why.
+    """The decision of gc about one commit.
 
-    `freed_bytes` go now; `chained_bytes` stay although it is dropped, since others stand on them.
+    Attributes:
+        name: The id of the commit.
+        commit: The commit.
+        action: `keep`, `drop` or `drop optimizer`.
+        reasons: The rules that keep the commit, or the reasons of the drop.
+        freed_bytes: The bytes that gc deletes.
+        chained_bytes: The bytes of a dropped commit that are kept, because deltas depend on them.
     """
 
     name: ObjectId
     commit: Commit
-    action: str  # keep, drop, drop optimizer
+    action: str
     reasons: tuple[str, ...]
     freed_bytes: int = 0
     chained_bytes: int = 0
@@ -58,11 +64,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class GcPlan:
-    """What gc would do: decisions on commits where there are rules; patches that fade; packs with
-    their folders, debris by name; `loose` commits are on no ref, and never were.
+    """The commits, patches and files that gc deletes or would delete.
 
-    `kept_bytes` is the size of the repository after it, and `freed_bytes` by how much it, with the
-    debris, will be smaller than it is: what goes, less the records that say so.
+    Attributes:
+        decisions: A decision for each commit; empty without retention rules.
+        fading: The exact patches that expire.
+        packs: The folders of the deleted packs, by pack.
+        debris: The names of files that interrupted processes left.
+        freed_bytes: By how many bytes the repository and the debris shrink, less the new records.
+        kept_bytes: The size of the repository afterwards, in bytes.
+        drops: The drop records to write.
+        loose: Unreachable commits that never were on a ref.
+        picture: The state of the repository from which the plan was made.
     """
 
     decisions: tuple[Decision, ...]

@@ -47,13 +47,19 @@ class View:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: `shape` elements of `dtype`, row after row.
+    """One stored tensor, in row-major order.
 
-    `evidence` says how its role is known, where it has one (`checkpoint/roles.py`).
-    `inline` tensors are so small that their bytes stand in the skeleton.  `pair` is the position
-    in the schema of the weight that a moment belongs to.  `views` are the windows on it where
-    these are more than the tensor itself under its own name.  `order` is that of the bytes in its
-    words: `little`, `big`, or `unknown`.
+    Attributes:
+        name: The full name.
+        dtype: The element type, such as `BF16`.
+        shape: The shape.
+        part: `model`, `optimizer` or `rest`.
+        role: What the tensor is, such as a weight or an optimizer moment.
+        inline: Whether the tensor is so small that the file template contains its bytes.
+        pair: The position in the schema of the weight that a moment belongs to.
+        views: The views of the tensor, if there are others than the tensor itself.
+        evidence: How the role was detected.
+        order: The byte order: `little`, `big` or `unknown`.
     """
 
     name: str

@@ -27,8 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ckptvcs import Repo
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter
+from ckptvcs.integrations.distributed import writer as distributed_writer
 
 MASK = torch.arange(200) % 2 == 0
 
@@ -94,7 +94,7 @@ def die(moment: str) -> None:
         return
     owner, name = {
         "before": (CkptWriter, "write_data"),
-        "coding": (Repo, "code_shard"),
+        "coding": (distributed_writer, "encode_share"),
         "coded": (Future, "set_result"),
     }[moment]
 
