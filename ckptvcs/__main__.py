@@ -1,4 +1,4 @@
-"""`python -m ckptvcs` is `ckpt`."""
+"""Run `ckpt` as `python -m ckptvcs`."""
 
 import contextlib
 import errno
@@ -8,8 +8,8 @@ import sys
 
 
 def main() -> None:
-    """Run the command line.  Ctrl-C while its modules are loaded ends it without a word."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody ignores it
+    """Run the command line.  Ctrl-C while its modules are loading ends it silently."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if SIGINT is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from ckptvcs.store.descriptors import occupy_standard  # noqa: PLC0415
 
@@ -18,15 +18,12 @@ def main() -> None:
         from ckptvcs.cli import app  # noqa: PLC0415
     except (ImportError, MemoryError, OSError) as error:
         reason = str(error) or os.strerror(errno.ENOMEM)
-        sys.exit(_refused(f"error: cannot load ckptvcs: {reason}"))
+        line = f"error: cannot load ckptvcs: {reason}"
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed or full
+            # ckptvcs.text may not be loaded, so everything that is not ASCII is escaped.
+            sys.stderr.write(line.encode("unicode_escape").decode("ascii") + "\n")
+        sys.exit(8)  # errors.StorageError.exit_code
     app.main()
-
-
-def _refused(line: str) -> int:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or full
-        # Without the modules that make texts plain: all but ASCII is escaped.
-        sys.stderr.write(line.encode("unicode_escape").decode("ascii") + "\n")
-    return 8  # of errors.StorageError
 
 
 if __name__ == "__main__":

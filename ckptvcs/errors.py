@@ -1,18 +1,18 @@
-"""Every error a caller can meet, grouped by what a caller would do about it.
+"""The errors that ckptvcs raises, grouped by what the caller can do.
 
-    CkptError                    exit 1   nothing better is known
-      InvalidInputError (ValueError)  2   change what was asked for
+    CkptError                    exit 1   any other error
+      InvalidInputError (ValueError)  2   change the arguments
       NotFoundError (KeyError)        3   name something that exists
-      ConflictError                   4   somebody else moved it: look again and retry
-      BusyError                       5   somebody else is at work: wait
+      ConflictError                   4   another process changed it: look again and retry
+      BusyError                       5   another process is at work: wait
       CorruptionError                 6   stored bytes are wrong: verify, restore
         TruncatedError                    ... they end too early
-        MissingObjectError                ... they are not there at all
+        MissingObjectError                ... they are missing
       UnsupportedVersionError         7   upgrade ckptvcs
       StorageError                    8   the system refused: disk, network, memory, output
       MissingExtraError (ImportError) 9   install the named extra of ckptvcs
 
-Decoders raise only these.  Anything else that reaches the command line is a bug.
+Decoders raise only these.  Any other exception that reaches the command line is a bug.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NO_MEMORY = os.strerror(errno.ENOMEM)
 
 
 class CkptError(Exception):
-    """Base of the tree: one line for the user, and a hint on what to do next."""
+    """Base class: one line for the user, and a hint on what to do next."""
 
     kind = "error"
     exit_code = 1
@@ -41,39 +41,39 @@ class CkptError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return plain(self.message)  # a traceback goes to a terminal, too
+        return plain(self.message)  # a terminal may show it in a traceback
 
 
 class InvalidInputError(CkptError, ValueError):
-    """What was asked for cannot be done as asked."""
+    """An argument is invalid, or the request cannot be fulfilled."""
 
     kind = "invalid-input"
     exit_code = 2
 
 
 class NotFoundError(CkptError, KeyError):
-    """No such repository, revision, ref or tensor."""
+    """A repository, revision, ref or tensor does not exist."""
 
     kind = "not-found"
     exit_code = 3
 
 
 class ConflictError(CkptError):
-    """Another writer was first, or work would be lost."""
+    """Another writer was first, or changes would be lost."""
 
     kind = "conflict"
     exit_code = 4
 
 
 class BusyError(CkptError):
-    """Another process holds what this one needs."""
+    """Another process is using the repository."""
 
     kind = "busy"
     exit_code = 5
 
 
 class CorruptionError(CkptError):
-    """Stored bytes are not what their name or their hash says."""
+    """Stored bytes do not match their name or hash."""
 
     kind = "corruption"
     exit_code = 6
@@ -86,7 +86,7 @@ class TruncatedError(CorruptionError):
 
 
 class MissingObjectError(CorruptionError):
-    """An object that others need is not in the store."""
+    """An object that other objects need is missing."""
 
     kind = "missing-object"
 
@@ -99,7 +99,7 @@ class UnsupportedVersionError(CkptError):
 
 
 class StorageError(CkptError):
-    """The system refused: a disk that is full, read-only, or failing; no memory."""
+    """The system refused: the disk is full, read-only or failing, or memory ran out."""
 
     kind = "storage"
     exit_code = 8
@@ -113,12 +113,12 @@ class MissingExtraError(CkptError, ImportError):
 
 
 def missing_extra(package: str) -> MissingExtraError:
-    """Return the error for a package that cannot be imported; its extra has the same name."""
+    """Return the error for a package whose extra of ckptvcs has the same name."""
     return MissingExtraError(f"cannot import {package}: run pip install 'ckptvcs[{package}]'")
 
 
 def optional(package: str) -> Any:
-    """Import and return a package that only an extra of ckptvcs installs.
+    """Import and return a package that an extra of ckptvcs installs.
 
     Raises:
         MissingExtraError: the package cannot be imported.
@@ -130,8 +130,9 @@ def optional(package: str) -> Any:
 
 
 def refuse_memory(error: Exception) -> None:
-    """Raises MemoryError where that is what a library in C says in its own words: bytes that cannot
-    be decompressed for want of memory are not damaged.
+    """Raise MemoryError if `error` is the "out of memory" error of a C library.
+
+    Without this, bytes that need too much memory to decompress would be reported as damaged.
     """
     if "llocation error" in str(error):
         raise MemoryError(str(error)) from error
@@ -139,10 +140,10 @@ def refuse_memory(error: Exception) -> None:
 
 @contextmanager
 def after(what: str | Callable[[], str]) -> Iterator[None]:
-    """Something is done and stays, such as a commit: whatever ends the block says so first.
+    """Begin every error of the block with `what`, a change that stays in spite of the error.
 
-    Errors of ckptvcs say it in their message.  Those of the system become a StorageError.  All
-    others get a note.
+    An error of ckptvcs gets it in its message, a system error becomes a StorageError, and any
+    other exception gets a note.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""BLAKE3, by which everything is named and proven.  No other module imports it."""
+"""BLAKE3, which names and verifies all content.  No other module imports blake3."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ Hasher = blake3
 
 
 def hasher(*, threads: bool = False) -> Hasher:
-    """Return a hash to be fed; with `threads` it uses all cores for long pieces."""
+    """Return an empty hash object; with `threads`, it uses all cores for long inputs."""
     return Hasher(max_threads=Hasher.AUTO if threads and may_hash_in_threads() else 1)
 
 
 def hash_of(data: bytes | bytearray | memoryview, length: int = 32) -> bytes:
-    """Return the hash of some bytes, `length` bytes long."""
+    """Return the hash of `data`, `length` bytes long."""
     return Hasher(data).digest(length)
 
 
 def hex_hash(data: bytes | bytearray | memoryview, length: int = 32) -> str:
-    """Return the same as text, two digits a byte."""
+    """Return the hash of `data` as 2 * `length` hex digits."""
     return Hasher(data).hexdigest(length)

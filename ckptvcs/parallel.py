@@ -1,8 +1,8 @@
-"""Work in threads, results in order.
+"""Run work in threads, with results in order.
 
 The heavy loops (numpy, zstd, blake3, reads) release the interpreter lock, so threads use all
-cores; at most a few results wait, so memory stays bounded.  Where the system gives no thread, the
-one that asks does the work itself.
+cores.  Only a few results are buffered, so memory stays bounded.  If the system cannot start a
+thread, the calling thread does the work.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from time import monotonic
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
-_TURN = 2e-4  # seconds that a thread holds the interpreter while another wants to start a loop
-_LEAST = 19  # the priority that comes last
-_PROCESS = os.getpid()  # that has loaded this
+_SWITCH_INTERVAL = 2e-4  # seconds until a thread passes on the interpreter lock
+_LOWEST_PRIORITY = 19
+_PROCESS = os.getpid()  # the process that imported this module; a fork has another id
 _BLAS_THREADS = frozenset({"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"})
-_BIRTH = 5.0  # seconds, after which a thread has died in its first moment
-_AGAIN = 30.0  # seconds after that in which no other one is tried
-_AHEAD = 2  # items more than threads, so that none idles while a slow one is waited for
+_START_TIMEOUT = 5.0  # seconds; a thread that has not begun by then has died
+_RETRY_AFTER = 30.0  # seconds without attempts after a thread died
+_AHEAD = 2  # more items than threads, so that no thread idles while a slow item is awaited
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 Progress = Callable[[int], None]
-"""Is told of bytes that were read or written."""
+"""A function that is called with each number of bytes read or written."""
 
 
 def quiet(_: object) -> None:
@@ -43,7 +43,7 @@ def quiet(_: object) -> None:
 
 
 def worker_count() -> int:
-    """How many threads to use: the cores this process may run on, at most 16."""
+    """Return the number of cores that this process may use, at most 16."""
     return min(16, _cores())
 
 
@@ -56,35 +56,41 @@ def _cores() -> int:
 
 @lru_cache(2)
 def _pool(process: int, background: bool) -> Pool:
-    """The threads of this process; a forked child makes its own."""
-    workers = max(1, worker_count() - background)  # one core is somebody else's
-    return Pool(workers)
+    """Return the pool of a process; a forked child gets a new one.
+
+    A background process leaves one core free.
+    """
+    return Pool(max(1, worker_count() - background))
 
 
 _thread = local()
-_turns = Lock()
-_asking: list[float] = []  # what was set before, and one entry for each of the others
+_interval_lock = Lock()
+_intervals: list[float] = []  # the original switch interval, then one entry per further user
 
 
 def _renew_lock() -> None:
-    """A thread of the parent, which a forked child does not have, may hold it."""
-    global _turns
-    _turns = Lock()
+    """Replace the lock: a thread of the parent process may hold it, and the child has no such
+    thread.
+    """
+    global _interval_lock
+    _interval_lock = Lock()
 
 
 os.register_at_fork(after_in_child=_renew_lock)
 
 
 def stay_in_background() -> None:
-    """Let what this thread does, and the threads that it starts, come after all other work."""
+    """Give this thread, and the threads that it starts, the lowest priority."""
     _thread.background = True
-    with suppress(AttributeError, OSError):  # on Linux a thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, get_native_id(), _LEAST)
+    with suppress(AttributeError, OSError):  # on Linux, each thread has its own priority
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOWEST_PRIORITY)
 
 
 def spare_threads() -> None:
-    """Keep numpy, which is not loaded yet, from starting threads where the system does not give as
-    many: its OpenBLAS interrupts the process (SIGINT) for want of one, or waits for it for ever.
+    """Limit OpenBLAS to one thread if the system cannot start one per core.
+
+    If OpenBLAS cannot start a thread, it interrupts the process (SIGINT) or waits forever.  This
+    must run before numpy is imported.
     """
     if "numpy" in sys.modules or _BLAS_THREADS.intersection(os.environ):
         return
@@ -93,16 +99,20 @@ def spare_threads() -> None:
 
 
 def may_hash_in_threads() -> bool:
-    """Whether BLAKE3 may use its threads: it panics where they cannot be started, and a process
-    that was forked waits for ever for those of its parent.
+    """Return whether BLAKE3 may use its threads.
+
+    It panics if it cannot start them.  In a forked process, it waits forever for the threads of
+    the parent.
     """
     return os.getpid() == _PROCESS and _are_given()
 
 
 @lru_cache(1)
 def _are_given() -> bool:
-    """Whether the system gives one thread for each core.  All have begun when this returns: CPython
-    3.11 crashes where the interpreter ends before a thread has begun.
+    """Return whether the system can start one thread per core.
+
+    All threads have begun when this returns: CPython 3.11 crashes if the interpreter ends before
+    a thread has begun.
     """
     gate = Event()
     try:
@@ -112,14 +122,14 @@ def _are_given() -> bool:
 
 
 class _Work(Generic[R]):
-    """Work that is done once, by whoever comes first."""
+    """A call that the first of several threads runs, once."""
 
     def __init__(self, function: Callable[[], R]) -> None:
         self.future: Future[R] = Future()
         self._function, self._turns = function, itertools.count()
 
     def __call__(self) -> None:
-        # A count is taken in one step of the interpreter.
+        # `next` is atomic, so only one thread gets 0.
         if next(self._turns) or not self.future.set_running_or_notify_cancel():
             return
         try:
@@ -133,32 +143,33 @@ class _Work(Generic[R]):
 
 
 class Pool:
-    """Some threads, which are started as they are needed.  The interpreter waits for them before it
-    ends: what a thread of another library does meanwhile may need it, and ends the process where it
-    is gone.
+    """At most `most` threads, started when they are needed.
+
+    The interpreter waits for them before it ends.  A thread that still runs library code after
+    the interpreter has ended would crash the process.
     """
 
     def __init__(self, most: int) -> None:
         self._most, self._process = most, os.getpid()
         self._queue: SimpleQueue[_Work[Any] | None] = SimpleQueue()
         self._idle, self._lock = Semaphore(0), Lock()
-        self._ends: list[LockType] = []  # of each thread: it is free once that has ended
+        self._ends: list[LockType] = []  # one per thread; a thread releases its lock at its end
         _pools.add(self)
 
     def start(self, function: Callable[[], R]) -> Future[R]:
-        """Have something done by a thread; where the system gives none, do it here and now."""
+        """Run `function` in a thread, or at once in this one if no thread can be started."""
         work = _Work(function)
         if self._idle.acquire(blocking=False):
             self._queue.put(work)
-        elif not self._is_with_new_thread(work):
+        elif not self._start_thread(work):
             if self._ends:
                 self._queue.put(work)
             else:
                 work()
         return work.future
 
-    def _is_with_new_thread(self, work: _Work[Any]) -> bool:
-        """Whether one more thread could be started, for some work to begin with."""
+    def _start_thread(self, work: _Work[Any]) -> bool:
+        """Start one more thread, which begins with `work`; return whether that was possible."""
         with self._lock:
             if len(self._ends) == self._most:
                 return False
@@ -171,9 +182,10 @@ class Pool:
 
     def _serve(self, end: LockType, first: list[_Work[Any]]) -> None:
         try:
-            work: _Work[Any] | None = first.pop()  # which nothing else holds until the thread ends
+            # `pop`, so that no other reference keeps the work alive until the thread ends.
+            work: _Work[Any] | None = first.pop()
             while work is not None:
-                with suppress(BaseException):  # which its future has
+                with suppress(BaseException):  # the future holds the exception
                     work()
                 del work
                 try:
@@ -185,9 +197,9 @@ class Pool:
             end.release()
 
     def shutdown(self, *, cancel: bool = False) -> None:
-        """Wait for the threads to end; what has not begun may be cancelled."""
+        """Wait for the threads to end; with `cancel`, cancel work that has not begun."""
         if os.getpid() != self._process:
-            return  # a forked child has none of them
+            return  # a forked child does not have these threads
         with suppress(Empty):
             while cancel and (work := self._queue.get_nowait()) is not None:
                 work.future.cancel()
@@ -212,44 +224,46 @@ _refused_until = 0.0
 
 
 def start_thread(run: Callable[[], object]) -> bool:
-    """Run something in a thread that nobody waits for; whether the system gives one, with the
-    memory that it needs in its first moment: `Thread.start` waits for ever for one without.
+    """Run something in a new thread; return whether that thread has begun.
+
+    A thread may die at its start because memory is missing.  `Thread.start` would then wait
+    forever; this function waits for a limited time.
     """
     global _refused_until
     if monotonic() < _refused_until:
         return False
     alive, wanted = allocate_lock(), [True]
     alive.acquire()
-    # That takes no frame of Python, for which there may be no memory, and keeps nothing.
+    # `append` needs no Python frame, for which memory may be missing, and stores nothing.
     hook, sys.unraisablehook = sys.unraisablehook, deque[object](maxlen=0).append
     try:
         start_new_thread(_live, (alive, wanted, run))
-        if alive.acquire(timeout=_BIRTH):
+        if alive.acquire(timeout=_START_TIMEOUT):
             return True
     except (RuntimeError, MemoryError):
         return False
     finally:
         sys.unraisablehook = hook
     wanted.clear()
-    _refused_until = monotonic() + _AGAIN
+    _refused_until = monotonic() + _RETRY_AFTER
     return False
 
 
 def _live(alive: LockType, wanted: list[bool], run: Callable[[], object]) -> None:
     alive.release()
-    if wanted:  # else it comes too late
+    if wanted:  # otherwise the caller has given up
         run()
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map`, in threads, a few items ahead of the consumer.
+    """Map `function` over `items` in threads, a few items ahead of the consumer.
 
-    An exception of `function` is raised at its item; work that waits then is dropped.  `function`
-    must not call `ordered_map` itself: all work shares one pool of threads.
+    An exception of `function` is raised at its item and cancels the waiting work.  `function`
+    must not call `ordered_map`: all calls share one pool of threads.
     """
     pool = _pool(os.getpid(), getattr(_thread, "background", False))
     waiting: deque[Future[R]] = deque()
-    with _short_turns():
+    with _short_switch_interval():
         try:
             for item in items:
                 waiting.append(pool.start(partial(function, item)))
@@ -264,21 +278,22 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 @contextmanager
-def _short_turns() -> Iterator[None]:
-    """Let threads take turns often.  That holds for the whole process, where several may ask for it
-    at once: the first one sets it, and the last one puts it back.
+def _short_switch_interval() -> Iterator[None]:
+    """Let threads switch often.
+
+    The setting is that of the whole process: the first user sets it, the last one restores it.
     """
-    with _turns:
-        if not _asking:
-            _asking.append(sys.getswitchinterval())
-            sys.setswitchinterval(min(_asking[0], _TURN))
+    with _interval_lock:
+        if not _intervals:
+            _intervals.append(sys.getswitchinterval())
+            sys.setswitchinterval(min(_intervals[0], _SWITCH_INTERVAL))
         else:
-            _asking.append(_TURN)
+            _intervals.append(_SWITCH_INTERVAL)
     try:
         yield
     finally:
-        with _turns:
-            before = _asking[0]
-            _asking.pop()
-            if not _asking:
-                sys.setswitchinterval(before)
+        with _interval_lock:
+            original = _intervals[0]
+            _intervals.pop()
+            if not _intervals:
+                sys.setswitchinterval(original)

@@ -1,7 +1,7 @@
-"""Text for people: sizes in bytes, and text of others made plain so that it can be shown.
+"""Text for the terminal: sizes in bytes, and untrusted text made safe to show.
 
-A name, a message, an error may hold sequences that drive a terminal, or marks that turn the order
-of letters around.  What would not be seen as itself is seen as U+FFFD.
+A name, a message or an error may contain terminal control sequences, or marks that reverse the
+order of letters.  U+FFFD replaces every character that is not visible.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import traceback
 UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
-"""Letters and marks that are shown as nothing, besides those of the category of formats."""
+"""Invisible letters and marks that are not in the Unicode category "format"."""
 
-_VARIANTS = range(0xFE00, 0xFE10)  # of signs such as emoji, which have one as a rule
+_VARIATION_SELECTORS = range(0xFE00, 0xFE10)  # allowed: emoji often have one
 
 
 def size(count: float) -> str:
-    """A number of bytes in three digits."""
+    """Return a number of bytes with a unit and three digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -29,37 +29,37 @@ def size(count: float) -> str:
 
 
 def from_number(value: float) -> float | str:
-    """A number as JSON can hold it: what is not finite becomes its name."""
+    """Return a number as JSON can represent it: NaN and infinities become strings."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def plain(text: str) -> str:
-    """`text` on one line, as long as it was."""
+    """Return `text` on one line, with the same length."""
     if text.isprintable() and (text.isascii() or not UNSEEN.search(text)):
         return text
-    return "".join(c if _is_seen(c) else "\ufffd" for c in text)
+    return "".join(c if _is_visible(c) else "\ufffd" for c in text)
 
 
-def _is_seen(character: str) -> bool:
+def _is_visible(character: str) -> bool:
     if not character.isprintable():
         return False
-    return ord(character) in _VARIANTS or not UNSEEN.match(character)
+    return ord(character) in _VARIATION_SELECTORS or not UNSEEN.match(character)
 
 
 def printable(text: str) -> str:
-    """`text` on one line, its white space as single spaces."""
+    """Return `text` on one line, with white space as single spaces."""
     return plain(" ".join(text.split()))
 
 
 def plain_lines(text: str) -> list[str]:
-    """The lines of a text whose line breaks are ours, a traceback, say."""
+    """Return the plain lines of a text whose line breaks are trusted, such as a traceback."""
     return [plain(line.replace("\t", " ")) for line in text.split("\n")]
 
 
 class PlainLog(logging.Filter):
-    """Makes what is logged plain, whoever logged it and wherever it goes."""
+    """Make every log record plain, for all handlers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = plain(record.getMessage()), None
@@ -70,7 +70,7 @@ class PlainLog(logging.Filter):
 
 
 def tame_log() -> None:
-    """Have all that this package logs made plain."""
+    """Make all log records of this package plain."""
     logger = logging.getLogger("ckptvcs")
-    if not any(isinstance(found, PlainLog) for found in logger.filters):
+    if not any(isinstance(present, PlainLog) for present in logger.filters):
         logger.addFilter(PlainLog())

@@ -45,7 +45,7 @@ def test_a_training_run_comes_back(repo: Repo) -> None:
     assert same(repo.checkout("best:loss:min"), states[-1])
 
 
-def test_everything_plain(repo: Repo) -> None:
+def test_every_plain_python_value_comes_back(repo: Repo) -> None:
     state: dict[Any, Any] = {
         "none": None,
         "flags": [True, False],

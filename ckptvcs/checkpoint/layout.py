@@ -166,7 +166,7 @@ def changed_while_read(path: Path) -> InvalidInputError:
 
 
 @dataclass
-class Found:
+class StoredTensor:
     """A stored tensor in a file: its payload's place, and what is known of it.
 
     `key` is what the file calls it: a storage's key, or a tensor's name in safetensors; `part`
@@ -206,7 +206,7 @@ class Layout:
     """
 
     format: str
-    tensors: list[Found]
+    tensors: list[StoredTensor]
     checksums: list[Checksum] = field(default_factory=list)
     tree: object = None
     arrays: frozenset[str] = frozenset()
@@ -240,7 +240,7 @@ def pieces(layout: Layout, size: int) -> Iterator[Piece]:
     for mark in [*marks, Piece(size, 0)]:
         if mark.offset - at > _MAX_LITERAL:
             number = len(layout.tensors)
-            found = Found(f"bytes.{number}", "U8", (mark.offset - at,), at, mark.offset - at)
+            found = StoredTensor(f"bytes.{number}", "U8", (mark.offset - at,), at, mark.offset - at)
             layout.tensors.append(found)
             yield Piece(at, found.size, number)
         elif mark.offset > at:

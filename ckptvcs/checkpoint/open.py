@@ -16,10 +16,10 @@ from ckptvcs.checkpoint import conventions, distcp, safetensors, torch_legacy, t
 from ckptvcs.checkpoint.intact import require_whole
 from ckptvcs.checkpoint.layout import (
     FileSource,
-    Found,
     Layout,
     Piece,
     Source,
+    StoredTensor,
     changed_while_read,
     covers,
     pieces,
@@ -387,7 +387,7 @@ def _input_file(
     return InputFile(path, source, layout.format, tuple(counted), mode, time)
 
 
-def _info(prefix: str, found: Found, role: Role, numbers: Mapping[int, int]) -> TensorInfo:
+def _info(prefix: str, found: StoredTensor, role: Role, numbers: Mapping[int, int]) -> TensorInfo:
     """Describe a tensor; `numbers` are those of all tensors, by identity."""
     paired = role.pair is not None and role.pair.order == LITTLE
     return TensorInfo(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from ckptvcs.checkpoint.layout import Found, Layout
+from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.pickle_reader import StorageRef, TensorRef, walk
 
 FIRST: dict[str, tuple[str, ...]] = {
@@ -136,10 +136,10 @@ class Slot:
     `is_optimizers`, that its name says that it is an optimizer's.
     """
 
-    state: dict[str, Found]
+    state: dict[str, StoredTensor]
     names: tuple[str, ...]
     rule: Rule
-    weight: Found | None = None
+    weight: StoredTensor | None = None
     closed: bool = False
     doubtful: bool = False
     is_optimizers: bool = False
@@ -151,7 +151,7 @@ class Optimizer:
 
     groups: list[list[Slot]]
     file: int
-    tensors: list[Found] = field(default_factory=list)
+    tensors: list[StoredTensor] = field(default_factory=list)
 
     @property
     def slots(self) -> list[Slot]:
@@ -167,7 +167,7 @@ group, as far as they are known; for the state of a module those of all its para
 
 def storage_key(node: object) -> str | None:
     """What a file calls the storage of a node of its tree."""
-    if isinstance(node, Found):
+    if isinstance(node, StoredTensor):
         return node.key
     if isinstance(node, TensorRef):
         return node.storage.key
@@ -181,7 +181,7 @@ def find_optimizers(
     layout: Layout, file: int, given: Mapping[str, list[list[str | None]]]
 ) -> Iterable[Optimizer]:
     """Yield the plain optimizer states of a file; `given` are parameter names by place."""
-    known = {found.key: found for found in layout.tensors if found.key}
+    known = {tensor.key: tensor for tensor in layout.tensors if tensor.key}
     for path, node in walk(layout.tree, (dict,)):
         if not isinstance(node, dict) or not _is_optimizer(node):
             continue
@@ -221,7 +221,7 @@ def _group_names(group: dict[Any, Any], given: list[str | None] | None) -> list[
 
 
 def _take_partitions(
-    optimizer: Optimizer, layout: Layout, path: tuple[str, ...], known: Mapping[str, Found]
+    optimizer: Optimizer, layout: Layout, path: tuple[str, ...], known: Mapping[str, StoredTensor]
 ) -> None:
     """Give the slots of a ZeRO partition their flat float32 weights, which DeepSpeed keeps in a
     list beside the state, in the order of the groups.
@@ -237,7 +237,7 @@ def _take_partitions(
         return
     for slot, node in zip(slots, flat, strict=True):
         weight = known.get(storage_key(node) or "")
-        shapes = {found.shape for key, found in slot.state.items() if key in MOMENTS}
+        shapes = {tensor.shape for key, tensor in slot.state.items() if key in MOMENTS}
         if weight is not None and weight.dtype == "F32" and shapes == {weight.shape}:
             slot.weight = weight
 
@@ -250,7 +250,10 @@ def _entry(state: dict[Any, Any], index: object) -> dict[Any, Any]:
 
 
 def _slot(
-    entry: dict[Any, Any], known: Mapping[str, Found], name: str | None, group: dict[Any, Any]
+    entry: dict[Any, Any],
+    known: Mapping[str, StoredTensor],
+    name: str | None,
+    group: dict[Any, Any],
 ) -> Slot:
     keys = {key: storage_key(node) for key, node in entry.items() if isinstance(key, str)}
     state = {
@@ -307,12 +310,12 @@ def find_flat(
     """Moments whose keys stand in their names, of all files (path, layout); not those that are
     `taken`.  `weights` are the tensors in state dicts of models (both by identity).
     """
-    by_base: dict[tuple[str, ...], dict[str, Found]] = {}
+    by_base: dict[tuple[str, ...], dict[str, StoredTensor]] = {}
     for path, layout in files:
-        for found in layout.tensors:
-            if id(found) not in taken and found.key and not found.inline:
-                for key, base in _splits(path, found):
-                    by_base.setdefault(base, {}).setdefault(key, found)
+        for tensor in layout.tensors:
+            if id(tensor) not in taken and tensor.key and not tensor.inline:
+                for key, base in _splits(path, tensor):
+                    by_base.setdefault(base, {}).setdefault(key, tensor)
     if not by_base:
         return
     betas, strange = _flat_betas(files), _strange_bases(files, by_base, taken, weights)
@@ -327,38 +330,38 @@ def find_flat(
 
 def _strange_bases(
     files: list[tuple[str, Layout]],
-    by_base: Mapping[tuple[str, ...], Mapping[str, Found]],
+    by_base: Mapping[tuple[str, ...], Mapping[str, StoredTensor]],
     taken: set[int],
     weights: Container[int],
 ) -> set[tuple[str, ...]]:
     """The parameters beside whose moments the optimizer keeps a tensor of unknown use."""
     strange = set()
     for path, layout in files:
-        for found in layout.tensors:
-            if id(found) in taken or id(found) in weights or not found.key or found.inline:
+        for tensor in layout.tensors:
+            if id(tensor) in taken or id(tensor) in weights or not tensor.key or tensor.inline:
                 continue
-            steps, chunk = _steps(path, found)
+            steps, chunk = _steps(path, tensor)
             for at, step in enumerate(steps):
                 if step in _KEYS or step in MASTERS or step in ITERATES:
                     continue
                 base = (*steps[:at], "*", *steps[at + 1 :], chunk)
-                if any(other.shape == found.shape for other in by_base.get(base, {}).values()):
+                if any(other.shape == tensor.shape for other in by_base.get(base, {}).values()):
                     strange.add(base)
     return strange
 
 
-def _steps(path: str, found: Found) -> tuple[tuple[str, ...], str]:
+def _steps(path: str, tensor: StoredTensor) -> tuple[tuple[str, ...], str]:
     """The steps of a file and of the name of a tensor in it; which chunk of the tensor it is."""
-    name, chunk = found.name + found.part, ""
+    name, chunk = tensor.name + tensor.part, ""
     if name.endswith("]") and (cut := _CHUNK.search(name)):
         name, chunk = name[: cut.start()], cut[0]
     file = PurePosixPath(path)
     return (*file.parent.parts, file.stem, *name.split(".")), chunk
 
 
-def _splits(path: str, found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
+def _splits(path: str, tensor: StoredTensor) -> Iterable[tuple[str, tuple[str, ...]]]:
     """The ways to read the name of a tensor as a key and the rest."""
-    steps, chunk = _steps(path, found)
+    steps, chunk = _steps(path, tensor)
     for at, step in enumerate(steps):
         is_last = at + 1 == len(steps) and step in SECOND and "state" in steps[:at]
         if is_last or step in _KEYS:
@@ -366,12 +369,12 @@ def _splits(path: str, found: Found) -> Iterable[tuple[str, tuple[str, ...]]]:
 
 
 def _flat_slots(
-    base: tuple[str, ...], row: dict[str, Found], betas: Mapping[str, object]
+    base: tuple[str, ...], row: dict[str, StoredTensor], betas: Mapping[str, object]
 ) -> Iterable[Slot]:
     """Yield the slots of the tensors whose names differ only in a key."""
     names, is_optimizers = _names(base), _says_optimizer(base)
-    state = {key: found for key, found in row.items() if key in _FLAT}
-    shapes = {found.shape for found in state.values()}
+    state = {key: tensor for key, tensor in row.items() if key in _FLAT}
+    shapes = {tensor.shape for tensor in state.values()}
     if state and len(shapes) == 1:
         weight = _master(row, shapes.pop())
         rule = rule_of(betas, state.keys())
@@ -385,23 +388,25 @@ def _flat_slots(
                 slot.names, slot.doubtful, slot.is_optimizers = names, True, is_optimizers
             yield slot
             return
-    for key, found in row.items():
+    for key, tensor in row.items():
         if key in SECOND & _SHORT:
-            yield Slot({key: found}, names, Rule(), doubtful=True, is_optimizers=is_optimizers)
+            yield Slot({key: tensor}, names, Rule(), doubtful=True, is_optimizers=is_optimizers)
 
 
 def _beside(
-    row: dict[str, Found], weights: tuple[str, ...], shape: tuple[int, ...]
-) -> Found | None:
+    row: dict[str, StoredTensor], weights: tuple[str, ...], shape: tuple[int, ...]
+) -> StoredTensor | None:
     """Return the first tensor with one of the keys of a weight, if it has this shape."""
     weight = next((row[key] for key in weights if key in row), None)
     return weight if weight is not None and weight.shape == shape else None
 
 
-def _master(row: dict[str, Found], shape: tuple[int, ...]) -> Found | None:
+def _master(row: dict[str, StoredTensor], shape: tuple[int, ...]) -> StoredTensor | None:
     """Return the float32 weight of a flat slot."""
     masters = (row[key] for key in _WEIGHTS_BESIDE if key in row)
-    return next((found for found in masters if (found.shape, found.dtype) == (shape, "F32")), None)
+    return next(
+        (tensor for tensor in masters if (tensor.shape, tensor.dtype) == (shape, "F32")), None
+    )
 
 
 def _says_optimizer(base: tuple[str, ...]) -> bool:
@@ -418,17 +423,17 @@ def _names(base: tuple[str, ...]) -> tuple[str, ...]:
 
 def _flat_betas(files: list[tuple[str, Layout]]) -> dict[str, object]:
     """What flat groups of parameters (`param_groups.NAME.betas`) say, the first for all."""
-    found: dict[str, object] = {}
+    values: dict[str, object] = {}
     for _, layout in files:
         for _, node in walk(layout.tree, (dict,)):
             assert isinstance(node, dict)
             for key, value in node.items():
                 if isinstance(key, str) and key.startswith("param_groups."):
-                    found.setdefault(key.rpartition(".")[2], value)
-    return found
+                    values.setdefault(key.rpartition(".")[2], value)
+    return values
 
 
-def has_moment_name(found: Found) -> bool:
+def has_moment_name(tensor: StoredTensor) -> bool:
     """Whether a tensor's name says that it is state of an optimizer: no weight is called so."""
-    steps = _CHUNK.sub("", found.name).split(".")
+    steps = _CHUNK.sub("", tensor.name).split(".")
     return any(step in _FLAT for step in steps)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from ckptvcs.checkpoint.layout import Found, Layout
+from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.optimizer_state import (
     DIVIDING,
     FIRST,
@@ -105,13 +105,13 @@ _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
 
 @dataclass
 class Role:
-    """What one found tensor is for, by which evidence; `pair` is the weight of a moment, `rule` its
+    """What one tensor is for, by which evidence; `pair` is the weight of a moment, `rule` its
     optimizer's, `parameter` what all states of one parameter have in common.
     """
 
     part: str
     role: str
-    pair: Found | None = None
+    pair: StoredTensor | None = None
     rule: Rule | None = None
     parameter: int = 0
     evidence: str = ""
@@ -130,7 +130,7 @@ class _Container:
 
     place: str
     file: int
-    tensors: list[Found]
+    tensors: list[StoredTensor]
     names: dict[int, str]
     module: frozenset[str] = field(default_factory=frozenset)
     doubtful: bool = False
@@ -151,14 +151,14 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
     """Roles for every tensor of every file (path, layout), in their order; `names` count more than
     those that stand in the files.
     """
-    rows = [[_default_role(path, found) for found in layout.tensors] for path, layout in files]
+    rows = [[_default_role(path, tensor) for tensor in layout.tensors] for path, layout in files]
     roles: dict[int, Role] = {}
     for (_, layout), row in zip(files, rows, strict=True):
         roles |= zip(map(id, layout.tensors), row, strict=True)
     optimizers = list(_optimizers(files, names))
     for optimizer in optimizers:
         _take_optimizer(optimizer, roles)
-    taken = {id(found) for optimizer in optimizers for found in optimizer.tensors}
+    taken = {id(tensor) for optimizer in optimizers for tensor in optimizer.tensors}
     containers = [
         container
         for number, (path, layout) in enumerate(files)
@@ -185,10 +185,10 @@ def _pair_optimizer(
     optimizer: Optimizer, containers: list[_Container], roles: dict[int, Role], pairs: _Pairs
 ) -> None:
     """Join the weights of an optimizer with their moments, and note which parameters have none."""
-    found = _pair(optimizer, containers)
-    for slot, weight in found:
+    matches = _pair(optimizer, containers)
+    for slot, weight in matches:
         _join(slot, weight, roles, pairs.paired)
-    joined = {id(slot) for slot, _ in found}
+    joined = {id(slot) for slot, _ in matches}
     stateful = [s for s in optimizer.slots if any(not one.inline for one in s.state.values())]
     if any(id(slot) not in joined for slot in stateful):
         pairs.is_whole = False
@@ -203,7 +203,7 @@ def _take_flat(
     pairs: _Pairs,
 ) -> None:
     """Give their roles to moments whose keys stand in their names, and to their weights."""
-    named = {id(found) for container in containers for found in container.tensors}
+    named = {id(tensor) for container in containers for tensor in container.tensors}
     flat = list(find_flat(files, taken, named))
     ends = _ends(containers) if flat else {}
     for slot in flat:
@@ -217,8 +217,8 @@ def _take_flat(
 
 
 def _owner(
-    slot: Slot, ends: Mapping[str, list[tuple[Found, str]]], paired: set[int]
-) -> Found | None:
+    slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]], paired: set[int]
+) -> StoredTensor | None:
     """Return the weight of a flat slot: the one beside it, or one of its name."""
     if slot.weight is not None:
         return slot.weight
@@ -242,20 +242,20 @@ def _refuse_shared(
     """Take the role from storages of which something else is a part, too."""
     for number, (_, layout) in enumerate(files):
         beside = [container for container in containers if container.file == number]
-        for found in layout.tensors:
-            role = roles[id(found)]
-            if role.role != OTHER and found.views and not _is_sound(role, found, beside):
+        for tensor in layout.tensors:
+            role = roles[id(tensor)]
+            if role.role != OTHER and tensor.views and not _is_sound(role, tensor, beside):
                 role.role, role.evidence, role.pair = OTHER, "", None
     for role in roles.values():
         if role.pair is not None and roles[id(role.pair)].role != WEIGHT:
             role.pair = None
 
 
-def _is_sound(role: Role, found: Found, containers: list[_Container]) -> bool:
+def _is_sound(role: Role, tensor: StoredTensor, containers: list[_Container]) -> bool:
     """Return whether all views of a storage have its role: those of a weight stand in the state
     dicts of the file, and moments are of one kind.
     """
-    names = [view.name for view in found.views]
+    names = [view.name for view in tensor.views]
     if role.role != WEIGHT or role.evidence == OPTIMIZER:
         return len({name.rpartition(".")[2] for name in names}) == 1
     inner = tuple(f"{c.place}." if c.place else "" for c in containers)
@@ -266,10 +266,10 @@ def _is_sound(role: Role, found: Found, containers: list[_Container]) -> bool:
     )
 
 
-def _default_role(path: str, found: Found) -> Role:
+def _default_role(path: str, tensor: StoredTensor) -> Role:
     stem = PurePosixPath(path).name
-    top = found.name.split(".")[0].lower()
-    unnamed = not found.key or found.name.startswith("storage.")
+    top = tensor.name.split(".")[0].lower()
+    unnamed = not tensor.key or tensor.name.startswith("storage.")
     if unnamed or stem.startswith(_REST_FILES) or top in _REST_KEYS or "rng" in top.split("_"):
         return Role("rest", OTHER)
     return Role("optimizer" if stem.startswith("optimizer") else "model", OTHER)
@@ -277,17 +277,17 @@ def _default_role(path: str, found: Found) -> Role:
 
 def _take_optimizer(optimizer: Optimizer, roles: dict[int, Role]) -> None:
     """Give all tensors of an optimizer their part, and those of its slots their roles."""
-    for found in optimizer.tensors:
-        roles[id(found)].part = "optimizer"
+    for tensor in optimizer.tensors:
+        roles[id(tensor)].part = "optimizer"
     for slot in optimizer.slots:
         _take_slot(slot, roles, OPTIMIZER)
 
 
 def _take_slot(slot: Slot, roles: dict[int, Role], evidence: str) -> None:
     """State of one parameter: moments, or weights in float32, which belong to the model."""
-    for key, found in slot.state.items():
-        role = roles[id(found)]
-        weight = key in MASTERS and found.dtype == "F32"
+    for key, tensor in slot.state.items():
+        role = roles[id(tensor)]
+        weight = key in MASTERS and tensor.dtype == "F32"
         weight |= key in ITERATES and "n" not in slot.state  # FTRL sums gradients in its z
         role.part = "model" if weight else "optimizer"
         role.role = WEIGHT if weight else OTHER if slot.closed else key
@@ -297,12 +297,12 @@ def _take_slot(slot: Slot, roles: dict[int, Role], evidence: str) -> None:
         role.part, role.role, role.evidence = "model", WEIGHT, PAIRED
 
 
-def _join(slot: Slot, weight: Found, roles: dict[int, Role], paired: set[int]) -> None:
+def _join(slot: Slot, weight: StoredTensor, roles: dict[int, Role], paired: set[int]) -> None:
     paired.add(id(weight))
     roles[id(weight)].role, roles[id(weight)].evidence = WEIGHT, PAIRED
-    for found in slot.state.values():
-        if found.shape == weight.shape:
-            roles[id(found)].pair = weight
+    for tensor in slot.state.values():
+        if tensor.shape == weight.shape:
+            roles[id(tensor)].pair = weight
 
 
 def _is_end(name: str, of: str) -> bool:
@@ -315,14 +315,14 @@ def _is_in(module: frozenset[str], name: str) -> bool:
     return any(_is_end(of, name) or _is_end(name, of) for of in module)
 
 
-def _fitting(container: _Container, shapes: set[tuple[int, ...]]) -> list[Found]:
+def _fitting(container: _Container, shapes: set[tuple[int, ...]]) -> list[StoredTensor]:
     """Those tensors of a state dict that may be the parameters of some shapes, of which it is not
     known which tensors they are: all, where none has such a shape (parameters lie flat, say).
     """
-    same = [found for found in container.tensors if found.shape in shapes]
-    called = [found for found in same if is_parameter(container.names[id(found)])]
-    known = {found.shape for found in called}
-    return called + [found for found in same if found.shape not in known] or container.tensors
+    same = [tensor for tensor in container.tensors if tensor.shape in shapes]
+    called = [tensor for tensor in same if is_parameter(container.names[id(tensor)])]
+    known = {tensor.shape for tensor in called}
+    return called + [tensor for tensor in same if tensor.shape not in known] or container.tensors
 
 
 def _take_container(container: _Container, roles: dict[int, Role], pairs: _Pairs) -> None:
@@ -330,16 +330,16 @@ def _take_container(container: _Container, roles: dict[int, Role], pairs: _Pairs
     where some parameters are not paired, those that may be one.
     """
     if container.module:
-        for found in container.tensors:
-            if _is_in(container.module, container.names[id(found)]):
-                roles[id(found)].role, roles[id(found)].evidence = WEIGHT, MODULE
+        for tensor in container.tensors:
+            if _is_in(container.module, container.names[id(tensor)]):
+                roles[id(tensor)].role, roles[id(tensor)].evidence = WEIGHT, MODULE
         return
-    paired = any(id(found) in pairs.paired for found in container.tensors)
+    paired = any(id(tensor) in pairs.paired for tensor in container.tensors)
     if container.doubtful or (pairs.is_whole and paired):
         return
-    for found in _fitting(container, pairs.shapes):
-        if roles[id(found)].role != WEIGHT:
-            roles[id(found)].role, roles[id(found)].evidence = WEIGHT, STATE_DICT
+    for tensor in _fitting(container, pairs.shapes):
+        if roles[id(tensor)].role != WEIGHT:
+            roles[id(tensor)].role, roles[id(tensor)].evidence = WEIGHT, STATE_DICT
 
 
 # -- state dicts of models -------------------------------------------------------------------------
@@ -349,18 +349,18 @@ def _containers(
     path: str, layout: Layout, file: int, roles: dict[int, Role], taken: set[int], names: Names
 ) -> Iterator[_Container]:
     """The state dicts of models in a file, by their places and forms, outermost first."""
-    known = {found.key: found for found in layout.tensors if found.key}
+    known = {tensor.key: tensor for tensor in layout.tensors if tensor.key}
     used = set(taken)
     for steps, node in walk(layout.tree, (dict,)):
         if not isinstance(node, dict) or not is_place(path, layout.format, steps, node):
             continue
         inside: dict[int, str] = {}
         tensors = []
-        for found, name in _candidates(leaves_of(node) or [], known):
-            if id(found) not in used and roles[id(found)].is_open:
-                used.add(id(found))
-                tensors.append(found)
-                inside[id(found)] = name
+        for tensor, name in _candidates(leaves_of(node) or [], known):
+            if id(tensor) not in used and roles[id(tensor)].is_open:
+                used.add(id(tensor))
+                tensors.append(tensor)
+                inside[id(tensor)] = name
         if tensors:
             place, doubtful = ".".join(steps), may_be_buffers(node)
             given = names.get((path, place), []) if layout.format != "safetensors" else []
@@ -369,25 +369,25 @@ def _containers(
 
 
 def _candidates(
-    leaves: list[tuple[str, str]], known: Mapping[str, Found]
-) -> Iterator[tuple[Found, str]]:
+    leaves: list[tuple[str, str]], known: Mapping[str, StoredTensor]
+) -> Iterator[tuple[StoredTensor, str]]:
     """Yield the tensors of a state dict that may be weights, each with its first name there."""
     said = {name for name, _ in leaves}
     first: dict[str, str] = {}
     for name, key in leaves:
         first.setdefault(key, name)
     for key, name in first.items():
-        found = known.get(key)
-        if found is None or not may_be_weight(name, said):
+        tensor = known.get(key)
+        if tensor is None or not may_be_weight(name, said):
             continue
-        if can_be_lossy(found.dtype) and not has_moment_name(found):
-            yield found, name
+        if can_be_lossy(tensor.dtype) and not has_moment_name(tensor):
+            yield tensor, name
 
 
 # -- pairs -----------------------------------------------------------------------------------------
 
 
-def _pair(optimizer: Optimizer, containers: list[_Container]) -> list[tuple[Slot, Found]]:
+def _pair(optimizer: Optimizer, containers: list[_Container]) -> list[tuple[Slot, StoredTensor]]:
     slots = optimizer.slots
     beside = [(slot, slot.weight) for slot in slots if slot.weight is not None]
     if beside:
@@ -407,37 +407,39 @@ def _pair(optimizer: Optimizer, containers: list[_Container]) -> list[tuple[Slot
     return next((fitting[name] for name in _MODEL_KEYS if name in fitting), [])
 
 
-def _pair_by_name(slots: list[Slot], containers: list[_Container]) -> list[tuple[Slot, Found]]:
+def _pair_by_name(
+    slots: list[Slot], containers: list[_Container]
+) -> list[tuple[Slot, StoredTensor]]:
     ends = _ends(containers)
     pairs = [(slot, _named(slot, ends)) for slot in slots]
     return [(slot, weight) for slot, weight in pairs if weight is not None]
 
 
-def _ends(containers: Iterable[_Container]) -> dict[str, list[tuple[Found, str]]]:
+def _ends(containers: Iterable[_Container]) -> dict[str, list[tuple[StoredTensor, str]]]:
     """The tensors whose names end so, with the top of their place."""
-    ends: dict[str, list[tuple[Found, str]]] = {}
+    ends: dict[str, list[tuple[StoredTensor, str]]] = {}
     for container in containers:
-        for found in container.tensors:
-            names = {container.names[id(found)], found.name, *(v.name for v in found.views)}
+        for tensor in container.tensors:
+            names = {container.names[id(tensor)], tensor.name, *(v.name for v in tensor.views)}
             for end in {
                 ".".join(steps[start:])
                 for steps in (name.split(".") for name in names)
                 for start in range(len(steps))
             }:
-                ends.setdefault(end, []).append((found, container.place))
+                ends.setdefault(end, []).append((tensor, container.place))
     return ends
 
 
-def _named(slot: Slot, ends: Mapping[str, list[tuple[Found, str]]]) -> Found | None:
+def _named(slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]]) -> StoredTensor | None:
     """The weight of a slot: it has a name whole, or as the end of one tensor's name only, and the
     shape of a moment, if these have one.
     """
     shape = _shape(slot)
     for name in slot.names:
         options = ends.get(name, [])
-        whole = [found for found, _ in options if found.name == name]
-        models = [found for found, place in options if place.split(".")[0] in _MODEL_KEYS]
-        for row in (whole, models, [found for found, _ in options]):
+        whole = [tensor for tensor, _ in options if tensor.name == name]
+        models = [tensor for tensor, place in options if place.split(".")[0] in _MODEL_KEYS]
+        for row in (whole, models, [tensor for tensor, _ in options]):
             if len(row) == 1:
                 return row[0] if shape in (None, row[0].shape) or len(slot.names) == 1 else None
     return None
@@ -446,7 +448,7 @@ def _named(slot: Slot, ends: Mapping[str, list[tuple[Found, str]]]) -> Found | N
 def _shape(slot: Slot) -> tuple[int, ...] | None:
     """The shape of a parameter, as its moments show it; None where it has none."""
     factors = next((pair for pair in _FACTORS if {*pair} <= slot.state.keys()), ())
-    shapes = {found.shape for key, found in slot.state.items() if key not in ("step", *factors)}
+    shapes = {tensor.shape for key, tensor in slot.state.items() if key not in ("step", *factors)}
     if len(shapes) == 1:
         return shapes.pop()
     if shapes or not factors:
@@ -457,11 +459,13 @@ def _shape(slot: Slot) -> tuple[int, ...] | None:
     return (*row, *column[-1:])
 
 
-def _pair_by_order(groups: list[list[Slot]], weights: list[Found]) -> list[tuple[Slot, Found]]:
+def _pair_by_order(
+    groups: list[list[Slot]], weights: list[StoredTensor]
+) -> list[tuple[Slot, StoredTensor]]:
     """Pairs if every group is a subsequence of the weights in exactly one way, without overlap."""
-    pairs: list[tuple[Slot, Found]] = []
+    pairs: list[tuple[Slot, StoredTensor]] = []
     taken: set[int] = set()
-    shapes = [found.shape for found in weights]
+    shapes = [tensor.shape for tensor in weights]
     for group in groups:
         known = [(slot, shape) for slot in group if (shape := _shape(slot)) is not None]
         wanted = [shape for _, shape in known]

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from ckptvcs.checkpoint.layout import Found, Layout, Source
+from ckptvcs.checkpoint.layout import Layout, Source, StoredTensor
 from ckptvcs.codec.dtypes import DTYPES
 
 _MAX_HEADER = 100_000_000
@@ -51,7 +51,7 @@ def parse(file: Source) -> Layout | None:
     return Layout("safetensors", tensors, tree=tree, remarks=tuple(remarks))
 
 
-def _tensor(name: str, entry: Any, data_start: int) -> Found:
+def _tensor(name: str, entry: Any, data_start: int) -> StoredTensor:
     """Return a tensor from its header entry.
 
     Raises:
@@ -68,4 +68,4 @@ def _tensor(name: str, entry: Any, data_start: int) -> Found:
         shape = (*shape[:-1], shape[-1] // 2)
     if dtype not in DTYPES or math.prod(shape) * DTYPES[dtype].size != end - start:
         dtype, shape = "U8", (end - start,)
-    return Found(name[:_MAX_NAME], dtype, shape, data_start + start, end - start, name)
+    return StoredTensor(name[:_MAX_NAME], dtype, shape, data_start + start, end - start, name)

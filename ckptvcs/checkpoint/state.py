@@ -26,7 +26,7 @@ from ckptvcs.checkpoint.pickle_reader import (
     is_member,
 )
 from ckptvcs.checkpoint.roles import Names
-from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES, ref_dtype
+from ckptvcs.checkpoint.torch_storages import ref_dtype
 from ckptvcs.checkpoint.torch_writer import (
     DeviceBytes,
     Leaf,
@@ -39,7 +39,7 @@ from ckptvcs.checkpoint.torch_writer import (
     zip_records,
 )
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD, Checksums, parse
-from ckptvcs.codec.dtypes import DTYPES
+from ckptvcs.codec.dtypes import DTYPES, OF_TORCH
 from ckptvcs.errors import InvalidInputError, optional
 from ckptvcs.history.schema import View
 
@@ -50,24 +50,7 @@ Copies = Callable[[Sequence[memoryview | DeviceBytes]], list[memoryview]]
 
 _SHOWN = 100  # characters of a name that somebody else chose
 
-_NUMPY = {
-    "float32": "F32",
-    "float64": "F64",
-    "float16": "F16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "complex128": "C128",
-}
-_NUMPY_NAMES = {ours: theirs for theirs, ours in _NUMPY.items()}
-_TORCH_NAMES = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
+_NUMPY = {dtype.numpy: dtype.name for dtype in DTYPES.values() if dtype.numpy}
 
 
 class _Storages:
@@ -106,7 +89,7 @@ class _Storages:
         return Leaf(number, dtype, whole.size, whole.nbytes, 0, array.shape, row_major(array.shape))
 
     def _tensor(self, torch: Any, tensor: Any, path: str) -> Leaf:
-        dtype = TORCH_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        dtype = OF_TORCH.get(str(tensor.dtype).removeprefix("torch."))
         plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
         if dtype is None or not plain or tensor.is_conj() or tensor.is_neg():
             raise _refused(path)
@@ -289,10 +272,10 @@ def make_tensor(data: np.ndarray[Any, Any], view: View, *, array: bool) -> Any:
     """A window on the bytes of a stored tensor (uint8, flat), without a copy: a numpy array where
     it was an `array` of a type that numpy has, else a tensor of torch.
     """
-    if array and view.dtype in _NUMPY_NAMES:
-        return data.view(_NUMPY_NAMES[view.dtype]).reshape(view.shape)
-    name = _TORCH_NAMES[view.dtype]
-    return _window(data, name, view.offset, view.shape, view.stride)
+    dtype = DTYPES[view.dtype]
+    if array and dtype.numpy:
+        return data.view(dtype.numpy).reshape(view.shape)
+    return _window(data, dtype.torch, view.offset, view.shape, view.stride)
 
 
 def _window(

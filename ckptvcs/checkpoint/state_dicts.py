@@ -6,7 +6,7 @@ import re
 from collections.abc import Container
 from pathlib import PurePosixPath
 
-from ckptvcs.checkpoint.layout import Found
+from ckptvcs.checkpoint.layout import StoredTensor
 from ckptvcs.checkpoint.optimizer_state import storage_key
 from ckptvcs.checkpoint.pickle_reader import METADATA, InertDict, StorageRef, TensorRef
 
@@ -199,7 +199,7 @@ def leaves_of(node: dict[object, object]) -> list[tuple[str, str]] | None:
             dot = "." if name else ""
             below = [(f"{name}{dot}{key}", value) for key, value in at.items()]
             stack += reversed(below)
-        elif isinstance(at, TensorRef | StorageRef | Found):
+        elif isinstance(at, TensorRef | StorageRef | StoredTensor):
             found.append((name, storage_key(at) or ""))
         elif at is not None and not name.endswith("_extra_state"):
             return None

@@ -12,56 +12,18 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckptvcs.checkpoint.layout import Found
+from ckptvcs.checkpoint.layout import StoredTensor
 from ckptvcs.checkpoint.pickle_reader import TensorRef, walk
-from ckptvcs.codec.dtypes import DTYPES
+from ckptvcs.codec.dtypes import DTYPES, OF_TORCH
 from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN, View
 from ckptvcs.text import size
 
-_STORAGE_TYPES = {
-    "FloatStorage": "F32",
-    "DoubleStorage": "F64",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64",
-    "ComplexDoubleStorage": "C128",
+_STORAGE_TYPES = {dtype.storage: dtype.name for dtype in DTYPES.values() if dtype.storage} | {
     "QInt8Storage": "I8",
     "QUInt8Storage": "U8",
     "QInt32Storage": "I32",
     "UntypedStorage": "U8",
 }
-
-TORCH_DTYPES = {
-    "float32": "F32",
-    "float64": "F64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "bool": "BOOL",
-    "complex32": "C32",
-    "complex64": "C64",
-    "complex128": "C128",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float4_e2m1fn_x2": "F4",
-}
-"""torch's names of element types -> ours."""
 
 
 def storage_dtype(type_name: str) -> str:
@@ -71,9 +33,7 @@ def storage_dtype(type_name: str) -> str:
 
 def ref_dtype(ref: TensorRef) -> str | None:
     """The element type of a tensor; None where it is not known."""
-    return (
-        storage_dtype(ref.storage.type_name) if ref.dtype is None else TORCH_DTYPES.get(ref.dtype)
-    )
+    return storage_dtype(ref.storage.type_name) if ref.dtype is None else OF_TORCH.get(ref.dtype)
 
 
 @dataclass(frozen=True)
@@ -94,7 +54,7 @@ def _row_major(ref: TensorRef) -> bool:
     return True
 
 
-def set_order(tensors: Iterable[Found], order: str) -> str | None:
+def set_order(tensors: Iterable[StoredTensor], order: str) -> str | None:
     """Note of tensors that their file has them in another order of bytes than ours; what is to be
     said of them.  Where the words of a storage are not known, nor is what it holds.
     """
@@ -110,7 +70,7 @@ def set_order(tensors: Iterable[Found], order: str) -> str | None:
     return f"{how}; {size(size_bytes)} of tensors stored exactly, not near"
 
 
-def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
+def stored_tensors(storages: Iterable[Storage], tree: object) -> list[StoredTensor]:
     """One stored tensor for each storage, named after the first tensor that looks at it."""
     refs: dict[str, list[tuple[str, TensorRef]]] = {}
     for path, node in walk(tree):
@@ -120,7 +80,9 @@ def stored_tensors(storages: Iterable[Storage], tree: object) -> list[Found]:
     return [_stored(storage, refs.get(storage.key, []), taken) for storage in storages]
 
 
-def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str, int]) -> Found:
+def _stored(
+    storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str, int]
+) -> StoredTensor:
     """Return the stored tensor of a storage; `taken` counts the uses of each name."""
     views, fitting = [], []
     for name, ref in refs:
@@ -137,7 +99,7 @@ def _stored(storage: Storage, refs: list[tuple[str, TensorRef]], taken: dict[str
     if taken[name] > 1:
         name = f"{name}#{taken[name]}"
     shape = whole.shape if whole else (elements,)
-    tensor = Found(name, dtype, shape, storage.offset, storage.size, storage.key)
+    tensor = StoredTensor(name, dtype, shape, storage.offset, storage.size, storage.key)
     if not (whole and len(refs) == 1):
         tensor.views = views
     return tensor

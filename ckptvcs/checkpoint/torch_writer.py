@@ -23,27 +23,12 @@ from ckptvcs.checkpoint.pickle_reader import (
     is_key,
     is_member,
 )
-from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES
+from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError
 
 _ALIGNMENT = 64
 _SHOWN = 100  # characters of a long path
 _MAX_NESTING = 1000  # torch.save itself gives up at about as many
-_NATIVE = {
-    "F32": "FloatStorage",
-    "F64": "DoubleStorage",
-    "F16": "HalfStorage",
-    "BF16": "BFloat16Storage",
-    "I64": "LongStorage",
-    "I32": "IntStorage",
-    "I16": "ShortStorage",
-    "I8": "CharStorage",
-    "U8": "ByteStorage",
-    "BOOL": "BoolStorage",
-    "C64": "ComplexFloatStorage",
-    "C128": "ComplexDoubleStorage",
-}
-_TORCH_NAMES = {ours: torchs for torchs, ours in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -218,7 +203,7 @@ class _Pickle:
         yield b"u"
 
     def _tensor(self, leaf: Leaf) -> None:
-        native = _NATIVE.get(leaf.dtype)
+        native = DTYPES[leaf.dtype].storage
         self._global("torch._utils", "_rebuild_tensor_v2" if native else "_rebuild_tensor_v3")
         self._out += b"(("
         self._text("storage")
@@ -237,7 +222,7 @@ class _Pickle:
         self._global("collections", "OrderedDict")
         self._out += b")R"
         if not native:
-            self._global("torch", _TORCH_NAMES[leaf.dtype])
+            self._global("torch", DTYPES[leaf.dtype].torch)
         self._out += b"tR"
 
 

@@ -36,12 +36,12 @@ def average(
         )
         return
     shown = render.printable(str(output))
-    render.data(f"{shown}: the mean of {len(names)} commits, all else from {names[-1][:8]}")
+    render.data(f"{shown}: mean weights of {len(names)} commits; other values from {names[-1][:8]}")
 
 
 def _split(text: str) -> tuple[str | None, str | None]:
     """`REV..REV` as two revisions; None for one that is left out."""
     start, dots, stop = text.partition("..")
     if not dots or ".." in stop:
-        raise InvalidInputError(f"'{text}' is no REV..REV", hint="for example 1000..2000")
+        raise InvalidInputError(f"invalid range '{text}'", hint="write 1000..2000")
     return start or None, stop or None

@@ -22,9 +22,9 @@ def bisect(
         typer.Argument(metavar="[-- COMMAND ...]", help="test command; {} is replaced by the path"),
     ] = None,
     nan: Annotated[bool, typer.Option("--nan", help="bad if weights are not finite")] = False,
-    metric: Annotated[str | None, typer.Option(metavar="NAME", help="metric that decides")] = None,
-    above: Annotated[float | None, typer.Option(help="bad if the metric is above this")] = None,
-    below: Annotated[float | None, typer.Option(help="bad if the metric is below this")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="metric to test")] = None,
+    above: Annotated[float | None, typer.Option(metavar="X", help="bad if above X")] = None,
+    below: Annotated[float | None, typer.Option(metavar="X", help="bad if below X")] = None,
     json: JsonOption = False,
 ) -> None:
     """Find the first bad commit by binary search."""
@@ -44,14 +44,14 @@ def bisect(
                 "last_good": found.last_good.id,
                 "candidates": [render.entry_json(entry) for entry in found.candidates],
                 "tested": [
-                    {"id": entry.id, "step": entry.step, "verdict": verdict}
-                    for entry, verdict in found.tested
+                    {"id": entry.id, "step": entry.step, "result": result}
+                    for entry, result in found.tested
                 ],
             }
         )
         return
     if found.first_bad is None:
-        render.talk("the commits between could not be judged")
+        render.talk("the commits between could not be tested")
         render.data("the first bad commit is one of:")
     else:
         render.data("first bad commit:")

@@ -41,11 +41,11 @@ def branch(
 
 def _delete(repo: Repo, name: str | None, *, json: bool) -> None:
     if name is None:
-        raise InvalidInputError("--delete takes the name of a branch")
+        raise InvalidInputError("--delete requires a branch name")
     gone = repo.delete_branch(name)
     tip, lost = gone.commit, gone.unnamed
     if json:
-        render.as_json({"name": name, "commit": tip, "deleted": True, "on_no_branch": list(lost)})
+        render.as_json({"name": name, "commit": tip, "deleted": True, "unreachable": list(lost)})
         return
     render.data(f"deleted branch {name}, which was at {tip[:8]}")
     if not lost:
@@ -56,5 +56,5 @@ def _delete(repo: Repo, name: str | None, *, json: bool) -> None:
         for commit, step in zip(lost, steps, strict=False)
     )
     more = f" and {len(lost) - _MAX_LISTED} more" if len(lost) > _MAX_LISTED else ""
-    render.talk(f"note: on no branch any more: {listed}{more}")
-    render.talk(f"note: until the next gc, ckpt branch {name} {tip[:8]} brings them back")
+    render.talk(f"note: on no other branch: {listed}{more}")
+    render.talk(f"hint: run 'ckpt branch {name} {tip[:8]}' before the next gc to restore them")

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import JsonOption, Revision, check_part, open_repo
+from ckptvcs.cli.context import JsonOption, Part, Revision, open_repo
 from ckptvcs.errors import InvalidInputError, after
 
 if TYPE_CHECKING:
-    from ckptvcs import Commit
+    from collections.abc import Mapping
+
+    from ckptvcs import Commit, LogEntry
 
 
 def checkout(
@@ -25,43 +27,29 @@ def checkout(
         typer.Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite uncommitted files")] = False,
-    only: Annotated[
-        str | None, typer.Option(metavar="PART", help="part: model, optimizer or rest")
+    only: Part = None,
+    require: Annotated[
+        Literal["exact"] | None, typer.Option(metavar="exact", help="required fidelity")
     ] = None,
-    require: Annotated[str | None, typer.Option(metavar="exact", help="required fidelity")] = None,
     json: JsonOption = False,
 ) -> None:
     """Restore the files of a commit."""
     if output == "-":
         raise InvalidInputError(
-            "checkpoints are not written to stdout", hint="name a file: -o model.pt"
+            "checkpoints cannot be written to stdout", hint="pass a file name: -o model.pt"
         )
-    if require not in (None, "exact"):
-        raise InvalidInputError(f"--require takes 'exact', not '{require}'")
-    check_part(only)
     repo = open_repo(context)
     name = repo.resolve(revision)
     entry = repo.entry(name)
-    target, exactly = Path(output) if output else None, require is not None
-    where = None
+    target, where = Path(output) if output else None, None
+    announce = _ignore if target else partial(_announce, None if only else entry.commit)
+    exactly = require is not None
     if only:
-        done = repo.checkout_part(
-            name,
-            only,
-            target,
-            force=force,
-            exact=exactly,
-            announce=_ignore if target else _announce_part,
-        )
+        done = repo.checkout_part(name, only, target, force=force, exact=exactly, announce=announce)
     else:
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
             done = repo.checkout_files(
-                name,
-                target,
-                force=force,
-                exact=exactly,
-                progress=tick,
-                announce=_ignore if target else partial(_announce, entry.commit),
+                name, target, force=force, exact=exactly, progress=tick, announce=announce
             )
         with after("" if target else "the files were written"):
             where = None if target else repo.move_head(revision)
@@ -71,7 +59,7 @@ def checkout(
         render.as_json(
             {
                 "id": name,
-                "step": entry.commit.step,
+                "step": entry.step,
                 "paths": [str(path) for path in paths],
                 "fidelity": forms,
                 "exact": exact,
@@ -79,24 +67,26 @@ def checkout(
             }
         )
         return
-    form = render.fidelity(replace(entry, fidelity=forms))
-    shown = render.printable(str(paths[0])) if len(paths) == 1 else f"{len(paths)} files"
-    step = "" if entry.commit.step is None else f" step {entry.commit.step},"
-    render.data(f"{shown}:{step} {name[:8]}, {form}")
+    _tell(done.fidelity, entry, paths)
     if target is None and not only and where is None:
         render.talk("note: HEAD is at an older commit; the next commit starts a branch")
 
 
+def _tell(forms: Mapping[str, str], entry: LogEntry, paths: list[Path]) -> None:
+    form = render.fidelity(replace(entry, fidelity=forms))
+    shown = render.printable(str(paths[0])) if len(paths) == 1 else f"{len(paths)} files"
+    step = "" if entry.commit.step is None else f" step {entry.commit.step},"
+    render.data(f"{shown}:{step} {entry.id[:8]}, {form}")
+
+
 def _ignore(_: Path) -> None:
-    """The user has named the place."""
+    """Print nothing: the user has named the path."""
 
 
-def _announce(commit: Commit, place: Path) -> None:
-    """Say where the files of a commit are about to go, which the commit says."""
-    count = sum(file.skeleton is not None for file in commit.files)
-    files = f"{count} file{'s' if count != 1 else ''} to "
-    render.talk(f"writing {files if commit.source == 'directory' else ''}{place}")
-
-
-def _announce_part(place: Path) -> None:
-    render.talk(f"writing {place}")
+def _announce(commit: Commit | None, path: Path) -> None:
+    """Print the path that the commit names before files are written there."""
+    files = ""
+    if commit is not None and commit.source == "directory":
+        count = sum(file.skeleton is not None for file in commit.files)
+        files = f"{count} file{'s' if count != 1 else ''} to "
+    render.talk(f"writing {files}{path}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.cli.context import Branch, Codec, JsonOption, open_repo
 from ckptvcs.errors import InvalidInputError, after
 from ckptvcs.repo import Repo
 
@@ -24,7 +24,7 @@ def _metric(text: str) -> tuple[str, float]:
     except ValueError:
         equals = ""
     if not name or not equals:
-        raise InvalidInputError(f"'{text}' is no metric", hint="write --metric loss=2.31")
+        raise InvalidInputError(f"invalid metric '{text}'", hint="write --metric loss=2.31")
     return name, number
 
 
@@ -40,17 +40,18 @@ def _size_of(path: Path) -> int | None:
 def commit(
     context: typer.Context,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint file or directory")],
-    message: Annotated[str, typer.Option("-m", "--message", help="commit message")] = "",
+    message: Annotated[
+        str, typer.Option("-m", "--message", metavar="TEXT", help="commit message")
+    ] = "",
     step: Annotated[
-        int | None, typer.Option(help="training step (default: read from the checkpoint)")
+        int | None,
+        typer.Option(metavar="STEP", help="training step (default: read from the checkpoint)"),
     ] = None,
     metric: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="metric; can be repeated")
     ] = None,
-    codec: Annotated[
-        str | None, typer.Option(help="near, small, lossless or excp (default: setting codec)")
-    ] = None,
-    branch: Annotated[str | None, typer.Option(help="target branch (does not move HEAD)")] = None,
+    codec: Codec = None,
+    branch: Branch = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="store plain bytes, do not parse the file")
     ] = False,

@@ -21,7 +21,7 @@ def config(
     """List, read or change settings."""
     repo = open_repo(context)
     if unset and (key is None or value is not None):
-        raise InvalidInputError("--unset takes a KEY and no VALUE")
+        raise InvalidInputError("--unset requires KEY and no VALUE")
     if key is None:
         found = repo.settings()
         if json:

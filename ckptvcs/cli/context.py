@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ckptvcs.cli import render
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
-
-PARTS = ("model", "optimizer", "rest")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -25,6 +23,23 @@ Revision = Annotated[
 Start = Annotated[str | None, typer.Option(metavar="REV", help="first step or revision")]
 Stop = Annotated[str | None, typer.Option(metavar="REV", help="last step or revision, included")]
 Every = Annotated[int | None, typer.Option(metavar="STEPS", help="select multiples of STEPS")]
+Count = Annotated[int | None, typer.Option("-n", metavar="N", min=1, help="maximum number of rows")]
+Part = Annotated[
+    Literal["model", "optimizer", "rest"] | None,
+    typer.Option("--only", metavar="PART", help="part: model, optimizer or rest"),
+]
+Branch = Annotated[
+    str | None, typer.Option("--branch", metavar="NAME", help="target branch (does not move HEAD)")
+]
+Codec = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="codec: near, small, lossless or excp (default: setting codec)"
+    ),
+]
+Pattern = Annotated[
+    str | None, typer.Option(metavar="GLOB", help="select names, for example 'step*.pt'")
+]
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 
 
@@ -36,30 +51,23 @@ class Globals:
 
 
 def locate(context: typer.Context) -> Path:
-    """The folder of the repository named by --repo or CKPT_DIR, else of that found upward from the
-    working directory.
+    """Return the directory that --repo or CKPT_DIR names, or else the nearest parent repository.
 
     Raises:
-        NotFoundError: there is none.
+        NotFoundError: there is no repository.
     """
     return Repo.locate(context.find_root().obj.repo or os.environ.get("CKPT_DIR") or None)
 
 
 def open_repo(context: typer.Context) -> Repo:
-    """The repository there.
+    """Open the repository that the command line names.
 
     Raises:
-        NotFoundError: there is none.
+        NotFoundError: there is no repository.
     """
     repo = Repo(locate(context))
     try:
         repo.settings()
-    except InvalidInputError as error:  # which is an error where they are needed
+    except InvalidInputError as error:  # a command that needs the settings raises it
         render.talk(f"warning: {error.message}")
     return repo
-
-
-def check_part(only: str | None) -> None:
-    """Raise InvalidInputError where `--only` names no part."""
-    if only is not None and only not in PARTS:
-        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import JsonOption, check_part, open_repo
+from ckptvcs.cli.context import Count, JsonOption, Part, open_repo
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 from ckptvcs.text import from_number
@@ -29,10 +29,8 @@ def diff(
     b: Annotated[
         str | None, typer.Argument(metavar="[B]", help="second commit (default: HEAD)")
     ] = None,
-    count: Annotated[int | None, typer.Option("-n", help="maximum number of tensors")] = None,
-    only: Annotated[
-        str | None, typer.Option(metavar="PART", help="part: model, optimizer or rest")
-    ] = None,
+    count: Count = None,
+    only: Part = None,
     sort: Annotated[
         str,
         typer.Option(metavar="KEY", help="sort key: relative, name, cosine, max_abs, changed ..."),
@@ -40,15 +38,8 @@ def diff(
     json: JsonOption = False,
 ) -> None:
     """Compare the tensors of two commits."""
-    if count is not None and count < 1:
-        raise InvalidInputError("-n takes a number from 1")
-    check_part(only)
-    if a is not None and ".." in a:
-        if b is not None:
-            raise InvalidInputError(f"'{a}' names both commits already")
-        a, _, b = a.partition("..")
+    first, second = _sides(a, b)
     repo = open_repo(context)
-    first, second = a or ("HEAD" if a == "" else "HEAD~1"), b or "HEAD"
     total = sum(_tensor_bytes(repo, revision, only) for revision in (first, second))
     with render.progress("comparing", total) as tick:
         found = repo.diff(first, second, only=only, progress=tick)
@@ -61,7 +52,17 @@ def diff(
         return
     _show_diff(found, tensors[:limit])
     if limit is not None and len(tensors) > limit and count is None:
-        render.talk(f"{limit} of {len(tensors)} tensors; -n shows more")
+        render.talk(f"{limit} of {len(tensors)} tensors; use -n N to show more")
+
+
+def _sides(a: str | None, b: str | None) -> tuple[str, str]:
+    """Return the revisions to compare, given `A B` or `A..B`."""
+    if a is None or ".." not in a:
+        return a or "HEAD~1", b or "HEAD"
+    if b is not None:
+        raise InvalidInputError(f"'{a}' names both commits", hint="pass A..B alone, or A and B")
+    a, _, b = a.partition("..")
+    return a or "HEAD", b or "HEAD"
 
 
 def _tensor_bytes(repo: Repo, revision: str, only: str | None) -> int:
@@ -119,7 +120,7 @@ def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, 
         "removed": [_info_json(info) for info in found.removed],
         "reshaped": [{"a": _info_json(a), "b": _info_json(b)} for a, b in found.reshaped],
         "unchanged": [_info_json(info) for info in found.unchanged],
-        "indistinct": [
+        "indistinguishable": [
             _info_json(one.info)
             | {"near_a": one.near_a, "near_b": one.near_b, "differs": one.differs or None}
             for one in found.indistinct
@@ -157,62 +158,68 @@ def _sums_row(
     ]
 
 
-def _show_diff(found: Comparison, tensors: list[TensorDifference]) -> None:
-    for side, entry in (("A", found.a), ("B", found.b)):
+_HEADING = [
+    "name",
+    "|A|",
+    "|B|",
+    "|B-A|",
+    "change",
+    "per step",
+    "cosine",
+    "max",
+    "changed",
+    "not finite",
+]
+
+
+def _show_diff(comparison: Comparison, tensors: list[TensorDifference]) -> None:
+    for side, entry in (("A", comparison.a), ("B", comparison.b)):
         step = "" if entry.step is None else f" step {entry.step},"
         render.data(f"{side} {entry.id[:8]}:{step} {render.fidelity(entry)}")
-    for name, a, b in found.metadata:
-        if name.endswith("_bytes") and isinstance(a, int) and isinstance(b, int):
-            render.data(
-                f"  {name.removesuffix('_bytes')} size: {render.size(a)} -> {render.size(b)}"
-            )
-        elif name != "step":
-            render.data(f"  {render.printable(name)}: {_text(a)} -> {_text(b)}")
+    _show_metadata(comparison)
     if tensors:
-        heading = [
-            "name",
-            "|A|",
-            "|B|",
-            "|B-A|",
-            "change",
-            "per step",
-            "cosine",
-            "max",
-            "changed",
-            "not finite",
-        ]
-        rows = [heading]
-        for tensor in tensors:
-            mark = "~" if tensor.below_error else ""
-            name = render.printable(tensor.info.name)
-            rows.append(_sums_row(name, found, tensor.sums, tensor.changed, mark))
-        if found.total.entries:
-            name = "all weights that differ"
-            rows.append(_sums_row(name, found, found.total, found.total_changed, ""))
-        hidden = set() if any(row[-1] for row in rows[1:]) else {"not finite"}
-        if render.width() < _WIDE:
-            hidden |= {"|B|", "|B-A|"}
-        render.data("")
-        render.table(
-            [
-                [cell for cell, name in zip(row, heading, strict=True) if name not in hidden]
-                for row in rows
-            ]
-        )
-        if any(tensor.below_error for tensor in tensors):
-            render.data("~ no more than the error of the near forms: it may mean nothing")
-    for word, infos in (("added", found.added), ("removed", found.removed)):
+        _show_tensors(comparison, tensors)
+    for word, infos in (("added", comparison.added), ("removed", comparison.removed)):
         for info in infos:
             render.data(f"{word}: {_described(info)}")
-    for one, other in found.reshaped:
-        render.data(f"reshaped: {_described(one)} -> {other.dtype} {list(other.shape)}")
-    for part in found.dropped:
-        render.data(f"{part}: not compared, since a rule dropped it from one of the commits")
-    count = len(found.unchanged)
+    for a, b in comparison.reshaped:
+        render.data(f"reshaped: {_described(a)} -> {b.dtype} {list(b.shape)}")
+    for part in comparison.dropped:
+        render.data(f"{part}: not compared: a rule dropped it from one of the commits")
+    count = len(comparison.unchanged)
     if count:
         render.data(f"{count} tensor{'s are' if count > 1 else ' is'} the same on both sides")
-    if found.indistinct:
-        render.data(_cannot_tell(found.indistinct))
+    if comparison.indistinct:
+        render.data(_cannot_tell(comparison.indistinct))
+
+
+def _show_metadata(comparison: Comparison) -> None:
+    for name, a, b in comparison.metadata:
+        if name.endswith("_bytes") and isinstance(a, int) and isinstance(b, int):
+            part = name.removesuffix("_bytes")
+            render.data(f"  {part} size: {render.size(a)} -> {render.size(b)}")
+        elif name != "step":
+            render.data(f"  {render.printable(name)}: {_text(a)} -> {_text(b)}")
+
+
+def _show_tensors(comparison: Comparison, tensors: list[TensorDifference]) -> None:
+    rows = [_HEADING]
+    for tensor in tensors:
+        mark = "~" if tensor.below_error else ""
+        name = render.printable(tensor.info.name)
+        rows.append(_sums_row(name, comparison, tensor.sums, tensor.changed, mark))
+    total = comparison.total
+    if total.entries:
+        name = "all changed weights"
+        rows.append(_sums_row(name, comparison, total, comparison.total_changed, ""))
+    hidden = set() if any(row[-1] for row in rows[1:]) else {"not finite"}
+    if render.width() < _WIDE:
+        hidden |= {"|B|", "|B-A|"}
+    shown = [column for column, name in enumerate(_HEADING) if name not in hidden]
+    render.data("")
+    render.table([[row[column] for column in shown] for row in rows])
+    if any(tensor.below_error for tensor in tensors):
+        render.data("~ change is not above the error of the near forms")
 
 
 def _cannot_tell(found: Sequence[Indistinct]) -> str:

@@ -8,10 +8,15 @@ from typing import Annotated
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import Every, Force, JsonOption, Start, Stop, open_repo
+from ckptvcs.cli.context import Every, Force, JsonOption, Part, Start, Stop, open_repo
 from ckptvcs.errors import InvalidInputError
 
-_FORMATS = ("pt", "safetensors")
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="pt|safetensors", help="output format (default: as committed)"
+    ),
+]
 
 
 def export(
@@ -23,29 +28,24 @@ def export(
     folder: Annotated[
         Path | None, typer.Option("--all", metavar="DIR", help="output directory for all commits")
     ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format", metavar="pt|safetensors", help="output format (default: as committed)"
-        ),
-    ] = None,
-    only: Annotated[
-        str | None, typer.Option(metavar="PART", help="part: model, optimizer or rest")
-    ] = None,
+    form: Format = None,
+    only: Part = None,
     start: Start = None,
     stop: Stop = None,
     every: Every = None,
     force: Force = False,
     json: JsonOption = False,
 ) -> None:
-    """Write one commit, or with --all many, as files."""
+    """Write one commit, or many with --all, as files."""
     repo = open_repo(context)
     if folder is not None:
         if path is not None:
-            raise InvalidInputError("--all DIR takes no PATH", hint="ckpt export [REV] --all DIR")
+            raise InvalidInputError(
+                "--all DIR cannot be combined with PATH", hint="use 'ckpt export [REV] --all DIR'"
+            )
         entries = repo.line(start, stop, every, revision=revision)
     elif revision is None or path is None:
-        raise InvalidInputError("nothing to export to", hint="REV PATH, or --all DIR")
+        raise InvalidInputError("no output path", hint="pass REV PATH, or --all DIR")
     else:
         entries = [repo.show(revision)]
     with render.progress("exporting", sum(entry.commit.raw_bytes for entry in entries)) as tick:
@@ -68,15 +68,10 @@ def export(
     if json:
         render.as_json(
             [
-                {
-                    "id": one.entry.id,
-                    "step": one.entry.step,
-                    "path": str(one.path),
-                    "exact": one.exact,
-                }
-                for one in written
+                {"id": e.entry.id, "step": e.entry.step, "path": str(e.path), "exact": e.exact}
+                for e in written
             ]
         )
         return
-    for one in written:
-        render.data(render.printable(str(one.path)))
+    for file in written:
+        render.data(render.printable(str(file.path)))

@@ -8,26 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptvcs.cli import render
-from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.cli import removals, render
+from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
 
 if TYPE_CHECKING:
     from ckptvcs import Importer, ImportItem
 
-# numpy is loaded by what reads tensors, so that the other commands start without it.
-
-_LISTED = 10  # entries that are left out, one line each; then only their number
+_LISTED = 10  # skipped entries to print; the others are counted
 
 
 def import_(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="directory of checkpoints")],
-    pattern: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="select names, for example 'step*.pt'")
-    ] = None,
-    codec: Annotated[str | None, typer.Option(help="codec, as for commit")] = None,
-    branch: Annotated[str | None, typer.Option(help="target branch (does not move HEAD)")] = None,
+    pattern: Pattern = None,
+    codec: Codec = None,
+    branch: Branch = None,
     delete: Annotated[
         bool,
         typer.Option("--delete-originals", help="delete originals that can be restored exactly"),
@@ -41,7 +37,7 @@ def import_(
 ) -> None:
     """Commit a directory of checkpoints, oldest first."""
     if accept_near and not delete:
-        raise InvalidInputError("--accept-near goes with --delete-originals")
+        raise InvalidInputError("--accept-near requires --delete-originals")
     importer = open_repo(context).import_folder(folder, pattern=pattern, branch=branch, codec=codec)
     _tell_left_out(importer)
     size_bytes = sum(item.found.size_bytes for item in importer.items)
@@ -74,7 +70,7 @@ def import_(
 
 
 def _made(importer: Importer) -> str:
-    """What an import did that stays, whatever happens then."""
+    """Describe the finished work, for an error message."""
     made = [item for item in importer.items if item.action == "committed"]
     gone = sum(len(item.gone.removed) for item in importer.items)
     parts = [f"{len(made)} of {len(importer.items)} checkpoints were committed"] if made else []
@@ -83,61 +79,50 @@ def _made(importer: Importer) -> str:
 
 
 def interactive() -> bool:
-    """Whether there is somebody to be asked."""
+    """Return whether a user can answer a question."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _tell_left_out(importer: Importer) -> None:
     for left in importer.left_out[:_LISTED]:
-        render.talk(f"left out: {render.printable(left.name)}: {left.reason}")
+        render.talk(f"skipped: {render.printable(left.name)}: {left.reason}")
     more = len(importer.left_out) - _LISTED
     if more > 0:
-        render.talk(f"left out: {more} more, which --json lists")
+        render.talk(f"skipped: {more} more (--json lists all)")
 
 
 def _tell_imported(item: ImportItem) -> None:
-    name = render.printable(item.found.name)
-    if item.problem is not None:
-        render.talk(f"error: {name}: {render.printable(item.problem.message)}")
-        if item.problem.hint:
-            render.talk(f"hint: {render.printable(item.problem.hint)}")
-    for note in item.notes:
-        render.talk(f"note: {name}: {render.printable(note)}")
+    removals.tell(item.found.name, item)
 
 
 def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
-    """Remove originals; on a terminal only after a yes."""
+    """Delete source files; on a terminal only after confirmation."""
     able = [i for i in importer.items if importer.why_kept(i, accept_near=accept_near) is None]
     size_bytes = sum(item.found.size_bytes for item in able)
     if able and ask and interactive():
         what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}"
         if not render.confirm(f"{what}{_how_near(importer, able)}?"):
             for item in importer.items:
-                item.gone.kept = "not removed: the answer was no"
+                item.gone.kept = "not confirmed"
             return
 
     def tell(item: ImportItem) -> None:
         entry = importer.entry(item)
         form = "" if entry is None else f" (kept {render.fidelity(entry)})"
-        for gone in item.gone.removed:
-            names = f", has {gone.other_names} other name(s)" if gone.other_names else ""
-            render.talk(f"removed: {render.printable(str(gone.path))}{form}{names}")
-        if item.gone.pinned:
-            render.talk(f"pinned: {item.id and item.id[:8]}, so that it stays exact")
-        if item.gone.kept is not None and item.problem is None:  # that has been told
-            render.talk(f"not removed: {render.printable(f'{item.found.name}: {item.gone.kept}')}")
+        if item.problem is None:  # an error has been printed
+            removals.tell_removal(item.found.name, item, form)
 
     with render.progress("removing", size_bytes) as tick:
         importer.remove(accept_near=accept_near, progress=tick, watch=tell)
 
 
 def _how_near(importer: Importer, items: list[ImportItem]) -> str:
-    """How far those of some items are off that are kept near only."""
+    """Return how many of `items` are near, and their largest error."""
     entries = [entry for item in items if (entry := importer.entry(item)) and not entry.exact]
     if not entries:
         return ""
     worst = max(entry.commit.error.weight_rel for entry in entries)
-    return f", {len(entries)} of them kept near (weights off by up to {worst:.2g})"
+    return f", {len(entries)} of them only near (relative weight error up to {worst:.2g})"
 
 
 def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
@@ -174,15 +159,16 @@ def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
     sizes = f": {render.size(raw)} -> {render.size(stored)} ({render.ratio(raw, stored)})"
     render.data(", ".join(parts) + (sizes if raw else ""))
     if delete and not dry_run:
-        gone = [file for item in items for file in item.gone.removed]
-        freed = render.size(sum(file.freed_bytes for file in gone))
-        kept = sum(item.gone.kept is not None for item in items)
-        render.data(f"{len(gone)} file(s) removed, {freed} freed, {kept} original(s) kept")
-        if any(
-            item.id and not item.problem and item.gone.kept and _is_near(importer, item)
-            for item in items
-        ):
-            render.talk("hint: --accept-near removes what is kept near; 'ckpt log' shows errors")
+        _sum_up_removed(importer)
+
+
+def _sum_up_removed(importer: Importer) -> None:
+    files = [file for item in importer.items for file in item.gone.removed]
+    freed = render.size(sum(file.freed_bytes for file in files))
+    kept = [item for item in importer.items if item.gone.kept is not None]
+    render.data(f"{len(files)} file(s) removed, {freed} freed, {len(kept)} original(s) kept")
+    if any(item.id and not item.problem and _is_near(importer, item) for item in kept):
+        render.talk("hint: add --accept-near to delete originals of near commits")
 
 
 def _is_near(importer: Importer, item: ImportItem) -> bool:
@@ -198,7 +184,7 @@ def _json(importer: Importer, *, dry_run: bool) -> render.Json:
         "stored_bytes": stored,
         "freed_bytes": sum(f.freed_bytes for item in importer.items for f in item.gone.removed),
         "checkpoints": [_item_json(importer, item) for item in importer.items],
-        "left_out": [{"name": e.name, "reason": e.reason} for e in importer.left_out],
+        "skipped": [{"name": e.name, "reason": e.reason} for e in importer.left_out],
     }
 
 
@@ -213,18 +199,11 @@ def _item_json(importer: Importer, item: ImportItem) -> dict[str, render.Json]:
         "same_as": item.same_as,
         "branch": item.branch,
         "commit": None if entry is None else render.entry_json(entry),
-        "problem": None if item.problem is None else item.problem.message,
-        "notes": list(item.notes),
-        "removed": [str(gone.path) for gone in item.gone.removed],
-        "kept": item.gone.kept,
-        "pinned": item.gone.pinned,
-    }
+    } | removals.as_json(item)
 
 
 def _exit(importer: Importer, *, kept: bool) -> None:
-    """End with the worst of what went wrong; else with a conflict, where originals stay that were
-    to be removed.
-    """
+    """Exit with the highest error code, or with a conflict if an original was not deleted."""
     codes = [item.problem.exit_code for item in importer.items if item.problem is not None]
     if kept and any(item.gone.kept is not None and not item.problem for item in importer.items):
         codes.append(ConflictError.exit_code)

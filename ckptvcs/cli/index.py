@@ -18,7 +18,7 @@ def index(
 ) -> None:
     """Rebuild the index from the packs."""
     if not rebuild:
-        raise InvalidInputError("nothing to do", hint="ckpt index --rebuild")
+        raise InvalidInputError("nothing to do", hint="run 'ckpt index --rebuild'")
     packs = open_repo(context).rebuild_index()
     if json:
         render.as_json({"packs": packs})

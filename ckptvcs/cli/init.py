@@ -18,7 +18,7 @@ def init(
         Path | None, typer.Argument(metavar="[DIR]", help="directory (default: current)")
     ] = None,
     codec: Annotated[
-        str | None, typer.Option(help="default codec: near, small or lossless")
+        str | None, typer.Option(metavar="NAME", help="default codec: near, small or lossless")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -31,4 +31,4 @@ def init(
     if json:
         render.as_json({"repository": str(repo.folder), "created": not known})
     else:
-        render.data(f"{'repository is there already' if known else 'made'}: {repo.folder}")
+        render.data(f"{'repository exists' if known else 'created repository'}: {repo.folder}")

@@ -1,4 +1,4 @@
-"""How names are listed, and what a name cannot bring back."""
+"""Lists of branches and tags."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def show_names(names: Sequence[NamedCommit], *, json: bool) -> None:
 
 
 def warn_if_faded(entry: LogEntry) -> None:
-    """Say what a tag or a pin cannot bring back."""
+    """Warn that a tag or a pin does not make a commit exact again."""
     if not entry.exact:
         form = render.fidelity(entry)
-        render.talk(f"note: {entry.id[:8]} is {form} by now; it cannot become exact again")
+        render.talk(f"note: {entry.id[:8]} is {form} now; a tag or pin cannot make it exact again")

@@ -17,7 +17,7 @@ def pin(
     revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="commit to pin")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Keep a commit exact whatever the rules say, or list pins."""
+    """Keep a commit exact under every rule, or list pins."""
     repo = open_repo(context)
     if revision is None:
         pinned = repo.pins()

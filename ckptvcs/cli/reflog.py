@@ -17,7 +17,7 @@ def reflog(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """List what happened to a branch, newest first."""
+    """List the changes of a branch, newest first."""
     repo = open_repo(context)
     events = repo.reflog(ref)
     if json:
@@ -29,7 +29,7 @@ def reflog(
                     "commit": e.commit,
                     "step": e.step,
                     "commits": e.count,
-                    "there": e.there,
+                    "available": e.there,
                 }
                 for e in events
             ]

@@ -6,7 +6,6 @@ in it, each name, error and time.  Line breaks, colors and bars are made here an
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import sys
@@ -177,9 +176,10 @@ def run(app: typer.Typer) -> int:
     try:
         code = app(standalone_mode=False)
     except _USAGE_ERROR as error:
-        shown, usage = io.StringIO(), cast("typer.BadParameter", error)
-        usage.show(shown)
-        talk(*plain_lines(shown.getvalue().rstrip("\n")))
+        usage = cast("typer.BadParameter", error)
+        talk(*plain_lines(f"error: {usage.format_message()}"))
+        command = "ckpt" if usage.ctx is None else usage.ctx.command_path
+        talk(f"hint: run '{command} --help'")
         code = usage.exit_code
     return code if isinstance(code, int) else 0
 

@@ -56,6 +56,46 @@ def _show_roles(repo: Repo, name: ObjectId) -> None:
     render.table(rows)
 
 
+def _json(repo: Repo, entry: LogEntry) -> dict[str, Any]:
+    commit = entry.commit
+    files = [
+        {"path": file.path, "bytes": file.size, "hash": file.hash, "format": file.format}
+        for file in commit.files
+    ]
+    return render.entry_json(entry) | {
+        "parts": _parts_json(entry),
+        "files": files,
+        "source": commit.source,
+        "path": commit.path,
+        "host": commit.host,
+        "user": commit.user,
+        "code": commit.code,
+        "tensors": _tensors_json(repo, entry.id),
+    }
+
+
+def _fields(entry: LogEntry) -> list[tuple[str, str]]:
+    """Return the labels and values to print; an empty value is left out."""
+    commit = entry.commit
+    raw, stored = commit.raw_bytes, entry.stored_bytes
+    errors = {} if entry.exact else asdict(commit.error)
+    return [
+        ("commit", entry.id),
+        ("parents", " ".join(commit.parents) or "none"),
+        ("tags", " ".join(entry.tags)),
+        ("step", "" if commit.step is None else str(commit.step)),
+        ("time", commit.time),
+        ("by", f"{commit.user}@{commit.host}"),
+        ("code", commit.code or ""),
+        ("message", render.printable(commit.message)),
+        ("metrics", render.metrics(commit.metrics)),
+        ("size", f"{render.size(raw)} -> {render.size(stored)} ({render.ratio(raw, stored)})"),
+        ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
+        ("fidelity", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
+        ("error", ", ".join(f"{name} {value:.3g}" for name, value in errors.items())),
+    ]
+
+
 def show(
     context: typer.Context,
     revision: Revision = "HEAD",
@@ -69,54 +109,13 @@ def show(
         _show_roles(repo, name)
         return
     entry = repo.show(name)
-    made = entry.commit
     if json:
-        files = [
-            {"path": file.path, "bytes": file.size, "hash": file.hash, "format": file.format}
-            for file in made.files
-        ]
-        render.as_json(
-            render.entry_json(entry)
-            | {
-                "parts": _parts_json(entry),
-                "files": files,
-                "source": made.source,
-                "path": made.path,
-                "host": made.host,
-                "user": made.user,
-                "code": made.code,
-                "tensors": _tensors_json(repo, name),
-            }
-        )
+        render.as_json(_json(repo, entry))
         return
-    rows = [
-        ("commit", entry.id),
-        ("parents", " ".join(made.parents) or "none"),
-        ("tags", " ".join(entry.tags)),
-        ("step", "" if made.step is None else str(made.step)),
-        ("time", made.time),
-        ("by", f"{made.user}@{made.host}"),
-        ("code", made.code or ""),
-        ("message", render.printable(made.message)),
-        ("metrics", render.metrics(made.metrics)),
-        (
-            "size",
-            f"{render.size(made.raw_bytes)} -> {render.size(entry.stored_bytes)} "
-            f"({render.ratio(made.raw_bytes, entry.stored_bytes)})",
-        ),
-        ("stored as", f"{made.codec}, {made.kind}, depth {made.depth}"),
-        ("fidelity", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
-        (
-            "error",
-            ""
-            if entry.exact
-            else ", ".join(f"{name} {value:.3g}" for name, value in asdict(made.error).items()),
-        ),
-    ]
-    for label, value in rows:
+    for label, value in _fields(entry):
         if value:
             render.data(f"{label:<10} {value}")
     listed = [["file", "bytes", "format"]]
-    listed += [[render.printable(f.path), str(f.size), f.format] for f in made.files]
+    listed += [[render.printable(f.path), str(f.size), f.format] for f in entry.commit.files]
     render.data("")
     render.table(listed)

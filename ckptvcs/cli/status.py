@@ -28,15 +28,11 @@ def status(context: typer.Context, json: JsonOption = False) -> None:
     if name is None:
         render.data(f"on branch {branch}, no commits yet")
         return
-    where = f"on branch {branch}" if branch else "on no branch"
+    where = f"on branch {branch}" if branch else "detached HEAD"
     at = "" if step is None else f" (step {step})"
     render.data(f"{where}, at {name[:8]}{at}")
-    words = {
-        "missing": "not checked out",
-        "changed": "differs from HEAD",
-        "near": "checked out in near form",
-    }
+    words = {"missing": "missing", "changed": "changed", "near": "near form of the commit"}
     for what, path in changes:
         render.data(f"  {words[what]}: {render.printable(str(path))}")
     if not changes:
-        render.data("files are as in HEAD")
+        render.data("no changes: the files match HEAD")

@@ -15,5 +15,5 @@ def undo(context: typer.Context, json: JsonOption = False) -> None:
     if json:
         render.as_json({"undone": done.what, "branch": done.branch, "commit": done.commit})
         return
-    at = f", now at {done.commit[:8]}" if done.commit else ", which has no commit now"
+    at = f", now at {done.commit[:8]}" if done.commit else ", now without commits"
     render.data(f"undone: {done.what}; branch {done.branch}{at}")

@@ -19,15 +19,20 @@ if TYPE_CHECKING:
     from ckptvcs import Damage, ObjectId, Repaired, VerifyReport
 
 
+# JSON keys that differ from the attributes of `Repaired`.
+_REPAIRED = {"told": "inferred", "remembered": "from_cache", "fetched": "from_copy"}
+
+
 def verify(
     context: typer.Context,
     subset: Annotated[
-        str | None, typer.Option(help="amount to check, longest unchecked first: 5%, 10G, 15m")
+        str | None,
+        typer.Option(metavar="AMOUNT", help="amount to check, oldest first: 5%, 10G, 15m"),
     ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="repair damage")] = False,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="repository to copy missing objects from (with --repair)"),
+        typer.Option("--from", metavar="DIR", help="repository to copy from (with --repair)"),
     ] = None,
     drop: Annotated[
         bool,
@@ -37,7 +42,7 @@ def verify(
 ) -> None:
     """Check that every commit can be restored, or repair damage."""
     if (source is not None or drop) and not repair:
-        raise InvalidInputError("--from and --drop-damaged go with --repair")
+        raise InvalidInputError("--from and --drop-damaged require --repair")
     repaired = None
     try:
         if repair:
@@ -47,42 +52,53 @@ def verify(
         _say_unopened(locate(context), error, json=json)
         raise
     if repaired is not None:
-        render.talk(_repaired(repaired))
-        for ref, at in repaired.told.items():
-            branch = f"at branch {render.printable(at)}" if at and ref == "HEAD" else ""
-            where = branch or (f"at {at[:8]}" if at else "at no commit")
-            render.talk(f"note: {render.printable(ref)} is {where} now, as far as can be told")
+        _show_repaired(repaired)
     with render.progress("verifying", None) as tick:
         report = repo.verify(tick, subset=subset)
     if json:
         render.as_json(_verified(report, repaired))
     else:
-        for damage in report.damage:
-            render.data(*_damage_lines(damage))
-        left = f", {report.left} packs and commits left" if report.left else ""
-        render.data(
-            f"{report.packs} packs, {report.commits} commits, {report.tensors} tensors, "
-            f"{report.files} files, {render.size(report.bytes)} read{left}: "
-            + (f"{len(report.damage)} damaged" if report.damage else "all good")
-        )
-        for name in report.discarded:
-            render.talk(
-                f"note: {render.printable(name)} held other values than the history: deleted; "
-                "no commit is harmed, and the next one that needs it makes it anew"
-            )
-        if report.loose:
-            render.talk(*_loose(report.loose))
-        if report.damage and repaired is None:
-            render.talk("hint: 'ckpt verify --repair' saves what can be saved, --from OTHER more")
+        _show(report, repaired)
     if report.damage:
         raise typer.Exit(CorruptionError.exit_code)
 
 
+def _show_repaired(repaired: Repaired) -> None:
+    render.talk(_repaired(repaired))
+    for ref, target in repaired.told.items():
+        where = f"{target[:8]}" if target else "no commit"
+        if target and ref == "HEAD":
+            where = f"branch {render.printable(target)}"
+        render.talk(f"note: {render.printable(ref)} was inferred: it is at {where} now")
+
+
+def _show(report: VerifyReport, repaired: Repaired | None) -> None:
+    for damage in report.damage:
+        render.data(*_damage_lines(damage))
+    unchecked = f", {report.left} packs and commits not checked" if report.left else ""
+    result = f"{len(report.damage)} damaged" if report.damage else "all good"
+    render.data(
+        f"{report.packs} packs, {report.commits} commits, {report.tensors} tensors, "
+        f"{report.files} files, {render.size(report.bytes)} read{unchecked}: {result}"
+    )
+    for name in report.discarded:
+        render.talk(
+            f"note: cached base {render.printable(name)} was wrong and is deleted; "
+            "no commit is damaged, and the next commit rebuilds it"
+        )
+    if report.loose:
+        render.talk(*_unreachable(report.loose))
+    if report.damage and repaired is None:
+        render.talk(
+            "hint: run 'ckpt verify --repair'; add --from DIR to copy from another repository"
+        )
+
+
 def _say_unopened(folder: Path, error: CkptError, *, json: bool) -> None:
-    """All that can be said of a repository that cannot be opened.
+    """Report a repository that cannot be opened.
 
     Raises:
-        CorruptionError: it is not of a newer program, as it says, but damaged.
+        CorruptionError: the version number is damaged, not newer than this program.
     """
     from ckptvcs import Damage, VerifyReport
 
@@ -104,20 +120,21 @@ def _verified(report: VerifyReport, repaired: Repaired | None) -> dict[str, Any]
         "tensors": report.tensors,
         "files": report.files,
         "bytes": report.bytes,
-        "left": report.left,
-        "loose": report.loose,
+        "unchecked": report.left,
+        "unreachable": report.loose,
         "discarded": report.discarded,
         "damage": [asdict(damage) for damage in report.damage],
     }
     if repaired is not None:
-        found["repaired"] = asdict(repaired)
+        counts = asdict(repaired)
+        found["repaired"] = {_REPAIRED.get(name, name): value for name, value in counts.items()}
     return found
 
 
-def _loose(names: Sequence[ObjectId]) -> tuple[str, str]:
+def _unreachable(names: Sequence[ObjectId]) -> tuple[str, str]:
     return (
-        f"note: {len(names)} commit(s) that no ref leads to, or ever did: {render.ids(names)}",
-        "hint: they came to nothing, or a ref is lost; 'ckpt branch NAME ID' keeps one",
+        f"note: {len(names)} unreachable commit(s): {render.ids(names)}",
+        "hint: run 'ckpt branch NAME ID' to keep one; an interrupted commit can leave one",
     )
 
 
@@ -136,10 +153,10 @@ def _damage_lines(damage: Damage) -> list[str]:
 def _repaired(done: Repaired) -> str:
     counts = {
         "object(s) salvaged": done.salvaged,
-        "object(s) remembered": done.remembered,
-        "object(s) fetched": done.fetched,
-        "ref(s) mended": len(done.refs),
-        "file(s) mended": len(done.files),
+        "object(s) from the cache": done.remembered,
+        "object(s) copied": done.fetched,
+        "ref(s) repaired": len(done.refs),
+        "file(s) rebuilt": len(done.files),
         "commit(s) dropped": len(done.dropped),
         "damaged pack(s) deleted": done.packs,
     }

@@ -1,1 +1,1 @@
-"""Tensors to packs: which coder codes what, with which settings, and how well."""
+"""Encode the tensors of checkpoints into packs."""

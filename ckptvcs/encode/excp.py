@@ -1,7 +1,7 @@
-"""Coding by ExCP: a weight with its moments, in two passes.
+"""Encode a weight with its moments by ExCP (Li et al., ICML 2024), in two passes.
 
-One pass measures (thresholds, codebooks), one codes.  Both go slice by slice, so memory does not
-depend on the size of a tensor.
+The first pass fits thresholds and codebooks, the second encodes. Both read slice by slice, so
+memory does not depend on the size of a tensor. Layout: docs/format.md, "ExCP slices".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckptvcs.codec import excp
-from ckptvcs.codec.excp import Centres, Floats
+from ckptvcs.codec.excp import Centres
 from ckptvcs.codec.frame import (
     EXCP_MOMENT,
     EXCP_RESIDUAL,
@@ -21,12 +21,13 @@ from ckptvcs.codec.frame import (
 )
 from ckptvcs.codec.masks import Mask
 from ckptvcs.codec.spec import ExcpSpec
-from ckptvcs.encode.group import CodedGroup, CodedSlice, Group, Target
+from ckptvcs.codec.words import Floats
+from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Group, Target
 from ckptvcs.encode.measure import measure
 from ckptvcs.parallel import ordered_map
 
-_SAMPLE = 1 << 20  # entries that thresholds and codebooks are fitted on
-_RUN = 1 << 12  # a sample is made of runs of this many entries at even distances
+_SAMPLE = 1 << 20  # sampled entries of a tensor
+_RUN = 1 << 12  # entries of each evenly spaced run of a sample
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ExcpPlan:
 
 @dataclass
 class _Sample:
-    """Entries of residual, exp_avg and exp_avg_sq at the same positions, and sums over all."""
+    """Sampled entries of residual, exp_avg and exp_avg_sq, and sums over all entries."""
 
     residual: list[Floats]
     first: list[Floats]
@@ -53,7 +54,7 @@ class _Sample:
 
 
 def _picked(count: int, share: float) -> slice | Mask:
-    """Which entries of a slice of `count` are in the sample."""
+    """Return which entries of a slice of `count` words are in the sample."""
     if share >= 1:
         return slice(None)
     runs = np.arange(count) // _RUN
@@ -62,10 +63,10 @@ def _picked(count: int, share: float) -> slice | Mask:
 
 
 def plan(group: Group, spec: ExcpSpec) -> ExcpPlan | None:
-    """Measure a group.
+    """Fit the thresholds and codebooks of a group, or return None if ExCP does not apply.
 
-    None where ExCP does not apply: values that are not finite or too large for its float16
-    centres, or a weight that did not move, whose moments it would set to zero.
+    ExCP needs finite values within the range of its float16 centres. It would set the moments of a
+    weight that did not move to zero.
     """
     share = _SAMPLE / group.words
     sample = _Sample([], [], [], moved=group.weight is None)
@@ -116,8 +117,8 @@ def _fit(sample: _Sample, group: Group, spec: ExcpSpec) -> ExcpPlan | None:
     return ExcpPlan(threshold, moment_threshold, weight_codes, first_codes, second_codes)
 
 
-class ExcpCoder:
-    """Codes a group: its slices are the weight's, then exp_avg's, then exp_avg_sq's."""
+class ExcpEncoder:
+    """Encodes a group: the weight, then exp_avg, then exp_avg_sq."""
 
     def __init__(self, group: Group, fitted: ExcpPlan) -> None:
         self._group, self._plan = group, fitted
@@ -127,7 +128,7 @@ class ExcpCoder:
         last = len(self.members) - 1
         self.companions = {last: last - 1} if group.second is not None else {}
 
-    def code(self, number: int) -> CodedGroup:
+    def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""
         group, fitted = self._group, self._plan
         slices = []
@@ -136,24 +137,24 @@ class ExcpCoder:
         if residual is not None and group.weight is not None and group.base is not None:
             source, base = group.weight.tensor.slice(number), group.base.slice(number)
             dtype = group.weight.dtype
-            # A codebook is empty only where the sample kept nothing; then nothing is kept at all.
+            # The codebook is empty if the sample has no large residual: keep none at all.
             mask = (np.abs(residual) > fitted.residual_threshold) & bool(fitted.weight.size)
             payload, decoded = excp.encode_residual(source, base, mask, fitted.weight, dtype)
             data = put_slice(EXCP_RESIDUAL, payload)
-            slices.append(CodedSlice(data, decoded, source, stands_on_base=True))
+            slices.append(EncodedSlice(data, decoded, source, uses_base=True))
         if group.first is not None:
             large = np.abs(group.first.floats(number)) > fitted.moment_threshold
             kept = mask & large & bool(fitted.first.size)
             slices.append(_moment(group.first, number, kept, fitted.first, own_mask=True))
             if group.second is not None:
                 slices.append(_moment(group.second, number, kept, fitted.second, own_mask=False))
-        return CodedGroup(tuple(slices), measure(group, number, self.members, slices))
+        return EncodedGroup(tuple(slices), measure(group, number, self.members, slices))
 
 
 def _moment(
     moment: Target, number: int, mask: Mask, centres: Centres, *, own_mask: bool
-) -> CodedSlice:
+) -> EncodedSlice:
     words = moment.tensor.slice(number)
     payload, decoded = excp.encode_moment(words, mask, centres, moment.dtype, own_mask=own_mask)
     method = EXCP_MOMENT if own_mask else EXCP_SHARED_MASK_MOMENT
-    return CodedSlice(put_slice(method, payload), decoded, words)
+    return EncodedSlice(put_slice(method, payload), decoded, words)

@@ -1,8 +1,8 @@
-"""The near codec for weights and moments on a device: only codes leave it.
+"""Encode weights and moments on their device with the near codec.
 
-The base goes there slice by slice; what comes back is decoded here, for its hash and as the next
-base.  A slice that is not of the common kind (zeros in its second moment, say) is moved and coded
-like any other.
+Only encoded slices leave the device. The host decodes them for their hashes and the next base, and
+copies the base to the device slice by slice. Unusual slices (zeros in the second moment, say) are
+copied and encoded on the host.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ from ckptvcs.codec.frame import (
     put_slice,
 )
 from ckptvcs.codec.kernels import on_torch
-from ckptvcs.codec.near_lowrank import factors_of, put_directions
+from ckptvcs.codec.near_lowrank import factors_of, put_components
 from ckptvcs.codec.near_moments import Factors, put_second
 from ckptvcs.codec.near_weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
-from ckptvcs.encode.group import CodedGroup, CodedSlice, Errors, Group, Target, Tensor
-from ckptvcs.encode.near import Measured, NearCoder, is_beyond, second_rows
+from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Group, Target, Tensor
+from ckptvcs.encode.near import Measured, NearEncoder, is_beyond, second_rows
 
-_Coded = tuple[CodedSlice, Errors, Any]  # the last one: the near form on the device
+_OnDevice = tuple[EncodedSlice, Errors, Any]
+"""An encoded slice, its errors, and its decoded values on the device, if they are needed."""
 
 
-class DeviceCoder:
-    """Codes what a `NearCoder` would, where it is."""
+class DeviceEncoder:
+    """Encodes on the device what `NearEncoder` encodes on the host."""
 
     def __init__(
-        self, host: NearCoder, weight: Target, base: Tensor, first: Target, second: Target
+        self, host: NearEncoder, weight: Target, base: Tensor, first: Target, second: Target
     ) -> None:
         self._host, self._weight, self._base = host, weight, base
         self._first, self._second = first, second
         self.members, self.companions = host.members, host.companions
 
     @classmethod
-    def of(cls, host: NearCoder, group: Group) -> DeviceCoder | None:
-        """Return a coder for a group of a weight with a base and both moments, all on a device;
-        None for other groups.
-        """
+    def of(cls, host: NearEncoder, group: Group) -> DeviceEncoder | None:
+        """Return an encoder if a group has a weight with a base, and both moments, on a device."""
         weight, base, first, second = group.weight, group.base, group.first, group.second
         if not group.words or group.others or group.copies:
             return None
@@ -56,13 +55,13 @@ class DeviceCoder:
                 return None
         return cls(host, weight, base, first, second)
 
-    def code(self, number: int) -> CodedGroup:
+    def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""
-        return self._code_here(number) or self._host.code(number)
+        return self._encode_on_device(number) or self._host.encode(number)
 
-    def _code_here(self, number: int) -> CodedGroup | None:
-        second = self._code_second(self._second, number)
-        first = None if second is None else self._code_first(self._first, number, second)
+    def _encode_on_device(self, number: int) -> EncodedGroup | None:
+        second = self._encode_second(self._second, number)
+        first = None if second is None else self._encode_first(self._first, number, second)
         if second is None or first is None:
             return None
         coded: dict[int, Measured] = {
@@ -70,18 +69,17 @@ class DeviceCoder:
             self._second.number: second[:2],
         }
         step = self._host.step(number, coded)
-        weight = self._code_weight(self._weight, number, second)
-        if weight is None or not self._host.good(step):
+        weight = self._encode_weight(self._weight, number, second)
+        if weight is None or not self._host.is_within_limit(step):
             return None
         first[1].add(step)
         coded[self._weight.number] = weight[:2]
-        slices, errors = zip(*(coded[target.number] for target in self.members), strict=True)
-        return CodedGroup(slices, errors)
+        return EncodedGroup(*zip(*(coded[target.number] for target in self.members), strict=True))
 
     def _values(self, target: Target, number: int) -> Any:
         return on_torch.floats(target.tensor.on_device(number), target.dtype)
 
-    def _code_second(self, target: Target, number: int) -> _Coded | None:
+    def _encode_second(self, target: Target, number: int) -> _OnDevice | None:
         values = self._values(target, number)
         count = int(values.numel())
         rows = second_rows(target, number, count)
@@ -93,45 +91,47 @@ class DeviceCoder:
         product = on_torch.product(factors.row, factors.column, rows, values)
         near = on_torch.rounded(product, target.dtype)
         errors = Errors(*on_torch.root_squares(values, near))
-        return _coded(NEAR_SECOND, payload, target, values, errors, near)
+        return _checked(NEAR_SECOND, payload, target, values, errors, near)
 
-    def _code_first(self, target: Target, number: int, second: _Coded) -> _Coded | None:
+    def _encode_first(self, target: Target, number: int, second: _OnDevice) -> _OnDevice | None:
         values, roots = self._values(target, number), second[2].sqrt()
         count = int(values.numel())
         spec = self._host.spec
-        rows = self._host.direction_rows(target, number, count, spec.rank)
+        rows = self._host.low_rank_rows(target, number, count, spec.rank)
         if rows is None:
             return None
         matrix = on_torch.DeviceMatrix.of(values / roots, rows)
-        payload = put_directions(matrix, rows, spec.rank, spec.rank_step)
+        payload = put_components(matrix, rows, spec.rank, spec.rank_step)
         if payload is None:
             return None
-        left, right, scale = factors_of(payload, count)
-        product = on_torch.there(left, values) @ on_torch.there(right, values)
+        left, right, _, scale = factors_of(payload, count)
+        product = on_torch.to_device(left, values) @ on_torch.to_device(right, values)
         near = product.reshape(-1)[rows.start : rows.start + count] * float(scale) * roots
         near = on_torch.rounded(near, target.dtype)
         error, energy, largest = on_torch.squares(near, values)
         errors = Errors(error, energy, largest=largest)
-        beside = Companion(memoryview(second[0].data))
-        return _coded(NEAR_SCALED_LOW_RANK, payload, target, values, errors, near, companion=beside)
+        auxiliary = Companion(memoryview(second[0].data))
+        return _checked(
+            NEAR_SCALED_LOW_RANK, payload, target, values, errors, near, companion=auxiliary
+        )
 
-    def _code_weight(self, target: Target, number: int, second: _Coded) -> _Coded | None:
+    def _encode_weight(self, target: Target, number: int, second: _OnDevice) -> _OnDevice | None:
         values, base = self._values(target, number), self._base.slice(number)
         residuals = on_torch.DeviceResiduals(
             values,
-            on_torch.there(to_float32(base, target.dtype), values),
+            on_torch.to_device(to_float32(base, target.dtype), values),
             self._values(self._second, number),
             target.dtype,
         )
         factors = self._host.row_factors(Factors.of(second[0].data[1:], base.size))
-        found = put_delta(residuals, self._host.delta_step(), self._host.spec.zone, factors)
-        if found is None:
+        delta = put_delta(residuals, self._host.delta_step(), self._host.spec.zone, factors)
+        if delta is None:
             return None
-        errors = Errors.of(found[1])
-        return _coded(NEAR_WEIGHT, found[0], target, values, errors, None, base=base)
+        payload, sums = delta
+        return _checked(NEAR_WEIGHT, payload, target, values, Errors.of(sums), None, base=base)
 
 
-def _coded(
+def _checked(
     method: int,
     payload: bytes,
     target: Target,
@@ -141,10 +141,8 @@ def _coded(
     *,
     base: Words | None = None,
     companion: Companion | None = None,
-) -> _Coded | None:
-    """A slice of `values` in a near form; None where it is worse than nothing, not finite, or of
-    another sign.
-    """
+) -> _OnDevice | None:
+    """Return the slice of a near form, or None if it is unusable as in `NearEncoder`."""
     least = errors.energy if base is None else errors.residual
     if not errors.error <= least < np.inf:
         return None
@@ -152,11 +150,11 @@ def _coded(
     decoded = decode_slice(memoryview(data), DTYPES[target.dtype], values.numel(), base, companion)
     floats = to_float32(decoded, target.dtype)
     if target.dtype != "F32" and not np.isfinite(floats).all():
-        return None  # rounded up to infinity
+        return None  # rounded to infinity
     low, high = float(values.min()), float(values.max())
     sign = 1 if low >= 0 else -1 if high <= 0 else 0
     if sign and (target.weak or is_beyond(floats, sign)):
-        return None  # see `NearCoder`
+        return None
     if target.squared and not floats.all():
         return None
-    return CodedSlice(data, decoded, None, stands_on_base=base is not None), errors, near
+    return EncodedSlice(data, decoded, None, uses_base=base is not None), errors, near

@@ -36,28 +36,32 @@ class SourceTensor(Tensor, Protocol):
     """A tensor of the checkpoint."""
 
     def on_device(self, number: int) -> Any:
-        """The bytes of a slice as a flat tensor, where they are on a device; else None."""
+        """Return a slice on its device, as a flat uint8 tensor; None if it is in host memory."""
 
 
 @dataclass(frozen=True)
-class CodedSlice:
-    """A slice as it is stored, the words it decodes to, and the words that were asked for, unless
-    these stayed on a device.
+class EncodedSlice:
+    """An encoded slice, the words it decodes to, and the original words.
+
+    `source` is None if the original stayed on a device, and is `decoded` if the slice is exact.
     """
 
     data: bytes
     decoded: Words
     source: Words | None
-    stands_on_base: bool = False
+    uses_base: bool = False
 
 
 @dataclass
 class Errors:
-    """Sums over entries of one tensor, x being what was asked for and e the error of its near form.
+    """Sums over the entries of one tensor: x is the original, e the error of its near form.
 
-    Of a weight: `residual` sums (x - base)^2; `fisher_error` and `fisher_residual` weigh e^2 and
-    that by the second moment.  Of a second moment x and e are roots.  `update_*` sum squares of the
-    optimizer's next step, from a sample.
+    error            e^2; for second moments, x and e are those of the square roots
+    energy           x^2
+    residual         (x - base)^2, for weights
+    fisher_*         e^2 and (x - base)^2, weighted by the second moment
+    update_*         squares of the next optimizer step, from a sample
+    largest          the largest |e|
     """
 
     error: float = 0.0
@@ -71,7 +75,7 @@ class Errors:
 
     @classmethod
     def of(cls, sums: tuple[float, ...]) -> Errors:
-        """Those of a weight, from what `kernels.weight_squares` returns."""
+        """Return the errors of a weight from the result of `kernels.weight_squares`."""
         error, energy, residual, fisher_error, fisher_residual, largest = sums
         return cls(error, energy, residual, fisher_error, fisher_residual, largest=largest)
 
@@ -88,18 +92,21 @@ class Errors:
 
 
 @dataclass(frozen=True)
-class CodedGroup:
-    """One slice of each member of a group, in the order of its coder, and its errors."""
+class EncodedGroup:
+    """One slice of each member of a group and its errors, in the order of the encoder."""
 
-    slices: tuple[CodedSlice, ...]
+    slices: tuple[EncodedSlice, ...]
     errors: tuple[Errors, ...]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of `dtype` and `shape` to encode with loss.  `number` is its position in
-    the schema, `role` what it is to its optimizer; `weak`, if its place alone says so;
-    `iterate`, if it is state that an optimizer steps from.
+    """A tensor to encode with loss.
+
+    number   position in the schema
+    dtype    real element type; `shape` counts a complex element as two
+    role     role in the optimizer; `weak` if only its location in the checkpoint indicates it
+    iterate  whether it is optimizer state that moves like a weight (see `ITERATES`)
     """
 
     number: int
@@ -112,15 +119,15 @@ class Target:
 
     @property
     def squared(self) -> bool:
-        """Whether it averages squares."""
+        """Return whether this is a second moment."""
         return self.role in SECOND
 
     def floats(self, number: int) -> Floats:
-        """The values of one slice."""
+        """Return the values of one slice."""
         return to_float32(self.tensor.slice(number), self.dtype)
 
     def sampled(self, number: int, size: int) -> Floats:
-        """The values of one slice at the positions of `planes.sample`."""
+        """Return at most `size` values of one slice, at the positions of `sections.sample`."""
         data = self.tensor.on_device(number)
         if data is not None:
             return on_torch.picked(on_torch.floats(data, self.dtype), size)
@@ -128,8 +135,10 @@ class Target:
 
     @property
     def columns(self) -> int:
-        """Words in a row of the matrix it is seen as: all but the first dimension, or the last one
-        where there are many matrices.
+        """Return the words in a row of the tensor as a matrix.
+
+        Rows span all dimensions but the first, or the last dimension if that has 16 or more
+        elements and there are three or more dimensions.
         """
         if len(self.shape) < 2:
             return max(1, int(np.prod(self.shape)))
@@ -137,17 +146,16 @@ class Target:
         return max(1, last if len(self.shape) > 2 and last >= 16 else int(np.prod(self.shape[1:])))
 
     def start(self, number: int) -> int:
-        """How many words of its first row a slice lacks."""
+        """Return the position of a slice in its first row, in words."""
         return number * SLICE_WORDS % self.columns
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is coded together, all of as many words: a weight and its base, its moments.
+    """Tensors of `words` words each that are encoded together: a weight and its moments.
 
-    A weight without moments, and moments whose weight is not known, are groups too.  `first` is
-    what the optimizer divides by the root of `second`; `others` are coded by themselves;
-    `copies` are the weight rounded to 16 bits.
+    The weight or the moments may be missing. The optimizer divides `first` by the root of `second`.
+    `others` are further moments; `copies` are the weight rounded to 16 bits.
     """
 
     words: int
@@ -160,7 +168,7 @@ class Group:
     rule: Rule = field(default_factory=Rule)
 
     def residual(self, number: int) -> Floats | None:
-        """Weight - base in one slice.  NaN where the weight is too large to be coded safely."""
+        """Return weight - base in one slice, with NaN for weights too large to encode safely."""
         if self.weight is None or self.base is None:
             return None
         target = self.weight.floats(number)
@@ -170,16 +178,16 @@ class Group:
         return residual
 
 
-class Coder(Protocol):
-    """Codes the slices of some tensors of as many words, in any order and any thread."""
+class GroupEncoder(Protocol):
+    """Encodes the slices of tensors of the same size, in any order and in any thread."""
 
     @property
     def members(self) -> Sequence[Target]:
-        """What it codes, in the order of the slices that come out."""
+        """Return the encoded tensors, in the order of the slices of an `EncodedGroup`."""
 
     @property
     def companions(self) -> Mapping[int, int]:
-        """Which member names which other as its companion, by position."""
+        """Return member -> the member whose frame is its auxiliary frame, by position."""
 
-    def code(self, number: int) -> CodedGroup:
+    def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""

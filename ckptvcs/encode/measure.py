@@ -1,12 +1,12 @@
 """Measure the error of the near form of a slice.
 
-    weight   squared error against squared weight and squared residual, plain and weighted by the
-             second moment (the empirical Fisher information, as far as an optimizer knows it)
-    moments  squared error of m and of sqrt(v), and *update NMSE*: the relative squared error of the
-             optimizer's next step, since a moment matters by nothing but the steps it makes
+    weight   squared error over squared weight and squared residual, plain and weighted by the
+             second moment (an estimate of the empirical Fisher information)
+    moments  squared error of m and of sqrt(v), and the *update NMSE*: the relative squared error of
+             the next optimizer step, the only way in which errors of moments matter
 
-The next step is taken by the optimizer's own rule (`updates.py`), from the true and the restored
-state, with a gradient as it is likely to come, on a fixed sample of entries.
+The next step follows the optimizer's update rule (`updates.py`), from the original and the decoded
+moments, with simulated gradients, on a fixed sample of entries.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ckptvcs.checkpoint.roles import WEIGHT, Rule
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.words import NONE, Words, to_float32
-from ckptvcs.encode.group import CodedSlice, Errors, Floats, Group, Target
+from ckptvcs.encode.group import EncodedSlice, Errors, Floats, Group, Target
 from ckptvcs.encode.updates import Moments, gradient_scale, orthogonal, steps_alone, steps_of
 from ckptvcs.history.commit import ErrorReport
 from ckptvcs.history.schema import TensorInfo
 
-_SAMPLE = 1 << 16  # entries of a tensor whose next step is looked at
-_LEAST = 1 << 12  # of a slice
+_SAMPLE = 1 << 16  # sampled entries of a tensor
+_LEAST = 1 << 12  # sampled entries of a slice, at least
 _SMALL = np.float32(0.05)
 _PARTITION = 1 << 14  # words; longer vectors are partitions (ZeRO, FSDP), not biases
-_BEYOND = 1e6  # times the step itself
+_BEYOND = 1e6  # update NMSE that exceeds every limit
 
 
 def measure(
-    group: Group, number: int, members: Sequence[Target], slices: Sequence[CodedSlice]
+    group: Group, number: int, members: Sequence[Target], slices: Sequence[EncodedSlice]
 ) -> tuple[Errors, ...]:
     """Measure the errors of slice `number` of each member."""
     return tuple(
@@ -48,7 +48,7 @@ def measure(
     )
 
 
-def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
+def measure_weight(group: Group, number: int, coded: EncodedSlice) -> Errors:
     """Measure the errors of slice `number` of a group's weight."""
     assert group.weight is not None
     assert coded.source is not None
@@ -63,7 +63,7 @@ def measure_weight(group: Group, number: int, coded: CodedSlice) -> Errors:
     return Errors.of(sums)
 
 
-def measure_moment(target: Target, coded: CodedSlice) -> Errors:
+def measure_moment(target: Target, coded: EncodedSlice) -> Errors:
     """Measure the errors of a slice of a moment."""
     assert coded.source is not None
     with np.errstate(over="ignore", invalid="ignore"):
@@ -75,7 +75,7 @@ def measure_moment(target: Target, coded: CodedSlice) -> Errors:
 
 
 def finite(errors: Errors) -> Errors:
-    """No errors for what is stored exactly, with what is not finite in it."""
+    """Return the errors, or none if one is not finite: such slices are stored exactly."""
     return errors if all(map(np.isfinite, astuple(errors))) else Errors()
 
 
@@ -86,10 +86,10 @@ def count_nonfinite(words: Words, dtype: str) -> int:
 
 @lru_cache(1)
 def _gradients() -> Floats:
-    """Gradients in units of their size: a fourth of them is about twice that, the others are small.
+    """Return simulated gradients with an RMS of 1, shape (_SAMPLE,).
 
-    Real ones are so: most classes are in no batch.  Where the gradient is small, the step is what
-    the moments say, and their errors count most.
+    As in real training, most gradients are small: few classes occur in a batch. Small gradients
+    make the step depend on the moments, whose errors then count most.
     """
     draw = np.random.default_rng(0)
     sizes = np.where(draw.random(_SAMPLE) < 0.25, 1.96, 0.2).astype(np.float32)
@@ -97,19 +97,20 @@ def _gradients() -> Floats:
 
 
 def step_sample(words: int) -> int:
-    """How many entries of a slice are looked at, in a tensor of `words` words."""
+    """Return the number of sampled entries of each slice of a tensor of `words` words."""
     return max(_LEAST, _SAMPLE // max(1, len(slice_counts(words))))
 
 
 def measure_step(rule: Rule, true: Moments, near: Moments, count: int) -> Errors:
-    """The error of the next step, from the true and the restored moments of a sample that stands
-    for `count` entries: the worst, where there are several ways to step.
+    """Return the worst error of the next step over all candidate step functions.
+
+    `true` and `near` are the original and decoded moments of a sample of `count` entries.
     """
     size = next(iter(true.values())).size
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         likely = _gradients()[:size] * gradient_scale(rule, true)
-        # What an average says alone counts most where the gradient is small, but not zero: then it
-        # gives a sign to what came back as zero.
+        # A first moment alone counts most if the gradient is small, but not zero: the gradient
+        # then decides the sign of entries that decode to zero.
         gradients = [likely, _SMALL * likely] if steps_alone(true) else [likely]
         return _worst(
             [
@@ -124,26 +125,27 @@ def measure_step(rule: Rule, true: Moments, near: Moments, count: int) -> Errors
 def measure_matrix(
     rule: Rule, target: Target, number: int, words: int, near: Floats, other: Errors
 ) -> Errors:
-    """The error of a step that is orthogonal, as Muon's, from the restored floats of a slice of
-    a tensor of so many `words`; the worse one of this and an `other`, where Muon is only likely;
-    beyond any bound where it is not known which matrices a partition holds.
+    """Return the error of a Muon step from `near`, the decoded slice `number` of a tensor.
+
+    `words` is the size of the tensor. If the optimizer may not be Muon, return the worse of this
+    and `other`. For a partition of unknown matrices, return an error above every limit.
     """
     if target.columns == words >= _PARTITION:
         return replace(other, update_error=np.inf) if other.update_error else other
     start = target.start(number)
-    true, back = (orthogonal(v, target.columns, start) for v in (target.floats(number), near))
-    if true is None or back is None:
+    true, decoded = (orthogonal(v, target.columns, start) for v in (target.floats(number), near))
+    if true is None or decoded is None:
         return other
     count = slice_counts(words)[number]
-    found = difference(true, back, count)
-    return found if rule.kind == "muon" else _worst([other, found], count)
+    muon = difference(true, decoded, count)
+    return muon if rule.kind == "muon" else _worst([other, muon], count)
 
 
 def _worst(errors: list[Errors], count: int) -> Errors:
-    """The worst error of several steps that are possible, as a share of a step.
+    """Return the worst relative error of several candidate steps.
 
-    The steps of two optimizers can differ by orders of magnitude.  So that sums over slices stay
-    sums of one kind, such a step counts as one of size 1 in each of its entries.
+    Steps of two optimizers can differ by orders of magnitude. The result is scaled to a step of
+    size 1 in each entry, so that sums over slices are comparable.
     """
     if len(errors) == 1:
         return errors[0]
@@ -159,12 +161,13 @@ def _worst(errors: list[Errors], count: int) -> Errors:
 
 
 def difference(true: Floats, near: Floats, count: int) -> Errors:
-    """The error of a step, of which some entries stand for `count`, over those that are finite;
-    beyond any bound where the near one is not finite there.
+    """Return the error of a step over its finite entries, extrapolated to `count` entries.
+
+    It exceeds every limit if the near step is not finite there.
     """
-    share, known = count / max(1, true.size), np.isfinite(true)
-    if not known.all():
-        true, near = true[known], near[known]
+    share, finite_ones = count / max(1, true.size), np.isfinite(true)
+    if not finite_ones.all():
+        true, near = true[finite_ones], near[finite_ones]
     energy = share * float(np.square(true, dtype=np.float64).sum())
     error = share * float(np.square(near - true, dtype=np.float64).sum())
     if not np.isfinite(error):
@@ -176,7 +179,7 @@ def _ratio(error: float, energy: float) -> float:
     return error / energy if energy else 0.0
 
 
-def _weights(sums: Errors) -> ErrorReport:
+def _report(sums: Errors) -> ErrorReport:
     return ErrorReport(
         sqrt(_ratio(sums.error, sums.energy)),
         _ratio(sums.error, sums.residual),
@@ -187,28 +190,29 @@ def _weights(sums: Errors) -> ErrorReport:
 
 
 def report(errors: Mapping[int, Errors], infos: Sequence[TensorInfo]) -> ErrorReport:
-    """The errors of a commit: of its weights together, and of all next steps together."""
+    """Return the errors of a commit: those of all weights, and of all next steps."""
     total = Errors()
     for number, sums in errors.items():
         if infos[number].role == WEIGHT:
             total.add(sums)
         total.update_error += sums.update_error
         total.update_energy += sums.update_energy
-    return _weights(total)
+    return _report(total)
 
 
 def report_tensors(
     errors: Mapping[int, Errors], infos: Sequence[TensorInfo]
 ) -> dict[int, ErrorReport]:
-    """The errors of each tensor that is not exact.  A moment's own NMSE stands as
-    `residual_nmse`: of exp_avg as it is, of squares by their roots.
+    """Return the errors of each tensor that is not exact.
+
+    `residual_nmse` of a moment is the NMSE of its values, or of their roots for second moments.
     """
-    found = {}
+    reports = {}
     for number, sums in errors.items():
         if sums.error:
-            one = _weights(sums)
+            report = _report(sums)
             if infos[number].role != WEIGHT:
                 nmse = _ratio(sums.error, sums.energy)
-                one = ErrorReport(0.0, nmse, 0.0, one.update_nmse, one.max_abs)
-            found[number] = one
-    return found
+                report = ErrorReport(0.0, nmse, 0.0, report.update_nmse, report.max_abs)
+            reports[number] = report
+    return reports

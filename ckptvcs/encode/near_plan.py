@@ -13,19 +13,20 @@ from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.encode.group import Floats, Group
 
-_SAMPLE = 1 << 16  # entries of a tensor that its scale is taken from
+_SAMPLE = 1 << 16  # sampled entries of a tensor
 _SAMPLED_SLICES = 4
-_OUTLYING = 4.0  # a tensor's residual counts as at most this many times the median tensor's
-_NOISE = 0.066  # NMSE of residuals over the square of their step in standard deviations, about
-_SETTLED = 0.05  # energy of the movement of weights, over theirs, below which they have settled
-_UNSETTLED = 0.1  # error of a step, where they have not, or where the averages are not known
-_MARGIN = 0.9  # of a bound, to be on the safe side of samples
+_OUTLYING = 4.0  # largest RMS of a residual that counts, over that of the median tensor
+_NOISE = 0.066  # approximate NMSE of residuals at a quantization step of one standard deviation
+_SETTLED = 0.05  # residual energy over weight energy, below which weights have settled
+_UNSETTLED = 0.1  # limit of the update NMSE before weights have settled
+_MARGIN = 0.9  # of a bound, since scales are measured on samples
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Root mean squares of a weight and of its residual (None without a base); the median of log2
-    of its second moment (None without one).
+    """RMS of a weight and of its residual, and the median of log2 of its second moment.
+
+    `residual` is None without a base, `second` is None without a second moment.
     """
 
     words: int
@@ -41,7 +42,7 @@ def _finite_rms(values: Floats) -> float:
 
 
 def measure_scale(group: Group) -> Scale:
-    """The scale of a group that has a weight, from a sample."""
+    """Measure the scale of a group with a weight, on a sample."""
     assert group.weight is not None
     numbers = range(len(slice_counts(group.words)))
     picked = numbers[:: max(1, len(numbers) // _SAMPLED_SLICES)][:_SAMPLED_SLICES]
@@ -57,12 +58,12 @@ def measure_scale(group: Group) -> Scale:
         if group.second is not None:
             second = group.second.sampled(number, size)
             seconds.append(second[(second > 0) & np.isfinite(second)])
-    found = np.concatenate(seconds) if seconds else np.zeros(0, np.float32)
+    positive = np.concatenate(seconds) if seconds else np.zeros(0, np.float32)
     return Scale(
         group.words,
         _finite_rms(np.concatenate(weights)) if weights else 0.0,
         _finite_rms(np.concatenate(residuals)) if residuals else None,
-        float(np.median(np.log2(found))) if found.size else None,
+        float(np.median(np.log2(positive))) if positive.size else None,
     )
 
 
@@ -74,8 +75,9 @@ def _weighted_median(values: list[float], weights: list[int]) -> float:
 
 @dataclass(frozen=True)
 class NearPlan:
-    """What all groups of a commit share: the scale of residuals, the middle of log2 of second
-    moments.
+    """Settings that all groups of a commit share.
+
+    `residual` is the RMS of all residuals, `second` the median of log2 of all second moments.
     """
 
     spec: NearSpec
@@ -84,11 +86,11 @@ class NearPlan:
 
     @classmethod
     def of(cls, spec: NearSpec, scales: Iterable[Scale]) -> NearPlan:
-        """The plan for weights of these scales.
+        """Return the plan for weights of these scales.
 
-        A re-initialised layer, say, must not set the step of all others: residuals far above the
-        median tensor's are cut.  Where the bound on the error of weights asks for it, steps are
-        finer than `spec` has them.
+        The RMS of each residual is clipped, so that one re-initialised layer does not set the
+        quantization step of all others. The steps of `spec` become finer if the bound on the
+        error of weights requires it.
         """
         rows = list(scales)
         spec = _finer(spec, rows)
@@ -106,11 +108,10 @@ class NearPlan:
 
 
 def _finer(spec: NearSpec, rows: list[Scale]) -> NearSpec:
-    """Steps with which the bound on the error of weights holds, as far as scales tell.
+    """Return a spec whose quantization steps are expected to meet the bound on weight errors.
 
-    The bounds are tighter for weights that move by much of their own size between commits.  The
-    loss is far from flat around them, and falls with every step: an error that a settled model does
-    not feel costs loss there.  So they are where no weight tells how far a run is.
+    The limit of the update NMSE is lower while weights move by a large part of their size: the loss
+    is then more sensitive to errors than that of a settled model.
     """
     residual, weight = _energies(rows)
     if residual > _SETTLED * weight or not rows:
@@ -123,7 +124,7 @@ def _finer(spec: NearSpec, rows: list[Scale]) -> NearSpec:
 
 
 def _energies(rows: Iterable[Scale]) -> tuple[float, float]:
-    """Sums of squares over all residuals, and over the weights that have one."""
+    """Return the energy of all residuals, and that of the weights that have one."""
     moved = [row for row in rows if row.residual is not None]
     residual = sum(row.words * float(row.residual or 0) ** 2 for row in moved)
     return residual, sum(row.words * row.weight**2 for row in moved)

@@ -1,8 +1,8 @@
-"""The next step of an optimizer from its moments, but for the learning rate.
+"""Compute the next optimizer step from its moments, without the learning rate.
 
-A moment matters by nothing but the steps it makes: Lion and Muon take the sign of theirs, or make
-it orthogonal, so that a small error of the moment can be a large one of the step.  Of an optimizer
-that is not known the worst of these counts.
+Errors of moments matter only through the next step. Lion takes the sign of its moment and Muon
+orthogonalizes it, so a small error of a moment can become a large error of the step. If the
+optimizer is unknown, the worst step of all candidates counts.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from ckptvcs.checkpoint.roles import SECOND, Rule
 
 Floats = NDArray[np.float32]
 Moments = Mapping[str, Floats]
-"""Moments of some entries by their keys in the optimizer's state."""
+"""Moments of the same entries, by key in the optimizer state."""
 Step = Callable[[Moments, Floats], Floats]
-"""A step from moments and a gradient, but for the learning rate."""
+"""Returns the step from moments and a gradient, without the learning rate."""
 
-_DOUBT = 1.1  # times what is possible at most: samples and rounding
-_LEAST_SHARE = 1e-3  # of a first moment: that of Adam has 0.05 where gradients are mere noise
-_SIDE = 128  # rows and columns of a matrix that a step of Muon is tried on
-_TIMES = 5
+_DOUBT = 1.1  # tolerance of `_most_share` for samples and rounding
+_LEAST_SHARE = 1e-3  # of a first moment; Adam has 0.05 if gradients are pure noise
+_SIDE = 128  # rows and columns of the block on which a step of Muon is computed
+_TIMES = 5  # Newton-Schulz iterations
 _SQUARES = ("exp_avg_sq", "exp_avg_var", "v", "nu", "max_exp_avg_sq")
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz, as in torch.optim.Muon
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of torch.optim.Muon
 
 
 def steps_of(rule: Rule, moments: Moments) -> list[Step]:
-    """How an optimizer with these moments steps, from them and a gradient; several ways where it is
-    not known.  Steps of Muon, which need whole matrices, are not among them: see `orthogonal`.
+    """Return the candidate step functions of an optimizer with these moments.
+
+    A known optimizer has one. Steps of Muon need whole matrices: see `orthogonal`.
     """
     keys = moments.keys()
     if keys & {*_SQUARES}:
@@ -58,7 +59,7 @@ def steps_of(rule: Rule, moments: Moments) -> list[Step]:
 
 
 def _share(moments: Moments) -> float | None:
-    """The energy of a first moment over that of the gradients which its second moment averages."""
+    """Return the energy of the first moment over that of the gradients (the sum of `v`)."""
     second = next((moments[key] for key in _SQUARES[:1] + _SQUARES[2:4] if key in moments), None)
     if second is None or not moments.keys() - SECOND:
         return None
@@ -67,8 +68,9 @@ def _share(moments: Moments) -> float | None:
 
 
 def _most_share(rule: Rule) -> float:
-    """The largest share that an average of gradients can have (Cauchy and Schwarz).  That of ADOPT
-    is larger: it averages steps.
+    """Return the largest possible `_share` of an average of gradients (Cauchy-Schwarz).
+
+    ADOPT exceeds it, because it averages steps.
     """
     if rule.beta1**2 >= rule.beta2:
         return np.inf
@@ -76,28 +78,28 @@ def _most_share(rule: Rule) -> float:
 
 
 def is_known(rule: Rule, keys: Iterable[str]) -> bool:
-    """Whether it is known how an optimizer steps from moments of these keys, or at least likely."""
-    ways = steps_of(rule, dict.fromkeys(keys, np.zeros(0, np.float32)))
-    return rule.kind == "adam" or len(ways) == 1
+    """Return whether the step function for moments with these keys is known or likely."""
+    steps = steps_of(rule, dict.fromkeys(keys, np.zeros(0, np.float32)))
+    return rule.kind == "adam" or len(steps) == 1
 
 
 def gradient_scale(rule: Rule, moments: Moments) -> Floats:
-    """The size of the gradient that is likely to come, by entry or for all."""
+    """Return the likely size of the next gradient, per entry or as one value."""
     for key in (*_SQUARES, "square_avg"):
         if key in moments:
             return np.sqrt(moments[key])
     if "exp_inf" in moments:
         return moments["exp_inf"] * np.float32(0.3)
-    if "sum" in moments:  # of a hundred gradients, say
+    if "sum" in moments:  # assume a sum of 100 gradients
         return np.sqrt(moments["sum"]) * np.float32(0.1)
-    # An average of gradients that have nothing to do with each other is smaller than these.
+    # The average of independent gradients is smaller than the gradients.
     beta = rule.beta2 if rule.kind == "lion" else rule.beta1
     spread = float(np.sqrt(np.mean(np.square(_average(moments), dtype=np.float64))))
     return np.full(1, spread * np.sqrt((1 + beta) / (1 - beta)), np.float32)
 
 
 def steps_alone(moments: Moments) -> bool:
-    """Whether nothing divides the averages, or cuts off what it divides."""
+    """Return whether the step is not divided by a second moment, or is clipped after that."""
     return not moments.keys() & SECOND or "hessian" in moments
 
 
@@ -109,7 +111,7 @@ def _average(moments: Moments) -> Floats:
 
 
 def _adam(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
-    """Adam and its kin: AMSGrad, NAdam, RAdam, AdaBelief, AdEMAMix, Adan."""
+    """Return the step of Adam, AMSGrad, NAdam, RAdam, AdaBelief, AdEMAMix or Adan."""
     ahead: Any = gradient
     for key in ("exp_avg", "exp_avg_fast", "m", "mu"):
         if key in moments:
@@ -159,13 +161,13 @@ def _sophia(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
 
 
 def _rmsprop(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
-    """RMSprop, plain, centred or with momentum; Adagrad, which forgets nothing."""
+    """Return the step of Adagrad, or of RMSprop (plain, centred or with momentum)."""
     squares: Any = np.square(gradient)
     if "sum" in moments:
         mean: Any = moments["sum"] + squares
     else:
         mean = rule.beta2 * moments["square_avg"] + (1 - rule.beta2) * squares
-    if "grad_avg" in moments:  # the near form must not be negative under the root
+    if "grad_avg" in moments:  # a near form may make the root NaN, which counts as an error
         average = rule.beta2 * moments["grad_avg"] + (1 - rule.beta2) * gradient
         mean = mean - np.square(average)
     step = gradient / (np.sqrt(mean) + rule.eps)
@@ -179,12 +181,16 @@ def _lion(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
 
 
 def takes_matrices(rule: Rule, moments: Moments) -> bool:
-    """Whether a step is, or may be, that of Muon."""
+    """Return whether the optimizer is Muon, or may be."""
     return rule.kind == "muon" or (rule.kind == "" and [*moments] == ["momentum_buffer"])
 
 
 def orthogonal(values: Floats, columns: int, start: int) -> Floats | None:
-    """What Muon makes of a corner of the matrix that a slice is of; None where it has none."""
+    """Return the Muon step of the top left block of a slice, shape (<=128, <=128).
+
+    `columns` is the width of the matrix, `start` the position of the slice in its first row. Return
+    None if the slice has fewer than two whole rows, or values that are not finite.
+    """
     first = -start % columns
     rows = (values.size - first) // columns
     if min(rows, columns) < 2:

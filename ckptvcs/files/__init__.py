@@ -1,1 +1,1 @@
-"""Files of the user: names that are allowed, places that are held, writing and deleting."""
+"""The user's files: allowed names, target folders, writing and deleting."""

@@ -1,1 +1,1 @@
-"""What may go: rules, fading, and the collector that deletes."""
+"""Garbage collection: retention rules, fading, and deletion."""

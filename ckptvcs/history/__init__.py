@@ -1,1 +1,1 @@
-"""Ids <-> meaning: commits, refs, revisions, what is reachable.  No tensors, no torch."""
+"""Commits, refs, revisions and reachability.  No tensors, no torch."""

@@ -23,7 +23,7 @@ from ckptvcs.checkpoint.notes import unknown_floats
 from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.decode.base_cache import HeldBase
+from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.encode.assemble import Encoded
 from ckptvcs.encode.encoder import Encoder
 from ckptvcs.encode.planner import Attempt, within_bounds
@@ -159,7 +159,7 @@ class Committer:
         repository: Repository,
         config: Config,
         progress: Progress = quiet,
-        held: HeldBase | None = None,
+        held: MemoryBase | None = None,
         announce: Announce = quiet,
     ) -> None:
         """Prepare a commit; `config` holds the settings of its start."""
@@ -280,7 +280,7 @@ class Committer:
                 checkpoint,
                 dict(hashes),
                 progress=self._progress,
-                held=held,
+                memory=held,
             ).encode()
 
         first = Attempt.first(request.spec, keyframe=keyframe, patched=patched)
@@ -324,7 +324,7 @@ class Committer:
         notes = [*place.notes, *request.checkpoint.notes, *encoded.notes]
         if request.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
             notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
-        self._publish(place, name, commit)
+        self.publish(place, name, commit)
         self._check_published(place, name, lease_name)
         # The commit is in the history.  If fading fails, the next gc repeats it.
         with contextlib.suppress(CkptError, OSError, MemoryError):
@@ -338,7 +338,8 @@ class Committer:
         """Return whether the parent has the same schema, so that its notes were shown before."""
         return parent is not None and self._catalog.commit(parent).schema == schema
 
-    def _publish(self, place: Place, name: ObjectId, commit: Commit) -> None:
+    def publish(self, place: Place, name: ObjectId, commit: Commit) -> None:
+        """Move the branch, and HEAD if it follows, to the commit."""
         head = self._refs.read(HEAD)
         takes_head = place.moves_head and (head is None or head.branch != place.branch)
         move = Move(name, place.branch, place.tip, head, takes_head, commit.time)

@@ -1,6 +1,6 @@
-"""The settings of a repository: what they are called, which values they take, where they stand.
+"""The settings of a repository: their names, their values, and the file that holds them.
 
-Lower layers get values, never the file.  docs/reference/settings.md describes the settings.
+docs/reference/settings.md describes each setting.  Lower layers get values, never the file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import re
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,43 +31,7 @@ _log = logging.getLogger("ckptvcs")
 OFF = "off"
 AUTO = "auto"
 _HINT = "edit the file, or run 'ckpt verify --repair'"
-_HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
-
-
-@dataclass(frozen=True)
-class Config:
-    """The settings; docs/reference/settings.md describes each.
-
-    Bounds are a number, `off`, or `auto`: the codec's own.
-    """
-
-    codec: str = "near"
-    keep_exact: int = 2
-    keep_best: str = ""
-    best_fidelity: str = "exact"
-    tag_fidelity: str = "exact"
-    pin_fidelity: str = "exact"
-    max_weight_error: str | float = AUTO
-    max_update_nmse: str | float = AUTO
-    keyframe_depth: int = 64
-    keyframe_bytes: float = 16.0
-
-    @property
-    def exact_rule(self) -> ExactRule:
-        """Whose exact patches stay."""
-        best = Best.parse(self.keep_best) if self.keep_best else None
-        return ExactRule(
-            self.keep_exact, best, self.best_fidelity, self.tag_fidelity, self.pin_fidelity
-        )
-
-    def codec_of(self, text: str | None) -> CodecSpec:
-        """A codec, by default the one of the settings, with the bounds of the settings."""
-        spec = parse_codec(self.codec if text is None else text)
-        bounds = (
-            {OFF: float("inf"), AUTO: None}[value] if isinstance(value, str) else value
-            for value in (self.max_weight_error, self.max_update_nmse)
-        )
-        return with_bounds(spec, *bounds)
+_HEADING = "# Settings of this repository; docs/reference/settings.md describes them.\n"
 
 
 def _codec(value: Value) -> str:
@@ -87,19 +51,14 @@ def _fidelity(value: Value) -> str:
     return str(value)
 
 
-def _whole(least: int) -> Callable[[Value], int]:
-    def check(value: Value) -> int:
-        try:
-            number = int(value) if not isinstance(value, float) else -1
-        except ValueError:
-            number = -1
-        if isinstance(value, bool) or not least <= number <= _ALL:
-            raise InvalidInputError(
-                f"invalid value '{value}': must be an integer of at least {least}"
-            )
-        return number
-
-    return check
+def _integer(value: Value, *, least: int = 0) -> int:
+    try:
+        number = -1 if isinstance(value, bool | float) else int(value)
+    except ValueError:
+        number = -1
+    if not least <= number <= _ALL:
+        raise InvalidInputError(f"invalid value '{value}': must be an integer of at least {least}")
+    return number
 
 
 def _number(value: Value) -> float:
@@ -116,103 +75,145 @@ def _bound(value: Value) -> str | float:
     return str(value) if value in (OFF, AUTO) else _number(value)
 
 
-_CHECKS: dict[str, Callable[[Value], Value]] = {
-    "codec": _codec,
-    "keep-exact": _whole(0),
-    "keep-best": _best,
-    "best-fidelity": _fidelity,
-    "tag-fidelity": _fidelity,
-    "pin-fidelity": _fidelity,
-    "max-weight-error": _bound,
-    "max-update-nmse": _bound,
-    "keyframe-depth": _whole(1),
-    "keyframe-bytes": _number,
-}
+def _setting(default: Value, parse: Callable[[Value], Value]) -> Any:
+    """Return a field of `Config`; `parse` checks and converts a value of the file or a user."""
+    return field(default=default, metadata={"parse": parse})
 
-KEYS = tuple(_CHECKS)
-"""The names of the settings, as the file and the command line have them."""
+
+@dataclass(frozen=True)
+class Config:
+    """The settings.  A bound is a number, `off`, or `auto` (the bound of the codec)."""
+
+    codec: str = _setting("near", _codec)
+    keep_exact: int = _setting(2, _integer)
+    keep_best: str = _setting("", _best)
+    best_fidelity: str = _setting("exact", _fidelity)
+    tag_fidelity: str = _setting("exact", _fidelity)
+    pin_fidelity: str = _setting("exact", _fidelity)
+    max_weight_error: str | float = _setting(AUTO, _bound)
+    max_update_nmse: str | float = _setting(AUTO, _bound)
+    keyframe_depth: int = _setting(64, lambda value: _integer(value, least=1))
+    keyframe_bytes: float = _setting(16.0, _number)
+
+    @property
+    def exact_rule(self) -> ExactRule:
+        """The rule that says which exact patches to keep."""
+        best = Best.parse(self.keep_best) if self.keep_best else None
+        return ExactRule(
+            self.keep_exact, best, self.best_fidelity, self.tag_fidelity, self.pin_fidelity
+        )
+
+    def codec_of(self, text: str | None) -> CodecSpec:
+        """Return a codec with the configured bounds; None names the configured codec."""
+        spec = parse_codec(self.codec if text is None else text)
+        bounds = (
+            {OFF: float("inf"), AUTO: None}[value] if isinstance(value, str) else value
+            for value in (self.max_weight_error, self.max_update_nmse)
+        )
+        return with_bounds(spec, *bounds)
 
 
 def _field(key: str) -> str:
     return key.replace("-", "_")
 
 
+_PARSERS: dict[str, Callable[[Value], Value]] = {
+    setting.name.replace("_", "-"): setting.metadata["parse"] for setting in fields(Config)
+}
+
+KEYS = tuple(_PARSERS)
+"""The names of the settings in the file and on the command line."""
+
+
 def _checked(key: str, value: object) -> Value:
-    if key not in _CHECKS:
-        raise InvalidInputError(f"unknown setting '{key}'", hint=f"use one of {', '.join(KEYS)}")
+    _require_key(key)
     if not isinstance(value, str | int | float):
         raise InvalidInputError(f"'{key}' is neither text nor a number")
     try:
-        return _CHECKS[key](value)
+        return _PARSERS[key](value)
     except InvalidInputError as error:
         raise InvalidInputError(f"'{key}': {error.message}", hint=error.hint) from error
 
 
+def _require_key(key: str) -> None:
+    if key not in _PARSERS:
+        raise InvalidInputError(f"unknown setting '{key}'", hint=f"use one of {', '.join(KEYS)}")
+
+
 def get_setting(config: Config, key: str) -> Value:
-    """The value of a setting.  Raises InvalidInputError: there is none of that name."""
-    if key not in _CHECKS:
-        _checked(key, "")
+    """Return the value of a setting.
+
+    Raises:
+        InvalidInputError: No setting has this name.
+    """
+    _require_key(key)
     return getattr(config, _field(key))  # type: ignore[no-any-return]
 
 
 def default_text(codec: str | None = None) -> str:
-    """The settings of a new repository, as text.  Raises InvalidInputError: no such codec."""
+    """Return the text of the settings of a new repository.
+
+    Raises:
+        InvalidInputError: No codec has this name.
+    """
     name = _codec(Config.codec if codec is None else codec)
     return f"{_HEADING}codec = {json.dumps(name)}\n"
 
 
 def load_config(path: Path) -> Config:
-    """Read the settings; what the file does not say has its default.
+    """Read the settings; a setting that the file does not name has its default.
 
     Raises:
-        InvalidInputError: the file is missing, is not TOML, or holds an unknown key or a bad value.
-            What defaults would let go may have been told to stay.
+        InvalidInputError: The file is missing, is not TOML, or holds an unknown key or a bad
+            value.  Defaults would be dangerous: they could delete what the real settings keep.
     """
     return _parse(_read(path), path)
 
 
 class Settings:
-    """The settings of an open repository, as they are at each moment.
+    """The settings of an open repository.
 
-    A process may train for weeks: the file is a few lines, and is read whenever it is asked for.
+    A process may train for weeks, so each call reads the file, which has a few lines.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: tuple[str, Config] | None = None  # the last text that could be read
-        self._told: str | None = None
+        self._last: tuple[str, Config] | None = None  # the last valid text
+        self._warned: str | None = None
 
     def now(self) -> Config:
-        """The settings as the file says them now.
+        """Return the settings that the file holds now.
 
         Raises:
-            InvalidInputError: the file cannot be read; see `load_config`.
+            InvalidInputError: The file cannot be read; see `load_config`.
         """
-        text, known = _read(self._path), self._known
-        if known is None or known[0] != text:
-            known = self._known = text, _parse(text, self._path)
-        self._told = None
-        return known[1]
+        text, last = _read(self._path), self._last
+        if last is None or last[0] != text:
+            last = self._last = text, _parse(text, self._path)
+        self._warned = None
+        return last[1]
 
     def for_commit(self) -> Config:
-        """The same for a commit.  Where the file can no longer be read, a commit uses what this
-        process read last, and keeps every exact form: the new text may tell more of them to stay.
+        """Return the settings for a commit.
+
+        If the file has become unreadable, a commit uses the last valid settings of this process.
+        It keeps every exact form, because the unreadable text may keep more of them.
 
         Raises:
-            InvalidInputError: this process has never been able to read the file.
+            InvalidInputError: This process never found a readable file.
         """
         try:
             return self.now()
         except InvalidInputError as error:
-            if self._known is None:
+            if self._last is None:
                 raise
-            if self._told != error.message:
-                self._told = error.message
+            if self._warned != error.message:
+                self._warned = error.message
                 _log.warning(
                     "%s; commits use the settings before that, and keep every exact form",
                     error.message,
                 )
-            return replace(self._known[1], keep_exact=_ALL)
+            return replace(self._last[1], keep_exact=_ALL)
 
 
 def _read(path: Path) -> str:
@@ -237,20 +238,21 @@ def _parse(text: str, path: Path) -> Config:
 
 
 def set_setting(path: Path, backend: Backend, key: str, value: str | None) -> Config:
-    """Change a setting in the file, whole or not at all, leaving its other lines as they are; None
-    takes it out.  The settings from then on.
+    """Change one setting in the file atomically, and return the new settings.
+
+    The other lines of the file stay.  None removes the setting.
 
     Raises:
-        InvalidInputError: there is no such setting, or it does not take that value.
-        BusyError: others are changing the repository, and do not end.
-        StorageError: the file cannot be written.
+        InvalidInputError: No setting has this name, or the value is not valid.
+        BusyError: Other processes keep changing the repository.
+        StorageError: The file cannot be written.
     """
-    get_setting(Config(), key)
+    _require_key(key)
     checked = None if value is None else _checked(key, value)
-    own = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
+    assignment = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
     with turn(backend):  # two processes may change settings at once
-        there = _read(path) if path.exists() else _HEADING
-        lines = [line for line in there.splitlines() if not own.match(line)]
+        text = _read(path) if path.exists() else _HEADING
+        lines = [line for line in text.splitlines() if not assignment.match(line)]
         if checked is not None:
             lines.append(f"{key} = {json.dumps(checked)}")
         text = "\n".join(lines) + "\n"
@@ -259,47 +261,40 @@ def set_setting(path: Path, backend: Backend, key: str, value: str | None) -> Co
     return config
 
 
-def mend_settings(path: Path, backend: Backend, copy: Path | None, *, drop: bool) -> bool:
-    """Where the settings cannot be read, take those of a copy, or, if told to `drop`, the lines of
-    them that can be read; whether that was done.
+def repair_settings(path: Path, backend: Backend, copy: Path | None, *, drop: bool) -> bool:
+    """Replace unreadable settings, and return whether that was done.
+
+    The new settings are those of `copy`, or with `drop` the readable lines of the file.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: The file cannot be written.
     """
-    with contextlib.suppress(InvalidInputError):
-        load_config(path)
+    if _is_readable(path):
         return False
-    text: str | None = None
-    if copy is not None:
-        with contextlib.suppress(InvalidInputError):
-            load_config(copy)
-            text = _read(copy)
-    if text is None and drop:
-        text = f"{_HEADING}"
-        for line in _lines(path):
-            if line.strip() and _can_be_read(f"{text}{line}\n", path):
-                text += f"{line}\n"
-    if text is None:
+    if copy is not None and _is_readable(copy):
+        text = _read(copy)
+    elif drop:
+        text = _readable_lines(path) or _HEADING
+    else:
         return False
-    backend.delete(path.name)  # which may be no file
+    backend.delete(path.name)  # it may be a folder or a link
     disk.replace(path, text.encode(), path.parent / "tmp")
     return True
 
 
-def _lines(path: Path) -> list[str]:
-    try:
+def _is_readable(path: Path) -> bool:
+    with contextlib.suppress(InvalidInputError):
+        load_config(path)
+        return True
+    return False
+
+
+def _readable_lines(path: Path) -> str:
+    text = ""
+    with contextlib.suppress(OSError, ValueError):
         data = disk.read_small(path, _MAX_BYTES)
-    except (OSError, ValueError):
-        return []
-    return data.decode("utf-8", "replace").removeprefix(_HEADING).splitlines()
-
-
-def _can_be_read(text: str, path: Path) -> bool:
-    try:
-        _parse(text, path)
-    except InvalidInputError:
-        return False
-    return True
-
-
-assert {field.name for field in fields(Config)} == {_field(key) for key in KEYS}
+        for line in filter(str.strip, data.decode("utf-8", "replace").splitlines()):
+            with contextlib.suppress(InvalidInputError):
+                _parse(f"{text}{line}\n", path)
+                text += f"{line}\n"
+    return text

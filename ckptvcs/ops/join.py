@@ -19,7 +19,7 @@ from typing import Self
 
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
-from ckptvcs.decode.base_cache import HeldBase
+from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.decode.chain import ChainReader, read_slice
 from ckptvcs.encode.assemble import Assembly, Encoded, StoredPlace
 from ckptvcs.encode.frame_writer import PatchWriter
@@ -222,7 +222,7 @@ def encode_share(repository: Repository, plan: ShardPlan, checkpoint: Checkpoint
     """Encode the shard of this process for a distributed commit."""
     repository.catalog.store.refresh()  # the coordinator may have committed meanwhile
     with repository.held_base("state") as held:
-        held = HeldBase() if held is None else held
+        held = MemoryBase() if held is None else held
         return encode_shard(repository.catalog, repository.bases, plan, checkpoint, held)
 
 

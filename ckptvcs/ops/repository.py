@@ -47,7 +47,7 @@ from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
     from ckptvcs.codec.spec import CodecSpec
-    from ckptvcs.decode.base_cache import HeldBase
+    from ckptvcs.decode.base_cache import MemoryBase
     from ckptvcs.decode.commit_reader import Restorer
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class Repository:
         self.refs = Refs(self.backend)
         self.revisions = Revisions(self.catalog, self.refs)
         self.history = History(self.catalog, self.refs, self.revisions)
-        self._held: HeldBase | None = None
+        self._held: MemoryBase | None = None
         self._holder = Lock()
         self._sync_index()
 
@@ -201,18 +201,18 @@ class Repository:
         """Return a reader of one commit; with `near` it ignores exact patches."""
         from ckptvcs.decode.commit_reader import Restorer  # noqa: PLC0415
 
-        return Restorer(self.catalog, name, near=near, cache=self.bases, held=self._held)
+        return Restorer(self.catalog, name, near=near, cache=self.bases, memory=self._held)
 
     @contextmanager
-    def held_base(self, kind: str) -> Iterator[HeldBase | None]:
+    def held_base(self, kind: str) -> Iterator[MemoryBase | None]:
         """Lend the decoded weights of the last state, which stay in memory, to one commit.
 
         Yields None if a commit of another thread uses them.  `kind` is that of the checkpoint.
         """
-        from ckptvcs.decode.base_cache import HeldBase  # noqa: PLC0415  needs numpy
+        from ckptvcs.decode.base_cache import MemoryBase  # noqa: PLC0415  needs numpy
 
         if kind == "state" and self._held is None:
-            self._held = HeldBase()
+            self._held = MemoryBase()
         acquired = self._holder.acquire(blocking=False)
         try:
             yield self._held if acquired else None

@@ -1,1 +1,1 @@
-"""Bytes <-> ids, durable.  The store does not know what its objects mean."""
+"""Durable storage of objects by id.  The store does not interpret their content."""

@@ -1,7 +1,7 @@
-"""Where files live: named, write-once, listed by folder.
+"""The interface to the files of a repository: named, write-once, listed by folder.
 
-Names are relative and use `/`.  A file is complete when its name appears, and is never changed
-after that.  `ckptvcs.store.local` implements it for a directory.
+Names are relative and use `/`.  A file is complete when its name appears, and it never changes
+after that.  `ckptvcs.store.local` implements the interface for a directory.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from ckptvcs.errors import CorruptionError, StorageError
 
 
 class Writer(Protocol):
-    """One file on its way: invisible until `publish`, gone after `abort`."""
+    """An unfinished file: invisible until `publish`, deleted by `abort`."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append `data`.  Raises StorageError when there is no room."""
+        """Append `data`.  Raises StorageError if the disk is full."""
 
     def publish(self, name: str) -> None:
         """Make the file durable, then visible as `name`.
 
         Raises:
-            ConflictError: the name is taken; the file that has it is left as it is.
+            ConflictError: the name is taken; the existing file stays unchanged.
             StorageError: nothing became visible.
         """
 
     def abort(self) -> None:
-        """Forget what was written.  Does nothing after `publish`."""
+        """Delete the unfinished file.  Does nothing after `publish`."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What tells a file from a copy of it, and whether somebody is there who holds it.
+    """The properties of a held file that distinguish it from a copy and show its holder.
 
-    `device` and `inode` are the numbers of the file; they are `fixed` where the file system is one
-    of this machine alone, so that no file has other numbers elsewhere.  `is_locked` is None where
-    the file system knows no locks.  `renewed_ns` is when the holder last renewed the file, by the
+    `device` and `inode` are the numbers of the file.  They are `fixed` if only this machine can
+    reach the file system, so that the file has the same numbers for every reader.  `is_locked` is
+    None if the file system has no locks.  `renewed_ns` is the time of the last renewal, by the
     clock of the file system.
     """
 
@@ -49,86 +49,85 @@ class Trace:
 
 
 class Hold(Protocol):
-    """A file that says that its holder is at work."""
+    """A file that shows that its holder is at work."""
 
     def renew(self) -> None:
-        """Say again that the holder is there; nothing where that fails."""
+        """Update the modification time of the file.  Ignores failures."""
 
     def release(self) -> None:
-        """Take the file away.  Raises StorageError; nobody holds it any more all the same."""
+        """Delete the file.  After a StorageError, the file stays but is no longer held."""
 
 
 class Backend(Protocol):
     """A folder of write-once files; `str` names it in messages."""
 
     def names(self, folder: str) -> Iterator[str]:
-        """Every name below `folder`, in no order; nothing where the folder does not exist."""
+        """Yield every name below `folder` in any order; nothing if the folder does not exist."""
 
     def size(self, name: str) -> int:
-        """Bytes of a file.
+        """Return the size of a file in bytes.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            CorruptionError: what has its name is no file.
-            StorageError: it cannot be looked at.
+            FileNotFoundError: the file does not exist.
+            CorruptionError: the name belongs to something other than a file.
+            StorageError: the system refuses.
         """
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """The bytes asked for, fewer only at the end of the file.
+        """Return `length` bytes from `offset` on, or fewer at the end of the file.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            CorruptionError: what has its name is no file.
-            StorageError: it cannot be read.
+            FileNotFoundError, CorruptionError, StorageError: as `size`.
         """
 
     def writer(self) -> Writer:
         """Begin a new file."""
 
-    def hold(self, name: str, say: Callable[[Trace], bytes]) -> Hold:
-        """Publish what `say` makes of a file's own trace, and hold the file.  It need not outlast
-        the machine, and is not synced.
+    def hold(self, name: str, describe: Callable[[Trace], bytes]) -> Hold:
+        """Create a file, publish it with the content `describe(its trace)`, and hold it.
+
+        The file is not synced, because it is meaningless after a crash of the machine.
 
         Raises:
             ConflictError: the name is taken.
-            StorageError: it cannot be written.
+            StorageError: the file cannot be written.
         """
 
     def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
-        """The bytes of a file that somebody holds, or held, and its trace.
+        """Return the bytes and the trace of a held file.
 
         Raises:
             FileNotFoundError, StorageError, CorruptionError: as `read_small`.
         """
 
     def clock_ns(self) -> int:
-        """What the clock says that `renewed_ns` is taken from."""
+        """Return the time by the clock that sets `renewed_ns`."""
 
     def settle(self, names: Iterable[str]) -> None:
-        """Make files durable, with their names, whoever has published them.  What this object has
-        published or settled already costs nothing.
+        """Make files and their names durable, whoever published them.
+
+        Files that this object published or settled before cost nothing.
 
         Raises:
-            FileNotFoundError: one is gone.
-            StorageError: they cannot be synced.
+            FileNotFoundError: a file does not exist.
+            StorageError: the files cannot be synced.
         """
 
     def settle_seen(self) -> None:
-        """The same for all files that this object has read or measured and that may not be durable
-        yet: their writers have not come to the end of `publish`.  What is gone by now is left out.
+        """Settle the files that this object has read or measured and that may not be durable.
+
+        Their writers had not reached the end of `publish`.  Deleted files are skipped.
         """
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a small file durably in place of an older version of it.
+        """Replace a small file durably.
 
         Raises:
             StorageError: the file is unchanged.
         """
 
     def cache(self, name: str, data: bytes) -> None:
-        """Put a file that may be lost in the place of what has its name; nothing where it cannot be
-        written.
-        """
+        """Write a file that may be lost, replacing anything of that name.  Ignores failures."""
 
     def make_folders(self, folders: Iterable[str]) -> list[str]:
         """Create the folders that are missing or are not folders; return their names.
@@ -138,17 +137,17 @@ class Backend(Protocol):
         """
 
     def make_way(self, folder: str) -> None:
-        """Remove what has the name of a folder, or of one above it, and is none."""
+        """Remove each file or link that has the name of `folder` or of a folder above it."""
 
     def delete(self, name: str) -> None:
-        """Remove a file, or what has its name; no error where there is none."""
+        """Remove a file, or anything else of that name.  Does nothing if it does not exist."""
 
 
 _TRIES = 3
 
 
 def write_once(backend: Backend, name: str, data: bytes) -> None:
-    """Publish a small file.  Raises ConflictError where the name is taken."""
+    """Publish a small file.  Raises ConflictError if the name is taken."""
     for attempt in range(_TRIES):
         writer = backend.writer()
         try:
@@ -156,7 +155,7 @@ def write_once(backend: Backend, name: str, data: bytes) -> None:
             writer.publish(name)
             return
         except StorageError as error:
-            # gc takes for debris what nobody who holds a lease is writing.
+            # A caller without a lease may lose its temporary file to gc: try again.
             if attempt + 1 == _TRIES or not isinstance(error.__cause__, FileNotFoundError):
                 raise
         finally:
@@ -164,10 +163,11 @@ def write_once(backend: Backend, name: str, data: bytes) -> None:
 
 
 def read_small(backend: Backend, name: str, limit: int) -> bytes:
-    """A whole file that must not be larger than `limit` bytes.
+    """Return the content of a file of at most `limit` bytes.
 
     Raises:
-        FileNotFoundError, StorageError, CorruptionError: it cannot be read, is larger, or no file.
+        FileNotFoundError, CorruptionError, StorageError: as `Backend.size`.
+        CorruptionError: the file is larger.
     """
     data = backend.read(name, 0, limit + 1)
     if len(data) > limit:

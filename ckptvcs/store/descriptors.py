@@ -1,7 +1,7 @@
-"""Descriptors: the numbers 0, 1 and 2 never belong to a file of a repository.
+"""Keep the descriptors 0, 1 and 2 away from the files of a repository.
 
-A process may be started with standard streams that are closed.  The next file that it opens has the
-number of one, and whatever prints by number (a library in C, a child process) prints into it.
+If a process starts with closed standard streams, the next file that it opens gets the number of
+one of them.  Then a C library or child process that prints by number would write into that file.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ _STANDARD = 3  # 0, 1, 2
 
 
 def occupy_standard() -> None:
-    """Open what is closed of the standard streams, to nowhere."""
+    """Open each closed standard stream to the null device."""
     while (number := _closed()) is not None:
-        opened = os.open(os.devnull, os.O_RDWR)  # which is the lowest number that is free
+        opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         os.set_inheritable(opened, number < _STANDARD)
-        if opened >= _STANDARD:  # another thread was quicker
+        if opened >= _STANDARD:  # another thread has opened it
             os.close(opened)
 
 

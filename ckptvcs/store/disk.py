@@ -1,8 +1,8 @@
-"""The steps by which bytes and names become durable on a POSIX file system.
+"""The steps that make bytes and names durable on a POSIX file system.
 
-Each is one thing that may fail, or be the last before a crash; everything that a repository must
-not lose goes through here.  What is not synced may be lost, and names may become durable in another
-order than they were made in.
+All durable data of a repository goes through this module.  Each function is one step that may
+fail, or be the last one before a crash.  A crash may lose all data that is not synced, and names
+may become durable in a different order from their creation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HINTS = {
 
 
 def storage_error(error: OSError, action: str) -> StorageError:
-    """What the user is told when the operating system refuses."""
+    """Return the error, with a hint, for a refusal of the operating system."""
     reason = error.strerror or str(error)
     return StorageError(f"cannot {action}: {reason}", hint=_HINTS.get(error.errno or 0))
 
@@ -63,11 +63,12 @@ def read_small(path: Path, limit: int) -> bytes:
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A folder for temporary files.  What cannot be deleted at its end stays: TemporaryDirectory
-    of Python 3.11 tries again without an end where it may not list a folder.
+    """Create a temporary folder, and delete it at the end as far as possible.
+
+    (TemporaryDirectory of Python 3.11 never ends if it is not allowed to list a folder.)
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
@@ -77,18 +78,18 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
 
 def is_full(error: StorageError) -> bool:
-    """Whether it is for want of room that the operating system refused."""
+    """Return whether the cause of an error is a full disk or quota."""
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def create(path: Path) -> BinaryIO:
-    """Begin a file that does not exist yet."""
+    """Create a file.  Raises FileExistsError."""
     return path.open("xb")
 
 
 def write(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Append to a file, as far as the operating system's memory."""
+    """Append to a file, without syncing."""
     file.write(data)
 
 
@@ -99,8 +100,12 @@ def sync(file: BinaryIO) -> None:
 
 
 def link(path: Path, name: Path) -> bool:
-    """Give a file another name; whether it keeps its own.  Raises FileExistsError where that is
-    taken: of two who want it one gets it, and what it shows is never half a file.
+    """Give a file a second name; return whether it keeps the first.
+
+    The step is atomic: only one of several writers gets the name.
+
+    Raises:
+        FileExistsError: the name is taken.
     """
     try:
         os.link(path, name)
@@ -113,8 +118,9 @@ def link(path: Path, name: Path) -> bool:
 
 
 def _rename_to_new(path: Path, name: Path, refused: OSError) -> None:
-    """The same where the file system has no hard links: a rename that replaces nothing, which the
-    kernel does in one step.  To look first, and then rename, would let two writers both succeed.
+    """Do the same on a file system without hard links, by a rename that replaces nothing.
+
+    The kernel does this in one step.  With a check and then a rename, two writers could succeed.
     """
     try:
         rename_new = ctypes.CDLL(None, use_errno=True).renameat2
@@ -123,7 +129,7 @@ def _rename_to_new(path: Path, name: Path, refused: OSError) -> None:
     done = rename_new(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(name), _RENAME_NOREPLACE)
     if done != 0:
         code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS):  # the file system cannot; the kernel cannot
+        if code in (errno.EINVAL, errno.ENOSYS):  # not supported by the file system or the kernel
             raise _cannot_link() from refused
         raise OSError(code, os.strerror(code), str(name))
 
@@ -133,21 +139,21 @@ def _cannot_link() -> OSError:
 
 
 def rename(path: Path, name: Path) -> None:
-    """Give a file another name instead of its own; whatever had that is gone."""
+    """Rename a file, replacing any file of the new name."""
     path.replace(name)
 
 
 def unlink(path: Path) -> None:
-    """Take a name away, if it is there."""
+    """Delete a file, if it exists."""
     path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, durably.
+    """Create a folder and its missing parents durably.
 
-    One that is there and empty may come from a process that was killed before it synced the folder
-    above, which is synced then.  Nothing is put into a folder before that is done, so that one
-    which holds anything is durable.
+    An existing empty folder may not be durable: its creator may have been killed before it synced
+    the parent.  So this function syncs the parent.  A folder that is not empty is durable, because
+    nothing is created in a folder before its parent is synced.
     """
     try:
         with os.scandir(path) as entries:
@@ -161,15 +167,17 @@ def make_folder(path: Path) -> None:
 
 
 def real_path(path: Path) -> Path:
-    """A path without links.  `Path.resolve` of Python 3.11 raises RuntimeError where a link leads
-    to itself.
+    """Return a path without links.
+
+    (`Path.resolve` of Python 3.11 raises RuntimeError if a link leads to itself.)
     """
     return Path(os.path.realpath(path))
 
 
 def sync_above(path: Path) -> None:
-    """Make the way to a folder durable: the names in all folders above it, on its file system, that
-    this user may read.
+    """Make the path to a folder durable.
+
+    This syncs all folders above it on the same file system that the user may read.
     """
     device = path.stat().st_dev
     for folder in real_path(path).parents:
@@ -180,12 +188,12 @@ def sync_above(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, as far as the file system knows how to."""
+    """Make the names in a folder durable, if the file system supports that."""
     settle(path)
 
 
 def settle(path: Path) -> None:
-    """Make durable what a file, or a folder, holds, whoever has written it."""
+    """Make the content of a file or folder durable, whoever wrote it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)

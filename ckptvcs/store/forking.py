@@ -1,8 +1,8 @@
-"""Forks: what a child has of its parent's threads is the one that forked, and all of their locks.
+"""Make forks safe.  A child has only the thread that forked, but the locks of all threads.
 
-A lock that another thread held is never let go in the child, a module that another thread was
-importing is never whole, and a handle of LMDB may be in any state.  So whoever forks waits until
-nobody is at it, for a stated time; and the child begins with new locks, and without the files.
+In the child, a lock that another thread held is never released, a module that another thread was
+importing stays incomplete, and an LMDB handle may be in any state.  So a fork waits for a limited
+time until no thread imports or uses LMDB.  The child begins with new locks and without the files.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import time
 from collections.abc import Callable
 from threading import RLock
 
-_IMPORT_WAIT = 60.0  # seconds: what is imported may have to be compiled
+_IMPORT_WAIT = 60.0  # seconds: a module may have to be compiled first
 _USE_WAIT = 1.0  # seconds
 _PAUSE = 0.005  # seconds
 _PACKAGE = __name__.partition(".")[0] + "."
 
 using = RLock()
-"""To be held by whoever uses LMDB, of any index, so that a fork finds nobody at it."""
+"""Each user of LMDB holds this lock, for any index, so that a fork can wait for it."""
 
 _forking: dict[int, bool] = {}  # thread -> whether it holds `using`
 _in_child: list[Callable[[bool], None]] = []
 
 
 def in_child(forget: Callable[[bool], None]) -> None:
-    """Have `forget` called in each forked child; it is told whether nobody was using LMDB."""
+    """Call `forget(idle)` in each forked child; `idle` says whether no thread was using LMDB."""
     _in_child.append(forget)
 
 
 def _is_importing() -> bool:
-    """Whether a module of this package is being imported: no thread that forks is at that."""
+    """Return whether another thread is importing a module of this package."""
     return any(
         getattr(getattr(module, "__spec__", None), "_initializing", False)
         for name, module in list(sys.modules.items())

@@ -1,9 +1,8 @@
-"""Holders: whether the process that wrote a lease may still be at work.
+"""Decide whether the holder of a lease is gone, or may still be at work.
 
-Only what proves that it is gone counts: that this very machine was started anew, that the process
-has ended, that nobody has the lock that its holder took, that the file is a copy.  All of this can
-be seen on the holder's own machine alone.  Elsewhere a holder is known by the renewals of its
-lease: one that was seen for an hour and not renewed counts no more.
+A holder is gone only if that is proven: its machine was rebooted, its process has ended, nobody
+holds the lock that it took, or the file is a copy.  Only the machine of the holder can see this.
+Other machines watch the renewals of the lease, and ignore it after an hour without one.
 """
 
 from __future__ import annotations
@@ -32,29 +31,29 @@ BEAT = 20.0
 """Seconds between two renewals of a lease."""
 
 SILENCE = 3600.0
-"""Seconds that a lease is seen and not renewed, until its holder counts no more."""
+"""Seconds of watching a lease without a renewal, after which its holder is ignored."""
 
-_MOST_AT_ONCE = SILENCE / 2  # between two looks: the file system may have been away as long
+_MAX_GAP = SILENCE / 2  # counted between two looks: the file system may have been unreachable
 _NOTES = "cache/silent"
-_MAX_NOTES = 1 << 16
+_MAX_NOTES = 1 << 16  # bytes
 _NANO = 1e9
 
 
 class Holder(Enum):
-    """What is known of a holder."""
+    """The state of a holder."""
 
-    THERE = "there"
+    LIVE = "live"
     GONE = "gone"
     UNKNOWN = "unknown"
     SILENT = "silent"
 
 
-NO_MORE = frozenset({Holder.GONE, Holder.SILENT})
-"""What makes a lease count no more for a sweep."""
+DEAD = frozenset({Holder.GONE, Holder.SILENT})
+"""The states in which gc ignores a lease."""
 
 
 def describe(trace: Trace, host: str, boot: str, *, is_renewed: bool) -> bytes:
-    """The content of a lease of this process, in a file that has this trace."""
+    """Return the content of a lease of this process, for a file with this trace."""
     pid = os.getpid()
     return json.dumps(
         {
@@ -74,90 +73,92 @@ def describe(trace: Trace, host: str, boot: str, *, is_renewed: bool) -> bytes:
 
 
 def judge(
-    data: bytes, trace: Trace, host: str, boot: str, *, is_meant: bool, clock_ns: Callable[[], int]
+    data: bytes, trace: Trace, host: str, boot: str, *, is_held: bool, clock_ns: Callable[[], int]
 ) -> Holder:
-    """What is known of the process that wrote a lease; `host` and `boot` are those of this machine.
-    Where it is this process, the lease `is_meant` unless it has been withdrawn.
+    """Return the state of the holder of a lease, given `host` and `boot` of this machine.
+
+    `is_held` says whether this process holds the lease; it is used only if this process wrote it.
     """
     try:
         fields = json.loads(data)
-        own, since, pid = fields["host"], str(fields["started"]), int(fields["pid"])
-        unseen = Holder.UNKNOWN if fields.get("renewed") is True else Holder.THERE
-        is_this_start = fields["boot"] == boot and (boot != "" or own == host)
-        if "machine" not in fields and own != host:
-            return unseen
-        if not is_this_start:
-            return _of_other_start(fields, trace, host, clock_ns, unseen)
+        lease_host, since, pid = fields["host"], str(fields["started"]), int(fields["pid"])
+        undecided = Holder.UNKNOWN if fields.get("renewed") is True else Holder.LIVE
+        is_this_boot = fields["boot"] == boot and (boot != "" or lease_host == host)
+        if "machine" not in fields and lease_host != host:
+            return undecided
+        if not is_this_boot:
+            return _of_other_boot(fields, trace, host, clock_ns, undecided)
         if _is_released(fields, trace):
             return Holder.GONE
         if fields.get("space", "") != process_space():
-            seen = fields.get("locked") is True and trace.is_locked is True
-            return Holder.THERE if seen else unseen
+            is_locked = fields.get("locked") is True and trace.is_locked is True
+            return Holder.LIVE if is_locked else undecided
         if pid == os.getpid():
-            return Holder.THERE if is_meant else Holder.GONE
-        return Holder.THERE if is_running(pid, since) else Holder.GONE
+            return Holder.LIVE if is_held else Holder.GONE
+        return Holder.LIVE if is_running(pid, since) else Holder.GONE
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return Holder.GONE
 
 
-def _of_other_start(
-    fields: dict[str, Any], trace: Trace, host: str, clock_ns: Callable[[], int], unseen: Holder
+def _of_other_boot(
+    fields: dict[str, Any], trace: Trace, host: str, clock_ns: Callable[[], int], undecided: Holder
 ) -> Holder:
-    """Of a lease that another machine wrote, or this one before it was started anew."""
+    """Judge a lease that another machine wrote, or an earlier boot of this one."""
     if trace.is_locked:
-        return Holder.THERE
+        return Holder.LIVE
     if "machine" in fields:
         is_this_machine = fields["machine"] == machine_id() != "" and fields["host"] == host
-    else:  # an older program knew machines by their names alone
+    else:  # an older program identified machines by name; `judge` has compared the names
         is_this_machine = True
     if is_this_machine and trace.fixed:  # no other machine can write here
         return Holder.GONE
     age, running = (clock_ns() - trace.renewed_ns) / _NANO, seconds_since_start()
     if is_this_machine and running > 2 * BEAT and age > running:
         return Holder.GONE  # another machine of the same name would have renewed it since
-    return unseen
+    return undecided
 
 
 def _is_released(fields: dict[str, Any], trace: Trace) -> bool:
-    """Whether a lease that was written since this machine was started is a copy, or has lost the
-    lock that its holder took.
-    """
+    """Return whether a lease of this boot is a copy, or its holder no longer holds the lock."""
     if "machine" not in fields:
         return False
-    if fields["device"] != trace.device:  # of one file there are two only by way of a network
+    if fields["device"] != trace.device:  # a network file system may have several numbers
         return fields["fixed"] is True and trace.fixed
     is_copy = trace.fixed and fields["inode"] != trace.inode
     return is_copy or (fields["locked"] is True and trace.is_locked is False)
 
 
 class Silence:
-    """What was seen of leases whose holders nobody can see from here.  Time counts only between
-    looks of processes of one start of this machine, and by its own clock that nobody sets.
+    """Observations of leases that renewals alone can tell to be live.
+
+    Time is counted only between looks during one boot of this machine, by its monotonic clock,
+    which nobody can set.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, float, float]] = {}  # when renewed, last look, silent for
+        # name -> (renewal time, time of the last look, seconds without a renewal)
+        self._seen: dict[str, tuple[int, float, float]] = {}
 
     def judge(self, backend: Backend, name: str, trace: Trace) -> Holder:
-        """Look once more at the lease of a holder that is not known."""
+        """Look once more at a lease whose holder is UNKNOWN."""
         now = time.monotonic()
         before = self._seen.get(name) or self._noted(backend).get(name)
         silent = 0.0
         if before is not None and before[0] == trace.renewed_ns and before[1] <= now:
-            silent = before[2] + min(now - before[1], _MOST_AT_ONCE)
+            silent = before[2] + min(now - before[1], _MAX_GAP)
         self._seen[name] = trace.renewed_ns, now, silent
         return Holder.SILENT if silent >= SILENCE else Holder.UNKNOWN
 
     def keep(self, backend: Backend) -> None:
-        """Note what was seen, for processes that come later; if it can be noted."""
-        there = {*backend.names("leases"), *backend.names("marks")}
-        seen = {name: row for name, row in self._seen.items() if name in there}
+        """Write the observations to the cache, for later processes."""
+        present = {*backend.names("leases"), *backend.names("marks")}
+        seen = {name: row for name, row in self._seen.items() if name in present}
         if seen:
             backend.cache(_NOTES, json.dumps({"boot": boot_id(), "seen": seen}).encode())
 
     @staticmethod
     def _noted(backend: Backend) -> dict[str, tuple[int, float, float]]:
-        found: dict[str, tuple[int, float, float]] = {}
+        notes: dict[str, tuple[int, float, float]] = {}
         with suppress(
             CkptError,
             FileNotFoundError,
@@ -172,5 +173,5 @@ class Silence:
             if fields["boot"] == boot_id() != "":
                 for name, (renewed, last, silent) in fields["seen"].items():
                     if math.isfinite(last) and 0 <= silent <= SILENCE:
-                        found[name] = int(renewed), float(last), float(silent)
-        return found
+                        notes[name] = int(renewed), float(last), float(silent)
+        return notes

@@ -1,4 +1,4 @@
-"""Who writes: this machine, this start of it, and which process of it."""
+"""Identify this machine, its current boot, and its processes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ _ID_FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
 
 def host_name() -> str:
-    """The name of this machine."""
+    """Return the name of this machine."""
     return socket.gethostname()
 
 
 def boot_id() -> str:
-    """What the kernel calls this start of the machine; empty where it does not say."""
+    """Return the kernel's id of this boot, or "" if it is not known."""
     return _text(Path("/proc/sys/kernel/random/boot_id"))
 
 
 @lru_cache(1)
 def machine_id() -> str:
-    """What this machine is called from one start to the next, and no other machine is; empty where
-    nothing says so for sure.
+    """Return an id that survives a reboot and that no other machine has, or "" if unsure.
 
-    The id that its system was installed with is no proof alone: machines that were copied share
-    it, and so do containers of one image.  The addresses of network cards tell copies apart; a
-    container sees none, and so has no such name.
+    The id of the installed system is not enough: copied machines share it, and so do containers of
+    one image.  The addresses of network cards distinguish copies.  A container sees no cards, and
+    so has no such id.
     """
     cards = sorted(filter(None, map(_address, _listed(_NETWORK))))
     installed = next(filter(None, map(_text, _ID_FILES)), "")
@@ -48,7 +47,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _text(path: Path) -> str:
-    """The text of a small file; empty where there is none, or a read would block (TypeError)."""
+    """Return the text of a small file, or "" if it cannot be read, or would block (TypeError)."""
     try:
         return path.read_text("ascii").strip()
     except (OSError, ValueError, TypeError):
@@ -56,12 +55,12 @@ def _text(path: Path) -> str:
 
 
 def _address(card: Path) -> str:
-    """The address of a network card that is one: what is made by software has no device."""
+    """Return the address of a physical network card; virtual interfaces have no device."""
     return _text(card / "address") if (card / "device").exists() else ""
 
 
 def seconds_since_start() -> float:
-    """How long this machine has been running, asleep or not; 0 where it does not say."""
+    """Return the time since boot, including sleep, or 0 if it is not known."""
     try:
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     except (AttributeError, OSError):
@@ -69,7 +68,7 @@ def seconds_since_start() -> float:
 
 
 def process_space() -> str:
-    """What tells one set of process ids from another: containers on one machine have their own."""
+    """Return the id of the process id namespace, which each container has for itself."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -77,7 +76,7 @@ def process_space() -> str:
 
 
 def started(pid: int) -> str:
-    """When a process began, as the kernel counts it: tells a reused process id."""
+    """Return the start time of a process in kernel ticks; it reveals a reused process id."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -85,7 +84,7 @@ def started(pid: int) -> str:
 
 
 def is_running(pid: int, since: str) -> bool:
-    """Whether a process of this machine that began at `since` is still there."""
+    """Return whether the process that started at `since` (see `started`) is still running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

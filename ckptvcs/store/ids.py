@@ -18,11 +18,11 @@ PackId = NewType("PackId", str)
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 MAX_OBJECT_BYTES = 1 << 28
-"""No object but a bundle's region may be larger once decoded; checked before memory is taken."""
+"""Limit of a decoded object (not of a bundle's region), checked before memory is allocated."""
 
 
 class Kind(IntEnum):
-    """What an object is; the number stands in pack records."""
+    """The kind of an object; pack records contain the number."""
 
     COMMIT = 1
     SCHEMA = 2
@@ -38,15 +38,15 @@ _PREFIXES = {kind: kind.name.lower().encode() + b"\0" for kind in Kind}
 
 
 def object_id(kind: Kind, content: bytes) -> ObjectId:
-    """The name of an object."""
+    """Return the id of an object."""
     return ObjectId(hex_hash(_PREFIXES[kind] + content))
 
 
 def checked_id(text: object) -> ObjectId:
-    """`text` as an id, where it came from bytes that cannot be trusted.
+    """Return untrusted `text` as an id.
 
     Raises:
-        CorruptionError: it is no id.
+        CorruptionError: `text` is not a valid id.
     """
     if not isinstance(text, str) or not _HEX.match(text):
         raise CorruptionError("an object names another by something that is no id")

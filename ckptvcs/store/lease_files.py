@@ -1,8 +1,8 @@
-"""Held files on a file system: a lock says that the holder is there, which no copy of a file says.
+"""Held files on a file system: a lock shows that the holder is alive; a copy has no lock.
 
-The lock goes with the process that took it, whichever set of process ids that belongs to, and the
-kernel that gave it knows it.  Others may not see it: a file system of several machines may keep
-locks to each of them.  Leases say who may conclude what; see `ckptvcs.store.leases`.
+The kernel releases the lock when its process ends, even if this process cannot see that one.  Other
+machines may not see the lock: a shared file system may keep locks local to each machine.
+`ckptvcs.store.holders` draws the conclusions.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _IN_MEMORY = frozenset({b"tmpfs", b"ramfs"})
 
 
 class LocalHold:
-    """A file that is held open, and locked where that can be."""
+    """A file that is held open, and locked if the file system has locks."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file, self._process = path, file, os.getpid()
 
     def renew(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it is closed by now
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed
             os.utime(self._file.fileno())
 
     def release(self) -> None:
         try:
-            if self._process == os.getpid():  # a forked child holds nothing
+            if self._process == os.getpid():  # a forked child must not delete it
                 disk.unlink(self._path)
         except OSError as error:
             raise storage_error(error, f"delete {self._path}") from error
@@ -45,28 +45,28 @@ class LocalHold:
             self._file.close()
 
 
-def hold(root: Path, name: str, say: Callable[[Trace], bytes]) -> LocalHold:
+def hold(root: Path, name: str, describe: Callable[[Trace], bytes]) -> LocalHold:
     """Publish a file, unsynced, and hold it; see `Backend.hold`."""
     for attempt in range(_TRIES):
         try:
-            return _hold(root, root / name, say)
+            return _hold(root, root / name, describe)
         except FileExistsError as error:
             raise ConflictError(f"{name} exists already") from error
         except OSError as error:
-            # gc takes for debris what nobody who holds a lease is writing.
+            # gc may have deleted the temporary file, which no lease protects: try again.
             if attempt + 1 == _TRIES or not isinstance(error, FileNotFoundError):
                 raise storage_error(error, f"publish {name}") from error
     raise AssertionError
 
 
-def _hold(root: Path, target: Path, say: Callable[[Trace], bytes]) -> LocalHold:
+def _hold(root: Path, target: Path, describe: Callable[[Trace], bytes]) -> LocalHold:
     path = root / "tmp" / os.urandom(16).hex()
     for folder in (path.parent, target.parent):
         folder.mkdir(exist_ok=True)
     file = disk.create(path)
     try:
         is_locked = _lock(file)
-        disk.write(file, say(_trace(file, is_locked)))
+        disk.write(file, describe(_trace(file, is_locked)))
         file.flush()
         disk.link(path, target)
         return LocalHold(target, file)
@@ -87,7 +87,7 @@ def _lock(file: BinaryIO) -> bool | None:
 
 
 def trace(file: FileIO) -> Trace:
-    """The trace of an open file; for a moment it is locked, as others who look may lock it too."""
+    """Return the trace of an open file.  This takes a shared lock for a moment."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         is_locked: bool | None = False
@@ -99,16 +99,14 @@ def trace(file: FileIO) -> Trace:
 
 
 def _trace(file: BinaryIO | FileIO, is_locked: bool | None) -> Trace:
-    found = os.fstat(file.fileno())
-    fixed = is_own_device(found.st_dev)
-    return Trace(found.st_dev, found.st_ino, fixed, is_locked, found.st_mtime_ns)
+    status = os.fstat(file.fileno())
+    fixed = is_own_device(status.st_dev)
+    return Trace(status.st_dev, status.st_ino, fixed, is_locked, status.st_mtime_ns)
 
 
 @lru_cache(64)
 def is_own_device(device: int) -> bool:
-    """Whether a device is a disk, or memory, of this machine: what lies there has one number of a
-    device and of an inode, however it is reached.
-    """
+    """Return whether a device is a local disk or memory, so that its files have fixed numbers."""
     if os.major(device):
         return True
     wanted = b"%d:%d" % (os.major(device), os.minor(device))

@@ -1,13 +1,13 @@
-"""Leases: writers and a sweeping gc keep out of each other's way, without waiting for locks.
+"""Leases and marks keep writers and a deleting gc apart, without waiting for locks.
 
-A writer puts a lease, then looks for an exclusive mark.  gc puts an exclusive mark, then looks for
-leases and for marks of others.  All publish before they look, so at least one of two sees the other
-and backs off; it tries again for a while.  gc has the exclusive mark only while it deletes.  While
-it looks at what can go, and copies what stays, its mark keeps out other gcs alone.
-Each file is its holder's own: none is ever taken over.
-A process that dies leaves its file behind, and so does a copy of a repository: `store/holders.py`
-judges whether a holder may still be at work.  One that lives on may fail to delete its file: it
-holds that no more.
+A writer creates a lease, then looks for exclusive marks.  gc creates an exclusive mark, then looks
+for leases and other marks.  Both publish before they look, so at least one of them sees the other;
+it backs off and tries again for a while.  gc holds the exclusive mark only while it records or
+deletes.  While it plans and copies, its mark `gc-` keeps out only other gcs.
+
+No process takes over the file of another.  A killed process leaves its file behind, and a copy of a
+repository contains files of processes elsewhere: `store/holders.py` decides whether a holder may
+still be at work.  A running process that cannot delete its file no longer holds it.
 """
 
 from __future__ import annotations
@@ -34,31 +34,29 @@ from ckptvcs.store.host import boot_id, host_name
 _LEASE, _EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
 _SOLE = "marks/gc-"
 _LEAST_TURN = 10.0  # seconds
-_REST, _SAY_AFTER = 0.05, 1.0  # seconds
+_REST, _WARN_AFTER = 0.05, 1.0  # seconds
 _MAX_BYTES = 4096
 _GRACE, _LOOK = 2.0, 0.05  # seconds
 
 _log = logging.getLogger("ckptvcs")
 _patience = ContextVar("patience", default=60.0)  # seconds
 _leases: WeakKeyDictionary[Backend, set[str]] = WeakKeyDictionary()  # those of this process
-os.register_at_fork(after_in_child=_leases.clear)  # a child holds none
-_meant: set[str] = set()  # the files of this process that it has not withdrawn
+_held_names: set[str] = set()  # leases and marks that this process holds
 _silence = Silence()
 
 
 def _judge(backend: Backend, name: str) -> Holder:
     try:
         data, trace = backend.look(name, _MAX_BYTES)
-    except (FileNotFoundError, CorruptionError):  # what is no file is nobody's
+    except (FileNotFoundError, CorruptionError):  # CorruptionError: something other than a file
         return Holder.GONE
-    found = judge(
-        data, trace, host_name(), boot_id(), is_meant=name in _meant, clock_ns=backend.clock_ns
-    )
-    return _silence.judge(backend, name, trace) if found is Holder.UNKNOWN else found
+    is_held = name in _held_names
+    holder = judge(data, trace, host_name(), boot_id(), is_held=is_held, clock_ns=backend.clock_ns)
+    return _silence.judge(backend, name, trace) if holder is Holder.UNKNOWN else holder
 
 
 def _who(backend: Backend, name: str) -> str:
-    """Who holds a lease or mark, and what to do if he is gone and nobody here can know."""
+    """Return a hint: who holds a lease or mark, and what the user can do if that one is gone."""
     with contextlib.suppress(FileNotFoundError, CkptError, ValueError, KeyError, TypeError):
         fields = json.loads(read_small(backend, name, _MAX_BYTES))
         host, pid = str(fields["host"])[:64], int(fields["pid"])
@@ -67,25 +65,22 @@ def _who(backend: Backend, name: str) -> str:
 
 
 def live_leases(backend: Backend, prefix: str = _LEASE) -> list[str]:
-    """The leases or marks whose holders may still be at work."""
+    """Return the leases or marks whose holders may still be at work."""
     folder = prefix.partition("/")[0]
     names = [name for name in backend.names(folder) if name.startswith(prefix)]
-    return [name for name in names if _judge(backend, name) not in holders.NO_MORE]
+    return [name for name in names if _judge(backend, name) not in holders.DEAD]
 
 
 def dead_leases(backend: Backend) -> list[str]:
-    """What dead writers and sweepers left behind."""
+    """Return the leases and marks whose holders are gone or silent."""
     names = [*backend.names("leases"), *backend.names("marks")]
-    return [name for name in names if _judge(backend, name) in holders.NO_MORE]
+    return [name for name in names if _judge(backend, name) in holders.DEAD]
 
 
 def await_others(backend: Backend, others: Iterable[str]) -> bool:
-    """Wait a moment for the holders of some leases to end; whether all have.  One that only keeps
-    silent has not.
-    """
+    """Wait a moment for the holders of leases; return whether all are gone, not just silent."""
     end = time.monotonic() + _GRACE
-    left = list(others)
-    while left := [name for name in left if _judge(backend, name) is not Holder.GONE]:
+    while others := [name for name in others if _judge(backend, name) is not Holder.GONE]:
         if time.monotonic() > end:
             return False
         time.sleep(_LOOK)
@@ -93,33 +88,34 @@ def await_others(backend: Backend, others: Iterable[str]) -> bool:
 
 
 class Renewals:
-    """Renews what this process holds, for those who cannot see the process, by one thread that ends
-    a while after nothing is held any more.
+    """Renews the files that this process holds, for machines that cannot see the process.
+
+    One thread does so, and ends some time after the last file was released.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing is held, and no thread runs: so it is in a forked child."""
+        """Reset for a forked child, which holds nothing and has no such thread."""
         self._lock, self._holds = threading.Lock(), set[Hold]()
         self._is_running = False
 
     def begin(self) -> bool:
-        """Whether what is added from now on will be renewed."""
+        """Start the thread if needed; return whether it runs."""
         with self._lock:
             if not self._is_running:
                 self._is_running = start_thread(self._run)
             return self._is_running
 
     def add(self, hold: Hold) -> None:
-        """Renew something."""
+        """Renew a file from now on."""
         with self._lock:
             self._holds.add(hold)
-        self.begin()  # the thread may have ended just before
+        self.begin()  # the thread may just have ended
 
     def remove(self, hold: Hold) -> None:
-        """Renew it no more."""
+        """Stop renewing a file."""
         with self._lock:
             self._holds.discard(hold)
 
@@ -139,9 +135,10 @@ _renewals = Renewals()
 
 
 def _forked() -> None:
-    """A child holds nothing of its parent's."""
+    """Forget the files of the parent: a forked child holds none."""
     _renewals.forget()
-    _meant.clear()
+    _held_names.clear()
+    _leases.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -149,11 +146,9 @@ os.register_at_fork(after_in_child=_forked)
 
 @contextmanager
 def _held(backend: Backend, prefix: str, *, brief: bool = False) -> Iterator[str]:
-    """Say in a file of one's own that this process is at work, for so long.  What is held for a
-    `brief` time only needs no renewal.
-    """
+    """Create a lease or mark, and delete it at the end.  A `brief` one is not renewed."""
     name = f"{prefix}{os.urandom(12).hex()}"
-    _meant.add(name)
+    _held_names.add(name)
     hold = None
     is_renewed = brief or _renewals.begin()
     try:
@@ -166,38 +161,40 @@ def _held(backend: Backend, prefix: str, *, brief: bool = False) -> Iterator[str
     finally:
         if hold is not None:
             _renewals.remove(hold)
-        _meant.discard(name)
-        # Where it cannot be deleted it counts no more: nobody holds it.
+        _held_names.discard(name)
+        # If the file cannot be deleted, it is ignored, because nobody holds it.
         with contextlib.suppress(StorageError):
             backend.delete(name) if hold is None else hold.release()
 
 
 @contextmanager
 def lease(backend: Backend) -> Iterator[str]:
-    """Hold a lease while writing; it names the lease, to be checked before publishing.  Waits while
-    gc deletes; see `patience`.  Who holds one already does not: gc waits for him.
+    """Hold a lease while writing; return its name, for `check_lease` before publishing.
+
+    This waits while gc deletes (see `patience`), unless the process holds another lease: gc waits
+    for that one.
 
     Raises:
-        BusyError: gc still deletes when patience ends.
+        BusyError: gc still deletes at the end of the wait.
     """
-    waiting, own = _Waiting(_patience.get()), _leases.setdefault(backend, set())
+    waiting, held = _Waiting(_patience.get()), _leases.setdefault(backend, set())
     while True:
         with _held(backend, _LEASE) as name:
-            # First whether there is another one: who ends it does so before he deletes its file.
-            sweeping = [] if own else live_leases(backend, _EXCLUSIVE)
+            # As long as another lease is in `held`, its file exists: gc has not begun to delete.
+            sweeping = [] if held else live_leases(backend, _EXCLUSIVE)
             if not sweeping:
-                own.add(name)
+                held.add(name)
                 try:
                     yield name
                 finally:
-                    own.discard(name)
+                    held.discard(name)
                 return
         waiting.go_on("gc is sweeping this repository", _who(backend, sweeping[0]))
 
 
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """What this thread does meanwhile waits for so long at most where others are at work."""
+    """Limit how long this thread waits for other processes inside the block."""
     before = _patience.set(seconds)
     try:
         yield
@@ -206,28 +203,28 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 class _Waiting:
-    """A wait that ends, and that says once what it is for."""
+    """A wait with a time limit, which logs its reason once."""
 
     def __init__(self, seconds: float) -> None:
-        self._start, self._seconds, self._said = time.monotonic(), seconds, False
+        self._start, self._seconds, self._has_warned = time.monotonic(), seconds, False
 
     @property
     def left(self) -> float:
-        """Seconds until it ends."""
+        """Seconds until the limit."""
         return self._start + self._seconds - time.monotonic()
 
     def go_on(self, what: str, hint: str) -> None:
-        """Rest for a moment.  Raises BusyError where the time is over."""
+        """Sleep for a moment.  Raises BusyError at the limit."""
         if self.left <= 0:
             raise BusyError(what, hint=hint)
-        if not self._said and time.monotonic() - self._start > _SAY_AFTER:
-            self._said = True
+        if not self._has_warned and time.monotonic() - self._start > _WARN_AFTER:
+            self._has_warned = True
             _log.warning("%s: waiting", what)
         time.sleep(_REST * (0.5 + random.random()))
 
 
 def check_lease(backend: Backend, name: str) -> None:
-    """Raises ConflictError where somebody has taken the lease away meanwhile."""
+    """Raise ConflictError if gc has deleted the lease."""
     try:
         read_small(backend, name, _MAX_BYTES)
     except FileNotFoundError:
@@ -236,9 +233,10 @@ def check_lease(backend: Backend, name: str) -> None:
 
 @contextmanager
 def exclusive(backend: Backend, own: str = "", *, wait: bool = False) -> Iterator[None]:
-    """Keep writers out, and any other gc but that which holds the mark `own`.  Of two that come at
-    once one goes on at most.  With `wait` it waits for writers that are at work; see `patience`.
-    New ones are let in meanwhile, until half of that time is over.
+    """Hold an exclusive mark: keep out writers and other gcs, except the holder of the mark `own`.
+
+    With `wait`, this waits for running writers (see `patience`).  During the first half of that
+    time, new writers may start.
 
     Raises:
         BusyError: a writer or another gc is at work.
@@ -267,7 +265,7 @@ class _WritersError(BusyError):
 
 @contextmanager
 def _alone(backend: Backend, own: str, waiting: _Waiting, *, stays: bool) -> Iterator[None]:
-    """Put the exclusive mark, and wait for writers with it in place, where it `stays`."""
+    """Create an exclusive mark; wait for the writers if it `stays`, otherwise raise."""
     with _held(backend, _EXCLUSIVE) as mark:
         others = [*live_leases(backend, _EXCLUSIVE), *live_leases(backend, _SOLE)]
         others = [name for name in others if name not in (mark, own)]
@@ -280,7 +278,7 @@ def _alone(backend: Backend, own: str, waiting: _Waiting, *, stays: bool) -> Ite
             if not stays or waiting.left <= 0:
                 raise _WritersError(what, hint=who)
             waiting.go_on(what, who)
-        # Who was only silent finds his lease gone before he publishes what is swept now.
+        # A silent writer that is still alive then finds its lease gone before it publishes.
         for name in dead_leases(backend):
             backend.delete(name)
         yield
@@ -288,7 +286,7 @@ def _alone(backend: Backend, own: str, waiting: _Waiting, *, stays: bool) -> Ite
 
 @contextmanager
 def sole(backend: Backend) -> Iterator[str]:
-    """Be the only gc, beside writers; the name of the mark.
+    """Hold the mark of a gc, which keeps out other gcs but no writers; return its name.
 
     Raises:
         BusyError: another gc is at work.
@@ -303,16 +301,18 @@ def sole(backend: Backend) -> Iterator[str]:
 
 @contextmanager
 def turn(backend: Backend) -> Iterator[None]:
-    """Wait until nobody else is about to change what is changed in place, or to move a ref so that
-    it leads elsewhere, or to delete an original that a ref leads to; see `patience`.
+    """Take a turn, and wait for the turns of other processes (see `patience`).
+
+    A turn is needed to change `format` or `config.toml`, to move a ref so that commits may become
+    unreachable, and to delete originals.
 
     Raises:
-        BusyError: somebody is, and stays so.
+        BusyError: another process still holds a turn at the end of the wait.
     """
     waiting = _Waiting(max(_patience.get(), _LEAST_TURN))
     while True:
-        with _held(backend, _CHANGE, brief=True) as own:
-            others = [name for name in live_leases(backend, _CHANGE) if name != own]
+        with _held(backend, _CHANGE, brief=True) as mark:
+            others = [name for name in live_leases(backend, _CHANGE) if name != mark]
             if not others:
                 yield
                 return

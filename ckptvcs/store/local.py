@@ -147,8 +147,8 @@ class LocalBackend:
         self._remember({name})
         self._has_links &= linked
 
-    def hold(self, name: str, say: Callable[[Trace], bytes]) -> LocalHold:
-        return hold(self.root, name, say)
+    def hold(self, name: str, describe: Callable[[Trace], bytes]) -> LocalHold:
+        return hold(self.root, name, describe)
 
     def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
         try:

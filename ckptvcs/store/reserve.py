@@ -1,6 +1,6 @@
-"""Room on the disk that is kept free: whoever deletes must first write down what.
+"""A reserve of disk space: a deletion needs some space, because it must first be recorded.
 
-cache/reserve      bytes of no meaning, given up where there is no other room
+cache/reserve      random bytes, deleted when the disk is full
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import os
 from pathlib import Path
 
 _NAME = "reserve"
-_RESERVE_BYTES = 1 << 20  # a mark, the records of thirty thousand dropped commits, their folders
+_RESERVE_BYTES = 1 << 20  # for a mark, the records of thirty thousand dropped commits, folders
 
 
 def keep_reserve(cache: Path) -> None:
-    """Take the room, unless it is taken already; a disk that has none is left as it is."""
+    """Create the reserve if it is missing and the disk has room."""
     path = cache / _NAME
     if path.exists():
         return
     try:
-        path.write_bytes(os.urandom(_RESERVE_BYTES))  # which no file system makes smaller
+        path.write_bytes(os.urandom(_RESERVE_BYTES))  # no file system can compress this
     except OSError:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
 
 def give_up_reserve(cache: Path) -> None:
-    """Make room: delete the reserve, and the materialised bases, which the next commits make anew.
+    """Delete the reserve and the cached bases; the next commits rebuild both.
 
     Raises:
         OSError: the file system refuses.

@@ -32,7 +32,7 @@ from ckptvcs.codec import frame
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.decode import chain
-from ckptvcs.decode.chain import Materialised
+from ckptvcs.decode.chain import DecodedTable
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.repo import Repo
@@ -81,7 +81,7 @@ def forget(repo: Repo) -> Repo:
     return Repo.open(repo.root)
 
 
-class Before(Materialised):
+class Before(DecodedTable):
     """The weights of a commit, decoded."""
 
     def __init__(self, repo: Repo, name: ObjectId) -> None:
@@ -96,7 +96,7 @@ class Before(Materialised):
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         return self._words[tensor][number * SLICE_WORDS :][:SLICE_WORDS]
 
-    def stays(self, tensor: int) -> bool:
+    def has(self, tensor: int) -> bool:
         return True
 
 
@@ -108,7 +108,7 @@ def single(repo: Repo, before: ObjectId | None, name: ObjectId) -> float:
         return base if base is not None and base.values == values else None
 
     return timed(
-        lambda: PartReader(Restorer(repo.repository.catalog, name, materials=materials)).state()
+        lambda: PartReader(Restorer(repo.repository.catalog, name, decoded=materials)).state()
     )
 
 

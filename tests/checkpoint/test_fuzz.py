@@ -96,7 +96,7 @@ def test_they_are_read_when_they_are_good() -> None:
 
 @pytest.mark.parametrize("name", PARSERS)
 @given(data=st.data())
-def test_files(name: str, data: st.DataObject) -> None:
+def test_mutated_files_are_read_or_refused(name: str, data: st.DataObject) -> None:
     parse, good = PARSERS[name]
     changed = data.draw(mutated(good))
     read_or_refuse(lambda: read(parse, changed))
@@ -129,7 +129,7 @@ class Payload:
 
 
 @given(st.data())
-def test_pickles(data: st.DataObject) -> None:
+def test_mutated_pickles_are_read_or_refused(data: st.DataObject) -> None:
     protocol = data.draw(st.integers(0, 5))
     good = pickle.dumps({"a": [Payload("exit 1"), 1], "b": {"c": (1, 2), "d": {3}}}, protocol)
     changed = data.draw(mutated(good) | st.binary(max_size=300))

@@ -134,7 +134,7 @@ SAFETENSORS_TYPES = [
 ]
 
 
-def test_safetensors(tmp_path: Path, round_trip: RoundTrip) -> None:
+def test_safetensors_come_back_byte_for_byte(tmp_path: Path, round_trip: RoundTrip) -> None:
     tensors = {f"t.{t}": (torch.rand(300) * 3).to(t) for t in SAFETENSORS_TYPES}
     tensors |= {"scalar": torch.tensor(1.0), "empty": torch.empty(0, 5), "é": torch.ones(3)}
     path = tmp_path / "model.safetensors"

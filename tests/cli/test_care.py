@@ -21,7 +21,7 @@ def test_verify_deletes_a_wrong_base_and_says_so(ckpt: Ckpt, tmp_path: Path) -> 
     name = f"cache/bases/{path.name}"
     done = ckpt("verify", cwd=tmp_path)
     assert done.out.endswith("all good\n")
-    assert done.err.startswith(f"note: {name} held other values than the history: deleted; ")
+    assert done.err.startswith(f"note: cached base {name} was wrong and is deleted; ")
     assert not path.exists()
     assert all(other.exists() for other in others)
     assert ckpt("verify", cwd=tmp_path).err == ""
@@ -50,20 +50,20 @@ def test_gc_of_the_command_line(ckpt: Ckpt, tmp_path: Path) -> None:
     for args in ([], ["--keep-every", 3], ["--rekey"], ["--keep-last", 1, "--rekey"], []):
         found, before, after = sizes(ckpt, *args)
         assert (found["freed_bytes"], found["kept_bytes"]) == (before - after, after)
-    assert "not known before it is done" in ckpt("gc", "--rekey", "--dry-run").err
+    assert "does not include what --rekey frees" in ckpt("gc", "--rekey", "--dry-run").err
     assert "freed 0 B, kept " in ckpt("gc").out
 
 
 def test_how_gc_says_that_records_took_more() -> None:
     plan = GcPlan((), (), {}, (), -300, 5000)
     said = gc._sizes(plan, dry_run=False, sweep=True)
-    assert said == "nothing to free: what was done takes 300 B to record, kept 5 kB"
+    assert said == "nothing to free: takes 300 B for records, kept 5 kB"
     assert "would take 300 B" in gc._sizes(plan, dry_run=True, sweep=True)
     plan = GcPlan((), (), {}, (), 300, 5000)
     assert gc._sizes(plan, dry_run=False, sweep=True) == "freed 300 B, kept 5 kB"
     assert gc._sizes(plan, dry_run=True, sweep=True) == "would free 300 B, kept 5 kB"
     said = gc._sizes(plan, dry_run=False, sweep=False)
-    assert said == "to be freed by the next sweep: 300 B, kept 5 kB"
+    assert said == "the next sweep frees 300 B, kept 5 kB"
 
 
 def test_words_about_refs(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:

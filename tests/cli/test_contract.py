@@ -68,7 +68,7 @@ def test_a_long_log_is_cut(ckpt: Ckpt, history: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cli_log, "_DEFAULT_ENTRIES", 3)
     shown = ckpt("log")
     assert len(shown.out.splitlines()) == 1 + 3
-    assert "the newest 3; -n shows more" in shown.err
+    assert "3 newest commits; use -n N to show more" in shown.err
     assert len(ckpt("log", "--graph").out.splitlines()) == 1 + 3
     assert len(ckpt("log", "-n", 4).out.splitlines()) == 1 + 4
     assert len(ckpt("log", "--json").json) == 5
@@ -400,10 +400,10 @@ def test_gc_sweeps_debris_only(ckpt: Ckpt, history: Path) -> None:
     before = disk(store / "packs")
     plan = ckpt("gc", "--dry-run", "--json").json
     assert plan["dry_run"]
-    assert plan["loose"] == ckpt("verify", "--json").json["loose"]
-    assert len(plan["loose"]) == 1
-    assert plan["loose"][0][:8] in ckpt("verify").err
-    assert plan["debris"] == ["tmp/left"]
+    assert plan["unreachable"] == ckpt("verify", "--json").json["unreachable"]
+    assert len(plan["unreachable"]) == 1
+    assert plan["unreachable"][0][:8] in ckpt("verify").err
+    assert plan["stale_files"] == ["tmp/left"]
     assert disk(store / "packs") == before
     done = ckpt("gc", "--json").json
     assert done["freed_bytes"] == plan["freed_bytes"] > 1000

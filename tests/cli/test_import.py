@@ -23,7 +23,7 @@ ITEM_KEYS = {
     "problem",
     "notes",
     "removed",
-    "kept",
+    "keep_reason",
     "pinned",
 }
 
@@ -61,7 +61,7 @@ def test_text(ckpt: Ckpt, folder: Path) -> None:
     assert [row[-1] for row in rows[-3:-1]] == ["exact", "exact"]
     assert "near 0.0" in done.out
     assert rows[-1][:4] == ["5", "committed,", "1", "known:"]
-    assert done.err == "left out: notes.txt: no .pt, .pth, .bin, .ckpt, .safetensors\n"
+    assert done.err == "skipped: notes.txt: no .pt, .pth, .bin, .ckpt, .safetensors\n"
     assert [e["step"] for e in ckpt("log", "--json").json] == [12, 11, 10, 9, 8]
 
 
@@ -76,9 +76,9 @@ def test_json(ckpt: Ckpt, folder: Path) -> None:
         "stored_bytes",
         "freed_bytes",
         "checkpoints",
-        "left_out",
+        "skipped",
     }
-    assert found["left_out"] == [
+    assert found["skipped"] == [
         {"name": "notes.txt", "reason": "no .pt, .pth, .bin, .ckpt, .safetensors"}
     ]
     assert all(item.keys() == ITEM_KEYS for item in found["checkpoints"])
@@ -121,7 +121,7 @@ def test_originals(ckpt: Ckpt, folder: Path) -> None:
     assert names(folder) == ["step-10.pt", "step-8.pt", "step-9.pt"]
     assert "removed: step-11.pt (kept exact)" in done.err
     assert "not removed: step-8.pt: its commit is only near (weights off by 0.0" in done.err
-    assert "hint: --accept-near" in done.err
+    assert "hint: add --accept-near" in done.err
     assert done.err.count("pinned: ") == 2
     assert "2 file(s) removed" in done.out
     assert "3 original(s) kept" in done.out
@@ -136,7 +136,7 @@ def test_originals(ckpt: Ckpt, folder: Path) -> None:
     assert found.json["freed_bytes"] == found.json["raw_bytes"]
     assert ckpt("verify", "--json").json["ok"]
     assert "no checkpoints" in ckpt("import", "run", code=3).err
-    assert "not checked out" in ckpt("status").out
+    assert "missing: " in ckpt("status").out
 
 
 def test_what_failed_is_kept_and_says_so_once(ckpt: Ckpt, folder: Path) -> None:
@@ -151,7 +151,7 @@ def test_damage_has_its_code(ckpt: Ckpt, folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Restorer, "write_file", lambda *_: "0" * 64)
     done = ckpt("import", "run", "--delete-originals", "--codec", "lossless", code=6)
-    assert "does not come back as it was" in done.err
+    assert "is not restored bit for bit" in done.err
     assert len(names(folder)) == 5
 
 
@@ -186,7 +186,7 @@ def test_the_question_says_how_near(
     monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text))
     ckpt("import", "run", "--delete-originals", "--accept-near", code=4)
     assert "remove 5 of 5 originals" in asked[0]
-    assert "3 of them kept near (weights off by up to 0.0" in asked[0]
+    assert "3 of them only near (relative weight error up to 0.0" in asked[0]
     assert len(names(folder)) == 5
 
 

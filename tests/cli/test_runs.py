@@ -100,7 +100,7 @@ def test_shards_are_one_commit_of_their_step(ckpt: Ckpt, tmp_path: Path, form: s
     assert not contents(out)
     ckpt("checkout", 100)
     assert contents(out) == contents(tmp_path / "back100")
-    assert "files are as in HEAD" in ckpt("status").out
+    assert "no changes: the files match HEAD" in ckpt("status").out
 
 
 def test_the_files_of_guided_diffusion(ckpt: Ckpt, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_shards_of_a_directory_are_no_checkpoint(ckpt: Ckpt, tmp_path: Path) -> 
     ckpt("init")
     sharded(tmp_path / "out", "model-0000{shard}-of-00009.safetensors", steps=(0,), count=3)
     save(tmp_path / "out" / "step-3.pt", {"w": torch.ones(3)})
-    left = ckpt("import", "out", "--json").json["left_out"]
+    left = ckpt("import", "out", "--json").json["skipped"]
     assert {one["reason"] for one in left} == {"a piece of a checkpoint, not one by itself"}
     for name in ("mp_rank_00_model_states.pt", "mp_rank_00/model_optim_rng.pt"):
         save(tmp_path / "one" / name, {"w": torch.ones(3)})
@@ -203,7 +203,7 @@ def test_files_that_end_in_tar(ckpt: Ckpt, tmp_path: Path) -> None:
         ("checkpoint_0001.pth.tar", None),
         ("checkpoint_0002.pth.tar", None),
     ]
-    assert found["left_out"] == [{"name": "logs.tar", "reason": "a tar archive"}]
+    assert found["skipped"] == [{"name": "logs.tar", "reason": "a tar archive"}]
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_every_method_is_here() -> None:
 
 @pytest.mark.parametrize("method", sorted({one.data[0] for one in CORPUS.values()}))
 @given(data=st.data())
-def test_slices(method: int, data: st.DataObject) -> None:
+def test_forged_slices_are_decoded_or_refused(method: int, data: st.DataObject) -> None:
     one = data.draw(st.sampled_from([one for one in CORPUS.values() if one.data[0] == method]))
     changed, companion = one.data, one.companion
     if companion is not None and data.draw(st.booleans()):

@@ -105,7 +105,7 @@ def nmse(true: torch.Tensor, back: torch.Tensor, base: torch.Tensor | None = Non
 
 @pytest.mark.parametrize("codec", ["near", "small"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers(name: str, codec: str, near: Repo) -> None:
+def test_near_commits_of_each_optimizer_are_close(name: str, codec: str, near: Repo) -> None:
     before: State | None = None
     for state in run(OPTIMIZERS[name], 4):
         result = near.commit(state, step=state["step"], codec=codec)

@@ -16,7 +16,7 @@ from ckptvcs.checkpoint.optimizer_state import MOMENTS, rule_of
 from ckptvcs.checkpoint.roles import Rule
 from ckptvcs.codec.words import from_float32
 from ckptvcs.encode.measure import difference, measure_step
-from ckptvcs.encode.near import strays
+from ckptvcs.encode.near import is_implausible
 from ckptvcs.encode.updates import orthogonal, steps_of, takes_matrices
 from ckptvcs.repo import Repo
 
@@ -122,11 +122,11 @@ def test_no_form_leaves_the_sign_or_loses_squares(seed: int, sign: int, noise: f
     true = np.abs(true) * sign if sign else true
     near = (true + noise * draw.standard_normal(200)).astype(np.float32)
     wrong = (sign > 0 and (near < 0).any()) or (sign < 0 and (near > 0).any())
-    assert strays(true, near, squared=False) == wrong
+    assert is_implausible(true, near, squared=False) == wrong
     squares = np.square(true)
     lost = np.where(squares > 0.5, 0, squares).astype(np.float32)
-    assert strays(squares, lost, squared=True) == bool((squares > 0.5).any())
-    assert not strays(squares, squares * 2, squared=True)
+    assert is_implausible(squares, lost, squared=True) == bool((squares > 0.5).any())
+    assert not is_implausible(squares, squares * 2, squared=True)
 
 
 @pytest.mark.parametrize("form", ["centered", "plain"])

@@ -90,7 +90,7 @@ def _walk(folder: bytes) -> dict[bytes, bytes]:
     return found
 
 
-def test_files(repo: Repo, tmp_path: Path) -> None:
+def test_files_with_odd_names_come_back(repo: Repo, tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path / "many")
     (tmp_path / "many").mkdir()
     for number, name in enumerate([*map(os.fsencode, NAMES), *RAW]):

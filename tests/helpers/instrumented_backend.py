@@ -48,9 +48,9 @@ class InstrumentedBackend:
         self.count("writer")
         return _InstrumentedWriter(self, self.inner.writer())
 
-    def hold(self, name: str, say: Callable[[Trace], bytes]) -> Hold:
+    def hold(self, name: str, describe: Callable[[Trace], bytes]) -> Hold:
         self.count("hold")
-        return self.inner.hold(name, say)
+        return self.inner.hold(name, describe)
 
     def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
         self.count("look")

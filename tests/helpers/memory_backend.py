@@ -48,8 +48,8 @@ class MemoryBackend:
                 raise ConflictError(f"{name} exists already")
             self.files[name] = data
 
-    def hold(self, name: str, say: Callable[[Trace], bytes]) -> Hold:
-        write_once(self, name, say(Trace()))
+    def hold(self, name: str, describe: Callable[[Trace], bytes]) -> Hold:
+        write_once(self, name, describe(Trace()))
         return _MemoryHold(self, name)
 
     def look(self, name: str, limit: int) -> tuple[bytes, Trace]:

@@ -139,7 +139,7 @@ OBJECTS: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
 
 @pytest.mark.parametrize("name", OBJECTS)
 @given(data=st.data())
-def test_objects(name: str, data: st.DataObject) -> None:
+def test_mutated_objects_are_read_or_refused(name: str, data: st.DataObject) -> None:
     load, good = OBJECTS[name]
     load(good)
     changed = data.draw(mutated(good))
@@ -148,7 +148,7 @@ def test_objects(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", [n for n, (_, good) in OBJECTS.items() if good[:1] == b"{"])
 @given(data=st.data())
-def test_fields(name: str, data: st.DataObject) -> None:
+def test_objects_with_any_field_are_read_or_refused(name: str, data: st.DataObject) -> None:
     load, good = OBJECTS[name]
     changed = json.dumps(data.draw(mutated_json(json.loads(good)))).encode()
     read_or_refuse(lambda: load(changed))
@@ -165,7 +165,7 @@ def test_endless_nesting(name: str, opening: bytes) -> None:
     st.lists(st.tuples(st.sampled_from(list(Op)), st.integers(0, 1 << 62)), max_size=5),
     st.binary(max_size=20),
 )
-def test_segments(segments: list[tuple[Op, int]], literals: bytes) -> None:
+def test_any_segments_are_read_or_refused(segments: list[tuple[Op, int]], literals: bytes) -> None:
     data = dump_skeleton(segments, literals)
     read_or_refuse(lambda: list(load_skeleton(data).walk(SCHEMA)))
 
@@ -272,7 +272,7 @@ FILES = sorted(published().files)
 
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
-def test_refs(name: str, data: st.DataObject) -> None:
+def test_mutated_refs_are_read_or_refused(name: str, data: st.DataObject) -> None:
     backend = published()
     good = backend.files[name]
     if data.draw(st.booleans()):
@@ -338,7 +338,7 @@ def test_names_of_refs(below: str) -> None:
     | any_json.map(lambda value: json.dumps(value).encode())
     | st.just(b"[" * 4000)
 )
-def test_leases(data: bytes) -> None:
+def test_any_lease_is_read_or_refused(data: bytes) -> None:
     backend = MemoryBackend()
     backend.files |= {"leases/one": data, "marks/exclusive": data}
     read_or_refuse(lambda: live_leases(backend) + dead_leases(backend))
@@ -374,7 +374,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mutated(json.dumps(FORMAT).encode())
     | mutated_json(FORMAT).map(lambda value: json.dumps(value).encode())
 )
-def test_format(folder: Path, data: bytes) -> None:
+def test_any_format_file_is_read_or_refused(folder: Path, data: bytes) -> None:
     read_or_refuse(lambda: read_format(folder, data))
 
 
@@ -437,7 +437,7 @@ TOML = st.sampled_from(
     mutated(CONFIG.encode())
     | st.builds(lambda key, value: f"{key} = {value}".encode(), st.sampled_from(KEYS), TOML)
 )
-def test_settings(folder: Path, data: bytes) -> None:
+def test_any_settings_are_read_or_refused(folder: Path, data: bytes) -> None:
     path = folder / "config.toml"
     path.write_bytes(data)
 
@@ -450,5 +450,5 @@ def test_settings(folder: Path, data: bytes) -> None:
 
 
 @given(mutated(b"near:step=1.5,gamma=0.5,zone=0.5").map(lambda data: data.decode("latin1")))
-def test_codecs(text: str) -> None:
+def test_any_codec_name_is_parsed_or_refused(text: str) -> None:
     read_or_refuse(lambda: parse_codec(text))

@@ -18,7 +18,9 @@ def _train_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Non
     optimizer.step()
 
 
-def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_without_a_trainer_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(16, 16)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -36,7 +38,9 @@ def test_they_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_that_of_torch_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_torch_distributed_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"model": torch.nn.Linear(16, 16)}
     (block,) = blocks("distributed")
@@ -47,7 +51,7 @@ def test_that_of_torch_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_that_of_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     from tests.helpers.trainers.huggingface import parts
 

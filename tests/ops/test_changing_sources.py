@@ -119,7 +119,7 @@ def prepared(tmp_path: Path, codec: str) -> tuple[Repo, Path]:
     [("near", change, moment) for change in CHANGES for moment in SOME]
     + [(codec, change, "between tensors") for codec in CODECS[::2] for change in CHANGES],
 )
-def test_files(
+def test_a_file_that_changes_while_it_is_read_is_not_committed(
     codec: str, change: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repo, path = prepared(tmp_path, codec)
@@ -161,7 +161,9 @@ FOLDERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("moment", SOME)
 @pytest.mark.parametrize("change", FOLDERS)
-def test_folders(change: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_changes_while_it_is_read_is_not_committed(
+    change: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repo, folder = Repo.init(tmp_path / "repo"), tmp_path / "folder"
     fill(folder)
     before(*MOMENTS[moment], lambda: FOLDERS[change](folder), monkeypatch)
@@ -197,7 +199,7 @@ def test_a_folder_that_was_committed_before(
     ],
 )
 @pytest.mark.parametrize("codec", CODECS)
-def test_states(
+def test_a_state_that_changes_while_it_is_read_is_not_committed(
     codec: str, what: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread trains on."""

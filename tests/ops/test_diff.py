@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo
-from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES
-from ckptvcs.codec.dtypes import DTYPES
+from ckptvcs.codec.dtypes import DTYPES, OF_TORCH
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import to_float64
 from ckptvcs.decode.chain import ChainReader
@@ -36,10 +35,10 @@ def same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
-@pytest.mark.parametrize("theirs", [t for t in TORCH_DTYPES if hasattr(torch, t)])
+@pytest.mark.parametrize("theirs", [t for t in OF_TORCH if hasattr(torch, t)])
 def test_numbers_are_those_of_torch(theirs: str) -> None:
     dtype = getattr(torch, theirs)
-    ours = TORCH_DTYPES[theirs]
+    ours = OF_TORCH[theirs]
     size = DTYPES[ours].size
     if ours in ("F4", "C32"):
         pytest.skip("torch has no arithmetic for it")

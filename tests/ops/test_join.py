@@ -204,7 +204,7 @@ def test_gc_waits_and_takes_what_was_abandoned(world: World) -> None:
 
 
 @pytest.mark.parametrize("codec", ["lossless", "excp", "small"])
-def test_codecs(codec: str, tmp_path: Path) -> None:
+def test_processes_commit_together_with_each_codec(codec: str, tmp_path: Path) -> None:
     world = World(tmp_path)
     world.repo.configure("codec", codec)
     world.others = [Repository(tmp_path / ".ckpt") for _ in range(2)]

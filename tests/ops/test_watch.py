@@ -241,7 +241,7 @@ def test_a_folder_that_is_not_there(near: Repo) -> None:
     process = _ckpt(near.root, "watch", "nowhere", "--once")
     _, err = process.communicate(timeout=60)
     assert process.returncode == NotFoundError.exit_code
-    assert "no folder nowhere" in err
+    assert "directory nowhere does not exist" in err
 
 
 def test_what_would_not_be_committed_is_not_waited_for(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_once_leaves_what_keeps_changing(
     repo = ["--repo", str(near.folder.parent)]
     done = CliRunner().invoke(app, [*repo, "watch", str(run), "--once", "--settle", "0.1"])
     assert done.exit_code == 0, done.stderr
-    assert "left: last.pt keeps changing" in done.stderr
+    assert "skipped: last.pt keeps changing" in done.stderr
     assert [entry.step for entry in near.log()] == [1]
 
 
@@ -316,7 +316,7 @@ def test_once_says_what_it_waits_for(near: Repo, run: Path) -> None:
     with (run / "step-1.pt").open("ab"):
         process = _ckpt(near.root, "watch", run, "--once", "--settle", "0.05")
         assert process.stderr is not None
-        assert process.stderr.readline() == "waiting: step-1.pt is open to write\n"
+        assert process.stderr.readline() == "waiting: step-1.pt is open for writing\n"
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "step 1  step-1.pt" in out

@@ -89,7 +89,7 @@ def read_all(backend: MemoryBackend, entries: tuple[Entry, ...]) -> None:
     | mutated(GOOD[TOC_AT : TOC_AT + TOC_BYTES]).map(lambda toc: sealed(GOOD[:TOC_AT], toc))
     | mutated(GOOD[:TOC_AT]).map(checked)
 )
-def test_packs(data: bytes) -> None:
+def test_any_pack_is_read_or_refused(data: bytes) -> None:
     backend = MemoryBackend()
     backend.files[NAME] = data
     for read in (read_entries, scan_entries):

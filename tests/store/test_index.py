@@ -63,7 +63,7 @@ def test_another_process_wrote(store: ObjectStore, tmp_path: Path) -> None:
     assert store.find(b"starts:abc") == [name]
 
 
-def test_rebuild(store: ObjectStore) -> None:
+def test_a_rebuilt_index_finds_every_object(store: ObjectStore) -> None:
     names = put(store, *(b"abc%d" % n for n in range(100)))
     assert store.rebuild() == 1
     assert sorted(store.find(b"starts:abc")) == sorted(names)

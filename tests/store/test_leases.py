@@ -80,9 +80,9 @@ def copied(root: Path, name: str, folder: Path | None = None) -> Path:
 
 def test_a_process_holds_its_lease_until_it_ends(root: Path) -> None:
     with holder(root) as process:
-        assert found(root) == [Holder.THERE]
+        assert found(root) == [Holder.LIVE]
         os.kill(process.pid, signal.SIGSTOP)
-        assert found(root) == [Holder.THERE]
+        assert found(root) == [Holder.LIVE]
         kill(process)
         assert found(root) == [Holder.GONE]
         assert live_leases(LocalBackend(root)) == []
@@ -92,7 +92,7 @@ def test_a_copy_is_held_by_nobody(root: Path) -> None:
     with lease(LocalBackend(root)), holder(root):
         copy = copied(root, "copy")
         assert found(copy) == [Holder.GONE] * 2
-        assert found(root) == [Holder.THERE] * 2
+        assert found(root) == [Holder.LIVE] * 2
         with exclusive(LocalBackend(copy)):
             assert list(LocalBackend(copy).names("leases")) == []
 
@@ -121,7 +121,7 @@ def test_a_copy_without_locks_is_known_by_its_number(
     with lease(LocalBackend(root)):
         copy = copied(root, "copy")
         assert found(copy) == [Holder.GONE]
-        assert found(root) == [Holder.THERE]
+        assert found(root) == [Holder.LIVE]
 
 
 @pytest.mark.parametrize("locks", [True, False])
@@ -134,7 +134,7 @@ def test_a_process_of_another_container(
             monkeypatch.setattr(
                 local, "trace", lambda file: lease_files._trace(file, is_locked=None)
             )
-        assert found(root) == [Holder.THERE if locks else Holder.UNKNOWN]
+        assert found(root) == [Holder.LIVE if locks else Holder.UNKNOWN]
         kill(process)
         assert found(root) == [Holder.GONE if locks else Holder.UNKNOWN]
 
@@ -149,7 +149,7 @@ def test_a_forked_child_withdraws_nothing(root: Path) -> None:
             os._exit(0)
         os.waitpid(child, 0)
         assert sorted(backend.names("leases")) == sorted([name, "leases/other"])
-        assert Holder.THERE in found(root)
+        assert Holder.LIVE in found(root)
         hold.release()
     assert list(backend.names("leases")) == []
 
@@ -174,7 +174,7 @@ def test_a_lease_that_cannot_be_deleted_counts_no_more(
 
 def test_another_machine_of_the_same_name(root: Path) -> None:
     with holder(root, boot="that of another machine"):
-        assert found(root) == [Holder.THERE]
+        assert found(root) == [Holder.LIVE]
         with pytest.raises(BusyError, match="1 writer"), exclusive(LocalBackend(root)):
             pass
 
@@ -338,7 +338,7 @@ def test_who_renews_nothing_is_never_silent(
     said = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
     for _ in range(5):
-        assert found(root) == [Holder.THERE]
+        assert found(root) == [Holder.LIVE]
         clock.now += 3600
 
 
@@ -382,14 +382,14 @@ def _here(**fields: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        ({}, Holder.THERE),
+        ({}, Holder.LIVE),
         ({"started": "1"}, Holder.GONE),
         ({"pid": 2**22 + 1}, Holder.GONE),
         ({"pid": os.getpid()}, Holder.GONE),
-        ({"host": "far", "boot": "b"}, Holder.THERE),
+        ({"host": "far", "boot": "b"}, Holder.LIVE),
         ({"boot": "an earlier start"}, Holder.GONE),
-        ({"space": "another"}, Holder.THERE),
-        ({"host": "far"}, Holder.THERE),
+        ({"space": "another"}, Holder.LIVE),
+        ({"host": "far"}, Holder.LIVE),
         ({"pid": "x"}, Holder.GONE),
         ({"pid": None}, Holder.GONE),
     ],
@@ -440,7 +440,7 @@ def test_a_turn_is_waited_for_as_long_as_there_is_patience(
 ) -> None:
     backend, ends = LocalBackend(root), threading.Event()
     monkeypatch.setattr(leases, "_LEAST_TURN", 0.0)
-    monkeypatch.setattr(leases, "_SAY_AFTER", 0.0)
+    monkeypatch.setattr(leases, "_WARN_AFTER", 0.0)
     calm = time.sleep
 
     def sleep(seconds: float) -> None:

@@ -18,7 +18,9 @@ from tests.spec_reader import SpecRepository
     "codec",
     ["lossless", "near", "small", "near:step=0.01", "excp", "excp-max", "excp:bits=2,alpha=1e-4"],
 )
-def test_chains(codec: str, repo: Repo, tmp_path: Path) -> None:
+def test_a_reader_of_the_specification_decodes_chains(
+    codec: str, repo: Repo, tmp_path: Path
+) -> None:
     paths = save_run(tmp_path, train(5))
     results = [repo.commit_path(path, message="x", codec=codec) for path in paths]
     spec = SpecRepository(repo.folder)

@@ -129,7 +129,9 @@ def harmed(damage: list[Damage]) -> set[ObjectId]:
 
 
 @pytest.mark.parametrize("kind", ROTS)
-def test_packs(kind: str, template: Path, place: Path) -> None:
+def test_a_rotten_pack_is_named_and_never_built_upon(
+    kind: str, template: Path, place: Path
+) -> None:
     whole, count = Snapshot.of(template), 0
     for name in some(files(template, "packs", "meta"), kind):
         count += 1

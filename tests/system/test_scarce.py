@@ -129,7 +129,7 @@ def test_a_thread_that_dies_in_its_first_moment(monkeypatch: pytest.MonkeyPatch)
     before = sys.unraisablehook
     pool = parallel.Pool(1)
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "_BIRTH", 0.2)
+        patch.setattr(parallel, "_START_TIMEOUT", 0.2)
         patch.setattr(parallel, "_live", dies)
         for _ in range(5):  # only the first one is waited for
             assert pool.start(threading.get_ident).result() == threading.get_ident()

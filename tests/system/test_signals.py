@@ -42,7 +42,7 @@ def ckpt(root: Path, *args: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_at_any_moment(name: str, cut_folder: Path) -> None:
+def test_a_signal_at_any_moment_loses_nothing(name: str, cut_folder: Path) -> None:
     scenario = SCENARIOS[name]
     template = cut_folder / "template"
     template.mkdir()

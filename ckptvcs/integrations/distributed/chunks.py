@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ckptvcs.checkpoint.torch_storages import TORCH_DTYPES
+from ckptvcs.codec.dtypes import DTYPES, OF_TORCH
 from ckptvcs.errors import CorruptionError, InvalidInputError
 
 DESCRIPTION = "checkpoint.json"
@@ -33,7 +33,6 @@ DESCRIPTION = "checkpoint.json"
 
 _FORMAT, _VERSION = "ckptvcs-distributed", 1
 _MAX_DIMS, _MAX_NUMBER = 64, 1 << 44
-_TORCH_NAMES = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
 
 Path = tuple[str | int, ...]
 
@@ -59,7 +58,7 @@ def dump_metadata(metadata: Metadata) -> bytes:
         if isinstance(entry, BytesStorageMetadata):
             values.append(name)
             continue
-        dtype = TORCH_DTYPES.get(str(entry.properties.dtype).removeprefix("torch."))
+        dtype = OF_TORCH.get(str(entry.properties.dtype).removeprefix("torch."))
         if dtype is None:
             raise InvalidInputError(f"{name} has unsupported type {entry.properties.dtype}")
         tensors[name] = {
@@ -104,7 +103,7 @@ def load_metadata(data: bytes) -> Metadata:
 
 
 def _load_tensor(row: dict[str, Any]) -> TensorStorageMetadata:
-    dtype = getattr(torch, _TORCH_NAMES[row["dtype"]])
+    dtype = getattr(torch, DTYPES[row["dtype"]].torch)
     size = _numbers(row["size"])
     chunks = []
     for offsets, sizes in row["chunks"]:

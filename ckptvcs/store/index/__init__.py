@@ -1,1 +1,1 @@
-"""The index of the packs: editions in LMDB, and journals of what came after them."""
+"""The index of the packs: LMDB editions, and journals of the changes after each edition."""

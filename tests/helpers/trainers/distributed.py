@@ -28,7 +28,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter
-from ckptvcs.integrations.distributed import writer as distributed_writer
+from ckptvcs.ops import join
+from tests.helpers.patching import wrap
 
 MASK = torch.arange(200) % 2 == 0
 
@@ -94,14 +95,14 @@ def die(moment: str) -> None:
         return
     owner, name = {
         "before": (CkptWriter, "write_data"),
-        "coding": (distributed_writer, "encode_share"),
+        "coding": (join, "encode_shard"),
         "coded": (Future, "set_result"),
     }[moment]
 
     def kill(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(owner, name, kill)
+    wrap(owner, name, kill)
 
 
 def main() -> None:

@@ -1,0 +1,49 @@
+"""Report what became of a checkpoint and of its source files, for import and watch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptvcs.cli import render
+
+if TYPE_CHECKING:
+    from ckptvcs import ImportItem, WatchEvent
+
+    Outcome = ImportItem | WatchEvent
+
+
+def tell(name: str, outcome: Outcome) -> None:
+    """Print the error of a checkpoint with its hint, then its notes."""
+    shown = render.printable(name)
+    if outcome.problem is not None:
+        render.talk(f"error: {shown}: {render.printable(outcome.problem.message)}")
+        if outcome.problem.hint:
+            render.talk(f"hint: {render.printable(outcome.problem.hint)}")
+    for note in outcome.notes:
+        render.talk(f"note: {shown}: {render.printable(note)}")
+
+
+def tell_removal(name: str, outcome: Outcome, form: str = "") -> None:
+    """Print the removed files, the pin, and the reason if files were kept."""
+    removal = outcome.gone
+    if removal is None:
+        return
+    for file in removal.removed:
+        links = f", has {file.other_names} other name(s)" if file.other_names else ""
+        render.talk(f"removed: {render.printable(str(file.path))}{form}{links}")
+    if removal.pinned:
+        render.talk(f"pinned: {outcome.id and outcome.id[:8]}, so that it stays exact")
+    if removal.kept is not None:
+        render.talk(f"not removed: {render.printable(f'{name}: {removal.kept}')}")
+
+
+def as_json(outcome: Outcome) -> dict[str, render.Json]:
+    """Return the fields that import and watch have in common."""
+    removal = outcome.gone
+    return {
+        "problem": None if outcome.problem is None else outcome.problem.message,
+        "notes": list(outcome.notes),
+        "removed": [str(file.path) for file in removal.removed] if removal else [],
+        "keep_reason": removal.kept if removal else None,
+        "pinned": removal.pinned if removal else False,
+    }
