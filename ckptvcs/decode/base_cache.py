@@ -85,8 +85,9 @@ class BaseWriter:
 
 
 class CachedTable(DecodedTable):
-    """A cached base. Each tensor is verified before its first use, unless the caller passes `out`:
-    such callers check the hash themselves.
+    """A cached base. Each tensor is verified before its first use.
+
+    Callers that pass `out` must verify the tensor themselves.
     """
 
     def __init__(self, path: Path, infos: list[TensorInfo], hashes: list[bytes]) -> None:
@@ -290,7 +291,7 @@ class MemoryWriter:
 class MemoryTable(DecodedTable):
     """The tensors of a `MemoryBase`, for the commit that replaces them.
 
-    Other readers pass the table that they expect: a commit of another thread may replace it.
+    Other readers pass the `expected` table, because a commit in another thread may replace it.
     """
 
     def __init__(
