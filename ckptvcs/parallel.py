@@ -38,8 +38,8 @@ Progress = Callable[[int], None]
 """A function that is called with each number of bytes read or written."""
 
 
-def quiet(_: int) -> None:
-    """Show no progress."""
+def quiet(_: object) -> None:
+    """Ignore progress, or another notification."""
 
 
 def worker_count() -> int:
