@@ -354,12 +354,12 @@ def test_fresh_process_no_cache_rebuilt_index(
 ) -> None:
     ckpt = ckpt_process
     ckpt("init")
-    for number, path in enumerate(run_files):
+    for number, path in enumerate(run_files[:3]):
         ckpt("commit", path, "--codec", ["lossless", "excp", "excp-max"][number % 3])
 
     def forms() -> list[str]:
         out = []
-        for step in (1, 3, 5):
+        for step in (2, 3):
             ckpt("checkout", step, "-o", "x.pt", "--force")
             out.append(sha(tmp_path / "x.pt"))
         return out

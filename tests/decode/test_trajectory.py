@@ -254,6 +254,7 @@ commits = st.lists(
 )
 
 
+@pytest.mark.directory_only
 @given(commits, st.sampled_from([None, 2, 3]), st.integers(1, 6))
 def test_any_history_comes_back_as_checkouts_give_it(
     history: list[tuple[str, str, bool]], every: int | None, depth: int
