@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 # A scheduler may send these to every process of a job.  The worker ends with the training process,
 # which may still have states to commit.
 _IGNORED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-_START = (
+SERVER_CODE = (
     f"import signal as s; [s.signal(getattr(s, name), s.SIG_IGN) for name in {_IGNORED}]; "
     "from ckptvcs.background.server import serve; serve()"
 )
 _STOP_SECONDS = 10.0  # time for an idle worker to end before it is killed
 _POLL_SECONDS = 1.0  # time between checks whether the worker is alive
-_PROCESSES = 3  # workers that may die during one commit
-_ATTEMPTS = 2  # errors that one commit may return
+MAX_PROCESSES = 3  # workers that may die during one commit
+MAX_ATTEMPTS = 2  # errors that one commit may return
 # A state that kills a worker by one of these could also kill the training process.
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 # A second attempt would fail in the same way, or the commit has retried already.
@@ -114,7 +114,7 @@ class Worker:
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
             arguments = [str(far.fileno()), str(os.getpid()), str(real_path(self._folder))]
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, *arguments],
+                [sys.executable, "-P", "-c", SERVER_CODE, *arguments],
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": paths},
@@ -147,9 +147,9 @@ class Worker:
                 failed, problem = failed + 1, error
             if move is not None and self._was_made(move):
                 return Done(move.commit, move.branch)
-            if isinstance(problem, _FINAL) or failed == _ATTEMPTS:
+            if isinstance(problem, _FINAL) or failed == MAX_ATTEMPTS:
                 raise problem
-            if died == _PROCESSES:
+            if died == MAX_PROCESSES:
                 how = f"background commit failed: every worker process ended early ({problem})"
                 by_fault = isinstance(problem, _DiedError) and problem.by_fault
                 raise CkptError(how) if by_fault else NoWorkerError(how)

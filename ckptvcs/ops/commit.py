@@ -328,7 +328,7 @@ class Committer:
         self._check_published(place, name, lease_name)
         # The commit is in the history.  If fading fails, the next gc repeats it.
         with contextlib.suppress(CkptError, OSError, MemoryError):
-            self._fade(fading, name, lease_name, is_head=place.moves_head)
+            self.fade(fading, name, lease_name, is_head=place.moves_head)
         self._catalog.forget_commits()
         return CommitResult(
             name, commit, encoded.data_bytes + info.size_bytes, place.branch, tuple(notes)
@@ -386,7 +386,7 @@ class Committer:
             return []
         return self._fader().after(parent, (name, commit), is_head=is_head)
 
-    def _fade(
+    def fade(
         self, recorded: list[Patch], name: ObjectId, lease_name: str, *, is_head: bool
     ) -> None:
         """Delete the recorded patches, except those that a new tag, pin or setting keeps.

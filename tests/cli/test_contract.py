@@ -65,7 +65,7 @@ def test_log(ckpt: Ckpt, history: Path) -> None:
 
 
 def test_a_long_log_is_cut(ckpt: Ckpt, history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_log, "_DEFAULT_ENTRIES", 3)
+    monkeypatch.setattr(cli_log, "DEFAULT_ENTRIES", 3)
     shown = ckpt("log")
     assert len(shown.out.splitlines()) == 1 + 3
     assert "3 newest commits; use -n N to show more" in shown.err

@@ -34,7 +34,7 @@ def test_a_commit_waits_for_gc(
             sweeping.__exit__(None, None, None)
 
     monkeypatch.setattr("time.sleep", rest)
-    monkeypatch.setattr(leases, "_WARN_AFTER", -1.0)
+    monkeypatch.setattr(leases, "WARN_AFTER", -1.0)
     sweeping.__enter__()
     assert where.commit(tmp_path / "a.dat", step=3, metrics={}).commit.step == 3
     assert len(rests) == 3

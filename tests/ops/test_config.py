@@ -203,7 +203,7 @@ def test_settings_that_two_processes_change_at_once(
 ) -> None:
     repo = Repo.init(tmp_path)
     other = Repo.open(tmp_path)
-    calm, others = config._read, list[threading.Thread]()
+    calm, others = config.read_text, list[threading.Thread]()
 
     def read(path: Path) -> str:
         text = calm(path)
@@ -214,7 +214,7 @@ def test_settings_that_two_processes_change_at_once(
         return text
 
     repo.configure("keyframe-depth", "5")
-    monkeypatch.setattr(config, "_read", read)
+    monkeypatch.setattr(config, "read_text", read)
     repo.configure("keyframe-depth", "9")
     others[0].join()
     now = Repo.open(tmp_path).repository.config
