@@ -42,10 +42,10 @@ _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _TRIES = 2  # to delete temporary files: the system may refuse once
 _NO_LINKS = (*_CANNOT, errno.EPERM, errno.EMLINK)
-_FREE_ONLY, _EXCHANGE = "free only", "exchange"
+FREE_ONLY, EXCHANGE = "free only", "exchange"
 _FLAGS = {
-    "linux": ("renameat2", {_FREE_ONLY: 1, _EXCHANGE: 2}),
-    "darwin": ("renameatx_np", {_FREE_ONLY: 4, _EXCHANGE: 2}),
+    "linux": ("renameat2", {FREE_ONLY: 1, EXCHANGE: 2}),
+    "darwin": ("renameatx_np", {FREE_ONLY: 4, EXCHANGE: 2}),
 }
 
 
@@ -59,7 +59,7 @@ def _system_rename() -> Any:
         return None
 
 
-def _rename(folder: int, old: str, new: str, how: str) -> bool:
+def rename(folder: int, old: str, new: str, how: str) -> bool:
     """Rename to a free name or exchange two names, in one step; return whether that is possible."""
     call = _system_rename()
     if call is None:
@@ -223,7 +223,7 @@ class Folder:
             with self.enter(temporary) as place:
                 yield Folder(place._at, self.path / name)
             try:
-                if not _rename(self._at, temporary, name, _FREE_ONLY):
+                if not rename(self._at, temporary, name, FREE_ONLY):
                     # This rename can only replace an empty folder.
                     os.rename(temporary, name, src_dir_fd=self._at, dst_dir_fd=self._at)
             except OSError as error:
@@ -298,7 +298,7 @@ class Folder:
 
     def _take(self, temporary: str, name: str) -> None:
         """Rename a file to a free name.  Raises FileExistsError."""
-        if _rename(self._at, temporary, name, _FREE_ONLY):
+        if rename(self._at, temporary, name, FREE_ONLY):
             return
         try:
             os.link(
@@ -324,7 +324,7 @@ class Folder:
         if stat.S_ISDIR(seen.st_mode) or not _same(self.look(name), seen):
             raise self._changed(name)
         try:
-            if not _rename(self._at, temporary.name, name, _EXCHANGE):
+            if not rename(self._at, temporary.name, name, EXCHANGE):
                 os.replace(temporary.name, name, src_dir_fd=self._at, dst_dir_fd=self._at)
                 return
         except FileNotFoundError as error:
@@ -333,20 +333,20 @@ class Folder:
         try:
             is_seen = _lasting(self.look(temporary.name)) == _lasting(seen)
         except OSError:
-            _rename(self._at, temporary.name, name, _EXCHANGE)
+            rename(self._at, temporary.name, name, EXCHANGE)
             temporary.own = own
             raise
         if is_seen:
             temporary.own = seen
             return
         try:  # another program saved it at this moment: put that file back
-            _rename(self._at, temporary.name, name, _EXCHANGE)
+            rename(self._at, temporary.name, name, EXCHANGE)
         except FileNotFoundError:  # the new file was deleted
             self._put_back(temporary, name)
             raise self._changed(name) from None
         if _lasting(self.look(temporary.name)) != _lasting(own):  # saved again: keep the later one
             with contextlib.suppress(OSError):
-                _rename(self._at, temporary.name, name, _EXCHANGE)
+                rename(self._at, temporary.name, name, EXCHANGE)
             raise self._saved_again(temporary, name)
         temporary.own = own
         raise self._changed(name)

@@ -29,7 +29,13 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Removed:
-    """A deleted file: its bytes, and how many other names it still has."""
+    """A deleted file.
+
+    Attributes:
+        path: The relative path.
+        size_bytes: The size in bytes.
+        other_names: The number of other hard links to the file.
+    """
 
     path: PurePosixPath
     size_bytes: int
@@ -37,7 +43,7 @@ class Removed:
 
     @property
     def freed_bytes(self) -> int:
-        """Freed bytes of disk: 0 if the file has another name."""
+        """The freed bytes on disk; 0 if the file has another name."""
         return 0 if self.other_names else self.size_bytes
 
 

@@ -43,15 +43,20 @@ OPTIMIZER = "optimizer"
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision of gc on one commit, with its reasons.
+    """The decision of gc about one commit.
 
-    `freed_bytes` are deleted.  `chained_bytes` stay although the commit is dropped, because other
-    commits depend on them.
+    Attributes:
+        name: The id of the commit.
+        commit: The commit.
+        action: `keep`, `drop` or `drop optimizer`.
+        reasons: The rules that keep the commit, or the reasons of the drop.
+        freed_bytes: The bytes that gc deletes.
+        chained_bytes: The bytes of a dropped commit that are kept, because deltas depend on them.
     """
 
     name: ObjectId
     commit: Commit
-    action: str  # keep, drop, drop optimizer
+    action: str
     reasons: tuple[str, ...]
     freed_bytes: int = 0
     chained_bytes: int = 0
@@ -59,11 +64,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class GcPlan:
-    """The planned changes of gc.
+    """The commits, patches and files that gc deletes or would delete.
 
-    `decisions` is empty without rules.  `packs` maps packs to delete to their folders; `debris` are
-    names of files; `loose` commits are unreachable, and always were.  `kept_bytes` is the size of
-    the repository afterwards.  `freed_bytes` counts packs and debris, minus the new records.
+    Attributes:
+        decisions: A decision for each commit; empty without retention rules.
+        fading: The exact patches that expire.
+        packs: The folders of the deleted packs, by pack.
+        debris: The names of files that interrupted processes left.
+        freed_bytes: By how many bytes the repository and the debris shrink, less the new records.
+        kept_bytes: The size of the repository afterwards, in bytes.
+        drops: The drop records to write.
+        loose: Unreachable commits that never were on a ref.
+        picture: The state of the repository from which the plan was made.
     """
 
     decisions: tuple[Decision, ...]

@@ -24,7 +24,7 @@ from ckptvcs.store import disk
 from ckptvcs.store.ids import PackId
 from ckptvcs.store.leases import exclusive
 
-_BATCH = 2000  # packs that are deleted while writers wait
+BATCH = 2000  # packs that are deleted while writers wait
 _BESIDE = 3  # attempts while writers may run
 
 Step = Callable[[], None]
@@ -108,7 +108,7 @@ class Sweep:
             with self._alone():
                 needed = self._collector.require_current(plan)
                 self._collector.delete_debris()
-                self._collector.delete(dict(left[:_BATCH]), needed)
-            left = left[_BATCH:]
+                self._collector.delete(dict(left[:BATCH]), needed)
+            left = left[BATCH:]
             if not left:
                 return

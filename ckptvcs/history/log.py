@@ -19,10 +19,15 @@ Bound = str | int | None
 
 @dataclass(frozen=True)
 class LogEntry:
-    """A commit in the history, with what depends on the repository's present state.
+    """A commit, with properties that depend on the current state of the repository.
 
-    `stored_bytes` are the bytes on disk that the commit added, without its exact patch.  `fidelity`
-    says of each part whether it is `exact`, `near` or `dropped`.
+    Attributes:
+        id: The id of the commit.
+        commit: The commit object.
+        stored_bytes: The bytes on disk that the commit added, without its exact patch.
+        fidelity: The form of each part: `exact`, `near` or `dropped`.
+        branch: The branch that is shown with the commit.
+        tags: The tags of the commit.
     """
 
     id: ObjectId

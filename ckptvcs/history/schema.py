@@ -47,12 +47,19 @@ class View:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: `shape` elements of `dtype` in row-major order.
+    """One stored tensor, in row-major order.
 
-    `evidence` says how its role was recognized (`checkpoint/roles.py`).  The bytes of a small
-    `inline` tensor are in the skeleton.  `pair` is the position in the schema of the weight to
-    which a moment belongs.  `views` are its windows, if there are others than the whole tensor
-    under its own name.  `order` is the byte order: `little`, `big`, or `unknown`.
+    Attributes:
+        name: The full name.
+        dtype: The element type, such as `BF16`.
+        shape: The shape.
+        part: `model`, `optimizer` or `rest`.
+        role: What the tensor is, such as a weight or an optimizer moment.
+        inline: Whether the tensor is so small that the file template contains its bytes.
+        pair: The position in the schema of the weight that a moment belongs to.
+        views: The views of the tensor, if there are others than the tensor itself.
+        evidence: How the role was detected.
+        order: The byte order: `little`, `big` or `unknown`.
     """
 
     name: str

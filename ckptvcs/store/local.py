@@ -31,7 +31,7 @@ from ckptvcs.store.disk import storage_error
 from ckptvcs.store.lease_files import LocalHold, hold, trace
 
 _SYNC_BYTES = 1 << 25  # larger files are synced while they are written, and deleted in background
-_MOST_SETTLED = 1 << 14  # names that are remembered as durable; others are synced again
+MAX_SETTLED = 1 << 14  # names that are remembered as durable; others are synced again
 _TRANSIENT = frozenset({"cache", "leases", "marks", "tmp"})  # folders that may be lost in a crash
 _NO_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
@@ -189,7 +189,7 @@ class LocalBackend:
 
     def _remember(self, names: Set[str]) -> None:
         """Remember durable files.  A long series of commits only needs the newest names."""
-        if len(self._settled) + len(names) > _MOST_SETTLED:
+        if len(self._settled) + len(names) > MAX_SETTLED:
             self._settled.clear()
         self._settled |= names
 

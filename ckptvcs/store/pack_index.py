@@ -59,7 +59,7 @@ class Places:
         self._keys_of, self._decode = _forgiving(keys_of), decode
         self._changing = RLock()
         self._rebuilt = False
-        self._index = Index(index, self._keys_of)
+        self.editions = Index(index, self._keys_of)
         _all.add(self)
         self._ask(Index.look_again)
 
@@ -69,16 +69,16 @@ class Places:
         """Return the answer of the index, and rebuild the index if it is damaged."""
         problem: Exception | None = None
         for _ in range(_TRIES):
-            turn = self._index.turn
+            turn = self.editions.turn
             try:
-                return question(self._index)
+                return question(self.editions)
             except (OSError, *ROTTEN) as error:
                 problem = error
             with self._changing:
-                if turn == self._index.turn:  # otherwise another thread has rebuilt it
+                if turn == self.editions.turn:  # otherwise another thread has rebuilt it
                     if not isinstance(problem, OSError):
-                        self._index.distrust()
-                    self._make(partial(self._index.rebuild, anew=False))
+                        self.editions.distrust()
+                    self._make(partial(self.editions.rebuild, anew=False))
         if isinstance(problem, OSError):
             raise storage_error(problem, "use the index") from problem
         raise StorageError(f"the index cannot be used: {problem}", hint=_HINT) from problem
@@ -97,11 +97,11 @@ class Places:
     def move_out(self) -> None:
         """Switch to an index of this process alone, to free its room in the repository."""
         with self._changing:
-            self._make(partial(self._index.move_out, delete=True))
+            self._make(partial(self.editions.move_out, delete=True))
 
     def close(self) -> None:
         """Close the files."""
-        self._index.close()
+        self.editions.close()
 
     def add_expected(self) -> None:
         """Add the packs of processes that ended between publishing and indexing them."""
@@ -140,7 +140,7 @@ class Places:
         A damaged pack hides only its own objects; `ckpt verify` reports it.
         """
         with contextlib.suppress(CorruptionError, FileNotFoundError):
-            self._ask(partial(Index.add, rows=self._rows(self._read_pack(name, folder), late)))
+            self._ask(partial(Index.add, rows=self._rows(self.read_pack(name, folder), late)))
             try:
                 # Check again: a deletion removes it from the index again only after the file.
                 self._backend.size(packs.pack_name(folder, name))
@@ -151,7 +151,7 @@ class Places:
         """Rebuild the index from the packs; return the number of packs."""
         self._rebuilt = True
         with self._changing:
-            self._make(partial(self._index.rebuild, anew=True))
+            self._make(partial(self.editions.rebuild, anew=True))
         return len(self._ask(Index.packs))
 
     def doubt(self) -> None:
@@ -161,7 +161,7 @@ class Places:
         else:
             self.rebuild()
 
-    def _read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
+    def read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
         file = packs.pack_name(folder, name)
         size = self._backend.size(file)
         return packs.PackInfo(name, folder, size, packs.find_entries(self._backend, file))
@@ -170,7 +170,7 @@ class Places:
         """Yield the rows of every pack on disk."""
         for name, folder in self.list_packs().items():
             with contextlib.suppress(CorruptionError, FileNotFoundError):
-                yield self._rows(self._read_pack(name, folder), late)
+                yield self._rows(self.read_pack(name, folder), late)
 
     def _rows(self, info: packs.PackInfo, late: list[Place]) -> list[Row]:
         """Return the rows of a pack; contents with a base go to `late`: index the base first."""

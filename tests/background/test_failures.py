@@ -42,7 +42,7 @@ class Grief:
     def begin(self, moment: str, how: str, times: int = 1) -> None:
         arguments = f"{moment!r}, {how!r}, {str(self._file)!r}, {times}"
         start = f"from tests.helpers.dying import serve; serve({arguments})"
-        self._patch.setattr(process, "_START", start)
+        self._patch.setattr(process, "SERVER_CODE", start)
         self._file.touch()
 
     @property
@@ -119,7 +119,7 @@ def test_where_no_process_lives_this_one_commits(
     for step, one in enumerate(run):
         repo.commit_async(one, step=step)
     repo.wait()
-    assert grief.count == 3 * process._PROCESSES  # and no more
+    assert grief.count == 3 * process.MAX_PROCESSES  # and no more
     assert steps(repo) == [0, 1, 2]
     assert all(same(repo.checkout(step), one) for step, one in enumerate(run))
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
@@ -138,9 +138,9 @@ def test_where_none_can_be_started(repo: Repo, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("moment", "how", "times", "match"),
     [
-        ("job", "SIGSEGV", process._PROCESSES, "SIGSEGV"),  # this process shall not die of it
-        ("job", "KeyError", process._ATTEMPTS, "KeyError"),
-        ("announced", "OSError", process._ATTEMPTS, "OSError"),
+        ("job", "SIGSEGV", process.MAX_PROCESSES, "SIGSEGV"),  # this process shall not die of it
+        ("job", "KeyError", process.MAX_ATTEMPTS, "KeyError"),
+        ("announced", "OSError", process.MAX_ATTEMPTS, "OSError"),
     ],
 )
 def test_what_fails_again_is_raised_once(

@@ -65,7 +65,7 @@ def test_log(ckpt: Ckpt, history: Path) -> None:
 
 
 def test_a_long_log_is_cut(ckpt: Ckpt, history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_log, "_DEFAULT_ENTRIES", 3)
+    monkeypatch.setattr(cli_log, "DEFAULT_ENTRIES", 3)
     shown = ckpt("log")
     assert len(shown.out.splitlines()) == 1 + 3
     assert "3 newest commits; use -n N to show more" in shown.err
@@ -136,7 +136,7 @@ def test_checkout_says_whose_last_copy_a_file_is(
     assert f"step_3.pt is the original of commit {made[1]}, which is only near now" in done.err
     (tmp_path / "step_3.pt").write_bytes(b"something else")
     assert (
-        "step_3.pt holds changes that are in no commit exactly" in ckpt("checkout", 3, code=4).err
+        "step_3.pt has changes that no commit contains exactly" in ckpt("checkout", 3, code=4).err
     )
     ckpt("checkout", 3, "--force")
     ckpt("commit", "step_1.pt", "--branch", "again")
@@ -174,7 +174,7 @@ def test_files_beside_near_weights_can_be_had_again(ckpt: Ckpt, tmp_path: Path) 
     ckpt("checkout", 2)
     assert (folder / "config.json").read_text() == texts[2]
     (folder / "config.json").write_text("mine")
-    assert "config.json holds changes" in ckpt("checkout", 1, code=4).err
+    assert "config.json has changes" in ckpt("checkout", 1, code=4).err
 
 
 def test_near_checkouts(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:

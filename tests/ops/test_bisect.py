@@ -75,8 +75,8 @@ def test_ends_that_are_not_what_they_are_said_to_be(repo: Repo) -> None:
     judge = metric_judge("loss", above=2.5, below=None)
     for good, bad, text in [
         (0, 1, "given as bad, but is good"),
-        (0, 2, "could not be judged"),
-        (2, 3, "given as good, but could not be judged"),
+        (0, 2, "was skipped"),
+        (2, 3, "given as good, but was skipped"),
         (1, 1, "both"),
     ]:
         with pytest.raises(InvalidInputError, match=text):

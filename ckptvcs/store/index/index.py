@@ -62,8 +62,8 @@ __all__ = ["ROTTEN", "Index", "KeysOf", "Place", "Records"]
 Records = Callable[[], Iterable[Iterable[Row]]]
 """A function that returns the rows of all packs that exist when it is called."""
 
-_JOURNAL_BYTES = 1 << 17  # bytes of records after which the next edition is made
-_ROWS = 1024  # rows in one transaction: their pages stay in memory until it ends
+JOURNAL_BYTES = 1 << 17  # bytes of records after which the next edition is made
+ROWS_PER_WRITE = 1024  # rows in one transaction: their pages stay in memory until it ends
 _MEMORY = [folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)]
 
 
@@ -73,16 +73,16 @@ class Index:
     def __init__(self, name: Path, keys_of: KeysOf) -> None:
         """Open nothing yet; the first question does."""
         self._family, self._keys_of = Family.of(name), keys_of
-        self._followed = Follower(self._family)
-        self._read = self._followed.read
-        self._enough = _JOURNAL_BYTES
+        self.follower = Follower(self._family)
+        self._read = self.follower.read
+        self._enough = JOURNAL_BYTES
         self._room_is_wanted = False
-        weakref.finalize(self, close, self._followed).atexit = False
+        weakref.finalize(self, close, self.follower).atexit = False
 
     @property
     def turn(self) -> int:
         """How often files were opened."""
-        return self._followed.turn
+        return self.follower.turn
 
     def look_again(self) -> None:
         """Open the files, again if their folder was replaced.
@@ -91,16 +91,16 @@ class Index:
             lmdb.Error, ValueError, OSError: no edition can be used.
         """
         with forking.using:
-            self._followed.look_again()
+            self.follower.look_again()
 
     def distrust(self) -> None:
         """Never use this edition again: its content is wrong."""
         with forking.using:
-            self._followed.distrust()
+            self.follower.distrust()
 
     def close(self) -> None:
         """Close the files; the next question opens them again."""
-        close(self._followed)
+        close(self.follower)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -109,18 +109,18 @@ class Index:
         record = dump_rows(rows)
         with forking.using:
             self._read()
-            is_appended = self._followed.append(record)
+            is_appended = self.follower.append(record)
             recent = self._read()
             if not is_appended:
                 recent.apply(load_rows(record))
-            elif not self._followed.own and self._followed.unread_bytes > self._enough:
+            elif not self.follower.own and self.follower.unread_bytes > self._enough:
                 try:
-                    self._write()
-                    self._enough = _JOURNAL_BYTES
+                    self.make_edition()
+                    self._enough = JOURNAL_BYTES
                 except (OSError, *ROTTEN):  # another process does so, or the disk is full
                     self._enough *= 2
 
-    def _write(self) -> None:
+    def make_edition(self) -> None:
         """Make the next edition from the newest one and the journals.
 
         Raises:
@@ -128,10 +128,10 @@ class Index:
             lmdb.Error, ValueError, OSError: the newest one is damaged, or the disk is full.
         """
         with forking.using, alone(self._family.lock):
-            if self._followed.own:
+            if self.follower.own:
                 raise lmdb.InvalidError("the index of this process is private")
-            root = self._followed.open().base.root
-            draft, first = draft_after(self._family, self._followed.number, root)
+            root = self.follower.open().base.root
+            draft, first = draft_after(self._family, self.follower.number, root)
             try:
                 number = begin_journal(self._family)
                 draft.write(lambda txn: forget_expected(draft, txn))
@@ -140,7 +140,7 @@ class Index:
             finally:
                 draft.close()
             announce(self._family, number)
-            self._followed.open()
+            self.follower.open()
             clean(self._family, 2)
 
     def rebuild(self, records: Records, *, anew: bool) -> None:
@@ -164,14 +164,14 @@ class Index:
         with alone(self._family.lock):
             if not anew:
                 with forking.using, contextlib.suppress(OSError, *ROTTEN):
-                    self._followed.open()
+                    self.follower.open()
                     return
                 clean(self._family, 0)  # the disk may not have room for two
             number = begin_journal(self._family)
             self._fill(self._family.draft, self._family.edition(number), records)
             announce(self._family, number)
             with forking.using:
-                self._followed.open()
+                self.follower.open()
             clean(self._family, 1)
             self._family.delete_older()
 
@@ -188,7 +188,7 @@ class Index:
 
     def _add(self, draft: Draft, records: Iterable[Iterable[Row]]) -> None:
         rows = chain.from_iterable(records)
-        while batch := [*islice(rows, _ROWS)]:
+        while batch := [*islice(rows, ROWS_PER_WRITE)]:
             with forking.using:
                 draft.write(lambda txn: apply_rows(draft, txn, batch, self._keys_of))
 
@@ -211,7 +211,7 @@ class Index:
                 self._fill(scratch / "draft", scratch / "index", records)
                 with forking.using:
                     base = open_edition(scratch / "index")
-                    self._followed.go_on(Recent(base), last, follow=not delete, awaits=awaits)
+                    self.follower.go_on(Recent(base), last, follow=not delete, awaits=awaits)
                 break
             except (OSError, *ROTTEN) as error:
                 problem = error
