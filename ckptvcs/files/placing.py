@@ -60,10 +60,7 @@ def _system_rename() -> Any:
 
 
 def rename(folder: int, old: str, new: str, how: str) -> bool:
-    """Rename within a folder in one step, `how` being to a free name only or by exchange.
-
-    Return False if the system or file system does not support that.
-    """
+    """Rename to a free name or exchange two names, in one step; return whether that is possible."""
     call = _system_rename()
     if call is None:
         return False
@@ -219,11 +216,7 @@ class Folder:
 
     @contextmanager
     def tree(self, name: str) -> Iterator[Folder]:
-        """Fill a new folder, which gets its name when the block ends without an error.
-
-        Raises:
-            ConflictError: the name is not free.
-        """
+        """Fill a new folder, which gets its name at the end.  Raises ConflictError if it exists."""
         temporary = _temporary_name()
         os.mkdir(temporary, dir_fd=self._at)
         try:

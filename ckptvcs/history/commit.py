@@ -1,8 +1,8 @@
-"""The commit object: what was committed, by hashes; never how it is stored.
+"""The commit object: the hashes of the committed tensors and files, not how they are stored.
 
-A commit names, for every part, the table of its tensors' decoded values, and every file by the
-hash of its bytes.  Which frames decode to those values stands in recipes, which may change; a
-commit's id never does.  Layout: docs/format.md, "Commit".
+A commit refers to a tensor hash table for every part, and to every file by the hash of its bytes.
+Recipes say which frames decode to these values.  Recipes may change; the id of a commit never does.
+Layout: docs/format.md, "Commit".
 """
 
 from __future__ import annotations

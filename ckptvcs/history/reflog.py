@@ -123,10 +123,10 @@ class Past:
     def _event(self, move: Generation, reached: Set[ObjectId]) -> ReflogEvent:
         known = move.commit is not None and self._catalog.store.contains(move.commit)
         step = self._catalog.commit(move.commit).step if move.commit and known else None
-        there = move.commit is None or (known and self._stands(move.commit, reached))
-        return ReflogEvent(move.time, move.action, move.commit, step, there)
+        exists = move.commit is None or (known and self._can_return_to(move.commit, reached))
+        return ReflogEvent(move.time, move.action, move.commit, step, exists)
 
-    def _stands(self, name: ObjectId, reached: Set[ObjectId]) -> bool:
+    def _can_return_to(self, name: ObjectId, reached: Set[ObjectId]) -> bool:
         try:
             self._revisions.require(name, reached)
         except NotFoundError:

@@ -3,7 +3,7 @@
     refs/heads/<name>/<generation>     branches
     refs/tags/<name>/<generation>      tags
     refs/pins/<id>/<generation>        pins: commits that keep their exact form
-    refs/HEAD/<generation>             what is checked out: a branch, or a commit
+    refs/HEAD/<generation>             HEAD: a branch, or a commit
 
 Each version (a field `generation` on disk) holds the hash of the version it was computed from.  Of
 two writers of the same number one publishes it and the other gets a ConflictError.  Versions are

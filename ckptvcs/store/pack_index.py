@@ -155,10 +155,7 @@ class Places:
         return len(self._ask(Index.packs))
 
     def doubt(self) -> None:
-        """Check the index after an object was missing or damaged.
-
-        The first call rebuilds the index, later calls only list the packs.
-        """
+        """Check the index after a failed read: rebuild it once, later only list the packs."""
         if self._rebuilt:
             self.refresh()
         else:
@@ -176,10 +173,7 @@ class Places:
                 yield self._rows(self.read_pack(name, folder), late)
 
     def _rows(self, info: packs.PackInfo, late: list[Place]) -> list[Row]:
-        """Return the rows of a pack.
-
-        Contents that depend on a base go to `late`, because their bases must be indexed first.
-        """
+        """Return the rows of a pack; contents with a base go to `late`: index the base first."""
         rows = [*rows_of_pack(info)]
         for entry in info.entries:
             place = Place(info.id, info.folder, entry)

@@ -41,10 +41,10 @@ def _commit_path(repo: Repo, folder: Path, step: int) -> None:
 
 
 def _join(repo: Repo, _: Path, step: int) -> None:
-    with DistributedCommit(repo.repository, "together", step=step) as joint:
-        ticket = joint.begin()
-        shard = encode_share(repo.repository, ticket, state_checkpoint(states(step)[-1]))
-        joint.finish({"rank-0.pt": shard}, {})
+    with DistributedCommit(repo.repository, "together", step=step) as commit:
+        plan = commit.begin()
+        shard = encode_share(repo.repository, plan, state_checkpoint(states(step)[-1]))
+        commit.finish({"rank-0.pt": shard}, {})
 
 
 def _import(repo: Repo, folder: Path, step: int) -> None:

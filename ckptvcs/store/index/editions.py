@@ -324,9 +324,7 @@ def _open_tables(env: lmdb.Environment, txn: lmdb.Transaction, *, create: bool) 
 
 
 def _check_length(descriptor: int) -> None:
-    """Check the length of a file, which LMDB maps and trusts.
-
-    Without this, reading beyond the end of a truncated file would kill the process.
+    """Check the length of a file: LMDB maps it, and dies when it reads beyond a truncated end.
 
     Raises:
         lmdb.CorruptedError: the file is shorter than its meta pages say.
