@@ -84,7 +84,7 @@ _STEP_FILES = frozenset({"latest", "latest_checkpointed_iteration.txt"})  # Deep
 _OTHER_STEPS = "random_states"  # of accelerate: their step counts gradients that are accumulated
 
 
-def says_a_step(path: str) -> bool:
+def may_hold_step(path: str) -> bool:
     """Whether a file may say the step of its checkpoint by a key at its top."""
     return not path.rpartition("/")[2].startswith(_OTHER_STEPS)
 
@@ -94,7 +94,7 @@ def step_key_of(path: str) -> str | None:
     return _STATE_FILES.get(path.rpartition("/")[2])
 
 
-def names_a_step(path: str) -> bool:
+def is_step_file(path: str) -> bool:
     """Whether a file at the top of a checkpoint holds the name, or number, of a step alone."""
     return path in _STEP_FILES
 
