@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Globals
@@ -34,23 +34,16 @@ GROUPS = {
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 _MODULES = {"import": "importing", "unpin": "pin"}  # all others are called as their commands
-_WITHOUT_NUMPY = frozenset(
-    {
-        "init",
-        "config",
-        "stats",
-        "index",
-        "log",
-        "show",
-        "status",
-        "branch",
-        "tag",
-        "pin",
-        "unpin",
-        "undo",
-        "reflog",
-    }
-)
+_WITH_NUMPY = frozenset(GROUPS["Get checkpoints back"]) | {
+    "commit",
+    "import",
+    "watch",
+    "diff",
+    "bisect",
+    "cat",
+    "gc",
+    "verify",
+}
 _SUMMARY = 80  # characters of a line of help, which no summary fills
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -61,6 +54,13 @@ def load(command: str) -> Callable[..., None]:
     # `import` is a word of Python, so that its function has an underscore behind it.
     function: Callable[..., None] = getattr(module, "import_" if command == "import" else command)
     return function
+
+
+class Command(TyperCommand):
+    """A command whose usage shows required arguments without braces, as git does."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
 class Commands(TyperGroup):
@@ -84,7 +84,7 @@ class Commands(TyperGroup):
             context_settings=_SETTINGS,
             pretty_exceptions_enable=False,
         )
-        alone.command(cmd_name)(_guarded(cmd_name, load(cmd_name)))
+        alone.command(cmd_name, cls=Command)(_guarded(cmd_name, load(cmd_name)))
         return typer.main.get_command(alone)
 
 
@@ -105,7 +105,7 @@ def _guarded(name: str, command: Callable[P, None]) -> Callable[P, None]:
     @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> None:
         try:
-            if name not in _WITHOUT_NUMPY:
+            if name in _WITH_NUMPY:
                 spare_threads()
             command(*args, **options)
             sys.stdout.flush()

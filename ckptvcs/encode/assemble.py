@@ -11,17 +11,17 @@ from ckptvcs.history.recipe import Recipe, dump_values
 from ckptvcs.store.ids import Kind, ObjectId, object_id
 
 Place = tuple[ObjectId | None, int]
-"""A bundle (None: the one being written) and the number of a frame in it."""
+"""The bundle of a frame (None: the new one), and the number of the frame in it."""
 
 StoredPlace = tuple[ObjectId, int]
-"""A bundle and the number of a frame in it."""
+"""The bundle of a frame, and the number of the frame in it."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A checkpoint whose tensors are stored durably, but which no commit names yet.
+    """A checkpoint whose tensors are stored durably, but are not visible in a commit yet.
 
-    `shared` has the tables of exact values whose patch belongs to another commit.
+    `shared` has the exact hash tables whose patch belongs to another commit.
     """
 
     parts: dict[str, PartState]
@@ -100,8 +100,8 @@ class Assembly:
     def _add_recipe(
         self, values: ObjectId, row: list[int], places: Callable[[], Sequence[StoredPlace]]
     ) -> None:
-        # Values that can be decoded already keep their recipe: the frames of a second one could
-        # depend on frames that depend on the first.
+        # Keep the recipe of a known table: the frames of a second recipe could depend on frames
+        # that depend on the first recipe.
         if values in self._rows:  # another part has the same bytes
             twins = zip(row, self._rows[values], strict=True)
             self.depths |= {number: self.depths[twin] for number, twin in twins}

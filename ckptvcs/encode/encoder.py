@@ -1,11 +1,11 @@
-"""Encoder: the tensors of a checkpoint -> frames in packs, tables of values, recipes.
+"""Encode the tensors of a checkpoint as frames in packs, with hash tables and recipes.
 
-    scan     hash every file and every tensor in one pass over the bytes
-    reuse    what is unchanged since the base, or stands twice in the checkpoint, costs nothing
-    code     the others, slice by slice: bytes into the pack of their part, decoded words into
-             the materialised base, errors into sums
+    scan     hash every file and every tensor in one pass over the bytes (`source.scan`)
+    reuse    refer to the stored frames of unchanged tensors; write duplicates once
+    encode   all other tensors, slice by slice: frames go into the pack of their part, decoded
+             words into the cached base of the next commit
 
-Nothing is held that grows with the checkpoint but a hash and a place for each tensor.
+Memory does not grow with the checkpoint, except for a hash and a place per tensor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ckptvcs.encode.exact import encode_patch
 from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
 from ckptvcs.encode.group import EncodedGroup, Errors, GroupEncoder
 from ckptvcs.encode.measure import count_nonfinite, report, report_tensors
-from ckptvcs.encode.planner import Attempt, Planner, TooCoarse
+from ckptvcs.encode.planner import Assignment, Attempt, Planner, TooCoarse
 from ckptvcs.encode.source import SourceTensor, find_masters, stays
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, ErrorReport
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 @dataclass
 class _BasePart:
-    """One part of the base commit: where each tensor, by name, stands in its values."""
+    """One part of the base commit: its hash table, and the position of each tensor by name."""
 
     values: ObjectId
     hashes: list[bytes]
@@ -59,18 +59,18 @@ class _BasePart:
 
 @dataclass
 class _Work:
-    """Tensors that a encoder is at: a draft for each member, and how many slices are to come."""
+    """A group to encode: a draft for each member, and the number of slices."""
 
     encoder: GroupEncoder
-    bases: dict[int, BaseTensor]
     drafts: list[Draft]
     slices: int
 
 
 @dataclass(frozen=True)
-class _Coded:
-    """Slice `index` of the members of a work: near forms, patches (None where a form is exact),
-    and how many weights and moments are not finite.
+class _EncodedSlices:
+    """Slice `index` of a group, with exact patches (None for slices that are exact).
+
+    `nonfinite` counts the weights and moments that are infinite or NaN.
     """
 
     work: _Work
@@ -95,8 +95,9 @@ class Encoder:
         progress: Progress,
         memory: MemoryBase | None = None,
     ) -> None:
-        """`hashes` are those that `scan` returned for the tensors of `checkpoint`; `memory` keeps
-        the base of the next commit in memory, which else goes into the cache.
+        """Prepare to encode `checkpoint`, whose tensor hashes `scan` returned.
+
+        The base of the next commit is kept in `memory` if that is given, else in `cache`.
         """
         spec, keyframe, patched = attempt.spec, attempt.keyframe, attempt.patched
         kernels.prepare(checkpoint.size_bytes)
@@ -114,8 +115,8 @@ class Encoder:
             for position, number in enumerate(row)
         }
         near = isinstance(spec.settings, NearSpec)
-        self._stay = {n for n in hashes if near and not patched and stays(checkpoint, n)}
-        self._values = dict(hashes)
+        self._on_device = {n for n in hashes if near and not patched and stays(checkpoint, n)}
+        self._decoded_hashes = dict(hashes)
         self._places: dict[int, Place] = {}
         self._twins: dict[tuple[bytes, str, str, str], int] = {}
         self._copies: dict[int, list[int]] = {}
@@ -138,20 +139,16 @@ class Encoder:
             keyframe=keyframe,
             alone=attempt.alone,
         )
-        self._known = {
-            name
-            for name, row in self._numbers.items()
-            if catalog.has_recipe(object_id(Kind.VALUES, self._table(row)), patches=False)
-        }
+        self._stored_parts = {name for name, row in self._numbers.items() if self._is_stored(row)}
 
     def _load_base(self, base: Commit) -> dict[str, _BasePart]:
         schema = self._catalog.schema(base.schema)
         names = alike([t.name for t in schema.tensors], [t.name for t in self._infos])
         parts = {}
         for name, state in base.parts.items():
-            there = self._catalog.store.contains(state.values)
-            if not there or not self._catalog.has_recipe(state.values):
-                continue  # a rule dropped it
+            stored = self._catalog.store.contains(state.values)
+            if not stored or not self._catalog.has_recipe(state.values):
+                continue  # a retention rule dropped the part
             infos = [schema.tensors[number] for number in schema.stored(name)]
             hashes = self._catalog.all_values(state.values, len(infos))
             positions = {info.name: (position, info) for position, info in enumerate(infos)}
@@ -168,12 +165,12 @@ class Encoder:
 
         Raises:
             InvalidInputError: the checkpoint changed since it was scanned.
-            TooFar: it has to be encoded as a keyframe.
+            TooFar: the checkpoint must be encoded as a keyframe.
             TooCoarse: the error exceeds a bound.
         """
-        return self._coded(self._finish)
+        return self._encode_then(self._finish)
 
-    def _coded(self, finish: Callable[[], T]) -> T:
+    def _encode_then(self, finish: Callable[[], T]) -> T:
         infos = [self._infos[number] for number in self._numbers["model"]]
         self._base_writer: BaseWriter | MemoryWriter
         if self._memory is None:
@@ -181,64 +178,63 @@ class Encoder:
         else:
             self._base_writer = self._memory.writer(infos)
         try:
-            rows = [(group, self._left(group)) for group in self._planner.groups()]
+            rows = [(group, self._not_stored(group)) for group in self._planner.groups()]
             jobs = (
                 (work, number, self._patched)
                 for work in map(self._begin, self._planner.encoders(rows))
                 for number in range(work.slices)
             )
-            for coded in ordered_map(_code, jobs):
+            for coded in ordered_map(_encode_slices, jobs):
                 self._put(coded)
-                del coded  # not held while the next one is waited for
+                del coded  # free its memory while the next one is encoded
             self._check_bound()
             self._settle()
             return finish()
         finally:
-            with contextlib.ExitStack() as stack:  # each of them, although another may fail
+            with contextlib.ExitStack() as stack:  # calls all, even if one raises
                 stack.callback(self._base_writer.abort)
                 for name in PARTS:
                     stack.callback(self._writers[name].abort)
                     stack.callback(self._patches[name].abort)
 
-    def _table(self, row: list[int]) -> bytes:
-        """Return the hash table of the exact values."""
-        return dump_values([self._hashes[number] for number in row])
+    # -- bases and reuse -----------------------------------------------------------------------
 
-    # -- what belongs together -----------------------------------------------------------------
+    def _is_stored(self, row: list[int]) -> bool:
+        """Return whether the repository has the exact values of these tensors as a hash table."""
+        table = dump_values([self._hashes[number] for number in row])
+        return self._catalog.has_recipe(object_id(Kind.VALUES, table), patches=False)
 
     def _base_of(self, number: int) -> tuple[_BasePart, int] | None:
-        """Where the base has a tensor of the same name, type and shape."""
+        """Return the place of the base tensor with the same name, type and shape."""
         info = self._infos[number]
         part = self._base_parts.get(info.part)
-        position, known = part.positions.get(info.name, (0, None)) if part else (0, None)
-        if part is None or known is None or (known.dtype, known.shape) != (info.dtype, info.shape):
+        position, base = part.positions.get(info.name, (0, None)) if part else (0, None)
+        if part is None or base is None or (base.dtype, base.shape) != (info.dtype, info.shape):
             return None
         return part, position
 
     def _base_tensor(self, number: int) -> BaseTensor | None:
         """Return the base of a tensor, not yet verified, or None."""
-        found = self._base_of(number)
-        if found is None:
+        place = self._base_of(number)
+        if place is None:
             return None
-        base = BaseTensor(self._chain, found[0].values, found[1], self._infos[number])
+        base = BaseTensor(self._chain, place[0].values, place[1], self._infos[number])
         return base if base.has_same_slices() else None
 
-    def _left(self, group: list[int]) -> list[int]:
+    def _not_stored(self, group: list[int]) -> list[int]:
         """Return the tensors of a group that are not stored yet."""
-        left = []
+        new = []
         for number in group:
-            if self._infos[number].part in self._known:
+            if self._infos[number].part in self._stored_parts:
                 self._progress(self._infos[number].size_bytes)
             elif not self._reuse(number):
-                left.append(number)
-        return left
-
-    # -- reuse ---------------------------------------------------------------------------------
+                new.append(number)
+        return new
 
     def _reuse(self, number: int) -> bool:
         """Reuse a frame with this tensor's value, if one is stored or being written."""
         info, value = self._infos[number], self._hashes[number]
-        # Not across parts, which are dropped one by one; nor roles, which are coded apart.
+        # Parts are dropped separately, and roles are encoded differently: share neither.
         twin = self._twins.setdefault((value, info.dtype, info.part, info.role), number)
         if twin != number:
             self._copies.setdefault(twin, []).append(number)
@@ -248,10 +244,10 @@ class Encoder:
             else:
                 self._progress(info.size_bytes)
             return True
-        found = self._base_of(number)
-        if found is None:
+        base = self._base_of(number)
+        if base is None:
             return False
-        part, position = found
+        part, position = base
         if part.hashes[position] != value:
             return False
         bundle, frame = self._catalog.place(part.values, position)
@@ -264,7 +260,7 @@ class Encoder:
         return True
 
     def _skip(self, number: int) -> None:
-        """Account for a tensor that needs no coding: no error, and it is a base of what follows."""
+        """Record a reused tensor: it has no error, and belongs to the base of the next commit."""
         info = self._infos[number]
         if info.part == "model":
             source = SourceTensor(self._checkpoint, number)
@@ -278,10 +274,10 @@ class Encoder:
                 self._errors[number] = errors
         self._progress(info.size_bytes)
 
-    # -- coding --------------------------------------------------------------------------------
+    # -- encoding ------------------------------------------------------------------------------
 
-    def _begin(self, found: tuple[GroupEncoder, dict[int, BaseTensor]]) -> _Work:
-        encoder, bases = found
+    def _begin(self, assignment: Assignment) -> _Work:
+        encoder, bases = assignment
         drafts: list[Draft] = []
         for index, target in enumerate(encoder.members):
             base = bases.get(target.number)
@@ -294,12 +290,12 @@ class Encoder:
             self._places[target.number] = (None, draft.number)
             drafts.append(draft)
         words = self._infos[encoder.members[0].number].words
-        work = _Work(encoder, bases, drafts, len(slice_counts(words)))
+        work = _Work(encoder, drafts, len(slice_counts(words)))
         if not work.slices:
             self._end(work)
         return work
 
-    def _put(self, coded: _Coded) -> None:
+    def _put(self, coded: _EncodedSlices) -> None:
         work, index = coded.work, coded.index
         self._nonfinite += coded.nonfinite
         for target, draft, part, errors, patch in zip(
@@ -329,30 +325,30 @@ class Encoder:
 
     def _end(self, work: _Work) -> None:
         for target, draft in zip(work.encoder.members, work.drafts, strict=True):
-            self._values[target.number] = draft.digest.digest()
-            if draft.exact and target.number in self._stay:
-                self._hashes[target.number] = self._values[target.number]
+            self._decoded_hashes[target.number] = draft.digest.digest()
+            if draft.exact and target.number in self._on_device:
+                self._hashes[target.number] = self._decoded_hashes[target.number]
             read = draft.source or (draft.digest if draft.exact else None)
             if read is not None and read.digest() != self._hashes[target.number]:
                 raise SourceTensor(self._checkpoint, target.number).changed()
-            stands = draft.uses_base and draft.base is not None
-            self._depths[target.number] = draft.base.depth + 1 if stands else 0  # type: ignore[union-attr]
+            based = draft.base is not None and draft.uses_base
+            self._depths[target.number] = draft.base.depth + 1 if based else 0  # type: ignore[union-attr]
 
     def _check_bound(self) -> None:
-        found = report(self._errors, self._infos).weight_rel
-        if self._bound and found > self._bound:
-            raise TooCoarse(found / self._bound)
+        error = report(self._errors, self._infos).weight_rel
+        if self._bound and error > self._bound:
+            raise TooCoarse(error / self._bound)
 
-    # -- the end -------------------------------------------------------------------------------
+    # -- publishing ----------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """Give each duplicate tensor the place and hash of its twin."""
         self._checkpoint.check_unchanged()
         for number, twin in self._twin_of.items():
-            if twin in self._places:  # else its part is stored already, with all its tensors
+            if twin in self._places:  # otherwise the whole part is stored already
                 self._places[number] = self._places[twin]
-            self._values[number] = self._values[twin]
-            if number in self._stay:
+            self._decoded_hashes[number] = self._decoded_hashes[twin]
+            if number in self._on_device:
                 self._hashes[number] = self._hashes[twin]
 
     def _finish(self) -> Encoded:
@@ -361,11 +357,11 @@ class Encoder:
             assembly.add(
                 name,
                 row,
-                (self._values, self._hashes),
+                (self._decoded_hashes, self._hashes),
                 partial(self._finish_frames, name, row),
                 partial(self._finish_patch, name, row),
             )
-        if "model" in assembly.parts and "model" not in self._known:
+        if "model" in assembly.parts and "model" not in self._stored_parts:
             self._base_writer.finish(assembly.parts["model"].values)
         return Encoded(
             assembly.parts,
@@ -404,7 +400,7 @@ class Encoder:
         return writer.finish(frames, exact, self._catalog.store.publish)
 
 
-def _code(job: tuple[_Work, int, bool]) -> _Coded:
+def _encode_slices(job: tuple[_Work, int, bool]) -> _EncodedSlices:
     work, number, patched = job
     coded = work.encoder.encode(number)
     patches: list[Buffers | None] = []
@@ -417,10 +413,10 @@ def _code(job: tuple[_Work, int, bool]) -> _Coded:
             patches.append(None)
         else:
             patches.append(encode_patch(target.tensor.slice(number), part.decoded, target.dtype))
-    return _Coded(work, number, coded, patches, nonfinite)
+    return _EncodedSlices(work, number, coded, patches, nonfinite)
 
 
 def energy_of(values: NDArray[np.float32]) -> float:
-    """The sum of squares of some weights; none of those with values that are not finite."""
+    """Return the sum of squares of weights, or 0 if it is not finite."""
     total = float(np.square(values, dtype=np.float64).sum())
     return total if np.isfinite(total) else 0.0

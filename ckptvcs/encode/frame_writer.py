@@ -1,4 +1,4 @@
-"""Frames of one part of a commit on their way into a pack of their own."""
+"""Write the frames and the exact patch of one part of a commit, each into its own pack."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from ckptvcs.parallel import Pool
 from ckptvcs.store.ids import Kind, ObjectId, object_id
 from ckptvcs.store.pack import PackInfo, PackWriter
 
-_LATE = 6  # slices that may wait to be written: they take memory
+_LATE = 6  # slices in memory that wait to be written
 
 Slice = tuple[int, int, bytes]
-"""Where a slice lies in its region, its length, its hash."""
+"""The offset of a slice in its region, its length, and its hash."""
 
 
 @dataclass
 class Draft:
-    """A frame of `dtype` that is being written: hashes of what it decodes to, and of what it was
-    made from (None while that is the same, and where that is `steady`).
+    """A frame that is being written.
+
+    steady   the original cannot change while it is read
+    exact    all slices so far decode to the original
+    digest   hash of the decoded words
+    source   hash of the original words; None while they equal the decoded words, or if `steady`
     """
 
     number: int
@@ -46,7 +50,7 @@ class Draft:
 
 
 class Region:
-    """Slices on their way into the region of a bundle, in a pack of its own."""
+    """Writes slices into the region of a bundle, in its own pack."""
 
     def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
         self._new_pack = new_pack
@@ -54,16 +58,16 @@ class Region:
         self._at = 0
 
     def append(self, *buffers: bytes | memoryview, hashed: bool = True) -> Slice:
-        """Add a slice, in pieces: where it lies, its length, its hash."""
-        at = self._at
+        """Add a slice, given in pieces."""
+        offset = self._at
         for data in buffers:
             self.pack.append_region(data)
             self._at += len(data)
-        return at, self._at - at, slice_hash(*buffers) if hashed else NO_HASH
+        return offset, self._at - offset, slice_hash(*buffers) if hashed else NO_HASH
 
     @property
     def pack(self) -> PackWriter:
-        """The pack, begun when it is first needed."""
+        """Return the pack, which is created on first use."""
         if self._pack is None:
             self._pack = self._new_pack()
         return self._pack
@@ -75,7 +79,7 @@ class Region:
 
 
 class PartWriter:
-    """The frames of one part on their way into a pack of their own."""
+    """Writes the frames of one part into their own pack."""
 
     def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
         self._region = Region(new_pack)
@@ -107,7 +111,7 @@ class PartWriter:
         return Frame(base, depth, draft.companion, tuple(draft.slices), draft.dtype)
 
     def finish(self, publish: Callable[[PackWriter], PackInfo]) -> tuple[ObjectId | None, int]:
-        """Write the bundle and publish the pack: its id, and the bytes on disk."""
+        """Write the bundle and publish the pack; return the bundle's id and the pack's bytes."""
         if not self.drafts:
             return None, 0
         pack = self._region.pack
@@ -116,12 +120,11 @@ class PartWriter:
 
 
 class PatchWriter:
-    """The exact patch of one part on its way into a pack that holds all of it: deleting
-    that pack makes the patch expire.
+    """Writes the exact patch of one part (the lossless residual from near to exact).
 
-    It is most of the bytes of a commit, so that they are hashed and written in a thread beside.
-    One that is to be `joined` with those of other processes is not read by what it decodes to, but
-    as it lies, and has a hash for each slice.
+    A pack holds the whole patch, and deleting the pack makes the patch expire. Exact patches are
+    most of the bytes of a commit, so a thread hashes and writes them. `joined` patches of several
+    processes are copied without decoding, so each of their slices has a hash.
     """
 
     def __init__(self, new_pack: Callable[[], PackWriter], *, joined: bool = False) -> None:
@@ -132,7 +135,7 @@ class PatchWriter:
         self._late: deque[Future[Slice]] = deque()
 
     def append(self, tensor: int, index: int, buffers: Buffers) -> None:
-        """Add a slice of a tensor.  The buffers must stay as they are until `frame`."""
+        """Add a slice of a tensor. The buffers must not change until `frame` is called."""
         if self._thread is None:
             self._thread = Pool(1)
         append = partial(self._region.append, *buffers, hashed=self._hashed)
@@ -145,8 +148,8 @@ class PatchWriter:
     def frame(
         self, tensor: int, info: TensorInfo, base: tuple[ObjectId, int] | None, depth: int
     ) -> Frame:
-        """The frame of a tensor; its slices that were not added are the same."""
-        while self._late:  # a region has one writer at a time
+        """Return the frame of a tensor; slices that were not added change nothing."""
+        while self._late:  # a region must have one writer at a time
             self._late.popleft().result()
         slices = []
         for index in range(len(slice_counts(info.words))):
@@ -161,9 +164,7 @@ class PatchWriter:
     def finish(
         self, frames: list[Frame], table: bytes, publish: Callable[[PackWriter], PackInfo]
     ) -> int:
-        """Write the bundle, the table of the exact values and their recipe; publish the pack: its
-        bytes on disk.
-        """
+        """Publish the pack with the exact hash table and its recipe; return its bytes."""
         pack = self._region.pack
         exact = object_id(Kind.VALUES, table)
         bundle = pack.add(Kind.BUNDLE, dump_bundle(frames, exact))
@@ -175,7 +176,7 @@ class PatchWriter:
     def finish_loose(
         self, frames: list[Frame], publish: Callable[[PackWriter], PackInfo]
     ) -> tuple[ObjectId, PackInfo]:
-        """Write the bundle alone, as something to be joined: it, and its pack."""
+        """Publish the bundle without a recipe, to be joined; return its id and its pack."""
         bundle = self._region.pack.add(Kind.BUNDLE, dump_bundle(frames))
         return bundle, publish(self._region.pack)
 

@@ -1,4 +1,4 @@
-"""Group related tensors and choose a encoder for each group."""
+"""Group related tensors and choose an encoder for each group."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from ckptvcs.encode.source import SourceTensor
 from ckptvcs.parallel import ordered_map
 from ckptvcs.text import size
 
-_RELATED = 0.5  # squared distance from the base over squared size, from which on they are not
-_SAMPLE = 1 << 12  # entries of a slice that are looked at
-_LARGEST = 1e3  # squared average over mean square: 53 for betas of 0.9 and 0.999, 526 for 0.9999
-_SHARE = 0.99
+_RELATED = 0.5  # largest residual energy over weight energy of weights related to their base
+_SAMPLE = 1 << 12  # sampled entries of a slice
+_LARGEST = 1e3  # m^2 / v: at most 53 for betas of 0.9 and 0.999, 526 for 0.9 and 0.9999
+_SHARE = 0.99  # of entries within that bound
 
 Assignment = tuple[GroupEncoder, dict[int, BaseTensor]]
-"""A encoder, and the bases of its members by number."""
+"""An encoder, and the bases of its members by tensor number."""
 
 
 class Planner:
-    """Finds encoders for the tensors of one checkpoint.
+    """Chooses encoders for the tensors of one checkpoint.
 
-    `masters` are those of `find_masters`; `base_tensor` is what a tensor can be coded against.
+    `masters` comes from `find_masters`; `base_tensor` returns the base of a tensor, if it has one.
     """
 
     def __init__(
@@ -70,26 +70,26 @@ class Planner:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return notes for the user about the chosen encodings."""
-        found = []
-        count = len(self._untrained)
-        weights = "1 weight" if count == 1 else f"{count} weights"
-        cost = f"{weights}, {size(sum(self._untrained))}, stored exactly"
+        notes = []
         if self._alone and self._weight_bytes >= NOTED:
-            found.append(
+            notes.append(
                 "these weights have nothing to do with those of the parent: stored as a "
                 "first checkpoint"
             )
         if sum(self._untrained) >= NOTED:
-            found.append(
-                f"{cost}: no optimizer state, and no parent close by, shows that they "
-                "are in training"
+            count = len(self._untrained)
+            weights = "1 weight" if count == 1 else f"{count} weights"
+            notes.append(
+                f"{weights}, {size(sum(self._untrained))}, stored exactly: no optimizer state, "
+                "and no parent close by, shows that they are in training"
             )
-        return tuple(found)
+        return tuple(notes)
 
     def groups(self) -> list[list[int]]:
-        """Stored tensors: a weight with its moments; moments of an unknown weight; others alone.
+        """Return the stored tensors in groups, in the order of their first tensor in the files.
 
-        Groups come in the order of their first tensor in the files.
+        A weight forms a group with its moments, as do moments of an unknown weight. Any other
+        tensor is a group of its own.
         """
         groups: dict[object, list[int]] = {}
         for number, info in enumerate(self._infos):
@@ -111,7 +111,7 @@ class Planner:
         source = SourceTensor(self._checkpoint, number)
         weak = info.evidence == STATE_DICT
         dtype, shape = float_type(info.dtype), info.shape
-        if dtype != info.dtype:  # a complex number is two words
+        if dtype != info.dtype:  # a complex element has two words
             shape = (*shape[:-1], 2 * shape[-1]) if shape else (2,)
         iterate = info.evidence == OPTIMIZER and info.name.rpartition(".")[2] in ITERATES
         return Target(number, source, dtype, shape, info.role, weak=weak, iterate=iterate)
@@ -120,13 +120,13 @@ class Planner:
         """Coders for groups of tensors, as far as they are not stored yet: (all, what is left).
 
         Raises:
-            TooFar: the weights have nothing to do with their base.
+            TooFar: the weights are not related to their base.
         """
         settings = self._spec.settings
         if isinstance(settings, NearSpec):
             stored = [n for group, left in rows for n in {*group} - {*left}]
-            known = sum(self._infos[n].words for n in stored if self._infos[n].role == WEIGHT)
-            yield from self._near_encoders([left for _, left in rows if left], settings, known)
+            unchanged = sum(self._infos[n].words for n in stored if self._infos[n].role == WEIGHT)
+            yield from self._near_encoders([left for _, left in rows if left], settings, unchanged)
         elif isinstance(settings, ExcpSpec) and not self._keyframe:
             for group, left in rows:
                 yield from self._excp_encoders(left, group, settings)
@@ -136,12 +136,12 @@ class Planner:
     def _excp_encoders(
         self, left: list[int], group: list[int], spec: ExcpSpec
     ) -> Iterator[Assignment]:
-        """Code what ExCP applies to together, and the rest exactly."""
-        coding = self._excp_encoder(left, group, spec) if left else None
+        """Encode the members of an ExCP group together, and all other tensors exactly."""
+        assignment = self._excp_encoder(left, group, spec) if left else None
         members = []
-        if coding is not None:
-            members = [target.number for target in coding[0].members]
-            yield coding
+        if assignment is not None:
+            members = [target.number for target in assignment[0].members]
+            yield assignment
         yield from (self._exact_encoder(number) for number in left if number not in members)
 
     def _exact_encoder(self, number: int) -> Assignment:
@@ -151,9 +151,9 @@ class Planner:
         return ExactEncoder(self._target(number), base), _bases(number, base)
 
     def _near_encoders(
-        self, rows: list[list[int]], spec: NearSpec, known: int
+        self, rows: list[list[int]], spec: NearSpec, unchanged: int
     ) -> Iterator[Assignment]:
-        """Coders for rows of tensors beside so many words of weights that are `known` already."""
+        """Yield encoders for groups of tensors; `unchanged` words of weights are unchanged."""
         groups: list[Group] = []
         for left in rows:
             lossy = self._lossy(left)
@@ -161,20 +161,23 @@ class Planner:
             groups += self._near_groups(lossy)
         weights = [group for group in groups if group.weight is not None]
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
-        if not self._alone and _is_far(scales.values(), known):
+        if not self._alone and _is_far(scales.values(), unchanged):
             raise TooFar
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
             yield self._near_encoder(group, plan, scales.get(id(group)))
 
     def _lossy(self, numbers: list[int]) -> list[int]:
-        """Return those of some tensors that may be coded with loss."""
+        """Return the tensors that may be encoded with loss."""
         infos = self._infos
         lossy = [n for n in numbers if infos[n].role in LOSSY and can_be_lossy(infos[n].dtype)]
         return lossy if self._plausible(lossy) else []
 
     def _near_groups(self, lossy: list[int]) -> Iterator[Group]:
-        """Split tensors into groups that have each role once: a model can have two optimizers."""
+        """Split tensors into groups with one tensor of each role.
+
+        Roles can repeat, because a model can have two optimizers.
+        """
         while lossy:
             first: dict[str, int] = {}
             for number in lossy:
@@ -199,8 +202,9 @@ class Planner:
         return device or host, bases
 
     def _plausible(self, group: list[int]) -> bool:
-        """Whether the values of moments that are only known by what stands beside them are such as
-        moments have: squares are not negative, and bound averages (Cauchy and Schwarz).
+        """Return whether tensors that only their neighbours indicate as moments can be moments.
+
+        Second moments are not negative, and bound first moments (Cauchy-Schwarz).
         """
         beside = [n for n in group if self._infos[n].evidence == BESIDE]
         seconds = [n for n in beside if self._infos[n].role in SECOND]
@@ -239,18 +243,18 @@ class Planner:
         return Group(words, weight, base, first, second, others, copies, rule)
 
     def _excp_encoder(self, left: list[int], group: list[int], spec: ExcpSpec) -> Assignment | None:
-        """ExCP for a weight and its moments; None where all has to be coded exactly."""
+        """Return the ExCP encoder of a weight and its moments, or None to encode all exactly."""
         roles = {self._infos[number].role: number for number in left}
         weight = roles.get(WEIGHT)
         base = None if weight is None else self._base_tensor(weight)
         paired = any(self._infos[number].role == WEIGHT for number in group)
         if paired and base is None:
-            return None  # the weight is new or did not move: its moments have no mask
+            return None  # the weight is new or did not change: its moments have no mask
         if not {self._infos[number].dtype for number in left} <= WEIGHT_DTYPES:
             return None
         if base is not None:
             base.verify()
-        # ExCP does not know the rules of an optimizer that has only one of the two moments.
+        # ExCP applies only to optimizers with both moments.
         pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
         members = weight, *(pair if None not in pair else (None, None))
         target, first, second = (None if n is None else self._target(n) for n in members)
@@ -268,7 +272,7 @@ def _bases(number: int | None, base: BaseTensor | None) -> dict[int, BaseTensor]
 
 
 def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target | None]:
-    """An average and what divides it; else the one or the other alone."""
+    """Return a first moment and the second moment that divides it, or only one of them."""
     firsts = [target for role, target in targets.items() if role in FIRST]
     seconds = [target for role, target in targets.items() if role in SECOND]
     for first in firsts:
@@ -280,18 +284,18 @@ def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target
     return (firsts[0] if firsts else None), None
 
 
-def _is_far(scales: Iterable[Scale], known: int) -> bool:
+def _is_far(scales: Iterable[Scale], unchanged: int) -> bool:
     """Return whether most weights are about as far from their base as from zero.
 
-    `known` words of weights are unchanged. A few weights may have been initialised again.
+    `unchanged` words of weights are unchanged. A few weights may have been initialised again.
     """
     rows = [row for row in scales if row.residual is not None and row.weight]
     far = sum(row.words for row in rows if (row.residual or 0) ** 2 > _RELATED * row.weight**2)
-    return 2 * far > sum(row.words for row in rows) + known
+    return 2 * far > sum(row.words for row in rows) + unchanged
 
 
 def _is_bounded(average: Floats, square: Floats) -> bool:
-    """Return whether nearly all averages are such as gradients of these mean squares can have."""
+    """Return whether nearly all averages are possible for these mean squares of gradients."""
     with np.errstate(over="ignore"):
         inside = np.square(average, dtype=np.float64) <= _LARGEST * square.astype(np.float64)
     return bool(inside.mean() >= _SHARE) if inside.size else True
@@ -305,15 +309,15 @@ def _scale(group: Group) -> Scale:
 
 T = TypeVar("T")
 
-_TRIES = 5  # to code within bounds, before everything is exact
+_TRIES = 5  # attempts to meet the bounds before everything is encoded exactly
 
 
 class TooFar(Exception):
-    """The weights are about as far from their base as from zero: it says nothing of them."""
+    """The weights are about as far from their base as from zero."""
 
 
 class TooCoarse(Exception):
-    """The error of the weights is `excess` times what it may be."""
+    """The error of the weights is `excess` times its bound."""
 
     def __init__(self, excess: float) -> None:
         super().__init__(f"{excess:.3g} times the bound")
@@ -322,9 +326,12 @@ class TooCoarse(Exception):
 
 @dataclass(frozen=True)
 class Attempt:
-    """As a `keyframe` or by residuals, also exactly if it is `patched`, and with an error of all
-    weights together of no more than `bound` (0: there is none); `alone`, if the parent says nothing
-    of these weights.
+    """Settings of one attempt to encode a checkpoint.
+
+    keyframe   encode without bases
+    patched    also store an exact patch
+    bound      largest relative error of all weights together (0: unlimited)
+    alone      the weights are not related to those of the parent
     """
 
     spec: CodecSpec
@@ -335,15 +342,15 @@ class Attempt:
 
     @classmethod
     def first(cls, spec: CodecSpec, *, keyframe: bool, patched: bool) -> Attempt:
-        """What is tried at first: the bound is that of the codec."""
+        """Return the first attempt, with the bound of the codec."""
         bound = spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0
         return cls(spec, keyframe, patched, bound)
 
 
 def within_bounds(first: Attempt, encode: Callable[[Attempt], T]) -> T:
-    """What `encode` gives: of residuals, else finer, else of a keyframe, else exactly.
+    """Encode again until the error is within bounds: as a keyframe, finer, and finally exactly.
 
-    It raises TooFar or TooCoarse where it does not come about.
+    `encode` raises TooFar or TooCoarse if an attempt fails.
     """
     attempt = first
     for _ in range(_TRIES):

@@ -1,9 +1,8 @@
 """Re-base chains: re-encode frames that depend on dropped commits.
 
-Deltas across dropped commits become one: near weights are multiples of a grid, so that the sum
-of deltas is a difference of integers.  No value changes: each tensor is proven by its hash before
-it is coded again, each slice is decoded again after, and commits keep their ids: a new recipe says
-how their tables are stored from now on.
+Several deltas become one: near weights are multiples of a grid, so the sum of their deltas is a
+difference of integers. No value changes: each tensor is checked against its hash before, and each
+slice is decoded after. Commits keep their ids; a new recipe lists the new frames of a hash table.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from ckptvcs.decode.chain import ChainReader, DecodedTable, read_slice
 from ckptvcs.encode.assemble import Place, StoredPlace, in_bundle, recipe_of
 from ckptvcs.encode.exact import reencode
 from ckptvcs.encode.frame_writer import Region, Slice
+from ckptvcs.encode.group import EncodedSlice
 from ckptvcs.errors import CorruptionError
 from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
@@ -36,12 +36,12 @@ from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.pack import PackWriter
 
-_WASTE = 0.1  # of a bundle's bytes: for less the rest is not copied
+_WASTE = 0.1  # unused share of a bundle, above which its other frames are copied
 
 
 @dataclass(frozen=True)
 class _Table:
-    """A table of values of a commit that stays, and that of the nearest one before it."""
+    """The hash table of a part of a kept commit, and that of the nearest kept ancestor."""
 
     values: ObjectId
     part: str
@@ -50,7 +50,7 @@ class _Table:
 
     @cached_property
     def places_below(self) -> dict[str, int]:
-        """Where the tensors of this table stand in the one before it, by their names here."""
+        """Return the positions of tensors in the table below, by their names in this one."""
         if self.below is None:
             return {}
         places = {info.name: position for position, info in enumerate(self.below.infos)}
@@ -58,16 +58,16 @@ class _Table:
         return {name: places[old] for name, old in names.items()}
 
     def place_below(self, info: TensorInfo) -> int | None:
-        """Where the tensor stands in the table before this one, of the same type and shape."""
+        """Return the position of a tensor in the table below, if type and shape are the same."""
         place = self.places_below.get(info.name)
         if place is None or self.below is None:
             return None
-        known = self.below.infos[place]
-        return place if (known.dtype, known.shape) == (info.dtype, info.shape) else None
+        below = self.below.infos[place]
+        return place if (below.dtype, below.shape) == (info.dtype, info.shape) else None
 
 
 class _Bundle(Region):
-    """The region of a new bundle, its frames, and the numbers of the frames that they replace."""
+    """A new bundle: its region, its frames, and old place -> number of the new frame."""
 
     def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
         super().__init__(new_pack)
@@ -75,10 +75,10 @@ class _Bundle(Region):
         self.moved: dict[StoredPlace, int] = {}
 
     def add(self, frame: Frame, old: StoredPlace) -> int:
-        """Add a frame that takes the place of an `old` one: its number."""
+        """Add a frame that replaces the one at `old`; return its number."""
+        self.moved[old] = len(self.frames)
         self.frames.append(frame)
-        self.moved[old] = len(self.frames) - 1
-        return len(self.frames) - 1
+        return self.moved[old]
 
 
 class Rekeyer:
@@ -88,10 +88,10 @@ class Rekeyer:
         """Limit chains to `depth`."""
         self._catalog, self._cache, self._depth = catalog, cache, depth
         self._progress = progress
-        self._staying: set[ObjectId] = set()
-        self._leaving: set[ObjectId] = set()
+        self._kept: set[ObjectId] = set()
+        self._replaced: set[ObjectId] = set()
         self._moved: dict[StoredPlace, Place] = {}
-        self._sharing: dict[StoredPlace, list[int]] = {}  # tensors of a table, by frame
+        self._sharing: dict[StoredPlace, list[int]] = {}  # frame -> positions in the table
         self._decoded: dict[ObjectId, DecodedTable | None] = {}
         self._chain = ChainReader(catalog, self._decoded.get)
 
@@ -100,13 +100,13 @@ class Rekeyer:
 
         Raises:
             CorruptionError: a tensor does not decode to its hash.
-            StorageError: the disk is full; everything is as it was.
+            StorageError: the disk is full; nothing has changed.
         """
         tables = list(self._tables(kept))
-        self._staying = {table.values for table in tables}
-        self._leaving = self._wasted(tables)
+        self._kept = {table.values for table in tables}
+        self._replaced = self._wasted(tables)
         count = 0
-        for table in tables:  # those below first
+        for table in tables:  # ancestors first
             if self._stale(table):
                 self._rewrite(table)
                 count += 1
@@ -115,10 +115,10 @@ class Rekeyer:
     # -- tables to re-encode ---------------------------------------------------------------------
 
     def _tables(self, kept: Mapping[ObjectId, Commit]) -> Iterator[_Table]:
-        """The tables of all commits that stay, each once, those of ancestors first."""
-        made: dict[tuple[ObjectId, str], _Table | None] = {}
+        """Yield the tables of the kept commits, ancestors first, each table once."""
+        tables: dict[tuple[ObjectId, str], _Table | None] = {}
         seen: set[ObjectId] = set()
-        gone = self._catalog.dropped().parts
+        dropped = self._catalog.dropped().parts
         for name in self._downwards(kept):
             commit = kept[name]
             schema = self._catalog.schema(commit.schema)
@@ -128,12 +128,12 @@ class Rekeyer:
                 else None
             )
             for part, state in commit.parts.items():
-                below = made.get((above, part)) if above else None
-                if part in gone.get(name, ()):
-                    made[name, part] = below
+                below = tables.get((above, part)) if above else None
+                if part in dropped.get(name, ()):
+                    tables[name, part] = below
                     continue
                 infos = tuple(schema.tensors[number] for number in schema.stored(part))
-                table = made[name, part] = _Table(state.values, part, infos, below)
+                table = tables[name, part] = _Table(state.values, part, infos, below)
                 if state.values not in seen:
                     seen.add(state.values)
                     yield table
@@ -157,22 +157,22 @@ class Rekeyer:
             recipe = self._catalog.recipe(table.values)
             for owner, frame in zip(recipe.owners, recipe.frames, strict=True):
                 used.setdefault(recipe.bundles[owner], set()).add(frame)
-        found = set()
+        wasted = set()
         for name, numbers in used.items():
             sizes = [frame.size_bytes for frame in self._catalog.bundle(name)]
             if sum(sizes[number] for number in numbers) < (1 - _WASTE) * sum(sizes):
-                found.add(name)
-        return found
+                wasted.add(name)
+        return wasted
 
     def _stale(self, table: _Table) -> bool:
         return any(
-            place in self._moved or place[0] in self._leaving or self._must_change(frame)
+            place in self._moved or place[0] in self._replaced or self._must_change(frame)
             for place, frame in self._places(table)
         )
 
     def _must_change(self, frame: Frame) -> bool:
-        gone = frame.base is not None and frame.base[0] not in self._staying
-        return gone or frame.depth > self._depth
+        dropped = frame.base is not None and frame.base[0] not in self._kept
+        return dropped or frame.depth > self._depth
 
     def _places(self, table: _Table) -> list[tuple[StoredPlace, Frame]]:
         """Return the place and frame of each tensor of a table."""
@@ -183,13 +183,11 @@ class Rekeyer:
     # -- re-encoding ---------------------------------------------------------------------------
 
     def _rewrite(self, table: _Table) -> None:
-        """Give a table a recipe that comes before all others; frames that change, and those beside
-        them, lie in a bundle of their own.
-        """
+        """Publish a recipe of a later generation, and a new bundle for the frames that move."""
         store = self._catalog.store
-        self._have(table.below)
+        self._load_base(table.below)
         sizes = [info.size_bytes for info in table.infos]
-        with ExitStack() as stack:  # all of them are ended, although one may fail to
+        with ExitStack() as stack:  # calls all, even if one raises
             bundle = _Bundle(lambda: store.new_pack("packs"))
             stack.callback(bundle.abort)
             base = BaseWriter(self._cache, sizes) if table.part == "model" else None
@@ -200,35 +198,34 @@ class Rekeyer:
             places, self._sharing = self._places(table), {}
             for position, (place, _) in enumerate(places):
                 self._sharing.setdefault(place, []).append(position)
-            self._leaving |= {place[0] for place, frame in places if self._must_change(frame)}
-            found = [self._find(bundle, table, n, base) for n in range(len(places))]
+            self._replaced |= {place[0] for place, frame in places if self._must_change(frame)}
+            new = [self._move(bundle, table, n, base) for n in range(len(places))]
             name: ObjectId | None = None
             if bundle.frames:
                 name = bundle.pack.add(Kind.BUNDLE, dump_bundle(bundle.frames))
                 store.publish(bundle.pack)
             generation = self._catalog.next_generation(table.values)
-            meta.add(
-                Kind.RECIPE,
-                dump_recipe(recipe_of(table.values, generation, in_bundle(found, name))),
-            )
-            store.publish(meta)  # from here on the new frames are used
+            recipe = recipe_of(table.values, generation, in_bundle(new, name))
+            meta.add(Kind.RECIPE, dump_recipe(recipe))
+            store.publish(meta)  # readers use the new frames from now on
             self._moved |= {old: (name, number) for old, number in bundle.moved.items()}
             if base is not None:
                 base.finish(table.values)  # only if all tensors were re-encoded
         self._catalog.forget_recipes()
 
-    def _have(self, table: _Table | None) -> None:
+    def _load_base(self, table: _Table | None) -> None:
         """Use the cached base of a table, if any."""
         self._decoded.clear()
         if table is not None and table.part == "model":
             hashes = self._catalog.all_values(table.values, len(table.infos))
-            found = find_decoded(self._cache, None, table.values, list(table.infos), hashes)
-            self._decoded[table.values] = found
+            self._decoded[table.values] = find_decoded(
+                self._cache, None, table.values, list(table.infos), hashes
+            )
 
-    def _find(
+    def _move(
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
     ) -> Place:
-        """Return the new place of a tensor's frame."""
+        """Re-encode, copy or keep the frame of a tensor; return its place."""
         owner, number = self._catalog.place(table.values, position)
         self._progress(table.infos[position].size_bytes)
         if (owner, number) in self._moved:
@@ -236,12 +233,12 @@ class Rekeyer:
         if (owner, number) in bundle.moved:
             return None, bundle.moved[owner, number]
         if self._must_change(self._catalog.frame_at(owner, number)):
-            return None, self._recode(bundle, table, position, cache)
-        if owner not in self._leaving:
+            return None, self._reencode(bundle, table, position, cache)
+        if owner not in self._replaced:
             return owner, number
         return None, self._copy(bundle, table, owner, number, cache)
 
-    def _recode(
+    def _reencode(
         self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
     ) -> int:
         """Re-encode a tensor against the nearest kept commit, or without a base."""
@@ -254,12 +251,13 @@ class Rekeyer:
             depth = self._chain.depth(table.below.values, below) + 1
             if depth <= min(frame.depth, self._depth):
                 base = (table.below.values, below)
-        slices, stands = self._code(bundle, table, position, base, cache)
-        on, depth = (base, depth) if stands else (None, 0)
+        slices, uses_base = self._encode(bundle, table, position, base, cache)
+        if not uses_base:
+            base, depth = None, 0
         dtype = float_type(table.infos[position].dtype)
-        return bundle.add(Frame(on, depth, None, slices, dtype), place)
+        return bundle.add(Frame(base, depth, None, slices, dtype), place)
 
-    def _code(
+    def _encode(
         self,
         bundle: _Bundle,
         table: _Table,
@@ -270,50 +268,45 @@ class Rekeyer:
         """Re-encode a tensor; also return whether any slice depends on the base."""
         info, chain = table.infos[position], self._chain
         dtype = float_type(info.dtype)
-        if self._is_untyped(table.values, position):
-            deque(chain.slices(table.values, position, info), 0)  # which finds the types out
-        links = chain.links(table.values, position, info)
-        under = None if base is None else chain.links(*base, info)
         place = self._catalog.place(table.values, position)
+        if self._catalog.frame_at(*place).dtype is None:
+            deque(chain.slices(table.values, position, info), 0)  # infers the types of frames
+        links = chain.links(table.values, position, info)
+        base_links = None if base is None else chain.links(*base, info)
 
-        def code(job: tuple[int, int]) -> tuple[Words, Words | None, bytes, bool]:
+        def encode(job: tuple[int, int]) -> tuple[Words, Words | None, EncodedSlice]:
             number, count = job
             words = chain.decode_slice(links, info, number, count)
-            below = None if under is None else chain.decode_slice(under, info, number, count)
-            coded = reencode(words, below, dtype)
-            again = decode_slice(memoryview(coded.data), DTYPES[dtype], count, below)
-            if not np.array_equal(again, words):
+            below = None
+            if base_links is not None:
+                below = chain.decode_slice(base_links, info, number, count)
+            encoded = reencode(words, below, dtype)
+            decoded = decode_slice(memoryview(encoded.data), DTYPES[dtype], count, below)
+            if not np.array_equal(decoded, words):
                 raise CorruptionError(f"re-encoding {info.name} would change it")
-            return words, below, coded.data, coded.uses_base
+            return words, below, encoded
 
-        own, under_digest = hasher(), hasher()
-        slices, stands = [], False
+        digest, base_digest = hasher(), hasher()
+        slices, uses_base = [], False
         jobs = enumerate(slice_counts(info.words))
-        for number, (words, below, data, on_base) in enumerate(ordered_map(code, jobs)):
-            own.update(octets(words))
+        for number, (words, below, encoded) in enumerate(ordered_map(encode, jobs)):
+            digest.update(octets(words))
             if below is not None:
-                under_digest.update(octets(below))
+                base_digest.update(octets(below))
             if cache is not None:
                 for sharer in self._sharing[place]:
                     cache.write(sharer, number, words)
-            slices.append(bundle.append(data))
-            stands |= on_base
-        wrong = own.digest() != self._catalog.value(table.values, position)
-        if base is not None and under_digest.digest() != self._catalog.value(*base):
-            wrong = True
-        if wrong:
+            slices.append(bundle.append(encoded.data))
+            uses_base |= encoded.uses_base
+        wrong = digest.digest() != self._catalog.value(table.values, position)
+        if wrong or (base is not None and base_digest.digest() != self._catalog.value(*base)):
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
-        return tuple(slices), stands
-
-    def _is_untyped(self, values: ObjectId, position: int) -> bool:
-        return self._catalog.frame(values, position)[1].dtype is None
+        return tuple(slices), uses_base
 
     def _copy(
         self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
     ) -> int:
         """Copy a frame unchanged, with its auxiliary frame."""
-        if (owner, number) in bundle.moved:
-            return bundle.moved[owner, number]
         frame = self._catalog.frame_at(owner, number)
         companion = None
         if frame.companion is not None:
@@ -322,8 +315,8 @@ class Rekeyer:
             bundle.append(read_slice(self._catalog, owner, frame, index))
             for index in range(len(frame.slices))
         ]
-        made = Frame(frame.base, frame.depth, companion, tuple(slices), frame.dtype)
-        return bundle.add(made, (owner, number))
+        copy = Frame(frame.base, frame.depth, companion, tuple(slices), frame.dtype)
+        return bundle.add(copy, (owner, number))
 
     def _companion(
         self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
@@ -331,9 +324,7 @@ class Rekeyer:
         """Return the auxiliary frame in the new bundle, copied or re-encoded."""
         if (owner, number) in bundle.moved:
             return bundle.moved[owner, number]
-        recipe = self._catalog.recipe(table.values)
-        for position in range(len(recipe.frames)):
-            mine = recipe.place(position) == (owner, number)
-            if mine and self._must_change(self._catalog.frame_at(owner, number)):
-                return self._recode(bundle, table, position, cache)
+        if self._must_change(self._catalog.frame_at(owner, number)):
+            for position in self._sharing.get((owner, number), [])[:1]:
+                return self._reencode(bundle, table, position, cache)
         return self._copy(bundle, table, owner, number, cache)

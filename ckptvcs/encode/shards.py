@@ -1,15 +1,15 @@
-"""Shards: what each of several processes codes of one commit, and tells the one that joins them.
+"""Encode the shards of a distributed commit, one in each process.
 
-    ticket   from the one that joins to all: what to code against, and how
-    shard    back: where each tensor lies, by its frame; all else that makes up the file of its rank
+    plan     sent by the joining process to all: the base and the settings
+    shard    the reply: the place of each encoded tensor, and all other contents of its rank's file
 
-A shard's frames stand in packs of its own, durable and seen by nobody, until a commit names them.
+The frames of a shard are durable in their own packs, but not visible until a commit names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptvcs.checkpoint.layout import Piece
@@ -43,11 +43,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored tensor: the hashes of its decoded and of its original value, the frame of a bundle
-    that it is, how many frames are below it; the frame of its exact patch, where it has one.
+    """A stored tensor.
 
-    What a commit has already has `known` errors, and its patch is proven by the tensor that it
-    decodes to: `proof` is its table of exact values, and the position there.
+    value, exact    hashes of the decoded and of the original tensor
+    bundle, frame   the place of its frame, at `depth` in its chain
+    patch           the place of the frame of its exact patch, if it has one
+    errors          sums of its errors; `known` is the report of a tensor that the base has
+    proof           exact hash table of the base and the position there, which verify the patch
     """
 
     value: bytes
@@ -63,10 +65,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Shard:
-    """One process' share of a commit: a file, the tensors in it, and where these are.
+    """The file that one process contributes to a commit, and the places of its tensors.
 
-    `literals` are the bytes of its pieces that stand in no frame, by offset; `loose` are
-    packs of patches to join.
+    `literals` are the bytes outside of frames, by offset in the file; `loose` are the packs with
+    exact patches to join.
     """
 
     format: str
@@ -82,20 +84,21 @@ class Shard:
 
 
 def encode_shard(
-    catalog: Catalog, cache: Path, ticket: ShardPlan, checkpoint: Checkpoint, memory: MemoryBase
+    catalog: Catalog, cache: Path, plan: ShardPlan, checkpoint: Checkpoint, memory: MemoryBase
 ) -> Shard:
     """Store the tensors of one process: durable on return, not yet visible.
 
-    `memory` keeps what the next commit is coded against.  The lease of who joins keeps gc away.
+    `memory` has the base, and takes that of the next commit. The joining process has a lease, so
+    gc keeps the packs.
 
     Raises:
         InvalidInputError: the state changed while it was read.
         CorruptionError, MissingObjectError: the base is damaged or missing.
         StorageError: the disk is full, or fails.
     """
-    near = isinstance(ticket.spec.settings, NearSpec)
-    _, hashes = scan(checkpoint, lambda _: None, stay=near and not ticket.patched)
-    known = {} if ticket.base is None else _known(catalog, ticket, checkpoint, hashes)
+    near = isinstance(plan.spec.settings, NearSpec)
+    _, hashes = scan(checkpoint, lambda _: None, stay=near and not plan.patched)
+    unchanged = {} if plan.base is None else _unchanged(catalog, plan, checkpoint, hashes)
     (file,) = checkpoint.files
     infos = checkpoint.schema.tensors
     literals = {
@@ -104,51 +107,45 @@ def encode_shard(
         if piece.tensor is None or (infos[piece.tensor].inline and not piece.checksum)
     }
 
-    def share(stored: dict[int, Stored], **more: object) -> Shard:
-        return Shard(
-            file.format,
-            file.source.size,
-            file.pieces,
-            literals,
-            checkpoint.schema,
-            checkpoint.step,
-            stored,
-            **more,  # type: ignore[arg-type]
-        )
-
-    if ticket.base is not None and len(known) == len(hashes):
-        return share(known)
+    size, schema, step = file.source.size, checkpoint.schema, checkpoint.step
+    shard = Shard(file.format, size, file.pieces, literals, schema, step, unchanged)
+    if plan.base is not None and len(unchanged) == len(hashes):
+        return shard
 
     def encode(attempt: Attempt) -> Shard:
-        encoder = _ShardEncoder(catalog, cache, attempt, ticket, checkpoint, dict(hashes), memory)
-        return encoder.encode_shard(share)
+        encoder = _ShardEncoder(catalog, cache, attempt, plan, checkpoint, dict(hashes), memory)
+        return encoder.encode_shard(shard)
 
-    first = Attempt.first(ticket.spec, keyframe=ticket.keyframe, patched=ticket.patched)
+    first = Attempt.first(plan.spec, keyframe=plan.keyframe, patched=plan.patched)
     return within_bounds(first, encode)
 
 
-def _known(
-    catalog: Catalog, ticket: ShardPlan, checkpoint: Checkpoint, hashes: dict[int, bytes]
+def _unchanged(
+    catalog: Catalog, plan: ShardPlan, checkpoint: Checkpoint, hashes: dict[int, bytes]
 ) -> dict[int, Stored]:
-    """The tensors that the ticket's base holds as they are, exactly if that is asked for."""
-    assert ticket.base is not None
-    base = catalog.commit(ticket.base)
-    schema, reports = catalog.schema(base.schema), catalog.errors(ticket.base)
+    """Return all tensors as the base stores them exactly; none if any tensor changed."""
+    assert plan.base is not None
+    base = catalog.commit(plan.base)
+    schema, reports = catalog.schema(base.schema), catalog.errors(plan.base)
     tensors = _base_tensors(catalog, base, schema)
     stored: dict[int, Stored] = {}
     for number, value in hashes.items():
         info = checkpoint.schema.tensors[number]
-        there = tensors.get(info.name)
-        if there is None or there.exact != value:
+        base_tensor = tensors.get(info.name)
+        if base_tensor is None or base_tensor.exact != value:
             return {}
-        known = schema.tensors[there.number]
-        if (known.part, known.dtype, known.shape) != (info.part, info.dtype, info.shape):
+        base_info = schema.tensors[base_tensor.number]
+        if (base_info.part, base_info.dtype, base_info.shape) != (
+            info.part,
+            info.dtype,
+            info.shape,
+        ):
             return {}
-        values, position = there.state.values, there.position
-        proof = None if there.state.exact is None else (there.state.exact, position)
-        report = reports.get(there.number)
+        state, position = base_tensor.state, base_tensor.position
+        values, proof = state.values, None if state.exact is None else (state.exact, position)
+        report = reports.get(base_tensor.number)
         stored[number] = Stored(
-            there.near,
+            base_tensor.near,
             value,
             *catalog.place(values, position),
             catalog.frame(values, position)[1].depth,
@@ -179,7 +176,9 @@ def _base_tensors(catalog: Catalog, base: Commit, schema: Schema) -> dict[str, _
     for part, state in base.parts.items():
         if not catalog.has_recipe(state.values):
             continue
-        if state.exact is not None and not _is_there(catalog, state.exact):
+        if state.exact is not None and (
+            not catalog.has_recipe(state.exact) or catalog.is_fading(state.exact)
+        ):
             continue
         row = schema.stored(part)
         near = exact = catalog.all_values(state.values, len(row))
@@ -192,12 +191,8 @@ def _base_tensors(catalog: Catalog, base: Commit, schema: Schema) -> dict[str, _
     return tensors
 
 
-def _is_there(catalog: Catalog, exact: ObjectId) -> bool:
-    return catalog.has_recipe(exact) and not catalog.is_fading(exact)
-
-
 def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> Errors | None:
-    """The sums that a known report of a weight stands for."""
+    """Return the error sums of a weight from its report; None for other tensors."""
     info, tensor = checkpoint.schema.tensors[number], SourceTensor(checkpoint, number)
     if info.role != WEIGHT:
         return None
@@ -208,25 +203,25 @@ def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> 
 
 
 class _ShardEncoder(Encoder):
-    """Encodes one shard; its base in memory is of the tensors of its own process."""
+    """Encodes one shard; `memory` has the base of the tensors of its process only."""
 
     def __init__(
         self,
         catalog: Catalog,
         cache: Path,
         attempt: Attempt,
-        ticket: ShardPlan,
+        plan: ShardPlan,
         checkpoint: Checkpoint,
         hashes: dict[int, bytes],
         memory: MemoryBase,
     ) -> None:
-        base = None if ticket.base is None else catalog.commit(ticket.base)
+        base = None if plan.base is None else catalog.commit(plan.base)
         if base is not None and "model" in base.parts:
             schema, values = catalog.schema(base.schema), base.parts["model"].values
             names = [schema.tensors[number].name for number in schema.stored("model")]
             if catalog.has_recipe(values):
-                hashes_there = catalog.all_values(values, len(names))
-                memory.adopt(values, dict(zip(names, hashes_there, strict=True)))
+                base_hashes = catalog.all_values(values, len(names))
+                memory.adopt(values, dict(zip(names, base_hashes, strict=True)))
         super().__init__(
             catalog,
             cache,
@@ -237,22 +232,22 @@ class _ShardEncoder(Encoder):
             progress=lambda _: None,
             memory=memory,
         )
-        self._known = set()  # its tables are those of all processes together
-        self._own = memory
+        self._stored_parts = set()  # hash tables cover all processes
+        self._memory: MemoryBase = memory
         self._patches = {
             name: PatchWriter(lambda: catalog.store.new_pack("packs"), joined=True)
             for name in PARTS
         }
 
-    def encode_shard(self, share: Callable[..., Shard]) -> Shard:
-        """Store the tensors; `share` makes a shard of where they are.
+    def encode_shard(self, shard: Shard) -> Shard:
+        """Store the tensors and return `shard` with their places.
 
         Raises:
             InvalidInputError, TooFar, TooCoarse: as in `encode`.
         """
-        return self._coded(lambda: self._share(share))
+        return self._encode_then(lambda: self._finish_shard(shard))
 
-    def _share(self, share: Callable[..., Shard]) -> Shard:
+    def _finish_shard(self, shard: Shard) -> Shard:
         stored: dict[int, Stored] = {}
         loose: list[PackId] = []
         for name, row in self._numbers.items():
@@ -260,7 +255,7 @@ class _ShardEncoder(Encoder):
             patches = self._loose(name, row, loose)
             for number, place in zip(row, places, strict=True):
                 stored[number] = Stored(
-                    self._values[number],
+                    self._decoded_hashes[number],
                     self._hashes[number],
                     *place,
                     self._depths[self._twin_of.get(number, number)],
@@ -268,16 +263,20 @@ class _ShardEncoder(Encoder):
                     self._errors.get(number),
                 )
         model = self._numbers["model"]
-        self._own.keep({self._infos[number].name: self._values[number] for number in model})
-        return share(
-            stored, data_bytes=self._data_bytes, nonfinite=self._nonfinite, loose=tuple(loose)
+        self._memory.keep({self._infos[n].name: self._decoded_hashes[n] for n in model})
+        return replace(
+            shard,
+            stored=stored,
+            data_bytes=self._data_bytes,
+            nonfinite=self._nonfinite,
+            loose=tuple(loose),
         )
 
     def _loose(
         self, name: str, row: list[int], loose: list[PackId]
     ) -> dict[int, tuple[ObjectId, int]]:
-        """Write the patches of a part, to be joined: the frame of each tensor that is not exact."""
-        lossy = [n for n in row if self._values[n] != self._hashes[n]]
+        """Publish the patches of a part, to be joined; return the place of each frame."""
+        lossy = [n for n in row if self._decoded_hashes[n] != self._hashes[n]]
         if not self._patched or not lossy:
             return {}
         writer = self._patches[name]

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as they are read for coding, and their hashes."""
+"""Read and hash the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_ty
 from ckptvcs.hashing import hash_of, hasher
 from ckptvcs.parallel import Progress, ordered_map
 
-"""Called with a number of bytes that have been dealt with."""
-
 
 class SourceTensor:
     """A tensor of the checkpoint that is read slice by slice."""
@@ -35,7 +33,7 @@ class SourceTensor:
         return np.frombuffer(data, word_type(word))
 
     def on_device(self, number: int) -> Any:
-        """The bytes of a slice as a flat tensor, where they are on a device; else None."""
+        """Return a slice on its device, as a flat uint8 tensor; None if it is in host memory."""
         word = self.info.type.word
         count = slice_counts(self.info.words)[number]
         return self._source.on_device(self._offset + number * SLICE_WORDS * word, count * word)
@@ -55,8 +53,8 @@ def scan(
 ) -> tuple[list[str | None], dict[int, bytes]]:
     """Hash every file (hex) and every stored tensor (by number) in one pass over the bytes.
 
-    A state is no file and has no hash as a whole.  Tensors on a device that are to `stay` there are
-    not moved: a fingerprint stands for their hash.
+    A state in memory has no file hash. If `stay` is set, tensors that will be encoded on their
+    device are not copied to the host: a fingerprint replaces their hash.
     """
     if checkpoint.kind == "state":
         return [None], _scan_state(checkpoint, stay=stay)
@@ -106,11 +104,10 @@ def _scan_state(checkpoint: Checkpoint, *, stay: bool) -> dict[int, bytes]:
 
 
 def find_masters(checkpoint: Checkpoint) -> dict[int, int]:
-    """16-bit weights that are the rounding of float32 weights of the checkpoint -> these, by
-    position in the schema.
+    """Map 16-bit weights to the float32 master weights that they round, by number.
 
-    A master has the shape of its copy and, but for the first steps, its name; or it is state of the
-    optimizer that is paired with it.
+    A master has the shape and name of its copy, apart from the first component of the name, or is
+    optimizer state that is paired with the copy.
     """
     masters: dict[object, int] = {}
     weights = [
@@ -123,14 +120,14 @@ def find_masters(checkpoint: Checkpoint) -> dict[int, int]:
         if info.dtype == "F32":
             key = info.pair if info.pair is not None else (info.name.partition(".")[2], info.shape)
             masters.setdefault(key, number)
-    found = {}
+    copies = {}
     for number in weights:
         info = checkpoint.schema.tensors[number]
         if info.dtype in ("BF16", "F16"):
             master = masters.get(number, masters.get((info.name.partition(".")[2], info.shape)))
             if master is not None and _is_rounding(checkpoint, number, master):
-                found[number] = master
-    return found
+                copies[number] = master
+    return copies
 
 
 def _is_rounding(checkpoint: Checkpoint, copy: int, master: int) -> bool:

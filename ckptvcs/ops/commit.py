@@ -329,7 +329,7 @@ class Committer:
         notes = [*place.notes, *request.checkpoint.notes, *encoded.notes]
         if request.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
             notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
-        self._publish(place, name, commit)
+        self.publish(place, name, commit)
         self._stay_or_take_back(place, name, held)
         # It is in the history now: what goes wrong from here on, gc makes good.
         with contextlib.suppress(CkptError, OSError, MemoryError):
@@ -343,7 +343,8 @@ class Committer:
         """Whether the parent has the same tensors, of which all has been said."""
         return parent is not None and self._catalog.commit(parent).schema == schema
 
-    def _publish(self, place: Place, name: ObjectId, commit: Commit) -> None:
+    def publish(self, place: Place, name: ObjectId, commit: Commit) -> None:
+        """Move the branch, and HEAD if it follows, to the commit."""
         head = self._refs.read(HEAD)
         takes_head = place.moves_head and (head is None or head.branch != place.branch)
         move = Move(name, place.branch, place.tip, head, takes_head, commit.time)

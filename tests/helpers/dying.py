@@ -14,6 +14,7 @@ from typing import Any
 
 from ckptvcs.background import server
 from ckptvcs.history.refs import Refs
+from tests.helpers.patching import wrap
 
 MOMENTS = ("start", "job", "announced", "branch", "answer")
 """Before anything; with a job; before a branch moves; before HEAD follows it; when all is done."""
@@ -34,33 +35,23 @@ def serve(moment: str, how: str, file: str, times: int) -> None:
             os.kill(os.getpid(), signal.Signals[how])
         raise {"KeyError": KeyError, "OSError": OSError}[how]("x")
 
+    def before(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        strike()
+        return function(*args, **kwargs)
+
+    def after(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        strike()
+        return result
+
     if moment == "start":
         strike()
-    _before(moment == "job", server, "commit_checkpoint", strike)
-    _before(moment == "announced", Refs, "make", strike)
-    _before(moment == "branch", Refs, "_take_head", strike)
-    _after(moment == "answer", server, "commit_checkpoint", strike)
+    elif moment == "job":
+        wrap(server, "commit_checkpoint", before)
+    elif moment == "announced":
+        wrap(Refs, "make", before)
+    elif moment == "branch":
+        wrap(Refs, "_take_head", before)
+    elif moment == "answer":
+        wrap(server, "commit_checkpoint", after)
     server.serve()
-
-
-def _before(wanted: bool, owner: object, name: str, strike: Callable[[], None]) -> None:
-    calm = getattr(owner, name)
-
-    def struck(*args: Any, **kwargs: Any) -> Any:
-        strike()
-        return calm(*args, **kwargs)
-
-    if wanted:
-        setattr(owner, name, struck)
-
-
-def _after(wanted: bool, owner: object, name: str, strike: Callable[[], None]) -> None:
-    calm = getattr(owner, name)
-
-    def struck(*args: Any, **kwargs: Any) -> Any:
-        made = calm(*args, **kwargs)
-        strike()
-        return made
-
-    if wanted:
-        setattr(owner, name, struck)

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from ckptvcs.integrations.accelerate import commit_state
 from ckptvcs.integrations.target import Target
 from ckptvcs.ops.commit import Committer
+from tests.helpers.patching import wrap
 
 
 class Mean:
@@ -94,7 +95,7 @@ def _die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _half(_: Accelerator, folder: str) -> None:
+def _half(_: object, _accelerator: Accelerator, folder: str) -> None:
     Path(folder).mkdir()
     (Path(folder) / "model.safetensors").write_bytes(bytes(9))
     _die()
@@ -103,11 +104,11 @@ def _half(_: Accelerator, folder: str) -> None:
 def main(out: str, repo: str, moment: str) -> None:
     train(Path(out), Path(repo), 1)
     if moment == "half":
-        Accelerator.save_state = _half
+        wrap(Accelerator, "save_state", _half)
     if moment == "files":
-        setattr(Target, "commit", _die)  # noqa: B010  a method
+        wrap(Target, "commit", _die)
     if moment == "commit":
-        setattr(Committer, "_publish", _die)  # noqa: B010  a method
+        wrap(Committer, "publish", _die)
     train(Path(out), Path(repo), 2, Path(out) / "step-4")
 
 

@@ -27,8 +27,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ckptvcs import Repo
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter
+from ckptvcs.ops import join
+from tests.helpers.patching import wrap
 
 MASK = torch.arange(200) % 2 == 0
 
@@ -94,14 +95,14 @@ def die(moment: str) -> None:
         return
     owner, name = {
         "before": (CkptWriter, "write_data"),
-        "coding": (Repo, "code_shard"),
+        "coding": (join, "encode_shard"),
         "coded": (Future, "set_result"),
     }[moment]
 
     def kill(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(owner, name, kill)
+    wrap(owner, name, kill)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 
 from ckptvcs.integrations.transformers import CkptCallback
 from ckptvcs.ops.commit import Committer
+from tests.helpers.patching import wrap
 
 
 class _Data(torch.utils.data.Dataset[dict[str, Any]]):
@@ -71,17 +73,17 @@ def parts(out: str) -> tuple[GPT2LMHeadModel, TrainingArguments, _Data]:
 
 
 def _die_in_second(owner: type, name: str, *, after: bool = False) -> None:
-    calm, calls = getattr(owner, name), []
+    calls = []
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         calls.append(name)
         if len(calls) == 2:
             if after:
-                calm(*args, **kwargs)
+                method(*args, **kwargs)
             os.kill(os.getpid(), signal.SIGKILL)
-        return calm(*args, **kwargs)
+        return method(*args, **kwargs)
 
-    setattr(owner, name, call)
+    wrap(owner, name, call)
 
 
 def main(
@@ -92,8 +94,8 @@ def main(
             *{
                 "half": (Trainer, "_save_optimizer_and_scheduler"),
                 "files": (CkptCallback, "on_save"),
-                "commit": (Committer, "_publish"),
-                "done": (Committer, "_publish"),
+                "commit": (Committer, "publish"),
+                "done": (Committer, "publish"),
             }[moment],
             after=moment == "done",
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from ckptvcs.integrations.lightning import CkptCheckpointIO
 from ckptvcs.ops.commit import Committer
+from tests.helpers.patching import wrap
 
 
 class Net(LightningModule):
@@ -102,14 +104,13 @@ class _Dying(TorchCheckpointIO):
             os.truncate(path, Path(path).stat().st_size // 2)
         if self._moment in ("half", "file"):
             _die()
-        publish = Committer._publish
 
-        def last_words(*made: Any) -> None:
+        def last_words(publish: Callable[..., None], *args: Any) -> None:
             if self._moment == "published":
-                publish(*made)
+                publish(*args)
             _die()
 
-        setattr(Committer, "_publish", last_words)  # noqa: B010  a method
+        wrap(Committer, "publish", last_words)
 
 
 def main(out: str, repo: str, moment: str, epochs: str = "3", resume: str = "") -> None:
