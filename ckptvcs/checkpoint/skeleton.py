@@ -59,6 +59,12 @@ class SkeletonSource(Source):
                 parts.append(bytes(data[low - start : high - start]))
         return b"".join(parts)
 
+    def overwrite(self, offset: int, data: bytes) -> None:
+        """Change literal bytes; the literals of the skeleton must be writable."""
+        start, end, op, _, literal = self._spans[bisect_right(self._starts, offset) - 1]
+        if op == Op.LITERAL and offset + len(data) <= end:
+            literal[offset - start :][: len(data)] = data
+
     def _plain(self, number: int) -> bytes:
         if number not in self._bytes:
             self._bytes[number] = self._tensor(number).tobytes()

@@ -1,1 +1,1 @@
-"""Arrays <-> bytes.  No path, no clock, no id, no chance: same input, same bytes."""
+"""Convert between arrays and bytes. The same input always gives the same bytes."""

@@ -1,11 +1,11 @@
-"""Signed integer codes of a quantizer <-> sections, close to their order-0 entropy.
+"""Encode signed integer codes in nearly the size of their order-0 entropy.
 
-zstd's entropy stage is a Huffman coder, which cannot spend less than a bit on a symbol; so codes
-are laid out such that symbols are worth a bit or more:
+The entropy coder of zstd is a Huffman coder: each symbol takes at least one bit. Therefore the
+layout gives it only symbols whose entropy is at least about one bit:
 
-    sparse   where most codes are zero: a mask of those that are not, their signs as raw bits, and
-             magnitudes in unary, plane after plane, each a mask over what the plane before kept
-    dense    where few are zero: raw low bits, and the rest as bytes through Huffman
+    sparse   few codes are not 0: a mask of these, their signs as raw bits, and their magnitudes in
+             unary: each plane is a mask over the entries that the plane before it keeps
+    dense    few codes are 0: raw low bits, and a Huffman-coded byte for the high bits
 
 Layout: docs/format.md, "Codes".
 """
@@ -20,35 +20,36 @@ from numpy.typing import NDArray
 
 from ckptvcs.codec import kernels
 from ckptvcs.codec.masks import Positions, get_bitmap, get_positions, put_bitmap, put_mask
-from ckptvcs.codec.sections import Bytes, get_bytes, get_section, put_bits, put_section
-from ckptvcs.errors import CorruptionError, TruncatedError
-
-Integers = NDArray[np.int32]
+from ckptvcs.codec.sections import get_bytes, get_section, put_bits, put_section, take
+from ckptvcs.codec.words import Bytes, Integers
+from ckptvcs.errors import CorruptionError
 
 LONG_SPARSE, DENSE, SPARSE = 0, 1, 2
 MAX_CODE = 1 << 24
-"""Codes are smaller than this in magnitude."""
+"""Every code has a magnitude below this."""
 
-_DENSE_SHARE = 0.75  # of codes that are not zero; from there on a byte a code costs less
-_UNARY_SHARE = 0.6  # of magnitudes that go on; from there on their bytes cost less than a plane
+_DENSE_SHARE = 0.75  # if more codes than this are not 0, the dense form is smaller
+_UNARY_SHARE = 0.6  # if a plane would keep more entries than this, plain numbers are smaller
 _MAX_PLANES = 15
-_MORE = 128  # beside the number of planes: what the last one keeps is followed by numbers
+_HAS_REST = 128  # added to the number of planes if numbers follow the last plane
 _BYTE = struct.Struct("<B")
 _COUNT = struct.Struct("<I")
-_FINE_BITS = 5  # a dense code keeps about this many bits a standard deviation for Huffman
+_FINE_BITS = 5  # Huffman gets about this many bits of a dense code per standard deviation
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes of a slice: `values` where `bitmap` has a bit (the first entry's is the top bit of
-    the first byte), and zeros elsewhere; without a bitmap, `values` are all of them.
+    """The codes of a slice.
+
+    `values` (int32) are the codes of the entries that `bitmap` keeps; the other codes are 0. The
+    first entry is the top bit of the first byte. Without a bitmap, `values` holds all codes.
     """
 
     bitmap: Bytes | None
     values: Integers
 
     def dense(self, count: int) -> Integers:
-        """All `count` codes."""
+        """Return all `count` codes."""
         if self.bitmap is None:
             return self.values
         out = np.zeros(count, np.int32)
@@ -56,17 +57,17 @@ class Codes:
         return out
 
     def sparse(self) -> tuple[Bytes, Integers]:
-        """The bitmap of those that are not zero, and these."""
+        """Return the bitmap of the codes that are not 0, and these codes."""
         if self.bitmap is not None:
             return self.bitmap, self.values
-        there = self.values != 0
-        return np.packbits(there), self.values[there]
+        nonzero = self.values != 0
+        return np.packbits(nonzero), self.values[nonzero]
 
 
 def put_codes(codes: Codes, count: int) -> bytes:
-    """Store the `count` codes of a slice, each below `MAX_CODE` in magnitude."""
-    there = np.count_nonzero(codes.values) if codes.bitmap is None else codes.values.size
-    if there > _DENSE_SHARE * count:
+    """Encode the `count` codes of a slice, with magnitudes below `MAX_CODE`."""
+    nonzero = np.count_nonzero(codes.values) if codes.bitmap is None else codes.values.size
+    if nonzero > _DENSE_SHARE * count:
         return _BYTE.pack(DENSE) + _put_dense(codes.dense(count))
     bitmap, values = codes.sparse()
     signs, large, rest = kernels.active().split(values)
@@ -77,7 +78,7 @@ def put_codes(codes: Codes, count: int) -> bytes:
 
 
 def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:
-    """The sizes of `count` codes, of which those that `plane` keeps are above 1: `rest`."""
+    """Encode `count` magnitudes; `plane` keeps those above 1, which are `rest`."""
     planes = [plane] if rest.size else []
     level = 2
     while rest.size and level <= _MAX_PLANES:
@@ -90,7 +91,7 @@ def _put_sizes(count: int, plane: bytes, rest: Integers) -> bytes:
             planes.append(put_mask(above, short=True))
             rest = rest[above]
             level += 1
-    parts = [_BYTE.pack(len(planes) | (_MORE if rest.size else 0)), *planes]
+    parts = [_BYTE.pack(len(planes) | (_HAS_REST if rest.size else 0)), *planes]
     if rest.size:
         parts += [_COUNT.pack(rest.size), _put_words((rest - level).astype(np.uint32))]
     return b"".join(parts)
@@ -122,19 +123,13 @@ def _put_dense(codes: Integers) -> bytes:
     return b"".join(parts)
 
 
-def _take(layout: struct.Struct, data: memoryview, at: int) -> tuple[int, int]:
-    if at + layout.size > len(data):
-        raise TruncatedError("corrupt frame: truncated codes")
-    return int(layout.unpack_from(data, at)[0]), at + layout.size
-
-
 def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
-    """Read the codes of `count` entries at `at`; also where the next section begins.
+    """Decode `count` codes at offset `at`; return them and the offset after them.
 
     Raises:
-        TruncatedError, CorruptionError: the data are not valid codes.
+        TruncatedError, CorruptionError: the data is not valid codes.
     """
-    form, at = _take(_BYTE, data, at)
+    (form,), at = take(_BYTE, data, at)
     if form == DENSE:
         return _get_dense(data, at, count)
     if form not in (LONG_SPARSE, SPARSE):
@@ -147,20 +142,20 @@ def get_codes(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
 
 def _get_signed(data: memoryview, at: int, count: int, *, long: bool) -> tuple[Integers, int]:
     signs, at = get_bytes(data, at, (count + 7) // 8)
-    planes, at = _take(_BYTE, data, at)
-    more = long or planes & _MORE
-    planes &= 255 if long else _MORE - 1
+    (planes,), at = take(_BYTE, data, at)
+    has_rest = long or planes & _HAS_REST
+    planes &= 255 if long else _HAS_REST - 1
     sizes = np.ones(count, np.int32)
-    above: Positions | None = None  # all
+    above: Positions | None = None  # None: all entries
     for _ in range(planes):
         kept, at = get_positions(data, at, count if above is None else above.size, short=True)
         above = kept if above is None else above[kept]
         sizes[above] += 1
-    left, at = _take(_COUNT, data, at) if more else (0, at)
-    if left:
-        if left != (count if above is None else above.size):
+    (rest,), at = take(_COUNT, data, at) if has_rest else ((0,), at)
+    if rest:
+        if rest != (count if above is None else above.size):
             raise CorruptionError("corrupt codes: wrong number of magnitudes")
-        words, at = _get_words(data, at, left)
+        words, at = _get_words(data, at, rest)
         if int(words.max()) >= MAX_CODE:
             raise CorruptionError("corrupt codes: code out of range")
         sizes[slice(None) if above is None else above] += words.astype(np.int32)
@@ -169,13 +164,13 @@ def _get_signed(data: memoryview, at: int, count: int, *, long: bool) -> tuple[I
 
 
 def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
-    shift, at = _take(_BYTE, data, at)
+    (shift,), at = take(_BYTE, data, at)
     if shift > 24:
         raise CorruptionError("corrupt codes: too many low bits")
     planes, at = get_bytes(data, at, shift * ((count + 7) // 8))
     high, at = get_section(data, at, count, short=True)
     values: Integers = kernels.active().join_bits(planes, high, count, shift)
-    outliers, at = _take(_COUNT, data, at)
+    (outliers,), at = take(_COUNT, data, at)
     escaped = high == 0
     if outliers != np.count_nonzero(escaped):
         raise CorruptionError("corrupt codes: wrong number of outliers")

@@ -1,7 +1,7 @@
-"""The element types of stored tensors, by the names safetensors uses.
+"""The element types of stored tensors, by the names that safetensors uses.
 
-numpy has no bfloat16 and no float8, so arrays travel as unsigned integers of the same width
-("words", see `ckptvcs.codec.words`) and the name of the type travels beside them.
+numpy has no bfloat16 and no float8. Functions therefore take arrays of unsigned integers
+(`ckptvcs.codec.words.Words`) and the name of the element type.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DType:
-    """One element type: `size` bytes an element, made of words of `word` bytes.
+    """An element type: an element has `size` bytes, a word has `word` bytes.
 
-    A complex number is two words; everything else is one.  `floating` says that a word is an
-    IEEE-like float with its sign in the top bit.  `torch` is torch's name of the type.
-    `storage` is the name of its old storage class, or "" if it has none.
+    A complex element is two words, any other element is one word. A word is a float with its sign
+    in the top bit if `floating` is set. `torch` is torch's name of the type. `storage` is the name
+    of its storage class in old torch files, or "" if it has none.
     """
 
     name: str
@@ -62,19 +62,19 @@ DTYPES = {dtype.name: dtype for dtype in _TABLE}
 """Every known element type by name."""
 
 OF_TORCH = {dtype.torch: dtype.name for dtype in _TABLE}
-"""Our names of element types by torch's."""
+"""torch's name of an element type -> the name here."""
 
 WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-"""The types of words that lossy coding may touch."""
+"""The types whose words a lossy method may encode."""
 
 _OF_COMPLEX = {"C32": "F16", "C64": "F32", "C128": "F64"}
 
 
 def float_type(dtype: str) -> str:
-    """The type of the words of a complex type; any other type itself."""
+    """Return the type of the real part of a complex type, or `dtype` itself."""
     return _OF_COMPLEX.get(dtype, dtype)
 
 
 def can_be_lossy(dtype: str) -> bool:
-    """Whether a tensor of a type consists of words that lossy coding may touch."""
+    """Return whether a lossy method may encode tensors of this type."""
     return float_type(dtype) in WEIGHT_DTYPES

@@ -1,20 +1,17 @@
-"""ExCP as published (Li et al., ICML 2024, arXiv 2406.11257): the baseline of lossy coding.
+"""ExCP (Li et al., ICML 2024, arXiv 2406.11257), the published method to compare with.
 
-    residual   D = W - base, base being what decode returns for the commit before (closed loop)
-    prune      keep D(i) where |D(i)| > r,  r = min(clip, alpha / sqrt(mean v)) * median|D|
-               keep m(i), v(i) where D(i) is kept and |m(i)| > beta * mean|m|
+    residual   D = W - base; base is the decoded weight of the previous commit (closed loop)
+    prune      keep D(i) if |D(i)| > r,  r = min(clip, alpha / sqrt(mean v)) * median|D|
+               keep m(i), v(i) if D(i) is kept and |m(i)| > beta * mean|m|
     quantize   a k-means codebook of 2^bits - 1 float16 centres for each of D, m and v;
-               what is pruned is exactly zero
-    store      each mask once (m and v share theirs), codes as bytes through a Huffman coder
+               pruned entries are exactly 0
+    store      one mask for D, one for m and v; codes as Huffman-coded bytes
 
-The released code quantizes whole tensors and codes the three masks apart; coding m and v with one
-mask changes no value.  Zeroed and underflowing second moments are part of the method: this codec
-is here to be compared with.  Slice layouts: docs/format.md, "ExCP slices".
+The authors' code stores three masks; sharing one between m and v changes no value. Second moments
+that become 0 or underflow are part of the method. Slice layouts: docs/format.md, "ExCP slices".
 """
 
 from __future__ import annotations
-
-import struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +19,21 @@ from numpy.typing import NDArray
 from ckptvcs.codec.masks import Mask, get_mask, put_mask
 from ckptvcs.codec.sections import get_section, put_section
 from ckptvcs.codec.spec import ExcpSpec
-from ckptvcs.codec.words import Words, from_float32, to_float32
+from ckptvcs.codec.words import Floats, Words, from_float32, to_float32
 from ckptvcs.errors import CorruptionError, TruncatedError
 
-Floats = NDArray[np.float32]
 Centres = NDArray[np.float16]
 
-_HEAD = struct.Struct("<B")  # number of centres
 _LLOYD_ROUNDS = 50
 _HISTOGRAM_BINS = 4096
-_FITTED = 1 << 17  # more values move the centres by less than float16 resolves
+_FIT_VALUES = 1 << 17  # more values would move the centres by less than float16 resolves
 
 
 def residual_threshold(median: float, mean_square: float | None, spec: ExcpSpec) -> float:
-    """The size below which a residual is pruned; `mean_square` is mean(v), if there is a v."""
+    """Return r, the magnitude up to which residuals are pruned.
+
+    `median` is median|D|, `mean_square` is mean(v); None if the weight has no second moment.
+    """
     if spec.multiplier is not None:
         return spec.multiplier * median
     if not mean_square:
@@ -44,14 +42,14 @@ def residual_threshold(median: float, mean_square: float | None, spec: ExcpSpec)
 
 
 def fit_codebook(values: Floats, size: int) -> Centres:
-    """At most `size` sorted centres for `values` (flat, finite), by 1-D k-means.
+    """Return at most `size` sorted centres for `values` (flat, finite), by 1-D k-means.
 
-    Starts from the density that is best for many centres (the cube root of the values'
-    density) and runs Lloyd's rounds on the sorted values.  Equal centres are merged.
+    The initial density of the centres is the cube root of that of the values, which is optimal for
+    many centres. Then Lloyd's algorithm runs on the sorted values. Equal centres are merged.
     """
     if not values.size:
         return np.zeros(0, np.float16)
-    ordered = np.sort(values[:: -(-values.size // _FITTED)].astype(np.float64))
+    ordered = np.sort(values[:: -(-values.size // _FIT_VALUES)].astype(np.float64))
     counts, edges = np.histogram(ordered, bins=_HISTOGRAM_BINS)
     mass = np.cumsum(np.cbrt(counts))
     wanted = (np.arange(size) + 0.5) / size * mass[-1]
@@ -71,21 +69,21 @@ def fit_codebook(values: Floats, size: int) -> Centres:
 
 
 def quantize(values: Floats, centres: Centres) -> NDArray[np.uint8]:
-    """The position of the nearest centre for each value."""
+    """Return the index of the nearest centre for each value."""
     table = centres.astype(np.float32)
     return np.searchsorted((table[1:] + table[:-1]) / 2, values).astype(np.uint8)
 
 
 def _put_codes(codes: NDArray[np.uint8], centres: Centres) -> bytes:
-    return _HEAD.pack(centres.size) + centres.tobytes() + put_section(codes)
+    return bytes([centres.size]) + centres.tobytes() + put_section(codes)
 
 
 def _get_values(data: memoryview, at: int, count: int) -> Floats:
-    """Read a codebook and `count` codes, up to the end of `data`: their float32 values."""
+    """Return the `count` float32 values of a codebook and codes that end `data`."""
     if at >= len(data):
         raise TruncatedError("corrupt frame: codebook is missing")
     size = data[at]
-    at += _HEAD.size
+    at += 1
     if at + 2 * size > len(data):
         raise TruncatedError("corrupt frame: truncated codebook")
     table = np.frombuffer(data[at : at + 2 * size], "<f2").astype(np.float32)
@@ -98,7 +96,7 @@ def _get_values(data: memoryview, at: int, count: int) -> Floats:
 def encode_residual(
     words: Words, base: Words, mask: Mask, centres: Centres, dtype: str
 ) -> tuple[bytes, Words]:
-    """Code one slice of a weight against its base; also what `decode_residual` will return."""
+    """Encode a slice of a weight against its base; return it and its decoded words."""
     kept = to_float32(words[mask], dtype) - to_float32(base[mask], dtype)
     codes = quantize(kept, centres)
     data = put_mask(mask) + _put_codes(codes, centres)
@@ -106,10 +104,10 @@ def encode_residual(
 
 
 def decode_residual(data: memoryview, base: Words, dtype: str) -> Words:
-    """Base + residual, one rounded float32 addition an entry, then one rounding to `dtype`.
+    """Decode a slice of a weight: method 1.
 
     Raises:
-        TruncatedError, CorruptionError: `data` is not a residual slice of `base`'s size.
+        TruncatedError, CorruptionError: `data` is not a slice of as many words as `base`.
     """
     mask, at = get_mask(data, 0, base.size)
     return _add(base, mask, _get_values(data, at, int(np.count_nonzero(mask))), dtype)
@@ -125,14 +123,17 @@ def _add(base: Words, mask: Mask, residual: Floats, dtype: str) -> Words:
 def encode_moment(
     words: Words, mask: Mask, centres: Centres, dtype: str, *, own_mask: bool
 ) -> tuple[bytes, Words]:
-    """Code one slice of a moment; without `own_mask` the decoder gets the mask from elsewhere."""
+    """Encode a slice of a moment; return it and its decoded words.
+
+    `own_mask` stores the mask, else the decoder reads it from the companion.
+    """
     codes = quantize(to_float32(words[mask], dtype), centres)
     data = (put_mask(mask) if own_mask else b"") + _put_codes(codes, centres)
     return data, _scatter(mask, centres.astype(np.float32)[codes], dtype)
 
 
 def decode_moment(data: memoryview, count: int, companion: memoryview | None, dtype: str) -> Words:
-    """The `count` words of a moment; `companion` is the slice whose mask this one shares.
+    """Decode a slice of `count` words of a moment: method 2, or 3 with a `companion`.
 
     Raises:
         TruncatedError, CorruptionError: `data` (or the companion) is not a moment slice.

@@ -1,17 +1,17 @@
-"""The slices of a frame: one encoded tensor is cut into slices that are coded and read alone.
+"""Decode the slices of a frame. A frame is one encoded tensor.
 
-    frame = slice slice ... slice       SLICE_WORDS words each, the last one shorter
+    frame = slice slice ... slice       SLICE_WORDS words each, the last one may be shorter
     slice = method (1 byte)  payload
 
-Slices bound the memory of every operation, whatever the size of the tensor, and are the unit of
-hashing, of threads and of random access.  Frames of one tensor along a chain are cut alike, so a
-slice decodes from the same slice of its base.  Layout: docs/format.md, "Frame".
+A slice depends only on the same slice of its base. Slices are the unit of hashing, of threads and
+of random access, and limit the memory of every operation. Layout: docs/format.md, "Frame".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ckptvcs.codec import excp, lossless, near_lowrank, near_moments, near_weight, patch
 from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES, DType
@@ -40,7 +40,7 @@ def put_slice(method: int, payload: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Companion:
-    """The slice of an auxiliary frame: its bytes, and the words of its own base."""
+    """The slice of a companion: its bytes, and the words of its base."""
 
     data: memoryview
     base: Words | None = None
@@ -48,7 +48,7 @@ class Companion:
 
 @dataclass(frozen=True)
 class _Slice:
-    """An encoded slice of `count` words with everything it may be decoded from."""
+    """The payload of a slice of `count` words, and the arguments of `decode_slice`."""
 
     payload: memoryview
     dtype: DType
@@ -89,24 +89,16 @@ def _near_second(s: _Slice) -> Words | None:
     return near_moments.decode_second(s.payload, s.count, s.dtype.name, s.out)
 
 
-def _near_first(s: _Slice) -> Words | None:
-    return near_moments.decode_first(s.payload, None, s.count, s.dtype.name)
-
-
-def _near_scaled_first(s: _Slice) -> Words | None:
-    second = s.companion_words()
-    if second is None:
+def _near_first(s: _Slice, *, scaled: bool) -> Words | None:
+    second = s.companion_words() if scaled else None
+    if scaled and second is None:
         return None
     return near_moments.decode_first(s.payload, second, s.count, s.dtype.name)
 
 
-def _near_low_rank(s: _Slice) -> Words | None:
-    return near_lowrank.decode_low_rank(s.payload, None, s.count, s.dtype.name, s.out)
-
-
-def _near_scaled_low_rank(s: _Slice) -> Words | None:
-    second = s.companion_words()
-    if second is None:
+def _near_low_rank(s: _Slice, *, scaled: bool) -> Words | None:
+    second = s.companion_words() if scaled else None
+    if scaled and second is None:
         return None
     return near_lowrank.decode_low_rank(s.payload, second, s.count, s.dtype.name, s.out)
 
@@ -122,11 +114,11 @@ _LOSSY: dict[int, Callable[[_Slice], Words | None]] = {
     EXCP_SHARED_MASK_MOMENT: _excp_shared_mask,
     NEAR_WEIGHT: _near_weight,
     NEAR_SECOND: _near_second,
-    NEAR_FIRST: _near_first,
-    NEAR_SCALED_FIRST: _near_scaled_first,
+    NEAR_FIRST: partial(_near_first, scaled=False),
+    NEAR_SCALED_FIRST: partial(_near_first, scaled=True),
     ROUNDED: _rounded,
-    NEAR_SCALED_LOW_RANK: _near_scaled_low_rank,
-    NEAR_LOW_RANK: _near_low_rank,
+    NEAR_SCALED_LOW_RANK: partial(_near_low_rank, scaled=True),
+    NEAR_LOW_RANK: partial(_near_low_rank, scaled=False),
 }
 """Decoders of the lossy methods; each returns None if the slice lacks its base or companion."""
 
@@ -143,12 +135,12 @@ def decode_slice(
 ) -> Words:
     """Decode one slice of `count` words of `dtype`.
 
-    `base` is the same slice of the tensor that the frame is based on, `companion` the same slice
-    of the auxiliary frame; each is None if the frame names none. A decoder may change the base in
-    place if `own_base` is set. It may return `out`: room for `count` words, never read.
+    `base` holds the words of the same slice of the base, `companion` the same slice of the
+    companion; each is None if the frame names none. If `own_base` is set, a decoder may overwrite
+    `base`. A decoder may write its result to `out` (`count` words) and return it.
 
-    Unknown methods are corruption: a repository with newer methods has format flags that the
-    program checks when it opens the repository.
+    An unknown method is corruption, because newer methods need a format flag, and the flags are
+    checked when the repository is opened.
 
     Raises:
         TruncatedError, CorruptionError: `data` is not a slice of `count` words of `dtype`.
@@ -165,9 +157,7 @@ def decode_slice(
     if dtype.name not in WEIGHT_DTYPES:
         raise CorruptionError(f"corrupt frame: {dtype.name} words have a lossy encoding")
     decode = _LOSSY.get(method)
-    words = (
-        decode(_Slice(payload, dtype, count, base, companion, own_base, out)) if decode else None
-    )
-    if words is None:
+    part = _Slice(payload, dtype, count, base, companion, own_base, out)
+    if decode is None or (words := decode(part)) is None:
         raise CorruptionError(f"corrupt frame: unknown method {method}, or its base is missing")
     return words

@@ -1,29 +1,25 @@
-"""Exact coding of one slice: reversible arithmetic, byte planes, one section a plane.
+"""Encode a slice losslessly: transform the words, split them into byte planes, compress these.
 
     words --transform--> words --split--> plane 0 .. plane w-1 --section--> bytes
 
-Three transforms, the cheapest on a sample wins (docs/format.md, "Lossless slice"):
+The encoder uses the transform with the smallest entropy on a sample:
 
-    PLAIN    the words as they are
-    ROTATED  rotated left by one bit, so that the exponent of a float fills whole bytes
-    DELTA    ordered-integer difference to the base, zig-zag: values near their base get
-             small numbers, whatever their exponent
+    PLAIN    the words
+    ROTATED  the words rotated left by one bit: the exponent of a float fills whole bytes
+    DELTA    zig-zag difference to the base, as integers in the order of the floats: small for
+             values near their base
 
-XOR with the base is not among them: a carry across a power of two flips every bit of it, and the
-difference was never larger on any trajectory measured.
+XOR with the base is not a transform: near a power of two it is large for almost equal values, and
+DELTA was at least as small in all measured runs. Layout: docs/format.md, "Lossless slice".
 """
 
 from __future__ import annotations
-
-import struct
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import kernels
 from ckptvcs.codec.dtypes import DType
-from ckptvcs.codec.kernels import reference
 from ckptvcs.codec.sections import entropy_bits, get_section, put_section, sample
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.errors import CorruptionError, TruncatedError
@@ -31,26 +27,20 @@ from ckptvcs.errors import CorruptionError, TruncatedError
 Planes = NDArray[np.uint8]
 
 PLAIN, ROTATED, DELTA = 0, 1, 2
-_HEAD = struct.Struct("<B")
 
 
 def _split(words: Words, base: Words | None, transform: int, dtype: DType) -> Planes:
-    there = base if transform == DELTA and base is not None else words
-    planes: Planes = _loops_for(words).split_words(words, there, transform, dtype.floating)
-    return planes
+    base = words if base is None else base
+    return _kernels_for(words).split_words(words, base, transform, dtype.floating)
 
 
-def _loops_for(words: Words) -> ModuleType:
-    """The loops for words of a size: those that are compiled know 2 and 4 bytes."""
-    return kernels.active() if words.itemsize in (2, 4) else reference
-
-
-def _cost_bits(planes: Planes) -> float:
-    return sum(entropy_bits(plane) for plane in planes)
+def _kernels_for(words: Words) -> kernels.Kernels:
+    """Return the kernels for a word size; the compiled ones support 2 and 4 bytes."""
+    return kernels.active() if words.itemsize in (2, 4) else kernels.REFERENCE
 
 
 def _cheapest(words: Words, base: Words | None, dtype: DType) -> int:
-    """The transform with the smallest order-0 entropy on a sample."""
+    """Return the transform with the smallest order-0 entropy on a sample."""
     options = [PLAIN]
     if dtype.floating:
         options.append(ROTATED)
@@ -58,46 +48,45 @@ def _cheapest(words: Words, base: Words | None, dtype: DType) -> int:
         options.append(DELTA)
     if len(options) == 1:
         return PLAIN
-    words_sample = sample(words)
-    base_sample = None if base is None else sample(base)
+    words, base = sample(words), None if base is None else sample(base)
     return min(
-        options, key=lambda option: _cost_bits(_split(words_sample, base_sample, option, dtype))
+        options, key=lambda option: sum(map(entropy_bits, _split(words, base, option, dtype)))
     )
 
 
 def encode(words: Words, base: Words | None, dtype: DType) -> bytes:
-    """Encode one slice losslessly, against `base` (as many words) if given."""
+    """Encode a slice losslessly, against `base` (as many words) if it is given."""
     transform = _cheapest(words, base, dtype)
     planes = _split(words, base, transform, dtype)
     text = dtype.name == "U8"
-    return b"".join((_HEAD.pack(transform), *(put_section(plane, text=text) for plane in planes)))
+    return b"".join((bytes([transform]), *(put_section(plane, text=text) for plane in planes)))
 
 
 def needs_base(data: memoryview) -> bool:
-    """Whether `data` was coded against a base."""
+    """Return whether a lossless slice needs a base."""
     return len(data) > 0 and data[0] == DELTA
 
 
 def decode(
     data: memoryview, count: int, base: Words | None, dtype: DType, out: Words | None = None
 ) -> Words:
-    """Decode `count` words, into `out` if it is given.
+    """Decode a slice of `count` words, into `out` if it is given.
 
     Raises:
         TruncatedError, CorruptionError: `data` is not a lossless slice of `count` words.
     """
-    if len(data) < _HEAD.size:
+    if not len(data):
         raise TruncatedError("corrupt frame: no section")
     transform = data[0]
     if transform > DELTA or (transform == DELTA and base is None):
         raise CorruptionError("corrupt frame: unknown transform, or its base is missing")
-    at = _HEAD.size
+    at = 1
     planes = np.empty((dtype.word, count), np.uint8)
     for plane in range(dtype.word):
         planes[plane], at = get_section(data, at, count)
     if at != len(data):
         raise CorruptionError("corrupt frame: trailing bytes after its last section")
     words = np.empty(count, word_type(dtype.word)) if out is None else out
-    there = base if transform == DELTA and base is not None else words
-    _loops_for(words).join_words(planes, there, transform, dtype.floating, words)
+    base = words if base is None else base
+    _kernels_for(words).join_words(planes, base, transform, dtype.floating, words)
     return words

@@ -1,9 +1,8 @@
-"""Masks and the codes at their kept positions <-> sections.
+"""Encode masks, which say which entries are kept.
 
-A mask is stored as a bitmap where it is dense and as gaps between kept positions where it is
-sparse: a byte a gap is close to the entropy below a density of a fifth, a bitmap above it.  Long
-gaps give up their low bits, so that Huffman's alphabet, and its table, stay small.
-Layout: docs/format.md, "Mask".
+A dense mask is stored as a bitmap, a sparse one as the gaps between kept entries. If less than a
+fifth of the entries is kept, a byte per gap is close to the entropy. The low bits of long gaps are
+stored raw, which keeps the Huffman table small. Layout: docs/format.md, "Mask".
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import kernels
-from ckptvcs.codec.sections import Bytes, get_bits, get_bytes, get_section, put_bits, put_section
+from ckptvcs.codec.sections import get_bits, get_bytes, get_section, header, put_bits, put_section
+from ckptvcs.codec.words import Bytes
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 Mask = NDArray[np.bool_]
@@ -21,13 +21,13 @@ Positions = NDArray[np.int32] | NDArray[np.int64]
 BITMAP, GAPS, SPLIT_GAPS, UNARY_GAPS, RICE = 0, 1, 2, 3, 4
 _ESCAPE = 255
 _SPARSE_DENSITY = 0.19
-_HIGH_BITS = 3  # of the mean gap that Huffman sees; lower bits are as good as random
+_HIGH_BITS = 3  # of the mean gap; lower bits are almost random and are stored raw
 _MAX_SHIFT = 20
-_FEW = 1 << 13  # gaps; of fewer, Huffman's table can cost more than it saves
+_FEW = 1 << 13  # for fewer gaps, the Huffman table can be larger than what it saves
 
 
 def _to_bytes(gaps: Positions) -> Bytes:
-    """Numbers as bytes; 255 means "255 more"."""
+    """Return gaps as bytes; 255 adds 255 and continues the gap."""
     if not gaps.size or int(gaps.max()) < _ESCAPE:
         return gaps.astype(np.uint8)
     escapes = gaps // _ESCAPE
@@ -38,7 +38,7 @@ def _to_bytes(gaps: Positions) -> Bytes:
 
 
 def put_mask(mask: Mask, *, short: bool = False) -> bytes:
-    """Encode a boolean mask; `short` as in `put_section`."""
+    """Encode a boolean mask; `short` encodes a short mask."""
     kept = int(np.count_nonzero(mask))
     return put_bitmap(np.packbits(mask), mask.size, kept, short=short)
 
@@ -47,14 +47,10 @@ def put_bitmap(bitmap: Bytes, count: int, kept: int, *, short: bool = False) -> 
     """Encode a mask of `count` entries with `kept` set bits, given as a bitmap."""
     if kept < _SPARSE_DENSITY * count:
         return _put_gaps(kernels.active().bit_positions(bitmap, count), count, short=short)
-    whole = _head(BITMAP, bitmap.size, short) + put_section(bitmap, short=short)
+    whole = header(BITMAP, bitmap.size, short) + put_section(bitmap, short=short)
     if not short or not 0 < kept < _FEW:
         return whole
     return min(whole, _put_rice(_gaps(kernels.active().bit_positions(bitmap, count))), key=len)
-
-
-def _head(form: int, size: int, short: bool) -> bytes:
-    return bytes([form]) + size.to_bytes(3 if short else 4, "little")
 
 
 def _gaps(positions: Positions) -> Positions:
@@ -66,11 +62,11 @@ def _gaps(positions: Positions) -> Positions:
 def _put_gaps(positions: Positions, count: int, *, short: bool) -> bytes:
     gaps = _gaps(positions)
     shift = max(0, (count // max(positions.size, 1)).bit_length() - _HIGH_BITS)
-    if not shift or not short:  # masks that are not short are as old as the format
+    if not shift or not short:  # only short masks have the newer forms
         stream = _to_bytes(gaps)
-        return _head(GAPS, stream.size, short) + put_section(stream, short=short)
+        return header(GAPS, stream.size, short) + put_section(stream, short=short)
     stream = _to_bytes(gaps >> shift)
-    head = _head(SPLIT_GAPS, stream.size, short)
+    head = header(SPLIT_GAPS, stream.size, short)
     split = head + put_section(stream, short=short) + bytes([shift]) + put_bits(gaps, shift)
     if not 0 < gaps.size < _FEW:
         return split
@@ -78,27 +74,27 @@ def _put_gaps(positions: Positions, count: int, *, short: bool) -> bytes:
 
 
 def _put_rice(gaps: Positions) -> bytes:
-    """Golomb-Rice codes: low bits raw, the rest in unary; near the entropy of chance gaps."""
+    """Encode gaps as Golomb-Rice codes, which are near the entropy of random gaps."""
     shift = max(0, int(np.log2(max(1.0, float(gaps.mean()) * np.log(2))) + 0.5))
     ends = np.cumsum((gaps >> shift) + 1) - 1
     unary = np.zeros(int(ends[-1]) + 1, np.bool_)
     unary[ends] = True
     packed = np.packbits(unary)
     low = np.packbits((gaps[:, None] >> np.arange(shift)[::-1]) & 1)
-    return _head(RICE, packed.size, True) + packed.tobytes() + bytes([shift]) + low.tobytes()
+    return header(RICE, packed.size, True) + packed.tobytes() + bytes([shift]) + low.tobytes()
 
 
 def _get_rice_bits(
     data: memoryview, at: int, count: int, shift: int
 ) -> tuple[NDArray[np.int32], int]:
-    """The low bits of gaps that stand one after another, and where the next section begins."""
+    """Read the `shift` low bits of `count` gaps, and the offset after them."""
     packed, at = get_bytes(data, at, (count * shift + 7) // 8)
     bits = np.unpackbits(packed, count=count * shift).reshape(count, shift)
     return bits @ (np.int32(1) << np.arange(shift, dtype=np.int32)[::-1]), at
 
 
 def _positions_of(form: int, stream: Bytes) -> Positions:
-    """Decode the gaps of a mask to positions, without the low bits of the gaps."""
+    """Return the positions of kept entries if all low bits of the gaps are 0."""
     positions: Positions
     if form >= UNARY_GAPS:
         positions = kernels.active().bit_positions(stream, 8 * stream.size)
@@ -125,8 +121,9 @@ def _get_low_bits(
 def get_positions(
     data: memoryview, at: int, count: int, *, short: bool = False
 ) -> tuple[Positions, int]:
-    """Read the mask of `count` entries at `at` as the ascending positions that it keeps; also
-    where the next section begins.
+    """Decode a mask of `count` entries at offset `at`.
+
+    Returns the ascending positions of the kept entries, and the offset after the mask.
 
     Raises:
         TruncatedError, CorruptionError: the data is not a valid mask.
@@ -138,7 +135,7 @@ def get_positions(
 
 
 def get_bitmap(data: memoryview, at: int, count: int, *, short: bool = False) -> tuple[Bytes, int]:
-    """The same as bits, the first in the top bit of the first byte; those past the end are 0."""
+    """Decode a mask as `get_positions` does, to a bitmap; bits after the last entry are 0."""
     bitmap, positions, at = _get(data, at, count, short=short)
     if positions is not None:
         mask = np.zeros(count, np.bool_)
@@ -151,7 +148,7 @@ def get_bitmap(data: memoryview, at: int, count: int, *, short: bool = False) ->
 
 
 def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:
-    """The same as a boolean an entry."""
+    """Decode a mask as `get_positions` does, to a boolean per entry."""
     bitmap, at = get_bitmap(data, at, count)
     return np.unpackbits(bitmap, count=count).view(np.bool_), at
 
@@ -159,7 +156,7 @@ def get_mask(data: memoryview, at: int, count: int) -> tuple[Mask, int]:
 def _get(
     data: memoryview, at: int, count: int, *, short: bool
 ) -> tuple[Bytes, Positions | None, int]:
-    """A mask as bits, or as positions (and no bits), whichever it is stored as."""
+    """Decode a mask to a bitmap, or to positions, whichever its form is."""
     begin = at + (4 if short else 5)
     if begin > len(data):
         raise TruncatedError("corrupt frame: truncated mask header")

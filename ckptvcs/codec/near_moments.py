@@ -1,8 +1,9 @@
-"""Near moments: second moments as a row times a column, first moments in units of their roots.
+"""Near moments: second moments as row factor * column factor, first moments relative to them.
 
-log2 of exp_avg_sq is almost a row plus a column, and never zero where the moment is not: so the
-first step after a resume has the right size, where ExCP's is 2 to 14 times too large.  First
-moments matter by their ratio to it.  Layout: docs/format.md, "Near slices".
+log2 of exp_avg_sq is almost a row term plus a column term. No entry becomes 0 unless its row or
+column is 0, so the first step after a resume has the right size; with ExCP it is 2 to 14 times too
+large. First moments are quantized after division by sqrt(exp_avg_sq), as Adam uses them.
+Layout: docs/format.md, "Near slices", methods 5 to 7.
 """
 
 from __future__ import annotations
@@ -14,47 +15,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import kernels
-from ckptvcs.codec.codes import Codes, Integers, get_codes, put_codes
-from ckptvcs.codec.matrix import HALVES, Rows, get_rows, half_powers, take
+from ckptvcs.codec.codes import Codes, get_codes, put_codes
+from ckptvcs.codec.matrix import HALF_POWERS, HALVES, Rows, get_rows
 from ckptvcs.codec.quantize import amounts_of, fit_levels
-from ckptvcs.codec.sections import Bytes, get_section, put_section, sample
-from ckptvcs.codec.words import NearSlice, Words, from_float32, room_for_floats, to_float32
+from ckptvcs.codec.sections import get_section, put_section, sample, take
+from ckptvcs.codec.words import (
+    Floats,
+    Integers,
+    NearSlice,
+    Words,
+    from_float32,
+    room_for_floats,
+    to_float32,
+)
 from ckptvcs.errors import CorruptionError, TruncatedError
 
-Floats = NDArray[np.float32]
-
-_FACTORS = struct.Struct("<hII")  # exponent of the smallest row, columns, start
-_FIRST = struct.Struct("<fB")  # step, levels
+_FACTORS = struct.Struct("<hII")  # low, columns, start
+_FIRST = struct.Struct("<fB")  # quantization step, number of levels
 _LEAST = np.float32(2.0**-120)  # far below any optimizer's epsilon, squared
 _LARGEST_STEP = 1e30
 _LEAST_SPREAD = 1e-30
 
 
 def encode_second(words: Words, dtype: str, rows: Rows) -> NearSlice | None:
-    """Code one slice of squares as rows times columns, by their mean logarithms.
+    """Encode a slice of a second moment as row factors * column factors, from mean logarithms.
 
-    A row or column of zeros is zero; other zeros come back as what row and column say.  With as
-    many columns as words each word has its own exponent; more are not possible.
+    A row or column of zeros gets factor 0; other zeros get the product of their factors. A matrix
+    has at most as many columns as the slice has words; then each word has its own exponent.
 
-    Returns the slice, and what `decode_second` will return; None where values are negative or not
-    finite, or their range is too wide.
+    Returns None if a value is negative or not finite, or if the range of values is too wide.
     """
     values = to_float32(words, dtype)
-    if int(words.max(initial=0)) >> (8 * words.itemsize - 1):  # the sign of a word is its top bit
+    if int(words.max(initial=0)) >> (8 * words.itemsize - 1):
         return None
     shape = rows.columns, rows.start, rows.count(words.size)
     row_sums, in_row, sums, in_column, least, largest = kernels.active().log_sums(values, *shape)
     if not np.isfinite(largest):
         return None
-    if least < _LEAST:  # rare; what is zero stays zero
+    if least < _LEAST:  # rare; zeros stay 0
         values = np.where((values < _LEAST) & (values != 0), _LEAST, values)
         row_sums, in_row, sums, in_column, *_ = kernels.active().log_sums(values, *shape)
     payload = put_second(row_sums, in_row, sums, in_column, rows, values)
-    return (
-        None
-        if payload is None
-        else NearSlice(payload, decode_second(memoryview(payload), words.size, dtype))
-    )
+    if payload is None:
+        return None
+    return NearSlice(payload, decode_second(memoryview(payload), words.size, dtype))
 
 
 def put_second(
@@ -65,11 +69,12 @@ def put_second(
     rows: Rows,
     values: Floats | None,
 ) -> bytes | None:
-    """Return the payload of a slice from what `kernels.log_sums` says of it; None where the range
-    of its values is too wide.  `values` is given where some of them are 0.
+    """Encode a slice from the results of `log_sums`; None if the range of values is too wide.
+
+    `values` must be given if some values are 0.
     """
     row_codes, low = _exponents(row_sums / np.maximum(in_row, 1), in_row)
-    # What rounding took from the rows goes to the columns.
+    # The columns compensate the rounding of the rows.
     rounded = np.where(row_codes > 0, row_codes - 1 + low, 0).astype(np.float32)
     rounded /= 2
     column = _column_means(rounded, in_row, sums, in_column, rows, values)
@@ -84,30 +89,39 @@ def put_second(
 
 @dataclass(frozen=True)
 class Factors:
-    """The rows and the columns whose product a slice of second moments is."""
+    """The row factors and column factors of a slice of second moments."""
 
     rows: Rows
     row: Floats
     column: Floats
 
     @classmethod
-    def of(cls, payload: bytes, count: int) -> Factors:
-        """Those of a slice of `count` words that `encode_second` made."""
-        (low, columns, start), at = take(_FACTORS, memoryview(payload), 0)
-        rows = Rows(int(columns), int(start))
+    def of(cls, payload: bytes | memoryview, count: int) -> Factors:
+        """Return the factors of a slice of `count` words. Raises as `decode_second`."""
+        data = memoryview(payload)
+        (low, columns, start), at = take(_FACTORS, data, 0)
+        rows = get_rows(columns, start)
         height = rows.count(count)
-        codes, _ = get_section(memoryview(payload), at, height + rows.columns, short=True)
-        return cls(rows, *_rows_and_columns(codes, int(low), height))
+        if columns > count:
+            raise CorruptionError("corrupt frame: more columns than words")
+        codes, at = get_section(data, at, height + columns, short=True)
+        if at != len(data) or not _within(low, codes[:height], codes[height:]):
+            raise CorruptionError("corrupt frame: second moments out of the range of float32")
+        exponents = codes.astype(np.int32) - 1
+        exponents[:height] += low
+        powers = HALF_POWERS[np.maximum(exponents - HALVES.start, 0)]
+        factors = np.where(codes > 0, powers, np.float32(0))
+        return cls(rows, factors[:height], factors[height:])
 
     def logs(self) -> Floats:
-        """log2 of each row's geometric mean; NaN for zeros."""
+        """Return log2 of the geometric mean of each row; NaN for rows of zeros."""
         with np.errstate(divide="ignore"):
             row, column = np.log2(self.row), np.log2(self.column[self.column > 0])
         middle = column.mean() if column.size else np.float32(0)
         return np.where(self.row > 0, row + middle, np.float32(np.nan)).astype(np.float32)
 
     def roots(self) -> tuple[Floats, Floats] | None:
-        """The square roots of both; None where one is 0."""
+        """Return the square roots of both factors; None if a factor is 0."""
         if not (self.row.all() and self.column.all()):
             return None
         return np.sqrt(self.row), np.sqrt(self.column)
@@ -121,7 +135,7 @@ def _column_means(
     rows: Rows,
     values: Floats | None,
 ) -> Floats:
-    """The mean of log2(value) - its row over what is above zero in each column."""
+    """Return the mean of log2(value) - row over the values above 0 of each column."""
     total = np.asarray(row * in_row, np.float64).sum()
     count = int(in_row.sum())
     if count == rows.columns * in_row.size:
@@ -137,53 +151,40 @@ def _column_means(
 
 
 def _exponents(logs: NDArray[np.floating], counts: Integers) -> tuple[Integers, int]:
-    """Half octaves above the smallest, plus 1; 0 where there is nothing.  And the smallest."""
-    there = counts > 0
+    """Return half octaves above the smallest, plus 1 (0 for count 0); and the smallest."""
+    nonzero = counts > 0
     halves = np.rint(2 * logs).astype(np.int32)
-    low = int(halves[there].min()) if there.any() else 0
-    return np.where(there, halves - low + 1, 0).astype(np.int32), low
+    low = int(halves[nonzero].min()) if nonzero.any() else 0
+    return np.where(nonzero, halves - low + 1, 0).astype(np.int32), low
 
 
 def _within(low: int, row: NDArray[np.integer], column: NDArray[np.integer]) -> bool:
-    """Whether all factors and products are normal floats."""
+    """Return whether all factors and products are normal floats."""
     high = low + int(row.max(initial=1)) - 1
     return low >= HALVES.start and high + int(column.max(initial=1)) - 1 < HALVES.stop
 
 
-def _rows_and_columns(codes: Bytes, low: int, height: int) -> tuple[Floats, Floats]:
-    exponents = codes.astype(np.int32) - 1
-    exponents[:height] += low
-    factors = np.where(codes > 0, half_powers(np.maximum(exponents, HALVES.start)), np.float32(0))
-    return factors[:height], factors[height:]
-
-
 def decode_second(data: memoryview, count: int, dtype: str, out: Words | None = None) -> Words:
-    """A row's power of two times a column's; in `out`, if there is one for float32.
+    """Decode a slice of `count` words: method 5. The result may use the memory of `out`.
 
     Raises:
-        TruncatedError, CorruptionError: `data` is not such a slice of `count` words.
+        TruncatedError, CorruptionError: `data` is not a second moment of `count` words.
     """
-    (low, columns, start), at = take(_FACTORS, data, 0)
-    rows = get_rows(int(columns), int(start))
-    if columns > count:
-        raise CorruptionError("corrupt frame: more columns than words")
-    codes, at = get_section(data, at, rows.count(count) + rows.columns, short=True)
-    height = rows.count(count)
-    if at != len(data) or not _within(int(low), codes[:height], codes[height:]):
-        raise CorruptionError("corrupt frame: second moments out of the range of float32")
+    factors = Factors.of(data, count)
     near = room_for_floats(count, dtype, out)
-    kernels.active().product(*_rows_and_columns(codes, int(low), height), rows.start, near)
+    kernels.active().product(factors.row, factors.column, factors.rows.start, near)
     return from_float32(near, dtype)
 
 
 def encode_first(
     words: Words, second: Words | None, dtype: str, step: float, zone: float
 ) -> NearSlice | None:
-    """Code one slice of a first moment: in units of sqrt(second) (what `second` decodes to), or
-    plainly.  `step` is in standard deviations of these.
+    """Encode a slice of a first moment: moment / sqrt(second), or the moment without `second`.
 
-    Returns the slice, and what `decode_first` will return; None where values are not finite, or
-    not zero where `second` is.
+    `second` holds the decoded words of the second moment. `step` is the quantization step in root
+    mean squares of the ratio, `zone` the dead zone in steps.
+
+    Returns None if the ratio is not finite.
     """
     values = to_float32(words, dtype)
     squares = np.ones(1, np.float32) if second is None else to_float32(second, dtype)
@@ -193,11 +194,13 @@ def encode_first(
     )
     if second is None:
         squares = np.ones(values.size, np.float32)
-    bitmap, kept, good = kernels.active().quantize_units(values, squares, width, np.float32(zone))
-    if not good:
+    bitmap, kept, is_finite = kernels.active().quantize_units(
+        values, squares, width, np.float32(zone)
+    )
+    if not is_finite:
         return None
-    found = np.unpackbits(bitmap, count=words.size).view(np.bool_)
-    units = np.asarray(values[found] / np.sqrt(squares[found]) / width, np.float32)
+    mask = np.unpackbits(bitmap, count=words.size).view(np.bool_)
+    units = np.asarray(values[mask] / np.sqrt(squares[mask]) / width, np.float32)
     levels = (fit_levels(units, kept, zone) * float(width)).astype("<f4")
     codes = Codes(bitmap, kept)
     payload = _FIRST.pack(width, levels.size) + levels.tobytes() + put_codes(codes, words.size)
@@ -205,7 +208,7 @@ def encode_first(
 
 
 def _spread(values: Floats, squares: Floats) -> float:
-    """The root mean square of values / sqrt(squares), where that is finite."""
+    """Return the root mean square of the finite entries of values / sqrt(squares)."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         units = values / np.sqrt(squares)
         units = units[np.isfinite(units)]
@@ -229,13 +232,13 @@ def _moment(
 
 
 def decode_first(data: memoryview, second: Words | None, count: int, dtype: str) -> Words:
-    """Levels, times sqrt(second) where there is one; zero where the code is.
+    """Decode a slice of `count` words: method 7, or 6 without `second`.
 
     Raises:
-        TruncatedError, CorruptionError: `data` is not such a slice of `count` words.
+        TruncatedError, CorruptionError: `data` is not a first moment of `count` words.
     """
     (step, size), at = take(_FIRST, data, 0)
-    end = at + 4 * int(size)
+    end = at + 4 * size
     if end > len(data):
         raise TruncatedError("corrupt frame: truncated reconstruction levels")
     levels = np.frombuffer(data[at:end], "<f4")

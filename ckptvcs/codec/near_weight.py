@@ -1,9 +1,9 @@
-"""Near weights: base + level, on a grid.
+"""Near weights: the base plus a quantized residual, on a grid.
 
-Of ExCP's family (residuals, joint use of weights and moments, non-uniform levels), with one step
-for the whole model, or one a row by the sensitivity of its weights.  float32 holds the multiples of
-a grid of 2^-grid exactly, so decoding rounds nothing: all machines and devices decode the same
-bits, and levels can be added up.  Layout: docs/format.md, "Near slices".
+As in ExCP, residuals have non-uniform reconstruction levels, and moments guide the quantization.
+The quantization step is that of the whole model, times a factor for each row. All results are
+multiples of 2^-grid, which float32 holds exactly: every machine decodes the same bits, and deltas
+can be added. Layout: docs/format.md, "Near slices", method 4.
 """
 
 from __future__ import annotations
@@ -15,29 +15,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.codec import kernels
-from ckptvcs.codec.codes import MAX_CODE, Codes, Integers, get_codes, put_codes
+from ckptvcs.codec.codes import MAX_CODE, Codes, get_codes, put_codes
 from ckptvcs.codec.dtypes import DTYPES
-from ckptvcs.codec.matrix import NEUTRAL, QUARTERS, Rows, get_rows, take
+from ckptvcs.codec.matrix import NEUTRAL, QUARTERS, Rows, get_rows
 from ckptvcs.codec.quantize import TABLE, fit_levels, signed_table
-from ckptvcs.codec.sections import Bytes, get_section, put_section, sample, sample_positions
-from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32, word_type
+from ckptvcs.codec.sections import get_section, put_section, sample, sample_positions, take
+from ckptvcs.codec.words import (
+    NONE,
+    Bytes,
+    Floats,
+    Integers,
+    NearSlice,
+    Words,
+    from_float32,
+    to_float32,
+    word_type,
+)
 from ckptvcs.errors import CorruptionError
-
-Floats = NDArray[np.float32]
 
 NO_FACTORS = np.full(1, NEUTRAL, np.uint8)
 
-_HEAD = struct.Struct("<hfBII")  # grid, step, levels, columns (0: no row factors), start
-_FINENESS = 3  # a step is at least 2^3 units of the grid
-_GRIDS = range(-120, 127)  # where float32 holds every multiple below 2^24 exactly
-_SAMPLE = 1 << 14  # words that levels are fitted on
-_FACTOR_LIMIT = 2.5  # of a row's step, in natural logarithm
+_HEAD = struct.Struct("<hfBII")  # grid, quantization step, J, columns (0: no row factors), start
+_FINENESS = 3  # log2 of the units of the grid per quantization step, if values allow it
+_GRIDS = range(-120, 127)  # float32 holds all multiples below 2^24 of these grids
+_SAMPLE = 1 << 14  # words from which levels are computed
+_FACTOR_LIMIT = 2.5  # largest natural logarithm of a row factor
 
 
 def choose_grid(smallest_step: float, largest: float) -> int | None:
-    """The exponent of the grid for steps from `smallest_step` on and values below `largest`.
+    """Return the exponent of the grid for these steps and for values below `largest`.
 
-    None where no grid is fine enough for the steps and small enough for float32.
+    None if float32 has no grid that is fine enough.
     """
     if not smallest_step > 1e-36:
         return None
@@ -47,10 +55,10 @@ def choose_grid(smallest_step: float, largest: float) -> int | None:
 
 
 def row_factors(logs: Floats, middle: float, gamma: float) -> Bytes:
-    """Row factors of steps, as stored: (second moment / middle)^(-gamma / 2), within e^2.5 of 1.
+    """Return the bytes of the row factors: (second moment / middle)^(-gamma / 2).
 
-    `logs` has log2 of the second moment of each row, NaN where there is none, `middle` that of the
-    model.
+    `logs` has log2 of the second moment of each row (NaN: factor 1), `middle` is that of the model.
+    Factors are between e^-2.5 and e^2.5.
     """
     octaves = -gamma / 2 * (logs - np.float32(middle))
     limit = _FACTOR_LIMIT / np.log(2)
@@ -59,12 +67,12 @@ def row_factors(logs: Floats, middle: float, gamma: float) -> Bytes:
 
 
 class Residuals(Protocol):
-    """A slice of a weight and of its base, here or on a device."""
+    """A slice of a weight and of its base, in memory or on a device."""
 
     size: int
 
     def sample(self, size: int) -> tuple[Floats, Floats]:
-        """Values, and those of the base, at the positions of `planes.sample`."""
+        """Return values and base at the positions of `sections.sample`."""
 
     def code(
         self,
@@ -76,13 +84,13 @@ class Residuals(Protocol):
         columns: int,
         start: int,
     ) -> tuple[Bytes, Integers, tuple[float, ...], float]:
-        """What `kernels.code_residuals` returns but for the first."""
+        """Return all results of `code_residuals` but the first."""
 
     def largest(self) -> float:
-        """The largest size of a value or of the base; not finite where one is not."""
+        """Return the largest magnitude in values and base; not finite if one of them is not."""
 
 
-class _Here:
+class _InMemory:
     def __init__(self, values: Floats, base: Floats, weights: Floats) -> None:
         self.values, self.base, self.weights = values, base, weights
         self.size, self.near = values.size, NONE
@@ -96,8 +104,8 @@ class _Here:
         return bitmap, codes, sums, bound
 
     def largest(self) -> float:
-        one, other = (kernels.active().extent(x)[1] for x in (self.values, self.base))
-        return float(np.maximum(one, other))  # NaN, if one is
+        extents = [kernels.active().extent(x)[1] for x in (self.values, self.base)]
+        return float(np.max(extents))  # NaN if one is NaN
 
 
 def encode_delta(
@@ -109,38 +117,42 @@ def encode_delta(
     factors: tuple[Rows, Bytes] | None = None,
     weights: Floats = NONE,
 ) -> NearSlice | None:
-    """Code one slice of a weight against its base.  `step` is that of a row whose factor is 1.
+    """Encode a slice of a weight against its base.
 
-    Returns what `decode_weight` will return; for float32 with the sums of `kernels.weight_squares`,
-    weighted by `weights`.  None where values are not finite, or too large for a grid as fine as the
-    step asks.
+    `step` is the quantization step of a row with factor 1, `zone` the dead zone in steps, `factors`
+    the matrix and the bytes of its row factors. For F32, the result has the sums of
+    `weight_squares`, weighted by `weights` (float32 [n]).
+
+    Returns None if values are not finite, or too large for a grid that is fine enough.
     """
-    here = _Here(
+    slices = _InMemory(
         to_float32(words, dtype), to_float32(base, dtype), weights if dtype == "F32" else NONE
     )
-    found = put_delta(here, step, zone, factors)
-    if found is None:
+    delta = put_delta(slices, step, zone, factors)
+    if delta is None:
         return None
-    if dtype == "F64":  # what does not change keeps bits that no float32 has
-        decoded = decode_weight(memoryview(found[0]), base, words.size, dtype)
+    payload, sums = delta
+    if dtype == "F64":  # unchanged entries keep all bits of the base
+        decoded = decode_weight(memoryview(payload), base, words.size, dtype)
     else:
-        decoded = from_float32(here.near, dtype)
+        decoded = from_float32(slices.near, dtype)
     if dtype != "F32" and not np.isfinite(to_float32(decoded, dtype)).all():
         return None  # rounded up to infinity
-    return NearSlice(found[0], decoded, found[1] if dtype == "F32" else None)
+    return NearSlice(payload, decoded, sums if dtype == "F32" else None)
 
 
 def put_delta(
     residuals: Residuals, step: float, zone: float, factors: tuple[Rows, Bytes] | None
 ) -> tuple[bytes, tuple[float, ...]] | None:
-    """The payload of a slice, and the sums of `kernels.weight_squares`; None as for `encode_delta`,
-    but that a 16-bit weight may have been rounded up to infinity.
+    """Encode a slice; return it and the sums of `weight_squares`, or None as in `encode_delta`.
+
+    In contrast to `encode_delta`, entries of a 16-bit weight may round to infinity.
     """
     rows, stored = factors or (Rows(max(1, residuals.size)), NO_FACTORS)
     scales = QUARTERS[stored]
     least, most = (step * float(edge(initial=1)) for edge in (scales.min, scales.max))
-    room = 2 * most  # twice the largest step: what comes back is below 2^24 units too
-    grid, known = choose_grid(least, room), False  # as far as the first attempt knows
+    room = 2 * most  # so that decoded values are below 2^24 units, too
+    grid, is_final = choose_grid(least, room), False  # assumes small values, to save a pass
     while True:
         if grid is None:
             return None
@@ -152,9 +164,9 @@ def put_delta(
         bitmap, codes, sums, bound = residuals.code(
             scale, unit_step, np.float32(zone), table, scales, rows.columns, rows.start
         )
-        if known or (float(bound) + room) * 2.0**grid < MAX_CODE:
+        if is_final or (float(bound) + room) * 2.0**grid < MAX_CODE:
             break
-        largest, before, known = residuals.largest(), grid, True
+        largest, before, is_final = residuals.largest(), grid, True
         grid = choose_grid(least, largest + room) if np.isfinite(largest) else None
         if grid == before:
             break
@@ -174,7 +186,7 @@ def _fit(
     rows: Rows,
     zone: float,
 ) -> NDArray[np.uint16] | None:
-    """Levels in units of the grid, from a sample; None where that is not finite."""
+    """Return levels in units of the grid, from a sample; None if codes would be too large."""
     with np.errstate(over="ignore", invalid="ignore"):
         values, before = residuals.sample(_SAMPLE)
         units = values * scale - np.rint(before * scale)
@@ -188,9 +200,9 @@ def _fit(
 
 
 def encode_keyframe(words: Words, dtype: str, step: float) -> NearSlice | None:
-    """Code one slice of a weight by itself, on the coarsest grid that is not coarser than `step`.
+    """Encode a slice of a weight without a base, on the coarsest grid of at most `step`.
 
-    Returns and refuses as `encode_delta` does.
+    Returns None if values are not finite or too large.
     """
     values = to_float32(words, dtype)
     largest = float(kernels.active().extent(values)[1])
@@ -205,14 +217,15 @@ def encode_keyframe(words: Words, dtype: str, step: float) -> NearSlice | None:
 
 
 def find_grid(words: Words, dtype: str) -> int | None:
-    """The coarsest grid that all values of a slice lie on; None where there is none, or one has
-    too many bits for it.
+    """Return the coarsest grid of which all values are multiples.
+
+    None if all values are 0, one is subnormal or not finite, or 24 bits do not hold them.
     """
     bits = to_float32(words, dtype).view(np.uint32) & np.uint32(0x7FFFFFFF)
     bits = bits[bits != 0]
     exponents = (bits >> np.uint32(23)).astype(np.int32)
     if not bits.size or int(exponents.min()) == 0 or int(exponents.max()) == 255:
-        return None  # nothing but zeros; numbers below the normal ones, or none at all
+        return None
     fraction = (bits & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
     lowest = fraction & (~fraction + np.uint32(1))
     zeros = (lowest.astype(np.float32).view(np.uint32) >> np.uint32(23)).astype(np.int32) - 127
@@ -222,20 +235,21 @@ def find_grid(words: Words, dtype: str) -> int | None:
 
 
 def encode_difference(words: Words, base: Words, dtype: str) -> NearSlice | None:
-    """Code a slice of a weight exactly as the difference of multiples of the grid that it and its
-    base lie on: the sum of all the deltas between them.  None where they lie on none.
+    """Encode a slice of a weight against any earlier base exactly: the sum of the deltas between.
+
+    Returns None if the two have no common grid.
     """
     grids = [find_grid(words, dtype), find_grid(base, dtype)]
-    known = [grid for grid in grids if grid is not None]
-    if len(known) < len(grids):
+    if grids[0] is None or grids[1] is None:
         return None
-    scale = np.float32(2.0 ** max(known))
+    grid = max(grids[0], grids[1])
+    scale = np.float32(2.0**grid)
     with np.errstate(over="ignore", invalid="ignore"):
         values, before = (to_float32(x, dtype) * scale for x in (words, base))
         steps = values - before
         if not (max(np.abs(x).max() for x in (values, before, steps)) < MAX_CODE):
             return None
-    payload = _HEAD.pack(max(known), 1, 0, 0, 0)
+    payload = _HEAD.pack(grid, 1, 0, 0, 0)
     payload += put_codes(Codes(None, steps.astype(np.int32)), words.size)
     return NearSlice(payload, decode_weight(memoryview(payload), base, words.size, dtype))
 
@@ -261,22 +275,22 @@ def _get_levels(
 def decode_weight(
     data: memoryview, base: Words | None, count: int, dtype: str, *, in_place: bool = False
 ) -> Words:
-    """Base (or zero) + levels, on the grid; entries whose code is 0 are the base's words.
+    """Decode a slice of `count` words: method 4. `in_place` may overwrite `base`.
 
     Raises:
         TruncatedError, CorruptionError: `data` is not a weight slice of `count` words.
     """
     (grid, step, size, columns, start), at = take(_HEAD, data, 0)
-    levels, at = _get_levels(data, at, grid, step, int(size))
+    levels, at = _get_levels(data, at, grid, step, size)
     rows, stored = Rows(max(1, count)), NO_FACTORS
     if columns:
-        rows = get_rows(int(columns), int(start))
+        rows = get_rows(columns, start)
         stored, at = get_section(data, at, rows.count(count), short=True)
     codes, at = get_codes(data, at, count)
     if at != len(data):
         raise CorruptionError("corrupt frame: trailing bytes after its codes")
     if base is None and not size and step == 1 and not columns:
-        return _keyframe(codes.dense(count), dtype, int(grid))
+        return _keyframe(codes.dense(count), dtype, grid)
     if base is None:
         base = np.zeros(count, word_type(DTYPES[dtype].word))
     in_place = in_place and base.flags.writeable
@@ -293,7 +307,7 @@ def decode_weight(
     )
     if dtype == "F32":
         return near.view(np.uint32)
-    # Rounding must not touch words of the base, which may be NaNs.
+    # Entries with code 0 keep the words of the base, which may be NaNs.
     moved = codes.dense(count) != 0
     with np.errstate(over="ignore", invalid="ignore"):
         return np.where(moved, from_float32(near, dtype), base)

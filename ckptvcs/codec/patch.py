@@ -1,8 +1,8 @@
-"""Exact patches: what makes the words of a slice of those of its near form, at the speed of memory.
+"""Exact patches: the lossless residual from the near form of a slice to its exact words.
 
-A patch lives as long as its commit is among the newest, so it is copied where a general coder would
-search: weights are near their near form, which leaves their top bytes mostly 0; what is left of
-them, and all of the moments, hardly compresses.  Layout: docs/format.md, "Exact patch".
+A patch exists only while its commit is one of the newest. So encoding is fast and mostly copies:
+only the upper bytes of the residuals of weights, which are mostly 0, are worth compressing.
+Layout: docs/format.md, "Exact patch".
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.errors import CorruptionError, TruncatedError
 
 SAME, WHOLE, NEAR = 0, 1, 2
-_SPARSE = 1 / 12  # of the words: below, their upper bytes, and where these are, take less room
+_SPARSE = 1 / 12  # if fewer words have upper bytes, these and a mask are smaller
 
 Buffers = tuple[bytes | memoryview, ...]
-"""Bytes that stand one after another; not copied, as long as they are only passed on."""
+"""The parts of a slice, in order; they are not copied together."""
 
 
 def encode(words: Words, near: Words, dtype: DType) -> Buffers:
-    """Code words against their near form, as many; the buffers may be those of `words`.
+    """Encode words against their near form, as many; the buffers may share memory with `words`.
 
-    The result is verified: older patches expire once a newer one exists.
+    The result is verified, because older patches are deleted once it exists.
 
     Raises:
-        CorruptionError: what was coded does not give the words back.
+        CorruptionError: the result does not decode to `words`.
     """
     size = dtype.word
     if size in (2, 4) and words.size:
@@ -60,7 +60,7 @@ def _encode_near(words: Words, near: Words, dtype: DType, raw: int) -> Buffers:
 def decode(
     data: memoryview, count: int, near: Words | None, dtype: DType, out: Words | None = None
 ) -> Words:
-    """Decode `count` words, into `out` if it is given.
+    """Decode a patch of `count` words, into `out` if it is given.
 
     Raises:
         TruncatedError, CorruptionError: `data` is not a patch of `count` words.

@@ -1,8 +1,8 @@
-"""Dead-zone quantization with levels: what sizes the codes of a slice stand for.
+"""Reconstruction levels of a quantizer with a dead zone.
 
-The code of y (in steps) is 0 where |y| < zone, else sign(y) * floor(|y| + 1 - zone).  Small codes
-come back as the mean of their values (non-uniform levels, as ExCP has them), large ones as so many
-steps.
+The code of y, in quantization steps, is 0 if |y| < zone, else sign(y) * floor(|y| + 1 - zone).
+The level of a small magnitude is the mean of its values (non-uniform levels, as in ExCP). A larger
+magnitude m stands for m steps.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.codes import Integers
+from ckptvcs.codec.words import Floats, Integers
 
-Floats = NDArray[np.float32]
-
-_MAX_LEVELS = 15  # larger codes are so few that a level of their own does not pay
-TABLE = 128  # codes below this in magnitude are looked up
+_MAX_LEVELS = 15  # larger codes are too rare to be worth a level
+TABLE = 128  # the table of levels holds codes with magnitudes below this
 
 
 def fit_levels(units: Floats, codes: Integers, zone: float) -> NDArray[np.float64]:
-    """The mean |units| of each code from 1 up to the largest that is worth a level of its own.
+    """Return the mean |units| of each magnitude, from 1 to the largest that gets a level.
 
-    `units` are in steps.  No level is above twice the lower edge of its
-    code: so no value comes back worse than it would from zero.
+    `units` are the values in quantization steps. A level is at most twice the smallest value of its
+    code, so that no value gets a larger error than from code 0.
     """
     size = np.abs(codes)
     top = min(int(size.max(initial=0)), _MAX_LEVELS)
@@ -36,15 +34,15 @@ def fit_levels(units: Floats, codes: Integers, zone: float) -> NDArray[np.float6
 
 
 def amounts_of(sizes: Integers, levels: Floats, step: np.float32) -> Floats:
-    """What codes of these sizes (not negative) stand for: their level, or as many steps."""
+    """Return L(m) for each magnitude m: its level if it has one, else m * step."""
     table = np.concatenate((np.zeros(1, np.float32), levels))
-    known = table[np.minimum(sizes, levels.size)]
+    level = table[np.minimum(sizes, levels.size)]
     with np.errstate(over="ignore"):
-        return np.where(sizes <= levels.size, known, sizes.astype(np.float32) * step)
+        return np.where(sizes <= levels.size, level, sizes.astype(np.float32) * step)
 
 
 def signed_table(levels: Floats, step: np.float32) -> Floats:
-    """What each code c from -127 to 127 stands for, with its sign, at c & 255."""
+    """Return a table of the signed levels of codes c from -127 to 127, at index c & 255."""
     codes = np.arange(256, dtype=np.int32)
     codes -= np.where(codes > TABLE, 256, 0).astype(np.int32)
     amounts = amounts_of(np.abs(codes), levels, step)

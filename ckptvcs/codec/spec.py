@@ -1,4 +1,4 @@
-"""What a user asks of the codec, as plain data: `lossless`, `excp`, `excp:alpha=1e-4,beta=2`."""
+"""Codec specifications: `lossless`, `excp`, `excp:alpha=1e-4,beta=2`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ckptvcs.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class ExcpSpec:
-    """The settings of ExCP.
+    """The settings of ExCP (`ckptvcs.codec.excp`).
 
-    `multiplier` fixes r = multiplier * median|D|, in place of the rule with alpha, which is not
-    free of scale: on small models it prunes almost nothing.
+    `multiplier` sets r = multiplier * median|D|. The published rule with `alpha` depends on the
+    scale of the model: on small models it prunes almost nothing.
     """
 
     alpha: float = 5e-5
@@ -24,18 +24,22 @@ class ExcpSpec:
 
 @dataclass(frozen=True)
 class NearSpec:
-    """The settings of the near codec.  Steps are in standard deviations.
+    """The settings of the near codec. Quantization steps are in standard deviations.
 
-    `step` is common to all weights: of the residual over the whole model, but at most `cap` of a
-    tensor's own.  `gamma` makes steps finer in rows of large second moments (0: nowhere).
-    First moments that something divides are coded by `rank` directions, in steps of `rank_step`
-    times the weakest; `moment_step` is for those without directions (vectors).  Momenta that
-    nothing divides have `momentum_rank` directions where these leave an error of no more than
-    `momentum_nmse`, else `momentum_step`.  `zone` is where a code stops being 0, in steps.
+    `step`: of all weights, relative to the residuals of the whole model
+    `cap`: the largest step of a tensor, relative to its own residuals
+    `gamma`: makes the steps of rows with large second moments smaller (0: all rows are equal)
+    `zone`: the dead zone of weights, in steps
+    `rank`, `rank_step`: rank-1 components of a first moment in Adam's ratio, and the step of their
+        factors, relative to the weakest component
+    `moment_step`: of first moments that are encoded without components, such as vectors
+    `momentum_rank`, `momentum_nmse`: components of a momentum without a second moment, used if
+        their error is at most `momentum_nmse`
+    `momentum_step`: of other momenta
 
-    Everything is coded finer, where the error of all weights together would be above
-    `max_weight_error` of their size (0: no bound), or that of the optimizer's next step, in any
-    slice, above `max_update_nmse`.
+    The encoder uses smaller steps if the relative error of all weights would exceed
+    `max_weight_error` (0: no bound), or the relative squared error of the optimizer's next step
+    would exceed `max_update_nmse` in a slice.
     """
 
     step: float = 1.85
@@ -54,7 +58,7 @@ class NearSpec:
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """A codec by `name`, with its settings where it has some."""
+    """The name of a codec, and its settings if it has any."""
 
     name: str
     settings: ExcpSpec | NearSpec | None = None
@@ -69,7 +73,7 @@ PRESETS = {
     "excp": CodecSpec("excp", ExcpSpec()),
     "excp-max": CodecSpec("excp-max", ExcpSpec(multiplier=2.5)),
 }
-"""The codecs a user can name."""
+"""The codecs by name."""
 
 _RANGES = {
     "bits": (1, 8),
@@ -84,10 +88,10 @@ _WHOLE = ("bits", "rank", "momentum_rank")
 
 
 def parse_codec(text: str) -> CodecSpec:
-    """Read a preset's name, with settings after a colon: `near:step=1.5,gamma=0`.
+    """Parse the name of a preset, with settings after a colon: `near:step=1.5,gamma=0`.
 
     Raises:
-        InvalidInputError: no such preset or setting, or a value out of range.
+        InvalidInputError: the preset or setting is unknown, or a value is out of range.
     """
     name, _, changes = text.partition(":")
     preset = PRESETS.get(name)
@@ -98,12 +102,12 @@ def parse_codec(text: str) -> CodecSpec:
     if preset.settings is None:
         raise InvalidInputError(f"codec '{name}' has no settings")
     settings = preset.settings
-    known = [field.name for field in fields(settings)]
+    names = [field.name for field in fields(settings)]
     for change in changes.split(","):
         key, _, value = change.partition("=")
-        if key not in known:
+        if key not in names:
             raise InvalidInputError(
-                f"codec '{name}' has no setting '{key}'", hint=f"settings: {', '.join(known)}"
+                f"codec '{name}' has no setting '{key}'", hint=f"settings: {', '.join(names)}"
             )
         try:
             number = int(value) if key in _WHOLE else float(value)
@@ -121,10 +125,10 @@ def parse_codec(text: str) -> CodecSpec:
 def with_bounds(
     spec: CodecSpec, weight_error: float | None, update_nmse: float | None
 ) -> CodecSpec:
-    """A codec with other bounds of its errors; None leaves its own, infinity is none.
+    """Return a codec with other error bounds: None keeps a bound, infinity removes it.
 
     Raises:
-        InvalidInputError: it has no bounds at all.
+        InvalidInputError: the codec has no error bounds.
     """
     settings = spec.settings
     if settings is None or (weight_error is None and update_nmse is None):
@@ -143,9 +147,7 @@ def with_bounds(
 
 
 def finer(spec: CodecSpec, excess: float) -> CodecSpec:
-    """A codec for the next try, after one whose error of weights was `excess` times what it may be:
-    it aims lower.
-    """
+    """Return a codec with smaller steps, for use after a weight error `excess` times its bound."""
     settings = spec.settings
     assert isinstance(settings, NearSpec)
     share = min(0.7, 0.8 / excess)

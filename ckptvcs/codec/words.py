@@ -1,4 +1,4 @@
-"""Words: tensors as flat arrays of unsigned integers, and the numbers that they stand for."""
+"""Words: tensors as flat arrays of unsigned integers, and their conversion to numbers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES
+from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES, float_type
 
 Words = NDArray[np.unsignedinteger]
-"""A flat array of unsigned integers holding the little-endian words of a tensor."""
+"""The little-endian words of a tensor, flat."""
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int32]
+Bytes = NDArray[np.uint8]
 
 NONE = np.zeros(0, np.float32)
-"""No values."""
+"""An empty array, for arguments that are not given."""
 
 
 class NearSlice(NamedTuple):
-    """A slice in a near form: the payload, the words it decodes to, and sums over their errors (as
-    `kernels.weight_squares` has them) where these came out on the way.
+    """A near slice: its payload and the words that it decodes to.
+
+    `sums` is the result of `weight_squares` (`ckptvcs.codec.kernels`) if the encoder computed it.
     """
 
     payload: bytes
@@ -28,7 +33,7 @@ class NearSlice(NamedTuple):
 
 
 def octets(array: NDArray[np.generic]) -> memoryview:
-    """The bytes of a contiguous array, without a copy."""
+    """Return the bytes of a contiguous array without copying them."""
     return array.view(np.uint8).data
 
 
@@ -38,12 +43,12 @@ _WORD_TYPES: dict[int, np.dtype[np.unsignedinteger]] = {
 
 
 def word_type(word: int) -> np.dtype[np.unsignedinteger]:
-    """The little-endian unsigned numpy type of `word` bytes (1, 2, 4 or 8)."""
+    """Return numpy's little-endian unsigned type of `word` bytes (1, 2, 4 or 8)."""
     return _WORD_TYPES[word]
 
 
 def to_float32(words: Words, dtype: str) -> NDArray[np.float32]:
-    """The values of F32, F16 or BF16 words as float32, exactly; those of F64 words to nearest."""
+    """Convert F32, F16 or BF16 words to float32 exactly; round F64 words to nearest."""
     if dtype == "F32":
         return words.view(np.float32)
     if dtype == "F64":
@@ -55,9 +60,7 @@ def to_float32(words: Words, dtype: str) -> NDArray[np.float32]:
 
 
 def room_for_floats(count: int, dtype: str, out: Words | None) -> NDArray[np.float32]:
-    """Where `count` values go that become words of `dtype`: `out` itself where these are float32,
-    and there is one.
-    """
+    """Return an array for `count` floats that become words of `dtype`: `out` if that is F32."""
     if out is not None and dtype == "F32":
         return out.view(np.float32)
     return np.empty(count, np.float32)
@@ -77,9 +80,8 @@ def from_float32(values: NDArray[np.float32], dtype: str) -> Words:
     return ((bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(np.uint16)
 
 
-_PARTS = {"C32": "F16", "C64": "F32", "C128": "F64"}
-# Element type -> bits of the mantissa, bias of the exponent, and which bytes but the sign are no
-# finite number: (first infinite, first that is no number).  The rest of a byte is the exponent.
+# Element type -> bits of the mantissa, bias of the exponent, the smallest byte (without its sign)
+# that is infinite, and the smallest one that is NaN.
 _MINIFLOATS = {
     "F8_E4M3": (3, 7, 0x7F, 0x7F),
     "F8_E5M2": (2, 15, 0x7C, 0x7D),
@@ -89,20 +91,20 @@ _MINIFLOATS = {
 
 
 def numbers_of(dtype: str) -> int:
-    """Return how many numbers one element is: two for complex types and for F4 (a pair a byte)."""
-    return 2 if dtype in _PARTS or dtype == "F4" else 1
+    """Return the count of numbers per element: two for complex types and F4, else one."""
+    return 2 if dtype == "F4" or float_type(dtype) != dtype else 1
 
 
 def to_float64(words: Words, dtype: str) -> NDArray[np.float64]:
-    """Return the numbers that flat words stand for, `numbers_of` for each element, in their order.
+    """Convert words to numbers, `numbers_of(dtype)` per element.
 
-    Floats of up to 64 bits and integers of up to 53 come out exactly; longer integers are rounded.
+    Integers of more than 53 bits are rounded; all other values are exact.
     """
-    dtype = _PARTS.get(dtype, dtype)
+    dtype = float_type(dtype)
     if dtype == "F64":
         return words.view(np.float64)
     if dtype in WEIGHT_DTYPES:
-        with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        with np.errstate(invalid="ignore"):  # converting a signalling NaN
             return to_float32(words, dtype).astype(np.float64)
     if dtype in _MINIFLOATS or dtype in ("F8_E8M0", "F4"):
         return _table(dtype)[words].reshape(-1)
@@ -113,25 +115,25 @@ def to_float64(words: Words, dtype: str) -> NDArray[np.float64]:
 
 @lru_cache
 def _table(dtype: str) -> NDArray[np.float64]:
-    """What each byte stands for: 256 rows."""
+    """Return the value of each byte, shape [256], or [256, 2] for F4."""
     byte = np.arange(256)
     if dtype == "F8_E8M0":  # a power of two, without a sign
         powers: NDArray[np.float64] = np.exp2(byte - 127.0)
         powers[255] = np.nan
         return powers
-    if dtype == "F4":  # the low half comes first
+    if dtype == "F4":  # the low half is the first number
         four = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
         four = np.concatenate([four, -four])
         return np.stack([four[byte & 15], four[byte >> 4]], axis=1)
-    mantissa_bits, bias, infinite, none = _MINIFLOATS[dtype]
+    mantissa_bits, bias, infinite, nan = _MINIFLOATS[dtype]
     low = byte & 0x7F
     exponent, mantissa = low >> mantissa_bits, low & ((1 << mantissa_bits) - 1)
-    # The lowest exponent has no leading one, and stands for the same power as the next.
+    # Subnormals have no leading one, and the same power of two as exponent 1.
     fraction = mantissa / (1 << mantissa_bits) + (exponent > 0)
     values: NDArray[np.float64] = fraction * np.exp2(np.maximum(exponent, 1.0) - bias)
-    values[(low >= infinite) & (low < none)] = np.inf
-    values[low >= none] = np.nan
+    values[(low >= infinite) & (low < nan)] = np.inf
+    values[low >= nan] = np.nan
     values = np.where(byte > 0x7F, -values, values)
-    if infinite > 0x7F:  # no negative zero: its byte is the one that is no number
+    if infinite > 0x7F:  # the byte of negative zero is NaN
         values[0x80] = np.nan
     return values

@@ -1,1 +1,1 @@
-"""Packs to tensors and files: chains are decoded from a keyframe on."""
+"""Decode tensors from packs, and restore files and states."""

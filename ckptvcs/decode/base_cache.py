@@ -3,7 +3,7 @@
 The next commit is encoded against them without decoding a chain. Each tensor is checked against its
 hash before use; a wrong one is decoded from the chain. The folder may be deleted at any time.
 
-    cache/bases/<id of the table of values>      the tensors of the table, one after another
+    cache/bases/<id of the hash table>      the tensors of the table, one after another
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ from ckptvcs.history.recipe import VALUE_BYTES
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.ids import ObjectId
 
-_KEPT = 2  # heads of two branches in turn
-_BLOCK = 1 << 22
-_SPARE = 4  # others may need the same disk
+_KEPT = 2  # cached bases, for work on two branches in turn
+_BLOCK = 1 << 22  # bytes
+_SPARE = 4  # free disk space, over the size of a table, required to cache the table
 
 
 class BaseWriter:
-    """Writes the tensors of a table whose id may not be known yet, from any thread.
+    """Writes the tensors of a hash table, whose id may be unknown until `finish`, from any thread.
 
-    A failure (a full disk, say), or a slice that nobody writes, only means that there is no
-    materialised base.
+    After a failure (a full disk, say), or if a slice is missing, no base is cached.
     """
 
     def __init__(self, folder: Path, sizes: list[int], *, partial: bool = False) -> None:
-        """`sizes` are the bytes of each tensor; one that is `partial` may lack some."""
+        """`sizes` has the bytes of each tensor; a `partial` base may lack slices."""
         self._folder, self._partial = folder, partial
         self._written: dict[tuple[int, int], int] = {}
         self._starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
@@ -64,9 +63,7 @@ class BaseWriter:
         return self._partial or sum(self._written.values()) == self._starts[-1]
 
     def finish(self, values: ObjectId) -> None:
-        """Publish under its table's id, if all of it was written, and forget bases that are no
-        longer near any head.
-        """
+        """Publish a complete base under the id of its hash table, and delete the oldest ones."""
         if self._descriptor is None or self._failed or not self._is_whole:
             return
         with contextlib.suppress(OSError):
@@ -88,27 +85,27 @@ class BaseWriter:
 
 
 class CachedTable(DecodedTable):
-    """A table of values as the cache has it; a tensor is hashed before it is used, unless the
-    caller gives the room for it, and hashes what is there.
+    """A cached base. Each tensor is verified before its first use, unless the caller passes `out`:
+    such callers check the hash themselves.
     """
 
     def __init__(self, path: Path, infos: list[TensorInfo], hashes: list[bytes]) -> None:
         self._path, self._infos, self._hashes = path, infos, hashes
         self._starts = [0, *np.cumsum([i.size_bytes for i in infos], dtype=np.int64).tolist()]
-        self._proven: dict[int, bool] = {}
+        self._sound: dict[int, bool] = {}
         self._locks = [Lock() for _ in infos]
 
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         start = number * SLICE_WORDS * word
         if out is None:
             with self._locks[tensor]:
-                if tensor not in self._proven:
-                    self._proven[tensor] = self._prove(tensor)
-            if not self._proven[tensor]:
+                if tensor not in self._sound:
+                    self._sound[tensor] = self._verify(tensor)
+            if not self._sound[tensor]:
                 return None
             left = (self._infos[tensor].size_bytes - start) // word
             out = np.empty(min(SLICE_WORDS, left), word_type(word))
-        with contextlib.suppress(OSError):  # another process may have deleted it meanwhile
+        with contextlib.suppress(OSError):  # another process may have deleted the file
             at = self._starts[tensor] + start
             if self._read(at, octets(out)) == out.nbytes:
                 return out
@@ -119,8 +116,8 @@ class CachedTable(DecodedTable):
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
-            return True  # it was deleted meanwhile
-        return size == self._starts[-1] and all(map(self._prove, range(len(self._infos))))
+            return True  # deleted by another process
+        return size == self._starts[-1] and all(map(self._verify, range(len(self._infos))))
 
     def exists(self) -> bool:
         """Return whether the file still exists."""
@@ -138,7 +135,7 @@ class CachedTable(DecodedTable):
         with self._path.open("rb", buffering=0) as file:
             return os.preadv(file.fileno(), [into], at)
 
-    def _prove(self, tensor: int) -> bool:
+    def _verify(self, tensor: int) -> bool:
         digest, start = hasher(), self._starts[tensor]
         end = start + self._infos[tensor].size_bytes
         with contextlib.suppress(OSError):
@@ -151,14 +148,15 @@ class CachedTable(DecodedTable):
 
 Put = Callable[[int, int, Words], None]
 Room = contextlib.AbstractContextManager[Put]
-"""Where the slices of a table go, by tensor and number."""
+"""Takes the slices of a table, by tensor position and slice number."""
 
 NO_ROOM: Room = contextlib.nullcontext(lambda tensor, number, words: None)
 
 
 class RecentTables:
-    """Tables that were decoded lately, in a folder of the caller's: who decodes a line of commits,
-    parents first, decodes each delta once.
+    """Recently decoded tables, in a temporary folder of the caller.
+
+    With it, decoding a first-parent history from the oldest commit decodes each delta once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -170,9 +168,7 @@ class RecentTables:
         return self._tables.get(values)
 
     def room(self, values: ObjectId, infos: list[TensorInfo], hashes: list[bytes]) -> Room:
-        """Takes the slices of a table of one part, by tensor and number; it is there then, for
-        an older one of that part, as far as it has its hashes.
-        """
+        """Return what takes the slices of a table, which replaces the older table of its part."""
         size = sum(info.size_bytes for info in infos)
         if shutil.disk_usage(self._folder).free < _SPARE * size:
             return NO_ROOM
@@ -198,10 +194,7 @@ class RecentTables:
 
 
 class BaseTensor:
-    """The decoded tensor that another is coded against, read slice by slice.
-
-    `prove` must come before the first slice is built upon.
-    """
+    """A base, decoded slice by slice. Call `verify` before using the first slice."""
 
     def __init__(self, chain: ChainReader, values: ObjectId, tensor: int, info: TensorInfo) -> None:
         self.values, self.tensor, self.info = values, tensor, info
@@ -213,15 +206,16 @@ class BaseTensor:
         Raises:
             CorruptionError: the tensor does not match its recorded hash.
         """
-        done, word = self._links[-1].done, self.info.type.word
-        if self.info.words and (done is None or done[0].slice(done[1], 0, word) is None):
+        decoded, word = self._links[-1].decoded, self.info.type.word
+        if self.info.words and (decoded is None or decoded[0].slice(decoded[1], 0, word) is None):
             for _ in self._chain.slices(self.values, self.tensor, self.info):
                 pass
             self._links = self._chain.links(self.values, self.tensor, self.info)
 
     def has_same_slices(self) -> bool:
-        """Whether its own frame, which may be that of another tensor of the same bytes, has words
-        of the same size, so that slices of both have the same boundaries.
+        """Return whether the frame has slices at the same offsets as the tensor.
+
+        The frame may belong to a tensor with the same bytes, but words of another size.
         """
         return self._links[-1].type.word == self.info.type.word
 
@@ -237,10 +231,9 @@ class BaseTensor:
 
 
 class MemoryBase:
-    """The decoded weights of the newest commit of a process, in memory: slices, by name.
+    """The decoded weights of the newest commit of this process, in memory: name -> slices.
 
-    A commit replaces them slice by slice, each after it was built upon; until it is done they are
-    those of no commit.
+    The next commit replaces each slice after encoding against it. `values` is None meanwhile.
     """
 
     def __init__(self) -> None:
@@ -253,7 +246,7 @@ class MemoryBase:
         return MemoryWriter(self, infos)
 
     def keep(self, hashes: dict[str, bytes]) -> None:
-        """Keep values of a table whose id is unknown: other processes write parts of it."""
+        """Keep the weights of a shard, whose hash table will have an id once all shards join."""
         self.hashes, self.values = hashes, ObjectId("")
 
     def adopt(self, values: ObjectId, hashes: Mapping[str, bytes]) -> None:
@@ -265,7 +258,7 @@ class MemoryBase:
 
 
 class MemoryWriter:
-    """Changes a `MemoryBase`; what a `BaseWriter` is to the cache."""
+    """Replaces the slices of a `MemoryBase`, with the interface of `BaseWriter`."""
 
     def __init__(self, memory: MemoryBase, infos: list[TensorInfo]) -> None:
         self._memory, self._infos = memory, infos
@@ -276,9 +269,7 @@ class MemoryWriter:
                 del memory.tensors[name]
 
     def write(self, tensor: int, number: int, words: Words, *, fresh: bool) -> None:
-        """Put slice `number` of a tensor in its place; one that is not `fresh` belongs to others,
-        who may change it.
-        """
+        """Replace slice `number` of a tensor. Copy words that are not `fresh`: they may change."""
         info = self._infos[tensor]
         count = len(slice_counts(info.words))
         slices = self._memory.tensors.get(info.name)
@@ -328,8 +319,9 @@ def find_decoded(
     *,
     change: bool = False,
 ) -> DecodedTable | None:
-    """A table of values from memory or from the cache; None where neither has it.  Only the commit
-    that is to `change` what is in memory may see it change.
+    """Return the decoded tensors of a hash table from memory or the cache, if either has them.
+
+    Set `change` in the commit that replaces the weights in memory, to read them meanwhile.
     """
     if memory is not None and memory.values == values:
         return MemoryTable(memory, infos, None if change else values)

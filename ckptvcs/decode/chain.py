@@ -29,17 +29,17 @@ from ckptvcs.store.ids import ObjectId
 MAX_DEPTH = 4096
 _PATCH = bytes([PATCH])
 _MASTER = DTYPES["F32"]
-_MAX_CHANGES = 4  # of the word size along a chain; each may make decoding eight times as slow
-_KINDS = ("U8", "U16", "BF16", "F16", "U32", "F32", "U64", "F64")
-"""One type for each way in which frames are decoded."""
+_MAX_CHANGES = 4  # of the word size along a chain: each can make decoding eight times slower
+_CANDIDATES = ("U8", "U16", "BF16", "F16", "U32", "F32", "U64", "F64")
+"""Element types to try for a frame that names none."""
 
 Types = dict[tuple[ObjectId, int], str]
-"""The element types of frames that name none, by bundle and number."""
+"""The inferred element types of frames that name none, by bundle and number."""
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """A frame on the way to a tensor, and the hash of what it decodes to, where that is known."""
+    """A frame of a chain, and the hash of the tensor that it decodes to, if known."""
 
     place: tuple[ObjectId, int]
     frame: Frame
@@ -47,16 +47,16 @@ class _Stage:
 
 
 class DecodedTable(Protocol):
-    """The tensors of a table of values, decoded and proven already."""
+    """The decoded and verified tensors of a hash table."""
 
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
-        """Slice `number` of a tensor, cut into words of `word` bytes, not to be changed; None where
-        it is not there after all.  With `out` it may come in that, and it is the caller who proves
-        it.
+        """Return slice `number` of a tensor as read-only words of `word` bytes, or None.
+
+        With `out`, the slice may be written there without verification: the caller must verify it.
         """
 
-    def stays(self, tensor: int) -> bool:
-        """Whether it is sure to have a tensor, so that nobody needs to look what lies below."""
+    def has(self, tensor: int) -> bool:
+        """Return whether the tensor is certainly available, so the frames below are not needed."""
         return False
 
 
@@ -66,19 +66,22 @@ DecodedTables = Callable[[ObjectId], DecodedTable | None]
 
 @dataclass(frozen=True)
 class Link:
-    """One frame of a chain: its bundle, the element type it was encoded as, the chain that ends in
-    its companion, and the decoded tensor if it is available.
+    """One frame of a chain.
+
+    type        element type that the frame was encoded as
+    companion   the chain of its auxiliary frame
+    decoded     the table and position of the tensor that it decodes to, if that is available
     """
 
     bundle: ObjectId
     frame: Frame
     type: DType
     companion: tuple[Link, ...] = ()
-    done: tuple[DecodedTable, int] | None = None
+    decoded: tuple[DecodedTable, int] | None = None
 
 
 class ChainReader:
-    """Decodes tensors of tables of values, from the cached bases where there is any."""
+    """Decodes the tensors of hash tables, from cached bases if possible."""
 
     def __init__(self, catalog: Catalog, decoded: DecodedTables = lambda _: None) -> None:
         self._catalog, self._decoded = catalog, decoded
@@ -95,10 +98,6 @@ class ChainReader:
         _check_types(chain, info)
         return chain
 
-    def _done(self, values: ObjectId, tensor: int) -> tuple[DecodedTable, int] | None:
-        found = self._decoded(values)
-        return None if found is None else (found, tensor)
-
     def _chain(
         self,
         bundle: ObjectId,
@@ -108,8 +107,10 @@ class ChainReader:
         *,
         beside: bool = False,
     ) -> list[Link]:
-        """The chain that ends in a frame of a bundle; one `beside` another has no companions.  A
-        frame that names no type has the one `asked` for: that of the tensor, or of the frame above.
+        """Return the chain that ends in a frame of a bundle.
+
+        A frame that names no type has the type `asked`, that of the tensor or the frame above. An
+        auxiliary frame (`beside`) must not need another one.
         """
         chain: list[Link] = []
         limit = MAX_DEPTH
@@ -128,20 +129,21 @@ class ChainReader:
                     raise CorruptionError(
                         f"bundle {bundle[:8]} is damaged: nested auxiliary frames"
                     )
-                # Only the masters of rounded copies have bases, and those are F32.
+                # Only master weights are auxiliary frames with a base, and those are F32.
                 companion = self._chain(bundle, frame.companion, _MASTER, None, beside=True)
-            done = None if at is None else self._done(*at)
-            chain.append(Link(bundle, frame, asked, tuple(companion), done))
-            if frame.base is None or (done is not None and done[0].stays(done[1])):
+            table = None if at is None else self._decoded(at[0])
+            decoded = None if at is None or table is None else (table, at[1])
+            chain.append(Link(bundle, frame, asked, tuple(companion), decoded))
+            if frame.base is None or (decoded is not None and decoded[0].has(decoded[1])):
                 return chain[::-1]
             limit, at = frame.depth - 1, frame.base
             bundle, number = self._catalog.place(*at)
 
     def require_slices(self, values: ObjectId, tensor: int, info: TensorInfo) -> None:
-        """Prove, before room is made for a tensor, that it has a frame of as many slices.
+        """Check the number of slices of a tensor before memory is allocated for it.
 
         Raises:
-            CorruptionError: it has none; a schema may claim any size.
+            CorruptionError: the schema claims another size than the frame has.
         """
         bundle, frame = self._catalog.frame(values, tensor)
         types = [DTYPES[frame.dtype]] if frame.dtype else DTYPES.values()
@@ -155,17 +157,18 @@ class ChainReader:
         return self._catalog.frame(values, tensor)[1].depth
 
     def heal(self, values: ObjectId, tensor: int, info: TensorInfo) -> bool:
-        """Find out, by the hashes of what they decode to, of which types the frames of a tensor are
-        that name none: a program of before `dtype` took frames over from tensors of another type
-        with the same bytes.  Whether the types are others than were assumed.
+        """Infer the element types of frames that name none, from the hashes of their tensors.
+
+        Versions before the field `dtype` reused frames of tensors with the same bytes, but another
+        type. Return whether a type differs from the assumed one.
         """
-        found = self._find_types(self._path(values, tensor), info)
-        news = {place: name for place, name in found.items() if self._types.get(place) != name}
-        self._types |= news
-        return bool(news)
+        types = self._find_types(self._path(values, tensor), info)
+        new = {place: name for place, name in types.items() if self._types.get(place) != name}
+        self._types |= new
+        return bool(new)
 
     def _path(self, values: ObjectId, tensor: int) -> list[_Stage]:
-        """The frames below a tensor and its own, the keyframe first."""
+        """Return the frames of a tensor, from its keyframe on; none if the chain is damaged."""
         path: list[_Stage] = []
         at: tuple[ObjectId, int] | None = (values, tensor)
         limit = MAX_DEPTH
@@ -173,17 +176,17 @@ class ChainReader:
             bundle, number = self._catalog.place(*at)
             frame = self._catalog.frame_at(bundle, number)
             if frame.depth > limit:
-                return []  # it is damaged in another way
+                return []
             limit = frame.depth - 1
             expected: bytes | None = None
-            with contextlib.suppress(CkptError):  # of commits that were dropped tables may be gone
+            with contextlib.suppress(CkptError):  # gc may have deleted tables of dropped commits
                 expected = self._catalog.value(*at)
             path.append(_Stage((bundle, number), frame, expected))
             at = frame.base
         return path[::-1]
 
     def _find_types(self, path: list[_Stage], info: TensorInfo) -> dict[tuple[ObjectId, int], str]:
-        """Types with which all stages decode to their hashes, by frame; none if there are none."""
+        """Search for types with which all frames decode to their hashes; return them by frame."""
         if not path or path[-1].expected is None or all(stage.frame.dtype for stage in path):
             return {}
         open_ = [self._options(path[0], info, None)]
@@ -207,8 +210,8 @@ class ChainReader:
     def _options(
         self, stage: _Stage, info: TensorInfo, below: bytes | None
     ) -> Iterator[tuple[str, bytes]]:
-        """The types as which a frame decodes to its hash, where that is known, and the bytes."""
-        names = [stage.frame.dtype] if stage.frame.dtype else [info.dtype, *_KINDS]
+        """Yield the types with which a frame decodes to its hash, and the decoded bytes."""
+        names = [stage.frame.dtype] if stage.frame.dtype else [info.dtype, *_CANDIDATES]
         for name in dict.fromkeys(names):
             if has_slices(stage.frame, info.size_bytes, DTYPES[name]):
                 with contextlib.suppress(CorruptionError):
@@ -237,8 +240,9 @@ class ChainReader:
         count: int,
         out: Words | None = None,
     ) -> Words:
-        """Slice `number` of a tensor, `count` words, not yet proven by the tensor's hash; in `out`,
-        if there is one.
+        """Decode slice `number` of a tensor, `count` words, into `out` if that is given.
+
+        The caller must check the whole tensor against its hash.
         """
         word = info.type.word
         if any(link.type.word != word for link in chain):
@@ -254,15 +258,13 @@ class ChainReader:
         base: Words | None,
         out: Words | None = None,
     ) -> Words:
-        """A slice of the end of a chain whose frames are of one word size, from the words that its
-        first frame is based on, or from a decoded tensor.
-        """
+        """Decode a slice with frames of one word size, from `base` or a decoded tensor."""
         words, first = base, 0
         for place in range(len(chain) - 1, -1, -1):
-            done = chain[place].done
-            known = None if done is None else done[0].slice(done[1], number, word, out)
-            if known is not None:
-                words, first = known, place + 1
+            decoded = chain[place].decoded
+            available = None if decoded is None else decoded[0].slice(decoded[1], number, word, out)
+            if available is not None:
+                words, first = available, place + 1
                 break
         own = False
         for link in chain[first:]:
@@ -273,8 +275,9 @@ class ChainReader:
         return words
 
     def _cut(self, chain: Sequence[Link], size: int, word: int, number: int) -> Words:
-        """A slice of a tensor of `size` bytes in words of `word` bytes, from a chain whose frames
-        are of other word sizes.
+        """Decode a slice in words of `word` bytes with frames of other word sizes.
+
+        `size` is that of the tensor in bytes.
         """
         own = chain[-1].type.word
         if own != word:
@@ -388,13 +391,14 @@ def read_slice(
 
 
 def has_slices(frame: Frame, size: int, dtype: DType) -> bool:
-    """Whether a frame has as many slices as `size` bytes make of a type."""
+    """Return whether a frame has the number of slices of a tensor of `size` bytes and this type."""
     return size % dtype.word == 0 and len(frame.slices) == -(-(size // dtype.word) // SLICE_WORDS)
 
 
 def _check_types(chain: Sequence[Link], info: TensorInfo) -> None:
-    """Raises CorruptionError where frames are of types that the tensor's bytes cannot have, or of
-    word sizes that change so often that nobody but an attacker made them.
+    """Raise CorruptionError if a type does not fit the tensor, or the word size changes too often.
+
+    Only a hostile repository changes the word size that often.
     """
     changes, word = 0, info.type.word
     for link in reversed(chain):

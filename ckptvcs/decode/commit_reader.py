@@ -1,7 +1,7 @@
 """Restore the files, one part or the Python state of a commit.
 
-Files are put together from their skeletons and decoded tensors, and proven: every tensor by its
-hash, an exact file by its own.  `decode/file_writer.py` gives them their names after that.
+Files are assembled from their templates (skeletons) and decoded tensors. Each tensor is checked
+against its hash, each exact file against its own. `file_writer.py` then writes them by name.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import ObjectId
 
 _DROPPED = "'ckpt log --all' lists it, 'ckpt reflog' says by which rule"
-_DEEP = 2  # deltas, from which on decoded weights are kept in the cache
+_DEEP = 2  # chain depth from which decoded weights are cached
 
 
 class _RetypedError(CorruptionError):
-    """Slices that were handed out are wrong, but it is known now how to decode them."""
+    """Returned slices were wrong; another attempt will use the inferred element types."""
 
 
 def in_our_order(words: Words, info: TensorInfo) -> Words:
     """Return the words of a tensor, little-endian.
 
     Raises:
-        InvalidInputError: nobody knows in which order they are.
+        InvalidInputError: the byte order is unknown.
     """
     if info.order == UNKNOWN:
         raise InvalidInputError(
@@ -69,8 +69,10 @@ class _Job:
 
 
 class Restorer:
-    """Reads one commit.  `near` asks for the near form even where an exact patch is there; `cache`
-    and `memory` may have its decoded weights, `decoded` other decoded tensors.
+    """Reads one commit.
+
+    `near` ignores exact patches. `cache` and `memory` may have the decoded weights of the commit;
+    `decoded` replaces both with other decoded tensors.
     """
 
     def __init__(
@@ -92,12 +94,11 @@ class Restorer:
         self._chain = ChainReader(catalog, decoded or self._decoded.get)
         self.fidelity: dict[str, str] = {}
         self._tables: dict[int, tuple[ObjectId, int]] = {}
-        gone = catalog.dropped()
-        if name in gone.commits:
+        dropped = catalog.dropped()
+        if name in dropped.commits:
             raise NotFoundError(f"commit {name[:8]} was dropped", hint=_DROPPED)
-        self._gone = gone.parts.get(name, frozenset())
         for part, state in self.commit.parts.items():
-            if part in self._gone:
+            if part in dropped.parts.get(name, ()):
                 self.fidelity[part] = "dropped"
                 continue
             table = state.values
@@ -119,11 +120,12 @@ class Restorer:
         return all(form == "exact" for form in self.fidelity.values())
 
     def near(self) -> set[int]:
-        """The stored tensors that come back near; others of a part that is near are exact, since
-        their kind always is, or since the coding of them had no error.
+        """Return the stored tensors that are restored near.
+
+        Other tensors of a near part are exact: their role requires it, or they had no error.
         """
         errors = self._catalog.errors(self.name)
-        doubtful = [
+        lossy = [
             number
             for number in self._tables
             if self.fidelity[(info := self.schema.tensors[number]).part] == "near"
@@ -131,19 +133,19 @@ class Restorer:
             and can_be_lossy(info.dtype)
         ]
         if not errors:  # they were dropped
-            return set(doubtful)
-        # Of tensors with the same values one is measured.
-        values = {number: self._catalog.value(*self._tables[number]) for number in doubtful}
-        off = {values[number] for number in errors if number in values}
-        return {number for number in doubtful if values[number] in off}
+            return set(lossy)
+        # Only one of several tensors with the same values has an error report.
+        values = {number: self._catalog.value(*self._tables[number]) for number in lossy}
+        inexact = {values[number] for number in errors if number in values}
+        return {number for number in lossy if values[number] in inexact}
 
     # -- tensors -------------------------------------------------------------------------------
 
     def place(self, number: int) -> tuple[ObjectId, int]:
-        """The table of values that a stored tensor is read from, and its position there.
+        """Return the hash table of a stored tensor, and its position there.
 
         Raises:
-            NotFoundError: the commit does not hold it.
+            NotFoundError: the part was dropped.
         """
         if number not in self._tables:
             part = self.schema.tensors[number].part
@@ -163,10 +165,10 @@ class Restorer:
     def _slices(
         self, numbers: list[int], room: Callable[[_Job], Words | None] = lambda _: None
     ) -> Generator[tuple[_Job, Words], None, None]:
-        """The slices of stored tensors, one tensor after another, decoded ahead in threads; each in
-        the `room` that there is for it.
+        """Yield the slices of stored tensors in order, decoded ahead in threads.
 
-        The last slice of a tensor comes after the proof of the whole.
+        `room` returns the array to decode a slice into, or None for a new one. The last slice of a
+        tensor comes after the whole tensor was checked against its hash.
         """
         base = self._new_base(numbers)
 
@@ -201,7 +203,7 @@ class Restorer:
             for job, words in ordered_map(decode, self._jobs(numbers)):
                 digest.update(octets(words))
                 if job.slice + 1 == len(slice_counts(self.schema.tensors[job.number].words)):
-                    if not self._proven(job, digest):
+                    if not self._is_sound(job, digest):
                         self._decode_again(job.number, room)
                     digest = hasher()
                 yield job, words
@@ -214,8 +216,9 @@ class Restorer:
     def _below_patch(
         self, links: list[Link], position: int, info: TensorInfo
     ) -> tuple[list[Link], bool]:
-        """The chain of the near form of a weight, and whether the exact one is a patch upon it: a
-        tensor with the same values may be stored elsewhere, in a frame of its own.
+        """Return the chain of the near form of a weight, and whether `links` ends in a patch on it.
+
+        Otherwise the exact form is a frame that another tensor with the same values shares.
         """
         near = self.commit.parts["model"].values
         if links[-1].frame.base == (near, position) and links[-1].type.word == info.type.word:
@@ -223,8 +226,9 @@ class Restorer:
         return self._chain.links(near, position, info), False
 
     def _new_base(self, numbers: list[int]) -> BaseWriter | None:
-        """Where weights go that took a chain to decode, if all of them are asked for: who restores
-        a commit often does so again, or goes on from there.
+        """Return a writer that caches the weights, if all are decoded and their chain is deep.
+
+        A restored commit is often restored again, or used as a parent.
         """
         model = self.schema.stored("model")
         state = self.commit.parts.get("model")
@@ -241,23 +245,23 @@ class Restorer:
             free = shutil.disk_usage(self._cache.parent.parent).free
         except OSError:
             return None
-        # What is restored may need the same disk.
+        # The restored files may need the same disk.
         return BaseWriter(self._cache, sizes) if free > 4 * self.commit.raw_bytes else None
 
     def inline(self) -> dict[int, bytes]:
-        """The bytes of the small tensors, which stand in skeletons."""
-        found = {}
-        for file in self.commit.files:
-            if file.skeleton is not None:
-                for op, argument, data in self._skeleton(file).walk(self.schema):
-                    if op == Op.INLINE:
-                        found[argument] = bytes(data)
-        return found
+        """Return the bytes of the small tensors, which are stored in file templates."""
+        return {
+            argument: bytes(data)
+            for file in self.commit.files
+            if file.skeleton is not None
+            for op, argument, data in self._skeleton(file).walk(self.schema)
+            if op == Op.INLINE
+        }
 
     def tensors(
         self, numbers: list[int]
     ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
-        """All bytes of each of some stored tensors, proven, one after another."""
+        """Yield the number and all bytes of each stored tensor, verified."""
         infos = self.schema.tensors
         for number in numbers:
             self._chain.require_slices(*self.place(number), infos[number])
@@ -279,14 +283,14 @@ class Restorer:
             if not self.schema.tensors[number].words:
                 yield number, np.empty(0, np.uint8)
 
-    def _proven(self, job: _Job, digest: Hasher) -> bool:
+    def _is_sound(self, job: _Job, digest: Hasher) -> bool:
         return digest.digest() == self._catalog.value(job.table, job.position)
 
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
         """Decode a tensor from its keyframe: a cached base may be wrong.
 
         Raises:
-            CorruptionError: the chain is damaged, or the slices were handed out already.
+            CorruptionError: the chain is damaged, or wrong slices were returned already.
         """
         digest, chain = hasher(), ChainReader(self._catalog)
         info = self.schema.tensors[number]
@@ -301,7 +305,7 @@ class Restorer:
                 chain.heal(job.table, job.position, info)
             links = chain.links(job.table, job.position, info)
             digest.update(octets(chain.decode_slice(links, info, job.slice, job.count, out)))
-        if not self._proven(job, digest):
+        if not self._is_sound(job, digest):
             wrong = f"{info.name} does not decode to its recorded hash"
             if self._chain.heal(job.table, job.position, info):
                 raise _RetypedError(wrong)
@@ -325,10 +329,10 @@ class Restorer:
     def write_file(
         self, file: FileEntry, write: Callable[[bytes | memoryview], object], progress: Progress
     ) -> str:
-        """Write a file's bytes in order; the BLAKE3 of what was written.
+        """Write the bytes of a file in order; return their BLAKE3 hash (hex).
 
         Raises:
-            CorruptionError: a tensor, or a file that is exact, does not have its hash.
+            CorruptionError: a tensor or an exact file does not have its hash.
         """
         digest = hasher()
 
@@ -350,27 +354,27 @@ class Restorer:
                         put(block)
                     sums[argument] = crc
                 elif op == Op.CRC32:
-                    if argument not in sums:  # a checksum that stands before what it sums up
+                    if argument not in sums:  # the checksum is before its tensor in the file
                         sums[argument] = zlib.crc32(self.tensor(argument).data)
                     put(sums[argument].to_bytes(4, "little"))
                 else:
                     put(data)
             for _ in stream:
                 raise CorruptionError(f"{file.path} is damaged: unexpected tensors")
-        found = digest.hexdigest()
-        if self.exact and file.hash is not None and found != file.hash:
+        if self.exact and file.hash is not None and digest.hexdigest() != file.hash:
             raise CorruptionError(f"{file.path} does not match its committed hash")
-        return found
+        return digest.hexdigest()
 
     def digest(self, file: FileEntry) -> str:
-        """The BLAKE3 of a file as it is restored, which is proven and written nowhere."""
+        """Return the BLAKE3 hash (hex) of a restored file, verified without writing it."""
         while True:
             with contextlib.suppress(_RetypedError):
                 return self.write_file(file, lambda _: None, lambda _: None)
 
     def write_whole(self, file: FileEntry, out: BinaryIO, progress: Progress) -> str:
-        """Write a file's bytes into an empty one, once more where it turned out how to decode it;
-        their BLAKE3.
+        """Write the bytes of a file into an empty one; return their BLAKE3 hash (hex).
+
+        Start again if element types were inferred after wrong slices were written.
         """
         while True:
             with contextlib.suppress(_RetypedError):
@@ -381,20 +385,17 @@ class Restorer:
     # -- structure -----------------------------------------------------------------------------
 
     def mentions(self, file: FileEntry, text: str) -> bool:
-        """Whether what a file holds beside its tensors has some text in it."""
+        """Return whether the bytes of a file outside of its tensors contain a text."""
         return text.encode() in bytes(self._skeleton(file).literals)
 
     def layout(self, file: FileEntry) -> tuple[Layout, list[int]]:
-        """The structure of a file, read from its skeleton alone, and the number in the schema of
-        each of its tensors.
-        """
+        """Parse a file without decoding its tensors; return its layout and tensor numbers."""
         source = SkeletonSource(self.schema, self._skeleton(file), self.tensor)
         parse = {
             "torch-zip": lambda s: torch_zip.parse(s, checksums=torch_zip.Checksums.LITERAL),
             "torch-legacy": torch_legacy.parse,
             "safetensors": safetensors.parse,
         }.get(file.format)
-        layout = parse(source) if parse else None
-        layout = layout or Layout("raw", [])
+        layout = (parse(source) if parse else None) or Layout("raw", [])
         numbers = [source.owner(found.offset, found.size) for found in layout.tensors]
         return layout, numbers

@@ -1,7 +1,7 @@
 """Write the files of a commit into a user's folder.
 
-A directory that does not exist yet is filled under a temporary name, and is there whole or not at
-all.  In one that exists each file is; what is there and not in the commit stays.
+A new directory is filled under a temporary name, so it appears complete or not at all. In an
+existing directory, each file is replaced atomically, and files that are not in the commit stay.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ckptvcs.history.commit import Commit
 from ckptvcs.parallel import Progress
 
 Looks = Mapping[str, Seen | None]
-"""What was found where the files and links of a directory belong, by their paths."""
+"""The existing files and links at the paths of a commit, None where the path is free."""
 
 
 def named_paths(commit: Commit, *, own: bool) -> list[str]:
-    """The paths that a commit names: of a file only where it gets its `own` one."""
+    """Return the paths of a commit, with its `own` file or folder name if that is set."""
     if commit.source != "directory":
         return [commit.path] if own else []
     top = f"{commit.path}/" if own and commit.path != "." else ""
@@ -30,10 +30,10 @@ def named_paths(commit: Commit, *, own: bool) -> list[str]:
 
 
 def save_file(restorer: Restorer, target: Target, progress: Progress) -> str:
-    """Write the file of a commit that has one; the BLAKE3 of its bytes.
+    """Write the only file of a commit; return its BLAKE3 hash (hex).
 
     Raises:
-        ConflictError: the file has changed since the look.
+        ConflictError: the file changed after it was looked at.
     """
     file = next(file for file in restorer.commit.files if file.skeleton is not None)
     with target.file(mode=file.mode & 0o777, mtime_ns=file.mtime_ns) as out:
@@ -61,10 +61,10 @@ def look_at_files(commit: Commit, target: Target) -> dict[str, Seen | None]:
 def save_directory(
     restorer: Restorer, target: Target, looks: Looks, progress: Progress
 ) -> list[str]:
-    """Write the files of a directory; the BLAKE3 of each.
+    """Write the files of a directory; return the BLAKE3 hash (hex) of each.
 
     Raises:
-        ConflictError: a file is not what was there at the look; those before it are written.
+        ConflictError: a file changed after it was looked at. Files before it are written.
     """
     if target.is_folder:
         with writing(target.path), target.existing() as place:
@@ -81,7 +81,7 @@ def save_directory(
 
 
 def _fill(restorer: Restorer, place: Folder, looks: Looks, progress: Progress) -> list[str]:
-    found = []
+    hashes = []
     for file in restorer.commit.files:
         path = safe_path(file.path)
         if file.skeleton is None and file.link is not None:
@@ -92,18 +92,18 @@ def _fill(restorer: Restorer, place: Folder, looks: Looks, progress: Progress) -
                 continue
             seen, mode = looks.get(file.path), file.mode & 0o777
             with parent.file(path.name, seen, mode=mode, mtime_ns=file.mtime_ns) as out:
-                found.append(restorer.write_whole(file, out, progress))
+                hashes.append(restorer.write_whole(file, out, progress))
     _make_links(restorer.commit, place, looks)
     for file in reversed(restorer.commit.files):
-        # Directories get their modes and times last: until then they must take files.
+        # Set modes and times of directories last: they must be writable until then.
         if file.skeleton is None and file.link is None:
             with place.inside(safe_path(file.path)) as folder:
                 folder.finish(file.mode & 0o777 | 0o700, file.mtime_ns)
-    return found
+    return hashes
 
 
 def _make_links(commit: Commit, place: Folder, looks: Looks) -> None:
-    """Links come last, so that no file is written through one."""
+    """Create links after all files, so that no file is written through a link."""
     for file in commit.files:
         if file.link is None:
             continue
@@ -115,7 +115,7 @@ def _make_links(commit: Commit, place: Folder, looks: Looks) -> None:
 
 
 def require_links(commit: Commit, looks: Looks, shown: Callable[[str], object]) -> None:
-    """Raises ConflictError where something else than a link is in the way of one."""
+    """Raise ConflictError if a path of a link exists and is not a link."""
     for file in commit.files:
         seen = looks.get(file.path)
         if file.link is not None and seen is not None and not stat.S_ISLNK(seen.st_mode):

@@ -1,7 +1,7 @@
-"""One part of a commit, or its state in Python.
+"""Load the state of a commit as Python objects, or write one of its parts to a file.
 
-A part is written as the object that the checkpoint held for it (the dict under `model`, say)
-where that is made of plain values; else as a flat dict of its tensors by name.
+A part is written as its object in the checkpoint (the dict under `model`, say) if that has only
+plain values, else as a flat dict of its tensors by name.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from ckptvcs.history.schema import LITTLE, Schema, View
 from ckptvcs.parallel import quiet
 
 _NOT_IN_SAFETENSORS = frozenset({"C32", "C128"})
-_MAX_ELEMENTS = 1 << 59  # in bytes no more than 63 bits hold
-_MAX_WINDOW = 1 << 32  # bytes; of elements that stand in one place it may have any number
+_MAX_ELEMENTS = 1 << 59  # 16-byte elements whose size in bytes fits into 63 bits
+_MAX_WINDOW = 1 << 32  # bytes of a view that repeats elements (stride 0)
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 Window = tuple[int, View]
-"""The position of a stored tensor in the schema, and what of it is seen."""
+"""The number of a tensor in the schema, and a view of it."""
 
 
 def windows(schema: Schema) -> dict[str, Window]:
-    """Every tensor under every name it has; of two that have the same, the first."""
-    found: dict[str, Window] = {}
+    """Return all tensors under all their names; the first of several with the same name."""
+    tensors: dict[str, Window] = {}
     for number, info in enumerate(schema.tensors):
-        own = View(info.name, info.dtype, 0, info.shape, row_major(info.shape))
-        views = info.views or (own,)
+        whole = View(info.name, info.dtype, 0, info.shape, row_major(info.shape))
+        views = info.views or (whole,)
         for view in views:
-            found.setdefault(view.name, (number, view))
-        found.setdefault(info.name, (number, views[0]))  # a storage whose name was taken
-    return found
+            tensors.setdefault(view.name, (number, view))
+        tensors.setdefault(info.name, (number, views[0]))
+    return tensors
 
 
 class PartReader:
@@ -72,14 +72,14 @@ class PartReader:
         self._restorer = restorer
         self.schema = restorer.schema
         self._decoded: dict[int, Bytes] = {}
-        self._plain: dict[int, Bytes] = {}  # of those that are stored in another order
+        self._plain: dict[int, Bytes] = {}  # of tensors with another byte order
 
     @cached_property
     def _inline(self) -> dict[int, bytes]:
         return self._restorer.inline()
 
     def fidelity(self, window: Window) -> str:
-        """`exact`, `near` or `dropped`: how a tensor comes back; small ones are always exact."""
+        """Return `exact`, `near` or `dropped`; inline tensors are always exact."""
         info = self.schema.tensors[window[0]]
         form = "exact" if info.inline else self._restorer.fidelity[info.part]
         return form if form != "near" or window[0] in self._near else "exact"
@@ -102,7 +102,7 @@ class PartReader:
         return (octets(in_our_order(np.frombuffer(block, word), info)) for block in blocks)
 
     def plain(self, number: int) -> Bytes:
-        """All bytes of a tensor, the same array each time, its numbers in our order."""
+        """Return all bytes of a tensor, little-endian; the same array on each call."""
         if number < 0 or self.schema.tensors[number].order == LITTLE:
             return self.raw(number)
         if number not in self._plain:
@@ -112,19 +112,19 @@ class PartReader:
         return self._plain[number]
 
     def raw(self, number: int) -> Bytes:
-        """All bytes of a tensor as they are stored, the same array each time."""
+        """Return all bytes of a tensor as stored; the same array on each call."""
         if number < 0:
             return np.empty(0, np.uint8)
         if number not in self._decoded:
             if self.schema.tensors[number].inline:
-                self._decoded[number] = np.frombuffer(self._inline.get(number, b""), np.uint8)
-                self._decoded[number] = self._decoded[number].copy()
+                data = self._inline.get(number, b"")
+                self._decoded[number] = np.frombuffer(data, np.uint8).copy()
             else:
                 self._decoded[number] = self._restorer.tensor(number)
         return self._decoded[number]
 
     def decode_ahead(self, numbers: Iterable[int]) -> None:
-        """Decode the stored ones of some tensors together, so that threads never wait."""
+        """Decode the stored tensors among `numbers` together, to keep all threads busy."""
         infos, done = self.schema.tensors, self._decoded
         wanted = [n for n in dict.fromkeys(numbers) if not infos[n].inline and n not in done]
         self._decoded.update(self._restorer.tensors(wanted))
@@ -132,8 +132,9 @@ class PartReader:
     # -- states --------------------------------------------------------------------------------
 
     def state(self) -> object:
-        """What was committed: the object of a file; for a directory a dict of these by path, those
-        of links that lead to them included, with bytes for files that are no checkpoints.
+        """Return the object in the committed file; for a directory, a dict of them by path.
+
+        Links map to the object of their target, and files that are not checkpoints to bytes.
         """
         commit = self._restorer.commit
         files = [file for file in commit.files if file.skeleton is not None]
@@ -141,8 +142,8 @@ class PartReader:
             return self._state_of(files[0])
         states = {file.path: self._state_of(file) for file in files}
         links = {f.path: f.link for f in commit.files if f.link is not None}
-        found = {path: within(path, links.get) for path in links}
-        return states | {path: states[to] for path, to in found.items() if to in states}
+        targets = {path: within(path, links.get) for path in links}
+        return states | {path: states[to] for path, to in targets.items() if to in states}
 
     def _state_of(self, file: FileEntry) -> object:
         """Return the object in a file: a dict of tensors for safetensors, else bytes."""
@@ -171,14 +172,14 @@ class PartReader:
         except CkptError:
             raise
         except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as error:
-            # It was committed as it is, and may hold any claim and any depth.
+            # Committed files may be malformed or deeply nested.
             raise InvalidInputError(
                 f"{path} cannot be loaded as Python objects: {type(error).__name__}",
                 hint="use 'ckpt checkout' to restore the file",
             ) from error
 
     def _flat_state(self, tensors: Iterable[tuple[StoredTensor, int]]) -> dict[str, Any]:
-        """The tensors of a safetensors file by their names, also those without elements."""
+        """Return the tensors of a safetensors file by name, including empty ones."""
         state = {}
         for found, number in tensors:
             shape = _possible(found.name, found.shape)
@@ -187,7 +188,7 @@ class PartReader:
         return state
 
     def tensors(self, wanted: Mapping[str, Window]) -> dict[str, Any]:
-        """Some tensors by name, as `state` has them: those of one stored tensor share it."""
+        """Return tensors by name, as in `state`: views of one stored tensor share its memory."""
         for name, (_, view) in wanted.items():
             _possible(name, view.shape)
         self.decode_ahead(number for number, _ in wanted.values())
@@ -198,22 +199,21 @@ class PartReader:
 
     @cached_property
     def _arrays(self) -> set[str]:
-        """The names of those tensors that were numpy arrays."""
-        commit, found = self._restorer.commit, set()
+        """Return the names of tensors that were numpy arrays."""
+        commit, arrays = self._restorer.commit, set()
         for file in commit.files:
             if file.format == "torch-zip" and self._restorer.mentions(file, ARRAYS_RECORD):
                 prefix = f"{file.path}:" if commit.source == "directory" else ""
-                found |= {prefix + path for path in self._restorer.layout(file)[0].arrays}
-        return found
+                arrays |= {prefix + path for path in self._restorer.layout(file)[0].arrays}
+        return arrays
 
     # -- parts ---------------------------------------------------------------------------------
 
     def named(self, part: str) -> list[tuple[str, int, View]]:
-        """Every tensor of a part under every name it has: name, stored tensor, window on it."""
-        found = windows(self.schema).items()
+        """Return (name, number, view) of the tensors of a part, under all their names."""
         rows = [
             (name, number, view)
-            for name, (number, view) in found
+            for name, (number, view) in windows(self.schema).items()
             if self.schema.tensors[number].part == part
         ]
         if not rows:
@@ -221,14 +221,14 @@ class PartReader:
         return rows
 
     def _subtree(self, part: str) -> tuple[object, dict[str, int]] | None:
-        """The object that holds a whole part and nothing else, and its tensors by key."""
-        found = [
+        """Return the object with exactly the tensors of a part, and its tensors by key."""
+        subtrees = [
             (tree, keys)
             for file in self._restorer.commit.files
             if file.skeleton is not None and file.format in ("torch-zip", "torch-legacy")
             for tree, keys in self._subtrees(file, part)
         ]
-        return found[0] if len(found) == 1 else None
+        return subtrees[0] if len(subtrees) == 1 else None
 
     def _subtrees(self, file: FileEntry, part: str) -> Iterator[tuple[object, dict[str, int]]]:
         """Yield the dicts of a file, at most one level deep, whose tensors are all of a part."""
@@ -246,11 +246,11 @@ class PartReader:
                     return
 
     def save(self, part: str, target: Path | Target) -> None:
-        """Write one part as .safetensors, or as a file of torch.save under any other name.
+        """Write one part as safetensors if the suffix is .safetensors, else as torch.save does.
 
         Raises:
             NotFoundError: the commit does not have that part.
-            ConflictError: the file has changed since the look.
+            ConflictError: the file changed after it was looked at.
         """
         rows, path = self.named(part), named(target)
         if path.suffix == ".safetensors":
@@ -259,7 +259,7 @@ class PartReader:
             write_whole(target, lambda out: self._save_torch(part, rows, path.stem, out))
 
     def save_tensor(self, name: str, window: Window, target: Path | Target) -> None:
-        """Write one tensor as .safetensors, under its name, or as a file of torch.save, alone."""
+        """Write one tensor, by name in a .safetensors file, else alone as torch.save does."""
         number, view = window
         if named(target).suffix == ".safetensors":
             write_whole(target, lambda out: self._save_safetensors([(name, number, view)], out))
@@ -280,14 +280,15 @@ class PartReader:
         *,
         force: bool = False,
     ) -> None:
-        """Write what was committed, in the form that it was committed in, where that is what
-        `target` says: a file of torch, of safetensors by its suffix, or a directory where there is
-        no suffix of either; else, or with `part`, one part (`model`) as `save` does.
+        """Write the committed file or directory if its format fits the suffix of `target`.
+
+        Otherwise, or if `part` is given, write one part (default: `model`) as `save` does. A
+        directory needs a target without a suffix of torch or safetensors files.
 
         Raises:
             NotFoundError: the commit does not have that part.
-            ConflictError: the file has changed since the look; or, without `force`, a
-                directory holds names that tools execute or trust.
+            ConflictError: the file changed after it was looked at; or, without `force`, a
+                directory has names that tools execute or trust.
         """
         restorer, commit = self._restorer, self._restorer.commit
         files = [file for file in commit.files if file.skeleton is not None]
@@ -332,7 +333,7 @@ class PartReader:
             try:
                 pickled = dump_pickle(tree, leaf)
             except InvalidInputError:
-                storages.clear()  # it holds more than plain values
+                storages.clear()  # the object has other than plain values
         if pickled is None:
             views = {name: (number, view) for name, number, view in rows}
 
@@ -365,7 +366,7 @@ class PartReader:
                     f"safetensors cannot store {name} ({view.dtype} {shape})",
                     hint="use a file name that ends in .pt",
                 )
-            if view.dtype == "F4":  # two in a byte, which are counted there
+            if view.dtype == "F4":  # safetensors counts elements, two per byte
                 shape[-1] *= 2
             header[name] = {"dtype": view.dtype, "shape": shape, "data_offsets": [at, at + size]}
             at += size
@@ -381,7 +382,7 @@ class PartReader:
                 out.write(self.window((number, view)))
 
     def window(self, window: Window) -> bytes:
-        """The elements of a window, row after row."""
+        """Return the elements of a view in row-major order."""
         number, view = window
         info, size = self.schema.tensors[number], DTYPES[view.dtype].size
         if math.prod(view.shape) * size > max(_MAX_WINDOW, info.size_bytes):
@@ -394,17 +395,17 @@ class PartReader:
 
 
 def write_whole(target: Path | Target, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file, whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        ConflictError: the file has changed since the look, which comes first.
+        ConflictError: the file changed after it was looked at, before writing.
     """
     with looked(target) as at, at.file() as out:
         write(out)
 
 
 def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
-    """Names without what all of them begin with: a file, and a key of the checkpoint's top."""
+    """Remove a common file name, and a common top-level key of a part, from all names."""
     for mark in (":", "."):
         tops = {name.partition(mark)[0] for name, _, _ in rows if mark in name}
         if len(tops) == 1 and all(mark in name for name, _, _ in rows):
@@ -415,7 +416,7 @@ def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
 
 
 def _possible(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape, if a tensor can have it: one without elements may be of any length otherwise."""
+    """Return a shape if its nonzero lengths are possible, else raise InvalidInputError."""
     if math.prod(length for length in shape if length) >= _MAX_ELEMENTS:
         raise InvalidInputError(
             f"{name} has an invalid shape: {list(shape)}",

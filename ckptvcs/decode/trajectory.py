@@ -1,12 +1,11 @@
-"""Trajectory: the states of a line of commits, one after another, each frame decoded once.
+"""Decode the states of a sequence of commits, decoding each frame once.
 
     commit n-1 --decoded--> bases of n stay in memory --frames of n only--> commit n
 
-Before a commit is decoded it is known which of its values the next one stands on; these are kept,
-whatever form they have (the near one where a commit comes back exact), and nothing else is.  A
-chain that does not lead back to the commit before is walked down to its keyframe, as in any
-checkout: a line may jump, and is then slower, never wrong.  Every tensor is proven by its hash, so
-that one that its reader changed in place is decoded anew before anything is built upon it.
+Before a commit is decoded, the tensors that the next commit depends on are determined. Only these
+stay in memory, in the form of the base (near, even if the commit is restored exactly). A chain that
+does not depend on the previous commit is decoded from its keyframe, which is slower. Each tensor is
+checked against its hash. If a caller changed a base in place, it is decoded again.
 """
 
 from __future__ import annotations
@@ -40,43 +39,43 @@ _MAX_LISTED = 4
 
 
 def select_tensors(schema: Schema, globs: Iterable[str]) -> dict[str, Window]:
-    """The tensors whose name one of some globs matches; `*` matches dots too."""
-    found, patterns = windows(schema), list(globs)
+    """Return the tensors whose name matches a glob; `*` also matches dots."""
+    patterns = list(globs)
     return {
         name: window
-        for name, window in found.items()
+        for name, window in windows(schema).items()
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     }
 
 
 def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
-    """A tensor by its full name, or by the end of it behind a dot or a colon; its full name.
+    """Return the full name and the view of a tensor, given its name or a suffix of it.
 
-    Where several names end so, the one that lacks nothing but a key at the top (`model`) is meant.
-    Where none does, the name of the same tensor at another step will do.
+    A suffix begins after a dot or a colon. If several names match, one that only adds a top-level
+    key (`model`) is preferred. If none matches, `name` may be its name at another training step.
 
     Raises:
-        NotFoundError: there is none; the hint has names that are close.
-        InvalidInputError: several names end so, which the hint lists.
+        NotFoundError: no name matches; the hint has similar names.
+        InvalidInputError: several names match; the hint lists them.
     """
-    found = windows(schema)
-    if name in found:
-        return name, found[name]
-    ends = [full for full in found if name and full.endswith((f".{name}", f":{name}"))]
+    named = windows(schema)
+    if name in named:
+        return name, named[name]
+    ends = [full for full in named if name and full.endswith((f".{name}", f":{name}"))]
     tops = [full for full in ends if "." not in full[: -len(name) - 1].rpartition(":")[2]]
     if len(ends) == 1 or len(tops) == 1:
         full = (ends if len(ends) == 1 else tops)[0]
-        return full, found[full]
+        return full, named[full]
     if ends:
         more = ", ..." if len(ends) > _MAX_LISTED else ""
         raise InvalidInputError(
             f"ambiguous tensor name '{name}'",
             hint=f"one of {', '.join(sorted(ends, key=len)[:_MAX_LISTED])}{more}",
         )
-    same = alike(list(found), [name]).get(name)
+    same = alike(list(named), [name]).get(name)
     if same is not None:
-        return same, found[same]
-    close = difflib.get_close_matches(name, found, n=3, cutoff=0.5)
+        return same, named[same]
+    close = difflib.get_close_matches(name, named, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "'ckpt show --json' lists them"
     raise NotFoundError(f"no tensor is named '{name}'", hint=hint)
 
@@ -85,7 +84,7 @@ def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
 
 
 class _Kept(DecodedTable):
-    """Decoded tensors of a table of values, by their position there."""
+    """Decoded tensors of a hash table, by position."""
 
     def __init__(self) -> None:
         self.tensors: dict[int, Words] = {}
@@ -96,12 +95,12 @@ class _Kept(DecodedTable):
             return None
         return words.view(word_type(word))[number * SLICE_WORDS :][:SLICE_WORDS]
 
-    def stays(self, tensor: int) -> bool:
+    def has(self, tensor: int) -> bool:
         return tensor in self.tensors
 
 
 class _Seen(DecodedTable):
-    """A table of values of which it is only asked which tensors a commit has too."""
+    """A hash table, to find which of its tensors a commit also has; it returns no slices."""
 
     def __init__(self, values: ObjectId, hashes: list[bytes], known: _Known) -> None:
         self.values, self._hashes, self._known = values, hashes, known
@@ -109,19 +108,19 @@ class _Seen(DecodedTable):
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         return None
 
-    def stays(self, tensor: int) -> bool:
+    def has(self, tensor: int) -> bool:
         return tensor < len(self._hashes) and self._hashes[tensor] in self._known
 
-    def found(self, tensor: int) -> tuple[Restorer, int]:
+    def owner(self, tensor: int) -> tuple[Restorer, int]:
         return self._known[self._hashes[tensor]]
 
 
-_Known = dict[bytes, tuple[Restorer, int]]  # hash -> what reads the tensor, its number there
+_Known = dict[bytes, tuple[Restorer, int]]  # hash -> restorer and number of the tensor
 
 
 @dataclass(frozen=True)
 class _Stop:
-    """A commit on the way: what reads it, in its near form too, and the tensors wanted of it."""
+    """A commit of the sequence: its restorers, and the stored tensors to decode."""
 
     reader: PartReader
     restorer: Restorer
@@ -131,7 +130,7 @@ class _Stop:
 
 @dataclass(frozen=True)
 class _Bridge:
-    """A tensor that the next commit depends on, under its name there."""
+    """A base of the next commit: its place there, and its restorer and number here."""
 
     values: ObjectId
     position: int
@@ -140,7 +139,7 @@ class _Bridge:
 
 
 class Trajectory:
-    """Decodes tensors of commits in the order in which they are named.
+    """Decodes tensors of commits, in the given order.
 
     `wanted` returns the tensors to decode from commits with a schema, given its id.
     """
@@ -152,7 +151,7 @@ class Trajectory:
         self._kept: dict[ObjectId, _Kept] = {}
 
     def readers(self, names: Sequence[ObjectId]) -> Iterator[tuple[ObjectId, PartReader]]:
-        """Each commit with the reader of its tensors, in which those wanted are decoded.
+        """Yield each commit with its reader, which has decoded the wanted tensors.
 
         Raises:
             CorruptionError: a tensor does not decode to its recorded hash.
@@ -182,7 +181,7 @@ class Trajectory:
         known: _Known = {}
         infos = here.restorer.schema.tensors
         stored = [number for number, info in enumerate(infos) if not info.inline]
-        # Of several that have a value the last one counts: what is decoded anyway.
+        # The last tensor with a hash counts: wanted tensors are decoded anyway.
         for owner, numbers in (
             (here.near, stored),
             (here.restorer, stored),
@@ -200,7 +199,7 @@ class Trajectory:
                     yield from _lowest(link.companion[0])
 
     def _seen(self, values: ObjectId, known: _Known) -> _Seen | None:
-        with contextlib.suppress(CorruptionError):  # of a commit that was dropped it may be gone
+        with contextlib.suppress(CorruptionError):  # gc may have deleted tables of dropped commits
             return _Seen(values, self._catalog.values(values), known)
         return None
 
@@ -238,26 +237,26 @@ class Trajectory:
 
 
 def _lowest(link: Link) -> Iterator[_Bridge]:
-    """The bridge to the lowest link of a chain, if another commit has its tensor."""
-    seen, position = link.done or (None, 0)
-    if isinstance(seen, _Seen) and seen.stays(position):
-        yield _Bridge(seen.values, position, *seen.found(position))
+    """Yield the lowest link of a chain as a base, if this commit has its tensor."""
+    seen, position = link.decoded or (None, 0)
+    if isinstance(seen, _Seen) and seen.has(position):
+        yield _Bridge(seen.values, position, *seen.owner(position))
 
 
-# -- what a user asks for --------------------------------------------------------------------------
+# -- states, series, export ------------------------------------------------------------------------
 
 
 def states(
     catalog: Catalog, names: Sequence[ObjectId], globs: Sequence[str] | None
 ) -> Iterator[tuple[ObjectId, Any]]:
-    """The state of each commit; with globs only a flat dict of the tensors that these match.
+    """Yield the state of each commit, or with globs a flat dict of the matching tensors.
 
     Raises:
         NotFoundError: a glob matches no tensor of any of the commits.
     """
     if globs is None:
         trajectory = Trajectory(catalog, lambda schema: windows(catalog.schema(schema)))
-        # `map`, since the variables of a loop would hold a state while the next one is decoded.
+        # `map`: loop variables would keep a state in memory while the next one is decoded.
         return map(_whole, trajectory.readers(names))
     schemas = dict.fromkeys(catalog.commit(name).schema for name in names)
     for glob in globs:
@@ -281,29 +280,29 @@ def _whole(found: tuple[ObjectId, PartReader]) -> tuple[ObjectId, Any]:
 def series(
     catalog: Catalog, names: Sequence[ObjectId], tensor: str
 ) -> Iterator[tuple[ObjectId, Any]]:
-    """One tensor of each commit that has it, by a name as `find_tensor` understands it.
+    """Yield one tensor of each commit that has it, by a name or suffix as in `find_tensor`.
 
     Raises:
-        NotFoundError: none has it.
-        InvalidInputError: the name means several tensors of a commit.
+        NotFoundError: no commit has it.
+        InvalidInputError: the name is ambiguous in a commit.
     """
-    found: dict[ObjectId, dict[str, Window]] = {}
+    chosen: dict[ObjectId, dict[str, Window]] = {}
     missing = NotFoundError(f"no commits to search for tensor '{tensor}'")
     for schema in dict.fromkeys(catalog.commit(name).schema for name in names):
         try:
             full, window = find_tensor(catalog.schema(schema), tensor)
-            found[schema] = {full: window}
+            chosen[schema] = {full: window}
         except NotFoundError as error:
             missing = error
-    if not found:
+    if not chosen:
         raise missing
-    having = [name for name in names if catalog.commit(name).schema in found]
+    having = [name for name in names if catalog.commit(name).schema in chosen]
 
     def value(pair: tuple[ObjectId, PartReader]) -> tuple[ObjectId, Any]:
-        (one,) = pair[1].tensors(found[catalog.commit(pair[0]).schema]).values()
-        return pair[0], one
+        (tensor,) = pair[1].tensors(chosen[catalog.commit(pair[0]).schema]).values()
+        return pair[0], tensor
 
-    return map(value, Trajectory(catalog, found.__getitem__).readers(having))
+    return map(value, Trajectory(catalog, chosen.__getitem__).readers(having))
 
 
 def export(
@@ -315,7 +314,7 @@ def export(
     *,
     force: bool = False,
 ) -> None:
-    """Write each commit, or one part of it, to its target, as `PartReader.export` does.
+    """Write each commit, or one part of it, to its target with `PartReader.export`.
 
     Raises:
         NotFoundError: a commit does not have that part.
@@ -324,8 +323,8 @@ def export(
     @cache
     def choose(schema: ObjectId) -> dict[str, Window]:
         tensors = catalog.schema(schema).tensors
-        found = windows(catalog.schema(schema)).items()
-        return {name: w for name, w in found if part is None or tensors[w[0]].part == part}
+        named = windows(catalog.schema(schema)).items()
+        return {name: w for name, w in named if part is None or tensors[w[0]].part == part}
 
     readers = Trajectory(catalog, choose).readers(names)
     for target, (_, reader) in zip(targets, readers, strict=True):

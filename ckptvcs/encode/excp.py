@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckptvcs.codec import excp
-from ckptvcs.codec.excp import Centres, Floats
+from ckptvcs.codec.excp import Centres
 from ckptvcs.codec.frame import (
     EXCP_MOMENT,
     EXCP_RESIDUAL,
@@ -21,6 +21,7 @@ from ckptvcs.codec.frame import (
 )
 from ckptvcs.codec.masks import Mask
 from ckptvcs.codec.spec import ExcpSpec
+from ckptvcs.codec.words import Floats
 from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Group, Target
 from ckptvcs.encode.measure import measure
 from ckptvcs.parallel import ordered_map

@@ -21,7 +21,7 @@ from ckptvcs.codec.frame import (
     put_slice,
 )
 from ckptvcs.codec.kernels import on_torch
-from ckptvcs.codec.near_lowrank import factors_of, put_directions
+from ckptvcs.codec.near_lowrank import factors_of, put_components
 from ckptvcs.codec.near_moments import Factors, put_second
 from ckptvcs.codec.near_weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
@@ -101,11 +101,11 @@ class DeviceEncoder:
         if rows is None:
             return None
         matrix = on_torch.DeviceMatrix.of(values / roots, rows)
-        payload = put_directions(matrix, rows, spec.rank, spec.rank_step)
+        payload = put_components(matrix, rows, spec.rank, spec.rank_step)
         if payload is None:
             return None
-        left, right, scale = factors_of(payload, count)
-        product = on_torch.there(left, values) @ on_torch.there(right, values)
+        left, right, _, scale = factors_of(payload, count)
+        product = on_torch.to_device(left, values) @ on_torch.to_device(right, values)
         near = product.reshape(-1)[rows.start : rows.start + count] * float(scale) * roots
         near = on_torch.rounded(near, target.dtype)
         error, energy, largest = on_torch.squares(near, values)
@@ -119,7 +119,7 @@ class DeviceEncoder:
         values, base = self._values(target, number), self._base.slice(number)
         residuals = on_torch.DeviceResiduals(
             values,
-            on_torch.there(to_float32(base, target.dtype), values),
+            on_torch.to_device(to_float32(base, target.dtype), values),
             self._values(self._second, number),
             target.dtype,
         )

@@ -28,10 +28,10 @@ from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import encode_low_rank
 from ckptvcs.codec.near_moments import Factors, encode_first, encode_second
 from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
-from ckptvcs.codec.sections import Bytes, sample
-from ckptvcs.codec.words import NONE, NearSlice, Words, from_float32, to_float32
+from ckptvcs.codec.sections import sample
+from ckptvcs.codec.words import NONE, Bytes, Floats, NearSlice, Words, from_float32, to_float32
 from ckptvcs.encode.exact import encode_exactly
-from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Floats, Group, Target
+from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Group, Target
 from ckptvcs.encode.measure import (
     finite,
     measure_matrix,

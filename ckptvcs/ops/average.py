@@ -1,14 +1,14 @@
-"""Average: the mean of the weights of several commits, in the files of the newest of them.
+"""Average: write the files of the newest of several commits with the mean of their weights.
 
-Sums are in float64, commit after commit in the order of the line, so the result depends on nothing
-but the commits; each mean is rounded once more to the type of the weight (twice for bfloat16, by
-way of float32).  Everything that is no float weight is the newest commit's.
+Sums are float64 and follow the order of the commits, so the result depends only on the commits.
+Each mean is rounded once to the type of the weight (twice for bfloat16, through float32).  Only
+float weights are averaged; everything else comes from the newest commit.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -38,12 +38,9 @@ from ckptvcs.store.ids import ObjectId
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
 
-_Literal = tuple[int, int, int]
-"""A run of literal bytes: its start and end in the file, and its start in the template."""
-
 
 def _weights(schema: Schema) -> dict[str, int]:
-    """The float weights of a schema, by name."""
+    """Return the numbers of the float weights of a schema, by name."""
     return {
         info.name: number
         for number, info in enumerate(schema.tensors)
@@ -59,25 +56,24 @@ def _rounded(values: np.ndarray[Any, np.dtype[np.float64]], dtype: str) -> Bytes
     if dtype == "F64":
         return values.view(np.uint8)
     with np.errstate(over="ignore", invalid="ignore"):
-        if dtype == "F16":  # by way of float32 some would be rounded twice
+        if dtype == "F16":  # through float32, some values would be rounded twice
             return values.astype(np.float16).view(np.uint8)
         single = values.astype(np.float32)
     words = from_float32(single, dtype)
-    if dtype == "BF16":  # the carry of rounding would turn some NaN into zero
-        wild = ~np.isfinite(single)
-        bits = single.view(np.uint32)[wild] >> np.uint32(16)
-        words[wild] = (bits | (np.isnan(single[wild]) << np.uint32(6))).astype(np.uint16)
+    if dtype == "BF16":  # rounding would carry some NaN over to zero
+        nonfinite = ~np.isfinite(single)
+        bits = single.view(np.uint32)[nonfinite] >> np.uint32(16)
+        words[nonfinite] = (bits | (np.isnan(single[nonfinite]) << np.uint32(6))).astype(np.uint16)
     return words.view(np.uint8)
 
 
 def mean_weights(
     catalog: Catalog, names: Sequence[ObjectId], progress: Progress
 ) -> dict[int, Bytes]:
-    """The mean of each float weight over some commits: its bytes, by its number in the schema of
-    the last of them.
+    """Return the bytes of the mean of each float weight, by number in the last commit's schema.
 
     Raises:
-        InvalidInputError: a weight is not in all of them, in the same shape and type.
+        InvalidInputError: A weight is missing from a commit, or has another shape or type there.
     """
     last = catalog.schema(catalog.commit(names[-1]).schema)
     wanted = _weights(last)
@@ -85,15 +81,14 @@ def mean_weights(
 
     @cache
     def numbers_in(schema: ObjectId) -> dict[str, int]:
-        """The weights of another schema, by the names that they have in the last one."""
+        """Return the numbers of the weights of a schema, by their names in the last schema."""
         numbers = _weights(catalog.schema(schema))
         return {new: numbers[old] for new, old in alike(list(numbers), list(wanted)).items()}
 
     def choose(schema: ObjectId) -> Mapping[str, Window]:
-        found = windows(catalog.schema(schema))
-        infos = catalog.schema(schema).tensors
+        infos, by_name = catalog.schema(schema).tensors, windows(catalog.schema(schema))
         return {
-            name: (number, found[infos[number].name][1])
+            name: (number, by_name[infos[number].name][1])
             for name, number in numbers_in(schema).items()
         }
 
@@ -101,9 +96,10 @@ def mean_weights(
         infos, numbers = reader.schema.tensors, numbers_in(catalog.commit(name).schema)
         for weight, total in sums.items():
             info, number = last.tensors[wanted[weight]], numbers.get(weight)
-            here = None if number is None else infos[number]
-            kind = None if here is None else (here.dtype, here.shape)
-            if number is None or kind != (info.dtype, info.shape):
+            if number is None or (infos[number].dtype, infos[number].shape) != (
+                info.dtype,
+                info.shape,
+            ):
                 raise InvalidInputError(
                     f"{weight} is not the same kind of tensor in commit {name[:8]}",
                     hint="average commits of one architecture",
@@ -121,7 +117,10 @@ def mean_weights(
 
 
 class Averaged(Restorer):
-    """Reads a commit with other tensors in the place of some: bytes by numbers in its schema."""
+    """Reads a commit, but takes some tensors from `tensors` (bytes by number in its schema).
+
+    Overrides the sources of tensors: `_slices` for stored ones, `_skeleton` for small ones.
+    """
 
     def __init__(self, catalog: Catalog, name: ObjectId, tensors: Mapping[int, Bytes]) -> None:
         super().__init__(catalog, name)
@@ -149,42 +148,32 @@ class Averaged(Restorer):
     def _skeleton(self, file: FileEntry) -> Skeleton:
         """Return the file template with the new values of small tensors, and their checksums."""
         skeleton = super()._skeleton(file)
-        literals = bytearray(skeleton.literals)
-        ranges: list[_Literal] = []
-        changed: dict[int, int] = {}  # the old CRC-32 of each small tensor with new values
-        at = offset = 0
-        for op, argument, data in skeleton.walk(self.schema):
-            if op == Op.INLINE and argument in self._others:
-                literals[at : at + len(data)] = self._others[argument].tobytes()
-                changed[argument] = zlib.crc32(data)
-            ranges.append((offset, offset + len(data), at))
-            at += len(data)
-            tensor = self.schema.tensors[argument].size_bytes if op == Op.TENSOR else 0
-            offset += 4 if op == Op.CRC32 else max(tensor, len(data))
-        if changed and file.format == "torch-zip":
-            for offset, crc in self._new_checksums(skeleton, changed):
-                for start, end, literal in ranges:
-                    if start <= offset and offset + 4 <= end:
-                        at = literal + offset - start
-                        literals[at : at + 4] = crc
-        return replace(skeleton, literals=memoryview(bytes(literals)))
+        skeleton = replace(skeleton, literals=memoryview(bytearray(skeleton.literals)))
+        small = {
+            argument: data
+            for op, argument, data in skeleton.walk(self.schema)
+            if op == Op.INLINE and argument in self._others
+        }
+        if small and file.format == "torch-zip":
+            self._update_checksums(SkeletonSource(self.schema, skeleton, self.tensor), small)
+        for number, data in small.items():
+            data[:] = self._others[number].tobytes()
+        return skeleton
 
-    def _new_checksums(
-        self, skeleton: Skeleton, changed: Mapping[int, int]
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield the file offset and the new bytes of the CRC-32 of each changed small tensor."""
-        source = SkeletonSource(self.schema, skeleton, self.tensor)
+    def _update_checksums(self, source: SkeletonSource, small: Mapping[int, memoryview]) -> None:
+        """Replace the CRC-32 of each small tensor with new values, if it fits the old ones."""
         layout = torch_zip.parse(source, checksums=torch_zip.Checksums.SMALL)
         if layout is None:
             return
         for mark in layout.checksums:
             view = layout.tensors[mark.tensor]
             number = source.owner(view.offset, view.size)
-            if number not in changed:
-                continue
-            if source.read(mark.offset, 4) == changed[number].to_bytes(4, "little"):
-                crc = zlib.crc32(self._others[number].tobytes())
-                yield mark.offset, crc.to_bytes(4, "little")
+            if number in small and source.read(mark.offset, 4) == _crc32(small[number]):
+                source.overwrite(mark.offset, _crc32(self._others[number].tobytes()))
+
+
+def _crc32(data: bytes | memoryview) -> bytes:
+    return zlib.crc32(data).to_bytes(4, "little")
 
 
 def average(
@@ -197,13 +186,13 @@ def average(
     force: bool = False,
     progress: Progress = quiet,
 ) -> list[ObjectId]:
-    """Write the mean of the weights of a line of commits; see `Repo.average`."""
+    """Write the mean of the weights of a range of commits; see `Repo.average`."""
     names = repository.history.line(start, stop, every)
     if not names:
-        raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
-    with Targets() as looks:
+        raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
+    with Targets() as targets:
         write_average(
-            repository.catalog, names, looks.free(path, force=force), progress, force=force
+            repository.catalog, names, targets.free(path, force=force), progress, force=force
         )
     return names
 
@@ -219,9 +208,9 @@ def write_average(
     """Write the mean of some commits as `PartReader.export` writes the last of them.
 
     Raises:
-        NotFoundError: there are no commits.
-        InvalidInputError: a weight is not in all of them, in the same shape and type.
-        ConflictError: as `PartReader.export`; the look at the target comes first.
+        NotFoundError: `names` is empty.
+        InvalidInputError: A weight is missing from a commit, or has another shape or type there.
+        ConflictError: As `PartReader.export`; the target is checked first.
     """
     with looked(target) as at:
         newest = Averaged(catalog, names[-1], mean_weights(catalog, names, progress))

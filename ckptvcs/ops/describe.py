@@ -1,4 +1,4 @@
-"""What a commit says of itself: schema, skeletons, hash tables, recipes, in one meta pack."""
+"""Write a commit and its schema, file templates, hash tables and recipes into a meta pack."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ckptvcs.store.pack import PackWriter
 
 
 class Description:
-    """Puts into a meta pack what one commit refers to, and the commit."""
+    """Adds one commit, and the objects that it refers to, to a meta pack."""
 
     def __init__(self, store: ObjectStore, pack: PackWriter) -> None:
         self._store, self._pack = store, pack
@@ -35,10 +35,10 @@ class Description:
         encoded: Encoded,
         file_hashes: list[str | None],
     ) -> tuple[ObjectId, Commit]:
-        """Add a commit and what it refers to, unless the store has that already.
+        """Add a commit and the objects that it refers to, except those in the store.
 
         Raises:
-            InvalidInputError: its structure cannot be read back.
+            InvalidInputError: The structure of the checkpoint cannot be read back.
         """
         checkpoint = request.checkpoint
         schema = self._put(Kind.SCHEMA, _described(checkpoint))
@@ -77,13 +77,13 @@ class Description:
             code=code_commit(),
         )
         content = dump_commit(commit)
-        load_commit(ObjectId(""), content)  # one that cannot be read would lock its branch
+        load_commit(ObjectId(""), content)  # an unreadable commit would lock its branch
         return self._pack.add(Kind.COMMIT, content), commit
 
     def _files(
         self, checkpoint: Checkpoint, base: Commit | None, file_hashes: list[str | None]
     ) -> tuple[FileEntry, ...]:
-        """The files and links, with their skeletons in the pack, as changes of the parent's."""
+        """Add the file templates as changes of the parent's, and return the files and links."""
         old = {file.path: file.skeleton for file in base.files} if base else {}
         same = alike([f"{path}:" for path in old], [f"{file.path}:" for file in checkpoint.files])
         if len(old) == len(checkpoint.files) == 1:  # a.pt, then b.pt
@@ -111,14 +111,14 @@ class Description:
         return (*files, *links)
 
     def _put(self, kind: Kind, content: bytes, base: ObjectId | None = None) -> ObjectId:
-        """Add an object unless the store, or this pack, has it."""
+        """Add an object, unless the store or this pack has it."""
         name = object_id(kind, content)
         if name in self._pack or self._store.lasts(name):
             return name
         return self._pack.add(kind, content, self._root(base, kind) if base else None)
 
     def _root(self, base: ObjectId, kind: Kind) -> tuple[ObjectId, bytes]:
-        """The object that `base` itself is a change of, so that no object is two links deep."""
+        """Return the base of `base`, otherwise `base`, so that no object is two links deep."""
         root = self._store.places(base)[0].entry.base or base
         return root, self._store.get(root, kind)
 
@@ -126,10 +126,9 @@ class Description:
 def _described(checkpoint: Checkpoint) -> bytes:
     schema = dump_schema(checkpoint.schema)
     try:
-        load_schema(schema)  # a schema that cannot be read would lock its branch
+        load_schema(schema)  # an unreadable schema would lock its branch
     except CorruptionError as error:
         raise InvalidInputError(
-            f"the structure of this checkpoint makes no sense: {error.message}",
-            hint="commit it with --raw",
+            f"invalid checkpoint structure: {error.message}", hint="commit it with --raw"
         ) from error
     return schema

@@ -91,7 +91,7 @@ def _write(
     force: bool,
 ) -> list[Exported]:
     if not names:
-        raise NotFoundError("no commit lies between these", hint="'ckpt log' lists them")
+        raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     entries = [repository.entry(name) for name in names]
     with Targets() as looks:
         targets = [looks.free(path, force=force) for path in paths]

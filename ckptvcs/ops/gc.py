@@ -1,4 +1,4 @@
-"""gc: drop commits that no rule keeps, and delete what nothing reaches."""
+"""gc: drop commits that no rule keeps, and delete unreachable objects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ckptvcs.store.reserve import give_up_reserve, keep_reserve
 
 
 def plan(repository: Repository, policy: Policy) -> GcPlan:
-    """Return what `collect` would drop, fade and delete now; raises as `collect`."""
+    """Return what `collect` would do now; raises the same errors."""
     return _collector(repository).plan(policy, now())
 
 
@@ -33,16 +33,16 @@ def collect(
     """Collect garbage; see `Repo.gc`.
 
     Raises:
-        BusyError: a writer is at work.
-        CorruptionError: something that is needed is missing: nothing was deleted.
-        InvalidInputError: the rules keep nothing at all.
-        StorageError: the disk fails.
+        BusyError: A writer is running.
+        CorruptionError: A needed object is missing; nothing was deleted.
+        InvalidInputError: The rules would keep no commit.
+        StorageError: The disk fails.
     """
     if rekey and not sweep:
         raise InvalidInputError("--rekey cannot be combined with --no-sweep")
-    held = list[int]()
+    sizes = list[int]()
     try:
-        done = _collect(repository, policy, progress, held, sweep=sweep, rekey=rekey)
+        done = _collect(repository, policy, progress, sizes, sweep=sweep, rekey=rekey)
     except StorageError as error:
         if not disk.is_full(error):
             raise
@@ -51,7 +51,7 @@ def collect(
             give_up_reserve(repository.cache)
         except OSError:
             raise error from None
-        done = _collect(repository, policy, progress, held, sweep=sweep, rekey=rekey)
+        done = _collect(repository, policy, progress, sizes, sweep=sweep, rekey=rekey)
     keep_reserve(repository.cache)
     return done
 
@@ -60,16 +60,16 @@ def _collect(
     repository: Repository,
     policy: Policy,
     progress: Progress,
-    held: list[int],
+    sizes: list[int],
     *,
     sweep: bool,
     rekey: bool,
 ) -> GcPlan:
-    """`held` takes the size of the repository, before this and a try that came before it."""
+    """Collect once; `sizes` gets the size of the repository before the first try."""
     collector, store = _collector(repository), repository.catalog.store
     with sole(repository.backend) as mark:
         before = store.list_packs().keys()
-        held.append(collector.held_bytes(debris=True))
+        sizes.append(collector.held_bytes(debris=True))
         done = Sweep(collector, repository.catalog, mark).run(
             policy,
             now(),
@@ -77,11 +77,11 @@ def _collect(
             before_drop=lambda: raise_flags(repository.backend, "gc", "drops"),
             rekey=(lambda: _rekey(repository, progress)) if rekey else None,
         )
-        left = collector.held_bytes(debris=not sweep)
-        held[0] += collector.foreign_bytes(done, before)
+        kept = collector.held_bytes(debris=not sweep)
+        sizes[0] += collector.foreign_bytes(done, before)
         if not sweep:
-            return replace(done, kept_bytes=left - done.freed_bytes)
-        return replace(done, freed_bytes=held[0] - left, kept_bytes=left)
+            return replace(done, kept_bytes=kept - done.freed_bytes)
+        return replace(done, freed_bytes=sizes[0] - kept, kept_bytes=kept)
 
 
 def _collector(repository: Repository) -> Collector:

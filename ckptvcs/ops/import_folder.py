@@ -1,16 +1,15 @@
-"""Import: a folder of checkpoints -> one commit for each, proven, and only then no originals.
+"""Import a folder of checkpoints: one verified commit for each.
 
-    look      what is in the folder, and which of it is in the history already
-    commit    the others, by step; each is proven as soon as it is there
-    remove    those originals, one by one, that can be had again, if that is asked for
+look      list the checkpoints, and find those that the history already contains
+commit    commit the others by step, and verify each commit immediately
+remove    if asked to, delete the originals that the repository can restore
 
-Content is told by its hashes, so that an import which was interrupted goes on where it stopped, and
-a copy of a checkpoint is not committed again.  HEAD stays on its branch.
+Checkpoints are recognized by their hashes.  An interrupted import therefore continues, and a copy
+of a checkpoint is not committed again.  HEAD does not move to a new branch.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.originals import Contents, Keeper, Removal
+from ckptvcs.ops.placement import free_name, stem
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import real_path
@@ -60,20 +60,20 @@ class ImportItem:
 
 
 Watch = Callable[[ImportItem], None]
-"""Called with each item when all that was to be done with it is done."""
+"""Called with each item when it is done."""
 
 
 @dataclass
-class _Line:
-    """A branch as an import sees it: what goes to it must be above its step, and has a step,
-    unless it is `loose`.
-    """
+class _Branch:
+    """A branch to commit to; `step` is the step of its `tip`, `loose` accepts items without one."""
 
-    branch: str | None
+    name: str | None
+    tip: ObjectId | None
     step: int
     loose: bool
 
     def takes(self, step: int | None) -> bool:
+        """Return whether a checkpoint of this step goes on top."""
         return self.loose if step is None else step > self.step
 
 
@@ -89,24 +89,25 @@ class Importer:
         branch: str | None = None,
         codec: str | None = None,
     ) -> None:
-        """Look at the folder; see `ckptvcs.checkpoint.survey`.
+        """List the checkpoints of the folder; see `ckptvcs.checkpoint.survey`.
 
         Raises:
-            NotFoundError: there is no such folder, or no checkpoint in it.
-            InvalidInputError: it is a checkpoint itself, or part of the repository; no such codec.
+            NotFoundError: The folder does not exist, or contains no checkpoint.
+            InvalidInputError: The folder is a checkpoint or a part of the repository, or the codec
+                does not exist.
         """
         self.repo, self.folder, self._codec = repo, folder, codec
         self._keeper = Keeper(repo, codec)
         self._wanted = check_name(branch, "branch") if branch else None
         found, self.left_out = survey(folder, pattern, real_path(repo.folder))
-        self.items = [ImportItem(one) for one in found]
+        self.items = [ImportItem(checkpoint) for checkpoint in found]
         for item in self.items:
             if item.found.problem is not None:
                 item.fail(item.found.problem)
         self._contents = Contents(repo)
-        self._first: dict[ObjectId, str] = {}  # the first of this folder that is this commit
+        self._first: dict[ObjectId, str] = {}  # the first name of each commit
 
-    # -- in ----------------------------------------------------------------------------------------
+    # -- commit ------------------------------------------------------------------------------------
 
     def look(self, progress: Progress) -> None:
         """Find the checkpoints that the history already contains.
@@ -122,13 +123,13 @@ class Importer:
 
     def _recognise(self, item: ImportItem, progress: Progress) -> None:
         try:
-            known = self._contents.find(item.found, progress)
+            commit = self._contents.find(item.found, progress)
         except CkptError as error:
             item.fail(error)
             return
-        if known is not None:
-            item.action, item.id = "known", known
-            first = self._first.setdefault(known, item.found.name)
+        if commit is not None:
+            item.action, item.id = "known", commit
+            first = self._first.setdefault(commit, item.found.name)
             item.same_as = first if first != item.found.name else None
 
     def run(self, progress: Progress, watch: Watch) -> None:
@@ -145,117 +146,116 @@ class Importer:
             BusyError: gc is deleting.
             StorageError: The disk is full or fails; earlier commits are kept.
         """
-        lines = self._lines()
+        branches = self._branches()
         for item in self.items:
-            half = _Half(item.found.size_bytes, progress)
-            if item.action == "commit":  # an earlier one of this folder may hold the same
-                self._recognise(item, quiet)  # the bar has no bytes for this
+            half = _HalfProgress(item.found.size_bytes, progress)
+            if item.action == "commit":  # this run may have committed the same content
+                self._recognise(item, quiet)  # not part of the total of the progress bar
             if item.action == "commit":
-                self._commit(item, lines, half)
+                self._commit(item, branches, half)
             half.fill(1)
             if item.id is not None:
-                self._prove(item, half)
+                self._verify(item, half)
             half.fill(2)
             watch(item)
 
-    def _commit(self, item: ImportItem, lines: list[_Line], progress: Progress) -> None:
+    def _commit(self, item: ImportItem, branches: list[_Branch], progress: Progress) -> None:
         found = item.found
-        line = next((line for line in lines if line.takes(found.step)), None)
-        if line is None:
-            if not self._own(lines[0]):
-                lines.clear()  # this run is another one than that of the branch
-            loose = found.step is None
-            line = _Line(self._side_branch(), _AFTER_ALL if loose else -1, loose)
-            lines.append(line)
+        branch = self._branch_for(found.step, branches)
         try:
-            made = commit_path(
+            result = commit_path(
                 self.repo,
                 found.path,
                 message=found.name,
                 step=found.step,
                 codec=self._codec,
-                branch=line.branch,
+                branch=branch.name,
                 files=found.files,
                 progress=progress,
             )
         except (InvalidInputError, NotFoundError, CorruptionError) as error:
             item.fail(error)
             return
-        line.branch = made.branch
-        line.step = line.step if made.commit.step is None else made.commit.step
-        item.action, item.id = "committed", made.id
-        item.branch, item.notes = made.branch, made.notes
-        self._first[made.id] = found.name
-        self._contents.add(made.id, made.commit)
+        branch.name, branch.tip = result.branch, result.id
+        branch.step = branch.step if result.commit.step is None else result.commit.step
+        item.action, item.id = "committed", result.id
+        item.branch, item.notes = result.branch, result.notes
+        self._first[result.id] = found.name
+        self._contents.add(result.id, result.commit)
 
-    def _prove(self, item: ImportItem, progress: Progress) -> None:
+    def _verify(self, item: ImportItem, progress: Progress) -> None:
         assert item.id is not None
         try:
             self._keeper.is_exact(item.id, progress)
         except (CorruptionError, NotFoundError) as error:
             item.fail(error)
 
-    # -- where it goes -----------------------------------------------------------------------------
+    # -- branches ----------------------------------------------------------------------------------
 
-    def _lines(self) -> list[_Line]:
-        """The branches that may be committed to, in order of preference: those that end with a
-        checkpoint of this folder, or else the one that was asked for, or HEAD's.
-        """
+    def _branch_for(self, step: int | None, branches: list[_Branch]) -> _Branch:
+        """Return the branch for a checkpoint; add a new one to `branches` if none takes it."""
+        for branch in branches:
+            if branch.takes(step):
+                return branch
+        if not self._imported(branches[0].tip):
+            branches.clear()  # the branch holds another run than the folder
+        name = free_name(self._base, self.repo.refs.names("heads"))
+        branches.append(_Branch(name, None, _AFTER_ALL if step is None else -1, step is None))
+        return branches[-1]
+
+    def _branches(self) -> list[_Branch]:
+        """Return the branches that end with a checkpoint of this folder, otherwise the main one."""
         steps = {item.id: item.found.step for item in self.items if item.id is not None}
         main = self._main()
-        lines = [main] if self._own(main) else []
+        branches = [main] if self._imported(main.tip) else []
         for name in self.repo.refs.names("heads"):
             tip = self.repo.revisions.branch(name)
-            side = name != main.branch and re.fullmatch(rf"{re.escape(self._stem())}-[0-9]+", name)
+            side = name not in (main.name, stem(name)) and stem(name) == stem(self._base)
             if side and tip in steps:
                 step = steps[tip]
-                lines.append(_Line(name, _AFTER_ALL if step is None else step, step is None))
-        return lines or [main]
+                branches.append(
+                    _Branch(name, tip, _AFTER_ALL if step is None else step, step is None)
+                )
+        return branches or [main]
 
-    def _main(self) -> _Line:
+    def _main(self) -> _Branch:
+        """Return the branch that the user named, otherwise HEAD's (without a name if detached)."""
         head = self.repo.head()
-        branch = self._wanted or (head.branch if head else "main")
-        tip = self.repo.revisions.branch(branch) if branch else None
+        name = self._wanted or (head.branch if head else "main")
+        tip = self.repo.revisions.branch(name) if name else None
+        start = tip
         if tip is None and self._wanted:  # a new branch begins at HEAD
-            tip = self.repo.revisions.head()
-        line = self.repo.catalog.line(tip) if branch else iter(())
-        step = next((commit.step for _, commit in line if commit.step is not None), -1)
-        loose = all(item.found.step is None for item in self.items)
-        return _Line(branch, step, loose)
+            start = self.repo.revisions.head()
+        commits = self.repo.catalog.line(start) if name else iter(())
+        step = next((commit.step for _, commit in commits if commit.step is not None), -1)
+        return _Branch(name, tip, step, all(item.found.step is None for item in self.items))
 
-    def _own(self, line: _Line) -> bool:
-        """Whether a branch ends with a checkpoint of this folder."""
-        tip = self.repo.revisions.branch(line.branch) if line.branch else None
-        return tip is not None and any(item.id == tip for item in self.items)
+    def _imported(self, commit: ObjectId | None) -> bool:
+        """Return whether a commit holds a checkpoint of this folder."""
+        return commit is not None and any(item.id == commit for item in self.items)
 
-    def _stem(self) -> str:
+    @property
+    def _base(self) -> str:
+        """The branch whose name the side branches extend."""
         head = self.repo.head()
-        branch = self._wanted or (head.branch if head else None) or "main"
-        return re.sub(r"-[0-9]+\Z", "", branch)
+        return self._wanted or (head.branch if head else None) or "main"
 
-    def _side_branch(self) -> str:
-        """A branch that is not there yet: a commit to it leaves HEAD where it is."""
-        taken = set(self.repo.refs.names("heads"))
-        number = 2
-        while f"{self._stem()}-{number}" in taken:
-            number += 1
-        return f"{self._stem()}-{number}"
-
-    # -- out ---------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def entry(self, item: ImportItem) -> LogEntry | None:
-        """The commit of an item as it is now: it may have faded since it was made."""
+        """Return the commit of an item; its exact patch may have expired since the commit."""
         return None if item.id is None else self.repo.entry(item.id)
 
     def totals(self) -> tuple[int, int]:
-        """Bytes of all commits that items are, each counted once: as committed, and on disk."""
+        """Return the bytes of the commits, each counted once: as committed, and on disk."""
         names = {item.id for item in self.items if item.id is not None}
         entries = [self.repo.entry(name) for name in names]
         return sum(e.commit.raw_bytes for e in entries), sum(e.stored_bytes for e in entries)
 
     def why_kept(self, item: ImportItem, *, accept_near: bool) -> str | None:
-        """Why the originals of an item may not be removed; None if they may, as far as can be told
-        without reading them.
+        """Return why the originals of an item cannot be deleted, without reading them.
+
+        None means that nothing is known to prevent it.
         """
         if item.problem is not None:
             return item.problem.message
@@ -264,11 +264,12 @@ class Importer:
         return self._keeper.why_kept(item.id, accept_near=accept_near)
 
     def remove(self, *, accept_near: bool, progress: Progress, watch: Watch) -> None:
-        """Delete the originals of what is kept exactly, or with `accept_near` at least near; see
-        `Keeper.remove`.
+        """Delete the originals whose commit is exact, or with `accept_near` at least near.
+
+        See `Keeper.remove`.
 
         Raises:
-            BusyError: gc is sweeping.
+            BusyError: gc is deleting.
         """
         with self._keeper.at_work(), Originals(self.folder) as originals:
             for item in self.items:
@@ -280,8 +281,8 @@ class Importer:
                 watch(item)
 
 
-class _Half:
-    """Bytes of an item, shown as dealt with when they are both committed and proven."""
+class _HalfProgress:
+    """Progress of one item: a byte counts half when it is committed, and half when verified."""
 
     def __init__(self, size_bytes: int, progress: Progress) -> None:
         self._size, self._progress = size_bytes, progress
@@ -293,5 +294,5 @@ class _Half:
         self._shown = self._done // 2
 
     def fill(self, halves: int) -> None:
-        """All of so many halves is done, whatever was counted."""
+        """Complete the given number of halves, whatever was counted."""
         self(max(0, halves * self._size - self._done))

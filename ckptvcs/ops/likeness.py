@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what a commit holds already: all of it, or its weights."""
+"""Compare a checkpoint with a commit: the same content, or the same weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from ckptvcs.store.ids import Kind, ObjectId, object_id
 
 @dataclass(frozen=True)
 class Scanned:
-    """A checkpoint and the hashes of its files (in order) and tensors (by number); `patched` says
-    whether its exact form is wanted.
+    """A checkpoint with the hashes of its files (in order) and tensors (by number).
+
+    `patched` says whether its exact form is wanted.
     """
 
     checkpoint: Checkpoint
@@ -32,8 +33,9 @@ class Scanned:
 def compare(
     catalog: Catalog, revisions: Revisions, scanned: Scanned, parent: ObjectId | None
 ) -> Likeness:
-    """Return what a commit shares with a checkpoint.  Same weights at the same step mean the same
-    run, whatever else the two hold.
+    """Return how much of a checkpoint a commit already contains.
+
+    The same weights at the same step mean the same run, whatever else differs.
     """
     if parent is None:
         return Likeness.NOTHING
@@ -85,28 +87,28 @@ def _is_state(checkpoint: Checkpoint, old: Schema, commit: Commit) -> bool:
 
 
 def is_gone(catalog: Catalog, exact: ObjectId) -> bool:
-    """Return whether exact values have no patch, or one that somebody lets go."""
+    """Return whether exact values have no patch, or one that is being deleted."""
     return not catalog.has_recipe(exact) or catalog.is_fading(exact)
 
 
 def has_other_weights(catalog: Catalog, checkpoint: Checkpoint, base: Commit) -> bool:
-    """Return whether a commit has weights of other names, types or shapes."""
+    """Return whether a commit has weights with other names, types or shapes."""
     old, new = catalog.schema(base.schema), checkpoint.schema
     names = alike([info.name for info in old.tensors], [info.name for info in new.tensors])
     return _weights(old, {}) != _weights(new, names)
 
 
 def _table(schema: Schema, part: str, hashes: Mapping[int, bytes]) -> ObjectId:
-    """The id of the hash table of a part."""
+    """Return the id of the hash table of a part."""
     return object_id(Kind.VALUES, dump_values([hashes[n] for n in schema.stored(part)]))
 
 
 def _stored(schema: Schema) -> dict[int, TensorInfo]:
-    """The tensors that do not stand in skeletons, by position."""
+    """Return the tensors that are not in file templates, by number."""
     return {number: info for number, info in enumerate(schema.tensors) if not info.inline}
 
 
 def _weights(schema: Schema, names: Mapping[str, str]) -> set[tuple[str, str, tuple[int, ...]]]:
-    """The weights by name, type and shape; `names` says what others call them."""
+    """Return the name, type and shape of each weight; `names` maps to the names to compare."""
     infos = (schema.tensors[number] for number in schema.stored("model"))
     return {(names.get(info.name, info.name), info.dtype, info.shape) for info in infos}

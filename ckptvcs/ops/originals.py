@@ -1,15 +1,15 @@
-"""May the files of a checkpoint be deleted, since the history has them?
+"""Delete the original files of a checkpoint, if the repository can restore them.
 
-find     the commit that holds, byte for byte, what is in a file or a directory (`Contents`)
-reach    a ref leads to the commit: read now, by files and not by what is in memory
-pin      where the commit is exact thanks to a patch that may fade
-wait     for whoever may be about to delete that patch, and looked for pins before this one
-prove    the commit comes back, and each original is what was committed
-settle   the ref, the pin and all packs that the commit depends on are made durable
-look     in a turn that is taken by all who move refs: the ref and the pin are there; then delete
+find      find the commit that contains a file or a directory byte for byte (`Contents`)
+reach     check that a ref reaches the commit; read the refs from disk, not from memory
+pin       pin the commit, if it is exact only through an exact patch that may expire
+wait      wait for processes that may delete that patch and looked for pins before this one
+verify    restore the commit, and compare each original with its committed hash
+settle    make the ref, the pin and all packs that the commit depends on durable
+delete    while no other process can move a ref: check the ref and the pin again, then delete
 
-docs/format.md, "Deletions", says why the order matters; tests/system/test_interleavings.py tries
-them all.
+docs/format.md, "Deletions", explains why the order matters; tests/system/test_interleavings.py
+tests every order.
 """
 
 from __future__ import annotations
@@ -70,26 +70,26 @@ class Removal:
 
 
 class Keeper:
-    """Proves commits of one repository, and removes originals that can be had again."""
+    """Verifies commits of one repository, and deletes originals that it can restore."""
 
     def __init__(self, repo: Repository, codec: str | None) -> None:
-        """`codec` is the one that commits are made with now, if not that of the settings.
+        """`codec` is the codec of new commits; None is the configured one.
 
         Raises:
-            InvalidInputError: there is no such codec.
+            InvalidInputError: The codec does not exist.
         """
         self._repo, self._codec = repo, codec
         repo.config.codec_of(codec)
         self._lease: str | None = None
         self._lines: dict[ObjectId, Set[ObjectId]] = {}
-        self._last = HEAD  # a ref that led to a commit: it may lead to the next one, too
+        self._last = HEAD  # the ref that reached the last commit; it may reach the next one
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Keep gc away while originals are removed, and know what it has dropped before.
+        """Keep gc away while originals are deleted, and reload what it dropped before.
 
         Raises:
-            BusyError: gc is sweeping.
+            BusyError: gc is deleting.
         """
         catalog = self._repo.catalog
         with lease(catalog.store.backend) as self._lease:
@@ -101,23 +101,24 @@ class Keeper:
                 self._lease = None
 
     def is_exact(self, name: ObjectId, progress: Progress) -> bool:
-        """Prove a commit; see `ckptvcs.ops.originals`."""
+        """Verify a commit, and return whether it is exact; see `prove`."""
         catalog, cache = self._repo.catalog, self._repo.bases
         return prove(catalog, cache, name, self._bound(catalog.commit(name).codec), progress)
 
     def _bound(self, codec: str) -> float:
-        """The error that weights may have which a codec has coded: as it is set now; 0 for any."""
+        """Return the configured error bound of weights that `codec` encoded; 0 for no bound."""
         config = self._repo.commit_config()
         try:
-            own = config.codec_of(self._codec)
-            spec = own if codec == own.name else config.codec_of(codec)
-        except InvalidInputError:  # one of a newer program, or one that keeps no bounds
+            current = config.codec_of(self._codec)
+            spec = current if codec == current.name else config.codec_of(codec)
+        except InvalidInputError:  # a codec of a newer version, or without bounds
             return 0.0
         return spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0.0
 
     def why_kept(self, name: ObjectId, *, accept_near: bool) -> str | None:
-        """Why the originals of a commit may not be removed; None if they may, as far as can be told
-        without reading them.
+        """Return why the originals of a commit cannot be deleted, without reading them.
+
+        None means that nothing is known to prevent it.
         """
         if name in self._repo.catalog.dropped().commits:
             return _DROPPED
@@ -142,15 +143,19 @@ class Keeper:
         *,
         accept_near: bool,
     ) -> Removal:
-        """Delete the file or directory `top` that a commit was made of; of one that was made of
-        several files of the folder `top` is empty.
+        """Delete the originals of a commit.  The caller is inside `at_work`.
 
-        The commit is restored once more, in the form that it has now, and each file is hashed once
-        more; whatever is not as it was committed stays, and so does all to whose commit no ref
-        leads any more.  Unless near is accepted, a commit that owes it to a patch that it is exact
-        is pinned first, lest it fades later.
+        The commit is restored once more in its present form, and each file is hashed once more.
+        Files that differ from the commit stay, and so do all files if no ref reaches the commit.
+        If the commit is exact only through an exact patch, it is pinned first, unless near is
+        accepted: the patch could expire later.
 
-        The caller is `at_work`.
+        Args:
+            name: The commit.
+            top: The file or directory; empty for several files of the folder.
+            originals: The folder.
+            progress: Called with the number of bytes that were hashed since its last call.
+            accept_near: Also delete originals whose commit is only near.
         """
         done = Removal(kept=self.why_kept(name, accept_near=accept_near))
         if done.kept is None:
@@ -173,14 +178,14 @@ class Keeper:
         files = list(_source_files(commit, top))
         for path, size, _ in files:
             originals.check(path, size)
-        ref = self._way(name, None)
+        ref = self._reaching_ref(name, None)
         pin = f"pins/{name}" if _patched(commit) and not accept_near else None
         done.pinned = pin is not None and set_pin(self._repo, name, pinned=True)
         try:
             if pin is not None:
-                self._await_faders(commit)
+                self._await_deletions(commit)
             if not self.is_exact(name, quiet) and not accept_near:
-                raise ConflictError("its commit has faded to near")
+                raise ConflictError("its exact patch expired: the commit is only near now")
             proven = [originals.prove(path, digest, progress) for path, _, digest in files]
             self._settle(name, commit, [ref] if pin is None else [ref, pin])
             self._delete(name, ref, pin, originals, proven, done)
@@ -194,42 +199,43 @@ class Keeper:
         ):
             done.kept = "its directory contains files that are not committed, or links"
 
-    def _way(self, name: ObjectId, but: str | None) -> str:
-        """A ref that leads to a commit, as refs are now, `but` not this one.
+    def _reaching_ref(self, name: ObjectId, excluded: str | None) -> str:
+        """Return a ref that reaches a commit now, other than `excluded`.
 
         Raises:
-            ConflictError: there is none; or the commit was dropped.
+            ConflictError: No ref reaches it, or the commit was dropped.
         """
         if name in self._repo.catalog.dropped().commits:
             raise ConflictError(_DROPPED)
         revisions = self._repo.revisions
         for refs in ([self._last], revisions.tips()):
             for ref in refs:
-                if ref != but and revisions.leads(ref, name, self._lines):
+                if ref != excluded and revisions.leads(ref, name, self._lines):
                     self._last = ref
                     return ref
-        raise ConflictError("no branch leads to its commit any more")
+        raise ConflictError("no ref reaches its commit any more")
 
-    def _await_faders(self, commit: Commit) -> None:
-        """Wait for those who may have looked for pins before this one was there, and delete the
-        patches of a commit yet.
+    def _await_deletions(self, commit: Commit) -> None:
+        """Wait for processes that may still delete an exact patch of a commit.
+
+        They looked for pins before this process pinned the commit.
 
         Raises:
-            ConflictError: they do not end.
+            ConflictError: They do not end.
         """
         catalog = self._repo.catalog
         backend = catalog.store.backend
-        others = [one for one in live_leases(backend) if one != self._lease]
-        if not others:  # who deletes patches holds a lease
+        others = [held for held in live_leases(backend) if held != self._lease]
+        if not others:  # a process that deletes patches holds a lease
             return
         catalog.store.refresh()
         catalog.forget()
         exact = [part.exact for part in commit.parts.values() if part.exact is not None]
         if any(map(catalog.is_fading, exact)) and not await_others(backend, others):
-            raise ConflictError("another process may let its exact form go", hint=_AGAIN)
+            raise ConflictError("another process may delete its exact patch", hint=_AGAIN)
 
     def _settle(self, name: ObjectId, commit: Commit, refs: list[str]) -> None:
-        """Make durable what the commit comes back from, whoever has written it."""
+        """Make durable everything that the commit depends on, whichever process wrote it."""
         catalog = self._repo.catalog
         marked = mark(catalog, {name: commit}, catalog.dropped())
         require_packs(catalog, marked, durable=True)
@@ -246,25 +252,25 @@ class Keeper:
         proven: list[Proven],
         done: Removal,
     ) -> None:
-        """Delete files while nobody can take the commit back, or its pin.
+        """Delete files while no other process can undo the commit or its pin.
 
         Raises:
-            ConflictError: somebody has done so; or a file was touched.
+            ConflictError: Another process did so before, or changed a file.
         """
         backend = self._repo.catalog.store.backend
         with turn(backend):
             if self._lease is not None:
                 check_lease(backend, self._lease)
             self._repo.catalog.forget_drops()
-            again = self._way(name, pin if done.pinned else None)
+            current = self._reaching_ref(name, pin if done.pinned else None)
             state = self._repo.refs.read(pin) if pin is not None else None
             if pin is not None and (state is None or state.commit is None):
                 raise ConflictError("its commit was unpinned")
-            if again != ref:
-                self._repo.refs.settle(again)
+            if current != ref:
+                self._repo.refs.settle(current)
             backend.settle_seen()
-            for one in proven:
-                done.removed.append(originals.delete(one))
+            for file in proven:
+                done.removed.append(originals.delete(file))
 
 
 def _source_files(commit: Commit, top: PurePosixPath) -> Iterator[tuple[PurePosixPath, int, str]]:
@@ -288,31 +294,31 @@ def _patched(commit: Commit) -> set[str]:
 
 
 def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress: Progress) -> bool:
-    """Restore a commit in the form that it has now; whether that is exact.
+    """Restore a commit in its present form, without writing; return whether that is exact.
 
-    Exact: each file has the hash that was committed.  Near: each tensor has the hash that was
-    recorded, each file opens as what it was, and the relative error of the weights is within
-    `bound` (0: whatever it is).
+    If exact, each file must have its committed hash.  If near, each tensor must have its recorded
+    hash, each file must open in its format, and the relative error of the weights must be within
+    `bound` (0 for no bound).
 
-    The cached weights of the commit itself are not used: they were cached while they were coded,
-    and do not show whether their frames can be read.  Those of its parent are used, against their
-    hashes, so that a line that is proven commit after commit has each frame read once.
+    The cached weights of the commit itself are not used: they were cached during encoding, and do
+    not show that their frames can be read.  Those of its parent are used, against their hashes, so
+    that verifying one commit after another reads each frame once.
 
     Raises:
-        CorruptionError: it is not so.
-        NotFoundError: the commit, or a part of it, was dropped.
+        CorruptionError: A check failed.
+        NotFoundError: The commit, or a part of it, was dropped.
     """
     restorer = Restorer(catalog, name, cache=cache, decoded=_of_parent(catalog, cache, name).get)
     for file in restorer.commit.files:
-        safe_path(file.path)  # a checkout refuses what leaves its target, originals or not
+        safe_path(file.path)  # a checkout refuses paths that leave its target
         if file.skeleton is None:
             continue
         digest = restorer.write_file(file, lambda _: None, progress)
         if restorer.exact and digest != file.hash:
-            raise CorruptionError(f"{file.path} does not come back as it was")
+            raise CorruptionError(f"{file.path} is not restored bit for bit")
         layout, numbers = restorer.layout(file)
         if layout.format != file.format or -1 in numbers:
-            raise CorruptionError(f"{file.path} comes back as no {file.format} file")
+            raise CorruptionError(f"{file.path} is not restored as a {file.format} file")
     error = restorer.commit.error.weight_rel
     if not restorer.exact and bound and not error <= bound:
         raise CorruptionError(f"weights are off by {error:.2g}, more than {bound:.2g}")
@@ -322,14 +328,14 @@ def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress:
 def _of_parent(
     catalog: Catalog, cache: Path, name: ObjectId
 ) -> dict[ObjectId, DecodedTable | None]:
-    """The weights of a commit's parent, if the cache has them."""
+    """Return the cached weights of a commit's parent, if any."""
     commit = catalog.commit(name)
-    own = commit.parts.get("model")
+    model = commit.parts.get("model")
     for parent in commit.parents[:1]:
-        with contextlib.suppress(MissingObjectError):  # gc may have swept it
-            above = catalog.commit(parent)
-            state, schema = above.parts.get("model"), catalog.schema(above.schema)
-            if state is not None and (own is None or state.values != own.values):
+        with contextlib.suppress(MissingObjectError):  # gc may have deleted it
+            base = catalog.commit(parent)
+            state, schema = base.parts.get("model"), catalog.schema(base.schema)
+            if state is not None and (model is None or state.values != model.values):
                 infos = [schema.tensors[number] for number in schema.stored("model")]
                 hashes = catalog.all_values(state.values, len(infos))
                 return {state.values: find_decoded(cache, None, state.values, infos, hashes)}
@@ -337,29 +343,29 @@ def _of_parent(
 
 
 Content = str | frozenset[tuple[str, str]]
-"""What a checkpoint holds: the hash of its file, or those of a directory's files by path."""
+"""The hash of a file, or the paths and hashes of the files of a directory."""
 
 
 class Contents:
-    """The commits of a repository, as far as they can be restored in full, by their content."""
+    """Finds the commit with a given content, among those without dropped parts."""
 
     def __init__(self, repo: Repository) -> None:
         self._repo = repo
         self._commits: dict[Content, ObjectId] = {}
-        self._members: dict[tuple[str, str], set[ObjectId]] = {}  # path and hash, in directories
+        self._members: dict[tuple[str, str], set[ObjectId]] = {}  # by path and hash; of directories
         self._member_sizes: set[tuple[str, int]] = set()
         self._sizes: set[int] = set()
-        self._content: dict[str, Content] = {}  # of what was read, by its name
-        gone = repo.catalog.dropped().parts
+        self._content: dict[str, Content] = {}  # of the hashed checkpoints, by name
+        dropped = repo.catalog.dropped().parts
         for name, commit in repo.revisions.visible().items():
-            if name not in gone:
+            if name not in dropped:
                 self.add(name, commit)
 
     def add(self, name: ObjectId, commit: Commit) -> None:
-        """Know a commit; of several with the same content one that is exact."""
+        """Add a commit; among several with the same content, an exact one is preferred."""
         files = [file for file in commit.files if file.skeleton is not None]
         hashes = {file.path: file.hash for file in files if file.hash is not None}
-        if len(hashes) < len(files):  # some never were files
+        if len(hashes) < len(files):  # some were never files
             return
         content = _content(commit.source, hashes)
         if content not in self._commits or self._repo.entry(name).exact:
@@ -371,14 +377,14 @@ class Contents:
                 self._member_sizes.add((file.path, file.size))
 
     def forget(self, name: str) -> None:
-        """A file or directory of this name is not what it was."""
+        """Forget the content of a file or directory that changed."""
         self._content.pop(name, None)
 
     def find(self, found: Found, progress: Progress) -> ObjectId | None:
-        """The commit that holds what is in a file or directory; read only if one may.
+        """Return the commit that contains a checkpoint, or None.
 
-        Of files that make a checkpoint together some may be gone by now: a commit that holds the
-        others holds them all.
+        A file is hashed only if its size matches a commit.  If only some files of a checkpoint are
+        left, a commit that contains those contains them all.
         """
         is_left = self._may_be_left(found)
         if found.size_bytes not in self._sizes and not is_left:
@@ -387,11 +393,11 @@ class Contents:
             self._content[found.name] = _content(found.kind, dict(self._hashes(found)))
             progress(found.size_bytes)
         content = self._content[found.name]
-        known = self._commits.get(content)
-        return self._holder(found, content) if known is None and is_left else known
+        commit = self._commits.get(content)
+        return self._directory_with(found, content) if commit is None and is_left else commit
 
     def _may_be_left(self, found: Found) -> bool:
-        """Whether it may be what is left of files that were committed together."""
+        """Return whether the files may be the rest of a directory that was committed."""
         if not found.files:
             size = (found.name, found.size_bytes)
             return found.kind == "file" and is_member(found.name) and size in self._member_sizes
@@ -400,11 +406,11 @@ class Contents:
             return sizes <= self._member_sizes
         return False
 
-    def _holder(self, found: Found, content: Content) -> ObjectId | None:
-        """The commit of a directory that holds some files; one that is exact, if there is any."""
+    def _directory_with(self, found: Found, content: Content) -> ObjectId | None:
+        """Return the commit of a directory with these files, preferably an exact one."""
         pairs = {(found.name, content)} if isinstance(content, str) else content
-        having = set.intersection(*(self._members.get(pair, set()) for pair in pairs))
-        return min(having, key=lambda name: (not self._repo.entry(name).exact, name), default=None)
+        commits = set.intersection(*(self._members.get(pair, set()) for pair in pairs))
+        return min(commits, key=lambda name: (not self._repo.entry(name).exact, name), default=None)
 
     def _hashes(self, found: Found) -> Iterator[tuple[str, str]]:
         skip = real_path(self._repo.folder)

@@ -1,7 +1,7 @@
-"""Where a commit goes: its branch, its parent, and whether HEAD follows.
+"""Decide the branch and the parent of a commit, and whether HEAD follows.
 
-The decision is one pure function of a situation; `ops/commit.py` reads the situation from the
-repository and carries the decision out.
+The decision is one pure function of a situation.  `ops/commit.py` reads the situation from the
+repository and carries out the decision.
 
     a step above the last one          goes on top of it
     the last step, the same weights    goes on top of it: the same run, saved again
@@ -20,11 +20,11 @@ from ckptvcs.history.refs import Generation
 from ckptvcs.store.ids import ObjectId
 
 Line = Callable[[ObjectId | None], Iterable[tuple[ObjectId, int | None]]]
-"""The commits from one on down to the first, each with its step."""
+"""Yields a commit and its ancestors, newest first, each with its step."""
 
 
 class Likeness(Enum):
-    """What a commit shares with what is to be committed."""
+    """How much of a checkpoint a commit already contains."""
 
     NOTHING = 0
     WEIGHTS = 1
@@ -33,7 +33,7 @@ class Likeness(Enum):
 
 @dataclass(frozen=True)
 class Head:
-    """The branch that HEAD follows, None at an older commit; `last_branch` finds the one before."""
+    """The branch of HEAD (None if detached); `last_branch` returns the one that HEAD left."""
 
     branch: str | None
     last_branch: Callable[[], str] = lambda: "main"
@@ -41,10 +41,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Situation:
-    """What a decision depends on.
+    """The facts that a decision depends on.
 
-    `wanted` is the branch that the user named.  `tip` is the newest version of that branch, else of
-    the branch that HEAD is at.  `parent` is the commit to go on from if `tip` holds none.
+    `wanted` is the branch that the user named.  `tip` is the newest version of that branch,
+    otherwise of HEAD's branch.  `parent` is the parent if `tip` holds no commit.
     """
 
     step: int | None
@@ -58,7 +58,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a commit goes: its step, the branch and its newest version, and the parent."""
+    """A decision: the step of the commit, its branch with the newest version, and its parent."""
 
     step: int | None
     branch: str
@@ -72,7 +72,7 @@ class Place:
 def decide(
     situation: Situation, line: Line, likeness: Callable[[ObjectId | None], Likeness]
 ) -> Place:
-    """Return where a commit goes; `likeness` compares it with a commit of the history."""
+    """Return where a commit goes; `likeness` compares the checkpoint with a commit."""
     head, step, tip = situation.head, situation.step, situation.tip
     asked = situation.wanted or head.branch
     notes: list[str] = []
@@ -82,14 +82,16 @@ def decide(
         branch, tip = free_name(head.last_branch(), situation.branches), None
         notes.append(f"HEAD was at an older commit: started branch '{branch}'")
     alike = likeness(parent)
-    above = _step_of(parent, line)
-    again = step == above and alike is not Likeness.NOTHING
-    if step is not None and above is not None and step <= above and not again:
+    last_step = _step_of(parent, line)
+    again = step == last_step and alike is not Likeness.NOTHING
+    if step is not None and last_step is not None and step <= last_step and not again:
         parent = _below(parent, step, line)
         branch, tip = free_name(branch, situation.branches), None
         alike = likeness(parent)
         origin = f"at step {_step_of(parent, line)}" if parent else "from nothing"
-        notes.append(f"step {step} is not above step {above}: started branch '{branch}' {origin}")
+        notes.append(
+            f"step {step} is not above step {last_step}: started branch '{branch}' {origin}"
+        )
     stays = situation.head_stays and branch != asked
     moves_head = situation.wanted is None or head.branch == situation.wanted
     return Place(
@@ -97,20 +99,24 @@ def decide(
     )
 
 
+def stem(name: str) -> str:
+    """Return the name of a branch without the number that `free_name` adds."""
+    return re.sub(r"-[0-9]+\Z", "", name)
+
+
 def free_name(name: str, branches: Collection[str]) -> str:
-    """Return NAME-2, NAME-3 ...: the first that is no branch."""
-    stem = re.sub(r"-[0-9]+\Z", "", name)
+    """Return the first of NAME-2, NAME-3, ... that is not the name of a branch."""
     number = 2
-    while f"{stem}-{number}" in branches:
+    while f"{stem(name)}-{number}" in branches:
         number += 1
-    return f"{stem}-{number}"
+    return f"{stem(name)}-{number}"
 
 
 def _step_of(commit: ObjectId | None, line: Line) -> int | None:
-    """The step of a commit, or of its nearest ancestor that has one."""
+    """Return the step of a commit, or of its nearest ancestor that has a step."""
     return next((step for _, step in line(commit) if step is not None), None)
 
 
 def _below(commit: ObjectId | None, limit: int, line: Line) -> ObjectId | None:
-    """The newest commit on a line whose step is lower."""
+    """Return the newest ancestor whose step is lower."""
     return next((name for name, step in line(commit) if step is not None and step < limit), None)

@@ -1,11 +1,11 @@
-"""Repair: what can be saved of a damaged repository is saved, and the rest is named.
+"""Repair a damaged repository, and name everything that is lost.
 
-salvage    what is sound in damaged packs, and commits that the index remembers, into new packs
+salvage    copy undamaged objects of damaged packs, and commits of the index, into new packs
 refs       see `ckptvcs.ops.repair_refs`
-fetch      what is missing, from another repository that has it
-drop       only when told to: what cannot be saved is let go by record, and damaged packs deleted
+fetch      copy missing objects from another repository
+drop       only if asked to: drop lost commits by retention records, and delete damaged packs
 
-Nothing is believed that is not proven by its id or by the hashes of its slices.
+Nothing is used that its id or the hashes of its slices do not prove.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ckptvcs.history.recipe import DropRecord, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.config import repair_settings
-from ckptvcs.ops.repair_refs import Copy, RefMender, is_kin
+from ckptvcs.ops.repair_refs import Copy, RefRepairer, share_history
 from ckptvcs.ops.repository import CONFIG, Repository
 from ckptvcs.ops.verify import packs_alone
 from ckptvcs.store.backend import Backend
@@ -39,11 +39,11 @@ from ckptvcs.store.pack import Entry, find_entries, pack_name
 
 _BLOCK = 1 << 24
 _RULE = "verify --drop-damaged"
-_ALONE = frozenset(("optimizer", ERRORS))  # what a commit can do without
-_ROUNDS = 1000  # each finds what was hidden behind the one before: a line of lost commits
+_ALONE = frozenset(("optimizer", ERRORS))  # parts that a commit can lose
+_ROUNDS = 1000  # each may fetch one more commit of a history of lost commits
 
 Record = tuple[Entry, bytes, bytes]
-"""An object as it lies in a pack, proven: its entry, region and payload."""
+"""A verified object of a pack: its entry, region and payload."""
 
 
 @dataclass
@@ -72,26 +72,26 @@ class Repaired:
 
 
 class Repairer:
-    """Repairs one repository, while nobody else writes."""
+    """Repairs one repository; no other process may write meanwhile."""
 
     def __init__(self, catalog: Catalog, memory: Catalog, refs: Refs) -> None:
-        """`catalog` is that of `verify.packs_alone`; `memory` may know more, unproven."""
+        """`catalog` is that of `verify.packs_alone`; `memory` may hold more, unverified."""
         self._catalog, self._memory, self._refs = catalog, memory, refs
         self._damaged: dict[PackId, str] = {}
         self.done = Repaired()
 
     def run(self, other: Copy | None, *, drop: bool) -> Repaired:
-        """Repair, with what `other` has; then let go what cannot be saved, if told to.
+        """Repair with the objects of `other`; with `drop`, then drop everything that is lost.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: The repository cannot be written.
         """
         self._find_damaged()
         self._remember(Kind.COMMIT, Kind.RECORD)
         self._salvage()
         self._remember(Kind.RECIPE)
-        mender = RefMender(self._catalog, self._refs, other)
-        mender.run(drop=drop)
+        refs = RefRepairer(self._catalog, self._refs, other)
+        refs.run(drop=drop)
         if other is not None:
             self._fetch(other.catalog)
         self._discard()
@@ -99,17 +99,17 @@ class Repairer:
             self._graft()
             self._drop()
             self._delete(list(self._damaged))
-        mender.rescue()
-        self.done.refs, self.done.told = mender.done.refs, mender.done.told
+        refs.rescue()
+        self.done.refs, self.done.told = refs.done.refs, refs.done.inferred
         return self.done
 
     # -- objects -------------------------------------------------------------------------------
 
-    def _copy(self, found: Iterable[Record], folder: str) -> int:
-        """Put records into a new pack; how many."""
+    def _copy(self, records: Iterable[Record], folder: str) -> int:
+        """Copy records into a new pack, and return their number."""
         count = 0
         with self._catalog.store.packing(folder) as pack:
-            for entry, region, payload in found:
+            for entry, region, payload in records:
                 if entry.id not in pack:
                     pack.copy(entry, region, payload)
                     count += 1
@@ -126,13 +126,17 @@ class Repairer:
                     self._damaged[name] = folder
 
     def _entries(self, pack: PackId, folder: str) -> tuple[Entry, ...]:
-        with contextlib.suppress(CkptError, FileNotFoundError):  # something else is in its place
+        with contextlib.suppress(
+            CkptError, FileNotFoundError
+        ):  # its name may be a folder or a link
             return find_entries(self._catalog.store.backend, pack_name(folder, pack))
         return ()
 
     def _salvage(self) -> None:
-        """Copy what is sound in damaged packs and lies nowhere else.  An exact patch is no good in
-        pieces, and cannot be proven but as a whole, by what it decodes to.
+        """Copy the undamaged objects of damaged packs, unless they exist elsewhere.
+
+        An exact patch is useless in pieces, and only the values that it decodes to prove it.  A
+        pack with exact patches is therefore copied as a whole or not at all.
         """
         for pack, folder in self._damaged.items():
             entries, patches = self._entries(pack, folder), self._catalog.patches()
@@ -150,7 +154,7 @@ class Repairer:
                 self.done.salvaged += self._copy(rows, folder)
 
     def _decodes(self, exact: ObjectId) -> bool:
-        """Whether exact values of a commit come out as their hashes say."""
+        """Return whether exact values decode to their hashes."""
         chain = ChainReader(self._catalog)
         for name in self._catalog.commits_of_exact(exact):
             with contextlib.suppress(CkptError):
@@ -171,18 +175,16 @@ class Repairer:
                     yield entry, *read_sound(store, place)
 
     def _elsewhere(self, name: ObjectId) -> bool:
-        """Whether an object lies in a pack that is whole."""
+        """Return whether an undamaged pack contains an object."""
         return any(p.pack not in self._damaged for p in self._catalog.store.index.known(name))
 
     def _remember(self, *kinds: Kind) -> None:
-        """Write commits, records and recipes again that only the index remembers; recipes of what
-        is there.
-        """
-        store, kept = self._catalog.store, self._memory.store.index
+        """Write objects of these kinds again that only the index has; recipes if complete."""
+        store, index = self._catalog.store, self._memory.store.index
         with store.packing("meta") as pack:
             for kind in kinds:
-                for name in kept.ids(kind):
-                    content = kept.content(name, kind)
+                for name in index.ids(kind):
+                    content = index.content(name, kind)
                     if content is None or self._has(name, kind):
                         continue
                     if kind != Kind.RECIPE or all(
@@ -201,26 +203,22 @@ class Repairer:
             return False
         return True
 
-    # -- from elsewhere ------------------------------------------------------------------------
+    # -- fetch ---------------------------------------------------------------------------------
 
     def _fetch(self, other: Catalog) -> None:
-        """Copy packs that are damaged here, and those that hold what is lost, until nothing more
-        turns up: what a commit needs is known when it is there.
+        """Copy from `other` the packs that are damaged here, and those with lost objects.
+
+        A fetched commit may need more objects, so this repeats until nothing is left to fetch.
         """
         tried = other.store.list_packs().keys() & self._damaged.keys()
-        for pack in tried:  # nothing leads to a record: of what was let go only a whole pack tells
+        for pack in tried:  # nothing refers to retention records: only a whole pack restores them
             self._fetch_pack(other, pack, self._damaged[pack])
         for _ in range(_ROUNDS):
             wanted: dict[PackId, str] = {}
             for name in self._lost():
-                names = {name} | {
-                    one
-                    for recipe, content in other.recipes(name)
-                    for one in (recipe, *content.bundles)
-                }
-                for one in names:
-                    places = [p for p in other.store.index.known(one) if p.pack not in tried]
-                    if places and not self._elsewhere(one):
+                for needed in (name, *_with_bundles(other, name)):
+                    places = [p for p in other.store.index.known(needed) if p.pack not in tried]
+                    if places and not self._elsewhere(needed):
                         wanted[places[0].pack] = places[0].folder
             if not wanted:
                 return
@@ -229,23 +227,21 @@ class Repairer:
                 self._fetch_pack(other, pack, folder)
 
     def _fetch_pack(self, other: Catalog, pack: PackId, folder: str) -> None:
-        """Copy a pack as it is; of one that is damaged, too, what is sound in it."""
+        """Copy a pack, or its undamaged objects if it is damaged in `other`, too."""
         store, file = self._catalog.store, pack_name(folder, pack)
         try:
             other.store.verify_pack(pack, folder)
         except (CkptError, FileNotFoundError):
             with contextlib.suppress(CkptError, FileNotFoundError):
                 rows = [
-                    (p.entry, *read_sound(other.store, p))
-                    for p in (
-                        Place(pack, folder, entry) for entry in other.store.entries(pack, folder)
-                    )
+                    (entry, *read_sound(other.store, Place(pack, folder, entry)))
+                    for entry in other.store.entries(pack, folder)
                 ]
                 self.done.fetched += self._copy(rows, folder)
             return
         if self._damaged.pop(pack, None):
             self._delete([pack], folder)
-        store.backend.delete(file)  # what is no pack may have its name
+        store.backend.delete(file)  # its name may belong to a folder or a link
         writer = store.backend.writer()
         try:
             for at in range(0, other.store.backend.size(file), _BLOCK):
@@ -258,12 +254,12 @@ class Repairer:
         self.done.fetched += len(store.entries(pack, folder))
 
     def _lost(self) -> set[ObjectId]:
-        """What commits need and cannot be read, or has no pack that is whole."""
+        """Return the objects that commits need and no undamaged pack contains."""
         needed, lost = self._needed()
         return lost | {name for name in needed if not self._elsewhere(name)}
 
     def _needed(self) -> tuple[set[ObjectId], set[ObjectId]]:
-        """What commits need, and those of it that are not there."""
+        """Return the objects that commits need, and the missing ones among them."""
         lost: set[ObjectId] = set()
         commits: dict[ObjectId, Commit] = {}
         for tip in self._tips():
@@ -276,18 +272,20 @@ class Repairer:
         return mark(self._catalog, commits, gone, lost=lost).objects | lost, lost
 
     def _tips(self) -> Iterator[ObjectId]:
-        """Where the refs lead that can be read."""
+        """Yield the commits of the readable refs."""
         for ref in self._refs.every():
             with contextlib.suppress(CkptError):
                 move = self._refs.read(ref)
                 if move is not None and move.commit is not None:
                     yield move.commit
 
-    # -- what cannot be saved ------------------------------------------------------------------
+    # -- drop ----------------------------------------------------------------------------------
 
     def _graft(self) -> None:
-        """Where a commit itself is lost, put those above it on the one that its branch was at
-        before.  They are new commits then, of the same content.
+        """Replace the descendants of a lost commit by copies with another parent.
+
+        The new parent is the commit that the branch was at before.  The copies are new commits
+        with the same content.
         """
         moved: dict[ObjectId, ObjectId] = {}
         for ref, tip in Revisions(self._catalog, self._refs).tips().items():
@@ -318,7 +316,7 @@ class Repairer:
         )
 
     def _above(self, tip: ObjectId) -> tuple[dict[ObjectId, Commit], ObjectId | None]:
-        """The commits from a tip down to one that is lost, and that one."""
+        """Return the commits from a tip down to a lost one, and the lost one if any."""
         above: dict[ObjectId, Commit] = {}
         below: ObjectId | None = tip
         try:
@@ -329,16 +327,16 @@ class Repairer:
         return above, None
 
     def _before(self, hole: ObjectId) -> ObjectId | None:
-        """The newest commit that a branch was at before one that is lost, if it leads somewhere."""
+        """Return the newest readable commit that a branch was at before a lost one."""
         for branch in self._refs.names("heads"):
             commits = [move.commit for move in self._refs.readable(f"heads/{branch}")]
             if hole in commits:
-                older = [one for one in commits[commits.index(hole) + 1 :] if one is not None]
-                return next((one for one in older if self._above(one)[1] is None), None)
+                older = filter(None, commits[commits.index(hole) + 1 :])
+                return next((name for name in older if self._above(name)[1] is None), None)
         return None
 
     def _drop(self) -> None:
-        """Let go the commits, or the parts of them, or their patches, that cannot be restored."""
+        """Drop the commits, parts and exact patches that cannot be restored."""
         drops: dict[tuple[str, ...], list[ObjectId]] = {}
         fades: dict[tuple[str, ...], list[ObjectId]] = {}
         for name, commit in Revisions(self._catalog, self._refs).visible().items():
@@ -364,7 +362,7 @@ class Repairer:
         )
 
     def _lost_parts(self, name: ObjectId, commit: Commit) -> tuple[str, ...]:
-        """What cannot be restored of a commit: parts, or the errors of its tensors."""
+        """Return the parts of a commit (or its recorded errors) that cannot be restored."""
         dropped = self._catalog.dropped().parts.get(name, frozenset())
         parts, lost = {ERRORS, *commit.parts}, []
         for part in sorted(parts - dropped):
@@ -377,33 +375,24 @@ class Repairer:
         return tuple(lost)
 
     def _sound_table(self, table: ObjectId) -> bool:
-        """Whether there is nothing to be said against a patch: its pack is whole, or gone."""
-        return all(
-            map(
-                self._elsewhere,
-                [
-                    one
-                    for name, recipe in self._catalog.recipes(table)
-                    for one in (name, *recipe.bundles)
-                ],
-            )
-        )
+        """Return whether no damaged pack holds a recipe or a bundle of an exact patch."""
+        return all(map(self._elsewhere, _with_bundles(self._catalog, table)))
 
     def _discard(self) -> None:
-        """Delete damaged packs of which nothing is needed that does not lie elsewhere."""
+        """Delete the damaged packs whose needed objects all exist elsewhere."""
         try:
             Revisions(self._catalog, self._refs).tips()
         except CkptError:
-            return  # nobody can say what is needed
+            return  # the needed objects are unknown
         needed, _ = self._needed()
         for pack, folder in list(self._damaged.items()):
-            left = [entry.id for entry in self._entries(pack, folder)]
-            left += [
+            names = [entry.id for entry in self._entries(pack, folder)]
+            names += [
                 name
                 for name in needed
                 if pack in {place.pack for place in self._catalog.store.index.known(name)}
             ]
-            if left and all(name not in needed or self._elsewhere(name) for name in left):
+            if names and all(name not in needed or self._elsewhere(name) for name in names):
                 self._delete([pack], folder)
 
     def _delete(self, packs: list[PackId], folder: str | None = None) -> None:
@@ -415,14 +404,22 @@ class Repairer:
         self._catalog.forget()
 
 
+def _with_bundles(catalog: Catalog, table: ObjectId) -> Iterator[ObjectId]:
+    """Yield the recipes of a hash table and the bundles that they need."""
+    for name, recipe in catalog.recipes(table):
+        yield from (name, *recipe.bundles)
+
+
 def repair(folder: Path, source: Path | None, *, drop: bool) -> Repaired:
-    """Save what can be saved of the repository in `folder`, with what the one in `source` has;
-    `drop` what cannot.  First the files that it is opened by are repaired.
+    """Repair the repository in `folder`, with the one in `source` if given.
+
+    With `drop`, drop everything that is lost.  The files that opening needs are repaired first.
 
     Raises:
-        BusyError: somebody is at work.
-        CorruptionError, UnsupportedVersionError: it cannot be opened even so.
-        StorageError: it cannot be written.
+        BusyError: Another process works in the repository.
+        CorruptionError: The repository still cannot be opened.
+        UnsupportedVersionError: The repository belongs to a newer version.
+        StorageError: The repository cannot be written.
     """
     backend = Repository.backend_at(folder)
     files = _repair_files(folder, backend, source, drop=drop)
@@ -430,7 +427,7 @@ def repair(folder: Path, source: Path | None, *, drop: bool) -> Repaired:
     copy = None
     if source is not None:
         other = Repository(source)
-        copy = Copy(other.catalog, other.refs if is_kin(backend, other.backend) else None)
+        copy = Copy(other.catalog, other.refs if share_history(backend, other.backend) else None)
     with exclusive(repository.backend), packs_alone(repository.catalog) as catalog:
         if drop:
             raise_flags(backend, "gc", "drops")
@@ -442,18 +439,19 @@ def repair(folder: Path, source: Path | None, *, drop: bool) -> Repaired:
 
 
 def _repair_files(folder: Path, backend: Backend, source: Path | None, *, drop: bool) -> list[str]:
-    """Repair the files that a repository is opened by; with `drop` without settings that cannot be
-    read.  Returns the names of the repaired files.
+    """Repair the files that opening needs, and return the names of the repaired files.
+
+    With `drop`, unreadable settings are dropped.
     """
     copy = None if source is None else Repository.backend_at(source)
-    if copy is not None and not is_kin(backend, copy):
+    if copy is not None and not share_history(backend, copy):
         source = copy = None
     lost = backend.make_folders(FOLDERS)
     with exclusive(backend):
-        mended = {
+        repaired = {
             "format": repair_format(backend, copy),
             CONFIG: repair_settings(
                 folder / CONFIG, backend, source and source / CONFIG, drop=drop
             ),
         }
-    return lost + [name for name, done in mended.items() if done]
+    return lost + [name for name, done in repaired.items() if done]

@@ -1,14 +1,14 @@
-"""Mending refs: generations that are damaged or missing, from where their bytes can be had.
+"""Repair refs: restore or infer versions that are damaged or missing.
 
-backup      the newest one lies in the cache once more
-copy       another repository of the same history has them, whole refs that are lost, and perhaps
-           newer ones; the newest of a ref is believed where nothing here contradicts it
-evidence   else a branch is at the end of a line of commits that comes from the generation below, a
-           pin is at the commit that it is named by, HEAD is where it was before
-let go     only when told to: a tag is as it was before, older generations are marked as lost
+backup     the cache holds a copy of the newest version
+copy       another repository of the same history has versions, whole lost refs, and perhaps newer
+           versions; its newest version is used unless something here contradicts it
+infer      otherwise a branch is at the end of the history that starts at its last readable
+           version, a pin is at the commit in its name, and HEAD is where it was before
+drop       only if asked to: a tag is where it was before, older versions are marked as lost
 
-Bytes count where they are sealed and fit: the generation above holds their hash, or they hold that
-of the one below.
+Bytes are used only if their check is valid and they fit their neighbours: the next version holds
+their hash, or they hold the hash of the previous one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.canonical_json import now
@@ -27,8 +28,8 @@ from ckptvcs.history.revision import Revisions
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, checked_id
 
-_MAX_GAPS = 10_000  # generations that may be missing; more are a name that somebody made up
-_ROUNDS = 1000  # commits on the way from what is known of a branch to where it may have been
+_MAX_GAPS = 10_000  # missing versions; a larger gap means a forged version number
+_ROUNDS = 1000  # commits that may follow the last readable version of a branch
 
 
 Parents = Mapping[ObjectId, ObjectId | None]
@@ -36,53 +37,56 @@ Parents = Mapping[ObjectId, ObjectId | None]
 
 @dataclass(frozen=True)
 class Copy:
-    """Another repository, to take from what is damaged here; refs if it has the same history."""
+    """Another repository to copy from; `refs` is None if its history is another one."""
 
     catalog: Catalog
     refs: Refs | None
 
 
 @dataclass
-class Mended:
-    """The refs that were mended; and of those whose newest generation no hash vouches for, where
-    they are now: at a commit, or (HEAD) on a branch; as a copy has it, or as far as can be told.
+class RepairedRefs:
+    """The repaired refs.
+
+    `inferred` holds the refs whose newest version no hash proves, with their commit or (HEAD)
+    branch.  They come from a copy or from the commits.
     """
 
     refs: list[str] = field(default_factory=list)
-    told: dict[str, str | None] = field(default_factory=dict)
+    inferred: dict[str, str | None] = field(default_factory=dict)
 
 
-def is_kin(own: Backend, other: Backend) -> bool:
-    """Whether two repositories have the same history: by their ids, which may be damaged, or by a
-    generation of a ref that both have; what has neither left may be of any.
+def share_history(own: Backend, other: Backend) -> bool:
+    """Return whether two repositories have the same id, or a version of a ref in common.
+
+    A repository without a readable id and ref is accepted.
     """
     ids = read_id(own), read_id(other)
     if None not in ids and ids[0] == ids[1]:
         return True
-    ours = _generations(own)
-    return not ours.isdisjoint(_generations(other)) or (not ours and ids[0] is None)
+    ours = _version_hashes(own)
+    return not ours.isdisjoint(_version_hashes(other)) or (not ours and ids[0] is None)
 
 
-def _generations(backend: Backend) -> set[str | None]:
+def _version_hashes(backend: Backend) -> set[str | None]:
     refs = Refs(backend)
     return {move.hash for ref in refs.every() for move in refs.readable(ref)}
 
 
-class RefMender:
-    """Mends the refs of one repository, while nobody else writes."""
+class RefRepairer:
+    """Repairs the refs of one repository; no other process may write meanwhile."""
 
     def __init__(self, catalog: Catalog, refs: Refs, copy: Copy | None) -> None:
         """`copy` has the same history."""
         self._catalog, self._refs = catalog, refs
         self._other = copy.refs if copy is not None else None
-        self._known: dict[str, ObjectId | None] = {}  # where each branch is known to have been
-        self.done = Mended()
+        self._readable: dict[str, ObjectId | None] = {}  # last readable position of branches
+        self.done = RepairedRefs()
 
-    def run(self, *, drop: bool) -> Mended:
-        """Mend what can be mended; let go of the rest if told to.
+    def run(self, *, drop: bool) -> RepairedRefs:
+        """Repair the refs; with `drop`, also those that can only be set back.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: The repository cannot be written.
         """
         own = {ref: self._refs.last(ref) for ref in self._refs.every()}
         last = {HEAD: 1} | {ref: number for ref, number in own.items() if number}
@@ -92,32 +96,32 @@ class RefMender:
         for ref in own:
             below = next(self._refs.readable(ref), None)
             if ref.startswith("heads/") and below is not None:
-                self._known[ref] = below.commit
+                self._readable[ref] = below.commit
         restored = {ref for ref, number in last.items() if self._restore(ref, number)}
         for ref in sorted(last, reverse=True):  # tags, pins, branches, and HEAD, which follows one
-            if self._make(ref, last[ref], drop=drop) or ref in restored:
+            if self._infer(ref, last[ref], drop=drop) or ref in restored:
                 self.done.refs.append(ref)
         return self.done
 
     def rescue(self) -> None:
-        """Lead a branch to lines of commits that a ref led to which is lost, name and all; when all
-        else is mended, which else would know of them.
+        """Start a branch at each history whose ref is lost, name and all.
+
+        Call this after all other repairs, which may restore the ref.
         """
         lost: list[ObjectId] = []
         with contextlib.suppress(CorruptionError):
             lost = Revisions(self._catalog, self._refs).lost_lines()
         for name in lost:
-            there, number = set(self._refs.names("heads")), 1
-            while f"found-{number}" in there:
-                number += 1
+            branches = set(self._refs.names("heads"))
+            number = next(n for n in count(1) if f"found-{n}" not in branches)
             ref = f"heads/found-{number}"
             self._refs.publish(ref, None, commit=name, time=now(), action="repair")
             self.done.refs.append(ref)
-            self.done.told[ref] = name
+            self.done.inferred[ref] = name
 
     @staticmethod
     def _whole(other: Refs, names: Iterable[str]) -> dict[str, int]:
-        """The newest generations of those refs of a copy that are undamaged."""
+        """Return the newest version of each of these refs that is undamaged in a copy."""
         found = {}
         for ref in names:
             with contextlib.suppress(CkptError):
@@ -125,21 +129,25 @@ class RefMender:
                 found[ref] = max(other.numbers(ref))
         return found
 
-    # -- bytes that can be had -----------------------------------------------------------------
+    # -- restore -------------------------------------------------------------------------------
 
-    def _make(self, ref: str, last: int, *, drop: bool) -> bool:
-        """Make what could not be put back; whether there was something."""
+    def _infer(self, ref: str, last: int, *, drop: bool) -> bool:
+        """Infer the newest version if it could not be restored; return whether that was done."""
         changed = False
         if self._sound(ref, last, None) is None and (drop or not ref.startswith("tags/")):
-            branch = self._main() if ref == HEAD else None
-            made = self._refs.repair(ref, partial(self._evidence, ref), now(), branch)
-            self.done.told[ref], last, changed = made.branch or made.commit, made.number, True
+            branch = self._default_branch() if ref == HEAD else None
+            version = self._refs.repair(ref, partial(self._evidence, ref), now(), branch)
+            self.done.inferred[ref], last, changed = (
+                version.branch or version.commit,
+                version.number,
+                True,
+            )
         if drop:
             changed |= self._mark_lost(ref, last)
         return changed
 
     def _sound(self, ref: str, number: int, wanted: str | None) -> Generation | None:
-        """A generation that can be read, and has the `wanted` hash."""
+        """Return a version if it can be read and has the `wanted` hash, otherwise None."""
         with contextlib.suppress(CkptError, FileNotFoundError):
             move = self._refs.generation(ref, number)
             if wanted is None or move.hash in (None, wanted):
@@ -147,8 +155,9 @@ class RefMender:
         return None
 
     def _downward(self, ref: str, last: int) -> Iterator[tuple[int, str | None, bool]]:
-        """The numbers of the generations, newest first, each with the hash that the one above holds
-        of it, as it is when it is asked for, and whether it is sound.
+        """Yield the versions, newest first: number, expected hash, whether the version is valid.
+
+        The next version holds the expected hash; it is read again after the caller changed it.
         """
         numbers = {last, *self._refs.numbers(ref)}
         if self._other is not None:
@@ -163,7 +172,7 @@ class RefMender:
             wanted, above = (move.previous if move else None), number
 
     def _restore(self, ref: str, last: int) -> bool:
-        """Put back the generations whose bytes are elsewhere; whether there were some."""
+        """Restore the versions whose bytes exist elsewhere; return whether there were any."""
         found = False
         for number, wanted, sound in self._downward(ref, last):
             data = None if sound else self._find(ref, number, wanted, newest=number == last)
@@ -172,7 +181,7 @@ class RefMender:
                 found = True
                 if number == last and data != self._backup(ref):
                     move = self._refs.generation(ref, number)
-                    self.done.told[ref] = move.branch or move.commit
+                    self.done.inferred[ref] = move.branch or move.commit
         return found
 
     def _backup(self, ref: str) -> bytes | None:
@@ -181,7 +190,7 @@ class RefMender:
         return None
 
     def _find(self, ref: str, number: int, wanted: str | None, *, newest: bool) -> bytes | None:
-        """The bytes of a generation that fit."""
+        """Return the bytes of a version that fit its neighbours, otherwise None."""
         below = self._sound(ref, number - 1, None) if number > 1 else None
         for data, is_own in self._candidates(ref, number):
             with contextlib.suppress(CkptError):
@@ -204,28 +213,31 @@ class RefMender:
                 yield self._other.content(ref, number), False
 
     def _contradicts(self, ref: str, move: Generation, below: Generation | None) -> bool:
-        """Whether a branch went on here to another commit than in the copy, which had a life of its
-        own then: to one that no other generation led to.
+        """Return whether a branch continued here at another commit than in the copy.
+
+        Then the copy was committed to independently.  The sign is a commit here that follows the
+        branch and that no other version of a ref reaches.
         """
         if below is None or not ref.startswith("heads/"):
             return False
         parents = self._parents()
-        known = set(_line(move.commit, parents))
-        loose = Revisions(self._catalog, self._refs).unreachable(parents.keys() - known)
-        return any(self._comes_from(name, ref, below.commit, parents) for name in loose)
+        reached = set(_line(move.commit, parents))
+        unreachable = Revisions(self._catalog, self._refs).unreachable(parents.keys() - reached)
+        return any(self._comes_from(name, ref, below.commit, parents) for name in unreachable)
 
     def _comes_from(
         self, name: ObjectId, ref: str, commit: ObjectId | None, parents: Parents
     ) -> bool:
-        """Whether a commit's way down meets that of a ref before it meets other branches."""
-        others = {at for branch, at in self._known.items() if branch != ref}
-        met = (one for one in (*_line(name, parents), None) if one == commit or one in others)
-        return next(met, None) == commit
+        """Return whether a commit descends from `commit`, and not by way of another branch."""
+        others = {at for branch, at in self._readable.items() if branch != ref}
+        ancestors = (*_line(name, parents), None)
+        return next((a for a in ancestors if a == commit or a in others), None) == commit
 
     def _ahead(self, other: Refs, last: dict[str, int]) -> dict[str, int]:
-        """The branches that ended above where they end here, with the generation at which they did:
-        a copy has it, and its commit is here.  The copy alone would not tell: it may have been
-        committed to.
+        """Return newer versions of branches that a copy has and whose commits are here.
+
+        A commit here shows that the version was made here.  The copy alone does not: it may have
+        been committed to.
         """
         parents, found = self._parents(), {}
         for ref, number in last.items():
@@ -252,10 +264,10 @@ class RefMender:
                 found = True
         return found
 
-    # -- evidence ------------------------------------------------------------------------------
+    # -- infer ---------------------------------------------------------------------------------
 
     def _evidence(self, ref: str, below: Generation | None) -> ObjectId | None:
-        """Where a ref is whose newest generation can be had from nowhere."""
+        """Return the commit of a ref whose newest version is lost."""
         space, _, name = ref.partition("/")
         if space == "heads":
             return self._follower(ref, below)
@@ -265,9 +277,11 @@ class RefMender:
         return below.commit if below else None
 
     def _follower(self, ref: str, below: Generation | None) -> ObjectId | None:
-        """The commit that a branch was at, as far as can be told: the end of a line that comes from
-        a generation's commit, not by way of another branch, and that no ref leads to; else the last
-        one on the way to the tips of others.
+        """Return the commit that a branch was probably at.
+
+        That is the newest unreachable commit without children that descends from the version
+        `below`, and not by way of another branch.  Otherwise it is the last commit that follows
+        `below` on the way to the tips of other branches.
         """
         commit = below.commit if below else None
         parents, tips = self._parents(), set(self._tips())
@@ -279,18 +293,16 @@ class RefMender:
         if ends:
             return max(ends, key=lambda name: self._catalog.commit(name).time)
         for _ in range(_ROUNDS):
-            found = [
+            children = [
                 name for name, parent in parents.items() if parent == commit and name not in tips
             ]
-            if len(found) != 1:
+            if len(children) != 1:
                 break
-            commit = found[0]
+            commit = children[0]
         return commit
 
-    def _main(self) -> str:
-        """The branch that is to be followed where nothing says which was: main, or what was moved
-        last.
-        """
+    def _default_branch(self) -> str:
+        """Return the branch for a HEAD that is lost: main, otherwise the one that moved last."""
         moves = {}
         for branch in self._refs.names("heads"):
             with contextlib.suppress(CkptError):
@@ -299,7 +311,7 @@ class RefMender:
         return max(moves, key=lambda branch: (branch == "main", moves[branch]), default="main")
 
     def _tips(self) -> Iterator[ObjectId]:
-        """The commits that branches are at which can be read."""
+        """Yield the commits of the readable branches."""
         for branch in self._refs.names("heads"):
             with contextlib.suppress(CkptError):
                 move = self._refs.read(f"heads/{branch}")
@@ -310,7 +322,7 @@ class RefMender:
         return {name for tip in self._tips() for name in _line(tip, parents)}
 
     def _parents(self) -> dict[ObjectId, ObjectId | None]:
-        """Every commit that can be read, reached or not, and what it stands on."""
+        """Return the parent of every readable commit, reachable or not."""
         parents: dict[ObjectId, ObjectId | None] = {}
         for name in self._catalog.store.ids(Kind.COMMIT):
             with contextlib.suppress(CkptError):
@@ -319,9 +331,9 @@ class RefMender:
 
 
 def _line(name: ObjectId | None, parents: Parents) -> list[ObjectId]:
-    """A commit and those below it."""
-    found: list[ObjectId] = []
+    """Return a commit and its ancestors."""
+    ancestors: list[ObjectId] = []
     while name is not None and name in parents:
-        found.append(name)
+        ancestors.append(name)
         name = parents[name]
-    return found
+    return ancestors

@@ -39,7 +39,7 @@ class Stats:
 
 
 def measure(repository: Repository) -> Stats:
-    """Return the sizes as they are now."""
+    """Return the present sizes."""
     commits, backend = repository.revisions.visible(), repository.backend
     stored, cached = stored_bytes(backend), files_bytes(backend, backend.names(CACHE))
     fader = Fader(repository.catalog, repository.refs, Config().exact_rule)  # any rule would do

@@ -1,4 +1,4 @@
-"""reflog and undo: what happened to a branch, and how to take it back."""
+"""reflog and undo: list the moves of a branch, and undo the last one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ckptvcs.ops.repository import Repository
 
 
 def events(repository: Repository, branch: str | None = None) -> list[ReflogEvent]:
-    """Return what happened to a branch (HEAD's), newest first."""
+    """Return the reflog of a branch (default: HEAD's), newest first."""
     return Past(repository.catalog, repository.refs).events(branch)
 
 
 def undo(repository: Repository) -> Undone:
-    """Take back the last move of HEAD's branch, or the last drop; see `Repo.undo`."""
+    """Undo the last move of HEAD's branch, or the last drop; see `Repo.undo`."""
     with repository.leading_to(None):
         return Past(repository.catalog, repository.refs).undo(now())

@@ -1,14 +1,12 @@
-"""Verify: prove that everything that is promised can be read.
+"""Verify that every commit can be restored.
 
-packs     every byte of every pack against the pack's name; of damaged ones, which objects
-commits   every object that a commit needs is there and is what its id says
-tensors   every table of values decodes to its hashes, each distinct table once, along a line each
-          from the one before
-files     every skeleton fits its schema; an exact file has its hash when put together
-cache     materialised bases against the tables that they are of: a wrong one is deleted, and is no
-          damage; the index against the packs
+packs     hash every byte of each pack; of a damaged pack, name the damaged objects
+commits   check that every object that a commit needs exists and matches its id
+tensors   decode each distinct tensor hash table once, along a branch from commit to commit
+files     check that each file template fits its schema, and each exact file its hash
+cache     delete wrong cached bases, which are no damage; compare the index with the packs
 
-What the packs hold is found out anew, apart from the index of the repository.
+Pack contents are read directly, without the index of the repository.
 """
 
 from __future__ import annotations
@@ -101,7 +99,7 @@ class VerifyReport:
 
 @contextlib.contextmanager
 def packs_alone(catalog: Catalog) -> Iterator[Catalog]:
-    """The same objects, by an index made of the packs alone."""
+    """Yield a catalog of the same objects, with an index that is built from the packs."""
     with scratch_folder("ckpt-verify-") as folder:
         store = ObjectStore(catalog.store.backend, folder / "index", keys_of)
         try:
@@ -112,9 +110,7 @@ def packs_alone(catalog: Catalog) -> Iterator[Catalog]:
 
 
 class Verifier:
-    """Verifies one repository; as much of it as a budget allows, what was checked longest ago
-    first.
-    """
+    """Verifies one repository, or as much as a budget allows; the longest unchecked first."""
 
     def __init__(
         self,
@@ -124,11 +120,13 @@ class Verifier:
         progress: Progress,
         budget: Budget | None = None,
     ) -> None:
-        """`catalog` is that of `packs_alone`."""
+        """`catalog` is the catalog of `packs_alone`."""
         self._catalog, self._refs, self._cache = catalog, refs, cache
         self._progress, self._budget = progress, budget
-        self._proven: set[tuple[ObjectId, tuple[str, ...]]] = set()  # a table, and its types
-        self._harmed: dict[tuple[ObjectId, str | None], set[str]] = {}  # tensors of a part
+        self._proven: set[tuple[ObjectId, tuple[str, ...]]] = set()  # hash table, element types
+        self._harmed: dict[
+            tuple[ObjectId, str | None], set[str]
+        ] = {}  # by commit and part: damaged tensors
         self.report = VerifyReport()
 
     def _wrong(
@@ -142,8 +140,9 @@ class Verifier:
         return damage
 
     def run(self, index: ObjectStore | None = None) -> VerifyReport:
-        """Look at everything; damage is collected, not raised.  `index` is the store whose index is
-        to be compared with the packs.
+        """Check everything; damage is collected, not raised.
+
+        The index of the store `index` is compared with the packs.
         """
         with scratch_folder("ckpt-verify-") as folder:
             self._recent = RecentTables(folder)
@@ -174,16 +173,16 @@ class Verifier:
         return self.report
 
     def _twice(self, look: Callable[[], T]) -> T:
-        """Look again where something is wrong: a rule, or gc, may have taken it away meanwhile."""
+        """Check again after damage: gc or a rule may have deleted objects meanwhile."""
         before = replace(self.report, damage=self.report.damage.copy()), self._harmed.copy()
-        found = look()
+        result = look()
         if len(self.report.damage) > len(before[0].damage):
             self.report, self._harmed = before
             self._catalog.store.refresh()
             self._catalog.forget()
             self._recent.clear()
-            found = look()
-        return found
+            result = look()
+        return result
 
     def _single_files(self) -> None:
         folder = self._cache.parent
@@ -202,16 +201,16 @@ class Verifier:
     # -- packs ---------------------------------------------------------------------------------
 
     def _files(self) -> Iterator[tuple[str, int]]:
-        """The packs and their sizes."""
+        """Yield the packs and their sizes in bytes."""
         backend = self._catalog.store.backend
         for folder in packs.FOLDERS:
             for name in backend.names(folder):
                 try:
                     yield name, backend.size(name)
                 except FileNotFoundError:
-                    continue  # it was swept meanwhile
+                    continue  # gc deleted it meanwhile
                 except CkptError:
-                    yield name, 0  # which will be said of it
+                    yield name, 0  # `_pack` reports it
 
     def _pack(self, name: str) -> None:
         folder, stem = name.partition("/")[0], name.rpartition("/")[2].removesuffix(".pack")
@@ -221,7 +220,7 @@ class Verifier:
             self.report.bytes += info.size_bytes
             self._progress(info.size_bytes)
         except FileNotFoundError:
-            return  # it was swept meanwhile
+            return  # gc deleted it meanwhile
         except CkptError as error:
             damage = self._wrong("pack", error, name=name)
             damage.objects = tuple(self._unsound(name, PackId(stem), folder))
@@ -238,7 +237,7 @@ class Verifier:
     # -- commits -------------------------------------------------------------------------------
 
     def _roots(self) -> dict[str, ObjectId]:
-        """What the refs lead to, those too whose older generations are damaged."""
+        """Return the commits of all refs, including refs whose older versions are damaged."""
         roots: dict[str, ObjectId] = {}
         for name in self._refs.every():
             try:
@@ -250,41 +249,41 @@ class Verifier:
             except CkptError as error:
                 damage, backup = self._wrong("ref", error, name=name), self._refs.backup(name)
                 if name not in roots and backup is not None and backup.commit is not None:
-                    damage.commits = (backup.commit,)  # which nobody gets to by that ref
+                    damage.commits = (backup.commit,)  # the ref no longer reaches it
         return roots
 
     def _reachable(self) -> dict[ObjectId, Commit]:
-        """The commits that refs lead to, and whose own bytes can be read."""
+        """Return the reachable commits that can be read."""
         revisions = Revisions(self._catalog, self._refs)
         hidden = self._catalog.dropped().commits
-        found: dict[ObjectId, Commit] = {}
+        commits: dict[ObjectId, Commit] = {}
         for origin, root in self._roots().items():
             below: ObjectId | None = root
             try:
                 for name, commit in self._catalog.ancestors(root):
-                    if name in found:
+                    if name in commits:
                         break
-                    found[name], below = commit, next(iter(commit.parents), None)
+                    commits[name], below = commit, next(iter(commit.parents), None)
             except CkptError as error:
                 damage = self._wrong("commit", error, commit=below, name=origin)
-                known = {move.commit for move in self._refs.readable(origin) if move.commit}
-                below_too = sorted(n for n in known if not self._catalog.store.contains(n))
+                older = {move.commit for move in self._refs.readable(origin) if move.commit}
+                missing = sorted(n for n in older if not self._catalog.store.contains(n))
                 damage.objects = damage.commits = tuple(
-                    dict.fromkeys([*([below] if below else ()), *below_too])
+                    dict.fromkeys([*([below] if below else ()), *missing])
                 )
-        there = set(self._catalog.store.ids(Kind.COMMIT))
-        self.report.loose = revisions.unreachable(there - found.keys())
-        with contextlib.suppress(CkptError):  # which has been said
+        stored = set(self._catalog.store.ids(Kind.COMMIT))
+        self.report.loose = revisions.unreachable(stored - commits.keys())
+        with contextlib.suppress(CkptError):  # reported above
             for name in revisions.lost_lines():
                 lost = CorruptionError(
                     "a ref is lost: this commit and its ancestors are on no branch"
                 )
                 self._wrong("ref", lost, commit=name)
-        return {name: commit for name, commit in found.items() if name not in hidden}
+        return {name: commit for name, commit in commits.items() if name not in hidden}
 
     def _commit(self, name: ObjectId, commit: Commit) -> None:
         if name in self._catalog.dropped().commits:
-            return  # meanwhile
+            return  # dropped meanwhile
         self.report.commits += 1
         try:
             restorer = Restorer(self._catalog, name, decoded=self._recent.get)
@@ -303,7 +302,7 @@ class Verifier:
                 self._table(name, state.exact, infos, NO_ROOM)
         self._patches(name, commit)
         if gone.intersection(commit.parts) or len(self.report.damage) > damaged:
-            return  # the files made of these tensors are damaged with them
+            return  # its files contain these tensors
         for file in commit.files:
             try:
                 safe_path(file.path)
@@ -314,15 +313,15 @@ class Verifier:
                 self._wrong("file", error, commit=name, name=file.path)
 
     def _patches(self, name: ObjectId, commit: Commit) -> None:
-        """A patch may be missing only where a record says so."""
+        """Report exact patches that are missing without a retention record."""
         for part, _ in self._catalog.lost_patches(name, commit):
-            error = MissingObjectError(f"the exact patch of the {part} part is gone")
+            error = MissingObjectError(f"the exact patch of the {part} part is missing")
             self._wrong("patch", error, commit=name)
 
     def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo], room: Room) -> None:
-        # Another commit may have the same bytes in tensors of other types: that proves nothing.
-        known = table, tuple(info.dtype for info in infos)
-        if known in self._proven:
+        # The same bytes in tensors of other types are not verified by this.
+        key = table, tuple(info.dtype for info in infos)
+        if key in self._proven:
             return
         damaged = len(self.report.damage)
         with room as put:
@@ -336,32 +335,32 @@ class Verifier:
                     self._wrong("tensor", error, commit=name, name=info.name)
                     self._harmed.setdefault((name, info.part), set()).add(info.name)
         if len(self.report.damage) == damaged:
-            self._proven.add(known)
+            self._proven.add(key)
 
     def _room(self, table: ObjectId, infos: list[TensorInfo]) -> Room:
-        """Where tensors go that others stand on, as weights do, and what stands on some itself."""
-        with contextlib.suppress(CkptError):  # which will be said of each tensor
+        """Return room for tensors that deltas of later commits may be based on."""
+        with contextlib.suppress(CkptError):  # `_table` reports each tensor
             hashes = self._catalog.all_values(table, len(infos))
             depths = (self._chain.depth(table, position) for position in range(len(infos)))
             if infos and (infos[0].part == "model" or any(depths)):
                 return self._recent.room(table, infos, hashes)
         return NO_ROOM
 
-    # -- what comes of what --------------------------------------------------------------------
+    # -- consequences --------------------------------------------------------------------------
 
     def _attribute(self) -> None:
-        """Say of each damaged pack, and of each missing object, what cannot be restored."""
+        """Name the commits and tensors that each damaged pack and missing object affects."""
         packs = [damage for damage in self.report.damage if damage.what == "pack"]
-        known = {one for damage in packs for one in damage.objects}
+        damaged = {name for damage in packs for name in damage.objects}
         missing: dict[ObjectId, Damage] = {}
         for (name, part), tensors in self._harmed.items():
             needed, lost = self._needs(name, part)
             causes = [damage for damage in packs if needed.intersection(damage.objects)]
-            gone = lost - known
+            gone = lost - damaged
             for one in sorted({o for o in gone if not self._catalog.store.contains(o)} or gone):
                 if one not in missing:
-                    missing[one] = Damage("object", f"object {one} is missing", name=one)
-                    missing[one].objects = (one,)
+                    text = f"object {one} is missing"
+                    missing[one] = Damage("object", text, name=one, objects=(one,))
                 causes.append(missing[one])
             for damage in causes:
                 damage.commits = tuple(dict.fromkeys((*damage.commits, name)))
@@ -369,9 +368,7 @@ class Verifier:
         self.report.damage += missing.values()
 
     def _needs(self, name: ObjectId, part: str | None) -> tuple[set[ObjectId], set[ObjectId]]:
-        """The objects that a part of a commit needs, or all of it, as far as that can be known, and
-        those that are not there.
-        """
+        """Return the objects that a commit, or one part of it, needs, and the missing ones."""
         lost: set[ObjectId] = set()
         try:
             commit = self._catalog.commit(name)
@@ -383,25 +380,26 @@ class Verifier:
         marked = mark(self._catalog, {name: commit}, gone, lost=lost)
         return marked.objects | lost, lost
 
-    # -- what can be made anew -----------------------------------------------------------------
+    # -- cache ---------------------------------------------------------------------------------
 
     def _bases(self) -> None:
-        """Delete materialised bases that are wrong.  Whoever uses one proves it first, so that a
-        wrong one costs no more than time, once it is gone not even that.
+        """Delete wrong cached bases.
+
+        They only cost time: a reader verifies a base before it uses it.
         """
         for path in sorted(self._cache.glob("bases/*")):
             try:
                 table = self._catalog.values(ObjectId(path.name))
                 infos = self._infos(ObjectId(path.name))
             except CkptError:
-                continue  # of a commit that is gone
+                continue  # its commit was deleted
             base = None if infos is None else CachedTable(path, infos, table)
             if base is not None and not base.is_sound() and os.path.lexists(path):
                 base.discard()
                 self.report.discarded.append(f"cache/bases/{path.name}")
 
     def _infos(self, table: ObjectId) -> list[TensorInfo] | None:
-        """The tensors of a table of weights."""
+        """Return the tensors of a hash table of weights."""
         for name in self._catalog.store.ids(Kind.COMMIT):
             with contextlib.suppress(CkptError):
                 commit = self._catalog.commit(name)
@@ -412,16 +410,16 @@ class Verifier:
         return None
 
     def _index(self, store: ObjectStore) -> None:
-        """Compare the index of the repository with one that was made of the packs."""
+        """Compare the index of the repository with one that is built from the packs."""
         alone = self._catalog.store
-        for _ in range(_TRIES):  # while others write, the two are of different moments
+        for _ in range(_TRIES):  # other processes may write between the two refreshes
             store.refresh()
             alone.refresh()
             if store.index.agrees(alone.index):
                 return
         if store.pack_sizes() == alone.pack_sizes():
             error = CorruptionError(
-                "the index does not agree with the packs: 'ckpt index --rebuild'"
+                "the index does not match the packs: run 'ckpt index --rebuild'"
             )
             self._wrong("cache", error, name="index")
 
@@ -429,10 +427,10 @@ class Verifier:
 def verify(
     repository: Repository, progress: Progress = quiet, *, subset: str | None = None
 ) -> VerifyReport:
-    """Prove that everything can be read; see `Repo.verify`.
+    """Verify that every commit can be restored; see `Repo.verify`.
 
     Raises:
-        InvalidInputError: there is no such subset.
+        InvalidInputError: The form of `subset` is unknown.
     """
     budget = None if subset is None else Budget.parse(subset)
     with packs_alone(repository.catalog) as catalog:
@@ -441,13 +439,14 @@ def verify(
 
 
 def why_unopened(folder: Path, error: CkptError) -> CorruptionError | None:
-    """Return the damage for which a repository could not be opened, which raised `error`; None if
-    it is of a newer program, as it says.
+    """Return the damage that prevents opening a repository; `error` was raised by opening it.
+
+    None means that the repository belongs to a newer version.
     """
     if isinstance(error, CorruptionError):
         return error
     try:
         check_seal(Repository.backend_at(folder))
-    except CorruptionError as found:
-        return found
+    except CorruptionError as damage:
+        return damage
     return None

@@ -1,4 +1,4 @@
-"""How much of a repository to verify at once, and what was checked when."""
+"""Choose a part of a repository to verify, and remember when each pack and commit was checked."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MAX_BYTES = 1 << 28
 
 
 class Checked:
-    """When packs and commits were checked last, in a file of the cache."""
+    """The times of the last checks of packs and commits, in a file of the cache."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.times: dict[str, float] = {}
-        if not path.is_file():  # to open a pipe would be to wait
+        if not path.is_file():  # opening a pipe would block
             return
         with contextlib.suppress(
             OSError, ValueError, AttributeError, RecursionError, OverflowError
@@ -35,16 +35,16 @@ class Checked:
             self.times = {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)}
 
     def note(self, names: Iterable[str]) -> None:
-        """These have been checked now."""
+        """Record that these packs and commits were checked now."""
         self.times |= dict.fromkeys(names, time.time())
-        # A repository that cannot be written can be verified.
+        # A read-only repository can be verified, too.
         with contextlib.suppress(OSError, StorageError):
             disk.replace(self._path, json.dumps(self.times).encode(), self._path.parent)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A share of everything, or bytes, or seconds; one of them is set."""
+    """A limit: a share of all bytes, or bytes, or seconds; exactly one is set."""
 
     share: float | None = None
     bytes: float | None = None
@@ -52,13 +52,17 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """`5%`, `10G`, `15m`.  Raises InvalidInputError."""
-        found = _FORM.match(text.strip())
-        if found is None:
+        """Parse a budget such as `5%`, `10G` or `15m`.
+
+        Raises:
+            InvalidInputError: The form is unknown.
+        """
+        match = _FORM.match(text.strip())
+        if match is None:
             raise InvalidInputError(
                 f"invalid --subset '{text}'", hint="use a form such as 5%, 10G or 15m"
             )
-        number, unit = float(found[1]), found[2]
+        number, unit = float(match[1]), match[2]
         if unit == "%":
             return cls(share=number / 100)
         if unit in _BYTES:
@@ -66,7 +70,7 @@ class Budget:
         return cls(seconds=number * _SECONDS[unit])
 
     def choose(self, checked: Checked, sizes: Mapping[str, int]) -> Iterator[str]:
-        """What to check: the longest unchecked first, else in the order given, at least one."""
+        """Yield what to check, the longest unchecked first; at least one."""
         order = sorted(sizes, key=lambda name: checked.times.get(name, 0.0))
         room = self.bytes if self.share is None else self.share * sum(sizes.values())
         started, taken = time.monotonic(), 0

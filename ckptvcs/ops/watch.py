@@ -1,11 +1,11 @@
-"""Watch: checkpoints are committed as any trainer writes them to a folder.
+"""Watch a folder: commit the checkpoints that a trainer writes there.
 
-    look      what is there, and since when it is as it is
-    settle    nobody writes to it any more: as far as can be told, it is complete
-    commit    by step; what the history has already, from before a restart, is known by its content
-    remove    originals beyond the newest few, where that is asked for and they can be had again
+look      list the checkpoints, and since when each is unchanged
+settle    wait until a checkpoint seems complete: nobody writes to it
+commit    commit by step; recognize by content what the history has from before a restart
+remove    if asked to, delete all originals but the newest few, once they can be restored
 
-Nothing is remembered outside the history: a watch that is started again finds its place.
+All state is in the history: a restarted watch continues where the last one ended.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.series import Lines
+from ckptvcs.parallel import quiet
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 
-_TRIES = 3  # looks at what the system refuses to read
+_TRIES = 3  # looks at a checkpoint that the system refuses to read
 _LASTING = frozenset(
     {
         errno.EACCES,
@@ -45,7 +46,7 @@ _LASTING = frozenset(
 )
 
 Signature = tuple[tuple[str, int, int, int], ...]
-"""Of each file: its path, size, time of change and number."""
+"""For each file: path, size in bytes, mtime in ns, inode."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ class WatchEvent:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A checkpoint that was dealt with as it is: the commit that has it, if one has; `turn` counts
-    the looks that took something.
+    """A checkpoint that needs no more work; `id` is its commit, if it has one.
+
+    `turn` counts the looks that processed something.
     """
 
     signature: Signature
@@ -98,11 +100,21 @@ class Watcher:
         keep_local: int | None = None,
         accept_near: bool = False,
     ) -> None:
-        """A checkpoint is taken when it has not changed for `settle` seconds; `keep_local` is how
-        many of the newest stay in the folder (None: all).
+        """Watch `folder`; see `Repo.watch`.
+
+        Args:
+            repo: The repository.
+            folder: The folder to watch.
+            pattern: Commit only checkpoints whose name matches.
+            codec: The codec; None is the configured one.
+            branch: The branch to commit to; None is HEAD's.
+            settle: Seconds without a change after which a checkpoint is committed.
+            keep_local: How many of the newest originals to keep; None keeps all.
+            accept_near: Also delete originals whose commit is only near.
 
         Raises:
-            InvalidInputError: the folder is part of the repository; no such codec; a bad number.
+            InvalidInputError: The folder is part of the repository, the codec does not exist, or a
+                number is out of range.
         """
         if real_path(folder).is_relative_to(real_path(repo.folder)):
             raise InvalidInputError(f"{folder} is part of the repository itself")
@@ -116,10 +128,10 @@ class Watcher:
         self._keeper = Keeper(repo, codec)
         self._contents: Contents | None = None
         self._since: dict[str, tuple[Signature, float]] = {}
-        self._files: Mapping[str, Sequence[str]] = {}  # the entries that each name stands for
-        self._written: set[str] = set()  # entries that somebody has open to write
+        self._files: Mapping[str, Sequence[str]] = {}  # the folder entries of each checkpoint
+        self._written: set[str] = set()  # entries that a process has open for writing
         self._done: dict[str, _Taken] = {}
-        self._order: list[str] = []  # of what is done, the oldest first
+        self._order: list[str] = []  # names of committed checkpoints, oldest first
         self._turn = 0
         self._told: dict[str, str] = {}
         self._refused: Counter[tuple[str, Signature]] = Counter()
@@ -137,15 +149,15 @@ class Watcher:
         try:
             settled = self._settled()
             self._turn += bool(settled)
-            there = self._found(settled)
+            checkpoints = self._checkpoints(settled)
         except InvalidInputError as error:
             if not _may_pass(error):
                 raise
-            yield from self._tell(self.name, None, error)
+            yield from self._report(self.name, None, error)
             return
         self._told.pop(self.name, None)
-        for found in there:
-            yield from self._take(found, settled[found.name])
+        for found in checkpoints:
+            yield from self._commit(found, settled[found.name])
         if settled:
             self._order = self._by_age()
         if self._keep_local is not None:
@@ -182,10 +194,10 @@ class Watcher:
         """The waiting entries that a process has open for writing."""
         return self.waiting & self._written
 
-    # -- what is there -------------------------------------------------------------------------
+    # -- look ----------------------------------------------------------------------------------
 
     def _settled(self) -> dict[str, Signature]:
-        """What is new and has not changed for a while, and nobody has open to write."""
+        """Return the new checkpoints that nobody changes: unchanged for a while, and not open."""
         now, here = time.monotonic(), dict(self._signatures())
         self._since = {
             name: before
@@ -203,8 +215,8 @@ class Watcher:
         if settled:
             self._written = set(_open_for_writing(self._folder))
             settled = {
-                name: one
-                for name, one in settled.items()
+                name: signature
+                for name, signature in settled.items()
                 if self._written.isdisjoint(self._files[name])
             }
         return settled
@@ -225,31 +237,31 @@ class Watcher:
                 ),
             )
 
-    def _found(self, settled: dict[str, Signature]) -> list[Found]:
-        """The checkpoints among what has settled, by step."""
+    def _checkpoints(self, settled: dict[str, Signature]) -> list[Found]:
+        """Return the checkpoints among the settled entries, by step."""
         if not settled:
             return []
         try:
             found, _ = survey(self._folder, self._pattern, real_path(self._repo.folder))
         except NotFoundError:
             found = []
-        names = {one.name for one in found}
-        for name in settled.keys() - names:  # no checkpoint, and none as long as it is like this
+        names = {checkpoint.name for checkpoint in found}
+        for name in settled.keys() - names:  # not a checkpoint, until it changes
             self._done[name] = _Taken(settled[name], self._turn)
-        return [one for one in found if one.name in settled]
+        return [checkpoint for checkpoint in found if checkpoint.name in settled]
 
-    # -- in ------------------------------------------------------------------------------------
+    # -- commit --------------------------------------------------------------------------------
 
-    def _take(self, found: Found, signature: Signature) -> Iterator[WatchEvent]:
+    def _commit(self, found: Found, signature: Signature) -> Iterator[WatchEvent]:
         try:
-            contents = self._known()
+            contents = self._history()
             contents.forget(found.name)
-            known = contents.find(found, lambda _: None)
-            if known is None:
+            commit = contents.find(found, quiet)
+            if commit is None:
                 if found.problem is not None:
                     raise found.problem
                 branch, head_stays = self._lines.branch_for(found.name)
-                made = commit_path(
+                result = commit_path(
                     self._repo,
                     found.path,
                     message=found.name,
@@ -259,93 +271,94 @@ class Watcher:
                     files=found.files,
                     head_stays=head_stays,
                 )
-                self._lines.add(found.name, made)
-                contents.add(made.id, made.commit)
-                known = made.id
+                self._lines.add(found.name, result)
+                contents.add(result.id, result.commit)
+                commit = result.id
                 yield WatchEvent(
-                    found.name, made.commit.step, made.id, found.size_bytes, made.notes
+                    found.name, result.commit.step, result.id, found.size_bytes, result.notes
                 )
-        except (BusyError, ConflictError) as error:  # until the next look
-            self._contents = None  # somebody else is at work, or a commit was made all the same
-            yield from self._tell(found.name, found.step, error)
+        except (BusyError, ConflictError) as error:  # try again at the next look
+            self._contents = None  # another process works, or the commit was made after all
+            yield from self._report(found.name, found.step, error)
             return
         except (InvalidInputError, NotFoundError) as error:
             self._refused[found.name, signature] += 1
             if _may_pass(error) and self._refused[found.name, signature] < _TRIES:
-                return  # until the next look
+                return  # try again at the next look
             self._done[found.name] = _Taken(signature, self._turn, found)
-            yield from self._tell(found.name, found.step, found.problem or error)
+            yield from self._report(found.name, found.step, found.problem or error)
             return
-        self._done[found.name] = _Taken(signature, self._turn, found, known)
+        self._done[found.name] = _Taken(signature, self._turn, found, commit)
         self._refused.clear()
 
-    def _known(self) -> Contents:
-        """What the history has."""
+    def _history(self) -> Contents:
+        """Return the content of the history; read it if another process may have changed it."""
         if self._contents is None:
             self._contents = Contents(self._repo)
             self._lines.learn(self._since)
         return self._contents
 
-    def _tell(self, name: str, step: int | None, error: CkptError) -> Iterator[WatchEvent]:
+    def _report(self, name: str, step: int | None, error: CkptError) -> Iterator[WatchEvent]:
         if self._told.get(name) != error.message:
             self._told[name] = error.message
             yield WatchEvent(name, step, problem=error)
 
-    # -- out -----------------------------------------------------------------------------------
+    # -- remove --------------------------------------------------------------------------------
 
     def _by_age(self) -> list[str]:
-        """The names of what is in the history, the oldest first: as it came while it was watched,
-        before that by the order of commits.  What is written again and again (`last.pt`) is not
-        among them.
+        """Return the names of the committed checkpoints, oldest first.
+
+        They are in the order in which the watch saw them, before that in the order of commits.
+        Files that are overwritten again and again (`last.pt`) are left out.
         """
-        held = {
+        commits = {
             name: taken.id
             for name, taken in self._done.items()
             if taken.id is not None and not is_alias(name)
         }
-        if self._keep_local is None or len(held) <= self._keep_local:
-            return list(held)
-        places = {commit: at for at, commit in enumerate(self._lines.by_age(held.values()))}
-        return sorted(held, key=lambda name: (self._done[name].turn, places[held[name]]))
+        if self._keep_local is None or len(commits) <= self._keep_local:
+            return list(commits)
+        order = {commit: at for at, commit in enumerate(self._lines.by_age(commits.values()))}
+        return sorted(commits, key=lambda name: (self._done[name].turn, order[commits[name]]))
 
     def _remove(self, count: int) -> Iterator[WatchEvent]:
-        """Remove the originals of all but the newest `count` that are in the history."""
-        able = []
-        held = [
+        """Delete the originals of all committed checkpoints but the newest `count`."""
+        removable = []
+        committed = [
             (taken.found, taken.id)
             for name in self._order
             if (taken := self._done.get(name)) and taken.found is not None and taken.id is not None
         ]
-        for found, made in held[:-count]:
-            kept = self._keeper.why_kept(made, accept_near=self._accept_near)
+        for found, commit in committed[:-count]:
+            kept = self._keeper.why_kept(commit, accept_near=self._accept_near)
             if kept is None:
-                able.append((found, made))
+                removable.append((found, commit))
             elif self._told.get(found.name) != kept:
                 self._told[found.name] = kept
-                yield WatchEvent(found.name, found.step, made, gone=Removal(kept=kept))
-        if not able:
+                yield WatchEvent(found.name, found.step, commit, gone=Removal(kept=kept))
+        if not removable:
             return
         try:
             with self._keeper.at_work(), Originals(self._folder) as originals:
-                for found, made in able:
+                for found, commit in removable:
                     gone = self._keeper.remove(
-                        made, found.top, originals, lambda _: None, accept_near=self._accept_near
+                        commit, found.top, originals, quiet, accept_near=self._accept_near
                     )
                     if gone.kept is None or self._told.get(found.name) != gone.kept:
                         self._told[found.name] = gone.kept or ""
-                        yield WatchEvent(found.name, found.step, made, gone=gone)
+                        yield WatchEvent(found.name, found.step, commit, gone=gone)
         except BusyError:
-            return  # until the next look
+            return  # try again at the next look
 
 
 def _may_pass(error: CkptError) -> bool:
-    """Whether it is the system that has refused, for a reason that may be gone at the next look."""
+    """Return whether the system refused, for a reason that may disappear until the next look."""
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno not in _LASTING
 
 
 def _files(path: Path, name: str) -> Iterator[tuple[str, os.stat_result]]:
-    """The regular files at or below a path, by their names; nothing is followed."""
+    """Yield the regular files at or below a path by name; links are not followed."""
     stack = [(path, name)]
     while stack:
         path, name = stack.pop()
@@ -356,12 +369,13 @@ def _files(path: Path, name: str) -> Iterator[tuple[str, os.stat_result]]:
             elif stat.S_ISDIR(status.st_mode):
                 stack += [(below, f"{name}/{below.name}") for below in path.iterdir()]
         except OSError:
-            continue  # it is gone again, or nobody may look at it
+            continue  # it was deleted, or access is denied
 
 
 def _open_for_writing(folder: Path) -> Iterator[str]:
-    """The names in a folder that a process of this user writes to, or to something below: where the
-    system tells (Linux).
+    """Yield the names in a folder that a process of this user writes to, also below them.
+
+    Only Linux lists the open files of processes.
     """
     root = real_path(folder)
     for process in _listed(Path("/proc")):
@@ -372,7 +386,7 @@ def _open_for_writing(folder: Path) -> Iterator[str]:
                     continue
                 about = (process / "fdinfo" / handle.name).read_text("ascii")
             except OSError:
-                continue  # it has ended
+                continue  # the process ended
             flags = re.search(r"^flags:\s*([0-7]+)$", about, re.MULTILINE)
             if flags and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY:
                 yield target.relative_to(root).parts[0]
@@ -382,4 +396,4 @@ def _listed(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError:
-        return []  # somebody else's, or there is no such thing on this system
+        return []  # another user's process, or a system without /proc

@@ -96,7 +96,7 @@ class Before(DecodedTable):
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
         return self._words[tensor][number * SLICE_WORDS :][:SLICE_WORDS]
 
-    def stays(self, tensor: int) -> bool:
+    def has(self, tensor: int) -> bool:
         return True
 
 

@@ -28,8 +28,7 @@ from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import encode_low_rank
 from ckptvcs.codec.near_moments import Factors, encode_first, encode_second
 from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
-from ckptvcs.codec.sections import Bytes
-from ckptvcs.codec.words import from_float32, to_float32
+from ckptvcs.codec.words import Bytes, from_float32, to_float32
 from ckptvcs.errors import CorruptionError
 
 DTYPE_NAMES = st.sampled_from(["F32", "F16", "BF16"])

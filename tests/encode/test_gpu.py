@@ -17,7 +17,7 @@ from ckptvcs.checkpoint import state as states
 from ckptvcs.checkpoint import torch_writer
 from ckptvcs.codec.kernels import on_torch, reference
 from ckptvcs.codec.matrix import Rows
-from ckptvcs.codec.near_lowrank import factors_of, put_directions
+from ckptvcs.codec.near_lowrank import factors_of, put_components
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter
 from ckptvcs.repo import Repo
 
@@ -269,7 +269,7 @@ def test_directions_of_a_matrix_on_a_device() -> None:
     draw = torch.Generator().manual_seed(1)
     matrix = torch.randn(90, 2, generator=draw) @ torch.randn(2, 50, generator=draw)
     rows = Rows(50)
-    payload = put_directions(on_torch.DeviceMatrix.of(matrix.reshape(-1), rows), rows, 2, 0.05)
+    payload = put_components(on_torch.DeviceMatrix.of(matrix.reshape(-1), rows), rows, 2, 0.05)
     assert payload is not None
-    left, right, scale = factors_of(payload, matrix.numel())
+    left, right, _, scale = factors_of(payload, matrix.numel())
     assert np.allclose((left @ right) * scale, matrix.numpy(), atol=0.2)

@@ -401,7 +401,7 @@ def test_damage_between_proof_and_removal_keeps_the_original(
     importer = run(repo, folder)
     monkeypatch.setattr(Restorer, "write_file", lambda *_: "0" * 64)
     kept = remove(importer)
-    assert all("does not come back" in (reason or "") for reason in kept.values())
+    assert all("is not restored" in (reason or "") for reason in kept.values())
     assert len(names(folder)) == 4
 
 
@@ -509,7 +509,7 @@ def test_what_another_process_lets_go_keeps_its_original(
     }[how]
     assert names(folder) == sorted(stay)
     for name in stay:
-        assert ("dropped" if how == "drop" else "no branch leads to") in (kept[name] or "")
+        assert ("dropped" if how == "drop" else "no ref reaches") in (kept[name] or "")
 
 
 def test_a_tag_is_enough(repo: Repo, folder: Path) -> None:

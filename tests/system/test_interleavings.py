@@ -123,7 +123,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     ]
     if every:
         points += [
-            (Keeper, "_way", "look for a ref"),
+            (Keeper, "_reaching_ref", "look for a ref"),
             (Keeper, "is_exact", "prove"),
             (repository, "turn", "turn"),
             (collect.Collector, "plan", "plan"),

@@ -1,7 +1,7 @@
-"""The inner loops of the codec, in two forms that give the same bits.
+"""The inner loops of the codec, in two implementations that give the same bits.
 
-`reference` is numpy and says what each loop means.  `compiled` is several times faster, but takes
-about a second to load, so `prepare` loads it once there is enough work to pay for that.
+`reference` defines each loop with numpy. `compiled` is several times faster, but takes about a
+second to load: `prepare` loads it when the process has enough work.
 """
 
 from __future__ import annotations
@@ -11,47 +11,77 @@ import os
 import threading
 import time
 from functools import partial
-from types import ModuleType
+from typing import cast
 
 from ckptvcs.codec.kernels import reference
 from ckptvcs.parallel import start_thread
 
 _WORTH_LOADING = 100_000_000  # bytes of tensors
 _SWITCH = "CKPT_COMPILED"  # 0: never, 1: always
-_LONG_SECONDS = 3.0  # of a processor: loading takes one
+_LONG_SECONDS = 3.0  # CPU time after which a user is told that the kernels are being compiled
 _LOOK_SECONDS = 0.5
 _log = logging.getLogger("ckptvcs")
+
+
+class Kernels:
+    """The type of both implementations: the functions of `reference`, with their signatures."""
+
+    bit_positions = staticmethod(reference.bit_positions)
+    change = staticmethod(reference.change)
+    code_residuals = staticmethod(reference.code_residuals)
+    directions = staticmethod(reference.directions)
+    divide_roots = staticmethod(reference.divide_roots)
+    extent = staticmethod(reference.extent)
+    gap_positions = staticmethod(reference.gap_positions)
+    join_bits = staticmethod(reference.join_bits)
+    join_words = staticmethod(reference.join_words)
+    log_sums = staticmethod(reference.log_sums)
+    product = staticmethod(reference.product)
+    quantize_units = staticmethod(reference.quantize_units)
+    root_squares = staticmethod(reference.root_squares)
+    split = staticmethod(reference.split)
+    split_near = staticmethod(reference.split_near)
+    split_words = staticmethod(reference.split_words)
+    squares = staticmethod(reference.squares)
+    times_columns = staticmethod(reference.times_columns)
+    times_rows = staticmethod(reference.times_rows)
+    weight_squares = staticmethod(reference.weight_squares)
+    with_signs = staticmethod(reference.with_signs)
+
+
+REFERENCE = cast(Kernels, reference)
 
 
 class _State:
     """State of the process."""
 
-    loops: ModuleType | None = None
+    kernels: Kernels | None = None
     work_bytes = 0
 
 
 def prepare(size_bytes: int) -> None:
-    """Load the compiled loops, if they can be had, and work of that many bytes of tensors makes up
-    for it, together with what this process did before.
+    """Load the compiled kernels if the process has worked, or will work, on enough bytes.
+
+    `size_bytes` are the bytes of the tensors that follow. `reference` stays active without numba.
     """
     _State.work_bytes += size_bytes
     wanted = os.environ.get(_SWITCH) or str(int(_State.work_bytes >= _WORTH_LOADING))
-    if wanted == "0" or _State.loops is not None:
+    if wanted == "0" or _State.kernels is not None:
         return
     loaded = threading.Event()
     start_thread(partial(_announce, loaded))
     try:
         from ckptvcs.codec.kernels import compiled  # noqa: PLC0415  takes about a second
 
-        _State.loops = compiled
-    except (ImportError, RuntimeError, OSError):  # no numba, or nowhere to keep what it compiles
-        _State.loops = reference
+        _State.kernels = cast(Kernels, compiled)
+    except (ImportError, RuntimeError, OSError):  # no numba, or no folder for its cache
+        _State.kernels = REFERENCE
     finally:
         loaded.set()
 
 
 def _announce(loaded: threading.Event) -> None:
-    """Say so where loading takes so much work that it must be compiling."""
+    """Log a warning if loading takes so much CPU time that numba must be compiling."""
     start = time.process_time()
     while not loaded.wait(_LOOK_SECONDS):
         if time.process_time() - start >= _LONG_SECONDS:
@@ -59,6 +89,6 @@ def _announce(loaded: threading.Event) -> None:
             return
 
 
-def active() -> ModuleType:
-    """Return the module with the kernels to call."""
-    return _State.loops or reference
+def active() -> Kernels:
+    """Return the module whose kernels to call."""
+    return _State.kernels or REFERENCE

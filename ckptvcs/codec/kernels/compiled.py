@@ -1,10 +1,10 @@
-"""The loops of `reference`, compiled, each in one pass over memory.
+"""The functions of `reference`, compiled with numba, each in one pass over memory.
 
-What is stored or decoded keeps to the order and rounding of IEEE arithmetic, so both forms give the
-same bits.  Loops that only measure or steer (`_LOOSE`) may add up in any order.
+Functions whose results are stored or decoded use exact IEEE arithmetic in a fixed order, so both
+implementations give the same bits. Functions that only measure (`_LOOSE`) may sum in any order.
 
-numba keeps what it compiled, and asks no more than whether the file of a function has changed:
-touch this one after changing what it calls in another.
+numba caches compiled functions and checks only whether the file of a function changed. After a
+change to `compiled_bits`, this file must be changed, too.
 """
 
 from __future__ import annotations
@@ -66,14 +66,12 @@ _FLOAT = types.float32
 _LOOSE = EXACT | {"fastmath": {"reassoc", "contract", "nsz", "arcp"}}  # NaNs stay NaNs
 
 _ZERO = np.float32(0)
-_TILE = 512  # columns of which a dozen lines stay in the first cache
+_TILE = 512  # columns; a dozen rows of so many floats fit into the L1 cache
 
 
 @njit(**_LOOSE)
 def _add_squares(near: Array, true: Array, base: Array, weights: Array, sums: Array) -> Any:
-    """Add up the squares of one block, as `weight_squares` returns them; no less than the largest
-    size of true and base.
-    """
+    """Add the sums of `weight_squares` over a block; return an upper bound of |true| and |base|."""
     one, two, three, four, five = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
     for i in range(true.size):
         e, d = near[i] - true[i], true[i] - base[i]
@@ -88,15 +86,13 @@ def _add_squares(near: Array, true: Array, base: Array, weights: Array, sums: Ar
     sums[2] += three
     sums[3] += four
     sums[4] += five
-    # No value is larger than the root of the sum, but for rounding, and squares that underflow.
+    # Roots of sums of squares, with a margin for rounding and for squares that underflow.
     return np.float32(1.001) * (np.sqrt(two) + np.sqrt(three)) + np.float32(4e-19)
 
 
 @njit(**EXACT)
 def _largest_error(near: Array, true: Array) -> Any:
-    """The largest |near - true| as the bits of a float: without their signs these are ordered as
-    integers are.
-    """
+    """Return the bits of the largest |near - true|; floats without sign are ordered as integers."""
     largest = np.int32(0)
     for i in range(true.size):
         error = np.float32(near[i] - true[i]).view(np.int32)
@@ -186,7 +182,7 @@ def code_residuals(
         x, b = values[low:high], base[low:high]
         size = _add_squares(near[low:high], x, b, weights[low:high], sums)
         largest = max(largest, _largest_error(near[low:high], x))
-        bound = max(bound, size if size < np.inf else np.float32(np.inf))  # so is NaN
+        bound = max(bound, size if size < np.inf else np.float32(np.inf))  # NaN becomes infinite
         bits = bitmap[low >> 3 : (high + 7) >> 3]
         codes[high - low : 8 * bits.size] = 0
         found += compact(codes[: 8 * bits.size], bits, kept[found:])
@@ -228,7 +224,7 @@ def extent(values: Array) -> tuple[Any, Any]:
     """See `reference.extent`."""
     words = values.view(np.int32)
     least, largest = np.int32(0x7F800000), np.int32(0)
-    for i in range(words.size):  # floats without a sign are ordered as integers are
+    for i in range(words.size):
         size = words[i] & np.int32(0x7FFFFFFF)
         least = min(least, size)
         largest = max(largest, size)
@@ -339,7 +335,7 @@ def divide_roots(values: Array, second: Array) -> Any:
 
 @njit((_MATRIX, _MATRIX), **_LOOSE)
 def times_rows(matrix: Array, lines: Array) -> Array:
-    """See `reference.times_rows`; four lines at a time, so that one read serves four sums."""
+    """See `reference.times_rows`. Each read serves the sums of four lines."""
     ranks = lines.shape[0]
     out = np.zeros((matrix.shape[0], ranks), np.float32)
     whole = ranks // 4 * 4
@@ -370,7 +366,7 @@ def times_rows(matrix: Array, lines: Array) -> Array:
 
 @njit((_MATRIX, _MATRIX), **_LOOSE)
 def times_columns(left: Array, matrix: Array) -> Array:
-    """See `reference.times_columns`; four rows at a time: one write serves four products."""
+    """See `reference.times_columns`. Each write serves the products of four rows."""
     height, ranks = left.shape
     out = np.zeros((ranks, matrix.shape[1]), np.float32)
     whole = height // 4 * 4
@@ -397,7 +393,7 @@ def times_columns(left: Array, matrix: Array) -> Array:
 def directions(
     left: Array, right: Array, start: int, scale: Any, second: Array, out: Array
 ) -> None:
-    """See `reference.directions`; whole numbers add up the same in any order."""
+    """See `reference.directions`. Sums of integers are exact in any order."""
     columns, ranks = right.shape[1], left.shape[1]
     whole, low = ranks // 4 * 4, 0
     for row in range(left.shape[0]):

@@ -1,4 +1,4 @@
-"""The loops of `reference` over bits, codes and the bytes of words, compiled; see `compiled`."""
+"""The compiled functions for bits, codes and the bytes of words; see `compiled`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Array = Any
 
 I32, U8 = (types.Array(kind, 1, "C", readonly=True) for kind in (types.int32, types.uint8))
 INT = types.int64
-"""Arguments, given here so that each loop is compiled once: for arrays that it only reads."""
+"""Types of arguments. With explicit types, numba compiles each function once, at import."""
 
 EXACT = {"nogil": True, "cache": True, "error_model": "numpy"}
 BLOCK = 4096
-"""Values whose intermediate results stay in the first cache."""
+"""Values per block; the intermediate results fit into the L1 cache."""
 
 _KINDS = (types.uint16, types.uint32)
 _WORDS = [types.Array(kind, 1, "C", readonly=True) for kind in _KINDS]
@@ -25,14 +25,14 @@ _ONE = np.uint32(1)
 _BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
 _SIZES = _BYTES.sum(1).astype(np.int64)
 _PLACES = np.argsort(1 - _BYTES, axis=1, kind="stable").astype(np.uint32)
-"""For each byte: where its bits are, from the top one on, those that are set first."""
+"""For each byte: the positions of its set bits from the top one on, then the others."""
 _SIGNS = -_BYTES.astype(np.int32)
-"""For each byte: -1 for each bit that is set."""
+"""For each byte: -1 for each set bit, else 0."""
 
 
 @njit(**EXACT)
 def _pack(flags: Array, bits: Array) -> None:
-    """Eight flags of a byte each become the bits of one."""
+    """Pack flags, one per byte, to bits; the first flag is the top bit."""
     eights = flags.view(np.uint64)
     for byte in range(bits.size):
         bits[byte] = (eights[byte] * np.uint64(0x8040201008040201)) >> np.uint64(56)
@@ -40,15 +40,15 @@ def _pack(flags: Array, bits: Array) -> None:
 
 @njit(**EXACT)
 def compact(codes: Array, bitmap: Array, kept: Array) -> Any:
-    """Which codes of a block are not 0, as bits, and these codes: how many there are.
+    """Write the bitmap of the codes that are not 0, and these codes; return their number.
 
-    Codes beyond the block, up to a multiple of 8, are 0.
+    `codes` (at most BLOCK) has a multiple of 8 entries; the caller pads it with 0.
     """
     flags = np.empty(BLOCK, np.uint8)
     for i in range(codes.size):
         flags[i] = codes[i] != 0
     _pack(flags, bitmap)
-    found = np.uint64(0)  # unsigned, else each use asks whether it counts from the end
+    found = np.uint64(0)  # a signed index would be tested for being negative
     for i in range(codes.size):
         kept[found] = codes[i]
         found += np.uint64(flags[i])
@@ -57,7 +57,10 @@ def compact(codes: Array, bitmap: Array, kept: Array) -> Any:
 
 @njit(**EXACT)
 def positions(bitmap: Array, first: Any, out: Array) -> Any:
-    """Where bits are set, counted from `first`: how many.  `out` has room for 8 more."""
+    """Write first + the position of each set bit; return their number.
+
+    `out` needs room for 8 more.
+    """
     found = np.uint64(0)
     for byte in range(bitmap.size):
         bits = bitmap[byte]
@@ -150,7 +153,7 @@ def gap_positions(gaps: Array) -> Array:
 
 @njit(**EXACT)
 def _order(word: Any, low: Any, top: Any) -> Any:
-    """Floats by size: `low` is all bits but the sign, at bit `top`; 0 leaves the word."""
+    """Return order(word) of "Lossless slice"; `top` is the sign bit, `low` masks all other bits."""
     return word ^ (low & (np.uint32(0) - (word >> top)))
 
 

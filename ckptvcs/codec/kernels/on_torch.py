@@ -1,8 +1,8 @@
-"""What the near codec does on a device: the sums, products and codes of tensors that stay there.
+"""Kernels of the near encoder for tensors that stay on a device.
 
-All in operations of torch, on flat float32 tensors; small results come back as numpy arrays.  What
-is measured here steers and reports; what is decoded is decoded by `frame`, so that all machines and
-devices agree.  torch is the caller's: this module imports it with the first tensor of it.
+They use torch operations on flat float32 tensors and return numpy arrays. Their results only steer
+the encoder and its error report; only the CPU decodes, so that all machines decode the same bits.
+This module imports torch at the first use.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.codes import Integers
 from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import Matrix
-from ckptvcs.codec.sections import Bytes, sample_positions
+from ckptvcs.codec.sections import sample_positions
+from ckptvcs.codec.words import Bytes, Floats, Integers
 from ckptvcs.errors import optional
 from ckptvcs.hashing import hasher
 
-Floats = NDArray[np.float32]
 Tensor = Any
-"""A flat tensor of torch."""
+"""A torch tensor, flat unless stated otherwise."""
 
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
-_PIECE = 1 << 24  # bytes whose fingerprint is taken at once
+_PIECE = 1 << 24  # bytes that `fingerprint` reads at once
 
 
 @lru_cache(1)
@@ -35,35 +34,36 @@ def _torch() -> Any:
 
 
 def floats(data: Tensor, dtype: str) -> Tensor:
-    """The values of the bytes of a tensor as float32."""
+    """Convert the bytes of a tensor (uint8) to float32."""
     return data.view(getattr(_torch(), _TORCH[dtype])).float()
 
 
 def rounded(values: Tensor, dtype: str) -> Tensor:
-    """Values as they are when stored as `dtype`."""
+    """Round float32 values to `dtype` and convert them back."""
     return values if dtype == "F32" else values.to(getattr(_torch(), _TORCH[dtype])).float()
 
 
-def here(values: Tensor) -> NDArray[Any]:
-    """The same as a numpy array, in the memory of the process."""
-    found: NDArray[Any] = values.cpu().numpy()
-    return found
+def to_host(values: Tensor) -> NDArray[Any]:
+    """Copy a tensor to a numpy array."""
+    array: NDArray[Any] = values.cpu().numpy()
+    return array
 
 
-def there(values: NDArray[Any], like: Tensor) -> Tensor:
-    """A numpy array on the device of another tensor."""
+def to_device(values: NDArray[Any], like: Tensor) -> Tensor:
+    """Copy a numpy array to the device of another tensor."""
     return _torch().from_numpy(np.ascontiguousarray(values)).to(like.device)
 
 
 def picked(values: Tensor, size: int) -> Floats:
-    """The values at the positions of `planes.sample`."""
-    found: Floats = here(values[there(sample_positions(values.numel(), size), values)])
-    return found
+    """Return the values at the positions of `sections.sample`."""
+    return to_host(values[to_device(sample_positions(values.numel(), size), values)])
 
 
 def fingerprint(data: Tensor) -> bytes:
-    """32 bytes that tell the bytes of a tensor from others: two sums of its words, each times a
-    number of its position, modulo 2^64.  No proof against those who choose the bytes.
+    """Return 32 bytes that almost certainly differ for different bytes (uint8).
+
+    They are a hash of two sums modulo 2^64 of words times an odd number of their position. This is
+    not safe against bytes that were chosen to collide.
     """
     torch, digest = _torch(), hasher()
     digest.update(data.numel().to_bytes(8, "little"))
@@ -87,33 +87,33 @@ def _matrix(values: Tensor, rows: Rows) -> Tensor:
 
 
 def log_sums(values: Tensor, rows: Rows) -> tuple[Floats, Integers, Floats, Integers] | None:
-    """`loops.log_sums` of values that are all positive and normal floats; None for others."""
+    """Return the first four results of `reference.log_sums`; None unless all are normal and > 0."""
     if not bool(((values > 2.0**-120) & (values < np.inf)).all()):
         return None
     logs = _matrix(values.log2(), rows)
     inside = _matrix(_torch().ones_like(values), rows)
     return (
-        here(logs.sum(1)),
-        here(inside.sum(1)).astype(np.int32),
-        here(logs.sum(0)),
-        here(inside.sum(0)).astype(np.int32),
+        to_host(logs.sum(1)),
+        to_host(inside.sum(1)).astype(np.int32),
+        to_host(logs.sum(0)),
+        to_host(inside.sum(0)).astype(np.int32),
     )
 
 
 def product(row: Floats, column: Floats, rows: Rows, like: Tensor) -> Tensor:
-    """Row x column, of as many values as `like`."""
-    matrix = there(row, like)[:, None] * there(column, like)[None]
+    """Return row factors * column factors, as many as `like` has values."""
+    matrix = to_device(row, like)[:, None] * to_device(column, like)[None]
     return matrix.reshape(-1)[rows.start : rows.start + like.numel()]
 
 
 def squares(near: Tensor, true: Tensor) -> tuple[float, float, float]:
-    """As `loops.squares`."""
+    """See `reference.squares`."""
     error = near - true
     return _sum(error.square()), _sum(true.square()), float(error.abs().max())
 
 
 def root_squares(true: Tensor, near: Tensor) -> tuple[float, float]:
-    """As `loops.root_squares`."""
+    """See `reference.root_squares`."""
     return _sum((true.sqrt() - near.sqrt()).square()), _sum(true)
 
 
@@ -129,7 +129,7 @@ class DeviceMatrix(Matrix):
 
     @classmethod
     def of(cls, values: Tensor, rows: Rows) -> DeviceMatrix:
-        """Flat values as a matrix."""
+        """Return flat values as a matrix."""
         return cls(_matrix(values, rows))
 
     @property
@@ -137,19 +137,17 @@ class DeviceMatrix(Matrix):
         return self._values.shape[0], self._values.shape[1]
 
     def times_rows(self, lines: Floats) -> Floats:
-        found: Floats = here(self._values @ there(lines, self._values).T)
-        return found
+        return to_host(self._values @ to_device(lines, self._values).T)
 
     def times_columns(self, left: Floats) -> Floats:
-        found: Floats = here(there(left, self._values).T @ self._values)
-        return found
+        return to_host(to_device(left, self._values).T @ self._values)
 
     def thinned(self, height: int) -> DeviceMatrix:
         return DeviceMatrix(self._values[:: max(1, self.shape[0] // height)].contiguous())
 
 
 class DeviceResiduals:
-    """A slice of a weight and of its base, as `weight.put_delta` asks for them."""
+    """A slice of a weight and of its base on a device, for `near_weight.put_delta`."""
 
     def __init__(self, values: Tensor, base: Tensor, weights: Tensor | None, dtype: str) -> None:
         self._values, self._base, self._weights, self._dtype = values, base, weights, dtype
@@ -169,7 +167,7 @@ class DeviceResiduals:
         start: int,
     ) -> tuple[Bytes, Integers, tuple[float, ...], float]:
         torch, values, base = _torch(), self._values, self._base
-        factor = there(factors, values)
+        factor = to_device(factors, values)
         if factors.size > 1:
             places = torch.arange(self.size, device=values.device)
             factor = factor[(places + start) // columns]
@@ -177,8 +175,8 @@ class DeviceResiduals:
         units = (values * float(scale) - lower) / (factor * unit)
         units = units + torch.copysign(torch.full_like(units, 1 - float(zone)), units)
         codes = units.nan_to_num(0, 0, 0).clamp(-(2.0**24), 2.0**24).to(torch.int32)
-        known = there(amounts, values)[(codes & 255).long()]
-        amount = torch.where(codes.abs() < 128, known, codes.float() * unit)
+        level = to_device(amounts, values)[(codes & 255).long()]
+        amount = torch.where(codes.abs() < 128, level, codes.float() * unit)
         near = (lower + (amount * factor).round()) / float(scale)
         near = rounded(torch.where(codes != 0, near, base), self._dtype)
         error, change = (near - values).square(), (values - base).square()
@@ -193,7 +191,7 @@ class DeviceResiduals:
             float(error.max().sqrt()),
         )
         kept = codes != 0
-        return _bits(kept), here(codes[kept]), sums, self.largest()
+        return _bits(kept), to_host(codes[kept]), sums, self.largest()
 
     def largest(self) -> float:
         return float(_torch().maximum(self._values.abs().max(), self._base.abs().max()))
@@ -203,5 +201,4 @@ def _bits(mask: Tensor) -> Bytes:
     torch = _torch()
     eights = torch.nn.functional.pad(mask, (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8)
     places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
-    found: Bytes = here((eights * places).sum(1, dtype=torch.uint8))
-    return found
+    return to_host((eights * places).sum(1, dtype=torch.uint8))

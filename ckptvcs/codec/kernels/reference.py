@@ -1,6 +1,8 @@
-"""The inner loops of the codec in numpy: they say what each loop means.
+"""The inner loops of the codec in numpy, which define their results.
 
-`compiled` gives the same bits wherever a result is stored or decoded.
+`compiled` gives the same bits for all results that are stored or decoded. Arrays are flat float32
+if nothing else is stated; bitmaps are uint8 [(n + 7) / 8], the first entry in the top bit of the
+first byte. A matrix (columns, start) is that of "Near slices" in docs/format.md.
 """
 
 from __future__ import annotations
@@ -8,16 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.words import Words
+from ckptvcs.codec.words import Bytes, Floats, Integers, Words
 
-Floats = NDArray[np.float32]
-Integers = NDArray[np.int32]
 Positions = NDArray[np.int32] | NDArray[np.int64]
-Bytes = NDArray[np.uint8]
 
 
 def _expand(rows: Floats, columns: int, start: int, count: int) -> Floats:
-    """A value a row -> a value an entry; `start` entries of the first row come before."""
+    """Repeat the value of each row for its `count` entries (unless there is one row)."""
     if rows.size == 1:
         return rows
     ends = np.minimum(np.arange(1, rows.size + 1) * columns - start, count)
@@ -36,11 +35,11 @@ def code_residuals(
     columns: int,
     start: int,
 ) -> tuple[Floats, Bytes, Integers, tuple[float, ...], float]:
-    """Code values * scale - round(base * scale), in steps of one times the factor of a row.
+    """Quantize values * scale - round(base * scale) in steps of step * the factor of the row.
 
-    Returns what `change` makes of the base; which codes are not 0, as bits; these codes; sums as
-    `weight_squares` has them; and a bound on the size of values and base, not finite where one of
-    them is not: all that comes before is of use only where they are below 2^24 / scale.
+    Returns (a) the base after `change`; (b) the bitmap of the codes that are not 0; (c) these
+    codes; (d) the result of `weight_squares`; (e) an upper bound of |values| and |base|, not finite
+    if one of them is not. The other results are valid only if (e) is below 2^24 / scale.
     """
     factor = _expand(factors, columns, start, values.size)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -51,16 +50,17 @@ def code_residuals(
         near, found = base.copy(), np.flatnonzero(codes)
         _move(near, found, codes[found], scale, step, amounts, factors, columns, start)
         sums = weight_squares(near, values, base, weights)
-    largest = float(np.maximum(extent(values)[1], extent(base)[1]))  # NaN, if one is
+    largest = float(np.maximum(extent(values)[1], extent(base)[1]))  # NaN if one is NaN
     return near, np.packbits(codes != 0), codes[found], sums, largest
 
 
 def quantize_units(
     values: Floats, second: Floats, step: np.float32, zone: np.float32
 ) -> tuple[Bytes, Integers, bool]:
-    """Which codes of values / sqrt(second) / step are not 0, as bits; and these codes.
+    """Quantize values / sqrt(second) in steps; 0 / 0 is 0.
 
-    False where a value is not finite, is not 0 where second is, or has a code from 2^24 on.
+    Returns the bitmap of the codes that are not 0, these codes, and whether all quotients are
+    finite and below 2^23 steps.
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         units = values / np.sqrt(second) / step
@@ -72,31 +72,34 @@ def quantize_units(
 
 
 def extent(values: Floats) -> tuple[float, float]:
-    """The smallest and the largest size of the values; not finite where one is not."""
+    """Return the smallest and the largest magnitude; the latter is not finite if a value is not."""
     sizes = np.abs(values)
     return float(sizes.min(initial=np.inf)), float(sizes.max(initial=0))
 
 
 def bit_positions(bitmap: Bytes, count: int) -> Positions:
-    """Where the set bits among the first `count` are."""
+    """Return the positions of the set bits among the first `count`."""
     return np.flatnonzero(np.unpackbits(bitmap, count=count))
 
 
 def split(codes: Integers) -> tuple[Bytes, Bytes, Integers]:
-    """Which codes are negative, and which are above 1 in size, as bits; the sizes of these."""
+    """Return bitmaps of negative codes and of magnitudes above 1, and these magnitudes."""
     sizes = np.abs(codes)
     large = sizes > 1
     return np.packbits(codes < 0), np.packbits(large), sizes[large]
 
 
 def with_signs(sizes: Integers, signs: Bytes) -> Integers:
-    """Sizes, negative where the bit in `signs` is set."""
+    """Return the sizes, negated if their bit in `signs` is set."""
     negative = np.unpackbits(signs, count=sizes.size).view(np.bool_)
     return np.where(negative, -sizes, sizes)
 
 
 def join_bits(planes: Bytes, high: Bytes, count: int, bits: int) -> Integers:
-    """(high - 128) * 2^bits + a number of so many bits, whose bits stand plane after plane."""
+    """Return (high - 128) * 2^bits + the low bits, which are stored as bit planes.
+
+    Without `high`, only the low bits.
+    """
     out = np.zeros(count, np.int32)
     each = (count + 7) // 8
     for bit in range(bits):
@@ -117,10 +120,10 @@ def change(
     columns: int,
     start: int,
 ) -> None:
-    """(round(out * scale) + round(amount * factor)) / scale where a bit is set, in place.
+    """Replace entries whose bit is set by (round(out * scale) + round(amount * factor)) / scale.
 
-    `codes` are those of the set bits.  `amounts` has 256 entries, that of code c at c & 255, for
-    codes below 128 in size; the others are worth as many steps.  scale is a power of two.
+    `codes` are those of the set bits. The amount of code c is amounts[c & 255] if |c| < 128, else
+    c * step. `amounts` has 256 entries, `scale` is a power of two, `factors` has one per row.
     """
     found = bit_positions(bitmap, out.size)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -146,7 +149,7 @@ def _move(
 
 
 def gap_positions(gaps: Bytes) -> Positions:
-    """Where entries are whose gaps are given in bytes; 255 means "255 more"."""
+    """Return the positions of kept entries from their gaps (mask form 1)."""
     final = gaps != 255
     found: Positions = np.cumsum(gaps.astype(np.int64) + final)[final] - 1
     return found
@@ -155,8 +158,9 @@ def gap_positions(gaps: Bytes) -> Positions:
 def log_sums(
     values: Floats, columns: int, start: int, rows: int
 ) -> tuple[Floats, Integers, Floats, Integers, float, float]:
-    """Sums of log2 over the values above zero, and their numbers, for each row and column; the
-    smallest value above zero, and the largest.  No value has a sign.
+    """Return sums of log2 and counts of the values above 0, by row and by column.
+
+    Also the smallest value above 0 and the largest value. No value is negative.
     """
     matrix = np.zeros((rows, columns), np.float32)
     matrix.reshape(-1)[start : start + values.size] = values
@@ -173,12 +177,12 @@ def log_sums(
 
 
 def product(row: Floats, column: Floats, start: int, out: Floats) -> None:
-    """Row x column, without the first `start` entries of the first row, into `out`."""
+    """Write row * column to `out`, from entry `start` of the first row on."""
     out[:] = np.multiply.outer(row, column).reshape(-1)[start : start + out.size]
 
 
 def divide_roots(values: Floats, second: Floats) -> tuple[Floats, bool]:
-    """Values / sqrt(second), 0 where both are; False where one is not finite."""
+    """Return values / sqrt(second), with 0 / 0 = 0, and whether all are finite."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         units = np.asarray(values / np.sqrt(second), np.float32)
         units[(second == 0) & (values == 0)] = 0
@@ -186,13 +190,13 @@ def divide_roots(values: Floats, second: Floats) -> tuple[Floats, bool]:
 
 
 def times_rows(matrix: Floats, lines: Floats) -> Floats:
-    """The product of a matrix and the transposed lines."""
+    """Return matrix @ lines.T."""
     product: Floats = matrix @ lines.T
     return product
 
 
 def times_columns(left: Floats, matrix: Floats) -> Floats:
-    """The product of the transposed left and a matrix."""
+    """Return left.T @ matrix."""
     product: Floats = left.T @ matrix
     return product
 
@@ -200,8 +204,9 @@ def times_columns(left: Floats, matrix: Floats) -> Floats:
 def directions(
     left: Floats, right: Floats, start: int, scale: np.float32, second: Floats, out: Floats
 ) -> None:
-    """((left @ right) * scale) * sqrt(second) into `out`; the factors are whole numbers, and the
-    first `start` entries of the first row of their product are not there.
+    """Write ((left @ right) * scale) * sqrt(second) to `out`, from entry `start` on.
+
+    `left` [rows, rank] and `right` [rank, columns] hold integers.
     """
     out[:] = (left @ right).reshape(-1)[start : start + second.size]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -210,7 +215,7 @@ def directions(
 
 
 def squares(x: Floats, y: Floats) -> tuple[float, float, float]:
-    """Sums of (x - y)^2 and of y^2; the largest |x - y|."""
+    """Return the sums of (x - y)^2 and of y^2, and the largest |x - y|."""
     error = x - y
     total = float(np.square(error, dtype=np.float64).sum())
     energy = float(np.square(y, dtype=np.float64).sum())
@@ -220,8 +225,10 @@ def squares(x: Floats, y: Floats) -> tuple[float, float, float]:
 def weight_squares(
     near: Floats, true: Floats, base: Floats, weights: Floats
 ) -> tuple[float, float, float, float, float, float]:
-    """Sums of (near - true)^2, true^2, (true - base)^2, of the first and the third weighted (0
-    without weights); the largest |near - true|.
+    """Return sums over squares, and the largest |near - true|.
+
+    The sums are of (near - true)^2, true^2 and (true - base)^2, and of the first and the third
+    times weights (0 without weights).
     """
     error, energy, largest = squares(near, true)
     change = np.square(true - base, dtype=np.float64)
@@ -232,13 +239,13 @@ def weight_squares(
 
 
 def root_squares(x: Floats, y: Floats) -> tuple[float, float]:
-    """Sum of (sqrt x - sqrt y)^2, and sum of x."""
+    """Return the sums of (sqrt x - sqrt y)^2 and of x."""
     error = np.sqrt(x) - np.sqrt(y)
     return float(np.square(error, dtype=np.float64).sum()), float(x.sum(dtype=np.float64))
 
 
 def _order(words: Words, floating: bool) -> Words:
-    """Map words so that neighbouring values get neighbouring integers; its own inverse."""
+    """Return order(words) of "Lossless slice": integers in the order of the floats."""
     if not floating:
         return words
     signed = words.view(f"<i{words.dtype.itemsize}")
@@ -248,8 +255,9 @@ def _order(words: Words, floating: bool) -> Words:
 
 
 def split_words(words: Words, base: Words, transform: int, floating: bool) -> NDArray[np.uint8]:
-    """Transform words (see `lossless`; `base` counts for the transform 2 only) and split them into
-    bytes by significance: shape (word size, n), least significant first.
+    """Transform words (transforms of `lossless`) and split them: uint8 [word size, n].
+
+    The least significant bytes come first. Only transform 2 uses `base`.
     """
     one, top = words.dtype.type(1), words.dtype.type(words.itemsize * 8 - 1)
     if transform == 2:
@@ -264,8 +272,10 @@ def split_words(words: Words, base: Words, transform: int, floating: bool) -> ND
 def split_near(
     words: Words, near: Words, floating: bool, raw: int
 ) -> tuple[NDArray[np.uint8], Bytes, Integers, bool]:
-    """Transform 2, of which the `raw` lowest bytes are split off: shape (raw, n); then where any
-    higher bit is set, as bits; and there the higher bits.  False where this does not undo.
+    """Apply transform 2 and split off the `raw` lowest bytes: uint8 [raw, n].
+
+    Also returns the bitmap of the entries with higher bits, these higher bits, and whether
+    `join_words` restores the words.
     """
     planes = split_words(words, near, 2, floating)
     back = np.empty_like(words)
@@ -280,7 +290,7 @@ def split_near(
 def join_words(
     planes: NDArray[np.uint8], base: Words, transform: int, floating: bool, out: Words
 ) -> None:
-    """Undo `split_words`, into `out`."""
+    """Undo `split_words`; write the words to `out`."""
     one, top = out.dtype.type(1), out.dtype.type(out.itemsize * 8 - 1)
     words = np.ascontiguousarray(planes.T).reshape(-1).view(out.dtype)
     if transform == 2:
