@@ -15,6 +15,12 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+
+def words(*lines: str) -> frozenset[str]:
+    """Return the set of words in these lines of text."""
+    return frozenset(word for line in lines for word in line.split())
+
+
 # -- names of files --------------------------------------------------------------------------------
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -60,10 +66,9 @@ def stem(name: str) -> str:
 
 # -- keys of a checkpoint --------------------------------------------------------------------------
 
-PART_KEYS = frozenset({
-    "model", "state_dict", "model_state_dict", "module", "net", "network", "optimizer",
-    "optimizer_state_dict", "optim",
-})  # fmt: skip
+PART_KEYS = words(
+    "model state_dict model_state_dict module net network optimizer optimizer_state_dict optim"
+)
 """Keys at the top of a checkpoint whose value is the whole model or optimizer."""
 
 _STEP_KEYS = (
@@ -188,40 +193,35 @@ class Number:
 _LONGEST = 4096  # characters; file systems do not allow longer names
 _PADDED = 6  # digits: model_0004999.pth of detectron2, model010000.pt of guided diffusion
 
-_STEP_ENDS = (
-    "step", "steps", "iter", "iters", "iteration", "iterations", "update", "updates",
-)  # fmt: skip
+_STEP_ENDS = tuple(words("step steps iter iters iteration iterations update updates"))
 _STEP_WORDS = frozenset({"it", "itr", "ba"})
 _EPOCH_WORDS = frozenset({"ep", "e", "phase", "round", "rounds"})
 _CHECKPOINT_ENDS = ("checkpoint", "checkpoints", "ckpt", "chkpt")
-_SHARD_WORDS = frozenset({
-    "rank", "ranks", "shard", "shards", "part", "parts", "partition", "worker", "process", "proc",
-    "node", "gpu", "device", "split", "chunk", "piece", "slice", "tp", "pp", "dp", "mp", "cp",
-    "fsdp", "zero", "consolidated", "expert", "experts", "layer",
-})  # fmt: skip
-_PLAIN_WORDS = frozenset({
-    "model", "models", "net", "network", "weight", "weights", "param", "params", "state", "states",
-    "opt", "optim", "optimizer", "ema", "unet", "module", "snapshot", "save", "saved", "backup",
-    "training", "train", "trainer", "scheduler", "g", "d", "gen", "disc", "generator",
-    "discriminator", "netg", "netd", "actor", "critic", "policy", "value", "agent",
-})  # fmt: skip
-_OTHER_WORDS = frozenset({
-    "epochstep", "epochsteps", "seed", "fold", "run", "trial", "exp", "experiment", "job", "id",
-    "task", "version", "v", "lr", "bs", "b", "k", "x", "batch", "size", "dim", "hidden", "layers",
-    "heads", "width", "depth", "res", "resolution", "patch", "window", "px", "len", "length", "ctx",
-    "context", "seq", "tokens", "token", "samples", "sample", "vocab", "top", "loss", "acc",
-    "accuracy", "score", "reward", "return", "bleu", "wer", "cer", "map", "miou", "psnr", "fid",
-    "stage", "ingredient", "level", "fp", "bf", "int", "float", "uint", "bit", "bits", "q", "alpha",
-    "beta", "temp", "time", "copy", "group", "config", "cfg", "h", "r",
-})  # fmt: skip
-_SIZES = frozenset({"b", "m", "mb", "gb", "bt", "mt", "t", "tb", "tokens", "px", "bit", "bits"})
+_SHARD_WORDS = words(
+    "rank ranks shard shards part parts partition worker process proc node gpu device split",
+    "chunk piece slice tp pp dp mp cp fsdp zero consolidated expert experts layer",
+)
+_PLAIN_WORDS = words(
+    "model models net network weight weights param params state states opt optim optimizer ema",
+    "unet module snapshot save saved backup training train trainer scheduler g d gen disc",
+    "generator discriminator netg netd actor critic policy value agent",
+)
+_OTHER_WORDS = words(
+    "epochstep epochsteps seed fold run trial exp experiment job id task version v lr bs b k x",
+    "batch size dim hidden layers heads width depth res resolution patch window px len length",
+    "ctx context seq tokens token samples sample vocab top loss acc accuracy score reward",
+    "return bleu wer cer map miou psnr fid stage ingredient level fp bf int float uint bit bits",
+    "q alpha beta temp time copy group config cfg h r",
+)
+_SIZES = words("b m mb gb bt mt t tb tokens px bit bits")
 _MULTIPLES = {"k": 1_000, "m": 1_000_000}
 _UNITS = _SIZES | {*_MULTIPLES, "step", "steps", "iter", "iters", "epoch", "epochs", "x"}
-_ARCHITECTURES = (
-    "resnet", "resnext", "densenet", "vgg", "vit", "swin", "deit", "beit", "convnext",
-    "efficientnet", "mobilenet", "inception", "regnet", "unet", "clip", "dino", "imagenet",
-    "llama", "gpt", "bert", "qwen", "mistral", "stylegan", "diffusion",
-)  # fmt: skip
+_ARCHITECTURES = tuple(
+    words(
+        "resnet resnext densenet vgg vit swin deit beit convnext efficientnet mobilenet inception",
+        "regnet unet clip dino imagenet llama gpt bert qwen mistral stylegan diffusion",
+    )
+)
 
 _TOKENS = re.compile(
     r"(?P<bar>\0+)|(?P<decimal>[0-9]+(?:\.[0-9]+)+)|(?P<number>[0-9]+)|(?P<word>[^\W\d_]+)"
@@ -249,7 +249,7 @@ _MASKED = (
 
 
 def _masked(name: str) -> str:
-    """Replace hashes, versions, dates and numbers of copies in a name by NUL characters."""
+    """Return a name with NUL in place of hashes, versions, dates and numbers of copies."""
     for pattern in _MASKED:
         name = pattern.sub(_blank, name)
     for match in _DATE.finditer(name):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from ckptvcs.checkpoint.conventions import words
 from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.pickle_reader import StorageRef, TensorRef, walk
 
@@ -32,24 +33,14 @@ FIRST: dict[str, tuple[str, ...]] = {
 }
 """Averages of gradients -> the second moments that may divide them, or their roots (state keys)."""
 
-SECOND = frozenset(
-    {
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_avg_var",  # Adam, amsgrad, AdaBelief
-        "square_avg",
-        "acc_delta",  # RMSprop, Adadelta
-        "sum",  # Adagrad
-        "exp_inf",  # Adamax
-        "hessian",  # Sophia
-        "exp_avg_sq_row",
-        "exp_avg_sq_col",
-        "row_var",
-        "col_var",
-        "variance",  # Adafactor
-        "v",
-        "nu",
-    }
+SECOND = words(
+    "exp_avg_sq max_exp_avg_sq exp_avg_var",  # Adam, amsgrad, AdaBelief
+    "square_avg acc_delta",  # RMSprop, Adadelta
+    "sum",  # Adagrad
+    "exp_inf",  # Adamax
+    "hessian",  # Sophia
+    "exp_avg_sq_row exp_avg_sq_col row_var col_var variance",  # Adafactor
+    "v nu",
 )
 """State keys of moments that are never negative: averages of squares and similar quantities."""
 
@@ -87,21 +78,9 @@ _WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
 _KEYS = _FLAT | {*_TRIPLES, "v", "nu", *_BESIDE, *_WEIGHTS_BESIDE}
 """Parts of names that may be state keys, or keys of the weight beside the moments."""
 
-_ADAM = frozenset(
-    {
-        "step",
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "mu_product",
-        "exp_avg_fast",
-        "exp_avg_slow",
-        "exp_avg_diff",
-        "exp_avg_var",
-        "master_param",
-        "master_params",
-        "param_remainder",
-    }
+_ADAM = words(
+    "step exp_avg exp_avg_sq max_exp_avg_sq mu_product exp_avg_fast exp_avg_slow exp_avg_diff",
+    "exp_avg_var master_param master_params param_remainder",
 )
 """State keys of optimizers with Adam's update rule.  Any other key means another rule."""
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from ckptvcs.checkpoint.conventions import words
 from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.optimizer_state import (
     DIVIDING,
@@ -65,38 +66,16 @@ MODULE, PAIRED, STATE_DICT = "module", "moments", "state dict"
 OPTIMIZER, BESIDE = "optimizer", "beside its moments"
 """Evidence of a moment: in an optimizer's state; beside its weight, with possible values."""
 
-_REST_FILES = (
-    "rng_state",
-    "random_states",
-    "scheduler",
-    "scaler",
-    "training_args",
-    "trainer_state",
-    "sampler",
-    "dl_state_dict",
-    "custom_checkpoint",
+_REST_FILES = tuple(
+    words(
+        "rng_state random_states scheduler scaler training_args trainer_state sampler",
+        "dl_state_dict custom_checkpoint",
+    )
 )
-_REST_KEYS = frozenset(
-    {
-        "rng",
-        "rng_state",
-        "rng_states",
-        "cuda_rng_state",
-        "torch_rng_state",
-        "numpy_rng_state",
-        "scheduler",
-        "lr_scheduler",
-        "lr_schedulers",
-        "scaler",
-        "grad_scaler",
-        "args",
-        "config",
-        "hyper_parameters",
-        "callbacks",
-        "loops",
-        "random_state",
-        "sampler",
-    }
+_REST_KEYS = words(
+    "rng rng_state rng_states cuda_rng_state torch_rng_state numpy_rng_state scheduler",
+    "lr_scheduler lr_schedulers scaler grad_scaler args config hyper_parameters callbacks loops",
+    "random_state sampler",
 )
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
 _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))

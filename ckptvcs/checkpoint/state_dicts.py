@@ -6,63 +6,25 @@ import re
 from collections.abc import Container
 from pathlib import PurePosixPath
 
+from ckptvcs.checkpoint.conventions import words
 from ckptvcs.checkpoint.layout import StoredTensor
 from ckptvcs.checkpoint.optimizer_state import storage_key
 from ckptvcs.checkpoint.pickle_reader import METADATA, InertDict, StorageRef, TensorRef
 
-_BUFFERS = frozenset(
-    {
-        "running_mean",
-        "running_var",
-        "num_batches_tracked",
-        "inv_freq",
-        "position_ids",
-        "masked_bias",
-        "attn_mask",
-        "causal_mask",
-        "token_type_ids",
-        "original_inv_freq",
-        "relative_position_index",
-        "expert_bias",
-        "tokens_per_expert",
-        "e_score_correction_bias",
-        "mean",
-        "var",
-        "std",
-        "_mean",
-        "_var",
-        "_std",
-        "count",
-        "center",
-        "queue",
-    }
+_BUFFERS = words(
+    "running_mean running_var num_batches_tracked inv_freq position_ids masked_bias attn_mask",
+    "causal_mask token_type_ids original_inv_freq relative_position_index expert_bias",
+    "tokens_per_expert e_score_correction_bias mean var std _mean _var _std count center queue",
 )
 """Last parts of the names of well-known buffers."""
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
-_MODELS = frozenset(
-    {"model", "module", "net", "network", "weights", "ema", "swa", "master", "params"}
-)
+_MODELS = words("model module net network weights ema swa master params")
 """Words in the keys of models."""
 
-_ROLES = frozenset(
-    {
-        "generator",
-        "discriminator",
-        "actor",
-        "critic",
-        "policy",
-        "encoder",
-        "decoder",
-        "backbone",
-        "unet",
-        "vae",
-        "transformer",
-        "lora",
-        "adapter",
-        "teacher",
-        "student",
-    }
+_ROLES = words(
+    "generator discriminator actor critic policy encoder decoder backbone unet vae transformer",
+    "lora adapter teacher student",
 )
 """Words in the keys of models if at least half of the names there end like parameters."""
 
@@ -70,34 +32,10 @@ _BESIDE = re.compile(
     r"(state|dict|weight|param|master_params?|sma|avg|averaged?|shadow|target|online|gen|disc"
     r"|value|head|text|g|d|q)"
 )
-_EXCLUDING = frozenset(
-    {
-        "buffer",
-        "buffers",
-        "replay",
-        "rollout",
-        "rollouts",
-        "normalizer",
-        "normaliser",
-        "dataloader",
-        "dataset",
-        "stats",
-        "statistics",
-        "loss",
-        "losses",
-        "input",
-        "inputs",
-        "cache",
-        "sample",
-        "samples",
-        "history",
-        "metrics",
-        "queue",
-        "rms",
-        "priorities",
-        "obs",
-        "observations",
-    }
+_EXCLUDING = words(
+    "buffer buffers replay rollout rollouts normalizer normaliser dataloader dataset stats",
+    "statistics loss losses input inputs cache sample samples history metrics queue rms",
+    "priorities obs observations",
 )
 """Words in keys and file names that exclude everything below them."""
 
