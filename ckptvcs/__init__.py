@@ -1,4 +1,4 @@
-"""Git for training runs: commit, log and check out checkpoints in the space of a few of them.
+"""Git for training runs: commit, log and check out checkpoints in the space of a few.
 
 repo = ckptvcs.Repo.init("runs/exp1")
 repo.commit({"model": model.state_dict()}, step=2000, metrics={"loss": 2.31})
@@ -104,8 +104,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Load a class when it is first asked for.  The command line, which is below this package, can
-    so be interrupted, and find no memory, from its first moment.
+    """Load a class on first access.
+
+    The command line imports this package before it can handle an interrupt or a lack of memory, so
+    the import must be short.
     """
     if name == "__version__":
         from importlib.metadata import version  # noqa: PLC0415

@@ -27,7 +27,7 @@ _SWITCH_INTERVAL = 2e-4  # seconds until a thread passes on the interpreter lock
 _LOWEST_PRIORITY = 19
 _PROCESS = os.getpid()  # the process that imported this module; a fork has another id
 _BLAS_THREADS = frozenset({"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"})
-_START_TIMEOUT = 5.0  # seconds; a thread that has not begun by then has died
+START_TIMEOUT = 5.0  # seconds; a thread that has not begun by then has died
 _RETRY_AFTER = 30.0  # seconds without attempts after a thread died
 _AHEAD = 2  # more items than threads, so that no thread idles while a slow item is awaited
 
@@ -38,8 +38,8 @@ Progress = Callable[[int], None]
 """A function that is called with each number of bytes read or written."""
 
 
-def quiet(_: int) -> None:
-    """Show no progress."""
+def quiet(_: object) -> None:
+    """Ignore progress, or another notification."""
 
 
 def worker_count() -> int:
@@ -55,7 +55,7 @@ def _cores() -> int:
 
 
 @lru_cache(2)
-def _pool(process: int, background: bool) -> Pool:
+def shared_pool(process: int, background: bool) -> Pool:
     """Return the pool of a process; a forked child gets a new one.
 
     A background process leaves one core free.
@@ -220,7 +220,7 @@ def _shut_down_all() -> None:
         pool.shutdown()
 
 
-_refused_until = 0.0
+refused_until = 0.0
 
 
 def start_thread(run: Callable[[], object]) -> bool:
@@ -229,27 +229,28 @@ def start_thread(run: Callable[[], object]) -> bool:
     A thread may die at its start because memory is missing.  `Thread.start` would then wait
     forever; this function waits for a limited time.
     """
-    global _refused_until
-    if monotonic() < _refused_until:
+    global refused_until
+    if monotonic() < refused_until:
         return False
     alive, wanted = allocate_lock(), [True]
     alive.acquire()
     # `append` needs no Python frame, for which memory may be missing, and stores nothing.
     hook, sys.unraisablehook = sys.unraisablehook, deque[object](maxlen=0).append
     try:
-        start_new_thread(_live, (alive, wanted, run))
-        if alive.acquire(timeout=_START_TIMEOUT):
+        start_new_thread(run_thread, (alive, wanted, run))
+        if alive.acquire(timeout=START_TIMEOUT):
             return True
     except (RuntimeError, MemoryError):
         return False
     finally:
         sys.unraisablehook = hook
     wanted.clear()
-    _refused_until = monotonic() + _RETRY_AFTER
+    refused_until = monotonic() + _RETRY_AFTER
     return False
 
 
-def _live(alive: LockType, wanted: list[bool], run: Callable[[], object]) -> None:
+def run_thread(alive: LockType, wanted: list[bool], run: Callable[[], object]) -> None:
+    """Report that this thread lives, then call `run` if the starter still waits for it."""
     alive.release()
     if wanted:  # otherwise the caller has given up
         run()
@@ -261,7 +262,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     An exception of `function` is raised at its item and cancels the waiting work.  `function`
     must not call `ordered_map`: all calls share one pool of threads.
     """
-    pool = _pool(os.getpid(), getattr(_thread, "background", False))
+    pool = shared_pool(os.getpid(), getattr(_thread, "background", False))
     waiting: deque[Future[R]] = deque()
     with _short_switch_interval():
         try:

@@ -1,6 +1,6 @@
-"""Repo: one repository, and everything that can be done with it.
+"""Repo: all operations on a repository.
 
-Each method is one call into `ops/` or `background/`.  These load on their first call, so that
+Each method is one call into `ops/` or `background/`; the modules there load on first use, so that
 `log`, `show` and `status` start without numpy.
 """
 
@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ckptvcs import ops
 from ckptvcs.errors import CkptError, after
-from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
-from ckptvcs.ops.config import Value, get_setting, set_setting
-from ckptvcs.ops.history_reader import NO_RULES, PathLike
-from ckptvcs.ops.reader import Reader
-from ckptvcs.ops.repository import CONFIG, Repository
+from ckptvcs.ops.history_reader import PathLike
+from ckptvcs.ops.history_writer import HistoryWriter
+from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 
@@ -28,22 +26,23 @@ if TYPE_CHECKING:
 
     from ckptvcs.background.client import Client
     from ckptvcs.background.process import Done
-    from ckptvcs.gc.collect import GcPlan
-    from ckptvcs.history.reflog import Undone
     from ckptvcs.ops.commit import CommitResult
     from ckptvcs.ops.import_folder import Importer
-    from ckptvcs.ops.refs import DeletedBranch
     from ckptvcs.ops.repair import Repaired
     from ckptvcs.ops.watch import Watcher
 
 _log = logging.getLogger("ckptvcs")
 
 
-class Repo(Reader):
-    """An open repository that can be read and changed.
+class Repo(HistoryWriter):
+    """A repository that is open for reading and writing.
 
-    A `Repo` remembers the branch of its last commit: a checkout in another process does not move
-    it. Use it in a `with` block, or call `close`, if you use `commit_async`.
+    A `Repo` continues on the branch of its last commit, even if a checkout in another process moves
+    HEAD.  If you use `commit_async`, use the `Repo` in a `with` block, or call `close`.
+
+    Example:
+        >>> with Repo.init("runs/exp1") as repo:
+        ...     repo.commit({"model": model.state_dict()}, step=2000)
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,6 +58,9 @@ class Repo(Reader):
             path: The directory for the repository.
             codec: The value of the setting `codec`; None uses `near` for a new repository.
 
+        Returns:
+            The open repository.
+
         Raises:
             InvalidInputError: The codec is not known, or the existing repository has another codec.
             StorageError: The directory cannot be written.
@@ -66,12 +68,20 @@ class Repo(Reader):
         return cls(Repository.init(path, codec=codec).folder)
 
     def wait(self) -> None:
-        """Wait until all background commits are done; raises the CkptError of a failed one."""
+        """Wait until all background commits are done.
+
+        Raises:
+            CkptError: A background commit failed.
+        """
         if self.background is not None and self.background.is_ours:
             self.background.wait()
 
     def close(self) -> None:
-        """Wait until all background commits are done, and stop the worker process; see `wait`."""
+        """Wait until all background commits are done, and stop the worker process.
+
+        Raises:
+            CkptError: A background commit failed.
+        """
         client, self.background = self.background, None
         if client is not None and client.is_ours:
             client.close()
@@ -113,9 +123,13 @@ class Repo(Reader):
             The new commit.
 
         Raises:
-            InvalidInputError: The state has a value of another type; the message names its path.
+            InvalidInputError: An argument is not valid, or the state has a value of an unsupported
+                type; the message names its path.
             ConflictError: Another writer moved the branch meanwhile.
-            CkptError: An earlier background commit failed; nothing was committed.
+            BusyError: gc is sweeping and does not finish within a minute.
+            CorruptionError: An object that the commit depends on is missing or damaged.
+            StorageError: The disk is full, or fails.
+            CkptError: An earlier background commit failed; this commit was not started.
 
         Example:
             >>> entry = repo.commit(model=model, optimizer=optimizer, step=2000)
@@ -154,28 +168,28 @@ class Repo(Reader):
     ) -> Future[LogEntry]:
         """Copy a state and commit it in the background while training continues.
 
-        Commits are made in the order of the calls.  At most one copy waits while another is
-        compressed; a further call blocks and logs a warning.  If memory for the copy is missing,
-        the call commits directly.  A failed commit is raised by its future, and by the next call of
-        this method, `commit`, `wait` or `close`.  A commit is durable as soon as its future is
-        done.
+        Commits are made in the order of the calls.  A commit is durable as soon as its future is
+        done.  At most one copy waits while another is compressed; a further call blocks and logs a
+        warning.  If memory for the copy is missing, the call commits directly.  The future raises
+        the error of a failed commit, and so does the next call of `commit_async`, `commit`, `wait`
+        or `close`.
 
         Args:
             state: As for `commit`.
             model: As for `commit`.
             optimizer: As for `commit`.
             extra: As for `commit`.
-            step: The training step; None reads it from the state, if the state has one.
-            message: The message of the commit.
-            metrics: Metrics by name, such as `{"loss": 2.31}`.
-            codec: The codec for this commit; None uses the setting `codec`.
+            step: As for `commit`.
+            message: As for `commit`.
+            metrics: As for `commit`.
+            codec: As for `commit`.
 
         Returns:
             A future of the new commit.
 
         Raises:
             InvalidInputError: The state or an argument is not valid.
-            CkptError: An earlier commit failed; this one was not started.
+            CkptError: An earlier background commit failed; this commit was not started.
         """
         from ckptvcs.background.client import Client  # noqa: PLC0415
 
@@ -201,12 +215,12 @@ class Repo(Reader):
             ),
         )
 
-    def _follow(self, made: Done) -> LogEntry:
-        """Take over a commit of the worker process."""
-        self._branch = made.branch
-        with after(f"commit {made.name[:8]} was made"):
+    def _follow(self, done: Done) -> LogEntry:
+        """Continue on the branch of a background commit, and return its log entry."""
+        self._branch = done.branch
+        with after(f"commit {done.name[:8]} was made"):
             self.repository.catalog.store.refresh()
-            return self.repository.entry(ObjectId(made.name), branch=made.branch)
+            return self.repository.entry(ObjectId(done.name), branch=done.branch)
 
     def commit_path(
         self,
@@ -234,17 +248,24 @@ class Repo(Reader):
             codec: The codec for this commit; None uses the setting `codec`.
             branch: The branch to commit to; None uses the branch of HEAD.
             raw: Store the bytes without parsing the file.
-            names: Parameter names of the optimizers, by file and by path in the file, for each
-                group.
+            names: The names of the optimizer parameters: for each pair of a file and a path inside
+                it, one list for each parameter group.
             files: Commit only these files of the directory; empty commits all.
-            head_stays: Do not move HEAD to a branch that is started because the step is not above
+            head_stays: Do not move HEAD if the commit starts a branch because its step is not above
                 the last one.
             progress: Called with the number of bytes that were read or written since its last call.
 
+        Returns:
+            The new commit, and notes about it.
+
         Raises:
             NotFoundError: `path` does not exist.
-            InvalidInputError: `path` contains no complete checkpoint.
+            InvalidInputError: `path` contains no complete checkpoint, an argument is not valid, or
+                the files changed meanwhile.
             ConflictError: Another writer moved the branch meanwhile.
+            BusyError: gc is sweeping and does not finish within a minute.
+            CorruptionError: An object that the commit depends on is missing or damaged.
+            StorageError: The disk is full, or fails.
         """
         self.wait()
         return ops.commit.commit_path(
@@ -270,15 +291,17 @@ class Repo(Reader):
         branch: str | None = None,
         codec: str | None = None,
     ) -> Importer:
-        """Return an importer for a folder of checkpoints.
-
-        Its methods `look`, `run` and `remove` compare, commit and delete the checkpoints.
+        """Return an importer for a folder of checkpoints; this changes nothing yet.
 
         Args:
             folder: The folder that contains the checkpoints.
             pattern: A glob for the names of the checkpoints; None takes all.
             branch: The branch to commit to; None uses the branch of HEAD.
             codec: The codec for the commits; None uses the setting `codec`.
+
+        Returns:
+            The importer; its methods `look`, `run` and `remove` compare, commit and delete the
+            checkpoints.
 
         Raises:
             NotFoundError: The folder does not exist, or contains no checkpoint.
@@ -301,9 +324,6 @@ class Repo(Reader):
     ) -> Watcher:
         """Return a watcher for a folder that a trainer writes to.
 
-        Each call of `look` of the watcher commits the checkpoints that are complete, and yields
-        events.
-
         Args:
             folder: The folder that the trainer writes to.
             pattern: A glob for the names of the checkpoints; None takes all.
@@ -312,6 +332,9 @@ class Repo(Reader):
             settle: A checkpoint is complete after this many seconds without a change.
             keep_local: Delete the source files of all but the newest N checkpoints; None keeps all.
             accept_near: Also delete source files whose commit is only near.
+
+        Returns:
+            The watcher; each call of its method `look` commits the complete checkpoints.
 
         Raises:
             InvalidInputError: The folder is part of the repository, or an argument is not valid.
@@ -327,123 +350,15 @@ class Repo(Reader):
             accept_near=accept_near,
         )
 
-    def move_head(self, revision: str | int) -> str | None:
-        """Point HEAD to a commit, or to a branch whose newest commit it is.
-
-        Returns:
-            The branch that HEAD follows; None if HEAD is detached.
-
-        Raises:
-            NotFoundError: `revision` names no commit.
-        """
-        return ops.refs.move_head(self.repository, self.resolve(revision), str(revision))
-
-    def branch(self, name: str, revision: str | int = "HEAD") -> ObjectId:
-        """Create a branch, and return the id of its commit.
-
-        Args:
-            name: The name of the new branch.
-            revision: The commit that the branch points to.
-
-        Raises:
-            ConflictError: The branch exists.
-            InvalidInputError: The name is not valid.
-        """
-        return ops.refs.create_branch(self.repository, name, revision)
-
-    def delete_branch(self, name: str) -> DeletedBranch:
-        """Delete a branch; its commits are kept until the next gc.
-
-        Raises:
-            NotFoundError: The branch does not exist.
-            ConflictError: HEAD is on the branch.
-        """
-        return ops.refs.delete_branch(self.repository, name)
-
-    def tag(self, name: str, revision: str | int = "HEAD") -> ObjectId:
-        """Create a tag, and return the id of its commit.
-
-        Args:
-            name: The name of the new tag.
-            revision: The commit that the tag points to.
-
-        Raises:
-            ConflictError: The tag exists.
-            InvalidInputError: The name is not valid.
-        """
-        return ops.refs.create_tag(self.repository, name, revision)
-
-    def delete_tag(self, name: str) -> ObjectId:
-        """Delete a tag, and return the id of its commit.
-
-        Raises:
-            NotFoundError: The tag does not exist.
-        """
-        return ops.refs.delete_tag(self.repository, name)
-
-    def pin(self, revision: str | int = "HEAD", *, pinned: bool = True) -> bool:
-        """Pin a commit, so that gc keeps it and its exact form; or unpin it.
-
-        An exact patch that has expired is not restored.
-
-        Args:
-            revision: The commit to pin.
-            pinned: False removes the pin.
-
-        Returns:
-            Whether the pin changed.
-        """
-        return ops.refs.set_pin(self.repository, self.resolve(revision), pinned=pinned)
-
-    def gc(
-        self,
-        policy: Policy = NO_RULES,
-        *,
-        sweep: bool = True,
-        rekey: bool = False,
-        progress: Progress = quiet,
-    ) -> GcPlan:
-        """Drop the commits that no rule keeps, and delete unreferenced data.
-
-        gc also lets exact patches expire that the settings do not keep, and merges tiny packs.  It
-        works on a full disk, except with `rekey`.
-
-        Args:
-            policy: The retention rules; the default keeps every commit.
-            sweep: False only records the drops: `undo` can revert them until the next sweep.
-            rekey: Re-encode deltas across dropped commits, and limit each chain as the settings
-                say.
-            progress: Called with the number of bytes that were read or written since its last call.
-
-        Returns:
-            The dropped commits and the freed sizes, in bytes on disk.
-
-        Raises:
-            BusyError: Another process is writing.
-            CorruptionError: An object that a commit needs is missing; nothing was deleted.
-            InvalidInputError: The rules keep no commit at all.
-            StorageError: The disk fails.
-
-        Example:
-            >>> repo.gc(ckptvcs.Policy(last=20, every=10_000)).freed_bytes
-        """
-        return ops.gc.collect(self.repository, policy, sweep=sweep, rekey=rekey, progress=progress)
-
-    def undo(self) -> Undone:
-        """Revert the last move of HEAD's branch, or the last drop of its commits.
-
-        Raises:
-            NotFoundError: There is no change to revert.
-            ConflictError: The change was swept, or another writer moved the branch.
-        """
-        return ops.undo.undo(self.repository)
-
     def repair(self, source: PathLike | None = None, *, drop: bool = False) -> Repaired:
         """Repair a damaged repository.
 
         Args:
             source: Another repository to copy lost objects from.
             drop: Drop the commits that cannot be repaired.
+
+        Returns:
+            The repaired objects, refs and files, and the dropped commits.
 
         Raises:
             BusyError: Another process uses the repository.
@@ -465,6 +380,9 @@ class Repo(Reader):
             source: As for `repair`.
             drop: As for `repair`.
 
+        Returns:
+            As for `repair`.
+
         Raises:
             NotFoundError: `path` or `source` contains no repository.
             CorruptionError: The repository cannot be opened even after the repair.
@@ -472,22 +390,3 @@ class Repo(Reader):
         """
         copy = None if source is None else Repository.locate(source)
         return ops.repair.repair(Repository.locate(path), copy, drop=drop)
-
-    def rebuild_index(self) -> int:
-        """Rebuild the index from the packs, and return the number of packs."""
-        return self.repository.catalog.store.rebuild()
-
-    def configure(self, key: str, value: str | None) -> Value:
-        """Change a setting, and return its new value.
-
-        Args:
-            key: The name of the setting, as in `settings`.
-            value: The new value as text; None restores the default.
-
-        Raises:
-            InvalidInputError: No setting has this name, or the value is not valid.
-            StorageError: The settings cannot be written.
-        """
-        return get_setting(
-            set_setting(self.folder / CONFIG, self.repository.backend, key, value), key
-        )

@@ -1,7 +1,6 @@
 """The demo: train, commit, log, check out an old step, verify, compare sizes.
 
-One training run is committed to two repositories, once with loss and once exactly, with the
-command line that users have.
+It commits one training run to two repositories with the command line: near and lossless.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ console = Console()
 
 
 def ckpt(folder: Path, *args: str, show: bool = True) -> None:
-    """Run a command as a user would, showing it and what it prints."""
+    """Run a ckpt command; print it and its output if `show` is set."""
     if show:
         console.print(f"\n[bold]$ ckpt {' '.join(args)}[/bold]")
     done = subprocess.run(
@@ -41,12 +40,12 @@ def ckpt(folder: Path, *args: str, show: bool = True) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's bytes, by another function than the store uses."""
+    """Return the SHA-256 of a file; the store uses another hash function."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def train_and_commit(folder: Path, spec: TrainSpec) -> tuple[dict[int, str], int]:
-    """Train, committing model.pt to each repository; the originals' hashes, and their bytes."""
+    """Train and commit to each repository; return the hashes by step and the total bytes."""
     originals: dict[int, str] = {}
     raw = 0
     model = folder / "model.pt"
@@ -89,7 +88,7 @@ def train_and_commit(folder: Path, spec: TrainSpec) -> tuple[dict[int, str], int
 
 
 def look_back(folder: Path, codec: str, originals: dict[int, str]) -> bool:
-    """Show a repository and bring an old step back; whether it is byte-identical."""
+    """Show a repository and restore an old step; return whether it is byte-identical."""
     console.print()
     console.rule(f"committed with --codec {codec}")
     ckpt(folder, "--repo", codec, "log")
@@ -98,7 +97,7 @@ def look_back(folder: Path, codec: str, originals: dict[int, str]) -> bool:
     same = sha256(folder / "old.pt") == originals[old]
     state = torch.load(folder / "old.pt", weights_only=True)
     if state["step"] != old or (codec == "lossless" and not same):
-        raise SystemExit(f"step {old} did not come back as it was")
+        raise SystemExit(f"step {old} was not restored correctly")
     console.print(f"old.pt is {'byte-identical to' if same else 'near'} the original of step {old}")
     ckpt(folder, "--repo", codec, "verify")
     ckpt(folder, "--repo", codec, "stats")
@@ -108,7 +107,7 @@ def look_back(folder: Path, codec: str, originals: dict[int, str]) -> bool:
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="made anew")
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="output, deleted first")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--every", type=int, default=20)
     options = parser.parse_args()
@@ -119,9 +118,9 @@ def main() -> None:
         ckpt(folder, "init", codec)
     originals, raw = train_and_commit(folder, TrainSpec(steps=options.steps, every=options.every))
     table = Table(title=f"{len(originals)} checkpoints, all kept")
-    for name in ("as", "bytes", "ratio", "an old step comes back"):
+    for name in ("as", "bytes", "ratio", "restored step"):
         table.add_column(name, justify="right" if name in ("bytes", "ratio") else "left")
-    table.add_row("torch.save files", f"{raw:,}", "1.0", "as it was")
+    table.add_row("torch.save files", f"{raw:,}", "1.0", "byte-identical")
     for codec in CODECS:
         same = look_back(folder, codec, originals)
         files = [path for path in (folder / codec / ".ckpt").rglob("*") if path.is_file()]

@@ -1,8 +1,7 @@
-"""Make the golden repository of the present format: `python -m scripts.make_golden NAME`.
+"""Make a golden repository of the current format: `python -m scripts.make_golden NAME`.
 
-It holds exact patches, a pin, dropped commits and merged deltas beside what the codecs make.
-
-The tests decode every golden repository for ever.  An existing one is never touched.
+It contains frames of all codecs, exact patches, a pin, dropped commits and merged deltas. The tests
+decode every golden repository in every later version. Existing ones are never changed.
 """
 
 from __future__ import annotations
@@ -30,14 +29,17 @@ CODECS = (
     "near:momentum_rank=2,momentum_nmse=1", "near:momentum_rank=2,momentum_nmse=1", "near", "near",
     "near", "near", "lossless",
 )  # fmt: skip
-"""The last one has the bytes of the one before as other types; the two before that are of float64,
-with complex weights; the two before these keep half-precision weights beside their masters; the two
-before them momenta.
+"""The codec of each commit. By index, the states have
+
+    -7, -6   momenta instead of Adam's moments
+    -5, -4   bfloat16 weights and their float32 masters
+    -3, -2   float64 tensors and complex weights
+    -1       weights with the bytes of state -2 as integers
 """
 
 
 def _wider(tensor: torch.Tensor) -> torch.Tensor:
-    """A matrix in float64, the first half of its rows as the real part of the second."""
+    """Return float64; a matrix becomes complex: the first half of its rows is the real part."""
     wide = tensor.to(torch.float64)
     if tensor.dim() == 2 and tensor.shape[0] % 2 == 0 and (tensor < 0).any():
         half = tensor.shape[0] // 2
@@ -46,7 +48,7 @@ def _wider(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as integers of another word size."""
+    """Return the same bytes as integers of another word size."""
     words = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return words.contiguous().view(torch.int16) if words.dim() else words
 
@@ -54,12 +56,12 @@ def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """Make one golden repository."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="what it shows, such as v1-first")
+    parser.add_argument("name", help="name of the repository, such as v1-first")
     target = GOLDEN / parser.parse_args().name
     if target.exists():
         raise SystemExit(f"{target} exists; golden repositories are never rewritten")
     expected = {}
-    # Nothing of the machine it was made on goes into the repository.
+    # Keep the names of the machine and the user out of the repository.
     socket.gethostname = lambda: "golden"
     os.environ |= {"LOGNAME": "golden", "GIT_DIR": os.devnull}
     with tempfile.TemporaryDirectory() as scratch:

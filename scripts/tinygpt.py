@@ -1,8 +1,8 @@
-"""A small GPT trained on the Python standard library's sources, for demo and benchmark.
+"""A small GPT trained on the source of Python's standard library, for demo and benchmark.
 
-The model follows GPT-NeoX (rotary positions, parallel attention and MLP, untied head).  The text
-needs no download; the vocabulary is the bytes plus the most common pieces of the text, so the
-embedding has the frequent and the rare rows that real language models have.
+The model follows GPT-NeoX (rotary positions, parallel attention and MLP, untied head). The
+vocabulary is all bytes and the most common pieces of the text: as in real language models, some
+rows of the embedding are used often and others rarely.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PIECE = re.compile(rb" ?[A-Za-z_]+| ?[0-9]+|\n[ ]*| +|[^\sA-Za-z0-9_]+|\s")
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What a run is made of; two runs of the same spec on one machine give the same checkpoints.
+    """The settings of a run. They determine its checkpoints on a given machine.
 
-    A checkpoint is kept `every` so many steps, and at those in `also`.
+    Checkpoints are those of each multiple of `every` and of the steps in `also`.
     """
 
     steps: int = 1500
@@ -47,7 +47,7 @@ class TrainSpec:
 
 
 def corpus(limit: int) -> bytes:
-    """The first `limit` bytes of the standard library's sources, in the order of their names."""
+    """Return the first `limit` bytes of the standard library's files, sorted by name."""
     parts, size = [], 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" in path.parts or "test" in path.parts:
@@ -61,13 +61,13 @@ def corpus(limit: int) -> bytes:
 
 
 def vocabulary(text: bytes, vocab: int) -> dict[bytes, int]:
-    """The commonest pieces of `text`, from id 256 on."""
+    """Return the most common pieces of `text`, with ids from 256 on."""
     common = Counter(p for p in PIECE.findall(text) if len(p) > 1).most_common(vocab - 256)
     return {piece: 256 + i for i, (piece, _) in enumerate(common)}
 
 
 def tokenize(text: bytes, vocab: int) -> np.ndarray:
-    """Token ids of `text`, int64 [n]: ids below 256 are bytes, the others the commonest pieces."""
+    """Return the token ids of `text`, int64 [n]: bytes below 256, then `vocabulary`."""
     ids = vocabulary(text, vocab)
     out: list[int] = []
     for piece in PIECE.findall(text):
@@ -80,13 +80,13 @@ def tokenize(text: bytes, vocab: int) -> np.ndarray:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply rotary positions to `x` (B, heads, T, head_dim)."""
+    """Apply rotary positions to `x` [B, heads, T, head_dim]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Block(nn.Module):
-    """Attention and MLP side by side, as in GPT-NeoX."""
+    """Parallel attention and MLP, as in GPT-NeoX."""
 
     def __init__(self, spec: TrainSpec) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Block(nn.Module):
 
 
 class TinyGPT(nn.Module):
-    """Token ids (B, T) -> logits (B, T, vocab)."""
+    """A model: token ids [B, T] -> logits [B, T, vocab]."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -141,7 +141,7 @@ class TinyGPT(nn.Module):
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:
-    """Linear warm-up over the first 50 steps, then a cosine down to a tenth."""
+    """Return the rate: a linear warm-up over 50 steps, then a cosine down to a tenth."""
     if step < 50:
         return spec.lr * (step + 1) / 50
     progress = (step - 50) / max(1, spec.steps - 50)
@@ -153,10 +153,9 @@ def train(
     on_step: Callable[[int, float], None],
     on_checkpoint: Callable[[int, float, dict[str, Any]], None],
 ) -> None:
-    """Train from scratch; hand over the training state where `spec` keeps one.
+    """Train from scratch, and call `on_checkpoint(step, loss, state)` for each checkpoint.
 
-    `on_checkpoint(step, loss, state)` gets the live tensors: it saves or copies what it needs
-    before it returns.
+    The tensors in `state` change when training continues: the callback must save or copy them.
     """
     torch.manual_seed(spec.seed)
     tokens = torch.from_numpy(tokenize(corpus(spec.corpus_bytes), spec.vocab))

@@ -1,4 +1,4 @@
-"""commit_async, as the training process sees it: copy, hand over, hear what became of it."""
+"""Client: the training process's side of `commit_async`."""
 
 from __future__ import annotations
 
@@ -30,20 +30,25 @@ class Client:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this process has its threads: a forked child has none."""
+        """Whether this process created the client: a forked child has none of its threads."""
         return self._process == os.getpid()
 
     def commit(
         self,
         take: Callable[[Copies], Checkpoint],
-        said: Mapping[str, Any],
+        arguments: Mapping[str, Any],
         branch: Callable[[], str | None],
         follow: Callable[[Done], LogEntry],
-        at_once: Callable[[], LogEntry],
+        commit_directly: Callable[[], LogEntry],
     ) -> Future[LogEntry]:
-        """Commit what `take` makes with copies of its bytes; `at_once` does so without a copy, if
-        there is no room for one.  `said` and `branch` (asked when the commit begins) are what
-        `commit_checkpoint` takes; `follow` is told of the commit, and gives its entry.
+        """Copy a state, and return a future of its commit.
+
+        Args:
+            take: Builds the checkpoint from copies of its bytes.
+            arguments: Keyword arguments of `commit_checkpoint`.
+            branch: Returns the branch; called when the commit begins.
+            follow: Called with the new commit; returns its log entry.
+            commit_directly: Called instead if memory for the copy is missing.
         """
         staging = self.queue.stage()
         try:
@@ -51,37 +56,39 @@ class Client:
         except (MemoryError, OSError) as error:
             self.queue.release(staging)
             _log.warning("not enough memory for a copy (%s): training waits for this commit", error)
-            return self.queue.done(at_once())
+            future: Future[LogEntry] = Future()
+            future.set_result(commit_directly())
+            return future
         except BaseException:
             self.queue.release(staging)
             raise
 
         def commit() -> LogEntry:
-            request: dict[str, Any] = {**said, "branch": branch()}
+            request: dict[str, Any] = {**arguments, "branch": branch()}
             try:
-                made = self.worker.commit(staging, packed, request)
+                done = self.worker.commit(staging, packed, request)
             except NoWorkerError as error:
-                _log.warning("%s: this process commits, beside the training", error)
-                own = Repository(self._repository.folder)
-                result = commit_checkpoint(own, unpack(packed, staging.memory), **request)
-                made = Done(result.id, result.branch)
-            return follow(made)
+                _log.warning("%s: a thread of the training process commits instead", error)
+                repository = Repository(self._repository.folder)
+                result = commit_checkpoint(repository, unpack(packed, staging.memory), **request)
+                done = Done(result.id, result.branch)
+            return follow(done)
 
-        step = said["step"]
+        step = arguments["step"]
         return self.queue.submit(
             staging, commit, "without a step" if step is None else f"step {step}"
         )
 
     def raise_failed(self) -> None:
-        """Raise what an earlier commit failed with, once."""
+        """Raise the errors of earlier commits; each is raised once."""
         self.queue.raise_failed()
 
     def wait(self) -> None:
-        """Wait for all commits.  Raises what one of them failed with."""
+        """Wait for all commits; raises as `raise_failed`."""
         self.queue.wait()
 
     def close(self) -> None:
-        """The same, at the end; the process that commits ends, too."""
+        """Wait for all commits and stop the worker process; raises as `raise_failed`."""
         try:
             self.queue.close()
         finally:

@@ -1,16 +1,15 @@
-"""Worker: a process beside that commits what it is given, so that training is not held up.
+"""Worker: a separate process that commits states while training continues.
 
-Threads of one process take turns at the interpreter, some hundred times in a step of training; a
-process of its own takes nothing but a core and memory.  It is started from nothing, reads states
-where they were copied to, in shared memory, and ends with the process that it works for.
+A thread would compete with training for the interpreter lock.  A process only needs a core and
+memory.  It is not a fork, reads the states in shared memory, and ends with the training process.
 
-    Job, a file descriptor    what to commit, and the memory that holds it: each time anew
-    Move                      before a branch moves: whoever outlives the process can look whether
-                              it did
-    Done or Failed            the answer
+    Job, then a file descriptor    to the worker: the commit to make, and the memory with its state
+    Move                           from the worker, before a branch moves: if the worker dies, the
+                                   training process checks whether the branch moved
+    Done or Failed                 from the worker: the result
 
-The copy of a state stays until its commit is answered for.  A process that dies, or an attempt that
-fails for no reason of the state, is followed by a process started anew; a limited number of times.
+The copy of a state is kept until the result arrives.  If the worker dies, or fails for a reason
+outside the state, a new process tries the commit again, a limited number of times.
 """
 
 from __future__ import annotations
@@ -44,20 +43,20 @@ from ckptvcs.store.disk import real_path
 if TYPE_CHECKING:
     from ckptvcs.background.shared_state import Staging, StateMessage
 
-# Who stops a job may tell all of its processes; this one ends with the one that it works for, which
-# may have something left to commit.
-_NOT_HEARD = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-_START = (
-    f"import signal as s; [s.signal(getattr(s, name), s.SIG_IGN) for name in {_NOT_HEARD}]; "
+# A scheduler may send these to every process of a job.  The worker ends with the training process,
+# which may still have states to commit.
+_IGNORED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SERVER_CODE = (
+    f"import signal as s; [s.signal(getattr(s, name), s.SIG_IGN) for name in {_IGNORED}]; "
     "from ckptvcs.background.server import serve; serve()"
 )
-_PATIENCE = 10.0  # seconds for an idle process to end in
-_LOOK = 1.0  # seconds between looks whether it is alive
-_PROCESSES = 3  # that may die over one commit
-_ATTEMPTS = 2  # of one commit that may be answered with an error
-# A process that dies of these would take the next one, and the training, with it.
+_STOP_SECONDS = 10.0  # time for an idle worker to end before it is killed
+_POLL_SECONDS = 1.0  # time between checks whether the worker is alive
+MAX_PROCESSES = 3  # workers that may die during one commit
+MAX_ATTEMPTS = 2  # errors that one commit may return
+# A state that kills a worker by one of these could also kill the training process.
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
-# Another attempt would meet the same, or was made already.
+# A second attempt would fail in the same way, or the commit has retried already.
 _FINAL = (BusyError, InvalidInputError, NotFoundError, StorageError, UnsupportedVersionError)
 _names = {number.value: number.name for number in signal.Signals}
 _log = logging.getLogger("ckptvcs")
@@ -65,16 +64,16 @@ _log = logging.getLogger("ckptvcs")
 
 @dataclass(frozen=True)
 class Job:
-    """One commit, of what is in `size` bytes of memory; a descriptor of these follows."""
+    """A commit to make; the descriptor of its `size` bytes of shared memory follows."""
 
     size: int
-    parcel: StateMessage
-    said: dict[str, Any]
+    state: StateMessage
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Done:
-    """The commit that was made, and its branch."""
+    """The id and the branch of a new commit."""
 
     name: str
     branch: str
@@ -82,7 +81,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """What was raised instead."""
+    """The error that ended a commit."""
 
     kind: type[CkptError]
     message: str
@@ -90,11 +89,11 @@ class Failed:
 
 
 class NoWorkerError(CkptError):
-    """No process can be had that lives long enough to commit."""
+    """No worker process can be started, or none lives long enough to commit."""
 
 
 class _DiedError(Exception):
-    """The process has ended, or was ended: without an answer it is of no more use."""
+    """The worker ended without a result; `by_fault` says that a signal in `_FAULTS` ended it."""
 
     def __init__(self, how: str, *, by_fault: bool = False) -> None:
         super().__init__(how)
@@ -102,10 +101,10 @@ class _DiedError(Exception):
 
 
 class Worker:
-    """The process, started when it is first needed, and anew after it died."""
+    """The worker process; it starts on the first commit, and restarts if it died."""
 
     def __init__(self, folder: Path, was_made: Callable[[Move], bool]) -> None:
-        """`was_made` says whether a commit that a process announced before it died is there."""
+        """`was_made` returns whether the branch has made a move that a dead worker announced."""
         self._folder, self._was_made = folder, was_made
         self._end: weakref.finalize[Any, Any] | None = None
 
@@ -115,7 +114,7 @@ class Worker:
             paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # noqa: PTH109
             arguments = [str(far.fileno()), str(os.getpid()), str(real_path(self._folder))]
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, *arguments],
+                [sys.executable, "-P", "-c", SERVER_CODE, *arguments],
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": paths},
@@ -123,19 +122,19 @@ class Worker:
             )
         self._end = weakref.finalize(self, _stop, self.pipe, self.process, os.getpid())
 
-    def commit(self, staging: Staging, parcel: StateMessage, said: dict[str, Any]) -> Done:
-        """Have a state committed whose tensors are in the room of a `staging`.
+    def commit(self, staging: Staging, state: StateMessage, arguments: dict[str, Any]) -> Done:
+        """Commit a state whose tensors are in the memory of `staging`.
 
         Raises:
-            NoWorkerError: there is no process that can do it; this one may.
-            CkptError: what went wrong there.
+            NoWorkerError: No worker can commit; the training process may try.
+            CkptError: The error of the commit in the worker.
         """
         died = failed = 0
         while True:
             move: Move | None = None
             problem: Exception
             try:
-                for answer in self._answers(staging, parcel, said):
+                for answer in self._answers(staging, state, arguments):
                     if isinstance(answer, Done):
                         return answer
                     if isinstance(answer, Move):
@@ -148,32 +147,32 @@ class Worker:
                 failed, problem = failed + 1, error
             if move is not None and self._was_made(move):
                 return Done(move.commit, move.branch)
-            if isinstance(problem, _FINAL) or failed == _ATTEMPTS:
+            if isinstance(problem, _FINAL) or failed == MAX_ATTEMPTS:
                 raise problem
-            if died == _PROCESSES:
-                how = f"the process that commits in the background ended each time ({problem})"
+            if died == MAX_PROCESSES:
+                how = f"background commit failed: every worker process ended early ({problem})"
                 by_fault = isinstance(problem, _DiedError) and problem.by_fault
                 raise CkptError(how) if by_fault else NoWorkerError(how)
-            _log.warning("a commit in the background is tried again: %s", problem)
+            _log.warning("background commit failed, trying again: %s", problem)
             self.close()
 
     def _answers(
-        self, staging: Staging, parcel: StateMessage, said: dict[str, Any]
+        self, staging: Staging, state: StateMessage, arguments: dict[str, Any]
     ) -> Iterator[object]:
-        """What the process says of one commit, until nobody asks any more."""
+        """Send one job, and yield the messages of the worker."""
         try:
             if self._end is not None and self._end.alive and self.process.poll() is not None:
-                self.close()  # it died while it had nothing to do
+                self.close()  # the worker died while it was idle
             if self._end is None or not self._end.alive:
                 self._start()
         except OSError as error:
-            raise _DiedError(f"it cannot be started: {error}") from error
+            raise _DiedError(f"cannot start the worker: {error}") from error
         try:
             handle, size = staging.handle()
         except OSError as error:
-            raise NoWorkerError(f"no memory can be shared: {error}") from error
+            raise NoWorkerError(f"cannot share memory with the worker: {error}") from error
         try:
-            self.pipe.send(Job(size, parcel, said))
+            self.pipe.send(Job(size, state, arguments))
             send_handle(self.pipe, handle, self.process.pid)
             while True:
                 yield self._answer()
@@ -184,26 +183,27 @@ class Worker:
             raise _DiedError(_names.get(-code, f"exit {code}"), by_fault=by_fault) from error
 
     def _answer(self) -> object:
-        while not self.pipe.poll(_LOOK):  # forked children may hold the other end, too
+        # If the worker dies, the pipe may stay open: a forked child may hold its other end.
+        while not self.pipe.poll(_POLL_SECONDS):
             if self.process.poll() is not None and not self.pipe.poll():
                 raise EOFError
         return self.pipe.recv()
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the worker process."""
         if self._end is not None:
             self._end()
 
 
 def _stop(pipe: Connection, process: subprocess.Popen[bytes], owner: int) -> None:
-    if os.getpid() == owner:  # not a child of it, forked
-        with contextlib.suppress(OSError):
-            pipe.send(None)  # children may hold this end, too, so that closing it says nothing
-    pipe.close()
-    if os.getpid() != owner:
+    if os.getpid() != owner:  # a forked child must not stop the worker
+        pipe.close()
         return
+    with contextlib.suppress(OSError):
+        pipe.send(None)  # closing is not enough: forked children may hold this end open
+    pipe.close()
     try:
-        process.wait(_PATIENCE)
+        process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -1,7 +1,9 @@
-"""A copy of a state in shared memory, and what another process is sent to read it.
+"""A copy of a state in shared memory, and the message by which another process reads it.
 
-Staging   room for the bytes of a state; it is used again, since new memory costs more than copying
-StateMessage    a checkpoint whose tensors are (start, length) in that room; all else is copied
+Staging         shared memory for the bytes of a state; reused, since new memory costs more than
+                copying
+StateMessage    a checkpoint whose tensors are (start, length) in that memory; it holds a copy of
+                everything else
 """
 
 from __future__ import annotations
@@ -23,88 +25,89 @@ from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.checkpoint.torch_writer import DeviceBytes, MemorySource
 from ckptvcs.parallel import ordered_map
 
-_ALIGNED = 64  # bytes
+_ALIGNMENT = 64  # bytes
 _BLOCK = 1 << 24
 
 Bytes = NDArray[np.uint8]
 
 
 class Staging:
-    """Room for one state.  It grows to what is asked for and stays: to be given new memory costs
-    several times what copying does.
+    """Shared memory for one state.
+
+    It grows to the largest state and is kept: new memory costs several times as much as copying.
     """
 
     def __init__(self) -> None:
-        self._room: Bytes = np.empty(0, np.uint8)
+        self._bytes: Bytes = np.empty(0, np.uint8)
         self._memory: mmap.mmap | None = None
         self._file, self.pinned = -1, False
         self._close: Callable[[], object] = int
 
     def handle(self) -> tuple[int, int]:
-        """What another process needs to see the room: a file descriptor, and how large it is.
+        """Return a file descriptor of the memory, and its size in bytes.
 
         Raises:
-            OSError: there is no room.
+            OSError: The system has no memory left.
         """
-        self._make(_ALIGNED, pinned=False)
-        return self._file, self._room.size
+        self._reserve(_ALIGNMENT, pinned=False)
+        return self._file, self._bytes.size
 
     @property
     def memory(self) -> memoryview:
-        """The room as this process sees it."""
-        return self._room.data
+        """The memory as this process sees it."""
+        return self._bytes.data
 
     def place(self, block: memoryview | DeviceBytes) -> int | None:
-        """Where in the room a block is, if it is one of the copies."""
-        if isinstance(block, DeviceBytes) or not len(block) or not self._room.size:
+        """Return the offset of a block in the memory; None if it is not a copy."""
+        if isinstance(block, DeviceBytes) or not len(block) or not self._bytes.size:
             return None
-        start = np.frombuffer(block, np.uint8).ctypes.data - self._room.ctypes.data
-        return start if 0 <= start < self._room.size else None
+        start = np.frombuffer(block, np.uint8).ctypes.data - self._bytes.ctypes.data
+        return start if 0 <= start < self._bytes.size else None
 
     def copies(self, blocks: Sequence[memoryview | DeviceBytes]) -> list[memoryview]:
-        """The bytes of each block, which may change from now on; valid until this is called again.
+        """Return a copy of each block; the copies are valid until the next call.
 
         Raises:
-            MemoryError, OSError: there is no room.
+            MemoryError, OSError: The system has no memory left.
         """
         starts, end = [], 0
         for block in blocks:
             starts.append(end)
-            end += -(-len(block) // _ALIGNED) * _ALIGNED
-        self._make(end, pinned=any(isinstance(block, DeviceBytes) for block in blocks))
-        rooms = [self._room[a : a + len(b)] for a, b in zip(starts, blocks, strict=True)]
-        far = [(r, b) for r, b in zip(rooms, blocks, strict=True) if isinstance(b, DeviceBytes)]
-        near = [(r, b) for r, b in zip(rooms, blocks, strict=True) if isinstance(b, memoryview)]
-        devices = {_send(room, block) for room, block in far}
-        for _ in ordered_map(_copy, _cut(near)):  # while those of devices are under way
+            end += -(-len(block) // _ALIGNMENT) * _ALIGNMENT
+        self._reserve(end, pinned=any(isinstance(block, DeviceBytes) for block in blocks))
+        targets = [self._bytes[a : a + len(b)] for a, b in zip(starts, blocks, strict=True)]
+        pairs = list(zip(targets, blocks, strict=True))
+        devices = {_send(target, b) for target, b in pairs if isinstance(b, DeviceBytes)}
+        host = [(target, b) for target, b in pairs if isinstance(b, memoryview)]
+        for _ in ordered_map(_copy, _cut(host)):  # meanwhile the devices copy, too
             pass
         for device in devices:
             sys.modules["torch"].cuda.current_stream(device).synchronize()
-        return [room.data for room in rooms]
+        return [target.data for target in targets]
 
-    def _make(self, size: int, *, pinned: bool) -> None:
-        if size > self._room.size:
-            self._let_go()  # first: there may be no room for both
+    def _reserve(self, size: int, *, pinned: bool) -> None:
+        if size > self._bytes.size:
+            self._free()  # before the allocation: memory may not suffice for both
             file = _shared_file(size)
             self._close = weakref.finalize(self, os.close, file)
             self._memory = mmap.mmap(file, size)
-            self._room, self._file = np.frombuffer(self._memory, np.uint8), file
+            self._bytes, self._file = np.frombuffer(self._memory, np.uint8), file
         if pinned and not self.pinned and self._memory is not None:
-            _pin(self._room, self._memory)
+            _pin(self._bytes, self._memory)
             self.pinned = True
 
-    def _let_go(self) -> None:
-        """Have no room any more; whoever still reads the old one keeps it."""
+    def _free(self) -> None:
+        """Give up the memory; the system frees it after its last reader."""
         self._close()
         self._close, self._file, self.pinned = int, -1, False
-        self._memory, self._room = None, np.empty(0, np.uint8)
+        self._memory, self._bytes = None, np.empty(0, np.uint8)
 
 
 def _shared_file(size: int) -> int:
-    """A descriptor of a file without a name: in memory, or on a disk where the system has no other.
+    """Return a descriptor of a file without a name, in memory; on disk if the system has no memfd.
 
     Raises:
-        OSError: there is no room.
+        OSError: Memory or disk is full.
     """
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("ckpt")
@@ -114,32 +117,33 @@ def _shared_file(size: int) -> int:
     try:
         os.ftruncate(file, size)
         if not hasattr(os, "memfd_create") and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, size)  # a full disk would kill whoever writes to the map
+            # Without this, a write to the map kills the process if the disk is full.
+            os.posix_fallocate(file, 0, size)
     except BaseException:
         os.close(file)
         raise
     return file
 
 
-def _pin(room: Bytes, memory: mmap.mmap) -> None:
-    """Let devices copy there by themselves until it is let go; without it they are slower."""
+def _pin(target: Bytes, memory: mmap.mmap) -> None:
+    """Pin the memory, so that devices copy to it faster, until it is freed."""
     runtime = sys.modules["torch"].cuda.cudart()
-    start = room.ctypes.data
-    if int(runtime.cudaHostRegister(start, room.size, 0)) == 0:
+    start = target.ctypes.data
+    if int(runtime.cudaHostRegister(start, target.size, 0)) == 0:
         weakref.finalize(memory, runtime.cudaHostUnregister, start)
 
 
-def _send(room: Bytes, block: DeviceBytes) -> Any:
-    """Begin to copy what is on a device: which one."""
-    sys.modules["torch"].from_numpy(room).copy_(block.flat, non_blocking=True)
+def _send(target: Bytes, block: DeviceBytes) -> Any:
+    """Begin to copy a block of a device, and return the device."""
+    sys.modules["torch"].from_numpy(target).copy_(block.flat, non_blocking=True)
     return block.flat.device
 
 
 def _cut(pairs: list[tuple[Bytes, memoryview]]) -> Iterator[tuple[Bytes, Bytes]]:
-    for room, block in pairs:
+    for target, block in pairs:
         source = np.frombuffer(block, np.uint8)
         for at in range(0, len(source), _BLOCK):
-            yield room[at : at + _BLOCK], source[at : at + _BLOCK]
+            yield target[at : at + _BLOCK], source[at : at + _BLOCK]
 
 
 def _copy(pair: tuple[Bytes, Bytes]) -> None:
@@ -148,7 +152,7 @@ def _copy(pair: tuple[Bytes, Bytes]) -> None:
 
 @dataclass(frozen=True)
 class StateMessage:
-    """A checkpoint of one file, whose blocks are bytes, or (start, length) in a room."""
+    """A checkpoint of one file; each block is bytes, or (start, length) in shared memory."""
 
     checkpoint: Checkpoint
     path: str
@@ -158,32 +162,32 @@ class StateMessage:
 
 
 def pack(checkpoint: Checkpoint, staging: Staging) -> StateMessage:
-    """A state to be sent; its tensors stay where they are in the room of `staging`."""
+    """Return the message for a state whose tensors are in `staging`."""
     (file,) = checkpoint.files
     assert isinstance(file.source, MemorySource)
     blocks: list[bytes | tuple[int, int]] = []
     for block in file.source.blocks:
-        assert not isinstance(block, DeviceBytes)  # all of these were copied
+        assert not isinstance(block, DeviceBytes)  # `Staging.copies` has copied these
         start = staging.place(block)
         blocks.append(bytes(block) if start is None else (start, len(block)))
     bare = replace(checkpoint, files=())
     return StateMessage(bare, file.path, file.format, file.pieces, tuple(blocks))
 
 
-def unpack(parcel: StateMessage, room: memoryview) -> Checkpoint:
-    """The state, read where it is.
+def unpack(message: StateMessage, memory: memoryview) -> Checkpoint:
+    """Return the state of a message; its tensors are views of `memory`.
 
     Raises:
-        ValueError: the room is smaller than what was put there.
+        ValueError: `memory` is smaller than the state.
     """
     source = MemorySource()
-    for block in parcel.blocks:
+    for block in message.blocks:
         if isinstance(block, bytes):
             source.append(block)
             continue
         start, length = block
-        if start + length > len(room):
-            raise ValueError(f"a copy of {len(room)} bytes lacks those at {start}")
-        source.append(room[start : start + length])
-    file = InputFile(parcel.path, source, parcel.format, parcel.pieces, 0o644, 0)
-    return replace(parcel.checkpoint, files=(file,))
+        if start + length > len(memory):
+            raise ValueError(f"shared memory of {len(memory)} bytes ends before a block at {start}")
+        source.append(memory[start : start + length])
+    file = InputFile(message.path, source, message.format, message.pieces, 0o644, 0)
+    return replace(message.checkpoint, files=(file,))

@@ -121,7 +121,7 @@ class Checkpoint:
         root, skip = self.directory
         known: dict[str, str | None] = {file.path: _FILE for file in self.files}
         known |= {link.path: link.target for link in self.links}
-        found = {name: self._kind(name, entry) for name, entry in _entries(root, skip)}
+        found = {name: self._kind(name, entry) for name, entry in list_entries(root, skip)}
         if found != known:
             raise changed_while_read(root)
 
@@ -191,7 +191,8 @@ def _parse(source: Source, raw: bool) -> Layout:
     return Layout("raw", [], problem=None if raw or not source.size else why_raw(source))
 
 
-def _entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def list_entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield the path below `root` and the entry of each file and folder, except `skip`."""
     stack = _sorted(root, "")
     while stack:
         name, entry = stack.pop()
@@ -222,7 +223,7 @@ def _open_directory(
     root: Path, raw: bool, skip: Path | None, names: Names | None, only: Collection[str]
 ) -> Checkpoint:
     reader = _DirectoryReader(root, raw, skip, only)
-    for name, entry in _entries(root, skip):
+    for name, entry in list_entries(root, skip):
         if not only or name in only:
             reader.take(name, entry)
     files = {name for name, *_ in reader.parsed}

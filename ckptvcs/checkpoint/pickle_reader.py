@@ -26,7 +26,7 @@ MAX_PICKLE_BYTES = 1 << 30
 # Bytes of memory for objects: these, and so many for each byte of the pickle that has been read.  A
 # list of empty dicts, among the dearest that programs write, takes 36 for each byte.
 _ROOM = 1 << 26
-_ROOM_A_BYTE = 40
+ROOM_PER_BYTE = 40
 _MOST_ROOM = 1 << 32
 # What objects take in Python 3.11, rounded up.
 _LIST, _DICT, _ENTRY, _MARK, _TUPLE, _SLOT, _RECORD, _NAME = 64, 72, 100, 140, 56, 8, 120, 300
@@ -142,7 +142,8 @@ def _sizes(value: object) -> tuple[int, ...] | None:
     return tuple(value) if all(type(n) is int and n >= 0 for n in value) else None
 
 
-def _tensor(args: tuple[Any, ...], dtype: str | None) -> TensorRef | None:
+def tensor_ref(args: tuple[Any, ...], dtype: str | None) -> TensorRef | None:
+    """Return the tensor that a call of torch rebuilds, or None if the arguments are not valid."""
     if len(args) < 4 or not isinstance(args[0], StorageRef) or type(args[1]) is not int:
         return None
     shape, stride = _sizes(args[2]), _sizes(args[3])
@@ -170,10 +171,10 @@ def _call(maker: object, args: object, depth: int = 0) -> Any:
         case Global("collections", "OrderedDict"):
             found = _ordered_dict(args)
         case Global("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor"):
-            found = _tensor(args, None)
+            found = tensor_ref(args, None)
         case Global("torch._utils", "_rebuild_tensor_v3") if len(args) > 6:
             if isinstance(args[6], Global):
-                found = _tensor(args, args[6].name)
+                found = tensor_ref(args, args[6].name)
         case Global("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state"):
             found = args[0] if args and isinstance(args[0], TensorRef) else None
         case Global("torch._tensor", "_rebuild_from_type_v2") if len(args) > 2 and not depth:
@@ -221,7 +222,7 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
     def __init__(self, file: BinaryIO, size: int) -> None:
         super().__init__(file, encoding="latin1")
         self._file, self._start, self._size = file, file.tell(), size
-        self._charged, self._allowed = 0, _ROOM
+        self.charged_bytes, self._allowed = 0, _ROOM
         self.memo = _Memo(self._charge)
 
     def _charge(self, size_bytes: int) -> None:
@@ -230,16 +231,16 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
         Raises:
             pickle.UnpicklingError: it is more than a pickle of so many bytes may take.
         """
-        self._charged += size_bytes
-        if self._charged > self._allowed:
+        self.charged_bytes += size_bytes
+        if self.charged_bytes > self._allowed:
             read = self._file.tell() - self._start
-            self._allowed = min(_ROOM + _ROOM_A_BYTE * read, _MOST_ROOM)
-            if self._charged > self._allowed:
+            self._allowed = min(_ROOM + ROOM_PER_BYTE * read, _MOST_ROOM)
+            if self.charged_bytes > self._allowed:
                 raise pickle.UnpicklingError("its objects take too much memory")
 
     def pop_mark(self) -> list[Any]:
         items: list[Any] = super().pop_mark()
-        self._charged -= _MARK
+        self.charged_bytes -= _MARK
         return items
 
     def find_class(self, module: str, name: str) -> Global:

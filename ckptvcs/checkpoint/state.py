@@ -98,7 +98,7 @@ class _Storages:
         storage = tensor.detach().untyped_storage()
         key = (str(tensor.device), storage.data_ptr(), storage.nbytes())
         if key not in self._numbers or not storage.nbytes():
-            far = _on_device(tensor) and storage.nbytes() > INLINE_BYTES
+            far = is_on_device(tensor) and storage.nbytes() > INLINE_BYTES
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device if far else "cpu")
             flat = flat.set_(storage if far else storage.cpu())
             self._numbers[key] = len(self.payloads)
@@ -116,7 +116,8 @@ class _Storages:
         )
 
 
-def _on_device(tensor: Any) -> bool:
+def is_on_device(tensor: Any) -> bool:
+    """Return whether the tensor is in the memory of a GPU."""
     return str(tensor.device.type) == "cuda"
 
 

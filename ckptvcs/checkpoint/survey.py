@@ -49,11 +49,17 @@ _WAIT = "wait until all of its files are written, or remove them"
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint in a folder, by its name there: a `file` or a `directory`, its bytes, its step;
-    `said` is the step that it gives itself, `problem` why it cannot be committed.
+    """A checkpoint in a folder.
 
-    Of one that several `files` of the folder hold together `path` is the folder, and `name` has `*`
-    where their names differ.
+    Attributes:
+        name: The name in the folder; for several files, with `*` in place of the differing part.
+        path: The file or directory; for several files, the folder.
+        kind: `file` or `directory`.
+        size_bytes: The size in bytes.
+        step: The training step, if known.
+        said: The step inside the checkpoint, if it has one.
+        problem: The error, if the checkpoint cannot be committed.
+        files: The names of the files, if several files of the folder form the checkpoint.
     """
 
     name: str
@@ -67,13 +73,18 @@ class Found:
 
     @property
     def top(self) -> str:
-        """The entry of the folder that it is; none for several files."""
+        """The entry of the folder; "" for several files."""
         return "" if self.files else self.name
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An entry of a folder that is no checkpoint, and why."""
+    """An entry of a folder that is not a checkpoint.
+
+    Attributes:
+        name: The name of the entry.
+        reason: Why it is not a checkpoint.
+    """
 
     name: str
     reason: str

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ckptvcs import Comparison, Indistinct, Sums, TensorDifference, TensorInfo
 
-_DEFAULT_ROWS = 30
+DEFAULT_ROWS = 30
 _WIDE = 110  # columns of a terminal that has room for every number
 
 
@@ -46,7 +46,7 @@ def diff(
     tensors = found.ordered(sort)
     limit = count
     if limit is None and not json and render.is_terminal():
-        limit = _DEFAULT_ROWS
+        limit = DEFAULT_ROWS
     if json:
         render.as_json(_diff_json(found, tensors[:limit]))
         return
@@ -190,7 +190,7 @@ def _show_diff(comparison: Comparison, tensors: list[TensorDifference]) -> None:
     if count:
         render.data(f"{count} tensor{'s are' if count > 1 else ' is'} the same on both sides")
     if comparison.indistinct:
-        render.data(_cannot_tell(comparison.indistinct))
+        render.data(describe_indistinct(comparison.indistinct))
 
 
 def _show_metadata(comparison: Comparison) -> None:
@@ -222,7 +222,8 @@ def _show_tensors(comparison: Comparison, tensors: list[TensorDifference]) -> No
         render.data("~ change is not above the error of the near forms")
 
 
-def _cannot_tell(found: Sequence[Indistinct]) -> str:
+def describe_indistinct(found: Sequence[Indistinct]) -> str:
+    """Say how many tensors cannot be compared, and why."""
     both = all(one.near_a and one.near_b for one in found)
     where = "both sides" if both else "one side or both"
     said = f"{_tensors(len(found))} cannot be told apart (near on {where})"

@@ -136,7 +136,8 @@ def _json(plan: GcPlan, *, dry_run: bool) -> render.Json:
     }
 
 
-def _sizes(plan: GcPlan, *, dry_run: bool, sweep: bool) -> str:
+def describe_sizes(plan: GcPlan, *, dry_run: bool, sweep: bool) -> str:
+    """Say how many bytes gc frees and keeps."""
     freed, kept = plan.freed_bytes, render.size(plan.kept_bytes)
     if freed < 0:
         verb = "would take" if dry_run else "takes"
@@ -160,7 +161,7 @@ def _show(plan: GcPlan, *, dry_run: bool, sweep: bool, rekey: bool) -> None:
         render.data(f"{len(plan.loose)} unreachable commit(s): {ids}")
     for name in plan.debris:
         render.data(f"{name}  stale file of a process that ended")
-    render.data(_sizes(plan, dry_run=dry_run, sweep=sweep))
+    render.data(describe_sizes(plan, dry_run=dry_run, sweep=sweep))
     if rekey and dry_run:
         render.talk("note: the size does not include what --rekey frees")
     chained = sum(row.chained_bytes for row in plan.decisions)

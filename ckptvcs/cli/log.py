@@ -9,7 +9,7 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Count, JsonOption, open_repo
 
-_DEFAULT_ENTRIES = 30
+DEFAULT_ENTRIES = 30
 
 
 def log(
@@ -28,7 +28,7 @@ def log(
         entries = repo.log(count, revision=revision, all_branches=all_branches or graph)
         render.as_json([render.entry_json(entry) for entry in entries])
         return
-    limit = count or _DEFAULT_ENTRIES
+    limit = count or DEFAULT_ENTRIES
     shown = limit + 1  # one more, to know whether there are more
     if graph:
         rows = repo.graph(shown, revision=revision)

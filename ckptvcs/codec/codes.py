@@ -159,8 +159,7 @@ def _get_signed(data: memoryview, at: int, count: int, *, long: bool) -> tuple[I
         if int(words.max()) >= MAX_CODE:
             raise CorruptionError("corrupt codes: code out of range")
         sizes[slice(None) if above is None else above] += words.astype(np.int32)
-    values: Integers = kernels.active().with_signs(sizes, signs)
-    return values, at
+    return kernels.active().with_signs(sizes, signs), at
 
 
 def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
@@ -169,7 +168,7 @@ def _get_dense(data: memoryview, at: int, count: int) -> tuple[Codes, int]:
         raise CorruptionError("corrupt codes: too many low bits")
     planes, at = get_bytes(data, at, shift * ((count + 7) // 8))
     high, at = get_section(data, at, count, short=True)
-    values: Integers = kernels.active().join_bits(planes, high, count, shift)
+    values = kernels.active().join_bits(planes, high, count, shift)
     (outliers,), at = take(_COUNT, data, at)
     escaped = high == 0
     if outliers != np.count_nonzero(escaped):

@@ -95,14 +95,11 @@ def _get_rice_bits(
 
 def _positions_of(form: int, stream: Bytes) -> Positions:
     """Return the positions of kept entries if all low bits of the gaps are 0."""
-    positions: Positions
     if form >= UNARY_GAPS:
-        positions = kernels.active().bit_positions(stream, 8 * stream.size)
-    elif stream.size and stream[-1] == _ESCAPE:
+        return kernels.active().bit_positions(stream, 8 * stream.size)
+    if stream.size and stream[-1] == _ESCAPE:
         raise CorruptionError("corrupt mask: it ends inside a gap")
-    else:
-        positions = kernels.active().gap_positions(stream)
-    return positions
+    return kernels.active().gap_positions(stream)
 
 
 def _get_low_bits(

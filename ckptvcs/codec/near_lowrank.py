@@ -62,8 +62,7 @@ def encode_low_rank(
     payload = put_components(_Scaled(matrix, ONE / roots[0], ONE / roots[1]), rows, rank, step)
     if payload is None:
         return None
-    near = decode_low_rank(memoryview(payload), second, words.size, dtype)
-    return NearSlice(payload, near)
+    return NearSlice(payload, decode_low_rank(memoryview(payload), second, words.size, dtype))
 
 
 def put_components(matrix: Matrix, rows: Rows, rank: int, step: float) -> bytes | None:

@@ -189,9 +189,7 @@ def encode_first(
     values = to_float32(words, dtype)
     squares = np.ones(1, np.float32) if second is None else to_float32(second, dtype)
     spread = _spread(sample(values), squares if second is None else sample(squares))
-    width = (
-        np.float32(min(step * spread, _LARGEST_STEP)) if spread > _LEAST_SPREAD else np.float32(1)
-    )
+    width = np.float32(min(step * spread, _LARGEST_STEP) if spread > _LEAST_SPREAD else 1)
     if second is None:
         squares = np.ones(values.size, np.float32)
     bitmap, kept, is_finite = kernels.active().quantize_units(

@@ -170,9 +170,8 @@ def put_delta(
         grid = choose_grid(least, largest + room) if np.isfinite(largest) else None
         if grid == before:
             break
-    head = _HEAD.pack(
-        grid, unit_step, levels.size, rows.columns if factors else 0, rows.start if factors else 0
-    )
+    columns, start = (rows.columns, rows.start) if factors else (0, 0)
+    head = _HEAD.pack(grid, unit_step, levels.size, columns, start)
     section = put_section(stored, short=True) if factors else b""
     coded = put_codes(Codes(bitmap, codes), residuals.size)
     return head + levels.tobytes() + section + coded, sums

@@ -85,12 +85,13 @@ class BaseWriter:
 
 
 class CachedTable(DecodedTable):
-    """A cached base. Each tensor is verified before its first use, unless the caller passes `out`:
-    such callers check the hash themselves.
+    """A cached base. Each tensor is verified before its first use.
+
+    Callers that pass `out` must verify the tensor themselves.
     """
 
     def __init__(self, path: Path, infos: list[TensorInfo], hashes: list[bytes]) -> None:
-        self._path, self._infos, self._hashes = path, infos, hashes
+        self._path, self.infos, self._hashes = path, infos, hashes
         self._starts = [0, *np.cumsum([i.size_bytes for i in infos], dtype=np.int64).tolist()]
         self._sound: dict[int, bool] = {}
         self._locks = [Lock() for _ in infos]
@@ -103,7 +104,7 @@ class CachedTable(DecodedTable):
                     self._sound[tensor] = self._verify(tensor)
             if not self._sound[tensor]:
                 return None
-            left = (self._infos[tensor].size_bytes - start) // word
+            left = (self.infos[tensor].size_bytes - start) // word
             out = np.empty(min(SLICE_WORDS, left), word_type(word))
         with contextlib.suppress(OSError):  # another process may have deleted the file
             at = self._starts[tensor] + start
@@ -117,7 +118,7 @@ class CachedTable(DecodedTable):
             size = self._path.stat().st_size
         except FileNotFoundError:
             return True  # deleted by another process
-        return size == self._starts[-1] and all(map(self._verify, range(len(self._infos))))
+        return size == self._starts[-1] and all(map(self._verify, range(len(self.infos))))
 
     def exists(self) -> bool:
         """Return whether the file still exists."""
@@ -137,7 +138,7 @@ class CachedTable(DecodedTable):
 
     def _verify(self, tensor: int) -> bool:
         digest, start = hasher(), self._starts[tensor]
-        end = start + self._infos[tensor].size_bytes
+        end = start + self.infos[tensor].size_bytes
         with contextlib.suppress(OSError):
             block = memoryview(bytearray(min(_BLOCK, end - start)))
             for at in range(start, end, _BLOCK):
@@ -290,7 +291,7 @@ class MemoryWriter:
 class MemoryTable(DecodedTable):
     """The tensors of a `MemoryBase`, for the commit that replaces them.
 
-    Other readers pass the table that they expect: a commit of another thread may replace it.
+    Other readers pass the `expected` table, because a commit in another thread may replace it.
     """
 
     def __init__(

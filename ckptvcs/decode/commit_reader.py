@@ -162,7 +162,7 @@ class Restorer:
             for index, count in enumerate(slice_counts(self.schema.tensors[number].words)):
                 yield _Job(table, position, number, index, count)
 
-    def _slices(
+    def read_slices(
         self, numbers: list[int], room: Callable[[_Job], Words | None] = lambda _: None
     ) -> Generator[tuple[_Job, Words], None, None]:
         """Yield the slices of stored tensors in order, decoded ahead in threads.
@@ -276,7 +276,7 @@ class Restorer:
         def room(job: _Job) -> Words:
             return outs[job.number][job.slice * SLICE_WORDS :][: job.count]
 
-        for job, _ in self._slices([n for n in numbers if infos[n].words], room):
+        for job, _ in self.read_slices([n for n in numbers if infos[n].words], room):
             if job.slice + 1 == len(slice_counts(infos[job.number].words)):
                 yield job.number, outs.pop(job.number).view(np.uint8)
         for number in numbers:
@@ -317,7 +317,7 @@ class Restorer:
 
     def blocks(self, number: int) -> Iterator[memoryview]:
         """Yield the bytes of a stored tensor, slice after slice."""
-        return (octets(words) for _, words in self._slices([number]))
+        return (octets(words) for _, words in self.read_slices([number]))
 
     # -- files ---------------------------------------------------------------------------------
 
@@ -344,7 +344,7 @@ class Restorer:
         segments = list(self._skeleton(file).walk(self.schema))
         tensors = [argument for op, argument, _ in segments if op == Op.TENSOR]
         sums: dict[int, int] = {}
-        with contextlib.closing(self._slices(tensors)) as stream:
+        with contextlib.closing(self.read_slices(tensors)) as stream:
             for op, argument, data in segments:
                 if op == Op.TENSOR:
                     crc = 0

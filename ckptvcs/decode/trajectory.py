@@ -168,7 +168,7 @@ class Trajectory:
             del here
 
     def _stop(self, name: ObjectId) -> _Stop:
-        decoded = lambda values: self._kept.get(values)  # noqa: E731  each time as it is then
+        decoded = lambda values: self._kept.get(values)  # noqa: E731  `_kept` changes
         restorer = Restorer(self._catalog, name, decoded=decoded)
         near = Restorer(self._catalog, name, near=True, decoded=decoded)
         infos = restorer.schema.tensors

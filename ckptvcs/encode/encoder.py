@@ -184,9 +184,9 @@ class Encoder:
                 for work in map(self._begin, self._planner.encoders(rows))
                 for number in range(work.slices)
             )
-            for coded in ordered_map(_encode_slices, jobs):
-                self._put(coded)
-                del coded  # free its memory while the next one is encoded
+            for encoded in ordered_map(_encode_slices, jobs):
+                self._put(encoded)
+                del encoded  # free its memory while the next one is encoded
             self._check_bound()
             self._settle()
             return finish()
@@ -295,15 +295,15 @@ class Encoder:
             self._end(work)
         return work
 
-    def _put(self, coded: _EncodedSlices) -> None:
-        work, index = coded.work, coded.index
-        self._nonfinite += coded.nonfinite
+    def _put(self, encoded: _EncodedSlices) -> None:
+        work, index = encoded.work, encoded.index
+        self._nonfinite += encoded.nonfinite
         for target, draft, part, errors, patch in zip(
             work.encoder.members,
             work.drafts,
-            coded.group.slices,
-            coded.group.errors,
-            coded.patches,
+            encoded.group.slices,
+            encoded.group.errors,
+            encoded.patches,
             strict=True,
         ):
             info = self._infos[target.number]
@@ -402,10 +402,10 @@ class Encoder:
 
 def _encode_slices(job: tuple[_Work, int, bool]) -> _EncodedSlices:
     work, number, patched = job
-    coded = work.encoder.encode(number)
+    encoded = work.encoder.encode(number)
     patches: list[Buffers | None] = []
     nonfinite = 0
-    for target, part in zip(work.encoder.members, coded.slices, strict=True):
+    for target, part in zip(work.encoder.members, encoded.slices, strict=True):
         exact = part.decoded is part.source
         if exact and target.role in LOSSY and target.dtype in WEIGHT_DTYPES:
             nonfinite += count_nonfinite(part.decoded, target.dtype)
@@ -413,7 +413,7 @@ def _encode_slices(job: tuple[_Work, int, bool]) -> _EncodedSlices:
             patches.append(None)
         else:
             patches.append(encode_patch(target.tensor.slice(number), part.decoded, target.dtype))
-    return _EncodedSlices(work, number, coded, patches, nonfinite)
+    return _EncodedSlices(work, number, encoded, patches, nonfinite)
 
 
 def energy_of(values: NDArray[np.float32]) -> float:

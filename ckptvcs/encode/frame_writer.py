@@ -94,20 +94,20 @@ class PartWriter:
         self.drafts.append(draft)
         return draft
 
-    def append(self, draft: Draft, coded: EncodedSlice) -> None:
-        draft.slices.append(self._region.append(coded.data))
-        draft.uses_base |= coded.uses_base
-        draft.exact &= coded.decoded is coded.source
-        if draft.source is None and not draft.steady and coded.decoded is not coded.source:
+    def append(self, draft: Draft, encoded: EncodedSlice) -> None:
+        draft.slices.append(self._region.append(encoded.data))
+        draft.uses_base |= encoded.uses_base
+        draft.exact &= encoded.decoded is encoded.source
+        if draft.source is None and not draft.steady and encoded.decoded is not encoded.source:
             draft.source = draft.digest.copy()
-        if draft.source is not None and coded.source is not None:
-            draft.source.update(octets(coded.source))
-        draft.digest.update(octets(coded.decoded))
+        if draft.source is not None and encoded.source is not None:
+            draft.source.update(octets(encoded.source))
+        draft.digest.update(octets(encoded.decoded))
 
     def _frame(self, draft: Draft) -> Frame:
-        if draft.base is None or not draft.uses_base:
-            return Frame(None, 0, draft.companion, tuple(draft.slices), draft.dtype)
-        base, depth = (draft.base.values, draft.base.tensor), draft.base.depth + 1
+        base, depth = None, 0
+        if draft.base is not None and draft.uses_base:
+            base, depth = (draft.base.values, draft.base.tensor), draft.base.depth + 1
         return Frame(base, depth, draft.companion, tuple(draft.slices), draft.dtype)
 
     def finish(self, publish: Callable[[PackWriter], PackInfo]) -> tuple[ObjectId | None, int]:

@@ -64,17 +64,17 @@ class DeviceEncoder:
         first = None if second is None else self._encode_first(self._first, number, second)
         if second is None or first is None:
             return None
-        coded: dict[int, Measured] = {
+        encoded: dict[int, Measured] = {
             self._first.number: first[:2],
             self._second.number: second[:2],
         }
-        step = self._host.step(number, coded)
+        step = self._host.step(number, encoded)
         weight = self._encode_weight(self._weight, number, second)
         if weight is None or not self._host.is_within_limit(step):
             return None
         first[1].add(step)
-        coded[self._weight.number] = weight[:2]
-        return EncodedGroup(*zip(*(coded[target.number] for target in self.members), strict=True))
+        encoded[self._weight.number] = weight[:2]
+        return EncodedGroup(*zip(*(encoded[target.number] for target in self.members), strict=True))
 
     def _values(self, target: Target, number: int) -> Any:
         return on_torch.floats(target.tensor.on_device(number), target.dtype)

@@ -17,12 +17,8 @@ from ckptvcs.codec.words import Words, to_float32
 
 Floats = NDArray[np.float32]
 
-_LIMITS = {
-    "F64": 1e38,
-    "F32": 1e38,
-    "BF16": 1e38,
-    "F16": 3e4,
-}  # larger weights could overflow when decoded
+_LIMITS = {"F64": 1e38, "F32": 1e38, "BF16": 1e38, "F16": 3e4}
+"""Weights of larger magnitude could overflow when decoded."""
 
 
 class Tensor(Protocol):

@@ -40,21 +40,21 @@ def measure(
     """Measure the errors of slice `number` of each member."""
     return tuple(
         finite(
-            measure_weight(group, number, coded)
+            measure_weight(group, number, encoded)
             if target is group.weight
-            else measure_moment(target, coded)
+            else measure_moment(target, encoded)
         )
-        for target, coded in zip(members, slices, strict=True)
+        for target, encoded in zip(members, slices, strict=True)
     )
 
 
-def measure_weight(group: Group, number: int, coded: EncodedSlice) -> Errors:
+def measure_weight(group: Group, number: int, encoded: EncodedSlice) -> Errors:
     """Measure the errors of slice `number` of a group's weight."""
     assert group.weight is not None
-    assert coded.source is not None
+    assert encoded.source is not None
     dtype = group.weight.dtype
     with np.errstate(over="ignore", invalid="ignore"):
-        true, near = (to_float32(words, dtype) for words in (coded.source, coded.decoded))
+        true, near = (to_float32(words, dtype) for words in (encoded.source, encoded.decoded))
         base = np.zeros_like(true)
         if group.base is not None:
             base = to_float32(group.base.slice(number), dtype)
@@ -63,11 +63,13 @@ def measure_weight(group: Group, number: int, coded: EncodedSlice) -> Errors:
     return Errors.of(sums)
 
 
-def measure_moment(target: Target, coded: EncodedSlice) -> Errors:
+def measure_moment(target: Target, encoded: EncodedSlice) -> Errors:
     """Measure the errors of a slice of a moment."""
-    assert coded.source is not None
+    assert encoded.source is not None
     with np.errstate(over="ignore", invalid="ignore"):
-        true, near = (to_float32(words, target.dtype) for words in (coded.source, coded.decoded))
+        true, near = (
+            to_float32(words, target.dtype) for words in (encoded.source, encoded.decoded)
+        )
         if target.squared:
             return Errors(*kernels.active().root_squares(true, near))
         error, energy, largest = kernels.active().squares(near, true)

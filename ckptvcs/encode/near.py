@@ -137,42 +137,42 @@ class NearEncoder:
     def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""
         group = self._group
-        coded: dict[int, Measured] = {}
+        encoded: dict[int, Measured] = {}
         if self._moments:
-            self._encode_moments(number, coded)
+            self._encode_moments(number, encoded)
         if group.weight is not None:
-            second = None if group.second is None else coded[group.second.number]
+            second = None if group.second is None else encoded[group.second.number]
             weight, own = self._weight(group.weight, number, second)
             if group.weight.iterate:  # its residual is about as large as a step
                 own.update_error, own.update_energy = own.error, own.residual
-            coded[group.weight.number] = weight, own
+            encoded[group.weight.number] = weight, own
             for target in group.copies:
                 near = from_float32(to_float32(weight.decoded, "F32"), target.dtype)
                 copy = EncodedSlice(put_slice(ROUNDED, b""), near, target.tensor.slice(number))
                 errors = measure_moment(target, copy)
                 errors.residual = own.residual
                 errors.fisher_error, errors.fisher_residual = own.fisher_error, own.fisher_residual
-                coded[target.number] = copy, finite(errors)
-        return EncodedGroup(*zip(*(coded[target.number] for target in self.members), strict=True))
+                encoded[target.number] = copy, finite(errors)
+        return EncodedGroup(*zip(*(encoded[target.number] for target in self.members), strict=True))
 
     def _exact(self, target: Target, number: int) -> Measured:
         base = None
         if target is self._group.weight and self._group.base is not None and not self._keyframe:
             base = self._group.base.slice(number)
-        coded = encode_exactly(target.tensor.slice(number), base, target.dtype)
-        return coded, finite(self._errors(target, number, coded))
+        encoded = encode_exactly(target.tensor.slice(number), base, target.dtype)
+        return encoded, finite(self._errors(target, number, encoded))
 
-    def _errors(self, target: Target, number: int, coded: EncodedSlice) -> Errors:
+    def _errors(self, target: Target, number: int, encoded: EncodedSlice) -> Errors:
         if target is self._group.weight:
-            return measure_weight(self._group, number, coded)
-        return measure_moment(target, coded)
+            return measure_weight(self._group, number, encoded)
+        return measure_moment(target, encoded)
 
     def _near(
         self,
         target: Target,
         number: int,
         method: int,
-        encoded: NearSlice | None,
+        near_slice: NearSlice | None,
         *,
         uses_base: bool = False,
     ) -> Measured | None:
@@ -180,37 +180,36 @@ class NearEncoder:
 
         A form is unusable if its NMSE is above 1 or not finite, or if its values are implausible.
         """
-        if encoded is None:
+        if near_slice is None:
             return None
-        data = put_slice(method, encoded.payload)
+        data = put_slice(method, near_slice.payload)
         words = target.tensor.slice(number)
-        coded = EncodedSlice(data, encoded.decoded, words, uses_base)
-        errors = (
-            self._errors(target, number, coded) if encoded.sums is None else Errors.of(encoded.sums)
-        )
+        encoded = EncodedSlice(data, near_slice.decoded, words, uses_base)
+        sums = near_slice.sums
+        errors = self._errors(target, number, encoded) if sums is None else Errors.of(sums)
         if not np.isfinite(errors.fisher_residual + errors.fisher_error):
             errors = replace(errors, fisher_error=0.0, fisher_residual=0.0)
         least = errors.residual if target is self._group.weight else errors.energy
         if not errors.error <= least < np.inf:
             return None
-        true, near = (to_float32(w, target.dtype) for w in (words, encoded.decoded))
+        true, near = (to_float32(w, target.dtype) for w in (words, near_slice.decoded))
         if is_implausible(true, near, squared=target.squared):
             return None
         # float64 values below the smallest float32 would decode to zero.
         lost = target.dtype == "F64" and (true == 0) & (words.view(np.float64) != 0)
-        return None if np.any(lost) else (coded, errors)
+        return None if np.any(lost) else (encoded, errors)
 
     # -- moments -------------------------------------------------------------------------------
 
-    def _encode_moments(self, number: int, coded: dict[int, Measured]) -> None:
+    def _encode_moments(self, number: int, encoded: dict[int, Measured]) -> None:
         """Encode all moments in the coarsest forms whose update NMSE is within the limit."""
         step = Errors()
         for forms in self._forms(number):
-            coded |= forms
-            step = self.step(number, coded)
+            encoded |= forms
+            step = self.step(number, encoded)
             if self.is_within_limit(step):
                 break
-        coded[self._moments[0].number][1].add(step)
+        encoded[self._moments[0].number][1].add(step)
 
     def is_within_limit(self, step: Errors) -> bool:
         """Return whether the error of the next optimizer step is within the limit."""
@@ -227,19 +226,19 @@ class NearEncoder:
         squares = [target for target in self._moments if target.squared]
         forms = self._forms_of(averages, number)
         for level in range(_LEVELS if squares else 1):
-            coded = {target.number: self._second(target, number, level) for target in squares}
-            second = None if group.second is None else coded[group.second.number]
+            encoded = {target.number: self._second(target, number, level) for target in squares}
+            second = None if group.second is None else encoded[group.second.number]
             for components, share in forms:
                 for target in averages:
                     divided = second if target is group.first else None
-                    coded[target.number] = (
+                    encoded[target.number] = (
                         self._first(target, number, divided, components)
                         if components
                         else self._entries(target, number, divided, share)
                     )
-                yield coded
+                yield encoded
             if averages:
-                yield coded | {target.number: self._exact(target, number) for target in averages}
+                yield encoded | {target.number: self._exact(target, number) for target in averages}
 
     def _forms_of(self, averages: list[Target], number: int) -> tuple[tuple[int, float], ...]:
         """Return the forms to try for first moments, the coarsest first: see `_FORMS`."""
@@ -253,10 +252,10 @@ class NearEncoder:
         halves = self._group.second is not None and spec.max_update_nmse < 1
         return _ENTRIES[halves:]
 
-    def step(self, number: int, coded: dict[int, Measured]) -> Errors:
+    def step(self, number: int, encoded: dict[int, Measured]) -> Errors:
         """Measure the error of the next optimizer step, given one encoded slice of each moment."""
         rule, size, targets = self._group.rule, step_sample(self._group.words), self._moments
-        near = {t.role: to_float32(coded[t.number][0].decoded, t.dtype) for t in targets}
+        near = {t.role: to_float32(encoded[t.number][0].decoded, t.dtype) for t in targets}
         count = slice_counts(self._group.words)[number]
         worst = measure_step(
             rule,
@@ -275,8 +274,8 @@ class NearEncoder:
         words = target.tensor.slice(number)
         forms = (second_rows(target, number, words.size), Rows(words.size))
         for rows in forms[level:]:
-            encoded = encode_second(words, target.dtype, rows)
-            result = self._near(target, number, NEAR_SECOND, encoded)
+            near_slice = encode_second(words, target.dtype, rows)
+            result = self._near(target, number, NEAR_SECOND, near_slice)
             if result is not None:
                 return result
         return self._exact(target, number)
@@ -295,8 +294,8 @@ class NearEncoder:
         step, method, squares = spec.momentum_step, NEAR_FIRST, None
         if second is not None:
             step, method, squares = spec.moment_step, NEAR_SCALED_FIRST, second[0].decoded
-        encoded = encode_first(words, squares, target.dtype, share * step, _MOMENT_ZONE)
-        return self._near(target, number, method, encoded) or self._exact(target, number)
+        near_slice = encode_first(words, squares, target.dtype, share * step, _MOMENT_ZONE)
+        return self._near(target, number, method, near_slice) or self._exact(target, number)
 
     def _low_rank(
         self, target: Target, number: int, words: Words, second: Measured | None, times: int
@@ -312,12 +311,12 @@ class NearEncoder:
         if rows is None:
             return None
         if second is None:
-            encoded = encode_low_rank(words, None, target.dtype, rows, rank, spec.rank_step)
-            result = self._near(target, number, NEAR_LOW_RANK, encoded)
+            near_slice = encode_low_rank(words, None, target.dtype, rows, rank, spec.rank_step)
+            result = self._near(target, number, NEAR_LOW_RANK, near_slice)
             enough = result is not None and result[1].error <= spec.momentum_nmse * result[1].energy
             return result if enough else None
         factors = _factors(second)
-        encoded = encode_low_rank(
+        near_slice = encode_low_rank(
             words,
             second[0].decoded,
             target.dtype,
@@ -326,7 +325,7 @@ class NearEncoder:
             spec.rank_step,
             factors.roots() if factors is not None and factors.rows == rows else None,
         )
-        return self._near(target, number, NEAR_SCALED_LOW_RANK, encoded)
+        return self._near(target, number, NEAR_SCALED_LOW_RANK, near_slice)
 
     @staticmethod
     def low_rank_rows(target: Target, number: int, count: int, rank: int) -> Rows | None:
@@ -339,15 +338,15 @@ class NearEncoder:
 
     def _weight(self, target: Target, number: int, second: Measured | None) -> Measured:
         words, base = target.tensor.slice(number), self._group.base
-        encoded = None
+        near_slice = None
         if target.weak and _sign(to_float32(words, target.dtype)):
             return self._exact(target, number)  # weights have both signs; these may be counts
         if base is None or self._keyframe:
             step = self._keyframe_step(target)
             if step is not None:
-                encoded = encode_keyframe(words, target.dtype, step)
+                near_slice = encode_keyframe(words, target.dtype, step)
         else:
-            encoded = encode_delta(
+            near_slice = encode_delta(
                 words,
                 base.slice(number),
                 target.dtype,
@@ -357,7 +356,7 @@ class NearEncoder:
                 NONE if self._group.second is None else self._group.second.floats(number),
             )
         uses_base = base is not None and not self._keyframe
-        result = self._near(target, number, NEAR_WEIGHT, encoded, uses_base=uses_base)
+        result = self._near(target, number, NEAR_WEIGHT, near_slice, uses_base=uses_base)
         return result or self._exact(target, number)
 
     def delta_step(self) -> float:

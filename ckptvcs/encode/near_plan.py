@@ -113,7 +113,9 @@ def _finer(spec: NearSpec, rows: list[Scale]) -> NearSpec:
     The limit of the update NMSE is lower while weights move by a large part of their size: the loss
     is then more sensitive to errors than that of a settled model.
     """
-    residual, weight = _energies(rows)
+    moved = [row for row in rows if row.residual is not None]
+    residual = sum(row.words * float(row.residual or 0) ** 2 for row in moved)
+    weight = sum(row.words * row.weight**2 for row in moved)
     if residual > _SETTLED * weight or not rows:
         spec = replace(spec, max_update_nmse=min(_UNSETTLED, spec.max_update_nmse))
     bound = (_MARGIN * spec.max_weight_error) ** 2 * weight
@@ -121,10 +123,3 @@ def _finer(spec: NearSpec, rows: list[Scale]) -> NearSpec:
         return spec
     share = float(np.sqrt(bound / (_NOISE * residual))) / spec.step
     return replace(spec, step=share * spec.step, cap=share * spec.cap)
-
-
-def _energies(rows: Iterable[Scale]) -> tuple[float, float]:
-    """Return the energy of all residuals, and that of the weights that have one."""
-    moved = [row for row in rows if row.residual is not None]
-    residual = sum(row.words * float(row.residual or 0) ** 2 for row in moved)
-    return residual, sum(row.words * row.weight**2 for row in moved)

@@ -117,7 +117,7 @@ class Planner:
         return Target(number, source, dtype, shape, info.role, weak=weak, iterate=iterate)
 
     def encoders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Assignment]:
-        """Coders for groups of tensors, as far as they are not stored yet: (all, what is left).
+        """Yield encoders for groups of tensors, given (all tensors, tensors to store) of each.
 
         Raises:
             TooFar: the weights are not related to their base.
@@ -148,12 +148,12 @@ class Planner:
         base = None if self._keyframe else self._base_tensor(number)
         if base is not None:
             base.verify()
-        return ExactEncoder(self._target(number), base), _bases(number, base)
+        return ExactEncoder(self._target(number), base), {} if base is None else {number: base}
 
     def _near_encoders(
         self, rows: list[list[int]], spec: NearSpec, unchanged: int
     ) -> Iterator[Assignment]:
-        """Yield encoders for groups of tensors; `unchanged` words of weights are unchanged."""
+        """Yield encoders for groups of tensors, next to `unchanged` words of unchanged weights."""
         groups: list[Group] = []
         for left in rows:
             lossy = self._lossy(left)
@@ -252,8 +252,10 @@ class Planner:
             return None  # the weight is new or did not change: its moments have no mask
         if not {self._infos[number].dtype for number in left} <= WEIGHT_DTYPES:
             return None
+        bases: dict[int, BaseTensor] = {}
         if base is not None:
             base.verify()
+            bases[roles[WEIGHT]] = base
         # ExCP applies only to optimizers with both moments.
         pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
         members = weight, *(pair if None not in pair else (None, None))
@@ -264,11 +266,7 @@ class Planner:
         fitted = excp.plan(tensors, spec)
         if fitted is None:
             return None
-        return excp.ExcpEncoder(tensors, fitted), _bases(weight, base)
-
-
-def _bases(number: int | None, base: BaseTensor | None) -> dict[int, BaseTensor]:
-    return {} if number is None or base is None else {number: base}
+        return excp.ExcpEncoder(tensors, fitted), bases
 
 
 def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target | None]:

@@ -33,7 +33,7 @@ from ckptvcs.store.ids import ObjectId, PackId
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """How all processes are to code: against which commit, and whether exactly too."""
+    """The base commit and the settings of all processes (see `planner.Attempt`)."""
 
     base: ObjectId | None
     spec: CodecSpec
@@ -159,9 +159,7 @@ def _unchanged(
 
 @dataclass(frozen=True)
 class _BaseTensor:
-    """A stored tensor of the base commit: its number in the schema, its position in the tables of
-    its part, and the hashes of its near and exact values.
-    """
+    """A tensor of the base commit: number in the schema, position in hash tables, hashes."""
 
     number: int
     state: PartState

@@ -1,8 +1,7 @@
-"""Names: which paths a commit may have, and which of them only a user may ask for.
+"""Check the paths in a commit, which may come from somebody else.
 
-A commit may come from somebody else.  A name is read as the most lenient file system and tool would
-read it: in any case, with marks that are not seen, with dots and spaces behind it, as a stream of
-NTFS, or as a short name of DOS.
+A dangerous name is recognized in every spelling that some file system or tool accepts: in any case,
+with invisible characters, with trailing dots and spaces, as an NTFS stream, or as a short DOS name.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from ckptvcs.errors import ConflictError, CorruptionError
 from ckptvcs.text import UNSEEN
 
 MAX_NESTING = 200
-"""Directories in each other; Python makes those of a path in as many calls."""
+"""Limit for nested directories: Python creates them recursively."""
 
 _MAX_PATH = 4096
 _LISTED = 5  # names, in a message
 
 _REPOSITORY = ".ckpt"
-# Programs run what stands in these, or believe it, without being told to: tools of versions, of
-# working folders, editors, debuggers and interpreters, builds, shells, programs that have secrets.
+# Programs execute or trust these files without being asked: version control, directory tools,
+# editors, debuggers, interpreters, build tools, shells, and programs that keep secrets.
 _TRUSTED = frozenset(
     {
         ".git",
@@ -142,7 +141,7 @@ _TRUSTED = frozenset(
         "autorun.inf",
     }
 )
-# Python imports these when it starts, pytest when it looks for tests: whatever their suffix.
+# Python imports these at start, and pytest when it collects tests, with any suffix.
 _IMPORTED = frozenset({"sitecustomize", "usercustomize", "conftest"})
 _SHORT = {re.sub("[. ]", "", name)[:6]: name for name in (_REPOSITORY, *sorted(_TRUSTED))}
 _SHORT |= {name[:6]: name for name in _IMPORTED}
@@ -151,19 +150,19 @@ _TILDE = re.compile(r"([^~]{1,6})~[0-9]+(?:\..*)?")
 
 
 def _readings(name: str) -> set[str]:
-    """What a name may be taken for, in lower case."""
+    """Return the names that file systems and tools may take a name for, in lower case."""
     if name.isascii() and not _ODD.search(name):
         return _with_stem(name.lower())
-    found = set()
+    readings = set()
     for piece in re.split(r"[/\\]", name):
-        seen = "".join(c for c in UNSEEN.sub("", piece) if unicodedata.category(c) != "Cf")
-        folded = unicodedata.normalize("NFKC", seen).casefold()
+        visible = "".join(c for c in UNSEEN.sub("", piece) if unicodedata.category(c) != "Cf")
+        folded = unicodedata.normalize("NFKC", visible).casefold()
         whole = folded.partition(":")[0].rstrip(". ")
-        found |= _with_stem(whole)
+        readings |= _with_stem(whole)
         short = _TILDE.fullmatch(whole)
         if short:
-            found.add(_SHORT.get(short[1], ""))
-    return found
+            readings.add(_SHORT.get(short[1], ""))
+    return readings
 
 
 def _with_stem(name: str) -> set[str]:
@@ -172,17 +171,17 @@ def _with_stem(name: str) -> set[str]:
 
 
 def is_repository_name(name: str) -> bool:
-    """Whether some file system takes the name of an entry for that of a repository."""
+    """Return whether some file system may take a name for `.ckpt`."""
     return _REPOSITORY in _readings(name)
 
 
 def is_trusted_name(name: str) -> bool:
-    """Whether a tool executes or believes an entry by its name alone."""
+    """Return whether a tool executes or trusts files of this name."""
     return not _readings(name).isdisjoint(_TRUSTED | _IMPORTED)
 
 
 def is_name(text: str) -> bool:
-    """Whether the file system can have a name like this at all."""
+    """Return whether a file can have this name at all."""
     try:
         return bool(text) and b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -190,45 +189,45 @@ def is_name(text: str) -> bool:
 
 
 def safe_path(path: str) -> PurePosixPath:
-    """A committed path that stays inside its target.
+    """Return a committed path that stays inside its target.
 
     Raises:
-        CorruptionError: it is absolute, or climbs, or leads into a repository.  Such a commit was
-            not made by this program from such a file.
+        CorruptionError: the path is absolute, contains "..", or leads into a repository.  This
+            program never makes such a commit.
     """
     pure = PurePosixPath(path)
     plain = pure.parts and not pure.is_absolute() and ".." not in pure.parts and path == str(pure)
     if not plain or len(path) > _MAX_PATH or len(pure.parts) > MAX_NESTING + 1 or not is_name(path):
-        raise CorruptionError(f"a commit holds a file that would leave its target: {path[:200]!r}")
+        raise CorruptionError(f"a commit contains an unsafe path: {path[:200]!r}")
     if any(map(is_repository_name, pure.parts)):
-        raise CorruptionError(f"a commit holds a file of a repository: {path[:200]!r}")
+        raise CorruptionError(f"a commit contains a path in a repository: {path[:200]!r}")
     return pure
 
 
 def trusted_names(paths: Iterable[str]) -> list[str]:
-    """Those of some paths, cut at the first name that a tool executes or believes."""
-    found: dict[str, None] = {}
+    """Return the paths that contain a name that tools execute or trust, cut after that name."""
+    names: dict[str, None] = {}
     for path in paths:
         parts = path.split("/")
         for at, part in enumerate(parts, 1):
             if is_trusted_name(part):
-                found["/".join(parts[:at])] = None
+                names["/".join(parts[:at])] = None
                 break
-    return list(found)
+    return list(names)
 
 
 def listed(names: list[str]) -> str:
-    """The first few of some names, so that whatever is in them is seen."""
+    """Return the first few names for a message, with unprintable characters escaped."""
     shown = [name if name.isprintable() else ascii(name) for name in names[:_LISTED]]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(shown) + more
 
 
 def refuse_trusted(paths: Iterable[str]) -> None:
-    """Raises ConflictError where a tool executes or believes one of some paths by its name."""
+    """Raise ConflictError if tools execute or trust one of the paths because of its name."""
     names = trusted_names(paths)
     if names:
         raise ConflictError(
             f"tools execute or trust files of this name: {listed(names)}",
-            hint="look where the commit comes from; --force writes them",
+            hint="check the origin of the commit; --force writes them",
         )

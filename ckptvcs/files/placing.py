@@ -1,16 +1,16 @@
-"""Placing: user files, written whole into folders that others may change meanwhile.
+"""Write user files atomically into folders that other programs may change at the same time.
 
-    look     what has the name now: nothing, or a file of this identity
+    look     which file has the name now, if any
     write    to a temporary name (.ckpt-HEX) in the same folder
-    place    the new file gets the name, if that is still as it was at the look
+    place    give the new file the name, if that is still free or still has the same file
 
-A folder is held open.  Names are looked up in what is open, and below it never through a symbolic
-link, so that nobody who moves or links folders meanwhile can turn a write elsewhere.
+A folder is held open.  Names below it are looked up in the open folder, never through a symbolic
+link.  So a program that moves or links folders meanwhile cannot redirect a write.
 
-A name that was free is taken by a rename that replaces nothing.  Where a file is to be replaced,
-the two names are exchanged: what comes out is deleted if it is what the look found, and else put
-back.  A crash in between leaves the one or the other under the temporary name.  On a file system
-that cannot exchange names, a moment is left between the last look and the rename.
+A rename that replaces nothing takes a free name.  To replace a file, the two names are exchanged.
+Then the old file is deleted if it is the file that `look` saw; otherwise it is put back.  After a
+crash in between, one of the two files has the temporary name.  If the file system cannot exchange
+names, a change between the last look and the rename is lost.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from typing import Any, BinaryIO, Self
 from ckptvcs.errors import ConflictError, InvalidInputError
 
 Seen = os.stat_result
-"""What had a name at a look."""
+"""The status of a file at a look."""
 
 LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
-"""What opening a folder fails with where a symbolic link stands in its place."""
+"""The errors of opening a folder whose name belongs to a symbolic link."""
 
-# What is in a folder need not be readable.
+# O_PATH also opens a folder that the user may not list.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-_TRIES = 2  # to delete what is temporary: the system may refuse a call once
+_TRIES = 2  # to delete temporary files: the system may refuse once
 _NO_LINKS = (*_CANNOT, errno.EPERM, errno.EMLINK)
-_FREE_ONLY, _EXCHANGE = "free only", "exchange"
+FREE_ONLY, EXCHANGE = "free only", "exchange"
 _FLAGS = {
-    "linux": ("renameat2", {_FREE_ONLY: 1, _EXCHANGE: 2}),
-    "darwin": ("renameatx_np", {_FREE_ONLY: 4, _EXCHANGE: 2}),
+    "linux": ("renameat2", {FREE_ONLY: 1, EXCHANGE: 2}),
+    "darwin": ("renameatx_np", {FREE_ONLY: 4, EXCHANGE: 2}),
 }
 
 
 @cache
 def _system_rename() -> Any:
-    """The call of this system that renames with flags, if it has one."""
+    """Return the function of this system that renames with flags, or None."""
     name, _ = _FLAGS.get(sys.platform, ("", {}))
     try:
         return getattr(ctypes.CDLL(None, use_errno=True), name)
@@ -59,10 +59,8 @@ def _system_rename() -> Any:
         return None
 
 
-def _rename(folder: int, old: str, new: str, how: str) -> bool:
-    """Rename within a folder in one step, onto a free name only or by exchange; False where this
-    system or file system cannot do that.
-    """
+def rename(folder: int, old: str, new: str, how: str) -> bool:
+    """Rename to a free name or exchange two names, in one step; return whether that is possible."""
     call = _system_rename()
     if call is None:
         return False
@@ -76,37 +74,37 @@ def _rename(folder: int, old: str, new: str, how: str) -> bool:
 
 
 def _lasting(status: Seen | None) -> tuple[int, ...] | None:
-    """What of a file a rename leaves, and a change does not."""
+    """Return the properties of a file that a change alters but a rename does not."""
     if status is None:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode
 
 
 def _same(now: Seen | None, seen: Seen) -> bool:
-    """Whether nothing was done to a file since a look."""
+    """Return whether a file is unchanged since a look."""
     if now is None:
         return False
-    # A file with other names changes when one of these is taken away.
-    same_change = seen.st_nlink > 1 or now.st_ctime_ns == seen.st_ctime_ns
-    return _lasting(now) == _lasting(seen) and same_change
+    # Deleting another name of a file changes its ctime.
+    same_ctime = seen.st_nlink > 1 or now.st_ctime_ns == seen.st_ctime_ns
+    return _lasting(now) == _lasting(seen) and same_ctime
 
 
 class NotRegularError(OSError):
-    """A pipe, a device, a folder: not a regular file."""
+    """The name belongs to a pipe, a device or a folder."""
 
 
 class Folder:
-    """A folder, held open; `path` is what it was called when it was opened."""
+    """An open folder; `path` is its path at the time of opening."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self._at, self.path = descriptor, path
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open a folder by a way that the user has named: links on it are followed.
+        """Open a folder at a path that the user has given, following links.
 
         Raises:
-            OSError: there is no such folder.
+            OSError: the folder does not exist or cannot be opened.
         """
         return cls(os.open(path, _FOLDER), path)
 
@@ -120,10 +118,10 @@ class Folder:
         self.close()
 
     def enter(self, name: str, *, make: bool = False) -> Folder:
-        """Open a folder in this one, which is no symbolic link; `make` it where there is none.
+        """Open a folder in this one, not through a link; with `make`, create it if missing.
 
         Raises:
-            OSError: it is a link (of LINK_ERRORS), or cannot be opened.
+            OSError: the name is a link (LINK_ERRORS), or the folder cannot be opened.
         """
         path = self.path / name
         if make:
@@ -132,16 +130,16 @@ class Folder:
         try:
             return Folder(os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=self._at), path)
         except OSError as error:
-            found = None
+            seen = None
             with contextlib.suppress(OSError):
-                found = self.look(name)
-            link = found is not None and stat.S_ISLNK(found.st_mode)
-            code = errno.ELOOP if link else error.errno or errno.EIO
+                seen = self.look(name)
+            is_link = seen is not None and stat.S_ISLNK(seen.st_mode)
+            code = errno.ELOOP if is_link else error.errno or errno.EIO
             raise OSError(code, os.strerror(code), str(path)) from error
 
     @contextmanager
     def inside(self, way: PurePosixPath, *, make: bool = False) -> Iterator[Folder]:
-        """The folder at the end of a way down from this one, no step of which is a link."""
+        """Open the folder at a relative path below this one, through no link."""
         if way.is_absolute() or ".." in way.parts:
             raise InvalidInputError(f"{way} is not below {self.path}")
         at = Folder(os.dup(self._at), self.path)
@@ -157,24 +155,24 @@ class Folder:
     # -- looking -----------------------------------------------------------------------------------
 
     def look(self, name: str) -> Seen | None:
-        """What has a name; of a link itself."""
+        """Return the status of a name, without following a link."""
         try:
             return os.stat(name, dir_fd=self._at, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def status(self) -> Seen:
-        """What this folder is."""
+        """Return the status of this folder."""
         return os.fstat(self._at)
 
     def open_file(self, name: str, *, follow: bool = False) -> BinaryIO:
-        """A regular file, open to read.
+        """Open a regular file for reading.
 
         Raises:
-            NotRegularError: it is none.
-            OSError: it cannot be opened; a link can be only with `follow`.
+            NotRegularError: the name belongs to something else.
+            OSError: the file cannot be opened, or is a link and `follow` is False.
         """
-        # A pipe would wait for its writer.
+        # O_NONBLOCK: opening a pipe would wait for its writer.
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
         file = os.open(name, flags, dir_fd=self._at)
         if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -188,10 +186,10 @@ class Folder:
     def file(
         self, name: str, seen: Seen | None, *, mode: int | None = None, mtime_ns: int = 0
     ) -> Iterator[BinaryIO]:
-        """A file to be written, which gets its name when the block ends without an error.
+        """Write a new file, which gets its name when the block ends without an error.
 
         Raises:
-            ConflictError: what has the name is not what was seen; it stays.
+            ConflictError: the file of that name is not the one `seen`; it stays.
         """
         with self._temporary() as temporary:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -209,7 +207,7 @@ class Folder:
             self._place(temporary, name, seen)
 
     def link(self, name: str, text: str, seen: Seen | None) -> None:
-        """Make a symbolic link.  Raises ConflictError as `file` does."""
+        """Create a symbolic link.  Raises ConflictError as `file` does."""
         with self._temporary() as temporary:
             os.symlink(text, temporary.name, dir_fd=self._at)
             temporary.is_new = True
@@ -218,17 +216,15 @@ class Folder:
 
     @contextmanager
     def tree(self, name: str) -> Iterator[Folder]:
-        """A folder to be filled, which gets its name, if that is free still, when the block ends
-        without an error.
-        """
+        """Fill a new folder, which gets its name at the end.  Raises ConflictError if it exists."""
         temporary = _temporary_name()
         os.mkdir(temporary, dir_fd=self._at)
         try:
             with self.enter(temporary) as place:
                 yield Folder(place._at, self.path / name)
             try:
-                if not _rename(self._at, temporary, name, _FREE_ONLY):
-                    # A folder takes the place of an empty folder at most.
+                if not rename(self._at, temporary, name, FREE_ONLY):
+                    # This rename can only replace an empty folder.
                     os.rename(temporary, name, src_dir_fd=self._at, dst_dir_fd=self._at)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
@@ -239,8 +235,9 @@ class Folder:
                 shutil.rmtree(temporary, ignore_errors=True, dir_fd=self._at)
 
     def remove(self, name: str, seen: Seen) -> bool:
-        """Delete a file, if it is what was seen; whether it was.  It is first taken out of the way
-        of whoever saves it anew in this very moment.
+        """Delete a file if it is the one `seen`; return whether it was.
+
+        It is renamed first, so that a program that saves it at this moment loses nothing.
         """
         if _lasting(self.look(name)) != _lasting(seen):
             return False
@@ -265,13 +262,13 @@ class Folder:
         os.rmdir(name, dir_fd=self._at)
 
     def finish(self, mode: int, mtime_ns: int) -> None:
-        """Give the folder its mode and time, when all is in it."""
+        """Set mode and time of the folder, after its content is complete."""
         os.chmod(".", mode, dir_fd=self._at)
         os.utime(".", ns=(mtime_ns, mtime_ns), dir_fd=self._at)
 
     @contextmanager
     def _temporary(self) -> Iterator[_Temporary]:
-        """A name of our own, which is deleted in the end where it leads to what is our own."""
+        """Yield a temporary name; delete its file at the end if that file is ours."""
         temporary = _Temporary(_temporary_name())
         try:
             yield temporary
@@ -282,15 +279,15 @@ class Folder:
                     break
 
     def _clear(self, temporary: _Temporary) -> None:
-        found, own = self.look(temporary.name), temporary.own
-        if found is None:
+        now, own = self.look(temporary.name), temporary.own
+        if now is None:
             return
-        if temporary.is_new or (own and (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)):
+        if temporary.is_new or (own and (now.st_dev, now.st_ino) == (own.st_dev, own.st_ino)):
             os.unlink(temporary.name, dir_fd=self._at)
 
     def _place(self, temporary: _Temporary, name: str, seen: Seen | None) -> None:
         if _lasting(self.look(temporary.name)) != _lasting(temporary.own):
-            raise ConflictError(f"somebody else changed {self.path / temporary.name}")
+            raise ConflictError(f"another program changed {self.path / temporary.name}")
         if seen is None:
             try:
                 self._take(temporary.name, name)
@@ -300,8 +297,8 @@ class Folder:
             self._replace(temporary, name, seen)
 
     def _take(self, temporary: str, name: str) -> None:
-        """Give a file a name that is free.  Raises FileExistsError."""
-        if _rename(self._at, temporary, name, _FREE_ONLY):
+        """Rename a file to a free name.  Raises FileExistsError."""
+        if rename(self._at, temporary, name, FREE_ONLY):
             return
         try:
             os.link(
@@ -311,7 +308,7 @@ class Folder:
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_LINKS:
                 raise
-        # The name is taken by an empty file, which is exchanged for the whole one.
+        # Claim the name with an empty file, then replace that file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         claim = os.open(name, flags, 0o600, dir_fd=self._at)
         try:
@@ -323,11 +320,11 @@ class Folder:
         os.replace(temporary, name, src_dir_fd=self._at, dst_dir_fd=self._at)
 
     def _replace(self, temporary: _Temporary, name: str, seen: Seen) -> None:
-        """Give a file the name of one that was seen, if that still has it."""
+        """Replace the file that was `seen`, if it still has the name."""
         if stat.S_ISDIR(seen.st_mode) or not _same(self.look(name), seen):
             raise self._changed(name)
         try:
-            if not _rename(self._at, temporary.name, name, _EXCHANGE):
+            if not rename(self._at, temporary.name, name, EXCHANGE):
                 os.replace(temporary.name, name, src_dir_fd=self._at, dst_dir_fd=self._at)
                 return
         except FileNotFoundError as error:
@@ -336,26 +333,26 @@ class Folder:
         try:
             is_seen = _lasting(self.look(temporary.name)) == _lasting(seen)
         except OSError:
-            _rename(self._at, temporary.name, name, _EXCHANGE)
+            rename(self._at, temporary.name, name, EXCHANGE)
             temporary.own = own
             raise
         if is_seen:
             temporary.own = seen
             return
-        try:  # somebody saved it in this very moment
-            _rename(self._at, temporary.name, name, _EXCHANGE)
-        except FileNotFoundError:  # and took it away
+        try:  # another program saved it at this moment: put that file back
+            rename(self._at, temporary.name, name, EXCHANGE)
+        except FileNotFoundError:  # the new file was deleted
             self._put_back(temporary, name)
             raise self._changed(name) from None
-        if _lasting(self.look(temporary.name)) != _lasting(own):  # and once more: the later one
+        if _lasting(self.look(temporary.name)) != _lasting(own):  # saved again: keep the later one
             with contextlib.suppress(OSError):
-                _rename(self._at, temporary.name, name, _EXCHANGE)
+                rename(self._at, temporary.name, name, EXCHANGE)
             raise self._saved_again(temporary, name)
         temporary.own = own
         raise self._changed(name)
 
     def _put_back(self, temporary: _Temporary, name: str) -> None:
-        """Give what somebody has saved its name again, if that is free."""
+        """Give a file that another program saved its name again, if that is free."""
         try:
             self._take(temporary.name, name)
         except OSError as error:
@@ -363,7 +360,7 @@ class Folder:
 
     def _saved_again(self, temporary: _Temporary, name: str) -> ConflictError:
         return ConflictError(
-            f"{self.path / name} was saved again and again meanwhile",
+            f"another program saved {self.path / name} several times meanwhile",
             hint=f"compare it with {self.path / temporary.name}, an earlier save",
         )
 
@@ -379,12 +376,12 @@ _LOOK = "look at it, then try again, or write elsewhere"
 
 @dataclass
 class _Temporary:
-    """A temporary name, and what may be deleted under it."""
+    """A temporary name, and the file of that name that may be deleted."""
 
     name: str
     own: Seen | None = None
-    is_new: bool = False  # what has it was made a moment ago
+    is_new: bool = False  # our file was just created, and its status is not known yet
 
 
 def _temporary_name() -> str:
-    return f".ckpt-{os.urandom(6).hex()}"  # short: names have limits
+    return f".ckpt-{os.urandom(6).hex()}"  # short, because names have a length limit

@@ -1,11 +1,11 @@
-"""Removal: a file is deleted only while it is, byte for byte, what has been kept of it.
+"""Delete originals, but only while they are byte for byte the committed files.
 
-    folder --each directory held open, none a symbolic link--> file, held open --hashed--> unlinked
+    open each directory, through no link --> open the file --> hash it --> unlink it
 
-Names are looked up in directories that are held open, so that nobody who moves or links directories
-meanwhile can turn a removal elsewhere.  What is hashed is what is open.  It is renamed before it is
-unlinked: where it is something else by then, or was written since, it gets its name back.
-All files of a checkpoint are proven before the first one is deleted: that is one short moment.
+Names are looked up in open directories.  So a program that moves or links directories meanwhile
+cannot redirect a deletion.  The hashed file is the open file.  It is renamed before it is unlinked;
+if it is a different file by then, or was written since, it gets its name back.  All files of a
+checkpoint are verified before the first one is deleted, so the deletions follow closely.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Removed:
-    """A file that is gone: its bytes, and how many other names it still has."""
+    """A deleted file.
+
+    Attributes:
+        path: The relative path.
+        size_bytes: The size in bytes.
+        other_names: The number of other hard links to the file.
+    """
 
     path: PurePosixPath
     size_bytes: int
@@ -37,29 +43,29 @@ class Removed:
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes of disk that came free: none while the file has another name."""
+        """The freed bytes on disk; 0 if the file has another name."""
         return 0 if self.other_names else self.size_bytes
 
 
 @dataclass(frozen=True)
 class Proven:
-    """A file that holds what it should, and what the system says of it."""
+    """A verified file and its status at that time."""
 
     path: PurePosixPath
     status: os.stat_result
 
 
 class Originals:
-    """The files below a folder, for removal.  Paths are relative to it.
+    """The files below a folder, for removal.  Paths are relative to the folder.
 
     Raises:
-        InvalidInputError: this system cannot hold directories open.
+        InvalidInputError: this system cannot look names up in open directories.
         StorageError: the folder cannot be opened.
     """
 
     def __init__(self, folder: Path) -> None:
         if os.unlink not in os.supports_dir_fd or not hasattr(os, "O_NOFOLLOW"):
-            raise InvalidInputError("files cannot be removed safely on this system")
+            raise InvalidInputError("this system cannot delete files safely")
         try:
             self._folder = Folder.open(folder)
         except OSError as error:
@@ -73,11 +79,11 @@ class Originals:
 
     @contextmanager
     def _open(self, path: PurePosixPath) -> Iterator[tuple[BinaryIO, Folder]]:
-        """A regular file, open, and the directory that it is in.
+        """Open a regular file and its directory.
 
         Raises:
-            ConflictError: there is none, or a symbolic link leads to it.
-            StorageError: it cannot be opened, or what is done with it fails.
+            ConflictError: the file does not exist, or its path contains a symbolic link.
+            StorageError: the file cannot be opened, or an operation in the block fails.
         """
         try:
             with self._folder.inside(path.parent) as parent, _regular(parent, path) as file:
@@ -86,11 +92,11 @@ class Originals:
             if error.errno in LINK_ERRORS:
                 raise ConflictError(f"{path} is or lies behind a symbolic link") from error
             if error.errno == errno.ENOENT:
-                raise ConflictError(f"{path} is gone") from error
+                raise ConflictError(f"{path} does not exist") from error
             raise storage_error(error, f"remove {self._folder.path / path}") from error
 
     def check(self, path: PurePosixPath, size_bytes: int) -> None:
-        """Raises ConflictError where `remove` is sure to refuse; reads nothing."""
+        """Raise ConflictError if `remove` is sure to refuse.  This reads no content."""
         with self._open(path) as (file, _):
             if os.fstat(file.fileno()).st_size != size_bytes:
                 raise _changed(path)
@@ -99,34 +105,35 @@ class Originals:
         """Delete a file whose BLAKE3 is still `digest`.
 
         Raises:
-            ConflictError: it is something else now; it stays.
-            StorageError: it cannot be read or removed; it stays.
+            ConflictError: the file has changed; it stays.
+            StorageError: the file cannot be read or deleted; it stays.
         """
         return self.delete(self.prove(path, digest, progress))
 
     def prove(self, path: PurePosixPath, digest: str, progress: Progress) -> Proven:
-        """A file whose BLAKE3 is still `digest`, as it is now.
+        """Check that the BLAKE3 of a file is still `digest`.
 
         Raises:
-            ConflictError: it is something else now.
-            StorageError: it cannot be read.
+            ConflictError: the file has changed.
+            StorageError: the file cannot be read.
         """
         with self._open(path) as (file, _):
             before = os.fstat(file.fileno())
-            found = hasher()
+            content_hash = hasher()
             while block := file.read(_BLOCK):
-                found.update(block)
+                content_hash.update(block)
                 progress(len(block))
-            if found.hexdigest() != digest or _state(os.fstat(file.fileno())) != _state(before):
+            now = os.fstat(file.fileno())
+            if content_hash.hexdigest() != digest or _state(now) != _state(before):
                 raise _changed(path)
         return Proven(path, before)
 
     def delete(self, proven: Proven) -> Removed:
-        """Delete a file that has not been touched since it was proven.
+        """Delete a file that has not changed since `prove`.
 
         Raises:
-            ConflictError: it has been; it stays.
-            StorageError: it cannot be removed; it stays.
+            ConflictError: the file has changed; it stays.
+            StorageError: the file cannot be deleted; it stays.
         """
         path = proven.path
         with self._open(path) as (file, parent):
@@ -136,12 +143,12 @@ class Originals:
         return Removed(path, now.st_size, now.st_nlink - 1)
 
     def remove_directory(self, path: PurePosixPath) -> bool:
-        """Delete a directory if nothing is in it; whether that was so.  A link is none."""
+        """Delete a directory if it is empty and not a link; return whether it was deleted."""
         try:
             with self._folder.inside(path.parent) as parent:
                 parent.rmdir(path.name)
         except OSError:
-            return False  # it stays, which is never wrong
+            return False
         return True
 
 
@@ -153,14 +160,14 @@ def _regular(parent: Folder, path: PurePosixPath) -> BinaryIO:
 
 
 def _changed(path: PurePosixPath) -> ConflictError:
-    return ConflictError(f"{path} is not any more what was committed")
+    return ConflictError(f"{path} changed since it was committed")
 
 
 def _is_other(now: os.stat_result, before: os.stat_result) -> bool:
-    """Whether a file that has no other name was touched at all, or its number given to another."""
+    """Return whether a file with a single name was changed, or another file got its inode."""
     return now.st_nlink == before.st_nlink == 1 and now.st_ctime_ns != before.st_ctime_ns
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is replaced or written."""
+    """Return the properties that change when a file is replaced or written."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

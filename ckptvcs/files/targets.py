@@ -1,6 +1,6 @@
-"""Targets: where the user wants something to be written, and what is there before it is made.
+"""Targets: the output paths of the user, and the files that exist there before the work begins.
 
-What is written takes minutes to decode.  The look comes before, `files/placing.py` compares after.
+Decoding takes minutes.  So targets are looked at first, and `files/placing.py` compares afterwards.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.files.placing import Folder, Seen
 from ckptvcs.store.disk import storage_error
 
-_NAME_IT = "name the place yourself, with -o"
+_NAME_IT = "choose the output path with -o"
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where something is to be written: the lowest folder that there is, the folders that are to be
-    made in it, a name (none: the folder itself), and what had the name at the look.
+    """An output path: the lowest existing folder, the missing folders below it, and a name.
+
+    An empty name stands for the folder itself.  `seen` is the status of the name at the look.
     """
 
     path: Path
@@ -35,29 +36,28 @@ class Target:
 
     @property
     def is_folder(self) -> bool:
-        """Whether a folder was there."""
+        """Whether the target was an existing folder."""
         return self.seen is not None and stat.S_ISDIR(self.seen.st_mode)
 
     @contextmanager
     def parent(self) -> Iterator[Folder]:
-        """The folder that the name is in, made where it was missing."""
+        """Open the folder that contains the name, creating missing folders."""
         with self.folder.inside(self.missing, make=True) as parent:
             yield parent
 
     @contextmanager
     def existing(self) -> Iterator[Folder]:
-        """The folder that was there."""
-        way = PurePosixPath(self.name) if self.name else PurePosixPath()
-        with self.folder.inside(way) as found:
-            yield found
+        """Open the target, an existing folder."""
+        with self.folder.inside(PurePosixPath(self.name)) as folder:
+            yield folder
 
     @contextmanager
     def file(self, **how: Any) -> Iterator[BinaryIO]:
-        """A file to be written, as by `Folder.file`.
+        """Write the target as a file, with the arguments of `Folder.file`.
 
         Raises:
-            InvalidInputError: a folder has the name, or a link is on the way.
-            StorageError: it cannot be written.
+            InvalidInputError: the target is a folder, or its path contains a link.
+            StorageError: the file cannot be written.
         """
         if self.is_folder:
             raise InvalidInputError(
@@ -72,7 +72,7 @@ class Target:
 
 
 class Targets:
-    """Looks, each at what has a name now; the folders are held open until the end."""
+    """Looks at targets, and holds their folders open until the end."""
 
     def __init__(self) -> None:
         self._open = contextlib.ExitStack()
@@ -85,7 +85,7 @@ class Targets:
         self._open.close()
 
     def look(self, path: Path) -> Target:
-        """A path as the user has named it: links on the way are followed, now."""
+        """Look at a path that the user has given; links in it are followed now."""
         with writing(path):
             if path.name in ("", ".."):
                 folder = self._open.enter_context(Folder.open(path))
@@ -97,10 +97,10 @@ class Targets:
             return Target(path, folder, missing, path.name, seen)
 
     def free(self, path: Path, *, force: bool) -> Target:
-        """The same, where nothing is in the way.
+        """Look at a path that should not exist.
 
         Raises:
-            ConflictError: there is something, and `force` is not given.
+            ConflictError: the path exists, and `force` is not set.
         """
         target = self.look(path)
         if target.seen is not None and not force:
@@ -120,7 +120,7 @@ class Targets:
             path = path.parent
 
     def below(self, top: Path, way: PurePosixPath) -> Target:
-        """A way down from a folder that the user did not name: no step of it may be a link."""
+        """Look at a path that the user did not give, below `top`: it may not contain a link."""
         with writing(top / way, _NAME_IT):
             folder, parts = Folder.open(top), list(way.parts)
             try:
@@ -138,13 +138,13 @@ class Targets:
 
 
 def named(target: Path | Target) -> Path:
-    """What a target is called."""
+    """Return the path of a target."""
     return target.path if isinstance(target, Target) else target
 
 
 @contextmanager
 def looked(target: Path | Target) -> Iterator[Target]:
-    """A target, looked at now where that was not done before."""
+    """Yield a target; look at a path now."""
     if isinstance(target, Target):
         yield target
         return
@@ -154,11 +154,11 @@ def looked(target: Path | Target) -> Iterator[Target]:
 
 @contextmanager
 def writing(path: Path, hint: str | None = None) -> Iterator[None]:
-    """What the user is told when the operating system refuses; the hint is for a link.
+    """Translate system errors of writing a file; `hint` is for the case of a symbolic link.
 
     Raises:
-        InvalidInputError: a symbolic link is on the way.
-        StorageError: anything else.
+        InvalidInputError: the path contains a symbolic link.
+        StorageError: for other errors.
     """
     try:
         yield

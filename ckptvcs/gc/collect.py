@@ -1,18 +1,18 @@
-"""gc: plan what can go, show it, record it, sweep it.
+"""gc: plan deletions, show them, record them, and delete.
 
     drop     commits, or their optimizer parts, that no rule of the user keeps
     fade     exact patches that the settings do not keep
-    mark     every commit that a ref reaches, and all that the kept ones need; for a tensor that is
-             the chain down to its keyframe
-    record   what is dropped and fades, durably, before anything is deleted
-    sweep    index first, files after
+    mark     all commits that refs reach, and all objects that the kept commits need (for a tensor,
+             its chain down to the keyframe)
+    record   drops and fades, durably, before anything is deleted
+    sweep    delete packs, from the index first and then from the disk
 
-Writers are at work while gc plans.  It records and sweeps under the exclusive mark, a batch of
-packs at a time, and looks each time at what came since the plan: what that needs stays, and where
-it contradicts the plan there is a new one.
+Writers may run while gc plans.  gc records and sweeps under the exclusive mark, a batch of packs at
+a time.  Each time, it looks for new commits and records: it keeps what the new commits need, and
+plans again if they contradict the plan.
 
-A missing or unreadable object stops the mark: nothing is deleted on half a picture.  Headers of
-commits that were dropped stay, so that the history stays whole.
+A missing or unreadable object stops the mark phase, and then nothing is deleted.  The headers of
+dropped commits stay, so that the history stays complete.
 """
 
 from __future__ import annotations
@@ -43,14 +43,20 @@ OPTIMIZER = "optimizer"
 
 @dataclass(frozen=True)
 class Decision:
-    """What gc decides of one commit, and why.
+    """The decision of gc about one commit.
 
-    `freed_bytes` go now; `chained_bytes` stay although it is dropped, since others stand on them.
+    Attributes:
+        name: The id of the commit.
+        commit: The commit.
+        action: `keep`, `drop` or `drop optimizer`.
+        reasons: The rules that keep the commit, or the reasons of the drop.
+        freed_bytes: The bytes that gc deletes.
+        chained_bytes: The bytes of a dropped commit that are kept, because deltas depend on them.
     """
 
     name: ObjectId
     commit: Commit
-    action: str  # keep, drop, drop optimizer
+    action: str
     reasons: tuple[str, ...]
     freed_bytes: int = 0
     chained_bytes: int = 0
@@ -58,11 +64,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class GcPlan:
-    """What gc would do: decisions on commits where there are rules; patches that fade; packs with
-    their folders, debris by name; `loose` commits are on no ref, and never were.
+    """The commits, patches and files that gc deletes or would delete.
 
-    `kept_bytes` is the size of the repository after it, and `freed_bytes` by how much it, with the
-    debris, will be smaller than it is: what goes, less the records that say so.
+    Attributes:
+        decisions: A decision for each commit; empty without retention rules.
+        fading: The exact patches that expire.
+        packs: The folders of the deleted packs, by pack.
+        debris: The names of files that interrupted processes left.
+        freed_bytes: By how many bytes the repository and the debris shrink, less the new records.
+        kept_bytes: The size of the repository afterwards, in bytes.
+        drops: The drop records to write.
+        loose: Unreachable commits that never were on a ref.
+        picture: The state of the repository from which the plan was made.
     """
 
     decisions: tuple[Decision, ...]
@@ -78,8 +91,8 @@ class GcPlan:
 
 @dataclass(frozen=True)
 class Picture:
-    """What a plan was made of: the commits in the history, the records of what was let go, what
-    the refs lead to; and what it marked.
+    """The state on which a plan is based: reachable commits, drop records, targets of refs, and
+    the marked objects.
     """
 
     commits: Set[ObjectId]
@@ -89,38 +102,38 @@ class Picture:
 
 
 class OutdatedError(CkptError):
-    """What came since a plan contradicts it."""
+    """Changes since a plan contradict it."""
 
 
 COUNTED = (*FOLDERS, "refs", "leases", "marks")
-"""The folders of a repository that hold more than what can be made anew."""
+"""The folders of a repository without derived data and unfinished files."""
 
 
 def stored_bytes(backend: Backend) -> int:
-    """Bytes of a repository on disk, without its cache and files on their way."""
+    """Return the bytes of a repository on disk, without its cache and unfinished files."""
     names = (name for folder in COUNTED for name in backend.names(folder))
     return files_bytes(backend, [*names, "format", "config.toml"])
 
 
 def files_bytes(backend: Backend, names: Iterable[str]) -> int:
-    """Bytes of files, but of those that have gone meanwhile, or that are none."""
-    found = 0
+    """Return the bytes of those names that still exist and are files."""
+    total = 0
     for name in names:
         with contextlib.suppress(FileNotFoundError, CorruptionError):
-            found += backend.size(name)
-    return found
+            total += backend.size(name)
+    return total
 
 
 @dataclass(frozen=True)
 class Going:
-    """A pack that goes: its folder, and the objects of it that another pack has now."""
+    """A pack to delete: its folder, and its objects that were copied to another pack."""
 
     folder: str
     copied: frozenset[ObjectId] = frozenset()
 
 
 class _Nowhere:
-    """Takes what is written, and keeps nothing."""
+    """A writer that discards everything."""
 
     def write(self, data: bytes | memoryview) -> None:
         pass
@@ -136,24 +149,25 @@ class Collector:
     """Plans and sweeps one repository."""
 
     def __init__(self, catalog: Catalog, refs: Refs, fader: Fader, best: Best | None) -> None:
-        """`best` is what the settings keep."""
+        """`best` is the rule of the settings for the best commits."""
         self._catalog, self._refs, self._fader, self._best = catalog, refs, fader, best
         self._revisions = Revisions(catalog, refs)
 
     # -- planning ------------------------------------------------------------------------------
 
     def plan(self, policy: Policy, time: str, *, recorded: bool = False) -> GcPlan:
-        """Decide what can go at a time.  Deletes nothing.  Where it is `recorded`, that takes no
-        room any more.
+        """Plan the deletions at a time, without deleting.
+
+        Unless `recorded`, the plan counts the bytes of the new records.
 
         Raises:
-            CorruptionError: something that is needed is missing or unreadable.
-            InvalidInputError: the rules keep nothing at all.
+            CorruptionError: a needed object is missing or unreadable.
+            InvalidInputError: the rules keep no commit.
         """
         store = self._catalog.store
-        store.rebuild()  # nothing is deleted on the word of an index that may be rotten
+        store.rebuild()  # never delete on the word of an index that may be wrong
         self._catalog.forget()
-        # First what there is, then what leads to it: writers are at work.
+        # Writers are running: list the objects first, then the refs that lead to them.
         headers, records = store.ids(Kind.COMMIT), frozenset(store.ids(Kind.RECORD))
         listed = self._packs()
         tips = frozenset(self._revisions.tips().values())
@@ -178,8 +192,8 @@ class Collector:
         loose = self._revisions.unreachable(set(headers) - commits.keys())
         for name in self._revisions.lost_lines() if len(loose) > 1 else ():
             raise CorruptionError(
-                f"no ref leads to commit {name[:8]}, which stands on others that none leads to",
-                hint="a ref is lost: see 'ckpt verify --repair'",
+                f"commit {name[:8]} and its parent are unreachable: a ref is lost",
+                hint="run 'ckpt verify --repair'",
             )
         kept = self.held_bytes(debris=True) - freed
         return GcPlan(
@@ -195,47 +209,46 @@ class Collector:
         )
 
     def after(self, plan: GcPlan, time: str) -> GcPlan:
-        """A plan that was recorded, with what can go of the disk now."""
+        """Return a recorded plan with the packs and debris that can be deleted now."""
         again = self.plan(Policy(), time, recorded=True)
         return replace(again, decisions=plan.decisions, fading=plan.fading, drops=plan.drops)
 
     def held_bytes(self, *, debris: bool) -> int:
-        """Bytes of the repository as `stats` counts them, but of what says that somebody is at
-        work; with `debris` also of what writers that are gone left in other folders.
+        """Return the bytes of the repository as `stats` counts them, without live leases and marks.
+
+        With `debris`, this includes debris in the folders that `stats` does not count.
         """
         backend = self._catalog.store.backend
-        at_work = [*live_leases(backend), *live_leases(backend, "marks/")]
-        found = stored_bytes(backend) - self._size(at_work)
+        total = stored_bytes(backend)
+        total -= self._size([*live_leases(backend), *live_leases(backend, "marks/")])
         if debris:
             names = (name for name in self._debris() if name.partition("/")[0] not in COUNTED)
-            found += self._size(names)
-        return found
+            total += self._size(names)
+        return total
 
     def foreign_bytes(self, plan: GcPlan, before: Set[PackId]) -> int:
-        """Bytes of packs that writers have added since there were those `before`: they hold what a
-        plan does not mark.
-        """
+        """Return the bytes of packs that writers added: not in `before`, with unmarked objects."""
         assert plan.picture is not None
-        store, known, found = self._catalog.store, plan.picture.marked.objects, 0
+        store, marked, total = self._catalog.store, plan.picture.marked.objects, 0
         for pack, (folder, size) in store.pack_sizes().items():
             if pack not in before:
                 with contextlib.suppress(CorruptionError, FileNotFoundError):
                     names = {entry.id for entry in store.entries(pack, folder)}
-                    found += 0 if names <= known else size
-        return found
+                    total += 0 if names <= marked else size
+        return total
 
     def _size(self, names: Iterable[str]) -> int:
         return files_bytes(self._catalog.store.backend, names)
 
     def _packed(self, records: list[DropRecord]) -> list[Place]:
-        """Where records will be once they are written, as large as they will be."""
+        """Return the future places of records, with their exact sizes."""
         pack = PackWriter(_Nowhere(), "meta")
         for record in records:
             pack.add(Kind.RECORD, dump_drop_record(record))
         return [Place(PackId(""), "meta", entry) for entry in pack.entries]
 
     def _freed(self, packs: dict[PackId, str], merges: Iterable[Merge], coming: list[Place]) -> int:
-        """By how much packs will be less when some are deleted, and others are merged."""
+        """Return the bytes freed by deleting `packs` and by merges, minus the new records."""
         size = self._catalog.store.pack_sizes()
         new = packed_size(place.entry for place in coming) if coming else 0
         size[PackId("")] = "meta", new
@@ -245,7 +258,7 @@ class Collector:
         return freed
 
     def _lines(self, hidden: frozenset[ObjectId]) -> dict[str, list[Row]]:
-        """Every branch, newest first; then what only tags, pins or HEAD lead to."""
+        """Return the commits of each branch, newest first, then those on no branch by ref."""
         store, lines = self._catalog.store, {}
         seen: set[ObjectId] = set()
         tips = self._revisions.tips()
@@ -254,7 +267,7 @@ class Collector:
             rows: list[Row] = []
             for age, (name, commit) in enumerate(whole):
                 if name in seen and not ref.startswith("heads/"):
-                    break  # only what no branch has is a line of its own
+                    break  # the rest is on another line
                 seen.add(name)
                 if name not in hidden:
                     stored = commit.data_bytes + store.home_size(name)
@@ -266,7 +279,7 @@ class Collector:
     def _judge(
         self, policy: Policy, commits: Mapping[ObjectId, Commit], gone: Dropped, now: datetime
     ) -> list[Decision]:
-        """A decision on every commit, if there are rules."""
+        """Return a decision on every commit, or nothing without rules."""
         if not policy.drops and policy.optimizer_last is None:
             return []
         known = {name: made for name, made in commits.items() if name not in gone.commits}
@@ -313,8 +326,9 @@ class Collector:
     def _with_bytes(
         self, row: Decision, marked: Marked, going: set[PackId], counted: set[ObjectId]
     ) -> Decision:
-        """A decision with what comes of it on the disk: of bundles in packs that are `going`; each
-        is `counted` once.
+        """Return a decision with its bytes on disk.
+
+        Bundles in packs that are `going` are freed.  `counted` ensures that each counts once.
         """
         if row.action == "keep":
             return row
@@ -331,7 +345,7 @@ class Collector:
         return Decision(row.name, row.commit, row.action, row.reasons, freed, chained)
 
     def _own_bundles(self, values: ObjectId) -> set[ObjectId]:
-        """The bundles that came with the newest recipe of a table, as far as there is one."""
+        """Return the existing bundles of the newest recipe of a tensor hash table."""
         recipes = self._catalog.recipes(values)
         return {
             bundle
@@ -351,57 +365,54 @@ class Collector:
         return marked
 
     def _packs(self) -> dict[PackId, str]:
-        """Every pack that is there and that the index knows, with its folder."""
+        """Return the indexed packs that exist, with their folders."""
         sizes = self._catalog.store.pack_sizes()
-        there = self._catalog.store.list_packs()
-        return {pack: folder for pack, folder in there.items() if pack in sizes}
+        listed = self._catalog.store.list_packs()
+        return {pack: folder for pack, folder in listed.items() if pack in sizes}
 
     def _unmarked(self, listed: Mapping[PackId, str], marked: Marked) -> dict[PackId, str]:
-        """The packs in which nothing is marked, with their folders."""
-        needed = self._packs_of(marked.objects)
+        """Return the packs without marked objects, with their folders."""
+        places = self._catalog.store.places
+        needed = {place.pack for name in marked.objects for place in places(name)}
         return {pack: folder for pack, folder in listed.items() if pack not in needed}
-
-    def _packs_of(self, names: Iterable[ObjectId]) -> set[PackId]:
-        return {place.pack for name in names for place in self._catalog.store.places(name)}
 
     def _debris(self) -> list[str]:
         backend = self._catalog.store.backend
         debris = [*backend.names("tmp"), *dead_leases(backend)]
-        # Bases that are being written begin with a dot; while gc sweeps, nobody writes.
+        # Unfinished cached bases begin with a dot; no writer runs while gc deletes them.
         return debris + [name for name in backend.names("cache/bases") if "/." in name]
 
     # -- sweeping ------------------------------------------------------------------------------
 
     def require_current(self, plan: GcPlan) -> set[ObjectId]:
-        """What commits need that came since a plan was made; nobody writes meanwhile.
+        """Return the objects that commits made after the plan need.  No writer may run.
 
         Raises:
-            OutdatedError: refs lead to what it drops or lets fade; records were undone.
-            CorruptionError: something that is needed is missing.
+            OutdatedError: a ref leads to a commit that the plan drops or fades, or a drop was
+                recorded or undone.
+            CorruptionError: a needed object is missing.
         """
         seen, store = plan.picture, self._catalog.store
         assert seen is not None
-        self._refs.settle_all()  # others may have been killed between publishing and syncing
+        self._refs.settle_all()  # a writer may have been killed between publishing and syncing
         store.refresh()
         self._catalog.forget()
         for name in set(store.ids(Kind.RECORD)) - seen.records:
             record = load_drop_record(store.get(name, Kind.RECORD))
-            if record.what != "fade":  # commits let patches fade, too
-                raise OutdatedError("others dropped commits, or took that back")
+            if record.what != "fade":  # commits record fades too
+                raise OutdatedError("another process dropped commits, or undid a drop")
         going = {name for record in plan.drops for name in record.commits}
         going |= {name for patch in plan.fading for name in patch.commits}
         tips = frozenset(self._revisions.tips().values())
         if going & (tips - seen.tips):
-            raise OutdatedError("refs lead to what was to be dropped")
+            raise OutdatedError("a ref leads to a commit that the plan drops or fades")
         new = dict(self._revisions.reachable(sorted(tips - seen.tips), seen.commits))
         return self._mark(new, self._catalog.dropped()).objects if new else set()
 
     def record(self, plan: GcPlan, time: str) -> GcPlan:
-        """Say durably what is let go.  The plan, which knows of that."""
-        known = self._catalog.patches()
-        fading = [
-            patch for patch in plan.fading if any(table == patch.values for table in known.values())
-        ]
+        """Record the drops and fades durably; return the plan with these records."""
+        tables = set(self._catalog.patches().values())
+        fading = [patch for patch in plan.fading if patch.values in tables]
         self._catalog.record([*plan.drops, *self._fader.record(fading, time)])
         assert plan.picture is not None
         records = self._catalog.store.ids(Kind.RECORD)
@@ -409,26 +420,24 @@ class Collector:
         return replace(plan, picture=replace(plan.picture, records=frozenset(records)))
 
     def delete(self, packs: Mapping[PackId, Going], needed: Set[ObjectId]) -> None:
-        """Delete packs, unless they hold what is `needed` and nothing else has."""
+        """Delete packs, except those that hold the only copy of a `needed` object."""
         stay = set()
         for name in needed:
             for place in self._catalog.store.places(name):
                 if place.pack in packs and name not in packs[place.pack].copied:
                     stay.add(place.pack)
-        going = {pack: one.folder for pack, one in packs.items() if pack not in stay}
-        self._catalog.store.delete_packs(going)
+        folders = {pack: going.folder for pack, going in packs.items() if pack not in stay}
+        self._catalog.store.delete_packs(folders)
         self._catalog.forget()
 
     def delete_debris(self) -> None:
-        """Delete what writers left that are gone; nobody writes meanwhile."""
+        """Delete the files that dead processes left behind.  No writer may run."""
         for name in self._debris():
             self._catalog.store.backend.delete(name)
 
 
 def _old(policy: Policy, lines: Iterable[Sequence[Row]], stay: Set[ObjectId]) -> set[ObjectId]:
-    """Return the commits that are too old for their optimizers to be kept: of the commits that
-    `stay`, none of the newest of a line is.
-    """
+    """Return the commits that are on no line among the newest that `stay`: their optimizers go."""
     rows, young = set[ObjectId](), set[ObjectId]()
     for line in lines:
         names = [row.name for row in line]
@@ -441,19 +450,19 @@ def _old(policy: Policy, lines: Iterable[Sequence[Row]], stay: Set[ObjectId]) ->
 def _drops(
     rows: Iterable[Decision], policy: Policy, time: str, after: tuple[tuple[str, int], ...]
 ) -> list[DropRecord]:
-    """The records of what is dropped."""
+    """Return the records of the drops, one for whole commits and one for optimizers."""
     whole = tuple(row.name for row in rows if row.action == "drop")
     parts = tuple(row.name for row in rows if row.action == "drop optimizer")
-    found = [(whole, tuple[str, ...]()), (parts, (OPTIMIZER,))]
+    drops = [(whole, tuple[str, ...]()), (parts, (OPTIMIZER,))]
     return [
-        DropRecord("drop", names, gone, policy.text, time, after=after)
-        for names, gone in found
+        DropRecord("drop", names, dropped_parts, policy.text, time, after=after)
+        for names, dropped_parts in drops
         if names
     ]
 
 
 def _with(gone: Dropped, rows: Iterable[Decision]) -> Dropped:
-    """What is gone when decisions are carried out."""
+    """Return the dropped commits and parts after decisions are carried out."""
     commits, parts = set(gone.commits), dict(gone.parts)
     for row in rows:
         if row.action == "drop":

@@ -26,7 +26,16 @@ _LINE = 64  # a new commit checks only so many older ones, so that its cost is c
 
 @dataclass(frozen=True)
 class Patch:
-    """The exact patch of one part of some commits, in a pack of its own."""
+    """The exact patch of one part, which several commits may share, in its own pack.
+
+    Attributes:
+        values: The id of the hashes of the exact tensors.
+        pack: The pack.
+        folder: The folder of the pack.
+        part: `model`, `optimizer` or `rest`.
+        commits: The commits that the patch belongs to.
+        size_bytes: The size of the pack in bytes.
+    """
 
     values: ObjectId
     pack: PackId

@@ -1,8 +1,9 @@
-"""Repack: many tiny packs, and packs that are mostly waste, become few full ones.
+"""Repack: merge tiny packs, and packs that are mostly waste, into a few full packs.
 
-Records are copied as they lie, after each was proven by its id, and each slice by its hash: what a
-commit decodes to cannot change.  Old packs are deleted only when the new ones are durable.  Packs
-of one part hold nothing of another, and exact patches stay alone: dropping either is an unlink.
+Each record is checked against its id, and each slice against its hash, and then copied unchanged.
+So commits decode to the same bits.  Old packs are deleted only after the new ones are durable.
+Parts are never mixed in a pack, and each exact patch has its own pack: both can be dropped by
+deleting files.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from ckptvcs.store.ids import PackId
 from ckptvcs.store.index.index import Place
 from ckptvcs.store.pack import packed_size
 
-_TINY = 1 << 20  # bytes: packs below are merged ...
-_FEW = 4  # ... when there are so many
-_FULL = 1 << 25
-_WASTE = 0.25  # of a pack's bytes
-_LEAST_WASTE = 1 << 14
+_TINY = 1 << 20  # bytes; smaller packs are merged ...
+_FEW = 4  # ... if there are at least this many
+_FULL = 1 << 25  # bytes; larger packs are not merged
+_WASTE = 0.25  # share of a pack's bytes
+_LEAST_WASTE = 1 << 14  # bytes
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Packs of one kind, and what is to be kept of them."""
+    """Packs of one folder and part, and the places in them to keep."""
 
     folder: str
     packs: tuple[PackId, ...]
@@ -33,20 +34,18 @@ class Merge:
 
     @property
     def size_bytes(self) -> int:
-        """How large the one pack will be that takes their place."""
+        """Bytes of the pack that replaces them."""
         return packed_size(place.entry for place in self.places)
 
 
 def plan_merges(catalog: Catalog, marked: Marked, coming: Iterable[Place] = ()) -> list[Merge]:
-    """What to merge, among the packs that hold anything that is `marked`; `coming` are the objects
-    of packs that are about to be written.
-    """
+    """Return the merges of packs with marked objects; `coming` are objects in future packs."""
     store = catalog.store
     sizes = store.pack_sizes()
     kept = _kept(catalog, marked)
     for place in coming:
         kept.setdefault(place.pack, []).append(place)
-        sizes[place.pack] = place.folder, packed_size(one.entry for one in kept[place.pack])
+        sizes[place.pack] = place.folder, packed_size(item.entry for item in kept[place.pack])
     groups: dict[tuple[str, str], list[tuple[PackId, bool]]] = {}
     for pack, (folder, size) in sorted(sizes.items()):
         places = kept.get(pack, [])
@@ -97,10 +96,10 @@ def _used(places: list[Place]) -> int:
 
 
 def copy_kept(catalog: Catalog, plan: Merge) -> None:
-    """Copy what is kept into a new pack; the old ones can be deleted then.
+    """Copy the places to keep into a new pack; then the old packs can be deleted.
 
     Raises:
-        CorruptionError: something is damaged.
+        CorruptionError: a record is damaged.
         StorageError: the disk is full.
     """
     store = catalog.store

@@ -30,7 +30,13 @@ PATCHED_PARTS: Mapping[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Best:
-    """The `count` best commits by a metric; of equal commits the older one is better."""
+    """The best commits by a metric; of two equal commits, the older one is better.
+
+    Attributes:
+        metric: The name of the metric.
+        way: `min` or `max`.
+        count: The number of commits.
+    """
 
     metric: str
     way: str
@@ -123,12 +129,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Policy:
-    """Rules that keep commits; a commit that any rule keeps is not dropped.
+    """Retention rules; a commit is dropped only if no rule keeps it.
 
-    Of each branch: the newest `last`; those whose step is a multiple of `every`; those of the last
-    `within` seconds; the newest that together take no more than `max_bytes`; with `log_spaced` ever
-    fewer the older they are.  Of all: the `best`, and with `tagged` those with a tag.
-    `optimizer_last` says for how many newest commits of each branch the optimizer part stays.
+    The rules `last`, `every`, `within`, `log_spaced` and `max_bytes` apply to each branch.
+
+    Attributes:
+        last: Keep this many newest commits.
+        every: Keep commits whose step is a multiple of this number.
+        within: Keep commits of the last so many seconds.
+        best: Keep the best commits by these metrics.
+        tagged: Keep commits that have a tag.
+        log_spaced: Keep fewer commits the older they are.
+        max_bytes: Keep the newest commits that together have at most this size in bytes.
+        optimizer_last: Keep the optimizer part of this many newest commits of each branch.
     """
 
     last: int | None = None
@@ -158,7 +171,7 @@ class Policy:
 
     @property
     def drops(self) -> bool:
-        """Whether a rule covers whole commits; without one all commits stay."""
+        """Whether any rule drops whole commits; otherwise all commits are kept."""
         numbers = (self.last, self.every, self.within, self.max_bytes)
         given = any(number is not None for number in numbers)
         return given or bool(self.best or self.tagged or self.log_spaced)

@@ -1,13 +1,13 @@
-"""Sweep: one gc from its plan to the last pack that it deletes, beside writers.
+"""Sweep: one run of gc, from its plan to the last deleted pack.
 
-    plan      beside writers
-    record    what is dropped and fades: no writer is let in
-    delete    what the plan does not mark, a batch of packs at a time: no writer is let in
-    merge     tiny packs, and those that are mostly waste: beside writers
-    delete    the packs that were merged, in the same way
+    plan      writers may run
+    record    drops and fades; no writer may run
+    delete    unmarked packs, a batch at a time; no writer may run during a batch
+    merge     tiny packs and packs that are mostly waste; writers may run
+    delete    the merged packs, in the same way
 
-Writers wait for one batch at most.  Whatever contradicts the plan meanwhile begins it anew.  The
-last attempt lets no writer in at all, so that gc comes to its end.
+So a writer waits for one batch at most.  If a change contradicts the plan, gc begins again.  During
+the last attempt no writer may run, so that gc always ends.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ckptvcs.store import disk
 from ckptvcs.store.ids import PackId
 from ckptvcs.store.leases import exclusive
 
-_BATCH = 2000  # packs that are deleted while no writer is let in
-_BESIDE = 3  # attempts beside writers
+BATCH = 2000  # packs that are deleted while writers wait
+_BESIDE = 3  # attempts while writers may run
 
 Step = Callable[[], None]
 
 
 class Sweep:
-    """One gc of a repository; `mark` says that there is no other one."""
+    """One gc of a repository, which holds the `mark` of `leases.sole`."""
 
     def __init__(self, collector: Collector, catalog: Catalog, mark: str) -> None:
         self._collector, self._catalog, self._mark = collector, catalog, mark
@@ -40,13 +40,14 @@ class Sweep:
     def run(
         self, policy: Policy, time: str, *, sweep: bool, before_drop: Step, rekey: Step | None
     ) -> GcPlan:
-        """Plan, record and, with `sweep`, delete; `before_drop` is called before the first record
-        of a drop is written, `rekey` once everything is recorded.
+        """Plan, record and, with `sweep`, delete.
+
+        `before_drop` is called before the first drop is recorded, and `rekey` after all records.
 
         Raises:
-            BusyError: a writer is at work, and stays so.
-            CorruptionError: something that is needed is missing: nothing was deleted.
-            StorageError: the disk fails.
+            BusyError: a writer is still running at the end of the wait.
+            CorruptionError: a needed object is missing; nothing was deleted.
+            StorageError: the disk is failing.
         """
         plan: GcPlan | None = None
         for attempt in range(_BESIDE + 1):
@@ -72,7 +73,7 @@ class Sweep:
         raise AssertionError("the last attempt returns or raises")
 
     def _alone(self) -> AbstractContextManager[None]:
-        """Let no writer in, for a moment."""
+        """Keep writers out, unless the whole attempt does so already."""
         backend = self._catalog.store.backend
         return exclusive(backend, self._mark, wait=True) if self._lets_in else nullcontext()
 
@@ -95,7 +96,7 @@ class Sweep:
             except StorageError as error:
                 if not disk.is_full(error):
                     raise
-                break  # what was to be freed is; the packs stay as they are
+                break  # merging is optional: the packs stay as they are
             copied = frozenset(place.entry.id for place in merge.places)
             merged |= {pack: Going(merge.folder, copied) for pack in merge.packs}
         if merged:
@@ -107,7 +108,7 @@ class Sweep:
             with self._alone():
                 needed = self._collector.require_current(plan)
                 self._collector.delete_debris()
-                self._collector.delete(dict(left[:_BATCH]), needed)
-            left = left[_BATCH:]
+                self._collector.delete(dict(left[:BATCH]), needed)
+            left = left[BATCH:]
             if not left:
                 return

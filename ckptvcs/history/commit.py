@@ -1,8 +1,8 @@
-"""The commit object: what was committed, by hashes; never how it is stored.
+"""The commit object: the hashes of the committed tensors and files, not how they are stored.
 
-A commit names, for every part, the table of its tensors' decoded values, and every file by the
-hash of its bytes.  Which frames decode to those values stands in recipes, which may change; a
-commit's id never does.  Layout: docs/format.md, "Commit".
+A commit refers to a tensor hash table for every part, and to every file by the hash of its bytes.
+Recipes say which frames decode to these values.  Recipes may change; the id of a commit never does.
+Layout: docs/format.md, "Commit".
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ ERRORS = "errors"
 class PartState:
     """One part of a commit.
 
-    `values` is the table of hashes that the chain decodes to.  `exact` is the table of the original
-    if that differs; it is readable as long as a recipe for it exists (an exact patch).
+    Attributes:
+        values: The id of the hashes of the tensors that the delta chain decodes to.
+        exact: The id of the hashes of the committed tensors, if they differ; readable as long as an
+            exact patch exists.
     """
 
     values: ObjectId
@@ -37,15 +39,24 @@ class PartState:
 
     @property
     def fidelity(self) -> str:
-        """`exact` if the chain decodes to the original, otherwise `near`."""
+        """`exact` if the delta chain decodes to the committed tensors, otherwise `near`."""
         return "exact" if self.exact is None else "near"
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One committed file: relative path with `/`, BLAKE3 of its bytes, and its template.
+    """One committed file.
 
-    `skeleton` is None for a directory and for a symbolic link, whose target is `link`.
+    Attributes:
+        path: The relative path, with `/`.
+        size: The size in bytes.
+        hash: The BLAKE3 hash of the bytes in hex; None for a directory, a symbolic link, and
+            a state that never was a file.
+        mode: The permission bits.
+        mtime_ns: The modification time in nanoseconds.
+        format: The format, such as `torch-zip` or `safetensors`.
+        skeleton: The id of the file template; None for a directory or a symbolic link.
+        link: The target of a symbolic link.
     """
 
     path: str
@@ -60,14 +71,18 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """Error of the near form, measured at commit time: over all tensors, or of one.
+    """The error of the near form, measured at commit time, of one tensor or over all tensors.
 
-    Of weights W, restored as W':
-    weight_rel = |W' - W| / |W|,  residual_nmse = |W' - W|^2 / |W - base|^2, both over `residual`,
-    fisher_nmse the same with each square weighted by its second moment v,  max_abs = max|W' - W|.
+    W is a committed weight, W' its near form, |x|^2 a sum of squares and v the second moment.  The
+    base is the decoded weight of the parent.
 
-    Of moments: update_nmse, the relative squared error of the optimizer's next step at its own
-    betas, with a gradient from N(0, v), on a sample.
+    Attributes:
+        weight_rel: |W' - W| / |W|.
+        residual_nmse: |W' - W|^2 / |W - base|^2; for a moment, its relative squared error.
+        fisher_nmse: `residual_nmse` with each square weighted by v.
+        update_nmse: The relative squared error of the optimizer's next step, on a sample, with a
+            gradient from N(0, v).
+        max_abs: The largest absolute error.
     """
 
     weight_rel: float = 0.0
@@ -83,8 +98,32 @@ ERROR_NAMES = ("weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max
 
 @dataclass(frozen=True)
 class Commit:
-    """One commit.  Times are ISO 8601 in UTC, sizes are bytes; `nonfinite` counts the weights and
-    moments that are infinite or NaN.
+    """One commit object.
+
+    Attributes:
+        parents: The ids of the parents, at most one.
+        time: The time of the commit, ISO 8601 in UTC.
+        step: The training step, if known.
+        message: The message.
+        metrics: The metrics by name.
+        codec: The codec.
+        kind: `keyframe` or `delta`.
+        depth: The largest depth of its frames when it was written.
+        raw_bytes: The size of the committed files in bytes.
+        data_bytes: The size of its data packs in bytes when it was written.
+        patch_bytes: The size of its exact patch in bytes when it was written.
+        source: `file`, `directory` or `state`.
+        path: The committed path.
+        inside: Whether `path` is relative to the directory of the repository.
+        schema: The id of the schema.
+        parts: The parts by name: `model`, `optimizer` and `rest`.
+        files: The committed files.
+        error: The error of the near form over all tensors.
+        errors: The id of the errors of single tensors; None if all are exact.
+        host: The name of the machine.
+        user: The name of the user.
+        code: The git commit of the training code, if known.
+        nonfinite: The number of infinite and NaN entries in weights and moments.
     """
 
     parents: tuple[ObjectId, ...]
@@ -113,7 +152,7 @@ class Commit:
 
     @property
     def exact(self) -> bool:
-        """Whether the chain decodes to every file bit for bit."""
+        """Whether the delta chain decodes to every file bit for bit."""
         return all(part.exact is None for part in self.parts.values())
 
 

@@ -1,16 +1,15 @@
-"""Graph: where lines of commits part, drawn in text.
+"""Draw a graph of branching commits as text.
 
     *      main           one row for each commit, children above their parent;
-    *                     a commit stands in the column of the child that goes on straight up,
-    | *    main-2         its other children stand one column to the right of it,
-    | *                   and `|/` leads from the lowest of these back to it
+    *                     a commit has the column of its main child,
+    | *    main-2         its other children are one column to the right,
+    | *                   and `|/` connects the lowest commit of their branch with it
     |/
     *
 
-Commits have one parent at most, so the lines of a commit are drawn one after another, each closed
-before the next: columns nest, no two lines cross.  An empty row parts what has no common root.
-The line that needs most columns goes straight up, unless HEAD's does: n commits need no more than
-2 + log2(n) columns.
+A commit has at most one parent.  So its child branches are drawn one after another, and no two
+lines cross.  An empty row separates trees with different roots.  The main child leads to HEAD, or
+needs the most columns: so n commits need at most 2 + log2(n) columns.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ T = TypeVar("T", bound=str | int)
 def draw_graph(
     parents: Mapping[T, T | None], straight: Collection[T] = ()
 ) -> Iterator[tuple[str, T | None]]:
-    """The rows of a graph, the newest first: what is drawn, and the commit that stands there; None
-    for a row that only draws lines.
+    """Yield the rows of a graph, newest first: the drawing, and the commit or None.
 
-    `parents` names the parent of every commit, newest first; a parent that is not among them is
-    none.  `straight` are commits whose line stays in the first column.
+    `parents` maps each commit to its parent, newest first; parents that are not keys are ignored.
+    `straight` are the commits whose line stays in the first column.
     """
     children: dict[T, list[T]] = {name: [] for name in parents}
     roots: list[T] = []
@@ -49,7 +47,7 @@ def draw_graph(
 
 
 def _upwards(roots: list[T], children: Mapping[T, list[T]]) -> list[T]:
-    """Every commit, parents before their children."""
+    """Return all commits, parents before their children."""
     order = list(roots)
     for name in order:
         order += children[name]
@@ -57,7 +55,7 @@ def _upwards(roots: list[T], children: Mapping[T, list[T]]) -> list[T]:
 
 
 def _straighten(order: list[T], children: dict[T, list[T]], straight: Collection[T]) -> None:
-    """Put the child first that goes straight up."""
+    """Put the main child of each commit first."""
     columns: dict[T, int] = {}
     for name in reversed(order):
         above = children[name]
@@ -71,12 +69,12 @@ def _straighten(order: list[T], children: dict[T, list[T]], straight: Collection
 
 
 def _downwards(root: T, children: Mapping[T, list[T]]) -> list[tuple[T, int]]:
-    """The commits of one tree with their columns, each after all of its children."""
-    found: list[tuple[T, int]] = []
+    """Return the commits of one tree with their columns, each after all of its children."""
+    rows: list[tuple[T, int]] = []
     stack = [(root, 0)]
     while stack:
         name, column = stack.pop()
-        found.append((name, column))
-        # Taken from the end and turned round as a whole: the first child comes out on top.
-        stack += [(c, column + bool(place)) for place, c in enumerate(children[name])]
-    return found[::-1]
+        rows.append((name, column))
+        # The stack visits the last child first; reversed, the first child is on top.
+        stack += [(child, column + bool(place)) for place, child in enumerate(children[name])]
+    return rows[::-1]

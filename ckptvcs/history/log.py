@@ -19,10 +19,15 @@ Bound = str | int | None
 
 @dataclass(frozen=True)
 class LogEntry:
-    """A commit in the history, with what depends on the repository's present state.
+    """A commit, with properties that depend on the current state of the repository.
 
-    `stored_bytes` are the bytes on disk that the commit added, without its exact patch.  `fidelity`
-    says of each part whether it is `exact`, `near` or `dropped`.
+    Attributes:
+        id: The id of the commit.
+        commit: The commit object.
+        stored_bytes: The bytes on disk that the commit added, without its exact patch.
+        fidelity: The form of each part: `exact`, `near` or `dropped`.
+        branch: The branch that is shown with the commit.
+        tags: The tags of the commit.
     """
 
     id: ObjectId
@@ -124,17 +129,16 @@ class History:
         *,
         revision: str | int | None = None,
     ) -> list[ObjectId]:
-        """The commits of a line, oldest first, from `start` to `stop`, both included; without those
-        that were dropped.
+        """Return the commits of a first-parent history from `start` to `stop`, oldest first.
 
-        A whole number, or text of digits, is a bound for steps and need not be the step of a
-        commit; one without a step counts as part of the step before it.  Anything else is a
-        revision on the line.  The line is that of `revision`, else of `stop` where that is a
-        revision, else HEAD's.  `every` leaves only those whose step is a multiple of it.
+        Both bounds are included, dropped commits are not.  A number is a bound for steps and need
+        not be the step of a commit; a commit without a step counts as having its predecessor's.
+        Any other bound is a revision.  The history is that of `revision`, otherwise of `stop` if
+        that is a revision, otherwise of HEAD.  `every` keeps only steps that are a multiple of it.
 
         Raises:
-            NotFoundError: a revision names nothing, or nothing on the line.
-            InvalidInputError: `every` is below 1, or a revision names several commits.
+            NotFoundError: a revision does not exist, or is not in this history.
+            InvalidInputError: `every` is below 1, or a revision is ambiguous.
         """
         if every is not None and every < 1:
             raise InvalidInputError(f"invalid interval {every}: it must be at least 1")
@@ -169,8 +173,9 @@ class History:
     def graph(
         self, limit: int | None = None, *, start: ObjectId | None = None
     ) -> list[tuple[str, LogEntry | None]]:
-        """The commits of all branches (or the line of `start`) as a graph of `draw_graph`, HEAD's
-        line straight; None beside what is only drawn.  `limit` counts commits.
+        """Return the rows of `draw_graph` for all branches or the history of `start`.
+
+        HEAD's history is in the first column.  `limit` counts commits.
         """
         tags = self.tags()
         branches = dict(self._newest_first(start=start, all_branches=True))

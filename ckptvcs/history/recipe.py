@@ -1,8 +1,8 @@
 """How tensors are stored: hash tables, recipes, bundles, and drop records.
 
     values   the hashes of a part's tensors, in schema order: 32 bytes each
-    recipe   for one table of values, where the frame of each tensor lies
-    bundle   frames written together, with the hash of every slice; names bases by values
+    recipe   the position of each tensor's frame, for one tensor hash table
+    bundle   frames written together, with the hash of every slice; refers to bases by values
     record   a fade or a drop by a rule, written before anything is deleted
 
 Layout: docs/format.md, "Values", "Recipe", "Bundle", "Records".
@@ -51,9 +51,9 @@ def slice_hash(*data: bytes | memoryview) -> bytes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where the frames of a table of values lie: tensor i is frame `frames[i]` of bundle
-    `bundles[owners[i]]`.  The highest `generation` whose bundles are all there is used.
+    """The frames of a tensor hash table: tensor i is frame `frames[i]` of `bundles[owners[i]]`.
 
+    Of the recipes whose bundles all exist, the one with the highest `generation` is used.
     The recipe of an exact `patch` shares a pack with its table and bundle and is deleted with it:
     nothing else may depend on its values.
     """

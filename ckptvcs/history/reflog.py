@@ -20,7 +20,16 @@ _UNDO = "undo "  # followed by the number of the version that was undone
 
 @dataclass(frozen=True)
 class ReflogEvent:
-    """A move of a branch, or a drop or fade of `count` of its commits."""
+    """A move of a branch, or a drop or fade of its commits.
+
+    Attributes:
+        time: The time, ISO 8601 in UTC.
+        action: The name of the operation.
+        commit: The commit of the branch after a move.
+        step: The training step of that commit, if known.
+        there: Whether the commit still exists, even if it was dropped.
+        count: The number of dropped or faded commits; 0 for a move.
+    """
 
     time: str
     action: str
@@ -32,7 +41,13 @@ class ReflogEvent:
 
 @dataclass(frozen=True)
 class Undone:
-    """An undone action, and the commit of the branch after it."""
+    """The result of an undo.
+
+    Attributes:
+        what: The reverted operation.
+        branch: The name of the branch.
+        commit: The commit of the branch after the undo; None if it has none.
+    """
 
     what: str
     branch: str
@@ -108,10 +123,10 @@ class Past:
     def _event(self, move: Generation, reached: Set[ObjectId]) -> ReflogEvent:
         known = move.commit is not None and self._catalog.store.contains(move.commit)
         step = self._catalog.commit(move.commit).step if move.commit and known else None
-        there = move.commit is None or (known and self._stands(move.commit, reached))
-        return ReflogEvent(move.time, move.action, move.commit, step, there)
+        exists = move.commit is None or (known and self._can_return_to(move.commit, reached))
+        return ReflogEvent(move.time, move.action, move.commit, step, exists)
 
-    def _stands(self, name: ObjectId, reached: Set[ObjectId]) -> bool:
+    def _can_return_to(self, name: ObjectId, reached: Set[ObjectId]) -> bool:
         try:
             self._revisions.require(name, reached)
         except NotFoundError:

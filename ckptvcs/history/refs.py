@@ -3,7 +3,7 @@
     refs/heads/<name>/<generation>     branches
     refs/tags/<name>/<generation>      tags
     refs/pins/<id>/<generation>        pins: commits that keep their exact form
-    refs/HEAD/<generation>             what is checked out: a branch, or a commit
+    refs/HEAD/<generation>             HEAD: a branch, or a commit
 
 Each version (a field `generation` on disk) holds the hash of the version it was computed from.  Of
 two writers of the same number one publishes it and the other gets a ConflictError.  Versions are
@@ -43,12 +43,18 @@ _RESERVED = frozenset({"HEAD", "latest"})
 
 @dataclass(frozen=True)
 class Generation:
-    """One version of a ref: one file.
+    """One version of a ref.
 
-    `branch` is set on HEAD when it follows a branch.  A tag or branch whose `commit` is None was
-    deleted, or is a branch without commits.  `previous` is the hash of the version it was computed
-    from.  A version that `is_lost` replaces one that a repair could not recover; its `hash` is what
-    the next version says, None if that is unknown.
+    Attributes:
+        number: The number of the version, from 1.
+        hash: The hash of its bytes, as the next version records it; None if that is unknown.
+        previous: The hash of the version from which this one was computed.
+        commit: The id of the commit; None if the ref is deleted, has no commits, or is HEAD on a
+            branch.
+        branch: The branch that HEAD follows; None for other refs and a detached HEAD.
+        time: The time of the change, ISO 8601 in UTC.
+        action: The name of the operation.
+        is_lost: Whether it replaces a version that a repair could not recover.
     """
 
     number: int

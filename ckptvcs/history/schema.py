@@ -1,8 +1,8 @@
-"""Schema: what tensors a checkpoint has.  Skeleton: a file's bytes with holes where they belong.
+"""Schema: the tensors of a checkpoint.  Skeleton: the template of a file, without its tensors.
 
-A schema holds nothing that changes from step to step, so a run shares one.  A skeleton holds
-everything in a file that is not a large tensor (headers, pickles, small tensors); on the
-skeleton of another step it codes to a few dozen bytes.  Layout: docs/format.md.
+A schema contains nothing that changes from step to step, so all commits of a run share one.  A
+skeleton contains the rest of a file (headers, pickles, small tensors).  With the skeleton of
+another step as base, it compresses to a few dozen bytes.  Layout: docs/format.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ckptvcs.history.canonical_json import Record, dump, load
 LITTLE, BIG, UNKNOWN = "little", "big", "unknown"
 _LENGTH = struct.Struct("<I")
 _MAX_DIMS = 64
-_MAX_NUMBER = 1 << 44  # of elements, and of what an offset or a stride may be
+_MAX_NUMBER = 1 << 44  # limit for a number of elements, an offset or a stride
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor as the program that saved it sees it: a window on a stored tensor, in elements."""
+    """A tensor of the saved program: a window on a stored tensor; numbers count elements."""
 
     name: str
     dtype: str
@@ -34,7 +34,7 @@ class View:
     stride: tuple[int, ...]
 
     def fits(self, elements: int) -> bool:
-        """Whether it lies inside a tensor of so many elements: hostile files claim anything."""
+        """Return whether the view lies inside a tensor with this number of elements."""
         if len(self.shape) != len(self.stride) or len(self.shape) > _MAX_DIMS:
             return False
         if max(self.offset, *self.shape, *self.stride, 0) >= _MAX_NUMBER:
@@ -47,13 +47,19 @@ class View:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: `shape` elements of `dtype`, row after row.
+    """One stored tensor, in row-major order.
 
-    `evidence` says how its role is known, where it has one (`checkpoint/roles.py`).
-    `inline` tensors are so small that their bytes stand in the skeleton.  `pair` is the position
-    in the schema of the weight that a moment belongs to.  `views` are the windows on it where
-    these are more than the tensor itself under its own name.  `order` is that of the bytes in its
-    words: `little`, `big`, or `unknown`.
+    Attributes:
+        name: The full name.
+        dtype: The element type, such as `BF16`.
+        shape: The shape.
+        part: `model`, `optimizer` or `rest`.
+        role: What the tensor is, such as a weight or an optimizer moment.
+        inline: Whether the tensor is so small that the file template contains its bytes.
+        pair: The position in the schema of the weight that a moment belongs to.
+        views: The views of the tensor, if there are others than the tensor itself.
+        evidence: How the role was detected.
+        order: The byte order: `little`, `big` or `unknown`.
     """
 
     name: str
@@ -69,7 +75,7 @@ class TensorInfo:
 
     @property
     def type(self) -> DType:
-        """The element type."""
+        """Element type."""
         return DTYPES[self.dtype]
 
     @property
@@ -95,7 +101,7 @@ class Schema:
     tensors: tuple[TensorInfo, ...]
 
     def stored(self, part: str) -> list[int]:
-        """The positions of a part's tensors that frames hold, in the order of its values."""
+        """Return the positions of a part's tensors in frames, in the order of its hash table."""
         return [
             number
             for number, info in enumerate(self.tensors)
@@ -134,14 +140,14 @@ def _tensor_fields(info: TensorInfo) -> dict[str, object]:
 
 
 def dump_schema(schema: Schema) -> bytes:
-    """The canonical bytes of a schema."""
+    """Return the canonical bytes of a schema."""
     return dump({"tensors": [_tensor_fields(info) for info in schema.tensors]})
 
 
 def _load_shape(record: Record, field: str) -> tuple[int, ...]:
     shape = tuple(record.integers(field))
     if len(shape) > _MAX_DIMS or math.prod(shape) >= _MAX_NUMBER:
-        raise CorruptionError("a schema holds a tensor of an absurd shape")
+        raise CorruptionError("a schema contains a tensor with an invalid shape")
     return shape
 
 
@@ -169,13 +175,13 @@ def _load_tensor(record: Record) -> TensorInfo:
         record.text("order") if record.has("order") else LITTLE,
     )
     if info.dtype not in DTYPES or info.part not in ("model", "optimizer", "rest"):
-        raise CorruptionError(f"a schema holds a tensor of unknown kind: {info.name!r}")
+        raise CorruptionError(f"tensor {info.name!r} has an unknown dtype or part")
     if info.order not in (LITTLE, BIG, UNKNOWN):
-        raise CorruptionError(f"a schema holds a tensor of unknown order: {info.name!r}")
+        raise CorruptionError(f"tensor {info.name!r} has an unknown byte order")
     for view in views:
-        known = DTYPES.get(view.dtype)
-        if known is None or not view.fits(info.size_bytes // known.size):
-            raise CorruptionError(f"a schema holds a view that leaves its tensor: {info.name!r}")
+        dtype = DTYPES.get(view.dtype)
+        if dtype is None or not view.fits(info.size_bytes // dtype.size):
+            raise CorruptionError(f"tensor {info.name!r} has a view outside of it")
     return info
 
 
@@ -183,46 +189,45 @@ def load_schema(data: bytes) -> Schema:
     """Read a schema.  Raises CorruptionError."""
     tensors = tuple(_load_tensor(row) for row in load(data, "a schema").records("tensors"))
     if any(info.pair is not None and info.pair >= len(tensors) for info in tensors):
-        raise CorruptionError("a schema pairs a tensor with one that it does not have")
+        raise CorruptionError("a schema pairs a tensor with a missing one")
     return Schema(tensors)
 
 
 class Op(IntEnum):
-    """What stands next in a file."""
+    """The kind of a segment of a file."""
 
-    LITERAL = 0  # argument: number of bytes, taken from the skeleton
-    TENSOR = 1  # argument: position in the schema
-    CRC32 = 2  # argument: position in the schema; 4 bytes, little-endian, of that tensor's bytes
-    INLINE = 3  # argument: position in the schema; its bytes are taken from the skeleton
+    LITERAL = 0  # bytes of the skeleton; argument: their number
+    TENSOR = 1  # bytes of a tensor; argument: position in the schema
+    CRC32 = 2  # checksum of a tensor, 4 bytes, little-endian; argument: position in the schema
+    INLINE = 3  # tensor in the skeleton; argument: position in the schema
 
 
 Segment = tuple[Op, int]
 
 
 def dump_skeleton(segments: list[Segment], literals: bytes) -> bytes:
-    """The content of a skeleton."""
+    """Return the content of a skeleton."""
     head = dump({"segments": [number for segment in segments for number in segment]})
     return _LENGTH.pack(len(head)) + head + literals
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A file's segments in order, and the bytes that its literals and inline tensors take."""
+    """The segments of a file, and the bytes of its literals and inline tensors."""
 
     segments: tuple[Segment, ...]
     literals: memoryview
 
     def walk(self, schema: Schema) -> Iterator[tuple[Op, int, memoryview]]:
-        """Each segment with its bytes from the skeleton (empty for tensors and checksums).
+        """Yield each segment with its bytes (empty for tensors and checksums).
 
         Raises:
-            CorruptionError: a segment names a tensor that the schema does not have, or the
-                literals do not add up.
+            CorruptionError: a tensor is not in the schema, or there are too few or too many bytes.
         """
         at = 0
         for op, argument in self.segments:
             if op != Op.LITERAL and argument >= len(schema.tensors):
-                raise CorruptionError("a skeleton names a tensor that the schema does not have")
+                raise CorruptionError("a skeleton refers to a tensor that is not in the schema")
             length = 0
             if op == Op.LITERAL:
                 length = argument
@@ -233,7 +238,7 @@ class Skeleton:
             yield op, argument, self.literals[at : at + length]
             at += length
         if at != len(self.literals):
-            raise CorruptionError("a skeleton has literal bytes that belong nowhere")
+            raise CorruptionError("a skeleton has too many literal bytes")
 
 
 def load_skeleton(data: bytes) -> Skeleton:
@@ -247,6 +252,6 @@ def load_skeleton(data: bytes) -> Skeleton:
     numbers = load(bytes(body[:length]), "a skeleton").integers("segments")
     ops, arguments = numbers[::2], numbers[1::2]
     if len(ops) != len(arguments) or any(op > Op.INLINE for op in ops):
-        raise CorruptionError("a skeleton holds an unknown segment")
+        raise CorruptionError("a skeleton contains an invalid segment")
     segments = tuple((Op(op), argument) for op, argument in zip(ops, arguments, strict=True))
     return Skeleton(segments, body[length:])

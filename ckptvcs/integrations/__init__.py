@@ -1,1 +1,4 @@
-"""Trainers of others: each module needs the extra of its name, and is loaded by nothing else."""
+"""Integrations with training libraries.
+
+Each module needs the extra of its name, and no other module imports it.
+"""

@@ -1,4 +1,4 @@
-"""accelerate: the directories of `save_state` are committed.
+"""accelerate: commit the directories that `Accelerator.save_state` writes.
 
 commit_state(accelerator, "runs", "out/step-100", step=100)
 """
@@ -31,29 +31,41 @@ def commit_state(
     codec: str | None = None,
     **saving: Any,
 ) -> CommitResult | None:
-    """Save the state of a training by `accelerator.save_state`, and commit the directory on the
-    main process; the others wait for it.  What was committed, or None on these.
+    """Save the training state with `accelerator.save_state`, and commit the directory.
 
-    `repo` is a repository, or where one is to be opened, or made if there is none; `saving` is
-    what `save_state` takes besides.
+    Call it on every process: the main process commits, and the others wait for it.
+
+    Args:
+        accelerator: The accelerator of the training.
+        repo: A repository, or the directory of one; it is created if it does not exist.
+        output_dir: As for `save_state`.
+        step: The training step; None reads it from the checkpoint or the directory name.
+        metrics: Metrics by name.
+        codec: The codec for this commit; None uses the setting `codec`.
+        **saving: Further arguments of `save_state`.
+
+    Returns:
+        The new commit on the main process, None on the others.
 
     Raises:
-        CkptError: it cannot be committed.
+        CkptError: The directory cannot be committed.
     """
-    given = None if output_dir is None else os.fspath(output_dir)
-    folder = Path(accelerator.save_state(given, **saving))
+    output = None if output_dir is None else os.fspath(output_dir)
+    folder = Path(accelerator.save_state(output, **saving))
     accelerator.wait_for_everyone()
-    made = None
+    result = None
     if accelerator.is_main_process:
         target = Target(repo, codec)
-        made = target.commit(folder, step=step, metrics=metrics or {}, names=_names(accelerator))
+        result = target.commit(folder, step=step, metrics=metrics or {}, names=_names(accelerator))
     accelerator.wait_for_everyone()
-    return made
+    return result
 
 
 def _names(accelerator: Accelerator) -> Names:
-    """The names of the parameters in `optimizer.bin`, `optimizer_1.bin` ..., which do not hold
-    them; only private lists lead to what is prepared, so that without these it goes without names.
+    """Return the parameter names of `optimizer.bin`, `optimizer_1.bin` ..., which lack them.
+
+    Only private lists of the accelerator lead to its models and optimizers.  If a version of
+    accelerate does not have them, the commit has no names.
     """
     models = getattr(accelerator, "_models", [])
     weights = {id(weight): name for model in models for name, weight in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Lightning, its Trainer and Fabric: every checkpoint that they write is committed.
+"""Lightning: commit every checkpoint that the Trainer or Fabric writes.
 
 Trainer(plugins=[CkptCheckpointIO("runs")])    Fabric(plugins=[CkptCheckpointIO("runs")])
 """
@@ -30,33 +30,38 @@ try:
 except ImportError as error:
     raise missing_extra("lightning") from error
 
-_PASSED_ON = ".temp.ckpt"
-"""What processes that end give to the one that started them: nobody's checkpoint."""
+_TEMPORARY = ".temp.ckpt"
+"""A file by which spawned processes return their weights; it is not a checkpoint."""
 
-_OWN_NAME = "last_model_path"
-"""Where a ModelCheckpoint keeps that name: alone in this the two may differ."""
+_LAST_PATH = "last_model_path"
+"""The entry in a ModelCheckpoint that may differ between `last.ckpt` and its copy."""
 
 _log = logging.getLogger("ckptvcs")
 
 
 class CkptCheckpointIO(CheckpointIO):
-    """Commits each checkpoint as soon as another CheckpointIO has written it, on the first of all
-    processes; under its step, with the score that a ModelCheckpoint has kept for it.
+    """Commits each checkpoint as soon as another CheckpointIO has written it.
 
-    `last.ckpt` is no commit of its own if it holds what was committed just before.  A checkpoint
-    whose file is gone is loaded from its commit; `last.ckpt` from the newest of its folder.
+    The process of rank 0 commits, and records the step and the score of the ModelCheckpoint.  A
+    `last.ckpt` with the content of the previous commit is not committed again.  If the file of a
+    checkpoint does not exist, it is loaded from its commit; `last.ckpt` is loaded from the newest
+    commit of its folder.
     """
 
     def __init__(
         self, repo: Where = ".", *, base: CheckpointIO | None = None, codec: str | None = None
     ) -> None:
-        """`repo` is a repository, or where one is to be opened, or made if there is none; `base`
-        writes and reads the files, if not TorchCheckpointIO.
+        """Create the plugin.
+
+        Args:
+            repo: A repository, or the directory of one; it is created if it does not exist.
+            base: The CheckpointIO that writes and reads the files; None uses TorchCheckpointIO.
+            codec: The codec for the commits; None uses the setting `codec`.
         """
         self._target, self._base = Target(repo, codec), base or TorchCheckpointIO()
-        self._made: dict[Path, ObjectId] = {}
-        self._newest: tuple[Path, str, ObjectId] | None = None  # its folder, and what it holds
-        self._at_work: Path | None = None
+        self._commits: dict[Path, ObjectId] = {}
+        self._newest: tuple[Path, str, ObjectId] | None = None  # folder, content hash, commit
+        self._saving: Path | None = None
         self._turn = Condition()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,71 +73,71 @@ class CkptCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint, and commit it.
+        """Write a checkpoint and commit it.
 
         Raises:
-            InvalidInputError: it is not to be written to this machine.
-            CkptError: it cannot be committed, which ends the training.
+            InvalidInputError: `path` is a URL.
+            CkptError: The commit failed; this ends the training.
         """
         if _is_remote(path):
-            raise InvalidInputError(f"only files of this machine can be committed, not {path}")
+            raise InvalidInputError(f"cannot commit {path}: only local files can be committed")
         full = _full(path)
-        if full.name == _PASSED_ON:
+        if full.name == _TEMPORARY:
             self._base.save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
-        self._work_at(full)
+        self._set_saving(full)
         try:
             self._base.save_checkpoint(checkpoint, path, storage_options=storage_options)
             if getattr(rank_zero_only, "rank", 0) == 0:
-                self._made[full] = self._commit(checkpoint, full, _scores(checkpoint, path))
+                self._commits[full] = self._commit(checkpoint, full, _scores(checkpoint, path))
         finally:
-            self._work_at(None)
+            self._set_saving(None)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint from its file, or where that is gone from its commit: then nothing in
-        it is executed, unless `weights_only` is False.
+        """Read a checkpoint from its file, or from its commit if the file does not exist.
+
+        A commit is loaded with `weights_only=True`, so that it cannot run code, unless the caller
+        passes False.
 
         Raises:
-            FileNotFoundError: there is neither.
-            CorruptionError: the commit does not decode to its recorded hashes.
+            FileNotFoundError: Neither the file nor a commit of it exists.
+            CorruptionError: The commit does not decode to its recorded hashes.
         """
         options = {"map_location": map_location, "weights_only": weights_only}
-        given = {name: value for name, value in options.items() if value is not None}
+        options = {name: value for name, value in options.items() if value is not None}
         repo, full = self._target.existing(), _full(path)
-        elsewhere = full.exists() or _is_remote(path)
-        entry = None if repo is None or elsewhere else _find(repo, full)
+        has_file = full.exists() or _is_remote(path)
+        entry = None if repo is None or has_file else _find(repo, full)
         if repo is None or entry is None:
-            return self._base.load_checkpoint(path, **given)
-        _log.info("%s is gone: its commit %s is loaded", path, entry.id[:8])
+            return self._base.load_checkpoint(path, **options)
+        _log.info("%s does not exist: loading its commit %s", path, entry.id[:8])
         with tempfile.TemporaryDirectory() as folder:
             restored = Path(folder) / full.name
             repo.checkout_files(entry.id, restored)
-            return self._base.load_checkpoint(restored, **{"weights_only": True, **given})
+            return self._base.load_checkpoint(restored, **{"weights_only": True, **options})
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete the file of a checkpoint that is committed; never its commit.  What is in no
-        commit stays.
-        """
+        """Delete a checkpoint file if it is committed; the commit is kept."""
         full = _full(path)
-        if full.name == _PASSED_ON:
+        if full.name == _TEMPORARY:
             self._base.remove_checkpoint(path)
             return
-        with self._turn:  # another thread may be committing it
-            self._turn.wait_for(lambda: self._at_work != full)
-        if full.exists() and self._made.pop(full, None) is None and not self._target.find(full):
-            _log.warning("%s stays: it is in no commit", path)
+        with self._turn:  # another thread may be committing the file
+            self._turn.wait_for(lambda: self._saving != full)
+        if full.exists() and self._commits.pop(full, None) is None and not self._target.find(full):
+            _log.warning("%s is not removed: no commit contains it", path)
         else:
             self._base.remove_checkpoint(path)
 
     def teardown(self) -> None:
-        """Called at the end of a training; not within AsyncCheckpointIO."""
+        """End the training; AsyncCheckpointIO does not call this."""
         self._base.teardown()
 
-    def _work_at(self, path: Path | None) -> None:
+    def _set_saving(self, path: Path | None) -> None:
         with self._turn:
-            self._at_work = path
+            self._saving = path
             self._turn.notify_all()
 
     def _commit(
@@ -140,15 +145,15 @@ class CkptCheckpointIO(CheckpointIO):
     ) -> ObjectId:
         content = _digest(checkpoint)
         if self._newest and LIGHTNING_LAST.fullmatch(path.name):
-            folder, before, name = self._newest
-            if (folder, before) == (path.parent, content):
-                return name
+            folder, newest_content, commit = self._newest
+            if (folder, newest_content) == (path.parent, content):
+                return commit
         step = checkpoint.get("global_step")
-        made = self._target.commit(
+        result = self._target.commit(
             path, step=step if isinstance(step, int) else None, metrics=scores
         )
-        self._newest = path.parent, content, made.id
-        return made.id
+        self._newest = path.parent, content, result.id
+        return result.id
 
 
 def _full(path: str | Path) -> Path:
@@ -160,7 +165,7 @@ def _is_remote(path: str | Path) -> bool:
 
 
 def _find(repo: Repo, path: Path) -> LogEntry | None:
-    """The newest commit of a file, on HEAD's line or else on any."""
+    """Return the newest commit of a file: on HEAD's first-parent history, otherwise on any."""
     name, inside = Repository(repo.folder).naming(path)
     is_last = LIGHTNING_LAST.fullmatch(path.name)
     for everywhere in (False, True):
@@ -175,19 +180,19 @@ def _find(repo: Repo, path: Path) -> LogEntry | None:
 
 
 def _scores(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, float]:
-    """What each ModelCheckpoint has kept as the score of this very file."""
+    """Return the scores that ModelCheckpoint callbacks recorded for this file, by metric."""
     callbacks = checkpoint.get("callbacks")
-    found = {}
+    scores = {}
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if isinstance(state, Mapping) and isinstance(state.get("best_k_models"), Mapping):
             score = state["best_k_models"].get(os.fspath(path))
             if score is not None and isinstance(state.get("monitor"), str):
-                found[state["monitor"]] = float(score)
-    return found
+                scores[state["monitor"]] = float(score)
+    return scores
 
 
 class _Hashing(io.BytesIO):
-    """A file that keeps nothing of what is written to it but its hash."""
+    """A file that hashes the written bytes and does not store them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,14 +204,14 @@ class _Hashing(io.BytesIO):
 
 
 def _digest(checkpoint: Mapping[str, Any]) -> str:
-    """The hash of all that a checkpoint holds but the name of the last one."""
+    """Return the hash of a checkpoint without its `_LAST_PATH` entries."""
     callbacks = checkpoint.get("callbacks")
     if isinstance(callbacks, Mapping):
         checkpoint = {
             **checkpoint,
             "callbacks": {
-                name: {**state, _OWN_NAME: ""}
-                if isinstance(state, dict) and _OWN_NAME in state
+                name: {**state, _LAST_PATH: ""}
+                if isinstance(state, dict) and _LAST_PATH in state
                 else state
                 for name, state in callbacks.items()
             },

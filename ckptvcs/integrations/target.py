@@ -1,4 +1,4 @@
-"""Target: the repository that the checkpoints of a trainer go to."""
+"""Target: the repository to which a training library commits its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.ops.commit import CommitResult
 from ckptvcs.ops.originals import Contents
 from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import quiet
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
 _log = logging.getLogger("ckptvcs")
 
 Where = str | os.PathLike[str] | Repo
-"""A repository, or where one is to be opened, or made if there is none."""
+"""A repository, or the directory of one; it is created if it does not exist."""
 
 
 class Target:
-    """Opened when it is first needed, so that only the process that commits does so."""
+    """A repository that is opened on first use, so that only the committing process opens it."""
 
     def __init__(self, where: Where, codec: str | None) -> None:
         self._where, self.codec = where, codec
@@ -36,13 +37,13 @@ class Target:
 
     @property
     def repo(self) -> Repo:
-        """The repository, open."""
+        """The open repository; it is created if it does not exist."""
         if not isinstance(self._where, Repo):
             self._where = Repo.init(self._where)
         return self._where
 
     def existing(self) -> Repo | None:
-        """The same, if there is one: nothing is made."""
+        """Return the open repository, or None if it does not exist."""
         with contextlib.suppress(NotFoundError):
             if not isinstance(self._where, Repo):
                 self._where = Repo.open(self._where)
@@ -50,15 +51,15 @@ class Target:
         return None
 
     def find(self, path: Path) -> ObjectId | None:
-        """The commit that has a file, or a directory, byte for byte."""
+        """Return the commit that contains a file or directory byte for byte, or None."""
         repo = self.existing()
         if repo is None:
             return None
         kind = "directory" if path.is_dir() else "file"
         try:
             found = Found(path.name, path, kind, open_checkpoint(path).size_bytes, None)
-            return Contents(Repository(repo.folder)).find(found, lambda _: None)
-        except CkptError:  # nothing that could have been committed
+            return Contents(Repository(repo.folder)).find(found, quiet)
+        except CkptError:  # the path is not a complete checkpoint
             return None
 
     def commit(
@@ -69,14 +70,14 @@ class Target:
         metrics: Mapping[str, float],
         names: Names | None = None,
     ) -> CommitResult:
-        """Commit a checkpoint that is complete; notes about it are logged.
+        """Commit a complete checkpoint, and log its notes.
 
         Raises:
-            CkptError: it cannot be committed; BusyError if gc deletes for as long as a minute.
+            CkptError: The commit failed; BusyError if gc deletes for more than a minute.
         """
-        made = self.repo.commit_path(
+        result = self.repo.commit_path(
             path, message=path.name, step=step, metrics=metrics, codec=self.codec, names=names
         )
-        for note in made.notes:
+        for note in result.notes:
             _log.warning("%s: %s", path.name, note)
-        return made
+        return result

@@ -1,4 +1,4 @@
-"""The Trainer of Hugging Face: every checkpoint that it writes is committed.
+"""transformers: commit every checkpoint that the Hugging Face Trainer writes.
 
 trainer = Trainer(..., callbacks=[CkptCallback("runs")])
 """
@@ -19,6 +19,7 @@ from ckptvcs.integrations.target import Target, Where
 from ckptvcs.ops.originals import Keeper
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.series import Lines
+from ckptvcs.parallel import quiet
 from ckptvcs.store.ids import ObjectId
 
 try:
@@ -32,14 +33,16 @@ _NO_METRICS = frozenset(("step", "epoch", "total_flos"))
 
 
 class CkptCallback(TrainerCallback):
-    """Commits each checkpoint directory as soon as the Trainer has written it, on the first of all
-    processes; with the `metrics` that were logged at its step.
+    """Commits each checkpoint directory as soon as the Trainer has written it.
 
-    `keep_local` is how many of the newest directories stay (None: all): older ones, of earlier runs
-    too, go once their commit has been read back, where that is exact (it is pinned then), or with
-    `accept_near` in any form; why others stay is logged.  With the settings of a new repository
-    more than one needs `accept_near`, since the newest two commits alone are exact.  The best model
-    that the Trainer wants to load at the end stays, too.
+    The world's first process commits.  With `keep_local` the callback also deletes older checkpoint
+    directories, including those of earlier runs.  It deletes a directory only after it has restored
+    the commit and compared the bytes.  Unless `accept_near` is set, the commit must be exact; it is
+    then pinned.  The callback logs why it keeps a directory, and always keeps the best model that
+    the Trainer loads at the end.
+
+    By default a repository keeps only the newest two commits exact, so `keep_local` above 1 needs
+    `accept_near` or the setting `keep-exact`.
     """
 
     def __init__(
@@ -51,89 +54,94 @@ class CkptCallback(TrainerCallback):
         accept_near: bool = False,
         codec: str | None = None,
     ) -> None:
-        """`repo` is a repository, or where one is to be opened, or made if there is none.
+        """Create the callback.
+
+        Args:
+            repo: A repository, or the directory of one; it is created if it does not exist.
+            metrics: Whether to record the metrics that the Trainer logged at the same step.
+            keep_local: How many of the newest checkpoint directories to keep; None keeps all.
+            accept_near: Also delete directories whose commit is only near.
+            codec: The codec for the commits; None uses the setting `codec`.
 
         Raises:
-            InvalidInputError: none is to stay.
+            InvalidInputError: `keep_local` is below 1.
         """
         if keep_local is not None and keep_local < 1:
             raise InvalidInputError("keep_local must be at least 1")
         self._target, self._metrics = Target(repo, codec), metrics
         self._keep_local, self._accept_near = keep_local, accept_near
-        self._made: dict[Path, ObjectId] = {}
-        self._said: set[Path] = set()
+        self._commits: dict[Path, ObjectId] = {}
+        self._reported: set[Path] = set()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer when a checkpoint is complete.
+        """Commit a complete checkpoint; the Trainer calls this.
 
         Raises:
-            CkptError: it cannot be committed, which ends the training.
+            CkptError: The commit failed; this ends the training.
         """
         if not state.is_world_process_zero:
             return
         folder = _folder(Path(args.output_dir), state.global_step)
-        made = self._target.commit(
+        result = self._target.commit(
             folder,
             step=state.global_step,
             metrics=_logged(state) if self._metrics else {},
             names=_names(kwargs.get("model"), kwargs.get("optimizer")),
         )
         if self._keep_local is not None:
-            self._made = self._made or self._earlier(folder)
-            self._made.pop(folder, None)  # a run that began again writes it anew: it is the newest
-            self._made[folder] = made.id
-            with contextlib.suppress(BusyError):  # gc has come: until the next checkpoint
+            self._commits = self._commits or self._earlier(folder)
+            self._commits.pop(folder, None)  # a restarted run wrote it again: move it to the end
+            self._commits[folder] = result.id
+            with contextlib.suppress(BusyError):  # gc is running: the next checkpoint tries again
                 self._remove({folder, Path(state.best_model_checkpoint or folder)})
 
     def _earlier(self, folder: Path) -> dict[Path, ObjectId]:
-        """What earlier runs have left beside a checkpoint, and the history has, by the order of
-        their commits.
-        """
-        found = {
-            path: name
+        """Return the committed directories of earlier runs beside `folder`, oldest commit first."""
+        commits = {
+            path: commit
             for path in folder.parent.glob("checkpoint-*")
             if path != folder
             and named_step(path.name) is not None
-            and (name := self._target.find(path)) is not None
+            and (commit := self._target.find(path)) is not None
         }
-        order = Lines(Repository(self._target.repo.folder), None).by_age(found.values())
-        return dict(sorted(found.items(), key=lambda pair: order.index(pair[1])))
+        order = Lines(Repository(self._target.repo.folder), None).by_age(commits.values())
+        return dict(sorted(commits.items(), key=lambda pair: order.index(pair[1])))
 
-    def _remove(self, staying: set[Path]) -> None:
+    def _remove(self, protected: set[Path]) -> None:
         assert self._keep_local is not None
         repository = Repository(self._target.repo.folder)
-        older = list(self._made)[: -self._keep_local]
+        older = list(self._commits)[: -self._keep_local]
         keeper = Keeper(repository, self._target.codec)
         for folder in older:
-            if folder in staying:
+            if folder in protected:
                 continue
             if folder.is_dir():
                 with keeper.at_work(), Originals(folder.parent) as originals:
                     done = keeper.remove(
-                        self._made[folder],
+                        self._commits[folder],
                         folder.name,
                         originals,
-                        lambda _: None,
+                        quiet,
                         accept_near=self._accept_near,
                     )
-                if done.kept and folder not in self._said:
+                if done.kept and folder not in self._reported:
                     _log.warning("%s is not removed: %s", folder.name, done.kept)
-                    self._said.add(folder)
-            if not folder.exists():  # the Trainer removes some by itself
-                del self._made[folder]
+                    self._reported.add(folder)
+            if not folder.exists():  # the Trainer also removes directories
+                del self._commits[folder]
 
 
 def _folder(output: Path, step: int) -> Path:
-    """The checkpoint of a step; those of a search lie in folders of their runs."""
+    """Return the checkpoint of a step; a hyperparameter search has a folder for each run."""
     name = f"checkpoint-{step}"
-    found = [path for path in (output / name, *output.glob(f"run-*/{name}")) if path.is_dir()]
-    if not found:
+    paths = [path for path in (output / name, *output.glob(f"run-*/{name}")) if path.is_dir()]
+    if not paths:
         raise NotFoundError(f"{output} contains no {name}")
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+    return max(paths, key=lambda path: path.stat().st_mtime_ns)
 
 
 def _logged(state: Any) -> dict[str, float]:
-    """The numbers that were logged at the step of a checkpoint."""
+    """Return the numbers that the Trainer logged at the step of a checkpoint."""
     return {
         key: float(value)
         for row in state.log_history
@@ -144,5 +152,5 @@ def _logged(state: Any) -> dict[str, float]:
 
 
 def _names(model: Any, optimizer: Any) -> Names:
-    """The names of the parameters in `optimizer.pt`, which does not hold them."""
+    """Return the parameter names of `optimizer.pt`, which lacks them."""
     return {("optimizer.pt", ""): parameter_names(model, optimizer)}

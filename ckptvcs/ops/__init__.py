@@ -1,4 +1,4 @@
-"""What users do with a repository, one thing a module; each is loaded when it is first used."""
+"""The operations of users on a repository, one per module; each module loads on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -119,7 +119,7 @@ def mean_weights(
 class Averaged(Restorer):
     """Reads a commit, but takes some tensors from `tensors` (bytes by number in its schema).
 
-    Overrides the sources of tensors: `_slices` for stored ones, `_skeleton` for small ones.
+    Overrides the sources of tensors: `read_slices` for stored ones, `_skeleton` for small ones.
     """
 
     def __init__(self, catalog: Catalog, name: ObjectId, tensors: Mapping[int, Bytes]) -> None:
@@ -130,12 +130,12 @@ class Averaged(Restorer):
     def exact(self) -> bool:
         return False
 
-    def _slices(
+    def read_slices(
         self, numbers: list[int], room: Callable[[Any], Words | None] = lambda _: None
     ) -> Generator[tuple[Any, Words], None, None]:
         for other, run in groupby(numbers, self._others.__contains__):
             if not other:
-                yield from super()._slices(list(run), room)
+                yield from super().read_slices(list(run), room)
                 continue
             for job in self._jobs(list(run)):
                 word = self.schema.tensors[job.number].type.word

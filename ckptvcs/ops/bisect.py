@@ -1,11 +1,10 @@
-"""Bisect: a line of commits, of which the first are good and the last are bad -> the first bad one.
+"""Bisect: find the first bad commit of a first-parent history by binary search.
 
-    good  good  good  ?  ?  ?  bad          each test halves what is unknown
+    good  good  good  ?  ?  ?  bad          each test halves the number of unknown commits
 
-A commit that cannot be judged is skipped; where only such are left between the last good one and
-the first bad one, the first bad commit is one of several.
-
-A judge says what a commit is: a command of the user, a metric, or whether its weights are finite.
+A test is a command of the user, a bound on a metric, or a check for non-finite weights.  If a test
+cannot decide about a commit, the commit is skipped.  If only skipped commits are left between the
+last good and the first bad one, each of them may be the first bad commit.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ckptvcs.ops.repository import Repository
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.ids import ObjectId
 
-_SKIP, _HIGHEST = 125, 127  # exit codes of a command, as `git bisect run` has them
+_SKIP, _HIGHEST = 125, 127  # exit codes as in `git bisect run`
 _STDERR = 2
 
 
@@ -45,7 +44,7 @@ class Verdict(StrEnum):
 
 Judge = Callable[[LogEntry], Verdict]
 Watch = Callable[[LogEntry, Verdict, int], None]
-"""Told of each verdict, and how many commits may be the first bad one after it."""
+"""Called with each tested commit, its verdict, and the number of remaining candidates."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,10 @@ class Bisection:
 
 
 def narrow(count: int, judge: Callable[[int], Verdict]) -> tuple[int, int]:
-    """Of 0 ... `count` - 1, where 0 is good and the last is bad: the last that was found good and
-    the first that was found bad.  All between them were skipped.
+    """Return the last good and the first bad number; all numbers between them were skipped.
 
-    `judge` is asked once at most for each, about log2(`count`) times where none is skipped.
+    Of the numbers 0 ... `count` - 1, 0 is good and the last one is bad.  `judge` tests no number
+    twice, and about log2(`count`) numbers if it skips none.
     """
     good, bad = 0, count - 1
     skipped: set[int] = set()
@@ -92,55 +91,59 @@ def narrow(count: int, judge: Callable[[int], Verdict]) -> tuple[int, int]:
 
 
 def line(catalog: Catalog, good: ObjectId, bad: ObjectId) -> list[ObjectId]:
-    """The commits from `good` to `bad`, along first parents.
+    """Return the commits from `good` to `bad` along first parents.
 
     Raises:
         InvalidInputError: `good` is not an ancestor of `bad`.
     """
     if good == bad:
         raise InvalidInputError(f"commit {good[:8]} cannot be both good and bad")
-    found = []
+    names = []
     for name, _ in catalog.ancestors(bad):
-        found.append(name)
+        names.append(name)
         if name == good:
-            return found[::-1]
-    turned = any(name == bad for name, _ in catalog.ancestors(good))
+            return names[::-1]
+    swapped = any(name == bad for name, _ in catalog.ancestors(good))
     raise InvalidInputError(
         f"good commit {good[:8]} is not an ancestor of bad commit {bad[:8]}",
-        hint="the good one is named first" if turned else "see 'ckpt log --graph'",
+        hint="pass the good commit first" if swapped else "see 'ckpt log --graph'",
     )
 
 
 def bisect(
-    names: Sequence[ObjectId], entry: Callable[[ObjectId], LogEntry], judge: Judge, watch: Watch
+    names: Sequence[ObjectId],
+    entry: Callable[[ObjectId], LogEntry],
+    judge: Judge,
+    watch: Watch | None = None,
 ) -> Bisection:
-    """Find the first bad commit of a line, oldest first.
+    """Find the first bad commit of `names`, which are sorted oldest first.
 
     Raises:
-        InvalidInputError: the first is not good, or the last is not bad.
+        InvalidInputError: The first commit is not good, or the last one is not bad.
     """
     tested: list[tuple[LogEntry, Verdict]] = []
     good, bad = 0, len(names) - 1
 
     def test(number: int) -> Verdict:
         nonlocal good, bad
-        found = entry(names[number])
-        verdict = judge(found)
-        tested.append((found, verdict))
+        commit = entry(names[number])
+        verdict = judge(commit)
+        tested.append((commit, verdict))
         if verdict == Verdict.GOOD:
             good = max(good, number)
         elif verdict == Verdict.BAD:
             bad = min(bad, number)
-        watch(found, verdict, bad - good)
+        if watch is not None:
+            watch(commit, verdict, bad - good)
         return verdict
 
-    for number, wanted in ((0, Verdict.GOOD), (bad, Verdict.BAD)):
+    for number, expected in ((0, Verdict.GOOD), (bad, Verdict.BAD)):
         verdict = test(number)
-        if verdict != wanted:
-            what = "could not be judged" if verdict == Verdict.SKIP else f"is {verdict}"
+        if verdict != expected:
+            what = "was skipped" if verdict == Verdict.SKIP else f"is {verdict}"
             raise InvalidInputError(
-                f"commit {names[number][:8]} was given as {wanted}, but {what}",
-                hint="the first commit must be good and the second bad, as the test sees it",
+                f"commit {names[number][:8]} was given as {expected}, but {what}",
+                hint="pass a commit that passes the test, then one that fails it",
             )
     good, bad = narrow(len(names), test)
     candidates = tuple(entry(name) for name in names[good + 1 : bad + 1])
@@ -148,9 +151,9 @@ def bisect(
 
 
 def search(
-    repository: Repository, good: str | int, bad: str | int, judge: Judge, watch: Watch
+    repository: Repository, good: str | int, bad: str | int, judge: Judge, watch: Watch | None
 ) -> Bisection:
-    """Find the first bad commit between two; see `Repo.bisect`."""
+    """Find the first bad commit between two commits; see `Repo.bisect`."""
     names = line(repository.catalog, repository.resolve(good), repository.resolve(bad))
     return bisect(names, repository.entry, judge, watch)
 
@@ -164,28 +167,28 @@ def choose_judge(
     *,
     nan: bool,
 ) -> Judge:
-    """Return the one judge that is asked for.
+    """Return the requested test.
 
     Raises:
-        InvalidInputError: none is, or several are; or a bound without a metric.
+        InvalidInputError: Not exactly one test is requested, or a metric or a bound is missing.
     """
     if sum((bool(command), nan, metric is not None)) != 1:
         raise InvalidInputError(
-            "one test is needed",
-            hint="'-- COMMAND', --nan, or --metric NAME with --above or --below",
+            "bisect needs exactly one test",
+            hint="pass '-- COMMAND', --nan, or --metric NAME with --above or --below",
         )
     if (metric is not None) != (above is not None or below is not None):
         raise InvalidInputError("--metric requires --above or --below, and these require --metric")
     if metric is not None:
         return metric_judge(metric, above=above, below=below)
     if command:
-        # The place is new, and nobody's working directory.
+        # `force` is safe: the target is a new scratch folder.
         return command_judge(command, partial(checkout_files, repository, force=True))
     return finite_judge(repository.catalog, repository.restorer)
 
 
 def metric_judge(name: str, *, above: float | None, below: float | None) -> Judge:
-    """Bad is a metric above or below a bound, or NaN; a commit without the metric is skipped."""
+    """Return a test of a metric: bad if it is out of bounds or NaN, skip if it is missing."""
 
     def judge(entry: LogEntry) -> Verdict:
         value = entry.metrics.get(name)
@@ -202,7 +205,7 @@ def metric_judge(name: str, *, above: float | None, below: float | None) -> Judg
 
 
 def finite_judge(catalog: Catalog, restorer: Callable[[ObjectId], Restorer]) -> Judge:
-    """Bad are weights that are not finite."""
+    """Return a test of the weights: bad if one of them is not finite."""
     known: set[bytes] = set()
 
     def judge(entry: LogEntry) -> Verdict:
@@ -213,12 +216,12 @@ def finite_judge(catalog: Catalog, restorer: Callable[[ObjectId], Restorer]) -> 
 
 
 def command_judge(command: Sequence[str], write: Callable[[ObjectId, Path], object]) -> Judge:
-    """A command says by its exit code: 0 good, 125 skip, any other up to 127 bad.
+    """Return a test by the exit code of a command: 0 good, 125 skip, any other up to 127 bad.
 
-    `write` checks a commit out to a path, which takes the place of `{}` in the arguments, or comes
-    after them; it is gone when the command has ended.  What the command prints goes to stderr.
-    The judge raises InvalidInputError where the command cannot be run, is ended by a signal, or
-    ends with a code above 127.
+    The test restores a commit with `write` to a temporary path.  The path replaces `{}` in the
+    arguments, or follows them.  The output of the command goes to stderr.  The test raises
+    InvalidInputError if the command cannot be run, is ended by a signal, or exits with a code above
+    127.
     """
 
     def judge(entry: LogEntry) -> Verdict:
@@ -236,11 +239,11 @@ def _run(command: Sequence[str], entry: LogEntry, target: Path) -> int:
     if arguments == list(command):
         arguments.append(str(target))
     step = "" if entry.step is None else str(entry.step)
-    told = {"CKPT_STEP": step, "CKPT_COMMIT": entry.id, "CKPT_PATH": str(target)}
+    variables = {"CKPT_STEP": step, "CKPT_COMMIT": entry.id, "CKPT_PATH": str(target)}
     try:
-        # stdout is for what was found.
+        # Only the result of the bisect goes to stdout.
         return subprocess.run(
-            arguments, stdout=_STDERR, env=os.environ | told, check=False
+            arguments, stdout=_STDERR, env=os.environ | variables, check=False
         ).returncode
     except OSError as error:
         raise InvalidInputError(f"cannot run '{command[0]}': {error.strerror or error}") from error
@@ -252,7 +255,7 @@ def _verdict(code: int, entry: LogEntry) -> Verdict:
     if not 0 <= code <= _HIGHEST:
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise InvalidInputError(
-            f"the command {how} at commit {entry.id[:8]}: the search was stopped",
-            hint="0 is good, 125 skips, any other code up to 127 is bad",
+            f"bisect was stopped: the command {how} at commit {entry.id[:8]}",
+            hint="exit with 0 for good, 125 to skip, any other code up to 127 for bad",
         )
     return Verdict.GOOD if code == 0 else Verdict.SKIP if code == _SKIP else Verdict.BAD

@@ -1,8 +1,8 @@
-"""Checkout: a commit -> files in the working directory, without losing what is there.
+"""Checkout: a commit -> files in the working directory, without losing existing files.
 
-A file that stands where a checkout writes is overwritten only if its bytes can be had again: its
-hash is that of a file of a commit that can be restored exactly, or it was written by a checkout.
-What comes, or is saved anew, after that look stays.
+Without `force`, a checkout overwrites a file only if the repository can restore its bytes: either
+an exact commit contains the file, or an earlier checkout wrote it.  A file that another program
+creates or saves after this check is kept.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class CheckedOut:
 
 
 def hash_file(path: Path) -> str:
-    """BLAKE3 of a file's bytes."""
+    """Return the BLAKE3 hash of a file."""
     with path.open("rb") as file:
         return _hash(file)
 
@@ -72,12 +72,8 @@ def _hash(file: BinaryIO) -> str:
 
 
 def _only(commit: Commit) -> FileEntry:
-    """The file of a commit that is no directory."""
+    """Return the file of a commit of a `file` or a `state`."""
     return next(file for file in commit.files if file.skeleton is not None)
-
-
-def _silent(_: Path) -> None:
-    """Nobody has to be told."""
 
 
 def checkout_files(
@@ -88,7 +84,7 @@ def checkout_files(
     force: bool = False,
     exact: bool = False,
     progress: Progress = quiet,
-    announce: Callable[[Path], object] = _silent,
+    announce: Callable[[Path], object] = quiet,
 ) -> CheckedOut:
     """Write the files of a commit; see `Repo.checkout_files`."""
     return repository.read_again(
@@ -106,7 +102,7 @@ def checkout_part(
     *,
     force: bool = False,
     exact: bool = False,
-    announce: Callable[[Path], object] = _silent,
+    announce: Callable[[Path], object] = quiet,
 ) -> CheckedOut:
     """Write one part of a commit; see `Repo.checkout_part`."""
     with Targets() as looks:
@@ -126,14 +122,14 @@ def checkout_part(
 def _part_target(
     repository: Repository, commit: Commit, part: str, output: Path | None, looks: Targets
 ) -> Target:
-    """Where a part goes: as the user says, else beside where its commit belongs."""
+    """Return the target of a part: `output`, or a file beside the recorded path of the commit."""
     if output is not None:
         return looks.look(output)
-    top, way = worktree(repository).home(commit)
-    home = top / way
+    top, below = worktree(repository).home(commit)
+    home = top / below
     stem = home.stem if commit.source != "directory" else home.name or "checkpoint"
-    if way.parts:
-        return looks.below(top, way.with_name(f"{stem}.{part}.pt"))
+    if below.parts:
+        return looks.below(top, below.with_name(f"{stem}.{part}.pt"))
     return looks.look(home.with_name(f"{stem}.{part}.pt"))
 
 
@@ -143,14 +139,14 @@ def save_part(
     """Write one part of a commit as .safetensors or as a torch.save file; return its fidelity.
 
     Raises:
-        ConflictError: it was to be `exact`, and is not, or not any more; or the file at `target`
-            came, or was changed, while it was made.
+        ConflictError: `exact` is set and the part is near, or another program created or changed
+            the target meanwhile.
     """
 
     def save() -> str:
         restorer = _reader(repository, name, part, exact=exact)
         PartReader(restorer).save(part, at)
-        return restorer.fidelity.get(part, "exact")  # small tensors alone always are
+        return restorer.fidelity.get(part, "exact")  # a part of small tensors is always exact
 
     with looked(target) as at:
         return repository.read_again(save)
@@ -159,13 +155,13 @@ def save_part(
 def _reader(
     repository: Repository, name: ObjectId, part: str | None = None, *, exact: bool
 ) -> Restorer:
-    """What reads a commit, in the form that it has at this moment."""
+    """Return a reader of a commit; raises ConflictError if `exact` is set and a part is near."""
     restorer = repository.restorer(name)
-    forms = [form for one, form in restorer.fidelity.items() if part in (None, one)]
+    forms = [form for key, form in restorer.fidelity.items() if part in (None, key)]
     if exact and "near" in forms:
         raise ConflictError(
             f"commit {name[:8]} can only be restored in near form",
-            hint="leave out --require exact to take it as it is",
+            hint="leave out --require exact to restore the near form",
         )
     return restorer
 
@@ -176,59 +172,60 @@ def worktree(repository: Repository) -> WorkTree:
 
 
 class WorkTree:
-    """The files outside the store.  `written` remembers the hashes of files that checkouts wrote
-    in near form, which no commit lists.
+    """The files outside the store.
+
+    The folder `written` records the hashes of files that checkouts wrote in near form, since no
+    commit contains these hashes.
     """
 
     def __init__(self, catalog: Catalog, root: Path, written: Path) -> None:
         self._catalog, self._root, self._written = catalog, root, written
 
     def home(self, commit: Commit) -> tuple[Path, PurePosixPath]:
-        """Where a commit says that it belongs: a folder, below it the way that the commit names,
-        which may be somebody else's word.
+        """Return the base folder of a commit, and the recorded path below it.
+
+        The path may come from a foreign repository, so it is checked.
 
         Raises:
-            CorruptionError: the way leaves the folder.
+            CorruptionError: The path leaves the folder.
         """
         top = self._root if commit.inside else Path.cwd()
         return top, PurePosixPath() if commit.path == "." else safe_path(commit.path)
 
-    def can_be_had_again(self, path: Path) -> bool:
-        """Whether the bytes of a file are stored exactly, or came from a checkout."""
-        return self._is_there(hash_file(path))
-
-    def _is_there(self, digest: str) -> bool:
+    def _is_recoverable(self, digest: str) -> bool:
+        """Return whether a commit has a file of this hash exactly, or a checkout wrote one."""
         if (self._written / digest).exists():
             return True
-        return any(self._is_safe(name, digest) for name in self._originals(digest))
+        return any(self._is_safe(name, digest) for name in self._commits_of(digest))
 
-    def _originals(self, digest: str) -> list[ObjectId]:
-        """The commits of a file with this hash."""
+    def _commits_of(self, digest: str) -> list[ObjectId]:
+        """Return the commits that contain a file with this hash."""
         return self._catalog.store.find(b"file:" + digest.encode())
 
     def _is_safe(self, name: ObjectId, digest: str) -> bool:
-        """Whether a commit holds a file exactly, by the bytes of its packs: what is about to be
-        overwritten may be the only other copy.
+        """Return whether a commit can restore a file exactly.
+
+        The file that a checkout overwrites may be the only other copy, so this reads the packs.
         """
-        store, gone = self._catalog.store, self._catalog.dropped()
+        store, dropped = self._catalog.store, self._catalog.dropped()
         with contextlib.suppress(CkptError, FileNotFoundError):
             restorer = Restorer(self._catalog, name)
-            if not restorer.exact:  # beside weights that are near a file may have none
+            if not restorer.exact:  # a file without near tensors may still be exact
                 return any(
                     file.hash == digest
                     and self._is_exact(restorer, file)
                     and restorer.digest(file) == digest
                     for file in restorer.commit.files
                 )
-            marked = mark(self._catalog, {name: self._catalog.commit(name)}, gone)
-            places = [store.places(one)[0] for one in marked.objects]
+            marked = mark(self._catalog, {name: self._catalog.commit(name)}, dropped)
+            places = [store.places(object_id)[0] for object_id in marked.objects]
             for pack, folder in {place.pack: place.folder for place in places}.items():
                 store.verify_pack(pack, folder)
             return True
         return False
 
     def _is_exact(self, restorer: Restorer, file: FileEntry) -> bool:
-        """Whether no tensor of a file is near."""
+        """Return whether every tensor of a file is exact."""
         if file.skeleton is None:
             return False
         segments = self._catalog.skeleton(file.skeleton).walk(restorer.schema)
@@ -239,45 +236,45 @@ class WorkTree:
         try:
             self._written.mkdir(parents=True, exist_ok=True)
             (self._written / digest).touch()
-            known = sorted(self._written.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-            for path in known[:-_MAX_REMEMBERED]:
+            notes = sorted(self._written.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            for path in notes[:-_MAX_REMEMBERED]:
                 path.unlink(missing_ok=True)
         except OSError:
-            pass  # a later checkout then asks for --force, which is safe
+            pass  # a later checkout then requires --force, which is safe
 
     def _guard(
         self, folder: Folder, name: str, seen: Seen, restorer: Restorer, file: FileEntry
     ) -> None:
-        """Raises ConflictError where what has a name cannot be had again."""
+        """Raise ConflictError if the repository cannot restore the existing file `name`."""
         path = folder.path / name
         if stat.S_ISDIR(seen.st_mode):
             raise InvalidInputError(
                 f"{path} is a directory", hint="name the file to write: -o PATH"
             )
         try:
-            with folder.open_file(name, follow=True) as there:
-                size, digest = os.fstat(there.fileno()).st_size, _hash(there)
+            with folder.open_file(name, follow=True) as existing:
+                size, digest = os.fstat(existing.fileno()).st_size, _hash(existing)
         except FileNotFoundError:
-            return  # a link that leads nowhere
+            return  # a dangling symbolic link
         except NotRegularError:
             raise ConflictError(
                 f"{path} is not a regular file", hint="write elsewhere with -o"
             ) from None
-        if self._is_there(digest):
+        if self._is_recoverable(digest):
             return
-        # Nothing may remember writing what this commit restores to.
+        # The file may be the near form of this very commit, although no note of it is left.
         if restorer.exact or size != file.size or restorer.digest(file) != digest:
             raise self._refusal(path, digest)
 
     def _refusal(self, target: Path, digest: str) -> ConflictError:
-        """What would be lost with a file."""
-        commits = {name: self._catalog.commit(name) for name in self._originals(digest)}
+        """Return the error that says which content a checkout would destroy."""
+        commits = {name: self._catalog.commit(name) for name in self._commits_of(digest)}
         if not commits:
             return ConflictError(
-                f"{target} holds changes that are in no commit exactly",
+                f"{target} has changes that no commit contains exactly",
                 hint="commit it first, write elsewhere with -o, or overwrite it with --force",
             )
-        name = max(commits, key=lambda one: commits[one].time)
+        name = max(commits, key=lambda name: commits[name].time)
         article = "an" if commits[name].source == "directory" else "the"
         return ConflictError(
             f"{target} is {article} original of commit {name[:8]}, {self._state(name)}: "
@@ -287,12 +284,12 @@ class WorkTree:
         )
 
     def _state(self, name: ObjectId) -> str:
-        """Why a commit does not hold its files exactly."""
-        gone = self._catalog.dropped()
-        if name in gone.commits:
+        """Return the reason why a commit cannot restore its files exactly."""
+        dropped = self._catalog.dropped()
+        if name in dropped.commits:
             return "which was dropped"
-        if name in gone.parts:
-            return f"whose {' and '.join(sorted(gone.parts[name]))} part was dropped"
+        if name in dropped.parts:
+            return f"whose {' and '.join(sorted(dropped.parts[name]))} part was dropped"
         with contextlib.suppress(CkptError):
             if not Restorer(self._catalog, name).exact:
                 return "which is only near now"
@@ -305,14 +302,9 @@ class WorkTree:
         progress: Progress,
         *,
         force: bool,
-        announce: Callable[[Path], object] = _silent,
+        announce: Callable[[Path], object],
     ) -> CheckedOut:
-        """Write the files of a commit; `announce` is told where, before anything is written.
-
-        Raises:
-            ConflictError: a file would be overwritten whose bytes are nowhere else.
-            CorruptionError: something does not have its hash; nothing was replaced by it.
-        """
+        """Write the files of a commit; see `Repo.checkout_files`."""
         commit = restorer.commit
         files = [file for file in commit.files if file.skeleton is not None]
         with Targets() as targets:
@@ -340,15 +332,15 @@ class WorkTree:
         commit = restorer.commit
         with writing(target.path):
             if commit.source != "directory":
-                if target.seen is not None:  # then no folder is missing
+                if target.seen is not None:
                     self._guard(target.folder, target.name, target.seen, restorer, _only(commit))
             elif target.is_folder:
                 require_links(commit, looks, target.path.joinpath)
-                with target.existing() as place:
+                with target.existing() as folder:
                     for file in commit.files:
                         path, seen = safe_path(file.path), looks.get(file.path)
                         if file.skeleton is not None and seen is not None:
-                            with place.inside(path.parent) as parent:
+                            with folder.inside(path.parent) as parent:
                                 self._guard(parent, path.name, seen, restorer, file)
 
     def _save(
@@ -359,15 +351,16 @@ class WorkTree:
         return [save_file(restorer, target, progress)]
 
     def changes(self, restorer: Restorer) -> list[tuple[str, Path]]:
-        """How the files of a commit differ from those in their places: `missing`, `changed` or
-        `near` (written by a checkout of a near commit), with the path.
+        """Return the paths on disk that differ from a commit, with the kind of the difference.
+
+        The kinds are `missing`, `changed` and `near` (a checkout wrote the near form).
 
         Raises:
-            InvalidInputError: one cannot be read.
+            InvalidInputError: A file cannot be read.
         """
         commit = restorer.commit
-        top, way = self.home(commit)
-        home, found = top / way, []
+        top, below = self.home(commit)
+        home, changes = top / below, []
         for file in commit.files:
             if file.hash is None:
                 continue
@@ -377,8 +370,8 @@ class WorkTree:
             except OSError as error:
                 raise unreadable(path, error) from error
             if kind:
-                found.append((kind, path))
-        return found
+                changes.append((kind, path))
+        return changes
 
     def _change(self, path: Path, file: FileEntry) -> str:
         if not path.is_file():

@@ -1,14 +1,14 @@
 """Commit: a checkpoint -> packs, one commit object, one version of a branch.
 
-    lease        so that gc keeps away
-    scan         hashes of files and tensors
-    place        branch and parent (`ops/placement.py`)
-    encode       tensors into data packs, again and finer while a bound does not hold
-    describe     schema, skeletons, hash tables, recipes and the commit into one meta pack
-    publish      the next version of the branch: the only commit point
-    fade         exact patches that no rule keeps any more are deleted
+    lease        keep gc from sweeping
+    scan         hash files and tensors
+    place        choose branch and parent (`ops/placement.py`)
+    encode       write tensors to data packs; repeat with finer steps while an error is too large
+    describe     write schema, file templates, hash tables, recipes and the commit to one meta pack
+    publish      write the next version of the branch: the only commit point
+    fade         delete exact patches that no rule keeps any more
 
-A crash anywhere before `publish` leaves packs that nothing refers to, which gc sweeps.
+A crash before `publish` leaves unreferenced packs, which gc deletes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,6 @@ from ckptvcs.store.reserve import keep_reserve
 Announce = Callable[[Move], None]
 
 
-def silent(_: Move) -> None:
-    """Nobody needs to know."""
-
-
 @dataclass(frozen=True)
 class CommitResult:
     """A new commit.
@@ -73,7 +69,7 @@ class CommitResult:
 
 
 class SharedPatchFadedError(Exception):
-    """Another writer lets a patch go that this commit was to share."""
+    """Another writer records the drop of an exact patch that this commit wanted to share."""
 
 
 def commit_path(
@@ -91,12 +87,7 @@ def commit_path(
     head_stays: bool = False,
     progress: Progress = quiet,
 ) -> CommitResult:
-    """Commit a checkpoint file or a directory of files; see `Repo.commit_path`.
-
-    Raises:
-        NotFoundError, InvalidInputError: there is no complete checkpoint at `path`.
-        ConflictError: another writer moved the branch meanwhile.
-    """
+    """Commit a checkpoint file or a directory of files; see `Repo.commit_path`."""
     path, skip = Path(path), real_path(repository.folder)
     if real_path(path).is_relative_to(skip):
         raise InvalidInputError(f"{path} is part of the repository itself")
@@ -130,17 +121,16 @@ def commit_checkpoint(
     branch: str | None = None,
     head_stays: bool = False,
     progress: Progress = quiet,
-    announce: Announce = silent,
+    announce: Announce = quiet,
 ) -> CommitResult:
-    """Commit what has been opened already.  `announce` is called just before a branch moves to a
-    commit that is made.
+    """Commit an open checkpoint; `announce` is called just before the branch moves.
 
     Raises:
-        InvalidInputError: the checkpoint changed while it was read.
-        ConflictError: another writer moved the branch meanwhile.
+        InvalidInputError: The checkpoint changed while it was read.
+        ConflictError: Another writer moved the branch meanwhile.
         BusyError: gc is sweeping.
-        CorruptionError: what it would depend on is missing or damaged.
-        StorageError: the disk is full, or fails.
+        CorruptionError: An object that the commit depends on is missing or damaged.
+        StorageError: The disk is full, or fails.
     """
     config = repository.commit_config()
     request = Request.of(
@@ -170,24 +160,24 @@ class Committer:
         config: Config,
         progress: Progress = quiet,
         held: MemoryBase | None = None,
-        announce: Announce = silent,
+        announce: Announce = quiet,
     ) -> None:
-        """`config` holds the settings as they were when the commit began."""
+        """Prepare a commit; `config` holds the settings of its start."""
         self._repository, self._config = repository, config
         self._catalog, self._refs = repository.catalog, repository.refs
         self._progress, self._held, self._announce = progress, held, announce
-        self._move: Move | None = None  # the one that makes the commit
+        self._move: Move | None = None  # the announced move of the branch to the commit
 
     def commit(self, request: Request) -> CommitResult:
         """Add one commit to the history; raises as `commit_checkpoint`."""
         rebuilt = False
         while True:
             try:
-                with after(self._made):
+                with after(self._outcome):
                     return self._commit(request)
             except SharedPatchFadedError:
-                continue  # it gets one of its own
-            except MissingObjectError:  # the index may be older than the packs, after a power cut
+                continue  # the next attempt writes its own patch
+            except MissingObjectError:  # after a power cut the index may be older than the packs
                 if rebuilt:
                     raise
                 rebuilt = True
@@ -195,7 +185,7 @@ class Committer:
                 self._catalog.forget()
 
     def _commit(self, request: Request) -> CommitResult:
-        with lease(self._catalog.store.backend) as held:
+        with lease(self._catalog.store.backend) as lease_name:
             checkpoint = request.checkpoint
             patched = self._config.exact_rule.wants_patch(request.metrics)
             near = isinstance(request.spec.settings, NearSpec)
@@ -211,22 +201,25 @@ class Committer:
                     or self.starts_keyframe(place.parent)
                 )
                 encoded = self._encode(request, base, hashes, keyframe=keyframe, patched=patched)
-            return self.complete(request, place, base, encoded, file_hashes, held)
+            return self.complete(request, place, base, encoded, file_hashes, lease_name)
 
     def place(self, request: Request, scanned: Scanned | None) -> Place:
-        """Return where a commit goes; without `scanned`, as if it held what its parent holds."""
+        """Return the branch and the parent of a commit.
+
+        Without `scanned`, the content is assumed to equal that of the parent.
+        """
         head = self._refs.read(HEAD)
         following = head.branch if head else "main"
-        wanted = check_name(request.branch, "branch") if request.branch else None
-        asked = wanted or following
+        requested = check_name(request.branch, "branch") if request.branch else None
+        branch = requested or following
         parent: ObjectId | None = None
-        if head is not None and (wanted or not head.branch):
+        if head is not None and (requested or not head.branch):
             parent = self._tip(head.branch) if head.branch else head.commit
         situation = Situation(
             find_step(request),
-            wanted,
+            requested,
             Head(following, self._last_branch),
-            self._refs.read(f"heads/{asked}") if asked else None,
+            self._refs.read(f"heads/{branch}") if branch else None,
             parent,
             frozenset(self._refs.names("heads")),
             request.head_stays,
@@ -240,7 +233,7 @@ class Committer:
         return decide(situation, self._steps, likeness)
 
     def _steps(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, int | None]]:
-        return ((found, commit.step) for found, commit in self._catalog.line(name))
+        return ((commit_id, commit.step) for commit_id, commit in self._catalog.line(name))
 
     def _tip(self, branch: str) -> ObjectId | None:
         state = self._refs.read(f"heads/{branch}")
@@ -250,13 +243,13 @@ class Committer:
         return next((g.branch for g in self._refs.readable(HEAD) if g.branch), "main")
 
     def base(self, parent: ObjectId | None) -> Commit | None:
-        """Return what a commit can be coded against: its parent, unless that was dropped."""
+        """Return the base of a new commit: its parent, or None if the parent was dropped."""
         if parent is None or parent in self._catalog.dropped().commits:
             return None
         return self._catalog.commit(parent)
 
     def starts_keyframe(self, parent: ObjectId | None) -> bool:
-        """Return whether the chain that ends at `parent` is as deep, or as heavy, as is allowed."""
+        """Return whether the chain of `parent` has the maximum depth or size."""
         deltas = 0
         for _, commit in self._catalog.ancestors(parent):
             if commit.kind == "keyframe":
@@ -300,14 +293,15 @@ class Committer:
         base: Commit | None,
         encoded: Encoded,
         file_hashes: list[str | None],
-        held: str,
+        lease_name: str,
     ) -> CommitResult:
-        """Make a commit of what is stored, and move its branch; `held` names the lease that was
-        held all the time.
+        """Write the commit object of the encoded tensors, and move the branch.
+
+        The caller has held the lease `lease_name` since before it chose `base`.
 
         Raises:
-            SharedPatchFadedError: it shares an exact patch that is let go.
-            ConflictError, InvalidInputError, CorruptionError, StorageError: as in `commit`.
+            SharedPatchFadedError: Another writer drops an exact patch that the commit shares.
+            ConflictError, InvalidInputError, CorruptionError, StorageError: As for `commit`.
         """
         store = self._catalog.store
         pack = store.new_pack("meta")
@@ -321,26 +315,27 @@ class Committer:
         finally:
             pack.abort()
         require_packs(self._catalog, mark(self._catalog, {name: commit}, self._catalog.dropped()))
-        store.backend.settle_seen()  # those who wrote what it depends on may have been killed
-        # Who lets a patch go says so first, and looks then who shares it: one sees the other.
+        store.backend.settle_seen()  # the writers of objects that it needs may have been killed
+        # A writer that drops a patch records that first, and then looks for commits that share it.
+        # This commit exists before it looks for the record, so at least one side sees the other.
         if any(is_gone(self._catalog, exact) for exact in encoded.shared):
             raise SharedPatchFadedError
-        check_lease(store.backend, held)
+        check_lease(store.backend, lease_name)
         notes = [*place.notes, *request.checkpoint.notes, *encoded.notes]
         if request.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
             notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
         self.publish(place, name, commit)
-        self._stay_or_take_back(place, name, held)
-        # It is in the history now: what goes wrong from here on, gc makes good.
+        self._check_published(place, name, lease_name)
+        # The commit is in the history.  If fading fails, the next gc repeats it.
         with contextlib.suppress(CkptError, OSError, MemoryError):
-            self._fade(fading, name, held, is_head=place.moves_head)
+            self.fade(fading, name, lease_name, is_head=place.moves_head)
         self._catalog.forget_commits()
         return CommitResult(
             name, commit, encoded.data_bytes + info.size_bytes, place.branch, tuple(notes)
         )
 
     def _has_schema(self, parent: ObjectId | None, schema: ObjectId) -> bool:
-        """Whether the parent has the same tensors, of which all has been said."""
+        """Return whether the parent has the same schema, so that its notes were shown before."""
         return parent is not None and self._catalog.commit(parent).schema == schema
 
     def publish(self, place: Place, name: ObjectId, commit: Commit) -> None:
@@ -350,36 +345,40 @@ class Committer:
         move = Move(name, place.branch, place.tip, head, takes_head, commit.time)
         self._announce(move)
         self._move = move
-        with after(self._made):
+        with after(self._outcome):
             self._refs.make(move)
 
-    def _stay_or_take_back(self, place: Place, name: ObjectId, held: str) -> None:
-        """Take the commit back if the lease ended before the branch moved: gc may have swept what
-        the commit depends on.
+    def _check_published(self, place: Place, name: ObjectId, lease_name: str) -> None:
+        """Take the commit back if the lease ended before the branch moved.
+
+        gc may then have deleted objects that the commit depends on.
         """
         try:
-            check_lease(self._catalog.store.backend, held)
+            check_lease(self._catalog.store.backend, lease_name)
         except CkptError:
             from ckptvcs.history.reflog import take_back  # noqa: PLC0415  hardly ever needed
 
             if take_back(self._catalog, self._refs, place.branch, place.tip, name):
                 raise
 
-    def _made(self) -> str:
-        """What is to be said of a commit that is in the history, whatever goes wrong from then on:
-        a ref is seen before it is known to be durable, and HEAD follows after that.
+    def _outcome(self) -> str:
+        """Return the text for an error after the branch may have moved, or "".
+
+        A ref is visible before it is known to be durable, and HEAD moves after the branch.
         """
         if self._move is None:
             return ""
         try:
-            made = "was made" if self._refs.has(self._move) else ""
+            outcome = "was made" if self._refs.has(self._move) else ""
         except (CkptError, OSError, MemoryError):
-            made = "may have been made"
-        return made and f"commit {self._move.commit[:8]} {made}"
+            outcome = "may have been made"
+        return outcome and f"commit {self._move.commit[:8]} {outcome}"
 
     def _fading(self, name: ObjectId, commit: Commit, *, is_head: bool) -> list[Patch]:
-        """The exact patches to let go once a commit is in the history: none, if it is the first one
-        with values that are not finite.
+        """Return the exact patches that expire with this commit.
+
+        If the commit is the first one with non-finite values, no patch expires, so that the last
+        finite commit stays exact.
         """
         (parent,) = commit.parents or (None,)
         before = self._catalog.commit(parent).nonfinite if parent else 0
@@ -387,23 +386,27 @@ class Committer:
             return []
         return self._fader().after(parent, (name, commit), is_head=is_head)
 
-    def _fade(self, recorded: list[Patch], name: ObjectId, held: str, *, is_head: bool) -> None:
-        """Delete patches, but for those that a tag, a pin or a setting has come to keep meanwhile;
-        who pins waits for this process as long as it holds its lease.
+    def fade(
+        self, recorded: list[Patch], name: ObjectId, lease_name: str, *, is_head: bool
+    ) -> None:
+        """Delete the recorded patches, except those that a new tag, pin or setting keeps.
+
+        A process that pins waits until the lease of this one ends.
         """
         fader = self._fader()
-        still = {patch.pack for patch in fader.after(name, is_head=is_head)} if recorded else set()
-        check_lease(self._catalog.store.backend, held)
-        fader.delete(patch for patch in recorded if patch.pack in still)
+        expired = fader.after(name, is_head=is_head) if recorded else []
+        packs = {patch.pack for patch in expired}
+        check_lease(self._catalog.store.backend, lease_name)
+        fader.delete(patch for patch in recorded if patch.pack in packs)
 
     def _fader(self) -> Fader:
-        """The exact patches, and which of them the settings keep at this moment."""
+        """Return a fader with the current settings."""
         rule = self._repository.commit_config().exact_rule
         return Fader(self._catalog, self._refs, rule)
 
 
 def unchanged(base: Commit, *, patched: bool) -> Encoded:
-    """What is stored for a checkpoint that a commit holds already; its exact patches are shared."""
+    """Return the encoded form of a checkpoint that equals `base`; it shares the exact patches."""
     shared = [state.exact for state in base.parts.values() if state.exact]
     return Encoded(
         dict(base.parts),

@@ -31,7 +31,7 @@ _log = logging.getLogger("ckptvcs")
 OFF = "off"
 AUTO = "auto"
 _HINT = "edit the file, or run 'ckpt verify --repair'"
-_HEADING = "# Settings of this repository; docs/reference/settings.md describes them.\n"
+_HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
 
 
 def _codec(value: Value) -> str:
@@ -167,7 +167,7 @@ def load_config(path: Path) -> Config:
         InvalidInputError: The file is missing, is not TOML, or holds an unknown key or a bad
             value.  Defaults would be dangerous: they could delete what the real settings keep.
     """
-    return _parse(_read(path), path)
+    return _parse(read_text(path), path)
 
 
 class Settings:
@@ -187,7 +187,7 @@ class Settings:
         Raises:
             InvalidInputError: The file cannot be read; see `load_config`.
         """
-        text, last = _read(self._path), self._last
+        text, last = read_text(self._path), self._last
         if last is None or last[0] != text:
             last = self._last = text, _parse(text, self._path)
         self._warned = None
@@ -216,7 +216,8 @@ class Settings:
             return replace(self._last[1], keep_exact=_ALL)
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a settings file."""
     try:
         text = disk.read_small(path, _MAX_BYTES).decode("utf-8")
     except (OSError, ValueError) as error:
@@ -251,7 +252,7 @@ def set_setting(path: Path, backend: Backend, key: str, value: str | None) -> Co
     checked = None if value is None else _checked(key, value)
     assignment = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
     with turn(backend):  # two processes may change settings at once
-        text = _read(path) if path.exists() else _HEADING
+        text = read_text(path) if path.exists() else _HEADING
         lines = [line for line in text.splitlines() if not assignment.match(line)]
         if checked is not None:
             lines.append(f"{key} = {json.dumps(checked)}")
@@ -272,7 +273,7 @@ def repair_settings(path: Path, backend: Backend, copy: Path | None, *, drop: bo
     if _is_readable(path):
         return False
     if copy is not None and _is_readable(copy):
-        text = _read(copy)
+        text = read_text(copy)
     elif drop:
         text = _readable_lines(path) or _HEADING
     else:

@@ -1,10 +1,12 @@
-"""Compare: two commits -> what is between them, tensor by tensor, in numbers.
+"""Diff: the differences of two commits, tensor by tensor.
 
-What is compared is what a checkout gives: the exact form where there is one, else the near form,
-whose own error stands beside the difference.  Tensors whose recorded hashes agree are not decoded.
-They are the same where both forms are exact, or the hashes of the originals are known and agree;
-near forms that agree prove nothing about the originals.  All others are read slice by slice, or a
-few small ones together, and summed up in float64, so that memory is a few slices whatever the size.
+A diff compares the same forms as a checkout restores: the exact form if it is stored, otherwise the
+near form.  It shows the error of a near form beside the difference.
+
+Tensors with equal recorded hashes are not decoded.  They are unchanged if both forms are exact, or
+if the hashes of both originals are known and equal.  Equal near forms alone prove nothing about the
+originals.  All other tensors are summed up in float64: large ones slice by slice, small ones in
+batches, so that memory is bounded by a few slices.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
 Key = tuple[str, str, int]
-"""Part, name, and how many of that name came before it."""
+"""Part, name, and the number of earlier tensors with that name."""
 
 SORT_KEYS = (
     "relative",
@@ -111,7 +113,7 @@ class Comparison:
         tensors: The tensors that differ, sorted as by `ordered`.
         total: Sums over the weights in `tensors`.
         unchanged: Tensors that are proven to be equal.
-        indistinct: Tensors that look equal, but have a near form.
+        indistinct: Tensors with equal forms, of which at least one is near.
         added: Tensors that only B has.
         removed: Tensors that only A has.
         reshaped: Tensors of another shape or type in B, as pairs (of A, of B).
@@ -156,14 +158,14 @@ class Comparison:
         """
         if key not in SORT_KEYS:
             raise InvalidInputError(
-                f"nothing to sort by '{key}'", hint=f"one of {', '.join(SORT_KEYS)}"
+                f"unknown sort key '{key}'", hint=f"use one of {', '.join(SORT_KEYS)}"
             )
 
         def rank(tensor: TensorDifference) -> tuple[int, bool, float, str]:
             sums, info = tensor.sums, tensor.info
             value = 0.0 if key == "name" else float(getattr(sums, key))
             if key == "changed" and tensor.changed is None:
-                value = -1.0  # after those of which it is known
+                value = -1.0  # after all known counts
             broken = sums.nonfinite_a != sums.nonfinite_b or math.isnan(value)
             size = value if key == "cosine" else -value
             size = -math.inf if math.isnan(size) else size
@@ -201,7 +203,7 @@ class _Side:
                     self._originals |= zip(stored, values, strict=True)
 
     def name_as(self, other: _Side) -> None:
-        """Look for tensors under the names that they have on another side."""
+        """Rename the tensors to their names on the other side."""
         old, new = ([name for _, name, _ in side.numbers] for side in (other, self))
         names = pair_names(old, new)
         self.numbers = {
@@ -211,7 +213,7 @@ class _Side:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors that are looked at."""
+        """The total size of the compared tensors in bytes."""
         return sum(self.infos[number].size_bytes for number in self.numbers.values())
 
     @cached_property
@@ -221,7 +223,7 @@ class _Side:
     @cached_property
     def _errors(self) -> dict[int, float]:
         found = {
-            # A moment's own error stands as a squared one.
+            # The report of a moment has only a squared error.
             number: error.weight_rel or math.sqrt(error.residual_nmse)
             for number, error in self.catalog.errors(self.restorer.name).items()
             if self.restorer.fidelity.get(self.infos[number].part) == "near"
@@ -233,15 +235,15 @@ class _Side:
 
     @cached_property
     def _measured(self) -> set[str]:
-        """The near parts whose errors are there."""
+        """The near parts with error reports."""
         return {self.infos[number].part for number in self._errors}
 
     def error(self, number: int) -> float | None:
-        """The relative error of a near tensor; None where it is exact, or that is not known."""
+        """Return the relative error of a near tensor; None if it is exact or not known."""
         return self._errors.get(number)
 
     def is_near(self, number: int) -> bool:
-        """Whether the form of a tensor is not known to be the original."""
+        """Return whether the form of a tensor may differ from its original."""
         info = self.infos[number]
         if info.inline or self.restorer.fidelity.get(info.part) != "near":
             return False
@@ -249,26 +251,26 @@ class _Side:
             return self._originals[number] != self._hashes[number]
         return number in self._errors or info.part not in self._measured
 
-    def is_same(self, number: int, other: _Side, its: int) -> bool | None:
-        """Whether the original of a tensor is that of another side's; None where nobody knows."""
-        if self._tables.get(number, 0) == other._tables.get(its, 1):
+    def is_same(self, number: int, other: _Side, other_number: int) -> bool | None:
+        """Return whether the originals of two tensors are equal; None if that is not known."""
+        if self._tables.get(number, 0) == other._tables.get(other_number, 1):
             return True
-        one, two = self._original(number), other._original(its)
-        return None if one is None or two is None else one == two
+        a, b = self._original(number), other._original(other_number)
+        return None if a is None or b is None else a == b
 
     def _original(self, number: int) -> bytes | None:
-        """What is equal only where originals are, if it is known."""
-        known = self._originals.get(number)
-        return known if known or self.is_near(number) else self.content(number)
+        """Return a fingerprint of the original, like `content`; None if it is not known."""
+        original = self._originals.get(number)
+        return original if original or self.is_near(number) else self.content(number)
 
     def content(self, number: int) -> bytes | None:
-        """What is equal only where tensors are: the hash of a stored one, a small one itself."""
+        """Return a fingerprint of a tensor: its hash if it is stored, its bytes if it is inline."""
         if self.infos[number].inline:
             return self._inline.get(number, b"")
         return self._hashes.get(number)
 
     def words(self, numbers: Sequence[int]) -> Generator[Words, None, None]:
-        """The words of some stored tensors, one after another; of one alone slice after slice."""
+        """Yield the words of several stored tensors, or of a single one slice by slice."""
         if len(numbers) == 1:
             info = self.infos[numbers[0]]
             for block in self.restorer.blocks(numbers[0]):
@@ -278,8 +280,8 @@ class _Side:
             info = self.infos[number]
             yield in_our_order(octets.view(word_type(info.type.word)), info)
 
-    def small(self, number: int) -> Words:
-        """All words of a tensor that is small on one side at least."""
+    def all_words(self, number: int) -> Words:
+        """Return all words of a tensor; for tensors that are inline on at least one side."""
         info = self.infos[number]
         word = word_type(info.type.word)
         if info.inline:
@@ -288,12 +290,13 @@ class _Side:
 
 
 Pair = tuple[int, int]
-"""Positions of one tensor in the schemas of A and of B."""
+"""The positions of one tensor in the schemas of A and B."""
 
 
 def _batches(pairs: Sequence[Pair], infos: Sequence[TensorInfo]) -> Iterator[list[Pair]]:
-    """Pairs of stored tensors, those of a few slices together: threads decode a batch ahead, and
-    memory holds one.
+    """Yield batches of stored tensors, each of at most `_BATCH_WORDS` words or a single tensor.
+
+    Threads decode the tensors of a batch in parallel, and memory holds one batch.
     """
     batch: list[Pair] = []
     words = 0
@@ -308,12 +311,12 @@ def _batches(pairs: Sequence[Pair], infos: Sequence[TensorInfo]) -> Iterator[lis
 
 
 def _read(a: _Side, b: _Side, batch: Sequence[Pair]) -> Iterator[tuple[Pair, Words, Words]]:
-    """The words of a batch on both sides; those of one tensor alone in slices."""
+    """Yield the words of a batch on both sides; a batch of one tensor in slices."""
     pairs = list(batch)
     if len(pairs) == 1:
         pairs *= len(slice_counts(a.infos[pairs[0][0]].words))
-    # The one that was started last is closed first: while they are at work, each has a setting of
-    # the interpreter changed, and puts back what it found.
+    # Each generator changes a setting of the interpreter, and restores the previous value when it
+    # is closed.  ExitStack closes them in reverse order, so that the first value is restored.
     with ExitStack() as stack:
         left = stack.enter_context(closing(a.words([number for number, _ in batch])))
         right = stack.enter_context(closing(b.words([number for _, number in batch])))
@@ -323,7 +326,7 @@ def _read(a: _Side, b: _Side, batch: Sequence[Pair]) -> Iterator[tuple[Pair, Wor
 
 @dataclass
 class _Match:
-    """The tensors of two commits by what is to be done with them; pairs are those that differ."""
+    """The tensors of two commits by their comparison; `stored` and `small` are still to be read."""
 
     added: list[TensorInfo] = field(default_factory=list)
     removed: list[TensorInfo] = field(default_factory=list)
@@ -335,7 +338,7 @@ class _Match:
 
 
 def _match(a: _Side, b: _Side) -> _Match:
-    found = _Match(
+    match = _Match(
         added=[b.infos[number] for key, number in b.numbers.items() if key not in a.numbers],
         removed=[a.infos[number] for key, number in a.numbers.items() if key not in b.numbers],
     )
@@ -344,28 +347,29 @@ def _match(a: _Side, b: _Side) -> _Match:
             continue
         pair = number, b.numbers[key]
         one, other = a.infos[pair[0]], b.infos[pair[1]]
-        alike = one.order == other.order
+        same_order = one.order == other.order
         if (one.dtype, one.shape) != (other.dtype, other.shape):
-            found.reshaped.append((one, other))
-        elif not one.words or (same := alike and a.is_same(pair[0], b, pair[1])):
-            found.unchanged.append(one)
-        elif alike and a.content(pair[0]) == b.content(pair[1]) is not None:
-            found.indistinct.append(
+            match.reshaped.append((one, other))
+        elif not one.words or (same := same_order and a.is_same(pair[0], b, pair[1])):
+            match.unchanged.append(one)
+        elif same_order and a.content(pair[0]) == b.content(pair[1]) is not None:
+            match.indistinct.append(
                 Indistinct(one, a.is_near(pair[0]), b.is_near(pair[1]), same is False)
             )
         elif one.inline or other.inline:
-            found.small.append(pair)
+            match.small.append(pair)
         else:
-            found.stored.append(pair)
-    return found
+            match.stored.append(pair)
+    return match
 
 
 def _sums(a: _Side, b: _Side, match: _Match, progress: Progress) -> Iterator[tuple[Pair, Sums]]:
-    """The sums of every pair, those of a large tensor slice by slice."""
+    """Yield the sums of every pair; of a large tensor one for each slice."""
     read = sum(a.infos[one].size_bytes for one, _ in match.stored)
     progress(a.size_bytes + b.size_bytes - 2 * read)
     for one, other in match.small:
-        yield (one, other), sum_up(a.small(one), b.small(other), a.infos[one].dtype)
+        words = a.all_words(one), b.all_words(other)
+        yield (one, other), sum_up(*words, a.infos[one].dtype)
     for batch in _batches(match.stored, a.infos):
         for pair, before, after in _read(a, b, batch):
             yield pair, sum_up(before, after, a.infos[pair[0]].dtype)
@@ -375,33 +379,14 @@ def _sums(a: _Side, b: _Side, match: _Match, progress: Progress) -> Iterator[tup
 def diff(
     repository: Repository, a: str | int, b: str | int, only: str | None, progress: Progress
 ) -> Comparison:
-    """Compare two commits; see `Repo.diff`."""
-    left, right = repository.resolve(a), repository.resolve(b)
-    return compare(
-        repository.catalog,
-        (repository.entry(left), repository.restorer(left)),
-        (repository.entry(right), repository.restorer(right)),
-        only,
-        progress,
-    )
-
-
-def compare(
-    catalog: Catalog,
-    a: tuple[LogEntry, Restorer],
-    b: tuple[LogEntry, Restorer],
-    only: str | None,
-    progress: Progress,
-) -> Comparison:
-    """Return the differences of two commits, in one part or in all.
+    """Compare two commits; see `Repo.diff`.
 
     `progress` counts the bytes of the tensors on both sides, decoded or not.
-
-    Raises:
-        NotFoundError: neither commit has the part, or the part was dropped.
-        CorruptionError: a tensor does not decode to its recorded hash.
     """
-    (entry_a, reader_a), (entry_b, reader_b) = a, b
+    catalog = repository.catalog
+    name_a, name_b = repository.resolve(a), repository.resolve(b)
+    entry_a, entry_b = repository.entry(name_a), repository.entry(name_b)
+    reader_a, reader_b = repository.restorer(name_a), repository.restorer(name_b)
     parts = [part for part in PARTS if only in (None, part)]
     forms = reader_a.fidelity, reader_b.fidelity
     dropped = [part for part in parts if "dropped" in (form.get(part) for form in forms)]
@@ -456,30 +441,33 @@ def _metadata(a: LogEntry, b: LogEntry) -> Iterator[tuple[str, object, object]]:
         yield "stored_bytes", a.stored_bytes, b.stored_bytes
     for name in dict.fromkeys((*a.metrics, *b.metrics)):
         one, other = a.metrics.get(name), b.metrics.get(name)
-        if one != other and not (one != one and other != other):
+        both_nan = one != one and other != other
+        if one != other and not both_nan:
             yield f"metrics.{name}", one, other
 
 
-def all_finite(catalog: Catalog, restorer: Restorer, known: set[bytes]) -> bool:
-    """Whether every weight of a commit is finite.  `known` holds the hashes of tensors that are,
-    which are not read again, and takes in new ones.
+def all_finite(catalog: Catalog, restorer: Restorer, finite: set[bytes]) -> bool:
+    """Return whether every weight of a commit is finite.
+
+    Tensors with a hash in `finite` are not read; the hashes of finite tensors are added to it.
     """
     side = _Side(catalog, restorer, ("model",))
     stored = []
     for number in side.numbers.values():
         info, content = side.infos[number], side.content(number)
-        # Weights in another order of bytes have no role.
-        if (info.role != WEIGHT and info.order != BIG) or not info.words or content in known:
+        # Big-endian weights have no role.
+        if (info.role != WEIGHT and info.order != BIG) or not info.words or content in finite:
             continue
         if not info.inline:
             stored.append((number, number))
-        elif not np.isfinite(to_float64(side.small(number), info.dtype)).all():
+        elif not np.isfinite(to_float64(side.all_words(number), info.dtype)).all():
             return False
     for batch in _batches(stored, side.infos):
         numbers = [number for number, _ in batch]
-        for place, words in enumerate(side.words(numbers)):
-            info = side.infos[numbers[min(place, len(numbers) - 1)]]
+        for index, words in enumerate(side.words(numbers)):
+            # A batch of one tensor yields several slices.
+            info = side.infos[numbers[min(index, len(numbers) - 1)]]
             if not np.isfinite(to_float64(words, info.dtype)).all():
                 return False
-        known.update(filter(None, map(side.content, numbers)))
+        finite.update(filter(None, map(side.content, numbers)))
     return True

@@ -1,4 +1,4 @@
-"""Sums over the entries of two tensors: what lies between them, in numbers."""
+"""Sums over the entries of two tensors, from which norms and differences follow."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Sums:
 
 
 def sum_up(a: Words, b: Words, dtype: str) -> Sums:
-    """The sums over two flat arrays of words, as many on both sides, of element type `dtype`."""
+    """Return the sums over two flat arrays of words, of equal length and element type `dtype`."""
     parts = numbers_of(dtype)
     word_parts = parts if dtype != "F4" else 1
     left, right = to_float64(a, dtype), to_float64(b, dtype)
@@ -106,5 +106,5 @@ def sum_up(a: Words, b: Words, dtype: str) -> Sums:
 
 
 def _count(marked: NDArray[np.bool_], parts: int) -> int:
-    """How many elements have a mark on any of their numbers."""
+    """Return the number of elements of `parts` numbers each, of which any is marked."""
     return int(np.count_nonzero(marked.reshape(-1, parts).any(axis=1) if parts > 1 else marked))

@@ -1,4 +1,4 @@
-"""Commits as files of their own, in the format of their files or in another."""
+"""Export: write commits as new files, in their own format or another one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMATS = ("pt", "safetensors")
 
 @dataclass(frozen=True)
 class Exported:
-    """A commit that was written to a file.
+    """An exported commit.
 
     Attributes:
         entry: The commit.
@@ -67,7 +67,7 @@ def export_line(
     force: bool = False,
     progress: Progress = quiet,
 ) -> list[Exported]:
-    """Write each commit of a line; see `Repo.export_line`."""
+    """Write each commit of a first-parent history; see `Repo.export_line`."""
     _check(form, only)
     names = repository.history.line(start, stop, every, revision=revision)
     paths = [folder / name for name in _file_names(repository, names, form, only)]
@@ -76,9 +76,9 @@ def export_line(
 
 def _check(form: str | None, only: str | None) -> None:
     if form not in (None, *FORMATS):
-        raise InvalidInputError(f"no format '{form}'", hint=f"formats: {', '.join(FORMATS)}")
+        raise InvalidInputError(f"unknown format '{form}'", hint=f"use {' or '.join(FORMATS)}")
     if only is not None and only not in PARTS:
-        raise InvalidInputError(f"no part '{only}'", hint=f"parts: {', '.join(PARTS)}")
+        raise InvalidInputError(f"unknown part '{only}'", hint=f"use {' or '.join(PARTS)}")
 
 
 def _write(
@@ -105,10 +105,10 @@ def _write(
 def _file_names(
     repository: Repository, names: Sequence[ObjectId], form: str | None, only: str | None
 ) -> list[str]:
-    """A name for each commit: its step, and its id where that alone would not tell it apart."""
+    """Return a file name for each commit: its step, and its id if the step is not unique."""
     commits = [repository.catalog.commit(name) for name in names]
     steps = Counter(commit.step for commit in commits)
-    found = []
+    file_names = []
     for name, commit in zip(names, commits, strict=True):
         stem = f"commit-{name[:8]}" if commit.step is None else f"step-{commit.step}"
         if commit.step is not None and steps[commit.step] > 1:
@@ -116,6 +116,6 @@ def _file_names(
         suffix = form or "pt"
         if form is None and all(f.format == "safetensors" for f in commit.files):
             suffix = "safetensors"
-        whole = form is None and only is None and commit.source == "directory"
-        found.append(stem if whole else f"{stem}.{suffix}")
-    return found
+        is_directory = form is None and only is None and commit.source == "directory"
+        file_names.append(stem if is_directory else f"{stem}.{suffix}")
+    return file_names

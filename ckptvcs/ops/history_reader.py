@@ -1,6 +1,6 @@
-"""HistoryReader: what a repository says of its commits, refs, sizes and settings.
+"""HistoryReader: the commits, refs, sizes and settings of a repository.
 
-Nothing here decodes a tensor: `log` and `show` start without numpy.
+No method here decodes a tensor, so that `log` and `show` start without numpy.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class HistoryReader:
 
         Raises:
             NotFoundError: `revision` names no commit.
+            InvalidInputError: `revision` names several commits.
         """
         start = None if revision is None else self.resolve(revision)
         return self.repository.history.entries(limit, start=start, all_branches=all_branches)
@@ -138,7 +139,10 @@ class HistoryReader:
             revision: Draw only the history of this commit; None draws all branches.
 
         Returns:
-            For each row the drawn text, and the commit on that row or None.
+            The text of each row, and the commit on that row or None.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
         """
         start = None if revision is None else self.resolve(revision)
         return self.repository.history.graph(limit, start=start)
@@ -149,6 +153,9 @@ class HistoryReader:
 
     def show(self, revision: str | int = "HEAD") -> LogEntry:
         """Return one commit with its tags and the branch that points to it.
+
+        Args:
+            revision: The commit to return.
 
         Raises:
             NotFoundError: `revision` names no commit.
@@ -171,11 +178,25 @@ class HistoryReader:
         return self.repository.entry(name, branch=branch, tags=tags)
 
     def tensors(self, revision: str | int = "HEAD") -> list[TensorEntry]:
-        """Return the stored tensors of a commit, with their roles and errors."""
+        """Return the stored tensors of a commit, with their roles and errors.
+
+        Args:
+            revision: The commit to read.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+        """
         return ops.show.tensors(self.repository, self.resolve(revision))
 
     def forms(self, revision: str | int = "HEAD") -> list[str]:
-        """Return the form of each tensor in `tensors`: `exact`, `near` or `dropped`."""
+        """Return the form of each tensor in `tensors`: `exact`, `near` or `dropped`.
+
+        Args:
+            revision: The commit to read.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+        """
         return ops.show.forms(self.repository, self.resolve(revision))
 
     def status(self) -> Status:
@@ -203,11 +224,14 @@ class HistoryReader:
 
         Args:
             branch: The name of the branch; None reads the branch of HEAD.
+
+        Raises:
+            NotFoundError: The branch does not exist or has no commits, or HEAD is detached.
         """
         return ops.undo.events(self.repository, branch)
 
     def plan_gc(self, policy: Policy = NO_RULES) -> GcPlan:
-        """Return what `gc` would drop, fade and delete, without changing anything.
+        """Return the commits, exact patches and packs that `gc` would delete; changes nothing.
 
         The plan does not include the bytes that `gc(rekey=True)` frees.
 
@@ -226,6 +250,9 @@ class HistoryReader:
 
     def setting(self, key: str) -> Value:
         """Return the value of one setting.
+
+        Args:
+            key: The name of the setting, as in `settings`.
 
         Raises:
             InvalidInputError: No setting has this name, or the settings cannot be read.

@@ -1,10 +1,11 @@
 """DistributedCommit: one commit of several processes.
 
-    begin    who joins takes a lease, and says what all are to code against
-    code     each process its own shard (`encode/shards.py`)
-    finish   tables, recipes and one exact patch a part from all shards; the commit, the branch
+    begin     the coordinator takes a lease, and returns the plan for all processes
+    encode    each process encodes its own shard (`encode/shards.py`)
+    finish    the coordinator joins the shards: hash tables, recipes, one exact patch for each part,
+              the commit, the branch
 
-Nothing is in the history before `finish`: a process that dies leaves packs that gc sweeps.
+`finish` is the only commit point: if a process dies before, gc deletes the packs that it leaves.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from ckptvcs.store.leases import lease
 
 
 class DistributedCommit:
-    """A commit that several processes make together; held by the one that joins what they code.
+    """The coordinator's side of a commit that several processes make together.
 
-    gc keeps away from `begin` until the end of `finish`, of a `with`, or of the process, or until
-    `abandon`.
+    A lease keeps gc from sweeping after `begin`, until `finish` or `abandon` returns, the `with`
+    block ends, or the process ends.
     """
 
     def __init__(
@@ -56,12 +57,16 @@ class DistributedCommit:
         codec: str | None = None,
         branch: str | None = None,
     ) -> None:
-        """Raises InvalidInputError: a step, a metric, a message or a codec is none."""
+        """Prepare a commit; the arguments are those of `Repo.commit_path`.
+
+        Raises:
+            InvalidInputError: The step, a metric, the message or the codec is not valid.
+        """
         self._repository, self._catalog = repository, repository.catalog
-        nothing = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
+        empty = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
         config = repository.commit_config()
         self._request = Request.of(
-            nothing,
+            empty,
             path,
             inside=True,
             message=message,
@@ -82,40 +87,42 @@ class DistributedCommit:
         self.abandon()
 
     def begin(self) -> ShardPlan:
-        """What all processes need to code their shards.
+        """Take the lease, and return the plan by which all processes encode their shards.
 
         Raises:
             BusyError: gc is sweeping.
         """
-        self._held = self._stack.enter_context(lease(self._catalog.store.backend))
-        self._begun = place = self._committer.place(self._request, None)
-        there = self._committer.base(place.parent) is not None
-        keyframe = not there or self._committer.starts_keyframe(place.parent)
-        base = place.parent if there else None
-        self._ticket = ShardPlan(base, self._request.spec, keyframe, self._patched)
-        return self._ticket
+        self._lease = self._stack.enter_context(lease(self._catalog.store.backend))
+        self._begun = self._committer.place(self._request, None)
+        parent = self._begun.parent
+        base = None if self._committer.base(parent) is None else parent
+        keyframe = base is None or self._committer.starts_keyframe(parent)
+        return ShardPlan(base, self._request.spec, keyframe, self._patched)
 
     def finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
-        """Make the commit: a directory of a file for each shard, and of these `files`.  Where that
-        fails, all has to be done again.
+        """Commit a directory with one file for each shard; after an error, begin a new commit.
+
+        Args:
+            shards: The shard of each process, by file name.
+            files: The content of further files, by name.
 
         Raises:
-            ConflictError: another writer moved the branch meanwhile.
-            InvalidInputError, CorruptionError, StorageError: as `Committer.commit`.
+            ConflictError: Another writer moved the branch meanwhile.
+            InvalidInputError, CorruptionError, StorageError: As for `Committer.commit`.
         """
         with self:
             return self._finish(shards, files)
 
     def _finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
         store = self._catalog.store
-        store.refresh()  # other processes have written
+        store.refresh()  # other processes have written packs
         self._catalog.forget()
         checkpoint, stored = _join(shards, files)
         request = replace(self._request, checkpoint=checkpoint)
         hashes = [None] * len(shards) + [hex_hash(content) for content in files.values()]
-        exact = {number: one.exact for number, one in stored.items()}
-        made = None
-        while made is None:
+        exact = {number: tensor.exact for number, tensor in stored.items()}
+        result = None
+        while result is None:
             scanned = Scanned(checkpoint, hashes, exact, self._patched)
             place = self._committer.place(request, scanned)
             if place.branch == self._begun.branch and place.tip != self._begun.tip:
@@ -127,15 +134,15 @@ class DistributedCommit:
                 encoded = unchanged(base, patched=self._patched)
             else:
                 encoded = self._encoded(checkpoint, stored, shards)
-            with contextlib.suppress(SharedPatchFadedError):  # it gets one of its own
-                made = self._committer.complete(request, place, base, encoded, hashes, self._held)
-        with after(f"commit {made.id[:8]} was made"):
-            with contextlib.suppress(CkptError):  # the next gc takes what stays
+            with contextlib.suppress(SharedPatchFadedError):  # the next round writes a new patch
+                result = self._committer.complete(
+                    request, place, base, encoded, hashes, self._lease
+                )
+        with after(f"commit {result.id[:8]} was made"):
+            with contextlib.suppress(CkptError):  # the next gc deletes the remaining packs
                 loose = [pack for shard in shards.values() for pack in shard.loose]
                 store.delete_packs(dict.fromkeys(loose, "packs"))
-            return self._repository.entry(made.id, branch=made.branch)
-
-    # -- how it is stored ------------------------------------------------------------------------
+            return self._repository.entry(result.id, branch=result.branch)
 
     def _encoded(
         self, checkpoint: Checkpoint, stored: Mapping[int, Stored], shards: Mapping[str, Shard]
@@ -173,7 +180,7 @@ class DistributedCommit:
     def _reports(
         self, infos: tuple[TensorInfo, ...], stored: Mapping[int, Stored]
     ) -> tuple[dict[int, Errors], dict[int, ErrorReport]]:
-        """Return the measured errors, and the error report of each near tensor."""
+        """Return the measured errors, and the error report of each near tensor, by position."""
         errors = {n: tensor.errors for n, tensor in stored.items() if tensor.errors is not None}
         reports = report_tensors(errors, infos) if self._request.spec.settings else {}
         reports |= {n: tensor.known for n, tensor in stored.items() if tensor.known is not None}
@@ -186,41 +193,41 @@ class DistributedCommit:
         exact: bytes,
         row: list[tuple[int, Stored, int]],
     ) -> int:
-        """Copy the exact patches of a part into one pack: its bytes on disk."""
+        """Copy the exact patches of a part into one pack, and return its size in bytes."""
         store, frames = self._catalog.store, []
         writer = PatchWriter(lambda: store.new_pack("packs"))
         try:
-            for position, (number, one, depth) in enumerate(row):
-                for index, data in enumerate(self._slices(infos[number], one)):
+            for position, (number, tensor, depth) in enumerate(row):
+                for index, data in enumerate(self._slices(infos[number], tensor)):
                     writer.append(number, index, (data,))
                 frames.append(writer.frame(number, infos[number], (values, position), depth))
             return writer.finish(frames, exact, store.publish)
         finally:
             writer.abort()
 
-    def _slices(self, info: TensorInfo, one: Stored) -> Iterator[bytes]:
-        """The slices of a tensor's exact patch, proven; none where it is exact."""
-        if one.patch is None:
+    def _slices(self, info: TensorInfo, tensor: Stored) -> Iterator[bytes]:
+        """Yield the verified slices of a tensor's exact patch; none if the tensor is exact."""
+        if tensor.patch is None:
             return
-        if one.proof is not None:  # it is that of a commit, and has no hashes
-            for _ in ChainReader(self._catalog).slices(*one.proof, info):
+        if tensor.proof is not None:  # a published patch has no slice hashes: decode the tensor
+            for _ in ChainReader(self._catalog).slices(*tensor.proof, info):
                 pass
-        bundle, number = one.patch
+        bundle, number = tensor.patch
         frame = self._catalog.frame_at(bundle, number)
         for index in range(len(frame.slices)):
             yield read_slice(self._catalog, bundle, frame, index, unhashed_patch=True)
 
 
-def encode_share(repository: Repository, ticket: ShardPlan, checkpoint: Checkpoint) -> Shard:
-    """Code the share of this process in a commit of several."""
-    repository.catalog.store.refresh()  # who joins may have committed meanwhile
+def encode_share(repository: Repository, plan: ShardPlan, checkpoint: Checkpoint) -> Shard:
+    """Encode the shard of this process for a distributed commit."""
+    repository.catalog.store.refresh()  # the coordinator may have committed meanwhile
     with repository.held_base("state") as held:
         held = MemoryBase() if held is None else held
-        return encode_shard(repository.catalog, repository.bases, ticket, checkpoint, held)
+        return encode_shard(repository.catalog, repository.bases, plan, checkpoint, held)
 
 
-class _Elsewhere(Source):
-    """A file of which only what stands in no frame is here, by its offset."""
+class _Literals(Source):
+    """A file without its stored tensors: the bytes between them, by offset."""
 
     def __init__(self, size: int, literals: Mapping[int, bytes]) -> None:
         self.size, self._literals = size, literals
@@ -228,14 +235,14 @@ class _Elsewhere(Source):
     def read(self, offset: int, length: int) -> bytes:
         data = self._literals.get(offset, b"")
         if len(data) != length:
-            raise InvalidInputError("a shard lacks some of its file")
+            raise InvalidInputError(f"a shard lacks {length} bytes at offset {offset} of its file")
         return data
 
 
 def _join(
     shards: Mapping[str, Shard], files: Mapping[str, bytes]
 ) -> tuple[Checkpoint, dict[int, Stored]]:
-    """The checkpoint that shards are together, and where its tensors are stored."""
+    """Return the checkpoint of all shards, and its stored tensors by position in its schema."""
     infos: list[TensorInfo] = []
     places: list[tuple[int, int]] = []
     stored: dict[int, Stored] = {}
@@ -247,16 +254,16 @@ def _join(
             for info in shard.schema.tensors
         ]
         places += [(len(joined), 0)] * len(shard.schema.tensors)
-        stored |= {first + number: one for number, one in shard.stored.items()}
+        stored |= {first + number: tensor for number, tensor in shard.stored.items()}
         pieces = tuple(
             piece if piece.tensor is None else replace(piece, tensor=first + piece.tensor)
             for piece in shard.pieces
         )
-        source = _Elsewhere(shard.size, shard.literals)
+        source = _Literals(shard.size, shard.literals)
         joined.append(InputFile(path, source, shard.format, pieces, 0o644, 0))
     for path, content in files.items():
         piece = Piece(0, len(content))
-        source = _Elsewhere(piece.size, {0: content})
+        source = _Literals(piece.size, {0: content})
         joined.append(InputFile(path, source, "raw", (piece,), 0o644, 0))
     step = next((shard.step for shard in shards.values() if shard.step is not None), None)
     schema = Schema(tuple(infos))

@@ -150,12 +150,8 @@ class Keeper:
         If the commit is exact only through an exact patch, it is pinned first, unless near is
         accepted: the patch could expire later.
 
-        Args:
-            name: The commit.
-            top: The file or directory; empty for several files of the folder.
-            originals: The folder.
-            progress: Called with the number of bytes that were hashed since its last call.
-            accept_near: Also delete originals whose commit is only near.
+        `top` is the file or directory, empty for several files of the folder.  `progress` is called
+        with the number of bytes that were hashed since its last call.
         """
         done = Removal(kept=self.why_kept(name, accept_near=accept_near))
         if done.kept is None:

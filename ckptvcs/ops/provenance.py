@@ -1,12 +1,12 @@
-"""Where a commit comes from: who made it, and with which training code.
+"""The provenance of a commit: the user, and the git commit of the training code.
 
-git is not called: it does what the settings of a repository say, and the working directory may be
-somebody else's.  Its files are read, which is all that it takes:
+This module never calls git.  git may run programs that the settings of a repository name, and the
+working directory may belong to someone else.  The module reads these files instead:
 
-    .git         the folder, or a file that says where it is
-    HEAD         a commit, or the ref that is at one
-    REF          a commit, in the folder or in that which worktrees share (commondir)
-    packed-refs  the others, a line each
+    .git         the git folder, or a file with its path
+    HEAD         a commit id, or the name of a ref
+    REF          a commit id; in the git folder, or in the folder that worktrees share (commondir)
+    packed-refs  other refs, one per line
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import re
 import stat
 from pathlib import Path
 
-_MAX_LINE = 4096  # bytes of a file with one line
-_MAX_PACKED = 1 << 26  # bytes that are looked through for a ref
-_MAX_HOPS = 5  # refs that lead to each other
+_MAX_LINE = 4096  # bytes read from a file of one line
+_MAX_PACKED = 1 << 26  # bytes read from packed-refs
+_MAX_HOPS = 5  # symbolic refs in a row
 _ID = re.compile(r"(?:[0-9a-f]{40}|[0-9a-f]{64})")
 _REF = re.compile(r"refs/(?!.*(?:^|/)\.\.?(?:/|$))[^\0-\x20\x7f~^:?*\[\\]+")
 
 
 def user() -> str:
-    """The name of the user, empty where nobody knows it."""
+    """Return the name of the user; "" if the system has none."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container may have no name for its user
@@ -33,22 +33,22 @@ def user() -> str:
 
 
 def code_commit() -> str | None:
-    """The git commit of the code in the working directory, if there is one."""
+    """Return the git commit of the working directory; None if it is not in a git repository."""
     try:
         folder = Path.cwd()
         for above in (folder, *folder.parents):
             if (above / ".git").exists():
                 return _head(_git_folder(above / ".git"))
     except (OSError, ValueError):
-        pass  # there is none, or what is there is none of git's
+        pass  # the files are not readable, or not those of git
     return None
 
 
 def _read(path: Path, most: int) -> str:
-    """A regular file as text.  Raises OSError."""
+    """Read at most `most` bytes of a regular file as text; raises OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a regular file")
-    # A pipe, should it be one by now, would wait for its writer.
+    # O_NONBLOCK: if a pipe has replaced the file meanwhile, `open` would wait for a writer.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(path, flags), "rb") as file:
         return file.read(most).decode("utf-8", "surrogateescape")
@@ -79,11 +79,11 @@ def _head(folder: Path) -> str | None:
 
 
 def _find(folder: Path, shared: Path, name: str) -> str:
-    """What a ref says.  Raises OSError."""
-    for place in dict.fromkeys((folder, shared)):
+    """Return the content of a ref; raises OSError."""
+    for directory in dict.fromkeys((folder, shared)):
         try:
-            return _read(place / name, _MAX_LINE)
-        except OSError:  # it is packed
+            return _read(directory / name, _MAX_LINE)
+        except OSError:  # the ref may be in packed-refs
             continue
     for line in _read(shared / "packed-refs", _MAX_PACKED).splitlines():
         commit, _, packed = line.partition(" ")

@@ -1,4 +1,4 @@
-"""States and tensors of commits, read as Python objects."""
+"""Read the states and tensors of commits as Python objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckptvcs.store.ids import ObjectId
 
 
 def state(repository: Repository, revision: str | int) -> Any:
-    """Return the nested object that was committed, with its tensors; see `Repo.checkout`."""
+    """Return the committed nested object with its tensors; see `Repo.checkout`."""
     name = repository.resolve(revision)
     return repository.read_again(lambda: PartReader(repository.restorer(name)).state())
 
@@ -33,7 +33,7 @@ def states(
     every: int | None,
     revision: str | int | None,
 ) -> Iterator[tuple[LogEntry, Any]]:
-    """Yield the states of a line of commits, oldest first; see `Repo.trajectory`."""
+    """Yield the states of a first-parent history, oldest first; see `Repo.trajectory`."""
     globs = [select] if isinstance(select, str) else select
     names = repository.history.line(start, stop, every, revision=revision)
     return _with_entries(repository, trajectory.states(repository.catalog, names, globs))
@@ -47,17 +47,18 @@ def series(
     every: int | None,
     revision: str | int | None,
 ) -> Iterator[tuple[LogEntry, Any]]:
-    """Yield one tensor along a line of commits, oldest first; see `Repo.series`."""
+    """Yield one tensor along a first-parent history, oldest first; see `Repo.series`."""
     names = repository.history.line(start, stop, every, revision=revision)
     return _with_entries(repository, trajectory.series(repository.catalog, names, name))
 
 
 def _with_entries(
-    repository: Repository, found: Iterable[tuple[ObjectId, Any]]
+    repository: Repository, values: Iterable[tuple[ObjectId, Any]]
 ) -> Iterator[tuple[LogEntry, Any]]:
     tags = repository.history.tags()
 
-    def named(pair: tuple[ObjectId, Any]) -> tuple[LogEntry, Any]:
+    def with_entry(pair: tuple[ObjectId, Any]) -> tuple[LogEntry, Any]:
         return repository.entry(pair[0], tags=tags.get(pair[0], ())), pair[1]
 
-    return map(named, found)  # a loop would hold a value while the next one is decoded
+    # A loop would keep each value in memory while the next one is decoded.
+    return map(with_entry, values)

@@ -1,6 +1,6 @@
-"""Reader: everything that can be done with a repository without changing its history.
+"""Reader: all operations that do not change the history.
 
-Each method is one call into `ops/`, whose modules are loaded when they are first used.
+Each method is one call into `ops/`; the modules there load on first use.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Reader(HistoryReader):
-    """An open repository that is only read.
+    """A repository that is open for reading; `Repo` adds the methods that write.
 
-    `Repo` has the same methods, and those that write.  A *revision* is a step (an `int`), a tag, a
-    branch, an id prefix, `HEAD`, `latest`, `best:METRIC:min`, or one of these followed by `~N`.
+    A *revision* is a step (an `int`), a tag, a branch, an id prefix, `HEAD`, `latest`,
+    `best:METRIC:min`, or one of these followed by `~N`.
 
     Example:
         >>> reader = Reader.open("runs/exp1")
@@ -51,6 +51,9 @@ class Reader(HistoryReader):
             only: Compare only `model`, `optimizer` or `rest`; None compares all parts.
             progress: Called with the number of bytes that were read or written since its last call.
 
+        Returns:
+            The differences of metadata and of tensors.
+
         Raises:
             NotFoundError: A commit does not exist, or neither commit has the part.
             CorruptionError: A tensor does not decode to its recorded hash.
@@ -64,14 +67,17 @@ class Reader(HistoryReader):
     def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
         """Return the state of a commit: the committed nested object with its tensors.
 
-        Torch tensors are returned as torch tensors (this imports torch).  Unknown classes become
-        inert records; their code never runs.  A directory is returned as a dict of its files.
+        Torch tensors are returned as torch tensors (this imports torch).  Instances of unknown
+        classes become inert records, so that their code never runs.
 
         Args:
             revision: The commit to read.
             into: Also load the state into this module, into a module and its optimizers, or into a
                 dict of objects that have `load_state_dict`.  If the state does not fit, no object
                 is changed.
+
+        Returns:
+            The nested object; for a directory, a dict of its files.
 
         Raises:
             NotFoundError: The commit does not exist, or lacks a key that `into` needs.
@@ -96,9 +102,9 @@ class Reader(HistoryReader):
         force: bool = False,
         exact: bool = False,
         progress: Progress = quiet,
-        announce: Callable[[Path], object] = lambda _: None,
+        announce: Callable[[Path], object] = quiet,
     ) -> CheckedOut:
-        """Write the files of a commit to disk; HEAD does not move (see `Repo.move_head`).
+        """Write the files of a commit to disk; does not move HEAD (see `Repo.move_head`).
 
         Args:
             revision: The commit to write.
@@ -108,9 +114,13 @@ class Reader(HistoryReader):
             progress: Called with the number of bytes that were read or written since its last call.
             announce: Called with the target path before the first byte is written.
 
+        Returns:
+            The written files and their fidelity.
+
         Raises:
-            ConflictError: A file would be lost, or the commit is not `exact`.
-            CorruptionError: A file does not have its recorded hash; nothing was replaced.
+            NotFoundError: The commit does not exist.
+            ConflictError: A file would be lost, or `exact` is set and the commit is near.
+            CorruptionError: A file does not have its recorded hash; no file was replaced.
         """
         return ops.checkout.checkout_files(
             self.repository,
@@ -130,7 +140,7 @@ class Reader(HistoryReader):
         *,
         force: bool = False,
         exact: bool = False,
-        announce: Callable[[Path], object] = lambda _: None,
+        announce: Callable[[Path], object] = quiet,
     ) -> CheckedOut:
         """Write one part of a commit as .safetensors, or as a file of `torch.save`.
 
@@ -143,8 +153,14 @@ class Reader(HistoryReader):
             announce: Called with the target path before the first byte is written, if `output` is
                 None.
 
+        Returns:
+            The written file and its fidelity.
+
         Raises:
-            ConflictError: The file exists, or the part is not `exact`.
+            NotFoundError: The commit or the part does not exist.
+            InvalidInputError: `output` is a directory.
+            ConflictError: The file exists and `force` is not set, or `exact` is set and the part is
+                near.
         """
         return ops.checkout.checkout_part(
             self.repository,
@@ -175,6 +191,9 @@ class Reader(HistoryReader):
             only: Write only `model`, `optimizer` or `rest`.
             force: Overwrite an existing file.
             progress: Called with the number of bytes that were read or written since its last call.
+
+        Returns:
+            The commit and the written file.
 
         Raises:
             NotFoundError: The commit or the part does not exist.
@@ -217,6 +236,9 @@ class Reader(HistoryReader):
             force: Overwrite existing files.
             progress: Called with the number of bytes that were read or written since its last call.
 
+        Returns:
+            The commits and the written files, oldest first.
+
         Raises:
             NotFoundError: The range contains no commit.
             InvalidInputError: The format or the part is not known.
@@ -247,7 +269,7 @@ class Reader(HistoryReader):
     ) -> list[ObjectId]:
         """Write the mean of the weights of a range of commits.
 
-        Everything except the float weights is that of the last commit.
+        Everything except the float weights is taken from the last commit.
 
         Args:
             start: As for `line`.
@@ -280,17 +302,20 @@ class Reader(HistoryReader):
     ) -> Iterator[tuple[LogEntry, Any]]:
         """Yield the states of a first-parent history, oldest first.
 
-        Each state is decoded from the one before it; only one is kept in memory.  A tensor that the
-        caller changes in place is decoded again from its whole delta chain.
+        Each state is decoded from the previous one; only one is kept in memory.  If the caller
+        changes a tensor in place, the tensor is decoded again from its whole delta chain.
 
         Args:
-            select: A glob or several over tensor names, such as `model.*`.  Each state is then a
-                flat dict of these tensors, and no other tensor is read.  None yields what
-                `checkout` returns.
+            select: One or several globs over tensor names, such as `model.*`.  Each state is then a
+                flat dict of these tensors, and no other tensor is read.  None yields the same
+                states as `checkout`.
             start: As for `line`.
             stop: As for `line`.
             every: As for `line`.
             revision: As for `line`.
+
+        Yields:
+            Each commit with its state.
 
         Raises:
             NotFoundError: A revision names no commit of this history, or `select` matches no
@@ -311,6 +336,9 @@ class Reader(HistoryReader):
             name: The name of the tensor in `tensors`, or an unambiguous end of it after a dot or a
                 colon: `layers.0.weight` for `model.layers.0.weight`.
             at: The commit to read.
+
+        Returns:
+            A torch tensor, or a numpy array if one was committed.
 
         Raises:
             NotFoundError: The commit or the tensor does not exist.
@@ -342,14 +370,15 @@ class Reader(HistoryReader):
     ) -> Iterator[tuple[LogEntry, Any]]:
         """Yield one tensor along a first-parent history, oldest first.
 
-        Commits without the tensor are skipped.
-
         Args:
             name: As for `tensor`.
             start: As for `line`.
             stop: As for `line`.
             every: As for `line`.
             revision: As for `line`.
+
+        Yields:
+            Each commit that has the tensor, with the tensor.
 
         Raises:
             NotFoundError: A revision names no commit of this history, or no commit has the tensor.
@@ -378,34 +407,41 @@ class Reader(HistoryReader):
             good: A commit that passes the test, an ancestor of `bad`.
             bad: A commit that fails the test.
             judge: Returns the `Verdict` of a commit.
-            watch: Called with each commit, its verdict, and the number of commits that are left.
+            watch: Called with each commit, its verdict, and the number of remaining candidates.
             command: A command and its arguments; `{}` is replaced by the path of the restored
-                checkpoint. Exit code 0 is good, 125 skips, any other code up to 127 is bad.
-            nan: Weights that are not finite are bad.
+                checkpoint.  Exit code 0 is good, 125 skips, any other code up to 127 is bad.
+            nan: A commit is bad if one of its weights is not finite.
             metric: The name of a metric that is compared with a bound.
-            above: The commit is bad if the metric is above this value.
-            below: The commit is bad if the metric is below this value.
+            above: A commit is bad if the metric is above this value.
+            below: A commit is bad if the metric is below this value.
+
+        Returns:
+            The first bad commit, or several candidates if commits between them were skipped.
 
         Raises:
-            InvalidInputError: `good` is not an ancestor of `bad`, or a verdict contradicts its
-                name.
+            NotFoundError: `good` or `bad` does not exist.
+            InvalidInputError: `good` is not an ancestor of `bad`, one of them has the other
+                verdict, or the command cannot be run.
 
         Example:
             >>> reader.bisect(1000, 9000, metric="loss", above=3.0).first_bad
         """
         if judge is None:
             judge = ops.bisect.choose_judge(self.repository, command, metric, above, below, nan=nan)
-        return ops.bisect.search(self.repository, good, bad, judge, watch or (lambda *_: None))
+        return ops.bisect.search(self.repository, good, bad, judge, watch)
 
     def verify(self, progress: Progress = quiet, *, subset: str | None = None) -> VerifyReport:
-        """Check that every commit can be read, bit for bit.
+        """Check that every commit can be restored, bit for bit.
 
-        Damage is collected in the report, not raised.
+        Damage is returned in the report, not raised.
 
         Args:
             progress: Called with the number of bytes that were read or written since its last call.
             subset: Check only a share (`5%`), a size (`10G`) or a time (`15m`), least recently
-                checked first; None checks everything.
+                checked data first; None checks everything.
+
+        Returns:
+            The numbers of checked items, and the damage.
 
         Raises:
             InvalidInputError: `subset` is not valid.

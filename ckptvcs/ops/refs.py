@@ -1,4 +1,4 @@
-"""Branches, tags, pins and HEAD: how users move them."""
+"""Create, move and delete branches, tags, pins and HEAD."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class DeletedBranch:
 
 
 def branches(repository: Repository) -> list[NamedCommit]:
-    """Return the branches that have a commit, by name."""
+    """Return the branches that point to a commit, sorted by name."""
     head = repository.head()
     current = head.branch if head else None
     return _named(repository, "heads", repository.revisions.branch, current)
 
 
 def tags(repository: Repository) -> list[NamedCommit]:
-    """Return the tags, by name."""
+    """Return the tags, sorted by name."""
     return _named(repository, "tags", repository.revisions.tag, None)
 
 
@@ -69,11 +69,7 @@ def _named(
 
 
 def create_branch(repository: Repository, name: str, revision: str | int) -> ObjectId:
-    """Start a branch at a commit; return that.
-
-    Raises:
-        ConflictError: the branch exists.
-    """
+    """Create a branch, and return the id of its commit; see `Repo.branch`."""
     if repository.revisions.branch(name) is not None:
         raise ConflictError(f"branch '{name}' exists")
     commit = repository.resolve(revision)
@@ -82,12 +78,7 @@ def create_branch(repository: Repository, name: str, revision: str | int) -> Obj
 
 
 def delete_branch(repository: Repository, name: str) -> DeletedBranch:
-    """Delete a branch; its commits stay until the next gc.
-
-    Raises:
-        NotFoundError: there is no such branch.
-        ConflictError: HEAD is on it.
-    """
+    """Delete a branch; see `Repo.delete_branch`."""
     tip, head = repository.revisions.branch(name), repository.head()
     if tip is None:
         raise NotFoundError(f"no branch '{name}'", hint="see 'ckpt branch'")
@@ -98,24 +89,18 @@ def delete_branch(repository: Repository, name: str) -> DeletedBranch:
 
 
 def create_tag(repository: Repository, name: str, revision: str | int) -> ObjectId:
-    """Give a commit a name that stays; return the commit.
-
-    Raises:
-        ConflictError: the tag exists.
-    """
+    """Create a tag, and return the id of its commit; see `Repo.tag`."""
     if repository.revisions.tag(name) is not None:
-        raise ConflictError(f"tag '{name}' exists", hint=f"ckpt tag --delete {name}")
+        raise ConflictError(
+            f"tag '{name}' exists", hint=f"delete it first with 'ckpt tag --delete {name}'"
+        )
     commit = repository.resolve(revision)
     set_ref(repository, "tags", name, commit, "tag")
     return commit
 
 
 def delete_tag(repository: Repository, name: str) -> ObjectId:
-    """Delete a tag; return the commit that it named.
-
-    Raises:
-        NotFoundError: there is no such tag.
-    """
+    """Delete a tag, and return the id of its commit; see `Repo.delete_tag`."""
     commit = repository.revisions.tag(name)
     if commit is None:
         raise NotFoundError(f"no tag '{name}'")
@@ -124,21 +109,21 @@ def delete_tag(repository: Repository, name: str) -> ObjectId:
 
 
 def pins(repository: Repository) -> list[LogEntry]:
-    """Return the pinned commits, by id."""
+    """Return the pinned commits, sorted by id."""
     return [repository.entry(name) for name in sorted(repository.refs.targets("pins"))]
 
 
 def move_head(repository: Repository, name: ObjectId, branch: str | None) -> str | None:
-    """Point HEAD at a commit, or at a branch whose newest commit it is; return that branch.
+    """Point HEAD to a commit, or to a branch whose newest commit it is; return that branch.
 
-    `branch` is tried first, then the branch that HEAD follows, then any other.
+    `branch` is preferred, then the branch that HEAD follows, then any other.
     """
     refs = repository.refs
     head = refs.read(HEAD)
-    at = [n for n in refs.names("heads") if repository.revisions.branch(n) == name]
+    branches = [n for n in refs.names("heads") if repository.revisions.branch(n) == name]
     following = head.branch if head else None
-    if branch not in at:
-        branch = following if following in at else (at[0] if at else None)
+    if branch not in branches:
+        branch = following if following in branches else next(iter(branches), None)
     commit = None if branch else name
     if head is None or (head.branch, head.commit) != (branch, commit):
         with repository.leading_to(name):
@@ -152,8 +137,8 @@ def set_ref(
     """Create or move a branch (`heads`) or a tag (`tags`); None deletes it.
 
     Raises:
-        InvalidInputError: the name is not valid.
-        NotFoundError: the commit was dropped, or swept.
+        InvalidInputError: The name is not valid.
+        NotFoundError: The commit was dropped or deleted.
     """
     check_name(name, "tag" if space == "tags" else "branch")
     ref, refs = f"{space}/{name}", repository.refs
@@ -162,9 +147,7 @@ def set_ref(
 
 
 def set_pin(repository: Repository, name: ObjectId, *, pinned: bool) -> bool:
-    """Keep the exact form of a commit whatever the rules say, or no longer; return whether that is
-    new.  What has faded already does not come back.
-    """
+    """Pin or unpin a commit, and return whether the pin changed; see `Repo.pin`."""
     ref, refs = f"pins/{name}", repository.refs
 
     def is_pinned() -> bool:

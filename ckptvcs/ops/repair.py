@@ -90,8 +90,8 @@ class Repairer:
         self._remember(Kind.COMMIT, Kind.RECORD)
         self._salvage()
         self._remember(Kind.RECIPE)
-        refs = RefRepairer(self._catalog, self._refs, other)
-        refs.run(drop=drop)
+        ref_repairer = RefRepairer(self._catalog, self._refs, other)
+        ref_repairer.run(drop=drop)
         if other is not None:
             self._fetch(other.catalog)
         self._discard()
@@ -99,8 +99,8 @@ class Repairer:
             self._graft()
             self._drop()
             self._delete(list(self._damaged))
-        refs.rescue()
-        self.done.refs, self.done.told = refs.done.refs, refs.done.inferred
+        ref_repairer.rescue()
+        self.done.refs, self.done.told = ref_repairer.refs, ref_repairer.inferred
         return self.done
 
     # -- objects -------------------------------------------------------------------------------
@@ -126,9 +126,7 @@ class Repairer:
                     self._damaged[name] = folder
 
     def _entries(self, pack: PackId, folder: str) -> tuple[Entry, ...]:
-        with contextlib.suppress(
-            CkptError, FileNotFoundError
-        ):  # its name may be a folder or a link
+        with contextlib.suppress(CkptError, FileNotFoundError):  # it may be a folder or a link
             return find_entries(self._catalog.store.backend, pack_name(folder, pack))
         return ()
 
@@ -145,11 +143,10 @@ class Repairer:
                 rows = self._sound(pack, folder, entries)
                 self.done.salvaged += self._copy(rows, folder)
             elif all(map(self._decodes, exact)):
-                places = [Place(pack, folder, entry) for entry in entries]
                 rows = (
-                    (p.entry, *self._catalog.store.read_record(p))
-                    for p in places
-                    if not self._elsewhere(p.entry.id)
+                    (entry, *self._catalog.store.read_record(Place(pack, folder, entry)))
+                    for entry in entries
+                    if not self._elsewhere(entry.id)
                 )
                 self.done.salvaged += self._copy(rows, folder)
 
@@ -171,8 +168,7 @@ class Repairer:
         for entry in entries:
             if not self._elsewhere(entry.id):
                 with contextlib.suppress(CkptError):
-                    place = Place(pack, folder, entry)
-                    yield entry, *read_sound(store, place)
+                    yield entry, *read_sound(store, Place(pack, folder, entry))
 
     def _elsewhere(self, name: ObjectId) -> bool:
         """Return whether an undamaged pack contains an object."""
@@ -187,21 +183,17 @@ class Repairer:
                     content = index.content(name, kind)
                     if content is None or self._has(name, kind):
                         continue
-                    if kind != Kind.RECIPE or all(
-                        map(self._elsewhere, load_recipe(content).bundles)
-                    ):
+                    bundles = load_recipe(content).bundles if kind == Kind.RECIPE else ()
+                    if all(map(self._elsewhere, bundles)):
                         pack.add(kind, content)
                         self.done.remembered += 1
         self._catalog.forget()
 
     def _has(self, name: ObjectId, kind: Kind) -> bool:
-        if not self._catalog.store.contains(name):
-            return False
-        try:
+        with contextlib.suppress(CorruptionError):
             self._catalog.store.get(name, kind)
-        except CorruptionError:
-            return False
-        return True
+            return True
+        return False
 
     # -- fetch ---------------------------------------------------------------------------------
 
@@ -266,10 +258,10 @@ class Repairer:
             above, hole = self._above(tip)
             commits |= above
             lost |= {hole} if hole else set()
-        gone = self._catalog.dropped()
-        for name in commits.keys() - gone.commits:
+        dropped = self._catalog.dropped()
+        for name in commits.keys() - dropped.commits:
             lost |= {table for _, table in self._catalog.lost_patches(name, commits[name])}
-        return mark(self._catalog, commits, gone, lost=lost).objects | lost, lost
+        return mark(self._catalog, commits, dropped, lost=lost).objects | lost, lost
 
     def _tips(self) -> Iterator[ObjectId]:
         """Yield the commits of the readable refs."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
@@ -43,18 +43,6 @@ class Copy:
     refs: Refs | None
 
 
-@dataclass
-class RepairedRefs:
-    """The repaired refs.
-
-    `inferred` holds the refs whose newest version no hash proves, with their commit or (HEAD)
-    branch.  They come from a copy or from the commits.
-    """
-
-    refs: list[str] = field(default_factory=list)
-    inferred: dict[str, str | None] = field(default_factory=dict)
-
-
 def share_history(own: Backend, other: Backend) -> bool:
     """Return whether two repositories have the same id, or a version of a ref in common.
 
@@ -73,35 +61,39 @@ def _version_hashes(backend: Backend) -> set[str | None]:
 
 
 class RefRepairer:
-    """Repairs the refs of one repository; no other process may write meanwhile."""
+    """Repairs the refs of one repository; no other process may write meanwhile.
+
+    `refs` are the repaired refs.  `inferred` are those whose newest version no hash proves, with
+    their commit or (HEAD) branch, which come from a copy or from the commits.
+    """
 
     def __init__(self, catalog: Catalog, refs: Refs, copy: Copy | None) -> None:
         """`copy` has the same history."""
         self._catalog, self._refs = catalog, refs
         self._other = copy.refs if copy is not None else None
         self._readable: dict[str, ObjectId | None] = {}  # last readable position of branches
-        self.done = RepairedRefs()
+        self.refs: list[str] = []
+        self.inferred: dict[str, str | None] = {}
 
-    def run(self, *, drop: bool) -> RepairedRefs:
+    def run(self, *, drop: bool) -> None:
         """Repair the refs; with `drop`, also those that can only be set back.
 
         Raises:
             StorageError: The repository cannot be written.
         """
-        own = {ref: self._refs.last(ref) for ref in self._refs.every()}
-        last = {HEAD: 1} | {ref: number for ref, number in own.items() if number}
+        newest = {ref: self._refs.last(ref) for ref in self._refs.every()}
+        last = {HEAD: 1} | {ref: number for ref, number in newest.items() if number}
         if self._other is not None:
-            absent = (ref for ref in self._other.every() if not own.get(ref))
-            last |= self._whole(self._other, absent) | self._ahead(self._other, own)
-        for ref in own:
+            absent = (ref for ref in self._other.every() if not newest.get(ref))
+            last |= self._whole(self._other, absent) | self._ahead(self._other, newest)
+        for ref in newest:
             below = next(self._refs.readable(ref), None)
             if ref.startswith("heads/") and below is not None:
                 self._readable[ref] = below.commit
         restored = {ref for ref, number in last.items() if self._restore(ref, number)}
         for ref in sorted(last, reverse=True):  # tags, pins, branches, and HEAD, which follows one
             if self._infer(ref, last[ref], drop=drop) or ref in restored:
-                self.done.refs.append(ref)
-        return self.done
+                self.refs.append(ref)
 
     def rescue(self) -> None:
         """Start a branch at each history whose ref is lost, name and all.
@@ -116,8 +108,8 @@ class RefRepairer:
             number = next(n for n in count(1) if f"found-{n}" not in branches)
             ref = f"heads/found-{number}"
             self._refs.publish(ref, None, commit=name, time=now(), action="repair")
-            self.done.refs.append(ref)
-            self.done.inferred[ref] = name
+            self.refs.append(ref)
+            self.inferred[ref] = name
 
     @staticmethod
     def _whole(other: Refs, names: Iterable[str]) -> dict[str, int]:
@@ -137,7 +129,7 @@ class RefRepairer:
         if self._sound(ref, last, None) is None and (drop or not ref.startswith("tags/")):
             branch = self._default_branch() if ref == HEAD else None
             version = self._refs.repair(ref, partial(self._evidence, ref), now(), branch)
-            self.done.inferred[ref], last, changed = (
+            self.inferred[ref], last, changed = (
                 version.branch or version.commit,
                 version.number,
                 True,
@@ -181,7 +173,7 @@ class RefRepairer:
                 found = True
                 if number == last and data != self._backup(ref):
                     move = self._refs.generation(ref, number)
-                    self.done.inferred[ref] = move.branch or move.commit
+                    self.inferred[ref] = move.branch or move.commit
         return found
 
     def _backup(self, ref: str) -> bytes | None:

@@ -1,6 +1,6 @@
 """An open repository: its folder, settings, refs and object catalog.
 
-Paths: DIR/.ckpt holds the store; DIR is the folder that committed paths are relative to.
+DIR/.ckpt contains the store; committed paths are relative to DIR.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ CONFIG = "config.toml"
 
 
 class Repository:
-    """What every operation begins with."""
+    """An open repository: its folder, settings, refs and object catalog."""
 
     def __init__(self, folder: Path, backend: Backend | None = None) -> None:
-        """`backend` holds the files of the repository, except settings and cache; by default
-        `backend_at(folder)`.
+        """Open the repository in `folder`.
+
+        `backend` stores its files, except settings and cache; the default is `backend_at(folder)`.
         """
         occupy_standard()
         self.folder = folder = folder.absolute()  # the working directory may change
@@ -71,9 +72,9 @@ class Repository:
         self.backend = self.backend_at(folder) if backend is None else backend
         check_format(self.backend)
         self.cache, self.bases = folder / CACHE, folder / CACHE / "bases"
-        self.backend.size("format")  # who made the repository may have been killed just then
+        self.backend.size("format")  # `init` may have been killed before the file was durable
         self._settings = Settings(folder / CONFIG)
-        with contextlib.suppress(InvalidInputError):  # an error of what needs them, and of no other
+        with contextlib.suppress(InvalidInputError):  # only operations that need settings fail
             self._settings.now()
         store = ObjectStore(self.backend, self.cache / "index", keys_of)
         self.catalog = Catalog(store)
@@ -86,10 +87,10 @@ class Repository:
 
     @property
     def config(self) -> Config:
-        """The settings as they are at this moment.
+        """The current settings.
 
         Raises:
-            InvalidInputError: they cannot be read.  Nothing but what needs them is refused then.
+            InvalidInputError: The settings cannot be read.
         """
         return self._settings.now()
 
@@ -99,7 +100,7 @@ class Repository:
 
     @staticmethod
     def backend_at(folder: Path) -> Backend:
-        """Return the backend of the repository in `folder`; nothing else chooses a backend."""
+        """Return the backend of the repository in `folder`; only this method chooses a backend."""
         return LocalBackend(folder)
 
     @classmethod
@@ -110,13 +111,7 @@ class Repository:
         codec: str | None = None,
         backend: Backend | None = None,
     ) -> Self:
-        """Make a repository in DIR/.ckpt, or open the one that is there.  `codec` becomes its
-        setting; without it commits are near.
-
-        Raises:
-            InvalidInputError: there is no such codec, or the repository there has another.
-            StorageError: it cannot be written.
-        """
+        """Create a repository in `path`/.ckpt, or open the existing one; see `Repo.init`."""
         occupy_standard()
         folder = Path(path) / FOLDER
         settings = default_text(codec)
@@ -125,7 +120,7 @@ class Repository:
             repo = cls(folder, backend)
             if codec not in (None, repo.config.codec):
                 raise InvalidInputError(
-                    f"{folder} is there already, with codec '{repo.config.codec}'",
+                    f"{folder} exists and has codec '{repo.config.codec}'",
                     hint=f"change it with 'ckpt config codec {codec}'",
                 )
             return repo
@@ -136,31 +131,27 @@ class Repository:
             disk.replace(folder / CONFIG, settings.encode(), folder / "tmp")
             refs = Refs(backend)
             if not refs.numbers(HEAD):
-                with contextlib.suppress(ConflictError):  # another process makes it, too
+                with contextlib.suppress(ConflictError):  # another process also creates it
                     refs.publish(HEAD, None, commit=None, branch="main", time=now(), action="init")
-            # Before this there is no repository, after it a whole one.
+            # This file comes last: a folder without it is not a repository.
             write_format(backend, new_format(), new=True)
             disk.sync_above(folder)
             keep_reserve(folder / CACHE)
         except (ConflictError, FileExistsError) as error:
-            if is_repository(backend):  # another process has made it meanwhile
+            if is_repository(backend):  # another process has created it meanwhile
                 return cls.init(path, codec=codec, backend=backend)
+            blocker = getattr(error, "filename", None) or folder
             raise InvalidInputError(
-                f"{getattr(error, 'filename', None) or folder} is in the way of a repository",
+                f"cannot create a repository: {blocker} exists",
                 hint="delete it, or choose another directory",
             ) from error
         except OSError as error:
-            raise disk.storage_error(error, f"make a repository in {path}") from error
+            raise disk.storage_error(error, f"create a repository in {path}") from error
         return cls(folder, backend)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open the repository DIR or DIR/.ckpt.
-
-        Raises:
-            NotFoundError: there is none.
-            UnsupportedVersionError: a newer program wrote it.
-        """
+        """Open the repository in DIR or DIR/.ckpt; see `HistoryReader.open`."""
         return cls(cls.locate(path))
 
     @classmethod
@@ -170,65 +161,69 @@ class Repository:
 
     @classmethod
     def locate(cls, path: str | os.PathLike[str]) -> Path:
-        """The folder of the repository DIR or DIR/.ckpt.  Raises NotFoundError: there is none."""
+        """Return the folder of the repository in DIR or DIR/.ckpt; raises NotFoundError."""
         for folder in (Path(path) / FOLDER, Path(path)):
             if cls.exists(folder):
                 return folder
-        raise NotFoundError(f"no repository at {path}", hint="make one with 'ckpt init'")
+        raise NotFoundError(f"no repository at {path}", hint="create one with 'ckpt init'")
 
     @classmethod
     def locate_above(cls, start: Path) -> Path:
-        """Its folder.  Raises NotFoundError: there is none."""
+        """Return the folder of the repository in `start` or its parents; raises NotFoundError."""
         for folder in (start, *start.parents):
             if cls.exists(folder / FOLDER):
                 return folder / FOLDER
         raise NotFoundError(
             f"no repository in {start} or above it",
-            hint="make one with 'ckpt init', or name one with --repo or CKPT_DIR",
+            hint="create one with 'ckpt init', or name one with --repo or CKPT_DIR",
         )
 
     def _sync_index(self) -> None:
-        """Refresh the index where it does not know what HEAD is at: another machine, or another
-        process that crashed before it told the index, may have written.
+        """Refresh the index if it lacks the commit of HEAD.
+
+        Another machine may have written it, or a process that crashed before it updated the index.
         """
-        with contextlib.suppress(CorruptionError):  # who needs HEAD will say so; verify does not
+        with contextlib.suppress(CorruptionError):  # operations that need HEAD raise it again
             head = self.revisions.head()
             if head is not None and not self.catalog.store.contains(head):
                 self.catalog.store.refresh()
 
     def resolve(self, revision: str | int) -> ObjectId:
-        """The commit that a revision names; an int is a step.
+        """Return the id of the commit that a revision names; an int is a step.
 
         Raises:
-            NotFoundError, InvalidInputError: it names none, or several.
+            NotFoundError: No commit matches.
+            InvalidInputError: Several commits match.
         """
         return self.revisions.resolve(str(revision))
 
     def restorer(self, name: ObjectId, *, near: bool = False) -> Restorer:
-        """What reads one commit."""
+        """Return a reader of one commit; with `near` it ignores exact patches."""
         from ckptvcs.decode.commit_reader import Restorer  # noqa: PLC0415
 
         return Restorer(self.catalog, name, near=near, cache=self.bases, memory=self._held)
 
     @contextmanager
     def held_base(self, kind: str) -> Iterator[MemoryBase | None]:
-        """Lend the decoded weights of the last state, which stay in memory, to a commit of a
-        `kind` of checkpoint; None while a commit of another thread has them.
+        """Lend the decoded weights of the last state, which stay in memory, to one commit.
+
+        Yields None if a commit of another thread uses them.  `kind` is that of the checkpoint.
         """
         from ckptvcs.decode.base_cache import MemoryBase  # noqa: PLC0415  needs numpy
 
         if kind == "state" and self._held is None:
             self._held = MemoryBase()
-        alone = self._holder.acquire(blocking=False)
+        acquired = self._holder.acquire(blocking=False)
         try:
-            yield self._held if alone else None
+            yield self._held if acquired else None
         finally:
-            if alone:
+            if acquired:
                 self._holder.release()
 
     def read_again(self, read: Callable[[], T]) -> T:
-        """Read, once more where something was missing: another process may have let it fade, or
-        moved it, meanwhile.
+        """Call `read`, and call it again if an object is missing.
+
+        Another process may have moved the object, or deleted an expired patch, meanwhile.
         """
         try:
             return read()
@@ -238,33 +233,32 @@ class Repository:
             return read()
 
     def naming(self, path: Path) -> tuple[str, bool]:
-        """How commits name a file or a directory, and whether they do so from this repository's
-        folder.
-        """
+        """Return the name of a path in commits, and whether it is relative to the repository."""
         full = Path(os.path.abspath(path))  # noqa: PTH100  links are kept as the user sees them
         root = Path(os.path.abspath(self.root))  # noqa: PTH100
         inside = full.is_relative_to(root)
         return full.relative_to(root).as_posix() if inside else full.name, inside
 
     def head(self) -> Generation | None:
-        """What HEAD is at."""
+        """Return the current version of HEAD."""
         return self.refs.read(HEAD)
 
     def entry(
         self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
     ) -> LogEntry:
-        """A commit as the log shows it."""
+        """Return a commit as the log shows it."""
         return self.history.entry(name, branch=branch, tags=tags)
 
     def codec_for(
         self, codec: str | None, metrics: Mapping[str, float], config: Config
     ) -> CodecSpec:
-        """The codec of a commit with these metrics and settings; programs that do not know what it
-        writes keep away from the repository from here on.
+        """Return the codec for a commit, and raise the flags of the formats that it writes.
+
+        Versions of the program that lack these formats then refuse to read the repository.
 
         Raises:
-            InvalidInputError: there is no such codec.
-            UnsupportedVersionError: a newer program does not let this one write.
+            InvalidInputError: The codec is not known.
+            UnsupportedVersionError: A newer version forbids this version to write.
         """
         from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415  needs numpy
 
@@ -278,12 +272,13 @@ class Repository:
 
     @contextmanager
     def leading_to(self, name: ObjectId | None) -> Iterator[None]:
-        """Move a ref while no gc sweeps, and nobody deletes an original because the ref leads to
-        its commit; to a commit that is there, durably.
+        """Check that a commit exists and is durable, and keep it while the caller moves a ref.
+
+        Meanwhile no gc sweeps, and no process deletes originals because of the old ref.
 
         Raises:
-            BusyError: gc is sweeping, or somebody deletes originals and does not end.
-            NotFoundError: the commit was dropped, or swept.
+            BusyError: gc is sweeping, or another process deletes originals and does not finish.
+            NotFoundError: The commit was dropped or deleted.
         """
         with lease(self.backend):
             self.catalog.store.refresh()
@@ -295,5 +290,5 @@ class Repository:
                 yield
 
     def fader(self) -> Fader:
-        """What knows the exact patches, and which of them the settings keep."""
+        """Return a fader of exact patches with the current settings."""
         return Fader(self.catalog, self.refs, self.config.exact_rule)

@@ -1,4 +1,4 @@
-"""Request: what is to be committed, and what its user, its content and its name say of it."""
+"""Request: a checkpoint to commit, with its step, message and metrics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from ckptvcs.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be committed, and what is said about it.  `path` is how it will be named; where
-    `head_stays`, HEAD does not follow to a branch that has to be started.
+    """A checkpoint to commit under the name `path`.
+
+    `inside` says that `path` is relative to the repository's directory.  With `head_stays`, HEAD
+    does not move to a branch that this commit starts.
     """
 
     checkpoint: Checkpoint
@@ -44,10 +46,10 @@ class Request:
         branch: str | None,
         head_stays: bool = False,
     ) -> Request:
-        """A request of what a user has given.
+        """Return a request with validated arguments.
 
         Raises:
-            InvalidInputError: a step, a metric or a message is none.
+            InvalidInputError: The step, a metric or the message is not valid.
         """
         return cls(
             checkpoint,
@@ -65,10 +67,10 @@ class Request:
 def plain(
     step: object, message: object, metrics: Mapping[Any, object], codec: str | None
 ) -> dict[str, Any]:
-    """What is said of a state, as `commit_checkpoint` takes it.
+    """Return the validated arguments for the commit of a state, as `commit_checkpoint` takes them.
 
     Raises:
-        InvalidInputError: a step, a metric or a message is none.
+        InvalidInputError: The step, a metric or the message is not valid.
     """
     return {
         "path": STATE_FILE,
@@ -81,10 +83,10 @@ def plain(
 
 
 def plain_step(step: object) -> int | None:
-    """A step as a commit holds it; whole numbers of numpy and torch are taken too.
+    """Return a step as an int; accepts integers of numpy and torch.
 
     Raises:
-        InvalidInputError: it is no whole number from 0.
+        InvalidInputError: The step is not a non-negative integer.
     """
     if step is None:
         return None
@@ -98,39 +100,39 @@ def plain_step(step: object) -> int | None:
 
 
 def plain_metrics(metrics: Mapping[Any, object]) -> dict[str, float]:
-    """Metrics as a commit holds them; anything that `float` takes but text and bool.
+    """Return metrics as floats; accepts everything that `float` accepts, except text and bool.
 
     Raises:
-        InvalidInputError: a value is no number.
+        InvalidInputError: A value is not a number, or a name is not text.
     """
     plain = {}
     for name, value in metrics.items():
         try:
             if not isinstance(name, str) or isinstance(value, bool | str | bytes):
-                raise TypeError  # noqa: TRY301  the same answer as for what float refuses
-            take = getattr(value, "item", None)  # of a tensor, which may have a gradient
-            plain[name] = float(take() if callable(take) else value)  # type: ignore[arg-type]
+                raise TypeError  # noqa: TRY301  the same message as for values that float refuses
+            item = getattr(value, "item", None)  # `float` warns if a tensor has a gradient
+            plain[name] = float(item() if callable(item) else value)  # type: ignore[arg-type]
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InvalidInputError(f"metric {name!r} must be a number, got {value!r}") from None
     return plain
 
 
 def plain_message(message: object) -> str:
-    """A message as a commit holds it.  Raises InvalidInputError."""
+    """Return a message if it is text; raises InvalidInputError otherwise."""
     if not isinstance(message, str):
         raise InvalidInputError(f"message must be text, got {message!r}")
     return message
 
 
 def find_step(request: Request) -> int | None:
-    """The step: as given, else what the checkpoint, the message or the file name says."""
+    """Return the step: the given one, or that of the checkpoint, the message or the file name."""
     if request.step is not None:
         return request.step
     if request.checkpoint.step is not None:
         return request.checkpoint.step
-    said = step_in_text(request.message)
-    if said is not None or not request.checkpoint.is_all:
-        return said
+    step = step_in_text(request.message)
+    if step is not None or not request.checkpoint.is_all:
+        return step
     name = request.path.rpartition("/")[2]
     return step_in_name(name, request.checkpoint.epoch)
 
@@ -142,10 +144,10 @@ def gather_state(
     extra: Mapping[str, object] | None,
     copies: Copies | None = None,
 ) -> Checkpoint:
-    """Return a state, or that of a model and its optimizers, as a checkpoint; see `Repo.commit`.
+    """Return a checkpoint of a state, or of a model and its optimizers; see `Repo.commit`.
 
     Raises:
-        InvalidInputError: both are given, or neither is.
+        InvalidInputError: Both or neither are given.
     """
     from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415
 

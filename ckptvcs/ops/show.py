@@ -1,4 +1,4 @@
-"""One commit in full: its tensors, and how the files in the working directory differ from it."""
+"""The tensors of a commit, and the differences between HEAD and the files on disk."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def tensors(repository: Repository, name: ObjectId) -> list[TensorEntry]:
 
 
 def forms(repository: Repository, name: ObjectId) -> list[str]:
-    """Return for each of `tensors` how it comes back: `exact`, `near` or `dropped`."""
+    """Return the form of each of `tensors`: `exact`, `near` or `dropped`."""
     reader = repository.restorer(name)
     near = reader.near()
     return [
@@ -84,7 +84,7 @@ def forms(repository: Repository, name: ObjectId) -> list[str]:
 
 
 def status(repository: Repository) -> Status:
-    """Compare the working directory with HEAD."""
+    """Compare the files on disk with HEAD; see `Repo.status`."""
     from ckptvcs.ops.checkout import worktree  # noqa: PLC0415  needs numpy
 
     head, name = repository.head(), repository.revisions.head()

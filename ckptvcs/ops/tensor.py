@@ -1,4 +1,4 @@
-"""One tensor of a commit: its numbers, what they are like, and a file of its own."""
+"""One tensor of a commit: its values, their statistics, and its export to a file."""
 
 from __future__ import annotations
 
@@ -31,11 +31,7 @@ class TensorView:
     """
 
     def __init__(self, repository: Repository, where: str) -> None:
-        """`where` is `REV:TENSOR`, the tensor as for `Repo.tensor`.
-
-        Raises:
-            NotFoundError, InvalidInputError: there is no such commit or tensor, or several.
-        """
+        """Open a tensor; see `Repo.tensor_view`."""
         revision, name = split_tensor(where)
         self.id = repository.resolve(revision)
         self._reader = PartReader(repository.restorer(self.id))
@@ -82,20 +78,19 @@ class TensorView:
                 self._reader.save_tensor(self.name, self._window, target)
             else:
                 raise InvalidInputError(
-                    f"{path} is not the name of a tensor file",
-                    hint="end it in .npy, .pt or .safetensors",
+                    f"{path} has an unknown suffix", hint="use .npy, .pt or .safetensors"
                 )
 
 
 def _numbers(reader: PartReader, window: Any) -> Any:
-    """The values of a tensor as numpy has them; float32 where numpy lacks their type."""
+    """Return the values of a tensor as a numpy array; float32 if numpy lacks their type."""
     data, view = reader.window(window), window[1]
     dtype = view.dtype
     if dtype == "BF16":
         flat: Any = to_float32(np.frombuffer(data, np.uint16), dtype)
     elif dtype == "C32":
         flat = np.frombuffer(data, np.float16).astype(np.float32).view(np.complex64)
-    elif dtype == "F4":  # two numbers in a byte
+    elif dtype == "F4":  # two values in a byte
         pairs = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
         return pairs.reshape(*view.shape[:-1], 2 * (view.shape or (1,))[-1])
     elif dtype.startswith("F8"):
@@ -109,16 +104,14 @@ def _numbers(reader: PartReader, window: Any) -> Any:
 
 
 def _statistics(values: Any) -> dict[str, float | None]:
-    """Of the finite values: min, max, mean, standard deviation, norm; counts of zeros and of others
-    that are not finite.  None where there is nothing to tell.
-    """
+    """Return the statistics of `TensorView.statistics`; of complex values, those of |x|."""
     wide = np.abs(values) if values.dtype.kind == "c" else values
     wide = wide.astype(np.float64)
     finite = wide[np.isfinite(wide)]
-    found: dict[str, float | None] = dict.fromkeys(("min", "max", "mean", "std", "norm"))
+    moments: dict[str, float | None] = dict.fromkeys(("min", "max", "mean", "std", "norm"))
     if finite.size:
         with np.errstate(over="ignore", invalid="ignore"):
-            found = {
+            moments = {
                 "min": float(finite.min()),
                 "max": float(finite.max()),
                 "mean": float(finite.mean()),
@@ -126,5 +119,5 @@ def _statistics(values: Any) -> dict[str, float | None]:
                 "norm": float(np.sqrt(np.square(finite).sum())),
             }
     counts = {"zeros": int((finite == 0).sum()), "not_finite": int(wide.size - finite.size)}
-    plain = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
+    plain = {k: v if v is None or math.isfinite(v) else None for k, v in moments.items()}
     return plain | counts

@@ -147,29 +147,26 @@ class Verifier:
         with scratch_folder("ckpt-verify-") as folder:
             self._recent = RecentTables(folder)
             self._chain = ChainReader(self._catalog, self._recent.get)
-            return self._run(index)
-
-    def _run(self, index: ObjectStore | None) -> VerifyReport:
-        sizes = dict(self._files())
-        self._single_files()
-        commits = self._twice(self._reachable)
-        oldest_first = reversed(commits.items())
-        sizes |= {name: commit.raw_bytes for name, commit in oldest_first}
-        checked = Checked(self._cache / "verified.json")
-        names = iter(sizes) if self._budget is None else self._budget.choose(checked, sizes)
-        done = []
-        for name in names:
-            if name in commits:
-                self._twice(partial(self._commit, ObjectId(name), commits[ObjectId(name)]))
-            else:
-                self._pack(name)
-            done.append(name)
-        self._attribute()
-        self._bases()
-        if index is not None and not self.report.damage:
-            self._index(index)
-        self.report.left = len(sizes) - len(done)
-        checked.note(done)
+            sizes = dict(self._files())
+            self._single_files()
+            commits = self._twice(self._reachable)
+            oldest_first = reversed(commits.items())
+            sizes |= {name: commit.raw_bytes for name, commit in oldest_first}
+            checked = Checked(self._cache / "verified.json")
+            names = iter(sizes) if self._budget is None else self._budget.choose(checked, sizes)
+            done = []
+            for name in names:
+                if name in commits:
+                    self._twice(partial(self._commit, ObjectId(name), commits[ObjectId(name)]))
+                else:
+                    self._pack(name)
+                done.append(name)
+            self._attribute()
+            self._bases()
+            if index is not None and not self.report.damage:
+                self._index(index)
+            self.report.left = len(sizes) - len(done)
+            checked.note(done)
         return self.report
 
     def _twice(self, look: Callable[[], T]) -> T:
@@ -292,16 +289,16 @@ class Verifier:
             self._wrong("commit", error, commit=name)
             return
         damaged = len(self.report.damage)
-        gone = self._catalog.dropped().parts.get(name, frozenset())
+        dropped = self._catalog.dropped().parts.get(name, frozenset())
         for part, state in commit.parts.items():
-            if part in gone:
+            if part in dropped:
                 continue
             infos = [restorer.schema.tensors[n] for n in restorer.schema.stored(part)]
             self._table(name, state.values, infos, self._room(state.values, infos))
             if state.exact is not None and self._catalog.has_recipe(state.exact):
                 self._table(name, state.exact, infos, NO_ROOM)
         self._patches(name, commit)
-        if gone.intersection(commit.parts) or len(self.report.damage) > damaged:
+        if dropped.intersection(commit.parts) or len(self.report.damage) > damaged:
             return  # its files contain these tensors
         for file in commit.files:
             try:
@@ -356,12 +353,12 @@ class Verifier:
         for (name, part), tensors in self._harmed.items():
             needed, lost = self._needs(name, part)
             causes = [damage for damage in packs if needed.intersection(damage.objects)]
-            gone = lost - damaged
-            for one in sorted({o for o in gone if not self._catalog.store.contains(o)} or gone):
-                if one not in missing:
-                    text = f"object {one} is missing"
-                    missing[one] = Damage("object", text, name=one, objects=(one,))
-                causes.append(missing[one])
+            unexplained = lost - damaged
+            absent = {o for o in unexplained if not self._catalog.store.contains(o)}
+            for lost_id in sorted(absent or unexplained):
+                text = f"object {lost_id} is missing"
+                damage = Damage("object", text, name=lost_id, objects=(lost_id,))
+                causes.append(missing.setdefault(lost_id, damage))
             for damage in causes:
                 damage.commits = tuple(dict.fromkeys((*damage.commits, name)))
                 damage.tensors = tuple(sorted({*damage.tensors, *tensors}))
@@ -374,10 +371,10 @@ class Verifier:
             commit = self._catalog.commit(name)
         except CkptError:
             return {name}, {name} - set(self._catalog.store.ids(Kind.COMMIT))
-        gone = self._catalog.dropped()
+        dropped = self._catalog.dropped()
         if part is not None:
-            gone = Dropped(frozenset(), {name: frozenset(commit.parts) - {part}})
-        marked = mark(self._catalog, {name: commit}, gone, lost=lost)
+            dropped = Dropped(frozenset(), {name: frozenset(commit.parts) - {part}})
+        marked = mark(self._catalog, {name: commit}, dropped, lost=lost)
         return marked.objects | lost, lost
 
     # -- cache ---------------------------------------------------------------------------------

@@ -100,17 +100,7 @@ class Watcher:
         keep_local: int | None = None,
         accept_near: bool = False,
     ) -> None:
-        """Watch `folder`; see `Repo.watch`.
-
-        Args:
-            repo: The repository.
-            folder: The folder to watch.
-            pattern: Commit only checkpoints whose name matches.
-            codec: The codec; None is the configured one.
-            branch: The branch to commit to; None is HEAD's.
-            settle: Seconds without a change after which a checkpoint is committed.
-            keep_local: How many of the newest originals to keep; None keeps all.
-            accept_near: Also delete originals whose commit is only near.
+        """Watch `folder`; `Repo.watch` describes the arguments.
 
         Raises:
             InvalidInputError: The folder is part of the repository, the codec does not exist, or a

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ckptvcs.hashing import hex_hash
 
-_NETWORK = Path("/sys/class/net")
-_ID_FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
+NETWORK = Path("/sys/class/net")
+ID_FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
 
 def host_name() -> str:
@@ -32,8 +32,8 @@ def machine_id() -> str:
     one image.  The addresses of network cards distinguish copies.  A container sees no cards, and
     so has no such id.
     """
-    cards = sorted(filter(None, map(_address, _listed(_NETWORK))))
-    installed = next(filter(None, map(_text, _ID_FILES)), "")
+    cards = sorted(filter(None, map(_address, _listed(NETWORK))))
+    installed = next(filter(None, map(_text, ID_FILES)), "")
     if not cards or len(installed) != 32:
         return ""
     return hex_hash(f"ckptvcs {installed} {' '.join(cards)}".encode())[:32]

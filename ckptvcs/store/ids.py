@@ -49,5 +49,5 @@ def checked_id(text: object) -> ObjectId:
         CorruptionError: `text` is not a valid id.
     """
     if not isinstance(text, str) or not _HEX.match(text):
-        raise CorruptionError("an object names another by something that is no id")
+        raise CorruptionError("an object contains an invalid object id")
     return ObjectId(text)

@@ -66,7 +66,7 @@ def _hold(root: Path, target: Path, describe: Callable[[Trace], bytes]) -> Local
     file = disk.create(path)
     try:
         is_locked = _lock(file)
-        disk.write(file, describe(_trace(file, is_locked)))
+        disk.write(file, describe(make_trace(file, is_locked)))
         file.flush()
         disk.link(path, target)
         return LocalHold(target, file)
@@ -95,10 +95,11 @@ def trace(file: FileIO) -> Trace:
         is_locked = True
     except OSError:
         is_locked = None
-    return _trace(file, is_locked)
+    return make_trace(file, is_locked)
 
 
-def _trace(file: BinaryIO | FileIO, is_locked: bool | None) -> Trace:
+def make_trace(file: BinaryIO | FileIO, is_locked: bool | None) -> Trace:
+    """Return the trace of an open lease file."""
     status = os.fstat(file.fileno())
     fixed = is_own_device(status.st_dev)
     return Trace(status.st_dev, status.st_ino, fixed, is_locked, status.st_mtime_ns)

@@ -31,28 +31,29 @@ from ckptvcs.store.backend import Backend, Hold, read_small
 from ckptvcs.store.holders import Holder, Silence, describe, judge
 from ckptvcs.store.host import boot_id, host_name
 
-_LEASE, _EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
+_LEASE, EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
 _SOLE = "marks/gc-"
-_LEAST_TURN = 10.0  # seconds
-_REST, _WARN_AFTER = 0.05, 1.0  # seconds
+MIN_TURN = 10.0  # seconds
+_REST, WARN_AFTER = 0.05, 1.0  # seconds
 _MAX_BYTES = 4096
-_GRACE, _LOOK = 2.0, 0.05  # seconds
+GRACE, POLL_INTERVAL = 2.0, 0.05  # seconds
 
 _log = logging.getLogger("ckptvcs")
 _patience = ContextVar("patience", default=60.0)  # seconds
 _leases: WeakKeyDictionary[Backend, set[str]] = WeakKeyDictionary()  # those of this process
 _held_names: set[str] = set()  # leases and marks that this process holds
-_silence = Silence()
+silence = Silence()
 
 
-def _judge(backend: Backend, name: str) -> Holder:
+def judge_lease(backend: Backend, name: str) -> Holder:
+    """Return whether the holder of a lease is alive, as far as this process can tell."""
     try:
         data, trace = backend.look(name, _MAX_BYTES)
     except (FileNotFoundError, CorruptionError):  # CorruptionError: something other than a file
         return Holder.GONE
     is_held = name in _held_names
     holder = judge(data, trace, host_name(), boot_id(), is_held=is_held, clock_ns=backend.clock_ns)
-    return _silence.judge(backend, name, trace) if holder is Holder.UNKNOWN else holder
+    return silence.judge(backend, name, trace) if holder is Holder.UNKNOWN else holder
 
 
 def _who(backend: Backend, name: str) -> str:
@@ -68,22 +69,22 @@ def live_leases(backend: Backend, prefix: str = _LEASE) -> list[str]:
     """Return the leases or marks whose holders may still be at work."""
     folder = prefix.partition("/")[0]
     names = [name for name in backend.names(folder) if name.startswith(prefix)]
-    return [name for name in names if _judge(backend, name) not in holders.DEAD]
+    return [name for name in names if judge_lease(backend, name) not in holders.DEAD]
 
 
 def dead_leases(backend: Backend) -> list[str]:
     """Return the leases and marks whose holders are gone or silent."""
     names = [*backend.names("leases"), *backend.names("marks")]
-    return [name for name in names if _judge(backend, name) in holders.DEAD]
+    return [name for name in names if judge_lease(backend, name) in holders.DEAD]
 
 
 def await_others(backend: Backend, others: Iterable[str]) -> bool:
     """Wait a moment for the holders of leases; return whether all are gone, not just silent."""
-    end = time.monotonic() + _GRACE
-    while others := [name for name in others if _judge(backend, name) is not Holder.GONE]:
+    end = time.monotonic() + GRACE
+    while others := [name for name in others if judge_lease(backend, name) is not Holder.GONE]:
         if time.monotonic() > end:
             return False
-        time.sleep(_LOOK)
+        time.sleep(POLL_INTERVAL)
     return True
 
 
@@ -131,12 +132,12 @@ class Renewals:
                 hold.renew()
 
 
-_renewals = Renewals()
+renewals = Renewals()
 
 
 def _forked() -> None:
     """Forget the files of the parent: a forked child holds none."""
-    _renewals.forget()
+    renewals.forget()
     _held_names.clear()
     _leases.clear()
 
@@ -145,22 +146,22 @@ os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager
-def _held(backend: Backend, prefix: str, *, brief: bool = False) -> Iterator[str]:
+def hold_file(backend: Backend, prefix: str, *, brief: bool = False) -> Iterator[str]:
     """Create a lease or mark, and delete it at the end.  A `brief` one is not renewed."""
     name = f"{prefix}{os.urandom(12).hex()}"
     _held_names.add(name)
     hold = None
-    is_renewed = brief or _renewals.begin()
+    is_renewed = brief or renewals.begin()
     try:
         hold = backend.hold(
             name, lambda trace: describe(trace, host_name(), boot_id(), is_renewed=is_renewed)
         )
         if not brief:
-            _renewals.add(hold)
+            renewals.add(hold)
         yield name
     finally:
         if hold is not None:
-            _renewals.remove(hold)
+            renewals.remove(hold)
         _held_names.discard(name)
         # If the file cannot be deleted, it is ignored, because nobody holds it.
         with contextlib.suppress(StorageError):
@@ -179,9 +180,9 @@ def lease(backend: Backend) -> Iterator[str]:
     """
     waiting, held = _Waiting(_patience.get()), _leases.setdefault(backend, set())
     while True:
-        with _held(backend, _LEASE) as name:
+        with hold_file(backend, _LEASE) as name:
             # As long as another lease is in `held`, its file exists: gc has not begun to delete.
-            sweeping = [] if held else live_leases(backend, _EXCLUSIVE)
+            sweeping = [] if held else live_leases(backend, EXCLUSIVE)
             if not sweeping:
                 held.add(name)
                 try:
@@ -217,7 +218,7 @@ class _Waiting:
         """Sleep for a moment.  Raises BusyError at the limit."""
         if self.left <= 0:
             raise BusyError(what, hint=hint)
-        if not self._has_warned and time.monotonic() - self._start > _WARN_AFTER:
+        if not self._has_warned and time.monotonic() - self._start > WARN_AFTER:
             self._has_warned = True
             _log.warning("%s: waiting", what)
         time.sleep(_REST * (0.5 + random.random()))
@@ -266,14 +267,14 @@ class _WritersError(BusyError):
 @contextmanager
 def _alone(backend: Backend, own: str, waiting: _Waiting, *, stays: bool) -> Iterator[None]:
     """Create an exclusive mark; wait for the writers if it `stays`, otherwise raise."""
-    with _held(backend, _EXCLUSIVE) as mark:
-        others = [*live_leases(backend, _EXCLUSIVE), *live_leases(backend, _SOLE)]
+    with hold_file(backend, EXCLUSIVE) as mark:
+        others = [*live_leases(backend, EXCLUSIVE), *live_leases(backend, _SOLE)]
         others = [name for name in others if name not in (mark, own)]
         if others:
-            _silence.keep(backend)
+            silence.keep(backend)
             raise BusyError("another gc is at work", hint=_who(backend, others[0]))
         while writers := live_leases(backend, _LEASE):
-            _silence.keep(backend)
+            silence.keep(backend)
             what, who = f"{len(writers)} writer(s) are at work", _who(backend, writers[0])
             if not stays or waiting.left <= 0:
                 raise _WritersError(what, hint=who)
@@ -291,8 +292,8 @@ def sole(backend: Backend) -> Iterator[str]:
     Raises:
         BusyError: another gc is at work.
     """
-    with _held(backend, _SOLE) as mark:
-        others = [*live_leases(backend, _EXCLUSIVE), *live_leases(backend, _SOLE)]
+    with hold_file(backend, _SOLE) as mark:
+        others = [*live_leases(backend, EXCLUSIVE), *live_leases(backend, _SOLE)]
         others = [name for name in others if name != mark]
         if others:
             raise BusyError("another gc is at work", hint=_who(backend, others[0]))
@@ -309,13 +310,13 @@ def turn(backend: Backend) -> Iterator[None]:
     Raises:
         BusyError: another process still holds a turn at the end of the wait.
     """
-    waiting = _Waiting(max(_patience.get(), _LEAST_TURN))
+    waiting = _Waiting(max(_patience.get(), MIN_TURN))
     while True:
-        with _held(backend, _CHANGE, brief=True) as mark:
+        with hold_file(backend, _CHANGE, brief=True) as mark:
             others = [name for name in live_leases(backend, _CHANGE) if name != mark]
             if not others:
                 yield
                 return
         if waiting.left <= 0:
-            _silence.keep(backend)
+            silence.keep(backend)
         waiting.go_on("the repository is being changed", _who(backend, others[0]))

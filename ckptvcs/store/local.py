@@ -1,12 +1,11 @@
 """A backend on a directory: temporary file, fsync, link, fsync of the directory.
 
-A crash before the link leaves a file in tmp/, which gc sweeps; after it the file is complete, and
-durable once its folder is synced.  `disk.link` is the atomic put-if-absent: of two writers of one
-name exactly one succeeds, and the name never shows half a file.
+A crash before the link leaves a file in tmp/, which gc deletes.  After the link, the file is
+complete; it is durable after its folder is synced.  `disk.link` is atomic: only one of two writers
+of a name succeeds, and no reader sees half a file.
 
-A file keeps its name in tmp/ until its folder is synced.  So one with a second name may not be
-durable: its writer is not done, or was killed.  Nobody has to wait for a lock here; those that the
-holders of leases take only say that they are there.
+A file keeps its name in tmp/ until its folder is synced.  So a file with a second name may not be
+durable: its writer is not done, or was killed.  No operation waits for a lock.
 """
 
 from __future__ import annotations
@@ -31,30 +30,32 @@ from ckptvcs.store.backend import Trace
 from ckptvcs.store.disk import storage_error
 from ckptvcs.store.lease_files import LocalHold, hold, trace
 
-_SYNC_BYTES = 1 << 25  # written, before they are sent to the disk while others are made; deleted
-_MOST_SETTLED = 1 << 14  # names of files that are known to be durable; of others it is asked again
-_PASSING = frozenset({"cache", "leases", "marks", "tmp"})  # folders of what need not last
+_SYNC_BYTES = 1 << 25  # larger files are synced while they are written, and deleted in background
+MAX_SETTLED = 1 << 14  # names that are remembered as durable; others are synced again
+_TRANSIENT = frozenset({"cache", "leases", "marks", "tmp"})  # folders that may be lost in a crash
 _NO_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
 
-def _no_file(name: str) -> CorruptionError:
-    return CorruptionError(f"{name} is no file: something else is in its place")
+def _not_a_file(name: str) -> CorruptionError:
+    return CorruptionError(f"{name} is not a regular file")
 
 
 def refuse_links(root: Path, *folders: PurePosixPath) -> None:
-    """Raises CorruptionError where a folder is a link: somebody else may have made the repository,
-    and what is written there would be written elsewhere.
+    """Raise CorruptionError if a folder is a link.
+
+    A repository may come from somebody else, and writing through its links would change files
+    outside of it.
     """
     for folder in folders:
         if folder.name and (root / folder).is_symlink():
-            raise CorruptionError(f"{root / folder} is a link, where a repository has a folder")
+            raise CorruptionError(f"{root / folder} is a symbolic link, expected a folder")
 
 
 @lru_cache(1)
 def _background(process: int) -> Pool:
-    """A thread of this process; a forked child makes its own."""
+    """Return the background thread of a process; a forked child gets a new one."""
     pool = Pool(1)
-    atexit.register(pool.shutdown)  # what is to be deleted is
+    atexit.register(pool.shutdown)  # complete all deletions
     return pool
 
 
@@ -64,10 +65,10 @@ class LocalBackend:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._settled: set[str] = set()
-        self._folders: set[Path] = set()  # in which this object has published something
-        self._doubtful: set[str] = set()  # seen, and perhaps not durable
-        self._has_links = True  # as far as is known
-        self._is_rooted = False  # whether the way to `root` was synced
+        self._folders: set[Path] = set()  # folders of files that this object published
+        self._doubtful: set[str] = set()  # files that were seen and may not be durable
+        self._has_links = True  # until a hard link fails
+        self._is_rooted = False  # whether the path to `root` was synced
 
     def __str__(self) -> str:
         return str(self.root)
@@ -85,37 +86,38 @@ class LocalBackend:
                         else:
                             yield name
             except OSError as error:
-                if error.errno in _NO_FILE:  # and no folder
+                if error.errno in _NO_FILE:  # not a folder either
                     continue
                 raise storage_error(error, f"list {below}") from error
 
     def size(self, name: str) -> int:
         try:
-            found = (self.root / name).stat()
+            status = (self.root / name).stat()
         except OSError as error:
             raise self._refused(error, name) from error
-        if not stat.S_ISREG(found.st_mode):
-            raise _no_file(name)
-        self._note(name, found)
-        return found.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_a_file(name)
+        self._note(name, status)
+        return status.st_size
 
-    def _note(self, name: str, found: os.stat_result) -> None:
-        if found.st_nlink != 1 or not self._has_links:
+    def _note(self, name: str, status: os.stat_result) -> None:
+        if status.st_nlink != 1 or not self._has_links:
             self._doubtful.add(name)
 
     def _refused(self, error: OSError, name: str) -> Exception:
-        """What is raised where a file cannot be read: it is not there, or something else is."""
+        """Return the exception to raise for a file that cannot be opened."""
         if error.errno not in _NO_FILE:
             return storage_error(error, f"read {name}")
-        there = os.path.lexists(self.root / name)  # else it is a folder above that is none
-        return _no_file(name) if there else FileNotFoundError(errno.ENOENT, "no such file", name)
+        if os.path.lexists(self.root / name):
+            return _not_a_file(name)
+        return FileNotFoundError(errno.ENOENT, "no such file", name)
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         try:
             with open(self.root / name, "rb", buffering=0, opener=disk.open_nonblocking) as file:
-                found = os.fstat(file.fileno())
-                self._note(name, found)
-                left = max(0, found.st_size - offset)
+                status = os.fstat(file.fileno())
+                self._note(name, status)
+                left = max(0, status.st_size - offset)
                 if length is not None:
                     left = min(left, length)
                 parts = []
@@ -131,14 +133,14 @@ class LocalBackend:
         return LocalWriter(self.root, self)
 
     def publish(self, path: Path, name: str) -> None:
-        """Give a synced file its name, durably.  Raises OSError."""
+        """Publish a synced file durably.  Raises OSError."""
         target = self.root / name
         refuse_links(self.root, *PurePosixPath(name).parents)
         if target.parent not in self._folders:
             disk.make_folder(target.parent)
         try:
             linked = disk.link(path, target)  # crash before: debris in tmp/; after: visible
-        except FileNotFoundError:  # the folder has been deleted
+        except FileNotFoundError:  # another process has deleted the folder
             self._folders.discard(target.parent)
             disk.make_folder(target.parent)
             linked = disk.link(path, target)
@@ -153,10 +155,10 @@ class LocalBackend:
     def look(self, name: str, limit: int) -> tuple[bytes, Trace]:
         try:
             with open(self.root / name, "rb", buffering=0, opener=disk.open_nonblocking) as file:
-                found = os.fstat(file.fileno())
-                if not stat.S_ISREG(found.st_mode):
-                    raise _no_file(name)
-                if found.st_size > limit:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise _not_a_file(name)
+                if status.st_size > limit:
                     raise CorruptionError(f"{name} is larger than its limit of {limit} bytes")
                 return os.pread(file.fileno(), limit, 0), trace(file)
         except OSError as error:
@@ -167,7 +169,7 @@ class LocalBackend:
         try:
             with path.open("xb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
-        except OSError:  # nothing can be written here
+        except OSError:  # the repository is not writable
             return time.time_ns()
         finally:
             with contextlib.suppress(OSError):
@@ -186,8 +188,8 @@ class LocalBackend:
         self._remember(names)
 
     def _remember(self, names: Set[str]) -> None:
-        """Know that files are durable.  Whoever commits for long relies on the newest ones only."""
-        if len(self._settled) + len(names) > _MOST_SETTLED:
+        """Remember durable files.  A long series of commits only needs the newest names."""
+        if len(self._settled) + len(names) > MAX_SETTLED:
             self._settled.clear()
         self._settled |= names
 
@@ -198,16 +200,16 @@ class LocalBackend:
                 self.settle([name])
 
     def _sync_folders(self, folders: set[PurePosixPath]) -> None:
-        """Sync folders, those above them first: no name is durable before the way to it is."""
-        for folder in sorted({above for one in folders for above in (one, *one.parents)}):
+        """Sync folders after their parents: a name is durable only if its whole path is."""
+        for folder in sorted({path for below in folders for path in (below, *below.parents)}):
             disk.sync_folder(self.root / folder)
         if folders and not self._is_rooted:
             disk.sync_above(self.root)
             self._is_rooted = True
 
     def _settle_all(self) -> None:
-        """Make durable whatever has been published here."""
-        folders = [path.name for path in self.root.iterdir() if path.name not in _PASSING]
+        """Make all published names durable."""
+        folders = [path.name for path in self.root.iterdir() if path.name not in _TRANSIENT]
         below = {
             PurePosixPath(path).relative_to(self.root)
             for name in folders
@@ -238,8 +240,8 @@ class LocalBackend:
         return missing
 
     def make_way(self, folder: str) -> None:
-        own = PurePosixPath(folder)
-        for part in (*list(own.parents)[-2::-1], own):  # not the root, which may be a link
+        bottom = PurePosixPath(folder)
+        for part in (*list(bottom.parents)[-2::-1], bottom):  # not the root, which may be a link
             path = self.root / part
             if path.is_symlink() or not (path.is_dir() or not path.exists()):
                 self.delete(str(part))
@@ -247,14 +249,14 @@ class LocalBackend:
     def delete(self, name: str) -> None:
         path = self.root / name
         try:
-            found = path.lstat()
-            if name.startswith("tmp/") and found.st_nlink > 1 and stat.S_ISREG(found.st_mode):
-                self._settle_all()  # nothing will tell from now on that its other name is not
-            if stat.S_ISDIR(found.st_mode):  # of which a file has to come: gc sweeps what is in it
+            status = path.lstat()
+            if name.startswith("tmp/") and status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
+                self._settle_all()  # the second name was the only sign that it is not durable
+            if stat.S_ISDIR(status.st_mode):  # a folder in place of a file: gc empties it in tmp/
                 disk.rename(path, self.root / "tmp" / os.urandom(16).hex())
-            elif found.st_size < _SYNC_BYTES:
+            elif status.st_size < _SYNC_BYTES:
                 disk.unlink(path)
-            else:  # which takes a while, and nobody has to wait for
+            else:  # deleting a large file is slow, so do it in the background
                 aside = self.root / "tmp" / os.urandom(16).hex()
                 disk.rename(path, aside)
                 _background(os.getpid()).start(partial(aside.unlink, missing_ok=True))
@@ -265,7 +267,7 @@ class LocalBackend:
 
 
 class LocalWriter:
-    """A file of a LocalBackend on its way, in tmp/ until it is published."""
+    """An unfinished file of a LocalBackend, in tmp/ until it is published."""
 
     def __init__(self, root: Path, backend: LocalBackend) -> None:
         self._backend = backend
@@ -310,8 +312,8 @@ class LocalWriter:
     def abort(self) -> None:
         if self._file is not None:
             if self._syncing is not None:
-                wait([self._syncing])  # the number of a closed file may be that of another one soon
-            # A failing close or unlink leaves debris in tmp/, which gc sweeps.
+                wait([self._syncing])  # otherwise it might sync another file of the same number
+            # A failing close or unlink leaves debris in tmp/, which gc deletes.
             with contextlib.suppress(OSError):
                 self._file.close()
             with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""ObjectStore: put and get objects over packs and their index.
+"""ObjectStore: put and get objects by their id, in packs that an index lists.
 
-Reading proves what it reads: an object against its id, region bytes by the hash their bundle
-holds.  An object that the index does not know, or whose pack is gone, makes the store look at the
-folders once more before it is missing: other processes write and sweep at any time.
+The store checks each object against its id.  The caller checks region bytes against the hashes in
+their bundle.  Other processes write and delete packs at any time.  So the store lists the folders
+again before it reports an object as missing.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ckptvcs.store.ids import Kind, ObjectId, PackId
 from ckptvcs.store.index.index import KeysOf, Place
 from ckptvcs.store.pack_index import Places
 
-_BATCH = 512  # objects of a line that are read at once
-_MAX_BASES = 8  # an object that stands on another is one or two links deep
-_MAX_TRIES = 256  # copies of an object, and of those below it, that are looked at
+_BATCH = 512  # objects that `line` reads at once
+_MAX_BASES = 8  # limit for chains of bases; the program writes one or two links
+_MAX_TRIES = 256  # copies of an object and of its bases that are tried
 
 
 class ObjectStore:
     """Objects of one repository.  Safe to share between threads."""
 
     def __init__(self, backend: Backend, index: Path, keys_of: KeysOf) -> None:
-        """`index` is the name of the index file."""
+        """Open the store; `index` is the name of the index file."""
         self.backend = backend
         self.index = Places(backend, index, keys_of, lambda place: self._decode(place, 0))
         self.index.add_expected()
@@ -40,36 +40,36 @@ class ObjectStore:
     # -- finding ---------------------------------------------------------------------------
 
     def entries(self, pack: PackId, folder: str) -> tuple[packs.Entry, ...]:
-        """The objects of a pack, from its table of contents."""
+        """Return the objects of a pack, from its table of contents."""
         return packs.read_entries(self.backend, packs.pack_name(folder, pack))
 
     def home_size(self, name: ObjectId) -> int:
-        """Bytes of the pack that a commit lies in; its share, where others lie there too."""
+        """Return the bytes of a commit's pack, divided by the number of commits in it."""
         return self.index.pack_share(self.places(name)[0].pack)
 
     def places(self, name: ObjectId) -> list[Place]:
-        """Where an object lies, at least one place.  Raises MissingObjectError."""
-        found = self.index.find_places(name)
-        if not found:
+        """Return all copies of an object, at least one.  Raises MissingObjectError."""
+        places = self.index.find_places(name)
+        if not places:
             raise MissingObjectError(f"object {name} is not in the store")
-        return found
+        return places
 
     def lasts(self, name: ObjectId) -> bool:
-        """Whether the index knows an object in a meta pack: data packs are deleted by rule."""
+        """Return whether a meta pack has the object: retention may delete data packs."""
         return any(place.folder == "meta" for place in self.index.known(name))
 
     def contains(self, name: ObjectId) -> bool:
-        """Whether the index knows an object."""
+        """Return whether the index lists an object."""
         return bool(self.index.known(name))
 
     # -- reading ---------------------------------------------------------------------------
 
     def get(self, name: ObjectId, kind: Kind) -> bytes:
-        """The content of an object, proven by its id.
+        """Return the content of an object, checked against its id.
 
         Raises:
             MissingObjectError: no pack has it.
-            CorruptionError: every copy is damaged, or it is of another kind.
+            CorruptionError: all copies are damaged, or its kind is different.
         """
         kept = self.index.content(name, kind)
         return self._get(name, kind, 0) if kept is None else kept
@@ -77,7 +77,7 @@ class ObjectStore:
     def line(
         self, name: ObjectId | None, kind: Kind, next_of: Callable[[bytes], ObjectId | None]
     ) -> Iterator[tuple[ObjectId, bytes]]:
-        """An object, the one that `next_of` finds in its content, and so on, each proven by its id.
+        """Yield an object, then the object that `next_of` finds in its content, and so on.
 
         Raises:
             MissingObjectError, CorruptionError: as `get`.
@@ -97,14 +97,14 @@ class ObjectStore:
         tries = iter(range(_MAX_TRIES)) if tries is None else tries
         for attempt in range(2 if depth == 0 else 1):
             for place in self.places(name):
-                if next(tries, None) is None:  # each of many copies may stand on many others
-                    raise CorruptionError(f"object {name} has too many copies that are damaged")
+                if next(tries, None) is None:  # many copies with many bases take forever
+                    raise CorruptionError(f"object {name} has too many damaged copies")
                 if kind is not None and place.entry.kind != kind:
-                    raise CorruptionError(f"object {name} is no {kind.name.lower()}")
+                    raise CorruptionError(f"object {name} is not a {kind.name.lower()} object")
                 try:
                     return self._decode(place, depth, tries)
                 except FileNotFoundError:
-                    failure = MissingObjectError(f"the pack {place.pack} is gone")
+                    failure = MissingObjectError(f"pack {place.pack} is missing")
                 except CorruptionError as error:
                     failure = error
             if attempt == depth == 0:
@@ -113,7 +113,7 @@ class ObjectStore:
 
     def _decode(self, place: Place, depth: int, tries: Iterator[int] | None = None) -> bytes:
         if depth > _MAX_BASES:
-            raise CorruptionError(f"object {place.entry.id} stands on too many others")
+            raise CorruptionError(f"object {place.entry.id} has too many bases")
         file = packs.pack_name(place.folder, place.pack)
         packs.read_head(self.backend, file, place.entry)
         payload = packs.read_payload(self.backend, file, place.entry)
@@ -122,7 +122,7 @@ class ObjectStore:
         )
 
     def read_region(self, name: ObjectId, offset: int, length: int) -> bytes:
-        """Bytes of a bundle's region, unproven: the caller checks them by the bundle's hashes."""
+        """Return bytes of a bundle's region; the caller checks them against the bundle's hashes."""
         for attempt in range(2):
             for place in self.places(name):
                 file = packs.pack_name(place.folder, place.pack)
@@ -130,19 +130,19 @@ class ObjectStore:
                     return packs.read_region(self.backend, file, place.entry, offset, length)
             if attempt == 0:
                 self.refresh()
-        raise MissingObjectError(f"the pack of bundle {name} is gone")
+        raise MissingObjectError(f"the pack of bundle {name} is missing")
 
     def content_at(self, place: Place) -> bytes:
-        """The content of an object as one pack has it, proven by its id, whatever else has it.
+        """Return the content of one copy of an object, checked against its id.
 
         Raises:
-            CorruptionError: it is damaged there.
-            FileNotFoundError: the pack is gone.
+            CorruptionError: this copy is damaged.
+            FileNotFoundError: the pack does not exist.
         """
         return self._decode(place, 0)
 
     def read_record(self, place: Place) -> tuple[bytes, bytes]:
-        """The region, unproven, and the payload of an object as they lie in a pack."""
+        """Return the region (unchecked) and the encoded payload of one copy of an object."""
         file = packs.pack_name(place.folder, place.pack)
         packs.read_head(self.backend, file, place.entry)
         region = packs.read_region(self.backend, file, place.entry, 0, place.entry.region_bytes)
@@ -156,10 +156,10 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def packing(self, folder: str) -> Iterator[packs.PackWriter]:
-        """A pack that is published at the end, unless nothing came into it.
+        """Begin a pack, and publish it at the end unless it is empty.
 
         Raises:
-            StorageError: the disk is full, or fails; nothing became visible.
+            StorageError: the disk is full or failing; nothing became visible.
         """
         pack = self.new_pack(folder)
         try:
@@ -170,14 +170,16 @@ class ObjectStore:
             pack.abort()
 
     def publish(self, writer: packs.PackWriter) -> packs.PackInfo:
-        """Make a pack durable, then findable: a crash between the two costs a later listing."""
+        """Publish a pack durably, then index it; a crash in between costs a later listing."""
         info = writer.publish(self.index.expect)
         self.index.add(info)
         return info
 
     def delete_packs(self, names: dict[PackId, str]) -> None:
-        """Delete packs: out of the index first, so that nobody is sent to a file that is gone; and
-        once more afterwards, as another process may have made an index of the files meanwhile.
+        """Delete packs.
+
+        They leave the index first, so that it never leads to a deleted file.  They leave it once
+        more afterwards, because another process may have rebuilt the index meanwhile.
         """
         self.index.remove(set(names))
         for name, folder in names.items():
@@ -185,12 +187,12 @@ class ObjectStore:
         self.index.remove(set(names))
 
     def verify_pack(self, name: PackId, folder: str) -> packs.PackInfo:
-        """Read a whole pack and prove its name.
+        """Read a whole pack and check the hash that is its name.
 
         Raises:
-            CorruptionError: the bytes are not those that were written.
-            StorageError: they cannot be read.
-            FileNotFoundError: it is gone.
+            CorruptionError: the pack is damaged.
+            StorageError: the pack cannot be read.
+            FileNotFoundError: the pack does not exist.
         """
         file = packs.pack_name(folder, name)
         if packs.hash_pack(self.backend, file) != name:

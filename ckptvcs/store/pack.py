@@ -1,12 +1,12 @@
-"""Pack files: many objects in one write-once file that describes itself.
+"""Pack files: many objects in one write-once file with a table of contents (toc).
 
     header | record record ... record | toc | trailer
     record = [region] head payload
 
-Each record's head begins with a magic, so that a file whose end is damaged is read by a forward
-scan.  A region is raw bytes that belong to the record (the slices of a bundle).  The nonce in
-the trailer makes every pack's name new, so that writing the same objects again never races with
-the deletion of an old pack.  Layout: docs/format.md, "Pack".
+Each head begins with a magic, so that a forward scan finds the records if the toc is damaged.  A
+region is the raw bytes of a record (the slices of a bundle).  The nonce in the trailer makes the
+name of each pack unique.  So writing the same objects again never races with the deletion of an
+old pack.  Layout: docs/format.md, "Pack".
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _LEVEL = 9  # objects are small and read often
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one object lies in its pack, and how it is coded."""
+    """The position and encoding of one object in its pack."""
 
     id: ObjectId
     kind: Kind
@@ -63,16 +63,16 @@ class Entry:
 
     @property
     def payload_offset(self) -> int:
-        """Where the payload begins."""
+        """Offset of the payload in the pack."""
         return self.offset + _HEAD.size + _CHECK.size
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of the whole record, with its region."""
+        """Bytes of the record, including its region."""
         return self.region_bytes + _HEAD.size + _CHECK.size + self.stored_bytes
 
     def head(self) -> bytes:
-        """The head as it is stored, without its crc32."""
+        """Return the stored head, without its crc32."""
         return _HEAD.pack(
             _RECORD_MAGIC,
             self.kind,
@@ -89,7 +89,7 @@ class Entry:
 def _parse_head(head: bytes, offset: int) -> Entry:
     magic, kind, encoding, _, name, base, region, raw, stored = _HEAD.unpack(head)
     if magic != _RECORD_MAGIC or kind not in _KINDS or encoding > ZSTD_ON_BASE or region > offset:
-        raise CorruptionError("a pack holds a record of an unknown kind")
+        raise CorruptionError("a pack contains an invalid record")
     return Entry(
         ObjectId(name.hex()),
         Kind(kind),
@@ -113,27 +113,27 @@ class PackInfo:
 
     @property
     def name(self) -> str:
-        """The pack's file name in its backend."""
+        """Name of the pack file in the backend."""
         return pack_name(self.folder, self.id)
 
 
 FOLDERS = ("packs", "meta")
-"""Where packs lie: data packs, meta packs."""
+"""The folders of data packs and meta packs."""
 
 
 def pack_name(folder: str, pack: PackId) -> str:
-    """`packs/ab/abcd….pack`."""
+    """Return the name of a pack file: `packs/ab/abcd….pack`."""
     return f"{folder}/{pack[:2]}/{pack}.pack"
 
 
 def packed_size(entries: Iterable[Entry]) -> int:
-    """The bytes of a pack that holds so many objects."""
+    """Return the size in bytes of a pack with these objects."""
     body = sum(entry.record_bytes + _ENTRY.size + _HEAD.size for entry in entries)
     return HEADER.size + body + TRAILER.size
 
 
 class PackWriter:
-    """Streams objects into a new pack; the caller holds no more than one object in memory."""
+    """Streams objects into a new pack, one at a time."""
 
     def __init__(self, writer: Writer, folder: str) -> None:
         self._writer = writer
@@ -145,7 +145,7 @@ class PackWriter:
         try:
             self._write(HEADER.pack(_MAGIC, VERSION, 0, 0))
         except BaseException:
-            self.abort()  # nobody has this object yet to do it
+            self.abort()  # the caller cannot do so without this object
             raise
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -164,10 +164,14 @@ class PackWriter:
     def add(
         self, kind: Kind, content: bytes, base: tuple[ObjectId, bytes] | None = None
     ) -> ObjectId:
-        """Append an object; `base` (id and content of a similar object) makes it smaller."""
+        """Append an object, compressed with `base` (id and content of a similar object) if smaller.
+
+        Raises:
+            InvalidInputError: the object is too large.
+        """
         if len(content) > MAX_OBJECT_BYTES:
             raise InvalidInputError(
-                f"the structure of this checkpoint takes {len(content)} bytes, which is too much",
+                f"the structure of this checkpoint is too large: {len(content)} bytes",
                 hint="commit it with --raw",
             )
         name = object_id(kind, content)
@@ -183,34 +187,34 @@ class PackWriter:
         entry = Entry(
             name, kind, encoding, base_id, self._at, self._region, len(content), len(payload)
         )
+        self._append(entry, payload)
+        return name
+
+    def copy(self, entry: Entry, region: bytes, payload: bytes) -> None:
+        """Append an object of another pack without re-encoding; the caller has verified it."""
+        self.append_region(region)
+        self._append(replace(entry, offset=self._at), payload)
+
+    def _append(self, entry: Entry, payload: bytes) -> None:
         head = entry.head()
         self._write(head + _CHECK.pack(zlib.crc32(head)) + payload)
         self._entries.append(entry)
         self._region = 0
-        return name
-
-    def copy(self, entry: Entry, region: bytes, payload: bytes) -> None:
-        """Append an object as it lies in another pack; the caller has proven it."""
-        self.append_region(region)
-        there = replace(entry, offset=self._at)
-        head = there.head()
-        self._write(head + _CHECK.pack(zlib.crc32(head)) + payload)
-        self._entries.append(there)
-        self._region = 0
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that were written so far."""
+        """Bytes written so far."""
         return self._at
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The objects that were added so far."""
+        """Objects added so far."""
         return tuple(self._entries)
 
     def publish(self, announce: Callable[[PackInfo], None] = lambda _: None) -> PackInfo:
-        """Finish the file and make it durable and visible: crash before, debris in tmp/.  It is
-        known by then what it will be, which `announce` is told.
+        """Finish the file, call `announce` with its description, and publish it durably.
+
+        A crash before that leaves debris in tmp/.
         """
         toc = b"".join(_ENTRY.pack(entry.offset) + entry.head() for entry in self._entries)
         start = self._at
@@ -226,11 +230,11 @@ class PackWriter:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no object was added yet."""
+        """Whether no object was added."""
         return not self._entries
 
     def abort(self) -> None:
-        """Forget the pack."""
+        """Delete the unfinished pack.  Does nothing after `publish`."""
         self._writer.abort()
 
 
@@ -249,10 +253,10 @@ def _encodings(content: bytes, base: bytes | None) -> Iterator[tuple[int, bytes]
 
 
 def decode_object(entry: Entry, payload: bytes, base: Callable[[ObjectId], bytes]) -> bytes:
-    """The content of an object from its payload, proven by its id.
+    """Return the content of an object from its payload, checked against its id.
 
     Raises:
-        CorruptionError: the payload is not that object.
+        CorruptionError: the payload does not decode to this object.
     """
     if entry.raw_bytes > MAX_OBJECT_BYTES:
         raise CorruptionError(f"object {entry.id} claims {entry.raw_bytes} bytes")
@@ -262,7 +266,7 @@ def decode_object(entry: Entry, payload: bytes, base: Callable[[ObjectId], bytes
         dictionary = None
         if entry.encoding == ZSTD_ON_BASE:
             if entry.base is None:
-                raise CorruptionError(f"object {entry.id} names no base")
+                raise CorruptionError(f"object {entry.id} has no base")
             dictionary = zstandard.ZstdCompressionDict(
                 base(entry.base), dict_type=zstandard.DICT_TYPE_RAWCONTENT
             )
@@ -282,10 +286,10 @@ def decode_object(entry: Entry, payload: bytes, base: Callable[[ObjectId], bytes
 
 
 def read_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
-    """The objects of a pack, from its table of contents.
+    """Return the objects of a pack, from its table of contents.
 
     Raises:
-        UnsupportedVersionError: a newer program wrote it.
+        UnsupportedVersionError: a newer program wrote the pack.
         CorruptionError: the table is damaged; `scan_entries` may still find the records.
     """
     size = backend.size(name)
@@ -315,8 +319,8 @@ def read_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
 
 
 def scan_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
-    """The objects of a pack found by their magic, where the table of contents is damaged."""
-    found: list[Entry] = []
+    """Find the objects of a pack by their magic, without its table of contents."""
+    entries: list[Entry] = []
     block, at, tail = 1 << 24, 0, b""
     size = _HEAD.size + _CHECK.size
     while data := backend.read(name, at, block):
@@ -326,20 +330,20 @@ def scan_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
         while hit >= 0 and hit + size <= len(window):
             head = window[hit : hit + _HEAD.size]
             if _CHECK.pack(zlib.crc32(head)) == window[hit + _HEAD.size : hit + size]:
-                with contextlib.suppress(CorruptionError):  # bytes of a region may look like one
-                    found.append(_parse_head(head, start + hit))
+                with contextlib.suppress(CorruptionError):  # region bytes may look like a head
+                    entries.append(_parse_head(head, start + hit))
             hit = window.find(_RECORD_MAGIC, hit + 1)
         at += len(data)
         tail = window[-(size - 1) :]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(entries))
 
 
 def find_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
-    """The objects of a pack, from its table of contents; by a scan, where that is damaged.
+    """Return the objects of a pack from its table of contents, or by a scan if that is damaged.
 
     Raises:
-        FileNotFoundError: it is gone.
-        UnsupportedVersionError: a newer program wrote it.
+        FileNotFoundError: the pack does not exist.
+        UnsupportedVersionError: a newer program wrote the pack.
     """
     try:
         return read_entries(backend, name)
@@ -348,7 +352,7 @@ def find_entries(backend: Backend, name: str) -> tuple[Entry, ...]:
 
 
 def hash_pack(backend: Backend, name: str) -> PackId:
-    """BLAKE3 of the file, which must be its name."""
+    """Return the BLAKE3 hash of a pack file, which must be its name."""
     digest = hasher(threads=True)
     at = 0
     while data := backend.read(name, at, 1 << 24):
@@ -358,10 +362,10 @@ def hash_pack(backend: Backend, name: str) -> PackId:
 
 
 def read_head(backend: Backend, name: str, entry: Entry) -> None:
-    """Check that a record still begins where the index says.  Raises CorruptionError."""
+    """Check that the record is at the indexed offset.  Raises CorruptionError."""
     head = _exactly(backend, name, entry.offset, _HEAD.size)
     if head != entry.head():
-        raise CorruptionError(f"{name} does not hold object {entry.id} at {entry.offset}")
+        raise CorruptionError(f"{name} does not contain object {entry.id} at {entry.offset}")
 
 
 def _exactly(backend: Backend, name: str, offset: int, length: int) -> bytes:
@@ -372,14 +376,14 @@ def _exactly(backend: Backend, name: str, offset: int, length: int) -> bytes:
 
 
 def read_payload(backend: Backend, name: str, entry: Entry) -> bytes:
-    """The payload of an object.  Raises TruncatedError, CorruptionError."""
+    """Return the encoded payload of an object.  Raises TruncatedError, CorruptionError."""
     if entry.stored_bytes > MAX_OBJECT_BYTES:
         raise CorruptionError(f"object {entry.id} claims {entry.stored_bytes} stored bytes")
     return _exactly(backend, name, entry.payload_offset, entry.stored_bytes)
 
 
 def read_region(backend: Backend, name: str, entry: Entry, offset: int, length: int) -> bytes:
-    """`length` bytes of an object's region.  Raises TruncatedError, CorruptionError."""
+    """Return `length` bytes of an object's region.  Raises TruncatedError, CorruptionError."""
     if offset < 0 or length < 0 or offset + length > entry.region_bytes:
-        raise CorruptionError(f"object {entry.id} names bytes outside its region")
+        raise CorruptionError(f"object {entry.id} refers to bytes outside its region")
     return _exactly(backend, name, entry.offset - entry.region_bytes + offset, length)

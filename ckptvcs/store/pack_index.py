@@ -1,7 +1,8 @@
-"""Places: which pack holds what, by an index that is never trusted.
+"""Places: the packs that contain each object, according to an index that is never trusted.
 
-The packs are the truth.  An index that is rotten, stale or lost costs time: it is brought in line
-with the packs, or made anew; where the repository cannot hold one, this process has one of its own.
+Only the packs are authoritative.  If the index is damaged, stale or lost, it is updated or rebuilt
+from the packs, which takes time.  If the repository has no room for it, this process uses a private
+one.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from ckptvcs.store.index.index import ROTTEN, Index, Records
 from ckptvcs.store.index.rows import KeysOf, Place, Row, rows_of_content, rows_of_pack
 
 _HINT = "free some space where the repository or temporary files are"
-_TRIES = 5  # others may find an index rotten, too, and begin another one each time
-_KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # contents the index keeps
-_MOST_KEPT_BYTES = 1 << 23  # of one of them
+_TRIES = 5  # other processes may rebuild a damaged index at the same time
+_KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # the index holds their contents
+_MOST_KEPT_BYTES = 1 << 23  # of one object
 
 T = TypeVar("T")
 Next = Callable[[bytes], ObjectId | None]
 
 
 def _forgiving(keys_of: KeysOf) -> KeysOf:
-    """An object that cannot be understood has no keys; who needs it will say so."""
+    """Return no keys for a damaged object; its reader will report it."""
 
     def keys(kind: Kind, content: bytes) -> list[bytes]:
         try:
@@ -45,44 +46,45 @@ def _forgiving(keys_of: KeysOf) -> KeysOf:
 
 
 class Places:
-    """Where the objects of one repository are.  Safe to share between threads, and with a forked
-    child, which reads and writes by files that it opens itself.
+    """The copies of the objects of one repository.
+
+    Safe to share between threads, and with a forked child, which opens the files again.
     """
 
     def __init__(
         self, backend: Backend, index: Path, keys_of: KeysOf, decode: Callable[[Place], bytes]
     ) -> None:
-        """`index` is the name of the index file; `decode` gives an object's content, proven."""
+        """Open an index by its file name; `decode` returns the checked content of an object."""
         self._backend = backend
         self._keys_of, self._decode = _forgiving(keys_of), decode
         self._changing = RLock()
         self._rebuilt = False
-        self._index = Index(index, self._keys_of)
+        self.editions = Index(index, self._keys_of)
         _all.add(self)
         self._ask(Index.look_again)
 
     # -- the index -----------------------------------------------------------------------------
 
     def _ask(self, question: Callable[[Index], T]) -> T:
-        """What the index says; one that is made anew, where it turns out to be rotten."""
+        """Return the answer of the index, and rebuild the index if it is damaged."""
         problem: Exception | None = None
         for _ in range(_TRIES):
-            turn = self._index.turn
+            turn = self.editions.turn
             try:
-                return question(self._index)
+                return question(self.editions)
             except (OSError, *ROTTEN) as error:
                 problem = error
             with self._changing:
-                if turn == self._index.turn:  # else another thread was quicker
+                if turn == self.editions.turn:  # otherwise another thread has rebuilt it
                     if not isinstance(problem, OSError):
-                        self._index.distrust()
-                    self._make(partial(self._index.rebuild, anew=False))
+                        self.editions.distrust()
+                    self._make(partial(self.editions.rebuild, anew=False))
         if isinstance(problem, OSError):
             raise storage_error(problem, "use the index") from problem
         raise StorageError(f"the index cannot be used: {problem}", hint=_HINT) from problem
 
     def _make(self, make: Callable[[Records], None]) -> None:
-        """Raises StorageError: no disk has room for an index."""
+        """Make an index.  Raises StorageError if no disk has room for it."""
         late: list[Place] = []
         try:
             make(partial(self._records, late))
@@ -93,16 +95,16 @@ class Places:
         self._add_late(late)
 
     def move_out(self) -> None:
-        """Go on with an index for this process alone: room here is wanted for something else."""
+        """Switch to an index of this process alone, to free its room in the repository."""
         with self._changing:
-            self._make(partial(self._index.move_out, delete=True))
+            self._make(partial(self.editions.move_out, delete=True))
 
     def close(self) -> None:
-        """Nobody will ask any more."""
-        self._index.close()
+        """Close the files."""
+        self.editions.close()
 
     def add_expected(self) -> None:
-        """Add what a process published that ended before it could say so."""
+        """Add the packs of processes that ended between publishing and indexing them."""
         for pack, folder in self._ask(Index.expected).items():
             if folder in packs.FOLDERS:
                 late: list[Place] = []
@@ -110,7 +112,7 @@ class Places:
                 self._add_late(late)
 
     def list_packs(self) -> dict[PackId, str]:
-        """Every pack on disk, by listing: pack id -> folder."""
+        """List the packs on disk: pack id -> folder."""
         return {
             PackId(Path(name).stem): folder
             for folder in packs.FOLDERS
@@ -119,63 +121,59 @@ class Places:
         }
 
     def refresh(self) -> None:
-        """Bring the index in line with the packs on disk."""
+        """Update the index from the list of packs on disk."""
         with self._changing:
             self._ask(Index.look_again)
-            known, there = self._ask(Index.packs), self.list_packs()
-            gone = {name for name, (folder, _) in known.items() if there.get(name) != folder}
-            if gone:
-                self.remove(gone)
+            indexed, present = self._ask(Index.packs), self.list_packs()
+            missing = {pack for pack, (folder, _) in indexed.items() if present.get(pack) != folder}
+            if missing:
+                self.remove(missing)
             late: list[Place] = []
-            for name, folder in there.items():
-                if name not in known:
+            for name, folder in present.items():
+                if name not in indexed:
                     self._add_found(name, folder, late)
             self._add_late(late)
 
     def _add_found(self, name: PackId, folder: str, late: list[Place]) -> None:
-        """Add a pack that another process published, and may delete at any moment.  A damaged one
-        hides only its own objects here; verify names it.
+        """Add a pack of another process, which may delete it at any moment.
+
+        A damaged pack hides only its own objects; `ckpt verify` reports it.
         """
         with contextlib.suppress(CorruptionError, FileNotFoundError):
-            self._ask(partial(Index.add, rows=self._rows(self._read_pack(name, folder), late)))
+            self._ask(partial(Index.add, rows=self._rows(self.read_pack(name, folder), late)))
             try:
-                # Who deletes it notes that once more afterwards: before this look, or after it.
+                # Check again: a deletion removes it from the index again only after the file.
                 self._backend.size(packs.pack_name(folder, name))
             except FileNotFoundError:
                 self.remove({name})
 
     def rebuild(self) -> int:
-        """Make the index anew from the packs; how many packs it holds then."""
+        """Rebuild the index from the packs; return the number of packs."""
         self._rebuilt = True
         with self._changing:
-            self._make(partial(self._index.rebuild, anew=True))
+            self._make(partial(self.editions.rebuild, anew=True))
         return len(self._ask(Index.packs))
 
     def doubt(self) -> None:
-        """Look again where an object was not found or not whole: was it the index that was wrong?
-
-        Once in the life of this object that means to make it anew; then only to list the packs.
-        """
+        """Check the index after a failed read: rebuild it once, later only list the packs."""
         if self._rebuilt:
             self.refresh()
         else:
             self.rebuild()
 
-    def _read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
+    def read_pack(self, name: PackId, folder: str) -> packs.PackInfo:
         file = packs.pack_name(folder, name)
         size = self._backend.size(file)
         return packs.PackInfo(name, folder, size, packs.find_entries(self._backend, file))
 
     def _records(self, late: list[Place]) -> Iterator[list[Row]]:
-        """The rows of every pack on disk."""
+        """Yield the rows of every pack on disk."""
         for name, folder in self.list_packs().items():
             with contextlib.suppress(CorruptionError, FileNotFoundError):
-                yield self._rows(self._read_pack(name, folder), late)
+                yield self._rows(self.read_pack(name, folder), late)
 
     def _rows(self, info: packs.PackInfo, late: list[Place]) -> list[Row]:
-        """The rows of a pack, without those of contents that stand on others: for these the others
-        have to be known.
-        """
+        """Return the rows of a pack; contents with a base go to `late`: index the base first."""
         rows = [*rows_of_pack(info)]
         for entry in info.entries:
             place = Place(info.id, info.folder, entry)
@@ -200,66 +198,64 @@ class Places:
                 self._ask(partial(Index.add, rows=rows))
 
     def agrees(self, other: Places) -> bool:
-        """Whether both say the same."""
+        """Return whether both indexes have the same content."""
         return self._ask(lambda mine: other._ask(mine.same))
 
     # -- writing -------------------------------------------------------------------------------
 
     def expect(self, info: packs.PackInfo) -> None:
-        """A pack is about to be published."""
+        """Note a pack before it is published."""
         self._ask(lambda index: index.expect(info.id, info.folder))
 
     def add(self, info: packs.PackInfo) -> None:
-        """A pack is there."""
+        """Index a published pack."""
         late: list[Place] = []
         self._ask(partial(Index.add, rows=self._rows(info, late)))
         self._add_late(late)
 
     def remove(self, names: set[PackId]) -> None:
-        """Packs are to be deleted, or are gone."""
+        """Remove packs from the index."""
         self._ask(lambda index: index.remove(names))
 
     # -- reading -------------------------------------------------------------------------------
 
     def pack_sizes(self) -> dict[PackId, tuple[str, int]]:
-        """Folder and size of every pack that is known."""
+        """Return folder and size of each indexed pack."""
         return self._ask(Index.packs)
 
     def pack_size(self, pack: PackId) -> int:
-        """Bytes of a pack that is known."""
+        """Return the bytes of an indexed pack."""
         return self._ask(lambda index: index.pack_size(pack))
 
     def pack_share(self, pack: PackId) -> int:
-        """Bytes of a pack that is known for each commit in it."""
+        """Return the bytes of an indexed pack, divided by the number of commits in it."""
         return self._ask(lambda index: index.pack_share(pack))
 
     def find(self, key: bytes) -> list[ObjectId]:
-        """The objects found by a key of `keys_of`, among the packs known so far."""
+        """Return the indexed objects that have a key of `keys_of`."""
         return self._ask(lambda index: index.find(key))
 
     def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
-        """Every object of a kind whose id begins with `prefix`, among the packs known so far."""
+        """Return the indexed objects of a kind whose id begins with `prefix`."""
         return self._ask(lambda index: index.ids(kind, prefix))
 
     def known(self, name: ObjectId) -> list[Place]:
-        """Where an object lies, as far as the index knows."""
+        """Return the indexed copies of an object."""
         return self._ask(lambda index: index.places(name))
 
     def find_places(self, name: ObjectId) -> list[Place]:
-        """Where an object lies; nothing if it lies nowhere, which costs a look at all packs."""
-        found = self.known(name)
-        if not found:
+        """Return the copies of an object; look at all packs before the answer is none."""
+        places = self.known(name)
+        if not places:
             self.refresh()
-            found = self.known(name)
-        if not found and not self._rebuilt:
+            places = self.known(name)
+        if not places and not self._rebuilt:
             self.rebuild()
-            found = self.known(name)
-        return found
+            places = self.known(name)
+        return places
 
     def content(self, name: ObjectId, kind: Kind) -> bytes | None:
-        """The content of an object that is read often, proven by its id; None where it is not at
-        hand.
-        """
+        """Return an object's content, checked against its id, or None if the index lacks it."""
         if kind not in _KEPT:
             return None
         kept = self._ask(lambda index: index.content(name))
@@ -268,20 +264,21 @@ class Places:
     def contents(
         self, name: ObjectId | None, kind: Kind, next_of: Next, most: int
     ) -> tuple[list[tuple[ObjectId, bytes]], ObjectId | None]:
-        """The same of an object, the one that `next_of` finds in its content, and so on, at `most`
-        so many; and the one that comes after them.
+        """Return the contents of an object, then of the one that `next_of` finds in it, and so on.
+
+        There are at most `most`; the second result is the next object after them.
         """
 
         def ask(index: Index) -> tuple[list[tuple[ObjectId, bytes]], ObjectId | None]:
-            at, found = name, list[tuple[ObjectId, bytes]]()
+            at, objects = name, list[tuple[ObjectId, bytes]]()
             with index.reading() as content:
-                while at is not None and len(found) < most:
+                while at is not None and len(objects) < most:
                     kept = content(at)
                     if kept is None or object_id(kind, kept) != at:
                         break
-                    found.append((at, kept))
+                    objects.append((at, kept))
                     at = next_of(kept)
-            return found, at
+            return objects, at
 
         return self._ask(ask)
 

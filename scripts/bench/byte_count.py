@@ -1,9 +1,9 @@
-"""Where the bytes of a near commit go, and how far its codes are from their entropy.
+"""Break down the bytes of a near commit, and compare its codes with their entropy.
 
 python -m scripts.bench.byte_count RUN --first 1050 --last 1150 [--codec near]
 
-Commits a stretch of a run and takes the last commit apart: *codes* are what says which level each
-value has; *side information* is everything else (levels, factors, tables of contents, the commit).
+The script commits a stretch of a run and reads the frames of the last commit. *Codes* select the
+level of each value; *side information* is everything else (levels, factors, JSON objects).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from scripts.bench.tables import stretch
 
-LEAST = 1 << 16  # codes of a slice whose entropy is looked at
+LEAST = 1 << 16  # slices with fewer codes are not compared with their entropy
 
 
 def codes_at(data: bytes) -> int | None:
-    """Where the codes of a weight, or of a first moment entry by entry, begin."""
+    """Return the offset of the codes in a slice (methods 4, 6, 7); None for other methods."""
     if data[0] == frame.NEAR_WEIGHT:
         _, _, levels, columns, _ = struct.unpack_from("<hfBII", data, 1)
         at = 1 + 15 + 2 * levels
@@ -41,7 +41,7 @@ def codes_at(data: bytes) -> int | None:
 
 
 def excess(data: bytes, at: int, count: int) -> float:
-    """Code bytes against their order-0 entropy, less one."""
+    """Return (bytes of the codes) / (their order-0 entropy) - 1."""
     codes, _ = get_codes(memoryview(data), at, count)
     _, counts = np.unique(codes.dense(count), return_counts=True)
     share = counts / count
@@ -50,10 +50,10 @@ def excess(data: bytes, at: int, count: int) -> float:
 
 
 def count_bytes(repo: Repo, name: ObjectId) -> tuple[Counter[str], list[float]]:
-    """Bytes of a commit by what they are for; the excess of each slice of many codes."""
+    """Return the bytes of a commit by purpose, and the `excess` of its large slices."""
     store, commit = repo.repository.catalog.store, repo.repository.catalog.commit(name)
     schema = repo.repository.catalog.schema(commit.schema)
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     excesses = []
     for part, state in commit.parts.items():
         stored = schema.stored(part)
@@ -64,24 +64,24 @@ def count_bytes(repo: Repo, name: ObjectId) -> tuple[Counter[str], list[float]]:
                 data = bytes(store.read_region(bundle, offset, length))
                 at = codes_at(data)
                 if at is not None:
-                    found["codes"] += length - at
-                    found["side: levels and rows"] += at
+                    sizes["codes"] += length - at
+                    sizes["side: levels and rows"] += at
                     if count >= LEAST:
                         excesses.append(excess(data, at, count))
                 elif data[0] in (frame.NEAR_LOW_RANK, frame.NEAR_SCALED_LOW_RANK):
-                    found["codes (directions)"] += length
+                    sizes["codes (components)"] += length
                 elif data[0] == frame.NEAR_SECOND:
-                    found["side: second moments"] += length
+                    sizes["side: second moments"] += length
                 else:
-                    found["exact"] += length
-    frames = sum(found.values())
+                    sizes["exact"] += length
+    frames = sum(sizes.values())
     stored_bytes = repo.entry(name).stored_bytes
-    found["side: tables and the commit"] = stored_bytes - frames
-    return found, excesses
+    sizes["side: recipes and the commit"] = stored_bytes - frames
+    return sizes, excesses
 
 
 def main() -> None:
-    """Take a commit apart."""
+    """Print the breakdown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,17 +93,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ckpt-bytes-") as scratch:
         repo = Repo.init(scratch)
         for path in stretch(options.run, options.first, options.last):
-            made = repo.commit_path(path, message=path.stem, codec=options.codec)
-        found, excesses = count_bytes(repo, made.id)
-    total = sum(found.values())
-    for what, size in found.most_common():
+            result = repo.commit_path(path, message=path.stem, codec=options.codec)
+        sizes, excesses = count_bytes(repo, result.id)
+    total = sum(sizes.values())
+    for what, size in sizes.most_common():
         sys.stdout.write(f"{what:<28} {size:>12,} {size / total:7.1%}\n")
-    side = sum(size for what, size in found.items() if what.startswith("side"))
-    sys.stdout.write(f"{'side information together':<28} {side:>12,} {side / total:7.1%}\n")
+    side = sum(size for what, size in sizes.items() if what.startswith("side"))
+    sys.stdout.write(f"{'all side information':<28} {side:>12,} {side / total:7.1%}\n")
     if excesses:
         sys.stdout.write(
-            f"codes over their entropy: median {np.median(excesses):.2%}, "
-            f"most {max(excesses):.2%}, of {len(excesses)} slices of {LEAST:,} or more\n"
+            f"excess of codes over their entropy: median {np.median(excesses):.2%}, "
+            f"maximum {max(excesses):.2%}, {len(excesses)} slices of {LEAST:,} or more codes\n"
         )
 
 

@@ -1,4 +1,4 @@
-"""Error against size: near and small against ExCP, each over a range of its own setting.
+"""Plot error against size for near, small and ExCP, over a range of settings.
 
 python -m scripts.bench.curves RUNS --csv FILE --picture FILE.svg
 """
@@ -24,11 +24,11 @@ FAMILIES = {
 SHOWN = ("late-b0.95", "late-b0.999")
 ERRORS = ("residual_nmse", "fisher_nmse", "update_nmse")
 TICKS = (20, 50, 100, 200, 400)
-LATEST = 6  # checkpoints of a stretch that a point is made of
+LATEST = 6  # checkpoints per point: the last ones of a stretch
 
 
 def measure(runs: Path, name: str) -> list[dict[str, Any]]:
-    """A row for each setting of each family, on one stretch."""
+    """Return a row for each setting of each family, on one stretch."""
     run, *steps = STRETCHES[name]
     paths = stretch(runs / run, *steps)[-LATEST:]
     rows = []
@@ -47,7 +47,7 @@ def measure(runs: Path, name: str) -> list[dict[str, Any]]:
 
 
 def pyplot() -> Any:
-    """matplotlib's, for pictures that are the same each time they are drawn."""
+    """Import pyplot, set up for reproducible SVG files."""
     import matplotlib as mpl  # noqa: PLC0415  an extra
 
     mpl.use("svg")
@@ -58,7 +58,7 @@ def pyplot() -> Any:
 
 
 def plain_ratios(axis: Any) -> None:
-    """Ratios on a logarithmic axis, with few labels."""
+    """Make the x axis logarithmic, with a few ratios as labels."""
     axis.set_xscale("log")
     axis.set_xticks(TICKS, [f"{tick}x" for tick in TICKS])
     axis.minorticks_off()
@@ -66,7 +66,7 @@ def plain_ratios(axis: Any) -> None:
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Draw an error in each column, a stretch in each row."""
+    """Draw a column for each error and a row for each stretch."""
     plt = pyplot()
     titles = ("residual NMSE", "Fisher-weighted NMSE", "update NMSE")
     figure, axes = plt.subplots(

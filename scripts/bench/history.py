@@ -1,11 +1,11 @@
-"""What the history of a long run takes, by the depth that its chains may have.
+"""Measure the history of a long run for several limits of the chain depth.
 
 python -m scripts.bench.history RUNS --csv FILE [--picture FILE]
 
-The 200 checkpoints of the long run (scripts.bench.runs) are committed with default settings but for
-the depth; exact patches are left out of the sizes.  Checkouts are decoded from their chains, the
-cache being deleted.  Then `gc --keep-every --rekey` drops nine commits of ten: the merged deltas
-are compared with the ten that each replaces, and everything is verified.
+The script commits the 200 checkpoints of the long run (scripts.bench.runs) with default settings
+except the depth. Sizes do not include exact patches. Checkouts run without the cache. Then
+`gc --keep-every --rekey` drops nine of ten commits; the script compares the size of each merged
+delta with the ten that it replaces, and verifies the repository.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.config import Config
 from ckptvcs.repo import Repo
+from scripts.bench.curves import pyplot
 from scripts.bench.runs import LONG
 
 DEPTHS = (4, 8, 16, 32, 64, 128)
-EVERY = 50  # steps, of which there is a commit for every tenth
+EVERY = 50  # steps between kept commits; ten commits each
 _CHECKOUTS = 8
 
 Row = dict[str, Any]
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """Return the step in the name of a checkpoint."""
     return int(path.stem.removeprefix("step"))
 
 
 def commit_all(run: Path, place: Path, depth: int) -> Repo:
-    """A repository with every checkpoint of a run."""
+    """Commit every checkpoint of a run to a new repository."""
     repo = Repo.init(place)
     repo.configure("keyframe-depth", str(depth))
     if depth != Config.keyframe_depth:
@@ -52,7 +53,7 @@ def commit_all(run: Path, place: Path, depth: int) -> Repo:
 
 
 def links(repo: Repo, entry: LogEntry) -> int:
-    """The most frames that a tensor of the weights of a commit is decoded from."""
+    """Return the largest number of frames that decoding a weight of a commit needs."""
     values, reader = entry.commit.parts["model"].values, ChainReader(repo.repository.catalog)
     schema = repo.repository.catalog.schema(entry.commit.schema)
     rows = enumerate(schema.tensors[number] for number in schema.stored("model"))
@@ -60,7 +61,7 @@ def links(repo: Repo, entry: LogEntry) -> int:
 
 
 def checkout_seconds(repo: Repo, entries: list[LogEntry]) -> list[float]:
-    """Seconds for each of some checkouts to memory, from the chain."""
+    """Time a checkout to memory of each entry, without the cache."""
     seconds = []
     for entry in entries:
         shutil.rmtree(repo.folder / "cache" / "bases", ignore_errors=True)
@@ -72,7 +73,7 @@ def checkout_seconds(repo: Repo, entries: list[LogEntry]) -> list[float]:
 
 
 def measure(repo: Repo, what: str) -> Row:
-    """The sizes and depths of a repository."""
+    """Return a row with the sizes and depths of a repository."""
     entries, stats = repo.log(), repo.stats()
     deep = [links(repo, entry) for entry in entries]
     seconds = checkout_seconds(repo, entries[:: max(1, len(entries) // _CHECKOUTS)])
@@ -91,20 +92,22 @@ def measure(repo: Repo, what: str) -> Row:
 
 
 def merged(repo: Repo) -> tuple[list[Row], float]:
-    """What dropping nine commits of ten leaves; merged deltas over the ten that each replaces."""
+    """Run gc; return the row after it, and the mean size of a merged delta over its ten deltas."""
     before = {entry.step or 0: entry.commit for entry in repo.log()}
     repo.gc(Policy(every=EVERY), rekey=True)
     store, shares = repo.repository.catalog.store, []
     for entry in repo.log():
         step = entry.step or 0
-        replaced = [made for at, made in before.items() if step - EVERY < at <= step]
-        if any(made.kind == "keyframe" for made in replaced):
+        replaced = [commit for at, commit in before.items() if step - EVERY < at <= step]
+        if any(commit.kind == "keyframe" for commit in replaced):
             continue
-        left = 0
+        merged_bytes = 0
         for part in entry.commit.parts.values():
             recipe = repo.repository.catalog.recipe(part.values)
-            left += sum(store.places(bundle)[0].entry.record_bytes for bundle in recipe.bundles)
-        shares.append(left / sum(made.data_bytes for made in replaced))
+            merged_bytes += sum(
+                store.places(bundle)[0].entry.record_bytes for bundle in recipe.bundles
+            )
+        shares.append(merged_bytes / sum(commit.data_bytes for commit in replaced))
     row = measure(repo, f"after gc --keep-every {EVERY} --rekey")
     damage = repo.verify().damage
     assert not damage, damage
@@ -127,9 +130,7 @@ def main() -> None:
             if depth == Config.keyframe_depth:
                 more, share = merged(repo)
                 rows += more
-                rows.append(
-                    {"what": "a merged delta of the ten it replaces", "ratio": round(share, 3)}
-                )
+                rows.append({"what": "merged delta / the ten deltas", "ratio": round(share, 3)})
                 print(rows[-2:], flush=True)
     with options.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -140,24 +141,20 @@ def main() -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Size, and frames that a checkout decodes, against the depth cap."""
-    import matplotlib as mpl  # noqa: PLC0415  an extra
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    found = [row for row in rows if str(row["what"]).startswith("depth")]
-    depths = [int(str(row["what"]).split()[1]) for row in found]
+    """Draw size and decoded frames against the depth limit."""
+    plt = pyplot()
+    rows = [row for row in rows if str(row["what"]).startswith("depth")]
+    depths = [int(str(row["what"]).split()[1]) for row in rows]
     figure, size = plt.subplots(figsize=(6, 3.5))
-    size.plot(depths, [row["history MB"] for row in found], "o-", color="tab:blue")
+    size.plot(depths, [row["history MB"] for row in rows], "o-", color="tab:blue")
     size.set_xscale("log", base=2)
     size.set_ylim(bottom=0)
-    size.set_xlabel("most frames below a commit")
+    size.set_xlabel("depth limit")
     size.set_ylabel("history, MB", color="tab:blue")
     frames = size.twinx()
-    frames.plot(depths, [row["mean depth"] for row in found], "s--", color="tab:red")
+    frames.plot(depths, [row["mean depth"] for row in rows], "s--", color="tab:red")
     frames.set_ylim(bottom=0)
-    frames.set_ylabel("frames to decode for a tensor, mean", color="tab:red")
+    frames.set_ylabel("mean number of frames per tensor", color="tab:red")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 

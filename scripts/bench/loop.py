@@ -1,12 +1,11 @@
-"""Seconds of training that a checkpoint costs, by the way in which it is kept.
+"""Measure how much training time a checkpoint costs with several methods.
 
 python -m scripts.bench.loop --csv FILE [--width 192] [--rounds 2]
 
-A GPT (`scripts/tinygpt.py`) is trained by one thread, so that where there are two cores one
-is free.  In each round every way takes its turn at a stretch of steps, three of which are followed
-by a checkpoint, the last one with as many steps behind it as lie between two; what it takes longer
-than a stretch without any, in that round, is what three checkpoints cost.  Shown are the median
-over rounds, what share of a stretch that is, and the longest that a call held training up.
+One thread trains a GPT (`scripts/tinygpt.py`), so that other cores are free. In each round, each
+method runs one stretch of steps with three checkpoints at even distances, the last one before the
+last steps. The cost of three checkpoints is the additional time over a stretch without any in the
+same round. The table shows the median over rounds, its share of a stretch, and the longest call.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ class _Ended(Exception):
 
 
 class Stretches:
-    """The same steps of training again and again; `keep` is called with a checkpoint's state."""
+    """Repeated stretches of training steps."""
 
     def __init__(self, spec: TrainSpec, steps: int) -> None:
         self._spec, self._steps = replace(spec, steps=10_000_000, every=1), steps
 
     def time(self, ways: dict[str, Keep], rounds: int) -> dict[str, list[tuple[float, float]]]:
-        """For every way and round: seconds of a stretch, and the longest call in it."""
+        """Return the seconds of each stretch and of its longest call, by method and round."""
         turns = [(name, n) for n in range(rounds) for name in ways]
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         length = (CHECKPOINTS + 1) * self._steps
@@ -93,7 +92,7 @@ def _dcp(folder: Path) -> Keep:
 
     def keep(step: int, state: State) -> None:
         if pending:
-            pending.pop().result()  # two at once are not allowed
+            pending.pop().result()  # DCP does not allow two at once
         shutil.rmtree(folder / "dcp", ignore_errors=True)
         pending.append(async_save(state, checkpoint_id=folder / "dcp"))
 
@@ -101,7 +100,7 @@ def _dcp(folder: Path) -> Keep:
 
 
 def measure(spec: TrainSpec, steps: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
-    """Rows of the table."""
+    """Return the rows of the table."""
     synchronous, background = (Repo.init(scratch / name) for name in ("sync", "async"))
     ways: dict[str, Keep] = {
         "nothing": lambda *_: None,
@@ -112,7 +111,7 @@ def measure(spec: TrainSpec, steps: int, rounds: int, scratch: Path) -> list[dic
     }
     timed = Stretches(spec, steps).time(ways, rounds + 1)
     background.close()
-    timed = {name: turns[1:] for name, turns in timed.items()}  # the first are slower: new memory
+    timed = {name: turns[1:] for name, turns in timed.items()}  # the first round allocates memory
     rows = []
     for name, turns in timed.items():
         lost = [one - none for (one, _), (none, _) in zip(turns, timed["nothing"], strict=True)]
@@ -134,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--steps", type=int, default=40, help="between two checkpoints")
+    parser.add_argument("--steps", type=int, default=40, help="steps between two checkpoints")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What is compared: ways to keep a row of checkpoint files, each with its sizes and times."""
+"""The compared methods: each stores a sequence of checkpoints and reports sizes and times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scripts.bench.quality import Quality, State, compare
 
 @dataclass
 class Kept:
-    """What keeping a trajectory cost: bytes and seconds for each checkpoint."""
+    """Bytes and seconds of each checkpoint with one method."""
 
     name: str
     stored: list[int] = field(default_factory=list)
@@ -29,25 +29,25 @@ class Kept:
     quality: list[Quality] = field(default_factory=list)
 
     def later(self, values: list[float] | list[int]) -> float:
-        """The median over all checkpoints but the first."""
+        """Return the median over all checkpoints but the first."""
         return statistics.median(values[1:] or values)
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that an action takes."""
+    """Return the seconds that an action takes."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def load(path: Path) -> State:
-    """A training state."""
+    """Load a training state."""
     state: State = torch.load(path, weights_only=True, mmap=False)
     return state
 
 
 def keep_torch(paths: list[Path], scratch: Path) -> Kept:
-    """torch.save with an fsync, torch.load with a warm cache."""
+    """Use torch.save with an fsync, and torch.load with a warm page cache."""
     kept = Kept("torch.save")
     target = scratch / "saved.pt"
 
@@ -66,7 +66,7 @@ def keep_torch(paths: list[Path], scratch: Path) -> Kept:
 
 
 def keep_zstd(paths: list[Path], scratch: Path) -> Kept:
-    """The file through zstd level 3."""
+    """Compress the file with zstd level 3."""
     kept = Kept("zstd -3")
     target = scratch / "file.zst"
 
@@ -88,7 +88,7 @@ def keep_zstd(paths: list[Path], scratch: Path) -> Kept:
 
 
 def keep_zipnn(paths: list[Path]) -> Kept | None:
-    """ZipNN over the XOR of each float tensor with its predecessor; the first alone."""
+    """Compress the XOR of each float32 tensor with its predecessor by ZipNN."""
     try:
         from zipnn import ZipNN  # noqa: PLC0415  an extra
     except ImportError:
@@ -98,7 +98,7 @@ def keep_zipnn(paths: list[Path]) -> Kept | None:
     for path in paths:
         checkpoint = open_checkpoint(path)
         source = checkpoint.files[0].source
-        coded, raw, now = 0, 0, {}
+        packed_bytes, raw, now = 0, 0, {}
         started = time.perf_counter()
         for info, (_, offset) in zip(checkpoint.schema.tensors, checkpoint.places, strict=True):
             if info.dtype == "F32" and not info.inline:
@@ -106,19 +106,19 @@ def keep_zipnn(paths: list[Path]) -> Kept | None:
                 now[info.name] = words
                 data = words ^ before[info.name] if info.name in before else words
                 packer = ZipNN(bytearray_dtype="float32", input_format="byte")
-                coded += len(packer.compress(bytearray(data.tobytes())))
+                packed_bytes += len(packer.compress(bytearray(data.tobytes())))
                 raw += info.size_bytes
         kept.commit_s.append(time.perf_counter() - started)
-        kept.stored.append(coded + path.stat().st_size - raw)
+        kept.stored.append(packed_bytes + path.stat().st_size - raw)
         before = now
     return kept
 
 
 def keep_ckpt(paths: list[Path], scratch: Path, codec: str) -> Kept:
-    """Commits of this program, with the quality of what comes back."""
+    """Commit each checkpoint, check it out, and measure its quality."""
     kept = Kept(f"ckpt {codec}")
     repo = Repo.init(scratch / codec.replace(":", "-"))
-    repo.configure("keep-exact", "0")  # what lasts is measured
+    repo.configure("keep-exact", "0")  # measure without exact patches
     target = scratch / "back.pt"
     base: State | None = None
     for path in paths:

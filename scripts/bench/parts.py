@@ -1,10 +1,10 @@
-"""What parts of the near codec bring that no setting turns off.
+"""Measure the parts of the near codec that no setting turns off.
 
 python -m scripts.bench.parts RUNS --csv FILE
 
-On the late stretch of the first run, over all matrices of the model: coding weights instead of
-residuals, an open loop instead of a closed one, one exponent a word instead of rows x columns for
-second moments, and other ways to store the same codes.
+The script uses all matrices of the model in the late stretch of the first run. It compares
+residuals with weights, a closed loop with an open one, row and column factors of second moments
+with an exponent per word, and other ways to store the same codes.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from scripts.bench.tables import STRETCHES, stretch
 Floats = NDArray[np.float32]
 Row = tuple[str, str]
 
-STEP, ZONE = 1.85, 0.5  # those of near
+STEP, ZONE = 1.85, 0.5  # of the preset near
 
 
 def entropy(codes: NDArray[np.integer]) -> float:
-    """Order-0 entropy in bits a code."""
+    """Return the order-0 entropy in bits per code."""
     _, counts = np.unique(codes, return_counts=True)
     share = counts / codes.size
     return float(-(share * np.log2(share)).sum())
 
 
 def quantize(values: Floats, step: float) -> tuple[NDArray[np.int32], Floats]:
-    """Codes, and what they come back as: means of what has the same code."""
+    """Return codes, and their reconstruction levels: the mean of the values of each code."""
     units = values / np.float32(step)
     codes = (units + np.copysign(np.float32(1 - ZONE), units)).astype(np.int32)
     sizes, inverse = np.unique(np.abs(codes), return_inverse=True)
@@ -50,7 +50,7 @@ def quantize(values: Floats, step: float) -> tuple[NDArray[np.int32], Floats]:
 
 
 def matrices(path: Path) -> tuple[dict[str, Floats], list[Floats]]:
-    """The matrices of the model by name; their second moments."""
+    """Return the matrices of the model by name, and their second moments."""
     state = torch.load(path, weights_only=True)
     model = {n: v.numpy() for n, v in state["model"].items() if v.ndim == 2}
     moments = [m["exp_avg_sq"].numpy() for m in state["optimizer"]["state"].values()]
@@ -58,7 +58,7 @@ def matrices(path: Path) -> tuple[dict[str, Floats], list[Floats]]:
 
 
 def loops_compared(paths: list[Path]) -> list[Row]:
-    """The error of the last weights in closed and open loop at the same step; no residual."""
+    """Compare closed loop, open loop and weights without a base at the same step."""
     states = [matrices(path)[0] for path in paths]
     names = list(states[0])
     moved = [
@@ -78,44 +78,44 @@ def loops_compared(paths: list[Path]) -> list[Row]:
     errors = [
         float(np.square(flat[-1] - w, dtype=np.float64).sum()) / energy for w in (closed, opened)
     ]
-    # A uniform step of this width leaves about the error of the closed loop.
+    # A uniform step with about the error of the closed loop.
     fine = float(np.sqrt(12 * errors[0] * energy / flat[-1].size))
     alone = np.rint(flat[-1] / np.float32(fine)).astype(np.int32)
     return [
         ("residual NMSE, closed loop", f"{errors[0]:.3f}"),
         (f"residual NMSE, open loop, after {len(moved)} deltas", f"{errors[1]:.3f}"),
-        ("bits a weight, residuals (order-0 entropy)", f"{entropy(codes):.3f}"),
-        ("bits a weight, weights by themselves at that error", f"{entropy(alone):.2f}"),
+        ("bits per weight, residuals (order-0 entropy)", f"{entropy(codes):.3f}"),
+        ("bits per weight, weights without a base, same error", f"{entropy(alone):.2f}"),
         *stored(codes),
     ]
 
 
 def stored(codes: NDArray[np.int32]) -> list[Row]:
-    """Bits a weight of the same codes, stored in other ways, in slices of 2^20."""
+    """Return the bits per weight of codes in slices of 2^20, stored in several ways."""
     ways: dict[str, Any] = {"as near stores them": lambda c: put_codes(Codes(None, c), c.size)}
     for level in (1, 3, 19):
         packer = zstandard.ZstdCompressor(level=level)
-        ways[f"a byte a code, zstd -{level}"] = lambda c, packer=packer: packer.compress(
+        ways[f"a byte per code, zstd -{level}"] = lambda c, packer=packer: packer.compress(
             np.clip(c, -128, 127).astype(np.int8)
         )
     slices = [codes[at : at + (1 << 20)] for at in range(0, codes.size, 1 << 20)]
     return [
-        (f"bits a weight, {name}", f"{8 * sum(len(way(c)) for c in slices) / codes.size:.3f}")
+        (f"bits per weight, {name}", f"{8 * sum(len(way(c)) for c in slices) / codes.size:.3f}")
         for name, way in ways.items()
     ]
 
 
 def seconds(path: Path) -> list[Row]:
-    """Bits a value of second moments, and the error of their logarithms."""
+    """Return the bits per second moment with two kinds of factors."""
     rows = []
-    for name, one in (("rows x columns", False), ("an exponent a word", True)):
+    for name, per_word in (("row and column factors", False), ("an exponent per word", True)):
         size = count = 0
         for matrix in matrices(path)[1]:
             words = matrix.reshape(-1).view(np.uint32)[: 1 << 20]
-            found = encode_second(words, "F32", Rows(words.size if one else matrix.shape[1]))
-            assert found is not None
-            size, count = size + len(found.payload), count + words.size
-        rows.append((f"bits a second moment, {name}", f"{8 * size / count:.3f}"))
+            encoded = encode_second(words, "F32", Rows(words.size if per_word else matrix.shape[1]))
+            assert encoded is not None
+            size, count = size + len(encoded.payload), count + words.size
+        rows.append((f"bits per second moment, {name}", f"{8 * size / count:.3f}"))
     return rows
 
 

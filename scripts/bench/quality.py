@@ -1,6 +1,6 @@
-"""How far a restored training state is from the true one, per kind of tensor.
+"""Measure the errors of a restored training state, by kind of tensor.
 
-Measured from the files, apart from what a commit says of itself.
+The errors are computed from the files, without the error report of the commit.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ import torch
 
 State = dict[str, Any]
 
-LEAST = 128  # elements of a tensor that codecs may touch
+LEAST = 128  # smaller tensors are never encoded with loss
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
 class Quality:
-    """Sums of squares over all tensors of 128 elements or more (what codecs may touch).
+    """Relative squared errors over all tensors that may be encoded with loss.
 
-    `residual_nmse` is set against the residual to what the codec had for the checkpoint before,
-    `fisher_nmse` is the same with squares weighted by exp_avg_sq; `root_second` compares
-    sqrt(exp_avg_sq), which is what an optimizer divides by; `update_nmse` is that of the next step:
-    Adam's at the run's own betas, with a gradient from N(0, exp_avg_sq), or SGD's momentum.
-    `worst` is the largest residual NMSE of a single tensor.
+    `weight_rel`: of the weights (a root)
+    `residual_nmse`: relative to the difference to the previous restored checkpoint
+    `fisher_nmse`: the same, with squares weighted by exp_avg_sq
+    `first_nmse`: of exp_avg, or of SGD's momentum
+    `root_second_nmse`: of sqrt(exp_avg_sq), by which the optimizer divides
+    `update_nmse`: of the next step: Adam's for a gradient from N(0, exp_avg_sq), or the momentum
+    `worst`: the largest `residual_nmse` of a tensor
     """
 
     weight_rel: float
@@ -52,20 +54,20 @@ class _Ratio:
 
 
 def weights(state: State) -> dict[str, torch.Tensor]:
-    """The weights of a state by name, float32, without what batch norm averages."""
+    """Return the weights of a state as float32 by name, without batch norm statistics."""
     return {
         name: value.float() for name, value in state["model"].items() if not name.endswith(_BUFFERS)
     }
 
 
 def moments(state: State) -> Iterator[dict[str, torch.Tensor]]:
-    """The moments of each weight that has some, float32, in the order of the weights."""
+    """Yield the moments of each weight as float32, in the order of the weights."""
     for each in state["optimizer"]["state"].values():
         yield {name: value.float() for name, value in each.items() if value is not None}
 
 
 def compare(true: State, restored: State, base: State) -> Quality:
-    """Compare a restored state with the true one; `base` is the one restored before."""
+    """Compare a restored state with the true one; `base` is the restored state before it."""
     weight, residual, fisher, first, second, update = (_Ratio() for _ in range(6))
     group, worst = true["optimizer"]["param_groups"][0], 0.0
     draw = torch.Generator().manual_seed(0)
@@ -101,7 +103,7 @@ def compare(true: State, restored: State, base: State) -> Quality:
 
 
 def next_step(group: State, moments: State, gradient: torch.Tensor) -> torch.Tensor:
-    """Adam's next step, but for learning rate and bias correction."""
+    """Return Adam's next step, without learning rate and bias correction."""
     slow, fast = group["betas"]
     first = slow * moments["exp_avg"] + (1 - slow) * gradient
     second = fast * moments["exp_avg_sq"] + (1 - fast) * gradient.square()

@@ -1,11 +1,11 @@
-"""How well training goes on from a restored state.
+"""Measure the loss after training continues from a restored state.
 
 python -m scripts.bench.resume RUNS --csv FILE [--picture FILE.svg] [--codec near ...]
 
-RUNS is the folder of `scripts.bench.runs`.  At each point, a chain of commits that
-ends there is made and checked out; then training goes on from the restored state and from the true
-one: the same batches, a constant learning rate.  The gap is the difference of their validation
-losses; it is shown as mean and standard error over all runs and points.
+RUNS is the folder of `scripts.bench.runs`. For each point, the script commits a chain that ends
+there and checks it out. Training continues from the restored state and from the true one with the
+same batches and a constant learning rate. The gap is the difference of their validation losses; the
+table shows its mean and standard error over all runs and points.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from scripts.tinygpt import TinyGPT, TrainSpec, corpus, learning_rate, tokenize
 STEPS = 60
 POINTS = (750, 1050)
 CODECS = ("near", "small", "excp", "excp-max")
-CHAIN = 5  # deltas before a point, one each 50 steps
+CHAIN = 5  # deltas before a point, one per 50 steps
 
 
 @torch.no_grad()
 def loss_of(model: TinyGPT, spec: TrainSpec, tokens: torch.Tensor) -> float:
-    """Mean loss over windows of tokens, none used twice."""
+    """Return the mean loss over disjoint windows of tokens."""
     windows = tokens[: len(tokens) // (spec.context + 1) * (spec.context + 1)]
     total, rows = 0.0, windows.view(-1, spec.context + 1)
     for part in torch.split(rows, 64):
@@ -50,7 +50,7 @@ def loss_of(model: TinyGPT, spec: TrainSpec, tokens: torch.Tensor) -> float:
 def go_on(
     spec: TrainSpec, state: dict[str, Any], tokens: torch.Tensor, held_out: torch.Tensor
 ) -> float:
-    """Validation loss after some steps from a state at a constant learning rate."""
+    """Train from a state at a constant learning rate; return the validation loss."""
     model = TinyGPT(spec)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=spec.lr, betas=(0.9, spec.beta2), weight_decay=0.1
@@ -72,7 +72,7 @@ def go_on(
 
 
 def restored(run: Path, point: int, codec: str, scratch: Path) -> tuple[dict[str, Any], float]:
-    """The state at a point through a chain of commits; and the ratio of its later ones."""
+    """Return the state restored from a chain, and the compression ratio of its deltas."""
     repo = Repo.init(scratch)
     stored, raw = [], 0
     for step in range(point - 50 * CHAIN, point + 1, 50):
@@ -85,12 +85,12 @@ def restored(run: Path, point: int, codec: str, scratch: Path) -> tuple[dict[str
 
 
 def main() -> None:
-    """Run the experiment; a line of CSV for each run, point and codec."""
+    """Run the experiment; write a line of CSV for each run, point and codec."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--codec", action="append", help=f"{', '.join(CODECS)}, else")
+    parser.add_argument("--codec", action="append", help=f"codec (default: {', '.join(CODECS)})")
     parser.add_argument("--tokens", type=int, default=220_000)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Draw the gaps against the ratios: mean and standard error of each codec."""
+    """Draw the mean gap and its standard error against the ratio of each codec."""
     plt = pyplot()
     keys = sorted({row["beta2"] for row in rows})
     figure, axes = plt.subplots(1, len(keys), figsize=(9, 3.4), squeeze=False)
@@ -156,7 +156,7 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Mean gap and standard error for each beta2 and codec, as lines of a table."""
+    """Return a table with the mean gap and standard error of each beta2 and codec."""
     lines = ["| beta2 | codec | ratio | gap | standard error | n |", "|---|---|---|---|---|---|"]
     for key in dict.fromkeys((row["beta2"], row["codec"]) for row in rows):
         found = [row for row in rows if (row["beta2"], row["codec"]) == key]

@@ -1,10 +1,10 @@
-"""The training runs that the benchmark looks at.
+"""Train the runs of the benchmark.
 
 python -m scripts.bench.runs RUNS
 
-RUNS becomes a folder of runs, each a folder of step<N>.pt files; runs that are there already are
-not trained again.  All text is the sources of Python's standard library, all images are the
-handwritten digits that scikit-learn ships: nothing is downloaded.
+RUNS gets a folder for each run, with files step<N>.pt; existing runs are kept. The text is the
+source of Python's standard library, the images are the digits in scikit-learn: nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAIN = {
     "gpt-b0.95": TrainSpec(also=range(1050, 1151, 10)),
     "gpt-b0.999": TrainSpec(beta2=0.999, seed=1, also=range(1050, 1151, 10)),
 }
-LONG = "gpt-long"  # 200 checkpoints, for what a history takes
+LONG = "gpt-long"  # 200 checkpoints, for scripts.bench.history
 RESUME = {
     f"resume-b{beta2}-s{seed}": TrainSpec(beta2=beta2, seed=seed)
     for beta2 in (0.95, 0.999)
@@ -44,7 +44,7 @@ VISION_STEPS, VISION_EVERY = 1000, 50
 
 
 def unseen_tokens(spec: TrainSpec, count: int) -> torch.Tensor:
-    """Tokens of text that no run of `train` sees: the standard library's own tests."""
+    """Return tokens that `train` never uses: the tests of the standard library."""
     ids = vocabulary(corpus(spec.corpus_bytes), spec.vocab)
     out: list[int] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"], "test").rglob("*.py")):
@@ -57,7 +57,7 @@ def unseen_tokens(spec: TrainSpec, count: int) -> torch.Tensor:
 
 
 def finetune(start: State, spec: TrainSpec, keep: Keep) -> None:
-    """Go on in bfloat16, weights and moments, on other text at a small constant learning rate."""
+    """Continue in bfloat16 on other text, at a small constant learning rate."""
     torch.manual_seed(7)
     tokens = unseen_tokens(spec, 2_000_000)
     model = TinyGPT(spec)
@@ -92,7 +92,7 @@ class _Residual(nn.Module):
 
 
 def digits_model(width: int = 96, blocks: int = 4) -> nn.Module:
-    """A residual network for images of 8 x 8: logits of ten classes."""
+    """Return a residual network: images [batch, 1, 8, 8] -> logits [batch, 10]."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -105,7 +105,7 @@ def digits_model(width: int = 96, blocks: int = 4) -> nn.Module:
 
 
 def vision(keep: Keep) -> None:
-    """Train on the digits: SGD with momentum and weight decay, batch norm, shifted images."""
+    """Train on the digits with SGD, momentum, weight decay and batch norm."""
     from sklearn.datasets import load_digits  # noqa: PLC0415  an extra
 
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def vision(keep: Keep) -> None:
 
 
 def _gpt(spec: TrainSpec, stop: int) -> Callable[[Keep], None]:
-    """A run of a spec up to some step, before its schedule ends."""
+    """Return a function that trains a spec up to a step before the end of its schedule."""
 
     def run(keep: Keep) -> None:
         class Done(Exception):
@@ -157,7 +157,7 @@ def _gpt(spec: TrainSpec, stop: int) -> Callable[[Keep], None]:
 
 
 def make_all(folder: Path) -> None:
-    """Train what is not there yet."""
+    """Train the missing runs."""
 
     def tune(keep: Keep) -> None:
         start = torch.load(folder / "gpt-b0.95" / "step1500.pt", weights_only=True)
@@ -184,7 +184,7 @@ def make_all(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, help="the folder to fill")
+    parser.add_argument("runs", type=Path, help="output folder")
     make_all(parser.parse_args().runs)
 
 

@@ -1,4 +1,4 @@
-"""Sizes, times and errors of ways to keep stretches of training runs.
+"""Tabulate sizes, times and errors of several methods on stretches of training runs.
 
 python -m scripts.bench.tables RUNS --csv FILE [--stretch late-b0.95 ...] [--ablation]
 """
@@ -70,17 +70,17 @@ HEADING = [
 
 
 def stretch(folder: Path, first: int, last: int, every: int = 1) -> list[Path]:
-    """The files of a run whose step is in a range, in order."""
-    found = {}
+    """Return the files of a run whose step is in a range, in order."""
+    paths = {}
     for path in folder.iterdir():
         step = re.search(r"([0-9]+)\.\w+$", path.name)
         if step and first <= int(step[1]) <= last and (int(step[1]) - first) % every == 0:
-            found[int(step[1])] = path
-    return [found[step] for step in sorted(found)]
+            paths[int(step[1])] = path
+    return [paths[step] for step in sorted(paths)]
 
 
 def line(name: str, kept: Kept, raw: int) -> list[str]:
-    """A line of the table."""
+    """Return a line of the table."""
     later = kept.later(kept.stored)
     cells = [
         name,
@@ -111,9 +111,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, help="the folder of scripts.bench.runs")
-    parser.add_argument("--stretch", action="append", choices=STRETCHES, help="all of them, else")
-    parser.add_argument("--codec", action="append", help="only these, and nothing to compare with")
-    parser.add_argument("--ablation", action="store_true", help="what each part of near brings")
+    parser.add_argument("--stretch", action="append", choices=STRETCHES, help="default: all")
+    parser.add_argument("--codec", action="append", help="codec; leaves out the other methods")
+    parser.add_argument("--ablation", action="store_true", help="compare settings of near")
     parser.add_argument("--csv", type=Path, required=True)
     options = parser.parse_args()
     codecs = ABLATIONS if options.ablation else options.codec or CODECS
@@ -122,7 +122,7 @@ def main() -> None:
         run, *steps = STRETCHES[name]
         paths = stretch(options.runs / run, *steps)
         if len(paths) < 2:
-            sys.exit(f"{options.runs / run} has no such checkpoints; see scripts.bench.runs")
+            sys.exit(f"{options.runs / run} lacks these steps; run scripts.bench.runs")
         raw = paths[-1].stat().st_size
         with tempfile.TemporaryDirectory(prefix="ckpt-bench-") as scratch:
             place = Path(scratch)

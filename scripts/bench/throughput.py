@@ -1,13 +1,13 @@
-"""Seconds and memory of a commit and a checkout, against what else keeps the same bytes.
+"""Measure time and memory of commit and checkout against other methods.
 
 python -m scripts.bench.throughput --csv FILE [--mb 302] [--rounds 8]
 
-A state of made-up values (matrices 2048 wide, weights that move a little, first moments of few
-directions) is in memory.  In each round every way takes its turn, so that what the machine does
-meanwhile is shared; medians are shown, and medians of the ratios to torch within a round.
+The state in memory is synthetic: matrices 2048 wide, small changes of weights, first moments of low
+rank. Each round runs every method once, so that a slow phase of the machine affects all of them.
+The table shows medians of the seconds, and of the ratio to torch in the same round.
 
-Memory is what /proc says of anonymous pages, above what there was before (the state, the base in
-memory).  Bytes of the last commit are shown by what they are for.
+Memory is the peak of anonymous pages in /proc, minus the value before the method began. The output
+ends with the bytes of the last commit by purpose.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ State = dict[str, Any]
 
 
 class MadeUp:
-    """A training state of about `size` bytes that changes."""
+    """A synthetic training state of about `size` bytes."""
 
     def __init__(self, size: int) -> None:
         torch.manual_seed(0)
@@ -69,7 +69,7 @@ class MadeUp:
         self.weights[name] = torch.randn(shape) * 0.02
 
     def move(self) -> None:
-        """What a stretch of training does, about."""
+        """Change the state about as much as some training steps."""
         for weight in self.weights.values():
             weight.add_(torch.randn(weight.shape), alpha=2e-5)
         for moment in self.moments.values():
@@ -77,7 +77,7 @@ class MadeUp:
             moment["exp_avg_sq"].mul_(0.9995)
 
     def state(self, step: int) -> State:
-        """The state; its tensors are live."""
+        """Return the state; its tensors are not copied."""
         names = list(self.weights)
         group = {
             "lr": 1e-3,
@@ -94,7 +94,7 @@ class MadeUp:
 
 
 def durable(write: Callable[[Any], object], path: Path) -> None:
-    """Write a file and have it on the disk."""
+    """Write a file and sync it."""
     with path.open("wb") as file:
         write(file)
         file.flush()
@@ -102,7 +102,7 @@ def durable(write: Callable[[Any], object], path: Path) -> None:
 
 
 def flat(state: State) -> dict[str, torch.Tensor]:
-    """The tensors of a state by unique names."""
+    """Return the tensors of a state by unique names."""
     out = dict(state["model"])
     for number, row in state["optimizer"]["state"].items():
         out.update({f"{number}.{name}": value for name, value in row.items()})
@@ -110,7 +110,7 @@ def flat(state: State) -> dict[str, torch.Tensor]:
 
 
 def anonymous() -> float:
-    """Anonymous memory of this process in MB."""
+    """Return the anonymous memory of this process in MB."""
     for row in Path("/proc/self/status").read_text().splitlines():
         if row.startswith("RssAnon"):
             return int(row.split()[1]) / 1000
@@ -118,11 +118,11 @@ def anonymous() -> float:
 
 
 class Watch:
-    """The peak of anonymous memory above what there was before."""
+    """The peak of anonymous memory, minus the value at the beginning."""
 
     def __enter__(self) -> Watch:
         gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # what is free goes back first
+        with contextlib.suppress(OSError, AttributeError):  # return free memory first
             ctypes.CDLL(None).malloc_trim(0)
         self._before = self._peak = anonymous()
         self._over = threading.Event()
@@ -143,8 +143,9 @@ class Watch:
 def ways(
     made: MadeUp, repo: Repo, exact: Repo, scratch: Path
 ) -> dict[str, Callable[[int], object]]:
-    """What takes its turn in each round, given its number: writing, then reading.  `repo` keeps no
-    exact forms, `exact` those of the newest two.
+    """Return the methods by name, writers first; each takes the number of the round.
+
+    `repo` has no exact patches, `exact` those of the newest two commits.
     """
     paths = {name: scratch / name for name in ("pt", "safetensors", "zst")}
     packer = zstandard.ZstdCompressor(level=3)
@@ -167,8 +168,8 @@ def ways(
         ),
         "torch.load": lambda _: torch.load(paths["pt"], weights_only=True, mmap=False),
         "ckpt checkout of near, same process": lambda _: repo.checkout("HEAD"),
-        "ckpt checkout of near, opened anew, from the chain": checkout_elsewhere,
-        "ckpt checkout of near, opened anew, again": checkout_elsewhere,
+        "ckpt checkout of near, repository reopened, from the chain": checkout_elsewhere,
+        "ckpt checkout of near, repository reopened, again": checkout_elsewhere,
         "ckpt checkout of exact, same process": lambda _: exact.checkout("HEAD"),
         "safetensors.load": lambda _: safetensors.torch.load(paths["safetensors"].read_bytes()),
         "zstd -d": lambda _: zstandard.ZstdDecompressor().decompress(paths["zst"].read_bytes()),
@@ -176,7 +177,7 @@ def ways(
 
 
 def keep_zipnn(made: MadeUp) -> dict[str, float]:
-    """Seconds of ZipNN for the whole state, from its first 64 MB: it is slow."""
+    """Estimate the seconds of ZipNN from the first 64 MB, because it is slow."""
     try:
         from zipnn import ZipNN  # noqa: PLC0415  an extra
     except ImportError:
@@ -194,11 +195,11 @@ def keep_zipnn(made: MadeUp) -> dict[str, float]:
 
 
 def loading() -> dict[str, float]:
-    """Seconds to import the compiled loops: compiling them, and from the cache."""
+    """Return the seconds to import the compiled kernels, without and with numba's cache."""
     command = [sys.executable, "-c", "import ckptvcs.codec.kernels.compiled"]
     times = {}
     with tempfile.TemporaryDirectory(prefix="ckpt-numba-") as cache:
-        for name in ("compiled loops, compiled anew", "compiled loops, from numba's cache"):
+        for name in ("kernels, compiled", "kernels, from numba's cache"):
             started = time.perf_counter()
             subprocess.run(command, check=True, env=os.environ | {"NUMBA_CACHE_DIR": cache})
             times[name] = time.perf_counter() - started
@@ -206,7 +207,7 @@ def loading() -> dict[str, float]:
 
 
 def measure(size: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
-    """Rows of the table: what, seconds, the ratio to torch in the same round, memory."""
+    """Return the rows of the table."""
     made, repo, exact = MadeUp(size), Repo.init(scratch / "repo"), Repo.init(scratch / "exact")
     repo.configure("keep-exact", "0")
     turns = ways(made, repo, exact, scratch)
@@ -228,14 +229,14 @@ def measure(size: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
         memory[name] = watch.mb
     rows = []
     reference = "torch.save + fsync"
-    for name, found in seconds.items():
+    for name, times in seconds.items():
         if name == "torch.load":
             reference = name
-        ratios = [one / two for one, two in zip(found, seconds[reference], strict=True)]
+        ratios = [a / b for a, b in zip(times, seconds[reference], strict=True)]
         rows.append(
             {
                 "what": name,
-                "seconds": round(statistics.median(found), 3),
+                "seconds": round(statistics.median(times), 3),
                 "of torch": round(statistics.median(ratios), 2),
                 "memory MB": round(memory[name]),
             }
@@ -243,17 +244,15 @@ def measure(size: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
     for name, value in (keep_zipnn(made) | loading()).items():
         rows.append({"what": name, "seconds": round(value, 2)})
     commit = repo.resolve("HEAD")
-    depth, raw = (
-        repo.repository.catalog.commit(commit).depth,
-        repo.repository.catalog.commit(commit).raw_bytes,
-    )
+    last = repo.repository.catalog.commit(commit)
+    raw = last.raw_bytes
     parts, excesses = count_bytes(repo, commit)
     total = sum(parts.values())
     side = sum(value for what, value in parts.items() if what.startswith("side"))
     rows += [
-        {"what": f"last commit: depth {depth}, {raw:,} bytes, ratio {raw / total:.1f}"},
+        {"what": f"last commit: depth {last.depth}, {raw:,} bytes, ratio {raw / total:.1f}"},
         {"what": f"side information, matrices {WIDTH} wide: {side / total:.2%}"},
-        {"what": f"codes over their entropy: at most {max(excesses):.2%}"},
+        {"what": f"excess of codes over their entropy: at most {max(excesses):.2%}"},
     ]
     return rows
 

@@ -1,13 +1,13 @@
-"""What a line of commits costs, step by step, and one tensor of a deep one.
+"""Measure a walk over all commits of a run, and reading one tensor of a deep commit.
 
 python -m scripts.bench.trajectory RUNS --csv FILE [--mb 302]
 
-Trajectory: the checkpoints of a real run, committed near.  Each is restored with the weights of the
-one before at hand (what a delta costs at the least), then all in one walk, which should take at
-most 1.3 times the sum; then with a checkout each.  A walk decodes each slice once.
+Trajectory: near commits of a real run. The script restores each commit with the decoded weights of
+its parent (the minimal cost of a delta), then all commits in one walk, then each by a checkout. A
+walk decodes each slice once and should take at most 1.3 times the sum of the minimal costs.
 
-One tensor: a made-up state of 300 tensors at depth 8; the time of a checkout, opened anew and with
-no base at hand, and again, with one, against that of one tensor and of all steps of it.
+One tensor: a synthetic state of 300 tensors at depth 8. The script times a checkout without the
+cache, a second one with it, one tensor, and one tensor of all commits.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Row = dict[str, Any]
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Slices decoded and bytes of frames read meanwhile."""
+    """Count decoded slices and bytes of frames that are read."""
     work = {"slices": 0, "bytes": 0}
     decode, read = frame.decode_slice, ObjectStore.read_region
 
@@ -69,20 +69,20 @@ def counted() -> Iterator[dict[str, int]]:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that something takes."""
+    """Return the seconds that an action takes."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
 
 
 def forget(repo: Repo) -> Repo:
-    """The repository opened anew, with no base at hand."""
+    """Delete the cache and return a new handle of the repository."""
     shutil.rmtree(repo.folder / "cache" / "bases", ignore_errors=True)
     return Repo.open(repo.root)
 
 
-class Before(DecodedTable):
-    """The weights of a commit, decoded."""
+class DecodedParent(DecodedTable):
+    """The decoded weights of a commit."""
 
     def __init__(self, repo: Repo, name: ObjectId) -> None:
         reader = repo.repository.restorer(name)
@@ -101,10 +101,10 @@ class Before(DecodedTable):
 
 
 def single(repo: Repo, before: ObjectId | None, name: ObjectId) -> float:
-    """Seconds to restore a commit where the weights of the one before are at hand."""
-    base = None if before is None else Before(repo, before)
+    """Time restoring a commit if the weights of its parent are decoded."""
+    base = None if before is None else DecodedParent(repo, before)
 
-    def materials(values: ObjectId) -> Before | None:
+    def materials(values: ObjectId) -> DecodedParent | None:
         return base if base is not None and base.values == values else None
 
     return timed(
@@ -113,7 +113,7 @@ def single(repo: Repo, before: ObjectId | None, name: ObjectId) -> float:
 
 
 def walk(repo: Repo) -> list[float]:
-    """Seconds of each step of a walk, the first one included."""
+    """Return the seconds of each step of a walk."""
     seconds: list[float] = []
     steps = repo.trajectory()
     while True:
@@ -129,7 +129,7 @@ def one_by_one(repo: Repo, ids: list[ObjectId]) -> None:
 
 
 def trajectory(run: Path, scratch: Path) -> list[Row]:
-    """A real run: the walk against single deltas and against checkouts one by one."""
+    """Compare a walk with single deltas and with checkouts, on a real run."""
     repo = Repo.init(scratch / "run")
     paths = sorted(run.glob("step*.pt"), key=lambda path: int(path.stem[4:]))
     paths = [path for path in paths if int(path.stem[4:]) % 50 == 0]
@@ -162,16 +162,16 @@ def trajectory(run: Path, scratch: Path) -> list[Row]:
             "bytes": work["bytes"],
         },
         {
-            "what": "checkouts, one by one",
+            "what": "separate checkouts",
             "seconds": statistics.median(alone),
             "ratio": statistics.median(a / s for a, s in zip(alone, singles, strict=True)),
         },
-        {"what": "slices that the commits hold", "slices": held},
+        {"what": "slices of all commits", "slices": held},
     ]
 
 
 def one_tensor(size: int, scratch: Path) -> list[Row]:
-    """A made-up state: a checkout against one tensor."""
+    """Compare a checkout with reading one tensor, on a synthetic state."""
     torch.manual_seed(0)
     repo = Repo.init(scratch / "wide")
     side = round((size / 4 / TENSORS) ** 0.5)
@@ -202,9 +202,9 @@ def one_tensor(size: int, scratch: Path) -> list[Row]:
             "seconds": statistics.median(whole),
             **all_work,
         },
-        {"what": "again, with its weights in the cache", "seconds": statistics.median(again)},
+        {"what": "second checkout, with the cache", "seconds": statistics.median(again)},
         {"what": "one tensor", "seconds": statistics.median(one), **work},
-        {"what": "another one", "seconds": statistics.median(next_one)},
+        {"what": "another tensor", "seconds": statistics.median(next_one)},
         {"what": f"one tensor of all {DEPTH + 1} commits", "seconds": statistics.median(line)},
     ]
     for row in rows:

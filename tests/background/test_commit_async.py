@@ -36,8 +36,10 @@ class Here:
     def __init__(self, folder: Path, _: object) -> None:
         self._repo = Repo.open(folder)
 
-    def commit(self, staging: Staging, parcel: StateMessage, said: dict[str, Any]) -> Done:
-        made = commit_checkpoint(self._repo.repository, unpack(parcel, staging.memory), **said)
+    def commit(self, staging: Staging, message: StateMessage, arguments: dict[str, Any]) -> Done:
+        made = commit_checkpoint(
+            self._repo.repository, unpack(message, staging.memory), **arguments
+        )
         return Done(made.id, made.branch)
 
     def close(self) -> None:
@@ -331,9 +333,7 @@ def test_each_failure_is_raised_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [type(future.exception()) for future in (first, second)] == [StorageError, KeyError]
     with pytest.raises(StorageError) as raised:
         background.wait()
-    assert raised.value.message == (
-        "2 commits in the background failed: step 1: no room; step 2: 'x'"
-    )
+    assert raised.value.message == ("2 background commits failed: step 1: no room; step 2: 'x'")
     assert raised.value.hint == "h"
     background.wait()
     background.submit(background.stage(), fail(CkptError("so it is")), "step 3")

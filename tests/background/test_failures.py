@@ -42,7 +42,7 @@ class Grief:
     def begin(self, moment: str, how: str, times: int = 1) -> None:
         arguments = f"{moment!r}, {how!r}, {str(self._file)!r}, {times}"
         start = f"from tests.helpers.dying import serve; serve({arguments})"
-        self._patch.setattr(process, "_START", start)
+        self._patch.setattr(process, "SERVER_CODE", start)
         self._file.touch()
 
     @property
@@ -77,8 +77,20 @@ def test_copies_that_grow(grown: list[int], repo: Repo) -> None:
     assert all(same(repo.checkout(step), one) for step, one in enumerate(run))
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "KeyError"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "how"),
+    [
+        *((moment, "SIGKILL") for moment in MOMENTS),
+        ("job", "SIGSEGV"),
+        ("branch", "KeyError"),
+        *(
+            pytest.param(moment, how, marks=pytest.mark.slow)
+            for moment in MOMENTS
+            for how in ("SIGSEGV", "KeyError")
+            if (moment, how) not in (("job", "SIGSEGV"), ("branch", "KeyError"))
+        ),
+    ],
+)
 def test_a_commit_is_made_once_whenever_it_is_interrupted(
     moment: str, how: str, repo: Repo, grief: Grief
 ) -> None:
@@ -102,7 +114,13 @@ def test_a_commit_is_made_once_whenever_it_is_interrupted(
     assert not repo.verify().damage
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        moment if moment == "branch" else pytest.param(moment, marks=pytest.mark.slow)
+        for moment in MOMENTS
+    ],
+)
 def test_a_branch_that_moved_is_followed_by_head(moment: str, repo: Repo, grief: Grief) -> None:
     repo.commit(state(0), step=5)
     grief.begin(moment, "SIGKILL")
@@ -119,7 +137,7 @@ def test_where_no_process_lives_this_one_commits(
     for step, one in enumerate(run):
         repo.commit_async(one, step=step)
     repo.wait()
-    assert grief.count == 3 * process._PROCESSES  # and no more
+    assert grief.count == 3 * process.MAX_PROCESSES  # and no more
     assert steps(repo) == [0, 1, 2]
     assert all(same(repo.checkout(step), one) for step, one in enumerate(run))
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
@@ -138,9 +156,9 @@ def test_where_none_can_be_started(repo: Repo, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("moment", "how", "times", "match"),
     [
-        ("job", "SIGSEGV", process._PROCESSES, "SIGSEGV"),  # this process shall not die of it
-        ("job", "KeyError", process._ATTEMPTS, "KeyError"),
-        ("announced", "OSError", process._ATTEMPTS, "OSError"),
+        ("job", "SIGSEGV", process.MAX_PROCESSES, "SIGSEGV"),  # this process shall not die of it
+        ("job", "KeyError", process.MAX_ATTEMPTS, "KeyError"),
+        ("announced", "OSError", process.MAX_ATTEMPTS, "OSError"),
     ],
 )
 def test_what_fails_again_is_raised_once(

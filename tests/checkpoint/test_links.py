@@ -255,7 +255,7 @@ def test_what_is_swapped_is_never_read(
 
         monkeypatch.setattr(os.path, "realpath", resolved)
     elif moment == "when listed":
-        entries = opening._entries
+        entries = opening.list_entries
 
         def listed(root: Path, skip: Path | None) -> object:
             found = [*entries(root, skip)]
@@ -264,7 +264,7 @@ def test_what_is_swapped_is_never_read(
             strike()
             return iter(found)
 
-        monkeypatch.setattr(opening, "_entries", listed)
+        monkeypatch.setattr(opening, "list_entries", listed)
     read = b""
     try:
         made = open_checkpoint(snapshot)

@@ -245,12 +245,12 @@ def test_a_tensor_has_few_sizes() -> None:
             Watched.looks += 1
             return super().__iter__()
 
-    from ckptvcs.checkpoint.pickle_reader import StorageRef, _tensor
+    from ckptvcs.checkpoint.pickle_reader import StorageRef, tensor_ref
 
     storage, ones = StorageRef("0", "FloatStorage", 1), Watched([1] * 65)
-    assert _tensor((storage, 0, ones, ones), None) is None
+    assert tensor_ref((storage, 0, ones, ones), None) is None
     assert Watched.looks == 0
-    assert _tensor((storage, 0, (1,) * 64, (1,) * 64), None) is not None
+    assert tensor_ref((storage, 0, (1,) * 64, (1,) * 64), None) is not None
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -272,4 +272,4 @@ def test_what_programs_write_is_within_bounds(protocol: int) -> None:
         data = pickle.dumps(value, protocol)
         reader = pickle_reader.InertUnpickler(io.BytesIO(data), len(data))
         assert reader.load() == value
-        assert reader._charged <= pickle_reader._ROOM_A_BYTE * len(data)
+        assert reader.charged_bytes <= pickle_reader.ROOM_PER_BYTE * len(data)

@@ -46,7 +46,7 @@ def temporary(history: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_diff_json(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+def test_diff_reports_tensors_as_json(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
     found = ckpt("diff", 2, 5, "--json").json
     assert found.keys() == {
         "a",
@@ -112,7 +112,7 @@ def test_diff_for_people(ckpt: Ckpt, history: Path, monkeypatch: pytest.MonkeyPa
     assert "the same on both sides" in lines[-1]
     monkeypatch.setattr(render, "is_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(diff, "_DEFAULT_ROWS", 4)
+    monkeypatch.setattr(diff, "DEFAULT_ROWS", 4)
     shown = ckpt("diff", 3)
     assert sum("%" in line for line in shown.out.splitlines()) == 4 + 1
     assert all(len(line) <= 80 for line in shown.out.splitlines())
@@ -208,7 +208,7 @@ def test_how_diff_says_that_it_cannot_tell() -> None:
             "2 tensors cannot be told apart (near on both sides); the originals of 1 tensor differ",
         ),
     ):
-        assert diff._cannot_tell(found) == said
+        assert diff.describe_indistinct(found) == said
 
 
 def test_diff_that_cannot_be(ckpt: Ckpt, history: Path) -> None:

@@ -43,7 +43,7 @@ def assert_sound(repo: Repo) -> None:
     """Each base is what a commit that stands on it is to read, slice by slice."""
     for base in bases(repo).values():
         assert base.is_sound()
-        for tensor, info in enumerate(base._infos):
+        for tensor, info in enumerate(base.infos):
             for number, _ in enumerate(slice_counts(info.words)):
                 assert base.slice(tensor, number, info.type.word) is not None
     report = repo.verify()

@@ -32,7 +32,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     name: str = request.param
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    monkeypatch.setattr(states, "_on_device", lambda tensor: tensor.device.type == name)
+    monkeypatch.setattr(states, "is_on_device", lambda tensor: tensor.device.type == name)
     return name
 
 

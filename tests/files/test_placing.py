@@ -50,9 +50,9 @@ class World:
         self.calls: list[str] = []
         self.at = -1
         self.act: Act = _nothing
-        self._rename = placing._rename
+        self._rename = placing.rename
         monkeypatch.setattr(placing, "os", self)
-        monkeypatch.setattr(placing, "_rename", self.rename_flags)
+        monkeypatch.setattr(placing, "rename", self.rename_flags)
 
     def _before(self, name: str) -> None:
         self.calls.append(name)
@@ -82,7 +82,7 @@ def _nothing() -> None:
 @pytest.fixture(params=["as it is", "no renames with flags", "no links either"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param != "as it is":
-        monkeypatch.setattr(placing, "_rename", lambda *_: False)
+        monkeypatch.setattr(placing, "rename", lambda *_: False)
     if request.param == "no links either":
 
         def refuse(*_: object, **__: object) -> None:
@@ -261,20 +261,20 @@ def test_a_file_saved_again_while_it_is_put_back_is_the_one_that_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice in the same moment: the later one has the name, the other is not deleted."""
-    target, real = tmp_path / "model.pt", placing._rename
+    target, real = tmp_path / "model.pt", placing.rename
     turn: list[str] = []
     target.write_bytes(OLD)
 
     def rename(folder: int, old: str, new: str, how: str) -> bool:
-        if how == placing._EXCHANGE and len(turn) < 2:
+        if how == placing.EXCHANGE and len(turn) < 2:
             turn.append(how)
             beside = tmp_path / "theirs.tmp"
             beside.write_bytes(THEIRS + bytes([len(turn)]))
             beside.replace(target)
         return real(folder, old, new, how)
 
-    monkeypatch.setattr(placing, "_rename", rename)
-    with pytest.raises(ConflictError, match="again and again") as caught:
+    monkeypatch.setattr(placing, "rename", rename)
+    with pytest.raises(ConflictError, match="several times") as caught:
         write(target)
     assert target.read_bytes() == THEIRS + b"\2"
     (kept,) = [path for path in tmp_path.iterdir() if path != target]
@@ -417,7 +417,7 @@ def while_decoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -
     """Do something once, when the first bytes are written."""
     from ckptvcs.decode.commit_reader import Restorer
 
-    real = Restorer._slices
+    real = Restorer.read_slices
     times: list[int] = []
 
     def slices(self: Restorer, *args: Any, **options: Any) -> Iterator[Any]:
@@ -426,7 +426,7 @@ def while_decoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -
             act()
         return real(self, *args, **options)
 
-    monkeypatch.setattr(Restorer, "_slices", slices)
+    monkeypatch.setattr(Restorer, "read_slices", slices)
     return times
 
 

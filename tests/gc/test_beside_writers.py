@@ -16,7 +16,6 @@ from ckptvcs.gc import repack
 from ckptvcs.gc import sweep as sweeping
 from ckptvcs.gc.collect import Collector
 from ckptvcs.gc.retention import Policy
-from ckptvcs.gc.sweep import Sweep
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.store import leases
 
@@ -88,7 +87,7 @@ class Interrupted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]) -> None:
         self.places, self._at, self._act = 0, at, act
-        plan, alone, copy = Collector.plan, Sweep._alone, repack.copy_kept
+        plan, exclusive, copy = Collector.plan, leases.exclusive, repack.copy_kept
 
         def planned(*args: Any, **kwargs: Any) -> Any:
             self._here()
@@ -96,10 +95,9 @@ class Interrupted:
             self._here()
             return made
 
-        def let_in(own: Sweep) -> Any:
-            if own._lets_in:
-                self._here()
-            return alone(own)
+        def let_in(*args: Any, **kwargs: Any) -> Any:
+            self._here()
+            return exclusive(*args, **kwargs)
 
         def copied(*args: Any) -> None:
             self._here()
@@ -107,9 +105,9 @@ class Interrupted:
             self._here()
 
         monkeypatch.setattr(Collector, "plan", planned)
-        monkeypatch.setattr(Sweep, "_alone", let_in)
+        monkeypatch.setattr(sweeping, "exclusive", let_in)
         monkeypatch.setattr(sweeping, "copy_kept", copied)
-        monkeypatch.setattr(sweeping, "_BATCH", 3)
+        monkeypatch.setattr(sweeping, "BATCH", 3)
 
     def _here(self) -> None:
         self.places += 1
@@ -117,8 +115,18 @@ class Interrupted:
             self._act()
 
 
-@pytest.mark.parametrize("codec", ["lossless", "near"])
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(
+    ("act", "codec"),
+    [
+        *((act, "near") for act in ACTS),
+        ("commit of shared values", "lossless"),
+        *(
+            pytest.param(act, "lossless", marks=pytest.mark.slow)
+            for act in ACTS
+            if act != "commit of shared values"
+        ),
+    ],
+)
 def test_whatever_writers_do_at_any_step_of_gc_nothing_needed_goes(
     act: str, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,10 +194,10 @@ def test_who_holds_a_lease_gets_another_one_while_gc_waits_for_him(tmp_path: Pat
         waiting = leases.exclusive(backend, wait=True)
         with leases.patience(0), pytest.raises(CkptError):
             waiting.__enter__()
-        mark = leases._held(backend, leases._EXCLUSIVE)
+        mark = leases.hold_file(backend, leases.EXCLUSIVE)
         with mark, leases.patience(0), leases.lease(backend) as inner:
             leases.check_lease(backend, inner)
-    mark = leases._held(backend, leases._EXCLUSIVE)
+    mark = leases.hold_file(backend, leases.EXCLUSIVE)
     busy = pytest.raises(CkptError, match="gc is sweeping")
     with mark, leases.patience(0), busy, leases.lease(backend):
         pass

@@ -83,8 +83,8 @@ def _commit_together(root: Path) -> None:
     steps = [entry.step or 0 for entry in repo.log(1)]
     step = min(4, steps[0] + 1)
     whole = states(step)[-1]
-    with DistributedCommit(repo.repository, "together", step=step, message="next") as joint:
-        ticket, shards = joint.begin(), {}
+    with DistributedCommit(repo.repository, "together", step=step, message="next") as commit:
+        plan, shards = commit.begin(), {}
         for number, name in enumerate("ab"):
             moments = {number: whole["optimizer"]["state"][number]}
             part = {
@@ -93,9 +93,9 @@ def _commit_together(root: Path) -> None:
             }
             checkpoint = state_checkpoint(part)
             shards[f"rank-{number}.pt"] = encode_share(
-                Repo.open(root / "repo").repository, ticket, checkpoint
+                Repo.open(root / "repo").repository, plan, checkpoint
             )
-        joint.finish(shards, {"notes.json": b"{}"})
+        commit.finish(shards, {"notes.json": b"{}"})
 
 
 def _gc(policy: Policy, *, sweep: bool = True, rekey: bool = False) -> Act:

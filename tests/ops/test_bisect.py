@@ -49,7 +49,7 @@ def commits(repo: Repo, losses: list[float | None]) -> list[LogEntry]:
     ]
 
 
-def test_a_metric(repo: Repo) -> None:
+def test_bisect_finds_the_first_commit_beyond_a_metric(repo: Repo) -> None:
     made = commits(repo, [3, 2, None, 1, None, 5, math.nan, 9])
     told: list[tuple[int | None, str, int]] = []
     found = repo.bisect(
@@ -75,8 +75,8 @@ def test_ends_that_are_not_what_they_are_said_to_be(repo: Repo) -> None:
     judge = metric_judge("loss", above=2.5, below=None)
     for good, bad, text in [
         (0, 1, "given as bad, but is good"),
-        (0, 2, "could not be judged"),
-        (2, 3, "given as good, but could not be judged"),
+        (0, 2, "was skipped"),
+        (2, 3, "given as good, but was skipped"),
         (1, 1, "both"),
     ]:
         with pytest.raises(InvalidInputError, match=text):

@@ -41,10 +41,10 @@ def _commit_path(repo: Repo, folder: Path, step: int) -> None:
 
 
 def _join(repo: Repo, _: Path, step: int) -> None:
-    with DistributedCommit(repo.repository, "together", step=step) as joint:
-        ticket = joint.begin()
-        shard = encode_share(repo.repository, ticket, state_checkpoint(states(step)[-1]))
-        joint.finish({"rank-0.pt": shard}, {})
+    with DistributedCommit(repo.repository, "together", step=step) as commit:
+        plan = commit.begin()
+        shard = encode_share(repo.repository, plan, state_checkpoint(states(step)[-1]))
+        commit.finish({"rank-0.pt": shard}, {})
 
 
 def _import(repo: Repo, folder: Path, step: int) -> None:
@@ -203,7 +203,7 @@ def test_settings_that_two_processes_change_at_once(
 ) -> None:
     repo = Repo.init(tmp_path)
     other = Repo.open(tmp_path)
-    calm, others = config._read, list[threading.Thread]()
+    calm, others = config.read_text, list[threading.Thread]()
 
     def read(path: Path) -> str:
         text = calm(path)
@@ -214,7 +214,7 @@ def test_settings_that_two_processes_change_at_once(
         return text
 
     repo.configure("keyframe-depth", "5")
-    monkeypatch.setattr(config, "_read", read)
+    monkeypatch.setattr(config, "read_text", read)
     repo.configure("keyframe-depth", "9")
     others[0].join()
     now = Repo.open(tmp_path).repository.config

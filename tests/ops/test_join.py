@@ -64,17 +64,17 @@ class World:
     def begin(self, step: int | None) -> DistributedCommit:
         return DistributedCommit(self.repo.repository, "joined", step=step)
 
-    def code(self, joint: DistributedCommit, states: list[State]) -> dict[str, Shard]:
-        ticket = joint.begin()
+    def code(self, commit: DistributedCommit, states: list[State]) -> dict[str, Shard]:
+        plan = commit.begin()
         return {
-            f"rank-{number}.pt": encode_share(repo, ticket, state_checkpoint(state))
+            f"rank-{number}.pt": encode_share(repo, plan, state_checkpoint(state))
             for number, (repo, state) in enumerate(zip(self.others, states, strict=True))
             if state
         }
 
     def commit(self, step: int, states: list[State]) -> LogEntry:
-        joint = self.begin(step)
-        return joint.finish(self.code(joint, states), {"notes.json": b"{}"})
+        commit = self.begin(step)
+        return commit.finish(self.code(commit, states), {"notes.json": b"{}"})
 
     def check(self, revision: str, states: list[State]) -> None:
         """Every process' part comes back exactly."""
@@ -168,12 +168,12 @@ def test_one_process_has_the_same_again(world: World) -> None:
 
 
 def test_another_writer_came_first(world: World) -> None:
-    joint = world.begin(2)
-    shards = world.code(joint, [share(2, "abc"), share(2, "def")])
+    commit = world.begin(2)
+    shards = world.code(commit, [share(2, "abc"), share(2, "def")])
     other = Repo.open(world.repo.root).commit({"w": weights(1, "x")}, step=1)
     with pytest.raises(ConflictError):
-        joint.finish(shards, {})
-    joint.abandon()
+        commit.finish(shards, {})
+    commit.abandon()
     assert [entry.id for entry in world.repo.log()] == [other.id]
     world.repo.gc()
     assert not world.repo.verify().damage
@@ -193,11 +193,11 @@ def test_a_step_that_goes_back_starts_a_branch(world: World) -> None:
 def test_gc_waits_and_takes_what_was_abandoned(world: World) -> None:
     world.commit(1, [share(1, "abc"), share(1, "def")])
     before = sorted(world.repo.folder.joinpath("packs").rglob("*.pack"))
-    joint = world.begin(2)
-    world.code(joint, [share(2, "abc"), share(2, "def")])
+    commit = world.begin(2)
+    world.code(commit, [share(2, "abc"), share(2, "def")])
     with leases.patience(0), pytest.raises(BusyError):
         world.repo.gc()
-    joint.abandon()
+    commit.abandon()
     world.repo.gc()
     assert sorted(world.repo.folder.joinpath("packs").rglob("*.pack")) == before
     assert not world.repo.verify().damage
@@ -225,12 +225,12 @@ def test_values_that_changed_are_another_commit(world: World) -> None:
 
 
 def test_a_shard_that_is_cut_off_is_refused(world: World) -> None:
-    joint = world.begin(1)
-    shards = world.code(joint, [share(1, "abc"), share(1, "def")])
+    commit = world.begin(1)
+    shards = world.code(commit, [share(1, "abc"), share(1, "def")])
     literals: Any = shards["rank-1.pt"].literals
     literals.pop(0)
     with pytest.raises(InvalidInputError):
-        joint.finish(shards, {})
+        commit.finish(shards, {})
     assert world.repo.log() == []
 
 

@@ -62,7 +62,7 @@ def editions(folder: Path) -> list[int]:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "_JOURNAL_BYTES", SMALL)
+    monkeypatch.setattr(index, "JOURNAL_BYTES", SMALL)
 
 
 def forked(act: Callable[[], object]) -> int:
@@ -147,7 +147,7 @@ def test_a_child_leaves_the_editions_of_its_parent_alone(tmp_path: Path, often: 
 
     for _ in range(2):
         assert ended(forked(write)) == 0
-        assert not store.index._index._followed.own
+        assert not store.index.editions.follower.own
         # Those of other tests in this process may be deleted.
         maps = Path("/proc/self/maps").read_text().splitlines()
         mine = [line for line in maps if str(tmp_path) in line]
@@ -195,7 +195,9 @@ def test_no_lock_of_another_thread_is_left_in_a_child(
 
 
 def read_and_die(store: ObjectStore) -> None:
-    kept = store.index._index._begin()
+    env = store.index.editions.follower.read().base.env
+    assert env is not None
+    kept = env.begin()
     store.ids(Kind.COMMIT)
     os.kill(os.getpid(), signal.SIGKILL)
     del kept
@@ -278,7 +280,7 @@ def test_few_rows_are_written_to_an_edition_at_once(
         written.append(len(rows))
         apply(draft, txn, rows, keys)
 
-    monkeypatch.setattr(index, "_ROWS", 20)
+    monkeypatch.setattr(index, "ROWS_PER_WRITE", 20)
     monkeypatch.setattr(index, "apply_rows", count)
     names = put(store, *(b"%03d" % number for number in range(100)))  # one record of the journal
     for number in range(30):
@@ -347,7 +349,16 @@ def suspended_at(step: int, act: Callable[[], object]) -> None:
 
 
 @pytest.mark.usefixtures("patience")
-@pytest.mark.parametrize("work", ["add", "make an edition", "remove", "rebuild", "begin"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "add",
+        "remove",
+        "begin",
+        pytest.param("make an edition", marks=pytest.mark.slow),
+        pytest.param("rebuild", marks=pytest.mark.slow),
+    ],
+)
 def test_nobody_waits_for_a_writer_that_is_suspended_at_any_step(work: str, tmp_path: Path) -> None:
     template = tmp_path / "template"
     names = put(opened(template), *(b"%03d" % n for n in range(20)))
@@ -359,9 +370,9 @@ def test_nobody_waits_for_a_writer_that_is_suspended_at_any_step(work: str, tmp_
             case "add":
                 put(store, b"new")
             case "make an edition":
-                store.index._index._write(lambda _: None)
-                store.index._index._write(lambda _: None)
-                store.index._index._write(lambda _: None)
+                store.index.editions.make_edition()
+                store.index.editions.make_edition()
+                store.index.editions.make_edition()
             case "remove":
                 put(store, b"000")
                 store.delete_packs(packs)
@@ -388,7 +399,7 @@ def test_nobody_waits_for_a_writer_that_is_suspended_at_any_step(work: str, tmp_
         fresh = opened(folder)
         assert fresh.get(mine, Kind.COMMIT) == b"meanwhile"
         with contextlib.suppress(BlockingIOError):
-            fresh.index._index._write(lambda _: None)
+            fresh.index.editions.make_edition()
         fresh.refresh()
         assert fresh.rebuild() >= 2
         os.kill(pid, signal.SIGKILL if step % 2 else signal.SIGCONT)
@@ -608,14 +619,14 @@ def test_a_pack_that_is_deleted_while_another_process_finds_it(what: str, tmp_pa
     (pack,) = {place.pack for place in store.places(name)}
     if what == "adds":
         store.index.remove({pack})  # the file is there still
-        read = other.index._read_pack
+        read = other.index.read_pack
 
         def delete(found: PackId, folder: str) -> PackInfo:
             info = read(found, folder)
             store.delete_packs({found: folder})
             return info
 
-        with mock.patch.object(other.index, "_read_pack", delete):
+        with mock.patch.object(other.index, "read_pack", delete):
             other.refresh()
     else:
         calm = store.backend.delete

@@ -10,7 +10,7 @@ import pytest
 
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.store.ids import Kind, ObjectId
-from ckptvcs.store.index.editions import newest_file
+from ckptvcs.store.index.editions import Family
 from ckptvcs.store.local import LocalBackend
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import pack_name
@@ -23,6 +23,11 @@ def keys_of(kind: Kind, content: bytes) -> list[bytes]:
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
     return ObjectStore(LocalBackend(tmp_path), tmp_path / "cache" / "index", keys_of)
+
+
+def newest_file(index: Path) -> Path:
+    family = Family.of(index)
+    return family.edition(max(family.scan()[0]))
 
 
 def put(store: ObjectStore, *contents: bytes, kind: Kind = Kind.COMMIT) -> list[ObjectId]:

@@ -63,7 +63,7 @@ with leases.lease(LocalBackend(Path({str(root)!r}))):
 
 def found(root: Path) -> list[Holder]:
     backend = LocalBackend(root)
-    return [leases._judge(backend, name) for name in backend.names("leases")]
+    return [leases.judge_lease(backend, name) for name in backend.names("leases")]
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -132,7 +132,7 @@ def test_a_process_of_another_container(
     with holder(root) as process:
         if not locks:
             monkeypatch.setattr(
-                local, "trace", lambda file: lease_files._trace(file, is_locked=None)
+                local, "trace", lambda file: lease_files.make_trace(file, is_locked=None)
             )
         assert found(root) == [Holder.LIVE if locks else Holder.UNKNOWN]
         kill(process)
@@ -214,8 +214,8 @@ def test_machines_that_cannot_be_told_apart_have_no_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed, cards = tmp_path / "machine-id", tmp_path / "net"
-    monkeypatch.setattr(host, "_ID_FILES", (tmp_path / "none", installed))
-    monkeypatch.setattr(host, "_NETWORK", cards)
+    monkeypatch.setattr(host, "ID_FILES", (tmp_path / "none", installed))
+    monkeypatch.setattr(host, "NETWORK", cards)
     name = host.machine_id.__wrapped__
     installed.write_text("0" * 32 + "\n")
     assert name() == ""  # a container sees no network card
@@ -246,7 +246,7 @@ class Clock:
 
     def forget(self) -> None:
         """Another process looks from now on."""
-        self._patch.setattr(leases, "_silence", holders.Silence())
+        self._patch.setattr(leases, "silence", holders.Silence())
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_notes_that_cannot_be_are_not_believed(
     for _ in range(2):
         found(root)
         clock.now += 1800
-    leases._silence.keep(LocalBackend(root))
+    leases.silence.keep(LocalBackend(root))
     notes = root / "cache" / "silent"
     said = json.loads(notes.read_text())
     (row,) = said["seen"].values()
@@ -344,7 +344,7 @@ def test_who_renews_nothing_is_never_silent(
 
 def test_a_lease_is_renewed_while_it_is_held(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holders, "BEAT", 0.01)
-    monkeypatch.setattr(leases, "_renewals", leases.Renewals())
+    monkeypatch.setattr(leases, "renewals", leases.Renewals())
     backend = LocalBackend(root)
     with lease(backend) as name:
         first = backend.look(name, 4096)[1].renewed_ns
@@ -359,7 +359,7 @@ def test_where_no_thread_can_be_started(root: Path, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(parallel, "start_new_thread", refuse)
-    monkeypatch.setattr(leases, "_renewals", leases.Renewals())
+    monkeypatch.setattr(leases, "renewals", leases.Renewals())
     backend = LocalBackend(root)
     with lease(backend) as name:
         assert json.loads(backend.read(name))["renewed"] is False
@@ -426,7 +426,7 @@ def test_one_at_a_time_has_a_turn(
     make: Callable[[], MemoryBackend] | None, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = LocalBackend(root) if make is None else make()
-    monkeypatch.setattr(leases, "_LEAST_TURN", 0.1)
+    monkeypatch.setattr(leases, "MIN_TURN", 0.1)
     busy = pytest.raises(BusyError, match="being changed")
     with turn(backend), leases.patience(0.0), busy, turn(backend):
         pass
@@ -439,8 +439,8 @@ def test_a_turn_is_waited_for_as_long_as_there_is_patience(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend, ends = LocalBackend(root), threading.Event()
-    monkeypatch.setattr(leases, "_LEAST_TURN", 0.0)
-    monkeypatch.setattr(leases, "_WARN_AFTER", 0.0)
+    monkeypatch.setattr(leases, "MIN_TURN", 0.0)
+    monkeypatch.setattr(leases, "WARN_AFTER", 0.0)
     calm = time.sleep
 
     def sleep(seconds: float) -> None:

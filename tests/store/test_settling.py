@@ -266,7 +266,7 @@ def test_what_is_durable_is_not_synced_again(root: Path, monkeypatch: pytest.Mon
 def test_a_long_training_remembers_the_newest_files_that_are_durable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "_MOST_SETTLED", 8)
+    monkeypatch.setattr(local, "MAX_SETTLED", 8)
     backend = LocalBackend(tmp_path)
     for number in range(30):
         write_once(backend, f"meta/{number}", b"data")

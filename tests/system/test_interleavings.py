@@ -128,7 +128,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
             (repository, "turn", "turn"),
             (collect.Collector, "plan", "plan"),
         ]
-    fade = commit.Committer._fade
+    fade = commit.Committer.fade
     patches: list[Any] = [
         mock.patch.object(where, name, stage.stopping(label, getattr(where, name)))
         for where, name, label in points
@@ -136,9 +136,9 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
     patches += [
         mock.patch.object(Refs, "publish", moving),
         mock.patch.object(Fader, "delete", fading),
-        mock.patch.object(commit.Committer, "_fade", stage.stopping("look for pins", fade)),
+        mock.patch.object(commit.Committer, "fade", stage.stopping("look for pins", fade)),
         mock.patch.multiple(
-            leases, _GRACE=-1.0, _LEAST_TURN=0.0, _patience=ContextVar("none", default=0.0)
+            leases, GRACE=-1.0, MIN_TURN=0.0, _patience=ContextVar("none", default=0.0)
         ),
     ]
     return patches
@@ -494,7 +494,7 @@ def _orders(
         count, deleted = count + 1, deleted + (not world.original)
         return world.taken
 
-    with mock.patch.multiple(leases, _GRACE=-1.0, _LEAST_TURN=0.0, _LOOK=0.0):
+    with mock.patch.multiple(leases, GRACE=-1.0, MIN_TURN=0.0, POLL_INTERVAL=0.0):
         for _ in every_order(run):
             pass
     return count, deleted

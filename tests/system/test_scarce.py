@@ -41,7 +41,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(threading.Thread, "start", refused)
     monkeypatch.setattr(parallel, "start_new_thread", refused)
-    parallel._pool.cache_clear()
+    parallel.shared_pool.cache_clear()
 
 
 @pytest.mark.usefixtures("no_threads")
@@ -125,17 +125,17 @@ def test_a_thread_that_dies_in_its_first_moment(monkeypatch: pytest.MonkeyPatch)
         tried.append(1)
         raise MemoryError
 
-    monkeypatch.setattr(parallel, "_refused_until", 0.0)
+    monkeypatch.setattr(parallel, "refused_until", 0.0)
     before = sys.unraisablehook
     pool = parallel.Pool(1)
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "_START_TIMEOUT", 0.2)
-        patch.setattr(parallel, "_live", dies)
+        patch.setattr(parallel, "START_TIMEOUT", 0.2)
+        patch.setattr(parallel, "run_thread", dies)
         for _ in range(5):  # only the first one is waited for
             assert pool.start(threading.get_ident).result() == threading.get_ident()
     assert len(tried) == 1
     assert sys.unraisablehook is before
-    monkeypatch.setattr(parallel, "_refused_until", 0.0)
+    monkeypatch.setattr(parallel, "refused_until", 0.0)
     assert pool.start(threading.get_ident).result() != threading.get_ident()
     pool.shutdown()
 

@@ -56,7 +56,7 @@ def test_a_long_training(cut_folder: Path) -> None:
             assert 0 < entry.commit.error.weight_rel < 0.1
 
     for _ in range(2):  # what readers had open goes with the next editions
-        repo.repository.catalog.store.index._index._write(lambda _: None)
+        repo.repository.catalog.store.index.editions.make_edition()
     before = index_bytes(repo)
     repo.repository.catalog.store.rebuild()
     anew = index_bytes(repo)

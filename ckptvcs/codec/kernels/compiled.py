@@ -14,47 +14,15 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
-from ckptvcs.codec.kernels.compiled_bits import (
-    BLOCK,
-    EXACT,
-    I32,
-    INT,
-    U8,
-    bit_positions,
-    compact,
-    gap_positions,
-    join_bits,
-    join_words,
-    positions,
-    split,
-    split_near,
-    split_words,
-    with_signs,
-)
-
-__all__ = [
-    "bit_positions",
-    "change",
-    "code_residuals",
-    "directions",
-    "divide_roots",
-    "extent",
-    "gap_positions",
-    "join_bits",
-    "join_words",
-    "log_sums",
-    "product",
-    "quantize_units",
-    "root_squares",
-    "split",
-    "split_near",
-    "split_words",
-    "squares",
-    "times_columns",
-    "times_rows",
-    "weight_squares",
-    "with_signs",
-]
+from ckptvcs.codec.kernels.compiled_bits import BLOCK, EXACT, I32, INT, U8, compact, positions
+from ckptvcs.codec.kernels.compiled_bits import bit_positions as bit_positions
+from ckptvcs.codec.kernels.compiled_bits import gap_positions as gap_positions
+from ckptvcs.codec.kernels.compiled_bits import join_bits as join_bits
+from ckptvcs.codec.kernels.compiled_bits import join_words as join_words
+from ckptvcs.codec.kernels.compiled_bits import split as split
+from ckptvcs.codec.kernels.compiled_bits import split_near as split_near
+from ckptvcs.codec.kernels.compiled_bits import split_words as split_words
+from ckptvcs.codec.kernels.compiled_bits import with_signs as with_signs
 
 Array = Any
 

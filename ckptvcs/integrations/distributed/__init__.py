@@ -1,10 +1,10 @@
-"""torch.distributed.checkpoint: every process codes its own shards, and all of them are one commit.
+"""torch.distributed.checkpoint: each process encodes its own shard of one commit.
 
 dcp.save(state, checkpoint_id="step-2000", storage_writer=CkptWriter("runs"))
 dcp.load(state, checkpoint_id="step-2000", storage_reader=CkptReader("runs"))
 
-A commit is a directory: `rank-N.pt` for each process, as torch.save would write its part of the
-state, and `checkpoint.json` (`chunks.py`), which says what each has.
+The commit is a directory.  `rank-N.pt` holds the part of one process, as torch.save would write it.
+`checkpoint.json` (`chunks.py`) lists the chunks of all tensors.
 """
 
 from ckptvcs.errors import missing_extra

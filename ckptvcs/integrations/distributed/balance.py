@@ -1,4 +1,4 @@
-"""Who writes what, of what several processes have: a weight and its moments stay together."""
+"""Assign tensors to processes: the same process writes a weight and its moments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 
 def item_bytes(item: WriteItem) -> int:
-    """The bytes of a tensor, or of a part of one; 0 for values."""
+    """Return the size of a tensor or chunk in bytes; 0 for other values."""
     data = item.tensor_data
     return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
@@ -17,11 +17,15 @@ def item_bytes(item: WriteItem) -> int:
 def keep_together(
     planned: Sequence[Sequence[WriteItem]], owned: Sequence[Iterable[MetadataIndex]]
 ) -> list[list[WriteItem]]:
-    """The items of each process, by what a planner has `planned` and what each process has.
+    """Return the items that each process writes.
 
-    A planner gives what several processes have to any one of them, each item by itself; a moment
-    is coded by what it says of its weight.  The same state is always shared out the same way, so
-    that each process has the base of its tensors in memory.
+    The planner of torch assigns each item that several processes own to any of them.  A moment is
+    encoded relative to its weight, so both must be in the same process.  The same state is always
+    assigned in the same way, so that each process has the bases of its tensors in memory.
+
+    Args:
+        planned: The items that the planner assigned to each process.
+        owned: The items that each process owns.
     """
     holders = _holders(owned)
     shared: list[list[WriteItem]] = [[] for _ in planned]
@@ -50,7 +54,7 @@ def keep_together(
 
 
 def _holders(owned: Sequence[Iterable[MetadataIndex]]) -> dict[MetadataIndex, set[int]]:
-    """Return the ranks that have each item."""
+    """Return the ranks that own each item."""
     holders: dict[MetadataIndex, set[int]] = {}
     for rank, indices in enumerate(owned):
         for index in indices:
@@ -59,8 +63,10 @@ def _holders(owned: Sequence[Iterable[MetadataIndex]]) -> dict[MetadataIndex, se
 
 
 def _keys(names: set[str]) -> dict[str, str]:
-    """For each name what it belongs to: `optim.state.0.weight.exp_avg` to `model.0.weight`, what
-    has no weight to what it stands in.
+    """Return the group of each name.
+
+    `optim.state.0.weight.exp_avg` belongs to `model.0.weight`.  A name without a weight belongs to
+    its container.
     """
     ends = {name.partition(".")[2] or name: name for name in sorted(names)}
     owners = {name: _owner(name, ends) for name in names}
@@ -72,11 +78,11 @@ def _keys(names: set[str]) -> dict[str, str]:
 
 
 def _owner(name: str, ends: dict[str, str]) -> str | None:
-    """The weight whose name, without its first step, stands inside a longer name."""
+    """Return the weight whose name without its first segment is inside a longer name."""
     steps = name.split(".")
     for length in range(len(steps) - 2, 0, -1):
         for start in range(1, len(steps) - length):
-            found = ends.get(".".join(steps[start : start + length]))
-            if found not in (None, name):
-                return found
+            weight = ends.get(".".join(steps[start : start + length]))
+            if weight not in (None, name):
+                return weight
     return None

@@ -1,4 +1,4 @@
-"""Which parts of which tensors a state of torch.distributed.checkpoint has: its metadata as JSON.
+"""The metadata of a torch.distributed.checkpoint state, as JSON: its tensors and their chunks.
 
 {"format": "ckptvcs-distributed", "version": 1,
  "tensors": {"model.0.weight": {"dtype": "BF16", "size": [8, 4], "requires_grad": true,
@@ -6,7 +6,7 @@
  "values": ["optim.lr"],
  "paths": {"model.0.weight": ["model", "0.weight"], "optim.lr": ["optim", "lr"]}}
 
-A chunk is its offsets and its sizes; `paths` are where in the state a name belongs.
+A chunk is a pair of offsets and sizes.  `paths` gives the path of each name in the nested state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ckptvcs.codec.dtypes import DTYPES, OF_TORCH
 from ckptvcs.errors import CorruptionError, InvalidInputError
 
 DESCRIPTION = "checkpoint.json"
-"""The name of the file."""
+"""The name of the metadata file."""
 
 _FORMAT, _VERSION = "ckptvcs-distributed", 1
 _MAX_DIMS, _MAX_NUMBER = 64, 1 << 44
@@ -40,17 +40,17 @@ Path = tuple[str | int, ...]
 def chunk_name(
     name: str, offsets: Sequence[int], sizes: Sequence[int], whole: Sequence[int]
 ) -> str:
-    """What a chunk of a tensor is called: `0.weight[4:8,0:4]`; as its tensor, if it is all."""
+    """Return the name of a chunk: `0.weight[4:8,0:4]`, or `name` if it is the whole tensor."""
     if tuple(sizes) == tuple(whole):
         return name
     return f"{name}[{','.join(f'{a}:{a + n}' for a, n in zip(offsets, sizes, strict=True))}]"
 
 
 def dump_metadata(metadata: Metadata) -> bytes:
-    """The JSON of what a planner planned.
+    """Return the metadata of a planner as JSON.
 
     Raises:
-        InvalidInputError: it has tensors that cannot be stored.
+        InvalidInputError: The element type of a tensor is not supported.
     """
     tensors: dict[str, Any] = {}
     values: list[str] = []
@@ -60,7 +60,7 @@ def dump_metadata(metadata: Metadata) -> bytes:
             continue
         dtype = OF_TORCH.get(str(entry.properties.dtype).removeprefix("torch."))
         if dtype is None:
-            raise InvalidInputError(f"{name} is of {entry.properties.dtype}, which is not stored")
+            raise InvalidInputError(f"{name} has unsupported type {entry.properties.dtype}")
         tensors[name] = {
             "dtype": dtype,
             "size": list(entry.size),
@@ -80,25 +80,25 @@ def dump_metadata(metadata: Metadata) -> bytes:
 
 
 def is_path(path: object) -> bool:
-    """Whether this is where something stands in a nested state."""
+    """Return whether `path` is a path in a nested state."""
     return isinstance(path, tuple) and all(type(step) in (str, int) for step in path)
 
 
 def load_metadata(data: bytes) -> Metadata:
-    """What `dump_metadata` wrote.  Raises CorruptionError."""
+    """Parse the JSON of `dump_metadata`; raises CorruptionError."""
     try:
         record = json.loads(data)
         if (record["format"], record["version"]) != (_FORMAT, _VERSION):
-            raise CorruptionError(f"{DESCRIPTION} is none that this program wrote")
+            raise CorruptionError(f"{DESCRIPTION} has an unknown format or version")
         entries: dict[str, Any] = {
             str(name): _load_tensor(row) for name, row in record["tensors"].items()
         }
         entries |= {str(name): BytesStorageMetadata() for name in record["values"]}
         paths = {str(name): tuple(path) for name, path in record["paths"].items()}
         if not all(map(is_path, paths.values())):
-            raise TypeError  # noqa: TRY301  the same answer as for what is no path at all
+            raise TypeError  # noqa: TRY301  the same message as for other wrong types
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptionError(f"{DESCRIPTION} does not describe a state") from error
+        raise CorruptionError(f"{DESCRIPTION} is not valid") from error
     return Metadata(entries, planner_data=paths or None)
 
 
@@ -120,7 +120,7 @@ def _load_tensor(row: dict[str, Any]) -> TensorStorageMetadata:
 
 def _numbers(row: Any) -> list[int]:
     if not isinstance(row, list) or len(row) > _MAX_DIMS:
-        raise TypeError("no shape")
+        raise TypeError("not a shape")
     if not all(type(n) is int and n >= 0 for n in row) or math.prod(row) >= _MAX_NUMBER:
-        raise ValueError("no shape that there can be")
+        raise ValueError("shape out of range")
     return row

@@ -1,4 +1,4 @@
-"""The repositories that a process has open."""
+"""The open repositories of this process."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from ckptvcs.integrations.target import Where
 from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
 
-# What a process has coded last is the base of what it codes next.
+# A repository keeps the tensors of its last commit in memory as the base of the next one.
 _opened: dict[Path, Repository] = {}
 
 
 def open_once(where: Where, *, make: bool = False) -> Repository:
-    """A repository, opened once in a process, or made where there is none."""
+    """Return a repository that stays open in this process; `make` creates it if it is missing."""
     path = Path(where.root if isinstance(where, Repo) else where).resolve()
     if path not in _opened:
-        made = Repository.init(path) if make else Repository(Repository.locate(path))
-        _opened[path] = made
+        _opened[path] = Repository.init(path) if make else Repository(Repository.locate(path))
     return _opened[path]

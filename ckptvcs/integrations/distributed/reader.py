@@ -1,4 +1,4 @@
-"""CkptReader: commits of CkptWriter, for as many processes as there are."""
+"""CkptReader: load commits of CkptWriter with any number of processes."""
 
 from __future__ import annotations
 
@@ -26,33 +26,39 @@ from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import quiet
 from ckptvcs.store.ids import ObjectId
 
-_BATCH_BYTES = 1 << 28  # decoded at a time
+_BATCH_BYTES = 1 << 28  # decoded tensors in memory at a time
 _MAX_DESCRIPTION = 1 << 28
 
 
 class CkptReader(StorageReader):
-    """Loads commits of `CkptWriter`, by as many processes as there are, wherever these made it.
+    """Loads commits of `CkptWriter`; the number of processes may differ from that of the save.
 
-    `revision` says which; a `checkpoint_id` that is given to `load` is a revision, too, or the name
-    that a commit was saved under.
+    If you pass a `checkpoint_id` to `torch.distributed.checkpoint.load`, it replaces `revision`: it
+    is a revision, or the name under which a commit was saved.
     """
 
     def __init__(self, repo: Where = ".", revision: str | int = "HEAD") -> None:
+        """Create the reader.
+
+        Args:
+            repo: A repository, or the directory of one.
+            revision: The commit to load.
+        """
         self._where, self._revision = repo, str(revision)
         self._restorer: Restorer | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin to load."""
+        """Prepare for another load."""
         self._restorer = None
         if checkpoint_id is not None:
             self._revision = os.fspath(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What a commit holds.
+        """Return the metadata of the commit.
 
         Raises:
-            NotFoundError: there is no such commit.
-            InvalidInputError: it is none of `CkptWriter`.
+            NotFoundError: The commit does not exist.
+            InvalidInputError: `CkptWriter` did not save the commit.
         """
         repo = open_once(self._where)
         self._restorer = repo.restorer(_find(repo, self._revision))
@@ -66,7 +72,7 @@ class CkptReader(StorageReader):
         if DESCRIPTION not in files or files[DESCRIPTION].size > _MAX_DESCRIPTION:
             raise InvalidInputError(
                 f"'{self._revision}' was not saved by CkptWriter",
-                hint="'ckpt checkout' gives its files back",
+                hint="restore its files with 'ckpt checkout'",
             )
         content: list[bytes] = []
         self._restorer.write_file(files[DESCRIPTION], lambda b: content.append(bytes(b)), quiet)
@@ -75,25 +81,24 @@ class CkptReader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Learn where the chunks are."""
-        if self._restorer is None:  # only the coordinator was asked for metadata
+        """Store the metadata of the coordinator."""
+        if self._restorer is None:  # torch calls `read_metadata` on the coordinator only
             self.read_metadata()
         self._metadata = metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are."""
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Decode what this process needs, each chunk once.
+        """Decode the chunks of a plan, each once, and copy them into the tensors of the planner.
 
         Raises:
-            CorruptionError: it does not decode to its recorded hashes, or is not what it is said
-                to be.
+            CorruptionError: A chunk is missing, or does not decode to its recorded hash.
         """
         wanted: dict[int, list[tuple[ReadItem, Window]]] = {}
         named = windows(self._parts.schema)
@@ -102,7 +107,7 @@ class CkptReader(StorageReader):
                 buffer = io.BytesIO()
                 torch.save(self._value(item.storage_index.fqn), buffer)
                 buffer.seek(0)
-                planner.load_bytes(item, buffer)  # which unpickles what was just made here
+                planner.load_bytes(item, buffer)  # unpickles only the bytes that were saved above
             elif 0 not in item.lengths:
                 window = self._window(named, item)
                 wanted.setdefault(window[0], []).append((item, window))
@@ -121,7 +126,7 @@ class CkptReader(StorageReader):
         return done
 
     def _decoded(self, numbers: list[int]) -> Iterator[tuple[int, Any]]:
-        """The bytes of tensors, some of them at a time in memory."""
+        """Yield the bytes of tensors, decoded in batches of about `_BATCH_BYTES`."""
         assert self._restorer is not None
         infos = self._parts.schema.tensors
         batch: list[int] = []
@@ -136,7 +141,7 @@ class CkptReader(StorageReader):
         yield from self._restorer.tensors(batch)
 
     def _window(self, named: Mapping[str, Window], item: ReadItem) -> Window:
-        """Where the chunk is that an item is read from."""
+        """Return the position of the chunk that an item is read from."""
         index = item.storage_index
         entry = self._metadata.state_dict_metadata[index.fqn]
         assert isinstance(entry, TensorStorageMetadata)
@@ -148,7 +153,7 @@ class CkptReader(StorageReader):
         raise CorruptionError(f"the commit lacks a part of {index.fqn}")
 
     def _value(self, name: str) -> object:
-        """A plain value, from whichever process wrote it."""
+        """Return a value that is not a tensor, from the file of the process that wrote it."""
         path = (self._metadata.planner_data or {}).get(name, (name,))
         for layout, numbers in self._layouts:
             node: Any = layout.tree
@@ -167,7 +172,7 @@ class CkptReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any name will do."""
+        """Accept any name."""
         return True
 
 
@@ -175,32 +180,39 @@ _MISSING = object()
 
 
 def _inside(node: Any, step: str | int) -> Any:
-    """What a container has in a place; lists are dicts where other processes have some of it."""
+    """Return an entry of a container, or `_MISSING`.
+
+    A list is a dict here if several processes wrote its entries.
+    """
     if isinstance(node, list) and type(step) is int and 0 <= step < len(node):
         return node[step]
     return node.get(step, _MISSING) if isinstance(node, dict) else _MISSING
 
 
 def _find(repo: Repository, revision: str) -> ObjectId:
-    """The commit that a revision names, or the newest one that was saved under a name."""
+    """Return the commit of a revision, or the newest one that was saved under that name."""
     try:
         return repo.resolve(revision)
     except NotFoundError:
         name = PurePosixPath(revision).name
         head = repo.revisions.head()
-        for found, commit in [*repo.catalog.line(head), *repo.revisions.visible().items()]:
+        for commit_id, commit in [*repo.catalog.line(head), *repo.revisions.visible().items()]:
             if commit.path == name:
-                return found
+                return commit_id
         raise
 
 
 def load_state(repo: Where = ".", revision: str | int = "HEAD") -> dict[str, Any]:
-    """The whole state of a commit of `CkptWriter`, in one process, however many made it.
+    """Return the whole state of a commit of `CkptWriter` in one process.
+
+    Args:
+        repo: A repository, or the directory of one.
+        revision: The commit to load.
 
     Raises:
-        NotFoundError: there is no such commit.
-        InvalidInputError: it is none of `CkptWriter`.
-        CorruptionError: it does not decode to its recorded hashes.
+        NotFoundError: The commit does not exist.
+        InvalidInputError: `CkptWriter` did not save the commit.
+        CorruptionError: A tensor does not decode to its recorded hash.
     """
     reader = CkptReader(repo, revision)
     metadata = reader.read_metadata()

@@ -1,8 +1,8 @@
-"""CkptWriter: what `torch.distributed.checkpoint` saves becomes a commit.
+"""CkptWriter: commit the states that `torch.distributed.checkpoint` saves.
 
-plan    the coordinator begins the commit, and gives each process a ticket
-write   each process makes a checkpoint of its items, and codes it
-finish  the coordinator joins the shards: the only commit point
+plan      the coordinator begins the commit, and sends each process a plan
+write     each process encodes its items as a shard
+finish    the coordinator joins the shards: the only commit point
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ _ARRAYS: list[Any] = [
     codecs.encode,
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
 ]
-"""What a pickle of numpy's arrays calls."""
+"""The functions and types in pickles of numpy arrays."""
 
 
 class CkptWriter(StorageWriter):
-    """Commits what `torch.distributed.checkpoint.save` or `async_save` saves.
+    """Commits each `torch.distributed.checkpoint.save` or `async_save`.
 
-    May be used for many saves, each named by its `checkpoint_id`, from which (`step-2000`) the step
-    is taken too.  On the coordinator `entry` is the last commit, as the log has it.
+    One writer can be used for many saves.  The `checkpoint_id` of a save, such as `step-2000`,
+    names the commit.
+
+    Attributes:
+        entry: The log entry of the last commit; set on the coordinator only.
     """
 
     def __init__(
@@ -66,9 +69,19 @@ class CkptWriter(StorageWriter):
         codec: str | None = None,
         branch: str | None = None,
     ) -> None:
-        """`repo` is a repository, or where one is to be opened, or made if there is none."""
+        """Create the writer.
+
+        Args:
+            repo: A repository, or the directory of one; it is created if it does not exist.
+            step: The training step; None reads it from the `checkpoint_id`, otherwise from the
+                state.
+            message: The message of the commit; by default the `checkpoint_id`.
+            metrics: Metrics by name.
+            codec: The codec for the commits; None uses the setting `codec`.
+            branch: The branch to commit to; None uses the branch of HEAD.
+        """
         self._where = repo
-        self._said: dict[str, Any] = {
+        self._arguments: dict[str, Any] = {
             "step": step,
             "message": message,
             "metrics": dict(metrics or {}),
@@ -76,57 +89,61 @@ class CkptWriter(StorageWriter):
             "branch": branch,
         }
         self._name = "checkpoint"
-        self._joint: DistributedCommit | None = None
+        self._commit: DistributedCommit | None = None
         self.entry: LogEntry | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         where = self._where.root if isinstance(self._where, Repo) else self._where
-        return {**self.__dict__, "_where": where, "_joint": None, "entry": None}
+        return {**self.__dict__, "_where": where, "_commit": None, "entry": None}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin a new save."""
-        self._give_up()
+        """Prepare for another save."""
+        self._abandon()
         if checkpoint_id is not None:
             self._name = PurePosixPath(os.fspath(checkpoint_id)).name or "checkpoint"
 
-    def _give_up(self) -> None:
-        if self._joint is not None:  # another process failed, and this one was not told
-            self._joint.abandon()
-        self._joint = None
+    def _abandon(self) -> None:
+        if self._commit is not None:  # another process may have failed without a message
+            self._commit.abandon()
+        self._commit = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Raises InvalidInputError: all processes are to save without talking to each other."""
+        """Create the repository on the coordinator.
+
+        Raises:
+            InvalidInputError: The save has `use_collectives=False`.
+        """
         if not kwargs.get("use_collectives", True):
-            raise InvalidInputError("a commit of several processes needs use_collectives=True")
+            raise InvalidInputError("CkptWriter requires use_collectives=True")
         if is_coordinator:
             open_once(self._where, make=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """What this process has, which may be more than it is to write."""
+        """Add the items that this process owns, which may be more than it will write."""
         return dataclasses.replace(plan, storage_data=[item.index for item in plan.items])
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Begin the commit; the moments of a weight go to the process that has the weight.
+        """Begin the commit, and assign the moments of a weight to the process of the weight.
 
         Raises:
-            BusyError: gc sweeps, and does not come to an end.
-            InvalidInputError: plans are kept from save to save.
+            BusyError: gc is sweeping and does not finish.
+            InvalidInputError: The planner caches plans between saves.
         """
         if not all(plan.usable for plan in plans):
-            raise InvalidInputError("a commit needs a plan of its own: enable_plan_caching=False")
-        said = {**self._said, "message": self._said["message"] or self._name}
-        if said["step"] is None:
-            said["step"] = step_in_name(self._name)  # rather than what the state says
-        self._joint = DistributedCommit(open_once(self._where, make=True), self._name, **said)
-        ticket = self._joint.begin()
-        given = keep_together([plan.items for plan in plans], [plan.storage_data for plan in plans])
+            raise InvalidInputError("CkptWriter requires enable_plan_caching=False")
+        arguments = {**self._arguments, "message": self._arguments["message"] or self._name}
+        if arguments["step"] is None:
+            arguments["step"] = step_in_name(self._name)
+        self._commit = DistributedCommit(open_once(self._where, make=True), self._name, **arguments)
+        shard_plan = self._commit.begin()
+        rows = keep_together([plan.items for plan in plans], [plan.storage_data for plan in plans])
         return [
-            dataclasses.replace(plan, items=items, storage_data=ticket)
-            for plan, items in zip(plans, given, strict=True)
+            dataclasses.replace(plan, items=items, storage_data=shard_plan)
+            for plan, items in zip(plans, rows, strict=True)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Code the shards of this process: durable when this returns."""
+        """Encode the shard of this process; it is durable when this method returns."""
         done: Future[list[WriteResult]] = Future()
         results: list[WriteResult] = []
         if plan.items:
@@ -134,7 +151,7 @@ class CkptWriter(StorageWriter):
                 checkpoint = _Part(planner).checkpoint(plan.items)
                 shard = encode_share(open_once(self._where), plan.storage_data, checkpoint)
             except BaseException:
-                self._give_up()
+                self._abandon()
                 raise
             results = [WriteResult(item.index, item_bytes(item), None) for item in plan.items]
             results[0] = dataclasses.replace(results[0], storage_data=shard)
@@ -142,24 +159,24 @@ class CkptWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Make the commit: before this nothing is in the history."""
-        assert self._joint is not None
+        """Publish the commit; before this the history is unchanged."""
+        assert self._commit is not None
         shards: dict[str, Shard] = {
             f"rank-{rank}.pt": row[0].storage_data for rank, row in enumerate(results) if row
         }
         try:
-            self.entry = self._joint.finish(shards, {DESCRIPTION: dump_metadata(metadata)})
+            self.entry = self._commit.finish(shards, {DESCRIPTION: dump_metadata(metadata)})
         finally:
-            self._give_up()
+            self._abandon()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any name will do."""
+        """Accept any name."""
         return True
 
 
 class _Part:
-    """What one process has of a state, as a checkpoint of its own."""
+    """The part of a state that one process writes, as a checkpoint."""
 
     def __init__(self, planner: SavePlanner) -> None:
         self._planner = planner
@@ -167,10 +184,10 @@ class _Part:
         self._tree: dict[str | int, Any] = {}
 
     def checkpoint(self, items: Sequence[WriteItem]) -> Checkpoint:
-        """A state of the tensors and values of a plan, tensors named as `chunk_name` does.
+        """Return the tensors and values of a plan; tensors are named by `chunk_name`.
 
         Raises:
-            InvalidInputError: it holds what is neither a tensor nor a plain value.
+            InvalidInputError: A value is not a tensor, an array or of a plain type.
         """
         names: dict[str, str] = {}
         for item in items:
@@ -186,44 +203,45 @@ class _Part:
             full = chunk_name(name, chunk.offsets, chunk.sizes, item.tensor_data.size)
             names[self._put(name, _compact(data), full)] = full
         self._put_groups()
-        made = state_checkpoint(_with_lists(self._tree))
-        known = {}
-        for info in made.schema.tensors:
+        checkpoint = state_checkpoint(_with_lists(self._tree))
+        renamed = {}
+        for info in checkpoint.schema.tensors:
             views = tuple(
                 dataclasses.replace(view, name=names.get(view.name, view.name))
                 for view in info.views
             )
-            known[info.name] = dataclasses.replace(
+            renamed[info.name] = dataclasses.replace(
                 info, name=names.get(info.name, info.name), views=views
             )
-        schema = Schema(tuple(known[info.name] for info in made.schema.tensors))
+        schema = Schema(tuple(renamed[info.name] for info in checkpoint.schema.tensors))
         missing = names.values() - windows(schema).keys()
         if missing:
             raise InvalidInputError(f"the state has names that are too long: {min(missing)[:80]}")
-        return dataclasses.replace(made, schema=schema)
+        return dataclasses.replace(checkpoint, schema=schema)
 
     def _put_groups(self) -> None:
-        """What an optimizer says of its parameters tells moments from weights: each process has it,
-        though one alone is asked to write it.
+        """Add the parameter groups of the optimizers, by which moments are recognized.
+
+        Every process has them, but the planner assigns them to one process.
         """
         for name, value in getattr(self._planner, "state_dict", {}).items():
             if _GROUPS in self._paths.get(name, ()) and not isinstance(value, torch.Tensor):
                 self._put(name, value)
 
     def _put(self, name: str, value: object, full: str = "") -> str:
-        """Put something in its place: what a tensor there is called."""
+        """Insert a value at its path, and return the name of a tensor there."""
         path = self._paths.get(name)
         steps = [*path] if path and is_path(path) else [name]
         node = self._tree
         for step in steps[:-1]:
             node = node.setdefault(step, {})
-        last = steps[-1] if steps[-1] not in node or not full else full  # a second chunk of it
+        last = steps[-1] if steps[-1] not in node or not full else full  # another chunk has it
         node[last] = value
         return ".".join(map(str, [*steps[:-1], last]))
 
 
 def _with_lists(node: Any) -> Any:
-    """The same state, with lists where a list was taken apart and all of it is here."""
+    """Return the state with each dict of the keys 0 ... N-1 as the list that the planner split."""
     if type(node) is not dict:
         return node
     inner = {key: _with_lists(value) for key, value in node.items()}
@@ -232,20 +250,20 @@ def _with_lists(node: Any) -> Any:
 
 
 def _plain(name: str, data: io.BytesIO) -> object:
-    """A value that a planner has written, without running what it may say."""
+    """Load a value that a planner pickled, without running code of the pickle."""
     try:
         with torch.serialization.safe_globals(_ARRAYS):
             return torch.load(io.BytesIO(data.getbuffer()), weights_only=True)
     except Exception as error:
         raise InvalidInputError(
-            f"the state holds what is neither a tensor nor a plain value at {name}",
-            hint="a state holds None, bool, int, float, str, bytes, list, tuple, dict, tensors and "
-            "numpy arrays",
+            f"the value at {name} has an unsupported type",
+            hint="use None, bool, int, float, str, bytes, list, tuple, dict, tensors and numpy "
+            "arrays only",
         ) from error
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with a storage that holds nothing else; a copy only where it has to be."""
+    """Return the tensor with a storage of its exact size; copies only if necessary."""
     tensor = tensor.detach()
     size = tensor.numel() * tensor.element_size()
     if type(tensor) is torch.Tensor and tensor.is_contiguous():

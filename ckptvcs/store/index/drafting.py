@@ -1,8 +1,8 @@
-"""How the next edition of an index is made, by whoever has its family locked.
+"""Make the next edition of an index; the caller has locked its family.
 
-The edition before last becomes the next one: it is brought up to date, in place, from the
-journals since its number, so that the cost does not grow with the index.  Where somebody still
-reads it, a copy of the last one is made instead.
+The edition before the newest becomes the next one: it is updated in place from the journals since
+its number, so that the cost does not grow with the index.  If a process still reads it, a copy of
+the newest edition is updated instead.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from ckptvcs.store.index.rows import (
 
 
 def begin_journal(family: Family) -> int:
-    """Begin the next journal; its number.  What is appended to an older one from here on is
-    appended to this one, too.
+    """Begin the next journal; return its number.
+
+    From now on, writers append each record of an older journal to this one too.
 
     Raises:
-        OSError: there is no room for it.
+        OSError: the disk is full.
     """
     editions, journals = family.scan()
     number = max(*editions, *journals, 0, 0) + 1
@@ -52,13 +53,13 @@ def begin_journal(family: Family) -> int:
 
 
 def announce(family: Family, journal: int) -> None:
-    """Tell those who follow a journal that there is something to look at."""
+    """Append an empty record, which makes the readers of a journal look for new files."""
     with contextlib.suppress(OSError, VoidError):
         append_record(family.journal(journal), b"")
 
 
 def read_journals(family: Family, numbers: Iterable[int]) -> Iterator[Iterator[Row]]:
-    """The records of journals.  Raises VoidError, OSError."""
+    """Yield the rows of each journal.  Raises VoidError, OSError."""
     for number in numbers:
         journal = Journal(family.journal(number))
         try:
@@ -68,11 +69,12 @@ def read_journals(family: Family, numbers: Iterable[int]) -> Iterator[Iterator[R
 
 
 def draft_after(family: Family, newest: int, root: bytes) -> tuple[Draft, int]:
-    """A draft, and the number of the first journal that it lacks, where the newest edition has
-    this number and this root.
+    """Return a draft, and the number of the first journal that it lacks.
+
+    `newest` and `root` are those of the newest edition.
 
     Raises:
-        lmdb.Error, OSError: there is no room for one.
+        lmdb.Error, OSError: the disk is full.
     """
     editions, journals = family.scan()
     for number in reversed([number for number in editions if number < newest]):
@@ -84,8 +86,9 @@ def draft_after(family: Family, newest: int, root: bytes) -> tuple[Draft, int]:
 
 
 def clean(family: Family, kept: int) -> None:
-    """Delete all editions but so many, and the journals before them, as far as nobody has them
-    open; whoever reads such a journal is sent to the newest edition.
+    """Delete all unused editions except the newest `kept`, and the journals before those.
+
+    The journals become void, so that their readers switch to the newest edition.
     """
     editions, journals = family.scan()
     old = max(0, len(editions) - kept)
@@ -99,7 +102,7 @@ def clean(family: Family, kept: int) -> None:
 
 
 def delete_all(family: Family) -> None:
-    """Make room: nobody is to believe what is there, and it is deleted where nobody has it open.
+    """Make all files of an index void, and delete those that no process has open.
 
     Raises:
         OSError: the file system refuses.
@@ -110,7 +113,7 @@ def delete_all(family: Family) -> None:
 
 
 def apply_rows(draft: Draft, txn: lmdb.Transaction, rows: Iterable[Row], keys_of: KeysOf) -> None:
-    """Write rows into a draft; to do it twice changes nothing."""
+    """Write rows into a draft.  Doing so twice has the same effect."""
     tables = draft.tables
     for table, key, value in rows:
         if table == REMOVED:
@@ -141,7 +144,7 @@ def _remove(tables: list[Any], txn: lmdb.Transaction, pack: bytes, keys_of: Keys
 def _forget(
     tables: list[Any], txn: lmdb.Transaction, name: bytes, kind: int, keys_of: KeysOf
 ) -> None:
-    """An object lies nowhere any more."""
+    """Delete the content and keys of an object that has no copy left."""
     content = txn.get(name, db=tables[CONTENTS])
     if content is not None:
         for key in keys_of(Kind(kind), bytes(content)):
@@ -150,7 +153,7 @@ def _forget(
 
 
 def forget_expected(draft: Draft, txn: lmdb.Transaction) -> None:
-    """Forget the packs that were expected when the draft was an edition, and have not come."""
+    """Forget packs that were expected when the draft was an edition, and never published."""
     with txn.cursor(draft.tables[EXPECTED]) as cursor:
         while cursor.first():
             cursor.delete()

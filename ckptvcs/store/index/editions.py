@@ -1,17 +1,17 @@
-"""The files of an index: editions, each an LMDB file that nobody changes once it has its name.
+"""The files of an index: editions, which are LMDB files that never change once they have a name.
 
     <name>-<host>-<boot>-e<number>.lmdb    an edition
-    <name>-<host>-<boot>-j<number>         the journal of what came after it, and after older ones
-    <name>-<host>-<boot>-draft, -new       the next ones, until they have their names
-    <name>-<host>-<boot>-lock              whoever makes one has it locked
+    <name>-<host>-<boot>-j<number>         the journal of the changes after it
+    <name>-<host>-<boot>-draft, -new       the next edition and journal, before they get a name
+    <name>-<host>-<boot>-lock              locked by the process that makes the next ones
 
-LMDB's own locks are not used: who waits for them waits in C, without an end.  An edition is read
-by whoever shares the lock of its file, and is deleted, or becomes the draft of a later one, once
-nobody does.
+LMDB's own locks are not used, because waiting for them in C cannot be interrupted.  A reader of an
+edition shares the lock of its file.  An edition that nobody reads may be deleted, or may become the
+draft of a later one.
 
-Each start of a machine begins its own files: nothing is synced, so that after a power cut their
-pages may be of any age, and LMDB trusts them; and two machines on one file system do not share one,
-which would have to be mapped by both.
+Each boot of a machine begins new files.  They are never synced: after a power cut, their pages may
+be of any age, and LMDB would trust them.  Two machines on one file system do not share an index,
+because LMDB maps its file into memory.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from ckptvcs.store.index.rows import MANY, TABLES
 
 _FIRST_MAP_BYTES = 1 << 24
 _META = struct.Struct("<40xI92xQ")  # of LMDB 0.9: page size, last page used
-_DIGITS = 8  # of the hashes of a host and of its start
+_DIGITS = 8  # hex digits of the hashes of host and boot
 _VERSION = b"ckptvcs index 5"
 
 _open: dict[tuple[int, int], Edition] = {}
 _drafts: weakref.WeakSet[Draft] = weakref.WeakSet()
-_left: list[object] = []  # what a thread of the parent was using: never to be touched again
+_abandoned: list[object] = []  # LMDB objects in use by a thread of the parent at a fork; kept alive
 
 
 @dataclass(frozen=True)
@@ -55,49 +55,49 @@ class Family:
 
     @classmethod
     def of(cls, name: Path) -> Family:
-        """Those of an index of this name, of this start of this machine."""
+        """Return the files of an index of this name, for this boot of this machine."""
         host = f"{name.name}-{_short(host_name())}-"
         return cls(name.parent, f"{host}{_short(boot_id())}-", host)
 
     def edition(self, number: int) -> Path:
-        """The file of an edition."""
+        """Return the path of an edition."""
         return self.folder / f"{self.prefix}e{number}.lmdb"
 
     def journal(self, number: int) -> Path:
-        """The journal that came with an edition."""
+        """Return the path of the journal that began with an edition."""
         return self.folder / f"{self.prefix}j{number}"
 
     @property
     def draft(self) -> Path:
-        """The next edition."""
+        """Path of the unfinished next edition."""
         return self.folder / f"{self.prefix}draft"
 
     @property
     def new(self) -> Path:
-        """The next journal."""
+        """Path of the unfinished next journal."""
         return self.folder / f"{self.prefix}new"
 
     @property
     def lock(self) -> Path:
-        """What is locked by whoever makes them."""
+        """Path of the lock for making the next edition."""
         return self.folder / f"{self.prefix}lock"
 
     def scan(self) -> tuple[list[int], list[int]]:
-        """The numbers of the editions, and of the journals, in order.
+        """Return the sorted numbers of the editions, and of the journals.
 
         Raises:
             OSError: the folder cannot be listed.
         """
-        own = re.compile(re.escape(self.prefix) + r"(?:e([0-9]{1,15})\.lmdb|j([0-9]{1,15}))\Z")
-        nothing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
-        with nothing, os.scandir(self.folder) as entries:
-            found = [match for entry in entries if (match := own.match(entry.name))]
-            editions = sorted(int(match[1]) for match in found if match[1])
-            return editions, sorted(int(match[2]) for match in found if match[2])
+        name = re.compile(re.escape(self.prefix) + r"(?:e([0-9]{1,15})\.lmdb|j([0-9]{1,15}))\Z")
+        missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with missing, os.scandir(self.folder) as entries:
+            matches = [match for entry in entries if (match := name.match(entry.name))]
+            editions = sorted(int(match[1]) for match in matches if match[1])
+            return editions, sorted(int(match[2]) for match in matches if match[2])
         return [], []
 
     def delete_older(self) -> None:
-        """Delete the files of earlier starts of this machine that nobody has open."""
+        """Delete the unused files of earlier boots of this machine."""
         with contextlib.suppress(OSError):
             for entry in [*os.scandir(self.folder)]:
                 name = entry.name
@@ -109,17 +109,11 @@ def _short(text: str) -> str:
     return hex_hash(text.encode())[:_DIGITS]
 
 
-def newest_file(name: Path) -> Path:
-    """The newest edition of an index.  Raises OSError, ValueError: there is none."""
-    family = Family.of(name)
-    return family.edition(max(family.scan()[0]))
-
-
 class Edition:
-    """An open edition: every index of this process that reads it has the same one."""
+    """An open edition, shared by all indexes of this process that read it."""
 
     def __init__(self, file: LockedFile) -> None:
-        """Raises lmdb.Error, OSError: it is rotten, or the file system refuses."""
+        """Open an edition.  Raises lmdb.Error, OSError if it is damaged or cannot be read."""
         self._file, self._users = file, 0
         _check_length(file.descriptor)
         self.env: lmdb.Environment | None = _environment(file.path, readonly=True, lock=False)
@@ -133,28 +127,28 @@ class Edition:
             raise
 
     def get(self, table: int, key: bytes) -> bytes | None:
-        """The value of a key."""
-        found: bytes | None = self.txn.get(key, None, self.tables[table])
-        return found
+        """Return the value of a key."""
+        value: bytes | None = self.txn.get(key, None, self.tables[table])
+        return value
 
     def values(self, table: int, key: bytes) -> list[bytes]:
-        """All values of a key."""
+        """Return all values of a key."""
         cursor = self.cursors[table]
         return [*cursor.iternext_dup()] if cursor.set_key(key) else []
 
     def rows(self, table: int, start: bytes = b"") -> Iterable[tuple[bytes, bytes]]:
-        """The keys from `start` on, in order, with their values."""
+        """Yield the sorted keys from `start` on, with their values."""
         with self.txn.cursor(self.tables[table]) as cursor:
             if cursor.set_range(start) if start else cursor.first():
                 yield from cursor
 
     def use(self) -> Edition:
-        """Count one more who uses it."""
+        """Count one more user."""
         self._users += 1
         return self
 
     def leave(self) -> None:
-        """Count one less: with the last it is closed."""
+        """Count one user less; the last one closes the edition."""
         self._users -= 1
         if self._users == 0 and self.env is not None:
             _open.pop(self._file.identity, None)
@@ -167,44 +161,44 @@ class Edition:
         self._file.close()
 
     def drop(self, *, idle: bool) -> None:
-        """In a forked child: it is the parent's.  Only an `idle` environment can be closed."""
+        """Give up the parent's edition in a forked child.  Only an `idle` one can be closed."""
         if idle:
             self._close()
         else:
-            _left.append((self.env, self.txn, self.tables, self.cursors))
+            _abandoned.append((self.env, self.txn, self.tables, self.cursors))
             self.env = None
 
 
 def open_edition(path: Path) -> Edition:
-    """An edition, used once more; the caller holds `forking.using`.
+    """Open an edition, or count one more user; the caller holds `forking.using`.
 
     Raises:
-        FileNotFoundError, BlockingIOError: it has become a draft meanwhile, or is deleted.
-        lmdb.Error, OSError: it is rotten, or the file system refuses.
+        FileNotFoundError, BlockingIOError: it has become a draft or was deleted.
+        lmdb.Error, OSError: it is damaged, or the file system refuses.
     """
     file = LockedFile(path)
     try:
-        known = _open.get(file.identity)
-        if known is None:
-            known = Edition(file)
-            _open[file.identity] = known
-            return known.use()
+        edition = _open.get(file.identity)
+        if edition is None:
+            edition = _open[file.identity] = Edition(file)
+            return edition.use()
     except BaseException:
         file.close()
         raise
     file.close()
-    return known.use()
+    return edition.use()
 
 
 class Draft:
-    """The next edition, which nobody else sees."""
+    """The unfinished next edition, which other processes do not see."""
 
     def __init__(self, file: LockedFile, *, root: bytes | None = None) -> None:
-        """A file that is locked for this process alone; an empty one gets a `root`, which all that
-        come from it have in common.
+        """Open an exclusively locked file.
+
+        An empty file gets a `root`, an id that all editions made from it share.
 
         Raises:
-            lmdb.Error, OSError: it is rotten, or the file system refuses.
+            lmdb.Error, OSError: the file is damaged, or the file system refuses.
         """
         self._file, self._published = file, False
         if root is None:
@@ -229,7 +223,7 @@ class Draft:
             raise
 
     def write(self, change: Callable[[lmdb.Transaction], object]) -> None:
-        """Run `change` in one transaction, in a larger map if this one is full."""
+        """Run `change` in one transaction; repeat it in a larger map if the map is full."""
         while True:
             assert self._env is not None
             try:
@@ -240,9 +234,9 @@ class Draft:
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
 
     def publish(self, path: Path) -> None:
-        """Let it be an edition.  Raises OSError."""
+        """Turn the draft into an edition.  Raises OSError."""
         self._close_environment()
-        self._file.share()  # before others see it: no reader waits for this process
+        self._file.share()  # before others see it, so that no reader is locked out
         self._file.path.rename(path)
         self._published = True
 
@@ -252,7 +246,7 @@ class Draft:
             env.close()
 
     def close(self) -> None:
-        """Let it go; nothing stays of it, unless it was published."""
+        """Close the draft, and delete it unless it was published."""
         self._close_environment()
         if not self._published:
             with contextlib.suppress(OSError):
@@ -260,19 +254,18 @@ class Draft:
         self._file.close()
 
     def drop(self, *, idle: bool) -> None:
-        """In a forked child: it is the parent's.  Only an `idle` environment can be closed."""
+        """Give up the parent's draft in a forked child.  Only an `idle` one can be closed."""
         if not idle:
-            _left.append(self._env)
+            _abandoned.append(self._env)
             self._env = None
         self._close_environment()
 
 
 def new_draft(path: Path, *, copied: Path | None = None, root: bytes | None = None) -> Draft:
-    """A draft that begins empty with a `root`, or as a copy of an edition; of what an earlier one
-    left behind nothing stays.
+    """Return an empty draft with a `root`, or a copy of an edition, replacing any older draft.
 
     Raises:
-        lmdb.Error, OSError: the copied one is rotten, or the file system refuses.
+        lmdb.Error, OSError: the copied edition is damaged, or the file system refuses.
     """
     path.unlink(missing_ok=True)
     file = LockedFile(path, alone=True, create=True)
@@ -288,7 +281,7 @@ def new_draft(path: Path, *, copied: Path | None = None, root: bytes | None = No
 
 
 def spare_draft(path: Path, spare: Path, root: bytes) -> Draft | None:
-    """An edition that nobody uses any more as a draft, if it has this `root`."""
+    """Turn an unused edition into a draft; return None if it is in use or has another root."""
     path.unlink(missing_ok=True)
     with contextlib.suppress(OSError, lmdb.Error):
         file = LockedFile(spare, alone=True)
@@ -313,10 +306,10 @@ def _environment(path: Path, **options: Any) -> lmdb.Environment:
 
 
 def _root(txn: lmdb.Transaction) -> bytes:
-    """What editions that come from one another have in common.
+    """Return the id that all editions made from one empty draft share.
 
     Raises:
-        lmdb.InvalidError: another program wrote it.
+        lmdb.InvalidError: another version of the program wrote the edition.
     """
     if txn.get(b"version") != _VERSION:
         raise lmdb.InvalidError("the index has another version")
@@ -331,11 +324,11 @@ def _open_tables(env: lmdb.Environment, txn: lmdb.Transaction, *, create: bool) 
 
 
 def _check_length(descriptor: int) -> None:
-    """LMDB maps its file and trusts it: reading behind the end of a cut one kills the process.
+    """Check the length of a file: LMDB maps it, and dies when it reads beyond a truncated end.
 
     Raises:
         lmdb.CorruptedError: the file is shorter than its meta pages say.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     size = os.fstat(descriptor).st_size
     head = os.pread(descriptor, _META.size, 0)
@@ -352,9 +345,7 @@ def _check_length(descriptor: int) -> None:
 
 
 def _forget(idle: bool) -> None:
-    """The environments are the parent's: LMDB opens no file twice in a process, of which a child
-    counts as one.
-    """
+    """Give up the parent's environments in a forked child: LMDB cannot reopen an open file."""
     for edition in [*_open.values()]:
         edition.drop(idle=idle)
     for draft in [*_drafts]:

@@ -1,4 +1,4 @@
-"""Following an index as others write it: its newest edition, and the journals from there on."""
+"""Follow an index that others write: its newest edition, and the journals from its number on."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from ckptvcs.store.index.journal import MOST_BYTES, Journal, VoidError, append_r
 from ckptvcs.store.index.recent import Recent
 from ckptvcs.store.index.rows import ROTTEN, load_rows
 
-_TRIES = 5  # others may make a new edition each time
-_MOST_OWN_BYTES = 1 << 23  # of journals, that are kept in memory with an edition of one's own
+_TRIES = 5  # other processes may make a new edition each time
+_MOST_OWN_BYTES = 1 << 23  # of journals, kept in memory on top of a private edition
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Follower:
-    """What the files of one family say now; the caller holds `forking.using`.
+    """The current content of the files of one family; the caller holds `forking.using`.
 
-    A process whose edition is its `own` reads the journals that others read; one without a
-    journal knows what it wrote itself.
+    If the edition is private (`own`), this still reads the shared journals.  Without a journal, it
+    has only the rows that this process wrote.
     """
 
     def __init__(self, family: Family) -> None:
-        """Nothing is opened before it is read."""
+        """Open nothing yet; `read` does."""
         self._family = family
         self._recent: Recent | None = None
-        self._tail: Journal | None = None
-        self._bad = self._last = 0  # the last edition that cannot be used; the last journal
-        self._next = self._awaited = ""
-        self._awaits = True
+        self._tail: Journal | None = None  # the newest journal
+        self._bad = self._last = 0  # the last damaged edition; the number of the newest journal
+        self._next = self._awaited = ""  # paths of the next journal, of the next edition
+        self._awaits = True  # whether to switch to the next shared edition
         self._taken = 0  # bytes of earlier journals
         self.number = 0
-        """That of the edition, unless it is this process's `own`."""
+        """The number of the edition; 0 if it is private."""
         self.own = False
         self.turn = 0
         """How often files were opened."""
 
     def read(self) -> Recent:
-        """What they say.
+        """Return the current content.
 
         Raises:
             lmdb.Error, ValueError, OSError: no edition can be used.
         """
         recent, tail = self._recent, self._tail
-        if recent is None or recent.base.env is None:  # a forked child has lost it
+        if recent is None or recent.base.env is None:  # None: in a forked child
             return self.open()
         if tail is None or tail.has_changed():
             return self._catch_up(recent)
         return recent
 
     def open(self) -> Recent:
-        """Begin with the newest edition.
+        """Open the newest edition and its journals.
 
         Raises:
-            lmdb.Error, ValueError, OSError: there is none that can be used.
+            lmdb.Error, ValueError, OSError: no edition can be used.
         """
         self.close()
         number = self._bad
@@ -71,7 +71,7 @@ class Follower:
             try:
                 return self._open_at(number, max(journals, default=0))
             except (FileNotFoundError, BlockingIOError, VoidError):
-                continue  # others have made a new one meanwhile
+                continue  # another process has made a new edition
             except ROTTEN:
                 self._bad = number
                 raise
@@ -88,7 +88,7 @@ class Follower:
                 tail = Journal(self._family.journal(journal))
                 take(recent, tail)
                 left -= tail.read_bytes
-                if journal < last and not tail.ended:  # who began the next one could not say so
+                if journal < last and not tail.ended:  # announcing the next journal had failed
                     with contextlib.suppress(OSError, VoidError):
                         append_record(tail.path, b"")
             _require(tail is not None and left >= 0)
@@ -102,13 +102,15 @@ class Follower:
         self._follow(recent, tail, last)
         return recent
 
-    def go_on(self, recent: Recent, last: int, *, told: bool, awaits: bool) -> None:
-        """Go on with an edition of this process's own, and, if it is to be `told`, with what the
-        journals from the `last` one on say; until the next one of all comes, if it `awaits` that.
+    def go_on(self, recent: Recent, last: int, *, follow: bool, awaits: bool) -> None:
+        """Continue with a private edition.
+
+        With `follow`, read the shared journals from the `last` one on.  With `awaits`, switch back
+        to the next shared edition.
         """
         self.close()
         tail = None
-        if told and last:
+        if follow and last:
             with contextlib.suppress(OSError, *ROTTEN):
                 tail = _taken(recent, self._family.journal(last))
         coming = self._family.edition(last)
@@ -128,11 +130,11 @@ class Follower:
             return self.open() if self._newest() > max(self._last, self._bad) else recent
         try:
             while True:
-                goes_on = os.access(self._next, os.F_OK)  # looked for before the end is
-                if goes_on and self._awaits and self._newest() > max(self._last, self._bad):
-                    return self.open()  # it has all of this journal, which may be a long one
+                has_next = os.access(self._next, os.F_OK)  # check before reading to the end
+                if has_next and self._awaits and self._newest() > max(self._last, self._bad):
+                    return self.open()  # the new edition contains the rest of this journal
                 take(recent, self._tail)
-                if not goes_on:
+                if not has_next:
                     break
                 tail = Journal(Path(self._next))
                 self._taken += self._tail.read_bytes
@@ -151,7 +153,7 @@ class Follower:
         return max(self._family.scan()[0], default=0)
 
     def look_again(self) -> None:
-        """Leave files whose names lead elsewhere by now: a folder may be deleted, and made again.
+        """Reopen the files if their folder was replaced.
 
         Raises:
             lmdb.Error, ValueError, OSError: no edition can be used.
@@ -161,17 +163,17 @@ class Follower:
             self.open()
 
     def distrust(self) -> None:
-        """Never open this edition again, but a newer one."""
+        """Never open this edition again, only newer ones."""
         self._bad = max(self._bad, self.number)
         self.close()
 
     @property
     def unread_bytes(self) -> int:
-        """Bytes of the newest journal, which the next edition will have."""
+        """Bytes of the newest journal, which the next edition will contain."""
         return 0 if self._tail is None else self._tail.read_bytes
 
     def append(self, record: bytes) -> bool:
-        """Add a record to the newest journal; whether it will be read from there.
+        """Append a record to the newest journal; return whether `read` will find it there.
 
         Raises:
             lmdb.Error, ValueError, OSError: no edition can be used.
@@ -194,20 +196,20 @@ class Follower:
                 self.open()
             except OSError as error:
                 if error.errno not in _FORBIDDEN:
-                    self._stop_telling()
+                    self._void_tail()
                 return False
         return False
 
-    def _stop_telling(self) -> None:
-        """Nobody is to believe that the journal says all."""
+    def _void_tail(self) -> None:
+        """Make the journal void, because it lacks a record."""
         tail, self._tail = self._tail, None
         if tail is not None:
-            tail.close()  # there may be no descriptor left
+            tail.close()  # `void` needs a descriptor, and there may be no other
             with contextlib.suppress(OSError):
                 void(tail.path)
 
     def close(self) -> None:
-        """Let the files go; they can be read again."""
+        """Close the files; `read` opens them again."""
         recent, tail = self._recent, self._tail
         self._recent = self._tail = None
         if recent is not None:
@@ -217,13 +219,13 @@ class Follower:
 
 
 def take(recent: Recent, journal: Journal) -> None:
-    """Take over what a journal says.  Raises VoidError, struct.error, OSError."""
+    """Apply the unread records of a journal.  Raises VoidError, struct.error, OSError."""
     for record in journal.read():
         recent.apply(load_rows(record))
 
 
 def _taken(recent: Recent, path: Path) -> Journal:
-    """A journal that was taken over.  Raises VoidError, struct.error, OSError."""
+    """Open a journal and apply it.  Raises VoidError, struct.error, OSError."""
     journal = Journal(path)
     try:
         take(recent, journal)
@@ -239,6 +241,6 @@ def _require(sound: bool) -> None:
 
 
 def close(follower: Follower) -> None:
-    """Let the files go of one that nobody uses any more."""
+    """Close the files of a follower."""
     with forking.using:
         follower.close()

@@ -1,11 +1,11 @@
-"""Index: what the packs hold, in editions of LMDB files and journals of what came after them.
+"""Index: the content of the packs, in LMDB editions and in journals of later changes.
 
-Nothing here is the truth.  Everything can be rebuilt from the tables of contents of the packs; a
-value that turns out wrong is noticed because every object is checked against its id.
+The index is a cache: it can be rebuilt from the tables of contents of the packs.  Wrong values are
+noticed, because every object is checked against its id.
 
-Reading takes the newest edition there is, and what the journals from its number on say.
-Writing appends to the newest journal, and now and then makes the next edition: one process at a
-time, for which nobody waits.  Where none can be made, or read, a process has one of its own.
+Reading combines the newest edition with the journals from its number on.  Writing appends to the
+newest journal, and sometimes makes the next edition.  Only one process at a time does so, and no
+other waits for it.  A process that cannot make or read an edition uses a private one.
 """
 
 from __future__ import annotations
@@ -60,103 +60,96 @@ from ckptvcs.store.index.rows import (
 __all__ = ["ROTTEN", "Index", "KeysOf", "Place", "Records"]
 
 Records = Callable[[], Iterable[Iterable[Row]]]
-"""The rows of all packs that there are when it is called."""
+"""A function that returns the rows of all packs that exist when it is called."""
 
-_JOURNAL_BYTES = 1 << 17  # of records, before the next edition is made
-_ROWS = 1024  # that are written at once: their pages are in memory, and then free for the next ones
+JOURNAL_BYTES = 1 << 17  # bytes of records after which the next edition is made
+ROWS_PER_WRITE = 1024  # rows in one transaction: their pages stay in memory until it ends
 _MEMORY = [folder for folder in ("/dev/shm",) if os.access(folder, os.W_OK)]
 
 
 class Index:
-    """What the files of one name say; it follows them as they are written."""
+    """The content of the index files of one name, which other processes keep writing."""
 
     def __init__(self, name: Path, keys_of: KeysOf) -> None:
-        """Nothing is opened before it is asked."""
+        """Open nothing yet; the first question does."""
         self._family, self._keys_of = Family.of(name), keys_of
-        self._followed = Follower(self._family)
-        self._read = self._followed.read
-        self._enough = _JOURNAL_BYTES
+        self.follower = Follower(self._family)
+        self._read = self.follower.read
+        self._enough = JOURNAL_BYTES
         self._room_is_wanted = False
-        weakref.finalize(self, close, self._followed).atexit = False
+        weakref.finalize(self, close, self.follower).atexit = False
 
     @property
     def turn(self) -> int:
         """How often files were opened."""
-        return self._followed.turn
+        return self.follower.turn
 
     def look_again(self) -> None:
-        """Open it; leave files whose names lead elsewhere by now.
+        """Open the files, again if their folder was replaced.
 
         Raises:
             lmdb.Error, ValueError, OSError: no edition can be used.
         """
         with forking.using:
-            self._followed.look_again()
+            self.follower.look_again()
 
     def distrust(self) -> None:
-        """It said something that cannot be: what is not made anew is not believed again."""
+        """Never use this edition again: its content is wrong."""
         with forking.using:
-            self._followed.distrust()
+            self.follower.distrust()
 
     def close(self) -> None:
-        """Let the files go; it can be asked again."""
-        close(self._followed)
-
-    def _begin(self) -> lmdb.Transaction:
-        """A transaction on the edition alone."""
-        with forking.using:
-            env = self._read().base.env
-            assert env is not None
-            return env.begin()
+        """Close the files; the next question opens them again."""
+        close(self.follower)
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def _say(self, rows: Iterable[Row]) -> None:
-        """Let everybody know rows; where there is no room for them, this process alone."""
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows to the journal; if that fails, only this process knows them."""
         record = dump_rows(rows)
         with forking.using:
             self._read()
-            told = self._followed.append(record)
+            is_appended = self.follower.append(record)
             recent = self._read()
-            if not told:
+            if not is_appended:
                 recent.apply(load_rows(record))
-            elif not self._followed.own and self._followed.unread_bytes > self._enough:
+            elif not self.follower.own and self.follower.unread_bytes > self._enough:
                 try:
-                    self._write(lambda _: None)
-                    self._enough = _JOURNAL_BYTES
-                except (OSError, *ROTTEN):  # somebody is at it, or there is no room
+                    self.make_edition()
+                    self._enough = JOURNAL_BYTES
+                except (OSError, *ROTTEN):  # another process does so, or the disk is full
                     self._enough *= 2
 
-    def _write(self, change: Callable[[lmdb.Transaction], object]) -> None:
-        """Make the next edition: the last one, what the journals say, and `change`.
+    def make_edition(self) -> None:
+        """Make the next edition from the newest one and the journals.
 
         Raises:
             BlockingIOError: another process does so.
-            lmdb.Error, ValueError, OSError: the last one is rotten, or there is no room.
+            lmdb.Error, ValueError, OSError: the newest one is damaged, or the disk is full.
         """
         with forking.using, alone(self._family.lock):
-            if self._followed.own:
-                raise lmdb.InvalidError("there is no edition that others have")
-            root = self._followed.open().base.root
-            draft, first = draft_after(self._family, self._followed.number, root)
+            if self.follower.own:
+                raise lmdb.InvalidError("the index of this process is private")
+            root = self.follower.open().base.root
+            draft, first = draft_after(self._family, self.follower.number, root)
             try:
                 number = begin_journal(self._family)
                 draft.write(lambda txn: forget_expected(draft, txn))
                 self._add(draft, read_journals(self._family, range(first, number)))
-                draft.write(change)
                 draft.publish(self._family.edition(number))
             finally:
                 draft.close()
             announce(self._family, number)
-            self._followed.open()
+            self.follower.open()
             clean(self._family, 2)
 
     def rebuild(self, records: Records, *, anew: bool) -> None:
-        """Make an edition of the packs alone; unless it is to be made `anew`, another one will
-        do that somebody has made meanwhile.
+        """Make an edition from the packs.
+
+        Unless `anew`, a usable edition that another process has made meanwhile is enough.
 
         Raises:
-            lmdb.Error, OSError: there is no room anywhere.
+            lmdb.Error, OSError: no disk has room for it.
         """
         if self._room_is_wanted:
             self.move_out(records, delete=True)
@@ -171,14 +164,14 @@ class Index:
         with alone(self._family.lock):
             if not anew:
                 with forking.using, contextlib.suppress(OSError, *ROTTEN):
-                    self._followed.open()
+                    self.follower.open()
                     return
-                clean(self._family, 0)  # there may be no room for two
+                clean(self._family, 0)  # the disk may not have room for two
             number = begin_journal(self._family)
             self._fill(self._family.draft, self._family.edition(number), records)
             announce(self._family, number)
             with forking.using:
-                self._followed.open()
+                self.follower.open()
             clean(self._family, 1)
             self._family.delete_older()
 
@@ -195,17 +188,18 @@ class Index:
 
     def _add(self, draft: Draft, records: Iterable[Iterable[Row]]) -> None:
         rows = chain.from_iterable(records)
-        while batch := [*islice(rows, _ROWS)]:
+        while batch := [*islice(rows, ROWS_PER_WRITE)]:
             with forking.using:
                 draft.write(lambda txn: apply_rows(draft, txn, batch, self._keys_of))
 
     def move_out(self, records: Records, *, awaits: bool = False, delete: bool = False) -> None:
-        """Go on with an edition for this process alone, which no folder has: of the packs, and of
-        what the journals will say.  It `awaits` the next one of all; or else, with `delete`, makes
-        room of those that there are.
+        """Continue with a private edition, made from the packs, in a deleted temporary folder.
+
+        With `awaits`, the next shared edition replaces it.  With `delete`, the shared files are
+        deleted to free their room.
 
         Raises:
-            lmdb.Error, OSError: there is no room anywhere.
+            lmdb.Error, OSError: no disk has room for it.
         """
         last, problem = 0, Exception()
         with contextlib.suppress(OSError):
@@ -217,7 +211,7 @@ class Index:
                 self._fill(scratch / "draft", scratch / "index", records)
                 with forking.using:
                     base = open_edition(scratch / "index")
-                    self._followed.go_on(Recent(base), last, told=not delete, awaits=awaits)
+                    self.follower.go_on(Recent(base), last, follow=not delete, awaits=awaits)
                 break
             except (OSError, *ROTTEN) as error:
                 problem = error
@@ -234,7 +228,7 @@ class Index:
     # -- asking ----------------------------------------------------------------------------------
 
     def packs(self) -> dict[PackId, tuple[str, int]]:
-        """Every indexed pack: its folder and size in bytes."""
+        """Return folder and size in bytes of each indexed pack."""
         with forking.using:
             return {
                 PackId(key.hex()): (folder_of(row), load_pack(row)[1])
@@ -242,11 +236,11 @@ class Index:
             }
 
     def pack_size(self, pack: PackId) -> int:
-        """Bytes of an indexed pack; 0 where it is not known."""
+        """Return the bytes of a pack, or 0 if it is not indexed."""
         return self._pack(pack)[1]
 
     def pack_share(self, pack: PackId) -> int:
-        """Bytes of an indexed pack for each commit in it."""
+        """Return the bytes of a pack, divided by the number of commits in it."""
         _, size, commits = self._pack(pack)
         return size // (commits or 1)
 
@@ -256,7 +250,7 @@ class Index:
         return (0, 0, 0) if row is None else load_pack(row)
 
     def places(self, name: ObjectId) -> list[Place]:
-        """Where an object lies; empty where it is not known."""
+        """Return the indexed copies of an object."""
         with forking.using:
             recent = self._read()
             return [
@@ -265,24 +259,24 @@ class Index:
             ]
 
     def content(self, name: ObjectId) -> bytes | None:
-        """The content of a small object, unproven; None where it is not kept here."""
+        """Return the content of a small object, unchecked, or None if the index lacks it."""
         with forking.using:
             return self._read().get(CONTENTS, bytes.fromhex(name))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[ObjectId], bytes | None]]:
-        """`content`, for many: it takes half the time."""
+        """Yield a faster `content` function, for many calls."""
         with forking.using:
             get = self._read().get
             yield lambda name: get(CONTENTS, bytes.fromhex(name))
 
     def find(self, key: bytes) -> list[ObjectId]:
-        """The objects that have `key`."""
+        """Return the objects that have `key`."""
         with forking.using:
             return [ObjectId(name.hex()) for name in self._read().find(cut_key(key))]
 
     def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
-        """Every object of a kind whose id begins with `prefix` (hex digits)."""
+        """Return the objects of a kind whose id begins with `prefix` (hex digits)."""
         names: dict[ObjectId, None] = {}
         start = bytes.fromhex(prefix[: len(prefix) // 2 * 2])
         with forking.using:
@@ -295,13 +289,13 @@ class Index:
         return [*names]
 
     def expected(self) -> dict[PackId, str]:
-        """The packs that were about to be published and have not been added: id -> folder."""
+        """Return the packs that were announced by `expect` and not added: id -> folder."""
         with forking.using:
             rows = self._read().rows(EXPECTED)
             return {PackId(key.hex()): value.decode("ascii") for key, value in rows}
 
     def same(self, other: Index) -> bool:
-        """Whether both hold the same packs, objects, contents and keys."""
+        """Return whether both indexes have the same packs, objects, contents and keys."""
         with forking.using:
             mine, theirs = self._read(), other._read()
             return all(
@@ -310,18 +304,12 @@ class Index:
                 for one, two in zip_longest(mine.rows(table), theirs.rows(table))
             )
 
-    # -- telling ---------------------------------------------------------------------------------
+    # -- changing --------------------------------------------------------------------------------
 
     def expect(self, pack: PackId, folder: str) -> None:
-        """Note a pack that is about to be published: should the process end before it is added,
-        others know where to look.
-        """
-        self._say([(EXPECTED, bytes.fromhex(pack), folder.encode())])
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Make a pack's objects findable."""
-        self._say(rows)
+        """Note a pack before it is published, so that others can add it if this process dies."""
+        self.add([(EXPECTED, bytes.fromhex(pack), folder.encode())])
 
     def remove(self, packs: set[PackId]) -> None:
-        """Forget packs, and the objects that lay nowhere else."""
-        self._say((REMOVED, bytes.fromhex(pack), b"") for pack in packs)
+        """Remove packs, and the objects that have no other copy."""
+        self.add((REMOVED, bytes.fromhex(pack), b"") for pack in packs)

@@ -1,11 +1,10 @@
-"""Journal: what came after an edition of an index, in a file that is only appended to.
+"""Journal: the changes after an edition of an index, in an append-only file.
 
     header | record record ...        record = magic, length, BLAKE3 of the payload, payload
 
-An empty record says that there is something to look at: the next journal, or edition.
-Nobody waits: each record is appended by one call of the operating system, and whoever reads takes
-what is whole.  A journal that did not take a record, for want of room, is cut to nothing, which
-takes no room: it is void from then on, and with it the edition that it belongs to.
+An empty record tells the readers to look for the next journal or edition.  No process waits: each
+record is appended by one system call, and readers take complete records.  If the disk is full, the
+journal is truncated to nothing, which needs no room.  It is void then, and so is its edition.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ _MAGIC = b"CKJR"
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _APPEND = _FLAGS | os.O_RDWR | os.O_APPEND
 MOST_BYTES = 1 << 26
-"""No journal is longer, nor are those together that are read for one edition."""
+"""Limit for a journal, and for all journals that are read on top of one edition."""
 
 
 class VoidError(ValueError):
-    """A journal does not tell all that there was: the packs have to be looked at."""
+    """A journal is incomplete: the packs must be read instead."""
 
 
 class CutError(OSError):
-    """There was no room for a record: the journal is void."""
+    """The disk has no room for a record, so the journal is void now."""
 
 
 class Journal(LockedFile):
-    """A journal that is read to its end, again and again."""
+    """A journal that is read to its end repeatedly, while others append to it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises VoidError; OSError: it is not there."""
+        """Open a journal.  Raises VoidError, OSError."""
         super().__init__(path)
         self._at = self._seen = 0
         self.ended = False
-        """Whether the last record that was read is an empty one."""
+        """Whether the last record read is empty."""
         if os.pread(self.descriptor, len(_HEADER), 0) != _HEADER:
             self.close()
             raise VoidError
@@ -54,26 +53,26 @@ class Journal(LockedFile):
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the records that were read."""
+        """Bytes of the records read so far."""
         return self._at - len(_HEADER)
 
     def is_there(self) -> bool:
-        """Whether its name still leads to it: a folder may be deleted, and made again."""
+        """Return whether the path still leads to this file: a folder may have been replaced."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), self.path.stat())
         except FileNotFoundError:
             return False
 
     def has_changed(self) -> bool:
-        """Whether there is more, or it is void: one call of the operating system, the fastest."""
+        """Return whether the journal has grown or is void, by the fastest system call."""
         return lseek(self._descriptor, 0, SEEK_END) != self._seen
 
     def read(self) -> Iterator[bytes]:
-        """The records that were not read yet.
+        """Yield the records that were not read yet.
 
         Raises:
-            VoidError: it is cut off, damaged, deleted or too long.
-            OSError: it cannot be read.
+            VoidError: the journal is void, damaged, deleted or too long.
+            OSError: the journal cannot be read.
         """
         status = os.fstat(self.descriptor)
         if not status.st_nlink or not self._at <= status.st_size <= MOST_BYTES:
@@ -82,31 +81,33 @@ class Journal(LockedFile):
         for payload in _records(data):
             yield payload
             self.ended = not payload
-            self._at += _RECORD.size + len(payload)  # not before it was taken
+            self._at += _RECORD.size + len(payload)  # only after the caller has used it
         self._seen = status.st_size
 
 
 def append_record(path: Path, payload: bytes, later: Path | None = None) -> bool:
-    """Add a record to a journal, whoever else adds some; whether the `later` one has begun by then,
-    which needs the record, too.
+    """Append a record to a journal, beside other writers.
+
+    Return whether the journal `later` exists already; then it needs the record too.
 
     Raises:
-        VoidError: it is void.
-        CutError: it is void from now on.
-        OSError: it cannot be written to, and is as it was; FileNotFoundError: it was deleted.
+        VoidError: the journal is void.
+        CutError: the journal is void from now on.
+        FileNotFoundError: the journal was deleted.
+        OSError: the journal cannot be written, and is unchanged.
     """
     with FileIO(os.open(path, _APPEND), "r+b") as file:
         _require_sound(file)
         _append(file, payload)
         if later is not None and os.access(later, os.F_OK):
             return True
-        # The later one may have begun, and be deleted: this one is void before that.
+        # `later` may have existed and been deleted.  Then this journal was voided before that.
         _require_sound(file)
     return False
 
 
 def _require_sound(file: FileIO) -> None:
-    """Raises VoidError: a journal is void, or deleted."""
+    """Raise VoidError if a journal is void or deleted."""
     descriptor = file.fileno()
     linked = os.fstat(descriptor).st_nlink
     if not linked or os.pread(descriptor, len(_HEADER), 0) != _HEADER:
@@ -128,10 +129,10 @@ def _append(file: FileIO, payload: bytes) -> None:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """The whole records at the beginning; what follows is still being written.
+    """Yield the complete records; an incomplete last one is still being written.
 
     Raises:
-        VoidError: one is damaged.
+        VoidError: a record is damaged.
     """
     at = 0
     while at + _RECORD.size <= len(data):
@@ -148,7 +149,7 @@ def _records(data: bytes) -> Iterator[bytes]:
 
 
 def create_journal(path: Path, scratch: Path) -> None:
-    """Begin a journal; nobody else makes one of that name.  Raises OSError."""
+    """Create a journal; the caller has locked its family.  Raises OSError."""
     scratch.unlink(missing_ok=True)
     try:
         with scratch.open("xb") as file:
@@ -162,7 +163,7 @@ def create_journal(path: Path, scratch: Path) -> None:
 
 
 def void(path: Path) -> None:
-    """Have everybody look elsewhere who reads a journal.  Raises OSError."""
+    """Truncate a journal, so that its readers stop using it.  Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, _FLAGS | os.O_WRONLY)
         try:

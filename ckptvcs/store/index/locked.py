@@ -1,8 +1,7 @@
-"""Files that nobody deletes or changes while somebody has them open, by locks that end with the
-process that holds them.
+"""Files that no process deletes or changes while another one has them open.
 
-Whoever uses a file shares its lock; whoever wants to delete it needs the lock for himself, and does
-not wait for it.
+A user of a file holds a shared lock.  A process that deletes it needs the exclusive lock, and does
+not wait for it.  The kernel releases the locks of a process that ends.
 """
 
 from __future__ import annotations
@@ -24,11 +23,15 @@ _files: weakref.WeakSet[LockedFile] = weakref.WeakSet()
 
 
 class LockedFile:
-    """A file with a lock, shared or, where it is `alone`, of this one only."""
+    """An open file with a shared lock, or an exclusive one if `alone`."""
 
     def __init__(self, path: Path, *, alone: bool = False, create: bool = False) -> None:
-        """Raises BlockingIOError: others have it open; FileNotFoundError: it is not there, or has
-        gone meanwhile; OSError: it is not a regular file, or cannot be locked.
+        """Open and lock a file.
+
+        Raises:
+            BlockingIOError: other processes have it open.
+            FileNotFoundError: it does not exist, or has just been deleted.
+            OSError: it is not a regular file, or cannot be locked.
         """
         self.path, self._descriptor = path, -1
         flags = _FLAGS | (os.O_RDWR if alone else os.O_RDONLY) | (os.O_CREAT if create else 0)
@@ -50,36 +53,36 @@ class LockedFile:
 
     @property
     def descriptor(self) -> int:
-        """The open file.  Raises FileNotFoundError: it was closed."""
+        """The open descriptor.  Raises FileNotFoundError if the file was closed."""
         if self._descriptor < 0:
             raise FileNotFoundError(self.path)
         return self._descriptor
 
     @property
     def identity(self) -> tuple[int, int]:
-        """What tells it from other files, whatever its name."""
+        """Device and inode."""
         status = os.fstat(self.descriptor)
         return status.st_dev, status.st_ino
 
     def share(self) -> None:
-        """Let others open it, too.  Raises OSError."""
+        """Make an exclusive lock shared.  Raises OSError."""
         fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def close(self) -> None:
-        """Let it go."""
+        """Close the file, which releases its lock."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
 
 def let_others_write(descriptor: int, folder: Path) -> None:
-    """Whoever may write into a folder may write to its files."""
+    """Let the users who may write to the folder write to this file."""
     with contextlib.suppress(OSError):
         os.fchmod(descriptor, folder.stat().st_mode & 0o666)
 
 
 def delete_unused(path: Path) -> None:
-    """Delete a file, unless somebody has it open."""
+    """Delete a file, unless a process has it open."""
     with contextlib.suppress(OSError):
         file = LockedFile(path, alone=True)
         try:
@@ -90,10 +93,10 @@ def delete_unused(path: Path) -> None:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Be the only one that is inside for the file of this name, which is made.
+    """Hold the exclusive lock of a file, which is created if needed.
 
     Raises:
-        BlockingIOError: somebody is inside; it is not waited for him.
+        BlockingIOError: another process holds the lock; this function does not wait.
         OSError: the file system refuses.
     """
     fresh = not path.exists()
@@ -107,7 +110,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def _forget(_: bool) -> None:
-    """The files are the parent's: the lock of one lasts as long as anybody has it open."""
+    """Close the parent's files in a forked child: the child would keep their locks alive."""
     for file in [*_files]:
         file.close()
 

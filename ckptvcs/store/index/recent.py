@@ -1,4 +1,4 @@
-"""What journals say that is not in an edition yet, in memory, and laid over that edition."""
+"""The rows of the journals after an edition, in memory, on top of that edition."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from ckptvcs.store.index.rows import (
 
 
 class Recent:
-    """An edition with the rows that came after it; the caller holds `forking.using`."""
+    """An edition and the rows after it; the caller holds `forking.using`."""
 
     def __init__(self, base: Edition) -> None:
         self.base = base
         self._get, self._tables, self._cursor = base.txn.get, base.tables, base.cursors[OBJECTS]
         self._one: list[dict[bytes, bytes]] = [{} for _ in TABLES]
-        # One value as it is, several as a dict: after a merge of packs there are very many keys.
+        # A single value is stored without a dict: merging packs adds very many keys.
         self._many: list[dict[bytes, bytes | dict[bytes, None]]] = [{} for _ in TABLES]
         self._places = self._many[OBJECTS]
         self._gone: set[bytes] = set()  # packs that were removed
-        self._lost: set[bytes] = set()  # objects that lie in no other pack
-        self._met: set[bytes] = set()  # expected packs that came
-        # The keys of each table whose values the edition still has, though they are gone.
+        self._lost: set[bytes] = set()  # objects without any other copy
+        self._met: set[bytes] = set()  # expected packs that were published
+        # For each table, the keys that the edition still has but that were removed.
         self._hidden = [self._gone for _ in TABLES]
         self._hidden[CONTENTS], self._hidden[EXPECTED] = self._lost, self._met
 
     def apply(self, rows: Iterable[Row]) -> None:
-        """Take rows over: once or, where it was interrupted, again."""
+        """Apply rows.  After an interruption, the same rows can be applied again."""
         for table, key, value in rows:
             if table in MANY:
                 self._put(self._many[table], key, value)
@@ -60,11 +60,11 @@ class Recent:
 
     @staticmethod
     def _put(many: dict[bytes, bytes | dict[bytes, None]], key: bytes, value: bytes) -> None:
-        found = many.setdefault(key, value)
-        if isinstance(found, dict):
-            found[value] = None
-        elif found != value:
-            many[key] = {found: None, value: None}
+        present = many.setdefault(key, value)
+        if isinstance(present, dict):
+            present[value] = None
+        elif present != value:
+            many[key] = {present: None, value: None}
 
     def _remove(self, pack: bytes) -> None:
         members = self._one[MEMBERS].get(pack) or self.base.get(MEMBERS, pack) or b""
@@ -82,42 +82,42 @@ class Recent:
         self._one[MEMBERS].pop(pack, None)
 
     def get(self, table: int, key: bytes) -> bytes | None:
-        """The value of a key, in a table that has one for each."""
-        found = self._one[table].get(key)
-        if found is None and key not in self._hidden[table]:
-            found = self._get(key, None, self._tables[table])
-        return found
+        """Return the value of a key, in a table with one value for each key."""
+        value = self._one[table].get(key)
+        if value is None and key not in self._hidden[table]:
+            value = self._get(key, None, self._tables[table])
+        return value
 
     def places(self, name: bytes) -> list[bytes]:
-        """The rows of `objects` for an object."""
+        """Return the rows of `objects` for an object."""
         cursor = self._cursor
-        found = [*cursor.iternext_dup()] if cursor.set_key(name) else []
+        places = [*cursor.iternext_dup()] if cursor.set_key(name) else []
         recent = _values(self._places.get(name))
         if self._gone:
-            found = [place for place in found if pack_of(place) not in self._gone]
-        return sorted({*found, *recent}) if recent else found
+            places = [place for place in places if pack_of(place) not in self._gone]
+        return sorted({*places, *recent}) if recent else places
 
     def find(self, key: bytes) -> list[bytes]:
-        """The objects of a key of `keys`."""
-        found, recent = self.base.values(KEYS, key), _values(self._many[KEYS].get(key))
+        """Return the objects of a key of `keys`."""
+        names, recent = self.base.values(KEYS, key), _values(self._many[KEYS].get(key))
         if recent:
-            found = sorted({*found, *recent})
-        return [name for name in found if name not in self._lost] if self._lost else found
+            names = sorted({*names, *recent})
+        return [name for name in names if name not in self._lost] if self._lost else names
 
     def objects(self, kind: Kind, start: bytes) -> Iterator[bytes]:
-        """The objects of a kind from an id on, in order."""
+        """Yield the sorted objects of a kind, from the id `start` on."""
         for name, place in self._merged(OBJECTS, start):
             if kind_of(place) == kind:
                 yield name
 
     def rows(self, table: int) -> Iterator[tuple[bytes, bytes]]:
-        """All keys of a table, in order, with their values."""
+        """Yield the sorted keys of a table with their values."""
         return self._merged(table, b"")
 
     def _merged(self, table: int, start: bytes) -> Iterator[tuple[bytes, bytes]]:
         if table in MANY:
-            found = self._many[table].items()
-            more = [(key, value) for key, values in found for value in _values(values)]
+            items = self._many[table].items()
+            more = [(key, value) for key, values in items for value in _values(values)]
         else:
             more = [*self._one[table].items()]
         added = sorted(row for row in more if row[0] >= start)
@@ -134,5 +134,5 @@ class Recent:
         return key in self._hidden[table] or key in self._one[table]
 
 
-def _values(found: bytes | dict[bytes, None] | None) -> Iterable[bytes]:
-    return (found,) if isinstance(found, bytes) else found or ()
+def _values(stored: bytes | dict[bytes, None] | None) -> Iterable[bytes]:
+    return (stored,) if isinstance(stored, bytes) else stored or ()

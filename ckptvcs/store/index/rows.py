@@ -1,4 +1,4 @@
-"""Rows: what an index says of packs, as keys and values of six tables, and as records of a journal.
+"""Rows: the content of an index, as keys and values of six tables and as records of a journal.
 
     packs      pack id              -> folder, size, commits
     objects    object id            -> places (several packs may hold the same object)
@@ -7,7 +7,7 @@
     expected   pack id              -> folder, of packs that are about to be published
     members    pack id              -> ids of its objects
 
-A row of REMOVED names a pack whose rows are to go, and with them all that lay in no other pack.
+A row of REMOVED removes a pack, and with it the objects that have no other copy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ckptvcs.store.pack import FOLDERS, Entry, PackInfo
 PACKS, OBJECTS, CONTENTS, KEYS, EXPECTED, MEMBERS = range(6)
 TABLES = (b"packs", b"objects", b"contents", b"keys", b"expected", b"members")
 MANY = frozenset({OBJECTS, KEYS})
-"""The tables with several values for a key."""
+"""The tables that may have several values for a key."""
 REMOVED = 255
 
 _PLACE = struct.Struct("<32sBBQQQQ32s")  # pack, kind, encoding, offset, region, raw, stored, base
@@ -34,15 +34,15 @@ _NO_BASE = bytes(32)
 _MAX_KEY = 500
 
 ROTTEN = (lmdb.Error, ValueError, IndexError, struct.error)
-"""What reading or writing an index may raise: it is rotten, or there is none."""
+"""The exceptions of reading or writing an index that is damaged or missing."""
 
 Row = tuple[int, bytes, bytes]
 KeysOf = Callable[[Kind, bytes], Iterable[bytes]]
-"""What an object can be found by, besides its id; made by the caller, opaque to the index."""
+"""A function of the caller that returns the keys by which an object can be found."""
 
 
 class Place(NamedTuple):
-    """One copy of an object: the pack it lies in and its entry there."""
+    """One copy of an object: its pack and its entry there."""
 
     pack: PackId
     folder: str
@@ -50,37 +50,37 @@ class Place(NamedTuple):
 
 
 def cut_key(key: bytes) -> bytes:
-    """A key as the index has it; what is longer is told apart by whoever asks."""
+    """Return a key as the index stores it.  Callers must tell longer keys apart themselves."""
     return key[:_MAX_KEY]
 
 
 def pack_of(place: bytes) -> bytes:
-    """The pack of a row of `objects`."""
+    """Return the pack in a row of `objects`."""
     return place[:32]
 
 
 def kind_of(place: bytes) -> int:
-    """The kind of the object of a row of `objects`."""
+    """Return the kind in a row of `objects`."""
     return place[32]
 
 
 def members_of(row: bytes) -> Iterator[bytes]:
-    """The objects of a row of `members`."""
+    """Yield the objects in a row of `members`."""
     return (row[at : at + 32] for at in range(0, len(row), 32))
 
 
 def load_pack(row: bytes) -> tuple[int, int, int]:
-    """A row of `packs`: its folder as a number, size, number of commits.  Raises struct.error."""
+    """Return number of the folder, size and number of commits of a pack.  Raises struct.error."""
     return _PACK.unpack(row)
 
 
 def folder_of(row: bytes) -> str:
-    """The folder of a row of `packs`.  Raises IndexError."""
+    """Return the folder in a row of `packs`.  Raises IndexError."""
     return FOLDERS[row[0]]
 
 
 def load_place(name: ObjectId, row: bytes, folder: str) -> Place:
-    """A row of `objects`.  Raises struct.error, ValueError."""
+    """Parse a row of `objects`.  Raises struct.error, ValueError."""
     pack, kind, encoding, offset, region, raw, stored, base = _PLACE.unpack(row)
     entry = Entry(
         name,
@@ -96,7 +96,7 @@ def load_place(name: ObjectId, row: bytes, folder: str) -> Place:
 
 
 def rows_of_pack(info: PackInfo) -> Iterator[Row]:
-    """The rows of a pack and of the places of its objects."""
+    """Yield the rows of a pack and of its objects."""
     pack = bytes.fromhex(info.id)
     commits = sum(entry.kind == Kind.COMMIT for entry in info.entries)
     yield PACKS, pack, _PACK.pack(FOLDERS.index(info.folder), info.size_bytes, commits)
@@ -118,15 +118,15 @@ def rows_of_pack(info: PackInfo) -> Iterator[Row]:
 
 
 def rows_of_content(name: ObjectId, kind: Kind, content: bytes, keys_of: KeysOf) -> Iterator[Row]:
-    """The rows of a small object that is read often, and of what it is found by."""
-    key = bytes.fromhex(name)
-    yield CONTENTS, key, content
-    for found in keys_of(kind, content):
-        yield KEYS, cut_key(found), key
+    """Yield the rows of the content and the keys of a small object that is read often."""
+    member = bytes.fromhex(name)
+    yield CONTENTS, member, content
+    for key in keys_of(kind, content):
+        yield KEYS, cut_key(key), member
 
 
 def dump_rows(rows: Iterable[Row]) -> bytes:
-    """Rows as one record of a journal."""
+    """Return rows as one record of a journal."""
     parts: list[bytes] = []
     for table, key, value in rows:
         parts += (_ROW.pack(table, len(key), len(value)), key, value)
@@ -134,7 +134,7 @@ def dump_rows(rows: Iterable[Row]) -> bytes:
 
 
 def load_rows(data: bytes) -> Iterator[Row]:
-    """The same back, one by one.  Raises ValueError, struct.error: it is no such record."""
+    """Yield the rows of a record.  Raises ValueError, struct.error if it is damaged."""
     at, size = 0, _ROW.size
     while at < len(data):
         table, key_bytes, value_bytes = _ROW.unpack_from(data, at)

@@ -1,0 +1,177 @@
+"""HistoryWriter: the methods of `Repo` that change refs, retention and settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptvcs import ops
+from ckptvcs.gc.retention import Policy
+from ckptvcs.ops.config import Value, get_setting, set_setting
+from ckptvcs.ops.history_reader import NO_RULES
+from ckptvcs.ops.reader import Reader
+from ckptvcs.ops.repository import CONFIG
+from ckptvcs.parallel import Progress, quiet
+from ckptvcs.store.ids import ObjectId
+
+if TYPE_CHECKING:
+    from ckptvcs.gc.collect import GcPlan
+    from ckptvcs.history.reflog import Undone
+    from ckptvcs.ops.refs import DeletedBranch
+
+
+class HistoryWriter(Reader):
+    """The methods of `Repo` that commit nothing."""
+
+    def move_head(self, revision: str | int) -> str | None:
+        """Point HEAD to a commit, or to a branch whose newest commit it is.
+
+        Args:
+            revision: The commit or branch.
+
+        Returns:
+            The branch that HEAD follows; None if HEAD is detached.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            InvalidInputError: `revision` names several commits.
+            BusyError: gc is sweeping, or another process deletes originals and does not finish.
+        """
+        return ops.refs.move_head(self.repository, self.resolve(revision), str(revision))
+
+    def branch(self, name: str, revision: str | int = "HEAD") -> ObjectId:
+        """Create a branch, and return the id of its commit.
+
+        Args:
+            name: The name of the new branch.
+            revision: The commit that the branch points to.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            ConflictError: The branch exists.
+            InvalidInputError: The name is not valid.
+        """
+        return ops.refs.create_branch(self.repository, name, revision)
+
+    def delete_branch(self, name: str) -> DeletedBranch:
+        """Delete a branch; its commits are kept until the next gc.
+
+        Args:
+            name: The name of the branch.
+
+        Returns:
+            The branch, and the commits that no other ref reaches.
+
+        Raises:
+            NotFoundError: The branch does not exist.
+            ConflictError: HEAD is on the branch.
+        """
+        return ops.refs.delete_branch(self.repository, name)
+
+    def tag(self, name: str, revision: str | int = "HEAD") -> ObjectId:
+        """Create a tag, and return the id of its commit.
+
+        Args:
+            name: The name of the new tag.
+            revision: The commit that the tag points to.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            ConflictError: The tag exists.
+            InvalidInputError: The name is not valid.
+        """
+        return ops.refs.create_tag(self.repository, name, revision)
+
+    def delete_tag(self, name: str) -> ObjectId:
+        """Delete a tag, and return the id of its commit.
+
+        Args:
+            name: The name of the tag.
+
+        Raises:
+            NotFoundError: The tag does not exist.
+        """
+        return ops.refs.delete_tag(self.repository, name)
+
+    def pin(self, revision: str | int = "HEAD", *, pinned: bool = True) -> bool:
+        """Pin a commit, so that gc keeps it and its exact form; or unpin it.
+
+        A pin does not restore an exact patch that has expired.
+
+        Args:
+            revision: The commit to pin.
+            pinned: False removes the pin.
+
+        Returns:
+            Whether the pin changed.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            BusyError: gc is sweeping, or another process deletes originals and does not finish.
+        """
+        return ops.refs.set_pin(self.repository, self.resolve(revision), pinned=pinned)
+
+    def gc(
+        self,
+        policy: Policy = NO_RULES,
+        *,
+        sweep: bool = True,
+        rekey: bool = False,
+        progress: Progress = quiet,
+    ) -> GcPlan:
+        """Drop the commits that no rule keeps, and delete unreferenced data.
+
+        gc also deletes the exact patches that the settings do not keep, and merges tiny packs.  It
+        works on a full disk, except with `rekey`.
+
+        Args:
+            policy: The retention rules; the default keeps every commit.
+            sweep: False only records the drops: `undo` can revert them until the next sweep.
+            rekey: Re-encode deltas that depend on dropped commits, and limit the length of each
+                chain to the settings.
+            progress: Called with the number of bytes that were read or written since its last call.
+
+        Returns:
+            The decision about each commit, and the freed sizes in bytes on disk.
+
+        Raises:
+            BusyError: Another process is writing.
+            CorruptionError: An object that a commit needs is missing; nothing was deleted.
+            InvalidInputError: The rules keep no commit at all.
+            StorageError: The disk fails.
+
+        Example:
+            >>> repo.gc(ckptvcs.Policy(last=20, every=10_000)).freed_bytes
+        """
+        return ops.gc.collect(self.repository, policy, sweep=sweep, rekey=rekey, progress=progress)
+
+    def undo(self) -> Undone:
+        """Revert the last move of HEAD's branch, or the last drop of its commits.
+
+        Returns:
+            The reverted change, and the commit of the branch after it.
+
+        Raises:
+            NotFoundError: There is no change to revert.
+            ConflictError: gc has deleted the commits of the change, or another writer moved the
+                branch.
+        """
+        return ops.undo.undo(self.repository)
+
+    def rebuild_index(self) -> int:
+        """Rebuild the index from the packs, and return the number of packs."""
+        return self.repository.catalog.store.rebuild()
+
+    def configure(self, key: str, value: str | None) -> Value:
+        """Change a setting, and return its new value.
+
+        Args:
+            key: The name of the setting, as in `settings`.
+            value: The new value as text; None restores the default.
+
+        Raises:
+            InvalidInputError: No setting has this name, or the value is not valid.
+            StorageError: The settings cannot be written.
+        """
+        return get_setting(
+            set_setting(self.folder / CONFIG, self.repository.backend, key, value), key
+        )
