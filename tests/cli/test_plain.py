@@ -379,5 +379,5 @@ def test_values_of_a_tensor_have_their_lines(
     monkeypatch.chdir(tmp_path)
     Repo.init(tmp_path).commit({"model": {"w": np.arange(40.0).reshape(4, 10)}}, step=1)
     out = CliRunner().invoke(command_line.app, ["cat", "1:w"]).stdout.splitlines()
-    assert out[2].startswith("[[")
+    assert out[3].startswith("[[")
     assert out[-1].endswith("]]")
