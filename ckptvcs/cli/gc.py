@@ -75,7 +75,7 @@ def gc(
         str | None, typer.Option(metavar="SIZE", help="keep the newest commits that fit: 50G")
     ] = None,
     keep_optimizer_last: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="drop all optimizer states but N")
+        int | None, typer.Option(metavar="N", min=1, help="keep only the newest N optimizer states")
     ] = None,
     rekey: Annotated[
         bool, typer.Option("--rekey", help="merge deltas across dropped commits")
