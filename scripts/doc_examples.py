@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,12 @@ class Example:
         """Return whether both outputs say the same, apart from ids, numbers and spaces."""
         return normalize(self.shown) == normalize(self.printed)
 
+    @property
+    def difference(self) -> str:
+        """Return both normalized outputs as one text, with a mark before each differing line."""
+        outputs = (normalize(self.shown).splitlines(), normalize(self.printed).splitlines())
+        return "\n".join(difflib.ndiff(*outputs))
+
 
 def guides() -> list[Path]:
     """Return the how-to guides that have examples to run."""
@@ -52,15 +58,11 @@ def guides() -> list[Path]:
 
 
 def normalize(output: str) -> str:
-    """Replace what differs between two runs: ids, numbers, and the width of columns."""
+    """Replace the parts that vary: ids, numbers except exit codes, and the width of columns."""
     output = re.sub(r"\b([0-9a-f]{2}/)?[0-9a-f]{8,64}\b", "ID", output)
-    output = re.sub(r"-?\d[\d.,]*(e[-+]\d+)?", "N", output)
+    output = re.sub(r"(?<!exit code )-?\d[\d.,]*(e[-+]\d+)?", "N", output)
     output = re.sub(r"[-=]{2,}", "--", output)
     return "\n".join(" ".join(line.split()) for line in output.strip().splitlines())
-
-
-def _lines(output: str) -> list[str]:
-    return normalize(output).splitlines()
 
 
 def run_page(page: Path, folder: Path) -> tuple[list[Example], str]:
@@ -73,19 +75,30 @@ def run_page(page: Path, folder: Path) -> tuple[list[Example], str]:
         elif block["title"]:
             (folder / block["title"]).write_text(block["body"], "utf-8")
         elif block["language"] == "console":
-            ran = [Example(c, o, _run(c, folder)) for c, o in _commands(block["body"])]
+            ran = [Example(c, o, _run(c, folder)) for c, o in commands(block["body"])]
             examples.extend(ran)
-            return "```console\n" + "".join(f"$ {e.command}\n{e.printed}" for e in ran) + "```"
+            return f"```console\n{console(ran)}```"
         return block[0]
 
     return examples, _BLOCK.sub(replace, page.read_text("utf-8"))
 
 
-def _commands(body: str) -> Iterator[tuple[str, str]]:
+def commands(body: str) -> Iterator[tuple[str, str]]:
     """Yield each command of a console block with the output below it."""
     for part in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]:
         command, _, output = part.partition("\n")
         yield command, output
+
+
+def console(examples: Iterable[Example]) -> str:
+    """Return the body of a console block with the real outputs."""
+    return "".join(f"$ {example.command}\n{example.printed}" for example in examples)
+
+
+def anonymize(output: str, folder: Path) -> str:
+    """Replace the folder and the user of this machine."""
+    output = output.replace(str(folder), "/home/you/run")
+    return re.sub(r"^by( +)\S+$", r"by\1you@laptop", output, flags=re.MULTILINE)
 
 
 def _run(command: str, folder: Path, *, check: bool = False) -> str:
@@ -109,8 +122,7 @@ def _run(command: str, folder: Path, *, check: bool = False) -> str:
     )
     if check and done.returncode:
         raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stdout}")
-    output = done.stdout.replace(str(folder), "/home/you/run")
-    return re.sub(r"^by( +)\S+$", r"by\1you@laptop", output, flags=re.MULTILINE)
+    return anonymize(done.stdout, folder)
 
 
 def main() -> int:
@@ -132,8 +144,7 @@ def main() -> int:
             examples, text = run_page(page, folder)
             differing = [example for example in examples if not example.agrees]
             for example in differing:
-                print(f"{page.name}: $ {example.command}")
-                print(*difflib.ndiff(_lines(example.shown), _lines(example.printed)), sep="\n")
+                print(f"{page.name}: $ {example.command}\n{example.difference}")
             stale += len(differing)
             if options.write and differing:
                 page.write_text(text, "utf-8")

@@ -188,7 +188,9 @@ def test_two_writers(repo: Repo) -> None:
         other.repository.refs.publish("heads/main", head, commit=None, time="t", action="test")
 
 
-def test_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_opens_from_its_root_or_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(NotFoundError):
         Repo.open(tmp_path)
     repo = Repo.init(tmp_path)

@@ -1,8 +1,8 @@
-"""Conventions: what trainers call their files, directories and keys, and what these names say.
+"""Interpret the names that trainers give to files, directories and keys.
 
-A number in a name counts what the word at it says (`ep0-ba200-rank0`: an epoch, a step, a rank).  A
-number without such a word is a step only where it can hardly be anything else.  `together.py` and
-`alike.py` build on this; nothing here reads a file.
+The word beside a number says what it counts (`ep0-ba200-rank0`: an epoch, a step, a rank).  A
+number without such a word is a step only if other meanings are unlikely.  `grouping.py` and
+`matching.py` use these rules.  This module reads no files.
 """
 
 from __future__ import annotations
@@ -15,44 +15,50 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+
+def words(*lines: str) -> frozenset[str]:
+    """Return the set of words in these lines of text."""
+    return frozenset(word for line in lines for word in line.split())
+
+
 # -- names of files --------------------------------------------------------------------------------
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-"""How the names of checkpoint files usually end."""
+"""The usual suffixes of checkpoint files."""
 
 TAKEN_SUFFIXES = (*SUFFIXES, ".tar", ".th", ".pyth", ".torch")
-"""How the names of files end that an import looks into: `.tar` is for `model.pth.tar`."""
+"""Suffixes of the files that an import opens; `.tar` is for `model.pth.tar`."""
 
 TEMPORARY = re.compile(r"\..*|tmp[-_].*|.*\.(tmp|temp|part|partial)|.*~", re.IGNORECASE)
-"""Entries of a folder that are hidden, or not finished."""
+"""Names of hidden or unfinished entries of a folder."""
 
 PIECE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)"
     r"|.*-[0-9]+-of-[0-9]+\.[a-z]+|.*\.distcp"
 )
-"""Files that are part of a checkpoint, and none by themselves."""
+"""Names of files that are only a part of a checkpoint."""
 
 PIECE_OF_ONE = re.compile(
     r"optimizer\.(bin|pt|pth)|\.metadata|.*\.distcp|(.*_)?mp_rank_[0-9_]+_(model|optim)_states\.pt"
     r"|model_optim_rng\.pt|(model|optim)_world_size_[0-9]+_rank_[0-9]+\.pt"
 )
-"""Files that show that the folder they stand in is one checkpoint."""
+"""Names of files that are only in folders that are one checkpoint."""
 
 FOLDER_OF_ONE = re.compile(r"(mp|tp)_rank_[0-9]+(_.*)?")
-"""Folders that show the same: Megatron has one for each process."""
+"""Names of folders that are only in such folders: Megatron writes one for each process."""
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"
-"""A file of Lightning that says that the directory it stands in is not finished."""
+"""Lightning's marker file in a directory that is not finished."""
 
 HF_FIRST, HF_LAST = "training_args.bin", "trainer_state.json"
-"""What the Trainer of Hugging Face writes first into a checkpoint, and what it writes last."""
+"""The first and the last file that the Hugging Face Trainer writes into a checkpoint."""
 
 LIGHTNING_LAST = re.compile(r"last(-v[0-9]+)?\.ckpt")
-"""What Lightning calls the newest checkpoint, which it writes besides one of another name."""
+"""Lightning's extra copy of the newest checkpoint."""
 
 
 def stem(name: str) -> str:
-    """A name without the endings of a checkpoint file: `model` for `model.pth.tar`."""
+    """Return a name without checkpoint suffixes: `model` for `model.pth.tar`."""
     while name.lower().endswith(TAKEN_SUFFIXES) and name.rindex("."):
         name = name[: name.rindex(".")]
     return name
@@ -60,11 +66,10 @@ def stem(name: str) -> str:
 
 # -- keys of a checkpoint --------------------------------------------------------------------------
 
-PART_KEYS = frozenset({
-    "model", "state_dict", "model_state_dict", "module", "net", "network", "optimizer",
-    "optimizer_state_dict", "optim",
-})  # fmt: skip
-"""Keys at the top of a checkpoint that hold a whole part."""
+PART_KEYS = words(
+    "model state_dict model_state_dict module net network optimizer optimizer_state_dict optim"
+)
+"""Keys at the top of a checkpoint whose value is the whole model or optimizer."""
 
 _STEP_KEYS = (
     ("step",), ("global_step",), ("iteration",), ("iter",), ("steps",), ("current_step",),
@@ -81,31 +86,31 @@ _EPOCH_KEYS = (
 )  # fmt: skip
 _STATE_FILES = {HF_LAST: "global_step", "metadata.json": "step", "meta.json": "step"}
 _STEP_FILES = frozenset({"latest", "latest_checkpointed_iteration.txt"})  # DeepSpeed, Megatron
-_OTHER_STEPS = "random_states"  # of accelerate: their step counts gradients that are accumulated
+_OTHER_STEPS = "random_states"  # files of accelerate: their step counts accumulated gradients
 
 
-def says_a_step(path: str) -> bool:
-    """Whether a file may say the step of its checkpoint by a key at its top."""
+def may_hold_step(path: str) -> bool:
+    """Return whether a key at the top of a file may be the step of its checkpoint."""
     return not path.rpartition("/")[2].startswith(_OTHER_STEPS)
 
 
 def step_key_of(path: str) -> str | None:
-    """The key of a JSON file beside the tensors that holds the step; None for other files."""
+    """Return the key of the step in a JSON file beside the tensors; None for other files."""
     return _STATE_FILES.get(path.rpartition("/")[2])
 
 
-def names_a_step(path: str) -> bool:
-    """Whether a file at the top of a checkpoint holds the name, or number, of a step alone."""
+def is_step_file(path: str) -> bool:
+    """Return whether a file at the top of a checkpoint contains only a step's name or number."""
     return path in _STEP_FILES
 
 
 def step_in_keys(tree: object) -> int | None:
-    """The step that a checkpoint gives under one of the usual keys."""
+    """Return the step under one of the usual keys, or None."""
     return next(filter(_is_count, (_at(tree, path) for path in _STEP_KEYS)), None)
 
 
 def epoch_in_keys(tree: object) -> int | None:
-    """The epoch that a checkpoint gives under one of the usual keys."""
+    """Return the epoch under one of the usual keys, or None."""
     return next(filter(_is_count, (_at(tree, path) for path in _EPOCH_KEYS)), None)
 
 
@@ -128,7 +133,7 @@ def _at(tree: object, path: Sequence[str | int]) -> Any:
 # -- files beside each other -----------------------------------------------------------------------
 
 ALIAS = re.compile(r"(?<![A-Za-z])(best|last|latest|final|newest)(?![A-Za-z])", re.IGNORECASE)
-"""What stands in a name where others have a step; the file is written again and again."""
+"""A word in place of a step; the trainer overwrites such a file again and again."""
 
 COMPANION = re.compile(
     r"(?<![A-Za-z])(?:net[-_]?[gd]|extra[-_]states?|(?:model|optim(?:izer)?|training)[-_]states?"
@@ -137,26 +142,26 @@ COMPANION = re.compile(
     r"|\A[gd](?=[-_][0-9])|\Aepoch(?=[-_][0-9]))(?![A-Za-z])",
     re.IGNORECASE,
 )
-"""What tells the files of one step from each other: `ema_0.9999_010000.pt` and `opt010000.pt`."""
+"""The word that distinguishes files of one step: `ema_0.9999_010000.pt`, `opt010000.pt`."""
 
 SHARD_COUNT = re.compile(
     r"\*[-_]?of[-_]?([0-9]{1,9})|world[-_]?size[-_]?([0-9]{1,9})", re.IGNORECASE
 )
-"""Where a name (with `*` for its own number) says how many shards there are."""
+"""The count of shards in a name that has `*` for the shard's own number."""
 
 SHARED = "-shared-"
-"""What fairseq writes in the place of `-rank-0-` where all ranks have the same."""
+"""fairseq writes this in place of `-rank-0-` if all ranks have the same data."""
 
 
 # -- numbers in names ------------------------------------------------------------------------------
 
 
 class Kind(Enum):
-    """What a number in a name counts."""
+    """The meaning of a number in a name."""
 
     STEP = auto()  # step-1000, iter_20000, ep0-ba200, 10000_steps
     CHECKPOINT = auto()  # checkpoint-500, ckpt_356, and 182000 in checkpoint_6_182000
-    ATTACHED = auto()  # checkpoint500: some trainers count epochs so
+    ATTACHED = auto()  # checkpoint500: some trainers count epochs like this
     NUMBER = auto()  # model-500, opt010000, 1000
     LOOSE = auto()  # myrun_1000
     EPOCH = auto()
@@ -166,7 +171,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a name, where it stands there, and what it counts."""
+    """A number in a name: its position, value and meaning."""
 
     start: int
     end: int
@@ -175,53 +180,48 @@ class Number:
 
     @property
     def digits(self) -> int:
-        """How many digits it is written with."""
+        """Return the number of digits, with leading zeros."""
         return self.end - self.start
 
     @property
     def is_sure(self) -> bool:
-        """Whether it is a step, whatever else is known."""
+        """Return whether it is a step regardless of other names."""
         padded = self.kind in (Kind.NUMBER, Kind.ATTACHED) and self.digits >= _PADDED
         return self.kind in (Kind.STEP, Kind.CHECKPOINT) or padded
 
 
-_LONGEST = 4096  # characters; file systems have no longer names
+_LONGEST = 4096  # characters; file systems do not allow longer names
 _PADDED = 6  # digits: model_0004999.pth of detectron2, model010000.pt of guided diffusion
 
-_STEP_ENDS = (
-    "step", "steps", "iter", "iters", "iteration", "iterations", "update", "updates",
-)  # fmt: skip
+_STEP_ENDS = tuple(words("step steps iter iters iteration iterations update updates"))
 _STEP_WORDS = frozenset({"it", "itr", "ba"})
 _EPOCH_WORDS = frozenset({"ep", "e", "phase", "round", "rounds"})
 _CHECKPOINT_ENDS = ("checkpoint", "checkpoints", "ckpt", "chkpt")
-_SHARD_WORDS = frozenset({
-    "rank", "ranks", "shard", "shards", "part", "parts", "partition", "worker", "process", "proc",
-    "node", "gpu", "device", "split", "chunk", "piece", "slice", "tp", "pp", "dp", "mp", "cp",
-    "fsdp", "zero", "consolidated", "expert", "experts", "layer",
-})  # fmt: skip
-_PLAIN_WORDS = frozenset({
-    "model", "models", "net", "network", "weight", "weights", "param", "params", "state", "states",
-    "opt", "optim", "optimizer", "ema", "unet", "module", "snapshot", "save", "saved", "backup",
-    "training", "train", "trainer", "scheduler", "g", "d", "gen", "disc", "generator",
-    "discriminator", "netg", "netd", "actor", "critic", "policy", "value", "agent",
-})  # fmt: skip
-_OTHER_WORDS = frozenset({
-    "epochstep", "epochsteps", "seed", "fold", "run", "trial", "exp", "experiment", "job", "id",
-    "task", "version", "v", "lr", "bs", "b", "k", "x", "batch", "size", "dim", "hidden", "layers",
-    "heads", "width", "depth", "res", "resolution", "patch", "window", "px", "len", "length", "ctx",
-    "context", "seq", "tokens", "token", "samples", "sample", "vocab", "top", "loss", "acc",
-    "accuracy", "score", "reward", "return", "bleu", "wer", "cer", "map", "miou", "psnr", "fid",
-    "stage", "ingredient", "level", "fp", "bf", "int", "float", "uint", "bit", "bits", "q", "alpha",
-    "beta", "temp", "time", "copy", "group", "config", "cfg", "h", "r",
-})  # fmt: skip
-_SIZES = frozenset({"b", "m", "mb", "gb", "bt", "mt", "t", "tb", "tokens", "px", "bit", "bits"})
+_SHARD_WORDS = words(
+    "rank ranks shard shards part parts partition worker process proc node gpu device split",
+    "chunk piece slice tp pp dp mp cp fsdp zero consolidated expert experts layer",
+)
+_PLAIN_WORDS = words(
+    "model models net network weight weights param params state states opt optim optimizer ema",
+    "unet module snapshot save saved backup training train trainer scheduler g d gen disc",
+    "generator discriminator netg netd actor critic policy value agent",
+)
+_OTHER_WORDS = words(
+    "epochstep epochsteps seed fold run trial exp experiment job id task version v lr bs b k x",
+    "batch size dim hidden layers heads width depth res resolution patch window px len length",
+    "ctx context seq tokens token samples sample vocab top loss acc accuracy score reward",
+    "return bleu wer cer map miou psnr fid stage ingredient level fp bf int float uint bit bits",
+    "q alpha beta temp time copy group config cfg h r",
+)
+_SIZES = words("b m mb gb bt mt t tb tokens px bit bits")
 _MULTIPLES = {"k": 1_000, "m": 1_000_000}
 _UNITS = _SIZES | {*_MULTIPLES, "step", "steps", "iter", "iters", "epoch", "epochs", "x"}
-_ARCHITECTURES = (
-    "resnet", "resnext", "densenet", "vgg", "vit", "swin", "deit", "beit", "convnext",
-    "efficientnet", "mobilenet", "inception", "regnet", "unet", "clip", "dino", "imagenet",
-    "llama", "gpt", "bert", "qwen", "mistral", "stylegan", "diffusion",
-)  # fmt: skip
+_ARCHITECTURES = tuple(
+    words(
+        "resnet resnext densenet vgg vit swin deit beit convnext efficientnet mobilenet inception",
+        "regnet unet clip dino imagenet llama gpt bert qwen mistral stylegan diffusion",
+    )
+)
 
 _TOKENS = re.compile(
     r"(?P<bar>\0+)|(?P<decimal>[0-9]+(?:\.[0-9]+)+)|(?P<number>[0-9]+)|(?P<word>[^\W\d_]+)"
@@ -249,79 +249,80 @@ _MASKED = (
 
 
 def _masked(name: str) -> str:
-    """The name with NUL in the place of hashes, versions, dates and copies' numbers."""
+    """Return a name with NUL in place of hashes, versions, dates and numbers of copies."""
     for pattern in _MASKED:
-        name = pattern.sub(lambda found: "\0" * len(found[0]), name)
-    for found in _DATE.finditer(name):
-        if not _STEP_BEFORE.search(name[max(0, found.start() - 16) : found.start()]):
-            name = name[: found.start()] + "\0" * len(found[0]) + name[found.end() :]
+        name = pattern.sub(_blank, name)
+    for match in _DATE.finditer(name):
+        if not _STEP_BEFORE.search(name[max(0, match.start() - 16) : match.start()]):
+            name = name[: match.start()] + _blank(match) + name[match.end() :]
     return name
 
 
+def _blank(match: re.Match[str]) -> str:
+    return "\0" * len(match[0])
+
+
 @dataclass
-class _Seen:
-    """A number, the word before it and that behind it; `place` counts the numbers of one word."""
+class _NumberToken:
+    """A number with the words around it; `place` counts the numbers after one word, from 0."""
 
     start: int
     text: str
     label: str
     place: int
     attached: bool
-    unit: str = ""
-    after: str = ""
+    unit: str
+    after: str
 
 
 @lru_cache(1 << 14)
 def read_numbers(name: str) -> tuple[Number, ...]:
-    """The whole numbers in a name (without the ending of a file), and what each counts; none of
-    one that is too long for a name.
+    """Return the whole numbers in a name without suffix, each with its meaning.
+
+    Return an empty tuple for a name of more than 4096 characters.
     """
     if len(name) > _LONGEST:
         return ()
     numbers = [
-        Number(found.start(1), found.end(1), int(found[1]), Kind.SHARD)
-        for found in _OF.finditer(name)
-        if found[1] != "*"
+        Number(match.start(1), match.end(1), int(match[1]), Kind.SHARD)
+        for match in _OF.finditer(name)
+        if match[1] != "*"
     ]
-    plain = _OF.sub(lambda found: "\0" * len(found[0]), _masked(name))
-    kinds: dict[int, Kind] = {}
+    plain = _OF.sub(_blank, _masked(name))
     bare = not any(letter.isalpha() for letter in plain)
-    seen = list(_seen(plain))
-    for number, one in enumerate(seen):
-        kinds[number] = _kind(one, bare=bare)
-    for number, (first, second) in enumerate(pairwise(seen)):
+    tokens = list(_number_tokens(plain))
+    kinds = [_kind(token, bare=bare) for token in tokens]
+    for at, (first, second) in enumerate(pairwise(tokens)):
         if second.label == first.label and (first.place, second.place) == (0, 1):
-            kinds[number], kinds[number + 1] = _kinds_of_two(
-                (first, kinds[number]), (second, kinds[number + 1])
-            )
-    for number, one in enumerate(seen):
-        counts = kinds[number] in (Kind.STEP, Kind.CHECKPOINT)
-        multiple = _MULTIPLES.get(one.unit, 1) if counts else 1
-        end = one.start + len(one.text)
-        numbers.append(Number(one.start, end, int(one.text) * multiple, kinds[number]))
-    return tuple(sorted(numbers, key=lambda one: one.start))
+            kinds[at : at + 2] = _kinds_of_two((first, kinds[at]), (second, kinds[at + 1]))
+    for token, kind in zip(tokens, kinds, strict=True):
+        counts = kind in (Kind.STEP, Kind.CHECKPOINT)
+        multiple = _MULTIPLES.get(token.unit, 1) if counts else 1
+        end = token.start + len(token.text)
+        numbers.append(Number(token.start, end, int(token.text) * multiple, kind))
+    return tuple(sorted(numbers, key=lambda number: number.start))
 
 
-def _seen(plain: str) -> Iterator[_Seen]:
-    """The whole numbers of a name with the words around them."""
+def _number_tokens(plain: str) -> Iterator[_NumberToken]:
+    """Yield the whole numbers of a name with the words around them."""
     tokens = list(_TOKENS.finditer(plain))
-    label, place, near = "", 0, False
+    label, place = "", 0
     for at, token in enumerate(tokens):
         if token.lastgroup == "word":
             label, place = token[0].lower(), 0
         elif token.lastgroup == "bar":
             label, place = "\0", 0
         elif token.lastgroup == "number" and len(token[0]) <= 18:
-            near = at > 0 and tokens[at - 1].lastgroup == "word"
-            one = _Seen(token.start(), token[0], label, place, near)
-            one.unit, one.after = _behind(tokens[at + 1 : at + 6])
+            attached = at > 0 and tokens[at - 1].lastgroup == "word"
+            unit, after = _words_after(tokens[at + 1 : at + 6])
+            yield _NumberToken(token.start(), token[0], label, place, attached, unit, after)
             place += 1
-            yield one
 
 
-def _behind(tokens: list[re.Match[str]]) -> tuple[str, str]:
-    """The unit that stands at a number, and the word that stands behind it: none that says what the
-    next number is.
+def _words_after(tokens: list[re.Match[str]]) -> tuple[str, str]:
+    """Return the unit attached to a number, and the next word.
+
+    Both exclude a word that belongs to the next number.
     """
     unit = after = ""
     if tokens and tokens[0].lastgroup == "word":
@@ -349,31 +350,29 @@ def _is_epoch(word: str) -> bool:
     return word in _EPOCH_WORDS or word.endswith(("epoch", "epochs"))
 
 
-def _kind(one: _Seen, *, bare: bool) -> Kind:
-    """Return what a number counts: its unit says so, or else the word before it, or else that
-    behind it.
-    """
-    known = _kind_by_unit(one) or _kind_by_label(one)
+def _kind(token: _NumberToken, *, bare: bool) -> Kind:
+    """Return the meaning of a number, from its unit, the word before it, or the word after it."""
+    known = _kind_by_unit(token) or _kind_by_label(token)
     if known is not None:
         return known
-    if _is_step(one.after):
+    if _is_step(token.after):
         return Kind.STEP
-    if _is_epoch(one.after) or (not one.label and one.after == "net"):  # 100_net_G of pix2pix
+    if _is_epoch(token.after) or (not token.label and token.after == "net"):  # 100_net_G of pix2pix
         return Kind.EPOCH
-    if one.label.endswith(_CHECKPOINT_ENDS):
-        return Kind.ATTACHED if one.attached else Kind.CHECKPOINT
-    if bare or one.label in _PLAIN_WORDS:
+    if token.label.endswith(_CHECKPOINT_ENDS):
+        return Kind.ATTACHED if token.attached else Kind.CHECKPOINT
+    if bare or token.label in _PLAIN_WORDS:
         return Kind.NUMBER
-    return Kind.OTHER if one.attached else Kind.LOOSE
+    return Kind.OTHER if token.attached else Kind.LOOSE
 
 
-def _kind_by_unit(one: _Seen) -> Kind | None:
-    unit, first = one.unit, one.place == 0
-    is_step = first and _is_step(one.label)
+def _kind_by_unit(token: _NumberToken) -> Kind | None:
+    unit, first = token.unit, token.place == 0
+    is_step = first and _is_step(token.label)
     if unit in _MULTIPLES:
-        if is_step or _is_step(one.after):
+        if is_step or _is_step(token.after):
             return Kind.STEP
-        if unit == "k" and first and one.label.endswith(_CHECKPOINT_ENDS):  # checkpoint-100k
+        if unit == "k" and first and token.label.endswith(_CHECKPOINT_ENDS):  # checkpoint-100k
             return Kind.CHECKPOINT
     elif _is_step(unit):
         return Kind.STEP
@@ -382,30 +381,38 @@ def _kind_by_unit(one: _Seen) -> Kind | None:
     return Kind.OTHER if unit and (not is_step or unit in _SIZES) else None
 
 
-def _kind_by_label(one: _Seen) -> Kind | None:
-    first = one.place == 0
-    if _is_step(one.label):
+def _kind_by_label(token: _NumberToken) -> Kind | None:
+    first = token.place == 0
+    if _is_step(token.label):
         return Kind.STEP if first else Kind.OTHER
-    if one.label in _SHARD_WORDS:
+    if token.label in _SHARD_WORDS:
         return Kind.SHARD
-    if _is_epoch(one.label):
+    if _is_epoch(token.label):
         return Kind.EPOCH if first else Kind.LOOSE
-    return Kind.OTHER if one.label in _OTHER_WORDS else None
+    return Kind.OTHER if token.label in _OTHER_WORDS else None
 
 
-def _kinds_of_two(first: tuple[_Seen, Kind], second: tuple[_Seen, Kind]) -> tuple[Kind, Kind]:
-    """What two numbers behind one word count: an epoch and a step (`checkpoint_6_182000`)."""
-    (one, kind), (other, other_kind) = first, second
-    if kind not in (Kind.CHECKPOINT, Kind.ATTACHED, Kind.NUMBER) or kind is not other_kind:
-        return kind, other_kind
-    rises = int(other.text) >= int(one.text)
-    if rises and (kind is not Kind.NUMBER or len(other.text) > 2):
+def _kinds_of_two(
+    first: tuple[_NumberToken, Kind], second: tuple[_NumberToken, Kind]
+) -> tuple[Kind, Kind]:
+    """Return the meanings of two numbers after one word.
+
+    They may be an epoch and a step (`checkpoint_6_182000`).
+    """
+    (token, kind), (next_token, next_kind) = first, second
+    if kind not in (Kind.CHECKPOINT, Kind.ATTACHED, Kind.NUMBER) or kind is not next_kind:
+        return kind, next_kind
+    rises = int(next_token.text) >= int(token.text)
+    if rises and (kind is not Kind.NUMBER or len(next_token.text) > 2):
         return Kind.EPOCH, Kind.CHECKPOINT if kind is Kind.ATTACHED else kind
     return (Kind.OTHER if kind is Kind.NUMBER else kind), Kind.OTHER
 
 
 def _is_plausible(number: Number, name: str) -> bool:
-    """Whether a number behind any word may be a step: none of an architecture, size or year."""
+    """Return whether a number after an unknown word may be a step.
+
+    A number of an architecture, a power of two beside one, or a year is not plausible.
+    """
     if number.kind is not Kind.LOOSE or number.digits < 3:
         return False
     words = re.findall(r"[a-z]+", name.lower())
@@ -421,61 +428,65 @@ _TEXT_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", 
 
 
 def named_step(name: str, said: int | None = None, epoch: int | None = None) -> int | None:
-    """The step that the name of a file or directory calls so, as in `checkpoint_6_182000.pt`.
+    """Return the step in the name of a file or directory, as in `checkpoint_6_182000.pt`.
 
-    `said` and `epoch` are what the checkpoint itself gives: `checkpoint-12` is none of step 12
-    where that is its epoch.
+    `said` and `epoch` are the numbers that the checkpoint itself holds.  If its epoch is 12,
+    `checkpoint-12` does not name a step.
     """
     numbers = read_numbers(stem(name))
-    called = [one.value for one in numbers if one.kind is Kind.STEP]
-    if called:
-        return called[-1]
+    steps = [number.value for number in numbers if number.kind is Kind.STEP]
+    if steps:
+        return steps[-1]
     for kinds in ((Kind.CHECKPOINT,), (Kind.NUMBER, Kind.ATTACHED)):
-        found = [one.value for one in numbers if one.kind in kinds and one.is_sure]
-        if found:
-            return None if _is_epoch_of(found[-1], said, epoch) else found[-1]
+        steps = [number.value for number in numbers if number.kind in kinds and number.is_sure]
+        if steps:
+            return None if _is_epoch_of(steps[-1], said, epoch) else steps[-1]
     return None
 
 
 def step_in_name(name: str, epoch: int | None = None) -> int | None:
-    """The same, or else the number in `checkpoint500`."""
+    """Return the step in a name as `named_step` does, or the number in `checkpoint500`."""
     step = named_step(name, epoch=epoch)
-    attached = [one.value for one in read_numbers(stem(name)) if one.kind is Kind.ATTACHED]
+    attached = [number.value for number in read_numbers(stem(name)) if number.kind is Kind.ATTACHED]
     if step is not None or not attached or _is_epoch_of(attached[-1], None, epoch):
         return step
     return attached[-1]
 
 
 def number_in_name(name: str, epoch: int | None = None) -> int | None:
-    """The number of a name that can hardly be anything but a step, as in `model-500.pt`: what there
-    is to go by where neither the name nor the checkpoint speaks of steps.
+    """Return the number in a name that is probably a step, as in `model-500.pt`.
+
+    It is a fallback if neither the name nor the checkpoint says the step.
     """
     numbers = read_numbers(stem(name))
-    plain = [one.value for one in numbers if one.kind in (Kind.NUMBER, Kind.ATTACHED)]
-    loose = [one.value for one in numbers if _is_plausible(one, name)]
-    found = plain or loose
-    return found[-1] if found and not _is_epoch_of(found[-1], None, epoch) else None
+    plain = [number.value for number in numbers if number.kind in (Kind.NUMBER, Kind.ATTACHED)]
+    loose = [number.value for number in numbers if _is_plausible(number, name)]
+    steps = plain or loose
+    return steps[-1] if steps and not _is_epoch_of(steps[-1], None, epoch) else None
 
 
 def _is_epoch_of(number: int, said: int | None, epoch: int | None) -> bool:
-    """Whether a number in a name is the epoch of the checkpoint: trainers count them from 0 or from
-    1, and save before or after they count on.
+    """Return whether a number in a name is the epoch of the checkpoint.
+
+    They may differ by 1: trainers count from 0 or 1, and save before or after they increment.
     """
     return number != said and epoch is not None and abs(number - epoch) <= 1
 
 
 def epochs_in_name(name: str) -> list[int]:
-    """The numbers of a name that it calls epochs."""
-    return [one.value for one in read_numbers(stem(name)) if one.kind is Kind.EPOCH]
+    """Return the epochs in a name."""
+    return [number.value for number in read_numbers(stem(name)) if number.kind is Kind.EPOCH]
 
 
 def is_alias(name: str) -> bool:
-    """Whether a name says `last` or `best` where those of other checkpoints have a step."""
-    counts = [one for one in read_numbers(stem(name)) if one.kind not in (Kind.SHARD, Kind.OTHER)]
+    """Return whether a name has `last` or `best` in place of a step."""
+    counts = [
+        number for number in read_numbers(stem(name)) if number.kind not in (Kind.SHARD, Kind.OTHER)
+    ]
     return ALIAS.search(name) is not None and not counts
 
 
 def step_in_text(text: str) -> int | None:
-    """The step that a message speaks of, as in `after step 2000`."""
-    found = _TEXT_STEP.search(text)
-    return int(found[1]) if found else None
+    """Return the step in a message, as in `after step 2000`, or None."""
+    match = _TEXT_STEP.search(text)
+    return int(match[1]) if match else None

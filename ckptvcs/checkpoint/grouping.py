@@ -1,11 +1,12 @@
-"""Together: which files of a folder hold one checkpoint, by their names.
+"""Group files of a folder into checkpoints, by their names.
 
-shards        one for each rank, part or shard:  checkpoint_1_900-shard0.pt, ...-shard1.pt
-companions    a model, its optimizer, its averages:  model010000.pt, opt010000.pt
+shards        one file for each rank, part or shard:  checkpoint_1_900-shard0.pt, ...-shard1.pt
+companions    a model, its optimizer, its averages:   model010000.pt, opt010000.pt
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -27,31 +28,39 @@ _Ids = tuple[int, ...]
 
 
 def replaced(text: str, numbers: Iterable[Number], mark: str) -> str:
-    """Text with a mark in the place of some of its numbers."""
-    for one in sorted(numbers, key=lambda one: one.start, reverse=True):
-        text = text[: one.start] + mark + text[one.end :]
+    """Return the text with a mark in place of each of these numbers."""
+    for number in sorted(numbers, key=lambda number: number.start, reverse=True):
+        text = text[: number.start] + mark + text[number.end :]
     return text
 
 
 def _shards(name: str) -> list[Number]:
-    return [one for one in read_numbers(stem(name)) if one.kind is Kind.SHARD]
+    return [number for number in read_numbers(stem(name)) if number.kind is Kind.SHARD]
 
 
 def shard_ids(name: str) -> _Ids:
-    """The numbers of the rank, part or shard in a name."""
-    return tuple(one.value for one in _shards(name))
+    """Return the numbers of ranks, parts and shards in a name."""
+    return tuple(number.value for number in _shards(name))
 
 
 def template(name: str) -> str:
-    """A name with `*` for the numbers of ranks, parts and shards."""
+    """Return the name with `*` for the numbers of ranks, parts and shards."""
     return replaced(name, _shards(name), "*").replace(SHARED, "-rank-*-")
 
 
 def family(name: str) -> str:
-    """What the names of the checkpoints of one run have in common: the same, without steps."""
-    counts = [one for one in read_numbers(stem(name)) if one.kind not in (Kind.SHARD, Kind.OTHER)]
-    plain = ALIAS.sub("#", template(replaced(name, counts, "#")))
+    """Return the template of a name with `#` for steps, epochs and aliases.
+
+    All checkpoints of one run have the same family.
+    """
+    plain = ALIAS.sub("#", template(replaced(name, _counts(name), "#")))
     return re.sub(r"#(?:[-_]#)+", "#", plain)
+
+
+def _counts(name: str) -> list[Number]:
+    """Return the numbers in a name that may count steps or epochs."""
+    numbers = read_numbers(stem(name))
+    return [number for number in numbers if number.kind not in (Kind.SHARD, Kind.OTHER)]
 
 
 def group_files(names: Collection[str]) -> dict[str, list[str]]:
@@ -85,16 +94,18 @@ def _companion_groups(templates: Iterable[str]) -> Iterator[tuple[str, list[str]
 
 
 def _counted(names: Iterable[str]) -> set[str]:
-    """The families whose numbers count ranks, parts or shards: from 0, or without great gaps from
-    1.  Others mean something else: `lora-rank8.pt` and `lora-rank16.pt`.
+    """Return the families whose numbers count ranks, parts or shards.
+
+    They count from 0, or from 1 with few gaps.  Other numbers are sizes, as in `lora-rank8.pt` and
+    `lora-rank16.pt`.
     """
-    found: dict[str, set[_Ids]] = defaultdict(set)
+    families: dict[str, set[_Ids]] = defaultdict(set)
     for name in names:
         if ids := shard_ids(name):
-            found[family(name)].add(ids)
+            families[family(name)].add(ids)
     return {
         text
-        for text, rows in found.items()
+        for text, rows in families.items()
         if SHARD_COUNT.search(text)
         or all(
             0 in column or 2 * len(column) > max(column)
@@ -104,68 +115,57 @@ def _counted(names: Iterable[str]) -> set[str]:
 
 
 def _companion(text: str) -> tuple[str, str] | None:
-    """What a file is to the others of its step (`opt` of `opt010000.pt`), and what their names have
-    in common; None for one that stands for itself.
+    """Return the word for a file's content (`opt` in `opt010000.pt`), and the rest of its name.
+
+    Return None if the name has not exactly one such word, or neither a number nor an alias.
     """
     short = stem(text)
-    found = list(COMPANION.finditer(short))
-    if len(found) != 1:
+    matches = list(COMPANION.finditer(short))
+    if len(matches) != 1 or not (_counts(short) or ALIAS.search(short)):
         return None
-    counts = [one for one in read_numbers(short) if one.kind not in (Kind.SHARD, Kind.OTHER)]
-    if not counts and not ALIAS.search(short):
-        return None
-    return found[0][
-        0
-    ].lower(), f"{short[: found[0].start()]}*{short[found[0].end() :].lstrip('-_.')}"
+    start, end = matches[0].span()
+    return matches[0][0].lower(), f"{short[:start]}*{short[end:].lstrip('-_.')}"
 
 
 def is_member(name: str) -> bool:
-    """Whether a file of this name may hold a checkpoint together with others."""
+    """Return whether a file of this name may be one of several files of a checkpoint."""
     return bool(_shards(name)) or _companion(template(name)) is not None
 
 
 def is_numbered_piece(name: str) -> bool:
-    """Whether a name says which of how many shards it is: `model-00001-of-00002.safetensors`."""
-    found = SHARD_COUNT.search(template(name))
-    return found is not None and found[1] is not None
+    """Return whether a name has a shard's number and count: `model-00001-of-00002.safetensors`."""
+    match = SHARD_COUNT.search(template(name))
+    return match is not None and match[1] is not None
 
 
 def missing_files(members: Iterable[str]) -> list[str]:
-    """The names of files that a group lacks for sure: those between others, and of as many as the
-    names themselves say that there are.
-    """
+    """Return the names of missing shards: gaps in the numbers, or in the count in the names."""
     shards: dict[str, dict[_Ids, str]] = defaultdict(dict)
     for name in members:
         if ids := shard_ids(name):
             shards[template(name)][ids] = name
     missing: list[str] = []
-    for text, found in shards.items():
-        if len({len(ids) for ids in found}) > 1:  # some are shared by all ranks
+    for text, members_by_ids in shards.items():
+        if len({len(ids) for ids in members_by_ids}) > 1:  # all ranks share some files
             continue
-        columns = [_range(column) for column in zip(*found, strict=True)]
+        columns = [_range(column) for column in zip(*members_by_ids, strict=True)]
         count = SHARD_COUNT.search(text)
         if count and len(columns) == 1:
             columns = [range(columns[0].start, columns[0].start + int(count[1] or count[2]))]
-        some = next(iter(found.values()))
-        if 1 < _size(columns) <= _MAX_SHARDS:
-            missing += [_with_ids(some, ids) for ids in product(*columns) if ids not in found]
+        example = next(iter(members_by_ids.values()))
+        if 1 < math.prod(map(len, columns)) <= _MAX_SHARDS:
+            absent = (ids for ids in product(*columns) if ids not in members_by_ids)
+            missing += [_with_ids(example, ids) for ids in absent]
     return missing
 
 
 def _range(values: Sequence[int]) -> range:
-    """The numbers of some shards and those between, which begin with 0 or 1."""
+    """Return the range from 0 (or 1, if 0 is not a value) to the largest value."""
     return range(0 if 0 in values else 1, max(values) + 1)
 
 
-def _size(columns: Iterable[range]) -> int:
-    size = 1
-    for column in columns:
-        size *= len(column)
-    return size
-
-
 def _with_ids(name: str, ids: _Ids) -> str:
-    """The name of another shard."""
-    for one, value in reversed(list(zip(_shards(name), ids, strict=True))):
-        name = f"{name[: one.start]}{value:0{one.digits}}{name[one.end :]}"
+    """Return the name with other shard numbers."""
+    for number, value in reversed(list(zip(_shards(name), ids, strict=True))):
+        name = f"{name[: number.start]}{value:0{number.digits}}{name[number.end :]}"
     return name

@@ -1,46 +1,47 @@
-"""Alike: the same tensor in two commits, where the path of its file holds the step.
+"""Match the tensors of two commits if the paths of their files contain the step.
 
-DeepSpeed writes `checkpoint-500/global_step500/...`, Megatron `iter_0000500/...`: the names of all
-tensors of a directory differ from commit to commit, and what they hold is the same model.
+DeepSpeed writes `checkpoint-500/global_step500/...`, Megatron `iter_0000500/...`.  All tensor names
+of such a directory differ from commit to commit, although the model is the same.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from ckptvcs.checkpoint.conventions import Kind, Number, read_numbers, stem
 from ckptvcs.checkpoint.grouping import replaced
 
 _COUNTS = (Kind.STEP, Kind.CHECKPOINT, Kind.ATTACHED, Kind.NUMBER, Kind.LOOSE)
-_LEAST_SHARED = 100  # a smaller number without a word may be the step by chance
+_LEAST_SHARED = 100  # a smaller number without a word may equal the step by chance
 _Form = tuple[str, tuple[int, ...]]
 
 
 def alike(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """For each name of a tensor in `new` the name of the same one in `old`: the same name, or else
-    one that differs in nothing but the step, or the epoch, in the path of its file, which stands
-    before a colon: as `global_step100/model.pt:w` differs from `global_step200/model.pt:w`.
+    """Return the names in `new`, each with the name of the same tensor in `old`.
 
-    Where several differ so, that of the highest step is meant.
+    The names are equal, or differ only in the step or epoch in the file path before the colon
+    (`global_step100/model.pt:w` and `global_step200/model.pt:w`).  If several names in `old`
+    differ only so, the one with the highest step matches.
     """
-    known = set(old)
-    found = {name: name for name in new if name in known}
-    if len(found) < len(set(new)):
-        there: dict[str, tuple[tuple[int, ...], str]] = {}
+    old_names = set(old)
+    matches = {name: name for name in new if name in old_names}
+    if len(matches) < len(set(new)):
+        latest: dict[str, tuple[tuple[int, ...], str]] = {}
         for name, (form, steps) in _forms(old).items():
-            there[form] = max(there.get(form, ((), "")), (steps, name))
+            latest[form] = max(latest.get(form, ((), "")), (steps, name))
         for name, (form, _) in _forms(new).items():
-            if name not in found and form in there:
-                found[name] = there[form][1]
-    return found
+            if name not in matches and form in latest:
+                matches[name] = latest[form][1]
+    return matches
 
 
 def pair_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """The same, but each name goes with one other, or with none where several could be meant."""
+    """Match names as `alike` does, but one to one: ambiguous names have no match."""
     same = set(old) & set(new)
-    found = {name: name for name in same}
+    matches = {name: name for name in same}
     if len(same) < max(len(set(old)), len(set(new))):
         sides: tuple[dict[str, list[str]], ...] = (defaultdict(list), defaultdict(list))
         for side, names in zip(sides, (old, new), strict=True):
@@ -49,8 +50,8 @@ def pair_names(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
                     side[form].append(name)
         for form, names in sides[1].items():
             if len(names) == 1 == len(sides[0].get(form, ())):
-                found[names[0]] = sides[0][form][0]
-    return found
+                matches[names[0]] = sides[0][form][0]
+    return matches
 
 
 def _forms(names: Sequence[str]) -> dict[str, _Form]:
@@ -68,46 +69,46 @@ def _forms(names: Sequence[str]) -> dict[str, _Form]:
 
 
 class _Steps:
-    """The steps and epochs that all file paths with any numbers share.
+    """The steps and epochs that all file paths with numbers share.
 
     A number without a word such as `step` counts only if no path has such a word.
     """
 
     def __init__(self, rows: Sequence[Sequence[_Placed]]) -> None:
-        sure = [{one.number.value for one in row if one.number.is_sure} for row in rows]
-        plain = [{one.number.value for one in row if one.counts} for row in rows]
+        sure = [{placed.number.value for placed in row if placed.number.is_sure} for row in rows]
+        plain = [{placed.number.value for placed in row if placed.counts} for row in rows]
         self._any_sure = any(sure)
         self._steps = _shared(sure if self._any_sure else plain)
         self._epochs = _shared(
-            {one.number.value for one in row if one.number.kind is Kind.EPOCH} for row in rows
+            {placed.number.value for placed in row if placed.number.kind is Kind.EPOCH}
+            for row in rows
         )
         self._folders: dict[int, set[str]] = defaultdict(set)
-        for row in rows:
-            for one in row:
-                if one.number.is_sure and one.folder:
-                    self._folders[one.depth].add(one.folder)
+        for placed in chain.from_iterable(rows):
+            if placed.number.is_sure and placed.folder:
+                self._folders[placed.depth].add(placed.folder)
 
     def include(self, placed: _Placed) -> bool:
-        """Return whether a number is one of these steps or epochs."""
+        """Return whether the number is one of these steps or epochs."""
         number = placed.number
         if number.kind is Kind.EPOCH:
             return number.value in self._epochs
         if number.is_sure and not self._steps:
-            return True  # each path has a step of its own
+            return True  # the paths have different steps
         by_chance = (self._any_sure and not number.is_sure) or len(self._folders[placed.depth]) > 1
         least = _LEAST_SHARED if by_chance else 0
         return placed.counts and number.value in self._steps and number.value >= least
 
 
 def _shared(values: Iterable[set[int]]) -> set[int]:
-    """What all of these have that have anything."""
-    some = [one for one in values if one]
-    return set.intersection(*some) if some else set()
+    """Return the intersection of the sets that are not empty."""
+    filled = [row for row in values if row]
+    return set.intersection(*filled) if filled else set()
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """A number in a path, how deep it stands there, and the name of the `folder` that it is in."""
+    """A number in a path, its depth, and the name of the `folder` that contains it."""
 
     number: Number
     depth: int
@@ -115,7 +116,7 @@ class _Placed:
 
     @property
     def counts(self) -> bool:
-        """Whether it may be a step."""
+        """Return whether the number may be a step."""
         return self.number.kind in _COUNTS
 
 
@@ -124,6 +125,7 @@ def _path_numbers(path: str) -> Iterator[_Placed]:
     parts = path.split("/")
     for depth, part in enumerate(parts):
         folder = part if depth + 1 < len(parts) else ""
-        for one in read_numbers(stem(part)):
-            yield _Placed(Number(at + one.start, at + one.end, one.value, one.kind), depth, folder)
+        for number in read_numbers(stem(part)):
+            moved = replace(number, start=at + number.start, end=at + number.end)
+            yield _Placed(moved, depth, folder)
         at += len(part) + 1

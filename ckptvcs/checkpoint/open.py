@@ -1,6 +1,6 @@
-"""Checkpoint: what is about to be committed, whatever form it came in.
+"""Open a checkpoint: parse its files into pieces, and give each tensor its role.
 
-path or state  ->  files, each a row of pieces  +  tensors with part, role and pair
+path or state  ->  files, each a list of pieces  +  tensors with part, role and pair
 """
 
 from __future__ import annotations
@@ -34,17 +34,15 @@ from ckptvcs.files.names import MAX_NESTING, is_repository_name, listed, trusted
 from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
 from ckptvcs.store.disk import real_path
 
-_DOUBTFUL = ("raw", "torch-zip")  # a zip file is read as far as its directory goes
-_MAX_STATE_BYTES = 1 << 26  # of a file that is read to find the step
-_MAX_NAME_BYTES = 64
-_KEPT_OPEN = 16  # files
+_DOUBTFUL = ("raw", "torch-zip")  # a zip file can lack records that its directory lists
+_MAX_STATE_BYTES = 1 << 26  # of a JSON file that may hold the step
+_MAX_NAME_BYTES = 64  # of a text file that may hold the step
+_MAX_OPEN_FILES = 16
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file: its bytes, and the segments they are made of; tensor numbers are those of the
-    checkpoint's schema.
-    """
+    """A file and its pieces, which number tensors by their position in the schema."""
 
     path: str
     source: Source
@@ -68,12 +66,15 @@ class InputLink:
 class Checkpoint:
     """Files and the tensors in them.
 
-    `kind` is `file`, `directory` or `state`; `places` gives the file and offset of each tensor of
-    `schema`; `step` and `epoch` are what the checkpoint itself says; `rules` what the optimizer of
-    a moment (by its position in the schema) does with it; `parameters` which moments are those of
-    one parameter (by position, a number for each); `directory` where it was listed, and
-    without what; `followed` which files are those that links lead to, and where; `notes` what of
-    it was not understood; `is_all` whether it is all of the file or directory that its path names.
+    kind        `file`, `directory` or `state`
+    places      file number and byte offset of each tensor of `schema`
+    step, epoch the numbers that the checkpoint itself holds
+    rules       the optimizer's rule for each moment, by position in the schema
+    parameters  position of a moment -> number that all moments of its parameter share
+    directory   the listed directory, and the path that was skipped in it
+    followed    path of a followed link -> the file that it leads to
+    notes       lines about files that were not fully understood
+    is_all      whether it is the whole file or directory at its path
     """
 
     kind: str
@@ -94,10 +95,10 @@ class Checkpoint:
     def kept_open(self) -> Iterator[None]:
         """Open each file once for all reads, unless there are many."""
         with ExitStack() as opened:
-            if len(self.files) <= _KEPT_OPEN:
+            if len(self.files) <= _MAX_OPEN_FILES:
                 for source in (file.source for file in self.files):
                     if isinstance(source, FileSource):
-                        with suppress(CkptError):  # the first read will raise it
+                        with suppress(CkptError):  # the first read raises it again
                             opened.enter_context(source)
             yield
 
@@ -107,8 +108,11 @@ class Checkpoint:
         return sum(file.source.size for file in self.files)
 
     def check_unchanged(self) -> None:
-        """Raises InvalidInputError where a file was written since it was opened, or came, or went;
-        of a state, where one of its small tensors has another value.
+        """Check that the checkpoint is the same as when it was opened.
+
+        Raises:
+            InvalidInputError: a file was written, added or deleted, or a tensor of the state has
+                changed.
         """
         for file in self.files:
             file.source.check_unchanged()
@@ -122,7 +126,7 @@ class Checkpoint:
             raise changed_while_read(root)
 
     def _kind(self, name: str, entry: os.DirEntry[str]) -> str | None:
-        """What an entry of the directory is: what a link leads to, None for a directory."""
+        """Return _FILE for a file, None for a directory, else the target of a link."""
         if not entry.is_symlink():
             return None if entry.is_dir(follow_symlinks=False) else _FILE
         try:
@@ -142,15 +146,19 @@ def open_checkpoint(
     names: Names | None = None,
     only: Collection[str] = (),
 ) -> Checkpoint:
-    """Read the structure of a file or of a directory of files; `skip` is left out.  See `build` for
-    `names`.
+    """Read the structure of a file, or of the files of a directory.
 
-    `raw` stores bytes as they are, without looking for structure.  With `only`, a checkpoint is
-    these files of a directory.
+    Args:
+        path: file or directory
+        raw: store the bytes without parsing them
+        skip: path in the directory to leave out
+        names: see `build`
+        only: the files of the directory to read (default: all)
 
     Raises:
-        NotFoundError: there is nothing at `path`.
-        InvalidInputError: it is empty, incomplete or unreadable, or not what its suffix says.
+        NotFoundError: `path` does not exist.
+        InvalidInputError: it is empty, incomplete or unreadable, or has another format than its
+            suffix says.
     """
     try:
         mode = path.stat().st_mode
@@ -171,7 +179,7 @@ def open_checkpoint(
 
 
 def _parse(source: Source, raw: bool) -> Layout:
-    """The layout of a file; one row of bytes where nothing is understood."""
+    """Return the layout of a file; format `raw` if no parser accepts it."""
     layout = None
     if not raw and source.size:
         if torch_zip.starts_like_zip(source):
@@ -194,7 +202,7 @@ def list_entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEnt
             continue
         if is_repository_name(entry.name):
             raise InvalidInputError(
-                f"other systems take {entry.path!r} for a repository of ckpt", hint="rename it"
+                f"other file systems take {entry.path!r} for a ckpt repository", hint="rename it"
             )
         yield name, entry
         if entry.is_dir(follow_symlinks=False):
@@ -202,10 +210,10 @@ def list_entries(root: Path, skip: Path | None) -> Iterator[tuple[str, os.DirEnt
 
 
 def _sorted(root: Path, below: str) -> list[tuple[str, os.DirEntry[str]]]:
-    """The entries of a directory, the last one first."""
+    """Return the entries of a directory in reverse order of their names."""
     try:
-        with os.scandir(root / below) as found:
-            entries = sorted(found, key=lambda entry: entry.name, reverse=True)
+        with os.scandir(root / below) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name, reverse=True)
     except OSError as error:
         raise unreadable(root / below, error) from error
     return [(f"{below}/{entry.name}" if below else entry.name, entry) for entry in entries]
@@ -214,34 +222,36 @@ def _sorted(root: Path, below: str) -> list[tuple[str, os.DirEntry[str]]]:
 def _open_directory(
     root: Path, raw: bool, skip: Path | None, names: Names | None, only: Collection[str]
 ) -> Checkpoint:
-    read = _Directory(root, raw, skip, only)
+    reader = _DirectoryReader(root, raw, skip, only)
     for name, entry in list_entries(root, skip):
         if not only or name in only:
-            read.take(name, entry)
-    files = {name for name, *_ in read.parsed}
+            reader.take(name, entry)
+    files = {name for name, *_ in reader.parsed}
     is_sharded = not raw and _is_sharded(root, files)
-    unfollowed = [link.path for link in read.links if link.target is not None]
-    hidden = tuple(links_notes(unfollowed, read.real, skip))
+    unfollowed = [link.path for link in reader.links if link.target is not None]
+    hidden = tuple(links_notes(unfollowed, reader.real, skip))
     if not files and hidden:
         raise InvalidInputError(
-            f"{root} holds no files but {hidden[0]}",
+            f"{root} contains no files except {hidden[0]}",
             hint=f"commit a copy without links: cp -rL {root} COPY",
         )
     if not files:
-        raise InvalidInputError(f"{root} holds no files")
-    parsed = list(_with_structure(read.parsed)) if is_sharded else read.parsed
-    made = build("directory", parsed, read.links, names)
-    said = (*made.notes, *hidden, *_trusted([*files, *(link.path for link in read.links)]))
+        raise InvalidInputError(f"{root} contains no files")
+    parsed = list(_with_structure(reader.parsed)) if is_sharded else reader.parsed
+    checkpoint = build("directory", parsed, reader.links, names)
+    trusted = _trusted([*files, *(link.path for link in reader.links)])
+    all_notes = (*checkpoint.notes, *hidden, *trusted)
     if not only:
-        return replace(made, directory=(root, skip), followed=read.followed, notes=said)
-    gone = set(only) - files
-    if gone:
-        raise NotFoundError(f"no such file: {root / min(gone)}")
-    return replace(made, is_all=False, notes=said)
+        return replace(
+            checkpoint, directory=(root, skip), followed=reader.followed, notes=all_notes
+        )
+    if missing := set(only) - files:
+        raise NotFoundError(f"no such file: {root / min(missing)}")
+    return replace(checkpoint, is_all=False, notes=all_notes)
 
 
-class _Directory:
-    """What is read of a directory, entry by entry: files, links, and where links to files lead."""
+class _DirectoryReader:
+    """Reads the entries of a directory: files, links, and the files that links lead to."""
 
     def __init__(self, root: Path, raw: bool, skip: Path | None, only: Collection[str]) -> None:
         self.parsed: list[distcp.Parsed] = []
@@ -249,13 +259,13 @@ class _Directory:
         self.followed: dict[str, Path] = {}
         self.real = real_path(root)
         self._root, self._raw, self._skip = root, raw, skip
-        # Of files that are one checkpoint the caller says which are cut off.
+        # With `only`, the caller reports truncated files itself.
         self._doubtful = _DOUBTFUL[1:] if only else _DOUBTFUL
 
     def take(self, name: str, entry: os.DirEntry[str]) -> None:
-        """Read an entry, which is at `name` in the directory."""
+        """Read the entry at the relative path `name`."""
         if entry.name == conventions.INCOMPLETE and not self._raw:
-            raise InvalidInputError(f"{self._root} is incomplete: it holds {entry.name}")
+            raise InvalidInputError(f"{self._root} is incomplete: it contains {entry.name}")
         path = Path(entry.path)
         try:
             status = entry.stat(follow_symlinks=False)
@@ -287,24 +297,24 @@ class _Directory:
 
 
 def _is_sharded(root: Path, files: Collection[str]) -> bool:
-    """Return whether there are shards of `torch.distributed.checkpoint` among the files.
+    """Return whether some files are shards of `torch.distributed.checkpoint`.
 
     Raises:
-        InvalidInputError: no metadata says what is in them.
+        InvalidInputError: the file `.metadata` is missing.
     """
     if not any(name.endswith(distcp.SUFFIX) for name in files):
         return False
     if not any(name.rpartition("/")[2] == distcp.METADATA for name in files):
         raise InvalidInputError(
-            f"{root} is incomplete: it holds shards and no .metadata",
+            f"{root} is incomplete: it contains shards, but no .metadata",
             hint="commit it again once it is complete",
         )
     return True
 
 
 def _with_structure(parsed: Sequence[distcp.Parsed]) -> Iterator[distcp.Parsed]:
-    """Yield the files of a directory of shards with the layouts that its metadata gives them."""
-    problem = ".metadata does not tell what is in it"
+    """Yield the files of a sharded directory with the layouts that `.metadata` describes."""
+    problem = ".metadata does not describe its content"
     for name, source, layout, status in distcp.with_structure(parsed):
         known = layout if covers(layout, source.size) else Layout("raw", [], problem=problem)
         if name.endswith(distcp.SUFFIX) and known.format == "raw":
@@ -313,11 +323,10 @@ def _with_structure(parsed: Sequence[distcp.Parsed]) -> Iterator[distcp.Parsed]:
 
 
 def _trusted(paths: Sequence[str]) -> Iterator[str]:
-    """A line where a checkout will ask whether it is meant."""
-    found = trusted_names(sorted(paths))
-    if found:
+    """Yield a note about file names that a checkout does not write without --force."""
+    if trusted := trusted_names(sorted(paths)):
         yield (
-            f"{listed(found)}: tools execute or trust files of this name; "
+            f"{listed(trusted)}: tools execute or trust files of this name; "
             "a checkout writes them only with --force"
         )
 
@@ -328,29 +337,30 @@ def build(
     links: Sequence[InputLink],
     names: Names | None = None,
 ) -> Checkpoint:
-    """Join parsed files (path, bytes, layout, status) into a checkpoint with one schema; `names`
-    are what is known of the parameters of its optimizers.
+    """Join parsed files (path, bytes, layout, status) into a checkpoint with one schema.
+
+    `names` gives the parameter names of its modules and optimizers, if the caller knows them.
     """
-    cut = [tuple(pieces(layout, source.size)) for _, source, layout, _ in parsed]
+    rows = [tuple(pieces(layout, source.size)) for _, source, layout, _ in parsed]
     roles = assign_roles([(path, layout) for path, _, layout, _ in parsed], names or {})
-    stored = (found for _, _, layout, _ in parsed for found in layout.tensors)
-    numbers = {id(found): number for number, found in enumerate(stored)}
+    stored = (tensor for _, _, layout, _ in parsed for tensor in layout.tensors)
+    numbers = {id(tensor): number for number, tensor in enumerate(stored)}
     infos: list[TensorInfo] = []
     places: list[tuple[int, int]] = []
     rules: dict[int, Rule] = {}
     parameters: dict[int, int] = {}
     files: list[InputFile] = []
     for file_number, (path, source, layout, status) in enumerate(parsed):
-        files.append(_input_file(path, source, layout, status, cut[file_number], len(infos)))
+        files.append(_input_file(path, source, layout, status, rows[file_number], len(infos)))
         prefix = f"{path}:" if kind == "directory" else ""
-        for found, known in zip(layout.tensors, roles[file_number], strict=True):
-            # Whatever codes with loss reads numbers in one order.
-            role = known if found.order == LITTLE else Role(known.part, OTHER)
-            infos.append(_info(prefix, found, role, numbers))
+        for tensor, known in zip(layout.tensors, roles[file_number], strict=True):
+            # The lossy codecs read little-endian words only.
+            role = known if tensor.order == LITTLE else Role(known.part, OTHER)
+            infos.append(_info(prefix, tensor, role, numbers))
             if role.rule is not None:
                 rules[len(places)] = role.rule
                 parameters[len(places)] = role.parameter
-            places.append((file_number, found.offset))
+            places.append((file_number, tensor.offset))
     read = [(path, source, layout) for path, source, layout, _ in parsed]
     return Checkpoint(
         kind,
@@ -374,45 +384,43 @@ def _input_file(
     row: Sequence[Piece],
     first: int,
 ) -> InputFile:
-    """Make the file of a checkpoint of a row of pieces; the `first` of its tensors has this number
-    in the schema.
-    """
+    """Return a file of a checkpoint; `first` is the schema position of its first tensor."""
     mode = 0o644 if status is None else stat.S_IMODE(status.st_mode)
     time = 0 if status is None else status.st_mtime_ns
-    counted = (
+    numbered = (
         piece
         if piece.tensor is None
         else Piece(piece.offset, piece.size, first + piece.tensor, piece.checksum)
         for piece in row
     )
-    return InputFile(path, source, layout.format, tuple(counted), mode, time)
+    return InputFile(path, source, layout.format, tuple(numbered), mode, time)
 
 
-def _info(prefix: str, found: StoredTensor, role: Role, numbers: Mapping[int, int]) -> TensorInfo:
-    """Describe a tensor; `numbers` are those of all tensors, by identity."""
+def _info(prefix: str, tensor: StoredTensor, role: Role, numbers: Mapping[int, int]) -> TensorInfo:
+    """Return the schema entry of a tensor; `numbers` maps the id() of tensors to positions."""
     paired = role.pair is not None and role.pair.order == LITTLE
     return TensorInfo(
-        prefix + found.name + found.part,
-        found.dtype,
-        found.shape,
+        prefix + tensor.name + tensor.part,
+        tensor.dtype,
+        tensor.shape,
         role.part,
         role.role,
-        found.inline,
+        tensor.inline,
         numbers[id(role.pair)] if paired else None,
-        tuple(found.views),
+        tuple(tensor.views),
         role.evidence,
-        found.order,
+        tensor.order,
     )
 
 
-_FILE = "/"  # no link leads to this: it is told from those that do
+_FILE = "/"  # stands for a file beside the targets of links; no link has this target
 
 
 def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:
-    """The step that a checkpoint itself gives: a key of its top, or a file of the trainer's."""
+    """Return the step from a key at the top of a file, or from a file of the trainer."""
     for path, source, layout in parsed:
         step = _step_beside(path, source)
-        if step is None and conventions.says_a_step(path):
+        if step is None and conventions.may_hold_step(path):
             step = conventions.step_in_keys(_top(layout))
         if step is not None:
             return step
@@ -420,27 +428,27 @@ def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:
 
 
 def _find_epoch(parsed: list[tuple[str, Source, Layout]]) -> int | None:
-    """The epoch that a checkpoint itself gives."""
+    """Return the epoch from a key at the top of a file."""
     epochs = (
         conventions.epoch_in_keys(_top(layout))
         for path, _, layout in parsed
-        if conventions.says_a_step(path)
+        if conventions.may_hold_step(path)
     )
     return next((epoch for epoch in epochs if epoch is not None), None)
 
 
 def _top(layout: Layout) -> object:
-    """The dict at the top of a file, for its keys."""
+    """Return the object at the top of a file, or None for safetensors."""
     return None if layout.format == "safetensors" else layout.tree
 
 
 def _step_beside(path: str, source: Source) -> int | None:
-    """The step that a file beside the tensors gives."""
+    """Return the step from a JSON or text file beside the tensors."""
     key = conventions.step_key_of(path)
     if key is not None:
         whole = source.size < _MAX_STATE_BYTES
         return _json_step(source.read(0, source.size), key) if whole else None
-    if not conventions.names_a_step(path) or source.size > _MAX_NAME_BYTES:
+    if not conventions.is_step_file(path) or source.size > _MAX_NAME_BYTES:
         return None
     text = source.read(0, source.size).decode("ascii", "replace").strip()
     step = int(text) if text.isdecimal() else conventions.named_step(text)

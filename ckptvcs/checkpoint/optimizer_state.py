@@ -1,12 +1,12 @@
-"""Optimizer states: which tensors are moments of which parameter, and what the optimizer does.
+"""Find optimizer states: the moments of each parameter, and the optimizer's rule.
 
     plain   a dict with `state` (index -> dict of tensors) and `param_groups`
-    flat    the same keys within names: `state.layers.0.weight.exp_avg` (torch.distributed),
+    flat    the same keys in tensor names: `state.layers.0.weight.exp_avg` (torch.distributed),
             `optimizer.state.exp_avg.layers.0.weight` and `{"param": ..., "exp_avg": ...}`
             (Megatron), `zero/layers.0.weight/exp_avg.pt` (universal checkpoints of DeepSpeed)
 
-A name alone is no evidence: of a flat state only those tensors are moments that stand beside what
-belongs to them, of the same shape.
+A name alone is not evidence.  A tensor of a flat state is a moment only if it is beside its weight
+or beside the other moment, with the same shape.
 """
 
 from __future__ import annotations
@@ -17,46 +17,37 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from ckptvcs.checkpoint.conventions import words
 from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.pickle_reader import StorageRef, TensorRef, walk
 
 FIRST: dict[str, tuple[str, ...]] = {
-    "exp_avg": ("exp_avg_sq", "exp_avg_var"),  # Adam and its kin; Lion keeps it alone
+    "exp_avg": ("exp_avg_sq", "exp_avg_var"),  # Adam and its variants; Lion has no second moment
     "exp_avg_fast": ("exp_avg_sq",),  # AdEMAMix
     "exp_avg_slow": (),
     "momentum_buffer": (),  # SGD, RMSprop, Muon
     "grad_avg": (),  # RMSprop, centred
     "exp_avg_diff": (),  # Adan
     "m": ("v",),
-    "mu": ("nu",),  # loops of one's own, optax
+    "mu": ("nu",),  # hand-written optimizers, optax
 }
-"""Keys of optimizer state that are averages of gradients -> those whose root may divide them."""
+"""Averages of gradients -> the second moments that may divide them, or their roots (state keys)."""
 
-SECOND = frozenset(
-    {
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_avg_var",  # Adam, amsgrad, AdaBelief
-        "square_avg",
-        "acc_delta",  # RMSprop, Adadelta
-        "sum",  # Adagrad
-        "exp_inf",  # Adamax
-        "hessian",  # Sophia
-        "exp_avg_sq_row",
-        "exp_avg_sq_col",
-        "row_var",
-        "col_var",
-        "variance",  # Adafactor
-        "v",
-        "nu",
-    }
+SECOND = words(
+    "exp_avg_sq max_exp_avg_sq exp_avg_var",  # Adam, amsgrad, AdaBelief
+    "square_avg acc_delta",  # RMSprop, Adadelta
+    "sum",  # Adagrad
+    "exp_inf",  # Adamax
+    "hessian",  # Sophia
+    "exp_avg_sq_row exp_avg_sq_col row_var col_var variance",  # Adafactor
+    "v nu",
 )
-"""Keys of optimizer state that are never negative: squared gradients, and what scales like them."""
+"""State keys of moments that are never negative: averages of squares and similar quantities."""
 
 DIVIDING = frozenset(
     {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "exp_inf", "hessian", "v", "nu"}
 )
-"""Those of them whose root, or themselves, divide an average that the optimizer keeps, too."""
+"""State keys of second moments that divide (or whose roots divide) a stored average."""
 
 MASTERS = frozenset(
     {
@@ -69,41 +60,29 @@ MASTERS = frozenset(
         "param_fp32",
     }
 )
-"""Keys of optimizer state that are the weights themselves, in float32: they belong to the model."""
+"""State keys of float32 copies of the weights; these belong to the part `model`."""
 
 ITERATES = frozenset({"z", "ax"})
-"""Keys of optimizer state that move like weights: schedule-free iterates, averages of ASGD."""
+"""State keys of tensors that change like weights: schedule-free iterates, averages of ASGD."""
 
 MOMENTS = frozenset(FIRST) | SECOND
-"""Keys of optimizer state that lossy coding knows how to treat."""
+"""State keys of all moments that the lossy codecs support."""
 
 _SHORT = frozenset({"m", "v", "mu", "nu", "sum", "variance", "hessian"})
-"""Keys that mean something else elsewhere."""
+"""State keys that have other meanings outside optimizers."""
 
 _FLAT = MOMENTS - _SHORT
 _BESIDE = ("w", "p", "param", "params", "value", "model", "weights", "master")
 _TRIPLES = {"m": ("v", _BESIDE), "mu": ("nu", tuple(w for w in _BESIDE if w != "value"))}
 _WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
 _KEYS = _FLAT | {*_TRIPLES, "v", "nu", *_BESIDE, *_WEIGHTS_BESIDE}
-"""Steps of names that may say what a tensor is to an optimizer."""
+"""Parts of names that may be state keys, or keys of the weight beside the moments."""
 
-_ADAM = frozenset(
-    {
-        "step",
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "mu_product",
-        "exp_avg_fast",
-        "exp_avg_slow",
-        "exp_avg_diff",
-        "exp_avg_var",
-        "master_param",
-        "master_params",
-        "param_remainder",
-    }
+_ADAM = words(
+    "step exp_avg exp_avg_sq max_exp_avg_sq mu_product exp_avg_fast exp_avg_slow exp_avg_diff",
+    "exp_avg_var master_param master_params param_remainder",
 )
-"""State of Adam and of those who step like it; somebody who keeps more does something else."""
+"""State keys of optimizers with Adam's update rule.  Any other key means another rule."""
 
 _OPTIMIZER = re.compile(r"(optim|opt_state|adam|sgd|muon|lion)", re.IGNORECASE)
 _FACTORS = frozenset({"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"})
@@ -112,11 +91,11 @@ _CHUNK = re.compile(r"\[[0-9:,]*\]\Z")
 
 @dataclass(frozen=True)
 class Rule:
-    """What an optimizer does with its moments, from its `param_groups`; else Adam's defaults.
+    """An optimizer's update rule, from its `param_groups`; the defaults are those of Adam.
 
-    `beta1` is the momentum, too; `alpha` how much the slow average of AdEMAMix counts, or rho of
-    Sophia.  `kind` is `adam`, `sgd`, `lion` or `muon` where these are known; `is_sure` unless it
-    is only the names of its state that say so, which LaProp, for one, shares with Adam.
+    `beta1` is also the momentum.  `alpha` is the weight of the slow average (AdEMAMix), or rho
+    (Sophia).  `kind` is `adam`, `sgd`, `lion`, `muon`, or empty if the rule is unknown.  `is_sure`
+    is false if only state names show the kind: LaProp, for one, has the same names as Adam.
     """
 
     beta1: float = 0.9
@@ -129,11 +108,13 @@ class Rule:
 
 @dataclass
 class Slot:
-    """A parameter of an optimizer: its state tensors by key, the names that it may have, the most
-    likely one first, and the weight itself where it stands beside its moments.  `closed` says that
-    it keeps more than moments (the bases of SOAP, say), so that nobody knows what these do;
-    `doubtful`, that its keys mean moments only if there is a weight of one of its names;
-    `is_optimizers`, that its name says that it is an optimizer's.
+    """A parameter of an optimizer, with its state tensors by key.
+
+    names           possible names of the parameter, the most likely one first
+    weight          the parameter's tensor, if it is beside its moments
+    closed          it also has state of unknown use (such as the bases of SOAP): stay exact
+    doubtful        its tensors are moments only if a weight has one of its names
+    is_optimizers   its name contains the name of an optimizer
     """
 
     state: dict[str, StoredTensor]
@@ -147,7 +128,7 @@ class Slot:
 
 @dataclass
 class Optimizer:
-    """A plain optimizer state in one file: its groups of parameters, and all tensors below it."""
+    """A plain optimizer state in a file: its parameter groups, and all tensors below it."""
 
     groups: list[list[Slot]]
     file: int
@@ -160,13 +141,14 @@ class Optimizer:
 
 
 Names = dict[tuple[str, str], list[list[str | None]]]
-"""By the file and the place there (dotted): for an optimizer the names of the parameters of each
-group, as far as they are known; for the state of a module those of all its parameters.
+"""Parameter names by file and dotted path of an optimizer or module in it.
+
+An optimizer has one list for each group, with None for unknown names; a module has one list.
 """
 
 
 def storage_key(node: object) -> str | None:
-    """What a file calls the storage of a node of its tree."""
+    """Return the key of a tree node's storage in its file; None for other nodes."""
     if isinstance(node, StoredTensor):
         return node.key
     if isinstance(node, TensorRef):
@@ -180,7 +162,7 @@ def storage_key(node: object) -> str | None:
 def find_optimizers(
     layout: Layout, file: int, given: Mapping[str, list[list[str | None]]]
 ) -> Iterable[Optimizer]:
-    """Yield the plain optimizer states of a file; `given` are parameter names by place."""
+    """Yield the plain optimizer states of a file; `given` has parameter names by dotted path."""
     known = {tensor.key: tensor for tensor in layout.tensors if tensor.key}
     for path, node in walk(layout.tree, (dict,)):
         if not isinstance(node, dict) or not _is_optimizer(node):
@@ -200,7 +182,7 @@ def find_optimizers(
 
 
 def _is_optimizer(node: dict[Any, Any]) -> bool:
-    """Return whether a dict has the form of an optimizer's state."""
+    """Return whether a dict has the form of an optimizer's state dict."""
     groups = node.get("param_groups")
     return (
         isinstance(node.get("state"), dict)
@@ -223,8 +205,9 @@ def _group_names(group: dict[Any, Any], given: list[str | None] | None) -> list[
 def _take_partitions(
     optimizer: Optimizer, layout: Layout, path: tuple[str, ...], known: Mapping[str, StoredTensor]
 ) -> None:
-    """Give the slots of a ZeRO partition their flat float32 weights, which DeepSpeed keeps in a
-    list beside the state, in the order of the groups.
+    """Give the slots of a ZeRO partition their flat float32 weights.
+
+    DeepSpeed stores these in a list beside the state, in the order of the groups.
     """
     beside = layout.tree
     for step in path[:-1]:
@@ -245,7 +228,7 @@ def _take_partitions(
 def _entry(state: dict[Any, Any], index: object) -> dict[Any, Any]:
     entry = state.get(index) if isinstance(index, int | str) else None
     if entry is None and type(index) is int:
-        entry = state.get(str(index))  # torch.distributed.checkpoint makes all keys text
+        entry = state.get(str(index))  # torch.distributed.checkpoint converts keys to str
     return entry if isinstance(entry, dict) else {}
 
 
@@ -265,9 +248,9 @@ def _slot(
 
 
 def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
-    """Return the rule of a parameter group; missing or absurd values become defaults.
+    """Return the rule of a parameter group; missing or invalid values become defaults.
 
-    `keys` are those of the state of its parameters.
+    `keys` are the state keys of its parameters.
     """
     kept = set(keys) - {"step"}
     betas = group.get("betas")
@@ -287,7 +270,7 @@ def rule_of(group: Mapping[Any, Any], keys: Iterable[str]) -> Rule:
 
 
 def _number(value: object, limit: float, default: float) -> float:
-    """Return a number from 0 to below a limit, or a default for anything else."""
+    """Return a value in [0, limit), or the default for any other value."""
     return float(value) if isinstance(value, float | int) and 0 <= value < limit else default
 
 
@@ -307,8 +290,12 @@ def _optimizer_kind(group: Mapping[Any, Any], kept: set[str], *, has_betas: bool
 def find_flat(
     files: list[tuple[str, Layout]], taken: set[int], weights: Container[int]
 ) -> Iterable[Slot]:
-    """Moments whose keys stand in their names, of all files (path, layout); not those that are
-    `taken`.  `weights` are the tensors in state dicts of models (both by identity).
+    """Yield slots of moments that have their state keys in their names.
+
+    Args:
+        files: path and layout of all files
+        taken: id() of the tensors to skip
+        weights: id() of the tensors in state dicts of models
     """
     by_base: dict[tuple[str, ...], dict[str, StoredTensor]] = {}
     for path, layout in files:
@@ -319,7 +306,7 @@ def find_flat(
     if not by_base:
         return
     betas, strange = _flat_betas(files), _strange_bases(files, by_base, taken, weights)
-    # Who factors second moments averages steps, not gradients.
+    # Optimizers with factored second moments average steps, not gradients.
     is_factored = any(row.keys() & _FACTORS for row in by_base.values())
     for base, row in by_base.items():
         for slot in _flat_slots(base, row, betas):
@@ -334,7 +321,7 @@ def _strange_bases(
     taken: set[int],
     weights: Container[int],
 ) -> set[tuple[str, ...]]:
-    """The parameters beside whose moments the optimizer keeps a tensor of unknown use."""
+    """Return the bases of parameters that have a tensor of unknown use beside their moments."""
     strange = set()
     for path, layout in files:
         for tensor in layout.tensors:
@@ -351,7 +338,7 @@ def _strange_bases(
 
 
 def _steps(path: str, tensor: StoredTensor) -> tuple[tuple[str, ...], str]:
-    """The steps of a file and of the name of a tensor in it; which chunk of the tensor it is."""
+    """Return the parts of a tensor's file path and name, and its chunk (`[4:8,0:16]`)."""
     name, chunk = tensor.name + tensor.part, ""
     if name.endswith("]") and (cut := _CHUNK.search(name)):
         name, chunk = name[: cut.start()], cut[0]
@@ -360,7 +347,7 @@ def _steps(path: str, tensor: StoredTensor) -> tuple[tuple[str, ...], str]:
 
 
 def _splits(path: str, tensor: StoredTensor) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """The ways to read the name of a tensor as a key and the rest."""
+    """Yield each state key in a tensor's name, with the base: the name with `*` for the key."""
     steps, chunk = _steps(path, tensor)
     for at, step in enumerate(steps):
         is_last = at + 1 == len(steps) and step in SECOND and "state" in steps[:at]
@@ -371,7 +358,7 @@ def _splits(path: str, tensor: StoredTensor) -> Iterable[tuple[str, tuple[str, .
 def _flat_slots(
     base: tuple[str, ...], row: dict[str, StoredTensor], betas: Mapping[str, object]
 ) -> Iterable[Slot]:
-    """Yield the slots of the tensors whose names differ only in a key."""
+    """Yield the slots of tensors with the same base."""
     names, is_optimizers = _names(base), _says_optimizer(base)
     state = {key: tensor for key, tensor in row.items() if key in _FLAT}
     shapes = {tensor.shape for tensor in state.values()}
@@ -396,7 +383,7 @@ def _flat_slots(
 def _beside(
     row: dict[str, StoredTensor], weights: tuple[str, ...], shape: tuple[int, ...]
 ) -> StoredTensor | None:
-    """Return the first tensor with one of the keys of a weight, if it has this shape."""
+    """Return the first tensor with a key of a weight, if it has this shape."""
     weight = next((row[key] for key in weights if key in row), None)
     return weight if weight is not None and weight.shape == shape else None
 
@@ -414,7 +401,7 @@ def _says_optimizer(base: tuple[str, ...]) -> bool:
 
 
 def _names(base: tuple[str, ...]) -> tuple[str, ...]:
-    """What the parameter of a flat state may be called, the longest name first."""
+    """Return possible names of a flat state's parameter, the longest first."""
     steps = [step for step in base if step and step != "*" and not _CHUNK.fullmatch(step)]
     while steps and steps[-1] == "param":
         steps.pop()
@@ -422,7 +409,10 @@ def _names(base: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _flat_betas(files: list[tuple[str, Layout]]) -> dict[str, object]:
-    """What flat groups of parameters (`param_groups.NAME.betas`) say, the first for all."""
+    """Return the options of flat parameter groups (`param_groups.NAME.betas`).
+
+    The first group's options count for all.
+    """
     values: dict[str, object] = {}
     for _, layout in files:
         for _, node in walk(layout.tree, (dict,)):
@@ -434,6 +424,6 @@ def _flat_betas(files: list[tuple[str, Layout]]) -> dict[str, object]:
 
 
 def has_moment_name(tensor: StoredTensor) -> bool:
-    """Whether a tensor's name says that it is state of an optimizer: no weight is called so."""
+    """Return whether a tensor's name has a state key that no weight has in its name."""
     steps = _CHUNK.sub("", tensor.name).split(".")
     return any(step in _FLAT for step in steps)

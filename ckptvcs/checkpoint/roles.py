@@ -1,13 +1,13 @@
-"""What each tensor is for: part, role, the weight that a moment belongs to, and how this is known.
+"""Assign roles: the part and role of each tensor, the weight of each moment, and the evidence.
 
-Lossy coding needs evidence; whatever has none is exact.  A tensor is a
+Lossy compression needs evidence.  A tensor without evidence is exact.  A tensor is a
 
-    weight  if a module gave it, if it is paired with moments, or if it stands in the state dict of
-            a model, known by its place (a key such as `model`) and by its form (names to tensors)
+    weight  if it is a parameter of a given module, if it is paired with moments, or if it is in
+            the state dict of a model (recognized by its form and its place)
     moment  if it is in the state of an optimizer (`optimizer_state.py`)
 
-Of a state dict whose weights are paired with moments what is not paired is no weight: it is a
-buffer, or frozen.  That holds where all parameters with a state are paired.
+If all parameters with optimizer state are paired, an unpaired tensor in the same state dict is not
+a weight.  It is a buffer or frozen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from ckptvcs.checkpoint.conventions import words
 from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.optimizer_state import (
     DIVIDING,
@@ -58,55 +59,35 @@ __all__ = [
 WEIGHT, OTHER = "weight", "other"
 
 LOSSY = MOMENTS | {WEIGHT}
-"""Roles of tensors that are coded with loss, where their type allows it."""
+"""Roles of tensors that are compressed with loss, if their dtype allows it."""
 
 MODULE, PAIRED, STATE_DICT = "module", "moments", "state dict"
-"""Evidence: a module gave it; it is paired with moments; it stands in the state dict of a model."""
+"""Evidence of a weight: a parameter of a module; paired with moments; in a model's state dict."""
 OPTIMIZER, BESIDE = "optimizer", "beside its moments"
-"""Evidence: it is state of an optimizer; or is so by what stands beside it, and by its values."""
+"""Evidence of a moment: in an optimizer's state; beside its weight, with possible values."""
 
-_REST_FILES = (
-    "rng_state",
-    "random_states",
-    "scheduler",
-    "scaler",
-    "training_args",
-    "trainer_state",
-    "sampler",
-    "dl_state_dict",
-    "custom_checkpoint",
+_REST_FILES = tuple(
+    words(
+        "rng_state random_states scheduler scaler training_args trainer_state sampler",
+        "dl_state_dict custom_checkpoint",
+    )
 )
-_REST_KEYS = frozenset(
-    {
-        "rng",
-        "rng_state",
-        "rng_states",
-        "cuda_rng_state",
-        "torch_rng_state",
-        "numpy_rng_state",
-        "scheduler",
-        "lr_scheduler",
-        "lr_schedulers",
-        "scaler",
-        "grad_scaler",
-        "args",
-        "config",
-        "hyper_parameters",
-        "callbacks",
-        "loops",
-        "random_state",
-        "sampler",
-    }
+_REST_KEYS = words(
+    "rng rng_state rng_states cuda_rng_state torch_rng_state numpy_rng_state scheduler",
+    "lr_scheduler lr_schedulers scaler grad_scaler args config hyper_parameters callbacks loops",
+    "random_state sampler",
 )
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
 _FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
-"""Vectors whose product the second moment of a matrix is."""
+"""Pairs of vectors whose outer product approximates a matrix of second moments."""
 
 
 @dataclass
 class Role:
-    """What one tensor is for, by which evidence; `pair` is the weight of a moment, `rule` its
-    optimizer's, `parameter` what all states of one parameter have in common.
+    """The part and role of a tensor, with the evidence.
+
+    For a moment, `pair` is its weight and `rule` its optimizer's rule.  All states of one
+    parameter share the number `parameter`.
     """
 
     part: str
@@ -118,14 +99,16 @@ class Role:
 
     @property
     def is_open(self) -> bool:
-        """Return whether it is part of a model, and nothing says yet what it is there."""
+        """Return whether the tensor is part of a model and has no role yet."""
         return self.part == "model" and self.role == OTHER
 
 
 @dataclass
 class _Container:
-    """The float tensors of one state dict, in its order, with their names there; `doubtful` where
-    these may all be buffers.
+    """The floating tensors of a state dict that may be weights, in its order.
+
+    `names` maps the id() of a tensor to its name in the state dict, `module` has the parameter
+    names of the given module.  `doubtful` says that all tensors may be buffers.
     """
 
     place: str
@@ -138,8 +121,10 @@ class _Container:
 
 @dataclass
 class _Pairs:
-    """Which weights are `paired` with moments, by identity.  `is_whole` says that all parameters
-    with a state are; `shapes` are those of the optimizers where some are not.
+    """The weights that are `paired` with moments, by id().
+
+    `is_whole` says that all parameters with a state are paired.  Otherwise `shapes` are the
+    parameter shapes of the optimizers with unpaired parameters.
     """
 
     paired: set[int] = field(default_factory=set)
@@ -148,8 +133,9 @@ class _Pairs:
 
 
 def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Role]]:
-    """Roles for every tensor of every file (path, layout), in their order; `names` count more than
-    those that stand in the files.
+    """Return the roles of all tensors of each file (path, layout), in order.
+
+    `names` override the parameter names in the files.
     """
     rows = [[_default_role(path, tensor) for tensor in layout.tensors] for path, layout in files]
     roles: dict[int, Role] = {}
@@ -184,13 +170,15 @@ def _optimizers(files: list[tuple[str, Layout]], names: Names) -> Iterator[Optim
 def _pair_optimizer(
     optimizer: Optimizer, containers: list[_Container], roles: dict[int, Role], pairs: _Pairs
 ) -> None:
-    """Join the weights of an optimizer with their moments, and note which parameters have none."""
+    """Pair the weights of an optimizer with their moments, and note the unpaired parameters."""
     matches = _pair(optimizer, containers)
     for slot, weight in matches:
         _join(slot, weight, roles, pairs.paired)
-    joined = {id(slot) for slot, _ in matches}
-    stateful = [s for s in optimizer.slots if any(not one.inline for one in s.state.values())]
-    if any(id(slot) not in joined for slot in stateful):
+    paired = {id(slot) for slot, _ in matches}
+    stateful = [
+        slot for slot in optimizer.slots if not all(state.inline for state in slot.state.values())
+    ]
+    if any(id(slot) not in paired for slot in stateful):
         pairs.is_whole = False
         pairs.shapes |= {shape for slot in stateful if (shape := _shape(slot))}
 
@@ -202,13 +190,13 @@ def _take_flat(
     roles: dict[int, Role],
     pairs: _Pairs,
 ) -> None:
-    """Give their roles to moments whose keys stand in their names, and to their weights."""
+    """Give roles to moments that have their keys in their names, and to their weights."""
     named = {id(tensor) for container in containers for tensor in container.tensors}
     flat = list(find_flat(files, taken, named))
     ends = _ends(containers) if flat else {}
     for slot in flat:
         if slot.state.keys() <= DIVIDING:
-            continue  # without what it divides nobody knows what an error of it does
+            continue  # without the average that it divides, the step error is unknown
         owner = _owner(slot, ends, pairs.paired)
         if owner is not None or (slot.is_optimizers and _is_complete(slot)):
             _take_slot(slot, roles, BESIDE)
@@ -219,18 +207,16 @@ def _take_flat(
 def _owner(
     slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]], paired: set[int]
 ) -> StoredTensor | None:
-    """Return the weight of a flat slot: the one beside it, or one of its name."""
+    """Return the weight of a flat slot: the tensor beside it, or one with its name."""
     if slot.weight is not None:
         return slot.weight
     owner = _named(slot, ends)
-    # Statistics are called so, too: then no other moments may have the weight.
+    # Statistics can have such names too.  A weight with other moments is then not their weight.
     return owner if slot.is_optimizers or id(owner) not in paired else None
 
 
 def _is_complete(slot: Slot) -> bool:
-    """Return whether a slot holds an average of gradients and what divides it, and nothing makes
-    this doubtful.
-    """
+    """Return whether a slot that is not doubtful has an average and the moment that divides it."""
     return not slot.doubtful and any(
         not slot.state.keys().isdisjoint(FIRST.get(key, ())) for key in slot.state
     )
@@ -239,7 +225,7 @@ def _is_complete(slot: Slot) -> bool:
 def _refuse_shared(
     roles: dict[int, Role], files: list[tuple[str, Layout]], containers: list[_Container]
 ) -> None:
-    """Take the role from storages of which something else is a part, too."""
+    """Make storages exact that a weight or a moment shares with another tensor."""
     for number, (_, layout) in enumerate(files):
         beside = [container for container in containers if container.file == number]
         for tensor in layout.tensors:
@@ -252,8 +238,9 @@ def _refuse_shared(
 
 
 def _is_sound(role: Role, tensor: StoredTensor, containers: list[_Container]) -> bool:
-    """Return whether all views of a storage have its role: those of a weight stand in the state
-    dicts of the file, and moments are of one kind.
+    """Return whether all views of a storage have its role.
+
+    The views of a weight must be in state dicts of the file; views of moments must share a key.
     """
     names = [view.name for view in tensor.views]
     if role.role != WEIGHT or role.evidence == OPTIMIZER:
@@ -276,7 +263,7 @@ def _default_role(path: str, tensor: StoredTensor) -> Role:
 
 
 def _take_optimizer(optimizer: Optimizer, roles: dict[int, Role]) -> None:
-    """Give all tensors of an optimizer their part, and those of its slots their roles."""
+    """Set the part of all tensors of an optimizer, and the roles of its slots."""
     for tensor in optimizer.tensors:
         roles[id(tensor)].part = "optimizer"
     for slot in optimizer.slots:
@@ -284,11 +271,11 @@ def _take_optimizer(optimizer: Optimizer, roles: dict[int, Role]) -> None:
 
 
 def _take_slot(slot: Slot, roles: dict[int, Role], evidence: str) -> None:
-    """State of one parameter: moments, or weights in float32, which belong to the model."""
+    """Set the roles of a parameter's states: moments, or float32 weights (part `model`)."""
     for key, tensor in slot.state.items():
         role = roles[id(tensor)]
         weight = key in MASTERS and tensor.dtype == "F32"
-        weight |= key in ITERATES and "n" not in slot.state  # FTRL sums gradients in its z
+        weight |= key in ITERATES and "n" not in slot.state  # z of FTRL is a sum of gradients
         role.part = "model" if weight else "optimizer"
         role.role = WEIGHT if weight else OTHER if slot.closed else key
         role.rule, role.parameter, role.evidence = slot.rule, id(slot), evidence
@@ -306,28 +293,32 @@ def _join(slot: Slot, weight: StoredTensor, roles: dict[int, Role], paired: set[
 
 
 def _is_end(name: str, of: str) -> bool:
-    """Whether a name is another one, or the end of it: wrappers of modules add to names."""
+    """Return whether `of` is this name or ends with it (module wrappers add a prefix)."""
     return name == of or of.endswith(f".{name}")
 
 
 def _is_in(module: frozenset[str], name: str) -> bool:
-    """Return whether a parameter of a module has this name."""
+    """Return whether a parameter of the module has this name, apart from prefixes."""
     return any(_is_end(of, name) or _is_end(name, of) for of in module)
 
 
 def _fitting(container: _Container, shapes: set[tuple[int, ...]]) -> list[StoredTensor]:
-    """Those tensors of a state dict that may be the parameters of some shapes, of which it is not
-    known which tensors they are: all, where none has such a shape (parameters lie flat, say).
+    """Return the tensors of a state dict that may be unpaired parameters with these shapes.
+
+    Of several tensors of a shape, those named like parameters count.  If no tensor has such a
+    shape (parameters may be stored flat), all tensors count.
     """
     same = [tensor for tensor in container.tensors if tensor.shape in shapes]
-    called = [tensor for tensor in same if is_parameter(container.names[id(tensor)])]
-    known = {tensor.shape for tensor in called}
-    return called + [tensor for tensor in same if tensor.shape not in known] or container.tensors
+    named = [tensor for tensor in same if is_parameter(container.names[id(tensor)])]
+    known = {tensor.shape for tensor in named}
+    return named + [tensor for tensor in same if tensor.shape not in known] or container.tensors
 
 
 def _take_container(container: _Container, roles: dict[int, Role], pairs: _Pairs) -> None:
-    """Weights of a state dict: those that the module says, else those that are paired, else all;
-    where some parameters are not paired, those that may be one.
+    """Set the roles of the weights in a state dict.
+
+    With a module, its parameters are the weights.  Otherwise the paired tensors are; if none is
+    paired, all tensors are.  Tensors that fit unpaired parameters of an optimizer are weights too.
     """
     if container.module:
         for tensor in container.tensors:
@@ -348,7 +339,7 @@ def _take_container(container: _Container, roles: dict[int, Role], pairs: _Pairs
 def _containers(
     path: str, layout: Layout, file: int, roles: dict[int, Role], taken: set[int], names: Names
 ) -> Iterator[_Container]:
-    """The state dicts of models in a file, by their places and forms, outermost first."""
+    """Yield the state dicts of models in a file, the outermost first."""
     known = {tensor.key: tensor for tensor in layout.tensors if tensor.key}
     used = set(taken)
     for steps, node in walk(layout.tree, (dict,)):
@@ -372,13 +363,13 @@ def _candidates(
     leaves: list[tuple[str, str]], known: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[StoredTensor, str]]:
     """Yield the tensors of a state dict that may be weights, each with its first name there."""
-    said = {name for name, _ in leaves}
+    names = {name for name, _ in leaves}
     first: dict[str, str] = {}
     for name, key in leaves:
         first.setdefault(key, name)
     for key, name in first.items():
         tensor = known.get(key)
-        if tensor is None or not may_be_weight(name, said):
+        if tensor is None or not may_be_weight(name, names):
             continue
         if can_be_lossy(tensor.dtype) and not has_moment_name(tensor):
             yield tensor, name
@@ -394,7 +385,7 @@ def _pair(optimizer: Optimizer, containers: list[_Container]) -> list[tuple[Slot
         return beside
     own = [container for container in containers if container.file == optimizer.file]
     if any(slot.names for slot in slots):
-        # Shards of a weight have one name: first those that stand where the optimizer does.
+        # Shards of a weight share a name: prefer the file of the optimizer.
         return _pair_by_name(slots, own) or _pair_by_name(slots, containers)
     fitting = {
         container.place: pairs
@@ -403,7 +394,7 @@ def _pair(optimizer: Optimizer, containers: list[_Container]) -> list[tuple[Slot
     }
     if len(fitting) == 1:
         return next(iter(fitting.values()))
-    # A copy of the model (an average, say) fits as well as the model: prefer what says so.
+    # A copy of the model (such as an average) fits as well: prefer a key that names the model.
     return next((fitting[name] for name in _MODEL_KEYS if name in fitting), [])
 
 
@@ -416,7 +407,7 @@ def _pair_by_name(
 
 
 def _ends(containers: Iterable[_Container]) -> dict[str, list[tuple[StoredTensor, str]]]:
-    """The tensors whose names end so, with the top of their place."""
+    """Return a map from each end of a name to its tensors, each with its container's place."""
     ends: dict[str, list[tuple[StoredTensor, str]]] = {}
     for container in containers:
         for tensor in container.tensors:
@@ -431,8 +422,10 @@ def _ends(containers: Iterable[_Container]) -> dict[str, list[tuple[StoredTensor
 
 
 def _named(slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]]) -> StoredTensor | None:
-    """The weight of a slot: it has a name whole, or as the end of one tensor's name only, and the
-    shape of a moment, if these have one.
+    """Return the weight of a slot, or None.
+
+    It has one of the slot's names, or is the only tensor whose name ends with one.  If the moments
+    have a shape, it has the same shape.
     """
     shape = _shape(slot)
     for name in slot.names:
@@ -446,7 +439,7 @@ def _named(slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]]) -> St
 
 
 def _shape(slot: Slot) -> tuple[int, ...] | None:
-    """The shape of a parameter, as its moments show it; None where it has none."""
+    """Return the shape of a parameter, derived from its moments; None if that is impossible."""
     factors = next((pair for pair in _FACTORS if {*pair} <= slot.state.keys()), ())
     shapes = {tensor.shape for key, tensor in slot.state.items() if key not in ("step", *factors)}
     if len(shapes) == 1:
@@ -454,7 +447,7 @@ def _shape(slot: Slot) -> tuple[int, ...] | None:
     if shapes or not factors:
         return None
     row, column = (slot.state[key].shape for key in factors)
-    if row[-1:] == (1,) and len(row) == len(column) > 1:  # of torch; others leave the ones out
+    if row[-1:] == (1,) and len(row) == len(column) > 1:  # torch keeps dimensions of size 1
         return (*row[:-1], column[-1])
     return (*row, *column[-1:])
 
@@ -462,7 +455,10 @@ def _shape(slot: Slot) -> tuple[int, ...] | None:
 def _pair_by_order(
     groups: list[list[Slot]], weights: list[StoredTensor]
 ) -> list[tuple[Slot, StoredTensor]]:
-    """Pairs if every group is a subsequence of the weights in exactly one way, without overlap."""
+    """Return the pairs if each group is a subsequence of the weights in one way only.
+
+    Return an empty list if a group fits in no way or in several, or if two groups overlap.
+    """
     pairs: list[tuple[Slot, StoredTensor]] = []
     taken: set[int] = set()
     shapes = [tensor.shape for tensor in weights]
@@ -485,7 +481,7 @@ def _pair_by_order(
 
 
 def _embed(wanted: list[tuple[int, ...]], shapes: list[tuple[int, ...]]) -> list[int] | None:
-    """The leftmost way to find `wanted` as a subsequence of `shapes`."""
+    """Return the leftmost positions of `wanted` as a subsequence of `shapes`, or None."""
     positions, at = [], 0
     for shape in wanted:
         while at < len(shapes) and shapes[at] != shape:

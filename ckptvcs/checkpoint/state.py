@@ -1,8 +1,8 @@
-"""Python states <-> files: what `Repo.commit(state)` takes and `Repo.checkout` gives back.
+"""Python states <-> files: the argument of `Repo.commit(state)`, the result of `Repo.checkout`.
 
-A state becomes a torch.save zip file in memory and is committed like any other file.  On the way
-back the tree of a file's pickle is filled with the decoded tensors; unknown objects stay inert.
-Only functions that make tensors of torch import it.
+`state_checkpoint` writes a state as a torch.save zip file in memory, which is committed like any
+other file.  `fill` puts the decoded tensors into the tree of a file's pickle; unknown objects stay
+inert.  Only functions that make torch tensors import torch.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ from ckptvcs.history.schema import View
 STATE_FILE = "state.pt"
 
 Copies = Callable[[Sequence[memoryview | DeviceBytes]], list[memoryview]]
-"""Copies blocks of bytes into room that nobody changes."""
+"""Copies blocks of bytes into memory that training does not change."""
 
-_SHOWN = 100  # characters of a name that somebody else chose
+_SHOWN = 100  # characters of a dtype name, which a hostile file can make long
 
 _NUMPY = {dtype.numpy: dtype.name for dtype in DTYPES.values() if dtype.numpy}
 
 
 class _Storages:
-    """The distinct storages of a state, in the order they are met; nothing is copied on a CPU."""
+    """The distinct storages of a state, in order of appearance; CPU storages are not copied."""
 
     def __init__(self) -> None:
         self.payloads: list[memoryview | DeviceBytes] = []
         self.arrays: list[str] = []
         self._numbers: dict[tuple[str, int, int], int] = {}
-        self._alive: list[object] = []  # an address names a storage only while it lives
+        self._alive: list[object] = []  # a freed storage's address can be used again
         self.versions: list[tuple[Any, int]] = []
 
     def leaf(self, value: object, path: str) -> Leaf | None:
-        """The leaf for a tensor or an array; None for anything else."""
-        if type(value) is np.ndarray:  # a subclass may hold more, such as a mask
+        """Return the leaf for a tensor or an array, or None for any other object."""
+        if type(value) is np.ndarray:  # a subclass may have more data, such as a mask
             return self._array(value, path)
         torch = sys.modules.get("torch")
         if torch is not None and type(value) in (torch.Tensor, torch.nn.Parameter):
@@ -79,8 +79,8 @@ class _Storages:
         dtype = _NUMPY.get(array.dtype.name)
         if dtype is None or array.dtype.byteorder == ">":
             raise InvalidInputError(
-                f"the state holds an array of {array.dtype} at {path}",
-                hint="make one of numbers in this machine's byte order of it, or a list",
+                f"cannot store the array at {path}: dtype {array.dtype} is not supported",
+                hint="convert it to a numeric dtype in native byte order, or to a list",
             )
         self.arrays.append(path)
         whole = np.ascontiguousarray(array)
@@ -93,7 +93,7 @@ class _Storages:
         plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
         if dtype is None or not plain or tensor.is_conj() or tensor.is_neg():
             raise _refused(path)
-        if not tensor.is_inference():  # torch counts what is done to all others in place
+        if not tensor.is_inference():  # inference tensors have no version counter
             self.versions.append((tensor, tensor._version))
         storage = tensor.detach().untyped_storage()
         key = (str(tensor.device), storage.data_ptr(), storage.nbytes())
@@ -123,32 +123,35 @@ def is_on_device(tensor: Any) -> bool:
 
 def _refused(path: str) -> InvalidInputError:
     return InvalidInputError(
-        f"the state holds a tensor that cannot be stored at {path}",
-        hint="one that is sparse, quantized or conjugated has to be made plain: .to_dense(), "
-        ".dequantize(), .resolve_conj()",
+        f"cannot store the tensor at {path}: it is sparse, quantized, conjugated, or on meta",
+        hint="convert it with .to_dense(), .dequantize() or .resolve_conj()",
     )
 
 
 def state_checkpoint(
     state: object, names: Names | None = None, copies: Copies | None = None
 ) -> Checkpoint:
-    """A state as a checkpoint of one file, `state.pt`; see `build` for `names`.  Its tensors are
-    read where they are, and must stay as they are; or from what `copies` makes of them.
+    """Return a state as a checkpoint of one file, `state.pt`.
+
+    Args:
+        state: dicts and lists of plain values, torch tensors and numpy arrays
+        names: see `build`
+        copies: copies all storages; without it, tensors are read in place and must not change
 
     Raises:
-        InvalidInputError: it holds something else than plain types, tensors and numpy arrays.
+        InvalidInputError: the state has an object that is not a plain type, tensor or numpy array.
     """
     storages = _Storages()
     try:
         pickled = dump_pickle(state, storages.leaf)
-    except RuntimeError as error:  # a dict has another size than when it was begun
+    except RuntimeError as error:  # a dict changed size during iteration
         raise changed_state() from error
     extra = {ARRAYS_RECORD: json.dumps(storages.arrays).encode()} if storages.arrays else {}
     source = MemorySource()
     if copies is None:
         for tensor, version in storages.versions:
             source.watch_version(tensor, version)
-        payloads = [_payload(_settled(source, view)) for view in storages.payloads]
+        payloads = [_payload(_copied_if_small(source, view)) for view in storages.payloads]
     else:
         payloads = [_payload(view) for view in copies(storages.payloads)]
     write_zip(source.append, "state", zip_records(pickled, payloads, extra))
@@ -157,8 +160,10 @@ def state_checkpoint(
     return build("state", [(STATE_FILE, source, layout, None)], [], names)
 
 
-def _settled(source: MemorySource, view: memoryview | DeviceBytes) -> memoryview | DeviceBytes:
-    """What is small as a copy: it is read several times, and hashed never."""
+def _copied_if_small(
+    source: MemorySource, view: memoryview | DeviceBytes
+) -> memoryview | DeviceBytes:
+    """Copy a small storage.  It is read several times, and no hash would show a change."""
     if isinstance(view, DeviceBytes) or len(view) > INLINE_BYTES:
         return view
     copy = bytes(view)
@@ -167,18 +172,18 @@ def _settled(source: MemorySource, view: memoryview | DeviceBytes) -> memoryview
 
 
 def _payload(view: memoryview | DeviceBytes) -> Payload:
-    # Sums of tensors are left out of what is stored, and made when the file is.
+    # The skeleton does not hold checksums of large tensors: a restore computes them.
     return Payload(len(view), lambda: iter([view]), summed=len(view) <= INLINE_BYTES)
 
 
 def fill(
     tree: object, tensor: Callable[[TensorRef], np.ndarray[Any, Any]], arrays: frozenset[str]
 ) -> object:
-    """The tree with tensors in the place of references.
+    """Return the tree with tensors in place of references.
 
-    `tensor` gives the bytes (uint8, flat) of a reference's storage, the same array for the same
-    storage, so that tensors that shared one share it again.  Paths in `arrays` become numpy
-    arrays.
+    `tensor` returns the bytes (uint8, flat) of a reference's storage.  It must return the same
+    array for the same storage, so that views share memory again.  Tensors at the paths in
+    `arrays` become numpy arrays.
     """
     return _Filler(tensor, arrays).fill(tree, "")
 
@@ -194,7 +199,7 @@ class _Filler:
         self._done: dict[int, object] = {}
 
     def fill(self, node: object, path: str) -> object:
-        # The stack is one of its own: Python's ends at some three hundred levels.
+        # An explicit stack: recursion would reach Python's limit at about 300 levels.
         stack: list[Generator[tuple[object, str], object, object]] = []
         value: object = None
         wanted: tuple[Any, str] | None = (node, path)
@@ -223,7 +228,7 @@ class _Filler:
     def _container(
         self, node: dict[Any, Any] | list[Any] | tuple[Any, ...], path: str
     ) -> Generator[tuple[object, str], object, object]:
-        """Ask for what a container holds, and give it; it may hold itself."""
+        """Yield the items of a container and return its copy; it may contain itself."""
         dot = "." if path else ""
         if isinstance(node, dict):
             out: Any = OrderedDict() if isinstance(node, InertDict) else {}
@@ -244,14 +249,14 @@ class _Filler:
 
     def _make(self, ref: TensorRef, path: str) -> object:
         dtype = ref_dtype(ref)
-        if dtype is None:  # one of torch's that has no name here, such as bits16
+        if dtype is None:  # a dtype that only torch knows, such as bits16
             return _window(self._tensor(ref), str(ref.dtype), ref.offset, ref.shape, ref.stride)
         view = View(path, dtype, ref.offset, ref.shape, ref.stride)
         return make_tensor(self._tensor(ref), view, array=path in self._arrays)
 
 
 def _called(node: Inert) -> object:
-    """What a call makes, where it is one of those that are known to make plain values."""
+    """Return the plain value that a known call makes, or the inert object of any other call."""
     match node.maker, node.args:
         case Global("_codecs", "encode"), (text, *_):
             return str(text).encode("latin1")
@@ -270,8 +275,9 @@ def _called(node: Inert) -> object:
 
 
 def make_tensor(data: np.ndarray[Any, Any], view: View, *, array: bool) -> Any:
-    """A window on the bytes of a stored tensor (uint8, flat), without a copy: a numpy array where
-    it was an `array` of a type that numpy has, else a tensor of torch.
+    """Return a view of the bytes (uint8, flat) of a stored tensor, without a copy.
+
+    It is a numpy array if `array` is true and numpy has the dtype, else a torch tensor.
     """
     dtype = DTYPES[view.dtype]
     if array and dtype.numpy:
@@ -287,11 +293,11 @@ def _window(
     stride: tuple[int, ...],
 ) -> Any:
     torch = optional("torch")
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
         raise InvalidInputError(
-            f"torch {torch.__version__} has no tensors of {dtype[:_SHOWN]}",
-            hint="'ckpt checkout' gives the bytes back",
+            f"torch {torch.__version__} has no dtype {dtype[:_SHOWN]}",
+            hint="use 'ckpt checkout' to restore the file",
         )
     storage = torch.from_numpy(data).untyped_storage()
-    return torch.empty(0, dtype=found).set_(storage, offset, shape, stride)
+    return torch.empty(0, dtype=torch_dtype).set_(storage, offset, shape, stride)

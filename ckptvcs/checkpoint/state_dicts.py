@@ -1,4 +1,4 @@
-"""Where state dicts of models stand in checkpoints: keys, files, and the form that they have."""
+"""Recognize the state dicts of models by their form and place (keys and file names)."""
 
 from __future__ import annotations
 
@@ -6,123 +6,62 @@ import re
 from collections.abc import Container
 from pathlib import PurePosixPath
 
+from ckptvcs.checkpoint.conventions import words
 from ckptvcs.checkpoint.layout import StoredTensor
 from ckptvcs.checkpoint.optimizer_state import storage_key
 from ckptvcs.checkpoint.pickle_reader import METADATA, InertDict, StorageRef, TensorRef
 
-_BUFFERS = frozenset(
-    {
-        "running_mean",
-        "running_var",
-        "num_batches_tracked",
-        "inv_freq",
-        "position_ids",
-        "masked_bias",
-        "attn_mask",
-        "causal_mask",
-        "token_type_ids",
-        "original_inv_freq",
-        "relative_position_index",
-        "expert_bias",
-        "tokens_per_expert",
-        "e_score_correction_bias",
-        "mean",
-        "var",
-        "std",
-        "_mean",
-        "_var",
-        "_std",
-        "count",
-        "center",
-        "queue",
-    }
+_BUFFERS = words(
+    "running_mean running_var num_batches_tracked inv_freq position_ids masked_bias attn_mask",
+    "causal_mask token_type_ids original_inv_freq relative_position_index expert_bias",
+    "tokens_per_expert e_score_correction_bias mean var std _mean _var _std count center queue",
 )
-"""Last steps of names that are no parameters."""
+"""Last parts of the names of well-known buffers."""
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
-_MODELS = frozenset(
-    {"model", "module", "net", "network", "weights", "ema", "swa", "master", "params"}
-)
-"""Words of keys that say that a model stands there."""
+_MODELS = words("model module net network weights ema swa master params")
+"""Words in the keys of models."""
 
-_ROLES = frozenset(
-    {
-        "generator",
-        "discriminator",
-        "actor",
-        "critic",
-        "policy",
-        "encoder",
-        "decoder",
-        "backbone",
-        "unet",
-        "vae",
-        "transformer",
-        "lora",
-        "adapter",
-        "teacher",
-        "student",
-    }
+_ROLES = words(
+    "generator discriminator actor critic policy encoder decoder backbone unet vae transformer",
+    "lora adapter teacher student",
 )
-"""Words of keys that say so if most of the names there are those of parameters."""
+"""Words in the keys of models if at least half of the names there end like parameters."""
 
 _BESIDE = re.compile(
     r"(state|dict|weight|param|master_params?|sma|avg|averaged?|shadow|target|online|gen|disc"
     r"|value|head|text|g|d|q)"
 )
-_ELSE = frozenset(
-    {
-        "buffer",
-        "buffers",
-        "replay",
-        "rollout",
-        "rollouts",
-        "normalizer",
-        "normaliser",
-        "dataloader",
-        "dataset",
-        "stats",
-        "statistics",
-        "loss",
-        "losses",
-        "input",
-        "inputs",
-        "cache",
-        "sample",
-        "samples",
-        "history",
-        "metrics",
-        "queue",
-        "rms",
-        "priorities",
-        "obs",
-        "observations",
-    }
+_EXCLUDING = words(
+    "buffer buffers replay rollout rollouts normalizer normaliser dataloader dataset stats",
+    "statistics loss losses input inputs cache sample samples history metrics queue rms",
+    "priorities obs observations",
 )
-"""Words of keys and files that say that something else stands there, or below."""
+"""Words in keys and file names that exclude everything below them."""
 
 _OPTIMIZERS = frozenset({"optim", "optims", "optimizer", "optimizers", "opt"})
-"""Words of keys that say that an optimizer stands there, or below."""
+"""Words in the keys of optimizers."""
 
 _FILES = frozenset({"model", "ema", "weights", "lora", "adapter"})
 _PARAMETERS = re.compile(r"(weight|bias|kernel|embed|proj|lora_|_flat_param)")
 
 
 def may_be_weight(name: str, names: Container[str]) -> bool:
-    """Whether the name of a tensor in a state dict that has these `names` may be that of a weight:
-    not of a buffer, of state of an optimizer, of what stands below another tensor, or below a key
-    that says something else.
+    """Return whether a tensor of a state dict with these `names` may be a weight, by its name.
+
+    Not weights: well-known buffers, tensors below the key of an optimizer or an excluding key, and
+    names that continue the name of another tensor.
     """
     steps = name.split(".")
     if steps[-1] in _BUFFERS or any(word in _OPTIMIZERS for s in steps for word in _words(s)):
         return False
-    if not is_parameter(name) and any(word in _ELSE for word in _words(steps[0])):
+    if not is_parameter(name) and any(word in _EXCLUDING for word in _words(steps[0])):
         return False
     return not any(".".join(steps[:at]) in names for at in range(1, len(steps)))
 
 
 def is_parameter(name: str) -> bool:
-    """Whether a name ends as those of parameters do."""
+    """Return whether a name ends like a parameter's (`weight`, `bias`, `kernel`, ...)."""
     return bool(_PARAMETERS.search(name.rpartition(".")[2]))
 
 
@@ -131,17 +70,17 @@ def _words(step: str) -> list[str]:
 
 
 def is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, object]) -> bool:
-    """Whether the state dict of a model stands at some steps in a file of some form."""
+    """Return whether the path `steps` in a file of format `form` is a place for a state dict."""
     stem = _words(PurePosixPath(path).name.partition(".")[0])
     if steps:
-        known = steps[-1] == "_parameters" or _is_models(steps[-1], node)
+        known = steps[-1] == "_parameters" or _is_model_key(steps[-1], node)
     else:
-        known = form == "safetensors" or not _FILES.isdisjoint(stem) or _is_models_top(node)
+        known = form == "safetensors" or not _FILES.isdisjoint(stem) or _is_model_file(node)
     if not known and (not _is_made_by_module(node) or may_be_buffers(node)):
         return False
     if any(step.startswith("@") or step == "_buffers" for step in steps):
         return False
-    return all(_ELSE.isdisjoint(words) for words in (stem, *map(_words, steps)))
+    return all(_EXCLUDING.isdisjoint(words) for words in (stem, *map(_words, steps)))
 
 
 def _is_made_by_module(node: dict[object, object]) -> bool:
@@ -149,15 +88,16 @@ def _is_made_by_module(node: dict[object, object]) -> bool:
 
 
 def may_be_buffers(node: dict[object, object]) -> bool:
-    """Whether a module made a state dict in which no name is that of a parameter: it may hold
-    nothing but buffers.
+    """Return whether a state dict of a module may have only buffers.
+
+    This is so if no name in it ends like a parameter.
     """
     named = any(isinstance(key, str) and is_parameter(key) for key in node)
     return _is_made_by_module(node) and not named
 
 
-def _is_models(step: str, node: dict[object, object]) -> bool:
-    """Whether a key says that a model stands there: `model`, `model_ema`, `netG`, `params`, ..."""
+def _is_model_key(step: str, node: dict[object, object]) -> bool:
+    """Return whether a key is one of a model: `model`, `model_ema`, `netG`, `params`, ..."""
     words = _words(step)
     known = all(
         word in _MODELS or word in _ROLES or _BESIDE.fullmatch(word) or word.isdigit()
@@ -173,21 +113,23 @@ def _is_models(step: str, node: dict[object, object]) -> bool:
     return _has_parameters(names, len(names))
 
 
-def _is_models_top(node: dict[object, object]) -> bool:
-    """Return whether the names at the top of a file are those of a model's parameters."""
+def _is_model_file(node: dict[object, object]) -> bool:
+    """Return whether at least half of the names at the top of a file end like parameters."""
     return _has_parameters([key for key in node if isinstance(key, str)], len(node))
 
 
 def _has_parameters(names: list[str], count: int) -> bool:
-    """Whether at least half of `count` names are those of parameters."""
+    """Return whether at least half of `count` names end like parameters."""
     return 2 * sum(map(is_parameter, names)) >= count > 0
 
 
 def leaves_of(node: dict[object, object]) -> list[tuple[str, str]] | None:
-    """The dotted name and the storage key of every tensor below a dict; None where it holds
-    anything but tensors, dicts of them, and what modules keep beside.
+    """Return the dotted name and the storage key of every tensor below a dict.
+
+    Return None if the dict has values other than tensors, dicts of tensors, None, and the
+    `_extra_state` of modules.
     """
-    found: list[tuple[str, str]] = []
+    leaves: list[tuple[str, str]] = []
     stack: list[tuple[str, object]] = [("", node)]
     seen: set[int] = set()
     while stack:
@@ -200,7 +142,7 @@ def leaves_of(node: dict[object, object]) -> list[tuple[str, str]] | None:
             below = [(f"{name}{dot}{key}", value) for key, value in at.items()]
             stack += reversed(below)
         elif isinstance(at, TensorRef | StorageRef | StoredTensor):
-            found.append((name, storage_key(at) or ""))
+            leaves.append((name, storage_key(at) or ""))
         elif at is not None and not name.endswith("_extra_state"):
             return None
-    return found
+    return leaves

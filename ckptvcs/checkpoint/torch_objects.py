@@ -1,11 +1,11 @@
-"""Live objects of torch -> a state, and a state -> these objects, all of them or none.
+"""Save the states of torch objects, and load a state into all of them or none.
 
-An optimizer numbers its parameters.  Only the objects know for sure which weight a number means, so
-`gather` returns their names beside the state.  `scatter` works in three steps:
+An optimizer's state dict numbers its parameters.  Only the objects say for sure which parameter has
+which number, so `gather` also returns parameter names.  `scatter` works in three steps:
 
-find     every state that is wanted, before anything is loaded
-check    keys and shapes of modules and optimizers, which torch would notice half way, or never
-load     each by its own `load_state_dict`; states of optimizers keep their types (`optimizers.py`)
+find     all states, before it loads any
+check    keys and shapes of modules and optimizers, which torch checks too late or never
+load     each object by its `load_state_dict`; optimizer states keep their dtypes (`optimizers.py`)
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ MODEL, OPTIMIZER = "model", "optimizer"
 _WRAPPERS = {"_orig_mod.": "_orig_mod", "module.": "module"}
 _FAILURES = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 _WHOLE = frozenset({*FIRST, "exp_avg_sq", "max_exp_avg_sq", "square_avg"})
-"""Moments that have the shape of their parameter, in all optimizers but a few."""
+"""Moments that have the shape of their parameter in almost all optimizers."""
 
-_LINE = 300  # characters of what torch says
+_MAX_REASON = 300  # characters of an error of torch
 
 
 def gather(
     model: Any, optimizer: Any, extra: Mapping[str, object] | None, file: str
 ) -> tuple[dict[str, object], Names]:
-    """The state of a module and of an optimizer (or a row or a dict of them) under `model` and
-    `optimizer`, with what is `extra` beside them; nothing is copied.  The names are for a state in
-    `file`.
+    """Return the states of a module and its optimizers, without a copy, and the parameter names.
+
+    Args:
+        model: module, or None
+        optimizer: optimizer, list or dict of optimizers, or None
+        extra: other values to add to the state
+        file: path of the state's file, for the keys of the names
 
     Raises:
-        InvalidInputError: something has no state, or `extra` has one of their keys.
+        InvalidInputError: an object has no `state_dict`, or `extra` has the key of an object.
     """
     state: dict[str, object] = {}
     names: Names = {}
@@ -57,26 +61,24 @@ def gather(
             names[file, path] = parameter_names(model, one)
     taken = state.keys() & (extra or {}).keys()
     if taken:
-        raise InvalidInputError(
-            f"'{min(taken)}' stands for the {min(taken)}, not for what is extra"
-        )
+        raise InvalidInputError(f"key '{min(taken)}' in `extra` is reserved for the {min(taken)}")
     return state | dict(extra or {}), names
 
 
 def parameter_names(model: Any, optimizer: Any) -> list[list[str | None]]:
-    """For each group of an optimizer the names that a module has for its parameters."""
+    """Return the names of an optimizer's parameters in a module, a list for each group."""
     weights = {id(weight): name for name, weight in reversed(_named_parameters(model))}
     groups = getattr(optimizer, "param_groups", [])
     return [[weights.get(id(weight)) for weight in group["params"]] for group in groups]
 
 
 def _named_parameters(model: Any) -> list[tuple[str, Any]]:
-    """The parameters of a module by all names that they have, the first one first."""
+    """Return the parameters of a module; a shared one appears under each of its names."""
     if not hasattr(model, "named_parameters"):
         return []
     try:
         return list(model.named_parameters(remove_duplicate=False))
-    except TypeError:  # something that is no module of torch, and has such a method
+    except TypeError:  # the object is not a torch module, but has such a method
         return list(model.named_parameters())
 
 
@@ -84,31 +86,33 @@ def _state_of(holder: Any, what: str) -> object:
     if not hasattr(holder, "state_dict"):
         raise InvalidInputError(
             f"the {what} has no state_dict: {type(holder).__name__}",
-            hint="give the object itself, or a dict of states as the first argument",
+            hint="pass the object itself, or a dict of states as the first argument",
         )
     return holder.state_dict()
 
 
 @dataclass(frozen=True, eq=False)
 class _Load:
-    """What is to be loaded, its state, and what it is called."""
+    """An object to load, its state, and the dotted key of the state."""
 
     holder: Any
     state: Any
     name: str
 
     def refuse(self, why: object, hint: str | None = None) -> InvalidInputError:
-        text = " ".join(str(why).split())[:_LINE]
+        text = " ".join(str(why).split())[:_MAX_REASON]
         return InvalidInputError(f"'{self.name}' of the commit does not fit: {text}", hint=hint)
 
 
 def scatter(state: Any, into: Any) -> None:
-    """Load a state into the objects it came from: a module and its optimizers (or a dict of these),
-    or objects with `load_state_dict`, or rows or dicts of such, by their keys.
+    """Load a state into its objects.
+
+    `into` is a module and its optimizers (or a dict of optimizers); or a dict whose values are
+    objects with `load_state_dict`, or lists or dicts of such objects.
 
     Raises:
-        NotFoundError: the state lacks what is to be loaded.
-        InvalidInputError: it does not fit.  No module or optimizer is changed then.
+        NotFoundError: the state has no entry for an object.
+        InvalidInputError: an entry does not fit.  No module or optimizer is changed.
     """
     loads = [load for key, holder in _wanted(into) for load in _loads(state, key, holder)]
     checked = []
@@ -138,8 +142,8 @@ def _wanted(into: Any) -> Iterator[tuple[Any, Any]]:
     others = len(row) - len(modules) - len(optimizers) - len(dicts)
     if len(modules) > 1 or others or (dicts and len(dicts) + len(optimizers) > 1):
         raise InvalidInputError(
-            "load into one module and its optimizers",
-            hint="or into objects by key: into={'model': model, 'scheduler': scheduler}",
+            "cannot match these objects: `into` takes one module and its optimizers",
+            hint="pass other objects by key: into={'model': model, 'scheduler': scheduler}",
         )
     if modules:
         yield MODEL, modules
@@ -158,56 +162,59 @@ def _row(value: Any) -> list[Any]:
 def _loads(state: Any, key: Any, holder: Any, above: str = "") -> Iterator[_Load]:
     name = f"{above}{key}"
     if not isinstance(state, Mapping) or key not in state:
-        raise NotFoundError(f"the commit holds no '{name}'")
-    found = state[key]
+        raise NotFoundError(f"the commit has no '{name}'")
+    entry = state[key]
     if isinstance(holder, Mapping):
-        for below, one in holder.items():
-            yield from _loads(found, below, one, f"{name}.")
+        for below, inner in holder.items():
+            yield from _loads(entry, below, inner, f"{name}.")
         return
-    row = _row(holder)
-    states = found if isinstance(found, list) else [found]
-    if len(states) != len(row):
-        raise InvalidInputError(f"the commit holds {len(states)} of '{name}', not {len(row)}")
-    for one, its in zip(row, states, strict=True):
-        yield _Load(one, its, name)
+    holders = _row(holder)
+    states = entry if isinstance(entry, list) else [entry]
+    if len(states) != len(holders):
+        raise InvalidInputError(
+            f"'{name}' of the commit does not fit: states: {len(states)}, not {len(holders)}"
+        )
+    for inner, its_state in zip(holders, states, strict=True):
+        yield _Load(inner, its_state, name)
 
 
 def _check_module(load: _Load) -> None:
-    """Try on a copy where names or shapes are not the same: a module may take older ones."""
-    own, found = load.holder.state_dict(), load.state
-    if isinstance(found, Mapping) and own.keys() == found.keys():
-        shapes = ((getattr(own[k], "shape", None), getattr(found[k], "shape", None)) for k in own)
-        if all(one == two for one, two in shapes):
+    """Check names and shapes; if they differ, try a copy, since modules can accept old states."""
+    current, saved = load.holder.state_dict(), load.state
+    if isinstance(saved, Mapping) and current.keys() == saved.keys():
+        pairs = ((current[name], saved[name]) for name in current)
+        if all(getattr(a, "shape", None) == getattr(b, "shape", None) for a, b in pairs):
             return
     try:
-        copy.deepcopy(load.holder).load_state_dict(found)
+        copy.deepcopy(load.holder).load_state_dict(saved)
     except _FAILURES as error:
-        raise load.refuse(error, _hint(own, found)) from error
+        raise load.refuse(error, _wrapper_hint(current, saved)) from error
 
 
-def _hint(own: Mapping[str, Any], found: Any) -> str | None:
-    """What to do where the names differ by that of a wrapper alone."""
-    names = {str(name) for name in found} if isinstance(found, Mapping) else set()
+def _wrapper_hint(current: Mapping[str, Any], saved: Any) -> str | None:
+    """Return a hint if the names differ only by the prefix of a wrapper."""
+    names = {str(name) for name in saved} if isinstance(saved, Mapping) else set()
     for prefix, inner in _WRAPPERS.items():
-        if {prefix + name for name in own} == names:
-            return f"it was wrapped when it was committed: commit model.{inner}"
-        if {prefix + name for name in names} == own.keys():
+        if {prefix + name for name in current} == names:
+            return f"commit model.{inner}: this commit has the names of the wrapped model"
+        if {prefix + name for name in names} == current.keys():
             return f"load into the module inside: model.{inner}"
     return None
 
 
 def _check_optimizer(load: _Load) -> None:
-    """The same groups, and no moments that are those of other parameters."""
-    own = [group["params"] for group in load.holder.param_groups]
+    """Check the parameter groups, and that moments fit the shapes of their parameters."""
+    current = [group["params"] for group in load.holder.param_groups]
     try:
-        groups = [group["params"] for group in load.state["param_groups"]]
+        saved = [group["params"] for group in load.state["param_groups"]]
         moments = {**load.state["state"]}
     except _FAILURES as error:
-        raise load.refuse("it is no state of an optimizer") from error
-    if [*map(len, own)] != [*map(len, groups)]:
-        raise load.refuse(f"groups of {[*map(len, groups)]} parameters, not of {[*map(len, own)]}")
-    weights = [tuple(weight.shape) for row in own for weight in row]
-    kinds = _moments_by_key(weights, [number for row in groups for number in row], moments)
+        raise load.refuse("it is not the state of an optimizer") from error
+    sizes, saved_sizes = [*map(len, current)], [*map(len, saved)]
+    if sizes != saved_sizes:
+        raise load.refuse(f"its groups have {saved_sizes} parameters, the optimizer's {sizes}")
+    weights = [tuple(weight.shape) for row in current for weight in row]
+    kinds = _moments_by_key(weights, [number for row in saved for number in row], moments)
     if any(_is_in_place(row, len(moments)) for row in kinds.values()):
         return
     for name, row in kinds.items():
@@ -215,19 +222,19 @@ def _check_optimizer(load: _Load) -> None:
         if moved is not None:
             number, shape, weight = moved
             raise load.refuse(
-                f"{name} {number} is {[*shape]}, its parameter {[*weight]}",
-                "give the optimizer its parameters in the order that it had",
+                f"{name} {number} has shape {[*shape]}, its parameter {[*weight]}",
+                "create the optimizer with its parameters in the order of the commit",
             )
 
 
 _Moment = tuple[Any, tuple[int, ...], tuple[int, ...]]
-"""The number of a parameter, the shape of a moment of it, and its own shape."""
+"""The number of a parameter, the shape of its moment, and the shape of the parameter."""
 
 
 def _moments_by_key(
     weights: list[tuple[int, ...]], numbers: list[Any], moments: Mapping[Any, Any]
 ) -> dict[str, list[_Moment]]:
-    """Return the moments of an optimizer state by their keys, such as `exp_avg`."""
+    """Return the moments of an optimizer state by key, such as `exp_avg`."""
     kinds: dict[str, list[_Moment]] = {}
     for weight, number in zip(weights, numbers, strict=True):
         entry = moments.get(number)
@@ -238,22 +245,24 @@ def _moments_by_key(
 
 
 def _is_in_place(row: list[_Moment], count: int) -> bool:
-    """Whether all of `count` parameters have a moment of a kind, each of its own shape, and these
-    are not the same for all.
+    """Return whether all of `count` parameters have a moment of this key with their own shape.
+
+    Moments of a single shape prove nothing.
     """
     shapes = {shape for _, shape, _ in row}
-    return len(row) == count and len(shapes) > 1 and all(one == two for _, one, two in row)
+    fits = all(shape == weight for _, shape, weight in row)
+    return len(row) == count and len(shapes) > 1 and fits
 
 
 def _moved(row: list[_Moment], weights: Counter[tuple[int, ...]], *, whole: bool) -> _Moment | None:
-    """The first moment that belongs to another parameter, if the parameters have another order.
+    """Return the first moment of another parameter, if the parameters have another order.
 
-    Factors and projections (Adafactor, SOAP, GaLore) have shapes of their own, which some other
-    parameter may have by chance.  An order is wrong only where the moments of a kind have all the
-    shapes of their parameters, each of another one; and, if it is a kind that mostly is `whole`,
-    where parameters without any may be among those.
+    Factors and projections (Adafactor, SOAP, GaLore) have other shapes than their parameters, and
+    another parameter may have such a shape by chance.  So the order is wrong only if the moments
+    have, in all, the shapes of their parameters.  For a key that is mostly `whole`, they may also
+    have the shapes of parameters without moments.
     """
-    moved = next((one for one in row if one[1] != one[2]), None)
-    theirs = Counter(shape for _, shape, _ in row)
-    other = theirs - (weights if whole else Counter(weight for _, _, weight in row))
-    return None if other else moved
+    moved = next((moment for moment in row if moment[1] != moment[2]), None)
+    shapes = Counter(shape for _, shape, _ in row)
+    unknown = shapes - (weights if whole else Counter(weight for _, _, weight in row))
+    return None if unknown else moved

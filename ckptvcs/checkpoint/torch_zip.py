@@ -1,10 +1,9 @@
 """torch.save zip files -> layout.
 
-The zip directory is the truth about which storages exist; the pickle only names them.  Records
-that are stored uncompressed and lie under `data/` are payloads; everything else, the padding and
-the directory included, is literal.  The places that repeat the checksum of a payload (data
-descriptor, central directory, local header) become checksum segments, so that a file that is
-restored with other values still has the right ones.
+The zip directory lists the storages; the pickle only names them.  Uncompressed records under
+`data/` are payloads.  All other bytes, with padding and directory, are literal.  A zip file has the
+checksum of a payload in several places (data descriptor, central directory, local header).  These
+become checksum segments, so that a file restored with near values has valid checksums.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MAX_COMMENT = 1 << 16
 _ALL = 0xFFFFFFFF
 
 ARRAYS_RECORD = "ckptvcs.arrays"
-"""A record in the files of Python states: which tensors were numpy arrays, by path."""
+"""A record in the files of Python states: the paths of the numpy arrays."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,23 @@ class _Entry:
 
     @property
     def inner(self) -> str:
-        """Its name without the folder that all records are in."""
+        """Return the name without the folder of all records."""
         return self.name.partition("/")[2]
 
 
 def starts_like_zip(file: Source) -> bool:
-    """What torch looks at to tell its zip files from older ones."""
+    """Return whether the file starts like a zip file (torch makes the same check)."""
     return file.size > 0 and file.read(0, min(4, file.size)) == b"PK\x03\x04"[: file.size]
 
 
 def has_end(file: Source) -> bool:
-    """Whether there is an end record: a file that is still being written has none."""
+    """Return whether the file has an end record; a file that is being written has none."""
     start = max(0, file.size - _END.size - _MAX_COMMENT)
     return b"PK\x05\x06" in file.read(start, file.size - start)
 
 
 def _find_end(file: Source) -> tuple[int, int, int] | None:
-    """Entries of the directory, its size, and where it begins."""
+    """Return the number of entries in the directory, its size and its offset, or None."""
     start = max(0, file.size - _END.size - _MAX_COMMENT)
     tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\x05\x06")
@@ -79,12 +78,13 @@ def _find_end(file: Source) -> tuple[int, int, int] | None:
             if fields[0] == b"PK\x06\x06":
                 count, size, offset = fields[7], fields[8], fields[9]
                 position = position64
-    # The directory ends where its end record begins; offsets count from the start of the save.
+    # The directory ends at its end record.  Offsets count from the start of the save.
     directory = position - size
     return (count, size, directory) if directory >= offset >= 0 else None
 
 
-def _directory(file: Source) -> tuple[list[_Entry], int] | None:
+def _directory(file: Source) -> list[_Entry] | None:
+    """Return the entries of the central directory, or None if it is missing or damaged."""
     end = _find_end(file)
     if end is None or end[1] > _MAX_DIRECTORY:
         return None
@@ -107,7 +107,7 @@ def _directory(file: Source) -> tuple[list[_Entry], int] | None:
         name = data[name_at : name_at + name_size].decode("utf-8", "surrogateescape")
         entries.append(_Entry(name, method, crc, start + at + 16, length, local))
         at = name_at + name_size + extra_size + comment_size
-    return entries, start
+    return entries
 
 
 def _zip64(extra: bytes, stored: int, length: int, local: int) -> tuple[int, int, int]:
@@ -129,7 +129,7 @@ def _zip64(extra: bytes, stored: int, length: int, local: int) -> tuple[int, int
 
 
 def _payload(file: Source, entry: _Entry) -> int | None:
-    """Where the payload of a record begins."""
+    """Return the offset of a record's payload; None if it does not lie in the file."""
     if entry.local + _LOCAL.size > file.size:
         return None
     fields = _LOCAL.unpack(file.read(entry.local, _LOCAL.size))
@@ -145,48 +145,43 @@ def _crc(file: Source, offset: int, size: int) -> int:
 
 
 def is_archive(file: Source) -> bool:
-    """Whether the directory of a zip file can be read, and all of its records lie in the file."""
-    found = _directory(file)
-    return (
-        found is not None
-        and bool(found[0])
-        and all(
-            _payload(file, entry) is not None
-            if entry.method == 0
-            else entry.local + _LOCAL.size <= file.size
-            for entry in found[0]
-        )
+    """Return whether a zip file has a readable directory and contains all its records."""
+    entries = _directory(file) or []
+    return bool(entries) and all(
+        _payload(file, entry) is not None
+        if entry.method == 0
+        else entry.local + _LOCAL.size <= file.size
+        for entry in entries
     )
 
 
 class Checksums(Enum):
-    """What to do about the checksums of tensors."""
+    """Which checksums of tensors become segments that a restore computes; others are literal."""
 
-    PROVEN = "those that are right are made again when the file is; others stay literal"
-    TRUSTED = "all are made again"
-    LITERAL = "all stay literal"
-    SMALL = "those of tensors that stand in the skeleton, and no others"
+    PROVEN = "valid checksums of stored tensors"
+    TRUSTED = "all checksums of stored tensors, without a check"
+    LITERAL = "none"
+    SMALL = "valid checksums of inline tensors"
 
 
 def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | None:
-    """The layout of a torch.save zip file; None where it is none."""
-    found = _directory(file)
-    if found is None:
+    """Return the layout of a torch.save zip file, or None for any other file."""
+    entries = _directory(file)
+    if entries is None:
         return None
-    entries, _ = found
     records = _read(file, entries)
     if records is None or (not records.storages and records.problem is not None):
         return None
-    squeezed = sum(entry.inner.startswith("data/") and entry.method != 0 for entry in entries)
-    if squeezed and records.problem is None:
-        records.problem = f"{squeezed} of its records are compressed"
+    compressed = sum(entry.inner.startswith("data/") and entry.method != 0 for entry in entries)
+    if compressed and records.problem is None:
+        records.problem = f"{compressed} of its records are compressed"
     if len({storage.key for storage in records.storages}) < len(records.storages):
-        return None  # all tensors of a key would be seen in each of its storages
+        return None  # with duplicate keys, each tensor would belong to several storages
     tensors = stored_tensors(records.storages, records.tree)
     remark = set_order(tensors, _order(file, entries))
     marks = []
     for number, (storage, entry) in enumerate(zip(records.storages, records.payloads, strict=True)):
-        if _is_remade(file, storage, entry, tensors[number].inline, checksums):
+        if _is_computed(file, storage, entry, tensors[number].inline, checksums):
             marks += [Checksum(at, number) for at in _checksum_places(file, storage, entry)]
     remarks = () if remark is None else (remark,)
     return Layout(
@@ -196,58 +191,58 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
 
 @dataclass
 class _Records:
-    """What the records of a file hold: storages, their entries (`payloads`), the tree of the pickle
-    or the `problem` with it, and which tensors were arrays.
+    """The content of a file's records: storages and their entries (`payloads`), the tree of the
+    pickle or the `problem` with it, and the paths of numpy arrays.
     """
 
     storages: list[Storage] = field(default_factory=list)
     payloads: list[_Entry] = field(default_factory=list)
     tree: object = None
     arrays: frozenset[str] = frozenset()
-    problem: str | None = "it has no pickle of torch.save"
+    problem: str | None = "it has no torch.save pickle"
 
 
 def _read(file: Source, entries: list[_Entry]) -> _Records | None:
-    """Read the records that are stored uncompressed; None where they overlap."""
+    """Read the uncompressed records; return None if they overlap."""
     places = [(_payload(file, entry), entry) for entry in entries if entry.method == 0]
     stored = [(start, entry) for start, entry in places if start is not None]
     if overlap((start, entry.size) for start, entry in stored):
-        return None  # before anything is read: thousands of entries may point at one record
+        return None  # before any record is read: thousands of entries may point at one record
     records = _Records()
     for start, entry in stored:
         if entry.inner.startswith("data/"):
             records.storages.append(Storage(entry.inner[5:], start, entry.size))
             records.payloads.append(entry)
         elif entry.inner == "data.pkl" and entry.size > MAX_PICKLE_BYTES:
-            records.problem = "its pickle is larger than a gigabyte"
+            records.problem = "its pickle is larger than 1 GiB"
         elif entry.inner == "data.pkl":
             try:
                 data = io.BytesIO(file.read(start, entry.size))
                 records.tree, records.problem = read_pickle(data, entry.size), None
             except pickle.UnpicklingError as error:
-                # Its tensors stay unnamed and exact.
+                # Without a tree, the tensors have no names and are exact.
                 records.tree, records.problem = None, str(error)
         elif entry.inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
             records.arrays = _arrays(file.read(start, entry.size))
     return records
 
 
-def _is_remade(
+def _is_computed(
     file: Source, storage: Storage, entry: _Entry, inline: bool, checksums: Checksums
 ) -> bool:
-    """Return whether the checksum of a tensor is made again when the file is."""
+    """Return whether a restore computes the checksum of a tensor."""
     if checksums is Checksums.LITERAL or inline != (checksums is Checksums.SMALL):
         return False
-    # Some options of torch.save falsify checksums.
+    # With some options, torch.save writes wrong checksums.
     proven = checksums is Checksums.PROVEN
     return not proven or _crc(file, storage.offset, storage.size) == entry.crc
 
 
 def _checksum_places(file: Source, storage: Storage, entry: _Entry) -> Iterator[int]:
-    """Yield where the checksum of a payload stands."""
+    """Yield the offsets of a payload's checksum."""
     yield entry.crc_offset
     crc = struct.pack("<I", entry.crc)
-    if entry.crc and file.read(entry.local + 14, 4) == crc:  # writers that know it beforehand
+    if entry.crc and file.read(entry.local + 14, 4) == crc:  # the writer knew it in advance
         yield entry.local + 14
     after = storage.offset + storage.size
     if after + 8 <= file.size and file.read(after, 8) == b"PK\x07\x08" + crc:
@@ -255,33 +250,32 @@ def _checksum_places(file: Source, storage: Storage, entry: _Entry) -> Iterator[
 
 
 def _order(file: Source, entries: list[_Entry]) -> str:
-    """The order of bytes in the words of a file: that of the machine that wrote it."""
-    said = set()
+    """Return the byte order of the machine that wrote the file."""
+    orders = set()
     for entry in entries:
         start = _payload(file, entry)
         if entry.inner == "byteorder" and start is not None:
             plain = entry.method == 0 and entry.size in (len(BIG), len(LITTLE))
             text = file.read(start, entry.size) if plain else b""
-            said.add(text.decode("latin1") if text in (b"big", b"little") else UNKNOWN)
-    return LITTLE if not said else said.pop() if len(said) == 1 else UNKNOWN
+            orders.add(text.decode("latin1") if text in (b"big", b"little") else UNKNOWN)
+    return LITTLE if not orders else orders.pop() if len(orders) == 1 else UNKNOWN
 
 
 def why_not(file: Source) -> str:
-    """Why a zip file is none of torch.save, or none that can be read."""
-    found = _directory(file)
-    if found is None:
-        return "a zip file whose directory is damaged"
-    names = {entry.inner: entry for entry in found[0]}
-    pickled = names.get("data.pkl")
+    """Return why `parse` does not accept a zip file."""
+    entries = _directory(file)
+    if entries is None:
+        return "the directory of the zip file is damaged"
+    pickled = {entry.inner: entry for entry in entries}.get("data.pkl")
     if pickled is None:
-        return "a zip file without a pickle of torch.save"
+        return "it is a zip file without a torch.save pickle"
     if pickled.method:
         return "its records are compressed"
-    return "its records overlap, or cannot be read"
+    return "its records overlap or are not readable"
 
 
 def _arrays(data: bytes) -> frozenset[str]:
-    """The paths of a state's numpy arrays."""
+    """Return the paths of a state's numpy arrays."""
     try:
         return frozenset(str(path) for path in json.loads(data))
     except (ValueError, TypeError, RecursionError):

@@ -51,9 +51,9 @@ def cat(
         return
     shape = " x ".join(map(str, view.shape)) or "one value"
     render.data(f"{render.printable(view.name)}  {view.dtype}  {shape}  {view.fidelity}")
-    render.data(
-        "  ".join(f"{key} {value:.6g}" for key, value in found.items() if value is not None)
-    )
+    numbers = [f"{key} {value:.6g}" for key, value in found.items() if value is not None]
+    counts = 2  # zeros, not finite
+    render.data("  ".join(numbers[:-counts]), "  ".join(numbers[-counts:]))
     import numpy as np
 
     limit = _SHOWN if render.is_terminal() else values.size + 1

@@ -78,8 +78,7 @@ def gc(
         typer.Option(metavar="SIZE", help="keep the newest commits that fit into SIZE: 50G"),
     ] = None,
     keep_optimizer_last: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="drop optimizer states except the newest N"),
+        int | None, typer.Option(metavar="N", min=1, help="keep only the newest N optimizer states")
     ] = None,
     rekey: Annotated[
         bool, typer.Option("--rekey", help="re-encode deltas that need dropped commits")

@@ -17,10 +17,11 @@ def show_names(names: Sequence[NamedCommit], *, json: bool) -> None:
     if json:
         render.as_json([asdict(one) for one in names])
         return
+    width = max((len(one.name) for one in names), default=0)
     for one in names:
         mark = "* " if one.current else "  "
         step = "" if one.step is None else f"  step {one.step}"
-        render.data(f"{mark}{one.name}  {one.commit[:8]}{step}")
+        render.data(f"{mark}{one.name:<{width}}  {one.commit[:8]}{step}")
 
 
 def warn_if_faded(entry: LogEntry) -> None:

@@ -46,5 +46,6 @@ def _set_pin(repo: Repo, revision: str, *, pinned: bool, json: bool) -> None:
     if json:
         render.as_json({"commit": commit, "pinned": pinned, "changed": changed})
     else:
-        known = "" if changed else " already" if pinned else ", which was not pinned"
-        render.data(f"{'pinned' if pinned else 'unpinned'} {commit[:8]}{known}")
+        action = "pinned" if pinned else "unpinned"
+        state = "already pinned" if pinned else "not pinned"
+        render.data(f"{action} {commit[:8]}" if changed else f"{commit[:8]} is {state}")

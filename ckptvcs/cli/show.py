@@ -40,7 +40,7 @@ def _tensors_json(repo: Repo, name: ObjectId) -> list[dict[str, Any]]:
 
 def _show_roles(repo: Repo, name: ObjectId) -> None:
     """The stored tensors of a commit, what they are taken for, and how they come back."""
-    rows = [["tensor", "dtype", "shape", "part", "role", "evidence", "form"]]
+    rows = [["name", "dtype", "shape", "part", "role", "evidence", "form"]]
     for one, form in zip(repo.tensors(name), repo.forms(name), strict=True):
         rows.append(
             [
@@ -78,7 +78,8 @@ def _fields(entry: LogEntry) -> list[tuple[str, str]]:
     """Return the labels and values to print; an empty value is left out."""
     commit = entry.commit
     raw, stored = commit.raw_bytes, entry.stored_bytes
-    errors = {} if entry.exact else asdict(commit.error)
+    measured = {} if entry.exact else asdict(commit.error)
+    errors = [f"{name} {value:.3g}" for name, value in measured.items()]
     return [
         ("commit", entry.id),
         ("parents", " ".join(commit.parents) or "none"),
@@ -92,7 +93,8 @@ def _fields(entry: LogEntry) -> list[tuple[str, str]]:
         ("size", f"{render.size(raw)} -> {render.size(stored)} ({render.ratio(raw, stored)})"),
         ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
         ("fidelity", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
-        ("error", ", ".join(f"{name} {value:.3g}" for name, value in errors.items())),
+        ("error", ", ".join(errors[:3])),
+        ("", ", ".join(errors[3:])),
     ]
 
 

@@ -77,12 +77,13 @@ def _show_repaired(repaired: Repaired) -> None:
 def _show(report: VerifyReport, repaired: Repaired | None) -> None:
     for damage in report.damage:
         render.data(*_damage_lines(damage))
-    unchecked = f", {report.left} packs and commits not checked" if report.left else ""
     result = f"{len(report.damage)} damaged" if report.damage else "all good"
     render.data(
         f"{report.packs} packs, {report.commits} commits, {report.tensors} tensors, "
-        f"{report.files} files, {render.size(report.bytes)} read{unchecked}: {result}"
+        f"{report.files} files, {render.size(report.bytes)} read: {result}"
     )
+    if report.left:
+        render.talk(f"note: {report.left} packs and commits were not checked")
     for name in report.discarded:
         render.talk(
             f"note: cached base {render.printable(name)} was wrong and is deleted; "

@@ -38,10 +38,7 @@ def watch(
         ),
     ] = None,
     accept_near: Annotated[
-        bool,
-        typer.Option(
-            "--accept-near", help="also delete originals of near commits (with --keep-local)"
-        ),
+        bool, typer.Option("--accept-near", help="also delete if the commit is near (--keep-local)")
     ] = False,
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="seconds between scans")] = 5.0,
     settle: Annotated[

@@ -77,8 +77,20 @@ def test_copies_that_grow(grown: list[int], repo: Repo) -> None:
     assert all(same(repo.checkout(step), one) for step, one in enumerate(run))
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV", "KeyError"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "how"),
+    [
+        *((moment, "SIGKILL") for moment in MOMENTS),
+        ("job", "SIGSEGV"),
+        ("branch", "KeyError"),
+        *(
+            pytest.param(moment, how, marks=pytest.mark.slow)
+            for moment in MOMENTS
+            for how in ("SIGSEGV", "KeyError")
+            if (moment, how) not in (("job", "SIGSEGV"), ("branch", "KeyError"))
+        ),
+    ],
+)
 def test_a_commit_is_made_once_whenever_it_is_interrupted(
     moment: str, how: str, repo: Repo, grief: Grief
 ) -> None:
@@ -102,7 +114,13 @@ def test_a_commit_is_made_once_whenever_it_is_interrupted(
     assert not repo.verify().damage
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        moment if moment == "branch" else pytest.param(moment, marks=pytest.mark.slow)
+        for moment in MOMENTS
+    ],
+)
 def test_a_branch_that_moved_is_followed_by_head(moment: str, repo: Repo, grief: Grief) -> None:
     repo.commit(state(0), step=5)
     grief.begin(moment, "SIGKILL")

@@ -60,7 +60,7 @@ def test_refused_files(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> Non
     assert snapshot(tmp_path / ".ckpt") == before
 
 
-def test_small_slips(ckpt: Ckpt, history: Path) -> None:
+def test_small_mistakes_are_explained_in_one_line(ckpt: Ckpt, history: Path) -> None:
     assert "empty" in one_line(ckpt("checkout", "", code=2).err)
     assert "itself" in one_line(ckpt("commit", ".ckpt", code=2).err)
     assert "codec" in one_line(ckpt("commit", "model.pt", "--codec", "", code=2).err)
@@ -145,7 +145,7 @@ def test_a_newer_format_is_refused(ckpt: Ckpt, history: Path) -> None:
     ckpt("log", code=6)
 
 
-def test_bad_settings(ckpt: Ckpt, history: Path) -> None:
+def test_invalid_settings_are_refused(ckpt: Ckpt, history: Path) -> None:
     config = history / ".ckpt" / "config.toml"
     for text in (
         'codec = "zip"',
@@ -243,7 +243,9 @@ def test_a_full_disk(room: int, ckpt_process: Ckpt, tmp_path: Path, run_files: l
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(number: signal.Signals, ckpt_process: Ckpt, tmp_path: Path) -> None:
+def test_an_interrupted_commit_leaves_the_repository_unchanged(
+    number: signal.Signals, ckpt_process: Ckpt, tmp_path: Path
+) -> None:
     ckpt = ckpt_process
     ckpt("init")
     torch.save({"w": torch.randn(15_000_000)}, tmp_path / "big.pt")

@@ -46,7 +46,7 @@ def temporary(history: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_diff_json(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+def test_diff_reports_tensors_as_json(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
     found = ckpt("diff", 2, 5, "--json").json
     assert found.keys() == {
         "a",

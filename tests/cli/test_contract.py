@@ -16,7 +16,9 @@ from tests.helpers.command_line import COMMIT_KEYS, Ckpt, disk, sha
 from tests.helpers.training import train, train_on
 
 
-def test_commit_json(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
+def test_commit_reports_the_commit_as_json(
+    ckpt: Ckpt, tmp_path: Path, run_files: list[Path]
+) -> None:
     ckpt("init")
     ckpt("config", "keep-exact", 0)
     store = tmp_path / ".ckpt"
@@ -49,7 +51,7 @@ def test_commit_json(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> None:
     assert made["fidelity"] == {"model": "near", "optimizer": "near", "rest": "exact"}
 
 
-def test_log(ckpt: Ckpt, history: Path) -> None:
+def test_log_shows_commits_newest_first(ckpt: Ckpt, history: Path) -> None:
     ckpt("tag", "v1", "3")
     entries = ckpt("log", "--json").json
     assert [e["step"] for e in entries] == [5, 4, 3, 2, 1]
@@ -204,7 +206,9 @@ def test_near_checkouts(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -> No
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_parts(suffix: str, ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+def test_checkout_writes_the_model_or_the_optimizer_alone(
+    suffix: str, ckpt: Ckpt, history: Path, run_files: list[Path]
+) -> None:
     true = torch.load(run_files[2], weights_only=True)
     ckpt("checkout", 3, "--only", "model", "-o", f"m.{suffix}")
     ckpt("checkout", 3, "--only", "optimizer", "-o", f"o.{suffix}")
@@ -226,7 +230,7 @@ def test_parts(suffix: str, ckpt: Ckpt, history: Path, run_files: list[Path]) ->
     ckpt("checkout", 3, "--only", "model", "-o", f"m.{suffix}", code=4)
 
 
-def test_directories(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_checkout_restores_trainer_directories(ckpt: Ckpt, tmp_path: Path) -> None:
     states = train(3)
     ckpt("init", "--codec", "lossless")
     for state in states:
@@ -242,7 +246,7 @@ def test_directories(ckpt: Ckpt, tmp_path: Path) -> None:
     assert {p.name: sha(p) for p in back.iterdir()} == originals
 
 
-def test_revisions(ckpt: Ckpt, history: Path) -> None:
+def test_a_revision_names_its_commit(ckpt: Ckpt, history: Path) -> None:
     ids = {e["step"]: e["id"] for e in ckpt("log", "--json").json}
     ckpt("tag", "good", "2")
     ckpt("branch", "side", "3")
@@ -323,7 +327,7 @@ def test_near_is_the_default_and_says_its_errors(
     assert not ckpt("verify", "--json").json["damage"]
 
 
-def test_dedup(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_equal_tensors_are_stored_once(ckpt: Ckpt, tmp_path: Path) -> None:
     ckpt("init")
     big = torch.randn(100_000)
     weights = {"a": big, "b": big.clone(), "c": torch.randn(1000)}
@@ -354,12 +358,12 @@ def test_fresh_process_no_cache_rebuilt_index(
 ) -> None:
     ckpt = ckpt_process
     ckpt("init")
-    for number, path in enumerate(run_files):
+    for number, path in enumerate(run_files[:3]):
         ckpt("commit", path, "--codec", ["lossless", "excp", "excp-max"][number % 3])
 
     def forms() -> list[str]:
         out = []
-        for step in (1, 3, 5):
+        for step in (2, 3):
             ckpt("checkout", step, "-o", "x.pt", "--force")
             out.append(sha(tmp_path / "x.pt"))
         return out

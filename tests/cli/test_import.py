@@ -43,7 +43,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_text(ckpt: Ckpt, folder: Path) -> None:
+def test_import_shows_a_row_for_each_checkpoint(ckpt: Ckpt, folder: Path) -> None:
     (folder / "notes.txt").write_text("x")
     shutil.copy(folder / "step-9.pt", folder / "best.pt")
     done = ckpt("import", "run")
@@ -65,7 +65,7 @@ def test_text(ckpt: Ckpt, folder: Path) -> None:
     assert [e["step"] for e in ckpt("log", "--json").json] == [12, 11, 10, 9, 8]
 
 
-def test_json(ckpt: Ckpt, folder: Path) -> None:
+def test_import_reports_checkpoints_and_skipped_files_as_json(ckpt: Ckpt, folder: Path) -> None:
     (folder / "notes.txt").write_text("x")
     (folder / "cut.pt").write_bytes((folder / "step-9.pt").read_bytes()[:1000])
     done = ckpt("import", "run", "--json", code=2)
@@ -116,7 +116,7 @@ def test_a_dry_run_changes_nothing(ckpt: Ckpt, folder: Path, tmp_path: Path) -> 
     assert state() == before
 
 
-def test_originals(ckpt: Ckpt, folder: Path) -> None:
+def test_import_deletes_near_originals_only_if_told(ckpt: Ckpt, folder: Path) -> None:
     done = ckpt("import", "run", "--delete-originals", code=4)
     assert names(folder) == ["step-10.pt", "step-8.pt", "step-9.pt"]
     assert "removed: step-11.pt (kept exact)" in done.err
@@ -190,7 +190,7 @@ def test_the_question_says_how_near(
     assert len(names(folder)) == 5
 
 
-def test_usage(ckpt: Ckpt, folder: Path) -> None:
+def test_wrong_arguments_import_nothing(ckpt: Ckpt, folder: Path) -> None:
     assert "--delete-originals" in ckpt("import", "run", "--accept-near", code=2).err
     assert "ckpt commit" in ckpt("import", "run/step-8.pt", code=2).err
     ckpt("import", "nothing", code=3)

@@ -67,7 +67,7 @@ OPAQUE: dict[str, tuple[Callable[[], bytes], str]] = {
     "pickle": (unreadable_pickle, "its objects are not readable ("),
     "gzip": (lambda: gzip.compress(saved()), "(it is compressed by gzip)"),
     "bare pickle": (lambda: pickle.dumps(STATE), "(it is a pickle, not a file of torch.save)"),
-    "another zip": (other_zip, "(a zip file without a pickle of torch.save)"),
+    "another zip": (other_zip, "(it is a zip file without a torch.save pickle)"),
     "npy": (lambda: b"\x93NUMPY" + bytes(5000), "(it is a file of numpy)"),
     "text": (lambda: b"hello " * 1000, "(no structure of torch or safetensors was found)"),
 }

@@ -62,7 +62,7 @@ def test_exports_are_checkouts(
         assert same(torch.load(tmp_path / f"o-{step}.pt", weights_only=True), found)
 
 
-def test_export_one(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+def test_export_writes_one_commit(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
     assert ckpt("export", "best:loss:max", "deep/first.pt").out == "deep/first.pt\n"
     assert sha(history / "deep" / "first.pt") == sha(run_files[0])
     ckpt("export", 2, "m.safetensors")
@@ -110,7 +110,7 @@ def test_directories_are_exported_as_such(ckpt: Ckpt, tmp_path: Path) -> None:
 # -- cat -------------------------------------------------------------------------------------------
 
 
-def test_cat(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+def test_cat_shows_and_writes_one_tensor(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
     true = torch.load(run_files[2], weights_only=True)["model"]["0.weight"]
     shown = ckpt("cat", "3:0.weight", "--json").json
     assert (shown["name"], shown["dtype"], shown["step"]) == ("model.0.weight", "F32", 3)
@@ -198,7 +198,9 @@ def test_what_names_no_tensor(text: str) -> None:
 # -- average ---------------------------------------------------------------------------------------
 
 
-def test_average(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+def test_average_writes_the_mean_of_a_range(
+    ckpt: Ckpt, history: Path, run_files: list[Path]
+) -> None:
     states = [torch.load(path, weights_only=True) for path in run_files]
     done = ckpt("average", "2..4", "-o", "mean.pt", "--json").json
     assert done["steps"] == [2, 3, 4]

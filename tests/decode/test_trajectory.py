@@ -130,7 +130,7 @@ def test_every_and_bounds(repo: Repo) -> None:
         repo.trajectory(start="nothing")
 
 
-def test_lines(repo: Repo) -> None:
+def test_a_trajectory_follows_first_parents(repo: Repo) -> None:
     states = train(6)
     for state in states[:4]:
         repo.commit(state, step=state["step"])
@@ -147,7 +147,7 @@ def test_lines(repo: Repo) -> None:
     assert [e.tags for e, _ in other.trajectory("model.*", stop=1)] == [()]
 
 
-def test_select(repo: Repo) -> None:
+def test_a_trajectory_yields_the_selected_tensors(repo: Repo) -> None:
     states = train(3)
     for state in states:
         repo.commit(state, step=state["step"])
@@ -254,6 +254,7 @@ commits = st.lists(
 )
 
 
+@pytest.mark.directory_only
 @given(commits, st.sampled_from([None, 2, 3]), st.integers(1, 6))
 def test_any_history_comes_back_as_checkouts_give_it(
     history: list[tuple[str, str, bool]], every: int | None, depth: int

@@ -115,8 +115,18 @@ class Interrupted:
             self._act()
 
 
-@pytest.mark.parametrize("codec", ["lossless", "near"])
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(
+    ("act", "codec"),
+    [
+        *((act, "near") for act in ACTS),
+        ("commit of shared values", "lossless"),
+        *(
+            pytest.param(act, "lossless", marks=pytest.mark.slow)
+            for act in ACTS
+            if act != "commit of shared values"
+        ),
+    ],
+)
 def test_whatever_writers_do_at_any_step_of_gc_nothing_needed_goes(
     act: str, codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

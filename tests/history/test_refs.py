@@ -14,7 +14,7 @@ from tests.helpers.memory_backend import MemoryBackend
 A, B = ObjectId("a" * 64), ObjectId("b" * 64)
 
 
-def test_generations() -> None:
+def test_a_ref_is_replaced_only_by_its_next_version() -> None:
     refs = Refs(MemoryBackend())
     assert refs.read("heads/main") is None
     first = refs.publish("heads/main", None, commit=A, time="t1", action="commit")

@@ -222,7 +222,7 @@ def test_a_file_that_is_being_committed_is_removed_after(
     assert steps(tmp_path / "repo") == [1]
 
 
-def test_within_async(tmp_path: Path, whole: bytes) -> None:
+def test_asynchronous_saves_train_the_same(tmp_path: Path, whole: bytes) -> None:
     from lightning.pytorch.plugins import AsyncCheckpointIO
 
     from ckptvcs.integrations.lightning import CkptCheckpointIO
@@ -245,7 +245,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert not Repo.open(tmp_path / "repo").verify().damage
 
 
-def test_fabric(tmp_path: Path) -> None:
+def test_fabric_saves_and_loads(tmp_path: Path) -> None:
     from lightning.fabric import Fabric
 
     from ckptvcs.integrations.lightning import CkptCheckpointIO

@@ -49,7 +49,7 @@ def commits(repo: Repo, losses: list[float | None]) -> list[LogEntry]:
     ]
 
 
-def test_a_metric(repo: Repo) -> None:
+def test_bisect_finds_the_first_commit_beyond_a_metric(repo: Repo) -> None:
     made = commits(repo, [3, 2, None, 1, None, 5, math.nan, 9])
     told: list[tuple[int | None, str, int]] = []
     found = repo.bisect(

@@ -349,7 +349,16 @@ def suspended_at(step: int, act: Callable[[], object]) -> None:
 
 
 @pytest.mark.usefixtures("patience")
-@pytest.mark.parametrize("work", ["add", "make an edition", "remove", "rebuild", "begin"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "add",
+        "remove",
+        "begin",
+        pytest.param("make an edition", marks=pytest.mark.slow),
+        pytest.param("rebuild", marks=pytest.mark.slow),
+    ],
+)
 def test_nobody_waits_for_a_writer_that_is_suspended_at_any_step(work: str, tmp_path: Path) -> None:
     template = tmp_path / "template"
     names = put(opened(template), *(b"%03d" % n for n in range(20)))
