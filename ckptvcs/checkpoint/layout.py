@@ -20,7 +20,7 @@ from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.history.schema import LITTLE, View
 
 INLINE_ELEMENTS = 128
-"""Tensors of fewer elements stand in the skeleton, always exact."""
+"""Tensors of fewer elements are in the skeleton, always exact."""
 
 INLINE_BYTES = 4096
 _MAX_LITERAL = 1 << 18  # longer runs of unknown bytes are stored as a tensor of bytes
@@ -153,13 +153,13 @@ class FileSource(Source):
 
 
 def unreadable(path: Path, error: OSError) -> CkptError:
-    """What is said when the operating system refuses to read a source."""
+    """Return the error for a source that the operating system cannot read."""
     kind = NotFoundError if isinstance(error, FileNotFoundError) else InvalidInputError
     return kind(f"cannot read {path}: {error.strerror or error}")
 
 
 def changed_while_read(path: Path) -> InvalidInputError:
-    """What is said when a trainer is still writing the file."""
+    """Return the error for a file that a trainer is still writing."""
     return InvalidInputError(
         f"{path} changed while it was being read", hint="commit it again once it is complete"
     )

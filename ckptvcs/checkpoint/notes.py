@@ -1,6 +1,6 @@
-"""Notes: what of a checkpoint was not understood, and what that costs.
+"""Notes about files that could not be parsed, and the cost.
 
-Such a file comes back bit for bit; but its tensors have no names, are not coded near, and Python
+Such a file is stored exactly.  Its tensors have no names, are not compressed with loss, and Python
 gets bytes in their place.
 """
 
@@ -26,7 +26,7 @@ _LARGE = 1 << 24  # bytes, from which on a file of any name is worth a line
 
 
 def why_raw(source: Source) -> str:
-    """Why a file was not read as one of torch or safetensors."""
+    """Return why no parser of torch or safetensors accepts a file."""
     if torch_zip.starts_like_zip(source):
         return torch_zip.why_not(source)
     head = source.read(0, min(source.size, 8))

@@ -1,7 +1,7 @@
-"""Optimizers are loaded with states of the types that were committed.
+"""Load optimizer states without changing their dtypes.
 
-The `load_state_dict` of torch casts each state of a parameter to its type: float32 moments of
-bfloat16 weights are rounded, counters and codes become floats.  It is right about devices.
+torch's `load_state_dict` casts each state to the dtype of its parameter: it rounds float32 moments
+of bfloat16 weights, and makes floats of counters and codes.  Its choice of device is right.
 
     state --hooks of the user--> [note] --torch casts and moves--> [put back] --hooks of the user-->
 """
@@ -37,7 +37,7 @@ def keep_types(holder: Any) -> Iterator[None]:
 
 
 def _with_hooks(holder: Any) -> list[Any]:
-    """The optimizers of torch that a holder is or wraps."""
+    """Return the torch optimizers that an object is or wraps."""
     found: list[Any] = []
     left, seen = [holder], set[int]()
     while left:
@@ -53,7 +53,7 @@ def _with_hooks(holder: Any) -> list[Any]:
 
 
 def _put_back(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Give each state of a parameter the type that it has in `state`, where it has another."""
+    """Restore the dtype that each parameter's state has in `state`, if it differs."""
     numbers = chain.from_iterable(group["params"] for group in state["param_groups"])
     weights = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for number, weight in zip(numbers, weights, strict=True):

@@ -1,15 +1,15 @@
-"""Pickles -> inert trees.  Nothing a pickle names is ever imported, called or looked up.
+"""Pickles -> inert trees.  The reader never imports, calls or looks up a name in a pickle.
 
-A pickle is a program.  This reader runs its stack machine with every global replaced by a record
-of its name and every call by a record of its arguments, so a payload such as `os.system` becomes
-data.  What torch needs to rebuild tensors is recognised by name and becomes a `TensorRef`.
+A pickle is a program.  This reader runs its stack machine, but replaces each global by a record of
+its name and each call by a record of its arguments.  A payload such as `os.system` becomes data.
+The reader recognizes torch's functions for tensors by name and makes a `TensorRef` of each call.
 
-The pure Python unpickler of the standard library is used on purpose: its memo may be any mapping,
-so that a memo index of 2^32 costs nothing, where the C one would allocate it.
+The reader uses the pure Python unpickler of the standard library on purpose.  Its memo can be any
+mapping, so a memo index of 2^32 costs nothing.  The C unpickler would allocate that many entries.
 
-A pickle takes time in proportion to its bytes.  Its memory is held to that, too: one byte can make
-an object of a hundred, and a few bytes a copy of a list of a million.  What is made from so little
-is charged, and a pickle whose objects cost more than any program writes is refused.
+Reading takes time in proportion to the bytes of a pickle, but not memory: one byte can make an
+object of a hundred bytes, and a few bytes a copy of a list of a million.  The reader accounts for
+the memory of such objects, and refuses a pickle that needs more than real programs write.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 MAX_PICKLE_BYTES = 1 << 30
-"""Larger pickles are not read for structure; their file is still stored exactly."""
+"""Larger pickles are not parsed; their file is still stored exactly."""
 
-# Bytes of memory for objects: these, and so many for each byte of the pickle that has been read.  A
-# list of empty dicts, among the dearest that programs write, takes 36 for each byte.
+# Bytes of memory for objects: a base, and a number for each byte read.  A list of empty dicts is
+# among the most expensive objects of real programs and takes 36 for each byte.
 _ROOM = 1 << 26
 ROOM_PER_BYTE = 40
 _MOST_ROOM = 1 << 32
-# What objects take in Python 3.11, rounded up.
+# Sizes of objects in Python 3.11, in bytes, rounded up.
 _LIST, _DICT, _ENTRY, _MARK, _TUPLE, _SLOT, _RECORD, _NAME = 64, 72, 100, 140, 56, 8, 120, 300
 
 _MAX_DIMENSIONS = 64
@@ -46,7 +46,7 @@ class Global:
 
 
 class Inert:
-    """An object that a pickle would have made: who would be called with what."""
+    """An object that a pickle would make: the callable and its arguments."""
 
     __slots__ = ("args", "items", "maker", "state")
 
@@ -57,15 +57,15 @@ class Inert:
         self.items: list[Any] = []
 
     def append(self, item: object) -> None:
-        """What a list would do; pickles append to objects they made."""
+        """Record an item as list.append does; pickles append to objects that they make."""
         self.items.append(item)
 
     def extend(self, items: list[Any]) -> None:
-        """What a list would do."""
+        """Record items as list.extend does."""
         self.items.extend(items)
 
     def add(self, item: object) -> None:
-        """What a set would do."""
+        """Record an item as set.add does."""
         self.items.append(item)
 
     def __setitem__(self, key: object, value: object) -> None:
@@ -85,7 +85,7 @@ class InertDict(dict[Any, Any]):
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A storage that a pickle points at: its key in the file, and the type it was saved as."""
+    """A storage that a pickle refers to: its key in the file, its class, its element count."""
 
     key: str
     type_name: str
@@ -94,8 +94,9 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor: a window on a storage.  `dtype` is torch's name where the tensor gives its own,
-    None where it is that of the storage.  Offset and strides count elements.
+    """A tensor, which is a view of a storage.  Offset and strides count elements.
+
+    `dtype` is torch's name, or None if the tensor has the dtype of the storage.
     """
 
     storage: StorageRef
@@ -110,17 +111,17 @@ _SMALL = 1 << 60
 
 
 def is_key(key: object) -> bool:
-    """Whether it comes back as the key of a dict."""
+    """Return whether a dict can have this key after a round trip."""
     return isinstance(key, str | bool | float) or (type(key) is int and abs(key) < _SMALL)
 
 
 def is_member(item: object) -> bool:
-    """Whether it comes back in a set."""
+    """Return whether a set can have this item after a round trip."""
     return isinstance(item, bytes | None) or is_key(item)
 
 
 def _key(key: object) -> object:
-    """`key`, if hashing it is cheap; else a record that hashes by identity.
+    """Return `key` if hashing it is cheap, else a record that hashes by identity.
 
     Hashing a tuple walks it, and a tuple that shares at every level has 2^depth paths; large
     integers can be chosen so that all of them collide.
@@ -138,7 +139,7 @@ def _sizes(value: object) -> tuple[int, ...] | None:
     if isinstance(value, Inert) and len(value.args) == 1:  # torch.Size(...)
         value = value.args[0]
     if not isinstance(value, tuple | list) or len(value) > _MAX_DIMENSIONS:
-        return None  # many tensors may have the same sizes, which are looked at for each
+        return None  # many tensors can share these sizes, and each would check them again
     return tuple(value) if all(type(n) is int and n >= 0 for n in value) else None
 
 
@@ -163,7 +164,7 @@ def _ordered_dict(args: tuple[Any, ...]) -> Any:
 
 
 def _call(maker: object, args: object, depth: int = 0) -> Any:
-    """What calling `maker` leaves in the tree."""
+    """Return the tree node for a call of `maker`."""
     if not isinstance(args, tuple):
         raise pickle.UnpicklingError("a call without an argument tuple")
     found: object = None
@@ -187,8 +188,9 @@ _PurePython: Any = vars(pickle)["_Unpickler"]  # its stubs do not have it
 
 
 class _Memo:
-    """What a pickle remembers by number: a list as far as numbers follow each other, as programs
-    write them; a dict takes fifteen times as much.
+    """The memo of a pickle: a list for consecutive numbers, which real programs write.
+
+    Other numbers are in a dict, which takes fifteen times as much memory.
     """
 
     def __init__(self, charge: Callable[[int], None]) -> None:
@@ -226,10 +228,10 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
         self.memo = _Memo(self._charge)
 
     def _charge(self, size_bytes: int) -> None:
-        """Account for memory that is about to be taken.
+        """Account for memory before it is allocated.
 
         Raises:
-            pickle.UnpicklingError: it is more than a pickle of so many bytes may take.
+            pickle.UnpicklingError: the sum is too large for the bytes read so far.
         """
         self.charged_bytes += size_bytes
         if self.charged_bytes > self._allowed:
@@ -291,7 +293,7 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
     def _called(self, maker: object, args: object) -> object:
         self._charge(_RECORD)
         if maker == _ORDERED_DICT and isinstance(args, tuple) and args:
-            # It may be made of the same list many times.
+            # A pickle can make many of these from one list.
             self._charge(_ENTRY * len(args[0]) if isinstance(args[0], list) else 0)
         return _call(maker, args)
 
@@ -360,7 +362,7 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
 
     def _load_bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
-        if length > self._size:  # the size is claimed before a byte of it is there
+        if length > self._size:  # do not allocate a claimed size
             raise pickle.UnpicklingError("a byte array longer than its pickle")
         self.append(self.read(length))
 
@@ -387,11 +389,10 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
 
 
 def read_pickle(file: BinaryIO, size: int) -> Any:
-    """The inert tree of the pickle at the file's position, which has at most `size` bytes.
+    """Return the inert tree of the pickle at the file's position (at most `size` bytes).
 
     Raises:
-        pickle.UnpicklingError: it is no pickle that can be read, or one whose objects take far more
-            memory than it has bytes.
+        pickle.UnpicklingError: the pickle is not valid, or its objects take too much memory.
     """
     try:
         return InertUnpickler(file, size).load()
@@ -403,14 +404,14 @@ def read_pickle(file: BinaryIO, size: int) -> Any:
 
 
 def _step(key: str | float) -> str:
-    """A key as a path shows it.  Hostile pickles share one huge key among many tensors."""
+    """Return a key as part of a path, cut: hostile pickles share a huge key among tensors."""
     if isinstance(key, int) and abs(key) >= _SMALL:
         return "int"  # Python refuses to print huge integers
     return str(key)[:_MAX_STEP]
 
 
 def children(node: object) -> Iterator[tuple[str, object]]:
-    """The named parts of a tree node, in order."""
+    """Yield the children of a tree node with their names, in order."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield (_step(key) if isinstance(key, str | int | float) else type(key).__name__), value
@@ -424,7 +425,7 @@ def children(node: object) -> Iterator[tuple[str, object]]:
 
 
 def _children_of_inert(node: Inert) -> Iterator[tuple[str, object]]:
-    """Yield the arguments, the state and the items of an object that was not made."""
+    """Yield the arguments, the state and the items of an inert object."""
     for number, value in enumerate(node.args):
         yield f"@arg{number}", value
     if isinstance(node.state, dict):
@@ -444,7 +445,7 @@ _NODES = (*_CONTAINERS, TensorRef, StorageRef)
 
 
 def _below(node: object) -> Iterator[tuple[str, object]]:
-    """Those children of a tree node that are nodes: most long lists hold numbers."""
+    """Yield the children that are nodes themselves: most items of long lists are numbers."""
     if isinstance(node, list | tuple):
         for number, value in enumerate(node):
             if isinstance(value, _NODES):
@@ -456,13 +457,12 @@ def _below(node: object) -> Iterator[tuple[str, object]]:
 def walk(
     tree: object, kinds: tuple[type, ...] = (dict, TensorRef, StorageRef)
 ) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Every dict, tensor and storage, or other `kinds` of these, with the end of its path, parents
-    first.
+    """Yield every node of these `kinds` with the end of its path, parents first.
 
-    A container is entered once, however often it is shared: hostile pickles share on every level.
+    The walk enters a shared container once: hostile pickles share on every level.
     """
     seen: set[int] = set()
-    # The path is a chain of links, so that depth costs memory only once.
+    # Paths are chains of links, so nodes share the memory of their parents' paths.
     stack: list[tuple[Any, object]] = [(None, tree)]
     while stack:
         link, node = stack.pop()
@@ -477,9 +477,7 @@ def walk(
 
 
 def _path(link: Any) -> tuple[str, ...]:
-    """The names in a chain of links, the last ones first; what a path ends in tells more than its
-    top, which is left out where there are too many.
-    """
+    """Return the names in a chain of links; a long path loses its top, which says less."""
     names: list[str] = []
     room = _MAX_PATH
     while link is not None and len(names) < _MAX_STEPS:

@@ -1,7 +1,7 @@
 """safetensors files -> layout.  Format: 8 bytes of header length, JSON header, tensors.
 
-Shapes count elements.  Of F4 two share a byte, and torch's type for them counts the bytes: so do
-shapes here.
+Shapes in the file count elements.  Two F4 elements share a byte; as in torch, F4 shapes count bytes
+here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ckptvcs.checkpoint.layout import Layout, Source, StoredTensor
 from ckptvcs.codec.dtypes import DTYPES
 
 _MAX_HEADER = 100_000_000
-_MAX_DIMS, _MAX_NUMBER = 64, 1 << 56  # products of more and larger ones take long
-_MAX_TYPE, _SAID = 20, 3  # characters of a type, types that are named
-_MAX_NAME = 1000  # longer names are cut in what is shown and matched, not in the file
+_MAX_DIMS, _MAX_NUMBER = 64, 1 << 56  # larger products of sizes are slow to compute
+_MAX_TYPE, _MAX_NAMED = 20, 3  # characters of a dtype, dtypes in remarks
+_MAX_NAME = 1000  # the schema cuts longer names; the file keeps them
 
 
 def parse(file: Source) -> Layout | None:
-    """The layout of a safetensors file; None where it is none.
+    """Return the layout of a safetensors file, or None for any other file.
 
-    The header is kept as it is, since the order of its metadata differs from save to save.
-    Tensors of a type that torch does not have, such as F6_E2M3, become bytes.
+    The header is literal, because the order of its metadata differs from save to save.  Tensors
+    of dtypes that torch does not have, such as F6_E2M3, become bytes.
     """
     if file.size < 10:
         return None
@@ -46,7 +46,7 @@ def parse(file: Source) -> Layout | None:
     remarks = (
         f"{count} {'tensor' if count == 1 else 'tensors'} of type {dtype}, which torch lacks:"
         " stored exactly, and bytes in Python"
-        for dtype, count in unknown.most_common(_SAID)
+        for dtype, count in unknown.most_common(_MAX_NAMED)
     )
     return Layout("safetensors", tensors, tree=tree, remarks=tuple(remarks))
 

@@ -1,4 +1,4 @@
-"""Skeleton: a file without its tensors: made from a checkpoint, and read for its structure."""
+"""Skeletons, the templates of files: make them from a checkpoint, and read their structure."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class SkeletonSource(Source):
-    """A file's bytes with zeros for its stored tensors, except those that are plain bytes, which
-    `tensor` gives by number.
+    """A file's bytes with zeros in place of its stored tensors.
+
+    Tensors of the part `rest` are included; `tensor` returns their bytes by number.
     """
 
     def __init__(self, schema: Schema, skeleton: Skeleton, tensor: Callable[[int], Bytes]) -> None:
@@ -36,7 +37,7 @@ class SkeletonSource(Source):
         self._starts = [span[0] for span in self._spans]
 
     def owner(self, offset: int, size: int) -> int:
-        """The tensor that lies at an offset; -1 where it is empty."""
+        """Return the number of the tensor at this offset and size, or -1."""
         at = bisect_right(self._starts, offset) - 1
         start, end, op, argument, _ = self._spans[at]
         here = size and (start, end - start) == (offset, size)
@@ -72,7 +73,7 @@ class SkeletonSource(Source):
 
 
 def skeleton_of(checkpoint: Checkpoint, file: InputFile) -> bytes:
-    """The content of a file's skeleton."""
+    """Return the skeleton of a file."""
     segments: list[Segment] = []
     literals = bytearray()
     for piece in file.pieces:

@@ -1,8 +1,8 @@
-"""Folder: which entries of a folder are checkpoints, and in which order they were written.
+"""Find the checkpoints in a folder, and the order in which they were written.
 
-Files that hold one checkpoint together (`together.py`) are found as one.  Nothing is followed that
-is a symbolic link.  What is hidden or temporary is not looked at; all else is either found or left
-out with a reason.
+Several files of one checkpoint count as one (`grouping.py`).  The survey does not follow symbolic
+links and ignores hidden and temporary entries.  Any other entry is a checkpoint or is left out with
+a reason.
 """
 
 from __future__ import annotations

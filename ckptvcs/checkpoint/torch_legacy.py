@@ -67,12 +67,12 @@ class _Reader(io.BufferedReader):
 
 
 def stream(file: Source) -> io.BufferedReader:
-    """A file as pickles are read from it."""
+    """Return a file as a stream for the unpickler."""
     return _Reader(file, min(file.size, MAX_PICKLE_BYTES))
 
 
 def begins_like_one(file: Source) -> bool:
-    """Whether a file has what is at the beginning of a legacy torch file."""
+    """Return whether a file starts with the magic number of legacy torch files."""
     return _MAGIC_BYTES in file.read(0, min(32, file.size))
 
 
@@ -102,7 +102,7 @@ def _pickles(file: Source, pickles: io.BufferedReader) -> list[Any]:
 
 
 def _types(tree: object) -> dict[str, StorageRef]:
-    """The storages that a tree names, by key."""
+    """Return the storages of a tree by key."""
     types: dict[str, StorageRef] = {}
     for _, node in walk(tree):
         ref = node.storage if isinstance(node, TensorRef) else node
@@ -120,7 +120,7 @@ def _size(file: Source, at: int, storage: StorageRef) -> int:
 
 
 def parse(file: Source) -> Layout | None:
-    """The layout of a legacy torch file; None where it is none."""
+    """Return the layout of a legacy torch file, or None for any other file."""
     if file.size < 32 or not begins_like_one(file):
         return None
     pickles = stream(file)
@@ -133,7 +133,7 @@ def parse(file: Source) -> Layout | None:
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         return None
     if len(set(keys)) < len(keys):
-        return None  # all tensors of a key would be seen in each of its storages
+        return None  # with duplicate keys, each tensor would belong to several storages
     types, at = _types(tree), pickles.tell()
     storages = []
     for key in keys:

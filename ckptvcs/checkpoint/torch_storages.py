@@ -27,12 +27,12 @@ _STORAGE_TYPES = {dtype.storage: dtype.name for dtype in DTYPES.values() if dtyp
 
 
 def storage_dtype(type_name: str) -> str:
-    """The element type of a torch storage class; bytes where it is not known."""
+    """Return the dtype of a torch storage class, or U8 if the class is unknown."""
     return _STORAGE_TYPES.get(type_name, "U8")
 
 
 def ref_dtype(ref: TensorRef) -> str | None:
-    """The element type of a tensor; None where it is not known."""
+    """Return the dtype of a tensor, or None if it is unknown."""
     return storage_dtype(ref.storage.type_name) if ref.dtype is None else OF_TORCH.get(ref.dtype)
 
 
@@ -55,8 +55,9 @@ def _row_major(ref: TensorRef) -> bool:
 
 
 def set_order(tensors: Iterable[StoredTensor], order: str) -> str | None:
-    """Note of tensors that their file has them in another order of bytes than ours; what is to be
-    said of them.  Where the words of a storage are not known, nor is what it holds.
+    """Set the byte order of tensors that are not little-endian, and return a remark about them.
+
+    If the word size of a storage is unknown, so is its order.
     """
     size_bytes = 0
     for found in tensors:
@@ -71,7 +72,7 @@ def set_order(tensors: Iterable[StoredTensor], order: str) -> str | None:
 
 
 def stored_tensors(storages: Iterable[Storage], tree: object) -> list[StoredTensor]:
-    """One stored tensor for each storage, named after the first tensor that looks at it."""
+    """Return one stored tensor for each storage, named after the first tensor that views it."""
     refs: dict[str, list[tuple[str, TensorRef]]] = {}
     for path, node in walk(tree):
         if isinstance(node, TensorRef):

@@ -19,12 +19,22 @@ def bisect(
     bad: Annotated[str, typer.Argument(metavar="BAD", help="bad commit, later than GOOD")],
     command: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- COMMAND ...]", help="test command; {} is replaced by the path"),
+        typer.Argument(
+            metavar="[-- COMMAND ...]", help="command that tests a checkpoint; {} becomes its path"
+        ),
     ] = None,
-    nan: Annotated[bool, typer.Option("--nan", help="bad if weights are not finite")] = False,
-    metric: Annotated[str | None, typer.Option(metavar="NAME", help="metric to test")] = None,
-    above: Annotated[float | None, typer.Option(metavar="X", help="bad if above X")] = None,
-    below: Annotated[float | None, typer.Option(metavar="X", help="bad if below X")] = None,
+    nan: Annotated[
+        bool, typer.Option("--nan", help="a commit is bad if a weight is NaN or infinite")
+    ] = False,
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help="name of the metric to compare")
+    ] = None,
+    above: Annotated[
+        float | None, typer.Option(metavar="X", help="a commit is bad if the metric is above X")
+    ] = None,
+    below: Annotated[
+        float | None, typer.Option(metavar="X", help="a commit is bad if the metric is below X")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Find the first bad commit by binary search."""

@@ -26,10 +26,13 @@ def checkout(
         str | None,
         typer.Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="overwrite uncommitted files")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="overwrite files that no commit contains exactly")
+    ] = False,
     only: Part = None,
     require: Annotated[
-        Literal["exact"] | None, typer.Option(metavar="exact", help="required fidelity")
+        Literal["exact"] | None,
+        typer.Option(metavar="exact", help="refuse a commit that is only near"),
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -22,11 +22,13 @@ Revision = Annotated[
 
 Start = Annotated[str | None, typer.Option(metavar="REV", help="first step or revision")]
 Stop = Annotated[str | None, typer.Option(metavar="REV", help="last step or revision, included")]
-Every = Annotated[int | None, typer.Option(metavar="STEPS", help="select multiples of STEPS")]
+Every = Annotated[
+    int | None, typer.Option(metavar="STEPS", help="only steps that are multiples of STEPS")
+]
 Count = Annotated[int | None, typer.Option("-n", metavar="N", min=1, help="maximum number of rows")]
 Part = Annotated[
     Literal["model", "optimizer", "rest"] | None,
-    typer.Option("--only", metavar="PART", help="part: model, optimizer or rest"),
+    typer.Option("--only", metavar="PART", help="only this part: model, optimizer or rest"),
 ]
 Branch = Annotated[
     str | None, typer.Option("--branch", metavar="NAME", help="target branch (does not move HEAD)")
@@ -38,7 +40,7 @@ Codec = Annotated[
     ),
 ]
 Pattern = Annotated[
-    str | None, typer.Option(metavar="GLOB", help="select names, for example 'step*.pt'")
+    str | None, typer.Option(metavar="GLOB", help="only names that match, for example 'step*.pt'")
 ]
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 

@@ -55,33 +55,37 @@ def _invalid_size(text: str) -> NoReturn:
 def gc(
     context: typer.Context,
     keep_last: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="keep the newest N of each branch")
+        int | None,
+        typer.Option(metavar="N", min=1, help="keep the newest N commits of each branch"),
     ] = None,
     keep_every: Annotated[
-        int | None, typer.Option(metavar="STEPS", min=1, help="keep multiples of STEPS")
+        int | None,
+        typer.Option(metavar="STEPS", min=1, help="keep steps that are multiples of STEPS"),
     ] = None,
     keep_within: Annotated[
-        str | None, typer.Option(metavar="TIME", help="keep younger commits: 12h, 7d")
+        str | None, typer.Option(metavar="TIME", help="keep commits younger than TIME: 12h, 7d")
     ] = None,
     keep_best: Annotated[
         list[str] | None,
-        typer.Option(metavar="METRIC:min|max:N", help="keep the N best; can be repeated"),
+        typer.Option(metavar="METRIC:min|max:N", help="keep the N best commits; can be repeated"),
     ] = None,
     keep_tag: Annotated[bool, typer.Option("--keep-tag", help="keep tagged commits")] = False,
     keep_log_spaced: Annotated[
         bool, typer.Option("--keep-log-spaced", help="keep fewer commits the older they are")
     ] = False,
     max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="keep the newest commits that fit: 50G")
+        str | None,
+        typer.Option(metavar="SIZE", help="keep the newest commits that fit into SIZE: 50G"),
     ] = None,
     keep_optimizer_last: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="keep only the newest N optimizer states")
     ] = None,
     rekey: Annotated[
-        bool, typer.Option("--rekey", help="merge deltas across dropped commits")
+        bool, typer.Option("--rekey", help="re-encode deltas that need dropped commits")
     ] = False,
     sweep: Annotated[
-        bool, typer.Option("--sweep/--no-sweep", help="delete files now, or only drop commits")
+        bool,
+        typer.Option("--sweep/--no-sweep", help="delete data now, or only hide dropped commits"),
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be deleted")] = False,
     json: JsonOption = False,

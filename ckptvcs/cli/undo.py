@@ -9,7 +9,7 @@ from ckptvcs.cli.context import JsonOption, open_repo
 
 
 def undo(context: typer.Context, json: JsonOption = False) -> None:
-    """Undo the last change of the current branch."""
+    """Undo the last move or drop of the current branch."""
     repo = open_repo(context)
     done = repo.undo()
     if json:

@@ -27,7 +27,9 @@ def verify(
     context: typer.Context,
     subset: Annotated[
         str | None,
-        typer.Option(metavar="AMOUNT", help="amount to check, oldest first: 5%, 10G, 15m"),
+        typer.Option(
+            metavar="AMOUNT", help="how much to check, least recently checked first: 5%, 10G, 15m"
+        ),
     ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="repair damage")] = False,
     source: Annotated[

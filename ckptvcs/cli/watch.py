@@ -33,14 +33,17 @@ def watch(
     branch: Branch = None,
     keep_local: Annotated[
         int | None,
-        typer.Option("--keep-local", metavar="N", help="delete originals except the newest N"),
+        typer.Option(
+            "--keep-local", metavar="N", help="keep the newest N originals, delete the others"
+        ),
     ] = None,
     accept_near: Annotated[
         bool, typer.Option("--accept-near", help="also delete if the commit is near (--keep-local)")
     ] = False,
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="seconds between scans")] = 5.0,
     settle: Annotated[
-        float, typer.Option(metavar="SECONDS", help="seconds without a change before a commit")
+        float,
+        typer.Option(metavar="SECONDS", help="commit after this many seconds without a change"),
     ] = 2.0,
     once: Annotated[
         bool, typer.Option("--once", help="commit the present checkpoints, then exit")
