@@ -38,17 +38,24 @@ class Example:
     command: str
     shown: str
     printed: str
+    exact: bool = False
 
     @property
     def agrees(self) -> bool:
-        """Return whether both outputs say the same, apart from ids, numbers and spaces."""
-        return normalize(self.shown) == normalize(self.printed)
+        """Return whether both outputs say the same; ids, numbers and spaces count only if exact."""
+        shown, printed = self._compared()
+        return shown == printed
 
     @property
     def difference(self) -> str:
-        """Return both normalized outputs as one text, with a mark before each differing line."""
-        outputs = (normalize(self.shown).splitlines(), normalize(self.printed).splitlines())
-        return "\n".join(difflib.ndiff(*outputs))
+        """Return the differing lines of both outputs, with the lines around them."""
+        shown, printed = (output.splitlines() for output in self._compared())
+        return "\n".join([*difflib.unified_diff(shown, printed, lineterm="")][2:])
+
+    def _compared(self) -> tuple[str, str]:
+        if self.exact:
+            return self.shown, self.printed
+        return normalize(self.shown), normalize(self.printed)
 
 
 def guides() -> list[Path]:

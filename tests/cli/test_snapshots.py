@@ -118,12 +118,8 @@ def run_snapshot(path: Path, folder: Path) -> list[Example]:
     if path.stem.endswith("-damaged"):
         damage(folder)
     text = path.read_text("utf-8")
-    return [Example(command, shown, execute(command, folder)) for command, shown in commands(text)]
-
-
-def agrees(path: Path, example: Example) -> bool:
-    """Return whether a snapshot shows the real output."""
-    return example.shown == example.printed if path.stem == "help" else example.agrees
+    exact = path.stem == "help"
+    return [Example(c, shown, execute(c, folder), exact) for c, shown in commands(text)]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +135,7 @@ def test_commands_print_their_snapshot(path: Path, made_run: Path, tmp_path: Pat
     shutil.copytree(made_run, folder)
     examples = run_snapshot(path, folder)
     assert examples
-    stale = [f"$ {one.command}\n{one.difference}" for one in examples if not agrees(path, one)]
+    stale = [f"$ {one.command}\n{one.difference}" for one in examples if not one.agrees]
     assert not stale, "\n".join(stale)
 
 
@@ -165,7 +161,7 @@ def write() -> None:
             folder = Path(temporary) / path.stem
             shutil.copytree(start, folder)
             examples = run_snapshot(path, folder)
-            if not all(agrees(path, example) for example in examples):
+            if not all(example.agrees for example in examples):
                 path.write_text(console(examples), "utf-8")
                 print(f"wrote {path.name}")
 
