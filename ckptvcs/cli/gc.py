@@ -19,6 +19,11 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31557600}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
+Sweep = Annotated[
+    bool, typer.Option("--sweep/--no-sweep", help="delete data now, or only hide dropped commits")
+]
+
+
 def _duration(text: str | None) -> float | None:
     """Return the seconds that `text` stands for.
 
@@ -83,10 +88,7 @@ def gc(
     rekey: Annotated[
         bool, typer.Option("--rekey", help="re-encode deltas that need dropped commits")
     ] = False,
-    sweep: Annotated[
-        bool,
-        typer.Option("--sweep/--no-sweep", help="delete data now, or only hide dropped commits"),
-    ] = True,
+    sweep: Sweep = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be deleted")] = False,
     json: JsonOption = False,
 ) -> None:

@@ -212,7 +212,7 @@ class HistoryReader:
         return ops.refs.tags(self.repository)
 
     def pins(self) -> list[LogEntry]:
-        """Return the pinned commits, sorted by id."""
+        """Return the pinned commits, newest first."""
         return ops.refs.pins(self.repository)
 
     def head(self) -> Generation | None:

@@ -109,8 +109,9 @@ def delete_tag(repository: Repository, name: str) -> ObjectId:
 
 
 def pins(repository: Repository) -> list[LogEntry]:
-    """Return the pinned commits, sorted by id."""
-    return [repository.entry(name) for name in sorted(repository.refs.targets("pins"))]
+    """Return the pinned commits, newest first."""
+    entries = [repository.entry(name) for name in repository.refs.targets("pins")]
+    return sorted(entries, key=lambda entry: (entry.commit.time, entry.id), reverse=True)
 
 
 def move_head(repository: Repository, name: ObjectId, branch: str | None) -> str | None:

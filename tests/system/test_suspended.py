@@ -19,11 +19,13 @@ PATIENCE = 60  # seconds, after which a process is one that waits for ever
 
 SUSPENDED = {
     "making an edition": """
-def stop(txn): os.kill(os.getpid(), signal.SIGSTOP)
-repo.repository.catalog.store.index._index._write(stop)
+from ckptvcs.store.index import index
+def stop(*args): os.kill(os.getpid(), signal.SIGSTOP)
+index.forget_expected = stop
+repo.repository.catalog.store.index.editions.make_edition()
 """,
     "reading": """
-kept = repo.repository.catalog.store.index._index._begin()
+kept = repo.repository.catalog.store.index.editions.follower.read().base.env.begin()
 os.kill(os.getpid(), signal.SIGSTOP)
 """,
     "telling of a commit": """
