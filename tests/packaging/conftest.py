@@ -30,7 +30,9 @@ def sdist(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("sdist")
     archive = build("sdist", sources, output)
     with tarfile.open(archive) as tar:
-        tar.extractall(output, filter="data")
+        # Python before 3.11.4 has no filters.
+        tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+        tar.extractall(output)
     return output / archive.name.removesuffix(".tar.gz")
 
 
