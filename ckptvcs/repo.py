@@ -154,6 +154,26 @@ class Repo(HistoryWriter):
         with after(f"commit {result.id[:8]} was made"):
             return self.repository.entry(result.id, branch=result.branch)
 
+    def move_head(self, revision: str | int) -> str | None:
+        """Point HEAD to a commit, or to a branch whose newest commit it is; commit there next.
+
+        Args:
+            revision: The commit or branch.
+
+        Returns:
+            The branch that HEAD follows; None if HEAD is detached.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            InvalidInputError: `revision` names several commits.
+            CkptError: An earlier background commit failed; HEAD did not move.
+            BusyError: gc is sweeping, or another process deletes originals and does not finish.
+        """
+        self.wait()
+        name = self.resolve(revision)
+        self._branch = ops.refs.move_head(self.repository, name, str(revision))
+        return self._branch
+
     def commit_async(
         self,
         state: object = ...,

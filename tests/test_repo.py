@@ -45,6 +45,20 @@ def test_a_training_run_comes_back(repo: Repo) -> None:
     assert same(repo.checkout("best:loss:min"), states[-1])
 
 
+def test_a_repo_commits_to_the_branch_that_its_head_was_moved_to(repo: Repo) -> None:
+    for step in (1, 2):
+        repo.commit({"w": np.full(200, step)}, step=step)
+    repo.branch("other", 1)
+    assert repo.move_head("other") == "other"
+    repo.commit({"w": np.full(200, 7)}, step=2)
+    assert repo.move_head("main") == "main"
+    assert repo.commit({"w": np.full(200, 3)}, step=3).branch == "main"
+    assert [entry.step for entry in repo.log(revision="other")] == [2, 1]
+    assert [entry.step for entry in repo.log(revision="main")] == [3, 2, 1]
+    assert repo.move_head(1) is None
+    assert repo.commit({"w": np.full(200, 9)}, step=2).branch == "main-2"
+
+
 def test_every_plain_python_value_comes_back(repo: Repo) -> None:
     state: dict[Any, Any] = {
         "none": None,

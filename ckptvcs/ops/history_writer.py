@@ -22,22 +22,6 @@ if TYPE_CHECKING:
 class HistoryWriter(Reader):
     """The methods of `Repo` that commit nothing."""
 
-    def move_head(self, revision: str | int) -> str | None:
-        """Point HEAD to a commit, or to a branch whose newest commit it is.
-
-        Args:
-            revision: The commit or branch.
-
-        Returns:
-            The branch that HEAD follows; None if HEAD is detached.
-
-        Raises:
-            NotFoundError: `revision` names no commit.
-            InvalidInputError: `revision` names several commits.
-            BusyError: gc is sweeping, or another process deletes originals and does not finish.
-        """
-        return ops.refs.move_head(self.repository, self.resolve(revision), str(revision))
-
     def branch(self, name: str, revision: str | int = "HEAD") -> ObjectId:
         """Create a branch, and return the id of its commit.
 

@@ -73,6 +73,15 @@ class Gate:
         monkeypatch.setattr(LocalWriter, "publish", publish)
 
 
+def test_the_head_moves_after_the_commits_in_the_background(repo: Repo) -> None:
+    repo.commit({"w": np.full(200, 1)}, step=1)
+    repo.branch("other")
+    late = repo.commit_async({"w": np.full(200, 2)}, step=2)
+    assert repo.move_head("other") == "other"
+    assert late.result().branch == "main"
+    assert repo.commit({"w": np.full(200, 3)}, step=2).branch == "other"
+
+
 def test_the_copy_counts(near: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, run = Gate(monkeypatch), states(1)[0]
     before = run["model"]["a"].clone()
