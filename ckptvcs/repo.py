@@ -48,7 +48,7 @@ class Repo(HistoryWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._branch: str | None = None
-        self.background: Client | None = None
+        self._background: Client | None = None
 
     @classmethod
     def init(cls, path: PathLike = ".", *, codec: str | None = None) -> Self:
@@ -73,8 +73,8 @@ class Repo(HistoryWriter):
         Raises:
             CkptError: A background commit failed.
         """
-        if self.background is not None and self.background.is_ours:
-            self.background.wait()
+        if self._background is not None and self._background.is_ours:
+            self._background.wait()
 
     def close(self) -> None:
         """Wait until all background commits are done, and stop the worker process.
@@ -82,7 +82,7 @@ class Repo(HistoryWriter):
         Raises:
             CkptError: A background commit failed.
         """
-        client, self.background = self.background, None
+        client, self._background = self._background, None
         if client is not None and client.is_ours:
             client.close()
 
@@ -138,7 +138,7 @@ class Repo(HistoryWriter):
 
         self.wait()
         result = ops.commit.commit_checkpoint(
-            self.repository,
+            self._repository,
             ops.request.gather_state(state, model, optimizer, extra),
             STATE_FILE,
             inside=True,
@@ -152,7 +152,7 @@ class Repo(HistoryWriter):
             _log.warning("%s", note)
         self._branch = result.branch
         with after(f"commit {result.id[:8]} was made"):
-            return self.repository.entry(result.id, branch=result.branch)
+            return self._repository.entry(result.id, branch=result.branch)
 
     def move_head(self, revision: str | int) -> str | None:
         """Point HEAD to a commit, or to a branch whose newest commit it is; commit there next.
@@ -171,7 +171,7 @@ class Repo(HistoryWriter):
         """
         self.wait()
         name = self.resolve(revision)
-        self._branch = ops.refs.move_head(self.repository, name, str(revision))
+        self._branch = ops.refs.move_head(self._repository, name, str(revision))
         return self._branch
 
     def commit_async(
@@ -213,12 +213,12 @@ class Repo(HistoryWriter):
         """
         from ckptvcs.background.client import Client  # noqa: PLC0415
 
-        if self.background is None or not self.background.is_ours:
-            self.background = Client(self.repository)
-        self.background.raise_failed()
-        self.repository.commit_config().codec_of(codec)
+        if self._background is None or not self._background.is_ours:
+            self._background = Client(self._repository)
+        self._background.raise_failed()
+        self._repository.commit_config().codec_of(codec)
         fields = ops.request.plain(step, message, metrics or {}, codec)
-        return self.background.commit(
+        return self._background.commit(
             lambda copies: ops.request.gather_state(state, model, optimizer, extra, copies),
             fields,
             lambda: self._branch,
@@ -239,8 +239,8 @@ class Repo(HistoryWriter):
         """Continue on the branch of a background commit, and return its log entry."""
         self._branch = done.branch
         with after(f"commit {done.name[:8]} was made"):
-            self.repository.catalog.store.refresh()
-            return self.repository.entry(ObjectId(done.name), branch=done.branch)
+            self._repository.catalog.store.refresh()
+            return self._repository.entry(ObjectId(done.name), branch=done.branch)
 
     def commit_path(
         self,
@@ -289,7 +289,7 @@ class Repo(HistoryWriter):
         """
         self.wait()
         return ops.commit.commit_path(
-            self.repository,
+            self._repository,
             path,
             message=message,
             step=step,
@@ -328,7 +328,7 @@ class Repo(HistoryWriter):
             InvalidInputError: The folder is a checkpoint or part of the repository.
         """
         return ops.import_folder.Importer(
-            self.repository, Path(folder), pattern=pattern, branch=branch, codec=codec
+            self._repository, Path(folder), pattern=pattern, branch=branch, codec=codec
         )
 
     def watch(
@@ -360,7 +360,7 @@ class Repo(HistoryWriter):
             InvalidInputError: The folder is part of the repository, or an argument is not valid.
         """
         return ops.watch.Watcher(
-            self.repository,
+            self._repository,
             Path(folder),
             pattern=pattern,
             codec=codec,
@@ -386,7 +386,7 @@ class Repo(HistoryWriter):
             StorageError: The repository cannot be written.
         """
         report = self.repair_at(self.folder, source, drop=drop)
-        self.repository = Repository(self.folder)
+        self._repository = Repository(self.folder)
         return report
 
     @staticmethod
@@ -410,3 +410,9 @@ class Repo(HistoryWriter):
         """
         copy = None if source is None else Repository.locate(source)
         return ops.repair.repair(Repository.locate(path), copy, drop=drop)
+
+
+def client(repo: Repo) -> Client:
+    """Return the client of the background process, which a `commit_async` started.  For tests."""
+    assert repo._background is not None
+    return repo._background

@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.format_file import FORMAT
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from tests.helpers.training import save_run, train
@@ -83,7 +84,7 @@ def main() -> None:
             made = repo.commit_path(path, message=f"by {codec}", codec=codec)
             if made.commit.step == 3:
                 repo.pin(made.id, pinned=True)
-        set_ref(repo.repository, "tags", "first", repo.resolve(1), "tag")
+        set_ref(handle(repo), "tags", "first", repo.resolve(1), "tag")
         repo.gc(Policy(every=2, last=3), rekey=True)
         for entry in repo.log():
             out = Path(scratch) / "out.pt"

@@ -89,6 +89,12 @@ def test_the_api_reference_has_every_public_name() -> None:
     assert {*shown, "folder", "root"} == methods
 
 
+def test_a_repo_shows_no_attribute_that_the_reference_lacks(tmp_path: Path) -> None:
+    with ckptvcs.Repo.init(tmp_path) as repo:
+        repo.commit_async({"w": torch.ones(300)}, step=1).result()
+        assert not [name for name in vars(repo) if not name.startswith("_")]
+
+
 def test_the_troubleshooting_page_has_every_exit_code_and_error() -> None:
     rows = re.findall(r"^\| ([\d, ]+) \| (.*?) \|", page("troubleshooting.md"), re.MULTILINE)
     codes = {code for numbers, _ in rows for code in numbers.split(", ")}

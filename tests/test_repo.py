@@ -22,6 +22,7 @@ from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.checkpoint.torch_writer import dump_pickle
 from ckptvcs.ops.checkout import save_part
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head
 from tests.helpers.comparing import same
 from tests.helpers.training import train
@@ -196,10 +197,10 @@ def test_two_writers(repo: Repo) -> None:
     other.commit({"a": 2}, step=2)
     repo.commit({"a": 3}, step=3)
     assert [e.commit.step for e in other.log()] == [3, 2, 1]
-    head = repo.repository.refs.read("heads/main")
-    repo.repository.refs.publish("heads/main", head, commit=None, time="t", action="test")
+    head = handle(repo).refs.read("heads/main")
+    handle(repo).refs.publish("heads/main", head, commit=None, time="t", action="test")
     with pytest.raises(ConflictError):
-        other.repository.refs.publish("heads/main", head, commit=None, time="t", action="test")
+        handle(other).refs.publish("heads/main", head, commit=None, time="t", action="test")
 
 
 def test_a_repository_opens_from_its_root_or_below(
@@ -218,11 +219,11 @@ def test_a_checkout_elsewhere_does_not_fork_a_trainer(repo: Repo) -> None:
     for step in (1, 2):
         repo.commit({"x": step}, step=step)
     other = Repo.open(repo.root)
-    move_head(other.repository, other.resolve(1), None)
+    move_head(handle(other), other.resolve(1), None)
     repo.commit({"x": 3}, step=3)
-    main = repo.repository.revisions.branch("main")
+    main = handle(repo).revisions.branch("main")
     assert main is not None
-    assert repo.repository.catalog.commit(main).step == 3
+    assert handle(repo).catalog.commit(main).step == 3
     assert [e.commit.step for e in repo.log(revision="main")] == [3, 2, 1]
 
 
@@ -339,9 +340,9 @@ def test_a_repository_made_again_at_the_same_path(tmp_path: Path) -> None:
 
 def test_an_id_without_letters_is_found(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     name = repo.commit({"w": torch.zeros(3)}, step=7).id
-    ids = repo.repository.catalog.store.ids
+    ids = handle(repo).catalog.store.ids
     monkeypatch.setattr(
-        repo.repository.catalog.store,
+        handle(repo).catalog.store,
         "ids",
         lambda kind, prefix: [name] if prefix == "12345678" else ids(kind, prefix),
     )
@@ -358,7 +359,7 @@ def test_a_file_with_tensors_without_elements(repo: Repo, tmp_path: Path) -> Non
     save_file(state, tmp_path / "model.safetensors")
     name = repo.commit_path(tmp_path / "model.safetensors", message="").id
     assert same(dict(sorted(repo.checkout("HEAD").items())), state)
-    assert save_part(repo.repository, name, "model", tmp_path / "model.pt", exact=True) == "exact"
+    assert save_part(handle(repo), name, "model", tmp_path / "model.pt", exact=True) == "exact"
     assert same(dict(sorted(torch.load(tmp_path / "model.pt").items())), state)
 
 

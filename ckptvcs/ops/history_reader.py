@@ -34,7 +34,7 @@ class HistoryReader:
     """The methods of `Reader` that decode no tensor."""
 
     def __init__(self, folder: Path) -> None:
-        self.repository = Repository(folder)
+        self._repository = Repository(folder)
 
     @classmethod
     def open(cls, path: PathLike) -> Self:
@@ -70,12 +70,12 @@ class HistoryReader:
     @property
     def folder(self) -> Path:
         """The `.ckpt` folder."""
-        return self.repository.folder
+        return self._repository.folder
 
     @property
     def root(self) -> Path:
         """The directory that contains `.ckpt`; the paths of commits are relative to it."""
-        return self.repository.root
+        return self._repository.root
 
     def resolve(self, revision: str | int) -> ObjectId:
         """Return the id of the commit that a revision names.
@@ -87,7 +87,7 @@ class HistoryReader:
             NotFoundError: No commit matches.
             InvalidInputError: Several commits match.
         """
-        return self.repository.resolve(revision)
+        return self._repository.resolve(revision)
 
     def log(
         self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
@@ -104,7 +104,7 @@ class HistoryReader:
             InvalidInputError: `revision` names several commits.
         """
         start = None if revision is None else self.resolve(revision)
-        return self.repository.history.entries(limit, start=start, all_branches=all_branches)
+        return self._repository.history.entries(limit, start=start, all_branches=all_branches)
 
     def line(
         self,
@@ -126,8 +126,8 @@ class HistoryReader:
             NotFoundError: A revision names no commit, or no commit of this history.
             InvalidInputError: A revision names several commits, or `every` is below 1.
         """
-        names = self.repository.history.line(start, stop, every, revision=revision)
-        return [self.repository.entry(name) for name in names]
+        names = self._repository.history.line(start, stop, every, revision=revision)
+        return [self._repository.entry(name) for name in names]
 
     def graph(
         self, limit: int | None = None, *, revision: str | None = None
@@ -145,11 +145,11 @@ class HistoryReader:
             NotFoundError: `revision` names no commit.
         """
         start = None if revision is None else self.resolve(revision)
-        return self.repository.history.graph(limit, start=start)
+        return self._repository.history.graph(limit, start=start)
 
     def labels(self) -> dict[ObjectId, tuple[str, ...]]:
         """Return the labels of each commit: `HEAD -> main`, `side`, `tag: v1`, `pinned`."""
-        return self.repository.history.names()
+        return self._repository.history.names()
 
     def show(self, revision: str | int = "HEAD") -> LogEntry:
         """Return one commit with its tags and the branch that points to it.
@@ -161,9 +161,9 @@ class HistoryReader:
             NotFoundError: `revision` names no commit.
             InvalidInputError: `revision` names several commits.
         """
-        name, history = self.resolve(revision), self.repository.history
+        name, history = self.resolve(revision), self._repository.history
         tags = history.tags().get(name, ())
-        return self.repository.entry(name, branch=history.branch_at(name), tags=tags)
+        return self._repository.entry(name, branch=history.branch_at(name), tags=tags)
 
     def entry(
         self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
@@ -175,7 +175,7 @@ class HistoryReader:
             branch: The branch to list in the entry.
             tags: The tags to list in the entry.
         """
-        return self.repository.entry(name, branch=branch, tags=tags)
+        return self._repository.entry(name, branch=branch, tags=tags)
 
     def tensors(self, revision: str | int = "HEAD") -> list[TensorEntry]:
         """Return the stored tensors of a commit, with their roles and errors.
@@ -186,7 +186,7 @@ class HistoryReader:
         Raises:
             NotFoundError: `revision` names no commit.
         """
-        return ops.show.tensors(self.repository, self.resolve(revision))
+        return ops.show.tensors(self._repository, self.resolve(revision))
 
     def forms(self, revision: str | int = "HEAD") -> list[str]:
         """Return the form of each tensor in `tensors`: `exact`, `near` or `dropped`.
@@ -197,27 +197,27 @@ class HistoryReader:
         Raises:
             NotFoundError: `revision` names no commit.
         """
-        return ops.show.forms(self.repository, self.resolve(revision))
+        return ops.show.forms(self._repository, self.resolve(revision))
 
     def status(self) -> Status:
         """Return the position of HEAD, and how the files on disk differ from its commit."""
-        return ops.show.status(self.repository)
+        return ops.show.status(self._repository)
 
     def branches(self) -> list[NamedCommit]:
         """Return the branches that point to a commit, sorted by name."""
-        return ops.refs.branches(self.repository)
+        return ops.refs.branches(self._repository)
 
     def tags(self) -> list[NamedCommit]:
         """Return the tags, sorted by name."""
-        return ops.refs.tags(self.repository)
+        return ops.refs.tags(self._repository)
 
     def pins(self) -> list[LogEntry]:
         """Return the pinned commits, newest first."""
-        return ops.refs.pins(self.repository)
+        return ops.refs.pins(self._repository)
 
     def head(self) -> Generation | None:
         """Return the current version of HEAD: its `branch`, or its `commit` if HEAD is detached."""
-        return self.repository.head()
+        return self._repository.head()
 
     def reflog(self, branch: str | None = None) -> list[ReflogEvent]:
         """Return the changes of a branch, newest first.
@@ -228,7 +228,7 @@ class HistoryReader:
         Raises:
             NotFoundError: The branch does not exist or has no commits, or HEAD is detached.
         """
-        return ops.undo.events(self.repository, branch)
+        return ops.undo.events(self._repository, branch)
 
     def plan_gc(self, policy: Policy = NO_RULES) -> GcPlan:
         """Return the commits, exact patches and packs that `gc` would delete; changes nothing.
@@ -242,11 +242,11 @@ class HistoryReader:
             CorruptionError: An object that a commit needs is missing.
             InvalidInputError: The rules keep no commit at all.
         """
-        return ops.gc.plan(self.repository, policy)
+        return ops.gc.plan(self._repository, policy)
 
     def stats(self) -> Stats:
         """Return the sizes of the repository on disk, in bytes."""
-        return ops.stats.measure(self.repository)
+        return ops.stats.measure(self._repository)
 
     def setting(self, key: str) -> Value:
         """Return the value of one setting.
@@ -257,7 +257,7 @@ class HistoryReader:
         Raises:
             InvalidInputError: No setting has this name, or the settings cannot be read.
         """
-        return get_setting(self.repository.config, key)
+        return get_setting(self._repository.config, key)
 
     def settings(self) -> dict[str, Value]:
         """Return all settings by name.
@@ -265,7 +265,7 @@ class HistoryReader:
         Raises:
             InvalidInputError: The settings cannot be read.
         """
-        config = self.repository.config
+        config = self._repository.config
         return {key: get_setting(config, key) for key in KEYS}
 
     @staticmethod
@@ -280,3 +280,8 @@ class HistoryReader:
             The damage; None if a newer version of ckptvcs wrote the repository.
         """
         return ops.verify.why_unopened(Repository.locate(path), error)
+
+
+def handle(reader: HistoryReader) -> Repository:
+    """Return the open repository behind a facade.  For the layers below it, and for tests."""
+    return reader._repository

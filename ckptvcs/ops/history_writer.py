@@ -34,7 +34,7 @@ class HistoryWriter(Reader):
             ConflictError: The branch exists.
             InvalidInputError: The name is not valid.
         """
-        return ops.refs.create_branch(self.repository, name, revision)
+        return ops.refs.create_branch(self._repository, name, revision)
 
     def delete_branch(self, name: str) -> DeletedBranch:
         """Delete a branch; its commits are kept until the next gc.
@@ -49,7 +49,7 @@ class HistoryWriter(Reader):
             NotFoundError: The branch does not exist.
             ConflictError: HEAD is on the branch.
         """
-        return ops.refs.delete_branch(self.repository, name)
+        return ops.refs.delete_branch(self._repository, name)
 
     def tag(self, name: str, revision: str | int = "HEAD") -> ObjectId:
         """Create a tag, and return the id of its commit.
@@ -63,7 +63,7 @@ class HistoryWriter(Reader):
             ConflictError: The tag exists.
             InvalidInputError: The name is not valid.
         """
-        return ops.refs.create_tag(self.repository, name, revision)
+        return ops.refs.create_tag(self._repository, name, revision)
 
     def delete_tag(self, name: str) -> ObjectId:
         """Delete a tag, and return the id of its commit.
@@ -74,7 +74,7 @@ class HistoryWriter(Reader):
         Raises:
             NotFoundError: The tag does not exist.
         """
-        return ops.refs.delete_tag(self.repository, name)
+        return ops.refs.delete_tag(self._repository, name)
 
     def pin(self, revision: str | int = "HEAD", *, pinned: bool = True) -> bool:
         """Pin a commit, so that gc keeps it and its exact form; or unpin it.
@@ -92,7 +92,7 @@ class HistoryWriter(Reader):
             NotFoundError: `revision` names no commit.
             BusyError: gc is sweeping, or another process deletes originals and does not finish.
         """
-        return ops.refs.set_pin(self.repository, self.resolve(revision), pinned=pinned)
+        return ops.refs.set_pin(self._repository, self.resolve(revision), pinned=pinned)
 
     def gc(
         self,
@@ -126,7 +126,7 @@ class HistoryWriter(Reader):
         Example:
             >>> repo.gc(ckptvcs.Policy(last=20, every=10_000)).freed_bytes
         """
-        return ops.gc.collect(self.repository, policy, sweep=sweep, rekey=rekey, progress=progress)
+        return ops.gc.collect(self._repository, policy, sweep=sweep, rekey=rekey, progress=progress)
 
     def undo(self) -> Undone:
         """Revert the last move of HEAD's branch, or the last drop of its commits.
@@ -139,11 +139,11 @@ class HistoryWriter(Reader):
             ConflictError: gc has deleted the commits of the change, or another writer moved the
                 branch.
         """
-        return ops.undo.undo(self.repository)
+        return ops.undo.undo(self._repository)
 
     def rebuild_index(self) -> int:
         """Rebuild the index from the packs, and return the number of packs."""
-        return self.repository.catalog.store.rebuild()
+        return self._repository.catalog.store.rebuild()
 
     def configure(self, key: str, value: str | None) -> Value:
         """Change a setting, and return its new value.
@@ -157,5 +157,5 @@ class HistoryWriter(Reader):
             StorageError: The settings cannot be written.
         """
         return get_setting(
-            set_setting(self.folder / CONFIG, self.repository.backend, key, value), key
+            set_setting(self.folder / CONFIG, self._repository.backend, key, value), key
         )

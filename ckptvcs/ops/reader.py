@@ -62,7 +62,7 @@ class Reader(HistoryReader):
             >>> comparison = reader.diff(1000, 2000, only="model")
             >>> comparison.tensors[0].info.name, comparison.tensors[0].sums.relative
         """
-        return ops.diff.diff(self.repository, a, b, only, progress)
+        return ops.diff.diff(self._repository, a, b, only, progress)
 
     def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
         """Return the state of a commit: the committed nested object with its tensors.
@@ -87,7 +87,7 @@ class Reader(HistoryReader):
         Example:
             >>> reader.checkout(2000, into={"model": model, "optimizer": optimizer})
         """
-        state = ops.read.state(self.repository, revision)
+        state = ops.read.state(self._repository, revision)
         if into is not None:
             from ckptvcs.checkpoint.torch_objects import scatter  # noqa: PLC0415
 
@@ -123,7 +123,7 @@ class Reader(HistoryReader):
             CorruptionError: A file does not have its recorded hash; no file was replaced.
         """
         return ops.checkout.checkout_files(
-            self.repository,
+            self._repository,
             self.resolve(revision),
             _path(output),
             force=force,
@@ -163,7 +163,7 @@ class Reader(HistoryReader):
                 near.
         """
         return ops.checkout.checkout_part(
-            self.repository,
+            self._repository,
             self.resolve(revision),
             part,
             _path(output),
@@ -201,7 +201,7 @@ class Reader(HistoryReader):
             ConflictError: The file exists and `force` is not set.
         """
         return ops.export.export(
-            self.repository,
+            self._repository,
             revision,
             Path(path),
             form=form,
@@ -245,7 +245,7 @@ class Reader(HistoryReader):
             ConflictError: A file exists and `force` is not set.
         """
         return ops.export.export_line(
-            self.repository,
+            self._repository,
             Path(folder),
             start=start,
             stop=stop,
@@ -288,7 +288,7 @@ class Reader(HistoryReader):
             ConflictError: The file exists and `force` is not set.
         """
         return ops.average.average(
-            self.repository, start, stop, Path(path), every=every, force=force, progress=progress
+            self._repository, start, stop, Path(path), every=every, force=force, progress=progress
         )
 
     def trajectory(
@@ -327,7 +327,7 @@ class Reader(HistoryReader):
             >>> for entry, state in reader.trajectory("model.*.weight", every=1000):
             ...     print(entry.step, {name: tensor.norm() for name, tensor in state.items()})
         """
-        return ops.read.states(self.repository, select, start, stop, every, revision)
+        return ops.read.states(self._repository, select, start, stop, every, revision)
 
     def tensor(self, name: str, at: str | int = "HEAD") -> Any:
         """Return one tensor of a commit; no other tensor is decoded.
@@ -345,7 +345,7 @@ class Reader(HistoryReader):
             InvalidInputError: Several commits or tensors match.
             CorruptionError: The tensor does not decode to its recorded hash.
         """
-        return ops.read.tensor(self.repository, name, at)
+        return ops.read.tensor(self._repository, name, at)
 
     def tensor_view(self, where: str) -> TensorView:
         """Return one tensor with its values as numpy, its statistics and its fidelity.
@@ -357,7 +357,7 @@ class Reader(HistoryReader):
             NotFoundError: The commit or the tensor does not exist.
             InvalidInputError: Several commits or tensors match.
         """
-        return ops.tensor.TensorView(self.repository, where)
+        return ops.tensor.TensorView(self._repository, where)
 
     def series(
         self,
@@ -384,7 +384,7 @@ class Reader(HistoryReader):
             NotFoundError: A revision names no commit of this history, or no commit has the tensor.
             InvalidInputError: Several tensors match, or `every` is below 1.
         """
-        return ops.read.series(self.repository, name, start, stop, every, revision)
+        return ops.read.series(self._repository, name, start, stop, every, revision)
 
     def bisect(
         self,
@@ -427,8 +427,10 @@ class Reader(HistoryReader):
             >>> reader.bisect(1000, 9000, metric="loss", above=3.0).first_bad
         """
         if judge is None:
-            judge = ops.bisect.choose_judge(self.repository, command, metric, above, below, nan=nan)
-        return ops.bisect.search(self.repository, good, bad, judge, watch)
+            judge = ops.bisect.choose_judge(
+                self._repository, command, metric, above, below, nan=nan
+            )
+        return ops.bisect.search(self._repository, good, bad, judge, watch)
 
     def verify(self, progress: Progress = quiet, *, subset: str | None = None) -> VerifyReport:
         """Check that every commit can be restored, bit for bit.
@@ -446,7 +448,7 @@ class Reader(HistoryReader):
         Raises:
             InvalidInputError: `subset` is not valid.
         """
-        return ops.verify.verify(self.repository, progress, subset=subset)
+        return ops.verify.verify(self._repository, progress, subset=subset)
 
 
 def _path(output: PathLike | None) -> Path | None:

@@ -20,6 +20,7 @@ import numpy as np
 from ckptvcs.codec import frame
 from ckptvcs.codec.codes import get_codes
 from ckptvcs.codec.frame import slice_counts
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from scripts.bench.tables import stretch
@@ -51,14 +52,14 @@ def excess(data: bytes, at: int, count: int) -> float:
 
 def count_bytes(repo: Repo, name: ObjectId) -> tuple[Counter[str], list[float]]:
     """Return the bytes of a commit by purpose, and the `excess` of its large slices."""
-    store, commit = repo.repository.catalog.store, repo.repository.catalog.commit(name)
-    schema = repo.repository.catalog.schema(commit.schema)
+    store, commit = handle(repo).catalog.store, handle(repo).catalog.commit(name)
+    schema = handle(repo).catalog.schema(commit.schema)
     sizes: Counter[str] = Counter()
     excesses = []
     for part, state in commit.parts.items():
         stored = schema.stored(part)
         for position, number in enumerate(stored):
-            bundle, row = repo.repository.catalog.frame(state.values, position)
+            bundle, row = handle(repo).catalog.frame(state.values, position)
             counts = slice_counts(schema.tensors[number].words)
             for (offset, length, _), count in zip(row.slices, counts, strict=True):
                 data = bytes(store.read_region(bundle, offset, length))

@@ -24,6 +24,7 @@ from ckptvcs.decode.chain import ChainReader
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.config import Config
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from scripts.bench.curves import pyplot
 from scripts.bench.runs import LONG
@@ -54,8 +55,8 @@ def commit_all(run: Path, place: Path, depth: int) -> Repo:
 
 def links(repo: Repo, entry: LogEntry) -> int:
     """Return the largest number of frames that decoding a weight of a commit needs."""
-    values, reader = entry.commit.parts["model"].values, ChainReader(repo.repository.catalog)
-    schema = repo.repository.catalog.schema(entry.commit.schema)
+    values, reader = entry.commit.parts["model"].values, ChainReader(handle(repo).catalog)
+    schema = handle(repo).catalog.schema(entry.commit.schema)
     rows = enumerate(schema.tensors[number] for number in schema.stored("model"))
     return max(len(reader.links(values, position, info)) for position, info in rows)
 
@@ -95,7 +96,7 @@ def merged(repo: Repo) -> tuple[list[Row], float]:
     """Run gc; return the row after it, and the mean size of a merged delta over its ten deltas."""
     before = {entry.step or 0: entry.commit for entry in repo.log()}
     repo.gc(Policy(every=EVERY), rekey=True)
-    store, shares = repo.repository.catalog.store, []
+    store, shares = handle(repo).catalog.store, []
     for entry in repo.log():
         step = entry.step or 0
         replaced = [commit for at, commit in before.items() if step - EVERY < at <= step]
@@ -103,7 +104,7 @@ def merged(repo: Repo) -> tuple[list[Row], float]:
             continue
         merged_bytes = 0
         for part in entry.commit.parts.values():
-            recipe = repo.repository.catalog.recipe(part.values)
+            recipe = handle(repo).catalog.recipe(part.values)
             merged_bytes += sum(
                 store.places(bundle)[0].entry.record_bytes for bundle in recipe.bundles
             )

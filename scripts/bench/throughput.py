@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 import zstandard
 
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from scripts.bench.byte_count import count_bytes
 
@@ -244,7 +245,7 @@ def measure(size: int, rounds: int, scratch: Path) -> list[dict[str, Any]]:
     for name, value in (keep_zipnn(made) | loading()).items():
         rows.append({"what": name, "seconds": round(value, 2)})
     commit = repo.resolve("HEAD")
-    last = repo.repository.catalog.commit(commit)
+    last = handle(repo).catalog.commit(commit)
     raw = last.raw_bytes
     parts, excesses = count_bytes(repo, commit)
     total = sum(parts.values())

@@ -35,6 +35,7 @@ from ckptvcs.decode import chain
 from ckptvcs.decode.chain import DecodedTable
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import PartReader
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.object_store import ObjectStore
@@ -85,7 +86,7 @@ class DecodedParent(DecodedTable):
     """The decoded weights of a commit."""
 
     def __init__(self, repo: Repo, name: ObjectId) -> None:
-        reader = repo.repository.restorer(name)
+        reader = handle(repo).restorer(name)
         self.values = reader.commit.parts["model"].values
         infos = reader.schema.tensors
         self._words = [
@@ -108,7 +109,7 @@ def single(repo: Repo, before: ObjectId | None, name: ObjectId) -> float:
         return base if base is not None and base.values == values else None
 
     return timed(
-        lambda: PartReader(Restorer(repo.repository.catalog, name, decoded=materials)).state()
+        lambda: PartReader(Restorer(handle(repo).catalog, name, decoded=materials)).state()
     )
 
 
@@ -148,10 +149,10 @@ def trajectory(run: Path, scratch: Path) -> list[Row]:
     bundles = {
         bundle
         for name in ids
-        for part in repo.repository.catalog.commit(name).parts.values()
-        for bundle in repo.repository.catalog.recipe(part.values).bundles
+        for part in handle(repo).catalog.commit(name).parts.values()
+        for bundle in handle(repo).catalog.recipe(part.values).bundles
     }
-    held = sum(len(row.slices) for name in bundles for row in repo.repository.catalog.bundle(name))
+    held = sum(len(row.slices) for name in bundles for row in handle(repo).catalog.bundle(name))
     return [
         {"what": f"single deltas, {len(ids)} commits", "seconds": statistics.median(singles)},
         {
@@ -180,7 +181,7 @@ def one_tensor(size: int, scratch: Path) -> list[Row]:
         repo.commit({"model": weights}, step=step)
         for weight in weights.values():
             weight.add_(torch.randn(weight.shape), alpha=2e-5)
-    assert repo.repository.catalog.commit(repo.resolve("HEAD")).depth == DEPTH
+    assert handle(repo).catalog.commit(repo.resolve("HEAD")).depth == DEPTH
     name = f"layers.{TENSORS // 2}.weight"
     whole, again, one, next_one, line = [], [], [], [], []
     for _ in range(ROUNDS):

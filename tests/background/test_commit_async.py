@@ -23,7 +23,9 @@ from ckptvcs.background.process import Done
 from ckptvcs.background.queue import Background
 from ckptvcs.background.shared_state import Staging, StateMessage, unpack
 from ckptvcs.ops.commit import commit_checkpoint
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.parallel import ordered_map
+from ckptvcs.repo import client
 from ckptvcs.store.local import LocalWriter
 from tests.helpers.command_line import environment
 from tests.helpers.comparing import same
@@ -37,9 +39,7 @@ class Here:
         self._repo = Repo.open(folder)
 
     def commit(self, staging: Staging, message: StateMessage, arguments: dict[str, Any]) -> Done:
-        made = commit_checkpoint(
-            self._repo.repository, unpack(message, staging.memory), **arguments
-        )
+        made = commit_checkpoint(handle(self._repo), unpack(message, staging.memory), **arguments)
         return Done(made.id, made.branch)
 
     def close(self) -> None:
@@ -161,10 +161,9 @@ def test_copies_are_made_in_the_same_room(near: Repo) -> None:
     rooms = set()
     for step in range(6):
         near.commit_async(states(1)[0] | {"step": step}, step=step).result()
-        assert near.background is not None
-        staging = near.background.queue.stage()
+        staging = client(near).queue.stage()
         rooms.add(np.frombuffer(staging.memory, np.uint8).ctypes.data)
-        near.background.queue.release(staging)
+        client(near).queue.release(staging)
     assert len(rooms) <= 2
 
 
@@ -198,8 +197,7 @@ def test_a_child_has_a_background_of_its_own(near: Repo) -> None:
 
 def worker(repo: Repo) -> int:
     """The process that commits for a repository that is open here."""
-    assert repo.background is not None
-    return repo.background.worker.process.pid
+    return client(repo).worker.process.pid
 
 
 def test_another_process_commits(repo: Repo) -> None:
@@ -268,8 +266,7 @@ def test_a_signal_to_all_is_for_the_training(number: signal.Signals, repo: Repo)
 
 def test_children_do_not_hold_it_up(repo: Repo) -> None:
     repo.commit_async(states(1)[0], step=1).result()
-    assert repo.background is not None
-    beside = repo.background.worker
+    beside = client(repo).worker
     os.set_inheritable(beside.pipe.fileno(), True)  # as in a child that is forked
     with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
         repo.close()
@@ -278,13 +275,13 @@ def test_children_do_not_hold_it_up(repo: Repo) -> None:
 
 
 _SCRIPT = """
-import os, sys, torch, ckptvcs
+import os, sys, torch, ckptvcs, ckptvcs.repo
 repo = ckptvcs.Repo.init(sys.argv[1])
 for step in range(3):
     future = repo.commit_async({"w": torch.full((1 << 18,), float(step))}, step=step)
     if step < 2:
         future.result()
-print(repo.background.worker.process.pid)
+print(ckptvcs.repo.client(repo).worker.process.pid)
 if sys.argv[2] == "die":
     os._exit(0)
 """

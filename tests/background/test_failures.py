@@ -20,6 +20,8 @@ import pytest
 from ckptvcs import CkptError, Repo
 from ckptvcs.background import process
 from ckptvcs.background.shared_state import Staging
+from ckptvcs.ops.history_reader import handle
+from ckptvcs.repo import client
 from ckptvcs.store.leases import exclusive
 from tests.helpers.comparing import same
 from tests.helpers.dying import MOMENTS
@@ -181,15 +183,14 @@ def test_what_fails_again_is_raised_once(
 def test_one_that_dies_with_nothing_to_do(repo: Repo) -> None:
     for step in range(3):
         assert repo.commit_async(state(step), step=step).result().step == step
-        assert repo.background is not None
-        process = repo.background.worker.process
+        process = client(repo).worker.process
         process.kill()
         process.wait()
     assert steps(repo) == [0, 1, 2]
 
 
 def test_a_commit_waits_for_gc(repo: Repo) -> None:
-    with exclusive(repo.repository.catalog.store.backend):
+    with exclusive(handle(repo).catalog.store.backend):
         future = repo.commit_async(state(1), step=1)
         with pytest.raises(TimeoutError):
             future.result(timeout=0.3)
@@ -297,8 +298,7 @@ def _changing(seed: int, count: int) -> Iterator[State]:
 
 def _kill(repo: Repo) -> bool:
     """Kill the process that commits, if there is one at this moment."""
-    assert repo.background is not None
-    process = repo.background.worker.process
+    process = client(repo).worker.process
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)

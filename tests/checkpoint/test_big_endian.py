@@ -12,6 +12,7 @@ import torch
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.decode.part_reader import PartReader, windows
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.helpers.checkpoints import save_big
 from tests.helpers.comparing import same
@@ -64,7 +65,7 @@ def test_numbers_are_right_and_files_exact(codec: str, tmp_path: Path) -> None:
     assert (tmp_path / "back.pt").read_bytes() == path.read_bytes()
     for name in ("float32", "int64.small", "complex64.turned", "bfloat16"):
         assert torch.equal(repo.tensor(f"model.{name}", at=1), state[name])
-    reader = PartReader(repo.repository.restorer(made.id))
+    reader = PartReader(handle(repo).restorer(made.id))
     found = windows(reader.schema)
     for name, value in state.items():
         data = reader.window(found[f"model.{name}"])
@@ -127,7 +128,7 @@ def test_an_order_that_is_not_known_is_exact_and_refused(what: str, tmp_path: Pa
     (note,) = made.notes
     assert "unknown order" in note
     assert made.commit.error.weight_rel == 0
-    reader = PartReader(repo.repository.restorer(made.id))
+    reader = PartReader(handle(repo).restorer(made.id))
     found = windows(reader.schema)
     for read in (
         lambda: repo.checkout(1),
@@ -160,6 +161,6 @@ def test_a_search_for_nan_sees_their_numbers(tmp_path: Path) -> None:
         weight[3, 4] = value
         save_big({"model": {"w": weight}}, tmp_path / "a.pt")
         made = repo.commit_path(tmp_path / "a.pt", message="", step=step)
-        assert all_finite(repo.repository.catalog, repo.repository.restorer(made.id), set()) == (
+        assert all_finite(handle(repo).catalog, handle(repo).restorer(made.id), set()) == (
             step == 1
         )

@@ -20,6 +20,7 @@ from ckptvcs.checkpoint import open as opening
 from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
 from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 
 WEIGHTS = {"w": torch.arange(3000.0)}
@@ -62,7 +63,7 @@ def test_a_snapshot_of_the_hub(shared: bool, through: str, tmp_path: Path) -> No
     made = repo.commit_path(path, message="", step=1)
     assert not any("link" in note for note in made.notes)
     assert "pytorch_model.bin:w" in [
-        info.name for info in repo.repository.catalog.schema(made.commit.schema).tensors
+        info.name for info in handle(repo).catalog.schema(made.commit.schema).tensors
     ]
     shutil.rmtree(tmp_path / "hub")
     back = tmp_path / "back"

@@ -20,6 +20,7 @@ from ckptvcs.checkpoint.pickle_reader import Inert
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 
 
@@ -207,5 +208,5 @@ def test_a_state_whose_structure_was_lost_is_not_none(
 
     monkeypatch.setattr("ckptvcs.checkpoint.torch_zip.read_pickle", fail)
     with pytest.raises(InvalidInputError, match="too much memory") as refused:
-        PartReader(repo.repository.restorer(made.id)).state()
+        PartReader(handle(repo).restorer(made.id)).state()
     assert "ckpt checkout" in (refused.value.hint or "")

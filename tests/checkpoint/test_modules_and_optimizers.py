@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo
+from ckptvcs.ops.history_reader import handle
 from tests.helpers.comparing import same
 
 pytestmark = pytest.mark.any_backend
@@ -43,7 +44,7 @@ def test_moments_are_paired_with_their_weights(repo: Repo) -> None:
     optimizer = _grouped(model)
     _train(model, optimizer, range(3))
     entry = repo.commit(model=model, optimizer=optimizer, step=3)
-    tensors = repo.repository.catalog.schema(entry.commit.schema).tensors
+    tensors = handle(repo).catalog.schema(entry.commit.schema).tensors
     pairs = {info.name: tensors[info.pair].name for info in tensors if info.pair is not None}
     order = ["3.weight", "0.weight", "2.bias", "2.weight", "0.bias", "3.bias"]
     assert pairs == {
@@ -53,7 +54,7 @@ def test_moments_are_paired_with_their_weights(repo: Repo) -> None:
     }
     again = repo.commit({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step=4)
     assert not any(
-        i.pair is not None for i in repo.repository.catalog.schema(again.commit.schema).tensors
+        i.pair is not None for i in handle(repo).catalog.schema(again.commit.schema).tensors
     )
 
 

@@ -15,6 +15,7 @@ from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.safetensors import parse
 from ckptvcs.decode.part_reader import PartReader, windows
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 
 IN_SAFETENSORS = [
@@ -138,7 +139,7 @@ def test_fp4_of_older_commits_comes_back_as_such(
     with monkeypatch.context() as patch:
         patch.setattr("ckptvcs.checkpoint.safetensors.parse", older)
         repo.commit_path(tmp_path / "a.safetensors", message="", step=1)
-    (info,) = repo.repository.catalog.schema(repo.entry(repo.resolve(1)).commit.schema).tensors
+    (info,) = handle(repo).catalog.schema(repo.entry(repo.resolve(1)).commit.schema).tensors
     assert info.dtype == "U8"
     assert same(repo.checkout(1)["w"], value)
     assert layout.INLINE_BYTES >= 2048
@@ -177,7 +178,7 @@ def test_exports_can_be_read(tmp_path: Path) -> None:
     wide = torch.randn(5, 5, dtype=torch.complex128)
     torch.save({"model": {"four": value, "t": value.T}, "wide": wide}, tmp_path / "a.pt")
     repo.commit_path(tmp_path / "a.pt", message="", step=1)
-    reader = PartReader(repo.repository.restorer(repo.resolve(1)))
+    reader = PartReader(handle(repo).restorer(repo.resolve(1)))
     rows = {name: (number, view) for name, number, view in reader.named("model")}
     reader.save_tensor("four", rows["model.four"], tmp_path / "four.safetensors")
     data = (tmp_path / "four.safetensors").read_bytes()
@@ -210,7 +211,7 @@ def test_what_is_said_of_a_tensor_of_a_near_commit_is_true_of_it(tmp_path: Path)
             "ids": torch.randint(0, 1 << 40, (800,), generator=draw),
         }
         repo.commit(states[step], step=step)
-    reader = PartReader(repo.repository.restorer(repo.resolve(2)))
+    reader = PartReader(handle(repo).restorer(repo.resolve(2)))
     state = repo.checkout(2)
     told = {name: reader.fidelity(window) for name, window in windows(reader.schema).items()}
     flat = {f"model.{name}": value for name, value in state["model"].items()}

@@ -21,6 +21,7 @@ from ckptvcs.checkpoint.layout import FileSource
 from ckptvcs.cli import render
 from ckptvcs.encode.encoder import Encoder
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind
 from tests.helpers.command_line import Ckpt, environment
@@ -178,7 +179,7 @@ def test_ambiguous_ids(ckpt: Ckpt, history: Path) -> None:
         if made[entry.id[:4]] == 2:
             break
     twice = [prefix for prefix, count in made.items() if count == 2]
-    assert len(list(repo.repository.catalog.store.ids(Kind.COMMIT))) > 5
+    assert len(list(handle(repo).catalog.store.ids(Kind.COMMIT))) > 5
     if not twice:
         pytest.skip("no two ids began alike")
     assert "ambiguous" in one_line(ckpt("show", f"id:{twice[0]}", code=2).err)

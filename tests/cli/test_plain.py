@@ -25,6 +25,7 @@ from ckptvcs.cli import app as command_line
 from ckptvcs.errors import CkptError
 from ckptvcs.history import commit as commits
 from ckptvcs.history.canonical_json import now, seal
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.text import plain, plain_lines, printable
 from tests.helpers.command_line import environment
@@ -210,7 +211,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repo.commit_path(folder, message=ODD, step=4, raw=True)
     (root / ".ckpt" / "tmp" / ODD[:-4]).touch()
     (root / ".ckpt" / "refs" / "tags" / ODD[:-4]).mkdir(parents=True)
-    repo.repository.refs.publish(
+    handle(repo).refs.publish(
         "tags/t", None, commit=repo.resolve(2), time=now(), action=f"tag {ODD}"
     )
     (root / "watched").mkdir()

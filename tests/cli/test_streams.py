@@ -17,6 +17,7 @@ from typing import IO
 import pytest
 
 from ckptvcs import Repo, StorageError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from tests.helpers.command_line import environment
 from tests.helpers.crashing import save
@@ -131,7 +132,7 @@ def test_a_pipe_that_does_not_wait(run: Path) -> None:
     repo = Repo.open(run)
     for number in range(40):
         set_ref(
-            repo.repository,
+            handle(repo),
             "tags",
             f"a-very-long-name-of-a-tag-{'x' * 150}-{number}",
             repo.resolve(2),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ckptvcs.history.log import LogEntry
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.corpus.directories import DIRECTORIES
 from tests.corpus.layouts import LAYOUTS, Layout
@@ -160,8 +161,8 @@ def _unsaid(
         ((_, true),) = other.trajectory("*", revision="HEAD")
         other.close()
     ((_, near),) = repo.trajectory("*", start=RESUMED, stop=RESUMED)
-    infos = repo.repository.catalog.schema(entry.commit.schema).tensors
-    said = {infos[number].name for number in repo.repository.history.errors(entry.id)}
+    infos = handle(repo).catalog.schema(entry.commit.schema).tensors
+    said = {infos[number].name for number in handle(repo).history.errors(entry.id)}
     if true.keys() != near.keys():
         return [f"other tensors: {sorted(true.keys() ^ near.keys())[:4]}"]
     return [name for name in true if name not in said and not same(true[name], near[name])]
@@ -239,7 +240,7 @@ def try_out(optimizer: str, layout: str, folder: Path, codec: str = "near") -> O
     true, now = run.states[RESUMED], Snapshot(back.model.state_dict(), back.optimizer.state_dict())
     was, got = tensors(true), tensors(now)
     exact = was.keys() == got.keys() and all(same(was[key], got[key]) for key in was)
-    errors = repo.repository.history.errors(entry.id).values()
+    errors = handle(repo).history.errors(entry.id).values()
     found = Outcome(
         _ratio(entry),
         exact,

@@ -15,6 +15,7 @@ from ckptvcs import Repo
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable
 from ckptvcs.gc.retention import Policy
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.store.ids import ObjectId
 from tests.helpers.comparing import same
 from tests.helpers.histories import Weights, plain, rekeyed
@@ -27,14 +28,14 @@ def bases(repo: Repo) -> dict[ObjectId, CachedTable]:
     found = {}
     for entry in repo.log(all_branches=True):
         schema, values = (
-            repo.repository.catalog.schema(entry.commit.schema),
+            handle(repo).catalog.schema(entry.commit.schema),
             entry.commit.parts["model"].values,
         )
         infos = [schema.tensors[number] for number in schema.stored("model")]
         path = repo.folder / "cache" / "bases" / values
         if path.exists():
             found[values] = CachedTable(
-                path, infos, repo.repository.catalog.all_values(values, len(infos))
+                path, infos, handle(repo).catalog.all_values(values, len(infos))
             )
     return found
 

@@ -20,6 +20,7 @@ from ckptvcs import InvalidInputError, NotFoundError, Repo
 from ckptvcs.codec import frame
 from ckptvcs.decode import chain
 from ckptvcs.decode.part_reader import PartReader
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.object_store import ObjectStore
@@ -70,9 +71,9 @@ def own_slices(repo: Repo) -> int:
         bundle
         for entry in repo.log()
         for part in entry.commit.parts.values()
-        for bundle in repo.repository.catalog.recipe(part.values).bundles
+        for bundle in handle(repo).catalog.recipe(part.values).bundles
     }
-    return sum(len(row.slices) for name in bundles for row in repo.repository.catalog.bundle(name))
+    return sum(len(row.slices) for name in bundles for row in handle(repo).catalog.bundle(name))
 
 
 @pytest.mark.parametrize("codec", ["near", "lossless", "excp"])
@@ -111,7 +112,7 @@ def test_a_step_costs_the_same_at_any_depth(tmp_path: Path) -> None:
 def test_every_and_bounds(repo: Repo) -> None:
     for state in train(8):
         repo.commit(state, step=state["step"] * 10)
-    set_ref(repo.repository, "tags", "mid", repo.resolve(50), "test")
+    set_ref(handle(repo), "tags", "mid", repo.resolve(50), "test")
 
     def steps(**options: Any) -> list[int | None]:
         return [entry.step for entry, _ in repo.trajectory("model.0.*", **options)]
@@ -134,7 +135,7 @@ def test_a_trajectory_follows_first_parents(repo: Repo) -> None:
     states = train(6)
     for state in states[:4]:
         repo.commit(state, step=state["step"])
-    move_head(repo.repository, repo.resolve(2), None)
+    move_head(handle(repo), repo.resolve(2), None)
     other = Repo.open(repo.root)
     side = [other.commit(state, step=state["step"] + 10) for state in states[4:]]
     assert [e.step for e, _ in other.trajectory("model.*")] == [1, 2, 15, 16]
@@ -215,10 +216,10 @@ def test_exact_patches_are_yielded_and_near_values_built_upon(
         for entry in repo.log()
         for part in entry.commit.parts.values()
         if part.exact
-        and repo.repository.catalog.has_recipe(part.exact)
+        and handle(repo).catalog.has_recipe(part.exact)
         and (every is None or (entry.step or 0) % every == 0)
-        for bundle in repo.repository.catalog.recipe(part.exact).bundles
-        for row in repo.repository.catalog.bundle(bundle)
+        for bundle in handle(repo).catalog.recipe(part.exact).bundles
+        for row in handle(repo).catalog.bundle(bundle)
     )
     with counted() as work:
         found = list(Repo.open(tmp_path).trajectory(every=every))
@@ -276,7 +277,7 @@ def test_any_history_comes_back_as_checkouts_give_it(
             elif change == "twins":
                 weights["c"] = weights[max(weights)].clone()
             elif change == "back" and step > 2:
-                move_head(repo.repository, repo.resolve("HEAD~1"), None)
+                move_head(handle(repo), repo.resolve("HEAD~1"), None)
                 repo = Repo.open(folder)
             still = change == "stand still"
             weights = {
@@ -290,7 +291,7 @@ def test_any_history_comes_back_as_checkouts_give_it(
             entry = repo.commit(state, step=step, codec=codec)
             if patch:
                 repo.pin(entry.id, pinned=True)
-        for branch in repo.repository.refs.names("heads"):
+        for branch in handle(repo).refs.names("heads"):
             found = list(Repo.open(folder).trajectory(every=every, revision=branch))
             picked = list(Repo.open(folder).trajectory("*.a", every=every, revision=branch))
             assert [e.id for e, _ in found] == [e.id for e, _ in picked]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.helpers.states import adam_state, weights
 
@@ -91,7 +92,7 @@ def test_bounds_hold_on_any_trajectory(
         for step, event in enumerate(["step", *events]):
             happen(event, now, draw)
             entry = repo.commit(adam_state(now, step), step=step)
-            near: Any = PartReader(repo.repository.restorer(entry.id, near=True)).state()
+            near: Any = PartReader(handle(repo).restorer(entry.id, near=True)).state()
             assert relative(now, near["model"]) <= weight * 1.0001
             assert entry.commit.error.weight_rel <= weight
             assert entry.commit.error.update_nmse <= update

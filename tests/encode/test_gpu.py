@@ -19,7 +19,7 @@ from ckptvcs.codec.kernels import on_torch, reference
 from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import factors_of, put_components
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter
-from ckptvcs.repo import Repo
+from ckptvcs.repo import Repo, client
 
 DEVICES = [
     "cpu",  # taken for a device of its own
@@ -188,10 +188,9 @@ def test_a_copy_is_made_in_memory_that_the_device_writes_to(tmp_path: Path) -> N
             assert future.result().exact
             for restored, one in zip(leaves(repo.checkout("HEAD")), true, strict=True):
                 assert torch.equal(restored, one)
-        assert repo.background is not None
-        staging = repo.background.queue.stage()
+        staging = client(repo).queue.stage()
         assert staging.pinned
-        repo.background.queue.release(staging)
+        client(repo).queue.release(staging)
 
 
 @pytest.mark.filterwarnings("ignore")

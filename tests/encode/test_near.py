@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ckptvcs.errors import ConflictError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from tests.helpers.states import State, adam_state, moved, weights
@@ -324,7 +325,7 @@ def test_a_reader_is_not_disturbed_by_a_commit_that_begins(near: Repo) -> None:
     for step in range(1, 3):
         name = near.commit(adam_state(now, step), step=step).id
         now = moved(now)
-    restorer = near.repository.restorer(name)
+    restorer = handle(near).restorer(name)
     number = next(n for n, t in enumerate(restorer.schema.tensors) if t.name == "model.layer0")
     before = restorer.tensor(number).copy()
     near.commit(adam_state(now, 3), step=3)  # the base in memory is that of step 3 now
@@ -335,7 +336,7 @@ def test_a_cache_that_vanishes_is_done_without(near: Repo, tmp_path: Path) -> No
     for step in range(1, 3):
         torch.save(adam_state(weights(), step), tmp_path / "m.pt")
         name = near.commit_path(tmp_path / "m.pt", message="x", step=step).id
-    restorer = near.repository.restorer(name)
+    restorer = handle(near).restorer(name)
     number = next(n for n, t in enumerate(restorer.schema.tensors) if t.name == "model.layer0")
     before = restorer.tensor(number).copy()
     for path in (near.folder / "cache" / "bases").iterdir():
@@ -355,13 +356,13 @@ def deep(near: Repo) -> Repo:
 def reads(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the slices that are read from packs, as they come."""
     lengths: list[int] = []
-    read = repo.repository.catalog.store.read_region
+    read = handle(repo).catalog.store.read_region
 
     def count(name: ObjectId, offset: int, length: int) -> bytes:
         lengths.append(length)
         return read(name, offset, length)
 
-    monkeypatch.setattr(repo.repository.catalog.store, "read_region", count)
+    monkeypatch.setattr(handle(repo).catalog.store, "read_region", count)
     return lengths
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.recipe import Frame, dump_bundle, load_bundle
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 
 TYPES = (
@@ -125,11 +126,11 @@ def test_deltas_stand_on_what_has_words_of_their_size(tmp_path: Path) -> None:
         repo.commit(state, step=step)
     repo = drop_cache(repo)
     for entry in repo.log():
-        schema = repo.repository.catalog.schema(entry.commit.schema)
+        schema = handle(repo).catalog.schema(entry.commit.schema)
         for part, stored in entry.commit.parts.items():
             for position, number in enumerate(schema.stored(part)):
                 info = schema.tensors[number]
-                chain = ChainReader(repo.repository.catalog).links(stored.values, position, info)
+                chain = ChainReader(handle(repo).catalog).links(stored.values, position, info)
                 assert len({link.type.word for link in chain}) == 1
     for step, state in enumerate(states, 1):
         assert same(repo.checkout(step), state)

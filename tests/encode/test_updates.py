@@ -18,6 +18,7 @@ from ckptvcs.codec.words import from_float32
 from ckptvcs.encode.measure import difference, measure_step
 from ckptvcs.encode.near import is_implausible
 from ckptvcs.encode.updates import orthogonal, steps_of, takes_matrices
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 
 Make = Callable[[list[torch.nn.Parameter]], Any]
@@ -218,7 +219,7 @@ def test_a_copy_of_a_tensor_has_its_error(tmp_path: Path) -> None:
     for step in range(1, 3):
         weight = weight + 1e-3 * torch.randn(64, 80, generator=draw)
         entry = repo.commit({"model": {"a": weight, "b": weight.clone()}}, step=step)
-    first, second = repo.repository.history.errors(entry.id).values()
+    first, second = handle(repo).history.errors(entry.id).values()
     assert first == second
     assert first.weight_rel == pytest.approx(entry.commit.error.weight_rel, rel=1e-2)
 

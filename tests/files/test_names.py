@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ckptvcs.errors import NotFoundError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from tests.helpers.command_line import Ckpt
@@ -70,7 +71,7 @@ def test_tensors_of_a_file(kind: str, repo: Repo, tmp_path: Path) -> None:
     made = repo.commit_path(path, message="")
     repo.checkout_files(made.id, back)
     assert back.read_bytes() == path.read_bytes()
-    found = {tensor.name for tensor in repo.repository.catalog.schema(made.commit.schema).tensors}
+    found = {tensor.name for tensor in handle(repo).catalog.schema(made.commit.schema).tensors}
     assert {
         name for name in tensors if len(name) <= 200
     } <= found  # longer ones are cut to be shown
@@ -137,15 +138,15 @@ def test_what_is_printed(encoding: str, ckpt_process: Ckpt, tmp_path: Path) -> N
 def test_names_of_refs(repo: Repo) -> None:
     repo.commit({"w": torch.ones(3)}, step=1)
     for name in [n for n in NAMES if n.isascii() and n.isalnum() and len(n) <= 200]:
-        set_ref(repo.repository, "tags", name, repo.resolve(1), "tag")
+        set_ref(handle(repo), "tags", name, repo.resolve(1), "tag")
         assert repo.resolve(name) == repo.resolve(1)
-    set_ref(repo.repository, "tags", "A" * 85, repo.resolve(1), "tag")
+    set_ref(handle(repo), "tags", "A" * 85, repo.resolve(1), "tag")
     with pytest.raises(ValueError, match="cannot name"):
-        set_ref(repo.repository, "tags", "A" * 86, repo.resolve(1), "tag")
+        set_ref(handle(repo), "tags", "A" * 86, repo.resolve(1), "tag")
     for name in ("\udcff", "x" * 300, "A" * 100, "a\0b"):
         with pytest.raises(NotFoundError):
             repo.resolve(name)
-    assert {"A", "a"} <= set(repo.repository.refs.names("tags"))
+    assert {"A", "a"} <= set(handle(repo).refs.names("tags"))
     for name in [n for n in NAMES if not n.isascii()]:
         with pytest.raises(ValueError, match="cannot name"):
-            set_ref(repo.repository, "tags", name, repo.resolve(1), "tag")
+            set_ref(handle(repo), "tags", name, repo.resolve(1), "tag")

@@ -22,6 +22,7 @@ from ckptvcs.files.placing import Folder
 from ckptvcs.files.removal import Originals
 from ckptvcs.files.targets import Targets
 from ckptvcs.ops.average import write_average
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
@@ -365,11 +366,11 @@ def directory(tmp_path: Path) -> tuple[Repo, str, Path]:
 WRITERS: dict[str, Callable[[Repo, Any, Path], object]] = {
     "checkout": lambda repo, name, target: repo.checkout_files(name, target),
     "checkout --force": lambda repo, name, target: repo.checkout_files(name, target, force=True),
-    "export": lambda repo, name, target: PartReader(repo.repository.restorer(name)).export(
+    "export": lambda repo, name, target: PartReader(handle(repo).restorer(name)).export(
         target, None, lambda _: None
     ),
     "average": lambda repo, name, target: write_average(
-        repo.repository.catalog, [name], target, lambda _: None
+        handle(repo).catalog, [name], target, lambda _: None
     ),
 }
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.files.names import is_repository_name, is_trusted_name, refuse_trusted, safe_path
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.helpers.command_line import Ckpt
 from tests.helpers.forging import Forger
@@ -144,7 +145,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 WAYS: dict[str, Callable[[Repo, Any, Path, bool], object]] = {
     "checkout": lambda repo, name, to, force: repo.checkout_files(name, to, force=force),
-    "export": lambda repo, name, to, force: PartReader(repo.repository.restorer(name)).export(
+    "export": lambda repo, name, to, force: PartReader(handle(repo).restorer(name)).export(
         to, None, lambda _: None, force=force
     ),
 }

@@ -16,6 +16,7 @@ from ckptvcs.gc import repack
 from ckptvcs.gc import sweep as sweeping
 from ckptvcs.gc.collect import Collector
 from ckptvcs.gc.retention import Policy
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.store import leases
 
@@ -51,7 +52,7 @@ class Writer:
         repo = Repo.open(self.folder)
         try:
             name = repo.resolve(2)
-            set_ref(repo.repository, "tags", "kept", name, "tag")
+            set_ref(handle(repo), "tags", "kept", name, "tag")
         except NotFoundError:
             return  # gc had said so before
         self.said[name] = 2
@@ -60,7 +61,7 @@ class Writer:
         repo = Repo.open(self.folder)
         try:
             name = repo.resolve(3)
-            set_ref(repo.repository, "heads", "other", name, "branch")
+            set_ref(handle(repo), "heads", "other", name, "branch")
         except NotFoundError:
             return
         self.said[name] = 3
@@ -156,7 +157,7 @@ def test_gc_waits_for_writers_and_lets_new_ones_in(
     for step in range(1, STEPS + 1):
         repo.commit(state(step), step=step)
     other = Repo.open(tmp_path)
-    writing = leases.lease(other.repository.catalog.store.backend)
+    writing = leases.lease(handle(other).catalog.store.backend)
     rests = list[float]()
 
     def rest(seconds: float) -> None:
@@ -177,19 +178,19 @@ def test_gc_waits_for_writers_and_lets_new_ones_in(
 def test_a_second_gc_is_refused_at_any_time(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     with (
-        leases.sole(repo.repository.catalog.store.backend),
+        leases.sole(handle(repo).catalog.store.backend),
         pytest.raises(CkptError, match="another gc"),
     ):
         Repo.open(tmp_path).gc()
     with (
-        leases.sole(repo.repository.catalog.store.backend),
+        leases.sole(handle(repo).catalog.store.backend),
         pytest.raises(CkptError, match="another gc"),
     ):
         Repo.open(tmp_path).repair()
 
 
 def test_who_holds_a_lease_gets_another_one_while_gc_waits_for_him(tmp_path: Path) -> None:
-    backend = Repo.init(tmp_path).repository.catalog.store.backend
+    backend = handle(Repo.init(tmp_path)).catalog.store.backend
     with leases.lease(backend):
         waiting = leases.exclusive(backend, wait=True)
         with leases.patience(0), pytest.raises(CkptError):

@@ -13,6 +13,7 @@ from ckptvcs.errors import BusyError, ConflictError, InvalidInputError, NotFound
 from ckptvcs.gc.retention import Best, Policy
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.checkout import save_part
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
@@ -89,14 +90,14 @@ def test_how_many_is_a_setting(newest: int, run: Run, repo: Repo) -> None:
 def test_tags_pins_and_the_best_stay_exact(run: Run, repo: Repo) -> None:
     repo.configure("keep-best", "loss:min")
     run.commit(metrics={"loss": 1.0})
-    set_ref(repo.repository, "tags", "v1", repo.resolve(1), "tag")
+    set_ref(handle(repo), "tags", "v1", repo.resolve(1), "tag")
     run.commit(metrics={"loss": 0.1})
     run.commit(metrics={"loss": 0.5})
     assert repo.pin(repo.resolve(3), pinned=True)
     assert not repo.pin(repo.resolve(3), pinned=True)
     run.commit(3, metrics={"loss": 0.7})
     assert run.exact() == [6, 5, 3, 2, 1]
-    set_ref(repo.repository, "tags", "v1", None, "delete")
+    set_ref(handle(repo), "tags", "v1", None, "delete")
     assert repo.pin(repo.resolve(3), pinned=False)
     run.commit(metrics={"loss": 0.05})
     assert run.exact() == [7, 6]
@@ -128,7 +129,7 @@ def test_values_that_are_not_finite_fade_nothing(run: Run) -> None:
 def test_the_exact_form_comes_back_with_its_content(run: Run, repo: Repo) -> None:
     run.commit(3)
     first = repo.resolve(1)
-    move_head(repo.repository, first, None)
+    move_head(handle(repo), first, None)
     entry = repo.commit(run.states[1], step=1)
     assert entry.exact
     assert same(repo.checkout(entry.id), run.states[1])
@@ -143,7 +144,7 @@ def test_patches_on_the_same_near_values_are_told_apart(run: Run, repo: Repo) ->
     assert len({entry.commit.parts["model"].values for entry in repo.log(3)}) == 1
     assert run.exact() == [4, 3, 1]  # the first is a lossless keyframe
     bundles = [
-        repo.repository.catalog.recipe(state.exact).bundles
+        handle(repo).catalog.recipe(state.exact).bundles
         for entry in repo.log(2)
         for state in entry.commit.parts.values()
         if state.exact
@@ -167,15 +168,15 @@ def test_unchanged_content_is_stored_once_and_fades_together(run: Run, repo: Rep
 def test_patches_of_other_branches_fade_with_gc(run: Run, repo: Repo) -> None:
     run.commit(3)
     for _ in range(3):  # a rollback each
-        move_head(repo.repository, repo.resolve(1), None)
+        move_head(handle(repo), repo.resolve(1), None)
         run.step = 1
         run.commit()
-    assert len(repo.repository.fader().patches()) > 4
+    assert len(handle(repo).fader().patches()) > 4
     repo.gc()
     last = repo.log(revision="main-4")
     assert last[0].exact
     assert all(entry.exact for entry in repo.log(2, revision="main"))  # which HEAD followed
-    parts = [patch.part for patch in repo.repository.fader().patches()]
+    parts = [patch.part for patch in handle(repo).fader().patches()]
     assert parts.count("model") == 3
     assert parts.count("optimizer") == 2  # those of two commits are equal
     assert not repo.verify().damage
@@ -184,10 +185,10 @@ def test_patches_of_other_branches_fade_with_gc(run: Run, repo: Repo) -> None:
 @pytest.mark.directory_only
 def test_a_patch_that_is_missing_without_a_record_is_damage(run: Run, repo: Repo) -> None:
     run.commit(2)
-    patch = repo.repository.fader().patches()[0]
+    patch = handle(repo).fader().patches()[0]
     (repo.folder / patch.folder / patch.pack[:2] / f"{patch.pack}.pack").unlink()
     again = Repo.open(repo.folder)
-    again.repository.catalog.store.refresh()
+    handle(again).catalog.store.refresh()
     assert [damage.what for damage in again.verify().damage] == ["patch"]
     assert not all(entry.exact for entry in again.log())
 
@@ -259,7 +260,7 @@ def test_parts_can_be_dropped_alone(run: Run, repo: Repo) -> None:
     ]
     with pytest.raises(NotFoundError, match="optimizer"):
         repo.checkout(2)
-    save_part(repo.repository, repo.resolve(2), "model", repo.root / "two.pt")
+    save_part(handle(repo), repo.resolve(2), "model", repo.root / "two.pt")
     assert (repo.root / "two.pt").exists()
     assert not repo.verify().damage
     assert run.commit(2).exact
@@ -269,7 +270,7 @@ def test_what_is_protected_stays(run: Run, repo: Repo) -> None:
     repo.configure("keep-best", "loss:min")
     for loss in (3.0, 1.0, 2.0, 2.5, 2.6):
         run.commit(metrics={"loss": loss})
-    set_ref(repo.repository, "tags", "v1", repo.resolve(1), "tag")
+    set_ref(handle(repo), "tags", "v1", repo.resolve(1), "tag")
     repo.pin(repo.resolve(3), pinned=True)
     repo.gc(Policy(every=1000, last=1))
     assert [entry.step for entry in repo.log()] == [5, 3, 2, 1]
@@ -364,7 +365,7 @@ def test_a_rollback_to_a_commit_without_its_optimizer(codec: str, run: Run, repo
     repo.gc(Policy(optimizer_last=1))
     run.step = 2
     assert run.commit(codec=codec).exact  # on step 2, whose optimizer is gone
-    move_head(repo.repository, repo.resolve(1), None)
+    move_head(handle(repo), repo.resolve(1), None)
     again = Repo.open(repo.folder)
     entry = again.commit(run.states[1], step=1, codec=codec)
     assert same(again.checkout(entry.id), run.states[1])
@@ -379,17 +380,17 @@ def test_nothing_leads_to_what_was_swept(run: Run, repo: Repo) -> None:
     repo.gc()
     assert [event.there for event in repo.reflog() if event.commit == last] == [False]
     for act in (
-        lambda: set_ref(repo.repository, "heads", "rescue", last, "branch"),
-        lambda: set_ref(repo.repository, "tags", "v1", last, "tag"),
+        lambda: set_ref(handle(repo), "heads", "rescue", last, "branch"),
+        lambda: set_ref(handle(repo), "tags", "v1", last, "tag"),
         lambda: repo.pin(last, pinned=True),
-        lambda: move_head(repo.repository, last, None),
+        lambda: move_head(handle(repo), last, None),
     ):
         with pytest.raises(NotFoundError, match=r"deleted by gc|not in the store"):
             act()
     repo.gc(Policy(last=1))
     with pytest.raises(NotFoundError):
         set_ref(
-            repo.repository,
+            handle(repo),
             "tags",
             "v2",
             next(entry.id for entry in repo.log(all_branches=True) if not entry.exact),
@@ -401,11 +402,11 @@ def test_nothing_leads_to_what_was_swept(run: Run, repo: Repo) -> None:
 
 def test_refs_wait_for_a_sweep(run: Run, repo: Repo) -> None:
     run.commit(2)
-    with exclusive(repo.repository.catalog.store.backend):
+    with exclusive(handle(repo).catalog.store.backend):
         for act in (
             repo.undo,
             lambda: repo.pin(repo.resolve(1), pinned=True),
-            lambda: set_ref(repo.repository, "tags", "v1", repo.resolve(1), "tag"),
+            lambda: set_ref(handle(repo), "tags", "v1", repo.resolve(1), "tag"),
         ):
             with leases.patience(0), pytest.raises(BusyError):
                 act()
@@ -422,13 +423,13 @@ def test_the_best_is_one_that_is_in_the_history(run: Run, repo: Repo) -> None:
 
 def test_rules_see_what_only_a_tag_leads_to(run: Run, repo: Repo) -> None:
     run.commit(2)
-    set_ref(repo.repository, "heads", "x", repo.resolve(2), "branch")
-    move_head(repo.repository, repo.resolve(2), "x")
+    set_ref(handle(repo), "heads", "x", repo.resolve(2), "branch")
+    move_head(handle(repo), repo.resolve(2), "x")
     run.repo = Repo.open(repo.folder)
     run.commit(3)
-    set_ref(repo.repository, "tags", "v1", run.repo.resolve("x"), "tag")
-    move_head(repo.repository, repo.resolve("main"), "main")
-    set_ref(repo.repository, "heads", "x", None, "delete")
+    set_ref(handle(repo), "tags", "v1", run.repo.resolve("x"), "tag")
+    move_head(handle(repo), repo.resolve("main"), "main")
+    set_ref(handle(repo), "heads", "x", None, "delete")
     actions = {row.commit.step: row.action for row in repo.plan_gc(Policy(every=1)).decisions}
     assert actions == dict.fromkeys(range(1, 6), "keep")
 
@@ -449,11 +450,11 @@ def test_two_optimizers_of_one_model(codec: str, run: Run, repo: Repo) -> None:
 
 def depths(repo: Repo) -> dict[int | None, int]:
     """How many frames lie below any frame of a commit, as it is stored now."""
-    reader = ChainReader(repo.repository.catalog)
+    reader = ChainReader(handle(repo).catalog)
     return {
         entry.step: max(
             len(reader.links(state.values, position, schema.tensors[number])) - 1
-            for schema in [repo.repository.catalog.schema(entry.commit.schema)]
+            for schema in [handle(repo).catalog.schema(entry.commit.schema)]
             for part, state in entry.commit.parts.items()
             for position, number in enumerate(schema.stored(part))
         )
@@ -514,8 +515,10 @@ def test_what_never_moved_is_stored_once_after_rekeying(run: Run, repo: Repo) ->
     repo.gc(rekey=True)
     assert sizes(repo) < before
     frames = {
-        repo.repository.catalog.recipe(entry.commit.parts["model"].values).place(
-            [t.name for t in repo.repository.catalog.schema(entry.commit.schema).tensors].index(
+        handle(repo)
+        .catalog.recipe(entry.commit.parts["model"].values)
+        .place(
+            [t.name for t in handle(repo).catalog.schema(entry.commit.schema).tensors].index(
                 "model.frozen"
             )
         )
@@ -557,7 +560,7 @@ def test_exact_is_exact_at_the_moment_of_the_checkout(
     run.commit(3)
     name = repo.resolve("HEAD")
     assert repo.entry(name).exact
-    for patch in repo.repository.fader().patches():
+    for patch in handle(repo).fader().patches():
         (repo.folder / patch.folder / patch.pack[:2] / f"{patch.pack}.pack").unlink(missing_ok=True)
     target = tmp_path / "out.pt"
 

@@ -16,6 +16,7 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.import_folder import Importer
 from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.refs import move_head, set_ref
@@ -62,7 +63,7 @@ class Scenario:
             repo.configure("keyframe-depth", "4")
             for step in range(1, self.commits + 1):
                 repo.commit_path(root / f"step-{step}.pt", message="", metrics={"loss": 1 / step})
-            set_ref(repo.repository, "tags", "first", repo.resolve(1), "tag")
+            set_ref(handle(repo), "tags", "first", repo.resolve(1), "tag")
         if self.prepare is not None:
             self.prepare(root)
 
@@ -83,7 +84,7 @@ def _commit_together(root: Path) -> None:
     steps = [entry.step or 0 for entry in repo.log(1)]
     step = min(4, steps[0] + 1)
     whole = states(step)[-1]
-    with DistributedCommit(repo.repository, "together", step=step, message="next") as commit:
+    with DistributedCommit(handle(repo), "together", step=step, message="next") as commit:
         plan, shards = commit.begin(), {}
         for number, name in enumerate("ab"):
             moments = {number: whole["optimizer"]["state"][number]}
@@ -93,7 +94,7 @@ def _commit_together(root: Path) -> None:
             }
             checkpoint = state_checkpoint(part)
             shards[f"rank-{number}.pt"] = encode_share(
-                Repo.open(root / "repo").repository, plan, checkpoint
+                handle(Repo.open(root / "repo")), plan, checkpoint
             )
         commit.finish(shards, {"notes.json": b"{}"})
 
@@ -113,7 +114,7 @@ def _found(root: Path) -> None:
 def _import(root: Path) -> None:
     repo = Repo.open(root / "repo")
     try:
-        importer = Importer(repo.repository, root / "found")
+        importer = Importer(handle(repo), root / "found")
     except NotFoundError:  # all of it has been imported, and removed
         return
     importer.look(lambda _: None)
@@ -130,13 +131,13 @@ def _originals_are_somewhere(root: Path) -> None:
 
 def _branch(root: Path) -> None:
     repo = Repo.open(root / "repo")
-    move_head(repo.repository, repo.resolve(2), None)
+    move_head(handle(repo), repo.resolve(2), None)
     repo.commit_path(root / "step-3.pt", message="again")
 
 
 def _refs(root: Path) -> None:
     repo = Repo.open(root / "repo")
-    set_ref(repo.repository, "tags", "v1", repo.resolve(2), "tag")
+    set_ref(handle(repo), "tags", "v1", repo.resolve(2), "tag")
     repo.pin(repo.resolve(2), pinned=True)
     repo.configure("keep-exact", "1")
 
@@ -144,7 +145,7 @@ def _refs(root: Path) -> None:
 def _side(root: Path) -> None:
     repo = Repo.open(root / "repo")
     repo.commit_path(root / "step-4.pt", message="side", branch="side")
-    set_ref(repo.repository, "heads", "side", None, "delete")
+    set_ref(handle(repo), "heads", "side", None, "delete")
 
 
 SCENARIOS = {
@@ -174,10 +175,8 @@ SCENARIOS = {
 def refs(repo: Repo) -> dict[str, ObjectId]:
     """What refs are at; pins by the step of their commit, whose id is another one each time."""
     return {
-        f"pins/{repo.repository.catalog.commit(name).step}"
-        if ref.startswith("pins/")
-        else ref: name
-        for ref, name in repo.repository.revisions.tips().items()
+        f"pins/{handle(repo).catalog.commit(name).step}" if ref.startswith("pins/") else ref: name
+        for ref, name in handle(repo).revisions.tips().items()
     }
 
 
@@ -199,16 +198,16 @@ class Snapshot:
         except NotFoundError:
             return cls({}, {}, {})
         near, exact = {}, {}
-        for name in repo.repository.revisions.visible():
+        for name in handle(repo).revisions.visible():
             entry = repo.entry(name)
             if "dropped" in entry.fidelity.values():
-                model = repo.repository.catalog.schema(entry.commit.schema).stored("model")
-                read = dict(repo.repository.restorer(name, near=True).tensors(model))
+                model = handle(repo).catalog.schema(entry.commit.schema).stored("model")
+                read = dict(handle(repo).restorer(name, near=True).tensors(model))
                 near[name] = str(len(read))
                 continue
-            near[name] = _digest(repo.repository.restorer(name, near=True))
+            near[name] = _digest(handle(repo).restorer(name, near=True))
             if entry.exact:
-                exact[name] = _digest(repo.repository.restorer(name))
+                exact[name] = _digest(handle(repo).restorer(name))
         return cls(near, exact, refs(repo))
 
 
@@ -237,7 +236,7 @@ class Expected:
             scenario.act(root)  # a second try works
         repo = Repo.open(root / "repo")
         assert set(refs(repo)) == set(self.after.refs)
-        left = set(repo.repository.revisions.visible())
+        left = set(handle(repo).revisions.visible())
         assert left >= set(self.before.near) & set(self.after.near)
         assert len(left) == len(self.after.near)
         for name in set(self.before.exact) & set(self.after.exact):

@@ -9,6 +9,7 @@ from pathlib import Path
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.commit import Commit, FileEntry, PartState, dump_commit
 from ckptvcs.history.schema import Op, Schema, dump_schema, dump_skeleton
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind, ObjectId
 
@@ -24,19 +25,17 @@ class Forger:
         self.commit = self.honest.commit
 
     def put(self, kind: Kind, content: bytes, region: bytes = b"") -> ObjectId:
-        pack = self.repo.repository.catalog.store.new_pack(
-            "packs" if kind == Kind.BUNDLE else "meta"
-        )
+        pack = handle(self.repo).catalog.store.new_pack("packs" if kind == Kind.BUNDLE else "meta")
         if region:
             pack.append_region(region)
         name = pack.add(kind, content)
-        self.repo.repository.catalog.store.publish(pack)
+        handle(self.repo).catalog.store.publish(pack)
         return name
 
     def lead_to(self, commit: Commit) -> ObjectId:
         """Make a commit the newest one."""
         name = self.put(Kind.COMMIT, dump_commit(commit))
-        refs = self.repo.repository.refs
+        refs = handle(self.repo).refs
         refs.publish("heads/main", refs.read("heads/main"), commit=name, time=now(), action="x")
         return name
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.import_folder import Importer
 from ckptvcs.repo import Repo
 
@@ -19,7 +20,7 @@ def silent(_: object) -> None:
 
 def run(repo: Repo, folder: Path, **options: Any) -> Importer:
     """An import with nothing removed."""
-    importer = Importer(repo.repository, folder, **options)
+    importer = Importer(handle(repo), folder, **options)
     importer.look(silent)
     importer.run(silent, silent)
     return importer
@@ -44,7 +45,7 @@ def messages(repo: Repo, revision: str | None = None) -> list[str]:
 
 
 def branches(repo: Repo) -> list[str]:
-    return repo.repository.refs.names("heads")
+    return handle(repo).refs.names("heads")
 
 
 def save(folder: Path, states: list[State], name: str = "step-{}.pt") -> list[Path]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.errors import BusyError, MissingObjectError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 
 FORK, READER, SETTING, LOG, LOOK = 9, 14, 17, 23, 20  # commits between two of each
@@ -216,7 +217,7 @@ def read(folder: Path, seed: int) -> None:
         for _ in range(20):
             entries = repo.log(draw.choice([1, 10, 100]))
             with contextlib.suppress(MissingObjectError):  # which gc has just moved, twice
-                repo.repository.restorer(draw.choice(entries).id, near=True).fidelity  # noqa: B018
+                handle(repo).restorer(draw.choice(entries).id, near=True).fidelity  # noqa: B018
             time.sleep(draw.random() * 0.01)
 
 

@@ -12,6 +12,7 @@ import torch
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops import describe, gc, refs, repository, undo
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head
 from ckptvcs.repo import Repo
 
@@ -86,7 +87,7 @@ def test_the_reflog_is_in_order(repo: Repo, clock: Clock) -> None:
 
 def test_the_log_of_branches_shows_no_commit_below_its_parent(repo: Repo, clock: Clock) -> None:
     run(repo, clock, 5, 1, 7)
-    move_head(repo.repository, repo.resolve(2), None)
+    move_head(handle(repo), repo.resolve(2), None)
     run(repo, clock, 0, 9, first=10)
     found = steps(repo, everything=True)
     assert sorted(found, key=str) == [1, 10, 11, 2, 3]
@@ -118,7 +119,7 @@ def test_a_drop_of_an_older_program_goes_by_its_time(repo: Repo, clock: Clock) -
     clock(3)
     plan = repo.plan_gc(Policy(last=1))
     (drop,) = plan.drops
-    repo.repository.catalog.record([type(drop)("drop", drop.commits, (), drop.rule, drop.time)])
+    handle(repo).catalog.record([type(drop)("drop", drop.commits, (), drop.rule, drop.time)])
     assert steps(repo) == [2]
     assert "drop" in repo.undo().what
     assert steps(repo) == [2, 1]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ckptvcs import Repo
+from ckptvcs.ops.history_reader import handle
 from tests.helpers.command_line import environment
 from tests.helpers.docs_examples import blocks, run
 
@@ -55,7 +56,7 @@ def test_two_processes(tmp_path: Path) -> None:
     files = [file.path for file in log[0].commit.files]
     assert files == sorted(path.name for path in (tmp_path / "out" / "step-8").iterdir())
     assert {"random_states_0.pkl", "random_states_1.pkl"} < set(files)
-    tensors = repo.repository.catalog.schema(log[0].commit.schema).tensors
+    tensors = handle(repo).catalog.schema(log[0].commit.schema).tensors
     assert sum(info.pair is not None for info in tensors) == 12
 
 
@@ -64,7 +65,7 @@ def test_what_its_tensors_are_for(tmp_path: Path) -> None:
 
     train(tmp_path / "out", tmp_path / "repo", 1)
     repo = Repo.open(tmp_path / "repo")
-    tensors = repo.repository.catalog.schema(repo.log()[0].commit.schema).tensors
+    tensors = handle(repo).catalog.schema(repo.log()[0].commit.schema).tensors
     parts = {info.name.partition(":")[0]: info.part for info in tensors}
     assert parts == {
         "model.safetensors": "model",

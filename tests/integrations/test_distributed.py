@@ -26,6 +26,7 @@ from ckptvcs.errors import CorruptionError, NotFoundError
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter, load_state
 from ckptvcs.integrations.distributed.balance import keep_together
 from ckptvcs.integrations.distributed.chunks import load_metadata
+from ckptvcs.ops.history_reader import handle
 from tests.helpers.command_line import environment
 from tests.helpers.trainers.distributed import differences
 
@@ -81,7 +82,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert last.exact
     assert last.commit.depth == 2
     assert last.metrics == {"loss": 1.5}
-    infos = repo.repository.catalog.schema(last.commit.schema).tensors
+    infos = handle(repo).catalog.schema(last.commit.schema).tensors
     moments = [info for info in infos if info.role in ("exp_avg", "exp_avg_sq")]
     assert {infos[info.pair].name for info in moments if info.pair is not None} >= {
         "model.0.weight[0:20,0:24]",
@@ -127,7 +128,7 @@ def test_replicas(tmp_path: Path) -> None:
     repo = Repo.open(tmp_path / "repo")
     newest = repo.log()[0]
     assert newest.commit.depth == 1
-    infos = repo.repository.catalog.schema(newest.commit.schema).tensors
+    infos = handle(repo).catalog.schema(newest.commit.schema).tensors
     moments = [info for info in infos if info.role in ("exp_avg", "exp_avg_sq")]
     assert moments
     assert all(info.pair is not None for info in moments)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from ckptvcs import InvalidInputError, Repo
+from ckptvcs.ops.history_reader import handle
 from tests.helpers.command_line import environment
 from tests.helpers.docs_examples import blocks, run
 
@@ -74,7 +75,7 @@ def test_moments_are_paired(tmp_path: Path) -> None:
 
     train(CkptCheckpointIO(tmp_path / "repo"), tmp_path / "out", 1)
     repo = Repo.open(tmp_path / "repo")
-    tensors = repo.repository.catalog.schema(repo.log()[0].commit.schema).tensors
+    tensors = handle(repo).catalog.schema(repo.log()[0].commit.schema).tensors
     moments = [info for info in tensors if info.role in ("exp_avg", "exp_avg_sq")]
     assert len(moments) == 12
     for info in moments:
@@ -260,7 +261,7 @@ def test_fabric_saves_and_loads(tmp_path: Path) -> None:
     repo = Repo.open(tmp_path / "repo")
     (entry,) = repo.log()
     assert entry.step == 7
-    tensors = repo.repository.catalog.schema(entry.commit.schema).tensors
+    tensors = handle(repo).catalog.schema(entry.commit.schema).tensors
     assert [t.pair is not None for t in tensors if t.role.startswith("exp_avg")] == [True] * 4
     (tmp_path / "a.ckpt").unlink()
     optimizer.step()

@@ -11,6 +11,7 @@ import pytest
 from ckptvcs import Repo
 from ckptvcs.errors import BusyError
 from ckptvcs.integrations import target
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.store import leases
 from ckptvcs.store.leases import exclusive
 
@@ -21,7 +22,7 @@ def test_a_commit_waits_for_gc(
     (tmp_path / "a.dat").write_bytes(b"data" * 100)
     where = target.Target(tmp_path / "repo", None)
     assert where.existing() is None
-    sweeping = exclusive(where.repo.repository.catalog.store.backend)
+    sweeping = exclusive(handle(where.repo).catalog.store.backend)
     rests = list[float]()
     sleep = time.sleep
 
@@ -43,7 +44,7 @@ def test_a_commit_waits_for_gc(
     ]
     assert [entry.message for entry in Repo.open(tmp_path / "repo").log()] == ["a.dat"]
     with (
-        exclusive(where.repo.repository.catalog.store.backend),
+        exclusive(handle(where.repo).catalog.store.backend),
         leases.patience(0),
         pytest.raises(BusyError),
     ):

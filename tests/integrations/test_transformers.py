@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ckptvcs import InvalidInputError, Repo
+from ckptvcs.ops.history_reader import handle
 from tests.helpers.command_line import environment
 
 pytest.importorskip("transformers")
@@ -40,7 +41,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     entry = repo.log()[1]
     assert entry.exact
     assert {"loss", "learning_rate", "grad_norm"} <= entry.metrics.keys()
-    tensors = repo.repository.catalog.schema(entry.commit.schema).tensors
+    tensors = handle(repo).catalog.schema(entry.commit.schema).tensors
     pairs = {info.name: tensors[info.pair].name for info in tensors if info.pair is not None}
     moments = [i for i in tensors if i.role in ("exp_avg", "exp_avg_sq") and not i.inline]
     assert moments

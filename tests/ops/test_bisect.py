@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ckptvcs import InvalidInputError, LogEntry, Repo
 from ckptvcs.ops.bisect import Verdict, finite_judge, line, metric_judge, narrow
+from ckptvcs.ops.history_reader import handle
 
 pytestmark = pytest.mark.any_backend
 
@@ -89,13 +90,13 @@ def test_the_line_between(repo: Repo) -> None:
     made = commits(repo, [1, 2, 3, 4])
     other = repo.commit({"x": "y"}, step=2)  # starts a branch at step 1
     names = [entry.id for entry in made]
-    assert line(repo.repository.catalog, names[1], names[3]) == names[1:]
-    assert line(repo.repository.catalog, names[0], other.id) == [*names[:2], other.id]
+    assert line(handle(repo).catalog, names[1], names[3]) == names[1:]
+    assert line(handle(repo).catalog, names[0], other.id) == [*names[:2], other.id]
     with pytest.raises(InvalidInputError, match="not an ancestor") as caught:
-        line(repo.repository.catalog, names[2], other.id)
+        line(handle(repo).catalog, names[2], other.id)
     assert "graph" in (caught.value.hint or "")
     with pytest.raises(InvalidInputError) as caught:
-        line(repo.repository.catalog, names[3], names[0])
+        line(handle(repo).catalog, names[3], names[0])
     assert "first" in (caught.value.hint or "")
 
 
@@ -109,6 +110,6 @@ def test_weights_that_are_not_finite(repo: Repo) -> None:
         if step >= 7:
             weights["w"][step] = math.inf
         repo.commit({"model": weights}, step=step)
-    found = repo.bisect(0, 11, finite_judge(repo.repository.catalog, repo.repository.restorer))
+    found = repo.bisect(0, 11, finite_judge(handle(repo).catalog, handle(repo).restorer))
     assert found.first_bad is not None
     assert found.first_bad.step == 7

@@ -13,6 +13,7 @@ import torch
 from ckptvcs.encode import encoder
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.ops import commit, describe
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.helpers.training import train, train_on
 
@@ -48,12 +49,12 @@ SOME = ("before the scan", "between tensors", "before the commit is written")
 
 def refused(repo: Repo, path: Path) -> None:
     """A commit is refused, and is as if it never was."""
-    log, refs = [entry.id for entry in repo.log()], repo.repository.refs.reflog("heads/main")
+    log, refs = [entry.id for entry in repo.log()], handle(repo).refs.reflog("heads/main")
     with pytest.raises((InvalidInputError, NotFoundError)) as caught:
         repo.commit_path(path, message="x")
     assert "changed while" in str(caught.value)
     assert [entry.id for entry in repo.log()] == log
-    assert repo.repository.refs.reflog("heads/main") == refs
+    assert handle(repo).refs.reflog("heads/main") == refs
     for left in ("leases", "tmp"):
         assert not list((repo.folder / left).iterdir())
 

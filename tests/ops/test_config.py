@@ -17,6 +17,7 @@ from ckptvcs.gc.retention import Policy
 from ckptvcs.ops import config
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.config import KEYS, Settings
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.import_folder import Importer
 from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.watch import Watcher
@@ -41,16 +42,16 @@ def _commit_path(repo: Repo, folder: Path, step: int) -> None:
 
 
 def _join(repo: Repo, _: Path, step: int) -> None:
-    with DistributedCommit(repo.repository, "together", step=step) as commit:
+    with DistributedCommit(handle(repo), "together", step=step) as commit:
         plan = commit.begin()
-        shard = encode_share(repo.repository, plan, state_checkpoint(states(step)[-1]))
+        shard = encode_share(handle(repo), plan, state_checkpoint(states(step)[-1]))
         commit.finish({"rank-0.pt": shard}, {})
 
 
 def _import(repo: Repo, folder: Path, step: int) -> None:
     (folder / f"found-{step}").mkdir()
     torch.save(states(step)[-1], folder / f"found-{step}" / f"step-{step}.pt")
-    importer = Importer(repo.repository, folder / f"found-{step}")
+    importer = Importer(handle(repo), folder / f"found-{step}")
     importer.look(lambda _: None)
     importer.run(lambda _: None, lambda _: None)
 
@@ -89,7 +90,7 @@ def test_what_is_told_to_stay_stays_from_the_next_commit_on(way: str, tmp_path: 
 def test_a_watch_that_goes_on_for_long(tmp_path: Path) -> None:
     repo, run = Repo.init(tmp_path / "repo"), tmp_path / "run"
     run.mkdir()
-    watch = Watcher(repo.repository, run, settle=0)
+    watch = Watcher(handle(repo), run, settle=0)
     for step in range(1, STEPS + 1):
         torch.save(states(step)[-1], run / f"step-{step}.pt")
         if step == 4:
@@ -105,7 +106,7 @@ def test_what_is_told_to_stay_while_a_commit_is_made(tmp_path: Path) -> None:
     for step in (1, 2):
         _commit(repo, tmp_path, step)
     commit_checkpoint(
-        repo.repository,
+        handle(repo),
         state_checkpoint(states(3)[-1]),
         "state",
         inside=True,
@@ -149,7 +150,7 @@ def test_settings_that_can_no_longer_be_read(
     said = [record for record in caplog.records if "config.toml" in record.getMessage()]
     assert len(said) == 1
     assert exact(repo) == [1, 2, 3, 4]
-    for refused in (repo.gc, repo.settings, lambda: repo.repository.config):
+    for refused in (repo.gc, repo.settings, lambda: handle(repo).config):
         with pytest.raises(InvalidInputError, match="cannot read"):
             refused()
     with pytest.raises(InvalidInputError, match="cannot read"):
@@ -170,7 +171,7 @@ def test_a_change_that_no_time_and_no_size_shows(tmp_path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
     assert settings.now().keep_exact == 7
-    assert repo.repository.config.keep_exact == 7
+    assert handle(repo).config.keep_exact == 7
     assert set(repo.settings()) == set(KEYS)
 
 
@@ -182,7 +183,7 @@ def test_a_log_while_an_exact_form_fades(tmp_path: Path, monkeypatch: pytest.Mon
     repo.commit(second)
     assert exact(repo) == [2]
     reader = Repo.open(tmp_path)
-    store = reader.repository.catalog.store
+    store = handle(reader).catalog.store
     calm, found = store.find, list[bytes]()
 
     def find(key: bytes) -> list[ObjectId]:
@@ -217,5 +218,5 @@ def test_settings_that_two_processes_change_at_once(
     monkeypatch.setattr(config, "read_text", read)
     repo.configure("keyframe-depth", "9")
     others[0].join()
-    now = Repo.open(tmp_path).repository.config
+    now = handle(Repo.open(tmp_path)).config
     assert (now.keyframe_depth, now.keep_exact) == (9, 7)

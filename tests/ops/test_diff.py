@@ -20,6 +20,7 @@ from ckptvcs.codec.words import to_float64
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.ops.diff import Comparison, all_finite
 from ckptvcs.ops.diff_sums import Sums, sum_up
+from ckptvcs.ops.history_reader import handle
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.any_backend
@@ -253,9 +254,9 @@ def test_numbers_that_are_not_finite(repo: Repo) -> None:
     assert (found.total.nonfinite_b, found.total.entries) == (202, 900)
     assert math.isfinite(found.total.relative)
     known: set[bytes] = set()
-    assert all_finite(repo.repository.catalog, repo.repository.restorer(repo.resolve(1)), known)
+    assert all_finite(handle(repo).catalog, handle(repo).restorer(repo.resolve(1)), known)
     assert len(known) == 3
-    assert not all_finite(repo.repository.catalog, repo.repository.restorer(repo.resolve(2)), known)
+    assert not all_finite(handle(repo).catalog, handle(repo).restorer(repo.resolve(2)), known)
 
 
 def near_repo(folder: Path) -> Repo:

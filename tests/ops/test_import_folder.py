@@ -17,6 +17,7 @@ from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError, St
 from ckptvcs.ops import import_folder
 from ckptvcs.ops.checkout import hash_file
 from ckptvcs.ops.commit import commit_path
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.import_folder import Importer, ImportItem
 from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
@@ -125,18 +126,18 @@ def test_what_is_left_out(folder: Path, tmp_path: Path, states: list[State]) -> 
 
 def test_folders_that_are_refused(near: Repo, folder: Path, states: list[State]) -> None:
     with pytest.raises(NotFoundError, match="no such folder"):
-        Importer(near.repository, folder / "nothing")
+        Importer(handle(near), folder / "nothing")
     with pytest.raises(InvalidInputError, match="is a file"):
-        Importer(near.repository, folder / "step-800.pt")
+        Importer(handle(near), folder / "step-800.pt")
     with pytest.raises(InvalidInputError, match="itself"):
-        Importer(near.repository, near.folder / "packs")
+        Importer(handle(near), near.folder / "packs")
     with pytest.raises(InvalidInputError, match="codec"):
-        Importer(near.repository, folder, codec="zip")
+        Importer(handle(near), folder, codec="zip")
     with pytest.raises(NotFoundError, match="no checkpoints"):
-        Importer(near.repository, folder, pattern="*.bin")
+        Importer(handle(near), folder, pattern="*.bin")
     checkpoint = trainer_directory(folder, states[0], 500)
     with pytest.raises(InvalidInputError, match="is a checkpoint itself"):
-        Importer(near.repository, checkpoint)
+        Importer(handle(near), checkpoint)
     assert near.log() == []
 
 
@@ -374,7 +375,7 @@ def test_progress_counts_every_byte_once(
     (folder / "step-7.pt").write_bytes(b"PK\x03\x04")
     for _ in range(2):
         counts: list[int] = []
-        importer = Importer(repo.repository, folder)
+        importer = Importer(handle(repo), folder)
         importer.look(silent)
         watch: Callable[[ImportItem], None] = seen.append
         importer.run(counts.append, watch)

@@ -15,6 +15,7 @@ from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.files.removal import Originals, Proven
 from ckptvcs.gc.retention import Policy
 from ckptvcs.ops.checkout import hash_file
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from tests.helpers.checkpoints import trainer_directory
@@ -40,7 +41,7 @@ def test_near_is_removed_where_it_is_accepted(near: Repo, folder: Path) -> None:
     importer = run(near, folder)
     assert set(remove(importer, accept_near=True).values()) == {None}
     assert names(folder) == []
-    assert near.repository.refs.targets("pins") == set()
+    assert handle(near).refs.targets("pins") == set()
     assert not near.verify().damage
 
 
@@ -48,7 +49,7 @@ def test_lossless_lets_all_be_removed(near: Repo, folder: Path) -> None:
     importer = run(near, folder, codec="lossless")
     assert set(remove(importer).values()) == {None}
     assert names(folder) == []
-    assert near.repository.refs.targets("pins") == set()  # nothing of it could fade
+    assert handle(near).refs.targets("pins") == set()  # nothing of it could fade
 
 
 @pytest.mark.parametrize("way", ["written", "longer", "replaced", "gone", "link", "directory"])
@@ -86,7 +87,7 @@ def test_what_another_process_lets_go_keeps_its_original(
     if how == "delete the branch":
         other.commit({"w": torch.ones(3)})
         importer = run(repo, folder, branch="side")
-        set_ref(other.repository, "heads", "side", None, "delete")
+        set_ref(handle(other), "heads", "side", None, "delete")
     else:
         importer = run(repo, folder)
         _ = [other.undo() for _ in range(2)] if how == "undo" else [other.gc(Policy(last=2))]
@@ -104,7 +105,7 @@ def test_what_another_process_lets_go_keeps_its_original(
 def test_a_tag_is_enough(repo: Repo, folder: Path) -> None:
     importer = run(repo, folder)
     other = Repo.open(repo.folder)
-    set_ref(other.repository, "tags", "v1", other.resolve("HEAD"), "tag")
+    set_ref(handle(other), "tags", "v1", other.resolve("HEAD"), "tag")
     _ = [other.undo() for _ in range(3)]
     assert set(remove(importer).values()) == {None}
     other.gc()
@@ -123,7 +124,7 @@ def test_pins_that_do_not_keep_what_is_exact(
     newest = "step-1100.pt"
     assert (folder / newest).exists() == stays
     assert ("pin-fidelity" in (kept[newest] or "")) == stays
-    assert bool(near.repository.refs.targets("pins")) != stays
+    assert bool(handle(near).refs.targets("pins")) != stays
 
 
 def test_a_pin_that_is_taken_away_meanwhile(
@@ -266,7 +267,7 @@ def test_a_refused_removal_leaves_no_pin(near: Repo, folder: Path) -> None:
     path = folder / "step-1100.pt"
     path.write_bytes(path.read_bytes()[::-1])
     remove(importer)
-    assert near.repository.refs.targets("pins") == {near.resolve(1000)}
+    assert handle(near).refs.targets("pins") == {near.resolve(1000)}
     assert path.exists()
 
 

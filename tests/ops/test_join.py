@@ -15,6 +15,7 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.encode.shards import Shard
 from ckptvcs.errors import BusyError, ConflictError, InvalidInputError
 from ckptvcs.history.log import LogEntry
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store import leases
@@ -62,7 +63,7 @@ class World:
         self.others = [Repository(root / ".ckpt") for _ in range(count)]
 
     def begin(self, step: int | None) -> DistributedCommit:
-        return DistributedCommit(self.repo.repository, "joined", step=step)
+        return DistributedCommit(handle(self.repo), "joined", step=step)
 
     def code(self, commit: DistributedCommit, states: list[State]) -> dict[str, Shard]:
         plan = commit.begin()
@@ -94,10 +95,10 @@ def world(tmp_path: Path) -> World:
 
 def depths(repo: Repo, entry: LogEntry) -> dict[str, int]:
     """How many frames each weight stands on."""
-    schema = repo.repository.catalog.schema(entry.commit.schema)
+    schema = handle(repo).catalog.schema(entry.commit.schema)
     values = entry.commit.parts["model"].values
     return {
-        schema.tensors[number].name: repo.repository.catalog.frame(values, position)[1].depth
+        schema.tensors[number].name: handle(repo).catalog.frame(values, position)[1].depth
         for position, number in enumerate(schema.stored("model"))
     }
 

@@ -12,6 +12,7 @@ import pytest
 
 from ckptvcs.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.gc.retention import Policy
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.repo import Repo
 from tests.helpers.crashing import SCENARIOS, Scenario, Snapshot, refs
@@ -24,9 +25,9 @@ def _build(root: Path) -> None:
     repo.commit_path(root / "step-5.pt", message="side", branch="side", codec="lossless")
     repo.pin(repo.resolve(3), pinned=True)
     for step in (2, 4):
-        set_ref(repo.repository, "tags", "moved", repo.resolve(step), "tag")
-    move_head(repo.repository, repo.resolve(1), None)
-    move_head(repo.repository, repo.resolve(4), "main")
+        set_ref(handle(repo), "tags", "moved", repo.resolve(step), "tag")
+    move_head(handle(repo), repo.resolve(1), None)
+    move_head(handle(repo), repo.resolve(4), "main")
     repo.configure("keep-exact", "3")
 
 
@@ -99,19 +100,19 @@ def newest_pin(root: Path) -> str:
 def test_the_newest_generation_is_missed_and_comes_back(kind: str, ref: str, root: Path) -> None:
     whole, log = Snapshot.of(root), len(Repo.open(root / "repo").log(all_branches=True))
     ref = newest_pin(root) if ref == "pins" else ref
-    before = Repo.open(root / "repo").repository.refs.reflog(ref)
+    before = handle(Repo.open(root / "repo")).refs.reflog(ref)
     DAMAGE[kind](generations(root, ref)[-1])
     repo = Repo.open(root / "repo")
     assert [one.name for one in repo.verify().damage] == [ref]
     with pytest.raises(CorruptionError):
-        repo.repository.refs.read(ref)
+        handle(repo).refs.read(ref)
     with pytest.raises(CorruptionError):
         repo.gc()
     done = repo.repair()
     assert (done.refs, done.told) == ([ref], {})
     assert not damage(root)
     again = Repo.open(root / "repo")
-    assert again.repository.refs.reflog(ref) == before
+    assert handle(again).refs.reflog(ref) == before
     assert Snapshot.of(root) == whole
     assert len(again.log(all_branches=True)) == log
 
@@ -136,7 +137,7 @@ def test_a_ref_that_is_gone_whole(ref: str, root: Path) -> None:
 @pytest.mark.parametrize("ref", [*REFS, "pins"])
 def test_refs_come_from_a_copy(ref: str, template: Path, root: Path) -> None:
     ref = newest_pin(root) if ref == "pins" else ref
-    before = Repo.open(template / "repo").repository.refs.reflog(ref)
+    before = handle(Repo.open(template / "repo")).refs.reflog(ref)
     for what in ("newest", "oldest", "whole", "truncated"):
         here = root.parent / what
         shutil.copytree(template, here)
@@ -150,7 +151,7 @@ def test_refs_come_from_a_copy(ref: str, template: Path, root: Path) -> None:
             _flip(files[-1 if what == "newest" else 0])
         Repo.open(here / "repo").repair(template / "repo")
         assert not damage(here), what
-        assert Repo.open(here / "repo").repository.refs.reflog(ref) == before, what
+        assert handle(Repo.open(here / "repo")).refs.reflog(ref) == before, what
         assert refs(Repo.open(here / "repo")) == refs(Repo.open(template / "repo"))
 
 
@@ -159,7 +160,7 @@ def test_what_a_copy_went_on_to_do_stays_there(template: Path, root: Path) -> No
     shutil.copytree(template, other)
     theirs = Repo.open(other / "repo")
     theirs.commit_path(other / "step-5.pt", message="theirs")
-    set_ref(theirs.repository, "tags", "first", theirs.resolve(2), "tag")
+    set_ref(handle(theirs), "tags", "first", theirs.resolve(2), "tag")
     before = refs(Repo.open(root / "repo"))
     without_cache(root)
     assert not Repo.open(root / "repo").repair(other / "repo").refs
@@ -175,7 +176,7 @@ def test_what_a_copy_went_on_to_do_stays_there(template: Path, root: Path) -> No
 def test_a_copy_of_another_history_is_not_asked(root: Path) -> None:
     other = Repo.init(root / "other")
     other.commit_path(root / "step-1.pt", message="")
-    set_ref(other.repository, "tags", "new", other.resolve(1), "tag")
+    set_ref(handle(other), "tags", "new", other.resolve(1), "tag")
     without_cache(root)
     shutil.rmtree(root / "repo" / ".ckpt" / "refs" / "tags" / "first")
     assert not Repo.open(root / "repo").repair(root / "other").refs
@@ -237,7 +238,7 @@ def test_a_pin_stays_and_a_tag_is_not_guessed(root: Path) -> None:
     again = Repo.open(root / "repo")
     assert done.told == {"tags/first": None, "tags/moved": again.resolve(2)}
     assert not damage(root)
-    assert again.repository.refs.targets("pins") == {name}
+    assert handle(again).refs.targets("pins") == {name}
 
 
 def test_a_branch_whose_newest_generation_no_one_remembers(root: Path) -> None:
@@ -249,7 +250,7 @@ def test_a_branch_whose_newest_generation_no_one_remembers(root: Path) -> None:
     assert (report.damage, report.loose) == ([], [name])
     assert Repo.open(root / "repo").plan_gc().loose == (name,)
     repo = Repo.open(root / "repo")
-    set_ref(repo.repository, "heads", "found", name, "branch")
+    set_ref(handle(repo), "heads", "found", name, "branch")
     assert not repo.verify().loose
 
 
@@ -318,14 +319,14 @@ def test_settings_that_cannot_be_read(kind: str, template: Path, root: Path) -> 
         assert repo.repair(source, drop=drop).files == ["config.toml"]
         assert not damage(here)
         kept = source is not None or "line" in kind or "key" in kind
-        assert repo.repository.config.keep_exact == (3 if kept else 2)
+        assert handle(repo).config.keep_exact == (3 if kept else 2)
 
 
 def test_lost_settings_are_set_anew(root: Path) -> None:
     (root / "repo" / ".ckpt" / "config.toml").unlink()
     repo = Repo.open(root / "repo")
     repo.configure("keep-exact", "5")
-    assert repo.repository.config.keep_exact == 5
+    assert handle(repo).config.keep_exact == 5
     assert not damage(root)
 
 
@@ -350,7 +351,7 @@ def test_no_file_where_a_pack_was(kind: str, template: Path, root: Path) -> None
         for name in whole.near:
             repo = Repo.open(here / "repo")
             with contextlib.suppress(CorruptionError):
-                repo.repository.restorer(name).digest(repo.repository.catalog.commit(name).files[0])
+                handle(repo).restorer(name).digest(handle(repo).catalog.commit(name).files[0])
         Repo.open(here / "repo").repair(template / "repo")
         assert not damage(here)
         assert Snapshot.of(here) == whole
@@ -404,7 +405,7 @@ def test_a_rotten_base_is_cleared_away(root: Path) -> None:
 def test_a_lost_commit_is_named(root: Path) -> None:
     repo = Repo.open(root / "repo")
     name = repo.resolve(2)
-    (place,) = repo.repository.catalog.store.places(name)
+    (place,) = handle(repo).catalog.store.places(name)
     (repo.folder / place.folder / place.pack[:2] / f"{place.pack}.pack").unlink()
     without_cache(root)
     again = Repo.open(root / "repo")
@@ -422,9 +423,9 @@ def test_only_what_is_stored_is_overwritten(root: Path) -> None:
     entry = repo.entry(repo.resolve("side"))
     assert entry.exact
     for table in [part.values for part in entry.commit.parts.values()]:
-        for _, recipe in repo.repository.catalog.recipes(table):
+        for _, recipe in handle(repo).catalog.recipes(table):
             for bundle in recipe.bundles:
-                for place in repo.repository.catalog.store.places(bundle):
+                for place in handle(repo).catalog.store.places(bundle):
                     _flip(repo.folder / place.folder / place.pack[:2] / f"{place.pack}.pack")
     with pytest.raises(ConflictError):
         repo.checkout_files(repo.resolve(4), where)
@@ -569,7 +570,7 @@ def test_nothing_is_made_up_of_what_only_a_copy_has(template: Path, root: Path) 
     other = root.parent / "other"
     shutil.copytree(template, other)
     theirs = Repo.open(other / "repo")
-    set_ref(theirs.repository, "heads", "own", theirs.resolve(1), "branch")
+    set_ref(handle(theirs), "heads", "own", theirs.resolve(1), "branch")
     theirs.commit_path(other / "step-5.pt", message="theirs", branch="own")
     at = theirs.resolve("own")
     done = Repo.open(root / "repo").repair(other / "repo")
@@ -579,7 +580,7 @@ def test_nothing_is_made_up_of_what_only_a_copy_has(template: Path, root: Path) 
 
 def test_each_branch_gets_its_own_commits(root: Path) -> None:
     repo = Repo.open(root / "repo")
-    set_ref(repo.repository, "heads", "low", repo.resolve(2), "branch")
+    set_ref(handle(repo), "heads", "low", repo.resolve(2), "branch")
     mine = {
         "heads/low": repo.commit_path(root / "step-4.pt", message="low", branch="low").id,
         "heads/main": repo.commit_path(root / "step-5.pt", message="main").id,
@@ -630,15 +631,15 @@ def test_files_where_folders_were(name: str, template: Path, root: Path) -> None
 
 def test_a_patch_whose_frames_are_lost_is_let_go_once(root: Path) -> None:
     store = root / "repo" / ".ckpt"
-    for patch in Repo.open(root / "repo").repository.fader().patches():
+    for patch in handle(Repo.open(root / "repo")).fader().patches():
         here = root.parent / patch.pack[:8]
         shutil.copytree(root, here)
         (here / "repo" / ".ckpt" / patch.folder / patch.pack[:2] / f"{patch.pack}.pack").unlink()
         Repo.open(here / "repo").repair(drop=True)
         assert not damage(here)
-        packs = len(Repo.open(here / "repo").repository.catalog.store.list_packs())
+        packs = len(handle(Repo.open(here / "repo")).catalog.store.list_packs())
         Repo.open(here / "repo").repair(drop=True)
-        assert len(Repo.open(here / "repo").repository.catalog.store.list_packs()) == packs
+        assert len(handle(Repo.open(here / "repo")).catalog.store.list_packs()) == packs
         Repo.open(here / "repo").gc()
         assert not damage(here)
     assert store.exists()
@@ -655,7 +656,7 @@ def test_an_empty_folder_in_the_place_of_a_generation(root: Path) -> None:
 
 def test_a_patch_in_a_pack_that_grew_is_saved(root: Path) -> None:
     whole = Snapshot.of(root)
-    for patch in Repo.open(root / "repo").repository.fader().patches():
+    for patch in handle(Repo.open(root / "repo")).fader().patches():
         pack = root / "repo" / ".ckpt" / patch.folder / patch.pack[:2] / f"{patch.pack}.pack"
         pack.write_bytes(pack.read_bytes() + b"more")
     without_cache(root)

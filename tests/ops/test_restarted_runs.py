@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ckptvcs import Repo
 from ckptvcs.checkpoint.grouping import family
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head
 from ckptvcs.ops.series import Lines
 from ckptvcs.ops.watch import Watcher, WatchEvent
@@ -43,7 +44,7 @@ def save(run: Path, name: str, step: int | None = None) -> None:
 
 def look(repo: Repo, run: Path, keep: int | None = None, **options: object) -> list[WatchEvent]:
     watcher = Watcher(
-        repo.repository,
+        handle(repo),
         run,
         settle=0,
         keep_local=keep,
@@ -80,7 +81,7 @@ def test_a_checkout_does_not_make_an_old_run_new(near: Repo, run: Path) -> None:
     for step in (500, 600, 100, 200):
         save(run, f"step-{step}.pt")
         look(near, run)
-    move_head(near.repository, near.resolve("main"), "main")
+    move_head(handle(near), near.resolve("main"), "main")
     look(near, run, 2)
     assert names(run) == {"step-100.pt", "step-200.pt"}
     save(run, "step-300.pt")  # goes where HEAD is, and does not fit there
@@ -89,7 +90,7 @@ def test_a_checkout_does_not_make_an_old_run_new(near: Repo, run: Path) -> None:
 
 
 def test_a_name_that_is_written_anew_is_new(near: Repo, run: Path) -> None:
-    watcher = Watcher(near.repository, run, settle=0, keep_local=2, accept_near=True)
+    watcher = Watcher(handle(near), run, settle=0, keep_local=2, accept_near=True)
     for step in (100, 200, 300, 100, 200):
         save(run, f"step-{step}.pt")
         for _ in range(2):
@@ -135,7 +136,7 @@ def test_other_series_do_not_move_head(near: Repo, run: Path) -> None:
     assert head is not None
     assert head.branch == "main"
     found = {}
-    for branch in near.repository.refs.names("heads"):
+    for branch in handle(near).refs.names("heads"):
         line = near.log(revision=branch)
         assert [entry.step for entry in line] == [300, 200, 100]
         (found[branch],) = {family(entry.message) for entry in line}
@@ -161,7 +162,7 @@ def test_the_last_ones_stay_whatever_their_steps(
 
 
 def test_shards_that_come_one_after_another_are_waited_for(near: Repo, run: Path) -> None:
-    watcher = Watcher(near.repository, run, settle=0.3)
+    watcher = Watcher(handle(near), run, settle=0.3)
     for rank in range(4):
         save(run, f"step9-rank{rank}.pt")
         assert not list(watcher.look())
@@ -183,9 +184,9 @@ def test_shards_that_come_one_after_another_are_waited_for(near: Repo, run: Path
 
 def test_commits_by_age(near: Repo) -> None:
     made = [near.commit({"w": torch.full((900,), float(n))}, step=n).id for n in (5, 6, 1, 2)]
-    assert Lines(near.repository, None).by_age(reversed(made)) == made
-    assert Lines(near.repository, "main").by_age(made) == [made[2], made[3], made[0], made[1]]
-    assert Lines(near.repository, None).by_age([]) == []
+    assert Lines(handle(near), None).by_age(reversed(made)) == made
+    assert Lines(handle(near), "main").by_age(made) == [made[2], made[3], made[0], made[1]]
+    assert Lines(handle(near), None).by_age([]) == []
 
 
 def test_the_callback_keeps_what_the_present_run_writes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ckptvcs import Repo
+from ckptvcs.ops.history_reader import handle
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.any_backend
@@ -62,9 +63,7 @@ def test_another_file_of_a_step(
     if shares:
         assert made[2].commit.data_bytes == made[2].commit.patch_bytes == 0
         assert made[2].commit.error == made[1].commit.error
-        assert repo.repository.history.errors(made[2].id) == repo.repository.history.errors(
-            made[1].id
-        )
+        assert handle(repo).history.errors(made[2].id) == handle(repo).history.errors(made[1].id)
     for one, path in zip(made[2:], paths[2:], strict=True):
         repo.checkout_files(one.id, tmp_path / "again.pt", force=True)
         assert (tmp_path / "again.pt").read_bytes() == path.read_bytes()

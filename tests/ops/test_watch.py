@@ -23,6 +23,7 @@ from ckptvcs.checkpoint import survey
 from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.cli.app import app
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.watch import Watcher, WatchEvent
 from ckptvcs.store.leases import exclusive, patience
 from tests.helpers.command_line import environment
@@ -48,7 +49,7 @@ def save(run: Path, *steps: int) -> None:
 
 
 def watcher(repo: Repo, run: Path, **options: object) -> Watcher:
-    return Watcher(repo.repository, run, settle=0, **options)  # type: ignore[arg-type]
+    return Watcher(handle(repo), run, settle=0, **options)  # type: ignore[arg-type]
 
 
 def looks(watcher: Watcher, times: int = 2) -> list[WatchEvent]:
@@ -88,7 +89,7 @@ def test_what_is_written_anew_under_its_name(near: Repo, run: Path) -> None:
 
 
 def test_what_changes_still_waits(near: Repo, run: Path) -> None:
-    watch = Watcher(near.repository, run, settle=0.2)
+    watch = Watcher(handle(near), run, settle=0.2)
     save(run, 1)
     assert not looks(watch)
     assert watch.waiting
@@ -130,7 +131,7 @@ def test_what_is_not_complete_waits(near: Repo, run: Path) -> None:
 def test_gc_is_waited_for(near: Repo, run: Path) -> None:
     save(run, 1)
     watch = watcher(near, run)
-    with exclusive(near.repository.catalog.store.backend), patience(0):
+    with exclusive(handle(near).catalog.store.backend), patience(0):
         events = looks(watch)
         assert [type(event.problem) for event in events] == [BusyError]
         assert watch.waiting
@@ -146,7 +147,7 @@ def test_a_run_that_goes_back_starts_a_branch(near: Repo, run: Path) -> None:
     torch.save(other, run / "step-2.pt")
     (event,) = looks(watch)
     assert event.notes
-    assert set(near.repository.refs.names("heads")) == {"main", "main-2"}
+    assert set(handle(near).refs.names("heads")) == {"main", "main-2"}
     save(run, 3)
     (event,) = looks(watch)
     assert near.entry(near.resolve("main-2@3")).id == event.id
@@ -170,7 +171,7 @@ def test_originals_that_are_near_stay_unless_that_is_accepted(near: Repo, run: P
     assert said["step-1.pt"] is not None
     assert "near" in said["step-1.pt"]
     assert said["step-3.pt"] is None  # exact, and pinned
-    assert near.repository.refs.targets("pins") == {near.resolve(3)}
+    assert handle(near).refs.targets("pins") == {near.resolve(3)}
     assert names(run) == ["step-1.pt", "step-2.pt", "step-4.pt"]
     looks(watcher(near, run, keep_local=2, accept_near=True))
     assert names(run) == ["step-2.pt", "step-4.pt"]
@@ -178,7 +179,7 @@ def test_originals_that_are_near_stay_unless_that_is_accepted(near: Repo, run: P
 
 def test_what_was_changed_behind_its_commit_stays(near: Repo, run: Path) -> None:
     save(run, 1, 2)
-    watch = Watcher(near.repository, run, settle=0, keep_local=2)
+    watch = Watcher(handle(near), run, settle=0, keep_local=2)
     looks(watch)
     status = (run / "step-1.pt").stat()
     data = bytearray((run / "step-1.pt").read_bytes())

@@ -14,6 +14,7 @@ from ckptvcs.errors import StorageError
 from ckptvcs.files.removal import Originals, Proven, Removed
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.reachability import mark
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.import_folder import Importer
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
@@ -81,11 +82,11 @@ def packs_of(repo: Repo, revision: int) -> set[str]:
     """The packs that a commit stands on."""
     name = repo.resolve(revision)
     marked = mark(
-        repo.repository.catalog,
-        {name: repo.repository.catalog.commit(name)},
-        repo.repository.catalog.dropped(),
+        handle(repo).catalog,
+        {name: handle(repo).catalog.commit(name)},
+        handle(repo).catalog.dropped(),
     )
-    store = repo.repository.catalog.store
+    store = handle(repo).catalog.store
     return {
         pack_name(place.folder, place.pack)
         for name in marked.objects
@@ -163,7 +164,7 @@ def test_a_commit_stands_on_packs_of_one_that_was_killed(
     cut(root, "meta/??", _COMMIT)
     left = {p for p in (root / ".ckpt").glob("meta/??/*.pack") if p.stat().st_nlink == 2}
     repo = Repo.open(root)
-    repo.repository.catalog.store.refresh()
+    handle(repo).catalog.store.refresh()
     synced = Synced(root / ".ckpt", monkeypatch)
     repo.commit_path(root / "step-3.pt", message="")
     done = synced.taken()
@@ -176,15 +177,15 @@ def test_a_commit_stands_on_packs_of_one_that_was_killed(
 def test_a_tag_on_a_commit_that_no_ref_led_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut(root, "meta/??", _COMMIT)
     repo = Repo.open(root)
-    repo.repository.catalog.store.refresh()
-    (loose,) = repo.repository.revisions.unreachable(
-        set(repo.repository.catalog.store.ids(Kind.COMMIT)) - repo.repository.revisions.ids()
+    handle(repo).catalog.store.refresh()
+    (loose,) = handle(repo).revisions.unreachable(
+        set(handle(repo).catalog.store.ids(Kind.COMMIT)) - handle(repo).revisions.ids()
     )
     synced = Synced(root / ".ckpt", monkeypatch)
-    set_ref(repo.repository, "tags", "found", loose, "tag")
+    set_ref(handle(repo), "tags", "found", loose, "tag")
     done = synced.taken()
     packs = {
-        pack_name(place.folder, place.pack) for place in repo.repository.catalog.store.places(loose)
+        pack_name(place.folder, place.pack) for place in handle(repo).catalog.store.places(loose)
     }
     for pack in packs:
         assert pack in done
@@ -213,7 +214,7 @@ def test_a_calm_commit_syncs_what_it_writes_and_no_more(
 
 
 def _delete_originals(repo: Repo, folder: Path) -> Importer:
-    importer = Importer(repo.repository, folder)
+    importer = Importer(handle(repo), folder)
     importer.look(lambda _: None)
     importer.run(lambda _: None, lambda _: None)
     importer.remove(accept_near=False, progress=lambda _: None, watch=lambda _: None)
@@ -290,9 +291,9 @@ def test_an_original_stays_where_nothing_can_be_synced(
     with monkeypatch.context() as patch:
         patch.setattr(disk, "settle", refuse)
         with pytest.raises(StorageError):
-            repo.repository.catalog.store.backend.settle(["format"])
+            handle(repo).catalog.store.backend.settle(["format"])
         patch.setattr(disk, "sync_folder", disk.sync_folder)
-    importer = Importer(repo.repository, root / "found")
+    importer = Importer(handle(repo), root / "found")
     importer.look(lambda _: None)
     importer.run(lambda _: None, lambda _: None)
     monkeypatch.setattr(disk, "settle", refuse)
@@ -366,7 +367,7 @@ def test_without_links_every_file_of_others_is_doubtful(
 
     monkeypatch.setattr(os, "link", link)
     repo = Repo.open(root)
-    backend = repo.repository.backend
+    backend = handle(repo).backend
     write_once(backend, "refs/tags/x/1", b"x")
     (name, *_) = sorted(packs_of(Repo.open(root), 2))
     synced = Synced(root / ".ckpt", monkeypatch)

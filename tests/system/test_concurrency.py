@@ -16,6 +16,7 @@ from ckptvcs.gc.retention import Policy
 from ckptvcs.history.format_file import raise_flags
 from ckptvcs.history.refs import Move, Refs
 from ckptvcs.ops import commit, describe
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
 from tests.helpers import stress
@@ -34,10 +35,10 @@ def test_writers_readers_and_a_collector(seconds: float, tmp_path: Path) -> None
     assert done.sweeps
     repo = Repo.open(root)
     assert {entry.id for entry in repo.log(all_branches=True)} == done.commits
-    for name in repo.repository.revisions.visible():
+    for name in handle(repo).revisions.visible():
         found, true = (
             repo.checkout(f"id:{name}")["model"],
-            repo.repository.catalog.commit(name).message,
+            handle(repo).catalog.commit(name).message,
         )
         assert all(torch.equal(found[k], w) for k, w in stress.content(true).items())
     repo.gc()
@@ -196,7 +197,7 @@ def test_a_patch_that_fades_while_another_comes_to_share_it(
 
     monkeypatch.setattr(where, when, others)
     made = repo.commit_path(tmp_path / "run.pt", message="", step=2, branch="side")
-    delete(Repo.open(tmp_path).repository.fader(), late)
+    delete(handle(Repo.open(tmp_path)).fader(), late)
     for name in ("main@4", "main@3", made.id):
         step = 2 if name == made.id else int(name[-1])
         assert repo.entry(repo.resolve(name)).exact
@@ -275,7 +276,7 @@ def test_verify_while_others_commit_and_collect(at: int, tmp_path: Path) -> None
 def test_two_flags_raised_at_once(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     threads = [
-        threading.Thread(target=raise_flags, args=(repo.repository.backend, "gc", flag))
+        threading.Thread(target=raise_flags, args=(handle(repo).backend, "gc", flag))
         for flag in ("pins", "drops")
         for _ in range(4)
     ]

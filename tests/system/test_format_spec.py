@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ckptvcs.gc.retention import Policy
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.helpers.checkpoints import every_dtype, trainer_directory, views
 from tests.helpers.training import save_run, train
@@ -38,11 +39,11 @@ def test_a_reader_of_the_specification_decodes_chains(
 def test_what_gc_leaves(tmp_path: Path) -> None:
     repo, paths = Repo.init(tmp_path / "near"), save_run(tmp_path, train(8))
     names = [repo.commit_path(path, message="x").id for path in paths]
-    tables = [repo.repository.catalog.commit(name).parts["model"].values for name in names[:6]]
+    tables = [handle(repo).catalog.commit(name).parts["model"].values for name in names[:6]]
     for _ in range(2):  # the second one merges what the first one left
         repo.gc(Policy(last=2))
     repo = Repo.open(tmp_path / "near")
-    assert not any(map(repo.repository.catalog.store.contains, tables))
+    assert not any(map(handle(repo).catalog.store.contains, tables))
     assert [entry.step for entry, _ in repo.trajectory()] == [7, 8]
     spec = SpecRepository(repo.folder)
     for name, path in zip(names[6:], paths[6:], strict=True):

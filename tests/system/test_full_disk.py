@@ -19,6 +19,7 @@ import pytest
 from ckptvcs.errors import StorageError
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from tests.helpers.crashing import SCENARIOS, Expected, expected, save
@@ -124,7 +125,7 @@ def test_commit_into_what_is_left(room: int, small: Path, tmp_path: Path) -> Non
 
 
 def _digest(repo: Repo, entry: LogEntry) -> str:
-    return repo.repository.restorer(entry.id, near=True).digest(entry.commit.files[0])
+    return handle(repo).restorer(entry.id, near=True).digest(entry.commit.files[0])
 
 
 def _commit(folder: Path, path: Path) -> str | None:
@@ -184,12 +185,12 @@ def test_a_read_only_file_system(small: Path, tmp_path: Path) -> None:
     assert repo.verify().damage == []
     assert repo.checkout_files(repo.resolve(5), tmp_path / "back").exact
     assert repo.plan_gc(Policy(last=1)).drops
-    repo.repository.catalog.store.rebuild()
+    handle(repo).catalog.store.rebuild()
     assert sum(event.action == "commit" for event in repo.reflog()) == 5
     for act in (
         lambda: repo.commit_path(tmp_path / "files" / "step-6.pt", message=""),
         lambda: repo.gc(Policy(last=1)),
-        lambda: set_ref(repo.repository, "tags", "x", repo.resolve(1), "tag"),
+        lambda: set_ref(handle(repo), "tags", "x", repo.resolve(1), "tag"),
         lambda: repo.pin(repo.resolve(1), pinned=True),
         lambda: repo.configure("keep-exact", "1"),
         repo.undo,

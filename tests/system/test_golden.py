@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from tests.spec_reader import SpecRepository
@@ -33,8 +34,7 @@ def test_old_bytes_decode_to_the_same_bits(name: str, tmp_path: Path) -> None:
         data = (tmp_path / "out.pt").read_bytes()
         assert blake3(data).hexdigest() == digest
         assert (
-            spec.file(commit, repo.repository.catalog.commit(ObjectId(commit)).files[0].path)
-            == data
+            spec.file(commit, handle(repo).catalog.commit(ObjectId(commit)).files[0].path) == data
         )
     assert not repo.verify().damage
     assert repo.resolve("first") in expected

@@ -27,6 +27,7 @@ from ckptvcs.history.recipe import (
 )
 from ckptvcs.history.schema import Schema, TensorInfo, View
 from ckptvcs.ops.checkout import save_part
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind, ObjectId
 from tests.helpers.forging import Forger
@@ -204,12 +205,12 @@ def everything(repo: Repo, folder: Path) -> None:
         repo.reflog,
         repo.plan_gc,
         lambda: repo.checkout_files(head, folder / "out" / "x", force=True),
-        lambda: save_part(repo.repository, head, "model", folder / "out" / "y.pt"),
+        lambda: save_part(handle(repo), head, "model", folder / "out" / "y.pt"),
         lambda: repo.checkout("HEAD"),
         lambda: repo.tensor("w"),
         lambda: repo.diff(head, head),
         lambda: list(repo.trajectory()),
-        lambda: repo.repository.history.graph(),
+        lambda: handle(repo).history.graph(),
         lambda: repo.commit_path(folder / "model.dat", message="on top", step=1 << 61),
         repo.undo,
     ):

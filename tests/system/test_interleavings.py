@@ -25,6 +25,7 @@ from ckptvcs.gc import collect
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.refs import Refs
 from ckptvcs.ops import commit, gc, originals, repository
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.originals import Keeper
 from ckptvcs.repo import Repo
 from ckptvcs.store import leases
@@ -74,7 +75,7 @@ def _build(folder: Path) -> None:
 
 
 def _delete(root: Path, name: ObjectId) -> Callable[[], object]:
-    keeper = Keeper(Repo.open(root).repository, None)
+    keeper = Keeper(handle(Repo.open(root)), None)
 
     def run() -> None:
         with keeper.at_work(), Originals(root / "in") as originals:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from tests.helpers.crashing import save
@@ -68,7 +69,7 @@ def build(root: Path) -> None:
     repo.configure("keyframe-depth", "4")
     for step in (1, 2, 3):
         repo.commit_path(root / f"step-{step}.pt", message="", metrics={"loss": 1 / step})
-    set_ref(repo.repository, "tags", "first", repo.resolve(1), "tag")
+    set_ref(handle(repo), "tags", "first", repo.resolve(1), "tag")
     save(root / "found", range(4, 6))
 
 

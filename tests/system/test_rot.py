@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head
 from ckptvcs.ops.verify import Damage
 from ckptvcs.repo import Repo
@@ -107,12 +108,12 @@ def readable(root: Path, whole: Snapshot) -> set[ObjectId]:
     for name, digest in whole.near.items():
         try:
             repo = Repo.open(root / "repo")
-            (file,) = repo.repository.catalog.commit(name).files
-            assert repo.repository.restorer(name, near=True).digest(file) == digest
+            (file,) = handle(repo).catalog.commit(name).files
+            assert handle(repo).restorer(name, near=True).digest(file) == digest
             if name in whole.exact:
                 if not repo.entry(name).exact:
                     continue  # only the near form is left: verify says so
-                assert repo.repository.restorer(name).digest(file) == whole.exact[name]
+                assert handle(repo).restorer(name).digest(file) == whole.exact[name]
             found.add(name)
         except CorruptionError:
             pass
@@ -185,14 +186,14 @@ def test_what_is_in_the_cache_is_never_built_upon(kind: str, template: Path, pla
             root = damaged(template, place, name, ROTS[kind], number) or root
         assert readable(root, whole) == set(whole.near), f"{name} was {kind}"
         repo = Repo.open(root / "repo")
-        move_head(repo.repository, repo.resolve("main"), "main")
+        move_head(handle(repo), repo.resolve("main"), "main")
         save(root, range(5, 7))
         made = repo.commit_path(root / "step-6.pt", message="after")
         shutil.rmtree(root / "repo" / ".ckpt" / "cache")
         again = Repo.open(root / "repo")
         assert not again.verify().damage
         assert (
-            again.repository.restorer(made.id).digest(made.commit.files[0])
+            handle(again).restorer(made.id).digest(made.commit.files[0])
             == made.commit.files[0].hash
         )
 
@@ -241,7 +242,7 @@ def test_repaired_from_a_copy(kind: str, template: Path, place: Path) -> None:
 
 def test_records_come_from_a_copy(template: Path, place: Path) -> None:
     """Nothing refers to what says that a patch faded, and all the rest of its pack can be saved."""
-    store, found = Repo.open(template / "repo").repository.catalog.store, 0
+    store, found = handle(Repo.open(template / "repo")).catalog.store, 0
     for pack, folder in store.list_packs().items():
         for entry in store.entries(pack, folder):
             if entry.kind != Kind.RECORD:
@@ -289,10 +290,10 @@ def test_a_commit_without_the_errors_of_its_tensors(template: Path, place: Path)
     shutil.copytree(template, root)
     repo = Repo.open(root / "repo")
     name = repo.resolve(1)
-    errors = repo.repository.catalog.commit(name).errors
+    errors = handle(repo).catalog.commit(name).errors
     assert errors is not None
-    assert repo.repository.catalog.errors(name)
-    (lies,) = repo.repository.catalog.store.places(errors)
+    assert handle(repo).catalog.errors(name)
+    (lies,) = handle(repo).catalog.store.places(errors)
     pack = root / "repo" / ".ckpt" / pack_name(lies.folder, lies.pack)
     data = bytearray(pack.read_bytes())
     data[lies.entry.offset + lies.entry.record_bytes - 1] ^= 1
@@ -302,7 +303,7 @@ def test_a_commit_without_the_errors_of_its_tensors(template: Path, place: Path)
     assert repo.repair(drop=True).dropped == {name: ("errors",)}
     assert not verified(root)
     assert readable(root, whole) == set(whole.near)
-    assert not repo.repository.catalog.errors(name)
+    assert not handle(repo).catalog.errors(name)
 
 
 def test_commits_that_only_the_index_remembers(template: Path, place: Path) -> None:
@@ -312,7 +313,7 @@ def test_commits_that_only_the_index_remembers(template: Path, place: Path) -> N
         assert root is not None
         done = Repo.open(root / "repo").repair()
         assert done.remembered
-        assert set(Repo.open(root / "repo").repository.revisions.visible()) == set(whole.near)
+        assert set(handle(Repo.open(root / "repo")).revisions.visible()) == set(whole.near)
 
 
 @pytest.mark.parametrize("subset", ["30%", "20K", "1000s"])

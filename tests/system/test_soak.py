@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.helpers.command_line import environment
 from tests.helpers.soaking import index_bytes, run_states
@@ -56,9 +57,9 @@ def test_a_long_training(cut_folder: Path) -> None:
             assert 0 < entry.commit.error.weight_rel < 0.1
 
     for _ in range(2):  # what readers had open goes with the next editions
-        repo.repository.catalog.store.index.editions.make_edition()
+        handle(repo).catalog.store.index.editions.make_edition()
     before = index_bytes(repo)
-    repo.repository.catalog.store.rebuild()
+    handle(repo).catalog.store.rebuild()
     anew = index_bytes(repo)
     print(f"index {before}, made anew {anew}")
     assert before <= AS_ANEW * anew + MiB

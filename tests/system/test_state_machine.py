@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.gc.retention import Best, Policy
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.repo import Repo
 from tests.helpers.comparing import same
@@ -53,18 +54,18 @@ class Histories(RuleBasedStateMachine):
         assert not damage
 
     def _visible(self) -> list[str]:
-        hidden = self.repo.repository.catalog.dropped().commits
+        hidden = handle(self.repo).catalog.dropped().commits
         return [e.id for e in self.repo.log(all_branches=True) if e.id not in hidden]
 
     def _check(self, name: Any) -> None:
         """A commit is as it was when it was made: near forms bit for bit, exact ones too."""
         entry = self.repo.entry(name)
         if "dropped" in entry.fidelity.values():
-            found = self.repo.repository.restorer(name, near=True)
-            model = self.repo.repository.catalog.schema(entry.commit.schema).stored("model")
+            found = handle(self.repo).restorer(name, near=True)
+            model = handle(self.repo).catalog.schema(entry.commit.schema).stored("model")
             assert len(list(found.tensors(model))) == len(model)
             return
-        near = PartReader(self.repo.repository.restorer(name, near=True)).state()
+        near = PartReader(handle(self.repo).restorer(name, near=True)).state()
         assert same(near, self.near[name])
         if entry.exact:
             assert same(self.repo.checkout(f"id:{name}"), self.true[name])
@@ -87,7 +88,7 @@ class Histories(RuleBasedStateMachine):
         entry = self.repo.commit(state, step=self.step, metrics={"loss": loss}, codec=codec)
         assert entry.exact
         self.true[entry.id] = state
-        self.near[entry.id] = PartReader(self.repo.repository.restorer(entry.id, near=True)).state()
+        self.near[entry.id] = PartReader(handle(self.repo).restorer(entry.id, near=True)).state()
 
     @precondition(lambda self: self.step > 2)
     @rule(back=st.integers(0, 5))
@@ -96,9 +97,9 @@ class Histories(RuleBasedStateMachine):
             name = self.repo.resolve(f"HEAD~{back}")
         except NotFoundError:
             return
-        move_head(self.repo.repository, name, None)
+        move_head(handle(self.repo), name, None)
         self.reopen()
-        self.step = self.repo.repository.catalog.commit(name).step or 0
+        self.step = handle(self.repo).catalog.commit(name).step or 0
 
     @precondition(lambda self: self.step > 0)
     @rule(back=st.integers(0, 3), pinned=st.booleans())
@@ -112,7 +113,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def tag(self) -> None:
         self.tagged += 1
-        set_ref(self.repo.repository, "tags", f"t{self.tagged}", self.repo.resolve("HEAD"), "tag")
+        set_ref(handle(self.repo), "tags", f"t{self.tagged}", self.repo.resolve("HEAD"), "tag")
 
     @rule(policy=st.sampled_from([Policy(), *POLICIES]), sweep=st.booleans(), rekey=st.booleans())
     def gc(self, policy: Policy, sweep: bool, rekey: bool) -> None:
@@ -122,8 +123,8 @@ class Histories(RuleBasedStateMachine):
         except InvalidInputError:
             return
         assert [row.action for row in plan.decisions] == [row.action for row in done.decisions]
-        head = self.repo.repository.revisions.head()
-        assert head is None or head not in self.repo.repository.catalog.dropped().commits
+        head = handle(self.repo).revisions.head()
+        assert head is None or head not in handle(self.repo).catalog.dropped().commits
 
     @rule()
     def undo(self) -> None:
@@ -131,8 +132,8 @@ class Histories(RuleBasedStateMachine):
             self.repo.undo()
         except (NotFoundError, ConflictError):
             return
-        head = self.repo.repository.revisions.head()
-        self.step = max(self.step, (head and self.repo.repository.catalog.commit(head).step) or 0)
+        head = handle(self.repo).revisions.head()
+        self.step = max(self.step, (head and handle(self.repo).catalog.commit(head).step) or 0)
 
     @rule()
     def reopen(self) -> None:
@@ -147,7 +148,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def the_newest_are_exact(self) -> None:
-        head = self.repo.repository.revisions.head()
+        head = handle(self.repo).revisions.head()
         if head is not None:
             entry = self.repo.entry(head)
             if "dropped" not in entry.fidelity.values():
@@ -156,7 +157,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def depths_are_bounded(self) -> None:
         for name in self._visible():
-            assert self.repo.repository.catalog.commit(name).depth <= 6
+            assert handle(self.repo).catalog.commit(name).depth <= 6
 
     @invariant()
     def the_past_can_be_read(self) -> None:

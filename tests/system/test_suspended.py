@@ -17,15 +17,17 @@ from ckptvcs.repo import Repo
 
 PATIENCE = 60  # seconds, after which a process is one that waits for ever
 
+HANDLE = "from ckptvcs.ops.history_reader import handle"
+
 SUSPENDED = {
     "making an edition": """
 from ckptvcs.store.index import index
 def stop(*args): os.kill(os.getpid(), signal.SIGSTOP)
 index.forget_expected = stop
-repo.repository.catalog.store.index.editions.make_edition()
+handle(repo).catalog.store.index.editions.make_edition()
 """,
     "reading": """
-kept = repo.repository.catalog.store.index.editions.follower.read().base.env.begin()
+kept = handle(repo).catalog.store.index.editions.follower.read().base.env.begin()
 os.kill(os.getpid(), signal.SIGSTOP)
 """,
     "telling of a commit": """
@@ -39,7 +41,7 @@ repo.commit({"w": numpy.full(1000, 7, "f4")}, step=7)
 
 @contextmanager
 def suspended(folder: Path, work: str) -> Iterator[None]:
-    code = f"import os, signal, numpy, ckptvcs\nrepo = ckptvcs.Repo.open({str(folder)!r})\n{work}"
+    code = f"import os, signal, numpy, ckptvcs\n{HANDLE}\nrepo = ckptvcs.Repo.open({str(folder)!r})\n{work}"
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:
         found = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)

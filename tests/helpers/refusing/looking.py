@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.decode.commit_reader import Restorer
+from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 
 _SCRATCH = ("tmp", "leases", "marks")
@@ -15,16 +16,16 @@ def commits(root: str) -> dict[str, Any]:
     """The commits by their ids, with what each gives, the refs, and what is damaged."""
     repo = Repo.open(Path(root) / "repo")
     found = {}
-    for name, commit in repo.repository.revisions.visible().items():
+    for name, commit in handle(repo).revisions.visible().items():
         exact = repo.entry(name).exact
         found[name] = {
             "step": commit.step,
             "message": commit.message,
-            "near": _digest(repo.repository.restorer(name, near=True)),
-            "exact": _digest(repo.repository.restorer(name)) if exact else None,
+            "near": _digest(handle(repo).restorer(name, near=True)),
+            "exact": _digest(handle(repo).restorer(name)) if exact else None,
         }
     damage = [one.message for one in repo.verify().damage]
-    return {"commits": found, "refs": dict(repo.repository.revisions.tips()), "damage": damage}
+    return {"commits": found, "refs": dict(handle(repo).revisions.tips()), "damage": damage}
 
 
 def _digest(restorer: Restorer) -> str:
