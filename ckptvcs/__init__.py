@@ -23,7 +23,7 @@ from ckptvcs.errors import (
 from ckptvcs.text import tame_log
 
 if TYPE_CHECKING:
-    from ckptvcs.checkpoint.survey import Found, LeftOut
+    from ckptvcs.checkpoint.survey import Found, Skipped
     from ckptvcs.files.removal import Removed
     from ckptvcs.gc.collect import Decision, GcPlan
     from ckptvcs.gc.fading import Patch
@@ -75,7 +75,7 @@ _HOMES = {
     "ImportItem": "ops.import_folder",
     "Importer": "ops.import_folder",
     "Indistinct": "ops.diff",
-    "LeftOut": "checkpoint.survey",
+    "Skipped": "checkpoint.survey",
     "LogEntry": "history.log",
     "NamedCommit": "ops.refs",
     "ObjectId": "store.ids",
@@ -144,7 +144,6 @@ __all__ = [
     "Importer",
     "Indistinct",
     "InvalidInputError",
-    "LeftOut",
     "LogEntry",
     "MissingExtraError",
     "MissingObjectError",
@@ -160,6 +159,7 @@ __all__ = [
     "Removed",
     "Repaired",
     "Repo",
+    "Skipped",
     "Stats",
     "Status",
     "StorageError",

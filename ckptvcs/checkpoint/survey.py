@@ -1,8 +1,8 @@
 """Find the checkpoints in a folder, and the order in which they were written.
 
 Several files of one checkpoint count as one (`grouping.py`).  The survey does not follow symbolic
-links and ignores hidden and temporary entries.  Any other entry is a checkpoint or is left out with
-a reason.
+links and ignores hidden and temporary entries.  It skips all other entries that are not
+checkpoints, and gives the reason.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Skipped:
     """An entry of a folder that is not a checkpoint.
 
     Attributes:
@@ -90,18 +90,19 @@ class LeftOut:
     reason: str
 
 
-def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found], list[LeftOut]]:
-    """The checkpoints in a folder, by step, and by name where that is the same or unknown: numbers
-    in names count as such.  What is left out has been matched by `pattern` (a glob) too.
+def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found], list[Skipped]]:
+    """Return the checkpoints in a folder and the skipped entries.  Both match `pattern`, a glob.
 
-    A step is what the name calls so (`step-900`, `checkpoint-900`), else what the checkpoint says,
-    else a number of the name that is no epoch, shard, size or version.  Where a checkpoint whose
-    name has no step says the same as one whose name has, it is of that step too: steps inside may
-    count from 0, or names count epochs.
+    Checkpoints are sorted by step, then by name, with numbers in names compared as numbers.
+
+    The step comes from the name (`step-900`, `checkpoint-900`).  Otherwise it comes from inside the
+    checkpoint, or from a number in the name that is not an epoch, shard, size or version.  Steps
+    inside may count from 0, and names may count epochs.  So if a name has no step, but the step
+    inside equals that inside a checkpoint whose name has one, the step of that name counts.
 
     Raises:
-        NotFoundError: there is no such folder, or nothing in it that could be committed.
-        InvalidInputError: it is a checkpoint itself, or it is in the `store`.
+        NotFoundError: The folder does not exist or contains no checkpoint.
+        InvalidInputError: The folder is a checkpoint itself or part of the `store`.
     """
     if real_path(folder).is_relative_to(store):
         raise InvalidInputError(f"{folder} is part of the repository itself")
@@ -109,7 +110,7 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
     if pattern is None:
         _refuse_checkpoint(folder, entries)
     found: list[Found] = []
-    left: list[LeftOut] = []
+    skipped: list[Skipped] = []
     groups = {
         name: members
         for name, members in _groups(entries, pattern).items()
@@ -123,15 +124,15 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
         if reason is None:
             found.append(_look_at(entry, store))
         else:
-            left.append(LeftOut(entry.name, reason))
+            skipped.append(Skipped(entry.name, reason))
     found += [_look_at_group(folder, name, members) for name, members in groups.items()]
     if not found:
-        why = f": {left[0].name} is {left[0].reason}" if len(left) == 1 else ""
+        why = f": {skipped[0].name} is {skipped[0].reason}" if len(skipped) == 1 else ""
         raise NotFoundError(
             f"no checkpoints in {folder}{why}",
             hint=f"names end in {', '.join(SUFFIXES)}; directories hold such files",
         )
-    return sorted(_agreed(_compared(found)), key=_order), left
+    return sorted(_agreed(_compared(found)), key=_order), skipped
 
 
 def _refuse_checkpoint(folder: Path, entries: list[os.DirEntry[str]]) -> None:
@@ -139,16 +140,17 @@ def _refuse_checkpoint(folder: Path, entries: list[os.DirEntry[str]]) -> None:
         if _shows_a_checkpoint(entry):
             raise InvalidInputError(
                 f"{folder} is a checkpoint itself: it holds {entry.name}",
-                hint=f"ckpt commit {folder}; or say with --pattern what is to be imported",
+                hint=f"run 'ckpt commit {folder}', or select checkpoints with --pattern",
             )
 
 
 def candidates(folder: Path, pattern: str | None, store: Path) -> dict[str, list[str]]:
-    """What `survey` may find in a folder, complete or not: the name of each, and the entries of the
-    folder that it is.  Nothing where there is no such folder yet.
+    """Return what `survey` may find, complete or not: the name of each, with its folder entries.
+
+    The result is empty if the folder does not exist yet.
 
     Raises:
-        InvalidInputError: it cannot be read, or is a file.
+        InvalidInputError: The folder is a file or cannot be read.
     """
     try:
         entries = _entries(folder)
@@ -180,8 +182,9 @@ def _groups(entries: Sequence[os.DirEntry[str]], pattern: str | None) -> dict[st
 
 
 def _stands_alone(group: str, members: Sequence[str]) -> bool:
-    """Whether a group is a checkpoint: shards of a model without a step may be part of a directory,
-    and count only where all of them are here.
+    """Return whether a group is a checkpoint.
+
+    Model shards without a step may belong to a directory; they count only if all of them exist.
     """
     return not is_numbered_piece(members[0]) or (
         named_step(group) is not None or not missing_files(members)
@@ -193,7 +196,7 @@ def _is_looked_at(name: str, pattern: str | None) -> bool:
 
 
 def _shows_a_checkpoint(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is what only a folder has that is one checkpoint."""
+    """Return whether only a folder that is itself a checkpoint has such an entry."""
     kind = FOLDER_OF_ONE if entry.is_dir(follow_symlinks=False) else PIECE_OF_ONE
     return kind.fullmatch(entry.name) is not None and not entry.is_symlink()
 
@@ -213,7 +216,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _agreed(found: list[Found]) -> list[Found]:
-    """The same, where what a checkpoint says of its step is put as the names of others put it."""
+    """Replace a step inside a checkpoint by the step in the name of another one that has both."""
     named = {one.said: one.step for one in found if _is_named(one)}
     return [
         one
@@ -228,19 +231,21 @@ def _is_named(found: Found) -> bool:
 
 
 def _order(found: Found) -> tuple[bool, int, bool, list[tuple[int, str]]]:
-    """By step, those without one last, and before a copy (`best.pt`) what is named by that step;
-    then by name, digits as numbers, and `step-1.pt` before `step-1-ema.pt`.
+    """Return a sort key: by step, then by name with digits as numbers.
+
+    Checkpoints without a step come last.  `step-1.pt` comes before `step-1-ema.pt`, and a name with
+    the step before a copy such as `best.pt`.
     """
     parts = re.split(r"([0-9]+)", stem(found.name))
     natural = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
     return found.step is None, found.step or 0, not _is_named(found), natural
 
 
-# -- what is none ----------------------------------------------------------------------------------
+# -- entries that are not checkpoints --------------------------------------------------------------
 
 
 def _why_not(entry: os.DirEntry[str], store: Path) -> str | None:
-    """Why an entry is not taken for a checkpoint; None if it is."""
+    """Return why an entry is not a checkpoint; None if it is one."""
     if entry.is_symlink():
         return "a symbolic link"
     if entry.is_dir(follow_symlinks=False):
@@ -250,18 +255,18 @@ def _why_not(entry: os.DirEntry[str], store: Path) -> str | None:
     if PIECE.fullmatch(entry.name):
         return "a piece of a checkpoint, not one by itself"
     if not entry.name.endswith(TAKEN_SUFFIXES):
-        return f"no {', '.join(SUFFIXES)}"
+        return f"not a {', '.join(SUFFIXES)} file"
     return "a tar archive" if _is_archive(Path(entry.path)) else None
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a file is a real tar archive; `model.pth.tar` of torch.save is none."""
+    """Return whether a file is a tar archive; a `model.pth.tar` of torch.save is not."""
     try:
         with path.open("rb") as file:
             file.seek(_TAR_MAGIC)
             return path.name.endswith(".tar") and file.read(5) == b"ustar"
     except OSError:
-        return False  # what is wrong with it is said when it is opened
+        return False  # opening the file reports the error
 
 
 def _why_no_directory(path: Path, store: Path) -> str | None:
@@ -275,7 +280,7 @@ def _why_no_directory(path: Path, store: Path) -> str | None:
         return f"a folder that cannot be read: {error.message}"
     steps = _named_steps(entries)
     if len(steps) > 1 or (steps and named_step(path.name) is None):
-        return "a folder of checkpoints, to be imported by itself"
+        return "a folder of checkpoints; import it separately"
     return None
 
 
@@ -291,18 +296,18 @@ def _named_steps(entries: list[os.DirEntry[str]]) -> set[int]:
 
 
 def _hold_model(entries: list[os.DirEntry[str]]) -> bool:
-    """Whether there is a model file among these, or below them."""
-    left = list(entries)
-    while left:
-        entry = left.pop()
+    """Return whether a model file is among these entries or below them."""
+    pending = list(entries)
+    while pending:
+        entry = pending.pop()
         if entry.is_dir(follow_symlinks=False):
-            left += _entries(Path(entry.path))
+            pending += _entries(Path(entry.path))
         elif entry.is_file(follow_symlinks=False) and entry.name.endswith(_MODEL_SUFFIXES):
             return True
     return False
 
 
-# -- what is one -----------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 def _look_at(entry: os.DirEntry[str], store: Path) -> Found:
@@ -321,7 +326,7 @@ def _look_at(entry: os.DirEntry[str], store: Path) -> Found:
 
 
 def _look_at_group(folder: Path, name: str, members: Sequence[str]) -> Found:
-    """What some files hold together: one problem, if there are any."""
+    """Return the checkpoint that several files form, or its first problem."""
     files = tuple(members)
     try:
         missing = missing_files(members)
@@ -349,7 +354,7 @@ def _incomplete(name: str, files: Sequence[str], what: str) -> InvalidInputError
 
 
 def _step_of(names: Sequence[str], checkpoint: Checkpoint) -> int | None:
-    """The step of a checkpoint by the names of its files and by what it says."""
+    """Return the step of a checkpoint, from the names of its files and from its content."""
     said, epoch = checkpoint.step, checkpoint.epoch
     step = _named_step_of(names, said, epoch)
     if step is None and said is None:
@@ -365,8 +370,9 @@ def _named_step_of(names: Sequence[str], said: int | None, epoch: int | None) ->
 
 
 def _compared(found: Sequence[Found]) -> list[Found]:
-    """The same, where a checkpoint that has fewer shards than the others of its run is known to be
-    incomplete: one that was written by fewer processes has as many bytes.
+    """Report checkpoints as incomplete that have fewer shards than others of their run.
+
+    A checkpoint of fewer processes has fewer shards, but as many bytes, and is complete.
     """
     runs: dict[str, list[Found]] = {}
     for one in found:
@@ -378,7 +384,7 @@ def _compared(found: Sequence[Found]) -> list[Found]:
         most = max(counts)
         whole = min(one.size_bytes for one, count in zip(run, counts, strict=True) if count == most)
         for one, count in zip(run, counts, strict=True):
-            # Half a shard less than those that have all of them.
+            # At least half a shard smaller than the smallest complete checkpoint.
             short = 2 * most * one.size_bytes < whole * (2 * most - 1)
             if count < most and short and counts.count(count) == 1 and one.problem is None:
                 problem = InvalidInputError(
@@ -389,20 +395,24 @@ def _compared(found: Sequence[Found]) -> list[Found]:
 
 
 def _shard_count(found: Found) -> int:
-    """How many files of ranks, parts or shards hold a checkpoint."""
+    """Return the number of rank, part or shard files of a checkpoint."""
     return sum(bool(shard_ids(name)) for name in found.files or [found.name])
 
 
 def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
-    """Raises InvalidInputError where what should be a checkpoint has no structure.  In a directory
-    files of any other kind are fine, whatever their names end in.
+    """Refuse a checkpoint file that is cut off or has no tensors.
+
+    A directory may hold other files, whatever their suffix.
+
+    Raises:
+        InvalidInputError: The file is cut off or has no tensors.
     """
     if file.format != "raw" or not (alone or file.path.endswith(TAKEN_SUFFIXES)):
         return
     if alone:
         raise InvalidInputError(
-            f"{path} has no structure that can be read",
-            hint="'ckpt commit' stores its bytes as they are",
+            f"{path} is not readable as tensors",
+            hint="run 'ckpt commit --raw' to store its bytes as they are",
         )
     like_zip = file.source.size > 0 and torch_zip.starts_like_zip(file.source)
     if like_zip or not file.source.size or file.path.endswith(".safetensors"):
@@ -410,13 +420,13 @@ def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
 
 
 def _sizes(path: Path) -> Iterator[int]:
-    """The bytes of each file at or below a path, as far as they can be told."""
-    left = [path]
-    while left:
-        with contextlib.suppress(OSError):  # it has a problem already, which is what will be said
-            path = left.pop()
+    """Yield the size in bytes of each readable file at or below a path."""
+    pending = [path]
+    while pending:
+        with contextlib.suppress(OSError):  # the caller reports an earlier problem of this path
+            path = pending.pop()
             status = path.lstat()
             if stat.S_ISREG(status.st_mode):
                 yield status.st_size
             elif stat.S_ISDIR(status.st_mode):
-                left += path.iterdir()
+                pending += path.iterdir()

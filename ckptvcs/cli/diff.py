@@ -123,7 +123,7 @@ def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, 
         "indistinguishable": [
             _info_json(one.info)
             | {"near_a": one.near_a, "near_b": one.near_b, "differs": one.differs or None}
-            for one in found.indistinct
+            for one in found.indistinguishable
         ],
         "dropped": list(found.dropped),
     }
@@ -189,8 +189,8 @@ def _show_diff(comparison: Comparison, tensors: list[TensorDifference]) -> None:
     count = len(comparison.unchanged)
     if count:
         render.data(f"{count} tensor{'s are' if count > 1 else ' is'} the same on both sides")
-    if comparison.indistinct:
-        render.data(describe_indistinct(comparison.indistinct))
+    if comparison.indistinguishable:
+        render.data(describe_indistinct(comparison.indistinguishable))
 
 
 def _show_metadata(comparison: Comparison) -> None:

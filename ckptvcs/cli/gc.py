@@ -123,10 +123,10 @@ def _json(plan: GcPlan, *, dry_run: bool) -> render.Json:
     return {
         "dry_run": dry_run,
         "packs": sorted(plan.packs),
-        "stale_files": list(plan.debris),
+        "stale_files": list(plan.stale_files),
         "freed_bytes": plan.freed_bytes,
         "kept_bytes": plan.kept_bytes,
-        "unreachable": list(plan.loose),
+        "unreachable": list(plan.unreachable),
         "faded": sorted({name for patch in plan.fading for name in patch.commits}),
         "commits": [
             {
@@ -162,10 +162,10 @@ def _show(plan: GcPlan, *, dry_run: bool, sweep: bool, rekey: bool) -> None:
         render.data(f"{len(faded)} commit(s) fade to near (their exact patches expire)")
     if plan.packs:
         render.data(f"{len(plan.packs)} unreachable pack(s)")
-    if plan.loose:
-        ids = render.ids(plan.loose)
-        render.data(f"{len(plan.loose)} unreachable commit(s): {ids}")
-    for name in plan.debris:
+    if plan.unreachable:
+        ids = render.ids(plan.unreachable)
+        render.data(f"{len(plan.unreachable)} unreachable commit(s): {ids}")
+    for name in plan.stale_files:
         render.data(f"{name}  stale file of a process that ended")
     render.data(describe_sizes(plan, dry_run=dry_run, sweep=sweep))
     if rekey and dry_run:

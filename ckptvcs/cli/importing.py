@@ -39,7 +39,7 @@ def import_(
     if accept_near and not delete:
         raise InvalidInputError("--accept-near requires --delete-originals")
     importer = open_repo(context).import_folder(folder, pattern=pattern, branch=branch, codec=codec)
-    _tell_left_out(importer)
+    _tell_skipped(importer)
     size_bytes = sum(item.found.size_bytes for item in importer.items)
     with render.progress("comparing", size_bytes) as tick:
         importer.look(tick)
@@ -51,7 +51,7 @@ def import_(
                 _remove(importer, accept_near=accept_near, ask=not yes)
         elif delete:
             for item in importer.items:
-                item.gone.kept = importer.why_kept(item, accept_near=accept_near)
+                item.removal.keep_reason = importer.why_kept(item, accept_near=accept_near)
         if dry_run:
             for item in importer.items:
                 _tell_imported(item)
@@ -72,7 +72,7 @@ def import_(
 def _made(importer: Importer) -> str:
     """Describe the finished work, for an error message."""
     made = [item for item in importer.items if item.action == "committed"]
-    gone = sum(len(item.gone.removed) for item in importer.items)
+    gone = sum(len(item.removal.removed) for item in importer.items)
     parts = [f"{len(made)} of {len(importer.items)} checkpoints were committed"] if made else []
     parts += [f"{gone} file(s) were removed"] if gone else []
     return ", ".join(parts)
@@ -83,10 +83,10 @@ def interactive() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def _tell_left_out(importer: Importer) -> None:
-    for left in importer.left_out[:_LISTED]:
+def _tell_skipped(importer: Importer) -> None:
+    for left in importer.skipped[:_LISTED]:
         render.talk(f"skipped: {render.printable(left.name)}: {left.reason}")
-    more = len(importer.left_out) - _LISTED
+    more = len(importer.skipped) - _LISTED
     if more > 0:
         render.talk(f"skipped: {more} more (--json lists all)")
 
@@ -103,7 +103,7 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
         what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}"
         if not render.confirm(f"{what}{_how_near(importer, able)}?"):
             for item in importer.items:
-                item.gone.kept = "not confirmed"
+                item.removal.keep_reason = "not confirmed"
             return
 
     def tell(item: ImportItem) -> None:
@@ -130,10 +130,10 @@ def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
     note = {"commit": "new", "committed": "", "known": "known", "failed": "failed"}[item.action]
     if item.same_as is not None:
         note = f"as {item.same_as}"
-    if item.gone.removed:
+    if item.removal.removed:
         note = f"{note}, removed".removeprefix(", ")
     elif planned and item.action == "known":
-        note += ", stays" if item.gone.kept else ", would go"
+        note += ", stays" if item.removal.keep_reason else ", would go"
     stored = ["", "", ""]
     if entry is not None:
         raw = entry.commit.raw_bytes
@@ -163,9 +163,9 @@ def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
 
 
 def _sum_up_removed(importer: Importer) -> None:
-    files = [file for item in importer.items for file in item.gone.removed]
+    files = [file for item in importer.items for file in item.removal.removed]
     freed = render.size(sum(file.freed_bytes for file in files))
-    kept = [item for item in importer.items if item.gone.kept is not None]
+    kept = [item for item in importer.items if item.removal.keep_reason is not None]
     render.data(f"{len(files)} file(s) removed, {freed} freed, {len(kept)} original(s) kept")
     if any(item.id and not item.problem and _is_near(importer, item) for item in kept):
         render.talk("hint: add --accept-near to delete originals of near commits")
@@ -182,9 +182,9 @@ def _json(importer: Importer, *, dry_run: bool) -> render.Json:
         "dry_run": dry_run,
         "raw_bytes": raw,
         "stored_bytes": stored,
-        "freed_bytes": sum(f.freed_bytes for item in importer.items for f in item.gone.removed),
+        "freed_bytes": sum(f.freed_bytes for item in importer.items for f in item.removal.removed),
         "checkpoints": [_item_json(importer, item) for item in importer.items],
-        "skipped": [{"name": e.name, "reason": e.reason} for e in importer.left_out],
+        "skipped": [{"name": e.name, "reason": e.reason} for e in importer.skipped],
     }
 
 
@@ -205,7 +205,9 @@ def _item_json(importer: Importer, item: ImportItem) -> dict[str, render.Json]:
 def _exit(importer: Importer, *, kept: bool) -> None:
     """Exit with the highest error code, or with a conflict if an original was not deleted."""
     codes = [item.problem.exit_code for item in importer.items if item.problem is not None]
-    if kept and any(item.gone.kept is not None and not item.problem for item in importer.items):
+    if kept and any(
+        item.removal.keep_reason is not None and not item.problem for item in importer.items
+    ):
         codes.append(ConflictError.exit_code)
     if codes:
         raise typer.Exit(max(codes))

@@ -29,7 +29,7 @@ def reflog(
                     "commit": e.commit,
                     "step": e.step,
                     "commits": e.count,
-                    "available": e.there,
+                    "available": e.available,
                 }
                 for e in events
             ]
@@ -37,7 +37,7 @@ def reflog(
         return
     rows = [["time (UTC)", "action", "id", "step", "commits"]]
     for event in events:
-        mark = "" if event.there else " (swept)"
+        mark = "" if event.available else " (swept)"
         rows.append(
             [
                 event.time[:19].replace("T", " "),

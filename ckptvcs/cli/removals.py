@@ -25,7 +25,7 @@ def tell(name: str, outcome: Outcome) -> None:
 
 def tell_removal(name: str, outcome: Outcome, form: str = "") -> None:
     """Print the removed files, the pin, and the reason if files were kept."""
-    removal = outcome.gone
+    removal = outcome.removal
     if removal is None:
         return
     for file in removal.removed:
@@ -33,17 +33,17 @@ def tell_removal(name: str, outcome: Outcome, form: str = "") -> None:
         render.talk(f"removed: {render.printable(str(file.path))}{form}{links}")
     if removal.pinned:
         render.talk(f"pinned: {outcome.id and outcome.id[:8]}, so that it stays exact")
-    if removal.kept is not None:
-        render.talk(f"not removed: {render.printable(f'{name}: {removal.kept}')}")
+    if removal.keep_reason is not None:
+        render.talk(f"not removed: {render.printable(f'{name}: {removal.keep_reason}')}")
 
 
 def as_json(outcome: Outcome) -> dict[str, render.Json]:
     """Return the fields that import and watch have in common."""
-    removal = outcome.gone
+    removal = outcome.removal
     return {
         "problem": None if outcome.problem is None else outcome.problem.message,
         "notes": list(outcome.notes),
         "removed": [str(file.path) for file in removal.removed] if removal else [],
-        "keep_reason": removal.kept if removal else None,
+        "keep_reason": removal.keep_reason if removal else None,
         "pinned": removal.pinned if removal else False,
     }

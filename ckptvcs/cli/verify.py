@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from ckptvcs import Damage, ObjectId, Repaired, VerifyReport
 
 
-# JSON keys that differ from the attributes of `Repaired`.
-_REPAIRED = {"told": "inferred", "remembered": "from_cache", "fetched": "from_copy"}
-
-
 def verify(
     context: typer.Context,
     subset: Annotated[
@@ -67,7 +63,7 @@ def verify(
 
 def _show_repaired(repaired: Repaired) -> None:
     render.talk(_repaired(repaired))
-    for ref, target in repaired.told.items():
+    for ref, target in repaired.inferred.items():
         where = f"{target[:8]}" if target else "no commit"
         if target and ref == "HEAD":
             where = f"branch {render.printable(target)}"
@@ -82,15 +78,15 @@ def _show(report: VerifyReport, repaired: Repaired | None) -> None:
         f"{report.packs} packs, {report.commits} commits, {report.tensors} tensors, "
         f"{report.files} files, {render.size(report.bytes)} read: {result}"
     )
-    if report.left:
-        render.talk(f"note: {report.left} packs and commits were not checked")
+    if report.unchecked:
+        render.talk(f"note: {report.unchecked} packs and commits were not checked")
     for name in report.discarded:
         render.talk(
             f"note: cached base {render.printable(name)} was wrong and is deleted; "
             "no commit is damaged, and the next commit rebuilds it"
         )
-    if report.loose:
-        render.talk(*_unreachable(report.loose))
+    if report.unreachable:
+        render.talk(*_unreachable(report.unreachable))
     if report.damage and repaired is None:
         render.talk(
             "hint: run 'ckpt verify --repair'; add --from DIR to copy from another repository"
@@ -123,14 +119,13 @@ def _verified(report: VerifyReport, repaired: Repaired | None) -> dict[str, Any]
         "tensors": report.tensors,
         "files": report.files,
         "bytes": report.bytes,
-        "unchecked": report.left,
-        "unreachable": report.loose,
+        "unchecked": report.unchecked,
+        "unreachable": report.unreachable,
         "discarded": report.discarded,
         "damage": [asdict(damage) for damage in report.damage],
     }
     if repaired is not None:
-        counts = asdict(repaired)
-        found["repaired"] = {_REPAIRED.get(name, name): value for name, value in counts.items()}
+        found["repaired"] = asdict(repaired)
     return found
 
 
@@ -156,8 +151,8 @@ def _damage_lines(damage: Damage) -> list[str]:
 def _repaired(done: Repaired) -> str:
     counts = {
         "object(s) salvaged": done.salvaged,
-        "object(s) from the cache": done.remembered,
-        "object(s) copied": done.fetched,
+        "object(s) from the cache": done.from_cache,
+        "object(s) copied": done.from_copy,
         "ref(s) repaired": len(done.refs),
         "file(s) rebuilt": len(done.files),
         "commit(s) dropped": len(done.dropped),

@@ -123,14 +123,14 @@ def _commit_present(
 
 
 def _made(event: WatchEvent) -> str:
-    new = event.id is not None and event.gone is None and event.problem is None
+    new = event.id is not None and event.removal is None and event.problem is None
     return f"commit {event.id and event.id[:8]} was made" if new else ""
 
 
 def _tell(repo: Repo, event: WatchEvent) -> None:
     if event.problem is not None:
         removals.tell(event.name, event)
-    elif event.gone is not None:
+    elif event.removal is not None:
         removals.tell_removal(event.name, event)
     elif event.id is not None:
         entry = repo.entry(event.id)

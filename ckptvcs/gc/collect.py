@@ -70,22 +70,22 @@ class GcPlan:
         decisions: A decision for each commit; empty without retention rules.
         fading: The exact patches that expire.
         packs: The folders of the deleted packs, by pack.
-        debris: The names of files that interrupted processes left.
-        freed_bytes: By how many bytes the repository and the debris shrink, less the new records.
+        stale_files: The names of files that interrupted processes left.
+        freed_bytes: The bytes of deleted packs and stale files, less those of new records.
         kept_bytes: The size of the repository afterwards, in bytes.
         drops: The drop records to write.
-        loose: Unreachable commits that never were on a ref.
+        unreachable: Unreachable commits that never were on a ref.
         picture: The state of the repository from which the plan was made.
     """
 
     decisions: tuple[Decision, ...]
     fading: tuple[Patch, ...]
     packs: dict[PackId, str]
-    debris: tuple[str, ...]
+    stale_files: tuple[str, ...]
     freed_bytes: int
     kept_bytes: int
     drops: tuple[DropRecord, ...] = ()
-    loose: tuple[ObjectId, ...] = ()
+    unreachable: tuple[ObjectId, ...] = ()
     picture: Picture | None = None
 
 

@@ -27,7 +27,7 @@ class ReflogEvent:
         action: The name of the operation.
         commit: The commit of the branch after a move.
         step: The training step of that commit, if known.
-        there: Whether the commit still exists, even if it was dropped.
+        available: Whether the commit still exists, even if it was dropped.
         count: The number of dropped or faded commits; 0 for a move.
     """
 
@@ -35,7 +35,7 @@ class ReflogEvent:
     action: str
     commit: ObjectId | None
     step: int | None
-    there: bool
+    available: bool
     count: int = 0
 
 

@@ -124,8 +124,8 @@ class CkptCallback(TrainerCallback):
                         quiet,
                         accept_near=self._accept_near,
                     )
-                if done.kept and folder not in self._reported:
-                    _log.warning("%s is not removed: %s", folder.name, done.kept)
+                if done.keep_reason and folder not in self._reported:
+                    _log.warning("%s is not removed: %s", folder.name, done.keep_reason)
                     self._reported.add(folder)
             if not folder.exists():  # the Trainer also removes directories
                 del self._commits[folder]

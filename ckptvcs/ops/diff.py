@@ -113,7 +113,7 @@ class Comparison:
         tensors: The tensors that differ, sorted as by `ordered`.
         total: Sums over the weights in `tensors`.
         unchanged: Tensors that are proven to be equal.
-        indistinct: Tensors with equal forms, of which at least one is near.
+        indistinguishable: Tensors with equal forms, of which at least one is near.
         added: Tensors that only B has.
         removed: Tensors that only A has.
         reshaped: Tensors of another shape or type in B, as pairs (of A, of B).
@@ -127,7 +127,7 @@ class Comparison:
     tensors: tuple[TensorDifference, ...]
     total: Sums
     unchanged: tuple[TensorInfo, ...]
-    indistinct: tuple[Indistinct, ...]
+    indistinguishable: tuple[Indistinct, ...]
     added: tuple[TensorInfo, ...]
     removed: tuple[TensorInfo, ...]
     reshaped: tuple[tuple[TensorInfo, TensorInfo], ...]
@@ -332,7 +332,7 @@ class _Match:
     removed: list[TensorInfo] = field(default_factory=list)
     reshaped: list[tuple[TensorInfo, TensorInfo]] = field(default_factory=list)
     unchanged: list[TensorInfo] = field(default_factory=list)
-    indistinct: list[Indistinct] = field(default_factory=list)
+    indistinguishable: list[Indistinct] = field(default_factory=list)
     stored: list[Pair] = field(default_factory=list)
     small: list[Pair] = field(default_factory=list)
 
@@ -353,7 +353,7 @@ def _match(a: _Side, b: _Side) -> _Match:
         elif not one.words or (same := same_order and a.is_same(pair[0], b, pair[1])):
             match.unchanged.append(one)
         elif same_order and a.content(pair[0]) == b.content(pair[1]) is not None:
-            match.indistinct.append(
+            match.indistinguishable.append(
                 Indistinct(one, a.is_near(pair[0]), b.is_near(pair[1]), same is False)
             )
         elif one.inline or other.inline:
@@ -412,7 +412,7 @@ def diff(
         tuple(_difference(left, right, pair, sums) for pair, sums in tensors.items()),
         total,
         tuple(match.unchanged),
-        tuple(match.indistinct),
+        tuple(match.indistinguishable),
         tuple(match.added),
         tuple(match.removed),
         tuple(match.reshaped),

@@ -42,7 +42,7 @@ class ImportItem:
         same_as: The name of an earlier checkpoint of the folder with the same content.
         notes: Warnings for the user.
         problem: The error, if `action` is `failed`.
-        gone: What happened to the source files.
+        removal: What happened to the source files.
     """
 
     found: Found
@@ -52,7 +52,7 @@ class ImportItem:
     same_as: str | None = None
     notes: tuple[str, ...] = ()
     problem: CkptError | None = None
-    gone: Removal = field(default_factory=Removal)
+    removal: Removal = field(default_factory=Removal)
 
     def fail(self, problem: CkptError) -> None:
         """Mark the checkpoint as failed."""
@@ -99,7 +99,7 @@ class Importer:
         self.repo, self.folder, self._codec = repo, folder, codec
         self._keeper = Keeper(repo, codec)
         self._wanted = check_name(branch, "branch") if branch else None
-        found, self.left_out = survey(folder, pattern, real_path(repo.folder))
+        found, self.skipped = survey(folder, pattern, real_path(repo.folder))
         self.items = [ImportItem(checkpoint) for checkpoint in found]
         for item in self.items:
             if item.found.problem is not None:
@@ -273,9 +273,9 @@ class Importer:
         """
         with self._keeper.at_work(), Originals(self.folder) as originals:
             for item in self.items:
-                item.gone.kept = self.why_kept(item, accept_near=accept_near)
-                if item.id is not None and item.gone.kept is None:
-                    item.gone = self._keeper.remove(
+                item.removal.keep_reason = self.why_kept(item, accept_near=accept_near)
+                if item.id is not None and item.removal.keep_reason is None:
+                    item.removal = self._keeper.remove(
                         item.id, item.found.top, originals, progress, accept_near=accept_near
                     )
                 watch(item)

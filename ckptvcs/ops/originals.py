@@ -60,12 +60,12 @@ class Removal:
 
     Attributes:
         removed: The deleted files.
-        kept: Why files were kept; None if all were deleted.
+        keep_reason: Why files were kept; None if all were deleted.
         pinned: Whether the commit was pinned, so that its exact form is kept.
     """
 
     removed: list[Removed] = field(default_factory=list)
-    kept: str | None = None
+    keep_reason: str | None = None
     pinned: bool = False
 
 
@@ -153,12 +153,12 @@ class Keeper:
         `top` is the file or directory, empty for several files of the folder.  `progress` is called
         with the number of bytes that were hashed since its last call.
         """
-        done = Removal(kept=self.why_kept(name, accept_near=accept_near))
-        if done.kept is None:
+        done = Removal(keep_reason=self.why_kept(name, accept_near=accept_near))
+        if done.keep_reason is None:
             try:
                 self._remove(name, PurePosixPath(top), originals, progress, done, accept_near)
             except CkptError as error:
-                done.kept = error.message
+                done.keep_reason = error.message
         return done
 
     def _remove(
@@ -193,7 +193,7 @@ class Keeper:
             and top.name
             and not _remove_folders(commit, top, originals)
         ):
-            done.kept = "its directory contains files that are not committed, or links"
+            done.keep_reason = "its directory contains files that are not committed, or links"
 
     def _reaching_ref(self, name: ObjectId, excluded: str | None) -> str:
         """Return a ref that reaches a commit now, other than `excluded`.

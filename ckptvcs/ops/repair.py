@@ -52,20 +52,20 @@ class Repaired:
 
     Attributes:
         salvaged: The number of objects copied from damaged packs.
-        remembered: The number of objects restored from the index.
-        fetched: The number of objects copied from the other repository.
+        from_cache: The number of objects restored from the index.
+        from_copy: The number of objects copied from the other repository.
         refs: The repaired refs.
-        told: The refs whose newest version was inferred, with their commit or branch.
+        inferred: The refs whose newest version was inferred, with their commit or branch.
         files: The other repaired files.
         dropped: The dropped commits with the dropped parts; empty parts mean the whole commit.
         packs: The number of deleted packs.
     """
 
     salvaged: int = 0
-    remembered: int = 0
-    fetched: int = 0
+    from_cache: int = 0
+    from_copy: int = 0
     refs: list[str] = field(default_factory=list)
-    told: dict[str, str | None] = field(default_factory=dict)
+    inferred: dict[str, str | None] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     dropped: dict[ObjectId, tuple[str, ...]] = field(default_factory=dict)
     packs: int = 0
@@ -100,7 +100,7 @@ class Repairer:
             self._drop()
             self._delete(list(self._damaged))
         ref_repairer.rescue()
-        self.done.refs, self.done.told = ref_repairer.refs, ref_repairer.inferred
+        self.done.refs, self.done.inferred = ref_repairer.refs, ref_repairer.inferred
         return self.done
 
     # -- objects -------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class Repairer:
                     bundles = load_recipe(content).bundles if kind == Kind.RECIPE else ()
                     if all(map(self._elsewhere, bundles)):
                         pack.add(kind, content)
-                        self.done.remembered += 1
+                        self.done.from_cache += 1
         self._catalog.forget()
 
     def _has(self, name: ObjectId, kind: Kind) -> bool:
@@ -229,7 +229,7 @@ class Repairer:
                     (entry, *read_sound(other.store, Place(pack, folder, entry)))
                     for entry in other.store.entries(pack, folder)
                 ]
-                self.done.fetched += self._copy(rows, folder)
+                self.done.from_copy += self._copy(rows, folder)
             return
         if self._damaged.pop(pack, None):
             self._delete([pack], folder)
@@ -243,7 +243,7 @@ class Repairer:
             writer.abort()
         store.refresh()
         self._catalog.forget()
-        self.done.fetched += len(store.entries(pack, folder))
+        self.done.from_copy += len(store.entries(pack, folder))
 
     def _lost(self) -> set[ObjectId]:
         """Return the objects that commits need and no undamaged pack contains."""

@@ -80,8 +80,8 @@ class VerifyReport:
         tensors: The number of decoded tensors.
         files: The number of checked files.
         bytes: The size of the checked packs, in bytes.
-        left: The number of packs and commits that `subset` left out.
-        loose: Unreachable commits; they are not damage.
+        unchecked: The number of packs and commits that `subset` left out.
+        unreachable: Unreachable commits; they are not damage.
         discarded: Wrong cache files that were deleted; they are not damage.
         damage: Everything that is damaged.
     """
@@ -91,8 +91,8 @@ class VerifyReport:
     tensors: int = 0
     files: int = 0
     bytes: int = 0
-    left: int = 0
-    loose: list[ObjectId] = field(default_factory=list)
+    unchecked: int = 0
+    unreachable: list[ObjectId] = field(default_factory=list)
     discarded: list[str] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
 
@@ -165,7 +165,7 @@ class Verifier:
             self._bases()
             if index is not None and not self.report.damage:
                 self._index(index)
-            self.report.left = len(sizes) - len(done)
+            self.report.unchecked = len(sizes) - len(done)
             checked.note(done)
         return self.report
 
@@ -269,7 +269,7 @@ class Verifier:
                     dict.fromkeys([*([below] if below else ()), *missing])
                 )
         stored = set(self._catalog.store.ids(Kind.COMMIT))
-        self.report.loose = revisions.unreachable(stored - commits.keys())
+        self.report.unreachable = revisions.unreachable(stored - commits.keys())
         with contextlib.suppress(CkptError):  # reported above
             for name in revisions.lost_lines():
                 lost = CorruptionError(

@@ -60,7 +60,7 @@ class WatchEvent:
         raw_bytes: The size of the checkpoint, in bytes.
         notes: Warnings for the user.
         problem: The error, if the checkpoint cannot be committed.
-        gone: What happened to the source files, if they were due for deletion.
+        removal: What happened to the source files, if they were due for deletion.
     """
 
     name: str
@@ -69,7 +69,7 @@ class WatchEvent:
     raw_bytes: int = 0
     notes: tuple[str, ...] = ()
     problem: CkptError | None = None
-    gone: Removal | None = None
+    removal: Removal | None = None
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ class Watcher:
                 removable.append((found, commit))
             elif self._told.get(found.name) != kept:
                 self._told[found.name] = kept
-                yield WatchEvent(found.name, found.step, commit, gone=Removal(kept=kept))
+                yield WatchEvent(found.name, found.step, commit, removal=Removal(keep_reason=kept))
         if not removable:
             return
         try:
@@ -334,9 +334,9 @@ class Watcher:
                     gone = self._keeper.remove(
                         commit, found.top, originals, quiet, accept_near=self._accept_near
                     )
-                    if gone.kept is None or self._told.get(found.name) != gone.kept:
-                        self._told[found.name] = gone.kept or ""
-                        yield WatchEvent(found.name, found.step, commit, gone=gone)
+                    if gone.keep_reason is None or self._told.get(found.name) != gone.keep_reason:
+                        self._told[found.name] = gone.keep_reason or ""
+                        yield WatchEvent(found.name, found.step, commit, removal=gone)
         except BusyError:
             return  # try again at the next look
 

@@ -61,7 +61,7 @@ def test_import_shows_a_row_for_each_checkpoint(ckpt: Ckpt, folder: Path) -> Non
     assert [row[-1] for row in rows[-3:-1]] == ["exact", "exact"]
     assert "near 0.0" in done.out
     assert rows[-1][:4] == ["5", "committed,", "1", "known:"]
-    assert done.err == "skipped: notes.txt: no .pt, .pth, .bin, .ckpt, .safetensors\n"
+    assert done.err == "skipped: notes.txt: not a .pt, .pth, .bin, .ckpt, .safetensors file\n"
     assert [e["step"] for e in ckpt("log", "--json").json] == [12, 11, 10, 9, 8]
 
 
@@ -79,7 +79,7 @@ def test_import_reports_checkpoints_and_skipped_files_as_json(ckpt: Ckpt, folder
         "skipped",
     }
     assert found["skipped"] == [
-        {"name": "notes.txt", "reason": "no .pt, .pth, .bin, .ckpt, .safetensors"}
+        {"name": "notes.txt", "reason": "not a .pt, .pth, .bin, .ckpt, .safetensors file"}
     ]
     assert all(item.keys() == ITEM_KEYS for item in found["checkpoints"])
     *made, cut = found["checkpoints"]

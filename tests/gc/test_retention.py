@@ -318,7 +318,7 @@ def test_moves_are_undone_one_after_another(run: Run, repo: Repo) -> None:
     assert len(actions) >= 9
     repo.gc()
     assert not repo.verify().damage
-    assert sum(not event.there for event in repo.reflog()) > 0
+    assert sum(not event.available for event in repo.reflog()) > 0
 
 
 @pytest.mark.directory_only
@@ -378,7 +378,7 @@ def test_nothing_leads_to_what_was_swept(run: Run, repo: Repo) -> None:
     last = repo.resolve(3)
     repo.undo()
     repo.gc()
-    assert [event.there for event in repo.reflog() if event.commit == last] == [False]
+    assert [event.available for event in repo.reflog() if event.commit == last] == [False]
     for act in (
         lambda: set_ref(handle(repo), "heads", "rescue", last, "branch"),
         lambda: set_ref(handle(repo), "tags", "v1", last, "tag"),

@@ -29,7 +29,7 @@ def run(repo: Repo, folder: Path, **options: Any) -> Importer:
 def remove(importer: Importer, *, accept_near: bool = False) -> dict[str, str | None]:
     """Why each checkpoint stays; None for those that are gone."""
     importer.remove(accept_near=accept_near, progress=silent, watch=silent)
-    return {item.found.name: item.gone.kept for item in importer.items}
+    return {item.found.name: item.removal.keep_reason for item in importer.items}
 
 
 def actions(importer: Importer) -> dict[str, str]:

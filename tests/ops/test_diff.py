@@ -360,8 +360,8 @@ def test_what_is_called_the_same_was_the_same(
             found = repo.diff(a, b)
             assert {info.name for info in found.unchanged} <= equal
             assert not {t.info.name for t in found.tensors if t.changed} & equal
-            assert not {one.info.name for one in found.indistinct if one.differs} & equal
-            assert all(one.near_a or one.near_b for one in found.indistinct)
+            assert not {one.info.name for one in found.indistinguishable if one.differs} & equal
+            assert all(one.near_a or one.near_b for one in found.indistinguishable)
             exact = {t.info.name for t in found.tensors if t.changed is not None}
             for tensor in found.tensors:
                 if tensor.info.name in exact:
@@ -369,7 +369,7 @@ def test_what_is_called_the_same_was_the_same(
                     assert tensor.changed == int((one != two).sum())
             seen = [info.name for info in found.unchanged]
             seen += [tensor.info.name for tensor in found.tensors]
-            seen += [one.info.name for one in found.indistinct]
+            seen += [one.info.name for one in found.indistinguishable]
             assert sorted(seen) == sorted(before)
             if a == b:
                 assert {info.name for info in found.unchanged} == before.keys()
@@ -385,13 +385,14 @@ def test_near_forms_that_are_equal_prove_nothing(tmp_path: Path) -> None:
     repo.commit(repo.checkout(3), step=4)  # the near form itself, which is exact there
     found = repo.diff(3, 4)
     assert not found.tensors
-    names = {one.info.name for one in found.indistinct}
+    names = {one.info.name for one in found.indistinguishable}
     before, after = flat(states[2]), flat(repo.checkout(4))
     assert names == {name for name in before if not torch.equal(before[name], after[name])}
     assert all(
-        (one.near_a, one.near_b, one.differs) == (True, False, False) for one in found.indistinct
+        (one.near_a, one.near_b, one.differs) == (True, False, False)
+        for one in found.indistinguishable
     )
-    assert repo.diff(3, 3).indistinct == ()  # whatever it was, it is the same
+    assert repo.diff(3, 3).indistinguishable == ()  # whatever it was, it is the same
 
 
 def test_what_coding_kept_is_not_called_changed(tmp_path: Path) -> None:

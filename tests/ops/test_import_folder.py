@@ -112,14 +112,14 @@ def test_what_is_left_out(folder: Path, tmp_path: Path, states: list[State]) -> 
     kept, left = survey(folder, None, tmp_path / "nowhere")
     assert [one.name for one in kept] == taken
     assert {one.name: one.reason for one in left} == {
-        "notes.txt": "no .pt, .pth, .bin, .ckpt, .safetensors",
+        "notes.txt": "not a .pt, .pth, .bin, .ckpt, .safetensors file",
         "last.pt": "a symbolic link",
         "elsewhere": "a symbolic link",
         "training_args.bin": "a piece of a checkpoint, not one by itself",
         "model-00001-of-00002.safetensors": "a piece of a checkpoint, not one by itself",
         "pipe.pt": "neither a file nor a directory",
         "logs": "a folder without model files",
-        "other": "a folder of checkpoints, to be imported by itself",
+        "other": "a folder of checkpoints; import it separately",
         "repository": "a folder with a repository in it",
     }
 

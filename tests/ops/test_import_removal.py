@@ -250,7 +250,7 @@ def test_a_file_with_other_names_frees_nothing(repo: Repo, folder: Path, tmp_pat
     (tmp_path / "other name").hardlink_to(folder / "step-900.pt")
     importer = run(repo, folder)
     remove(importer)
-    freed = {item.found.name: item.gone.removed[0].freed_bytes for item in importer.items}
+    freed = {item.found.name: item.removal.removed[0].freed_bytes for item in importer.items}
     assert freed.pop("step-900.pt") == 0
     assert all(freed.values())
     assert (tmp_path / "other name").exists()

@@ -109,7 +109,7 @@ def test_the_newest_generation_is_missed_and_comes_back(kind: str, ref: str, roo
     with pytest.raises(CorruptionError):
         repo.gc()
     done = repo.repair()
-    assert (done.refs, done.told) == ([ref], {})
+    assert (done.refs, done.inferred) == ([ref], {})
     assert not damage(root)
     again = Repo.open(root / "repo")
     assert handle(again).refs.reflog(ref) == before
@@ -170,7 +170,7 @@ def test_what_a_copy_went_on_to_do_stays_there(template: Path, root: Path) -> No
     without_cache(root)
     _flip(generations(root, "heads/main")[-1])
     done = Repo.open(root / "repo").repair(other / "repo")
-    assert done.told == {"heads/main": made.id}  # not the commit that followed in the copy
+    assert done.inferred == {"heads/main": made.id}  # not the commit that followed in the copy
 
 
 def test_a_copy_of_another_history_is_not_asked(root: Path) -> None:
@@ -194,7 +194,7 @@ def test_an_older_generation_costs_nothing_else(
     without_cache(root)
     report = Repo.open(root / "repo").verify()
     assert [one.name for one in report.damage] == [ref]
-    assert (report.commits, report.files, report.loose) == (full.commits, full.files, [])
+    assert (report.commits, report.files, report.unreachable) == (full.commits, full.files, [])
     repo = Repo.open(root / "repo")
     repo.commit_path(root / "step-5.pt", message="on")
     repo.gc()
@@ -230,13 +230,13 @@ def test_a_pin_stays_and_a_tag_is_not_guessed(root: Path) -> None:
     for ref in (pin, "tags/first", "tags/moved"):
         _flip(generations(root, ref)[-1])
     done = Repo.open(root / "repo").repair()
-    assert done.told == {pin: name}
+    assert done.inferred == {pin: name}
     assert damage(root) == ["ref", "ref"]
     with pytest.raises(CorruptionError):
         Repo.open(root / "repo").resolve("moved")
     done = Repo.open(root / "repo").repair(drop=True)
     again = Repo.open(root / "repo")
-    assert done.told == {"tags/first": None, "tags/moved": again.resolve(2)}
+    assert done.inferred == {"tags/first": None, "tags/moved": again.resolve(2)}
     assert not damage(root)
     assert handle(again).refs.targets("pins") == {name}
 
@@ -247,11 +247,11 @@ def test_a_branch_whose_newest_generation_no_one_remembers(root: Path) -> None:
     generations(root, "heads/main")[-1].unlink()
     without_cache(root)
     report = Repo.open(root / "repo").verify()
-    assert (report.damage, report.loose) == ([], [name])
-    assert Repo.open(root / "repo").plan_gc().loose == (name,)
+    assert (report.damage, report.unreachable) == ([], [name])
+    assert Repo.open(root / "repo").plan_gc().unreachable == (name,)
     repo = Repo.open(root / "repo")
     set_ref(handle(repo), "heads", "found", name, "branch")
-    assert not repo.verify().loose
+    assert not repo.verify().unreachable
 
 
 def test_a_rotten_spare_is_no_damage(root: Path) -> None:
@@ -537,7 +537,7 @@ def test_what_was_taken_back_in_a_copy_is_not_taken_back_here(template: Path, ro
     _flip(generations(root, "heads/main")[-1])
     without_cache(root)
     done = Repo.open(root / "repo").repair(other / "repo")
-    assert done.told == {"heads/main": made.id}
+    assert done.inferred == {"heads/main": made.id}
     assert Repo.open(root / "repo").resolve("main") == made.id
 
 
@@ -574,7 +574,7 @@ def test_nothing_is_made_up_of_what_only_a_copy_has(template: Path, root: Path) 
     theirs.commit_path(other / "step-5.pt", message="theirs", branch="own")
     at = theirs.resolve("own")
     done = Repo.open(root / "repo").repair(other / "repo")
-    assert done.told == {"heads/own": at}  # as it is there, and said
+    assert done.inferred == {"heads/own": at}  # as it is there, and said
     assert not damage(root)
 
 
@@ -588,8 +588,8 @@ def test_each_branch_gets_its_own_commits(root: Path) -> None:
     without_cache(root)
     for ref in mine:
         _flip(generations(root, ref)[-1])
-    assert Repo.open(root / "repo").repair().told == mine
-    assert not Repo.open(root / "repo").verify().loose
+    assert Repo.open(root / "repo").repair().inferred == mine
+    assert not Repo.open(root / "repo").verify().unreachable
 
 
 def test_a_repository_of_another_history_gives_no_settings(root: Path) -> None:

@@ -158,7 +158,7 @@ def test_originals_that_are_kept_exactly_go(tmp_path: Path, run: Path) -> None:
     watch = watcher(repo, run, keep_local=1)
     save(run, 1, 2, 3)
     events = looks(watch)
-    gone = [event for event in events if event.gone is not None]
+    gone = [event for event in events if event.removal is not None]
     assert [event.name for event in gone] == ["step-1.pt", "step-2.pt"]
     assert names(run) == ["step-3.pt"]
     assert torch.equal(repo.checkout(1)["model"]["a"], states(1)[0]["model"]["a"])
@@ -167,7 +167,11 @@ def test_originals_that_are_kept_exactly_go(tmp_path: Path, run: Path) -> None:
 def test_originals_that_are_near_stay_unless_that_is_accepted(near: Repo, run: Path) -> None:
     save(run, 1, 2, 3, 4)
     watch = watcher(near, run, keep_local=1)
-    said = {event.name: event.gone.kept for event in looks(watch, 4) if event.gone is not None}
+    said = {
+        event.name: event.removal.keep_reason
+        for event in looks(watch, 4)
+        if event.removal is not None
+    }
     assert said["step-1.pt"] is not None
     assert "near" in said["step-1.pt"]
     assert said["step-3.pt"] is None  # exact, and pinned
@@ -188,8 +192,8 @@ def test_what_was_changed_behind_its_commit_stays(near: Repo, run: Path) -> None
         file.write(data)
     os.utime(run / "step-1.pt", ns=(status.st_atime_ns, status.st_mtime_ns))
     save(run, 3)
-    (kept,) = [event.gone for event in looks(watch) if event.gone is not None]
-    assert kept.kept is not None
+    (kept,) = [event.removal for event in looks(watch) if event.removal is not None]
+    assert kept.keep_reason is not None
     assert names(run) == ["step-1.pt", "step-2.pt", "step-3.pt"]
 
 

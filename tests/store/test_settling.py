@@ -239,7 +239,7 @@ def test_originals_go_when_all_they_come_back_from_is_durable(
     monkeypatch.setattr(Originals, "delete", delete)
     repo = Repo.open(root)
     (item,) = _delete_originals(repo, root / "found").items
-    assert item.gone.kept is None
+    assert item.removal.keep_reason is None
     assert not original.exists()
     (done,) = seen
     needed = packs_of(repo, 3)
@@ -299,8 +299,8 @@ def test_an_original_stays_where_nothing_can_be_synced(
     monkeypatch.setattr(disk, "settle", refuse)
     importer.remove(accept_near=False, progress=lambda _: None, watch=lambda _: None)
     assert (root / "found" / "step-3.pt").exists()
-    assert importer.items[0].gone.kept
-    assert not importer.items[0].gone.removed
+    assert importer.items[0].removal.keep_reason
+    assert not importer.items[0].removal.removed
 
 
 # -- gc --------------------------------------------------------------------------------------------

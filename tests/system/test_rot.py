@@ -312,7 +312,7 @@ def test_commits_that_only_the_index_remembers(template: Path, place: Path) -> N
         root = damaged(template, place, name, ROTS["removed"], 0)
         assert root is not None
         done = Repo.open(root / "repo").repair()
-        assert done.remembered
+        assert done.from_cache
         assert set(handle(Repo.open(root / "repo")).revisions.visible()) == set(whole.near)
 
 
@@ -330,7 +330,7 @@ def test_verify_goes_on_where_it_stopped(subset: str, template: Path, place: Pat
         assert report.packs + report.commits + sum(d.what == "pack" for d in report.damage) > 0
         looked += 1
         found |= any(one.what == "pack" for one in report.damage)
-        left = report.left
+        left = report.unchecked
         if found:
             break
     assert found

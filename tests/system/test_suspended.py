@@ -41,7 +41,8 @@ repo.commit({"w": numpy.full(1000, 7, "f4")}, step=7)
 
 @contextmanager
 def suspended(folder: Path, work: str) -> Iterator[None]:
-    code = f"import os, signal, numpy, ckptvcs\n{HANDLE}\nrepo = ckptvcs.Repo.open({str(folder)!r})\n{work}"
+    opened = f"repo = ckptvcs.Repo.open({str(folder)!r})"
+    code = f"import os, signal, numpy, ckptvcs\n{HANDLE}\n{opened}\n{work}"
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:
         found = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
