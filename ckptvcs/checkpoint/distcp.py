@@ -1,10 +1,10 @@
-"""Directories of torch.distributed.checkpoint -> layouts of the files in them.
+"""Parse directories of torch.distributed.checkpoint.
 
-    .metadata      a pickle: which part of which tensor lies where
-    __R_N.distcp   what a process wrote: files of torch.save, one after another
+    .metadata      a pickle: the place of each part of each tensor
+    __R_N.distcp   the output of one process: torch.save files, one after another
 
-As FileSystemWriter of torch 2.4 - 2.13 writes them.  The pickle is read by a machine that calls
-nothing, and what it claims is believed only where a file of torch.save is found.
+FileSystemWriter of torch 2.4 - 2.13 writes this form.  The pickle reader calls nothing.  A place in
+the metadata counts only if a torch.save file is there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Parsed = tuple[str, FileSource, Layout, os.stat_result]
 
 @dataclass(frozen=True)
 class _Item:
-    """A file of torch.save in a row of them: what is in it, and which part of that."""
+    """A torch.save file inside a `.distcp` file: its place, tensor name, part and state path."""
 
     offset: int
     size: int
@@ -42,7 +42,7 @@ class _Item:
 
 
 class _Window(Source):
-    """Some of the bytes of a file, as a file."""
+    """A range of a file, as a file."""
 
     def __init__(self, source: Source, item: _Item) -> None:
         self._source, self._offset, self.size = source, item.offset, item.size
@@ -52,7 +52,7 @@ class _Window(Source):
 
 
 def with_structure(parsed: Sequence[Parsed]) -> list[Parsed]:
-    """The files of a directory, those of processes with the tensors that are in them."""
+    """Return the files of a directory, with the tensors of its `.distcp` files."""
     items: dict[str, list[_Item]] = {}
     for name, source, _, _ in parsed:
         folder, _, last = name.rpartition("/")
@@ -65,13 +65,13 @@ def with_structure(parsed: Sequence[Parsed]) -> list[Parsed]:
             with source:
                 found[number] = (name, source, _parse(source, items[name], groups), status)
     for name, _, layout, _ in found:
-        if name in items:  # each process has state of the optimizer that all have the groups of
+        if name in items:  # all processes share the optimizer groups
             layout.tree = _tree({**groups, **dict(layout.tree)})  # type: ignore[call-overload]
     return found
 
 
 def _items(folder: str, source: FileSource) -> dict[str, list[_Item]]:
-    """What the metadata of a folder says of its files; nothing where it makes no sense."""
+    """Return the items of each file by the metadata of a folder; none if it is not valid."""
     try:
         with source:
             data = source.read(0, source.size)
@@ -102,7 +102,7 @@ def _items(folder: str, source: FileSource) -> dict[str, list[_Item]]:
 
 
 def _part(offset: Any, info: Any) -> str:
-    """Which part of a tensor an item is, as `[4:8,0:16]`; nothing for all of it."""
+    """Return the part of a tensor that an item holds, as `[4:8,0:16]`; "" for the whole."""
     if offset is None or not isinstance(info, Mapping) or "chunks" not in info:
         return ""
     start, whole = _size(offset), _size(info["size"])
@@ -121,8 +121,9 @@ def _size(value: Any) -> tuple[int, ...]:
 def _parse(
     source: FileSource, items: Sequence[_Item], groups: dict[tuple[str | int, ...], object]
 ) -> Layout:
-    """The layout of one file, its tree as pairs of paths and leaves; what its items say of an
-    optimizer is added to `groups`.
+    """Return the layout of one file, with its tree as pairs of path and leaf.
+
+    Optimizer groups of its items are added to `groups`.
     """
     layout = Layout("distcp", [])
     leaves: list[tuple[tuple[str | int, ...], object]] = []
@@ -162,14 +163,14 @@ def _parse(
 
 
 def _tree(leaves: Mapping[tuple[str | int, ...], object]) -> dict[Any, Any]:
-    """The state that leaves stand in, lists as far as they are whole."""
+    """Return the state that consists of these leaves; a dict with keys 0 to n-1 becomes a list."""
     root: dict[Any, Any] = {}
     for path, leaf in leaves.items():
         node = root
-        for step in path[:-1]:
-            inner = node.setdefault(step, {})
+        for key in path[:-1]:
+            inner = node.setdefault(key, {})
             if not isinstance(inner, dict):
-                break  # what stands here is a leaf, by another path
+                break  # another path has a leaf here
             node = inner
         else:
             node[path[-1]] = leaf
@@ -181,6 +182,6 @@ def _tree(leaves: Mapping[tuple[str | int, ...], object]) -> dict[Any, Any]:
 
 
 def _dicts(node: dict[Any, Any]) -> list[dict[Any, Any]]:
-    """All dicts in a tree, the innermost first."""
+    """Return all dicts in a tree, the innermost first."""
     found = [row for value in node.values() if isinstance(value, dict) for row in _dicts(value)]
     return [*found, node]

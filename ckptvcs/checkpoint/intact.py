@@ -1,9 +1,9 @@
-"""Files that are called weights, and whose structure nobody reads: are they whole?
+"""Check that a file with a suffix of weights is complete, although no parser reads it.
 
-A file that is cut off would be stored as mere bytes, exactly, and be found out years later.  What
-torch itself wrote in a form that is not mapped here (archives of TorchScript, tar files, plain
-pickles) is whole; what has a suffix of weights and none of these forms is refused, unless it stands
-in a directory, where a `.bin` may be anything.
+A truncated file would be stored exactly, as bytes, and nobody would notice for years.  Complete
+files that torch wrote in another form (TorchScript archives, tar files, plain pickles) are
+accepted.  Any other file with such a suffix is refused, except in a directory, where a `.bin` may
+be anything.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from ckptvcs.errors import InvalidInputError
 SAFETENSORS = ".safetensors"
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 HINT = "commit it with --raw to store the bytes as they are"
-_SCANNED = 1 << 22  # bytes of a pickle that are looked at one by one; of larger ones the ends
+_SCANNED = 1 << 22  # bytes of the largest pickle that is scanned; others are checked at both ends
 _BLOCK = 512  # of a tar file
 _MEMBERS = 100_000
 
 
 def require_whole(source: Source, name: str, *, alone: bool) -> None:
-    """Prove of a file whose structure was not understood that it may be stored as bytes; one that
-    is `alone` is no file of a directory.
+    """Check that a file without a parser may be stored as bytes.
+
+    A file that is `alone` is not part of a directory.
 
     Raises:
-        InvalidInputError: it is cut off, or damaged; or it is alone, and not what its name says.
+        InvalidInputError: The file is cut off or damaged; or it is alone and not what its suffix
+            says.
     """
     suffix = name[name.rfind(".") :].lower()
     if not alone and suffix not in (SAFETENSORS, *TORCH):
@@ -52,7 +54,7 @@ def require_whole(source: Source, name: str, *, alone: bool) -> None:
         )
     if alone and suffix in TORCH and not _is_of_torch(source):
         raise InvalidInputError(
-            f"{name} is cut off, or no file of torch: it has no structure", hint=HINT
+            f"{name} is cut off or not a torch file: no tensors can be found", hint=HINT
         )
 
 
@@ -61,14 +63,14 @@ def _is_of_torch(source: Source) -> bool:
 
 
 def _is_tar(source: Source) -> bool:
-    """Whether it is a tar file, as torch wrote before 0.2, with all bytes of its members."""
+    """Return whether a file is a complete tar file, as torch before 0.2 wrote it."""
     if source.size < _BLOCK or source.read(257, 5) != b"ustar":
         return False
     at = 0
     for _ in range(_MEMBERS):
         header = source.read(at, min(_BLOCK, source.size - at))
         if not header.strip(b"\0"):
-            return True  # the end mark; or just the end
+            return True  # the end mark, or the end of the file
         digits = header[124:136].strip(b"\0 ")
         if header[257:262] != b"ustar" or not digits.isdigit() or digits.strip(b"01234567"):
             return False
@@ -79,7 +81,7 @@ def _is_tar(source: Source) -> bool:
 
 
 def _is_pickle(source: Source) -> bool:
-    """Whether it is a pickle that comes to its end."""
+    """Return whether a file is a complete pickle."""
     head = source.read(0, min(2, source.size))
     if head[0] == pickle.PROTO[0] and 2 <= head[-1] <= pickle.HIGHEST_PROTOCOL:
         if source.size > _SCANNED:
@@ -90,7 +92,7 @@ def _is_pickle(source: Source) -> bool:
         except Exception:
             return False
         return True
-    try:  # the first protocols have no mark of their own: text may look like one
+    try:  # protocols 0 and 1 have no magic number: text may look like a pickle
         read_pickle(torch_legacy.stream(source), source.size)
     except pickle.UnpicklingError:
         return False

@@ -1,8 +1,7 @@
-"""Layout: a file as a row of segments, and the tensors found in it.
+"""Layout: a file as a sequence of segments, with the tensors in it.
 
-Every format is read into this one form: literal bytes, the payloads of stored tensors, and
-checksums of payloads.  Joined again in order they are the file, byte for byte, so no format needs
-a writer of its own to come back.
+Every parser returns this form: literal bytes, the payloads of stored tensors, and checksums of
+payloads.  Their concatenation is the file, byte for byte, so restoring needs no writer per format.
 """
 
 from __future__ import annotations
@@ -20,50 +19,54 @@ from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.history.schema import LITTLE, View
 
 INLINE_ELEMENTS = 128
-"""Tensors of fewer elements are in the skeleton, always exact."""
+"""Tensors of fewer elements are stored in the skeleton, always exactly."""
 
 INLINE_BYTES = 4096
-_MAX_LITERAL = 1 << 18  # longer runs of unknown bytes are stored as a tensor of bytes
+_MAX_LITERAL = 1 << 18  # longer runs of unknown bytes are stored as a byte tensor
 
 BLOCK_BYTES = 1 << 22
 
 
 class Source(Protocol):
-    """Bytes of a checkpoint file, read by position."""
+    """The bytes of a checkpoint file, read by position."""
 
     size: int
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly these bytes.  Raises InvalidInputError where the file has become shorter."""
+        """Return exactly these bytes.  Raises InvalidInputError if the file became shorter."""
 
     def check_unchanged(self) -> None:
-        """Raises InvalidInputError where it was written since it was first looked at."""
-        return None  # noqa: RET501  what only stands in memory has one owner
+        """Raise InvalidInputError if the bytes changed since the source was opened."""
+        return None  # noqa: RET501  bytes in memory have one owner
 
     def view(self, offset: int, length: int) -> bytes | memoryview:
-        """The same, without a copy where they are in memory."""
+        """Return the same bytes, without a copy if they are in memory."""
         return self.read(offset, length)
 
     def on_device(self, offset: int, length: int) -> Any:
-        """The same as a flat tensor of torch, where they are on a device; else None."""
+        """Return the bytes as a flat torch tensor if they are on a device, else None."""
         return None
 
 
 class FileSource(Source):
     """A checkpoint file on disk.
 
-    Reads by position, never by a memory map: a trainer that truncates the file meanwhile makes a
-    short read here, which is an error, where a map would kill the process.  The file is opened
-    for each read, so that a directory of many files needs few descriptors; within `with`, which
-    all threads that read must have left before it ends, it stays open.
+    It reads by position, never through a memory map.  If a trainer truncates the file, a short read
+    is an error; a map would kill the process.  Each read opens the file, so that a directory of
+    many files needs few descriptors.  Within `with` the file stays open; all reading threads must
+    end before the block does.
     """
 
     def __init__(self, path: Path, *, at: Path | None = None, then: Any = None) -> None:
-        """`path` is what errors call it.  With `at` it is read there, and there must be no link;
-        `then` is what was found there.
+        """Open nothing yet.
+
+        Args:
+            path: The path that errors show.
+            at: The path to read from, which must not be a link; None reads from `path`.
+            then: The status of the file, if the caller knows it.
 
         Raises:
-            NotFoundError, InvalidInputError: it cannot be looked at.
+            NotFoundError, InvalidInputError: The file has no readable status.
         """
         self.path, self._at = path, at or path
         self._follows = at is None
@@ -78,10 +81,8 @@ class FileSource(Source):
             raise unreadable(self.path, error) from error
 
     def _open(self) -> int:
-        """A descriptor of the file that was looked at: another one may have taken its name, or a
-        pipe.
-        """
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe would wait for its writer
+        """Return a descriptor of the same file; another file or a pipe may now have its name."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # opening a pipe would block
         flags |= 0 if self._follows else os.O_NOFOLLOW
         descriptor = os.open(self._at, flags)
         now = os.fstat(descriptor)
@@ -105,11 +106,11 @@ class FileSource(Source):
     def read(self, offset: int, length: int) -> bytes:
         if self._descriptor is not None:
             return self._read(self._descriptor, offset, length)
-        # Nobody closes a source that threads read, so each read has a descriptor of its own.
+        # Nobody closes a source that threads read, so each read opens its own descriptor.
         try:
             descriptor = self._open()
         except FileNotFoundError as error:
-            raise changed_while_read(self.path) from error  # it was there to be looked at
+            raise changed_while_read(self.path) from error  # it existed before
         except OSError as error:
             raise self._refused(error) from error
         try:
@@ -118,7 +119,7 @@ class FileSource(Source):
             os.close(descriptor)
 
     def _refused(self, error: OSError) -> CkptError:
-        if error.errno == errno.ELOOP and not self._follows:  # it has become a link
+        if error.errno == errno.ELOOP and not self._follows:  # it became a link
             return changed_while_read(self.path)
         return unreadable(self.path, error)
 
@@ -137,12 +138,12 @@ class FileSource(Source):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def check_unchanged(self) -> None:
-        """Raises InvalidInputError where the file was written since it was first looked at."""
+        """Raise InvalidInputError if the file changed since the source was created."""
         try:
             now, then = self._at.stat(follow_symlinks=self._follows), self.stat
         except OSError as error:
             raise changed_while_read(self.path) from error
-        # Times may be set to what they were; that sets the time of the last change of all.
+        # A program can reset the modification time, but that changes the ctime.
         if (now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino) != (
             then.st_size,
             then.st_mtime_ns,
@@ -167,10 +168,13 @@ def changed_while_read(path: Path) -> InvalidInputError:
 
 @dataclass
 class StoredTensor:
-    """A stored tensor in a file: its payload's place, and what is known of it.
+    """A stored tensor in a file, with the place of its payload.
 
-    `key` is what the file calls it: a storage's key, or a tensor's name in safetensors; `part`
-    which part of a tensor it is, that other files have the rest of; `order` that of its bytes.
+    Attributes:
+        key: The key of the storage, or the name of the tensor in safetensors.
+        views: The tensors that the program of the file sees, if they differ from this one.
+        part: The part of a larger tensor, such as `[4:8,0:16]`; "" for a whole tensor.
+        order: The byte order.
     """
 
     name: str
@@ -185,13 +189,13 @@ class StoredTensor:
 
     @property
     def inline(self) -> bool:
-        """Whether it is small enough to stand in the skeleton."""
+        """Whether the tensor is small enough to be stored in the skeleton."""
         return self.size <= INLINE_BYTES and math.prod(self.shape) < INLINE_ELEMENTS
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """Four bytes of the file that hold the crc32 of a stored tensor, little-endian."""
+    """Four bytes of the file: the CRC-32 of a stored tensor, little-endian."""
 
     offset: int
     tensor: int
@@ -199,10 +203,13 @@ class Checksum:
 
 @dataclass
 class Layout:
-    """What a parser found in a file; `tree` is the inert pickle, or the flat dict of a
-    safetensors file, that the roles of tensors are read from; `arrays` are the paths of tensors
-    that were numpy arrays.  `problem` says why its objects cannot be made; `remarks` what else is
-    not as it should be.
+    """The result of a parser.
+
+    Attributes:
+        tree: The inert pickle, or the flat dict of a safetensors file; the source of tensor roles.
+        arrays: The paths of tensors that were numpy arrays.
+        problem: Why the objects of the file cannot be read; None if they can.
+        remarks: Other problems to report.
     """
 
     format: str
@@ -225,9 +232,9 @@ class Piece:
 
 
 def pieces(layout: Layout, size: int) -> Iterator[Piece]:
-    """The segments of a file of `size` bytes, in order and without gaps.
+    """Yield the segments of a file of `size` bytes, in order and without gaps.
 
-    Long literal runs become tensors of bytes, appended to `layout.tensors`.
+    Long literal runs become byte tensors, which are appended to `layout.tensors`.
     """
     marks = [
         Piece(found.offset, found.size, number)
@@ -251,7 +258,7 @@ def pieces(layout: Layout, size: int) -> Iterator[Piece]:
 
 
 def overlap(spans: Iterable[tuple[int, int]]) -> bool:
-    """Whether any two of these (offset, size) have a byte in common."""
+    """Return whether two of these (offset, size) spans overlap."""
     at = 0
     for start, size in sorted(spans):
         if size and start < at:
@@ -261,7 +268,7 @@ def overlap(spans: Iterable[tuple[int, int]]) -> bool:
 
 
 def covers(layout: Layout, size: int) -> bool:
-    """Whether tensors and checksums lie inside the file and do not overlap."""
+    """Return whether all tensors and checksums lie inside the file and do not overlap."""
     spans = [(found.offset, found.size) for found in layout.tensors]
     spans += [(mark.offset, 4) for mark in layout.checksums]
     inside = all(offset + length <= size for offset, length in spans)

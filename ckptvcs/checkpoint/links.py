@@ -1,12 +1,12 @@
-"""Links: which symbolic links in a directory are followed, so that what they lead to is content.
+"""Decide which symbolic links in a directory are replaced by the content of their target.
 
-    ROOT/file -> a file below ROOT                   by a way that only ROOT has here; by one that
-                                                     every copy has, it stays a link
+    ROOT/file -> a file below ROOT                   if the path of the link leaves ROOT, which a
+                                                     copy would lack; otherwise it stays a link
     A/snapshots/X/.../file -> A/blobs/HASH           the cache of the Hugging Face Hub
-                           -> A/../blobs/AB/HASH     its store for all next to A, if it is marked
+                           -> A/../blobs/AB/HASH     its shared store beside A, if it has the mark
 
-Only files are followed.  A directory may come from somebody else, with links to what nobody meant
-to commit: whatever leads elsewhere stays a link.
+Only links to files are followed.  A foreign directory may have links to private files, so all other
+links stay links.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from ckptvcs.checkpoint.notes import SUFFIXES
 from ckptvcs.files.names import is_repository_name
 from ckptvcs.text import size
 
-_SHARED = ".huggingface-shared-blobs"  # a file that marks a store of the Hub as such
-_MAX_HOPS = 40  # as many as Linux goes
-_NAMED = 3  # links that a line names
-# What is on the way to a file need not be readable.
+_SHARED = ".huggingface-shared-blobs"  # the file that marks a shared store of the Hub
+_MAX_HOPS = 40  # the limit of Linux
+_NAMED = 3  # links named in a note
+# The folders above a file need not be readable.
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
 class Target:
-    """A regular file that a link leads to, and what it was when it was found."""
+    """The regular file that a link leads to, with its status at that time."""
 
     path: Path
     status: os.stat_result
 
 
 def within(name: str, target_of: Callable[[str], str | None]) -> str | None:
-    """The path that a name leads to, if that lies below the same top, all the way; `target_of` says
-    where a path leads to that is a link.
+    """Return the path that `name` leads to, or None if any link on the way leaves the top folder.
+
+    `target_of` returns the target of a path that is a link, and None for any other path.
     """
     done: list[str] = []
-    left = name.split("/")[::-1]
+    pending = name.split("/")[::-1]
     hops = 0
-    while left:
-        part = left.pop()
+    while pending:
+        part = pending.pop()
         if part == ".." and not done:
             return None
         if part == "..":
@@ -57,12 +58,12 @@ def within(name: str, target_of: Callable[[str], str | None]) -> str | None:
                 if target.startswith("/") or hops > _MAX_HOPS:
                     return None
                 done.pop()
-                left += target.split("/")[::-1]
+                pending += target.split("/")[::-1]
     return "/".join(done)
 
 
 def follow(name: str, root: Path, skip: Path | None) -> Target | None:
-    """Where a link in the directory `root` (a path without links) leads to, if it is followed."""
+    """Return the target of a link in `root` (a path without links); None if it stays a link."""
     try:
         real = Path(os.path.realpath(root / name, strict=True))
         if not _is_ours(real, root, skip) or _is_same_in_copies(name, real, root):
@@ -74,7 +75,7 @@ def follow(name: str, root: Path, skip: Path | None) -> Target | None:
 
 
 def _is_same_in_copies(name: str, real: Path, root: Path) -> bool:
-    """Whether a link leads to a file of the directory in every copy of it, too."""
+    """Return whether the link leads to the same file in every copy of the directory."""
 
     def target_of(path: str) -> str | None:
         return str((root / path).readlink()) if (root / path).is_symlink() else None
@@ -90,7 +91,7 @@ def _is_ours(real: Path, root: Path, skip: Path | None) -> bool:
 
 
 def _stores(root: Path) -> Iterator[Path]:
-    """The stores of blobs that stand beside the snapshots which `root` is one of, or holds."""
+    """Yield the blob stores beside the snapshots that contain `root`, or that `root` contains."""
     for home in (root, *root.parents):
         snapshots = home / "snapshots"
         if root != home and not root.is_relative_to(snapshots):
@@ -110,7 +111,7 @@ def _is_regular(path: Path) -> bool:
 
 
 def _status(path: Path) -> os.stat_result:
-    """What is at a path on which there is no link.  Raises OSError: there is one, or nothing."""
+    """Return the status of a path.  Raises OSError if it is missing or contains a link."""
     at = os.open(path.anchor, _DIRECTORY)
     try:
         for part in path.parts[1:-1]:
@@ -123,37 +124,35 @@ def _status(path: Path) -> os.stat_result:
 
 
 def notes(links: Sequence[str], root: Path, skip: Path | None) -> Iterator[str]:
-    """A line for each kind of links, by their names in `root`, that hide content."""
+    """Yield a note for each kind of links (names in `root`) whose content is not stored."""
     kinds: dict[str, list[str]] = {}
     missing = 0
     for name in links:
         path = root / name
-        known = name.lower().endswith(SUFFIXES)
+        is_checkpoint = name.lower().endswith(SUFFIXES)
         try:
             real = Path(os.path.realpath(path, strict=True))
             status = real.stat()
         except OSError:
-            if known:
+            if is_checkpoint:
                 kinds.setdefault("leads nowhere", []).append(name)
             continue
         if stat.S_ISREG(status.st_mode):
             if _is_ours(real, root, skip):
-                continue  # it leads to content
+                continue  # its content is stored
             missing += status.st_size
             kinds.setdefault(_OUT, []).append(name)
         elif stat.S_ISDIR(status.st_mode):
             if not real.is_relative_to(root):
                 kinds.setdefault("leads to a directory elsewhere", []).append(name)
-        elif known:
+        elif is_checkpoint:
             kinds.setdefault("leads to no file", []).append(name)
     for kind, names in kinds.items():
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         shown = ", ".join(names[:_NAMED]) + more
-        one = len(names) == 1
-        what = f"a link that {kind}" if one else f"links, each of which {kind}"
-        cost = f"the {size(missing)} that it leads to" if kind == _OUT else "what it leads to"
-        cost = cost if one else cost.replace(" it ", " they ").replace("leads", "lead")
-        yield f"{shown}: {what}; stored as {'a link' if one else 'links'}, without {cost}"
+        what, its = ("a link that", "its") if len(names) == 1 else ("links, each of which", "their")
+        cost = f" ({size(missing)})" if kind == _OUT else ""
+        yield f"{shown}: {what} {kind}; stored without {its} content{cost}"
 
 
 _OUT = "leads out of the directory"

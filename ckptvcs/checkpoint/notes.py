@@ -16,13 +16,13 @@ from ckptvcs.history.schema import LITTLE, Schema
 from ckptvcs.text import size
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".distcp")
-"""Names of files that hold tensors end so."""
+"""The suffixes of files that hold tensors."""
 
 NOTED = 1 << 14
-"""Bytes of exact floats, from which on they are worth a line."""
+"""The least number of bytes of exact floats that get a note."""
 
-_SHARE = 0.01  # of a checkpoint's bytes, from which on exact floats are worth a line
-_LARGE = 1 << 24  # bytes, from which on a file of any name is worth a line
+_SHARE = 0.01  # the least share of a checkpoint's bytes in exact floats that gets a note
+_LARGE = 1 << 24  # bytes from which a file of any name gets a note
 
 
 def why_raw(source: Source) -> str:
@@ -35,10 +35,10 @@ def why_raw(source: Source) -> str:
         b"\x28\xb5\x2f\xfd": "it is compressed by zstd",
         b"BZh": "it is compressed by bzip2",
         b"\xfd7zXZ": "it is compressed by xz",
-        b"\x80": "it is a pickle, not a file of torch.save",
-        b"\x89HDF": "it is a file of HDF5",
-        b"\x93NUMPY": "it is a file of numpy",
-        b"GGUF": "it is a file of GGUF",
+        b"\x80": "it is a pickle, not a torch.save file",
+        b"\x89HDF": "it is an HDF5 file",
+        b"\x93NUMPY": "it is a numpy file",
+        b"GGUF": "it is a GGUF file",
         b"\x7fELF": "it is a program",
     }
     found = (text for start, text in kinds.items() if head.startswith(start))
@@ -46,7 +46,7 @@ def why_raw(source: Source) -> str:
 
 
 def notes(files: Iterable[tuple[str, Source, Layout]]) -> Iterator[str]:
-    """A line for each file that is not understood, or not as a whole."""
+    """Yield a note for each file that no parser reads completely."""
     for path, source, layout in files:
         known = path.lower().endswith(SUFFIXES) or source.size >= _LARGE
         if layout.format == "raw" and layout.problem is not None and known:
@@ -59,8 +59,9 @@ def notes(files: Iterable[tuple[str, Source, Layout]]) -> Iterator[str]:
 
 
 def unknown_floats(schema: Schema, size_bytes: int) -> Iterator[str]:
-    """A line for the float tensors of a checkpoint of so many bytes of which nothing shows that
-    they are weights or moments, if they are more than a little of it.
+    """Yield a note about float tensors without evidence that they are weights or moments.
+
+    There is none if they are only a small share of the `size_bytes` of the checkpoint.
     """
     found = [
         info.size_bytes

@@ -1,7 +1,7 @@
 """Load optimizer states without changing their dtypes.
 
-torch's `load_state_dict` casts each state to the dtype of its parameter: it rounds float32 moments
-of bfloat16 weights, and makes floats of counters and codes.  Its choice of device is right.
+torch's `load_state_dict` casts each state to the dtype of its parameter.  It rounds float32 moments
+of bfloat16 weights, and converts counters and codes to floats.  Its choice of device is right.
 
     state --hooks of the user--> [note] --torch casts and moves--> [put back] --hooks of the user-->
 """
@@ -13,14 +13,19 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
-_INNER = ("optimizer", "_optimizer", "optim")  # where wrappers have what they wrap
-_STEP = "step"  # torch has rules of its own for its type and its device
+_INNER = (
+    "optimizer",
+    "_optimizer",
+    "optim",
+)  # attributes in which wrappers hold the inner optimizer
+_STEP = "step"  # torch handles its dtype and device separately
 
 
 @contextmanager
 def keep_types(holder: Any) -> Iterator[None]:
-    """While this lasts, the optimizer (or what it wraps) loads states as they are, but for their
-    device.  What an optimizer does itself with what it has loaded stays done.
+    """Make an optimizer, and those that it wraps, load states without a change of dtype.
+
+    Changes that the optimizer itself makes to a loaded state are kept.
     """
     with ExitStack() as stack:
         for optimizer in _with_hooks(holder):
@@ -39,16 +44,16 @@ def keep_types(holder: Any) -> Iterator[None]:
 def _with_hooks(holder: Any) -> list[Any]:
     """Return the torch optimizers that an object is or wraps."""
     found: list[Any] = []
-    left, seen = [holder], set[int]()
-    while left:
-        one = left.pop()
+    pending, seen = [holder], set[int]()
+    while pending:
+        one = pending.pop()
         if id(one) in seen or not hasattr(one, "param_groups"):
             continue
         seen.add(id(one))
-        # A wrapper may be an optimizer by its class, and have nothing of one.
+        # A wrapper may inherit from Optimizer without being initialized as one.
         if hasattr(one, "_optimizer_load_state_dict_pre_hooks"):
             found.append(one)
-        left += [inner for name in _INNER if (inner := getattr(one, name, None)) is not None]
+        pending += [inner for name in _INNER if (inner := getattr(one, name, None)) is not None]
     return found
 
 

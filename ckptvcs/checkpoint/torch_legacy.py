@@ -31,7 +31,7 @@ _MAGIC_BYTES = _MAGIC.to_bytes(10, "little")
 
 
 class _Raw(io.RawIOBase):
-    """The file as a stream, by position."""
+    """A file as an unbuffered stream."""
 
     def __init__(self, file: Source, limit: int) -> None:
         self._file, self._limit, self._at = file, min(limit, file.size), 0
@@ -53,8 +53,9 @@ class _Raw(io.RawIOBase):
 
 
 class _Reader(io.BufferedReader):
-    """The same for the unpickler.  It asks for as much as a pickle claims, which takes no memory
-    here before it is there.
+    """A buffered stream for the unpickler.
+
+    The unpickler asks for as many bytes as a pickle claims; this reader allocates what exists.
     """
 
     def __init__(self, file: Source, limit: int) -> None:
@@ -77,7 +78,7 @@ def begins_like_one(file: Source) -> bool:
 
 
 def is_cut(file: Source) -> bool:
-    """Whether a legacy torch file ends before its last tensor, as far as can be told."""
+    """Return whether a legacy torch file is known to end before its last tensor."""
     if not begins_like_one(file):
         return False
     pickles = stream(file)
@@ -89,7 +90,7 @@ def is_cut(file: Source) -> bool:
     for key in keys if isinstance(keys, list) else ():
         storage = types.get(key) if isinstance(key, str) else None
         if storage is None:
-            return False  # it is not known where the next one begins
+            return False  # the start of the next storage is unknown
         at += 8 + _size(file, at, storage)
         if at > file.size:
             return True
@@ -97,7 +98,7 @@ def is_cut(file: Source) -> bool:
 
 
 def _pickles(file: Source, pickles: io.BufferedReader) -> list[Any]:
-    """The five pickles that a file begins with.  Raises UnpicklingError."""
+    """Return the five pickles at the start of a file.  Raises UnpicklingError."""
     return [read_pickle(pickles, file.size) for _ in range(5)]
 
 
@@ -112,7 +113,7 @@ def _types(tree: object) -> dict[str, StorageRef]:
 
 
 def _size(file: Source, at: int, storage: StorageRef) -> int:
-    """Bytes of the storage whose count stands at a place; more than there are where none does."""
+    """Return the bytes of the storage whose element count is at `at`; too many if none is there."""
     if at + 8 > file.size:
         return file.size
     count = int.from_bytes(file.read(at, 8), "little")
@@ -146,7 +147,7 @@ def parse(file: Source) -> Layout | None:
         storages.append(Storage(key, at + 8, size))
         at += 8 + size
     tensors = stored_tensors(storages, tree)
-    # torch itself writes the same bytes on every machine; what other programs do is not known.
+    # torch writes the same bytes on every machine; other programs may not.
     little = not isinstance(system, dict) or system.get("little_endian", True) is True
     remark = set_order(tensors, LITTLE if little else UNKNOWN)
     remarks = () if remark is None else (remark,)

@@ -1,8 +1,8 @@
-"""Plain values and tensors -> a torch.save zip file, without torch.
+"""Write plain values and tensors as a torch.save zip file, without torch.
 
-Writes the pickle by hand, protocol 2, with nothing in it that `torch.load(weights_only=True)`
-refuses: None, bool, int, float, str, bytes, list, tuple, dict, set, Counter, torch.Size and
-tensors.  The records of the zip file have the order, alignment and names that torch gives them.
+The pickle (protocol 2) holds only types that `torch.load(weights_only=True)` accepts: None, bool,
+int, float, str, bytes, list, tuple, dict, set, Counter, torch.Size and tensors.  The records of the
+zip file have the order, alignment and names of torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_NESTING = 1000  # torch.save itself gives up at about as many
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor to be written: a window (in elements) on storage number `storage`."""
+    """A tensor to write: a window (in elements) on storage number `storage`."""
 
     storage: int
     dtype: str
@@ -45,16 +45,16 @@ class Leaf:
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a tensor that is stored row after row."""
-    strides, step = [], 1
+    """Return the strides, in elements, of a row-major tensor."""
+    strides, stride = [], 1
     for length in reversed(shape):
-        strides.append(step)
-        step *= max(1, length)
+        strides.append(stride)
+        stride *= max(1, length)
     return tuple(reversed(strides))
 
 
 def _called(value: Any) -> tuple[str, str, object] | None:
-    """What is made by a call with what it holds: the name that is called, and that."""
+    """Return module, name and argument of the call that rebuilds a value; None for other values."""
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     if name == "torch.Size":
         return "torch", "Size", tuple(value)
@@ -66,41 +66,41 @@ def _called(value: Any) -> tuple[str, str, object] | None:
 
 
 _Steps = Iterator[bytes | tuple[object, str]]
-"""What a container is written as: opcodes, and values, each with its path."""
+"""The encoding of a container: opcodes, and values with their paths."""
 
 
 class _Pickle:
-    """Emits one pickle, protocol 2.  `leaf` turns the caller's tensors into leaves."""
+    """Write one pickle, protocol 2.  `leaf` returns the leaf of a tensor of the caller."""
 
     def __init__(self, leaf: Callable[[object, str], Leaf | None]) -> None:
         self._leaf = leaf
         self._out = bytearray(b"\x80\x02")
 
     def dump(self, value: object) -> bytes:
-        # The stack is one of its own: Python's ends at some three hundred levels.
+        # An explicit stack: Python's own ends at about three hundred levels.
         stack: list[_Steps] = [iter([(value, "")])]
         while stack:
-            step = next(stack[-1], None)
-            if step is None:
+            item = next(stack[-1], None)
+            if item is None:
                 stack.pop()
-            elif isinstance(step, bytes):
-                self._out += step
+            elif isinstance(item, bytes):
+                self._out += item
             else:
-                below = self._value(*step)
+                below = self._value(*item)
                 if below is not None:
                     if len(stack) > _MAX_NESTING:
-                        where = step[1][:_SHOWN]
+                        where = item[1][:_SHOWN]
                         raise InvalidInputError(f"the state is nested too deeply at {where} ...")
                     stack.append(below)
         self._check_size(0, "")
         return bytes(self._out) + b"."
 
     def _check_size(self, more: int, path: str) -> None:
-        if len(self._out) + more > MAX_PICKLE_BYTES:  # what is shared is written each time
+        if len(self._out) + more > MAX_PICKLE_BYTES:  # a shared value is written each time
             raise InvalidInputError(
                 "the state holds more than a gigabyte besides its tensors"
                 + (f", up to {path}" if path else ""),
-                hint="make tensors of long lists, text and bytes: torch.tensor(list)",
+                hint="convert long lists and bytes to tensors: torch.tensor(list)",
             )
 
     def _global(self, module: str, name: str) -> None:
@@ -127,14 +127,14 @@ class _Pickle:
         self._out += b"t"
 
     def _value(self, value: object, path: str) -> _Steps | None:
-        """Write a value; the steps that are left to do, if it holds others."""
+        """Write a value; return the encoding of its items if it is a container."""
         self._check_size(0, path)
         leaf = self._leaf(value, path)
         if leaf is not None:
             self._tensor(leaf)
         elif value is None:
             self._out += b"N"
-        elif type(value) is bool:  # subclasses would come back as something else
+        elif type(value) is bool:  # a subclass would be restored as another type
             self._out += b"\x88" if value else b"\x89"
         elif type(value) is int:
             self._integer(value, path)
@@ -178,14 +178,14 @@ class _Pickle:
             kind = type(value)
             raise InvalidInputError(
                 f"the state holds a {kind.__module__}.{kind.__qualname__} at {path or 'its top'}",
-                hint="a state holds None, bool, int, float, str, bytes, list, tuple, dict, set, "
-                "tensors and numpy arrays: make one of these of it, as by float() or dict()",
+                hint="convert it, as by float(), to None, bool, int, float, str, bytes, list, "
+                "tuple, dict, set, a tensor or a numpy array",
             )
 
     def _row(self, values: Sequence[object], path: str) -> _Steps:
         dot = "." if path else ""
         for number, item in enumerate(values):
-            if type(item) is int:  # most long lists
+            if type(item) is int:  # most long lists hold integers
                 self._integer(item, path)
             else:
                 yield item, f"{path}{dot}{number}"
@@ -196,7 +196,7 @@ class _Pickle:
         for key, item in value.items():
             if not is_key(key):
                 raise InvalidInputError(
-                    f"the state has a key that is neither text nor number at {path or 'its top'}"
+                    f"the state has a key that is not text or a number at {path or 'its top'}"
                 )
             yield key, path
             yield item, f"{path}.{key}" if path else str(key)
@@ -227,12 +227,12 @@ class _Pickle:
 
 
 def dump_pickle(value: object, leaf: Callable[[object, str], Leaf | None]) -> bytes:
-    """The pickle of a state.
+    """Return the pickle of a state.
 
-    `leaf(value, path)` gives the leaf for a tensor, None for anything else.
+    `leaf(value, path)` returns the leaf of a tensor, and None for any other value.
 
     Raises:
-        InvalidInputError: the state holds something else, named by its path.
+        InvalidInputError: The state holds a value of another type; the message has its path.
     """
     return _Pickle(leaf).dump(value)
 
@@ -242,8 +242,9 @@ _LIMIT = 0xFFFFFFFF  # larger sizes and offsets need zip64
 
 @dataclass(frozen=True)
 class Payload:
-    """Content of a record whose bytes come in blocks when they are needed.  Without `summed` its
-    checksum is written as 0.
+    """The content of a record, produced in blocks on demand.
+
+    If `summed` is false, its checksum is written as 0.
     """
 
     size: int
@@ -254,7 +255,7 @@ class Payload:
 def zip_records(
     pickle_bytes: bytes, storages: list[Payload], extra: dict[str, bytes]
 ) -> list[tuple[str, Payload]]:
-    """The records of a file of torch.save, in torch's order; `extra` are more small ones."""
+    """Return the records of a torch.save file, in torch's order; `extra` holds more small ones."""
 
     def small(data: bytes) -> Payload:
         return Payload(len(data), lambda: iter([data]))
@@ -356,7 +357,7 @@ def _directory_end(count: int, size: int, at: int) -> bytes:
 
 
 class DeviceBytes:
-    """The bytes of a tensor (flat, uint8) on a device; what is asked for is moved."""
+    """The bytes of a tensor (flat, uint8) on a device; a slice is copied to the host."""
 
     def __init__(self, flat: Any) -> None:
         self.flat = flat
@@ -369,14 +370,14 @@ class DeviceBytes:
 
 
 def changed_state() -> InvalidInputError:
-    """What is said when a state is trained on while it is committed."""
+    """Return the error for a state that changed during its commit."""
     return InvalidInputError(
         "the state changed while it was being read", hint="commit a copy, or while nothing trains"
     )
 
 
 class MemorySource(Source):
-    """A file that stands in memory as a row of blocks; the blocks are not copied."""
+    """A file in memory, as a sequence of blocks that are not copied."""
 
     def __init__(self) -> None:
         self._blocks: list[memoryview | DeviceBytes] = []
@@ -386,11 +387,11 @@ class MemorySource(Source):
         self.size = 0
 
     def watch(self, copy: bytes, original: memoryview) -> None:
-        """Note that a block is the copy of something that others may change."""
+        """Note that a block is a copy of memory that others may change."""
         self._copies.append((copy, original))
 
     def watch_version(self, tensor: Any, version: int) -> None:
-        """Note how often a tensor had been changed in place when it was taken."""
+        """Note how often a tensor had been changed in place so far."""
         self._versions.append((tensor, version))
 
     def check_unchanged(self) -> None:
@@ -400,11 +401,11 @@ class MemorySource(Source):
 
     @property
     def blocks(self) -> Sequence[memoryview | DeviceBytes]:
-        """The row of blocks."""
+        """The blocks, in order."""
         return self._blocks
 
     def append(self, block: bytes | memoryview | DeviceBytes) -> None:
-        """Add to the end."""
+        """Append a block."""
         view = block if isinstance(block, DeviceBytes) else memoryview(block).cast("B")
         if len(view):
             self._starts.append(self.size)

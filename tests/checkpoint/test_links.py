@@ -147,7 +147,7 @@ def pipe(tmp_path: Path) -> Path:
 
 
 ELSEWHERE: dict[str, tuple[Callable[[Path], str | Path], str]] = {
-    "file": (outside, "leads out of the directory; stored as a link, without the 1"),
+    "file": (outside, "leads out of the directory; stored without its content (1"),
     "through a folder": (through_a_folder, "leads out of the directory"),
     "device": (lambda _: "/dev/zero", "leads to no file"),
     "pipe": (pipe, "leads to no file"),

@@ -66,9 +66,9 @@ OPAQUE: dict[str, tuple[Callable[[], bytes], str]] = {
     "half deflated": (half_deflated, "(1 of its records are compressed)"),
     "pickle": (unreadable_pickle, "its objects are not readable ("),
     "gzip": (lambda: gzip.compress(saved()), "(it is compressed by gzip)"),
-    "bare pickle": (lambda: pickle.dumps(STATE), "(it is a pickle, not a file of torch.save)"),
+    "bare pickle": (lambda: pickle.dumps(STATE), "(it is a pickle, not a torch.save file)"),
     "another zip": (other_zip, "(it is a zip file without a torch.save pickle)"),
-    "npy": (lambda: b"\x93NUMPY" + bytes(5000), "(it is a file of numpy)"),
+    "npy": (lambda: b"\x93NUMPY" + bytes(5000), "(it is a numpy file)"),
     "text": (lambda: b"hello " * 1000, "(no structure of torch or safetensors was found)"),
 }
 
@@ -138,7 +138,7 @@ def test_large_files_of_any_name_and_of_none_with_raw(ckpt: Ckpt, tmp_path: Path
     (tmp_path / "run" / "model.gguf").write_bytes(b"GGUF" + bytes(20_000_000))
     done = ckpt("commit", "run")
     assert done.err == (
-        "note: model.gguf: not readable as tensors (it is a file of GGUF); "
+        "note: model.gguf: not readable as tensors (it is a GGUF file); "
         "20 MB stored exactly, as bytes\n"
     )
     assert ckpt("commit", "run", "--raw").err == ""
@@ -157,7 +157,7 @@ def test_other_orders_and_links(ckpt: Ckpt, tmp_path: Path) -> None:
     assert lines[1].startswith(
         "note: link\N{REPLACEMENT CHARACTER}[2J.pt: a link that leads out of"
     )
-    assert "without the 24" in lines[1]
+    assert "without its content (24" in lines[1]
     assert len(lines) == 2
 
 
