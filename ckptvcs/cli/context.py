@@ -56,7 +56,7 @@ def locate(context: typer.Context) -> Path:
     """Return the directory that --repo or CKPT_DIR names, or else the nearest parent repository.
 
     Raises:
-        NotFoundError: there is no repository.
+        NotFoundError: No repository was found.
     """
     return Repo.locate(context.find_root().obj.repo or os.environ.get("CKPT_DIR") or None)
 
@@ -65,7 +65,7 @@ def open_repo(context: typer.Context) -> Repo:
     """Open the repository that the command line names.
 
     Raises:
-        NotFoundError: there is no repository.
+        NotFoundError: No repository was found.
     """
     repo = Repo(locate(context))
     try:

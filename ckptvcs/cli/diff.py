@@ -158,18 +158,7 @@ def _sums_row(
     ]
 
 
-_HEADING = [
-    "name",
-    "|A|",
-    "|B|",
-    "|B-A|",
-    "change",
-    "per step",
-    "cosine",
-    "max",
-    "changed",
-    "not finite",
-]
+_HEADING = ["name", *render.DISTANCES]
 
 
 def _show_diff(comparison: Comparison, tensors: list[TensorDifference]) -> None:

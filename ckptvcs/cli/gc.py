@@ -155,7 +155,7 @@ def describe_sizes(plan: GcPlan, *, dry_run: bool, sweep: bool) -> str:
 def _show(plan: GcPlan, *, dry_run: bool, sweep: bool, rekey: bool) -> None:
     if plan.decisions:
         rows = [["step", "id", "action", "freed", "in chains", "reason"]]
-        rows += [_row(row) for row in sorted(plan.decisions, key=_newest_first)]
+        rows += [_row(row) for row in sorted(plan.decisions, key=_age, reverse=True)]
         render.table(rows)
     faded = {name for patch in plan.fading for name in patch.commits}
     if faded:
@@ -175,9 +175,9 @@ def _show(plan: GcPlan, *, dry_run: bool, sweep: bool, rekey: bool) -> None:
         render.talk(f"note: delta chains keep {render.size(chained)}; use --rekey to free them")
 
 
-def _newest_first(row: Decision) -> tuple[int, str]:
-    """Return a sort key: newest step first, then id."""
-    return (-(row.commit.step or 0), row.name)
+def _age(row: Decision) -> tuple[int, str, str]:
+    """Return a sort key: by step, then by time."""
+    return row.commit.step or 0, row.commit.time, row.name
 
 
 def _row(row: Decision) -> list[str]:

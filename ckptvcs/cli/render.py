@@ -29,30 +29,14 @@ from ckptvcs.text import plain, plain_lines
 from ckptvcs.text import printable as printable
 from ckptvcs.text import size as size
 
-# Of which typer does not give the name; all that is said of wrong arguments is one.
+# typer does not export this class; every error of wrong arguments is an instance.
 _USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]
 _UNEXPECTED = 1
 
-_RIGHT = frozenset(
-    {
-        "step",
-        "size",
-        "stored",
-        "ratio",
-        "bytes",
-        "depth",
-        "freed",
-        "|A|",
-        "|B|",
-        "|B-A|",
-        "change",
-        "per step",
-        "cosine",
-        "max",
-        "changed",
-        "not finite",
-    }
-)
+DISTANCES = ["|A|", "|B|", "|B-A|", "change", "per step", "cosine", "max", "changed", "not finite"]
+"""The columns of `diff` behind the name of a tensor."""
+
+_RIGHT = frozenset(["step", "size", "stored", "ratio", "bytes", "depth", "freed"]).union(DISTANCES)
 _FLEXIBLE = frozenset({"message", "metrics", "name", "reason", "note"})
 _GAP = 2  # columns between two cells
 

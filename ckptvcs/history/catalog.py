@@ -234,7 +234,7 @@ class Catalog:
         self.forget()
 
     def _dropped(self, *undone: ObjectId) -> Dropped:
-        """Return what was dropped and not undone, as if the records `undone` were undone too."""
+        """Return the drops that no undo reverts; the records in `undone` count as reverted."""
         records = {
             name: load_drop_record(self.store.get(name, Kind.RECORD))
             for name in self.store.find(b"drop")
