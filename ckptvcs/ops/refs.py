@@ -83,7 +83,7 @@ def delete_branch(repository: Repository, name: str) -> DeletedBranch:
     if tip is None:
         raise NotFoundError(f"no branch '{name}'", hint="see 'ckpt branch'")
     if head is not None and head.branch == name:
-        raise ConflictError(f"HEAD is on branch '{name}'", hint="check out another one first")
+        raise ConflictError(f"HEAD is on branch '{name}'", hint="check out another branch first")
     set_ref(repository, "heads", name, None, "delete")
     return DeletedBranch(name, tip, tuple(repository.history.unnamed(tip)))
 
