@@ -28,10 +28,8 @@ SIZES = {
     **dict.fromkeys(["I16", "U16", "F16", "BF16"], (2, 2)),
     **dict.fromkeys(["I32", "U32", "F32"], (4, 4)),
     **dict.fromkeys(["I64", "U64", "F64"], (8, 8)),
-    "C32": (4, 2),
-    "C64": (8, 4),
-    "C128": (16, 8),
-}
+    "C32": (4, 2), "C64": (8, 4), "C128": (16, 8),
+}  # fmt: skip
 FLOATING = {"F16", "F32", "F64", "BF16", "C32", "C64", "C128"}
 SLICE = 1 << 20
 Array = np.ndarray[Any, Any]
@@ -87,13 +85,8 @@ class SpecRepository:
             assert mark == b"CKOB"
             payload = data[offset + 100 : offset + 100 + stored]
             self.records[name] = (
-                kind,
-                encoding,
-                base,
-                raw,
-                payload,
-                data[offset - region : offset],
-            )
+                kind, encoding, base, raw, payload, data[offset - region : offset],
+            )  # fmt: skip
 
     def _content(self, name: bytes) -> bytes:
         kind, encoding, base, raw, payload, _ = self.records[name]
@@ -390,12 +383,9 @@ def to_words(values: Array, dtype: str) -> Array:
 
 
 def decode_slice(
-    data: bytes,
-    dtype: str,
-    count: int,
-    base: Array | None,
+    data: bytes, dtype: str, count: int, base: Array | None,
     companion: tuple[bytes, Array | None] | None,
-) -> Array:
+) -> Array:  # fmt: skip
     method, stream = data[0], Stream(data[1:], short=4 <= data[0] <= 10)
     if method == 11:
         out = patch(stream, dtype, count, base)
@@ -458,13 +448,9 @@ def power(numerator: Array, parts: int) -> Array:
 
 
 def near(
-    method: int,
-    stream: Stream,
-    dtype: str,
-    count: int,
-    base: Array | None,
+    method: int, stream: Stream, dtype: str, count: int, base: Array | None,
     companion: tuple[bytes, Array | None] | None,
-) -> Array:
+) -> Array:  # fmt: skip
     word = np.dtype(f"<u{SIZES[dtype][1]}")
     if method == 8:
         assert companion is not None
