@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import Every, Force, JsonOption, open_repo
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.cli.context import Every, Force, JsonOption, open_repo, split_range
 
 
 def average(
@@ -25,7 +24,7 @@ def average(
     json: JsonOption = False,
 ) -> None:
     """Write the mean weights of several commits."""
-    start, stop = _split(revisions)
+    start, stop = split_range(revisions)
     repo = open_repo(context)
     entries = repo.line(start, stop, every)
     with render.progress("averaging", sum(entry.commit.raw_bytes for entry in entries)) as tick:
@@ -37,11 +36,3 @@ def average(
         return
     shown = render.printable(str(output))
     render.data(f"{shown}: mean weights of {len(names)} commits; other values from {names[-1][:8]}")
-
-
-def _split(text: str) -> tuple[str | None, str | None]:
-    """`REV..REV` as two revisions; None for one that is left out."""
-    start, dots, stop = text.partition("..")
-    if not dots or ".." in stop:
-        raise InvalidInputError(f"invalid range '{text}'", hint="write 1000..2000")
-    return start or None, stop or None

@@ -73,3 +73,15 @@ def open_repo(context: typer.Context) -> Repo:
     except InvalidInputError as error:  # a command that needs the settings raises it
         render.talk(f"warning: {error.message}")
     return repo
+
+
+def split_range(text: str) -> tuple[str | None, str | None]:
+    """Return both ends of `A..B`; None for an end that is left out.
+
+    Raises:
+        InvalidInputError: `text` is not a range.
+    """
+    start, dots, stop = text.partition("..")
+    if not dots or ".." in stop:
+        raise InvalidInputError(f"invalid range '{text}'", hint="write 1000..2000")
+    return start or None, stop or None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import Count, JsonOption, Part, open_repo
+from ckptvcs.cli.context import Count, JsonOption, Part, open_repo, split_range
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 from ckptvcs.text import from_number
@@ -61,8 +61,8 @@ def _sides(a: str | None, b: str | None) -> tuple[str, str]:
         return a or "HEAD~1", b or "HEAD"
     if b is not None:
         raise InvalidInputError(f"'{a}' names both commits", hint="pass A..B alone, or A and B")
-    a, _, b = a.partition("..")
-    return a or "HEAD", b or "HEAD"
+    first, last = split_range(a)
+    return first or "HEAD", last or "HEAD"
 
 
 def _tensor_bytes(repo: Repo, revision: str, only: str | None) -> int:
