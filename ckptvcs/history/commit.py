@@ -13,7 +13,20 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ckptvcs.errors import CorruptionError
-from ckptvcs.history.canonical_json import Record, dump, load, to_number
+from ckptvcs.history.canonical_json import dump
+from ckptvcs.history.fields import (
+    NATURAL,
+    NUMBER,
+    SIGNED,
+    TEXT,
+    Fields,
+    Kind,
+    many,
+    mapping,
+    nullable,
+    optional,
+    to_number,
+)
 from ckptvcs.store.ids import ObjectId, checked_id
 from ckptvcs.text import from_number
 
@@ -156,98 +169,34 @@ class Commit:
         return all(part.exact is None for part in self.parts.values())
 
 
-def _part_fields(part: PartState) -> dict[str, str]:
-    fields: dict[str, str] = {"values": part.values}
-    if part.exact is not None:
-        fields["exact"] = part.exact
-    return fields
+def _parts_by_name(*states: PartState | None) -> dict[str, PartState]:
+    named = zip(PARTS, states, strict=True)
+    return {name: state for name, state in named if state is not None}
 
 
-def _file_fields(file: FileEntry) -> dict[str, object]:
-    fields = {
-        "path": file.path,
-        "size": file.size,
-        "hash": file.hash,
-        "mode": file.mode,
-        "mtime_ns": file.mtime_ns,
-        "format": file.format,
-        "skeleton": file.skeleton,
-        "link": file.link,
-    }
-    return {key: value for key, value in fields.items() if value is not None}
-
-
-def dump_commit(commit: Commit) -> bytes:
-    """Return the canonical bytes of a commit."""
-    return dump(
-        {
-            "parents": list(commit.parents),
-            "time": commit.time,
-            "step": commit.step,
-            "message": commit.message,
-            "metrics": {name: from_number(value) for name, value in commit.metrics.items()},
-            "codec": commit.codec,
-            "kind": commit.kind,
-            "depth": commit.depth,
-            "raw_bytes": commit.raw_bytes,
-            "data_bytes": commit.data_bytes,
-            "patch_bytes": commit.patch_bytes,
-            "source": commit.source,
-            "path": commit.path,
-            "inside": commit.inside,
-            "schema": commit.schema,
-            "parts": {name: _part_fields(part) for name, part in commit.parts.items()},
-            "files": [_file_fields(file) for file in commit.files],
-            "error": {name: from_number(getattr(commit.error, name)) for name in ERROR_NAMES},
-            **({} if commit.errors is None else {"errors": commit.errors}),
-            **({"nonfinite": commit.nonfinite} if commit.nonfinite else {}),
-            "host": commit.host,
-            "user": commit.user,
-            "code": commit.code,
-        }
-    )
-
-
-def _load_part(record: Record) -> PartState:
-    exact = record.optional_text("exact")
-    return PartState(
-        checked_id(record.text("values")), None if exact is None else checked_id(exact)
-    )
-
-
-def _load_file(record: Record) -> FileEntry:
-    skeleton = record.optional_text("skeleton")
-    return FileEntry(
-        record.text("path"),
-        record.integer("size"),
-        record.optional_text("hash"),
-        record.integer("mode"),
-        record.signed("mtime_ns"),
-        record.text("format"),
-        None if skeleton is None else checked_id(skeleton),
-        record.optional_text("link"),
-    )
-
+_PART = Fields(PartState)
+_PARTS = Fields(_parts_by_name, **dict.fromkeys(PARTS, optional(_PART.kind)))
+_FILE = Fields(FileEntry, mtime_ns=SIGNED)
+_ERROR = Fields(ErrorReport)
+_COMMIT = Fields(
+    Commit,
+    step=nullable(SIGNED),
+    parts=Kind(_PARTS.kind.load, mapping(_PART.kind).dump),
+    files=many(_FILE.kind),
+    error=Kind(_ERROR.kind.load, lambda error: {k: from_number(v) for k, v in vars(error).items()}),
+    code=nullable(TEXT),
+)
+dump_commit = _COMMIT.dump
 
 _METRICS, _PARENTS = b',"metrics":', b',"parents":['
 _DECODER = json.JSONDecoder()
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("time", "message", "codec", "kind", "source", "path", "schema"), str),
-    **dict.fromkeys(("host", "user"), str),
-    **dict.fromkeys(("depth", "raw_bytes", "data_bytes", "patch_bytes"), int),
-    **dict.fromkeys(("metrics", "error", "parts"), dict),
-    **dict.fromkeys(("parents", "files"), list),
-    "inside": bool,
-}
 
 
-def _checked_time(text: str) -> str:
+def _is_time(text: str) -> bool:
     try:
-        if datetime.fromisoformat(text).tzinfo is not None:
-            return text
+        return datetime.fromisoformat(text).tzinfo is not None
     except ValueError:
-        pass
-    raise CorruptionError("invalid commit time")
+        return False
 
 
 def _check_files(name: ObjectId, source: str, files: tuple[FileEntry, ...]) -> None:
@@ -260,39 +209,13 @@ def _check_files(name: ObjectId, source: str, files: tuple[FileEntry, ...]) -> N
 
 def load_commit(name: ObjectId, data: bytes) -> Commit:
     """Parse a commit.  Raises CorruptionError."""
-    record = load(data, f"commit {name[:8]}")
-    fields = record.checked(_KINDS)
-    parts = record.record("parts")
-    parents = tuple(checked_id(parent) for parent in fields["parents"])
-    if len(parents) > 1 or first_parent(data) != (parents[0] if parents else None):
+    commit = _COMMIT.load(data, f"commit {name[:8]}")
+    if len(commit.parents) > 1 or first_parent(data) != next(iter(commit.parents), None):
         raise CorruptionError(f"commit {name[:8]} has duplicate parent fields")
-    files = tuple(_load_file(file) for file in record.records("files"))
-    _check_files(name, fields["source"], files)
-    return Commit(
-        parents=parents,
-        time=_checked_time(fields["time"]),
-        step=None if fields.get("step") is None else record.signed("step"),
-        message=fields["message"],
-        metrics={key: to_number(value) for key, value in fields["metrics"].items()},
-        codec=fields["codec"],
-        kind=fields["kind"],
-        depth=fields["depth"],
-        raw_bytes=fields["raw_bytes"],
-        data_bytes=fields["data_bytes"],
-        patch_bytes=fields["patch_bytes"],
-        source=fields["source"],
-        path=fields["path"],
-        inside=fields["inside"],
-        schema=checked_id(fields["schema"]),
-        parts={name: _load_part(parts.record(name)) for name in PARTS if parts.has(name)},
-        files=files,
-        error=ErrorReport(*(to_number(fields["error"].get(name, 0)) for name in ERROR_NAMES)),
-        errors=None if fields.get("errors") is None else checked_id(record.text("errors")),
-        host=fields["host"],
-        user=fields["user"],
-        code=record.optional_text("code"),
-        nonfinite=record.optional_integer("nonfinite") or 0,
-    )
+    _check_files(name, commit.source, commit.files)
+    if not _is_time(commit.time):
+        raise CorruptionError("invalid commit time")
+    return commit
 
 
 def first_parent(data: bytes) -> ObjectId | None:
@@ -331,14 +254,15 @@ def dump_errors(errors: Mapping[int, ErrorReport]) -> bytes:
     return dump({"tensors": rows, **columns})
 
 
-def load_errors(data: bytes) -> dict[int, ErrorReport]:
-    """Parse the errors of tensors.  Raises CorruptionError."""
-    record = load(data, "a table of errors")
-    rows = record.integers("tensors")
-    columns = [record.items(name) for name in ERROR_NAMES]
+def _errors_by_row(rows: tuple[int, ...], *columns: tuple[float, ...]) -> dict[int, ErrorReport]:
     if any(len(column) != len(rows) for column in columns):
         raise CorruptionError("a table of errors has columns of different lengths")
-    return {
-        row: ErrorReport(*map(to_number, values))
-        for row, *values in zip(rows, *columns, strict=True)
-    }
+    return {row: ErrorReport(*values) for row, *values in zip(rows, *columns, strict=True)}
+
+
+_ERRORS = Fields(_errors_by_row, tensors=many(NATURAL), **dict.fromkeys(ERROR_NAMES, many(NUMBER)))
+
+
+def load_errors(data: bytes) -> dict[int, ErrorReport]:
+    """Parse the errors of tensors.  Raises CorruptionError."""
+    return _ERRORS.load(data, "a table of errors")

@@ -45,7 +45,7 @@ def _format(backend: Backend) -> dict[str, Any]:
         data = read_small(backend, "format", _MAX_BYTES)
     except FileNotFoundError as error:
         raise CorruptionError(f"{backend}: file 'format' is missing", hint=hint) from error
-    fields = load(data, name).fields()  # users may edit the file: only verify checks its hash
+    fields = load(data, name)  # users may edit the file: only verify checks its hash
     number, flags = fields.get("format"), fields.setdefault("flags", {})
     if type(number) is not int or number < 1 or not isinstance(flags, dict):
         raise CorruptionError(f"{name} has no valid format number")

@@ -11,15 +11,15 @@ Layout: docs/format.md, "Values", "Recipe", "Bundle", "Records".
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 from ckptvcs.hashing import hasher
-from ckptvcs.history.canonical_json import Record, dump, load
-from ckptvcs.store.ids import ObjectId, checked_id
+from ckptvcs.history.canonical_json import Json
+from ckptvcs.history.fields import TEXT, Fields, Kind, many, optional
+from ckptvcs.store.ids import ObjectId
 
 VALUE_BYTES = 32
 SLICE_HASH_BYTES = 16
@@ -70,35 +70,17 @@ class Recipe:
         return self.bundles[self.owners[tensor]], self.frames[tensor]
 
 
-def dump_recipe(recipe: Recipe) -> bytes:
-    """Return the canonical bytes of a recipe."""
-    return dump(
-        {
-            "values": recipe.values,
-            "generation": recipe.generation,
-            "bundles": list(recipe.bundles),
-            "owners": list(recipe.owners),
-            "frames": list(recipe.frames),
-            **({"patch": True} if recipe.patch else {}),
-        }
-    )
+_RECIPE = Fields(Recipe)
+dump_recipe = _RECIPE.dump
 
 
 def load_recipe(data: bytes) -> Recipe:
     """Parse a recipe.  Raises CorruptionError."""
-    record = load(data, "a recipe")
-    bundles = tuple(checked_id(name) for name in record.texts("bundles"))
-    owners, frames = record.integers("owners"), record.integers("frames")
-    if len(owners) != len(frames) or any(owner >= len(bundles) for owner in owners):
+    recipe = _RECIPE.load(data, "a recipe")
+    listed = range(len(recipe.bundles))
+    if len(recipe.owners) != len(recipe.frames) or any(o not in listed for o in recipe.owners):
         raise CorruptionError("a recipe names a bundle that it does not list")
-    return Recipe(
-        checked_id(record.text("values")),
-        record.integer("generation"),
-        bundles,
-        tuple(owners),
-        tuple(frames),
-        record.flag("patch"),
-    )
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -123,6 +105,41 @@ class Frame:
         return sum(length for _, length, _ in self.slices)
 
 
+@dataclass
+class _Row:
+    """A frame as a bundle stores it: `base` is (position in the bases, position in that table)."""
+
+    lengths: tuple[int, ...]
+    hashes: str
+    base: tuple[int, ...] | None = None
+    depth: int = 0
+    companion: int | None = None
+    starts: tuple[int, ...] = ()
+    dtype: str | None = None
+
+
+@dataclass
+class _Bundle:
+    """The table of contents of a bundle; `dtype` is that of most frames."""
+
+    bases: tuple[ObjectId, ...]
+    frames: tuple[_Row, ...]
+    dtype: str | None = None
+    exact: ObjectId | None = None
+
+
+def _load_dtype(value: Json) -> str:
+    dtype: str = TEXT.load(value)
+    if dtype not in DTYPES:
+        raise CorruptionError(f"a frame has an unknown element type '{dtype}'")
+    return dtype
+
+
+_DTYPE = optional(Kind(_load_dtype))
+_ROW = Fields(_Row, dtype=_DTYPE)
+_BUNDLE = Fields(_Bundle, frames=many(_ROW.kind), dtype=_DTYPE)
+
+
 def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
     """Return the canonical bytes of a bundle: its table of contents.
 
@@ -130,95 +147,72 @@ def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
     """
     bases: dict[ObjectId, int] = {}
     rows = []
-    at = 0
+    end = 0  # of the slices so far
     types = Counter(frame.dtype for frame in frames)
     common = None if None in types else max(types, key=lambda name: types[name], default=None)
     for frame in frames:
-        row: dict[str, object] = {
-            "lengths": [length for _, length, _ in frame.slices],
-            "hashes": "".join(digest.hex() for _, _, digest in frame.slices),
-        }
-        starts = [start for start, _, _ in frame.slices]
-        for start, length, _ in frame.slices:
-            if start != at:
-                row["starts"] = starts
-            at = start + length
+        starts, lengths, hashes = zip(*frame.slices, strict=True) if frame.slices else ((), (), ())
+        base: tuple[int, ...] | None = None
         if frame.base is not None:
-            table = bases.setdefault(frame.base[0], len(bases))
-            row |= {"base": [table, frame.base[1]], "depth": frame.depth}
-        if frame.companion is not None:
-            row["companion"] = frame.companion
-        if frame.dtype != common:
-            row["dtype"] = frame.dtype
+            base = bases.setdefault(frame.base[0], len(bases)), frame.base[1]
+        row = _Row(
+            lengths,
+            b"".join(hashes).hex(),
+            base,
+            frame.depth if base else 0,
+            frame.companion,
+            () if starts == _consecutive(lengths, end) else starts,
+            None if frame.dtype == common else frame.dtype,
+        )
         rows.append(row)
-    return dump(
-        {
-            "bases": list(bases),
-            "frames": rows,
-            **({"exact": exact} if exact else {}),
-            **({"dtype": common} if common else {}),
-        }
-    )
+        end = starts[-1] + lengths[-1] if lengths else end
+    return _BUNDLE.dump(_Bundle(tuple(bases), tuple(rows), common, exact))
 
 
 def load_bundle(data: bytes) -> tuple[Frame, ...]:
     """Parse a bundle.  Raises CorruptionError."""
-    record = load(data, "a bundle")
-    bases = [checked_id(name) for name in record.texts("bases")]
-    common = _dtype(record)
+    bundle = _BUNDLE.load(data, "a bundle")
     frames: list[Frame] = []
     end = 0  # of the slices so far
-    for row in record.records("frames"):
-        lengths = row.integers("lengths")
-        hashes = _load_hashes(row, len(lengths))
-        base = _load_base(row, bases)
-        starts = _load_starts(row, lengths, end)
-        if lengths:
-            end = starts[-1] + lengths[-1]
-        companion = row.optional_integer("companion")
-        if companion is not None and companion >= len(frames):
+    for row in bundle.frames:
+        hashes = _hashes_of(row)
+        starts = row.starts or _consecutive(row.lengths, end)
+        if len(starts) != len(row.lengths):
+            raise CorruptionError("a bundle does not have a start for each slice")
+        if starts:
+            end = starts[-1] + row.lengths[-1]
+        if row.companion is not None and row.companion >= len(frames):
             raise CorruptionError("a frame references an auxiliary frame that is not before it")
-        depth = row.integer("depth") if base else 0
-        dtype = _dtype(row) if row.has("dtype") else common
-        slices = tuple(zip(starts, lengths, hashes, strict=True))
-        frames.append(Frame(base, depth, companion, slices, dtype))
+        base = _base_of(row, bundle.bases)
+        slices = tuple(zip(starts, row.lengths, hashes, strict=True))
+        depth = row.depth if base else 0
+        frames.append(Frame(base, depth, row.companion, slices, row.dtype or bundle.dtype))
     return tuple(frames)
 
 
-def _load_hashes(row: Record, count: int) -> list[bytes]:
+def _hashes_of(row: _Row) -> list[bytes]:
     """Return the hashes of the slices of a frame."""
     try:
-        data = bytes.fromhex(row.text("hashes"))
+        data = bytes.fromhex(row.hashes)
     except ValueError:
         data = b""
-    if len(data) != SLICE_HASH_BYTES * count:
+    if len(data) != SLICE_HASH_BYTES * len(row.lengths):
         raise CorruptionError("a bundle does not have a hash for each slice")
     return [data[at : at + SLICE_HASH_BYTES] for at in range(0, len(data), SLICE_HASH_BYTES)]
 
 
-def _load_base(row: Record, bases: Sequence[ObjectId]) -> tuple[ObjectId, int] | None:
+def _base_of(row: _Row, bases: tuple[ObjectId, ...]) -> tuple[ObjectId, int] | None:
     """Return the base of a frame, whose table is one of `bases`."""
-    if not row.has("base"):
+    if row.base is None:
         return None
-    pair = row.integers("base")
-    if len(pair) != 2 or pair[0] >= len(bases) or row.integer("depth") < 1:
+    if len(row.base) != 2 or row.base[0] >= len(bases) or row.depth < 1:
         raise CorruptionError("a bundle names a base that it does not list")
-    return bases[pair[0]], pair[1]
+    return bases[row.base[0]], row.base[1]
 
 
-def _load_starts(row: Record, lengths: list[int], end: int) -> list[int]:
-    """Return the offsets of the slices of a frame, by default consecutive from `end` on."""
-    starts = row.integers("starts") if row.has("starts") else []
-    if starts and len(starts) != len(lengths):
-        raise CorruptionError("a bundle does not have a start for each slice")
-    return starts or list(accumulate(lengths, initial=end))[: len(lengths)]
-
-
-def _dtype(record: Record) -> str | None:
-    dtype = record.optional_text("dtype")
-    if dtype is not None and dtype not in DTYPES:
-        raise CorruptionError(f"a frame has an unknown element type '{dtype}'")
-    return dtype
+def _consecutive(lengths: tuple[int, ...], start: int) -> tuple[int, ...]:
+    """Return the offsets of slices that follow one another."""
+    return tuple(accumulate(lengths, initial=start))[: len(lengths)]
 
 
 @dataclass(frozen=True)
@@ -240,32 +234,19 @@ class DropRecord:
     after: tuple[tuple[str, int], ...] = ()
 
 
-def dump_drop_record(record: DropRecord) -> bytes:
-    """Return the canonical bytes of a record."""
-    return dump(
-        {
-            "what": record.what,
-            "commits": list(record.commits),
-            "parts": list(record.parts),
-            "rule": record.rule,
-            "time": record.time,
-            **({"undoes": list(record.undoes)} if record.undoes else {}),
-            **({"after": [[*pair] for pair in record.after]} if record.after else {}),
-        }
-    )
+def _load_version(value: Json) -> tuple[str, int]:
+    if type(value) is not list or [type(item) for item in value] != [str, int]:
+        raise ValueError
+    return value[0], value[1]
+
+
+_DROP_RECORD = Fields(DropRecord, after=many(Kind(_load_version)))
+dump_drop_record = _DROP_RECORD.dump
 
 
 def load_drop_record(data: bytes) -> DropRecord:
     """Parse a record.  Raises CorruptionError."""
-    record = load(data, "a record")
-    if record.text("what") not in ("fade", "drop", "undo"):
+    record = _DROP_RECORD.load(data, "a record")
+    if record.what not in ("fade", "drop", "undo"):
         raise CorruptionError("a drop record has an unknown type")
-    return DropRecord(
-        record.text("what"),
-        tuple(checked_id(name) for name in record.texts("commits")),
-        tuple(record.texts("parts")),
-        record.text("rule"),
-        record.text("time"),
-        tuple(map(checked_id, record.texts("undoes") if record.has("undoes") else ())),
-        record.pairs("after") if record.has("after") else (),
-    )
+    return record

@@ -24,9 +24,10 @@ from urllib.parse import quote, unquote
 
 from ckptvcs.errors import CkptError, ConflictError, CorruptionError, InvalidInputError
 from ckptvcs.hashing import hex_hash
-from ckptvcs.history.canonical_json import load, seal, unseal
+from ckptvcs.history.canonical_json import Json, load, seal, unseal
+from ckptvcs.history.fields import FLAG, ID, NATURAL, TEXT, Fields, nullable, optional
 from ckptvcs.store.backend import Backend, read_small, write_once
-from ckptvcs.store.ids import ObjectId, checked_id
+from ckptvcs.store.ids import ObjectId
 
 HEAD = "HEAD"
 _MAX_REF_BYTES = 1 << 16
@@ -65,6 +66,20 @@ class Generation:
     time: str
     action: str
     is_lost: bool = False
+
+
+_VERSION = Fields(
+    lambda *values: values,
+    ref=TEXT,
+    generation=NATURAL,
+    previous=nullable(TEXT),
+    commit=nullable(ID),
+    branch=nullable(TEXT),
+    time=TEXT,
+    action=TEXT,
+    is_lost=optional(FLAG),
+    lost=optional(TEXT),
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,12 @@ def _can_be(ref: str) -> bool:
     """Return whether a ref may have this name: its folder must not be outside its space."""
     name = ref.partition("/")[2]
     return ref == HEAD or (_fits(name) and ".." not in name)
+
+
+def _dump_version(ref: str, number: int, **fields: Json) -> bytes:
+    nullable_fields = dict.fromkeys(("previous", "commit", "branch"))
+    nonce = os.urandom(8).hex()
+    return seal({"ref": ref, "generation": number, "nonce": nonce} | nullable_fields | fields)
 
 
 class Refs:
@@ -219,32 +240,24 @@ class Refs:
     def parse(self, ref: str, number: int, data: bytes) -> Generation:
         """Parse and check the bytes of a version.  Raises CorruptionError."""
         name = _file(ref, number)
-        record = unseal(data, name, _OLD)
-        commit = record.optional_text("commit")
-        if record.integer("generation") != number or record.text("ref") != ref:
+        values = _VERSION.of_json(unseal(data, name, _OLD), name)
+        ref_in_file, number_in_file, previous, commit, branch, time, action, is_lost, lost = values
+        if number_in_file != number or ref_in_file != ref:
             raise CorruptionError(f"{name} belongs to another ref")
-        branch = record.optional_text("branch")
         if branch is not None and not _can_be(f"heads/{branch}"):
             raise CorruptionError(f"{name} has an invalid branch name")
-        is_lost = record.flag("is_lost")
-        own = record.optional_text("lost") if is_lost else hex_hash(data)
+        digest = lost if is_lost else hex_hash(data)
         return Generation(
-            number,
-            own,
-            record.optional_text("previous"),
-            None if commit is None else checked_id(commit),
-            branch,
-            record.text("time"),
-            record.text("action"),
-            is_lost,
+            number, digest, previous, commit, branch, time, action, is_lost=bool(is_lost)
         )
 
     def backup(self, ref: str) -> Generation | None:
         """Return the backup of the newest version, or None if it is missing or damaged."""
         with contextlib.suppress(FileNotFoundError, CkptError):
             data = self.backup_content(ref)
-            number = load(data, ref).integer("generation")
-            return self.parse(ref, number, data) if 0 < number <= _MOST else None
+            number = load(data, ref).get("generation")
+            if type(number) is int and 0 < number <= _MOST:
+                return self.parse(ref, number, data)
         return None
 
     def backup_content(self, ref: str) -> bytes:
@@ -288,24 +301,8 @@ class Refs:
 
     def mark_lost(self, ref: str, number: int, own: str | None, time: str) -> None:
         """Replace a version, whose hash was `own`, by a record that it is lost."""
-        self.restore(
-            ref,
-            number,
-            seal(
-                {
-                    "ref": ref,
-                    "generation": number,
-                    "previous": None,
-                    "commit": None,
-                    "branch": None,
-                    "time": time,
-                    "action": "lost",
-                    "nonce": os.urandom(8).hex(),
-                    "is_lost": True,
-                    "lost": own,
-                }
-            ),
-        )
+        data = _dump_version(ref, number, time=time, action="lost", is_lost=True, lost=own)
+        self.restore(ref, number, data)
 
     def keep_backup(self, ref: str) -> None:
         """Write the backup of the newest version if it is missing."""
@@ -348,10 +345,10 @@ class Refs:
     def _follows(self, ref: str, number: int, data: bytes) -> bool:
         """Return whether another writer has already published a version based on this one."""
         try:
-            record = load(self.content(ref, number + 1), ref)
+            following = load(self.content(ref, number + 1), ref)
         except FileNotFoundError:
             return False
-        return record.optional_text("previous") == hex_hash(data)
+        return following.get("previous") == hex_hash(data)
 
     def names(self, space: str) -> list[str]:
         """Return the refs of a space (`heads`, `tags`, `pins`), deleted ones too, sorted."""
@@ -420,17 +417,9 @@ class Refs:
         number = (old.number if old else 0) + 1
         if number > _LAST:
             raise CorruptionError(f"ref '{ref}' has no number left for another version")
-        fields = {
-            "ref": ref,
-            "generation": number,
-            "previous": old.hash if old else None,
-            "commit": commit,
-            "branch": branch,
-            "time": time,
-            "action": action,
-            "nonce": os.urandom(8).hex(),
-        }
-        data = seal(fields)
+        previous = old.hash if old else None
+        fields = {"commit": commit, "branch": branch, "time": time, "action": action}
+        data = _dump_version(ref, number, previous=previous, **fields)
         taken = ConflictError(
             f"'{ref.rpartition('/')[2]}' was moved by another writer",
             hint="check 'ckpt log', then try again",

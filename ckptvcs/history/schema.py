@@ -15,7 +15,8 @@ from enum import IntEnum
 
 from ckptvcs.codec.dtypes import DTYPES, DType
 from ckptvcs.errors import CorruptionError
-from ckptvcs.history.canonical_json import Record, dump, load
+from ckptvcs.history.canonical_json import Json, dump
+from ckptvcs.history.fields import NATURAL, Fields, Kind, many
 
 LITTLE, BIG, UNKNOWN = "little", "big", "unknown"
 _LENGTH = struct.Struct("<I")
@@ -109,88 +110,42 @@ class Schema:
         ]
 
 
-def _tensor_fields(info: TensorInfo) -> dict[str, object]:
-    fields: dict[str, object] = {
-        "name": info.name,
-        "dtype": info.dtype,
-        "shape": list(info.shape),
-        "part": info.part,
-        "role": info.role,
-    }
-    if info.inline:
-        fields["inline"] = True
-    if info.pair is not None:
-        fields["pair"] = info.pair
-    if info.evidence:
-        fields["evidence"] = info.evidence
-    if info.views:
-        fields["views"] = [
-            {
-                "name": view.name,
-                "dtype": view.dtype,
-                "offset": view.offset,
-                "shape": list(view.shape),
-                "stride": list(view.stride),
-            }
-            for view in info.views
-        ]
-    if info.order != LITTLE:
-        fields["order"] = info.order
-    return fields
+_NATURALS = many(NATURAL)
 
 
-def dump_schema(schema: Schema) -> bytes:
-    """Return the canonical bytes of a schema."""
-    return dump({"tensors": [_tensor_fields(info) for info in schema.tensors]})
-
-
-def _load_shape(record: Record, field: str) -> tuple[int, ...]:
-    shape = tuple(record.integers(field))
+def _load_shape(value: Json) -> tuple[int, ...]:
+    shape: tuple[int, ...] = _NATURALS.load(value)
     if len(shape) > _MAX_DIMS or math.prod(shape) >= _MAX_NUMBER:
         raise CorruptionError("a schema contains a tensor with an invalid shape")
     return shape
 
 
-def _load_tensor(record: Record) -> TensorInfo:
-    views = tuple(
-        View(
-            view.text("name"),
-            view.text("dtype"),
-            view.integer("offset"),
-            _load_shape(view, "shape"),
-            tuple(view.integers("stride")),
-        )
-        for view in (record.records("views") if record.has("views") else [])
-    )
-    info = TensorInfo(
-        record.text("name"),
-        record.text("dtype"),
-        _load_shape(record, "shape"),
-        record.text("part"),
-        record.text("role"),
-        record.flag("inline"),
-        record.optional_integer("pair"),
-        views,
-        record.optional_text("evidence") or "",
-        record.text("order") if record.has("order") else LITTLE,
-    )
+_SHAPE = Kind(_load_shape)
+_VIEW = Fields(View, shape=_SHAPE)
+_TENSOR = Fields(TensorInfo, shape=_SHAPE, views=many(_VIEW.kind))
+_SCHEMA = Fields(Schema, tensors=many(_TENSOR.kind))
+dump_schema = _SCHEMA.dump
+
+
+def _check_tensor(info: TensorInfo) -> None:
     if info.dtype not in DTYPES or info.part not in ("model", "optimizer", "rest"):
         raise CorruptionError(f"tensor {info.name!r} has an unknown dtype or part")
     if info.order not in (LITTLE, BIG, UNKNOWN):
         raise CorruptionError(f"tensor {info.name!r} has an unknown byte order")
-    for view in views:
+    for view in info.views:
         dtype = DTYPES.get(view.dtype)
         if dtype is None or not view.fits(info.size_bytes // dtype.size):
             raise CorruptionError(f"tensor {info.name!r} has a view outside of it")
-    return info
 
 
 def load_schema(data: bytes) -> Schema:
     """Read a schema.  Raises CorruptionError."""
-    tensors = tuple(_load_tensor(row) for row in load(data, "a schema").records("tensors"))
-    if any(info.pair is not None and info.pair >= len(tensors) for info in tensors):
-        raise CorruptionError("a schema pairs a tensor with a missing one")
-    return Schema(tensors)
+    schema = _SCHEMA.load(data, "a schema")
+    for info in schema.tensors:
+        _check_tensor(info)
+        if info.pair is not None and info.pair >= len(schema.tensors):
+            raise CorruptionError("a schema pairs a tensor with a missing one")
+    return schema
 
 
 class Op(IntEnum):
@@ -241,6 +196,16 @@ class Skeleton:
             raise CorruptionError("a skeleton has too many literal bytes")
 
 
+def _segments_of(numbers: tuple[int, ...]) -> tuple[Segment, ...]:
+    ops, arguments = numbers[::2], numbers[1::2]
+    if len(ops) != len(arguments) or any(op > Op.INLINE for op in ops):
+        raise CorruptionError("a skeleton contains an invalid segment")
+    return tuple((Op(op), argument) for op, argument in zip(ops, arguments, strict=True))
+
+
+_SEGMENTS = Fields(_segments_of, segments=_NATURALS)
+
+
 def load_skeleton(data: bytes) -> Skeleton:
     """Read a skeleton.  Raises CorruptionError."""
     if len(data) < _LENGTH.size:
@@ -249,9 +214,5 @@ def load_skeleton(data: bytes) -> Skeleton:
     body = memoryview(data)[_LENGTH.size :]
     if length > len(body):
         raise CorruptionError("a skeleton is too short")
-    numbers = load(bytes(body[:length]), "a skeleton").integers("segments")
-    ops, arguments = numbers[::2], numbers[1::2]
-    if len(ops) != len(arguments) or any(op > Op.INLINE for op in ops):
-        raise CorruptionError("a skeleton contains an invalid segment")
-    segments = tuple((Op(op), argument) for op, argument in zip(ops, arguments, strict=True))
+    segments = _SEGMENTS.load(bytes(body[:length]), "a skeleton")
     return Skeleton(segments, body[length:])
