@@ -6,11 +6,11 @@ values id -> newest recipe whose bundles are there       step, file hash -> comm
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ckptvcs.errors import CorruptionError, MissingObjectError
+from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.history.commit import (
     ERRORS,
     PARTS,
@@ -251,16 +251,44 @@ class Catalog:
                         hidden.add(commit)
         return Dropped(frozenset(hidden), parts)
 
-    def ancestors(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, Commit]]:
-        """Yield a commit and its ancestors, newest first."""
-        while name is not None:
+    def ancestors(
+        self, name: ObjectId | None, stop: Container[ObjectId] = ()
+    ) -> Iterator[tuple[ObjectId, Commit]]:
+        """Yield a commit and its ancestors down to one of `stop`, newest first."""
+        while name is not None and name not in stop:
             commit = self.commit(name)
             yield name, commit
-            name = commit.parents[0] if commit.parents else None
+            name = commit.parent
+
+    def above_lost(
+        self,
+        tip: ObjectId,
+        stop: Container[ObjectId] = (),
+        errors: type[CkptError] = CorruptionError,
+    ) -> tuple[dict[ObjectId, Commit], ObjectId | None, CkptError | None]:
+        """Return the commits from a tip down to `stop` or a lost one, and that one and its error.
+
+        A lost commit is one that cannot be read because of one of `errors`.
+        """
+        above: dict[ObjectId, Commit] = {}
+        below: ObjectId | None = tip
+        try:
+            for name, commit in self.ancestors(tip, stop):
+                above[name], below = commit, commit.parent
+        except errors as error:
+            return above, below, error
+        return above, None, None
 
     def ids_below(self, name: ObjectId | None) -> Iterator[ObjectId]:
         """Return the ids of a commit and its ancestors, dropped ones too."""
         return (found for found, _ in self.store.line(name, Kind.COMMIT, first_parent))
+
+    def add_ids_below(self, name: ObjectId | None, ids: set[ObjectId]) -> None:
+        """Add a commit and its ancestors to `ids`, which has all ancestors of its commits."""
+        for below in self.ids_below(name):
+            if below in ids:
+                break
+            ids.add(below)
 
     def walk(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, bytes]]:
         """Return the same commits as `line`, unparsed: ten times faster."""

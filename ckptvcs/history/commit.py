@@ -164,6 +164,11 @@ class Commit:
     nonfinite: int = 0
 
     @property
+    def parent(self) -> ObjectId | None:
+        """The id of the parent, if there is one."""
+        return self.parents[0] if self.parents else None
+
+    @property
     def exact(self) -> bool:
         """Whether the delta chain decodes to every file bit for bit."""
         return all(part.exact is None for part in self.parts.values())
@@ -210,7 +215,7 @@ def _check_files(name: ObjectId, source: str, files: tuple[FileEntry, ...]) -> N
 def load_commit(name: ObjectId, data: bytes) -> Commit:
     """Parse a commit.  Raises CorruptionError."""
     commit = _COMMIT.load(data, f"commit {name[:8]}")
-    if len(commit.parents) > 1 or first_parent(data) != next(iter(commit.parents), None):
+    if len(commit.parents) > 1 or first_parent(data) != commit.parent:
         raise CorruptionError(f"commit {name[:8]} has duplicate parent fields")
     _check_files(name, commit.source, commit.files)
     if not _is_time(commit.time):

@@ -179,7 +179,7 @@ class History:
         """
         tags = self.tags()
         branches = dict(self._newest_first(start=start, all_branches=True))
-        parents = {name: next(iter(self._catalog.commit(name).parents), None) for name in branches}
+        parents = {name: self._catalog.commit(name).parent for name in branches}
         straight = {name for name, _ in self._catalog.ancestors(start or self._revisions.head())}
         rows: list[tuple[str, LogEntry | None]] = []
         for drawn, name in draw_graph(parents, straight):
@@ -245,7 +245,7 @@ class History:
                 line.append((name, commit))
             for name, commit in reversed(line):
                 # Clocks can be wrong: a commit never counts as older than its parent.
-                below = times.get(commit.parents[0], "") if commit.parents else ""
+                below = times.get(commit.parent, "") if commit.parent else ""
                 times[name] = max(commit.time, below)
         names = list(found)
         if len(lines) > 1:

@@ -140,8 +140,7 @@ class Past:
             name = move.commit
             while name is not None and name not in found and self._catalog.store.contains(name):
                 found.add(name)
-                parents = self._catalog.commit(name).parents
-                name = parents[0] if parents else None
+                name = self._catalog.commit(name).parent
         return found
 
     def _records(self) -> list[tuple[ObjectId, DropRecord]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from urllib.parse import quote, unquote
@@ -398,6 +398,15 @@ class Refs:
         """Return the commits that the refs of a space point to."""
         found = (self.read(f"{space}/{name}") for name in self.names(space))
         return {state.commit for state in found if state is not None and state.commit is not None}
+
+    def readable_targets(self, refs: Iterable[str]) -> set[ObjectId]:
+        """Return the commits that some refs point to, without unreadable refs."""
+        commits = set()
+        for ref in refs:
+            with contextlib.suppress(CkptError):
+                move = self.read(ref)
+                commits.add(move.commit if move else None)
+        return {commit for commit in commits if commit is not None}
 
     def publish(
         self,

@@ -107,7 +107,7 @@ class Revisions:
                     f"commit {below[:8]} was deleted by gc", hint="see 'ckpt reflog'"
                 )
             commits[below] = self._catalog.commit(below)
-            below = next(iter(commits[below].parents), None)
+            below = commits[below].parent
         if not is_whole(self._catalog, commits, gone):
             raise NotFoundError(f"commit {name[:8]} was deleted by gc", hint="see 'ckpt reflog'")
         return commits
@@ -138,13 +138,10 @@ class Revisions:
 
     def ids(self) -> set[ObjectId]:
         """Return the ids of all reachable commits, dropped ones too."""
-        found: set[ObjectId] = set()
+        reached: set[ObjectId] = set()
         for tip in self.tips().values():
-            for name in self._catalog.ids_below(tip):
-                if name in found:
-                    break
-                found.add(name)
-        return found
+            self._catalog.add_ids_below(tip, reached)
+        return reached
 
     def commits(self) -> dict[ObjectId, Commit]:
         """Return all reachable commits, dropped ones too, children before parents."""
@@ -155,15 +152,12 @@ class Revisions:
 
         An interrupted commit leaves one, or the version of a ref was lost.
         """
-        led: set[ObjectId] = set()
+        reached: set[ObjectId] = set()
         for ref in self._refs.every() if names else ():
             for move in self._refs.readable(ref):
                 with contextlib.suppress(CorruptionError):
-                    for name in self._catalog.ids_below(move.commit):
-                        if name in led:
-                            break
-                        led.add(name)
-        return sorted(names - led)
+                    self._catalog.add_ids_below(move.commit, reached)
+        return sorted(names - reached)
 
     def lost_lines(self) -> list[ObjectId]:
         """Return the tips of unreachable lines of at least two commits: their ref is lost.
@@ -196,17 +190,11 @@ class Revisions:
 
         The walk stops at `known` commits.
         """
-        seen: set[ObjectId] = set()
+        seen = set(known)
         for tip in start:
-            stack = [tip]
-            while stack:
-                name = stack.pop()
-                if name in seen or name in known:
-                    continue
+            for name, commit in self._catalog.ancestors(tip, stop=seen):
                 seen.add(name)
-                commit = self._catalog.commit(name)
                 yield name, commit
-                stack.extend(commit.parents)
 
     def resolve(self, text: str) -> ObjectId:
         """Return the commit that a revision names.

@@ -254,22 +254,14 @@ class Repairer:
         """Return the objects that commits need, and the missing ones among them."""
         lost: set[ObjectId] = set()
         commits: dict[ObjectId, Commit] = {}
-        for tip in self._tips():
-            above, hole = self._above(tip)
+        for tip in self._refs.readable_targets(self._refs.every()):
+            above, hole, _ = self._catalog.above_lost(tip)
             commits |= above
             lost |= {hole} if hole else set()
         dropped = self._catalog.dropped()
         for name in commits.keys() - dropped.commits:
             lost |= {table for _, table in self._catalog.lost_patches(name, commits[name])}
         return mark(self._catalog, commits, dropped, lost=lost).objects | lost, lost
-
-    def _tips(self) -> Iterator[ObjectId]:
-        """Yield the commits of the readable refs."""
-        for ref in self._refs.every():
-            with contextlib.suppress(CkptError):
-                move = self._refs.read(ref)
-                if move is not None and move.commit is not None:
-                    yield move.commit
 
     # -- drop ----------------------------------------------------------------------------------
 
@@ -281,7 +273,7 @@ class Repairer:
         """
         moved: dict[ObjectId, ObjectId] = {}
         for ref, tip in Revisions(self._catalog, self._refs).tips().items():
-            above, hole = self._above(tip)
+            above, hole, _ = self._catalog.above_lost(tip)
             if hole is None or (ref == HEAD and self._refs.read(HEAD).branch):  # type: ignore[union-attr]
                 continue
             self.done.dropped[hole] = ()
@@ -307,24 +299,15 @@ class Repairer:
             ]
         )
 
-    def _above(self, tip: ObjectId) -> tuple[dict[ObjectId, Commit], ObjectId | None]:
-        """Return the commits from a tip down to a lost one, and the lost one if any."""
-        above: dict[ObjectId, Commit] = {}
-        below: ObjectId | None = tip
-        try:
-            for name, commit in self._catalog.ancestors(tip):
-                above[name], below = commit, next(iter(commit.parents), None)
-        except CorruptionError:
-            return above, below
-        return above, None
-
     def _before(self, hole: ObjectId) -> ObjectId | None:
         """Return the newest readable commit that a branch was at before a lost one."""
         for branch in self._refs.names("heads"):
             commits = [move.commit for move in self._refs.readable(f"heads/{branch}")]
             if hole in commits:
                 older = filter(None, commits[commits.index(hole) + 1 :])
-                return next((name for name in older if self._above(name)[1] is None), None)
+                return next(
+                    (name for name in older if self._catalog.above_lost(name)[1] is None), None
+                )
         return None
 
     def _drop(self) -> None:

@@ -276,7 +276,7 @@ class RefRepairer:
         `below` on the way to the tips of other branches.
         """
         commit = below.commit if below else None
-        parents, tips = self._parents(), set(self._tips())
+        parents, tips = self._parents(), self._tips()
         ends = [
             name
             for name in parents.keys() - set(parents.values()) - self._reached(parents)
@@ -302,13 +302,9 @@ class RefRepairer:
                 moves[branch] = move.time if move and move.commit else ""
         return max(moves, key=lambda branch: (branch == "main", moves[branch]), default="main")
 
-    def _tips(self) -> Iterator[ObjectId]:
-        """Yield the commits of the readable branches."""
-        for branch in self._refs.names("heads"):
-            with contextlib.suppress(CkptError):
-                move = self._refs.read(f"heads/{branch}")
-                if move and move.commit:
-                    yield move.commit
+    def _tips(self) -> set[ObjectId]:
+        """Return the commits of the readable branches."""
+        return self._refs.readable_targets(f"heads/{name}" for name in self._refs.names("heads"))
 
     def _reached(self, parents: Parents) -> set[ObjectId]:
         return {name for tip in self._tips() for name in _line(tip, parents)}
@@ -318,7 +314,7 @@ class RefRepairer:
         parents: dict[ObjectId, ObjectId | None] = {}
         for name in self._catalog.store.ids(Kind.COMMIT):
             with contextlib.suppress(CkptError):
-                parents[name] = next(iter(self._catalog.commit(name).parents), None)
+                parents[name] = self._catalog.commit(name).parent
         return parents
 
 

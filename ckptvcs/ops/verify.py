@@ -255,27 +255,21 @@ class Verifier:
         hidden = self._catalog.dropped().commits
         commits: dict[ObjectId, Commit] = {}
         for origin, root in self._roots().items():
-            below: ObjectId | None = root
-            try:
-                for name, commit in self._catalog.ancestors(root):
-                    if name in commits:
-                        break
-                    commits[name], below = commit, next(iter(commit.parents), None)
-            except CkptError as error:
-                damage = self._wrong("commit", error, commit=below, name=origin)
+            above, lost, error = self._catalog.above_lost(root, commits, CkptError)
+            commits |= above
+            if lost and error:
+                damage = self._wrong("commit", error, commit=lost, name=origin)
                 older = {move.commit for move in self._refs.readable(origin) if move.commit}
                 missing = sorted(n for n in older if not self._catalog.store.contains(n))
-                damage.objects = damage.commits = tuple(
-                    dict.fromkeys([*([below] if below else ()), *missing])
-                )
+                damage.objects = damage.commits = tuple(dict.fromkeys([lost, *missing]))
         stored = set(self._catalog.store.ids(Kind.COMMIT))
         self.report.unreachable = revisions.unreachable(stored - commits.keys())
         with contextlib.suppress(CkptError):  # reported above
             for name in revisions.lost_lines():
-                lost = CorruptionError(
+                error = CorruptionError(
                     "a ref is lost: this commit and its ancestors are on no branch"
                 )
-                self._wrong("ref", lost, commit=name)
+                self._wrong("ref", error, commit=name)
         return {name: commit for name, commit in commits.items() if name not in hidden}
 
     def _commit(self, name: ObjectId, commit: Commit) -> None:
