@@ -111,9 +111,9 @@ class Catalog:
 
         The newest comes first; exact patches, which expire, come last.
         """
-        found = self._recipes(b"values:" + values.encode())
+        recipes = self._recipes(b"values:" + values.encode())
         return sorted(
-            found, key=lambda pair: (not pair[1].patch, pair[1].generation, pair[0]), reverse=True
+            recipes, key=lambda pair: (not pair[1].patch, pair[1].generation, pair[0]), reverse=True
         )
 
     def _recipes(self, key: bytes) -> Iterator[tuple[ObjectId, Recipe]]:
@@ -281,7 +281,7 @@ class Catalog:
 
     def ids_below(self, name: ObjectId | None) -> Iterator[ObjectId]:
         """Return the ids of a commit and its ancestors, dropped ones too."""
-        return (found for found, _ in self.store.line(name, Kind.COMMIT, first_parent))
+        return (below for below, _ in self.store.line(name, Kind.COMMIT, first_parent))
 
     def add_ids_below(self, name: ObjectId | None, ids: set[ObjectId]) -> None:
         """Add a commit and its ancestors to `ids`, which has all ancestors of its commits."""
@@ -334,7 +334,7 @@ def read_sound(store: ObjectStore, place: Place) -> tuple[bytes, bytes]:
     if place.entry.kind == Kind.BUNDLE:
         for frame in load_bundle(content):
             for start, length, expected in frame.slices:
-                found = slice_hash(memoryview(region)[start : start + length])
-                if found != expected or expected == NO_HASH:
+                digest = slice_hash(memoryview(region)[start : start + length])
+                if digest != expected or expected == NO_HASH:
                     raise CorruptionError(f"bundle {place.entry.id[:8]} is damaged")
     return region, payload

@@ -243,8 +243,8 @@ def find_metrics(data: bytes) -> dict[str, float]:
     """Return the metrics of a commit without parsing it.  Raises CorruptionError."""
     at = data.find(_METRICS)
     try:
-        found, _ = _DECODER.raw_decode(data[at + len(_METRICS) :].decode("ascii"))
-        return {name: to_number(value) for name, value in found.items()}
+        metrics, _ = _DECODER.raw_decode(data[at + len(_METRICS) :].decode("ascii"))
+        return {name: to_number(value) for name, value in metrics.items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise CorruptionError("a commit has no metrics field") from error
 

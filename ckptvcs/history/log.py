@@ -114,12 +114,12 @@ class History:
 
     def tags(self) -> dict[ObjectId, tuple[str, ...]]:
         """Return the tags of each tagged commit."""
-        found: dict[ObjectId, tuple[str, ...]] = {}
+        tags: dict[ObjectId, tuple[str, ...]] = {}
         for tag in self._refs.names("tags"):
             commit = self._revisions.tag(tag)
             if commit is not None:
-                found[commit] = (*found.get(commit, ()), tag)
-        return found
+                tags[commit] = (*tags.get(commit, ()), tag)
+        return tags
 
     def line(
         self,
@@ -167,8 +167,8 @@ class History:
     ) -> list[LogEntry]:
         """Commits, newest first: HEAD's line (or that of `start`), or those of all branches."""
         tags = self.tags()
-        found = self._newest_first(limit, start=start, all_branches=all_branches)
-        return [self.entry(n, branch=b, tags=tags.get(n, ())) for n, b in found[:limit]]
+        commits = self._newest_first(limit, start=start, all_branches=all_branches)
+        return [self.entry(n, branch=b, tags=tags.get(n, ())) for n, b in commits[:limit]]
 
     def graph(
         self, limit: int | None = None, *, start: ObjectId | None = None
@@ -197,24 +197,26 @@ class History:
         """Return the labels of tips, HEAD first: `HEAD -> main`, `side`, `tag: v1`, `pinned`."""
         head = self._refs.read(HEAD)
         current = f"heads/{head.branch}" if head and head.branch else HEAD
-        found: dict[ObjectId, list[str]] = {}
+        labels: dict[ObjectId, list[str]] = {}
         for name, tip in self._revisions.tips().items():
             space, _, short = name.partition("/")
             if name == HEAD:
                 shown = HEAD if current == HEAD else f"{HEAD} -> {current[6:]}"
-                found.setdefault(tip, []).insert(0, shown)
+                labels.setdefault(tip, []).insert(0, shown)
             elif name != current:
                 shown = {"tags": f"tag: {short}", "pins": "pinned"}.get(space, short)
-                found.setdefault(tip, []).append(shown)
-        return {tip: tuple(names) for tip, names in found.items()}
+                labels.setdefault(tip, []).append(shown)
+        return {tip: tuple(names) for tip, names in labels.items()}
 
     def branch_at(self, name: ObjectId) -> str | None:
         """Return a branch whose newest commit this is, preferring HEAD's branch."""
         head = self._refs.read(HEAD)
         tips = self._revisions.tips()
-        found = [ref[6:] for ref, tip in tips.items() if ref.startswith("heads/") and tip == name]
+        branches = [
+            ref[6:] for ref, tip in tips.items() if ref.startswith("heads/") and tip == name
+        ]
         following = head.branch if head else None
-        return following if following in found else next(iter(found), None)
+        return following if following in branches else next(iter(branches), None)
 
     def unnamed(self, start: ObjectId) -> list[ObjectId]:
         """Return a commit and its ancestors that no ref reaches, newest first."""
@@ -234,23 +236,23 @@ class History:
         else:
             lines = self._lines(all_branches=all_branches)
         walk = self._catalog.ancestors if all_branches else self._catalog.line
-        found: dict[ObjectId, str | None] = {}
+        branches: dict[ObjectId, str | None] = {}
         times: dict[ObjectId, str] = {}
         for branch, tip in lines:
             line = []
             for name, commit in walk(tip):
-                if name in found or (len(lines) == 1 and len(found) == limit):
+                if name in branches or (len(lines) == 1 and len(branches) == limit):
                     break
-                found[name] = branch
+                branches[name] = branch
                 line.append((name, commit))
             for name, commit in reversed(line):
                 # Clocks can be wrong: a commit never counts as older than its parent.
                 below = times.get(commit.parent, "") if commit.parent else ""
                 times[name] = max(commit.time, below)
-        names = list(found)
+        names = list(branches)
         if len(lines) > 1:
             names.sort(key=lambda name: times[name], reverse=True)
-        return [(name, found[name]) for name in names]
+        return [(name, branches[name]) for name in names]
 
     def _lines(self, *, all_branches: bool) -> list[tuple[str | None, ObjectId]]:
         """Return (branch, tip) of HEAD, followed with `all_branches` by those of all refs."""

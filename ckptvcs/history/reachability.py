@@ -91,7 +91,7 @@ def bases(
     Raises:
         MissingObjectError: `lost` is None and an object is missing.
     """
-    found: set[ObjectId] = set()
+    base_ids: set[ObjectId] = set()
     stack = list(names)
     while stack:
         name = stack.pop()
@@ -100,10 +100,10 @@ def bases(
             continue
         for place in catalog.store.places(name):
             base = place.entry.base
-            if base is not None and base not in found:
-                found.add(base)
+            if base is not None and base not in base_ids:
+                base_ids.add(base)
                 stack.append(base)
-    return found
+    return base_ids
 
 
 def _mark_tables(
@@ -165,13 +165,9 @@ def _can_be_read(catalog: Catalog, patch: Recipe) -> bool:
 
 def _dependencies(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
     """Return the tables that the frames of a recipe depend on."""
-    used: dict[int, set[int]] = {}
-    for owner, frame in zip(recipe.owners, recipe.frames, strict=True):
-        used.setdefault(owner, set()).add(frame)
-    found = set()
-    for owner, numbers in used.items():
-        found |= {catalog.frame_at(recipe.bundles[owner], number).base for number in numbers}
-    return {base[0] for base in found if base is not None}
+    used = sorted(set(zip(recipe.owners, recipe.frames, strict=True)))
+    frames = (catalog.frame_at(recipe.bundles[owner], number) for owner, number in used)
+    return {frame.base[0] for frame in frames if frame.base is not None}
 
 
 def require_packs(catalog: Catalog, marked: Marked, *, durable: bool = False) -> None:
@@ -189,10 +185,10 @@ def require_packs(catalog: Catalog, marked: Marked, *, durable: bool = False) ->
     for pack, folder in packs.items():
         file = pack_name(folder, pack)
         try:
-            there = store.backend.size(file) == store.pack_size(pack)
+            is_complete = store.backend.size(file) == store.pack_size(pack)
         except FileNotFoundError:
-            there = False
-        if not there:
+            is_complete = False
+        if not is_complete:
             raise MissingObjectError(f"{file} is missing or truncated", hint="run 'ckpt verify'")
     if durable:
         store.backend.settle(pack_name(folder, pack) for pack, folder in packs.items())

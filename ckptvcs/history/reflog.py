@@ -57,8 +57,8 @@ class Undone:
 def _after(record: DropRecord, branch: str, moves: Iterable[Generation]) -> int:
     """Return the number of the last move before a record, by time if the record has none."""
     earlier = (move.number for move in moves if move.time < record.time)
-    known = dict(record.after).get(branch)
-    return max(earlier, default=0) if known is None else known
+    number = dict(record.after).get(branch)
+    return max(earlier, default=0) if number is None else number
 
 
 def take_back(
@@ -94,12 +94,12 @@ class Past:
 
     def _branch(self, name: str | None) -> str:
         head = self._refs.read(HEAD)
-        found = name or (head.branch if head else None)
-        if found is None:
+        branch = name or (head.branch if head else None)
+        if branch is None:
             raise NotFoundError("HEAD is detached", hint="pass a branch name")
-        if self._refs.read(f"heads/{found}") is None:
-            raise NotFoundError(f"branch '{found}' has no commits yet")
-        return found
+        if self._refs.read(f"heads/{branch}") is None:
+            raise NotFoundError(f"branch '{branch}' has no commits yet")
+        return branch
 
     def events(self, branch: str | None = None) -> list[ReflogEvent]:
         """Return the moves of a branch (default: HEAD's) and drops of its commits, newest first.
@@ -121,9 +121,9 @@ class Past:
         return [event for _, event in sorted(events, key=lambda row: row[0], reverse=True)]
 
     def _event(self, move: Generation, reached: Set[ObjectId]) -> ReflogEvent:
-        known = move.commit is not None and self._catalog.store.contains(move.commit)
-        step = self._catalog.commit(move.commit).step if move.commit and known else None
-        exists = move.commit is None or (known and self._can_return_to(move.commit, reached))
+        is_stored = move.commit is not None and self._catalog.store.contains(move.commit)
+        step = self._catalog.commit(move.commit).step if move.commit and is_stored else None
+        exists = move.commit is None or (is_stored and self._can_return_to(move.commit, reached))
         return ReflogEvent(move.time, move.action, move.commit, step, exists)
 
     def _can_return_to(self, name: ObjectId, reached: Set[ObjectId]) -> bool:
@@ -135,13 +135,13 @@ class Past:
 
     def _ever(self, moves: list[Generation]) -> set[ObjectId]:
         """Return every commit that was ever on a branch and is still stored."""
-        found: set[ObjectId] = set()
+        commits: set[ObjectId] = set()
         for move in moves:
             name = move.commit
-            while name is not None and name not in found and self._catalog.store.contains(name):
-                found.add(name)
+            while name is not None and name not in commits and self._catalog.store.contains(name):
+                commits.add(name)
                 name = self._catalog.commit(name).parent
-        return found
+        return commits
 
     def _records(self) -> list[tuple[ObjectId, DropRecord]]:
         store = self._catalog.store

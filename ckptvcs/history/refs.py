@@ -134,8 +134,8 @@ def _backup(ref: str) -> str:
 
 def follows(move: Generation, below: Generation | None) -> bool:
     """Return whether a version was computed from the one before it, as far as their hashes tell."""
-    own = below.hash if below else None
-    return move.previous == own or (below is not None and own is None)
+    expected = below.hash if below else None
+    return move.previous == expected or (below is not None and expected is None)
 
 
 def _can_be(ref: str) -> bool:
@@ -299,9 +299,9 @@ class Refs:
         self._backend.delete(_file(ref, number))
         write_once(self._backend, _file(ref, number), data)
 
-    def mark_lost(self, ref: str, number: int, own: str | None, time: str) -> None:
-        """Replace a version, whose hash was `own`, by a record that it is lost."""
-        data = _dump_version(ref, number, time=time, action="lost", is_lost=True, lost=own)
+    def mark_lost(self, ref: str, number: int, digest: str | None, time: str) -> None:
+        """Replace a version, whose hash was `digest`, by a record that it is lost."""
+        data = _dump_version(ref, number, time=time, action="lost", is_lost=True, lost=digest)
         self.restore(ref, number, data)
 
     def keep_backup(self, ref: str) -> None:
@@ -354,10 +354,10 @@ class Refs:
         """Return the refs of a space (`heads`, `tags`, `pins`), deleted ones too, sorted."""
         folders = {name.split("/")[2] for name in self._backend.names(f"refs/{space}")}
         backups = {name.split("/")[3] for name in self._backend.names(f"cache/refs/{space}")}
-        found = {unquote(folder, errors="replace"): folder for folder in folders | backups}
+        names = {unquote(folder, errors="replace"): folder for folder in folders | backups}
         return sorted(
             name
-            for name, folder in found.items()
+            for name, folder in names.items()
             if _can_be(f"{space}/{name}")
             and _folder(f"{space}/{name}") == f"refs/{space}/{folder}"
             and (folder in folders or self.backup(f"{space}/{name}"))
@@ -396,8 +396,10 @@ class Refs:
 
     def targets(self, space: str) -> set[ObjectId]:
         """Return the commits that the refs of a space point to."""
-        found = (self.read(f"{space}/{name}") for name in self.names(space))
-        return {state.commit for state in found if state is not None and state.commit is not None}
+        versions = (self.read(f"{space}/{name}") for name in self.names(space))
+        return {
+            state.commit for state in versions if state is not None and state.commit is not None
+        }
 
     def readable_targets(self, refs: Iterable[str]) -> set[ObjectId]:
         """Return the commits that some refs point to, without unreadable refs."""
@@ -457,8 +459,10 @@ class Refs:
     def has(self, move: Move) -> bool:
         """Return whether a branch has been moved like this, durably or not."""
         since = move.old.number if move.old else 0
-        later = takewhile(lambda one: one.number > since, self.readable(f"heads/{move.branch}"))
-        return any(one.commit == move.commit for one in later)
+        later = takewhile(
+            lambda version: version.number > since, self.readable(f"heads/{move.branch}")
+        )
+        return any(version.commit == move.commit for version in later)
 
     def completes(self, move: Move) -> bool:
         """Finish the move of a writer that died; return whether it had moved the branch."""

@@ -39,12 +39,12 @@ def split_tensor(text: str) -> tuple[str, str]:
     Raises:
         InvalidInputError: the text has no colon, or one side is empty.
     """
-    found = _WITHIN.match(text)
-    if found is None:
+    match = _WITHIN.match(text)
+    if match is None:
         raise InvalidInputError(
             f"'{text}' is not a valid REV:TENSOR", hint="use a form like HEAD:model.layers.0.weight"
         )
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 class Revisions:
@@ -72,11 +72,11 @@ class Revisions:
 
     def tips(self) -> dict[str, ObjectId]:
         """Return the commit of HEAD and of every branch, tag and pin that has one."""
-        found = {f"heads/{name}": self.branch(name) for name in self._refs.names("heads")}
-        found |= {f"pins/{name}": name for name in self._refs.targets("pins")}
-        found |= {f"tags/{name}": self.tag(name) for name in self._refs.names("tags")}
-        found[HEAD] = self.head()
-        return {name: commit for name, commit in found.items() if commit is not None}
+        tips = {f"heads/{name}": self.branch(name) for name in self._refs.names("heads")}
+        tips |= {f"pins/{name}": name for name in self._refs.targets("pins")}
+        tips |= {f"tags/{name}": self.tag(name) for name in self._refs.names("tags")}
+        tips[HEAD] = self.head()
+        return {name: commit for name, commit in tips.items() if commit is not None}
 
     def whole(self, name: ObjectId) -> bool:
         """Return whether a commit is stored with all of its parts."""
@@ -181,16 +181,16 @@ class Revisions:
     def visible(self) -> dict[ObjectId, Commit]:
         """Return all reachable commits that were not dropped."""
         hidden = self._catalog.dropped().commits
-        return {name: made for name, made in self.commits().items() if name not in hidden}
+        return {name: commit for name, commit in self.commits().items() if name not in hidden}
 
     def reachable(
-        self, start: Iterable[ObjectId], known: Set[ObjectId] = frozenset()
+        self, start: Iterable[ObjectId], stop: Set[ObjectId] = frozenset()
     ) -> Iterator[tuple[ObjectId, Commit]]:
         """Yield every commit reachable from `start` once, children before parents.
 
-        The walk stops at `known` commits.
+        The walk does not enter the commits of `stop`.
         """
-        seen = set(known)
+        seen = set(stop)
         for tip in start:
             for name, commit in self._catalog.ancestors(tip, stop=seen):
                 seen.add(name)
@@ -220,13 +220,13 @@ class Revisions:
             return self._step(text)
         if text.startswith("best:"):
             return self._best(text)
-        found = None if text.startswith("id:") else self._named(text)
-        found = found or self._prefix(text.removeprefix("id:"))
-        if found is None:
+        commit = None if text.startswith("id:") else self._named(text)
+        commit = commit or self._prefix(text.removeprefix("id:"))
+        if commit is None:
             if _HEX.match(text.removeprefix("id:").lower()):
                 self.ids()  # a missing commit in the history is the more important error
             raise self._unknown(text)
-        return found
+        return commit
 
     def _named(self, text: str) -> ObjectId | None:
         at_ref = self.tag(text) or self.branch(text)
@@ -237,16 +237,17 @@ class Revisions:
             tip = self.branch(branch)
             if tip is None:
                 raise self._unknown(branch)
-            found = self._on_line(tip, int(step))
-            if found is None:
+            commit = self._on_line(tip, int(step))
+            if commit is None:
                 raise NotFoundError(f"no commit of step {step} on branch '{branch}'")
-            return found
+            return commit
         return None
 
     def _on_line(self, tip: ObjectId | None, step: int) -> ObjectId | None:
         """Return the newest commit of a step on the line of `tip`."""
-        known = set(self._catalog.store.find(b"step:%d" % step))
-        return next((n for n, _ in self._catalog.walk(tip) if n in known), None) if known else None
+        of_step = set(self._catalog.store.find(b"step:%d" % step))
+        line = self._catalog.walk(tip) if of_step else ()
+        return next((name for name, _ in line if name in of_step), None)
 
     def _back(self, start: ObjectId, count: int, text: str) -> ObjectId:
         for number, (name, _) in enumerate(self._catalog.walk(start)):
@@ -262,16 +263,16 @@ class Revisions:
         here = self._on_line(self.head(), step)
         if here is not None:
             return here
-        known = set(self._catalog.store.find(b"step:%d" % step))
-        there = known & self.ids() if known else set()
-        hidden = self._catalog.dropped().commits & there
-        found = sorted(there - hidden)
-        if len(found) > 1:
+        of_step = set(self._catalog.store.find(b"step:%d" % step))
+        reachable = of_step & self.ids() if of_step else set()
+        hidden = self._catalog.dropped().commits & reachable
+        commits = sorted(reachable - hidden)
+        if len(commits) > 1:
             raise InvalidInputError(
-                f"step {step} is ambiguous", hint="one of " + ", ".join(n[:8] for n in found)
+                f"step {step} is ambiguous", hint="one of " + ", ".join(n[:8] for n in commits)
             )
-        if found:
-            return found[0]
+        if commits:
+            return commits[0]
         # A short id may consist of digits only.
         named = self._prefix(text) if len(text) >= _SHORT_ID else None
         if named is None and hidden:
@@ -283,7 +284,7 @@ class Revisions:
         return named
 
     def _no_step(self, step: int) -> NotFoundError:
-        steps = {made.step for made in self.visible().values() if made.step is not None}
+        steps = {commit.step for commit in self.visible().values() if commit.step is not None}
         nearest = sorted(sorted(steps, key=lambda s: abs(s - step))[:_MAX_LISTED])
         hint = f"nearest steps: {', '.join(map(str, nearest))}" if nearest else None
         return NotFoundError(f"no commit of step {step}", hint=hint)
@@ -295,11 +296,11 @@ class Revisions:
             raise InvalidInputError(
                 f"invalid revision '{text}', expected best:METRIC:min or best:METRIC:max"
             )
-        found = (
+        metrics = (
             (find_metrics(content).get(metric, math.nan), name)
             for name, content in self._catalog.walk(self.head())
         )
-        values = [pair for pair in found if math.isfinite(pair[0])]
+        values = [pair for pair in metrics if math.isfinite(pair[0])]
         if not values:
             raise NotFoundError(f"no commit has the metric '{metric}'")
         pick = min if way == "min" else max
@@ -309,11 +310,11 @@ class Revisions:
         text = text.lower()
         if not _HEX.match(text):
             return None
-        found = self._catalog.store.ids(Kind.COMMIT, text)
-        if len(found) > 1:
-            listed = ", ".join(name[:12] for name in found[:_MAX_LISTED])
+        names = self._catalog.store.ids(Kind.COMMIT, text)
+        if len(names) > 1:
+            listed = ", ".join(name[:12] for name in names[:_MAX_LISTED])
             raise InvalidInputError(f"id '{text}' is ambiguous", hint=f"one of {listed}")
-        return found[0] if found else None
+        return names[0] if names else None
 
     def _unknown(self, text: str) -> NotFoundError:
         names = [*self._refs.names("heads"), *self._refs.names("tags"), "HEAD", "latest"]
