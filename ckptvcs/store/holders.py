@@ -33,6 +33,9 @@ BEAT = 20.0
 SILENCE = 3600.0
 """Seconds of watching a lease without a renewal, after which its holder is ignored."""
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""The exceptions of reading JSON that has another form than this program writes."""
+
 _MAX_GAP = SILENCE / 2  # counted between two looks: the file system may have been unreachable
 _NOTES = "cache/silent"
 _MAX_NOTES = 1 << 16  # bytes
@@ -96,7 +99,7 @@ def judge(
         if pid == os.getpid():
             return Holder.LIVE if is_held else Holder.GONE
         return Holder.LIVE if is_running(pid, since) else Holder.GONE
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except MALFORMED:
         return Holder.GONE
 
 
@@ -159,16 +162,7 @@ class Silence:
     @staticmethod
     def _noted(backend: Backend) -> dict[str, tuple[int, float, float]]:
         notes: dict[str, tuple[int, float, float]] = {}
-        with suppress(
-            CkptError,
-            FileNotFoundError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ):
+        with suppress(CkptError, FileNotFoundError, *MALFORMED):
             fields = json.loads(read_small(backend, _NOTES, _MAX_NOTES))
             if fields["boot"] == boot_id() != "":
                 for name, (renewed, last, silent) in fields["seen"].items():

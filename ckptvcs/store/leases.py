@@ -58,7 +58,7 @@ def judge_lease(backend: Backend, name: str) -> Holder:
 
 def _who(backend: Backend, name: str) -> str:
     """Return a hint: who holds a lease or mark, and what the user can do if that one is gone."""
-    with contextlib.suppress(FileNotFoundError, CkptError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(FileNotFoundError, CkptError, *holders.MALFORMED):
         fields = json.loads(read_small(backend, name, _MAX_BYTES))
         host, pid = str(fields["host"])[:64], int(fields["pid"])
         return f"process {pid} on {host!r}; if that is gone for good, delete {name}"
@@ -243,10 +243,6 @@ def exclusive(backend: Backend, own: str = "", *, wait: bool = False) -> Iterato
         BusyError: a writer or another gc is at work.
     """
     waiting = _Waiting(_patience.get() if wait else 0.0)
-    if not wait:
-        with _alone(backend, own, waiting, stays=True):
-            yield
-        return
     half = waiting.left / 2
     while True:
         with contextlib.ExitStack() as held:
@@ -268,11 +264,7 @@ class _WritersError(BusyError):
 def _alone(backend: Backend, own: str, waiting: _Waiting, *, stays: bool) -> Iterator[None]:
     """Create an exclusive mark; wait for the writers if it `stays`, otherwise raise."""
     with hold_file(backend, EXCLUSIVE) as mark:
-        others = [*live_leases(backend, EXCLUSIVE), *live_leases(backend, _SOLE)]
-        others = [name for name in others if name not in (mark, own)]
-        if others:
-            silence.keep(backend)
-            raise BusyError("another gc is at work", hint=_who(backend, others[0]))
+        _refuse_other_gcs(backend, mark, own)
         while writers := live_leases(backend, _LEASE):
             silence.keep(backend)
             what, who = f"{len(writers)} writer(s) are at work", _who(backend, writers[0])
@@ -293,11 +285,17 @@ def sole(backend: Backend) -> Iterator[str]:
         BusyError: another gc is at work.
     """
     with hold_file(backend, _SOLE) as mark:
-        others = [*live_leases(backend, EXCLUSIVE), *live_leases(backend, _SOLE)]
-        others = [name for name in others if name != mark]
-        if others:
-            raise BusyError("another gc is at work", hint=_who(backend, others[0]))
+        _refuse_other_gcs(backend, mark)
         yield mark
+
+
+def _refuse_other_gcs(backend: Backend, *marks: str) -> None:
+    """Raise BusyError if another gc has a mark that is not one of `marks`."""
+    others = [*live_leases(backend, EXCLUSIVE), *live_leases(backend, _SOLE)]
+    others = [name for name in others if name not in marks]
+    if others:
+        silence.keep(backend)
+        raise BusyError("another gc is at work", hint=_who(backend, others[0]))
 
 
 @contextmanager
