@@ -79,7 +79,8 @@ def extent(values: Floats) -> tuple[float, float]:
 
 def bit_positions(bitmap: Bytes, count: int) -> Positions:
     """Return the positions of the set bits among the first `count`."""
-    return np.flatnonzero(np.unpackbits(bitmap, count=count))
+    # numpy finds True six times faster than bytes that are not 0.
+    return np.flatnonzero(np.unpackbits(bitmap, count=count).view(np.bool_))
 
 
 def split(codes: Integers) -> tuple[Bytes, Bytes, Integers]:
@@ -91,8 +92,8 @@ def split(codes: Integers) -> tuple[Bytes, Bytes, Integers]:
 
 def with_signs(sizes: Integers, signs: Bytes) -> Integers:
     """Return the sizes, negated if their bit in `signs` is set."""
-    negative = np.unpackbits(signs, count=sizes.size).view(np.bool_)
-    return np.where(negative, -sizes, sizes)
+    minus = np.negative(np.unpackbits(signs, count=sizes.size).view(np.int8)).astype(np.int32)
+    return (sizes ^ minus) - minus  # two's complement: -1 inverts the bits and adds 1
 
 
 def join_bits(planes: Bytes, high: Bytes, count: int, bits: int) -> Integers:
@@ -141,11 +142,15 @@ def _move(
     columns: int,
     start: int,
 ) -> None:
-    amount = np.where(np.abs(codes) < 128, amounts[codes & 255], codes.astype(np.float32) * step)
-    amount *= factors if factors.size == 1 else factors[(found + start) // columns]
+    # `take` is faster than an index in brackets.
+    amount = amounts.take(codes & 255)
+    if codes.size and max(int(codes.max()), -int(codes.min())) >= 128:
+        amount = np.where(np.abs(codes) < 128, amount, codes.astype(np.float32) * step)
+    amount *= factors if factors.size == 1 else factors.take((found + start) // columns)
     np.rint(amount, out=amount)
-    amount += np.rint(out[found] * scale)
-    out[found] = amount * (np.float32(1) / scale)
+    amount += np.rint(out.take(found) * scale)
+    amount *= np.float32(1) / scale
+    out[found] = amount
 
 
 def gap_positions(gaps: Bytes) -> Positions:
