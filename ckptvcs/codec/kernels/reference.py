@@ -14,6 +14,8 @@ from ckptvcs.codec.words import Bytes, Floats, Integers, Words
 
 Positions = NDArray[np.int32] | NDArray[np.int64]
 
+_FEW_PRODUCTS = 1 << 18  # OpenBLAS starts its threads for more; the callers are threads already
+
 
 def _expand(rows: Floats, columns: int, start: int, count: int) -> Floats:
     """Repeat the value of each row for its `count` entries (unless there is one row)."""
@@ -213,7 +215,12 @@ def directions(
 
     `left` [rows, rank] and `right` [rank, columns] hold integers.
     """
-    out[:] = (left @ right).reshape(-1)[start : start + second.size]
+    columns = right.shape[1]
+    matrix = np.empty((left.shape[0], columns), np.float32)
+    rows = max(1, _FEW_PRODUCTS // max(1, right.size))
+    for low in range(0, left.shape[0], rows):
+        np.matmul(left[low : low + rows], right, out=matrix[low : low + rows])
+    out[:] = matrix.reshape(-1)[start : start + second.size]
     with np.errstate(over="ignore", invalid="ignore"):
         out *= scale
         out *= np.sqrt(second)
