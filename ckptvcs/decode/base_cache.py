@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.decode.chain import ChainReader, DecodedTable
+from ckptvcs.decode.chain import DecodedTable
 from ckptvcs.hashing import hasher
+from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.recipe import VALUE_BYTES
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.ids import ObjectId
@@ -30,17 +32,35 @@ _BLOCK = 1 << 22  # bytes
 _SPARE = 4  # free disk space, over the size of a table, required to cache the table
 
 
-class BaseWriter:
-    """Writes the tensors of a hash table, whose id may be unknown until `finish`, from any thread.
+class TableWriter(Protocol):
+    """Keeps the decoded tensors of a hash table, whose id may be unknown until `finish`."""
+
+    def write(self, tensor: int, number: int, words: Words, *, fresh: bool = True) -> None:
+        """Put slice `number` of a tensor in its place; words that are not `fresh` may change."""
+
+    def finish(self, values: ObjectId) -> None:
+        """Declare the slices to be the tensors of a table."""
+
+    def abort(self) -> None:
+        """Discard the slices unless they were finished."""
+
+
+def _starts(infos: Sequence[TensorInfo]) -> list[int]:
+    """Return the offset of each tensor in a file, and the size of the file."""
+    return [0, *np.cumsum([info.size_bytes for info in infos], dtype=np.int64).tolist()]
+
+
+class BaseWriter(TableWriter):
+    """Writes a cached base, from any thread.
 
     After a failure (a full disk, say), or if a slice is missing, no base is cached.
     """
 
-    def __init__(self, folder: Path, sizes: list[int], *, partial: bool = False) -> None:
-        """`sizes` has the bytes of each tensor; a `partial` base may lack slices."""
+    def __init__(self, folder: Path, infos: Sequence[TensorInfo], *, partial: bool = False) -> None:
+        """A `partial` base may lack slices."""
         self._folder, self._partial = folder, partial
         self._written: dict[tuple[int, int], int] = {}
-        self._starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
+        self._starts = _starts(infos)
         self._temporary = folder / f".{os.urandom(8).hex()}"
         self._descriptor: int | None = None
         self._failed = False
@@ -49,7 +69,6 @@ class BaseWriter:
             self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, tensor: int, number: int, words: Words, *, fresh: bool = True) -> None:
-        """Put slice `number` of a tensor in its place."""
         if self._descriptor is None or self._failed:
             return
         at = self._starts[tensor] + number * SLICE_WORDS * words.itemsize
@@ -76,7 +95,6 @@ class BaseWriter:
                 path.unlink(missing_ok=True)
 
     def abort(self) -> None:
-        """Delete the temporary file unless it was published."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
@@ -90,9 +108,9 @@ class CachedTable(DecodedTable):
     Callers that pass `out` must verify the tensor themselves.
     """
 
-    def __init__(self, path: Path, infos: list[TensorInfo], hashes: list[bytes]) -> None:
+    def __init__(self, path: Path, infos: Sequence[TensorInfo], hashes: list[bytes]) -> None:
         self._path, self.infos, self._hashes = path, infos, hashes
-        self._starts = [0, *np.cumsum([i.size_bytes for i in infos], dtype=np.int64).tolist()]
+        self._starts = _starts(infos)
         self._sound: dict[int, bool] = {}
         self._locks = [Lock() for _ in infos]
 
@@ -148,90 +166,44 @@ class CachedTable(DecodedTable):
 
 
 Put = Callable[[int, int, Words], None]
-Room = contextlib.AbstractContextManager[Put]
-"""Takes the slices of a table, by tensor position and slice number."""
-
-NO_ROOM: Room = contextlib.nullcontext(lambda tensor, number, words: None)
+Room = contextlib.AbstractContextManager[Put | None]
+"""Takes the slices of a table, by tensor position and slice number; or none."""
 
 
-class RecentTables:
+class RecentTables(dict[ObjectId, CachedTable]):
     """Recently decoded tables, in a temporary folder of the caller.
 
     With it, decoding a first-parent history from the oldest commit decodes each delta once.
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self._folder = folder
-        self._tables: dict[ObjectId, CachedTable] = {}
-
-    def get(self, values: ObjectId) -> DecodedTable | None:
-        """Return a table if it is cached."""
-        return self._tables.get(values)
-
-    def room(self, values: ObjectId, infos: list[TensorInfo], hashes: list[bytes]) -> Room:
-        """Return what takes the slices of a table, which replaces the older table of its part."""
-        size = sum(info.size_bytes for info in infos)
-        if shutil.disk_usage(self._folder).free < _SPARE * size:
-            return NO_ROOM
-        return self._written(values, infos, hashes)
 
     @contextlib.contextmanager
-    def _written(
+    def room(
         self, values: ObjectId, infos: list[TensorInfo], hashes: list[bytes]
-    ) -> Iterator[Put]:
+    ) -> Iterator[Put | None]:
+        """Yield what takes the slices of a table, which replaces the older table of its part.
+
+        Yield None if the disk is almost full.
+        """
+        if shutil.disk_usage(self._folder).free < _SPARE * _starts(infos)[-1]:
+            yield None
+            return
         folder = self._folder / infos[0].part
-        writer = BaseWriter(folder, [info.size_bytes for info in infos], partial=True)
+        writer = BaseWriter(folder, infos, partial=True)
         try:
             yield writer.write
             writer.finish(values)
         finally:
             writer.abort()
-        self._tables[values] = CachedTable(folder / values, infos, hashes)
-        self._tables = {name: table for name, table in self._tables.items() if table.exists()}
-
-    def clear(self) -> None:
-        """Clear the cache."""
-        self._tables.clear()
+        self[values] = CachedTable(folder / values, infos, hashes)
+        for name in [name for name, table in self.items() if not table.exists()]:
+            del self[name]
 
 
-class BaseTensor:
-    """A base, decoded slice by slice. Call `verify` before using the first slice."""
-
-    def __init__(self, chain: ChainReader, values: ObjectId, tensor: int, info: TensorInfo) -> None:
-        self.values, self.tensor, self.info = values, tensor, info
-        self._chain, self._links = chain, chain.links(values, tensor, info)
-
-    def verify(self) -> None:
-        """Verify the tensor, unless a verified copy is available.
-
-        Raises:
-            CorruptionError: the tensor does not match its recorded hash.
-        """
-        decoded, word = self._links[-1].decoded, self.info.type.word
-        if self.info.words and (decoded is None or decoded[0].slice(decoded[1], 0, word) is None):
-            for _ in self._chain.slices(self.values, self.tensor, self.info):
-                pass
-            self._links = self._chain.links(self.values, self.tensor, self.info)
-
-    def has_same_slices(self) -> bool:
-        """Return whether the frame has slices at the same offsets as the tensor.
-
-        The frame may belong to a tensor with the same bytes, but words of another size.
-        """
-        return self._links[-1].type.word == self.info.type.word
-
-    @property
-    def depth(self) -> int:
-        """Return the number of frames below this one in the chain."""
-        return self._links[-1].frame.depth
-
-    def slice(self, number: int) -> Words:
-        """Return the words of one slice."""
-        count = slice_counts(self.info.words)[number]
-        return self._chain.decode_slice(self._links, self.info, number, count)
-
-
-class MemoryBase:
+class MemoryBase(TableWriter):
     """The decoded weights of the newest commit of this process, in memory: name -> slices.
 
     The next commit replaces each slice after encoding against it. `values` is None meanwhile.
@@ -241,10 +213,29 @@ class MemoryBase:
         self.values: ObjectId | None = None
         self.tensors: dict[str, list[Words | None]] = {}
         self.hashes: dict[str, bytes] = {}
+        self._infos: Sequence[TensorInfo] = ()
 
-    def writer(self, infos: list[TensorInfo]) -> MemoryWriter:
-        """Return the writer for the decoded weights of the next commit."""
-        return MemoryWriter(self, infos)
+    def begin(self, infos: Sequence[TensorInfo]) -> None:
+        """Begin to replace the weights by those of the next commit."""
+        self._infos, self.values = infos, None
+        names = {info.name for info in infos}
+        for name in self.tensors.keys() - names:
+            del self.tensors[name]
+
+    def write(self, tensor: int, number: int, words: Words, *, fresh: bool = True) -> None:
+        info = self._infos[tensor]
+        count = len(slice_counts(info.words))
+        slices = self.tensors.get(info.name)
+        if slices is None or len(slices) != count:
+            slices = self.tensors[info.name] = [None] * count
+        slices[number] = words if fresh else words.copy()
+
+    def finish(self, values: ObjectId) -> None:
+        self.values = values
+
+    def abort(self) -> None:
+        if self.values is None:
+            self.tensors.clear()
 
     def keep(self, hashes: dict[str, bytes]) -> None:
         """Keep the weights of a shard, whose hash table will have an id once all shards join."""
@@ -258,36 +249,6 @@ class MemoryBase:
         self.values = values
 
 
-class MemoryWriter:
-    """Replaces the slices of a `MemoryBase`, with the interface of `BaseWriter`."""
-
-    def __init__(self, memory: MemoryBase, infos: list[TensorInfo]) -> None:
-        self._memory, self._infos = memory, infos
-        memory.values = None
-        names = {info.name for info in infos}
-        for name in [*memory.tensors]:
-            if name not in names:
-                del memory.tensors[name]
-
-    def write(self, tensor: int, number: int, words: Words, *, fresh: bool) -> None:
-        """Replace slice `number` of a tensor. Copy words that are not `fresh`: they may change."""
-        info = self._infos[tensor]
-        count = len(slice_counts(info.words))
-        slices = self._memory.tensors.get(info.name)
-        if slices is None or len(slices) != count:
-            slices = self._memory.tensors[info.name] = [None] * count
-        slices[number] = words if fresh else words.copy()
-
-    def finish(self, values: ObjectId) -> None:
-        """Declare the slices to be the decoded values of a table."""
-        self._memory.values = values
-
-    def abort(self) -> None:
-        """Discard the slices if the commit was not finished."""
-        if self._memory.values is None:
-            self._memory.tensors.clear()
-
-
 class MemoryTable(DecodedTable):
     """The tensors of a `MemoryBase`, for the commit that replaces them.
 
@@ -295,7 +256,7 @@ class MemoryTable(DecodedTable):
     """
 
     def __init__(
-        self, memory: MemoryBase, infos: list[TensorInfo], expected: ObjectId | None = None
+        self, memory: MemoryBase, infos: Sequence[TensorInfo], expected: ObjectId | None = None
     ) -> None:
         self._memory, self._infos, self._expected = memory, infos, expected
 
@@ -312,19 +273,33 @@ class MemoryTable(DecodedTable):
 
 
 def find_decoded(
+    catalog: Catalog,
     folder: Path,
     memory: MemoryBase | None,
     values: ObjectId,
-    infos: list[TensorInfo],
-    hashes: list[bytes],
+    infos: Sequence[TensorInfo],
     *,
     change: bool = False,
 ) -> DecodedTable | None:
     """Return the decoded tensors of a hash table from memory or the cache, if either has them.
 
     Set `change` in the commit that replaces the weights in memory, to read them meanwhile.
+
+    Raises:
+        CorruptionError: the table has another number of tensors.
     """
+    hashes = catalog.all_values(values, len(infos))
     if memory is not None and memory.values == values:
         return MemoryTable(memory, infos, None if change else values)
     path = folder / values
     return CachedTable(path, infos, hashes) if path.is_file() else None
+
+
+def open_writer(
+    folder: Path, memory: MemoryBase | None, infos: Sequence[TensorInfo]
+) -> TableWriter:
+    """Return the writer of the next base: in `memory` if that is given, else in the cache."""
+    if memory is None:
+        return BaseWriter(folder, infos)
+    memory.begin(infos)
+    return memory

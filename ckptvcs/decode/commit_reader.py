@@ -109,9 +109,8 @@ class Restorer:
                 self._tables[number] = (table, position)
             if part == "model" and cache is not None:
                 infos = [self.schema.tensors[number] for number in self.schema.stored(part)]
-                hashes = catalog.all_values(state.values, len(infos))
                 self._decoded[state.values] = find_decoded(
-                    cache, memory, state.values, infos, hashes
+                    catalog, cache, memory, state.values, infos
                 )
 
     @property
@@ -255,13 +254,13 @@ class Restorer:
             or not set(model) <= set(numbers)
         ):
             return None
-        sizes = [self.schema.tensors[n].size_bytes for n in model]
+        infos = [self.schema.tensors[number] for number in model]
         try:
             free = shutil.disk_usage(self._cache.parent.parent).free
         except OSError:
             return None
         # The restored files may need the same disk.
-        return BaseWriter(self._cache, sizes) if free > 4 * self.commit.raw_bytes else None
+        return BaseWriter(self._cache, infos) if free > 4 * self.commit.raw_bytes else None
 
     def inline(self) -> dict[int, bytes]:
         """Return the bytes of the small tensors, which are stored in file templates."""

@@ -18,6 +18,20 @@ StoredPlace = tuple[ObjectId, int]
 
 
 @dataclass(frozen=True)
+class EncodedTensor:
+    """A tensor whose frame is stored, or belongs to the new bundle.
+
+    near, exact   hashes of the decoded and of the original tensor
+    place         the place of the frame, which has `depth` frames below it
+    """
+
+    near: bytes
+    exact: bytes
+    place: Place
+    depth: int
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A checkpoint whose tensors are stored durably, but are not visible in a commit yet.
 
@@ -55,15 +69,14 @@ def recipe_of(values: ObjectId, generation: int, places: Sequence[StoredPlace]) 
 
 
 class Assembly:
-    """The parts, tables and recipes of a commit, collected part by part.
+    """The parts, tables, recipes and chain depths of a commit, collected part by part."""
 
-    `depths` has the chain depth of each tensor; `add` completes it.
-    """
-
-    def __init__(self, catalog: Catalog, depths: dict[int, int], *, patched: bool) -> None:
-        self._catalog, self._patched = catalog, patched
+    def __init__(
+        self, catalog: Catalog, tensors: Mapping[int, EncodedTensor], *, patched: bool
+    ) -> None:
+        self._catalog, self._tensors, self._patched = catalog, tensors, patched
         self._rows: dict[ObjectId, list[int]] = {}
-        self.depths = depths
+        self.depths = {number: tensor.depth for number, tensor in tensors.items()}
         self.parts: dict[str, PartState] = {}
         self.tables: dict[str, bytes] = {}
         self.recipes: list[Recipe] = []
@@ -74,22 +87,23 @@ class Assembly:
         self,
         part: str,
         row: list[int],
-        hashes: tuple[Mapping[int, bytes], Mapping[int, bytes]],
-        places: Callable[[], Sequence[StoredPlace]],
+        publish: Callable[[], ObjectId | None],
         patch: Callable[[ObjectId, bytes], int],
     ) -> None:
-        """Add a part with the tensors of `row`, given the hashes of near and exact values.
+        """Add a part with the tensors of `row`.
 
-        `places` writes the frames; `patch` writes the exact patch for a table of near values and
-        returns its size in bytes. Neither is called if the repository has the same already.
+        `publish` writes the new frames and returns their bundle; `patch` writes the exact patch for
+        a table of near values and returns its size in bytes. Neither is called if the repository
+        has the same already.
         """
         if not row:
             return
-        near, exact = (dump_values([side[number] for number in row]) for side in hashes)
+        near = dump_values([self._tensors[number].near for number in row])
+        exact = dump_values([self._tensors[number].exact for number in row])
         values = object_id(Kind.VALUES, near)
         state = PartState(values, None if near == exact else object_id(Kind.VALUES, exact))
         self.tables[part], self.parts[part] = near, state
-        self._add_recipe(values, row, places)
+        self._add_recipe(values, row, publish)
         if not self._patched or state.exact is None:
             return
         if has_patch(self._catalog, state):
@@ -98,7 +112,7 @@ class Assembly:
             self.patch_bytes += patch(values, exact)
 
     def _add_recipe(
-        self, values: ObjectId, row: list[int], places: Callable[[], Sequence[StoredPlace]]
+        self, values: ObjectId, row: list[int], publish: Callable[[], ObjectId | None]
     ) -> None:
         # Keep the recipe of a known table: the frames of a second recipe could depend on frames
         # that depend on the first recipe.
@@ -110,9 +124,9 @@ class Assembly:
                 self.depths[number] = self._catalog.frame(values, position)[1].depth
         else:
             self._rows[values] = row
-            stored = places()
+            places = in_bundle([self._tensors[number].place for number in row], publish())
             generation = self._catalog.next_generation(values)
-            self.recipes.append(recipe_of(values, generation, stored))
+            self.recipes.append(recipe_of(values, generation, places))
 
 
 def has_patch(catalog: Catalog, state: PartState) -> bool:

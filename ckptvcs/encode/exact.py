@@ -11,7 +11,7 @@ from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES
 from ckptvcs.codec.frame import LOSSLESS, NEAR_WEIGHT, PATCH, put_slice
 from ckptvcs.codec.near_weight import encode_difference, encode_keyframe, find_grid
 from ckptvcs.codec.words import NearSlice, Words
-from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Target, Tensor
+from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Target
 
 
 def encode_exactly(source: Words, base: Words | None, dtype: str) -> EncodedSlice:
@@ -50,16 +50,15 @@ def encode_patch(source: Words, near: Words, dtype: str) -> patch.Buffers:
 
 
 class ExactEncoder:
-    """Encodes a tensor losslessly, with or without a base."""
+    """Encodes a tensor losslessly, against its base if it has one."""
 
-    def __init__(self, target: Target, base: Tensor | None) -> None:
+    def __init__(self, target: Target) -> None:
         self.members = (target,)
         self.companions: Mapping[int, int] = {}
-        self._base = base
 
     def encode(self, number: int) -> EncodedGroup:
         """Encode one slice."""
         (target,) = self.members
-        base = None if self._base is None else self._base.slice(number)
+        base = None if target.base is None else target.base.slice(number)
         coded = encode_exactly(target.tensor.slice(number), base, target.dtype)
         return EncodedGroup((coded,), (Errors(),))

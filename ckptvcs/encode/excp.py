@@ -74,7 +74,8 @@ def plan(group: Group, spec: ExcpSpec) -> ExcpPlan | None:
     def measure(number: int) -> tuple[Floats | None, Floats | None, Floats | None]:
         first = None if group.first is None else group.first.floats(number)
         second = None if group.second is None else group.second.floats(number)
-        return group.residual(number), first, second
+        residual = None if group.weight is None else group.weight.residual(number)
+        return residual, first, second
 
     for residual, first, second in ordered_map(measure, range(len(slice_counts(group.words)))):
         for values, kept in (
@@ -133,13 +134,13 @@ class ExcpEncoder:
         group, fitted = self._group, self._plan
         slices = []
         mask: Mask | bool = True
-        residual = group.residual(number)
-        if residual is not None and group.weight is not None and group.base is not None:
-            source, base = group.weight.tensor.slice(number), group.base.slice(number)
-            dtype = group.weight.dtype
+        weight = group.weight
+        residual = None if weight is None else weight.residual(number)
+        if weight is not None and weight.base is not None and residual is not None:
+            source, base = weight.tensor.slice(number), weight.base.slice(number)
             # The codebook is empty if the sample has no large residual: keep none at all.
             mask = (np.abs(residual) > fitted.residual_threshold) & bool(fitted.weight.size)
-            payload, decoded = excp.encode_residual(source, base, mask, fitted.weight, dtype)
+            payload, decoded = excp.encode_residual(source, base, mask, fitted.weight, weight.dtype)
             data = put_slice(EXCP_RESIDUAL, payload)
             slices.append(EncodedSlice(data, decoded, source, uses_base=True))
         if group.first is not None:

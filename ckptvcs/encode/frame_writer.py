@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +11,7 @@ from functools import partial
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
-from ckptvcs.decode.base_cache import BaseTensor
+from ckptvcs.encode.bases import BaseTensor
 from ckptvcs.encode.exact import SAME
 from ckptvcs.encode.group import EncodedSlice
 from ckptvcs.hashing import Hasher, hasher
@@ -47,6 +47,11 @@ class Draft:
     slices: list[Slice] = field(default_factory=list)
     digest: Hasher = field(default_factory=lambda: hasher())
     source: Hasher | None = None
+
+    @property
+    def depth(self) -> int:
+        """Return the number of frames below this one in the chain."""
+        return self.base.depth + 1 if self.base is not None and self.uses_base else 0
 
 
 class Region:
@@ -105,10 +110,8 @@ class PartWriter:
         draft.digest.update(octets(encoded.decoded))
 
     def _frame(self, draft: Draft) -> Frame:
-        base, depth = None, 0
-        if draft.base is not None and draft.uses_base:
-            base, depth = (draft.base.values, draft.base.tensor), draft.base.depth + 1
-        return Frame(base, depth, draft.companion, tuple(draft.slices), draft.dtype)
+        base = draft.base.place if draft.base is not None and draft.uses_base else None
+        return Frame(base, draft.depth, draft.companion, tuple(draft.slices), draft.dtype)
 
     def finish(self, publish: Callable[[PackWriter], PackInfo]) -> tuple[ObjectId | None, int]:
         """Write the bundle and publish the pack; return the bundle's id and the pack's bytes."""
@@ -134,13 +137,13 @@ class PatchWriter:
         self._slices: dict[tuple[int, int], Future[Slice]] = {}
         self._late: deque[Future[Slice]] = deque()
 
-    def append(self, tensor: int, index: int, buffers: Buffers) -> None:
-        """Add a slice of a tensor. The buffers must not change until `frame` is called."""
+    def append(self, tensors: Iterable[int], index: int, buffers: Buffers) -> None:
+        """Add a slice of equal tensors. The buffers must not change until `frame` is called."""
         if self._thread is None:
             self._thread = Pool(1)
         append = partial(self._region.append, *buffers, hashed=self._hashed)
         future = self._thread.start(append)
-        self._slices[tensor, index] = future
+        self._slices |= {(tensor, index): future for tensor in tensors}
         self._late.append(future)
         if len(self._late) > _LATE:
             self._late.popleft().result()

@@ -25,7 +25,8 @@ from ckptvcs.codec.near_lowrank import factors_of, put_components
 from ckptvcs.codec.near_moments import Factors, put_second
 from ckptvcs.codec.near_weight import put_delta
 from ckptvcs.codec.words import Words, to_float32
-from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Group, Target, Tensor
+from ckptvcs.encode.bases import BaseTensor
+from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Group, Target
 from ckptvcs.encode.near import Measured, NearEncoder, is_beyond, second_rows
 
 _OnDevice = tuple[EncodedSlice, Errors, Any]
@@ -36,7 +37,7 @@ class DeviceEncoder:
     """Encodes on the device what `NearEncoder` encodes on the host."""
 
     def __init__(
-        self, host: NearEncoder, weight: Target, base: Tensor, first: Target, second: Target
+        self, host: NearEncoder, weight: Target, base: BaseTensor, first: Target, second: Target
     ) -> None:
         self._host, self._weight, self._base = host, weight, base
         self._first, self._second = first, second
@@ -45,15 +46,15 @@ class DeviceEncoder:
     @classmethod
     def of(cls, host: NearEncoder, group: Group) -> DeviceEncoder | None:
         """Return an encoder if a group has a weight with a base, and both moments, on a device."""
-        weight, base, first, second = group.weight, group.base, group.first, group.second
+        weight, first, second = group.weight, group.first, group.second
         if not group.words or group.others or group.copies:
             return None
-        if weight is None or base is None or first is None or second is None:
+        if weight is None or weight.base is None or first is None or second is None:
             return None
         for target in (weight, first, second):
             if target.dtype == "F64" or target.tensor.on_device(0) is None:
                 return None
-        return cls(host, weight, base, first, second)
+        return cls(host, weight, weight.base, first, second)
 
     def encode(self, number: int) -> EncodedGroup:
         """Encode one slice of each member."""

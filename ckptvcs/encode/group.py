@@ -14,6 +14,7 @@ from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.kernels import on_torch
 from ckptvcs.codec.sections import sample
 from ckptvcs.codec.words import Words, to_float32
+from ckptvcs.encode.bases import BaseTensor
 
 Floats = NDArray[np.float32]
 
@@ -21,15 +22,11 @@ _LIMITS = {"F64": 1e38, "F32": 1e38, "BF16": 1e38, "F16": 3e4}
 """Weights of larger magnitude could overflow when decoded."""
 
 
-class Tensor(Protocol):
-    """A tensor that is read slice by slice."""
+class SourceTensor(Protocol):
+    """A tensor of the checkpoint that is read slice by slice."""
 
     def slice(self, number: int) -> Words:
         """Return the words of one slice."""
-
-
-class SourceTensor(Tensor, Protocol):
-    """A tensor of the checkpoint."""
 
     def on_device(self, number: int) -> Any:
         """Return a slice on its device, as a flat uint8 tensor; None if it is in host memory."""
@@ -103,6 +100,7 @@ class Target:
     dtype    real element type; `shape` counts a complex element as two
     role     role in the optimizer; `weak` if only its location in the checkpoint indicates it
     iterate  whether it is optimizer state that moves like a weight (see `ITERATES`)
+    base     the earlier tensor that it may be encoded against; other moments have none
     """
 
     number: int
@@ -112,6 +110,7 @@ class Target:
     role: str = ""
     weak: bool = False
     iterate: bool = False
+    base: BaseTensor | None = None
 
     @property
     def squared(self) -> bool:
@@ -121,6 +120,16 @@ class Target:
     def floats(self, number: int) -> Floats:
         """Return the values of one slice."""
         return to_float32(self.tensor.slice(number), self.dtype)
+
+    def residual(self, number: int) -> Floats | None:
+        """Return values - base in one slice, with NaN for values too large to encode safely."""
+        if self.base is None:
+            return None
+        values = self.floats(number)
+        with np.errstate(over="ignore", invalid="ignore"):
+            residual = values - to_float32(self.base.slice(number), self.dtype)
+            residual[~(np.abs(values) < _LIMITS[self.dtype])] = np.nan
+        return residual
 
     def sampled(self, number: int, size: int) -> Floats:
         """Return at most `size` values of one slice, at the positions of `sections.sample`."""
@@ -156,22 +165,11 @@ class Group:
 
     words: int
     weight: Target | None = None
-    base: Tensor | None = None
     first: Target | None = None
     second: Target | None = None
     others: tuple[Target, ...] = ()
     copies: tuple[Target, ...] = ()
     rule: Rule = field(default_factory=Rule)
-
-    def residual(self, number: int) -> Floats | None:
-        """Return weight - base in one slice, with NaN for weights too large to encode safely."""
-        if self.weight is None or self.base is None:
-            return None
-        target = self.weight.floats(number)
-        with np.errstate(over="ignore", invalid="ignore"):
-            residual = target - to_float32(self.base.slice(number), self.weight.dtype)
-            residual[~(np.abs(target) < _LIMITS[self.weight.dtype])] = np.nan
-        return residual
 
 
 class GroupEncoder(Protocol):

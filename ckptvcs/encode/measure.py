@@ -56,8 +56,8 @@ def measure_weight(group: Group, number: int, encoded: EncodedSlice) -> Errors:
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (to_float32(words, dtype) for words in (encoded.source, encoded.decoded))
         base = np.zeros_like(true)
-        if group.base is not None:
-            base = to_float32(group.base.slice(number), dtype)
+        if group.weight.base is not None:
+            base = to_float32(group.weight.base.slice(number), dtype)
         second = NONE if group.second is None else group.second.floats(number)
         sums = kernels.active().weight_squares(near, true, base, second)
     return Errors.of(sums)

@@ -157,8 +157,8 @@ class NearEncoder:
 
     def _exact(self, target: Target, number: int) -> Measured:
         base = None
-        if target is self._group.weight and self._group.base is not None and not self._keyframe:
-            base = self._group.base.slice(number)
+        if target.base is not None and not self._keyframe:
+            base = target.base.slice(number)
         encoded = encode_exactly(target.tensor.slice(number), base, target.dtype)
         return encoded, finite(self._errors(target, number, encoded))
 
@@ -337,7 +337,7 @@ class NearEncoder:
     # -- weights -------------------------------------------------------------------------------
 
     def _weight(self, target: Target, number: int, second: Measured | None) -> Measured:
-        words, base = target.tensor.slice(number), self._group.base
+        words, base = target.tensor.slice(number), target.base
         near_slice = None
         if target.weak and _sign(to_float32(words, target.dtype)):
             return self._exact(target, number)  # weights have both signs; these may be counts

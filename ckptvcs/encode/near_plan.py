@@ -51,8 +51,8 @@ def measure_scale(group: Group) -> Scale:
     for number in picked:
         values = group.weight.sampled(number, size)
         weights.append(values)
-        if group.base is not None:
-            base = sample(to_float32(group.base.slice(number), group.weight.dtype), size)
+        if group.weight.base is not None:
+            base = sample(to_float32(group.weight.base.slice(number), group.weight.dtype), size)
             with np.errstate(over="ignore", invalid="ignore"):
                 residuals.append(values - base)
         if group.second is not None:

@@ -25,14 +25,14 @@ from ckptvcs.checkpoint.roles import (
 from ckptvcs.codec.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec, finer
-from ckptvcs.decode.base_cache import BaseTensor
 from ckptvcs.encode import excp
+from ckptvcs.encode.bases import Bases, BaseTensor
 from ckptvcs.encode.exact import ExactEncoder
 from ckptvcs.encode.gpu import DeviceEncoder
 from ckptvcs.encode.group import Floats, Group, GroupEncoder, Target
 from ckptvcs.encode.near import NearEncoder
 from ckptvcs.encode.near_plan import NearPlan, Scale, measure_scale
-from ckptvcs.encode.source import SourceTensor
+from ckptvcs.encode.source import SourceTensor, find_masters
 from ckptvcs.parallel import ordered_map
 from ckptvcs.text import size
 
@@ -41,29 +41,16 @@ _SAMPLE = 1 << 12  # sampled entries of a slice
 _LARGEST = 1e3  # m^2 / v: at most 53 for betas of 0.9 and 0.999, 526 for 0.9 and 0.9999
 _SHARE = 0.99  # of entries within that bound
 
-Assignment = tuple[GroupEncoder, dict[int, BaseTensor]]
-"""An encoder, and the bases of its members by tensor number."""
-
 
 class Planner:
-    """Chooses encoders for the tensors of one checkpoint.
+    """Chooses encoders for the tensors of one checkpoint."""
 
-    `masters` comes from `find_masters`; `base_tensor` returns the base of a tensor, if it has one.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        spec: CodecSpec,
-        masters: dict[int, int],
-        base_tensor: Callable[[int], BaseTensor | None],
-        *,
-        keyframe: bool,
-        alone: bool = False,
-    ) -> None:
-        self._checkpoint, self._spec, self._masters = checkpoint, spec, masters
-        self._base_tensor, self._keyframe, self._alone = base_tensor, keyframe, alone
+    def __init__(self, checkpoint: Checkpoint, attempt: Attempt, bases: Bases) -> None:
+        self._checkpoint, self._bases = checkpoint, bases
+        self._settings = attempt.spec.settings
+        self._keyframe, self._alone = attempt.keyframe, attempt.alone
         self._infos = checkpoint.schema.tensors
+        self._masters = find_masters(checkpoint) if isinstance(self._settings, NearSpec) else {}
         self._untrained: list[int] = []
         self._weight_bytes = 0
 
@@ -106,7 +93,7 @@ class Planner:
             groups.setdefault((key, info.words), []).append(number)
         return list(groups.values())
 
-    def _target(self, number: int) -> Target:
+    def _target(self, number: int, base: BaseTensor | None = None) -> Target:
         info = self._infos[number]
         source = SourceTensor(self._checkpoint, number)
         weak = info.evidence == STATE_DICT
@@ -114,15 +101,15 @@ class Planner:
         if dtype != info.dtype:  # a complex element has two words
             shape = (*shape[:-1], 2 * shape[-1]) if shape else (2,)
         iterate = info.evidence == OPTIMIZER and info.name.rpartition(".")[2] in ITERATES
-        return Target(number, source, dtype, shape, info.role, weak=weak, iterate=iterate)
+        return Target(number, source, dtype, shape, info.role, weak, iterate, base)
 
-    def encoders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[Assignment]:
+    def encoders(self, rows: list[tuple[list[int], list[int]]]) -> Iterator[GroupEncoder]:
         """Yield encoders for groups of tensors, given (all tensors, tensors to store) of each.
 
         Raises:
             TooFar: the weights are not related to their base.
         """
-        settings = self._spec.settings
+        settings = self._settings
         if isinstance(settings, NearSpec):
             stored = [n for group, left in rows for n in {*group} - {*left}]
             unchanged = sum(self._infos[n].words for n in stored if self._infos[n].role == WEIGHT)
@@ -135,24 +122,28 @@ class Planner:
 
     def _excp_encoders(
         self, left: list[int], group: list[int], spec: ExcpSpec
-    ) -> Iterator[Assignment]:
+    ) -> Iterator[GroupEncoder]:
         """Encode the members of an ExCP group together, and all other tensors exactly."""
-        assignment = self._excp_encoder(left, group, spec) if left else None
+        encoder = self._excp_encoder(left, group, spec) if left else None
         members = []
-        if assignment is not None:
-            members = [target.number for target in assignment[0].members]
-            yield assignment
+        if encoder is not None:
+            members = [target.number for target in encoder.members]
+            yield encoder
         yield from (self._exact_encoder(number) for number in left if number not in members)
 
-    def _exact_encoder(self, number: int) -> Assignment:
-        base = None if self._keyframe else self._base_tensor(number)
+    def _exact_encoder(self, number: int) -> GroupEncoder:
+        return ExactEncoder(self._target(number, None if self._keyframe else self._base(number)))
+
+    def _base(self, number: int) -> BaseTensor | None:
+        """Return the verified base of a tensor, if it has one."""
+        base = self._bases.tensor(number)
         if base is not None:
             base.verify()
-        return ExactEncoder(self._target(number), base), {} if base is None else {number: base}
+        return base
 
     def _near_encoders(
         self, rows: list[list[int]], spec: NearSpec, unchanged: int
-    ) -> Iterator[Assignment]:
+    ) -> Iterator[GroupEncoder]:
         """Yield encoders for groups of tensors, next to `unchanged` words of unchanged weights."""
         groups: list[Group] = []
         for left in rows:
@@ -188,18 +179,15 @@ class Planner:
             yield self._near_group(taken)
             lossy = [number for number in lossy if number not in taken]
 
-    def _near_encoder(self, group: Group, plan: NearPlan, scale: Scale | None) -> Assignment:
+    def _near_encoder(self, group: Group, plan: NearPlan, scale: Scale | None) -> GroupEncoder:
         host = NearEncoder(group, plan, scale, keyframe=self._keyframe)
-        bases: dict[int, BaseTensor] = {}
         if group.weight is not None:
             size = self._infos[group.weight.number].size_bytes
             self._weight_bytes += size
             if host.is_untrained:
                 self._untrained.append(size)
-            if isinstance(group.base, BaseTensor) and not self._keyframe:
-                bases[group.weight.number] = group.base
         device = None if self._keyframe else DeviceEncoder.of(host, group)
-        return device or host, bases
+        return device or host
 
     def _plausible(self, group: list[int]) -> bool:
         """Return whether tensors that only their neighbours indicate as moments can be moments.
@@ -233,40 +221,38 @@ class Planner:
         own = [number for number in lossy if self._masters.get(number) not in lossy]
         targets = {self._infos[number].role: self._target(number) for number in own}
         weight = targets.pop(WEIGHT, None)
+        if weight is not None and not self._alone:
+            weight = replace(weight, base=self._bases.tensor(weight.number))
         first, second = _first_and_second(targets)
         others = tuple(t for t in targets.values() if t is not first and t is not second)
-        base = None if weight is None or self._alone else self._base_tensor(weight.number)
         moments = [number for number in lossy if self._infos[number].role != WEIGHT]
         rules = self._checkpoint.rules
         rule = next((rules[number] for number in moments if number in rules), Rule())
         words = self._infos[lossy[0]].words
-        return Group(words, weight, base, first, second, others, copies, rule)
+        return Group(words, weight, first, second, others, copies, rule)
 
-    def _excp_encoder(self, left: list[int], group: list[int], spec: ExcpSpec) -> Assignment | None:
+    def _excp_encoder(
+        self, left: list[int], group: list[int], spec: ExcpSpec
+    ) -> GroupEncoder | None:
         """Return the ExCP encoder of a weight and its moments, or None to encode all exactly."""
+        if not {self._infos[number].dtype for number in left} <= WEIGHT_DTYPES:
+            return None
         roles = {self._infos[number].role: number for number in left}
         weight = roles.get(WEIGHT)
-        base = None if weight is None else self._base_tensor(weight)
+        base = None if weight is None else self._base(weight)
         paired = any(self._infos[number].role == WEIGHT for number in group)
         if paired and base is None:
             return None  # the weight is new or did not change: its moments have no mask
-        if not {self._infos[number].dtype for number in left} <= WEIGHT_DTYPES:
-            return None
-        bases: dict[int, BaseTensor] = {}
-        if base is not None:
-            base.verify()
-            bases[roles[WEIGHT]] = base
         # ExCP applies only to optimizers with both moments.
         pair = roles.get("exp_avg"), roles.get("exp_avg_sq")
-        members = weight, *(pair if None not in pair else (None, None))
-        target, first, second = (None if n is None else self._target(n) for n in members)
+        pair = pair if None not in pair else (None, None)
+        first, second = (None if n is None else self._target(n) for n in pair)
+        target = None if weight is None else self._target(weight, base)
         if target is None and first is None:
             return None
-        tensors = Group(self._infos[left[0]].words, target, base, first, second)
+        tensors = Group(self._infos[left[0]].words, target, first, second)
         fitted = excp.plan(tensors, spec)
-        if fitted is None:
-            return None
-        return excp.ExcpEncoder(tensors, fitted), bases
+        return None if fitted is None else excp.ExcpEncoder(tensors, fitted)
 
 
 def _first_and_second(targets: dict[str, Target]) -> tuple[Target | None, Target | None]:
@@ -300,8 +286,8 @@ def _is_bounded(average: Floats, square: Floats) -> bool:
 
 
 def _scale(group: Group) -> Scale:
-    if isinstance(group.base, BaseTensor):
-        group.base.verify()
+    if group.weight is not None and group.weight.base is not None:
+        group.weight.base.verify()
     return measure_scale(group)
 
 
@@ -342,7 +328,7 @@ class Attempt:
     def first(cls, spec: CodecSpec, *, keyframe: bool, patched: bool) -> Attempt:
         """Return the first attempt, with the bound of the codec."""
         bound = spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0
-        return cls(spec, keyframe, patched, bound)
+        return cls(spec, keyframe, patched and spec.settings is not None, bound)
 
 
 def within_bounds(first: Attempt, encode: Callable[[Attempt], T]) -> T:

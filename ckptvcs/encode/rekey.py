@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.dtypes import DTYPES, float_type
 from ckptvcs.codec.frame import decode_slice, slice_counts
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable, read_slice
 from ckptvcs.encode.assemble import Place, StoredPlace, in_bundle, recipe_of
+from ckptvcs.encode.bases import match_tensors
 from ckptvcs.encode.exact import reencode
 from ckptvcs.encode.frame_writer import Region, Slice
 from ckptvcs.encode.group import EncodedSlice
@@ -49,21 +49,12 @@ class _Table:
     below: _Table | None
 
     @cached_property
-    def places_below(self) -> dict[str, int]:
-        """Return the positions of tensors in the table below, by their names in this one."""
+    def places_below(self) -> dict[int, StoredPlace]:
+        """Return the places of the same tensors in the table below, by position."""
         if self.below is None:
             return {}
-        places = {info.name: position for position, info in enumerate(self.below.infos)}
-        names = alike(list(places), [info.name for info in self.infos])
-        return {name: places[old] for name, old in names.items()}
-
-    def place_below(self, info: TensorInfo) -> int | None:
-        """Return the position of a tensor in the table below, if type and shape are the same."""
-        place = self.places_below.get(info.name)
-        if place is None or self.below is None:
-            return None
-        below = self.below.infos[place]
-        return place if (below.dtype, below.shape) == (info.dtype, info.shape) else None
+        matches = match_tensors(self.below.infos, self.infos)
+        return {new: (self.below.values, old) for new, old in matches.items()}
 
 
 class _Bundle(Region):
@@ -186,11 +177,10 @@ class Rekeyer:
         """Publish a recipe of a later generation, and a new bundle for the frames that move."""
         store = self._catalog.store
         self._load_base(table.below)
-        sizes = [info.size_bytes for info in table.infos]
         with ExitStack() as stack:  # calls all, even if one raises
             bundle = _Bundle(lambda: store.new_pack("packs"))
             stack.callback(bundle.abort)
-            base = BaseWriter(self._cache, sizes) if table.part == "model" else None
+            base = BaseWriter(self._cache, table.infos) if table.part == "model" else None
             if base is not None:
                 stack.callback(base.abort)
             meta = store.new_pack("meta")
@@ -217,9 +207,8 @@ class Rekeyer:
         """Use the cached base of a table, if any."""
         self._decoded.clear()
         if table is not None and table.part == "model":
-            hashes = self._catalog.all_values(table.values, len(table.infos))
             self._decoded[table.values] = find_decoded(
-                self._cache, None, table.values, list(table.infos), hashes
+                self._catalog, self._cache, None, table.values, table.infos
             )
 
     def _move(
@@ -244,13 +233,10 @@ class Rekeyer:
         """Re-encode a tensor against the nearest kept commit, or without a base."""
         place = self._catalog.place(table.values, position)
         frame = self._catalog.frame_at(*place)
-        below = table.place_below(table.infos[position])
-        base: StoredPlace | None = None
-        depth = 0
-        if table.below is not None and below is not None:
-            depth = self._chain.depth(table.below.values, below) + 1
-            if depth <= min(frame.depth, self._depth):
-                base = (table.below.values, below)
+        base = table.places_below.get(position)
+        depth = 0 if base is None else self._chain.depth(*base) + 1
+        if depth > min(frame.depth, self._depth):
+            base = None
         slices, uses_base = self._encode(bundle, table, position, base, cache)
         if not uses_base:
             base, depth = None, 0

@@ -20,14 +20,16 @@ from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.decode.base_cache import MemoryBase
+from ckptvcs.encode.assemble import EncodedTensor, StoredPlace, in_bundle
+from ckptvcs.encode.bases import match_tensors
 from ckptvcs.encode.encoder import Encoder, energy_of
-from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.group import Errors
 from ckptvcs.encode.planner import Attempt, within_bounds
 from ckptvcs.encode.source import SourceTensor, scan
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import PARTS, Commit, ErrorReport, PartState
+from ckptvcs.history.commit import Commit, ErrorReport, PartState
 from ckptvcs.history.schema import Schema
+from ckptvcs.parallel import quiet
 from ckptvcs.store.ids import ObjectId, PackId
 
 
@@ -42,22 +44,15 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A stored tensor.
+class Stored(EncodedTensor):
+    """A tensor whose frame is stored.
 
-    value, exact    hashes of the decoded and of the original tensor
-    bundle, frame   the place of its frame, at `depth` in its chain
-    patch           the place of the frame of its exact patch, if it has one
-    errors          sums of its errors; `known` is the report of a tensor that the base has
-    proof           exact hash table of the base and the position there, which verify the patch
+    patch    the place of the frame of its exact patch, if it has one
+    errors   sums of its errors; `known` is the report of a tensor that the base has
+    proof    exact hash table of the base and the position there, which verify the patch
     """
 
-    value: bytes
-    exact: bytes
-    bundle: ObjectId
-    frame: int
-    depth: int
-    patch: tuple[ObjectId, int] | None
+    patch: StoredPlace | None
     errors: Errors | None
     known: ErrorReport | None = None
     proof: tuple[ObjectId, int] | None = None
@@ -97,8 +92,9 @@ def encode_shard(
         StorageError: the disk is full, or fails.
     """
     near = isinstance(plan.spec.settings, NearSpec)
-    _, hashes = scan(checkpoint, lambda _: None, stay=near and not plan.patched)
-    unchanged = {} if plan.base is None else _unchanged(catalog, plan, checkpoint, hashes)
+    _, hashes = scan(checkpoint, quiet, stay=near and not plan.patched)
+    base = None if plan.base is None else catalog.commit(plan.base)
+    unchanged = {} if base is None else _unchanged(catalog, plan, base, checkpoint, hashes)
     (file,) = checkpoint.files
     infos = checkpoint.schema.tensors
     literals = {
@@ -109,84 +105,102 @@ def encode_shard(
 
     size, schema, step = file.source.size, checkpoint.schema, checkpoint.step
     shard = Shard(file.format, size, file.pieces, literals, schema, step, unchanged)
-    if plan.base is not None and len(unchanged) == len(hashes):
+    if base is not None and len(unchanged) == len(hashes):
         return shard
+    if base is not None:
+        _adopt(memory, catalog, base)
 
     def encode(attempt: Attempt) -> Shard:
-        encoder = _ShardEncoder(catalog, cache, attempt, plan, checkpoint, dict(hashes), memory)
-        return encoder.encode_shard(shard)
+        encoder = Encoder(
+            catalog,
+            cache,
+            attempt,
+            base,
+            checkpoint,
+            dict(hashes),
+            progress=quiet,
+            memory=memory,
+            joined=True,
+        )
+        return encoder.run(lambda: _publish(encoder, shard, memory))
 
     first = Attempt.first(plan.spec, keyframe=plan.keyframe, patched=plan.patched)
     return within_bounds(first, encode)
 
 
+def _adopt(memory: MemoryBase, catalog: Catalog, base: Commit) -> None:
+    """Keep only the weights in memory that the base has."""
+    state, schema = base.parts.get("model"), catalog.schema(base.schema)
+    if state is not None and catalog.has_recipe(state.values):
+        names = [schema.tensors[number].name for number in schema.stored("model")]
+        hashes = catalog.all_values(state.values, len(names))
+        memory.adopt(state.values, dict(zip(names, hashes, strict=True)))
+
+
+def _publish(encoder: Encoder, shard: Shard, memory: MemoryBase) -> Shard:
+    """Publish the frames and patches of a shard; return it with the places of its tensors."""
+    stored: dict[int, Stored] = {}
+    loose: list[PackId] = []
+    for part, row in encoder.rows.items():
+        tensors = [encoder.tensors[number] for number in row]
+        places = in_bundle([t.place for t in tensors], encoder.publish_frames(part))
+        packs, patches = encoder.publish_loose(part)
+        loose += packs
+        for number, tensor, place in zip(row, tensors, places, strict=True):
+            patch, errors = patches.get(number), encoder.errors.get(number)
+            stored[number] = Stored(tensor.near, tensor.exact, place, tensor.depth, patch, errors)
+    names = {number: shard.schema.tensors[number].name for number in encoder.rows["model"]}
+    memory.keep({name: stored[number].near for number, name in names.items()})
+    return replace(
+        shard,
+        stored=stored,
+        data_bytes=encoder.data_bytes,
+        nonfinite=encoder.nonfinite,
+        loose=tuple(loose),
+    )
+
+
 def _unchanged(
-    catalog: Catalog, plan: ShardPlan, checkpoint: Checkpoint, hashes: dict[int, bytes]
+    catalog: Catalog,
+    plan: ShardPlan,
+    base: Commit,
+    checkpoint: Checkpoint,
+    hashes: dict[int, bytes],
 ) -> dict[int, Stored]:
     """Return all tensors as the base stores them exactly; none if any tensor changed."""
     assert plan.base is not None
-    base = catalog.commit(plan.base)
     schema, reports = catalog.schema(base.schema), catalog.errors(plan.base)
-    tensors = _base_tensors(catalog, base, schema)
+    matches = match_tensors(schema.tensors, checkpoint.schema.tensors)
+    states = {part: state for part, state in base.parts.items() if _is_exact(catalog, state)}
+    positions = {n: at for part in states for at, n in enumerate(schema.stored(part))}
     stored: dict[int, Stored] = {}
     for number, value in hashes.items():
-        info = checkpoint.schema.tensors[number]
-        base_tensor = tensors.get(info.name)
-        if base_tensor is None or base_tensor.exact != value:
+        old = matches.get(number, -1)
+        if old not in positions:
             return {}
-        base_info = schema.tensors[base_tensor.number]
-        if (base_info.part, base_info.dtype, base_info.shape) != (
-            info.part,
-            info.dtype,
-            info.shape,
-        ):
+        state, position = states[schema.tensors[old].part], positions[old]
+        if catalog.value(state.exact or state.values, position) != value:
             return {}
-        state, position = base_tensor.state, base_tensor.position
-        values, proof = state.values, None if state.exact is None else (state.exact, position)
-        report = reports.get(base_tensor.number)
+        proof = None if state.exact is None else (state.exact, position)
         stored[number] = Stored(
-            base_tensor.near,
+            catalog.value(state.values, position),
             value,
-            *catalog.place(values, position),
-            catalog.frame(values, position)[1].depth,
+            catalog.place(state.values, position),
+            catalog.frame(state.values, position)[1].depth,
             proof and catalog.place(*proof),
-            _errors(checkpoint, number, report),
-            report,
+            _errors(checkpoint, number, reports.get(old)),
+            reports.get(old),
             proof,
         )
     return stored
 
 
-@dataclass(frozen=True)
-class _BaseTensor:
-    """A tensor of the base commit: number in the schema, position in hash tables, hashes."""
-
-    number: int
-    state: PartState
-    position: int
-    near: bytes
-    exact: bytes
-
-
-def _base_tensors(catalog: Catalog, base: Commit, schema: Schema) -> dict[str, _BaseTensor]:
-    """Return the tensors, by name, of those parts of the base that can be restored exactly."""
-    tensors = {}
-    for part, state in base.parts.items():
-        if not catalog.has_recipe(state.values):
-            continue
-        if state.exact is not None and (
-            not catalog.has_recipe(state.exact) or catalog.is_fading(state.exact)
-        ):
-            continue
-        row = schema.stored(part)
-        near = exact = catalog.all_values(state.values, len(row))
-        if state.exact is not None:
-            exact = catalog.all_values(state.exact, len(row))
-        for position, number in enumerate(row):
-            tensors[schema.tensors[number].name] = _BaseTensor(
-                number, state, position, near[position], exact[position]
-            )
-    return tensors
+def _is_exact(catalog: Catalog, state: PartState) -> bool:
+    """Return whether a part of the base can be restored exactly."""
+    if state.exact is None:
+        return catalog.has_recipe(state.values)
+    tables = state.values, state.exact
+    return all(map(catalog.has_recipe, tables)) and not catalog.is_fading(state.exact)
 
 
 def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> Errors | None:
@@ -198,87 +212,3 @@ def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> 
     energy = sum(energy_of(to_float32(tensor.slice(n), float_type(info.dtype))) for n in slices)
     error = 0.0 if report is None else report.weight_rel**2 * energy
     return Errors(error, energy, largest=0.0 if report is None else report.max_abs)
-
-
-class _ShardEncoder(Encoder):
-    """Encodes one shard; `memory` has the base of the tensors of its process only."""
-
-    def __init__(
-        self,
-        catalog: Catalog,
-        cache: Path,
-        attempt: Attempt,
-        plan: ShardPlan,
-        checkpoint: Checkpoint,
-        hashes: dict[int, bytes],
-        memory: MemoryBase,
-    ) -> None:
-        base = None if plan.base is None else catalog.commit(plan.base)
-        if base is not None and "model" in base.parts:
-            schema, values = catalog.schema(base.schema), base.parts["model"].values
-            names = [schema.tensors[number].name for number in schema.stored("model")]
-            if catalog.has_recipe(values):
-                base_hashes = catalog.all_values(values, len(names))
-                memory.adopt(values, dict(zip(names, base_hashes, strict=True)))
-        super().__init__(
-            catalog,
-            cache,
-            attempt,
-            base,
-            checkpoint,
-            hashes,
-            progress=lambda _: None,
-            memory=memory,
-        )
-        self._stored_parts = set()  # hash tables cover all processes
-        self._memory: MemoryBase = memory
-        self._patches = {
-            name: PatchWriter(lambda: catalog.store.new_pack("packs"), joined=True)
-            for name in PARTS
-        }
-
-    def encode_shard(self, shard: Shard) -> Shard:
-        """Store the tensors and return `shard` with their places.
-
-        Raises:
-            InvalidInputError, TooFar, TooCoarse: as in `encode`.
-        """
-        return self._encode_then(lambda: self._finish_shard(shard))
-
-    def _finish_shard(self, shard: Shard) -> Shard:
-        stored: dict[int, Stored] = {}
-        loose: list[PackId] = []
-        for name, row in self._numbers.items():
-            places = self._finish_frames(name, row)
-            patches = self._loose(name, row, loose)
-            for number, place in zip(row, places, strict=True):
-                stored[number] = Stored(
-                    self._decoded_hashes[number],
-                    self._hashes[number],
-                    *place,
-                    self._depths[self._twin_of.get(number, number)],
-                    patches.get(number),
-                    self._errors.get(number),
-                )
-        model = self._numbers["model"]
-        self._memory.keep({self._infos[n].name: self._decoded_hashes[n] for n in model})
-        return replace(
-            shard,
-            stored=stored,
-            data_bytes=self._data_bytes,
-            nonfinite=self._nonfinite,
-            loose=tuple(loose),
-        )
-
-    def _loose(
-        self, name: str, row: list[int], loose: list[PackId]
-    ) -> dict[int, tuple[ObjectId, int]]:
-        """Publish the patches of a part, to be joined; return the place of each frame."""
-        lossy = [n for n in row if self._decoded_hashes[n] != self._hashes[n]]
-        if not self._patched or not lossy:
-            return {}
-        writer = self._patches[name]
-        frames = [writer.frame(self._twin_of.get(n, n), self._infos[n], None, 0) for n in lossy]
-        bundle, info = writer.finish_loose(frames, self._catalog.store.publish)
-        loose.append(info.id)
-        return {number: (bundle, frame) for frame, number in enumerate(lossy)}

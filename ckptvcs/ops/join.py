@@ -21,7 +21,7 @@ from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.decode.chain import ChainReader, read_slice
-from ckptvcs.encode.assemble import Assembly, Encoded, StoredPlace
+from ckptvcs.encode.assemble import Assembly, Encoded
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.group import Errors
 from ckptvcs.encode.measure import report, report_tensors
@@ -148,27 +148,21 @@ class DistributedCommit:
         self, checkpoint: Checkpoint, stored: Mapping[int, Stored], shards: Mapping[str, Shard]
     ) -> Encoded:
         infos = checkpoint.schema.tensors
-        depths = {number: tensor.depth for number, tensor in stored.items()}
-        assembly = Assembly(self._catalog, depths, patched=self._patched)
-        near = {number: tensor.value for number, tensor in stored.items()}
-        exact = {number: tensor.exact for number, tensor in stored.items()}
+        assembly = Assembly(self._catalog, stored, patched=self._patched)
         for part in PARTS:
             row = checkpoint.schema.stored(part)
 
-            def places(row: list[int] = row) -> list[StoredPlace]:
-                return [(stored[number].bundle, stored[number].frame) for number in row]
-
             def patch(values: ObjectId, table: bytes, row: list[int] = row) -> int:
-                frames = [(number, stored[number], depths[number] + 1) for number in row]
+                frames = [(number, stored[number], assembly.depths[number] + 1) for number in row]
                 return self._patch(infos, values, table, frames)
 
-            assembly.add(part, row, (near, exact), places, patch)
+            assembly.add(part, row, lambda: None, patch)
         errors, reports = self._reports(infos, stored)
         return Encoded(
             assembly.parts,
             assembly.tables,
             assembly.recipes,
-            max(depths.values(), default=0),
+            max(assembly.depths.values(), default=0),
             sum(shard.data_bytes for shard in shards.values()),
             assembly.patch_bytes,
             sum(shard.nonfinite for shard in shards.values()),
@@ -199,7 +193,7 @@ class DistributedCommit:
         try:
             for position, (number, tensor, depth) in enumerate(row):
                 for index, data in enumerate(self._slices(infos[number], tensor)):
-                    writer.append(number, index, (data,))
+                    writer.append([number], index, (data,))
                 frames.append(writer.frame(number, infos[number], (values, position), depth))
             return writer.finish(frames, exact, store.publish)
         finally:

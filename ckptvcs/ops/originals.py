@@ -333,8 +333,7 @@ def _of_parent(
             state, schema = base.parts.get("model"), catalog.schema(base.schema)
             if state is not None and (model is None or state.values != model.values):
                 infos = [schema.tensors[number] for number in schema.stored("model")]
-                hashes = catalog.all_values(state.values, len(infos))
-                return {state.values: find_decoded(cache, None, state.values, infos, hashes)}
+                return {state.values: find_decoded(catalog, cache, None, state.values, infos)}
     return {}
 
 

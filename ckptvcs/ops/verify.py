@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ckptvcs.decode.base_cache import NO_ROOM, CachedTable, RecentTables, Room
+from ckptvcs.decode.base_cache import CachedTable, RecentTables, Room
 from ckptvcs.decode.chain import ChainReader
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
@@ -296,7 +296,7 @@ class Verifier:
             infos = [restorer.schema.tensors[n] for n in restorer.schema.stored(part)]
             self._table(name, state.values, infos, self._room(state.values, infos))
             if state.exact is not None and self._catalog.has_recipe(state.exact):
-                self._table(name, state.exact, infos, NO_ROOM)
+                self._table(name, state.exact, infos, contextlib.nullcontext())
         self._patches(name, commit)
         if dropped.intersection(commit.parts) or len(self.report.damage) > damaged:
             return  # its files contain these tensors
@@ -326,7 +326,8 @@ class Verifier:
                 try:
                     for number, words in self._chain.slices(table, position, info):
                         self._progress(words.nbytes)
-                        put(position, number, words)
+                        if put is not None:
+                            put(position, number, words)
                     self.report.tensors += 1
                 except CkptError as error:
                     self._wrong("tensor", error, commit=name, name=info.name)
@@ -341,7 +342,7 @@ class Verifier:
             depths = (self._chain.depth(table, position) for position in range(len(infos)))
             if infos and (infos[0].part == "model" or any(depths)):
                 return self._recent.room(table, infos, hashes)
-        return NO_ROOM
+        return contextlib.nullcontext()
 
     # -- consequences --------------------------------------------------------------------------
 

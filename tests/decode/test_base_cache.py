@@ -15,6 +15,7 @@ from ckptvcs import Repo
 from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable
 from ckptvcs.gc.retention import Policy
+from ckptvcs.history.schema import TensorInfo
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.store.ids import ObjectId
 from tests.helpers.comparing import same
@@ -120,10 +121,10 @@ def test_a_base_with_equal_tensors_is_published_by_rekeying(codec: str, tmp_path
 def test_a_base_that_nobody_wrote_in_full_is_not_published(tmp_path: Path) -> None:
     words = np.arange(SLICE_WORDS + 5, dtype=np.uint32)
     first, second = words[:SLICE_WORDS], words[SLICE_WORDS:]
-    sizes = [words.nbytes, 0, 8]
+    infos = [TensorInfo("w", "U32", (count,), "model", "weight") for count in (words.size, 0, 2)]
 
     def write(*slices: tuple[int, int, Any]) -> Path:
-        writer, values = BaseWriter(tmp_path, sizes), ObjectId("ab" * 32)
+        writer, values = BaseWriter(tmp_path, infos), ObjectId("ab" * 32)
         for tensor, number, some in slices:
             writer.write(tensor, number, some)
         writer.finish(values)

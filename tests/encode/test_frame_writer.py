@@ -34,7 +34,7 @@ def test_slices_that_are_the_same_are_written_after_those_that_wait(changed: int
     pack = SlowPack()
     writer = PatchWriter(lambda: pack)  # type: ignore[arg-type,return-value]
     for number in range(1, changed + 1):
-        writer.append(number, 0, (b"head", bytes([number]) * 9))
+        writer.append([number], 0, (b"head", bytes([number]) * 9))
     base = (ObjectId("0" * 64), 0)
     info = TensorInfo("w", "F32", (4,), "model", "weight")
     frames = [writer.frame(number, info, base, 1) for number in range(changed + 1)]
