@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from ckptvcs.ops.bisect import Bisection, Verdict
     from ckptvcs.ops.checkout import CheckedOut
     from ckptvcs.ops.commit import CommitResult
-    from ckptvcs.ops.diff import Comparison, Indistinct, TensorDifference
+    from ckptvcs.ops.diff import Comparison, TensorDifference
+    from ckptvcs.ops.diff_sides import Indistinct
     from ckptvcs.ops.diff_sums import Sums
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.import_folder import Importer, ImportItem
@@ -74,7 +75,7 @@ _HOMES = {
     "Generation": "history.refs",
     "ImportItem": "ops.import_folder",
     "Importer": "ops.import_folder",
-    "Indistinct": "ops.diff",
+    "Indistinct": "ops.diff_sides",
     "Skipped": "checkpoint.survey",
     "LogEntry": "history.log",
     "NamedCommit": "ops.refs",

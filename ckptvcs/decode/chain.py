@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -259,20 +260,49 @@ class ChainReader:
         out: Words | None = None,
     ) -> Words:
         """Decode a slice with frames of one word size, from `base` or a decoded tensor."""
-        words, first = base, 0
-        for place in range(len(chain) - 1, -1, -1):
-            decoded = chain[place].decoded
-            available = None if decoded is None else decoded[0].slice(decoded[1], number, word, out)
-            if available is not None:
-                words, first = available, place + 1
-                break
+        words, first = _start(chain, number, word, out)
+        base = base if words is None else words
+        return self._extend(chain[first:], number, count, base, out)
+
+    def _extend(
+        self,
+        links: Sequence[Link],
+        number: int,
+        count: int,
+        words: Words | None,
+        out: Words | None = None,
+    ) -> Words:
+        """Decode a slice with some links, given the words that they are based on."""
         own = False
-        for link in chain[first:]:
+        for link in links:
             own |= words is not None and out is not None and np.may_share_memory(words, out)
             words = self._apply(link, number, count, words, out, own=own)
             own = True
         assert words is not None
         return words
+
+    def decode_pair(
+        self, a: Sequence[Link], b: Sequence[Link], info: TensorInfo, number: int, count: int
+    ) -> tuple[Words, Words]:
+        """Decode slice `number` of two tensors of one shape and type; decode common frames once.
+
+        The caller must check both tensors against their hashes.
+        """
+        word, shared = info.type.word, _shared(a, b)
+        if not shared or any(link.type.word != word for link in (*a, *b)):
+            return (
+                self.decode_slice(a, info, number, count),
+                self.decode_slice(b, info, number, count),
+            )
+        (one, first), (other, second) = (_start(chain, number, word, None) for chain in (a, b))
+        if first <= shared and second <= shared:  # both continue from the last common frame
+            words, at = (one, first) if first >= second else (other, second)
+            common = self._extend(a[at:shared], number, count, words)
+            one, other, first, second = common, common, shared, shared
+        return (
+            self._extend(a[first:], number, count, one),
+            self._extend(b[second:], number, count, other),
+        )
 
     def _cut(self, chain: Sequence[Link], size: int, word: int, number: int) -> Words:
         """Decode a slice in words of `word` bytes with frames of other word sizes.
@@ -409,6 +439,25 @@ def _check_types(chain: Sequence[Link], info: TensorInfo) -> None:
         changes, word = changes + (link.type.word != word), link.type.word
     if changes > _MAX_CHANGES:
         raise CorruptionError(f"corrupt delta chain of {info.name}: too many changes of word size")
+
+
+def _start(
+    chain: Sequence[Link], number: int, word: int, out: Words | None
+) -> tuple[Words | None, int]:
+    """Return the words of the last available decoded tensor, and the number of links below it."""
+    for place in range(len(chain) - 1, -1, -1):
+        decoded = chain[place].decoded
+        words = None if decoded is None else decoded[0].slice(decoded[1], number, word, out)
+        if words is not None:
+            return words, place + 1
+    return None, 0
+
+
+def _shared(a: Sequence[Link], b: Sequence[Link]) -> int:
+    """Return the number of first links that two chains have in common."""
+    pairs = zip(a, b, strict=False)
+    same = ((x.bundle, x.frame, x.type) == (y.bundle, y.frame, y.type) for x, y in pairs)
+    return sum(takewhile(bool, same))
 
 
 def _placed(words: Words, out: Words | None) -> Words:

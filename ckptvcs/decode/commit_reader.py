@@ -140,6 +140,21 @@ class Restorer:
 
     # -- tensors -------------------------------------------------------------------------------
 
+    @property
+    def chain(self) -> ChainReader:
+        """The reader of delta chains."""
+        return self._chain
+
+    def links(self, number: int) -> list[Link]:
+        """Return the frames of a stored tensor.  Raises NotFoundError, CorruptionError."""
+        info = self.schema.tensors[number]
+        self._chain.require_slices(*self.place(number), info)
+        return self._chain.links(*self.place(number), info)
+
+    def has_hash(self, number: int, digest: Hasher) -> bool:
+        """Return whether a stored tensor has this hash."""
+        return digest.digest() == self._catalog.value(*self.place(number))
+
     def place(self, number: int) -> tuple[ObjectId, int]:
         """Return the hash table of a stored tensor, and its position there.
 

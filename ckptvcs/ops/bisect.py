@@ -25,7 +25,7 @@ from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.checkout import checkout_files
-from ckptvcs.ops.diff import all_finite
+from ckptvcs.ops.finite import all_finite
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.ids import ObjectId

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from ckptvcs.codec.words import Words, numbers_of, to_float64
 
+_BLOCK_WORDS = 8192  # fit into the cache, and are too few for OpenBLAS to start its threads
+
 
 @dataclass
 class Sums:
@@ -82,27 +84,35 @@ class Sums:
 
 def sum_up(a: Words, b: Words, dtype: str) -> Sums:
     """Return the sums over two flat arrays of words, of equal length and element type `dtype`."""
+    sums = Sums()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for at in range(0, a.size, _BLOCK_WORDS):
+            _add_block(sums, a[at : at + _BLOCK_WORDS], b[at : at + _BLOCK_WORDS], dtype)
+    return sums
+
+
+def _add_block(sums: Sums, a: Words, b: Words, dtype: str) -> None:
     parts = numbers_of(dtype)
     word_parts = parts if dtype != "F4" else 1
     left, right = to_float64(a, dtype), to_float64(b, dtype)
-    finite_a, finite_b = np.isfinite(left), np.isfinite(right)
-    sums = Sums(
-        entries=left.size // parts,
-        changed=_count(a != b, word_parts) * (parts // word_parts),
-        nonfinite_a=_count(~finite_a, parts),
-        nonfinite_b=_count(~finite_b, parts),
-    )
-    if sums.nonfinite_a or sums.nonfinite_b:
+    sums.entries += left.size // parts
+    sums.changed += _count(a != b, word_parts) * (parts // word_parts)
+    aa, bb = float(left @ left), float(right @ right)
+    if not math.isfinite(aa + bb):  # an entry is not finite, or its square
+        finite_a, finite_b = np.isfinite(left), np.isfinite(right)
+        sums.nonfinite_a += _count(~finite_a, parts)
+        sums.nonfinite_b += _count(~finite_b, parts)
         both = finite_a & finite_b
         left, right = left[both], right[both]
-    sums.compared = left.size // parts
-    with np.errstate(over="ignore"):
+        aa, bb = float(left @ left), float(right @ right)
+    sums.compared += left.size // parts
+    if left.size:
         difference = right - left
-        sums.aa, sums.bb = float(left @ left), float(right @ right)
-        sums.ab, sums.dd = float(left @ right), float(difference @ difference)
-    if difference.size:
-        sums.max_abs = float(np.abs(difference, out=difference).max())
-    return sums
+        sums.aa += aa
+        sums.bb += bb
+        sums.ab += float(left @ right)
+        sums.dd += float(difference @ difference)
+        sums.max_abs = max(sums.max_abs, float(difference.max()), -float(difference.min()))
 
 
 def _count(marked: NDArray[np.bool_], parts: int) -> int:

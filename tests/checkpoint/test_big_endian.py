@@ -154,7 +154,7 @@ def test_moments_and_weights_of_such_files_are_not_near(tmp_path: Path) -> None:
 
 
 def test_a_search_for_nan_sees_their_numbers(tmp_path: Path) -> None:
-    from ckptvcs.ops.diff import all_finite
+    from ckptvcs.ops.finite import all_finite
 
     repo, weight = Repo.init(tmp_path / "repo"), torch.ones(50, 50)
     for step, value in enumerate([1.0, float("nan")], start=1):

@@ -16,7 +16,7 @@ import torch
 
 from ckptvcs.cli import diff, render
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.ops.diff import Indistinct
+from ckptvcs.ops.diff_sides import Indistinct
 from tests.helpers.command_line import Ckpt, environment
 from tests.helpers.training import save_run, train
 

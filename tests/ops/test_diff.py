@@ -18,8 +18,9 @@ from ckptvcs.codec.dtypes import DTYPES, OF_TORCH
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.words import to_float64
 from ckptvcs.decode.chain import ChainReader
-from ckptvcs.ops.diff import Comparison, all_finite
+from ckptvcs.ops.diff import Comparison
 from ckptvcs.ops.diff_sums import Sums, sum_up
+from ckptvcs.ops.finite import all_finite
 from ckptvcs.ops.history_reader import handle
 from tests.helpers.training import train
 
@@ -114,15 +115,15 @@ def check(found: Comparison, a: dict[str, torch.Tensor], b: dict[str, torch.Tens
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The name of the tensor of every slice that is decoded."""
+    """The name of the tensor of every slice that is decoded, once for each side."""
     names: list[str] = []
-    decode = ChainReader.decode_slice
+    decode = ChainReader.decode_pair
 
-    def spy(self: ChainReader, chain: Any, info: Any, *rest: Any) -> Any:
-        names.append(info.name)
-        return decode(self, chain, info, *rest)
+    def spy(self: ChainReader, a: Any, b: Any, info: Any, *rest: Any) -> Any:
+        names.extend([info.name, info.name])
+        return decode(self, a, b, info, *rest)
 
-    monkeypatch.setattr(ChainReader, "decode_slice", spy)
+    monkeypatch.setattr(ChainReader, "decode_pair", spy)
     return names
 
 
