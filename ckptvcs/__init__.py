@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ckptvcs.gc.retention import Best, Policy
     from ckptvcs.history.commit import Commit, ErrorReport, FileEntry, PartState
     from ckptvcs.history.log import LogEntry
+    from ckptvcs.history.note import Note
     from ckptvcs.history.reflog import ReflogEvent, Undone
     from ckptvcs.history.refs import Generation
     from ckptvcs.history.schema import TensorInfo
@@ -79,6 +80,7 @@ _HOMES = {
     "Skipped": "checkpoint.survey",
     "LogEntry": "history.log",
     "NamedCommit": "ops.refs",
+    "Note": "history.note",
     "ObjectId": "store.ids",
     "PartState": "history.commit",
     "Patch": "gc.fading",
@@ -150,6 +152,7 @@ __all__ = [
     "MissingObjectError",
     "NamedCommit",
     "NotFoundError",
+    "Note",
     "ObjectId",
     "PartState",
     "Patch",

@@ -91,12 +91,13 @@ class GcPlan:
 
 @dataclass(frozen=True)
 class Picture:
-    """The state on which a plan is based: reachable commits, drop records, targets of refs, and
-    the marked objects.
+    """The state on which a plan is based: reachable commits, drop records, notes, targets of refs,
+    and the marked objects.
     """
 
     commits: Set[ObjectId]
     records: Set[ObjectId]
+    notes: Set[ObjectId]
     tips: Set[ObjectId]
     marked: Marked
 
@@ -169,6 +170,7 @@ class Collector:
         self._catalog.forget()
         # Writers are running: list the objects first, then the refs that lead to them.
         headers, records = store.ids(Kind.COMMIT), frozenset(store.ids(Kind.RECORD))
+        notes = frozenset(store.ids(Kind.NOTE))
         listed = self._packs()
         tips = frozenset(self._revisions.tips().values())
         commits = dict(self._revisions.reachable(sorted(tips)))
@@ -178,6 +180,8 @@ class Collector:
         after = _with(gone, rows)
         visible = {name: made for name, made in commits.items() if name not in after.commits}
         fading = self._fader.everywhere(visible)
+        if recorded:  # a note or a deleted tag may have let more patches fade since
+            fading = [patch for patch in fading if self._catalog.is_fading(patch.values)]
         marked = self._mark(commits, after, fading)
         packs = self._unmarked(listed, marked)
         debris = self._debris()
@@ -205,7 +209,7 @@ class Collector:
             kept,
             tuple(drops),
             tuple(loose),
-            Picture(frozenset(commits), records, tips, marked),
+            Picture(frozenset(commits), records, notes, tips, marked),
         )
 
     def after(self, plan: GcPlan, time: str) -> GcPlan:
@@ -263,7 +267,7 @@ class Collector:
         seen: set[ObjectId] = set()
         tips = self._revisions.tips()
         for ref in sorted(tips, key=lambda ref: not ref.startswith("heads/")):
-            whole = list(self._catalog.ancestors(tips[ref]))
+            whole = list(self._catalog.noted(self._catalog.ancestors(tips[ref])))
             rows: list[Row] = []
             for age, (name, commit) in enumerate(whole):
                 if name in seen and not ref.startswith("heads/"):
@@ -319,7 +323,7 @@ class Collector:
             if space in titles:
                 reasons.setdefault(name, []).append(titles[space])
         if self._best is not None:
-            for name in self._best.pick(commits.items()):
+            for name in self._best.pick(self._catalog.noted(commits.items())):
                 reasons.setdefault(name, []).append(f"best {self._best.metric}")
         return reasons
 
@@ -410,11 +414,17 @@ class Collector:
         return self._mark(new, self._catalog.dropped()).objects if new else set()
 
     def record(self, plan: GcPlan, time: str) -> GcPlan:
-        """Record the drops and fades durably; return the plan with these records."""
+        """Record the drops and fades durably; return the plan with these records.
+
+        Raises:
+            OutdatedError: a note was written, which may change the best commits.
+        """
+        assert plan.picture is not None
+        if set(self._catalog.store.ids(Kind.NOTE)) - plan.picture.notes:
+            raise OutdatedError("another process wrote a note")
         tables = set(self._catalog.patches().values())
         fading = [patch for patch in plan.fading if patch.values in tables]
         self._catalog.record([*plan.drops, *self._fader.record(fading, time)])
-        assert plan.picture is not None
         records = self._catalog.store.ids(Kind.RECORD)
         plan.picture.marked.objects.update(records, bases(self._catalog, records))
         return replace(plan, picture=replace(plan.picture, records=frozenset(records)))
