@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import replace
 
 from ckptvcs.background.process import Done, NoWorkerError, Worker
 from ckptvcs.background.queue import Background
@@ -16,6 +16,7 @@ from ckptvcs.checkpoint.state import Copies
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.request import Request
 
 _log = logging.getLogger("ckptvcs")
 
@@ -36,7 +37,7 @@ class Client:
     def commit(
         self,
         take: Callable[[Copies], Checkpoint],
-        arguments: Mapping[str, Any],
+        request: Request,
         branch: Callable[[], str | None],
         follow: Callable[[Done], LogEntry],
         commit_directly: Callable[[], LogEntry],
@@ -45,7 +46,7 @@ class Client:
 
         Args:
             take: Builds the checkpoint from copies of its bytes.
-            arguments: Keyword arguments of `commit_checkpoint`.
+            request: The commit, without its checkpoint.
             branch: Returns the branch; called when the commit begins.
             follow: Called with the new commit; returns its log entry.
             commit_directly: Called instead if memory for the copy is missing.
@@ -64,20 +65,19 @@ class Client:
             raise
 
         def commit() -> LogEntry:
-            request: dict[str, Any] = {**arguments, "branch": branch()}
+            request.branch = branch()
             try:
                 done = self.worker.commit(staging, packed, request)
             except NoWorkerError as error:
                 _log.warning("%s: a thread of the training process commits instead", error)
                 repository = Repository(self._repository.folder)
-                result = commit_checkpoint(repository, unpack(packed, staging.memory), **request)
+                state = unpack(packed, staging.memory)
+                result = commit_checkpoint(repository, replace(request, checkpoint=state))
                 done = Done(result.id, result.branch)
             return follow(done)
 
-        step = arguments["step"]
-        return self.queue.submit(
-            staging, commit, "without a step" if step is None else f"step {step}"
-        )
+        name = "without a step" if request.step is None else f"step {request.step}"
+        return self.queue.submit(staging, commit, name)
 
     def raise_failed(self) -> None:
         """Raise the errors of earlier commits; each is raised once."""

@@ -24,8 +24,8 @@ from ckptvcs.store.pack import PackWriter
 class Description:
     """Adds one commit, and the objects that it refers to, to a meta pack."""
 
-    def __init__(self, store: ObjectStore, pack: PackWriter) -> None:
-        self._store, self._pack = store, pack
+    def __init__(self, store: ObjectStore, pack: PackWriter, codec: str) -> None:
+        self._store, self._pack, self._codec = store, pack, codec
 
     def add(
         self,
@@ -57,7 +57,7 @@ class Description:
             step=place.step,
             message=request.message,
             metrics=dict(request.metrics),
-            codec=request.spec.name,
+            codec=self._codec,
             kind="keyframe" if keyframe else "delta",
             depth=encoded.depth,
             raw_bytes=checkpoint.size_bytes,

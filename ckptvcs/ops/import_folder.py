@@ -23,6 +23,7 @@ from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.placement import free_name, stem
 from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.request import Request
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
@@ -163,15 +164,9 @@ class Importer:
         found = item.found
         branch = self._branch_for(found.step, branches)
         try:
+            request = Request(found.name, found.step, codec=self._codec, branch=branch.name)
             result = commit_path(
-                self.repo,
-                found.path,
-                message=found.name,
-                step=found.step,
-                codec=self._codec,
-                branch=branch.name,
-                files=found.files,
-                progress=progress,
+                self.repo, found.path, request, files=found.files, progress=progress
             )
         except (InvalidInputError, NotFoundError, CorruptionError) as error:
             item.fail(error)

@@ -207,18 +207,19 @@ class Repository:
     def held_base(self, kind: str) -> Iterator[MemoryBase | None]:
         """Lend the decoded weights of the last state, which stay in memory, to one commit.
 
-        Yields None if a commit of another thread uses them.  `kind` is that of the checkpoint.
+        Yields None if the `kind` of the checkpoint is not `state`, or if a commit of another thread
+        uses them.
         """
         from ckptvcs.decode.base_cache import MemoryBase  # noqa: PLC0415  needs numpy
 
-        if kind == "state" and self._held is None:
-            self._held = MemoryBase()
-        acquired = self._holder.acquire(blocking=False)
+        if kind != "state" or not self._holder.acquire(blocking=False):
+            yield None
+            return
         try:
-            yield self._held if acquired else None
+            self._held = MemoryBase() if self._held is None else self._held
+            yield self._held
         finally:
-            if acquired:
-                self._holder.release()
+            self._holder.release()
 
     def read_again(self, read: Callable[[], T]) -> T:
         """Call `read`, and call it again if an object is missing.

@@ -27,6 +27,7 @@ from ckptvcs.files.removal import Originals
 from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.request import Request
 from ckptvcs.ops.series import Lines
 from ckptvcs.parallel import quiet
 from ckptvcs.store.disk import real_path
@@ -250,17 +251,9 @@ class Watcher:
             if commit is None:
                 if found.problem is not None:
                     raise found.problem
-                branch, head_stays = self._lines.branch_for(found.name)
-                result = commit_path(
-                    self._repo,
-                    found.path,
-                    message=found.name,
-                    step=found.step,
-                    codec=self._codec,
-                    branch=branch,
-                    files=found.files,
-                    head_stays=head_stays,
-                )
+                branch, stays = self._lines.branch_for(found.name)
+                request = Request(found.name, found.step, {}, self._codec, branch, stays)
+                result = commit_path(self._repo, found.path, request, files=found.files)
                 self._lines.add(found.name, result)
                 contents.add(result.id, result.commit)
                 commit = result.id

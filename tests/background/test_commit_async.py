@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ckptvcs.background.queue import Background
 from ckptvcs.background.shared_state import Staging, StateMessage, unpack
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.history_reader import handle
+from ckptvcs.ops.request import Request
 from ckptvcs.parallel import ordered_map
 from ckptvcs.repo import client
 from ckptvcs.store.local import LocalWriter
@@ -38,8 +40,9 @@ class Here:
     def __init__(self, folder: Path, _: object) -> None:
         self._repo = Repo.open(folder)
 
-    def commit(self, staging: Staging, message: StateMessage, arguments: dict[str, Any]) -> Done:
-        made = commit_checkpoint(handle(self._repo), unpack(message, staging.memory), **arguments)
+    def commit(self, staging: Staging, message: StateMessage, request: Request) -> Done:
+        state = unpack(message, staging.memory)
+        made = commit_checkpoint(handle(self._repo), replace(request, checkpoint=state))
         return Done(made.id, made.branch)
 
     def close(self) -> None:
