@@ -27,13 +27,11 @@ from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import Bytes, PartReader, Window, windows
 from ckptvcs.decode.trajectory import Trajectory
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.files.targets import Target, Targets, looked
+from ckptvcs.files.targets import Targets
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
-from ckptvcs.history.log import Bound
 from ckptvcs.history.schema import Op, Schema, Skeleton
-from ckptvcs.ops.repository import Repository
-from ckptvcs.parallel import Progress, quiet
+from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
@@ -177,41 +175,16 @@ def _crc32(data: bytes | memoryview) -> bytes:
 
 
 def average(
-    repository: Repository,
-    start: Bound,
-    stop: Bound,
-    path: Path,
-    *,
-    every: int | None = None,
-    force: bool = False,
-    progress: Progress = quiet,
+    catalog: Catalog, names: list[ObjectId], path: Path, progress: Progress, *, force: bool = False
 ) -> list[ObjectId]:
-    """Write the mean of the weights of a range of commits; see `Repo.average`."""
-    names = repository.history.line(start, stop, every)
+    """Write the mean of the weights of some commits; see `Repo.average`.
+
+    The target is checked first, and written as `PartReader.export` writes the last commit.
+    """
     if not names:
         raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     with Targets() as targets:
-        write_average(
-            repository.catalog, names, targets.free(path, force=force), progress, force=force
-        )
-    return names
-
-
-def write_average(
-    catalog: Catalog,
-    names: Sequence[ObjectId],
-    target: Path | Target,
-    progress: Progress,
-    *,
-    force: bool = False,
-) -> None:
-    """Write the mean of some commits as `PartReader.export` writes the last of them.
-
-    Raises:
-        NotFoundError: `names` is empty.
-        InvalidInputError: A weight is missing from a commit, or has another shape or type there.
-        ConflictError: As `PartReader.export`; the target is checked first.
-    """
-    with looked(target) as at:
+        at = targets.free(path, force=force)
         newest = Averaged(catalog, names[-1], mean_weights(catalog, names, progress))
         PartReader(newest).export(at, None, lambda _: None, force=force)
+    return names

@@ -11,9 +11,9 @@ from ckptvcs.decode.trajectory import export as write_commits
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Targets
 from ckptvcs.history.commit import PARTS
-from ckptvcs.history.log import Bound, LogEntry
+from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.repository import Repository
-from ckptvcs.parallel import Progress, quiet
+from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
 FORMATS = ("pt", "safetensors")
@@ -36,13 +36,13 @@ class Exported:
 
 def export(
     repository: Repository,
-    revision: str | int,
+    name: ObjectId,
     path: Path,
+    form: str | None,
+    only: str | None,
+    progress: Progress,
     *,
-    form: str | None = None,
-    only: str | None = None,
-    force: bool = False,
-    progress: Progress = quiet,
+    force: bool,
 ) -> Exported:
     """Write one commit; see `Repo.export`."""
     _check(form, only)
@@ -50,26 +50,21 @@ def export(
         raise InvalidInputError(f"{path} has the wrong suffix for --format {form}")
     if form == "safetensors" and path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
-    names = [repository.resolve(revision)]
-    return _write(repository, names, [path], only, progress, force=force)[0]
+    return _write(repository, [name], [path], only, progress, force=force)[0]
 
 
 def export_line(
     repository: Repository,
+    names: Sequence[ObjectId],
     folder: Path,
+    form: str | None,
+    only: str | None,
+    progress: Progress,
     *,
-    start: Bound = None,
-    stop: Bound = None,
-    every: int | None = None,
-    revision: str | int | None = None,
-    form: str | None = None,
-    only: str | None = None,
-    force: bool = False,
-    progress: Progress = quiet,
+    force: bool,
 ) -> list[Exported]:
-    """Write each commit of a first-parent history; see `Repo.export_line`."""
+    """Write each of these commits; see `Repo.export_line`."""
     _check(form, only)
-    names = repository.history.line(start, stop, every, revision=revision)
     paths = [folder / name for name in _file_names(repository, names, form, only)]
     return _write(repository, names, paths, only, progress, force=force)
 

@@ -127,8 +127,13 @@ class HistoryReader:
             NotFoundError: A revision names no commit, or no commit of this history.
             InvalidInputError: A revision names several commits, or `every` is below 1.
         """
-        names = self._repository.history.line(start, stop, every, revision=revision)
+        names = self._line(start, stop, every, revision)
         return [self._repository.entry(name) for name in names]
+
+    def _line(
+        self, start: Bound, stop: Bound, every: int | None, revision: str | int | None = None
+    ) -> list[ObjectId]:
+        return self._repository.history.line(start, stop, every, revision=revision)
 
     def graph(
         self, limit: int | None = None, *, revision: str | None = None
