@@ -15,7 +15,6 @@ from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.ops.commit import CommitResult
 from ckptvcs.ops.originals import Contents
 from ckptvcs.ops.repository import Repository
-from ckptvcs.parallel import quiet
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
@@ -58,7 +57,7 @@ class Target:
         kind = "directory" if path.is_dir() else "file"
         try:
             found = Found(path.name, path, kind, open_checkpoint(path).size_bytes, None)
-            return Contents(Repository(repo.folder)).find(found, quiet)
+            return Contents(Repository(repo.folder)).find(found)
         except CkptError:  # the path is not a complete checkpoint
             return None
 

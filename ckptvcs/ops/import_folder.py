@@ -16,7 +16,6 @@ from pathlib import Path
 
 from ckptvcs.checkpoint.survey import Found, survey
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
-from ckptvcs.files.removal import Originals
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.ops.commit import commit_path
@@ -266,13 +265,13 @@ class Importer:
         Raises:
             BusyError: gc is deleting.
         """
-        with self._keeper.at_work(), Originals(self.folder) as originals:
+        with self._keeper.removing(
+            self.folder, accept_near=accept_near, progress=progress
+        ) as remove_one:
             for item in self.items:
                 item.removal.keep_reason = self.why_kept(item, accept_near=accept_near)
                 if item.id is not None and item.removal.keep_reason is None:
-                    item.removal = self._keeper.remove(
-                        item.id, item.found.top, originals, progress, accept_near=accept_near
-                    )
+                    item.removal = remove_one(item.id, item.found.top)
                 watch(item)
 
 

@@ -23,13 +23,11 @@ from pathlib import Path
 from ckptvcs.checkpoint.conventions import HF_FIRST, HF_LAST, is_alias
 from ckptvcs.checkpoint.survey import Found, candidates, survey
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
-from ckptvcs.files.removal import Originals
 from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request
 from ckptvcs.ops.series import Lines
-from ckptvcs.parallel import quiet
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 
@@ -247,7 +245,7 @@ class Watcher:
         try:
             contents = self._history()
             contents.forget(found.name)
-            commit = contents.find(found, quiet)
+            commit = contents.find(found)
             if commit is None:
                 if found.problem is not None:
                     raise found.problem
@@ -322,11 +320,9 @@ class Watcher:
         if not removable:
             return
         try:
-            with self._keeper.at_work(), Originals(self._folder) as originals:
+            with self._keeper.removing(self._folder, accept_near=self._accept_near) as remove:
                 for found, commit in removable:
-                    gone = self._keeper.remove(
-                        commit, found.top, originals, quiet, accept_near=self._accept_near
-                    )
+                    gone = remove(commit, found.top)
                     if gone.keep_reason is None or self._told.get(found.name) != gone.keep_reason:
                         self._told[found.name] = gone.keep_reason or ""
                         yield WatchEvent(found.name, found.step, commit, removal=gone)
