@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from ckptvcs import CkptError, InvalidInputError, Repo, StorageError
+from ckptvcs import CkptError, InvalidInputError, LogEntry, Repo, StorageError
+from ckptvcs.background.client import Client
 from ckptvcs.background.process import Done
-from ckptvcs.background.queue import Background
 from ckptvcs.background.shared_state import Staging, StateMessage, unpack
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.history_reader import handle
@@ -164,9 +164,9 @@ def test_copies_are_made_in_the_same_room(near: Repo) -> None:
     rooms = set()
     for step in range(6):
         near.commit_async(states(1)[0] | {"step": step}, step=step).result()
-        staging = client(near).queue.stage()
+        staging = client(near).stage()
         rooms.add(np.frombuffer(staging.memory, np.uint8).ctypes.data)
-        client(near).queue.release(staging)
+        client(near).release(staging)
     assert len(rooms) <= 2
 
 
@@ -328,11 +328,11 @@ def test_turns_are_as_long_as_before_when_all_work_is_done() -> None:
     assert sys.getswitchinterval() == before
 
 
-def test_each_failure_is_raised_once(caplog: pytest.LogCaptureFixture) -> None:
-    background: Background[None] = Background()
+def test_each_failure_is_raised_once(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
+    background = Client(handle(repo))
 
-    def fail(error: Exception) -> Callable[[], None]:
-        def work() -> None:
+    def fail(error: Exception) -> Callable[[], LogEntry]:
+        def work() -> LogEntry:
             raise error
 
         return work
