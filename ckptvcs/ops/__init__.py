@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ckptvcs.ops import show as show
     from ckptvcs.ops import stats as stats
     from ckptvcs.ops import tensor as tensor
-    from ckptvcs.ops import undo as undo
     from ckptvcs.ops import verify as verify
     from ckptvcs.ops import watch as watch
 

@@ -257,7 +257,7 @@ class HistoryReader:
         Raises:
             NotFoundError: The branch does not exist or has no commits, or HEAD is detached.
         """
-        return ops.undo.events(self._repository, branch)
+        return ops.refs.events(self._repository, branch)
 
     def plan_gc(self, policy: Policy = NO_RULES) -> GcPlan:
         """Return the commits, exact patches and packs that `gc` would delete; changes nothing.

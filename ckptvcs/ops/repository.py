@@ -150,11 +150,6 @@ class Repository:
         return cls(folder, backend)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open the repository in DIR or DIR/.ckpt; see `HistoryReader.open`."""
-        return cls(cls.locate(path))
-
-    @classmethod
     def exists(cls, folder: Path) -> bool:
         """Return whether `folder` is the folder of a repository."""
         return is_repository(cls.backend_at(folder))

@@ -32,8 +32,7 @@ from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import Schema
 from ckptvcs.integrations.distributed.balance import item_bytes, keep_together
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, dump_metadata, is_path
-from ckptvcs.integrations.distributed.process import open_once
-from ckptvcs.integrations.target import Where
+from ckptvcs.integrations.target import Where, open_once
 from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.request import Request
 from ckptvcs.repo import Repo
