@@ -36,7 +36,7 @@ from ckptvcs.history.recipe import dump_drop_record
 from ckptvcs.history.refs import HEAD, Move, check_name
 from ckptvcs.ops.describe import Description
 from ckptvcs.ops.likeness import Scanned, compare, has_other_weights, is_gone
-from ckptvcs.ops.placement import Head, Likeness, Place, Situation, decide
+from ckptvcs.ops.placement import Likeness, Place, Situation, decide
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request, find_step
 from ckptvcs.parallel import Progress, quiet
@@ -175,16 +175,14 @@ class Committer:
         head = self._refs.read(HEAD)
         following = head.branch if head else "main"
         requested = check_name(request.branch, "branch") if request.branch else None
-        branch = requested or following
-        parent: ObjectId | None = None
-        if head is not None and (requested or not head.branch):
-            parent = self._tip(head.branch) if head.branch else head.commit
+        branch, revisions = requested or following, self._repository.revisions
         situation = Situation(
             find_step(request),
             requested,
-            Head(following, self._last_branch),
+            following,
+            self._last_branch,
             self._refs.read(f"heads/{branch}") if branch else None,
-            parent,
+            revisions.head() if requested or not following else None,
             frozenset(self._refs.names("heads")),
             request.head_stays,
         )
@@ -192,16 +190,12 @@ class Committer:
         def likeness(commit: ObjectId | None) -> Likeness:
             if scanned is None:
                 return Likeness.ALL
-            return compare(self._catalog, self._repository.revisions, scanned, commit)
+            return compare(self._catalog, revisions, scanned, commit)
 
         return decide(situation, self._steps, likeness)
 
     def _steps(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, int | None]]:
         return ((commit_id, commit.step) for commit_id, commit in self._catalog.line(name))
-
-    def _tip(self, branch: str) -> ObjectId | None:
-        state = self._refs.read(f"heads/{branch}")
-        return state.commit if state else None
 
     def _last_branch(self) -> str:
         return next((g.branch for g in self._refs.readable(HEAD) if g.branch), "main")

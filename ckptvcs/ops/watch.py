@@ -163,7 +163,7 @@ class Watcher:
         return frozenset(
             entry
             for name, (signature, _) in self._since.items()
-            if name not in self._done or self._done[name].signature != signature
+            if not self._is_done(name, signature)
             for entry in self._files[name]
         )
 
@@ -198,8 +198,7 @@ class Watcher:
         settled = {
             name: signature
             for name, (signature, since) in self._since.items()
-            if now - since >= self._settle
-            and (name not in self._done or self._done[name].signature != signature)
+            if now - since >= self._settle and not self._is_done(name, signature)
         }
         if settled:
             self._written = set(_open_for_writing(self._folder))
@@ -209,6 +208,9 @@ class Watcher:
                 if self._written.isdisjoint(self._files[name])
             }
         return settled
+
+    def _is_done(self, name: str, signature: Signature) -> bool:
+        return name in self._done and self._done[name].signature == signature
 
     def _signatures(self) -> Iterator[tuple[str, Signature]]:
         self._files = candidates(self._folder, self._pattern, real_path(self._repo.folder))
@@ -280,9 +282,13 @@ class Watcher:
         return self._contents
 
     def _report(self, name: str, step: int | None, error: CkptError) -> Iterator[WatchEvent]:
-        if self._told.get(name) != error.message:
-            self._told[name] = error.message
+        if self._is_news(name, error.message):
             yield WatchEvent(name, step, problem=error)
+
+    def _is_news(self, name: str, text: str) -> bool:
+        """Return whether the last report about a checkpoint was another one."""
+        before, self._told[name] = self._told.get(name), text
+        return text != before
 
     # -- remove --------------------------------------------------------------------------------
 
@@ -314,18 +320,16 @@ class Watcher:
             kept = self._keeper.why_kept(commit, accept_near=self._accept_near)
             if kept is None:
                 removable.append((found, commit))
-            elif self._told.get(found.name) != kept:
-                self._told[found.name] = kept
+            elif self._is_news(found.name, kept):
                 yield WatchEvent(found.name, found.step, commit, removal=Removal(keep_reason=kept))
         if not removable:
             return
         try:
             with self._keeper.removing(self._folder, accept_near=self._accept_near) as remove:
                 for found, commit in removable:
-                    gone = remove(commit, found.top)
-                    if gone.keep_reason is None or self._told.get(found.name) != gone.keep_reason:
-                        self._told[found.name] = gone.keep_reason or ""
-                        yield WatchEvent(found.name, found.step, commit, removal=gone)
+                    done = remove(commit, found.top)
+                    if self._is_news(found.name, done.keep_reason or "") or not done.keep_reason:
+                        yield WatchEvent(found.name, found.step, commit, removal=done)
         except BusyError:
             return  # try again at the next look
 
