@@ -92,8 +92,7 @@ class DistributedCommit:
 
     def _finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
         store = self._catalog.store
-        store.refresh()  # other processes have written packs
-        self._catalog.forget()
+        self._catalog.reload()  # other processes have written packs
         checkpoint, stored = _join(shards, files)
         self._committer.request = replace(self._committer.request, checkpoint=checkpoint)
         hashes = [None] * len(shards) + [hex_hash(content) for content in files.values()]

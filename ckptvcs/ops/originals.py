@@ -100,8 +100,7 @@ class Keeper:
         """
         catalog = self._repo.catalog
         with lease(catalog.store.backend) as self._lease:
-            catalog.store.refresh()
-            catalog.forget()
+            catalog.reload()
             with Originals(folder) as self._originals:
                 self._accept_near, self._progress = accept_near, progress
                 yield self.remove
@@ -240,8 +239,7 @@ class Keeper:
         others = [held for held in live_leases(backend) if held != self._lease]
         if not others:  # a process that deletes patches holds a lease
             return
-        catalog.store.refresh()
-        catalog.forget()
+        catalog.reload()
         exact = [part.exact for part in commit.parts.values() if part.exact is not None]
         if any(map(catalog.is_fading, exact)) and not await_others(backend, others):
             raise ConflictError("another process may delete its exact patch", hint=_AGAIN)

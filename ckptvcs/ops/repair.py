@@ -242,8 +242,7 @@ class Repairer:
             writer.publish(file)
         finally:
             writer.abort()
-        store.refresh()
-        self._catalog.forget()
+        self._catalog.reload()
         self.done.from_copy += len(store.entries(pack, folder))
 
     def _lost(self) -> set[ObjectId]:

@@ -224,8 +224,7 @@ class Repository:
         try:
             return read()
         except MissingObjectError:
-            self.catalog.store.refresh()
-            self.catalog.forget()
+            self.catalog.reload()
             return read()
 
     def naming(self, path: Path) -> tuple[str, bool]:
@@ -277,8 +276,7 @@ class Repository:
             NotFoundError: The commit was dropped or deleted.
         """
         with lease(self.backend):
-            self.catalog.store.refresh()
-            self.catalog.forget()
+            self.catalog.reload()
             if name is not None:
                 self.revisions.require_durable(name)
             with turn(self.backend):

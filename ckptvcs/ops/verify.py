@@ -169,8 +169,7 @@ class Verifier:
         result = look()
         if len(self.report.damage) > len(before[0].damage):
             self.report, self._harmed = before
-            self._catalog.store.refresh()
-            self._catalog.forget()
+            self._catalog.reload()
             self._recent.clear()
             result = look()
         return result
