@@ -69,11 +69,7 @@ class Target:
         metrics: Mapping[str, float],
         names: Names | None = None,
     ) -> CommitResult:
-        """Commit a complete checkpoint, and log its notes.
-
-        Raises:
-            CkptError: The commit failed; BusyError if gc deletes for more than a minute.
-        """
+        """Commit a complete checkpoint, and log its notes."""
         result = self.repo.commit_path(
             path, message=path.name, step=step, metrics=metrics, codec=self.codec, names=names
         )

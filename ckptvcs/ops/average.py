@@ -68,11 +68,7 @@ def _rounded(values: np.ndarray[Any, np.dtype[np.float64]], dtype: str) -> Bytes
 def mean_weights(
     catalog: Catalog, names: Sequence[ObjectId], progress: Progress
 ) -> dict[int, Bytes]:
-    """Return the bytes of the mean of each float weight, by number in the last commit's schema.
-
-    Raises:
-        InvalidInputError: A weight is missing from a commit, or has another shape or type there.
-    """
+    """Return the bytes of the mean of each float weight, by number in the last commit's schema."""
     last = catalog.schema(catalog.commit(names[-1]).schema)
     wanted = _weights(last)
     sums = {name: np.zeros(last.tensors[n].words, np.float64) for name, n in wanted.items()}

@@ -153,11 +153,7 @@ def choose_judge(
     *,
     nan: bool,
 ) -> Judge:
-    """Return the requested test.
-
-    Raises:
-        InvalidInputError: Not exactly one test is requested, or a metric or a bound is missing.
-    """
+    """Return the requested test."""
     if sum((bool(command), nan, metric is not None)) != 1:
         raise InvalidInputError(
             "bisect needs exactly one test",

@@ -98,15 +98,7 @@ def commit_checkpoint(
     progress: Progress = quiet,
     announce: Announce = quiet,
 ) -> CommitResult:
-    """Commit an open checkpoint; `announce` is called just before the branch moves.
-
-    Raises:
-        InvalidInputError: The checkpoint changed while it was read.
-        ConflictError: Another writer moved the branch meanwhile.
-        BusyError: gc is sweeping.
-        CorruptionError: An object that the commit depends on is missing or damaged.
-        StorageError: The disk is full, or fails.
-    """
+    """Commit an open checkpoint; `announce` is called just before the branch moves."""
     with repository.held_base(request.checkpoint.kind) as held, request.checkpoint.kept_open():
         result = Committer(repository, request, progress, held, announce).commit()
     with after(f"commit {result.id[:8]} was made"):
@@ -139,7 +131,7 @@ class Committer:
         self._move: Move | None = None  # the announced move of the branch to the commit
 
     def commit(self) -> CommitResult:
-        """Add the commit to the history; raises as `commit_checkpoint`."""
+        """Add the commit to the history; raises as `Repo.commit_path`."""
         rebuilt = False
         while True:
             try:
@@ -257,7 +249,7 @@ class Committer:
 
         Raises:
             SharedPatchFadedError: Another writer drops an exact patch that the commit shares.
-            ConflictError, InvalidInputError, CorruptionError, StorageError: As for `commit`.
+            CkptError: As for `Repo.commit_path`.
         """
         store, request, base = self._catalog.store, self.request, self.base(place.parent)
         if base is not None and place.unchanged:

@@ -35,11 +35,7 @@ class Description:
         encoded: Encoded,
         file_hashes: list[str | None],
     ) -> tuple[ObjectId, Commit]:
-        """Add a commit and the objects that it refers to, except those in the store.
-
-        Raises:
-            InvalidInputError: The structure of the checkpoint cannot be read back.
-        """
+        """Add a commit and the objects that it refers to, except those in the store."""
         checkpoint = request.checkpoint
         schema = self._put(Kind.SCHEMA, _described(checkpoint))
         for table in encoded.tables.values():

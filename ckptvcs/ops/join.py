@@ -85,7 +85,7 @@ class DistributedCommit:
 
         Raises:
             ConflictError: Another writer moved the branch meanwhile.
-            InvalidInputError, CorruptionError, StorageError: As for `Committer.commit`.
+            InvalidInputError, CorruptionError, StorageError: As for `Repo.commit_path`.
         """
         with self:
             return self._finish(shards, files)

@@ -45,8 +45,6 @@ class Request:
         self.step, self.metrics = plain_step(self.step), plain_metrics(self.metrics)
 
 
-
-
 def find_step(request: Request) -> int | None:
     """Return the step: the given one, or that of the checkpoint, the message or the file name."""
     if request.step is not None:
@@ -67,11 +65,7 @@ def gather_state(
     extra: Mapping[str, object] | None,
     copies: Copies | None = None,
 ) -> Checkpoint:
-    """Return a checkpoint of a state, or of a model and its optimizers; see `Repo.commit`.
-
-    Raises:
-        InvalidInputError: Both or neither are given.
-    """
+    """Return a checkpoint of a state, or of a model and its optimizers; see `Repo.commit`."""
     from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415
 
     if (state is ...) == (model is None and optimizer is None):

@@ -422,11 +422,7 @@ class Verifier:
 def verify(
     repository: Repository, progress: Progress = quiet, *, subset: str | None = None
 ) -> VerifyReport:
-    """Verify that every commit can be restored; see `Repo.verify`.
-
-    Raises:
-        InvalidInputError: The form of `subset` is unknown.
-    """
+    """Verify that every commit can be restored; see `Repo.verify`."""
     budget = None if subset is None else Budget.parse(subset)
     with packs_alone(repository.catalog) as catalog:
         return Verifier(repository, catalog, progress, budget).run()

@@ -179,11 +179,7 @@ class _Part:
         self._tree: dict[str | int, Any] = {}
 
     def checkpoint(self, items: Sequence[WriteItem]) -> Checkpoint:
-        """Return the tensors and values of a plan; tensors are named by `chunk_name`.
-
-        Raises:
-            InvalidInputError: A value is not a tensor, an array or of a plain type.
-        """
+        """Return the tensors and values of a plan; tensors are named by `chunk_name`."""
         names: dict[str, str] = {}
         for item in items:
             data = self._planner.resolve_data(item)
