@@ -31,6 +31,7 @@ from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError, MissingObjectError, after
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.commit import Commit
+from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.history.reachability import mark, require_packs
 from ckptvcs.history.recipe import dump_drop_record
 from ckptvcs.history.refs import HEAD, Move, check_name
@@ -117,17 +118,26 @@ class Committer:
         held: MemoryBase | None = None,
         announce: Announce = quiet,
     ) -> None:
-        """Prepare a commit.
+        """Prepare a commit, and raise the flags of the formats that it writes.
+
+        Versions of the program that lack these formats then refuse to read the repository.
 
         Raises:
             InvalidInputError: The codec is not known.
+            UnsupportedVersionError: A newer version forbids this version to write.
         """
         self._repository, self.request = repository, request
         self._catalog, self._refs = repository.catalog, repository.refs
         self._progress, self._held, self._announce = progress, held, announce
-        self._config = config = repository.commit_config()
-        self.spec = repository.codec_for(request.codec, request.metrics, config)
-        self.patched = config.exact_rule.wants_patch(request.metrics)
+        self._config = repository.commit_config()
+        require_flags(repository.backend, "write")
+        self.spec = self._config.codec_of(request.codec)
+        self.patched = self._config.exact_rule.wants_patch(request.metrics)
+        self._near = isinstance(self.spec.settings, NearSpec)
+        flags = ["types", "near", "near-2"] if self._near else ["types"]
+        if self.patched and self.spec.settings is not None:
+            flags.append("patches")
+        raise_flags(repository.backend, "read", *flags)
         self._move: Move | None = None  # the announced move of the branch to the commit
 
     def commit(self) -> CommitResult:
@@ -149,8 +159,8 @@ class Committer:
     def _commit(self) -> CommitResult:
         with lease(self._catalog.store.backend) as lease_name:
             checkpoint = self.request.checkpoint
-            near = isinstance(self.spec.settings, NearSpec)
-            file_hashes, hashes = scan(checkpoint, self._progress, stay=near and not self.patched)
+            stay = self._near and not self.patched
+            file_hashes, hashes = scan(checkpoint, self._progress, stay=stay)
             place = self.place(Scanned(checkpoint, file_hashes, hashes, self.patched))
 
             def encode(base: Commit | None) -> Encoded:

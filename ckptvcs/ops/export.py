@@ -36,48 +36,6 @@ class Exported:
 
 def export(
     repository: Repository,
-    name: ObjectId,
-    path: Path,
-    form: str | None,
-    only: str | None,
-    progress: Progress,
-    *,
-    force: bool,
-) -> Exported:
-    """Write one commit; see `Repo.export`."""
-    _check(form, only)
-    if form and path.suffix == ".safetensors" and form != "safetensors":
-        raise InvalidInputError(f"{path} has the wrong suffix for --format {form}")
-    if form == "safetensors" and path.suffix != ".safetensors":
-        path = path.with_name(f"{path.name}.safetensors")
-    return _write(repository, [name], [path], only, progress, force=force)[0]
-
-
-def export_line(
-    repository: Repository,
-    names: Sequence[ObjectId],
-    folder: Path,
-    form: str | None,
-    only: str | None,
-    progress: Progress,
-    *,
-    force: bool,
-) -> list[Exported]:
-    """Write each of these commits; see `Repo.export_line`."""
-    _check(form, only)
-    paths = [folder / name for name in _file_names(repository, names, form, only)]
-    return _write(repository, names, paths, only, progress, force=force)
-
-
-def _check(form: str | None, only: str | None) -> None:
-    if form not in (None, *FORMATS):
-        raise InvalidInputError(f"unknown format '{form}'", hint=f"use {' or '.join(FORMATS)}")
-    if only is not None and only not in PARTS:
-        raise InvalidInputError(f"unknown part '{only}'", hint=f"use {' or '.join(PARTS)}")
-
-
-def _write(
-    repository: Repository,
     names: Sequence[ObjectId],
     paths: Sequence[Path],
     only: str | None,
@@ -85,6 +43,9 @@ def _write(
     *,
     force: bool,
 ) -> list[Exported]:
+    """Write each commit to its path; see `Repo.export`."""
+    if only not in (None, *PARTS):
+        raise InvalidInputError(f"unknown part '{only}'", hint=f"use {' or '.join(PARTS)}")
     if not names:
         raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     entries = [repository.entry(name) for name in names]
@@ -97,13 +58,33 @@ def _write(
     ]
 
 
-def _file_names(
-    repository: Repository, names: Sequence[ObjectId], form: str | None, only: str | None
-) -> list[str]:
-    """Return a file name for each commit: its step, and its id if the step is not unique."""
+def _check(form: str | None) -> None:
+    if form not in (None, *FORMATS):
+        raise InvalidInputError(f"unknown format '{form}'", hint=f"use {' or '.join(FORMATS)}")
+
+
+def file_path(path: Path, form: str | None) -> Path:
+    """Return the path for a commit; the format `safetensors` adds its suffix."""
+    _check(form)
+    if form and path.suffix == ".safetensors" and form != "safetensors":
+        raise InvalidInputError(f"{path} has the wrong suffix for --format {form}")
+    if form == "safetensors" and path.suffix != ".safetensors":
+        return path.with_name(f"{path.name}.safetensors")
+    return path
+
+
+def file_paths(
+    repository: Repository,
+    names: Sequence[ObjectId],
+    folder: Path,
+    form: str | None,
+    only: str | None,
+) -> list[Path]:
+    """Return a path for each commit: its step, and its id if the step is not unique."""
+    _check(form)
     commits = [repository.catalog.commit(name) for name in names]
     steps = Counter(commit.step for commit in commits)
-    file_names = []
+    paths = []
     for name, commit in zip(names, commits, strict=True):
         stem = f"commit-{name[:8]}" if commit.step is None else f"step-{commit.step}"
         if commit.step is not None and steps[commit.step] > 1:
@@ -112,5 +93,5 @@ def _file_names(
         if form is None and all(f.format == "safetensors" for f in commit.files):
             suffix = "safetensors"
         is_directory = form is None and only is None and commit.source == "directory"
-        file_names.append(stem if is_directory else f"{stem}.{suffix}")
-    return file_names
+        paths.append(folder / (stem if is_directory else f"{stem}.{suffix}"))
+    return paths

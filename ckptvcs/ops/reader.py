@@ -190,10 +190,8 @@ class Reader(HistoryReader):
             InvalidInputError: The format or the part is not known.
             ConflictError: The file exists and `force` is not set.
         """
-        name = self.resolve(revision)
-        return ops.export.export(
-            self._repository, name, Path(path), form, only, progress, force=force
-        )
+        names, paths = [self.resolve(revision)], [ops.export.file_path(Path(path), form)]
+        return ops.export.export(self._repository, names, paths, only, progress, force=force)[0]
 
     def export_line(
         self,
@@ -230,9 +228,8 @@ class Reader(HistoryReader):
             ConflictError: A file exists and `force` is not set.
         """
         names = self._line(start, stop, every, revision)
-        return ops.export.export_line(
-            self._repository, names, Path(folder), form, only, progress, force=force
-        )
+        paths = ops.export.file_paths(self._repository, names, Path(folder), form, only)
+        return ops.export.export(self._repository, names, paths, only, progress, force=force)
 
     def average(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -28,8 +28,6 @@ from ckptvcs.history.format_file import (
     check_format,
     is_repository,
     new_format,
-    raise_flags,
-    require_flags,
     write_format,
 )
 from ckptvcs.history.log import History, LogEntry
@@ -46,7 +44,6 @@ from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
-    from ckptvcs.codec.spec import CodecSpec
     from ckptvcs.decode.base_cache import MemoryBase
     from ckptvcs.decode.commit_reader import Restorer
 
@@ -243,27 +240,6 @@ class Repository:
     ) -> LogEntry:
         """Return a commit as the log shows it."""
         return self.history.entry(name, branch=branch, tags=tags)
-
-    def codec_for(
-        self, codec: str | None, metrics: Mapping[str, float], config: Config
-    ) -> CodecSpec:
-        """Return the codec for a commit, and raise the flags of the formats that it writes.
-
-        Versions of the program that lack these formats then refuse to read the repository.
-
-        Raises:
-            InvalidInputError: The codec is not known.
-            UnsupportedVersionError: A newer version forbids this version to write.
-        """
-        from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415  needs numpy
-
-        require_flags(self.backend, "write")
-        spec = config.codec_of(codec)
-        flags = ["types", *(["near", "near-2"] if isinstance(spec.settings, NearSpec) else [])]
-        if spec.settings is not None and config.exact_rule.wants_patch(metrics):
-            flags.append("patches")
-        raise_flags(self.backend, "read", *flags)
-        return spec
 
     @contextmanager
     def leading_to(self, name: ObjectId | None) -> Iterator[None]:
