@@ -17,6 +17,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ckptvcs.checkpoint.notes import unknown_floats
@@ -162,10 +163,7 @@ class Committer:
             stay = self._near and not self.patched
             file_hashes, hashes = scan(checkpoint, self._progress, stay=stay)
             place = self.place(Scanned(checkpoint, file_hashes, hashes, self.patched))
-
-            def encode(base: Commit | None) -> Encoded:
-                return self._encode(place.parent, base, hashes)
-
+            encode = partial(self._encode, place.parent, hashes)
             return self.complete(place, encode, file_hashes, lease_name)
 
     def place(self, scanned: Scanned | None) -> Place:
@@ -220,7 +218,7 @@ class Committer:
         return True
 
     def _encode(
-        self, parent: ObjectId | None, base: Commit | None, hashes: dict[int, bytes]
+        self, parent: ObjectId | None, hashes: dict[int, bytes], base: Commit | None
     ) -> Encoded:
         checkpoint = self.request.checkpoint
         keyframe = (
