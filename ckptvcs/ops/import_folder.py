@@ -155,7 +155,10 @@ class Importer:
                 self._commit(item, branches, half)
             half.fill(1)
             if item.id is not None:
-                self._verify(item, half)
+                try:
+                    self._keeper.is_exact(item.id, half)
+                except (CorruptionError, NotFoundError) as error:
+                    item.fail(error)
             half.fill(2)
             watch(item)
 
@@ -176,13 +179,6 @@ class Importer:
         item.branch, item.notes = result.branch, result.notes
         self._first[result.id] = found.name
         self._contents.add(result.id, result.commit)
-
-    def _verify(self, item: ImportItem, progress: Progress) -> None:
-        assert item.id is not None
-        try:
-            self._keeper.is_exact(item.id, progress)
-        except (CorruptionError, NotFoundError) as error:
-            item.fail(error)
 
     # -- branches ----------------------------------------------------------------------------------
 
