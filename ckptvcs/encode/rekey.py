@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ckptvcs.codec.dtypes import DTYPES, float_type
-from ckptvcs.codec.frame import decode_slice, slice_counts
+from ckptvcs.codec.frame import decode_slice, slices_of
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable, read_slice
@@ -260,22 +260,19 @@ class Rekeyer:
         links = chain.links(table.values, position, info)
         base_links = None if base is None else chain.links(*base, info)
 
-        def encode(job: tuple[int, int]) -> tuple[Words, Words | None, EncodedSlice]:
-            number, count = job
-            words = chain.decode_slice(links, info, number, count)
-            below = None
-            if base_links is not None:
-                below = chain.decode_slice(base_links, info, number, count)
+        def encode(number: int) -> tuple[Words, Words | None, EncodedSlice]:
+            words = chain.decode_slice(links, info, number)
+            below = None if base_links is None else chain.decode_slice(base_links, info, number)
             encoded = reencode(words, below, dtype)
-            decoded = decode_slice(memoryview(encoded.data), DTYPES[dtype], count, below)
+            decoded = decode_slice(memoryview(encoded.data), DTYPES[dtype], words.size, below)
             if not np.array_equal(decoded, words):
                 raise CorruptionError(f"re-encoding {info.name} would change it")
             return words, below, encoded
 
         digest, base_digest = hasher(), hasher()
         slices, uses_base = [], False
-        jobs = enumerate(slice_counts(info.words))
-        for number, (words, below, encoded) in enumerate(ordered_map(encode, jobs)):
+        jobs = ordered_map(encode, slices_of(info.words))
+        for number, (words, below, encoded) in enumerate(jobs):
             digest.update(octets(words))
             if below is not None:
                 base_digest.update(octets(below))

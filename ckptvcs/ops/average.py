@@ -140,7 +140,7 @@ class Averaged(Restorer):
             for job in self._jobs(list(run)):
                 word = self.schema.tensors[job.number].type.word
                 words = self._others[job.number].view(word_type(word))
-                words, out = words[job.slice * SLICE_WORDS :][: job.count], room(job)
+                words, out = words[job.slice * SLICE_WORDS :][:SLICE_WORDS], room(job)
                 if out is not None:
                     out[:] = words
                 yield job, words
