@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec import kernels
 from ckptvcs.codec.dtypes import can_be_lossy
 from ckptvcs.codec.frame import SLICE_WORDS, slices_of
-from ckptvcs.codec.words import Words, octets, word_type
+from ckptvcs.codec.words import Bytes, Words, octets, word_type
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable, MemoryBase, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable, DecodedTables, Link
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
@@ -272,9 +272,7 @@ class Restorer:
             if op == Op.INLINE
         }
 
-    def tensors(
-        self, numbers: list[int]
-    ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
+    def tensors(self, numbers: list[int]) -> Iterator[tuple[int, Bytes]]:
         """Yield the number and all bytes of each stored tensor, verified."""
         infos = self.schema.tensors
         for number in numbers:
@@ -325,7 +323,7 @@ class Restorer:
                 raise _RetypedError(wrong)
             raise CorruptionError(wrong)
 
-    def tensor(self, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def tensor(self, number: int) -> Bytes:
         """Return all bytes of a stored tensor, verified."""
         return next(self.tensors([number]))[1]
 

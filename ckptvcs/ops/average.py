@@ -22,9 +22,9 @@ from ckptvcs.checkpoint.matching import alike
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec.frame import SLICE_WORDS
-from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
+from ckptvcs.codec.words import Bytes, Words, from_float32, to_float32, word_type
 from ckptvcs.decode.commit_reader import Restorer
-from ckptvcs.decode.part_reader import Bytes, PartReader, Window, windows
+from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.decode.trajectory import Trajectory
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Target, Targets, looked
