@@ -22,9 +22,9 @@ from ckptvcs.checkpoint.matching import alike
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec.frame import SLICE_WORDS
-from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
+from ckptvcs.codec.words import Bytes, Words, from_float32, to_float32, word_type
 from ckptvcs.decode.commit_reader import Restorer
-from ckptvcs.decode.part_reader import Bytes, PartReader, Window, windows
+from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.decode.trajectory import Trajectory
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Targets
@@ -134,7 +134,7 @@ class Averaged(Restorer):
             for job in self._jobs(list(run)):
                 word = self.schema.tensors[job.number].type.word
                 words = self._others[job.number].view(word_type(word))
-                words, out = words[job.slice * SLICE_WORDS :][: job.count], room(job)
+                words, out = words[job.slice * SLICE_WORDS :][:SLICE_WORDS], room(job)
                 if out is not None:
                     out[:] = words
                 yield job, words
