@@ -173,8 +173,13 @@ class HistoryReader:
             NotFoundError: A revision names no commit, or no commit of this history.
             InvalidInputError: A revision names several commits, or `every` is below 1.
         """
-        names = self._repository.history.line(start, stop, every, revision=revision)
+        names = self._line(start, stop, every, revision)
         return [self._repository.entry(name) for name in names]
+
+    def _line(
+        self, start: Bound, stop: Bound, every: int | None, revision: str | int | None = None
+    ) -> list[ObjectId]:
+        return self._repository.history.line(start, stop, every, revision=revision)
 
     def graph(
         self, limit: int | None = None, *, revision: str | None = None
@@ -298,7 +303,7 @@ class HistoryReader:
         Raises:
             NotFoundError: The branch does not exist or has no commits, or HEAD is detached.
         """
-        return ops.undo.events(self._repository, branch)
+        return ops.refs.events(self._repository, branch)
 
     def plan_gc(self, policy: Policy = NO_RULES) -> GcPlan:
         """Return the commits, exact patches and packs that `gc` would delete; changes nothing.
