@@ -9,36 +9,45 @@ import typer
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Count, JsonOption, open_repo, split_range, step_range
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.repo import Repo
 
 DEFAULT_ENTRIES = 30
+
+_Newest = Annotated[
+    str | None, typer.Argument(metavar="[REV]", help="newest commit to list, or A..B")
+]
+_Branch = Annotated[
+    str | None, typer.Option("--branch", metavar="NAME", help="list the commits of this branch")
+]
+_Steps = Annotated[
+    str | None, typer.Option(metavar="A..B", help="only steps from A to B, both included")
+]
+_Since = Annotated[
+    str | None, typer.Option(metavar="TIME", help="only since 2026-11-29, 3h, '2 days ago' ...")
+]
+_Until = Annotated[
+    str | None, typer.Option(metavar="TIME", help="only until this time; a date includes it")
+]
+_Metric = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEST", help="only if it holds, such as 'loss<3' (repeatable)"),
+]
+_Sort = Annotated[
+    str | None, typer.Option(metavar="KEY", help="highest first: step, time, size or a metric")
+]
 
 
 def log(
     context: typer.Context,
-    revision: Annotated[
-        str | None, typer.Argument(metavar="[REV]", help="newest commit to list, or A..B")
-    ] = None,
+    revision: _Newest = None,
     count: Count = None,
     all_branches: Annotated[bool, typer.Option("--all", help="list all branches")] = False,
-    branch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="list the commits of this branch")
-    ] = None,
-    steps: Annotated[
-        str | None, typer.Option(metavar="A..B", help="only steps from A to B, both included")
-    ] = None,
-    since: Annotated[
-        str | None, typer.Option(metavar="TIME", help="only since 2026-11-29, 3h, '2 days ago' ...")
-    ] = None,
-    until: Annotated[
-        str | None, typer.Option(metavar="TIME", help="only until this time; a date includes it")
-    ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEST", help="only if it holds, such as 'loss<3' (repeatable)"),
-    ] = None,
-    sort: Annotated[
-        str | None, typer.Option(metavar="KEY", help="highest first: step, time, size or a metric")
-    ] = None,
+    branch: _Branch = None,
+    steps: _Steps = None,
+    since: _Since = None,
+    until: _Until = None,
+    metric: _Metric = None,
+    sort: _Sort = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="reverse the order")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="draw all branches as a graph")] = False,
     json: JsonOption = False,
@@ -57,24 +66,17 @@ def log(
         revision = None
     if graph:
         _refuse_with_graph(chosen)
+    chosen |= {
+        "revision": revision,
+        "branch": branch,
+        "all_branches": all_branches or (graph and branch is None),
+    }
     repo = open_repo(context)
-    chosen |= {"revision": revision, "branch": branch}
     if json:
-        entries = repo.log(count, all_branches=all_branches or (graph and not branch), **chosen)
-        render.as_json([render.entry_json(entry) for entry in entries])
+        render.as_json([render.entry_json(entry) for entry in repo.log(count, **chosen)])
         return
     limit = count or DEFAULT_ENTRIES
-    shown = limit + 1  # one more, to know whether there are more
-    if graph:
-        rows = repo.graph(shown, revision=branch or revision)
-        listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
-        more = len(listed) > limit
-        end = listed[-2] + 1 if more else None
-        table = render.graph_rows(rows[:end], repo.labels())
-    else:
-        entries = repo.log(shown, all_branches=all_branches, **chosen)
-        more = len(entries) > limit
-        table = render.log_rows(entries[:limit])
+    table, more = _table(repo, limit, chosen, graph=graph)
     if len(table) == 1:
         render.talk("no commits match" if repo.log(1, all_branches=True) else "no commits yet")
         return
@@ -84,13 +86,25 @@ def log(
         render.talk(f"{limit} {order} commits; use -n N to show more")
 
 
+def _table(
+    repo: Repo, limit: int, chosen: dict[str, Any], *, graph: bool
+) -> tuple[list[list[str]], bool]:
+    """Return the rows of at most `limit` commits, and whether there are more commits."""
+    if not graph:
+        entries = repo.log(limit + 1, **chosen)
+        return render.log_rows(entries[:limit]), len(entries) > limit
+    rows = repo.graph(limit + 1, revision=chosen["branch"] or chosen["revision"])
+    listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
+    more = len(listed) > limit
+    return render.graph_rows(rows[: listed[-2] + 1 if more else None], repo.labels()), more
+
+
 def _refuse_with_graph(chosen: dict[str, Any]) -> None:
     """Raise InvalidInputError if commits are chosen that a graph cannot leave out or sort."""
-    names = {"start": "A..B", "stop": "A..B", "metrics": "metric"}
     for name, value in chosen.items():
         if value:
-            option = names.get(name, name)
-            shown = option if ".." in option else f"--{option}"
+            option = "A..B" if name in ("start", "stop") else f"--{name.removesuffix('s')}"
+            option = "--steps" if name == "steps" else option
             raise InvalidInputError(
-                f"--graph cannot be combined with {shown}", hint="use --all to list all branches"
+                f"--graph cannot be combined with {option}", hint="use --all to list all branches"
             )

@@ -140,17 +140,12 @@ class HistoryReader:
         return ops.log.log(
             self._repository,
             limit,
+            ops.log.select(steps, since, until, metrics, sort, reverse=reverse),
             revision=revision,
             branch=branch,
             all_branches=all_branches,
             start=start,
             stop=stop,
-            steps=steps,
-            since=since,
-            until=until,
-            metrics=metrics,
-            sort=sort,
-            reverse=reverse,
         )
 
     def line(

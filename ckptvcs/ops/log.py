@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.log import Bound, LogEntry, step_of
@@ -17,18 +18,13 @@ Steps = tuple[int | None, int | None]
 def log(
     repository: Repository,
     limit: int | None,
+    only: Selection,
     *,
     revision: str | int | None,
     branch: str | None,
     all_branches: bool,
     start: Bound,
     stop: Bound,
-    steps: Steps | None,
-    since: Time | None,
-    until: Time | None,
-    metrics: Sequence[str],
-    sort: str | None,
-    reverse: bool,
 ) -> list[LogEntry]:
     """Return commits; see `Repo.log`."""
     ranged = start is not None or stop is not None
@@ -41,22 +37,26 @@ def log(
         raise InvalidInputError(
             "a range lists one branch, not all", hint="choose steps of all branches: --steps A..B"
         )
-    tip: ObjectId | None = None
-    if branch is not None:
-        tip = repository.revisions.branch(branch)
-        if tip is None:
-            raise NotFoundError(f"no branch is named '{branch}'", hint="list them: 'ckpt branch'")
-    elif revision is not None:
-        tip = repository.resolve(revision)
-    elif stop is not None and step_of(stop) is None:
-        tip = repository.resolve(stop)
-    names = None
+    tip = _tip(repository, revision, branch, stop)
     if ranged:
         line = repository.history.line(start, stop, revision=None if tip is None else f"id:{tip}")
-        names = frozenset(line)
+        only = replace(only, names=frozenset(line))
+    return repository.history.entries(limit, start=tip, all_branches=all_branches, only=only)
+
+
+def select(
+    steps: Steps | None,
+    since: Time | None,
+    until: Time | None,
+    metrics: Sequence[str],
+    sort: str | None,
+    *,
+    reverse: bool,
+) -> Selection:
+    """Return the selection that the arguments of `Repo.log` describe.  Raises InvalidInputError."""
     low, high = steps or (None, None)
-    only = Selection(
-        names,
+    return Selection(
+        None,
         None if since is None else parse_time(since),
         None if until is None else parse_time(until, end=True),
         low,
@@ -65,4 +65,17 @@ def log(
         sort,
         reverse,
     )
-    return repository.history.entries(limit, start=tip, all_branches=all_branches, only=only)
+
+
+def _tip(
+    repository: Repository, revision: str | int | None, branch: str | None, stop: Bound
+) -> ObjectId | None:
+    """Return the newest commit to list; None for HEAD."""
+    if branch is not None:
+        tip = repository.revisions.branch(branch)
+        if tip is None:
+            raise NotFoundError(f"no branch is named '{branch}'", hint="list them: 'ckpt branch'")
+        return tip
+    if revision is None and step_of(stop) is None:
+        revision = stop
+    return None if revision is None else repository.resolve(revision)
