@@ -73,6 +73,11 @@ def ids(names: Sequence[str]) -> str:
     return ", ".join(name[:8] for name in names[:_MAX_IDS]) + more
 
 
+def commit_name(entry: LogEntry) -> str:
+    """Return `step 700 (7b0c4f3e)`, or the id of a commit without a step."""
+    return entry.id[:8] if entry.step is None else f"step {entry.step} ({entry.id[:8]})"
+
+
 def metrics(values: Mapping[str, float]) -> str:
     """`loss=2.31 acc=0.5`."""
     return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
