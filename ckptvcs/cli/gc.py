@@ -173,8 +173,8 @@ def tell_waiting(repo: Repo, plan: GcPlan) -> None:
         size = f" with {render.size(plan.waiting_bytes)}" if plan.waiting_bytes > 0 else ""
         render.data(f"{len(plan.waiting)} dropped commit(s){size} wait to be deleted")
         render.talk(
-            f"note: 'ckpt undo' restores them; gc deletes their data {grace(repo)} after the drop,"
-            " or now with --now"
+            "note: 'ckpt undo' restores them; gc deletes their data"
+            f" after {grace(repo)}, or with --now"
         )
 
 
