@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -110,22 +111,33 @@ def gc(
         raise InvalidInputError(
             f"{option} cannot be combined with --no-sweep", hint="leave out --no-sweep"
         )
-    repo = open_repo(context)
-    if dry_run:
-        plan = repo.plan_gc(policy, now=now)
-        _tell(repo, plan, dry_run=True, sweep=sweep, rekey=rekey, json=json)
+    _run(open_repo(context), policy, _Flags(now, sweep, rekey, dry_run, json), ask=not yes)
+
+
+@dataclass(frozen=True)
+class _Flags:
+    now: bool
+    sweep: bool
+    rekey: bool
+    dry_run: bool
+    json: bool
+
+
+def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
+    if flags.dry_run:
+        _tell(repo, repo.plan_gc(policy, now=flags.now), flags)
         return
-    asks = render.can_ask() and not yes and not json
-    if asks:
-        plan = repo.plan_gc(policy, now=now)
+    ask = ask and not flags.json and render.can_ask()
+    if ask:
+        plan = repo.plan_gc(policy, now=flags.now)
         _show(plan)
-        question = _question(repo, plan, now=now)
+        question = _question(repo, plan, now=flags.now)
         if question is not None and not render.confirm(question):
             render.talk("nothing was changed")
             return
-    with render.progress("rekeying" if rekey else "sweeping", None) as tick:
-        plan = repo.gc(policy, sweep=sweep, now=now, rekey=rekey, progress=tick)
-    _tell(repo, plan, dry_run=False, sweep=sweep, rekey=rekey, json=json, table=not asks)
+    with render.progress("rekeying" if flags.rekey else "sweeping", None) as tick:
+        plan = repo.gc(policy, sweep=flags.sweep, now=flags.now, rekey=flags.rekey, progress=tick)
+    _tell(repo, plan, flags, table=not ask)
 
 
 def _question(repo: Repo, plan: GcPlan, *, now: bool) -> str | None:
@@ -138,27 +150,18 @@ def _question(repo: Repo, plan: GcPlan, *, now: bool) -> str | None:
     return f"delete the data of {dropped} commit(s) for good?" if dropped else None
 
 
-def _tell(
-    repo: Repo,
-    plan: GcPlan,
-    *,
-    dry_run: bool,
-    sweep: bool,
-    rekey: bool,
-    json: bool,
-    table: bool = True,
-) -> None:
-    if json:
-        render.as_json(plan_json(plan, dry_run=dry_run))
+def _tell(repo: Repo, plan: GcPlan, flags: _Flags, *, table: bool = True) -> None:
+    if flags.json:
+        render.as_json(plan_json(plan, dry_run=flags.dry_run))
         return
     if table:
         _show(plan)
-    render.data(describe_sizes(plan, dry_run=dry_run, sweep=sweep))
+    render.data(describe_sizes(plan, dry_run=flags.dry_run, sweep=flags.sweep))
     tell_waiting(repo, plan)
-    if rekey and dry_run:
+    if flags.rekey and flags.dry_run:
         render.talk("note: the size does not include what --rekey frees")
     chained = sum(row.chained_bytes for row in plan.decisions)
-    if chained and not rekey:
+    if chained and not flags.rekey:
         render.talk(f"note: delta chains keep {render.size(chained)}; use --rekey to free them")
 
 
