@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ckptvcs.gc.retention import Best, Policy
     from ckptvcs.history.commit import Commit, ErrorReport, FileEntry, PartState
     from ckptvcs.history.log import LogEntry
+    from ckptvcs.history.note import Note
     from ckptvcs.history.reflog import ReflogEvent, Undone
     from ckptvcs.history.refs import Generation
     from ckptvcs.history.schema import TensorInfo
@@ -80,6 +81,7 @@ _HOMES = {
     "Skipped": "checkpoint.survey",
     "LogEntry": "history.log",
     "NamedCommit": "ops.refs",
+    "Note": "history.note",
     "ObjectId": "store.ids",
     "PartState": "history.commit",
     "Patch": "gc.fading",
@@ -151,6 +153,7 @@ __all__ = [
     "MissingObjectError",
     "NamedCommit",
     "NotFoundError",
+    "Note",
     "ObjectId",
     "PartState",
     "Patch",

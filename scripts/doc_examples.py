@@ -114,6 +114,7 @@ def _run(command: str, folder: Path, *, check: bool = False) -> str:
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "COLUMNS": "80",
+        "LOGNAME": "you",
         "TZ": "UTC",
         "PYTHONUNBUFFERED": "1",
     }

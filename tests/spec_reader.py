@@ -17,7 +17,8 @@ from blake3 import blake3
 
 KINDS = dict(
     enumerate(
-        ["commit", "schema", "values", "skeleton", "recipe", "record", "bundle", "errors"], start=1
+        ["commit", "schema", "values", "skeleton", "recipe", "record", "bundle", "errors", "note"],
+        start=1,
     )
 )
 SIZES = {
@@ -54,7 +55,7 @@ class SpecRepository:
         self.folder = folder
         head = unsealed((folder / "format").read_bytes().removesuffix(b"\n"))
         assert head["format"] == 1
-        assert set(head["flags"]["read"]) <= {"near", "near-2", "patches", "types"}
+        assert set(head["flags"]["read"]) <= {"near", "near-2", "notes", "patches", "types"}
         self.records: dict[bytes, tuple[int, int, bytes, int, bytes, bytes]] = {}
         for path in [*folder.glob("packs/*/*.pack"), *folder.glob("meta/*/*.pack")]:
             self._pack(path)
@@ -124,6 +125,27 @@ class SpecRepository:
             found.append(commit)
             parents = self.json(commit)["parents"]
             commit = parents[0] if parents else None
+        return found
+
+    def noted(self, commit: str) -> dict[str, Any]:
+        """The message, metrics and fields of a commit with its notes."""
+        notes = []
+        for name, (kind, *_) in self.records.items():
+            if KINDS[kind] == "note":
+                note = json.loads(self.objects[name])
+                assert len(self.objects[name]) <= 1 << 16
+                assert note["generation"] >= 1
+                if note["commit"] == commit:
+                    notes.append((note["generation"], note["time"], name, note))
+        made = self.json(commit)
+        found = {"message": made["message"], "metrics": dict(made["metrics"]), "fields": {}}
+        for *_, note in sorted(notes, key=lambda row: row[:3]):
+            found["message"] = note.get("message", found["message"])
+            for what in ("metrics", "fields"):
+                for key, value in note.get(what, {}).items():
+                    found[what].pop(key, None)
+                    if value is not None:
+                        found[what][key] = value
         return found
 
     # -- tensors -------------------------------------------------------------------------------

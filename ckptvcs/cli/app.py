@@ -29,7 +29,7 @@ GROUPS = {
     "Store checkpoints": ("init", "commit", "import", "watch"),
     "Look at a run": ("log", "show", "status", "diff", "bisect", "cat", "reflog"),
     "Get checkpoints back": ("checkout", "export", "average"),
-    "Name commits": ("branch", "tag", "pin", "unpin"),
+    "Name and describe commits": ("branch", "tag", "pin", "unpin", "note"),
     "Maintain a repository": ("gc", "drop", "undo", "verify", "stats", "config", "index"),
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)

@@ -9,23 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import Branch, Codec, JsonOption, open_repo
-from ckptvcs.errors import InvalidInputError, after
+from ckptvcs.cli.context import Branch, Codec, JsonOption, Metrics, open_repo, parse_metrics
+from ckptvcs.errors import after
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
     from ckptvcs import CommitResult
-
-
-def _metric(text: str) -> tuple[str, float]:
-    name, equals, value = text.partition("=")
-    try:
-        number = float(value)
-    except ValueError:
-        equals = ""
-    if not name or not equals:
-        raise InvalidInputError(f"invalid metric '{text}'", hint="write --metric loss=2.31")
-    return name, number
 
 
 def _size_of(path: Path) -> int | None:
@@ -47,9 +36,7 @@ def commit(
         int | None,
         typer.Option(metavar="STEP", help="training step (default: read from the checkpoint)"),
     ] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="metric; can be repeated")
-    ] = None,
+    metric: Metrics = None,
     codec: Codec = None,
     branch: Branch = None,
     raw: Annotated[
@@ -59,7 +46,7 @@ def commit(
 ) -> None:
     """Store a checkpoint as the next commit."""
     repo = open_repo(context)
-    metrics = dict(_metric(text) for text in metric or [])
+    metrics = parse_metrics(metric)
     with render.progress("committing", _size_of(path)) as tick:
         result = repo.commit_path(
             path,

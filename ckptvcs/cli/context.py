@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,6 +43,9 @@ Codec = Annotated[
 Pattern = Annotated[
     str | None, typer.Option(metavar="GLOB", help="only names that match, for example 'step*.pt'")
 ]
+Metrics = Annotated[
+    list[str] | None, typer.Option("--metric", metavar="NAME=VALUE", help="metric; can be repeated")
+]
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 
 Yes = Annotated[bool, typer.Option("--yes", help="do not ask for confirmation")]
@@ -76,6 +80,25 @@ def open_repo(context: typer.Context) -> Repo:
     except InvalidInputError as error:  # a command that needs the settings raises it
         render.talk(f"warning: {error.message}")
     return repo
+
+
+def parse_metrics(texts: Sequence[str] | None) -> dict[str, float]:
+    """Return the metrics of options `NAME=VALUE`.
+
+    Raises:
+        InvalidInputError: a text has another form.
+    """
+    metrics = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            equals = ""
+        if not name or not equals:
+            raise InvalidInputError(f"invalid metric '{text}'", hint="write --metric loss=2.31")
+        metrics[name] = number
+    return metrics
 
 
 def split_range(text: str) -> tuple[str | None, str | None]:

@@ -34,7 +34,7 @@ def entry_json(entry: LogEntry) -> dict[str, Json]:
     return {
         "id": entry.id,
         "step": commit.step,
-        "message": commit.message,
+        "message": entry.message,
         "raw_bytes": commit.raw_bytes,
         "stored_bytes": entry.stored_bytes,
         "patch_bytes": commit.patch_bytes,
@@ -45,7 +45,8 @@ def entry_json(entry: LogEntry) -> dict[str, Json]:
         "error": error_json(commit.error),
         "codec": commit.codec,
         "time": commit.time,
-        "metrics": {name: from_number(value) for name, value in commit.metrics.items()},
+        "metrics": {name: from_number(value) for name, value in entry.metrics.items()},
+        "fields": dict(entry.fields),
         "parents": list(commit.parents),
         "branch": entry.branch,
         "tags": list(entry.tags),
@@ -78,6 +79,11 @@ def commit_name(entry: LogEntry) -> str:
     return entry.id[:8] if entry.step is None else f"step {entry.step} ({entry.id[:8]})"
 
 
+def fields(values: Mapping[str, str]) -> str:
+    """`data=v2 host=a`."""
+    return " ".join(f"{printable(key)}={printable(value)}" for key, value in values.items())
+
+
 def metrics(values: Mapping[str, float]) -> str:
     """`loss=2.31 acc=0.5`."""
     return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
@@ -93,8 +99,8 @@ def _log_row(entry: LogEntry, names: Sequence[str]) -> list[str]:
     return [
         "-" if commit.step is None else str(commit.step),
         entry.id[:8],
-        marks + printable(commit.message),
-        metrics(commit.metrics),
+        marks + printable(entry.message),
+        metrics(entry.metrics),
         size(entry.stored_bytes),
         ratio(commit.raw_bytes, entry.stored_bytes),
         fidelity(entry),

@@ -21,6 +21,7 @@ from ckptvcs.cli.entries import commit_name as commit_name
 from ckptvcs.cli.entries import entry_json as entry_json
 from ckptvcs.cli.entries import error_json as error_json
 from ckptvcs.cli.entries import fidelity as fidelity
+from ckptvcs.cli.entries import fields as fields
 from ckptvcs.cli.entries import graph_rows as graph_rows
 from ckptvcs.cli.entries import ids as ids
 from ckptvcs.cli.entries import log_rows as log_rows

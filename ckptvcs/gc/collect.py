@@ -76,12 +76,13 @@ class GcPlan:
 
 @dataclass(frozen=True)
 class Picture:
-    """The state on which a plan is based: reachable commits, drop records, targets of refs, and
-    the marked objects.
+    """The state on which a plan is based: reachable commits, drop records, notes, targets of refs,
+    and the marked objects.
     """
 
     commits: Set[ObjectId]
     records: Set[ObjectId]
+    notes: Set[ObjectId]
     tips: Set[ObjectId]
     marked: Marked
 
@@ -167,6 +168,7 @@ class Collector:
         self._catalog.forget()
         # Writers are running: list the objects first, then the refs that lead to them.
         headers, records = store.ids(Kind.COMMIT), frozenset(store.ids(Kind.RECORD))
+        notes = frozenset(store.ids(Kind.NOTE))
         listed = self._packs()
         tips = frozenset(self._revisions.tips().values())
         commits = dict(self._revisions.reachable(sorted(tips)))
@@ -176,6 +178,8 @@ class Collector:
         hidden = dropped_with(gone, rows)
         visible = {name: made for name, made in commits.items() if name not in hidden.commits}
         fading = self._fader.everywhere(visible)
+        if recorded:  # a note or a deleted tag may have let more patches fade since
+            fading = [patch for patch in fading if self._catalog.is_fading(patch.values)]
         coming = [] if recorded else self._packed([*drops, *self._fader.record(fading, time)])
         late = self._deletion(commits, hidden, fading, listed, coming)  # after all grace periods
         swept = self.swept(time) if self._grace else hidden
@@ -205,7 +209,7 @@ class Collector:
             tuple(loose),
             tuple(sorted((hidden.commits - swept.commits) & commits.keys())),
             late.freed_bytes - soon.freed_bytes,
-            Picture(frozenset(commits), records, tips, soon.marked),
+            Picture(frozenset(commits), records, notes, tips, soon.marked),
         )
 
     def swept(self, time: str) -> Dropped:
@@ -363,11 +367,17 @@ class Collector:
         return self._mark(new, self.swept(now())).objects if new else set()
 
     def record(self, plan: GcPlan, time: str) -> GcPlan:
-        """Record the drops and fades durably; return the plan with these records."""
+        """Record the drops and fades durably; return the plan with these records.
+
+        Raises:
+            OutdatedError: a note was written, which may change the best commits.
+        """
+        assert plan.picture is not None
+        if set(self._catalog.store.ids(Kind.NOTE)) - plan.picture.notes:
+            raise OutdatedError("another process wrote a note")
         tables = set(self._catalog.patches().values())
         fading = [patch for patch in plan.fading if patch.values in tables]
         self._catalog.record([*plan.drops, *self._fader.record(fading, time)])
-        assert plan.picture is not None
         records = self._catalog.store.ids(Kind.RECORD)
         plan.picture.marked.objects.update(records, bases(self._catalog, records))
         return replace(plan, picture=replace(plan.picture, records=frozenset(records)))

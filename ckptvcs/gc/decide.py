@@ -53,7 +53,7 @@ class Judge:
         seen: set[ObjectId] = set()
         tips = self._revisions.tips()
         for ref in sorted(tips, key=lambda ref: not ref.startswith("heads/")):
-            whole = list(self._catalog.ancestors(tips[ref]))
+            whole = list(self._catalog.noted(self._catalog.ancestors(tips[ref])))
             rows: list[Row] = []
             for age, (name, commit) in enumerate(whole):
                 if name in seen and not ref.startswith("heads/"):
@@ -111,7 +111,7 @@ class Judge:
             if space in titles:
                 reasons.setdefault(name, []).append(titles[space])
         if self._best is not None:
-            for name in self._best.pick(commits.items()):
+            for name in self._best.pick(self._catalog.noted(commits.items())):
                 reasons.setdefault(name, []).append(f"best {self._best.metric}")
         return reasons
 

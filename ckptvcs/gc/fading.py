@@ -132,7 +132,8 @@ class Fader:
                 if name in there
             }
         tagged, pinned = self._refs.targets("tags"), self._refs.targets("pins")
-        return self._rule.kept_parts(lines, tagged, pinned, candidates.items())
+        noted = self._catalog.noted(candidates.items())
+        return self._rule.kept_parts(lines, tagged, pinned, noted)
 
     def record(self, patches: Iterable[Patch], time: str) -> list[DropRecord]:
         """Return the records that must be durable before patches are deleted."""

@@ -1,13 +1,14 @@
 """Catalog: typed reads of stored objects, lookups by key, and drop records.
 
 values id -> newest recipe whose bundles are there       step, file hash -> commits
+commit id -> its notes
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
@@ -20,6 +21,7 @@ from ckptvcs.history.commit import (
     load_commit,
     load_errors,
 )
+from ckptvcs.history.note import MAX_READ, Merged, Note, in_order, load_note, merge
 from ckptvcs.history.recipe import (
     NO_HASH,
     DropRecord,
@@ -47,6 +49,8 @@ def keys_of(kind: Kind, content: bytes) -> Iterable[bytes]:
         record = load_drop_record(content)
         keys = [b"let go:" + name.encode() for name in record.commits]
         return keys if record.what == "fade" else [*keys, b"drop"]
+    if kind == Kind.NOTE:
+        return [b"note:" + load_note(content).commit.encode()]
     if kind == Kind.COMMIT:
         commit = load_commit(ObjectId(""), content)
         keys = [b"file:" + file.hash.encode() for file in commit.files if file.hash]
@@ -77,6 +81,7 @@ class Catalog:
         self.values = lru_cache(256)(self._values)
         self.bundle = lru_cache(256)(self._bundle)
         self.recipe = lru_cache(1024)(self._recipe)
+        self._note = lru_cache(1 << 12)(self._read_note)
         self.dropped = lru_cache(2)(self._dropped)
 
     def _commit(self, name: ObjectId) -> Commit:
@@ -105,6 +110,35 @@ class Catalog:
         if errors is None or ERRORS in self.dropped().parts.get(name, ()):
             return {}
         return load_errors(self.store.get(errors, Kind.ERRORS))
+
+    def _read_note(self, name: ObjectId) -> Note:
+        return load_note(self.store.get(name, Kind.NOTE))
+
+    def note_ids(self, commit: ObjectId) -> list[ObjectId]:
+        """Return the ids of the valid notes of a commit; the notes of another commit do no harm."""
+        return self.store.find(b"note:" + commit.encode())[:MAX_READ]
+
+    def notes(self, commit: ObjectId) -> list[tuple[ObjectId, Note]]:
+        """Return the notes of a commit with their ids, sorted so that later ones count."""
+        found = []
+        for name in self.note_ids(commit):
+            with contextlib.suppress(MissingObjectError):  # gc has just moved it
+                found.append((name, self._note(name)))
+        return in_order(pair for pair in found if pair[1].commit == commit)
+
+    def merged(self, name: ObjectId, message: str, metrics: Mapping[str, float]) -> Merged:
+        """Return the message, metrics and fields of a commit with its notes."""
+        notes = [note for _, note in self.notes(name)]
+        return merge(message, metrics, notes) if notes else Merged(message, metrics, {})
+
+    def noted(
+        self, commits: Iterable[tuple[ObjectId, Commit]]
+    ) -> Iterator[tuple[ObjectId, Commit]]:
+        """Yield commits with the metrics of their notes."""
+        for name, commit in commits:
+            metrics = self.merged(name, "", commit.metrics).metrics
+            same = metrics is commit.metrics
+            yield name, commit if same else replace(commit, metrics=metrics)
 
     def recipes(self, values: ObjectId) -> list[tuple[ObjectId, Recipe]]:
         """Return every recipe of a tensor hash table in the order of use.

@@ -197,7 +197,8 @@ _METRICS, _PARENTS = b',"metrics":', b',"parents":['
 _DECODER = json.JSONDecoder()
 
 
-def _is_time(text: str) -> bool:
+def is_time(text: str) -> bool:
+    """Return whether a text is a time with a time zone."""
     try:
         return datetime.fromisoformat(text).tzinfo is not None
     except ValueError:
@@ -218,7 +219,7 @@ def load_commit(name: ObjectId, data: bytes) -> Commit:
     if len(commit.parents) > 1 or first_parent(data) != commit.parent:
         raise CorruptionError(f"commit {name[:8]} has duplicate parent fields")
     _check_files(name, commit.source, commit.files)
-    if not _is_time(commit.time):
+    if not is_time(commit.time):
         raise CorruptionError("invalid commit time")
     return commit
 

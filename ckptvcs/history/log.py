@@ -28,6 +28,9 @@ class LogEntry:
         fidelity: The form of each part: `exact`, `near` or `dropped`.
         branch: The branch that is shown with the commit.
         tags: The tags of the commit.
+        message: The message; the newest note that has one counts.
+        metrics: The metrics by name, with those of notes.
+        fields: The fields by key, which notes have set.
     """
 
     id: ObjectId
@@ -36,6 +39,9 @@ class LogEntry:
     fidelity: Mapping[str, str]
     branch: str | None
     tags: tuple[str, ...]
+    message: str
+    metrics: Mapping[str, float]
+    fields: Mapping[str, str]
 
     @property
     def exact(self) -> bool:
@@ -46,16 +52,6 @@ class LogEntry:
     def step(self) -> int | None:
         """The training step, if it is known."""
         return self.commit.step
-
-    @property
-    def message(self) -> str:
-        """The commit message."""
-        return self.commit.message
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """The metrics by name."""
-        return self.commit.metrics
 
 
 def _bound(at: Bound) -> int | None:
@@ -106,7 +102,10 @@ class History:
             for part, state in commit.parts.items()
         }
         stored = commit.data_bytes + self._catalog.store.home_size(name)
-        return LogEntry(name, commit, stored, fidelity, branch, tags)
+        noted = self._catalog.merged(name, commit.message, commit.metrics)
+        return LogEntry(
+            name, commit, stored, fidelity, branch, tags, noted.message, noted.metrics, noted.fields
+        )
 
     def errors(self, name: ObjectId) -> dict[int, ErrorReport]:
         """The errors of those tensors of a commit that are not exact, by position in its schema."""

@@ -39,6 +39,7 @@ def mark(
     tables: list[tuple[ObjectId, str]] = []
     for name, commit in commits.items():
         marked.objects.add(name)
+        marked.objects.update(catalog.note_ids(name))
         if name in gone.commits:
             continue
         marked.objects.add(commit.schema)

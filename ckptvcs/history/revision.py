@@ -296,11 +296,15 @@ class Revisions:
             raise InvalidInputError(
                 f"invalid revision '{text}', expected best:METRIC:min or best:METRIC:max"
             )
-        metrics = (
-            (find_metrics(content).get(metric, math.nan), name)
+        found = (
+            (self._catalog.merged(name, "", find_metrics(content)).metrics, name)
             for name, content in self._catalog.walk(self.head())
         )
-        values = [pair for pair in metrics if math.isfinite(pair[0])]
+        values = [
+            (metrics[metric], name)
+            for metrics, name in found
+            if math.isfinite(metrics.get(metric, math.nan))
+        ]
         if not values:
             raise NotFoundError(f"no commit has the metric '{metric}'")
         pick = min if way == "min" else max

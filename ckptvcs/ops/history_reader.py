@@ -20,6 +20,7 @@ from ckptvcs.store.ids import ObjectId
 
 if TYPE_CHECKING:
     from ckptvcs.gc.collect import GcPlan
+    from ckptvcs.history.note import Note
     from ckptvcs.history.reflog import ReflogEvent
     from ckptvcs.history.refs import Generation
     from ckptvcs.ops.refs import NamedCommit
@@ -177,6 +178,29 @@ class HistoryReader:
             tags: The tags to list in the entry.
         """
         return self._repository.entry(name, branch=branch, tags=tags)
+
+    def notes(self, revision: str | int = "HEAD") -> list[Note]:
+        """Return the notes of a commit, newest first.
+
+        Args:
+            revision: The commit to read.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+        """
+        return ops.note.notes(self._repository, revision)
+
+    def is_best(self, revision: str | int = "HEAD") -> bool:
+        """Return whether a commit is among the best that the setting `keep-best` keeps.
+
+        Args:
+            revision: The commit to test.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            InvalidInputError: The settings cannot be read.
+        """
+        return ops.note.is_best(self._repository, revision)
 
     def tensors(self, revision: str | int = "HEAD") -> list[TensorEntry]:
         """Return the stored tensors of a commit, with their roles and errors.

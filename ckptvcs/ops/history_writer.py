@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckptvcs import ops
@@ -15,6 +16,7 @@ from ckptvcs.store.ids import ObjectId
 
 if TYPE_CHECKING:
     from ckptvcs.gc.collect import GcPlan
+    from ckptvcs.history.note import Note
     from ckptvcs.history.reflog import Undone
     from ckptvcs.ops.refs import DeletedBranch
 
@@ -93,6 +95,42 @@ class HistoryWriter(Reader):
             BusyError: gc is sweeping, or another process deletes originals and does not finish.
         """
         return ops.refs.set_pin(self._repository, self.resolve(revision), pinned=pinned)
+
+    def note(
+        self,
+        revision: str | int,
+        *,
+        message: str | None = None,
+        metrics: Mapping[str, float | None] | None = None,
+        fields: Mapping[str, str | None] | None = None,
+    ) -> Note:
+        """Write a message, metrics or fields beside a commit.
+
+        The commit and its id do not change.  For each name, the newest note counts, wherever a
+        message or metrics are read: in `log`, `best:METRIC`, `keep-best` and the rules of gc.
+
+        Args:
+            revision: The commit.
+            message: The new message; None leaves it.
+            metrics: New metrics by name; None as a value removes a metric.
+            fields: New texts by key; None as a value removes a field.
+
+        Returns:
+            The note.
+
+        Raises:
+            NotFoundError: `revision` names no commit, or a removed value does not exist.
+            InvalidInputError: The note is empty or too large, a value is not valid, or the commit
+                has too many notes.
+            BusyError: gc is sweeping and does not finish within a minute.
+            StorageError: The disk is full, or fails.
+
+        Example:
+            >>> repo.note(2000, metrics={"eval_loss": 2.31}, fields={"eval": "wikitext"})
+        """
+        return ops.note.write(
+            self._repository, revision, message=message, metrics=metrics, fields=fields
+        )
 
     def gc(
         self,

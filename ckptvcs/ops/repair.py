@@ -23,6 +23,7 @@ from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped, read_sound
 from ckptvcs.history.commit import ERRORS, Commit, dump_commit
 from ckptvcs.history.format_file import FOLDERS, raise_flags, repair_format
+from ckptvcs.history.note import dump_note
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.recipe import DropRecord, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
@@ -87,7 +88,7 @@ class Repairer:
             StorageError: The repository cannot be written.
         """
         self._find_damaged()
-        self._remember(Kind.COMMIT, Kind.RECORD)
+        self._remember(Kind.COMMIT, Kind.RECORD, Kind.NOTE)
         self._salvage()
         self._remember(Kind.RECIPE)
         ref_repairer = RefRepairer(self._catalog, self._refs, other)
@@ -284,6 +285,8 @@ class Repairer:
                         parents = (parent,) if parent else ()
                         content = dump_commit(replace(commit, parents=parents))
                         moved[name] = pack.add(Kind.COMMIT, content)
+                        for _, note in self._catalog.notes(name):
+                            pack.add(Kind.NOTE, dump_note(replace(note, commit=moved[name])))
                     parent = moved[name]
             self._catalog.forget()
             old = self._refs.read(ref)

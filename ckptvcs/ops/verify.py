@@ -4,6 +4,7 @@ packs     hash every byte of each pack; of a damaged pack, name the damaged obje
 commits   check that every object that a commit needs exists and matches its id
 tensors   decode each distinct tensor hash table once, along a branch from commit to commit
 files     check that each file template fits its schema, and each exact file its hash
+notes     check that each note can be read
 cache     delete wrong cached bases, which are no damage; compare the index with the packs
 
 Pack contents are read directly, without the index of the repository.
@@ -27,6 +28,7 @@ from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of, read_sound
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.format_file import FOLDERS, check_seal
+from ckptvcs.history.note import load_note
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
@@ -161,6 +163,7 @@ class Verifier:
                 else:
                     self._pack(name)
                 done.append(name)
+            self._twice(self._notes)
             self._attribute()
             self._bases()
             if index is not None and not self.report.damage:
@@ -308,6 +311,16 @@ class Verifier:
         for part, _ in self._catalog.lost_patches(name, commit):
             error = MissingObjectError(f"the exact patch of the {part} part is missing")
             self._wrong("patch", error, commit=name)
+
+    def _notes(self) -> None:
+        """Report notes that cannot be read, which readers ignore, outside of damaged packs."""
+        known = {name for damage in self.report.damage for name in damage.objects}
+        for name in self._catalog.store.ids(Kind.NOTE):
+            try:
+                if name not in known:
+                    load_note(self._catalog.store.get(name, Kind.NOTE))
+            except CkptError as error:
+                self._wrong("note", error, name=name)
 
     def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo], room: Room) -> None:
         # The same bytes in tensors of other types are not verified by this.

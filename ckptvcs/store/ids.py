@@ -32,6 +32,7 @@ class Kind(IntEnum):
     RECORD = 6
     BUNDLE = 7
     ERRORS = 8
+    NOTE = 9
 
 
 _PREFIXES = {kind: kind.name.lower().encode() + b"\0" for kind in Kind}

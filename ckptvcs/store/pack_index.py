@@ -26,7 +26,8 @@ from ckptvcs.store.index.rows import KeysOf, Place, Row, rows_of_content, rows_o
 
 _HINT = "free some space where the repository or temporary files are"
 _TRIES = 5  # other processes may rebuild a damaged index at the same time
-_KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD})  # the index holds their contents
+# The index holds the contents of these.
+_KEPT = frozenset({Kind.COMMIT, Kind.RECIPE, Kind.RECORD, Kind.NOTE})
 _MOST_KEPT_BYTES = 1 << 23  # of one object
 
 T = TypeVar("T")

@@ -96,7 +96,7 @@ def damage(folder: Path) -> None:
 def execute(command: str, folder: Path) -> str:
     """Run a command in this process; return its stdout, its stderr and its exit code if not 0."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CKPT_DIR", "FORCE_COLOR")}
-    environment |= {"COLUMNS": str(COLUMNS), "NO_COLOR": "1", "TZ": "UTC"}
+    environment |= {"COLUMNS": str(COLUMNS), "LOGNAME": "you", "NO_COLOR": "1", "TZ": "UTC"}
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),

@@ -15,10 +15,11 @@ from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.gc import repack
 from ckptvcs.gc import sweep as sweeping
 from ckptvcs.gc.collect import Collector
-from ckptvcs.gc.retention import Policy
+from ckptvcs.gc.retention import Best, Policy
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.store import leases
+from ckptvcs.store.ids import ObjectId
 
 STEPS = 8
 
@@ -65,6 +66,15 @@ class Writer:
         except NotFoundError:
             return
         self.said[name] = 3
+
+    def note_the_best(self) -> None:
+        repo = Repo.open(self.folder)
+        try:
+            name = repo.resolve(2)
+            repo.note(name, metrics={"eval": 99.0})
+        except NotFoundError:
+            return
+        self.said[name] = 2
 
     def check(self, repo: Repo) -> None:
         report = repo.verify()
@@ -148,6 +158,29 @@ def test_whatever_writers_do_at_any_step_of_gc_nothing_needed_goes(
                 break
             seen = at
     assert seen >= 8  # windows, plans and copies
+
+
+def test_a_note_at_any_step_of_gc_is_kept_and_its_commit_if_it_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = []
+    for at in itertools.count(1):
+        with monkeypatch.context() as patched:
+            folder = tmp_path / str(at)
+            repo = Repo.init(folder, codec="lossless")
+            for step in range(1, STEPS + 1):
+                repo.commit(state(step), step=step, metrics={"eval": step})
+            writer = Writer(folder)
+            place = Interrupted(patched, at, writer.note_the_best)
+            repo.gc(Policy(last=2, best=(Best("eval", "max"),)))
+            again = Repo.open(folder)
+            writer.check(again)
+            for name in writer.said:
+                assert again.entry(ObjectId(name)).metrics == {"eval": 99.0}
+            noted.append(bool(writer.said))
+            if place.places < at:
+                break
+    assert {True, False} == set(noted[:-1])
 
 
 def test_gc_waits_for_writers_and_lets_new_ones_in(

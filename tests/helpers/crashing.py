@@ -152,6 +152,16 @@ def _side(root: Path) -> None:
     set_ref(handle(repo), "heads", "side", None, "delete")
 
 
+def _note(root: Path) -> None:
+    Repo.open(root / "repo").note(2, message="late", metrics={"eval": 0.25, "loss": 0.5})
+
+
+def _note_is_whole(root: Path) -> None:
+    entry = Repo.open(root / "repo").show(2)
+    old, new = ("", {"loss": 0.5}), ("late", {"eval": 0.25, "loss": 0.5})
+    assert (entry.message, entry.metrics) in (old, new)
+
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -162,6 +172,7 @@ SCENARIOS = {
         Scenario("commit together", _commit_together, repeats=False),
         Scenario("branch", _branch, repeats=False),
         Scenario("refs", _refs),
+        Scenario("note", _note, also=_note_is_whole),
         Scenario("gc", _gc(Policy(last=2)), commits=5),
         Scenario("gc with grace", _gc(Policy(last=2), now=False), commits=5),
         Scenario("gc of parts", _gc(Policy(optimizer_last=1)), commits=4),

@@ -1,0 +1,112 @@
+"""note."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, Metrics, Revision, open_repo, parse_metrics
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.repo import Repo
+from ckptvcs.text import from_number
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckptvcs import Note
+
+
+def note(
+    context: typer.Context,
+    revision: Revision,
+    message: Annotated[
+        str | None, typer.Option("-m", "--message", metavar="TEXT", help="new message")
+    ] = None,
+    metric: Metrics = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="field of text; can be repeated"),
+    ] = None,
+    unset: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="remove a field; can be repeated")
+    ] = None,
+    unset_metric: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="remove a metric; can be repeated")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Add a message or metrics to an existing commit, or list its notes."""
+    repo = open_repo(context)
+    if message is None and not (metric or set_ or unset or unset_metric):
+        _list(repo.notes(revision), json=json)
+        return
+    metrics: dict[str, float | None] = {**parse_metrics(metric)}
+    metrics |= dict.fromkeys(unset_metric or ())
+    fields: dict[str, str | None] = dict(_field(text) for text in set_ or ())
+    fields |= dict.fromkeys(unset or ())
+    written = repo.note(revision, message=message, metrics=metrics, fields=fields)
+    if json:
+        render.as_json(_note_json(written))
+    else:
+        step = repo.entry(written.commit).step
+        title = "" if step is None else f", step {step}"
+        render.data(f"noted {written.commit[:8]}{title}: {_changes(written)}")
+    _warn_if_near(repo, written)
+
+
+def _field(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise InvalidInputError(f"invalid field '{text}'", hint="write --set data=wikitext")
+    return key, value
+
+
+def _warn_if_near(repo: Repo, written: Note) -> None:
+    """Say that a commit became one of the best after its exact patch had expired."""
+    best = str(repo.setting("keep-best") or "")
+    named = any(best.startswith(f"{name}:") for name in written.metrics)
+    if named and repo.is_best(written.commit) and not repo.entry(written.commit).exact:
+        render.talk(
+            f"note: {written.commit[:8]} is among the best now (keep-best {best}), but near: its "
+            "exact patch has expired"
+        )
+
+
+def _list(notes: Sequence[Note], *, json: bool) -> None:
+    if json:
+        render.as_json([_note_json(note) for note in notes])
+    elif notes:
+        rows = [["time (UTC)", "user", "note"]]
+        for one in notes:
+            time = one.time[:19].replace("T", " ")
+            rows.append([time, render.printable(one.user), _changes(one)])
+        render.table(rows)
+    else:
+        render.talk("no notes")
+
+
+def _changes(note: Note) -> str:
+    """Return a line like `"evaluated" eval_loss=2.31 data=wikitext; removed acc, host`."""
+    metrics = {name: value for name, value in note.metrics.items() if value is not None}
+    fields = {key: value for key, value in note.fields.items() if value is not None}
+    pairs = (*note.metrics.items(), *note.fields.items())
+    removed = ", ".join(render.printable(name) for name, value in pairs if value is None)
+    shown = [] if note.message is None else [f'"{render.printable(note.message)}"']
+    shown += [render.metrics(metrics), render.fields(fields)]
+    written = " ".join(filter(None, shown))
+    return "; ".join(filter(None, [written, removed and f"removed {removed}"]))
+
+
+def _note_json(note: Note) -> dict[str, Any]:
+    metrics = {n: None if v is None else from_number(v) for n, v in note.metrics.items()}
+    return {
+        "commit": note.commit,
+        "generation": note.generation,
+        "time": note.time,
+        "user": note.user,
+        "message": note.message,
+        "metrics": metrics,
+        "fields": dict(note.fields),
+    }
