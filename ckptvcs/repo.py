@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 
     from ckptvcs.background.client import Client
     from ckptvcs.background.process import Done
+    from ckptvcs.checkpoint.open import Checkpoint
     from ckptvcs.ops.commit import CommitResult
     from ckptvcs.ops.import_folder import Importer
     from ckptvcs.ops.repair import Repaired
+    from ckptvcs.ops.request import Request
     from ckptvcs.ops.watch import Watcher
 
 _log = logging.getLogger("ckptvcs")
@@ -134,20 +138,14 @@ class Repo(HistoryWriter):
         Example:
             >>> entry = repo.commit(model=model, optimizer=optimizer, step=2000)
         """
-        from ckptvcs.checkpoint.state import STATE_FILE  # noqa: PLC0415
+        take = partial(ops.request.gather_state, state, model, optimizer, extra)
+        return self._commit(take, ops.request.Request(message, step, metrics or {}, codec))
 
+    def _commit(self, take: Callable[[], Checkpoint], request: Request) -> LogEntry:
+        """Commit the checkpoint that `take` returns to the branch of this `Repo`."""
         self.wait()
-        result = ops.commit.commit_checkpoint(
-            self._repository,
-            ops.request.gather_state(state, model, optimizer, extra),
-            STATE_FILE,
-            inside=True,
-            step=step,
-            message=message,
-            metrics=metrics or {},
-            codec=codec,
-            branch=self._branch,
-        )
+        request = replace(request, checkpoint=take(), branch=self._branch)
+        result = ops.commit.commit_checkpoint(self._repository, request)
         for note in result.notes:
             _log.warning("%s", note)
         self._branch = result.branch
@@ -217,22 +215,10 @@ class Repo(HistoryWriter):
             self._background = Client(self._repository)
         self._background.raise_failed()
         self._repository.commit_config().codec_of(codec)
-        fields = ops.request.plain(step, message, metrics or {}, codec)
+        take = partial(ops.request.gather_state, state, model, optimizer, extra)
+        request = ops.request.Request(message, step, metrics or {}, codec)
         return self._background.commit(
-            lambda copies: ops.request.gather_state(state, model, optimizer, extra, copies),
-            fields,
-            lambda: self._branch,
-            self._follow,
-            lambda: self.commit(
-                state,
-                model=model,
-                optimizer=optimizer,
-                extra=extra,
-                step=step,
-                message=message,
-                metrics=metrics,
-                codec=codec,
-            ),
+            take, request, lambda: self._branch, self._follow, lambda: self._commit(take, request)
         )
 
     def _follow(self, done: Done) -> LogEntry:
@@ -288,19 +274,9 @@ class Repo(HistoryWriter):
             StorageError: The disk is full, or fails.
         """
         self.wait()
+        request = ops.request.Request(message, step, metrics or {}, codec, branch, head_stays)
         return ops.commit.commit_path(
-            self._repository,
-            path,
-            message=message,
-            step=step,
-            metrics=metrics,
-            codec=codec,
-            branch=branch,
-            raw=raw,
-            names=names,
-            files=files,
-            head_stays=head_stays,
-            progress=progress,
+            self._repository, path, request, raw=raw, names=names, files=files, progress=progress
         )
 
     def import_folder(

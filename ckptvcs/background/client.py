@@ -1,22 +1,35 @@
-"""Client: the training process's side of `commit_async`."""
+"""Client: the training process's side of `commit_async`.
+
+stage           memory for a copy; there are two, so that one can wait while the other is encoded
+submit          a thread that passes the copies to the worker in order
+raise_failed    raises errors at the next call and at the end
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+import queue
+import threading
+import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 from ckptvcs.background.process import Done, NoWorkerError, Worker
-from ckptvcs.background.queue import Background
-from ckptvcs.background.shared_state import pack, unpack
+from ckptvcs.background.shared_state import Staging, pack, unpack
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.state import Copies
+from ckptvcs.errors import CkptError
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.request import Request
+from ckptvcs.parallel import Pool
 
+_COPIES = 2  # one that is being encoded and one that waits
 _log = logging.getLogger("ckptvcs")
 
 
@@ -25,8 +38,17 @@ class Client:
 
     def __init__(self, repository: Repository) -> None:
         self._repository, self._process = repository, os.getpid()
-        self.queue: Background[LogEntry] = Background()
         self.worker = Worker(repository.folder, repository.refs.completes)
+        self._thread = Pool(1)
+        self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
+        self._open: list[tuple[str, Future[LogEntry]]] = []
+        self._lock = threading.Lock()
+        for _ in range(_COPIES):
+            self._free.put(Staging())
+        # Thread pools refuse work before `atexit` functions run; this function runs before that.
+        at_end = getattr(threading, "_register_atexit", None)
+        if at_end is not None:
+            at_end(partial(_finish, weakref.ref(self)))
 
     @property
     def is_ours(self) -> bool:
@@ -36,7 +58,7 @@ class Client:
     def commit(
         self,
         take: Callable[[Copies], Checkpoint],
-        arguments: Mapping[str, Any],
+        request: Request,
         branch: Callable[[], str | None],
         follow: Callable[[Done], LogEntry],
         commit_directly: Callable[[], LogEntry],
@@ -45,51 +67,121 @@ class Client:
 
         Args:
             take: Builds the checkpoint from copies of its bytes.
-            arguments: Keyword arguments of `commit_checkpoint`.
+            request: The commit, without its checkpoint.
             branch: Returns the branch; called when the commit begins.
             follow: Called with the new commit; returns its log entry.
             commit_directly: Called instead if memory for the copy is missing.
         """
-        staging = self.queue.stage()
+        staging = self.stage()
         try:
             packed = pack(take(staging.copies), staging)
         except (MemoryError, OSError) as error:
-            self.queue.release(staging)
+            self.release(staging)
             _log.warning("not enough memory for a copy (%s): training waits for this commit", error)
             future: Future[LogEntry] = Future()
             future.set_result(commit_directly())
             return future
         except BaseException:
-            self.queue.release(staging)
+            self.release(staging)
             raise
 
         def commit() -> LogEntry:
-            request: dict[str, Any] = {**arguments, "branch": branch()}
+            request.branch = branch()
             try:
                 done = self.worker.commit(staging, packed, request)
             except NoWorkerError as error:
                 _log.warning("%s: a thread of the training process commits instead", error)
                 repository = Repository(self._repository.folder)
-                result = commit_checkpoint(repository, unpack(packed, staging.memory), **request)
+                state = unpack(packed, staging.memory)
+                result = commit_checkpoint(repository, replace(request, checkpoint=state))
                 done = Done(result.id, result.branch)
             return follow(done)
 
-        step = arguments["step"]
-        return self.queue.submit(
-            staging, commit, "without a step" if step is None else f"step {step}"
-        )
+        name = "without a step" if request.step is None else f"step {request.step}"
+        return self.submit(staging, commit, name)
+
+    def stage(self) -> Staging:
+        """Return memory for a copy; blocks, and logs a warning, until some is free.
+
+        Pass it to `submit` or `release`.
+        """
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            _log.warning(
+                "commit_async blocked: the previous commit is still being compressed; "
+                "consider committing less often"
+            )
+            return self._free.get()
+
+    def release(self, staging: Staging) -> None:
+        """Make the memory of a copy available again."""
+        self._free.put(staging)
+
+    def submit(self, staging: Staging, work: Callable[[], LogEntry], name: str) -> Future[LogEntry]:
+        """Run `work` after all earlier work, then release its copy; errors are logged by `name`."""
+        future: Future[LogEntry] = Future()
+        future.set_running_or_notify_cancel()  # a submitted commit cannot be cancelled
+
+        def run() -> None:
+            try:
+                result = work()
+            except BaseException as error:
+                _log.error("background commit failed (%s): %s", name, error)
+                self.release(staging)
+                future.set_exception(error)
+            else:
+                self.release(staging)
+                future.set_result(result)
+
+        with self._lock:
+            try:
+                self._thread.start(run)
+            except BaseException:  # the interpreter is shutting down
+                self.release(staging)
+                raise
+            self._open.append((name, future))
+        return future
 
     def raise_failed(self) -> None:
-        """Raise the errors of earlier commits; each is raised once."""
-        self.queue.raise_failed()
+        """Raise the errors of earlier work, each once; several are joined to one error."""
+        with self._lock:
+            ended = [(name, future) for name, future in self._open if future.done()]
+            self._open = [pair for pair in self._open if pair not in ended]
+        failed = [
+            (name, error) for name, future in ended if (error := future.exception()) is not None
+        ]
+        if len(failed) == 1:
+            raise failed[0][1]
+        if failed:
+            raise _joined(failed)
 
     def wait(self) -> None:
-        """Wait for all commits; raises as `raise_failed`."""
-        self.queue.wait()
+        """Wait until all work is done; raises as `raise_failed`."""
+        for _, future in [*self._open]:
+            future.exception()
+        self.raise_failed()
 
     def close(self) -> None:
-        """Wait for all commits and stop the worker process; raises as `raise_failed`."""
+        """Wait until all work is done and stop thread and worker; raises as `raise_failed`."""
         try:
-            self.queue.close()
+            self.wait()
         finally:
+            self._thread.shutdown()
             self.worker.close()
+
+
+def _joined(failed: list[tuple[str, BaseException]]) -> CkptError:
+    """Return one error for several, of the type of the first one."""
+    what = "; ".join(f"{name}: {error}" for name, error in failed)
+    message, first = f"{len(failed)} background commits failed: {what}", failed[0][1]
+    if isinstance(first, CkptError):
+        return type(first)(message, hint=first.hint)
+    return CkptError(message)
+
+
+def _finish(reference: weakref.ref[Client]) -> None:
+    client = reference()
+    if client is not None and client.is_ours:
+        with contextlib.suppress(BaseException):  # every error was logged
+            client.wait()

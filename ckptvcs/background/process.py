@@ -42,6 +42,7 @@ from ckptvcs.store.disk import real_path
 
 if TYPE_CHECKING:
     from ckptvcs.background.shared_state import Staging, StateMessage
+    from ckptvcs.ops.request import Request
 
 # A scheduler may send these to every process of a job.  The worker ends with the training process,
 # which may still have states to commit.
@@ -68,7 +69,7 @@ class Job:
 
     size: int
     state: StateMessage
-    arguments: dict[str, Any]
+    request: Request
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Worker:
             )
         self._end = weakref.finalize(self, _stop, self.pipe, self.process, os.getpid())
 
-    def commit(self, staging: Staging, state: StateMessage, arguments: dict[str, Any]) -> Done:
+    def commit(self, staging: Staging, state: StateMessage, request: Request) -> Done:
         """Commit a state whose tensors are in the memory of `staging`.
 
         Raises:
@@ -134,7 +135,7 @@ class Worker:
             move: Move | None = None
             problem: Exception
             try:
-                for answer in self._answers(staging, state, arguments):
+                for answer in self._answers(staging, state, request):
                     if isinstance(answer, Done):
                         return answer
                     if isinstance(answer, Move):
@@ -156,9 +157,7 @@ class Worker:
             _log.warning("background commit failed, trying again: %s", problem)
             self.close()
 
-    def _answers(
-        self, staging: Staging, state: StateMessage, arguments: dict[str, Any]
-    ) -> Iterator[object]:
+    def _answers(self, staging: Staging, state: StateMessage, request: Request) -> Iterator[object]:
         """Send one job, and yield the messages of the worker."""
         try:
             if self._end is not None and self._end.alive and self.process.poll() is not None:
@@ -172,7 +171,7 @@ class Worker:
         except OSError as error:
             raise NoWorkerError(f"cannot share memory with the worker: {error}") from error
         try:
-            self.pipe.send(Job(size, state, arguments))
+            self.pipe.send(Job(size, state, request))
             send_handle(self.pipe, handle, self.process.pid)
             while True:
                 yield self._answer()

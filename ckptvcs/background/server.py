@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
@@ -62,8 +63,9 @@ def serve() -> None:
 
 def _commit(repository: Repository, job: Job, handle: int, pipe: Connection) -> Done:
     state = unpack(job.state, memoryview(mmap.mmap(handle, job.size)))
+    request = replace(job.request, checkpoint=state)
     with patience(math.inf):  # the copy is safe, and training does not wait
-        result = commit_checkpoint(repository, state, **job.arguments, announce=pipe.send)
+        result = commit_checkpoint(repository, request, announce=pipe.send)
     return Done(result.id, result.branch)
 
 

@@ -27,10 +27,14 @@ ROUNDED, NEAR_SCALED_LOW_RANK, NEAR_LOW_RANK = 8, 9, 10
 PATCH = 11
 
 
-def slice_counts(words: int) -> list[int]:
-    """Return the number of words in each slice of a tensor."""
-    full, rest = divmod(words, SLICE_WORDS)
-    return [SLICE_WORDS] * full + ([rest] if rest else [])
+def slices_of(words: int) -> range:
+    """Return the numbers of the slices of a tensor of `words` words."""
+    return range(-(-words // SLICE_WORDS))
+
+
+def slice_size(words: int, number: int) -> int:
+    """Return the number of words in slice `number` of a tensor of `words` words."""
+    return min(SLICE_WORDS, words - number * SLICE_WORDS)
 
 
 def put_slice(method: int, payload: bytes) -> bytes:

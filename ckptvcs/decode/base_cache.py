@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
+from ckptvcs.codec.frame import SLICE_WORDS, slice_size, slices_of
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.decode.chain import DecodedTable
 from ckptvcs.hashing import hasher
@@ -122,8 +122,8 @@ class CachedTable(DecodedTable):
                     self._sound[tensor] = self._verify(tensor)
             if not self._sound[tensor]:
                 return None
-            left = (self.infos[tensor].size_bytes - start) // word
-            out = np.empty(min(SLICE_WORDS, left), word_type(word))
+            count = slice_size(self.infos[tensor].size_bytes // word, number)
+            out = np.empty(count, word_type(word))
         with contextlib.suppress(OSError):  # another process may have deleted the file
             at = self._starts[tensor] + start
             if self._read(at, octets(out)) == out.nbytes:
@@ -224,7 +224,7 @@ class MemoryBase(TableWriter):
 
     def write(self, tensor: int, number: int, words: Words, *, fresh: bool = True) -> None:
         info = self._infos[tensor]
-        count = len(slice_counts(info.words))
+        count = len(slices_of(info.words))
         slices = self.tensors.get(info.name)
         if slices is None or len(slices) != count:
             slices = self.tensors[info.name] = [None] * count
@@ -269,7 +269,7 @@ class MemoryTable(DecodedTable):
         # A writer clears `values` before it replaces a slice: compare after reading the slice.
         if self._expected is not None and self._memory.values != self._expected:
             return None
-        return words if words.size == slice_counts(info.words)[number] else None
+        return words if words.size == slice_size(info.words, number) else None
 
 
 def find_decoded(

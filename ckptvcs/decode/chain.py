@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from ckptvcs.codec.dtypes import DTYPES, DType
-from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_counts
+from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_size, slices_of
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.errors import CkptError, CorruptionError, TruncatedError
 from ckptvcs.hashing import hash_of, hasher
@@ -95,50 +95,59 @@ class ChainReader:
             CorruptionError: a frame is not based on one of lower depth, or has a type that
                 the bytes of the tensor cannot have.
         """
-        chain = self._chain(*self._catalog.place(values, tensor), info.type, (values, tensor))
+        chain = self._chain(self._catalog.place(values, tensor), info.type, (values, tensor))
         _check_types(chain, info)
         return chain
 
     def _chain(
-        self,
-        bundle: ObjectId,
-        number: int,
-        asked: DType,
-        at: tuple[ObjectId, int] | None,
-        *,
-        beside: bool = False,
+        self, top: tuple[ObjectId, int], asked: DType, tensor: tuple[ObjectId, int] | None
     ) -> list[Link]:
-        """Return the chain that ends in a frame of a bundle.
+        """Return the chain that ends in the frame `top`, which encodes `tensor` of a hash table.
 
         A frame that names no type has the type `asked`, that of the tensor or the frame above. An
-        auxiliary frame (`beside`) must not need another one.
+        auxiliary frame has no tensor, and must not need another auxiliary frame.
         """
         chain: list[Link] = []
-        limit = MAX_DEPTH
-        while True:
-            frame = self._catalog.frame_at(bundle, number)
-            if frame.depth > limit:
-                raise CorruptionError(
-                    f"corrupt delta chain: bundle {bundle[:8]} "
-                    "references a frame that is not an ancestor"
-                )
-            dtype = frame.dtype or self._types.get((bundle, number))
+        for place, frame, at in self._walk(top, tensor):
+            dtype = frame.dtype or self._types.get(place)
             asked = DTYPES[dtype] if dtype else asked
-            companion: list[Link] = []
-            if frame.companion is not None:
-                if beside:
-                    raise CorruptionError(
-                        f"bundle {bundle[:8]} is damaged: nested auxiliary frames"
-                    )
-                # Only master weights are auxiliary frames with a base, and those are F32.
-                companion = self._chain(bundle, frame.companion, _MASTER, None, beside=True)
+            if tensor is None and frame.companion is not None:
+                raise CorruptionError(f"bundle {place[0][:8]} is damaged: nested auxiliary frames")
+            companion = self._beside(place[0], frame)
             table = None if at is None else self._decoded(at[0])
             decoded = None if at is None or table is None else (table, at[1])
-            chain.append(Link(bundle, frame, asked, tuple(companion), decoded))
-            if frame.base is None or (decoded is not None and decoded[0].has(decoded[1])):
-                return chain[::-1]
-            limit, at = frame.depth - 1, frame.base
-            bundle, number = self._catalog.place(*at)
+            chain.append(Link(place[0], frame, asked, companion, decoded))
+            if decoded is not None and decoded[0].has(decoded[1]):
+                break
+        return chain[::-1]
+
+    def _beside(self, bundle: ObjectId, frame: Frame) -> tuple[Link, ...]:
+        """Return the chain of the auxiliary frame of a frame, if it has one."""
+        if frame.companion is None:
+            return ()
+        # Only master weights are auxiliary frames with a base, and those are F32.
+        return tuple(self._chain((bundle, frame.companion), _MASTER, None))
+
+    def _walk(
+        self, place: tuple[ObjectId, int], tensor: tuple[ObjectId, int] | None
+    ) -> Iterator[tuple[tuple[ObjectId, int], Frame, tuple[ObjectId, int] | None]]:
+        """Yield the frame at a place and those below it, down to the keyframe.
+
+        Before each comes its place, after it the place of its tensor in a hash table, if known.
+        """
+        limit = MAX_DEPTH
+        while True:
+            frame = self._catalog.frame_at(*place)
+            if frame.depth > limit:
+                raise CorruptionError(
+                    f"corrupt delta chain: bundle {place[0][:8]} "
+                    "references a frame that is not an ancestor"
+                )
+            yield place, frame, tensor
+            if frame.base is None:
+                return
+            limit, tensor = frame.depth - 1, frame.base
+            place = self._catalog.place(*tensor)
 
     def require_slices(self, values: ObjectId, tensor: int, info: TensorInfo) -> None:
         """Check the number of slices of a tensor before memory is allocated for it.
@@ -169,26 +178,19 @@ class ChainReader:
         return bool(new)
 
     def _path(self, values: ObjectId, tensor: int) -> list[_Stage]:
-        """Return the frames of a tensor, from its keyframe on; none if the chain is damaged."""
+        """Return the frames of a tensor, from its keyframe on."""
         path: list[_Stage] = []
-        at: tuple[ObjectId, int] | None = (values, tensor)
-        limit = MAX_DEPTH
-        while at is not None:
-            bundle, number = self._catalog.place(*at)
-            frame = self._catalog.frame_at(bundle, number)
-            if frame.depth > limit:
-                return []
-            limit = frame.depth - 1
+        top = self._catalog.place(values, tensor)
+        for place, frame, at in self._walk(top, (values, tensor)):
             expected: bytes | None = None
             with contextlib.suppress(CkptError):  # gc may have deleted tables of dropped commits
-                expected = self._catalog.value(*at)
-            path.append(_Stage((bundle, number), frame, expected))
-            at = frame.base
+                expected = self._catalog.value(*at) if at else None
+            path.append(_Stage(place, frame, expected))
         return path[::-1]
 
     def _find_types(self, path: list[_Stage], info: TensorInfo) -> dict[tuple[ObjectId, int], str]:
         """Search for types with which all frames decode to their hashes; return them by frame."""
-        if not path or path[-1].expected is None or all(stage.frame.dtype for stage in path):
+        if path[-1].expected is None or all(stage.frame.dtype for stage in path):
             return {}
         open_ = [self._options(path[0], info, None)]
         chosen: list[str] = []
@@ -222,45 +224,37 @@ class ChainReader:
 
     def _decode_stage(self, stage: _Stage, dtype: DType, size: int, below: bytes | None) -> bytes:
         bundle, frame = stage.place[0], stage.frame
-        companion: tuple[Link, ...] = ()
-        if frame.companion is not None:
-            companion = tuple(self._chain(bundle, frame.companion, _MASTER, None, beside=True))
-        link = Link(bundle, frame, dtype, companion)
+        link = Link(bundle, frame, dtype, self._beside(bundle, frame))
         words = None if below is None else np.frombuffer(below, word_type(dtype.word))
         parts = []
-        for number, count in enumerate(slice_counts(size // dtype.word)):
-            base = None if words is None else words[number * SLICE_WORDS :][:count]
+        for number in slices_of(size // dtype.word):
+            base = None if words is None else words[number * SLICE_WORDS :][:SLICE_WORDS]
+            count = slice_size(size // dtype.word, number)
             parts.append(octets(self._apply(link, number, count, base, None, own=False)))
         return b"".join(parts)
 
     def decode_slice(
-        self,
-        chain: Sequence[Link],
-        info: TensorInfo,
-        number: int,
-        count: int,
-        out: Words | None = None,
+        self, chain: Sequence[Link], info: TensorInfo, number: int, out: Words | None = None
     ) -> Words:
-        """Decode slice `number` of a tensor, `count` words, into `out` if that is given.
+        """Decode slice `number` of a tensor, into `out` if that is given.
 
         The caller must check the whole tensor against its hash.
         """
         word = info.type.word
         if any(link.type.word != word for link in chain):
             return _placed(self._cut(chain, info.size_bytes, word, number), out)
-        return _placed(self._run(chain, number, count, word, None, out), out)
+        return _placed(self._run(chain, number, slice_size(info.words, number), None, out), out)
 
     def _run(
         self,
         chain: Sequence[Link],
         number: int,
         count: int,
-        word: int,
         base: Words | None,
         out: Words | None = None,
     ) -> Words:
         """Decode a slice with frames of one word size, from `base` or a decoded tensor."""
-        words, first = _start(chain, number, word, out)
+        words, first = _start(chain, number, chain[-1].type.word, out)
         base = base if words is None else words
         return self._extend(chain[first:], number, count, base, out)
 
@@ -282,7 +276,7 @@ class ChainReader:
         return words
 
     def decode_pair(
-        self, a: Sequence[Link], b: Sequence[Link], info: TensorInfo, number: int, count: int
+        self, a: Sequence[Link], b: Sequence[Link], info: TensorInfo, number: int
     ) -> tuple[Words, Words]:
         """Decode slice `number` of two tensors of one shape and type; decode common frames once.
 
@@ -290,10 +284,8 @@ class ChainReader:
         """
         word, shared = info.type.word, _shared(a, b)
         if not shared or any(link.type.word != word for link in (*a, *b)):
-            return (
-                self.decode_slice(a, info, number, count),
-                self.decode_slice(b, info, number, count),
-            )
+            return self.decode_slice(a, info, number), self.decode_slice(b, info, number)
+        count = slice_size(info.words, number)
         (one, first), (other, second) = (_start(chain, number, word, None) for chain in (a, b))
         if first <= shared and second <= shared:  # both continue from the last common frame
             words, at = (one, first) if first >= second else (other, second)
@@ -321,15 +313,12 @@ class ChainReader:
         first = len(chain) - 1
         while first and chain[first - 1].type.word == own:
             first -= 1
-        count = min(SLICE_WORDS, size // own - number * SLICE_WORDS)
         base = self._cut(chain[:first], size, own, number) if first else None
-        return self._run(chain[first:], number, count, own, base)
+        return self._run(chain[first:], number, slice_size(size // own, number), base)
 
-    def apply(
-        self, link: Link, number: int, count: int, base: Words, out: Words | None = None
-    ) -> Words:
+    def apply(self, link: Link, number: int, base: Words, out: Words | None = None) -> Words:
         """Decode a slice with one link, given the words of its base."""
-        return _placed(self._apply(link, number, count, base, out, own=False), out)
+        return _placed(self._apply(link, number, base.size, base, out, own=False), out)
 
     def _apply(
         self,
@@ -385,10 +374,10 @@ class ChainReader:
         chain = self.links(values, tensor, info)
         digest = hasher()
         pending: tuple[int, Words] | None = None
-        for number, count in enumerate(slice_counts(info.words)):
+        for number in slices_of(info.words):
             if pending is not None:
                 yield pending
-            pending = number, self.decode_slice(chain, info, number, count)
+            pending = number, self.decode_slice(chain, info, number)
             digest.update(octets(pending[1]))
         if digest.digest() != self._catalog.value(values, tensor):
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
@@ -422,7 +411,7 @@ def read_slice(
 
 def has_slices(frame: Frame, size: int, dtype: DType) -> bool:
     """Return whether a frame has the number of slices of a tensor of `size` bytes and this type."""
-    return size % dtype.word == 0 and len(frame.slices) == -(-(size // dtype.word) // SLICE_WORDS)
+    return size % dtype.word == 0 and len(frame.slices) == len(slices_of(size // dtype.word))
 
 
 def _check_types(chain: Sequence[Link], info: TensorInfo) -> None:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -22,8 +22,8 @@ from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec import kernels
 from ckptvcs.codec.dtypes import can_be_lossy
-from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
-from ckptvcs.codec.words import Words, octets, word_type
+from ckptvcs.codec.frame import SLICE_WORDS, slices_of
+from ckptvcs.codec.words import Bytes, Words, octets, word_type
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable, MemoryBase, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable, DecodedTables, Link
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
@@ -65,7 +65,7 @@ class _Job:
     position: int
     number: int
     slice: int
-    count: int
+    is_last: bool
 
 
 class Restorer:
@@ -173,8 +173,9 @@ class Restorer:
         for number in numbers:
             table, position = self.place(number)
             self._chain.require_slices(table, position, self.schema.tensors[number])
-            for index, count in enumerate(slice_counts(self.schema.tensors[number].words)):
-                yield _Job(table, position, number, index, count)
+            slices = slices_of(self.schema.tensors[number].words)
+            for index in slices:
+                yield _Job(table, position, number, index, index + 1 == len(slices))
 
     def read_slices(
         self, numbers: list[int], room: Callable[[_Job], Words | None] = lambda _: None
@@ -196,27 +197,26 @@ class Restorer:
                 return decode_as_known(job, info)
 
         def decode_as_known(job: _Job, info: TensorInfo) -> tuple[_Job, Words]:
-            links = self._chain.links(job.table, job.position, info)
+            chain, out = self._chain, room(job)
+            links = chain.links(job.table, job.position, info)
             if base is None or info.part != "model":
-                words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
-            elif job.table == self.commit.parts["model"].values:
-                words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
+                return job, chain.decode_slice(links, info, job.slice, out)
+            if job.table == self.commit.parts["model"].values:
+                words = chain.decode_slice(links, info, job.slice, out)
                 base.write(job.position, job.slice, words)
-            else:
-                below, patched = self._below_patch(links, job.position, info)
-                near = self._chain.decode_slice(below, info, job.slice, job.count)
-                base.write(job.position, job.slice, near)
-                if patched:
-                    words = self._chain.apply(links[-1], job.slice, job.count, near, room(job))
-                else:
-                    words = self._chain.decode_slice(links, info, job.slice, job.count, room(job))
-            return job, words
+                return job, words
+            below, patched = self._below_patch(links, job.position, info)
+            near = chain.decode_slice(below, info, job.slice)
+            base.write(job.position, job.slice, near)
+            if patched:
+                return job, chain.apply(links[-1], job.slice, near, out)
+            return job, chain.decode_slice(links, info, job.slice, out)
 
         digest = hasher()
         try:
             for job, words in ordered_map(decode, self._jobs(numbers)):
                 digest.update(octets(words))
-                if job.slice + 1 == len(slice_counts(self.schema.tensors[job.number].words)):
+                if job.is_last:
                     if not self._is_sound(job, digest):
                         self._decode_again(job.number, room)
                     digest = hasher()
@@ -272,9 +272,7 @@ class Restorer:
             if op == Op.INLINE
         }
 
-    def tensors(
-        self, numbers: list[int]
-    ) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
+    def tensors(self, numbers: list[int]) -> Iterator[tuple[int, Bytes]]:
         """Yield the number and all bytes of each stored tensor, verified."""
         infos = self.schema.tensors
         for number in numbers:
@@ -288,10 +286,10 @@ class Restorer:
             ) from error
 
         def room(job: _Job) -> Words:
-            return outs[job.number][job.slice * SLICE_WORDS :][: job.count]
+            return outs[job.number][job.slice * SLICE_WORDS :][:SLICE_WORDS]
 
         for job, _ in self.read_slices([n for n in numbers if infos[n].words], room):
-            if job.slice + 1 == len(slice_counts(infos[job.number].words)):
+            if job.is_last:
                 yield job.number, outs.pop(job.number).view(np.uint8)
         for number in numbers:
             if not self.schema.tensors[number].words:
@@ -318,14 +316,14 @@ class Restorer:
             if job.slice == 0:
                 chain.heal(job.table, job.position, info)
             links = chain.links(job.table, job.position, info)
-            digest.update(octets(chain.decode_slice(links, info, job.slice, job.count, out)))
+            digest.update(octets(chain.decode_slice(links, info, job.slice, out)))
         if not self._is_sound(job, digest):
             wrong = f"{info.name} does not decode to its recorded hash"
             if self._chain.heal(job.table, job.position, info):
                 raise _RetypedError(wrong)
             raise CorruptionError(wrong)
 
-    def tensor(self, number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def tensor(self, number: int) -> Bytes:
         """Return all bytes of a stored tensor, verified."""
         return next(self.tensors([number]))[1]
 
@@ -362,7 +360,7 @@ class Restorer:
             for op, argument, data in segments:
                 if op == Op.TENSOR:
                     crc = 0
-                    for _ in slice_counts(self.schema.tensors[argument].words):
+                    for _ in slices_of(self.schema.tensors[argument].words):
                         block = octets(next(stream)[1])
                         crc = zlib.crc32(block, crc)
                         put(block)

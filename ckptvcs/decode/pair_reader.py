@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
+from ckptvcs.codec.frame import SLICE_WORDS, slices_of
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.decode.chain import Link
 from ckptvcs.decode.commit_reader import Restorer
@@ -32,7 +32,6 @@ class _Job:
     pair: Pair
     chains: tuple[list[Link], list[Link]]
     number: int
-    count: int
     last: bool
 
 
@@ -66,7 +65,7 @@ def read_pairs(
         if not all(job.chains):
             return job, None
         try:
-            words = a.chain.decode_pair(*job.chains, info, job.number, job.count)
+            words = a.chain.decode_pair(*job.chains, info, job.number)
         except CorruptionError:
             return job, None  # `_read_whole` infers element types, or raises this again
         return job, _Done(words, reduce(job.pair, *words))
@@ -95,9 +94,9 @@ def _jobs(a: Restorer, b: Restorer, pairs: Sequence[Pair]) -> Iterator[_Job]:
         chains: tuple[list[Link], list[Link]] = [], []
         with suppress(CorruptionError):
             chains = a.links(pair[0]), b.links(pair[1])
-        counts = slice_counts(a.schema.tensors[pair[0]].words)
-        for number, count in enumerate(counts):
-            yield _Job(pair, chains, number, count, number + 1 == len(counts))
+        slices = slices_of(a.schema.tensors[pair[0]].words)
+        for number in slices:
+            yield _Job(pair, chains, number, number + 1 == len(slices))
 
 
 def _read_whole(

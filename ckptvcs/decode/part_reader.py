@@ -32,7 +32,7 @@ from ckptvcs.checkpoint.torch_writer import (
 )
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD
 from ckptvcs.codec.dtypes import DTYPES
-from ckptvcs.codec.words import octets, word_type
+from ckptvcs.codec.words import Bytes, octets, word_type
 from ckptvcs.decode.commit_reader import Restorer, in_our_order
 from ckptvcs.decode.file_writer import look_at_files, named_paths, save_directory, save_file
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
@@ -45,9 +45,6 @@ from ckptvcs.parallel import quiet
 _NOT_IN_SAFETENSORS = frozenset({"C32", "C128"})
 _MAX_ELEMENTS = 1 << 59  # 16-byte elements whose size in bytes fits into 63 bits
 _MAX_WINDOW = 1 << 32  # bytes of a view that repeats elements (stride 0)
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
 
 Window = tuple[int, View]
 """The number of a tensor in the schema, and a view of it."""
@@ -88,17 +85,12 @@ class PartReader:
     def _near(self) -> set[int]:
         return self._restorer.near()
 
-    def _blocks(self, number: int) -> Iterator[bytes | memoryview]:
-        if number < 0:
-            return iter(())
-        info = self.schema.tensors[number]
-        if info.inline:
-            blocks: Iterator[bytes | memoryview] = iter([self._inline.get(number, b"")])
-        else:
-            blocks = self._restorer.blocks(number)
+    def _blocks(self, number: int) -> Iterator[memoryview]:
+        if number < 0 or (info := self.schema.tensors[number]).inline:
+            return iter([octets(self.plain(number))])
         if info.order == LITTLE:
-            return blocks
-        word = word_type(info.type.word)
+            return self._restorer.blocks(number)
+        word, blocks = word_type(info.type.word), self._restorer.blocks(number)
         return (octets(in_our_order(np.frombuffer(block, word), info)) for block in blocks)
 
     def plain(self, number: int) -> Bytes:
@@ -209,16 +201,16 @@ class PartReader:
 
     # -- parts ---------------------------------------------------------------------------------
 
-    def named(self, part: str) -> list[tuple[str, int, View]]:
-        """Return (name, number, view) of the tensors of a part, under all their names."""
-        rows = [
-            (name, number, view)
-            for name, (number, view) in windows(self.schema).items()
-            if self.schema.tensors[number].part == part
-        ]
-        if not rows:
+    def named(self, part: str) -> dict[str, Window]:
+        """Return the tensors of a part, under all their names."""
+        tensors = {
+            name: window
+            for name, window in windows(self.schema).items()
+            if self.schema.tensors[window[0]].part == part
+        }
+        if not tensors:
             raise NotFoundError(f"commit {self._restorer.name[:8]} has no part '{part}'")
-        return rows
+        return tensors
 
     def _subtree(self, part: str) -> tuple[object, dict[str, int]] | None:
         """Return the object with exactly the tensors of a part, and its tensors by key."""
@@ -252,23 +244,20 @@ class PartReader:
             NotFoundError: the commit does not have that part.
             ConflictError: the file changed after it was looked at.
         """
-        rows, path = self.named(part), named(target)
+        tensors, path = self.named(part), named(target)
         if path.suffix == ".safetensors":
-            write_whole(target, lambda out: self._save_safetensors(_short(rows), out))
+            write_whole(target, lambda out: self._save_safetensors(_short(tensors), out))
         else:
-            write_whole(target, lambda out: self._save_torch(part, rows, path.stem, out))
+            write_whole(target, lambda out: self._save_torch(part, tensors, path.stem, out))
 
     def save_tensor(self, name: str, window: Window, target: Path | Target) -> None:
         """Write one tensor, by name in a .safetensors file, else alone as torch.save does."""
-        number, view = window
         if named(target).suffix == ".safetensors":
-            write_whole(target, lambda out: self._save_safetensors([(name, number, view)], out))
+            write_whole(target, lambda out: self._save_safetensors({name: window}, out))
             return
-        data = self.window(window)
-        shape, size = view.shape, len(data)
-        leaf = Leaf(
-            0, view.dtype, size // DTYPES[view.dtype].size, size, 0, shape, row_major(shape)
-        )
+        data, dtype, shape = self.window(window), window[1].dtype, window[1].shape
+        elements = len(data) // DTYPES[dtype].size
+        leaf = Leaf(0, dtype, elements, len(data), 0, shape, row_major(shape))
         records = zip_records(dump_pickle(None, lambda *_: leaf), [_payload(data)], {})
         write_whole(target, lambda out: write_zip(out.write, named(target).stem, records))
 
@@ -309,7 +298,7 @@ class PartReader:
                 progress(commit.raw_bytes)
 
     def _save_torch(
-        self, part: str, rows: list[tuple[str, int, View]], stem: str, out: BinaryIO
+        self, part: str, tensors: Mapping[str, Window], stem: str, out: BinaryIO
     ) -> None:
         storages: dict[int, int] = {}
 
@@ -335,12 +324,11 @@ class PartReader:
             except InvalidInputError:
                 storages.clear()  # the object has other than plain values
         if pickled is None:
-            views = {name: (number, view) for name, number, view in rows}
 
             def flat_leaf(value: object, _: str) -> Leaf | None:
                 return leaf_of(*value) if isinstance(value, tuple) else None
 
-            pickled = dump_pickle(views, flat_leaf)
+            pickled = dump_pickle(dict(tensors), flat_leaf)
         payloads = [
             Payload(
                 0 if number < 0 else self.schema.tensors[number].size_bytes,
@@ -350,7 +338,7 @@ class PartReader:
         ]
         write_zip(out.write, stem, zip_records(pickled, payloads, {}))
 
-    def _save_safetensors(self, rows: list[tuple[str, int, View]], out: BinaryIO) -> None:
+    def _save_safetensors(self, tensors: Mapping[str, Window], out: BinaryIO) -> None:
         """Write tensors as a safetensors file, block by block.
 
         The safetensors library needs all tensors in memory at once and writes to a path only.
@@ -358,7 +346,7 @@ class PartReader:
         """
         header: dict[str, Any] = {}
         at = 0
-        for name, _number, view in rows:
+        for name, (_, view) in tensors.items():
             size = int(np.prod(view.shape, dtype=np.int64)) * DTYPES[view.dtype].size
             shape = list(view.shape)
             if view.dtype in _NOT_IN_SAFETENSORS or (view.dtype == "F4" and not shape):
@@ -373,7 +361,7 @@ class PartReader:
         head = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
         head += b" " * (-len(head) % 8)
         out.write(len(head).to_bytes(8, "little") + head)
-        for _, number, view in rows:
+        for number, view in tensors.values():
             info = self.schema.tensors[number]
             if (view.dtype, view.shape) == (info.dtype, info.shape):
                 for block in self._blocks(number):
@@ -404,15 +392,14 @@ def write_whole(target: Path | Target, write: Callable[[BinaryIO], None]) -> Non
         write(out)
 
 
-def _short(rows: list[tuple[str, int, View]]) -> list[tuple[str, int, View]]:
+def _short(tensors: dict[str, Window]) -> dict[str, Window]:
     """Remove a common file name, and a common top-level key of a part, from all names."""
     for mark in (":", "."):
-        tops = {name.partition(mark)[0] for name, _, _ in rows if mark in name}
-        if len(tops) == 1 and all(mark in name for name, _, _ in rows):
-            short = [(name.partition(mark)[2], number, view) for name, number, view in rows]
-            if mark == ":" or next(iter(tops)) in PART_KEYS:
-                rows = short
-    return rows
+        tops = {name.partition(mark)[0] for name in tensors}
+        shared = len(tops) == 1 and all(mark in name for name in tensors)
+        if shared and (mark == ":" or tops <= PART_KEYS):
+            tensors = {name.partition(mark)[2]: window for name, window in tensors.items()}
+    return tensors
 
 
 def _possible(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.frame import SLICE_WORDS
-from ckptvcs.codec.words import Words, word_type
+from ckptvcs.codec.words import Bytes, Words, word_type
 from ckptvcs.decode.chain import ChainReader, DecodedTable, Link
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import PartReader, Window, windows
@@ -87,13 +87,13 @@ class _Kept(DecodedTable):
     """Decoded tensors of a hash table, by position."""
 
     def __init__(self) -> None:
-        self.tensors: dict[int, Words] = {}
+        self.tensors: dict[int, Bytes] = {}
 
     def slice(self, tensor: int, number: int, word: int, out: Words | None = None) -> Words | None:
-        words = self.tensors.get(tensor)
-        if words is None:
+        data = self.tensors.get(tensor)
+        if data is None:
             return None
-        return words.view(word_type(word))[number * SLICE_WORDS :][:SLICE_WORDS]
+        return data.view(word_type(word))[number * SLICE_WORDS :][:SLICE_WORDS]
 
     def has(self, tensor: int) -> bool:
         return tensor in self.tensors
@@ -132,8 +132,7 @@ class _Stop:
 class _Bridge:
     """A base of the next commit: its place there, and its restorer and number here."""
 
-    values: ObjectId
-    position: int
+    place: tuple[ObjectId, int]
     owner: Restorer
     number: int
 
@@ -208,39 +207,29 @@ class Trajectory:
         near = dict.fromkeys(b.number for b in bridges if b.owner is here.near)
         decoded = dict(here.near.tensors(list(near)))
         for number, data in decoded.items():  # exact patches are based on these
-            self._keep(self._kept, *here.near.place(number), here, number, data)
+            _keep(self._kept, here.near.place(number), data)
         others = [b.number for b in bridges if b.owner is here.restorer]
         here.reader.decode_ahead([*here.numbers, *others])
         self._kept = {}
         for number in here.numbers:
-            self._keep(
-                self._kept, *here.restorer.place(number), here, number, here.reader.raw(number)
-            )
+            _keep(self._kept, here.restorer.place(number), here.reader.raw(number))
         kept: dict[ObjectId, _Kept] = {}
         for bridge in bridges:
             close = bridge.owner is here.near
             data = decoded[bridge.number] if close else here.reader.raw(bridge.number)
-            self._keep(kept, bridge.values, bridge.position, here, bridge.number, data)
+            _keep(kept, bridge.place, data)
         return kept
 
-    @staticmethod
-    def _keep(
-        kept: dict[ObjectId, _Kept],
-        values: ObjectId,
-        position: int,
-        here: _Stop,
-        number: int,
-        data: Words,
-    ) -> None:
-        word = here.restorer.schema.tensors[number].type.word
-        kept.setdefault(values, _Kept()).tensors[position] = data.view(word_type(word))
+
+def _keep(kept: dict[ObjectId, _Kept], place: tuple[ObjectId, int], data: Bytes) -> None:
+    kept.setdefault(place[0], _Kept()).tensors[place[1]] = data
 
 
 def _lowest(link: Link) -> Iterator[_Bridge]:
     """Yield the lowest link of a chain as a base, if this commit has its tensor."""
     seen, position = link.decoded or (None, 0)
     if isinstance(seen, _Seen) and seen.has(position):
-        yield _Bridge(seen.values, position, *seen.owner(position))
+        yield _Bridge((seen.values, position), *seen.owner(position))
 
 
 # -- states, series, export ------------------------------------------------------------------------

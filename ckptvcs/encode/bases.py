@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptvcs.checkpoint.matching import alike
-from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.words import Words
 from ckptvcs.decode.base_cache import MemoryBase, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable
@@ -60,8 +59,7 @@ class BaseTensor:
 
     def slice(self, number: int) -> Words:
         """Return the words of one slice."""
-        count = slice_counts(self._info.words)[number]
-        return self._chain.decode_slice(self._links, self._info, number, count)
+        return self._chain.decode_slice(self._links, self._info, number)
 
 
 class Bases:

@@ -25,7 +25,7 @@ from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec import kernels
 from ckptvcs.codec.dtypes import WEIGHT_DTYPES, float_type
-from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
@@ -196,8 +196,7 @@ class Encoder:
         if info.part == "model":
             source = SourceTensor(self._checkpoint, number)
             errors = Errors()
-            for index in range(len(slice_counts(info.words))):
-                words = source.slice(index)
+            for index, words in enumerate(source.slices()):
                 self._next_base.write(self._position[number], index, words, fresh=False)
                 if info.role == WEIGHT:
                     errors.add(Errors(energy=energy_of(to_float32(words, float_type(info.dtype)))))
@@ -217,7 +216,7 @@ class Encoder:
                 draft.companion = drafts[encoder.companions[index]].number
             drafts.append(draft)
         words = self._infos[encoder.members[0].number].words
-        work = _Work(encoder, drafts, len(slice_counts(words)))
+        work = _Work(encoder, drafts, len(slices_of(words)))
         if not work.slices:
             self._end(work)
         return work

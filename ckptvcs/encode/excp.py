@@ -17,7 +17,7 @@ from ckptvcs.codec.frame import (
     EXCP_RESIDUAL,
     EXCP_SHARED_MASK_MOMENT,
     put_slice,
-    slice_counts,
+    slices_of,
 )
 from ckptvcs.codec.masks import Mask
 from ckptvcs.codec.spec import ExcpSpec
@@ -77,7 +77,7 @@ def plan(group: Group, spec: ExcpSpec) -> ExcpPlan | None:
         residual = None if group.weight is None else group.weight.residual(number)
         return residual, first, second
 
-    for residual, first, second in ordered_map(measure, range(len(slice_counts(group.words)))):
+    for residual, first, second in ordered_map(measure, slices_of(group.words)):
         for values, kept in (
             (residual, sample.residual),
             (first, sample.first),

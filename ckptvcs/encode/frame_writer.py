@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
-from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.words import octets
 from ckptvcs.encode.bases import BaseTensor
@@ -155,7 +155,7 @@ class PatchWriter:
         while self._late:  # a region must have one writer at a time
             self._late.popleft().result()
         slices = []
-        for index in range(len(slice_counts(info.words))):
+        for index in slices_of(info.words):
             future = self._slices.get((tensor, index))
             slices.append(
                 self._region.append(SAME, hashed=self._hashed)

@@ -20,7 +20,7 @@ import numpy as np
 
 from ckptvcs.checkpoint.roles import WEIGHT, Rule
 from ckptvcs.codec import kernels
-from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.frame import slice_size, slices_of
 from ckptvcs.codec.words import NONE, Words, to_float32
 from ckptvcs.encode.group import EncodedSlice, Errors, Floats, Group, Target
 from ckptvcs.encode.updates import Moments, gradient_scale, orthogonal, steps_alone, steps_of
@@ -100,7 +100,7 @@ def _gradients() -> Floats:
 
 def step_sample(words: int) -> int:
     """Return the number of sampled entries of each slice of a tensor of `words` words."""
-    return max(_LEAST, _SAMPLE // max(1, len(slice_counts(words))))
+    return max(_LEAST, _SAMPLE // max(1, len(slices_of(words))))
 
 
 def measure_step(rule: Rule, true: Moments, near: Moments, count: int) -> Errors:
@@ -138,7 +138,7 @@ def measure_matrix(
     true, decoded = (orthogonal(v, target.columns, start) for v in (target.floats(number), near))
     if true is None or decoded is None:
         return other
-    count = slice_counts(words)[number]
+    count = slice_size(words, number)
     muon = difference(true, decoded, count)
     return muon if rule.kind == "muon" else _worst([other, muon], count)
 

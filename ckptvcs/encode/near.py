@@ -22,7 +22,7 @@ from ckptvcs.codec.frame import (
     NEAR_WEIGHT,
     ROUNDED,
     put_slice,
-    slice_counts,
+    slice_size,
 )
 from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import encode_low_rank
@@ -244,7 +244,7 @@ class NearEncoder:
         """Return the forms to try for first moments, the coarsest first: see `_FORMS`."""
         if not averages:
             return _FORMS[:1]
-        count, spec = slice_counts(self._group.words)[number], self.spec
+        count, spec = slice_size(self._group.words, number), self.spec
         rank = spec.momentum_rank if self._group.second is None else spec.rank
         if any(self.low_rank_rows(target, number, count, rank) for target in averages):
             return _FORMS
@@ -256,7 +256,7 @@ class NearEncoder:
         """Measure the error of the next optimizer step, given one encoded slice of each moment."""
         rule, size, targets = self._group.rule, step_sample(self._group.words), self._moments
         near = {t.role: to_float32(encoded[t.number][0].decoded, t.dtype) for t in targets}
-        count = slice_counts(self._group.words)[number]
+        count = slice_size(self._group.words, number)
         worst = measure_step(
             rule,
             {t.role: t.sampled(number, size) for t in targets},

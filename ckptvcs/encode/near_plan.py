@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.sections import sample
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
@@ -44,7 +44,7 @@ def _finite_rms(values: Floats) -> float:
 def measure_scale(group: Group) -> Scale:
     """Measure the scale of a group with a weight, on a sample."""
     assert group.weight is not None
-    numbers = range(len(slice_counts(group.words)))
+    numbers = slices_of(group.words)
     picked = numbers[:: max(1, len(numbers) // _SAMPLED_SLICES)][:_SAMPLED_SLICES]
     size = _SAMPLE // max(1, len(picked))
     weights, residuals, seconds = [], [], []

@@ -23,7 +23,7 @@ from ckptvcs.checkpoint.roles import (
     Rule,
 )
 from ckptvcs.codec.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
-from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec, finer
 from ckptvcs.encode import excp
 from ckptvcs.encode.bases import Bases, BaseTensor
@@ -207,7 +207,7 @@ class Planner:
                 ),
                 None,
             )
-            for index in range(len(slice_counts(info.words))):
+            for index in slices_of(info.words):
                 square = self._target(number).sampled(index, _SAMPLE)
                 if not (square >= 0).all():
                     return False

@@ -7,17 +7,17 @@ slice is decoded after. Commits keep their ids; a new recipe lists the new frame
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from ckptvcs.codec.dtypes import DTYPES, float_type
-from ckptvcs.codec.frame import decode_slice, slice_counts
+from ckptvcs.codec.frame import decode_slice, slices_of
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable, read_slice
@@ -58,12 +58,19 @@ class _Table:
 
 
 class _Bundle(Region):
-    """A new bundle: its region, its frames, and old place -> number of the new frame."""
+    """The new bundle of a table: its frames, and old place -> number of the new frame.
 
-    def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
+    `cache` takes the decoded weights; `sharing` has the positions in the table of each old frame.
+    """
+
+    def __init__(
+        self, new_pack: Callable[[], PackWriter], table: _Table, cache: BaseWriter | None
+    ) -> None:
         super().__init__(new_pack)
+        self.table, self.cache = table, cache
         self.frames: list[Frame] = []
         self.moved: dict[StoredPlace, int] = {}
+        self.sharing: defaultdict[StoredPlace, list[int]] = defaultdict(list)
 
     def add(self, frame: Frame, old: StoredPlace) -> int:
         """Add a frame that replaces the one at `old`; return its number."""
@@ -82,7 +89,6 @@ class Rekeyer:
         self._kept: set[ObjectId] = set()
         self._replaced: set[ObjectId] = set()
         self._moved: dict[StoredPlace, Place] = {}
-        self._sharing: dict[StoredPlace, list[int]] = {}  # frame -> positions in the table
         self._decoded: dict[ObjectId, DecodedTable | None] = {}
         self._chain = ChainReader(catalog, self._decoded.get)
 
@@ -181,18 +187,18 @@ class Rekeyer:
         store = self._catalog.store
         self._load_base(table.below)
         with ExitStack() as stack:  # calls all, even if one raises
-            bundle = _Bundle(lambda: store.new_pack("packs"))
-            stack.callback(bundle.abort)
             base = BaseWriter(self._cache, table.infos) if table.part == "model" else None
             if base is not None:
                 stack.callback(base.abort)
+            bundle = _Bundle(lambda: store.new_pack("packs"), table, base)
+            stack.callback(bundle.abort)
             meta = store.new_pack("meta")
             stack.callback(meta.abort)
-            places, self._sharing = self._places(table), {}
+            places = self._places(table)
             for position, (place, _) in enumerate(places):
-                self._sharing.setdefault(place, []).append(position)
+                bundle.sharing[place].append(position)
             self._replaced |= {place[0] for place, frame in places if self._must_change(frame)}
-            new = [self._move(bundle, table, n, base) for n in range(len(places))]
+            new = [self._move(bundle, position) for position in range(len(places))]
             name: ObjectId | None = None
             if bundle.frames:
                 name = bundle.pack.add(Kind.BUNDLE, dump_bundle(bundle.frames))
@@ -214,47 +220,38 @@ class Rekeyer:
                 self._catalog, self._cache, None, table.values, table.infos
             )
 
-    def _move(
-        self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
-    ) -> Place:
+    def _move(self, bundle: _Bundle, position: int) -> Place:
         """Re-encode, copy or keep the frame of a tensor; return its place."""
-        owner, number = self._catalog.place(table.values, position)
-        self._progress(table.infos[position].size_bytes)
-        if (owner, number) in self._moved:
-            return self._moved[owner, number]
-        if (owner, number) in bundle.moved:
-            return None, bundle.moved[owner, number]
-        if self._must_change(self._catalog.frame_at(owner, number)):
-            return None, self._reencode(bundle, table, position, cache)
-        if owner not in self._replaced:
-            return owner, number
-        return None, self._copy(bundle, table, owner, number, cache)
+        place = self._catalog.place(bundle.table.values, position)
+        self._progress(bundle.table.infos[position].size_bytes)
+        if place in self._moved:
+            return self._moved[place]
+        if place in bundle.moved:
+            return None, bundle.moved[place]
+        if self._must_change(self._catalog.frame_at(*place)):
+            return None, self._reencode(bundle, position)
+        return place if place[0] not in self._replaced else (None, self._copy(bundle, place))
 
-    def _reencode(
-        self, bundle: _Bundle, table: _Table, position: int, cache: BaseWriter | None
-    ) -> int:
+    def _reencode(self, bundle: _Bundle, position: int) -> int:
         """Re-encode a tensor against the nearest kept commit, or without a base."""
+        table = bundle.table
         place = self._catalog.place(table.values, position)
         frame = self._catalog.frame_at(*place)
         base = table.places_below.get(position)
         depth = 0 if base is None else self._chain.depth(*base) + 1
         if depth > min(frame.depth, self._depth):
             base = None
-        slices, uses_base = self._encode(bundle, table, position, base, cache)
+        slices, uses_base = self._encode(bundle, position, base)
         if not uses_base:
             base, depth = None, 0
         dtype = float_type(table.infos[position].dtype)
         return bundle.add(Frame(base, depth, None, slices, dtype), place)
 
     def _encode(
-        self,
-        bundle: _Bundle,
-        table: _Table,
-        position: int,
-        base: StoredPlace | None,
-        cache: BaseWriter | None,
+        self, bundle: _Bundle, position: int, base: StoredPlace | None
     ) -> tuple[tuple[Slice, ...], bool]:
         """Re-encode a tensor; also return whether any slice depends on the base."""
+        table = bundle.table
         info, chain = table.infos[position], self._chain
         dtype = float_type(info.dtype)
         place = self._catalog.place(table.values, position)
@@ -263,28 +260,25 @@ class Rekeyer:
         links = chain.links(table.values, position, info)
         base_links = None if base is None else chain.links(*base, info)
 
-        def encode(job: tuple[int, int]) -> tuple[Words, Words | None, EncodedSlice]:
-            number, count = job
-            words = chain.decode_slice(links, info, number, count)
-            below = None
-            if base_links is not None:
-                below = chain.decode_slice(base_links, info, number, count)
+        def encode(number: int) -> tuple[Words, Words | None, EncodedSlice]:
+            words = chain.decode_slice(links, info, number)
+            below = None if base_links is None else chain.decode_slice(base_links, info, number)
             encoded = reencode(words, below, dtype)
-            decoded = decode_slice(memoryview(encoded.data), DTYPES[dtype], count, below)
+            decoded = decode_slice(memoryview(encoded.data), DTYPES[dtype], words.size, below)
             if not np.array_equal(decoded, words):
                 raise CorruptionError(f"re-encoding {info.name} would change it")
             return words, below, encoded
 
         digest, base_digest = hasher(), hasher()
         slices, uses_base = [], False
-        jobs = enumerate(slice_counts(info.words))
-        for number, (words, below, encoded) in enumerate(ordered_map(encode, jobs)):
+        jobs = ordered_map(encode, slices_of(info.words))
+        for number, (words, below, encoded) in enumerate(jobs):
             digest.update(octets(words))
             if below is not None:
                 base_digest.update(octets(below))
-            if cache is not None:
-                for sharer in self._sharing[place]:
-                    cache.write(sharer, number, words)
+            if bundle.cache is not None:
+                for sharer in bundle.sharing[place]:
+                    bundle.cache.write(sharer, number, words)
             slices.append(bundle.append(encoded.data))
             uses_base |= encoded.uses_base
         wrong = digest.digest() != self._catalog.value(table.values, position)
@@ -292,28 +286,24 @@ class Rekeyer:
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
         return tuple(slices), uses_base
 
-    def _copy(
-        self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
-    ) -> int:
-        """Copy a frame unchanged, with its auxiliary frame."""
-        frame = self._catalog.frame_at(owner, number)
+    def _copy(self, bundle: _Bundle, place: StoredPlace) -> int:
+        """Copy a frame unchanged, with its auxiliary frame; return its new number."""
+        owner, frame = place[0], self._catalog.frame_at(*place)
         companion = None
         if frame.companion is not None:
-            companion = self._companion(bundle, table, owner, frame.companion, cache)
+            companion = self._companion(bundle, (owner, frame.companion))
         slices = [
             bundle.append(read_slice(self._catalog, owner, frame, index))
             for index in range(len(frame.slices))
         ]
-        copy = Frame(frame.base, frame.depth, companion, tuple(slices), frame.dtype)
-        return bundle.add(copy, (owner, number))
+        copy = replace(frame, companion=companion, slices=tuple(slices))
+        return bundle.add(copy, place)
 
-    def _companion(
-        self, bundle: _Bundle, table: _Table, owner: ObjectId, number: int, cache: BaseWriter | None
-    ) -> int:
+    def _companion(self, bundle: _Bundle, place: StoredPlace) -> int:
         """Return the auxiliary frame in the new bundle, copied or re-encoded."""
-        if (owner, number) in bundle.moved:
-            return bundle.moved[owner, number]
-        if self._must_change(self._catalog.frame_at(owner, number)):
-            for position in self._sharing.get((owner, number), [])[:1]:
-                return self._reencode(bundle, table, position, cache)
-        return self._copy(bundle, table, owner, number, cache)
+        if place in bundle.moved:
+            return bundle.moved[place]
+        if self._must_change(self._catalog.frame_at(*place)):
+            for position in bundle.sharing[place][:1]:
+                return self._reencode(bundle, position)
+        return self._copy(bundle, place)

@@ -16,7 +16,6 @@ from ckptvcs.checkpoint.layout import Piece
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.dtypes import float_type
-from ckptvcs.codec.frame import slice_counts
 from ckptvcs.codec.spec import CodecSpec, NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.decode.base_cache import MemoryBase
@@ -208,7 +207,7 @@ def _errors(checkpoint: Checkpoint, number: int, report: ErrorReport | None) -> 
     info, tensor = checkpoint.schema.tensors[number], SourceTensor(checkpoint, number)
     if info.role != WEIGHT:
         return None
-    slices = range(len(slice_counts(info.words)))
-    energy = sum(energy_of(to_float32(tensor.slice(n), float_type(info.dtype))) for n in slices)
+    dtype = float_type(info.dtype)
+    energy = sum(energy_of(to_float32(words, dtype)) for words in tensor.slices())
     error = 0.0 if report is None else report.weight_rel**2 * energy
     return Errors(error, energy, largest=0.0 if report is None else report.max_abs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ckptvcs.checkpoint.layout import BLOCK_BYTES, FileSource, changed_while_rea
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.roles import LOSSY, WEIGHT
 from ckptvcs.codec.dtypes import WEIGHT_DTYPES
-from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
+from ckptvcs.codec.frame import SLICE_WORDS, slice_size, slices_of
 from ckptvcs.codec.kernels import on_torch
 from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_type
 from ckptvcs.hashing import hash_of, hasher
@@ -26,17 +27,25 @@ class SourceTensor:
         self._source = checkpoint.files[file].source
         self.info = checkpoint.schema.tensors[number]
 
-    def slice(self, number: int) -> Words:
+    def _place(self, number: int) -> tuple[int, int]:
+        """Return the offset and the length of a slice in its source."""
         word = self.info.type.word
-        count = slice_counts(self.info.words)[number]
-        data = self._source.view(self._offset + number * SLICE_WORDS * word, count * word)
-        return np.frombuffer(data, word_type(word))
+        count = slice_size(self.info.words, number)
+        return self._offset + number * SLICE_WORDS * word, count * word
+
+    def slice(self, number: int) -> Words:
+        """Return the words of one slice."""
+        return np.frombuffer(
+            self._source.view(*self._place(number)), word_type(self.info.type.word)
+        )
+
+    def slices(self) -> Iterator[Words]:
+        """Yield the words of each slice."""
+        return map(self.slice, slices_of(self.info.words))
 
     def on_device(self, number: int) -> Any:
         """Return a slice on its device, as a flat uint8 tensor; None if it is in host memory."""
-        word = self.info.type.word
-        count = slice_counts(self.info.words)[number]
-        return self._source.on_device(self._offset + number * SLICE_WORDS * word, count * word)
+        return self._source.on_device(*self._place(number))
 
     @property
     def steady(self) -> bool:
@@ -91,12 +100,11 @@ def _scan_state(checkpoint: Checkpoint, *, stay: bool) -> dict[int, bytes]:
     def hash_tensor(number: int) -> bytes:
         tensor = SourceTensor(checkpoint, number)
         if stay and stays(checkpoint, number):
-            slices = range(len(slice_counts(tensor.info.words)))
-            marks = [on_torch.fingerprint(tensor.on_device(index)) for index in slices]
-            return hash_of(b"".join(marks))
+            slices = map(tensor.on_device, slices_of(tensor.info.words))
+            return hash_of(b"".join(map(on_torch.fingerprint, slices)))
         digest = hasher()
-        for index in range(len(slice_counts(tensor.info.words))):
-            digest.update(octets(tensor.slice(index)))
+        for words in tensor.slices():
+            digest.update(octets(words))
         return digest.digest()
 
     numbers = [n for n, info in enumerate(checkpoint.schema.tensors) if not info.inline]
@@ -132,9 +140,8 @@ def find_masters(checkpoint: Checkpoint) -> dict[int, int]:
 
 def _is_rounding(checkpoint: Checkpoint, copy: int, master: int) -> bool:
     near, exact = SourceTensor(checkpoint, copy), SourceTensor(checkpoint, master)
-    for index in range(len(slice_counts(near.info.words))):
-        values = to_float32(exact.slice(index), "F32")
-        with np.errstate(over="ignore"):
-            if not np.array_equal(from_float32(values, near.info.dtype), near.slice(index)):
-                return False
-    return True
+    with np.errstate(over="ignore"):
+        return all(
+            np.array_equal(from_float32(to_float32(master, "F32"), near.info.dtype), words)
+            for master, words in zip(exact.slices(), near.slices(), strict=True)
+        )

@@ -352,8 +352,7 @@ class Collector:
         seen, store = plan.picture, self._catalog.store
         assert seen is not None
         self._refs.settle_all()  # a writer may have been killed between publishing and syncing
-        store.refresh()
-        self._catalog.forget()
+        self._catalog.reload()
         for name in set(store.ids(Kind.RECORD)) - seen.records:
             record = load_drop_record(store.get(name, Kind.RECORD))
             if record.what != "fade":  # commits record fades too

@@ -364,6 +364,11 @@ class Catalog:
             cache.cache_clear()
         self.forget_drops()
 
+    def reload(self) -> None:
+        """Find what other processes have written, moved and deleted."""
+        self.store.refresh()
+        self.forget()
+
 
 def read_sound(store: ObjectStore, place: Place) -> tuple[bytes, bytes]:
     """Return the checked region and payload of an object in one pack.

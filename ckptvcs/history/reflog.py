@@ -69,8 +69,7 @@ def take_back(
     A writer that does not renew its lease for long counts as dead.  gc may then delete its objects
     just before the writer moves the branch.
     """
-    catalog.store.refresh()
-    catalog.forget()
+    catalog.reload()
     with contextlib.suppress(MissingObjectError):
         if is_whole(catalog, {name: catalog.commit(name)}, catalog.dropped()):
             return False

@@ -15,7 +15,6 @@ from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.ops.commit import CommitResult
 from ckptvcs.ops.originals import Contents
 from ckptvcs.ops.repository import Repository
-from ckptvcs.parallel import quiet
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
@@ -58,7 +57,7 @@ class Target:
         kind = "directory" if path.is_dir() else "file"
         try:
             found = Found(path.name, path, kind, open_checkpoint(path).size_bytes, None)
-            return Contents(Repository(repo.folder)).find(found, quiet)
+            return Contents(Repository(repo.folder)).find(found)
         except CkptError:  # the path is not a complete checkpoint
             return None
 
@@ -70,14 +69,22 @@ class Target:
         metrics: Mapping[str, float],
         names: Names | None = None,
     ) -> CommitResult:
-        """Commit a complete checkpoint, and log its notes.
-
-        Raises:
-            CkptError: The commit failed; BusyError if gc deletes for more than a minute.
-        """
+        """Commit a complete checkpoint, and log its notes."""
         result = self.repo.commit_path(
             path, message=path.name, step=step, metrics=metrics, codec=self.codec, names=names
         )
         for note in result.notes:
             _log.warning("%s: %s", path.name, note)
         return result
+
+
+# A repository keeps the tensors of its last commit in memory as the base of the next one.
+_opened: dict[Path, Repository] = {}
+
+
+def open_once(where: Where, *, make: bool = False) -> Repository:
+    """Return a repository that stays open in this process; `make` creates it if it is missing."""
+    path = Path(where.root if isinstance(where, Repo) else where).resolve()
+    if path not in _opened:
+        _opened[path] = Repository.init(path) if make else Repository(Repository.locate(path))
+    return _opened[path]

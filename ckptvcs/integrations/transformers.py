@@ -14,12 +14,10 @@ from ckptvcs.checkpoint.conventions import named_step
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.checkpoint.torch_objects import parameter_names
 from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError, missing_extra
-from ckptvcs.files.removal import Originals
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.ops.originals import Keeper
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.series import Lines
-from ckptvcs.parallel import quiet
 from ckptvcs.store.ids import ObjectId
 
 try:
@@ -116,14 +114,8 @@ class CkptCallback(TrainerCallback):
             if folder in protected:
                 continue
             if folder.is_dir():
-                with keeper.at_work(), Originals(folder.parent) as originals:
-                    done = keeper.remove(
-                        self._commits[folder],
-                        folder.name,
-                        originals,
-                        quiet,
-                        accept_near=self._accept_near,
-                    )
+                with keeper.removing(folder.parent, accept_near=self._accept_near) as remove:
+                    done = remove(self._commits[folder], folder.name)
                 if done.keep_reason and folder not in self._reported:
                     _log.warning("%s is not removed: %s", folder.name, done.keep_reason)
                     self._reported.add(folder)

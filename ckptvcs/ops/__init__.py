@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ckptvcs.ops import read as read
     from ckptvcs.ops import refs as refs
     from ckptvcs.ops import repair as repair
+    from ckptvcs.ops import request as request
     from ckptvcs.ops import show as show
     from ckptvcs.ops import stats as stats
     from ckptvcs.ops import tensor as tensor
-    from ckptvcs.ops import undo as undo
     from ckptvcs.ops import verify as verify
     from ckptvcs.ops import watch as watch
 

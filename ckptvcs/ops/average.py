@@ -22,18 +22,16 @@ from ckptvcs.checkpoint.matching import alike
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec.frame import SLICE_WORDS
-from ckptvcs.codec.words import Words, from_float32, to_float32, word_type
+from ckptvcs.codec.words import Bytes, Words, from_float32, to_float32, word_type
 from ckptvcs.decode.commit_reader import Restorer
-from ckptvcs.decode.part_reader import Bytes, PartReader, Window, windows
+from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.decode.trajectory import Trajectory
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.files.targets import Target, Targets, looked
+from ckptvcs.files.targets import Targets
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
-from ckptvcs.history.log import Bound
 from ckptvcs.history.schema import Op, Schema, Skeleton
-from ckptvcs.ops.repository import Repository
-from ckptvcs.parallel import Progress, quiet
+from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
@@ -70,11 +68,7 @@ def _rounded(values: np.ndarray[Any, np.dtype[np.float64]], dtype: str) -> Bytes
 def mean_weights(
     catalog: Catalog, names: Sequence[ObjectId], progress: Progress
 ) -> dict[int, Bytes]:
-    """Return the bytes of the mean of each float weight, by number in the last commit's schema.
-
-    Raises:
-        InvalidInputError: A weight is missing from a commit, or has another shape or type there.
-    """
+    """Return the bytes of the mean of each float weight, by number in the last commit's schema."""
     last = catalog.schema(catalog.commit(names[-1]).schema)
     wanted = _weights(last)
     sums = {name: np.zeros(last.tensors[n].words, np.float64) for name, n in wanted.items()}
@@ -140,7 +134,7 @@ class Averaged(Restorer):
             for job in self._jobs(list(run)):
                 word = self.schema.tensors[job.number].type.word
                 words = self._others[job.number].view(word_type(word))
-                words, out = words[job.slice * SLICE_WORDS :][: job.count], room(job)
+                words, out = words[job.slice * SLICE_WORDS :][:SLICE_WORDS], room(job)
                 if out is not None:
                     out[:] = words
                 yield job, words
@@ -177,41 +171,16 @@ def _crc32(data: bytes | memoryview) -> bytes:
 
 
 def average(
-    repository: Repository,
-    start: Bound,
-    stop: Bound,
-    path: Path,
-    *,
-    every: int | None = None,
-    force: bool = False,
-    progress: Progress = quiet,
+    catalog: Catalog, names: list[ObjectId], path: Path, progress: Progress, *, force: bool = False
 ) -> list[ObjectId]:
-    """Write the mean of the weights of a range of commits; see `Repo.average`."""
-    names = repository.history.line(start, stop, every)
+    """Write the mean of the weights of some commits; see `Repo.average`.
+
+    The target is checked first, and written as `PartReader.export` writes the last commit.
+    """
     if not names:
         raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     with Targets() as targets:
-        write_average(
-            repository.catalog, names, targets.free(path, force=force), progress, force=force
-        )
-    return names
-
-
-def write_average(
-    catalog: Catalog,
-    names: Sequence[ObjectId],
-    target: Path | Target,
-    progress: Progress,
-    *,
-    force: bool = False,
-) -> None:
-    """Write the mean of some commits as `PartReader.export` writes the last of them.
-
-    Raises:
-        NotFoundError: `names` is empty.
-        InvalidInputError: A weight is missing from a commit, or has another shape or type there.
-        ConflictError: As `PartReader.export`; the target is checked first.
-    """
-    with looked(target) as at:
+        at = targets.free(path, force=force)
         newest = Averaged(catalog, names[-1], mean_weights(catalog, names, progress))
         PartReader(newest).export(at, None, lambda _: None, force=force)
+    return names

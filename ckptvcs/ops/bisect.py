@@ -110,17 +110,11 @@ def line(catalog: Catalog, good: ObjectId, bad: ObjectId) -> list[ObjectId]:
     )
 
 
-def bisect(
-    names: Sequence[ObjectId],
-    entry: Callable[[ObjectId], LogEntry],
-    judge: Judge,
-    watch: Watch | None = None,
+def search(
+    repository: Repository, first: ObjectId, last: ObjectId, judge: Judge, watch: Watch | None
 ) -> Bisection:
-    """Find the first bad commit of `names`, which are sorted oldest first.
-
-    Raises:
-        InvalidInputError: The first commit is not good, or the last one is not bad.
-    """
+    """Find the first bad commit between a good one and a bad one; see `Repo.bisect`."""
+    names, entry = line(repository.catalog, first, last), repository.entry
     tested: list[tuple[LogEntry, Verdict]] = []
     good, bad = 0, len(names) - 1
 
@@ -150,14 +144,6 @@ def bisect(
     return Bisection(entry(names[good]), candidates, tuple(tested))
 
 
-def search(
-    repository: Repository, good: str | int, bad: str | int, judge: Judge, watch: Watch | None
-) -> Bisection:
-    """Find the first bad commit between two commits; see `Repo.bisect`."""
-    names = line(repository.catalog, repository.resolve(good), repository.resolve(bad))
-    return bisect(names, repository.entry, judge, watch)
-
-
 def choose_judge(
     repository: Repository,
     command: Sequence[str] | None,
@@ -167,11 +153,7 @@ def choose_judge(
     *,
     nan: bool,
 ) -> Judge:
-    """Return the requested test.
-
-    Raises:
-        InvalidInputError: Not exactly one test is requested, or a metric or a bound is missing.
-    """
+    """Return the requested test."""
     if sum((bool(command), nan, metric is not None)) != 1:
         raise InvalidInputError(
             "bisect needs exactly one test",

@@ -31,7 +31,6 @@ from ckptvcs.files.names import refuse_trusted, safe_path
 from ckptvcs.files.placing import Folder, NotRegularError, Seen
 from ckptvcs.files.targets import Target, Targets, looked, writing
 from ckptvcs.hashing import hasher
-from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.schema import Op
@@ -79,30 +78,32 @@ def _only(commit: Commit) -> FileEntry:
 def checkout_files(
     repository: Repository,
     name: ObjectId,
-    output: Path | None = None,
+    output: Path | None,
+    progress: Progress = quiet,
+    announce: Callable[[Path], object] = quiet,
     *,
     force: bool = False,
     exact: bool = False,
-    progress: Progress = quiet,
-    announce: Callable[[Path], object] = quiet,
 ) -> CheckedOut:
     """Write the files of a commit; see `Repo.checkout_files`."""
-    return repository.read_again(
-        lambda: worktree(repository).write(
-            _reader(repository, name, exact=exact), output, progress, force=force, announce=announce
-        )
-    )
+    tree = WorkTree(repository)
+
+    def write() -> CheckedOut:
+        restorer = _reader(repository, name, exact=exact)
+        return tree.write(restorer, output, progress, announce, force=force)
+
+    return repository.read_again(write)
 
 
 def checkout_part(
     repository: Repository,
     name: ObjectId,
     part: str,
-    output: Path | None = None,
+    output: Path | None,
+    announce: Callable[[Path], object],
     *,
-    force: bool = False,
-    exact: bool = False,
-    announce: Callable[[Path], object] = quiet,
+    force: bool,
+    exact: bool,
 ) -> CheckedOut:
     """Write one part of a commit; see `Repo.checkout_part`."""
     with Targets() as looks:
@@ -125,7 +126,7 @@ def _part_target(
     """Return the target of a part: `output`, or a file beside the recorded path of the commit."""
     if output is not None:
         return looks.look(output)
-    top, below = worktree(repository).home(commit)
+    top, below = WorkTree(repository).home(commit)
     home = top / below
     stem = home.stem if commit.source != "directory" else home.name or "checkpoint"
     if below.parts:
@@ -166,11 +167,6 @@ def _reader(
     return restorer
 
 
-def worktree(repository: Repository) -> WorkTree:
-    """Return the files outside the store."""
-    return WorkTree(repository.catalog, repository.root, repository.cache / "written")
-
-
 class WorkTree:
     """The files outside the store.
 
@@ -178,8 +174,9 @@ class WorkTree:
     commit contains these hashes.
     """
 
-    def __init__(self, catalog: Catalog, root: Path, written: Path) -> None:
-        self._catalog, self._root, self._written = catalog, root, written
+    def __init__(self, repository: Repository) -> None:
+        self._catalog, self._root = repository.catalog, repository.root
+        self._written = repository.cache / "written"
 
     def home(self, commit: Commit) -> tuple[Path, PurePosixPath]:
         """Return the base folder of a commit, and the recorded path below it.
@@ -194,9 +191,9 @@ class WorkTree:
 
     def _is_recoverable(self, digest: str) -> bool:
         """Return whether a commit has a file of this hash exactly, or a checkout wrote one."""
-        if (self._written / digest).exists():
-            return True
-        return any(self._is_safe(name, digest) for name in self._commits_of(digest))
+        return (self._written / digest).exists() or any(
+            self._is_safe(name, digest) for name in self._commits_of(digest)
+        )
 
     def _commits_of(self, digest: str) -> list[ObjectId]:
         """Return the commits that contain a file with this hash."""
@@ -300,9 +297,9 @@ class WorkTree:
         restorer: Restorer,
         output: Path | None,
         progress: Progress,
+        announce: Callable[[Path], object],
         *,
         force: bool,
-        announce: Callable[[Path], object],
     ) -> CheckedOut:
         """Write the files of a commit; see `Repo.checkout_files`."""
         commit = restorer.commit
@@ -318,7 +315,11 @@ class WorkTree:
             if not force:
                 self._guard_all(restorer, target, looks)
             announce(target.path)
-            digests = self._save(restorer, target, looks, progress)
+            digests = (
+                save_directory(restorer, target, looks, progress)
+                if commit.source == "directory"
+                else [save_file(restorer, target, progress)]
+            )
         if not restorer.exact or commit.source == "state":
             for file, digest in zip(files, digests, strict=True):
                 if digest != file.hash:
@@ -342,13 +343,6 @@ class WorkTree:
                         if file.skeleton is not None and seen is not None:
                             with folder.inside(path.parent) as parent:
                                 self._guard(parent, path.name, seen, restorer, file)
-
-    def _save(
-        self, restorer: Restorer, target: Target, looks: Looks, progress: Progress
-    ) -> list[str]:
-        if restorer.commit.source == "directory":
-            return save_directory(restorer, target, looks, progress)
-        return [save_file(restorer, target, progress)]
 
     def changes(self, restorer: Restorer) -> list[tuple[str, Path]]:
         """Return the paths on disk that differ from a commit, with the kind of the difference.

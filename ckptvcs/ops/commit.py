@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ckptvcs.checkpoint.notes import unknown_floats
-from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
+from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.roles import Names
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.decode.base_cache import MemoryBase
@@ -31,13 +32,13 @@ from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError, MissingObjectError, after
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.commit import Commit
+from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.history.reachability import mark, require_packs
 from ckptvcs.history.recipe import dump_drop_record
 from ckptvcs.history.refs import HEAD, Move, check_name
-from ckptvcs.ops.config import Config
 from ckptvcs.ops.describe import Description
 from ckptvcs.ops.likeness import Scanned, compare, has_other_weights, is_gone
-from ckptvcs.ops.placement import Head, Likeness, Place, Situation, decide
+from ckptvcs.ops.placement import Likeness, Place, Situation, decide
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request, find_step
 from ckptvcs.parallel import Progress, quiet
@@ -75,16 +76,11 @@ class SharedPatchFadedError(Exception):
 def commit_path(
     repository: Repository,
     path: str | os.PathLike[str],
+    request: Request,
     *,
-    message: str,
-    step: int | None = None,
-    metrics: Mapping[str, float] | None = None,
-    codec: str | None = None,
-    branch: str | None = None,
     raw: bool = False,
     names: Names | None = None,
     files: Sequence[str] = (),
-    head_stays: bool = False,
     progress: Progress = quiet,
 ) -> CommitResult:
     """Commit a checkpoint file or a directory of files; see `Repo.commit_path`."""
@@ -93,88 +89,65 @@ def commit_path(
         raise InvalidInputError(f"{path} is part of the repository itself")
     name, inside = repository.naming(path)
     checkpoint = open_checkpoint(path, raw=raw, skip=skip, names=names, only=files)
-    return commit_checkpoint(
-        repository,
-        checkpoint,
-        name,
-        inside=inside,
-        step=step,
-        message=message,
-        metrics=metrics or {},
-        codec=codec,
-        branch=branch,
-        head_stays=head_stays,
-        progress=progress,
-    )
+    request = replace(request, checkpoint=checkpoint, path=name, inside=inside)
+    return commit_checkpoint(repository, request, progress=progress)
 
 
 def commit_checkpoint(
     repository: Repository,
-    checkpoint: Checkpoint,
-    path: str,
+    request: Request,
     *,
-    inside: bool,
-    step: int | None,
-    message: str,
-    metrics: Mapping[str, float],
-    codec: str | None,
-    branch: str | None = None,
-    head_stays: bool = False,
     progress: Progress = quiet,
     announce: Announce = quiet,
 ) -> CommitResult:
-    """Commit an open checkpoint; `announce` is called just before the branch moves.
-
-    Raises:
-        InvalidInputError: The checkpoint changed while it was read.
-        ConflictError: Another writer moved the branch meanwhile.
-        BusyError: gc is sweeping.
-        CorruptionError: An object that the commit depends on is missing or damaged.
-        StorageError: The disk is full, or fails.
-    """
-    config = repository.commit_config()
-    request = Request.of(
-        checkpoint,
-        path,
-        inside=inside,
-        message=message,
-        step=step,
-        metrics=metrics,
-        spec=repository.codec_for(codec, metrics, config),
-        branch=branch,
-        head_stays=head_stays,
-    )
-    with repository.held_base(checkpoint.kind) as held, checkpoint.kept_open():
-        result = Committer(repository, config, progress, held, announce).commit(request)
+    """Commit an open checkpoint; `announce` is called just before the branch moves."""
+    with repository.held_base(request.checkpoint.kind) as held, request.checkpoint.kept_open():
+        result = Committer(repository, request, progress, held, announce).commit()
     with after(f"commit {result.id[:8]} was made"):
         keep_reserve(repository.cache)
     return result
 
 
 class Committer:
-    """Makes one commit in a repository."""
+    """Makes one commit in a repository, with the settings and the codec of its start."""
 
     def __init__(
         self,
         repository: Repository,
-        config: Config,
+        request: Request,
         progress: Progress = quiet,
         held: MemoryBase | None = None,
         announce: Announce = quiet,
     ) -> None:
-        """Prepare a commit; `config` holds the settings of its start."""
-        self._repository, self._config = repository, config
+        """Prepare a commit, and raise the flags of the formats that it writes.
+
+        Versions of the program that lack these formats then refuse to read the repository.
+
+        Raises:
+            InvalidInputError: The codec is not known.
+            UnsupportedVersionError: A newer version forbids this version to write.
+        """
+        self._repository, self.request = repository, request
         self._catalog, self._refs = repository.catalog, repository.refs
         self._progress, self._held, self._announce = progress, held, announce
+        self._config = repository.commit_config()
+        require_flags(repository.backend, "write")
+        self.spec = self._config.codec_of(request.codec)
+        self.patched = self._config.exact_rule.wants_patch(request.metrics)
+        self._near = isinstance(self.spec.settings, NearSpec)
+        flags = ["types", "near", "near-2"] if self._near else ["types"]
+        if self.patched and self.spec.settings is not None:
+            flags.append("patches")
+        raise_flags(repository.backend, "read", *flags)
         self._move: Move | None = None  # the announced move of the branch to the commit
 
-    def commit(self, request: Request) -> CommitResult:
-        """Add one commit to the history; raises as `commit_checkpoint`."""
+    def commit(self) -> CommitResult:
+        """Add the commit to the history; raises as `Repo.commit_path`."""
         rebuilt = False
         while True:
             try:
                 with after(self._outcome):
-                    return self._commit(request)
+                    return self._commit()
             except SharedPatchFadedError:
                 continue  # the next attempt writes its own patch
             except MissingObjectError:  # after a power cut the index may be older than the packs
@@ -184,43 +157,32 @@ class Committer:
                 self._catalog.store.rebuild()
                 self._catalog.forget()
 
-    def _commit(self, request: Request) -> CommitResult:
+    def _commit(self) -> CommitResult:
         with lease(self._catalog.store.backend) as lease_name:
-            checkpoint = request.checkpoint
-            patched = self._config.exact_rule.wants_patch(request.metrics)
-            near = isinstance(request.spec.settings, NearSpec)
-            file_hashes, hashes = scan(checkpoint, self._progress, stay=near and not patched)
-            place = self.place(request, Scanned(checkpoint, file_hashes, hashes, patched))
-            base = self.base(place.parent)
-            if base is not None and place.unchanged:
-                encoded = unchanged(base, patched=patched)
-            else:
-                keyframe = (
-                    base is None
-                    or has_other_weights(self._catalog, checkpoint, base)
-                    or self.starts_keyframe(place.parent)
-                )
-                encoded = self._encode(request, base, hashes, keyframe=keyframe, patched=patched)
-            return self.complete(request, place, base, encoded, file_hashes, lease_name)
+            checkpoint = self.request.checkpoint
+            stay = self._near and not self.patched
+            file_hashes, hashes = scan(checkpoint, self._progress, stay=stay)
+            place = self.place(Scanned(checkpoint, file_hashes, hashes, self.patched))
+            encode = partial(self._encode, place.parent, hashes)
+            return self.complete(place, encode, file_hashes, lease_name)
 
-    def place(self, request: Request, scanned: Scanned | None) -> Place:
-        """Return the branch and the parent of a commit.
+    def place(self, scanned: Scanned | None) -> Place:
+        """Return the branch and the parent of the commit.
 
         Without `scanned`, the content is assumed to equal that of the parent.
         """
+        request = self.request
         head = self._refs.read(HEAD)
         following = head.branch if head else "main"
         requested = check_name(request.branch, "branch") if request.branch else None
-        branch = requested or following
-        parent: ObjectId | None = None
-        if head is not None and (requested or not head.branch):
-            parent = self._tip(head.branch) if head.branch else head.commit
+        branch, revisions = requested or following, self._repository.revisions
         situation = Situation(
             find_step(request),
             requested,
-            Head(following, self._last_branch),
+            following,
+            self._last_branch,
             self._refs.read(f"heads/{branch}") if branch else None,
-            parent,
+            revisions.head() if requested or not following else None,
             frozenset(self._refs.names("heads")),
             request.head_stays,
         )
@@ -228,16 +190,12 @@ class Committer:
         def likeness(commit: ObjectId | None) -> Likeness:
             if scanned is None:
                 return Likeness.ALL
-            return compare(self._catalog, self._repository.revisions, scanned, commit)
+            return compare(self._catalog, revisions, scanned, commit)
 
         return decide(situation, self._steps, likeness)
 
     def _steps(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, int | None]]:
         return ((commit_id, commit.step) for commit_id, commit in self._catalog.line(name))
-
-    def _tip(self, branch: str) -> ObjectId | None:
-        state = self._refs.read(f"heads/{branch}")
-        return state.commit if state else None
 
     def _last_branch(self) -> str:
         return next((g.branch for g in self._refs.readable(HEAD) if g.branch), "main")
@@ -260,16 +218,14 @@ class Committer:
         return True
 
     def _encode(
-        self,
-        request: Request,
-        base: Commit | None,
-        hashes: dict[int, bytes],
-        *,
-        keyframe: bool,
-        patched: bool,
+        self, parent: ObjectId | None, hashes: dict[int, bytes], base: Commit | None
     ) -> Encoded:
-        checkpoint = request.checkpoint
-        held = self._held if checkpoint.kind == "state" else None
+        checkpoint = self.request.checkpoint
+        keyframe = (
+            base is None
+            or has_other_weights(self._catalog, checkpoint, base)
+            or self.starts_keyframe(parent)
+        )
 
         def encode(attempt: Attempt) -> Encoded:
             return Encoder(
@@ -280,33 +236,38 @@ class Committer:
                 checkpoint,
                 dict(hashes),
                 progress=self._progress,
-                memory=held,
+                memory=self._held,
             ).encode()
 
-        first = Attempt.first(request.spec, keyframe=keyframe, patched=patched)
-        return within_bounds(first, encode)
+        return within_bounds(
+            Attempt.first(self.spec, keyframe=keyframe, patched=self.patched), encode
+        )
 
     def complete(
         self,
-        request: Request,
         place: Place,
-        base: Commit | None,
-        encoded: Encoded,
+        encode: Callable[[Commit | None], Encoded],
         file_hashes: list[str | None],
         lease_name: str,
     ) -> CommitResult:
-        """Write the commit object of the encoded tensors, and move the branch.
+        """Encode the tensors, write the commit object, and move the branch.
 
-        The caller has held the lease `lease_name` since before it chose `base`.
+        `encode` gets the base; it is not called if the checkpoint equals the base.  The caller has
+        held the lease `lease_name` since before it chose `place`.
 
         Raises:
             SharedPatchFadedError: Another writer drops an exact patch that the commit shares.
-            ConflictError, InvalidInputError, CorruptionError, StorageError: As for `commit`.
+            CkptError: As for `Repo.commit_path`.
         """
-        store = self._catalog.store
+        store, request, base = self._catalog.store, self.request, self.base(place.parent)
+        if base is not None and place.unchanged:
+            encoded = unchanged(base, patched=self.patched)
+        else:
+            encoded = encode(base)
         pack = store.new_pack("meta")
         try:
-            name, commit = Description(store, pack).add(request, place, base, encoded, file_hashes)
+            description = Description(store, pack, self.spec.name)
+            name, commit = description.add(request, place, base, encoded, file_hashes)
             fading = self._fading(name, commit, is_head=place.moves_head)
             for record in self._fader().record(fading, commit.time):
                 pack.add(Kind.RECORD, dump_drop_record(record))
@@ -322,7 +283,7 @@ class Committer:
             raise SharedPatchFadedError
         check_lease(store.backend, lease_name)
         notes = [*place.notes, *request.checkpoint.notes, *encoded.notes]
-        if request.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
+        if self.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
             notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
         self.publish(place, name, commit)
         self._check_published(place, name, lease_name)

@@ -24,8 +24,8 @@ from ckptvcs.store.pack import PackWriter
 class Description:
     """Adds one commit, and the objects that it refers to, to a meta pack."""
 
-    def __init__(self, store: ObjectStore, pack: PackWriter) -> None:
-        self._store, self._pack = store, pack
+    def __init__(self, store: ObjectStore, pack: PackWriter, codec: str) -> None:
+        self._store, self._pack, self._codec = store, pack, codec
 
     def add(
         self,
@@ -35,11 +35,7 @@ class Description:
         encoded: Encoded,
         file_hashes: list[str | None],
     ) -> tuple[ObjectId, Commit]:
-        """Add a commit and the objects that it refers to, except those in the store.
-
-        Raises:
-            InvalidInputError: The structure of the checkpoint cannot be read back.
-        """
+        """Add a commit and the objects that it refers to, except those in the store."""
         checkpoint = request.checkpoint
         schema = self._put(Kind.SCHEMA, _described(checkpoint))
         for table in encoded.tables.values():
@@ -57,7 +53,7 @@ class Description:
             step=place.step,
             message=request.message,
             metrics=dict(request.metrics),
-            codec=request.spec.name,
+            codec=self._codec,
             kind="keyframe" if keyframe else "delta",
             depth=encoded.depth,
             raw_bytes=checkpoint.size_bytes,

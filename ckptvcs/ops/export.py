@@ -11,9 +11,9 @@ from ckptvcs.decode.trajectory import export as write_commits
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Targets
 from ckptvcs.history.commit import PARTS
-from ckptvcs.history.log import Bound, LogEntry
+from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.repository import Repository
-from ckptvcs.parallel import Progress, quiet
+from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
 FORMATS = ("pt", "safetensors")
@@ -36,53 +36,6 @@ class Exported:
 
 def export(
     repository: Repository,
-    revision: str | int,
-    path: Path,
-    *,
-    form: str | None = None,
-    only: str | None = None,
-    force: bool = False,
-    progress: Progress = quiet,
-) -> Exported:
-    """Write one commit; see `Repo.export`."""
-    _check(form, only)
-    if form and path.suffix == ".safetensors" and form != "safetensors":
-        raise InvalidInputError(f"{path} has the wrong suffix for --format {form}")
-    if form == "safetensors" and path.suffix != ".safetensors":
-        path = path.with_name(f"{path.name}.safetensors")
-    names = [repository.resolve(revision)]
-    return _write(repository, names, [path], only, progress, force=force)[0]
-
-
-def export_line(
-    repository: Repository,
-    folder: Path,
-    *,
-    start: Bound = None,
-    stop: Bound = None,
-    every: int | None = None,
-    revision: str | int | None = None,
-    form: str | None = None,
-    only: str | None = None,
-    force: bool = False,
-    progress: Progress = quiet,
-) -> list[Exported]:
-    """Write each commit of a first-parent history; see `Repo.export_line`."""
-    _check(form, only)
-    names = repository.history.line(start, stop, every, revision=revision)
-    paths = [folder / name for name in _file_names(repository, names, form, only)]
-    return _write(repository, names, paths, only, progress, force=force)
-
-
-def _check(form: str | None, only: str | None) -> None:
-    if form not in (None, *FORMATS):
-        raise InvalidInputError(f"unknown format '{form}'", hint=f"use {' or '.join(FORMATS)}")
-    if only is not None and only not in PARTS:
-        raise InvalidInputError(f"unknown part '{only}'", hint=f"use {' or '.join(PARTS)}")
-
-
-def _write(
-    repository: Repository,
     names: Sequence[ObjectId],
     paths: Sequence[Path],
     only: str | None,
@@ -90,6 +43,9 @@ def _write(
     *,
     force: bool,
 ) -> list[Exported]:
+    """Write each commit to its path; see `Repo.export`."""
+    if only not in (None, *PARTS):
+        raise InvalidInputError(f"unknown part '{only}'", hint=f"use {' or '.join(PARTS)}")
     if not names:
         raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     entries = [repository.entry(name) for name in names]
@@ -102,13 +58,33 @@ def _write(
     ]
 
 
-def _file_names(
-    repository: Repository, names: Sequence[ObjectId], form: str | None, only: str | None
-) -> list[str]:
-    """Return a file name for each commit: its step, and its id if the step is not unique."""
+def _check(form: str | None) -> None:
+    if form not in (None, *FORMATS):
+        raise InvalidInputError(f"unknown format '{form}'", hint=f"use {' or '.join(FORMATS)}")
+
+
+def file_path(path: Path, form: str | None) -> Path:
+    """Return the path for a commit; the format `safetensors` adds its suffix."""
+    _check(form)
+    if form and path.suffix == ".safetensors" and form != "safetensors":
+        raise InvalidInputError(f"{path} has the wrong suffix for --format {form}")
+    if form == "safetensors" and path.suffix != ".safetensors":
+        return path.with_name(f"{path.name}.safetensors")
+    return path
+
+
+def file_paths(
+    repository: Repository,
+    names: Sequence[ObjectId],
+    folder: Path,
+    form: str | None,
+    only: str | None,
+) -> list[Path]:
+    """Return a path for each commit: its step, and its id if the step is not unique."""
+    _check(form)
     commits = [repository.catalog.commit(name) for name in names]
     steps = Counter(commit.step for commit in commits)
-    file_names = []
+    paths = []
     for name, commit in zip(names, commits, strict=True):
         stem = f"commit-{name[:8]}" if commit.step is None else f"step-{commit.step}"
         if commit.step is not None and steps[commit.step] > 1:
@@ -117,5 +93,5 @@ def _file_names(
         if form is None and all(f.format == "safetensors" for f in commit.files):
             suffix = "safetensors"
         is_directory = form is None and only is None and commit.source == "directory"
-        file_names.append(stem if is_directory else f"{stem}.{suffix}")
-    return file_names
+        paths.append(folder / (stem if is_directory else f"{stem}.{suffix}"))
+    return paths

@@ -35,14 +35,7 @@ def collect(
     rekey: bool = False,
     progress: Progress = quiet,
 ) -> GcPlan:
-    """Collect garbage; see `Repo.gc`.
-
-    Raises:
-        BusyError: A writer is running.
-        CorruptionError: A needed object is missing; nothing was deleted.
-        InvalidInputError: The rules would keep no commit.
-        StorageError: The disk fails.
-    """
+    """Collect garbage; see `Repo.gc`."""
     if rekey and not sweep:
         raise InvalidInputError("--rekey cannot be combined with --no-sweep")
     collection = _Collection(repository, replace(policy, rekey=rekey), progress, sweep, now)

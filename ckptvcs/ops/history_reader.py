@@ -128,8 +128,13 @@ class HistoryReader:
             NotFoundError: A revision names no commit, or no commit of this history.
             InvalidInputError: A revision names several commits, or `every` is below 1.
         """
-        names = self._repository.history.line(start, stop, every, revision=revision)
+        names = self._line(start, stop, every, revision)
         return [self._repository.entry(name) for name in names]
+
+    def _line(
+        self, start: Bound, stop: Bound, every: int | None, revision: str | int | None = None
+    ) -> list[ObjectId]:
+        return self._repository.history.line(start, stop, every, revision=revision)
 
     def graph(
         self, limit: int | None = None, *, revision: str | None = None
@@ -253,7 +258,7 @@ class HistoryReader:
         Raises:
             NotFoundError: The branch does not exist or has no commits, or HEAD is detached.
         """
-        return ops.undo.events(self._repository, branch)
+        return ops.refs.events(self._repository, branch)
 
     def select(self, revisions: Iterable[str | int]) -> list[ObjectId]:
         """Return the ids of the commits that revisions and ranges name, each once.

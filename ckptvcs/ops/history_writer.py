@@ -208,7 +208,7 @@ class HistoryWriter(Reader):
             ConflictError: gc has deleted the commits of the change, or another writer moved the
                 branch.
         """
-        return ops.undo.undo(self._repository)
+        return ops.refs.undo(self._repository)
 
     def rebuild_index(self) -> int:
         """Rebuild the index from the packs, and return the number of packs."""

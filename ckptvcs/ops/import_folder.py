@@ -16,13 +16,13 @@ from pathlib import Path
 
 from ckptvcs.checkpoint.survey import Found, survey
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
-from ckptvcs.files.removal import Originals
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.placement import free_name, stem
 from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.request import Request
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
@@ -155,7 +155,10 @@ class Importer:
                 self._commit(item, branches, half)
             half.fill(1)
             if item.id is not None:
-                self._verify(item, half)
+                try:
+                    self._keeper.is_exact(item.id, half)
+                except (CorruptionError, NotFoundError) as error:
+                    item.fail(error)
             half.fill(2)
             watch(item)
 
@@ -163,15 +166,9 @@ class Importer:
         found = item.found
         branch = self._branch_for(found.step, branches)
         try:
+            request = Request(found.name, found.step, codec=self._codec, branch=branch.name)
             result = commit_path(
-                self.repo,
-                found.path,
-                message=found.name,
-                step=found.step,
-                codec=self._codec,
-                branch=branch.name,
-                files=found.files,
-                progress=progress,
+                self.repo, found.path, request, files=found.files, progress=progress
             )
         except (InvalidInputError, NotFoundError, CorruptionError) as error:
             item.fail(error)
@@ -182,13 +179,6 @@ class Importer:
         item.branch, item.notes = result.branch, result.notes
         self._first[result.id] = found.name
         self._contents.add(result.id, result.commit)
-
-    def _verify(self, item: ImportItem, progress: Progress) -> None:
-        assert item.id is not None
-        try:
-            self._keeper.is_exact(item.id, progress)
-        except (CorruptionError, NotFoundError) as error:
-            item.fail(error)
 
     # -- branches ----------------------------------------------------------------------------------
 
@@ -271,13 +261,13 @@ class Importer:
         Raises:
             BusyError: gc is deleting.
         """
-        with self._keeper.at_work(), Originals(self.folder) as originals:
+        with self._keeper.removing(
+            self.folder, accept_near=accept_near, progress=progress
+        ) as remove_one:
             for item in self.items:
                 item.removal.keep_reason = self.why_kept(item, accept_near=accept_near)
                 if item.id is not None and item.removal.keep_reason is None:
-                    item.removal = self._keeper.remove(
-                        item.id, item.found.top, originals, progress, accept_near=accept_near
-                    )
+                    item.removal = remove_one(item.id, item.found.top)
                 watch(item)
 
 

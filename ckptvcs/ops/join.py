@@ -31,7 +31,7 @@ from ckptvcs.hashing import hex_hash
 from ckptvcs.history.commit import PARTS, ErrorReport
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import Schema, TensorInfo
-from ckptvcs.ops.commit import Committer, SharedPatchFadedError, unchanged
+from ckptvcs.ops.commit import Committer, SharedPatchFadedError
 from ckptvcs.ops.likeness import Scanned
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request
@@ -46,37 +46,14 @@ class DistributedCommit:
     block ends, or the process ends.
     """
 
-    def __init__(
-        self,
-        repository: Repository,
-        path: str,
-        *,
-        step: int | None = None,
-        message: str = "",
-        metrics: Mapping[str, float] | None = None,
-        codec: str | None = None,
-        branch: str | None = None,
-    ) -> None:
-        """Prepare a commit; the arguments are those of `Repo.commit_path`.
+    def __init__(self, repository: Repository, request: Request) -> None:
+        """Prepare a commit; `request` has no checkpoint yet.
 
         Raises:
-            InvalidInputError: The step, a metric, the message or the codec is not valid.
+            InvalidInputError: The codec is not known.
         """
         self._repository, self._catalog = repository, repository.catalog
-        empty = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
-        config = repository.commit_config()
-        self._request = Request.of(
-            empty,
-            path,
-            inside=True,
-            message=message,
-            step=step,
-            metrics=metrics or {},
-            spec=repository.codec_for(codec, metrics or {}, config),
-            branch=branch,
-        )
-        self._patched = config.exact_rule.wants_patch(self._request.metrics)
-        self._committer = Committer(repository, config)
+        self._committer = Committer(repository, request)
         self._stack = ExitStack()
         self.abandon = weakref.finalize(self, self._stack.close)
 
@@ -93,11 +70,11 @@ class DistributedCommit:
             BusyError: gc is sweeping.
         """
         self._lease = self._stack.enter_context(lease(self._catalog.store.backend))
-        self._begun = self._committer.place(self._request, None)
+        self._begun = self._committer.place(None)
         parent = self._begun.parent
         base = None if self._committer.base(parent) is None else parent
         keyframe = base is None or self._committer.starts_keyframe(parent)
-        return ShardPlan(base, self._request.spec, keyframe, self._patched)
+        return ShardPlan(base, self._committer.spec, keyframe, self._committer.patched)
 
     def finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
         """Commit a directory with one file for each shard; after an error, begin a new commit.
@@ -108,35 +85,29 @@ class DistributedCommit:
 
         Raises:
             ConflictError: Another writer moved the branch meanwhile.
-            InvalidInputError, CorruptionError, StorageError: As for `Committer.commit`.
+            InvalidInputError, CorruptionError, StorageError: As for `Repo.commit_path`.
         """
         with self:
             return self._finish(shards, files)
 
     def _finish(self, shards: Mapping[str, Shard], files: Mapping[str, bytes]) -> LogEntry:
         store = self._catalog.store
-        store.refresh()  # other processes have written packs
-        self._catalog.forget()
+        self._catalog.reload()  # other processes have written packs
         checkpoint, stored = _join(shards, files)
-        request = replace(self._request, checkpoint=checkpoint)
+        self._committer.request = replace(self._committer.request, checkpoint=checkpoint)
         hashes = [None] * len(shards) + [hex_hash(content) for content in files.values()]
         exact = {number: tensor.exact for number, tensor in stored.items()}
         result = None
         while result is None:
-            scanned = Scanned(checkpoint, hashes, exact, self._patched)
-            place = self._committer.place(request, scanned)
+            scanned = Scanned(checkpoint, hashes, exact, self._committer.patched)
+            place = self._committer.place(scanned)
             if place.branch == self._begun.branch and place.tip != self._begun.tip:
                 raise ConflictError(
                     f"another writer moved '{place.branch}' meanwhile", hint="save again"
                 )
-            base = self._committer.base(place.parent)
-            if base is not None and place.unchanged:
-                encoded = unchanged(base, patched=self._patched)
-            else:
-                encoded = self._encoded(checkpoint, stored, shards)
             with contextlib.suppress(SharedPatchFadedError):  # the next round writes a new patch
                 result = self._committer.complete(
-                    request, place, base, encoded, hashes, self._lease
+                    place, lambda _: self._encoded(checkpoint, stored, shards), hashes, self._lease
                 )
         with after(f"commit {result.id[:8]} was made"):
             with contextlib.suppress(CkptError):  # the next gc deletes the remaining packs
@@ -148,7 +119,7 @@ class DistributedCommit:
         self, checkpoint: Checkpoint, stored: Mapping[int, Stored], shards: Mapping[str, Shard]
     ) -> Encoded:
         infos = checkpoint.schema.tensors
-        assembly = Assembly(self._catalog, stored, patched=self._patched)
+        assembly = Assembly(self._catalog, stored, patched=self._committer.patched)
         for part in PARTS:
             row = checkpoint.schema.stored(part)
 
@@ -176,7 +147,7 @@ class DistributedCommit:
     ) -> tuple[dict[int, Errors], dict[int, ErrorReport]]:
         """Return the measured errors, and the error report of each near tensor, by position."""
         errors = {n: tensor.errors for n, tensor in stored.items() if tensor.errors is not None}
-        reports = report_tensors(errors, infos) if self._request.spec.settings else {}
+        reports = report_tensors(errors, infos) if self._committer.spec.settings else {}
         reports |= {n: tensor.known for n, tensor in stored.items() if tensor.known is not None}
         return errors, reports
 

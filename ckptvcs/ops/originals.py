@@ -15,7 +15,7 @@ tests every order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -38,7 +38,6 @@ from ckptvcs.errors import (
 from ckptvcs.files.names import safe_path
 from ckptvcs.files.removal import Originals, Proven, Removed
 from ckptvcs.gc.retention import PATCHED_PARTS
-from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.reachability import mark, require_packs
 from ckptvcs.history.refs import HEAD
@@ -80,30 +79,63 @@ class Keeper:
         """
         self._repo, self._codec = repo, codec
         repo.config.codec_of(codec)
-        self._lease: str | None = None
         self._lines: dict[ObjectId, Set[ObjectId]] = {}
         self._last = HEAD  # the ref that reached the last commit; it may reach the next one
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Keep gc away while originals are deleted, and reload what it dropped before.
+    def removing(
+        self, folder: Path, *, accept_near: bool, progress: Progress = quiet
+    ) -> Iterator[Callable[[ObjectId, str], Removal]]:
+        """Yield `remove` for the originals in a folder.
+
+        Meanwhile gc cannot delete; what it dropped before is reloaded.
+
+        Args:
+            folder: The folder of the originals.
+            accept_near: Also delete originals whose commit is only near.
+            progress: Called with the number of bytes that were hashed since its last call.
 
         Raises:
             BusyError: gc is deleting.
         """
         catalog = self._repo.catalog
         with lease(catalog.store.backend) as self._lease:
-            catalog.store.refresh()
-            catalog.forget()
-            try:
-                yield
-            finally:
-                self._lease = None
+            catalog.reload()
+            with Originals(folder) as self._originals:
+                self._accept_near, self._progress = accept_near, progress
+                yield self.remove
 
-    def is_exact(self, name: ObjectId, progress: Progress) -> bool:
-        """Verify a commit, and return whether it is exact; see `prove`."""
-        catalog, cache = self._repo.catalog, self._repo.bases
-        return prove(catalog, cache, name, self._bound(catalog.commit(name).codec), progress)
+    def is_exact(self, name: ObjectId, progress: Progress = quiet) -> bool:
+        """Restore a commit in its present form, without writing; return whether that is exact.
+
+        If exact, each file must have its committed hash.  If near, each tensor must have its
+        recorded hash, each file must open in its format, and the relative error of the weights must
+        be within the configured bound.
+
+        The cached weights of the commit itself are not used: they were cached during encoding, and
+        do not show that their frames can be read.  Those of its parent are used, against their
+        hashes, so that verifying one commit after another reads each frame once.
+
+        Raises:
+            CorruptionError: A check failed.
+            NotFoundError: The commit, or a part of it, was dropped.
+        """
+        decoded = _of_parent(self._repo, name)
+        restorer = Restorer(self._repo.catalog, name, cache=self._repo.bases, decoded=decoded.get)
+        for file in restorer.commit.files:
+            safe_path(file.path)  # a checkout refuses paths that leave its target
+            if file.skeleton is None:
+                continue
+            digest = restorer.write_file(file, lambda _: None, progress)
+            if restorer.exact and digest != file.hash:
+                raise CorruptionError(f"{file.path} is not restored bit for bit")
+            layout, numbers = restorer.layout(file)
+            if layout.format != file.format or -1 in numbers:
+                raise CorruptionError(f"{file.path} is not restored as a {file.format} file")
+        error, bound = restorer.commit.error.weight_rel, self._bound(restorer.commit.codec)
+        if not restorer.exact and bound and not error <= bound:
+            raise CorruptionError(f"weights are off by {error:.2g}, more than {bound:.2g}")
+        return restorer.exact
 
     def _bound(self, codec: str) -> float:
         """Return the configured error bound of weights that `codec` encoded; 0 for no bound."""
@@ -134,57 +166,40 @@ class Keeper:
         off = f"weights off by {error:.2g}" if error else "its weights are exact"
         return f"its commit is only near ({off})"
 
-    def remove(
-        self,
-        name: ObjectId,
-        top: str,
-        originals: Originals,
-        progress: Progress,
-        *,
-        accept_near: bool,
-    ) -> Removal:
-        """Delete the originals of a commit.  The caller is inside `at_work`.
+    def remove(self, name: ObjectId, top: str) -> Removal:
+        """Delete the originals of a commit; `removing` yields this method.
 
         The commit is restored once more in its present form, and each file is hashed once more.
         Files that differ from the commit stay, and so do all files if no ref reaches the commit.
         If the commit is exact only through an exact patch, it is pinned first, unless near is
         accepted: the patch could expire later.
 
-        `top` is the file or directory, empty for several files of the folder.  `progress` is called
-        with the number of bytes that were hashed since its last call.
+        `top` is the file or directory, empty for several files of the folder.
         """
-        done = Removal(keep_reason=self.why_kept(name, accept_near=accept_near))
+        done = Removal(keep_reason=self.why_kept(name, accept_near=self._accept_near))
         if done.keep_reason is None:
             try:
-                self._remove(name, PurePosixPath(top), originals, progress, done, accept_near)
+                self._remove(name, PurePosixPath(top), done)
             except CkptError as error:
                 done.keep_reason = error.message
         return done
 
-    def _remove(
-        self,
-        name: ObjectId,
-        top: PurePosixPath,
-        originals: Originals,
-        progress: Progress,
-        done: Removal,
-        accept_near: bool,
-    ) -> None:
-        commit = self._repo.catalog.commit(name)
+    def _remove(self, name: ObjectId, top: PurePosixPath, done: Removal) -> None:
+        commit, originals = self._repo.catalog.commit(name), self._originals
         files = list(_source_files(commit, top))
         for path, size, _ in files:
             originals.check(path, size)
         ref = self._reaching_ref(name, None)
-        pin = f"pins/{name}" if _patched(commit) and not accept_near else None
+        pin = f"pins/{name}" if _patched(commit) and not self._accept_near else None
         done.pinned = pin is not None and set_pin(self._repo, name, pinned=True)
         try:
             if pin is not None:
                 self._await_deletions(commit)
-            if not self.is_exact(name, quiet) and not accept_near:
+            if not self.is_exact(name) and not self._accept_near:
                 raise ConflictError("its exact patch expired: the commit is only near now")
-            proven = [originals.prove(path, digest, progress) for path, _, digest in files]
+            proven = [originals.prove(path, digest, self._progress) for path, _, digest in files]
             self._settle(name, commit, [ref] if pin is None else [ref, pin])
-            self._delete(name, ref, pin, originals, proven, done)
+            self._delete(name, ref, pin, proven, done)
         finally:
             if done.pinned and not done.removed:
                 done.pinned = not set_pin(self._repo, name, pinned=False)
@@ -224,8 +239,7 @@ class Keeper:
         others = [held for held in live_leases(backend) if held != self._lease]
         if not others:  # a process that deletes patches holds a lease
             return
-        catalog.store.refresh()
-        catalog.forget()
+        catalog.reload()
         exact = [part.exact for part in commit.parts.values() if part.exact is not None]
         if any(map(catalog.is_fading, exact)) and not await_others(backend, others):
             raise ConflictError("another process may delete its exact patch", hint=_AGAIN)
@@ -240,13 +254,7 @@ class Keeper:
             self._repo.refs.settle(ref)
 
     def _delete(
-        self,
-        name: ObjectId,
-        ref: str,
-        pin: str | None,
-        originals: Originals,
-        proven: list[Proven],
-        done: Removal,
+        self, name: ObjectId, ref: str, pin: str | None, proven: list[Proven], done: Removal
     ) -> None:
         """Delete files while no other process can undo the commit or its pin.
 
@@ -255,8 +263,7 @@ class Keeper:
         """
         backend = self._repo.catalog.store.backend
         with turn(backend):
-            if self._lease is not None:
-                check_lease(backend, self._lease)
+            check_lease(backend, self._lease)
             self._repo.catalog.forget_drops()
             current = self._reaching_ref(name, pin if done.pinned else None)
             state = self._repo.refs.read(pin) if pin is not None else None
@@ -266,7 +273,7 @@ class Keeper:
                 self._repo.refs.settle(current)
             backend.settle_seen()
             for file in proven:
-                done.removed.append(originals.delete(file))
+                done.removed.append(self._originals.delete(file))
 
 
 def _source_files(commit: Commit, top: PurePosixPath) -> Iterator[tuple[PurePosixPath, int, str]]:
@@ -289,43 +296,9 @@ def _patched(commit: Commit) -> set[str]:
     return {name for name, part in commit.parts.items() if part.exact is not None}
 
 
-def prove(catalog: Catalog, cache: Path, name: ObjectId, bound: float, progress: Progress) -> bool:
-    """Restore a commit in its present form, without writing; return whether that is exact.
-
-    If exact, each file must have its committed hash.  If near, each tensor must have its recorded
-    hash, each file must open in its format, and the relative error of the weights must be within
-    `bound` (0 for no bound).
-
-    The cached weights of the commit itself are not used: they were cached during encoding, and do
-    not show that their frames can be read.  Those of its parent are used, against their hashes, so
-    that verifying one commit after another reads each frame once.
-
-    Raises:
-        CorruptionError: A check failed.
-        NotFoundError: The commit, or a part of it, was dropped.
-    """
-    restorer = Restorer(catalog, name, cache=cache, decoded=_of_parent(catalog, cache, name).get)
-    for file in restorer.commit.files:
-        safe_path(file.path)  # a checkout refuses paths that leave its target
-        if file.skeleton is None:
-            continue
-        digest = restorer.write_file(file, lambda _: None, progress)
-        if restorer.exact and digest != file.hash:
-            raise CorruptionError(f"{file.path} is not restored bit for bit")
-        layout, numbers = restorer.layout(file)
-        if layout.format != file.format or -1 in numbers:
-            raise CorruptionError(f"{file.path} is not restored as a {file.format} file")
-    error = restorer.commit.error.weight_rel
-    if not restorer.exact and bound and not error <= bound:
-        raise CorruptionError(f"weights are off by {error:.2g}, more than {bound:.2g}")
-    return restorer.exact
-
-
-def _of_parent(
-    catalog: Catalog, cache: Path, name: ObjectId
-) -> dict[ObjectId, DecodedTable | None]:
+def _of_parent(repo: Repository, name: ObjectId) -> dict[ObjectId, DecodedTable | None]:
     """Return the cached weights of a commit's parent, if any."""
-    commit = catalog.commit(name)
+    catalog, commit = repo.catalog, repo.catalog.commit(name)
     model = commit.parts.get("model")
     for parent in commit.parents[:1]:
         with contextlib.suppress(MissingObjectError):  # gc may have deleted it
@@ -333,7 +306,7 @@ def _of_parent(
             state, schema = base.parts.get("model"), catalog.schema(base.schema)
             if state is not None and (model is None or state.values != model.values):
                 infos = [schema.tensors[number] for number in schema.stored("model")]
-                return {state.values: find_decoded(catalog, cache, None, state.values, infos)}
+                return {state.values: find_decoded(catalog, repo.bases, None, state.values, infos)}
     return {}
 
 
@@ -375,7 +348,7 @@ class Contents:
         """Forget the content of a file or directory that changed."""
         self._content.pop(name, None)
 
-    def find(self, found: Found, progress: Progress) -> ObjectId | None:
+    def find(self, found: Found, progress: Progress = quiet) -> ObjectId | None:
         """Return the commit that contains a checkpoint, or None.
 
         A file is hashed only if its size matches a commit.  If only some files of a checkpoint are

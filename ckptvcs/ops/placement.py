@@ -32,24 +32,18 @@ class Likeness(Enum):
 
 
 @dataclass(frozen=True)
-class Head:
-    """The branch of HEAD (None if detached); `last_branch` returns the one that HEAD left."""
-
-    branch: str | None
-    last_branch: Callable[[], str] = lambda: "main"
-
-
-@dataclass(frozen=True)
 class Situation:
     """The facts that a decision depends on.
 
-    `wanted` is the branch that the user named.  `tip` is the newest version of that branch,
-    otherwise of HEAD's branch.  `parent` is the parent if `tip` holds no commit.
+    `wanted` is the branch that the user named.  `following` is the branch of HEAD (None if
+    detached), and `last_branch` returns the one that HEAD left.  `tip` is the newest version of
+    `wanted`, otherwise of `following`.  `parent` is the parent if `tip` holds no commit.
     """
 
     step: int | None
     wanted: str | None
-    head: Head
+    following: str | None
+    last_branch: Callable[[], str]
     tip: Generation | None
     parent: ObjectId | None
     branches: Collection[str]
@@ -73,13 +67,13 @@ def decide(
     situation: Situation, line: Line, likeness: Callable[[ObjectId | None], Likeness]
 ) -> Place:
     """Return where a commit goes; `likeness` compares the checkpoint with a commit."""
-    head, step, tip = situation.head, situation.step, situation.tip
-    asked = situation.wanted or head.branch
+    step, tip = situation.step, situation.tip
+    asked = situation.wanted or situation.following
     notes: list[str] = []
     parent = tip.commit if tip is not None and tip.commit is not None else situation.parent
     branch = asked
     if branch is None:
-        branch, tip = free_name(head.last_branch(), situation.branches), None
+        branch, tip = free_name(situation.last_branch(), situation.branches), None
         notes.append(f"HEAD was at an older commit: started branch '{branch}'")
     alike = likeness(parent)
     last_step = _step_of(parent, line)
@@ -93,7 +87,7 @@ def decide(
             f"step {step} is not above step {last_step}: started branch '{branch}' {origin}"
         )
     stays = situation.head_stays and branch != asked
-    moves_head = situation.wanted is None or head.branch == situation.wanted
+    moves_head = situation.wanted in (None, situation.following)
     return Place(
         step, branch, tip, parent, moves_head and not stays, alike is Likeness.ALL, tuple(notes)
     )

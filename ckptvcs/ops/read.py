@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptvcs.decode import trajectory
 from ckptvcs.decode.part_reader import PartReader
-from ckptvcs.history.log import Bound, LogEntry
+from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import ObjectId
 
@@ -26,29 +26,17 @@ def tensor(repository: Repository, name: str, at: str | int) -> Any:
 
 
 def states(
-    repository: Repository,
-    select: str | Sequence[str] | None,
-    start: Bound,
-    stop: Bound,
-    every: int | None,
-    revision: str | int | None,
+    repository: Repository, names: Sequence[ObjectId], select: str | Sequence[str] | None
 ) -> Iterator[tuple[LogEntry, Any]]:
-    """Yield the states of a first-parent history, oldest first; see `Repo.trajectory`."""
+    """Yield the states of some commits; see `Repo.trajectory`."""
     globs = [select] if isinstance(select, str) else select
-    names = repository.history.line(start, stop, every, revision=revision)
     return _with_entries(repository, trajectory.states(repository.catalog, names, globs))
 
 
 def series(
-    repository: Repository,
-    name: str,
-    start: Bound,
-    stop: Bound,
-    every: int | None,
-    revision: str | int | None,
+    repository: Repository, names: Sequence[ObjectId], name: str
 ) -> Iterator[tuple[LogEntry, Any]]:
-    """Yield one tensor along a first-parent history, oldest first; see `Repo.series`."""
-    names = repository.history.line(start, stop, every, revision=revision)
+    """Yield one tensor of some commits; see `Repo.series`."""
     return _with_entries(repository, trajectory.series(repository.catalog, names, name))
 
 

@@ -122,14 +122,9 @@ class Reader(HistoryReader):
             ConflictError: A file would be lost, or `exact` is set and the commit is near.
             CorruptionError: A file does not have its recorded hash; no file was replaced.
         """
+        name, target = self.resolve(revision), None if output is None else Path(output)
         return ops.checkout.checkout_files(
-            self._repository,
-            self.resolve(revision),
-            _path(output),
-            force=force,
-            exact=exact,
-            progress=progress,
-            announce=announce,
+            self._repository, name, target, progress, announce, force=force, exact=exact
         )
 
     def checkout_part(
@@ -162,14 +157,9 @@ class Reader(HistoryReader):
             ConflictError: The file exists and `force` is not set, or `exact` is set and the part is
                 near.
         """
+        name, target = self.resolve(revision), None if output is None else Path(output)
         return ops.checkout.checkout_part(
-            self._repository,
-            self.resolve(revision),
-            part,
-            _path(output),
-            force=force,
-            exact=exact,
-            announce=announce,
+            self._repository, name, part, target, announce, force=force, exact=exact
         )
 
     def export(
@@ -200,15 +190,8 @@ class Reader(HistoryReader):
             InvalidInputError: The format or the part is not known.
             ConflictError: The file exists and `force` is not set.
         """
-        return ops.export.export(
-            self._repository,
-            revision,
-            Path(path),
-            form=form,
-            only=only,
-            force=force,
-            progress=progress,
-        )
+        names, paths = [self.resolve(revision)], [ops.export.file_path(Path(path), form)]
+        return ops.export.export(self._repository, names, paths, only, progress, force=force)[0]
 
     def export_line(
         self,
@@ -244,18 +227,9 @@ class Reader(HistoryReader):
             InvalidInputError: The format or the part is not known.
             ConflictError: A file exists and `force` is not set.
         """
-        return ops.export.export_line(
-            self._repository,
-            Path(folder),
-            start=start,
-            stop=stop,
-            every=every,
-            revision=revision,
-            form=form,
-            only=only,
-            force=force,
-            progress=progress,
-        )
+        names = self._line(start, stop, every, revision)
+        paths = ops.export.file_paths(self._repository, names, Path(folder), form, only)
+        return ops.export.export(self._repository, names, paths, only, progress, force=force)
 
     def average(
         self,
@@ -287,8 +261,9 @@ class Reader(HistoryReader):
             InvalidInputError: A weight does not have the same shape and type in all commits.
             ConflictError: The file exists and `force` is not set.
         """
+        names = self._line(start, stop, every)
         return ops.average.average(
-            self._repository, start, stop, Path(path), every=every, force=force, progress=progress
+            self._repository.catalog, names, Path(path), progress, force=force
         )
 
     def trajectory(
@@ -327,7 +302,8 @@ class Reader(HistoryReader):
             >>> for entry, state in reader.trajectory("model.*.weight", every=1000):
             ...     print(entry.step, {name: tensor.norm() for name, tensor in state.items()})
         """
-        return ops.read.states(self._repository, select, start, stop, every, revision)
+        names = self._line(start, stop, every, revision)
+        return ops.read.states(self._repository, names, select)
 
     def tensor(self, name: str, at: str | int = "HEAD") -> Any:
         """Return one tensor of a commit; no other tensor is decoded.
@@ -384,7 +360,8 @@ class Reader(HistoryReader):
             NotFoundError: A revision names no commit of this history, or no commit has the tensor.
             InvalidInputError: Several tensors match, or `every` is below 1.
         """
-        return ops.read.series(self._repository, name, start, stop, every, revision)
+        names = self._line(start, stop, every, revision)
+        return ops.read.series(self._repository, names, name)
 
     def bisect(
         self,
@@ -430,7 +407,8 @@ class Reader(HistoryReader):
             judge = ops.bisect.choose_judge(
                 self._repository, command, metric, above, below, nan=nan
             )
-        return ops.bisect.search(self._repository, good, bad, judge, watch)
+        first, last = self.resolve(good), self.resolve(bad)
+        return ops.bisect.search(self._repository, first, last, judge, watch)
 
     def verify(self, progress: Progress = quiet, *, subset: str | None = None) -> VerifyReport:
         """Check that every commit can be restored, bit for bit.
@@ -449,7 +427,3 @@ class Reader(HistoryReader):
             InvalidInputError: `subset` is not valid.
         """
         return ops.verify.verify(self._repository, progress, subset=subset)
-
-
-def _path(output: PathLike | None) -> Path | None:
-    return None if output is None else Path(output)

@@ -1,4 +1,4 @@
-"""Create, move and delete branches, tags, pins and HEAD."""
+"""Create, move and delete branches, tags, pins and HEAD; list and undo their moves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ckptvcs.errors import ConflictError, NotFoundError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.format_file import raise_flags
 from ckptvcs.history.log import LogEntry
+from ckptvcs.history.reflog import Past, ReflogEvent, Undone
 from ckptvcs.history.refs import HEAD, check_name
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import ObjectId
@@ -164,3 +165,14 @@ def set_pin(repository: Repository, name: ObjectId, *, pinned: bool) -> bool:
         action, commit = ("pin", name) if pinned else ("unpin", None)
         refs.publish(ref, old, commit=commit, time=now(), action=action)
     return True
+
+
+def events(repository: Repository, branch: str | None) -> list[ReflogEvent]:
+    """Return the reflog of a branch, newest first; see `Repo.reflog`."""
+    return Past(repository.catalog, repository.refs).events(branch)
+
+
+def undo(repository: Repository) -> Undone:
+    """Undo the last move of HEAD's branch, or the last drop; see `Repo.undo`."""
+    with repository.leading_to(None):
+        return Past(repository.catalog, repository.refs).undo(now())

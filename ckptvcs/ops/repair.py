@@ -82,11 +82,7 @@ class Repairer:
         self.done = Repaired()
 
     def run(self, other: Copy | None, *, drop: bool) -> Repaired:
-        """Repair with the objects of `other`; with `drop`, then drop everything that is lost.
-
-        Raises:
-            StorageError: The repository cannot be written.
-        """
+        """Repair with the objects of `other`; with `drop`, then drop everything that is lost."""
         self._find_damaged()
         self._remember(Kind.COMMIT, Kind.RECORD, Kind.NOTE)
         self._salvage()
@@ -242,8 +238,7 @@ class Repairer:
             writer.publish(file)
         finally:
             writer.abort()
-        store.refresh()
-        self._catalog.forget()
+        self._catalog.reload()
         self.done.from_copy += len(store.entries(pack, folder))
 
     def _lost(self) -> set[ObjectId]:
@@ -392,12 +387,6 @@ def repair(folder: Path, source: Path | None, *, drop: bool) -> Repaired:
     """Repair the repository in `folder`, with the one in `source` if given.
 
     With `drop`, drop everything that is lost.  The files that opening needs are repaired first.
-
-    Raises:
-        BusyError: Another process works in the repository.
-        CorruptionError: The repository still cannot be opened.
-        UnsupportedVersionError: The repository belongs to a newer version.
-        StorageError: The repository cannot be written.
     """
     backend = Repository.backend_at(folder)
     files = _repair_files(folder, backend, source, drop=drop)

@@ -76,11 +76,7 @@ class RefRepairer:
         self.inferred: dict[str, str | None] = {}
 
     def run(self, *, drop: bool) -> None:
-        """Repair the refs; with `drop`, also those that can only be set back.
-
-        Raises:
-            StorageError: The repository cannot be written.
-        """
+        """Repair the refs; with `drop`, also those that can only be set back."""
         newest = {ref: self._refs.last(ref) for ref in self._refs.every()}
         last = {HEAD: 1} | {ref: number for ref, number in newest.items() if number}
         if self._other is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -28,8 +28,6 @@ from ckptvcs.history.format_file import (
     check_format,
     is_repository,
     new_format,
-    raise_flags,
-    require_flags,
     write_format,
 )
 from ckptvcs.history.log import History, LogEntry
@@ -46,7 +44,6 @@ from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.reserve import keep_reserve
 
 if TYPE_CHECKING:
-    from ckptvcs.codec.spec import CodecSpec
     from ckptvcs.decode.base_cache import MemoryBase
     from ckptvcs.decode.commit_reader import Restorer
 
@@ -150,11 +147,6 @@ class Repository:
         return cls(folder, backend)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open the repository in DIR or DIR/.ckpt; see `HistoryReader.open`."""
-        return cls(cls.locate(path))
-
-    @classmethod
     def exists(cls, folder: Path) -> bool:
         """Return whether `folder` is the folder of a repository."""
         return is_repository(cls.backend_at(folder))
@@ -207,18 +199,19 @@ class Repository:
     def held_base(self, kind: str) -> Iterator[MemoryBase | None]:
         """Lend the decoded weights of the last state, which stay in memory, to one commit.
 
-        Yields None if a commit of another thread uses them.  `kind` is that of the checkpoint.
+        Yields None if the `kind` of the checkpoint is not `state`, or if a commit of another thread
+        uses them.
         """
         from ckptvcs.decode.base_cache import MemoryBase  # noqa: PLC0415  needs numpy
 
-        if kind == "state" and self._held is None:
-            self._held = MemoryBase()
-        acquired = self._holder.acquire(blocking=False)
+        if kind != "state" or not self._holder.acquire(blocking=False):
+            yield None
+            return
         try:
-            yield self._held if acquired else None
+            self._held = MemoryBase() if self._held is None else self._held
+            yield self._held
         finally:
-            if acquired:
-                self._holder.release()
+            self._holder.release()
 
     def read_again(self, read: Callable[[], T]) -> T:
         """Call `read`, and call it again if an object is missing.
@@ -228,8 +221,7 @@ class Repository:
         try:
             return read()
         except MissingObjectError:
-            self.catalog.store.refresh()
-            self.catalog.forget()
+            self.catalog.reload()
             return read()
 
     def naming(self, path: Path) -> tuple[str, bool]:
@@ -249,27 +241,6 @@ class Repository:
         """Return a commit as the log shows it."""
         return self.history.entry(name, branch=branch, tags=tags)
 
-    def codec_for(
-        self, codec: str | None, metrics: Mapping[str, float], config: Config
-    ) -> CodecSpec:
-        """Return the codec for a commit, and raise the flags of the formats that it writes.
-
-        Versions of the program that lack these formats then refuse to read the repository.
-
-        Raises:
-            InvalidInputError: The codec is not known.
-            UnsupportedVersionError: A newer version forbids this version to write.
-        """
-        from ckptvcs.codec.spec import NearSpec  # noqa: PLC0415  needs numpy
-
-        require_flags(self.backend, "write")
-        spec = config.codec_of(codec)
-        flags = ["types", *(["near", "near-2"] if isinstance(spec.settings, NearSpec) else [])]
-        if spec.settings is not None and config.exact_rule.wants_patch(metrics):
-            flags.append("patches")
-        raise_flags(self.backend, "read", *flags)
-        return spec
-
     @contextmanager
     def leading_to(self, name: ObjectId | None) -> Iterator[None]:
         """Check that a commit exists and is durable, and keep it while the caller moves a ref.
@@ -281,8 +252,7 @@ class Repository:
             NotFoundError: The commit was dropped or deleted.
         """
         with lease(self.backend):
-            self.catalog.store.refresh()
-            self.catalog.forget()
+            self.catalog.reload()
             if name is not None:
                 self.revisions.require_durable(name)
             with turn(self.backend):

@@ -3,83 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ckptvcs.checkpoint.conventions import step_in_name, step_in_text
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.state import STATE_FILE, Copies, state_checkpoint
-from ckptvcs.codec.spec import CodecSpec
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.schema import Schema
 from ckptvcs.ops.arguments import plain_message, plain_metrics, plain_step
 
+EMPTY = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
 
-@dataclass(frozen=True)
+
+@dataclass
 class Request:
-    """A checkpoint to commit under the name `path`.
+    """A checkpoint to commit under the name `path`, with validated arguments.
 
     `inside` says that `path` is relative to the repository's directory.  With `head_stays`, HEAD
-    does not move to a branch that this commit starts.
+    does not move to a branch that this commit starts.  `checkpoint` is set later if it is not at
+    hand: another process may read it.
     """
 
-    checkpoint: Checkpoint
-    path: str
-    inside: bool
-    message: str
-    step: int | None
-    metrics: Mapping[str, float]
-    spec: CodecSpec
+    message: str = ""
+    step: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    codec: str | None = None
     branch: str | None = None
     head_stays: bool = False
+    checkpoint: Checkpoint = EMPTY
+    path: str = STATE_FILE
+    inside: bool = True
 
-    @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        path: str,
-        *,
-        inside: bool,
-        message: object,
-        step: object,
-        metrics: Mapping[Any, object],
-        spec: CodecSpec,
-        branch: str | None,
-        head_stays: bool = False,
-    ) -> Request:
-        """Return a request with validated arguments.
+    def __post_init__(self) -> None:
+        """Convert the arguments to plain types.
 
         Raises:
             InvalidInputError: The step, a metric or the message is not valid.
         """
-        return cls(
-            checkpoint,
-            path,
-            inside,
-            plain_message(message),
-            plain_step(step),
-            plain_metrics(metrics),
-            spec,
-            branch,
-            head_stays,
-        )
-
-
-def plain(
-    step: object, message: object, metrics: Mapping[Any, object], codec: str | None
-) -> dict[str, Any]:
-    """Return the validated arguments for the commit of a state, as `commit_checkpoint` takes them.
-
-    Raises:
-        InvalidInputError: The step, a metric or the message is not valid.
-    """
-    return {
-        "path": STATE_FILE,
-        "inside": True,
-        "step": plain_step(step),
-        "message": plain_message(message),
-        "metrics": plain_metrics(metrics),
-        "codec": codec,
-    }
+        self.message = plain_message(self.message)
+        self.step, self.metrics = plain_step(self.step), plain_metrics(self.metrics)
 
 
 def find_step(request: Request) -> int | None:
@@ -102,11 +65,7 @@ def gather_state(
     extra: Mapping[str, object] | None,
     copies: Copies | None = None,
 ) -> Checkpoint:
-    """Return a checkpoint of a state, or of a model and its optimizers; see `Repo.commit`.
-
-    Raises:
-        InvalidInputError: Both or neither are given.
-    """
+    """Return a checkpoint of a state, or of a model and its optimizers; see `Repo.commit`."""
     from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415
 
     if (state is ...) == (model is None and optimizer is None):

@@ -85,11 +85,11 @@ def forms(repository: Repository, name: ObjectId) -> list[str]:
 
 def status(repository: Repository) -> Status:
     """Compare the files on disk with HEAD; see `Repo.status`."""
-    from ckptvcs.ops.checkout import worktree  # noqa: PLC0415  needs numpy
+    from ckptvcs.ops.checkout import WorkTree  # noqa: PLC0415  needs numpy
 
     head, name = repository.head(), repository.revisions.head()
     branch = head.branch if head else None
     if name is None:
         return Status(branch, None, None, ())
-    changes = worktree(repository).changes(repository.restorer(name))
+    changes = WorkTree(repository).changes(repository.restorer(name))
     return Status(branch, name, repository.catalog.commit(name).step, tuple(changes))

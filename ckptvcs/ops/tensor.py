@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptvcs.codec.words import to_float32, to_float64
+from ckptvcs.codec.dtypes import DTYPES
+from ckptvcs.codec.words import to_float32, to_float64, word_type
 from ckptvcs.decode.part_reader import PartReader, write_whole
 from ckptvcs.decode.trajectory import find_tensor
 from ckptvcs.errors import InvalidInputError
@@ -85,22 +86,17 @@ class TensorView:
 def _numbers(reader: PartReader, window: Any) -> Any:
     """Return the values of a tensor as a numpy array; float32 if numpy lacks their type."""
     data, view = reader.window(window), window[1]
-    dtype = view.dtype
-    if dtype == "BF16":
-        flat: Any = to_float32(np.frombuffer(data, np.uint16), dtype)
-    elif dtype == "C32":
-        flat = np.frombuffer(data, np.float16).astype(np.float32).view(np.complex64)
-    elif dtype == "F4":  # two values in a byte
-        pairs = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
-        return pairs.reshape(*view.shape[:-1], 2 * (view.shape or (1,))[-1])
-    elif dtype.startswith("F8"):
-        flat = to_float64(np.frombuffer(data, np.uint8), dtype).astype(np.float32)
-    else:
-        kinds = {"F": "f", "I": "i", "U": "u", "C": "c", "B": "b"}
-        size = 1 if dtype == "BOOL" else int(dtype[1:]) // 8
-        kind = "?" if dtype == "BOOL" else kinds[dtype[0]]
-        flat = np.frombuffer(data, np.dtype("?" if kind == "?" else f"<{kind}{size}"))
-    return flat.reshape(view.shape)
+    dtype, shape = DTYPES[view.dtype], view.shape
+    if dtype.numpy:
+        return np.frombuffer(data, dtype.numpy).reshape(shape)
+    words = np.frombuffer(data, word_type(dtype.word))
+    if dtype.name == "C32":
+        return words.view(np.float16).astype(np.float32).view(np.complex64).reshape(shape)
+    if dtype.name == "BF16":
+        return to_float32(words, "BF16").reshape(shape)
+    if dtype.name == "F4":  # two values in a byte
+        shape = (*shape[:-1], 2 * (shape or (1,))[-1])
+    return to_float64(words, dtype.name).astype(np.float32).reshape(shape)
 
 
 def _statistics(values: Any) -> dict[str, float | None]:

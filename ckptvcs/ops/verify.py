@@ -30,7 +30,6 @@ from ckptvcs.history.commit import Commit
 from ckptvcs.history.format_file import FOLDERS, check_seal
 from ckptvcs.history.note import load_note
 from ckptvcs.history.reachability import mark
-from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.ops.config import load_config
@@ -115,16 +114,11 @@ class Verifier:
     """Verifies one repository, or as much as a budget allows; the longest unchecked first."""
 
     def __init__(
-        self,
-        catalog: Catalog,
-        refs: Refs,
-        cache: Path,
-        progress: Progress,
-        budget: Budget | None = None,
+        self, repository: Repository, catalog: Catalog, progress: Progress, budget: Budget | None
     ) -> None:
         """`catalog` is the catalog of `packs_alone`."""
-        self._catalog, self._refs, self._cache = catalog, refs, cache
-        self._progress, self._budget = progress, budget
+        self._catalog, self._refs, self._cache = catalog, repository.refs, repository.cache
+        self._store, self._progress, self._budget = repository.catalog.store, progress, budget
         self._proven: set[tuple[ObjectId, tuple[str, ...]]] = set()  # hash table, element types
         self._harmed: dict[
             tuple[ObjectId, str | None], set[str]
@@ -141,11 +135,8 @@ class Verifier:
             self._harmed.setdefault((commit, None), set())
         return damage
 
-    def run(self, index: ObjectStore | None = None) -> VerifyReport:
-        """Check everything; damage is collected, not raised.
-
-        The index of the store `index` is compared with the packs.
-        """
+    def run(self) -> VerifyReport:
+        """Check everything; damage is collected, not raised."""
         with scratch_folder("ckpt-verify-") as folder:
             self._recent = RecentTables(folder)
             self._chain = ChainReader(self._catalog, self._recent.get)
@@ -166,8 +157,8 @@ class Verifier:
             self._twice(self._notes)
             self._attribute()
             self._bases()
-            if index is not None and not self.report.damage:
-                self._index(index)
+            if not self.report.damage:
+                self._index(self._store)
             self.report.unchecked = len(sizes) - len(done)
             checked.note(done)
         return self.report
@@ -178,8 +169,7 @@ class Verifier:
         result = look()
         if len(self.report.damage) > len(before[0].damage):
             self.report, self._harmed = before
-            self._catalog.store.refresh()
-            self._catalog.forget()
+            self._catalog.reload()
             self._recent.clear()
             result = look()
         return result
@@ -432,15 +422,10 @@ class Verifier:
 def verify(
     repository: Repository, progress: Progress = quiet, *, subset: str | None = None
 ) -> VerifyReport:
-    """Verify that every commit can be restored; see `Repo.verify`.
-
-    Raises:
-        InvalidInputError: The form of `subset` is unknown.
-    """
+    """Verify that every commit can be restored; see `Repo.verify`."""
     budget = None if subset is None else Budget.parse(subset)
     with packs_alone(repository.catalog) as catalog:
-        verifier = Verifier(catalog, repository.refs, repository.cache, progress, budget)
-        return verifier.run(repository.catalog.store)
+        return Verifier(repository, catalog, progress, budget).run()
 
 
 def why_unopened(folder: Path, error: CkptError) -> CorruptionError | None:

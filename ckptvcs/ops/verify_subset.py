@@ -44,11 +44,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit: a share of all bytes, or bytes, or seconds; exactly one is set."""
+    """A limit: a share of all bytes (`%`), or bytes (`K` ... `T`), or a time (`s`, `m`, `h`)."""
 
-    share: float | None = None
-    bytes: float | None = None
-    seconds: float | None = None
+    number: float
+    unit: str
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -62,22 +61,17 @@ class Budget:
             raise InvalidInputError(
                 f"invalid --subset '{text}'", hint="use a form such as 5%, 10G or 15m"
             )
-        number, unit = float(match[1]), match[2]
-        if unit == "%":
-            return cls(share=number / 100)
-        if unit in _BYTES:
-            return cls(bytes=number * _BYTES[unit])
-        return cls(seconds=number * _SECONDS[unit])
+        return cls(float(match[1]), match[2])
 
     def choose(self, checked: Checked, sizes: Mapping[str, int]) -> Iterator[str]:
         """Yield what to check, the longest unchecked first; at least one."""
         order = sorted(sizes, key=lambda name: checked.times.get(name, 0.0))
-        room = self.bytes if self.share is None else self.share * sum(sizes.values())
+        units = {"%": sum(sizes.values()) / 100} | _BYTES | _SECONDS
+        limit, is_time = self.number * units[self.unit], self.unit in _SECONDS
         started, taken = time.monotonic(), 0
         for name in order:
-            if taken and room is not None and taken + sizes[name] > room:
-                return
-            if taken and self.seconds is not None and time.monotonic() - started > self.seconds:
+            used = time.monotonic() - started if is_time else taken + sizes[name]
+            if taken and used > limit:
                 return
             taken += max(1, sizes[name])
             yield name

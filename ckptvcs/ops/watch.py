@@ -23,12 +23,11 @@ from pathlib import Path
 from ckptvcs.checkpoint.conventions import HF_FIRST, HF_LAST, is_alias
 from ckptvcs.checkpoint.survey import Found, candidates, survey
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
-from ckptvcs.files.removal import Originals
 from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.request import Request
 from ckptvcs.ops.series import Lines
-from ckptvcs.parallel import quiet
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 
@@ -164,7 +163,7 @@ class Watcher:
         return frozenset(
             entry
             for name, (signature, _) in self._since.items()
-            if name not in self._done or self._done[name].signature != signature
+            if not self._is_done(name, signature)
             for entry in self._files[name]
         )
 
@@ -199,8 +198,7 @@ class Watcher:
         settled = {
             name: signature
             for name, (signature, since) in self._since.items()
-            if now - since >= self._settle
-            and (name not in self._done or self._done[name].signature != signature)
+            if now - since >= self._settle and not self._is_done(name, signature)
         }
         if settled:
             self._written = set(_open_for_writing(self._folder))
@@ -210,6 +208,9 @@ class Watcher:
                 if self._written.isdisjoint(self._files[name])
             }
         return settled
+
+    def _is_done(self, name: str, signature: Signature) -> bool:
+        return name in self._done and self._done[name].signature == signature
 
     def _signatures(self) -> Iterator[tuple[str, Signature]]:
         self._files = candidates(self._folder, self._pattern, real_path(self._repo.folder))
@@ -246,21 +247,13 @@ class Watcher:
         try:
             contents = self._history()
             contents.forget(found.name)
-            commit = contents.find(found, quiet)
+            commit = contents.find(found)
             if commit is None:
                 if found.problem is not None:
                     raise found.problem
-                branch, head_stays = self._lines.branch_for(found.name)
-                result = commit_path(
-                    self._repo,
-                    found.path,
-                    message=found.name,
-                    step=found.step,
-                    codec=self._codec,
-                    branch=branch,
-                    files=found.files,
-                    head_stays=head_stays,
-                )
+                branch, stays = self._lines.branch_for(found.name)
+                request = Request(found.name, found.step, {}, self._codec, branch, stays)
+                result = commit_path(self._repo, found.path, request, files=found.files)
                 self._lines.add(found.name, result)
                 contents.add(result.id, result.commit)
                 commit = result.id
@@ -289,9 +282,13 @@ class Watcher:
         return self._contents
 
     def _report(self, name: str, step: int | None, error: CkptError) -> Iterator[WatchEvent]:
-        if self._told.get(name) != error.message:
-            self._told[name] = error.message
+        if self._is_news(name, error.message):
             yield WatchEvent(name, step, problem=error)
+
+    def _is_news(self, name: str, text: str) -> bool:
+        """Return whether the last report about a checkpoint was another one."""
+        before, self._told[name] = self._told.get(name), text
+        return text != before
 
     # -- remove --------------------------------------------------------------------------------
 
@@ -323,20 +320,16 @@ class Watcher:
             kept = self._keeper.why_kept(commit, accept_near=self._accept_near)
             if kept is None:
                 removable.append((found, commit))
-            elif self._told.get(found.name) != kept:
-                self._told[found.name] = kept
+            elif self._is_news(found.name, kept):
                 yield WatchEvent(found.name, found.step, commit, removal=Removal(keep_reason=kept))
         if not removable:
             return
         try:
-            with self._keeper.at_work(), Originals(self._folder) as originals:
+            with self._keeper.removing(self._folder, accept_near=self._accept_near) as remove:
                 for found, commit in removable:
-                    gone = self._keeper.remove(
-                        commit, found.top, originals, quiet, accept_near=self._accept_near
-                    )
-                    if gone.keep_reason is None or self._told.get(found.name) != gone.keep_reason:
-                        self._told[found.name] = gone.keep_reason or ""
-                        yield WatchEvent(found.name, found.step, commit, removal=gone)
+                    done = remove(commit, found.top)
+                    if self._is_news(found.name, done.keep_reason or "") or not done.keep_reason:
+                        yield WatchEvent(found.name, found.step, commit, removal=done)
         except BusyError:
             return  # try again at the next look
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ckptvcs.codec import frame
 from ckptvcs.codec.codes import get_codes
-from ckptvcs.codec.frame import slice_counts
+from ckptvcs.codec.frame import slice_size
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
@@ -60,8 +60,8 @@ def count_bytes(repo: Repo, name: ObjectId) -> tuple[Counter[str], list[float]]:
         stored = schema.stored(part)
         for position, number in enumerate(stored):
             bundle, row = handle(repo).catalog.frame(state.values, position)
-            counts = slice_counts(schema.tensors[number].words)
-            for (offset, length, _), count in zip(row.slices, counts, strict=True):
+            for index, (offset, length, _) in enumerate(row.slices):
+                count = slice_size(schema.tensors[number].words, index)
                 data = bytes(store.read_region(bundle, offset, length))
                 at = codes_at(data)
                 if at is not None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from ckptvcs import CkptError, InvalidInputError, Repo, StorageError
+from ckptvcs import CkptError, InvalidInputError, LogEntry, Repo, StorageError
+from ckptvcs.background.client import Client
 from ckptvcs.background.process import Done
-from ckptvcs.background.queue import Background
 from ckptvcs.background.shared_state import Staging, StateMessage, unpack
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.history_reader import handle
+from ckptvcs.ops.request import Request
 from ckptvcs.parallel import ordered_map
 from ckptvcs.repo import client
 from ckptvcs.store.local import LocalWriter
@@ -38,8 +40,9 @@ class Here:
     def __init__(self, folder: Path, _: object) -> None:
         self._repo = Repo.open(folder)
 
-    def commit(self, staging: Staging, message: StateMessage, arguments: dict[str, Any]) -> Done:
-        made = commit_checkpoint(handle(self._repo), unpack(message, staging.memory), **arguments)
+    def commit(self, staging: Staging, message: StateMessage, request: Request) -> Done:
+        state = unpack(message, staging.memory)
+        made = commit_checkpoint(handle(self._repo), replace(request, checkpoint=state))
         return Done(made.id, made.branch)
 
     def close(self) -> None:
@@ -161,9 +164,9 @@ def test_copies_are_made_in_the_same_room(near: Repo) -> None:
     rooms = set()
     for step in range(6):
         near.commit_async(states(1)[0] | {"step": step}, step=step).result()
-        staging = client(near).queue.stage()
+        staging = client(near).stage()
         rooms.add(np.frombuffer(staging.memory, np.uint8).ctypes.data)
-        client(near).queue.release(staging)
+        client(near).release(staging)
     assert len(rooms) <= 2
 
 
@@ -325,11 +328,11 @@ def test_turns_are_as_long_as_before_when_all_work_is_done() -> None:
     assert sys.getswitchinterval() == before
 
 
-def test_each_failure_is_raised_once(caplog: pytest.LogCaptureFixture) -> None:
-    background: Background[None] = Background()
+def test_each_failure_is_raised_once(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
+    background = Client(handle(repo))
 
-    def fail(error: Exception) -> Callable[[], None]:
-        def work() -> None:
+    def fail(error: Exception) -> Callable[[], LogEntry]:
+        def work() -> LogEntry:
             raise error
 
         return work

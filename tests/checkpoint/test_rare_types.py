@@ -179,7 +179,7 @@ def test_exports_can_be_read(tmp_path: Path) -> None:
     torch.save({"model": {"four": value, "t": value.T}, "wide": wide}, tmp_path / "a.pt")
     repo.commit_path(tmp_path / "a.pt", message="", step=1)
     reader = PartReader(handle(repo).restorer(repo.resolve(1)))
-    rows = {name: (number, view) for name, number, view in reader.named("model")}
+    rows = reader.named("model")
     reader.save_tensor("four", rows["model.four"], tmp_path / "four.safetensors")
     data = (tmp_path / "four.safetensors").read_bytes()
     ((name, found),) = deserialize(data)  # type: ignore[no-untyped-call]

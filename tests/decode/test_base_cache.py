@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs import Repo
-from ckptvcs.codec.frame import SLICE_WORDS, slice_counts
+from ckptvcs.codec.frame import SLICE_WORDS, slices_of
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.schema import TensorInfo
@@ -46,7 +46,7 @@ def assert_sound(repo: Repo) -> None:
     for base in bases(repo).values():
         assert base.is_sound()
         for tensor, info in enumerate(base.infos):
-            for number, _ in enumerate(slice_counts(info.words)):
+            for number in slices_of(info.words):
                 assert base.slice(tensor, number, info.type.word) is not None
     report = repo.verify()
     assert not report.damage

@@ -188,9 +188,9 @@ def test_a_copy_is_made_in_memory_that_the_device_writes_to(tmp_path: Path) -> N
             assert future.result().exact
             for restored, one in zip(leaves(repo.checkout("HEAD")), true, strict=True):
                 assert torch.equal(restored, one)
-        staging = client(repo).queue.stage()
+        staging = client(repo).stage()
         assert staging.pinned
-        client(repo).queue.release(staging)
+        client(repo).release(staging)
 
 
 @pytest.mark.filterwarnings("ignore")

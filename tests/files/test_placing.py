@@ -21,7 +21,7 @@ from ckptvcs.files import placing
 from ckptvcs.files.placing import Folder
 from ckptvcs.files.removal import Originals
 from ckptvcs.files.targets import Targets
-from ckptvcs.ops.average import write_average
+from ckptvcs.ops.average import average
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
@@ -369,8 +369,8 @@ WRITERS: dict[str, Callable[[Repo, Any, Path], object]] = {
     "export": lambda repo, name, target: PartReader(handle(repo).restorer(name)).export(
         target, None, lambda _: None
     ),
-    "average": lambda repo, name, target: write_average(
-        handle(repo).catalog, [name], target, lambda _: None
+    "average": lambda repo, name, target: average(
+        handle(repo).catalog, [name], target, lambda _: None, force=True
     ),
 }
 

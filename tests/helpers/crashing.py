@@ -20,6 +20,7 @@ from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.import_folder import Importer
 from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.refs import move_head, set_ref
+from ckptvcs.ops.request import Request
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 from tests.helpers.soaking import run_states
@@ -84,7 +85,7 @@ def _commit_together(root: Path) -> None:
     steps = [entry.step or 0 for entry in repo.log(1)]
     step = min(4, steps[0] + 1)
     whole = states(step)[-1]
-    with DistributedCommit(handle(repo), "together", step=step, message="next") as commit:
+    with DistributedCommit(handle(repo), Request("next", step, path="together")) as commit:
         plan, shards = commit.begin(), {}
         for number, name in enumerate("ab"):
             moments = {number: whole["optimizer"]["state"][number]}

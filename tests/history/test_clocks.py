@@ -11,7 +11,7 @@ import torch
 
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
-from ckptvcs.ops import describe, gc, refs, repository, undo
+from ckptvcs.ops import describe, gc, refs, repository
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import move_head
 from ckptvcs.repo import Repo
@@ -32,9 +32,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         days[0] += 1e-6
         return (START + timedelta(days=days[0])).isoformat()
 
-    for module in (describe, gc, refs, repository, undo):
-        name = "current_time" if module is gc else "now"
-        monkeypatch.setattr(module, name, now)
+    for module in (describe, gc, refs, repository):
+        monkeypatch.setattr(module, "current_time" if module is gc else "now", now)
 
     def put(day: float) -> None:
         days[0] = day

@@ -20,6 +20,7 @@ from ckptvcs.ops.config import KEYS, Settings
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.import_folder import Importer
 from ckptvcs.ops.join import DistributedCommit, encode_share
+from ckptvcs.ops.request import Request
 from ckptvcs.ops.watch import Watcher
 from ckptvcs.store.ids import ObjectId
 from tests.helpers.crashing import states
@@ -42,7 +43,7 @@ def _commit_path(repo: Repo, folder: Path, step: int) -> None:
 
 
 def _join(repo: Repo, _: Path, step: int) -> None:
-    with DistributedCommit(handle(repo), "together", step=step) as commit:
+    with DistributedCommit(handle(repo), Request(step=step, path="together")) as commit:
         plan = commit.begin()
         shard = encode_share(handle(repo), plan, state_checkpoint(states(step)[-1]))
         commit.finish({"rank-0.pt": shard}, {})
@@ -107,13 +108,7 @@ def test_what_is_told_to_stay_while_a_commit_is_made(tmp_path: Path) -> None:
         _commit(repo, tmp_path, step)
     commit_checkpoint(
         handle(repo),
-        state_checkpoint(states(3)[-1]),
-        "state",
-        inside=True,
-        step=3,
-        message="",
-        metrics={},
-        codec=None,
+        Request(step=3, checkpoint=state_checkpoint(states(3)[-1])),
         announce=lambda _: change(repo.root, "keep-exact", "3"),
     )
     assert exact(repo) == [1, 2, 3]

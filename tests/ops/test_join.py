@@ -18,6 +18,7 @@ from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.request import Request
 from ckptvcs.store import leases
 from tests.spec_reader import SpecRepository
 
@@ -63,7 +64,7 @@ class World:
         self.others = [Repository(root / ".ckpt") for _ in range(count)]
 
     def begin(self, step: int | None) -> DistributedCommit:
-        return DistributedCommit(handle(self.repo), "joined", step=step)
+        return DistributedCommit(handle(self.repo), Request(step=step, path="joined"))
 
     def code(self, commit: DistributedCommit, states: list[State]) -> dict[str, Shard]:
         plan = commit.begin()

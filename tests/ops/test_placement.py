@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ckptvcs.history.refs import Generation
-from ckptvcs.ops.placement import Head, Likeness, Place, Situation, decide, free_name
+from ckptvcs.ops.placement import Likeness, Place, Situation, decide, free_name
 from ckptvcs.store.ids import ObjectId
 
 NOTHING, WEIGHTS, ALL = Likeness
@@ -42,7 +42,8 @@ def placed(
     situation = Situation(
         step,
         wanted,
-        Head(head, lambda: "main"),
+        head,
+        lambda: "main",
         None if tip is None else at(tip),
         ObjectId(parent) if parent else None,
         branches,

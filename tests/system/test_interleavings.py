@@ -78,8 +78,8 @@ def _delete(root: Path, name: ObjectId) -> Callable[[], object]:
     keeper = Keeper(handle(Repo.open(root)), None)
 
     def run() -> None:
-        with keeper.at_work(), Originals(root / "in") as originals:
-            keeper.remove(name, f"step-{STEP}.pt", originals, lambda _: None, accept_near=False)
+        with keeper.removing(root / "in", accept_near=False) as remove:
+            remove(name, f"step-{STEP}.pt")
 
     return run
 

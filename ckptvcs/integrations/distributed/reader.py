@@ -20,8 +20,7 @@ from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, load_metadata
-from ckptvcs.integrations.distributed.process import open_once
-from ckptvcs.integrations.target import Where
+from ckptvcs.integrations.target import Where, open_once
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import quiet
 from ckptvcs.store.ids import ObjectId

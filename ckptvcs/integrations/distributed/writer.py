@@ -32,9 +32,9 @@ from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import Schema
 from ckptvcs.integrations.distributed.balance import item_bytes, keep_together
 from ckptvcs.integrations.distributed.chunks import DESCRIPTION, chunk_name, dump_metadata, is_path
-from ckptvcs.integrations.distributed.process import open_once
-from ckptvcs.integrations.target import Where
+from ckptvcs.integrations.target import Where, open_once
 from ckptvcs.ops.join import DistributedCommit, encode_share
+from ckptvcs.ops.request import Request
 from ckptvcs.repo import Repo
 
 _GROUPS = "param_groups"
@@ -81,13 +81,7 @@ class CkptWriter(StorageWriter):
             branch: The branch to commit to; None uses the branch of HEAD.
         """
         self._where = repo
-        self._arguments: dict[str, Any] = {
-            "step": step,
-            "message": message,
-            "metrics": dict(metrics or {}),
-            "codec": codec,
-            "branch": branch,
-        }
+        self._request = Request(message, step, metrics or {}, codec, branch)
         self._name = "checkpoint"
         self._commit: DistributedCommit | None = None
         self.entry: LogEntry | None = None
@@ -131,10 +125,11 @@ class CkptWriter(StorageWriter):
         """
         if not all(plan.usable for plan in plans):
             raise InvalidInputError("CkptWriter requires enable_plan_caching=False")
-        arguments = {**self._arguments, "message": self._arguments["message"] or self._name}
-        if arguments["step"] is None:
-            arguments["step"] = step_in_name(self._name)
-        self._commit = DistributedCommit(open_once(self._where, make=True), self._name, **arguments)
+        request = dataclasses.replace(self._request, path=self._name)
+        request.message = request.message or self._name
+        if request.step is None:
+            request.step = step_in_name(self._name)
+        self._commit = DistributedCommit(open_once(self._where, make=True), request)
         shard_plan = self._commit.begin()
         rows = keep_together([plan.items for plan in plans], [plan.storage_data for plan in plans])
         return [
@@ -184,11 +179,7 @@ class _Part:
         self._tree: dict[str | int, Any] = {}
 
     def checkpoint(self, items: Sequence[WriteItem]) -> Checkpoint:
-        """Return the tensors and values of a plan; tensors are named by `chunk_name`.
-
-        Raises:
-            InvalidInputError: A value is not a tensor, an array or of a plain type.
-        """
+        """Return the tensors and values of a plan; tensors are named by `chunk_name`."""
         names: dict[str, str] = {}
         for item in items:
             data = self._planner.resolve_data(item)
