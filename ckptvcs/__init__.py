@@ -25,7 +25,8 @@ from ckptvcs.text import tame_log
 if TYPE_CHECKING:
     from ckptvcs.checkpoint.survey import Found, Skipped
     from ckptvcs.files.removal import Removed
-    from ckptvcs.gc.collect import Decision, GcPlan
+    from ckptvcs.gc.collect import GcPlan
+    from ckptvcs.gc.decide import Decision
     from ckptvcs.gc.fading import Patch
     from ckptvcs.gc.retention import Best, Policy
     from ckptvcs.history.commit import Commit, ErrorReport, FileEntry, PartState
@@ -66,7 +67,7 @@ _HOMES = {
     "CommitResult": "ops.commit",
     "Comparison": "ops.diff",
     "Damage": "ops.verify",
-    "Decision": "gc.collect",
+    "Decision": "gc.decide",
     "DeletedBranch": "ops.refs",
     "ErrorReport": "history.commit",
     "Exported": "ops.export",

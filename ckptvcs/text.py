@@ -1,4 +1,4 @@
-"""Text for the terminal: sizes in bytes, and untrusted text made safe to show.
+"""Text for the terminal: sizes in bytes, times, and untrusted text made safe to show.
 
 A name, a message or an error may contain terminal control sequences, or marks that reverse the
 order of letters.  U+FFFD replaces every character that is not visible.
@@ -26,6 +26,16 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError
+
+
+_TIME = re.compile(r"([0-9]*\.?[0-9]+|[0-9]+\.)([smhdwy])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31557600}
+
+
+def seconds(text: str) -> float | None:
+    """Return the seconds of a time such as `12h` or `7d`; None if the text has another form."""
+    match = _TIME.fullmatch(text)
+    return float(match[1]) * _SECONDS[match[2]] if match else None
 
 
 def from_number(value: float) -> float | str:

@@ -30,7 +30,7 @@ GROUPS = {
     "Look at a run": ("log", "show", "status", "diff", "bisect", "cat", "reflog"),
     "Get checkpoints back": ("checkout", "export", "average"),
     "Name and describe commits": ("branch", "tag", "pin", "unpin", "note"),
-    "Maintain a repository": ("gc", "undo", "verify", "stats", "config", "index"),
+    "Maintain a repository": ("gc", "drop", "undo", "verify", "stats", "config", "index"),
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 _MODULES = {"import": "importing", "unpin": "pin"}  # all others are called as their commands
@@ -42,6 +42,7 @@ _WITH_NUMPY = frozenset(GROUPS["Get checkpoints back"]) | {
     "bisect",
     "cat",
     "gc",
+    "drop",
     "verify",
 }
 _SUMMARY = 80  # characters of a line of help, which no summary fills

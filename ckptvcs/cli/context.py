@@ -48,6 +48,9 @@ Metrics = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 
+Yes = Annotated[bool, typer.Option("--yes", help="do not ask for confirmation")]
+Now = Annotated[bool, typer.Option("--now", help="delete data at once, without the grace period")]
+
 
 @dataclass(frozen=True)
 class Globals:

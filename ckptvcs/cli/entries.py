@@ -74,6 +74,11 @@ def ids(names: Sequence[str]) -> str:
     return ", ".join(name[:8] for name in names[:_MAX_IDS]) + more
 
 
+def commit_name(entry: LogEntry) -> str:
+    """Return `step 700 (7b0c4f3e)`, or the id of a commit without a step."""
+    return entry.id[:8] if entry.step is None else f"step {entry.step} ({entry.id[:8]})"
+
+
 def fields(values: Mapping[str, str]) -> str:
     """`data=v2 host=a`."""
     return " ".join(f"{printable(key)}={printable(value)}" for key, value in values.items())

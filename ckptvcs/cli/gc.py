@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from ckptvcs import Best, Policy
 from ckptvcs.cli import render
-from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.repo import Repo
+from ckptvcs.text import seconds
 
 if TYPE_CHECKING:
     from ckptvcs import Decision, GcPlan
 
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31557600}
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -32,10 +34,9 @@ def _duration(text: str | None) -> float | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+|[0-9]+\.)([smhdwy])", text)
-    if match is None:
+    if seconds(text) is None:
         raise InvalidInputError(f"invalid time '{text}'", hint="write 12h, 7d, 4w")
-    return float(match[1]) * _SECONDS[match[2]]
+    return seconds(text)
 
 
 def _size(text: str | None) -> int | None:
@@ -86,13 +87,15 @@ def gc(
         int | None, typer.Option(metavar="N", min=1, help="keep only the newest N optimizer states")
     ] = None,
     rekey: Annotated[
-        bool, typer.Option("--rekey", help="re-encode deltas that need dropped commits")
+        bool, typer.Option("--rekey", help="re-encode deltas that need deleted commits")
     ] = False,
+    now: Now = False,
     sweep: Sweep = True,
+    yes: Yes = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be deleted")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Delete commits that no rule keeps, and unreachable data."""
+    """Drop commits that no rule keeps, and delete unreachable data."""
     policy = Policy(
         keep_last,
         keep_every,
@@ -103,23 +106,83 @@ def gc(
         _size(max_size),
         keep_optimizer_last,
     )
-    if rekey and not sweep:
+    if not sweep and (rekey or now):
+        option = "--rekey" if rekey else "--now"
         raise InvalidInputError(
-            "--rekey cannot be combined with --no-sweep", hint="leave out --no-sweep"
+            f"{option} cannot be combined with --no-sweep", hint="leave out --no-sweep"
         )
-    repo = open_repo(context)
-    if dry_run:
-        plan = repo.plan_gc(policy)
-    else:
-        with render.progress("rekeying" if rekey else "sweeping", None) as tick:
-            plan = repo.gc(policy, sweep=sweep, rekey=rekey, progress=tick)
-    if json:
-        render.as_json(_json(plan, dry_run=dry_run))
+    _run(open_repo(context), policy, _Flags(now, sweep, rekey, dry_run, json), ask=not yes)
+
+
+@dataclass(frozen=True)
+class _Flags:
+    now: bool
+    sweep: bool
+    rekey: bool
+    dry_run: bool
+    json: bool
+
+
+def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
+    if flags.dry_run:
+        _tell(repo, repo.plan_gc(policy, now=flags.now), flags)
         return
-    _show(plan, dry_run=dry_run, sweep=sweep, rekey=rekey)
+    ask = ask and not flags.json and render.can_ask()
+    if ask:
+        plan = repo.plan_gc(policy, now=flags.now)
+        _show(plan)
+        question = _question(repo, plan, now=flags.now)
+        if question is not None and not render.confirm(question):
+            render.talk("nothing was changed")
+            return
+    with render.progress("rekeying" if flags.rekey else "sweeping", None) as tick:
+        plan = repo.gc(policy, sweep=flags.sweep, now=flags.now, rekey=flags.rekey, progress=tick)
+    _tell(repo, plan, flags, table=not ask)
 
 
-def _json(plan: GcPlan, *, dry_run: bool) -> render.Json:
+def _question(repo: Repo, plan: GcPlan, *, now: bool) -> str | None:
+    """Return what to ask before a plan is carried out; None if the plan drops nothing."""
+    dropped = sum(row.action != "keep" for row in plan.decisions)
+    if not now:
+        later = f"'ckpt undo' can restore them for {grace(repo)}"
+        return f"drop {dropped} commit(s)? {later}" if dropped else None
+    dropped += len(repo.plan_gc().waiting)
+    return f"delete the data of {dropped} commit(s) for good?" if dropped else None
+
+
+def _tell(repo: Repo, plan: GcPlan, flags: _Flags, *, table: bool = True) -> None:
+    if flags.json:
+        render.as_json(plan_json(plan, dry_run=flags.dry_run))
+        return
+    if table:
+        _show(plan)
+    render.data(describe_sizes(plan, dry_run=flags.dry_run, sweep=flags.sweep))
+    tell_waiting(repo, plan)
+    if flags.rekey and flags.dry_run:
+        render.talk("note: the size does not include what --rekey frees")
+    chained = sum(row.chained_bytes for row in plan.decisions)
+    if chained and not flags.rekey:
+        render.talk(f"note: delta chains keep {render.size(chained)}; use --rekey to free them")
+
+
+def grace(repo: Repo) -> str:
+    """Return the setting gc-grace as text."""
+    return render.printable(str(repo.setting("gc-grace")))
+
+
+def tell_waiting(repo: Repo, plan: GcPlan) -> None:
+    """Say how many dropped commits wait for the end of their grace period."""
+    if plan.waiting:
+        size = f" with {render.size(plan.waiting_bytes)}" if plan.waiting_bytes > 0 else ""
+        render.data(f"{len(plan.waiting)} dropped commit(s){size} wait to be deleted")
+        render.talk(
+            "note: 'ckpt undo' restores them; gc deletes their data"
+            f" after {grace(repo)}, or with --now"
+        )
+
+
+def plan_json(plan: GcPlan, *, dry_run: bool) -> render.Json:
+    """Return a plan with stable keys."""
     return {
         "dry_run": dry_run,
         "packs": sorted(plan.packs),
@@ -127,6 +190,8 @@ def _json(plan: GcPlan, *, dry_run: bool) -> render.Json:
         "freed_bytes": plan.freed_bytes,
         "kept_bytes": plan.kept_bytes,
         "unreachable": list(plan.unreachable),
+        "waiting": list(plan.waiting),
+        "waiting_bytes": plan.waiting_bytes,
         "faded": sorted({name for patch in plan.fading for name in patch.commits}),
         "commits": [
             {
@@ -147,12 +212,12 @@ def describe_sizes(plan: GcPlan, *, dry_run: bool, sweep: bool) -> str:
     freed, kept = plan.freed_bytes, render.size(plan.kept_bytes)
     if freed < 0:
         verb = "would take" if dry_run else "takes"
-        return f"nothing to free: {verb} {render.size(-freed)} for records, kept {kept}"
+        return f"nothing to free: {verb} {render.size(-freed)} more, kept {kept}"
     verb = "would free" if dry_run else "freed" if sweep else "the next sweep frees"
     return f"{verb} {render.size(freed)}, kept {kept}"
 
 
-def _show(plan: GcPlan, *, dry_run: bool, sweep: bool, rekey: bool) -> None:
+def _show(plan: GcPlan) -> None:
     if plan.decisions:
         rows = [["step", "id", "action", "freed", "in chains", "reason"]]
         rows += [_row(row) for row in sorted(plan.decisions, key=_age, reverse=True)]
@@ -167,12 +232,6 @@ def _show(plan: GcPlan, *, dry_run: bool, sweep: bool, rekey: bool) -> None:
         render.data(f"{len(plan.unreachable)} unreachable commit(s): {ids}")
     for name in plan.stale_files:
         render.data(f"{name}  stale file of a process that ended")
-    render.data(describe_sizes(plan, dry_run=dry_run, sweep=sweep))
-    if rekey and dry_run:
-        render.talk("note: the size does not include what --rekey frees")
-    chained = sum(row.chained_bytes for row in plan.decisions)
-    if chained and not rekey:
-        render.talk(f"note: delta chains keep {render.size(chained)}; use --rekey to free them")
 
 
 def _age(row: Decision) -> tuple[int, str, str]:

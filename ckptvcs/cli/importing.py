@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckptvcs.cli import removals, render
-from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, open_repo
+from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, Yes, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def import_(
     accept_near: Annotated[
         bool, typer.Option("--accept-near", help="also delete originals of near commits")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask for confirmation")] = False,
+    yes: Yes = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -78,11 +78,6 @@ def _made(importer: Importer) -> str:
     return ", ".join(parts)
 
 
-def interactive() -> bool:
-    """Return whether a user can answer a question."""
-    return sys.stdin.isatty() and sys.stderr.isatty()
-
-
 def _tell_skipped(importer: Importer) -> None:
     for left in importer.skipped[:_LISTED]:
         render.talk(f"skipped: {render.printable(left.name)}: {left.reason}")
@@ -99,7 +94,7 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
     """Delete source files; on a terminal only after confirmation."""
     able = [i for i in importer.items if importer.why_kept(i, accept_near=accept_near) is None]
     size_bytes = sum(item.found.size_bytes for item in able)
-    if able and ask and interactive():
+    if able and ask and render.can_ask():
         what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}"
         if not render.confirm(f"{what}{_how_near(importer, able)}?"):
             for item in importer.items:

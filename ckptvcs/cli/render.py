@@ -17,6 +17,7 @@ from typing import TextIO, cast
 import typer
 
 from ckptvcs.cli.entries import Json as Json
+from ckptvcs.cli.entries import commit_name as commit_name
 from ckptvcs.cli.entries import entry_json as entry_json
 from ckptvcs.cli.entries import error_json as error_json
 from ckptvcs.cli.entries import fidelity as fidelity
@@ -70,6 +71,11 @@ def as_json(value: Json) -> None:
     """One JSON value, in printable ASCII: every terminal and every encoding takes any name."""
     text = json.dumps(value, indent=None if not is_terminal() else 2, ensure_ascii=True)
     data(*text.replace("\x7f", "\\u007f").split("\n"))
+
+
+def can_ask() -> bool:
+    """Return whether a user can answer a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def confirm(question: str) -> bool:

@@ -8,7 +8,7 @@ slice is decoded after. Commits keep their ids; a new recipe lists the new frame
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -92,14 +92,16 @@ class Rekeyer:
         self._decoded: dict[ObjectId, DecodedTable | None] = {}
         self._chain = ChainReader(catalog, self._decoded.get)
 
-    def run(self, kept: Mapping[ObjectId, Commit]) -> int:
+    def run(self, kept: Mapping[ObjectId, Commit], gone: Mapping[ObjectId, Set[str]]) -> int:
         """Re-encode tables that depend on commits not in `kept`; return their number.
+
+        `gone` has the dropped parts of kept commits.
 
         Raises:
             CorruptionError: a tensor does not decode to its hash.
             StorageError: the disk is full; nothing has changed.
         """
-        tables = list(self._tables(kept))
+        tables = list(self._tables(kept, gone))
         self._kept = {table.values for table in tables}
         self._replaced = self._wasted(tables)
         count = 0
@@ -111,11 +113,12 @@ class Rekeyer:
 
     # -- tables to re-encode ---------------------------------------------------------------------
 
-    def _tables(self, kept: Mapping[ObjectId, Commit]) -> Iterator[_Table]:
+    def _tables(
+        self, kept: Mapping[ObjectId, Commit], gone: Mapping[ObjectId, Set[str]]
+    ) -> Iterator[_Table]:
         """Yield the tables of the kept commits, ancestors first, each table once."""
         tables: dict[tuple[ObjectId, str], _Table | None] = {}
         seen: set[ObjectId] = set()
-        dropped = self._catalog.dropped().parts
         for name in self._downwards(kept):
             commit = kept[name]
             schema = self._catalog.schema(commit.schema)
@@ -126,7 +129,7 @@ class Rekeyer:
             )
             for part, state in commit.parts.items():
                 below = tables.get((above, part)) if above else None
-                if part in dropped.get(name, ()):
+                if part in gone.get(name, ()):
                     tables[name, part] = below
                     continue
                 infos = tuple(schema.tensors[number] for number in schema.stored(part))

@@ -1,6 +1,7 @@
 """gc: plan deletions, show them, record them, and delete.
 
-    drop     commits, or their optimizer parts, that no rule of the user keeps
+    drop     commits, or their optimizer parts, that no rule of the user keeps; their data stays
+             until the grace period ends
     fade     exact patches that the settings do not keep
     mark     all commits that refs reach, and all objects that the kept commits need (for a tensor,
              its chain down to the keyframe)
@@ -22,10 +23,13 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError
+from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.gc.decide import OPTIMIZER, Decision, Judge, drop_records, dropped_with
 from ckptvcs.gc.fading import Fader, Patch
+from ckptvcs.gc.grace import waiting_drops
 from ckptvcs.gc.repack import Merge, plan_merges
-from ckptvcs.gc.retention import Best, Policy, Row
+from ckptvcs.gc.retention import Best, Policy
+from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.reachability import Marked, bases, mark
@@ -37,29 +41,6 @@ from ckptvcs.store.ids import Kind, ObjectId, PackId
 from ckptvcs.store.index.index import Place
 from ckptvcs.store.leases import dead_leases, live_leases
 from ckptvcs.store.pack import FOLDERS, PackWriter, packed_size
-
-OPTIMIZER = "optimizer"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The decision of gc about one commit.
-
-    Attributes:
-        name: The id of the commit.
-        commit: The commit.
-        action: `keep`, `drop` or `drop optimizer`.
-        reasons: The rules that keep the commit, or the reasons of the drop.
-        freed_bytes: The bytes that gc deletes.
-        chained_bytes: The bytes of a dropped commit that are kept, because deltas depend on them.
-    """
-
-    name: ObjectId
-    commit: Commit
-    action: str
-    reasons: tuple[str, ...]
-    freed_bytes: int = 0
-    chained_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +56,8 @@ class GcPlan:
         kept_bytes: The size of the repository afterwards, in bytes.
         drops: The drop records to write.
         unreachable: Unreachable commits that never were on a ref.
+        waiting: The dropped commits whose data stays until their grace period ends.
+        waiting_bytes: The bytes that gc deletes when these grace periods have ended.
         picture: The state of the repository from which the plan was made.
     """
 
@@ -86,6 +69,8 @@ class GcPlan:
     kept_bytes: int
     drops: tuple[DropRecord, ...] = ()
     unreachable: tuple[ObjectId, ...] = ()
+    waiting: tuple[ObjectId, ...] = ()
+    waiting_bytes: int = 0
     picture: Picture | None = None
 
 
@@ -100,6 +85,16 @@ class Picture:
     notes: Set[ObjectId]
     tips: Set[ObjectId]
     marked: Marked
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """The needed objects, and the packs to delete and to merge."""
+
+    marked: Marked
+    packs: dict[PackId, str]
+    merges: list[Merge]
+    freed_bytes: int
 
 
 class OutdatedError(CkptError):
@@ -149,9 +144,12 @@ class _Nowhere:
 class Collector:
     """Plans and sweeps one repository."""
 
-    def __init__(self, catalog: Catalog, refs: Refs, fader: Fader, best: Best | None) -> None:
-        """`best` is the rule of the settings for the best commits."""
-        self._catalog, self._refs, self._fader, self._best = catalog, refs, fader, best
+    def __init__(
+        self, catalog: Catalog, refs: Refs, fader: Fader, best: Best | None, grace: float = 0.0
+    ) -> None:
+        """`best` is the rule of the settings for the best commits; `grace` is in seconds."""
+        self._catalog, self._refs, self._fader, self._grace = catalog, refs, fader, grace
+        self._judge = Judge(catalog, refs, best)
         self._revisions = Revisions(catalog, refs)
 
     # -- planning ------------------------------------------------------------------------------
@@ -175,24 +173,24 @@ class Collector:
         tips = frozenset(self._revisions.tips().values())
         commits = dict(self._revisions.reachable(sorted(tips)))
         gone = self._catalog.dropped()
-        rows = self._judge(policy, commits, gone, datetime.fromisoformat(time))
-        drops = _drops(rows, policy, time, self._refs.branches())
-        after = _with(gone, rows)
-        visible = {name: made for name, made in commits.items() if name not in after.commits}
+        rows = self._judge.decide(policy, commits, gone, datetime.fromisoformat(time))
+        drops = drop_records(rows, policy, time, self._refs.branches())
+        hidden = dropped_with(gone, rows)
+        visible = {name: made for name, made in commits.items() if name not in hidden.commits}
         fading = self._fader.everywhere(visible)
         if recorded:  # a note or a deleted tag may have let more patches fade since
             fading = [patch for patch in fading if self._catalog.is_fading(patch.values)]
-        marked = self._mark(commits, after, fading)
-        packs = self._unmarked(listed, marked)
-        debris = self._debris()
         coming = [] if recorded else self._packed([*drops, *self._fader.record(fading, time)])
-        merges = plan_merges(self._catalog, marked, coming)
-        freed = self._freed(packs, merges, coming) + self._size(debris)
+        late = self._deletion(commits, hidden, fading, listed, coming)  # after all grace periods
+        swept = self.swept(time) if self._grace else hidden
+        soon = late
+        if swept != hidden:
+            soon = self._deletion(commits, swept, fading, listed, coming)
+        debris = self._debris()
+        freed = soon.freed_bytes + self._size(debris)
         counted: set[ObjectId] = set()
-        merged = {pack for merge in merges for pack in merge.packs}
-        decisions = tuple(
-            self._with_bytes(row, marked, merged.union(packs), counted) for row in rows
-        )
+        going = {pack for merge in late.merges for pack in merge.packs}.union(late.packs)
+        decisions = tuple(self._with_bytes(row, late.marked, going, counted) for row in rows)
         loose = self._revisions.unreachable(set(headers) - commits.keys())
         for name in self._revisions.lost_lines() if len(loose) > 1 else ():
             raise CorruptionError(
@@ -203,14 +201,35 @@ class Collector:
         return GcPlan(
             decisions,
             tuple(fading),
-            packs,
+            soon.packs,
             tuple(debris),
             freed,
             kept,
             tuple(drops),
             tuple(loose),
-            Picture(frozenset(commits), records, notes, tips, marked),
+            tuple(sorted((hidden.commits - swept.commits) & commits.keys())),
+            late.freed_bytes - soon.freed_bytes,
+            Picture(frozenset(commits), records, notes, tips, soon.marked),
         )
+
+    def swept(self, time: str) -> Dropped:
+        """Return the dropped commits and parts whose grace period has ended at a time."""
+        at = datetime.fromisoformat(time)
+        return self._catalog.dropped(*waiting_drops(self._catalog, at, self._grace))
+
+    def _deletion(
+        self,
+        commits: Mapping[ObjectId, Commit],
+        gone: Dropped,
+        fading: Sequence[Patch],
+        listed: Mapping[PackId, str],
+        coming: list[Place],
+    ) -> Deletion:
+        """Return the packs to delete and to merge if the data of `gone` commits goes."""
+        marked = self._mark(commits, gone, fading)
+        packs = self._unmarked(listed, marked)
+        merges = plan_merges(self._catalog, marked, coming)
+        return Deletion(marked, packs, merges, self._freed(packs, merges, coming))
 
     def after(self, plan: GcPlan, time: str) -> GcPlan:
         """Return a recorded plan with the packs and debris that can be deleted now."""
@@ -260,72 +279,6 @@ class Collector:
         for merge in merges:
             freed += sum(size[pack][1] for pack in merge.packs) - merge.size_bytes
         return freed
-
-    def _lines(self, hidden: frozenset[ObjectId]) -> dict[str, list[Row]]:
-        """Return the commits of each branch, newest first, then those on no branch by ref."""
-        store, lines = self._catalog.store, {}
-        seen: set[ObjectId] = set()
-        tips = self._revisions.tips()
-        for ref in sorted(tips, key=lambda ref: not ref.startswith("heads/")):
-            whole = list(self._catalog.noted(self._catalog.ancestors(tips[ref])))
-            rows: list[Row] = []
-            for age, (name, commit) in enumerate(whole):
-                if name in seen and not ref.startswith("heads/"):
-                    break  # the rest is on another line
-                seen.add(name)
-                if name not in hidden:
-                    stored = commit.data_bytes + store.home_size(name)
-                    ordinal = len(whole) - 1 - age
-                    rows.append(Row(name, commit, len(rows), age, ordinal, stored))
-            lines[ref] = rows
-        return lines
-
-    def _judge(
-        self, policy: Policy, commits: Mapping[ObjectId, Commit], gone: Dropped, now: datetime
-    ) -> list[Decision]:
-        """Return a decision on every commit, or nothing without rules."""
-        if not policy.drops and policy.optimizer_last is None:
-            return []
-        known = {name: made for name, made in commits.items() if name not in gone.commits}
-        protected = self._protected(known)
-        lines = list(self._lines(gone.commits).values())
-        kept = policy.kept(lines, self._refs.targets("tags"), now)
-        if policy.drops and not kept and commits:
-            raise InvalidInputError(
-                "these rules keep no commit at all", hint="add one, as --keep-last 10"
-            )
-        old = _old(policy, lines, protected.keys() | kept.keys()) - protected.keys()
-        decisions = []
-        for name, commit in known.items():
-            why = tuple(dict.fromkeys((*protected.get(name, ()), *kept.get(name, ()))))
-            stored = commit.parts.keys() - gone.parts.get(name, frozenset())
-            if policy.drops and not why:
-                decision = Decision(name, commit, "drop", ("no rule keeps it",))
-            elif name in old and OPTIMIZER in stored:
-                why = (*why, f"optimizer of the last {policy.optimizer_last}")
-                decision = Decision(name, commit, "drop optimizer", why)
-            else:
-                decision = Decision(name, commit, "keep", why)
-            decisions.append(decision)
-        return decisions
-
-    def _protected(self, commits: Mapping[ObjectId, Commit]) -> dict[ObjectId, list[str]]:
-        """Return why commits stay whole whatever the rules say: refs, and what the settings keep
-        of `commits`.
-        """
-        reasons: dict[ObjectId, list[str]] = {}
-        head = self._revisions.head()
-        if head is not None:
-            reasons[head] = ["HEAD"]
-        for ref, name in self._revisions.tips().items():
-            space, _, label = ref.partition("/")
-            titles = {"heads": f"branch {label}", "tags": f"tag {label}", "pins": "pin"}
-            if space in titles:
-                reasons.setdefault(name, []).append(titles[space])
-        if self._best is not None:
-            for name in self._best.pick(self._catalog.noted(commits.items())):
-                reasons.setdefault(name, []).append(f"best {self._best.metric}")
-        return reasons
 
     def _with_bytes(
         self, row: Decision, marked: Marked, going: set[PackId], counted: set[ObjectId]
@@ -410,7 +363,7 @@ class Collector:
         if going & (tips - seen.tips):
             raise OutdatedError("a ref leads to a commit that the plan drops or fades")
         new = dict(self._revisions.reachable(sorted(tips - seen.tips), seen.commits))
-        return self._mark(new, self._catalog.dropped()).objects if new else set()
+        return self._mark(new, self.swept(now())).objects if new else set()
 
     def record(self, plan: GcPlan, time: str) -> GcPlan:
         """Record the drops and fades durably; return the plan with these records.
@@ -443,39 +396,3 @@ class Collector:
         """Delete the files that dead processes left behind.  No writer may run."""
         for name in self._debris():
             self._catalog.store.backend.delete(name)
-
-
-def _old(policy: Policy, lines: Iterable[Sequence[Row]], stay: Set[ObjectId]) -> set[ObjectId]:
-    """Return the commits that are on no line among the newest that `stay`: their optimizers go."""
-    rows, young = set[ObjectId](), set[ObjectId]()
-    for line in lines:
-        names = [row.name for row in line]
-        rows.update(names)
-        staying = [name for name in names if not policy.drops or name in stay]
-        young.update(staying[: policy.optimizer_last])
-    return rows - young
-
-
-def _drops(
-    rows: Iterable[Decision], policy: Policy, time: str, after: tuple[tuple[str, int], ...]
-) -> list[DropRecord]:
-    """Return the records of the drops, one for whole commits and one for optimizers."""
-    whole = tuple(row.name for row in rows if row.action == "drop")
-    parts = tuple(row.name for row in rows if row.action == "drop optimizer")
-    drops = [(whole, tuple[str, ...]()), (parts, (OPTIMIZER,))]
-    return [
-        DropRecord("drop", names, dropped_parts, policy.text, time, after=after)
-        for names, dropped_parts in drops
-        if names
-    ]
-
-
-def _with(gone: Dropped, rows: Iterable[Decision]) -> Dropped:
-    """Return the dropped commits and parts after decisions are carried out."""
-    commits, parts = set(gone.commits), dict(gone.parts)
-    for row in rows:
-        if row.action == "drop":
-            commits.add(row.name)
-        elif row.action == "drop optimizer":
-            parts[row.name] = parts.get(row.name, frozenset()) | {OPTIMIZER}
-    return Dropped(frozenset(commits), parts)

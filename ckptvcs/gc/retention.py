@@ -15,6 +15,10 @@ from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.store.ids import ObjectId
 
+BY_NAME = "by name"
+REKEY = "--rekey"
+"""Drop records with the rule BY_NAME, or a rule that ends with REKEY, ask for a rekey."""
+
 _SPACING = 4  # commits of each distance that --keep-log-spaced leaves, about
 
 EXACT, WEIGHTS, NEAR = FIDELITIES = ("exact", "weights", "near")
@@ -142,6 +146,8 @@ class Policy:
         log_spaced: Keep fewer commits the older they are.
         max_bytes: Keep the newest commits that together have at most this size in bytes.
         optimizer_last: Keep the optimizer part of this many newest commits of each branch.
+        named: Drop these commits, and keep all others.
+        rekey: Re-encode the deltas that need the dropped commits when their data is deleted.
     """
 
     last: int | None = None
@@ -152,6 +158,8 @@ class Policy:
     log_spaced: bool = False
     max_bytes: int | None = None
     optimizer_last: int | None = None
+    named: frozenset[ObjectId] = frozenset()
+    rekey: bool = False
 
     @property
     def text(self) -> str:
@@ -165,16 +173,28 @@ class Policy:
             ("log-spaced", "" if self.log_spaced else None),
             ("optimizer-last", self.optimizer_last),
         ]
-        named = [(f"--keep-{name}", value) for name, value in rules]
-        named.append(("--max-size", self.max_bytes))
-        return " ".join(f"{name} {value}".strip() for name, value in named if value is not None)
+        options = [(f"--keep-{name}", value) for name, value in rules]
+        options.append(("--max-size", self.max_bytes))
+        options.insert(0, (self.why_dropped, "" if self.named else None))
+        options.append((REKEY, "" if self.rekey else None))
+        return " ".join(f"{name} {value}".strip() for name, value in options if value is not None)
+
+    @property
+    def asks_rekey(self) -> bool:
+        """Whether the deltas that need deleted commits are re-encoded."""
+        return self.rekey or bool(self.named)
+
+    @property
+    def why_dropped(self) -> str:
+        """The reason of a drop."""
+        return BY_NAME if self.named else "no rule keeps it"
 
     @property
     def drops(self) -> bool:
         """Whether any rule drops whole commits; otherwise all commits are kept."""
         numbers = (self.last, self.every, self.within, self.max_bytes)
         given = any(number is not None for number in numbers)
-        return given or bool(self.best or self.tagged or self.log_spaced)
+        return given or bool(self.best or self.tagged or self.log_spaced or self.named)
 
     def kept(
         self, lines: Iterable[Sequence[Row]], tagged: Set[ObjectId], now: datetime
@@ -209,6 +229,8 @@ class Policy:
         if self.max_bytes is not None and stored <= self.max_bytes:
             yield "size"
         # A commit that is dropped at one age would not be kept at a later one.
+        if self.named and row.name not in self.named:
+            yield "not named"
         if self.log_spaced and row.age < _SPACING * (row.ordinal & -row.ordinal or 1 << 62):
             yield "log-spaced"
 

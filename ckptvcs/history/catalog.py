@@ -267,22 +267,31 @@ class Catalog:
                 pack.add(Kind.RECORD, dump_drop_record(record))
         self.forget()
 
-    def _dropped(self, *undone: ObjectId) -> Dropped:
-        """Return the drops that no undo reverts; the records in `undone` count as reverted."""
+    def drops(self) -> dict[ObjectId, DropRecord]:
+        """Return the drop records that no undo reverts."""
         records = {
             name: load_drop_record(self.store.get(name, Kind.RECORD))
             for name in self.store.find(b"drop")
         }
-        undone_ids = {old for record in records.values() for old in record.undoes}.union(undone)
+        undone = {old for record in records.values() for old in record.undoes}
+        return {
+            name: record
+            for name, record in records.items()
+            if record.what == "drop" and name not in undone
+        }
+
+    def _dropped(self, *undone: ObjectId) -> Dropped:
+        """Return what drops cover; the records in `undone` count as reverted."""
         hidden: set[ObjectId] = set()
         parts: dict[ObjectId, frozenset[str]] = {}
-        for name, record in records.items():
-            if record.what == "drop" and name not in undone_ids:
-                for commit in record.commits:
-                    gone = frozenset(record.parts or PARTS)
-                    parts[commit] = parts.get(commit, frozenset()) | gone
-                    if not record.parts:
-                        hidden.add(commit)
+        for name, record in self.drops().items():
+            if name in undone:
+                continue
+            for commit in record.commits:
+                gone = frozenset(record.parts or PARTS)
+                parts[commit] = parts.get(commit, frozenset()) | gone
+                if not record.parts:
+                    hidden.add(commit)
         return Dropped(frozenset(hidden), parts)
 
     def ancestors(

@@ -153,6 +153,22 @@ class History:
         matching = _matching((commit.step for _, commit in line), low, high, every)
         return [names[number] for number in matching if first <= number < last]
 
+    def select(self, revisions: Iterable[str | int]) -> list[ObjectId]:
+        """Return the commits that revisions and ranges `A..B` name, each once, in their order.
+
+        Raises:
+            NotFoundError: a revision does not exist, or a range contains no commit.
+            InvalidInputError: a revision is ambiguous.
+        """
+        names: dict[ObjectId, None] = {}
+        for text in map(str, revisions):
+            first, dots, last = text.partition("..")
+            line = self.line(first or None, last or None) if dots else []
+            if dots and not line:
+                raise NotFoundError(f"'{text}' contains no commits", hint="see 'ckpt log'")
+            names |= dict.fromkeys(line or [self._revisions.resolve(text)])
+        return list(names)
+
     def _position(self, revision: str | int, line: list[ObjectId]) -> int:
         name = self._revisions.resolve(str(revision))
         if name not in line:

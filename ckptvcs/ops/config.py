@@ -21,6 +21,7 @@ from ckptvcs.gc.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store import disk
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.leases import turn
+from ckptvcs.text import seconds
 
 Value = str | int | float
 
@@ -71,6 +72,12 @@ def _number(value: Value) -> float:
     return number
 
 
+def _time(value: Value) -> str:
+    if seconds(str(value)) is None:
+        raise InvalidInputError(f"invalid time '{value}'", hint="write 12h, 7d, 4w, or 0s for none")
+    return str(value)
+
+
 def _bound(value: Value) -> str | float:
     return str(value) if value in (OFF, AUTO) else _number(value)
 
@@ -94,6 +101,7 @@ class Config:
     max_update_nmse: str | float = _setting(AUTO, _bound)
     keyframe_depth: int = _setting(64, lambda value: _integer(value, least=1))
     keyframe_bytes: float = _setting(16.0, _number)
+    gc_grace: str = _setting("7d", _time)
 
     @property
     def exact_rule(self) -> ExactRule:
@@ -102,6 +110,11 @@ class Config:
         return ExactRule(
             self.keep_exact, best, self.best_fidelity, self.tag_fidelity, self.pin_fidelity
         )
+
+    @property
+    def grace_seconds(self) -> float:
+        """How long gc keeps the data of dropped commits, in seconds."""
+        return seconds(self.gc_grace) or 0.0
 
     def codec_of(self, text: str | None) -> CodecSpec:
         """Return a codec with the configured bounds; None names the configured codec."""

@@ -1,25 +1,29 @@
-"""gc: drop commits that no rule keeps, and delete unreachable objects."""
+"""gc and drop: drop commits, and delete unreachable objects."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
-from ckptvcs.errors import InvalidInputError, StorageError
+from ckptvcs.errors import ConflictError, InvalidInputError, StorageError
 from ckptvcs.gc.collect import Collector, GcPlan
+from ckptvcs.gc.decide import Judge
+from ckptvcs.gc.grace import wants_rekey
 from ckptvcs.gc.retention import Policy
 from ckptvcs.gc.sweep import Sweep
-from ckptvcs.history.canonical_json import now
+from ckptvcs.history.canonical_json import now as current_time
 from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store import disk
+from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import sole
 from ckptvcs.store.reserve import give_up_reserve, keep_reserve
 
 
-def plan(repository: Repository, policy: Policy) -> GcPlan:
+def plan(repository: Repository, policy: Policy, *, now: bool = False) -> GcPlan:
     """Return what `collect` would do now; raises the same errors."""
-    return _collector(repository).plan(policy, now())
+    return _collector(repository, now=now).plan(policy, current_time())
 
 
 def collect(
@@ -27,15 +31,16 @@ def collect(
     policy: Policy,
     *,
     sweep: bool = True,
+    now: bool = False,
     rekey: bool = False,
     progress: Progress = quiet,
 ) -> GcPlan:
     """Collect garbage; see `Repo.gc`."""
     if rekey and not sweep:
         raise InvalidInputError("--rekey cannot be combined with --no-sweep")
-    sizes = list[int]()
+    collection = _Collection(repository, replace(policy, rekey=rekey), progress, sweep, now)
     try:
-        done = _collect(repository, policy, progress, sizes, sweep=sweep, rekey=rekey)
+        done = collection.run()
     except StorageError as error:
         if not disk.is_full(error):
             raise
@@ -44,50 +49,101 @@ def collect(
             give_up_reserve(repository.cache)
         except OSError:
             raise error from None
-        done = _collect(repository, policy, progress, sizes, sweep=sweep, rekey=rekey)
+        done = collection.run()
     keep_reserve(repository.cache)
     return done
 
 
-def _collect(
+def drop(
     repository: Repository,
-    policy: Policy,
-    progress: Progress,
-    sizes: list[int],
+    names: Iterable[ObjectId],
     *,
-    sweep: bool,
-    rekey: bool,
+    now: bool = False,
+    progress: Progress = quiet,
 ) -> GcPlan:
-    """Collect once; `sizes` gets the size of the repository before the first try."""
-    collector, store = _collector(repository), repository.catalog.store
-    with sole(repository.backend) as mark:
-        before = store.list_packs().keys()
-        sizes.append(collector.held_bytes(debris=True))
-        done = Sweep(collector, repository.catalog, mark).run(
-            policy,
-            now(),
-            sweep=sweep,
-            before_drop=lambda: raise_flags(repository.backend, "gc", "drops"),
-            rekey=(lambda: _rekey(repository, progress)) if rekey else None,
+    """Drop single commits; see `Repo.drop`.
+
+    Raises:
+        BusyError: A writer is running.
+        ConflictError: HEAD, a branch, a tag, a pin or `keep-best` keeps one of the commits.
+        CorruptionError: A needed object is missing; nothing was deleted.
+        StorageError: The disk fails.
+    """
+    named = frozenset(names)
+    judge = Judge(repository.catalog, repository.refs, repository.config.exact_rule.best)
+    protected = judge.protected(repository.revisions.visible())
+    for name in sorted(named & protected.keys()):
+        raise ConflictError(
+            f"cannot drop commit {name[:8]}: {protected[name][-1]} keeps it",
+            hint=_how_to_release(name, protected[name][-1]),
         )
-        kept = collector.held_bytes(debris=not sweep)
-        sizes[0] += collector.foreign_bytes(done, before)
-        if not sweep:
-            return replace(done, kept_bytes=kept - done.freed_bytes)
-        return replace(done, freed_bytes=sizes[0] - kept, kept_bytes=kept)
+    collection = _Collection(repository, Policy(named=named), progress, now, now)
+    return collection.run()
 
 
-def _collector(repository: Repository) -> Collector:
+def _how_to_release(name: ObjectId, reason: str) -> str:
+    kind, _, label = reason.partition(" ")
+    hints = {
+        "HEAD": "check out another commit first",
+        "branch": f"run 'ckpt checkout {label}' and 'ckpt undo' to take back its newest commit",
+        "tag": f"run 'ckpt tag --delete {label}' first",
+        "pin": f"run 'ckpt unpin {name[:8]}' first",
+    }
+    return hints.get(kind, "change the setting keep-best first")
+
+
+class _Collection:
+    """One gc, which may be tried twice on a full disk."""
+
+    def __init__(
+        self, repository: Repository, policy: Policy, progress: Progress, sweep: bool, now: bool
+    ) -> None:
+        self._repository, self._policy, self._progress = repository, policy, progress
+        self._sweep, self._collector = sweep, _collector(repository, now=now)
+        self._before: int | None = None  # bytes of the repository before the first try
+
+    def run(self) -> GcPlan:
+        """Collect once."""
+        collector, catalog = self._collector, self._repository.catalog
+        time = current_time()
+        with sole(self._repository.backend) as mark:
+            packs = catalog.store.list_packs().keys()
+            if self._before is None:
+                self._before = collector.held_bytes(debris=True)
+            rekey = self._sweep and (self._policy.asks_rekey or self._owes_rekey(time))
+            done = Sweep(collector, catalog, mark).run(
+                self._policy,
+                time,
+                sweep=self._sweep,
+                before_drop=lambda: raise_flags(self._repository.backend, "gc", "drops"),
+                rekey=(lambda: self._rekey(time)) if rekey else None,
+            )
+            kept = collector.held_bytes(debris=not self._sweep)
+            self._before += collector.foreign_bytes(done, packs)
+            if not self._sweep:
+                return replace(done, kept_bytes=kept - done.freed_bytes)
+            return replace(done, freed_bytes=self._before - kept, kept_bytes=kept)
+
+    def _owes_rekey(self, time: str) -> bool:
+        swept = self._collector.swept(time)
+        return wants_rekey(self._repository.catalog, swept)
+
+    def _rekey(self, time: str) -> None:
+        """Re-encode the deltas that need commits whose data is deleted."""
+        from ckptvcs.encode.rekey import Rekeyer  # noqa: PLC0415  needs numpy
+
+        repository, gone = self._repository, self._collector.swept(time)
+        raise_flags(repository.backend, "read", "near", "near-2", "types")
+        commits = repository.revisions.commits()
+        kept = {name: made for name, made in commits.items() if name not in gone.commits}
+        depth = repository.config.keyframe_depth
+        rekeyer = Rekeyer(repository.catalog, repository.bases, depth, self._progress)
+        rekeyer.run(kept, gone.parts)
+
+
+def _collector(repository: Repository, *, now: bool) -> Collector:
     require_flags(repository.backend, "gc")
-    best = repository.config.exact_rule.best
-    return Collector(repository.catalog, repository.refs, repository.fader(), best)
-
-
-def _rekey(repository: Repository, progress: Progress) -> None:
-    from ckptvcs.encode.rekey import Rekeyer  # noqa: PLC0415  needs numpy
-
-    raise_flags(repository.backend, "read", "near", "near-2", "types")
-    depth = repository.config.keyframe_depth
-    Rekeyer(repository.catalog, repository.bases, depth, progress).run(
-        repository.revisions.visible()
-    )
+    config = repository.config
+    grace = 0.0 if now else config.grace_seconds
+    best = config.exact_rule.best
+    return Collector(repository.catalog, repository.refs, repository.fader(), best, grace)

@@ -6,6 +6,7 @@ No method here decodes a tensor, so that `log` and `show` start without numpy.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -300,19 +301,32 @@ class HistoryReader:
         """
         return ops.refs.events(self._repository, branch)
 
-    def plan_gc(self, policy: Policy = NO_RULES) -> GcPlan:
+    def select(self, revisions: Iterable[str | int]) -> list[ObjectId]:
+        """Return the ids of the commits that revisions and ranges name, each once.
+
+        Args:
+            revisions: Revisions, or ranges `A..B` of steps or revisions, both included.
+
+        Raises:
+            NotFoundError: A revision names no commit, or a range contains none.
+            InvalidInputError: A revision is ambiguous.
+        """
+        return self._repository.history.select(revisions)
+
+    def plan_gc(self, policy: Policy = NO_RULES, *, now: bool = False) -> GcPlan:
         """Return the commits, exact patches and packs that `gc` would delete; changes nothing.
 
         The plan does not include the bytes that `gc(rekey=True)` frees.
 
         Args:
             policy: The retention rules; the default keeps every commit.
+            now: Delete data without the grace period, as `gc(now=True)` does.
 
         Raises:
             CorruptionError: An object that a commit needs is missing.
             InvalidInputError: The rules keep no commit at all.
         """
-        return ops.gc.plan(self._repository, policy)
+        return ops.gc.plan(self._repository, policy, now=now)
 
     def stats(self) -> Stats:
         """Return the sizes of the repository on disk, in bytes."""

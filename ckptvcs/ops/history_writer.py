@@ -137,18 +137,23 @@ class HistoryWriter(Reader):
         policy: Policy = NO_RULES,
         *,
         sweep: bool = True,
+        now: bool = False,
         rekey: bool = False,
         progress: Progress = quiet,
     ) -> GcPlan:
         """Drop the commits that no rule keeps, and delete unreferenced data.
+
+        The data of a dropped commit stays for the time of the setting `gc-grace`, and `undo` can
+        restore the commit.  A later gc deletes the data.
 
         gc also deletes the exact patches that the settings do not keep, and merges tiny packs.  It
         works on a full disk, except with `rekey`.
 
         Args:
             policy: The retention rules; the default keeps every commit.
-            sweep: False only records the drops: `undo` can revert them until the next sweep.
-            rekey: Re-encode deltas that depend on dropped commits, and limit the length of each
+            sweep: False only records the drops, and deletes nothing.
+            now: Delete the data of all dropped commits at once, without the grace period.
+            rekey: Re-encode deltas that depend on deleted commits, and limit the length of each
                 chain to the settings.
             progress: Called with the number of bytes that were read or written since its last call.
 
@@ -164,7 +169,33 @@ class HistoryWriter(Reader):
         Example:
             >>> repo.gc(ckptvcs.Policy(last=20, every=10_000)).freed_bytes
         """
-        return ops.gc.collect(self._repository, policy, sweep=sweep, rekey=rekey, progress=progress)
+        return ops.gc.collect(
+            self._repository, policy, sweep=sweep, now=now, rekey=rekey, progress=progress
+        )
+
+    def drop(self, *revisions: str | int, now: bool = False, progress: Progress = quiet) -> GcPlan:
+        """Drop single commits, anywhere in the history.
+
+        `undo` can restore them until the grace period ends.  The gc that then deletes their data
+        re-encodes the deltas that depend on them, so that no other commit changes.
+
+        Args:
+            revisions: The commits, as revisions or ranges `A..B`.
+            now: Delete their data at once, as `gc(now=True, rekey=True)` does.
+            progress: Called with the number of bytes that were read or written since its last call.
+
+        Returns:
+            The decision about each commit, and the sizes in bytes.
+
+        Raises:
+            BusyError: Another process is writing.
+            ConflictError: HEAD, a branch, a tag, a pin or the setting `keep-best` keeps one of the
+                commits.
+            NotFoundError: A revision names no commit.
+            StorageError: The disk fails.
+        """
+        names = self.select(revisions)
+        return ops.gc.drop(self._repository, names, now=now, progress=progress)
 
     def undo(self) -> Undone:
         """Revert the last move of HEAD's branch, or the last drop of its commits.

@@ -47,7 +47,8 @@ def test_gc_of_the_command_line(ckpt: Ckpt, tmp_path: Path) -> None:
         assert before == after == found["freed_bytes"] + found["kept_bytes"]
     found, before, after = sizes(ckpt, "--keep-last", 4, "--no-sweep")
     assert found["freed_bytes"] + found["kept_bytes"] == after
-    for args in ([], ["--keep-every", 3], ["--rekey"], ["--keep-last", 1, "--rekey"], []):
+    rules = ["--keep-last", 1]
+    for args in ([], ["--keep-every", 3], ["--rekey"], [*rules, "--rekey"], [*rules, "--now"], []):
         found, before, after = sizes(ckpt, *args)
         assert (found["freed_bytes"], found["kept_bytes"]) == (before - after, after)
     assert "does not include what --rekey frees" in ckpt("gc", "--rekey", "--dry-run").err
@@ -57,7 +58,7 @@ def test_gc_of_the_command_line(ckpt: Ckpt, tmp_path: Path) -> None:
 def test_how_gc_says_that_records_took_more() -> None:
     plan = GcPlan((), (), {}, (), -300, 5000)
     said = gc.describe_sizes(plan, dry_run=False, sweep=True)
-    assert said == "nothing to free: takes 300 B for records, kept 5 kB"
+    assert said == "nothing to free: takes 300 B more, kept 5 kB"
     assert "would take 300 B" in gc.describe_sizes(plan, dry_run=True, sweep=True)
     plan = GcPlan((), (), {}, (), 300, 5000)
     assert gc.describe_sizes(plan, dry_run=False, sweep=True) == "freed 300 B, kept 5 kB"

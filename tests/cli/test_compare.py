@@ -176,7 +176,7 @@ def test_diff_of_near_sides_claims_nothing(ckpt: Ckpt, tmp_path: Path) -> None:
 def test_diff_leaves_out_what_was_dropped(ckpt: Ckpt, history: Path) -> None:
     before = ckpt("diff", 2, 3, "--json").json
     assert before["dropped"] == []
-    ckpt("gc", "--keep-optimizer-last", 2)
+    ckpt("gc", "--keep-optimizer-last", 2, "--now")
     for a, b in ((2, 3), (3, 5), (5, 3)):
         found = ckpt("diff", a, b, "--json").json
         assert found["dropped"] == ["optimizer"]

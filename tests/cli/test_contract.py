@@ -150,11 +150,11 @@ def test_checkout_says_what_became_of_a_commit(
     ckpt: Ckpt, history: Path, run_files: list[Path]
 ) -> None:
     made = {row["step"]: row["id"][:8] for row in ckpt("log", "--json").json}
-    ckpt("gc", "--keep-optimizer-last", 2)
+    ckpt("gc", "--keep-optimizer-last", 2, "--now")
     (history / "model.pt").write_bytes(run_files[2].read_bytes())
     said = ckpt("checkout", "main", code=4).err
     assert f"model.pt is the original of commit {made[3]}, whose optimizer part was dropped" in said
-    ckpt("gc", "--keep-last", 1)
+    ckpt("gc", "--keep-last", 1, "--now")
     said = ckpt("checkout", "main", code=4).err
     assert f"model.pt is the original of commit {made[3]}, which was dropped" in said
     assert "last exact copy" in said

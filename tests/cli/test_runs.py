@@ -305,8 +305,8 @@ def test_steps_in_paths_do_not_make_keyframes(ckpt: Ckpt, tmp_path: Path, layout
     exact = contents(tmp_path / model.format(40).partition("/")[0])
     ckpt("checkout", "40", "-o", "back")
     assert contents(tmp_path / "back") == exact
-    ckpt("gc", "--keep-every", "40", "--keep-last", "1", "--rekey")
-    ckpt("gc", "--keep-every", "20", "--rekey")
+    ckpt("gc", "--keep-every", "40", "--keep-last", "1", "--rekey", "--now")
+    ckpt("gc", "--keep-every", "20", "--rekey", "--now")
     ckpt("verify")
 
 
@@ -316,7 +316,7 @@ def test_rekeying_finds_the_tensors_of_another_step(ckpt: Ckpt, tmp_path: Path) 
         save(tmp_path / f"checkpoint-{step}" / f"global_step{step}" / "m.pt", {"w": w.bfloat16()})
         ckpt("commit", f"checkpoint-{step}", "-m", "x")
     before = ckpt("log", "--json").json
-    ckpt("gc", "--keep-every", "20", "--keep-last", "1", "--rekey")
+    ckpt("gc", "--keep-every", "20", "--keep-last", "1", "--rekey", "--now")
     ckpt("verify")
     after = {entry["step"]: entry for entry in ckpt("log", "--json").json}
     assert set(after) == {20, 40}

@@ -94,7 +94,7 @@ def test_rekeying_leaves_sound_bases(
         commit(step)
     kept = [step for step in range(1, 7) if step % every == 0 or step == 6]
     repo.configure("keep-exact", "0")
-    repo.gc(Policy(every=every, last=1))
+    repo.gc(Policy(every=every, last=1), now=True)
     true = {step: repo.checkout(step) for step in kept}
     repo.gc(rekey=True)
     repo = Repo.open(root)

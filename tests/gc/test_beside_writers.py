@@ -152,7 +152,7 @@ def test_whatever_writers_do_at_any_step_of_gc_nothing_needed_goes(
                 repo.commit(state(step), step=step)
             writer = Writer(folder)
             place = Interrupted(patched, at, lambda w=writer: ACTS[act](w))  # type: ignore[misc]
-            repo.gc(Policy(last=2))
+            repo.gc(Policy(last=2), now=True)
             writer.check(Repo.open(folder))
             if place.places < at:
                 break
@@ -202,7 +202,7 @@ def test_gc_waits_for_writers_and_lets_new_ones_in(
 
     monkeypatch.setattr("time.sleep", rest)
     writing.__enter__()
-    repo.gc(Policy(last=1))
+    repo.gc(Policy(last=1), now=True)
     assert len(rests) == 4
     assert [entry.step for entry in repo.log()] == [100, STEPS]
     assert not repo.verify().damage
@@ -253,6 +253,6 @@ def test_commits_that_let_patches_fade_do_not_disturb_gc(
         return made
 
     monkeypatch.setattr(Collector, "plan", counted)
-    repo.gc(Policy(last=3))
+    repo.gc(Policy(last=3), now=True)
     assert len(plans) == 1
     assert not Repo.open(tmp_path).verify().damage

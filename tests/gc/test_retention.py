@@ -219,7 +219,7 @@ def test_a_reader_whose_patch_fades_gets_the_near_form(run: Run, repo: Repo) -> 
 def test_dropped_commits_are_gone_and_others_are_as_they_were(run: Run, repo: Repo) -> None:
     run.commit(9)
     true = {step: repo.checkout(step) for step in range(1, 10)}
-    plan = repo.gc(Policy(every=4))
+    plan = repo.gc(Policy(every=4), now=True)
     assert {row.commit.step: row.action for row in plan.decisions} == {
         step: "keep" if step in (4, 8, 9) else "drop" for step in range(1, 10)
     }
@@ -240,9 +240,9 @@ def test_dropped_commits_are_gone_and_others_are_as_they_were(run: Run, repo: Re
 @pytest.mark.directory_only
 def test_moments_of_dropped_commits_are_freed_at_once(run: Run, repo: Repo) -> None:
     run.commit(9)
-    plan = repo.plan_gc(Policy(last=1))
+    plan = repo.plan_gc(Policy(last=1), now=True)
     before = sizes(repo)
-    done = repo.gc(Policy(last=1))
+    done = repo.gc(Policy(last=1), now=True)
     assert abs(done.freed_bytes - plan.freed_bytes) < 20  # the record has another time in it
     assert sizes(repo) < before
     row = next(row for row in done.decisions if row.commit.step == 5)
@@ -252,7 +252,7 @@ def test_moments_of_dropped_commits_are_freed_at_once(run: Run, repo: Repo) -> N
 
 def test_parts_can_be_dropped_alone(run: Run, repo: Repo) -> None:
     run.commit(6)
-    repo.gc(Policy(optimizer_last=2))
+    repo.gc(Policy(optimizer_last=2), now=True)
     assert [entry.fidelity["optimizer"] for entry in repo.log()] == [
         "exact",
         "exact",
@@ -272,14 +272,14 @@ def test_what_is_protected_stays(run: Run, repo: Repo) -> None:
         run.commit(metrics={"loss": loss})
     set_ref(handle(repo), "tags", "v1", repo.resolve(1), "tag")
     repo.pin(repo.resolve(3), pinned=True)
-    repo.gc(Policy(every=1000, last=1))
+    repo.gc(Policy(every=1000, last=1), now=True)
     assert [entry.step for entry in repo.log()] == [5, 3, 2, 1]
 
 
 def test_rules_that_keep_nothing_are_refused(run: Run, repo: Repo) -> None:
     run.commit(3)
     with pytest.raises(InvalidInputError, match="keep no commit"):
-        repo.gc(Policy(every=1000))
+        repo.gc(Policy(every=1000), now=True)
     assert len(repo.log()) == 3
     repo.gc()  # without rules it only sweeps
     assert len(repo.log()) == 3
@@ -294,7 +294,7 @@ def test_a_drop_is_undone_until_it_is_swept(run: Run, repo: Repo) -> None:
     assert [entry.step for entry in repo.log()] == [5, 4, 3, 2, 1]
     for step, state in true.items():
         assert same(repo.checkout(step), state)
-    repo.gc(Policy(last=1))
+    repo.gc(Policy(last=1), now=True)
     with pytest.raises(ConflictError, match="gc deleted"):
         repo.undo()
     assert not repo.verify().damage
@@ -334,9 +334,9 @@ def test_tiny_packs_are_merged_and_parts_stay_apart(run: Run, repo: Repo) -> Non
         assert entry.stored_bytes == pytest.approx(alone[entry.step], rel=0.2)
     for step, state in true.items():
         assert same(repo.checkout(step), state)
-    repo.gc(Policy(optimizer_last=1))
+    repo.gc(Policy(optimizer_last=1), now=True)
     assert not repo.verify().damage
-    repo.gc(Policy(last=3))
+    repo.gc(Policy(last=3), now=True)
     run.commit(2)
     assert not repo.verify().damage
 
@@ -362,7 +362,7 @@ def test_a_table_that_a_patch_holds_too_is_not_lost_with_it(run: Run, repo: Repo
 @pytest.mark.parametrize("codec", ["near", "lossless", "excp"])
 def test_a_rollback_to_a_commit_without_its_optimizer(codec: str, run: Run, repo: Repo) -> None:
     run.commit(5, codec=codec)
-    repo.gc(Policy(optimizer_last=1))
+    repo.gc(Policy(optimizer_last=1), now=True)
     run.step = 2
     assert run.commit(codec=codec).exact  # on step 2, whose optimizer is gone
     move_head(handle(repo), repo.resolve(1), None)
@@ -387,7 +387,7 @@ def test_nothing_leads_to_what_was_swept(run: Run, repo: Repo) -> None:
     ):
         with pytest.raises(NotFoundError, match=r"deleted by gc|not in the store"):
             act()
-    repo.gc(Policy(last=1))
+    repo.gc(Policy(last=1), now=True)
     with pytest.raises(NotFoundError):
         set_ref(
             handle(repo),
@@ -468,7 +468,7 @@ def test_rekeying_merges_deltas_and_changes_no_value(codec: str, run: Run, repo:
     repo.configure("keep-exact", "0")
     run.commit(13, codec=codec)
     true = {step: repo.checkout(step) for step in range(1, 14)}
-    repo.gc(Policy(every=6, last=1))
+    repo.gc(Policy(every=6, last=1), now=True)
     before = sizes(repo)
     repo.gc(rekey=True)
     # What is on no grid has to be coded losslessly; deltas of small are, compared to keyframes.
@@ -484,7 +484,7 @@ def test_rekeying_merges_deltas_and_changes_no_value(codec: str, run: Run, repo:
     fresh.configure("keep-exact", "2")
     run.repo = fresh
     run.commit(2, codec=codec)
-    fresh.gc(Policy(last=2), rekey=True)
+    fresh.gc(Policy(last=2), rekey=True, now=True)
     assert not fresh.verify().damage
     assert same(fresh.checkout(15), run.states[15])
 
@@ -510,7 +510,7 @@ def test_what_never_moved_is_stored_once_after_rekeying(run: Run, repo: Repo) ->
         state["model"]["frozen"] = frozen
         repo.commit(state, step=step)
         run.now = moved(run.now)
-    repo.gc(Policy(every=3, last=1))
+    repo.gc(Policy(every=3, last=1), now=True)
     before = sizes(repo)
     repo.gc(rekey=True)
     assert sizes(repo) < before
@@ -535,7 +535,7 @@ def test_half_precision_weights_merge_too(dtype: torch.dtype, repo: Repo) -> Non
         repo.commit({"model": now, "step": step}, step=step)
         now = moved(now)
     true = {step: repo.checkout(step) for step in range(1, 9)}
-    repo.gc(Policy(last=1, every=4), rekey=True)
+    repo.gc(Policy(last=1, every=4), rekey=True, now=True)
     for step in (4, 8):
         assert same(repo.checkout(step), true[step])
     assert not repo.verify().damage

@@ -100,8 +100,12 @@ def _commit_together(root: Path) -> None:
         commit.finish(shards, {"notes.json": b"{}"})
 
 
-def _gc(policy: Policy, *, sweep: bool = True, rekey: bool = False) -> Act:
-    return lambda root: Repo.open(root / "repo").gc(policy, sweep=sweep, rekey=rekey)
+def _gc(policy: Policy, *, now: bool = True, rekey: bool = False) -> Act:
+    return lambda root: Repo.open(root / "repo").gc(policy, now=now, rekey=rekey)
+
+
+def _drop(*steps: int, now: bool) -> Act:
+    return lambda root: Repo.open(root / "repo").drop(*steps, now=now)
 
 
 def _undo(root: Path) -> None:
@@ -171,13 +175,16 @@ SCENARIOS = {
         Scenario("refs", _refs),
         Scenario("note", _note, also=_note_is_whole),
         Scenario("gc", _gc(Policy(last=2)), commits=5),
+        Scenario("gc with grace", _gc(Policy(last=2), now=False), commits=5),
         Scenario("gc of parts", _gc(Policy(optimizer_last=1)), commits=4),
         Scenario("gc of a branch", _gc(Policy()), prepare=_side),
         Scenario("rekey", _gc(Policy(every=3), rekey=True), commits=7),
+        Scenario("drop", _drop(2, 3, now=False), commits=5, repeats=False),
+        Scenario("drop now", _drop(2, 3, now=True), commits=5, repeats=False),
         Scenario("repack", _gc(Policy()), commits=9),
         Scenario("undo a commit", _undo, repeats=False),
         Scenario(
-            "undo a drop", _undo, commits=5, prepare=_gc(Policy(last=1), sweep=False), repeats=False
+            "undo a drop", _undo, commits=5, prepare=_gc(Policy(last=1), now=False), repeats=False
         ),
         Scenario("import", _import, prepare=_found, also=_originals_are_somewhere),
     )

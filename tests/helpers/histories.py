@@ -52,7 +52,7 @@ def rekeyed(root: Path, codec: str = "near") -> Repo:
         model = {name: torch.from_numpy(w) for name, w in run.step()["model"].items()}
         torch.save({"model": model}, root / "model.pt")
         repo.commit_path(root / "model.pt", message="", step=step)
-    repo.gc(Policy(last=2))
+    repo.gc(Policy(last=2), now=True)
     repo.gc(rekey=True)
     return repo
 

@@ -77,9 +77,9 @@ def collect(root: Path, seconds: float, number: int) -> None:
         try:
             kind = draw.random()
             if kind < 0.2:
-                repo.gc(Policy(last=5))
+                repo.gc(Policy(last=5), now=True)
             elif kind < 0.3:
-                repo.gc(Policy(last=8), rekey=True)
+                repo.gc(Policy(last=8), rekey=True, now=True)
             else:
                 repo.gc()
             count += 1

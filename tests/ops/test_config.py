@@ -127,7 +127,7 @@ def test_gc_lets_fade_what_the_settings_say_now(tmp_path: Path) -> None:
     repo.commit(states(4)[-1], step=4, metrics={"loss": 0.1})
     repo.commit(states(5)[-1], step=5, metrics={"loss": 0.2})
     repo.commit(states(6)[-1], step=6, metrics={"loss": 0.3})
-    repo.gc(Policy(last=1))
+    repo.gc(Policy(last=1), now=True)
     assert exact(repo) == [4, 6]
 
 

@@ -90,7 +90,11 @@ def test_what_another_process_lets_go_keeps_its_original(
         set_ref(handle(other), "heads", "side", None, "delete")
     else:
         importer = run(repo, folder)
-        _ = [other.undo() for _ in range(2)] if how == "undo" else [other.gc(Policy(last=2))]
+        _ = (
+            [other.undo() for _ in range(2)]
+            if how == "undo"
+            else [other.gc(Policy(last=2), now=True)]
+        )
     kept = remove(importer)
     stay = {
         "undo": ["step-1000.pt", "step-1100.pt"],

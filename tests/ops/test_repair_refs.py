@@ -280,7 +280,7 @@ def test_a_lost_format_is_made_anew(kind: str, copy: bool, template: Path, root:
     assert not damage(root)
     assert Snapshot.of(root) == whole
     Repo.open(root / "repo").commit_path(root / "step-5.pt", message="on")
-    Repo.open(root / "repo").gc(Policy(last=1))
+    Repo.open(root / "repo").gc(Policy(last=1), now=True)
     assert not damage(root)
 
 
@@ -436,7 +436,7 @@ def test_a_file_of_a_commit_that_was_dropped_is_kept(root: Path) -> None:
     repo = Repo.open(root / "repo")
     where = root / "out.pt"
     shutil.copy(root / "step-2.pt", where)
-    repo.gc(Policy(last=1))
+    repo.gc(Policy(last=1), now=True)
     with pytest.raises(ConflictError):
         repo.checkout_files(repo.resolve(4), where)
 

@@ -26,7 +26,7 @@ def test_every_operation_uses_the_chosen_backend(
     for step in range(4):
         repo.commit({"w": np.full(100, step, np.float32)}, step=step)
     repo.configure("keep-exact", "1")
-    repo.gc(Policy(last=2))
+    repo.gc(Policy(last=2), now=True)
     repo = Repo.open(tmp_path)
     assert not repo.verify().damage
     assert not repo.repair().files

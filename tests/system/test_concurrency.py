@@ -246,7 +246,7 @@ def test_a_reader_goes_on_while_what_it_reads_is_swept(tmp_path: Path) -> None:
     reader = Repo.open(tmp_path)
     entries = reader.log()
     assert reader.checkout(6)["step"] == 6
-    repo.gc(Policy(last=2), rekey=True)  # its frames lie elsewhere now
+    repo.gc(Policy(last=2), rekey=True, now=True)  # its frames lie elsewhere now
     for entry in entries[:2]:
         true = run[(entry.step or 0) - 1]["model"]["a"]
         assert torch.equal(reader.checkout(f"id:{entry.id}")["model"]["a"], true)
@@ -264,7 +264,7 @@ def test_verify_while_others_commit_and_collect(at: int, tmp_path: Path) -> None
         if len(ticks) == at + 1:
             other = Repo.open(tmp_path)
             other.commit(run[4], step=5)  # the patches of others fade
-            other.gc(Policy(last=3))
+            other.gc(Policy(last=3), now=True)
             other.commit(run[5], step=6)
 
     report = repo.verify(meanwhile)

@@ -41,7 +41,7 @@ def test_what_gc_leaves(tmp_path: Path) -> None:
     names = [repo.commit_path(path, message="x").id for path in paths]
     tables = [handle(repo).catalog.commit(name).parts["model"].values for name in names[:6]]
     for _ in range(2):  # the second one merges what the first one left
-        repo.gc(Policy(last=2))
+        repo.gc(Policy(last=2), now=True)
     repo = Repo.open(tmp_path / "near")
     assert not any(map(handle(repo).catalog.store.contains, tables))
     assert [entry.step for entry, _ in repo.trajectory()] == [7, 8]

@@ -82,7 +82,7 @@ def test_gc_on_a_full_disk(small: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No space"):
         repo.commit_path(tmp_path / "files" / "step-6.pt", message="")
     assert len(repo.log()) == 5
-    plan = repo.gc(Policy(last=2))
+    plan = repo.gc(Policy(last=2), now=True)
     assert len(plan.drops[0].commits) == 3
     assert len(Repo.open(small).log()) == 2
     assert repo.verify().damage == []
@@ -96,7 +96,7 @@ def test_gc_on_a_full_disk_without_a_reserve(small: Path, tmp_path: Path) -> Non
     (repo.folder / "cache" / "reserve").unlink()
     fill(small)
     assert len(list((repo.folder / "cache" / "bases").iterdir())) == 2
-    repo.gc(Policy(last=1, within=0))
+    repo.gc(Policy(last=1, within=0), now=True)
     assert len(Repo.open(small).log()) == 1
 
 
@@ -146,7 +146,7 @@ def test_no_room_for_the_cache(room: int, tmp_path: Path) -> None:
     try:
         assert apart(partial(_commit, tmp_path / "repo", tmp_path / "files" / "step-3.pt")) is None
         assert apart(lambda: len(Repo.open(tmp_path / "repo").log())) == 3
-        apart(lambda: Repo.open(tmp_path / "repo").gc(Policy(last=1)))
+        apart(lambda: Repo.open(tmp_path / "repo").gc(Policy(last=1), now=True))
         assert apart(lambda: len(Repo.open(tmp_path / "repo").log())) == 1
         assert apart(lambda: Repo.open(tmp_path / "repo").verify().damage) == []
     finally:
@@ -189,7 +189,7 @@ def test_a_read_only_file_system(small: Path, tmp_path: Path) -> None:
     assert sum(event.action == "commit" for event in repo.reflog()) == 5
     for act in (
         lambda: repo.commit_path(tmp_path / "files" / "step-6.pt", message=""),
-        lambda: repo.gc(Policy(last=1)),
+        lambda: repo.gc(Policy(last=1), now=True),
         lambda: set_ref(handle(repo), "tags", "x", repo.resolve(1), "tag"),
         lambda: repo.pin(repo.resolve(1), pinned=True),
         lambda: repo.configure("keep-exact", "1"),

@@ -42,7 +42,7 @@ LASTING = {  # of which every third refusal stays
 
 COMMANDS = {
     "commit": ["commit", "../step-4.pt", "-m", "next", "--metric", "loss=1"],
-    "gc": ["gc", "--keep-last", "2"],
+    "gc": ["gc", "--keep-last", "2", "--now"],
     "checkout": ["checkout", "2", "-o", "../out.pt"],
     "import": ["import", "../found", "--delete-originals", "--yes"],
     "verify": ["verify"],

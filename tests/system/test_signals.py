@@ -21,7 +21,7 @@ SEED = int(os.environ.get("CKPT_TEST_SEED", "0"))
 TIMES = 40 if NIGHTLY else 2
 COMMANDS = {
     "commit": ["commit", "../step-4.pt", "-m", "next"],
-    "gc": ["gc", "--keep-last", "2"],
+    "gc": ["gc", "--keep-last", "2", "--now"],
     "import": ["import", "../found", "--delete-originals", "--yes"],
 }
 ENDS = {

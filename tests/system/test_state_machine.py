@@ -115,16 +115,26 @@ class Histories(RuleBasedStateMachine):
         self.tagged += 1
         set_ref(handle(self.repo), "tags", f"t{self.tagged}", self.repo.resolve("HEAD"), "tag")
 
-    @rule(policy=st.sampled_from([Policy(), *POLICIES]), sweep=st.booleans(), rekey=st.booleans())
-    def gc(self, policy: Policy, sweep: bool, rekey: bool) -> None:
+    @rule(policy=st.sampled_from([Policy(), *POLICIES]), now=st.booleans(), rekey=st.booleans())
+    def gc(self, policy: Policy, now: bool, rekey: bool) -> None:
         try:
-            plan = self.repo.plan_gc(policy)
-            done = self.repo.gc(policy, sweep=sweep or rekey, rekey=rekey)
+            plan = self.repo.plan_gc(policy, now=now)
+            done = self.repo.gc(policy, now=now, rekey=rekey)
         except InvalidInputError:
             return
         assert [row.action for row in plan.decisions] == [row.action for row in done.decisions]
         head = handle(self.repo).revisions.head()
         assert head is None or head not in handle(self.repo).catalog.dropped().commits
+
+    @precondition(lambda self: self.step > 2)
+    @rule(back=st.integers(1, 5), now=st.booleans())
+    def drop(self, back: int, now: bool) -> None:
+        try:
+            name = self.repo.resolve(f"HEAD~{back}")
+            self.repo.drop(name, now=now)
+        except (NotFoundError, ConflictError):
+            return
+        assert name in handle(self.repo).catalog.dropped().commits
 
     @rule()
     def undo(self) -> None:

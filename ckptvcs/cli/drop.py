@@ -1,0 +1,42 @@
+"""drop."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
+from ckptvcs.cli.gc import describe_sizes, grace, plan_json, tell_waiting
+
+
+def drop(
+    context: typer.Context,
+    revisions: Annotated[
+        list[str], typer.Argument(metavar="REV...", help="commits or ranges A..B to drop")
+    ],
+    now: Now = False,
+    yes: Yes = False,
+    json: JsonOption = False,
+) -> None:
+    """Drop single commits; undo can restore them for some days."""
+    repo = open_repo(context)
+    entries = [repo.entry(name) for name in repo.select(revisions)]
+    if not yes and not json and render.can_ask():
+        later = "" if now else f" 'ckpt undo' can restore them for {grace(repo)}"
+        what = "delete the data of" if now else "drop"
+        named = ", ".join(render.commit_name(entry) for entry in entries)
+        if not render.confirm(f"{what} {len(entries)} commit(s): {named}?{later}"):
+            render.talk("nothing was changed")
+            return
+    with render.progress("rekeying", None) as tick:
+        plan = repo.drop(*revisions, now=now, progress=tick)
+    if json:
+        render.as_json(plan_json(plan, dry_run=False))
+        return
+    for entry in entries:
+        render.data(f"dropped {render.commit_name(entry)}")
+    if now:
+        render.data(describe_sizes(plan, dry_run=False, sweep=True))
+    tell_waiting(repo, plan)

@@ -1,0 +1,51 @@
+"""The grace period: gc keeps the data of a dropped commit for a while, so that undo can restore it.
+
+A drop record hides commits at once.  gc deletes their data when the record is older than the
+setting `gc-grace`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from ckptvcs.gc.retention import BY_NAME, REKEY
+from ckptvcs.history.catalog import Catalog, Dropped
+from ckptvcs.history.reachability import is_whole
+from ckptvcs.history.recipe import DropRecord
+from ckptvcs.store.ids import ObjectId
+
+
+def waiting_drops(catalog: Catalog, now: datetime, seconds: float) -> list[ObjectId]:
+    """Return the drops that no undo reverts and whose grace period of so many seconds still runs.
+
+    A record from the future waits too: clocks can be wrong, and waiting loses nothing.  A drop
+    whose data is not complete has ended: an earlier gc has deleted the data.
+    """
+    if seconds <= 0:
+        return []
+    young = {name: r for name, r in catalog.drops().items() if _age(r, now) < seconds}
+    gone = catalog.dropped(*young)
+    return [
+        name
+        for name, record in young.items()
+        if is_whole(catalog, {c: catalog.commit(c) for c in record.commits}, gone)
+    ]
+
+
+def _age(record: DropRecord, now: datetime) -> float:
+    """Return the age of a record in seconds; a record without a valid time is new."""
+    try:
+        return (now - datetime.fromisoformat(record.time)).total_seconds()
+    except (ValueError, TypeError):  # TypeError: the time has no time zone
+        return 0.0
+
+
+def wants_rekey(catalog: Catalog, swept: Dropped) -> bool:
+    """Return whether deltas may still need `swept` commits whose drop asked for a rekey."""
+    return any(
+        catalog.has_recipe(state.values)
+        for record in catalog.drops().values()
+        if record.rule == BY_NAME or record.rule.endswith(REKEY)
+        for commit in swept.commits.intersection(record.commits)
+        for state in catalog.commit(commit).parts.values()
+    )
