@@ -61,16 +61,13 @@ def log(
         "sort": sort,
         "reverse": reverse,
     }
-    if revision is not None and ".." in revision:
-        chosen["start"], chosen["stop"] = split_range(revision)
+    if ".." in (revision or ""):
+        chosen["start"], chosen["stop"] = split_range(str(revision))
         revision = None
     if graph:
         _refuse_with_graph(chosen)
-    chosen |= {
-        "revision": revision,
-        "branch": branch,
-        "all_branches": all_branches or (graph and branch is None),
-    }
+        all_branches = branch is None
+    chosen |= {"revision": revision, "branch": branch, "all_branches": all_branches}
     repo = open_repo(context)
     if json:
         render.as_json([render.entry_json(entry) for entry in repo.log(count, **chosen)])
@@ -82,8 +79,11 @@ def log(
         return
     render.table(table)
     if more and count is None:
-        order = "first" if sort or reverse else "newest"
-        render.talk(f"{limit} {order} commits; use -n N to show more")
+        render.talk(f"{limit} {_order(chosen)} commits; use -n N to show more")
+
+
+def _order(chosen: dict[str, Any]) -> str:
+    return "first" if chosen["sort"] or chosen["reverse"] else "newest"
 
 
 def _table(
