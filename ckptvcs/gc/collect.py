@@ -38,7 +38,7 @@ from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, PackId
-from ckptvcs.store.index.index import Place
+from ckptvcs.store.index.rows import Place
 from ckptvcs.store.leases import dead_leases, live_leases
 from ckptvcs.store.pack import FOLDERS, PackWriter, packed_size
 

@@ -34,7 +34,7 @@ from ckptvcs.ops.repository import CONFIG, Repository
 from ckptvcs.ops.verify import packs_alone
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, PackId
-from ckptvcs.store.index.index import Place
+from ckptvcs.store.index.rows import Place
 from ckptvcs.store.leases import exclusive
 from ckptvcs.store.pack import Entry, find_entries, pack_name
 

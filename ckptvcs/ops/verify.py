@@ -39,7 +39,7 @@ from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store import pack as packs
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.ids import Kind, ObjectId, PackId
-from ckptvcs.store.index.index import Place
+from ckptvcs.store.index.rows import Place
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import find_entries
 
