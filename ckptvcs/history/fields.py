@@ -72,8 +72,11 @@ def optional(item: FieldType) -> FieldType:
 
 def nullable(item: FieldType) -> FieldType:
     """Return the type of a field that is null if it is None."""
+    dump = item.dump
     return FieldType(
-        lambda value: None if value is None else item.load(value), item.dump, _REQUIRED
+        lambda value: None if value is None else item.load(value),
+        dump and (lambda value: None if value is None else dump(value)),
+        _REQUIRED,
     )
 
 

@@ -270,7 +270,7 @@ class Repairer:
         moved: dict[ObjectId, ObjectId] = {}
         for ref, tip in Revisions(self._catalog, self._refs).tips().items():
             above, hole, _ = self._catalog.above_lost(tip)
-            if hole is None or (ref == HEAD and self._refs.read(HEAD).branch):  # type: ignore[union-attr]
+            if hole is None or (ref == HEAD and self._refs.current_branch()):
                 continue
             self.done.dropped[hole] = ()
             parent = self._before(hole)
