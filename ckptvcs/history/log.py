@@ -225,8 +225,8 @@ class History:
 
     def names(self) -> dict[ObjectId, tuple[str, ...]]:
         """Return the labels of tips, HEAD first: `HEAD -> main`, `side`, `tag: v1`, `pinned`."""
-        head = self._refs.read(HEAD)
-        current = f"heads/{head.branch}" if head and head.branch else HEAD
+        branch = self._refs.current_branch()
+        current = f"heads/{branch}" if branch else HEAD
         labels: dict[ObjectId, list[str]] = {}
         for name, tip in self._revisions.tips().items():
             space, _, short = name.partition("/")
@@ -240,12 +240,11 @@ class History:
 
     def branch_at(self, name: ObjectId) -> str | None:
         """Return a branch whose newest commit this is, preferring HEAD's branch."""
-        head = self._refs.read(HEAD)
         tips = self._revisions.tips()
         branches = [
             ref[6:] for ref, tip in tips.items() if ref.startswith("heads/") and tip == name
         ]
-        following = head.branch if head else None
+        following = self._refs.current_branch()
         return following if following in branches else next(iter(branches), None)
 
     def unnamed(self, start: ObjectId) -> list[ObjectId]:
@@ -287,9 +286,9 @@ class History:
     def _lines(self, *, all_branches: bool) -> list[tuple[str | None, ObjectId]]:
         """Return (branch, tip) of HEAD, followed with `all_branches` by those of all refs."""
         lines: list[tuple[str | None, ObjectId]] = []
-        head, at = self._refs.read(HEAD), self._revisions.head()
-        if at is not None:
-            lines.append((head.branch if head else None, at))
+        head = self._revisions.head()
+        if head is not None:
+            lines.append((self._refs.current_branch(), head))
         if all_branches:
             tips = self._revisions.tips()
             lines += [(n[6:], tip) for n, tip in tips.items() if n.startswith("heads/")]
