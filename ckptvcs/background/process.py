@@ -6,7 +6,7 @@ memory.  It is not a fork, reads the states in shared memory, and ends with the 
     Job, then a file descriptor    to the worker: the commit to make, and the memory with its state
     Move                           from the worker, before a branch moves: if the worker dies, the
                                    training process checks whether the branch moved
-    Done or Failed                 from the worker: the result
+    Done or CkptError              from the worker: the result
 
 The copy of a state is kept until the result arrives.  If the worker dies, or fails for a reason
 outside the state, a new process tries the commit again, a limited number of times.
@@ -80,15 +80,6 @@ class Done:
     branch: str
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The error that ended a commit."""
-
-    kind: type[CkptError]
-    message: str
-    hint: str | None
-
-
 class NoWorkerError(CkptError):
     """No worker process can be started, or none lives long enough to commit."""
 
@@ -138,10 +129,9 @@ class Worker:
                 for answer in self._answers(staging, state, request):
                     if isinstance(answer, Done):
                         return answer
-                    if isinstance(answer, Move):
-                        move = answer
-                    elif isinstance(answer, Failed):
-                        raise answer.kind(answer.message, hint=answer.hint)
+                    if isinstance(answer, CkptError):
+                        raise answer
+                    move = answer
             except _DiedError as error:
                 died, problem = died + 1, error
             except CkptError as error:
@@ -157,7 +147,9 @@ class Worker:
             _log.warning("background commit failed, trying again: %s", problem)
             self.close()
 
-    def _answers(self, staging: Staging, state: StateMessage, request: Request) -> Iterator[object]:
+    def _answers(
+        self, staging: Staging, state: StateMessage, request: Request
+    ) -> Iterator[Move | Done | CkptError]:
         """Send one job, and yield the messages of the worker."""
         try:
             if self._end is not None and self._end.alive and self.process.poll() is not None:
@@ -181,12 +173,13 @@ class Worker:
             by_fault = -code in _FAULTS
             raise _DiedError(_names.get(-code, f"exit {code}"), by_fault=by_fault) from error
 
-    def _answer(self) -> object:
+    def _answer(self) -> Move | Done | CkptError:
         # If the worker dies, the pipe may stay open: a forked child may hold its other end.
         while not self.pipe.poll(_POLL_SECONDS):
             if self.process.poll() is not None and not self.pipe.poll():
                 raise EOFError
-        return self.pipe.recv()
+        answer: Move | Done | CkptError = self.pipe.recv()
+        return answer
 
     def close(self) -> None:
         """Stop the worker process."""

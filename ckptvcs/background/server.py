@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
 
-from ckptvcs.background.process import Done, Failed, Job
+from ckptvcs.background.process import Done, Job
 from ckptvcs.background.shared_state import unpack
 from ckptvcs.errors import CkptError
 from ckptvcs.ops.commit import commit_checkpoint
@@ -44,18 +44,18 @@ def serve() -> None:
         while (job := pipe.recv()) is not None:
             assert isinstance(job, Job)
             handle = recv_handle(pipe)
-            answer: Done | Failed
+            answer: Done | CkptError
             try:
                 repository = repository or Repository(folder)
                 answer = _commit(repository, job, handle, pipe)
             except CkptError as error:
-                answer = Failed(type(error), error.message, error.hint)
+                answer = type(error)(error.message, hint=error.hint)  # without its traceback
             except Exception as error:
                 logging.getLogger("ckptvcs").exception("background commit failed")
-                answer = Failed(CkptError, f"{type(error).__name__}: {error}", None)
+                answer = CkptError(f"{type(error).__name__}: {error}")
             finally:
                 os.close(handle)
-            if isinstance(answer, Failed):
+            if isinstance(answer, CkptError):
                 repository = None  # the next commit opens the repository again
             pipe.send(answer)
             gc.collect()  # reference cycles hold the memory and the descriptor of a job
