@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -99,6 +99,7 @@ class Worker:
         """`was_made` returns whether the branch has made a move that a dead worker announced."""
         self._folder, self._was_made = folder, was_made
         self._end: weakref.finalize[Any, Any] | None = None
+        self._move: Move | None = None  # the move that the worker announced last
 
     def _start(self) -> None:
         self.pipe, far = Pipe()
@@ -123,21 +124,15 @@ class Worker:
         """
         died = failed = 0
         while True:
-            move: Move | None = None
             problem: Exception
             try:
-                for answer in self._answers(staging, state, request):
-                    if isinstance(answer, Done):
-                        return answer
-                    if isinstance(answer, CkptError):
-                        raise answer
-                    move = answer
+                return self._attempt(staging, state, request)
             except _DiedError as error:
                 died, problem = died + 1, error
             except CkptError as error:
                 failed, problem = failed + 1, error
-            if move is not None and self._was_made(move):
-                return Done(move.commit, move.branch)
+            if self._move is not None and self._was_made(self._move):
+                return Done(self._move.commit, self._move.branch)
             if isinstance(problem, _FINAL) or failed == MAX_ATTEMPTS:
                 raise problem
             if died == MAX_PROCESSES:
@@ -147,10 +142,9 @@ class Worker:
             _log.warning("background commit failed, trying again: %s", problem)
             self.close()
 
-    def _answers(
-        self, staging: Staging, state: StateMessage, request: Request
-    ) -> Iterator[Move | Done | CkptError]:
-        """Send one job, and yield the messages of the worker."""
+    def _attempt(self, staging: Staging, state: StateMessage, request: Request) -> Done:
+        """Send one job, and return the result of the worker; note the move that it announces."""
+        self._move = None
         try:
             if self._end is not None and self._end.alive and self.process.poll() is not None:
                 self.close()  # the worker died while it was idle
@@ -165,8 +159,11 @@ class Worker:
         try:
             self.pipe.send(Job(size, state, request))
             send_handle(self.pipe, handle, self.process.pid)
-            while True:
-                yield self._answer()
+            while isinstance(answer := self._answer(), Move):
+                self._move = answer
+            if isinstance(answer, CkptError):
+                raise answer
+            return answer
         except (EOFError, OSError) as error:
             self.close()
             code = self.process.returncode

@@ -66,7 +66,7 @@ class HistoryReader:
         Raises:
             NotFoundError: No repository was found.
         """
-        return Repository.locate_above(Path.cwd()) if path is None else Repository.locate(path)
+        return Repository.locate(path)
 
     @staticmethod
     def exists(path: PathLike) -> bool:

@@ -152,19 +152,15 @@ class Repository:
         return is_repository(cls.backend_at(folder))
 
     @classmethod
-    def locate(cls, path: str | os.PathLike[str]) -> Path:
-        """Return the folder of the repository in DIR or DIR/.ckpt; raises NotFoundError."""
-        for folder in (Path(path) / FOLDER, Path(path)):
+    def locate(cls, path: str | os.PathLike[str] | None) -> Path:
+        """Return the folder of the repository in DIR or DIR/.ckpt; see `HistoryReader.locate`."""
+        start = Path.cwd()
+        above = (folder / FOLDER for folder in (start, *start.parents))
+        for folder in above if path is None else (Path(path) / FOLDER, Path(path)):
             if cls.exists(folder):
                 return folder
-        raise NotFoundError(f"no repository at {path}", hint="create one with 'ckpt init'")
-
-    @classmethod
-    def locate_above(cls, start: Path) -> Path:
-        """Return the folder of the repository in `start` or its parents; raises NotFoundError."""
-        for folder in (start, *start.parents):
-            if cls.exists(folder / FOLDER):
-                return folder / FOLDER
+        if path is not None:
+            raise NotFoundError(f"no repository at {path}", hint="create one with 'ckpt init'")
         raise NotFoundError(
             f"no repository in {start} or above it",
             hint="create one with 'ckpt init', or name one with --repo or CKPT_DIR",
