@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.encode import encoder
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.ops import commit, describe
@@ -40,7 +41,7 @@ MOMENTS: dict[str, tuple[object, str]] = {
     "after the scan": (commit.Committer, "place"),
     "before the first tensor": (encoder.Encoder, "encode"),
     "between tensors": (encoder.Encoder, "_put"),
-    "before the last look": (encoder.Encoder, "_settle"),
+    "before the last look": (Checkpoint, "check_unchanged"),
     "before the commit is written": (describe.Description, "add"),
 }
 
