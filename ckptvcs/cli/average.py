@@ -29,10 +29,9 @@ def average(
     entries = repo.line(start, stop, every)
     with render.progress("averaging", sum(entry.commit.raw_bytes for entry in entries)) as tick:
         names = repo.average(start, stop, output, every=every, force=force, progress=tick)
-    if json:
-        render.as_json(
-            {"path": str(output), "commits": names, "steps": [entry.step for entry in entries]}
-        )
-        return
     shown = render.printable(str(output))
-    render.data(f"{shown}: mean weights of {len(names)} commits; other values from {names[-1][:8]}")
+    render.answer(
+        {"path": output, "commits": names, "steps": [entry.step for entry in entries]},
+        f"{shown}: mean weights of {len(names)} commits; other values from {names[-1][:8]}",
+        json=json,
+    )

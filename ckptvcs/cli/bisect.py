@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 if TYPE_CHECKING:
@@ -40,33 +40,28 @@ def bisect(
     """Find the first bad commit by binary search."""
     repo = open_repo(context)
 
-    def watch(entry: LogEntry, verdict: Verdict, left: int) -> None:
-        render.talk(f"{_named(entry)}: {verdict}, {left} left")
+    def watch(entry: LogEntry, verdict: Verdict, remaining: int) -> None:
+        render.talk(f"{entries.commit_name(entry)}: {verdict}, {remaining} left")
 
-    found = repo.bisect(
+    result = repo.bisect(
         good, bad, None, watch, command=command, nan=nan, metric=metric, above=above, below=below
     )
     if json:
-        first = found.first_bad
         render.as_json(
             {
-                "first_bad": None if first is None else first.id,
-                "last_good": found.last_good.id,
-                "candidates": [render.entry_json(entry) for entry in found.candidates],
+                "first_bad": result.first_bad and result.first_bad.id,
+                "last_good": result.last_good.id,
+                "candidates": [entries.entry_json(entry) for entry in result.candidates],
                 "tested": [
-                    {"id": entry.id, "step": entry.step, "result": result}
-                    for entry, result in found.tested
+                    render.attributes(entry, "id step") | {"result": verdict}
+                    for entry, verdict in result.tested
                 ],
             }
         )
         return
-    if found.first_bad is None:
+    if result.first_bad is None:
         render.talk("the commits between could not be tested")
         render.data("the first bad commit is one of:")
     else:
         render.data("first bad commit:")
-    render.table(render.log_rows(found.candidates))
-
-
-def _named(entry: LogEntry) -> str:
-    return f"{entry.id[:8]}" if entry.step is None else f"step {entry.step} ({entry.id[:8]})"
+    render.table(entries.log_rows(result.candidates))

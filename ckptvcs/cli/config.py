@@ -23,16 +23,13 @@ def config(
     if unset and (key is None or value is not None):
         raise InvalidInputError("--unset requires KEY and no VALUE")
     if key is None:
-        found = repo.settings()
+        settings = repo.settings()
         if json:
-            render.as_json(found)
+            render.as_json(settings)
         else:
-            render.table([["setting", "value"], *([k, str(v)] for k, v in found.items())])
+            render.table([["setting", "value"], *([k, str(v)] for k, v in settings.items())])
         return
     if value is not None or unset:
         repo.configure(key, value)
     setting = repo.setting(key)
-    if json:
-        render.as_json({key: setting})
-    else:
-        render.data(str(setting))
+    render.answer({key: setting}, str(setting), json=json)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Every, Force, JsonOption, Part, Start, Stop, open_repo
 from ckptvcs.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ckptvcs import Exported
 
 Format = Annotated[
     str | None,
@@ -44,34 +50,19 @@ def export(
                 "--all DIR cannot be combined with PATH", hint="use 'ckpt export [REV] --all DIR'"
             )
         entries = repo.line(start, stop, every, revision=revision)
+        write: Callable[..., Exported | list[Exported]] = partial(
+            repo.export_line, folder, start=start, stop=stop, every=every, revision=revision
+        )
     elif revision is None or path is None:
         raise InvalidInputError("no output path", hint="pass REV PATH, or --all DIR")
     else:
         entries = [repo.show(revision)]
+        write = partial(repo.export, revision, path)
     with render.progress("exporting", sum(entry.commit.raw_bytes for entry in entries)) as tick:
-        if folder is not None:
-            written = repo.export_line(
-                folder,
-                start=start,
-                stop=stop,
-                every=every,
-                revision=revision,
-                form=form,
-                only=only,
-                force=force,
-                progress=tick,
-            )
-        elif revision is not None and path is not None:
-            written = [
-                repo.export(revision, path, form=form, only=only, force=force, progress=tick)
-            ]
-    if json:
-        render.as_json(
-            [
-                {"id": e.entry.id, "step": e.entry.step, "path": str(e.path), "exact": e.exact}
-                for e in written
-            ]
-        )
-        return
-    for file in written:
-        render.data(render.printable(str(file.path)))
+        written = write(form=form, only=only, force=force, progress=tick)
+    files = written if isinstance(written, list) else [written]
+    render.answer(
+        [render.attributes(file, "entry.id entry.step path exact") for file in files],
+        *(render.printable(str(file.path)) for file in files),
+        json=json,
+    )

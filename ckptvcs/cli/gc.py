@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ckptvcs import Best, Policy
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
@@ -186,22 +186,13 @@ def plan_json(plan: GcPlan, *, dry_run: bool) -> render.Json:
     return {
         "dry_run": dry_run,
         "packs": sorted(plan.packs),
-        "stale_files": list(plan.stale_files),
-        "freed_bytes": plan.freed_bytes,
-        "kept_bytes": plan.kept_bytes,
-        "unreachable": list(plan.unreachable),
-        "waiting": list(plan.waiting),
-        "waiting_bytes": plan.waiting_bytes,
+        **render.attributes(
+            plan, "stale_files freed_bytes kept_bytes unreachable waiting waiting_bytes"
+        ),
         "faded": sorted({name for patch in plan.fading for name in patch.commits}),
         "commits": [
-            {
-                "id": row.name,
-                "step": row.commit.step,
-                "action": row.action,
-                "reasons": list(row.reasons),
-                "freed_bytes": row.freed_bytes,
-                "chained_bytes": row.chained_bytes,
-            }
+            {"id": row.name}
+            | render.attributes(row, "commit.step action reasons freed_bytes chained_bytes")
             for row in plan.decisions
         ],
     }
@@ -228,7 +219,7 @@ def _show(plan: GcPlan) -> None:
     if plan.packs:
         render.data(f"{len(plan.packs)} unreachable pack(s)")
     if plan.unreachable:
-        ids = render.ids(plan.unreachable)
+        ids = entries.ids(plan.unreachable)
         render.data(f"{len(plan.unreachable)} unreachable commit(s): {ids}")
     for name in plan.stale_files:
         render.data(f"{name}  stale file of a process that ended")
@@ -242,5 +233,5 @@ def _age(row: Decision) -> tuple[int, str, str]:
 def _row(row: Decision) -> list[str]:
     freed = render.size(row.freed_bytes) if row.freed_bytes else ""
     chained = render.size(row.chained_bytes) if row.chained_bytes else ""
-    step = "-" if row.commit.step is None else str(row.commit.step)
+    step = entries.step_text(row.commit.step)
     return [step, row.name[:8], row.action, freed, chained, ", ".join(row.reasons)]

@@ -20,7 +20,4 @@ def index(
     if not rebuild:
         raise InvalidInputError("nothing to do", hint="run 'ckpt index --rebuild'")
     packs = open_repo(context).rebuild_index()
-    if json:
-        render.as_json({"packs": packs})
-    else:
-        render.data(f"indexed {packs} packs")
+    render.answer({"packs": packs}, f"indexed {packs} packs", json=json)

@@ -26,9 +26,10 @@ def init(
     folder = directory or context.find_root().obj.repo or Path()
     if folder.name == ".ckpt":
         folder = folder.parent
-    known = Repo.exists(folder)
+    exists = Repo.exists(folder)
     repo = Repo.init(folder, codec=codec)
-    if json:
-        render.as_json({"repository": str(repo.folder), "created": not known})
-    else:
-        render.data(f"{'repository exists' if known else 'created repository'}: {repo.folder}")
+    render.answer(
+        {"repository": repo.folder, "created": not exists},
+        f"{'repository exists' if exists else 'created repository'}: {repo.folder}",
+        json=json,
+    )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, open_repo, split_range, step_range
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
@@ -70,7 +70,7 @@ def log(
     chosen |= {"revision": revision, "branch": branch, "all_branches": all_branches}
     repo = open_repo(context)
     if json:
-        render.as_json([render.entry_json(entry) for entry in repo.log(count, **chosen)])
+        render.as_json([entries.entry_json(entry) for entry in repo.log(count, **chosen)])
         return
     limit = count or DEFAULT_ENTRIES
     table, more = _table(repo, limit, chosen, graph=graph)
@@ -91,12 +91,12 @@ def _table(
 ) -> tuple[list[list[str]], bool]:
     """Return the rows of at most `limit` commits, and whether there are more commits."""
     if not graph:
-        entries = repo.log(limit + 1, **chosen)
-        return render.log_rows(entries[:limit]), len(entries) > limit
+        commits = repo.log(limit + 1, **chosen)
+        return entries.log_rows(commits[:limit]), len(commits) > limit
     rows = repo.graph(limit + 1, revision=chosen["branch"] or chosen["revision"])
     listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
     more = len(listed) > limit
-    return render.graph_rows(rows[: listed[-2] + 1 if more else None], repo.labels()), more
+    return entries.graph_rows(rows[: listed[-2] + 1 if more else None], repo.labels()), more
 
 
 def _refuse_with_graph(chosen: dict[str, Any]) -> None:

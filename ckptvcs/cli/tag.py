@@ -28,7 +28,4 @@ def tag(
         return
     commit = repo.tag(name, revision)
     warn_if_faded(repo.entry(commit))
-    if json:
-        render.as_json({"name": name, "commit": commit})
-    else:
-        render.data(f"tag {name} at {commit[:8]}")
+    render.answer({"name": name, "commit": commit}, f"tag {name} at {commit[:8]}", json=json)

@@ -12,8 +12,9 @@ def undo(context: typer.Context, json: JsonOption = False) -> None:
     """Undo the last move or drop of the current branch."""
     repo = open_repo(context)
     done = repo.undo()
-    if json:
-        render.as_json({"undone": done.what, "branch": done.branch, "commit": done.commit})
-        return
     at = f", now at {done.commit[:8]}" if done.commit else ", now without commits"
-    render.data(f"undone: {done.what}; branch {done.branch}{at}")
+    render.answer(
+        {"undone": done.what, "branch": done.branch, "commit": done.commit},
+        f"undone: {done.what}; branch {done.branch}{at}",
+        json=json,
+    )

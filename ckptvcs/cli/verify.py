@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, locate, open_repo
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, UnsupportedVersionError
 from ckptvcs.repo import Repo
@@ -112,26 +111,13 @@ def _say_unopened(folder: Path, error: CkptError, *, json: bool) -> None:
 
 
 def _verified(report: VerifyReport, repaired: Repaired | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "ok": not report.damage,
-        "packs": report.packs,
-        "commits": report.commits,
-        "tensors": report.tensors,
-        "files": report.files,
-        "bytes": report.bytes,
-        "unchecked": report.unchecked,
-        "unreachable": report.unreachable,
-        "discarded": report.discarded,
-        "damage": [asdict(damage) for damage in report.damage],
-    }
-    if repaired is not None:
-        found["repaired"] = asdict(repaired)
-    return found
+    repair = {} if repaired is None else {"repaired": repaired}
+    return {"ok": not report.damage} | vars(report) | repair
 
 
 def _unreachable(names: Sequence[ObjectId]) -> tuple[str, str]:
     return (
-        f"note: {len(names)} unreachable commit(s): {render.ids(names)}",
+        f"note: {len(names)} unreachable commit(s): {entries.ids(names)}",
         "hint: run 'ckpt branch NAME ID' to keep one; an interrupted commit can leave one",
     )
 
@@ -142,7 +128,7 @@ def _damage_lines(damage: Damage) -> list[str]:
     name = f" ({render.printable(damage.name)})" if damage.name and shown else ""
     lines = [f"{damage.what}: {where}{damage.message}{name}"]
     if damage.commits and damage.commit is None:
-        lines.append("  commits: " + render.ids(damage.commits))
+        lines.append("  commits: " + entries.ids(damage.commits))
     if damage.tensors:
         lines.append("  tensors: " + ", ".join(map(render.printable, damage.tensors)))
     return lines
@@ -158,5 +144,5 @@ def _repaired(done: Repaired) -> str:
         "commit(s) dropped": len(done.dropped),
         "damaged pack(s) deleted": done.packs,
     }
-    said = [f"{count} {what}" for what, count in counts.items() if count]
-    return "repaired: " + (", ".join(said) or "nothing")
+    repairs = [f"{count} {what}" for what, count in counts.items() if count]
+    return "repaired: " + (", ".join(repairs) or "nothing")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptvcs.cli import removals, render
+from ckptvcs.cli import entries, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, open_repo
 from ckptvcs.errors import InvalidInputError, NotFoundError, after
 
@@ -135,16 +135,15 @@ def _tell(repo: Repo, event: WatchEvent) -> None:
     elif event.id is not None:
         entry = repo.entry(event.id)
         removals.tell(event.name, event)
-        step = "-" if event.step is None else str(event.step)
-        sizes = f"{render.size(event.raw_bytes)} -> {render.size(entry.stored_bytes)}"
-        ratio = render.ratio(event.raw_bytes, entry.stored_bytes)
-        name, form = render.printable(event.name), render.fidelity(entry)
-        render.data(f"{event.id[:8]}  step {step}  {name}  {sizes} ({ratio})  {form}")
+        step = entries.step_text(event.step)
+        sizes = entries.sizes(event.raw_bytes, entry.stored_bytes)
+        name, form = render.printable(event.name), entries.fidelity(entry)
+        render.data(f"{event.id[:8]}  step {step}  {name}  {sizes}  {form}")
 
 
 def _json(repo: Repo, event: WatchEvent) -> render.Json:
     return {
         "name": event.name,
         "step": event.step,
-        "commit": None if event.id is None else render.entry_json(repo.entry(event.id)),
+        "commit": None if event.id is None else entries.entry_json(repo.entry(event.id)),
     } | removals.as_json(event)
