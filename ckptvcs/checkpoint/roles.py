@@ -20,6 +20,7 @@ from ckptvcs.checkpoint.conventions import words
 from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.optimizer_state import (
     DIVIDING,
+    FACTORS,
     FIRST,
     ITERATES,
     MASTERS,
@@ -78,8 +79,6 @@ _REST_KEYS = words(
     "random_state sampler",
 )
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
-_FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
-"""Pairs of vectors whose outer product approximates a matrix of second moments."""
 
 
 @dataclass
@@ -440,7 +439,7 @@ def _named(slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]]) -> St
 
 def _shape(slot: Slot) -> tuple[int, ...] | None:
     """Return the shape of a parameter, derived from its moments; None if that is impossible."""
-    factors = next((pair for pair in _FACTORS if {*pair} <= slot.state.keys()), ())
+    factors = next((pair for pair in FACTORS if {*pair} <= slot.state.keys()), ())
     shapes = {tensor.shape for key, tensor in slot.state.items() if key not in ("step", *factors)}
     if len(shapes) == 1:
         return shapes.pop()
