@@ -157,7 +157,7 @@ def state_checkpoint(
     write_zip(source.append, "state", zip_records(pickled, payloads, extra))
     layout = parse(source, checksums=Checksums.TRUSTED)
     assert layout is not None
-    return build("state", [(STATE_FILE, source, layout, None)], [], names)
+    return build("state", [(STATE_FILE, source, layout)], [], names)
 
 
 def _copied_if_small(

@@ -225,11 +225,11 @@ def _join(
             for piece in shard.pieces
         )
         source = _Literals(shard.size, shard.literals)
-        joined.append(InputFile(path, source, shard.format, pieces, 0o644, 0))
+        joined.append(InputFile(path, source, shard.format, pieces))
     for path, content in files.items():
         piece = Piece(0, len(content))
         source = _Literals(piece.size, {0: content})
-        joined.append(InputFile(path, source, "raw", (piece,), 0o644, 0))
+        joined.append(InputFile(path, source, "raw", (piece,)))
     step = next((shard.step for shard in shards.values() if shard.step is not None), None)
     schema = Schema(tuple(infos))
     return Checkpoint("directory", tuple(joined), (), schema, tuple(places), step, {}, {}), stored
