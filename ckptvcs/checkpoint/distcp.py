@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptvcs.checkpoint import torch_zip
+from ckptvcs.checkpoint.conventions import SHARD_SUFFIX
 from ckptvcs.checkpoint.layout import FileSource, Layout, Source, covers, overlap
 from ckptvcs.checkpoint.pickle_reader import MAX_PICKLE_BYTES, Inert, TensorRef, read_pickle
 from ckptvcs.errors import InvalidInputError
 
-SUFFIX = ".distcp"
 METADATA = ".metadata"
 
 _GROUPS = "param_groups"
@@ -73,7 +73,7 @@ def with_structure(parsed: Sequence[Parsed]) -> list[Parsed]:
         layout = shards[name][0] if name in shards else plain
         if not covers(layout, source.size):
             layout = Layout("raw", [])
-        if name.endswith(SUFFIX) and layout.format == "raw":
+        if name.endswith(SHARD_SUFFIX) and layout.format == "raw":
             layout.problem = f"{METADATA} does not describe its content"
         structured.append((name, source, layout))
     return structured

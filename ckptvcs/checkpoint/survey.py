@@ -22,6 +22,8 @@ from ckptvcs.checkpoint.conventions import (
     FOLDER_OF_ONE,
     PIECE,
     PIECE_OF_ONE,
+    SAFETENSORS_SUFFIX,
+    SHARD_SUFFIX,
     SUFFIXES,
     TAKEN_SUFFIXES,
     TEMPORARY,
@@ -42,7 +44,7 @@ from ckptvcs.checkpoint.open import Checkpoint, InputFile, open_checkpoint
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.store.disk import real_path
 
-_MODEL_SUFFIXES = (*TAKEN_SUFFIXES, ".distcp")
+_MODEL_SUFFIXES = (*TAKEN_SUFFIXES, SHARD_SUFFIX)
 _TAR_MAGIC = 257  # where the header of a tar archive says `ustar`
 _LISTED = 3
 _WAIT = "wait until all of its files are written, or remove them"
@@ -412,7 +414,7 @@ def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
             hint="run 'ckpt commit --raw' to store its bytes as they are",
         )
     like_zip = file.source.size > 0 and torch_zip.starts_like_zip(file.source)
-    if like_zip or not file.source.size or file.path.endswith(".safetensors"):
+    if like_zip or not file.source.size or file.path.endswith(SAFETENSORS_SUFFIX):
         raise InvalidInputError(f"{path} is incomplete: {file.path} is cut off")
 
 
