@@ -28,7 +28,8 @@ from ckptvcs.checkpoint.layout import (
 from ckptvcs.checkpoint.links import follow
 from ckptvcs.checkpoint.links import notes as links_notes
 from ckptvcs.checkpoint.notes import notes, why_raw
-from ckptvcs.checkpoint.roles import OTHER, Names, Role, Rule, assign_roles
+from ckptvcs.checkpoint.optimizer_state import Names, Rule
+from ckptvcs.checkpoint.roles import OTHER, Role, assign_roles
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.files.names import MAX_NESTING, is_repository_name, listed, trusted_names
 from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
@@ -286,7 +287,7 @@ class _DirectoryReader:
 
     def _parse(self, name: str, shown: str, source: FileSource) -> None:
         with source:
-            plain = self._raw or name.endswith(distcp.SUFFIX)
+            plain = self._raw or name.endswith(conventions.SHARD_SUFFIX)
             layout = _parse(source, plain)
             if not plain and layout.format in self._doubtful:
                 require_whole(source, shown, alone=False)
@@ -299,7 +300,7 @@ def _is_sharded(root: Path, files: Collection[str]) -> bool:
     Raises:
         InvalidInputError: the file `.metadata` is missing.
     """
-    if not any(name.endswith(distcp.SUFFIX) for name in files):
+    if not any(name.endswith(conventions.SHARD_SUFFIX) for name in files):
         return False
     if not any(name.rpartition("/")[2] == distcp.METADATA for name in files):
         raise InvalidInputError(

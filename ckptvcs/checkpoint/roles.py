@@ -25,7 +25,6 @@ from ckptvcs.checkpoint.optimizer_state import (
     ITERATES,
     MASTERS,
     MOMENTS,
-    SECOND,
     Names,
     Optimizer,
     Rule,
@@ -43,19 +42,6 @@ from ckptvcs.checkpoint.state_dicts import (
     may_be_weight,
 )
 from ckptvcs.codec.dtypes import can_be_lossy
-
-__all__ = [
-    "FIRST",
-    "ITERATES",
-    "LOSSY",
-    "MOMENTS",
-    "OTHER",
-    "SECOND",
-    "WEIGHT",
-    "Names",
-    "Role",
-    "Rule",
-]
 
 WEIGHT, OTHER = "weight", "other"
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ckptvcs.checkpoint.layout import INLINE_BYTES
 from ckptvcs.checkpoint.open import Checkpoint, build
+from ckptvcs.checkpoint.optimizer_state import Names
 from ckptvcs.checkpoint.pickle_reader import (
     METADATA,
     Global,
@@ -25,7 +26,6 @@ from ckptvcs.checkpoint.pickle_reader import (
     TensorRef,
     is_member,
 )
-from ckptvcs.checkpoint.roles import Names
 from ckptvcs.checkpoint.torch_storages import ref_dtype
 from ckptvcs.checkpoint.torch_writer import (
     DeviceBytes,

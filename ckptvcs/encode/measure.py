@@ -18,7 +18,8 @@ from math import sqrt
 
 import numpy as np
 
-from ckptvcs.checkpoint.roles import WEIGHT, Rule
+from ckptvcs.checkpoint.optimizer_state import Rule
+from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_size, slices_of
 from ckptvcs.codec.words import NONE, Words, to_float32
