@@ -170,7 +170,7 @@ def changed_while_read(path: Path) -> InvalidInputError:
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class StoredTensor:
     """A stored tensor in a file, with the place of its payload.
 
@@ -223,6 +223,11 @@ class Layout:
     arrays: frozenset[str] = frozenset()
     problem: str | None = None
     remarks: tuple[str, ...] = ()
+
+    @property
+    def by_key(self) -> dict[str, StoredTensor]:
+        """The tensors with a key."""
+        return {tensor.key: tensor for tensor in self.tensors if tensor.key}
 
 
 @dataclass(frozen=True)

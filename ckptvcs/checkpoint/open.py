@@ -10,6 +10,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 from ckptvcs.checkpoint import conventions, distcp, safetensors, torch_legacy, torch_zip
@@ -330,13 +331,11 @@ def build(
     `names` gives the parameter names of its modules and optimizers, if the caller knows them.
     """
     files: list[InputFile] = []
-    numbers: dict[int, int] = {}
+    numbers: dict[StoredTensor, int] = {}
     for path, source, layout in parsed:
         row = tuple(pieces(layout, source.size, len(numbers)))
         files.append(InputFile(path, source, layout.format, row))
-        numbers |= {
-            id(tensor): number for number, tensor in enumerate(layout.tensors, len(numbers))
-        }
+        numbers |= zip(layout.tensors, count(len(numbers)), strict=False)
     roles = assign_roles([(path, layout) for path, _, layout in parsed], names or {})
     infos: list[TensorInfo] = []
     places: list[tuple[int, int]] = []
@@ -366,9 +365,11 @@ def build(
     )
 
 
-def _info(prefix: str, tensor: StoredTensor, role: Role, numbers: Mapping[int, int]) -> TensorInfo:
-    """Return the schema entry of a tensor; `numbers` maps the id() of tensors to positions."""
-    paired = role.pair is not None and role.pair.order == LITTLE
+def _info(
+    prefix: str, tensor: StoredTensor, role: Role, numbers: Mapping[StoredTensor, int]
+) -> TensorInfo:
+    """Return the schema entry of a tensor; `numbers` are the positions of all tensors."""
+    pair = role.pair if role.pair is not None and role.pair.order == LITTLE else None
     return TensorInfo(
         prefix + tensor.name + tensor.part,
         tensor.dtype,
@@ -376,7 +377,7 @@ def _info(prefix: str, tensor: StoredTensor, role: Role, numbers: Mapping[int, i
         role.part,
         role.role,
         tensor.inline,
-        numbers[id(role.pair)] if paired else None,
+        None if pair is None else numbers[pair],
         tuple(tensor.views),
         role.evidence,
         tensor.order,

@@ -158,7 +158,7 @@ def find_optimizers(
     layout: Layout, file: int, given: Mapping[str, list[list[str | None]]]
 ) -> Iterable[Optimizer]:
     """Yield the plain optimizer states of a file; `given` has parameter names by dotted path."""
-    known = {tensor.key: tensor for tensor in layout.tensors if tensor.key}
+    by_key = layout.by_key
     for path, node in walk(layout.tree, (dict,)):
         if not isinstance(node, dict) or not _is_optimizer(node):
             continue
@@ -168,11 +168,11 @@ def find_optimizers(
         for number, group in enumerate(groups):
             names = _group_names(group, rows[number] if number < len(rows) else None)
             pairs = zip(group["params"], names, strict=True)
-            slots.append([_slot(_entry(state, i), known, name, group) for i, name in pairs])
+            slots.append([_slot(_entry(state, i), by_key, name, group) for i, name in pairs])
         keys = (storage_key(inner) for _, inner in walk(node, (TensorRef, StorageRef)))
-        below = [known[key] for key in dict.fromkeys(keys) if key is not None and key in known]
+        below = [by_key[key] for key in dict.fromkeys(keys) if key is not None and key in by_key]
         optimizer = Optimizer(slots, file, below)
-        _take_partitions(optimizer, layout, path, known)
+        _take_partitions(optimizer, layout, path, by_key)
         yield optimizer
 
 
@@ -198,7 +198,7 @@ def _group_names(group: dict[Any, Any], given: list[str | None] | None) -> list[
 
 
 def _take_partitions(
-    optimizer: Optimizer, layout: Layout, path: tuple[str, ...], known: Mapping[str, StoredTensor]
+    optimizer: Optimizer, layout: Layout, path: tuple[str, ...], by_key: Mapping[str, StoredTensor]
 ) -> None:
     """Give the slots of a ZeRO partition their flat float32 weights.
 
@@ -214,7 +214,7 @@ def _take_partitions(
     if not isinstance(flat, list) or len(flat) != len(slots):
         return
     for slot, node in zip(slots, flat, strict=True):
-        weight = known.get(storage_key(node) or "")
+        weight = by_key.get(storage_key(node) or "")
         shapes = {tensor.shape for key, tensor in slot.state.items() if key in MOMENTS}
         if weight is not None and weight.dtype == "F32" and shapes == {weight.shape}:
             slot.weight = weight
@@ -229,13 +229,13 @@ def _entry(state: dict[Any, Any], index: object) -> dict[Any, Any]:
 
 def _slot(
     entry: dict[Any, Any],
-    known: Mapping[str, StoredTensor],
+    by_key: Mapping[str, StoredTensor],
     name: str | None,
     group: dict[Any, Any],
 ) -> Slot:
     keys = {key: storage_key(node) for key, node in entry.items() if isinstance(key, str)}
     state = {
-        key: known[place] for key, place in keys.items() if place is not None and place in known
+        key: by_key[place] for key, place in keys.items() if place is not None and place in by_key
     }
     closed = any(isinstance(node, list | tuple | dict) for node in entry.values())
     rule = rule_of(group, entry.keys())
@@ -283,20 +283,20 @@ def _optimizer_kind(group: Mapping[Any, Any], kept: set[str], *, has_betas: bool
 
 
 def find_flat(
-    files: list[tuple[str, Layout]], taken: set[int], weights: Container[int]
+    files: list[tuple[str, Layout]], taken: set[StoredTensor], weights: Container[StoredTensor]
 ) -> Iterable[Slot]:
     """Yield slots of moments that have their state keys in their names.
 
     Args:
         files: path and layout of all files
-        taken: id() of the tensors to skip
-        weights: id() of the tensors in state dicts of models
+        taken: the tensors to skip
+        weights: the tensors in state dicts of models
     """
     named = [
         (*_steps(path, tensor), tensor)
         for path, layout in files
         for tensor in layout.tensors
-        if id(tensor) not in taken and tensor.key and not tensor.inline
+        if tensor not in taken and tensor.key and not tensor.inline
     ]
     by_base: dict[_Base, dict[str, StoredTensor]] = {}
     for steps, chunk, tensor in named:
@@ -319,13 +319,13 @@ def find_flat(
 def _strange_bases(
     named: list[tuple[tuple[str, ...], str, StoredTensor]],
     by_base: Mapping[_Base, Mapping[str, StoredTensor]],
-    weights: Container[int],
+    weights: Container[StoredTensor],
 ) -> set[_Base]:
     """Return the bases of parameters that have a tensor of unknown use beside their moments."""
     return {
         base
         for steps, chunk, tensor in named
-        if id(tensor) not in weights
+        if tensor not in weights
         for at, step in enumerate(steps)
         if step not in _EXPECTED
         for base in (_base(steps, at, chunk),)
