@@ -298,12 +298,7 @@ def find_flat(
         for tensor in layout.tensors
         if tensor not in taken and tensor.key and not tensor.inline
     ]
-    by_base: dict[_Base, dict[str, StoredTensor]] = {}
-    for steps, chunk, tensor in named:
-        for at, step in enumerate(steps):
-            is_last = at + 1 == len(steps) and step in SECOND and "state" in steps[:at]
-            if is_last or step in _KEYS:
-                by_base.setdefault(_base(steps, at, chunk), {}).setdefault(step, tensor)
+    by_base = _by_base(named)
     if not by_base:
         return
     betas, strange = _flat_betas(files), _strange_bases(named, by_base, weights)
@@ -316,8 +311,19 @@ def find_flat(
             yield slot
 
 
+def _by_base(named: list[_Named]) -> dict[_Base, dict[str, StoredTensor]]:
+    """Return the tensors of each base by state key."""
+    by_base: dict[_Base, dict[str, StoredTensor]] = {}
+    for steps, chunk, tensor in named:
+        for at, step in enumerate(steps):
+            is_last = at + 1 == len(steps) and step in SECOND and "state" in steps[:at]
+            if is_last or step in _KEYS:
+                by_base.setdefault(_base(steps, at, chunk), {}).setdefault(step, tensor)
+    return by_base
+
+
 def _strange_bases(
-    named: list[tuple[tuple[str, ...], str, StoredTensor]],
+    named: list[_Named],
     by_base: Mapping[_Base, Mapping[str, StoredTensor]],
     weights: Container[StoredTensor],
 ) -> set[_Base]:
@@ -341,6 +347,9 @@ def _steps(path: str, tensor: StoredTensor) -> tuple[tuple[str, ...], str]:
     file = PurePosixPath(path)
     return (*file.parent.parts, file.stem, *name.split(".")), chunk
 
+
+_Named = tuple[tuple[str, ...], str, StoredTensor]
+"""A tensor with the parts of its file path and name, and its chunk."""
 
 _Base = tuple[str, ...]
 """The name of a tensor of a parameter, with `*` for the state key."""
