@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Every, Force, JsonOption, open_repo, split_range
 
 
 def average(
-    context: typer.Context,
+    context: Context,
     revisions: Annotated[
-        str, typer.Argument(metavar="REV..REV", help="first and last commit, both included")
+        str, Argument(metavar="REV..REV", help="first and last commit, both included")
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PATH", help="output checkpoint")
-    ],
+    output: Annotated[Path, Option("-o", "--output", metavar="PATH", help="output checkpoint")],
     every: Every = None,
     force: Force = False,
     json: JsonOption = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 
 def bisect(
-    context: typer.Context,
-    good: Annotated[str, typer.Argument(metavar="GOOD", help="good commit")],
-    bad: Annotated[str, typer.Argument(metavar="BAD", help="bad commit, later than GOOD")],
+    context: Context,
+    good: Annotated[str, Argument(metavar="GOOD", help="good commit")],
+    bad: Annotated[str, Argument(metavar="BAD", help="bad commit, later than GOOD")],
     command: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="[-- COMMAND ...]", help="command that tests a checkpoint; {} becomes its path"
         ),
     ] = None,
     nan: Annotated[
-        bool, typer.Option("--nan", help="a commit is bad if a weight is NaN or infinite")
+        bool, Option("--nan", help="a commit is bad if a weight is NaN or infinite")
     ] = False,
     metric: Annotated[
-        str | None, typer.Option(metavar="NAME", help="name of the metric to compare")
+        str | None, Option(metavar="NAME", help="name of the metric to compare")
     ] = None,
     above: Annotated[
-        float | None, typer.Option(metavar="X", help="a commit is bad if the metric is above X")
+        float | None, Option(metavar="X", help="a commit is bad if the metric is above X")
     ] = None,
     below: Annotated[
-        float | None, typer.Option(metavar="X", help="a commit is bad if the metric is below X")
+        float | None, Option(metavar="X", help="a commit is bad if the metric is below X")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
@@ -16,12 +16,10 @@ _MAX_LISTED = 6
 
 
 def branch(
-    context: typer.Context,
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="name of a new branch")
-    ] = None,
-    revision: Annotated[str, typer.Argument(metavar="[REV]", help="commit to start at")] = "HEAD",
-    delete: Annotated[bool, typer.Option("--delete", help="delete the branch")] = False,
+    context: Context,
+    name: Annotated[str | None, Argument(metavar="[NAME]", help="name of a new branch")] = None,
+    revision: Annotated[str, Argument(metavar="[REV]", help="commit to start at")] = "HEAD",
+    delete: Annotated[bool, Option("--delete", help="delete the branch")] = False,
     json: JsonOption = False,
 ) -> None:
     """List, create or delete branches."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Force, JsonOption, open_repo
@@ -14,15 +14,13 @@ _SHOWN = 1000  # values, from which on a terminal gets the first and last ones o
 
 
 def cat(
-    context: typer.Context,
+    context: Context,
     where: Annotated[
-        str, typer.Argument(metavar="REV:TENSOR", help="commit and tensor (full name or its end)")
+        str, Argument(metavar="REV:TENSOR", help="commit and tensor (full name or its end)")
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--output", metavar="FILE", help="output file: .npy, .pt or .safetensors"
-        ),
+        Option("-o", "--output", metavar="FILE", help="output file: .npy, .pt or .safetensors"),
     ] = None,
     force: Force = False,
     json: JsonOption = False,

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Part, Revision, open_repo
@@ -20,19 +20,18 @@ if TYPE_CHECKING:
 
 
 def checkout(
-    context: typer.Context,
+    context: Context,
     revision: Revision,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
+        Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="overwrite files that no commit contains exactly")
+        bool, Option("--force", help="overwrite files that no commit contains exactly")
     ] = False,
     only: Part = None,
     require: Annotated[
-        Literal["exact"] | None,
-        typer.Option(metavar="exact", help="refuse a commit that is only near"),
+        Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Metrics, open_repo, parse_metrics
@@ -27,21 +27,16 @@ def _size_of(path: Path) -> int | None:
 
 
 def commit(
-    context: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint file or directory")],
-    message: Annotated[
-        str, typer.Option("-m", "--message", metavar="TEXT", help="commit message")
-    ] = "",
+    context: Context,
+    path: Annotated[Path, Argument(metavar="PATH", help="checkpoint file or directory")],
+    message: Annotated[str, Option("-m", "--message", metavar="TEXT", help="commit message")] = "",
     step: Annotated[
-        int | None,
-        typer.Option(metavar="STEP", help="training step (default: read from the checkpoint)"),
+        int | None, Option(metavar="STEP", help="training step (default: read from the checkpoint)")
     ] = None,
     metric: Metrics = None,
     codec: Codec = None,
     branch: Branch = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="store plain bytes, do not parse the file")
-    ] = False,
+    raw: Annotated[bool, Option("--raw", help="store plain bytes, do not parse the file")] = False,
     json: JsonOption = False,
 ) -> None:
     """Store a checkpoint as the next commit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, Part, open_repo, split_range
@@ -21,18 +21,15 @@ _WIDE = 110  # columns of a terminal that has room for every number
 
 
 def diff(
-    context: typer.Context,
+    context: Context,
     a: Annotated[
-        str | None, typer.Argument(metavar="[A]", help="first commit, or A..B (default: HEAD~1)")
+        str | None, Argument(metavar="[A]", help="first commit, or A..B (default: HEAD~1)")
     ] = None,
-    b: Annotated[
-        str | None, typer.Argument(metavar="[B]", help="second commit (default: HEAD)")
-    ] = None,
+    b: Annotated[str | None, Argument(metavar="[B]", help="second commit (default: HEAD)")] = None,
     count: Count = None,
     only: Part = None,
     sort: Annotated[
-        str,
-        typer.Option(metavar="KEY", help="sort key: relative, name, cosine, max_abs, changed ..."),
+        str, Option(metavar="KEY", help="sort key: relative, name, cosine, max_abs, changed ...")
     ] = "relative",
     json: JsonOption = False,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
@@ -12,9 +12,9 @@ from ckptvcs.cli.gc import describe_sizes, grace, plan_json, tell_waiting
 
 
 def drop(
-    context: typer.Context,
+    context: Context,
     revisions: Annotated[
-        list[str], typer.Argument(metavar="REV...", help="commits or ranges A..B to drop")
+        list[str], Argument(metavar="REV...", help="commits or ranges A..B to drop")
     ],
     now: Now = False,
     yes: Yes = False,

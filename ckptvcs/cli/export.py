@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Every, Force, JsonOption, Part, Start, Stop, open_repo
@@ -19,20 +19,18 @@ if TYPE_CHECKING:
 
 Format = Annotated[
     str | None,
-    typer.Option(
-        "--format", metavar="pt|safetensors", help="output format (default: as committed)"
-    ),
+    Option("--format", metavar="pt|safetensors", help="output format (default: as committed)"),
 ]
 
 
 def export(
-    context: typer.Context,
-    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="commit")] = None,
+    context: Context,
+    revision: Annotated[str | None, Argument(metavar="[REV]", help="commit")] = None,
     path: Annotated[
-        Path | None, typer.Argument(metavar="[PATH]", help="output file or directory")
+        Path | None, Argument(metavar="[PATH]", help="output file or directory")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--all", metavar="DIR", help="output directory for all commits")
+        Path | None, Option("--all", metavar="DIR", help="output directory for all commits")
     ] = None,
     form: Format = None,
     only: Part = None,

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Exit, Option
 
 from ckptvcs.cli import entries, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, Yes, open_repo
@@ -19,20 +19,19 @@ _LISTED = 10  # skipped entries to print; the others are counted
 
 
 def import_(
-    context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="directory of checkpoints")],
+    context: Context,
+    folder: Annotated[Path, Argument(metavar="DIR", help="directory of checkpoints")],
     pattern: Pattern = None,
     codec: Codec = None,
     branch: Branch = None,
     delete: Annotated[
-        bool,
-        typer.Option("--delete-originals", help="delete originals that can be restored exactly"),
+        bool, Option("--delete-originals", help="delete originals that can be restored exactly")
     ] = False,
     accept_near: Annotated[
-        bool, typer.Option("--accept-near", help="also delete originals of near commits")
+        bool, Option("--accept-near", help="also delete originals of near commits")
     ] = False,
     yes: Yes = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="show what would be done")] = False,
     json: JsonOption = False,
 ) -> None:
     """Commit a directory of checkpoints, oldest first."""
@@ -202,4 +201,4 @@ def _exit(importer: Importer, *, kept: bool) -> None:
     ):
         codes.append(ConflictError.exit_code)
     if codes:
-        raise typer.Exit(max(codes))
+        raise Exit(max(codes))

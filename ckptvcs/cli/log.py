@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, open_repo, split_range, step_range
@@ -13,43 +13,38 @@ from ckptvcs.repo import Repo
 
 DEFAULT_ENTRIES = 30
 
-_Newest = Annotated[
-    str | None, typer.Argument(metavar="[REV]", help="newest commit to list, or A..B")
-]
+_Newest = Annotated[str | None, Argument(metavar="[REV]", help="newest commit to list, or A..B")]
 _Branch = Annotated[
-    str | None, typer.Option("--branch", metavar="NAME", help="list the commits of this branch")
+    str | None, Option("--branch", metavar="NAME", help="list the commits of this branch")
 ]
-_Steps = Annotated[
-    str | None, typer.Option(metavar="A..B", help="only steps from A to B, both included")
-]
+_Steps = Annotated[str | None, Option(metavar="A..B", help="only steps from A to B, both included")]
 _Since = Annotated[
-    str | None, typer.Option(metavar="TIME", help="only since 2026-11-29, 3h, '2 days ago' ...")
+    str | None, Option(metavar="TIME", help="only since 2026-11-29, 3h, '2 days ago' ...")
 ]
 _Until = Annotated[
-    str | None, typer.Option(metavar="TIME", help="only until this time; a date includes it")
+    str | None, Option(metavar="TIME", help="only until this time; a date includes it")
 ]
 _Metric = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEST", help="only if it holds, such as 'loss<3' (repeatable)"),
+    list[str] | None, Option(metavar="TEST", help="only if it holds, such as 'loss<3' (repeatable)")
 ]
 _Sort = Annotated[
-    str | None, typer.Option(metavar="KEY", help="highest first: step, time, size or a metric")
+    str | None, Option(metavar="KEY", help="highest first: step, time, size or a metric")
 ]
 
 
 def log(
-    context: typer.Context,
+    context: Context,
     revision: _Newest = None,
     count: Count = None,
-    all_branches: Annotated[bool, typer.Option("--all", help="list all branches")] = False,
+    all_branches: Annotated[bool, Option("--all", help="list all branches")] = False,
     branch: _Branch = None,
     steps: _Steps = None,
     since: _Since = None,
     until: _Until = None,
     metric: _Metric = None,
     sort: _Sort = None,
-    reverse: Annotated[bool, typer.Option("--reverse", help="reverse the order")] = False,
-    graph: Annotated[bool, typer.Option("--graph", help="draw all branches as a graph")] = False,
+    reverse: Annotated[bool, Option("--reverse", help="reverse the order")] = False,
+    graph: Annotated[bool, Option("--graph", help="draw all branches as a graph")] = False,
     json: JsonOption = False,
 ) -> None:
     """List commits, newest first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Metrics, Revision, open_repo, parse_metrics
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 def note(
-    context: typer.Context,
+    context: Context,
     revision: Revision,
     message: Annotated[
-        str | None, typer.Option("-m", "--message", metavar="TEXT", help="new message")
+        str | None, Option("-m", "--message", metavar="TEXT", help="new message")
     ] = None,
     metric: Metrics = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="field of text; can be repeated"),
+        Option("--set", metavar="KEY=VALUE", help="field of text; can be repeated"),
     ] = None,
     unset: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="remove a field; can be repeated")
+        list[str] | None, Option(metavar="KEY", help="remove a field; can be repeated")
     ] = None,
     unset_metric: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="remove a metric; can be repeated")
+        list[str] | None, Option(metavar="NAME", help="remove a metric; can be repeated")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
@@ -13,8 +13,8 @@ from ckptvcs.repo import Repo
 
 
 def pin(
-    context: typer.Context,
-    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="commit to pin")] = None,
+    context: Context,
+    revision: Annotated[str | None, Argument(metavar="[REV]", help="commit to pin")] = None,
     json: JsonOption = False,
 ) -> None:
     """Keep a commit exact under every rule, or list pins."""
@@ -30,8 +30,8 @@ def pin(
 
 
 def unpin(
-    context: typer.Context,
-    revision: Annotated[str, typer.Argument(metavar="REV", help="pinned commit")],
+    context: Context,
+    revision: Annotated[str, Argument(metavar="REV", help="pinned commit")],
     json: JsonOption = False,
 ) -> None:
     """Remove a pin."""

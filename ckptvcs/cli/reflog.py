@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 
 def reflog(
-    context: typer.Context,
+    context: Context,
     ref: Annotated[
-        str | None, typer.Argument(metavar="[BRANCH]", help="branch (default: the current one)")
+        str | None, Argument(metavar="[BRANCH]", help="branch (default: the current one)")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
@@ -75,9 +75,9 @@ def _fields(entry: LogEntry) -> list[tuple[str, str]]:
 
 
 def show(
-    context: typer.Context,
+    context: Context,
     revision: Revision = "HEAD",
-    roles: Annotated[bool, typer.Option("--roles", help="list tensors with their roles")] = False,
+    roles: Annotated[bool, Option("--roles", help="list tensors with their roles")] = False,
     json: JsonOption = False,
 ) -> None:
     """Print one commit and its files."""

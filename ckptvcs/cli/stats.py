@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import typer
+from typer import Context
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 
-def stats(context: typer.Context, json: JsonOption = False) -> None:
+def stats(context: Context, json: JsonOption = False) -> None:
     """Print sizes on disk."""
     sizes = open_repo(context).stats()
     render.answer(

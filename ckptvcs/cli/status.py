@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import typer
+from typer import Context
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 
-def status(context: typer.Context, json: JsonOption = False) -> None:
+def status(context: Context, json: JsonOption = False) -> None:
     """Print the current commit and the files that differ from it."""
     repo = open_repo(context)
     status = repo.status()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import typer
+from typer import Context
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 
-def undo(context: typer.Context, json: JsonOption = False) -> None:
+def undo(context: Context, json: JsonOption = False) -> None:
     """Undo the last move or drop of the current branch."""
     repo = open_repo(context)
     done = repo.undo()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Context, Exit, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, locate, open_repo
@@ -19,21 +19,19 @@ if TYPE_CHECKING:
 
 
 def verify(
-    context: typer.Context,
+    context: Context,
     subset: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="AMOUNT", help="how much to check, least recently checked first: 5%, 10G, 15m"
         ),
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="repair damage")] = False,
+    repair: Annotated[bool, Option("--repair", help="repair damage")] = False,
     source: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="DIR", help="repository to copy from (with --repair)"),
+        Path | None, Option("--from", metavar="DIR", help="repository to copy from (with --repair)")
     ] = None,
     drop: Annotated[
-        bool,
-        typer.Option("--drop-damaged", help="drop commits that cannot be repaired (with --repair)"),
+        bool, Option("--drop-damaged", help="drop commits that cannot be repaired (with --repair)")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -57,7 +55,7 @@ def verify(
     else:
         _show(report, repaired)
     if report.damage:
-        raise typer.Exit(CorruptionError.exit_code)
+        raise Exit(CorruptionError.exit_code)
 
 
 def _show_repaired(repaired: Repaired) -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, open_repo
@@ -24,29 +24,24 @@ _ONCE, _SETTLES = 10.0, 10  # --once skips a changing file after these seconds, 
 
 
 def watch(
-    context: typer.Context,
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="directory that a trainer writes to")
-    ],
+    context: Context,
+    folder: Annotated[Path, Argument(metavar="DIR", help="directory that a trainer writes to")],
     pattern: Pattern = None,
     codec: Codec = None,
     branch: Branch = None,
     keep_local: Annotated[
         int | None,
-        typer.Option(
-            "--keep-local", metavar="N", help="keep the newest N originals, delete the others"
-        ),
+        Option("--keep-local", metavar="N", help="keep the newest N originals, delete the others"),
     ] = None,
     accept_near: Annotated[
-        bool, typer.Option("--accept-near", help="also delete if the commit is near (--keep-local)")
+        bool, Option("--accept-near", help="also delete if the commit is near (--keep-local)")
     ] = False,
-    interval: Annotated[float, typer.Option(metavar="SECONDS", help="seconds between scans")] = 5.0,
+    interval: Annotated[float, Option(metavar="SECONDS", help="seconds between scans")] = 5.0,
     settle: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", help="commit after this many seconds without a change"),
+        float, Option(metavar="SECONDS", help="commit after this many seconds without a change")
     ] = 2.0,
     once: Annotated[
-        bool, typer.Option("--once", help="commit the present checkpoints, then exit")
+        bool, Option("--once", help="commit the present checkpoints, then exit")
     ] = False,
     json: JsonOption = False,
 ) -> None:
