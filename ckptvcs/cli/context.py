@@ -111,3 +111,16 @@ def split_range(text: str) -> tuple[str | None, str | None]:
     if not dots or ".." in stop:
         raise InvalidInputError(f"invalid range '{text}'", hint="write 1000..2000")
     return start or None, stop or None
+
+
+def step_range(text: str) -> tuple[int | None, int | None]:
+    """Return the steps of `A..B`, or of a single step; None for an end that is left out.
+
+    Raises:
+        InvalidInputError: `text` is not a range of steps.
+    """
+    start, stop = split_range(text) if ".." in text else (text, text)
+    for step in (start, stop):
+        if step is not None and not step.isdecimal():
+            raise InvalidInputError(f"invalid step '{step}'", hint="write --steps 1000..2000")
+    return None if start is None else int(start), None if stop is None else int(stop)

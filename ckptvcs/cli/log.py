@@ -2,47 +2,109 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import Count, JsonOption, open_repo
+from ckptvcs.cli.context import Count, JsonOption, open_repo, split_range, step_range
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.repo import Repo
 
 DEFAULT_ENTRIES = 30
+
+_Newest = Annotated[
+    str | None, typer.Argument(metavar="[REV]", help="newest commit to list, or A..B")
+]
+_Branch = Annotated[
+    str | None, typer.Option("--branch", metavar="NAME", help="list the commits of this branch")
+]
+_Steps = Annotated[
+    str | None, typer.Option(metavar="A..B", help="only steps from A to B, both included")
+]
+_Since = Annotated[
+    str | None, typer.Option(metavar="TIME", help="only since 2026-11-29, 3h, '2 days ago' ...")
+]
+_Until = Annotated[
+    str | None, typer.Option(metavar="TIME", help="only until this time; a date includes it")
+]
+_Metric = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEST", help="only if it holds, such as 'loss<3' (repeatable)"),
+]
+_Sort = Annotated[
+    str | None, typer.Option(metavar="KEY", help="highest first: step, time, size or a metric")
+]
 
 
 def log(
     context: typer.Context,
-    revision: Annotated[
-        str | None, typer.Argument(metavar="[REV]", help="newest commit to list")
-    ] = None,
+    revision: _Newest = None,
     count: Count = None,
     all_branches: Annotated[bool, typer.Option("--all", help="list all branches")] = False,
+    branch: _Branch = None,
+    steps: _Steps = None,
+    since: _Since = None,
+    until: _Until = None,
+    metric: _Metric = None,
+    sort: _Sort = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="reverse the order")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="draw all branches as a graph")] = False,
     json: JsonOption = False,
 ) -> None:
     """List commits, newest first."""
+    chosen: dict[str, Any] = {
+        "steps": None if steps is None else step_range(steps),
+        "since": since,
+        "until": until,
+        "metrics": metric or (),
+        "sort": sort,
+        "reverse": reverse,
+    }
+    if ".." in (revision or ""):
+        chosen["start"], chosen["stop"] = split_range(str(revision))
+        revision = None
+    if graph:
+        _refuse_with_graph(chosen)
+        all_branches = branch is None
+    chosen |= {"revision": revision, "branch": branch, "all_branches": all_branches}
     repo = open_repo(context)
     if json:
-        entries = repo.log(count, revision=revision, all_branches=all_branches or graph)
-        render.as_json([render.entry_json(entry) for entry in entries])
+        render.as_json([render.entry_json(entry) for entry in repo.log(count, **chosen)])
         return
     limit = count or DEFAULT_ENTRIES
-    shown = limit + 1  # one more, to know whether there are more
-    if graph:
-        rows = repo.graph(shown, revision=revision)
-        listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
-        more = len(listed) > limit
-        end = listed[-2] + 1 if more else None
-        table = render.graph_rows(rows[:end], repo.labels())
-    else:
-        entries = repo.log(shown, revision=revision, all_branches=all_branches)
-        more = len(entries) > limit
-        table = render.log_rows(entries[:limit])
+    table, more = _table(repo, limit, chosen, graph=graph)
     if len(table) == 1:
-        render.talk("no commits yet")
+        render.talk("no commits match" if repo.log(1, all_branches=True) else "no commits yet")
         return
     render.table(table)
     if more and count is None:
-        render.talk(f"{limit} newest commits; use -n N to show more")
+        render.talk(f"{limit} {_order(chosen)} commits; use -n N to show more")
+
+
+def _order(chosen: dict[str, Any]) -> str:
+    return "first" if chosen["sort"] or chosen["reverse"] else "newest"
+
+
+def _table(
+    repo: Repo, limit: int, chosen: dict[str, Any], *, graph: bool
+) -> tuple[list[list[str]], bool]:
+    """Return the rows of at most `limit` commits, and whether there are more commits."""
+    if not graph:
+        entries = repo.log(limit + 1, **chosen)
+        return render.log_rows(entries[:limit]), len(entries) > limit
+    rows = repo.graph(limit + 1, revision=chosen["branch"] or chosen["revision"])
+    listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
+    more = len(listed) > limit
+    return render.graph_rows(rows[: listed[-2] + 1 if more else None], repo.labels()), more
+
+
+def _refuse_with_graph(chosen: dict[str, Any]) -> None:
+    """Raise InvalidInputError if commits are chosen that a graph cannot leave out or sort."""
+    for name, value in chosen.items():
+        if value:
+            option = "A..B" if name in ("start", "stop") else f"--{name.removesuffix('s')}"
+            option = "--steps" if name == "steps" else option
+            raise InvalidInputError(
+                f"--graph cannot be combined with {option}", hint="use --all to list all branches"
+            )

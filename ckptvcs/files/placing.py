@@ -16,20 +16,18 @@ names, a change between the last look and the rename is lost.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 from ckptvcs.errors import ConflictError, InvalidInputError
+from ckptvcs.store.renaming import CANNOT, EXCHANGE, FREE_ONLY, rename
 
 Seen = os.stat_result
 """The status of a file at a look."""
@@ -39,38 +37,8 @@ LINK_ERRORS = (errno.ELOOP, errno.ENOTDIR, errno.EMLINK)
 
 # O_PATH also opens a folder that the user may not list.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
-_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _TRIES = 2  # to delete temporary files: the system may refuse once
-_NO_LINKS = (*_CANNOT, errno.EPERM, errno.EMLINK)
-FREE_ONLY, EXCHANGE = "free only", "exchange"
-_FLAGS = {
-    "linux": ("renameat2", {FREE_ONLY: 1, EXCHANGE: 2}),
-    "darwin": ("renameatx_np", {FREE_ONLY: 4, EXCHANGE: 2}),
-}
-
-
-@cache
-def _system_rename() -> Any:
-    """Return the function of this system that renames with flags, or None."""
-    name, _ = _FLAGS.get(sys.platform, ("", {}))
-    try:
-        return getattr(ctypes.CDLL(None, use_errno=True), name)
-    except (OSError, AttributeError):
-        return None
-
-
-def rename(folder: int, old: str, new: str, how: str) -> bool:
-    """Rename to a free name or exchange two names, in one step; return whether that is possible."""
-    call = _system_rename()
-    if call is None:
-        return False
-    flag = _FLAGS[sys.platform][1][how]
-    if call(folder, os.fsencode(old), folder, os.fsencode(new), ctypes.c_uint(flag)) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _CANNOT:
-        return False
-    raise OSError(code, os.strerror(code), new)
+_NO_LINKS = (*CANNOT, errno.EPERM, errno.EMLINK)
 
 
 def _lasting(status: Seen | None) -> tuple[int, ...] | None:

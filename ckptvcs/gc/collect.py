@@ -38,7 +38,7 @@ from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, PackId
-from ckptvcs.store.index.index import Place
+from ckptvcs.store.index.rows import Place
 from ckptvcs.store.leases import dead_leases, live_leases
 from ckptvcs.store.pack import FOLDERS, PackWriter, packed_size
 
@@ -118,14 +118,6 @@ def files_bytes(backend: Backend, names: Iterable[str]) -> int:
         with contextlib.suppress(FileNotFoundError, CorruptionError):
             total += backend.size(name)
     return total
-
-
-@dataclass(frozen=True)
-class Going:
-    """A pack to delete: its folder, and its objects that were copied to another pack."""
-
-    folder: str
-    copied: frozenset[ObjectId] = frozenset()
 
 
 class _Nowhere:
@@ -381,14 +373,10 @@ class Collector:
         plan.picture.marked.objects.update(records, bases(self._catalog, records))
         return replace(plan, picture=replace(plan.picture, records=frozenset(records)))
 
-    def delete(self, packs: Mapping[PackId, Going], needed: Set[ObjectId]) -> None:
-        """Delete packs, except those that hold the only copy of a `needed` object."""
-        stay = set()
-        for name in needed:
-            for place in self._catalog.store.places(name):
-                if place.pack in packs and name not in packs[place.pack].copied:
-                    stay.add(place.pack)
-        folders = {pack: going.folder for pack, going in packs.items() if pack not in stay}
+    def delete(self, packs: Mapping[PackId, str], needed: Set[ObjectId]) -> None:
+        """Delete packs, by their folders, except those that hold `needed` objects."""
+        stay = {place.pack for name in needed for place in self._catalog.store.places(name)}
+        folders = {pack: folder for pack, folder in packs.items() if pack not in stay}
         self._catalog.store.delete_packs(folders)
         self._catalog.forget()
 

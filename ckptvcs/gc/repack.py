@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ckptvcs.history.catalog import Catalog, read_sound
 from ckptvcs.history.reachability import Marked
 from ckptvcs.store.ids import PackId
-from ckptvcs.store.index.index import Place
+from ckptvcs.store.index.rows import Place
 from ckptvcs.store.pack import packed_size
 
 _TINY = 1 << 20  # bytes; smaller packs are merged ...

@@ -12,16 +12,16 @@ the last attempt no writer may run, so that gc always ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 
 from ckptvcs.errors import CorruptionError, StorageError
-from ckptvcs.gc.collect import Collector, GcPlan, Going, OutdatedError
+from ckptvcs.gc.collect import Collector, GcPlan, OutdatedError
 from ckptvcs.gc.repack import copy_kept, plan_merges
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.store import disk
-from ckptvcs.store.ids import PackId
+from ckptvcs.store.ids import ObjectId, PackId
 from ckptvcs.store.leases import exclusive
 
 BATCH = 2000  # packs that are deleted while writers wait
@@ -87,9 +87,10 @@ class Sweep:
             return self._collector.record(plan, time)
 
     def _sweep(self, plan: GcPlan) -> None:
-        self._delete(plan, {pack: Going(folder) for pack, folder in plan.packs.items()})
+        self._delete(plan, plan.packs)
         assert plan.picture is not None
-        merged: dict[PackId, Going] = {}
+        merged: dict[PackId, str] = {}
+        copied: set[ObjectId] = set()  # to the new packs
         for merge in plan_merges(self._catalog, plan.picture.marked):
             try:
                 copy_kept(self._catalog, merge)
@@ -97,18 +98,18 @@ class Sweep:
                 if not disk.is_full(error):
                     raise
                 break  # merging is optional: the packs stay as they are
-            copied = frozenset(place.entry.id for place in merge.places)
-            merged |= {pack: Going(merge.folder, copied) for pack in merge.packs}
+            copied |= {place.entry.id for place in merge.places}
+            merged |= dict.fromkeys(merge.packs, merge.folder)
         if merged:
-            self._delete(plan, merged)
+            self._delete(plan, merged, copied)
 
-    def _delete(self, plan: GcPlan, packs: Mapping[PackId, Going]) -> None:
-        left = list(packs.items())
-        while True:
+    def _delete(
+        self, plan: GcPlan, packs: Mapping[PackId, str], copied: Set[ObjectId] = frozenset()
+    ) -> None:
+        """Delete packs in batches, except those with objects that only they have."""
+        folders = list(packs.items())
+        for start in range(0, len(folders) or 1, BATCH):
             with self._alone():
                 needed = self._collector.require_current(plan)
                 self._collector.delete_debris()
-                self._collector.delete(dict(left[:BATCH]), needed)
-            left = left[BATCH:]
-            if not left:
-                return
+                self._collector.delete(dict(folders[start : start + BATCH]), needed - copied)

@@ -36,7 +36,7 @@ from ckptvcs.history.recipe import (
 )
 from ckptvcs.history.schema import Schema, Skeleton, load_schema, load_skeleton
 from ckptvcs.store.ids import Kind, ObjectId
-from ckptvcs.store.index.index import Place
+from ckptvcs.store.index.rows import Place
 from ckptvcs.store.object_store import ObjectStore
 
 

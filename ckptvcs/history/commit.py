@@ -20,7 +20,7 @@ from ckptvcs.history.fields import (
     SIGNED,
     TEXT,
     Fields,
-    Kind,
+    FieldType,
     many,
     mapping,
     nullable,
@@ -180,15 +180,17 @@ def _parts_by_name(*states: PartState | None) -> dict[str, PartState]:
 
 
 _PART = Fields(PartState)
-_PARTS = Fields(_parts_by_name, **dict.fromkeys(PARTS, optional(_PART.kind)))
+_PARTS = Fields(_parts_by_name, **dict.fromkeys(PARTS, optional(_PART.type)))
 _FILE = Fields(FileEntry, mtime_ns=SIGNED)
 _ERROR = Fields(ErrorReport)
 _COMMIT = Fields(
     Commit,
     step=nullable(SIGNED),
-    parts=Kind(_PARTS.kind.load, mapping(_PART.kind).dump),
-    files=many(_FILE.kind),
-    error=Kind(_ERROR.kind.load, lambda error: {k: from_number(v) for k, v in vars(error).items()}),
+    parts=FieldType(_PARTS.type.load, mapping(_PART.type).dump),
+    files=many(_FILE.type),
+    error=FieldType(
+        _ERROR.type.load, lambda error: {k: from_number(v) for k, v in vars(error).items()}
+    ),
     code=nullable(TEXT),
 )
 dump_commit = _COMMIT.dump

@@ -18,10 +18,10 @@ T = TypeVar("T")
 _REQUIRED, _OF_CLASS = object(), object()
 
 
-class Kind(NamedTuple):
-    """A kind of field: how to load and dump its value.  A field with its `default` is omitted.
+class FieldType(NamedTuple):
+    """A type of field: how to load and dump its value.  A field with its `default` is omitted.
 
-    `load` raises ValueError or CorruptionError if the JSON value is not of this kind.
+    `load` raises ValueError or CorruptionError if the JSON value is not of this type.
     """
 
     load: Callable[[Json], Any]
@@ -29,13 +29,13 @@ class Kind(NamedTuple):
     default: object = _OF_CLASS
 
 
-def _of_type(kind: type) -> Kind:
+def _of_class(cls: type) -> FieldType:
     def load(value: Json) -> Json:
-        if type(value) is not kind:
+        if type(value) is not cls:
             raise ValueError
         return value
 
-    return Kind(load)
+    return FieldType(load)
 
 
 def _load_natural(value: Json) -> int:
@@ -56,47 +56,52 @@ def to_number(value: Json) -> float:
         return value
     if value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
-    kind = type(value).__name__  # the value may be too large to show
-    raise CorruptionError(f"a record has a {kind} instead of a number")
+    cls = type(value).__name__  # the value may be too large to show
+    raise CorruptionError(f"a record has a {cls} instead of a number")
 
 
-TEXT, FLAG, OBJECT = _of_type(str), _of_type(bool), _of_type(dict)
-NATURAL, SIGNED = Kind(_load_natural), Kind(_load_signed)
-NUMBER, ID = Kind(to_number, from_number), Kind(checked_id)
+TEXT, FLAG, OBJECT = _of_class(str), _of_class(bool), _of_class(dict)
+NATURAL, SIGNED = FieldType(_load_natural), FieldType(_load_signed)
+NUMBER, ID = FieldType(to_number, from_number), FieldType(checked_id)
 
 
-def optional(kind: Kind) -> Kind:
-    """Return the kind of a field that is omitted if it is None."""
-    return kind._replace(default=None)
+def optional(item: FieldType) -> FieldType:
+    """Return the type of a field that is omitted if it is None."""
+    return item._replace(default=None)
 
 
-def nullable(kind: Kind) -> Kind:
-    """Return the kind of a field that is null if it is None."""
-    return Kind(lambda value: None if value is None else kind.load(value), kind.dump, _REQUIRED)
+def nullable(item: FieldType) -> FieldType:
+    """Return the type of a field that is null if it is None."""
+    dump = item.dump
+    return FieldType(
+        lambda value: None if value is None else item.load(value),
+        dump and (lambda value: None if value is None else dump(value)),
+        _REQUIRED,
+    )
 
 
-def many(kind: Kind) -> Kind:
-    """Return the kind of a list, which is loaded as a tuple."""
+def many(item: FieldType) -> FieldType:
+    """Return the type of a list, which is loaded as a tuple."""
 
     def load(values: Json) -> tuple[Any, ...]:
         if type(values) is not list:
             raise ValueError
-        return tuple(map(kind.load, values))
+        return tuple(map(item.load, values))
 
-    dump = kind.dump
-    return Kind(load, dump and (lambda items: list(map(dump, items))))
+    dump = item.dump
+    return FieldType(load, dump and (lambda items: list(map(dump, items))))
 
 
-def mapping(kind: Kind) -> Kind:
-    """Return the kind of an object with any keys, and values of this kind."""
-    dump = kind.dump or (lambda value: value)
-    return Kind(
-        lambda values: {key: kind.load(value) for key, value in OBJECT.load(values).items()},
+def mapping(item: FieldType) -> FieldType:
+    """Return the type of an object with any keys, and values of this type."""
+    dump = item.dump or (lambda value: value)
+    return FieldType(
+        lambda values: {key: item.load(value) for key, value in OBJECT.load(values).items()},
         lambda items: {key: dump(value) for key, value in items.items()},
     )
 
 
-_KINDS = {
+_TYPES = {
     "str": TEXT,
     "bool": FLAG,
     "int": NATURAL,
@@ -104,27 +109,27 @@ _KINDS = {
     "ObjectId": ID,
     "Mapping[str, float]": mapping(NUMBER),
 }
-_KINDS |= {f"tuple[{name}, ...]": many(kind) for name, kind in _KINDS.items()}
-_KINDS |= {f"{name} | None": optional(kind) for name, kind in _KINDS.items()}
+_TYPES |= {f"tuple[{name}, ...]": many(kind) for name, kind in _TYPES.items()}
+_TYPES |= {f"{name} | None": optional(kind) for name, kind in _TYPES.items()}
 
 
 class Fields(Generic[T]):
     """The fields of a record.
 
-    If `make` is a dataclass, its annotations are the kinds (an `int` is not negative) and its
-    defaults are those of the fields.  Otherwise it builds the record from the values of `kinds`.
+    If `make` is a dataclass, its annotations are the types (an `int` is not negative) and its
+    defaults are those of the fields.  Otherwise it builds the record from the values of `types`.
     """
 
-    def __init__(self, make: Callable[..., T], **kinds: Kind) -> None:
-        """`kinds` are the kinds of the fields that their annotations do not tell."""
-        names: Mapping[str, Any] = make.__annotations__ if isinstance(make, type) else kinds
+    def __init__(self, make: Callable[..., T], **types: FieldType) -> None:
+        """`types` are the types of the fields that their annotations do not tell."""
+        names: Mapping[str, Any] = make.__annotations__ if isinstance(make, type) else types
         self._make, self._fields = make, list[tuple[str, Any, Any, object]]()
         for name in names:
-            load, dump, default = kinds.get(name) or _KINDS[names[name]]
+            load, dump, default = types.get(name) or _TYPES[names[name]]
             if default is _OF_CLASS:  # a dataclass has its defaults as attributes
                 default = getattr(make, name, _REQUIRED)
             self._fields.append((name, load, dump, default))
-        self.kind = Kind(self._load, self.as_json)
+        self.type = FieldType(self._load, self.as_json)
 
     def as_json(self, record: T) -> dict[str, Json]:
         """Return a record as JSON."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from ckptvcs.errors import CkptError, CorruptionError, UnsupportedVersionError
 from ckptvcs.history.canonical_json import CHECK, load, seal, unseal
+from ckptvcs.history.fields import NATURAL, TEXT, Fields, many, mapping
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Backend, read_small, write_once
 from ckptvcs.store.leases import turn
@@ -32,6 +33,9 @@ FLAGS = {
 """The features that this program knows, by the operation that needs them."""
 
 
+_FORMAT = Fields(lambda number, _: number, format=NATURAL, flags=mapping(many(TEXT)))
+
+
 def is_repository(backend: Backend) -> bool:
     """Return whether `backend` holds a repository, even one whose `format` file is missing."""
     with contextlib.suppress(CkptError, FileNotFoundError):
@@ -46,14 +50,9 @@ def _format(backend: Backend) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CorruptionError(f"{backend}: file 'format' is missing", hint=hint) from error
     fields = load(data, name)  # users may edit the file: only verify checks its hash
-    number, flags = fields.get("format"), fields.setdefault("flags", {})
-    if type(number) is not int or number < 1 or not isinstance(flags, dict):
-        raise CorruptionError(f"{name} has no valid format number")
-    if not all(
-        isinstance(row, list) and all(isinstance(flag, str) for flag in row)
-        for row in flags.values()
-    ):
-        raise CorruptionError(f"{name} has invalid flags")
+    fields.setdefault("flags", {})
+    if not _FORMAT.of_json(fields, name):
+        raise CorruptionError(f"{name} has no valid 'format'")
     return fields
 
 

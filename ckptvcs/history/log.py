@@ -11,6 +11,7 @@ from ckptvcs.history.commit import Commit, ErrorReport
 from ckptvcs.history.graph import draw_graph
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import LONGEST_STEP, Revisions
+from ckptvcs.history.selection import ALL, Selection
 from ckptvcs.store.ids import ObjectId
 
 Bound = str | int | None
@@ -54,7 +55,7 @@ class LogEntry:
         return self.commit.step
 
 
-def _bound(at: Bound) -> int | None:
+def step_of(at: Bound) -> int | None:
     """Return a bound as a step, or None if it is a revision."""
     digits = str(at).removeprefix("step:")
     return int(digits) if digits.isdecimal() and len(digits) <= LONGEST_STEP else None
@@ -141,7 +142,7 @@ class History:
         """
         if every is not None and every < 1:
             raise InvalidInputError(f"invalid interval {every}: it must be at least 1")
-        low, high = _bound(start), _bound(stop)
+        low, high = step_of(start), step_of(stop)
         if revision is None:
             revision = stop if stop is not None and high is None else HEAD
         tip = self._revisions.resolve(str(revision))
@@ -178,12 +179,26 @@ class History:
         return line.index(name)
 
     def entries(
-        self, limit: int | None = None, *, start: ObjectId | None = None, all_branches: bool = False
+        self,
+        limit: int | None = None,
+        *,
+        start: ObjectId | None = None,
+        all_branches: bool = False,
+        only: Selection = ALL,
     ) -> list[LogEntry]:
-        """Commits, newest first: HEAD's line (or that of `start`), or those of all branches."""
-        tags = self.tags()
-        commits = self._newest_first(limit, start=start, all_branches=all_branches)
-        return [self.entry(n, branch=b, tags=tags.get(n, ())) for n, b in commits[:limit]]
+        """Commits, newest first: HEAD's line (or that of `start`), or those of all branches.
+
+        Raises:
+            NotFoundError: no commit has a metric that `only` needs.
+        """
+        tags, most = self.tags(), None if only.needs_all else limit
+        commits = self._newest_first(most, start=start, all_branches=all_branches)
+        entries = (
+            self.entry(name, branch=branch, tags=tags.get(name, ()))
+            for name, branch in commits
+            if only is ALL or only.wants(name, self._catalog.commit(name))
+        )
+        return only.pick(entries, limit)
 
     def graph(
         self, limit: int | None = None, *, start: ObjectId | None = None
@@ -210,8 +225,8 @@ class History:
 
     def names(self) -> dict[ObjectId, tuple[str, ...]]:
         """Return the labels of tips, HEAD first: `HEAD -> main`, `side`, `tag: v1`, `pinned`."""
-        head = self._refs.read(HEAD)
-        current = f"heads/{head.branch}" if head and head.branch else HEAD
+        branch = self._refs.current_branch()
+        current = f"heads/{branch}" if branch else HEAD
         labels: dict[ObjectId, list[str]] = {}
         for name, tip in self._revisions.tips().items():
             space, _, short = name.partition("/")
@@ -225,12 +240,11 @@ class History:
 
     def branch_at(self, name: ObjectId) -> str | None:
         """Return a branch whose newest commit this is, preferring HEAD's branch."""
-        head = self._refs.read(HEAD)
         tips = self._revisions.tips()
         branches = [
             ref[6:] for ref, tip in tips.items() if ref.startswith("heads/") and tip == name
         ]
-        following = head.branch if head else None
+        following = self._refs.current_branch()
         return following if following in branches else next(iter(branches), None)
 
     def unnamed(self, start: ObjectId) -> list[ObjectId]:
@@ -272,9 +286,9 @@ class History:
     def _lines(self, *, all_branches: bool) -> list[tuple[str | None, ObjectId]]:
         """Return (branch, tip) of HEAD, followed with `all_branches` by those of all refs."""
         lines: list[tuple[str | None, ObjectId]] = []
-        head, at = self._refs.read(HEAD), self._revisions.head()
-        if at is not None:
-            lines.append((head.branch if head else None, at))
+        head = self._revisions.head()
+        if head is not None:
+            lines.append((self._refs.current_branch(), head))
         if all_branches:
             tips = self._revisions.tips()
             lines += [(n[6:], tip) for n, tip in tips.items() if n.startswith("heads/")]

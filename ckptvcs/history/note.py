@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.commit import is_time
-from ckptvcs.history.fields import TEXT, Fields, Kind, mapping, nullable, to_number
+from ckptvcs.history.fields import NUMBER, TEXT, Fields, mapping, nullable
 from ckptvcs.store.ids import ObjectId
-from ckptvcs.text import from_number
 
 MAX_BYTES = 1 << 16
 """Limit of the content of a note."""
@@ -59,12 +58,7 @@ class Merged:
 
 _NOTE = Fields(
     Note,
-    metrics=mapping(
-        Kind(
-            lambda value: None if value is None else to_number(value),
-            lambda value: None if value is None else from_number(value),
-        )
-    )._replace(default={}),
+    metrics=mapping(nullable(NUMBER))._replace(default={}),
     fields=mapping(nullable(TEXT))._replace(default={}),
 )
 dump_note = _NOTE.dump

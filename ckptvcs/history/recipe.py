@@ -18,7 +18,7 @@ from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import CorruptionError
 from ckptvcs.hashing import hasher
 from ckptvcs.history.canonical_json import Json
-from ckptvcs.history.fields import TEXT, Fields, Kind, many, optional
+from ckptvcs.history.fields import TEXT, Fields, FieldType, many, optional
 from ckptvcs.store.ids import ObjectId
 
 VALUE_BYTES = 32
@@ -135,9 +135,9 @@ def _load_dtype(value: Json) -> str:
     return dtype
 
 
-_DTYPE = optional(Kind(_load_dtype))
+_DTYPE = optional(FieldType(_load_dtype))
 _ROW = Fields(_Row, dtype=_DTYPE)
-_BUNDLE = Fields(_Bundle, frames=many(_ROW.kind), dtype=_DTYPE)
+_BUNDLE = Fields(_Bundle, frames=many(_ROW.type), dtype=_DTYPE)
 
 
 def dump_bundle(frames: list[Frame], exact: ObjectId | None = None) -> bytes:
@@ -240,7 +240,7 @@ def _load_version(value: Json) -> tuple[str, int]:
     return value[0], value[1]
 
 
-_DROP_RECORD = Fields(DropRecord, after=many(Kind(_load_version)))
+_DROP_RECORD = Fields(DropRecord, after=many(FieldType(_load_version)))
 dump_drop_record = _DROP_RECORD.dump
 
 

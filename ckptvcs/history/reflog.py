@@ -11,7 +11,7 @@ from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.reachability import is_whole
 from ckptvcs.history.recipe import DropRecord, load_drop_record
-from ckptvcs.history.refs import HEAD, Generation, Refs
+from ckptvcs.history.refs import Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId
 
@@ -92,8 +92,7 @@ class Past:
         self._revisions = Revisions(catalog, refs)
 
     def _branch(self, name: str | None) -> str:
-        head = self._refs.read(HEAD)
-        branch = name or (head.branch if head else None)
+        branch = name or self._refs.current_branch()
         if branch is None:
             raise NotFoundError("HEAD is detached", hint="pass a branch name")
         if self._refs.read(f"heads/{branch}") is None:

@@ -168,15 +168,12 @@ class Refs:
         """
         number = self._seen.get(ref, 0)
         if not number or not self._exists(ref, number):
-            number = max(self.numbers(ref), default=0)
-            backup = self.backup(ref)
-            if backup is not None and backup.number > number:
-                number = backup.number
-                if not self._exists(ref, number):
-                    raise CorruptionError(
-                        f"version {number} of ref '{ref}' is missing",
-                        hint="run 'ckpt verify'; after restoring an older copy, delete cache/refs",
-                    )
+            number = self.last(ref)
+            if number and not self._exists(ref, number):
+                raise CorruptionError(
+                    f"version {number} of ref '{ref}' is missing",
+                    hint="run 'ckpt verify'; after restoring an older copy, delete cache/refs",
+                )
         while self._exists(ref, number + 1):
             number += 1
         if number:
@@ -224,6 +221,16 @@ class Refs:
         """
         number = self._newest(ref) if _can_be(ref) else 0
         return self.generation(ref, number) if number else None
+
+    def target(self, ref: str) -> ObjectId | None:
+        """Return the commit that the newest version points to, if any.  Raises CorruptionError."""
+        version = self.read(ref)
+        return version.commit if version else None
+
+    def current_branch(self) -> str | None:
+        """Return the branch that HEAD follows, if any.  Raises CorruptionError."""
+        head = self.read(HEAD)
+        return head.branch if head else None
 
     def generation(self, ref: str, number: int) -> Generation:
         """Return one version.
@@ -396,18 +403,15 @@ class Refs:
 
     def targets(self, space: str) -> set[ObjectId]:
         """Return the commits that the refs of a space point to."""
-        versions = (self.read(f"{space}/{name}") for name in self.names(space))
-        return {
-            state.commit for state in versions if state is not None and state.commit is not None
-        }
+        commits = {self.target(f"{space}/{name}") for name in self.names(space)}
+        return {commit for commit in commits if commit is not None}
 
     def readable_targets(self, refs: Iterable[str]) -> set[ObjectId]:
         """Return the commits that some refs point to, without unreadable refs."""
         commits = set()
         for ref in refs:
             with contextlib.suppress(CkptError):
-                move = self.read(ref)
-                commits.add(move.commit if move else None)
+                commits.add(self.target(ref))
         return {commit for commit in commits if commit is not None}
 
     def publish(

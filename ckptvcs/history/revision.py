@@ -55,20 +55,18 @@ class Revisions:
 
     def head(self) -> ObjectId | None:
         """Return the commit of HEAD, or None if it has none yet."""
-        state = self._refs.read(HEAD)
-        if state is None:
+        head = self._refs.read(HEAD)
+        if head is None:
             return None
-        return self.branch(state.branch) if state.branch else state.commit
+        return self.branch(head.branch) if head.branch else head.commit
 
     def branch(self, name: str) -> ObjectId | None:
         """Return the newest commit of a branch, if it has one."""
-        state = self._refs.read(f"heads/{name}")
-        return state.commit if state else None
+        return self._refs.target(f"heads/{name}")
 
     def tag(self, name: str) -> ObjectId | None:
         """Return the commit of a tag, if it exists."""
-        state = self._refs.read(f"tags/{name}")
-        return state.commit if state else None
+        return self._refs.target(f"tags/{name}")
 
     def tips(self) -> dict[str, ObjectId]:
         """Return the commit of HEAD and of every branch, tag and pin that has one."""
@@ -128,8 +126,7 @@ class Revisions:
 
         `lines` caches the ancestors of each tip.
         """
-        state = self._refs.read(ref)
-        tip = state.commit if state else None
+        tip = self._refs.target(ref)
         if tip is None:
             return False
         if tip not in lines:

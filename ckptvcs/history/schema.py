@@ -16,7 +16,7 @@ from enum import IntEnum
 from ckptvcs.codec.dtypes import DTYPES, DType
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.canonical_json import Json, dump
-from ckptvcs.history.fields import NATURAL, Fields, Kind, many
+from ckptvcs.history.fields import NATURAL, Fields, FieldType, many
 
 LITTLE, BIG, UNKNOWN = "little", "big", "unknown"
 _LENGTH = struct.Struct("<I")
@@ -120,10 +120,10 @@ def _load_shape(value: Json) -> tuple[int, ...]:
     return shape
 
 
-_SHAPE = Kind(_load_shape)
+_SHAPE = FieldType(_load_shape)
 _VIEW = Fields(View, shape=_SHAPE)
-_TENSOR = Fields(TensorInfo, shape=_SHAPE, views=many(_VIEW.kind))
-_SCHEMA = Fields(Schema, tensors=many(_TENSOR.kind))
+_TENSOR = Fields(TensorInfo, shape=_SHAPE, views=many(_VIEW.type))
+_SCHEMA = Fields(Schema, tensors=many(_TENSOR.type))
 dump_schema = _SCHEMA.dump
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops import export as export
     from ckptvcs.ops import gc as gc
     from ckptvcs.ops import import_folder as import_folder
+    from ckptvcs.ops import log as log
     from ckptvcs.ops import note as note
     from ckptvcs.ops import read as read
     from ckptvcs.ops import refs as refs

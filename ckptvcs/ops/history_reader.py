@@ -19,10 +19,14 @@ from ckptvcs.ops.repository import FOLDER, Repository
 from ckptvcs.store.ids import ObjectId
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ckptvcs.gc.collect import GcPlan
     from ckptvcs.history.note import Note
     from ckptvcs.history.reflog import ReflogEvent
     from ckptvcs.history.refs import Generation
+    from ckptvcs.history.selection import Time
+    from ckptvcs.ops.log import Steps
     from ckptvcs.ops.refs import NamedCommit
     from ckptvcs.ops.show import Status, TensorEntry
     from ckptvcs.ops.stats import Stats
@@ -92,21 +96,58 @@ class HistoryReader:
         return self._repository.resolve(revision)
 
     def log(
-        self, limit: int | None = None, *, revision: str | None = None, all_branches: bool = False
+        self,
+        limit: int | None = None,
+        *,
+        revision: str | int | None = None,
+        branch: str | None = None,
+        all_branches: bool = False,
+        start: Bound = None,
+        stop: Bound = None,
+        steps: Steps | None = None,
+        since: Time | None = None,
+        until: Time | None = None,
+        metrics: Sequence[str] = (),
+        sort: str | None = None,
+        reverse: bool = False,
     ) -> list[LogEntry]:
         """Return commits, newest first.
 
+        A time is a `datetime`, a text of ISO 8601 (local time unless it names a zone), or an age
+        such as `3h` or `2 days ago`.
+
         Args:
-            limit: The maximum number of commits; None returns all.
+            limit: The maximum number of commits, in the order of the result; None returns all.
             revision: Start at this commit; None starts at HEAD.
+            branch: Start at the newest commit of this branch.
             all_branches: Return the commits of every branch instead of one first-parent history.
+            start: As for `line`: the first step, or the first commit, included.
+            stop: As for `line`: the last step, or the last commit, included.
+            steps: Return only commits with a step between these two, both included.
+            since: Return only commits made at this time or later.
+            until: Return only commits made at this time or earlier; a date includes that day.
+            metrics: Return only commits that pass all these tests, such as `loss<3`.  The operators
+                are `<`, `<=`, `>`, `>=`, `=` and `!=`.
+            sort: Sort by `step`, `time`, `size` or a metric, highest value first.
+            reverse: Reverse the order.
 
         Raises:
-            NotFoundError: `revision` names no commit.
-            InvalidInputError: `revision` names several commits.
+            NotFoundError: `revision` or `branch` names no commit, or no commit has a metric.
+            InvalidInputError: `revision` names several commits, or an argument is not valid.
+
+        Example:
+            >>> best = repo.log(1, metrics=["loss>0"], sort="loss", reverse=True)[0]
         """
-        start = None if revision is None else self.resolve(revision)
-        return self._repository.history.entries(limit, start=start, all_branches=all_branches)
+        return ops.log.log(
+            self._repository,
+            limit,
+            ops.log.select(steps, since, until, metrics, sort, reverse=reverse),
+            revision=revision,
+            branch=branch,
+            all_branches=all_branches,
+            start=start,
+            stop=stop,
+        )
 
     def line(
         self,

@@ -266,8 +266,7 @@ class Keeper:
             check_lease(backend, self._lease)
             self._repo.catalog.forget_drops()
             current = self._reaching_ref(name, pin if done.pinned else None)
-            state = self._repo.refs.read(pin) if pin is not None else None
-            if pin is not None and (state is None or state.commit is None):
+            if pin is not None and self._repo.refs.target(pin) is None:
                 raise ConflictError("its commit was unpinned")
             if current != ref:
                 self._repo.refs.settle(current)

@@ -151,12 +151,7 @@ def set_ref(
 def set_pin(repository: Repository, name: ObjectId, *, pinned: bool) -> bool:
     """Pin or unpin a commit, and return whether the pin changed; see `Repo.pin`."""
     ref, refs = f"pins/{name}", repository.refs
-
-    def is_pinned() -> bool:
-        pin = refs.read(ref)
-        return pin is not None and pin.commit is not None
-
-    if is_pinned() != pinned:
+    if (refs.target(ref) is not None) != pinned:
         raise_flags(repository.backend, "gc", "pins")
     with repository.leading_to(name if pinned else None):
         old = refs.read(ref)

@@ -34,7 +34,7 @@ from ckptvcs.ops.repository import CONFIG, Repository
 from ckptvcs.ops.verify import packs_alone
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, PackId
-from ckptvcs.store.index.index import Place
+from ckptvcs.store.index.rows import Place
 from ckptvcs.store.leases import exclusive
 from ckptvcs.store.pack import Entry, find_entries, pack_name
 
@@ -270,7 +270,7 @@ class Repairer:
         moved: dict[ObjectId, ObjectId] = {}
         for ref, tip in Revisions(self._catalog, self._refs).tips().items():
             above, hole, _ = self._catalog.above_lost(tip)
-            if hole is None or (ref == HEAD and self._refs.read(HEAD).branch):  # type: ignore[union-attr]
+            if hole is None or (ref == HEAD and self._refs.current_branch()):
                 continue
             self.done.dropped[hole] = ()
             parent = self._before(hole)

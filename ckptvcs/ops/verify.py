@@ -39,7 +39,7 @@ from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store import pack as packs
 from ckptvcs.store.disk import scratch_folder
 from ckptvcs.store.ids import Kind, ObjectId, PackId
-from ckptvcs.store.index.index import Place
+from ckptvcs.store.index.rows import Place
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import find_entries
 
@@ -231,9 +231,9 @@ class Verifier:
         roots: dict[str, ObjectId] = {}
         for name in self._refs.every():
             try:
-                move = self._refs.read(name)
-                if move is not None and move.commit is not None:
-                    roots[name] = move.commit
+                commit = self._refs.target(name)
+                if commit is not None:
+                    roots[name] = commit
                 self._refs.check(name)
                 self._refs.keep_backup(name)
             except CkptError as error:

@@ -8,7 +8,6 @@ may become durable in a different order from their creation.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ckptvcs.errors import StorageError
+from ckptvcs.store import renaming
+from ckptvcs.store.renaming import FREE_ONLY
 
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
 
 _HINTS = {
     errno.ENOSPC: "the disk is full: free some space and try again",
@@ -112,30 +112,12 @@ def link(path: Path, name: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        _rename_to_new(path, name, error)
+        # With a check and then a rename, two writers could succeed.
+        if not renaming.rename(renaming.AT_WORKING_FOLDER, str(path), str(name), FREE_ONLY):
+            reason = "this file system has neither hard links nor exclusive renames"
+            raise OSError(errno.ENOTSUP, reason) from error
         return False
     return True
-
-
-def _rename_to_new(path: Path, name: Path, refused: OSError) -> None:
-    """Do the same on a file system without hard links, by a rename that replaces nothing.
-
-    The kernel does this in one step.  With a check and then a rename, two writers could succeed.
-    """
-    try:
-        rename_new = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        raise _cannot_link() from refused
-    done = rename_new(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(name), _RENAME_NOREPLACE)
-    if done != 0:
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS):  # not supported by the file system or the kernel
-            raise _cannot_link() from refused
-        raise OSError(code, os.strerror(code), str(name))
-
-
-def _cannot_link() -> OSError:
-    return OSError(errno.ENOTSUP, "this file system has neither hard links nor exclusive renames")
 
 
 def rename(path: Path, name: Path) -> None:

@@ -15,7 +15,7 @@ from ckptvcs.errors import CkptError, CorruptionError, MissingObjectError
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Backend
 from ckptvcs.store.ids import Kind, ObjectId, PackId
-from ckptvcs.store.index.index import KeysOf, Place
+from ckptvcs.store.index.rows import KeysOf, Place
 from ckptvcs.store.pack_index import Places
 
 _BATCH = 512  # objects that `line` reads at once

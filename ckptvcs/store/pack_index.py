@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain, takewhile, zip_longest
 from pathlib import Path
 from threading import RLock
 from typing import TypeVar
@@ -21,8 +22,27 @@ from ckptvcs.store.backend import Backend
 from ckptvcs.store.disk import storage_error
 from ckptvcs.store.forking import in_child
 from ckptvcs.store.ids import Kind, ObjectId, PackId, object_id
-from ckptvcs.store.index.index import ROTTEN, Index, Records
-from ckptvcs.store.index.rows import KeysOf, Place, Row, rows_of_content, rows_of_pack
+from ckptvcs.store.index.index import Index, Records
+from ckptvcs.store.index.recent import Recent
+from ckptvcs.store.index.rows import (
+    CONTENTS,
+    EXPECTED,
+    KEYS,
+    OBJECTS,
+    PACKS,
+    REMOVED,
+    ROTTEN,
+    KeysOf,
+    Place,
+    Row,
+    cut_key,
+    folder_of,
+    load_pack,
+    load_place,
+    pack_of,
+    rows_of_content,
+    rows_of_pack,
+)
 
 _HINT = "free some space where the repository or temporary files are"
 _TRIES = 5  # other processes may rebuild a damaged index at the same time
@@ -84,6 +104,10 @@ class Places:
             raise storage_error(problem, "use the index") from problem
         raise StorageError(f"the index cannot be used: {problem}", hint=_HINT) from problem
 
+    def _query(self, question: Callable[[Recent], T]) -> T:
+        """Return the answer of the content of the index; parse its rows in the question."""
+        return self._ask(lambda index: index.ask(question))
+
     def _make(self, make: Callable[[Records], None]) -> None:
         """Make an index.  Raises StorageError if no disk has room for it."""
         late: list[Place] = []
@@ -106,7 +130,11 @@ class Places:
 
     def add_expected(self) -> None:
         """Add the packs of processes that ended between publishing and indexing them."""
-        for pack, folder in self._ask(Index.expected).items():
+
+        def expected(recent: Recent) -> list[tuple[PackId, str]]:
+            return [(PackId(key.hex()), row.decode("ascii")) for key, row in recent.rows(EXPECTED)]
+
+        for pack, folder in self._query(expected):
             if folder in packs.FOLDERS:
                 late: list[Place] = []
                 self._add_found(pack, folder, late)
@@ -125,7 +153,7 @@ class Places:
         """Update the index from the list of packs on disk."""
         with self._changing:
             self._ask(Index.look_again)
-            indexed, present = self._ask(Index.packs), self.list_packs()
+            indexed, present = self.pack_sizes(), self.list_packs()
             missing = {pack for pack, (folder, _) in indexed.items() if present.get(pack) != folder}
             if missing:
                 self.remove(missing)
@@ -141,7 +169,7 @@ class Places:
         A damaged pack hides only its own objects; `ckpt verify` reports it.
         """
         with contextlib.suppress(CorruptionError, FileNotFoundError):
-            self._ask(partial(Index.add, rows=self._rows(self.read_pack(name, folder), late)))
+            self._add(self._rows(self.read_pack(name, folder), late))
             try:
                 # Check again: a deletion removes it from the index again only after the file.
                 self._backend.size(packs.pack_name(folder, name))
@@ -153,7 +181,7 @@ class Places:
         self._rebuilt = True
         with self._changing:
             self._make(partial(self.editions.rebuild, anew=True))
-        return len(self._ask(Index.packs))
+        return len(self.pack_sizes())
 
     def doubt(self) -> None:
         """Check the index after a failed read: rebuild it once, later only list the packs."""
@@ -196,53 +224,90 @@ class Places:
         for place in late:
             rows = self._rows_of_content(place)
             if rows:
-                self._ask(partial(Index.add, rows=rows))
+                self._add(rows)
 
     def agrees(self, other: Places) -> bool:
         """Return whether both indexes have the same content."""
-        return self._ask(lambda mine: other._ask(mine.same))
+
+        def same(mine: Recent, theirs: Recent) -> bool:
+            tables = (PACKS, OBJECTS, CONTENTS, KEYS)
+            pairs = (zip_longest(mine.rows(table), theirs.rows(table)) for table in tables)
+            return all(one == two for one, two in chain.from_iterable(pairs))
+
+        return self._query(lambda mine: other._query(partial(same, mine)))
 
     # -- writing -------------------------------------------------------------------------------
 
     def expect(self, info: packs.PackInfo) -> None:
         """Note a pack before it is published."""
-        self._ask(lambda index: index.expect(info.id, info.folder))
+        self._add([(EXPECTED, bytes.fromhex(info.id), info.folder.encode())])
 
     def add(self, info: packs.PackInfo) -> None:
         """Index a published pack."""
         late: list[Place] = []
-        self._ask(partial(Index.add, rows=self._rows(info, late)))
+        self._add(self._rows(info, late))
         self._add_late(late)
 
     def remove(self, names: set[PackId]) -> None:
         """Remove packs from the index."""
-        self._ask(lambda index: index.remove(names))
+        self._add([(REMOVED, bytes.fromhex(pack), b"") for pack in names])
+
+    def _add(self, rows: list[Row]) -> None:
+        self._ask(lambda index: index.add(rows))
 
     # -- reading -------------------------------------------------------------------------------
 
     def pack_sizes(self) -> dict[PackId, tuple[str, int]]:
         """Return folder and size of each indexed pack."""
-        return self._ask(Index.packs)
+
+        def sizes(recent: Recent) -> dict[PackId, tuple[str, int]]:
+            rows = recent.rows(PACKS)
+            return {PackId(key.hex()): (folder_of(row), load_pack(row)[1]) for key, row in rows}
+
+        return self._query(sizes)
 
     def pack_size(self, pack: PackId) -> int:
-        """Return the bytes of an indexed pack."""
-        return self._ask(lambda index: index.pack_size(pack))
+        """Return the bytes of a pack, or 0 if it is not indexed."""
+        return self._pack(pack)[1]
 
     def pack_share(self, pack: PackId) -> int:
-        """Return the bytes of an indexed pack, divided by the number of commits in it."""
-        return self._ask(lambda index: index.pack_share(pack))
+        """Return the bytes of a pack, divided by the number of commits in it."""
+        _, size, commits = self._pack(pack)
+        return size // (commits or 1)
+
+    def _pack(self, pack: PackId) -> tuple[int, int, int]:
+        def row_of(recent: Recent) -> tuple[int, int, int]:
+            row = recent.get(PACKS, bytes.fromhex(pack))
+            return (0, 0, 0) if row is None else load_pack(row)
+
+        return self._query(row_of)
 
     def find(self, key: bytes) -> list[ObjectId]:
         """Return the indexed objects that have a key of `keys_of`."""
-        return self._ask(lambda index: index.find(key))
+        names = self._query(lambda recent: recent.find(cut_key(key)))
+        return [ObjectId(name.hex()) for name in names]
 
     def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
-        """Return the indexed objects of a kind whose id begins with `prefix`."""
-        return self._ask(lambda index: index.ids(kind, prefix))
+        """Return the indexed objects of a kind whose id begins with `prefix` (hex digits)."""
+        start = bytes.fromhex(prefix[: len(prefix) // 2 * 2])
+
+        def ids(recent: Recent) -> list[ObjectId]:
+            names = (ObjectId(key.hex()) for key in recent.objects(kind, start))
+            near = takewhile(lambda name: name[: len(prefix)] <= prefix, names)
+            return list(dict.fromkeys(name for name in near if name.startswith(prefix)))
+
+        return self._query(ids)
 
     def known(self, name: ObjectId) -> list[Place]:
         """Return the indexed copies of an object."""
-        return self._ask(lambda index: index.places(name))
+
+        def places(recent: Recent) -> list[Place]:
+            return [
+                load_place(name, row, folder_of(recent.get(PACKS, pack_of(row)) or b""))
+                for row in recent.places(bytes.fromhex(name))
+            ]
+
+        return self._query(places)
 
     def find_places(self, name: ObjectId) -> list[Place]:
         """Return the copies of an object; look at all packs before the answer is none."""
@@ -259,7 +324,7 @@ class Places:
         """Return an object's content, checked against its id, or None if the index lacks it."""
         if kind not in _KEPT:
             return None
-        kept = self._ask(lambda index: index.content(name))
+        kept = self._query(lambda recent: recent.get(CONTENTS, bytes.fromhex(name)))
         return kept if kept is not None and object_id(kind, kept) == name else None
 
     def contents(
@@ -270,18 +335,17 @@ class Places:
         There are at most `most`; the second result is the next object after them.
         """
 
-        def ask(index: Index) -> tuple[list[tuple[ObjectId, bytes]], ObjectId | None]:
+        def contents(recent: Recent) -> tuple[list[tuple[ObjectId, bytes]], ObjectId | None]:
             at, objects = name, list[tuple[ObjectId, bytes]]()
-            with index.reading() as content:
-                while at is not None and len(objects) < most:
-                    kept = content(at)
-                    if kept is None or object_id(kind, kept) != at:
-                        break
-                    objects.append((at, kept))
-                    at = next_of(kept)
+            while at is not None and len(objects) < most:
+                kept = recent.get(CONTENTS, bytes.fromhex(at))
+                if kept is None or object_id(kind, kept) != at:
+                    break
+                objects.append((at, kept))
+                at = next_of(kept)
             return objects, at
 
-        return self._ask(ask)
+        return self._query(contents)
 
 
 _all: weakref.WeakSet[Places] = weakref.WeakSet()

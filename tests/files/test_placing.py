@@ -24,6 +24,7 @@ from ckptvcs.files.targets import Targets
 from ckptvcs.ops.average import average
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
+from ckptvcs.store import renaming
 from ckptvcs.store.ids import ObjectId
 
 OURS, THEIRS, OLD = b"ours" * 50, b"an hour of work of another program", b"old bytes" * 7
@@ -51,7 +52,7 @@ class World:
         self.calls: list[str] = []
         self.at = -1
         self.act: Act = _nothing
-        self._rename = placing.rename
+        self._rename = renaming.rename
         monkeypatch.setattr(placing, "os", self)
         monkeypatch.setattr(placing, "rename", self.rename_flags)
 
@@ -262,12 +263,12 @@ def test_a_file_saved_again_while_it_is_put_back_is_the_one_that_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice in the same moment: the later one has the name, the other is not deleted."""
-    target, real = tmp_path / "model.pt", placing.rename
+    target, real = tmp_path / "model.pt", renaming.rename
     turn: list[str] = []
     target.write_bytes(OLD)
 
     def rename(folder: int, old: str, new: str, how: str) -> bool:
-        if how == placing.EXCHANGE and len(turn) < 2:
+        if how == renaming.EXCHANGE and len(turn) < 2:
             turn.append(how)
             beside = tmp_path / "theirs.tmp"
             beside.write_bytes(THEIRS + bytes([len(turn)]))

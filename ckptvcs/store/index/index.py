@@ -15,14 +15,14 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice, zip_longest
+from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
 import lmdb
 
 from ckptvcs.store import forking
-from ckptvcs.store.ids import Kind, ObjectId, PackId
 from ckptvcs.store.index.drafting import (
     announce,
     apply_rows,
@@ -37,27 +37,9 @@ from ckptvcs.store.index.editions import Draft, Family, new_draft, open_edition
 from ckptvcs.store.index.following import Follower, close
 from ckptvcs.store.index.locked import alone
 from ckptvcs.store.index.recent import Recent
-from ckptvcs.store.index.rows import (
-    CONTENTS,
-    EXPECTED,
-    KEYS,
-    OBJECTS,
-    PACKS,
-    REMOVED,
-    ROTTEN,
-    KeysOf,
-    Place,
-    Row,
-    cut_key,
-    dump_rows,
-    folder_of,
-    load_pack,
-    load_place,
-    load_rows,
-    pack_of,
-)
+from ckptvcs.store.index.rows import ROTTEN, KeysOf, Row, dump_rows, load_rows
 
-__all__ = ["ROTTEN", "Index", "KeysOf", "Place", "Records"]
+T = TypeVar("T")
 
 Records = Callable[[], Iterable[Iterable[Row]]]
 """A function that returns the rows of all packs that exist when it is called."""
@@ -225,91 +207,11 @@ class Index:
             with contextlib.suppress(OSError):
                 delete_all(self._family)
 
-    # -- asking ----------------------------------------------------------------------------------
+    def ask(self, question: Callable[[Recent], T]) -> T:
+        """Return the answer of the current content.
 
-    def packs(self) -> dict[PackId, tuple[str, int]]:
-        """Return folder and size in bytes of each indexed pack."""
+        Raises:
+            lmdb.Error, ValueError, OSError: no edition can be used.
+        """
         with forking.using:
-            return {
-                PackId(key.hex()): (folder_of(row), load_pack(row)[1])
-                for key, row in self._read().rows(PACKS)
-            }
-
-    def pack_size(self, pack: PackId) -> int:
-        """Return the bytes of a pack, or 0 if it is not indexed."""
-        return self._pack(pack)[1]
-
-    def pack_share(self, pack: PackId) -> int:
-        """Return the bytes of a pack, divided by the number of commits in it."""
-        _, size, commits = self._pack(pack)
-        return size // (commits or 1)
-
-    def _pack(self, pack: PackId) -> tuple[int, int, int]:
-        with forking.using:
-            row = self._read().get(PACKS, bytes.fromhex(pack))
-        return (0, 0, 0) if row is None else load_pack(row)
-
-    def places(self, name: ObjectId) -> list[Place]:
-        """Return the indexed copies of an object."""
-        with forking.using:
-            recent = self._read()
-            return [
-                load_place(name, row, folder_of(recent.get(PACKS, pack_of(row)) or b""))
-                for row in recent.places(bytes.fromhex(name))
-            ]
-
-    def content(self, name: ObjectId) -> bytes | None:
-        """Return the content of a small object, unchecked, or None if the index lacks it."""
-        with forking.using:
-            return self._read().get(CONTENTS, bytes.fromhex(name))
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[Callable[[ObjectId], bytes | None]]:
-        """Yield a faster `content` function, for many calls."""
-        with forking.using:
-            get = self._read().get
-            yield lambda name: get(CONTENTS, bytes.fromhex(name))
-
-    def find(self, key: bytes) -> list[ObjectId]:
-        """Return the objects that have `key`."""
-        with forking.using:
-            return [ObjectId(name.hex()) for name in self._read().find(cut_key(key))]
-
-    def ids(self, kind: Kind, prefix: str = "") -> list[ObjectId]:
-        """Return the objects of a kind whose id begins with `prefix` (hex digits)."""
-        names: dict[ObjectId, None] = {}
-        start = bytes.fromhex(prefix[: len(prefix) // 2 * 2])
-        with forking.using:
-            for key in self._read().objects(kind, start):
-                name = ObjectId(key.hex())
-                if name[: len(prefix)] > prefix:
-                    break
-                if name.startswith(prefix):
-                    names[name] = None
-        return [*names]
-
-    def expected(self) -> dict[PackId, str]:
-        """Return the packs that were announced by `expect` and not added: id -> folder."""
-        with forking.using:
-            rows = self._read().rows(EXPECTED)
-            return {PackId(key.hex()): value.decode("ascii") for key, value in rows}
-
-    def same(self, other: Index) -> bool:
-        """Return whether both indexes have the same packs, objects, contents and keys."""
-        with forking.using:
-            mine, theirs = self._read(), other._read()
-            return all(
-                one == two
-                for table in (PACKS, OBJECTS, CONTENTS, KEYS)
-                for one, two in zip_longest(mine.rows(table), theirs.rows(table))
-            )
-
-    # -- changing --------------------------------------------------------------------------------
-
-    def expect(self, pack: PackId, folder: str) -> None:
-        """Note a pack before it is published, so that others can add it if this process dies."""
-        self.add([(EXPECTED, bytes.fromhex(pack), folder.encode())])
-
-    def remove(self, packs: set[PackId]) -> None:
-        """Remove packs, and the objects that have no other copy."""
-        self.add((REMOVED, bytes.fromhex(pack), b"") for pack in packs)
+            return question(self._read())
