@@ -159,14 +159,13 @@ class DistributedCommit:
         row: list[tuple[int, Stored, int]],
     ) -> int:
         """Copy the exact patches of a part into one pack, and return its size in bytes."""
-        store, frames = self._catalog.store, []
-        writer = PatchWriter(lambda: store.new_pack("packs"))
+        frames, writer = [], PatchWriter(self._catalog.store)
         try:
             for position, (number, tensor, depth) in enumerate(row):
                 for index, data in enumerate(self._slices(infos[number], tensor)):
                     writer.append([number], index, (data,))
                 frames.append(writer.frame(number, infos[number], (values, position), depth))
-            return writer.finish(frames, exact, store.publish)
+            return writer.finish(frames, exact)
         finally:
             writer.abort()
 
