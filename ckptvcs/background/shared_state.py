@@ -189,5 +189,5 @@ def unpack(message: StateMessage, memory: memoryview) -> Checkpoint:
         if start + length > len(memory):
             raise ValueError(f"shared memory of {len(memory)} bytes ends before a block at {start}")
         source.append(memory[start : start + length])
-    file = InputFile(message.path, source, message.format, message.pieces, 0o644, 0)
+    file = InputFile(message.path, source, message.format, message.pieces)
     return replace(message.checkpoint, files=(file,))

@@ -23,8 +23,16 @@ def words(*lines: str) -> frozenset[str]:
 
 # -- names of files --------------------------------------------------------------------------------
 
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+SAFETENSORS_SUFFIX = ".safetensors"
+SHARD_SUFFIX = ".distcp"
+"""The suffix of torch.distributed.checkpoint."""
+
+SUFFIXES = (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
 """The usual suffixes of checkpoint files."""
+
+TENSOR_SUFFIXES = (*SUFFIXES, SHARD_SUFFIX)
+"""The suffixes of files that hold tensors."""
 
 TAKEN_SUFFIXES = (*SUFFIXES, ".tar", ".th", ".pyth", ".torch")
 """Suffixes of the files that an import opens; `.tar` is for `model.pth.tar`."""

@@ -10,24 +10,26 @@ the metadata counts only if a torch.save file is there.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptvcs.checkpoint import torch_zip
-from ckptvcs.checkpoint.layout import FileSource, Layout, Source, overlap
+from ckptvcs.checkpoint.conventions import SHARD_SUFFIX
+from ckptvcs.checkpoint.layout import FileSource, Layout, Source, covers, overlap
 from ckptvcs.checkpoint.pickle_reader import MAX_PICKLE_BYTES, Inert, TensorRef, read_pickle
 from ckptvcs.errors import InvalidInputError
 
-SUFFIX = ".distcp"
 METADATA = ".metadata"
 
 _GROUPS = "param_groups"
 _MAX_DEPTH = 100
 
-Parsed = tuple[str, FileSource, Layout, os.stat_result]
+_Path = tuple[str | int, ...]
+"""The keys that lead to a tensor in the state."""
+
+Parsed = tuple[str, FileSource, Layout]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class _Item:
     size: int
     name: str
     part: str
-    path: tuple[str | int, ...]
+    path: _Path
 
 
 class _Window(Source):
@@ -54,20 +56,27 @@ class _Window(Source):
 def with_structure(parsed: Sequence[Parsed]) -> list[Parsed]:
     """Return the files of a directory, with the tensors of its `.distcp` files."""
     items: dict[str, list[_Item]] = {}
-    for name, source, _, _ in parsed:
+    for name, source, _ in parsed:
         folder, _, last = name.rpartition("/")
         if last == METADATA and 0 < source.size <= MAX_PICKLE_BYTES:
             items |= _items(f"{folder}/" if folder else "", source)
-    found = list(parsed)
-    groups: dict[tuple[str | int, ...], object] = {}
-    for number, (name, source, _, status) in enumerate(parsed):
+    groups: dict[_Path, object] = {}
+    shards: dict[str, tuple[Layout, dict[_Path, object]]] = {}
+    for name, source, _ in parsed:
         if name in items:
             with source:
-                found[number] = (name, source, _parse(source, items[name], groups), status)
-    for name, _, layout, _ in found:
-        if name in items:  # all processes share the optimizer groups
-            layout.tree = _tree({**groups, **dict(layout.tree)})  # type: ignore[call-overload]
-    return found
+                shards[name] = _parse(source, items[name], groups)
+    for layout, leaves in shards.values():  # all processes share the optimizer groups
+        layout.tree = _tree(groups | leaves)
+    structured = []
+    for name, source, plain in parsed:
+        layout = shards[name][0] if name in shards else plain
+        if not covers(layout, source.size):
+            layout = Layout("raw", [])
+        if name.endswith(SHARD_SUFFIX) and layout.format == "raw":
+            layout.problem = f"{METADATA} does not describe its content"
+        structured.append((name, source, layout))
+    return structured
 
 
 def _items(folder: str, source: FileSource) -> dict[str, list[_Item]]:
@@ -78,7 +87,7 @@ def _items(folder: str, source: FileSource) -> dict[str, list[_Item]]:
         state = read_pickle(io.BytesIO(data), len(data)).state
         tensors, places = state["state_dict_metadata"], state["storage_data"]
         paths = state["planner_data"] or {}
-        found: dict[str, list[_Item]] = {}
+        items: dict[str, list[_Item]] = {}
         for key, place in places.items():
             index = key.args[0].state if isinstance(key, Inert) else key.state
             name, info = str(index["fqn"]), tensors[index["fqn"]].state
@@ -95,10 +104,10 @@ def _items(folder: str, source: FileSource) -> dict[str, list[_Item]]:
                 _part(index.get("offset"), info),
                 path if plain and path else (name,),
             )
-            found.setdefault(folder + str(place.state["relative_path"]), []).append(item)
+            items.setdefault(folder + str(place.state["relative_path"]), []).append(item)
     except (pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError):
         return {}
-    return found
+    return items
 
 
 def _part(offset: Any, info: Any) -> str:
@@ -119,17 +128,16 @@ def _size(value: Any) -> tuple[int, ...]:
 
 
 def _parse(
-    source: FileSource, items: Sequence[_Item], groups: dict[tuple[str | int, ...], object]
-) -> Layout:
-    """Return the layout of one file, with its tree as pairs of path and leaf.
+    source: FileSource, items: Sequence[_Item], groups: dict[_Path, object]
+) -> tuple[Layout, dict[_Path, object]]:
+    """Return the layout of one file without its tree, and the leaves of the tree.
 
     Optimizer groups of its items are added to `groups`.
     """
     layout = Layout("distcp", [])
-    leaves: list[tuple[tuple[str | int, ...], object]] = []
-    layout.tree = leaves
+    leaves: dict[_Path, object] = {}
     if overlap((item.offset, item.size) for item in items):
-        return layout  # before anything is read: many items may point at one place
+        return layout, leaves  # before anything is read: many items may point at one place
     for number, item in enumerate(items):
         window = _Window(source, item)
         if item.offset < 0 or item.size <= 0:
@@ -144,25 +152,25 @@ def _parse(
             continue
         first = len(layout.tensors)
         layout.remarks = layout.remarks or inner.remarks
-        for found in inner.tensors:
-            found.offset += item.offset
-            found.key = f"{number}/{found.key}"
-            below = found.name and f".{found.name}"
-            found.name, found.part = item.name + below, item.part
-            layout.tensors.append(found)
+        for tensor in inner.tensors:
+            tensor.offset += item.offset
+            tensor.key = f"{number}/{tensor.key}"
+            below = tensor.name and f".{tensor.name}"
+            tensor.name, tensor.part = item.name + below, item.part
+            layout.tensors.append(tensor)
         layout.checksums += [
             replace(mark, offset=mark.offset + item.offset, tensor=first + mark.tensor)
             for mark in inner.checksums
         ]
         if isinstance(inner.tree, TensorRef):
             storage = replace(inner.tree.storage, key=f"{number}/{inner.tree.storage.key}")
-            leaves.append((item.path, replace(inner.tree, storage=storage)))
+            leaves[item.path] = replace(inner.tree, storage=storage)
         elif _GROUPS in item.path:
             groups[item.path] = inner.tree
-    return layout
+    return layout, leaves
 
 
-def _tree(leaves: Mapping[tuple[str | int, ...], object]) -> dict[Any, Any]:
+def _tree(leaves: Mapping[_Path, object]) -> dict[Any, Any]:
     """Return the state that consists of these leaves; a dict with keys 0 to n-1 becomes a list."""
     root: dict[Any, Any] = {}
     for path, leaf in leaves.items():
@@ -183,5 +191,5 @@ def _tree(leaves: Mapping[tuple[str | int, ...], object]) -> dict[Any, Any]:
 
 def _dicts(node: dict[Any, Any]) -> list[dict[Any, Any]]:
     """Return all dicts in a tree, the innermost first."""
-    found = [row for value in node.values() if isinstance(value, dict) for row in _dicts(value)]
-    return [*found, node]
+    below = [row for value in node.values() if isinstance(value, dict) for row in _dicts(value)]
+    return [*below, node]

@@ -12,12 +12,11 @@ import pickle
 import pickletools
 
 from ckptvcs.checkpoint import torch_legacy, torch_zip
+from ckptvcs.checkpoint.conventions import SAFETENSORS_SUFFIX, SUFFIXES, TORCH_SUFFIXES
 from ckptvcs.checkpoint.layout import Source
 from ckptvcs.checkpoint.pickle_reader import read_pickle
 from ckptvcs.errors import InvalidInputError
 
-SAFETENSORS = ".safetensors"
-TORCH = (".pt", ".pth", ".bin", ".ckpt")
 HINT = "commit it with --raw to store the bytes as they are"
 _SCANNED = 1 << 22  # bytes of the largest pickle that is scanned; others are checked at both ends
 _BLOCK = 512  # of a tar file
@@ -34,7 +33,7 @@ def require_whole(source: Source, name: str, *, alone: bool) -> None:
             says.
     """
     suffix = name[name.rfind(".") :].lower()
-    if not alone and suffix not in (SAFETENSORS, *TORCH):
+    if not alone and suffix not in SUFFIXES:
         return
     if not source.size:
         raise InvalidInputError(f"{name} is empty", hint=HINT)
@@ -42,17 +41,17 @@ def require_whole(source: Source, name: str, *, alone: bool) -> None:
         if not torch_zip.has_end(source):
             what = "it starts like a zip file and has no end"
             raise InvalidInputError(f"{name} is incomplete: {what}", hint=HINT)
-        if suffix in TORCH and not torch_zip.is_archive(source):
+        if suffix in TORCH_SUFFIXES and not torch_zip.is_archive(source):
             raise InvalidInputError(f"{name} is a damaged zip file", hint=HINT)
-        if suffix in TORCH:
+        if suffix in TORCH_SUFFIXES:
             return
     if torch_legacy.is_cut(source):
         raise InvalidInputError(f"{name} is incomplete: it ends within its tensors", hint=HINT)
-    if suffix == SAFETENSORS:
+    if suffix == SAFETENSORS_SUFFIX:
         raise InvalidInputError(
             f"{name} is cut off or damaged: its tensors cannot be found", hint=HINT
         )
-    if alone and suffix in TORCH and not _is_of_torch(source):
+    if alone and suffix in TORCH_SUFFIXES and not _is_of_torch(source):
         raise InvalidInputError(
             f"{name} is cut off or not a torch file: no tensors can be found", hint=HINT
         )

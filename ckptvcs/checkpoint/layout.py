@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +29,11 @@ BLOCK_BYTES = 1 << 22
 
 
 class Source(Protocol):
-    """The bytes of a checkpoint file, read by position."""
+    """The bytes of a checkpoint file, read by position, with its permissions and time."""
 
     size: int
+    mode: int = 0o644
+    mtime_ns: int = 0
 
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly these bytes.  Raises InvalidInputError if the file became shorter."""
@@ -71,7 +74,8 @@ class FileSource(Source):
         self.path, self._at = path, at or path
         self._follows = at is None
         self.stat: os.stat_result = then or self._stat()
-        self.size = self.stat.st_size
+        self.size, self.mtime_ns = self.stat.st_size, self.stat.st_mtime_ns
+        self.mode = stat.S_IMODE(self.stat.st_mode)
         self._descriptor: int | None = None
 
     def _stat(self) -> os.stat_result:
@@ -166,7 +170,7 @@ def changed_while_read(path: Path) -> InvalidInputError:
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class StoredTensor:
     """A stored tensor in a file, with the place of its payload.
 
@@ -220,6 +224,11 @@ class Layout:
     problem: str | None = None
     remarks: tuple[str, ...] = ()
 
+    @property
+    def by_key(self) -> dict[str, StoredTensor]:
+        """The tensors with a key."""
+        return {tensor.key: tensor for tensor in self.tensors if tensor.key}
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -231,25 +240,27 @@ class Piece:
     checksum: bool = False
 
 
-def pieces(layout: Layout, size: int) -> Iterator[Piece]:
+def pieces(layout: Layout, size: int, first: int) -> Iterator[Piece]:
     """Yield the segments of a file of `size` bytes, in order and without gaps.
 
-    Long literal runs become byte tensors, which are appended to `layout.tensors`.
+    Numbers of tensors begin at `first`.  Long literal runs become byte tensors, which are appended
+    to `layout.tensors`.
     """
     marks = [
-        Piece(found.offset, found.size, number)
-        for number, found in enumerate(layout.tensors)
-        if found.size
+        Piece(tensor.offset, tensor.size, number)
+        for number, tensor in enumerate(layout.tensors, first)
+        if tensor.size
     ]
-    marks += [Piece(mark.offset, 4, mark.tensor, checksum=True) for mark in layout.checksums]
+    marks += [
+        Piece(mark.offset, 4, first + mark.tensor, checksum=True) for mark in layout.checksums
+    ]
     marks.sort(key=lambda piece: piece.offset)
     at = 0
     for mark in [*marks, Piece(size, 0)]:
         if mark.offset - at > _MAX_LITERAL:
-            number = len(layout.tensors)
-            found = StoredTensor(f"bytes.{number}", "U8", (mark.offset - at,), at, mark.offset - at)
-            layout.tensors.append(found)
-            yield Piece(at, found.size, number)
+            number, length = len(layout.tensors), mark.offset - at
+            layout.tensors.append(StoredTensor(f"bytes.{number}", "U8", (length,), at, length))
+            yield Piece(at, length, first + number)
         elif mark.offset > at:
             yield Piece(at, mark.offset - at)
         if mark.tensor is not None:
@@ -269,14 +280,13 @@ def overlap(spans: Iterable[tuple[int, int]]) -> bool:
 
 def covers(layout: Layout, size: int) -> bool:
     """Return whether all tensors and checksums lie inside the file and do not overlap."""
-    spans = [(found.offset, found.size) for found in layout.tensors]
+    spans = [(tensor.offset, tensor.size) for tensor in layout.tensors]
     spans += [(mark.offset, 4) for mark in layout.checksums]
-    inside = all(offset + length <= size for offset, length in spans)
     return (
-        inside
+        all(offset + length <= size for offset, length in spans)
         and not overlap(spans)
         and all(
-            math.prod(found.shape) * DTYPES[found.dtype].size == found.size
-            for found in layout.tensors
+            math.prod(tensor.shape) * DTYPES[tensor.dtype].size == tensor.size
+            for tensor in layout.tensors
         )
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptvcs.checkpoint.notes import SUFFIXES
+from ckptvcs.checkpoint.conventions import TENSOR_SUFFIXES
 from ckptvcs.files.names import is_repository_name
 from ckptvcs.text import size
 
@@ -80,8 +80,8 @@ def _is_same_in_copies(name: str, real: Path, root: Path) -> bool:
     def target_of(path: str) -> str | None:
         return str((root / path).readlink()) if (root / path).is_symlink() else None
 
-    found = within(name, target_of)
-    return found is not None and root / found == real
+    target = within(name, target_of)
+    return target is not None and root / target == real
 
 
 def _is_ours(real: Path, root: Path, skip: Path | None) -> bool:
@@ -129,7 +129,7 @@ def notes(links: Sequence[str], root: Path, skip: Path | None) -> Iterator[str]:
     missing = 0
     for name in links:
         path = root / name
-        is_checkpoint = name.lower().endswith(SUFFIXES)
+        is_checkpoint = name.lower().endswith(TENSOR_SUFFIXES)
         try:
             real = Path(os.path.realpath(path, strict=True))
             status = real.stat()

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ckptvcs.checkpoint import torch_zip
+from ckptvcs.checkpoint.conventions import TENSOR_SUFFIXES
 from ckptvcs.checkpoint.layout import Layout, Source
 from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.codec.dtypes import can_be_lossy
 from ckptvcs.history.schema import LITTLE, Schema
 from ckptvcs.text import size
-
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".distcp")
-"""The suffixes of files that hold tensors."""
 
 NOTED = 1 << 14
 """The least number of bytes of exact floats that get a note."""
@@ -41,15 +39,15 @@ def why_raw(source: Source) -> str:
         b"GGUF": "it is a GGUF file",
         b"\x7fELF": "it is a program",
     }
-    found = (text for start, text in kinds.items() if head.startswith(start))
-    return next(found, "no structure of torch or safetensors was found")
+    matches = (text for start, text in kinds.items() if head.startswith(start))
+    return next(matches, "no structure of torch or safetensors was found")
 
 
 def notes(files: Iterable[tuple[str, Source, Layout]]) -> Iterator[str]:
     """Yield a note for each file that no parser reads completely."""
     for path, source, layout in files:
-        known = path.lower().endswith(SUFFIXES) or source.size >= _LARGE
-        if layout.format == "raw" and layout.problem is not None and known:
+        matters = path.lower().endswith(TENSOR_SUFFIXES) or source.size >= _LARGE
+        if layout.format == "raw" and layout.problem is not None and matters:
             cost = f"{size(source.size)} stored exactly, as bytes"
             yield f"{path}: not readable as tensors ({layout.problem}); {cost}"
         elif layout.format != "raw" and layout.problem is not None:
@@ -63,7 +61,7 @@ def unknown_floats(schema: Schema, size_bytes: int) -> Iterator[str]:
 
     There is none if they are only a small share of the `size_bytes` of the checkpoint.
     """
-    found = [
+    sizes = [
         info.size_bytes
         for info in schema.tensors
         if not info.inline
@@ -71,9 +69,9 @@ def unknown_floats(schema: Schema, size_bytes: int) -> Iterator[str]:
         and can_be_lossy(info.dtype)
         and info.order == LITTLE
     ]
-    if sum(found) >= max(NOTED, _SHARE * size_bytes):
-        tensors = "1 tensor" if len(found) == 1 else f"{len(found)} tensors"
+    if sum(sizes) >= max(NOTED, _SHARE * size_bytes):
+        tensors = "1 tensor" if len(sizes) == 1 else f"{len(sizes)} tensors"
         yield (
-            f"{tensors}, {size(sum(found))}, stored exactly: not known as weights or moments; "
+            f"{tensors}, {size(sum(sizes))}, stored exactly: not known as weights or moments; "
             "see 'ckpt show --roles'"
         )

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 from ckptvcs.checkpoint import conventions, distcp, safetensors, torch_legacy, torch_zip
@@ -28,7 +29,8 @@ from ckptvcs.checkpoint.layout import (
 from ckptvcs.checkpoint.links import follow
 from ckptvcs.checkpoint.links import notes as links_notes
 from ckptvcs.checkpoint.notes import notes, why_raw
-from ckptvcs.checkpoint.roles import OTHER, Names, Role, Rule, assign_roles
+from ckptvcs.checkpoint.optimizer_state import Names, Rule
+from ckptvcs.checkpoint.roles import OTHER, Role, assign_roles
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.files.names import MAX_NESTING, is_repository_name, listed, trusted_names
 from ckptvcs.history.schema import LITTLE, Schema, TensorInfo
@@ -48,8 +50,6 @@ class InputFile:
     source: Source
     format: str
     pieces: tuple[Piece, ...]
-    mode: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,9 @@ class Checkpoint:
         if self.directory is None:
             return
         root, skip = self.directory
-        known: dict[str, str | None] = {file.path: _FILE for file in self.files}
-        known |= {link.path: link.target for link in self.links}
-        found = {name: self._kind(name, entry) for name, entry in list_entries(root, skip)}
-        if found != known:
+        before: dict[str, str | None] = {file.path: _FILE for file in self.files}
+        before |= {link.path: link.target for link in self.links}
+        if before != {name: self._kind(name, entry) for name, entry in list_entries(root, skip)}:
             raise changed_while_read(root)
 
     def _kind(self, name: str, entry: os.DirEntry[str]) -> str | None:
@@ -175,7 +174,7 @@ def open_checkpoint(
         layout = _parse(source, raw)
         if not raw and layout.format in _DOUBTFUL:
             require_whole(source, str(path), alone=True)
-        return build("file", [(path.name, source, layout, source.stat)], [], names)
+        return build("file", [(path.name, source, layout)], [], names)
 
 
 def _parse(source: Source, raw: bool) -> Layout:
@@ -237,7 +236,7 @@ def _open_directory(
         )
     if not files:
         raise InvalidInputError(f"{root} contains no files")
-    parsed = list(_with_structure(reader.parsed)) if is_sharded else reader.parsed
+    parsed = distcp.with_structure(reader.parsed) if is_sharded else reader.parsed
     checkpoint = build("directory", parsed, reader.links, names)
     trusted = _trusted([*files, *(link.path for link in reader.links)])
     all_notes = (*checkpoint.notes, *hidden, *trusted)
@@ -289,11 +288,11 @@ class _DirectoryReader:
 
     def _parse(self, name: str, shown: str, source: FileSource) -> None:
         with source:
-            plain = self._raw or name.endswith(distcp.SUFFIX)
+            plain = self._raw or name.endswith(conventions.SHARD_SUFFIX)
             layout = _parse(source, plain)
             if not plain and layout.format in self._doubtful:
                 require_whole(source, shown, alone=False)
-            self.parsed.append((name, source, layout, source.stat))
+            self.parsed.append((name, source, layout))
 
 
 def _is_sharded(root: Path, files: Collection[str]) -> bool:
@@ -302,7 +301,7 @@ def _is_sharded(root: Path, files: Collection[str]) -> bool:
     Raises:
         InvalidInputError: the file `.metadata` is missing.
     """
-    if not any(name.endswith(distcp.SUFFIX) for name in files):
+    if not any(name.endswith(conventions.SHARD_SUFFIX) for name in files):
         return False
     if not any(name.rpartition("/")[2] == distcp.METADATA for name in files):
         raise InvalidInputError(
@@ -310,16 +309,6 @@ def _is_sharded(root: Path, files: Collection[str]) -> bool:
             hint="commit it again once it is complete",
         )
     return True
-
-
-def _with_structure(parsed: Sequence[distcp.Parsed]) -> Iterator[distcp.Parsed]:
-    """Yield the files of a sharded directory with the layouts that `.metadata` describes."""
-    problem = ".metadata does not describe its content"
-    for name, source, layout, status in distcp.with_structure(parsed):
-        known = layout if covers(layout, source.size) else Layout("raw", [], problem=problem)
-        if name.endswith(distcp.SUFFIX) and known.format == "raw":
-            known.problem = problem
-        yield name, source, known, status
 
 
 def _trusted(paths: Sequence[str]) -> Iterator[str]:
@@ -333,72 +322,54 @@ def _trusted(paths: Sequence[str]) -> Iterator[str]:
 
 def build(
     kind: str,
-    parsed: Sequence[tuple[str, Source, Layout, os.stat_result | None]],
+    parsed: Sequence[tuple[str, Source, Layout]],
     links: Sequence[InputLink],
     names: Names | None = None,
 ) -> Checkpoint:
-    """Join parsed files (path, bytes, layout, status) into a checkpoint with one schema.
+    """Join parsed files (path, bytes, layout) into a checkpoint with one schema.
 
     `names` gives the parameter names of its modules and optimizers, if the caller knows them.
     """
-    rows = [tuple(pieces(layout, source.size)) for _, source, layout, _ in parsed]
-    roles = assign_roles([(path, layout) for path, _, layout, _ in parsed], names or {})
-    stored = (tensor for _, _, layout, _ in parsed for tensor in layout.tensors)
-    numbers = {id(tensor): number for number, tensor in enumerate(stored)}
+    files: list[InputFile] = []
+    numbers: dict[StoredTensor, int] = {}
+    for path, source, layout in parsed:
+        row = tuple(pieces(layout, source.size, len(numbers)))
+        files.append(InputFile(path, source, layout.format, row))
+        numbers |= zip(layout.tensors, count(len(numbers)), strict=False)
+    roles = assign_roles([(path, layout) for path, _, layout in parsed], names or {})
     infos: list[TensorInfo] = []
     places: list[tuple[int, int]] = []
     rules: dict[int, Rule] = {}
     parameters: dict[int, int] = {}
-    files: list[InputFile] = []
-    for file_number, (path, source, layout, status) in enumerate(parsed):
-        files.append(_input_file(path, source, layout, status, rows[file_number], len(infos)))
+    for file_number, (path, _, layout) in enumerate(parsed):
         prefix = f"{path}:" if kind == "directory" else ""
-        for tensor, known in zip(layout.tensors, roles[file_number], strict=True):
+        for tensor, assigned in zip(layout.tensors, roles[file_number], strict=True):
             # The lossy codecs read little-endian words only.
-            role = known if tensor.order == LITTLE else Role(known.part, OTHER)
+            role = assigned if tensor.order == LITTLE else Role(assigned.part, OTHER)
             infos.append(_info(prefix, tensor, role, numbers))
             if role.rule is not None:
                 rules[len(places)] = role.rule
                 parameters[len(places)] = role.parameter
             places.append((file_number, tensor.offset))
-    read = [(path, source, layout) for path, source, layout, _ in parsed]
     return Checkpoint(
         kind,
         tuple(files),
         tuple(links),
         Schema(tuple(infos)),
         tuple(places),
-        _find_step(read),
+        _find_step(parsed),
         rules,
         parameters,
-        epoch=_find_epoch(read),
-        notes=tuple(notes(read)),
+        epoch=_find_epoch(parsed),
+        notes=tuple(notes(parsed)),
     )
 
 
-def _input_file(
-    path: str,
-    source: Source,
-    layout: Layout,
-    status: os.stat_result | None,
-    row: Sequence[Piece],
-    first: int,
-) -> InputFile:
-    """Return a file of a checkpoint; `first` is the schema position of its first tensor."""
-    mode = 0o644 if status is None else stat.S_IMODE(status.st_mode)
-    time = 0 if status is None else status.st_mtime_ns
-    numbered = (
-        piece
-        if piece.tensor is None
-        else Piece(piece.offset, piece.size, first + piece.tensor, piece.checksum)
-        for piece in row
-    )
-    return InputFile(path, source, layout.format, tuple(numbered), mode, time)
-
-
-def _info(prefix: str, tensor: StoredTensor, role: Role, numbers: Mapping[int, int]) -> TensorInfo:
-    """Return the schema entry of a tensor; `numbers` maps the id() of tensors to positions."""
-    paired = role.pair is not None and role.pair.order == LITTLE
+def _info(
+    prefix: str, tensor: StoredTensor, role: Role, numbers: Mapping[StoredTensor, int]
+) -> TensorInfo:
+    """Return the schema entry of a tensor; `numbers` are the positions of all tensors."""
+    pair = role.pair if role.pair is not None and role.pair.order == LITTLE else None
     return TensorInfo(
         prefix + tensor.name + tensor.part,
         tensor.dtype,
@@ -406,7 +377,7 @@ def _info(prefix: str, tensor: StoredTensor, role: Role, numbers: Mapping[int, i
         role.part,
         role.role,
         tensor.inline,
-        numbers[id(role.pair)] if paired else None,
+        None if pair is None else numbers[pair],
         tuple(tensor.views),
         role.evidence,
         tensor.order,
@@ -416,7 +387,7 @@ def _info(prefix: str, tensor: StoredTensor, role: Role, numbers: Mapping[int, i
 _FILE = "/"  # stands for a file beside the targets of links; no link has this target
 
 
-def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:
+def _find_step(parsed: Sequence[tuple[str, Source, Layout]]) -> int | None:
     """Return the step from a key at the top of a file, or from a file of the trainer."""
     for path, source, layout in parsed:
         step = _step_beside(path, source)
@@ -427,7 +398,7 @@ def _find_step(parsed: list[tuple[str, Source, Layout]]) -> int | None:
     return None
 
 
-def _find_epoch(parsed: list[tuple[str, Source, Layout]]) -> int | None:
+def _find_epoch(parsed: Sequence[tuple[str, Source, Layout]]) -> int | None:
     """Return the epoch from a key at the top of a file."""
     epochs = (
         conventions.epoch_in_keys(_top(layout))

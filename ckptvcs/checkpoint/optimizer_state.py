@@ -44,23 +44,16 @@ SECOND = words(
 )
 """State keys of moments that are never negative: averages of squares and similar quantities."""
 
-DIVIDING = frozenset(
-    {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "exp_inf", "hessian", "v", "nu"}
-)
+DIVIDING = words("exp_avg_sq max_exp_avg_sq exp_avg_var exp_inf hessian v nu")
 """State keys of second moments that divide (or whose roots divide) a stored average."""
 
-MASTERS = frozenset(
-    {
-        "master_param",
-        "master_params",
-        "master_weight",
-        "master_weights",
-        "master",
-        "fp32_param",
-        "param_fp32",
-    }
+MASTERS = words(
+    "master_param master_params master_weight master_weights master fp32_param param_fp32"
 )
 """State keys of float32 copies of the weights; these belong to the part `model`."""
+
+FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
+"""State keys of vectors whose outer product approximates a matrix of second moments."""
 
 ITERATES = frozenset({"z", "ax"})
 """State keys of tensors that change like weights: schedule-free iterates, averages of ASGD."""
@@ -78,6 +71,9 @@ _WEIGHTS_BESIDE = ("param", "fp32", "fp32_param", "master_param", "master", "p")
 _KEYS = _FLAT | {*_TRIPLES, "v", "nu", *_BESIDE, *_WEIGHTS_BESIDE}
 """Parts of names that may be state keys, or keys of the weight beside the moments."""
 
+_EXPECTED = _KEYS | MASTERS | ITERATES
+"""Parts of names of tensors that may be beside the moments of a parameter."""
+
 _ADAM = words(
     "step exp_avg exp_avg_sq max_exp_avg_sq mu_product exp_avg_fast exp_avg_slow exp_avg_diff",
     "exp_avg_var master_param master_params param_remainder",
@@ -85,7 +81,6 @@ _ADAM = words(
 """State keys of optimizers with Adam's update rule.  Any other key means another rule."""
 
 _OPTIMIZER = re.compile(r"(optim|opt_state|adam|sgd|muon|lion)", re.IGNORECASE)
-_FACTORS = frozenset({"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"})
 _CHUNK = re.compile(r"\[[0-9:,]*\]\Z")
 
 
@@ -163,7 +158,7 @@ def find_optimizers(
     layout: Layout, file: int, given: Mapping[str, list[list[str | None]]]
 ) -> Iterable[Optimizer]:
     """Yield the plain optimizer states of a file; `given` has parameter names by dotted path."""
-    known = {tensor.key: tensor for tensor in layout.tensors if tensor.key}
+    by_key = layout.by_key
     for path, node in walk(layout.tree, (dict,)):
         if not isinstance(node, dict) or not _is_optimizer(node):
             continue
@@ -173,11 +168,11 @@ def find_optimizers(
         for number, group in enumerate(groups):
             names = _group_names(group, rows[number] if number < len(rows) else None)
             pairs = zip(group["params"], names, strict=True)
-            slots.append([_slot(_entry(state, i), known, name, group) for i, name in pairs])
+            slots.append([_slot(_entry(state, i), by_key, name, group) for i, name in pairs])
         keys = (storage_key(inner) for _, inner in walk(node, (TensorRef, StorageRef)))
-        below = [known[key] for key in dict.fromkeys(keys) if key is not None and key in known]
+        below = [by_key[key] for key in dict.fromkeys(keys) if key is not None and key in by_key]
         optimizer = Optimizer(slots, file, below)
-        _take_partitions(optimizer, layout, path, known)
+        _take_partitions(optimizer, layout, path, by_key)
         yield optimizer
 
 
@@ -203,7 +198,7 @@ def _group_names(group: dict[Any, Any], given: list[str | None] | None) -> list[
 
 
 def _take_partitions(
-    optimizer: Optimizer, layout: Layout, path: tuple[str, ...], known: Mapping[str, StoredTensor]
+    optimizer: Optimizer, layout: Layout, path: tuple[str, ...], by_key: Mapping[str, StoredTensor]
 ) -> None:
     """Give the slots of a ZeRO partition their flat float32 weights.
 
@@ -219,7 +214,7 @@ def _take_partitions(
     if not isinstance(flat, list) or len(flat) != len(slots):
         return
     for slot, node in zip(slots, flat, strict=True):
-        weight = known.get(storage_key(node) or "")
+        weight = by_key.get(storage_key(node) or "")
         shapes = {tensor.shape for key, tensor in slot.state.items() if key in MOMENTS}
         if weight is not None and weight.dtype == "F32" and shapes == {weight.shape}:
             slot.weight = weight
@@ -234,13 +229,13 @@ def _entry(state: dict[Any, Any], index: object) -> dict[Any, Any]:
 
 def _slot(
     entry: dict[Any, Any],
-    known: Mapping[str, StoredTensor],
+    by_key: Mapping[str, StoredTensor],
     name: str | None,
     group: dict[Any, Any],
 ) -> Slot:
     keys = {key: storage_key(node) for key, node in entry.items() if isinstance(key, str)}
     state = {
-        key: known[place] for key, place in keys.items() if place is not None and place in known
+        key: by_key[place] for key, place in keys.items() if place is not None and place in by_key
     }
     closed = any(isinstance(node, list | tuple | dict) for node in entry.values())
     rule = rule_of(group, entry.keys())
@@ -288,26 +283,27 @@ def _optimizer_kind(group: Mapping[Any, Any], kept: set[str], *, has_betas: bool
 
 
 def find_flat(
-    files: list[tuple[str, Layout]], taken: set[int], weights: Container[int]
+    files: list[tuple[str, Layout]], taken: set[StoredTensor], weights: Container[StoredTensor]
 ) -> Iterable[Slot]:
     """Yield slots of moments that have their state keys in their names.
 
     Args:
         files: path and layout of all files
-        taken: id() of the tensors to skip
-        weights: id() of the tensors in state dicts of models
+        taken: the tensors to skip
+        weights: the tensors in state dicts of models
     """
-    by_base: dict[tuple[str, ...], dict[str, StoredTensor]] = {}
-    for path, layout in files:
-        for tensor in layout.tensors:
-            if id(tensor) not in taken and tensor.key and not tensor.inline:
-                for key, base in _splits(path, tensor):
-                    by_base.setdefault(base, {}).setdefault(key, tensor)
+    named = [
+        (*_steps(path, tensor), tensor)
+        for path, layout in files
+        for tensor in layout.tensors
+        if tensor not in taken and tensor.key and not tensor.inline
+    ]
+    by_base = _by_base(named)
     if not by_base:
         return
-    betas, strange = _flat_betas(files), _strange_bases(files, by_base, taken, weights)
+    betas, strange = _flat_betas(files), _strange_bases(named, by_base, weights)
     # Optimizers with factored second moments average steps, not gradients.
-    is_factored = any(row.keys() & _FACTORS for row in by_base.values())
+    is_factored = any(row.keys() & {*FACTORS[0], *FACTORS[1]} for row in by_base.values())
     for base, row in by_base.items():
         for slot in _flat_slots(base, row, betas):
             kind = "" if is_factored or base in strange else slot.rule.kind
@@ -315,26 +311,32 @@ def find_flat(
             yield slot
 
 
+def _by_base(named: list[_Named]) -> dict[_Base, dict[str, StoredTensor]]:
+    """Return the tensors of each base by state key."""
+    by_base: dict[_Base, dict[str, StoredTensor]] = {}
+    for steps, chunk, tensor in named:
+        for at, step in enumerate(steps):
+            is_last = at + 1 == len(steps) and step in SECOND and "state" in steps[:at]
+            if is_last or step in _KEYS:
+                by_base.setdefault(_base(steps, at, chunk), {}).setdefault(step, tensor)
+    return by_base
+
+
 def _strange_bases(
-    files: list[tuple[str, Layout]],
-    by_base: Mapping[tuple[str, ...], Mapping[str, StoredTensor]],
-    taken: set[int],
-    weights: Container[int],
-) -> set[tuple[str, ...]]:
+    named: list[_Named],
+    by_base: Mapping[_Base, Mapping[str, StoredTensor]],
+    weights: Container[StoredTensor],
+) -> set[_Base]:
     """Return the bases of parameters that have a tensor of unknown use beside their moments."""
-    strange = set()
-    for path, layout in files:
-        for tensor in layout.tensors:
-            if id(tensor) in taken or id(tensor) in weights or not tensor.key or tensor.inline:
-                continue
-            steps, chunk = _steps(path, tensor)
-            for at, step in enumerate(steps):
-                if step in _KEYS or step in MASTERS or step in ITERATES:
-                    continue
-                base = (*steps[:at], "*", *steps[at + 1 :], chunk)
-                if any(other.shape == tensor.shape for other in by_base.get(base, {}).values()):
-                    strange.add(base)
-    return strange
+    return {
+        base
+        for steps, chunk, tensor in named
+        if tensor not in weights
+        for at, step in enumerate(steps)
+        if step not in _EXPECTED
+        for base in (_base(steps, at, chunk),)
+        if any(other.shape == tensor.shape for other in by_base.get(base, {}).values())
+    }
 
 
 def _steps(path: str, tensor: StoredTensor) -> tuple[tuple[str, ...], str]:
@@ -346,13 +348,15 @@ def _steps(path: str, tensor: StoredTensor) -> tuple[tuple[str, ...], str]:
     return (*file.parent.parts, file.stem, *name.split(".")), chunk
 
 
-def _splits(path: str, tensor: StoredTensor) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """Yield each state key in a tensor's name, with the base: the name with `*` for the key."""
-    steps, chunk = _steps(path, tensor)
-    for at, step in enumerate(steps):
-        is_last = at + 1 == len(steps) and step in SECOND and "state" in steps[:at]
-        if is_last or step in _KEYS:
-            yield step, (*steps[:at], "*", *steps[at + 1 :], chunk)
+_Named = tuple[tuple[str, ...], str, StoredTensor]
+"""A tensor with the parts of its file path and name, and its chunk."""
+
+_Base = tuple[str, ...]
+"""The name of a tensor of a parameter, with `*` for the state key."""
+
+
+def _base(steps: tuple[str, ...], at: int, chunk: str) -> _Base:
+    return (*steps[:at], "*", *steps[at + 1 :], chunk)
 
 
 def _flat_slots(

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 MAX_PICKLE_BYTES = 1 << 30
 """Larger pickles are not parsed; their file is still stored exactly."""
@@ -167,21 +167,21 @@ def _call(maker: object, args: object, depth: int = 0) -> Any:
     """Return the tree node for a call of `maker`."""
     if not isinstance(args, tuple):
         raise pickle.UnpicklingError("a call without an argument tuple")
-    found: object = None
+    node: object = None
     match maker:
         case Global("collections", "OrderedDict"):
-            found = _ordered_dict(args)
+            node = _ordered_dict(args)
         case Global("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor"):
-            found = tensor_ref(args, None)
+            node = tensor_ref(args, None)
         case Global("torch._utils", "_rebuild_tensor_v3") if len(args) > 6:
             if isinstance(args[6], Global):
-                found = tensor_ref(args, args[6].name)
+                node = tensor_ref(args, args[6].name)
         case Global("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state"):
-            found = args[0] if args and isinstance(args[0], TensorRef) else None
+            node = args[0] if args and isinstance(args[0], TensorRef) else None
         case Global("torch._tensor", "_rebuild_from_type_v2") if len(args) > 2 and not depth:
-            found = _call(args[0], args[2], 1)
-            found = found if isinstance(found, TensorRef) else None
-    return Inert(maker, args) if found is None else found
+            node = _call(args[0], args[2], 1)
+            node = node if isinstance(node, TensorRef) else None
+    return Inert(maker, args) if node is None else node
 
 
 _PurePython: Any = vars(pickle)["_Unpickler"]  # its stubs do not have it
@@ -216,18 +216,26 @@ class _Memo:
             self._far[number] = value
 
 
+def _charged(load: Callable[[Any], None], size_bytes: int) -> Callable[[InertUnpickler], None]:
+    """Return a method that accounts for memory, then loads as the standard library does."""
+
+    def charge_and_load(reader: InertUnpickler) -> None:
+        reader.charge(size_bytes)
+        load(reader)
+
+    return charge_and_load
+
+
 class InertUnpickler(_PurePython):  # type: ignore[misc]
     """Reads one pickle from `file` without running any of it."""
-
-    dispatch: ClassVar[dict[int, Any]] = dict(_PurePython.dispatch)
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         super().__init__(file, encoding="latin1")
         self._file, self._start, self._size = file, file.tell(), size
         self.charged_bytes, self._allowed = 0, _ROOM
-        self.memo = _Memo(self._charge)
+        self.memo = _Memo(self.charge)
 
-    def _charge(self, size_bytes: int) -> None:
+    def charge(self, size_bytes: int) -> None:
         """Account for memory before it is allocated.
 
         Raises:
@@ -246,146 +254,111 @@ class InertUnpickler(_PurePython):  # type: ignore[misc]
         return items
 
     def find_class(self, module: str, name: str) -> Global:
-        self._charge(_NAME)
+        self.charge(_NAME)
         return Global(str(module), str(name))
 
     def get_extension(self, code: int) -> None:
-        self._charge(_NAME)
+        self.charge(_NAME)
         self.append(Global("copyreg", f"extension {code}"))
 
     def persistent_load(self, pid: object) -> object:
-        self._charge(_RECORD)
+        self.charge(_RECORD)
         if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage":
             kind, key, numel = pid[1], pid[2], pid[4]
             if isinstance(kind, Global) and type(key) is str and type(numel) is int:
                 return StorageRef(key, kind.name, numel)
         return Inert("persistent id", (pid,))
 
-    def _load_mark(self) -> None:
-        self._charge(_MARK)
-        self.load_mark()
+    load_mark = _charged(_PurePython.load_mark, _MARK)
+    load_empty_list = _charged(_PurePython.load_empty_list, _LIST)
+    load_empty_dictionary = _charged(_PurePython.load_empty_dictionary, _DICT)
+    load_tuple1 = _charged(_PurePython.load_tuple1, _TUPLE)
+    load_tuple2 = _charged(_PurePython.load_tuple2, _TUPLE)
+    load_tuple3 = _charged(_PurePython.load_tuple3, _TUPLE)
 
-    def _load_empty_list(self) -> None:
-        self._charge(_LIST)
-        self.append([])
-
-    def _load_empty_dictionary(self) -> None:
-        self._charge(_DICT)
-        self.append({})
-
-    def _load_tuple(self) -> None:
+    def load_tuple(self) -> None:
         items = self.pop_mark()
-        self._charge(_TUPLE + _SLOT * len(items))
+        self.charge(_TUPLE + _SLOT * len(items))
         self.append(tuple(items))
 
-    def _load_tuple1(self) -> None:
-        self._charge(_TUPLE)
-        self.stack[-1] = (self.stack[-1],)
-
-    def _load_tuple2(self) -> None:
-        self._charge(_TUPLE)
-        self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
-
-    def _load_tuple3(self) -> None:
-        self._charge(_TUPLE)
-        self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
-
     def _called(self, maker: object, args: object) -> object:
-        self._charge(_RECORD)
+        self.charge(_RECORD)
         if maker == _ORDERED_DICT and isinstance(args, tuple) and args:
             # A pickle can make many of these from one list.
-            self._charge(_ENTRY * len(args[0]) if isinstance(args[0], list) else 0)
+            self.charge(_ENTRY * len(args[0]) if isinstance(args[0], list) else 0)
         return _call(maker, args)
 
-    def _load_reduce(self) -> None:
+    def load_reduce(self) -> None:
         args = self.stack.pop()
         self.stack[-1] = self._called(self.stack[-1], args)
 
-    def _load_newobj(self) -> None:
+    def load_newobj(self) -> None:
         args = self.stack.pop()
         self.stack.append(self._called(self.stack.pop(), args))
 
-    def _load_newobj_ex(self) -> None:
-        keywords, args = self.stack.pop(), self.stack.pop()
-        self._charge(_RECORD + _SLOT * len(args))
-        maker = self.stack.pop()
-        self.stack.append(Inert(maker, (*tuple(args), keywords)))
+    def _append_inert(self, maker: object, args: Sequence[Any]) -> None:
+        self.charge(_RECORD + _SLOT * len(args))
+        self.append(Inert(maker, tuple(args)))
 
-    def _load_inst(self) -> None:
+    def load_newobj_ex(self) -> None:
+        keywords, args = self.stack.pop(), self.stack.pop()
+        self._append_inert(self.stack.pop(), (*args, keywords))
+
+    def load_inst(self) -> None:
         module = self.readline()[:-1].decode("latin1")
         name = self.readline()[:-1].decode("latin1")
-        args = self.pop_mark()
-        self._charge(_RECORD + _NAME + _SLOT * len(args))
-        self.append(Inert(Global(module, name), tuple(args)))
+        self.charge(_NAME)
+        self._append_inert(Global(module, name), self.pop_mark())
 
-    def _load_obj(self) -> None:
-        args = self.pop_mark()
-        self._charge(_RECORD + _SLOT * len(args))
-        self.append(Inert(args[0], tuple(args[1:])))
+    def load_obj(self) -> None:
+        maker, *args = self.pop_mark()
+        self._append_inert(maker, args)
 
-    def _load_build(self) -> None:
+    def load_build(self) -> None:
         state = self.stack.pop()
-        made = self.stack[-1]
-        if isinstance(made, Inert | InertDict):
-            made.state = state
+        holder = self.stack[-1]
+        if isinstance(holder, Inert | InertDict):
+            holder.state = state
 
-    def _load_setitem(self) -> None:
-        self._charge(_ENTRY)
+    def load_setitem(self) -> None:
+        self.charge(_ENTRY)
         value = self.stack.pop()
         self.stack[-2][_key(self.stack[-1])] = value
         self.stack.pop()
 
-    def _load_setitems(self) -> None:
+    def load_setitems(self) -> None:
         items = self.pop_mark()
-        self._charge(_ENTRY * (len(items) // 2))
-        made = self.stack[-1]
+        self.charge(_ENTRY * (len(items) // 2))
+        container = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
-            made[_key(key)] = value
+            container[_key(key)] = value
 
-    def _load_dict(self) -> None:
+    def load_dict(self) -> None:
         items = self.pop_mark()
-        self._charge(_RECORD + _ENTRY * (len(items) // 2))
+        self.charge(_RECORD + _ENTRY * (len(items) // 2))
         self.append(_pairs(list(zip(items[::2], items[1::2], strict=True))))
 
-    def _load_empty_set(self) -> None:
-        self._charge(_RECORD)
-        self.append(Inert(Global("builtins", "set"), ()))
+    def load_empty_set(self) -> None:
+        self._append_inert(Global("builtins", "set"), ())
 
-    def _load_additems(self) -> None:
+    def load_additems(self) -> None:
         items = self.pop_mark()
         self.stack[-1].extend(items)
 
-    def _load_frozenset(self) -> None:
-        items = self.pop_mark()
-        self._charge(_RECORD + _SLOT * len(items))
-        self.append(Inert(Global("builtins", "frozenset"), tuple(items)))
+    def load_frozenset(self) -> None:
+        self._append_inert(Global("builtins", "frozenset"), self.pop_mark())
 
-    def _load_bytearray8(self) -> None:
+    def load_bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
         if length > self._size:  # do not allocate a claimed size
             raise pickle.UnpicklingError("a byte array longer than its pickle")
         self.append(self.read(length))
 
-    dispatch[pickle.MARK[0]] = _load_mark
-    dispatch[pickle.EMPTY_LIST[0]] = _load_empty_list
-    dispatch[pickle.EMPTY_DICT[0]] = _load_empty_dictionary
-    dispatch[pickle.TUPLE[0]] = _load_tuple
-    dispatch[pickle.TUPLE1[0]] = _load_tuple1
-    dispatch[pickle.TUPLE2[0]] = _load_tuple2
-    dispatch[pickle.TUPLE3[0]] = _load_tuple3
-    dispatch[pickle.REDUCE[0]] = _load_reduce
-    dispatch[pickle.NEWOBJ[0]] = _load_newobj
-    dispatch[pickle.NEWOBJ_EX[0]] = _load_newobj_ex
-    dispatch[pickle.INST[0]] = _load_inst
-    dispatch[pickle.OBJ[0]] = _load_obj
-    dispatch[pickle.BUILD[0]] = _load_build
-    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray8
-    dispatch[pickle.SETITEM[0]] = _load_setitem
-    dispatch[pickle.SETITEMS[0]] = _load_setitems
-    dispatch[pickle.DICT[0]] = _load_dict
-    dispatch[pickle.EMPTY_SET[0]] = _load_empty_set
-    dispatch[pickle.ADDITEMS[0]] = _load_additems
-    dispatch[pickle.FROZENSET[0]] = _load_frozenset
+
+# Each opcode calls the method of this class with the name of the standard library's.
+InertUnpickler.dispatch = {
+    opcode: getattr(InertUnpickler, load.__name__) for opcode, load in _PurePython.dispatch.items()
+}
 
 
 def read_pickle(file: BinaryIO, size: int) -> Any:

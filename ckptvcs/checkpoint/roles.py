@@ -20,11 +20,11 @@ from ckptvcs.checkpoint.conventions import words
 from ckptvcs.checkpoint.layout import Layout, StoredTensor
 from ckptvcs.checkpoint.optimizer_state import (
     DIVIDING,
+    FACTORS,
     FIRST,
     ITERATES,
     MASTERS,
     MOMENTS,
-    SECOND,
     Names,
     Optimizer,
     Rule,
@@ -42,19 +42,6 @@ from ckptvcs.checkpoint.state_dicts import (
     may_be_weight,
 )
 from ckptvcs.codec.dtypes import can_be_lossy
-
-__all__ = [
-    "FIRST",
-    "ITERATES",
-    "LOSSY",
-    "MOMENTS",
-    "OTHER",
-    "SECOND",
-    "WEIGHT",
-    "Names",
-    "Role",
-    "Rule",
-]
 
 WEIGHT, OTHER = "weight", "other"
 
@@ -78,8 +65,6 @@ _REST_KEYS = words(
     "random_state sampler",
 )
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
-_FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
-"""Pairs of vectors whose outer product approximates a matrix of second moments."""
 
 
 @dataclass
@@ -97,6 +82,10 @@ class Role:
     parameter: int = 0
     evidence: str = ""
 
+    def prove_weight(self, evidence: str) -> None:
+        """Make the tensor a weight."""
+        self.role, self.evidence = WEIGHT, evidence
+
     @property
     def is_open(self) -> bool:
         """Return whether the tensor is part of a model and has no role yet."""
@@ -107,29 +96,15 @@ class Role:
 class _Container:
     """The floating tensors of a state dict that may be weights, in its order.
 
-    `names` maps the id() of a tensor to its name in the state dict, `module` has the parameter
-    names of the given module.  `doubtful` says that all tensors may be buffers.
+    `names` are their names in the state dict, `module` has the parameter names of the given
+    module.  `doubtful` says that all tensors may be buffers.
     """
 
     place: str
     file: int
-    tensors: list[StoredTensor]
-    names: dict[int, str]
+    names: dict[StoredTensor, str]
     module: frozenset[str] = field(default_factory=frozenset)
     doubtful: bool = False
-
-
-@dataclass
-class _Pairs:
-    """The weights that are `paired` with moments, by id().
-
-    `is_whole` says that all parameters with a state are paired.  Otherwise `shapes` are the
-    parameter shapes of the optimizers with unpaired parameters.
-    """
-
-    paired: set[int] = field(default_factory=set)
-    shapes: set[tuple[int, ...]] = field(default_factory=set)
-    is_whole: bool = True
 
 
 def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Role]]:
@@ -137,82 +112,170 @@ def assign_roles(files: list[tuple[str, Layout]], names: Names) -> list[list[Rol
 
     `names` override the parameter names in the files.
     """
-    rows = [[_default_role(path, tensor) for tensor in layout.tensors] for path, layout in files]
-    roles: dict[int, Role] = {}
-    for (_, layout), row in zip(files, rows, strict=True):
-        roles |= zip(map(id, layout.tensors), row, strict=True)
-    optimizers = list(_optimizers(files, names))
-    for optimizer in optimizers:
-        _take_optimizer(optimizer, roles)
-    taken = {id(tensor) for optimizer in optimizers for tensor in optimizer.tensors}
-    containers = [
-        container
-        for number, (path, layout) in enumerate(files)
-        for container in _containers(path, layout, number, roles, taken, names)
-    ]
-    pairs = _Pairs()
-    for optimizer in optimizers:
-        _pair_optimizer(optimizer, containers, roles, pairs)
-    _take_flat(files, taken, containers, roles, pairs)
-    for container in containers:
-        _take_container(container, roles, pairs)
-    _refuse_shared(roles, files, containers)
-    return rows
+    assignment = _Assignment(files, names)
+    assignment.assign()
+    return [[assignment.roles[tensor] for tensor in layout.tensors] for _, layout in files]
 
 
-def _optimizers(files: list[tuple[str, Layout]], names: Names) -> Iterator[Optimizer]:
-    """Yield the plain optimizer states of all files."""
-    for number, (path, layout) in enumerate(files):
-        given = {place: row for (file, place), row in names.items() if file == path}
-        yield from find_optimizers(layout, number, given)
+class _Assignment:
+    """The roles of all tensors, and the weights that are `paired` with moments.
+
+    `is_whole` says that all parameters with a state are paired.  Otherwise `shapes` are the
+    parameter shapes of the optimizers with unpaired parameters.
+    """
+
+    def __init__(self, files: list[tuple[str, Layout]], names: Names) -> None:
+        self._files, self._names = files, names
+        self.roles = {
+            tensor: _default_role(path, tensor)
+            for path, layout in files
+            for tensor in layout.tensors
+        }
+        self._containers: list[_Container] = []
+        self._paired: set[StoredTensor] = set()
+        self._is_whole, self._shapes = True, set[tuple[int, ...]]()
+
+    def assign(self) -> None:
+        """Assign all roles."""
+        optimizers = list(self._optimizers())
+        for optimizer in optimizers:
+            for tensor in optimizer.tensors:
+                self.roles[tensor].part = "optimizer"
+            for slot in optimizer.slots:
+                self._take_slot(slot, OPTIMIZER)
+        taken = {tensor for optimizer in optimizers for tensor in optimizer.tensors}
+        for number, (path, layout) in enumerate(self._files):
+            self._containers += self._state_dicts(path, layout, number, taken)
+        for optimizer in optimizers:
+            self._pair_optimizer(optimizer)
+        self._take_flat(taken)
+        for container in self._containers:
+            self._take_container(container)
+        self._refuse_shared()
+
+    def _optimizers(self) -> Iterator[Optimizer]:
+        """Yield the plain optimizer states of all files."""
+        for number, (path, layout) in enumerate(self._files):
+            given = {place: row for (file, place), row in self._names.items() if file == path}
+            yield from find_optimizers(layout, number, given)
+
+    def _take_slot(self, slot: Slot, evidence: str) -> None:
+        """Set the roles of a parameter's states: moments, or float32 weights (part `model`)."""
+        for key, tensor in slot.state.items():
+            role = self.roles[tensor]
+            weight = key in MASTERS and tensor.dtype == "F32"
+            weight |= key in ITERATES and "n" not in slot.state  # z of FTRL is a sum of gradients
+            role.part = "model" if weight else "optimizer"
+            role.role = WEIGHT if weight else OTHER if slot.closed else key
+            role.rule, role.parameter, role.evidence = slot.rule, id(slot), evidence
+        if slot.weight is not None:
+            self.roles[slot.weight].part = "model"
+            self.roles[slot.weight].prove_weight(PAIRED)
+
+    def _state_dicts(
+        self, path: str, layout: Layout, file: int, taken: set[StoredTensor]
+    ) -> Iterator[_Container]:
+        """Yield the state dicts of models in a file, the outermost first."""
+        used = set(taken)
+        for steps, node in walk(layout.tree, (dict,)):
+            if not isinstance(node, dict) or not is_place(path, layout.format, steps, node):
+                continue
+            names = {
+                tensor: name
+                for tensor, name in _candidates(leaves_of(node) or [], layout.by_key)
+                if tensor not in used and self.roles[tensor].is_open
+            }
+            used |= names.keys()
+            if names:
+                place = ".".join(steps)
+                is_named = layout.format != "safetensors"
+                given = self._names.get((path, place), []) if is_named else []
+                module = frozenset(name for row in given for name in row if name)
+                yield _Container(place, file, names, module, may_be_buffers(node))
+
+    def _pair_optimizer(self, optimizer: Optimizer) -> None:
+        """Pair the weights of an optimizer with their moments, and note unpaired parameters."""
+        pairs = _pair(optimizer, self._containers)
+        for slot, weight in pairs:
+            self._join(slot, weight)
+        paired = {id(slot) for slot, _ in pairs}
+        stateful = [
+            slot
+            for slot in optimizer.slots
+            if not all(state.inline for state in slot.state.values())
+        ]
+        if any(id(slot) not in paired for slot in stateful):
+            self._is_whole = False
+            self._shapes |= {shape for slot in stateful if (shape := _shape(slot))}
+
+    def _join(self, slot: Slot, weight: StoredTensor) -> None:
+        self._paired.add(weight)
+        self.roles[weight].prove_weight(PAIRED)
+        for tensor in slot.state.values():
+            if tensor.shape == weight.shape:
+                self.roles[tensor].pair = weight
+
+    def _take_flat(self, taken: set[StoredTensor]) -> None:
+        """Give roles to moments that have their keys in their names, and to their weights."""
+        named = {tensor for container in self._containers for tensor in container.names}
+        flat = list(find_flat(self._files, taken, named))
+        ends = _ends(self._containers) if flat else {}
+        for slot in flat:
+            if slot.state.keys() <= DIVIDING:
+                continue  # without the average that it divides, the step error is unknown
+            owner = self._owner(slot, ends)
+            if owner is not None or (slot.is_optimizers and _is_complete(slot)):
+                self._take_slot(slot, BESIDE)
+            if owner is not None:
+                self._join(slot, owner)
+
+    def _owner(self, slot: Slot, ends: _Ends) -> StoredTensor | None:
+        """Return the weight of a flat slot: the tensor beside it, or one with its name."""
+        if slot.weight is not None:
+            return slot.weight
+        owner = _named(slot, ends)
+        # Statistics can have such names too.  A weight with other moments is not their weight.
+        return owner if slot.is_optimizers or owner not in self._paired else None
+
+    def _take_container(self, container: _Container) -> None:
+        """Set the roles of the weights in a state dict.
+
+        With a module, its parameters are the weights.  Otherwise the paired tensors are; if none is
+        paired, all tensors are.  Tensors that fit unpaired parameters of an optimizer are weights
+        too.
+        """
+        if container.module:
+            for tensor, name in container.names.items():
+                if _is_in(container.module, name):
+                    self.roles[tensor].prove_weight(MODULE)
+            return
+        is_paired = not self._paired.isdisjoint(container.names)
+        if container.doubtful or (self._is_whole and is_paired):
+            return
+        for tensor in _fitting(container, self._shapes):
+            if self.roles[tensor].role != WEIGHT:
+                self.roles[tensor].prove_weight(STATE_DICT)
+
+    def _refuse_shared(self) -> None:
+        """Make storages exact that a weight or a moment shares with another tensor."""
+        for number, (_, layout) in enumerate(self._files):
+            beside = [container for container in self._containers if container.file == number]
+            for tensor in layout.tensors:
+                role = self.roles[tensor]
+                if role.role != OTHER and tensor.views and not _is_sound(role, tensor, beside):
+                    role.role, role.evidence, role.pair = OTHER, "", None
+        for role in self.roles.values():
+            if role.pair is not None and self.roles[role.pair].role != WEIGHT:
+                role.pair = None
 
 
-def _pair_optimizer(
-    optimizer: Optimizer, containers: list[_Container], roles: dict[int, Role], pairs: _Pairs
-) -> None:
-    """Pair the weights of an optimizer with their moments, and note the unpaired parameters."""
-    matches = _pair(optimizer, containers)
-    for slot, weight in matches:
-        _join(slot, weight, roles, pairs.paired)
-    paired = {id(slot) for slot, _ in matches}
-    stateful = [
-        slot for slot in optimizer.slots if not all(state.inline for state in slot.state.values())
-    ]
-    if any(id(slot) not in paired for slot in stateful):
-        pairs.is_whole = False
-        pairs.shapes |= {shape for slot in stateful if (shape := _shape(slot))}
-
-
-def _take_flat(
-    files: list[tuple[str, Layout]],
-    taken: set[int],
-    containers: list[_Container],
-    roles: dict[int, Role],
-    pairs: _Pairs,
-) -> None:
-    """Give roles to moments that have their keys in their names, and to their weights."""
-    named = {id(tensor) for container in containers for tensor in container.tensors}
-    flat = list(find_flat(files, taken, named))
-    ends = _ends(containers) if flat else {}
-    for slot in flat:
-        if slot.state.keys() <= DIVIDING:
-            continue  # without the average that it divides, the step error is unknown
-        owner = _owner(slot, ends, pairs.paired)
-        if owner is not None or (slot.is_optimizers and _is_complete(slot)):
-            _take_slot(slot, roles, BESIDE)
-        if owner is not None:
-            _join(slot, owner, roles, pairs.paired)
-
-
-def _owner(
-    slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]], paired: set[int]
-) -> StoredTensor | None:
-    """Return the weight of a flat slot: the tensor beside it, or one with its name."""
-    if slot.weight is not None:
-        return slot.weight
-    owner = _named(slot, ends)
-    # Statistics can have such names too.  A weight with other moments is then not their weight.
-    return owner if slot.is_optimizers or id(owner) not in paired else None
+def _default_role(path: str, tensor: StoredTensor) -> Role:
+    stem = PurePosixPath(path).name
+    top = tensor.name.split(".")[0].lower()
+    unnamed = not tensor.key or tensor.name.startswith("storage.")
+    if unnamed or stem.startswith(_REST_FILES) or top in _REST_KEYS or "rng" in top.split("_"):
+        return Role("rest", OTHER)
+    return Role("optimizer" if stem.startswith("optimizer") else "model", OTHER)
 
 
 def _is_complete(slot: Slot) -> bool:
@@ -220,21 +283,6 @@ def _is_complete(slot: Slot) -> bool:
     return not slot.doubtful and any(
         not slot.state.keys().isdisjoint(FIRST.get(key, ())) for key in slot.state
     )
-
-
-def _refuse_shared(
-    roles: dict[int, Role], files: list[tuple[str, Layout]], containers: list[_Container]
-) -> None:
-    """Make storages exact that a weight or a moment shares with another tensor."""
-    for number, (_, layout) in enumerate(files):
-        beside = [container for container in containers if container.file == number]
-        for tensor in layout.tensors:
-            role = roles[id(tensor)]
-            if role.role != OTHER and tensor.views and not _is_sound(role, tensor, beside):
-                role.role, role.evidence, role.pair = OTHER, "", None
-    for role in roles.values():
-        if role.pair is not None and roles[id(role.pair)].role != WEIGHT:
-            role.pair = None
 
 
 def _is_sound(role: Role, tensor: StoredTensor, containers: list[_Container]) -> bool:
@@ -253,45 +301,6 @@ def _is_sound(role: Role, tensor: StoredTensor, containers: list[_Container]) ->
     )
 
 
-def _default_role(path: str, tensor: StoredTensor) -> Role:
-    stem = PurePosixPath(path).name
-    top = tensor.name.split(".")[0].lower()
-    unnamed = not tensor.key or tensor.name.startswith("storage.")
-    if unnamed or stem.startswith(_REST_FILES) or top in _REST_KEYS or "rng" in top.split("_"):
-        return Role("rest", OTHER)
-    return Role("optimizer" if stem.startswith("optimizer") else "model", OTHER)
-
-
-def _take_optimizer(optimizer: Optimizer, roles: dict[int, Role]) -> None:
-    """Set the part of all tensors of an optimizer, and the roles of its slots."""
-    for tensor in optimizer.tensors:
-        roles[id(tensor)].part = "optimizer"
-    for slot in optimizer.slots:
-        _take_slot(slot, roles, OPTIMIZER)
-
-
-def _take_slot(slot: Slot, roles: dict[int, Role], evidence: str) -> None:
-    """Set the roles of a parameter's states: moments, or float32 weights (part `model`)."""
-    for key, tensor in slot.state.items():
-        role = roles[id(tensor)]
-        weight = key in MASTERS and tensor.dtype == "F32"
-        weight |= key in ITERATES and "n" not in slot.state  # z of FTRL is a sum of gradients
-        role.part = "model" if weight else "optimizer"
-        role.role = WEIGHT if weight else OTHER if slot.closed else key
-        role.rule, role.parameter, role.evidence = slot.rule, id(slot), evidence
-    if slot.weight is not None:
-        role = roles[id(slot.weight)]
-        role.part, role.role, role.evidence = "model", WEIGHT, PAIRED
-
-
-def _join(slot: Slot, weight: StoredTensor, roles: dict[int, Role], paired: set[int]) -> None:
-    paired.add(id(weight))
-    roles[id(weight)].role, roles[id(weight)].evidence = WEIGHT, PAIRED
-    for tensor in slot.state.values():
-        if tensor.shape == weight.shape:
-            roles[id(tensor)].pair = weight
-
-
 def _is_end(name: str, of: str) -> bool:
     """Return whether `of` is this name or ends with it (module wrappers add a prefix)."""
     return name == of or of.endswith(f".{name}")
@@ -308,59 +317,15 @@ def _fitting(container: _Container, shapes: set[tuple[int, ...]]) -> list[Stored
     Of several tensors of a shape, those named like parameters count.  If no tensor has such a
     shape (parameters may be stored flat), all tensors count.
     """
-    same = [tensor for tensor in container.tensors if tensor.shape in shapes]
-    named = [tensor for tensor in same if is_parameter(container.names[id(tensor)])]
-    known = {tensor.shape for tensor in named}
-    return named + [tensor for tensor in same if tensor.shape not in known] or container.tensors
-
-
-def _take_container(container: _Container, roles: dict[int, Role], pairs: _Pairs) -> None:
-    """Set the roles of the weights in a state dict.
-
-    With a module, its parameters are the weights.  Otherwise the paired tensors are; if none is
-    paired, all tensors are.  Tensors that fit unpaired parameters of an optimizer are weights too.
-    """
-    if container.module:
-        for tensor in container.tensors:
-            if _is_in(container.module, container.names[id(tensor)]):
-                roles[id(tensor)].role, roles[id(tensor)].evidence = WEIGHT, MODULE
-        return
-    paired = any(id(tensor) in pairs.paired for tensor in container.tensors)
-    if container.doubtful or (pairs.is_whole and paired):
-        return
-    for tensor in _fitting(container, pairs.shapes):
-        if roles[id(tensor)].role != WEIGHT:
-            roles[id(tensor)].role, roles[id(tensor)].evidence = WEIGHT, STATE_DICT
-
-
-# -- state dicts of models -------------------------------------------------------------------------
-
-
-def _containers(
-    path: str, layout: Layout, file: int, roles: dict[int, Role], taken: set[int], names: Names
-) -> Iterator[_Container]:
-    """Yield the state dicts of models in a file, the outermost first."""
-    known = {tensor.key: tensor for tensor in layout.tensors if tensor.key}
-    used = set(taken)
-    for steps, node in walk(layout.tree, (dict,)):
-        if not isinstance(node, dict) or not is_place(path, layout.format, steps, node):
-            continue
-        inside: dict[int, str] = {}
-        tensors = []
-        for tensor, name in _candidates(leaves_of(node) or [], known):
-            if id(tensor) not in used and roles[id(tensor)].is_open:
-                used.add(id(tensor))
-                tensors.append(tensor)
-                inside[id(tensor)] = name
-        if tensors:
-            place, doubtful = ".".join(steps), may_be_buffers(node)
-            given = names.get((path, place), []) if layout.format != "safetensors" else []
-            module = frozenset(name for row in given for name in row if name)
-            yield _Container(place, file, tensors, inside, module, doubtful)
+    same = [tensor for tensor in container.names if tensor.shape in shapes]
+    named = [tensor for tensor in same if is_parameter(container.names[tensor])]
+    named_shapes = {tensor.shape for tensor in named}
+    others = [tensor for tensor in same if tensor.shape not in named_shapes]
+    return named + others or list(container.names)
 
 
 def _candidates(
-    leaves: list[tuple[str, str]], known: Mapping[str, StoredTensor]
+    leaves: list[tuple[str, str]], by_key: Mapping[str, StoredTensor]
 ) -> Iterator[tuple[StoredTensor, str]]:
     """Yield the tensors of a state dict that may be weights, each with its first name there."""
     names = {name for name, _ in leaves}
@@ -368,7 +333,7 @@ def _candidates(
     for name, key in leaves:
         first.setdefault(key, name)
     for key, name in first.items():
-        tensor = known.get(key)
+        tensor = by_key.get(key)
         if tensor is None or not may_be_weight(name, names):
             continue
         if can_be_lossy(tensor.dtype) and not has_moment_name(tensor):
@@ -383,14 +348,14 @@ def _pair(optimizer: Optimizer, containers: list[_Container]) -> list[tuple[Slot
     beside = [(slot, slot.weight) for slot in slots if slot.weight is not None]
     if beside:
         return beside
-    own = [container for container in containers if container.file == optimizer.file]
+    nearest = [container for container in containers if container.file == optimizer.file]
     if any(slot.names for slot in slots):
         # Shards of a weight share a name: prefer the file of the optimizer.
-        return _pair_by_name(slots, own) or _pair_by_name(slots, containers)
+        return _pair_by_name(slots, nearest) or _pair_by_name(slots, containers)
     fitting = {
         container.place: pairs
-        for container in own
-        if (pairs := _pair_by_order(optimizer.groups, container.tensors))
+        for container in nearest
+        if (pairs := _pair_by_order(optimizer.groups, list(container.names)))
     }
     if len(fitting) == 1:
         return next(iter(fitting.values()))
@@ -406,12 +371,15 @@ def _pair_by_name(
     return [(slot, weight) for slot, weight in pairs if weight is not None]
 
 
-def _ends(containers: Iterable[_Container]) -> dict[str, list[tuple[StoredTensor, str]]]:
-    """Return a map from each end of a name to its tensors, each with its container's place."""
-    ends: dict[str, list[tuple[StoredTensor, str]]] = {}
+_Ends = dict[str, list[tuple[StoredTensor, str]]]
+"""Tensors with the places of their containers, by each end of their names."""
+
+
+def _ends(containers: Iterable[_Container]) -> _Ends:
+    ends: _Ends = {}
     for container in containers:
-        for tensor in container.tensors:
-            names = {container.names[id(tensor)], tensor.name, *(v.name for v in tensor.views)}
+        for tensor, inner_name in container.names.items():
+            names = {inner_name, tensor.name, *(view.name for view in tensor.views)}
             for end in {
                 ".".join(steps[start:])
                 for steps in (name.split(".") for name in names)
@@ -421,7 +389,7 @@ def _ends(containers: Iterable[_Container]) -> dict[str, list[tuple[StoredTensor
     return ends
 
 
-def _named(slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]]) -> StoredTensor | None:
+def _named(slot: Slot, ends: _Ends) -> StoredTensor | None:
     """Return the weight of a slot, or None.
 
     It has one of the slot's names, or is the only tensor whose name ends with one.  If the moments
@@ -440,7 +408,7 @@ def _named(slot: Slot, ends: Mapping[str, list[tuple[StoredTensor, str]]]) -> St
 
 def _shape(slot: Slot) -> tuple[int, ...] | None:
     """Return the shape of a parameter, derived from its moments; None if that is impossible."""
-    factors = next((pair for pair in _FACTORS if {*pair} <= slot.state.keys()), ())
+    factors = next((pair for pair in FACTORS if {*pair} <= slot.state.keys()), ())
     shapes = {tensor.shape for key, tensor in slot.state.items() if key not in ("step", *factors)}
     if len(shapes) == 1:
         return shapes.pop()
@@ -463,8 +431,8 @@ def _pair_by_order(
     taken: set[int] = set()
     shapes = [tensor.shape for tensor in weights]
     for group in groups:
-        known = [(slot, shape) for slot in group if (shape := _shape(slot)) is not None]
-        wanted = [shape for _, shape in known]
+        shaped = [(slot, shape) for slot in group if (shape := _shape(slot)) is not None]
+        wanted = [shape for _, shape in shaped]
         first = _embed(wanted, shapes)
         last = _embed(wanted[::-1], shapes[::-1])
         if first is None or last is None:
@@ -475,7 +443,7 @@ def _pair_by_order(
             return []
         taken.update(first)
         pairs += [
-            (slot, weights[position]) for (slot, _), position in zip(known, first, strict=True)
+            (slot, weights[position]) for (slot, _), position in zip(shaped, first, strict=True)
         ]
     return pairs
 

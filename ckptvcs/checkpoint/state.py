@@ -17,6 +17,7 @@ import numpy as np
 
 from ckptvcs.checkpoint.layout import INLINE_BYTES
 from ckptvcs.checkpoint.open import Checkpoint, build
+from ckptvcs.checkpoint.optimizer_state import Names
 from ckptvcs.checkpoint.pickle_reader import (
     METADATA,
     Global,
@@ -25,7 +26,6 @@ from ckptvcs.checkpoint.pickle_reader import (
     TensorRef,
     is_member,
 )
-from ckptvcs.checkpoint.roles import Names
 from ckptvcs.checkpoint.torch_storages import ref_dtype
 from ckptvcs.checkpoint.torch_writer import (
     DeviceBytes,
@@ -36,7 +36,6 @@ from ckptvcs.checkpoint.torch_writer import (
     dump_pickle,
     row_major,
     write_zip,
-    zip_records,
 )
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD, Checksums, parse
 from ckptvcs.codec.dtypes import DTYPES, OF_TORCH
@@ -86,7 +85,8 @@ class _Storages:
         whole = np.ascontiguousarray(array)
         number = len(self.payloads)
         self.payloads.append(whole.reshape(-1).view(np.uint8).data)
-        return Leaf(number, dtype, whole.size, whole.nbytes, 0, array.shape, row_major(array.shape))
+        view = View("", dtype, 0, array.shape, row_major(array.shape))
+        return Leaf(number, whole.nbytes, view)
 
     def _tensor(self, torch: Any, tensor: Any, path: str) -> Leaf:
         dtype = OF_TORCH.get(str(tensor.dtype).removeprefix("torch."))
@@ -104,16 +104,9 @@ class _Storages:
             self._numbers[key] = len(self.payloads)
             self._alive += [storage, flat]
             self.payloads.append(DeviceBytes(flat) if far else flat.numpy().data)
-        size = storage.nbytes()
-        return Leaf(
-            self._numbers[key],
-            dtype,
-            size // DTYPES[dtype].size,
-            size,
-            tensor.storage_offset(),
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
-        )
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        view = View("", dtype, tensor.storage_offset(), shape, stride)
+        return Leaf(self._numbers[key], storage.nbytes(), view)
 
 
 def is_on_device(tensor: Any) -> bool:
@@ -154,10 +147,10 @@ def state_checkpoint(
         payloads = [_payload(_copied_if_small(source, view)) for view in storages.payloads]
     else:
         payloads = [_payload(view) for view in copies(storages.payloads)]
-    write_zip(source.append, "state", zip_records(pickled, payloads, extra))
+    write_zip(source.append, "state", pickled, payloads, extra)
     layout = parse(source, checksums=Checksums.TRUSTED)
     assert layout is not None
-    return build("state", [(STATE_FILE, source, layout, None)], [], names)
+    return build("state", [(STATE_FILE, source, layout)], [], names)
 
 
 def _copied_if_small(

@@ -11,9 +11,10 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from ckptvcs.checkpoint import torch_zip
@@ -21,6 +22,8 @@ from ckptvcs.checkpoint.conventions import (
     FOLDER_OF_ONE,
     PIECE,
     PIECE_OF_ONE,
+    SAFETENSORS_SUFFIX,
+    SHARD_SUFFIX,
     SUFFIXES,
     TAKEN_SUFFIXES,
     TEMPORARY,
@@ -41,7 +44,7 @@ from ckptvcs.checkpoint.open import Checkpoint, InputFile, open_checkpoint
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.store.disk import real_path
 
-_MODEL_SUFFIXES = (*TAKEN_SUFFIXES, ".distcp")
+_MODEL_SUFFIXES = (*TAKEN_SUFFIXES, SHARD_SUFFIX)
 _TAR_MAGIC = 257  # where the header of a tar archive says `ustar`
 _LISTED = 3
 _WAIT = "wait until all of its files are written, or remove them"
@@ -109,30 +112,24 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
     entries = _entries(folder)
     if pattern is None:
         _refuse_checkpoint(folder, entries)
-    found: list[Found] = []
-    skipped: list[Skipped] = []
     groups = {
         name: members
         for name, members in _groups(entries, pattern).items()
         if _stands_alone(name, members)
     }
-    grouped = {member for members in groups.values() for member in members}
-    for entry in entries:
-        if not _is_looked_at(entry.name, pattern) or entry.name in grouped:
-            continue
-        reason = _why_not(entry, store)
-        if reason is None:
-            found.append(_look_at(entry, store))
-        else:
-            skipped.append(Skipped(entry.name, reason))
-    found += [_look_at_group(folder, name, members) for name, members in groups.items()]
-    if not found:
+    reasons = _reasons(entries, groups, pattern, store)
+    skipped = [Skipped(name, reason) for name, reason in reasons.items() if reason is not None]
+    alone: dict[str, list[str]] = {name: [] for name in reasons if reasons[name] is None}
+    checkpoints = [
+        _look_at(folder, name, members, store) for name, members in (alone | groups).items()
+    ]
+    if not checkpoints:
         why = f": {skipped[0].name} is {skipped[0].reason}" if len(skipped) == 1 else ""
         raise NotFoundError(
             f"no checkpoints in {folder}{why}",
             hint=f"names end in {', '.join(SUFFIXES)}; directories hold such files",
         )
-    return sorted(_agreed(_compared(found)), key=_order), skipped
+    return sorted(_agreed(_compared(checkpoints)), key=_order), skipped
 
 
 def _refuse_checkpoint(folder: Path, entries: list[os.DirEntry[str]]) -> None:
@@ -157,15 +154,23 @@ def candidates(folder: Path, pattern: str | None, store: Path) -> dict[str, list
     except NotFoundError:
         return {}
     groups = _groups(entries, pattern)
+    reasons = _reasons(entries, groups, pattern, store)
+    return groups | {name: [name] for name in reasons if reasons[name] is None}
+
+
+def _reasons(
+    entries: Sequence[os.DirEntry[str]],
+    groups: Mapping[str, Sequence[str]],
+    pattern: str | None,
+    store: Path,
+) -> dict[str, str | None]:
+    """Return why each entry outside the groups is not a checkpoint; None for a checkpoint."""
     grouped = {member for members in groups.values() for member in members}
-    alone = {
-        entry.name: [entry.name]
+    return {
+        entry.name: _why_not(entry, store)
         for entry in entries
-        if entry.name not in grouped
-        and _is_looked_at(entry.name, pattern)
-        and _why_not(entry, store) is None
+        if entry.name not in grouped and _is_looked_at(entry.name, pattern)
     }
-    return groups | alone
 
 
 def _groups(entries: Sequence[os.DirEntry[str]], pattern: str | None) -> dict[str, list[str]]:
@@ -215,30 +220,30 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise unreadable(folder, error) from error
 
 
-def _agreed(found: list[Found]) -> list[Found]:
+def _agreed(checkpoints: list[Found]) -> list[Found]:
     """Replace a step inside a checkpoint by the step in the name of another one that has both."""
-    named = {one.said: one.step for one in found if _is_named(one)}
+    named = {row.said: row.step for row in checkpoints if _is_named(row)}
     return [
-        one
-        if _is_named(one) or one.said is None
-        else replace(one, step=named.get(one.said, one.step))
-        for one in found
+        row
+        if _is_named(row) or row.said is None
+        else replace(row, step=named.get(row.said, row.step))
+        for row in checkpoints
     ]
 
 
-def _is_named(found: Found) -> bool:
-    return named_step(found.name, found.said) is not None
+def _is_named(checkpoint: Found) -> bool:
+    return named_step(checkpoint.name, checkpoint.said) is not None
 
 
-def _order(found: Found) -> tuple[bool, int, bool, list[tuple[int, str]]]:
+def _order(checkpoint: Found) -> tuple[bool, int, bool, list[tuple[int, str]]]:
     """Return a sort key: by step, then by name with digits as numbers.
 
     Checkpoints without a step come last.  `step-1.pt` comes before `step-1-ema.pt`, and a name with
     the step before a copy such as `best.pt`.
     """
-    parts = re.split(r"([0-9]+)", stem(found.name))
+    parts = re.split(r"([0-9]+)", stem(checkpoint.name))
     natural = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-    return found.step is None, found.step or 0, not _is_named(found), natural
+    return checkpoint.step is None, checkpoint.step or 0, not _is_named(checkpoint), natural
 
 
 # -- entries that are not checkpoints --------------------------------------------------------------
@@ -310,39 +315,33 @@ def _hold_model(entries: list[os.DirEntry[str]]) -> bool:
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
-def _look_at(entry: os.DirEntry[str], store: Path) -> Found:
-    path = Path(entry.path)
-    is_directory = entry.is_dir(follow_symlinks=False)
-    kind = "directory" if is_directory else "file"
+def _look_at(folder: Path, name: str, members: Sequence[str], store: Path) -> Found:
+    """Return the checkpoint that an entry or several `members` of a folder form."""
+    path, names = (folder, members) if members else (folder / name, [name])
+    kind = "directory" if path.is_dir() else "file"
+    checkpoint_of = partial(Found, name, path, kind, files=tuple(members))
     try:
-        checkpoint = open_checkpoint(path, skip=store)
-        for file in checkpoint.files:
-            _refuse_cut_off(file, path, alone=not is_directory)
+        checkpoint = _open_group(folder, name, members) if members else _open_entry(path, store)
     except CkptError as error:
-        step = named_step(entry.name)
-        return Found(entry.name, path, kind, sum(_sizes(path)), step, problem=error)
-    step = _step_of([entry.name], checkpoint)
-    return Found(entry.name, path, kind, checkpoint.size_bytes, step, checkpoint.step)
+        size = sum(size for file in names for size in _sizes(folder / file))
+        return checkpoint_of(size, _named_step_of(names, None, None), problem=error)
+    return checkpoint_of(checkpoint.size_bytes, _step_of(names, checkpoint), checkpoint.step)
 
 
-def _look_at_group(folder: Path, name: str, members: Sequence[str]) -> Found:
-    """Return the checkpoint that several files form, or its first problem."""
-    files = tuple(members)
-    try:
-        missing = missing_files(members)
-        if missing:
-            raise _incomplete(name, missing, "missing")
-        checkpoint = open_checkpoint(folder, only=members)
-        cut = [file.path for file in checkpoint.files if file.format == "raw"]
-        if cut:
-            raise _incomplete(name, cut, "empty or cut off")
-    except CkptError as error:
-        size = sum(size for member in members for size in _sizes(folder / member))
-        step = _named_step_of(members, None, None)
-        return Found(name, folder, "directory", size, step, problem=error, files=files)
-    step = _step_of(members, checkpoint)
-    size = checkpoint.size_bytes
-    return Found(name, folder, "directory", size, step, checkpoint.step, files=files)
+def _open_entry(path: Path, store: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(path, skip=store)
+    for file in checkpoint.files:
+        _refuse_cut_off(file, path, alone=checkpoint.kind == "file")
+    return checkpoint
+
+
+def _open_group(folder: Path, name: str, members: Sequence[str]) -> Checkpoint:
+    if missing := missing_files(members):
+        raise _incomplete(name, missing, "missing")
+    checkpoint = open_checkpoint(folder, only=members)
+    if cut := [file.path for file in checkpoint.files if file.format == "raw"]:
+        raise _incomplete(name, cut, "empty or cut off")
+    return checkpoint
 
 
 def _incomplete(name: str, files: Sequence[str], what: str) -> InvalidInputError:
@@ -358,7 +357,7 @@ def _step_of(names: Sequence[str], checkpoint: Checkpoint) -> int | None:
     said, epoch = checkpoint.step, checkpoint.epoch
     step = _named_step_of(names, said, epoch)
     if step is None and said is None:
-        epochs = {one for name in names for one in epochs_in_name(name)}
+        epochs = {count for name in names for count in epochs_in_name(name)}
         numbers = {number_in_name(name, epoch) for name in names} - epochs
         return min((n for n in numbers if n is not None), default=None)
     return said if step is None else step
@@ -369,34 +368,34 @@ def _named_step_of(names: Sequence[str], said: int | None, epoch: int | None) ->
     return next((step for step in named if step is not None), None)
 
 
-def _compared(found: Sequence[Found]) -> list[Found]:
+def _compared(checkpoints: Sequence[Found]) -> list[Found]:
     """Report checkpoints as incomplete that have fewer shards than others of their run.
 
     A checkpoint of fewer processes has fewer shards, but as many bytes, and is complete.
     """
     runs: dict[str, list[Found]] = {}
-    for one in found:
-        if one.files or shard_ids(one.name):
-            runs.setdefault(family(one.name), []).append(one)
+    for row in checkpoints:
+        if row.files or shard_ids(row.name):
+            runs.setdefault(family(row.name), []).append(row)
     lacking: dict[str, Found] = {}
     for run in runs.values():
-        counts = [_shard_count(one) for one in run]
+        counts = [_shard_count(row) for row in run]
         most = max(counts)
-        whole = min(one.size_bytes for one, count in zip(run, counts, strict=True) if count == most)
-        for one, count in zip(run, counts, strict=True):
+        whole = min(row.size_bytes for row, count in zip(run, counts, strict=True) if count == most)
+        for row, count in zip(run, counts, strict=True):
             # At least half a shard smaller than the smallest complete checkpoint.
-            short = 2 * most * one.size_bytes < whole * (2 * most - 1)
-            if count < most and short and counts.count(count) == 1 and one.problem is None:
+            short = 2 * most * row.size_bytes < whole * (2 * most - 1)
+            if count < most and short and counts.count(count) == 1 and row.problem is None:
                 problem = InvalidInputError(
-                    f"{one.name} is incomplete: it has {count} of {most} shards", hint=_WAIT
+                    f"{row.name} is incomplete: it has {count} of {most} shards", hint=_WAIT
                 )
-                lacking[one.name] = replace(one, problem=problem)
-    return [lacking.get(one.name, one) for one in found]
+                lacking[row.name] = replace(row, problem=problem)
+    return [lacking.get(row.name, row) for row in checkpoints]
 
 
-def _shard_count(found: Found) -> int:
+def _shard_count(checkpoint: Found) -> int:
     """Return the number of rank, part or shard files of a checkpoint."""
-    return sum(bool(shard_ids(name)) for name in found.files or [found.name])
+    return sum(bool(shard_ids(name)) for name in checkpoint.files or [checkpoint.name])
 
 
 def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
@@ -415,7 +414,7 @@ def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
             hint="run 'ckpt commit --raw' to store its bytes as they are",
         )
     like_zip = file.source.size > 0 and torch_zip.starts_like_zip(file.source)
-    if like_zip or not file.source.size or file.path.endswith(".safetensors"):
+    if like_zip or not file.source.size or file.path.endswith(SAFETENSORS_SUFFIX):
         raise InvalidInputError(f"{path} is incomplete: {file.path} is cut off")
 
 

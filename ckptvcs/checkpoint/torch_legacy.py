@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 from ckptvcs.checkpoint.layout import Layout, Source
@@ -86,13 +87,10 @@ def is_cut(file: Source) -> bool:
         *_, tree, keys = _pickles(file, pickles)
     except pickle.UnpicklingError:
         return file.size <= MAX_PICKLE_BYTES and not pickles.read(1)
-    types, at = _types(tree), pickles.tell()
-    for key in keys if isinstance(keys, list) else ():
-        storage = types.get(key) if isinstance(key, str) else None
+    for storage in _storages(file, pickles.tell(), tree, keys if isinstance(keys, list) else []):
         if storage is None:
             return False  # the start of the next storage is unknown
-        at += 8 + _size(file, at, storage)
-        if at > file.size:
+        if storage.offset + storage.size > file.size:
             return True
     return False
 
@@ -102,22 +100,26 @@ def _pickles(file: Source, pickles: io.BufferedReader) -> list[Any]:
     return [read_pickle(pickles, file.size) for _ in range(5)]
 
 
-def _types(tree: object) -> dict[str, StorageRef]:
-    """Return the storages of a tree by key."""
-    types: dict[str, StorageRef] = {}
+def _storages(file: Source, at: int, tree: object, keys: list[Any]) -> Iterator[Storage | None]:
+    """Yield the storages behind the pickles, which end at `at`.
+
+    The last one may end beyond the file.  None is a storage that no tensor of the tree has.
+    """
+    types: dict[str, str] = {}
     for _, node in walk(tree):
         ref = node.storage if isinstance(node, TensorRef) else node
         if isinstance(ref, StorageRef):
-            types[ref.key] = ref
-    return types
-
-
-def _size(file: Source, at: int, storage: StorageRef) -> int:
-    """Return the bytes of the storage whose element count is at `at`; too many if none is there."""
-    if at + 8 > file.size:
-        return file.size
-    count = int.from_bytes(file.read(at, 8), "little")
-    return count * DTYPES[storage_dtype(storage.type_name)].size
+            types[ref.key] = ref.type_name
+    for key in keys:
+        if not isinstance(key, str) or key not in types:
+            yield None
+            return
+        size = file.size
+        if at + 8 <= file.size:
+            count = int.from_bytes(file.read(at, 8), "little")
+            size = count * DTYPES[storage_dtype(types[key])].size
+        yield Storage(key, at + 8, size)
+        at += 8 + size
 
 
 def parse(file: Source) -> Layout | None:
@@ -135,17 +137,11 @@ def parse(file: Source) -> Layout | None:
         return None
     if len(set(keys)) < len(keys):
         return None  # with duplicate keys, each tensor would belong to several storages
-    types, at = _types(tree), pickles.tell()
     storages = []
-    for key in keys:
-        storage = types.get(key)
-        if storage is None:
+    for storage in _storages(file, pickles.tell(), tree, keys):
+        if storage is None or storage.offset + storage.size > file.size:
             return None
-        size = _size(file, at, storage)
-        if at + 8 + size > file.size:
-            return None
-        storages.append(Storage(key, at + 8, size))
-        at += 8 + size
+        storages.append(storage)
     tensors = stored_tensors(storages, tree)
     # torch writes the same bytes on every machine; other programs may not.
     little = not isinstance(system, dict) or system.get("little_endian", True) is True

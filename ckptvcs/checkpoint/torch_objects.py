@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckptvcs.checkpoint.optimizer_state import FIRST, MOMENTS, Names
 from ckptvcs.checkpoint.optimizers import keep_types
-from ckptvcs.checkpoint.roles import FIRST, MOMENTS, Names
 from ckptvcs.errors import InvalidInputError, NotFoundError
 
 MODEL, OPTIMIZER = "model", "optimizer"

@@ -11,7 +11,7 @@ import struct
 import zlib
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from ckptvcs.checkpoint.pickle_reader import (
 )
 from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.schema import View
 
 _ALIGNMENT = 64
 _SHOWN = 100  # characters of a long path
@@ -33,15 +34,11 @@ _MAX_NESTING = 1000  # torch.save itself gives up at about as many
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor to write: a window (in elements) on storage number `storage`."""
+    """A tensor to write: a view of storage number `storage`."""
 
     storage: int
-    dtype: str
-    storage_elements: int
     storage_bytes: int
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    view: View
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -203,7 +200,8 @@ class _Pickle:
         yield b"u"
 
     def _tensor(self, leaf: Leaf) -> None:
-        native = DTYPES[leaf.dtype].storage
+        view, dtype = leaf.view, DTYPES[leaf.view.dtype]
+        native = dtype.storage
         self._global("torch._utils", "_rebuild_tensor_v2" if native else "_rebuild_tensor_v3")
         self._out += b"(("
         self._text("storage")
@@ -213,16 +211,16 @@ class _Pickle:
             self._global("torch.storage", "UntypedStorage")
         self._text(str(leaf.storage))
         self._text("cpu")
-        self._integer(leaf.storage_elements if native else leaf.storage_bytes)
+        self._integer(leaf.storage_bytes // (dtype.size if native else 1))
         self._out += b"tQ"
-        self._integer(leaf.offset)
-        self._tuple(leaf.shape)
-        self._tuple(leaf.stride)
+        self._integer(view.offset)
+        self._tuple(view.shape)
+        self._tuple(view.stride)
         self._out += b"\x89"
         self._global("collections", "OrderedDict")
         self._out += b")R"
         if not native:
-            self._global("torch", DTYPES[leaf.dtype].torch)
+            self._global("torch", dtype.torch)
         self._out += b"tR"
 
 
@@ -252,16 +250,16 @@ class Payload:
     summed: bool = True
 
 
-def zip_records(
-    pickle_bytes: bytes, storages: list[Payload], extra: dict[str, bytes]
+def _records(
+    pickled: bytes, storages: list[Payload], extra: Mapping[str, bytes]
 ) -> list[tuple[str, Payload]]:
-    """Return the records of a torch.save file, in torch's order; `extra` holds more small ones."""
+    """Return the records of a torch.save file, in torch's order."""
 
     def small(data: bytes) -> Payload:
         return Payload(len(data), lambda: iter([data]))
 
     return [
-        ("data.pkl", small(pickle_bytes)),
+        ("data.pkl", small(pickled)),
         (".format_version", small(b"1")),
         (".storage_alignment", small(str(_ALIGNMENT).encode())),
         ("byteorder", small(b"little")),
@@ -324,11 +322,24 @@ class _Header:
 
 
 def write_zip(
-    write: Callable[[Any], object], stem: str, records: list[tuple[str, Payload]]
+    write: Callable[[Any], object],
+    stem: str,
+    pickled: bytes,
+    storages: list[Payload],
+    extra: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a zip file as torch does: aligned, uncompressed records, each before its checksum."""
+    """Write a zip file as torch does: aligned, uncompressed records, each before its checksum.
+
+    Args:
+        write: writes bytes
+        stem: the folder of all records
+        pickled: the pickle of the state
+        storages: the storages of its tensors
+        extra: more small records by name
+    """
     at = 0
     directory = bytearray()
+    records = _records(pickled, storages, extra or {})
     for name, payload in records:
         header = _Header(f"{stem}/{name}".encode(), payload.size, at)
         local = header.local()

@@ -33,60 +33,53 @@ GROUPS = {
     "Maintain a repository": ("gc", "drop", "undo", "verify", "stats", "config", "index"),
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
-_MODULES = {"import": "importing", "unpin": "pin"}  # all others are called as their commands
-_WITH_NUMPY = frozenset(GROUPS["Get checkpoints back"]) | {
-    "commit",
-    "import",
-    "watch",
-    "diff",
-    "bisect",
-    "cat",
-    "gc",
-    "drop",
-    "verify",
-}
-_SUMMARY = 80  # characters of a line of help, which no summary fills
+_MODULES = {"import": "importing", "unpin": "pin"}  # the others have the names of their commands
+_WITH_NUMPY = {"commit", "import", "watch", "diff", "bisect", "cat", "gc", "drop", "verify"}.union(
+    GROUPS["Get checkpoints back"]
+)
+_SUMMARY = 80  # characters; longer than every summary
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 def load(command: str) -> Callable[..., None]:
     """Import the module of a command, and return its function."""
     module = import_module(f"ckptvcs.cli.{_MODULES.get(command, command)}")
-    # `import` is a word of Python, so that its function has an underscore behind it.
+    # `import` is a keyword of Python.
     function: Callable[..., None] = getattr(module, "import_" if command == "import" else command)
     return function
 
 
 class Command(TyperCommand):
-    """A command whose usage shows required arguments without braces, as git does."""
+    """A command whose usage shows required arguments without braces, as in git."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
 class Commands(TyperGroup):
-    """The commands, each in a module that is loaded when the command is asked for."""
+    """The commands; their modules are imported on demand."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for title, names in GROUPS.items():
-            commands = [(name, self.get_command(ctx, name)) for name in names]
+            commands = {name: self.get_command(ctx, name) for name in names}
+            rows = [(name, row.get_short_help_str(_SUMMARY)) for name, row in commands.items()]
             with formatter.section(title):
-                formatter.write_dl([(n, one.get_short_help_str(_SUMMARY)) for n, one in commands])
+                formatter.write_dl(rows)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        alone = typer.Typer(
+        app = typer.Typer(
             add_completion=False,
             rich_markup_mode=None,
             context_settings=_SETTINGS,
             pretty_exceptions_enable=False,
         )
-        alone.command(cmd_name, cls=Command)(_guarded(cmd_name, load(cmd_name)))
-        return typer.main.get_command(alone)
+        app.command(cmd_name, cls=Command)(_guarded(cmd_name, load(cmd_name)))
+        return typer.main.get_command(app)
 
 
 app = typer.Typer(
@@ -101,7 +94,7 @@ app = typer.Typer(
 
 
 def _guarded(name: str, command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose errors become one line, a hint, and an exit code."""
+    """Return a command whose errors become one line, a hint, and an exit code."""
 
     @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> None:
@@ -120,9 +113,7 @@ def _guarded(name: str, command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _end(error: BaseException) -> int | None:
-    """Say what ended a command: its exit code.  None where it is no error, or a bug, which shows
-    its traceback.
-    """
+    """Report the end of a command and return the exit code, or None for a bug or a plain exit."""
     done = "; ".join(getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
         render.talk(f"interrupted; {done or 'the repository is unchanged or complete'}")
@@ -143,7 +134,7 @@ def _end(error: BaseException) -> int | None:
 
 
 def _refusal(error: BaseException) -> CkptError | None:
-    """The error that a user is told; None for a bug."""
+    """Return the error to show to the user; None for a bug."""
     if isinstance(error, CkptError):
         return error
     if isinstance(error, MemoryError):
@@ -181,22 +172,22 @@ def root(
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)  # unwinds: temporary files and leases are removed
+    raise SystemExit(128 + signal.SIGTERM)  # unwinding removes temporary files and leases
 
 
 def main() -> None:
-    """Run the command line; exits with the codes that docs/cli.md lists."""
+    """Run the command line; docs/cli.md lists the exit codes."""
     signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of the time before there was an `app`
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by __main__
         signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
-    # What is loaded now stays: looking through it again and again is a tenth of `ckpt log`.
+    # The garbage collector would check these modules again and again: a tenth of `ckpt log`.
     gc.freeze()
     sys.exit(run())
 
 
 def run() -> str | int | None:
-    """Run the command line: its exit code."""
+    """Run the command line and return its exit code."""
     code: str | int | None = None
     try:
         code = render.run(app)

@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Every, Force, JsonOption, open_repo, split_range
 
 
 def average(
-    context: typer.Context,
+    context: Context,
     revisions: Annotated[
-        str, typer.Argument(metavar="REV..REV", help="first and last commit, both included")
+        str, Argument(metavar="REV..REV", help="first and last commit, both included")
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PATH", help="output checkpoint")
-    ],
+    output: Annotated[Path, Option("-o", "--output", metavar="PATH", help="output checkpoint")],
     every: Every = None,
     force: Force = False,
     json: JsonOption = False,
@@ -29,10 +27,9 @@ def average(
     entries = repo.line(start, stop, every)
     with render.progress("averaging", sum(entry.commit.raw_bytes for entry in entries)) as tick:
         names = repo.average(start, stop, output, every=every, force=force, progress=tick)
-    if json:
-        render.as_json(
-            {"path": str(output), "commits": names, "steps": [entry.step for entry in entries]}
-        )
-        return
     shown = render.printable(str(output))
-    render.data(f"{shown}: mean weights of {len(names)} commits; other values from {names[-1][:8]}")
+    render.answer(
+        {"path": output, "commits": names, "steps": [entry.step for entry in entries]},
+        f"{shown}: mean weights of {len(names)} commits; other values from {names[-1][:8]}",
+        json=json,
+    )

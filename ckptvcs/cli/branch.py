@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
@@ -16,12 +16,10 @@ _MAX_LISTED = 6
 
 
 def branch(
-    context: typer.Context,
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="name of a new branch")
-    ] = None,
-    revision: Annotated[str, typer.Argument(metavar="[REV]", help="commit to start at")] = "HEAD",
-    delete: Annotated[bool, typer.Option("--delete", help="delete the branch")] = False,
+    context: Context,
+    name: Annotated[str | None, Argument(metavar="[NAME]", help="name of a new branch")] = None,
+    revision: Annotated[str, Argument(metavar="[REV]", help="commit to start at")] = "HEAD",
+    delete: Annotated[bool, Option("--delete", help="delete the branch")] = False,
     json: JsonOption = False,
 ) -> None:
     """List, create or delete branches."""
@@ -33,22 +31,20 @@ def branch(
         show_names(repo.branches(), json=json)
         return
     commit = repo.branch(name, revision)
-    if json:
-        render.as_json({"name": name, "commit": commit})
-    else:
-        render.data(f"branch {name} at {commit[:8]}")
+    render.answer({"name": name, "commit": commit}, f"branch {name} at {commit[:8]}", json=json)
 
 
 def _delete(repo: Repo, name: str | None, *, json: bool) -> None:
     if name is None:
         raise InvalidInputError("--delete requires a branch name")
-    gone = repo.delete_branch(name)
-    tip, lost = gone.commit, gone.unnamed
-    if json:
-        render.as_json({"name": name, "commit": tip, "deleted": True, "unreachable": list(lost)})
-        return
-    render.data(f"deleted branch {name}, which was at {tip[:8]}")
-    if not lost:
+    deleted = repo.delete_branch(name)
+    tip, lost = deleted.commit, deleted.unnamed
+    render.answer(
+        {"name": name, "commit": tip, "deleted": True, "unreachable": lost},
+        f"deleted branch {name}, which was at {tip[:8]}",
+        json=json,
+    )
+    if json or not lost:
         return
     steps = [repo.entry(commit).step for commit in lost[:_MAX_LISTED]]
     listed = ", ".join(

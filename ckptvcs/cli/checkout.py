@@ -7,32 +7,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Context, Option
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Part, Revision, open_repo
 from ckptvcs.errors import InvalidInputError, after
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from ckptvcs import Commit, LogEntry
 
 
 def checkout(
-    context: typer.Context,
+    context: Context,
     revision: Revision,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
+        Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="overwrite files that no commit contains exactly")
+        bool, Option("--force", help="overwrite files that no commit contains exactly")
     ] = False,
     only: Part = None,
     require: Annotated[
-        Literal["exact"] | None,
-        typer.Option(metavar="exact", help="refuse a commit that is only near"),
+        Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -56,30 +55,24 @@ def checkout(
             )
         with after("" if target else "the files were written"):
             where = None if target else repo.move_head(revision)
-    paths, forms = list(done.paths), done.fidelity  # an exact form may have faded by now
-    exact = all(form == "exact" for form in forms.values())
+    entry = replace(entry, fidelity=done.fidelity)  # an exact form may have faded by now
     if json:
         render.as_json(
-            {
-                "id": name,
-                "step": entry.step,
-                "paths": [str(path) for path in paths],
-                "fidelity": forms,
-                "exact": exact,
-                "branch": where,
-            }
+            render.attributes(entry, "id step")
+            | {"paths": done.paths}
+            | render.attributes(entry, "fidelity exact")
+            | {"branch": where}
         )
         return
-    _tell(done.fidelity, entry, paths)
+    _tell(entry, done.paths)
     if target is None and not only and where is None:
         render.talk("note: HEAD is at an older commit; the next commit starts a branch")
 
 
-def _tell(forms: Mapping[str, str], entry: LogEntry, paths: list[Path]) -> None:
-    form = render.fidelity(replace(entry, fidelity=forms))
+def _tell(entry: LogEntry, paths: Sequence[Path]) -> None:
     shown = render.printable(str(paths[0])) if len(paths) == 1 else f"{len(paths)} files"
     step = "" if entry.commit.step is None else f" step {entry.commit.step},"
-    render.data(f"{shown}:{step} {entry.id[:8]}, {form}")
+    render.data(f"{shown}:{step} {entry.id[:8]}, {entries.fidelity(entry)}")
 
 
 def _ignore(_: Path) -> None:

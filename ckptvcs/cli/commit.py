@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Option
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Metrics, open_repo, parse_metrics
 from ckptvcs.errors import after
 from ckptvcs.repo import Repo
@@ -27,21 +27,16 @@ def _size_of(path: Path) -> int | None:
 
 
 def commit(
-    context: typer.Context,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="checkpoint file or directory")],
-    message: Annotated[
-        str, typer.Option("-m", "--message", metavar="TEXT", help="commit message")
-    ] = "",
+    context: Context,
+    path: Annotated[Path, Argument(metavar="PATH", help="checkpoint file or directory")],
+    message: Annotated[str, Option("-m", "--message", metavar="TEXT", help="commit message")] = "",
     step: Annotated[
-        int | None,
-        typer.Option(metavar="STEP", help="training step (default: read from the checkpoint)"),
+        int | None, Option(metavar="STEP", help="training step (default: read from the checkpoint)")
     ] = None,
     metric: Metrics = None,
     codec: Codec = None,
     branch: Branch = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="store plain bytes, do not parse the file")
-    ] = False,
+    raw: Annotated[bool, Option("--raw", help="store plain bytes, do not parse the file")] = False,
     json: JsonOption = False,
 ) -> None:
     """Store a checkpoint as the next commit."""
@@ -66,16 +61,14 @@ def _tell(repo: Repo, result: CommitResult, *, json: bool) -> None:
     for note in result.notes:
         render.talk(f"note: {render.printable(note)}")
     entry = repo.entry(result.id, branch=result.branch)
-    made = entry.commit
-    if json:
-        render.as_json(render.entry_json(entry))
-    else:
-        where = f"{result.branch} {entry.id[:8]}"
-        title = "" if made.step is None else f" step {made.step}"
-        render.data(f"[{where}]{title} {render.printable(made.message)}".rstrip())
-        render.data(
-            f"  {render.size(made.raw_bytes)} -> {render.size(entry.stored_bytes)}"
-            f" ({render.ratio(made.raw_bytes, entry.stored_bytes)}), {made.kind},"
-            f" depth {made.depth}, {render.fidelity(entry)}"
-        )
+    commit = entry.commit
+    sizes, form = entries.sizes(commit.raw_bytes, entry.stored_bytes), entries.fidelity(entry)
+    step = "" if commit.step is None else f" step {commit.step}"
+    message = render.printable(commit.message)
+    render.answer(
+        entries.entry_json(entry),
+        f"[{result.branch} {entry.id[:8]}]{step} {message}".rstrip(),
+        f"  {sizes}, {commit.kind}, depth {commit.depth}, {form}",
+        json=json,
+    )
     sys.stdout.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
@@ -12,10 +12,10 @@ from ckptvcs.errors import InvalidInputError
 
 
 def config(
-    context: typer.Context,
-    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="setting")] = None,
-    value: Annotated[str | None, typer.Argument(metavar="[VALUE]", help="new value")] = None,
-    unset: Annotated[bool, typer.Option("--unset", help="restore the default")] = False,
+    context: Context,
+    key: Annotated[str | None, Argument(metavar="[KEY]", help="setting")] = None,
+    value: Annotated[str | None, Argument(metavar="[VALUE]", help="new value")] = None,
+    unset: Annotated[bool, Option("--unset", help="restore the default")] = False,
     json: JsonOption = False,
 ) -> None:
     """List, read or change settings."""
@@ -23,16 +23,13 @@ def config(
     if unset and (key is None or value is not None):
         raise InvalidInputError("--unset requires KEY and no VALUE")
     if key is None:
-        found = repo.settings()
+        settings = repo.settings()
         if json:
-            render.as_json(found)
+            render.as_json(settings)
         else:
-            render.table([["setting", "value"], *([k, str(v)] for k, v in found.items())])
+            render.table([["setting", "value"], *([k, str(v)] for k, v in settings.items())])
         return
     if value is not None or unset:
         repo.configure(key, value)
     setting = repo.setting(key)
-    if json:
-        render.as_json({key: setting})
-    else:
-        render.data(str(setting))
+    render.answer({key: setting}, str(setting), json=json)

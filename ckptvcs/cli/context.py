@@ -8,48 +8,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+JsonOption = Annotated[bool, Option("--json", help="print JSON")]
 
 Revision = Annotated[
-    str, typer.Argument(metavar="REV", help="step, tag, branch, id, HEAD~2, best:loss:min ...")
+    str, Argument(metavar="REV", help="step, tag, branch, id, HEAD~2, best:loss:min ...")
 ]
 
 
-Start = Annotated[str | None, typer.Option(metavar="REV", help="first step or revision")]
-Stop = Annotated[str | None, typer.Option(metavar="REV", help="last step or revision, included")]
+Start = Annotated[str | None, Option(metavar="REV", help="first step or revision")]
+Stop = Annotated[str | None, Option(metavar="REV", help="last step or revision, included")]
 Every = Annotated[
-    int | None, typer.Option(metavar="STEPS", help="only steps that are multiples of STEPS")
+    int | None, Option(metavar="STEPS", help="only steps that are multiples of STEPS")
 ]
-Count = Annotated[int | None, typer.Option("-n", metavar="N", min=1, help="maximum number of rows")]
+Count = Annotated[int | None, Option("-n", metavar="N", min=1, help="maximum number of rows")]
 Part = Annotated[
     Literal["model", "optimizer", "rest"] | None,
-    typer.Option("--only", metavar="PART", help="only this part: model, optimizer or rest"),
+    Option("--only", metavar="PART", help="only this part: model, optimizer or rest"),
 ]
 Branch = Annotated[
-    str | None, typer.Option("--branch", metavar="NAME", help="target branch (does not move HEAD)")
+    str | None, Option("--branch", metavar="NAME", help="target branch (does not move HEAD)")
 ]
 Codec = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="codec: near, small, lossless or excp (default: setting codec)"
-    ),
+    Option(metavar="NAME", help="codec: near, small, lossless or excp (default: setting codec)"),
 ]
 Pattern = Annotated[
-    str | None, typer.Option(metavar="GLOB", help="only names that match, for example 'step*.pt'")
+    str | None, Option(metavar="GLOB", help="only names that match, for example 'step*.pt'")
 ]
 Metrics = Annotated[
-    list[str] | None, typer.Option("--metric", metavar="NAME=VALUE", help="metric; can be repeated")
+    list[str] | None, Option("--metric", metavar="NAME=VALUE", help="metric; can be repeated")
 ]
-Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
+Force = Annotated[bool, Option("--force", help="overwrite existing files")]
 
-Yes = Annotated[bool, typer.Option("--yes", help="do not ask for confirmation")]
-Now = Annotated[bool, typer.Option("--now", help="delete data at once, without the grace period")]
+Yes = Annotated[bool, Option("--yes", help="do not ask for confirmation")]
+Now = Annotated[bool, Option("--now", help="delete data at once, without the grace period")]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Globals:
     repo: Path | None
 
 
-def locate(context: typer.Context) -> Path:
+def locate(context: Context) -> Path:
     """Return the directory that --repo or CKPT_DIR names, or else the nearest parent repository.
 
     Raises:
@@ -68,7 +66,7 @@ def locate(context: typer.Context) -> Path:
     return Repo.locate(context.find_root().obj.repo or os.environ.get("CKPT_DIR") or None)
 
 
-def open_repo(context: typer.Context) -> Repo:
+def open_repo(context: Context) -> Repo:
     """Open the repository that the command line names.
 
     Raises:

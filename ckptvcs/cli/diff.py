@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Context, Option
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, Part, open_repo, split_range
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
-from ckptvcs.text import from_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,18 +21,15 @@ _WIDE = 110  # columns of a terminal that has room for every number
 
 
 def diff(
-    context: typer.Context,
+    context: Context,
     a: Annotated[
-        str | None, typer.Argument(metavar="[A]", help="first commit, or A..B (default: HEAD~1)")
+        str | None, Argument(metavar="[A]", help="first commit, or A..B (default: HEAD~1)")
     ] = None,
-    b: Annotated[
-        str | None, typer.Argument(metavar="[B]", help="second commit (default: HEAD)")
-    ] = None,
+    b: Annotated[str | None, Argument(metavar="[B]", help="second commit (default: HEAD)")] = None,
     count: Count = None,
     only: Part = None,
     sort: Annotated[
-        str,
-        typer.Option(metavar="KEY", help="sort key: relative, name, cosine, max_abs, changed ..."),
+        str, Option(metavar="KEY", help="sort key: relative, name, cosine, max_abs, changed ...")
     ] = "relative",
     json: JsonOption = False,
 ) -> None:
@@ -42,15 +38,15 @@ def diff(
     repo = open_repo(context)
     total = sum(_tensor_bytes(repo, revision, only) for revision in (first, second))
     with render.progress("comparing", total) as tick:
-        found = repo.diff(first, second, only=only, progress=tick)
-    tensors = found.ordered(sort)
+        comparison = repo.diff(first, second, only=only, progress=tick)
+    tensors = comparison.ordered(sort)
     limit = count
     if limit is None and not json and render.is_terminal():
         limit = DEFAULT_ROWS
     if json:
-        render.as_json(_diff_json(found, tensors[:limit]))
+        render.as_json(_diff_json(comparison, tensors[:limit]))
         return
-    _show_diff(found, tensors[:limit])
+    _show_diff(comparison, tensors[:limit])
     if limit is not None and len(tensors) > limit and count is None:
         render.talk(f"{limit} of {len(tensors)} tensors; use -n N to show more")
 
@@ -66,71 +62,50 @@ def _sides(a: str | None, b: str | None) -> tuple[str, str]:
 
 
 def _tensor_bytes(repo: Repo, revision: str, only: str | None) -> int:
-    return sum(one.size_bytes for one in repo.tensors(revision) if only in (None, one.part))
+    tensors = repo.tensors(revision)
+    return sum(tensor.size_bytes for tensor in tensors if only in (None, tensor.part))
 
 
-def _number(value: float | None) -> Any:
-    return None if value is None else from_number(value)
-
-
-def _sums_json(found: Comparison, sums: Sums, changed: int | None) -> dict[str, Any]:
-    numbers = {
-        name: from_number(getattr(sums, name))
-        for name in ("norm_a", "norm_b", "norm_difference", "relative", "cosine", "max_abs")
-    }
-    counts = {name: getattr(sums, name) for name in ("entries", "nonfinite_a", "nonfinite_b")}
-    ratio = _number(found.update_ratio(sums))
-    return {**numbers, "update_ratio": ratio, "changed": changed, **counts}
+def _sums_json(comparison: Comparison, sums: Sums, changed: int | None) -> dict[str, Any]:
+    return (
+        render.attributes(sums, "norm_a norm_b norm_difference relative cosine max_abs")
+        | {"update_ratio": comparison.update_ratio(sums), "changed": changed}
+        | render.attributes(sums, "entries nonfinite_a nonfinite_b")
+    )
 
 
 def _info_json(info: TensorInfo) -> dict[str, Any]:
-    return {
-        "name": info.name,
-        "part": info.part,
-        "role": info.role,
-        "dtype": info.dtype,
-        "shape": list(info.shape),
-    }
+    return render.attributes(info, "name part role dtype shape")
 
 
-def _diff_json(found: Comparison, tensors: list[TensorDifference]) -> dict[str, Any]:
+def _diff_json(comparison: Comparison, tensors: list[TensorDifference]) -> dict[str, Any]:
+    total = comparison.total
     return {
-        "a": render.entry_json(found.a),
-        "b": render.entry_json(found.b),
-        "steps": found.steps,
-        "metadata": [
-            {"name": name, "a": _plain(a), "b": _plain(b)} for name, a, b in found.metadata
-        ],
+        "a": entries.entry_json(comparison.a),
+        "b": entries.entry_json(comparison.b),
+        "steps": comparison.steps,
+        "metadata": [{"name": name, "a": a, "b": b} for name, a, b in comparison.metadata],
         "total": (
-            _sums_json(found, found.total, found.total_changed) if found.total.entries else None
+            _sums_json(comparison, total, comparison.total_changed) if total.entries else None
         ),
         "tensors": [
             _info_json(tensor.info)
-            | _sums_json(found, tensor.sums, tensor.changed)
-            | {
-                "error_a": _number(tensor.error_a),
-                "error_b": _number(tensor.error_b),
-                "near_a": tensor.near_a,
-                "near_b": tensor.near_b,
-                "below_error": tensor.below_error,
-            }
+            | _sums_json(comparison, tensor.sums, tensor.changed)
+            | render.attributes(tensor, "error_a error_b near_a near_b below_error")
             for tensor in tensors
         ],
-        "added": [_info_json(info) for info in found.added],
-        "removed": [_info_json(info) for info in found.removed],
-        "reshaped": [{"a": _info_json(a), "b": _info_json(b)} for a, b in found.reshaped],
-        "unchanged": [_info_json(info) for info in found.unchanged],
+        "added": list(map(_info_json, comparison.added)),
+        "removed": list(map(_info_json, comparison.removed)),
+        "reshaped": [{"a": _info_json(a), "b": _info_json(b)} for a, b in comparison.reshaped],
+        "unchanged": list(map(_info_json, comparison.unchanged)),
         "indistinguishable": [
-            _info_json(one.info)
-            | {"near_a": one.near_a, "near_b": one.near_b, "differs": one.differs or None}
-            for one in found.indistinguishable
+            _info_json(tensor.info)
+            | render.attributes(tensor, "near_a near_b")
+            | {"differs": tensor.differs or None}
+            for tensor in comparison.indistinguishable
         ],
-        "dropped": list(found.dropped),
+        "dropped": comparison.dropped,
     }
-
-
-def _plain(value: object) -> Any:
-    return from_number(value) if isinstance(value, float) else value
 
 
 def _text(value: object) -> str:
@@ -140,9 +115,9 @@ def _text(value: object) -> str:
 
 
 def _sums_row(
-    name: str, found: Comparison, sums: Sums, changed: int | None, mark: str
+    name: str, comparison: Comparison, sums: Sums, changed: int | None, mark: str
 ) -> list[str]:
-    ratio = found.update_ratio(sums)
+    ratio = comparison.update_ratio(sums)
     broken = f"{sums.nonfinite_a} -> {sums.nonfinite_b}"
     return [
         name,
@@ -164,7 +139,7 @@ _HEADING = ["name", *render.DISTANCES]
 def _show_diff(comparison: Comparison, tensors: list[TensorDifference]) -> None:
     for side, entry in (("A", comparison.a), ("B", comparison.b)):
         step = "" if entry.step is None else f" step {entry.step},"
-        render.data(f"{side} {entry.id[:8]}:{step} {render.fidelity(entry)}")
+        render.data(f"{side} {entry.id[:8]}:{step} {entries.fidelity(entry)}")
     _show_metadata(comparison)
     if tensors:
         _show_tensors(comparison, tensors)
@@ -211,13 +186,13 @@ def _show_tensors(comparison: Comparison, tensors: list[TensorDifference]) -> No
         render.data("~ change is not above the error of the near forms")
 
 
-def describe_indistinct(found: Sequence[Indistinct]) -> str:
-    """Say how many tensors cannot be compared, and why."""
-    both = all(one.near_a and one.near_b for one in found)
+def describe_indistinct(tensors: Sequence[Indistinct]) -> str:
+    """Return how many tensors cannot be compared, and why."""
+    both = all(tensor.near_a and tensor.near_b for tensor in tensors)
     where = "both sides" if both else "one side or both"
-    said = f"{_tensors(len(found))} cannot be told apart (near on {where})"
-    differ = sum(one.differs for one in found)
-    return said + (f"; the originals of {_tensors(differ)} differ" if differ else "")
+    differ = sum(tensor.differs for tensor in tensors)
+    originals = f"; the originals of {_tensors(differ)} differ" if differ else ""
+    return f"{_tensors(len(tensors))} cannot be told apart (near on {where}){originals}"
 
 
 def _tensors(count: int) -> str:

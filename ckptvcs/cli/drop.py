@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
 from ckptvcs.cli.gc import describe_sizes, grace, plan_json, tell_waiting
 
 
 def drop(
-    context: typer.Context,
+    context: Context,
     revisions: Annotated[
-        list[str], typer.Argument(metavar="REV...", help="commits or ranges A..B to drop")
+        list[str], Argument(metavar="REV...", help="commits or ranges A..B to drop")
     ],
     now: Now = False,
     yes: Yes = False,
@@ -22,12 +22,12 @@ def drop(
 ) -> None:
     """Drop single commits; undo can restore them for some days."""
     repo = open_repo(context)
-    entries = [repo.entry(name) for name in repo.select(revisions)]
+    commits = [repo.entry(name) for name in repo.select(revisions)]
     if not yes and not json and render.can_ask():
         later = "" if now else f" 'ckpt undo' can restore them for {grace(repo)}"
         what = "delete the data of" if now else "drop"
-        named = ", ".join(render.commit_name(entry) for entry in entries)
-        if not render.confirm(f"{what} {len(entries)} commit(s): {named}?{later}"):
+        named = ", ".join(entries.commit_name(entry) for entry in commits)
+        if not render.confirm(f"{what} {len(commits)} commit(s): {named}?{later}"):
             render.talk("nothing was changed")
             return
     with render.progress("rekeying", None) as tick:
@@ -35,8 +35,8 @@ def drop(
     if json:
         render.as_json(plan_json(plan, dry_run=False))
         return
-    for entry in entries:
-        render.data(f"dropped {render.commit_name(entry)}")
+    for entry in commits:
+        render.data(f"dropped {entries.commit_name(entry)}")
     if now:
         render.data(describe_sizes(plan, dry_run=False, sweep=True))
     tell_waiting(repo, plan)

@@ -1,62 +1,50 @@
-"""How a commit and its numbers are shown, as text and as JSON."""
+"""Show commits and their numbers, as text and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ckptvcs.text import from_number, printable, size
+from ckptvcs.cli.render import Json, attributes
+from ckptvcs.text import printable, size
 
 if TYPE_CHECKING:
-    from ckptvcs import ErrorReport, LogEntry, ObjectId
+    from ckptvcs import LogEntry, ObjectId
 
-Json = Any
 _MAX_IDS = 12  # in a line
+_ENTRY = (
+    "id step message commit.raw_bytes stored_bytes commit.patch_bytes commit.kind commit.depth"
+    " exact fidelity commit.error commit.codec commit.time metrics fields commit.parents branch"
+    " tags"
+)
+"""The attributes of a commit that JSON shows."""
 
 
 def ratio(raw: int, stored: int) -> str:
-    """How many times smaller."""
+    """Return the compression ratio: `4.2x`."""
     if not stored:
         return "-"
     value = raw / stored
     return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x"
 
 
-def error_json(error: ErrorReport) -> dict[str, Json]:
-    """A report of errors with stable keys."""
-    return {name: from_number(value) for name, value in asdict(error).items()}
-
-
 def entry_json(entry: LogEntry) -> dict[str, Json]:
-    """A commit with stable keys."""
-    commit = entry.commit
-    return {
-        "id": entry.id,
-        "step": commit.step,
-        "message": entry.message,
-        "raw_bytes": commit.raw_bytes,
-        "stored_bytes": entry.stored_bytes,
-        "patch_bytes": commit.patch_bytes,
-        "kind": commit.kind,
-        "depth": commit.depth,
-        "exact": entry.exact,
-        "fidelity": dict(entry.fidelity),
-        "error": error_json(commit.error),
-        "codec": commit.codec,
-        "time": commit.time,
-        "metrics": {name: from_number(value) for name, value in entry.metrics.items()},
-        "fields": dict(entry.fields),
-        "parents": list(commit.parents),
-        "branch": entry.branch,
-        "tags": list(entry.tags),
-    }
+    """Return a commit with stable keys."""
+    return attributes(entry, _ENTRY)
+
+
+def sizes(raw: int, stored: int) -> str:
+    """Return the size of a commit before and after compression."""
+    return f"{size(raw)} -> {size(stored)} ({ratio(raw, stored)})"
+
+
+def step_text(step: int | None) -> str:
+    """Return a training step for a column of a table."""
+    return "-" if step is None else str(step)
 
 
 def fidelity(entry: LogEntry) -> str:
-    """`exact`, `weights exact`, or how far the near weights are off, and the optimizer's next step
-    where that is far.
-    """
+    """Return `exact`, `weights exact`, or the errors of near weights and of a far next step."""
     if set(entry.fidelity.values()) == {"dropped"}:
         return "dropped"
     if entry.exact:
@@ -69,7 +57,7 @@ def fidelity(entry: LogEntry) -> str:
 
 
 def ids(names: Sequence[str]) -> str:
-    """Short ids, the first few of many."""
+    """Return the first short ids and the number of others."""
     more = f" and {len(names) - _MAX_IDS} more" if len(names) > _MAX_IDS else ""
     return ", ".join(name[:8] for name in names[:_MAX_IDS]) + more
 
@@ -80,12 +68,12 @@ def commit_name(entry: LogEntry) -> str:
 
 
 def fields(values: Mapping[str, str]) -> str:
-    """`data=v2 host=a`."""
+    """Return fields as text: `data=v2 host=a`."""
     return " ".join(f"{printable(key)}={printable(value)}" for key, value in values.items())
 
 
 def metrics(values: Mapping[str, float]) -> str:
-    """`loss=2.31 acc=0.5`."""
+    """Return metrics as text: `loss=2.31 acc=0.5`."""
     return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
 
 
@@ -97,7 +85,7 @@ def _log_row(entry: LogEntry, names: Sequence[str]) -> list[str]:
     commit = entry.commit
     marks = f"({', '.join(names)}) " if names else ""
     return [
-        "-" if commit.step is None else str(commit.step),
+        step_text(commit.step),
         entry.id[:8],
         marks + printable(entry.message),
         metrics(entry.metrics),
@@ -108,14 +96,14 @@ def _log_row(entry: LogEntry, names: Sequence[str]) -> list[str]:
 
 
 def log_rows(entries: Sequence[LogEntry]) -> list[list[str]]:
-    """The log as a table, with its heading."""
+    """Return the log as a table with a heading."""
     return [_LOG, *(_log_row(entry, entry.tags) for entry in entries)]
 
 
 def graph_rows(
     graph: Sequence[tuple[str, LogEntry | None]], names: Mapping[ObjectId, Sequence[str]]
 ) -> list[list[str]]:
-    """The same with a graph in front, and what names the tips."""
+    """Return the log as a table with a graph in front, and with the names of the tips."""
     rows = [["", *_LOG]]
     for drawn, entry in graph:
         cells = [""] * len(_LOG) if entry is None else _log_row(entry, names.get(entry.id, ()))

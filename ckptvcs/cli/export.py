@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Every, Force, JsonOption, Part, Start, Stop, open_repo
 from ckptvcs.errors import InvalidInputError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ckptvcs import Exported
+
 Format = Annotated[
     str | None,
-    typer.Option(
-        "--format", metavar="pt|safetensors", help="output format (default: as committed)"
-    ),
+    Option("--format", metavar="pt|safetensors", help="output format (default: as committed)"),
 ]
 
 
 def export(
-    context: typer.Context,
-    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="commit")] = None,
+    context: Context,
+    revision: Annotated[str | None, Argument(metavar="[REV]", help="commit")] = None,
     path: Annotated[
-        Path | None, typer.Argument(metavar="[PATH]", help="output file or directory")
+        Path | None, Argument(metavar="[PATH]", help="output file or directory")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--all", metavar="DIR", help="output directory for all commits")
+        Path | None, Option("--all", metavar="DIR", help="output directory for all commits")
     ] = None,
     form: Format = None,
     only: Part = None,
@@ -44,34 +48,19 @@ def export(
                 "--all DIR cannot be combined with PATH", hint="use 'ckpt export [REV] --all DIR'"
             )
         entries = repo.line(start, stop, every, revision=revision)
+        write: Callable[..., Exported | list[Exported]] = partial(
+            repo.export_line, folder, start=start, stop=stop, every=every, revision=revision
+        )
     elif revision is None or path is None:
         raise InvalidInputError("no output path", hint="pass REV PATH, or --all DIR")
     else:
         entries = [repo.show(revision)]
+        write = partial(repo.export, revision, path)
     with render.progress("exporting", sum(entry.commit.raw_bytes for entry in entries)) as tick:
-        if folder is not None:
-            written = repo.export_line(
-                folder,
-                start=start,
-                stop=stop,
-                every=every,
-                revision=revision,
-                form=form,
-                only=only,
-                force=force,
-                progress=tick,
-            )
-        elif revision is not None and path is not None:
-            written = [
-                repo.export(revision, path, form=form, only=only, force=force, progress=tick)
-            ]
-    if json:
-        render.as_json(
-            [
-                {"id": e.entry.id, "step": e.entry.step, "path": str(e.path), "exact": e.exact}
-                for e in written
-            ]
-        )
-        return
-    for file in written:
-        render.data(render.printable(str(file.path)))
+        written = write(form=form, only=only, force=force, progress=tick)
+    files = written if isinstance(written, list) else [written]
+    render.answer(
+        [render.attributes(file, "entry.id entry.step path exact") for file in files],
+        *(render.printable(str(file.path)) for file in files),
+        json=json,
+    )

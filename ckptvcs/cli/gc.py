@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import typer
+from typer import Context, Option
 
 from ckptvcs import Best, Policy
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
@@ -22,7 +22,7 @@ _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 Sweep = Annotated[
-    bool, typer.Option("--sweep/--no-sweep", help="delete data now, or only hide dropped commits")
+    bool, Option("--sweep/--no-sweep", help="delete data now, or only hide dropped commits")
 ]
 
 
@@ -59,40 +59,37 @@ def _invalid_size(text: str) -> NoReturn:
 
 
 def gc(
-    context: typer.Context,
+    context: Context,
     keep_last: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="keep the newest N commits of each branch"),
+        int | None, Option(metavar="N", min=1, help="keep the newest N commits of each branch")
     ] = None,
     keep_every: Annotated[
-        int | None,
-        typer.Option(metavar="STEPS", min=1, help="keep steps that are multiples of STEPS"),
+        int | None, Option(metavar="STEPS", min=1, help="keep steps that are multiples of STEPS")
     ] = None,
     keep_within: Annotated[
-        str | None, typer.Option(metavar="TIME", help="keep commits younger than TIME: 12h, 7d")
+        str | None, Option(metavar="TIME", help="keep commits younger than TIME: 12h, 7d")
     ] = None,
     keep_best: Annotated[
         list[str] | None,
-        typer.Option(metavar="METRIC:min|max:N", help="keep the N best commits; can be repeated"),
+        Option(metavar="METRIC:min|max:N", help="keep the N best commits; can be repeated"),
     ] = None,
-    keep_tag: Annotated[bool, typer.Option("--keep-tag", help="keep tagged commits")] = False,
+    keep_tag: Annotated[bool, Option("--keep-tag", help="keep tagged commits")] = False,
     keep_log_spaced: Annotated[
-        bool, typer.Option("--keep-log-spaced", help="keep fewer commits the older they are")
+        bool, Option("--keep-log-spaced", help="keep fewer commits the older they are")
     ] = False,
     max_size: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="keep the newest commits that fit into SIZE: 50G"),
+        str | None, Option(metavar="SIZE", help="keep the newest commits that fit into SIZE: 50G")
     ] = None,
     keep_optimizer_last: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="keep only the newest N optimizer states")
+        int | None, Option(metavar="N", min=1, help="keep only the newest N optimizer states")
     ] = None,
     rekey: Annotated[
-        bool, typer.Option("--rekey", help="re-encode deltas that need deleted commits")
+        bool, Option("--rekey", help="re-encode deltas that need deleted commits")
     ] = False,
     now: Now = False,
     sweep: Sweep = True,
     yes: Yes = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be deleted")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="show what would be deleted")] = False,
     json: JsonOption = False,
 ) -> None:
     """Drop commits that no rule keeps, and delete unreachable data."""
@@ -186,22 +183,13 @@ def plan_json(plan: GcPlan, *, dry_run: bool) -> render.Json:
     return {
         "dry_run": dry_run,
         "packs": sorted(plan.packs),
-        "stale_files": list(plan.stale_files),
-        "freed_bytes": plan.freed_bytes,
-        "kept_bytes": plan.kept_bytes,
-        "unreachable": list(plan.unreachable),
-        "waiting": list(plan.waiting),
-        "waiting_bytes": plan.waiting_bytes,
+        **render.attributes(
+            plan, "stale_files freed_bytes kept_bytes unreachable waiting waiting_bytes"
+        ),
         "faded": sorted({name for patch in plan.fading for name in patch.commits}),
         "commits": [
-            {
-                "id": row.name,
-                "step": row.commit.step,
-                "action": row.action,
-                "reasons": list(row.reasons),
-                "freed_bytes": row.freed_bytes,
-                "chained_bytes": row.chained_bytes,
-            }
+            {"id": row.name}
+            | render.attributes(row, "commit.step action reasons freed_bytes chained_bytes")
             for row in plan.decisions
         ],
     }
@@ -228,7 +216,7 @@ def _show(plan: GcPlan) -> None:
     if plan.packs:
         render.data(f"{len(plan.packs)} unreachable pack(s)")
     if plan.unreachable:
-        ids = render.ids(plan.unreachable)
+        ids = entries.ids(plan.unreachable)
         render.data(f"{len(plan.unreachable)} unreachable commit(s): {ids}")
     for name in plan.stale_files:
         render.data(f"{name}  stale file of a process that ended")
@@ -242,5 +230,5 @@ def _age(row: Decision) -> tuple[int, str, str]:
 def _row(row: Decision) -> list[str]:
     freed = render.size(row.freed_bytes) if row.freed_bytes else ""
     chained = render.size(row.chained_bytes) if row.chained_bytes else ""
-    step = "-" if row.commit.step is None else str(row.commit.step)
+    step = entries.step_text(row.commit.step)
     return [step, row.name[:8], row.action, freed, chained, ", ".join(row.reasons)]

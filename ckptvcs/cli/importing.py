@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Exit, Option
 
-from ckptvcs.cli import removals, render
+from ckptvcs.cli import entries, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, Yes, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
 
@@ -19,20 +19,19 @@ _LISTED = 10  # skipped entries to print; the others are counted
 
 
 def import_(
-    context: typer.Context,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="directory of checkpoints")],
+    context: Context,
+    folder: Annotated[Path, Argument(metavar="DIR", help="directory of checkpoints")],
     pattern: Pattern = None,
     codec: Codec = None,
     branch: Branch = None,
     delete: Annotated[
-        bool,
-        typer.Option("--delete-originals", help="delete originals that can be restored exactly"),
+        bool, Option("--delete-originals", help="delete originals that can be restored exactly")
     ] = False,
     accept_near: Annotated[
-        bool, typer.Option("--accept-near", help="also delete originals of near commits")
+        bool, Option("--accept-near", help="also delete originals of near commits")
     ] = False,
     yes: Yes = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="show what would be done")] = False,
     json: JsonOption = False,
 ) -> None:
     """Commit a directory of checkpoints, oldest first."""
@@ -71,16 +70,17 @@ def import_(
 
 def _made(importer: Importer) -> str:
     """Describe the finished work, for an error message."""
-    made = [item for item in importer.items if item.action == "committed"]
-    gone = sum(len(item.removal.removed) for item in importer.items)
-    parts = [f"{len(made)} of {len(importer.items)} checkpoints were committed"] if made else []
-    parts += [f"{gone} file(s) were removed"] if gone else []
+    items = importer.items
+    commits = sum(item.action == "committed" for item in items)
+    removed = sum(len(item.removal.removed) for item in items)
+    parts = [f"{commits} of {len(items)} checkpoints were committed"] if commits else []
+    parts += [f"{removed} file(s) were removed"] if removed else []
     return ", ".join(parts)
 
 
 def _tell_skipped(importer: Importer) -> None:
-    for left in importer.skipped[:_LISTED]:
-        render.talk(f"skipped: {render.printable(left.name)}: {left.reason}")
+    for entry in importer.skipped[:_LISTED]:
+        render.talk(f"skipped: {render.printable(entry.name)}: {entry.reason}")
     more = len(importer.skipped) - _LISTED
     if more > 0:
         render.talk(f"skipped: {more} more (--json lists all)")
@@ -103,7 +103,7 @@ def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
 
     def tell(item: ImportItem) -> None:
         entry = importer.entry(item)
-        form = "" if entry is None else f" (kept {render.fidelity(entry)})"
+        form = "" if entry is None else f" (kept {entries.fidelity(entry)})"
         if item.problem is None:  # an error has been printed
             removals.tell_removal(item.found.name, item, form)
 
@@ -134,10 +134,10 @@ def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
         raw = entry.commit.raw_bytes
         stored = [
             render.size(entry.stored_bytes),
-            render.ratio(raw, entry.stored_bytes),
-            render.fidelity(entry),
+            entries.ratio(raw, entry.stored_bytes),
+            entries.fidelity(entry),
         ]
-    step = "-" if found.step is None else str(found.step)
+    step = entries.step_text(found.step)
     name = render.printable(found.name) + ("/" if found.kind == "directory" and found.top else "")
     return [step, name, render.size(found.size_bytes), *stored, render.printable(note)]
 
@@ -151,8 +151,7 @@ def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
     parts = [f"{count['commit']} to be committed" if dry_run else f"{count['committed']} committed"]
     parts += [f"{count[action]} {action}" for action in ("known", "failed") if count[action]]
     raw, stored = importer.totals()
-    sizes = f": {render.size(raw)} -> {render.size(stored)} ({render.ratio(raw, stored)})"
-    render.data(", ".join(parts) + (sizes if raw else ""))
+    render.data(", ".join(parts) + (f": {entries.sizes(raw, stored)}" if raw else ""))
     if delete and not dry_run:
         _sum_up_removed(importer)
 
@@ -179,22 +178,19 @@ def _json(importer: Importer, *, dry_run: bool) -> render.Json:
         "stored_bytes": stored,
         "freed_bytes": sum(f.freed_bytes for item in importer.items for f in item.removal.removed),
         "checkpoints": [_item_json(importer, item) for item in importer.items],
-        "skipped": [{"name": e.name, "reason": e.reason} for e in importer.skipped],
+        "skipped": importer.skipped,
     }
 
 
 def _item_json(importer: Importer, item: ImportItem) -> dict[str, render.Json]:
     found, entry = item.found, importer.entry(item)
-    return {
-        "name": found.name,
-        "step": found.step,
-        "kind": found.kind if found.top else "files",
-        "raw_bytes": found.size_bytes,
-        "action": item.action,
-        "same_as": item.same_as,
-        "branch": item.branch,
-        "commit": None if entry is None else render.entry_json(entry),
-    } | removals.as_json(item)
+    return (
+        render.attributes(found, "name step")
+        | {"kind": found.kind if found.top else "files", "raw_bytes": found.size_bytes}
+        | render.attributes(item, "action same_as branch")
+        | {"commit": entry and entries.entry_json(entry)}
+        | removals.as_json(item)
+    )
 
 
 def _exit(importer: Importer, *, kept: bool) -> None:
@@ -205,4 +201,4 @@ def _exit(importer: Importer, *, kept: bool) -> None:
     ):
         codes.append(ConflictError.exit_code)
     if codes:
-        raise typer.Exit(max(codes))
+        raise Exit(max(codes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
@@ -12,15 +12,12 @@ from ckptvcs.errors import InvalidInputError
 
 
 def index(
-    context: typer.Context,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="rebuild the index")] = False,
+    context: Context,
+    rebuild: Annotated[bool, Option("--rebuild", help="rebuild the index")] = False,
     json: JsonOption = False,
 ) -> None:
     """Rebuild the index from the packs."""
     if not rebuild:
         raise InvalidInputError("nothing to do", hint="run 'ckpt index --rebuild'")
     packs = open_repo(context).rebuild_index()
-    if json:
-        render.as_json({"packs": packs})
-    else:
-        render.data(f"indexed {packs} packs")
+    render.answer({"packs": packs}, f"indexed {packs} packs", json=json)

@@ -4,52 +4,47 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Context, Option
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, open_repo, split_range, step_range
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 
 DEFAULT_ENTRIES = 30
 
-_Newest = Annotated[
-    str | None, typer.Argument(metavar="[REV]", help="newest commit to list, or A..B")
-]
+_Newest = Annotated[str | None, Argument(metavar="[REV]", help="newest commit to list, or A..B")]
 _Branch = Annotated[
-    str | None, typer.Option("--branch", metavar="NAME", help="list the commits of this branch")
+    str | None, Option("--branch", metavar="NAME", help="list the commits of this branch")
 ]
-_Steps = Annotated[
-    str | None, typer.Option(metavar="A..B", help="only steps from A to B, both included")
-]
+_Steps = Annotated[str | None, Option(metavar="A..B", help="only steps from A to B, both included")]
 _Since = Annotated[
-    str | None, typer.Option(metavar="TIME", help="only since 2026-11-29, 3h, '2 days ago' ...")
+    str | None, Option(metavar="TIME", help="only since 2026-11-29, 3h, '2 days ago' ...")
 ]
 _Until = Annotated[
-    str | None, typer.Option(metavar="TIME", help="only until this time; a date includes it")
+    str | None, Option(metavar="TIME", help="only until this time; a date includes it")
 ]
 _Metric = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TEST", help="only if it holds, such as 'loss<3' (repeatable)"),
+    list[str] | None, Option(metavar="TEST", help="only if it holds, such as 'loss<3' (repeatable)")
 ]
 _Sort = Annotated[
-    str | None, typer.Option(metavar="KEY", help="highest first: step, time, size or a metric")
+    str | None, Option(metavar="KEY", help="highest first: step, time, size or a metric")
 ]
 
 
 def log(
-    context: typer.Context,
+    context: Context,
     revision: _Newest = None,
     count: Count = None,
-    all_branches: Annotated[bool, typer.Option("--all", help="list all branches")] = False,
+    all_branches: Annotated[bool, Option("--all", help="list all branches")] = False,
     branch: _Branch = None,
     steps: _Steps = None,
     since: _Since = None,
     until: _Until = None,
     metric: _Metric = None,
     sort: _Sort = None,
-    reverse: Annotated[bool, typer.Option("--reverse", help="reverse the order")] = False,
-    graph: Annotated[bool, typer.Option("--graph", help="draw all branches as a graph")] = False,
+    reverse: Annotated[bool, Option("--reverse", help="reverse the order")] = False,
+    graph: Annotated[bool, Option("--graph", help="draw all branches as a graph")] = False,
     json: JsonOption = False,
 ) -> None:
     """List commits, newest first."""
@@ -70,7 +65,7 @@ def log(
     chosen |= {"revision": revision, "branch": branch, "all_branches": all_branches}
     repo = open_repo(context)
     if json:
-        render.as_json([render.entry_json(entry) for entry in repo.log(count, **chosen)])
+        render.as_json([entries.entry_json(entry) for entry in repo.log(count, **chosen)])
         return
     limit = count or DEFAULT_ENTRIES
     table, more = _table(repo, limit, chosen, graph=graph)
@@ -91,12 +86,12 @@ def _table(
 ) -> tuple[list[list[str]], bool]:
     """Return the rows of at most `limit` commits, and whether there are more commits."""
     if not graph:
-        entries = repo.log(limit + 1, **chosen)
-        return render.log_rows(entries[:limit]), len(entries) > limit
+        commits = repo.log(limit + 1, **chosen)
+        return entries.log_rows(commits[:limit]), len(commits) > limit
     rows = repo.graph(limit + 1, revision=chosen["branch"] or chosen["revision"])
     listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
     more = len(listed) > limit
-    return render.graph_rows(rows[: listed[-2] + 1 if more else None], repo.labels()), more
+    return entries.graph_rows(rows[: listed[-2] + 1 if more else None], repo.labels()), more
 
 
 def _refuse_with_graph(chosen: dict[str, Any]) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Context, Option
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Metrics, Revision, open_repo, parse_metrics
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
-from ckptvcs.text import from_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,21 +18,21 @@ if TYPE_CHECKING:
 
 
 def note(
-    context: typer.Context,
+    context: Context,
     revision: Revision,
     message: Annotated[
-        str | None, typer.Option("-m", "--message", metavar="TEXT", help="new message")
+        str | None, Option("-m", "--message", metavar="TEXT", help="new message")
     ] = None,
     metric: Metrics = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="field of text; can be repeated"),
+        Option("--set", metavar="KEY=VALUE", help="field of text; can be repeated"),
     ] = None,
     unset: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="remove a field; can be repeated")
+        list[str] | None, Option(metavar="KEY", help="remove a field; can be repeated")
     ] = None,
     unset_metric: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="remove a metric; can be repeated")
+        list[str] | None, Option(metavar="NAME", help="remove a metric; can be repeated")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -47,12 +46,9 @@ def note(
     fields: dict[str, str | None] = dict(_field(text) for text in set_ or ())
     fields |= dict.fromkeys(unset or ())
     written = repo.note(revision, message=message, metrics=metrics, fields=fields)
-    if json:
-        render.as_json(_note_json(written))
-    else:
-        step = repo.entry(written.commit).step
-        title = "" if step is None else f", step {step}"
-        render.data(f"noted {written.commit[:8]}{title}: {_changes(written)}")
+    step = repo.entry(written.commit).step
+    title = "" if step is None else f", step {step}"
+    render.answer(written, f"noted {written.commit[:8]}{title}: {_changes(written)}", json=json)
     _warn_if_near(repo, written)
 
 
@@ -76,12 +72,12 @@ def _warn_if_near(repo: Repo, written: Note) -> None:
 
 def _list(notes: Sequence[Note], *, json: bool) -> None:
     if json:
-        render.as_json([_note_json(note) for note in notes])
+        render.as_json(notes)
     elif notes:
         rows = [["time (UTC)", "user", "note"]]
-        for one in notes:
-            time = one.time[:19].replace("T", " ")
-            rows.append([time, render.printable(one.user), _changes(one)])
+        for note in notes:
+            time = note.time[:19].replace("T", " ")
+            rows.append([time, render.printable(note.user), _changes(note)])
         render.table(rows)
     else:
         render.talk("no notes")
@@ -94,19 +90,6 @@ def _changes(note: Note) -> str:
     pairs = (*note.metrics.items(), *note.fields.items())
     removed = ", ".join(render.printable(name) for name, value in pairs if value is None)
     shown = [] if note.message is None else [f'"{render.printable(note.message)}"']
-    shown += [render.metrics(metrics), render.fields(fields)]
+    shown += [entries.metrics(metrics), entries.fields(fields)]
     written = " ".join(filter(None, shown))
     return "; ".join(filter(None, [written, removed and f"removed {removed}"]))
-
-
-def _note_json(note: Note) -> dict[str, Any]:
-    metrics = {n: None if v is None else from_number(v) for n, v in note.metrics.items()}
-    return {
-        "commit": note.commit,
-        "generation": note.generation,
-        "time": note.time,
-        "user": note.user,
-        "message": note.message,
-        "metrics": metrics,
-        "fields": dict(note.fields),
-    }

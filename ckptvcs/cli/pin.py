@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
 from ckptvcs.cli.listing import warn_if_faded
 from ckptvcs.repo import Repo
 
 
 def pin(
-    context: typer.Context,
-    revision: Annotated[str | None, typer.Argument(metavar="[REV]", help="commit to pin")] = None,
+    context: Context,
+    revision: Annotated[str | None, Argument(metavar="[REV]", help="commit to pin")] = None,
     json: JsonOption = False,
 ) -> None:
     """Keep a commit exact under every rule, or list pins."""
@@ -22,16 +22,16 @@ def pin(
     if revision is None:
         pinned = repo.pins()
         if json:
-            render.as_json([render.entry_json(entry) for entry in pinned])
+            render.as_json([entries.entry_json(entry) for entry in pinned])
         elif pinned:
-            render.table(render.log_rows(pinned))
+            render.table(entries.log_rows(pinned))
         return
     _set_pin(repo, revision, pinned=True, json=json)
 
 
 def unpin(
-    context: typer.Context,
-    revision: Annotated[str, typer.Argument(metavar="REV", help="pinned commit")],
+    context: Context,
+    revision: Annotated[str, Argument(metavar="REV", help="pinned commit")],
     json: JsonOption = False,
 ) -> None:
     """Remove a pin."""
@@ -43,9 +43,9 @@ def _set_pin(repo: Repo, revision: str, *, pinned: bool, json: bool) -> None:
     changed = repo.pin(commit, pinned=pinned)
     if pinned:
         warn_if_faded(repo.entry(commit))
-    if json:
-        render.as_json({"commit": commit, "pinned": pinned, "changed": changed})
-    else:
-        action = "pinned" if pinned else "unpinned"
-        state = "already pinned" if pinned else "not pinned"
-        render.data(f"{action} {commit[:8]}" if changed else f"{commit[:8]} is {state}")
+    action, state = ("pinned", "already pinned") if pinned else ("unpinned", "not pinned")
+    render.answer(
+        {"commit": commit, "pinned": pinned, "changed": changed},
+        f"{action} {commit[:8]}" if changed else f"{commit[:8]} is {state}",
+        json=json,
+    )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 
 def reflog(
-    context: typer.Context,
+    context: Context,
     ref: Annotated[
-        str | None, typer.Argument(metavar="[BRANCH]", help="branch (default: the current one)")
+        str | None, Argument(metavar="[BRANCH]", help="branch (default: the current one)")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -23,15 +23,9 @@ def reflog(
     if json:
         render.as_json(
             [
-                {
-                    "time": e.time,
-                    "action": e.action,
-                    "commit": e.commit,
-                    "step": e.step,
-                    "commits": e.count,
-                    "available": e.available,
-                }
-                for e in events
+                render.attributes(event, "time action commit step")
+                | {"commits": event.count, "available": event.available}
+                for event in events
             ]
         )
         return
@@ -43,7 +37,7 @@ def reflog(
                 event.time[:19].replace("T", " "),
                 render.printable(event.action),
                 (event.commit or "-")[:8] + mark,
-                "-" if event.step is None else str(event.step),
+                entries.step_text(event.step),
                 str(event.count) if event.count else "",
             ]
         )

@@ -41,9 +41,9 @@ def as_json(outcome: Outcome) -> dict[str, render.Json]:
     """Return the fields that import and watch have in common."""
     removal = outcome.removal
     return {
-        "problem": None if outcome.problem is None else outcome.problem.message,
-        "notes": list(outcome.notes),
-        "removed": [str(file.path) for file in removal.removed] if removal else [],
+        "problem": outcome.problem and outcome.problem.message,
+        "notes": outcome.notes,
+        "removed": [file.path for file in removal.removed] if removal else [],
         "keep_reason": removal.keep_reason if removal else None,
         "pinned": removal.pinned if removal else False,
     }

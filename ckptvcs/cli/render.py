@@ -1,7 +1,7 @@
-"""The only door to the terminal: data to stdout, talk and progress to stderr.
+"""The only access to the terminal: data to stdout, messages and progress to stderr.
 
-Whatever goes through is made plain: a repository may be somebody else's, and so may be every text
-in it, each name, error and time.  Line breaks, colors and bars are made here and nowhere else.
+All text is made plain, because every name, error and time may come from a hostile repository.  No
+other module prints line breaks, colors or bars.
 """
 
 from __future__ import annotations
@@ -10,33 +10,27 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TextIO, cast
+from dataclasses import is_dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any, TextIO, cast
 
 import typer
 
-from ckptvcs.cli.entries import Json as Json
-from ckptvcs.cli.entries import commit_name as commit_name
-from ckptvcs.cli.entries import entry_json as entry_json
-from ckptvcs.cli.entries import error_json as error_json
-from ckptvcs.cli.entries import fidelity as fidelity
-from ckptvcs.cli.entries import fields as fields
-from ckptvcs.cli.entries import graph_rows as graph_rows
-from ckptvcs.cli.entries import ids as ids
-from ckptvcs.cli.entries import log_rows as log_rows
-from ckptvcs.cli.entries import metrics as metrics
-from ckptvcs.cli.entries import ratio as ratio
-from ckptvcs.text import plain, plain_lines
+from ckptvcs.text import from_number, plain, plain_lines
 from ckptvcs.text import printable as printable
 from ckptvcs.text import size as size
+
+Json = Any
 
 # typer does not export this class; every error of wrong arguments is an instance.
 _USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]
 _UNEXPECTED = 1
 
 DISTANCES = ["|A|", "|B|", "|B-A|", "change", "per step", "cosine", "max", "changed", "not finite"]
-"""The columns of `diff` behind the name of a tensor."""
+"""The columns of `diff` after the name of a tensor."""
 
 _RIGHT = frozenset(["step", "size", "stored", "ratio", "bytes", "depth", "freed"]).union(DISTANCES)
 _FLEXIBLE = frozenset({"message", "metrics", "name", "reason", "note"})
@@ -44,12 +38,12 @@ _GAP = 2  # columns between two cells
 
 
 def is_terminal() -> bool:
-    """Whether stdout is looked at by a person."""
+    """Return whether stdout is a terminal."""
     return sys.stdout.isatty()
 
 
 def width() -> int:
-    """Columns that there are for a table: of the terminal, else as many as it takes."""
+    """Return the number of columns of the terminal; very many if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if is_terminal() else sys.maxsize
 
 
@@ -58,18 +52,25 @@ def _write(stream: TextIO, lines: Sequence[str]) -> None:
 
 
 def data(*lines: str) -> None:
-    """Lines of what was asked for."""
+    """Print lines of the result."""
     _write(sys.stdout, lines)
 
 
 def talk(*lines: str) -> None:
-    """Lines about what is going on."""
+    """Print lines about the work."""
     _write(sys.stderr, lines)
 
 
 def as_json(value: Json) -> None:
-    """One JSON value, in printable ASCII: every terminal and every encoding takes any name."""
-    text = json.dumps(value, indent=None if not is_terminal() else 2, ensure_ascii=True)
+    """Print one JSON value, in printable ASCII: every terminal and every encoding takes any name.
+
+    It may hold results of the API; NaN and infinities become strings.
+    """
+    dump = partial(json.dumps, indent=2 if is_terminal() else None, default=_plain, allow_nan=False)
+    try:
+        text = dump(value)
+    except ValueError:  # NaN or an infinity
+        text = dump(_finite(value))
     data(*text.replace("\x7f", "\\u007f").split("\n"))
 
 
@@ -78,11 +79,44 @@ def can_ask() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
+def answer(document: Json, *lines: str, json: bool) -> None:
+    """Print the result of a command: the JSON document or the lines."""
+    if json:
+        as_json(document)
+    else:
+        data(*lines)
+
+
+def attributes(value: object, names: str) -> dict[str, Json]:
+    """Return attributes by name; a name with dots leads to an attribute of an attribute."""
+    return {name.rpartition(".")[2]: attrgetter(name)(value) for name in names.split()}
+
+
+def _plain(value: Any) -> Json:
+    """Return an object that JSON lacks as one that it has."""
+    if isinstance(value, complex):
+        return [value.real, value.imag]
+    if is_dataclass(value):
+        return vars(value)
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def _finite(value: Any) -> Json:
+    """Return a JSON value with strings in place of NaN and infinities."""
+    if isinstance(value, float):
+        return from_number(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else _finite(_plain(value))
+
+
 def confirm(question: str) -> bool:
-    """Ask on stderr; Enter, or the end of the input, is no."""
+    """Ask on stderr; Enter and the end of the input mean no."""
     try:
         return typer.confirm(plain(question), err=True)
-    except typer.Abort as error:  # of a KeyboardInterrupt or an EOFError
+    except typer.Abort as error:  # from a KeyboardInterrupt or an EOFError
         talk("")
         if isinstance(error.__context__, EOFError):
             return False
@@ -90,20 +124,18 @@ def confirm(question: str) -> bool:
 
 
 def _fitted(rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """The width of each column, so that rows fit in `room`: flexible columns share evenly what the
-    others leave.
-    """
+    """Return the width of each column; flexible columns share the rest of `room` evenly."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     flexible = [column for column, name in enumerate(rows[0]) if name in _FLEXIBLE]
-    left = room - _GAP * (len(widths) - 1) - sum(widths) + sum(widths[c] for c in flexible)
+    free = room - _GAP * (len(widths) - 1) - sum(widths) + sum(widths[c] for c in flexible)
     for done, column in enumerate(sorted(flexible, key=lambda column: widths[column])):
-        widths[column] = max(4, min(widths[column], left // (len(flexible) - done)))
-        left -= widths[column]
+        widths[column] = max(4, min(widths[column], free // (len(flexible) - done)))
+        free -= widths[column]
     return widths
 
 
 def table(rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns under a heading; on a terminal fitted to its width."""
+    """Print aligned columns under a heading; they fit the width of a terminal."""
     rows = [list(map(plain, row)) for row in rows]
     if not is_terminal():
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -141,7 +173,7 @@ def table(rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes with rate and time left on a terminal's stderr, nothing elsewhere."""
+    """Show a bar of bytes with rate and remaining time if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -161,9 +193,7 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 def run(app: typer.Typer) -> int:
-    """Run a command line to its end: its exit code.  What it was called with wrongly is made plain
-    like everything else.
-    """
+    """Run a command line and return its exit code.  Errors in its arguments are printed plain."""
     try:
         code = app(standalone_mode=False)
     except _USAGE_ERROR as error:
@@ -176,6 +206,6 @@ def run(app: typer.Typer) -> int:
 
 
 def bug() -> int:
-    """Show the traceback of the error that is handled, which is a bug: the exit code."""
+    """Show the traceback of the current exception, which is a bug; return the exit code."""
     talk(*plain_lines(traceback.format_exc().rstrip("\n")))
     return _UNEXPECTED

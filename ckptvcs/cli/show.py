@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Context, Option
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
 from ckptvcs.repo import Repo
 
@@ -17,67 +17,42 @@ if TYPE_CHECKING:
 
 def _parts_json(entry: LogEntry) -> dict[str, Any]:
     return {
-        name: {"values": part.values, "exact": part.exact, "fidelity": entry.fidelity[name]}
+        name: render.attributes(part, "values exact") | {"fidelity": entry.fidelity[name]}
         for name, part in entry.commit.parts.items()
     }
 
 
-def _tensors_json(repo: Repo, name: ObjectId) -> list[dict[str, Any]]:
-    """The stored tensors of a commit, those that are near with their errors."""
-    return [
-        {
-            "name": one.name,
-            "part": one.part,
-            "role": one.role,
-            "dtype": one.dtype,
-            "shape": list(one.shape),
-            "evidence": one.evidence or None,
-            "error": None if one.error is None else render.error_json(one.error),
-        }
-        for one in repo.tensors(name)
-    ]
-
-
 def _show_roles(repo: Repo, name: ObjectId) -> None:
-    """The stored tensors of a commit, what they are taken for, and how they come back."""
+    """Print the stored tensors of a commit with their roles and forms."""
     rows = [["name", "dtype", "shape", "part", "role", "evidence", "form"]]
-    for one, form in zip(repo.tensors(name), repo.forms(name), strict=True):
-        rows.append(
-            [
-                render.printable(one.name),
-                one.dtype,
-                " x ".join(map(str, one.shape)),
-                one.part,
-                one.role,
-                one.evidence or "none",
-                form,
-            ]
-        )
+    for tensor, form in zip(repo.tensors(name), repo.forms(name), strict=True):
+        shape = " x ".join(map(str, tensor.shape))
+        role = [tensor.part, tensor.role, tensor.evidence or "none"]
+        rows.append([render.printable(tensor.name), tensor.dtype, shape, *role, form])
     render.table(rows)
 
 
 def _json(repo: Repo, entry: LogEntry) -> dict[str, Any]:
-    commit = entry.commit
     files = [
         {"path": file.path, "bytes": file.size, "hash": file.hash, "format": file.format}
-        for file in commit.files
+        for file in entry.commit.files
     ]
-    return render.entry_json(entry) | {
-        "parts": _parts_json(entry),
-        "files": files,
-        "source": commit.source,
-        "path": commit.path,
-        "host": commit.host,
-        "user": commit.user,
-        "code": commit.code,
-        "tensors": _tensors_json(repo, entry.id),
-    }
+    tensors = [
+        render.attributes(tensor, "name part role dtype shape")
+        | {"evidence": tensor.evidence or None, "error": tensor.error}
+        for tensor in repo.tensors(entry.id)
+    ]
+    return (
+        entries.entry_json(entry)
+        | {"parts": _parts_json(entry), "files": files}
+        | render.attributes(entry.commit, "source path host user code")
+        | {"tensors": tensors}
+    )
 
 
 def _fields(entry: LogEntry) -> list[tuple[str, str]]:
     """Return the labels and values to print; an empty value is left out."""
     commit = entry.commit
-    raw, stored = commit.raw_bytes, entry.stored_bytes
     measured = {} if entry.exact else asdict(commit.error)
     errors = [f"{name} {value:.3g}" for name, value in measured.items()]
     return [
@@ -89,9 +64,9 @@ def _fields(entry: LogEntry) -> list[tuple[str, str]]:
         ("by", f"{commit.user}@{commit.host}"),
         ("code", commit.code or ""),
         ("message", render.printable(entry.message)),
-        ("metrics", render.metrics(entry.metrics)),
-        ("fields", render.fields(entry.fields)),
-        ("size", f"{render.size(raw)} -> {render.size(stored)} ({render.ratio(raw, stored)})"),
+        ("metrics", entries.metrics(entry.metrics)),
+        ("fields", entries.fields(entry.fields)),
+        ("size", entries.sizes(commit.raw_bytes, entry.stored_bytes)),
         ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
         ("fidelity", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
         ("error", ", ".join(errors[:3])),
@@ -100,9 +75,9 @@ def _fields(entry: LogEntry) -> list[tuple[str, str]]:
 
 
 def show(
-    context: typer.Context,
+    context: Context,
     revision: Revision = "HEAD",
-    roles: Annotated[bool, typer.Option("--roles", help="list tensors with their roles")] = False,
+    roles: Annotated[bool, Option("--roles", help="list tensors with their roles")] = False,
     json: JsonOption = False,
 ) -> None:
     """Print one commit and its files."""

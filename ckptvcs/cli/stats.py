@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import typer
+from typer import Context
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 
-def stats(context: typer.Context, json: JsonOption = False) -> None:
+def stats(context: Context, json: JsonOption = False) -> None:
     """Print sizes on disk."""
-    found = open_repo(context).stats()
-    if json:
-        render.as_json(
-            {
-                "commits": found.commits,
-                "raw_bytes": found.raw_bytes,
-                "stored_bytes": found.stored_bytes,
-                "history_bytes": found.history_bytes,
-                "patch_bytes": found.patch_bytes,
-                "cache_bytes": found.cache_bytes,
-                "packs": found.packs,
-                "ratio": found.ratio,
-            }
-        )
-        return
-    render.data(f"commits   {found.commits}")
-    render.data(f"committed {render.size(found.raw_bytes)}")
-    render.data(f"stored    {render.size(found.stored_bytes)} in {found.packs} packs")
-    render.data(f"  history {render.size(found.history_bytes)}")
-    render.data(f"  patches {render.size(found.patch_bytes)}")
-    render.data(f"cache     {render.size(found.cache_bytes)} (can be deleted)")
-    render.data(f"ratio     {render.ratio(found.raw_bytes, found.stored_bytes)}")
+    sizes = open_repo(context).stats()
+    render.answer(
+        vars(sizes) | {"ratio": sizes.ratio},
+        f"commits   {sizes.commits}",
+        f"committed {render.size(sizes.raw_bytes)}",
+        f"stored    {render.size(sizes.stored_bytes)} in {sizes.packs} packs",
+        f"  history {render.size(sizes.history_bytes)}",
+        f"  patches {render.size(sizes.patch_bytes)}",
+        f"cache     {render.size(sizes.cache_bytes)} (can be deleted)",
+        f"ratio     {entries.ratio(sizes.raw_bytes, sizes.stored_bytes)}",
+        json=json,
+    )

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import typer
+from typer import Context
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 
-def status(context: typer.Context, json: JsonOption = False) -> None:
+def status(context: Context, json: JsonOption = False) -> None:
     """Print the current commit and the files that differ from it."""
     repo = open_repo(context)
-    found = repo.status()
-    branch, name, step, changes = found.branch, found.head, found.step, found.changes
+    status = repo.status()
+    branch, name, step, changes = status.branch, status.head, status.step, status.changes
     if json:
         render.as_json(
-            {
-                "repository": str(repo.folder),
-                "branch": branch,
-                "detached": branch is None,
-                "head": name,
-                "step": step,
-                "changes": [{"what": what, "path": str(path)} for what, path in changes],
-            }
+            {"repository": repo.folder, "branch": branch, "detached": branch is None}
+            | render.attributes(status, "head step")
+            | {"changes": [{"what": what, "path": path} for what, path in changes]}
         )
         return
     if name is None:

@@ -1,8 +1,7 @@
-"""Standard output and standard error, where the system may refuse them.
+"""Standard output and standard error that handle errors of the system.
 
-Output that cannot be written is an error, once; what is left of it then goes nowhere, so that the
-interpreter does not stumble over it at its end.  Talk that cannot be written is no error: there is
-nobody to be told.
+If output cannot be written, that is one error.  The rest of the output is discarded, so that the
+interpreter does not fail again when it exits.  An error of standard error is ignored.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ class OutputError(StorageError):
 
 
 class ReaderGoneError(OutputError):
-    """Whoever read standard output has gone (`ckpt log | head`): that is no failure."""
+    """The reader of standard output has closed it (`ckpt log | head`), which is not a failure."""
 
     exit_code = 0
 
 
 class _Waiting(io.FileIO):
-    """A descriptor that may be set not to wait, by who shares it: it is waited for."""
+    """A descriptor that another process may set to non-blocking: a write waits until it can."""
 
     def write(self, data: object) -> int:
         while (count := super().write(data)) is None:  # type: ignore[arg-type]
@@ -42,21 +41,21 @@ class _Waiting(io.FileIO):
 class _Stream(io.TextIOWrapper):
     @classmethod
     def of(cls, stream: TextIO | None, number: int) -> Self:
-        """What takes the place of a stream of Python; where that was closed, of none."""
+        """Return the replacement of a stream of Python; None is a closed stream."""
         encoding, lines = "utf-8", False
         if isinstance(stream, io.TextIOWrapper):
             encoding, lines = stream.encoding, stream.line_buffering or stream.write_through
         raw = io.BufferedWriter(_Waiting(number, "w", closefd=False))
-        # A name may be one that the encoding lacks.
+        # The encoding may lack characters of a name.
         return cls(raw, encoding, "backslashreplace", line_buffering=lines)
 
     def give_up(self) -> None:
-        """Let what is left, and what comes, go nowhere."""
+        """Discard the rest of the output."""
         number = self.fileno()
         with contextlib.suppress(OSError):
             try:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
-            except OSError:  # there is no descriptor left but this one
+            except OSError:  # no other descriptor is free
                 os.close(number)
                 nowhere = os.open(os.devnull, os.O_WRONLY)
             if nowhere != number:
@@ -104,6 +103,6 @@ class Talk(_Stream):
 
 
 def prepare() -> None:
-    """Put these in the place of the streams of this process."""
+    """Replace the streams of this process."""
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
     sys.stdout, sys.stderr = Output.of(sys.stdout, 1), Talk.of(sys.stderr, 2)

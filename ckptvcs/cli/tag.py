@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
@@ -12,10 +12,10 @@ from ckptvcs.cli.listing import show_names, warn_if_faded
 
 
 def tag(
-    context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="name of a new tag")] = None,
-    revision: Annotated[str, typer.Argument(metavar="[REV]", help="commit to tag")] = "HEAD",
-    delete: Annotated[bool, typer.Option("--delete", help="delete the tag")] = False,
+    context: Context,
+    name: Annotated[str | None, Argument(metavar="[NAME]", help="name of a new tag")] = None,
+    revision: Annotated[str, Argument(metavar="[REV]", help="commit to tag")] = "HEAD",
+    delete: Annotated[bool, Option("--delete", help="delete the tag")] = False,
     json: JsonOption = False,
 ) -> None:
     """List, create or delete tags."""
@@ -28,7 +28,4 @@ def tag(
         return
     commit = repo.tag(name, revision)
     warn_if_faded(repo.entry(commit))
-    if json:
-        render.as_json({"name": name, "commit": commit})
-    else:
-        render.data(f"tag {name} at {commit[:8]}")
+    render.answer({"name": name, "commit": commit}, f"tag {name} at {commit[:8]}", json=json)

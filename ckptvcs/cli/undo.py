@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import typer
+from typer import Context
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
 
 
-def undo(context: typer.Context, json: JsonOption = False) -> None:
+def undo(context: Context, json: JsonOption = False) -> None:
     """Undo the last move or drop of the current branch."""
     repo = open_repo(context)
     done = repo.undo()
-    if json:
-        render.as_json({"undone": done.what, "branch": done.branch, "commit": done.commit})
-        return
     at = f", now at {done.commit[:8]}" if done.commit else ", now without commits"
-    render.data(f"undone: {done.what}; branch {done.branch}{at}")
+    render.answer(
+        {"undone": done.what, "branch": done.branch, "commit": done.commit},
+        f"undone: {done.what}; branch {done.branch}{at}",
+        json=json,
+    )

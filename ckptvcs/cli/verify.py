@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Context, Exit, Option
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, locate, open_repo
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, UnsupportedVersionError
 from ckptvcs.repo import Repo
@@ -20,21 +19,19 @@ if TYPE_CHECKING:
 
 
 def verify(
-    context: typer.Context,
+    context: Context,
     subset: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="AMOUNT", help="how much to check, least recently checked first: 5%, 10G, 15m"
         ),
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="repair damage")] = False,
+    repair: Annotated[bool, Option("--repair", help="repair damage")] = False,
     source: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="DIR", help="repository to copy from (with --repair)"),
+        Path | None, Option("--from", metavar="DIR", help="repository to copy from (with --repair)")
     ] = None,
     drop: Annotated[
-        bool,
-        typer.Option("--drop-damaged", help="drop commits that cannot be repaired (with --repair)"),
+        bool, Option("--drop-damaged", help="drop commits that cannot be repaired (with --repair)")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -58,7 +55,7 @@ def verify(
     else:
         _show(report, repaired)
     if report.damage:
-        raise typer.Exit(CorruptionError.exit_code)
+        raise Exit(CorruptionError.exit_code)
 
 
 def _show_repaired(repaired: Repaired) -> None:
@@ -112,26 +109,13 @@ def _say_unopened(folder: Path, error: CkptError, *, json: bool) -> None:
 
 
 def _verified(report: VerifyReport, repaired: Repaired | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "ok": not report.damage,
-        "packs": report.packs,
-        "commits": report.commits,
-        "tensors": report.tensors,
-        "files": report.files,
-        "bytes": report.bytes,
-        "unchecked": report.unchecked,
-        "unreachable": report.unreachable,
-        "discarded": report.discarded,
-        "damage": [asdict(damage) for damage in report.damage],
-    }
-    if repaired is not None:
-        found["repaired"] = asdict(repaired)
-    return found
+    repair = {} if repaired is None else {"repaired": repaired}
+    return {"ok": not report.damage} | vars(report) | repair
 
 
 def _unreachable(names: Sequence[ObjectId]) -> tuple[str, str]:
     return (
-        f"note: {len(names)} unreachable commit(s): {render.ids(names)}",
+        f"note: {len(names)} unreachable commit(s): {entries.ids(names)}",
         "hint: run 'ckpt branch NAME ID' to keep one; an interrupted commit can leave one",
     )
 
@@ -142,7 +126,7 @@ def _damage_lines(damage: Damage) -> list[str]:
     name = f" ({render.printable(damage.name)})" if damage.name and shown else ""
     lines = [f"{damage.what}: {where}{damage.message}{name}"]
     if damage.commits and damage.commit is None:
-        lines.append("  commits: " + render.ids(damage.commits))
+        lines.append("  commits: " + entries.ids(damage.commits))
     if damage.tensors:
         lines.append("  tensors: " + ", ".join(map(render.printable, damage.tensors)))
     return lines
@@ -158,5 +142,5 @@ def _repaired(done: Repaired) -> str:
         "commit(s) dropped": len(done.dropped),
         "damaged pack(s) deleted": done.packs,
     }
-    said = [f"{count} {what}" for what, count in counts.items() if count]
-    return "repaired: " + (", ".join(said) or "nothing")
+    repairs = [f"{count} {what}" for what, count in counts.items() if count]
+    return "repaired: " + (", ".join(repairs) or "nothing")

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Context, Option
 
-from ckptvcs.cli import removals, render
+from ckptvcs.cli import entries, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, open_repo
 from ckptvcs.errors import InvalidInputError, NotFoundError, after
 
@@ -24,29 +24,24 @@ _ONCE, _SETTLES = 10.0, 10  # --once skips a changing file after these seconds, 
 
 
 def watch(
-    context: typer.Context,
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="directory that a trainer writes to")
-    ],
+    context: Context,
+    folder: Annotated[Path, Argument(metavar="DIR", help="directory that a trainer writes to")],
     pattern: Pattern = None,
     codec: Codec = None,
     branch: Branch = None,
     keep_local: Annotated[
         int | None,
-        typer.Option(
-            "--keep-local", metavar="N", help="keep the newest N originals, delete the others"
-        ),
+        Option("--keep-local", metavar="N", help="keep the newest N originals, delete the others"),
     ] = None,
     accept_near: Annotated[
-        bool, typer.Option("--accept-near", help="also delete if the commit is near (--keep-local)")
+        bool, Option("--accept-near", help="also delete if the commit is near (--keep-local)")
     ] = False,
-    interval: Annotated[float, typer.Option(metavar="SECONDS", help="seconds between scans")] = 5.0,
+    interval: Annotated[float, Option(metavar="SECONDS", help="seconds between scans")] = 5.0,
     settle: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", help="commit after this many seconds without a change"),
+        float, Option(metavar="SECONDS", help="commit after this many seconds without a change")
     ] = 2.0,
     once: Annotated[
-        bool, typer.Option("--once", help="commit the present checkpoints, then exit")
+        bool, Option("--once", help="commit the present checkpoints, then exit")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -135,16 +130,15 @@ def _tell(repo: Repo, event: WatchEvent) -> None:
     elif event.id is not None:
         entry = repo.entry(event.id)
         removals.tell(event.name, event)
-        step = "-" if event.step is None else str(event.step)
-        sizes = f"{render.size(event.raw_bytes)} -> {render.size(entry.stored_bytes)}"
-        ratio = render.ratio(event.raw_bytes, entry.stored_bytes)
-        name, form = render.printable(event.name), render.fidelity(entry)
-        render.data(f"{event.id[:8]}  step {step}  {name}  {sizes} ({ratio})  {form}")
+        step = entries.step_text(event.step)
+        sizes = entries.sizes(event.raw_bytes, entry.stored_bytes)
+        name, form = render.printable(event.name), entries.fidelity(entry)
+        render.data(f"{event.id[:8]}  step {step}  {name}  {sizes}  {form}")
 
 
 def _json(repo: Repo, event: WatchEvent) -> render.Json:
     return {
         "name": event.name,
         "step": event.step,
-        "commit": None if event.id is None else render.entry_json(repo.entry(event.id)),
+        "commit": None if event.id is None else entries.entry_json(repo.entry(event.id)),
     } | removals.as_json(event)

@@ -61,8 +61,6 @@ def in_our_order(words: Words, info: TensorInfo) -> Words:
 class _Job:
     """One slice to decode."""
 
-    table: ObjectId
-    position: int
     number: int
     slice: int
     is_last: bool
@@ -171,11 +169,10 @@ class Restorer:
 
     def _jobs(self, numbers: list[int]) -> Iterator[_Job]:
         for number in numbers:
-            table, position = self.place(number)
-            self._chain.require_slices(table, position, self.schema.tensors[number])
+            self._chain.require_slices(*self.place(number), self.schema.tensors[number])
             slices = slices_of(self.schema.tensors[number].words)
             for index in slices:
-                yield _Job(table, position, number, index, index + 1 == len(slices))
+                yield _Job(number, index, index + 1 == len(slices))
 
     def read_slices(
         self, numbers: list[int], room: Callable[[_Job], Words | None] = lambda _: None
@@ -192,22 +189,23 @@ class Restorer:
             try:
                 return decode_as_known(job, info)
             except CorruptionError:
-                if not self._chain.heal(job.table, job.position, info):
+                if not self._chain.heal(*self.place(job.number), info):
                     raise
                 return decode_as_known(job, info)
 
         def decode_as_known(job: _Job, info: TensorInfo) -> tuple[_Job, Words]:
             chain, out = self._chain, room(job)
-            links = chain.links(job.table, job.position, info)
+            table, position = self.place(job.number)
+            links = chain.links(table, position, info)
             if base is None or info.part != "model":
                 return job, chain.decode_slice(links, info, job.slice, out)
-            if job.table == self.commit.parts["model"].values:
+            if table == self.commit.parts["model"].values:
                 words = chain.decode_slice(links, info, job.slice, out)
-                base.write(job.position, job.slice, words)
+                base.write(position, job.slice, words)
                 return job, words
-            below, patched = self._below_patch(links, job.position, info)
+            below, patched = self._below_patch(links, position, info)
             near = chain.decode_slice(below, info, job.slice)
-            base.write(job.position, job.slice, near)
+            base.write(position, job.slice, near)
             if patched:
                 return job, chain.apply(links[-1], job.slice, near, out)
             return job, chain.decode_slice(links, info, job.slice, out)
@@ -217,7 +215,7 @@ class Restorer:
             for job, words in ordered_map(decode, self._jobs(numbers)):
                 digest.update(octets(words))
                 if job.is_last:
-                    if not self._is_sound(job, digest):
+                    if not self.has_hash(job.number, digest):
                         self._decode_again(job.number, room)
                     digest = hasher()
                 yield job, words
@@ -295,9 +293,6 @@ class Restorer:
             if not self.schema.tensors[number].words:
                 yield number, np.empty(0, np.uint8)
 
-    def _is_sound(self, job: _Job, digest: Hasher) -> bool:
-        return digest.digest() == self._catalog.value(job.table, job.position)
-
     def _decode_again(self, number: int, room: Callable[[_Job], Words | None]) -> None:
         """Decode a tensor from its keyframe: a cached base may be wrong.
 
@@ -305,21 +300,21 @@ class Restorer:
             CorruptionError: the chain is damaged, or wrong slices were returned already.
         """
         digest, chain = hasher(), ChainReader(self._catalog)
-        info = self.schema.tensors[number]
+        info, place = self.schema.tensors[number], self.place(number)
+        cached = self._decoded.pop(place[0], None)
+        if isinstance(cached, CachedTable):
+            cached.discard()
         for job in self._jobs([number]):
-            cached = self._decoded.pop(job.table, None)
-            if isinstance(cached, CachedTable):
-                cached.discard()
             out = room(job)
             if out is None:
                 break
             if job.slice == 0:
-                chain.heal(job.table, job.position, info)
-            links = chain.links(job.table, job.position, info)
+                chain.heal(*place, info)
+            links = chain.links(*place, info)
             digest.update(octets(chain.decode_slice(links, info, job.slice, out)))
-        if not self._is_sound(job, digest):
+        if not self.has_hash(number, digest):
             wrong = f"{info.name} does not decode to its recorded hash"
-            if self._chain.heal(job.table, job.position, info):
+            if self._chain.heal(*place, info):
                 raise _RetypedError(wrong)
             raise CorruptionError(wrong)
 

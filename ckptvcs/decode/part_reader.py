@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,14 +23,7 @@ from ckptvcs.checkpoint.links import within
 from ckptvcs.checkpoint.pickle_reader import TensorRef, walk
 from ckptvcs.checkpoint.state import fill, make_tensor
 from ckptvcs.checkpoint.torch_storages import ref_dtype
-from ckptvcs.checkpoint.torch_writer import (
-    Leaf,
-    Payload,
-    dump_pickle,
-    row_major,
-    write_zip,
-    zip_records,
-)
+from ckptvcs.checkpoint.torch_writer import Leaf, Payload, dump_pickle, row_major, write_zip
 from ckptvcs.checkpoint.torch_zip import ARRAYS_RECORD
 from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.codec.words import Bytes, octets, word_type
@@ -255,11 +249,10 @@ class PartReader:
         if named(target).suffix == ".safetensors":
             write_whole(target, lambda out: self._save_safetensors({name: window}, out))
             return
-        data, dtype, shape = self.window(window), window[1].dtype, window[1].shape
-        elements = len(data) // DTYPES[dtype].size
-        leaf = Leaf(0, dtype, elements, len(data), 0, shape, row_major(shape))
-        records = zip_records(dump_pickle(None, lambda *_: leaf), [_payload(data)], {})
-        write_whole(target, lambda out: write_zip(out.write, named(target).stem, records))
+        data, view = self.window(window), window[1]
+        leaf = Leaf(0, len(data), replace(view, offset=0, stride=row_major(view.shape)))
+        pickled, stem = dump_pickle(None, lambda *_: leaf), named(target).stem
+        write_whole(target, lambda out: write_zip(out.write, stem, pickled, [_payload(data)]))
 
     def export(
         self,
@@ -304,9 +297,7 @@ class PartReader:
 
         def leaf_of(number: int, view: View) -> Leaf:
             size = 0 if number < 0 else self.schema.tensors[number].size_bytes
-            storage = storages.setdefault(number, len(storages))
-            elements = size // DTYPES[view.dtype].size
-            return Leaf(storage, view.dtype, elements, size, view.offset, view.shape, view.stride)
+            return Leaf(storages.setdefault(number, len(storages)), size, view)
 
         pickled = None
         subtree = self._subtree(part)
@@ -336,7 +327,7 @@ class PartReader:
             )
             for number in storages
         ]
-        write_zip(out.write, stem, zip_records(pickled, payloads, {}))
+        write_zip(out.write, stem, pickled, payloads)
 
     def _save_safetensors(self, tensors: Mapping[str, Window], out: BinaryIO) -> None:
         """Write tensors as a safetensors file, block by block.

@@ -34,7 +34,7 @@ from ckptvcs.encode.assemble import Assembly, Encoded, EncodedTensor, StoredPlac
 from ckptvcs.encode.bases import Bases
 from ckptvcs.encode.exact import encode_patch
 from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
-from ckptvcs.encode.group import EncodedGroup, Errors, GroupEncoder
+from ckptvcs.encode.group import EncodedSlice, Errors, GroupEncoder, Target
 from ckptvcs.encode.measure import count_nonfinite, report, report_tensors
 from ckptvcs.encode.planner import Attempt, Planner, TooCoarse
 from ckptvcs.encode.source import SourceTensor, stays
@@ -58,15 +58,14 @@ class _Work:
 
 @dataclass(frozen=True)
 class _EncodedSlices:
-    """Slice `index` of a group, with exact patches (None for slices that are exact).
+    """Slice `index` of a group, with the exact patch of each member (None if it is exact).
 
     `nonfinite` counts the weights and moments that are infinite or NaN.
     """
 
     work: _Work
     index: int
-    group: EncodedGroup
-    patches: list[Buffers | None]
+    members: list[tuple[Target, Draft, EncodedSlice, Errors, Buffers | None]]
     nonfinite: int
 
 
@@ -105,9 +104,8 @@ class Encoder:
         self._position = {number: at for row in self.rows.values() for at, number in enumerate(row)}
         model = [self._infos[number] for number in self.rows["model"]]
         self._open_base = partial(open_writer, cache, memory, model)
-        new_pack = partial(catalog.store.new_pack, "packs")
-        self._frames = {part: PartWriter(new_pack) for part in PARTS}
-        self._patches = {part: PatchWriter(new_pack, joined=joined) for part in PARTS}
+        self._frames = {part: PartWriter(catalog.store) for part in PARTS}
+        self._patches = {part: PatchWriter(catalog.store, joined=joined) for part in PARTS}
         self._numbers: dict[tuple[bytes, str, str, str], int] = {}  # by value, type, part and role
         self._copies: defaultdict[int, list[int]] = defaultdict(list)
         self.tensors: dict[int, EncodedTensor] = {}
@@ -224,14 +222,7 @@ class Encoder:
     def _put(self, encoded: _EncodedSlices) -> None:
         work, index = encoded.work, encoded.index
         self.nonfinite += encoded.nonfinite
-        for target, draft, part, errors, patch in zip(
-            work.encoder.members,
-            work.drafts,
-            encoded.group.slices,
-            encoded.group.errors,
-            encoded.patches,
-            strict=True,
-        ):
+        for target, draft, part, errors, patch in encoded.members:
             info = self._infos[target.number]
             numbers = target.number, *self._copies.get(target.number, ())
             self._frames[info.part].append(draft, part)
@@ -292,7 +283,7 @@ class Encoder:
 
     def publish_frames(self, part: str) -> ObjectId | None:
         """Publish the new frames of a part; return their bundle."""
-        bundle, size = self._frames[part].finish(self._catalog.store.publish)
+        bundle, size = self._frames[part].finish()
         self.data_bytes += size
         return bundle
 
@@ -305,7 +296,7 @@ class Encoder:
             writer.frame(number, self._infos[number], (values, position), depths[number] + 1)
             for position, number in enumerate(row)
         ]
-        return writer.finish(frames, exact, self._catalog.store.publish)
+        return writer.finish(frames, exact)
 
     def publish_loose(self, part: str) -> tuple[list[PackId], dict[int, StoredPlace]]:
         """Publish the exact patches of a part, to be joined; return their pack and places."""
@@ -314,24 +305,25 @@ class Encoder:
             return [], {}
         writer = self._patches[part]
         frames = [writer.frame(number, self._infos[number], None, 0) for number in lossy]
-        bundle, pack = writer.finish_loose(frames, self._catalog.store.publish)
+        bundle, pack = writer.publish(frames)
         return [pack.id], {number: (bundle, frame) for frame, number in enumerate(lossy)}
 
 
 def _encode_slices(job: tuple[_Work, int, bool]) -> _EncodedSlices:
     work, number, patched = job
-    encoded = work.encoder.encode(number)
-    patches: list[Buffers | None] = []
+    group = work.encoder.encode(number)
+    members = []
     nonfinite = 0
-    for target, part in zip(work.encoder.members, encoded.slices, strict=True):
-        exact = part.decoded is part.source
-        if exact and target.role in LOSSY and target.dtype in WEIGHT_DTYPES:
+    rows = zip(work.encoder.members, work.drafts, group.slices, group.errors, strict=True)
+    for target, draft, part, errors in rows:
+        patch: Buffers | None = None
+        if part.decoded is not part.source:
+            if patched:
+                patch = encode_patch(target.tensor.slice(number), part.decoded, target.dtype)
+        elif target.role in LOSSY and target.dtype in WEIGHT_DTYPES:
             nonfinite += count_nonfinite(part.decoded, target.dtype)
-        if exact or not patched:
-            patches.append(None)
-        else:
-            patches.append(encode_patch(target.tensor.slice(number), part.decoded, target.dtype))
-    return _EncodedSlices(work, number, encoded, patches, nonfinite)
+        members.append((target, draft, part, errors, patch))
+    return _EncodedSlices(work, number, members, nonfinite)
 
 
 def energy_of(values: NDArray[np.float32]) -> float:

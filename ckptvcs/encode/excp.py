@@ -21,9 +21,9 @@ from ckptvcs.codec.frame import (
 )
 from ckptvcs.codec.masks import Mask
 from ckptvcs.codec.spec import ExcpSpec
-from ckptvcs.codec.words import Floats
+from ckptvcs.codec.words import NONE, Floats
 from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Group, Target
-from ckptvcs.encode.measure import measure
+from ckptvcs.encode.measure import finite, measure
 from ckptvcs.parallel import ordered_map
 
 _SAMPLE = 1 << 20  # sampled entries of a tensor
@@ -39,18 +39,6 @@ class ExcpPlan:
     weight: Centres
     first: Centres
     second: Centres
-
-
-@dataclass
-class _Sample:
-    """Sampled entries of residual, exp_avg and exp_avg_sq, and sums over all entries."""
-
-    residual: list[Floats]
-    first: list[Floats]
-    second: list[Floats]
-    moved: bool = False
-    first_sum: float = 0.0
-    second_sum: float = 0.0
 
 
 def _picked(count: int, share: float) -> slice | Mask:
@@ -69,53 +57,42 @@ def plan(group: Group, spec: ExcpSpec) -> ExcpPlan | None:
     weight that did not move to zero.
     """
     share = _SAMPLE / group.words
-    sample = _Sample([], [], [], moved=group.weight is None)
 
-    def measure(number: int) -> tuple[Floats | None, Floats | None, Floats | None]:
-        first = None if group.first is None else group.first.floats(number)
-        second = None if group.second is None else group.second.floats(number)
+    def read(number: int) -> list[tuple[Floats, float]]:
+        """Return samples of the residual and both moments of a slice, and sums of magnitudes."""
         residual = None if group.weight is None else group.weight.residual(number)
-        return residual, first, second
+        moments = (None if t is None else t.floats(number) for t in (group.first, group.second))
+        rows = [NONE if values is None else values for values in (residual, *moments)]
+        return [
+            (row[_picked(row.size, share)].copy(), float(np.abs(row).sum(dtype=np.float64)))
+            for row in rows
+        ]
 
-    for residual, first, second in ordered_map(measure, slices_of(group.words)):
-        for values, kept in (
-            (residual, sample.residual),
-            (first, sample.first),
-            (second, sample.second),
-        ):
-            if values is not None:
-                if not np.isfinite(values).all():
-                    return None
-                kept.append(values[_picked(values.size, share)].copy())
-        sample.moved = sample.moved or (residual is not None and bool(residual.any()))
-        sample.first_sum += 0.0 if first is None else float(np.abs(first).sum(dtype=np.float64))
-        sample.second_sum += 0.0 if second is None else float(second.sum(dtype=np.float64))
-    return _fit(sample, group, spec) if sample.moved else None
-
-
-def _fit(sample: _Sample, group: Group, spec: ExcpSpec) -> ExcpPlan | None:
-    size = (1 << spec.bits) - 1
-    weight_codes = first_codes = second_codes = np.zeros(0, np.float16)
-    threshold = 0.0
-    mask: Mask | bool = True
-    if sample.residual:
-        residual = np.concatenate(sample.residual)
-        mean_square = sample.second_sum / group.words if group.second is not None else None
-        median = float(np.median(np.abs(residual)))
-        threshold = excp.residual_threshold(median, mean_square, spec)
-        mask = np.abs(residual) > threshold
-        weight_codes = excp.fit_codebook(residual[mask], size)
-    moment_threshold = spec.beta * sample.first_sum / group.words
-    if sample.first:
-        first = np.concatenate(sample.first)
-        kept = mask & (np.abs(first) > moment_threshold)
-        first_codes = excp.fit_codebook(first[kept], size)
-        if sample.second:
-            second_codes = excp.fit_codebook(np.concatenate(sample.second)[kept], size)
-    centres = np.concatenate((weight_codes, first_codes, second_codes))
-    if not np.isfinite(centres).all():
+    samples: tuple[list[Floats], ...] = [NONE], [NONE], [NONE]
+    sums = [0.0, 0.0, 0.0]
+    for rows in ordered_map(read, slices_of(group.words)):
+        for index, (values, total) in enumerate(rows):
+            samples[index].append(values)
+            sums[index] += total
+        if not np.isfinite(sums).all():
+            return None
+    if group.weight is not None and not sums[0]:
         return None
-    return ExcpPlan(threshold, moment_threshold, weight_codes, first_codes, second_codes)
+    residual, first, second = map(np.concatenate, samples)
+    threshold = 0.0
+    if residual.size:
+        mean_square = None if group.second is None else sums[2] / group.words
+        threshold = excp.residual_threshold(float(np.median(np.abs(residual))), mean_square, spec)
+    moment_threshold = spec.beta * sums[1] / group.words
+    moved, kept = np.abs(residual) > threshold, np.abs(first) > moment_threshold
+    if residual.size and first.size:
+        kept &= moved
+    size = (1 << spec.bits) - 1
+    sampled = (residual[moved], first[kept], second[kept])
+    codebooks = [excp.fit_codebook(values, size) for values in sampled]
+    if not np.isfinite(np.concatenate(codebooks)).all():
+        return None
+    return ExcpPlan(threshold, moment_threshold, *codebooks)
 
 
 class ExcpEncoder:
@@ -149,7 +126,9 @@ class ExcpEncoder:
             slices.append(_moment(group.first, number, kept, fitted.first, own_mask=True))
             if group.second is not None:
                 slices.append(_moment(group.second, number, kept, fitted.second, own_mask=False))
-        return EncodedGroup(tuple(slices), measure(group, number, self.members, slices))
+        rows = zip(self.members, slices, strict=True)
+        errors = (finite(measure(group, target, number, part)) for target, part in rows)
+        return EncodedGroup(tuple(slices), tuple(errors))
 
 
 def _moment(

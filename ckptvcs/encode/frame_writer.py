@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from ckptvcs.history.recipe import NO_HASH, Frame, Recipe, dump_bundle, dump_rec
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Pool
 from ckptvcs.store.ids import Kind, ObjectId, object_id
+from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import PackInfo, PackWriter
 
 _LATE = 6  # slices in memory that wait to be written
@@ -53,16 +54,21 @@ class Draft:
         """Return the number of frames below this one in the chain."""
         return self.base.depth + 1 if self.base is not None and self.uses_base else 0
 
+    def frame(self) -> Frame:
+        """Return the complete frame."""
+        base = self.base.place if self.base is not None and self.uses_base else None
+        return Frame(base, self.depth, self.companion, tuple(self.slices), self.dtype)
+
 
 class Region:
     """Writes slices into the region of a bundle, in its own pack."""
 
-    def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
-        self._new_pack = new_pack
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
         self._pack: PackWriter | None = None
         self._at = 0
 
-    def append(self, *buffers: bytes | memoryview, hashed: bool = True) -> Slice:
+    def write(self, *buffers: bytes | memoryview, hashed: bool = True) -> Slice:
         """Add a slice, given in pieces."""
         offset = self._at
         for data in buffers:
@@ -74,8 +80,13 @@ class Region:
     def pack(self) -> PackWriter:
         """Return the pack, which is created on first use."""
         if self._pack is None:
-            self._pack = self._new_pack()
+            self._pack = self._store.new_pack("packs")
         return self._pack
+
+    def publish(self, frames: list[Frame]) -> tuple[ObjectId, PackInfo]:
+        """Publish the pack with the bundle of these frames; return the bundle's id and the pack."""
+        bundle = self.pack.add(Kind.BUNDLE, dump_bundle(frames))
+        return bundle, self._store.publish(self.pack)
 
     def abort(self) -> None:
         """Delete the temporary file unless it was published."""
@@ -83,16 +94,12 @@ class Region:
             self._pack.abort()
 
 
-class PartWriter:
+class PartWriter(Region):
     """Writes the frames of one part into their own pack."""
 
-    def __init__(self, new_pack: Callable[[], PackWriter]) -> None:
-        self._region = Region(new_pack)
+    def __init__(self, store: ObjectStore) -> None:
+        super().__init__(store)
         self.drafts: list[Draft] = []
-
-    def abort(self) -> None:
-        """Delete the pack unless it was published."""
-        self._region.abort()
 
     def begin(self, dtype: str, base: BaseTensor | None, *, steady: bool) -> Draft:
         draft = Draft(len(self.drafts), dtype, base, steady)
@@ -100,7 +107,7 @@ class PartWriter:
         return draft
 
     def append(self, draft: Draft, encoded: EncodedSlice) -> None:
-        draft.slices.append(self._region.append(encoded.data))
+        draft.slices.append(self.write(encoded.data))
         draft.uses_base |= encoded.uses_base
         draft.exact &= encoded.decoded is encoded.source
         if draft.source is None and not draft.steady and encoded.decoded is not encoded.source:
@@ -109,20 +116,15 @@ class PartWriter:
             draft.source.update(octets(encoded.source))
         draft.digest.update(octets(encoded.decoded))
 
-    def _frame(self, draft: Draft) -> Frame:
-        base = draft.base.place if draft.base is not None and draft.uses_base else None
-        return Frame(base, draft.depth, draft.companion, tuple(draft.slices), draft.dtype)
-
-    def finish(self, publish: Callable[[PackWriter], PackInfo]) -> tuple[ObjectId | None, int]:
-        """Write the bundle and publish the pack; return the bundle's id and the pack's bytes."""
+    def finish(self) -> tuple[ObjectId | None, int]:
+        """Publish the pack; return the bundle's id and the pack's bytes."""
         if not self.drafts:
             return None, 0
-        pack = self._region.pack
-        bundle = pack.add(Kind.BUNDLE, dump_bundle([self._frame(draft) for draft in self.drafts]))
-        return bundle, publish(pack).size_bytes
+        bundle, pack = self.publish([draft.frame() for draft in self.drafts])
+        return bundle, pack.size_bytes
 
 
-class PatchWriter:
+class PatchWriter(Region):
     """Writes the exact patch of one part (the lossless residual from near to exact).
 
     A pack holds the whole patch, and deleting the pack makes the patch expire. Exact patches are
@@ -130,8 +132,8 @@ class PatchWriter:
     processes are copied without decoding, so each of their slices has a hash.
     """
 
-    def __init__(self, new_pack: Callable[[], PackWriter], *, joined: bool = False) -> None:
-        self._region = Region(new_pack)
+    def __init__(self, store: ObjectStore, *, joined: bool = False) -> None:
+        super().__init__(store)
         self._hashed = joined
         self._thread: Pool | None = None
         self._slices: dict[tuple[int, int], Future[Slice]] = {}
@@ -141,8 +143,7 @@ class PatchWriter:
         """Add a slice of equal tensors. The buffers must not change until `frame` is called."""
         if self._thread is None:
             self._thread = Pool(1)
-        append = partial(self._region.append, *buffers, hashed=self._hashed)
-        future = self._thread.start(append)
+        future = self._thread.start(partial(self.write, *buffers, hashed=self._hashed))
         self._slices |= {(tensor, index): future for tensor in tensors}
         self._late.append(future)
         if len(self._late) > _LATE:
@@ -157,34 +158,24 @@ class PatchWriter:
         slices = []
         for index in slices_of(info.words):
             future = self._slices.get((tensor, index))
-            slices.append(
-                self._region.append(SAME, hashed=self._hashed)
-                if future is None
-                else future.result()
-            )
+            if future is None:
+                slices.append(self.write(SAME, hashed=self._hashed))
+            else:
+                slices.append(future.result())
         return Frame(base, depth, None, tuple(slices), info.dtype)
 
-    def finish(
-        self, frames: list[Frame], table: bytes, publish: Callable[[PackWriter], PackInfo]
-    ) -> int:
+    def finish(self, frames: list[Frame], table: bytes) -> int:
         """Publish the pack with the exact hash table and its recipe; return its bytes."""
-        pack = self._region.pack
         exact = object_id(Kind.VALUES, table)
-        bundle = pack.add(Kind.BUNDLE, dump_bundle(frames, exact))
-        pack.add(Kind.VALUES, table)
+        bundle = self.pack.add(Kind.BUNDLE, dump_bundle(frames, exact))
+        self.pack.add(Kind.VALUES, table)
         owners, numbers = (0,) * len(frames), tuple(range(len(frames)))
-        pack.add(Kind.RECIPE, dump_recipe(Recipe(exact, 0, (bundle,), owners, numbers, patch=True)))
-        return publish(pack).size_bytes
-
-    def finish_loose(
-        self, frames: list[Frame], publish: Callable[[PackWriter], PackInfo]
-    ) -> tuple[ObjectId, PackInfo]:
-        """Publish the bundle without a recipe, to be joined; return its id and its pack."""
-        bundle = self._region.pack.add(Kind.BUNDLE, dump_bundle(frames))
-        return bundle, publish(self._region.pack)
+        recipe = Recipe(exact, 0, (bundle,), owners, numbers, patch=True)
+        self.pack.add(Kind.RECIPE, dump_recipe(recipe))
+        return self._store.publish(self.pack).size_bytes
 
     def abort(self) -> None:
         """Stop the thread and delete the pack unless it was published."""
         if self._thread is not None:
             self._thread.shutdown(cancel=True)
-        self._region.abort()
+        super().abort()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.checkpoint.roles import SECOND, Rule
+from ckptvcs.checkpoint.optimizer_state import SECOND, Rule
 from ckptvcs.codec.frame import SLICE_WORDS
 from ckptvcs.codec.kernels import on_torch
 from ckptvcs.codec.sections import sample

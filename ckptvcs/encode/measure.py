@@ -18,7 +18,8 @@ from math import sqrt
 
 import numpy as np
 
-from ckptvcs.checkpoint.roles import WEIGHT, Rule
+from ckptvcs.checkpoint.optimizer_state import Rule
+from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_size, slices_of
 from ckptvcs.codec.words import NONE, Words, to_float32
@@ -34,37 +35,8 @@ _PARTITION = 1 << 14  # words; longer vectors are partitions (ZeRO, FSDP), not b
 _BEYOND = 1e6  # update NMSE that exceeds every limit
 
 
-def measure(
-    group: Group, number: int, members: Sequence[Target], slices: Sequence[EncodedSlice]
-) -> tuple[Errors, ...]:
-    """Measure the errors of slice `number` of each member."""
-    return tuple(
-        finite(
-            measure_weight(group, number, encoded)
-            if target is group.weight
-            else measure_moment(target, encoded)
-        )
-        for target, encoded in zip(members, slices, strict=True)
-    )
-
-
-def measure_weight(group: Group, number: int, encoded: EncodedSlice) -> Errors:
-    """Measure the errors of slice `number` of a group's weight."""
-    assert group.weight is not None
-    assert encoded.source is not None
-    dtype = group.weight.dtype
-    with np.errstate(over="ignore", invalid="ignore"):
-        true, near = (to_float32(words, dtype) for words in (encoded.source, encoded.decoded))
-        base = np.zeros_like(true)
-        if group.weight.base is not None:
-            base = to_float32(group.weight.base.slice(number), dtype)
-        second = NONE if group.second is None else group.second.floats(number)
-        sums = kernels.active().weight_squares(near, true, base, second)
-    return Errors.of(sums)
-
-
-def measure_moment(target: Target, encoded: EncodedSlice) -> Errors:
-    """Measure the errors of a slice of a moment."""
+def measure(group: Group, target: Target, number: int, encoded: EncodedSlice) -> Errors:
+    """Measure the errors of slice `number` of a member of a group."""
     assert encoded.source is not None
     with np.errstate(over="ignore", invalid="ignore"):
         true, near = (
@@ -72,8 +44,14 @@ def measure_moment(target: Target, encoded: EncodedSlice) -> Errors:
         )
         if target.squared:
             return Errors(*kernels.active().root_squares(true, near))
-        error, energy, largest = kernels.active().squares(near, true)
-        return Errors(error, energy, largest=largest)
+        if target is not group.weight:
+            error, energy, largest = kernels.active().squares(near, true)
+            return Errors(error, energy, largest=largest)
+        base = np.zeros_like(true)
+        if target.base is not None:
+            base = to_float32(target.base.slice(number), target.dtype)
+        second = NONE if group.second is None else group.second.floats(number)
+        return Errors.of(kernels.active().weight_squares(near, true, base, second))
 
 
 def finite(errors: Errors) -> Errors:

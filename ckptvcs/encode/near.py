@@ -25,21 +25,14 @@ from ckptvcs.codec.frame import (
     slice_size,
 )
 from ckptvcs.codec.matrix import Rows
-from ckptvcs.codec.near_lowrank import encode_low_rank
+from ckptvcs.codec.near_lowrank import MAX_RANK, encode_low_rank
 from ckptvcs.codec.near_moments import Factors, encode_first, encode_second
 from ckptvcs.codec.near_weight import encode_delta, encode_keyframe, row_factors
 from ckptvcs.codec.sections import sample
-from ckptvcs.codec.words import NONE, Bytes, Floats, NearSlice, Words, from_float32, to_float32
+from ckptvcs.codec.words import NONE, Bytes, Floats, NearSlice, from_float32, to_float32
 from ckptvcs.encode.exact import encode_exactly
 from ckptvcs.encode.group import EncodedGroup, EncodedSlice, Errors, Group, Target
-from ckptvcs.encode.measure import (
-    finite,
-    measure_matrix,
-    measure_moment,
-    measure_step,
-    measure_weight,
-    step_sample,
-)
+from ckptvcs.encode.measure import finite, measure, measure_matrix, measure_step, step_sample
 from ckptvcs.encode.near_plan import NearPlan, Scale
 from ckptvcs.encode.updates import is_known, takes_matrices
 
@@ -149,7 +142,7 @@ class NearEncoder:
             for target in group.copies:
                 near = from_float32(to_float32(weight.decoded, "F32"), target.dtype)
                 copy = EncodedSlice(put_slice(ROUNDED, b""), near, target.tensor.slice(number))
-                errors = measure_moment(target, copy)
+                errors = measure(group, target, number, copy)
                 errors.residual = own.residual
                 errors.fisher_error, errors.fisher_residual = own.fisher_error, own.fisher_residual
                 encoded[target.number] = copy, finite(errors)
@@ -160,12 +153,7 @@ class NearEncoder:
         if target.base is not None and not self._keyframe:
             base = target.base.slice(number)
         encoded = encode_exactly(target.tensor.slice(number), base, target.dtype)
-        return encoded, finite(self._errors(target, number, encoded))
-
-    def _errors(self, target: Target, number: int, encoded: EncodedSlice) -> Errors:
-        if target is self._group.weight:
-            return measure_weight(self._group, number, encoded)
-        return measure_moment(target, encoded)
+        return encoded, finite(measure(self._group, target, number, encoded))
 
     def _near(
         self,
@@ -186,7 +174,7 @@ class NearEncoder:
         words = target.tensor.slice(number)
         encoded = EncodedSlice(data, near_slice.decoded, words, uses_base)
         sums = near_slice.sums
-        errors = self._errors(target, number, encoded) if sums is None else Errors.of(sums)
+        errors = Errors.of(sums) if sums else measure(self._group, target, number, encoded)
         if not np.isfinite(errors.fisher_residual + errors.fisher_error):
             errors = replace(errors, fisher_error=0.0, fisher_residual=0.0)
         least = errors.residual if target is self._group.weight else errors.energy
@@ -231,11 +219,9 @@ class NearEncoder:
             for components, share in forms:
                 for target in averages:
                     divided = second if target is group.first else None
-                    encoded[target.number] = (
-                        self._first(target, number, divided, components)
-                        if components
-                        else self._entries(target, number, divided, share)
-                    )
+                    low_rank = self._low_rank(target, number, divided, components)
+                    entries = low_rank or self._entries(target, number, divided, share)
+                    encoded[target.number] = entries
                 yield encoded
             if averages:
                 yield encoded | {target.number: self._exact(target, number) for target in averages}
@@ -280,14 +266,8 @@ class NearEncoder:
                 return result
         return self._exact(target, number)
 
-    def _first(
-        self, target: Target, number: int, second: Measured | None, times: int = 1
-    ) -> Measured:
-        result = self._low_rank(target, number, target.tensor.slice(number), second, times)
-        return result or self._entries(target, number, second)
-
     def _entries(
-        self, target: Target, number: int, second: Measured | None, share: float = 1
+        self, target: Target, number: int, second: Measured | None, share: float
     ) -> Measured:
         """Quantize the entries of a slice, with `share` of the default quantization step."""
         words, spec = target.tensor.slice(number), self.spec
@@ -298,34 +278,28 @@ class NearEncoder:
         return self._near(target, number, method, near_slice) or self._exact(target, number)
 
     def _low_rank(
-        self, target: Target, number: int, words: Words, second: Measured | None, times: int
+        self, target: Target, number: int, second: Measured | None, times: int
     ) -> Measured | None:
         """Encode a slice by `times` the default number of rank-1 components.
 
         Return None if the slice is too narrow. Without a second moment, also return None if the
         NMSE exceeds `momentum_nmse`.
         """
-        spec = self.spec
-        rank = min(64, times * (spec.momentum_rank if second is None else spec.rank))
+        words, spec = target.tensor.slice(number), self.spec
+        rank = min(MAX_RANK, times * (spec.momentum_rank if second is None else spec.rank))
         rows = self.low_rank_rows(target, number, words.size, rank)
         if rows is None:
             return None
-        if second is None:
-            near_slice = encode_low_rank(words, None, target.dtype, rows, rank, spec.rank_step)
-            result = self._near(target, number, NEAR_LOW_RANK, near_slice)
-            enough = result is not None and result[1].error <= spec.momentum_nmse * result[1].energy
-            return result if enough else None
-        factors = _factors(second)
+        squares, factors = None if second is None else second[0].decoded, _factors(second)
+        roots = factors.roots() if factors is not None and factors.rows == rows else None
         near_slice = encode_low_rank(
-            words,
-            second[0].decoded,
-            target.dtype,
-            rows,
-            rank,
-            spec.rank_step,
-            factors.roots() if factors is not None and factors.rows == rows else None,
+            words, squares, target.dtype, rows, rank, spec.rank_step, roots
         )
-        return self._near(target, number, NEAR_SCALED_LOW_RANK, near_slice)
+        if second is not None:
+            return self._near(target, number, NEAR_SCALED_LOW_RANK, near_slice)
+        result = self._near(target, number, NEAR_LOW_RANK, near_slice)
+        enough = result is not None and result[1].error <= spec.momentum_nmse * result[1].energy
+        return result if enough else None
 
     @staticmethod
     def low_rank_rows(target: Target, number: int, count: int, rank: int) -> Rows | None:

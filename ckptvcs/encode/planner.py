@@ -10,18 +10,8 @@ import numpy as np
 
 from ckptvcs.checkpoint.notes import NOTED
 from ckptvcs.checkpoint.open import Checkpoint
-from ckptvcs.checkpoint.roles import (
-    BESIDE,
-    FIRST,
-    ITERATES,
-    LOSSY,
-    MOMENTS,
-    OPTIMIZER,
-    SECOND,
-    STATE_DICT,
-    WEIGHT,
-    Rule,
-)
+from ckptvcs.checkpoint.optimizer_state import FIRST, ITERATES, MOMENTS, SECOND, Rule
+from ckptvcs.checkpoint.roles import BESIDE, LOSSY, OPTIMIZER, STATE_DICT, WEIGHT
 from ckptvcs.codec.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec, finer

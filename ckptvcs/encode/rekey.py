@@ -8,7 +8,7 @@ slice is decoded after. Commits keep their ids; a new recipe lists the new frame
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,11 +30,11 @@ from ckptvcs.errors import CorruptionError
 from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.recipe import Frame, dump_bundle, dump_recipe
+from ckptvcs.history.recipe import Frame, dump_recipe
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId
-from ckptvcs.store.pack import PackWriter
+from ckptvcs.store.object_store import ObjectStore
 
 _WASTE = 0.1  # unused share of a bundle, above which its other frames are copied
 
@@ -63,10 +63,8 @@ class _Bundle(Region):
     `cache` takes the decoded weights; `sharing` has the positions in the table of each old frame.
     """
 
-    def __init__(
-        self, new_pack: Callable[[], PackWriter], table: _Table, cache: BaseWriter | None
-    ) -> None:
-        super().__init__(new_pack)
+    def __init__(self, store: ObjectStore, table: _Table, cache: BaseWriter | None) -> None:
+        super().__init__(store)
         self.table, self.cache = table, cache
         self.frames: list[Frame] = []
         self.moved: dict[StoredPlace, int] = {}
@@ -190,7 +188,7 @@ class Rekeyer:
             base = BaseWriter(self._cache, table.infos) if table.part == "model" else None
             if base is not None:
                 stack.callback(base.abort)
-            bundle = _Bundle(lambda: store.new_pack("packs"), table, base)
+            bundle = _Bundle(store, table, base)
             stack.callback(bundle.abort)
             meta = store.new_pack("meta")
             stack.callback(meta.abort)
@@ -201,8 +199,7 @@ class Rekeyer:
             new = [self._move(bundle, position) for position in range(len(places))]
             name: ObjectId | None = None
             if bundle.frames:
-                name = bundle.pack.add(Kind.BUNDLE, dump_bundle(bundle.frames))
-                store.publish(bundle.pack)
+                name, _ = bundle.publish(bundle.frames)
             generation = self._catalog.next_generation(table.values)
             recipe = recipe_of(table.values, generation, in_bundle(new, name))
             meta.add(Kind.RECIPE, dump_recipe(recipe))
@@ -279,7 +276,7 @@ class Rekeyer:
             if bundle.cache is not None:
                 for sharer in bundle.sharing[place]:
                     bundle.cache.write(sharer, number, words)
-            slices.append(bundle.append(encoded.data))
+            slices.append(bundle.write(encoded.data))
             uses_base |= encoded.uses_base
         wrong = digest.digest() != self._catalog.value(table.values, position)
         if wrong or (base is not None and base_digest.digest() != self._catalog.value(*base)):
@@ -293,7 +290,7 @@ class Rekeyer:
         if frame.companion is not None:
             companion = self._companion(bundle, (owner, frame.companion))
         slices = [
-            bundle.append(read_slice(self._catalog, owner, frame, index))
+            bundle.write(read_slice(self._catalog, owner, frame, index))
             for index in range(len(frame.slices))
         ]
         copy = replace(frame, companion=companion, slices=tuple(slices))

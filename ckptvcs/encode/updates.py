@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.checkpoint.roles import SECOND, Rule
+from ckptvcs.checkpoint.optimizer_state import SECOND, Rule
 
 Floats = NDArray[np.float32]
 Moments = Mapping[str, Floats]

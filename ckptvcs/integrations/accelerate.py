@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptvcs.checkpoint.roles import Names
+from ckptvcs.checkpoint.optimizer_state import Names
 from ckptvcs.errors import missing_extra
 from ckptvcs.integrations.target import Target, Where
 from ckptvcs.ops.commit import CommitResult

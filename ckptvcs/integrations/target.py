@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ckptvcs.checkpoint.open import open_checkpoint
-from ckptvcs.checkpoint.roles import Names
+from ckptvcs.checkpoint.optimizer_state import Names
 from ckptvcs.checkpoint.survey import Found
 from ckptvcs.errors import CkptError, NotFoundError
 from ckptvcs.ops.commit import CommitResult

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptvcs.checkpoint.conventions import named_step
-from ckptvcs.checkpoint.roles import Names
+from ckptvcs.checkpoint.optimizer_state import Names
 from ckptvcs.checkpoint.torch_objects import parameter_names
 from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError, missing_extra
 from ckptvcs.integrations.target import Target, Where

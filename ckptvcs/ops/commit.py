@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ckptvcs.checkpoint.notes import unknown_floats
 from ckptvcs.checkpoint.open import open_checkpoint
-from ckptvcs.checkpoint.roles import Names
+from ckptvcs.checkpoint.optimizer_state import Names
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.encode.assemble import Encoded

@@ -89,8 +89,8 @@ class Description:
                 file.path,
                 file.source.size,
                 digest,
-                file.mode,
-                file.mtime_ns,
+                file.source.mode,
+                file.source.mtime_ns,
                 file.format,
                 self._put(
                     Kind.SKELETON,

@@ -159,14 +159,13 @@ class DistributedCommit:
         row: list[tuple[int, Stored, int]],
     ) -> int:
         """Copy the exact patches of a part into one pack, and return its size in bytes."""
-        store, frames = self._catalog.store, []
-        writer = PatchWriter(lambda: store.new_pack("packs"))
+        frames, writer = [], PatchWriter(self._catalog.store)
         try:
             for position, (number, tensor, depth) in enumerate(row):
                 for index, data in enumerate(self._slices(infos[number], tensor)):
                     writer.append([number], index, (data,))
                 frames.append(writer.frame(number, infos[number], (values, position), depth))
-            return writer.finish(frames, exact, store.publish)
+            return writer.finish(frames, exact)
         finally:
             writer.abort()
 
@@ -225,11 +224,11 @@ def _join(
             for piece in shard.pieces
         )
         source = _Literals(shard.size, shard.literals)
-        joined.append(InputFile(path, source, shard.format, pieces, 0o644, 0))
+        joined.append(InputFile(path, source, shard.format, pieces))
     for path, content in files.items():
         piece = Piece(0, len(content))
         source = _Literals(piece.size, {0: content})
-        joined.append(InputFile(path, source, "raw", (piece,), 0o644, 0))
+        joined.append(InputFile(path, source, "raw", (piece,)))
     step = next((shard.step for shard in shards.values() if shard.step is not None), None)
     schema = Schema(tuple(infos))
     return Checkpoint("directory", tuple(joined), (), schema, tuple(places), step, {}, {}), stored

@@ -78,7 +78,7 @@ def read(parse: Callable[[Any], Layout | None], data: bytes) -> None:
     layout = parse(file) if data else None
     if layout is None or not covers(layout, file.size):
         return
-    made = build("file", [("a", file, layout, None)], [])
+    made = build("file", [("a", file, layout)], [])
     at = 0
     for piece in made.files[0].pieces:
         assert piece.offset == at

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
 from ckptvcs import InvalidInputError, Repo
-from ckptvcs.checkpoint.intact import HINT, TORCH, require_whole
+from ckptvcs.checkpoint.conventions import TORCH_SUFFIXES
+from ckptvcs.checkpoint.intact import HINT, require_whole
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.torch_writer import MemorySource
 from tests.helpers.training import train
@@ -75,7 +76,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("suffix", [*TORCH, ".PT"])
+@pytest.mark.parametrize("suffix", [*TORCH_SUFFIXES, ".PT"])
 @pytest.mark.parametrize("kind", WHOLE)
 def test_what_torch_or_pickle_wrote_is_taken(kind: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"m{suffix}"
@@ -90,7 +91,7 @@ def lengths(data: bytes) -> list[int]:
     return sorted({*range(1, 20), *range(20, len(data), step), *range(len(data) - 25, len(data))})
 
 
-@pytest.mark.parametrize("suffix", [*TORCH, ".PT"])
+@pytest.mark.parametrize("suffix", [*TORCH_SUFFIXES, ".PT"])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "script", "pickle"])
 def test_what_is_cut_off_is_refused(kind: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"m{suffix}"
@@ -131,7 +132,7 @@ def test_safetensors_that_are_cut_off_or_damaged_are_refused(tmp_path: Path) -> 
     assert open_checkpoint(path).files[0].format == "safetensors"
 
 
-@pytest.mark.parametrize("suffix", TORCH)
+@pytest.mark.parametrize("suffix", TORCH_SUFFIXES)
 def test_junk_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"m{suffix}"
     end_alone = b"PK\x03\x04" + b"\0" * 100 + b"PK\x05\x06" + b"\0" * 18
@@ -221,7 +222,7 @@ def test_shards_that_are_cut_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "run")
 
 
-@given(st.binary(max_size=3000), st.sampled_from([*TORCH, ".safetensors"]))
+@given(st.binary(max_size=3000), st.sampled_from([*TORCH_SUFFIXES, ".safetensors"]))
 def test_any_bytes_are_taken_or_refused(data: bytes, suffix: str) -> None:
     source = MemorySource()
     source.append(data)

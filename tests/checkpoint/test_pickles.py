@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ckptvcs.checkpoint.pickle_reader import Inert, TensorRef, read_pickle, walk
+from ckptvcs.history.schema import View
 from ckptvcs.repo import Repo
 
 
@@ -160,11 +161,11 @@ def test_tensors_that_make_absurd_claims(
 ) -> None:
     from ckptvcs.checkpoint import torch_writer
 
-    leaf = torch_writer.Leaf(0, "F32", 200, 800, offset, shape, stride)
+    leaf = torch_writer.Leaf(0, 800, View("", "F32", offset, shape, stride))
     pickled = torch_writer.dump_pickle({"w": 0}, lambda value, _: leaf if value == 0 else None)
     payload = torch_writer.Payload(800, lambda: iter([bytes(800)]))
     with (tmp_path / "a.pt").open("wb") as out:
-        torch_writer.write_zip(out.write, "a", torch_writer.zip_records(pickled, [payload], {}))
+        torch_writer.write_zip(out.write, "a", pickled, [payload])
     result = repo.commit_path(tmp_path / "a.pt", message="x")
     repo.checkout_files(result.id, tmp_path / "b.pt")
     assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptvcs.checkpoint.open import Checkpoint, open_checkpoint
-from ckptvcs.checkpoint.roles import LOSSY, Rule
+from ckptvcs.checkpoint.optimizer_state import Rule
+from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.checkpoint.state import STATE_FILE, state_checkpoint
 from ckptvcs.checkpoint.torch_objects import gather
 

@@ -29,10 +29,19 @@ class SlowPack:
         return
 
 
+class SlowStore:
+    def __init__(self) -> None:
+        self.pack = SlowPack()
+
+    def new_pack(self, folder: str) -> SlowPack:
+        assert folder == "packs"
+        return self.pack
+
+
 @pytest.mark.parametrize("changed", [1, 5])
 def test_slices_that_are_the_same_are_written_after_those_that_wait(changed: int) -> None:
-    pack = SlowPack()
-    writer = PatchWriter(lambda: pack)  # type: ignore[arg-type,return-value]
+    store = SlowStore()
+    writer = PatchWriter(store)  # type: ignore[arg-type]
     for number in range(1, changed + 1):
         writer.append([number], 0, (b"head", bytes([number]) * 9))
     base = (ObjectId("0" * 64), 0)
@@ -41,4 +50,4 @@ def test_slices_that_are_the_same_are_written_after_those_that_wait(changed: int
     writer.abort()
     wanted = [SAME, *(b"head" + bytes([n]) * 9 for n in range(1, changed + 1))]
     places = [frame.slices[0][:2] for frame in frames]
-    assert [bytes(pack.data[at : at + length]) for at, length in places] == wanted
+    assert [bytes(store.pack.data[at : at + length]) for at, length in places] == wanted

@@ -12,8 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptvcs.checkpoint.optimizer_state import MOMENTS, rule_of
-from ckptvcs.checkpoint.roles import Rule
+from ckptvcs.checkpoint.optimizer_state import MOMENTS, Rule, rule_of
 from ckptvcs.codec.words import from_float32
 from ckptvcs.encode.measure import difference, measure_step
 from ckptvcs.encode.near import is_implausible
