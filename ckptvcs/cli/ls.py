@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Context
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, Part, open_repo
@@ -17,13 +17,12 @@ _WIDE = 100  # columns of a terminal that has room for the part
 
 
 def ls(
-    context: typer.Context,
+    context: Context,
     revision: Annotated[
-        str, typer.Argument(metavar="[REV]", help="commit (default: HEAD)", show_default=False)
+        str, Argument(metavar="[REV]", help="commit (default: HEAD)", show_default=False)
     ] = "HEAD",
     pattern: Annotated[
-        str | None,
-        typer.Argument(metavar="[PATTERN]", help="glob, or a text that the names contain"),
+        str | None, Argument(metavar="[PATTERN]", help="glob, or a text that the names contain")
     ] = None,
     only: Part = None,
     json: JsonOption = False,
