@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import ErrorReport, PartState
@@ -31,23 +31,23 @@ class EncodedTensor:
     depth: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoded:
     """A checkpoint whose tensors are stored durably, but are not visible in a commit yet.
 
     `shared` has the exact hash tables whose patch belongs to another commit.
     """
 
-    parts: dict[str, PartState]
-    tables: dict[str, bytes]
-    recipes: list[Recipe]
-    depth: int
-    data_bytes: int
-    patch_bytes: int
-    nonfinite: int
-    error: ErrorReport
-    errors: dict[int, ErrorReport]
-    shared: list[ObjectId]
+    parts: dict[str, PartState] = field(default_factory=dict)
+    tables: dict[str, bytes] = field(default_factory=dict)
+    recipes: list[Recipe] = field(default_factory=list)
+    depth: int = 0
+    data_bytes: int = 0
+    patch_bytes: int = 0
+    nonfinite: int = 0
+    error: ErrorReport = field(default_factory=ErrorReport)
+    errors: dict[int, ErrorReport] = field(default_factory=dict)
+    shared: list[ObjectId] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
 
@@ -61,72 +61,67 @@ def in_bundle(places: Iterable[Place], bundle: ObjectId | None) -> list[StoredPl
     return stored
 
 
-def recipe_of(values: ObjectId, generation: int, places: Sequence[StoredPlace]) -> Recipe:
-    """Return the recipe of a table whose tensors are at these places."""
+def recipe_of(
+    catalog: Catalog, values: ObjectId, places: Iterable[Place], bundle: ObjectId | None
+) -> Recipe:
+    """Return a new recipe of a table whose tensors are at these places."""
     bundles: dict[ObjectId, int] = {}
-    owners = tuple(bundles.setdefault(bundle, len(bundles)) for bundle, _ in places)
-    return Recipe(values, generation, tuple(bundles), owners, tuple(n for _, n in places))
+    stored = in_bundle(places, bundle)
+    owners = tuple(bundles.setdefault(owner, len(bundles)) for owner, _ in stored)
+    frames = tuple(number for _, number in stored)
+    return Recipe(values, catalog.next_generation(values), tuple(bundles), owners, frames)
 
 
-class Assembly:
-    """The parts, tables, recipes and chain depths of a commit, collected part by part."""
+Publish = Callable[[str], ObjectId | None]
+"""Publishes the new frames of a part, and returns their bundle."""
 
-    def __init__(
-        self, catalog: Catalog, tensors: Mapping[int, EncodedTensor], *, patched: bool
-    ) -> None:
-        self._catalog, self._tensors, self._patched = catalog, tensors, patched
-        self._rows: dict[ObjectId, list[int]] = {}
-        self.depths = {number: tensor.depth for number, tensor in tensors.items()}
-        self.parts: dict[str, PartState] = {}
-        self.tables: dict[str, bytes] = {}
-        self.recipes: list[Recipe] = []
-        self.shared: list[ObjectId] = []
-        self.patch_bytes = 0
+Patch = Callable[[str, ObjectId, bytes, Mapping[int, int]], int]
+"""Publishes the exact patch of a part, and returns its size in bytes.
 
-    def add(
-        self,
-        part: str,
-        row: list[int],
-        publish: Callable[[], ObjectId | None],
-        patch: Callable[[ObjectId, bytes], int],
-    ) -> None:
-        """Add a part with the tensors of `row`.
+The arguments are the part, the id of its near table, its exact table, and the depths of frames.
+"""
 
-        `publish` writes the new frames and returns their bundle; `patch` writes the exact patch for
-        a table of near values and returns its size in bytes. Neither is called if the repository
-        has the same already.
-        """
+
+def assemble(
+    catalog: Catalog,
+    tensors: Mapping[int, EncodedTensor],
+    rows: Mapping[str, list[int]],
+    publish: Publish,
+    patch: Patch | None,
+) -> Encoded:
+    """Build the parts, tables and recipes of a commit from the tensors in the rows of its parts.
+
+    Neither `publish` nor `patch` is called if the repository has the same already.
+    """
+    encoded = Encoded()
+    new: dict[ObjectId, list[int]] = {}
+    depths = {number: tensor.depth for number, tensor in tensors.items()}
+    for part, row in rows.items():
         if not row:
-            return
-        near = dump_values([self._tensors[number].near for number in row])
-        exact = dump_values([self._tensors[number].exact for number in row])
+            continue
+        near = dump_values([tensors[number].near for number in row])
+        exact = dump_values([tensors[number].exact for number in row])
         values = object_id(Kind.VALUES, near)
         state = PartState(values, None if near == exact else object_id(Kind.VALUES, exact))
-        self.tables[part], self.parts[part] = near, state
-        self._add_recipe(values, row, publish)
-        if not self._patched or state.exact is None:
-            return
-        if has_patch(self._catalog, state):
-            self.shared.append(state.exact)
-        else:
-            self.patch_bytes += patch(values, exact)
-
-    def _add_recipe(
-        self, values: ObjectId, row: list[int], publish: Callable[[], ObjectId | None]
-    ) -> None:
+        encoded.tables[part], encoded.parts[part] = near, state
         # Keep the recipe of a known table: the frames of a second recipe could depend on frames
         # that depend on the first recipe.
-        if values in self._rows:  # another part has the same bytes
-            twins = zip(row, self._rows[values], strict=True)
-            self.depths |= {number: self.depths[twin] for number, twin in twins}
-        elif self._catalog.has_recipe(values, patches=False):
-            for position, number in enumerate(row):
-                self.depths[number] = self._catalog.frame(values, position)[1].depth
+        if values in new:  # another part has the same bytes
+            depths |= zip(row, [depths[number] for number in new[values]], strict=True)
+        elif catalog.has_recipe(values, patches=False):
+            known = [catalog.frame(values, position)[1].depth for position in range(len(row))]
+            depths |= zip(row, known, strict=True)
         else:
-            self._rows[values] = row
-            places = in_bundle([self._tensors[number].place for number in row], publish())
-            generation = self._catalog.next_generation(values)
-            self.recipes.append(recipe_of(values, generation, places))
+            new[values] = row
+            places = [tensors[number].place for number in row]
+            encoded.recipes.append(recipe_of(catalog, values, places, publish(part)))
+        if patch is not None and state.exact is not None:
+            if has_patch(catalog, state):
+                encoded.shared.append(state.exact)
+            else:
+                encoded.patch_bytes += patch(part, values, exact, depths)
+    encoded.depth = max(depths.values(), default=0)
+    return encoded
 
 
 def has_patch(catalog: Catalog, state: PartState) -> bool:

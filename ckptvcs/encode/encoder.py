@@ -30,7 +30,7 @@ from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import to_float32
 from ckptvcs.decode.base_cache import MemoryBase, open_writer
-from ckptvcs.encode.assemble import Assembly, Encoded, EncodedTensor, StoredPlace
+from ckptvcs.encode.assemble import Encoded, EncodedTensor, StoredPlace, assemble
 from ckptvcs.encode.bases import Bases
 from ckptvcs.encode.exact import encode_patch
 from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
@@ -251,25 +251,14 @@ class Encoder:
     # -- publishing ----------------------------------------------------------------------------
 
     def _finish(self) -> Encoded:
-        assembly = Assembly(self._catalog, self.tensors, patched=self._attempt.patched)
-        for part, row in self.rows.items():
-            patch = partial(self._publish_patch, part, row, assembly.depths)
-            assembly.add(part, row, partial(self.publish_frames, part), patch)
-        if "model" in assembly.parts and "model" not in self._stored_parts:
-            self._next_base.finish(assembly.parts["model"].values)
-        return Encoded(
-            assembly.parts,
-            assembly.tables,
-            assembly.recipes,
-            max(assembly.depths.values(), default=0),
-            self.data_bytes,
-            assembly.patch_bytes,
-            self.nonfinite,
-            report(self.errors, self._infos),
-            self._reports(),
-            assembly.shared,
-            self._planner.notes,
-        )
+        patch = self._publish_patch if self._attempt.patched else None
+        encoded = assemble(self._catalog, self.tensors, self.rows, self.publish_frames, patch)
+        if "model" in encoded.parts and "model" not in self._stored_parts:
+            self._next_base.finish(encoded.parts["model"].values)
+        encoded.data_bytes, encoded.nonfinite = self.data_bytes, self.nonfinite
+        encoded.error, encoded.errors = report(self.errors, self._infos), self._reports()
+        encoded.notes = self._planner.notes
+        return encoded
 
     def _reports(self) -> dict[int, ErrorReport]:
         """Return the error report of each near tensor, copies included."""
@@ -288,13 +277,13 @@ class Encoder:
         return bundle
 
     def _publish_patch(
-        self, part: str, row: list[int], depths: Mapping[int, int], values: ObjectId, exact: bytes
+        self, part: str, values: ObjectId, exact: bytes, depths: Mapping[int, int]
     ) -> int:
         """Publish the exact patch of a part; return its size in bytes."""
         writer = self._patches[part]
         frames = [
             writer.frame(number, self._infos[number], (values, position), depths[number] + 1)
-            for position, number in enumerate(row)
+            for position, number in enumerate(self.rows[part])
         ]
         return writer.finish(frames, exact)
 

@@ -94,7 +94,7 @@ def measure_step(rule: Rule, true: Moments, near: Moments, count: int) -> Errors
         gradients = [likely, _SMALL * likely] if steps_alone(true) else [likely]
         return _worst(
             [
-                difference(step(true, gradient), step(near, gradient), count)
+                difference(step(rule, true, gradient), step(rule, near, gradient), count)
                 for step in steps_of(rule, true)
                 for gradient in gradients
             ],

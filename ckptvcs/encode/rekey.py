@@ -21,7 +21,7 @@ from ckptvcs.codec.frame import decode_slice, slices_of
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable, read_slice
-from ckptvcs.encode.assemble import Place, StoredPlace, in_bundle, recipe_of
+from ckptvcs.encode.assemble import Place, StoredPlace, recipe_of
 from ckptvcs.encode.bases import match_tensors
 from ckptvcs.encode.exact import reencode
 from ckptvcs.encode.frame_writer import Region, Slice
@@ -200,8 +200,7 @@ class Rekeyer:
             name: ObjectId | None = None
             if bundle.frames:
                 name, _ = bundle.publish(bundle.frames)
-            generation = self._catalog.next_generation(table.values)
-            recipe = recipe_of(table.values, generation, in_bundle(new, name))
+            recipe = recipe_of(self._catalog, table.values, new, name)
             meta.add(Kind.RECIPE, dump_recipe(recipe))
             store.publish(meta)  # readers use the new frames from now on
             self._moved |= {old: (name, number) for old, number in bundle.moved.items()}

@@ -18,7 +18,7 @@ from ckptvcs.checkpoint.optimizer_state import SECOND, Rule
 Floats = NDArray[np.float32]
 Moments = Mapping[str, Floats]
 """Moments of the same entries, by key in the optimizer state."""
-Step = Callable[[Moments, Floats], Floats]
+Step = Callable[[Rule, Moments, Floats], Floats]
 """Returns the step from moments and a gradient, without the learning rate."""
 
 _DOUBT = 1.1  # tolerance of `_most_share` for samples and rounding
@@ -36,31 +36,22 @@ def steps_of(rule: Rule, moments: Moments) -> list[Step]:
     """
     keys = moments.keys()
     if keys & {*_SQUARES}:
-        adams: list[Step] = [lambda m, g: _adam(rule, m, g)]
+        adams: list[Step] = [_adam]
         share = _share(moments)
         if share is not None and share < _LEAST_SHARE:
-            adams.append(lambda m, _: _over_norm(m))
+            adams.append(_over_norm)
         is_bounded = share is None or share <= _DOUBT * _most_share(rule)
         alone = (rule.kind == "adam" and rule.is_sure and is_bounded) or not keys - SECOND
-        return adams if alone else [*adams, lambda m, _: _average(m)]
-    if "exp_inf" in keys:
-        return [lambda m, g: _adamax(rule, m, g)]
-    if "acc_delta" in keys:
-        return [lambda m, g: _adadelta(rule, m, g)]
-    if "hessian" in keys:
-        return [lambda m, g: _sophia(rule, m, g)]
-    if keys & {"square_avg", "sum"}:
-        return [lambda m, g: _rmsprop(rule, m, g)]
-    if rule.kind in ("sgd", "muon"):
-        return [lambda m, g: _average(m)]
-    if rule.kind == "lion":
-        return [lambda m, g: _lion(rule, m, g)]
-    return [lambda m, g: _average(m), lambda m, g: _lion(rule, m, g)]
+        return adams if alone else [*adams, _momentum]
+    for key, step in _STEPS_OF_KEYS:
+        if key in keys:
+            return [step]
+    return _STEPS_OF_KINDS.get(rule.kind, [_momentum, _lion])
 
 
 def _share(moments: Moments) -> float | None:
     """Return the energy of the first moment over that of the gradients (the sum of `v`)."""
-    second = next((moments[key] for key in _SQUARES[:1] + _SQUARES[2:4] if key in moments), None)
+    second = _first(moments, "exp_avg_sq", "v", "nu")
     if second is None or not moments.keys() - SECOND:
         return None
     energy = float(second.sum(dtype=np.float64))
@@ -85,9 +76,9 @@ def is_known(rule: Rule, keys: Iterable[str]) -> bool:
 
 def gradient_scale(rule: Rule, moments: Moments) -> Floats:
     """Return the likely size of the next gradient, per entry or as one value."""
-    for key in (*_SQUARES, "square_avg"):
-        if key in moments:
-            return np.sqrt(moments[key])
+    second = _first(moments, *_SQUARES, "square_avg")
+    if second is not None:
+        return np.sqrt(second)
     if "exp_inf" in moments:
         return moments["exp_inf"] * np.float32(0.3)
     if "sum" in moments:  # assume a sum of 100 gradients
@@ -103,36 +94,42 @@ def steps_alone(moments: Moments) -> bool:
     return not moments.keys() & SECOND or "hessian" in moments
 
 
+def _first(moments: Moments, *keys: str) -> Floats | None:
+    """Return the moment with the first of these keys that the optimizer has."""
+    return next((moments[key] for key in keys if key in moments), None)
+
+
 def _average(moments: Moments) -> Floats:
-    for key in ("exp_avg", "momentum_buffer", "exp_avg_fast", "m", "mu"):
-        if key in moments:
-            return moments[key]
-    return next(iter(moments.values()))
+    average = _first(moments, "exp_avg", "momentum_buffer", "exp_avg_fast", "m", "mu")
+    return next(iter(moments.values())) if average is None else average
+
+
+def _blend(beta: float, average: Floats | None, new: Floats) -> Any:
+    """Return the next value of an exponential average; the new value if there is no average."""
+    return new if average is None else beta * average + (1 - beta) * new
 
 
 def _adam(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
     """Return the step of Adam, AMSGrad, NAdam, RAdam, AdaBelief, AdEMAMix or Adan."""
-    ahead: Any = gradient
-    for key in ("exp_avg", "exp_avg_fast", "m", "mu"):
-        if key in moments:
-            ahead = rule.beta1 * moments[key] + (1 - rule.beta1) * gradient
-            break
+    ahead = _blend(rule.beta1, _first(moments, "exp_avg", "exp_avg_fast", "m", "mu"), gradient)
     if "exp_avg_slow" in moments:
         ahead = ahead + (rule.alpha or 1) * moments["exp_avg_slow"]
     if "exp_avg_diff" in moments:
         ahead = ahead + moments["exp_avg_diff"]
-    squares = np.square(gradient)
-    root: Any = np.zeros(1, np.float32)
-    for key in _SQUARES:
-        if key in moments and key != "max_exp_avg_sq":
-            root = rule.beta2 * moments[key] + (1 - rule.beta2) * squares
-            break
+    second, root = _first(moments, *_SQUARES[:-1]), np.zeros(1, np.float32)
+    if second is not None:
+        root = _blend(rule.beta2, second, np.square(gradient))
     if "max_exp_avg_sq" in moments:
         root = np.maximum(root, moments["max_exp_avg_sq"])
     return np.asarray(ahead / (np.sqrt(root) + rule.eps), np.float32)
 
 
-def _over_norm(moments: Moments) -> Floats:
+def _momentum(_rule: Rule, moments: Moments, _gradient: Floats) -> Floats:
+    """Return the step of an optimizer that moves along its momentum."""
+    return _average(moments)
+
+
+def _over_norm(_rule: Rule, moments: Moments, _gradient: Floats) -> Floats:
     """Return the step if `v` is a norm (as in Adamax), not an average of squares."""
     second = next(moments[key] for key in _SQUARES if key in moments)
     return np.asarray(_average(moments) / np.maximum(second, np.float32(1e-30)), np.float32)
@@ -140,36 +137,30 @@ def _over_norm(moments: Moments) -> Floats:
 
 def _adamax(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
     norm = np.maximum(rule.beta2 * moments["exp_inf"], np.abs(gradient) + rule.eps)
-    ahead: Any = gradient
-    if "exp_avg" in moments:
-        ahead = rule.beta1 * moments["exp_avg"] + (1 - rule.beta1) * gradient
-    return np.asarray(ahead / norm, np.float32)
+    return np.asarray(_blend(rule.beta1, moments.get("exp_avg"), gradient) / norm, np.float32)
 
 
 def _adadelta(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
-    squares: Any = np.square(gradient)
-    if "square_avg" in moments:
-        squares = rule.beta2 * moments["square_avg"] + (1 - rule.beta2) * squares
+    squares = _blend(rule.beta2, moments.get("square_avg"), np.square(gradient))
     past = np.sqrt(moments["acc_delta"] + rule.eps)
     return np.asarray(past / np.sqrt(squares + rule.eps) * gradient, np.float32)
 
 
 def _sophia(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
     bound = np.float32(rule.alpha or 0.04) * moments["hessian"]
-    ahead = rule.beta1 * _average(moments) + (1 - rule.beta1) * gradient
+    ahead = _blend(rule.beta1, _average(moments), gradient)
     return np.asarray(np.clip(ahead / np.maximum(bound, np.float32(1e-15)), -1, 1), np.float32)
 
 
 def _rmsprop(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
     """Return the step of Adagrad, or of RMSprop (plain, centred or with momentum)."""
-    squares: Any = np.square(gradient)
-    if "sum" in moments:
-        mean: Any = moments["sum"] + squares
-    else:
-        mean = rule.beta2 * moments["square_avg"] + (1 - rule.beta2) * squares
+    squares = np.square(gradient)
+    summed = "sum" in moments
+    mean = (
+        moments["sum"] + squares if summed else _blend(rule.beta2, moments["square_avg"], squares)
+    )
     if "grad_avg" in moments:  # a near form may make the root NaN, which counts as an error
-        average = rule.beta2 * moments["grad_avg"] + (1 - rule.beta2) * gradient
-        mean = mean - np.square(average)
+        mean = mean - np.square(_blend(rule.beta2, moments["grad_avg"], gradient))
     step = gradient / (np.sqrt(mean) + rule.eps)
     if "momentum_buffer" in moments:
         step = np.asarray(rule.beta1 * moments["momentum_buffer"] + step, np.float32)
@@ -177,7 +168,20 @@ def _rmsprop(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
 
 
 def _lion(rule: Rule, moments: Moments, gradient: Floats) -> Floats:
-    return np.sign(rule.beta1 * _average(moments) + (1 - rule.beta1) * gradient)
+    step: Floats = np.sign(_blend(rule.beta1, _average(moments), gradient))
+    return step
+
+
+_STEPS_OF_KEYS: tuple[tuple[str, Step], ...] = (
+    ("exp_inf", _adamax),
+    ("acc_delta", _adadelta),
+    ("hessian", _sophia),
+    ("square_avg", _rmsprop),
+    ("sum", _rmsprop),
+)
+"""Step functions by a key that only their optimizers have."""
+
+_STEPS_OF_KINDS: dict[str, list[Step]] = {"sgd": [_momentum], "muon": [_momentum], "lion": [_lion]}
 
 
 def takes_matrices(rule: Rule, moments: Moments) -> bool:

@@ -371,13 +371,8 @@ def unchanged(base: Commit, *, patched: bool) -> Encoded:
     shared = [state.exact for state in base.parts.values() if state.exact]
     return Encoded(
         dict(base.parts),
-        {},
-        [],
-        base.depth,
-        0,
-        0,
-        base.nonfinite,
-        base.error,
-        {},
-        shared if patched else [],
+        depth=base.depth,
+        nonfinite=base.nonfinite,
+        error=base.error,
+        shared=shared if patched else [],
     )

@@ -15,20 +15,20 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Self
 
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.decode.base_cache import MemoryBase
 from ckptvcs.decode.chain import ChainReader, read_slice
-from ckptvcs.encode.assemble import Assembly, Encoded
+from ckptvcs.encode.assemble import Encoded, assemble
 from ckptvcs.encode.frame_writer import PatchWriter
-from ckptvcs.encode.group import Errors
 from ckptvcs.encode.measure import report, report_tensors
 from ckptvcs.encode.shards import Shard, ShardPlan, Stored, encode_shard
 from ckptvcs.errors import CkptError, ConflictError, InvalidInputError, after
 from ckptvcs.hashing import hex_hash
-from ckptvcs.history.commit import PARTS, ErrorReport
+from ckptvcs.history.commit import PARTS
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import Schema, TensorInfo
 from ckptvcs.ops.commit import Committer, SharedPatchFadedError
@@ -118,53 +118,36 @@ class DistributedCommit:
     def _encoded(
         self, checkpoint: Checkpoint, stored: Mapping[int, Stored], shards: Mapping[str, Shard]
     ) -> Encoded:
-        infos = checkpoint.schema.tensors
-        assembly = Assembly(self._catalog, stored, patched=self._committer.patched)
-        for part in PARTS:
-            row = checkpoint.schema.stored(part)
-
-            def patch(values: ObjectId, table: bytes, row: list[int] = row) -> int:
-                frames = [(number, stored[number], assembly.depths[number] + 1) for number in row]
-                return self._patch(infos, values, table, frames)
-
-            assembly.add(part, row, lambda: None, patch)
-        errors, reports = self._reports(infos, stored)
-        return Encoded(
-            assembly.parts,
-            assembly.tables,
-            assembly.recipes,
-            max(assembly.depths.values(), default=0),
-            sum(shard.data_bytes for shard in shards.values()),
-            assembly.patch_bytes,
-            sum(shard.nonfinite for shard in shards.values()),
-            report(errors, infos),
-            reports,
-            assembly.shared,
-        )
-
-    def _reports(
-        self, infos: tuple[TensorInfo, ...], stored: Mapping[int, Stored]
-    ) -> tuple[dict[int, Errors], dict[int, ErrorReport]]:
-        """Return the measured errors, and the error report of each near tensor, by position."""
+        schema = checkpoint.schema
+        rows = {part: schema.stored(part) for part in PARTS}
+        patch = partial(self._patch, schema, stored) if self._committer.patched else None
+        encoded = assemble(self._catalog, stored, rows, lambda _: None, patch)
+        encoded.data_bytes = sum(shard.data_bytes for shard in shards.values())
+        encoded.nonfinite = sum(shard.nonfinite for shard in shards.values())
         errors = {n: tensor.errors for n, tensor in stored.items() if tensor.errors is not None}
-        reports = report_tensors(errors, infos) if self._committer.spec.settings else {}
-        reports |= {n: tensor.known for n, tensor in stored.items() if tensor.known is not None}
-        return errors, reports
+        encoded.error = report(errors, schema.tensors)
+        if self._committer.spec.settings:
+            encoded.errors = report_tensors(errors, schema.tensors)
+        encoded.errors |= {n: t.known for n, t in stored.items() if t.known is not None}
+        return encoded
 
     def _patch(
         self,
-        infos: tuple[TensorInfo, ...],
+        schema: Schema,
+        stored: Mapping[int, Stored],
+        part: str,
         values: ObjectId,
         exact: bytes,
-        row: list[tuple[int, Stored, int]],
+        depths: Mapping[int, int],
     ) -> int:
         """Copy the exact patches of a part into one pack, and return its size in bytes."""
         frames, writer = [], PatchWriter(self._catalog.store)
         try:
-            for position, (number, tensor, depth) in enumerate(row):
-                for index, data in enumerate(self._slices(infos[number], tensor)):
+            for position, number in enumerate(schema.stored(part)):
+                info = schema.tensors[number]
+                for index, data in enumerate(self._slices(info, stored[number])):
                     writer.append([number], index, (data,))
-                frames.append(writer.frame(number, infos[number], (values, position), depth))
+                frames.append(writer.frame(number, info, (values, position), depths[number] + 1))
             return writer.finish(frames, exact)
         finally:
             writer.abort()

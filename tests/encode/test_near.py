@@ -299,7 +299,7 @@ def test_a_failed_commit_leaves_no_wrong_base(near: Repo, monkeypatch: pytest.Mo
     now = weights()
     near.commit(adam_state(now, 1), step=1)
     with monkeypatch.context() as patch:
-        patch.setattr("ckptvcs.encode.encoder.Assembly", lambda *_, **__: 1 / 0)
+        patch.setattr("ckptvcs.encode.encoder.assemble", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             near.commit(adam_state(moved(now), 2), step=2)
     now = moved(now)

@@ -53,7 +53,7 @@ def test_the_next_step_is_that_of_the_optimizer(name: str) -> None:
     optimizer.step()
     true = (before - weight.detach()).numpy()
     (step,) = steps_of(rule, moments)
-    found = step(moments, gradient.numpy())
+    found = step(rule, moments, gradient.numpy())
     if name == "SGD":  # nothing divides: the gradient is the same for both
         found = 0.9 * found + gradient.numpy()
     assert np.corrcoef(true, found)[0, 1] > 0.999
