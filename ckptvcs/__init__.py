@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.diff import Comparison, TensorDifference
     from ckptvcs.ops.diff_sides import Indistinct
     from ckptvcs.ops.diff_sums import Sums
+    from ckptvcs.ops.disk_usage import DiskUsage, UsageRow
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.fetch import Fetched
     from ckptvcs.ops.import_folder import Importer, ImportItem
@@ -72,6 +73,7 @@ _HOMES = {
     "Damage": "ops.verify",
     "Decision": "gc.decide",
     "DeletedBranch": "ops.refs",
+    "DiskUsage": "ops.disk_usage",
     "ErrorReport": "history.commit",
     "Exported": "ops.export",
     "Fetched": "ops.fetch",
@@ -104,6 +106,7 @@ _HOMES = {
     "TensorInfo": "history.schema",
     "TensorView": "ops.tensor",
     "Undone": "history.reflog",
+    "UsageRow": "ops.disk_usage",
     "Verdict": "ops.bisect",
     "VerifyReport": "ops.verify",
     "WatchEvent": "ops.watch",
@@ -143,6 +146,7 @@ __all__ = [
     "Damage",
     "Decision",
     "DeletedBranch",
+    "DiskUsage",
     "ErrorReport",
     "Exported",
     "Fetched",
@@ -182,6 +186,7 @@ __all__ = [
     "TruncatedError",
     "Undone",
     "UnsupportedVersionError",
+    "UsageRow",
     "Verdict",
     "VerifyReport",
     "WatchEvent",
