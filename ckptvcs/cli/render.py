@@ -33,7 +33,9 @@ _UNEXPECTED = 1
 DISTANCES = ["|A|", "|B|", "|B-A|", "change", "per step", "cosine", "max", "changed", "not finite"]
 """The columns of `diff` after the name of a tensor."""
 
-_RIGHT = frozenset(["step", "size", "stored", "ratio", "bytes", "depth", "freed"]).union(DISTANCES)
+_RIGHT = frozenset(["step", "size", "share", "stored", "ratio", "bytes", "depth", "freed"]).union(
+    DISTANCES
+)
 _FLEXIBLE = frozenset({"message", "metrics", "name", "reason", "note"})
 _GAP = 2  # columns between two cells
 
