@@ -91,13 +91,11 @@ class Index:
                 raise lmdb.InvalidError("the index of this process is private")
             root = self.follower.open().base.root
             draft, first = draft_after(self._family, self.follower.number, root)
-            try:
+            with contextlib.closing(draft):
                 number = begin_journal(self._family)
                 draft.write(lambda txn: forget_expected(draft, txn))
                 self._add(draft, read_journals(self._family, range(first, number)))
                 draft.publish(self._family.edition(number))
-            finally:
-                draft.close()
             announce(self._family, number)
             self.follower.open()
             clean(self._family, 2)
