@@ -120,11 +120,11 @@ class Catalog:
 
     def notes(self, commit: ObjectId) -> list[tuple[ObjectId, Note]]:
         """Return the notes of a commit with their ids, sorted so that later ones count."""
-        found = []
+        notes = []
         for name in self.note_ids(commit):
             with contextlib.suppress(MissingObjectError):  # gc has just moved it
-                found.append((name, self._note(name)))
-        return in_order(pair for pair in found if pair[1].commit == commit)
+                notes.append((name, self._note(name)))
+        return in_order(pair for pair in notes if pair[1].commit == commit)
 
     def merged(self, name: ObjectId, message: str, metrics: Mapping[str, float]) -> Merged:
         """Return the message, metrics and fields of a commit with its notes."""
