@@ -118,7 +118,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
         (originals, "live_leases", "look for leases"),
         (originals, "turn", "turn"),
         (Originals, "delete", "delete the original"),
-        (gc, "_rekey", "rekey"),
+        (gc._Collection, "_rekey", "rekey"),
         (collect.Collector, "record", "record"),
         (collect.Collector, "delete", "sweep"),
     ]
