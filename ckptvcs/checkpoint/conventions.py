@@ -360,9 +360,9 @@ def _is_epoch(word: str) -> bool:
 
 def _kind(token: _NumberToken, *, bare: bool) -> Kind:
     """Return the meaning of a number, from its unit, the word before it, or the word after it."""
-    known = _kind_by_unit(token) or _kind_by_label(token)
-    if known is not None:
-        return known
+    kind = _kind_by_unit(token) or _kind_by_label(token)
+    if kind is not None:
+        return kind
     if _is_step(token.after):
         return Kind.STEP
     if _is_epoch(token.after) or (not token.label and token.after == "net"):  # 100_net_G of pix2pix
