@@ -14,7 +14,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source, overlap
@@ -167,64 +167,56 @@ class Checksums(Enum):
 def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | None:
     """Return the layout of a torch.save zip file, or None for any other file."""
     entries = _directory(file)
-    if entries is None:
+    contents = None if entries is None else _read(file, entries)
+    if entries is None or contents is None:
         return None
-    records = _read(file, entries)
-    if records is None or (not records.storages and records.problem is not None):
+    layout, payloads = contents
+    storages = [storage for storage, _ in payloads]
+    if not storages and layout.problem is not None:
         return None
-    compressed = sum(entry.inner.startswith("data/") and entry.method != 0 for entry in entries)
-    if compressed and records.problem is None:
-        records.problem = f"{compressed} of its records are compressed"
-    if len({storage.key for storage in records.storages}) < len(records.storages):
+    if len({storage.key for storage in storages}) < len(storages):
         return None  # with duplicate keys, each tensor would belong to several storages
-    tensors = stored_tensors(records.storages, records.tree)
-    remark = set_order(tensors, _order(file, entries))
-    marks = []
-    for number, (storage, entry) in enumerate(zip(records.storages, records.payloads, strict=True)):
-        if _is_computed(file, storage, entry, tensors[number].inline, checksums):
-            marks += [Checksum(at, number) for at in _checksum_places(file, storage, entry)]
-    remarks = () if remark is None else (remark,)
-    return Layout(
-        "torch-zip", tensors, marks, records.tree, records.arrays, records.problem, remarks
-    )
+    compressed = sum(entry.inner.startswith("data/") and entry.method != 0 for entry in entries)
+    if compressed and layout.problem is None:
+        layout.problem = f"{compressed} of its records are compressed"
+    layout.tensors = stored_tensors(storages, layout.tree)
+    remark = set_order(layout.tensors, _order(file, entries))
+    layout.remarks = () if remark is None else (remark,)
+    for number, (storage, entry) in enumerate(payloads):
+        if _is_computed(file, storage, entry, layout.tensors[number].inline, checksums):
+            places = _checksum_places(file, storage, entry)
+            layout.checksums += [Checksum(at, number) for at in places]
+    return layout
 
 
-@dataclass
-class _Records:
-    """The content of a file's records: storages and their entries (`payloads`), the tree of the
-    pickle or the `problem` with it, and the paths of numpy arrays.
+def _read(
+    file: Source, entries: list[_Entry]
+) -> tuple[Layout, list[tuple[Storage, _Entry]]] | None:
+    """Read the uncompressed records; return None if they overlap.
+
+    The layout has the tree of the pickle, or the problem with it, and the paths of numpy arrays.
     """
-
-    storages: list[Storage] = field(default_factory=list)
-    payloads: list[_Entry] = field(default_factory=list)
-    tree: object = None
-    arrays: frozenset[str] = frozenset()
-    problem: str | None = "it has no torch.save pickle"
-
-
-def _read(file: Source, entries: list[_Entry]) -> _Records | None:
-    """Read the uncompressed records; return None if they overlap."""
     places = [(_payload(file, entry), entry) for entry in entries if entry.method == 0]
     stored = [(start, entry) for start, entry in places if start is not None]
     if overlap((start, entry.size) for start, entry in stored):
         return None  # before any record is read: thousands of entries may point at one record
-    records = _Records()
+    layout = Layout("torch-zip", [], problem="it has no torch.save pickle")
+    payloads = []
     for start, entry in stored:
         if entry.inner.startswith("data/"):
-            records.storages.append(Storage(entry.inner[5:], start, entry.size))
-            records.payloads.append(entry)
+            payloads.append((Storage(entry.inner[5:], start, entry.size), entry))
         elif entry.inner == "data.pkl" and entry.size > MAX_PICKLE_BYTES:
-            records.problem = "its pickle is larger than 1 GiB"
+            layout.problem = "its pickle is larger than 1 GiB"
         elif entry.inner == "data.pkl":
             try:
                 data = io.BytesIO(file.read(start, entry.size))
-                records.tree, records.problem = read_pickle(data, entry.size), None
+                layout.tree, layout.problem = read_pickle(data, entry.size), None
             except pickle.UnpicklingError as error:
                 # Without a tree, the tensors have no names and are exact.
-                records.tree, records.problem = None, str(error)
+                layout.tree, layout.problem = None, str(error)
         elif entry.inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
-            records.arrays = _arrays(file.read(start, entry.size))
-    return records
+            layout.arrays = _arrays(file.read(start, entry.size))
+    return layout, payloads
 
 
 def _is_computed(
