@@ -8,7 +8,7 @@ number without such a word is a step only if other meanings are unlikely.  `grou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
@@ -80,18 +80,18 @@ PART_KEYS = words(
 """Keys at the top of a checkpoint whose value is the whole model or optimizer."""
 
 _STEP_KEYS = (
-    ("step",), ("global_step",), ("iteration",), ("iter",), ("steps",), ("current_step",),
-    ("global_steps",),  # DeepSpeed
-    ("iter_num",),  # nanoGPT
-    ("num_updates",), ("optimizer_history", -1, "num_updates"),  # fairseq
-    ("meta", "iter"),  # mmengine
-    ("state", "timestamp", "batch"), ("state", "timestamp", "Timestamp", "batch"),  # composer
-    ("train_state", "step"), ("trainer_state", "global_step"),
-)  # fmt: skip
+    "step global_step iteration iter steps current_step"
+    " global_steps"  # DeepSpeed
+    " iter_num"  # nanoGPT
+    " num_updates optimizer_history.-1.num_updates"  # fairseq
+    " meta.iter"  # mmengine
+    " state.timestamp.batch state.timestamp.Timestamp.batch"  # composer
+    " train_state.step trainer_state.global_step"
+)
 _EPOCH_KEYS = (
-    ("epoch",), ("current_epoch",), ("meta", "epoch"), ("extra_state", "train_iterator", "epoch"),
-    ("state", "timestamp", "epoch"), ("state", "timestamp", "Timestamp", "epoch"),
-)  # fmt: skip
+    "epoch current_epoch meta.epoch extra_state.train_iterator.epoch"
+    " state.timestamp.epoch state.timestamp.Timestamp.epoch"
+)
 _STATE_FILES = {HF_LAST: "global_step", "metadata.json": "step", "meta.json": "step"}
 _STEP_FILES = frozenset({"latest", "latest_checkpointed_iteration.txt"})  # DeepSpeed, Megatron
 _OTHER_STEPS = "random_states"  # files of accelerate: their step counts accumulated gradients
@@ -114,27 +114,31 @@ def is_step_file(path: str) -> bool:
 
 def step_in_keys(tree: object) -> int | None:
     """Return the step under one of the usual keys, or None."""
-    return next(filter(_is_count, (_at(tree, path) for path in _STEP_KEYS)), None)
+    return _first_count(tree, _STEP_KEYS)
 
 
 def epoch_in_keys(tree: object) -> int | None:
     """Return the epoch under one of the usual keys, or None."""
-    return next(filter(_is_count, (_at(tree, path) for path in _EPOCH_KEYS)), None)
+    return _first_count(tree, _EPOCH_KEYS)
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Return whether a value may be a step."""
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _at(tree: object, path: Sequence[str | int]) -> Any:
+def _first_count(tree: object, paths: str) -> int | None:
+    return next(filter(is_count, (_at(tree, path) for path in paths.split())), None)
+
+
+def _at(tree: object, path: str) -> Any:
+    """Return the value at a dotted path, where `-1` is the last item of a list."""
     node: Any = tree
-    for key in path:
-        if isinstance(node, dict) and isinstance(key, str):
+    for key in path.split("."):
+        if isinstance(node, dict):
             node = node.get(key)
-        elif isinstance(node, list) and isinstance(key, int) and node:
-            node = node[key]
         else:
-            return None
+            node = node[-1] if isinstance(node, list) and node and key == "-1" else None
     return node
 
 

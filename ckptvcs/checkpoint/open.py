@@ -423,7 +423,7 @@ def _step_beside(path: str, source: Source) -> int | None:
         return None
     text = source.read(0, source.size).decode("ascii", "replace").strip()
     step = int(text) if text.isdecimal() else conventions.named_step(text)
-    return step if step is not None and step < 1 << 62 else None
+    return step if conventions.is_count(step) else None
 
 
 def _json_step(data: bytes, key: str) -> int | None:
@@ -433,4 +433,4 @@ def _json_step(data: bytes, key: str) -> int | None:
         value = json.loads(data).get(key)
     except (ValueError, AttributeError, RecursionError):
         return None
-    return value if type(value) is int and 0 <= value < 1 << 62 else None
+    return value if conventions.is_count(value) else None

@@ -22,14 +22,14 @@ from ckptvcs.checkpoint.pickle_reader import MAX_PICKLE_BYTES, read_pickle
 from ckptvcs.checkpoint.torch_storages import Storage, set_order, stored_tensors
 from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN
 
-_END = struct.Struct("<4sHHHHIIH")
-_END64 = struct.Struct("<4sQHHIIQQQQ")
-_LOCATOR64 = struct.Struct("<4sIQI")
-_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+END = struct.Struct("<4sHHHHIIH")
+END64 = struct.Struct("<4sQHHIIQQQQ")
+LOCATOR64 = struct.Struct("<4sIQI")
+CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _MAX_DIRECTORY = 1 << 28
 _MAX_COMMENT = 1 << 16
-_ALL = 0xFFFFFFFF
+UNFIT = 0xFFFFFFFF  # in place of a size or an offset that needs zip64
 
 ARRAYS_RECORD = "ckptvcs.arrays"
 """A record in the files of Python states: the paths of the numpy arrays."""
@@ -57,24 +57,24 @@ def starts_like_zip(file: Source) -> bool:
 
 def has_end(file: Source) -> bool:
     """Return whether the file has an end record; a file that is being written has none."""
-    start = max(0, file.size - _END.size - _MAX_COMMENT)
+    start = max(0, file.size - END.size - _MAX_COMMENT)
     return b"PK\x05\x06" in file.read(start, file.size - start)
 
 
 def _find_end(file: Source) -> tuple[int, int, int] | None:
     """Return the number of entries in the directory, its size and its offset, or None."""
-    start = max(0, file.size - _END.size - _MAX_COMMENT)
+    start = max(0, file.size - END.size - _MAX_COMMENT)
     tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
+    if at < 0 or at + END.size > len(tail):
         return None
-    _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    _, _, _, _, count, size, offset, _ = END.unpack_from(tail, at)
     position = start + at
-    if position >= _LOCATOR64.size:
-        magic, *_ = _LOCATOR64.unpack(file.read(position - _LOCATOR64.size, _LOCATOR64.size))
-        position64 = position - _LOCATOR64.size - _END64.size
+    if position >= LOCATOR64.size:
+        magic, *_ = LOCATOR64.unpack(file.read(position - LOCATOR64.size, LOCATOR64.size))
+        position64 = position - LOCATOR64.size - END64.size
         if magic == b"PK\x06\x07" and position64 >= 0:
-            fields = _END64.unpack(file.read(position64, _END64.size))
+            fields = END64.unpack(file.read(position64, END64.size))
             if fields[0] == b"PK\x06\x06":
                 count, size, offset = fields[7], fields[8], fields[9]
                 position = position64
@@ -93,14 +93,14 @@ def _directory(file: Source) -> list[_Entry] | None:
     entries: list[_Entry] = []
     at = 0
     for _ in range(count):
-        if at + _CENTRAL.size > size:
+        if at + CENTRAL.size > size:
             return None
-        fields = _CENTRAL.unpack_from(data, at)
+        fields = CENTRAL.unpack_from(data, at)
         method, crc, stored, length = fields[4], fields[7], fields[8], fields[9]
         name_size, extra_size, comment_size, local = fields[10], fields[11], fields[12], fields[16]
-        name_at = at + _CENTRAL.size
+        name_at = at + CENTRAL.size
         extra = data[name_at + name_size : name_at + name_size + extra_size]
-        if _ALL in (stored, length, local):
+        if UNFIT in (stored, length, local):
             stored, length, local = _zip64(extra, stored, length, local)
         if fields[0] != b"PK\x01\x02" or (method == 0 and stored != length):
             return None
@@ -120,9 +120,9 @@ def _zip64(extra: bytes, stored: int, length: int, local: int) -> tuple[int, int
                 if at + 4 + size <= len(extra)
                 else ()
             )
-            length = next(values, length) if length == _ALL else length
-            stored = next(values, stored) if stored == _ALL else stored
-            local = next(values, local) if local == _ALL else local
+            length = next(values, length) if length == UNFIT else length
+            stored = next(values, stored) if stored == UNFIT else stored
+            local = next(values, local) if local == UNFIT else local
             break
         at += 4 + size
     return stored, length, local
@@ -130,10 +130,10 @@ def _zip64(extra: bytes, stored: int, length: int, local: int) -> tuple[int, int
 
 def _payload(file: Source, entry: _Entry) -> int | None:
     """Return the offset of a record's payload; None if it does not lie in the file."""
-    if entry.local + _LOCAL.size > file.size:
+    if entry.local + LOCAL.size > file.size:
         return None
-    fields = _LOCAL.unpack(file.read(entry.local, _LOCAL.size))
-    start: int = entry.local + _LOCAL.size + fields[9] + fields[10]
+    fields = LOCAL.unpack(file.read(entry.local, LOCAL.size))
+    start: int = entry.local + LOCAL.size + fields[9] + fields[10]
     return start if fields[0] == b"PK\x03\x04" and start + entry.size <= file.size else None
 
 
@@ -150,7 +150,7 @@ def is_archive(file: Source) -> bool:
     return bool(entries) and all(
         _payload(file, entry) is not None
         if entry.method == 0
-        else entry.local + _LOCAL.size <= file.size
+        else entry.local + LOCAL.size <= file.size
         for entry in entries
     )
 
