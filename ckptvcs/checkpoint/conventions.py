@@ -425,7 +425,7 @@ def _is_plausible(number: Number, name: str) -> bool:
 
     A number of an architecture, a power of two beside one, or a year is not plausible.
     """
-    if number.kind is not Kind.LOOSE or number.digits < 3:
+    if number.digits < 3:
         return False
     words = re.findall(r"[a-z]+", name.lower())
     if not any(word.startswith(_ARCHITECTURES) for word in words):
@@ -439,30 +439,31 @@ def _is_plausible(number: Number, name: str) -> bool:
 _TEXT_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", re.IGNORECASE)
 
 
+def _of_kind(name: str, *kinds: Kind) -> list[Number]:
+    return [number for number in read_numbers(stem(name)) if number.kind in kinds]
+
+
 def named_step(name: str, said: int | None = None, epoch: int | None = None) -> int | None:
     """Return the step in the name of a file or directory, as in `checkpoint_6_182000.pt`.
 
     `said` and `epoch` are the numbers that the checkpoint itself holds.  If its epoch is 12,
     `checkpoint-12` does not name a step.
     """
-    numbers = read_numbers(stem(name))
-    steps = [number.value for number in numbers if number.kind is Kind.STEP]
-    if steps:
-        return steps[-1]
+    if steps := _of_kind(name, Kind.STEP):
+        return steps[-1].value
     for kinds in ((Kind.CHECKPOINT,), (Kind.NUMBER, Kind.ATTACHED)):
-        steps = [number.value for number in numbers if number.kind in kinds and number.is_sure]
-        if steps:
-            return None if _is_epoch_of(steps[-1], said, epoch) else steps[-1]
+        if steps := [number for number in _of_kind(name, *kinds) if number.is_sure]:
+            return None if _is_epoch_of(steps[-1], said, epoch) else steps[-1].value
     return None
 
 
 def step_in_name(name: str, epoch: int | None = None) -> int | None:
     """Return the step in a name as `named_step` does, or the number in `checkpoint500`."""
     step = named_step(name, epoch=epoch)
-    attached = [number.value for number in read_numbers(stem(name)) if number.kind is Kind.ATTACHED]
+    attached = _of_kind(name, Kind.ATTACHED)
     if step is not None or not attached or _is_epoch_of(attached[-1], None, epoch):
         return step
-    return attached[-1]
+    return attached[-1].value
 
 
 def number_in_name(name: str, epoch: int | None = None) -> int | None:
@@ -470,32 +471,32 @@ def number_in_name(name: str, epoch: int | None = None) -> int | None:
 
     It is a fallback if neither the name nor the checkpoint says the step.
     """
-    numbers = read_numbers(stem(name))
-    plain = [number.value for number in numbers if number.kind in (Kind.NUMBER, Kind.ATTACHED)]
-    loose = [number.value for number in numbers if _is_plausible(number, name)]
-    steps = plain or loose
-    return steps[-1] if steps and not _is_epoch_of(steps[-1], None, epoch) else None
+    loose = [number for number in _of_kind(name, Kind.LOOSE) if _is_plausible(number, name)]
+    steps = _of_kind(name, Kind.NUMBER, Kind.ATTACHED) or loose
+    return steps[-1].value if steps and not _is_epoch_of(steps[-1], None, epoch) else None
 
 
-def _is_epoch_of(number: int, said: int | None, epoch: int | None) -> bool:
+def _is_epoch_of(number: Number, said: int | None, epoch: int | None) -> bool:
     """Return whether a number in a name is the epoch of the checkpoint.
 
     They may differ by 1: trainers count from 0 or 1, and save before or after they increment.
     """
-    return number != said and epoch is not None and abs(number - epoch) <= 1
+    return number.value != said and epoch is not None and abs(number.value - epoch) <= 1
 
 
 def epochs_in_name(name: str) -> list[int]:
     """Return the epochs in a name."""
-    return [number.value for number in read_numbers(stem(name)) if number.kind is Kind.EPOCH]
+    return [number.value for number in _of_kind(name, Kind.EPOCH)]
+
+
+def counts_in_name(name: str) -> list[Number]:
+    """Return the numbers in a name that may count steps or epochs."""
+    return _of_kind(name, *(kind for kind in Kind if kind not in (Kind.SHARD, Kind.OTHER)))
 
 
 def is_alias(name: str) -> bool:
     """Return whether a name has `last` or `best` in place of a step."""
-    counts = [
-        number for number in read_numbers(stem(name)) if number.kind not in (Kind.SHARD, Kind.OTHER)
-    ]
-    return ALIAS.search(name) is not None and not counts
+    return ALIAS.search(name) is not None and not counts_in_name(name)
 
 
 def step_in_text(text: str) -> int | None:

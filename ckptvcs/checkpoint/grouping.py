@@ -19,6 +19,7 @@ from ckptvcs.checkpoint.conventions import (
     SHARED,
     Kind,
     Number,
+    counts_in_name,
     read_numbers,
     stem,
 )
@@ -53,14 +54,8 @@ def family(name: str) -> str:
 
     All checkpoints of one run have the same family.
     """
-    plain = ALIAS.sub("#", template(replaced(name, _counts(name), "#")))
+    plain = ALIAS.sub("#", template(replaced(name, counts_in_name(name), "#")))
     return re.sub(r"#(?:[-_]#)+", "#", plain)
-
-
-def _counts(name: str) -> list[Number]:
-    """Return the numbers in a name that may count steps or epochs."""
-    numbers = read_numbers(stem(name))
-    return [number for number in numbers if number.kind not in (Kind.SHARD, Kind.OTHER)]
 
 
 def group_files(names: Collection[str]) -> dict[str, list[str]]:
@@ -121,7 +116,7 @@ def _companion(text: str) -> tuple[str, str] | None:
     """
     short = stem(text)
     matches = list(COMPANION.finditer(short))
-    if len(matches) != 1 or not (_counts(short) or ALIAS.search(short)):
+    if len(matches) != 1 or not (counts_in_name(short) or ALIAS.search(short)):
         return None
     start, end = matches[0].span()
     return matches[0][0].lower(), f"{short[:start]}*{short[end:].lstrip('-_.')}"
