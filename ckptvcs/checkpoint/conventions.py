@@ -147,23 +147,6 @@ def _at(tree: object, path: str) -> Any:
 ALIAS = re.compile(r"(?<![A-Za-z])(best|last|latest|final|newest)(?![A-Za-z])", re.IGNORECASE)
 """A word in place of a step; the trainer overwrites such a file again and again."""
 
-COMPANION = re.compile(
-    r"(?<![A-Za-z])(?:net[-_]?[gd]|extra[-_]states?|(?:model|optim(?:izer)?|training)[-_]states?"
-    r"|ema(?:[-_]0\.[0-9]+)?|models?|net|network|weights|params|optim(?:izer)?s?|opt|scheduler"
-    r"|sched|scaler|trainer|generator|discriminator|actor|critic|policy|stats"
-    r"|\A[gd](?=[-_][0-9])|\Aepoch(?=[-_][0-9]))(?![A-Za-z])",
-    re.IGNORECASE,
-)
-"""The word that distinguishes files of one step: `ema_0.9999_010000.pt`, `opt010000.pt`."""
-
-SHARD_COUNT = re.compile(
-    r"\*[-_]?of[-_]?([0-9]{1,9})|world[-_]?size[-_]?([0-9]{1,9})", re.IGNORECASE
-)
-"""The count of shards in a name that has `*` for the shard's own number."""
-
-SHARED = "-shared-"
-"""fairseq writes this in place of `-rank-0-` if all ranks have the same data."""
-
 
 # -- numbers in names ------------------------------------------------------------------------------
 
