@@ -166,9 +166,9 @@ class Checksums(Enum):
 
 def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | None:
     """Return the layout of a torch.save zip file, or None for any other file."""
-    entries = _directory(file)
-    contents = None if entries is None else _read(file, entries)
-    if entries is None or contents is None:
+    entries = _directory(file) or []
+    contents = _read(file, entries)
+    if contents is None:
         return None
     layout, payloads = contents
     storages = [storage for storage, _ in payloads]
@@ -184,8 +184,7 @@ def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | 
     layout.remarks = () if remark is None else (remark,)
     for number, (storage, entry) in enumerate(payloads):
         if _is_computed(file, storage, entry, layout.tensors[number].inline, checksums):
-            places = _checksum_places(file, storage, entry)
-            layout.checksums += [Checksum(at, number) for at in places]
+            layout.checksums += _places(file, storage, entry, number)
     return layout
 
 
@@ -230,15 +229,15 @@ def _is_computed(
     return not proven or _crc(file, storage.offset, storage.size) == entry.crc
 
 
-def _checksum_places(file: Source, storage: Storage, entry: _Entry) -> Iterator[int]:
-    """Yield the offsets of a payload's checksum."""
-    yield entry.crc_offset
+def _places(file: Source, storage: Storage, entry: _Entry, number: int) -> Iterator[Checksum]:
+    """Yield the checksums of payload `number`."""
+    yield Checksum(entry.crc_offset, number)
     crc = struct.pack("<I", entry.crc)
     if entry.crc and file.read(entry.local + 14, 4) == crc:  # the writer knew it in advance
-        yield entry.local + 14
+        yield Checksum(entry.local + 14, number)
     after = storage.offset + storage.size
     if after + 8 <= file.size and file.read(after, 8) == b"PK\x07\x08" + crc:
-        yield after + 4
+        yield Checksum(after + 4, number)
 
 
 def _order(file: Source, entries: list[_Entry]) -> str:
