@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit, ErrorReport, FileEntry, PartState
     from ckptvcs.history.log import LogEntry
     from ckptvcs.history.note import Note
+    from ckptvcs.history.provenance import CodeState, Provenance
     from ckptvcs.history.reflog import ReflogEvent, Undone
     from ckptvcs.history.refs import Generation
     from ckptvcs.history.schema import TensorInfo
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.diff_sides import Indistinct
     from ckptvcs.ops.diff_sums import Sums
     from ckptvcs.ops.disk_usage import DiskUsage, UsageRow
+    from ckptvcs.ops.each import Visit
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.fetch import Fetched
     from ckptvcs.ops.import_folder import Importer, ImportItem
@@ -67,6 +69,7 @@ _HOMES = {
     "Bisection": "ops.bisect",
     "Bundled": "ops.bundle",
     "CheckedOut": "ops.checkout",
+    "CodeState": "history.provenance",
     "Commit": "history.commit",
     "CommitResult": "ops.commit",
     "Comparison": "ops.diff",
@@ -92,6 +95,7 @@ _HOMES = {
     "PartState": "history.commit",
     "Patch": "gc.fading",
     "Policy": "gc.retention",
+    "Provenance": "history.provenance",
     "Reader": "ops.reader",
     "ReflogEvent": "history.reflog",
     "Removal": "ops.originals",
@@ -109,6 +113,7 @@ _HOMES = {
     "UsageRow": "ops.disk_usage",
     "Verdict": "ops.bisect",
     "VerifyReport": "ops.verify",
+    "Visit": "ops.each",
     "WatchEvent": "ops.watch",
     "Watcher": "ops.watch",
 }
@@ -138,6 +143,7 @@ __all__ = [
     "BusyError",
     "CheckedOut",
     "CkptError",
+    "CodeState",
     "Commit",
     "CommitResult",
     "Comparison",
@@ -168,6 +174,7 @@ __all__ = [
     "PartState",
     "Patch",
     "Policy",
+    "Provenance",
     "Reader",
     "ReflogEvent",
     "Removal",
@@ -189,6 +196,7 @@ __all__ = [
     "UsageRow",
     "Verdict",
     "VerifyReport",
+    "Visit",
     "WatchEvent",
     "Watcher",
 ]

@@ -22,6 +22,7 @@ from ckptvcs.history.commit import (
     load_errors,
 )
 from ckptvcs.history.note import MAX_READ, Merged, Note, in_order, load_note, merge
+from ckptvcs.history.provenance import PROVENANCE, Provenance, load_provenance
 from ckptvcs.history.recipe import (
     NO_HASH,
     DropRecord,
@@ -120,11 +121,11 @@ class Catalog:
 
     def notes(self, commit: ObjectId) -> list[tuple[ObjectId, Note]]:
         """Return the notes of a commit with their ids, sorted so that later ones count."""
-        found = []
+        notes = []
         for name in self.note_ids(commit):
             with contextlib.suppress(MissingObjectError):  # gc has just moved it
-                found.append((name, self._note(name)))
-        return in_order(pair for pair in found if pair[1].commit == commit)
+                notes.append((name, self._note(name)))
+        return in_order(pair for pair in notes if pair[1].commit == commit)
 
     def merged(self, name: ObjectId, message: str, metrics: Mapping[str, float]) -> Merged:
         """Return the message, metrics and fields of a commit with its notes."""
@@ -140,6 +141,17 @@ class Catalog:
             same = metrics is commit.metrics
             yield name, commit if same else replace(commit, metrics=metrics)
 
+    def provenance(self, name: ObjectId) -> Provenance | None:
+        """Return the provenance of a commit; None if it has none, or a repair dropped it.
+
+        Raises:
+            MissingObjectError, CorruptionError: it is missing or damaged, but not dropped.
+        """
+        found = self.commit(name).provenance
+        if found is None or PROVENANCE in self.dropped().parts.get(name, ()):
+            return None
+        return load_provenance(self.store.get(found, Kind.PROVENANCE))
+
     def recipes(self, values: ObjectId) -> list[tuple[ObjectId, Recipe]]:
         """Return every recipe of a tensor hash table in the order of use.
 
@@ -150,6 +162,12 @@ class Catalog:
             recipes, key=lambda pair: (not pair[1].patch, pair[1].generation, pair[0]), reverse=True
         )
 
+    def complete_recipes(self, values: ObjectId) -> Iterator[tuple[ObjectId, Recipe]]:
+        """Yield the recipes whose bundles the index has, in the order of use."""
+        for name, recipe in self.recipes(values):
+            if all(map(self.store.contains, recipe.bundles)):
+                yield name, recipe
+
     def _recipes(self, key: bytes) -> Iterator[tuple[ObjectId, Recipe]]:
         for name in self.store.find(key):
             with contextlib.suppress(MissingObjectError):  # another process has just deleted it
@@ -157,9 +175,8 @@ class Catalog:
 
     def _recipe(self, values: ObjectId) -> Recipe:
         for attempt in range(2):
-            for _, recipe in self.recipes(values):
-                if all(self.store.contains(bundle) for bundle in recipe.bundles):
-                    return recipe
+            for _, recipe in self.complete_recipes(values):
+                return recipe
             if attempt == 0:
                 self.store.index.doubt()
         raise MissingObjectError(f"no complete recipe for the tensor hash table {values[:8]}")
@@ -173,11 +190,7 @@ class Catalog:
 
         Without `patches`, exact patches do not count: nothing else may depend on them.
         """
-        return any(
-            all(self.store.contains(bundle) for bundle in recipe.bundles)
-            for _, recipe in self.recipes(values)
-            if patches or not recipe.patch
-        )
+        return any(patches or not recipe.patch for _, recipe in self.complete_recipes(values))
 
     def patches(self) -> dict[ObjectId, ObjectId]:
         """Return the recipes of all exact patches, each with its exact table."""
@@ -248,9 +261,9 @@ class Catalog:
         Its patch may be deleted at any time, even if new commits share it.
         """
         for name in self.commits_of_exact(values):
-            parts = {p for p, state in self.commit(name).parts.items() if state.exact == values}
+            parts = self.commit(name).parts_of_exact(values)
             records = [record for record in self.drop_records(name) if record.what == "fade"]
-            if any(parts.intersection(record.parts or PARTS) for record in records):
+            if any(set(parts).intersection(record.parts or PARTS) for record in records):
                 return True
         return False
 

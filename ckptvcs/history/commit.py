@@ -137,6 +137,7 @@ class Commit:
         user: The name of the user.
         code: The git commit of the training code, if known.
         nonfinite: The number of infinite and NaN entries in weights and moments.
+        provenance: The id of the provenance; None if none was recorded.
     """
 
     parents: tuple[ObjectId, ...]
@@ -162,11 +163,16 @@ class Commit:
     user: str
     code: str | None = None
     nonfinite: int = 0
+    provenance: ObjectId | None = None
 
     @property
     def parent(self) -> ObjectId | None:
         """The id of the parent, if there is one."""
         return self.parents[0] if self.parents else None
+
+    def parts_of_exact(self, values: ObjectId) -> list[str]:
+        """Return the parts whose exact form has this tensor hash table."""
+        return [part for part, state in self.parts.items() if state.exact == values]
 
     @property
     def exact(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import ERRORS, Commit
+from ckptvcs.history.provenance import PROVENANCE
 from ckptvcs.history.recipe import Recipe
 from ckptvcs.store.ids import ObjectId, PackId
 from ckptvcs.store.pack import pack_name
@@ -47,6 +48,8 @@ def mark(
         gone_parts = gone.parts.get(name, frozenset())
         if commit.errors is not None and ERRORS not in gone_parts:
             marked.objects.add(commit.errors)
+        if commit.provenance is not None and PROVENANCE not in gone_parts:
+            marked.objects.add(commit.provenance)
         tables += _tables_of(catalog, name, commit, gone_parts, faded)
     # Only the frames of the tables that these depend on are read, not their hashes.
     marked.objects |= {table for table, _ in tables}
@@ -135,11 +138,7 @@ def _mark_tables(
 
 def _recipes_of(catalog: Catalog, table: ObjectId) -> list[tuple[ObjectId, Recipe]]:
     """Return the needed recipes of a table; none if no recipe has all of its bundles."""
-    whole = [
-        (name, recipe)
-        for name, recipe in catalog.recipes(table)
-        if all(map(catalog.store.contains, recipe.bundles))
-    ]
+    whole = list(catalog.complete_recipes(table))
     # Readers use the newest recipe; nothing depends on an exact patch.
     used = [pair for pair in whole if not pair[1].patch][:1]
     # The patch of an interrupted commit may depend on a table that was never written.

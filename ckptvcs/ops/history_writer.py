@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptvcs import ops
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.gc.retention import Policy
-from ckptvcs.ops.config import Value, get_setting, set_setting
+from ckptvcs.history.log import Bound
+from ckptvcs.ops.config import Value, get_setting, set_setting, set_user_setting
 from ckptvcs.ops.history_reader import NO_RULES
 from ckptvcs.ops.reader import Reader
 from ckptvcs.ops.repository import CONFIG
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from ckptvcs.gc.collect import GcPlan
     from ckptvcs.history.note import Note
     from ckptvcs.history.reflog import Undone
+    from ckptvcs.ops.each import Function, Visit, Watch
     from ckptvcs.ops.refs import DeletedBranch
 
 
@@ -132,6 +135,60 @@ class HistoryWriter(Reader):
             self._repository, revision, message=message, metrics=metrics, fields=fields
         )
 
+    def each(
+        self,
+        function: Function | None = None,
+        start: Bound = None,
+        stop: Bound = None,
+        *,
+        command: Sequence[str] | None = None,
+        metrics: Sequence[str] = (),
+        every: int | None = None,
+        revision: str | int | None = None,
+        only: str | None = None,
+        form: str | None = None,
+        jobs: int = 1,
+        fail_fast: bool = False,
+        watch: Watch | None = None,
+    ) -> list[Visit]:
+        """Call a function, or run a command, once on every commit of a range, oldest first.
+
+        Each commit is written to a temporary path, and decoded from the one before it.  Metrics
+        that are returned are stored at once with `note`.
+
+        Args:
+            function: Called with the commit and the path; returns metrics by name, or None.
+            start: As for `line`.
+            stop: As for `line`.
+            command: A command, run without a shell instead of a function.  The path replaces `{}`,
+                the step `{step}`, the id `{id}`.  It prints metrics as a line of JSON.
+            metrics: Skip commits that have all of these metrics.
+            every: As for `line`.
+            revision: As for `line`.
+            only: As for `export`.
+            form: As for `export`.
+            jobs: The number of calls at the same time, each in a thread.
+            fail_fast: Begin no further call after the first failure.
+            watch: Called with each result and the number of commits that are left.
+
+        Returns:
+            The results, oldest first.  A failure is in `error`, not raised.
+
+        Raises:
+            NotFoundError: The range contains no commit.
+            InvalidInputError: An argument is not valid, or the program does not exist.
+            StorageError: The disk is full, or fails.
+
+        Example:
+            >>> repo.each(lambda entry, path: {"eval_loss": evaluate(path)}, 1000, 9000)
+        """
+        if (function is None) == (command is None):
+            raise InvalidInputError("pass either a function or a command")
+        run = function or ops.command.MetricCommand(command or ())
+        names = self._repository.history.line(start, stop, every, revision=revision)
+        options = metrics, only, form, jobs, fail_fast, watch
+        return ops.each.each(self._repository, run, names, *options)
+
     def gc(
         self,
         policy: Policy = NO_RULES,
@@ -228,3 +285,18 @@ class HistoryWriter(Reader):
         return get_setting(
             set_setting(self.folder / CONFIG, self._repository.backend, key, value), key
         )
+
+    @staticmethod
+    def configure_user(key: str, value: str | None) -> None:
+        """Change a setting in the user's file; settings of repositories take precedence.
+
+        Args:
+            key: The name of the setting, as in `settings`.
+            value: The new value as text; None removes the setting.
+
+        Raises:
+            InvalidInputError: No setting has this name, the value is not valid, or the file cannot
+                be read.
+            StorageError: The file cannot be written.
+        """
+        set_user_setting(key, value)
