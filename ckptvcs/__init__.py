@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ckptvcs.files.removal import Removed
     from ckptvcs.gc.collect import GcPlan
     from ckptvcs.gc.decide import Decision
-    from ckptvcs.gc.fading import Patch
+    from ckptvcs.gc.fading import Faded, Patch
     from ckptvcs.gc.retention import Best, Policy
     from ckptvcs.history.commit import Commit, ErrorReport, FileEntry, PartState
     from ckptvcs.history.log import LogEntry
@@ -84,6 +84,7 @@ _HOMES = {
     "Note": "history.note",
     "ObjectId": "store.ids",
     "PartState": "history.commit",
+    "Faded": "gc.fading",
     "Patch": "gc.fading",
     "Policy": "gc.retention",
     "Reader": "ops.reader",
@@ -140,6 +141,7 @@ __all__ = [
     "DeletedBranch",
     "ErrorReport",
     "Exported",
+    "Faded",
     "FileEntry",
     "Found",
     "GcPlan",
