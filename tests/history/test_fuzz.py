@@ -351,7 +351,8 @@ CONFIG = "\n".join(
     f"{key} = {value}"
     for key, value in zip(
         KEYS,
-        ['"near"', 2, '"loss:min"', '"exact"', '"near"', '"exact"', 0.1, '"off"', 64, 16.5, '"loss"', '"7d"'],
+        ['"near"', 2, '"loss:min"', '"exact"', '"near"', '"exact"', 0.1, '"off"', 64, 16.5]
+        + ['"loss"', '"7d"'],
         strict=True,
     )
 )
