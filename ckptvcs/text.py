@@ -6,10 +6,12 @@ order of letters.  U+FFFD replaces every character that is not visible.
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import math
 import re
 import traceback
+from collections.abc import Callable
 
 UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
@@ -36,6 +38,19 @@ def seconds(text: str) -> float | None:
     """Return the seconds of a time such as `12h` or `7d`; None if the text has another form."""
     match = _TIME.fullmatch(text)
     return float(match[1]) * _SECONDS[match[2]] if match else None
+
+
+def name_test(pattern: str | None) -> Callable[[str], bool]:
+    """Return the test of a name: a glob, or without `*`, `?` and `[` a text that it contains.
+
+    `*` also matches dots.  A glob may also match the end of a name, after a dot or a colon.  None
+    accepts every name.
+    """
+    if pattern is None:
+        return lambda _: True
+    if any(sign in pattern for sign in "*?["):
+        return lambda name: any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"*[.:]{pattern}"))
+    return lambda name: pattern in name
 
 
 def from_number(value: float) -> float | str:

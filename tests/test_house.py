@@ -184,7 +184,7 @@ def test_public_names_have_one_home() -> None:
 
 def test_every_command_is_a_method() -> None:
     names = {"import": "import_folder", "cat": "tensor_view", "index": "rebuild_index"}
-    names |= {"config": "settings", "unpin": "pin"}
+    names |= {"config": "settings", "unpin": "pin", "ls": "tensors", "du": "disk_usage"}
     for command in COMMANDS:
         method = getattr(ckptvcs.Repo, names.get(command, command))
         assert inspect.getdoc(method)

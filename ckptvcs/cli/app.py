@@ -27,7 +27,7 @@ P = ParamSpec("P")
 INTERRUPTED = 130
 GROUPS = {
     "Store checkpoints": ("init", "commit", "import", "watch"),
-    "Look at a run": ("log", "show", "status", "diff", "bisect", "cat", "reflog"),
+    "Look at a run": ("log", "show", "status", "ls", "diff", "bisect", "cat", "reflog"),
     "Get checkpoints back": ("checkout", "export", "average"),
     "Name and describe commits": ("branch", "tag", "pin", "unpin", "note"),
     "Maintain a repository": ("gc", "drop", "undo", "verify", "stats", "config", "index"),

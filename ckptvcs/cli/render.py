@@ -19,6 +19,7 @@ from typing import Any, Self, TextIO, cast
 
 import typer
 
+from ckptvcs.cli.shortening import shorten
 from ckptvcs.text import from_number, plain, plain_lines
 from ckptvcs.text import printable as printable
 from ckptvcs.text import size as size
@@ -193,11 +194,9 @@ def table(rows: Sequence[Sequence[str]], optional: Sequence[str] = ()) -> None:
     grid = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
     rows = _without(rows, optional, console.width)
     widths = _fitted(rows, console.width)
-    if rows[0][0] == "name":  # names of tensors differ at their ends
-        rows = [
-            [cell if len(cell) <= widths[0] else f"\u2026{cell[1 - widths[0] :]}", *rest]
-            for cell, *rest in rows
-        ]
+    if rows[0][0] == "name":
+        names = shorten([name for name, *_ in rows], widths[0])
+        rows = [[name, *rest] for name, (_, *rest) in zip(names, rows, strict=True)]
     for name, width in zip(rows[0], widths, strict=True):
         grid.add_column(
             Text(name),

@@ -17,11 +17,10 @@ from typing import BinaryIO
 import numpy as np
 
 from ckptvcs.checkpoint import safetensors, torch_legacy, torch_zip
+from ckptvcs.checkpoint.forms import near_tensors
 from ckptvcs.checkpoint.layout import Layout
-from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.checkpoint.skeleton import SkeletonSource
 from ckptvcs.codec import kernels
-from ckptvcs.codec.dtypes import can_be_lossy
 from ckptvcs.codec.frame import SLICE_WORDS, slices_of
 from ckptvcs.codec.words import Bytes, Words, octets, word_type
 from ckptvcs.decode.base_cache import BaseWriter, CachedTable, MemoryBase, find_decoded
@@ -117,24 +116,8 @@ class Restorer:
         return all(form == "exact" for form in self.fidelity.values())
 
     def near(self) -> set[int]:
-        """Return the stored tensors that are restored near.
-
-        Other tensors of a near part are exact: their role requires it, or they had no error.
-        """
-        errors = self._catalog.errors(self.name)
-        lossy = [
-            number
-            for number in self._tables
-            if self.fidelity[(info := self.schema.tensors[number]).part] == "near"
-            and info.role in LOSSY
-            and can_be_lossy(info.dtype)
-        ]
-        if not errors:  # they were dropped
-            return set(lossy)
-        # Only one of several tensors with the same values has an error report.
-        values = {number: self._catalog.value(*self._tables[number]) for number in lossy}
-        inexact = {values[number] for number in errors if number in values}
-        return {number for number in lossy if values[number] in inexact}
+        """Return the stored tensors that are restored near; see `near_tensors`."""
+        return near_tensors(self._catalog, self.name, self.fidelity)
 
     # -- tensors -------------------------------------------------------------------------------
 

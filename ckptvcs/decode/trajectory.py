@@ -76,7 +76,7 @@ def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
     if same is not None:
         return same, named[same]
     close = difflib.get_close_matches(name, named, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "'ckpt show --json' lists them"
+    hint = f"did you mean {' or '.join(close)}?" if close else "'ckpt ls' lists them"
     raise NotFoundError(f"no tensor is named '{name}'", hint=hint)
 
 
@@ -250,7 +250,7 @@ def states(
     schemas = dict.fromkeys(catalog.commit(name).schema for name in names)
     for glob in globs:
         if schemas and not any(select_tensors(catalog.schema(s), [glob]) for s in schemas):
-            raise NotFoundError(f"no tensor matches '{glob}'", hint="'ckpt show --json' lists them")
+            raise NotFoundError(f"no tensor matches '{glob}'", hint="'ckpt ls' lists them")
 
     @cache
     def select(schema: ObjectId) -> dict[str, Window]:

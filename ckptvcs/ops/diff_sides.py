@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ckptvcs.checkpoint.forms import near_errors
 from ckptvcs.checkpoint.matching import pair_names
 from ckptvcs.codec.words import Words, word_type
 from ckptvcs.decode.commit_reader import Restorer, in_our_order
@@ -87,16 +88,12 @@ class Side:
 
     @cached_property
     def _errors(self) -> dict[int, float]:
-        found = {
+        return {
             # The report of a moment has only a squared error.
             number: error.weight_rel or math.sqrt(error.residual_nmse)
-            for number, error in self.catalog.errors(self.restorer.name).items()
+            for number, error in near_errors(self.catalog, self.restorer.name).items()
             if self.restorer.fidelity.get(self.infos[number].part) == "near"
         }
-        # What is equal to another tensor of its part is coded once, and has no error of its own.
-        shared = {(self.infos[n].part, self._hashes.get(n)): error for n, error in found.items()}
-        alike = ((n, shared.get((self.infos[n].part, value))) for n, value in self._hashes.items())
-        return {n: error for n, error in alike if error is not None} | found
 
     @cached_property
     def _measured(self) -> set[str]:

@@ -248,16 +248,30 @@ class HistoryReader:
         """
         return ops.note.is_best(self._repository, revision)
 
-    def tensors(self, revision: str | int = "HEAD") -> list[TensorEntry]:
-        """Return the stored tensors of a commit, with their roles and errors.
+    def tensors(
+        self,
+        revision: str | int = "HEAD",
+        pattern: str | None = None,
+        *,
+        only: str | None = None,
+        small: bool = False,
+    ) -> list[TensorEntry]:
+        """Return the tensors of a commit, with their roles and errors.
 
         Args:
             revision: The commit to read.
+            pattern: A glob for the names (`*` also matches dots), or a text that they contain.
+            only: Return only tensors of `model`, `optimizer` or `rest`.
+            small: Also return tensors that are so small that the file template contains them.
 
         Raises:
             NotFoundError: `revision` names no commit.
+
+        Example:
+            >>> {one.name: one.relative_error for one in repo.tensors(2000, "model.*weight")}
         """
-        return ops.show.tensors(self._repository, self.resolve(revision))
+        name = self.resolve(revision)
+        return ops.show.tensors(self._repository, name, pattern, only, small=small)
 
     def forms(self, revision: str | int = "HEAD") -> list[str]:
         """Return the form of each tensor in `tensors`: `exact`, `near` or `dropped`.

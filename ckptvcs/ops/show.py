@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptvcs.checkpoint.forms import near_errors, near_tensors
 from ckptvcs.history.commit import ErrorReport
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import ObjectId
+from ckptvcs.text import name_test
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class TensorEntry:
         size_bytes: The uncompressed size in bytes.
         evidence: How the role was detected.
         error: The error of the near form; None if the tensor is exact.
+        aliases: Other names of the tensor, if the checkpoint saves it more than once.
+        form: `exact`, `near` or `dropped`.
     """
 
     name: str
@@ -33,6 +38,18 @@ class TensorEntry:
     size_bytes: int
     evidence: str
     error: ErrorReport | None
+    aliases: tuple[str, ...] = ()
+    form: str = "exact"
+
+    @property
+    def relative_error(self) -> float | None:
+        """The relative error of the values that a checkout restores; None if it is not known."""
+        if self.form == "exact":
+            return 0.0
+        if self.form == "dropped" or self.error is None:
+            return None
+        # The report of a moment has only a squared error.
+        return self.error.weight_rel or math.sqrt(self.error.residual_nmse)
 
 
 @dataclass(frozen=True)
@@ -52,35 +69,50 @@ class Status:
     changes: tuple[tuple[str, Path], ...]
 
 
-def tensors(repository: Repository, name: ObjectId) -> list[TensorEntry]:
-    """Return the stored tensors of a commit, in the order of its files."""
+def tensors(
+    repository: Repository,
+    name: ObjectId,
+    pattern: str | None = None,
+    part: str | None = None,
+    *,
+    small: bool = False,
+) -> list[TensorEntry]:
+    """Return the tensors of a commit, in the order of its files; see `Repo.tensors`."""
     catalog = repository.catalog
-    errors = catalog.errors(name)
-    return [
-        TensorEntry(
-            info.name,
-            info.part,
-            info.role,
-            info.dtype,
-            info.shape,
-            info.size_bytes,
-            info.evidence,
-            errors.get(number),
-        )
-        for number, info in enumerate(catalog.schema(catalog.commit(name).schema).tensors)
-        if not info.inline
-    ]
+    infos = catalog.schema(catalog.commit(name).schema).tensors
+    fidelity = repository.entry(name).fidelity
+    near, errors = near_tensors(catalog, name, fidelity), near_errors(catalog, name)
+    wants = name_test(pattern)
+    found = []
+    for number, info in enumerate(infos):
+        aliases = tuple(view.name for view in info.views if view.name != info.name)
+        if (
+            (small or not info.inline)
+            and part in (None, info.part)
+            and any(map(wants, (info.name, *aliases)))
+        ):
+            form = "exact" if info.inline else fidelity.get(info.part, "exact")
+            form = "exact" if form == "near" and number not in near else form
+            found.append(
+                TensorEntry(
+                    info.name,
+                    info.part,
+                    info.role,
+                    info.dtype,
+                    info.shape,
+                    info.size_bytes,
+                    info.evidence,
+                    errors.get(number),
+                    aliases,
+                    form,
+                )
+            )
+    return found
 
 
 def forms(repository: Repository, name: ObjectId) -> list[str]:
     """Return the form of each of `tensors`: `exact`, `near` or `dropped`."""
-    reader = repository.restorer(name)
-    near = reader.near()
-    return [
-        "near" if number in near else reader.fidelity[info.part].replace("near", "exact")
-        for number, info in enumerate(reader.schema.tensors)
-        if not info.inline
-    ]
+    return [entry.form for entry in tensors(repository, name)]
 
 
 def status(repository: Repository) -> Status:
