@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from ckptvcs.history.refs import Generation
     from ckptvcs.history.schema import TensorInfo
     from ckptvcs.ops.bisect import Bisection, Verdict
+    from ckptvcs.ops.bundle import Bundled
     from ckptvcs.ops.checkout import CheckedOut
     from ckptvcs.ops.commit import CommitResult
     from ckptvcs.ops.diff import Comparison, TensorDifference
     from ckptvcs.ops.diff_sides import Indistinct
     from ckptvcs.ops.diff_sums import Sums
     from ckptvcs.ops.export import Exported
+    from ckptvcs.ops.fetch import Fetched
     from ckptvcs.ops.import_folder import Importer, ImportItem
     from ckptvcs.ops.originals import Removal
     from ckptvcs.ops.reader import Reader
@@ -62,6 +64,7 @@ tame_log()
 _HOMES = {
     "Best": "gc.retention",
     "Bisection": "ops.bisect",
+    "Bundled": "ops.bundle",
     "CheckedOut": "ops.checkout",
     "Commit": "history.commit",
     "CommitResult": "ops.commit",
@@ -71,6 +74,7 @@ _HOMES = {
     "DeletedBranch": "ops.refs",
     "ErrorReport": "history.commit",
     "Exported": "ops.export",
+    "Fetched": "ops.fetch",
     "FileEntry": "history.commit",
     "Found": "checkpoint.survey",
     "GcPlan": "gc.collect",
@@ -128,6 +132,7 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "Best",
     "Bisection",
+    "Bundled",
     "BusyError",
     "CheckedOut",
     "CkptError",
@@ -142,6 +147,7 @@ __all__ = [
     "ErrorReport",
     "Exported",
     "Faded",
+    "Fetched",
     "FileEntry",
     "Found",
     "GcPlan",

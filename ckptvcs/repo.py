@@ -18,8 +18,8 @@ from ckptvcs import ops
 from ckptvcs.errors import CkptError, after
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.history_reader import PathLike
-from ckptvcs.ops.history_writer import HistoryWriter
 from ckptvcs.ops.repository import Repository
+from ckptvcs.ops.sharing import Sharing
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ckptvcs")
 
 
-class Repo(HistoryWriter):
+class Repo(Sharing):
     """A repository that is open for reading and writing.
 
     A `Repo` continues on the branch of its last commit, even if a checkout in another process moves

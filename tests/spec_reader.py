@@ -48,17 +48,41 @@ def unsealed(data: bytes) -> Any:
     return fields
 
 
-class SpecRepository:
-    """Reads every object of a repository into memory."""
+FLAGS = {"near", "near-2", "notes", "patches", "types"}
 
-    def __init__(self, folder: Path) -> None:
+
+def archive(path: Path) -> tuple[dict[str, Any], SpecRepository]:
+    """The manifest of an archive, and a reader of its objects."""
+    data = path.read_bytes()
+    assert struct.unpack_from("<8sHHI", data) == (b"CKPTARCH", 1, 0, 0)
+    start, length, digest, end = struct.unpack("<QQ32s8s", data[-56:])
+    assert (end, digest) == (b"CKPTAEND", b3(data[:-56]))
+    assert start + length + 56 == len(data)
+    manifest = json.loads(data[start : start + length])
+    assert set(manifest["flags"]["read"]) <= FLAGS
+    at, packs = 16, {}
+    for pack in manifest["packs"]:
+        packs[pack["id"]] = data[at : at + pack["bytes"]]
+        at += pack["bytes"]
+    assert at == start
+    return manifest, SpecRepository(path, packs)
+
+
+class SpecRepository:
+    """Reads every object of a repository, or of the packs of an archive, into memory."""
+
+    def __init__(self, folder: Path, packs: dict[str, bytes] | None = None) -> None:
         self.folder = folder
-        head = unsealed((folder / "format").read_bytes().removesuffix(b"\n"))
-        assert head["format"] == 1
-        assert set(head["flags"]["read"]) <= {"near", "near-2", "notes", "patches", "types"}
         self.records: dict[bytes, tuple[int, int, bytes, int, bytes, bytes]] = {}
-        for path in [*folder.glob("packs/*/*.pack"), *folder.glob("meta/*/*.pack")]:
-            self._pack(path)
+        if packs is None:
+            head = unsealed((folder / "format").read_bytes().removesuffix(b"\n"))
+            assert head["format"] == 1
+            assert set(head["flags"]["read"]) <= FLAGS
+            paths = [*folder.glob("packs/*/*.pack"), *folder.glob("meta/*/*.pack")]
+            assert all(path.parent.name == path.stem[:2] for path in paths)
+            packs = {path.stem: path.read_bytes() for path in paths}
+        for pack, data in packs.items():
+            self._pack(pack, data)
         self.objects = {name: self._content(name) for name in self.records}
         self.recipes: dict[str, list[dict[str, Any]]] = {}
         for name, (kind, *_) in self.records.items():
@@ -66,10 +90,8 @@ class SpecRepository:
                 recipe = json.loads(self.objects[name])
                 self.recipes.setdefault(recipe["values"], []).append(recipe)
 
-    def _pack(self, path: Path) -> None:
-        data = path.read_bytes()
-        assert b3(data).hex() == path.stem
-        assert path.parent.name == path.stem[:2]
+    def _pack(self, name: str, data: bytes) -> None:
+        assert b3(data).hex() == name
         magic, version, flags, zero = struct.unpack_from("<8sHHI", data)
         assert (magic, version, flags, zero) == (b"CKPTPACK", 1, 0, 0)
         toc_at, toc_size, _, toc_hash, end = struct.unpack_from("<QQ16s32s8s", data, len(data) - 72)
@@ -80,12 +102,12 @@ class SpecRepository:
             head = toc[at + 8 : at + 104]
             assert data[offset : offset + 96] == head
             assert struct.unpack_from("<I", data, offset + 96)[0] == zlib.crc32(head)
-            mark, kind, encoding, _, name, base, region, raw, stored = struct.unpack(
+            mark, kind, encoding, _, own, base, region, raw, stored = struct.unpack(
                 "<4sBBH32s32sQQQ", head
             )
             assert mark == b"CKOB"
             payload = data[offset + 100 : offset + 100 + stored]
-            self.records[name] = (
+            self.records[own] = (
                 kind, encoding, base, raw, payload, data[offset - region : offset],
             )  # fmt: skip
 

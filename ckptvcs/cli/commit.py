@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
-from ckptvcs.cli.context import Branch, Codec, JsonOption, Metrics, open_repo, parse_metrics
+from ckptvcs.cli.context import (
+    Branch,
+    Codec,
+    JsonOption,
+    Metrics,
+    open_repo,
+    parse_metrics,
+    size_of,
+)
 from ckptvcs.cli.listing import until
 from ckptvcs.errors import after
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
     from ckptvcs import CommitResult, LogEntry
-
-
-def _size_of(path: Path) -> int | None:
-    try:
-        if path.is_dir():
-            return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return path.stat().st_size
-    except OSError:
-        return None
 
 
 def commit(
@@ -43,7 +42,7 @@ def commit(
     """Store a checkpoint as the next commit."""
     repo = open_repo(context)
     metrics = parse_metrics(metric)
-    with render.progress("committing", _size_of(path)) as tick:
+    with render.progress("committing", size_of(path)) as tick:
         result = repo.commit_path(
             path,
             message=message,

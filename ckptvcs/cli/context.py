@@ -49,6 +49,8 @@ Force = Annotated[bool, Option("--force", help="overwrite existing files")]
 Yes = Annotated[bool, Option("--yes", help="do not ask for confirmation")]
 Now = Annotated[bool, Option("--now", help="delete data at once, without the grace period")]
 
+BundleFile = Annotated[Path, Argument(metavar="FILE", help="file that 'ckpt bundle' wrote")]
+
 
 @dataclass(frozen=True)
 class Globals:
@@ -97,6 +99,16 @@ def parse_metrics(texts: Sequence[str] | None) -> dict[str, float]:
             raise InvalidInputError(f"invalid metric '{text}'", hint="write --metric loss=2.31")
         metrics[name] = number
     return metrics
+
+
+def size_of(path: Path) -> int | None:
+    """Return the bytes of a file or of all files of a directory, if they can be read."""
+    try:
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def split_range(text: str) -> tuple[str | None, str | None]:

@@ -93,18 +93,18 @@ def _near_second(s: _Slice) -> Words | None:
     return near_moments.decode_second(s.payload, s.count, s.dtype.name, s.out)
 
 
-def _near_first(s: _Slice, *, scaled: bool) -> Words | None:
-    second = s.companion_words() if scaled else None
-    if scaled and second is None:
-        return None
+def _near_first(s: _Slice, second: Words | None = None) -> Words | None:
     return near_moments.decode_first(s.payload, second, s.count, s.dtype.name)
 
 
-def _near_low_rank(s: _Slice, *, scaled: bool) -> Words | None:
-    second = s.companion_words() if scaled else None
-    if scaled and second is None:
-        return None
+def _near_low_rank(s: _Slice, second: Words | None = None) -> Words | None:
     return near_lowrank.decode_low_rank(s.payload, second, s.count, s.dtype.name, s.out)
+
+
+def _scaled(decode: Callable[[_Slice, Words], Words | None], s: _Slice) -> Words | None:
+    """Decode a first moment that is divided by the root of the second one, its companion."""
+    second = s.companion_words()
+    return None if second is None else decode(s, second)
 
 
 def _rounded(s: _Slice) -> Words | None:
@@ -118,11 +118,11 @@ _LOSSY: dict[int, Callable[[_Slice], Words | None]] = {
     EXCP_SHARED_MASK_MOMENT: _excp_shared_mask,
     NEAR_WEIGHT: _near_weight,
     NEAR_SECOND: _near_second,
-    NEAR_FIRST: partial(_near_first, scaled=False),
-    NEAR_SCALED_FIRST: partial(_near_first, scaled=True),
+    NEAR_FIRST: _near_first,
+    NEAR_SCALED_FIRST: partial(_scaled, _near_first),
     ROUNDED: _rounded,
-    NEAR_SCALED_LOW_RANK: partial(_near_low_rank, scaled=True),
-    NEAR_LOW_RANK: partial(_near_low_rank, scaled=False),
+    NEAR_SCALED_LOW_RANK: partial(_scaled, _near_low_rank),
+    NEAR_LOW_RANK: _near_low_rank,
 }
 """Decoders of the lossy methods; each returns None if the slice lacks its base or companion."""
 

@@ -252,7 +252,8 @@ class PartReader:
         data, view = self.window(window), window[1]
         leaf = Leaf(0, len(data), replace(view, offset=0, stride=row_major(view.shape)))
         pickled, stem = dump_pickle(None, lambda *_: leaf), named(target).stem
-        write_whole(target, lambda out: write_zip(out.write, stem, pickled, [_payload(data)]))
+        payload = Payload(len(data), lambda: iter([data]))
+        write_whole(target, lambda out: write_zip(out.write, stem, pickled, [payload]))
 
     def export(
         self,
@@ -401,7 +402,3 @@ def _possible(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
             hint="use 'ckpt checkout' to restore the file",
         )
     return shape
-
-
-def _payload(data: bytes) -> Payload:
-    return Payload(len(data), lambda: iter([data]))

@@ -89,6 +89,11 @@ def require_flags(backend: Backend, operation: str) -> None:
         )
 
 
+def flags_of(backend: Backend, operation: str) -> list[str]:
+    """Return the flags of an operation.  Raises CorruptionError."""
+    return list(_format(backend)["flags"].get(operation, []))
+
+
 def raise_flags(backend: Backend, operation: str, *flags: str) -> None:
     """Record durably that an operation needs programs that know `flags`, forever.
 

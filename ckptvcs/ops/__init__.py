@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckptvcs.ops import average as average
     from ckptvcs.ops import bisect as bisect
+    from ckptvcs.ops import bundle as bundle
     from ckptvcs.ops import checkout as checkout
+    from ckptvcs.ops import clone as clone
     from ckptvcs.ops import commit as commit
     from ckptvcs.ops import diff as diff
     from ckptvcs.ops import export as export
+    from ckptvcs.ops import fetch as fetch
     from ckptvcs.ops import gc as gc
     from ckptvcs.ops import import_folder as import_folder
     from ckptvcs.ops import log as log

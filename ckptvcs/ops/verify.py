@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -110,15 +110,12 @@ def packs_alone(catalog: Catalog) -> Iterator[Catalog]:
             store.index.close()
 
 
-class Verifier:
-    """Verifies one repository, or as much as a budget allows; the longest unchecked first."""
+class CommitVerifier:
+    """Verifies commits, and collects the damage."""
 
-    def __init__(
-        self, repository: Repository, catalog: Catalog, progress: Progress, budget: Budget | None
-    ) -> None:
-        """`catalog` is the catalog of `packs_alone`."""
-        self._catalog, self._refs, self._cache = catalog, repository.refs, repository.cache
-        self._store, self._progress, self._budget = repository.catalog.store, progress, budget
+    def __init__(self, catalog: Catalog, progress: Progress) -> None:
+        """`catalog` has packs that nobody changes meanwhile, or is that of `packs_alone`."""
+        self._catalog, self._progress = catalog, progress
         self._proven: set[tuple[ObjectId, tuple[str, ...]]] = set()  # hash table, element types
         self._harmed: dict[
             tuple[ObjectId, str | None], set[str]
@@ -134,6 +131,93 @@ class Verifier:
         if commit is not None and what != "tensor":
             self._harmed.setdefault((commit, None), set())
         return damage
+
+    def check(self, commits: Mapping[ObjectId, Commit]) -> VerifyReport:
+        """Check these commits, ancestors first."""
+        with scratch_folder("ckpt-verify-") as folder:
+            self._recent = RecentTables(folder)
+            self._chain = ChainReader(self._catalog, self._recent.get)
+            for name, commit in commits.items():
+                self._commit(name, commit)
+        return self.report
+
+    def _commit(self, name: ObjectId, commit: Commit) -> None:
+        if name in self._catalog.dropped().commits:
+            return  # dropped meanwhile
+        self.report.commits += 1
+        try:
+            restorer = Restorer(self._catalog, name, decoded=self._recent.get)
+            self._catalog.errors(name)
+        except CkptError as error:
+            self._wrong("commit", error, commit=name)
+            return
+        damaged = len(self.report.damage)
+        dropped = self._catalog.dropped().parts.get(name, frozenset())
+        for part, state in commit.parts.items():
+            if part in dropped:
+                continue
+            infos = [restorer.schema.tensors[n] for n in restorer.schema.stored(part)]
+            self._table(name, state.values, infos, self._room(state.values, infos))
+            if state.exact is not None and self._catalog.has_recipe(state.exact):
+                self._table(name, state.exact, infos, contextlib.nullcontext())
+        self._patches(name, commit)
+        if dropped.intersection(commit.parts) or len(self.report.damage) > damaged:
+            return  # its files contain these tensors
+        for file in commit.files:
+            try:
+                safe_path(file.path)
+                if file.skeleton is not None:
+                    restorer.digest(file)
+                self.report.files += 1
+            except CkptError as error:
+                self._wrong("file", error, commit=name, name=file.path)
+
+    def _patches(self, name: ObjectId, commit: Commit) -> None:
+        """Report exact patches that are missing without a retention record."""
+        for part, _ in self._catalog.lost_patches(name, commit):
+            error = MissingObjectError(f"the exact patch of the {part} part is missing")
+            self._wrong("patch", error, commit=name)
+
+    def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo], room: Room) -> None:
+        # The same bytes in tensors of other types are not verified by this.
+        key = table, tuple(info.dtype for info in infos)
+        if key in self._proven:
+            return
+        damaged = len(self.report.damage)
+        with room as put:
+            for position, info in enumerate(infos):
+                try:
+                    for number, words in self._chain.slices(table, position, info):
+                        self._progress(words.nbytes)
+                        if put is not None:
+                            put(position, number, words)
+                    self.report.tensors += 1
+                except CkptError as error:
+                    self._wrong("tensor", error, commit=name, name=info.name)
+                    self._harmed.setdefault((name, info.part), set()).add(info.name)
+        if len(self.report.damage) == damaged:
+            self._proven.add(key)
+
+    def _room(self, table: ObjectId, infos: list[TensorInfo]) -> Room:
+        """Return room for tensors that deltas of later commits may be based on."""
+        with contextlib.suppress(CkptError):  # `_table` reports each tensor
+            hashes = self._catalog.all_values(table, len(infos))
+            depths = (self._chain.depth(table, position) for position in range(len(infos)))
+            if infos and (infos[0].part == "model" or any(depths)):
+                return self._recent.room(table, infos, hashes)
+        return contextlib.nullcontext()
+
+
+class Verifier(CommitVerifier):
+    """Verifies one repository, or as much as a budget allows; the longest unchecked first."""
+
+    def __init__(
+        self, repository: Repository, catalog: Catalog, progress: Progress, budget: Budget | None
+    ) -> None:
+        """`catalog` is the catalog of `packs_alone`."""
+        super().__init__(catalog, progress)
+        self._refs, self._cache = repository.refs, repository.cache
+        self._store, self._budget = repository.catalog.store, budget
 
     def run(self) -> VerifyReport:
         """Check everything; damage is collected, not raised."""
@@ -265,43 +349,6 @@ class Verifier:
                 self._wrong("ref", error, commit=name)
         return {name: commit for name, commit in commits.items() if name not in hidden}
 
-    def _commit(self, name: ObjectId, commit: Commit) -> None:
-        if name in self._catalog.dropped().commits:
-            return  # dropped meanwhile
-        self.report.commits += 1
-        try:
-            restorer = Restorer(self._catalog, name, decoded=self._recent.get)
-            self._catalog.errors(name)
-        except CkptError as error:
-            self._wrong("commit", error, commit=name)
-            return
-        damaged = len(self.report.damage)
-        dropped = self._catalog.dropped().parts.get(name, frozenset())
-        for part, state in commit.parts.items():
-            if part in dropped:
-                continue
-            infos = [restorer.schema.tensors[n] for n in restorer.schema.stored(part)]
-            self._table(name, state.values, infos, self._room(state.values, infos))
-            if state.exact is not None and self._catalog.has_recipe(state.exact):
-                self._table(name, state.exact, infos, contextlib.nullcontext())
-        self._patches(name, commit)
-        if dropped.intersection(commit.parts) or len(self.report.damage) > damaged:
-            return  # its files contain these tensors
-        for file in commit.files:
-            try:
-                safe_path(file.path)
-                if file.skeleton is not None:
-                    restorer.digest(file)
-                self.report.files += 1
-            except CkptError as error:
-                self._wrong("file", error, commit=name, name=file.path)
-
-    def _patches(self, name: ObjectId, commit: Commit) -> None:
-        """Report exact patches that are missing without a retention record."""
-        for part, _ in self._catalog.lost_patches(name, commit):
-            error = MissingObjectError(f"the exact patch of the {part} part is missing")
-            self._wrong("patch", error, commit=name)
-
     def _notes(self) -> None:
         """Report notes that cannot be read, which readers ignore, outside of damaged packs."""
         known = {name for damage in self.report.damage for name in damage.objects}
@@ -311,35 +358,6 @@ class Verifier:
                     load_note(self._catalog.store.get(name, Kind.NOTE))
             except CkptError as error:
                 self._wrong("note", error, name=name)
-
-    def _table(self, name: ObjectId, table: ObjectId, infos: list[TensorInfo], room: Room) -> None:
-        # The same bytes in tensors of other types are not verified by this.
-        key = table, tuple(info.dtype for info in infos)
-        if key in self._proven:
-            return
-        damaged = len(self.report.damage)
-        with room as put:
-            for position, info in enumerate(infos):
-                try:
-                    for number, words in self._chain.slices(table, position, info):
-                        self._progress(words.nbytes)
-                        if put is not None:
-                            put(position, number, words)
-                    self.report.tensors += 1
-                except CkptError as error:
-                    self._wrong("tensor", error, commit=name, name=info.name)
-                    self._harmed.setdefault((name, info.part), set()).add(info.name)
-        if len(self.report.damage) == damaged:
-            self._proven.add(key)
-
-    def _room(self, table: ObjectId, infos: list[TensorInfo]) -> Room:
-        """Return room for tensors that deltas of later commits may be based on."""
-        with contextlib.suppress(CkptError):  # `_table` reports each tensor
-            hashes = self._catalog.all_values(table, len(infos))
-            depths = (self._chain.depth(table, position) for position in range(len(infos)))
-            if infos and (infos[0].part == "model" or any(depths)):
-                return self._recent.room(table, infos, hashes)
-        return contextlib.nullcontext()
 
     # -- consequences --------------------------------------------------------------------------
 

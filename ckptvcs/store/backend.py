@@ -58,8 +58,8 @@ class Hold(Protocol):
         """Delete the file.  After a StorageError, the file stays but is no longer held."""
 
 
-class Backend(Protocol):
-    """A folder of write-once files; `str` names it in messages."""
+class Files(Protocol):
+    """The files of a folder, to read."""
 
     def names(self, folder: str) -> Iterator[str]:
         """Yield every name below `folder` in any order; nothing if the folder does not exist."""
@@ -79,6 +79,10 @@ class Backend(Protocol):
         Raises:
             FileNotFoundError, CorruptionError, StorageError: as `size`.
         """
+
+
+class Backend(Files, Protocol):
+    """A folder of write-once files; `str` names it in messages."""
 
     def writer(self) -> Writer:
         """Begin a new file."""

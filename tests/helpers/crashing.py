@@ -134,6 +134,19 @@ def _originals_are_somewhere(root: Path) -> None:
         assert step in exact or (root / "found" / f"step-{step}.pt").exists()
 
 
+def _bundled(root: Path) -> None:
+    """A file with the steps 2 to 4, of which the repository dropped one and lacks one."""
+    shutil.copytree(root / "repo", root / "source")
+    source = Repo.open(root / "source")
+    source.commit_path(root / "step-4.pt", message="more")
+    source.bundle("2..4", root / "some.ckptz")
+    Repo.open(root / "repo").gc(Policy(last=1), now=True)
+
+
+def _fetch(root: Path) -> None:
+    Repo.open(root / "repo").fetch(root / "some.ckptz")
+
+
 def _branch(root: Path) -> None:
     repo = Repo.open(root / "repo")
     move_head(handle(repo), repo.resolve(2), None)
@@ -186,6 +199,7 @@ SCENARIOS = {
         Scenario(
             "undo a drop", _undo, commits=5, prepare=_gc(Policy(last=1), now=False), repeats=False
         ),
+        Scenario("fetch", _fetch, prepare=_bundled),
         Scenario("import", _import, prepare=_found, also=_originals_are_somewhere),
     )
 }

@@ -47,7 +47,11 @@ class Step:
 
 def _path_of(arguments: tuple[Any, ...]) -> Path:
     first = arguments[0]
-    return first if isinstance(first, Path) else Path(first.name)
+    if isinstance(first, Path):
+        return first
+    if isinstance(first.name, int):  # opened by its descriptor
+        return Path(f"/proc/self/fd/{first.name}").readlink()
+    return Path(first.name)
 
 
 @contextmanager
@@ -251,7 +255,8 @@ class PowerCut:
             noted: tuple[Any, ...] = arguments
             if name in ("write", "sync"):
                 noted = (Path(arguments[0].name), *(bytes(data) for data in arguments[1:]))
-            self._events.append((name, noted))
+            if noted[0].is_relative_to(self._root):  # temporary folders are elsewhere
+                self._events.append((name, noted))
             return result
 
         return step

@@ -12,7 +12,7 @@ from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.helpers.checkpoints import every_dtype, trainer_directory, views
 from tests.helpers.training import save_run, train
-from tests.spec_reader import SpecRepository
+from tests.spec_reader import SpecRepository, archive
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,25 @@ def test_tensors_of_several_slices(repo: Repo, tmp_path: Path) -> None:
         data = SpecRepository(repo.folder).file(result.id, result.commit.files[0].path)
         repo.checkout_files(result.id, tmp_path / "out.pt", force=True)
         assert (tmp_path / "out.pt").read_bytes() == data
+
+
+@pytest.mark.parametrize("form", [None, "near"])
+@pytest.mark.parametrize("codec", ["lossless", "near", "excp"])
+def test_a_reader_of_the_specification_reads_bundle_files(
+    codec: str, form: str | None, repo: Repo, tmp_path: Path
+) -> None:
+    for path in save_run(tmp_path, train(5)):
+        repo.commit_path(path, message="x", codec=codec)
+    repo.note("HEAD", message="a note")
+    done = repo.bundle(["HEAD~3", "HEAD~1.."], tmp_path / "some.ckptz", form=form)
+    manifest, spec = archive(done.path)
+    assert [row["id"] for row in manifest["commits"]] == [entry.id for entry in done.entries]
+    line = spec.line(manifest["refs"]["heads/main"])
+    assert len(line) == 5
+    assert spec.noted(line[0])["message"] == "a note"
+    clone = Repo.clone(done.path, tmp_path / "clone")
+    for entry in done.entries:
+        clone.checkout_files(entry.id, tmp_path / "out.pt", force=True)
+        file = spec.file(entry.id, entry.commit.files[0].path)
+        assert file == (tmp_path / "out.pt").read_bytes()
+    assert SpecRepository(clone.folder).line(line[0]) == line

@@ -1,0 +1,44 @@
+"""clone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument
+
+from ckptvcs.cli import render
+from ckptvcs.cli.context import BundleFile, JsonOption, size_of
+from ckptvcs.repo import Repo
+
+
+def clone(
+    file: BundleFile,
+    directory: Annotated[
+        Path | None,
+        Argument(metavar="[DIR]", help="directory for the repository (default: name of FILE)"),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a repository from a bundle file."""
+    with render.progress("cloning", size_of(file)) as tick:
+        repo = Repo.clone(file, directory, progress=tick)
+    entries = repo.log(all_branches=True)
+    whole = [entry for entry in entries if set(entry.fidelity.values()) != {"dropped"}]
+    head = repo.head()
+    branch = head.branch if head is not None else None
+    if json:
+        render.as_json(
+            {
+                "path": str(repo.root),
+                "branch": branch,
+                "commits": [entry.id for entry in whole],
+                "left_out": len(entries) - len(whole),
+            }
+        )
+        return
+    count = f"{len(whole)} commit{'s' * (len(whole) != 1)}"
+    where = render.printable(str(directory or file.stem))
+    render.data(f"cloned into {where}: {count}, branch {branch}")
+    if len(whole) < len(entries):
+        render.talk(f"note: the file does not contain {len(entries) - len(whole)} older commit(s)")

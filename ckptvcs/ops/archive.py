@@ -1,0 +1,217 @@
+"""Open an archive: check everything in it before anybody uses it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.history.archive import Archive, ArchivedCommit
+from ckptvcs.history.canonical_json import now
+from ckptvcs.history.catalog import Catalog, Dropped, keys_of
+from ckptvcs.history.commit import ERRORS, Commit
+from ckptvcs.history.note import MAX_NOTES
+from ckptvcs.history.reachability import Marked, mark
+from ckptvcs.history.recipe import DropRecord, load_recipe
+from ckptvcs.ops.verify import CommitVerifier
+from ckptvcs.parallel import Progress
+from ckptvcs.store import disk
+from ckptvcs.store import pack as packs
+from ckptvcs.store.ids import Kind, ObjectId
+from ckptvcs.store.layered import Layered
+from ckptvcs.store.object_store import ObjectStore
+from ckptvcs.store.pack import Entry
+
+RULE = "bundle"
+"""The rule of the records that say what an archive left out."""
+
+_META = frozenset(Kind) - {Kind.BUNDLE, Kind.RECORD}
+_PATCH = sorted([Kind.VALUES, Kind.RECIPE, Kind.BUNDLE])
+
+
+def extras(commit: Commit) -> dict[str, ObjectId]:
+    """Return the objects of a commit that it can lose, by the name that a drop has for them."""
+    found = {ERRORS: commit.errors}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def absent(listed: ArchivedCommit, commit: Commit) -> frozenset[str]:
+    """Return the parts and extras of a commit that an archive lacks."""
+    return frozenset((*commit.parts, *extras(commit))).difference(listed.parts, listed.extras)
+
+
+def near_tables(
+    archived: Iterable[ArchivedCommit], commits: Mapping[ObjectId, Commit]
+) -> set[ObjectId]:
+    """Return the hash tables of exact forms that an archive leaves out."""
+    return {
+        state.exact
+        for listed in archived
+        for part, state in commits[listed.id].parts.items()
+        if state.exact and part not in listed.patches
+    }
+
+
+def left_out(
+    archived: Iterable[ArchivedCommit], commits: Mapping[ObjectId, Commit], time: str
+) -> list[DropRecord]:
+    """Return the records of the parts and exact patches of commits that an archive lacks."""
+    groups: dict[tuple[str, tuple[str, ...]], list[ObjectId]] = {}
+    for listed in archived:
+        commit = commits[listed.id]
+        gone = absent(listed, commit)
+        faded = {part for part, state in commit.parts.items() if state.exact} - gone
+        for what, parts in (("drop", gone), ("fade", faded.difference(listed.patches))):
+            if parts:
+                groups.setdefault((what, tuple(sorted(parts))), []).append(listed.id)
+    return [
+        DropRecord(what, tuple(names), parts, RULE, time) for (what, parts), names in groups.items()
+    ]
+
+
+class Source:
+    """The commits of an open archive.
+
+    Attributes:
+        manifest: The manifest.
+        archive: The packs of the archive.
+        catalog: The objects.
+        commits: The whole commits, by id, ancestors first.
+        headers: Their other ancestors, of which the archive has only the commit objects.
+    """
+
+    def __init__(self, archive: Archive, catalog: Catalog) -> None:
+        self.archive, self.catalog = archive, catalog
+        self.manifest = archive.manifest
+        self.commits = {row.id: catalog.commit(row.id) for row in self.manifest.commits}
+        self.headers = self._ancestors()
+
+    def _ancestors(self) -> frozenset[ObjectId]:
+        found: set[ObjectId] = set()
+        for name in self.commits:
+            for below in self.catalog.ids_below(name):
+                if below in found:
+                    break
+                found.add(below)
+        return frozenset(found - self.commits.keys())
+
+    @cached_property
+    def listed(self) -> dict[ObjectId, ArchivedCommit]:
+        """The rows of the manifest, by commit."""
+        return {row.id: row for row in self.manifest.commits}
+
+    @cached_property
+    def gone(self) -> Dropped:
+        """The commits and parts that the archive lacks."""
+        parts = {row.id: absent(row, self.commits[row.id]) for row in self.manifest.commits}
+        return Dropped(self.headers, {name: gone for name, gone in parts.items() if gone})
+
+    def gone_of(self, name: ObjectId) -> frozenset[str]:
+        """Return the parts of a commit that the archive lacks."""
+        return self.gone.parts.get(name, frozenset())
+
+    def needed(self, names: Iterable[ObjectId]) -> Marked:
+        """Return the objects that commits need, with the commit objects of their ancestors.
+
+        Raises:
+            CorruptionError: the archive lacks one of them.
+        """
+        commits = {name: self.commits[name] for name in names}
+        lines = {below for name in commits for below in self.catalog.ids_below(name)}
+        commits |= {name: self.catalog.commit(name) for name in lines & self.headers}
+        tables = near_tables(self.manifest.commits, self.commits)
+        return mark(self.catalog, commits, self.gone, tables)
+
+    def check(self, progress: Progress) -> None:
+        """Check the form of each pack and commit, and decode everything.
+
+        Raises:
+            CorruptionError: something is missing, damaged or not allowed.
+        """
+        for file in (name for folder in packs.FOLDERS for name in self.archive.names(folder)):
+            self._check_pack(file)
+        for row in self.manifest.commits:
+            self._check_patches(row)
+        self.needed(self.commits)
+        heads = [tip for ref, tip in self.manifest.refs.items() if ref.startswith("heads/")]
+        if not self.commits.keys() <= {
+            name for tip in heads for name in self.catalog.ids_below(tip)
+        }:
+            raise CorruptionError(f"{self.archive} has commits that are on no branch")
+        self._check_notes()
+        for damage in CommitVerifier(self.catalog, progress).check(self.commits).damage:
+            raise CorruptionError(f"{self.archive} is damaged: {damage.message}")
+
+    def _check_pack(self, file: str) -> None:
+        """Refuse a pack that has another name, and objects that do not belong into it."""
+        if packs.hash_pack(self.catalog.store.backend, file) != PurePosixPath(file).stem:
+            raise CorruptionError(f"{self.archive} is damaged: a pack has another hash")
+        entries = packs.read_entries(self.catalog.store.backend, file)
+        kinds = sorted(entry.kind for entry in entries)
+        is_meta = file.startswith("meta/")
+        allowed = _META.issuperset(kinds) if is_meta else set(kinds) == {Kind.BUNDLE}
+        if not allowed and not (kinds == _PATCH and not is_meta and self._is_patch(entries)):
+            raise CorruptionError(f"{self.archive} contains an unexpected object")
+
+    def _is_patch(self, entries: Iterable[Entry]) -> bool:
+        """Return whether the objects of a pack are an exact patch."""
+        by_kind = {entry.kind: entry.id for entry in entries}
+        recipe = load_recipe(self.catalog.store.get(by_kind[Kind.RECIPE], Kind.RECIPE))
+        return recipe.patch and recipe.values == by_kind[Kind.VALUES]
+
+    def _check_notes(self) -> None:
+        """Refuse notes that could not be replaced."""
+        for name in (*self.commits, *self.headers):
+            notes = self.catalog.notes(name)
+            if len(notes) > MAX_NOTES or any(one.generation > MAX_NOTES for _, one in notes):
+                raise CorruptionError(f"{self.archive} has too many notes of commit {name[:8]}")
+
+    def _check_patches(self, row: ArchivedCommit) -> None:
+        for part in row.patches:
+            exact = self.commits[row.id].parts[part].exact
+            if exact is None or not self.catalog.has_recipe(exact):
+                raise CorruptionError(f"{self.archive} lacks an exact patch that it lists")
+
+
+@contextmanager
+def sourced(file: BinaryIO, name: str, progress: Progress) -> Iterator[Source]:
+    """Open an archive and check everything in it.
+
+    Raises:
+        CorruptionError: the file is truncated, damaged or not allowed in some other way.
+        UnsupportedVersionError: a newer program wrote it.
+        StorageError: it cannot be read.
+    """
+    archive = Archive(file, name)
+    archive.check(progress)
+    with disk.scratch_folder("ckpt-bundle-") as folder:
+        store = ObjectStore(Layered(folder, archive), folder / "index", keys_of)
+        try:
+            store.refresh()
+            source = Source(archive, Catalog(store))
+            source.catalog.record(left_out(source.manifest.commits, source.commits, now()))
+            source.check(progress)
+            yield source
+        finally:
+            store.index.close()
+
+
+@contextmanager
+def opened(path: Path, progress: Progress) -> Iterator[Source]:
+    """Open the archive at a path; raises as `sourced`, and NotFoundError."""
+    try:
+        file = open(path, "rb", buffering=0, opener=disk.open_nonblocking)  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path} does not exist") from error
+    except OSError as error:
+        raise disk.storage_error(error, f"read {path}") from error
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InvalidInputError(f"{path} is not a file")
+        with sourced(file, str(path), progress) as source:
+            yield source

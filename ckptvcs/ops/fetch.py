@@ -1,0 +1,233 @@
+"""Fetch: add the commits of a bundle file to a repository.
+
+check     everything in the file, before anything is written
+copy      the data packs that the repository lacks
+publish   one meta pack with all other objects, and the records of what the file leaves out
+patch     the exact patches, which need the recipes of that pack
+name      branches, tags and pins
+
+A process that is killed before the last step leaves commits that no ref reaches; the next gc
+deletes them, and a second fetch completes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ckptvcs.errors import ConflictError, InvalidInputError
+from ckptvcs.history.archive import checked_blocks
+from ckptvcs.history.canonical_json import now
+from ckptvcs.history.catalog import read_sound
+from ckptvcs.history.format_file import raise_flags, require_flags
+from ckptvcs.history.recipe import dump_drop_record, dump_recipe
+from ckptvcs.history.refs import check_name
+from ckptvcs.ops.archive import RULE, Source, opened
+from ckptvcs.ops.fetch_plan import Plan, Planner, State
+from ckptvcs.ops.placement import free_name, stem
+from ckptvcs.ops.repository import Repository
+from ckptvcs.parallel import Progress, quiet
+from ckptvcs.store.ids import Kind, ObjectId, PackId
+from ckptvcs.store.leases import check_lease, lease, turn
+from ckptvcs.store.pack import pack_name
+
+_ACTION = "fetch"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The result of a fetch.
+
+    Attributes:
+        added: The new commits, oldest first.
+        restored: The commits that were dropped, or lacked parts.
+        exact_again: The commits that were near and are exact now.
+        known: The commits that the repository had already.
+        notes: The number of new notes.
+        refs: The new and moved branches (`heads/NAME`), tags (`tags/NAME`) and pins (`pins/ID`).
+        kept: The tags that name other commits here; they stay.
+        size_bytes: The bytes that the repository has grown by.
+    """
+
+    added: tuple[ObjectId, ...] = ()
+    restored: tuple[ObjectId, ...] = ()
+    exact_again: tuple[ObjectId, ...] = ()
+    known: tuple[ObjectId, ...] = ()
+    notes: int = 0
+    refs: dict[str, ObjectId] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+    size_bytes: int = 0
+
+
+class Fetcher:
+    """Adds the commits of an archive to a repository."""
+
+    def __init__(self, repository: Repository, source: Source, progress: Progress = quiet) -> None:
+        self._repository, self._source, self._progress = repository, source, progress
+        self._backend, self._catalog = repository.backend, repository.catalog
+        self._refs = repository.refs
+        self._size_bytes = 0
+
+    def run(self, branch: str | None = None) -> Fetched:
+        """Fetch everything; `branch` replaces the branch names of the archive.
+
+        Raises:
+            ConflictError: `branch` has other commits, or a ref moved meanwhile.
+            InvalidInputError: `branch` is not valid, or the archive has several branches.
+            BusyError: gc is sweeping, or another process does not finish.
+            CorruptionError: An object that the commits need is missing.
+            StorageError: The disk is full, or fails.
+        """
+        wanted = self._wanted_refs(branch)
+        self._raise_flags()
+        with lease(self._backend) as lease_name:
+            state, plan = self._plan()
+            notes = len(Planner(self._repository, self._source, state).notes())
+            done = replace(self._report(state), notes=notes)
+            self._copy(plan.packs)
+            check_lease(self._backend, lease_name)
+            with turn(self._backend):  # another fetch may write records and recipes, too
+                _, plan = self._plan()
+                self._copy(plan.packs)
+                self._publish(plan)
+            self._copy(plan.patches)
+            with turn(self._backend):
+                moves, kept = self._moves(wanted, strict=branch is not None)
+                for tip in {*moves.values()}:
+                    self._repository.revisions.require_durable(tip)
+                self._backend.settle_seen()
+                check_lease(self._backend, lease_name)
+                for ref, commit in moves.items():
+                    self._refs.publish(
+                        ref, self._refs.read(ref), commit=commit, time=now(), action=_ACTION
+                    )
+        return replace(done, refs=moves, kept=kept, size_bytes=self._size_bytes)
+
+    def _report(self, state: State) -> Fetched:
+        """Return what will be done; commits that other bundles left out count as new."""
+        known = tuple(name for name in self._source.commits if name not in state.wanted)
+        whole = [drop for drop in self._catalog.drops().values() if not drop.parts]
+        dropped = {name for drop in whole if drop.rule != RULE for name in drop.commits}
+        left_out = {name for drop in whole for name in drop.commits} - dropped
+        added = tuple(n for n in state.wanted if n in state.added or n in left_out)
+        restored = tuple(name for name in state.restored if name not in left_out)
+        return Fetched(added, restored, state.exact_again, known)
+
+    def _wanted_refs(self, branch: str | None) -> dict[str, ObjectId]:
+        """Return the refs of the archive, with its only branch under the name `branch`."""
+        refs = dict(self._source.manifest.refs)
+        if branch is None:
+            return refs
+        check_name(branch, "branch")
+        tips = {commit for ref, commit in refs.items() if ref.startswith("heads/")}
+        if len(tips) > 1:
+            raise InvalidInputError(
+                f"{self._source.archive} has {len(tips)} branches", hint="leave out --branch"
+            )
+        others = {ref: name for ref, name in refs.items() if not ref.startswith("heads/")}
+        return others | {f"heads/{branch}": tips.pop()}
+
+    def _raise_flags(self) -> None:
+        require_flags(self._backend, "write")
+        for operation, flags in self._source.manifest.flags.items():
+            raise_flags(self._backend, operation, *flags)
+        dropped = self._catalog.dropped()
+        if self._source.gone.commits or self._source.gone.parts or dropped.parts:
+            raise_flags(self._backend, "gc", "drops")
+        if any(ref.startswith("pins/") for ref in self._source.manifest.refs):
+            raise_flags(self._backend, "gc", "pins")
+
+    def _plan(self) -> tuple[State, Plan]:
+        self._catalog.store.refresh()
+        self._catalog.forget()
+        state = State(self._repository, self._source)
+        return state, Planner(self._repository, self._source, state).plan(now())
+
+    # -- objects ---------------------------------------------------------------------------------
+
+    def _copy(self, listed: dict[PackId, str]) -> None:
+        """Copy whole packs of the archive."""
+        for pack, folder in listed.items():
+            writer = self._backend.writer()
+            size = 0
+            try:
+                for data in checked_blocks(self._source.archive, pack, folder):
+                    writer.write(data)
+                    size += len(data)
+                    self._progress(len(data))
+                with contextlib.suppress(ConflictError):  # the same bytes, not indexed yet
+                    writer.publish(pack_name(folder, pack))
+                    self._size_bytes += size
+            finally:
+                writer.abort()
+        if listed:
+            self._catalog.store.refresh()
+            self._catalog.forget()
+
+    def _publish(self, plan: Plan) -> None:
+        """Write all other objects into one pack, which makes them visible at once."""
+        store, theirs = self._catalog.store, self._source.catalog.store
+        with store.packing("meta") as pack:
+            for name in plan.objects:
+                place = next(place for place in theirs.places(name) if place.folder == "meta")
+                pack.copy(place.entry, *read_sound(theirs, place))
+            for recipe in plan.recipes:
+                pack.add(Kind.RECIPE, dump_recipe(recipe))
+            for record in plan.records:
+                pack.add(Kind.RECORD, dump_drop_record(record))
+            self._size_bytes += 0 if pack.is_empty else pack.size_bytes
+        self._catalog.forget()
+
+    # -- refs ------------------------------------------------------------------------------------
+
+    def _moves(
+        self, wanted: dict[str, ObjectId], *, strict: bool
+    ) -> tuple[dict[str, ObjectId], tuple[str, ...]]:
+        """Return the refs to set, branches last, and the tags that name other commits here."""
+        moves: dict[str, ObjectId] = {}
+        kept = []
+        for ref, commit in sorted(wanted.items(), reverse=True):
+            space, _, name = ref.partition("/")
+            state = self._refs.read(ref)
+            at = state.commit if state is not None else None
+            if space == "heads":
+                place = self._branch(name, commit, strict=strict)
+                if place is not None:
+                    moves[f"heads/{place}"] = commit
+            elif at is None:
+                moves[ref] = commit
+            elif at != commit:
+                kept.append(name)
+        return moves, tuple(sorted(kept))
+
+    def _branch(self, name: str, tip: ObjectId, *, strict: bool) -> str | None:
+        """Return the branch to put a commit on; None if one with this name has it already.
+
+        A branch with other commits stays; the commit goes to a branch of another name, as those
+        of a commit that does not fit.
+        """
+        line = set(self._catalog.ids_below(tip))
+        branches = self._refs.names("heads")
+        alike = [name, *(one for one in branches if one != name and stem(one) == stem(name))]
+        for one in alike[:1] if strict else alike:
+            at = self._repository.revisions.branch(one)
+            if at is None and one == name:
+                return one
+            if at is not None and tip in self._catalog.ids_below(at):
+                return None
+            if at in line:
+                return one
+        if strict:
+            raise ConflictError(
+                f"branch '{name}' has other commits", hint="choose another name with --branch"
+            )
+        return free_name(name, branches)
+
+
+def fetch(
+    repository: Repository, path: Path, branch: str | None = None, progress: Progress = quiet
+) -> Fetched:
+    """Add the commits of a bundle file to a repository; see `Repo.fetch`."""
+    with opened(path, progress) as source:
+        return Fetcher(repository, source, progress).run(branch)

@@ -1,0 +1,243 @@
+"""Plan a fetch: what a repository needs of an archive, and the records that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+from ckptvcs.encode.assemble import recipe_of
+from ckptvcs.errors import CorruptionError
+from ckptvcs.history.note import MAX_NOTES
+from ckptvcs.history.reachability import is_whole
+from ckptvcs.history.recipe import DropRecord, Recipe, load_recipe
+from ckptvcs.ops.archive import RULE, Source, extras, left_out
+from ckptvcs.ops.repository import Repository
+from ckptvcs.store.ids import Kind, ObjectId, PackId
+
+Versions = tuple[tuple[str, int], ...]
+"""Each branch with the number of its newest version."""
+
+
+class State:
+    """What a repository has of the commits of an archive, at one moment."""
+
+    def __init__(self, repository: Repository, source: Source) -> None:
+        self._repository, self._source = repository, source
+        self._catalog = repository.catalog
+        self._dropped = self._catalog.dropped()
+
+    def _has_all(self, name: ObjectId) -> bool:
+        commits = {name: self._source.commits[name]}
+        return is_whole(self._catalog, commits, self._dropped)
+
+    @cached_property
+    def added(self) -> tuple[ObjectId, ...]:
+        """The commits that the repository does not have."""
+        return tuple(n for n in self._source.commits if not self._catalog.store.contains(n))
+
+    @cached_property
+    def restored(self) -> tuple[ObjectId, ...]:
+        """The commits that the repository dropped, or that lack parts."""
+        return tuple(
+            name
+            for name, row in self._source.listed.items()
+            if name not in self.added
+            and (
+                name in self._dropped.commits
+                or self._dropped.parts.get(name, frozenset()).intersection(row.parts)
+                or not self._has_all(name)
+            )
+        )
+
+    @cached_property
+    def exact_again(self) -> tuple[ObjectId, ...]:
+        """The other commits whose exact patch the repository lacks."""
+        return tuple(
+            name
+            for name in self._source.commits
+            if name not in (*self.added, *self.restored) and self.patches([name])
+        )
+
+    @property
+    def wanted(self) -> tuple[ObjectId, ...]:
+        """The commits that the archive has more of, ancestors first."""
+        some = {*self.added, *self.restored, *self.exact_again}
+        return tuple(name for name in self._source.commits if name in some)
+
+    def patches(self, names: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return the exact tables of commits that the archive has and the repository lacks."""
+        tables = {
+            self._source.commits[name].parts[part].exact
+            for name in names
+            for part in self._source.listed[name].patches
+        }
+        return {table for table in tables if table and not self._catalog.has_recipe(table)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to write: data packs, packs of exact patches, objects, new recipes and records."""
+
+    packs: dict[PackId, str]
+    patches: dict[PackId, str]
+    objects: list[ObjectId]
+    recipes: list[Recipe]
+    records: list[DropRecord]
+
+
+class Planner:
+    """Plans what a repository needs of an archive."""
+
+    def __init__(self, repository: Repository, source: Source, state: State) -> None:
+        self._repository, self._source, self._state = repository, source, state
+        self._catalog, self._store = repository.catalog, repository.catalog.store
+        self._theirs = source.catalog
+
+    def plan(self, time: str) -> Plan:
+        """Return what to write; `time` is that of new records."""
+        wanted, objects = self._state.wanted, self.notes()
+        if not wanted:
+            return Plan({}, {}, objects, [], [])
+        patches = self._state.patches(wanted)
+        packs: dict[PackId, str] = {}
+        patch_packs: dict[PackId, str] = {}
+        recipes: list[Recipe] = []
+        for name in sorted(self._source.needed(wanted).objects):
+            place = self._theirs.store.places(name)[0]
+            if place.entry.kind == Kind.RECIPE:
+                recipe = load_recipe(self._theirs.store.get(name, Kind.RECIPE))
+                if recipe.patch and recipe.values in patches:
+                    patch_packs[place.pack] = place.folder
+                elif not recipe.patch and (new := self._recipe(recipe)) is not None:
+                    recipes.append(new)
+            elif place.entry.kind not in (Kind.BUNDLE, Kind.NOTE) and self._lacks(name):
+                objects.append(name)
+        for bundle in {name for recipe in recipes for name in recipe.bundles}:
+            if not self._store.contains(bundle):
+                place = self._theirs.store.places(bundle)[0]
+                packs[place.pack] = place.folder
+        return Plan(packs, patch_packs, objects, recipes, self._records(time))
+
+    def notes(self) -> list[ObjectId]:
+        """Return the notes that the repository lacks, if it may have so many."""
+        found = []
+        for name in (*self._source.commits, *self._source.headers):
+            new = [note for note, _ in self._theirs.notes(name) if self._lacks(note)]
+            if len(new) + len(self._catalog.note_ids(name)) <= MAX_NOTES:
+                found += new
+        return sorted(found)
+
+    def _lacks(self, name: ObjectId) -> bool:
+        """Return whether an object has to be copied; the tables of patches are in their packs."""
+        return self._theirs.store.lasts(name) and not self._store.lasts(name)
+
+    def _recipe(self, recipe: Recipe) -> Recipe | None:
+        """Return a new recipe for a hash table; None if the present one is as good.
+
+        The frame of a base must be less deep than the frames that are based on it, here and in the
+        archive.  So the new recipe has the less deep frame of each tensor.
+        """
+        values = recipe.values
+        here = next(
+            (
+                one
+                for _, one in self._catalog.recipes(values)
+                if not one.patch and all(map(self._store.contains, one.bundles))
+            ),
+            None,
+        )
+        if here is None:
+            return replace(recipe, generation=self._catalog.next_generation(values))
+        if len(here.frames) != len(recipe.frames):
+            raise CorruptionError(f"two recipes of {values[:8]} have different lengths")
+        count = range(len(here.frames))
+        old = [here.place(position) for position in count]
+        new = [recipe.place(position) for position in count]
+        best = [
+            theirs
+            if self._theirs.frame_at(*theirs).depth < self._catalog.frame_at(*ours).depth
+            else ours
+            for theirs, ours in zip(new, old, strict=True)
+        ]
+        return None if best == old else recipe_of(self._catalog, values, best, None)
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def _records(self, time: str) -> list[DropRecord]:
+        """Return the records of what the archive leaves out, and of what it brings back."""
+        after = self._repository.refs.branches()
+        records = self._back(time, after)
+        headers = self._headers()
+        if headers:
+            records.append(DropRecord("drop", headers, (), RULE, time, after=after))
+        added = [self._source.listed[name] for name in self._state.added]
+        records += [
+            replace(record, after=after) for record in left_out(added, self._source.commits, time)
+        ]
+        return records + self._fades(time)
+
+    def _fades(self, time: str) -> list[DropRecord]:
+        """Return records of the exact patches that restored commits lack, for the time until these
+        come, or for ever.
+        """
+        groups: dict[tuple[str, ...], list[ObjectId]] = {}
+        for name in self._state.restored:
+            parts = self._source.commits[name].parts
+            recorded = self._catalog.recorded_parts(name)
+            near = {
+                part
+                for part, state in parts.items()
+                if state.exact
+                and part not in recorded
+                and not self._catalog.has_recipe(state.exact)
+            }
+            if near:
+                groups.setdefault(tuple(sorted(near)), []).append(name)
+        return [
+            DropRecord("fade", tuple(names), parts, RULE, time) for parts, names in groups.items()
+        ]
+
+    def _headers(self) -> tuple[ObjectId, ...]:
+        """Return the ancestors to drop: the archive has only their commit objects, as has this
+        repository.
+        """
+        dropped, reached = self._catalog.dropped(), self._repository.revisions.ids()
+        unknown = self._source.headers - reached - dropped.commits
+        return tuple(sorted(name for name in unknown if not self._repository.revisions.whole(name)))
+
+    def _back(self, time: str, after: Versions) -> list[DropRecord]:
+        """Return the undos of the drops of restored commits, and the drops of what stays away."""
+        found, back = list[DropRecord](), set[ObjectId]()
+        for name, drop in self._catalog.drops().items():
+            going = {commit for commit in drop.commits if self._returns(commit, drop.parts)}
+            back |= going
+            if going:
+                undo = DropRecord("undo", drop.commits, drop.parts, RULE, time, (name,), after)
+                others = tuple(commit for commit in drop.commits if commit not in going)
+                found += [undo, *([replace(drop, commits=others)] if others else [])]
+        missing: dict[tuple[str, ...], list[ObjectId]] = {}
+        for name in self._state.restored:
+            gone = tuple(
+                sorted(filter(partial(self._is_missing, name), self._source.gone_of(name)))
+            )
+            if name in back:
+                missing.setdefault(tuple(sorted(gone)), []).append(name)
+        return found + [
+            DropRecord("drop", tuple(names), parts, RULE, time, after=after)
+            for parts, names in missing.items()
+            if parts
+        ]
+
+    def _returns(self, name: ObjectId, parts: tuple[str, ...]) -> bool:
+        """Return whether the archive brings back a commit that was dropped with these parts."""
+        brought = self._source.listed[name].parts if name in self._state.restored else ()
+        return bool(brought) and (not parts or not set(parts).isdisjoint(brought))
+
+    def _is_missing(self, name: ObjectId, part: str) -> bool:
+        """Return whether this repository lacks a part of a commit, too."""
+        commit = self._source.commits[name]
+        extra = extras(commit).get(part)
+        if extra is not None:
+            return not self._store.contains(extra)
+        return not self._catalog.has_recipe(commit.parts[part].values, patches=False)
