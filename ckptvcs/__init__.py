@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.diff import Comparison, TensorDifference
     from ckptvcs.ops.diff_sides import Indistinct
     from ckptvcs.ops.diff_sums import Sums
+    from ckptvcs.ops.each import Visit
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.fetch import Fetched
     from ckptvcs.ops.import_folder import Importer, ImportItem
@@ -107,6 +108,7 @@ _HOMES = {
     "Undone": "history.reflog",
     "Verdict": "ops.bisect",
     "VerifyReport": "ops.verify",
+    "Visit": "ops.each",
     "WatchEvent": "ops.watch",
     "Watcher": "ops.watch",
 }
@@ -186,6 +188,7 @@ __all__ = [
     "UnsupportedVersionError",
     "Verdict",
     "VerifyReport",
+    "Visit",
     "WatchEvent",
     "Watcher",
 ]

@@ -31,6 +31,10 @@ Part = Annotated[
     Literal["model", "optimizer", "rest"] | None,
     Option("--only", metavar="PART", help="only this part: model, optimizer or rest"),
 ]
+ExportFormat = Annotated[
+    str | None,
+    Option("--format", metavar="pt|safetensors", help="output format (default: as committed)"),
+]
 Branch = Annotated[
     str | None, Option("--branch", metavar="NAME", help="target branch (does not move HEAD)")
 ]

@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import Every, Force, JsonOption, Part, Start, Stop, open_repo
+from ckptvcs.cli.context import Every, ExportFormat, Force, JsonOption, Part, Start, Stop, open_repo
 from ckptvcs.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ckptvcs import Exported
-
-Format = Annotated[
-    str | None,
-    Option("--format", metavar="pt|safetensors", help="output format (default: as committed)"),
-]
 
 
 def export(
@@ -32,7 +27,7 @@ def export(
     folder: Annotated[
         Path | None, Option("--all", metavar="DIR", help="output directory for all commits")
     ] = None,
-    form: Format = None,
+    form: ExportFormat = None,
     only: Part = None,
     start: Start = None,
     stop: Stop = None,

@@ -291,6 +291,22 @@ class PartReader:
                 self.save(part or "model", at)
                 progress(commit.raw_bytes)
 
+    def restore(self, target: Path | Target) -> None:
+        """Write the committed file or directory, whatever the suffix of `target`.
+
+        Raises:
+            ConflictError: the file changed after it was looked at.
+        """
+        with looked(target) as at:
+            if self._restorer.commit.source == "directory":
+                save_directory(self._restorer, at, look_at_files(self._restorer.commit, at), quiet)
+            else:
+                save_file(self._restorer, at, quiet)
+
+    def forget(self) -> None:
+        """Free the decoded tensors; the next use decodes them again."""
+        self._decoded, self._plain = {}, {}
+
     def _save_torch(
         self, part: str, tensors: Mapping[str, Window], stem: str, out: BinaryIO
     ) -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptvcs.checkpoint.matching import alike
 from ckptvcs.codec.frame import SLICE_WORDS
@@ -33,6 +34,8 @@ from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
 _MAX_LISTED = 4
+
+T = TypeVar("T")
 
 
 # -- names -----------------------------------------------------------------------------------------
@@ -166,6 +169,10 @@ class Trajectory:
             self._kept = kept
             del here
 
+    def forget(self) -> None:
+        """Free the tensors of the last commit on which the next one does not depend."""
+        self._kept = {}
+
     def _stop(self, name: ObjectId) -> _Stop:
         decoded = lambda values: self._kept.get(values)  # noqa: E731  `_kept` changes
         restorer = Restorer(self._catalog, name, decoded=decoded)
@@ -294,6 +301,33 @@ def series(
     return map(value, Trajectory(catalog, chosen.__getitem__).readers(having))
 
 
+def written(
+    catalog: Catalog,
+    names: Sequence[ObjectId],
+    part: str | None,
+    write: Callable[[ObjectId, PartReader], T],
+) -> Iterator[T]:
+    """Yield the result of `write` for each commit, whose reader has decoded one part or all.
+
+    While the caller uses the result, only the tensors that the next commit depends on are in
+    memory.
+    """
+
+    @cache
+    def choose(schema: ObjectId) -> dict[str, Window]:
+        tensors = catalog.schema(schema).tensors
+        named = windows(catalog.schema(schema)).items()
+        return {name: w for name, w in named if part is None or tensors[w[0]].part == part}
+
+    trajectory = Trajectory(catalog, choose)
+    for name, reader in trajectory.readers(names):
+        result = write(name, reader)
+        reader.forget()
+        trajectory.forget()
+        yield result
+        del result
+
+
 def export(
     catalog: Catalog,
     names: Sequence[ObjectId],
@@ -308,14 +342,9 @@ def export(
     Raises:
         NotFoundError: a commit does not have that part.
     """
+    rest = iter(targets)
 
-    @cache
-    def choose(schema: ObjectId) -> dict[str, Window]:
-        tensors = catalog.schema(schema).tensors
-        named = windows(catalog.schema(schema)).items()
-        return {name: w for name, w in named if part is None or tensors[w[0]].part == part}
+    def write(_: ObjectId, reader: PartReader) -> None:
+        reader.export(next(rest), part, progress, force=force)
 
-    readers = Trajectory(catalog, choose).readers(names)
-    for target, (_, reader) in zip(targets, readers, strict=True):
-        reader.export(target, part, progress, force=force)
-        del reader
+    deque(written(catalog, names, part, write), 0)

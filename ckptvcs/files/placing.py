@@ -41,7 +41,7 @@ _TRIES = 2  # to delete temporary files: the system may refuse once
 _NO_LINKS = (*CANNOT, errno.EPERM, errno.EMLINK)
 
 
-def _lasting(status: Seen | None) -> tuple[int, ...] | None:
+def lasting(status: Seen | None) -> tuple[int, ...] | None:
     """Return the properties of a file that a change alters but a rename does not."""
     if status is None:
         return None
@@ -54,7 +54,7 @@ def _same(now: Seen | None, seen: Seen) -> bool:
         return False
     # Deleting another name of a file changes its ctime.
     same_ctime = seen.st_nlink > 1 or now.st_ctime_ns == seen.st_ctime_ns
-    return _lasting(now) == _lasting(seen) and same_ctime
+    return lasting(now) == lasting(seen) and same_ctime
 
 
 class NotRegularError(OSError):
@@ -207,7 +207,7 @@ class Folder:
 
         It is renamed first, so that a program that saves it at this moment loses nothing.
         """
-        if _lasting(self.look(name)) != _lasting(seen):
+        if lasting(self.look(name)) != lasting(seen):
             return False
         with self._temporary() as temporary:
             try:
@@ -215,7 +215,7 @@ class Folder:
             except FileNotFoundError:
                 return False
             try:
-                is_seen = _lasting(self.look(temporary.name)) == _lasting(seen)
+                is_seen = lasting(self.look(temporary.name)) == lasting(seen)
             except OSError:
                 self._put_back(temporary, name)
                 raise
@@ -254,7 +254,7 @@ class Folder:
             os.unlink(temporary.name, dir_fd=self._at)
 
     def _place(self, temporary: _Temporary, name: str, seen: Seen | None) -> None:
-        if _lasting(self.look(temporary.name)) != _lasting(temporary.own):
+        if lasting(self.look(temporary.name)) != lasting(temporary.own):
             raise ConflictError(f"another program changed {self.path / temporary.name}")
         if seen is None:
             try:
@@ -283,7 +283,7 @@ class Folder:
             claimed = os.fstat(claim)
         finally:
             os.close(claim)
-        if claimed.st_size or _lasting(self.look(name)) != _lasting(claimed):
+        if claimed.st_size or lasting(self.look(name)) != lasting(claimed):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
         os.replace(temporary, name, src_dir_fd=self._at, dst_dir_fd=self._at)
 
@@ -299,7 +299,7 @@ class Folder:
             raise self._changed(name) from error
         own, temporary.own = temporary.own, None
         try:
-            is_seen = _lasting(self.look(temporary.name)) == _lasting(seen)
+            is_seen = lasting(self.look(temporary.name)) == lasting(seen)
         except OSError:
             rename(self._at, temporary.name, name, EXCHANGE)
             temporary.own = own
@@ -312,7 +312,7 @@ class Folder:
         except FileNotFoundError:  # the new file was deleted
             self._put_back(temporary, name)
             raise self._changed(name) from None
-        if _lasting(self.look(temporary.name)) != _lasting(own):  # saved again: keep the later one
+        if lasting(self.look(temporary.name)) != lasting(own):  # saved again: keep the later one
             with contextlib.suppress(OSError):
                 rename(self._at, temporary.name, name, EXCHANGE)
             raise self._saved_again(temporary, name)

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Self
 
 from ckptvcs.errors import ConflictError, InvalidInputError
-from ckptvcs.files.placing import LINK_ERRORS, Folder, NotRegularError
+from ckptvcs.files.placing import LINK_ERRORS, Folder, NotRegularError, lasting
 from ckptvcs.hashing import hasher
 from ckptvcs.parallel import Progress
 from ckptvcs.store.disk import storage_error
@@ -86,8 +86,10 @@ class Originals:
             StorageError: the file cannot be opened, or an operation in the block fails.
         """
         try:
-            with self._folder.inside(path.parent) as parent, _regular(parent, path) as file:
+            with self._folder.inside(path.parent) as parent, parent.open_file(path.name) as file:
                 yield file, parent
+        except NotRegularError:
+            raise ConflictError(f"{path} is not a regular file") from None
         except OSError as error:
             if error.errno in LINK_ERRORS:
                 raise ConflictError(f"{path} is or lies behind a symbolic link") from error
@@ -124,7 +126,7 @@ class Originals:
                 content_hash.update(block)
                 progress(len(block))
             now = os.fstat(file.fileno())
-            if content_hash.hexdigest() != digest or _state(now) != _state(before):
+            if content_hash.hexdigest() != digest or lasting(now) != lasting(before):
                 raise _changed(path)
         return Proven(path, before)
 
@@ -152,13 +154,6 @@ class Originals:
         return True
 
 
-def _regular(parent: Folder, path: PurePosixPath) -> BinaryIO:
-    try:
-        return parent.open_file(path.name)
-    except NotRegularError:
-        raise ConflictError(f"{path} is not a regular file") from None
-
-
 def _changed(path: PurePosixPath) -> ConflictError:
     return ConflictError(f"{path} changed since it was committed")
 
@@ -166,8 +161,3 @@ def _changed(path: PurePosixPath) -> ConflictError:
 def _is_other(now: os.stat_result, before: os.stat_result) -> bool:
     """Return whether a file with a single name was changed, or another file got its inode."""
     return now.st_nlink == before.st_nlink == 1 and now.st_ctime_ns != before.st_ctime_ns
-
-
-def _state(status: os.stat_result) -> tuple[int, ...]:
-    """Return the properties that change when a file is replaced or written."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

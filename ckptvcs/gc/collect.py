@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from ckptvcs.errors import CkptError, CorruptionError
@@ -41,6 +41,19 @@ from ckptvcs.store.ids import Kind, ObjectId, PackId
 from ckptvcs.store.index.rows import Place
 from ckptvcs.store.leases import dead_leases, live_leases
 from ckptvcs.store.pack import FOLDERS, PackWriter, packed_size
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The state on which a plan is based: reachable commits, drop records, notes, targets of refs,
+    and the marked objects.
+    """
+
+    commits: Set[ObjectId] = frozenset()
+    records: Set[ObjectId] = frozenset()
+    notes: Set[ObjectId] = frozenset()
+    tips: Set[ObjectId] = frozenset()
+    marked: Marked = field(default_factory=Marked)
 
 
 @dataclass(frozen=True)
@@ -73,20 +86,7 @@ class GcPlan:
     unreachable: tuple[ObjectId, ...] = ()
     waiting: tuple[ObjectId, ...] = ()
     waiting_bytes: int = 0
-    picture: Picture | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """The state on which a plan is based: reachable commits, drop records, notes, targets of refs,
-    and the marked objects.
-    """
-
-    commits: Set[ObjectId]
-    records: Set[ObjectId]
-    notes: Set[ObjectId]
-    tips: Set[ObjectId]
-    marked: Marked
+    picture: Picture = field(default_factory=Picture)
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,6 @@ class Collector:
 
     def foreign_bytes(self, plan: GcPlan, before: Set[PackId]) -> int:
         """Return the bytes of packs that writers added: not in `before`, with unmarked objects."""
-        assert plan.picture is not None
         store, marked, total = self._catalog.store, plan.picture.marked.objects, 0
         for pack, (folder, size) in store.pack_sizes().items():
             if pack not in before:
@@ -347,7 +346,6 @@ class Collector:
             CorruptionError: a needed object is missing.
         """
         seen, store = plan.picture, self._catalog.store
-        assert seen is not None
         self._refs.settle_all()  # a writer may have been killed between publishing and syncing
         self._catalog.reload()
         for name in set(store.ids(Kind.RECORD)) - seen.records:
@@ -368,7 +366,6 @@ class Collector:
         Raises:
             OutdatedError: a note was written, which may change the best commits.
         """
-        assert plan.picture is not None
         if set(self._catalog.store.ids(Kind.NOTE)) - plan.picture.notes:
             raise OutdatedError("another process wrote a note")
         tables = set(self._catalog.patches().values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 from ckptvcs.errors import CorruptionError, StorageError
 from ckptvcs.gc.retention import ExactRule
@@ -72,15 +72,8 @@ class Fader:
         store, found = self._catalog.store, []
         for recipe, values in self._catalog.patches().items():
             holders = tuple(self._catalog.commits_of_exact(values))
-            part = next(
-                (
-                    name
-                    for holder in holders
-                    for name, state in self._catalog.commit(holder).parts.items()
-                    if state.exact == values
-                ),
-                "",
-            )
+            parts = (self._catalog.commit(name).parts_of_exact(values) for name in holders)
+            part = next(chain.from_iterable(parts), "")
             found += [
                 Patch(values, place.pack, place.folder, part, holders, store.pack_size(place.pack))
                 for place in store.index.known(recipe)

@@ -88,7 +88,6 @@ class Sweep:
 
     def _sweep(self, plan: GcPlan) -> None:
         self._delete(plan, plan.packs)
-        assert plan.picture is not None
         merged: dict[PackId, str] = {}
         copied: set[ObjectId] = set()  # to the new packs
         for merge in plan_merges(self._catalog, plan.picture.marked):

@@ -120,11 +120,11 @@ class Catalog:
 
     def notes(self, commit: ObjectId) -> list[tuple[ObjectId, Note]]:
         """Return the notes of a commit with their ids, sorted so that later ones count."""
-        found = []
+        notes = []
         for name in self.note_ids(commit):
             with contextlib.suppress(MissingObjectError):  # gc has just moved it
-                found.append((name, self._note(name)))
-        return in_order(pair for pair in found if pair[1].commit == commit)
+                notes.append((name, self._note(name)))
+        return in_order(pair for pair in notes if pair[1].commit == commit)
 
     def merged(self, name: ObjectId, message: str, metrics: Mapping[str, float]) -> Merged:
         """Return the message, metrics and fields of a commit with its notes."""
@@ -150,6 +150,12 @@ class Catalog:
             recipes, key=lambda pair: (not pair[1].patch, pair[1].generation, pair[0]), reverse=True
         )
 
+    def complete_recipes(self, values: ObjectId) -> Iterator[tuple[ObjectId, Recipe]]:
+        """Yield the recipes whose bundles the index has, in the order of use."""
+        for name, recipe in self.recipes(values):
+            if all(map(self.store.contains, recipe.bundles)):
+                yield name, recipe
+
     def _recipes(self, key: bytes) -> Iterator[tuple[ObjectId, Recipe]]:
         for name in self.store.find(key):
             with contextlib.suppress(MissingObjectError):  # another process has just deleted it
@@ -157,9 +163,8 @@ class Catalog:
 
     def _recipe(self, values: ObjectId) -> Recipe:
         for attempt in range(2):
-            for _, recipe in self.recipes(values):
-                if all(self.store.contains(bundle) for bundle in recipe.bundles):
-                    return recipe
+            for _, recipe in self.complete_recipes(values):
+                return recipe
             if attempt == 0:
                 self.store.index.doubt()
         raise MissingObjectError(f"no complete recipe for the tensor hash table {values[:8]}")
@@ -173,11 +178,7 @@ class Catalog:
 
         Without `patches`, exact patches do not count: nothing else may depend on them.
         """
-        return any(
-            all(self.store.contains(bundle) for bundle in recipe.bundles)
-            for _, recipe in self.recipes(values)
-            if patches or not recipe.patch
-        )
+        return any(patches or not recipe.patch for _, recipe in self.complete_recipes(values))
 
     def patches(self) -> dict[ObjectId, ObjectId]:
         """Return the recipes of all exact patches, each with its exact table."""
@@ -258,9 +259,9 @@ class Catalog:
         Its patch may be deleted at any time, even if new commits share it.
         """
         for name in self.commits_of_exact(values):
-            parts = {p for p, state in self.commit(name).parts.items() if state.exact == values}
+            parts = self.commit(name).parts_of_exact(values)
             records = [record for record in self.drop_records(name) if record.what == "fade"]
-            if any(parts.intersection(record.parts or PARTS) for record in records):
+            if any(set(parts).intersection(record.parts or PARTS) for record in records):
                 return True
         return False
 

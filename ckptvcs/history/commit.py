@@ -168,6 +168,10 @@ class Commit:
         """The id of the parent, if there is one."""
         return self.parents[0] if self.parents else None
 
+    def parts_of_exact(self, values: ObjectId) -> list[str]:
+        """Return the parts whose exact form has this tensor hash table."""
+        return [part for part, state in self.parts.items() if state.exact == values]
+
     @property
     def exact(self) -> bool:
         """Whether the delta chain decodes to every file bit for bit."""

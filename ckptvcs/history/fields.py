@@ -38,16 +38,13 @@ def _of_class(cls: type) -> FieldType:
     return FieldType(load)
 
 
-def _load_natural(value: Json) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError
-    return value
+def _integer(least: int) -> FieldType:
+    def load(value: Json) -> int:
+        if type(value) is not int or not least <= value < 1 << 63:
+            raise ValueError
+        return value
 
-
-def _load_signed(value: Json) -> int:
-    if type(value) is not int or abs(value) >= 1 << 63:
-        raise ValueError
-    return value
+    return FieldType(load)
 
 
 def to_number(value: Json) -> float:
@@ -61,7 +58,7 @@ def to_number(value: Json) -> float:
 
 
 TEXT, FLAG, OBJECT = _of_class(str), _of_class(bool), _of_class(dict)
-NATURAL, SIGNED = FieldType(_load_natural), FieldType(_load_signed)
+NATURAL, SIGNED = _integer(0), _integer(1 - (1 << 63))
 NUMBER, ID = FieldType(to_number, from_number), FieldType(checked_id)
 
 

@@ -135,11 +135,7 @@ def _mark_tables(
 
 def _recipes_of(catalog: Catalog, table: ObjectId) -> list[tuple[ObjectId, Recipe]]:
     """Return the needed recipes of a table; none if no recipe has all of its bundles."""
-    whole = [
-        (name, recipe)
-        for name, recipe in catalog.recipes(table)
-        if all(map(catalog.store.contains, recipe.bundles))
-    ]
+    whole = list(catalog.complete_recipes(table))
     # Readers use the newest recipe; nothing depends on an exact patch.
     used = [pair for pair in whole if not pair[1].patch][:1]
     # The patch of an interrupted commit may depend on a table that was never written.

@@ -293,13 +293,13 @@ class Revisions:
             raise InvalidInputError(
                 f"invalid revision '{text}', expected best:METRIC:min or best:METRIC:max"
             )
-        found = (
+        all_metrics = (
             (self._catalog.merged(name, "", find_metrics(content)).metrics, name)
             for name, content in self._catalog.walk(self.head())
         )
         values = [
             (metrics[metric], name)
-            for metrics, name in found
+            for metrics, name in all_metrics
             if math.isfinite(metrics.get(metric, math.nan))
         ]
         if not values:

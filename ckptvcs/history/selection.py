@@ -84,10 +84,10 @@ class MetricTest:
     @classmethod
     def parse(cls, text: str) -> MetricTest:
         """Return the test that a text describes.  Raises InvalidInputError."""
-        found = _TEST.match(text.strip())
-        if found is not None:
+        match = _TEST.match(text.strip())
+        if match is not None:
             try:
-                return cls(found[1].strip(), found[2], float(found[3]))
+                return cls(match[1].strip(), match[2], float(match[3]))
             except ValueError:
                 pass
         raise InvalidInputError(f"invalid test of a metric '{text}'", hint="write 'loss<3'")
@@ -163,12 +163,14 @@ class Selection:
             asked.append(self.sort)
         for name in asked:
             _require(name, candidates)
-        found = [entry for entry in candidates if all(t.holds(entry.metrics) for t in self.tests)]
+        selected = [
+            entry for entry in candidates if all(t.holds(entry.metrics) for t in self.tests)
+        ]
         if self.sort is not None:
-            found = self._sorted(found, self.sort)
+            selected = self._sorted(selected, self.sort)
         elif self.reverse:
-            found.reverse()
-        return found[:limit]
+            selected.reverse()
+        return selected[:limit]
 
     def _sorted(self, entries: list[LogEntry], key: str) -> list[LogEntry]:
         """Sort commits; those without a value come last."""
@@ -183,10 +185,10 @@ class Selection:
             return entry.metrics.get(key)
 
         valued = [(entry, value(entry)) for entry in entries]
-        known = [(entry, v) for entry, v in valued if v is not None and not math.isnan(v)]
-        known.sort(key=lambda pair: pair[1], reverse=not self.reverse)
+        sortable = [(entry, v) for entry, v in valued if v is not None and not math.isnan(v)]
+        sortable.sort(key=lambda pair: pair[1], reverse=not self.reverse)
         rest = [entry for entry, v in valued if v is None or math.isnan(v)]
-        return [entry for entry, _ in known] + rest
+        return [entry for entry, _ in sortable] + rest
 
 
 ALL = Selection()
@@ -196,8 +198,10 @@ ALL = Selection()
 def _require(name: str, entries: list[LogEntry]) -> None:
     """Raise NotFoundError if no commit has a metric."""
     if entries and not any(name in entry.metrics for entry in entries):
-        known = sorted({metric for entry in entries for metric in entry.metrics})
-        listed = ", ".join(known[:_MOST_LISTED]) + (", ..." if len(known) > _MOST_LISTED else "")
+        metrics = sorted({metric for entry in entries for metric in entry.metrics})
+        listed = ", ".join(metrics[:_MOST_LISTED]) + (
+            ", ..." if len(metrics) > _MOST_LISTED else ""
+        )
         raise NotFoundError(
-            f"no commit has the metric '{name}'", hint=f"these exist: {listed}" if known else None
+            f"no commit has the metric '{name}'", hint=f"these exist: {listed}" if metrics else None
         )

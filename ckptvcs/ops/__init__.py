@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from ckptvcs.ops import bundle as bundle
     from ckptvcs.ops import checkout as checkout
     from ckptvcs.ops import clone as clone
+    from ckptvcs.ops import command as command
     from ckptvcs.ops import commit as commit
     from ckptvcs.ops import diff as diff
+    from ckptvcs.ops import each as each
     from ckptvcs.ops import export as export
     from ckptvcs.ops import fetch as fetch
     from ckptvcs.ops import gc as gc

@@ -10,7 +10,6 @@ last good and the first bad one, each of them may be the first bad commit.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
@@ -21,10 +20,10 @@ from pathlib import Path
 
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import InvalidInputError
-from ckptvcs.files.names import safe_path
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.checkout import checkout_files
+from ckptvcs.ops.command import file_name, fill
 from ckptvcs.ops.finite import all_finite
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.disk import scratch_folder
@@ -200,16 +199,15 @@ def finite_judge(catalog: Catalog, restorer: Callable[[ObjectId], Restorer]) -> 
 def command_judge(command: Sequence[str], write: Callable[[ObjectId, Path], object]) -> Judge:
     """Return a test by the exit code of a command: 0 good, 125 skip, any other up to 127 bad.
 
-    The test restores a commit with `write` to a temporary path.  The path replaces `{}` in the
-    arguments, or follows them.  The output of the command goes to stderr.  The test raises
+    The test restores a commit with `write` to a temporary path, and fills the arguments with
+    `ops.command.fill`.  The output of the command goes to stderr.  The test raises
     InvalidInputError if the command cannot be run, is ended by a signal, or exits with a code above
     127.
     """
 
     def judge(entry: LogEntry) -> Verdict:
         with scratch_folder("ckpt-bisect-") as at:
-            path = entry.commit.path
-            target = at / ("checkpoint" if path == "." else safe_path(path).name)
+            target = at / file_name(entry)
             write(entry.id, target)
             return _verdict(_run(command, entry, target), entry)
 
@@ -217,16 +215,10 @@ def command_judge(command: Sequence[str], write: Callable[[ObjectId, Path], obje
 
 
 def _run(command: Sequence[str], entry: LogEntry, target: Path) -> int:
-    arguments = [part.replace("{}", str(target)) for part in command]
-    if arguments == list(command):
-        arguments.append(str(target))
-    step = "" if entry.step is None else str(entry.step)
-    variables = {"CKPT_STEP": step, "CKPT_COMMIT": entry.id, "CKPT_PATH": str(target)}
+    arguments, variables = fill(command, entry, target)
     try:
         # Only the result of the bisect goes to stdout.
-        return subprocess.run(
-            arguments, stdout=_STDERR, env=os.environ | variables, check=False
-        ).returncode
+        return subprocess.run(arguments, stdout=_STDERR, env=variables, check=False).returncode
     except OSError as error:
         raise InvalidInputError(f"cannot run '{command[0]}': {error.strerror or error}") from error
 

@@ -44,8 +44,7 @@ def export(
     force: bool,
 ) -> list[Exported]:
     """Write each commit to its path; see `Repo.export`."""
-    if only not in (None, *PARTS):
-        raise InvalidInputError(f"unknown part '{only}'", hint=f"use {' or '.join(PARTS)}")
+    check_part(only)
     if not names:
         raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     entries = [repository.entry(name) for name in names]
@@ -58,14 +57,21 @@ def export(
     ]
 
 
-def _check(form: str | None) -> None:
+def check_part(only: str | None) -> None:
+    """Raise InvalidInputError unless a part is known."""
+    if only not in (None, *PARTS):
+        raise InvalidInputError(f"unknown part '{only}'", hint=f"use {' or '.join(PARTS)}")
+
+
+def check_form(form: str | None) -> None:
+    """Raise InvalidInputError unless a format is known."""
     if form not in (None, *FORMATS):
         raise InvalidInputError(f"unknown format '{form}'", hint=f"use {' or '.join(FORMATS)}")
 
 
 def file_path(path: Path, form: str | None) -> Path:
     """Return the path for a commit; the format `safetensors` adds its suffix."""
-    _check(form)
+    check_form(form)
     if form and path.suffix == ".safetensors" and form != "safetensors":
         raise InvalidInputError(f"{path} has the wrong suffix for --format {form}")
     if form == "safetensors" and path.suffix != ".safetensors":
@@ -81,7 +87,7 @@ def file_paths(
     only: str | None,
 ) -> list[Path]:
     """Return a path for each commit: its step, and its id if the step is not unique."""
-    _check(form)
+    check_form(form)
     commits = [repository.catalog.commit(name) for name in names]
     steps = Counter(commit.step for commit in commits)
     paths = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptvcs import ops
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.gc.retention import Policy
+from ckptvcs.history.log import Bound
 from ckptvcs.ops.config import Value, get_setting, set_setting
 from ckptvcs.ops.history_reader import NO_RULES
 from ckptvcs.ops.reader import Reader
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from ckptvcs.gc.collect import GcPlan
     from ckptvcs.history.note import Note
     from ckptvcs.history.reflog import Undone
+    from ckptvcs.ops.each import Function, Visit, Watch
     from ckptvcs.ops.refs import DeletedBranch
 
 
@@ -131,6 +134,60 @@ class HistoryWriter(Reader):
         return ops.note.write(
             self._repository, revision, message=message, metrics=metrics, fields=fields
         )
+
+    def each(
+        self,
+        function: Function | None = None,
+        start: Bound = None,
+        stop: Bound = None,
+        *,
+        command: Sequence[str] | None = None,
+        metrics: Sequence[str] = (),
+        every: int | None = None,
+        revision: str | int | None = None,
+        only: str | None = None,
+        form: str | None = None,
+        jobs: int = 1,
+        fail_fast: bool = False,
+        watch: Watch | None = None,
+    ) -> list[Visit]:
+        """Call a function, or run a command, once on every commit of a range, oldest first.
+
+        Each commit is written to a temporary path, and decoded from the one before it.  Metrics
+        that are returned are stored at once with `note`.
+
+        Args:
+            function: Called with the commit and the path; returns metrics by name, or None.
+            start: As for `line`.
+            stop: As for `line`.
+            command: A command, run without a shell instead of a function.  The path replaces `{}`,
+                the step `{step}`, the id `{id}`.  It prints metrics as a line of JSON.
+            metrics: Skip commits that have all of these metrics.
+            every: As for `line`.
+            revision: As for `line`.
+            only: As for `export`.
+            form: As for `export`.
+            jobs: The number of calls at the same time, each in a thread.
+            fail_fast: Begin no further call after the first failure.
+            watch: Called with each result and the number of commits that are left.
+
+        Returns:
+            The results, oldest first.  A failure is in `error`, not raised.
+
+        Raises:
+            NotFoundError: The range contains no commit.
+            InvalidInputError: An argument is not valid, or the program does not exist.
+            StorageError: The disk is full, or fails.
+
+        Example:
+            >>> repo.each(lambda entry, path: {"eval_loss": evaluate(path)}, 1000, 9000)
+        """
+        if (function is None) == (command is None):
+            raise InvalidInputError("pass either a function or a command")
+        run = function or ops.command.MetricCommand(command or ())
+        names = self._repository.history.line(start, stop, every, revision=revision)
+        options = metrics, only, form, jobs, fail_fast, watch
+        return ops.each.each(self._repository, run, names, *options)
 
     def gc(
         self,

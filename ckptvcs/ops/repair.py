@@ -154,7 +154,7 @@ class Repairer:
             with contextlib.suppress(CkptError):
                 commit = self._catalog.commit(name)
                 schema = self._catalog.schema(commit.schema)
-                (part,) = (part for part, state in commit.parts.items() if state.exact == exact)
+                (part,) = commit.parts_of_exact(exact)
                 for position, number in enumerate(schema.stored(part)):
                     deque(chain.slices(exact, position, schema.tensors[number]), 0)
                 return True

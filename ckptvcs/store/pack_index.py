@@ -82,7 +82,7 @@ class Places:
         self._rebuilt = False
         self.editions = Index(index, self._keys_of)
         _all.add(self)
-        self._ask(Index.look_again)
+        self._ask(lambda index: index.follower.look_again())
 
     # -- the index -----------------------------------------------------------------------------
 
@@ -90,15 +90,15 @@ class Places:
         """Return the answer of the index, and rebuild the index if it is damaged."""
         problem: Exception | None = None
         for _ in range(_TRIES):
-            turn = self.editions.turn
+            turn = self.editions.follower.turn
             try:
                 return question(self.editions)
             except (OSError, *ROTTEN) as error:
                 problem = error
             with self._changing:
-                if turn == self.editions.turn:  # otherwise another thread has rebuilt it
+                if turn == self.editions.follower.turn:  # otherwise another thread has rebuilt it
                     if not isinstance(problem, OSError):
-                        self.editions.distrust()
+                        self.editions.follower.distrust()
                     self._make(partial(self.editions.rebuild, anew=False))
         if isinstance(problem, OSError):
             raise storage_error(problem, "use the index") from problem
@@ -126,7 +126,7 @@ class Places:
 
     def close(self) -> None:
         """Close the files."""
-        self.editions.close()
+        self.editions.follower.close()
 
     def add_expected(self) -> None:
         """Add the packs of processes that ended between publishing and indexing them."""
@@ -152,7 +152,7 @@ class Places:
     def refresh(self) -> None:
         """Update the index from the list of packs on disk."""
         with self._changing:
-            self._ask(Index.look_again)
+            self._ask(lambda index: index.follower.look_again())
             indexed, present = self.pack_sizes(), self.list_packs()
             missing = {pack for pack, (folder, _) in indexed.items() if present.get(pack) != folder}
             if missing:

@@ -53,7 +53,7 @@ def test_what_is_freed_and_kept_adds_up(
     for rekey in (False, True):
         left.write_bytes(bytes(debris))
         before = stored(repo)
-        plan = repo.plan_gc(policy)
+        plan = repo.plan_gc(policy, now=True)
         assert stored(repo) == before
         assert plan.freed_bytes + plan.kept_bytes == before + debris
         done = repo.gc(policy, rekey=rekey, now=True)

@@ -176,6 +176,11 @@ def _note_is_whole(root: Path) -> None:
     assert (entry.message, entry.metrics) in (old, new)
 
 
+def _each(root: Path) -> None:
+    run = Repo.open(root / "repo").each
+    run(lambda entry, path: {"bytes": path.stat().st_size}, metrics=["bytes"])
+
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -187,6 +192,7 @@ SCENARIOS = {
         Scenario("branch", _branch, repeats=False),
         Scenario("refs", _refs),
         Scenario("note", _note, also=_note_is_whole),
+        Scenario("each", _each),
         Scenario("gc", _gc(Policy(last=2)), commits=5),
         Scenario("gc with grace", _gc(Policy(last=2), now=False), commits=5),
         Scenario("gc of parts", _gc(Policy(optimizer_last=1)), commits=4),

@@ -61,11 +61,8 @@ def announce(family: Family, journal: int) -> None:
 def read_journals(family: Family, numbers: Iterable[int]) -> Iterator[Iterator[Row]]:
     """Yield the rows of each journal.  Raises VoidError, OSError."""
     for number in numbers:
-        journal = Journal(family.journal(number))
-        try:
+        with contextlib.closing(Journal(family.journal(number))) as journal:
             yield from map(load_rows, journal.read())
-        finally:
-            journal.close()
 
 
 def draft_after(family: Family, newest: int, root: bytes) -> tuple[Draft, int]:

@@ -21,7 +21,9 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Follower:
-    """The current content of the files of one family; the caller holds `forking.using`.
+    """The current content of the files of one family.
+
+    The callers of `read`, `open`, `go_on` and `append` hold `forking.using`.
 
     If the edition is private (`own`), this still reads the shared journals.  Without a journal, it
     has only the rows that this process wrote.
@@ -158,14 +160,16 @@ class Follower:
         Raises:
             lmdb.Error, ValueError, OSError: no edition can be used.
         """
-        self.read()
-        if self._tail is not None and not self._tail.is_there():
-            self.open()
+        with forking.using:
+            self.read()
+            if self._tail is not None and not self._tail.is_there():
+                self.open()
 
     def distrust(self) -> None:
-        """Never open this edition again, only newer ones."""
-        self._bad = max(self._bad, self.number)
-        self.close()
+        """Never open this edition again, only newer ones: its content is wrong."""
+        with forking.using:
+            self._bad = max(self._bad, self.number)
+            self.close()
 
     @property
     def unread_bytes(self) -> int:
@@ -210,12 +214,13 @@ class Follower:
 
     def close(self) -> None:
         """Close the files; `read` opens them again."""
-        recent, tail = self._recent, self._tail
-        self._recent = self._tail = None
-        if recent is not None:
-            recent.base.leave()
-        if tail is not None:
-            tail.close()
+        with forking.using:
+            recent, tail = self._recent, self._tail
+            self._recent = self._tail = None
+            if recent is not None:
+                recent.base.leave()
+            if tail is not None:
+                tail.close()
 
 
 def take(recent: Recent, journal: Journal) -> None:
@@ -238,9 +243,3 @@ def _taken(recent: Recent, path: Path) -> Journal:
 def _require(sound: bool) -> None:
     if not sound:
         raise VoidError
-
-
-def close(follower: Follower) -> None:
-    """Close the files of a follower."""
-    with forking.using:
-        follower.close()

@@ -34,7 +34,7 @@ from ckptvcs.store.index.drafting import (
     read_journals,
 )
 from ckptvcs.store.index.editions import Draft, Family, new_draft, open_edition
-from ckptvcs.store.index.following import Follower, close
+from ckptvcs.store.index.following import Follower
 from ckptvcs.store.index.locked import alone
 from ckptvcs.store.index.recent import Recent
 from ckptvcs.store.index.rows import ROTTEN, KeysOf, Row, dump_rows, load_rows
@@ -59,30 +59,7 @@ class Index:
         self._read = self.follower.read
         self._enough = JOURNAL_BYTES
         self._room_is_wanted = False
-        weakref.finalize(self, close, self.follower).atexit = False
-
-    @property
-    def turn(self) -> int:
-        """How often files were opened."""
-        return self.follower.turn
-
-    def look_again(self) -> None:
-        """Open the files, again if their folder was replaced.
-
-        Raises:
-            lmdb.Error, ValueError, OSError: no edition can be used.
-        """
-        with forking.using:
-            self.follower.look_again()
-
-    def distrust(self) -> None:
-        """Never use this edition again: its content is wrong."""
-        with forking.using:
-            self.follower.distrust()
-
-    def close(self) -> None:
-        """Close the files; the next question opens them again."""
-        close(self.follower)
+        weakref.finalize(self, self.follower.close).atexit = False
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -114,13 +91,11 @@ class Index:
                 raise lmdb.InvalidError("the index of this process is private")
             root = self.follower.open().base.root
             draft, first = draft_after(self._family, self.follower.number, root)
-            try:
+            with contextlib.closing(draft):
                 number = begin_journal(self._family)
                 draft.write(lambda txn: forget_expected(draft, txn))
                 self._add(draft, read_journals(self._family, range(first, number)))
                 draft.publish(self._family.edition(number))
-            finally:
-                draft.close()
             announce(self._family, number)
             self.follower.open()
             clean(self._family, 2)

@@ -164,9 +164,6 @@ def create_journal(path: Path, scratch: Path) -> None:
 
 def void(path: Path) -> None:
     """Truncate a journal, so that its readers stop using it.  Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(path, _FLAGS | os.O_WRONLY)
-        try:
-            os.ftruncate(descriptor, 0)
-        finally:
-            os.close(descriptor)
+    missing = contextlib.suppress(FileNotFoundError)
+    with missing, FileIO(os.open(path, _FLAGS | os.O_WRONLY), "w") as file:
+        file.truncate(0)

@@ -83,12 +83,8 @@ def let_others_write(descriptor: int, folder: Path) -> None:
 
 def delete_unused(path: Path) -> None:
     """Delete a file, unless a process has it open."""
-    with contextlib.suppress(OSError):
-        file = LockedFile(path, alone=True)
-        try:
-            path.unlink()
-        finally:
-            file.close()
+    with contextlib.suppress(OSError), contextlib.closing(LockedFile(path, alone=True)):
+        path.unlink()
 
 
 @contextmanager
@@ -100,13 +96,10 @@ def alone(path: Path) -> Iterator[None]:
         OSError: the file system refuses.
     """
     fresh = not path.exists()
-    file = LockedFile(path, alone=True, create=True)
-    try:
+    with contextlib.closing(LockedFile(path, alone=True, create=True)) as file:
         if fresh:
             let_others_write(file.descriptor, path.parent)
         yield
-    finally:
-        file.close()
 
 
 def _forget(_: bool) -> None:

@@ -106,15 +106,12 @@ class Recent:
 
     def objects(self, kind: Kind, start: bytes) -> Iterator[bytes]:
         """Yield the sorted objects of a kind, from the id `start` on."""
-        for name, place in self._merged(OBJECTS, start):
+        for name, place in self.rows(OBJECTS, start):
             if kind_of(place) == kind:
                 yield name
 
-    def rows(self, table: int) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the sorted keys of a table with their values."""
-        return self._merged(table, b"")
-
-    def _merged(self, table: int, start: bytes) -> Iterator[tuple[bytes, bytes]]:
+    def rows(self, table: int, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Yield the sorted keys of a table from `start` on, with their values."""
         if table in MANY:
             items = self._many[table].items()
             more = [(key, value) for key, values in items for value in _values(values)]
