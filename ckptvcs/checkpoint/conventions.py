@@ -8,7 +8,7 @@ number without such a word is a step only if other meanings are unlikely.  `grou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
@@ -80,18 +80,18 @@ PART_KEYS = words(
 """Keys at the top of a checkpoint whose value is the whole model or optimizer."""
 
 _STEP_KEYS = (
-    ("step",), ("global_step",), ("iteration",), ("iter",), ("steps",), ("current_step",),
-    ("global_steps",),  # DeepSpeed
-    ("iter_num",),  # nanoGPT
-    ("num_updates",), ("optimizer_history", -1, "num_updates"),  # fairseq
-    ("meta", "iter"),  # mmengine
-    ("state", "timestamp", "batch"), ("state", "timestamp", "Timestamp", "batch"),  # composer
-    ("train_state", "step"), ("trainer_state", "global_step"),
-)  # fmt: skip
+    "step global_step iteration iter steps current_step"
+    " global_steps"  # DeepSpeed
+    " iter_num"  # nanoGPT
+    " num_updates optimizer_history.-1.num_updates"  # fairseq
+    " meta.iter"  # mmengine
+    " state.timestamp.batch state.timestamp.Timestamp.batch"  # composer
+    " train_state.step trainer_state.global_step"
+)
 _EPOCH_KEYS = (
-    ("epoch",), ("current_epoch",), ("meta", "epoch"), ("extra_state", "train_iterator", "epoch"),
-    ("state", "timestamp", "epoch"), ("state", "timestamp", "Timestamp", "epoch"),
-)  # fmt: skip
+    "epoch current_epoch meta.epoch extra_state.train_iterator.epoch"
+    " state.timestamp.epoch state.timestamp.Timestamp.epoch"
+)
 _STATE_FILES = {HF_LAST: "global_step", "metadata.json": "step", "meta.json": "step"}
 _STEP_FILES = frozenset({"latest", "latest_checkpointed_iteration.txt"})  # DeepSpeed, Megatron
 _OTHER_STEPS = "random_states"  # files of accelerate: their step counts accumulated gradients
@@ -114,27 +114,31 @@ def is_step_file(path: str) -> bool:
 
 def step_in_keys(tree: object) -> int | None:
     """Return the step under one of the usual keys, or None."""
-    return next(filter(_is_count, (_at(tree, path) for path in _STEP_KEYS)), None)
+    return _first_count(tree, _STEP_KEYS)
 
 
 def epoch_in_keys(tree: object) -> int | None:
     """Return the epoch under one of the usual keys, or None."""
-    return next(filter(_is_count, (_at(tree, path) for path in _EPOCH_KEYS)), None)
+    return _first_count(tree, _EPOCH_KEYS)
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Return whether a value may be a step."""
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _at(tree: object, path: Sequence[str | int]) -> Any:
+def _first_count(tree: object, paths: str) -> int | None:
+    return next(filter(is_count, (_at(tree, path) for path in paths.split())), None)
+
+
+def _at(tree: object, path: str) -> Any:
+    """Return the value at a dotted path, where `-1` is the last item of a list."""
     node: Any = tree
-    for key in path:
-        if isinstance(node, dict) and isinstance(key, str):
+    for key in path.split("."):
+        if isinstance(node, dict):
             node = node.get(key)
-        elif isinstance(node, list) and isinstance(key, int) and node:
-            node = node[key]
         else:
-            return None
+            node = node[-1] if isinstance(node, list) and node and key == "-1" else None
     return node
 
 
@@ -142,23 +146,6 @@ def _at(tree: object, path: Sequence[str | int]) -> Any:
 
 ALIAS = re.compile(r"(?<![A-Za-z])(best|last|latest|final|newest)(?![A-Za-z])", re.IGNORECASE)
 """A word in place of a step; the trainer overwrites such a file again and again."""
-
-COMPANION = re.compile(
-    r"(?<![A-Za-z])(?:net[-_]?[gd]|extra[-_]states?|(?:model|optim(?:izer)?|training)[-_]states?"
-    r"|ema(?:[-_]0\.[0-9]+)?|models?|net|network|weights|params|optim(?:izer)?s?|opt|scheduler"
-    r"|sched|scaler|trainer|generator|discriminator|actor|critic|policy|stats"
-    r"|\A[gd](?=[-_][0-9])|\Aepoch(?=[-_][0-9]))(?![A-Za-z])",
-    re.IGNORECASE,
-)
-"""The word that distinguishes files of one step: `ema_0.9999_010000.pt`, `opt010000.pt`."""
-
-SHARD_COUNT = re.compile(
-    r"\*[-_]?of[-_]?([0-9]{1,9})|world[-_]?size[-_]?([0-9]{1,9})", re.IGNORECASE
-)
-"""The count of shards in a name that has `*` for the shard's own number."""
-
-SHARED = "-shared-"
-"""fairseq writes this in place of `-rank-0-` if all ranks have the same data."""
 
 
 # -- numbers in names ------------------------------------------------------------------------------
@@ -360,9 +347,9 @@ def _is_epoch(word: str) -> bool:
 
 def _kind(token: _NumberToken, *, bare: bool) -> Kind:
     """Return the meaning of a number, from its unit, the word before it, or the word after it."""
-    known = _kind_by_unit(token) or _kind_by_label(token)
-    if known is not None:
-        return known
+    kind = _kind_by_unit(token) or _kind_by_label(token)
+    if kind is not None:
+        return kind
     if _is_step(token.after):
         return Kind.STEP
     if _is_epoch(token.after) or (not token.label and token.after == "net"):  # 100_net_G of pix2pix
@@ -421,7 +408,7 @@ def _is_plausible(number: Number, name: str) -> bool:
 
     A number of an architecture, a power of two beside one, or a year is not plausible.
     """
-    if number.kind is not Kind.LOOSE or number.digits < 3:
+    if number.digits < 3:
         return False
     words = re.findall(r"[a-z]+", name.lower())
     if not any(word.startswith(_ARCHITECTURES) for word in words):
@@ -435,30 +422,31 @@ def _is_plausible(number: Number, name: str) -> bool:
 _TEXT_STEP = re.compile(r"\b(?:global[ _-]?)?step[s]?[ =:_#-]*([0-9]{1,18})\b", re.IGNORECASE)
 
 
+def _of_kind(name: str, *kinds: Kind) -> list[Number]:
+    return [number for number in read_numbers(stem(name)) if number.kind in kinds]
+
+
 def named_step(name: str, said: int | None = None, epoch: int | None = None) -> int | None:
     """Return the step in the name of a file or directory, as in `checkpoint_6_182000.pt`.
 
     `said` and `epoch` are the numbers that the checkpoint itself holds.  If its epoch is 12,
     `checkpoint-12` does not name a step.
     """
-    numbers = read_numbers(stem(name))
-    steps = [number.value for number in numbers if number.kind is Kind.STEP]
-    if steps:
-        return steps[-1]
+    if steps := _of_kind(name, Kind.STEP):
+        return steps[-1].value
     for kinds in ((Kind.CHECKPOINT,), (Kind.NUMBER, Kind.ATTACHED)):
-        steps = [number.value for number in numbers if number.kind in kinds and number.is_sure]
-        if steps:
-            return None if _is_epoch_of(steps[-1], said, epoch) else steps[-1]
+        if steps := [number for number in _of_kind(name, *kinds) if number.is_sure]:
+            return None if _is_epoch_of(steps[-1], said, epoch) else steps[-1].value
     return None
 
 
 def step_in_name(name: str, epoch: int | None = None) -> int | None:
     """Return the step in a name as `named_step` does, or the number in `checkpoint500`."""
     step = named_step(name, epoch=epoch)
-    attached = [number.value for number in read_numbers(stem(name)) if number.kind is Kind.ATTACHED]
+    attached = _of_kind(name, Kind.ATTACHED)
     if step is not None or not attached or _is_epoch_of(attached[-1], None, epoch):
         return step
-    return attached[-1]
+    return attached[-1].value
 
 
 def number_in_name(name: str, epoch: int | None = None) -> int | None:
@@ -466,32 +454,32 @@ def number_in_name(name: str, epoch: int | None = None) -> int | None:
 
     It is a fallback if neither the name nor the checkpoint says the step.
     """
-    numbers = read_numbers(stem(name))
-    plain = [number.value for number in numbers if number.kind in (Kind.NUMBER, Kind.ATTACHED)]
-    loose = [number.value for number in numbers if _is_plausible(number, name)]
-    steps = plain or loose
-    return steps[-1] if steps and not _is_epoch_of(steps[-1], None, epoch) else None
+    loose = [number for number in _of_kind(name, Kind.LOOSE) if _is_plausible(number, name)]
+    steps = _of_kind(name, Kind.NUMBER, Kind.ATTACHED) or loose
+    return steps[-1].value if steps and not _is_epoch_of(steps[-1], None, epoch) else None
 
 
-def _is_epoch_of(number: int, said: int | None, epoch: int | None) -> bool:
+def _is_epoch_of(number: Number, said: int | None, epoch: int | None) -> bool:
     """Return whether a number in a name is the epoch of the checkpoint.
 
     They may differ by 1: trainers count from 0 or 1, and save before or after they increment.
     """
-    return number != said and epoch is not None and abs(number - epoch) <= 1
+    return number.value != said and epoch is not None and abs(number.value - epoch) <= 1
 
 
 def epochs_in_name(name: str) -> list[int]:
     """Return the epochs in a name."""
-    return [number.value for number in read_numbers(stem(name)) if number.kind is Kind.EPOCH]
+    return [number.value for number in _of_kind(name, Kind.EPOCH)]
+
+
+def counts_in_name(name: str) -> list[Number]:
+    """Return the numbers in a name that may count steps or epochs."""
+    return _of_kind(name, *(kind for kind in Kind if kind not in (Kind.SHARD, Kind.OTHER)))
 
 
 def is_alias(name: str) -> bool:
     """Return whether a name has `last` or `best` in place of a step."""
-    counts = [
-        number for number in read_numbers(stem(name)) if number.kind not in (Kind.SHARD, Kind.OTHER)
-    ]
-    return ALIAS.search(name) is not None and not counts
+    return ALIAS.search(name) is not None and not counts_in_name(name)
 
 
 def step_in_text(text: str) -> int | None:

@@ -12,16 +12,24 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import product
 
-from ckptvcs.checkpoint.conventions import (
-    ALIAS,
-    COMPANION,
-    SHARD_COUNT,
-    SHARED,
-    Kind,
-    Number,
-    read_numbers,
-    stem,
+from ckptvcs.checkpoint.conventions import ALIAS, Kind, Number, counts_in_name, read_numbers, stem
+
+_COMPANION = re.compile(
+    r"(?<![A-Za-z])(?:net[-_]?[gd]|extra[-_]states?|(?:model|optim(?:izer)?|training)[-_]states?"
+    r"|ema(?:[-_]0\.[0-9]+)?|models?|net|network|weights|params|optim(?:izer)?s?|opt|scheduler"
+    r"|sched|scaler|trainer|generator|discriminator|actor|critic|policy|stats"
+    r"|\A[gd](?=[-_][0-9])|\Aepoch(?=[-_][0-9]))(?![A-Za-z])",
+    re.IGNORECASE,
 )
+"""The word that distinguishes files of one step: `ema_0.9999_010000.pt`, `opt010000.pt`."""
+
+_SHARD_COUNT = re.compile(
+    r"\*[-_]?of[-_]?([0-9]{1,9})|world[-_]?size[-_]?([0-9]{1,9})", re.IGNORECASE
+)
+"""The count of shards in a name that has `*` for the shard's own number."""
+
+_SHARED = "-shared-"
+"""fairseq writes this in place of `-rank-0-` if all ranks have the same data."""
 
 _MAX_SHARDS = 1 << 16
 _Ids = tuple[int, ...]
@@ -45,7 +53,7 @@ def shard_ids(name: str) -> _Ids:
 
 def template(name: str) -> str:
     """Return the name with `*` for the numbers of ranks, parts and shards."""
-    return replaced(name, _shards(name), "*").replace(SHARED, "-rank-*-")
+    return replaced(name, _shards(name), "*").replace(_SHARED, "-rank-*-")
 
 
 def family(name: str) -> str:
@@ -53,14 +61,8 @@ def family(name: str) -> str:
 
     All checkpoints of one run have the same family.
     """
-    plain = ALIAS.sub("#", template(replaced(name, _counts(name), "#")))
+    plain = ALIAS.sub("#", template(replaced(name, counts_in_name(name), "#")))
     return re.sub(r"#(?:[-_]#)+", "#", plain)
-
-
-def _counts(name: str) -> list[Number]:
-    """Return the numbers in a name that may count steps or epochs."""
-    numbers = read_numbers(stem(name))
-    return [number for number in numbers if number.kind not in (Kind.SHARD, Kind.OTHER)]
 
 
 def group_files(names: Collection[str]) -> dict[str, list[str]]:
@@ -106,7 +108,7 @@ def _counted(names: Iterable[str]) -> set[str]:
     return {
         text
         for text, rows in families.items()
-        if SHARD_COUNT.search(text)
+        if _SHARD_COUNT.search(text)
         or all(
             0 in column or 2 * len(column) > max(column)
             for column in map(set, zip(*rows, strict=False))
@@ -120,8 +122,8 @@ def _companion(text: str) -> tuple[str, str] | None:
     Return None if the name has not exactly one such word, or neither a number nor an alias.
     """
     short = stem(text)
-    matches = list(COMPANION.finditer(short))
-    if len(matches) != 1 or not (_counts(short) or ALIAS.search(short)):
+    matches = list(_COMPANION.finditer(short))
+    if len(matches) != 1 or not (counts_in_name(short) or ALIAS.search(short)):
         return None
     start, end = matches[0].span()
     return matches[0][0].lower(), f"{short[:start]}*{short[end:].lstrip('-_.')}"
@@ -134,7 +136,7 @@ def is_member(name: str) -> bool:
 
 def is_numbered_piece(name: str) -> bool:
     """Return whether a name has a shard's number and count: `model-00001-of-00002.safetensors`."""
-    match = SHARD_COUNT.search(template(name))
+    match = _SHARD_COUNT.search(template(name))
     return match is not None and match[1] is not None
 
 
@@ -149,7 +151,7 @@ def missing_files(members: Iterable[str]) -> list[str]:
         if len({len(ids) for ids in members_by_ids}) > 1:  # all ranks share some files
             continue
         columns = [_range(column) for column in zip(*members_by_ids, strict=True)]
-        count = SHARD_COUNT.search(text)
+        count = _SHARD_COUNT.search(text)
         if count and len(columns) == 1:
             columns = [range(columns[0].start, columns[0].start + int(count[1] or count[2]))]
         example = next(iter(members_by_ids.values()))

@@ -35,26 +35,26 @@ def require_whole(source: Source, name: str, *, alone: bool) -> None:
     suffix = name[name.rfind(".") :].lower()
     if not alone and suffix not in SUFFIXES:
         return
+    problem = _problem(source, suffix, alone=alone)
+    if problem is not None:
+        raise InvalidInputError(f"{name} is {problem}", hint=HINT)
+
+
+def _problem(source: Source, suffix: str, *, alone: bool) -> str | None:
     if not source.size:
-        raise InvalidInputError(f"{name} is empty", hint=HINT)
+        return "empty"
     if torch_zip.starts_like_zip(source):
         if not torch_zip.has_end(source):
-            what = "it starts like a zip file and has no end"
-            raise InvalidInputError(f"{name} is incomplete: {what}", hint=HINT)
-        if suffix in TORCH_SUFFIXES and not torch_zip.is_archive(source):
-            raise InvalidInputError(f"{name} is a damaged zip file", hint=HINT)
+            return "incomplete: it starts like a zip file and has no end"
         if suffix in TORCH_SUFFIXES:
-            return
+            return None if torch_zip.is_archive(source) else "a damaged zip file"
     if torch_legacy.is_cut(source):
-        raise InvalidInputError(f"{name} is incomplete: it ends within its tensors", hint=HINT)
+        return "incomplete: it ends within its tensors"
     if suffix == SAFETENSORS_SUFFIX:
-        raise InvalidInputError(
-            f"{name} is cut off or damaged: its tensors cannot be found", hint=HINT
-        )
+        return "cut off or damaged: its tensors cannot be found"
     if alone and suffix in TORCH_SUFFIXES and not _is_of_torch(source):
-        raise InvalidInputError(
-            f"{name} is cut off or not a torch file: no tensors can be found", hint=HINT
-        )
+        return "cut off or not a torch file: no tensors can be found"
+    return None
 
 
 def _is_of_torch(source: Source) -> bool:

@@ -392,7 +392,7 @@ def _find_step(parsed: Sequence[tuple[str, Source, Layout]]) -> int | None:
     for path, source, layout in parsed:
         step = _step_beside(path, source)
         if step is None and conventions.may_hold_step(path):
-            step = conventions.step_in_keys(_top(layout))
+            step = conventions.step_in_keys(layout.tree)
         if step is not None:
             return step
     return None
@@ -401,16 +401,11 @@ def _find_step(parsed: Sequence[tuple[str, Source, Layout]]) -> int | None:
 def _find_epoch(parsed: Sequence[tuple[str, Source, Layout]]) -> int | None:
     """Return the epoch from a key at the top of a file."""
     epochs = (
-        conventions.epoch_in_keys(_top(layout))
+        conventions.epoch_in_keys(layout.tree)
         for path, _, layout in parsed
         if conventions.may_hold_step(path)
     )
     return next((epoch for epoch in epochs if epoch is not None), None)
-
-
-def _top(layout: Layout) -> object:
-    """Return the object at the top of a file, or None for safetensors."""
-    return None if layout.format == "safetensors" else layout.tree
 
 
 def _step_beside(path: str, source: Source) -> int | None:
@@ -423,7 +418,7 @@ def _step_beside(path: str, source: Source) -> int | None:
         return None
     text = source.read(0, source.size).decode("ascii", "replace").strip()
     step = int(text) if text.isdecimal() else conventions.named_step(text)
-    return step if step is not None and step < 1 << 62 else None
+    return step if conventions.is_count(step) else None
 
 
 def _json_step(data: bytes, key: str) -> int | None:
@@ -433,4 +428,4 @@ def _json_step(data: bytes, key: str) -> int | None:
         value = json.loads(data).get(key)
     except (ValueError, AttributeError, RecursionError):
         return None
-    return value if type(value) is int and 0 <= value < 1 << 62 else None
+    return value if conventions.is_count(value) else None

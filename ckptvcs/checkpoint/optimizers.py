@@ -13,11 +13,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
-_INNER = (
-    "optimizer",
-    "_optimizer",
-    "optim",
-)  # attributes in which wrappers hold the inner optimizer
+_INNER = ("optimizer", "_optimizer", "optim")  # attributes of wrappers
 _STEP = "step"  # torch handles its dtype and device separately
 
 
@@ -43,18 +39,20 @@ def keep_types(holder: Any) -> Iterator[None]:
 
 def _with_hooks(holder: Any) -> list[Any]:
     """Return the torch optimizers that an object is or wraps."""
-    found: list[Any] = []
+    optimizers: list[Any] = []
     pending, seen = [holder], set[int]()
     while pending:
-        one = pending.pop()
-        if id(one) in seen or not hasattr(one, "param_groups"):
+        optimizer = pending.pop()
+        if id(optimizer) in seen or not hasattr(optimizer, "param_groups"):
             continue
-        seen.add(id(one))
+        seen.add(id(optimizer))
         # A wrapper may inherit from Optimizer without being initialized as one.
-        if hasattr(one, "_optimizer_load_state_dict_pre_hooks"):
-            found.append(one)
-        pending += [inner for name in _INNER if (inner := getattr(one, name, None)) is not None]
-    return found
+        if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
+            optimizers.append(optimizer)
+        pending += [
+            inner for name in _INNER if (inner := getattr(optimizer, name, None)) is not None
+        ]
+    return optimizers
 
 
 def _put_back(optimizer: Any, state: Mapping[str, Any]) -> None:

@@ -383,48 +383,40 @@ def _step(key: str | float) -> str:
     return str(key)[:_MAX_STEP]
 
 
-def children(node: object) -> Iterator[tuple[str, object]]:
-    """Yield the children of a tree node with their names, in order."""
+_CONTAINERS = (dict, list, tuple, Inert)
+_NODES = (*_CONTAINERS, TensorRef, StorageRef)
+
+
+def _children(node: object) -> Iterator[tuple[str, object]]:
+    """Yield the children of a container that are nodes, with their names, in order."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield (_step(key) if isinstance(key, str | int | float) else type(key).__name__), value
-        if isinstance(node, InertDict) and node.state is not None:
+            if isinstance(value, _NODES):
+                yield (
+                    (_step(key) if isinstance(key, str | int | float) else type(key).__name__),
+                    value,
+                )
+        if isinstance(node, InertDict) and isinstance(node.state, _NODES):
             yield "__dict__", node.state
     elif isinstance(node, list | tuple):
         for number, value in enumerate(node):
-            yield str(number), value
+            if isinstance(value, _NODES):  # most items of long lists are numbers
+                yield str(number), value
     elif isinstance(node, Inert):
         yield from _children_of_inert(node)
 
 
 def _children_of_inert(node: Inert) -> Iterator[tuple[str, object]]:
     """Yield the arguments, the state and the items of an inert object."""
-    for number, value in enumerate(node.args):
-        yield f"@arg{number}", value
-    if isinstance(node.state, dict):
-        yield from children(node.state)
-    elif node.state is not None:
-        yield "@state", node.state
+    yield from ((f"@arg{number}", value) for number, value in _children(node.args))
+    yield from _children(node.state if isinstance(node.state, dict) else {"@state": node.state})
     for number, value in enumerate(node.items):
         if isinstance(value, tuple) and len(value) == 2:
-            named = isinstance(value[0], str | int)
-            yield (_step(value[0]) if named else str(number)), value[1]
-        else:
+            name = _step(value[0]) if isinstance(value[0], str | int) else str(number)
+            if isinstance(value[1], _NODES):
+                yield name, value[1]
+        elif isinstance(value, _NODES):
             yield str(number), value
-
-
-_CONTAINERS = (dict, list, tuple, Inert)
-_NODES = (*_CONTAINERS, TensorRef, StorageRef)
-
-
-def _below(node: object) -> Iterator[tuple[str, object]]:
-    """Yield the children that are nodes themselves: most items of long lists are numbers."""
-    if isinstance(node, list | tuple):
-        for number, value in enumerate(node):
-            if isinstance(value, _NODES):
-                yield str(number), value
-        return
-    yield from ((name, child) for name, child in children(node) if isinstance(child, _NODES))
 
 
 def walk(
@@ -443,7 +435,7 @@ def walk(
             if id(node) in seen:
                 continue
             seen.add(id(node))
-            below = [((link, name), child) for name, child in _below(node)]
+            below = [((link, name), child) for name, child in _children(node)]
             stack.extend(reversed(below))
         if isinstance(node, kinds):
             yield _path(link), node

@@ -42,7 +42,7 @@ def parse(file: Source) -> Layout | None:
         return None
     types = (str(entry["dtype"]) for name, entry in header.items() if name in tree)
     unknown = Counter(dtype[:_MAX_TYPE] for dtype in types if dtype not in DTYPES)
-    tensors = sorted(tree.values(), key=lambda found: found.offset)
+    tensors = sorted(tree.values(), key=lambda tensor: tensor.offset)
     remarks = (
         f"{count} {'tensor' if count == 1 else 'tensors'} of type {dtype}, which torch lacks:"
         " stored exactly, and bytes in Python"

@@ -73,10 +73,10 @@ def is_place(path: str, form: str, steps: tuple[str, ...], node: dict[object, ob
     """Return whether the path `steps` in a file of format `form` is a place for a state dict."""
     stem = _words(PurePosixPath(path).name.partition(".")[0])
     if steps:
-        known = steps[-1] == "_parameters" or _is_model_key(steps[-1], node)
+        is_model = steps[-1] == "_parameters" or _is_model_key(steps[-1], node)
     else:
-        known = form == "safetensors" or not _FILES.isdisjoint(stem) or _is_model_file(node)
-    if not known and (not _is_made_by_module(node) or may_be_buffers(node)):
+        is_model = form == "safetensors" or not _FILES.isdisjoint(stem) or _is_model_file(node)
+    if not is_model and (not _is_made_by_module(node) or may_be_buffers(node)):
         return False
     if any(step.startswith("@") or step == "_buffers" for step in steps):
         return False
@@ -99,11 +99,10 @@ def may_be_buffers(node: dict[object, object]) -> bool:
 def _is_model_key(step: str, node: dict[object, object]) -> bool:
     """Return whether a key is one of a model: `model`, `model_ema`, `netG`, `params`, ..."""
     words = _words(step)
-    known = all(
+    if not all(
         word in _MODELS or word in _ROLES or _BESIDE.fullmatch(word) or word.isdigit()
         for word in words
-    )
-    if not known:
+    ):
         return False
     if any(word in _MODELS for word in words) or words[-2:] == ["state", "dict"]:
         return True

@@ -22,7 +22,6 @@ from ckptvcs.checkpoint.conventions import (
     FOLDER_OF_ONE,
     PIECE,
     PIECE_OF_ONE,
-    SAFETENSORS_SUFFIX,
     SHARD_SUFFIX,
     SUFFIXES,
     TAKEN_SUFFIXES,
@@ -413,8 +412,7 @@ def _refuse_cut_off(file: InputFile, path: Path, *, alone: bool) -> None:
             f"{path} is not readable as tensors",
             hint="run 'ckpt commit --raw' to store its bytes as they are",
         )
-    like_zip = file.source.size > 0 and torch_zip.starts_like_zip(file.source)
-    if like_zip or not file.source.size or file.path.endswith(SAFETENSORS_SUFFIX):
+    if torch_zip.starts_like_zip(file.source) or not file.source.size:
         raise InvalidInputError(f"{path} is incomplete: {file.path} is cut off")
 
 

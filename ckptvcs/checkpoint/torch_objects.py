@@ -49,16 +49,16 @@ def gather(
         state[MODEL] = _state_of(model, MODEL)
         names[file, MODEL] = [[name for name, _ in _named_parameters(model)]]
     if isinstance(optimizer, Mapping):
-        state[OPTIMIZER] = {name: _state_of(one, OPTIMIZER) for name, one in optimizer.items()}
-        for name, one in optimizer.items():
-            names[file, f"{OPTIMIZER}.{name}"] = parameter_names(model, one)
+        state[OPTIMIZER] = {key: _state_of(inner, OPTIMIZER) for key, inner in optimizer.items()}
+    elif isinstance(optimizer, list | tuple):
+        state[OPTIMIZER] = [_state_of(inner, OPTIMIZER) for inner in optimizer]
+        optimizer = dict(enumerate(optimizer))
     elif optimizer is not None:
-        row = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-        states = [_state_of(one, OPTIMIZER) for one in row]
-        state[OPTIMIZER] = states if row is optimizer else states[0]
-        for number, one in enumerate(row):
-            path = f"{OPTIMIZER}.{number}" if row is optimizer else OPTIMIZER
-            names[file, path] = parameter_names(model, one)
+        state[OPTIMIZER] = _state_of(optimizer, OPTIMIZER)
+        names[file, OPTIMIZER] = parameter_names(model, optimizer)
+    if isinstance(optimizer, Mapping):
+        for key, inner in optimizer.items():
+            names[file, f"{OPTIMIZER}.{key}"] = parameter_names(model, inner)
     taken = state.keys() & (extra or {}).keys()
     if taken:
         raise InvalidInputError(f"key '{min(taken)}' in `extra` is reserved for the {min(taken)}")
@@ -136,9 +136,9 @@ def _wanted(into: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(into, Mapping):
         yield from into.items()
         return
-    row = [inner for one in _row(into) for inner in _row(one)]
+    row = [holder for value in _row(into) for holder in _row(value)]
     modules, optimizers = _having(row, "named_parameters"), _having(row, "param_groups")
-    dicts = [one for one in row if isinstance(one, Mapping)]
+    dicts = [holder for holder in row if isinstance(holder, Mapping)]
     others = len(row) - len(modules) - len(optimizers) - len(dicts)
     if len(modules) > 1 or others or (dicts and len(dicts) + len(optimizers) > 1):
         raise InvalidInputError(
@@ -152,7 +152,7 @@ def _wanted(into: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _having(row: list[Any], attribute: str) -> list[Any]:
-    return [one for one in row if hasattr(one, attribute)]
+    return [holder for holder in row if hasattr(holder, attribute)]
 
 
 def _row(value: Any) -> list[Any]:

@@ -1,9 +1,8 @@
-"""Storages and the tensors that look at them -> stored tensors; shared by both torch formats.
+"""Storages and their tensors -> stored tensors, for both formats of torch.save.
 
-A file of torch.save holds storages (flat bytes) and a pickle of tensors, each a window on a
-storage.  One stored tensor is made of each storage: with the shape of the tensor that covers it
-row after row if there is one, else flat.  Tied weights and views are then stored once, whatever
-their number.
+A file of torch.save holds storages (flat bytes) and a pickle of tensors, each a view of a storage.
+Each storage becomes one stored tensor.  It has the shape of the tensor that covers it in row-major
+order; without such a tensor it is flat.  Tied weights and views are thus stored once.
 """
 
 from __future__ import annotations
@@ -60,11 +59,11 @@ def set_order(tensors: Iterable[StoredTensor], order: str) -> str | None:
     If the word size of a storage is unknown, so is its order.
     """
     size_bytes = 0
-    for found in tensors:
-        types = {found.dtype, *(view.dtype for view in found.views)}
+    for tensor in tensors:
+        types = {tensor.dtype, *(view.dtype for view in tensor.views)}
         if order != LITTLE and any(DTYPES[dtype].word > 1 for dtype in types):
-            found.order = order if DTYPES[found.dtype].word > 1 else UNKNOWN
-            size_bytes += found.size
+            tensor.order = order if DTYPES[tensor.dtype].word > 1 else UNKNOWN
+            size_bytes += tensor.size
     if not size_bytes:
         return None
     how = "big-endian numbers" if order == BIG else "numbers in an unknown order of bytes"

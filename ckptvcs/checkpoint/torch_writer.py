@@ -23,6 +23,7 @@ from ckptvcs.checkpoint.pickle_reader import (
     is_key,
     is_member,
 )
+from ckptvcs.checkpoint.torch_zip import CENTRAL, END, END64, LOCAL, LOCATOR64, UNFIT
 from ckptvcs.codec.dtypes import DTYPES
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.history.schema import View
@@ -235,9 +236,6 @@ def dump_pickle(value: object, leaf: Callable[[object, str], Leaf | None]) -> by
     return _Pickle(leaf).dump(value)
 
 
-_LIMIT = 0xFFFFFFFF  # larger sizes and offsets need zip64
-
-
 @dataclass(frozen=True)
 class Payload:
     """The content of a record, produced in blocks on demand.
@@ -280,12 +278,12 @@ class _Header:
 
     @property
     def is_large(self) -> bool:
-        return self.size >= _LIMIT
+        return self.size >= UNFIT
 
     @property
     def is_zip64(self) -> bool:
         """Return whether its size or offset needs 64 bits."""
-        return self.is_large or self.at >= _LIMIT
+        return self.is_large or self.at >= UNFIT
 
     @property
     def _flags(self) -> int:
@@ -294,7 +292,7 @@ class _Header:
     def _extra(self, second_size: int) -> bytes:
         """Return the zip64 field; the local header has 0 in place of the second size."""
         body = struct.pack("<QQ", self.size, second_size) if self.is_large else b""
-        body += struct.pack("<Q", self.at) if self.at >= _LIMIT else b""
+        body += struct.pack("<Q", self.at) if self.at >= UNFIT else b""
         return struct.pack("<HH", 1, len(body)) + body if body else b""
 
     def local(self) -> bytes:
@@ -302,10 +300,10 @@ class _Header:
         extra = self._extra(0)
         padding = -(self.at + 30 + len(self.name) + len(extra) + 4) % _ALIGNMENT
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        sizes = (_LIMIT, _LIMIT) if self.is_large else (0, 0)
+        sizes = (UNFIT, UNFIT) if self.is_large else (0, 0)
         lengths = len(self.name), len(extra)
         fixed = (b"PK\x03\x04", 0, self._flags, 0, 0, 0, 0, *sizes, *lengths)
-        return struct.pack("<4sHHHHHIIIHH", *fixed) + self.name + extra
+        return LOCAL.pack(*fixed) + self.name + extra
 
     def descriptor(self, crc: int) -> bytes:
         """Return the checksum and the sizes behind the content."""
@@ -315,10 +313,10 @@ class _Header:
     def entry(self, crc: int) -> bytes:
         """Return the entry in the central directory."""
         extra = self._extra(self.size)
-        size, at = min(self.size, _LIMIT), min(self.at, _LIMIT)
+        size, at = min(self.size, UNFIT), min(self.at, UNFIT)
         sums = (b"PK\x01\x02", 0, 0, self._flags, 0, 0, 0, crc, size, size)
         fixed = (*sums, len(self.name), len(extra), 0, 0, 0, 0, at)
-        return struct.pack("<4sHHHHHHIIIHHHHHII", *fixed) + self.name + extra
+        return CENTRAL.pack(*fixed) + self.name + extra
 
 
 def write_zip(
@@ -359,11 +357,11 @@ def write_zip(
 def _directory_end(count: int, size: int, at: int) -> bytes:
     """Return what follows the central directory: its zip64 record, locator, and old record."""
     short = min(count, 0xFFFF)
-    old = (b"PK\x05\x06", 0, 0, short, short, min(size, _LIMIT), min(at, _LIMIT), 0)
+    old = (b"PK\x05\x06", 0, 0, short, short, min(size, UNFIT), min(at, UNFIT), 0)
     return (
-        struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, size, at)
-        + struct.pack("<4sIQI", b"PK\x06\x07", 0, at + size, 1)
-        + struct.pack("<4sHHHHIIH", *old)
+        END64.pack(b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, size, at)
+        + LOCATOR64.pack(b"PK\x06\x07", 0, at + size, 1)
+        + END.pack(*old)
     )
 
 

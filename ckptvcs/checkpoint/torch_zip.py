@@ -14,7 +14,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from ckptvcs.checkpoint.layout import BLOCK_BYTES, Checksum, Layout, Source, overlap
@@ -22,14 +22,14 @@ from ckptvcs.checkpoint.pickle_reader import MAX_PICKLE_BYTES, read_pickle
 from ckptvcs.checkpoint.torch_storages import Storage, set_order, stored_tensors
 from ckptvcs.history.schema import BIG, LITTLE, UNKNOWN
 
-_END = struct.Struct("<4sHHHHIIH")
-_END64 = struct.Struct("<4sQHHIIQQQQ")
-_LOCATOR64 = struct.Struct("<4sIQI")
-_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")
+END = struct.Struct("<4sHHHHIIH")
+END64 = struct.Struct("<4sQHHIIQQQQ")
+LOCATOR64 = struct.Struct("<4sIQI")
+CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
+LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _MAX_DIRECTORY = 1 << 28
 _MAX_COMMENT = 1 << 16
-_ALL = 0xFFFFFFFF
+UNFIT = 0xFFFFFFFF  # in place of a size or an offset that needs zip64
 
 ARRAYS_RECORD = "ckptvcs.arrays"
 """A record in the files of Python states: the paths of the numpy arrays."""
@@ -57,24 +57,24 @@ def starts_like_zip(file: Source) -> bool:
 
 def has_end(file: Source) -> bool:
     """Return whether the file has an end record; a file that is being written has none."""
-    start = max(0, file.size - _END.size - _MAX_COMMENT)
+    start = max(0, file.size - END.size - _MAX_COMMENT)
     return b"PK\x05\x06" in file.read(start, file.size - start)
 
 
 def _find_end(file: Source) -> tuple[int, int, int] | None:
     """Return the number of entries in the directory, its size and its offset, or None."""
-    start = max(0, file.size - _END.size - _MAX_COMMENT)
+    start = max(0, file.size - END.size - _MAX_COMMENT)
     tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
+    if at < 0 or at + END.size > len(tail):
         return None
-    _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    _, _, _, _, count, size, offset, _ = END.unpack_from(tail, at)
     position = start + at
-    if position >= _LOCATOR64.size:
-        magic, *_ = _LOCATOR64.unpack(file.read(position - _LOCATOR64.size, _LOCATOR64.size))
-        position64 = position - _LOCATOR64.size - _END64.size
+    if position >= LOCATOR64.size:
+        magic, *_ = LOCATOR64.unpack(file.read(position - LOCATOR64.size, LOCATOR64.size))
+        position64 = position - LOCATOR64.size - END64.size
         if magic == b"PK\x06\x07" and position64 >= 0:
-            fields = _END64.unpack(file.read(position64, _END64.size))
+            fields = END64.unpack(file.read(position64, END64.size))
             if fields[0] == b"PK\x06\x06":
                 count, size, offset = fields[7], fields[8], fields[9]
                 position = position64
@@ -93,14 +93,14 @@ def _directory(file: Source) -> list[_Entry] | None:
     entries: list[_Entry] = []
     at = 0
     for _ in range(count):
-        if at + _CENTRAL.size > size:
+        if at + CENTRAL.size > size:
             return None
-        fields = _CENTRAL.unpack_from(data, at)
+        fields = CENTRAL.unpack_from(data, at)
         method, crc, stored, length = fields[4], fields[7], fields[8], fields[9]
         name_size, extra_size, comment_size, local = fields[10], fields[11], fields[12], fields[16]
-        name_at = at + _CENTRAL.size
+        name_at = at + CENTRAL.size
         extra = data[name_at + name_size : name_at + name_size + extra_size]
-        if _ALL in (stored, length, local):
+        if UNFIT in (stored, length, local):
             stored, length, local = _zip64(extra, stored, length, local)
         if fields[0] != b"PK\x01\x02" or (method == 0 and stored != length):
             return None
@@ -120,9 +120,9 @@ def _zip64(extra: bytes, stored: int, length: int, local: int) -> tuple[int, int
                 if at + 4 + size <= len(extra)
                 else ()
             )
-            length = next(values, length) if length == _ALL else length
-            stored = next(values, stored) if stored == _ALL else stored
-            local = next(values, local) if local == _ALL else local
+            length = next(values, length) if length == UNFIT else length
+            stored = next(values, stored) if stored == UNFIT else stored
+            local = next(values, local) if local == UNFIT else local
             break
         at += 4 + size
     return stored, length, local
@@ -130,10 +130,10 @@ def _zip64(extra: bytes, stored: int, length: int, local: int) -> tuple[int, int
 
 def _payload(file: Source, entry: _Entry) -> int | None:
     """Return the offset of a record's payload; None if it does not lie in the file."""
-    if entry.local + _LOCAL.size > file.size:
+    if entry.local + LOCAL.size > file.size:
         return None
-    fields = _LOCAL.unpack(file.read(entry.local, _LOCAL.size))
-    start: int = entry.local + _LOCAL.size + fields[9] + fields[10]
+    fields = LOCAL.unpack(file.read(entry.local, LOCAL.size))
+    start: int = entry.local + LOCAL.size + fields[9] + fields[10]
     return start if fields[0] == b"PK\x03\x04" and start + entry.size <= file.size else None
 
 
@@ -150,7 +150,7 @@ def is_archive(file: Source) -> bool:
     return bool(entries) and all(
         _payload(file, entry) is not None
         if entry.method == 0
-        else entry.local + _LOCAL.size <= file.size
+        else entry.local + LOCAL.size <= file.size
         for entry in entries
     )
 
@@ -166,65 +166,56 @@ class Checksums(Enum):
 
 def parse(file: Source, *, checksums: Checksums = Checksums.PROVEN) -> Layout | None:
     """Return the layout of a torch.save zip file, or None for any other file."""
-    entries = _directory(file)
-    if entries is None:
+    entries = _directory(file) or []
+    contents = _read(file, entries)
+    if contents is None:
         return None
-    records = _read(file, entries)
-    if records is None or (not records.storages and records.problem is not None):
+    layout, payloads = contents
+    storages = [storage for storage, _ in payloads]
+    if not storages and layout.problem is not None:
         return None
-    compressed = sum(entry.inner.startswith("data/") and entry.method != 0 for entry in entries)
-    if compressed and records.problem is None:
-        records.problem = f"{compressed} of its records are compressed"
-    if len({storage.key for storage in records.storages}) < len(records.storages):
+    if len({storage.key for storage in storages}) < len(storages):
         return None  # with duplicate keys, each tensor would belong to several storages
-    tensors = stored_tensors(records.storages, records.tree)
-    remark = set_order(tensors, _order(file, entries))
-    marks = []
-    for number, (storage, entry) in enumerate(zip(records.storages, records.payloads, strict=True)):
-        if _is_computed(file, storage, entry, tensors[number].inline, checksums):
-            marks += [Checksum(at, number) for at in _checksum_places(file, storage, entry)]
-    remarks = () if remark is None else (remark,)
-    return Layout(
-        "torch-zip", tensors, marks, records.tree, records.arrays, records.problem, remarks
-    )
+    compressed = sum(entry.inner.startswith("data/") and entry.method != 0 for entry in entries)
+    if compressed and layout.problem is None:
+        layout.problem = f"{compressed} of its records are compressed"
+    layout.tensors = stored_tensors(storages, layout.tree)
+    remark = set_order(layout.tensors, _order(file, entries))
+    layout.remarks = () if remark is None else (remark,)
+    for number, (storage, entry) in enumerate(payloads):
+        if _is_computed(file, storage, entry, layout.tensors[number].inline, checksums):
+            layout.checksums += _places(file, storage, entry, number)
+    return layout
 
 
-@dataclass
-class _Records:
-    """The content of a file's records: storages and their entries (`payloads`), the tree of the
-    pickle or the `problem` with it, and the paths of numpy arrays.
+def _read(
+    file: Source, entries: list[_Entry]
+) -> tuple[Layout, list[tuple[Storage, _Entry]]] | None:
+    """Read the uncompressed records; return None if they overlap.
+
+    The layout has the tree of the pickle, or the problem with it, and the paths of numpy arrays.
     """
-
-    storages: list[Storage] = field(default_factory=list)
-    payloads: list[_Entry] = field(default_factory=list)
-    tree: object = None
-    arrays: frozenset[str] = frozenset()
-    problem: str | None = "it has no torch.save pickle"
-
-
-def _read(file: Source, entries: list[_Entry]) -> _Records | None:
-    """Read the uncompressed records; return None if they overlap."""
     places = [(_payload(file, entry), entry) for entry in entries if entry.method == 0]
     stored = [(start, entry) for start, entry in places if start is not None]
     if overlap((start, entry.size) for start, entry in stored):
         return None  # before any record is read: thousands of entries may point at one record
-    records = _Records()
+    layout = Layout("torch-zip", [], problem="it has no torch.save pickle")
+    payloads = []
     for start, entry in stored:
         if entry.inner.startswith("data/"):
-            records.storages.append(Storage(entry.inner[5:], start, entry.size))
-            records.payloads.append(entry)
+            payloads.append((Storage(entry.inner[5:], start, entry.size), entry))
         elif entry.inner == "data.pkl" and entry.size > MAX_PICKLE_BYTES:
-            records.problem = "its pickle is larger than 1 GiB"
+            layout.problem = "its pickle is larger than 1 GiB"
         elif entry.inner == "data.pkl":
             try:
                 data = io.BytesIO(file.read(start, entry.size))
-                records.tree, records.problem = read_pickle(data, entry.size), None
+                layout.tree, layout.problem = read_pickle(data, entry.size), None
             except pickle.UnpicklingError as error:
                 # Without a tree, the tensors have no names and are exact.
-                records.tree, records.problem = None, str(error)
+                layout.tree, layout.problem = None, str(error)
         elif entry.inner == ARRAYS_RECORD and entry.size <= MAX_PICKLE_BYTES:
-            records.arrays = _arrays(file.read(start, entry.size))
-    return records
+            layout.arrays = _arrays(file.read(start, entry.size))
+    return layout, payloads
 
 
 def _is_computed(
@@ -238,15 +229,15 @@ def _is_computed(
     return not proven or _crc(file, storage.offset, storage.size) == entry.crc
 
 
-def _checksum_places(file: Source, storage: Storage, entry: _Entry) -> Iterator[int]:
-    """Yield the offsets of a payload's checksum."""
-    yield entry.crc_offset
+def _places(file: Source, storage: Storage, entry: _Entry, number: int) -> Iterator[Checksum]:
+    """Yield the checksums of payload `number`."""
+    yield Checksum(entry.crc_offset, number)
     crc = struct.pack("<I", entry.crc)
     if entry.crc and file.read(entry.local + 14, 4) == crc:  # the writer knew it in advance
-        yield entry.local + 14
+        yield Checksum(entry.local + 14, number)
     after = storage.offset + storage.size
     if after + 8 <= file.size and file.read(after, 8) == b"PK\x07\x08" + crc:
-        yield after + 4
+        yield Checksum(after + 4, number)
 
 
 def _order(file: Source, entries: list[_Entry]) -> str:
