@@ -10,7 +10,7 @@ import pytest
 
 from ckptvcs import Repo
 from ckptvcs.cli import entries, render
-from tests.cli.conftest import Ckpt
+from tests.helpers.command_line import Ckpt
 from tests.helpers.states import adam_state, moved, weights
 
 

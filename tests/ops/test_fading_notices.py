@@ -11,20 +11,22 @@ from ckptvcs.gc.retention import Policy
 from ckptvcs.repo import Repo
 from tests.helpers.states import adam_state, moved, weights
 
+Notices = tuple[tuple[tuple[int | None, int], ...], tuple[str, ...]]
+
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Repo:
     return Repo.init(tmp_path)
 
 
-def commit(repo: Repo, tmp_path: Path, step: int, *, bad: bool = False) -> tuple[object, ...]:
+def commit(repo: Repo, tmp_path: Path, step: int, *, bad: bool = False) -> Notices:
     torch.manual_seed(step)
     state = adam_state(moved(weights(), 1e-3 * step), step)
     if bad:
         state["model"]["layer0"][0, :3] = float("nan")
     path = tmp_path / f"{step}.pt"
     torch.save(state, path)
-    result = repo.commit_path(path, metrics={"loss": float(step)})
+    result = repo.commit_path(path, message="", metrics={"loss": float(step)})
     return tuple((row.commit.step, row.freed_bytes) for row in result.faded), result.notes
 
 
