@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ckptvcs.history.commit import Commit, ErrorReport, FileEntry, PartState
     from ckptvcs.history.log import LogEntry
     from ckptvcs.history.note import Note
+    from ckptvcs.history.provenance import CodeState, Provenance
     from ckptvcs.history.reflog import ReflogEvent, Undone
     from ckptvcs.history.refs import Generation
     from ckptvcs.history.schema import TensorInfo
@@ -67,6 +68,7 @@ _HOMES = {
     "Bisection": "ops.bisect",
     "Bundled": "ops.bundle",
     "CheckedOut": "ops.checkout",
+    "CodeState": "history.provenance",
     "Commit": "history.commit",
     "CommitResult": "ops.commit",
     "Comparison": "ops.diff",
@@ -92,6 +94,7 @@ _HOMES = {
     "Faded": "gc.fading",
     "Patch": "gc.fading",
     "Policy": "gc.retention",
+    "Provenance": "history.provenance",
     "Reader": "ops.reader",
     "ReflogEvent": "history.reflog",
     "Removal": "ops.originals",
@@ -138,6 +141,7 @@ __all__ = [
     "BusyError",
     "CheckedOut",
     "CkptError",
+    "CodeState",
     "Commit",
     "CommitResult",
     "Comparison",
@@ -168,6 +172,7 @@ __all__ = [
     "PartState",
     "Patch",
     "Policy",
+    "Provenance",
     "Reader",
     "ReflogEvent",
     "Removal",

@@ -144,7 +144,8 @@ class Repo(Sharing):
     def _commit(self, take: Callable[[], Checkpoint], request: Request) -> LogEntry:
         """Commit the checkpoint that `take` returns to the branch of this `Repo`."""
         self.wait()
-        request = replace(request, checkpoint=take(), branch=self._branch)
+        origin = ops.provenance.capture_beside(self._repository.commit_config())
+        request = replace(request, checkpoint=take(), branch=self._branch, origin=origin)
         result = ops.commit.commit_checkpoint(self._repository, request)
         for note in result.notes:
             _log.warning("%s", note)
@@ -214,9 +215,11 @@ class Repo(Sharing):
         if self._background is None or not self._background.is_ours:
             self._background = Client(self._repository)
         self._background.raise_failed()
-        self._repository.commit_config().codec_of(codec)
+        config = self._repository.commit_config()
+        config.codec_of(codec)
         take = partial(ops.request.gather_state, state, model, optimizer, extra)
         request = ops.request.Request(message, step, metrics or {}, codec)
+        request.origin = ops.provenance.capture_later(config)
         return self._background.commit(
             take, request, lambda: self._branch, self._follow, lambda: self._commit(take, request)
         )
@@ -275,6 +278,7 @@ class Repo(Sharing):
         """
         self.wait()
         request = ops.request.Request(message, step, metrics or {}, codec, branch, head_stays)
+        request.origin = ops.provenance.capture_beside(self._repository.commit_config())
         return ops.commit.commit_path(
             self._repository, path, request, raw=raw, names=names, files=files, progress=progress
         )

@@ -114,6 +114,7 @@ def _run(command: str, folder: Path, *, check: bool = False) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "CKPT_DIR"}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "CKPT_CONFIG": f"{folder}-settings.toml",  # not those of the person who runs this
         "COLUMNS": "80",
         "LOGNAME": "you",
         "TZ": "UTC",

@@ -45,6 +45,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # They would be loaded in the midst of some test, and measure with other roundings from there on.
 os.environ.setdefault("CKPT_COMPILED", "0")
 
+# No test depends on the settings of the person who runs it.
+os.environ["CKPT_CONFIG"] = str(Path(__file__).parent / "config.toml")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run the tests marked `any_backend` on a directory and on a backend in memory."""

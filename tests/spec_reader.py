@@ -17,7 +17,10 @@ from blake3 import blake3
 
 KINDS = dict(
     enumerate(
-        ["commit", "schema", "values", "skeleton", "recipe", "record", "bundle", "errors", "note"],
+        [
+            *("commit", "schema", "values", "skeleton", "recipe", "record", "bundle", "errors"),
+            *("note", "provenance"),
+        ],
         start=1,
     )
 )
@@ -32,6 +35,12 @@ SIZES = {
     "C32": (4, 2), "C64": (8, 4), "C128": (16, 8),
 }  # fmt: skip
 FLOATING = {"F16", "F32", "F64", "BF16", "C32", "C64", "C128"}
+CODE: dict[str, Any] = {
+    **dict.fromkeys(["branch", "dirty", "diff"]),
+    "changed": [],
+    "untracked": [],
+    "complete": True,
+}
 SLICE = 1 << 20
 Array = np.ndarray[Any, Any]
 
@@ -48,7 +57,7 @@ def unsealed(data: bytes) -> Any:
     return fields
 
 
-FLAGS = {"near", "near-2", "notes", "patches", "types"}
+FLAGS = {"near", "near-2", "notes", "patches", "provenance", "types"}
 
 
 def archive(path: Path) -> tuple[dict[str, Any], SpecRepository]:
@@ -147,6 +156,18 @@ class SpecRepository:
             found.append(commit)
             parents = self.json(commit)["parents"]
             commit = parents[0] if parents else None
+        return found
+
+    def provenance(self, commit: str) -> dict[str, Any] | None:
+        """The provenance of a commit."""
+        name = self.json(commit).get("provenance")
+        if name is None:
+            return None
+        assert KINDS[self.records[bytes.fromhex(name)][0]] == "provenance"
+        found: dict[str, Any] = {"packages": {}, "gpus": [], "runs": {}, "argv": None, "code": None}
+        found |= self.json(name)
+        if found["code"] is not None:
+            found["code"] = CODE | found["code"]
         return found
 
     def noted(self, commit: str) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class Client:
             raise
 
         def commit() -> LogEntry:
-            request.branch = branch()
+            # The worker has another command line, other packages, and no runs of trackers.
+            request.branch, request.origin = branch(), request.provenance()
             try:
                 done = self.worker.commit(staging, packed, request)
             except NoWorkerError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Context, Option
 
-from ckptvcs.cli import entries, render
+from ckptvcs.cli import entries, origin, render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
 from ckptvcs.cli.listing import until
 from ckptvcs.repo import Repo
@@ -80,11 +80,21 @@ def show(
     context: Context,
     revision: Revision = "HEAD",
     roles: Annotated[bool, Option("--roles", help="list tensors with their roles")] = False,
+    provenance: Annotated[
+        bool, Option("--provenance", help="print the code, packages and machine behind it")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Print one commit and its files."""
     repo = open_repo(context)
     name = repo.resolve(revision)
+    if provenance:
+        entry, found = repo.show(name), repo.provenance(name)
+        if json:
+            render.as_json(origin.as_json(entry, found))
+        else:
+            origin.show(entry, found)
+        return
     if roles and not json:
         _show_roles(repo, name)
         return

@@ -22,6 +22,7 @@ from ckptvcs.history.commit import (
     load_errors,
 )
 from ckptvcs.history.note import MAX_READ, Merged, Note, in_order, load_note, merge
+from ckptvcs.history.provenance import PROVENANCE, Provenance, load_provenance
 from ckptvcs.history.recipe import (
     NO_HASH,
     DropRecord,
@@ -139,6 +140,17 @@ class Catalog:
             metrics = self.merged(name, "", commit.metrics).metrics
             same = metrics is commit.metrics
             yield name, commit if same else replace(commit, metrics=metrics)
+
+    def provenance(self, name: ObjectId) -> Provenance | None:
+        """Return the provenance of a commit; None if it has none, or a repair dropped it.
+
+        Raises:
+            MissingObjectError, CorruptionError: it is missing or damaged, but not dropped.
+        """
+        found = self.commit(name).provenance
+        if found is None or PROVENANCE in self.dropped().parts.get(name, ()):
+            return None
+        return load_provenance(self.store.get(found, Kind.PROVENANCE))
 
     def recipes(self, values: ObjectId) -> list[tuple[ObjectId, Recipe]]:
         """Return every recipe of a tensor hash table in the order of use.

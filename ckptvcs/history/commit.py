@@ -137,6 +137,7 @@ class Commit:
         user: The name of the user.
         code: The git commit of the training code, if known.
         nonfinite: The number of infinite and NaN entries in weights and moments.
+        provenance: The id of the provenance; None if none was recorded.
     """
 
     parents: tuple[ObjectId, ...]
@@ -162,6 +163,7 @@ class Commit:
     user: str
     code: str | None = None
     nonfinite: int = 0
+    provenance: ObjectId | None = None
 
     @property
     def parent(self) -> ObjectId | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import ERRORS, Commit
+from ckptvcs.history.provenance import PROVENANCE
 from ckptvcs.history.recipe import Recipe
 from ckptvcs.store.ids import ObjectId, PackId
 from ckptvcs.store.pack import pack_name
@@ -47,6 +48,8 @@ def mark(
         gone_parts = gone.parts.get(name, frozenset())
         if commit.errors is not None and ERRORS not in gone_parts:
             marked.objects.add(commit.errors)
+        if commit.provenance is not None and PROVENANCE not in gone_parts:
+            marked.objects.add(commit.provenance)
         tables += _tables_of(catalog, name, commit, gone_parts, faded)
     # Only the frames of the tables that these depend on are read, not their hashes.
     marked.objects |= {table for table, _ in tables}

@@ -16,6 +16,7 @@ from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import ERRORS, Commit
 from ckptvcs.history.note import MAX_NOTES
+from ckptvcs.history.provenance import PROVENANCE
 from ckptvcs.history.reachability import Marked, mark
 from ckptvcs.history.recipe import DropRecord, load_recipe
 from ckptvcs.ops.verify import CommitVerifier
@@ -36,7 +37,7 @@ _PATCH = sorted([Kind.VALUES, Kind.RECIPE, Kind.BUNDLE])
 
 def extras(commit: Commit) -> dict[str, ObjectId]:
     """Return the objects of a commit that it can lose, by the name that a drop has for them."""
-    found = {ERRORS: commit.errors}
+    found = {ERRORS: commit.errors, PROVENANCE: commit.provenance}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -1,6 +1,8 @@
-"""The settings of a repository: their names, their values, and the file that holds them.
+"""The settings of a repository: their names, their values, and the files that hold them.
 
-docs/reference/settings.md describes each setting.  Lower layers get values, never the file.
+A setting that the file of the repository does not name has the value of the user's file, otherwise
+its default.  docs/reference/settings.md describes each setting.  Lower layers get values, never the
+files.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -33,6 +36,7 @@ OFF = "off"
 AUTO = "auto"
 _HINT = "edit the file, or run 'ckpt verify --repair'"
 _HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
+_USER_HEADING = "# Settings of all repositories that do not have their own.\n"
 
 
 def _codec(value: Value) -> str:
@@ -43,12 +47,6 @@ def _codec(value: Value) -> str:
 def _best(value: Value) -> str:
     if value != "":
         Best.parse(str(value))
-    return str(value)
-
-
-def _fidelity(value: Value) -> str:
-    if value not in FIDELITIES:
-        raise InvalidInputError(f"invalid value '{value}', expected one of {', '.join(FIDELITIES)}")
     return str(value)
 
 
@@ -88,6 +86,15 @@ def _bound(value: Value) -> str | float:
     return str(value) if value in (OFF, AUTO) else _number(value)
 
 
+def _one_of(*names: str) -> Callable[[Value], Value]:
+    def parse(value: Value) -> Value:
+        if value not in names:
+            raise InvalidInputError(f"invalid value '{value}', expected one of {', '.join(names)}")
+        return str(value)
+
+    return parse
+
+
 def _setting(default: Value, parse: Callable[[Value], Value]) -> Any:
     """Return a field of `Config`; `parse` checks and converts a value of the file or a user."""
     return field(default=default, metadata={"parse": parse})
@@ -100,15 +107,17 @@ class Config:
     codec: str = _setting("near", _codec)
     keep_exact: int = _setting(2, _integer)
     keep_best: str = _setting("", _best)
-    best_fidelity: str = _setting("exact", _fidelity)
-    tag_fidelity: str = _setting("exact", _fidelity)
-    pin_fidelity: str = _setting("exact", _fidelity)
+    best_fidelity: str = _setting("exact", _one_of(*FIDELITIES))
+    tag_fidelity: str = _setting("exact", _one_of(*FIDELITIES))
+    pin_fidelity: str = _setting("exact", _one_of(*FIDELITIES))
     max_weight_error: str | float = _setting(AUTO, _bound)
     max_update_nmse: str | float = _setting(AUTO, _bound)
     keyframe_depth: int = _setting(64, lambda value: _integer(value, least=1))
     keyframe_bytes: float = _setting(16.0, _number)
     log_columns: str = _setting(AUTO, _columns)
     gc_grace: str = _setting("7d", _time)
+    provenance: str = _setting("full", _one_of("full", "no-diff", OFF))
+    provenance_argv: str = _setting(OFF, _one_of("on", OFF))
 
     @property
     def exact_rule(self) -> ExactRule:
@@ -171,12 +180,12 @@ def get_setting(config: Config, key: str) -> Value:
 
 
 def default_text(codec: str | None = None) -> str:
-    """Return the text of the settings of a new repository.
+    """Return the text of the settings of a new repository; its codec is by default the user's.
 
     Raises:
-        InvalidInputError: No codec has this name.
+        InvalidInputError: No codec has this name, or the user's settings cannot be read.
     """
-    name = _codec(Config.codec if codec is None else codec)
+    name = _codec(replace(Config(), **user_settings()).codec if codec is None else codec)
     return f"{_HEADING}codec = {json.dumps(name)}\n"
 
 
@@ -190,15 +199,51 @@ def load_config(path: Path) -> Config:
     return _parse(read_text(path), path)
 
 
+def user_path() -> Path | None:
+    """Return the settings file of the user; None if the user has no home directory.
+
+    The environment variable CKPT_CONFIG names another file.
+    """
+    named = os.environ.get("CKPT_CONFIG")
+    if named:
+        return Path(named)
+    folder = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    try:
+        folder = folder if folder.is_absolute() else Path.home() / ".config"
+    except RuntimeError:
+        return None
+    return folder / "ckptvcs" / "config.toml"
+
+
+def user_settings() -> dict[str, Any]:
+    """Return the values of the user's file by field; none if there is no such file.
+
+    Raises:
+        InvalidInputError: The file cannot be read; see `load_config`.
+    """
+    path = user_path()
+    text = "" if path is None else _read_user(path)
+    return {} if path is None else _values(text, path, "edit the file")
+
+
+def _read_user(path: Path) -> str:
+    try:
+        return disk.read_small(path, _MAX_BYTES).decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"cannot read {path}: {error}", hint="edit the file") from error
+
+
 class Settings:
     """The settings of an open repository.
 
-    A process may train for weeks, so each call reads the file, which has a few lines.
+    A process may train for weeks, so each call reads the files, which have a few lines.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._last: tuple[str, Config] | None = None  # the last valid text
+        self._last: Config | None = None  # the last valid ones
         self._warned: str | None = None
 
     def now(self) -> Config:
@@ -207,11 +252,24 @@ class Settings:
         Raises:
             InvalidInputError: The file cannot be read; see `load_config`.
         """
-        text, last = read_text(self._path), self._last
-        if last is None or last[0] != text:
-            last = self._last = text, _parse(text, self._path)
+        self._last = replace(Config(), **(user_settings() | self._own()))
         self._warned = None
-        return last[1]
+        return self._last
+
+    def _own(self) -> dict[str, Any]:
+        return _values(read_text(self._path), self._path)
+
+    def origins(self) -> dict[str, str]:
+        """Return where each setting comes from: `repository`, `user` or `default`.
+
+        Raises:
+            InvalidInputError: A file cannot be read; see `load_config`.
+        """
+        named = {"user": user_settings(), "repository": self._own()}
+        found = dict.fromkeys(KEYS, "default")
+        for origin, values in named.items():
+            found |= {key: origin for key in KEYS if _field(key) in values}
+        return found
 
     def for_commit(self) -> Config:
         """Return the settings for a commit.
@@ -233,7 +291,7 @@ class Settings:
                     "%s; commits use the settings before that, and keep every exact form",
                     error.message,
                 )
-            return replace(self._last[1], keep_exact=_ALL)
+            return replace(self._last, keep_exact=_ALL)
 
 
 def read_text(path: Path) -> str:
@@ -248,14 +306,18 @@ def read_text(path: Path) -> str:
 
 
 def _parse(text: str, path: Path) -> Config:
+    return replace(Config(), **_values(text, path))
+
+
+def _values(text: str, path: Path, hint: str = _HINT) -> dict[str, Any]:
+    """Return the checked settings of a file, by field."""
     try:
         values: dict[str, Any] = tomllib.loads(text)
-        settings = {_field(key): _checked(key, value) for key, value in values.items()}
+        return {_field(key): _checked(key, value) for key, value in values.items()}
     except InvalidInputError as error:
         raise InvalidInputError(f"{path}: {error.message}", hint=error.hint) from error
     except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"cannot read {path}: {error}", hint=_HINT) from error
-    return replace(Config(), **settings)  # type: ignore[arg-type]  # checked one by one
+        raise InvalidInputError(f"cannot read {path}: {error}", hint=hint) from error
 
 
 def set_setting(path: Path, backend: Backend, key: str, value: str | None) -> Config:
@@ -270,16 +332,41 @@ def set_setting(path: Path, backend: Backend, key: str, value: str | None) -> Co
     """
     _require_key(key)
     checked = None if value is None else _checked(key, value)
-    assignment = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
     with turn(backend):  # two processes may change settings at once
         text = read_text(path) if path.exists() else _HEADING
-        lines = [line for line in text.splitlines() if not assignment.match(line)]
-        if checked is not None:
-            lines.append(f"{key} = {json.dumps(checked)}")
-        text = "\n".join(lines) + "\n"
+        text = _with_setting(text, key, checked)
         config = _parse(text, path)
         disk.replace(path, text.encode(), path.parent / "tmp")
     return config
+
+
+def set_user_setting(key: str, value: str | None) -> None:
+    """Change one setting in the user's file atomically; None removes it.
+
+    Raises:
+        InvalidInputError: No setting has this name, the value is not valid, the file cannot be
+            read, or the user has no home directory.
+        StorageError: The file cannot be written.
+    """
+    _require_key(key)
+    checked, path = None if value is None else _checked(key, value), user_path()
+    if path is None:
+        raise InvalidInputError("no home directory", hint="name a file in CKPT_CONFIG")
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path} is not a file", hint="name a file in CKPT_CONFIG")
+    text = _with_setting(_read_user(path) or _USER_HEADING, key, checked)
+    _values(text, path, "edit the file")
+    path = disk.real_path(path)  # the user may keep settings elsewhere
+    disk.replace(path, text.encode(), path.parent)
+
+
+def _with_setting(text: str, key: str, value: Value | None) -> str:
+    """Return the text of a file with another value of a setting; None removes the setting."""
+    assignment = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
+    lines = [line for line in text.splitlines() if not assignment.match(line)]
+    if value is not None:
+        lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
 
 
 def repair_settings(path: Path, backend: Backend, copy: Path | None, *, drop: bool) -> bool:

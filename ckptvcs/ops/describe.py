@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 
 from ckptvcs.checkpoint.matching import alike
 from ckptvcs.checkpoint.open import Checkpoint
@@ -11,6 +12,8 @@ from ckptvcs.encode.assemble import Encoded
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.commit import Commit, FileEntry, dump_commit, dump_errors, load_commit
+from ckptvcs.history.format_file import raise_flags
+from ckptvcs.history.provenance import Provenance, dump_provenance
 from ckptvcs.history.recipe import dump_recipe
 from ckptvcs.history.schema import dump_schema, load_schema
 from ckptvcs.ops.placement import Place
@@ -46,6 +49,7 @@ class Description:
         errors = base.errors if base is not None and place.unchanged else None
         if encoded.errors:
             errors = self._put(Kind.ERRORS, dump_errors(encoded.errors))
+        provenance = request.provenance()
         keyframe = not encoded.depth and not place.unchanged
         commit = Commit(
             parents=(place.parent,) if place.parent else (),
@@ -70,11 +74,26 @@ class Description:
             errors=errors,
             host=socket.gethostname(),
             user=user(),
-            code=code_commit(),
+            code=code_commit() if provenance is None else provenance.code_commit,
+            provenance=self._put_provenance(provenance, base),
         )
         content = dump_commit(commit)
         load_commit(ObjectId(""), content)  # an unreadable commit would lock its branch
         return self._pack.add(Kind.COMMIT, content), commit
+
+    def _put_provenance(
+        self, provenance: Provenance | None, base: Commit | None
+    ) -> ObjectId | None:
+        """Add the provenance as a change of that of the base."""
+        if provenance is None:
+            return None
+        content = dump_provenance(provenance)
+        name = object_id(Kind.PROVENANCE, content)
+        if not self._store.lasts(name):
+            raise_flags(self._store.backend, "read", "provenance")
+            with suppress(CorruptionError):  # that of the base may be lost
+                return self._put(Kind.PROVENANCE, content, base.provenance if base else None)
+        return self._put(Kind.PROVENANCE, content)
 
     def _files(
         self, checkpoint: Checkpoint, base: Commit | None, file_hashes: list[str | None]

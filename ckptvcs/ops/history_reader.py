@@ -14,7 +14,7 @@ from ckptvcs import ops
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import Bound, LogEntry
-from ckptvcs.ops.config import KEYS, Value, get_setting
+from ckptvcs.ops.config import KEYS, Value, get_setting, user_settings
 from ckptvcs.ops.repository import FOLDER, Repository
 from ckptvcs.store.ids import ObjectId
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ckptvcs.gc.collect import GcPlan
     from ckptvcs.history.note import Note
+    from ckptvcs.history.provenance import Provenance
     from ckptvcs.history.reflog import ReflogEvent
     from ckptvcs.history.refs import Generation
     from ckptvcs.history.selection import Time
@@ -284,6 +285,21 @@ class HistoryReader:
         """
         return ops.show.forms(self._repository, self.resolve(revision))
 
+    def provenance(self, revision: str | int = "HEAD") -> Provenance | None:
+        """Return where a commit comes from: the code, the packages and the machine.
+
+        Args:
+            revision: The commit to read.
+
+        Returns:
+            The state of the process that made the commit; None if none was recorded.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            CorruptionError: The provenance is missing or damaged.
+        """
+        return self._repository.catalog.provenance(self.resolve(revision))
+
     def status(self) -> Status:
         """Return the position of HEAD, and how the files on disk differ from its commit."""
         return ops.show.status(self._repository)
@@ -365,6 +381,26 @@ class HistoryReader:
         """
         config = self._repository.config
         return {key: get_setting(config, key) for key in KEYS}
+
+    def setting_origins(self) -> dict[str, str]:
+        """Return where each setting comes from: `repository`, `user` or `default`.
+
+        Raises:
+            InvalidInputError: The settings cannot be read.
+        """
+        return self._repository.setting_origins()
+
+    @staticmethod
+    def user_settings() -> dict[str, Value]:
+        """Return the settings of the user's file, which hold where a repository has no own ones.
+
+        Raises:
+            InvalidInputError: The file cannot be read.
+        """
+        values = user_settings()
+        return {
+            key: values[key.replace("-", "_")] for key in KEYS if key.replace("-", "_") in values
+        }
 
     @staticmethod
     def why_unopened(path: PathLike, error: CkptError) -> CorruptionError | None:

@@ -9,7 +9,7 @@ from ckptvcs import ops
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import Bound
-from ckptvcs.ops.config import Value, get_setting, set_setting
+from ckptvcs.ops.config import Value, get_setting, set_setting, set_user_setting
 from ckptvcs.ops.history_reader import NO_RULES
 from ckptvcs.ops.reader import Reader
 from ckptvcs.ops.repository import CONFIG
@@ -285,3 +285,18 @@ class HistoryWriter(Reader):
         return get_setting(
             set_setting(self.folder / CONFIG, self._repository.backend, key, value), key
         )
+
+    @staticmethod
+    def configure_user(key: str, value: str | None) -> None:
+        """Change a setting in the user's file; settings of repositories take precedence.
+
+        Args:
+            key: The name of the setting, as in `settings`.
+            value: The new value as text; None removes the setting.
+
+        Raises:
+            InvalidInputError: No setting has this name, the value is not valid, or the file cannot
+                be read.
+            StorageError: The file cannot be written.
+        """
+        set_user_setting(key, value)

@@ -33,6 +33,7 @@ from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import Schema, TensorInfo
 from ckptvcs.ops.commit import Committer, SharedPatchFadedError
 from ckptvcs.ops.likeness import Scanned
+from ckptvcs.ops.provenance import capture_beside
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request
 from ckptvcs.store.ids import ObjectId
@@ -53,7 +54,8 @@ class DistributedCommit:
             InvalidInputError: The codec is not known.
         """
         self._repository, self._catalog = repository, repository.catalog
-        self._committer = Committer(repository, request)
+        origin = capture_beside(repository.commit_config())
+        self._committer = Committer(repository, replace(request, origin=origin))
         self._stack = ExitStack()
         self.abandon = weakref.finalize(self, self._stack.close)
 

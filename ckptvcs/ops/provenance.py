@@ -1,27 +1,60 @@
-"""The provenance of a commit: the user, and the git commit of the training code.
+"""The provenance of a commit: who made it, with which code, packages and machine.
 
-This module never calls git.  git may run programs that the settings of a repository name, and the
-working directory may belong to someone else.  The module reads these files instead:
-
-    .git         the git folder, or a file with its path
-    HEAD         a commit id, or the name of a ref
-    REF          a commit id; in the git folder, or in the folder that worktrees share (commondir)
-    packed-refs  other refs, one per line
+Nothing here calls git or another program, imports a package, or starts a GPU.
 """
 
 from __future__ import annotations
 
 import getpass
 import os
-import re
-import stat
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache, lru_cache, partial
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_MAX_LINE = 4096  # bytes read from a file of one line
-_MAX_PACKED = 1 << 26  # bytes read from packed-refs
-_MAX_HOPS = 5  # symbolic refs in a row
-_ID = re.compile(r"(?:[0-9a-f]{40}|[0-9a-f]{64})")
-_REF = re.compile(r"refs/(?!.*(?:^|/)\.\.?(?:/|$))[^\0-\x20\x7f~^:?*\[\\]+")
+from ckptvcs.history.provenance import CodeState, Provenance
+from ckptvcs.ops.git.head import Clone, find_clone
+from ckptvcs.ops.git.state import read_code
+from ckptvcs.parallel import shared_pool
+
+if TYPE_CHECKING:
+    from ckptvcs.ops.config import Config
+
+_PACKAGES = (
+    "accelerate",
+    "bitsandbytes",
+    "ckptvcs",
+    "datasets",
+    "deepspeed",
+    "diffusers",
+    "flash-attn",
+    "flax",
+    "jax",
+    "jaxlib",
+    "lightning",
+    "megatron-core",
+    "numpy",
+    "optax",
+    "peft",
+    "pytorch-lightning",
+    "safetensors",
+    "tensorflow",
+    "timm",
+    "tokenizers",
+    "torch",
+    "torchao",
+    "torchvision",
+    "transformer-engine",
+    "transformers",
+    "triton",
+    "trl",
+    "xformers",
+)
+_KEPT = 8  # states of clones
 
 
 def user() -> str:
@@ -34,59 +67,129 @@ def user() -> str:
 
 def code_commit() -> str | None:
     """Return the git commit of the working directory; None if it is not in a git repository."""
+    clone = _clone()
+    return None if clone is None else clone.commit
+
+
+def capture(config: Config, runs: Mapping[str, str] | None = None) -> Provenance | None:
+    """Return the provenance of this process; None if the settings record none.
+
+    Args:
+        config: The settings.
+        runs: The active runs of trackers, if another thread trains.
+    """
+    if config.provenance == "off":
+        return None
+    system = os.uname()
+    return Provenance(
+        folder=_folder(),
+        python=platform.python_version(),
+        platform=f"{system.sysname} {system.release} {system.machine}",
+        packages=_packages(),
+        gpus=_gpus(),
+        runs=tracker_runs() if runs is None else runs,
+        argv=tuple(map(_plain, sys.argv)) if config.provenance_argv == "on" else None,
+        code=_code(diff=config.provenance == "full"),
+    )
+
+
+def capture_later(config: Config) -> Callable[[], Provenance | None]:
+    """Return a function that captures the provenance, with the runs of this thread."""
+    return partial(capture, config, tracker_runs())
+
+
+def capture_beside(config: Config) -> Callable[[], Provenance | None]:
+    """Begin `capture` in another thread, and return a function that waits for its result.
+
+    A clone with many files is read while the commit hashes and encodes.
+    """
+    return shared_pool(os.getpid(), background=False).start(capture_later(config)).result
+
+
+def tracker_runs() -> dict[str, str]:
+    """Return the ids of the active runs of experiment trackers that this process has imported."""
+    found = {}
+    for name, run_of in _TRACKERS.items():
+        module = sys.modules.get(name)
+        with suppress(Exception):  # a tracker may not be what this program expects
+            run = None if module is None else run_of(module)
+            if run:
+                found[name] = _plain(run)
+    return found
+
+
+def _wandb(module: Any) -> str:
+    run = module.run
+    return "" if run is None else "/".join(filter(None, (run.entity, run.project, run.id)))
+
+
+def _mlflow(module: Any) -> str:
+    run = module.active_run()  # reads a variable of the thread
+    return "" if run is None else str(run.info.run_id)
+
+
+def _trackio(module: Any) -> str:
+    run = module.context_vars.current_run.get()
+    return "" if run is None else "/".join(filter(None, (run.project, run.name)))
+
+
+_TRACKERS: dict[str, Callable[[Any], str]] = {
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
+}
+
+
+def _plain(text: str) -> str:
+    """Return text that every program can read: file names may be any bytes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _folder() -> str:
     try:
-        folder = Path.cwd()
-        for above in (folder, *folder.parents):
-            if (above / ".git").exists():
-                return _head(_git_folder(above / ".git"))
-    except (OSError, ValueError):
-        pass  # the files are not readable, or not those of git
+        return _plain(str(Path.cwd()))
+    except OSError:  # it was deleted
+        return ""
+
+
+def _clone() -> Clone | None:
+    with suppress(OSError):
+        return find_clone(Path.cwd())
     return None
 
 
-def _read(path: Path, most: int) -> str:
-    """Read at most `most` bytes of a regular file as text; raises OSError."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("not a regular file")
-    # O_NONBLOCK: if a pipe has replaced the file meanwhile, `open` would wait for a writer.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        return file.read(most).decode("utf-8", "surrogateescape")
+def _code(*, diff: bool) -> CodeState | None:
+    """Return the state of the code; it is read again when git has changed HEAD or the index."""
+    clone, changed = _clone(), 0
+    if clone is None:
+        return None
+    with suppress(OSError):
+        changed = (clone.folder / "index").stat().st_mtime_ns
+    return _read_code(clone, changed, diff)
 
 
-def _git_folder(path: Path) -> Path:
-    if path.is_dir():
-        return path
-    text = _read(path, _MAX_LINE)
-    if not text.startswith("gitdir: "):
-        raise ValueError
-    return path.parent / text.removeprefix("gitdir: ").rstrip("\n")
+@lru_cache(_KEPT)
+def _read_code(clone: Clone, _changed: int, diff: bool) -> CodeState:
+    with suppress(Exception):  # a commit must not fail for this
+        return read_code(clone, diff=diff)
+    return CodeState(clone.commit, clone.branch, None, complete=False)
 
 
-def _head(folder: Path) -> str | None:
-    shared = folder
-    if (folder / "commondir").exists():
-        shared = folder / _read(folder / "commondir", _MAX_LINE).rstrip("\n")
-    name = "HEAD"
-    for _ in range(_MAX_HOPS):
-        text = _find(folder, shared, name).strip()
-        if _ID.fullmatch(text):
-            return text
-        name = text.removeprefix("ref: ").strip()
-        if not text.startswith("ref: ") or not _REF.fullmatch(name):
-            return None
-    return None
+@cache
+def _packages() -> dict[str, str]:
+    """Return the versions of the installed packages."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(Exception):  # not installed, or its metadata are damaged
+            found[name] = _plain(metadata.version(name))
+    return found
 
 
-def _find(folder: Path, shared: Path, name: str) -> str:
-    """Return the content of a ref; raises OSError."""
-    for directory in dict.fromkeys((folder, shared)):
-        try:
-            return _read(directory / name, _MAX_LINE)
-        except OSError:  # the ref may be in packed-refs
-            continue
-    for line in _read(shared / "packed-refs", _MAX_PACKED).splitlines():
-        commit, _, packed = line.partition(" ")
-        if packed == name:
-            return commit
-    return ""
+def _gpus() -> tuple[str, ...]:
+    """Return the names of the GPUs that torch uses in this process."""
+    torch = sys.modules.get("torch")
+    with suppress(Exception):  # a driver may fail
+        if torch is not None and torch.cuda.is_initialized():
+            count = torch.cuda.device_count()
+            return tuple(_plain(torch.cuda.get_device_name(number)) for number in range(count))
+    return ()

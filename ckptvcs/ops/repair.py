@@ -24,6 +24,7 @@ from ckptvcs.history.catalog import Catalog, Dropped, read_sound
 from ckptvcs.history.commit import ERRORS, Commit, dump_commit
 from ckptvcs.history.format_file import FOLDERS, raise_flags, repair_format
 from ckptvcs.history.note import dump_note
+from ckptvcs.history.provenance import PROVENANCE
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.recipe import DropRecord, load_recipe
 from ckptvcs.history.refs import HEAD, Refs
@@ -40,7 +41,7 @@ from ckptvcs.store.pack import Entry, find_entries, pack_name
 
 _BLOCK = 1 << 24
 _RULE = "verify --drop-damaged"
-_ALONE = frozenset(("optimizer", ERRORS))  # parts that a commit can lose
+_ALONE = frozenset(("optimizer", ERRORS, PROVENANCE))  # parts that a commit can lose
 _ROUNDS = 1000  # each may fetch one more commit of a history of lost commits
 
 Record = tuple[Entry, bytes, bytes]
@@ -337,7 +338,7 @@ class Repairer:
     def _lost_parts(self, name: ObjectId, commit: Commit) -> tuple[str, ...]:
         """Return the parts of a commit (or its recorded errors) that cannot be restored."""
         dropped = self._catalog.dropped().parts.get(name, frozenset())
-        parts, lost = {ERRORS, *commit.parts}, []
+        parts, lost = {ERRORS, PROVENANCE, *commit.parts}, []
         for part in sorted(parts - dropped):
             others = Dropped(frozenset(), {name: frozenset(parts - {part})})
             faded = {state.exact for state in commit.parts.values() if state.exact}

@@ -91,6 +91,10 @@ class Repository:
         """
         return self._settings.now()
 
+    def setting_origins(self) -> dict[str, str]:
+        """Return where each setting comes from; see `Settings.origins`."""
+        return self._settings.origins()
+
     def commit_config(self) -> Config:
         """The settings for a commit; see `Settings.for_commit`."""
         return self._settings.for_commit()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,12 @@ from ckptvcs.checkpoint.conventions import step_in_name, step_in_text
 from ckptvcs.checkpoint.open import Checkpoint
 from ckptvcs.checkpoint.state import STATE_FILE, Copies, state_checkpoint
 from ckptvcs.errors import InvalidInputError
+from ckptvcs.history.provenance import Provenance
 from ckptvcs.history.schema import Schema
 from ckptvcs.ops.arguments import plain_message, plain_metrics, plain_step
+
+Origin = Provenance | Callable[[], Provenance | None] | None
+"""The provenance of a commit, or a function that waits for it; None records none."""
 
 EMPTY = Checkpoint("directory", (), (), Schema(()), (), None, {}, {})
 
@@ -34,6 +38,11 @@ class Request:
     checkpoint: Checkpoint = EMPTY
     path: str = STATE_FILE
     inside: bool = True
+    origin: Origin = None
+
+    def provenance(self) -> Provenance | None:
+        """Return the provenance of the commit; None if none is recorded."""
+        return self.origin() if callable(self.origin) else self.origin
 
     def __post_init__(self) -> None:
         """Convert the arguments to plain types.

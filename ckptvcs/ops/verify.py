@@ -148,6 +148,7 @@ class CommitVerifier:
         try:
             restorer = Restorer(self._catalog, name, decoded=self._recent.get)
             self._catalog.errors(name)
+            self._catalog.provenance(name)
         except CkptError as error:
             self._wrong("commit", error, commit=name)
             return

@@ -25,6 +25,7 @@ from ckptvcs.checkpoint.survey import Found, candidates, survey
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.ops.commit import commit_path
 from ckptvcs.ops.originals import Contents, Keeper, Removal
+from ckptvcs.ops.provenance import capture_beside
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request
 from ckptvcs.ops.series import Lines
@@ -253,6 +254,7 @@ class Watcher:
                     raise found.problem
                 branch, stays = self._lines.branch_for(found.name)
                 request = Request(found.name, found.step, {}, self._codec, branch, stays)
+                request.origin = capture_beside(self._repo.commit_config())
                 result = commit_path(self._repo, found.path, request, files=found.files)
                 self._lines.add(found.name, result)
                 contents.add(result.id, result.commit)

@@ -33,6 +33,7 @@ class Kind(IntEnum):
     BUNDLE = 7
     ERRORS = 8
     NOTE = 9
+    PROVENANCE = 10
 
 
 _PREFIXES = {kind: kind.name.lower().encode() + b"\0" for kind in Kind}

@@ -166,7 +166,7 @@ def test_a_terminal_is_asked(
         return answer == "y"
 
     ckpt("import", "run", "--codec", "lossless")
-    monkeypatch.setattr("ckptvcs.cli.importing.interactive", lambda: True)
+    monkeypatch.setattr("ckptvcs.cli.render.can_ask", lambda: True)
     monkeypatch.setattr("typer.confirm", confirm)
     ckpt("import", "run", "--delete-originals", code=4 if left else 0)
     assert len(asked) == 1
@@ -182,7 +182,7 @@ def test_the_question_says_how_near(
     ckpt: Ckpt, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("ckptvcs.cli.importing.interactive", lambda: True)
+    monkeypatch.setattr("ckptvcs.cli.render.can_ask", lambda: True)
     monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text))
     ckpt("import", "run", "--delete-originals", "--accept-near", code=4)
     assert "remove 5 of 5 originals" in asked[0]

@@ -65,7 +65,9 @@ def train(rate: float, steps: int) -> Iterator[dict[str, Any]]:
 def make_run(folder: Path) -> None:
     """Write a repository with two branches and a tag, an empty one, and files to commit."""
     states = list(train(rate=0.01, steps=70))
-    with contextlib.chdir(folder):  # the working directory is no clone whose commit is recorded
+    none = {"CKPT_CONFIG": str(folder / "user.toml")}
+    # The working directory is no clone whose commit is recorded.
+    with contextlib.chdir(folder), mock.patch.dict(os.environ, none):
         with Repo.init() as repo:
             for state in states[:5]:
                 repo.commit(state, metrics={"loss": round(5 / state["step"], 3)})
@@ -97,6 +99,7 @@ def execute(command: str, folder: Path) -> str:
     """Run a command in this process; return its stdout, its stderr and its exit code if not 0."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CKPT_DIR", "FORCE_COLOR")}
     environment |= {"COLUMNS": str(COLUMNS), "LOGNAME": "you", "NO_COLOR": "1", "TZ": "UTC"}
+    environment["CKPT_CONFIG"] = str(folder / "user.toml")
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),

@@ -16,6 +16,8 @@ from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.errors import NotFoundError
 from ckptvcs.gc.retention import Policy
+from ckptvcs.history.provenance import CodeState, Provenance
+from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.import_folder import Importer
 from ckptvcs.ops.join import DistributedCommit, encode_share
@@ -77,6 +79,20 @@ def _commit(codec: str) -> Act:
         repo.commit_path(path, message="next", codec=codec)
 
     return act
+
+
+_ORIGIN = Provenance("/run", "3.11", "Linux", {"torch": "2"}, code=CodeState("ab" * 20, None, True))
+
+
+def _commit_described(root: Path) -> None:
+    request = Request(step=4, checkpoint=state_checkpoint(states(4)[-1]), origin=_ORIGIN)
+    commit_checkpoint(handle(Repo.open(root / "repo")), request)
+
+
+def _origin_is_whole(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    for entry in repo.log():
+        assert repo.provenance(entry.id) in ((None, _ORIGIN) if entry.step == 4 else (None,))
 
 
 def _commit_together(root: Path) -> None:
@@ -188,6 +204,7 @@ SCENARIOS = {
         Scenario("commit", _commit("near"), repeats=False),
         Scenario("commit exactly", _commit("lossless"), repeats=False),
         Scenario("commit excp", _commit("excp"), repeats=False),
+        Scenario("commit with its origin", _commit_described, repeats=False, also=_origin_is_whole),
         Scenario("commit together", _commit_together, repeats=False),
         Scenario("branch", _branch, repeats=False),
         Scenario("refs", _refs),

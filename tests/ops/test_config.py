@@ -1,4 +1,4 @@
-"""A process that lives for long acts on what is so now: settings that others change."""
+"""Settings: of the user and of the repository; and those that change while a process lives."""
 
 from __future__ import annotations
 
@@ -215,3 +215,114 @@ def test_settings_that_two_processes_change_at_once(
     others[0].join()
     now = handle(Repo.open(tmp_path)).config
     assert (now.keyframe_depth, now.keep_exact) == (9, 7)
+
+
+# -- the settings of the user ------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The settings file of the user, which does not exist."""
+    monkeypatch.setenv("CKPT_CONFIG", str(tmp_path / "home" / "own.toml"))
+    return tmp_path / "home" / "own.toml"
+
+
+def test_the_repository_wins_over_the_user(own: Path, tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path / "repo")
+    defaults = repo.settings()
+    Repo.configure_user("keep-exact", "7")
+    Repo.configure_user("keyframe-depth", "9")
+    assert (repo.setting("keep-exact"), repo.setting("keyframe-depth")) == (7, 9)
+    repo.configure("keep-exact", "3")
+    assert (repo.setting("keep-exact"), repo.setting("keyframe-depth")) == (3, 9)
+    origins = repo.setting_origins()
+    assert set(origins) == set(KEYS)
+    assert {key: origin for key, origin in origins.items() if origin != "default"} == {
+        "codec": "repository",
+        "keep-exact": "repository",
+        "keyframe-depth": "user",
+    }
+    assert Repo.user_settings() == {"keep-exact": 7, "keyframe-depth": 9}
+    repo.configure("keep-exact", None)
+    assert repo.setting("keep-exact") == 7
+    for key in ("keep-exact", "keyframe-depth"):
+        Repo.configure_user(key, None)
+    assert repo.settings() == defaults
+    assert "keep-exact" not in own.read_text()
+
+
+def test_a_new_repository_takes_the_codec_of_the_user(own: Path, tmp_path: Path) -> None:
+    Repo.configure_user("codec", "small")
+    assert Repo.init(tmp_path / "a").setting("codec") == "small"
+    assert Repo.init(tmp_path / "b", codec="lossless").setting("codec") == "lossless"
+    Repo.configure_user("codec", "excp")
+    assert Repo.init(tmp_path / "a").setting("codec") == "small"
+
+
+def test_commits_obey_the_user(own: Path, tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path / "repo")
+    _commit(repo, tmp_path, 1)
+    Repo.configure_user("keep-exact", "9")
+    for step in (2, 3, 4):
+        _commit(repo, tmp_path, step)
+    assert exact(repo) == [1, 2, 3, 4]
+    own.unlink()
+    _commit(repo, tmp_path, 5)
+    assert exact(repo) == [4, 5]
+
+
+@pytest.mark.parametrize(
+    "text", ["keep-exact = three\n", "colour = 1\n", "keep-exact = -1\n", "\0"]
+)
+def test_settings_of_the_user_that_cannot_be_read(text: str, own: Path, tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path / "repo")
+    for step in (1, 2):
+        _commit(repo, tmp_path, step)
+    own.parent.mkdir()
+    own.write_text(text)
+    _commit(repo, tmp_path, 3)
+    for refused in (repo.gc, repo.settings, Repo.user_settings):
+        with pytest.raises(InvalidInputError, match="own"):
+            refused()
+    with pytest.raises(InvalidInputError, match="own"):
+        Repo.init(tmp_path / "other")
+    own.unlink()
+    assert exact(repo) == [1, 2, 3]
+    assert repo.verify().damage == []
+
+
+def test_where_the_settings_of_the_user_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("CKPT_CONFIG")
+    Repo.configure_user("keep-exact", "3")
+    assert "keep-exact = 3" in (tmp_path / "xdg" / "ckptvcs" / "config.toml").read_text()
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    assert Repo.user_settings() == {}
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    Repo.configure_user("keep-exact", "4")
+    assert (tmp_path / "home" / ".config" / "ckptvcs" / "config.toml").exists()
+    assert Repo.user_settings() == {"keep-exact": 4}
+
+
+def test_the_file_of_the_user_may_be_a_link(own: Path, tmp_path: Path) -> None:
+    own.parent.mkdir()
+    (tmp_path / "dotfiles.toml").write_text("# mine\nkeep-exact = 1\n")
+    own.symlink_to(tmp_path / "dotfiles.toml")
+    Repo.configure_user("keep-exact", "5")
+    assert own.is_symlink()
+    assert own.read_text() == "# mine\nkeep-exact = 5\n"
+
+
+def test_what_is_no_file_is_not_replaced(own: Path) -> None:
+    own.parent.mkdir()
+    os.mkfifo(own)
+    with pytest.raises(InvalidInputError, match="not a file"):
+        Repo.configure_user("keep-exact", "5")
+    assert own.is_fifo()
+
+
+def test_the_tests_do_not_read_the_settings_of_the_person_who_runs_them() -> None:
+    assert Repo.user_settings() == {"provenance": "off"}

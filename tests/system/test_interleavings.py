@@ -19,12 +19,13 @@ from unittest import mock
 
 import pytest
 
+from ckptvcs.encode.rekey import Rekeyer
 from ckptvcs.errors import CkptError, ConflictError
 from ckptvcs.files.removal import Originals
 from ckptvcs.gc import collect
 from ckptvcs.gc.fading import Fader, Patch
 from ckptvcs.history.refs import Refs
-from ckptvcs.ops import commit, gc, originals, repository
+from ckptvcs.ops import commit, originals, repository
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.originals import Keeper
 from ckptvcs.repo import Repo
@@ -118,7 +119,7 @@ def _stopped(stage: Stage, *, every: bool) -> list[Any]:
         (originals, "live_leases", "look for leases"),
         (originals, "turn", "turn"),
         (Originals, "delete", "delete the original"),
-        (gc, "_rekey", "rekey"),
+        (Rekeyer, "run", "rekey"),
         (collect.Collector, "record", "record"),
         (collect.Collector, "delete", "sweep"),
     ]
