@@ -12,7 +12,7 @@ from ckptvcs.cli.context import JsonOption, open_repo
 if TYPE_CHECKING:
     from ckptvcs import UsageRow
 
-_MOST_KINDS = 3  # in a line
+_MOST_KINDS = 2  # in a line
 
 
 def du(
