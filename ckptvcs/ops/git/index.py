@@ -6,13 +6,18 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ckptvcs.ops.git.objects import UnreadableError, read_file
 
 MAX_BYTES = 1 << 27
 MAX_FILES = 400_000
 _HEAD = struct.Struct(">4sII")
-_STAT = struct.Struct(">10I")  # ctime, mtime (s, ns each), dev, inode, mode, uid, gid, size
+_FIXED = {  # by the bytes of an id
+    # ctime, mtime (s, ns each), device, inode, mode, uid, gid, size, id, flags
+    size: struct.Struct(f">10I{size}sH")
+    for size in (20, 32)
+}
 _FLAGS = struct.Struct(">H")
 _ASSUME_VALID, _EXTENDED, _STAGE = 0x8000, 0x4000, 0x3000
 _SKIP_WORKTREE = 0x4000
@@ -20,8 +25,7 @@ _VERSIONS = (2, 3, 4)
 _UNKNOWN = (b"link", b"sdir")  # parts of the index are elsewhere, or stand for whole folders
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tracked file.
 
     Attributes:
@@ -86,11 +90,10 @@ def _entry(
     data: bytes, start: int, before: bytes, version: int, id_bytes: int
 ) -> tuple[Entry, int]:
     """Return the entry at an offset, and the offset after it."""
-    fields = _STAT.unpack_from(data, start)
-    at = start + _STAT.size
-    name = data[at : at + id_bytes]
-    (flags,) = _FLAGS.unpack_from(data, at + id_bytes)
-    at += id_bytes + _FLAGS.size
+    _, _, seconds, nanoseconds, _, _, mode, _, _, size, name, flags = _FIXED[id_bytes].unpack_from(
+        data, start
+    )
+    at = start + _FIXED[id_bytes].size
     settled = bool(flags & _ASSUME_VALID)
     if flags & _EXTENDED:
         (more,) = _FLAGS.unpack_from(data, at)
@@ -104,8 +107,8 @@ def _entry(
     path = kept + data[at:end]
     # Up to version 3, zeros pad an entry to a multiple of 8 bytes.
     after = end + 1 if version == 4 else start + (end - start + 8) // 8 * 8
-    mtime, size = (fields[2], fields[3]), fields[9]
-    return Entry(path, fields[6], name, mtime, size, settled, bool(flags & _STAGE)), after
+    mtime, conflict = (seconds, nanoseconds), flags & _STAGE != 0
+    return Entry(path, mode, name, mtime, size, settled, conflict), after
 
 
 def _offset(data: bytes, at: int) -> tuple[int, int]:
