@@ -6,9 +6,20 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ckptvcs.cli import render
+from ckptvcs.errors import CorruptionError
 
 if TYPE_CHECKING:
-    from ckptvcs import CodeState, LogEntry, Provenance
+    from ckptvcs import CodeState, LogEntry, ObjectId, Provenance
+    from ckptvcs.repo import Repo
+
+
+def is_dirty(repo: Repo, name: ObjectId) -> bool | None:
+    """Whether the code had changes that git had not committed; None if that is not known."""
+    try:
+        found = repo.provenance(name)
+    except CorruptionError:  # verify reports it
+        return None
+    return None if found is None or found.code is None else found.code.dirty
 
 
 def as_json(entry: LogEntry, found: Provenance | None) -> dict[str, Any]:

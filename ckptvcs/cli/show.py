@@ -47,12 +47,14 @@ def _json(repo: Repo, entry: LogEntry) -> dict[str, Any]:
         entries.entry_json(entry)
         | {"parts": _parts_json(entry), "files": files}
         | render.attributes(entry.commit, "source path host user code")
-        | {"tensors": tensors}
+        | {"dirty": origin.is_dirty(repo, entry.id), "tensors": tensors}
     )
 
 
-def _fields(entry: LogEntry, until: str) -> list[tuple[str, str]]:
+def _fields(repo: Repo, entry: LogEntry) -> list[tuple[str, str]]:
     """Return the labels and values to print; an empty value is left out."""
+    end = until(repo, entry)
+    changed = ", changed" if origin.is_dirty(repo, entry.id) else ""
     commit = entry.commit
     measured = {} if entry.exact else asdict(commit.error)
     errors = [f"{name} {value:.3g}" for name, value in measured.items()]
@@ -63,13 +65,13 @@ def _fields(entry: LogEntry, until: str) -> list[tuple[str, str]]:
         ("step", "" if commit.step is None else str(commit.step)),
         ("time", commit.time),
         ("by", f"{commit.user}@{commit.host}"),
-        ("code", commit.code or ""),
+        ("code", f"{commit.code}{changed}" if commit.code else ""),
         ("message", render.printable(entry.message)),
         ("metrics", entries.metrics(entry.metrics)),
         ("fields", entries.fields(entry.fields)),
         ("size", entries.sizes_now(entry)),
         ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
-        ("fidelity", f"{entries.fidelity(entry)}{until and ':'}{until}"),
+        ("fidelity", f"{entries.fidelity(entry)}{end and ':'}{end}"),
         ("parts", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
         ("error", ", ".join(errors[:3])),
         ("", ", ".join(errors[3:])),
@@ -102,7 +104,7 @@ def show(
     if json:
         render.as_json(_json(repo, entry))
         return
-    for label, value in _fields(entry, until(repo, entry)):
+    for label, value in _fields(repo, entry):
         if value:
             render.data(f"{label:<10} {value}")
     listed = [["file", "bytes", "format"]]

@@ -374,6 +374,8 @@ def test_show(ckpt: Ckpt, run: Repo, code: Path) -> None:
     assert f"code       {git(code, 'rev-parse', 'HEAD')} (trunk), changed" in out
     assert "changed    train.py\nuntracked  scratch.py\n" in out
     assert out.endswith("-rate = 1\n+rate = 2\n")
+    assert f"{git(code, 'rev-parse', 'HEAD')}, changed\n" in ckpt("--repo", run.root, "show").out
+    assert ckpt("--repo", run.root, "show", "--json").json["dirty"] is True
     found = ckpt("--repo", run.root, "show", 1, "--provenance", "--json", cwd=code).json
     assert found["provenance"] == json.loads(json.dumps(origin(run).as_json()))
     assert found["id"] == run.resolve(1)
