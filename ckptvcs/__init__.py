@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ckptvcs.files.removal import Removed
     from ckptvcs.gc.collect import GcPlan
     from ckptvcs.gc.decide import Decision
-    from ckptvcs.gc.fading import Patch
+    from ckptvcs.gc.fading import Faded, Patch
     from ckptvcs.gc.retention import Best, Policy
     from ckptvcs.history.commit import Commit, ErrorReport, FileEntry, PartState
     from ckptvcs.history.log import LogEntry
@@ -91,6 +91,7 @@ _HOMES = {
     "Note": "history.note",
     "ObjectId": "store.ids",
     "PartState": "history.commit",
+    "Faded": "gc.fading",
     "Patch": "gc.fading",
     "Policy": "gc.retention",
     "Provenance": "history.provenance",
@@ -151,6 +152,7 @@ __all__ = [
     "DeletedBranch",
     "ErrorReport",
     "Exported",
+    "Faded",
     "Fetched",
     "FileEntry",
     "Found",

@@ -67,6 +67,7 @@ def guides() -> list[Path]:
 def normalize(output: str) -> str:
     """Replace the parts that vary: ids, numbers except exit codes, and the width of columns."""
     output = re.sub(r"\b([0-9a-f]{2}/)?[0-9a-f]{8,64}\b", "ID", output)
+    output = re.sub(r"\b\d+ (s|min|h|d) ago\b", "N ago", output)
     output = re.sub(r"(?<!exit code )-?\d[\d.,]*(e[-+]\d+)?", "N", output)
     output = re.sub(r"[-=]{2,}", "--", output)
     return "\n".join(" ".join(line.split()) for line in output.strip().splitlines())

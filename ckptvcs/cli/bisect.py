@@ -8,6 +8,7 @@ from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.cli.listing import show_log
 
 if TYPE_CHECKING:
     from ckptvcs import LogEntry, Verdict
@@ -64,4 +65,4 @@ def bisect(
         render.data("the first bad commit is one of:")
     else:
         render.data("first bad commit:")
-    render.table(entries.log_rows(result.candidates))
+    show_log(repo, [("", entry) for entry in result.candidates])

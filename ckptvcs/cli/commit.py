@@ -18,11 +18,12 @@ from ckptvcs.cli.context import (
     parse_metrics,
     size_of,
 )
+from ckptvcs.cli.listing import until
 from ckptvcs.errors import after
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
-    from ckptvcs import CommitResult
+    from ckptvcs import CommitResult, LogEntry
 
 
 def commit(
@@ -61,13 +62,26 @@ def _tell(repo: Repo, result: CommitResult, *, json: bool) -> None:
         render.talk(f"note: {render.printable(note)}")
     entry = repo.entry(result.id, branch=result.branch)
     commit = entry.commit
-    sizes, form = entries.sizes(commit.raw_bytes, entry.stored_bytes), entries.fidelity(entry)
+    kept = entry.exact and entry.exact_bytes
+    form = until(repo, entry) if kept else f", {entries.fidelity(entry)}"
     step = "" if commit.step is None else f" step {commit.step}"
     message = render.printable(commit.message)
     render.answer(
         entries.entry_json(entry),
         f"[{result.branch} {entry.id[:8]}]{step} {message}".rstrip(),
-        f"  {sizes}, {commit.kind}, depth {commit.depth}, {form}",
+        f"  {entries.sizes_now(entry)}{form}",
         json=json,
     )
+    render.talk(*entries.faded(result.faded), *_introduction(repo, entry))
     sys.stdout.flush()
+
+
+def _introduction(repo: Repo, entry: LogEntry) -> list[str]:
+    """Explain fading with the first commit of a repository, if the commit will fade."""
+    if entry.exact_lasts or entry.commit.parents or len(repo.log(2, all_branches=True)) > 1:
+        return []
+    newest = repo.setting("keep-exact")
+    return [
+        f"note: the newest {newest} commits are exact; older ones become near: a small error",
+        "note: 'ckpt pin' and 'ckpt tag' keep a commit exact, 'ckpt config keep-exact N' more",
+    ]

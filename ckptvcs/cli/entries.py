@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ckptvcs.cli.render import Json, attributes
+from ckptvcs.cli.render import Cell, Json, attributes
 from ckptvcs.text import printable, size
 
 if TYPE_CHECKING:
-    from ckptvcs import LogEntry, ObjectId
+    from ckptvcs import Faded, LogEntry, ObjectId, Stats
 
 _MAX_IDS = 12  # in a line
 _ENTRY = (
     "id step message commit.raw_bytes stored_bytes commit.patch_bytes commit.kind commit.depth"
-    " exact fidelity commit.error commit.codec commit.time metrics fields commit.parents branch"
-    " tags"
+    " exact exact_lasts exact_bytes fidelity commit.error commit.codec commit.time metrics fields"
+    " commit.parents branch tags"
 )
 """The attributes of a commit that JSON shows."""
+_MAX_FADED = 5  # lines
+_MAX_METRICS = 2  # columns, if no metric has a usual name
+_FAR = 0.7  # relative squared error of a step
+_WEEK = 7 * 86400  # seconds
 
 
 def ratio(raw: int, stored: int) -> str:
@@ -43,17 +49,62 @@ def step_text(step: int | None) -> str:
     return "-" if step is None else str(step)
 
 
-def fidelity(entry: LogEntry) -> str:
-    """Return `exact`, `weights exact`, or the errors of near weights and of a far next step."""
+def fidelity(entry: LogEntry) -> Cell:
+    """Return in what form a commit can be restored.
+
+    `exact` lasts.  `exact for now` holds until newer commits are made.  `near` has the relative
+    error of the weights, and that of the optimizer's next step if it is large.
+    """
+    text, style = _form(entry)
+    if entry.commit.nonfinite:
+        return Cell(f"{text}, NaN", "bold red")
+    return Cell(text, style)
+
+
+def _form(entry: LogEntry) -> tuple[str, str]:
     if set(entry.fidelity.values()) == {"dropped"}:
-        return "dropped"
+        return "dropped", "dim"
     if entry.exact:
-        return "exact"
+        return ("exact", "green") if entry.exact_lasts else ("exact for now", "cyan")
     if entry.fidelity.get("model") == "exact":
-        return "weights exact"
+        return "weights exact", "yellow"
     error = entry.commit.error
     update = f", update {error.update_nmse:.2g}" if error.update_nmse > _FAR else ""
-    return f"near {error.weight_rel:.2g}{update}"
+    return f"near {error.weight_rel:.2g}{update}", "yellow"
+
+
+def sizes_now(entry: LogEntry) -> str:
+    """Return `604 MB -> 8.7 MB (69x)`, and what its exact patches take now."""
+    text = sizes(entry.commit.raw_bytes, entry.stored_bytes)
+    if not entry.exact or not entry.exact_bytes:
+        return text
+    return f"{text} + {size(entry.exact_bytes)} that keep it exact"
+
+
+def on_disk(stats: Stats) -> str:
+    """Return the size of a repository on disk, and without exact patches and cache."""
+    total = stats.stored_bytes + stats.cache_bytes
+    text = f"on disk {size(total)} ({ratio(stats.raw_bytes, total)})"
+    if not stats.patch_bytes:
+        return text
+    history = stats.history_bytes
+    least = f"{size(history)} ({ratio(stats.raw_bytes, history)})"
+    return f"{text}; {least} when nothing is kept exact"
+
+
+def faded(rows: Sequence[Faded]) -> list[str]:
+    """Return a line for each commit that became near, the first few of many."""
+    lines = []
+    for row in rows[:_MAX_FADED]:
+        what = row.id[:8] if row.commit.step is None else f"step {row.commit.step}"
+        error = f"{row.commit.error.weight_rel:.2g}"
+        lines.append(f"note: {what} is near now ({error}), {size(row.freed_bytes)} freed")
+    more = len(rows) - _MAX_FADED
+    if more > 0:
+        lines.append(f"note: {more} more commits are near now")
+    if lines:
+        lines[-1] += "; 'ckpt pin' keeps one exact"
+    return lines
 
 
 def ids(names: Sequence[str]) -> str:
@@ -77,35 +128,70 @@ def metrics(values: Mapping[str, float]) -> str:
     return " ".join(f"{printable(name)}={value:.4g}" for name, value in values.items())
 
 
-_FAR = 0.7  # relative squared error of a step
-_LOG = ["step", "id", "message", "metrics", "size", "ratio", "fidelity"]
+def when(time: str) -> str:
+    """Return how long ago a time was, or its local date if that is a week or more."""
+    then = datetime.fromisoformat(time)
+    past = (datetime.now(UTC) - then).total_seconds()
+    if past < 0 or past >= _WEEK:
+        return then.astimezone().strftime("%Y-%m-%d")
+    for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
+        if past >= seconds:
+            return f"{past / seconds:.0f} {unit} ago"
+    return f"{past:.0f} s ago"
 
 
-def _log_row(entry: LogEntry, names: Sequence[str]) -> list[str]:
+def shown_metrics(setting: str, best: str, entries: Iterable[LogEntry]) -> list[str]:
+    """Return the metrics that have a column in the log.
+
+    `setting` is that of log-columns: names of metrics with commas, or `auto` for the metric of the
+    rule `best`, loss and eval_loss, or else for the first metrics that there are.
+    """
+    if setting != "auto":
+        return [name.strip() for name in setting.split(",") if name.strip()]
+    present = {name: None for entry in entries for name in entry.metrics}
+    usual = [best.partition(":")[0], "loss", "eval_loss"]
+    names = [name for name in dict.fromkeys(usual) if name in present]
+    return names or list(present)[:_MAX_METRICS]
+
+
+def _log_row(entry: LogEntry, marks: Sequence[str], metric_names: Sequence[str]) -> list[str]:
     commit = entry.commit
-    marks = f"({', '.join(names)}) " if names else ""
+    head = any(mark.startswith("HEAD") for mark in marks)
+    labels = f"({', '.join(map(printable, marks))}) " if marks else ""
+    values = [entry.metrics.get(name) for name in metric_names]
+    later = entry.stored_bytes + (entry.exact_bytes if entry.exact_lasts else 0)
     return [
         step_text(commit.step),
-        entry.id[:8],
-        marks + printable(entry.message),
-        metrics(entry.metrics),
-        size(entry.stored_bytes),
-        ratio(commit.raw_bytes, entry.stored_bytes),
+        Cell(entry.id[:8], "dim"),
+        when(commit.time),
+        Cell(labels + printable(entry.message), "bold" if head else ""),
+        *(Cell("" if v is None else f"{v:.4g}", _metric_style(v)) for v in values),
+        size(entry.stored_bytes + entry.exact_bytes),
+        size(later),
+        ratio(commit.raw_bytes, later),
         fidelity(entry),
     ]
 
 
-def log_rows(entries: Sequence[LogEntry]) -> list[list[str]]:
-    """Return the log as a table with a heading."""
-    return [_LOG, *(_log_row(entry, entry.tags) for entry in entries)]
+def _metric_style(value: float | None) -> str:
+    return "" if value is None or math.isfinite(value) else "bold red"
 
 
-def graph_rows(
-    graph: Sequence[tuple[str, LogEntry | None]], names: Mapping[ObjectId, Sequence[str]]
+def log_rows(
+    graph: Sequence[tuple[str, LogEntry | None]],
+    marks: Mapping[ObjectId, Sequence[str]],
+    metric_names: Sequence[str],
 ) -> list[list[str]]:
-    """Return the log as a table with a graph in front, and with the names of the tips."""
-    rows = [["", *_LOG]]
-    for drawn, entry in graph:
-        cells = [""] * len(_LOG) if entry is None else _log_row(entry, names.get(entry.id, ()))
-        rows.append([drawn, *cells])
+    """Return the log as a table with its heading; `graph` has the drawing before each commit."""
+    names = [Cell(printable(name), "right") for name in metric_names]
+    heading = ["step", "id", "when", "message", *names, "on disk", "later", "ratio", "fidelity"]
+    rows = [heading]
+    for _, entry in graph:
+        empty = [""] * len(heading)
+        rows.append(
+            empty if entry is None else _log_row(entry, marks.get(entry.id, ()), metric_names)
+        )
+    if any(drawn for drawn, _ in graph):
+        drawings = ["", *(drawn for drawn, _ in graph)]
+        rows = [[drawn, *row] for drawn, row in zip(drawings, rows, strict=True)]
     return rows

@@ -155,6 +155,9 @@ def _tell(repo: Repo, plan: GcPlan, flags: _Flags, *, table: bool = True) -> Non
         _show(plan)
     render.data(describe_sizes(plan, dry_run=flags.dry_run, sweep=flags.sweep))
     tell_waiting(repo, plan)
+    if not flags.dry_run:
+        render.data(entries.on_disk(repo.stats()))
+        render.talk(*entries.faded(plan.faded))
     if flags.rekey and flags.dry_run:
         render.talk("note: the size does not include what --rekey frees")
     chained = sum(row.chained_bytes for row in plan.decisions)
@@ -186,7 +189,7 @@ def plan_json(plan: GcPlan, *, dry_run: bool) -> render.Json:
         **render.attributes(
             plan, "stale_files freed_bytes kept_bytes unreachable waiting waiting_bytes"
         ),
-        "faded": sorted({name for patch in plan.fading for name in patch.commits}),
+        "faded": sorted(row.id for row in plan.faded),
         "commits": [
             {"id": row.name}
             | render.attributes(row, "commit.step action reasons freed_bytes chained_bytes")
@@ -210,9 +213,8 @@ def _show(plan: GcPlan) -> None:
         rows = [["step", "id", "action", "freed", "in chains", "reason"]]
         rows += [_row(row) for row in sorted(plan.decisions, key=_age, reverse=True)]
         render.table(rows)
-    faded = {name for patch in plan.fading for name in patch.commits}
-    if faded:
-        render.data(f"{len(faded)} commit(s) fade to near (their exact patches expire)")
+    if plan.faded:
+        render.data(f"{len(plan.faded)} commit(s) fade to near (their exact patches expire)")
     if plan.packs:
         render.data(f"{len(plan.packs)} unreachable pack(s)")
     if plan.unreachable:

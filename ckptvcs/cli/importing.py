@@ -11,6 +11,7 @@ from typer import Argument, Context, Exit, Option
 from ckptvcs.cli import entries, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, Yes, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
+from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
     from ckptvcs import Importer, ImportItem
@@ -37,7 +38,8 @@ def import_(
     """Commit a directory of checkpoints, oldest first."""
     if accept_near and not delete:
         raise InvalidInputError("--accept-near requires --delete-originals")
-    importer = open_repo(context).import_folder(folder, pattern=pattern, branch=branch, codec=codec)
+    repo = open_repo(context)
+    importer = repo.import_folder(folder, pattern=pattern, branch=branch, codec=codec)
     _tell_skipped(importer)
     size_bytes = sum(item.found.size_bytes for item in importer.items)
     with render.progress("comparing", size_bytes) as tick:
@@ -63,7 +65,7 @@ def import_(
                     *(_row(importer, item, planned=dry_run and delete) for item in importer.items),
                 ]
             )
-            _sum_up(importer, dry_run=dry_run, delete=delete)
+            _sum_up(repo, importer, dry_run=dry_run, delete=delete)
         sys.stdout.flush()
     _exit(importer, kept=delete and not dry_run)
 
@@ -142,7 +144,7 @@ def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
     return [step, name, render.size(found.size_bytes), *stored, render.printable(note)]
 
 
-def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
+def _sum_up(repo: Repo, importer: Importer, *, dry_run: bool, delete: bool) -> None:
     items = importer.items
     count = {
         action: sum(item.action == action for item in items)
@@ -154,6 +156,8 @@ def _sum_up(importer: Importer, *, dry_run: bool, delete: bool) -> None:
     render.data(", ".join(parts) + (f": {entries.sizes(raw, stored)}" if raw else ""))
     if delete and not dry_run:
         _sum_up_removed(importer)
+    if not dry_run:
+        render.data(entries.on_disk(repo.stats()))
 
 
 def _sum_up_removed(importer: Importer) -> None:

@@ -1,14 +1,40 @@
-"""Lists of branches and tags."""
+"""Lists of commits, branches and tags."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ckptvcs.cli import entries, render
+from ckptvcs.errors import InvalidInputError
+from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
     from ckptvcs import LogEntry, NamedCommit
+
+
+def until(repo: Repo, entry: LogEntry) -> str:
+    """Return until when a commit of HEAD's line stays exact, as ` until 2 later commits`."""
+    if not entry.exact or entry.exact_lasts:
+        return ""
+    with contextlib.suppress(InvalidInputError):  # unreadable settings were reported before
+        newest = int(repo.setting("keep-exact"))
+        names = [newer.id for newer in repo.log(newest)]
+        if entry.id in names:
+            count = newest - names.index(entry.id)
+            return f" until {count} later commit{'s' if count != 1 else ''}"
+    return ""
+
+
+def show_log(repo: Repo, graph: Sequence[tuple[str, LogEntry | None]]) -> None:
+    """Print commits as a table; `graph` has the drawing before each commit."""
+    commits = [entry for _, entry in graph if entry is not None]
+    columns, best = "auto", ""
+    with contextlib.suppress(InvalidInputError):  # unreadable settings were reported before
+        columns, best = str(repo.setting("log-columns")), str(repo.setting("keep-best"))
+    names = entries.shown_metrics(columns, best, commits)
+    render.table(entries.log_rows(graph, repo.labels(), names), ("ratio", "when", "later"))
 
 
 def show_names(names: Sequence[NamedCommit], *, json: bool) -> None:

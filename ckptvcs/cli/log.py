@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, open_repo, split_range, step_range
+from ckptvcs.cli.listing import show_log
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
+
+if TYPE_CHECKING:
+    from ckptvcs import LogEntry
 
 DEFAULT_ENTRIES = 30
 
@@ -68,11 +72,11 @@ def log(
         render.as_json([entries.entry_json(entry) for entry in repo.log(count, **chosen)])
         return
     limit = count or DEFAULT_ENTRIES
-    table, more = _table(repo, limit, chosen, graph=graph)
-    if len(table) == 1:
+    rows, more = _rows(repo, limit, chosen, graph=graph)
+    if not rows:
         render.talk("no commits match" if repo.log(1, all_branches=True) else "no commits yet")
         return
-    render.table(table)
+    show_log(repo, rows)
     if more and count is None:
         render.talk(f"{limit} {_order(chosen)} commits; use -n N to show more")
 
@@ -81,17 +85,17 @@ def _order(chosen: dict[str, Any]) -> str:
     return "first" if chosen["sort"] or chosen["reverse"] else "newest"
 
 
-def _table(
+def _rows(
     repo: Repo, limit: int, chosen: dict[str, Any], *, graph: bool
-) -> tuple[list[list[str]], bool]:
+) -> tuple[list[tuple[str, LogEntry | None]], bool]:
     """Return the rows of at most `limit` commits, and whether there are more commits."""
     if not graph:
         commits = repo.log(limit + 1, **chosen)
-        return entries.log_rows(commits[:limit]), len(commits) > limit
+        return [("", entry) for entry in commits[:limit]], len(commits) > limit
     rows = repo.graph(limit + 1, revision=chosen["branch"] or chosen["revision"])
     listed = [place for place, (_, entry) in enumerate(rows) if entry is not None]
     more = len(listed) > limit
-    return entries.graph_rows(rows[: listed[-2] + 1 if more else None], repo.labels()), more
+    return rows[: listed[-2] + 1 if more else None], more
 
 
 def _refuse_with_graph(chosen: dict[str, Any]) -> None:

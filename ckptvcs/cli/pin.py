@@ -8,7 +8,7 @@ from typer import Argument, Context
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
-from ckptvcs.cli.listing import warn_if_faded
+from ckptvcs.cli.listing import show_log, warn_if_faded
 from ckptvcs.repo import Repo
 
 
@@ -24,7 +24,7 @@ def pin(
         if json:
             render.as_json([entries.entry_json(entry) for entry in pinned])
         elif pinned:
-            render.table(entries.log_rows(pinned))
+            show_log(repo, [("", entry) for entry in pinned])
         return
     _set_pin(repo, revision, pinned=True, json=json)
 

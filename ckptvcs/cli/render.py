@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any, TextIO, cast
+from typing import Any, Self, TextIO, cast
 
 import typer
 
@@ -33,9 +33,24 @@ _UNEXPECTED = 1
 DISTANCES = ["|A|", "|B|", "|B-A|", "change", "per step", "cosine", "max", "changed", "not finite"]
 """The columns of `diff` after the name of a tensor."""
 
-_RIGHT = frozenset(["step", "size", "stored", "ratio", "bytes", "depth", "freed"]).union(DISTANCES)
+_RIGHT = frozenset(
+    ["step", "size", "stored", "ratio", "bytes", "depth", "freed", "on disk", "later"]
+).union(DISTANCES)
 _FLEXIBLE = frozenset({"message", "metrics", "name", "reason", "note"})
+_LEAST = 16  # columns that a flexible cell gets before optional columns are left out
 _GAP = 2  # columns between two cells
+
+
+class Cell(str):
+    """A cell of a table with a style of rich, such as `green`."""
+
+    style: str
+
+    def __new__(cls, text: str, style: str = "") -> Self:
+        """Return `text` with a style."""
+        cell = super().__new__(cls, text)
+        cell.style = style
+        return cell
 
 
 def is_terminal() -> bool:
@@ -125,8 +140,11 @@ def confirm(question: str) -> bool:
 
 
 def _fitted(rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Return the width of each column; flexible columns share the rest of `room` evenly."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Return the width of each column, so that rows fit in `room`.
+
+    Flexible columns share evenly what the others leave.
+    """
+    widths = _widths(rows)
     flexible = [column for column, name in enumerate(rows[0]) if name in _FLEXIBLE]
     free = room - _GAP * (len(widths) - 1) - sum(widths) + sum(widths[c] for c in flexible)
     for done, column in enumerate(sorted(flexible, key=lambda column: widths[column])):
@@ -135,15 +153,36 @@ def _fitted(rows: Sequence[Sequence[str]], room: int) -> list[int]:
     return widths
 
 
-def table(rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns under a heading; they fit the width of a terminal."""
-    rows = [list(map(plain, row)) for row in rows]
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+
+def _without(rows: Sequence[Sequence[str]], optional: Sequence[str], room: int) -> list[list[str]]:
+    """Return rows without the first of the optional columns, as many as it takes to fit."""
+    table = [list(row) for row in rows]
+    for name in optional:
+        widths = zip(table[0], _widths(table), strict=True)
+        least = sum(min(w, _LEAST) if n in _FLEXIBLE else w for n, w in widths)
+        if least + _GAP * (len(table[0]) - 1) <= room:
+            break
+        if name in table[0]:
+            column = table[0].index(name)
+            for row in table:
+                del row[column]
+    return table
+
+
+def table(rows: Sequence[Sequence[str]], optional: Sequence[str] = ()) -> None:
+    """Print aligned columns under a heading; on a terminal fitted to its width.
+
+    A narrow terminal does not show the `optional` columns, the first one first.
+    """
+    rows = [[Cell(plain(cell), getattr(cell, "style", "")) for cell in row] for row in rows]
     if not is_terminal():
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             cells = [
-                cell.rjust(width) if name in _RIGHT else cell.ljust(width)
-                for cell, width, name in zip(row, widths, rows[0], strict=True)
+                cell.rjust(width) if _is_right(name) else cell.ljust(width)
+                for cell, width, name in zip(row, _widths(rows), rows[0], strict=True)
             ]
             data((" " * _GAP).join(cells).rstrip())
         return
@@ -151,23 +190,29 @@ def table(rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(highlight=False)
     grid = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    rows = _without(rows, optional, console.width)
     widths = _fitted(rows, console.width)
     if rows[0][0] == "name":
         names = shorten([name for name, *_ in rows], widths[0])
         rows = [[name, *rest] for name, (_, *rest) in zip(names, rows, strict=True)]
     for name, width in zip(rows[0], widths, strict=True):
         grid.add_column(
-            name,
-            justify="right" if name in _RIGHT else "left",
+            Text(name),
+            justify="right" if _is_right(name) else "left",
             width=width,
             no_wrap=True,
             overflow="ellipsis",
         )
     for row in rows[1:]:
-        grid.add_row(*map(Text, row))
+        grid.add_row(*(Text(cell, getattr(cell, "style", "")) for cell in row))
     console.print(grid)
+
+
+def _is_right(heading: str) -> bool:
+    """Return whether a column is aligned to the right: a column of numbers."""
+    return heading in _RIGHT or getattr(heading, "style", "") == "right"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typer import Context, Option
 
 from ckptvcs.cli import entries, origin, render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
+from ckptvcs.cli.listing import until
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _json(repo: Repo, entry: LogEntry) -> dict[str, Any]:
     )
 
 
-def _fields(entry: LogEntry) -> list[tuple[str, str]]:
+def _fields(entry: LogEntry, until: str) -> list[tuple[str, str]]:
     """Return the labels and values to print; an empty value is left out."""
     commit = entry.commit
     measured = {} if entry.exact else asdict(commit.error)
@@ -66,9 +67,10 @@ def _fields(entry: LogEntry) -> list[tuple[str, str]]:
         ("message", render.printable(entry.message)),
         ("metrics", entries.metrics(entry.metrics)),
         ("fields", entries.fields(entry.fields)),
-        ("size", entries.sizes(commit.raw_bytes, entry.stored_bytes)),
+        ("size", entries.sizes_now(entry)),
         ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
-        ("fidelity", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
+        ("fidelity", f"{entries.fidelity(entry)}{until and ':'}{until}"),
+        ("parts", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
         ("error", ", ".join(errors[:3])),
         ("", ", ".join(errors[3:])),
     ]
@@ -100,7 +102,7 @@ def show(
     if json:
         render.as_json(_json(repo, entry))
         return
-    for label, value in _fields(entry):
+    for label, value in _fields(entry, until(repo, entry)):
         if value:
             render.data(f"{label:<10} {value}")
     listed = [["file", "bytes", "format"]]

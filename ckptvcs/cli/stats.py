@@ -19,6 +19,6 @@ def stats(context: Context, json: JsonOption = False) -> None:
         f"  history {render.size(sizes.history_bytes)}",
         f"  patches {render.size(sizes.patch_bytes)}",
         f"cache     {render.size(sizes.cache_bytes)} (can be deleted)",
-        f"ratio     {entries.ratio(sizes.raw_bytes, sizes.stored_bytes)}",
+        entries.on_disk(sizes),
         json=json,
     )

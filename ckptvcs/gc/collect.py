@@ -25,7 +25,7 @@ from datetime import datetime
 
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.gc.decide import OPTIMIZER, Decision, Judge, drop_records, dropped_with
-from ckptvcs.gc.fading import Fader, Patch
+from ckptvcs.gc.fading import Faded, Fader, Patch
 from ckptvcs.gc.grace import waiting_drops
 from ckptvcs.gc.repack import Merge, plan_merges
 from ckptvcs.gc.retention import Best, Policy
@@ -63,6 +63,7 @@ class GcPlan:
     Attributes:
         decisions: A decision for each commit; empty without retention rules.
         fading: The exact patches that expire.
+        faded: The commits that become near because of that.
         packs: The folders of the deleted packs, by pack.
         stale_files: The names of files that interrupted processes left.
         freed_bytes: The bytes of deleted packs and stale files, less those of new records.
@@ -76,6 +77,7 @@ class GcPlan:
 
     decisions: tuple[Decision, ...]
     fading: tuple[Patch, ...]
+    faded: tuple[Faded, ...]
     packs: dict[PackId, str]
     stale_files: tuple[str, ...]
     freed_bytes: int
@@ -193,6 +195,7 @@ class Collector:
         return GcPlan(
             decisions,
             tuple(fading),
+            self._fader.faded(fading),
             soon.packs,
             tuple(debris),
             freed,
@@ -226,7 +229,9 @@ class Collector:
     def after(self, plan: GcPlan, time: str) -> GcPlan:
         """Return a recorded plan with the packs and debris that can be deleted now."""
         again = self.plan(Policy(), time, recorded=True)
-        return replace(again, decisions=plan.decisions, fading=plan.fading, drops=plan.drops)
+        return replace(
+            again, decisions=plan.decisions, fading=plan.fading, faded=plan.faded, drops=plan.drops
+        )
 
     def held_bytes(self, *, debris: bool) -> int:
         """Return the bytes of the repository as `stats` counts them, without live leases and marks.

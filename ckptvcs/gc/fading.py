@@ -45,6 +45,21 @@ class Patch:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class Faded:
+    """A commit that became near because its exact patches expired.
+
+    Attributes:
+        id: The id of the commit.
+        commit: The commit.
+        freed_bytes: The bytes of its patches.
+    """
+
+    id: ObjectId
+    commit: Commit
+    freed_bytes: int
+
+
 class Fader:
     """Selects, records and deletes expired patches of one repository."""
 
@@ -97,6 +112,11 @@ class Fader:
         kept = self._kept([self._head_line(), self._latest_line()], [], known)
         return [patch for patch in patches if not _needed(patch, kept)]
 
+    def lasting(self) -> dict[ObjectId, frozenset[str]]:
+        """Return the parts whose exact patches do not expire, whatever is committed next."""
+        patches = self.patches() if self._rule.best is not None else []
+        return self._kept([], patches, {})
+
     def _head_line(self) -> list[ObjectId]:
         """Return the newest commits of HEAD's branch; if detached, of its last branch."""
         branch = next((move.branch for move in self._refs.readable(HEAD) if move.branch), None)
@@ -142,6 +162,15 @@ class Fader:
             DropRecord("fade", tuple(sorted(names)), gone, rule, time)
             for gone, names in groups.items()
         ]
+
+    def faded(self, patches: Iterable[Patch]) -> tuple[Faded, ...]:
+        """Return the commits that become near when patches are deleted, oldest first."""
+        freed: dict[ObjectId, int] = {}
+        for patch in patches:
+            for name in patch.commits:
+                freed[name] = freed.get(name, 0) + patch.size_bytes
+        rows = [Faded(name, self._catalog.commit(name), size) for name, size in freed.items()]
+        return tuple(sorted(rows, key=lambda row: (row.commit.time, row.id)))
 
     def delete(self, patches: Iterable[Patch]) -> None:
         """Delete patches whose records are durable; the next gc deletes the rest."""

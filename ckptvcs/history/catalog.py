@@ -196,6 +196,16 @@ class Catalog:
         """Return the recipes of all exact patches, each with its exact table."""
         return {name: recipe.values for name, recipe in self._recipes(b"patch")}
 
+    def patch_bytes(self, values: ObjectId) -> int:
+        """Return the bytes on disk of the exact patches of an exact table."""
+        places = (
+            place
+            for name, recipe in self.recipes(values)
+            if recipe.patch
+            for place in self.store.index.known(name)
+        )
+        return sum(self.store.pack_size(place.pack) for place in places)
+
     def commits_of_exact(self, values: ObjectId) -> list[ObjectId]:
         """Return the commits whose exact form has this table."""
         return self.store.find(b"exact:" + values.encode())

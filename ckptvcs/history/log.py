@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptvcs.errors import InvalidInputError, NotFoundError
@@ -16,6 +16,8 @@ from ckptvcs.store.ids import ObjectId
 
 Bound = str | int | None
 """A bound of a range of commits: a step or a revision; None for no bound."""
+
+Lasting = Callable[[], Mapping[ObjectId, frozenset[str]]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class LogEntry:
         message: The message; the newest note that has one counts.
         metrics: The metrics by name, with those of notes.
         fields: The fields by key, which notes have set.
+        exact_bytes: The bytes on disk of its exact patches, which are deleted when it fades.
+        exact_lasts: Whether the commit is exact and stays so: it needs no patch, or a tag, a pin
+            or the setting `keep-best` keeps its patches.
     """
 
     id: ObjectId
@@ -43,6 +48,8 @@ class LogEntry:
     message: str
     metrics: Mapping[str, float]
     fields: Mapping[str, str]
+    exact_bytes: int = 0
+    exact_lasts: bool = True
 
     @property
     def exact(self) -> bool:
@@ -85,13 +92,26 @@ def _matching(
 class History:
     """The commits of one repository."""
 
-    def __init__(self, catalog: Catalog, refs: Refs, revisions: Revisions) -> None:
+    def __init__(
+        self, catalog: Catalog, refs: Refs, revisions: Revisions, lasting: Lasting
+    ) -> None:
+        """`lasting` returns the parts whose exact patches stay, by commit."""
         self._catalog, self._refs, self._revisions = catalog, refs, revisions
+        self._lasting = lasting
 
     def entry(
         self, name: ObjectId, *, branch: str | None = None, tags: tuple[str, ...] = ()
     ) -> LogEntry:
         """Return a commit as the log shows it."""
+        return self._entry(name, branch, tags, self._lasting())
+
+    def _entry(
+        self,
+        name: ObjectId,
+        branch: str | None,
+        tags: tuple[str, ...],
+        lasting: Mapping[ObjectId, frozenset[str]],
+    ) -> LogEntry:
         commit = self._catalog.commit(name)
         gone = self._catalog.dropped().parts.get(name, frozenset())
         fidelity = {
@@ -104,8 +124,24 @@ class History:
         }
         stored = commit.data_bytes + self._catalog.store.home_size(name)
         noted = self._catalog.merged(name, commit.message, commit.metrics)
+        patched = [
+            (part, state.exact)
+            for part, state in commit.parts.items()
+            if state.exact is not None and fidelity[part] == "exact"
+        ]
         return LogEntry(
-            name, commit, stored, fidelity, branch, tags, noted.message, noted.metrics, noted.fields
+            name,
+            commit,
+            stored,
+            fidelity,
+            branch,
+            tags,
+            noted.message,
+            noted.metrics,
+            noted.fields,
+            sum(self._catalog.patch_bytes(exact) for _, exact in patched),
+            all(form == "exact" for form in fidelity.values())
+            and lasting.get(name, frozenset()).issuperset(part for part, _ in patched),
         )
 
     def errors(self, name: ObjectId) -> dict[int, ErrorReport]:
@@ -193,8 +229,9 @@ class History:
         """
         tags, most = self.tags(), None if only.needs_all else limit
         commits = self._newest_first(most, start=start, all_branches=all_branches)
+        lasting = self._lasting()
         entries = (
-            self.entry(name, branch=branch, tags=tags.get(name, ()))
+            self._entry(name, branch, tags.get(name, ()), lasting)
             for name, branch in commits
             if only is ALL or only.wants(name, self._catalog.commit(name))
         )
@@ -207,7 +244,7 @@ class History:
 
         HEAD's history is in the first column.  `limit` counts commits.
         """
-        tags = self.tags()
+        tags, lasting = self.tags(), self._lasting()
         branches = dict(self._newest_first(start=start, all_branches=True))
         parents = {name: self._catalog.commit(name).parent for name in branches}
         straight = {name for name, _ in self._catalog.ancestors(start or self._revisions.head())}
@@ -219,7 +256,7 @@ class History:
             if limit == 0:
                 break
             limit = None if limit is None else limit - 1
-            entry = self.entry(name, branch=branches[name], tags=tags.get(name, ()))
+            entry = self._entry(name, branches[name], tags.get(name, ()), lasting)
             rows.append((drawn, entry))
         return rows
 

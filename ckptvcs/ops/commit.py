@@ -30,7 +30,7 @@ from ckptvcs.encode.encoder import Encoder
 from ckptvcs.encode.planner import Attempt, within_bounds
 from ckptvcs.encode.source import scan
 from ckptvcs.errors import CkptError, InvalidInputError, MissingObjectError, after
-from ckptvcs.gc.fading import Fader, Patch
+from ckptvcs.gc.fading import Faded, Fader, Patch
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.history.reachability import mark, require_packs
@@ -60,6 +60,7 @@ class CommitResult:
         stored_bytes: The bytes that the commit added to the repository.
         branch: The branch of the commit.
         notes: Warnings for the user, such as a branch that was started.
+        faded: The older commits that became near with this one.
     """
 
     id: ObjectId
@@ -67,6 +68,7 @@ class CommitResult:
     stored_bytes: int
     branch: str
     notes: tuple[str, ...]
+    faded: tuple[Faded, ...] = ()
 
 
 class SharedPatchFadedError(Exception):
@@ -285,15 +287,17 @@ class Committer:
         notes = [*place.notes, *request.checkpoint.notes, *encoded.notes]
         if self.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
             notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
+        if commit.nonfinite:
+            notes.append(_count_nonfinite(commit.nonfinite))
         self.publish(place, name, commit)
         self._check_published(place, name, lease_name)
         # The commit is in the history.  If fading fails, the next gc repeats it.
+        faded: tuple[Faded, ...] = ()
         with contextlib.suppress(CkptError, OSError, MemoryError):
-            self.fade(fading, name, lease_name, is_head=place.moves_head)
+            faded = self.fade(fading, name, lease_name, is_head=place.moves_head)
         self._catalog.forget_commits()
-        return CommitResult(
-            name, commit, encoded.data_bytes + info.size_bytes, place.branch, tuple(notes)
-        )
+        stored = encoded.data_bytes + info.size_bytes
+        return CommitResult(name, commit, stored, place.branch, tuple(notes), faded)
 
     def _has_schema(self, parent: ObjectId | None, schema: ObjectId) -> bool:
         """Return whether the parent has the same schema, so that its notes were shown before."""
@@ -349,7 +353,7 @@ class Committer:
 
     def fade(
         self, recorded: list[Patch], name: ObjectId, lease_name: str, *, is_head: bool
-    ) -> None:
+    ) -> tuple[Faded, ...]:
         """Delete the recorded patches, except those that a new tag, pin or setting keeps.
 
         A process that pins waits until the lease of this one ends.
@@ -358,12 +362,20 @@ class Committer:
         expired = fader.after(name, is_head=is_head) if recorded else []
         packs = {patch.pack for patch in expired}
         check_lease(self._catalog.store.backend, lease_name)
-        fader.delete(patch for patch in recorded if patch.pack in packs)
+        gone = [patch for patch in recorded if patch.pack in packs]
+        faded = fader.faded(gone)
+        fader.delete(gone)
+        return faded
 
     def _fader(self) -> Fader:
         """Return a fader with the current settings."""
         rule = self._repository.commit_config().exact_rule
         return Fader(self._catalog, self._refs, rule)
+
+
+def _count_nonfinite(count: int) -> str:
+    values = "1 value is" if count == 1 else f"{count} values are"
+    return f"{values} NaN or infinite in the weights and moments"
 
 
 def unchanged(base: Commit, *, patched: bool) -> Encoded:

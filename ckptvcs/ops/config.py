@@ -70,6 +70,12 @@ def _number(value: Value) -> float:
     return number
 
 
+def _columns(value: Value) -> str:
+    if not str(value).replace(",", " ").strip():
+        raise InvalidInputError("no metric is named", hint="write loss,eval_loss or auto")
+    return str(value)
+
+
 def _time(value: Value) -> str:
     if seconds(str(value)) is None:
         raise InvalidInputError(f"invalid time '{value}'", hint="write 12h, 7d, 4w, or 0s for none")
@@ -108,6 +114,7 @@ class Config:
     max_update_nmse: str | float = _setting(AUTO, _bound)
     keyframe_depth: int = _setting(64, lambda value: _integer(value, least=1))
     keyframe_bytes: float = _setting(16.0, _number)
+    log_columns: str = _setting(AUTO, _columns)
     gc_grace: str = _setting("7d", _time)
     provenance: str = _setting("full", _one_of("full", "no-diff", OFF))
     provenance_argv: str = _setting(OFF, _one_of("on", OFF))

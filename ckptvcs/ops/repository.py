@@ -77,7 +77,7 @@ class Repository:
         self.catalog = Catalog(store)
         self.refs = Refs(self.backend)
         self.revisions = Revisions(self.catalog, self.refs)
-        self.history = History(self.catalog, self.refs, self.revisions)
+        self.history = History(self.catalog, self.refs, self.revisions, self._lasting)
         self._held: MemoryBase | None = None
         self._holder = Lock()
         self._sync_index()
@@ -258,6 +258,12 @@ class Repository:
             with turn(self.backend):
                 self.backend.settle_seen()
                 yield
+
+    def _lasting(self) -> dict[ObjectId, frozenset[str]]:
+        try:
+            return self.fader().lasting()
+        except InvalidInputError:  # the settings are unreadable: nothing is sure to last
+            return {}
 
     def fader(self) -> Fader:
         """Return a fader of exact patches with the current settings."""

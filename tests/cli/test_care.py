@@ -56,11 +56,11 @@ def test_gc_of_the_command_line(ckpt: Ckpt, tmp_path: Path) -> None:
 
 
 def test_how_gc_says_that_records_took_more() -> None:
-    plan = GcPlan((), (), {}, (), -300, 5000)
+    plan = GcPlan((), (), (), {}, (), -300, 5000)
     said = gc.describe_sizes(plan, dry_run=False, sweep=True)
     assert said == "nothing to free: takes 300 B more, kept 5 kB"
     assert "would take 300 B" in gc.describe_sizes(plan, dry_run=True, sweep=True)
-    plan = GcPlan((), (), {}, (), 300, 5000)
+    plan = GcPlan((), (), (), {}, (), 300, 5000)
     assert gc.describe_sizes(plan, dry_run=False, sweep=True) == "freed 300 B, kept 5 kB"
     assert gc.describe_sizes(plan, dry_run=True, sweep=True) == "would free 300 B, kept 5 kB"
     said = gc.describe_sizes(plan, dry_run=False, sweep=False)
