@@ -404,11 +404,14 @@ def read_sound(store: ObjectStore, place: Place) -> tuple[bytes, bytes]:
     """Return the checked region and payload of an object in one pack.
 
     Raises:
-        CorruptionError: they are damaged, or are those of an exact patch, which has no hashes.
+        CorruptionError: they are damaged, are those of an exact patch, which has no hashes, or of a
+            note that is not valid.
         FileNotFoundError: the pack is missing.
     """
     content = store.content_at(place)
     region, payload = store.read_record(place)
+    if place.entry.kind == Kind.NOTE:
+        load_note(content)
     if place.entry.kind == Kind.BUNDLE:
         for frame in load_bundle(content):
             for start, length, expected in frame.slices:

@@ -81,7 +81,7 @@ class MetricCommand:
         if code:
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             raise CkptError(f"the command {how}")
-        return find_metrics(output)
+        return printed_metrics(output)
 
     def _start(self, arguments: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
         with self._lock:
@@ -135,7 +135,7 @@ def _relay(pipe: IO[bytes]) -> bytes:
     return end
 
 
-def find_metrics(output: bytes) -> dict[str, float]:
+def printed_metrics(output: bytes) -> dict[str, float]:
     """Return the numbers in the last line of an output that is a JSON object with numbers."""
     for line in reversed(output.splitlines()):
         if line.strip().startswith(b"{"):

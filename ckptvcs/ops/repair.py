@@ -122,6 +122,12 @@ class Repairer:
                     store.verify_pack(name, folder)
                 except CorruptionError:
                     self._damaged[name] = folder
+        for note in store.ids(Kind.NOTE):
+            for place in store.index.known(note):
+                try:
+                    read_sound(store, place)
+                except (CorruptionError, FileNotFoundError):
+                    self._damaged[place.pack] = place.folder
 
     def _entries(self, pack: PackId, folder: str) -> tuple[Entry, ...]:
         with contextlib.suppress(CkptError, FileNotFoundError):  # it may be a folder or a link

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ckptvcs import InvalidInputError, LogEntry, NotFoundError, Policy, Repo, Visit
-from ckptvcs.ops.command import find_metrics
+from ckptvcs.ops.command import printed_metrics
 from ckptvcs.ops.history_reader import handle
 from tests.helpers.checkpoints import trainer_directory
 from tests.helpers.training import save_run, train
@@ -235,7 +235,7 @@ def test_a_command_that_fails_or_does_not_exist(run: Repo) -> None:
     ],
 )
 def test_the_last_line_of_json_with_numbers_counts(output: bytes, found: dict[str, float]) -> None:
-    metrics = find_metrics(output)
+    metrics = printed_metrics(output)
     assert {name: value for name, value in metrics.items() if value == value} == found
     assert json.dumps(metrics)
 

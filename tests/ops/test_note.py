@@ -10,7 +10,7 @@ import pytest
 
 from ckptvcs import Best, Policy, Repo
 from ckptvcs.errors import InvalidInputError, NotFoundError, UnsupportedVersionError
-from ckptvcs.history import format_file
+from ckptvcs.history import catalog, format_file
 from ckptvcs.history.canonical_json import dump
 from ckptvcs.history.note import MAX_BYTES, MAX_NOTES, Note, dump_note
 from ckptvcs.ops.history_reader import handle
@@ -198,6 +198,34 @@ def test_a_commit_has_a_largest_number_of_notes(
         forger.repo.note("HEAD", message="one more")
 
 
+def test_readers_use_no_more_than_a_number_of_notes(
+    forger: Forger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "MAX_READ", 5)
+    with handle(forger.repo).catalog.store.packing("meta") as pack:
+        for number in range(20):
+            note = Note(forger.honest.id, 1, TIME, "", None, {f"m{number}": number})
+            pack.add(Kind.NOTE, dump_note(note))
+    assert len(forger.repo.show().metrics) == 5
+
+
+def test_a_note_in_a_damaged_pack_is_repaired_from_the_index(run: Repo) -> None:
+    run.note(3, message="still here")
+    (name,) = handle(run).catalog.store.ids(Kind.NOTE)
+    (place,) = handle(run).catalog.store.places(name)
+    path = run.folder / place.folder / place.pack[:2] / f"{place.pack}.pack"
+    content = bytearray(path.read_bytes())
+    content[place.entry.offset + 110] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    (damage,) = run.verify().damage
+    assert damage.what == "pack"
+    assert damage.objects == (name,)
+    run.repair()
+    assert run.show(3).message == "still here"
+    assert not run.verify().damage
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -211,7 +239,10 @@ def test_a_commit_has_a_largest_number_of_notes(
     ],
     ids=lambda content: content[:20].decode(),
 )
-def test_an_invalid_note_is_ignored_reported_and_swept(content: bytes, forger: Forger) -> None:
+@pytest.mark.parametrize("repairs", [False, True])
+def test_an_invalid_note_is_ignored_reported_and_deleted(
+    content: bytes, forger: Forger, repairs: bool
+) -> None:
     content = content.replace(b"a" * 64, forger.honest.id.encode())
     name = forger.put(Kind.NOTE, content)
     repo = Repo.open(forger.repo.folder)
@@ -219,8 +250,21 @@ def test_an_invalid_note_is_ignored_reported_and_swept(content: bytes, forger: F
     assert repo.notes() == []
     (damage,) = repo.verify().damage
     assert (damage.what, damage.name) == ("note", name)
-    repo.gc()
+    if repairs:
+        repo.repair()
+    else:
+        repo.gc()
     assert not repo.verify().damage
+    assert repo.show().message == "honest"
+
+
+def test_a_repair_keeps_the_valid_notes_of_a_pack(forger: Forger) -> None:
+    with handle(forger.repo).catalog.store.packing("meta") as pack:
+        pack.add(Kind.NOTE, dump({"commit": forger.honest.id}))
+        pack.add(Kind.NOTE, dump_note(Note(forger.honest.id, 1, TIME, "", "valid")))
+    forger.repo.repair()
+    assert forger.repo.show().message == "valid"
+    assert not forger.repo.verify().damage
 
 
 def test_a_note_of_an_unknown_commit_does_no_harm(forger: Forger) -> None:
