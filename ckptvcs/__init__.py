@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.diff import Comparison, TensorDifference
     from ckptvcs.ops.diff_sides import Indistinct
     from ckptvcs.ops.diff_sums import Sums
+    from ckptvcs.ops.disk_usage import DiskUsage, UsageRow
     from ckptvcs.ops.each import Visit
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.fetch import Fetched
@@ -75,6 +76,7 @@ _HOMES = {
     "Damage": "ops.verify",
     "Decision": "gc.decide",
     "DeletedBranch": "ops.refs",
+    "DiskUsage": "ops.disk_usage",
     "ErrorReport": "history.commit",
     "Exported": "ops.export",
     "Fetched": "ops.fetch",
@@ -109,6 +111,7 @@ _HOMES = {
     "TensorInfo": "history.schema",
     "TensorView": "ops.tensor",
     "Undone": "history.reflog",
+    "UsageRow": "ops.disk_usage",
     "Verdict": "ops.bisect",
     "VerifyReport": "ops.verify",
     "Visit": "ops.each",
@@ -150,6 +153,7 @@ __all__ = [
     "Damage",
     "Decision",
     "DeletedBranch",
+    "DiskUsage",
     "ErrorReport",
     "Exported",
     "Faded",
@@ -191,6 +195,7 @@ __all__ = [
     "TruncatedError",
     "Undone",
     "UnsupportedVersionError",
+    "UsageRow",
     "Verdict",
     "VerifyReport",
     "Visit",

@@ -27,11 +27,12 @@ P = ParamSpec("P")
 INTERRUPTED = 130
 GROUPS = {
     "Store checkpoints": ("init", "commit", "import", "watch"),
-    "Look at a run": ("log", "show", "status", "ls", "diff", "bisect", "each", "cat", "reflog"),
+    "Look at a run": ("log", "show", "status", "diff", "bisect", "each", "reflog"),
+    "Look at tensors": ("ls", "cat"),
     "Get checkpoints back": ("checkout", "export", "average"),
     "Share commits": ("bundle", "clone", "fetch"),
     "Name and describe commits": ("branch", "tag", "pin", "unpin", "note"),
-    "Maintain a repository": ("gc", "drop", "undo", "verify", "stats", "config", "index"),
+    "Maintain a repository": ("gc", "drop", "undo", "verify", "stats", "du", "config", "index"),
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 _MODULES = {"import": "importing", "unpin": "pin"}  # the others have the names of their commands

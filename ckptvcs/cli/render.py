@@ -34,7 +34,7 @@ DISTANCES = ["|A|", "|B|", "|B-A|", "change", "per step", "cosine", "max", "chan
 """The columns of `diff` after the name of a tensor."""
 
 _RIGHT = frozenset(
-    ["step", "size", "stored", "ratio", "bytes", "depth", "freed", "on disk", "later"]
+    ["step", "size", "share", "stored", "ratio", "bytes", "depth", "freed", "on disk", "later"]
 ).union(DISTANCES)
 _FLEXIBLE = frozenset({"message", "metrics", "name", "reason", "note"})
 _LEAST = 16  # columns that a flexible cell gets before optional columns are left out

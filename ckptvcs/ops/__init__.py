@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops import command as command
     from ckptvcs.ops import commit as commit
     from ckptvcs.ops import diff as diff
+    from ckptvcs.ops import disk_usage as disk_usage
     from ckptvcs.ops import each as each
     from ckptvcs.ops import export as export
     from ckptvcs.ops import fetch as fetch

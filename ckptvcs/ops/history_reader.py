@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckptvcs.history.reflog import ReflogEvent
     from ckptvcs.history.refs import Generation
     from ckptvcs.history.selection import Time
+    from ckptvcs.ops.disk_usage import DiskUsage
     from ckptvcs.ops.log import Steps
     from ckptvcs.ops.refs import NamedCommit
     from ckptvcs.ops.show import Status, TensorEntry
@@ -361,6 +362,26 @@ class HistoryReader:
     def stats(self) -> Stats:
         """Return the sizes of the repository on disk, in bytes."""
         return ops.stats.measure(self._repository)
+
+    def disk_usage(self, revisions: Sequence[str | int] = (), *, by: str = "kind") -> DiskUsage:
+        """Return what takes the space on disk, in bytes.
+
+        A tensor that several commits share counts for the oldest of them.  Without revisions, the
+        sum is that of `stored_bytes` and `cache_bytes` in `stats`.
+
+        Args:
+            revisions: Count only the bytes of these commits; empty counts everything.
+            by: Group by `kind`, `commit`, `part`, `layer` or `tensor`.
+
+        Raises:
+            NotFoundError: A revision names no commit.
+            InvalidInputError: A revision names several commits, or `by` is not known.
+
+        Example:
+            >>> {row.name: row.size_bytes for row in repo.disk_usage(by="layer").rows}
+        """
+        names = [self.resolve(revision) for revision in revisions]
+        return ops.disk_usage.disk_usage(self._repository, names or None, by)
 
     def setting(self, key: str) -> Value:
         """Return the value of one setting.

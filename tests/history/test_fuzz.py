@@ -29,6 +29,7 @@ from ckptvcs.history.commit import (
     load_errors,
 )
 from ckptvcs.history.format_file import check_format, require_flags
+from ckptvcs.history.provenance import CodeState, Provenance, dump_provenance, load_provenance
 from ckptvcs.history.recipe import (
     DropRecord,
     Frame,
@@ -85,6 +86,17 @@ COMMIT = Commit(
     "user",
     None,
     1,
+    A,
+)
+PROVENANCE = Provenance(
+    "/run",
+    "3.11",
+    "Linux",
+    {"torch": "2"},
+    ("GPU",),
+    {"wandb": "1"},
+    ("train.py", "--rate"),
+    CodeState("ab" * 20, "main", True, ("a.py",), ("b/",), "diff", complete=False),
 )
 FRAMES = [
     Frame(None, 0, None, ((0, 10, b"x" * 16), (10, 5, b"y" * 16))),
@@ -129,6 +141,7 @@ OBJECTS: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
     "first parent": (first_parent, dump_commit(COMMIT)),
     "metrics": (find_metrics, dump_commit(COMMIT)),
     "errors": (load_errors, dump_errors({0: ErrorReport(0.1, 0.2), 2: ErrorReport()})),
+    "provenance": (load_provenance, dump_provenance(PROVENANCE)),
     "values": (load_values, b"x" * 64),
     "skeleton": (
         lambda data: list(load_skeleton(data).walk(SCHEMA)),
@@ -348,9 +361,8 @@ def test_any_lease_is_read_or_refused(data: bytes) -> None:
 
 FORMAT = {"format": 1, "id": "ab", "flags": {"read": ["near"], "write": [], "gc": []}}
 VALUES = ['"near"', 2, '"loss:min"', '"exact"', '"near"', '"exact"', 0.1, '"off"', 64, 16.5]
-CONFIG = "\n".join(
-    f"{key} = {value}" for key, value in zip(KEYS, [*VALUES, '"loss"', '"7d"'], strict=True)
-)
+VALUES += ['"loss"', '"7d"', '"full"', '"on"']
+CONFIG = "\n".join(f"{key} = {value}" for key, value in zip(KEYS, VALUES, strict=True))
 
 
 def read_format(folder: Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckptvcs import Policy, Provenance, Repo
+from ckptvcs import CorruptionError, Policy, Provenance, Repo
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.history_reader import handle
@@ -24,8 +25,9 @@ from ckptvcs.ops.import_folder import Importer
 from ckptvcs.ops.join import DistributedCommit, encode_share
 from ckptvcs.ops.request import Request
 from ckptvcs.ops.watch import Watcher
-from ckptvcs.store.ids import Kind
+from ckptvcs.store.ids import Kind, ObjectId
 from tests.helpers.command_line import Ckpt, environment
+from tests.helpers.forging import Forger
 from tests.helpers.git import git
 from tests.spec_reader import SpecRepository
 
@@ -335,6 +337,32 @@ def test_a_repair_drops_nothing_else(run: Repo) -> None:
     assert again.verify().damage == []
     assert again.provenance(1) is None
     assert again.checkout(1)["model"]["w"].tolist() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"folder":1,"platform":"","python":""}', b"[" * 100_000, bytes(100)],
+)
+def test_a_forged_one_harms_nothing_else(content: bytes, forger: Forger, ckpt: Ckpt) -> None:
+    name = forger.put(Kind.PROVENANCE, content)
+    commit = forger.lead_to(replace(forger.commit, provenance=name))
+    with pytest.raises(CorruptionError):
+        forger.repo.provenance(commit)
+    repo = forger.repo.root
+    done = ckpt("--repo", repo, "show", "--provenance", code=CorruptionError.exit_code)
+    assert done.err.startswith("error: ")
+    assert commit in ckpt("--repo", repo, "show").out
+    assert ckpt("--repo", repo, "log", "--json").json
+    assert [damage.what for damage in forger.repo.verify().damage] == ["commit"]
+
+
+@pytest.mark.parametrize("kind", [Kind.SCHEMA, None], ids=["another kind", "missing"])
+def test_a_commit_that_names_none(kind: Kind | None, forger: Forger) -> None:
+    name = ObjectId("ab" * 32) if kind is None else forger.commit.schema
+    commit = forger.lead_to(replace(forger.commit, provenance=name))
+    with pytest.raises(CorruptionError):
+        forger.repo.provenance(commit)
+    assert forger.repo.log(1)[0].id == commit
 
 
 # -- the command line --------------------------------------------------------------------------
