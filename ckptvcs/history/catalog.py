@@ -356,6 +356,13 @@ class Catalog:
                 break
             ids.add(below)
 
+    def with_ancestors(self, names: Iterable[ObjectId]) -> set[ObjectId]:
+        """Return commits and all their ancestors, dropped ones too."""
+        found: set[ObjectId] = set()
+        for name in names:
+            self.add_ids_below(name, found)
+        return found
+
     def walk(self, name: ObjectId | None) -> Iterator[tuple[ObjectId, bytes]]:
         """Return the same commits as `line`, unparsed: ten times faster."""
         hidden = self.dropped().commits

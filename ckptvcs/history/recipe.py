@@ -215,6 +215,10 @@ def _consecutive(lengths: tuple[int, ...], start: int) -> tuple[int, ...]:
     return tuple(accumulate(lengths, initial=start))[: len(lengths)]
 
 
+LEFT_OUT = "bundle"
+"""The rule of the records that say what a bundle file left out; no undo brings that back."""
+
+
 @dataclass(frozen=True)
 class DropRecord:
     """A fade, a drop or an undo of such records.

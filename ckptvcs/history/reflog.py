@@ -10,7 +10,7 @@ from ckptvcs.errors import ConflictError, CorruptionError, MissingObjectError, N
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.reachability import is_whole
-from ckptvcs.history.recipe import DropRecord, load_drop_record
+from ckptvcs.history.recipe import LEFT_OUT, DropRecord, load_drop_record
 from ckptvcs.history.refs import Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId
@@ -198,7 +198,10 @@ class Past:
         drops = [
             (name, record)
             for name, record in records
-            if record.what == "drop" and name not in undone and line.intersection(record.commits)
+            if record.what == "drop"
+            and record.rule != LEFT_OUT
+            and name not in undone
+            and line.intersection(record.commits)
         ]
         return max(
             drops,

@@ -135,10 +135,7 @@ class Revisions:
 
     def ids(self) -> set[ObjectId]:
         """Return the ids of all reachable commits, dropped ones too."""
-        reached: set[ObjectId] = set()
-        for tip in self.tips().values():
-            self._catalog.add_ids_below(tip, reached)
-        return reached
+        return self._catalog.with_ancestors(self.tips().values())
 
     def commits(self) -> dict[ObjectId, Commit]:
         """Return all reachable commits, dropped ones too, children before parents."""

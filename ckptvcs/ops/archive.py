@@ -18,7 +18,7 @@ from ckptvcs.history.commit import ERRORS, Commit
 from ckptvcs.history.note import MAX_NOTES
 from ckptvcs.history.provenance import PROVENANCE
 from ckptvcs.history.reachability import Marked, mark
-from ckptvcs.history.recipe import DropRecord, load_recipe
+from ckptvcs.history.recipe import LEFT_OUT, DropRecord, load_recipe
 from ckptvcs.ops.verify import CommitVerifier
 from ckptvcs.parallel import Progress
 from ckptvcs.store import disk
@@ -27,9 +27,6 @@ from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.layered import Layered
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import Entry
-
-RULE = "bundle"
-"""The rule of the records that say what an archive left out."""
 
 _META = frozenset(Kind) - {Kind.BUNDLE, Kind.RECORD}
 _PATCH = sorted([Kind.VALUES, Kind.RECIPE, Kind.BUNDLE])
@@ -71,7 +68,8 @@ def left_out(
             if parts:
                 groups.setdefault((what, tuple(sorted(parts))), []).append(listed.id)
     return [
-        DropRecord(what, tuple(names), parts, RULE, time) for (what, parts), names in groups.items()
+        DropRecord(what, tuple(names), parts, LEFT_OUT, time)
+        for (what, parts), names in groups.items()
     ]
 
 
@@ -90,16 +88,7 @@ class Source:
         self.archive, self.catalog = archive, catalog
         self.manifest = archive.manifest
         self.commits = {row.id: catalog.commit(row.id) for row in self.manifest.commits}
-        self.headers = self._ancestors()
-
-    def _ancestors(self) -> frozenset[ObjectId]:
-        found: set[ObjectId] = set()
-        for name in self.commits:
-            for below in self.catalog.ids_below(name):
-                if below in found:
-                    break
-                found.add(below)
-        return frozenset(found - self.commits.keys())
+        self.headers = frozenset(catalog.with_ancestors(self.commits) - self.commits.keys())
 
     @cached_property
     def listed(self) -> dict[ObjectId, ArchivedCommit]:
@@ -123,8 +112,8 @@ class Source:
             CorruptionError: the archive lacks one of them.
         """
         commits = {name: self.commits[name] for name in names}
-        lines = {below for name in commits for below in self.catalog.ids_below(name)}
-        commits |= {name: self.catalog.commit(name) for name in lines & self.headers}
+        headers = self.catalog.with_ancestors(commits) & self.headers
+        commits |= {name: self.catalog.commit(name) for name in headers}
         tables = near_tables(self.manifest.commits, self.commits)
         return mark(self.catalog, commits, self.gone, tables)
 

@@ -69,8 +69,7 @@ class Choice:
         self._repository, self.catalog, self._form = repository, repository.catalog, form
         self._parts = PARTS if only is None else (only,)
         self.commits = {name: self.catalog.commit(name) for name in names}
-        lines = {below for name in names for below in self.catalog.ids_below(name)}
-        self.headers = frozenset(lines - self.commits.keys())
+        self.headers = frozenset(self.catalog.with_ancestors(names) - self.commits.keys())
         self._lost = self.catalog.dropped().parts
 
     @cached_property
@@ -150,12 +149,8 @@ class Choice:
 
     def _tips(self) -> list[ObjectId]:
         """Return the commits that are no ancestors of others, newest first."""
-        below = {
-            name
-            for commit in self.commits.values()
-            for parent in commit.parents
-            for name in self.catalog.ids_below(parent)
-        }
+        parents = (parent for commit in self.commits.values() for parent in commit.parents)
+        below = self.catalog.with_ancestors(parents)
         return [name for name in reversed(self.commits) if name not in below]
 
 
@@ -192,8 +187,9 @@ def _select(repository: Repository, revisions: Iterable[str | int]) -> list[Obje
     found = repository.history.select(revisions)
     if not found:
         raise InvalidInputError("no commits to bundle", hint="run 'ckpt log' to list them")
+    reached = repository.revisions.ids()
     for name in found:
-        repository.revisions.require(name)
+        repository.revisions.require(name, reached)
     newest_first = [name for name in repository.history.newest_first() if name in found]
     return [*(name for name in found if name not in newest_first), *reversed(newest_first)]
 

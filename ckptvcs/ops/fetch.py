@@ -21,9 +21,9 @@ from ckptvcs.history.archive import checked_blocks
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import read_sound
 from ckptvcs.history.format_file import raise_flags, require_flags
-from ckptvcs.history.recipe import dump_drop_record, dump_recipe
+from ckptvcs.history.recipe import LEFT_OUT, dump_drop_record, dump_recipe
 from ckptvcs.history.refs import check_name
-from ckptvcs.ops.archive import RULE, Source, opened
+from ckptvcs.ops.archive import Source, opened
 from ckptvcs.ops.fetch_plan import Plan, Planner, State
 from ckptvcs.ops.placement import free_name, stem
 from ckptvcs.ops.repository import Repository
@@ -108,7 +108,7 @@ class Fetcher:
         """Return what will be done; commits that other bundles left out count as new."""
         known = tuple(name for name in self._source.commits if name not in state.wanted)
         whole = [drop for drop in self._catalog.drops().values() if not drop.parts]
-        dropped = {name for drop in whole if drop.rule != RULE for name in drop.commits}
+        dropped = {name for drop in whole if drop.rule != LEFT_OUT for name in drop.commits}
         left_out = {name for drop in whole for name in drop.commits} - dropped
         added = tuple(n for n in state.wanted if n in state.added or n in left_out)
         restored = tuple(name for name in state.restored if name not in left_out)

@@ -10,8 +10,8 @@ from ckptvcs.encode.assemble import recipe_of
 from ckptvcs.errors import CorruptionError
 from ckptvcs.history.note import MAX_NOTES
 from ckptvcs.history.reachability import is_whole
-from ckptvcs.history.recipe import DropRecord, Recipe, load_recipe
-from ckptvcs.ops.archive import RULE, Source, extras, left_out
+from ckptvcs.history.recipe import LEFT_OUT, DropRecord, Recipe, load_recipe
+from ckptvcs.ops.archive import Source, extras, left_out
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import Kind, ObjectId, PackId
 
@@ -170,7 +170,7 @@ class Planner:
         records = self._back(time, after)
         headers = self._headers()
         if headers:
-            records.append(DropRecord("drop", headers, (), RULE, time, after=after))
+            records.append(DropRecord("drop", headers, (), LEFT_OUT, time, after=after))
         added = [self._source.listed[name] for name in self._state.added]
         records += [
             replace(record, after=after) for record in left_out(added, self._source.commits, time)
@@ -195,7 +195,8 @@ class Planner:
             if near:
                 groups.setdefault(tuple(sorted(near)), []).append(name)
         return [
-            DropRecord("fade", tuple(names), parts, RULE, time) for parts, names in groups.items()
+            DropRecord("fade", tuple(names), parts, LEFT_OUT, time)
+            for parts, names in groups.items()
         ]
 
     def _headers(self) -> tuple[ObjectId, ...]:
@@ -213,7 +214,7 @@ class Planner:
             going = {commit for commit in drop.commits if self._returns(commit, drop.parts)}
             back |= going
             if going:
-                undo = DropRecord("undo", drop.commits, drop.parts, RULE, time, (name,), after)
+                undo = DropRecord("undo", drop.commits, drop.parts, LEFT_OUT, time, (name,), after)
                 others = tuple(commit for commit in drop.commits if commit not in going)
                 found += [undo, *([replace(drop, commits=others)] if others else [])]
         missing: dict[tuple[str, ...], list[ObjectId]] = {}
@@ -224,7 +225,7 @@ class Planner:
             if name in back:
                 missing.setdefault(tuple(sorted(gone)), []).append(name)
         return found + [
-            DropRecord("drop", tuple(names), parts, RULE, time, after=after)
+            DropRecord("drop", tuple(names), parts, LEFT_OUT, time, after=after)
             for parts, names in missing.items()
             if parts
         ]

@@ -210,6 +210,8 @@ def test_fetch_moves_a_branch_forward(tmp_path: Path) -> None:
     assert (again.added, again.refs, again.size_bytes) == ((), {}, 0)
     clone.undo()
     assert steps(clone) == [3]
+    with pytest.raises(NotFoundError, match="nothing to undo"):
+        clone.undo()
 
 
 def test_fetch_fills_what_an_earlier_bundle_left_out(tmp_path: Path) -> None:
@@ -231,6 +233,40 @@ def test_fetch_leaves_commits_alone_that_a_bundle_left_out(tmp_path: Path) -> No
         repo.commit(state, step=state["step"])
     clone.fetch(repo.bundle(6, tmp_path / "y.ckptz").path)
     assert steps(clone) == [1, 2, 3, 6]
+    assert not clone.verify().damage
+
+
+def test_undo_passes_over_what_a_bundle_left_out(tmp_path: Path) -> None:
+    repo = history(tmp_path / "a", 6)
+    clone = Repo.clone(repo.bundle("3..4", tmp_path / "x.ckptz").path, tmp_path / "b")
+    clone.fetch(repo.bundle(6, tmp_path / "y.ckptz").path)
+    clone.gc(Policy(last=1))
+    assert steps(clone) == [6]
+    assert "drop" in clone.undo().what
+    assert steps(clone) == [3, 4, 6]
+    assert "fetch" in clone.undo().what
+    with pytest.raises(NotFoundError, match="nothing to undo"):
+        clone.undo()
+    assert steps(clone) == [3, 4]
+
+
+def test_two_fetches_at_once(tmp_path: Path) -> None:
+    """One has a commit whole of which the other has only the header."""
+    repo = history(tmp_path / "a", 4)
+    clone = Repo.clone(repo.bundle(1, tmp_path / "x.ckptz").path, tmp_path / "b")
+    repo.bundle(4, tmp_path / "y.ckptz")
+    repo.bundle("2..3", tmp_path / "z.ckptz")
+    done: list[object] = []
+
+    def meanwhile(_: int) -> None:
+        if not done and any((clone.folder / "leases").iterdir()):  # the first one copies packs
+            done.append(None)
+            Repo.open(clone.root).fetch(tmp_path / "z.ckptz")
+
+    clone.fetch(tmp_path / "y.ckptz", progress=meanwhile)
+    assert done
+    assert steps(clone) == [1, 2, 3, 4]
+    clone.gc()
     assert not clone.verify().damage
 
 
