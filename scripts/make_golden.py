@@ -1,12 +1,13 @@
 """Make a golden repository of the current format: `python -m scripts.make_golden NAME`.
 
-It contains frames of all codecs, exact patches, a pin, dropped commits and merged deltas. The tests
-decode every golden repository in every later version. Existing ones are never changed.
+It contains frames of all codecs, exact patches, a pin, dropped commits, merged deltas and notes.
+The tests decode every golden repository in every later version. Existing ones are never changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -22,9 +23,10 @@ from ckptvcs.history.format_file import FORMAT
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
+from ckptvcs.text import from_number
 from tests.helpers.training import save_run, train
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 CODECS = (
     "near", "near", "small", "near:step=0.05", "lossless", "near:gamma=0", "near:rank=0,step=40",
     "near:momentum_rank=2,momentum_nmse=1", "near:momentum_rank=2,momentum_nmse=1", "near", "near",
@@ -61,12 +63,13 @@ def main() -> None:
     target = GOLDEN / parser.parse_args().name
     if target.exists():
         raise SystemExit(f"{target} exists; golden repositories are never rewritten")
-    expected = {}
-    # Keep the names of the machine and the user out of the repository.
+    expected, notes = {}, {}
+    # Keep the names of the machine and the user, and the clone, out of the repository.
     socket.gethostname = lambda: "golden"
-    os.environ |= {"LOGNAME": "golden", "GIT_DIR": os.devnull}
-    with tempfile.TemporaryDirectory() as scratch:
+    os.environ["LOGNAME"] = "golden"
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         repo = Repo.init(target)
+        repo.configure("provenance", "off")
         states = train(len(CODECS))
         for state in states[-7:-5]:
             moments = state["optimizer"]["state"]
@@ -85,15 +88,22 @@ def main() -> None:
             if made.commit.step == 3:
                 repo.pin(made.id, pinned=True)
         set_ref(handle(repo), "tags", "first", repo.resolve(1), "tag")
-        repo.gc(Policy(every=2, last=3), rekey=True)
+        repo.note(2, message="evaluated", metrics={"eval": 0.5, "bad": float("nan")})
+        repo.note(2, metrics={"eval": 0.25, "bad": None}, fields={"data": "wikitext"})
+        repo.note("HEAD", metrics={"eval": float("inf")}, fields={"data": "a", "gone": "b"})
+        repo.note("HEAD", fields={"data": "c", "gone": None})
+        repo.gc(Policy(every=2, last=3), rekey=True, now=True)
         for entry in repo.log():
             out = Path(scratch) / "out.pt"
             repo.checkout_files(entry.id, out, force=True)
             expected[entry.id] = blake3(out.read_bytes()).hexdigest()
+            metrics = {name: from_number(value) for name, value in entry.metrics.items()}
+            notes[entry.id] = {"message": entry.message, "metrics": metrics, "fields": entry.fields}
     for folder in ("cache", "tmp", "leases", "marks"):
         shutil.rmtree(target / ".ckpt" / folder)
     (target / ".ckpt").rename(target / "store")
     (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+    (target / "notes.json").write_text(json.dumps(notes, indent=1) + "\n")
     note = f"Format {FORMAT}, made with torch {torch.__version__}: {', '.join(CODECS)}.\n"
     (target / "README.md").write_text(note)
 

@@ -12,10 +12,19 @@ from blake3 import blake3
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
+from ckptvcs.text import from_number
 from tests.spec_reader import SpecRepository
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = ["v1-first", "v1-momenta", "v1-near", "v1-patches", "v1-shared-bytes", "v1-types"]
+NAMES = [
+    "v1-first",
+    "v1-momenta",
+    "v1-near",
+    "v1-notes",
+    "v1-patches",
+    "v1-shared-bytes",
+    "v1-types",
+]
 
 
 def test_all_are_listed() -> None:
@@ -38,3 +47,16 @@ def test_old_bytes_decode_to_the_same_bits(name: str, tmp_path: Path) -> None:
         )
     assert not repo.verify().damage
     assert repo.resolve("first") in expected
+
+
+def test_old_notes_say_the_same(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "v1-notes" / "store", tmp_path / ".ckpt")
+    expected = json.loads((GOLDEN / "v1-notes" / "notes.json").read_text())
+    repo, spec = Repo.open(tmp_path), SpecRepository(tmp_path / ".ckpt")
+    for commit, said in expected.items():
+        entry = repo.entry(ObjectId(commit))
+        metrics = {name: from_number(value) for name, value in entry.metrics.items()}
+        assert {"message": entry.message, "metrics": metrics, "fields": entry.fields} == said
+        assert spec.noted(commit) == said
+    assert repo.show(2).metrics == {"eval": 0.25}
+    assert len(repo.notes(2)) == 2
