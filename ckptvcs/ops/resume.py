@@ -140,7 +140,10 @@ def _first_good(
         for name, commit in repository.catalog.line(repository.revisions.head()):
             try:
                 _require_finite(commit)
-                return name, read(name), tuple(skipped)
+                value = read(name)
+                if repository.catalog.lost_patches(name, commit):
+                    raise CorruptionError("its exact patch is missing")
+                return name, value, tuple(skipped)
             except (CorruptionError, NotFoundError) as error:
                 skipped.append(Unusable(name, commit.step, error.message))
                 _log.warning("skipped %s: %s", _call(skipped[-1]), error.message)
