@@ -141,8 +141,7 @@ def _first_good(
             try:
                 _require_finite(commit)
                 value = read(name)
-                if repository.catalog.lost_patches(name, commit):
-                    raise CorruptionError("its exact patch is missing")
+                _require_patches(repository, name, commit)
                 return name, value, tuple(skipped)
             except (CorruptionError, NotFoundError) as error:
                 skipped.append(Unusable(name, commit.step, error.message))
@@ -160,6 +159,11 @@ def _require_finite(commit: Commit) -> None:
     if commit.nonfinite:
         values = "1 value is" if commit.nonfinite == 1 else f"{commit.nonfinite} values are"
         raise CorruptionError(f"{values} NaN or infinite")
+
+
+def _require_patches(repository: Repository, name: ObjectId, commit: Commit) -> None:
+    if repository.catalog.lost_patches(name, commit):
+        raise CorruptionError("its exact patch is missing")
 
 
 def _newest_reason(skipped: list[Unusable]) -> str:
