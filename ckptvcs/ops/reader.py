@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.checkout import CheckedOut
     from ckptvcs.ops.diff import Comparison
     from ckptvcs.ops.export import Exported
+    from ckptvcs.ops.resume import Resumed
     from ckptvcs.ops.tensor import TensorView
     from ckptvcs.ops.verify import VerifyReport
 
@@ -28,7 +29,7 @@ class Reader(HistoryReader):
     """A repository that is open for reading; `Repo` adds the methods that write.
 
     A *revision* is a step (an `int`), a tag, a branch, an id prefix, `HEAD`, `latest`,
-    `best:METRIC:min`, or one of these followed by `~N`.
+    `latest-good` (see `resume`), `best:METRIC:min`, or one of these followed by `~N`.
 
     Example:
         >>> reader = Reader.open("runs/exp1")
@@ -93,6 +94,34 @@ class Reader(HistoryReader):
 
             scatter(state, into)
         return state
+
+    def resume(self, into: Any = None, *, check: bool = False) -> Resumed | None:
+        """Return the newest commit of HEAD's line that proves itself, to continue the run from it.
+
+        A commit proves itself if all values are finite, none of its parts was dropped, and every
+        tensor decodes to its recorded hash.  A warning says why a newer commit was skipped, and
+        whether the commit is only near.
+
+        Args:
+            into: Also load the state into these objects, as `checkout` does.
+            check: Also find out what the state lacks to continue bit for bit: random state,
+                scheduler or data position.
+
+        Returns:
+            The commit with its state, step, metrics and extra entries; None if the repository has
+            no commits, so that the run starts from the beginning.
+
+        Raises:
+            CorruptionError: There are commits, but none proves itself.
+            NotFoundError: Only other branches have commits, or the state lacks a key that `into`
+                needs.
+            InvalidInputError: A shape or a type differs from `into`.
+
+        Example:
+            >>> resumed = repo.resume(into={"model": model, "optimizer": optimizer}, check=True)
+            >>> start = resumed.step if resumed else 0
+        """
+        return ops.resume.resume(self._repository, into, check=check)
 
     def checkout_files(
         self,
