@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from typer import Context, Option
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
-from ckptvcs.cli.context import JsonOption, Part, Revision, open_repo
-from ckptvcs.errors import InvalidInputError, after
+from ckptvcs.cli.context import JsonOption, Part, open_repo
+from ckptvcs.errors import CkptError, InvalidInputError, after
+from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,17 +23,23 @@ if TYPE_CHECKING:
 
 def checkout(
     context: Context,
-    revision: Revision,
+    revision: Annotated[
+        str | None, Argument(metavar="REV", help="step, tag, branch, id, HEAD~2, best:loss:min ...")
+    ] = None,
     output: Annotated[
         str | None,
         Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
     ] = None,
     force: Annotated[
-        bool, Option("--force", help="overwrite files that no commit contains exactly")
+        bool, Option("-f", "--force", help="overwrite files that no commit contains exactly")
     ] = False,
     only: Part = None,
     require: Annotated[
         Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
+    ] = None,
+    branch: Annotated[
+        str | None,
+        Option("-b", "--branch", metavar="NAME", help="start a branch at REV (default: HEAD)"),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -40,12 +48,43 @@ def checkout(
         raise InvalidInputError(
             "checkpoints cannot be written to stdout", hint="pass a file name: -o model.pt"
         )
+    if revision is None and branch is None:
+        raise InvalidInputError("missing argument REV", hint="run 'ckpt checkout --help'")
+    if branch is not None and (output or only):
+        raise InvalidInputError(f"--branch cannot be combined with {'--only' if only else '-o'}")
     repo = open_repo(context)
+    exactly = require is not None
+    if branch is None:
+        _restore(repo, str(revision), output, only, force=force, exactly=exactly, json=json)
+        return
+    name = repo.branch(branch, revision or "HEAD")
+    if revision is None:  # the files are those of HEAD, perhaps with changes
+        repo.move_head(branch)
+        at = f"branch {branch} at {name[:8]}"
+        render.answer({"id": name, "paths": [], "branch": branch}, at, json=json)
+        return
+    try:
+        _restore(repo, branch, output, only, force=force, exactly=exactly, json=json)
+    except BaseException:
+        with contextlib.suppress(CkptError):  # HEAD is on it: the error came after the checkout
+            repo.delete_branch(branch)
+        raise
+
+
+def _restore(
+    repo: Repo,
+    revision: str,
+    output: str | None,
+    only: str | None,
+    *,
+    force: bool,
+    exactly: bool,
+    json: bool,
+) -> None:
     name = repo.resolve(revision)
     entry = repo.entry(name)
     target, where = Path(output) if output else None, None
     announce = _ignore if target else partial(_announce, None if only else entry.commit)
-    exactly = require is not None
     if only:
         done = repo.checkout_part(name, only, target, force=force, exact=exactly, announce=announce)
     else:

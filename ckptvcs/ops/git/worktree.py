@@ -17,7 +17,8 @@ from ckptvcs.ops.git.objects import MAX_BYTES, Objects, UnreadableError, tree
 SUBMODULE, LINK, FOLDER = 0o160000, 0o120000, 0o040000
 FILE, EXECUTABLE = 0o100644, 0o100755
 _MAX_DEPTH = 64  # folders inside each other
-_MAX_PATHS = 1 << 26  # bytes of all paths of a tree
+_MAX_MEMORY = 1 << 27  # bytes of the files of a tree
+_ENTRY = 256  # bytes that a file takes beside its path
 _OURS = {".git", ".ckpt"}
 
 Side = tuple[int, bytes] | None
@@ -88,8 +89,8 @@ def _committed(
             raise UnreadableError("a tree is damaged")
         for part, mode, below in tree(content, len(name)):
             path = folder + b"/" + part if folder else part
-            size += len(path)
-            if size > _MAX_PATHS:
+            size += len(path) + _ENTRY
+            if size > _MAX_MEMORY:
                 raise UnreadableError("a tree has too many files")
             if mode == FOLDER:
                 stack.append((path, below, depth + 1))
