@@ -8,7 +8,7 @@ from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, open_repo, split_range, step_range
-from ckptvcs.cli.listing import show_log
+from ckptvcs.cli.listing import show_log, tell_detached
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 
@@ -66,6 +66,7 @@ def log(
     if graph:
         _refuse_with_graph(chosen)
         all_branches = branch is None
+    whole = not (revision or branch or any(chosen.values()))
     chosen |= {"revision": revision, "branch": branch, "all_branches": all_branches}
     repo = open_repo(context)
     if json:
@@ -77,6 +78,8 @@ def log(
         render.talk("no commits match" if repo.log(1, all_branches=True) else "no commits yet")
         return
     show_log(repo, rows)
+    if whole:
+        tell_detached(repo)
     if more and count is None:
         render.talk(f"{limit} {_order(chosen)} commits; use -n N to show more")
 
