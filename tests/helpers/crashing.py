@@ -175,11 +175,12 @@ def _originals_are_somewhere(*steps: int, near: bool = False) -> Act:
 
 
 def _bundled(root: Path) -> None:
-    """A file with the steps 2 to 4, of which the repository dropped one and lacks one."""
+    """A file with the steps 2 to 5, of which the repository dropped one and lacks two."""
     shutil.copytree(root / "repo", root / "source")
     source = Repo.open(root / "source")
-    source.commit_path(root / "step-4.pt", message="more")
-    source.bundle("2..4", root / "some.ckptz")
+    for step in (4, 5):
+        source.commit_path(root / f"step-{step}.pt", message="more")
+    source.bundle("2..5", root / "some.ckptz")
     Repo.open(root / "repo").gc(Policy(last=1), now=True)
 
 
