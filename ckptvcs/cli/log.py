@@ -66,7 +66,6 @@ def log(
     if graph:
         _refuse_with_graph(chosen)
         all_branches = branch is None
-    whole = not (revision or branch or any(chosen.values()))
     chosen |= {"revision": revision, "branch": branch, "all_branches": all_branches}
     repo = open_repo(context)
     if json:
@@ -78,10 +77,15 @@ def log(
         render.talk("no commits match" if repo.log(1, all_branches=True) else "no commits yet")
         return
     show_log(repo, rows)
-    if whole:
-        tell_detached(repo)
+    _tell_place(repo, chosen)
     if more and count is None:
         render.talk(f"{limit} {_order(chosen)} commits; use -n N to show more")
+
+
+def _tell_place(repo: Repo, chosen: dict[str, Any]) -> None:
+    """Say that HEAD is detached, unless the user has chosen what to list."""
+    if not any(value for name, value in chosen.items() if name != "all_branches"):
+        tell_detached(repo)
 
 
 def _order(chosen: dict[str, Any]) -> str:
