@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptvcs.checkpoint.conventions import SAFETENSORS_SUFFIX, SUFFIXES
 from ckptvcs.decode.trajectory import export as write_commits
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Targets
-from ckptvcs.history.commit import PARTS
+from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
+_FOREIGN = frozenset(
+    (".npz", ".npy", ".onnx", ".h5", ".hdf5", ".keras", ".gguf", ".tflite", ".pkl", ".zip", ".tar")
+)
+"""Suffixes of files of other programs, which no directory gets by intention."""
 FORMATS = ("pt", "safetensors")
 
 
@@ -48,6 +53,8 @@ def export(
     if not names:
         raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     entries = [repository.entry(name) for name in names]
+    for entry, path in zip(entries, paths, strict=True):
+        suffix_fits(entry.commit, path)
     with Targets() as looks:
         targets = [looks.free(path, force=force) for path in paths]
         write_commits(repository.catalog, names, targets, only, progress, force=force)
@@ -55,6 +62,38 @@ def export(
         Exported(entry, path, entry.fidelity.get(only, "") == "exact" if only else entry.exact)
         for entry, path in zip(entries, paths, strict=True)
     ]
+
+
+def suffix_fits(commit: Commit, path: Path) -> bool:
+    """Return whether the committed files can be written to `path` as they are.
+
+    False means that the suffix names the other format of weights: torch or safetensors.
+
+    Raises:
+        InvalidInputError: the suffix names neither a format nor the committed file.
+    """
+    suffix = path.suffix
+    stored = [file for file in commit.files if file.skeleton is not None]
+    if commit.source == "directory":
+        own = {""} if suffix in _FOREIGN else {"", suffix} - set(SUFFIXES)
+    else:
+        own = {"", *(Path(file.path).suffix for file in stored)}
+    if suffix in own or own.intersection(path.suffixes) or not suffix[1:2].isalpha():
+        return True
+    if suffix not in SUFFIXES:
+        others = sorted(own - {"", *SUFFIXES})
+        raise InvalidInputError(
+            f"{path} has an unknown suffix",
+            hint=f"use {' or '.join(('.pt', '.safetensors', *others))}",
+        )
+    if stored and all(file.format == "raw" for file in stored):
+        raise InvalidInputError(
+            f"{path} cannot be written: the commit holds no tensors",
+            hint=f"use the committed suffix {max(own)}" if max(own) else "leave out the suffix",
+        )
+    is_safetensors = suffix == SAFETENSORS_SUFFIX
+    alike = [(file.format == "safetensors") == is_safetensors for file in stored]
+    return commit.source != "directory" and all(alike)
 
 
 def check_part(only: str | None) -> None:
