@@ -72,28 +72,28 @@ def suffix_fits(commit: Commit, path: Path) -> bool:
     Raises:
         InvalidInputError: the suffix names neither a format nor the committed file.
     """
-    suffix = path.suffix
-    stored = [file for file in commit.files if file.skeleton is not None]
-    if commit.source == "directory":
-        own = {""} if suffix in _FOREIGN else {"", suffix} - set(SUFFIXES)
-    else:
-        own = {"", *(Path(file.path).suffix for file in stored)}
+    suffix, formats = path.suffix, {file.format for file in commit.files if file.skeleton}
+    own = _own_suffixes(commit, suffix)
     if suffix in own or own.intersection(path.suffixes) or not suffix[1:2].isalpha():
         return True
+    others = sorted(own - {"", *SUFFIXES})
     if suffix not in SUFFIXES:
-        others = sorted(own - {"", *SUFFIXES})
-        raise InvalidInputError(
-            f"{path} has an unknown suffix",
-            hint=f"use {' or '.join(('.pt', '.safetensors', *others))}",
-        )
-    if stored and all(file.format == "raw" for file in stored):
+        known = " or ".join((".pt", SAFETENSORS_SUFFIX, *others))
+        raise InvalidInputError(f"{path} has an unknown suffix", hint=f"use {known}")
+    if formats == {"raw"}:
         raise InvalidInputError(
             f"{path} cannot be written: the commit holds no tensors",
-            hint=f"use the committed suffix {max(own)}" if max(own) else "leave out the suffix",
+            hint=f"use the suffix {others[0]}" if others else "leave out the suffix",
         )
-    is_safetensors = suffix == SAFETENSORS_SUFFIX
-    alike = [(file.format == "safetensors") == is_safetensors for file in stored]
-    return commit.source != "directory" and all(alike)
+    is_alike = (formats == {"safetensors"}) == (suffix == SAFETENSORS_SUFFIX)
+    return commit.source != "directory" and is_alike
+
+
+def _own_suffixes(commit: Commit, suffix: str) -> set[str]:
+    """Return suffixes that keep the committed format; a directory may have almost any."""
+    if commit.source == "directory":
+        return {""} if suffix in _FOREIGN else {"", suffix} - set(SUFFIXES)
+    return {"", *(Path(file.path).suffix for file in commit.files if file.skeleton)}
 
 
 def check_part(only: str | None) -> None:
