@@ -53,8 +53,6 @@ def export(
     if not names:
         raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     entries = [repository.entry(name) for name in names]
-    for entry, path in zip(entries, paths, strict=True):
-        suffix_fits(entry.commit, path)
     with Targets() as looks:
         targets = [looks.free(path, force=force) for path in paths]
         write_commits(repository.catalog, names, targets, only, progress, force=force)

@@ -237,6 +237,7 @@ class Reader(HistoryReader):
             ConflictError: The file exists and `force` is not set.
         """
         names, paths = [self.resolve(revision)], [ops.export.file_path(Path(path), form)]
+        self.suffix_fits(names[0], paths[0])
         return ops.export.export(self._repository, names, paths, only, progress, force=force)[0]
 
     def export_line(
