@@ -175,11 +175,12 @@ def _originals_are_somewhere(*steps: int, near: bool = False) -> Act:
 
 
 def _bundled(root: Path) -> None:
-    """A file with the steps 2 to 4, of which the repository dropped one and lacks one."""
+    """A file with the steps 2 to 5, of which the repository dropped one and lacks two."""
     shutil.copytree(root / "repo", root / "source")
     source = Repo.open(root / "source")
-    source.commit_path(root / "step-4.pt", message="more")
-    source.bundle("2..4", root / "some.ckptz")
+    for step in (4, 5):
+        source.commit_path(root / f"step-{step}.pt", message="more")
+    source.bundle("2..5", root / "some.ckptz")
     Repo.open(root / "repo").gc(Policy(last=1), now=True)
 
 
@@ -221,6 +222,11 @@ def _each(root: Path) -> None:
     run(lambda entry, path: {"bytes": path.stat().st_size}, metrics=["bytes"])
 
 
+def _metrics_are_right(root: Path) -> None:
+    for entry in Repo.open(root / "repo").log():
+        assert entry.metrics.get("bytes") in (None, entry.commit.raw_bytes)
+
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -233,7 +239,7 @@ SCENARIOS = {
         Scenario("branch", _branch, repeats=False),
         Scenario("refs", _refs),
         Scenario("note", _note, also=_note_is_whole),
-        Scenario("each", _each),
+        Scenario("each", _each, also=_metrics_are_right),
         Scenario("gc", _gc(Policy(last=2)), commits=5),
         Scenario("gc with grace", _gc(Policy(last=2), now=False), commits=5),
         Scenario("gc of parts", _gc(Policy(optimizer_last=1)), commits=4),
