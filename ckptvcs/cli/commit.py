@@ -66,13 +66,13 @@ def _tell(repo: Repo, result: CommitResult, *, json: bool) -> None:
         return
     commit = entry.commit
     kept = entry.exact and entry.exact_bytes
-    form = until(repo, entry) if kept else f", {entries.fidelity(entry)}"
+    form = "" if kept else f", {entries.fidelity(entry)}"
     step = "" if commit.step is None else f" step {commit.step}"
     message = render.printable(commit.message)
     render.answer(
         entries.entry_json(entry),
         f"[{result.branch} {entry.id[:8]}]{step} {message}".rstrip(),
-        f"  {entries.sizes_now(entry)}{form}",
+        f"  {entries.sizes_now(entry, until(repo, entry))}{form}",
         json=json,
     )
     render.talk(*entries.faded(result.faded), *_introduction(repo, entry))

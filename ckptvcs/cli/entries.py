@@ -11,7 +11,7 @@ from ckptvcs.cli.render import Cell, Json, attributes
 from ckptvcs.text import printable, size
 
 if TYPE_CHECKING:
-    from ckptvcs import Faded, LogEntry, ObjectId, Stats
+    from ckptvcs import Faded, LogEntry, ObjectId, Stats, TensorEntry
 
 _MAX_IDS = 12  # in a line
 _ENTRY = (
@@ -76,12 +76,30 @@ def _form(entry: LogEntry) -> tuple[str, str]:
     return f"near {error.weight_rel:.2g}{update}", "yellow"
 
 
-def sizes_now(entry: LogEntry) -> str:
-    """Return `604 MB -> 8.7 MB (69x)`, and what its exact patches take now."""
+def tensor_form(tensor: TensorEntry) -> str:
+    """Return the form of a tensor: `exact`, `exact for now`, `near` or `dropped`."""
+    return "exact for now" if tensor.form == "exact" and not tensor.exact_lasts else tensor.form
+
+
+def parts(entry: LogEntry) -> str:
+    """Return the form of each part: `model exact for now, rest exact`."""
+    passing = entry.exact and not entry.exact_lasts
+    forms = {
+        part: f"{form} for now"
+        if form == "exact" and passing and entry.commit.parts[part].exact is not None
+        else form
+        for part, form in entry.fidelity.items()
+    }
+    return ", ".join(f"{part} {form}" for part, form in forms.items())
+
+
+def sizes_now(entry: LogEntry, until: str = "") -> str:
+    """Return `604 MB -> 8.7 MB (69x)`, and what its exact patches take now, and `until` when."""
     text = sizes(entry.commit.raw_bytes, entry.stored_bytes)
     if not entry.exact or not entry.exact_bytes:
         return text
-    return f"{text} + {size(entry.exact_bytes)} that keep it exact"
+    end = "" if entry.exact_lasts else until or " for now"
+    return f"{text} + {size(entry.exact_bytes)} that keep it exact{end}"
 
 
 def on_disk(stats: Stats) -> str:

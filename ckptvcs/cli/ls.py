@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context
 
-from ckptvcs.cli import render
+from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Part, open_repo
 from ckptvcs.text import from_number
 
@@ -64,6 +64,7 @@ def _json(one: TensorEntry) -> dict[str, Any]:
         "shape": list(one.shape),
         "bytes": one.size_bytes,
         "form": one.form,
+        "exact_lasts": one.exact_lasts,
         "error": None if error is None else from_number(error),
     }
 
@@ -78,5 +79,5 @@ def _row(one: TensorEntry) -> list[str]:
         one.dtype,
         " x ".join(map(str, one.shape)),
         render.size(one.size_bytes),
-        near if one.form == "near" else one.form,
+        near if one.form == "near" else entries.tensor_form(one),
     ]

@@ -26,10 +26,12 @@ def _parts_json(entry: LogEntry) -> dict[str, Any]:
 def _show_roles(repo: Repo, name: ObjectId) -> None:
     """Print the stored tensors of a commit with their roles and forms."""
     rows = [["name", "dtype", "shape", "part", "role", "evidence", "form"]]
-    for tensor, form in zip(repo.tensors(name), repo.forms(name), strict=True):
+    for tensor in repo.tensors(name):
         shape = " x ".join(map(str, tensor.shape))
         role = [tensor.part, tensor.role, tensor.evidence or "none"]
-        rows.append([render.printable(tensor.name), tensor.dtype, shape, *role, form])
+        rows.append(
+            [render.printable(tensor.name), tensor.dtype, shape, *role, entries.tensor_form(tensor)]
+        )
     render.table(rows)
 
 
@@ -69,10 +71,10 @@ def _fields(repo: Repo, entry: LogEntry) -> list[tuple[str, str]]:
         ("message", render.printable(entry.message)),
         ("metrics", entries.metrics(entry.metrics)),
         ("fields", entries.fields(entry.fields)),
-        ("size", entries.sizes_now(entry)),
+        ("size", entries.sizes_now(entry, end)),
         ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
         ("fidelity", f"{entries.fidelity(entry)}{end and ':'}{end}"),
-        ("parts", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
+        ("parts", entries.parts(entry)),
         ("error", ", ".join(errors[:3])),
         ("", ", ".join(errors[3:])),
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ckptvcs.checkpoint.forms import near_errors, near_tensors
 from ckptvcs.history.commit import ErrorReport
+from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.text import name_test
@@ -28,6 +29,7 @@ class TensorEntry:
         error: The error of the near form; None if the tensor is exact.
         aliases: Other names of the tensor, if the checkpoint saves it more than once.
         form: `exact`, `near` or `dropped`.
+        exact_lasts: Whether the tensor is exact and stays so: no exact patch of it will be deleted.
     """
 
     name: str
@@ -40,6 +42,7 @@ class TensorEntry:
     error: ErrorReport | None
     aliases: tuple[str, ...] = ()
     form: str = "exact"
+    exact_lasts: bool = True
 
     @property
     def relative_error(self) -> float | None:
@@ -80,8 +83,10 @@ def tensors(
     """Return the tensors of a commit, in the order of its files; see `Repo.tensors`."""
     catalog = repository.catalog
     infos = catalog.schema(catalog.commit(name).schema).tensors
-    fidelity = repository.entry(name).fidelity
+    entry = repository.entry(name)
+    fidelity = entry.fidelity
     near, errors = near_tensors(catalog, name, fidelity), near_errors(catalog, name)
+    passing = set() if entry.exact_lasts else near_tensors(catalog, name, _patched(entry))
     wants = name_test(pattern)
     found = []
     for number, info in enumerate(infos):
@@ -105,9 +110,17 @@ def tensors(
                     errors.get(number),
                     aliases,
                     form,
+                    form == "exact" and number not in passing,
                 )
             )
     return found
+
+
+def _patched(entry: LogEntry) -> dict[str, str]:
+    """Return the parts that are exact only by an exact patch, as if they were near."""
+    parts = entry.commit.parts.items()
+    exact = {part for part, form in entry.fidelity.items() if form == "exact"}
+    return {part: "near" for part, state in parts if part in exact and state.exact is not None}
 
 
 def forms(repository: Repository, name: ObjectId) -> list[str]:

@@ -2,6 +2,8 @@
 
 python -m tests.cli.test_snapshots --write  put the real output into the snapshots
 
+Those whose name begins with `wide` have 120 columns; those whose name ends with `color` have
+colors, shown as `<green>` up to `</>`.
 A snapshot holds commands, each after `$ `, and below each its stdout, its stderr and its exit code.
 Every snapshot starts with a copy of the same run.  Ids and numbers may differ, except in the help.
 """
@@ -11,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,11 +29,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from ckptvcs import Repo
-from ckptvcs.cli import app, render
+from ckptvcs.cli import app, entries, render
 from scripts.doc_examples import Example, anonymize, commands, console
 
+TABLES = {"diff", "du", "gc", "import", "log", "ls", "reflog", "show"}
+"""The commands whose output depends on the width of the terminal, or has colors."""
+
 SNAPSHOTS = sorted((Path(__file__).parent / "snapshots").glob("*.txt"))
-COLUMNS = 80
+COLUMNS, WIDE = 80, 120
+_STYLES = {"1": "bold", "2": "dim", "31": "red", "32": "green", "33": "yellow", "36": "cyan"}
+_ESCAPE = re.compile(r"\x1b\[([\d;]*)m")
 _SHAPES = {"embed.weight": (64, 32), "head.weight": (16, 32), "head.bias": (16,)}
 
 
@@ -95,10 +104,22 @@ def damage(folder: Path) -> None:
     pack.write_bytes(content)
 
 
-def execute(command: str, folder: Path) -> str:
+def styled(output: str) -> str:
+    """Replace escape codes by the names of their styles; the end of a style is `</>`."""
+
+    def name(code: re.Match[str]) -> str:
+        words = [_STYLES[number] for number in code[1].split(";") if number not in ("", "0")]
+        return f"<{' '.join(words) or '/'}>"
+
+    return re.sub("<bold>( +)</>", r"\1", _ESCAPE.sub(name, output))
+
+
+def execute(command: str, folder: Path, columns: int = COLUMNS, *, color: bool = False) -> str:
     """Run a command in this process; return its stdout, its stderr and its exit code if not 0."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("CKPT_DIR", "FORCE_COLOR")}
-    environment |= {"COLUMNS": str(COLUMNS), "LOGNAME": "you", "NO_COLOR": "1", "TZ": "UTC"}
+    unset = ("CKPT_DIR", "FORCE_COLOR", "NO_COLOR", "COLORTERM")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    environment |= {"COLUMNS": str(columns), "LOGNAME": "you", "TZ": "UTC"}
+    environment |= {"FORCE_COLOR": "1", "TERM": "xterm"} if color else {"NO_COLOR": "1"}
     environment["CKPT_CONFIG"] = str(folder / "user.toml")
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -109,10 +130,12 @@ def execute(command: str, folder: Path) -> str:
         mock.patch.object(sys, "argv", shlex.split(command)),
         mock.patch.object(sys.modules["__main__"], "__package__", None),  # hints name `ckpt`
         mock.patch.object(render, "is_terminal", return_value=True),
+        # The width of the column must not depend on how long the tests run.
+        mock.patch.object(entries, "when", return_value="6 s ago"),
     ):
         code = app.run() or 0
     ended = f"(exit code {code})\n" if code else ""
-    lines = (out.getvalue() + err.getvalue()).splitlines()
+    lines = styled(out.getvalue() + err.getvalue()).splitlines()
     return anonymize("".join(f"{line.rstrip()}\n" for line in lines), folder) + ended
 
 
@@ -122,7 +145,9 @@ def run_snapshot(path: Path, folder: Path) -> list[Example]:
         damage(folder)
     text = path.read_text("utf-8")
     exact = path.stem == "help"
-    return [Example(c, shown, execute(c, folder), exact) for c, shown in commands(text)]
+    columns = WIDE if path.stem.startswith("wide") else COLUMNS
+    run = partial(execute, folder=folder, columns=columns, color=path.stem.endswith("color"))
+    return [Example(c, shown, run(c), exact) for c, shown in commands(text)]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +165,28 @@ def test_commands_print_their_snapshot(path: Path, made_run: Path, tmp_path: Pat
     assert examples
     stale = [f"$ {one.command}\n{one.difference}" for one in examples if not one.agrees]
     assert not stale, "\n".join(stale)
+
+
+@pytest.mark.parametrize("name", ["color", "wide", "wide-color"])
+def test_every_table_has_a_snapshot_in_each_form(name: str) -> None:
+    path = SNAPSHOTS[0].with_name(f"{name}.txt")
+    shown = {command.split()[1] for command, _ in commands(path.read_text("utf-8"))}
+    assert shown >= TABLES
+
+
+def test_no_table_is_wider_than_the_terminal() -> None:
+    for path in SNAPSHOTS:
+        columns = WIDE if path.stem.startswith("wide") else COLUMNS
+        for command, output in commands(path.read_text("utf-8")):
+            if command.split()[1] in TABLES and "--help" not in command:
+                lines = re.sub("<(/|[a-z ]+)>", "", output).splitlines()
+                wide = [line for line in lines if len(line) > columns and is_row(line)]
+                assert not wide, (path.name, command)
+
+
+def is_row(line: str) -> bool:
+    """Return whether a line is neither an error nor a note, which are not cut."""
+    return not line.startswith(("error: ", "hint: ", "note: ", "/", "pinned: "))
 
 
 def test_every_command_has_a_snapshot() -> None:
