@@ -27,6 +27,7 @@ from ckptvcs.errors import (
     NotFoundError,
     StorageError,
 )
+from ckptvcs.gc.fading import Faded
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.ops.commit import CommitResult, commit_path
@@ -113,7 +114,13 @@ def _placed(items: Iterable[ImportItem], branches: list[_Branch]) -> Iterator[_B
 
 
 class Importer:
-    """Imports the checkpoints of one folder; see `Repo.import_folder`."""
+    """Imports the checkpoints of one folder; see `Repo.import_folder`.
+
+    Attributes:
+        items: The checkpoints.
+        skipped: The other entries of the folder.
+        faded: The commits of other checkpoints that became near with the new ones.
+    """
 
     def __init__(
         self,
@@ -141,6 +148,7 @@ class Importer:
                 item.fail(item.found.problem)
         self._contents = Contents(repo)
         self._first: dict[ObjectId, str] = {}  # the first name of each commit
+        self.faded: list[Faded] = []
 
     # -- commit ------------------------------------------------------------------------------------
 
@@ -288,6 +296,7 @@ class Importer:
             return
         branch.name, branch.tip = result.branch, result.id
         branch.advance(result.commit.step)
+        self.faded += [row for row in result.faded if row.id not in self._first]
         item.action, item.id = "committed", result.id
         item.branch, item.notes = result.branch, result.notes
         self._first[result.id] = found.name
