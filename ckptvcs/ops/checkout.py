@@ -356,23 +356,27 @@ class WorkTree:
         top, below = self.home(commit)
         home, changes = top / below, []
         for file in commit.files:
-            if file.hash is None:
+            if file.skeleton is None:
                 continue
             path = home / safe_path(file.path) if commit.source == "directory" else home
             try:
-                kind = self._change(path, file)
+                kind = self._change(path, file, restorer)
             except OSError as error:
                 raise unreadable(path, error) from error
             if kind:
                 changes.append((kind, path))
         return changes
 
-    def _change(self, path: Path, file: FileEntry) -> str:
+    def _change(self, path: Path, file: FileEntry, restorer: Restorer) -> str:
+        is_state = restorer.commit.source == "state"  # Python committed it, and wrote no file
         if not path.is_file():
-            return "missing"
+            return "" if is_state else "missing"
         if path.stat().st_size != file.size:
             return "changed"
         digest = hash_file(path)
+        if is_state:
+            form = "" if restorer.exact else "near"
+            return form if restorer.digest(file) == digest else "changed"
         if digest == file.hash:
             return ""
         return "near" if (self._written / digest).exists() else "changed"
