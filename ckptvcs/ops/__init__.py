@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops import repair as repair
     from ckptvcs.ops import request as request
     from ckptvcs.ops import show as show
+    from ckptvcs.ops import statistics as statistics
     from ckptvcs.ops import stats as stats
     from ckptvcs.ops import tensor as tensor
     from ckptvcs.ops import verify as verify

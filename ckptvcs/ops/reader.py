@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.checkout import CheckedOut
     from ckptvcs.ops.diff import Comparison
     from ckptvcs.ops.export import Exported
+    from ckptvcs.ops.statistics import Statistics
     from ckptvcs.ops.tensor import TensorView
     from ckptvcs.ops.verify import VerifyReport
 
@@ -362,6 +363,44 @@ class Reader(HistoryReader):
         """
         names = self._line(start, stop, every, revision)
         return ops.read.series(self._repository, names, name)
+
+    def statistics(
+        self,
+        pattern: str,
+        stats: Sequence[str] = ("norm",),
+        *,
+        start: Bound = None,
+        stop: Bound = None,
+        every: int | None = None,
+        revision: str | int | None = None,
+    ) -> Iterator[tuple[LogEntry, Statistics]]:
+        """Yield statistics of tensors along a first-parent history, oldest first.
+
+        This does not import torch.  Entries that are not finite count in `not_finite` only.
+
+        Args:
+            pattern: A glob for the names (`*` also matches dots), or a name as in `tensor`.
+            stats: Any of `norm`, `mean`, `std`, `min`, `max`, `absmax`, `rms`, `zeros` and
+                `not_finite`.
+            start: As for `line`.
+            stop: As for `line`.
+            every: As for `line`.
+            revision: As for `line`.
+
+        Yields:
+            Each commit that has such tensors, with the statistics of each tensor by its name.  A
+            statistic is None if no entry is finite.
+
+        Raises:
+            NotFoundError: A revision names no commit of this history, or no tensor matches.
+            InvalidInputError: A statistic is not known, or several tensors have this name.
+
+        Example:
+            >>> for entry, values in reader.statistics("model.*weight"):
+            ...     print(entry.step, {name: one["norm"] for name, one in values.items()})
+        """
+        names = self._repository.history.line(start, stop, every, revision=revision)
+        return ops.statistics.statistics(self._repository, names, pattern, stats)
 
     def bisect(
         self,
