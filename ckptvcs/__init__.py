@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.bundle import Bundled
     from ckptvcs.ops.checkout import CheckedOut
     from ckptvcs.ops.commit import CommitResult
-    from ckptvcs.ops.diff import Comparison, TensorDifference
+    from ckptvcs.ops.diff import Comparison, LayerDifference, TensorDifference
     from ckptvcs.ops.diff_sides import Indistinct
     from ckptvcs.ops.diff_sums import Sums
     from ckptvcs.ops.disk_usage import DiskUsage, UsageRow
@@ -88,6 +88,7 @@ _HOMES = {
     "Importer": "ops.import_folder",
     "Indistinct": "ops.diff_sides",
     "Skipped": "checkpoint.survey",
+    "LayerDifference": "ops.diff",
     "LogEntry": "history.log",
     "NamedCommit": "ops.refs",
     "Note": "history.note",
@@ -166,6 +167,7 @@ __all__ = [
     "Importer",
     "Indistinct",
     "InvalidInputError",
+    "LayerDifference",
     "LogEntry",
     "MissingExtraError",
     "MissingObjectError",

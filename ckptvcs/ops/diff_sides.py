@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -76,6 +76,10 @@ class Side:
             (part, names.get(name, name), count): number
             for (part, name, count), number in self.numbers.items()
         }
+
+    def keep(self, wants: Callable[[str], bool]) -> None:
+        """Compare only tensors whose name passes a test."""
+        self.numbers = {key: number for key, number in self.numbers.items() if wants(key[1])}
 
     @property
     def size_bytes(self) -> int:
@@ -153,8 +157,11 @@ class Match:
     small: list[Pair] = field(default_factory=list)
 
 
-def match_tensors(a: Side, b: Side) -> Match:
-    """Return which tensors of two commits differ, as far as that is known without decoding."""
+def match_tensors(a: Side, b: Side, *, forms: bool = False) -> Match:
+    """Return which tensors of two commits differ, as far as that is known without decoding.
+
+    With `forms`, tensors are equal if the restored values are, whatever the originals were.
+    """
     match = Match(
         added=[b.infos[number] for key, number in b.numbers.items() if key not in a.numbers],
         removed=[a.infos[number] for key, number in a.numbers.items() if key not in b.numbers],
@@ -167,9 +174,12 @@ def match_tensors(a: Side, b: Side) -> Match:
         same_order = one.order == other.order
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             match.reshaped.append((one, other))
-        elif not one.words or (same := same_order and a.is_same(pair[0], b, pair[1])):
+            continue
+        alike = same_order and a.content(pair[0]) == b.content(pair[1]) is not None
+        same = alike if forms else same_order and a.is_same(pair[0], b, pair[1])
+        if not one.words or same:
             match.unchanged.append(one)
-        elif same_order and a.content(pair[0]) == b.content(pair[1]) is not None:
+        elif alike:
             match.indistinguishable.append(
                 Indistinct(one, a.is_near(pair[0]), b.is_near(pair[1]), same is False)
             )

@@ -42,6 +42,7 @@ class Reader(HistoryReader):
         b: str | int = "HEAD",
         *,
         only: str | None = None,
+        name: str | None = None,
         progress: Progress = quiet,
     ) -> Comparison:
         """Compare two commits, tensor by tensor.
@@ -50,20 +51,48 @@ class Reader(HistoryReader):
             a: The older commit.
             b: The newer commit.
             only: Compare only `model`, `optimizer` or `rest`; None compares all parts.
+            name: Compare only tensors that match this glob (`*` also matches dots), or whose names
+                contain this text.
             progress: Called with the number of bytes that were read or written since its last call.
 
         Returns:
             The differences of metadata and of tensors.
 
         Raises:
-            NotFoundError: A commit does not exist, or neither commit has the part.
+            NotFoundError: A commit does not exist, or neither commit has the part or the name.
             CorruptionError: A tensor does not decode to its recorded hash.
 
         Example:
             >>> comparison = reader.diff(1000, 2000, only="model")
             >>> comparison.tensors[0].info.name, comparison.tensors[0].sums.relative
         """
-        return ops.diff.diff(self._repository, a, b, only, progress)
+        return ops.diff.diff(self._repository, a, b, only, name, progress)
+
+    def diff_near(
+        self,
+        revision: str | int = "HEAD",
+        *,
+        only: str | None = None,
+        name: str | None = None,
+        progress: Progress = quiet,
+    ) -> Comparison:
+        """Compare a commit with its near form, which remains when its exact patch is deleted.
+
+        Args:
+            revision: A commit that is exact now.
+            only: As for `diff`.
+            name: As for `diff`.
+            progress: As for `diff`.
+
+        Returns:
+            The differences; A is the exact form, and B the near form.
+
+        Raises:
+            NotFoundError: The commit does not exist, or has no such part or name.
+            InvalidInputError: The commit has no near form, or is only near now.
+            CorruptionError: A tensor does not decode to its recorded hash.
+        """
+        return ops.diff.diff_near(self._repository, revision, only, name, progress)
 
     def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
         """Return the state of a commit: the committed nested object with its tensors.
