@@ -19,20 +19,26 @@ if TYPE_CHECKING:
     from ckptvcs import Commit, LogEntry
 
 
+_Output = Annotated[
+    str | None, Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)")
+]
+_Force = Annotated[bool, Option("--force", help="overwrite files that no commit contains exactly")]
+_Require = Annotated[
+    Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
+]
+_Near = Annotated[
+    bool, Option("--near", help="write the near form, even if the commit is exact (with -o)")
+]
+
+
 def checkout(
     context: Context,
     revision: Revision,
-    output: Annotated[
-        str | None,
-        Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
-    ] = None,
-    force: Annotated[
-        bool, Option("--force", help="overwrite files that no commit contains exactly")
-    ] = False,
+    output: _Output = None,
+    force: _Force = False,
     only: Part = None,
-    require: Annotated[
-        Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
-    ] = None,
+    require: _Require = None,
+    near: _Near = False,
     json: JsonOption = False,
 ) -> None:
     """Restore the files of a commit."""
@@ -46,12 +52,20 @@ def checkout(
     target, where = Path(output) if output else None, None
     announce = _ignore if target else partial(_announce, None if only else entry.commit)
     exactly = require is not None
+    if only and near:
+        raise InvalidInputError("--near cannot be combined with --only", hint="leave one out")
     if only:
         done = repo.checkout_part(name, only, target, force=force, exact=exactly, announce=announce)
     else:
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
             done = repo.checkout_files(
-                name, target, force=force, exact=exactly, progress=tick, announce=announce
+                name,
+                target,
+                force=force,
+                exact=exactly,
+                near=near,
+                progress=tick,
+                announce=announce,
             )
         with after("" if target else "the files were written"):
             where = None if target else repo.move_head(revision)

@@ -218,18 +218,24 @@ def _show_rows(comparison: Comparison, found: list[Any]) -> None:
     if total.entries:
         name = "all changed weights"
         rows.append(_sums_row(name, comparison, total, comparison.total_changed, ""))
-    hidden = set() if any(row[-1] for row in rows[1:]) else {"not finite"}
-    if render.width() < _WIDE:
-        hidden |= {"|B|", "|B-A|"}
-    if not comparison.steps:
-        hidden.add("per step")
-    if all(row[-2] == "-" for row in rows[1:]):
-        hidden.add("changed")
+    hidden = _hidden(comparison, rows[1:])
     shown = [column for column, name in enumerate(_HEADING) if name not in hidden]
     render.data("")
     render.table([[row[column] for column in shown] for row in rows])
     if any(row[_HEADING.index("change")].startswith("~") for row in rows):
         render.data("~ change is not above the error of the near forms")
+
+
+def _hidden(comparison: Comparison, rows: Sequence[Sequence[str]]) -> set[str]:
+    """Return the columns that say nothing, or have no room."""
+    hidden = set() if any(row[-1] for row in rows) else {"not finite"}
+    if render.width() < _WIDE:
+        hidden |= {"|B|", "|B-A|"}
+    if not comparison.steps:
+        hidden.add("per step")
+    if all(row[_HEADING.index("changed")] == "-" for row in rows):
+        hidden.add("changed")
+    return hidden
 
 
 def describe_indistinct(tensors: Sequence[Indistinct]) -> str:

@@ -44,12 +44,7 @@ def series(
     json: JsonOption = False,
 ) -> None:
     """Print statistics of tensors over the steps."""
-    if within is not None:
-        if start is not None or stop is not None:
-            raise InvalidInputError(
-                f"'{within}' cannot be combined with --start and --stop", hint="use one of them"
-            )
-        start, stop = split_range(within)
+    start, stop = _bounds(within, start, stop)
     if as_csv and json:
         raise InvalidInputError("--csv cannot be combined with --json", hint="use one of them")
     repo = open_repo(context)
@@ -69,6 +64,19 @@ def series(
         _print_csv(rows, columns)
     else:
         _print_table(rows, columns)
+
+
+def _bounds(
+    within: str | None, start: str | None, stop: str | None
+) -> tuple[str | None, str | None]:
+    """Return the first and the last commit, given `A..B` or both."""
+    if within is None:
+        return start, stop
+    if start is not None or stop is not None:
+        raise InvalidInputError(
+            f"'{within}' cannot be combined with --start and --stop", hint="use one of them"
+        )
+    return split_range(within)
 
 
 def _json(entry: LogEntry, values: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:

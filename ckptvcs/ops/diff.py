@@ -288,20 +288,16 @@ def _compare(
     forms: bool,
 ) -> Comparison:
     entry_a, entry_b = entries
-    parts = [part for part in PARTS if only in (None, part)]
-    fidelities = [reader.fidelity for reader in readers]
-    dropped = [part for part in parts if "dropped" in (form.get(part) for form in fidelities)]
-    if only in dropped:
-        raise NotFoundError(f"the {only} part of {entry_a.id[:8]} or {entry_b.id[:8]} was dropped")
-    parts = [part for part in parts if part not in dropped]
+    parts, dropped = _parts(readers, only)
     left, right = (Side(repository.catalog, reader, parts) for reader in readers)
     if only is not None and not left.numbers and not right.numbers:
         raise NotFoundError(f"neither {entry_a.id[:8]} nor {entry_b.id[:8]} has a part '{only}'")
     right.name_as(left)
-    for side in (left, right):
-        side.keep(name_test(name))
-    if name is not None and not left.numbers and not right.numbers:
-        raise NotFoundError(f"no tensor matches '{name}'", hint="'ckpt ls' lists them")
+    if name is not None:
+        for side in (left, right):
+            side.keep(name_test(name))
+        if not left.numbers and not right.numbers:
+            raise NotFoundError(f"no tensor matches '{name}'", hint="'ckpt ls' lists them")
     match = match_tensors(left, right, forms=forms)
     tensors: dict[Pair, Sums] = {}
     total = Sums()
@@ -327,6 +323,17 @@ def _compare(
         tuple(dropped),
     )
     return replace(comparison, tensors=tuple(comparison.ordered()))
+
+
+def _parts(readers: Sequence[Restorer], only: str | None) -> tuple[list[str], list[str]]:
+    """Return the parts to compare, and those that were dropped from one of the commits."""
+    parts = [part for part in PARTS if only in (None, part)]
+    fidelities = [reader.fidelity for reader in readers]
+    dropped = [part for part in parts if "dropped" in (form.get(part) for form in fidelities)]
+    if only in dropped:
+        names = " or ".join(reader.name[:8] for reader in readers)
+        raise NotFoundError(f"the {only} part of {names} was dropped")
+    return [part for part in parts if part not in dropped], dropped
 
 
 def _steps_between(a: LogEntry, b: LogEntry) -> int | None:

@@ -167,24 +167,25 @@ def match_tensors(a: Side, b: Side, *, forms: bool = False) -> Match:
         removed=[a.infos[number] for key, number in a.numbers.items() if key not in b.numbers],
     )
     for key, number in a.numbers.items():
-        if key not in b.numbers:
-            continue
-        pair = number, b.numbers[key]
-        one, other = a.infos[pair[0]], b.infos[pair[1]]
-        same_order = one.order == other.order
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
-            match.reshaped.append((one, other))
-            continue
-        alike = same_order and a.content(pair[0]) == b.content(pair[1]) is not None
-        same = alike if forms else same_order and a.is_same(pair[0], b, pair[1])
-        if not one.words or same:
-            match.unchanged.append(one)
-        elif alike:
-            match.indistinguishable.append(
-                Indistinct(one, a.is_near(pair[0]), b.is_near(pair[1]), same is False)
-            )
-        elif one.inline or other.inline:
-            match.small.append(pair)
-        else:
-            match.stored.append(pair)
+        if key in b.numbers:
+            _match_pair(a, b, (number, b.numbers[key]), match, forms=forms)
     return match
+
+
+def _match_pair(a: Side, b: Side, pair: Pair, match: Match, *, forms: bool) -> None:
+    one, other = a.infos[pair[0]], b.infos[pair[1]]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        match.reshaped.append((one, other))
+        return
+    same_order = one.order == other.order
+    alike = same_order and a.content(pair[0]) == b.content(pair[1]) is not None
+    same = alike if forms else same_order and a.is_same(pair[0], b, pair[1])
+    if not one.words or same:
+        match.unchanged.append(one)
+    elif alike:
+        near_a, near_b = a.is_near(pair[0]), b.is_near(pair[1])
+        match.indistinguishable.append(Indistinct(one, near_a, near_b, same is False))
+    elif one.inline or other.inline:
+        match.small.append(pair)
+    else:
+        match.stored.append(pair)

@@ -131,6 +131,7 @@ class Reader(HistoryReader):
         *,
         force: bool = False,
         exact: bool = False,
+        near: bool = False,
         progress: Progress = quiet,
         announce: Callable[[Path], object] = quiet,
     ) -> CheckedOut:
@@ -141,6 +142,7 @@ class Reader(HistoryReader):
             output: The file or directory to write; None uses the path that the commit recorded.
             force: Overwrite files whose content is in no commit.
             exact: Refuse a commit that can only be restored in near form.
+            near: Write the near form even if the commit is exact now; `output` is required.
             progress: Called with the number of bytes that were read or written since its last call.
             announce: Called with the target path before the first byte is written.
 
@@ -149,12 +151,13 @@ class Reader(HistoryReader):
 
         Raises:
             NotFoundError: The commit does not exist.
+            InvalidInputError: `near` is set without `output`, or the commit has no near form.
             ConflictError: A file would be lost, or `exact` is set and the commit is near.
             CorruptionError: A file does not have its recorded hash; no file was replaced.
         """
         name, target = self.resolve(revision), None if output is None else Path(output)
         return ops.checkout.checkout_files(
-            self._repository, name, target, progress, announce, force=force, exact=exact
+            self._repository, name, target, progress, announce, force=force, exact=exact, near=near
         )
 
     def checkout_part(
