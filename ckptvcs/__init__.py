@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.reader import Reader
     from ckptvcs.ops.refs import DeletedBranch, NamedCommit
     from ckptvcs.ops.repair import Repaired
+    from ckptvcs.ops.resume import Resumed, Unusable
     from ckptvcs.ops.show import Status, TensorEntry
     from ckptvcs.ops.stats import Stats
     from ckptvcs.ops.tensor import TensorView
@@ -100,6 +101,7 @@ _HOMES = {
     "Provenance": "history.provenance",
     "Reader": "ops.reader",
     "ReflogEvent": "history.reflog",
+    "Resumed": "ops.resume",
     "Removal": "ops.originals",
     "Removed": "files.removal",
     "Repaired": "ops.repair",
@@ -111,6 +113,7 @@ _HOMES = {
     "TensorEntry": "ops.show",
     "TensorInfo": "history.schema",
     "TensorView": "ops.tensor",
+    "Unusable": "ops.resume",
     "Undone": "history.reflog",
     "UsageRow": "ops.disk_usage",
     "Verdict": "ops.bisect",
@@ -185,6 +188,7 @@ __all__ = [
     "Removed",
     "Repaired",
     "Repo",
+    "Resumed",
     "Skipped",
     "Stats",
     "Status",
@@ -197,6 +201,7 @@ __all__ = [
     "TruncatedError",
     "Undone",
     "UnsupportedVersionError",
+    "Unusable",
     "UsageRow",
     "Verdict",
     "VerifyReport",

@@ -118,7 +118,8 @@ class Repo(Sharing):
                 weight each optimizer moment belongs to.
             optimizer: A torch optimizer, or a list or dict of optimizers.
             extra: Further entries beside `model` and `optimizer`, such as a scheduler state.
-            step: The training step; None reads it from the state, if the state has one.
+            step: The training step; None reads it from the state, if the state has one.  With
+                `model` or `optimizer`, the state gets it under the key `step`.
             message: The message of the commit.
             metrics: Metrics by name, such as `{"loss": 2.31}`.
             codec: The codec for this commit; None uses the setting `codec`.
@@ -138,8 +139,11 @@ class Repo(Sharing):
         Example:
             >>> entry = repo.commit(model=model, optimizer=optimizer, step=2000)
         """
-        take = partial(ops.request.gather_state, state, model, optimizer, extra)
-        return self._commit(take, ops.request.Request(message, step, metrics or {}, codec))
+        request = ops.request.Request(message, step, metrics or {}, codec)
+        gather = ops.request.gather_state
+        return self._commit(
+            partial(gather, state, model, optimizer, extra, step=request.step), request
+        )
 
     def _commit(self, take: Callable[[], Checkpoint], request: Request) -> LogEntry:
         """Commit the checkpoint that `take` returns to the branch of this `Repo`."""
@@ -217,8 +221,9 @@ class Repo(Sharing):
         self._background.raise_failed()
         config = self._repository.commit_config()
         config.codec_of(codec)
-        take = partial(ops.request.gather_state, state, model, optimizer, extra)
         request = ops.request.Request(message, step, metrics or {}, codec)
+        gather = ops.request.gather_state
+        take = partial(gather, state, model, optimizer, extra, step=request.step)
         request.origin = ops.provenance.capture_later(config)
         return self._background.commit(
             take, request, lambda: self._branch, self._follow, lambda: self._commit(take, request)

@@ -20,7 +20,7 @@ from ckptvcs.checkpoint.optimizer_state import FIRST, MOMENTS, Names
 from ckptvcs.checkpoint.optimizers import keep_types
 from ckptvcs.errors import InvalidInputError, NotFoundError
 
-MODEL, OPTIMIZER = "model", "optimizer"
+MODEL, OPTIMIZER, STEP = "model", "optimizer", "step"
 _WRAPPERS = {"_orig_mod.": "_orig_mod", "module.": "module"}
 _FAILURES = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 _WHOLE = frozenset({*FIRST, "exp_avg_sq", "max_exp_avg_sq", "square_avg"})
@@ -30,7 +30,11 @@ _MAX_REASON = 300  # characters of an error of torch
 
 
 def gather(
-    model: Any, optimizer: Any, extra: Mapping[str, object] | None, file: str
+    model: Any,
+    optimizer: Any,
+    extra: Mapping[str, object] | None,
+    file: str,
+    step: int | None = None,
 ) -> tuple[dict[str, object], Names]:
     """Return the states of a module and its optimizers, without a copy, and the parameter names.
 
@@ -39,6 +43,7 @@ def gather(
         optimizer: optimizer, list or dict of optimizers, or None
         extra: other values to add to the state
         file: path of the state's file, for the keys of the names
+        step: training step, which the state gets unless `extra` has one
 
     Raises:
         InvalidInputError: an object has no `state_dict`, or `extra` has the key of an object.
@@ -62,6 +67,8 @@ def gather(
     taken = state.keys() & (extra or {}).keys()
     if taken:
         raise InvalidInputError(f"key '{min(taken)}' in `extra` is reserved for the {min(taken)}")
+    if step is not None:
+        state[STEP] = step
     return state | dict(extra or {}), names
 
 

@@ -68,7 +68,9 @@ def checkout(
                 announce=announce,
             )
         with after("" if target else "the files were written"):
-            where = None if target else repo.move_head(revision)
+            where = (
+                None if target else repo.move_head(name if revision == "latest-good" else revision)
+            )
     entry = replace(entry, fidelity=done.fidelity)  # an exact form may have faded by now
     if json:
         render.as_json(

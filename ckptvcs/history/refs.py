@@ -39,7 +39,10 @@ _MOST = 10**9  # plausible versions of a ref
 _GENERATION = re.compile(r"[0-9]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/-]{0,199}\Z")
 _MAX_FILE_NAME = 255
-_RESERVED = frozenset({"HEAD", "latest"})
+LATEST_GOOD = "latest-good"
+"""The revision of the newest commit that proves itself; `ops/resume.py` finds it."""
+
+_RESERVED = frozenset({"HEAD", "latest", LATEST_GOOD})
 
 
 @dataclass(frozen=True)

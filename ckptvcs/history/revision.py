@@ -17,7 +17,7 @@ from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, find_metrics
 from ckptvcs.history.reachability import is_whole, mark, require_packs
-from ckptvcs.history.refs import HEAD, Refs
+from ckptvcs.history.refs import HEAD, LATEST_GOOD, Refs
 from ckptvcs.store.ids import Kind, ObjectId
 
 LONGEST_STEP = 19  # digits
@@ -315,7 +315,13 @@ class Revisions:
         return names[0] if names else None
 
     def _unknown(self, text: str) -> NotFoundError:
-        names = [*self._refs.names("heads"), *self._refs.names("tags"), "HEAD", "latest"]
+        names = [
+            *self._refs.names("heads"),
+            *self._refs.names("tags"),
+            "HEAD",
+            "latest",
+            LATEST_GOOD,
+        ]
         close = difflib.get_close_matches(text, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see 'ckpt log --all'"
         return NotFoundError(f"unknown revision '{text}'", hint=hint)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ckptvcs.checkpoint.open import open_checkpoint
 from ckptvcs.checkpoint.optimizer_state import Names
@@ -18,6 +19,7 @@ from ckptvcs.ops.repository import Repository
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import ObjectId
 
+T = TypeVar("T")
 _log = logging.getLogger("ckptvcs")
 
 Where = str | os.PathLike[str] | Repo
@@ -76,6 +78,29 @@ class Target:
         for note in result.notes:
             _log.warning("%s: %s", path.name, note)
         return result
+
+
+def on_first_process(act: Callable[[], T]) -> T:
+    """Call a function in the first process of a distributed run; return its result in all.
+
+    Raises:
+        CkptError: The function failed; all processes raise the error.
+    """
+    from torch import distributed  # noqa: PLC0415  needs torch
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return act()
+    results: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            results[0] = act()
+        except CkptError as error:
+            results[1] = error
+    distributed.broadcast_object_list(results)
+    if results[1] is not None:
+        raise results[1]
+    result: T = results[0]
+    return result
 
 
 # A repository keeps the tensors of its last commit in memory as the base of the next one.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ckptvcs.checkpoint.conventions import named_step
 from ckptvcs.checkpoint.optimizer_state import Names
 from ckptvcs.checkpoint.torch_objects import parameter_names
 from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError, missing_extra
-from ckptvcs.integrations.target import Target, Where
+from ckptvcs.history.refs import LATEST_GOOD
+from ckptvcs.integrations.target import Target, Where, on_first_process
 from ckptvcs.ops.originals import Keeper
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.series import Lines
@@ -92,6 +94,48 @@ class CkptCallback(TrainerCallback):
             self._commits[folder] = result.id
             with contextlib.suppress(BusyError):  # gc is running: the next checkpoint tries again
                 self._remove({folder, Path(state.best_model_checkpoint or folder)})
+
+    def latest(self, output_dir: str | os.PathLike[str] | None = None) -> str | None:
+        """Restore the newest checkpoint that proves itself, to resume from it.
+
+        A warning says why a newer checkpoint was skipped, and whether this one is only near.  With
+        several processes, call this in each of them: the first process restores the directory.
+
+        Args:
+            output_dir: The `output_dir` of the Trainer.  None uses the path that the commit
+                recorded, relative to the repository, or to the working directory if the path was
+                outside.
+
+        Returns:
+            The directory, for `resume_from_checkpoint`; None if there is no commit yet.
+
+        Raises:
+            CorruptionError: There are commits, but none proves itself.
+            ConflictError: The directory exists, and has content that no commit contains.
+            InvalidInputError: The commit is not a checkpoint of the Trainer.
+
+        Example:
+            >>> trainer.train(resume_from_checkpoint=callback.latest())
+        """
+        return on_first_process(lambda: self._restore_latest(output_dir))
+
+    def _restore_latest(self, output_dir: str | os.PathLike[str] | None) -> str | None:
+        repo = self._target.existing()
+        if repo is None or not repo.log(1, all_branches=True):
+            return None
+        entry = repo.entry(repo.resolve(LATEST_GOOD))
+        if entry.commit.source != "directory":
+            raise InvalidInputError(f"commit {entry.id[:8]} is not a directory of the Trainer")
+        if output_dir is None:
+            top, target = repo.root if entry.commit.inside else Path.cwd(), None
+            folder = top / entry.commit.path
+        else:
+            folder = target = Path(output_dir) / f"checkpoint-{entry.step}"
+        repo.checkout_files(entry.id, target)
+        if not entry.exact:
+            error = f"{entry.commit.error.weight_rel:.2g}"
+            _log.warning("step %s is near (%s): the run changes a little", entry.step, error)
+        return str(folder)
 
     def _earlier(self, folder: Path) -> dict[Path, ObjectId]:
         """Return the committed directories of earlier runs beside `folder`, oldest commit first."""

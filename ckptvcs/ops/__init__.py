@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops import refs as refs
     from ckptvcs.ops import repair as repair
     from ckptvcs.ops import request as request
+    from ckptvcs.ops import resume as resume
     from ckptvcs.ops import show as show
     from ckptvcs.ops import statistics as statistics
     from ckptvcs.ops import stats as stats

@@ -17,7 +17,13 @@ from pathlib import Path
 
 from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.decode.trajectory import written
-from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.errors import (
+    CkptError,
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+)
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops import note
 from ckptvcs.ops.arguments import plain_metrics
@@ -25,11 +31,12 @@ from ckptvcs.ops.command import file_name
 from ckptvcs.ops.export import check_form, check_part
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Pool, quiet
-from ckptvcs.store.disk import scratch_folder
+from ckptvcs.store.disk import is_full, scratch_folder
 from ckptvcs.store.ids import ObjectId
 
 Function = Callable[[LogEntry, Path], Mapping[str, float] | None]
 
+_NO_ROOM = "free space in the temporary directory, or choose one with TMPDIR"
 _OF_ONE = (CorruptionError, NotFoundError, InvalidInputError)
 """The errors of one commit; all others end the whole call."""
 
@@ -77,6 +84,18 @@ def each(
     return run.over([repository.entry(name) for name in names])
 
 
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """Create a temporary folder, and delete it at the end.  Raises StorageError."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder("ckpt-each-"))
+        except OSError as error:
+            message = f"cannot create a temporary directory: {error.strerror or error}"
+            raise StorageError(message, hint=_NO_ROOM) from error
+        yield folder
+
+
 @dataclass(frozen=True)
 class _Job:
     """A commit that was written to a path in a temporary folder, which `folder` deletes."""
@@ -118,7 +137,7 @@ class _Run:
         """Visit commits, and return the results in the same order."""
         self._left = len(entries)
         for entry in entries:
-            if self._metrics and entry.metrics.keys() >= set(self._metrics):
+            if self._has_metrics(entry):
                 self._note(Visit(entry, "skipped"))
         try:
             self._begin_all([entry for entry in entries if entry.id not in self._visits])
@@ -174,16 +193,24 @@ class _Run:
         self._reached += 1
         if self._is_over:
             return None
+        if self._has_metrics(self._repository.entry(entry.id)):  # another process has run it
+            return Visit(entry, "skipped")
         with ExitStack() as stack:
-            path = stack.enter_context(scratch_folder("ckpt-each-")) / self._file_name(entry)
             try:
+                path = stack.enter_context(_scratch()) / self._file_name(entry)
                 if self._only is None and self._form is None:
                     reader.restore(path)
                 else:  # `force` is safe: the folder is new
                     reader.export(path, self._only, quiet, force=True)
             except _OF_ONE as error:
                 return Visit(entry, "failed", error=error)
+            except StorageError as error:
+                error.hint = _NO_ROOM if is_full(error) else error.hint
+                raise
             return _Job(entry, path, stack.pop_all())
+
+    def _has_metrics(self, entry: LogEntry) -> bool:
+        return bool(self._metrics) and entry.metrics.keys() >= set(self._metrics)
 
     def _file_name(self, entry: LogEntry) -> str:
         name = file_name(entry)

@@ -22,7 +22,7 @@ from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import read_sound
 from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.history.recipe import LEFT_OUT, dump_drop_record, dump_recipe
-from ckptvcs.history.refs import check_name
+from ckptvcs.history.refs import Generation, check_name
 from ckptvcs.ops.archive import Source, opened
 from ckptvcs.ops.fetch_plan import Plan, Planner, State
 from ckptvcs.ops.placement import free_name, stem
@@ -33,6 +33,7 @@ from ckptvcs.store.leases import check_lease, lease, turn
 from ckptvcs.store.pack import pack_name
 
 _ACTION = "fetch"
+_TRIES = 5  # to move refs while others commit
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Fetcher:
             CorruptionError: An object that the commits need is missing.
             StorageError: The disk is full, or fails.
         """
-        wanted = self._wanted_refs(branch)
+        wanted, strict = self._wanted_refs(branch), branch is not None
+        self._moves(wanted, strict=strict)  # raises before anything is written
         self._raise_flags()
         with lease(self._backend) as lease_name:
             state, plan = self._plan()
@@ -93,16 +95,8 @@ class Fetcher:
                 self._publish(plan)
             self._copy(plan.patches)
             with turn(self._backend):
-                moves, kept = self._moves(wanted, strict=branch is not None)
-                for tip in {*moves.values()}:
-                    self._repository.revisions.require_durable(tip)
-                self._backend.settle_seen()
-                check_lease(self._backend, lease_name)
-                for ref, commit in moves.items():
-                    self._refs.publish(
-                        ref, self._refs.read(ref), commit=commit, time=now(), action=_ACTION
-                    )
-        return replace(done, refs=moves, kept=kept, size_bytes=self._size_bytes)
+                refs, kept = self._set_refs(wanted, lease_name, strict=strict)
+        return replace(done, refs=refs, kept=kept, size_bytes=self._size_bytes)
 
     def _report(self, state: State) -> Fetched:
         """Return what will be done; commits that other bundles left out count as new."""
@@ -181,48 +175,67 @@ class Fetcher:
 
     # -- refs ------------------------------------------------------------------------------------
 
+    def _set_refs(
+        self, wanted: dict[str, ObjectId], lease_name: str, *, strict: bool
+    ) -> tuple[dict[str, ObjectId], tuple[str, ...]]:
+        """Move refs; return them, and the tags that name other commits here."""
+        done: dict[str, ObjectId] = {}
+        for attempt in range(_TRIES):
+            moves, kept = self._moves(wanted, strict=strict)
+            for tip in {commit for _, commit in moves.values()}:
+                self._repository.revisions.require_durable(tip)
+            self._backend.settle_seen()
+            check_lease(self._backend, lease_name)
+            try:
+                for ref, (old, commit) in moves.items():
+                    self._refs.publish(ref, old, commit=commit, time=now(), action=_ACTION)
+                    done[ref] = commit
+                break
+            except ConflictError:  # a commit moved the branch
+                if attempt + 1 == _TRIES:
+                    raise
+        return done, kept
+
     def _moves(
         self, wanted: dict[str, ObjectId], *, strict: bool
-    ) -> tuple[dict[str, ObjectId], tuple[str, ...]]:
-        """Return the refs to set, branches last, and the tags that name other commits here."""
-        moves: dict[str, ObjectId] = {}
+    ) -> tuple[dict[str, tuple[Generation | None, ObjectId]], tuple[str, ...]]:
+        """Return the refs to set with their present versions, and the tags that stay."""
+        moves: dict[str, tuple[Generation | None, ObjectId]] = {}
         kept = []
         for ref, commit in sorted(wanted.items(), reverse=True):
             space, _, name = ref.partition("/")
             state = self._refs.read(ref)
             at = state.commit if state is not None else None
             if space == "heads":
-                place = self._branch(name, commit, strict=strict)
+                taken = {ref[6:] for ref in moves}
+                place = self._branch(name, commit, taken, strict=strict)
                 if place is not None:
-                    moves[f"heads/{place}"] = commit
+                    moves[f"heads/{place}"] = self._refs.read(f"heads/{place}"), commit
             elif at is None:
-                moves[ref] = commit
+                moves[ref] = state, commit
             elif at != commit:
                 kept.append(name)
         return moves, tuple(sorted(kept))
 
-    def _branch(self, name: str, tip: ObjectId, *, strict: bool) -> str | None:
+    def _branch(self, name: str, tip: ObjectId, taken: set[str], *, strict: bool) -> str | None:
         """Return the branch to put a commit on; None if one with this name has it already.
 
-        A branch with other commits stays; the commit goes to a branch of another name, as those
-        of a commit that does not fit.
+        A branch with other commits stays.  Then the commit goes to a branch with another number.
         """
-        line = set(self._catalog.ids_below(tip))
+        line = self._source.catalog.with_ancestors([tip])
         branches = self._refs.names("heads")
         alike = [name, *(one for one in branches if one != name and stem(one) == stem(name))]
         for one in alike[:1] if strict else alike:
             at = self._repository.revisions.branch(one)
-            if at is None and one == name:
-                return one
             if at is not None and tip in self._catalog.ids_below(at):
                 return None
-            if at in line:
+            if one not in taken and (at in line or (at is None and one == name)):
                 return one
         if strict:
             raise ConflictError(
                 f"branch '{name}' has other commits", hint="choose another name with --branch"
             )
-        return free_name(name, branches)
+        return free_name(name, taken.union(branches))
 
 
 def fetch(

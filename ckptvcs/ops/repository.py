@@ -31,7 +31,7 @@ from ckptvcs.history.format_file import (
     write_format,
 )
 from ckptvcs.history.log import History, LogEntry
-from ckptvcs.history.refs import HEAD, Generation, Refs
+from ckptvcs.history.refs import HEAD, LATEST_GOOD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.config import Config, Settings, default_text
 from ckptvcs.store import disk
@@ -186,7 +186,12 @@ class Repository:
         Raises:
             NotFoundError: No commit matches.
             InvalidInputError: Several commits match.
+            CorruptionError: The revision is `latest-good`, and no commit proves itself.
         """
+        if revision == LATEST_GOOD:
+            from ckptvcs.ops.resume import newest_good  # noqa: PLC0415  needs numpy
+
+            return newest_good(self)
         return self.revisions.resolve(str(revision))
 
     def restorer(self, name: ObjectId, *, near: bool = False) -> Restorer:

@@ -73,6 +73,8 @@ def gather_state(
     optimizer: Any,
     extra: Mapping[str, object] | None,
     copies: Copies | None = None,
+    *,
+    step: int | None = None,
 ) -> Checkpoint:
     """Return a checkpoint of a state, or of a model and its optimizers; see `Repo.commit`."""
     from ckptvcs.checkpoint.torch_objects import gather  # noqa: PLC0415
@@ -83,5 +85,5 @@ def gather_state(
         raise InvalidInputError("pass either a state or extra, not both")
     if state is not ...:
         return state_checkpoint(state, None, copies)
-    gathered, names = gather(model, optimizer, extra, STATE_FILE)
+    gathered, names = gather(model, optimizer, extra, STATE_FILE, step)
     return state_checkpoint(gathered, names, copies)

@@ -140,3 +140,26 @@ def test_older_directories_go(tmp_path: Path) -> None:
     repo.checkout_files(repo.resolve(4), target)  # near by now
     train(tmp_path / "resumed", tmp_path / "repo", 6, target)
     assert Repo.open(tmp_path / "repo").resolve("main-2@6")
+
+
+def test_latest_restores_the_newest_checkpoint_that_proves_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ckptvcs.integrations.transformers import CkptCallback
+
+    assert CkptCallback(tmp_path / "repo").latest() is None
+    train(tmp_path / "whole", tmp_path / "repo", 4)
+    again = tmp_path / "again"
+    train(again, tmp_path / "repo", 6, "latest")
+    assert contents(again / "checkpoint-4") == contents(tmp_path / "whole" / "checkpoint-4")
+    assert [entry.step for entry in Repo.open(tmp_path / "repo").log()] == [6, 4, 2]
+    repo = Repo.open(tmp_path / "repo")
+    patches = handle(repo).fader().patches()
+    newest = repo.resolve(6)
+    for patch in patches:
+        if newest in patch.commits:
+            (repo.folder / patch.folder / patch.pack[:2] / f"{patch.pack}.pack").write_bytes(b"x")
+    found = CkptCallback(tmp_path / "repo").latest(tmp_path / "third")
+    assert found == str(tmp_path / "third" / "checkpoint-4")
+    assert contents(Path(found)) == contents(tmp_path / "whole" / "checkpoint-4")
+    assert "skipped step 6" in caplog.text

@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 
 from ckptvcs import Policy, Repo
+from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
+from ckptvcs.history.provenance import Provenance
+from ckptvcs.history.revision import Revisions
+from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.history_reader import handle
+from ckptvcs.ops.request import Request
+from ckptvcs.store.ids import ObjectId
 from tests.helpers.bundling import history, steps
 from tests.helpers.crashing import states
 
@@ -270,6 +276,41 @@ def test_two_fetches_at_once(tmp_path: Path) -> None:
     assert not clone.verify().damage
 
 
+def test_a_commit_while_refs_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays on its branch, and what was fetched goes to another one."""
+    repo = history(tmp_path / "a", 3)
+    clone = Repo.clone(repo.bundle(1, tmp_path / "x.ckptz").path, tmp_path / "b")
+    repo.bundle("2..3", tmp_path / "y.ckptz")
+    calm = Revisions.require_durable
+
+    def meanwhile(self: Revisions, name: ObjectId) -> None:
+        monkeypatch.undo()
+        Repo.open(clone.root).commit(states(9)[-1], step=9)
+        calm(self, name)
+
+    monkeypatch.setattr(Revisions, "require_durable", meanwhile)
+    done = clone.fetch(tmp_path / "y.ckptz")
+    assert set(done.refs) == {"heads/main-2"}
+    assert steps(clone) == [1, 9]
+    assert [entry.step for entry in clone.log(revision="main-2")] == [3, 2, 1]
+
+
+def test_branches_of_similar_names(tmp_path: Path) -> None:
+    """No commit of a bundle is left without a branch."""
+    repo = history(tmp_path / "a", 3)
+    repo.branch("main-2", 1)
+    repo.move_head("main-2")
+    repo.commit(states(5)[-1], step=5)
+    repo.bundle(["main", "main-2"], tmp_path / "x.ckptz")
+    other = history(tmp_path / "b", 2)
+    done = other.fetch(tmp_path / "x.ckptz")
+    assert done.refs == {
+        "heads/main-2": repo.resolve("main-2"),
+        "heads/main-3": repo.resolve("main"),
+    }
+    assert steps(other) == [1, 2]
+
+
 @pytest.mark.parametrize("now", [False, True])
 def test_fetch_restores_what_gc_dropped(tmp_path: Path, now: bool) -> None:
     repo = history(tmp_path / "a")
@@ -317,6 +358,10 @@ def test_branches_that_have_diverged(tmp_path: Path) -> None:
     with pytest.raises(ConflictError, match="other commits"):
         ours.fetch(tmp_path / "z.ckptz", branch="main")
     assert ours.log()[0].id == mine.id
+    packs = sorted(ours.folder.glob("*/*/*.pack"))
+    with pytest.raises(ConflictError, match="other commits"):
+        ours.fetch(tmp_path / "z.ckptz", branch="main")
+    assert sorted(ours.folder.glob("*/*/*.pack")) == packs
     assert set(ours.fetch(tmp_path / "z.ckptz", branch="friend").refs) == {"heads/friend"}
     assert not ours.verify().damage
 
@@ -357,6 +402,17 @@ def test_notes_travel(tmp_path: Path) -> None:
     assert not clone.verify().damage
     clone.note(2, message="best")
     assert clone.show(2).message == "best"
+
+
+def test_provenance_travels(tmp_path: Path) -> None:
+    repo = history(tmp_path / "a", 1)
+    origin = Provenance("/run", "3.11", "Linux", {"torch": "2"})
+    for state in states(3)[1:]:
+        request = Request(step=state["step"], checkpoint=state_checkpoint(state), origin=origin)
+        commit_checkpoint(handle(repo), request)
+    clone = Repo.clone(repo.bundle("..", tmp_path / "x.ckptz").path, tmp_path / "b")
+    assert [clone.provenance(step) for step in (1, 2, 3)] == [None, origin, origin]
+    assert not clone.verify().damage
 
 
 def test_fetch_into_an_empty_repository(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptvcs import InvalidInputError, LogEntry, NotFoundError, Policy, Repo, Visit
+from ckptvcs import InvalidInputError, LogEntry, NotFoundError, Policy, Repo, StorageError, Visit
 from ckptvcs.ops.command import printed_metrics
 from ckptvcs.ops.history_reader import handle
 from tests.helpers.checkpoints import trainer_directory
@@ -112,6 +112,25 @@ def test_a_failure_stops_no_other_commit_and_is_tried_again(run: Repo, jobs: int
     assert [pair for pair in states(visits) if pair[1] != "skipped"] == [(3, "done"), (5, "failed")]
     assert all(run.show(step).metrics["eval"] == 1.0 for step in (1, 2, 3, 4, 6, 7, 8))
     assert not left_behind(run)
+
+
+def test_a_commit_that_got_the_metric_meanwhile_is_skipped(run: Repo) -> None:
+    def evaluate(entry: LogEntry, _: Path) -> dict[str, float]:
+        Repo.open(run.root).note((entry.step or 0) + 1, metrics={"eval": 9.0})
+        return {"eval": 1.0}
+
+    visits = run.each(evaluate, 1, 6, metrics=["eval"])
+    assert [state for _, state in states(visits)] == ["done", "skipped"] * 3
+    assert [run.show(step).metrics["eval"] for step in (1, 2)] == [1.0, 9.0]
+
+
+def test_a_temporary_directory_that_cannot_be_used(
+    run: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(run.root / "missing"))
+    with pytest.raises(StorageError, match="temporary directory") as caught:
+        run.each(lambda *_: {"eval": 1.0})
+    assert "TMPDIR" in (caught.value.hint or "")
 
 
 def test_fail_fast_begins_no_further_commit(run: Repo) -> None:

@@ -153,6 +153,21 @@ def test_no_room_for_the_cache(room: int, tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", mount], check=True)
 
 
+def test_each_in_a_full_temporary_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = history(tmp_path / "repo", tmp_path / "files", 2)
+    mount = mounted("tmpfs", 8 << 10, tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(mount))
+    try:
+        with pytest.raises(StorageError, match="No space") as caught:
+            repo.each(lambda *_: {"eval": 1.0})
+        assert "TMPDIR" in (caught.value.hint or "")
+        assert not list(mount.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", mount], check=True)
+
+
 @pytest.mark.parametrize("name", ["commit", "gc", *(["rekey", "import"] if NIGHTLY else [])])
 def test_files_may_not_be_large(name: str, tmp_path: Path) -> None:
     scenario = SCENARIOS[name]

@@ -22,6 +22,7 @@ NAMES = [
     "v1-near",
     "v1-notes",
     "v1-patches",
+    "v1-provenance",
     "v1-shared-bytes",
     "v1-types",
 ]
@@ -60,3 +61,14 @@ def test_old_notes_say_the_same(tmp_path: Path) -> None:
         assert spec.noted(commit) == said
     assert repo.show(2).metrics == {"eval": 0.25}
     assert len(repo.notes(2)) == 2
+
+
+def test_old_provenance_says_the_same(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "v1-provenance" / "store", tmp_path / ".ckpt")
+    expected = json.loads((GOLDEN / "v1-provenance" / "provenance.json").read_text())
+    repo, spec = Repo.open(tmp_path), SpecRepository(tmp_path / ".ckpt")
+    for commit, said in expected.items():
+        found = repo.provenance(ObjectId(commit))
+        assert (found and json.loads(json.dumps(found.as_json()))) == said
+        assert spec.provenance(commit) == said
+    assert len({json.dumps(said) for said in expected.values()}) == 3

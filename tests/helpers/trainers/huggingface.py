@@ -105,6 +105,8 @@ def main(
     )
     callbacks = [callback, _Stop(int(stop))]
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    if resume == "latest":
+        resume = callback.latest(out) or ""
     trainer.train(resume_from_checkpoint=resume or None)
 
 
