@@ -18,20 +18,37 @@ _MAX_LISTED = 6
 def branch(
     context: Context,
     name: Annotated[str | None, Argument(metavar="[NAME]", help="name of a new branch")] = None,
-    revision: Annotated[str, Argument(metavar="[REV]", help="commit to start at")] = "HEAD",
-    delete: Annotated[bool, Option("--delete", help="delete the branch")] = False,
+    revision: Annotated[str | None, Argument(metavar="[REV]", help="commit to start at")] = None,
+    delete: Annotated[bool, Option("-d", "--delete", help="delete the branch")] = False,
+    rename: Annotated[
+        bool, Option("-m", "--rename", help="rename: [OLD] NEW (default: the current branch)")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """List, create or delete branches."""
+    """List, create, rename or delete branches."""
     repo = open_repo(context)
+    if rename:
+        _rename(repo, name, revision, delete=delete, json=json)
+        return
     if delete:
         _delete(repo, name, json=json)
         return
     if name is None:
         show_names(repo.branches(), json=json)
         return
-    commit = repo.branch(name, revision)
+    commit = repo.branch(name, revision or "HEAD")
     render.answer({"name": name, "commit": commit}, f"branch {name} at {commit[:8]}", json=json)
+
+
+def _rename(repo: Repo, old: str | None, new: str | None, *, delete: bool, json: bool) -> None:
+    if old is None or delete:
+        raise InvalidInputError(
+            "--rename cannot be combined with --delete" if delete else "--rename requires a name",
+            hint="run 'ckpt branch --rename OLD NEW'",
+        )
+    target = old if new is None else new
+    name = repo.rename_branch(target, None if new is None else old)
+    render.answer({"name": target, "renamed": name}, f"branch {name} is now {target}", json=json)
 
 
 def _delete(repo: Repo, name: str | None, *, json: bool) -> None:

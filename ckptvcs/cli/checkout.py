@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from typer import Context, Option
+from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
-from ckptvcs.cli.context import JsonOption, Part, Revision, open_repo
-from ckptvcs.errors import InvalidInputError, after
+from ckptvcs.cli.context import JsonOption, Part, open_repo
+from ckptvcs.errors import CkptError, InvalidInputError, after
+from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,12 +21,21 @@ if TYPE_CHECKING:
     from ckptvcs import Commit, LogEntry
 
 
+_Revision = Annotated[
+    str | None, Argument(metavar="REV", help="step, tag, branch, id, HEAD~2, best:loss:min ...")
+]
 _Output = Annotated[
     str | None, Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)")
 ]
-_Force = Annotated[bool, Option("--force", help="overwrite files that no commit contains exactly")]
+_Force = Annotated[
+    bool, Option("-f", "--force", help="overwrite files that no commit contains exactly")
+]
 _Require = Annotated[
     Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
+]
+_Branch = Annotated[
+    str | None,
+    Option("-b", "--branch", metavar="NAME", help="start a branch at REV (default: HEAD)"),
 ]
 _Near = Annotated[
     bool, Option("--near", help="write the near form, even if the commit is exact (with -o)")
@@ -33,12 +44,13 @@ _Near = Annotated[
 
 def checkout(
     context: Context,
-    revision: Revision,
+    revision: _Revision = None,
     output: _Output = None,
     force: _Force = False,
     only: Part = None,
     require: _Require = None,
     near: _Near = False,
+    branch: _Branch = None,
     json: JsonOption = False,
 ) -> None:
     """Restore the files of a commit."""
@@ -46,14 +58,48 @@ def checkout(
         raise InvalidInputError(
             "checkpoints cannot be written to stdout", hint="pass a file name: -o model.pt"
         )
+    if revision is None and branch is None:
+        raise InvalidInputError("missing argument REV", hint="run 'ckpt checkout --help'")
+    if branch is not None and (output or only):
+        raise InvalidInputError(f"--branch cannot be combined with {'--only' if only else '-o'}")
+    if near and only:
+        raise InvalidInputError("--near cannot be combined with --only", hint="leave one out")
     repo = open_repo(context)
+    exactly = require is not None
+    if branch is None:
+        _restore(
+            repo, str(revision), output, only, force=force, exactly=exactly, near=near, json=json
+        )
+        return
+    name = repo.branch(branch, revision or "HEAD")
+    if revision is None:  # the files are those of HEAD, perhaps with changes
+        repo.move_head(branch)
+        at = f"branch {branch} at {name[:8]}"
+        render.answer({"id": name, "paths": [], "branch": branch}, at, json=json)
+        return
+    try:
+        _restore(repo, branch, output, only, force=force, exactly=exactly, near=near, json=json)
+    except BaseException:
+        with contextlib.suppress(CkptError):  # HEAD is on it: the error came after the checkout
+            repo.delete_branch(branch)
+        raise
+
+
+def _restore(
+    repo: Repo,
+    revision: str,
+    output: str | None,
+    only: str | None,
+    *,
+    force: bool,
+    exactly: bool,
+    near: bool,
+    json: bool,
+) -> None:
     name = repo.resolve(revision)
     entry = repo.entry(name)
     target, where = Path(output) if output else None, None
     announce = _ignore if target else partial(_announce, None if only else entry.commit)
-    exactly = require is not None
-    if only and near:
-        raise InvalidInputError("--near cannot be combined with --only", hint="leave one out")
     if only:
         done = repo.checkout_part(name, only, target, force=force, exact=exactly, announce=announce)
     else:

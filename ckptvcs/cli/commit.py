@@ -61,6 +61,9 @@ def _tell(repo: Repo, result: CommitResult, *, json: bool) -> None:
     for note in result.notes:
         render.talk(f"note: {render.printable(note)}")
     entry = repo.entry(result.id, branch=result.branch)
+    if render.is_quiet() and not json:
+        render.data(entry.id)
+        return
     commit = entry.commit
     kept = entry.exact and entry.exact_bytes
     form = until(repo, entry) if kept else f", {entries.fidelity(entry)}"

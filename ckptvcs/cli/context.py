@@ -26,7 +26,9 @@ Stop = Annotated[str | None, Option(metavar="REV", help="last step or revision, 
 Every = Annotated[
     int | None, Option(metavar="STEPS", help="only steps that are multiples of STEPS")
 ]
-Count = Annotated[int | None, Option("-n", metavar="N", min=1, help="maximum number of rows")]
+Count = Annotated[
+    int | None, Option("-n", "--max-count", metavar="N", min=1, help="maximum number of rows")
+]
 Part = Annotated[
     Literal["model", "optimizer", "rest"] | None,
     Option("--only", metavar="PART", help="only this part: model, optimizer or rest"),
@@ -48,7 +50,7 @@ Pattern = Annotated[
 Metrics = Annotated[
     list[str] | None, Option("--metric", metavar="NAME=VALUE", help="metric; can be repeated")
 ]
-Force = Annotated[bool, Option("--force", help="overwrite existing files")]
+Force = Annotated[bool, Option("-f", "--force", help="overwrite existing files")]
 
 Yes = Annotated[bool, Option("--yes", help="do not ask for confirmation")]
 Now = Annotated[bool, Option("--now", help="delete data at once, without the grace period")]
@@ -82,7 +84,7 @@ def open_repo(context: Context) -> Repo:
     try:
         repo.settings()
     except InvalidInputError as error:  # a command that needs the settings raises it
-        render.talk(f"warning: {error.message}")
+        render.complain(f"warning: {error.message}")
     return repo
 
 
@@ -94,7 +96,7 @@ def parse_metrics(texts: Sequence[str] | None) -> dict[str, float]:
     """
     metrics = {}
     for text in texts or ():
-        name, equals, value = text.partition("=")
+        name, equals, value = text.rpartition("=")  # names may contain it
         try:
             number = float(value)
         except ValueError:

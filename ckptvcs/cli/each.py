@@ -77,7 +77,7 @@ def _tell(visit: Visit, left: int, *, json: bool) -> None:
     """Print the result of one commit."""
     shown, rest = entries.commit_name(visit.entry), f" ({left} left)" if left else ""
     if visit.error is not None:
-        render.talk(f"error: {shown}: {render.printable(str(visit.error))}{rest}")
+        render.complain(f"error: {shown}: {render.printable(str(visit.error))}{rest}")
     elif not json:
         render.data(f"{shown}: {entries.metrics(visit.metrics) or 'no metrics'}{rest}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptvcs.cli import render
@@ -11,6 +13,9 @@ from ckptvcs.errors import CorruptionError
 if TYPE_CHECKING:
     from ckptvcs import CodeState, LogEntry, ObjectId, Provenance
     from ckptvcs.repo import Repo
+
+
+_WIDTH = 66  # columns for words behind a label
 
 
 def is_dirty(repo: Repo, name: ObjectId) -> bool | None:
@@ -60,7 +65,7 @@ def _fields(found: Provenance) -> list[tuple[str, str]]:
         *_lines("packages", [f"{name} {version}" for name, version in found.packages.items()]),
         ("gpu", ", ".join(name if n == 1 else f"{n} x {name}" for name, n in gpus.items())),
         ("runs", ", ".join(f"{name} {run}" for name, run in found.runs.items())),
-        ("argv", " ".join(found.argv or ())),
+        ("argv", shlex.join(found.argv or ())),
     ]
 
 
@@ -75,13 +80,12 @@ def _code(code: CodeState) -> list[tuple[str, str]]:
     ]
 
 
-def _lines(label: str, words: Any) -> list[tuple[str, str]]:
-    """Rows of words that fit into a line of the terminal."""
-    rows = [(label, "")]
+def _lines(label: str, words: Sequence[str]) -> list[tuple[str, str]]:
+    """Rows of words, as many in a row as fit into a line of the terminal."""
+    rows = [""]
     for word in words:
-        text = ", ".join(filter(None, (rows[-1][1], word)))
-        if rows[-1][1] and len(text) > 68:
-            rows.append(("", word))
-        else:
-            rows[-1] = (rows[-1][0], text)
-    return rows
+        if rows[-1] and len(rows[-1]) + len(word) > _WIDTH:
+            rows.append("")
+        rows[-1] += f"{word}, "
+    rows[-1] = rows[-1].removesuffix(", ")
+    return [*zip([label, *[""] * (len(rows) - 1)], rows, strict=True)]

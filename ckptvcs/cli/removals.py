@@ -16,9 +16,9 @@ def tell(name: str, outcome: Outcome) -> None:
     """Print the error of a checkpoint with its hint, then its notes."""
     shown = render.printable(name)
     if outcome.problem is not None:
-        render.talk(f"error: {shown}: {render.printable(outcome.problem.message)}")
+        render.complain(f"error: {shown}: {render.printable(outcome.problem.message)}")
         if outcome.problem.hint:
-            render.talk(f"hint: {render.printable(outcome.problem.hint)}")
+            render.complain(f"hint: {render.printable(outcome.problem.hint)}")
     for note in outcome.notes:
         render.talk(f"note: {shown}: {render.printable(note)}")
 
@@ -34,7 +34,7 @@ def tell_removal(name: str, outcome: Outcome, form: str = "") -> None:
     if removal.pinned:
         render.talk(f"pinned: {outcome.id and outcome.id[:8]}, so that it stays exact")
     if removal.keep_reason is not None:
-        render.talk(f"not removed: {render.printable(f'{name}: {removal.keep_reason}')}")
+        render.complain(f"not removed: {render.printable(f'{name}: {removal.keep_reason}')}")
 
 
 def as_json(outcome: Outcome) -> dict[str, render.Json]:

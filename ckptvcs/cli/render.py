@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any, Self, TextIO, cast
+from typing import Any, Self, TextIO
 
 import typer
 
 from ckptvcs.cli.shortening import shorten
+from ckptvcs.errors import CkptError
 from ckptvcs.text import from_number, plain, plain_lines
 from ckptvcs.text import printable as printable
 from ckptvcs.text import size as size
@@ -27,8 +28,7 @@ from ckptvcs.text import size as size
 Json = Any
 
 # typer does not export this class; every error of wrong arguments is an instance.
-_USAGE_ERROR: type[BaseException] = typer.BadParameter.__mro__[1]
-_UNEXPECTED = 1
+UsageError: type[BaseException] = typer.BadParameter.__mro__[1]
 
 DISTANCES = ["|A|", "|B|", "|B-A|", "change", "per step", "cosine", "max", "changed", "not finite"]
 """The columns of `diff` after the name of a tensor."""
@@ -72,9 +72,53 @@ def data(*lines: str) -> None:
     _write(sys.stdout, lines)
 
 
+class _Quiet:
+    """Whether --quiet was passed."""
+
+    on = False
+
+
+def be_quiet(on: bool) -> None:
+    """Begin or end to discard notes, hints and progress; errors are always printed."""
+    _Quiet.on = on
+
+
+def is_quiet() -> bool:
+    """Return whether only data and errors are printed."""
+    return _Quiet.on
+
+
 def talk(*lines: str) -> None:
-    """Print lines about the work."""
+    """Print lines about the work, except with --quiet."""
+    if not _Quiet.on:
+        _write(sys.stderr, lines)
+
+
+def complain(*lines: str) -> None:
+    """Print lines about a failure."""
     _write(sys.stderr, lines)
+
+
+def failure(error: CkptError, *, json: bool) -> None:
+    """Print an error and its hint: as two lines, or as one JSON object on a line of stderr."""
+    if json:
+        _write(
+            sys.stderr,
+            [
+                _ascii(
+                    {
+                        "error": error.message,
+                        "hint": error.hint,
+                        "kind": error.kind,
+                        "exit_code": error.exit_code,
+                    }
+                )
+            ],
+        )
+        return
+    complain(f"error: {printable(error.message)}")
+    if error.hint:
+        complain(f"hint: {printable(error.hint)}")
 
 
 def as_json(value: Json) -> None:
@@ -82,12 +126,17 @@ def as_json(value: Json) -> None:
 
     It may hold results of the API; NaN and infinities become strings.
     """
-    dump = partial(json.dumps, indent=2 if is_terminal() else None, default=_plain, allow_nan=False)
+    data(*_ascii(value, indent=2 if is_terminal() else None).split("\n"))
+
+
+def _ascii(value: Json, indent: int | None = None) -> str:
+    """Return a value as JSON text, in printable ASCII."""
+    dump = partial(json.dumps, indent=indent, default=_plain, allow_nan=False)
     try:
         text = dump(value)
     except ValueError:  # NaN or an infinity
         text = dump(_finite(value))
-    data(*text.replace("\x7f", "\\u007f").split("\n"))
+    return text.replace("\x7f", "\\u007f")
 
 
 def can_ask() -> bool:
@@ -218,7 +267,7 @@ def _is_right(heading: str) -> bool:
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show a bar of bytes with rate and remaining time if stderr is a terminal."""
-    if not sys.stderr.isatty():
+    if _Quiet.on or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich import progress as bars
@@ -236,20 +285,6 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def run(app: typer.Typer) -> int:
-    """Run a command line and return its exit code.  Errors in its arguments are printed plain."""
-    try:
-        code = app(standalone_mode=False)
-    except _USAGE_ERROR as error:
-        usage = cast("typer.BadParameter", error)
-        talk(*plain_lines(f"error: {usage.format_message()}"))
-        command = "ckpt" if usage.ctx is None else usage.ctx.command_path
-        talk(f"hint: run '{command} --help'")
-        code = usage.exit_code
-    return code if isinstance(code, int) else 0
-
-
-def bug() -> int:
-    """Show the traceback of the current exception, which is a bug; return the exit code."""
-    talk(*plain_lines(traceback.format_exc().rstrip("\n")))
-    return _UNEXPECTED
+def bug() -> None:
+    """Show the traceback of the current exception, which is a bug."""
+    complain(*plain_lines(traceback.format_exc().rstrip("\n")))

@@ -15,6 +15,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,9 @@ def _checked(key: str, value: object) -> Value:
 
 def _require_key(key: str) -> None:
     if key not in _PARSERS:
-        raise InvalidInputError(f"unknown setting '{key}'", hint=f"use one of {', '.join(KEYS)}")
+        near = get_close_matches(key, KEYS, 2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "run 'ckpt config' to list them"
+        raise InvalidInputError(f"unknown setting '{key}'", hint=hint)
 
 
 def get_setting(config: Config, key: str) -> Value:

@@ -41,6 +41,23 @@ class HistoryWriter(Reader):
         """
         return ops.refs.create_branch(self._repository, name, revision)
 
+    def rename_branch(self, new: str, old: str | None = None) -> str:
+        """Rename a branch, and return its old name.
+
+        HEAD follows the branch if it was on it.  `reflog` lists the earlier moves under the old
+        name.
+
+        Args:
+            new: The new name.
+            old: The branch; None is the branch of HEAD.
+
+        Raises:
+            NotFoundError: The branch does not exist, or HEAD is detached.
+            ConflictError: The new branch exists.
+            InvalidInputError: The new name is not valid.
+        """
+        return ops.refs.rename_branch(self._repository, old, new)
+
     def delete_branch(self, name: str) -> DeletedBranch:
         """Delete a branch; its commits are kept until the next gc.
 

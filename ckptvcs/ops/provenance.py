@@ -163,9 +163,23 @@ def _code(*, diff: bool) -> CodeState | None:
     clone, changed = _clone(), 0
     if clone is None:
         return None
+    if not _is_trusted(clone):
+        return CodeState(clone.commit, clone.branch, None, complete=False)
     with suppress(OSError):
         changed = (clone.folder / "index").stat().st_mtime_ns
     return _read_code(clone, changed, diff)
+
+
+def _is_trusted(clone: Clone) -> bool:
+    """Return whether the user of this process, or the owner of its folder, owns the clone.
+
+    Somebody else may have made a clone above the folder, and in its index named private files of
+    the user, so that a diff would show them to everybody who may read the repository.
+    """
+    try:
+        return clone.folder.stat().st_uid in (os.geteuid(), Path.cwd().stat().st_uid)
+    except OSError:
+        return False
 
 
 @lru_cache(_KEPT)

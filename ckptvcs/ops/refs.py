@@ -78,6 +78,32 @@ def create_branch(repository: Repository, name: str, revision: str | int) -> Obj
     return commit
 
 
+def rename_branch(repository: Repository, old: str | None, new: str) -> str:
+    """Rename a branch; see `Repo.rename_branch`.
+
+    The new branch is published first, then HEAD, then the deletion of the old one.  After a crash
+    between them both branches exist.
+    """
+    head = repository.refs.read(HEAD)
+    following = head.branch if head is not None else "main"
+    name = following if old is None else old
+    if name is None:
+        raise NotFoundError("HEAD is detached", hint="pass the old and the new name")
+    check_name(new, "branch")
+    tip = repository.revisions.branch(name)
+    if tip is None and name != following:
+        raise NotFoundError(f"no branch '{name}'", hint="see 'ckpt branch'")
+    if repository.revisions.branch(new) is not None:
+        raise ConflictError(f"branch '{new}' exists")
+    if tip is not None:
+        set_ref(repository, "heads", new, tip, f"rename {name}")
+    if following == name:
+        repository.refs.publish(HEAD, head, commit=None, branch=new, time=now(), action="rename")
+    if tip is not None:
+        set_ref(repository, "heads", name, None, f"rename to {new}")
+    return name
+
+
 def delete_branch(repository: Repository, name: str) -> DeletedBranch:
     """Delete a branch; see `Repo.delete_branch`."""
     tip, head = repository.revisions.branch(name), repository.head()

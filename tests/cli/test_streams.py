@@ -62,6 +62,9 @@ def to_full(folder: Path, *args: str, unbuffered: str = "") -> list[str]:
         err = process.communicate(timeout=120)[1]
     assert process.returncode == StorageError.exit_code, err
     lines = [line for line in err.splitlines() if not line.startswith(("note: ", "removed: "))]
+    if "--json" in args:
+        (line,) = lines
+        lines = [f"{key}: {json.loads(line)[key]}" for key in ("error", "hint")]
     assert [line.partition(":")[0] for line in lines] == ["error", "hint"], err
     assert "standard output" in lines[0]
     return lines

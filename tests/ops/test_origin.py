@@ -265,6 +265,26 @@ def test_a_clone_that_cannot_be_read_stops_no_commit(run: Repo, code: Path) -> N
     assert (found.dirty, found.complete, found.diff) == (None, False, "")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_clone_that_somebody_else_made_above(
+    run: Repo, code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = git(code, "rev-parse", "HEAD")
+    (code / "mine").mkdir()
+    monkeypatch.chdir(code / "mine")
+    os.chown(code / ".git", 12345, -1)
+    run.commit(state(1))
+    found = origin(run).code
+    assert found is not None
+    assert (found.commit, found.branch) == (head, "trunk")
+    assert (found.dirty, found.changed, found.diff, found.complete) == (None, (), None, False)
+    os.chown(code / "mine", 12345, -1)
+    run.commit(state(2))
+    both = origin(run).code
+    assert both is not None
+    assert (both.dirty, both.changed) == (True, ("train.py",))
+
+
 # -- kept, proven and repaired -----------------------------------------------------------------
 
 

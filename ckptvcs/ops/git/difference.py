@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 _CONTEXT = 3  # lines
 _MAX_EDITS = 500  # removed and added lines; beyond them, the file is replaced as a whole
+_MAX_LINES = 10_000  # of a changed part; beyond them, it is replaced as a whole
 _BINARY = 8000  # bytes in which a zero shows that a file is binary, as in git
 
 Block = tuple[int, int, int, int]
@@ -114,6 +115,8 @@ def _common(a: Sequence[str], b: Sequence[str]) -> list[tuple[int, int]]:
 
     The list is empty if more than `_MAX_EDITS` lines differ, so that its time is bounded.
     """
+    if len(a) + len(b) > _MAX_LINES:
+        return []
     furthest = {1: 0}  # by diagonal: how far it is reached in `a`
     steps: list[dict[int, int]] = []
     for edits in range(min(len(a) + len(b), _MAX_EDITS) + 1):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ckptvcs.ops.git.objects import UnreadableError, read_file
+from ckptvcs.ops.git.objects import MAX_PATH, UnreadableError, read_file
 
 MAX_BYTES = 1 << 27
 MAX_FILES = 400_000
@@ -104,11 +104,17 @@ def _entry(
         cut, at = _offset(data, at)
         kept = before[: max(0, len(before) - cut)]
     end = data.index(b"\0", at)
-    path = kept + data[at:end]
+    path = _checked(kept + data[at:end])
     # Up to version 3, zeros pad an entry to a multiple of 8 bytes.
     after = end + 1 if version == 4 else start + (end - start + 8) // 8 * 8
     mtime, conflict = (seconds, nanoseconds), flags & _STAGE != 0
     return Entry(path, mode, name, mtime, size, settled, conflict), after
+
+
+def _checked(path: bytes) -> bytes:
+    if len(path) > MAX_PATH:  # a hostile index repeats a long path at no cost
+        raise UnreadableError("a path of the index is too long")
+    return path
 
 
 def _offset(data: bytes, at: int) -> tuple[int, int]:
@@ -144,7 +150,7 @@ def _read_trees(data: bytes, id_bytes: int, trees: dict[bytes, bytes]) -> None:
         if open_folders:
             above, left = open_folders.pop()
             open_folders.append((above, left - 1))
-            name = above + b"/" + name if above else name
+            name = _checked(above + b"/" + name if above else name)
         at = line + 1
         if int(files) >= 0:
             trees[name] = data[at : at + id_bytes]

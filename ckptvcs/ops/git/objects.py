@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 MAX_BYTES = 1 << 24  # the largest object that is read
+MAX_PATH = 1 << 12  # bytes of the longest path that is read
 _MAX_PACKS = 512
 _MAX_DELTAS = 300  # deltas between an object and its base; git makes at most 50, or 250 if asked
 _MAX_STORES = 8  # alternates

@@ -11,12 +11,14 @@ from pathlib import Path
 from time import monotonic
 
 from ckptvcs.ops.git.ignore import Ignored
-from ckptvcs.ops.git.index import MAX_FILES, Entry, Index
+from ckptvcs.ops.git.index import Entry, Index
 from ckptvcs.ops.git.objects import MAX_BYTES, Objects, UnreadableError, tree
 
 SUBMODULE, LINK, FOLDER = 0o160000, 0o120000, 0o040000
 FILE, EXECUTABLE = 0o100644, 0o100755
 _MAX_DEPTH = 64  # folders inside each other
+_MAX_MEMORY = 1 << 27  # bytes of the files of a tree
+_ENTRY = 256  # bytes that a file takes beside its path
 _OURS = {".git", ".ckpt"}
 
 Side = tuple[int, bytes] | None
@@ -57,8 +59,10 @@ def staged(
             continue  # the version of another side of the merge
         before = entry.path
         old = held.pop(entry.path, None)
-        if old is None and _is_inside(entry.path, same):
-            continue
+        if old is None:
+            clock.check()
+            if _is_inside(entry.path, same):
+                continue
         if entry.conflict or old is None or (old[1], old[0] >> 12) != (entry.id, entry.mode >> 12):
             yield entry.path, old
     yield from held.items()
@@ -73,7 +77,7 @@ def _committed(
     """
     held: dict[bytes, Side] = {}
     same: set[bytes] = set()
-    stack = [(b"", root, 0)]
+    stack, size = [(b"", root, 0)], 0
     while stack:
         clock.check()
         folder, name, depth = stack.pop()
@@ -81,10 +85,13 @@ def _committed(
             same.add(folder)
             continue
         kind, content = objects.read(name)
-        if kind != "tree" or depth > _MAX_DEPTH or len(held) + len(stack) > MAX_FILES:
+        if kind != "tree" or depth > _MAX_DEPTH:
             raise UnreadableError("a tree is damaged")
         for part, mode, below in tree(content, len(name)):
             path = folder + b"/" + part if folder else part
+            size += len(path) + _ENTRY
+            if size > _MAX_MEMORY:
+                raise UnreadableError("a tree has too many files")
             if mode == FOLDER:
                 stack.append((path, below, depth + 1))
             else:
@@ -213,6 +220,7 @@ def untracked(worktree: Path, git: Path, index: Index, clock: Clock) -> Iterator
         parts, rules = stack.pop()
         rules = rules.below(worktree.joinpath(*parts, ".gitignore"), len(parts))
         for name, is_folder in _listed(worktree.joinpath(*parts), clock):
+            clock.check()
             inner = (*parts, name)
             path = "/".join(inner)
             if path in files and (not is_folder or files[path] == SUBMODULE):
@@ -247,6 +255,7 @@ def _holds_files(worktree: Path, parts: tuple[str, ...], rules: Ignored, clock: 
             continue
         rules = rules.below(worktree.joinpath(*parts, ".gitignore"), len(parts))
         for name, is_folder in _listed(worktree.joinpath(*parts), clock):
+            clock.check()
             inner = (*parts, name)
             if rules.covers(inner, is_folder=is_folder):
                 continue

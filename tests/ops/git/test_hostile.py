@@ -318,9 +318,30 @@ def test_ignore_rules_that_take_long_to_try(clone: Path) -> None:
     assert rules.covers((*("a",) * 60, "b"), is_folder=False)
 
 
-def test_a_difference_of_many_lines_is_bounded(clone: Path) -> None:
+def index_of(clone: Path, version: int, count: int, entries: bytes, extension: bytes = b"") -> None:
+    data = b"DIRC" + struct.pack(">II", version, count) + entries + extension + bytes(20)
+    (clone / ".git" / "index").write_bytes(data)
+
+
+def test_an_index_that_repeats_a_long_path(clone: Path) -> None:
+    fixed = bytes(24) + struct.pack(">I", 0o100644) + bytes(32) + b"\0\0"
+    first = fixed + b"\0" + b"x" * (1 << 20) + b"\0"
+    index_of(clone, 4, 100_001, first + (fixed + b"\0y\0") * 100_000)
+    found = state(clone)
+    assert (found.dirty, found.complete) == (None, False)
+
+
+def test_an_index_with_folders_in_folders_without_end(clone: Path) -> None:
+    tree = b"".join(b"x\0-1 1\n" for _ in range(1 << 20))
+    index_of(clone, 2, 0, b"", b"TREE" + struct.pack(">I", len(tree)) + tree)
+    found = state(clone)
+    assert (found.dirty, found.complete) == (None, False)
+
+
+@pytest.mark.parametrize("sizes", [(3000, 3000), (200_000, 190_000)])
+def test_a_difference_of_many_lines_is_bounded(sizes: tuple[int, int], clone: Path) -> None:
     draw = random.Random(0)
-    old, new = (b"".join(b"%d\n" % draw.randrange(9) for _ in range(20_000)) for _ in range(2))
+    old, new = (b"".join(b"%d\n" % draw.randrange(9) for _ in range(size)) for size in sizes)
     (clone / "a.py").write_bytes(old)
     git(clone, "commit", "-qam", "y")
     text = difference("a.py", old, new, 0o100644)
