@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.each import Visit
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.fetch import Fetched
+    from ckptvcs.ops.import_estimate import Estimate, Forecast
     from ckptvcs.ops.import_folder import Importer, ImportItem
     from ckptvcs.ops.originals import Removal
     from ckptvcs.ops.reader import Reader
@@ -79,9 +80,11 @@ _HOMES = {
     "DeletedBranch": "ops.refs",
     "DiskUsage": "ops.disk_usage",
     "ErrorReport": "history.commit",
+    "Estimate": "ops.import_estimate",
     "Exported": "ops.export",
     "Fetched": "ops.fetch",
     "FileEntry": "history.commit",
+    "Forecast": "ops.import_estimate",
     "Found": "checkpoint.survey",
     "GcPlan": "gc.collect",
     "Generation": "history.refs",
@@ -159,10 +162,12 @@ __all__ = [
     "DeletedBranch",
     "DiskUsage",
     "ErrorReport",
+    "Estimate",
     "Exported",
     "Faded",
     "Fetched",
     "FileEntry",
+    "Forecast",
     "Found",
     "GcPlan",
     "Generation",

@@ -306,7 +306,7 @@ class Repo(Sharing):
 
         Returns:
             The importer; its methods `look`, `run` and `remove` compare, commit and delete the
-            checkpoints.
+            checkpoints, and `run_and_remove` commits and deletes one after another.
 
         Raises:
             NotFoundError: The folder does not exist, or contains no checkpoint.

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -136,7 +137,10 @@ def cut_folder() -> Iterator[Path]:
     """A folder where syncing costs nothing, if there is one."""
     memory = Path("/dev/shm")
     place = memory if os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="ckpt-test-", dir=place) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="ckpt-test-", dir=place) as folder,
+        mock.patch.object(tempfile, "tempdir", folder),  # killed processes leave files there
+    ):
         yield Path(folder)
 
 

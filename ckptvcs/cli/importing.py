@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Context, Exit, Option
 
-from ckptvcs.cli import entries, removals, render
+from ckptvcs.cli import entries, import_plan, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, Yes, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
-    from ckptvcs import Importer, ImportItem
+    from ckptvcs import Estimate, Importer, ImportItem
 
 _LISTED = 10  # skipped entries to print; the others are counted
 
@@ -41,33 +41,67 @@ def import_(
     repo = open_repo(context)
     importer = repo.import_folder(folder, pattern=pattern, branch=branch, codec=codec)
     _tell_skipped(importer)
-    size_bytes = sum(item.found.size_bytes for item in importer.items)
-    with render.progress("comparing", size_bytes) as tick:
+    with render.progress("comparing", _size_bytes(importer)) as tick:
         importer.look(tick)
+    estimate = None
+    if dry_run:
+        estimate = _estimate(importer, delete=delete, accept_near=accept_near)
     with after(lambda: _made(importer)):
-        if not dry_run:
-            with render.progress("importing", size_bytes) as tick:
-                importer.run(tick, _tell_imported)
-            if delete:
-                _remove(importer, accept_near=accept_near, ask=not yes)
-        elif delete:
-            for item in importer.items:
-                item.removal.keep_reason = importer.why_kept(item, accept_near=accept_near)
         if dry_run:
             for item in importer.items:
-                _tell_imported(item)
+                removals.tell(item.found.name, item)
+        elif not delete or yes or _confirmed(importer, accept_near=accept_near):
+            _run(importer, delete=delete, accept_near=accept_near)
         if json:
-            render.as_json(_json(importer, dry_run=dry_run))
+            render.as_json(_json(importer, estimate, dry_run=dry_run))
         else:
-            render.table(
-                [
-                    ["step", "name", "size", "stored", "ratio", "fidelity", "note"],
-                    *(_row(importer, item, planned=dry_run and delete) for item in importer.items),
-                ]
-            )
+            render.table(_table(importer, planned=dry_run and delete))
             _sum_up(repo, importer, dry_run=dry_run, delete=delete)
+            if dry_run:
+                import_plan.show(importer, estimate, delete=delete, accept_near=accept_near)
         sys.stdout.flush()
     _exit(importer, kept=delete and not dry_run)
+
+
+def _size_bytes(importer: Importer) -> int:
+    return sum(item.found.size_bytes for item in importer.items)
+
+
+def _estimate(importer: Importer, *, delete: bool, accept_near: bool) -> Estimate | None:
+    """Estimate the new commits, and set why the originals of the known ones would stay."""
+    for item in importer.items:
+        if delete and item.action != "commit":
+            item.removal.keep_reason = importer.why_kept(item, accept_near=accept_near)
+    with render.progress("estimating", None) as tick:
+        return importer.estimate(delete=delete, accept_near=accept_near, progress=tick)
+
+
+def _confirmed(importer: Importer, *, accept_near: bool) -> bool:
+    """Ask on a terminal whether to import and to remove originals, with an estimate."""
+    if not render.can_ask():
+        return True
+    _estimate(importer, delete=True, accept_near=accept_near)
+    question = import_plan.question(importer)
+    if question is None or render.confirm(question):
+        return True
+    for item in importer.items:
+        item.removal.keep_reason = "not confirmed"
+    return False
+
+
+def _run(importer: Importer, *, delete: bool, accept_near: bool) -> None:
+    def tell(item: ImportItem) -> None:
+        removals.tell(item.found.name, item)
+        if delete and item.problem is None:
+            entry = importer.entry(item)
+            form = "" if entry is None else f" (kept {entries.fidelity(entry)})"
+            removals.tell_removal(item.found.name, item, form)
+
+    with render.progress("importing", _size_bytes(importer)) as tick:
+        if delete:
+            importer.run_and_remove(accept_near=accept_near, progress=tick, watch=tell)
+        else:
+            importer.run(tick, tell)
 
 
 def _made(importer: Importer) -> str:
@@ -88,38 +122,9 @@ def _tell_skipped(importer: Importer) -> None:
         render.talk(f"skipped: {more} more (--json lists all)")
 
 
-def _tell_imported(item: ImportItem) -> None:
-    removals.tell(item.found.name, item)
-
-
-def _remove(importer: Importer, *, accept_near: bool, ask: bool) -> None:
-    """Delete source files; on a terminal only after confirmation."""
-    able = [i for i in importer.items if importer.why_kept(i, accept_near=accept_near) is None]
-    size_bytes = sum(item.found.size_bytes for item in able)
-    if able and ask and render.can_ask():
-        what = f"remove {len(able)} of {len(importer.items)} originals, {render.size(size_bytes)}"
-        if not render.confirm(f"{what}{_how_near(importer, able)}?"):
-            for item in importer.items:
-                item.removal.keep_reason = "not confirmed"
-            return
-
-    def tell(item: ImportItem) -> None:
-        entry = importer.entry(item)
-        form = "" if entry is None else f" (kept {entries.fidelity(entry)})"
-        if item.problem is None:  # an error has been printed
-            removals.tell_removal(item.found.name, item, form)
-
-    with render.progress("removing", size_bytes) as tick:
-        importer.remove(accept_near=accept_near, progress=tick, watch=tell)
-
-
-def _how_near(importer: Importer, items: list[ImportItem]) -> str:
-    """Return how many of `items` are near, and their largest error."""
-    entries = [entry for item in items if (entry := importer.entry(item)) and not entry.exact]
-    if not entries:
-        return ""
-    worst = max(entry.commit.error.weight_rel for entry in entries)
-    return f", {len(entries)} of them only near (relative weight error up to {worst:.2g})"
+def _table(importer: Importer, *, planned: bool) -> list[list[str]]:
+    heading = ["step", "name", "size", "stored", "ratio", "fidelity", "note"]
+    return [heading, *(_row(importer, item, planned=planned) for item in importer.items)]
 
 
 def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
@@ -129,16 +134,13 @@ def _row(importer: Importer, item: ImportItem, *, planned: bool) -> list[str]:
         note = f"as {item.same_as}"
     if item.removal.removed:
         note = f"{note}, removed".removeprefix(", ")
-    elif planned and item.action == "known":
+    elif planned and item.action in ("known", "commit"):
         note += ", stays" if item.removal.keep_reason else ", would go"
-    stored = ["", "", ""]
+    stored = ["", "", ""] if item.forecast is None else import_plan.cells(item)
     if entry is not None:
-        raw = entry.commit.raw_bytes
-        stored = [
-            render.size(entry.stored_bytes),
-            entries.ratio(raw, entry.stored_bytes),
-            entries.fidelity(entry),
-        ]
+        size_bytes = entry.stored_bytes + (entry.exact_bytes if entry.exact_lasts else 0)
+        ratio = entries.ratio(entry.commit.raw_bytes, size_bytes)
+        stored = [render.size(size_bytes), ratio, entries.fidelity(entry)]
     step = entries.step_text(found.step)
     name = render.printable(found.name) + ("/" if found.kind == "directory" and found.top else "")
     return [step, name, render.size(found.size_bytes), *stored, render.printable(note)]
@@ -152,10 +154,16 @@ def _sum_up(repo: Repo, importer: Importer, *, dry_run: bool, delete: bool) -> N
     }
     parts = [f"{count['commit']} to be committed" if dry_run else f"{count['committed']} committed"]
     parts += [f"{count[action]} {action}" for action in ("known", "failed") if count[action]]
-    raw, stored = importer.totals()
-    render.data(", ".join(parts) + (f": {entries.sizes(raw, stored)}" if raw else ""))
+    raw, stored, patches = importer.totals()
+    render.data(", ".join(parts) + (f": {entries.sizes(raw, stored + patches)}" if raw else ""))
     if delete and not dry_run:
         _sum_up_removed(importer)
+    near = importer.near_known()
+    if near:
+        render.talk(
+            f"hint: {near} known checkpoint(s) stay near here: import them into a new repository "
+            "to keep them exact"
+        )
     if not dry_run:
         render.data(entries.on_disk(repo.stats()))
 
@@ -174,8 +182,8 @@ def _is_near(importer: Importer, item: ImportItem) -> bool:
     return entry is not None and not entry.exact
 
 
-def _json(importer: Importer, *, dry_run: bool) -> render.Json:
-    raw, stored = importer.totals()
+def _json(importer: Importer, estimate: Estimate | None, *, dry_run: bool) -> render.Json:
+    raw, stored, _ = importer.totals()
     return {
         "dry_run": dry_run,
         "raw_bytes": raw,
@@ -183,6 +191,7 @@ def _json(importer: Importer, *, dry_run: bool) -> render.Json:
         "freed_bytes": sum(f.freed_bytes for item in importer.items for f in item.removal.removed),
         "checkpoints": [_item_json(importer, item) for item in importer.items],
         "skipped": importer.skipped,
+        "estimate": estimate,
     }
 
 
@@ -192,7 +201,7 @@ def _item_json(importer: Importer, item: ImportItem) -> dict[str, render.Json]:
         render.attributes(found, "name step")
         | {"kind": found.kind if found.top else "files", "raw_bytes": found.size_bytes}
         | render.attributes(item, "action same_as branch")
-        | {"commit": entry and entries.entry_json(entry)}
+        | {"commit": entry and entries.entry_json(entry), "estimate": item.forecast}
         | removals.as_json(item)
     )
 

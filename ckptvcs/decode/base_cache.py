@@ -25,6 +25,7 @@ from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.recipe import VALUE_BYTES
 from ckptvcs.history.schema import TensorInfo
+from ckptvcs.store.disk import free_bytes
 from ckptvcs.store.ids import ObjectId
 
 _KEPT = 2  # cached bases, for work on two branches in turn
@@ -50,10 +51,15 @@ def _starts(infos: Sequence[TensorInfo]) -> list[int]:
     return [0, *np.cumsum([info.size_bytes for info in infos], dtype=np.int64).tolist()]
 
 
+def _has_room(folder: Path, size_bytes: int) -> bool:
+    """Return whether the disk has room for a table and for what needs the disk more."""
+    return free_bytes(folder) >= _SPARE * size_bytes
+
+
 class BaseWriter(TableWriter):
     """Writes a cached base, from any thread.
 
-    After a failure (a full disk, say), or if a slice is missing, no base is cached.
+    After a failure, if the disk is almost full, or if a slice is missing, no base is cached.
     """
 
     def __init__(self, folder: Path, infos: Sequence[TensorInfo], *, partial: bool = False) -> None:
@@ -66,6 +72,8 @@ class BaseWriter(TableWriter):
         self._failed = False
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
+            if not _has_room(folder, self._starts[-1]):
+                return
             self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, tensor: int, number: int, words: Words, *, fresh: bool = True) -> None:
@@ -188,7 +196,7 @@ class RecentTables(dict[ObjectId, CachedTable]):
 
         Yield None if the disk is almost full.
         """
-        if shutil.disk_usage(self._folder).free < _SPARE * _starts(infos)[-1]:
+        if not _has_room(self._folder, _starts(infos)[-1]):
             yield None
             return
         folder = self._folder / infos[0].part

@@ -7,7 +7,6 @@ against its hash, each exact file against its own. `file_writer.py` then writes 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit, FileEntry
 from ckptvcs.history.schema import BIG, UNKNOWN, Op, Skeleton, TensorInfo
 from ckptvcs.parallel import Progress, ordered_map
+from ckptvcs.store.disk import free_bytes
 from ckptvcs.store.ids import ObjectId
 
 _DROPPED = "'ckpt log --all' lists it, 'ckpt reflog' says by which rule"
@@ -237,7 +237,7 @@ class Restorer:
             return None
         infos = [self.schema.tensors[number] for number in model]
         try:
-            free = shutil.disk_usage(self._cache.parent.parent).free
+            free = free_bytes(self._cache.parent.parent)
         except OSError:
             return None
         # The restored files may need the same disk.

@@ -11,7 +11,7 @@ from datetime import datetime
 from ckptvcs.gc.retention import BY_NAME, REKEY
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.reachability import is_whole
-from ckptvcs.history.recipe import DropRecord
+from ckptvcs.history.recipe import LEFT_OUT, DropRecord
 from ckptvcs.store.ids import ObjectId
 
 
@@ -19,16 +19,22 @@ def waiting_drops(catalog: Catalog, now: datetime, seconds: float) -> list[Objec
     """Return the drops that no undo reverts and whose grace period of so many seconds still runs.
 
     A record from the future waits too: clocks can be wrong, and waiting loses nothing.  A drop
-    whose data is not complete has ended: an earlier gc has deleted the data.
+    whose data is not complete has ended: an earlier gc has deleted the data.  No undo restores what
+    a bundle file left out.
     """
     if seconds <= 0:
         return []
-    young = {name: r for name, r in catalog.drops().items() if _age(r, now) < seconds}
+    young = {
+        name: record
+        for name, record in catalog.drops().items()
+        if record.rule != LEFT_OUT and _age(record, now) < seconds
+    }
     gone = catalog.dropped(*young)
     return [
         name
         for name, record in young.items()
-        if is_whole(catalog, {c: catalog.commit(c) for c in record.commits}, gone)
+        if all(map(catalog.store.contains, record.commits))
+        and is_whole(catalog, {c: catalog.commit(c) for c in record.commits}, gone)
     ]
 
 

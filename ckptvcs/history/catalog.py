@@ -251,8 +251,10 @@ class Catalog:
         return [load_drop_record(self.store.get(name, Kind.RECORD)) for name in names]
 
     def recorded_parts(self, commit: ObjectId) -> set[str]:
-        """Return the parts of a commit that fade or drop records name."""
-        return {part for record in self.drop_records(commit) for part in record.parts or PARTS}
+        """Return the parts of a commit that fades name, or drops that no undo reverts."""
+        fades = [record for record in self.drop_records(commit) if record.what == "fade"]
+        faded = {part for record in fades for part in record.parts or PARTS}
+        return faded.union(self.dropped().parts.get(commit, ()))
 
     def lost_patches(self, name: ObjectId, commit: Commit) -> list[tuple[str, ObjectId]]:
         """Return the parts whose exact patch is missing without a record, with its table."""

@@ -112,7 +112,7 @@ class Past:
         line = self._ever(moves)
         for _, record in self._records():
             count = len(line.intersection(record.commits))
-            if count:
+            if count and record.rule != LEFT_OUT:
                 action = f"{record.what} {record.rule}".strip()
                 place = (_after(record, name, moves), record.time)
                 events.append((place, ReflogEvent(record.time, action, None, None, True, count)))

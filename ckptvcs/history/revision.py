@@ -156,7 +156,8 @@ class Revisions:
     def lost_lines(self) -> list[ObjectId]:
         """Return the tips of unreachable lines of at least two commits: their ref is lost.
 
-        A single unreachable commit may come from an interrupted commit.
+        A single unreachable commit may come from an interrupted commit, and a dropped one from an
+        interrupted fetch.
 
         Raises:
             CorruptionError: a ref is unreadable or a commit is missing.
@@ -168,6 +169,7 @@ class Revisions:
             name
             for name in unreachable
             if name not in under
+            and name not in self._catalog.dropped().commits
             and under.intersection(unreachable)
             and set(above[name]).intersection(unreachable)
         ]

@@ -111,11 +111,15 @@ class Source:
         Raises:
             CorruptionError: the archive lacks one of them.
         """
+        return self.mark(self.catalog, names)
+
+    def mark(self, catalog: Catalog, names: Iterable[ObjectId]) -> Marked:
+        """Return the same objects as another catalog has them."""
         commits = {name: self.commits[name] for name in names}
         headers = self.catalog.with_ancestors(commits) & self.headers
         commits |= {name: self.catalog.commit(name) for name in headers}
         tables = near_tables(self.manifest.commits, self.commits)
-        return mark(self.catalog, commits, self.gone, tables)
+        return mark(catalog, commits, self.gone, tables)
 
     def check(self, progress: Progress) -> None:
         """Check the form of each pack and commit, and decode everything.

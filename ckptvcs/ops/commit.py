@@ -135,7 +135,8 @@ class Committer:
         self._config = repository.commit_config()
         require_flags(repository.backend, "write")
         self.spec = self._config.codec_of(request.codec)
-        self.patched = self._config.exact_rule.wants_patch(request.metrics)
+        rule = self._config.exact_rule
+        self.patched = rule.wants_patch(request.metrics) and not request.fades
         self._near = isinstance(self.spec.settings, NearSpec)
         flags = ["types", "near", "near-2"] if self._near else ["types"]
         if self.patched and self.spec.settings is not None:

@@ -28,9 +28,7 @@ GROUPS = ("kind", "commit", "part", "layer", "tensor")
 
 KEYFRAME, DELTA, PATCH, TENSORS = "keyframe", "delta", "patch", "other tensors"
 STRUCTURE, UNUSED, REFS, CACHED = "structure", "unused", "refs", "cache"
-_NEEDED = frozenset(
-    {Kind.COMMIT, Kind.SCHEMA, Kind.SKELETON, Kind.VALUES, Kind.RECIPE, Kind.BUNDLE, Kind.ERRORS}
-)
+_NEEDED = frozenset(Kind) - {Kind.RECORD, Kind.NOTE}
 """Kinds of objects that are unused if no commit refers to them."""
 
 
@@ -207,7 +205,7 @@ def _find_owners(repository: Repository, commits: Mapping[ObjectId, Commit]) -> 
     catalog, owners = repository.catalog, _Owners()
     for name in _parents_first(commits):
         commit, own = commits[name], _Owner(name)
-        objects: list[ObjectId | None] = [name, commit.schema, commit.errors]
+        objects: list[ObjectId | None] = [name, commit.schema, commit.errors, commit.provenance]
         for found in [*objects, *(file.skeleton for file in commit.files)]:
             if found is not None:
                 owners.objects.setdefault(found, own)

@@ -2,17 +2,19 @@
 
 check     everything in the file, before anything is written
 copy      the data packs that the repository lacks
-publish   one meta pack with all other objects, and the records of what the file leaves out
+publish   one meta pack with all other objects, and drops that hide the new commits
 patch     the exact patches, which need the recipes of that pack
 name      branches, tags and pins
+show      one pack with undos of these drops and of older ones
 
-A process that is killed before the last step leaves commits that no ref reaches; the next gc
-deletes them, and a second fetch completes them.
+A process that is killed before the last step leaves dropped commits.  The next gc deletes their
+data, and a second fetch completes them.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,10 +23,11 @@ from ckptvcs.history.archive import checked_blocks
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import read_sound
 from ckptvcs.history.format_file import raise_flags, require_flags
-from ckptvcs.history.recipe import LEFT_OUT, dump_drop_record, dump_recipe
+from ckptvcs.history.reachability import require_packs
+from ckptvcs.history.recipe import LEFT_OUT, DropRecord, Recipe, dump_drop_record, dump_recipe
 from ckptvcs.history.refs import Generation, check_name
 from ckptvcs.ops.archive import Source, opened
-from ckptvcs.ops.fetch_plan import Plan, Planner, State
+from ckptvcs.ops.fetch_plan import Planner, State
 from ckptvcs.ops.placement import free_name, stem
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
@@ -84,18 +87,20 @@ class Fetcher:
         self._moves(wanted, strict=strict)  # raises before anything is written
         self._raise_flags()
         with lease(self._backend) as lease_name:
-            state, plan = self._plan()
-            notes = len(Planner(self._repository, self._source, state).notes())
-            done = replace(self._report(state), notes=notes)
-            self._copy(plan.packs)
+            state, planner = self._look()
+            done = replace(self._report(state), notes=len(planner.notes()))
+            self._copy(planner.plan(now()).packs)
             check_lease(self._backend, lease_name)
             with turn(self._backend):  # another fetch may write records and recipes, too
-                _, plan = self._plan()
+                plan = self._look()[1].plan(now())
                 self._copy(plan.packs)
-                self._publish(plan)
+                self._publish(plan.objects, plan.recipes, plan.drops)
             self._copy(plan.patches)
             with turn(self._backend):
-                refs, kept = self._set_refs(wanted, lease_name, strict=strict)
+                state, planner = self._look()
+                self._require(state)
+                refs, kept = self._set_refs(wanted, state, lease_name, strict=strict)
+                self._publish([], [], planner.show(now()))
         return replace(done, refs=refs, kept=kept, size_bytes=self._size_bytes)
 
     def _report(self, state: State) -> Fetched:
@@ -126,17 +131,16 @@ class Fetcher:
         require_flags(self._backend, "write")
         for operation, flags in self._source.manifest.flags.items():
             raise_flags(self._backend, operation, *flags)
-        dropped = self._catalog.dropped()
-        if self._source.gone.commits or self._source.gone.parts or dropped.parts:
-            raise_flags(self._backend, "gc", "drops")
+        raise_flags(self._backend, "gc", "drops")
         if any(ref.startswith("pins/") for ref in self._source.manifest.refs):
             raise_flags(self._backend, "gc", "pins")
 
-    def _plan(self) -> tuple[State, Plan]:
+    def _look(self) -> tuple[State, Planner]:
+        """Return the present state."""
         self._catalog.store.refresh()
         self._catalog.forget()
         state = State(self._repository, self._source)
-        return state, Planner(self._repository, self._source, state).plan(now())
+        return state, Planner(self._repository, self._source, state)
 
     # -- objects ---------------------------------------------------------------------------------
 
@@ -159,30 +163,37 @@ class Fetcher:
             self._catalog.store.refresh()
             self._catalog.forget()
 
-    def _publish(self, plan: Plan) -> None:
-        """Write all other objects into one pack, which makes them visible at once."""
+    def _publish(
+        self, objects: Iterable[ObjectId], recipes: Iterable[Recipe], records: Iterable[DropRecord]
+    ) -> None:
+        """Write objects, recipes and records into one pack, which makes them visible at once."""
         store, theirs = self._catalog.store, self._source.catalog.store
         with store.packing("meta") as pack:
-            for name in plan.objects:
+            for name in objects:
                 place = next(place for place in theirs.places(name) if place.folder == "meta")
                 pack.copy(place.entry, *read_sound(theirs, place))
-            for recipe in plan.recipes:
+            for recipe in recipes:
                 pack.add(Kind.RECIPE, dump_recipe(recipe))
-            for record in plan.records:
+            for record in records:
                 pack.add(Kind.RECORD, dump_drop_record(record))
             self._size_bytes += 0 if pack.is_empty else pack.size_bytes
         self._catalog.forget()
 
     # -- refs ------------------------------------------------------------------------------------
 
+    def _require(self, state: State) -> None:
+        """Check that hidden commits are whole, and note their packs for `settle_seen`."""
+        marked = self._source.mark(self._catalog, state.restored)
+        require_packs(self._catalog, marked)
+
     def _set_refs(
-        self, wanted: dict[str, ObjectId], lease_name: str, *, strict: bool
+        self, wanted: dict[str, ObjectId], state: State, lease_name: str, *, strict: bool
     ) -> tuple[dict[str, ObjectId], tuple[str, ...]]:
         """Move refs; return them, and the tags that name other commits here."""
         done: dict[str, ObjectId] = {}
         for attempt in range(_TRIES):
             moves, kept = self._moves(wanted, strict=strict)
-            for tip in {commit for _, commit in moves.values()}:
+            for tip in {commit for _, commit in moves.values()}.difference(state.restored):
                 self._repository.revisions.require_durable(tip)
             self._backend.settle_seen()
             check_lease(self._backend, lease_name)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from ckptvcs.encode.assemble import recipe_of
 from ckptvcs.errors import CorruptionError
+from ckptvcs.history.commit import PARTS
 from ckptvcs.history.note import MAX_NOTES
 from ckptvcs.history.reachability import is_whole
 from ckptvcs.history.recipe import LEFT_OUT, DropRecord, Recipe, load_recipe
-from ckptvcs.ops.archive import Source, extras, left_out
+from ckptvcs.ops.archive import Source, extras
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import Kind, ObjectId, PackId
 
@@ -77,13 +78,13 @@ class State:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to write: data packs, packs of exact patches, objects, new recipes and records."""
+    """What to write: data packs, packs of exact patches, objects, new recipes and drops."""
 
     packs: dict[PackId, str]
     patches: dict[PackId, str]
     objects: list[ObjectId]
     recipes: list[Recipe]
-    records: list[DropRecord]
+    drops: list[DropRecord]
 
 
 class Planner:
@@ -117,7 +118,7 @@ class Planner:
             if not self._store.contains(bundle):
                 place = self._theirs.store.places(bundle)[0]
                 packs[place.pack] = place.folder
-        return Plan(packs, patch_packs, objects, recipes, self._records(time))
+        return Plan(packs, patch_packs, objects, recipes, self._drops(time))
 
     def notes(self) -> list[ObjectId]:
         """Return the notes that the repository lacks, if it may have so many."""
@@ -164,39 +165,13 @@ class Planner:
 
     # -- records ---------------------------------------------------------------------------------
 
-    def _records(self, time: str) -> list[DropRecord]:
-        """Return the records of what the archive leaves out, and of what it brings back."""
+    def _drops(self, time: str) -> list[DropRecord]:
+        """Return the drops that hide new commits for now, and their other ancestors for ever."""
         after = self._repository.refs.branches()
-        records = self._back(time, after)
-        headers = self._headers()
-        if headers:
-            records.append(DropRecord("drop", headers, (), LEFT_OUT, time, after=after))
-        added = [self._source.listed[name] for name in self._state.added]
-        records += [
-            replace(record, after=after) for record in left_out(added, self._source.commits, time)
-        ]
-        return records + self._fades(time)
-
-    def _fades(self, time: str) -> list[DropRecord]:
-        """Return records of the exact patches that restored commits lack, for the time until these
-        come, or for ever.
-        """
-        groups: dict[tuple[str, ...], list[ObjectId]] = {}
-        for name in self._state.restored:
-            parts = self._source.commits[name].parts
-            recorded = self._catalog.recorded_parts(name)
-            near = {
-                part
-                for part, state in parts.items()
-                if state.exact
-                and part not in recorded
-                and not self._catalog.has_recipe(state.exact)
-            }
-            if near:
-                groups.setdefault(tuple(sorted(near)), []).append(name)
         return [
-            DropRecord("fade", tuple(names), parts, LEFT_OUT, time)
-            for parts, names in groups.items()
+            DropRecord("drop", names, (), LEFT_OUT, time, after=after)
+            for names in (self._state.added, self._headers())
+            if names
         ]
 
     def _headers(self) -> tuple[ObjectId, ...]:
@@ -207,38 +182,57 @@ class Planner:
         unknown = self._source.headers - reached - dropped.commits
         return tuple(sorted(name for name in unknown if not self._repository.revisions.whole(name)))
 
-    def _back(self, time: str, after: Versions) -> list[DropRecord]:
-        """Return the undos of the drops of restored commits, and the drops of what stays away."""
-        found, back = list[DropRecord](), set[ObjectId]()
+    def show(self, time: str) -> list[DropRecord]:
+        """Return the records that make restored commits visible.
+
+        They are undos of drops, the same drops of other commits, and what stays away of these.
+        """
+        after = self._repository.refs.branches()
+        records, back = list[DropRecord](), set[ObjectId]()
         for name, drop in self._catalog.drops().items():
             going = {commit for commit in drop.commits if self._returns(commit, drop.parts)}
             back |= going
             if going:
                 undo = DropRecord("undo", drop.commits, drop.parts, LEFT_OUT, time, (name,), after)
                 others = tuple(commit for commit in drop.commits if commit not in going)
-                found += [undo, *([replace(drop, commits=others)] if others else [])]
-        missing: dict[tuple[str, ...], list[ObjectId]] = {}
+                records += [undo, *([replace(drop, commits=others)] if others else [])]
+        groups: dict[tuple[str, tuple[str, ...]], list[ObjectId]] = {}
         for name in self._state.restored:
-            gone = tuple(
-                sorted(filter(partial(self._is_missing, name), self._source.gone_of(name)))
-            )
-            if name in back:
-                missing.setdefault(tuple(sorted(gone)), []).append(name)
-        return found + [
-            DropRecord("drop", tuple(names), parts, LEFT_OUT, time, after=after)
-            for parts, names in missing.items()
-            if parts
+            missing = self._missing(name) if name in back else []
+            for what, parts in (("drop", missing), ("fade", self._near(name))):
+                if parts:
+                    groups.setdefault((what, tuple(sorted(parts))), []).append(name)
+        return records + [
+            DropRecord(what, tuple(names), parts, LEFT_OUT, time, after=after)
+            for (what, parts), names in groups.items()
         ]
 
     def _returns(self, name: ObjectId, parts: tuple[str, ...]) -> bool:
         """Return whether the archive brings back a commit that was dropped with these parts."""
-        brought = self._source.listed[name].parts if name in self._state.restored else ()
-        return bool(brought) and (not parts or not set(parts).isdisjoint(brought))
+        if name not in self._state.restored:
+            return False
+        return not parts or not set(parts).isdisjoint(self._source.listed[name].parts)
 
-    def _is_missing(self, name: ObjectId, part: str) -> bool:
-        """Return whether this repository lacks a part of a commit, too."""
+    def _missing(self, name: ObjectId) -> list[str]:
+        """Return the parts and extras of a commit that are neither in the archive nor here."""
         commit = self._source.commits[name]
-        extra = extras(commit).get(part)
-        if extra is not None:
-            return not self._store.contains(extra)
-        return not self._catalog.has_recipe(commit.parts[part].values, patches=False)
+        others = extras(commit)
+        return [
+            part
+            for part in self._source.gone_of(name)
+            if not (
+                self._store.contains(others[part])
+                if part in others
+                else self._catalog.has_recipe(commit.parts[part].values, patches=False)
+            )
+        ]
+
+    def _near(self, name: ObjectId) -> list[str]:
+        """Return the parts of a commit whose exact patch is missing without a record."""
+        fades = [record for record in self._catalog.drop_records(name) if record.what == "fade"]
+        faded = {part for record in fades for part in record.parts or PARTS}
+        return [
+            part
+            for part, state in self._source.commits[name].parts.items()
+            if state.exact and part not in faded and not self._catalog.has_recipe(state.exact)
+        ]

@@ -18,7 +18,7 @@ from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store import disk
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import sole
-from ckptvcs.store.reserve import give_up_reserve, keep_reserve
+from ckptvcs.store.reserve import keep_reserve
 
 
 def plan(repository: Repository, policy: Policy, *, now: bool = False) -> GcPlan:
@@ -44,9 +44,8 @@ def collect(
     except StorageError as error:
         if not disk.is_full(error):
             raise
-        repository.catalog.store.move_index_out()
         try:
-            give_up_reserve(repository.cache)
+            repository.make_room()
         except OSError:
             raise error from None
         done = collection.run()

@@ -4,27 +4,39 @@ look      list the checkpoints, and find those that the history already contains
 commit    commit the others by step, and verify each commit immediately
 remove    if asked to, delete the originals that the repository can restore
 
+`run` commits all, and `remove` deletes all that it may.  `run_and_remove` does both for one
+checkpoint after another: the disk never gets fuller than by the first commit.
+
 Checkpoints are recognized by their hashes.  An interrupted import therefore continues, and a copy
 of a checkpoint is not committed again.  HEAD does not move to a new branch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from ckptvcs.checkpoint.survey import Found, survey
-from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, NotFoundError
+from ckptvcs.errors import (
+    CkptError,
+    CorruptionError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+)
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
-from ckptvcs.ops.commit import commit_path
+from ckptvcs.ops.commit import CommitResult, commit_path
+from ckptvcs.ops.import_estimate import Estimate, Forecast, Group, forecast
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.placement import free_name, stem
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request
 from ckptvcs.parallel import Progress, quiet
-from ckptvcs.store.disk import real_path
+from ckptvcs.store.disk import is_full, real_path
 from ckptvcs.store.ids import ObjectId
 
 _AFTER_ALL = 1 << 62  # above every step
@@ -43,6 +55,7 @@ class ImportItem:
         notes: Warnings for the user.
         problem: The error, if `action` is `failed`.
         removal: What happened to the source files.
+        forecast: The estimated commit of a checkpoint that is not committed.
     """
 
     found: Found
@@ -53,6 +66,7 @@ class ImportItem:
     notes: tuple[str, ...] = ()
     problem: CkptError | None = None
     removal: Removal = field(default_factory=Removal)
+    forecast: Forecast | None = None
 
     def fail(self, problem: CkptError) -> None:
         """Mark the checkpoint as failed."""
@@ -75,6 +89,27 @@ class _Branch:
     def takes(self, step: int | None) -> bool:
         """Return whether a checkpoint of this step goes on top."""
         return self.loose if step is None else step > self.step
+
+    def advance(self, step: int | None) -> None:
+        """Put a checkpoint of this step on top."""
+        self.step = self.step if step is None else step
+
+
+def _new_branch(name: str, step: int | None) -> _Branch:
+    """Return a branch that begins with a checkpoint of this step, which is not on it yet."""
+    return _Branch(name, None, _AFTER_ALL if step is None else -1, step is None)
+
+
+def _placed(items: Iterable[ImportItem], branches: list[_Branch]) -> Iterator[_Branch]:
+    """Yield the branch that each item is going to, of those in `branches` or of new ones."""
+    for item in items:
+        step = item.found.step
+        branch = next((one for one in branches if one.takes(step)), None)
+        if branch is None:
+            branch = _new_branch("", step)
+            branches.append(branch)
+        branch.advance(step)
+        yield branch
 
 
 class Importer:
@@ -149,38 +184,158 @@ class Importer:
         branches = self._branches()
         for item in self.items:
             half = _HalfProgress(item.found.size_bytes, progress)
-            if item.action == "commit":  # this run may have committed the same content
-                self._recognise(item, quiet)  # not part of the total of the progress bar
-            if item.action == "commit":
-                self._commit(item, branches, half)
-            half.fill(1)
+            self._commit_new(item, branches, half)
             if item.id is not None:
-                try:
-                    self._keeper.is_exact(item.id, half)
-                except (CorruptionError, NotFoundError) as error:
-                    item.fail(error)
+                self._prove(item, item.id, half)
             half.fill(2)
             watch(item)
 
-    def _commit(self, item: ImportItem, branches: list[_Branch], progress: Progress) -> None:
+    def run_and_remove(self, *, accept_near: bool, progress: Progress, watch: Watch) -> None:
+        """Commit and verify one checkpoint, delete its originals, and go on to the next one.
+
+        Checkpoints that the history already contains come first, because they need no room.  On a
+        full disk, the caches are deleted.  With `accept_near`, the only exact patches that are
+        written are those of the newest commits, which keep them.  Without it, each commit that is
+        exact only through its exact patch is pinned.  The other rules are those of `Keeper.remove`.
+
+        A checkpoint that fails gets its error as `problem`; the import continues.
+
+        Args:
+            accept_near: Also delete originals whose commit is only near.
+            progress: Called with the number of bytes that were processed since its last call.
+            watch: Called with each item when it is done.
+
+        Raises:
+            ConflictError: Another writer moved the branch meanwhile.
+            BusyError: gc is deleting.
+            StorageError: The disk is full or fails; what was done before stays.
+        """
+        branches = self._branches()
+        for item in sorted(self.items, key=lambda item: item.action == "commit"):
+            half = _HalfProgress(item.found.size_bytes, progress)
+            self._commit_new(item, branches, half, fades=accept_near)
+            item.removal.keep_reason = self.why_kept(item, accept_near=accept_near)
+            if item.id is not None and item.removal.keep_reason is None:
+                self._remove_one(item, item.id, accept_near=accept_near, progress=half)
+            elif item.id is not None:
+                self._prove(item, item.id, half)
+            half.fill(2)
+            watch(item)
+
+    def _prove(self, item: ImportItem, commit: ObjectId, progress: Progress) -> None:
+        try:
+            self._keeper.is_exact(commit, progress)
+        except (CorruptionError, NotFoundError) as error:
+            item.fail(error)
+
+    def _remove_one(
+        self, item: ImportItem, commit: ObjectId, *, accept_near: bool, progress: Progress
+    ) -> None:
+        """Delete the originals of an item; on a full disk, give up the caches and try again."""
+
+        def attempt() -> CkptError | None:
+            item.removal.error = None
+            try:
+                with self._keeper.removing(
+                    self.folder, accept_near=accept_near, progress=progress
+                ) as remove:
+                    return remove(commit, item.found.top, item.removal).error
+            except StorageError as error:  # no room for a lease
+                if not is_full(error):
+                    raise
+                return error
+
+        error = attempt()
+        if isinstance(error, StorageError) and is_full(error):
+            self._make_room(error)
+            error = attempt()
+            if isinstance(error, StorageError) and is_full(error):
+                raise error
+        if isinstance(error, CorruptionError | NotFoundError):
+            item.fail(error)
+
+    def _commit_new(
+        self,
+        item: ImportItem,
+        branches: list[_Branch],
+        progress: _HalfProgress,
+        *,
+        fades: bool = False,
+    ) -> None:
+        """Commit an item that is new; with `fades`, without an exact patch that would expire."""
+        if item.action == "commit":  # this run may have committed the same content
+            self._recognise(item, quiet)  # not part of the total of the progress bar
+        if item.action == "commit":
+            self._commit(item, branches, progress, fades=fades)
+        progress.fill(1)
+
+    def _commit(
+        self, item: ImportItem, branches: list[_Branch], progress: Progress, *, fades: bool
+    ) -> None:
         found = item.found
         branch = self._branch_for(found.step, branches)
+        request = Request(found.name, found.step, codec=self._codec, branch=branch.name)
+        request.fades = fades and self._will_fade(item, branch, branches)
         try:
-            request = Request(found.name, found.step, codec=self._codec, branch=branch.name)
-            result = commit_path(
-                self.repo, found.path, request, files=found.files, progress=progress
-            )
+            result = self._commit_in_room(found, request, progress, may_fade=fades)
         except (InvalidInputError, NotFoundError, CorruptionError) as error:
             item.fail(error)
             return
         branch.name, branch.tip = result.branch, result.id
-        branch.step = branch.step if result.commit.step is None else result.commit.step
+        branch.advance(result.commit.step)
         item.action, item.id = "committed", result.id
         item.branch, item.notes = result.branch, result.notes
         self._first[result.id] = found.name
         self._contents.add(result.id, result.commit)
 
+    def _commit_in_room(
+        self, found: Found, request: Request, progress: Progress, *, may_fade: bool
+    ) -> CommitResult:
+        """Commit; on a full disk without the caches, and if it `may_fade` without a patch."""
+        commit = partial(commit_path, self.repo, found.path, files=found.files, progress=progress)
+        tip = self._tip(request)
+        try:
+            return commit(request)
+        except StorageError as error:
+            self._make_room(error)
+            if self._tip(request) != tip:  # the commit was made
+                raise
+        try:
+            return commit(request)
+        except StorageError as error:
+            if not (is_full(error) and may_fade) or request.fades or self._tip(request) != tip:
+                raise
+        return commit(replace(request, fades=True))
+
+    def _tip(self, request: Request) -> ObjectId | None:
+        head = self.repo.head()
+        name = request.branch or (head.branch if head else None)
+        return self.repo.revisions.branch(name) if name else self.repo.revisions.head()
+
+    def _make_room(self, error: StorageError) -> None:
+        """Delete the caches if the disk is full; otherwise, or if that fails, raise `error`."""
+        if not is_full(error):
+            raise error
+        try:
+            self.repo.make_room()
+        except OSError:
+            raise error from error.__cause__
+
     # -- branches ----------------------------------------------------------------------------------
+
+    def _will_fade(self, item: ImportItem, branch: _Branch, branches: list[_Branch]) -> bool:
+        """Return whether later checkpoints make the exact patch of an item on `branch` expire."""
+        at = next(at for at, one in enumerate(branches) if one is branch)
+        ends = [replace(one) for one in branches]
+        ends[at].advance(item.found.step)
+        later = islice(self.items, next(i for i, o in enumerate(self.items) if o is item) + 1, None)
+        newest = self.repo.commit_config().exact_rule.newest
+        on_branch = (
+            end
+            for end in _placed([one for one in later if one.action == "commit"], ends)
+            if end is ends[at]
+        )
+        return len(list(islice(on_branch, newest))) == newest
 
     def _branch_for(self, step: int | None, branches: list[_Branch]) -> _Branch:
         """Return the branch for a checkpoint; add a new one to `branches` if none takes it."""
@@ -190,7 +345,7 @@ class Importer:
         if not self._imported(branches[0].tip):
             branches.clear()  # the branch holds another run than the folder
         name = free_name(self._base, self.repo.refs.names("heads"))
-        branches.append(_Branch(name, None, _AFTER_ALL if step is None else -1, step is None))
+        branches.append(_new_branch(name, step))
         return branches[-1]
 
     def _branches(self) -> list[_Branch]:
@@ -236,11 +391,59 @@ class Importer:
         """Return the commit of an item; its exact patch may have expired since the commit."""
         return None if item.id is None else self.repo.entry(item.id)
 
-    def totals(self) -> tuple[int, int]:
-        """Return the bytes of the commits, each counted once: as committed, and on disk."""
+    def totals(self) -> tuple[int, int, int]:
+        """Return the bytes of the commits, each counted once.
+
+        Returns:
+            The bytes as committed, those on disk without exact patches, and the exact patches that
+            stay when newer commits are made.
+        """
         names = {item.id for item in self.items if item.id is not None}
         entries = [self.repo.entry(name) for name in names]
-        return sum(e.commit.raw_bytes for e in entries), sum(e.stored_bytes for e in entries)
+        return (
+            sum(entry.commit.raw_bytes for entry in entries),
+            sum(entry.stored_bytes for entry in entries),
+            sum(entry.exact_bytes for entry in entries if entry.exact_lasts),
+        )
+
+    def estimate(
+        self, *, delete: bool, accept_near: bool, progress: Progress = quiet
+    ) -> Estimate | None:
+        """Estimate the commits of the new checkpoints, without changing the repository.
+
+        This sets the `forecast` of each item that is not committed yet, and why its originals would
+        stay.  Two checkpoints of each branch are encoded in a temporary directory.
+
+        Args:
+            delete: Whether originals would be deleted.
+            accept_near: Also those whose commit is only near.
+            progress: Called with the number of bytes that were processed since its last call.
+
+        Returns:
+            None if nothing is new, or if no temporary directory has room.
+        """
+        ends = self._branches()
+        groups: dict[int, tuple[ObjectId | None, list[Found]]] = {}
+        new = [item for item in self.items if item.action == "commit"]
+        for item, end in zip(new, _placed(new, ends), strict=True):
+            groups.setdefault(id(end), (end.tip, []))[1].append(item.found)
+        rows = [Group(tip, members) for tip, members in groups.values()]
+        pins = delete and not accept_near
+        done = forecast(self.repo, rows, self._codec, pins=pins, progress=progress)
+        if done is None:
+            return None
+        for item in new:
+            item.forecast = done[1][item.found.name]
+            if delete and not (accept_near or item.forecast.exact_lasts):
+                item.removal.keep_reason = "its commit would not stay exact"
+        return done[0]
+
+    def near_known(self) -> int:
+        """Return how many known checkpoints stay near, although the codec is lossless."""
+        if self.repo.config.codec_of(self._codec).settings is not None:
+            return 0
+        known = [self.entry(item) for item in self.items if item.action == "known"]
+        return sum(entry is not None and not entry.exact for entry in known)
 
     def why_kept(self, item: ImportItem, *, accept_near: bool) -> str | None:
         """Return why the originals of an item cannot be deleted, without reading them.

@@ -15,10 +15,11 @@ tests every order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from ckptvcs.checkpoint.grouping import is_member
 from ckptvcs.checkpoint.layout import unreadable
@@ -61,11 +62,19 @@ class Removal:
         removed: The deleted files.
         keep_reason: Why files were kept; None if all were deleted.
         pinned: Whether the commit was pinned, so that its exact form is kept.
+        error: The error that kept the files, if there was one.
     """
 
     removed: list[Removed] = field(default_factory=list)
     keep_reason: str | None = None
     pinned: bool = False
+    error: CkptError | None = None
+
+
+class Remove(Protocol):
+    """Deletes the originals of one commit; see `Keeper.remove`."""
+
+    def __call__(self, name: ObjectId, top: str, done: Removal | None = None) -> Removal: ...
 
 
 class Keeper:
@@ -85,7 +94,7 @@ class Keeper:
     @contextmanager
     def removing(
         self, folder: Path, *, accept_near: bool, progress: Progress = quiet
-    ) -> Iterator[Callable[[ObjectId, str], Removal]]:
+    ) -> Iterator[Remove]:
         """Yield `remove` for the originals in a folder.
 
         Meanwhile gc cannot delete; what it dropped before is reloaded.
@@ -166,7 +175,7 @@ class Keeper:
         off = f"weights off by {error:.2g}" if error else "its weights are exact"
         return f"its commit is only near ({off})"
 
-    def remove(self, name: ObjectId, top: str) -> Removal:
+    def remove(self, name: ObjectId, top: str, done: Removal | None = None) -> Removal:
         """Delete the originals of a commit; `removing` yields this method.
 
         The commit is restored once more in its present form, and each file is hashed once more.
@@ -174,14 +183,16 @@ class Keeper:
         If the commit is exact only through an exact patch, it is pinned first, unless near is
         accepted: the patch could expire later.
 
-        `top` is the file or directory, empty for several files of the folder.
+        `top` is the file or directory, empty for several files of the folder.  `done` is updated
+        with each deletion and returned, so that it is true after an interruption.
         """
-        done = Removal(keep_reason=self.why_kept(name, accept_near=self._accept_near))
+        done = Removal() if done is None else done
+        done.keep_reason = self.why_kept(name, accept_near=self._accept_near)
         if done.keep_reason is None:
             try:
                 self._remove(name, PurePosixPath(top), done)
             except CkptError as error:
-                done.keep_reason = error.message
+                done.keep_reason, done.error = error.message, error
         return done
 
     def _remove(self, name: ObjectId, top: PurePosixPath, done: Removal) -> None:

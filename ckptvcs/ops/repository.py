@@ -19,6 +19,7 @@ from ckptvcs.errors import (
     InvalidInputError,
     MissingObjectError,
     NotFoundError,
+    StorageError,
 )
 from ckptvcs.gc.fading import Fader
 from ckptvcs.history.canonical_json import now
@@ -41,7 +42,7 @@ from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import lease, turn
 from ckptvcs.store.local import LocalBackend, refuse_links
 from ckptvcs.store.object_store import ObjectStore
-from ckptvcs.store.reserve import keep_reserve
+from ckptvcs.store.reserve import give_up_reserve, keep_reserve
 
 if TYPE_CHECKING:
     from ckptvcs.decode.base_cache import MemoryBase
@@ -179,6 +180,16 @@ class Repository:
             head = self.revisions.head()
             if head is not None and not self.catalog.store.contains(head):
                 self.catalog.store.refresh()
+
+    def make_room(self) -> None:
+        """Delete the caches and the reserve, because the disk is full.
+
+        Raises:
+            OSError: The file system refuses.
+        """
+        with contextlib.suppress(StorageError):  # no other disk has room for the index
+            self.catalog.store.move_index_out()
+        give_up_reserve(self.cache)
 
     def resolve(self, revision: str | int) -> ObjectId:
         """Return the id of the commit that a revision names; an int is a step.

@@ -26,7 +26,8 @@ class Request:
 
     `inside` says that `path` is relative to the repository's directory.  With `head_stays`, HEAD
     does not move to a branch that this commit starts.  `checkpoint` is set later if it is not at
-    hand: another process may read it.
+    hand: another process may read it.  With `fades`, no exact patch is written: the next commits
+    would delete it.
     """
 
     message: str = ""
@@ -39,6 +40,7 @@ class Request:
     path: str = STATE_FILE
     inside: bool = True
     origin: Origin = None
+    fades: bool = False
 
     def provenance(self) -> Provenance | None:
         """Return the provenance of the commit; None if none is recorded."""

@@ -62,15 +62,17 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 @contextlib.contextmanager
-def scratch_folder(prefix: str) -> Iterator[Path]:
+def scratch_folder(prefix: str, above: Path | None = None) -> Iterator[Path]:
     """Create a temporary folder, and delete it at the end as far as possible.
+
+    It is created in `above`, otherwise in the temporary directory of the system.
 
     (TemporaryDirectory of Python 3.11 never ends if it is not allowed to list a folder.)
 
     Raises:
         OSError: the folder cannot be created.
     """
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=above))
     try:
         yield folder
     finally:
@@ -81,6 +83,15 @@ def is_full(error: StorageError) -> bool:
     """Return whether the cause of an error is a full disk or quota."""
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes on the disk of a folder.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    return shutil.disk_usage(folder).free
 
 
 def create(path: Path) -> BinaryIO:

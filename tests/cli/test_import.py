@@ -20,6 +20,7 @@ ITEM_KEYS = {
     "same_as",
     "branch",
     "commit",
+    "estimate",
     "problem",
     "notes",
     "removed",
@@ -49,7 +50,7 @@ def test_import_shows_a_row_for_each_checkpoint(ckpt: Ckpt, folder: Path) -> Non
     done = ckpt("import", "run")
     rows = [line.split() for line in done.out.splitlines()]
     assert rows[0] == ["step", "name", "size", "stored", "ratio", "fidelity", "note"]
-    assert [row[1] for row in rows[1:-1]] == [
+    assert [row[1] for row in rows[1:-2]] == [
         "step-8.pt",
         "step-9.pt",
         "best.pt",
@@ -58,9 +59,9 @@ def test_import_shows_a_row_for_each_checkpoint(ckpt: Ckpt, folder: Path) -> Non
         "step-12.pt",
     ]
     assert "as step-9.pt" in done.out
-    assert [row[-1] for row in rows[-3:-1]] == ["exact", "exact"]
+    assert [row[-3:] for row in rows[-4:-2]] == [["exact", "for", "now"]] * 2
     assert "near 0.0" in done.out
-    assert rows[-1][:4] == ["5", "committed,", "1", "known:"]
+    assert rows[-2][:4] == ["5", "committed,", "1", "known:"]
     assert done.err == "skipped: notes.txt: not a .pt, .pth, .bin, .ckpt, .safetensors file\n"
     assert [e["step"] for e in ckpt("log", "--json").json] == [12, 11, 10, 9, 8]
 
@@ -77,6 +78,7 @@ def test_import_reports_checkpoints_and_skipped_files_as_json(ckpt: Ckpt, folder
         "freed_bytes",
         "checkpoints",
         "skipped",
+        "estimate",
     }
     assert found["skipped"] == [
         {"name": "notes.txt", "reason": "not a .pt, .pth, .bin, .ckpt, .safetensors file"}
@@ -117,6 +119,7 @@ def test_a_dry_run_changes_nothing(ckpt: Ckpt, folder: Path, tmp_path: Path) -> 
 
 
 def test_import_deletes_near_originals_only_if_told(ckpt: Ckpt, folder: Path) -> None:
+    ckpt("import", "run")
     done = ckpt("import", "run", "--delete-originals", code=4)
     assert names(folder) == ["step-10.pt", "step-8.pt", "step-9.pt"]
     assert "removed: step-11.pt (kept exact)" in done.err
@@ -137,6 +140,48 @@ def test_import_deletes_near_originals_only_if_told(ckpt: Ckpt, folder: Path) ->
     assert ckpt("verify", "--json").json["ok"]
     assert "no checkpoints" in ckpt("import", "run", code=3).err
     assert "missing: " in ckpt("status").out
+
+
+def test_import_keeps_exact_what_it_deletes(ckpt: Ckpt, folder: Path) -> None:
+    done = ckpt("import", "run", "--delete-originals")
+    assert names(folder) == []
+    assert done.err.count("(kept exact)") == done.err.count("pinned: ") == 5
+    assert [entry["exact_lasts"] for entry in ckpt("log", "--json").json] == [True] * 5
+
+
+def test_a_dry_run_estimates_the_import(ckpt: Ckpt, folder: Path) -> None:
+    options = ("import", "run", "--delete-originals", "--accept-near")
+    plan = ckpt(*options, "--dry-run", "--json").json
+    shown = ckpt(*options, "--dry-run")
+    assert "estimate: " in shown.out
+    assert "would remove 5 of 5 originals" in shown.out
+    assert "the estimate is based on step-8.pt, step-9.pt" in shown.err
+    assert shown.out.count("new, would go") == 5
+    assert plan["estimate"]["sampled"] == ["step-8.pt", "step-9.pt"]
+    done = ckpt(*options, "--json").json
+    for planned, made in zip(plan["checkpoints"], done["checkpoints"], strict=True):
+        row, commit = planned["estimate"], made["commit"]
+        assert made["estimate"] is None
+        assert row["exact"] == commit["exact"]
+        assert row["exact_lasts"] == commit["exact_lasts"]
+        assert 0.3 < row["stored_bytes"] / commit["stored_bytes"] < 3
+        assert row["exact_bytes"] == 0 or 0.3 < row["exact_bytes"] / commit["exact_bytes"] < 3
+
+
+def test_a_dry_run_says_what_stays(ckpt: Ckpt, folder: Path) -> None:
+    ckpt("config", "pin-fidelity", "near")
+    plan = ckpt("import", "run", "--delete-originals", "--dry-run")
+    assert plan.out.count("new, stays") == 5
+    assert "would remove 0 of 5 originals" in plan.out
+    exact = ckpt("import", "run", "--delete-originals", "--codec", "lossless", "--dry-run")
+    assert exact.out.count("new, would go") == 5
+
+
+def test_a_near_import_cannot_become_lossless(ckpt: Ckpt, folder: Path) -> None:
+    ckpt("import", "run")
+    done = ckpt("import", "run", "--codec", "lossless")
+    assert "0 committed, 5 known" in done.out
+    assert "hint: 3 known checkpoint(s) stay near here" in done.err
 
 
 def test_what_failed_is_kept_and_says_so_once(ckpt: Ckpt, folder: Path) -> None:
@@ -218,11 +263,13 @@ def test_an_import_that_is_killed_goes_on(ckpt_process: Ckpt, ckpt: Ckpt, folder
         cwd=Path(__file__).parents[2],
     )
     assert killed.returncode == 9
-    assert len(names(folder)) == 5
-    found = ckpt_process("import", "run", "--json").json
+    assert names(folder) == ["step-10.pt", "step-11.pt", "step-12.pt"]
+    found = ckpt_process("import", "run", "--delete-originals", "--json").json
     actions = [item["action"] for item in found["checkpoints"]]
-    assert actions == ["known"] * 3 + ["committed"] * 2
-    assert len(ckpt("log", "--json").json) == 5
+    assert actions == ["known"] + ["committed"] * 2
+    log = ckpt("log", "--json").json
+    assert [entry["exact_lasts"] for entry in log] == [True] * 5
+    assert names(folder) == []
 
 
 def test_the_table_fits_80_columns(ckpt: Ckpt, folder: Path) -> None:

@@ -143,19 +143,44 @@ def _import(root: Path) -> None:
     importer.remove(accept_near=False, progress=lambda _: None, watch=lambda _: None)
 
 
-def _originals_are_somewhere(root: Path) -> None:
-    repo = Repo.open(root / "repo")
-    exact = {entry.step for entry in repo.log() if entry.exact}
-    for step in (4, 5):
-        assert step in exact or (root / "found" / f"step-{step}.pt").exists()
+def _found_more(root: Path) -> None:
+    save(root / "found", range(4, 8))
+
+
+def _import_one_by_one(*, accept_near: bool) -> Act:
+    def act(root: Path) -> None:
+        repo = Repo.open(root / "repo")
+        try:
+            importer = Importer(handle(repo), root / "found")
+        except NotFoundError:  # all of it has been imported, and removed
+            return
+        importer.look(lambda _: None)
+        importer.run_and_remove(
+            accept_near=accept_near, progress=lambda _: None, watch=lambda _: None
+        )
+
+    return act
+
+
+def _originals_are_somewhere(*steps: int, near: bool = False) -> Act:
+    """Each original is there, or a commit of it that is exact, or with `near` any."""
+
+    def check(root: Path) -> None:
+        repo = Repo.open(root / "repo")
+        kept = {entry.step for entry in repo.log() if near or entry.exact}
+        for step in steps:
+            assert step in kept or (root / "found" / f"step-{step}.pt").exists()
+
+    return check
 
 
 def _bundled(root: Path) -> None:
-    """A file with the steps 2 to 4, of which the repository dropped one and lacks one."""
+    """A file with the steps 2 to 5, of which the repository dropped one and lacks two."""
     shutil.copytree(root / "repo", root / "source")
     source = Repo.open(root / "source")
-    source.commit_path(root / "step-4.pt", message="more")
-    source.bundle("2..4", root / "some.ckptz")
+    for step in (4, 5):
+        source.commit_path(root / f"step-{step}.pt", message="more")
+    source.bundle("2..5", root / "some.ckptz")
     Repo.open(root / "repo").gc(Policy(last=1), now=True)
 
 
@@ -223,7 +248,19 @@ SCENARIOS = {
             "undo a drop", _undo, commits=5, prepare=_gc(Policy(last=1), now=False), repeats=False
         ),
         Scenario("fetch", _fetch, prepare=_bundled),
-        Scenario("import", _import, prepare=_found, also=_originals_are_somewhere),
+        Scenario("import", _import, prepare=_found, also=_originals_are_somewhere(4, 5)),
+        Scenario(
+            "import one by one",
+            _import_one_by_one(accept_near=False),
+            prepare=_found_more,
+            also=_originals_are_somewhere(4, 5, 6, 7),
+        ),
+        Scenario(
+            "import near one by one",
+            _import_one_by_one(accept_near=True),
+            prepare=_found_more,
+            also=_originals_are_somewhere(4, 5, 6, 7, near=True),
+        ),
     )
 }
 

@@ -10,11 +10,11 @@ from ckptvcs import Policy, Repo
 from ckptvcs.checkpoint.state import state_checkpoint
 from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.history.provenance import Provenance
-from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.commit import commit_checkpoint
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.request import Request
-from ckptvcs.store.ids import ObjectId
+from ckptvcs.store.leases import check_lease
+from ckptvcs.store.local import LocalBackend
 from tests.helpers.bundling import history, steps
 from tests.helpers.crashing import states
 
@@ -194,6 +194,15 @@ def test_clone_keeps_the_files_of_a_directory(
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [".ckpt", "train.py"]
 
 
+def test_a_file_without_stored_tensors(tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path / "a")
+    (tmp_path / "tiny").write_bytes(b"tiny")
+    name = repo.commit_path(tmp_path / "tiny", message="x", raw=True).id
+    clone = Repo.clone(repo.bundle("HEAD", tmp_path / "x.ckptz").path, tmp_path / "b")
+    clone.checkout_files(name, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == b"tiny"
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         Repo.clone(tmp_path / "x.ckptz", tmp_path / "b")
@@ -281,16 +290,18 @@ def test_a_commit_while_refs_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     repo = history(tmp_path / "a", 3)
     clone = Repo.clone(repo.bundle(1, tmp_path / "x.ckptz").path, tmp_path / "b")
     repo.bundle("2..3", tmp_path / "y.ckptz")
-    calm = Revisions.require_durable
+    calls = []
 
-    def meanwhile(self: Revisions, name: ObjectId) -> None:
-        monkeypatch.undo()
-        Repo.open(clone.root).commit(states(9)[-1], step=9)
-        calm(self, name)
+    def meanwhile(backend: LocalBackend, name: str) -> None:
+        calls.append(name)
+        if len(calls) == 2:  # the branches were looked at
+            Repo.open(clone.root).commit(states(9)[-1], step=9)
+        check_lease(backend, name)
 
-    monkeypatch.setattr(Revisions, "require_durable", meanwhile)
+    monkeypatch.setattr("ckptvcs.ops.fetch.check_lease", meanwhile)
     done = clone.fetch(tmp_path / "y.ckptz")
     assert set(done.refs) == {"heads/main-2"}
+    assert len(calls) == 3
     assert steps(clone) == [1, 9]
     assert [entry.step for entry in clone.log(revision="main-2")] == [3, 2, 1]
 

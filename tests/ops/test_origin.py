@@ -324,6 +324,19 @@ def test_a_bundle_has_it(run: Repo, code: Path, tmp_path: Path) -> None:
     assert "provenance" in flags
 
 
+def test_its_bytes_belong_to_the_first_commit_that_has_it(run: Repo, code: Path) -> None:
+    (code / "train.py").write_text("".join(f"{number**9}\n" for number in range(5000)))
+    for step in (1, 2):
+        run.commit(state(step))
+    second, first = run.disk_usage(by="commit").rows[:2]
+    assert (first.step, second.step) == (1, 2)
+    assert first.kinds["structure"] > second.kinds["structure"] + 10_000
+    run.gc(Policy(last=1), now=True)
+    rows = {row.name: row.size_bytes for row in run.disk_usage().rows}
+    assert rows["structure"] > 10_000
+    assert "unused" not in rows
+
+
 def lose(repo: Repo) -> None:
     """Take the provenance out of the only pack that has it."""
     store = handle(repo).catalog.store

@@ -23,30 +23,12 @@ from ckptvcs.ops.history_reader import handle
 from ckptvcs.ops.refs import set_ref
 from ckptvcs.repo import Repo
 from tests.helpers.crashing import SCENARIOS, Expected, expected, save
+from tests.helpers.disks import MiB, fill, mounted
 from tests.helpers.faults import apart
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 ROOMS = range(0, 300, 4) if NIGHTLY else (4, 100)  # in kB
-MiB = 1 << 20
 Full = Callable[[Path, int], None]
-
-
-def mounted(kind: str, room: int, folder: Path) -> Path:
-    """A file system of `room` bytes."""
-    target = folder / f"{kind}-{room}"
-    target.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={room}", "tmpfs"]
-    if kind == "ext4":
-        if not shutil.which("mkfs.ext4"):
-            pytest.skip("there is no mkfs.ext4")
-        image = target.with_suffix(".image")
-        with image.open("wb") as file:
-            file.truncate(room)
-        subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-        options = ["-o", "loop", str(image)]
-    if subprocess.run(["mount", *options, target], capture_output=True, check=False).returncode:
-        pytest.skip(f"cannot mount {kind} here")
-    return target
 
 
 @pytest.fixture(params=["tmpfs", "ext4"])
@@ -55,17 +37,6 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     target = mounted(request.param, 6 * MiB, tmp_path)
     yield target
     subprocess.run(["umount", "-l", target], check=True)
-
-
-def fill(folder: Path, room: int = 0) -> None:
-    """Leave so many bytes of a file system, about."""
-    with (folder / "filler").open("ab", buffering=0) as file:
-        size = max(0, shutil.disk_usage(folder).free - room)
-        while size:
-            with contextlib.suppress(OSError):
-                if file.write(b"\xaa" * size) == size and room:
-                    return
-            size //= 2
 
 
 def history(folder: Path, files: Path, count: int = 5) -> Repo:
