@@ -54,8 +54,9 @@ if TYPE_CHECKING:
     from ckptvcs.ops.refs import DeletedBranch, NamedCommit
     from ckptvcs.ops.repair import Repaired
     from ckptvcs.ops.resume import Resumed, Unusable
-    from ckptvcs.ops.show import Status, TensorEntry
+    from ckptvcs.ops.show import TensorEntry
     from ckptvcs.ops.stats import Stats
+    from ckptvcs.ops.status import Status
     from ckptvcs.ops.tensor import TensorView
     from ckptvcs.ops.verify import Damage, VerifyReport
     from ckptvcs.ops.watch import Watcher, WatchEvent
@@ -110,7 +111,7 @@ _HOMES = {
     "Repaired": "ops.repair",
     "Repo": "repo",
     "Stats": "ops.stats",
-    "Status": "ops.show",
+    "Status": "ops.status",
     "Sums": "ops.diff_sums",
     "TensorDifference": "ops.diff",
     "TensorEntry": "ops.show",

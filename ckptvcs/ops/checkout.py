@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.file_writer import (
     Looks,
@@ -366,36 +365,3 @@ class WorkTree:
                         if file.skeleton is not None and seen is not None:
                             with folder.inside(path.parent) as parent:
                                 self._guard(parent, path.name, seen, restorer, file)
-
-    def changes(self, restorer: Restorer) -> list[tuple[str, Path]]:
-        """Return the paths on disk that differ from a commit, with the kind of the difference.
-
-        The kinds are `missing`, `changed` and `near` (a checkout wrote the near form).
-
-        Raises:
-            InvalidInputError: A file cannot be read.
-        """
-        commit = restorer.commit
-        top, below = self.home(commit)
-        home, changes = top / below, []
-        for file in commit.files:
-            if file.hash is None:
-                continue
-            path = home / safe_path(file.path) if commit.source == "directory" else home
-            try:
-                kind = self._change(path, file)
-            except OSError as error:
-                raise unreadable(path, error) from error
-            if kind:
-                changes.append((kind, path))
-        return changes
-
-    def _change(self, path: Path, file: FileEntry) -> str:
-        if not path.is_file():
-            return "missing"
-        if path.stat().st_size != file.size:
-            return "changed"
-        digest = hash_file(path)
-        if digest == file.hash:
-            return ""
-        return "near" if (self._written / digest).exists() else "changed"
