@@ -128,7 +128,7 @@ class _Run:
         self._only, self._form, self._jobs = only, form, jobs
         self._fail_fast, self._watch = fail_fast, watch
         self._pool = Pool(jobs) if jobs > 1 else None
-        self._running: dict[Future[Mapping[str, float]], LogEntry] = {}
+        self._running: dict[Future[Mapping[str, float]], _Job] = {}
         self._visits: dict[ObjectId, Visit] = {}
         self._left = 0
         self._is_over = False
@@ -155,14 +155,16 @@ class _Run:
         for job in self._jobs_of(entries):
             if isinstance(job, Visit):
                 self._note(job)
-            elif job is not None:
+            else:
                 self._begin(job)
+            while len(self._running) == self._jobs:  # the next commit is decoded when it can run
+                self._finish_some()
             if self._is_over:
                 return
 
     # -- files -----------------------------------------------------------------------------------
 
-    def _jobs_of(self, entries: Sequence[LogEntry]) -> Iterator[_Job | Visit | None]:
+    def _jobs_of(self, entries: Sequence[LogEntry]) -> Iterator[_Job | Visit]:
         """Yield each commit as a job, or the visit of one that cannot be decoded.
 
         After a failure, the next commit is tried alone: the failure may be one of the commit after
@@ -186,13 +188,9 @@ class _Run:
                     self._reached += 1
                 alone = not alone
 
-    def _job(self, entry: LogEntry, reader: PartReader) -> _Job | Visit | None:
-        """Wait until a job may begin, and write its file."""
-        while len(self._running) >= self._jobs:
-            self._finish_some()
+    def _job(self, entry: LogEntry, reader: PartReader) -> _Job | Visit:
+        """Write the file of a commit."""
         self._reached += 1
-        if self._is_over:
-            return None
         if self._has_metrics(self._repository.entry(entry.id)):  # another process has run it
             return Visit(entry, "skipped")
         with ExitStack() as stack:
@@ -226,7 +224,7 @@ class _Run:
 
     def _begin(self, job: _Job) -> None:
         if self._pool is not None:
-            self._running[self._pool.start(partial(job.run, self._function))] = job.entry
+            self._running[self._pool.start(partial(job.run, self._function))] = job
             return
         future = Future[Mapping[str, float]]()
         try:
@@ -239,7 +237,7 @@ class _Run:
         """Wait until a job has ended."""
         ended, _ = wait(self._running, return_when=FIRST_COMPLETED)
         for future in ended:
-            self._finish(future, self._running.pop(future))
+            self._finish(future, self._running.pop(future).entry)
 
     def _finish(self, future: Future[Mapping[str, float]], entry: LogEntry) -> None:
         """Store the metrics of a job that has ended."""
@@ -283,7 +281,8 @@ class _Run:
             stop()
         if self._pool is not None:
             self._pool.shutdown(cancel=True)
-        for future, entry in self._running.items():
+        for future, job in self._running.items():
+            job.folder.close()  # if the job was cancelled before it began
             if future.done() and not future.cancelled() and future.exception() is None:
                 with contextlib.suppress(CkptError):
-                    self._stored(entry, future.result())
+                    self._stored(job.entry, future.result())
