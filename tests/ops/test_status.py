@@ -31,6 +31,7 @@ def run(tmp_path: Path) -> Repo:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each file that is hashed."""
     counts: list[int] = []
+
     def spy(**options: Any) -> Any:
         counts.append(1)
         return hasher(**options)
