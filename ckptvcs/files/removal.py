@@ -54,6 +54,11 @@ class Proven:
     path: PurePosixPath
     status: os.stat_result
 
+    @property
+    def removed(self) -> Removed:
+        """The file when it is deleted."""
+        return Removed(self.path, self.status.st_size, self.status.st_nlink - 1)
+
 
 class Originals:
     """The files below a folder, for removal.  Paths are relative to the folder.
@@ -102,6 +107,14 @@ class Originals:
         with self._open(path) as (file, _):
             if os.fstat(file.fileno()).st_size != size_bytes:
                 raise _changed(path)
+
+    def has(self, path: PurePosixPath) -> bool:
+        """Return whether there is a file of this name."""
+        try:
+            with self._folder.inside(path.parent) as parent:
+                return parent.look(path.name) is not None
+        except OSError:
+            return False
 
     def remove(self, path: PurePosixPath, digest: str, progress: Progress) -> Removed:
         """Delete a file whose BLAKE3 is still `digest`.

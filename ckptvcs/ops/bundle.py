@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ckptvcs.encode.rekey import Rekeyer
+from ckptvcs.encode.rekey import REKEY_FLAGS, Rekeyer
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.files.targets import Target, Targets
 from ckptvcs.history.archive import ArchivedCommit, ArchiveWriter, Manifest
@@ -124,6 +124,7 @@ class Choice:
                 if row.id in pinned or (self._form == "exact" and row.patches):
                     refs[f"pins/{row.id}"] = row.id
         flags = {op: tuple(flags_of(self._repository.backend, op)) for op in FLAGS}
+        flags["read"] = tuple(sorted({*flags["read"], *REKEY_FLAGS}))
         return Manifest(self.listed, refs, flags, head)
 
     def _branches(self) -> tuple[dict[str, ObjectId], str]:

@@ -129,10 +129,10 @@ class _Collection:
 
     def _rekey(self, time: str) -> None:
         """Re-encode the deltas that need commits whose data is deleted."""
-        from ckptvcs.encode.rekey import Rekeyer  # noqa: PLC0415  needs numpy
+        from ckptvcs.encode.rekey import REKEY_FLAGS, Rekeyer  # noqa: PLC0415  needs numpy
 
         repository, gone = self._repository, self._collector.swept(time)
-        raise_flags(repository.backend, "read", "near", "near-2", "types")
+        raise_flags(repository.backend, "read", *REKEY_FLAGS)
         commits = repository.revisions.commits()
         kept = {name: made for name, made in commits.items() if name not in gone.commits}
         depth = repository.config.keyframe_depth

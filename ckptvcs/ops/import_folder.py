@@ -184,7 +184,12 @@ class Importer:
         branches = self._branches()
         for item in self.items:
             half = _HalfProgress(item.found.size_bytes, progress)
-            self._commit_new(item, branches, half)
+            try:
+                self._commit_new(item, branches, half)
+            except StorageError as error:
+                if is_full(error):
+                    error.hint = "add --delete-originals, which frees room for the next commit"
+                raise
             if item.id is not None:
                 self._prove(item, item.id, half)
             half.fill(2)

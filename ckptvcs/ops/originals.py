@@ -283,7 +283,13 @@ class Keeper:
                 self._repo.refs.settle(current)
             backend.settle_seen()
             for file in proven:
-                done.removed.append(self._originals.delete(file))
+                try:
+                    done.removed.append(self._originals.delete(file))
+                except (KeyboardInterrupt, SystemExit):
+                    listed = {removed.path for removed in done.removed}
+                    if file.path not in listed and not self._originals.has(file.path):
+                        done.removed.append(file.removed)
+                    raise
 
 
 def _source_files(commit: Commit, top: PurePosixPath) -> Iterator[tuple[PurePosixPath, int, str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -274,3 +276,35 @@ def test_an_import_that_is_killed_goes_on(ckpt_process: Ckpt, ckpt: Ckpt, folder
 
 def test_the_table_fits_80_columns(ckpt: Ckpt, folder: Path) -> None:
     assert all(len(line) <= 80 for line in ckpt("import", "run").out.splitlines())
+
+
+@pytest.mark.parametrize("at", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+def test_an_interrupted_import_says_what_it_did(
+    at: float, ckpt: Ckpt, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckptvcs.cli import render
+
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    seen = [0]
+
+    def interrupt(count: int) -> None:
+        seen[0] += count
+        if seen[0] >= at * total:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def progress(label: str, _: int | None) -> Iterator[Callable[[int], None]]:
+        yield interrupt if label == "importing" else lambda _: None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(render, "progress", progress)
+        done = ckpt("import", "run", "--delete-originals", "--accept-near", code=130)
+    commits, removed = len(ckpt("log", "--json").json), 5 - len(names(folder))
+    said = done.err.splitlines()[-1]
+    assert said.startswith("interrupted; ")
+    assert (f"{commits} of 5 checkpoints were committed" in said) == (commits > 0)
+    assert (f"{removed} file(s) were removed" in said) == (removed > 0)
+    assert ckpt("verify", "--json").json["ok"]
+    ckpt("import", "run", "--delete-originals", "--accept-near")
+    assert names(folder) == []
+    assert len(ckpt("log", "--json").json) == 5

@@ -222,6 +222,11 @@ def _each(root: Path) -> None:
     run(lambda entry, path: {"bytes": path.stat().st_size}, metrics=["bytes"])
 
 
+def _metrics_are_right(root: Path) -> None:
+    for entry in Repo.open(root / "repo").log():
+        assert entry.metrics.get("bytes") in (None, entry.commit.raw_bytes)
+
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -234,7 +239,7 @@ SCENARIOS = {
         Scenario("branch", _branch, repeats=False),
         Scenario("refs", _refs),
         Scenario("note", _note, also=_note_is_whole),
-        Scenario("each", _each),
+        Scenario("each", _each, also=_metrics_are_right),
         Scenario("gc", _gc(Policy(last=2)), commits=5),
         Scenario("gc with grace", _gc(Policy(last=2), now=False), commits=5),
         Scenario("gc of parts", _gc(Policy(optimizer_last=1)), commits=4),

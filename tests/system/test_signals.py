@@ -19,9 +19,11 @@ from tests.helpers.crashing import SCENARIOS, Expected, expected
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 SEED = int(os.environ.get("CKPT_TEST_SEED", "0"))
 TIMES = 40 if NIGHTLY else 2
+SIZE = 'echo "{\\"bytes\\": $(wc -c < "$1")}"'
 COMMANDS = {
     "commit": ["commit", "../step-4.pt", "-m", "next"],
     "gc": ["gc", "--keep-last", "2", "--now"],
+    "each": ["each", "..", "--metric", "bytes", "--", "sh", "-c", SIZE, "sh"],
     "import": ["import", "../found", "--delete-originals", "--yes"],
 }
 ENDS = {
