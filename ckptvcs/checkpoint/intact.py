@@ -21,6 +21,8 @@ HINT = "commit it with --raw to store the bytes as they are"
 _SCANNED = 1 << 22  # bytes of the largest pickle that is scanned; others are checked at both ends
 _BLOCK = 512  # of a tar file
 _MEMBERS = 100_000
+_RARE = (".th", ".pyth", ".torch")
+_TAR = (".pt.tar", ".pth.tar")  # which torch.save writes as it does any other file
 
 
 def require_whole(source: Source, name: str, *, alone: bool) -> None:
@@ -35,6 +37,8 @@ def require_whole(source: Source, name: str, *, alone: bool) -> None:
     suffix = name[name.rfind(".") :].lower()
     if not alone and suffix not in SUFFIXES:
         return
+    if suffix in _RARE or name.lower().endswith(_TAR):
+        suffix = TORCH_SUFFIXES[0]
     problem = _problem(source, suffix, alone=alone)
     if problem is not None:
         raise InvalidInputError(f"{name} is {problem}", hint=HINT)
@@ -47,6 +51,8 @@ def _problem(source: Source, suffix: str, *, alone: bool) -> str | None:
         if not torch_zip.has_end(source):
             return "incomplete: it starts like a zip file and has no end"
         if suffix in TORCH_SUFFIXES:
+            if alone and not torch_zip.is_of_torch(source):
+                return "a zip file that torch did not write"
             return None if torch_zip.is_archive(source) else "a damaged zip file"
     if torch_legacy.is_cut(source):
         return "incomplete: it ends within its tensors"

@@ -155,6 +155,15 @@ def is_archive(file: Source) -> bool:
     )
 
 
+def is_of_torch(file: Source) -> bool:
+    """Return whether a zip file has a record that torch.save or TorchScript writes, if readable."""
+    entries = _directory(file)
+    return not entries or any(
+        entry.name.rpartition("/")[2] in ("data.pkl", "constants.pkl", "version", "model.json")
+        for entry in entries
+    )
+
+
 class Checksums(Enum):
     """Which checksums of tensors become segments that a restore computes; others are literal."""
 

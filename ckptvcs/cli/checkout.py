@@ -99,6 +99,9 @@ def _restore(
     name = repo.resolve(revision)
     entry = repo.entry(name)
     target, where = Path(output) if output else None, None
+    if target is not None and not only and not repo.suffix_fits(name, target):
+        only = "model"
+        render.talk(f"note: {target} gets the weights only; the commit has another format")
     announce = _ignore if target else partial(_announce, None if only else entry.commit)
     if only:
         done = repo.checkout_part(name, only, target, force=force, exact=exactly, announce=announce)

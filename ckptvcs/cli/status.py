@@ -9,6 +9,8 @@ from typer import Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.cli.listing import ahead
+from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
     from ckptvcs import Status
@@ -41,11 +43,14 @@ def status(
     where = f"on branch {branch}" if branch else "detached HEAD"
     at = "" if step is None else f" (step {step})"
     render.data(f"{where}, at {name[:8]}{at}")
+    newer = "" if branch else ahead(repo)
+    if newer:
+        render.data(f"  {newer}")
     words = {"missing": "missing", "changed": "changed", "near": "near form of the commit"}
     for what, path in status.changes:
         render.data(f"  {words[what]}: {_shown(path)}")
     if not status.changes:
-        render.data("no changes: the files match HEAD")
+        render.data(_unchanged(repo))
     _show_uncommitted(status)
 
 
@@ -64,3 +69,11 @@ def _shown(path: Path) -> str:
     """Return a path, relative to the working directory if it is below it."""
     here = Path.cwd()
     return render.printable(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def _unchanged(repo: Repo) -> str:
+    """Say that no file differs from HEAD, or that there is none: Python commits states."""
+    commit = repo.show().commit
+    if commit.source == "state" and not (repo.root / commit.path).is_file():
+        return "no file to compare: HEAD is a state that a Python program committed"
+    return "no changes: the files match HEAD"

@@ -31,6 +31,7 @@ from ckptvcs.files.targets import Targets
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
 from ckptvcs.history.schema import Op, Schema, Skeleton
+from ckptvcs.ops.export import suffix_fits
 from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
@@ -179,6 +180,7 @@ def average(
     """
     if not names:
         raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
+    suffix_fits(catalog.commit(names[-1]), path)
     with Targets() as targets:
         at = targets.free(path, force=force)
         newest = Averaged(catalog, names[-1], mean_weights(catalog, names, progress))

@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptvcs.checkpoint.conventions import SAFETENSORS_SUFFIX, SUFFIXES
 from ckptvcs.decode.trajectory import export as write_commits
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Targets
-from ckptvcs.history.commit import PARTS
+from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
 
+_FOREIGN = frozenset(
+    (".npz", ".npy", ".onnx", ".h5", ".hdf5", ".keras", ".gguf", ".tflite", ".pkl", ".zip", ".tar")
+)
+"""Suffixes of files of other programs, which no directory gets by intention."""
 FORMATS = ("pt", "safetensors")
 
 
@@ -55,6 +60,38 @@ def export(
         Exported(entry, path, entry.fidelity.get(only, "") == "exact" if only else entry.exact)
         for entry, path in zip(entries, paths, strict=True)
     ]
+
+
+def suffix_fits(commit: Commit, path: Path) -> bool:
+    """Return whether the committed files can be written to `path` as they are.
+
+    False means that the suffix names the other format of weights: torch or safetensors.
+
+    Raises:
+        InvalidInputError: the suffix names neither a format nor the committed file.
+    """
+    suffix, formats = path.suffix, {file.format for file in commit.files if file.skeleton}
+    own = _own_suffixes(commit, suffix)
+    if suffix in own or own.intersection(path.suffixes) or not suffix[1:2].isalpha():
+        return True
+    others = sorted(own - {"", *SUFFIXES})
+    if suffix not in SUFFIXES:
+        known = " or ".join((".pt", SAFETENSORS_SUFFIX, *others))
+        raise InvalidInputError(f"{path} has an unknown suffix", hint=f"use {known}")
+    if formats == {"raw"}:
+        raise InvalidInputError(
+            f"{path} cannot be written: the commit holds no tensors",
+            hint=f"use the suffix {others[0]}" if others else "leave out the suffix",
+        )
+    is_alike = (formats == {"safetensors"}) == (suffix == SAFETENSORS_SUFFIX)
+    return commit.source != "directory" and is_alike
+
+
+def _own_suffixes(commit: Commit, suffix: str) -> set[str]:
+    """Return suffixes that keep the committed format; a directory may have almost any."""
+    if commit.source == "directory":
+        return {""} if suffix in _FOREIGN else {"", suffix} - set(SUFFIXES)
+    return {"", *(Path(file.path).suffix for file in commit.files if file.skeleton)}
 
 
 def check_part(only: str | None) -> None:

@@ -328,6 +328,18 @@ class HistoryReader:
         """Return the current version of HEAD: its `branch`, or its `commit` if HEAD is detached."""
         return self._repository.head()
 
+    def newer(self, revision: str | int = "HEAD") -> dict[str, int]:
+        """Return the branches that contain a commit, and the number of newer commits of each.
+
+        Args:
+            revision: The commit.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            InvalidInputError: `revision` names several commits.
+        """
+        return self._repository.history.newer(self.resolve(revision))
+
     def reflog(self, branch: str | None = None) -> list[ReflogEvent]:
         """Return the changes of a branch, newest first.
 

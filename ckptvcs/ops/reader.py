@@ -164,6 +164,23 @@ class Reader(TensorReader):
             self._repository, name, part, target, announce, force=force, exact=exact
         )
 
+    def suffix_fits(self, revision: str | int, path: PathLike) -> bool:
+        """Return whether the committed files can be written to a path as they are.
+
+        Args:
+            revision: The commit.
+            path: The file or directory to write.
+
+        Returns:
+            False if the suffix of `path` names the other format of weights, torch or safetensors.
+
+        Raises:
+            NotFoundError: The commit does not exist.
+            InvalidInputError: The suffix names neither a format nor the committed file.
+        """
+        commit = self._repository.catalog.commit(self.resolve(revision))
+        return ops.export.suffix_fits(commit, Path(path))
+
     def export(
         self,
         revision: str | int,
@@ -193,6 +210,7 @@ class Reader(TensorReader):
             ConflictError: The file exists and `force` is not set.
         """
         names, paths = [self.resolve(revision)], [ops.export.file_path(Path(path), form)]
+        self.suffix_fits(names[0], paths[0])
         return ops.export.export(self._repository, names, paths, only, progress, force=force)[0]
 
     def export_line(

@@ -56,7 +56,7 @@ def status(repository: Repository, *, verify: bool) -> Status:
         return Status(branch, None, None, ())
     commit = repository.catalog.commit(name)
     hashes = _Hashes(repository.cache / "hashes.json", trust=not verify)
-    files = _Files(repository, commit, hashes)
+    files = _Files(repository, name, hashes)
     changes, uncommitted = tuple(files.changes()), tuple(sorted(files.uncommitted()))
     hashes.save()
     return Status(branch, name, commit.step, changes, uncommitted)
@@ -107,8 +107,10 @@ class _Hashes:
 class _Files:
     """The files on disk, compared with a commit."""
 
-    def __init__(self, repository: Repository, commit: Commit, hashes: _Hashes) -> None:
-        self._repository, self._commit, self._hashes = repository, commit, hashes
+    def __init__(self, repository: Repository, name: ObjectId, hashes: _Hashes) -> None:
+        commit = repository.catalog.commit(name)
+        self._repository, self._hashes = repository, hashes
+        self._name, self._commit = name, commit
         # The path may come from a foreign repository, so it is checked.
         self._below = PurePosixPath() if commit.path == "." else safe_path(commit.path)
         self._top = repository.root if commit.inside else Path.cwd()
@@ -117,7 +119,7 @@ class _Files:
         """Yield the files that differ from the commit: `missing`, `changed` or `near`."""
         home = self._top / self._below
         for file in self._commit.files:
-            if file.hash is None:
+            if file.skeleton is None:
                 continue
             path = home / safe_path(file.path) if self._commit.source == "directory" else home
             try:
@@ -128,17 +130,27 @@ class _Files:
                 yield kind, path
 
     def _change(self, path: Path, file: FileEntry) -> str:
+        is_state = self._commit.source == "state"  # Python committed it, and wrote no file
         if not path.is_file():
-            return "missing"
+            return "" if is_state else "missing"
         seen = path.stat()
         if seen.st_size != file.size:
             return "changed"
+        if is_state:
+            return self._change_of_state(self._hashes.of(path, seen), file)
         if self._hashes.trust and _is_committed(seen, file, self._commit):
             return ""
         digest = self._hashes.of(path, seen)
         if digest == file.hash:
             return ""
         return "near" if self._was_written(digest) else "changed"
+
+    def _change_of_state(self, digest: str, file: FileEntry) -> str:
+        """Return how a file with this hash differs from a committed state, which has no hash."""
+        restorer = self._repository.restorer(self._name)
+        if restorer.digest(file) != digest:
+            return "changed"
+        return "" if restorer.exact else "near"
 
     def _was_written(self, digest: str) -> bool:
         """Return whether a checkout wrote the near form with this hash."""

@@ -269,3 +269,26 @@ def test_commit_refuses_in_one_line_and_takes_raw(
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[[], Repo]:
     return lambda: Repo.init(tmp_path / "repo")
+
+
+@pytest.mark.parametrize("suffix", TORCH_SUFFIXES)
+def test_a_zip_file_of_another_program_is_refused(suffix: str, tmp_path: Path) -> None:
+    import zipfile
+
+    path = tmp_path / f"m{suffix}"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("weights.npy", b"x" * 1000)
+    with pytest.raises(InvalidInputError, match="a zip file that torch did not write"):
+        open_checkpoint(path)
+    assert open_checkpoint(path, raw=True).files[0].format == "raw"
+
+
+@pytest.mark.parametrize("suffix", [".th", ".pyth", ".torch", ".pth.tar", ".pt.tar"])
+def test_rare_suffixes_of_torch_are_checked_too(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"m{suffix}"
+    for data in (b"junk\n" * 100, LEGACY[: len(LEGACY) // 2], ZIP[:-1]):
+        path.write_bytes(data)
+        with pytest.raises(InvalidInputError):
+            open_checkpoint(path)
+    path.write_bytes(ZIP)
+    assert open_checkpoint(path).files[0].format == "torch-zip"

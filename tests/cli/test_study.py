@@ -303,3 +303,43 @@ def test_cat_shows_both_numbers_of_a_byte(ckpt: Ckpt, tmp_path: Path) -> None:
     assert found["values"] == [[0.5, 1.0, -6.0, 6.0], [-0.0, -0.5, 0.0, 0.0]]
     ckpt("cat", "1:four", "-o", "four.npy")
     assert np.load(tmp_path / "four.npy").tolist() == found["values"]
+
+
+def test_a_suffix_chooses_the_format(ckpt: Ckpt, history: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    done = ckpt("checkout", 2, "-o", "m.safetensors")
+    assert "note: m.safetensors gets the weights only" in done.err
+    ckpt("export", 2, "n.safetensors")
+    assert load_file(tmp_path / "m.safetensors").keys() == load_file("n.safetensors").keys()
+    assert ckpt("log", "-n", 1, "--json").json[0]["step"] == 5
+    ckpt("commit", "m.safetensors", "--step", 6)
+    ckpt("checkout", 6, "-o", "back.pt")
+    assert torch.load(tmp_path / "back.pt").keys() == load_file("m.safetensors").keys()
+    for name in ("same", "same.ckpt", "same.pt.bak", "same.1000"):
+        ckpt("checkout", 2, "-o", name)
+        assert (tmp_path / name).read_bytes() == (tmp_path / "same").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".npz", ".txt", ".ONNX"])
+def test_an_unknown_suffix_is_refused(
+    suffix: str, ckpt: Ckpt, history: Path, tmp_path: Path
+) -> None:
+    target = f"model{suffix}"
+    for command in (["checkout", 2, "-o"], ["export", 2], ["average", "1..2", "-o"]):
+        done = ckpt(*command, target, code=2)
+        assert done.err.splitlines() == [
+            f"error: {target} has an unknown suffix",
+            "hint: use .pt or .safetensors",
+        ]
+    assert not (tmp_path / target).exists()
+
+
+def test_bytes_keep_their_own_suffix(ckpt: Ckpt, tmp_path: Path) -> None:
+    ckpt("init")
+    (tmp_path / "notes.txt").write_text("halve the rate")
+    ckpt("commit", "notes.txt")
+    ckpt("checkout", "HEAD", "-o", "again.txt")
+    assert (tmp_path / "again.txt").read_text() == "halve the rate"
+    assert "holds no tensors" in ckpt("checkout", "HEAD", "-o", "x.pt", code=2).err
+    assert "or .txt" in ckpt("checkout", "HEAD", "-o", "x.onnx", code=2).err
