@@ -70,7 +70,6 @@ def sharded(out: Path, form: str, *, steps: tuple[int, ...] = (100, 200), count:
 
 @pytest.mark.parametrize(
     "form",
-    "exact_lasts",
     [
         "checkpoint_3_{step}-model_part-0-shard{shard}.pt",
         "ep0-ba{step}-rank{shard}.pt",
