@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckptvcs import Repo
-from tests.cli.test_snapshots import execute, make_run, train
+from tests.helpers.terminal import execute, make_run, train
 
 _SAYS_EXACT = re.compile(r"(?<![-\w])exact(ly)?(?![-\w])")
 _SAYS_HOW_LONG = re.compile(r"for now|until|near|when nothing is kept exact")
