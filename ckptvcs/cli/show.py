@@ -68,7 +68,7 @@ def _fields(repo: Repo, entry: LogEntry) -> list[tuple[str, str]]:
         ("message", render.printable(entry.message)),
         ("metrics", entries.metrics(entry.metrics)),
         ("fields", entries.fields(entry.fields)),
-        ("size", entries.sizes_now(entry, end)),
+        ("size", entries.sizes_now(entry)),
         ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
         ("fidelity", f"{entries.fidelity(entry)}{end and ':'}{end}"),
         ("parts", entries.parts(entry)),
