@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ckptvcs.ops.bundle import Bundled
     from ckptvcs.ops.checkout import CheckedOut
     from ckptvcs.ops.commit import CommitResult
-    from ckptvcs.ops.diff import Comparison, TensorDifference
+    from ckptvcs.ops.diff import Comparison, LayerDifference, TensorDifference
     from ckptvcs.ops.diff_sides import Indistinct
     from ckptvcs.ops.diff_sums import Sums
     from ckptvcs.ops.disk_usage import DiskUsage, UsageRow
@@ -54,8 +54,9 @@ if TYPE_CHECKING:
     from ckptvcs.ops.refs import DeletedBranch, NamedCommit
     from ckptvcs.ops.repair import Repaired
     from ckptvcs.ops.resume import Resumed, Unusable
-    from ckptvcs.ops.show import Status, TensorEntry
+    from ckptvcs.ops.show import TensorEntry
     from ckptvcs.ops.stats import Stats
+    from ckptvcs.ops.status import Status
     from ckptvcs.ops.tensor import TensorView
     from ckptvcs.ops.verify import Damage, VerifyReport
     from ckptvcs.ops.watch import Watcher, WatchEvent
@@ -92,6 +93,7 @@ _HOMES = {
     "Importer": "ops.import_folder",
     "Indistinct": "ops.diff_sides",
     "Skipped": "checkpoint.survey",
+    "LayerDifference": "ops.diff",
     "LogEntry": "history.log",
     "NamedCommit": "ops.refs",
     "Note": "history.note",
@@ -109,7 +111,7 @@ _HOMES = {
     "Repaired": "ops.repair",
     "Repo": "repo",
     "Stats": "ops.stats",
-    "Status": "ops.show",
+    "Status": "ops.status",
     "Sums": "ops.diff_sums",
     "TensorDifference": "ops.diff",
     "TensorEntry": "ops.show",
@@ -174,6 +176,7 @@ __all__ = [
     "Importer",
     "Indistinct",
     "InvalidInputError",
+    "LayerDifference",
     "LogEntry",
     "MissingExtraError",
     "MissingObjectError",

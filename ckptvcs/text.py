@@ -40,6 +40,11 @@ def seconds(text: str) -> float | None:
     return float(match[1]) * _SECONDS[match[2]] if match else None
 
 
+def is_glob(pattern: str) -> bool:
+    """Return whether a text has a sign of globs."""
+    return any(sign in pattern for sign in "*?[")
+
+
 def name_test(pattern: str | None) -> Callable[[str], bool]:
     """Return the test of a name: a glob, or without `*`, `?` and `[` a text that it contains.
 
@@ -48,7 +53,7 @@ def name_test(pattern: str | None) -> Callable[[str], bool]:
     """
     if pattern is None:
         return lambda _: True
-    if any(sign in pattern for sign in "*?["):
+    if is_glob(pattern):
         return lambda name: any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"*[.:]{pattern}"))
     return lambda name: pattern in name
 

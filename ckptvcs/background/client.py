@@ -43,6 +43,7 @@ class Client:
         self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
         self._open: list[tuple[str, Future[LogEntry]]] = []
         self._lock = threading.Lock()
+        self._blocked = 0  # calls that waited since the last call that found nothing to do
         for _ in range(_COPIES):
             self._free.put(Staging())
         # Thread pools refuse work before `atexit` functions run; this function runs before that.
@@ -102,18 +103,32 @@ class Client:
         return self.submit(staging, commit, name)
 
     def stage(self) -> Staging:
-        """Return memory for a copy; blocks, and logs a warning, until some is free.
+        """Return memory for a copy; blocks until some is free.
 
-        Pass it to `submit` or `release`.
+        The first of several calls that block logs a warning; their number follows when all earlier
+        work is done.  Pass the memory to `submit` or `release`.
         """
+        if self._free.qsize() == _COPIES:
+            self._count_blocked()
         try:
             return self._free.get_nowait()
         except queue.Empty:
-            _log.warning(
-                "commit_async blocked: the previous commit is still being compressed; "
-                "consider committing less often"
-            )
+            with self._lock:
+                self._blocked += 1
+                is_first = self._blocked == 1
+            if is_first:
+                _log.warning(
+                    "commit_async blocked: the previous commit is still being compressed; "
+                    "consider committing less often"
+                )
             return self._free.get()
+
+    def _count_blocked(self) -> None:
+        """Log how many calls have blocked, if several have, and count from 0 again."""
+        with self._lock:
+            count, self._blocked = self._blocked, 0
+        if count > 1:
+            _log.warning("commit_async blocked %d times", count)
 
     def release(self, staging: Staging) -> None:
         """Make the memory of a copy available again."""
@@ -161,6 +176,7 @@ class Client:
         """Wait until all work is done; raises as `raise_failed`."""
         for _, future in [*self._open]:
             future.exception()
+        self._count_blocked()
         self.raise_failed()
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ P = ParamSpec("P")
 GROUPS = {
     "Store checkpoints": ("init", "commit", "import", "watch"),
     "Look at a run": ("log", "show", "status", "diff", "bisect", "each", "reflog"),
-    "Look at tensors": ("ls", "cat"),
+    "Look at tensors": ("ls", "cat", "series"),
     "Get checkpoints back": ("checkout", "export", "average"),
     "Share commits": ("bundle", "clone", "fetch"),
     "Name and describe commits": ("branch", "tag", "pin", "unpin", "note"),
@@ -42,7 +42,7 @@ GROUPS = {
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 _MODULES = {"import": "importing", "unpin": "pin"}  # the others have the names of their commands
 _WITH_NUMPY = {"commit", "import", "watch", "diff", "bisect", "cat", "gc", "drop", "verify"}.union(
-    GROUPS["Get checkpoints back"], GROUPS["Share commits"], ("each",)
+    GROUPS["Get checkpoints back"], GROUPS["Share commits"], ("each", "series")
 )
 _NEGATIVE = re.compile(r"-[.]?[0-9]")
 _SUMMARY = 80  # characters; longer than every summary

@@ -14,7 +14,7 @@ from ckptvcs.errors import InvalidInputError
 if TYPE_CHECKING:
     from ckptvcs import Bundled
 
-_PASSES = 2  # over the data of each commit: re-encode, and decode the file
+_PASSES = 3  # over the data of a commit: re-encode, decode near, decode exactly
 
 
 def bundle(

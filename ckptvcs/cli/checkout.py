@@ -21,26 +21,36 @@ if TYPE_CHECKING:
     from ckptvcs import Commit, LogEntry
 
 
+_Revision = Annotated[
+    str | None, Argument(metavar="REV", help="step, tag, branch, id, HEAD~2, best:loss:min ...")
+]
+_Output = Annotated[
+    str | None, Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)")
+]
+_Force = Annotated[
+    bool, Option("-f", "--force", help="overwrite files that no commit contains exactly")
+]
+_Require = Annotated[
+    Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
+]
+_Branch = Annotated[
+    str | None,
+    Option("-b", "--branch", metavar="NAME", help="start a branch at REV (default: HEAD)"),
+]
+_Near = Annotated[
+    bool, Option("--near", help="write the near form, even if the commit is exact (with -o)")
+]
+
+
 def checkout(
     context: Context,
-    revision: Annotated[
-        str | None, Argument(metavar="REV", help="step, tag, branch, id, HEAD~2, best:loss:min ...")
-    ] = None,
-    output: Annotated[
-        str | None,
-        Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)"),
-    ] = None,
-    force: Annotated[
-        bool, Option("-f", "--force", help="overwrite files that no commit contains exactly")
-    ] = False,
+    revision: _Revision = None,
+    output: _Output = None,
+    force: _Force = False,
     only: Part = None,
-    require: Annotated[
-        Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
-    ] = None,
-    branch: Annotated[
-        str | None,
-        Option("-b", "--branch", metavar="NAME", help="start a branch at REV (default: HEAD)"),
-    ] = None,
+    require: _Require = None,
+    near: _Near = False,
+    branch: _Branch = None,
     json: JsonOption = False,
 ) -> None:
     """Restore the files of a commit."""
@@ -52,10 +62,14 @@ def checkout(
         raise InvalidInputError("missing argument REV", hint="run 'ckpt checkout --help'")
     if branch is not None and (output or only):
         raise InvalidInputError(f"--branch cannot be combined with {'--only' if only else '-o'}")
+    if near and only:
+        raise InvalidInputError("--near cannot be combined with --only", hint="leave one out")
     repo = open_repo(context)
     exactly = require is not None
     if branch is None:
-        _restore(repo, str(revision), output, only, force=force, exactly=exactly, json=json)
+        _restore(
+            repo, str(revision), output, only, force=force, exactly=exactly, near=near, json=json
+        )
         return
     name = repo.branch(branch, revision or "HEAD")
     if revision is None:  # the files are those of HEAD, perhaps with changes
@@ -64,7 +78,7 @@ def checkout(
         render.answer({"id": name, "paths": [], "branch": branch}, at, json=json)
         return
     try:
-        _restore(repo, branch, output, only, force=force, exactly=exactly, json=json)
+        _restore(repo, branch, output, only, force=force, exactly=exactly, near=near, json=json)
     except BaseException:
         with contextlib.suppress(CkptError):  # HEAD is on it: the error came after the checkout
             repo.delete_branch(branch)
@@ -79,6 +93,7 @@ def _restore(
     *,
     force: bool,
     exactly: bool,
+    near: bool,
     json: bool,
 ) -> None:
     name = repo.resolve(revision)
@@ -93,7 +108,13 @@ def _restore(
     else:
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
             done = repo.checkout_files(
-                name, target, force=force, exact=exactly, progress=tick, announce=announce
+                name,
+                target,
+                force=force,
+                exact=exactly,
+                near=near,
+                progress=tick,
+                announce=announce,
             )
         with after("" if target else "the files were written"):
             where = (

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument
 
 from ckptvcs.cli import render
-from ckptvcs.cli.context import BundleFile, JsonOption, size_of
+from ckptvcs.cli.context import BundleFile, JsonOption
 from ckptvcs.repo import Repo
 
 
@@ -21,7 +21,7 @@ def clone(
     json: JsonOption = False,
 ) -> None:
     """Make a repository from a bundle file."""
-    with render.progress("cloning", size_of(file)) as tick:
+    with render.progress("cloning", None) as tick:
         repo = Repo.clone(file, directory, progress=tick)
     entries = repo.log(all_branches=True)
     whole = [entry for entry in entries if set(entry.fidelity.values()) != {"dropped"}]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Context, Option
 
@@ -14,10 +14,17 @@ from ckptvcs.repo import Repo
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ckptvcs import Comparison, Indistinct, Sums, TensorDifference, TensorInfo
+    from ckptvcs import Comparison, Indistinct, LayerDifference, Sums, TensorDifference, TensorInfo
 
 DEFAULT_ROWS = 30
+_WEIGHT = "weight"  # the role that is not shown
 _WIDE = 110  # columns of a terminal that has room for every number
+
+
+_Name = Annotated[
+    str | None, Option(metavar="GLOB", help="only tensors that match, or whose names contain this")
+]
+_Near = Annotated[bool, Option("--near", help="compare A (default: HEAD) with its near form")]
 
 
 def diff(
@@ -28,27 +35,35 @@ def diff(
     b: Annotated[str | None, Argument(metavar="[B]", help="second commit (default: HEAD)")] = None,
     count: Count = None,
     only: Part = None,
+    name: _Name = None,
+    by: Annotated[
+        Literal["tensor", "layer"], Option(metavar="layer", help="sum up the tensors of each layer")
+    ] = "tensor",
+    near: _Near = False,
     sort: Annotated[
         str, Option(metavar="KEY", help="sort key: relative, name, cosine, max_abs, changed ...")
     ] = "relative",
     json: JsonOption = False,
 ) -> None:
     """Compare the tensors of two commits."""
-    first, second = _sides(a, b)
+    first, second = _near_sides(a, b) if near else _sides(a, b)
     repo = open_repo(context)
-    total = sum(_tensor_bytes(repo, revision, only) for revision in (first, second))
+    total = sum(_tensor_bytes(repo, revision, name, only) for revision in (first, second))
     with render.progress("comparing", total) as tick:
-        comparison = repo.diff(first, second, only=only, progress=tick)
-    tensors = comparison.ordered(sort)
+        if near:
+            comparison = repo.diff_near(first, only=only, name=name, progress=tick)
+        else:
+            comparison = repo.diff(first, second, only=only, name=name, progress=tick)
+    rows: list[Any] = comparison.layers(sort) if by == "layer" else comparison.ordered(sort)
     limit = count
     if limit is None and not json and render.is_terminal():
         limit = DEFAULT_ROWS
     if json:
-        render.as_json(_diff_json(comparison, tensors[:limit]))
+        render.as_json(_diff_json(comparison, rows[:limit], by))
         return
-    _show_diff(comparison, tensors[:limit])
-    if limit is not None and len(tensors) > limit and count is None:
-        render.talk(f"{limit} of {len(tensors)} tensors; use -n N to show more")
+    _show_diff(comparison, rows[:limit])
+    if limit is not None and len(rows) > limit and count is None:
+        render.talk(f"{limit} of {len(rows)} {by}s; use -n N to show more")
 
 
 def _sides(a: str | None, b: str | None) -> tuple[str, str]:
@@ -61,9 +76,17 @@ def _sides(a: str | None, b: str | None) -> tuple[str, str]:
     return first or "HEAD", last or "HEAD"
 
 
-def _tensor_bytes(repo: Repo, revision: str, only: str | None) -> int:
-    tensors = repo.tensors(revision)
-    return sum(tensor.size_bytes for tensor in tensors if only in (None, tensor.part))
+def _near_sides(a: str | None, b: str | None) -> tuple[str, str]:
+    """Return the commit to compare with its near form, twice."""
+    if b is not None or ".." in (a or ""):
+        raise InvalidInputError(
+            "--near compares one commit with its own near form", hint="name one commit"
+        )
+    return a or "HEAD", a or "HEAD"
+
+
+def _tensor_bytes(repo: Repo, revision: str, name: str | None, only: str | None) -> int:
+    return sum(one.size_bytes for one in repo.tensors(revision, name, only=only, small=True))
 
 
 def _sums_json(comparison: Comparison, sums: Sums, changed: int | None) -> dict[str, Any]:
@@ -78,8 +101,26 @@ def _info_json(info: TensorInfo) -> dict[str, Any]:
     return render.attributes(info, "name part role dtype shape")
 
 
-def _diff_json(comparison: Comparison, tensors: list[TensorDifference]) -> dict[str, Any]:
+def _layer_json(comparison: Comparison, layer: LayerDifference) -> dict[str, Any]:
+    return (
+        render.attributes(layer, "name part role")
+        | {"tensors": len(layer.tensors)}
+        | _sums_json(comparison, layer.sums, layer.changed)
+        | render.attributes(layer, "below_error")
+    )
+
+
+def _tensor_json(comparison: Comparison, tensor: TensorDifference) -> dict[str, Any]:
+    return (
+        _info_json(tensor.info)
+        | _sums_json(comparison, tensor.sums, tensor.changed)
+        | render.attributes(tensor, "layer error_a error_b near_a near_b below_error")
+    )
+
+
+def _diff_json(comparison: Comparison, rows: list[Any], by: str) -> dict[str, Any]:
     total = comparison.total
+    row_json = _layer_json if by == "layer" else _tensor_json
     return {
         "a": entries.entry_json(comparison.a),
         "b": entries.entry_json(comparison.b),
@@ -88,12 +129,7 @@ def _diff_json(comparison: Comparison, tensors: list[TensorDifference]) -> dict[
         "total": (
             _sums_json(comparison, total, comparison.total_changed) if total.entries else None
         ),
-        "tensors": [
-            _info_json(tensor.info)
-            | _sums_json(comparison, tensor.sums, tensor.changed)
-            | render.attributes(tensor, "error_a error_b near_a near_b below_error")
-            for tensor in tensors
-        ],
+        f"{by}s": [row_json(comparison, row) for row in rows],
         "added": list(map(_info_json, comparison.added)),
         "removed": list(map(_info_json, comparison.removed)),
         "reshaped": [{"a": _info_json(a), "b": _info_json(b)} for a, b in comparison.reshaped],
@@ -136,13 +172,13 @@ def _sums_row(
 _HEADING = ["name", *render.DISTANCES]
 
 
-def _show_diff(comparison: Comparison, tensors: list[TensorDifference]) -> None:
+def _show_diff(comparison: Comparison, rows: list[Any]) -> None:
     for side, entry in (("A", comparison.a), ("B", comparison.b)):
         step = "" if entry.step is None else f" step {entry.step},"
         render.data(f"{side} {entry.id[:8]}:{step} {entries.fidelity(entry)}")
     _show_metadata(comparison)
-    if tensors:
-        _show_tensors(comparison, tensors)
+    if rows:
+        _show_rows(comparison, rows)
     for word, infos in (("added", comparison.added), ("removed", comparison.removed)):
         for info in infos:
             render.data(f"{word}: {_described(info)}")
@@ -166,24 +202,40 @@ def _show_metadata(comparison: Comparison) -> None:
             render.data(f"  {render.printable(name)}: {_text(a)} -> {_text(b)}")
 
 
-def _show_tensors(comparison: Comparison, tensors: list[TensorDifference]) -> None:
+def _row_name(row: Any) -> str:
+    """Return the name of a row; the optimizer has several rows for a layer."""
+    name, role = render.printable(row.name), getattr(row, "role", _WEIGHT)
+    return name if role == _WEIGHT else f"{name} ({role})"
+
+
+def _show_rows(comparison: Comparison, found: list[Any]) -> None:
+    same_commit = comparison.a.id == comparison.b.id  # so that the difference is the error
     rows = [_HEADING]
-    for tensor in tensors:
-        mark = "~" if tensor.below_error else ""
-        name = render.printable(tensor.info.name)
-        rows.append(_sums_row(name, comparison, tensor.sums, tensor.changed, mark))
+    for row in found:
+        mark = "~" if row.below_error and not same_commit else ""
+        rows.append(_sums_row(_row_name(row), comparison, row.sums, row.changed, mark))
     total = comparison.total
     if total.entries:
         name = "all changed weights"
         rows.append(_sums_row(name, comparison, total, comparison.total_changed, ""))
-    hidden = set() if any(row[-1] for row in rows[1:]) else {"not finite"}
-    if render.width() < _WIDE:
-        hidden |= {"|B|", "|B-A|"}
+    hidden = _hidden(comparison, rows[1:])
     shown = [column for column, name in enumerate(_HEADING) if name not in hidden]
     render.data("")
     render.table([[row[column] for column in shown] for row in rows])
-    if any(tensor.below_error for tensor in tensors):
+    if any(row[_HEADING.index("change")].startswith("~") for row in rows):
         render.data("~ change is not above the error of the near forms")
+
+
+def _hidden(comparison: Comparison, rows: Sequence[Sequence[str]]) -> set[str]:
+    """Return the columns that say nothing, or have no room."""
+    hidden = set() if any(row[-1] for row in rows) else {"not finite"}
+    if render.width() < _WIDE:
+        hidden |= {"|B|", "|B-A|"}
+    if not comparison.steps:
+        hidden.add("per step")
+    if all(row[_HEADING.index("changed")] == "-" for row in rows):
+        hidden.add("changed")
+    return hidden
 
 
 def describe_indistinct(tensors: Sequence[Indistinct]) -> str:

@@ -23,14 +23,17 @@ _ENTRY = (
 _MAX_FADED = 5  # lines
 _MAX_METRICS = 2  # columns, if no metric has a usual name
 _FAR = 0.7  # relative squared error of a step
+_LEAST_RATIO = 0.05  # one digit shows it
 _WEEK = 7 * 86400  # seconds
 
 
 def ratio(raw: int, stored: int) -> str:
-    """Return the compression ratio: `4.2x`."""
-    if not stored:
+    """Return the compression ratio: `4.2x`, or `<0.1x` if it is too small for a digit."""
+    if not raw or not stored:
         return "-"
     value = raw / stored
+    if value < _LEAST_RATIO:
+        return "<0.1x"
     return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x"
 
 
@@ -138,6 +141,11 @@ def when(time: str) -> str:
         if past >= seconds:
             return f"{past / seconds:.0f} {unit} ago"
     return f"{past:.0f} s ago"
+
+
+def local(time: str) -> str:
+    """Return the local date and time: `2026-11-29 14:05`."""
+    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def shown_metrics(setting: str, best: str, entries: Iterable[LogEntry]) -> list[str]:

@@ -31,6 +31,7 @@ EXAMPLES = {
         "ckpt each .. --jobs 2 -- ./score.sh {} {step}",
     ),
     "cat": ("ckpt cat HEAD:model.layers.0.weight", "ckpt cat 1000:head.bias -o bias.npy"),
+    "series": ("ckpt series head.weight", "ckpt series head.weight 1000..2000 --stat norm --csv"),
     "reflog": ("ckpt reflog", "ckpt reflog main --json"),
     "checkout": (
         "ckpt checkout 1000",

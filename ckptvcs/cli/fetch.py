@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Context, Option
 
 from ckptvcs.cli import entries, render
-from ckptvcs.cli.context import BundleFile, JsonOption, open_repo, size_of
+from ckptvcs.cli.context import BundleFile, JsonOption, open_repo
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def fetch(
 ) -> None:
     """Add the commits of a bundle file."""
     repo = open_repo(context)
-    with render.progress("fetching", size_of(file)) as tick:
+    with render.progress("fetching", None) as tick:
         done = repo.fetch(file, branch=branch, progress=tick)
     if json:
         render.as_json(

@@ -175,9 +175,10 @@ def tell_waiting(repo: Repo, plan: GcPlan) -> None:
     if plan.waiting:
         size = f" with {render.size(plan.waiting_bytes)}" if plan.waiting_bytes > 0 else ""
         render.data(f"{len(plan.waiting)} dropped commit(s){size} wait to be deleted")
+        day = "" if plan.next_deletion is None else f"from {entries.local(plan.next_deletion)} on, "
         render.talk(
-            "note: 'ckpt undo' restores them; gc deletes their data"
-            f" after {grace(repo)}, or with --now"
+            f"note: gc deletes the next of them {day}or now with --now",
+            "note: 'ckpt undo' restores them until then",
         )
 
 
@@ -187,7 +188,8 @@ def plan_json(plan: GcPlan, *, dry_run: bool) -> render.Json:
         "dry_run": dry_run,
         "packs": sorted(plan.packs),
         **render.attributes(
-            plan, "stale_files freed_bytes kept_bytes unreachable waiting waiting_bytes"
+            plan,
+            "stale_files freed_bytes kept_bytes unreachable waiting waiting_bytes next_deletion",
         ),
         "faded": sorted(row.id for row in plan.faded),
         "commits": [

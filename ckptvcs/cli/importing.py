@@ -158,6 +158,7 @@ def _sum_up(repo: Repo, importer: Importer, *, dry_run: bool, delete: bool) -> N
     render.data(", ".join(parts) + (f": {entries.sizes(raw, stored + patches)}" if raw else ""))
     if delete and not dry_run:
         _sum_up_removed(importer)
+    render.talk(*entries.faded(importer.faded))
     near = importer.near_known()
     if near:
         render.talk(

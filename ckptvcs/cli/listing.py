@@ -13,6 +13,8 @@ from ckptvcs.repo import Repo
 if TYPE_CHECKING:
     from ckptvcs import LogEntry, NamedCommit
 
+_MAX_AHEAD = 3  # branches in a line
+
 
 def until(repo: Repo, entry: LogEntry) -> str:
     """Return until when a commit of HEAD's line stays exact, as ` until 2 later commits`."""
@@ -35,6 +37,25 @@ def show_log(repo: Repo, graph: Sequence[tuple[str, LogEntry | None]]) -> None:
         columns, best = str(repo.setting("log-columns")), str(repo.setting("keep-best"))
     names = entries.shown_metrics(columns, best, commits)
     render.table(entries.log_rows(graph, repo.labels(), names), ("ratio", "when", "later"))
+
+
+def ahead(repo: Repo) -> str:
+    """Return how far branches are ahead of HEAD, as `main is 3 commits ahead`."""
+    rows = [(branch, count) for branch, count in repo.newer().items() if count]
+    texts = [
+        f"{render.printable(branch)} is {count} commit{'s' if count != 1 else ''} ahead"
+        for branch, count in rows[:_MAX_AHEAD]
+    ]
+    more = len(rows) - _MAX_AHEAD
+    return ", ".join([*texts, *([f"{more} more branches too"] if more > 0 else [])])
+
+
+def tell_detached(repo: Repo) -> None:
+    """Say that HEAD is detached, and which branches have newer commits."""
+    head = repo.head()
+    if head is not None and head.branch is None:
+        text = ahead(repo)
+        render.talk(f"note: HEAD is detached{text and f'; {text}'}")
 
 
 def show_names(names: Sequence[NamedCommit], *, json: bool) -> None:

@@ -8,7 +8,7 @@ from typer import Argument, Context, Option
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, open_repo, split_range, step_range
-from ckptvcs.cli.listing import show_log
+from ckptvcs.cli.listing import show_log, tell_detached
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 
@@ -77,8 +77,15 @@ def log(
         render.talk("no commits match" if repo.log(1, all_branches=True) else "no commits yet")
         return
     show_log(repo, rows)
+    _tell_place(repo, chosen)
     if more and count is None:
         render.talk(f"{limit} {_order(chosen)} commits; use -n N to show more")
+
+
+def _tell_place(repo: Repo, chosen: dict[str, Any]) -> None:
+    """Say that HEAD is detached, unless the user has chosen what to list."""
+    if not any(value for name, value in chosen.items() if name != "all_branches"):
+        tell_detached(repo)
 
 
 def _order(chosen: dict[str, Any]) -> str:

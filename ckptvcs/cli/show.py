@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Context, Option
@@ -56,8 +55,6 @@ def _fields(repo: Repo, entry: LogEntry) -> list[tuple[str, str]]:
     end = until(repo, entry)
     changed = ", changed" if origin.is_dirty(repo, entry.id) else ""
     commit = entry.commit
-    measured = {} if entry.exact else asdict(commit.error)
-    errors = [f"{name} {value:.3g}" for name, value in measured.items()]
     return [
         ("commit", entry.id),
         ("parents", " ".join(commit.parents) or "none"),
@@ -73,9 +70,33 @@ def _fields(repo: Repo, entry: LogEntry) -> list[tuple[str, str]]:
         ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
         ("fidelity", f"{entries.fidelity(entry)}{end and ':'}{end}"),
         ("parts", ", ".join(f"{part} {form}" for part, form in entry.fidelity.items())),
-        ("error", ", ".join(errors[:3])),
-        ("", ", ".join(errors[3:])),
+        *_errors(entry),
     ]
+
+
+def _errors(entry: LogEntry) -> list[tuple[str, str]]:
+    """Return a sentence for each measured error of a near commit."""
+    error = entry.commit.error
+    lost = f"{_percent(error.residual_nmse)} of the last change is lost, in squares"
+    update = f"The next update is off by {_percent(error.update_nmse)}, in squares"
+    sentences = {
+        "weight_rel": f"The weights are off by {_percent(error.weight_rel)}",
+        "residual_nmse": lost,
+        "fisher_nmse": f"Weighted by sensitivity, {_percent(error.fisher_nmse)} of it is lost",
+        "update_nmse": update,
+        "max_abs": f"No weight is off by more than {error.max_abs:.3g}",
+    }
+    shown = [
+        f"{sentence} ({name} {getattr(error, name):.3g})."
+        for name, sentence in sentences.items()
+        if getattr(error, name)
+    ]
+    labels = ["error", *[""] * len(shown)]
+    return [] if entry.exact else list(zip(labels, shown, strict=False))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%"
 
 
 def show(

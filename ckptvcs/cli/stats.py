@@ -11,6 +11,7 @@ from ckptvcs.cli.context import JsonOption, open_repo
 def stats(context: Context, json: JsonOption = False) -> None:
     """Print sizes on disk."""
     sizes = open_repo(context).stats()
+    waiting = [f"waiting   {sizes.waiting} dropped commit(s); 'ckpt gc --dry-run' shows their size"]
     render.answer(
         vars(sizes) | {"ratio": sizes.ratio},
         f"commits   {sizes.commits}",
@@ -19,6 +20,7 @@ def stats(context: Context, json: JsonOption = False) -> None:
         f"  history {render.size(sizes.history_bytes)}",
         f"  patches {render.size(sizes.patch_bytes)}",
         f"cache     {render.size(sizes.cache_bytes)} (can be deleted)",
+        *(waiting if sizes.waiting else []),
         entries.on_disk(sizes),
         json=json,
     )

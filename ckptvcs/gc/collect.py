@@ -26,7 +26,7 @@ from datetime import datetime
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.gc.decide import OPTIMIZER, Decision, Judge, drop_records, dropped_with
 from ckptvcs.gc.fading import Faded, Fader, Patch
-from ckptvcs.gc.grace import waiting_drops
+from ckptvcs.gc.grace import first_end, waiting_drops
 from ckptvcs.gc.repack import Merge, plan_merges
 from ckptvcs.gc.retention import Best, Policy
 from ckptvcs.history.canonical_json import now
@@ -72,6 +72,8 @@ class GcPlan:
         unreachable: Unreachable commits that never were on a ref.
         waiting: The dropped commits whose data stays until their grace period ends.
         waiting_bytes: The bytes that gc deletes when these grace periods have ended.
+        next_deletion: The end of the first of these grace periods, ISO 8601 in UTC; None if no
+            commit waits.
         picture: The state of the repository from which the plan was made.
     """
 
@@ -86,6 +88,7 @@ class GcPlan:
     unreachable: tuple[ObjectId, ...] = ()
     waiting: tuple[ObjectId, ...] = ()
     waiting_bytes: int = 0
+    next_deletion: str | None = None
     picture: Picture = field(default_factory=Picture)
 
 
@@ -204,13 +207,22 @@ class Collector:
             tuple(loose),
             tuple(sorted((hidden.commits - swept.commits) & commits.keys())),
             late.freed_bytes - soon.freed_bytes,
+            self._next_deletion(time, drops),
             Picture(frozenset(commits), records, notes, tips, soon.marked),
         )
 
     def swept(self, time: str) -> Dropped:
         """Return the dropped commits and parts whose grace period has ended at a time."""
-        at = datetime.fromisoformat(time)
-        return self._catalog.dropped(*waiting_drops(self._catalog, at, self._grace))
+        return self._catalog.dropped(*self._waiting(time))
+
+    def _waiting(self, time: str) -> list[ObjectId]:
+        return waiting_drops(self._catalog, datetime.fromisoformat(time), self._grace)
+
+    def _next_deletion(self, time: str, drops: Sequence[DropRecord]) -> str | None:
+        """Return when the first grace period ends, of the recorded drops and the new `drops`."""
+        recorded = self._catalog.drops()
+        waiting = [recorded[name] for name in self._waiting(time)]
+        return first_end([*waiting, *drops], self._grace) if self._grace else None
 
     def _deletion(
         self,

@@ -6,7 +6,9 @@ setting `gc-grace`.
 
 from __future__ import annotations
 
-from datetime import datetime
+import contextlib
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 
 from ckptvcs.gc.retention import BY_NAME, REKEY
 from ckptvcs.history.catalog import Catalog, Dropped
@@ -36,6 +38,28 @@ def waiting_drops(catalog: Catalog, now: datetime, seconds: float) -> list[Objec
         if all(map(catalog.store.contains, record.commits))
         and is_whole(catalog, {c: catalog.commit(c) for c in record.commits}, gone)
     ]
+
+
+def first_end(drops: Iterable[DropRecord], seconds: float) -> str | None:
+    """Return when the first of some drops has waited for so many seconds, as ISO 8601 in UTC.
+
+    None if there are none, or if none has a valid time.
+    """
+    ends = []
+    for drop in drops:
+        with contextlib.suppress(ValueError, OverflowError):
+            made = datetime.fromisoformat(drop.time)
+            ends.append(made.astimezone(UTC) + timedelta(seconds=seconds))
+    return min(ends).isoformat(timespec="seconds") if ends else None
+
+
+def waiting_commits(catalog: Catalog, now: datetime, seconds: float) -> frozenset[ObjectId]:
+    """Return the dropped commits whose data stays until the grace period of so many seconds ends.
+
+    Some may be on no ref any more.
+    """
+    swept = catalog.dropped(*waiting_drops(catalog, now, seconds))
+    return frozenset(catalog.dropped().commits - swept.commits)
 
 
 def _age(record: DropRecord, now: datetime) -> float:

@@ -27,7 +27,6 @@ from ckptvcs.history.commit import PARTS
 from ckptvcs.history.fields import ID, TEXT, Fields, many, mapping
 from ckptvcs.history.format_file import FLAGS
 from ckptvcs.history.refs import check_name
-from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Files
 from ckptvcs.store.ids import ObjectId, PackId
@@ -127,7 +126,7 @@ class ArchiveWriter:
         info = pack.publish()
         self._packs.append(ArchivedPack(info.folder, ObjectId(info.id), info.size_bytes))
 
-    def copy_pack(self, backend: Files, pack: PackId, folder: str, progress: Progress) -> None:
+    def copy_pack(self, backend: Files, pack: PackId, folder: str) -> None:
         """Copy a whole pack of a repository.
 
         Raises:
@@ -137,7 +136,6 @@ class ArchiveWriter:
         start = self._at
         for data in checked_blocks(backend, pack, folder):
             self.write(data)
-            progress(len(data))
         self._packs.append(ArchivedPack(folder, ObjectId(pack), self._at - start))
 
     def finish(self, manifest: Manifest) -> int:
@@ -222,7 +220,7 @@ class Archive:
             raise StorageError(f"cannot read {self._name}: {error.strerror}") from error
         return b"".join(parts)
 
-    def check(self, progress: Progress = quiet) -> None:
+    def check(self) -> None:
         """Check the hash of the whole file, and read the manifest.
 
         Raises:
@@ -237,7 +235,6 @@ class Archive:
                 raise self._truncated()
             digest.update(data)
             at += len(data)
-            progress(len(data))
         if digest.digest() != self._digest:
             raise CorruptionError(
                 f"{self._name} is damaged: its hash does not match", hint="copy the file again"

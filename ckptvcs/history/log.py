@@ -284,6 +284,17 @@ class History:
         following = self._refs.current_branch()
         return following if following in branches else next(iter(branches), None)
 
+    def newer(self, name: ObjectId) -> dict[str, int]:
+        """Return the branches that contain a commit, and how many newer commits each has."""
+        found = {}
+        for ref, tip in self._revisions.tips().items():
+            if ref.startswith("heads/"):
+                line = (below for below, _ in self._catalog.line(tip))
+                number = next((at for at, below in enumerate(line) if below == name), None)
+                if number is not None:
+                    found[ref[6:]] = number
+        return found
+
     def unnamed(self, start: ObjectId) -> list[ObjectId]:
         """Return a commit and its ancestors that no ref reaches, newest first."""
         named = self._revisions.ids()

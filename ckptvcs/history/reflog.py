@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ckptvcs.errors import ConflictError, CorruptionError, MissingObjectError, NotFoundError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.reachability import is_whole
 from ckptvcs.history.recipe import LEFT_OUT, DropRecord, load_drop_record
-from ckptvcs.history.refs import Generation, Refs
+from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId
 
@@ -162,7 +163,7 @@ class Past:
         if drop and (last is None or _after(drop[1], name, moves.values()) >= last):
             return self._restore(name, newest, *drop, time)
         if last is None or last == 1:
-            raise NotFoundError(f"nothing to undo on branch '{name}'")
+            raise NotFoundError(f"nothing to undo on branch '{name}'", hint=self._way_back(name))
         below = moves[self._standing(moves, last - 1) or 1]
         before = below.commit
         if below.is_lost or moves[last].is_lost:
@@ -178,6 +179,18 @@ class Past:
         self._refs.publish(ref, newest, commit=before, time=time, action=f"{_UNDO}{last}")
         at = f" of {taken.commit[:8]}" if taken.commit else ""
         return Undone(f"{taken.action}{at}", name, before)
+
+    def _way_back(self, branch: str) -> str | None:
+        """Return how to leave a branch for the one that HEAD followed before it began, if any."""
+        followed = [head.branch for head in self._refs.readable(HEAD)][::-1]  # oldest first
+        before = takewhile(lambda name: name != branch, followed)
+        old = next((name for name in [*before][::-1] if name), None)
+        if old is None or self._revisions.branch(old) is None:
+            return None
+        return (
+            f"run 'ckpt checkout {old}' to continue on branch '{old}', "
+            f"then 'ckpt branch --delete {branch}' to delete this one"
+        )
 
     @staticmethod
     def _standing(moves: dict[int, Generation], number: int) -> int | None:

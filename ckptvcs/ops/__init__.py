@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from ckptvcs.ops import request as request
     from ckptvcs.ops import resume as resume
     from ckptvcs.ops import show as show
+    from ckptvcs.ops import statistics as statistics
     from ckptvcs.ops import stats as stats
+    from ckptvcs.ops import status as status
     from ckptvcs.ops import tensor as tensor
     from ckptvcs.ops import verify as verify
     from ckptvcs.ops import watch as watch

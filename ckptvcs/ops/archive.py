@@ -182,7 +182,7 @@ def sourced(file: BinaryIO, name: str, progress: Progress) -> Iterator[Source]:
         StorageError: it cannot be read.
     """
     archive = Archive(file, name)
-    archive.check(progress)
+    archive.check()
     with disk.scratch_folder("ckpt-bundle-") as folder:
         store = ObjectStore(Layered(folder, archive), folder / "index", keys_of)
         try:

@@ -212,7 +212,7 @@ def _write(repository: Repository, choice: Choice, target: Target, progress: Pro
     manifest = choice.manifest()
     with target.file() as out, _freed(choice, progress) as catalog:
         writer = ArchiveWriter(lambda data: disk.write(out, data))
-        patch_bytes = _copy(catalog, choice.mark(catalog), writer, progress)
+        patch_bytes = _copy(catalog, choice.mark(catalog), writer)
         size = writer.finish(manifest)
         disk.sync(out)
         with sourced(out, str(target.path), progress):
@@ -252,13 +252,13 @@ def _freed(choice: Choice, progress: Progress) -> Iterator[Catalog]:
             layered.index.close()
 
 
-def _copy(catalog: Catalog, marked: Marked, writer: ArchiveWriter, progress: Progress) -> int:
+def _copy(catalog: Catalog, marked: Marked, writer: ArchiveWriter) -> int:
     """Copy the marked objects, in whole packs where possible; return the bytes of exact patches."""
     store, patches = catalog.store, catalog.patches().keys() & marked.objects
     alone = {place.pack: place.folder for place in (store.places(name)[0] for name in patches)}
     done: set[ObjectId] = set()
     for pack, folder in sorted(alone.items()):
-        writer.copy_pack(store.backend, pack, folder, progress)
+        writer.copy_pack(store.backend, pack, folder)
         names = {entry.id for entry in store.entries(pack, folder)}
         done |= {name for name in names if not store.lasts(name)}
     meta: list[Place] = []
@@ -273,7 +273,7 @@ def _copy(catalog: Catalog, marked: Marked, writer: ArchiveWriter, progress: Pro
     others: dict[str, list[Place]] = {}
     for (pack, folder), places in sorted(bundles.items()):
         if len(store.entries(pack, folder)) == len(places):
-            writer.copy_pack(store.backend, pack, folder, progress)
+            writer.copy_pack(store.backend, pack, folder)
             continue
         for place in places:
             others.setdefault(marked.bundles[place.entry.id], []).append(place)

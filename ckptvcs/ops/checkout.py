@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ckptvcs.checkpoint.layout import unreadable
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.decode.file_writer import (
     Looks,
@@ -84,12 +83,17 @@ def checkout_files(
     *,
     force: bool = False,
     exact: bool = False,
+    near: bool = False,
 ) -> CheckedOut:
     """Write the files of a commit; see `Repo.checkout_files`."""
     tree = WorkTree(repository)
+    if near and output is None:
+        raise InvalidInputError(
+            "a near form is written as a copy", hint="name the output: -o near.pt"
+        )
 
     def write() -> CheckedOut:
-        restorer = _reader(repository, name, exact=exact)
+        restorer = _reader(repository, name, exact=exact, near=near)
         return tree.write(restorer, output, progress, announce, force=force)
 
     return repository.read_again(write)
@@ -154,15 +158,33 @@ def save_part(
 
 
 def _reader(
-    repository: Repository, name: ObjectId, part: str | None = None, *, exact: bool
+    repository: Repository,
+    name: ObjectId,
+    part: str | None = None,
+    *,
+    exact: bool,
+    near: bool = False,
 ) -> Restorer:
-    """Return a reader of a commit; raises ConflictError if `exact` is set and a part is near."""
-    restorer = repository.restorer(name)
+    """Return a reader of a commit, or of its near form.
+
+    Raises:
+        ConflictError: `exact` is set and a part is near.
+        InvalidInputError: `near` is set, and also `exact`, or the commit has no near form.
+    """
+    if exact and near:
+        raise InvalidInputError(
+            "a near form cannot be required to be exact", hint="leave out one of the options"
+        )
+    restorer = repository.restorer(name, near=near)
     forms = [form for key, form in restorer.fidelity.items() if part in (None, key)]
     if exact and "near" in forms:
         raise ConflictError(
             f"commit {name[:8]} can only be restored in near form",
             hint="leave out --require exact to restore the near form",
+        )
+    if near and "near" not in forms:
+        raise InvalidInputError(
+            f"commit {name[:8]} has no near form: its codec is exact", hint="leave out --near"
         )
     return restorer
 
@@ -343,36 +365,3 @@ class WorkTree:
                         if file.skeleton is not None and seen is not None:
                             with folder.inside(path.parent) as parent:
                                 self._guard(parent, path.name, seen, restorer, file)
-
-    def changes(self, restorer: Restorer) -> list[tuple[str, Path]]:
-        """Return the paths on disk that differ from a commit, with the kind of the difference.
-
-        The kinds are `missing`, `changed` and `near` (a checkout wrote the near form).
-
-        Raises:
-            InvalidInputError: A file cannot be read.
-        """
-        commit = restorer.commit
-        top, below = self.home(commit)
-        home, changes = top / below, []
-        for file in commit.files:
-            if file.hash is None:
-                continue
-            path = home / safe_path(file.path) if commit.source == "directory" else home
-            try:
-                kind = self._change(path, file)
-            except OSError as error:
-                raise unreadable(path, error) from error
-            if kind:
-                changes.append((kind, path))
-        return changes
-
-    def _change(self, path: Path, file: FileEntry) -> str:
-        if not path.is_file():
-            return "missing"
-        if path.stat().st_size != file.size:
-            return "changed"
-        digest = hash_file(path)
-        if digest == file.hash:
-            return ""
-        return "near" if (self._written / digest).exists() else "changed"

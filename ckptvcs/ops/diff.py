@@ -11,12 +11,13 @@ originals.  All other tensors are summed up in float64, slice by slice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.words import Words
-from ckptvcs.decode.commit_reader import in_our_order
+from ckptvcs.decode.commit_reader import Restorer, in_our_order
 from ckptvcs.decode.pair_reader import Pair, read_pairs
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.history.commit import PARTS
@@ -24,8 +25,10 @@ from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.ops.diff_sides import Indistinct, Match, Side, match_tensors
 from ckptvcs.ops.diff_sums import Sums, sum_up
+from ckptvcs.ops.layers import layers_of
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress
+from ckptvcs.text import name_test
 
 SORT_KEYS = (
     "relative",
@@ -51,6 +54,7 @@ class TensorDifference:
         error_b: The same in B.
         near_a: Whether the form in A is near.
         near_b: Whether the form in B is near.
+        layer: The layer of the tensor; a moment has the layer of its weight.
     """
 
     info: TensorInfo
@@ -59,17 +63,67 @@ class TensorDifference:
     error_b: float | None
     near_a: bool
     near_b: bool
+    layer: str
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor in A."""
+        return self.info.name
+
+    @property
+    def part(self) -> str:
+        """The part: `model`, `optimizer` or `rest`."""
+        return self.info.part
+
+    @property
+    def error_norms(self) -> tuple[float, float]:
+        """The norms of the errors of the near forms in A and B; 0 if exact or not known."""
+        return (self.error_a or 0.0) * self.sums.norm_a, (self.error_b or 0.0) * self.sums.norm_b
 
     @property
     def below_error(self) -> bool:
         """Whether the errors of the near forms alone explain the difference."""
-        error = (self.error_a or 0.0) * self.sums.norm_a + (self.error_b or 0.0) * self.sums.norm_b
-        return 0 < error >= self.sums.norm_difference
+        return 0 < sum(self.error_norms) >= self.sums.norm_difference
 
     @property
     def changed(self) -> int | None:
         """The number of entries whose bits differ; None if a side is near."""
         return None if self.near_a or self.near_b else self.sums.changed
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """The difference of the tensors of one layer and role that differ.
+
+    Attributes:
+        name: The name of the layer.
+        part: `model`, `optimizer` or `rest`.
+        role: The role of the tensors, such as `weight` or `exp_avg`.
+        tensors: The tensors of the layer that differ.
+        sums: Sums over the entries of these tensors.
+    """
+
+    name: str
+    part: str
+    role: str
+    tensors: tuple[TensorDifference, ...]
+    sums: Sums
+
+    @property
+    def below_error(self) -> bool:
+        """Whether the errors of the near forms alone explain the difference."""
+        pairs = [tensor.error_norms for tensor in self.tensors]
+        errors = [math.hypot(*side) for side in zip(*pairs, strict=True)]
+        return 0 < sum(errors) >= self.sums.norm_difference
+
+    @property
+    def changed(self) -> int | None:
+        """The number of entries whose bits differ; None if a side of a tensor is near."""
+        counts = [tensor.changed for tensor in self.tensors]
+        return None if None in counts else self.sums.changed
+
+
+Difference = TypeVar("Difference", TensorDifference, LayerDifference)
 
 
 @dataclass(frozen=True)
@@ -127,22 +181,45 @@ class Comparison:
         Raises:
             InvalidInputError: The key is not known.
         """
-        if key not in SORT_KEYS:
-            raise InvalidInputError(
-                f"unknown sort key '{key}'", hint=f"use one of {', '.join(SORT_KEYS)}"
-            )
+        return _ordered(self.tensors, key)
 
-        def rank(tensor: TensorDifference) -> tuple[int, bool, float, str]:
-            sums, info = tensor.sums, tensor.info
-            value = 0.0 if key == "name" else float(getattr(sums, key))
-            if key == "changed" and tensor.changed is None:
-                value = -1.0  # after all known counts
-            broken = sums.nonfinite_a != sums.nonfinite_b or math.isnan(value)
-            size = value if key == "cosine" else -value
-            size = -math.inf if math.isnan(size) else size
-            return PARTS.index(info.part), not broken, size, info.name
+    def layers(self, key: str = "relative") -> list[LayerDifference]:
+        """Return the tensors that differ, summed up by layer and role, sorted as by `ordered`.
 
-        return sorted(self.tensors, key=rank)
+        Args:
+            key: As for `ordered`.
+
+        Raises:
+            InvalidInputError: The key is not known.
+        """
+        groups: dict[tuple[str, str, str], list[TensorDifference]] = {}
+        for tensor in self.tensors:
+            groups.setdefault((tensor.layer, tensor.part, tensor.info.role), []).append(tensor)
+        found = []
+        for group, tensors in groups.items():
+            sums = Sums()
+            for tensor in tensors:
+                sums.add(tensor.sums)
+            found.append(LayerDifference(*group, tuple(tensors), sums))
+        return _ordered(found, key)
+
+
+def _ordered(differences: Iterable[Difference], key: str) -> list[Difference]:
+    if key not in SORT_KEYS:
+        raise InvalidInputError(
+            f"unknown sort key '{key}'", hint=f"use one of {', '.join(SORT_KEYS)}"
+        )
+
+    def rank(one: Difference) -> tuple[int, bool, float, str]:
+        value = 0.0 if key == "name" else float(getattr(one.sums, key))
+        if key == "changed" and one.changed is None:
+            value = -1.0  # after all known counts
+        broken = one.sums.nonfinite_a != one.sums.nonfinite_b or math.isnan(value)
+        size = value if key == "cosine" else -value
+        size = -math.inf if math.isnan(size) else size
+        return PARTS.index(one.part), not broken, size, one.name
+
+    return sorted(differences, key=rank)
 
 
 def _sums(a: Side, b: Side, match: Match, progress: Progress) -> Iterator[tuple[Pair, Sums]]:
@@ -162,39 +239,81 @@ def _sums(a: Side, b: Side, match: Match, progress: Progress) -> Iterator[tuple[
 
 
 def diff(
-    repository: Repository, a: str | int, b: str | int, only: str | None, progress: Progress
+    repository: Repository,
+    a: str | int,
+    b: str | int,
+    only: str | None,
+    name: str | None,
+    progress: Progress,
 ) -> Comparison:
     """Compare two commits; see `Repo.diff`.
 
     `progress` counts the bytes of the tensors on both sides, decoded or not.
     """
-    catalog = repository.catalog
-    name_a, name_b = repository.resolve(a), repository.resolve(b)
-    entry_a, entry_b = repository.entry(name_a), repository.entry(name_b)
-    reader_a, reader_b = repository.restorer(name_a), repository.restorer(name_b)
-    parts = [part for part in PARTS if only in (None, part)]
-    forms = reader_a.fidelity, reader_b.fidelity
-    dropped = [part for part in parts if "dropped" in (form.get(part) for form in forms)]
-    if only in dropped:
-        raise NotFoundError(f"the {only} part of {entry_a.id[:8]} or {entry_b.id[:8]} was dropped")
-    parts = [part for part in parts if part not in dropped]
-    left, right = Side(catalog, reader_a, parts), Side(catalog, reader_b, parts)
+    names = repository.resolve(a), repository.resolve(b)
+    entries = [repository.entry(one) for one in names]
+    readers = [repository.restorer(one) for one in names]
+    return _compare(repository, entries, readers, only, name, progress, forms=False)
+
+
+def diff_near(
+    repository: Repository,
+    revision: str | int,
+    only: str | None,
+    name: str | None,
+    progress: Progress,
+) -> Comparison:
+    """Compare a commit with its near form; see `Repo.diff_near`."""
+    commit = repository.resolve(revision)
+    exact, near = repository.restorer(commit), repository.restorer(commit, near=True)
+    entry = repository.entry(commit)
+    if exact.fidelity == near.fidelity:
+        lossless = "near" not in exact.fidelity.values()
+        raise InvalidInputError(
+            f"commit {commit[:8]} {'has no near form' if lossless else 'is only near now'}",
+            hint="choose a commit that 'ckpt log' shows as exact, of the codec near or small",
+        )
+    entries = [entry, replace(entry, fidelity=dict(near.fidelity))]
+    return _compare(repository, entries, [exact, near], only, name, progress, forms=True)
+
+
+def _compare(
+    repository: Repository,
+    entries: Sequence[LogEntry],
+    readers: Sequence[Restorer],
+    only: str | None,
+    name: str | None,
+    progress: Progress,
+    *,
+    forms: bool,
+) -> Comparison:
+    entry_a, entry_b = entries
+    parts, dropped = _parts(readers, only)
+    left, right = (Side(repository.catalog, reader, parts) for reader in readers)
     if only is not None and not left.numbers and not right.numbers:
         raise NotFoundError(f"neither {entry_a.id[:8]} nor {entry_b.id[:8]} has a part '{only}'")
     right.name_as(left)
-    match = match_tensors(left, right)
+    if name is not None:
+        for side in (left, right):
+            side.keep(name_test(name))
+        if not left.numbers and not right.numbers:
+            raise NotFoundError(f"no tensor matches '{name}'", hint="'ckpt ls' lists them")
+    match = match_tensors(left, right, forms=forms)
     tensors: dict[Pair, Sums] = {}
     total = Sums()
     for pair, sums in _sums(left, right, match, progress):
         tensors.setdefault(pair, Sums()).add(sums)
         if left.infos[pair[0]].role == WEIGHT:
             total.add(sums)
+    layers = layers_of(left.restorer.schema)
     comparison = Comparison(
         entry_a,
         entry_b,
         _steps_between(entry_a, entry_b),
         tuple(_metadata(entry_a, entry_b)),
-        tuple(_difference(left, right, pair, sums) for pair, sums in tensors.items()),
+        tuple(
+            _difference(left, right, pair, sums, layers[pair[0]]) for pair, sums in tensors.items()
+        ),
         total,
         tuple(match.unchanged),
         tuple(match.indistinguishable),
@@ -206,14 +325,25 @@ def diff(
     return replace(comparison, tensors=tuple(comparison.ordered()))
 
 
+def _parts(readers: Sequence[Restorer], only: str | None) -> tuple[list[str], list[str]]:
+    """Return the parts to compare, and those that were dropped from one of the commits."""
+    parts = [part for part in PARTS if only in (None, part)]
+    fidelities = [reader.fidelity for reader in readers]
+    dropped = [part for part in parts if "dropped" in (form.get(part) for form in fidelities)]
+    if only in dropped:
+        names = " or ".join(reader.name[:8] for reader in readers)
+        raise NotFoundError(f"the {only} part of {names} was dropped")
+    return [part for part in parts if part not in dropped], dropped
+
+
 def _steps_between(a: LogEntry, b: LogEntry) -> int | None:
     return None if a.step is None or b.step is None else abs(b.step - a.step)
 
 
-def _difference(left: Side, right: Side, pair: Pair, sums: Sums) -> TensorDifference:
+def _difference(left: Side, right: Side, pair: Pair, sums: Sums, layer: str) -> TensorDifference:
     a, b = pair
     return TensorDifference(
-        left.infos[a], sums, left.error(a), right.error(b), left.is_near(a), right.is_near(b)
+        left.infos[a], sums, left.error(a), right.error(b), left.is_near(a), right.is_near(b), layer
     )
 
 

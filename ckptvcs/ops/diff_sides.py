@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -76,6 +76,10 @@ class Side:
             (part, names.get(name, name), count): number
             for (part, name, count), number in self.numbers.items()
         }
+
+    def keep(self, wants: Callable[[str], bool]) -> None:
+        """Compare only tensors whose name passes a test."""
+        self.numbers = {key: number for key, number in self.numbers.items() if wants(key[1])}
 
     @property
     def size_bytes(self) -> int:
@@ -153,28 +157,35 @@ class Match:
     small: list[Pair] = field(default_factory=list)
 
 
-def match_tensors(a: Side, b: Side) -> Match:
-    """Return which tensors of two commits differ, as far as that is known without decoding."""
+def match_tensors(a: Side, b: Side, *, forms: bool = False) -> Match:
+    """Return which tensors of two commits differ, as far as that is known without decoding.
+
+    With `forms`, tensors are equal if the restored values are, whatever the originals were.
+    """
     match = Match(
         added=[b.infos[number] for key, number in b.numbers.items() if key not in a.numbers],
         removed=[a.infos[number] for key, number in a.numbers.items() if key not in b.numbers],
     )
     for key, number in a.numbers.items():
-        if key not in b.numbers:
-            continue
-        pair = number, b.numbers[key]
-        one, other = a.infos[pair[0]], b.infos[pair[1]]
-        same_order = one.order == other.order
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
-            match.reshaped.append((one, other))
-        elif not one.words or (same := same_order and a.is_same(pair[0], b, pair[1])):
-            match.unchanged.append(one)
-        elif same_order and a.content(pair[0]) == b.content(pair[1]) is not None:
-            match.indistinguishable.append(
-                Indistinct(one, a.is_near(pair[0]), b.is_near(pair[1]), same is False)
-            )
-        elif one.inline or other.inline:
-            match.small.append(pair)
-        else:
-            match.stored.append(pair)
+        if key in b.numbers:
+            _match_pair(a, b, (number, b.numbers[key]), match, forms=forms)
     return match
+
+
+def _match_pair(a: Side, b: Side, pair: Pair, match: Match, *, forms: bool) -> None:
+    one, other = a.infos[pair[0]], b.infos[pair[1]]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        match.reshaped.append((one, other))
+        return
+    same_order = one.order == other.order
+    alike = same_order and a.content(pair[0]) == b.content(pair[1]) is not None
+    same = alike if forms else same_order and a.is_same(pair[0], b, pair[1])
+    if not one.words or same:
+        match.unchanged.append(one)
+    elif alike:
+        near_a, near_b = a.is_near(pair[0]), b.is_near(pair[1])
+        match.indistinguishable.append(Indistinct(one, near_a, near_b, same is False))
+    elif one.inline or other.inline:
+        match.small.append(pair)
+    else:
+        match.stored.append(pair)

@@ -100,6 +100,7 @@ class Fetcher:
                 state, planner = self._look()
                 self._require(state)
                 refs, kept = self._set_refs(wanted, state, lease_name, strict=strict)
+                check_lease(self._backend, lease_name)  # otherwise gc may have deleted data
                 self._publish([], [], planner.show(now()))
         return replace(done, refs=refs, kept=kept, size_bytes=self._size_bytes)
 

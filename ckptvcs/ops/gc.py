@@ -121,6 +121,9 @@ class _Collection:
             self._before += collector.foreign_bytes(done, packs)
             if not self._sweep:
                 return replace(done, kept_bytes=kept - done.freed_bytes)
+            if done.waiting:  # the merges of packs changed what their data takes
+                later = collector.plan(Policy(), time, recorded=True)
+                done = replace(done, waiting_bytes=later.waiting_bytes)
             return replace(done, freed_bytes=self._before - kept, kept_bytes=kept)
 
     def _owes_rekey(self, time: str) -> bool:

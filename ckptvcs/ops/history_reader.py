@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from ckptvcs.ops.disk_usage import DiskUsage
     from ckptvcs.ops.log import Steps
     from ckptvcs.ops.refs import NamedCommit
-    from ckptvcs.ops.show import Status, TensorEntry
+    from ckptvcs.ops.show import TensorEntry
     from ckptvcs.ops.stats import Stats
+    from ckptvcs.ops.status import Status
 
 PathLike = str | os.PathLike[str]
 
@@ -301,9 +302,15 @@ class HistoryReader:
         """
         return self._repository.catalog.provenance(self.resolve(revision))
 
-    def status(self) -> Status:
-        """Return the position of HEAD, and how the files on disk differ from its commit."""
-        return ops.show.status(self._repository)
+    def status(self, *, verify: bool = False) -> Status:
+        """Return the position of HEAD, and how the files on disk differ from its commit.
+
+        A file that did not change after its commit, according to its size and times, is not read.
+
+        Args:
+            verify: Read and hash all files.
+        """
+        return ops.status.status(self._repository, verify=verify)
 
     def branches(self) -> list[NamedCommit]:
         """Return the branches that point to a commit, sorted by name."""
@@ -320,6 +327,18 @@ class HistoryReader:
     def head(self) -> Generation | None:
         """Return the current version of HEAD: its `branch`, or its `commit` if HEAD is detached."""
         return self._repository.head()
+
+    def newer(self, revision: str | int = "HEAD") -> dict[str, int]:
+        """Return the branches that contain a commit, and the number of newer commits of each.
+
+        Args:
+            revision: The commit.
+
+        Raises:
+            NotFoundError: `revision` names no commit.
+            InvalidInputError: `revision` names several commits.
+        """
+        return self._repository.history.newer(self.resolve(revision))
 
     def reflog(self, branch: str | None = None) -> list[ReflogEvent]:
         """Return the changes of a branch, newest first.

@@ -13,7 +13,7 @@ of a checkpoint is not committed again.  HEAD does not move to a new branch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -27,9 +27,11 @@ from ckptvcs.errors import (
     NotFoundError,
     StorageError,
 )
+from ckptvcs.gc.fading import Faded
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
 from ckptvcs.ops.commit import CommitResult, commit_path
+from ckptvcs.ops.import_branches import AFTER_ALL, Branch, new_branch, placed
 from ckptvcs.ops.import_estimate import Estimate, Forecast, Group, forecast
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.placement import free_name, stem
@@ -38,8 +40,6 @@ from ckptvcs.ops.request import Request
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import is_full, real_path
 from ckptvcs.store.ids import ObjectId
-
-_AFTER_ALL = 1 << 62  # above every step
 
 
 @dataclass
@@ -77,43 +77,14 @@ Watch = Callable[[ImportItem], None]
 """Called with each item when it is done."""
 
 
-@dataclass
-class _Branch:
-    """A branch to commit to; `step` is the step of its `tip`, `loose` accepts items without one."""
-
-    name: str | None
-    tip: ObjectId | None
-    step: int
-    loose: bool
-
-    def takes(self, step: int | None) -> bool:
-        """Return whether a checkpoint of this step goes on top."""
-        return self.loose if step is None else step > self.step
-
-    def advance(self, step: int | None) -> None:
-        """Put a checkpoint of this step on top."""
-        self.step = self.step if step is None else step
-
-
-def _new_branch(name: str, step: int | None) -> _Branch:
-    """Return a branch that begins with a checkpoint of this step, which is not on it yet."""
-    return _Branch(name, None, _AFTER_ALL if step is None else -1, step is None)
-
-
-def _placed(items: Iterable[ImportItem], branches: list[_Branch]) -> Iterator[_Branch]:
-    """Yield the branch that each item is going to, of those in `branches` or of new ones."""
-    for item in items:
-        step = item.found.step
-        branch = next((one for one in branches if one.takes(step)), None)
-        if branch is None:
-            branch = _new_branch("", step)
-            branches.append(branch)
-        branch.advance(step)
-        yield branch
-
-
 class Importer:
-    """Imports the checkpoints of one folder; see `Repo.import_folder`."""
+    """Imports the checkpoints of one folder; see `Repo.import_folder`.
+
+    Attributes:
+        items: The checkpoints.
+        skipped: The other entries of the folder.
+        faded: The commits of other checkpoints that became near with the new ones.
+    """
 
     def __init__(
         self,
@@ -141,6 +112,7 @@ class Importer:
                 item.fail(item.found.problem)
         self._contents = Contents(repo)
         self._first: dict[ObjectId, str] = {}  # the first name of each commit
+        self.faded: list[Faded] = []
 
     # -- commit ------------------------------------------------------------------------------------
 
@@ -262,7 +234,7 @@ class Importer:
     def _commit_new(
         self,
         item: ImportItem,
-        branches: list[_Branch],
+        branches: list[Branch],
         progress: _HalfProgress,
         *,
         fades: bool = False,
@@ -275,7 +247,7 @@ class Importer:
         progress.fill(1)
 
     def _commit(
-        self, item: ImportItem, branches: list[_Branch], progress: Progress, *, fades: bool
+        self, item: ImportItem, branches: list[Branch], progress: Progress, *, fades: bool
     ) -> None:
         found = item.found
         branch = self._branch_for(found.step, branches)
@@ -288,6 +260,7 @@ class Importer:
             return
         branch.name, branch.tip = result.branch, result.id
         branch.advance(result.commit.step)
+        self.faded += [row for row in result.faded if row.id not in self._first]
         item.action, item.id = "committed", result.id
         item.branch, item.notes = result.branch, result.notes
         self._first[result.id] = found.name
@@ -328,7 +301,7 @@ class Importer:
 
     # -- branches ----------------------------------------------------------------------------------
 
-    def _will_fade(self, item: ImportItem, branch: _Branch, branches: list[_Branch]) -> bool:
+    def _will_fade(self, item: ImportItem, branch: Branch, branches: list[Branch]) -> bool:
         """Return whether later checkpoints make the exact patch of an item on `branch` expire."""
         at = next(at for at, one in enumerate(branches) if one is branch)
         ends = [replace(one) for one in branches]
@@ -337,12 +310,12 @@ class Importer:
         newest = self.repo.commit_config().exact_rule.newest
         on_branch = (
             end
-            for end in _placed([one for one in later if one.action == "commit"], ends)
+            for end in placed((one.found.step for one in later if one.action == "commit"), ends)
             if end is ends[at]
         )
         return len(list(islice(on_branch, newest))) == newest
 
-    def _branch_for(self, step: int | None, branches: list[_Branch]) -> _Branch:
+    def _branch_for(self, step: int | None, branches: list[Branch]) -> Branch:
         """Return the branch for a checkpoint; add a new one to `branches` if none takes it."""
         for branch in branches:
             if branch.takes(step):
@@ -350,10 +323,10 @@ class Importer:
         if not self._imported(branches[0].tip):
             branches.clear()  # the branch holds another run than the folder
         name = free_name(self._base, self.repo.refs.names("heads"))
-        branches.append(_new_branch(name, step))
+        branches.append(new_branch(name, step))
         return branches[-1]
 
-    def _branches(self) -> list[_Branch]:
+    def _branches(self) -> list[Branch]:
         """Return the branches that end with a checkpoint of this folder, otherwise the main one."""
         steps = {item.id: item.found.step for item in self.items if item.id is not None}
         main = self._main()
@@ -364,11 +337,11 @@ class Importer:
             if side and tip in steps:
                 step = steps[tip]
                 branches.append(
-                    _Branch(name, tip, _AFTER_ALL if step is None else step, step is None)
+                    Branch(name, tip, AFTER_ALL if step is None else step, step is None)
                 )
         return branches or [main]
 
-    def _main(self) -> _Branch:
+    def _main(self) -> Branch:
         """Return the branch that the user named, otherwise HEAD's (without a name if detached)."""
         head = self.repo.head()
         name = self._wanted or (head.branch if head else "main")
@@ -378,7 +351,7 @@ class Importer:
             start = self.repo.revisions.head()
         commits = self.repo.catalog.line(start) if name else iter(())
         step = next((commit.step for _, commit in commits if commit.step is not None), -1)
-        return _Branch(name, tip, step, all(item.found.step is None for item in self.items))
+        return Branch(name, tip, step, all(item.found.step is None for item in self.items))
 
     def _imported(self, commit: ObjectId | None) -> bool:
         """Return whether a commit holds a checkpoint of this folder."""
@@ -430,7 +403,7 @@ class Importer:
         ends = self._branches()
         groups: dict[int, tuple[ObjectId | None, list[Found]]] = {}
         new = [item for item in self.items if item.action == "commit"]
-        for item, end in zip(new, _placed(new, ends), strict=True):
+        for item, end in zip(new, placed((item.found.step for item in new), ends), strict=True):
             groups.setdefault(id(end), (end.tip, []))[1].append(item.found)
         rows = [Group(tip, members) for tip, members in groups.values()]
         pins = delete and not accept_near

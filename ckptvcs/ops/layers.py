@@ -19,6 +19,19 @@ def layer_of(name: str) -> str:
 
 
 def layers_of(schema: Schema) -> list[str]:
-    """Return the layer of each tensor; a moment has the layer of its weight."""
-    tensors = schema.tensors
-    return [layer_of((info if info.pair is None else tensors[info.pair]).name) for info in tensors]
+    """Return the layer of each tensor; the state of a weight in an optimizer has its layer."""
+    tensors, paired = schema.tensors, dict[str, str]()
+    for info in tensors:
+        if info.pair is not None:
+            paired[_above(info.name)] = layer_of(tensors[info.pair].name)
+    return [
+        paired.get(_above(info.name)) or layer_of(info.name)
+        if info.part == "optimizer"
+        else layer_of(info.name)
+        for info in tensors
+    ]
+
+
+def _above(name: str) -> str:
+    """Return the name of the object that a tensor is in."""
+    return name.rpartition(".")[0]

@@ -5,27 +5,26 @@ Each method is one call into `ops/`; the modules there load on first use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptvcs import ops
-from ckptvcs.history.log import Bound, LogEntry
-from ckptvcs.ops.history_reader import HistoryReader, PathLike
+from ckptvcs.history.log import Bound
+from ckptvcs.ops.history_reader import PathLike
+from ckptvcs.ops.tensor_reader import TensorReader
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 
 if TYPE_CHECKING:
     from ckptvcs.ops.bisect import Bisection, Judge, Watch
     from ckptvcs.ops.checkout import CheckedOut
-    from ckptvcs.ops.diff import Comparison
     from ckptvcs.ops.export import Exported
     from ckptvcs.ops.resume import Resumed
-    from ckptvcs.ops.tensor import TensorView
     from ckptvcs.ops.verify import VerifyReport
 
 
-class Reader(HistoryReader):
+class Reader(TensorReader):
     """A repository that is open for reading; `Repo` adds the methods that write.
 
     A *revision* is a step (an `int`), a tag, a branch, an id prefix, `HEAD`, `latest`,
@@ -35,35 +34,6 @@ class Reader(HistoryReader):
         >>> reader = Reader.open("runs/exp1")
         >>> [entry.step for entry in reader.log(limit=3)]
     """
-
-    def diff(
-        self,
-        a: str | int = "HEAD~1",
-        b: str | int = "HEAD",
-        *,
-        only: str | None = None,
-        progress: Progress = quiet,
-    ) -> Comparison:
-        """Compare two commits, tensor by tensor.
-
-        Args:
-            a: The older commit.
-            b: The newer commit.
-            only: Compare only `model`, `optimizer` or `rest`; None compares all parts.
-            progress: Called with the number of bytes that were read or written since its last call.
-
-        Returns:
-            The differences of metadata and of tensors.
-
-        Raises:
-            NotFoundError: A commit does not exist, or neither commit has the part.
-            CorruptionError: A tensor does not decode to its recorded hash.
-
-        Example:
-            >>> comparison = reader.diff(1000, 2000, only="model")
-            >>> comparison.tensors[0].info.name, comparison.tensors[0].sums.relative
-        """
-        return ops.diff.diff(self._repository, a, b, only, progress)
 
     def checkout(self, revision: str | int = "HEAD", *, into: Any = None) -> Any:
         """Return the state of a commit: the committed nested object with its tensors.
@@ -130,6 +100,7 @@ class Reader(HistoryReader):
         *,
         force: bool = False,
         exact: bool = False,
+        near: bool = False,
         progress: Progress = quiet,
         announce: Callable[[Path], object] = quiet,
     ) -> CheckedOut:
@@ -140,6 +111,7 @@ class Reader(HistoryReader):
             output: The file or directory to write; None uses the path that the commit recorded.
             force: Overwrite files whose content is in no commit.
             exact: Refuse a commit that can only be restored in near form.
+            near: Write the near form even if the commit is exact now; `output` is required.
             progress: Called with the number of bytes that were read or written since its last call.
             announce: Called with the target path before the first byte is written.
 
@@ -148,12 +120,13 @@ class Reader(HistoryReader):
 
         Raises:
             NotFoundError: The commit does not exist.
+            InvalidInputError: `near` is set without `output`, or the commit has no near form.
             ConflictError: A file would be lost, or `exact` is set and the commit is near.
             CorruptionError: A file does not have its recorded hash; no file was replaced.
         """
         name, target = self.resolve(revision), None if output is None else Path(output)
         return ops.checkout.checkout_files(
-            self._repository, name, target, progress, announce, force=force, exact=exact
+            self._repository, name, target, progress, announce, force=force, exact=exact, near=near
         )
 
     def checkout_part(
@@ -312,103 +285,6 @@ class Reader(HistoryReader):
         return ops.average.average(
             self._repository.catalog, names, Path(path), progress, force=force
         )
-
-    def trajectory(
-        self,
-        select: str | Sequence[str] | None = None,
-        *,
-        start: Bound = None,
-        stop: Bound = None,
-        every: int | None = None,
-        revision: str | int | None = None,
-    ) -> Iterator[tuple[LogEntry, Any]]:
-        """Yield the states of a first-parent history, oldest first.
-
-        Each state is decoded from the previous one; only one is kept in memory.  If the caller
-        changes a tensor in place, the tensor is decoded again from its whole delta chain.
-
-        Args:
-            select: One or several globs over tensor names, such as `model.*`.  Each state is then a
-                flat dict of these tensors, and no other tensor is read.  None yields the same
-                states as `checkout`.
-            start: As for `line`.
-            stop: As for `line`.
-            every: As for `line`.
-            revision: As for `line`.
-
-        Yields:
-            Each commit with its state.
-
-        Raises:
-            NotFoundError: A revision names no commit of this history, or `select` matches no
-                tensor.
-            InvalidInputError: A revision names several commits, or `every` is below 1.
-            CorruptionError: During iteration: a tensor does not decode to its recorded hash.
-
-        Example:
-            >>> for entry, state in reader.trajectory("model.*.weight", every=1000):
-            ...     print(entry.step, {name: tensor.norm() for name, tensor in state.items()})
-        """
-        names = self._line(start, stop, every, revision)
-        return ops.read.states(self._repository, names, select)
-
-    def tensor(self, name: str, at: str | int = "HEAD") -> Any:
-        """Return one tensor of a commit; no other tensor is decoded.
-
-        Args:
-            name: The name of the tensor in `tensors`, or an unambiguous end of it after a dot or a
-                colon: `layers.0.weight` for `model.layers.0.weight`.
-            at: The commit to read.
-
-        Returns:
-            A torch tensor, or a numpy array if one was committed.
-
-        Raises:
-            NotFoundError: The commit or the tensor does not exist.
-            InvalidInputError: Several commits or tensors match.
-            CorruptionError: The tensor does not decode to its recorded hash.
-        """
-        return ops.read.tensor(self._repository, name, at)
-
-    def tensor_view(self, where: str) -> TensorView:
-        """Return one tensor with its values as numpy, its statistics and its fidelity.
-
-        Args:
-            where: `REV:TENSOR`; the tensor is named as in `tensor`.
-
-        Raises:
-            NotFoundError: The commit or the tensor does not exist.
-            InvalidInputError: Several commits or tensors match.
-        """
-        return ops.tensor.TensorView(self._repository, where)
-
-    def series(
-        self,
-        name: str,
-        *,
-        start: Bound = None,
-        stop: Bound = None,
-        every: int | None = None,
-        revision: str | int | None = None,
-    ) -> Iterator[tuple[LogEntry, Any]]:
-        """Yield one tensor along a first-parent history, oldest first.
-
-        Args:
-            name: As for `tensor`.
-            start: As for `line`.
-            stop: As for `line`.
-            every: As for `line`.
-            revision: As for `line`.
-
-        Yields:
-            Each commit that has the tensor, with the tensor.
-
-        Raises:
-            NotFoundError: A revision names no commit of this history, or no commit has the tensor.
-            InvalidInputError: Several tensors match, or `every` is below 1.
-        """
-        names = self._line(start, stop, every, revision)
-        return ops.read.series(self._repository, names, name)
 
     def bisect(
         self,

@@ -1,10 +1,9 @@
-"""The tensors of a commit, and the differences between HEAD and the files on disk."""
+"""The tensors of a commit, with their forms and errors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckptvcs.checkpoint.forms import near_errors, near_tensors
 from ckptvcs.history.commit import ErrorReport
@@ -52,23 +51,6 @@ class TensorEntry:
         return self.error.weight_rel or math.sqrt(self.error.residual_nmse)
 
 
-@dataclass(frozen=True)
-class Status:
-    """The position of HEAD, and the differences of the files on disk.
-
-    Attributes:
-        branch: The branch that HEAD follows; None if HEAD is detached.
-        head: The commit of HEAD; None in an empty repository.
-        step: The training step of that commit, if known.
-        changes: For each differing file `missing`, `changed` or `near`, and its path.
-    """
-
-    branch: str | None
-    head: ObjectId | None
-    step: int | None
-    changes: tuple[tuple[str, Path], ...]
-
-
 def tensors(
     repository: Repository,
     name: ObjectId,
@@ -113,15 +95,3 @@ def tensors(
 def forms(repository: Repository, name: ObjectId) -> list[str]:
     """Return the form of each of `tensors`: `exact`, `near` or `dropped`."""
     return [entry.form for entry in tensors(repository, name)]
-
-
-def status(repository: Repository) -> Status:
-    """Compare the files on disk with HEAD; see `Repo.status`."""
-    from ckptvcs.ops.checkout import WorkTree  # noqa: PLC0415  needs numpy
-
-    head, name = repository.head(), repository.revisions.head()
-    branch = head.branch if head else None
-    if name is None:
-        return Status(branch, None, None, ())
-    changes = WorkTree(repository).changes(repository.restorer(name))
-    return Status(branch, name, repository.catalog.commit(name).step, tuple(changes))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.gc.collect import files_bytes, stored_bytes
 from ckptvcs.gc.fading import Fader
+from ckptvcs.gc.grace import waiting_commits
 from ckptvcs.ops.config import Config
 from ckptvcs.ops.repository import CACHE, Repository
 
@@ -22,6 +26,7 @@ class Stats:
         patch_bytes: The size of the exact patches.
         cache_bytes: The size of the cache, which can always be deleted.
         packs: The number of packs.
+        waiting: The number of dropped commits whose data waits for the end of the grace period.
     """
 
     commits: int
@@ -31,6 +36,7 @@ class Stats:
     patch_bytes: int
     cache_bytes: int
     packs: int
+    waiting: int = 0
 
     @property
     def ratio(self) -> float:
@@ -52,4 +58,17 @@ def measure(repository: Repository) -> Stats:
         patches,
         cached,
         len(repository.catalog.store.list_packs()),
+        _waiting(repository),
     )
+
+
+def _waiting(repository: Repository) -> int:
+    """Return the number of dropped commits that undo can restore."""
+    if not repository.catalog.drops():
+        return 0
+    time, reachable = datetime.now(UTC), repository.revisions.commits()
+    try:
+        seconds = repository.config.grace_seconds
+    except InvalidInputError:  # the settings are unreadable, so that gc deletes nothing
+        seconds = math.inf
+    return len(waiting_commits(repository.catalog, time, seconds) & reachable.keys())

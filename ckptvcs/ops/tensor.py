@@ -49,7 +49,7 @@ class TensorView:
         Raises:
             CorruptionError: The tensor does not decode to its recorded hash.
         """
-        values: np.ndarray[Any, np.dtype[Any]] = _numbers(self._reader, self._window)
+        values: np.ndarray[Any, np.dtype[Any]] = read_numbers(self._reader, self._window)
         return values
 
     def statistics(self) -> dict[str, float | None]:
@@ -58,7 +58,7 @@ class TensorView:
         The names are `min`, `max`, `mean`, `std`, `norm`, `zeros` and `not_finite`.  A value is
         None if no entry is finite.
         """
-        return _statistics(self.values)
+        return summarize(self.values)
 
     def save(self, path: Path, *, force: bool = False) -> None:
         """Write the tensor as .npy, .pt or .safetensors, by the suffix of `path`.
@@ -83,7 +83,7 @@ class TensorView:
                 )
 
 
-def _numbers(reader: PartReader, window: Any) -> Any:
+def read_numbers(reader: PartReader, window: Any) -> Any:
     """Return the values of a tensor as a numpy array; float32 if numpy lacks their type."""
     data, view = reader.window(window), window[1]
     dtype, shape = DTYPES[view.dtype], view.shape
@@ -99,7 +99,7 @@ def _numbers(reader: PartReader, window: Any) -> Any:
     return to_float64(words, dtype.name).astype(np.float32).reshape(shape)
 
 
-def _statistics(values: Any) -> dict[str, float | None]:
+def summarize(values: Any) -> dict[str, float | None]:
     """Return the statistics of `TensorView.statistics`; of complex values, those of |x|."""
     wide = np.abs(values) if values.dtype.kind == "c" else values
     wide = wide.astype(np.float64)

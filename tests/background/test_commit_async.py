@@ -125,6 +125,33 @@ def test_order_is_kept_and_the_third_call_waits(
     assert not near.verify().damage
 
 
+def test_a_training_that_always_waits_is_told_once(
+    near: Repo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, run = Gate(monkeypatch), iter(states(10))
+
+    def busy(calls: int) -> None:
+        for call in range(calls):
+            if call >= 2:  # the two copies are taken
+                threading.Timer(0.2, gate.open.release).start()
+            near.commit_async(next(run))
+        for _ in range(2):
+            gate.open.release()
+        near.wait()
+
+    busy(5)
+    assert [("consider" in text, "3 times" in text) for text in caplog.messages] == [
+        (True, False),
+        (False, True),
+    ]
+    caplog.clear()
+    busy(2)
+    assert not caplog.messages
+    busy(3)  # a new state of waiting, of one call: no number
+    assert ["consider" in text for text in caplog.messages] == [True]
+    assert len(near.log()) == 10
+
+
 def test_errors_come_at_the_next_call(near: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
     run = states(4)
     near.commit_async(run[0], step=1).result()

@@ -308,3 +308,11 @@ def test_an_interrupted_import_says_what_it_did(
     ckpt("import", "run", "--delete-originals", "--accept-near")
     assert names(folder) == []
     assert len(ckpt("log", "--json").json) == 5
+
+
+def test_import_names_older_commits_that_become_near(ckpt: Ckpt, folder: Path) -> None:
+    ckpt("commit", "run/step-8.pt")
+    done = ckpt("import", "run", "--pattern", "step-1?.pt")
+    assert "note: step 1 is near now (" in done.err
+    assert done.err.count("is near now") == 1
+    assert "is near now" not in ckpt("import", "run", "--pattern", "step-1?.pt").err

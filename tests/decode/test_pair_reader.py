@@ -57,7 +57,7 @@ def test_commits_decode_together_as_alone(run: Repo) -> None:
             assert_alike(*(handle(run).restorer(names[age], near=near) for age in (a, b)))
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir()))
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/store")))
 def test_old_commits_decode_together_as_alone(name: str, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / name / "store", tmp_path / ".ckpt")
     repo = Repo.open(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,50 @@ def test_what_the_next_sweep_frees_is_what_it_frees(tmp_path: Path) -> None:
     assert done.freed_bytes == before - stored(repo)
     # The sweep that was announced had its records to write; this one has none.
     assert abs(said.freed_bytes - done.freed_bytes) <= 2000
+
+
+@pytest.mark.parametrize("rekey", [False, True])
+def test_sizes_add_up_while_drops_wait(rekey: bool, tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path)
+    commits(repo, 1, 8, "near")
+    before = stored(repo)
+    planned = repo.plan_gc(Policy(last=2))
+    assert planned.freed_bytes + planned.kept_bytes == before == stored(repo)
+    done = repo.gc(Policy(last=2), rekey=rekey)
+    assert len(done.waiting) == Repo.open(tmp_path).stats().waiting == 6
+    assert done.kept_bytes == stored(repo) == before - done.freed_bytes
+    for plan in (repo.plan_gc(), repo.gc()):
+        assert (plan.freed_bytes, plan.kept_bytes) == (0, stored(repo))
+        assert plan.waiting_bytes == done.waiting_bytes > 0
+    before = stored(repo)
+    now = repo.plan_gc(now=True)
+    assert now.freed_bytes == done.waiting_bytes
+    done = repo.gc(now=True)
+    assert done.freed_bytes == before - stored(repo)
+    assert done.kept_bytes == stored(repo)
+    if rekey:  # plans do not know what the rekeying frees that the drop asked for
+        assert done.freed_bytes > now.freed_bytes
+    else:
+        assert done.freed_bytes == now.freed_bytes
+    assert Repo.open(tmp_path).stats().waiting == 0
+
+
+def test_the_date_of_the_next_deletion(tmp_path: Path) -> None:
+    repo = Repo.init(tmp_path)
+    commits(repo, 1, 4, "near")
+    assert repo.plan_gc().next_deletion is None
+    assert repo.plan_gc(Policy(last=1), now=True).next_deletion is None
+    repo.configure("gc-grace", "3d")
+    begin = datetime.now(UTC).replace(microsecond=0)
+    repo.gc(Policy(last=3))
+    end = datetime.now(UTC)
+    first = repo.plan_gc().next_deletion
+    assert first is not None
+    assert begin <= datetime.fromisoformat(first) - timedelta(days=3) <= end
+    assert repo.gc(Policy(last=2)).next_deletion == first  # the earlier drop ends earlier
+    repo.undo()
+    repo.undo()
+    assert repo.plan_gc().next_deletion is None
 
 
 def test_packs_that_are_merged_count_in_a_dry_run(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ class Smuggler:
         with path.open("wb") as file:
             writer = ArchiveWriter(file.write)
             for pack, where in store.list_packs().items():
-                writer.copy_pack(store.backend, pack, where, lambda _: None)
+                writer.copy_pack(store.backend, pack, where)
             extra = writer.new_pack(folder)
             extra.add(kind, content)
             writer.add(extra)
@@ -204,7 +204,7 @@ def test_a_commit_without_its_ancestors(tmp_path: Path) -> None:
         for pack, where in store.list_packs().items():
             names = [one.id for one in store.entries(pack, where)]
             if repo.resolve(1) not in names:
-                writer.copy_pack(store.backend, pack, where, lambda _: None)
+                writer.copy_pack(store.backend, pack, where)
         row = ArchivedCommit(entry.id, tuple(entry.commit.parts), (), ())
         writer.finish(Manifest((row,), {"heads/main": entry.id}, {}, "main"))
     assert isinstance(refused(tmp_path / "x.ckptz", tmp_path), CorruptionError)

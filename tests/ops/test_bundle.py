@@ -301,7 +301,7 @@ def test_a_commit_while_refs_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("ckptvcs.ops.fetch.check_lease", meanwhile)
     done = clone.fetch(tmp_path / "y.ckptz")
     assert set(done.refs) == {"heads/main-2"}
-    assert len(calls) == 3
+    assert len(calls) == 4
     assert steps(clone) == [1, 9]
     assert [entry.step for entry in clone.log(revision="main-2")] == [3, 2, 1]
 

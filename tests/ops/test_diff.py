@@ -408,3 +408,93 @@ def test_what_coding_kept_is_not_called_changed(tmp_path: Path) -> None:
     counts = [t.changed for t in found.ordered("changed") if t.info.part == "model"]
     known = [count for count in counts if count is not None]
     assert counts == sorted(known, reverse=True) + [None] * (len(counts) - len(known))
+
+
+def near_run(root: Path) -> tuple[Repo, list[dict[str, Any]]]:
+    """Three near commits, of which the last two are exact."""
+    repo, states = Repo.init(root), train(3)
+    for state in states:
+        repo.commit(state, step=state["step"])
+    return repo, states
+
+
+def test_tensors_are_chosen_by_name(repo: Repo) -> None:
+    for state in train(2):
+        repo.commit(state)
+    whole = repo.diff()
+    seen: list[int] = []
+    found = repo.diff(name="model.*.weight", progress=seen.append)
+    weights = [t for t in whole.tensors if t.name.startswith("model.") and "weight" in t.name]
+    assert found.tensors == tuple(weights)
+    assert {info.name for info in found.unchanged} == {"model.4.weight"}
+    tensors = repo.tensors("HEAD", "model.*.weight", small=True)
+    assert sum(seen) == 2 * sum(one.size_bytes for one in tensors)
+    assert {t.name for t in repo.diff(name="exp_avg_sq").tensors} == {
+        t.name for t in whole.tensors if "exp_avg_sq" in t.name
+    }
+    with pytest.raises(NotFoundError, match="no tensor matches 'layer'"):
+        repo.diff(name="layer")
+
+
+def test_layers_are_sums_over_their_tensors(repo: Repo) -> None:
+    states = train(2)
+    for state in states:
+        repo.commit(state)
+    layers = {(layer.name, layer.role): layer for layer in repo.diff().layers()}
+    before, after = ({**state["model"]} for state in states)
+    names = ["0.weight", "0.bias"]
+    one, other = (torch.cat([s[n].flatten() for n in names]).double() for s in (before, after))
+    layer = layers["model.0", "weight"]
+    assert sorted(tensor.name for tensor in layer.tensors) == ["model.0.bias", "model.0.weight"]
+    assert layer.sums.norm_a == pytest.approx(float(one.norm()))
+    assert layer.sums.norm_difference == pytest.approx(float((other - one).norm()))
+    assert layer.changed == int((one != other).sum())
+    # Moments and step counters have the layer of their weight.
+    assert {tensor.name for tensor in layers["model.0", "exp_avg"].tensors} == {
+        f"optimizer.state.{number}.exp_avg" for number in (0, 1)
+    }
+    assert len(layers["model.0", "step"].tensors) == 2
+    ordered = repo.diff().layers("norm_a")
+    norms = [layer.sums.norm_a for layer in ordered if layer.part == "model"]
+    assert norms == sorted(norms, reverse=True)
+    with pytest.raises(InvalidInputError, match="unknown sort key"):
+        repo.diff().layers("size")
+
+
+def test_a_commit_is_compared_with_its_near_form(tmp_path: Path) -> None:
+    repo, states = near_run(tmp_path / "run")
+    found = repo.diff_near(3)
+    assert found.a.exact
+    assert not found.b.exact
+    repo.checkout_files(3, tmp_path / "near.pt", near=True)
+    near = torch.load(tmp_path / "near.pt", weights_only=True)
+    check_near = {f"model.{k}": v for k, v in near["model"].items()}
+    exact = {f"model.{k}": v for k, v in states[2]["model"].items()}
+    weights = [tensor for tensor in found.tensors if tensor.part == "model"]
+    for tensor in weights:
+        true = exact[tensor.name].double()
+        error = float((check_near[tensor.name].double() - true).norm() / true.norm())
+        assert tensor.sums.relative == pytest.approx(error, rel=1e-6)
+        assert tensor.error_b == pytest.approx(error, rel=1e-2)
+        assert tensor.changed is None
+    equal = {name for name, value in exact.items() if torch.equal(value, check_near[name])}
+    same_names = {info.name for info in found.unchanged if info.part == "model"}
+    assert same_names == equal
+    assert {tensor.name for tensor in weights} == exact.keys() - equal
+    assert found.total.relative == pytest.approx(found.a.commit.error.weight_rel, rel=1e-2)
+    with pytest.raises(InvalidInputError, match="is only near now"):
+        repo.diff_near(1)
+
+
+def test_only_near_codecs_have_near_forms(repo: Repo, tmp_path: Path) -> None:
+    state = train(1)[0]
+    repo.commit(state)
+    with pytest.raises(InvalidInputError, match="has no near form"):
+        repo.diff_near()
+    with pytest.raises(InvalidInputError, match="has no near form"):
+        repo.checkout_files("HEAD", tmp_path / "near.pt", near=True)
+    with pytest.raises(InvalidInputError, match="written as a copy"):
+        repo.checkout_files("HEAD", near=True)
+    with pytest.raises(InvalidInputError, match="cannot be required to be exact"):
+        repo.checkout_files("HEAD", tmp_path / "near.pt", near=True, exact=True)
+    assert not (tmp_path / "near.pt").exists()
