@@ -71,6 +71,7 @@ def test_diff_reports_tensors_as_json(ckpt: Ckpt, history: Path, run_files: list
             "near_a",
             "near_b",
             "below_error",
+            "layer",
         }
     told = {row["name"]: (row["a"], row["b"]) for row in found["metadata"]}
     assert told["metrics.loss"] == (4, 1)
