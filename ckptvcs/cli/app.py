@@ -171,9 +171,15 @@ def _version(wanted: bool) -> None:
 def _show_help(
     context: typer.Context,
     command: Annotated[str | None, typer.Argument(metavar="[COMMAND]", help="command")] = None,
+    man: Annotated[bool, typer.Option("--man", help="print the manual page, for 'man'")] = False,
 ) -> None:
     """Print the help of a command."""
     root: Any = context.find_root()
+    if man:
+        from ckptvcs.cli.manual import page
+
+        render.data(*page(root, GROUPS))
+        return
     if command is None:
         render.data(*root.get_help().split("\n"))
         return

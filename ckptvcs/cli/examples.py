@@ -80,7 +80,7 @@ EXAMPLES = {
         "ckpt config keep-exact --unset",
     ),
     "index": ("ckpt index --rebuild",),
-    "help": ("ckpt help", "ckpt help commit"),
+    "help": ("ckpt help", "ckpt help commit", "ckpt help --man > ckpt.1"),
     "version": ("ckpt version",),
 }
 """Command lines by command."""
