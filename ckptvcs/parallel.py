@@ -42,6 +42,15 @@ def quiet(_: object) -> None:
     """Ignore progress, or another notification."""
 
 
+def reading(progress: Progress) -> Progress:
+    """Return the function that counts the bytes of a pass before the counted one.
+
+    It is the attribute `reading` of a progress that has one.
+    """
+    found: Progress = getattr(progress, "reading", quiet)
+    return found
+
+
 def worker_count() -> int:
     """Return the number of cores that this process may use, at most 16."""
     return min(16, _cores())

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from ckptvcs.cli.app import GROUPS, app
+from ckptvcs.cli.examples import EXAMPLES
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "cli.md"
 _INTRODUCTION = """\
@@ -56,7 +57,7 @@ def _command(command: Any, name: str) -> Iterator[str]:
         yield from (f"| `{_cell(metavar)}` | {_cell(text or '')} |" for metavar, text in described)
         yield ""
     yield from _options(command, context)
-    yield ""
+    yield from ("", "```", *EXAMPLES[name], "```", "")
 
 
 def _options(command: Any, context: Any) -> Iterator[str]:

@@ -375,3 +375,24 @@ def test_a_shape_that_no_tensor_can_have(shape: list[int], repo: Repo, tmp_path:
         repo.tensor("w")
     repo.checkout_files(name, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_progress_counts_the_bytes_of_both_passes(tmp_path: Path) -> None:
+    class Passes:
+        """A progress that tells the passes of a commit apart."""
+
+        read = encoded = 0
+
+        def __call__(self, count: int) -> None:
+            self.encoded += count
+
+        def reading(self, count: int) -> None:
+            assert self.encoded == 0
+            self.read += count
+
+    path = tmp_path / "m.pt"
+    torch.save({"w": torch.randn(300, 300)}, path)
+    passes = Passes()
+    Repo.init(tmp_path).commit_path(path, message="x", progress=passes)
+    assert passes.read == path.stat().st_size
+    assert passes.encoded == 4 * 300 * 300

@@ -20,7 +20,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from ckptvcs.cli import render
+from ckptvcs.cli.completion import attach, prepare_completion
 from ckptvcs.cli.context import Globals
+from ckptvcs.cli.examples import EXAMPLES
 from ckptvcs.cli.failures import bug, end, wants_json
 from ckptvcs.cli.streams import OutputError, prepare
 from ckptvcs.errors import InvalidInputError, NotFoundError
@@ -80,7 +82,16 @@ class Command(TyperCommand):
             hidden=True,
             callback=_quieten,
         )
-        return [*super().get_params(ctx), quiet]
+        found: list[Any] = super().get_params(ctx)
+        attach(found)
+        return [*found, quiet]
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        lines = EXAMPLES.get(self.name or "", ())
+        if lines:
+            with formatter.section("Examples"):
+                for line in lines:
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # The parser would take -1 for an option.  Unknown options then count as arguments.
@@ -160,9 +171,15 @@ def _version(wanted: bool) -> None:
 def _show_help(
     context: typer.Context,
     command: Annotated[str | None, typer.Argument(metavar="[COMMAND]", help="command")] = None,
+    man: Annotated[bool, typer.Option("--man", help="print the manual page, for 'man'")] = False,
 ) -> None:
     """Print the help of a command."""
     root: Any = context.find_root()
+    if man:
+        from ckptvcs.cli.manual import page
+
+        render.data(*page(root, GROUPS))
+        return
     if command is None:
         render.data(*root.get_help().split("\n"))
         return
@@ -235,6 +252,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by __main__
         signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
+    prepare_completion(os.environ)
     # The garbage collector would check these modules again and again: a tenth of `ckpt log`.
     gc.freeze()
     sys.exit(run())

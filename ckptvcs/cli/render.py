@@ -264,6 +264,28 @@ def _is_right(heading: str) -> bool:
     return heading in _RIGHT or getattr(heading, "style", "") == "right"
 
 
+class _Bar:
+    """A bar of bytes; `reading` counts a first pass, which doubles the total."""
+
+    def __init__(self, bars: Any, label: str, total: int | None) -> None:
+        self._bars, self._label, self._total = bars, plain(label), total
+        self._task = bars.add_task(self._label, total=total)
+        self._is_reading = False
+
+    def __call__(self, count: int) -> None:
+        if self._is_reading and count:
+            self._is_reading = False
+            self._bars.update(self._task, description=f"{self._label}: encoding")
+        self._bars.advance(self._task, count)
+
+    def reading(self, count: int) -> None:
+        if not self._is_reading:
+            self._is_reading = True
+            total = None if self._total is None else 2 * self._total
+            self._bars.update(self._task, description=f"{self._label}: reading", total=total)
+        self._bars.advance(self._task, count)
+
+
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show a bar of bytes with rate and remaining time if stderr is a terminal."""
@@ -281,8 +303,7 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(plain(label), total=total)
-        yield lambda count: bar.advance(task, count)
+        yield _Bar(bar, label, total)
 
 
 def bug() -> None:

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Context, Option
+from typer import Argument, Context, Exit, Option
 
 from ckptvcs.cli import entries, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, open_repo
-from ckptvcs.errors import InvalidInputError, NotFoundError, after
+from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError, after
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,8 +65,24 @@ def watch(
     if not once:
         later = "" if folder.is_dir() else " (does not exist yet)"
         render.talk(f"watching {render.printable(str(folder))}{later}; press Ctrl-C to stop")
+    codes = [0]
+
+    def report(event: WatchEvent) -> None:
+        _report(repo, event, json=json)
+        codes.append(_code(event))
+
     commits = _commit_present if once else _commit_forever
-    commits(watcher, lambda event: _report(repo, event, json=json), interval, settle)
+    commits(watcher, report, interval, settle)
+    if max(codes):
+        raise Exit(max(codes))
+
+
+def _code(event: WatchEvent) -> int:
+    """Return the exit code of --once for an event, as import exits."""
+    if event.problem is not None:
+        return event.problem.exit_code
+    kept = event.removal is not None and event.removal.keep_reason is not None
+    return ConflictError.exit_code if kept else 0
 
 
 def _report(repo: Repo, event: WatchEvent, *, json: bool) -> None:

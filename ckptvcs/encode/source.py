@@ -16,7 +16,7 @@ from ckptvcs.codec.frame import SLICE_WORDS, slice_size, slices_of
 from ckptvcs.codec.kernels import on_torch
 from ckptvcs.codec.words import Words, from_float32, octets, to_float32, word_type
 from ckptvcs.hashing import hash_of, hasher
-from ckptvcs.parallel import Progress, ordered_map
+from ckptvcs.parallel import Progress, ordered_map, reading
 
 
 class SourceTensor:
@@ -68,6 +68,7 @@ def scan(
     if checkpoint.kind == "state":
         return [None], _scan_state(checkpoint, stay=stay)
     file_hashes: list[str | None] = []
+    read = reading(progress)
     hashes: dict[int, bytes] = {}
     for file in checkpoint.files:
         digest = hasher()
@@ -78,6 +79,7 @@ def scan(
                 length = min(BLOCK_BYTES, piece.offset + piece.size - at)
                 block = file.source.read(at, length)
                 digest.update(block)
+                read(length)
                 if stored:
                     tensor.update(block)
             if stored and piece.tensor is not None:

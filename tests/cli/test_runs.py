@@ -351,9 +351,9 @@ def test_series_and_trajectories_cross_steps_in_paths(tmp_path: Path) -> None:
 # -- runs that begin again -------------------------------------------------------------------------
 
 
-def watch(ckpt: Ckpt, *args: object) -> str:
+def watch(ckpt: Ckpt, *args: object, code: int = 0) -> str:
     options = ("--once", "--settle", "0.05", "--accept-near", *args)
-    return ckpt("watch", "out", *options).err
+    return ckpt("watch", "out", *options, code=code).err
 
 
 def test_a_restart_from_step_0_keeps_what_is_new(ckpt: Ckpt, tmp_path: Path) -> None:
@@ -411,6 +411,6 @@ def test_shards_are_watched_and_removed_together(ckpt: Ckpt, tmp_path: Path) -> 
     ]
     assert set(contents(out)) == {f"ep0-ba300-rank{rank}.pt" for rank in range(3)}
     (out / "ep0-ba300-rank2.pt").write_bytes(b"")
-    said = watch(ckpt, "--keep-local", 1)
+    said = watch(ckpt, "--keep-local", 1, code=2)
     assert said.count("error: ") == 1
     assert len(rows(ckpt, "--all")) == 3

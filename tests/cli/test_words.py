@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -186,3 +187,16 @@ def test_an_unknown_setting_is_answered_on_a_line(ckpt: Ckpt, history: Path) -> 
         "hint: did you mean keep-exact or keep-best?",
     ]
     assert all(len(line) < 80 for line in ckpt("config", "x", code=2).err.splitlines())
+
+
+def test_the_manual_page_has_every_command_and_option(ckpt: Ckpt) -> None:
+    shown = ckpt("help", "--man").out
+    lines = shown.splitlines()
+    assert lines[0].startswith(".TH CKPT 1")
+    assert [line[4:] for line in lines if line.startswith(".SS ")] == list(COMMANDS)
+    for name in COMMANDS:
+        options = re.findall(r"^  (?:-., )?(--[a-z-]+)", ckpt(name, "--help").out, re.MULTILINE)
+        for option in set(options) - {"--help"}:
+            assert option.replace("-", "\\-") in shown, (name, option)
+    macros = {line.split()[0] for line in lines if line.startswith((".", "'"))}
+    assert macros == {".TH", ".SH", ".SS", ".B", ".PP", ".TP", ".nf", ".fi"}
