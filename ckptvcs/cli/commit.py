@@ -75,8 +75,8 @@ def _tell(repo: Repo, result: CommitResult, *, json: bool) -> None:
         f"  {entries.sizes_now(entry, until(repo, entry))}{form}",
         json=json,
     )
-    render.talk(*entries.faded(result.faded), *_introduction(repo, entry))
     sys.stdout.flush()
+    render.talk(*entries.faded(result.faded), *_introduction(repo, entry))
 
 
 def _introduction(repo: Repo, entry: LogEntry) -> list[str]:

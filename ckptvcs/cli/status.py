@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,6 +63,7 @@ def _show_uncommitted(status: Status) -> None:
         if len(found) > _MOST_LISTED:
             render.data(f"  and {len(found) - _MOST_LISTED} more")
         folder = _shown(found[0].parent)
+        sys.stdout.flush()
         render.talk(f"hint: 'ckpt commit PATH' commits one, 'ckpt import {folder}' all of them")
 
 

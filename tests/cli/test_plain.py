@@ -65,6 +65,7 @@ def test_what_people_write_stays() -> None:
 
 DOOR = ROOT / "ckptvcs" / "cli" / "render.py"
 BEFORE = ROOT / "ckptvcs" / "__main__.py"  # says that the modules cannot be loaded
+RELAY = ROOT / "ckptvcs" / "ops" / "command.py"  # passes on what a command of the user prints
 PRINTING = {"print", "input", "breakpoint"}
 OF_MODULES: dict[str, set[str] | None] = {
     "typer": {"echo", "secho", "confirm", "prompt", "progressbar", "launch", "style"},
@@ -107,7 +108,7 @@ def test_nothing_prints_but_the_door() -> None:
     found = {
         (str(path.relative_to(ROOT)), line)
         for path in (ROOT / "ckptvcs").rglob("*.py")
-        if path not in (DOOR, BEFORE)
+        if path not in (DOOR, BEFORE, RELAY)
         for line in leaks(path.read_text("utf-8"))
     }
     assert not found
