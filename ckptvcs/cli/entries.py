@@ -24,6 +24,7 @@ _MAX_FADED = 5  # lines
 _MAX_METRICS = 2  # columns, if no metric has a usual name
 _FAR = 0.7  # relative squared error of a step
 _LEAST_RATIO = 0.05  # one digit shows it
+_WHEN = 10  # columns of `59 min ago` and of a date
 _WEEK = 7 * 86400  # seconds
 
 
@@ -189,7 +190,7 @@ def _log_row(entry: LogEntry, marks: Sequence[str], metric_names: Sequence[str])
     return [
         step_text(commit.step),
         Cell(entry.id[:8], "dim"),
-        when(commit.time),
+        when(commit.time).ljust(_WHEN),
         Cell(labels + printable(entry.message), "bold" if head else ""),
         *(Cell("" if v is None else f"{v:.4g}", _metric_style(v)) for v in values),
         size(entry.stored_bytes + entry.exact_bytes),

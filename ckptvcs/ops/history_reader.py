@@ -399,7 +399,7 @@ class HistoryReader:
         Example:
             >>> {row.name: row.size_bytes for row in repo.disk_usage(by="layer").rows}
         """
-        names = [self.resolve(revision) for revision in revisions]
+        names = self.select(revisions)
         return ops.disk_usage.disk_usage(self._repository, names or None, by)
 
     def setting(self, key: str) -> Value:
