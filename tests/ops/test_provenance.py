@@ -123,7 +123,8 @@ def test_a_git_in_the_path_is_not_looked_for(
     assert not (tmp_path / "executed").exists()
 
 
-MAY_START_PROCESSES = {"process.py", "bisect.py", "command.py"}  # this program, and what users tell it to run
+# This program, and what users tell it to run.
+MAY_START_PROCESSES = {"process.py", "bisect.py", "command.py"}
 STARTING = {"system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "startfile"}
 
 
