@@ -14,6 +14,7 @@ def test_ls_and_du_as_json(ckpt: Ckpt, history: Path) -> None:
     rows = ckpt("ls", 3, "model*weight", "--json").json
     assert [row["name"] for row in rows] == [f"model.{n}.weight" for n in (0, 2, 3, 4)]
     keys = {"name", "aliases", "part", "role", "dtype", "shape", "bytes", "form", "error"}
+    keys.add("exact_lasts")
     assert all(row.keys() == keys for row in rows)
     assert {(row["form"], row["error"]) for row in rows} == {("exact", 0)}
     stats, usage = ckpt("stats", "--json").json, ckpt("du", "--json", "--by", "tensor").json

@@ -90,7 +90,7 @@ def test_status_compares_the_file_of_a_state(ckpt: Ckpt, tmp_path: Path, form: s
     state = bytearray((tmp_path / "state.pt").read_bytes())
     for changed in (state[:-1], bytes([state[0] ^ 1]) + state[1:]):
         (tmp_path / "state.pt").write_bytes(changed)
-        assert f"changed: {tmp_path / 'state.pt'}" in ckpt("status").out
+        assert "changed: state.pt" in ckpt("status").out
 
 
 def test_no_ratio_rounds_to_nothing(ckpt: Ckpt, tmp_path: Path) -> None:
