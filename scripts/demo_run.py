@@ -36,7 +36,7 @@ def ckpt(folder: Path, *args: str, show: bool = True) -> None:
         check=True,
     )
     if show:
-        console.print(done.stdout.rstrip(), markup=False, highlight=False)
+        console.print(done.stdout.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def sha256(path: Path) -> str:
