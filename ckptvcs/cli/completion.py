@@ -18,11 +18,12 @@ from typing import Any
 from ckptvcs.repo import Repo
 
 CODECS = ("near", "small", "lossless", "excp", "excp-max")
+_FIDELITIES = ("exact", "weights", "near")
 VALUES = {
     "codec": CODECS,
-    "best-fidelity": ("exact", "near"),
-    "tag-fidelity": ("exact", "near"),
-    "pin-fidelity": ("exact", "near"),
+    "best-fidelity": _FIDELITIES,
+    "tag-fidelity": _FIDELITIES,
+    "pin-fidelity": _FIDELITIES,
     "max-weight-error": ("auto", "off"),
     "max-update-nmse": ("auto", "off"),
     "log-columns": ("auto",),
@@ -137,7 +138,8 @@ def _revisions(context: Any, text: str) -> Iterable[str]:
     if last.startswith("best:"):
         names = [f"best:{name}:{end}" for name in _metric_names(repo) for end in ("min", "max")]
     else:
-        names = [row.name for row in (*repo.branches(), *repo.tags())] + ["HEAD", "latest", "best:"]
+        names = [row.name for row in (*repo.branches(), *repo.tags())]
+        names += ["HEAD", "latest", "latest-good", "best:"]
         steps = (entry.step for entry in repo.log(_NEWEST, all_branches=True))
         names += [str(step) for step in steps if step is not None]
     return [f"{start}{dots}{name}" for name in names]

@@ -63,8 +63,11 @@ def test_the_help_shows_the_examples(ckpt: Ckpt) -> None:
     ("words", "wanted"),
     [
         (["show", "mai"], ["main"]),
-        (["show", ""], ["main", "v1", "HEAD", "latest", "best:", "5", "4", "3", "2", "1"]),
-        (["average", "1..l"], ["1..latest"]),
+        (
+            ["show", ""],
+            ["main", "v1", "HEAD", "latest", "latest-good", "best:", "5", "4", "3", "2", "1"],
+        ),
+        (["average", "1..l"], ["1..latest", "1..latest-good"]),
         (["drop", "1", "v"], ["v1"]),
         (["show", "best", ":", "lo"], ["loss:min", "loss:max"]),
         (["tag", "-d", ""], ["v1"]),
@@ -75,7 +78,7 @@ def test_the_help_shows_the_examples(ckpt: Ckpt) -> None:
         (["diff", "--only", "opt"], ["optimizer"]),
         (["log", "--sort", ""], ["step", "time", "size", "loss"]),
         (["config", "keep-e"], ["keep-exact"]),
-        (["config", "best-fidelity", ""], ["exact", "near"]),
+        (["config", "best-fidelity", ""], ["exact", "weights", "near"]),
         (["help", "ave"], ["average"]),
         (["cat", "v1", ":", "model.0.w"], ["model.0.weight"]),
         (["ls", "HEAD", "--only", "m"], ["model"]),
