@@ -38,19 +38,7 @@ def collect(
     """Collect garbage; see `Repo.gc`."""
     if rekey and not sweep:
         raise InvalidInputError("--rekey cannot be combined with --no-sweep")
-    collection = _Collection(repository, replace(policy, rekey=rekey), progress, sweep, now)
-    try:
-        done = collection.run()
-    except StorageError as error:
-        if not disk.is_full(error):
-            raise
-        try:
-            repository.make_room()
-        except OSError:
-            raise error from None
-        done = collection.run()
-    keep_reserve(repository.cache)
-    return done
+    return _Collection(repository, replace(policy, rekey=rekey), progress, sweep, now).run()
 
 
 def drop(
@@ -76,8 +64,7 @@ def drop(
             f"cannot drop commit {name[:8]}: {protected[name][-1]} keeps it",
             hint=_how_to_release(name, protected[name][-1]),
         )
-    collection = _Collection(repository, Policy(named=named), progress, now, now)
-    return collection.run()
+    return _Collection(repository, Policy(named=named), progress, now, now).run()
 
 
 def _how_to_release(name: ObjectId, reason: str) -> str:
@@ -92,7 +79,7 @@ def _how_to_release(name: ObjectId, reason: str) -> str:
 
 
 class _Collection:
-    """One gc, which may be tried twice on a full disk."""
+    """One gc, which tries again without the caches if the disk is full."""
 
     def __init__(
         self, repository: Repository, policy: Policy, progress: Progress, sweep: bool, now: bool
@@ -102,7 +89,21 @@ class _Collection:
         self._before: int | None = None  # bytes of the repository before the first try
 
     def run(self) -> GcPlan:
-        """Collect once."""
+        """Collect, and return what was dropped and deleted."""
+        try:
+            done = self._collect()
+        except StorageError as error:
+            if not disk.is_full(error):
+                raise
+            try:
+                self._repository.make_room()
+            except OSError:
+                raise error from None
+            done = self._collect()
+        keep_reserve(self._repository.cache)
+        return done
+
+    def _collect(self) -> GcPlan:
         collector, catalog = self._collector, self._repository.catalog
         time = current_time()
         with sole(self._repository.backend) as mark:

@@ -71,6 +71,15 @@ def test_gc_on_a_full_disk_without_a_reserve(small: Path, tmp_path: Path) -> Non
     assert len(Repo.open(small).log()) == 1
 
 
+def test_drop_on_a_full_disk(small: Path, tmp_path: Path) -> None:
+    repo = history(small, tmp_path / "files")
+    fill(small)
+    assert repo.drop(2, 3).waiting
+    assert [entry.step for entry in Repo.open(small).log()] == [5, 4, 1]
+    repo.undo()
+    assert repo.verify().damage == []
+
+
 def test_other_processes_see_what_was_dropped_on_a_full_disk(small: Path, tmp_path: Path) -> None:
     repo = history(small, tmp_path / "files")
     fill(small)
