@@ -1,4 +1,4 @@
-"""Text for the terminal: sizes in bytes, times, and untrusted text made safe to show.
+"""Text for the terminal: sizes, times, names of commits, and untrusted text made safe to show.
 
 A name, a message or an error may contain terminal control sequences, or marks that reverse the
 order of letters.  U+FFFD replaces every character that is not visible.
@@ -56,6 +56,16 @@ def name_test(pattern: str | None) -> Callable[[str], bool]:
     if is_glob(pattern):
         return lambda name: any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"*[.:]{pattern}"))
     return lambda name: pattern in name
+
+
+def commit_name(step: int | None, commit_id: str) -> str:
+    """Return `step 700 (7b0c4f3e)`, or the short id of a commit without a step."""
+    return commit_id[:8] if step is None else f"step {step} ({commit_id[:8]})"
+
+
+def nonfinite_values(count: int) -> str:
+    """Return `3 values are NaN or infinite`."""
+    return f"{'1 value is' if count == 1 else f'{count} values are'} NaN or infinite"
 
 
 def from_number(value: float) -> float | str:

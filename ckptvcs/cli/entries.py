@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ckptvcs.cli.render import Cell, Json, attributes
+from ckptvcs.text import commit_name as named
 from ckptvcs.text import printable, size
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ def ids(names: Sequence[str]) -> str:
 
 
 def commit_name(entry: LogEntry) -> str:
-    """Return `step 700 (7b0c4f3e)`, or the id of a commit without a step."""
-    return entry.id[:8] if entry.step is None else f"step {entry.step} ({entry.id[:8]})"
+    """Return `step 700 (7b0c4f3e)`, or the short id of a commit without a step."""
+    return named(entry.step, entry.id)
 
 
 def fields(values: Mapping[str, str]) -> str:

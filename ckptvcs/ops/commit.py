@@ -46,6 +46,7 @@ from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.leases import check_lease, lease
 from ckptvcs.store.reserve import keep_reserve
+from ckptvcs.text import nonfinite_values
 
 Announce = Callable[[Move], None]
 
@@ -289,7 +290,7 @@ class Committer:
         if self.spec.settings is not None and not self._has_schema(place.parent, commit.schema):
             notes += unknown_floats(request.checkpoint.schema, request.checkpoint.size_bytes)
         if commit.nonfinite:
-            notes.append(_count_nonfinite(commit.nonfinite))
+            notes.append(f"{nonfinite_values(commit.nonfinite)} in the weights and moments")
         self.publish(place, name, commit)
         self._check_published(place, name, lease_name)
         # The commit is in the history.  If fading fails, the next gc repeats it.
@@ -372,11 +373,6 @@ class Committer:
         """Return a fader with the current settings."""
         rule = self._repository.commit_config().exact_rule
         return Fader(self._catalog, self._refs, rule)
-
-
-def _count_nonfinite(count: int) -> str:
-    values = "1 value is" if count == 1 else f"{count} values are"
-    return f"{values} NaN or infinite in the weights and moments"
 
 
 def unchanged(base: Commit, *, patched: bool) -> Encoded:

@@ -18,6 +18,7 @@ from ckptvcs.history.commit import Commit
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import ObjectId
+from ckptvcs.text import commit_name, nonfinite_values
 
 T = TypeVar("T")
 _log = logging.getLogger("ckptvcs")
@@ -157,8 +158,7 @@ def _first_good(
 
 def _require_finite(commit: Commit) -> None:
     if commit.nonfinite:
-        values = "1 value is" if commit.nonfinite == 1 else f"{commit.nonfinite} values are"
-        raise CorruptionError(f"{values} NaN or infinite")
+        raise CorruptionError(nonfinite_values(commit.nonfinite))
 
 
 def _require_patches(repository: Repository, name: ObjectId, commit: Commit) -> None:
@@ -171,7 +171,7 @@ def _newest_reason(skipped: list[Unusable]) -> str:
 
 
 def _call(commit: Unusable | LogEntry) -> str:
-    return commit.id[:8] if commit.step is None else f"step {commit.step} ({commit.id[:8]})"
+    return commit_name(commit.step, commit.id)
 
 
 def _require_no_commits(repository: Repository) -> None:
