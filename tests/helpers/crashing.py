@@ -132,15 +132,21 @@ def _found(root: Path) -> None:
     save(root / "found", range(4, 6))
 
 
-def _import(root: Path) -> None:
+def _importer(root: Path) -> Importer | None:
     repo = Repo.open(root / "repo")
     try:
         importer = Importer(handle(repo), root / "found")
     except NotFoundError:  # all of it has been imported, and removed
-        return
+        return None
     importer.look(lambda _: None)
-    importer.run(lambda _: None, lambda _: None)
-    importer.remove(accept_near=False, progress=lambda _: None, watch=lambda _: None)
+    return importer
+
+
+def _import(root: Path) -> None:
+    importer = _importer(root)
+    if importer is not None:
+        importer.run(lambda _: None, lambda _: None)
+        importer.remove(accept_near=False, progress=lambda _: None, watch=lambda _: None)
 
 
 def _found_more(root: Path) -> None:
@@ -149,15 +155,11 @@ def _found_more(root: Path) -> None:
 
 def _import_one_by_one(*, accept_near: bool) -> Act:
     def act(root: Path) -> None:
-        repo = Repo.open(root / "repo")
-        try:
-            importer = Importer(handle(repo), root / "found")
-        except NotFoundError:  # all of it has been imported, and removed
-            return
-        importer.look(lambda _: None)
-        importer.run_and_remove(
-            accept_near=accept_near, progress=lambda _: None, watch=lambda _: None
-        )
+        importer = _importer(root)
+        if importer is not None:
+            importer.run_and_remove(
+                accept_near=accept_near, progress=lambda _: None, watch=lambda _: None
+            )
 
     return act
 

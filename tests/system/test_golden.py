@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -26,14 +27,19 @@ NAMES = [
     "v1-shared-bytes",
     "v1-types",
 ]
-
-
 FILES = ["v1-archive"]
 """Bundle files."""
 
 
 def test_all_are_listed() -> None:
     assert sorted(path.name for path in GOLDEN.iterdir()) == sorted([*NAMES, *FILES])
+
+
+def opened(name: str, file: str, folder: Path) -> tuple[Repo, SpecRepository, dict[str, Any]]:
+    """Return a copy of a golden repository, for both readers, and what `file` expects of it."""
+    shutil.copytree(GOLDEN / name / "store", folder / ".ckpt")
+    expected = json.loads((GOLDEN / name / file).read_text())
+    return Repo.open(folder), SpecRepository(folder / ".ckpt"), expected
 
 
 def check(repo: Repo, spec: SpecRepository, expected: dict[str, str], out: Path) -> None:
@@ -48,20 +54,15 @@ def check(repo: Repo, spec: SpecRepository, expected: dict[str, str], out: Path)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_old_bytes_decode_to_the_same_bits(name: str, tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN / name / "store", tmp_path / ".ckpt")
-    expected = json.loads((GOLDEN / name / "expected.json").read_text())
+    repo, spec, expected = opened(name, "expected.json", tmp_path)
     assert len(expected) >= 6
-    repo = Repo.open(tmp_path)
-    spec = SpecRepository(tmp_path / ".ckpt")
     check(repo, spec, expected, tmp_path / "out.pt")
     assert not repo.verify().damage
     assert repo.resolve("first") in expected
 
 
 def test_old_notes_say_the_same(tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN / "v1-notes" / "store", tmp_path / ".ckpt")
-    expected = json.loads((GOLDEN / "v1-notes" / "notes.json").read_text())
-    repo, spec = Repo.open(tmp_path), SpecRepository(tmp_path / ".ckpt")
+    repo, spec, expected = opened("v1-notes", "notes.json", tmp_path)
     for commit, said in expected.items():
         entry = repo.entry(ObjectId(commit))
         metrics = {name: from_number(value) for name, value in entry.metrics.items()}
@@ -72,9 +73,7 @@ def test_old_notes_say_the_same(tmp_path: Path) -> None:
 
 
 def test_old_provenance_says_the_same(tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN / "v1-provenance" / "store", tmp_path / ".ckpt")
-    expected = json.loads((GOLDEN / "v1-provenance" / "provenance.json").read_text())
-    repo, spec = Repo.open(tmp_path), SpecRepository(tmp_path / ".ckpt")
+    repo, spec, expected = opened("v1-provenance", "provenance.json", tmp_path)
     for commit, said in expected.items():
         found = repo.provenance(ObjectId(commit))
         assert (found and json.loads(json.dumps(found.as_json()))) == said
