@@ -1,4 +1,4 @@
-"""Errors of the arguments, told like all other errors: what is wrong, and what to type instead."""
+"""Report wrong arguments in the style of all other errors, with a hint on what to type."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def _find_owners(repository: Repository, commits: Mapping[ObjectId, Commit]) -> 
         for found in [*objects, *(file.skeleton for file in commit.files)]:
             if found is not None:
                 owners.objects.setdefault(found, own)
-        with contextlib.suppress(CorruptionError):  # gc may have deleted what a drop let go
+        with contextlib.suppress(CorruptionError):  # gc may have deleted dropped data
             schema = catalog.schema(commit.schema)
             layers = layers_of(schema)
             for part, state in commit.parts.items():

@@ -185,7 +185,7 @@ class Importer:
         Raises:
             ConflictError: Another writer moved the branch meanwhile.
             BusyError: gc is deleting.
-            StorageError: The disk is full or fails; what was done before stays.
+            StorageError: The disk is full or fails; finished checkpoints stay committed.
         """
         branches = self._branches()
         for item in sorted(self.items, key=lambda item: item.action == "commit"):
