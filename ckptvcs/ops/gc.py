@@ -15,7 +15,6 @@ from ckptvcs.history.canonical_json import now as current_time
 from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
-from ckptvcs.store import disk
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import sole
 from ckptvcs.store.reserve import keep_reserve
@@ -93,12 +92,7 @@ class _Collection:
         try:
             done = self._collect()
         except StorageError as error:
-            if not disk.is_full(error):
-                raise
-            try:
-                self._repository.make_room()
-            except OSError:
-                raise error from None
+            self._repository.make_room(error)
             done = self._collect()
         keep_reserve(self._repository.cache)
         return done

@@ -224,7 +224,7 @@ class Importer:
 
         error = attempt()
         if isinstance(error, StorageError) and is_full(error):
-            self._make_room(error)
+            self.repo.make_room(error)
             error = attempt()
             if isinstance(error, StorageError) and is_full(error):
                 raise error
@@ -275,7 +275,7 @@ class Importer:
         try:
             return commit(request)
         except StorageError as error:
-            self._make_room(error)
+            self.repo.make_room(error)
             if self._tip(request) != tip:  # the commit was made
                 raise
         try:
@@ -289,15 +289,6 @@ class Importer:
         head = self.repo.head()
         name = request.branch or (head.branch if head else None)
         return self.repo.revisions.branch(name) if name else self.repo.revisions.head()
-
-    def _make_room(self, error: StorageError) -> None:
-        """Delete the caches if the disk is full; otherwise, or if that fails, raise `error`."""
-        if not is_full(error):
-            raise error
-        try:
-            self.repo.make_room()
-        except OSError:
-            raise error from error.__cause__
 
     # -- branches ----------------------------------------------------------------------------------
 

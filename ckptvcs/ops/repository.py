@@ -181,15 +181,20 @@ class Repository:
             if head is not None and not self.catalog.store.contains(head):
                 self.catalog.store.refresh()
 
-    def make_room(self) -> None:
-        """Delete the caches and the reserve, because the disk is full.
+    def make_room(self, error: StorageError) -> None:
+        """Delete the caches and the reserve after an error that a full disk has caused.
 
         Raises:
-            OSError: The file system refuses.
+            StorageError: It is `error`: the disk is not full, or nothing could be deleted.
         """
+        if not disk.is_full(error):
+            raise error
         with contextlib.suppress(StorageError):  # no other disk has room for the index
             self.catalog.store.move_index_out()
-        give_up_reserve(self.cache)
+        try:
+            give_up_reserve(self.cache)
+        except OSError:
+            raise error from error.__cause__
 
     def resolve(self, revision: str | int) -> ObjectId:
         """Return the id of the commit that a revision names; an int is a step.
