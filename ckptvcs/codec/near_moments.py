@@ -24,6 +24,7 @@ from ckptvcs.codec.words import (
     Integers,
     NearSlice,
     Words,
+    double_squares,
     from_float32,
     room_for_floats,
     to_float32,
@@ -210,7 +211,7 @@ def _spread(values: Floats, squares: Floats) -> float:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         units = values / np.sqrt(squares)
         units = units[np.isfinite(units)]
-        return float(np.sqrt(np.mean(np.square(units, dtype=np.float64)))) if units.size else 0.0
+        return float(np.sqrt(np.mean(double_squares(units)))) if units.size else 0.0
 
 
 def _moment(

@@ -37,6 +37,16 @@ def octets(array: NDArray[np.generic]) -> memoryview:
     return array.view(np.uint8).data
 
 
+def double_squares(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the squares in float64, in a new array.
+
+    A ufunc that casts takes memory for its buffers without the interpreter's lock; where there is
+    none left, numpy ends the process. `astype` raises MemoryError.
+    """
+    wide = values.astype(np.float64)
+    return np.square(wide, out=wide)
+
+
 _WORD_TYPES: dict[int, np.dtype[np.unsignedinteger]] = {
     size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)
 }

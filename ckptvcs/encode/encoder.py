@@ -28,7 +28,7 @@ from ckptvcs.codec.dtypes import WEIGHT_DTYPES, float_type
 from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.patch import Buffers
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.codec.words import to_float32
+from ckptvcs.codec.words import double_squares, to_float32
 from ckptvcs.decode.base_cache import MemoryBase, open_writer
 from ckptvcs.encode.assemble import Encoded, EncodedTensor, StoredPlace, assemble
 from ckptvcs.encode.bases import Bases
@@ -317,5 +317,5 @@ def _encode_slices(job: tuple[_Work, int, bool]) -> _EncodedSlices:
 
 def energy_of(values: NDArray[np.float32]) -> float:
     """Return the sum of squares of weights, or 0 if it is not finite."""
-    total = float(np.square(values, dtype=np.float64).sum())
+    total = float(double_squares(values).sum())
     return total if np.isfinite(total) else 0.0

@@ -22,7 +22,7 @@ from ckptvcs.checkpoint.optimizer_state import Rule
 from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec import kernels
 from ckptvcs.codec.frame import slice_size, slices_of
-from ckptvcs.codec.words import NONE, Words, to_float32
+from ckptvcs.codec.words import NONE, Words, double_squares, to_float32
 from ckptvcs.encode.group import EncodedSlice, Errors, Floats, Group, Target
 from ckptvcs.encode.updates import Moments, gradient_scale, orthogonal, steps_alone, steps_of
 from ckptvcs.history.commit import ErrorReport
@@ -148,8 +148,8 @@ def difference(true: Floats, near: Floats, count: int) -> Errors:
     share, finite_ones = count / max(1, true.size), np.isfinite(true)
     if not finite_ones.all():
         true, near = true[finite_ones], near[finite_ones]
-    energy = share * float(np.square(true, dtype=np.float64).sum())
-    error = share * float(np.square(near - true, dtype=np.float64).sum())
+    energy = share * float(double_squares(true).sum())
+    error = share * float(double_squares(near - true).sum())
     if not np.isfinite(error):
         error = _BEYOND * max(energy, 1.0)
     return Errors(update_error=error, update_energy=energy)

@@ -10,7 +10,7 @@ import numpy as np
 from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.sections import sample
 from ckptvcs.codec.spec import NearSpec
-from ckptvcs.codec.words import to_float32
+from ckptvcs.codec.words import double_squares, to_float32
 from ckptvcs.encode.group import Floats, Group
 
 _SAMPLE = 1 << 16  # sampled entries of a tensor
@@ -38,7 +38,7 @@ class Scale:
 def _finite_rms(values: Floats) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         finite = values[np.isfinite(values)]
-        return float(np.sqrt(np.mean(np.square(finite, dtype=np.float64)))) if finite.size else 0.0
+        return float(np.sqrt(np.mean(double_squares(finite)))) if finite.size else 0.0
 
 
 def measure_scale(group: Group) -> Scale:

@@ -15,6 +15,7 @@ from ckptvcs.checkpoint.roles import BESIDE, LOSSY, OPTIMIZER, STATE_DICT, WEIGH
 from ckptvcs.codec.dtypes import WEIGHT_DTYPES, can_be_lossy, float_type
 from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.spec import CodecSpec, ExcpSpec, NearSpec, finer
+from ckptvcs.codec.words import double_squares
 from ckptvcs.encode import excp
 from ckptvcs.encode.bases import Bases, BaseTensor
 from ckptvcs.encode.exact import ExactEncoder
@@ -271,7 +272,7 @@ def _is_far(scales: Iterable[Scale], unchanged: int) -> bool:
 def _is_bounded(average: Floats, square: Floats) -> bool:
     """Return whether nearly all averages are possible for these mean squares of gradients."""
     with np.errstate(over="ignore"):
-        inside = np.square(average, dtype=np.float64) <= _LARGEST * square.astype(np.float64)
+        inside = double_squares(average) <= _LARGEST * square.astype(np.float64)
     return bool(inside.mean() >= _SHARE) if inside.size else True
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptvcs.checkpoint.optimizer_state import SECOND, Rule
+from ckptvcs.codec.words import double_squares
 
 Floats = NDArray[np.float32]
 Moments = Mapping[str, Floats]
@@ -55,7 +56,7 @@ def _share(moments: Moments) -> float | None:
     if second is None or not moments.keys() - SECOND:
         return None
     energy = float(second.sum(dtype=np.float64))
-    return float(np.square(_average(moments), dtype=np.float64).sum()) / energy if energy else None
+    return float(double_squares(_average(moments)).sum()) / energy if energy else None
 
 
 def _most_share(rule: Rule) -> float:
@@ -85,7 +86,7 @@ def gradient_scale(rule: Rule, moments: Moments) -> Floats:
         return np.sqrt(moments["sum"]) * np.float32(0.1)
     # The average of independent gradients is smaller than the gradients.
     beta = rule.beta2 if rule.kind == "lion" else rule.beta1
-    spread = float(np.sqrt(np.mean(np.square(_average(moments), dtype=np.float64))))
+    spread = float(np.sqrt(np.mean(double_squares(_average(moments)))))
     return np.full(1, spread * np.sqrt((1 + beta) / (1 - beta)), np.float32)
 
 

@@ -103,6 +103,8 @@ def capture_beside(config: Config) -> Callable[[], Provenance | None]:
 
     A clone with many files is read while the commit hashes and encodes.
     """
+    if config.provenance == "off":
+        return lambda: None
     return shared_pool(os.getpid(), background=False).start(capture_later(config)).result
 
 

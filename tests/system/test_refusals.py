@@ -26,7 +26,7 @@ from tests.helpers.refusing.asking import ERRORS, Ran, Refusal, Server, library,
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 SEED = int(os.environ.get("CKPT_TEST_SEED", "0"))
-SHORT = 10  # refusals of each command in the short profile
+SHORT = 5  # refusals of each command in the short profile
 LONG = 520
 PROCESSES = 2 if NIGHTLY else 1
 LINES = 300  # characters of what a command said that are shown

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptvcs.codec.words import Bytes, Floats, Integers, Words
+from ckptvcs.codec.words import Bytes, Floats, Integers, Words, double_squares
 
 Positions = NDArray[np.int32] | NDArray[np.int64]
 
@@ -229,8 +229,8 @@ def directions(
 def squares(x: Floats, y: Floats) -> tuple[float, float, float]:
     """Return the sums of (x - y)^2 and of y^2, and the largest |x - y|."""
     error = x - y
-    total = float(np.square(error, dtype=np.float64).sum())
-    energy = float(np.square(y, dtype=np.float64).sum())
+    total = float(double_squares(error).sum())
+    energy = float(double_squares(y).sum())
     return total, energy, float(np.abs(error).max(initial=0))
 
 
@@ -243,7 +243,7 @@ def weight_squares(
     times weights (0 without weights).
     """
     error, energy, largest = squares(near, true)
-    change = np.square(true - base, dtype=np.float64)
+    change = double_squares(true - base)
     weighted = [0.0, 0.0]
     if weights.size:
         weighted = [float(np.dot(s, weights)) for s in (np.square(near - true), change)]
@@ -253,7 +253,7 @@ def weight_squares(
 def root_squares(x: Floats, y: Floats) -> tuple[float, float]:
     """Return the sums of (sqrt x - sqrt y)^2 and of x."""
     error = np.sqrt(x) - np.sqrt(y)
-    return float(np.square(error, dtype=np.float64).sum()), float(x.sum(dtype=np.float64))
+    return float(double_squares(error).sum()), float(x.sum(dtype=np.float64))
 
 
 def _order(words: Words, floating: bool) -> Words:
