@@ -58,6 +58,11 @@ def name_test(pattern: str | None) -> Callable[[str], bool]:
     return lambda name: pattern in name
 
 
+def counted(number: int, noun: str) -> str:
+    """Return `1 commit` or `2 commits`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def commit_name(step: int | None, commit_id: str) -> str:
     """Return `step 700 (7b0c4f3e)`, or the short id of a commit without a step."""
     return commit_id[:8] if step is None else f"step {step} ({commit_id[:8]})"

@@ -9,6 +9,7 @@ from typer import Argument, Context, Option
 
 from ckptvcs.cli import render
 from ckptvcs.cli.context import Every, Force, JsonOption, open_repo, split_range
+from ckptvcs.text import counted
 
 
 def average(
@@ -30,6 +31,7 @@ def average(
     shown = render.printable(str(output))
     render.answer(
         {"path": output, "commits": names, "steps": [entry.step for entry in entries]},
-        f"{shown}: mean weights of {len(names)} commits; other values from {names[-1][:8]}",
+        f"{shown}: mean weights of {counted(len(names), 'commit')}; "
+        f"other values from {names[-1][:8]}",
         json=json,
     )

@@ -10,6 +10,7 @@ from typer import Argument
 from ckptvcs.cli import render
 from ckptvcs.cli.context import BundleFile, JsonOption
 from ckptvcs.repo import Repo
+from ckptvcs.text import counted
 
 
 def clone(
@@ -41,4 +42,5 @@ def clone(
     where = render.printable(str(directory or file.stem))
     render.data(f"cloned into {where}: {count}, branch {branch}")
     if len(whole) < len(entries):
-        render.talk(f"note: the file does not contain {len(entries) - len(whole)} older commit(s)")
+        older = counted(len(entries) - len(whole), "older commit")
+        render.talk(f"note: the file does not contain {older}")

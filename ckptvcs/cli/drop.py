@@ -9,6 +9,7 @@ from typer import Argument, Context
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
 from ckptvcs.cli.gc import describe_sizes, grace, plan_json, tell_waiting
+from ckptvcs.text import counted
 
 
 def drop(
@@ -27,7 +28,7 @@ def drop(
         later = "" if now else f" 'ckpt undo' can restore them for {grace(repo)}"
         what = "delete the data of" if now else "drop"
         named = ", ".join(entries.commit_name(entry) for entry in commits)
-        if not render.confirm(f"{what} {len(commits)} commit(s): {named}?{later}"):
+        if not render.confirm(f"{what} {counted(len(commits), 'commit')}: {named}?{later}"):
             render.talk("nothing was changed")
             return
     with render.progress("rekeying", None) as tick:

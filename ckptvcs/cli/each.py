@@ -9,6 +9,7 @@ from typer import Argument, Context, Option
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Every, ExportFormat, JsonOption, Part, open_repo, split_range
 from ckptvcs.errors import CkptError, after
+from ckptvcs.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,11 +107,13 @@ def _end(visits: Sequence[Visit], metrics: Sequence[str]) -> None:
     """
     skipped = sum(visit.state == "skipped" for visit in visits)
     if skipped:
-        render.talk(f"skipped {skipped} of {len(visits)} commits that have {', '.join(metrics)}")
+        render.talk(
+            f"skipped {skipped} of {counted(len(visits), 'commit')} that have {', '.join(metrics)}"
+        )
     failed = sum(visit.state == "failed" for visit in visits)
     if failed:
         options = "" if metrics else f" with {_options(visits) or '--metric NAME'}"
         raise CkptError(
-            f"{failed} of {len(visits)} commits failed",
+            f"{failed} of {counted(len(visits), 'commit')} failed",
             hint=f"run the command again{options} to try only these",
         )

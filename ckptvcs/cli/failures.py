@@ -51,7 +51,9 @@ def _refusal(error: BaseException, commands: Collection[str]) -> CkptError | Non
         return error
     if isinstance(error, render.UsageError):
         return explain(error, sys.argv[1:], commands)
-    if isinstance(error, MemoryError):
+    # numpy's sum returns without its MemoryError where it has no memory for its iterator.
+    lost = isinstance(error, SystemError) and "without exception set" in str(error)
+    if lost or isinstance(error, MemoryError):
         return StorageError(NO_MEMORY, hint="free some memory, or raise the limit (ulimit -v)")
     if isinstance(error, OSError):
         where = f" {error.filename}" if error.filename else ""

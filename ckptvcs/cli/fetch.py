@@ -9,6 +9,7 @@ from typer import Context, Option
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import BundleFile, JsonOption, open_repo
 from ckptvcs.repo import Repo
+from ckptvcs.text import counted
 
 if TYPE_CHECKING:
     from ckptvcs import Fetched
@@ -45,9 +46,9 @@ def fetch(
 
 
 def _tell(repo: Repo, done: Fetched) -> None:
-    parts = [f"{len(done.added)} commit(s)"]
+    parts = [counted(len(done.added), "commit")]
     parts += [f"{len(done.known)} known"] if done.known else []
-    parts += [f"{done.notes} note(s)"] if done.notes else []
+    parts += [counted(done.notes, "note")] if done.notes else []
     render.data(f"fetched {', '.join(parts)}, {render.size(done.size_bytes)}")
     if done.restored:
         render.data(f"restored: {entries.ids(done.restored)}")

@@ -13,7 +13,7 @@ from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
-from ckptvcs.text import seconds
+from ckptvcs.text import counted, seconds
 
 if TYPE_CHECKING:
     from ckptvcs import Decision, GcPlan
@@ -142,9 +142,9 @@ def _question(repo: Repo, plan: GcPlan, *, now: bool) -> str | None:
     dropped = sum(row.action != "keep" for row in plan.decisions)
     if not now:
         later = f"'ckpt undo' can restore them for {grace(repo)}"
-        return f"drop {dropped} commit(s)? {later}" if dropped else None
+        return f"drop {counted(dropped, 'commit')}? {later}" if dropped else None
     dropped += len(repo.plan_gc().waiting)
-    return f"delete the data of {dropped} commit(s) for good?" if dropped else None
+    return f"delete the data of {counted(dropped, 'commit')} for good?" if dropped else None
 
 
 def _tell(repo: Repo, plan: GcPlan, flags: _Flags, *, table: bool = True) -> None:
@@ -174,7 +174,8 @@ def tell_waiting(repo: Repo, plan: GcPlan) -> None:
     """Say how many dropped commits wait for the end of their grace period."""
     if plan.waiting:
         size = f" with {render.size(plan.waiting_bytes)}" if plan.waiting_bytes > 0 else ""
-        render.data(f"{len(plan.waiting)} dropped commit(s){size} wait to be deleted")
+        dropped = counted(len(plan.waiting), "dropped commit")
+        render.data(f"waiting to be deleted: {dropped}{size}")
         day = "" if plan.next_deletion is None else f"from {entries.local(plan.next_deletion)} on, "
         render.talk(
             f"note: gc deletes the next of them {day}or now with --now",
@@ -216,12 +217,14 @@ def _show(plan: GcPlan) -> None:
         rows += [_row(row) for row in sorted(plan.decisions, key=_age, reverse=True)]
         render.table(rows)
     if plan.faded:
-        render.data(f"{len(plan.faded)} commit(s) fade to near (their exact patches expire)")
+        render.data(
+            f"fade to near: {counted(len(plan.faded), 'commit')} (the exact patches expire)"
+        )
     if plan.packs:
-        render.data(f"{len(plan.packs)} unreachable pack(s)")
+        render.data(counted(len(plan.packs), "unreachable pack"))
     if plan.unreachable:
         ids = entries.ids(plan.unreachable)
-        render.data(f"{len(plan.unreachable)} unreachable commit(s): {ids}")
+        render.data(f"{counted(len(plan.unreachable), 'unreachable commit')}: {ids}")
     for name in plan.stale_files:
         render.data(f"{name}  stale file of a process that ended")
 

@@ -12,6 +12,7 @@ from ckptvcs.cli import entries, import_plan, removals, render
 from ckptvcs.cli.context import Branch, Codec, JsonOption, Pattern, Yes, open_repo
 from ckptvcs.errors import ConflictError, InvalidInputError, after
 from ckptvcs.repo import Repo
+from ckptvcs.text import counted
 
 if TYPE_CHECKING:
     from ckptvcs import Estimate, Importer, ImportItem
@@ -110,7 +111,7 @@ def _made(importer: Importer) -> str:
     commits = sum(item.action == "committed" for item in items)
     removed = sum(len(item.removal.removed) for item in items)
     parts = [f"{commits} of {len(items)} checkpoints were committed"] if commits else []
-    parts += [f"{removed} file(s) were removed"] if removed else []
+    parts += [f"{counted(removed, 'file')} removed"] if removed else []
     return ", ".join(parts)
 
 
@@ -162,8 +163,8 @@ def _sum_up(repo: Repo, importer: Importer, *, dry_run: bool, delete: bool) -> N
     near = importer.near_known()
     if near:
         render.talk(
-            f"hint: {near} known checkpoint(s) stay near here: import them into a new repository "
-            "to keep them exact"
+            f"hint: import {counted(near, 'known checkpoint')} into a new repository to keep "
+            "exact what is near here"
         )
     if not dry_run:
         render.data(entries.on_disk(repo.stats()))
@@ -173,7 +174,8 @@ def _sum_up_removed(importer: Importer) -> None:
     files = [file for item in importer.items for file in item.removal.removed]
     freed = render.size(sum(file.freed_bytes for file in files))
     kept = [item for item in importer.items if item.removal.keep_reason is not None]
-    render.data(f"{len(files)} file(s) removed, {freed} freed, {len(kept)} original(s) kept")
+    removed, stayed = counted(len(files), "file"), counted(len(kept), "original")
+    render.data(f"{removed} removed, {freed} freed, {stayed} kept")
     if any(item.id and not item.problem and _is_near(importer, item) for item in kept):
         render.talk("hint: add --accept-near to delete originals of near commits")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptvcs.cli import render
+from ckptvcs.text import counted
 
 if TYPE_CHECKING:
     from ckptvcs import ImportItem, WatchEvent
@@ -29,7 +30,7 @@ def tell_removal(name: str, outcome: Outcome, form: str = "") -> None:
     if removal is None:
         return
     for file in removal.removed:
-        links = f", has {file.other_names} other name(s)" if file.other_names else ""
+        links = f", has {counted(file.other_names, 'other name')}" if file.other_names else ""
         render.talk(f"removed: {render.printable(str(file.path))}{form}{links}")
     if removal.pinned:
         render.talk(f"pinned: {outcome.id and outcome.id[:8]}, so that it stays exact")

@@ -6,12 +6,14 @@ from typer import Context
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, open_repo
+from ckptvcs.text import counted
 
 
 def stats(context: Context, json: JsonOption = False) -> None:
     """Print sizes on disk."""
     sizes = open_repo(context).stats()
-    waiting = [f"waiting   {sizes.waiting} dropped commit(s); 'ckpt gc --dry-run' shows their size"]
+    dropped = counted(sizes.waiting, "dropped commit")
+    waiting = [f"waiting   {dropped}; 'ckpt gc --dry-run' shows their size"]
     render.answer(
         vars(sizes) | {"ratio": sizes.ratio},
         f"commits   {sizes.commits}",

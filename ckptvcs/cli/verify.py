@@ -11,6 +11,7 @@ from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, locate, open_repo
 from ckptvcs.errors import CkptError, CorruptionError, InvalidInputError, UnsupportedVersionError
 from ckptvcs.repo import Repo
+from ckptvcs.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +116,7 @@ def _verified(report: VerifyReport, repaired: Repaired | None) -> dict[str, Any]
 
 def _unreachable(names: Sequence[ObjectId]) -> tuple[str, str]:
     return (
-        f"note: {len(names)} unreachable commit(s): {entries.ids(names)}",
+        f"note: {counted(len(names), 'unreachable commit')}: {entries.ids(names)}",
         "hint: run 'ckpt branch NAME ID' to keep one; an interrupted commit can leave one",
     )
 
@@ -133,14 +134,14 @@ def _damage_lines(damage: Damage) -> list[str]:
 
 
 def _repaired(done: Repaired) -> str:
-    counts = {
-        "object(s) salvaged": done.salvaged,
-        "object(s) from the cache": done.from_cache,
-        "object(s) copied": done.from_copy,
-        "ref(s) repaired": len(done.refs),
-        "file(s) rebuilt": len(done.files),
-        "commit(s) dropped": len(done.dropped),
-        "damaged pack(s) deleted": done.packs,
-    }
-    repairs = [f"{count} {what}" for what, count in counts.items() if count]
+    counts = [
+        (done.salvaged, "object", "salvaged"),
+        (done.from_cache, "object", "from the cache"),
+        (done.from_copy, "object", "copied"),
+        (len(done.refs), "ref", "repaired"),
+        (len(done.files), "file", "rebuilt"),
+        (len(done.dropped), "commit", "dropped"),
+        (done.packs, "damaged pack", "deleted"),
+    ]
+    repairs = [f"{counted(count, noun)} {what}" for count, noun, what in counts if count]
     return "repaired: " + (", ".join(repairs) or "nothing")

@@ -15,6 +15,7 @@ from ckptvcs.history.recipe import LEFT_OUT, DropRecord, load_drop_record
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId
+from ckptvcs.text import counted
 
 _UNDO = "undo "  # followed by the number of the version that was undone
 
@@ -233,4 +234,6 @@ class Past:
         after = self._refs.branches()
         record = DropRecord("undo", drop.commits, drop.parts, drop.rule, time, (name,), after)
         self._catalog.record([record])
-        return Undone(f"drop {drop.rule} of {len(drop.commits)} commits", branch, newest.commit)
+        return Undone(
+            f"drop {drop.rule} of {counted(len(drop.commits), 'commit')}", branch, newest.commit
+        )

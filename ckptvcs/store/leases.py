@@ -30,6 +30,7 @@ from ckptvcs.store import holders
 from ckptvcs.store.backend import Backend, Hold, read_small
 from ckptvcs.store.holders import Holder, Silence, describe, judge
 from ckptvcs.store.host import boot_id, host_name
+from ckptvcs.text import counted
 
 _LEASE, EXCLUSIVE, _CHANGE = "leases/", "marks/exclusive-", "marks/change-"
 _SOLE = "marks/gc-"
@@ -267,7 +268,8 @@ def _alone(backend: Backend, own: str, waiting: _Waiting, *, stays: bool) -> Ite
         _refuse_other_gcs(backend, mark, own)
         while writers := live_leases(backend, _LEASE):
             silence.keep(backend)
-            what, who = f"{len(writers)} writer(s) are at work", _who(backend, writers[0])
+            what = f"the repository is in use by {counted(len(writers), 'writer')}"
+            who = _who(backend, writers[0])
             if not stays or waiting.left <= 0:
                 raise _WritersError(what, hint=who)
             waiting.go_on(what, who)

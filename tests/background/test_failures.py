@@ -306,7 +306,7 @@ def _kill(repo: Repo) -> bool:
     return False
 
 
-_SHORT, _LONG = 60, 500
+_SHORT, _LONG = 24, 500
 
 
 @pytest.mark.parametrize("count", [_SHORT, pytest.param(_LONG, marks=pytest.mark.slow)])

@@ -37,12 +37,12 @@ def permutation() -> list[int]:
 
 LONG: dict[str, Callable[[], Any]] = {
     "permutation": permutation,
-    "history": lambda: [{"step": i, "loss": 1 / (i + 1)} for i in range(60_000)],
+    "history": lambda: [{"step": i, "loss": 1 / (i + 1)} for i in range(30_000)],
     "tuple": lambda: tuple(i / 3 for i in range(300_000)),
     "pairs": lambda: [(i, str(i)) for i in range(100_000)],
     "wide": lambda: dict.fromkeys(range(300_000)),
     "deep": lambda: nested(900),
-    "empty": lambda: [[] for _ in range(100_000)] + [{} for _ in range(100_000)],
+    "empty": lambda: [[] for _ in range(40_000)] + [{} for _ in range(40_000)],
     "set": lambda: set(range(300_000)),
     "counter": lambda: Counter({str(i): i for i in range(60_000)}),
     "bytes": lambda: random.Random(0).randbytes(3_000_000) * 23,  # above the 64 MiB of before
@@ -101,7 +101,7 @@ def test_weights_beside_a_long_list_are_near(tmp_path: Path) -> None:
     weight, history, sizes = torch.randn(400, 400), [], []
     for step in range(1, 5):
         weight = weight + 1e-4 * torch.randn(400, 400)
-        history += [{"step": i, "loss": 1.0} for i in range(20_000)]
+        history += [{"step": i, "loss": 1.0} for i in range(8_000)]
         sizes.append(repo.commit({"model": {"w": weight}, "history": history}, step=step))
     assert [entry.fidelity["model"] for entry in sizes[:1]] == ["exact"]
     entry = repo.entry(repo.resolve(2))
@@ -113,7 +113,7 @@ def test_weights_beside_a_long_list_are_near(tmp_path: Path) -> None:
 def test_a_numpy_array_of_objects_hides_no_tensors(tmp_path: Path) -> None:
     value: dict[str, Any] = {
         "model": {"w": torch.randn(50, 50)},
-        "objects": np.array([{"a": i} for i in range(50_000)], dtype=object),
+        "objects": np.array([{"a": i} for i in range(20_000)], dtype=object),
         "numbers": np.arange(10_000_000),  # 80 MB of a pickle
     }
     torch.save(value, tmp_path / "a.pt")
@@ -124,7 +124,7 @@ def test_a_numpy_array_of_objects_hides_no_tensors(tmp_path: Path) -> None:
     state = repo.checkout(1)
     assert torch.equal(state["model"]["w"], value["model"]["w"])
     assert isinstance(state["objects"], Inert)
-    assert state["objects"].state[4][49_999] == {"a": 49_999}
+    assert state["objects"].state[4][19_999] == {"a": 19_999}
 
 
 def test_a_state_with_too_much_beside_its_tensors_is_refused(

@@ -3,7 +3,8 @@
 python -m tests.cli.test_snapshots --write  put the real output into the snapshots
 
 Those whose name begins with `wide` have 120 columns; those whose name ends with `color` have
-colors, shown as `<green>` up to `</>`.
+colors, shown as `<green>` up to `</>`.  The four of plain, color, wide and wide-color show the same
+commands.
 A snapshot holds commands, each after `$ `, and below each its stdout, its stderr and its exit code.
 Every snapshot starts with a copy of the same run.  Ids and numbers may differ, except in the help.
 """
@@ -25,7 +26,7 @@ from scripts.doc_examples import Example, commands, console
 from tests.helpers.terminal import COLUMNS, execute, make_run
 
 TABLES = {"diff", "du", "gc", "import", "log", "ls", "reflog", "show"}
-"""The commands whose output depends on the width of the terminal, or has colors."""
+"""The commands that print tables as wide as the terminal."""
 
 WIDE = 120
 SNAPSHOTS = sorted((Path(__file__).parent / "snapshots").glob("*.txt"))
@@ -69,11 +70,23 @@ def test_commands_print_their_snapshot(path: Path, made_run: Path, tmp_path: Pat
     assert not stale, "\n".join(stale)
 
 
-@pytest.mark.parametrize("name", ["color", "wide", "wide-color"])
-def test_every_table_has_a_snapshot_in_each_form(name: str) -> None:
-    path = SNAPSHOTS[0].with_name(f"{name}.txt")
-    shown = {command.split()[1] for command, _ in commands(path.read_text("utf-8"))}
-    assert shown >= TABLES
+@pytest.mark.parametrize("name", ["plain", "color", "wide", "wide-color"])
+def test_every_command_has_a_snapshot_in_each_form(name: str) -> None:
+    shown = {word for command, _ in in_form(name) for word in command.split()}
+    assert set(app.COMMANDS) <= shown
+
+
+@pytest.mark.parametrize(("plain", "color"), [("plain", "color"), ("wide", "wide-color")])
+def test_colors_change_no_character(plain: str, color: str) -> None:
+    pairs = list(zip(in_form(plain), in_form(color), strict=True))
+    assert any("<cyan>" in colored for _, (_, colored) in pairs)
+    for (command, output), (same, colored) in pairs:
+        assert command == same
+        assert Example(command, re.sub("<(/|[a-z ]+)>", "", colored), output).agrees
+
+
+def in_form(name: str) -> list[tuple[str, str]]:
+    return list(commands(SNAPSHOTS[0].with_name(f"{name}.txt").read_text("utf-8")))
 
 
 def test_no_table_is_wider_than_the_terminal() -> None:
@@ -89,17 +102,6 @@ def test_no_table_is_wider_than_the_terminal() -> None:
 def is_row(line: str) -> bool:
     """Return whether a line is neither an error nor a note, which are not cut."""
     return not line.startswith(("error: ", "hint: ", "note: ", "/", "pinned: "))
-
-
-def test_every_command_has_a_snapshot() -> None:
-    shown = {
-        word
-        for path in SNAPSHOTS
-        if path.stem != "help"
-        for command, _ in commands(path.read_text("utf-8"))
-        for word in command.split()
-    }
-    assert set(app.COMMANDS) <= shown
 
 
 def write() -> None:

@@ -354,7 +354,7 @@ def suspended_at(step: int, act: Callable[[], object]) -> None:
     [
         "add",
         "remove",
-        "begin",
+        pytest.param("begin", marks=pytest.mark.slow),
         pytest.param("make an edition", marks=pytest.mark.slow),
         pytest.param("rebuild", marks=pytest.mark.slow),
     ],

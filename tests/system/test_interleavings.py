@@ -229,6 +229,7 @@ def _both(runs: list[Found]) -> bool:
     return len({_deleted(run) for run in runs}) == 2
 
 
+@pytest.mark.slow
 def test_a_commit_lets_the_exact_form_fade(template: Path) -> None:
     runs = _all(
         template, lambda root: {"keeper": _delete(root, _name(root)), "writer": _commit(root, 4)}

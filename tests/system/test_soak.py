@@ -16,7 +16,7 @@ from tests.helpers.command_line import environment
 from tests.helpers.soaking import index_bytes, run_states
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
-COUNT = int(os.environ.get("CKPT_TEST_SOAK", "2000" if NIGHTLY else "60"))
+COUNT = int(os.environ.get("CKPT_TEST_SOAK", "2000" if NIGHTLY else "36"))
 SEED = int(os.environ.get("CKPT_TEST_SEED", "0"))
 MiB = 1 << 20
 MORE_MEMORY = 48 * MiB  # from a third of the run to its end: what is known of each commit
