@@ -26,8 +26,8 @@ from tests.helpers.memory_backend import memory_backends
 settings.register_profile("dev", max_examples=30, stateful_step_count=10, deadline=None)
 settings.register_profile(
     "ci",
-    max_examples=15,
-    stateful_step_count=10,
+    max_examples=10,
+    stateful_step_count=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
