@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 import zstandard
 
+from ckptvcs.codec.kernels import compiling
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from scripts.bench.byte_count import count_bytes
@@ -266,6 +267,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--csv", type=Path, required=True)
     options = parser.parse_args()
+    while not compiling.is_tried() and compiling.start():
+        time.sleep(1)
     with tempfile.TemporaryDirectory(prefix="ckpt-bench-") as scratch:
         rows = measure(int(options.mb * 1e6), options.rounds, Path(scratch))
     with options.csv.open("w", newline="") as file:

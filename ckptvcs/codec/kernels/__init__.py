@@ -1,7 +1,8 @@
 """The inner loops of the codec, in two implementations that give the same bits.
 
 `reference` defines each loop with numpy. `compiled` is several times faster, but takes about a
-second to load: `prepare` loads it when the process has enough work.
+second to load: `prepare` loads it when the process has enough work. The first time on a machine,
+`compiling` compiles it in a process of its own, and `reference` does the work meanwhile.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class _State:
 
     kernels: Kernels | None = None
     work_bytes = 0
+    is_told = False
 
 
 def prepare(size_bytes: int) -> None:
@@ -65,8 +67,9 @@ def prepare(size_bytes: int) -> None:
     `size_bytes` are the bytes of the tensors that follow. `reference` stays active without numba.
     """
     _State.work_bytes += size_bytes
-    wanted = os.environ.get(_SWITCH) or str(int(_State.work_bytes >= _WORTH_LOADING))
-    if wanted == "0" or _State.kernels is not None:
+    switch = os.environ.get(_SWITCH)
+    wanted = switch != "0" if switch else _State.work_bytes >= _WORTH_LOADING
+    if not wanted or _State.kernels is not None or (not switch and _is_compiling()):
         return
     loaded = threading.Event()
     start_thread(partial(_announce, loaded))
@@ -78,6 +81,18 @@ def prepare(size_bytes: int) -> None:
         _State.kernels = REFERENCE
     finally:
         loaded.set()
+
+
+def _is_compiling() -> bool:
+    """Return whether the kernels are being compiled; start that if they never were."""
+    from ckptvcs.codec.kernels import compiling  # noqa: PLC0415  only for much work
+
+    if compiling.is_tried() or not compiling.start():
+        return False
+    if not _State.is_told:
+        _State.is_told = True
+        _log.warning("compiling the codec kernels in the background (only once)")
+    return True
 
 
 def _announce(loaded: threading.Event) -> None:
