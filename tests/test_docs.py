@@ -14,7 +14,7 @@ import ckptvcs
 from ckptvcs import errors
 from ckptvcs.cli.app import COMMANDS
 from scripts import doc_examples
-from scripts.cli_reference import reference
+from scripts.cli_reference import pages, reference
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -104,8 +104,8 @@ def test_the_troubleshooting_page_has_every_exit_code_and_error() -> None:
             assert any(n == str(error.exit_code) and f"`{name}`" in row for n, row in rows), name
 
 
-def test_the_command_reference_is_what_the_command_line_says() -> None:
-    assert page("reference/cli.md") == reference()
+def test_the_command_reference_and_the_manual_page_are_what_the_command_line_says() -> None:
+    assert {path: path.read_text("utf-8") for path in pages()} == pages()
     assert reference().count("\n### ") == len(COMMANDS)
 
 

@@ -16,7 +16,10 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
         names = set(archive.namelist())
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "ckptvcs").rglob("*.py")}
     others = {name for name in names - code if ".dist-info/" not in name}
-    assert others == {"ckptvcs/py.typed"}
+    assert {name.partition(".data/")[2] or name for name in others} == {
+        "ckptvcs/py.typed",
+        "data/share/man/man1/ckpt.1",
+    }
     assert code <= names
 
 
