@@ -9,7 +9,7 @@ from typer import Argument, Context
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Now, Yes, open_repo
 from ckptvcs.cli.gc import describe_sizes, grace, plan_json, tell_waiting
-from ckptvcs.text import counted
+from ckptvcs.text import commit_name, counted
 
 
 def drop(
@@ -31,6 +31,7 @@ def drop(
         if not render.confirm(f"{what} {counted(len(commits), 'commit')}: {named}?{later}"):
             render.talk("nothing was changed")
             return
+    before = {branch.name: branch.commit for branch in repo.branches()}
     with render.progress("rekeying", None) as tick:
         plan = repo.drop(*revisions, now=now, progress=tick)
     if json:
@@ -38,6 +39,10 @@ def drop(
         return
     for entry in commits:
         render.data(f"dropped {entries.commit_name(entry)}")
+    for branch in repo.branches():
+        if before.get(branch.name) != branch.commit:
+            at = commit_name(branch.step, branch.commit)
+            render.talk(f"note: branch {render.printable(branch.name)} is at {at} now")
     if now:
         render.data(describe_sizes(plan, dry_run=False, sweep=True))
     tell_waiting(repo, plan)

@@ -142,10 +142,20 @@ class Collector:
     """Plans and sweeps one repository."""
 
     def __init__(
-        self, catalog: Catalog, refs: Refs, fader: Fader, best: Best | None, grace: float = 0.0
+        self,
+        catalog: Catalog,
+        refs: Refs,
+        fader: Fader,
+        best: Best | None,
+        grace: float = 0.0,
+        at_once: frozenset[ObjectId] = frozenset(),
     ) -> None:
-        """`best` is the rule of the settings for the best commits; `grace` is in seconds."""
+        """`best` is the rule of the settings for the best commits; `grace` is in seconds.
+
+        A drop of the commits `at_once` has no grace period.
+        """
         self._catalog, self._refs, self._fader, self._grace = catalog, refs, fader, grace
+        self._at_once = at_once
         self._judge = Judge(catalog, refs, best)
         self._revisions = Revisions(catalog, refs)
 
@@ -169,6 +179,7 @@ class Collector:
         listed = self._packs()
         tips = frozenset(self._revisions.tips().values())
         commits = dict(self._revisions.reachable(sorted(tips)))
+        commits |= self._left_by_drops(commits, policy, time)
         gone = self._catalog.dropped()
         rows = self._judge.decide(policy, commits, gone, datetime.fromisoformat(time))
         drops = drop_records(rows, policy, time, self._refs.branches())
@@ -180,6 +191,8 @@ class Collector:
         coming = [] if recorded else self._packed([*drops, *self._fader.record(fading, time)])
         late = self._deletion(commits, hidden, fading, listed, coming)  # after all grace periods
         swept = self.swept(time) if self._grace else hidden
+        if self._at_once:
+            swept = dropped_with(swept, [row for row in rows if row.name in self._at_once])
         soon = late
         if swept != hidden:
             soon = self._deletion(commits, swept, fading, listed, coming)
@@ -216,7 +229,28 @@ class Collector:
         return self._catalog.dropped(*self._waiting(time))
 
     def _waiting(self, time: str) -> list[ObjectId]:
-        return waiting_drops(self._catalog, datetime.fromisoformat(time), self._grace)
+        found = waiting_drops(self._catalog, datetime.fromisoformat(time), self._grace)
+        if not self._at_once:
+            return found
+        drops = self._catalog.drops()
+        return [name for name in found if not self._at_once.issuperset(drops[name].commits)]
+
+    def _left_by_drops(
+        self, commits: Mapping[ObjectId, Commit], policy: Policy, time: str
+    ) -> dict[ObjectId, Commit]:
+        """Return the commits that a drop took off the tip of a branch, while they wait.
+
+        `commits` are those that a ref reaches.
+        """
+        drops, catalog = self._catalog.drops(), self._catalog
+        names = {one for name in self._waiting(time) for one in drops[name].commits}
+        names |= {name for name in policy.named if catalog.store.contains(name)}
+        found: dict[ObjectId, Commit] = {}
+        for name in sorted(names - commits.keys(), key=lambda one: catalog.commit(one).time):
+            commit = catalog.commit(name)
+            if commit.parent is None or commit.parent in commits or commit.parent in found:
+                found[name] = commit
+        return found
 
     def _next_deletion(self, time: str, drops: Sequence[DropRecord]) -> str | None:
         """Return when the first grace period ends, of the recorded drops and the new `drops`."""

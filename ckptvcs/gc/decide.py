@@ -74,6 +74,8 @@ class Judge:
             return []
         known = {name: made for name, made in commits.items() if name not in gone.commits}
         protected = self.protected(known)
+        for name in policy.named & protected.keys():  # their branches go back before the record
+            protected[name] = [why for why in protected[name] if not is_followed(why)]
         lines = list(self._lines(gone.commits).values())
         kept = policy.kept(lines, self._refs.targets("tags"), now)
         if policy.drops and not kept and commits:
@@ -86,9 +88,7 @@ class Judge:
             why = tuple(dict.fromkeys((*protected.get(name, ()), *kept.get(name, ()))))
             stored = commit.parts.keys() - gone.parts.get(name, frozenset())
             if policy.drops and not why:
-                decision = Decision(
-                    name, commit, "drop", (("by name",) if policy.named else ("no rule keeps it",))
-                )
+                decision = Decision(name, commit, "drop", (policy.why_dropped,))
             elif name in old and OPTIMIZER in stored:
                 why = (*why, f"optimizer of the last {policy.optimizer_last}")
                 decision = Decision(name, commit, "drop optimizer", why)
@@ -114,6 +114,11 @@ class Judge:
             for name in self._best.pick(self._catalog.noted(commits.items())):
                 reasons.setdefault(name, []).append(f"best {self._best.metric}")
         return reasons
+
+
+def is_followed(reason: str) -> bool:
+    """Return whether a reason of `Judge.protected` is a branch, or HEAD."""
+    return reason == "HEAD" or reason.startswith("branch ")
 
 
 def _old(policy: Policy, lines: Iterable[Sequence[Row]], stay: Set[ObjectId]) -> set[ObjectId]:

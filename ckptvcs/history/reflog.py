@@ -18,6 +18,8 @@ from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.text import counted
 
 _UNDO = "undo "  # followed by the number of the version that was undone
+DROPPED = "drop"
+"""The action of a branch that goes back because its newest commits are dropped."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,14 @@ class Past:
         return True
 
     def _ever(self, moves: list[Generation]) -> set[ObjectId]:
-        """Return every commit that was ever on a branch and is still stored."""
+        """Return the stored commits that were ever on a branch, and all that it pointed to."""
         commits: set[ObjectId] = set()
         for move in moves:
             name = move.commit
             while name is not None and name not in commits and self._catalog.store.contains(name):
                 commits.add(name)
                 name = self._catalog.commit(name).parent
-        return commits
+        return commits | {move.commit for move in moves if move.commit is not None}
 
     def _records(self) -> list[tuple[ObjectId, DropRecord]]:
         store = self._catalog.store
@@ -161,8 +163,11 @@ class Past:
         newest = moves[max(moves)]
         last = self._standing(moves, newest.number)
         drop = self._last_drop(name, list(moves.values()))
-        if drop and (last is None or _after(drop[1], name, moves.values()) >= last):
-            return self._restore(name, newest, *drop, time)
+        place = _after(drop[1], name, moves.values()) if drop else 0
+        if last == place + 1 and moves[last].action == DROPPED:
+            place = last  # the drop took the branch back
+        if drop and (last is None or place >= last):
+            return self._restore(name, *drop, time)
         if last is None or last == 1:
             raise NotFoundError(f"nothing to undo on branch '{name}'", hint=self._way_back(name))
         below = moves[self._standing(moves, last - 1) or 1]
@@ -223,17 +228,32 @@ class Past:
             default=None,
         )
 
-    def _restore(
-        self, branch: str, newest: Generation, name: ObjectId, drop: DropRecord, time: str
-    ) -> Undone:
-        commits = {commit: self._catalog.commit(commit) for commit in drop.commits}
-        if not is_whole(self._catalog, commits, self._catalog.dropped(name)):
+    def _restore(self, branch: str, name: ObjectId, drop: DropRecord, time: str) -> Undone:
+        stored = [one for one in drop.commits if self._catalog.store.contains(one)]
+        commits = {commit: self._catalog.commit(commit) for commit in stored}
+        is_there = len(commits) == len(drop.commits)
+        if not is_there or not is_whole(self._catalog, commits, self._catalog.dropped(name)):
             raise ConflictError(
                 f"gc deleted the commits that '{drop.rule}' dropped", hint="see 'ckpt reflog'"
             )
         after = self._refs.branches()
         record = DropRecord("undo", drop.commits, drop.parts, drop.rule, time, (name,), after)
         self._catalog.record([record])
-        return Undone(
-            f"drop {drop.rule} of {counted(len(drop.commits), 'commit')}", branch, newest.commit
-        )
+        for moved, number in drop.after:
+            self._put_back(moved, number, drop, time)
+        tip = self._refs.target(f"heads/{branch}")
+        return Undone(f"drop {drop.rule} of {counted(len(drop.commits), 'commit')}", branch, tip)
+
+    def _put_back(self, branch: str, number: int, drop: DropRecord, time: str) -> None:
+        """Undo the move by which a drop took a branch back, unless the branch has moved since.
+
+        `number` is that of the version before it.
+        """
+        ref = f"heads/{branch}"
+        moves = {move.number: move for move in self._refs.reflog(ref)}
+        move, old = moves.get(number + 1), moves.get(number)
+        if move is None or old is None or move.action != DROPPED or old.commit not in drop.commits:
+            return
+        if self._standing(moves, max(moves)) == number + 1:
+            action = f"{_UNDO}{number + 1}"
+            self._refs.publish(ref, moves[max(moves)], commit=old.commit, time=time, action=action)

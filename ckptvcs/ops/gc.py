@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import replace
 
 from ckptvcs.errors import ConflictError, InvalidInputError, StorageError
 from ckptvcs.gc.collect import Collector, GcPlan
-from ckptvcs.gc.decide import Judge
+from ckptvcs.gc.decide import Judge, is_followed
 from ckptvcs.gc.grace import wants_rekey
 from ckptvcs.gc.retention import Policy
 from ckptvcs.gc.sweep import Sweep
 from ckptvcs.history.canonical_json import now as current_time
 from ckptvcs.history.format_file import raise_flags, require_flags
+from ckptvcs.history.reflog import DROPPED
+from ckptvcs.history.refs import Generation
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
@@ -51,26 +53,56 @@ def drop(
 
     Raises:
         BusyError: A writer is running.
-        ConflictError: HEAD, a branch, a tag, a pin or `keep-best` keeps one of the commits.
+        ConflictError: HEAD, a tag, a pin or `keep-best` keeps one of the commits, or they are all
+            commits of a branch.
         CorruptionError: A needed object is missing; nothing was deleted.
         StorageError: The disk fails.
     """
     named = frozenset(names)
     judge = Judge(repository.catalog, repository.refs, repository.config.exact_rule.best)
     protected = judge.protected(repository.revisions.visible())
+    is_detached = repository.refs.current_branch() is None
     for name in sorted(named & protected.keys()):
-        raise ConflictError(
-            f"cannot drop commit {name[:8]}: {protected[name][-1]} keeps it",
-            hint=_how_to_release(name, protected[name][-1]),
-        )
+        for reason in protected[name]:
+            if not is_followed(reason) or (is_detached and reason == "HEAD"):
+                raise ConflictError(
+                    f"cannot drop commit {name[:8]}: {reason} keeps it",
+                    hint=_how_to_release(name, reason),
+                )
+    _branches_back(repository, named)  # raises
     return _Collection(repository, Policy(named=named), progress, now, now).run()
+
+
+def _branches_back(
+    repository: Repository, named: Set[ObjectId]
+) -> list[tuple[str, Generation, ObjectId]]:
+    """Return the branches that end with a commit of `named`, and where each goes back to.
+
+    Raises:
+        ConflictError: A branch would have no commit left.
+    """
+    found = []
+    for ref, tip in repository.revisions.tips().items():
+        branch = ref.removeprefix("heads/")
+        old = repository.refs.read(ref) if branch != ref and tip in named else None
+        if old is None:
+            continue
+        line = repository.catalog.ancestors(tip)
+        hidden = repository.catalog.dropped().commits | named
+        target = next((name for name, _ in line if name not in hidden), None)
+        if target is None:
+            raise ConflictError(
+                f"cannot drop every commit of branch '{branch}'",
+                hint=f"delete the branch: 'ckpt branch --delete {branch}'",
+            )
+        found.append((ref, old, target))
+    return found
 
 
 def _how_to_release(name: ObjectId, reason: str) -> str:
     kind, _, label = reason.partition(" ")
     hints = {
         "HEAD": "check out another commit first",
-        "branch": f"run 'ckpt checkout {label}' and 'ckpt undo' to take back its newest commit",
         "tag": f"run 'ckpt tag --delete {label}' first",
         "pin": f"run 'ckpt unpin {name[:8]}' first",
     }
@@ -84,7 +116,8 @@ class _Collection:
         self, repository: Repository, policy: Policy, progress: Progress, sweep: bool, now: bool
     ) -> None:
         self._repository, self._policy, self._progress = repository, policy, progress
-        self._sweep, self._collector = sweep, _collector(repository, now=now)
+        self._sweep = sweep
+        self._collector = _collector(repository, now=now, named=policy.named)
         self._before: int | None = None  # bytes of the repository before the first try
 
     def run(self) -> GcPlan:
@@ -109,7 +142,7 @@ class _Collection:
                 self._policy,
                 time,
                 sweep=self._sweep,
-                before_drop=lambda: raise_flags(self._repository.backend, "gc", "drops"),
+                before_drop=self._before_drop,
                 rekey=(lambda: self._rekey(time)) if rekey else None,
             )
             kept = collector.held_bytes(debris=not self._sweep)
@@ -120,6 +153,14 @@ class _Collection:
                 later = collector.plan(Policy(), time, recorded=True)
                 done = replace(done, waiting_bytes=later.waiting_bytes)
             return replace(done, freed_bytes=self._before - kept, kept_bytes=kept)
+
+    def _before_drop(self) -> None:
+        """Raise the flags, and move the branches back that end with a named commit."""
+        raise_flags(self._repository.backend, "gc", "drops")
+        for ref, old, target in _branches_back(self._repository, self._policy.named):
+            self._repository.refs.publish(
+                ref, old, commit=target, time=current_time(), action=DROPPED
+            )
 
     def _owes_rekey(self, time: str) -> bool:
         swept = self._collector.swept(time)
@@ -138,9 +179,12 @@ class _Collection:
         rekeyer.run(kept, gone.parts)
 
 
-def _collector(repository: Repository, *, now: bool) -> Collector:
+def _collector(
+    repository: Repository, *, now: bool, named: frozenset[ObjectId] = frozenset()
+) -> Collector:
+    """Return a collector; with `now`, the `named` drops have no grace period, or all without."""
     require_flags(repository.backend, "gc")
     config = repository.config
-    grace = 0.0 if now else config.grace_seconds
-    best = config.exact_rule.best
-    return Collector(repository.catalog, repository.refs, repository.fader(), best, grace)
+    grace = 0.0 if now and not named else config.grace_seconds
+    best, at_once = config.exact_rule.best, named if now else frozenset()
+    return Collector(repository.catalog, repository.refs, repository.fader(), best, grace, at_once)

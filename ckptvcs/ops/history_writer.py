@@ -250,12 +250,13 @@ class HistoryWriter(Reader):
     def drop(self, *revisions: str | int, now: bool = False, progress: Progress = quiet) -> GcPlan:
         """Drop single commits, anywhere in the history.
 
+        A branch that ends with one of them goes back to the newest commit that stays.
         `undo` can restore them until the grace period ends.  The gc that then deletes their data
         re-encodes the deltas that depend on them, so that no other commit changes.
 
         Args:
             revisions: The commits, as revisions or ranges `A..B`.
-            now: Delete their data at once, as `gc(now=True, rekey=True)` does.
+            now: Delete their data at once. That of commits that were dropped before waits on.
             progress: Called with the number of bytes that were read or written since its last call.
 
         Returns:
@@ -263,8 +264,8 @@ class HistoryWriter(Reader):
 
         Raises:
             BusyError: Another process is writing.
-            ConflictError: HEAD, a branch, a tag, a pin or the setting `keep-best` keeps one of the
-                commits.
+            ConflictError: A tag, a pin, the setting `keep-best` or a detached HEAD keeps one of
+                the commits, or a branch would have no commit left.
             NotFoundError: A revision names no commit.
             StorageError: The disk fails.
         """

@@ -171,8 +171,7 @@ def test_a_commit_that_a_ref_or_a_rule_keeps_is_not_dropped(repo: Repo) -> None:
     repo.configure("keep-best", "loss:max")  # step 1
     repo.tag("v1", 2)
     repo.pin(3)
-    repo.branch("side", 4)
-    for step, keeper in ((1, "best loss"), (2, "tag v1"), (3, "pin"), (4, "side"), (6, "main")):
+    for step, keeper in ((1, "best loss"), (2, "tag v1"), (3, "pin")):
         with pytest.raises(ConflictError, match=keeper):
             repo.drop(step)
     assert steps(repo) == [6, 5, 4, 3, 2, 1]
@@ -187,4 +186,76 @@ def test_a_drop_whose_data_is_gone_waits_no_longer(repo: Repo) -> None:
     assert not repo.gc().waiting
     repo.gc(Policy(last=2))
     assert len(repo.gc().waiting) == 1
+    assert not repo.verify().damage
+
+
+def test_a_branch_goes_back_when_its_newest_commits_are_dropped(repo: Repo) -> None:
+    before = {step: repo.checkout(step) for step in range(1, STEPS + 1)}
+    tip, side = repo.resolve(6), repo.branch("side", 4)
+    repo.drop(4, 5, 6)
+    assert steps(repo) == [3, 2, 1]
+    assert {branch.step for branch in repo.branches()} == {3}
+    assert len(repo.gc().waiting) == 3  # though no ref leads to them any more
+    assert not repo.verify().damage
+    assert repo.undo().commit == tip
+    assert {branch.name: branch.commit for branch in repo.branches()} == {"main": tip, "side": side}
+    for step, state in before.items():
+        assert same(repo.checkout(step), state)
+    assert not repo.verify().damage
+
+
+def test_what_was_dropped_at_the_end_of_a_branch_is_deleted_after_the_grace_period(
+    repo: Repo, week_passes: Callable[[], None]
+) -> None:
+    before, stored = repo.checkout(5), packed(repo)
+    repo.drop(6)
+    week_passes()
+    assert not repo.gc().waiting
+    assert packed(repo) < stored
+    with pytest.raises(ConflictError, match="gc deleted"):
+        repo.undo()
+    assert same(repo.checkout(5), before)
+    assert not repo.verify().damage
+
+
+def test_training_goes_on_after_the_newest_commit_was_dropped(repo: Repo) -> None:
+    repo.drop(6)
+    repo.commit(adam_state(weights(), 6), step=6)
+    assert steps(repo) == [6, 5, 4, 3, 2, 1]
+    assert repo.undo().what.startswith("commit")
+    assert steps(repo) == [5, 4, 3, 2, 1]
+    assert repo.undo().what == "drop by name of 1 commit"
+    assert steps(repo) == [6, 5, 4, 3, 2, 1]
+
+
+def test_a_branch_that_moved_since_the_drop_stays_where_it_is(repo: Repo) -> None:
+    repo.branch("side", 6)
+    repo.drop(6)
+    repo.move_head("side")
+    made = repo.commit(adam_state(weights(), 7), step=7)
+    repo.move_head("main")
+    repo.undo()
+    assert {branch.name: branch.step for branch in repo.branches()} == {"main": 6, "side": 7}
+    assert repo.entry(made.id).commit.parent == repo.resolve(5)
+
+
+def test_a_branch_keeps_a_commit_and_head_its_own(repo: Repo) -> None:
+    with pytest.raises(ConflictError, match="every commit of branch 'main'"):
+        repo.drop("..")
+    repo.move_head(repo.resolve(4))
+    with pytest.raises(ConflictError, match="HEAD keeps it"):
+        repo.drop(4)
+    assert steps(repo) == [4, 3, 2, 1]
+
+
+def test_the_data_of_one_drop_is_deleted_and_that_of_others_waits(repo: Repo) -> None:
+    catalog = handle(repo).catalog
+    two, four = (catalog.commit(repo.resolve(step)).parts["model"].values for step in (2, 4))
+    repo.drop(2)
+    plan = repo.drop(4, now=True)
+    assert [repo.entry(name).step for name in plan.waiting] == [2]
+    assert plan.freed_bytes > 0
+    catalog = handle(repo).catalog
+    assert catalog.has_recipe(two)
+    assert not catalog.has_recipe(four)
     assert not repo.verify().damage

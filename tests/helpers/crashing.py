@@ -249,10 +249,18 @@ SCENARIOS = {
         Scenario("rekey", _gc(Policy(every=3), rekey=True), commits=7),
         Scenario("drop", _drop(2, 3, now=False), commits=5, repeats=False),
         Scenario("drop now", _drop(2, 3, now=True), commits=5, repeats=False),
+        Scenario("drop the newest", _drop(2, 3, now=False), commits=3, repeats=False),
         Scenario("repack", _gc(Policy()), commits=9),
         Scenario("undo a commit", _undo, repeats=False),
         Scenario(
             "undo a drop", _undo, commits=5, prepare=_gc(Policy(last=1), now=False), repeats=False
+        ),
+        Scenario(
+            "undo a drop of the newest",
+            _undo,
+            commits=3,
+            prepare=_drop(2, 3, now=False),
+            repeats=False,
         ),
         Scenario("fetch", _fetch, prepare=_bundled),
         Scenario("import", _import, prepare=_found, also=_originals_are_somewhere(4, 5)),

@@ -127,7 +127,7 @@ class Histories(RuleBasedStateMachine):
         assert head is None or head not in handle(self.repo).catalog.dropped().commits
 
     @precondition(lambda self: self.step > 2)
-    @rule(back=st.integers(1, 5), now=st.booleans())
+    @rule(back=st.integers(0, 5), now=st.booleans())
     def drop(self, back: int, now: bool) -> None:
         try:
             name = self.repo.resolve(f"HEAD~{back}")
