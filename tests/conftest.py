@@ -144,10 +144,29 @@ def cut_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-_LONG = {"commit together": pytest.mark.slow}
+_ALIKE = {
+    "commit together",
+    "commit exactly",
+    "commit excp",
+    "commit with its origin",
+    "refs",
+    "gc with grace",
+    "gc of parts",
+    "drop",
+    "drop now",
+    "undo a drop",
+    "import",
+    "import near one by one",
+    "repack",
+}
+"""Scenarios that take the steps of others; the nightly profile runs them, too."""
 
 
-@pytest.fixture(params=[pytest.param(name, marks=_LONG.get(name, ())) for name in SCENARIOS])
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in _ALIKE else ()) for name in SCENARIOS
+    ]
+)
 def cut(request: pytest.FixtureRequest, cut_folder: Path) -> Cut:
     """A scenario of `tests.helpers.crashing`, prepared."""
     return Cut(SCENARIOS[request.param], cut_folder)

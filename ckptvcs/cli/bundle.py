@@ -32,9 +32,10 @@ def bundle(
     """Write commits to one file, to share them."""
     if exact and near:
         raise InvalidInputError("--exact and --near cannot be combined")
-    if not file.suffix:
+    if not file.suffix or ".." in file.name:
         raise InvalidInputError(
-            f"'{file}' has no suffix", hint="name the file last, for example run.ckptz"
+            f"'{file}' is not the name of a bundle file",
+            hint="name the file last, for example run.ckptz",
         )
     repo = open_repo(context)
     entries = map(repo.entry, repo.select(revisions))

@@ -38,9 +38,9 @@ def clone(
             }
         )
         return
-    count = f"{len(whole)} commit{'s' * (len(whole) != 1)}"
+    count = counted(len(whole), "commit")
     where = render.printable(str(directory or file.stem))
     render.data(f"cloned into {where}: {count}, branch {branch}")
     if len(whole) < len(entries):
-        older = counted(len(entries) - len(whole), "older commit")
-        render.talk(f"note: the file does not contain {older}")
+        others = counted(len(entries) - len(whole), "other commit")
+        render.talk(f"note: the log lists {others} that the file does not contain")

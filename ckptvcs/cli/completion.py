@@ -129,7 +129,7 @@ def _repo(context: Any) -> Repo:
 
 
 def _metric_names(repo: Repo) -> list[str]:
-    return [name for entry in repo.log(1, all_branches=True) for name in entry.metrics]
+    return [name for entry in repo.log(_NEWEST, all_branches=True) for name in entry.metrics]
 
 
 def _revisions(context: Any, text: str) -> Iterable[str]:

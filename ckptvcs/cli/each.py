@@ -90,7 +90,7 @@ def _progress(seen: Sequence[Visit]) -> str:
         return ""
     options = _options(seen)
     known = f"; continue with {options}" if options else ""
-    return f"{len(done)} commit{'s' if len(done) > 1 else ''} done{known}"
+    return f"{counted(len(done), 'commit')} done{known}"
 
 
 def _options(visits: Sequence[Visit]) -> str:
@@ -108,7 +108,7 @@ def _end(visits: Sequence[Visit], metrics: Sequence[str]) -> None:
     skipped = sum(visit.state == "skipped" for visit in visits)
     if skipped:
         render.talk(
-            f"skipped {skipped} of {counted(len(visits), 'commit')} that have {', '.join(metrics)}"
+            f"skipped {skipped} of {counted(len(visits), 'commit')}: they have {', '.join(metrics)}"
         )
     failed = sum(visit.state == "failed" for visit in visits)
     if failed:

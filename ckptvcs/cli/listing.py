@@ -25,7 +25,7 @@ def until(repo: Repo, entry: LogEntry) -> str:
         names = [newer.id for newer in repo.log(newest)]
         if entry.id in names:
             count = newest - names.index(entry.id)
-            return f" until {count} later commit{'s' if count != 1 else ''}"
+            return f" until {counted(count, 'later commit')}"
     return ""
 
 
@@ -43,7 +43,7 @@ def ahead(repo: Repo) -> str:
     """Return how far branches are ahead of HEAD, as `main is 3 commits ahead`."""
     rows = [(branch, count) for branch, count in repo.newer().items() if count]
     texts = [
-        f"{render.printable(branch)} is {count} commit{'s' if count != 1 else ''} ahead"
+        f"{render.printable(branch)} is {counted(count, 'commit')} ahead"
         for branch, count in rows[:_MAX_AHEAD]
     ]
     more = len(rows) - _MAX_AHEAD

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from typer import Context, Option
 
@@ -12,9 +12,11 @@ from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ckptvcs import Note
+
+_T = TypeVar("_T")
 
 
 def note(
@@ -41,15 +43,23 @@ def note(
     if message is None and not (metric or set_ or unset or unset_metric):
         _list(repo.notes(revision), json=json)
         return
-    metrics: dict[str, float | None] = {**parse_metrics(metric)}
-    metrics |= dict.fromkeys(unset_metric or ())
-    fields: dict[str, str | None] = dict(_field(text) for text in set_ or ())
-    fields |= dict.fromkeys(unset or ())
+    metrics = _joined(parse_metrics(metric), unset_metric)
+    fields = _joined(dict(_field(text) for text in set_ or ()), unset)
     written = repo.note(revision, message=message, metrics=metrics, fields=fields)
     step = repo.entry(written.commit).step
     title = "" if step is None else f", step {step}"
     render.answer(written, f"noted {written.commit[:8]}{title}: {_changes(written)}", json=json)
     _warn_if_near(repo, written)
+
+
+def _joined(written: Mapping[str, _T], removed: Sequence[str] | None) -> dict[str, _T | None]:
+    """Return new values, with None for the removed ones."""
+    for name in removed or ():
+        if name in written:
+            raise InvalidInputError(
+                f"'{name}' is written and removed", hint="leave out one of the two options"
+            )
+    return {**written, **dict.fromkeys(removed or ())}
 
 
 def _field(text: str) -> tuple[str, str]:

@@ -15,6 +15,7 @@ _VALUES = (
     (r"'(.*)' is not a valid float.*\.", r"must be a number, got '\1'"),
     (r"'(.*)' is not one of (.*)\.", r"must be one of \2, got '\1'"),
 )
+_GLOBAL = ("-C", "--repo")  # the global options with a value
 _SENTENCES = (
     (r"Option '(.*)' requires an argument\.", r"option \1 requires a value"),
     (r"Option '(.*)' does not take a value\.", r"option \1 takes no value"),
@@ -32,12 +33,18 @@ def explain(error: Any, arguments: Sequence[str], commands: Collection[str]) -> 
         arguments: The arguments of the command line.
         commands: The names of all commands.
     """
-    given = [word for word in arguments if word in commands][:1]
+    given = [word for word in _without_values(arguments) if word in commands][:1]
     hint = f"run '{' '.join(['ckpt', *given, '--help'])}'"
     near = _near(error, commands)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     return InvalidInputError(_message(error), hint=hint)
+
+
+def _without_values(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without the values of the global options."""
+    pairs = zip(("", *arguments), arguments, strict=False)
+    return [word for before, word in pairs if before not in _GLOBAL]
 
 
 def _near(error: Any, commands: Collection[str]) -> list[str]:

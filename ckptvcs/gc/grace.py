@@ -46,10 +46,9 @@ def first_end(drops: Iterable[DropRecord], seconds: float) -> str | None:
     None if there are none, or if none has a valid time.
     """
     ends = []
-    for drop in drops:
-        with contextlib.suppress(ValueError, OverflowError):
-            made = datetime.fromisoformat(drop.time)
-            ends.append(made.astimezone(UTC) + timedelta(seconds=seconds))
+    for made in filter(None, map(_time_of, drops)):
+        with contextlib.suppress(OverflowError):
+            ends.append(made + timedelta(seconds=seconds))
     return min(ends).isoformat(timespec="seconds") if ends else None
 
 
@@ -64,10 +63,16 @@ def waiting_commits(catalog: Catalog, now: datetime, seconds: float) -> frozense
 
 def _age(record: DropRecord, now: datetime) -> float:
     """Return the age of a record in seconds; a record without a valid time is new."""
-    try:
-        return (now - datetime.fromisoformat(record.time)).total_seconds()
-    except (ValueError, TypeError):  # TypeError: the time has no time zone
-        return 0.0
+    made = _time_of(record)
+    return 0.0 if made is None else (now - made).total_seconds()
+
+
+def _time_of(record: DropRecord) -> datetime | None:
+    """Return when a record was made; None if it has no valid time with a time zone."""
+    with contextlib.suppress(ValueError, OverflowError):
+        made = datetime.fromisoformat(record.time)
+        return None if made.tzinfo is None else made.astimezone(UTC)
+    return None
 
 
 def wants_rekey(catalog: Catalog, swept: Dropped) -> bool:

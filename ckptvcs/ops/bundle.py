@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ckptvcs.encode.rekey import REKEY_FLAGS, Rekeyer
-from ckptvcs.errors import InvalidInputError
+from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Target, Targets
 from ckptvcs.history.archive import ArchivedCommit, ArchiveWriter, Manifest
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of, read_sound
@@ -33,6 +33,7 @@ from ckptvcs.store.index.rows import Place
 from ckptvcs.store.layered import Layered, Some
 from ckptvcs.store.object_store import ObjectStore
 from ckptvcs.store.pack import pack_name
+from ckptvcs.text import commit_name
 
 FORMS = ("exact", "near")
 _MAX_DEPTH = 1 << 20  # of chains: none is cut
@@ -176,6 +177,8 @@ def bundle(
 
         def write() -> Bundled:
             choice = Choice(repository, names, form, only)
+            if only is not None:
+                _require_part(repository, choice, only)
             if form == "exact":
                 _require_exact(repository, choice)
             return _write(repository, choice, target, progress)
@@ -191,21 +194,35 @@ def _select(repository: Repository, revisions: Iterable[str | int]) -> list[Obje
     reached = repository.revisions.ids()
     for name in found:
         repository.revisions.require(name, reached)
-    newest_first = [name for name in repository.history.newest_first() if name in found]
-    return [*(name for name in found if name not in newest_first), *reversed(newest_first)]
+    chosen = set(found)
+    newest_first = [name for name in repository.history.newest_first() if name in chosen]
+    chosen -= set(newest_first)
+    return [*(name for name in found if name in chosen), *reversed(newest_first)]
+
+
+def _require_part(repository: Repository, choice: Choice, part: str) -> None:
+    lacking = [row.id for row in choice.listed if not row.parts]
+    if lacking:
+        raise NotFoundError(
+            f"no part '{part}' in {_counted(repository, lacking)}",
+            hint="run 'ckpt show' to see the parts of a commit",
+        )
 
 
 def _require_exact(repository: Repository, choice: Choice) -> None:
     near = [name for name in choice.commits if name not in choice.exact]
     if near:
-        first = repository.entry(near[0])
-        which = f"step {first.step}" if first.step is not None else f"commit {first.id[:8]}"
-        more = f" and {len(near) - 1} more" if len(near) > 1 else ""
         verb = "are" if len(near) > 1 else "is"
         raise InvalidInputError(
-            f"{which}{more} {verb} not exact any more",
+            f"{_counted(repository, near)} {verb} not exact any more",
             hint="leave out --exact to bundle near forms",
         )
+
+
+def _counted(repository: Repository, names: Sequence[ObjectId]) -> str:
+    """Return `step 700 (7b0c4f3e) and 2 more`."""
+    first = commit_name(repository.entry(names[0]).step, names[0])
+    return f"{first} and {len(names) - 1} more" if len(names) > 1 else first
 
 
 def _write(repository: Repository, choice: Choice, target: Target, progress: Progress) -> Bundled:

@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ckptvcs.errors import ConflictError
+from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.refs import HEAD
 from ckptvcs.ops.archive import Source, opened
@@ -22,7 +22,12 @@ from ckptvcs.store import disk
 
 def clone(path: Path, directory: Path | None, progress: Progress = quiet) -> Path:
     """Make a repository of a bundle file and return its folder; see `Repo.clone`."""
-    directory = Path(path.stem) if directory is None else directory
+    if directory is None:
+        if not path.suffix:
+            raise InvalidInputError(
+                f"'{path}' has no suffix", hint="name the directory of the new repository"
+            )
+        directory = Path(path.stem)
     target = directory / FOLDER
     if os.path.lexists(target):
         raise ConflictError(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from ckptvcs.history.log import LogEntry
 
 _MOST_OUTPUT = 1 << 20  # bytes at the end of the output of a command that are searched
 _BLOCK = 1 << 16
+_LOOK = 100  # milliseconds between looks whether a silent command has ended
 _STDERR = 2
 _PATIENCE = 5.0  # seconds between SIGTERM and SIGKILL
 _PLACEHOLDER = re.compile(r"\{(|step|id)\}")
@@ -69,7 +71,7 @@ class MetricCommand:
         process = self._start(*fill(self._command, entry, path))
         assert process.stdout is not None
         try:
-            output = _relay(process.stdout)
+            output = _relay(process, process.stdout)
             code = process.wait()
         except BaseException:
             _end([process])
@@ -125,14 +127,22 @@ def _kill(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _relay(pipe: IO[bytes]) -> bytes:
-    """Copy the output of a command to stderr, and return its end."""
-    end = b""
-    while block := os.read(pipe.fileno(), _BLOCK):
+def _relay(process: subprocess.Popen[bytes], pipe: IO[bytes]) -> bytes:
+    """Copy the output of a command to stderr until it ends, and return the end of the output."""
+    end, look = b"", select.poll()
+    look.register(pipe, select.POLLIN)
+    while True:
+        is_ended = process.poll() is not None  # a child of the command may keep the pipe open
+        if not look.poll(0 if is_ended else _LOOK):
+            if is_ended:
+                return end
+            continue
+        block = os.read(pipe.fileno(), _BLOCK)
+        if not block:
+            return end
         end = (end + block)[-_MOST_OUTPUT:]
         with contextlib.suppress(OSError):  # nobody may read stderr any more
             os.write(_STDERR, block)
-    return end
 
 
 def printed_metrics(output: bytes) -> dict[str, float]:

@@ -40,10 +40,11 @@ class State:
     @cached_property
     def restored(self) -> tuple[ObjectId, ...]:
         """The commits that the repository dropped, or that lack parts."""
+        added = set(self.added)
         return tuple(
             name
             for name, row in self._source.listed.items()
-            if name not in self.added
+            if name not in added
             and (
                 name in self._dropped.commits
                 or self._dropped.parts.get(name, frozenset()).intersection(row.parts)
@@ -54,13 +55,12 @@ class State:
     @cached_property
     def exact_again(self) -> tuple[ObjectId, ...]:
         """The other commits whose exact patch the repository lacks."""
+        known = self._source.commits.keys() - {*self.added, *self.restored}
         return tuple(
-            name
-            for name in self._source.commits
-            if name not in (*self.added, *self.restored) and self.patches([name])
+            name for name in self._source.commits if name in known and self.patches([name])
         )
 
-    @property
+    @cached_property
     def wanted(self) -> tuple[ObjectId, ...]:
         """The commits that the archive has more of, ancestors first."""
         some = {*self.added, *self.restored, *self.exact_again}
