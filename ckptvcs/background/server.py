@@ -50,6 +50,8 @@ def serve() -> None:
                 answer = _commit(repository, job, handle, pipe)
             except CkptError as error:
                 answer = type(error)(error.message, hint=error.hint)  # without its traceback
+            except (BrokenPipeError, ConnectionResetError):  # the parent ended
+                raise
             except Exception as error:
                 logging.getLogger("ckptvcs").exception("background commit failed")
                 answer = CkptError(f"{type(error).__name__}: {error}")

@@ -62,7 +62,7 @@ _REST_FILES = tuple(
 _REST_KEYS = words(
     "rng rng_state rng_states cuda_rng_state torch_rng_state numpy_rng_state scheduler",
     "lr_scheduler lr_schedulers scaler grad_scaler args config hyper_parameters callbacks loops",
-    "random_state sampler",
+    "random random_state random_states sampler",
 )
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "")
 

@@ -25,7 +25,7 @@ from ckptvcs.cli.context import Globals
 from ckptvcs.cli.examples import EXAMPLES
 from ckptvcs.cli.failures import bug, end, wants_json
 from ckptvcs.cli.streams import OutputError, prepare
-from ckptvcs.errors import InvalidInputError, NotFoundError
+from ckptvcs.errors import InvalidInputError
 from ckptvcs.parallel import spare_threads
 
 P = ParamSpec("P")
@@ -186,7 +186,7 @@ def _show_help(
     found = root.command.get_command(root, command)
     if found is None:
         near = get_close_matches(command, COMMANDS)
-        raise NotFoundError(
+        raise InvalidInputError(
             f"unknown command '{command}'",
             hint=f"did you mean '{near[0]}'?" if near else "run 'ckpt --help'",
         )

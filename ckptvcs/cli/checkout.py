@@ -14,6 +14,7 @@ from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Part, open_repo
 from ckptvcs.errors import CkptError, InvalidInputError, after
 from ckptvcs.repo import Repo
+from ckptvcs.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,8 @@ _Revision = Annotated[
     str | None, Argument(metavar="REV", help="step, tag, branch, id, HEAD~2, best:loss:min ...")
 ]
 _Output = Annotated[
-    str | None, Option("-o", "--output", metavar="PATH", help="output path (does not move HEAD)")
+    str | None,
+    Option("-o", "--output", metavar="PATH", help="output path (moves HEAD only with -b)"),
 ]
 _Force = Annotated[
     bool, Option("-f", "--force", help="overwrite files that no commit contains exactly")
@@ -60,8 +62,8 @@ def checkout(
         )
     if revision is None and branch is None:
         raise InvalidInputError("missing argument REV", hint="run 'ckpt checkout --help'")
-    if branch is not None and (output or only):
-        raise InvalidInputError(f"--branch cannot be combined with {'--only' if only else '-o'}")
+    if branch is not None and only:
+        raise InvalidInputError("--branch cannot be combined with --only")
     if near and only:
         raise InvalidInputError("--near cannot be combined with --only", hint="leave one out")
     repo = open_repo(context)
@@ -79,6 +81,8 @@ def checkout(
         return
     try:
         _restore(repo, branch, output, only, force=force, exactly=exactly, near=near, json=json)
+        if output:
+            repo.move_head(branch)
     except BaseException:
         with contextlib.suppress(CkptError):  # HEAD is on it: the error came after the checkout
             repo.delete_branch(branch)
@@ -149,5 +153,5 @@ def _announce(commit: Commit | None, path: Path) -> None:
     files = ""
     if commit is not None and commit.source == "directory":
         count = sum(file.skeleton is not None for file in commit.files)
-        files = f"{count} file{'s' if count != 1 else ''} to "
+        files = f"{counted(count, 'file')} to "
     render.talk(f"writing {files}{path}")

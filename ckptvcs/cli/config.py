@@ -62,5 +62,16 @@ def _of_repository(
     """Change a setting of the repository, and return all or one, and where they come from."""
     if changed is not None:
         repo.configure(changed, value)
+        if changed == "keep-best" and value:
+            _warn_of_unknown(repo, value.partition(":")[0])
     found = repo.settings() if key is None else {key: repo.setting(key)}
     return dict(found), repo.setting_origins()
+
+
+def _warn_of_unknown(repo: Repo, metric: str) -> None:
+    """Say that no commit has a metric, which may be misspelled."""
+    logged = repo.log(all_branches=True)
+    if logged and not any(metric in entry.metrics for entry in logged):
+        names = sorted({name for entry in logged for name in entry.metrics})
+        known = f"; known metrics: {', '.join(map(render.printable, names))}" if names else ""
+        render.talk(f"note: no commit has the metric '{render.printable(metric)}'{known}")

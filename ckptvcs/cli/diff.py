@@ -10,6 +10,7 @@ from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import Count, JsonOption, Part, open_repo, split_range
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
+from ckptvcs.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -248,7 +249,7 @@ def describe_indistinct(tensors: Sequence[Indistinct]) -> str:
 
 
 def _tensors(count: int) -> str:
-    return f"{count} tensor{'s' if count != 1 else ''}"
+    return counted(count, "tensor")
 
 
 def _described(info: TensorInfo) -> str:

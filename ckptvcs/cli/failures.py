@@ -9,7 +9,7 @@ from itertools import takewhile
 from ckptvcs.cli import render
 from ckptvcs.cli.streams import ReaderGoneError
 from ckptvcs.cli.usage import explain
-from ckptvcs.errors import NO_MEMORY, CkptError, StorageError
+from ckptvcs.errors import NO_MEMORY, CkptError, CorruptionError, StorageError
 
 INTERRUPTED = 130
 
@@ -48,6 +48,8 @@ def end(error: BaseException, *, json: bool, commands: Collection[str] = ()) -> 
 def _refusal(error: BaseException, commands: Collection[str]) -> CkptError | None:
     """Return the error to show to the user; None for a bug."""
     if isinstance(error, CkptError):
+        if isinstance(error, CorruptionError) and error.hint is None:
+            error.hint = "run 'ckpt verify' to list what is damaged"
         return error
     if isinstance(error, render.UsageError):
         return explain(error, sys.argv[1:], commands)

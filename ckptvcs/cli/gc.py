@@ -138,13 +138,15 @@ def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
 
 
 def _question(repo: Repo, plan: GcPlan, *, now: bool) -> str | None:
-    """Return what to ask before a plan is carried out; None if the plan drops nothing."""
+    """Return what to ask before a plan is carried out; None if the plan takes no commit."""
     dropped = sum(row.action != "keep" for row in plan.decisions)
-    if not now:
-        later = f"'ckpt undo' can restore them for {grace(repo)}"
-        return f"drop {counted(dropped, 'commit')}? {later}" if dropped else None
-    dropped += len(repo.plan_gc().waiting)
-    return f"delete the data of {counted(dropped, 'commit')} for good?" if dropped else None
+    deleted = len(plan.abandoned)
+    if now:
+        deleted += dropped + len(repo.plan_gc().waiting)
+    texts = [f"delete the data of {counted(deleted, 'commit')} for good"] if deleted else []
+    if dropped and not now:
+        texts.append(f"drop {counted(dropped, 'commit')}, which undo can restore for {grace(repo)}")
+    return f"{', and '.join(texts)}?" if texts else None
 
 
 def _tell(repo: Repo, plan: GcPlan, flags: _Flags, *, table: bool = True) -> None:
@@ -190,7 +192,8 @@ def plan_json(plan: GcPlan, *, dry_run: bool) -> render.Json:
         "packs": sorted(plan.packs),
         **render.attributes(
             plan,
-            "stale_files freed_bytes kept_bytes unreachable waiting waiting_bytes next_deletion",
+            "stale_files freed_bytes kept_bytes unreachable abandoned waiting waiting_bytes "
+            "next_deletion",
         ),
         "faded": sorted(row.id for row in plan.faded),
         "commits": [
@@ -225,6 +228,10 @@ def _show(plan: GcPlan) -> None:
     if plan.unreachable:
         ids = entries.ids(plan.unreachable)
         render.data(f"{counted(len(plan.unreachable), 'unreachable commit')}: {ids}")
+    if plan.abandoned:
+        named = entries.ids(plan.abandoned)
+        left = counted(len(plan.abandoned), "commit")
+        render.data(f"deletes {left} that no branch, tag or pin reaches any more: {named}")
     for name in plan.stale_files:
         render.data(f"{name}  stale file of a process that ended")
 

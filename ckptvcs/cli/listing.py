@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ckptvcs.cli import entries, render
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.repo import Repo
+from ckptvcs.text import counted
 
 if TYPE_CHECKING:
     from ckptvcs import LogEntry, NamedCommit

@@ -8,7 +8,7 @@ from typer import Argument, Context
 
 from ckptvcs.cli import entries, render
 from ckptvcs.cli.context import JsonOption, Part, open_repo
-from ckptvcs.text import from_number
+from ckptvcs.text import counted, from_number
 
 if TYPE_CHECKING:
     from ckptvcs import TensorEntry
@@ -50,7 +50,7 @@ def ls(
             )
     if pattern is None:
         total = render.size(sum(one.size_bytes for one in found))
-        render.talk(f"{len(found)} tensor{'s' if len(found) != 1 else ''}, {total}")
+        render.talk(f"{counted(len(found), 'tensor')}, {total}")
 
 
 def _json(one: TensorEntry) -> dict[str, Any]:

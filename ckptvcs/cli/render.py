@@ -295,13 +295,11 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     from rich import progress as bars
     from rich.console import Console
 
-    columns = (
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )
+    columns: list[Any] = [bars.TextColumn("{task.description}", markup=False), bars.BarColumn()]
+    if total is None:
+        columns += [bars.FileSizeColumn(), bars.TransferSpeedColumn()]
+    else:
+        columns += [bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn()]
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield _Bar(bar, label, total)
 

@@ -55,6 +55,10 @@ def verify(
         render.as_json(_verified(report, repaired))
     else:
         _show(report, repaired)
+    if report.damage and repaired is not None and not drop:
+        render.talk(
+            "hint: pass a good copy with --from, or drop damaged commits with --drop-damaged"
+        )
     if report.damage:
         raise Exit(CorruptionError.exit_code)
 

@@ -74,6 +74,7 @@ class GcPlan:
         waiting_bytes: The bytes that gc deletes when these grace periods have ended.
         next_deletion: The end of the first of these grace periods, ISO 8601 in UTC; None if no
             commit waits.
+        abandoned: The commits that an undo or a deleted branch left, which no ref reaches.
         picture: The state of the repository from which the plan was made.
     """
 
@@ -89,6 +90,7 @@ class GcPlan:
     waiting: tuple[ObjectId, ...] = ()
     waiting_bytes: int = 0
     next_deletion: str | None = None
+    abandoned: tuple[ObjectId, ...] = ()
     picture: Picture = field(default_factory=Picture)
 
 
@@ -190,23 +192,15 @@ class Collector:
             fading = [patch for patch in fading if self._catalog.is_fading(patch.values)]
         coming = [] if recorded else self._packed([*drops, *self._fader.record(fading, time)])
         late = self._deletion(commits, hidden, fading, listed, coming)  # after all grace periods
-        swept = self.swept(time) if self._grace else hidden
-        if self._at_once:
-            swept = dropped_with(swept, [row for row in rows if row.name in self._at_once])
-        soon = late
-        if swept != hidden:
-            soon = self._deletion(commits, swept, fading, listed, coming)
+        swept = hidden if not self._grace else self._swept_with(rows, time)
+        same = swept == hidden
+        soon = late if same else self._deletion(commits, swept, fading, listed, coming)
         debris = self._debris()
         freed = soon.freed_bytes + self._size(debris)
         counted: set[ObjectId] = set()
         going = {pack for merge in late.merges for pack in merge.packs}.union(late.packs)
         decisions = tuple(self._with_bytes(row, late.marked, going, counted) for row in rows)
-        loose = self._revisions.unreachable(set(headers) - commits.keys())
-        for name in self._revisions.lost_lines() if len(loose) > 1 else ():
-            raise CorruptionError(
-                f"commit {name[:8]} and its parent are unreachable: a ref is lost",
-                hint="run 'ckpt verify --repair'",
-            )
+        loose = self._never_reached(set(headers) - commits.keys())
         kept = self.held_bytes(debris=True) - freed
         return GcPlan(
             decisions,
@@ -221,8 +215,27 @@ class Collector:
             tuple(sorted((hidden.commits - swept.commits) & commits.keys())),
             late.freed_bytes - soon.freed_bytes,
             self._next_deletion(time, drops),
+            tuple(sorted(set(headers) - commits.keys() - set(loose) - gone.commits)),
             Picture(frozenset(commits), records, notes, tips, soon.marked),
         )
+
+    def _never_reached(self, names: Set[ObjectId]) -> list[ObjectId]:
+        """Return those of some commits that no version of a ref reaches.
+
+        Raises:
+            CorruptionError: There are so many that a ref must be lost.
+        """
+        loose = self._revisions.unreachable(names)
+        for name in self._revisions.lost_lines() if len(loose) > 1 else ():
+            raise CorruptionError(
+                f"commit {name[:8]} and its parent are unreachable: a ref is lost",
+                hint="run 'ckpt verify --repair'",
+            )
+        return loose
+
+    def _swept_with(self, rows: Iterable[Decision], time: str) -> Dropped:
+        """Return what is swept at a time, once the decisions are carried out."""
+        return dropped_with(self.swept(time), [row for row in rows if row.name in self._at_once])
 
     def swept(self, time: str) -> Dropped:
         """Return the dropped commits and parts whose grace period has ended at a time."""

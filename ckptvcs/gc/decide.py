@@ -73,9 +73,7 @@ class Judge:
         if not policy.drops and policy.optimizer_last is None:
             return []
         known = {name: made for name, made in commits.items() if name not in gone.commits}
-        protected = self.protected(known)
-        for name in policy.named & protected.keys():  # their branches go back before the record
-            protected[name] = [why for why in protected[name] if not is_followed(why)]
+        protected = self._protected_from(policy, known)
         lines = list(self._lines(gone.commits).values())
         kept = policy.kept(lines, self._refs.targets("tags"), now)
         if policy.drops and not kept and commits:
@@ -96,6 +94,15 @@ class Judge:
                 decision = Decision(name, commit, "keep", why)
             decisions.append(decision)
         return decisions
+
+    def _protected_from(
+        self, policy: Policy, commits: Mapping[ObjectId, Commit]
+    ) -> dict[ObjectId, list[str]]:
+        """Return `protected`; named commits lose their branches, which go back before the drop."""
+        protected = self.protected(commits)
+        for name in policy.named & protected.keys():
+            protected[name] = [why for why in protected[name] if not is_followed(why)]
+        return protected
 
     def protected(self, commits: Mapping[ObjectId, Commit]) -> dict[ObjectId, list[str]]:
         """Return why commits stay whole whatever the rules say: refs, and what the settings keep

@@ -116,7 +116,7 @@ class Catalog:
         return load_note(self.store.get(name, Kind.NOTE))
 
     def note_ids(self, commit: ObjectId) -> list[ObjectId]:
-        """Return the ids of the valid notes of a commit; the notes of another commit do no harm."""
+        """Return the ids of the notes of a commit that are valid; the index may list others."""
         return self.store.find(b"note:" + commit.encode())[:MAX_READ]
 
     def notes(self, commit: ObjectId) -> list[tuple[ObjectId, Note]]:
@@ -419,5 +419,5 @@ def read_sound(store: ObjectStore, place: Place) -> tuple[bytes, bytes]:
             for start, length, expected in frame.slices:
                 digest = slice_hash(memoryview(region)[start : start + length])
                 if digest != expected or expected == NO_HASH:
-                    raise CorruptionError(f"bundle {place.entry.id[:8]} is damaged")
+                    raise CorruptionError(f"frames {place.entry.id[:8]} are damaged")
     return region, payload

@@ -122,7 +122,8 @@ class History:
             else "near"
             for part, state in commit.parts.items()
         }
-        stored = commit.data_bytes + self._catalog.store.home_size(name)
+        is_gone = set(fidelity.values()) == {"dropped"}
+        stored = self._catalog.store.home_size(name) + (0 if is_gone else commit.data_bytes)
         noted = self._catalog.merged(name, commit.message, commit.metrics)
         patched = [
             (part, state.exact)

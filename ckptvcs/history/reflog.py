@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -51,11 +51,13 @@ class Undone:
         what: The reverted operation.
         branch: The name of the branch.
         commit: The commit of the branch after the undo; None if it has none.
+        abandoned: The commit that no ref reaches any more because of the undo; None if a ref does.
     """
 
     what: str
     branch: str
     commit: ObjectId | None
+    abandoned: ObjectId | None = None
 
 
 def _after(record: DropRecord, branch: str, moves: Iterable[Generation]) -> int:
@@ -163,10 +165,7 @@ class Past:
         newest = moves[max(moves)]
         last = self._standing(moves, newest.number)
         drop = self._last_drop(name, list(moves.values()))
-        place = _after(drop[1], name, moves.values()) if drop else 0
-        if last == place + 1 and moves[last].action == DROPPED:
-            place = last  # the drop took the branch back
-        if drop and (last is None or place >= last):
+        if drop and (last is None or self._place(drop[1], name, moves, last) >= last):
             return self._restore(name, *drop, time)
         if last is None or last == 1:
             raise NotFoundError(f"nothing to undo on branch '{name}'", hint=self._way_back(name))
@@ -184,7 +183,15 @@ class Past:
         taken = moves[last]
         self._refs.publish(ref, newest, commit=before, time=time, action=f"{_UNDO}{last}")
         at = f" of {taken.commit[:8]}" if taken.commit else ""
-        return Undone(f"{taken.action}{at}", name, before)
+        is_reached = taken.commit is None or taken.commit in self._revisions.ids()
+        return Undone(f"{taken.action}{at}", name, before, None if is_reached else taken.commit)
+
+    @staticmethod
+    def _place(drop: DropRecord, branch: str, moves: Mapping[int, Generation], last: int) -> int:
+        """Return the number of the move that a drop comes after; `last` is in effect."""
+        place = _after(drop, branch, moves.values())
+        took_back = last == place + 1 and moves[last].action == DROPPED
+        return last if took_back else place
 
     def _way_back(self, branch: str) -> str | None:
         """Return how to leave a branch for the one that HEAD followed before it began, if any."""

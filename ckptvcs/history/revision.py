@@ -324,6 +324,7 @@ class Revisions:
             "latest",
             LATEST_GOOD,
         ]
+        names = [name for name in names if name != text]  # the name of a deleted branch
         close = difflib.get_close_matches(text, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see 'ckpt log --all'"
         return NotFoundError(f"unknown revision '{text}'", hint=hint)

@@ -181,7 +181,7 @@ class Selection:
             if key == "time":
                 return datetime.fromisoformat(entry.commit.time).timestamp()
             if key == "size":
-                return entry.stored_bytes
+                return entry.stored_bytes + entry.exact_bytes
             return entry.metrics.get(key)
 
         valued = [(entry, value(entry)) for entry in entries]

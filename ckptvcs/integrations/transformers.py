@@ -17,9 +17,9 @@ from ckptvcs.checkpoint.torch_objects import parameter_names
 from ckptvcs.errors import BusyError, InvalidInputError, NotFoundError, missing_extra
 from ckptvcs.history.refs import LATEST_GOOD
 from ckptvcs.integrations.target import Target, Where, on_first_process
+from ckptvcs.ops.lines import Lines
 from ckptvcs.ops.originals import Keeper
 from ckptvcs.ops.repository import Repository
-from ckptvcs.ops.series import Lines
 from ckptvcs.store.ids import ObjectId
 
 try:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ckptvcs.ops import repair as repair
     from ckptvcs.ops import request as request
     from ckptvcs.ops import resume as resume
+    from ckptvcs.ops import series as series
     from ckptvcs.ops import show as show
-    from ckptvcs.ops import statistics as statistics
     from ckptvcs.ops import stats as stats
     from ckptvcs.ops import status as status
     from ckptvcs.ops import tensor as tensor

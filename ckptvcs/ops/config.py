@@ -36,7 +36,7 @@ _log = logging.getLogger("ckptvcs")
 OFF = "off"
 AUTO = "auto"
 _HINT = "edit the file, or run 'ckpt verify --repair'"
-_HEADING = "# Settings of this repository; docs/cli.md describes them.\n"
+_HEADING = "# Settings of this repository; docs/reference/settings.md describes them.\n"
 _USER_HEADING = "# Settings of all repositories that do not have their own.\n"
 
 

@@ -27,6 +27,11 @@ def log(
     stop: Bound,
 ) -> list[LogEntry]:
     """Return commits; see `Repo.log`."""
+    if limit is not None and not isinstance(limit, int):
+        raise InvalidInputError(
+            f"the limit must be a whole number, got {limit!r}",
+            hint="choose a range by start= and stop=",
+        )
     ranged = start is not None or stop is not None
     if branch is not None and (revision is not None or all_branches):
         raise InvalidInputError(
@@ -54,7 +59,14 @@ def select(
     reverse: bool,
 ) -> Selection:
     """Return the selection that the arguments of `Repo.log` describe.  Raises InvalidInputError."""
-    low, high = steps or (None, None)
+    try:
+        low, high = steps or (None, None)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"steps must be a pair, got {steps!r}", hint="write steps=(600, 800)"
+        ) from error
+    if isinstance(metrics, str):
+        metrics = [metrics]
     return Selection(
         None,
         None if since is None else parse_time(since),

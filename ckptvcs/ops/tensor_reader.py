@@ -15,7 +15,7 @@ from ckptvcs.parallel import Progress, quiet
 
 if TYPE_CHECKING:
     from ckptvcs.ops.diff import Comparison
-    from ckptvcs.ops.statistics import Statistics
+    from ckptvcs.ops.series import Statistics
     from ckptvcs.ops.tensor import TensorView
 
 
@@ -213,4 +213,4 @@ class TensorReader(HistoryReader):
             ...     print(entry.step, {name: one["norm"] for name, one in values.items()})
         """
         names = self._repository.history.line(start, stop, every, revision=revision)
-        return ops.statistics.statistics(self._repository, names, pattern, stats)
+        return ops.series.statistics(self._repository, names, pattern, stats)

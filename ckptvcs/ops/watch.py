@@ -24,11 +24,11 @@ from ckptvcs.checkpoint.conventions import HF_FIRST, HF_LAST, is_alias
 from ckptvcs.checkpoint.survey import Found, candidates, survey
 from ckptvcs.errors import BusyError, CkptError, ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.ops.commit import commit_path
+from ckptvcs.ops.lines import Lines
 from ckptvcs.ops.originals import Contents, Keeper, Removal
 from ckptvcs.ops.provenance import capture_beside
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request
-from ckptvcs.ops.series import Lines
 from ckptvcs.store.disk import real_path
 from ckptvcs.store.ids import ObjectId
 

@@ -27,7 +27,7 @@ def test_metrics_are_stored_and_skipped_the_next_time(ckpt: Ckpt, history: Path)
     assert Repo.open(history).show(3).metrics["size"] > 1000
     done = ckpt("each", "..", "--metric", "size", "--json", "--", sys.executable, "-c", SIZE)
     assert [row["state"] for row in done.json] == ["done", *["skipped"] * 3, "done"]
-    assert "skipped 3 of 5 commits that have size" in done.err
+    assert "skipped 3 of 5 commits: they have size" in done.err
 
 
 def test_failures_are_reported_and_end_with_an_exit_code(ckpt: Ckpt, history: Path) -> None:
@@ -88,3 +88,10 @@ def test_an_interruption_ends_the_commands_and_can_be_continued(
     assert not list(scratch.iterdir())
     assert Repo.open(history).show(2).metrics["size"] == 1.0
     assert "size" not in Repo.open(history).show(3).metrics
+
+
+def test_a_child_that_keeps_the_pipe_open_is_not_waited_for(ckpt: Ckpt, history: Path) -> None:
+    command = "sleep 300 & echo $! > child; echo '{\"z\": 1}'"
+    ckpt("each", "2..2", "--", "sh", "-c", command)
+    os.kill(int((history / "child").read_text()), signal.SIGKILL)
+    assert Repo.open(history).show(2).metrics["z"] == 1

@@ -43,6 +43,7 @@ def run(capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, *args: st
         ("help lgo", "unknown command 'lgo'", "did you mean 'log'?"),
         ("log --al", "unknown option '--al'", "did you mean --all?"),
         ("--al", "unknown option '--al'", "run 'ckpt --help'"),
+        ("--repo diff status --al", "unknown option '--al'", "run 'ckpt status --help'"),
         ("-C nowhere log", "cannot change to nowhere: No such file or directory", None),
     ],
 )
@@ -176,7 +177,11 @@ def test_checkout_starts_a_branch(ckpt: Ckpt, history: Path, run_files: list[Pat
     names = {row["name"]: row["current"] for row in ckpt("branch", "--json").json}
     assert names == {"main": False, "retry": False, "here": True}
     ckpt("checkout", "-b", "retry", 1, code=4)
-    ckpt("checkout", "-b", "x", 1, "-o", "y", code=2)
+    ckpt("checkout", "-b", "beside", 1, "-o", "other.pt")
+    assert (history / "other.pt").read_bytes() == run_files[0].read_bytes()
+    assert (history / "model.pt").read_bytes() == b"mine"
+    assert ckpt("status", "--json").json["branch"] == "beside"
+    ckpt("checkout", "-b", "x", 1, "--only", "model", code=2)
     ckpt("checkout", code=2)
 
 
@@ -200,3 +205,26 @@ def test_the_manual_page_has_every_command_and_option(ckpt: Ckpt) -> None:
             assert option.replace("-", "\\-") in shown, (name, option)
     macros = {line.split()[0] for line in lines if line.startswith((".", "'"))}
     assert macros == {".TH", ".SH", ".SS", ".B", ".PP", ".TP", ".nf", ".fi"}
+
+
+def test_hints_name_the_command_and_names_that_exist(ckpt: Ckpt, history: Path) -> None:
+    ckpt("branch", "gone")
+    ckpt("branch", "-d", "gone")
+    assert "did you mean" not in ckpt("show", "gone", code=3).err
+    assert "did you mean 'log'" in ckpt("help", "lgo", code=2).err
+    assert "known metrics: loss" in ckpt("config", "keep-best", "los:min").err
+    assert ckpt("config", "keep-best", "loss:min").err == ""
+
+
+def test_undo_says_how_to_keep_what_it_leaves(ckpt: Ckpt, history: Path) -> None:
+    tip = ckpt("show", "--json").json["id"]
+    ckpt("tag", "named")
+    assert ckpt("undo", "--json").json["abandoned"] is None
+    below = ckpt("show", "--json").json["id"]
+    ckpt("tag", "-d", "named")
+    assert f"'ckpt branch NAME {below[:8]}' keeps it" in ckpt("undo").err
+    plan = ckpt("gc", "--dry-run")
+    assert "deletes 2 commits that no branch, tag or pin reaches any more" in plan.out
+    assert ckpt("gc", "--dry-run", "--json").json["abandoned"] == sorted([below, tip])
+    ckpt("branch", "kept", tip)
+    assert ckpt("gc", "--dry-run", "--json").json["abandoned"] == []

@@ -103,3 +103,11 @@ def test_commits_are_sorted(run: Repo) -> None:
 
 def test_an_empty_repository_lists_nothing(repo: Repo) -> None:
     assert repo.log(since="1h", sort="loss", metrics=["loss<3"], steps=(1, 2)) == []
+
+
+def test_wrong_arguments_are_refused(run: Repo) -> None:
+    wrong: list[dict[str, Any]] = [{"limit": "1..3"}, {"steps": "1..3"}, {"steps": 3}]
+    for arguments in wrong:
+        with pytest.raises(InvalidInputError):
+            run.log(**arguments)
+    assert run.log(metrics="loss>0") == run.log(metrics=["loss>0"])

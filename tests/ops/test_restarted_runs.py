@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from ckptvcs import Repo
 from ckptvcs.checkpoint.grouping import family
 from ckptvcs.ops.history_reader import handle
+from ckptvcs.ops.lines import Lines
 from ckptvcs.ops.refs import move_head
-from ckptvcs.ops.series import Lines
 from ckptvcs.ops.watch import Watcher, WatchEvent
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ckptvcs import InvalidInputError, NotFoundError, Repo
-from ckptvcs.ops.statistics import STATISTICS
+from ckptvcs.ops.series import STATISTICS
 from tests.helpers.training import train
 
 
