@@ -225,8 +225,9 @@ _pools: WeakSet[Pool] = WeakSet()
 
 @atexit.register
 def _shut_down_all() -> None:
-    for pool in [*_pools]:
-        pool.shutdown()
+    with suppress(KeyboardInterrupt):  # the process ends anyway
+        for pool in [*_pools]:
+            pool.shutdown()
 
 
 refused_until = 0.0

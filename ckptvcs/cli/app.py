@@ -242,13 +242,15 @@ def _change_to(folder: Path) -> None:
         raise InvalidInputError(f"cannot change to {folder}: {error.strerror}") from error
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)  # unwinding removes temporary files and leases
+def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)  # unwinding removes temporary files and leases
 
 
 def main() -> None:
     """Run the command line; docs/cli.md lists the exit codes."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by __main__
         signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare()
@@ -265,6 +267,7 @@ def run() -> str | int | None:
         code = app(standalone_mode=False) or 0
     except SystemExit as left:
         code = left.code
+        end(left, json=wants_json())
     except BaseException as error:
         code = end(error, json=wants_json(), commands=(*COMMANDS, *_ABOUT))
         if code is None:

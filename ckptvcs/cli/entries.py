@@ -72,7 +72,7 @@ def _form(entry: LogEntry) -> tuple[str, str]:
     if entry.exact:
         return ("exact", "green") if entry.exact_lasts else ("exact for now", "cyan")
     if entry.fidelity.get("model") == "exact":
-        return "weights exact", "yellow"
+        return f"weights exact{' for now' if entry.exact_bytes else ''}", "yellow"
     error = entry.commit.error
     update = f", update {error.update_nmse:.2g}" if error.update_nmse > _FAR else ""
     return f"near {error.weight_rel:.2g}{update}", "yellow"
@@ -85,7 +85,7 @@ def tensor_form(tensor: TensorEntry) -> str:
 
 def parts(entry: LogEntry) -> str:
     """Return the form of each part: `model exact for now, rest exact`."""
-    passing = entry.exact and not entry.exact_lasts
+    passing = not entry.exact_lasts
     forms = {
         part: f"{form} for now"
         if form == "exact" and passing and entry.commit.parts[part].exact is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Collection
 from itertools import takewhile
@@ -12,11 +13,17 @@ from ckptvcs.cli.usage import explain
 from ckptvcs.errors import NO_MEMORY, CkptError, CorruptionError, StorageError
 
 INTERRUPTED = 130
+TERMINATED = (128 + signal.SIGTERM, 128 + signal.SIGHUP)
 
 
-class _Interrupted(CkptError):
-    kind = "interrupted"
-    exit_code = INTERRUPTED
+def _tell_end(how: str, code: int, done: str, *, json: bool) -> None:
+    """Say that a signal has ended the command, and what is `done`."""
+    error = CkptError(f"{how}; {done or 'the repository is unchanged or complete'}")
+    error.kind, error.exit_code = how, code
+    if json:
+        render.failure(error, json=True)
+    else:
+        render.complain(error.message)
 
 
 def end(error: BaseException, *, json: bool, commands: Collection[str] = ()) -> int | None:
@@ -26,15 +33,11 @@ def end(error: BaseException, *, json: bool, commands: Collection[str] = ()) -> 
     """
     done = "; ".join(getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
-        message = f"interrupted; {done or 'the repository is unchanged or complete'}"
-        if json:
-            render.failure(_Interrupted(message), json=True)
-        else:
-            render.complain(message)
+        _tell_end("interrupted", INTERRUPTED, done, json=json)
         return INTERRUPTED
     if isinstance(error, SystemExit):
-        if done:
-            render.complain(f"terminated; {done}")
+        if error.code in TERMINATED:
+            _tell_end("terminated", int(error.code), done, json=json)
         return None
     refusal = _refusal(error, commands)
     if refusal is None:

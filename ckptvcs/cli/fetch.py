@@ -64,4 +64,6 @@ def _tell(repo: Repo, done: Fetched) -> None:
     for tag in done.kept:
         render.talk(f"note: tag '{tag}' names another commit here; it stays")
     if any(f"pins/{name}" not in done.refs for name in done.exact_again):
-        render.talk("note: 'ckpt pin REV' keeps a commit exact when newer commits come")
+        render.talk(
+            "note: a later commit or gc makes them near again; 'ckpt pin REV' keeps one exact"
+        )

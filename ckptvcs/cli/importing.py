@@ -176,6 +176,10 @@ def _sum_up_removed(importer: Importer) -> None:
     kept = [item for item in importer.items if item.removal.keep_reason is not None]
     removed, stayed = counted(len(files), "file"), counted(len(kept), "original")
     render.data(f"{removed} removed, {freed} freed, {stayed} kept")
+    for entry in importer.skipped:
+        path = importer.folder / entry.name
+        if files and path.is_symlink() and not path.exists():
+            render.talk(f"note: {render.printable(entry.name)} is a link to a removed file")
     if any(item.id and not item.problem and _is_near(importer, item) for item in kept):
         render.talk("hint: add --accept-near to delete originals of near commits")
 

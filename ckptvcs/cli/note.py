@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from typer import Context, Option
@@ -71,7 +72,9 @@ def _field(text: str) -> tuple[str, str]:
 
 def _warn_if_near(repo: Repo, written: Note) -> None:
     """Say that a commit became one of the best after its exact patch had expired."""
-    best = str(repo.setting("keep-best") or "")
+    best = ""
+    with contextlib.suppress(InvalidInputError):  # unreadable settings were reported before
+        best = str(repo.setting("keep-best") or "")
     named = any(best.startswith(f"{name}:") for name in written.metrics)
     if named and repo.is_best(written.commit) and not repo.entry(written.commit).exact:
         render.talk(

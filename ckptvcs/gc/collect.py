@@ -181,9 +181,11 @@ class Collector:
         listed = self._packs()
         tips = frozenset(self._revisions.tips().values())
         commits = dict(self._revisions.reachable(sorted(tips)))
-        commits |= self._left_by_drops(commits, policy, time)
+        left = self._left(commits, policy, headers, time)
         gone = self._catalog.dropped()
-        rows = self._judge.decide(policy, commits, gone, datetime.fromisoformat(time))
+        judged = commits | {name: left[name] for name in policy.named & left.keys()}
+        rows = self._judge.decide(policy, judged, gone, datetime.fromisoformat(time))
+        commits |= left
         drops = drop_records(rows, policy, time, self._refs.branches())
         hidden = dropped_with(gone, rows)
         visible = {name: made for name, made in commits.items() if name not in hidden.commits}
@@ -248,16 +250,24 @@ class Collector:
         drops = self._catalog.drops()
         return [name for name in found if not self._at_once.issuperset(drops[name].commits)]
 
-    def _left_by_drops(
-        self, commits: Mapping[ObjectId, Commit], policy: Policy, time: str
+    def _left(
+        self,
+        commits: Mapping[ObjectId, Commit],
+        policy: Policy,
+        headers: Iterable[ObjectId],
+        time: str,
     ) -> dict[ObjectId, Commit]:
-        """Return the commits that a drop took off the tip of a branch, while they wait.
+        """Return the commits that no ref reaches but that stay.
 
-        `commits` are those that a ref reaches.
+        They were dropped at the end of a branch, and wait; a drop `at_once` leaves all others, too.
+        `commits` are those that a ref reaches, and `headers` all that are stored.
         """
         drops, catalog = self._catalog.drops(), self._catalog
         names = {one for name in self._waiting(time) for one in drops[name].commits}
         names |= {name for name in policy.named if catalog.store.contains(name)}
+        if self._at_once:
+            others = set(headers) - commits.keys() - catalog.dropped().commits
+            names |= others - set(self._revisions.unreachable(others))
         found: dict[ObjectId, Commit] = {}
         for name in sorted(names - commits.keys(), key=lambda one: catalog.commit(one).time):
             commit = catalog.commit(name)

@@ -36,6 +36,8 @@ class Sweep:
     def __init__(self, collector: Collector, catalog: Catalog, mark: str) -> None:
         self._collector, self._catalog, self._mark = collector, catalog, mark
         self._lets_in = True
+        self.dropped = 0
+        """The commits whose drop is recorded."""
 
     def run(
         self, policy: Policy, time: str, *, sweep: bool, before_drop: Step, rekey: Step | None
@@ -84,7 +86,9 @@ class Sweep:
             self._collector.require_current(plan)
             if plan.drops:
                 before_drop()
-            return self._collector.record(plan, time)
+            done = self._collector.record(plan, time)
+        self.dropped = len({name for drop in plan.drops for name in drop.commits})
+        return done
 
     def _sweep(self, plan: GcPlan) -> None:
         self._delete(plan, plan.packs)

@@ -218,28 +218,32 @@ class Past:
     def _last_drop(
         self, branch: str, moves: list[Generation]
     ) -> tuple[ObjectId, DropRecord] | None:
+        """Return the newest drop that no undo reverts.
+
+        A drop whose data is gone counts only if there is no other one, and for its own branch.
+        """
         line = self._ever(moves)
         records = self._records()
         undone = {old for _, record in records for old in record.undoes}
         drops = [
             (name, record)
             for name, record in records
-            if record.what == "drop"
-            and record.rule != LEFT_OUT
-            and name not in undone
-            and line.intersection(record.commits)
+            if record.what == "drop" and record.rule != LEFT_OUT and name not in undone
         ]
-        return max(
-            drops,
-            key=lambda pair: (_after(pair[1], branch, moves), pair[1].time, pair[0]),
-            default=None,
-        )
+        drops.sort(key=lambda pair: (_after(pair[1], branch, moves), pair[1].time, pair[0]))
+        whole = (pair for pair in reversed(drops) if self._is_stored(*pair))
+        own = (pair for pair in reversed(drops) if line.intersection(pair[1].commits))
+        return next(whole, None) or next(own, None)
+
+    def _is_stored(self, name: ObjectId, drop: DropRecord) -> bool:
+        """Return whether the data of dropped commits is still complete."""
+        if not all(map(self._catalog.store.contains, drop.commits)):
+            return False
+        commits = {commit: self._catalog.commit(commit) for commit in drop.commits}
+        return is_whole(self._catalog, commits, self._catalog.dropped(name))
 
     def _restore(self, branch: str, name: ObjectId, drop: DropRecord, time: str) -> Undone:
-        stored = [one for one in drop.commits if self._catalog.store.contains(one)]
-        commits = {commit: self._catalog.commit(commit) for commit in stored}
-        is_there = len(commits) == len(drop.commits)
-        if not is_there or not is_whole(self._catalog, commits, self._catalog.dropped(name)):
+        if not self._is_stored(name, drop):
             raise ConflictError(
                 f"gc deleted the commits that '{drop.rule}' dropped", hint="see 'ckpt reflog'"
             )

@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
 from ckptvcs.history.catalog import Catalog
@@ -50,8 +50,11 @@ def split_tensor(text: str) -> tuple[str, str]:
 class Revisions:
     """Resolves revisions against the refs and commits of one repository."""
 
-    def __init__(self, catalog: Catalog, refs: Refs) -> None:
-        self._catalog, self._refs = catalog, refs
+    def __init__(
+        self, catalog: Catalog, refs: Refs, newest_good: Callable[[], ObjectId] | None = None
+    ) -> None:
+        """`newest_good` finds the commit of `latest-good`, which has to be decoded."""
+        self._catalog, self._refs, self._newest_good = catalog, refs, newest_good
 
     def head(self) -> ObjectId | None:
         """Return the commit of HEAD, or None if it has none yet."""
@@ -206,12 +209,9 @@ class Revisions:
         if back:
             return self._back(self.resolve(back[1]), int(back[2] or 1), text)
         if text in (HEAD, "latest", "@"):
-            head = self.head()
-            if head is None:
-                raise NotFoundError(
-                    "there are no commits yet", hint="create one with 'ckpt commit PATH -m MESSAGE'"
-                )
-            return head
+            return self._require_head()
+        if text == LATEST_GOOD and self._newest_good is not None:
+            return self._newest_good()
         if (text.isdecimal() and len(text) <= LONGEST_STEP) or text.startswith("step:"):
             return self._step(text)
         if text.startswith("best:"):
@@ -224,13 +224,21 @@ class Revisions:
             raise self._unknown(text)
         return commit
 
+    def _require_head(self) -> ObjectId:
+        head = self.head()
+        if head is None:
+            raise NotFoundError(
+                "there are no commits yet", hint="create one with 'ckpt commit PATH -m MESSAGE'"
+            )
+        return head
+
     def _named(self, text: str) -> ObjectId | None:
         at_ref = self.tag(text) or self.branch(text)
         if at_ref is not None:
             return at_ref
         branch, at, step = text.rpartition("@")
         if at and step.isdecimal() and len(step) <= LONGEST_STEP:
-            tip = self.branch(branch)
+            tip = self.head() if branch in (HEAD, "latest") else self.branch(branch)
             if tip is None:
                 raise self._unknown(branch)
             commit = self._on_line(tip, int(step))

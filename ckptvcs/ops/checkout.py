@@ -274,7 +274,10 @@ class WorkTree:
             with folder.open_file(name, follow=True) as existing:
                 size, digest = os.fstat(existing.fileno()).st_size, _hash(existing)
         except FileNotFoundError:
-            return  # a dangling symbolic link
+            raise ConflictError(
+                f"{path} is a symbolic link to nothing",
+                hint="write elsewhere with -o, or overwrite it with --force",
+            ) from None
         except NotRegularError:
             raise ConflictError(
                 f"{path} is not a regular file", hint="write elsewhere with -o"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 from dataclasses import replace
 
-from ckptvcs.errors import ConflictError, InvalidInputError, StorageError
+from ckptvcs.errors import ConflictError, InvalidInputError, StorageError, after
 from ckptvcs.gc.collect import Collector, GcPlan
 from ckptvcs.gc.decide import Judge, is_followed
 from ckptvcs.gc.grace import wants_rekey
@@ -20,6 +20,7 @@ from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.leases import sole
 from ckptvcs.store.reserve import keep_reserve
+from ckptvcs.text import counted
 
 
 def plan(repository: Repository, policy: Policy, *, now: bool = False) -> GcPlan:
@@ -119,6 +120,7 @@ class _Collection:
         self._sweep = sweep
         self._collector = _collector(repository, now=now, named=policy.named)
         self._before: int | None = None  # bytes of the repository before the first try
+        self._dropped = 0  # commits, whatever fails later
 
     def run(self) -> GcPlan:
         """Collect, and return what was dropped and deleted."""
@@ -138,13 +140,15 @@ class _Collection:
             if self._before is None:
                 self._before = collector.held_bytes(debris=True)
             rekey = self._sweep and (self._policy.asks_rekey or self._owes_rekey(time))
-            done = Sweep(collector, catalog, mark).run(
-                self._policy,
-                time,
-                sweep=self._sweep,
-                before_drop=self._before_drop,
-                rekey=(lambda: self._rekey(time)) if rekey else None,
-            )
+            work = Sweep(collector, catalog, mark)
+            with after(lambda: self._said(work)):
+                done = work.run(
+                    self._policy,
+                    time,
+                    sweep=self._sweep,
+                    before_drop=self._before_drop,
+                    rekey=(lambda: self._rekey(time)) if rekey else None,
+                )
             kept = collector.held_bytes(debris=not self._sweep)
             self._before += collector.foreign_bytes(done, packs)
             if not self._sweep:
@@ -153,6 +157,11 @@ class _Collection:
                 later = collector.plan(Policy(), time, recorded=True)
                 done = replace(done, waiting_bytes=later.waiting_bytes)
             return replace(done, freed_bytes=self._before - kept, kept_bytes=kept)
+
+    def _said(self, work: Sweep) -> str:
+        """Return what stays done if the rest of a run fails."""
+        self._dropped = max(self._dropped, work.dropped)
+        return f"dropped {counted(self._dropped, 'commit')}" if self._dropped else ""
 
     def _before_drop(self) -> None:
         """Raise the flags, and move the branches back that end with a named commit."""

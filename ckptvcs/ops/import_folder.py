@@ -423,6 +423,9 @@ class Importer:
             return item.problem.message
         if item.id is None:
             return "it is not committed"
+        step, known = item.found.step, self.repo.catalog.commit(item.id).step
+        if step != known and step is not None and known is not None:
+            return f"its content is committed as step {known} only"
         return self._keeper.why_kept(item.id, accept_near=accept_near)
 
     def remove(self, *, accept_near: bool, progress: Progress, watch: Watch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ def log(
             f"the limit must be a whole number, got {limit!r}",
             hint="choose a range by start= and stop=",
         )
+    limit = None if limit is None else min(limit, sys.maxsize)
     ranged = start is not None or stop is not None
     if branch is not None and (revision is not None or all_branches):
         raise InvalidInputError(

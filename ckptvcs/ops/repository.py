@@ -32,7 +32,7 @@ from ckptvcs.history.format_file import (
     write_format,
 )
 from ckptvcs.history.log import History, LogEntry
-from ckptvcs.history.refs import HEAD, LATEST_GOOD, Generation, Refs
+from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.config import Config, Settings, default_text
 from ckptvcs.store import disk
@@ -77,7 +77,7 @@ class Repository:
         store = ObjectStore(self.backend, self.cache / "index", keys_of)
         self.catalog = Catalog(store)
         self.refs = Refs(self.backend)
-        self.revisions = Revisions(self.catalog, self.refs)
+        self.revisions = Revisions(self.catalog, self.refs, self._newest_good)
         self.history = History(self.catalog, self.refs, self.revisions, self._lasting)
         self._held: MemoryBase | None = None
         self._holder = Lock()
@@ -204,11 +204,12 @@ class Repository:
             InvalidInputError: Several commits match.
             CorruptionError: The revision is `latest-good`, and no commit proves itself.
         """
-        if revision == LATEST_GOOD:
-            from ckptvcs.ops.resume import newest_good  # noqa: PLC0415  needs numpy
-
-            return newest_good(self)
         return self.revisions.resolve(str(revision))
+
+    def _newest_good(self) -> ObjectId:
+        from ckptvcs.ops.resume import newest_good  # noqa: PLC0415  needs numpy
+
+        return newest_good(self)
 
     def restorer(self, name: ObjectId, *, near: bool = False) -> Restorer:
         """Return a reader of one commit; with `near` it ignores exact patches."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
+from ckptvcs.gc import sweep
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.recipe import DropRecord
 from ckptvcs.ops.history_reader import handle
@@ -258,4 +259,49 @@ def test_the_data_of_one_drop_is_deleted_and_that_of_others_waits(repo: Repo) ->
     catalog = handle(repo).catalog
     assert catalog.has_recipe(two)
     assert not catalog.has_recipe(four)
+    assert not repo.verify().damage
+
+
+def test_a_drop_on_another_branch_is_undone(repo: Repo) -> None:
+    repo.branch("side", 5)
+    repo.move_head("side")
+    repo.commit(adam_state(weights(), 7), step=7)
+    repo.commit(adam_state(weights(), 8), step=8)
+    repo.move_head("main")
+    repo.drop("side~1")
+    assert repo.undo().what == "drop by name of 1 commit"
+    assert [entry.step for entry in repo.log(branch="side")][:2] == [8, 7]
+    assert steps(repo)[0] == 6
+
+
+def test_an_earlier_drop_is_undone_if_the_data_of_the_last_one_is_gone(repo: Repo) -> None:
+    repo.drop(2)
+    repo.drop(4, now=True)
+    repo.undo()
+    assert steps(repo) == [6, 5, 3, 2, 1]
+    with pytest.raises(ConflictError, match="gc deleted"):
+        repo.undo()
+
+
+def test_the_data_of_one_drop_goes_and_commits_that_undo_left_stay(repo: Repo) -> None:
+    tip = repo.resolve(6)
+    repo.undo()
+    repo.drop(3, now=True)
+    repo.branch("kept", tip)
+    assert [entry.step for entry in repo.log(branch="kept")] == [6, 5, 4, 2, 1]
+    assert not repo.verify().damage
+
+
+def test_an_interrupted_drop_says_that_it_dropped(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "plan_merges", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            repo.drop(2, 3, now=True)
+    assert caught.value.__notes__ == ["dropped 2 commits"]
+    repo.gc(now=True)
     assert not repo.verify().damage

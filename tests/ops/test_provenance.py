@@ -124,7 +124,12 @@ def test_a_git_in_the_path_is_not_looked_for(
 
 
 # This program, and what users tell it to run.
-MAY_START_PROCESSES = {"background/process.py", "kernels/compiling.py", "ops/bisect.py", "ops/command.py"}
+MAY_START_PROCESSES = {
+    "background/process.py",
+    "kernels/compiling.py",
+    "ops/bisect.py",
+    "ops/command.py",
+}
 STARTING = {"system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "startfile"}
 
 

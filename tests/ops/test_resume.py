@@ -187,3 +187,14 @@ def test_latest_good_is_a_revision(run: Run) -> None:
     assert torch.equal(repo.checkout("latest-good")["model"]["weight"], run.weights[2])
     with pytest.raises(InvalidInputError):
         repo.branch("latest-good")
+
+
+def test_latest_good_is_a_revision_like_others(run: Run) -> None:
+    run.commit(range(1, 4))
+    run.commit(range(4, 5), bad=True)
+    good = run.repo.resolve(3)
+    assert run.repo.resolve("latest-good") == good
+    assert run.repo.resolve("latest-good~1") == run.repo.resolve(2)
+    assert [entry.step for entry in run.repo.line("1", "latest-good")] == [1, 2, 3]
+    assert run.repo.select(["2..latest-good"]) == [run.repo.resolve(step) for step in (2, 3)]
+    assert [entry.step for entry in run.repo.log(revision="latest-good")] == [3, 2, 1]
