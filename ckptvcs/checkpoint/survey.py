@@ -126,7 +126,7 @@ def survey(folder: Path, pattern: str | None, store: Path) -> tuple[list[Found],
         why = f": {skipped[0].name} is {skipped[0].reason}" if len(skipped) == 1 else ""
         raise NotFoundError(
             f"no checkpoints in {folder}{why}",
-            hint=f"names end in {', '.join(SUFFIXES)}; directories hold such files",
+            hint=f"name files with a suffix of {', '.join(SUFFIXES)}; directories hold such files",
         )
     return sorted(_agreed(_compared(checkpoints)), key=_order), skipped
 
@@ -213,7 +213,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise NotFoundError(f"no such folder: {folder}") from None
     except NotADirectoryError:
         raise InvalidInputError(
-            f"{folder} is a file", hint="'ckpt commit' takes a single checkpoint"
+            f"{folder} is a file", hint="run 'ckpt commit' for a single checkpoint"
         ) from None
     except OSError as error:
         raise unreadable(folder, error) from error

@@ -96,7 +96,7 @@ def parse_codec(text: str) -> CodecSpec:
     name, _, changes = text.partition(":")
     preset = PRESETS.get(name)
     if preset is None:
-        raise InvalidInputError(f"unknown codec '{name}'", hint=f"codecs: {', '.join(PRESETS)}")
+        raise InvalidInputError(f"unknown codec '{name}'", hint=f"use one of {', '.join(PRESETS)}")
     if not changes:
         return preset
     if preset.settings is None:
@@ -107,7 +107,7 @@ def parse_codec(text: str) -> CodecSpec:
         key, _, value = change.partition("=")
         if key not in names:
             raise InvalidInputError(
-                f"codec '{name}' has no setting '{key}'", hint=f"settings: {', '.join(names)}"
+                f"codec '{name}' has no setting '{key}'", hint=f"use one of {', '.join(names)}"
             )
         try:
             number = int(value) if key in _WHOLE else float(value)

@@ -73,7 +73,7 @@ def find_tensor(schema: Schema, name: str) -> tuple[str, Window]:
         more = ", ..." if len(ends) > _MAX_LISTED else ""
         raise InvalidInputError(
             f"ambiguous tensor name '{name}'",
-            hint=f"one of {', '.join(sorted(ends, key=len)[:_MAX_LISTED])}{more}",
+            hint=f"use one of {', '.join(sorted(ends, key=len)[:_MAX_LISTED])}{more}",
         )
     same = alike(list(named), [name]).get(name)
     if same is not None:
@@ -257,7 +257,7 @@ def states(
     schemas = dict.fromkeys(catalog.commit(name).schema for name in names)
     for glob in globs:
         if schemas and not any(select_tensors(catalog.schema(s), [glob]) for s in schemas):
-            raise NotFoundError(f"no tensor matches '{glob}'", hint="'ckpt ls' lists them")
+            raise NotFoundError(f"no tensor matches '{glob}'", hint="run 'ckpt ls' to list them")
 
     @cache
     def select(schema: ObjectId) -> dict[str, Window]:

@@ -211,7 +211,7 @@ class History:
         if name not in line:
             of = f" of {line[-1][:8]}" if line else ""  # empty if all commits were dropped
             raise NotFoundError(
-                f"'{revision}' is not on the line{of}", hint="'ckpt log REV' lists a line"
+                f"'{revision}' is not on the line{of}", hint="run 'ckpt log REV' to list a line"
             )
         return line.index(name)
 

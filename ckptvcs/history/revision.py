@@ -273,7 +273,7 @@ class Revisions:
         commits = sorted(reachable - hidden)
         if len(commits) > 1:
             raise InvalidInputError(
-                f"step {step} is ambiguous", hint="one of " + ", ".join(n[:8] for n in commits)
+                f"step {step} is ambiguous", hint="use one of " + ", ".join(n[:8] for n in commits)
             )
         if commits:
             return commits[0]
@@ -290,7 +290,9 @@ class Revisions:
     def _no_step(self, step: int) -> NotFoundError:
         steps = {commit.step for commit in self.visible().values() if commit.step is not None}
         nearest = sorted(sorted(steps, key=lambda s: abs(s - step))[:_MAX_LISTED])
-        hint = f"nearest steps: {', '.join(map(str, nearest))}" if nearest else None
+        hint = (
+            f"choose one of the nearest steps: {', '.join(map(str, nearest))}" if nearest else None
+        )
         return NotFoundError(f"no commit of step {step}", hint=hint)
 
     def _best(self, text: str) -> ObjectId:
@@ -321,7 +323,7 @@ class Revisions:
         names = self._catalog.store.ids(Kind.COMMIT, text)
         if len(names) > 1:
             listed = ", ".join(name[:12] for name in names[:_MAX_LISTED])
-            raise InvalidInputError(f"id '{text}' is ambiguous", hint=f"one of {listed}")
+            raise InvalidInputError(f"id '{text}' is ambiguous", hint=f"use one of {listed}")
         return names[0] if names else None
 
     def _unknown(self, text: str) -> NotFoundError:

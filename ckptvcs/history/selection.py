@@ -203,5 +203,5 @@ def _require(name: str, entries: list[LogEntry]) -> None:
             ", ..." if len(metrics) > _MOST_LISTED else ""
         )
         raise NotFoundError(
-            f"no commit has the metric '{name}'", hint=f"these exist: {listed}" if metrics else None
+            f"no commit has the metric '{name}'", hint=f"use one of {listed}" if metrics else None
         )

@@ -297,7 +297,7 @@ def _compare(
         for side in (left, right):
             side.keep(name_test(name))
         if not left.numbers and not right.numbers:
-            raise NotFoundError(f"no tensor matches '{name}'", hint="'ckpt ls' lists them")
+            raise NotFoundError(f"no tensor matches '{name}'", hint="run 'ckpt ls' to list them")
     match = match_tensors(left, right, forms=forms)
     tensors: dict[Pair, Sums] = {}
     total = Sums()

@@ -33,7 +33,7 @@ def statistics(
             )
     catalog = repository.catalog
     wanted: dict[ObjectId, dict[str, Window]] = {}
-    missing = NotFoundError(f"no tensor matches '{pattern}'", hint="'ckpt ls' lists them")
+    missing = NotFoundError(f"no tensor matches '{pattern}'", hint="run 'ckpt ls' to list them")
     for schema in dict.fromkeys(catalog.commit(name).schema for name in names):
         try:
             wanted[schema] = _choose(catalog.schema(schema), pattern)

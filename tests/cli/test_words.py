@@ -73,7 +73,7 @@ def test_errors_of_json_commands_are_one_line_of_json(ckpt: Ckpt, history: Path)
     assert done.out == ""
     assert json.loads(done.err) == {
         "error": "no commit of step 99",
-        "hint": "nearest steps: 1, 2, 3, 4, 5",
+        "hint": "choose one of the nearest steps: 1, 2, 3, 4, 5",
         "kind": "not-found",
         "exit_code": 3,
     }

@@ -85,7 +85,7 @@ def test_metrics_are_tested(run: Repo) -> None:
     assert steps(run, metrics=["accuracy>0"], all_branches=True) == [35]
     with pytest.raises(NotFoundError, match="accuracy") as error:
         run.log(metrics=["accuracy>0"])
-    assert error.value.hint == "these exist: loss"
+    assert error.value.hint == "use one of loss"
 
 
 def test_commits_are_sorted(run: Repo) -> None:
