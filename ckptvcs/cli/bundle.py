@@ -60,11 +60,19 @@ def _described(done: Bundled) -> str:
     """Return how many commits a file has, and how many of them exactly."""
     steps = [entry.step for entry in done.entries if entry.step is not None]
     count, exact = len(done.entries), len(done.exact)
+    forms = "exact" if all(_lasts(done, name) for name in done.exact) else "exact for now"
     if count == 1:
         which = f" of step {steps[0]}" if steps else f" {done.entries[0].id[:8]}"
-        return f"1 commit{which}, {'exact' if exact else 'near'}"
+        return f"1 commit{which}, {forms if exact else 'near'}"
     of = f" of steps {min(steps)}..{max(steps)}" if steps else ""
-    return f"{count} commits{of}, {exact} exact, {count - exact} near"
+    return f"{count} commits{of}, {exact} {forms}, {count - exact} near"
+
+
+def _lasts(done: Bundled, name: str) -> bool:
+    """Return whether an exact commit stays exact in a clone: a ref keeps it, or it needs no patch."""
+    kept = {commit for ref, commit in done.refs.items() if not ref.startswith("heads/")}
+    (commit,) = (entry.commit for entry in done.entries if entry.id == name)
+    return name in kept or all(part.exact is None for part in commit.parts.values())
 
 
 def _json(done: Bundled) -> render.Json:

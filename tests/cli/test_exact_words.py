@@ -30,9 +30,25 @@ GROUPS = {
     "watch": ["watch states --once --settle 0", "log"],
     "gc": ["gc --dry-run --keep-last 1", "gc --keep-last 1 --yes", "log", "undo", "reflog"],
     "drop": ["drop 30 --yes", "undo", "note 40 --message late", "log -n 2"],
+    "near": ["diff --near 50", "checkout 50 --near -o near.pt", "checkout latest-good -o b.pt"],
+    "series": ["series embed.weight", "series 'model*' --csv"],
+    "share": [
+        "bundle 50 a.ckptz",
+        "bundle 40..50 b.ckptz --only model",
+        "clone a.ckptz",
+        "--repo a log",
+        "--repo a show",
+        "clone b.ckptz",
+        "--repo b log",
+        "--repo b show",
+        "--repo a fetch b.ckptz",
+        "--repo a log",
+        "--repo a stats",
+    ],
+    "each": ["each 40..50 -- true", "config keep-exact 1", "pin 50", "unpin 50"],
     "bisect": ["bisect 10 50 --metric loss --below 0.2"],
 }
-_SPEAKS = {"look", "show", "tensors", "diff", "checkout", "commit", "import", "watch", "gc", "drop"}
+_SPEAKS = GROUPS.keys() - {"export", "series", "each", "bisect"}
 
 
 def to_torch(state: Any) -> Any:
