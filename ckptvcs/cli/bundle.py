@@ -69,7 +69,7 @@ def _described(done: Bundled) -> str:
 
 
 def _lasts(done: Bundled, name: str) -> bool:
-    """Return whether an exact commit stays exact in a clone: a ref keeps it, or it needs no patch."""
+    """Return whether a commit stays exact in a clone: by a tag or pin, or without a patch."""
     kept = {commit for ref, commit in done.refs.items() if not ref.startswith("heads/")}
     (commit,) = (entry.commit for entry in done.entries if entry.id == name)
     return name in kept or all(part.exact is None for part in commit.parts.values())
