@@ -80,6 +80,12 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
+KINDS = [
+    pytest.param(kind, marks=() if kind in ("removed", "flipped") else pytest.mark.slow)
+    for kind in DAMAGE
+]
+
+
 def damage(root: Path) -> list[str]:
     return [one.what for one in Repo.open(root / "repo").verify().damage]
 
@@ -95,7 +101,7 @@ def newest_pin(root: Path) -> str:
 # -- refs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ref", [*REFS, "pins"])
 def test_the_newest_generation_is_missed_and_comes_back(kind: str, ref: str, root: Path) -> None:
     whole, log = Snapshot.of(root), len(Repo.open(root / "repo").log(all_branches=True))
@@ -183,7 +189,7 @@ def test_a_copy_of_another_history_is_not_asked(root: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["oldest", "middle"])
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ref", ["HEAD", "heads/main"])
 def test_an_older_generation_costs_nothing_else(
     ref: str, kind: str, where: str, template: Path, root: Path

@@ -49,6 +49,9 @@ ROTS: dict[str, Rot] = {
 }
 
 
+_ALIKE = [kind for kind in ROTS if kind not in ("flipped", "removed")]
+
+
 def _build(root: Path) -> None:
     repo = Repo.open(root / "repo")
     repo.commit_path(root / "step-5.pt", message="side", branch="side", codec="lossless")
@@ -171,7 +174,9 @@ def test_refs_and_the_format(kind: str, template: Path, place: Path) -> None:
         assert verified(root), f"{name} was {kind}, unnoticed"
 
 
-@pytest.mark.parametrize("kind", ROTS)
+@pytest.mark.parametrize(
+    "kind", ["flipped", "removed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in _ALIKE)]
+)
 def test_what_is_in_the_cache_is_never_built_upon(kind: str, template: Path, place: Path) -> None:
     whole = Snapshot.of(template)
     for number, name in enumerate(files(template, "cache") * TIMES * 2):
