@@ -41,6 +41,8 @@ from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import is_full, real_path
 from ckptvcs.store.ids import ObjectId
 
+_PASSES = 3  # over each checkpoint: read, encode, verify
+
 
 @dataclass
 class ImportItem:
@@ -155,16 +157,16 @@ class Importer:
         """
         branches = self._branches()
         for item in self.items:
-            half = _HalfProgress(item.found.size_bytes, progress)
+            counted = _ItemProgress(item.found.size_bytes, progress)
             try:
-                self._commit_new(item, branches, half)
+                self._commit_new(item, branches, counted)
             except StorageError as error:
                 if is_full(error):
                     error.hint = "add --delete-originals, which frees room for the next commit"
                 raise
             if item.id is not None:
-                self._prove(item, item.id, half)
-            half.fill(2)
+                self._prove(item, item.id, counted)
+            counted.fill(_PASSES)
             watch(item)
 
     def run_and_remove(self, *, accept_near: bool, progress: Progress, watch: Watch) -> None:
@@ -189,14 +191,14 @@ class Importer:
         """
         branches = self._branches()
         for item in sorted(self.items, key=lambda item: item.action == "commit"):
-            half = _HalfProgress(item.found.size_bytes, progress)
-            self._commit_new(item, branches, half, fades=accept_near)
+            counted = _ItemProgress(item.found.size_bytes, progress)
+            self._commit_new(item, branches, counted, fades=accept_near)
             item.removal.keep_reason = self.why_kept(item, accept_near=accept_near)
             if item.id is not None and item.removal.keep_reason is None:
-                self._remove_one(item, item.id, accept_near=accept_near, progress=half)
+                self._remove_one(item, item.id, accept_near=accept_near, progress=counted)
             elif item.id is not None:
-                self._prove(item, item.id, half)
-            half.fill(2)
+                self._prove(item, item.id, counted)
+            counted.fill(_PASSES)
             watch(item)
 
     def _prove(self, item: ImportItem, commit: ObjectId, progress: Progress) -> None:
@@ -235,7 +237,7 @@ class Importer:
         self,
         item: ImportItem,
         branches: list[Branch],
-        progress: _HalfProgress,
+        progress: _ItemProgress,
         *,
         fades: bool = False,
     ) -> None:
@@ -244,7 +246,7 @@ class Importer:
             self._recognise(item, quiet)  # not part of the total of the progress bar
         if item.action == "commit":
             self._commit(item, branches, progress, fades=fades)
-        progress.fill(1)
+        progress.fill(2)
 
     def _commit(
         self, item: ImportItem, branches: list[Branch], progress: Progress, *, fades: bool
@@ -446,18 +448,22 @@ class Importer:
                 watch(item)
 
 
-class _HalfProgress:
-    """Progress of one item: a byte counts half when it is committed, and half when verified."""
+class _ItemProgress:
+    """Progress of one item: a byte counts a third when it is read, encoded and verified."""
 
     def __init__(self, size_bytes: int, progress: Progress) -> None:
         self._size, self._progress = size_bytes, progress
         self._done = self._shown = 0
 
     def __call__(self, count: int) -> None:
-        self._done = min(self._done + count, 2 * self._size)
-        self._progress(self._done // 2 - self._shown)
-        self._shown = self._done // 2
+        self._done = min(self._done + count, _PASSES * self._size)
+        self._progress(self._done // _PASSES - self._shown)
+        self._shown = self._done // _PASSES
 
-    def fill(self, halves: int) -> None:
-        """Complete the given number of halves, whatever was counted."""
-        self(max(0, halves * self._size - self._done))
+    def reading(self, count: int) -> None:
+        """Count bytes of the first pass."""
+        self(count)
+
+    def fill(self, passes: int) -> None:
+        """Complete the given number of passes, whatever was counted."""
+        self(max(0, passes * self._size - self._done))

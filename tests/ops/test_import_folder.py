@@ -382,3 +382,18 @@ def test_progress_counts_every_byte_once(
         assert sum(counts) == sum(item.found.size_bytes for item in importer.items)
         assert min(counts) >= 0
     assert len(seen) == 12
+
+
+def test_progress_moves_while_a_checkpoint_is_read(
+    repo: Repo, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ckptvcs.encode.encoder.Encoder.run", interrupted)  # after that pass
+    counts: list[int] = []
+    importer = Importer(handle(repo), folder)
+    importer.look(silent)
+    with pytest.raises(KeyboardInterrupt):
+        importer.run(counts.append, silent)
+    assert sum(counts) > importer.items[0].found.size_bytes // 4
