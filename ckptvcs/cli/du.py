@@ -44,8 +44,8 @@ def du(
     total = max(1, found.size_bytes)
     table = [["name", "size", "share", "note"]]
     table += [[*_head(row, total), _note(row)] for row in found.rows]
+    table.append(["total", render.size(found.size_bytes), "100.0%", ""])
     render.table(table)
-    render.data(f"total {render.size(found.size_bytes)}")
 
 
 _NOTES = {

@@ -83,7 +83,7 @@ class Judge:
         old = _old(policy, lines, protected.keys() | kept.keys()) - protected.keys()
         decisions = []
         for name, commit in known.items():
-            why = tuple(dict.fromkeys((*protected.get(name, ()), *kept.get(name, ()))))
+            why = _joined(protected.get(name, ()), kept.get(name, ()))
             stored = commit.parts.keys() - gone.parts.get(name, frozenset())
             if policy.drops and not why:
                 decision = Decision(name, commit, "drop", (policy.why_dropped,))
@@ -121,6 +121,14 @@ class Judge:
             for name in self._best.pick(self._catalog.noted(commits.items())):
                 reasons.setdefault(name, []).append(f"best {self._best.metric}")
         return reasons
+
+
+def _joined(refs: Iterable[str], rules: Iterable[str]) -> tuple[str, ...]:
+    """Return all reasons once; the rule `tag` says nothing beside the name of a tag."""
+    why = dict.fromkeys((*refs, *rules))
+    if any(reason.startswith("tag ") for reason in why):
+        why.pop("tag", None)
+    return tuple(why)
 
 
 def is_followed(reason: str) -> bool:
