@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import inspect
+import os
 import re
 import shutil
 from pathlib import Path
@@ -34,8 +36,19 @@ def check(path: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder that the tutorial ends with; its output is checked on the way."""
-    folder = tmp_path_factory.mktemp("tutorial")
-    check(doc_examples.TUTORIAL, folder)
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent  # of all workers: one of them runs the tutorial
+    shared = top / "tutorial"
+    shared.mkdir(exist_ok=True)
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = shared / "run"
+        if not (shared / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            check(doc_examples.TUTORIAL, folder)
+            (shared / "done").touch()
     return folder
 
 

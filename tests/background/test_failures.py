@@ -68,7 +68,14 @@ def steps(repo: Repo) -> list[int | None]:
     return [entry.step for entry in reversed(repo.log())]
 
 
-@pytest.mark.parametrize("grown", [[1], [2], [1, 2], [2, 3], [3, 4, 7], [1, 3, 5, 7]])
+@pytest.mark.parametrize(
+    "grown",
+    [
+        [1],
+        [1, 3, 5, 7],
+        *(pytest.param(row, marks=pytest.mark.slow) for row in ([2], [1, 2], [2, 3], [3, 4, 7])),
+    ],
+)
 def test_copies_that_grow(grown: list[int], repo: Repo) -> None:
     sizes = [1000 + 7000 * sum(step >= one for one in grown) for step in range(9)]
     run = [state(step, size) for step, size in enumerate(sizes)]

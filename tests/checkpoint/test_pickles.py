@@ -228,7 +228,10 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize(
+    "name",
+    ["arguments", *(pytest.param(n, marks=pytest.mark.slow) for n in COPIES if n != "arguments")],
+)
 def test_copies_are_refused_before_they_take_memory(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(pickle.UnpicklingError, match="memory"):

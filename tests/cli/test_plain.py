@@ -290,7 +290,11 @@ def broken_refs(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [None, broken_settings, broken_packs, broken_refs],
+    [
+        None,
+        broken_settings,
+        *(pytest.param(found, marks=pytest.mark.slow) for found in (broken_packs, broken_refs)),
+    ],
     ids=lambda found: found.__name__ if found else "whole",
 )
 def test_no_command_prints_what_drives_a_terminal(

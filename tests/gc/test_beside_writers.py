@@ -129,7 +129,10 @@ class Interrupted:
 @pytest.mark.parametrize(
     ("act", "codec"),
     [
-        *((act, "near") for act in ACTS),
+        *(
+            pytest.param(act, "near", marks=() if number % 2 else pytest.mark.slow)
+            for number, act in enumerate(ACTS)
+        ),
         ("commit of shared values", "lossless"),
         *(
             pytest.param(act, "lossless", marks=pytest.mark.slow)

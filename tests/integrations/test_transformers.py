@@ -142,6 +142,7 @@ def test_older_directories_go(tmp_path: Path) -> None:
     assert Repo.open(tmp_path / "repo").resolve("main-2@6")
 
 
+@pytest.mark.slow
 def test_latest_restores_the_newest_checkpoint_that_proves_itself(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,7 +19,7 @@ from tests.helpers.bundling import history, steps
 from tests.helpers.faults import Steps, cuts, killed, refused
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
-CUTS = 1000 if NIGHTLY else 25
+CUTS = 1000 if NIGHTLY else 10
 
 
 @dataclass(frozen=True)
