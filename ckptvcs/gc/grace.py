@@ -82,5 +82,6 @@ def wants_rekey(catalog: Catalog, swept: Dropped) -> bool:
         for record in catalog.drops().values()
         if record.rule == BY_NAME or record.rule.endswith(REKEY)
         for commit in swept.commits.intersection(record.commits)
+        if catalog.store.contains(commit)  # it is gone if it was at the end of a branch
         for state in catalog.commit(commit).parts.values()
     )

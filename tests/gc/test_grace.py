@@ -215,6 +215,8 @@ def test_what_was_dropped_at_the_end_of_a_branch_is_deleted_after_the_grace_peri
     assert packed(repo) < stored
     with pytest.raises(ConflictError, match="gc deleted"):
         repo.undo()
+    repo.gc()
+    assert Repo.open(repo.root).gc(now=True).freed_bytes <= 0
     assert same(repo.checkout(5), before)
     assert not repo.verify().damage
 
