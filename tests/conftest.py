@@ -145,12 +145,14 @@ def cut_folder() -> Iterator[Path]:
 
 
 _ALIKE = {
+    "branch",
     "commit together",
     "commit exactly",
     "commit excp",
     "commit with its origin",
     "refs",
     "gc with grace",
+    "gc of a branch",
     "gc of parts",
     "drop",
     "drop now",
@@ -158,6 +160,7 @@ _ALIKE = {
     "import",
     "import near one by one",
     "repack",
+    "undo a commit",
 }
 """Scenarios that take the steps of others; the nightly profile runs them, too."""
 

@@ -376,7 +376,9 @@ WRITERS: dict[str, Callable[[Repo, Any, Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("swapped", [".", "sub", "sub/deep"])
+@pytest.mark.parametrize(
+    "swapped", ["sub", *(pytest.param(name, marks=pytest.mark.slow) for name in (".", "sub/deep"))]
+)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_folder_that_becomes_a_link_before_any_call(
     writer: str,

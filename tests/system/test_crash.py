@@ -15,8 +15,8 @@ from tests.helpers.crashing import Cut
 from tests.helpers.faults import PowerCut, Steps, cuts, killed
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
-KILLS = 10_000 if NIGHTLY else 5  # for each act, besides one at each operation in each phase
-POWER_CUTS = 150 if NIGHTLY else 4  # for each act
+KILLS = 10_000 if NIGHTLY else 3  # for each act, besides one at each operation in each phase
+POWER_CUTS = 150 if NIGHTLY else 3  # for each act
 
 
 def next_start() -> str:

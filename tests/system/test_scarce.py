@@ -31,7 +31,7 @@ NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 MiB = 1 << 20
 NO_THREAD_LOCALS = "cannot allocate memory for thread-local data: ABORT"
 """What the C library prints when it ends a process for want of memory; nobody can catch it."""
-LIMITS = range(140, 400, 4 if NIGHTLY else 80)  # MiB; below, OpenBLAS ends the process by itself
+LIMITS = range(140, 400, 4 if NIGHTLY else 120)  # MiB; below, OpenBLAS ends the process by itself
 
 
 @pytest.fixture

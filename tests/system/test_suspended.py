@@ -67,7 +67,13 @@ def ckpt(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("work", SUSPENDED)
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param(work, marks=pytest.mark.slow if number % 2 else ())
+        for number, work in enumerate(SUSPENDED)
+    ],
+)
 def test_no_command_waits_for_a_process_that_is_suspended(work: str, tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     for step in (1, 2):
