@@ -26,7 +26,7 @@ from tests.helpers.memory_backend import memory_backends
 settings.register_profile("dev", max_examples=30, stateful_step_count=10, deadline=None)
 settings.register_profile(
     "ci",
-    max_examples=7,
+    max_examples=5,
     stateful_step_count=8,
     deadline=None,
     derandomize=True,

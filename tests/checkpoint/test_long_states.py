@@ -82,8 +82,15 @@ def test_a_state_comes_back(name: str, tmp_path: Path) -> None:
     assert torch.equal(state["model"]["w"], torch.ones(50, 50))
 
 
-@pytest.mark.parametrize("protocol", [2, 5])
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("protocol", "zipped"),
+    [
+        (2, True),
+        (5, False),
+        pytest.param(5, True, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_file_has_named_tensors(zipped: bool, protocol: int, tmp_path: Path) -> None:
     value = {
         "model": {"w": torch.randn(50, 50)},

@@ -14,16 +14,13 @@ from tests.corpus.outcome import ALL_LAYOUTS, pairs, ratio_of, try_out
 
 FEW = [
     ("AdamW", "objects"),
-    ("AdamW", "universal"),
     ("AdamW", "zero 3"),
     ("Adafactor", "names"),
     ("Lion", "trainer"),
     ("Muon", "plain"),
     ("RMSprop momentum", "lightning"),
-    ("schedule-free AdamW", "state dicts"),
     ("masters", "distcp flattened"),
     ("8-bit Adam", "accelerate"),
-    ("SparseAdam", "plain"),
 ]
 """What the short profile tries: the kinds of layouts and of optimizers."""
 

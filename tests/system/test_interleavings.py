@@ -527,7 +527,13 @@ _THREE = [
 ]
 
 
-@pytest.mark.parametrize("others", _THREE, ids=" and ".join)
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param(pair, id=" and ".join(pair), marks=pytest.mark.slow if number % 2 else ())
+        for number, pair in enumerate(_THREE)
+    ],
+)
 def test_every_order_of_three(others: tuple[str, str]) -> None:
     count, deleted = _orders(["keeper", *others], _FINE if NIGHTLY else _COARSE)
     assert 0 < deleted < count

@@ -16,7 +16,7 @@ from tests.helpers.faults import REFUSALS, Steps, cuts, refused
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 MOST = 10_000 if NIGHTLY else 30  # steps, of each act
 EACH = 2 if NIGHTLY else 1  # refusals of each step
-EVERY = 1 if NIGHTLY else 8  # of these steps
+EVERY = 1 if NIGHTLY else 16  # of these steps
 
 
 def test_refused_at_any_step(cut: Cut) -> None:

@@ -167,7 +167,14 @@ def test_work_that_was_cancelled_is_not_done() -> None:
     assert not done
 
 
-@pytest.mark.parametrize("args", ["commit ../step-2.pt", "verify", "checkout 1 -o ../out.pt"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        "commit ../step-2.pt",
+        pytest.param("verify", marks=pytest.mark.slow),
+        pytest.param("checkout 1 -o ../out.pt", marks=pytest.mark.slow),
+    ],
+)
 def test_limited_memory(args: str, cut_folder: Path) -> None:
     template = cut_folder / "template"
     (template / "repo").mkdir(parents=True)
