@@ -220,6 +220,7 @@ def run(names: list[str], template: Path, folder: Path, made: Path) -> dict[str,
     return done
 
 
+@pytest.mark.slow
 def test_any_call_may_be_refused(cut_folder: Path, made: Path) -> None:
     template = cut_folder / "template"
     template.mkdir()

@@ -61,6 +61,7 @@ def test_without_threads_all_is_the_same(tmp_path: Path) -> None:
         assert [entry.step for entry in repo.log()] == [3, 2, 1]
 
 
+@pytest.mark.slow
 def test_commands_without_threads(cut_folder: Path) -> None:
     root = cut_folder / "repo"
     Repo.init(root)
