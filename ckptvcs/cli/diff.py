@@ -244,12 +244,8 @@ def describe_indistinct(tensors: Sequence[Indistinct]) -> str:
     both = all(tensor.near_a and tensor.near_b for tensor in tensors)
     where = "both sides" if both else "one side or both"
     differ = sum(tensor.differs for tensor in tensors)
-    originals = f"; the originals of {_tensors(differ)} differ" if differ else ""
-    return f"{_tensors(len(tensors))} cannot be told apart (near on {where}){originals}"
-
-
-def _tensors(count: int) -> str:
-    return counted(count, "tensor")
+    originals = f"; the originals of {counted(differ, 'tensor')} differ" if differ else ""
+    return f"{counted(len(tensors), 'tensor')} cannot be told apart (near on {where}){originals}"
 
 
 def _described(info: TensorInfo) -> str:

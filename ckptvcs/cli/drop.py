@@ -25,7 +25,7 @@ def drop(
     repo = open_repo(context)
     commits = [repo.entry(name) for name in repo.select(revisions)]
     if not yes and not json and render.can_ask():
-        later = "" if now else f" 'ckpt undo' can restore them for {grace(repo)}"
+        later = "" if now else f" 'ckpt undo' can revert that for {grace(repo)}"
         what = "delete the data of" if now else "drop"
         named = ", ".join(entries.commit_name(entry) for entry in commits)
         if not render.confirm(f"{what} {counted(len(commits), 'commit')}: {named}?{later}"):

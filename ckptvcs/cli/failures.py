@@ -52,7 +52,7 @@ def _refusal(error: BaseException, commands: Collection[str]) -> CkptError | Non
     """Return the error to show to the user; None for a bug."""
     if isinstance(error, CkptError):
         if isinstance(error, CorruptionError) and error.hint is None:
-            error.hint = "run 'ckpt verify' to list what is damaged"
+            error.hint = "run 'ckpt verify' to list the damage"
         return error
     if isinstance(error, render.UsageError):
         return explain(error, sys.argv[1:], commands)

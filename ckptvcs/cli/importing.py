@@ -163,8 +163,7 @@ def _sum_up(repo: Repo, importer: Importer, *, dry_run: bool, delete: bool) -> N
     near = importer.near_known()
     if near:
         render.talk(
-            f"hint: import {counted(near, 'known checkpoint')} into a new repository to keep "
-            "exact what is near here"
+            f"hint: import into a new repository to keep {counted(near, 'known checkpoint')} exact"
         )
     if not dry_run:
         render.data(entries.on_disk(repo.stats()))

@@ -236,7 +236,7 @@ class Collector:
         return loose
 
     def _swept_with(self, rows: Iterable[Decision], time: str) -> Dropped:
-        """Return what is swept at a time, once the decisions are carried out."""
+        """Return `swept`, after a drop at once has been carried out."""
         return dropped_with(self.swept(time), [row for row in rows if row.name in self._at_once])
 
     def swept(self, time: str) -> Dropped:

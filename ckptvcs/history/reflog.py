@@ -164,8 +164,8 @@ class Past:
         moves = {move.number: move for move in self._refs.reflog(ref)}
         newest = moves[max(moves)]
         last = self._standing(moves, newest.number)
-        drop = self._last_drop(name, list(moves.values()))
-        if drop and (last is None or self._place(drop[1], name, moves, last) >= last):
+        drop = self._last_drop(name, moves, last or 0)
+        if drop:
             return self._restore(name, *drop, time)
         if last is None or last == 1:
             raise NotFoundError(f"nothing to undo on branch '{name}'", hint=self._way_back(name))
@@ -185,13 +185,6 @@ class Past:
         at = f" of {taken.commit[:8]}" if taken.commit else ""
         is_reached = taken.commit is None or taken.commit in self._revisions.ids()
         return Undone(f"{taken.action}{at}", name, before, None if is_reached else taken.commit)
-
-    @staticmethod
-    def _place(drop: DropRecord, branch: str, moves: Mapping[int, Generation], last: int) -> int:
-        """Return the number of the move that a drop comes after; `last` is in effect."""
-        place = _after(drop, branch, moves.values())
-        took_back = last == place + 1 and moves[last].action == DROPPED
-        return last if took_back else place
 
     def _way_back(self, branch: str) -> str | None:
         """Return how to leave a branch for the one that HEAD followed before it began, if any."""
@@ -216,23 +209,23 @@ class Past:
         return number if number in moves else None
 
     def _last_drop(
-        self, branch: str, moves: list[Generation]
+        self, branch: str, moves: Mapping[int, Generation], last: int
     ) -> tuple[ObjectId, DropRecord] | None:
-        """Return the newest drop that no undo reverts.
+        """Return the newest drop after the move `last` that no undo reverts.
 
-        A drop whose data is gone counts only if there is no other one, and for its own branch.
+        A drop whose data is gone counts only on its own branch, and after all other drops.
         """
-        line = self._ever(moves)
-        records = self._records()
-        undone = {old for _, record in records for old in record.undoes}
-        drops = [
-            (name, record)
-            for name, record in records
-            if record.what == "drop" and record.rule != LEFT_OUT and name not in undone
+        line = self._ever(list(moves.values()))
+        drops = [pair for pair in self._catalog.drops().items() if pair[1].rule != LEFT_OUT]
+        rows = [
+            (_after(record, branch, moves.values()), record.time, name, record)
+            for name, record in drops
         ]
-        drops.sort(key=lambda pair: (_after(pair[1], branch, moves), pair[1].time, pair[0]))
-        whole = (pair for pair in reversed(drops) if self._is_stored(*pair))
-        own = (pair for pair in reversed(drops) if line.intersection(pair[1].commits))
+        took_back = last in moves and moves[last].action == DROPPED
+        rows = sorted(row for row in rows if row[0] >= last - took_back)
+        newest_first = [(name, record) for _, _, name, record in reversed(rows)]
+        whole = (pair for pair in newest_first if self._is_stored(*pair))
+        own = (pair for pair in newest_first if line.intersection(pair[1].commits))
         return next(whole, None) or next(own, None)
 
     def _is_stored(self, name: ObjectId, drop: DropRecord) -> bool:

@@ -123,7 +123,7 @@ class _Collection:
         self._dropped = 0  # commits, whatever fails later
 
     def run(self) -> GcPlan:
-        """Collect, and return what was dropped and deleted."""
+        """Collect garbage, and return the plan that was carried out."""
         try:
             done = self._collect()
         except StorageError as error:

@@ -183,7 +183,7 @@ def test_a_near_import_cannot_become_lossless(ckpt: Ckpt, folder: Path) -> None:
     ckpt("import", "run")
     done = ckpt("import", "run", "--codec", "lossless")
     assert "0 committed, 5 known" in done.out
-    assert "hint: import 3 known checkpoints into a new repository" in done.err
+    assert "hint: import into a new repository to keep 3 known checkpoints exact" in done.err
 
 
 def test_what_failed_is_kept_and_says_so_once(ckpt: Ckpt, folder: Path) -> None:

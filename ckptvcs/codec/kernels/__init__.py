@@ -2,7 +2,7 @@
 
 `reference` defines each loop with numpy. `compiled` is several times faster, but takes about a
 second to load: `prepare` loads it when the process has enough work. The first time on a machine,
-`compiling` compiles it in a process of its own, and `reference` does the work meanwhile.
+`compiling` compiles it in a separate process, and `reference` does the work meanwhile.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compile the kernels once, in a process of its own, so that no command waits for it.
+"""Compile the kernels once, in a separate process, so that no command waits for it.
 
 A mark in the cache of the user says that this was tried on this machine: an empty file, whose name
 has a hash of what numba's cache depends on. The process lives on when its parent ends.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 _CODE = "from ckptvcs.codec.kernels.compiling import compile_and_mark; compile_and_mark()"
 _NICE = 10
-_started: list[subprocess.Popen[bytes]] = []  # a process that nobody holds is reported as lost
+_started: list[subprocess.Popen[bytes]] = []  # Popen warns of a running process that nobody holds
 
 
 def is_tried() -> bool:
