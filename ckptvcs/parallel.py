@@ -29,6 +29,7 @@ _PROCESS = os.getpid()  # the process that imported this module; a fork has anot
 _BLAS_THREADS = frozenset({"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"})
 START_TIMEOUT = 5.0  # seconds; a thread that has not begun by then has died
 _RETRY_AFTER = 30.0  # seconds without attempts after a thread died
+_SMALL = 1 << 14  # words of an item, below which a thread costs more time than it saves
 _AHEAD = 2  # more items than threads, so that no thread idles while a slow item is awaited
 
 T = TypeVar("T")
@@ -165,10 +166,12 @@ class Pool:
         self._ends: list[LockType] = []  # one per thread; a thread releases its lock at its end
         _pools.add(self)
 
-    def start(self, function: Callable[[], R]) -> Future[R]:
-        """Run `function` in a thread, or at once in this one if no thread can be started."""
+    def start(self, function: Callable[[], R], *, here: bool = False) -> Future[R]:
+        """Run `function` in a thread; at once in this one if `here`, or if no thread starts."""
         work = _Work(function)
-        if self._idle.acquire(blocking=False):
+        if here:
+            work()
+        elif self._idle.acquire(blocking=False):
             self._queue.put(work)
         elif not self._start_thread(work):
             if self._ends:
@@ -266,8 +269,12 @@ def run_thread(alive: LockType, wanted: list[bool], run: Callable[[], object]) -
         run()
 
 
-def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def ordered_map(
+    function: Callable[[T], R], items: Iterable[T], words: Callable[[T], int] | None = None
+) -> Iterator[R]:
     """Map `function` over `items` in threads, a few items ahead of the consumer.
+
+    `words` returns the size of an item in words; the calling thread processes small items itself.
 
     An exception of `function` is raised at its item and cancels the waiting work.  `function`
     must not call `ordered_map`: all calls share one pool of threads.
@@ -277,7 +284,8 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     with _short_switch_interval():
         try:
             for item in items:
-                waiting.append(pool.start(partial(function, item)))
+                small = words is not None and words(item) < _SMALL
+                waiting.append(pool.start(partial(function, item), here=small))
                 if len(waiting) > worker_count() + _AHEAD:
                     yield waiting.popleft().result()
             while waiting:

@@ -22,6 +22,7 @@ from tests.helpers.command_line import Ckpt, Done, check, environment
 from tests.helpers.crashing import SCENARIOS, Cut
 from tests.helpers.forging import Forger
 from tests.helpers.memory_backend import memory_backends
+from tests.helpers.profiles import short
 
 settings.register_profile("dev", max_examples=30, stateful_step_count=10, deadline=None)
 settings.register_profile(
@@ -144,32 +145,11 @@ def cut_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-_ALIKE = {
-    "branch",
-    "commit together",
-    "commit exactly",
-    "commit excp",
-    "commit with its origin",
-    "refs",
-    "gc with grace",
-    "gc of a branch",
-    "gc of parts",
-    "drop",
-    "drop now",
-    "undo a drop",
-    "import",
-    "import near one by one",
-    "repack",
-    "undo a commit",
-}
-"""Scenarios that take the steps of others; the nightly profile runs them, too."""
+_SHORT = {"commit", "drop the newest", "each", "gc", "import one by one", "note"}
+"""The nightly profile runs all scenarios; the others take the steps of these."""
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=pytest.mark.slow if name in _ALIKE else ()) for name in SCENARIOS
-    ]
-)
+@pytest.fixture(params=short(SCENARIOS, _SHORT))
 def cut(request: pytest.FixtureRequest, cut_folder: Path) -> Cut:
     """A scenario of `tests.helpers.crashing`, prepared."""
     return Cut(SCENARIOS[request.param], cut_folder)

@@ -193,9 +193,12 @@ class Restorer:
                 return job, chain.apply(links[-1], job.slice, near, out)
             return job, chain.decode_slice(links, info, job.slice, out)
 
+        def words_of(job: _Job) -> int:
+            return self.schema.tensors[job.number].words
+
         digest = hasher()
         try:
-            for job, words in ordered_map(decode, self._jobs(numbers)):
+            for job, words in ordered_map(decode, self._jobs(numbers), words_of):
                 digest.update(octets(words))
                 if job.is_last:
                     if not self.has_hash(job.number, digest):

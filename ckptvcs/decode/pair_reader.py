@@ -72,7 +72,11 @@ def read_pairs(
 
     results: list[R] = []
     sound, digests = True, (hasher(), hasher())
-    for job, done in ordered_map(decode, _jobs(a, b, pairs)):
+
+    def words_of(job: _Job) -> int:
+        return a.schema.tensors[job.pair[0]].words
+
+    for job, done in ordered_map(decode, _jobs(a, b, pairs), words_of):
         if done is None:
             sound = False
         else:

@@ -49,10 +49,11 @@ T = TypeVar("T")
 
 @dataclass
 class _Work:
-    """A group to encode: a draft for each member, and the number of slices."""
+    """A group to encode: a draft for each member, and the words and slices of each."""
 
     encoder: GroupEncoder
     drafts: list[Draft]
+    words: int
     slices: int
 
 
@@ -136,7 +137,7 @@ class Encoder:
                 for work in map(self._begin, self._planner.encoders(rows))
                 for number in range(work.slices)
             )
-            for encoded in ordered_map(_encode_slices, jobs):
+            for encoded in ordered_map(_encode_slices, jobs, lambda job: job[0].words):
                 self._put(encoded)
                 del encoded  # free its memory while the next one is encoded
             error, bound = report(self.errors, self._infos).weight_rel, self._attempt.bound
@@ -214,7 +215,7 @@ class Encoder:
                 draft.companion = drafts[encoder.companions[index]].number
             drafts.append(draft)
         words = self._infos[encoder.members[0].number].words
-        work = _Work(encoder, drafts, len(slices_of(words)))
+        work = _Work(encoder, drafts, words, len(slices_of(words)))
         if not work.slices:
             self._end(work)
         return work

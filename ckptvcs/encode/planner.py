@@ -142,7 +142,7 @@ class Planner:
             yield from (self._exact_encoder(number) for number in left if number not in lossy)
             groups += self._near_groups(lossy)
         weights = [group for group in groups if group.weight is not None]
-        scales = dict(zip(map(id, weights), ordered_map(_scale, weights), strict=True))
+        scales = dict(zip(map(id, weights), ordered_map(_scale, weights, _words), strict=True))
         if not self._alone and _is_far(scales.values(), unchanged):
             raise TooFar
         plan = NearPlan.of(spec, scales.values())
@@ -274,6 +274,10 @@ def _is_bounded(average: Floats, square: Floats) -> bool:
     with np.errstate(over="ignore"):
         inside = double_squares(average) <= _LARGEST * square.astype(np.float64)
     return bool(inside.mean() >= _SHARE) if inside.size else True
+
+
+def _words(group: Group) -> int:
+    return group.words
 
 
 def _scale(group: Group) -> Scale:

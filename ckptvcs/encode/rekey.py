@@ -270,7 +270,7 @@ class Rekeyer:
 
         digest, base_digest = hasher(), hasher()
         slices, uses_base = [], False
-        jobs = ordered_map(encode, slices_of(info.words))
+        jobs = ordered_map(encode, slices_of(info.words), lambda _: info.words)
         for number, (words, below, encoded) in enumerate(jobs):
             digest.update(octets(words))
             if below is not None:

@@ -109,8 +109,10 @@ def _scan_state(checkpoint: Checkpoint, *, stay: bool) -> dict[int, bytes]:
             digest.update(octets(words))
         return digest.digest()
 
-    numbers = [n for n, info in enumerate(checkpoint.schema.tensors) if not info.inline]
-    return dict(zip(numbers, ordered_map(hash_tensor, numbers), strict=True))
+    infos = checkpoint.schema.tensors
+    numbers = [n for n, info in enumerate(infos) if not info.inline]
+    hashes = ordered_map(hash_tensor, numbers, lambda number: infos[number].words)
+    return dict(zip(numbers, hashes, strict=True))
 
 
 def find_masters(checkpoint: Checkpoint) -> dict[int, int]:

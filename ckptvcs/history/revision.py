@@ -204,7 +204,9 @@ class Revisions:
         """
         text = text.strip()
         if not text:
-            raise InvalidInputError("the revision is empty")
+            raise InvalidInputError(
+                "the revision is empty", hint="give a step, a branch, a tag, an id or HEAD"
+            )
         back = _BACK.match(text)
         if back:
             return self._back(self.resolve(back[1]), int(back[2] or 1), text)
@@ -243,7 +245,10 @@ class Revisions:
                 raise self._unknown(branch)
             commit = self._on_line(tip, int(step))
             if commit is None:
-                raise NotFoundError(f"no commit of step {step} on branch '{branch}'")
+                raise NotFoundError(
+                    f"no commit of step {step} on branch '{branch}'",
+                    hint=f"run 'ckpt log {branch}' to list its steps",
+                )
             return commit
         return None
 
@@ -257,12 +262,17 @@ class Revisions:
         for number, (name, _) in enumerate(self._catalog.walk(start)):
             if number == count:
                 return name
-        raise NotFoundError(f"'{text}' goes back before the first commit")
+        raise NotFoundError(
+            f"'{text}' goes back before the first commit",
+            hint=f"run 'ckpt log {start[:8]}' to list the commits before it",
+        )
 
     def _step(self, text: str) -> ObjectId:
         digits = text.removeprefix("step:")
         if not digits.isdecimal() or len(digits) > LONGEST_STEP:
-            raise InvalidInputError(f"'{text}' is not a valid step")
+            raise InvalidInputError(
+                f"'{text}' is not a valid step", hint=f"use digits, at most {LONGEST_STEP}"
+            )
         step = int(digits)
         here = self._on_line(self.head(), step)
         if here is not None:
@@ -296,11 +306,12 @@ class Revisions:
         return NotFoundError(f"no commit of step {step}", hint=hint)
 
     def _best(self, text: str) -> ObjectId:
-        _, metric, *rest = text.split(":")
-        way = rest[0] if rest else "min"
-        if not metric or len(rest) > 1 or way not in ("min", "max"):
+        metric, colon, way = text.removeprefix("best:").rpartition(":")
+        if not colon:
+            metric, way = way, "min"
+        if not metric or way not in ("min", "max"):
             raise InvalidInputError(
-                f"invalid revision '{text}', expected best:METRIC:min or best:METRIC:max"
+                f"'{text}' is not a valid revision", hint="use best:METRIC:min or best:METRIC:max"
             )
         all_metrics = (
             (self._catalog.merged(name, "", find_metrics(content)).metrics, name)
@@ -312,7 +323,10 @@ class Revisions:
             if math.isfinite(metrics.get(metric, math.nan))
         ]
         if not values:
-            raise NotFoundError(f"no commit has the metric '{metric}'")
+            raise NotFoundError(
+                f"no commit has the metric '{metric}'",
+                hint="run 'ckpt show HEAD' to see the metrics of a commit",
+            )
         pick = min if way == "min" else max
         return pick(values, key=lambda pair: pair[0])[1]
 

@@ -25,6 +25,7 @@ from ckptvcs.repo import client
 from ckptvcs.store.leases import exclusive
 from tests.helpers.comparing import same
 from tests.helpers.dying import MOMENTS
+from tests.helpers.profiles import short
 
 State = dict[str, Any]
 
@@ -69,12 +70,7 @@ def steps(repo: Repo) -> list[int | None]:
 
 
 @pytest.mark.parametrize(
-    "grown",
-    [
-        [1],
-        [1, 3, 5, 7],
-        *(pytest.param(row, marks=pytest.mark.slow) for row in ([2], [1, 2], [2, 3], [3, 4, 7])),
-    ],
+    "grown", short([[1], [1, 3, 5, 7], [2], [1, 2], [2, 3], [3, 4, 7]], [[1, 3, 5, 7]])
 )
 def test_copies_that_grow(grown: list[int], repo: Repo) -> None:
     sizes = [1000 + 7000 * sum(step >= one for one in grown) for step in range(9)]
@@ -88,17 +84,10 @@ def test_copies_that_grow(grown: list[int], repo: Repo) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "how"),
-    [
-        *((moment, "SIGKILL") for moment in MOMENTS),
-        ("job", "SIGSEGV"),
-        ("branch", "KeyError"),
-        *(
-            pytest.param(moment, how, marks=pytest.mark.slow)
-            for moment in MOMENTS
-            for how in ("SIGSEGV", "KeyError")
-            if (moment, how) not in (("job", "SIGSEGV"), ("branch", "KeyError"))
-        ),
-    ],
+    short(
+        [(moment, how) for moment in MOMENTS for how in ("SIGKILL", "SIGSEGV", "KeyError")],
+        [("answer", "SIGKILL"), ("job", "SIGSEGV"), ("branch", "KeyError")],
+    ),
 )
 def test_a_commit_is_made_once_whenever_it_is_interrupted(
     moment: str, how: str, repo: Repo, grief: Grief
@@ -123,13 +112,7 @@ def test_a_commit_is_made_once_whenever_it_is_interrupted(
     assert not repo.verify().damage
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        moment if moment == "branch" else pytest.param(moment, marks=pytest.mark.slow)
-        for moment in MOMENTS
-    ],
-)
+@pytest.mark.parametrize("moment", short(MOMENTS, ["branch"]))
 def test_a_branch_that_moved_is_followed_by_head(moment: str, repo: Repo, grief: Grief) -> None:
     repo.commit(state(0), step=5)
     grief.begin(moment, "SIGKILL")
@@ -138,6 +121,7 @@ def test_a_branch_that_moved_is_followed_by_head(moment: str, repo: Repo, grief:
     assert repo.log(1)[0].branch == "main-2"
 
 
+@pytest.mark.slow
 def test_where_no_process_lives_this_one_commits(
     repo: Repo, grief: Grief, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,22 +147,25 @@ def test_where_none_can_be_started(repo: Repo, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("moment", "how", "times", "match"),
-    [
-        ("job", "SIGSEGV", process.MAX_PROCESSES, "SIGSEGV"),  # this process shall not die of it
-        ("job", "KeyError", process.MAX_ATTEMPTS, "KeyError"),
-        ("announced", "OSError", process.MAX_ATTEMPTS, "OSError"),
-    ],
+    ("moment", "how", "times"),
+    short(
+        [
+            ("job", "SIGSEGV", process.MAX_PROCESSES),  # this process shall not die of it
+            ("job", "KeyError", process.MAX_ATTEMPTS),
+            ("announced", "OSError", process.MAX_ATTEMPTS),
+        ],
+        [("job", "SIGSEGV", process.MAX_PROCESSES)],
+    ),
 )
 def test_what_fails_again_is_raised_once(
-    moment: str, how: str, times: int, match: str, repo: Repo, grief: Grief
+    moment: str, how: str, times: int, repo: Repo, grief: Grief
 ) -> None:
     repo.commit_async(state(1), step=1).result()
     repo.close()
     grief.begin(moment, how, times)
     failed = repo.commit_async(state(2), step=2)
     assert isinstance(failed.exception(), CkptError)
-    with pytest.raises(CkptError, match=match):
+    with pytest.raises(CkptError, match=how):
         repo.commit_async(state(3), step=3)
     assert grief.count == times
     assert repo.commit_async(state(3), step=3).result().step == 3

@@ -22,6 +22,7 @@ from ckptvcs.decode.part_reader import PartReader
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
+from tests.helpers.profiles import short
 
 
 def nested(levels: int) -> Any:
@@ -73,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("name", short(LONG, ["history", "tuple", "deep", "set", "counter"]))
 def test_a_state_comes_back(name: str, tmp_path: Path) -> None:
     repo, value = Repo.init(tmp_path), LONG[name]()
     repo.commit({"model": {"w": torch.ones(50, 50)}, "rest": value}, step=1)
@@ -84,12 +85,7 @@ def test_a_state_comes_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("protocol", "zipped"),
-    [
-        (2, True),
-        (5, False),
-        pytest.param(5, True, marks=pytest.mark.slow),
-        pytest.param(2, False, marks=pytest.mark.slow),
-    ],
+    short([(2, True), (5, False), (5, True), (2, False)], [(2, True), (5, False)]),
 )
 def test_a_file_has_named_tensors(zipped: bool, protocol: int, tmp_path: Path) -> None:
     value = {
@@ -107,6 +103,7 @@ def test_a_file_has_named_tensors(zipped: bool, protocol: int, tmp_path: Path) -
     assert same(repo.checkout(1), value)
 
 
+@pytest.mark.slow
 def test_weights_beside_a_long_list_are_near(tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     weight, history, sizes = torch.randn(400, 400), [], []
@@ -121,6 +118,7 @@ def test_weights_beside_a_long_list_are_near(tmp_path: Path) -> None:
     assert repo.checkout(4)["history"] == history
 
 
+@pytest.mark.slow
 def test_a_numpy_array_of_objects_hides_no_tensors(tmp_path: Path) -> None:
     value: dict[str, Any] = {
         "model": {"w": torch.randn(50, 50)},

@@ -25,6 +25,7 @@ from ckptvcs.ops.refs import move_head, set_ref
 from ckptvcs.store.ids import ObjectId
 from ckptvcs.store.object_store import ObjectStore
 from tests.helpers.comparing import same
+from tests.helpers.profiles import short
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.any_backend
@@ -199,7 +200,7 @@ def test_nothing_is_kept_but_what_the_next_one_stands_on(
 # -- any history -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("every", short([None, 2], [2]))
 def test_exact_patches_are_yielded_and_near_values_built_upon(
     every: int | None, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from ckptvcs.codec.matrix import Rows
 from ckptvcs.codec.near_lowrank import factors_of, put_components
 from ckptvcs.integrations.distributed import CkptReader, CkptWriter
 from ckptvcs.repo import Repo, client
+from tests.helpers.profiles import short
 
 DEVICES = [
     "cpu",  # taken for a device of its own
@@ -98,7 +99,7 @@ def leaves(state: Any) -> list[torch.Tensor]:
     return [*state["model"].values(), *(m[k] for m in moments for k in ("exp_avg", "exp_avg_sq"))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", short([torch.float32, torch.bfloat16], [torch.float32]))
 def test_codes_leave_the_device_and_nothing_else(
     tmp_path: Path, where: str, moved: list[int], dtype: torch.dtype
 ) -> None:

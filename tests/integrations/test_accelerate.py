@@ -92,14 +92,8 @@ def test_it_does_not_tell_the_step(tmp_path: Path) -> None:
     assert repo.commit_path(tmp_path / "state", message="", step=4).commit.step == 4
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        "half",
-        pytest.param("files", marks=pytest.mark.slow),
-        pytest.param("commit", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["half", "files", "commit"])
 def test_killed_while_it_saves(moment: str, tmp_path: Path) -> None:
     from tests.helpers.trainers.accelerated import train
 

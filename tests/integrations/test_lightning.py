@@ -271,16 +271,8 @@ def test_fabric_saves_and_loads(tmp_path: Path) -> None:
     assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
-        "commit",
-        pytest.param("half", marks=pytest.mark.slow),
-        pytest.param("file", marks=pytest.mark.slow),
-        pytest.param("published", marks=pytest.mark.slow),
-        pytest.param("async commit", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["commit", "half", "file", "published", "async commit"])
 def test_killed_while_it_saves(moment: str, tmp_path: Path, whole: bytes) -> None:
     from ckptvcs.integrations.lightning import CkptCheckpointIO
     from tests.helpers.trainers.lightning import train

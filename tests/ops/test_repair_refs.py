@@ -339,14 +339,8 @@ def test_lost_settings_are_set_anew(root: Path) -> None:
 # -- what stands where a file was ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "a folder",
-        pytest.param("a link to nothing", marks=pytest.mark.slow),
-        pytest.param("a link to itself", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a folder", "a link to nothing", "a link to itself"])
 def test_no_file_where_a_pack_was(kind: str, template: Path, root: Path) -> None:
     whole, store = Snapshot.of(root), template / "repo" / ".ckpt"
     for pack in sorted([*store.glob("packs/*/*.pack"), *store.glob("meta/*/*.pack")]):

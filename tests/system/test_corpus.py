@@ -11,20 +11,23 @@ import torch
 
 from tests.corpus.optimizers import ENTRIES, run_of
 from tests.corpus.outcome import ALL_LAYOUTS, pairs, ratio_of, try_out
+from tests.helpers.profiles import short
 
 FEW = [
     ("AdamW", "objects"),
     ("AdamW", "zero 3"),
-    ("Adafactor", "names"),
     ("Lion", "trainer"),
-    ("Muon", "plain"),
     ("RMSprop momentum", "lightning"),
-    ("masters", "distcp flattened"),
-    ("8-bit Adam", "accelerate"),
 ]
-"""What the short profile tries: the kinds of layouts and of optimizers."""
+"""What the short profile tries."""
 
-_SLOW = [
+SHRINKING = [
+    "AdEMAMix",
+    "Sophia",
+    "Adagrad",
+    "schedule-free AdamW",
+    "SparseAdam",
+    "AdamW complex",
     "AdamW",
     "Adam amsgrad",
     "Adafactor",
@@ -39,15 +42,6 @@ _SLOW = [
     "schedule-free SGD",
     "AdaBelief",
     "AdamW double",
-]
-SHRINKING = [
-    "AdEMAMix",
-    "Sophia",
-    "Adagrad",
-    "schedule-free AdamW",
-    "SparseAdam",
-    "AdamW complex",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW),
 ]
 """Optimizers whose states are averages, sums or weights, all of which can be coded near."""
 
@@ -82,7 +76,7 @@ def test_any_run_goes_on_from_a_near_commit(optimizer: str, layout: str, tmp_pat
     _check(optimizer, layout, tmp_path)
 
 
-@pytest.mark.parametrize("optimizer", SHRINKING)
+@pytest.mark.parametrize("optimizer", short(SHRINKING, ["AdEMAMix", "Adagrad", "SparseAdam"]))
 def test_a_known_optimizer_makes_small_commits(optimizer: str, tmp_path: Path) -> None:
     # AdamW's are 50 times smaller: matrices are small here.
     assert ratio_of(optimizer, "plain", tmp_path) > 12
@@ -96,16 +90,7 @@ def test_what_is_known_of_an_optimizer_makes_its_commits_smaller(
     assert ratio_of(optimizer, "plain", tmp_path) > least
 
 
-_FAST_LAYOUTS = {"objects", "trainer", "zero 3", "keyed", "safetensors", "megatron"}
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(name, marks=() if name in _FAST_LAYOUTS else pytest.mark.slow)
-        for name in ALL_LAYOUTS
-    ],
-)
+@pytest.mark.parametrize("layout", short(ALL_LAYOUTS, ["objects", "zero 3", "safetensors"]))
 def test_a_lossless_commit_gives_the_state_back(layout: str, tmp_path: Path) -> None:
     found = try_out("AdamW groups", layout, tmp_path, codec="lossless")
     assert found.exact

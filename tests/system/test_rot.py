@@ -21,6 +21,7 @@ from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.pack import pack_name
 from tests.helpers.crashing import SCENARIOS, Scenario, Snapshot, save
+from tests.helpers.profiles import short
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 TIMES = 3 if NIGHTLY else 1  # for each kind of damage to each file ...
@@ -47,9 +48,6 @@ ROTS: dict[str, Rot] = {
     "extended": lambda data, draw: data + draw.randbytes(draw.choice([1, 100])),
     "removed": lambda data, draw: None,
 }
-
-
-_ALIKE = [kind for kind in ROTS if kind not in ("flipped", "removed")]
 
 
 def _build(root: Path) -> None:
@@ -174,9 +172,7 @@ def test_refs_and_the_format(kind: str, template: Path, place: Path) -> None:
         assert verified(root), f"{name} was {kind}, unnoticed"
 
 
-@pytest.mark.parametrize(
-    "kind", ["flipped", "removed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in _ALIKE)]
-)
+@pytest.mark.parametrize("kind", short(ROTS, ["flipped"]))
 def test_what_is_in_the_cache_is_never_built_upon(kind: str, template: Path, place: Path) -> None:
     whole = Snapshot.of(template)
     for number, name in enumerate(files(template, "cache") * TIMES * 2):

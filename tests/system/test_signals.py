@@ -15,6 +15,7 @@ import pytest
 
 from tests.helpers.command_line import environment
 from tests.helpers.crashing import SCENARIOS, Expected, expected
+from tests.helpers.profiles import short
 
 NIGHTLY = os.environ.get("CKPT_TEST_PROFILE") == "nightly"
 SEED = int(os.environ.get("CKPT_TEST_SEED", "0"))
@@ -43,7 +44,7 @@ def ckpt(root: Path, *args: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", short(COMMANDS, ["commit", "import"]))
 def test_a_signal_at_any_moment_loses_nothing(name: str, cut_folder: Path) -> None:
     scenario = SCENARIOS[name]
     template = cut_folder / "template"

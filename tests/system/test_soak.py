@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from ckptvcs.ops.history_reader import handle
@@ -24,6 +25,7 @@ MORE_FILES = 3
 AS_ANEW = 4  # times the size of an index that is made anew
 
 
+@pytest.mark.slow
 def test_a_long_training(cut_folder: Path) -> None:
     folder = cut_folder / "repo"
     done = subprocess.run(

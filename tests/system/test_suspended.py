@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ckptvcs.repo import Repo
+from tests.helpers.profiles import short
 
 PATIENCE = 60  # seconds, after which a process is one that waits for ever
 
@@ -32,6 +33,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 """,
     "telling of a commit": """
 from ckptvcs.store.index import following
+from tests.helpers.profiles import short
 def stop(*args): os.kill(os.getpid(), signal.SIGSTOP)
 following.append_record = stop
 repo.commit({"w": numpy.full(1000, 7, "f4")}, step=7)
@@ -67,13 +69,7 @@ def ckpt(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "work",
-    [
-        pytest.param(work, marks=pytest.mark.slow if number % 2 else ())
-        for number, work in enumerate(SUSPENDED)
-    ],
-)
+@pytest.mark.parametrize("work", short(SUSPENDED, ["making an edition"]))
 def test_no_command_waits_for_a_process_that_is_suspended(work: str, tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
     for step in (1, 2):
