@@ -51,6 +51,8 @@ def test_a_note_changes_what_is_read_and_no_id(run: Repo) -> None:
     assert entry.commit.metrics == {"loss": 3.0}
     assert repo.resolve("best:eval:max") == repo.resolve(4)
     assert repo.resolve("best:loss") == repo.resolve(3)
+    repo.note(2, metrics={"eval:loss": 0.1})
+    assert repo.resolve("best:eval:loss:min") == repo.resolve(2)
     metadata = {name: (a, b) for name, a, b in repo.diff(3, 4).metadata}
     assert metadata["metrics.eval"] == (0.5, 0.75)
     assert [note.metrics for note in repo.notes(3)] == [{"loss": 0.25}, {"eval": 0.5}]
