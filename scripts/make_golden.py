@@ -28,7 +28,8 @@ from tests.helpers.training import save_run, train
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 CODECS = (
-    "near", "near", "small", "near:step=0.05", "lossless", "near:gamma=0", "near:rank=0,step=40",
+    "near", "near", "near:step=4,gamma=0.5", "near:step=0.05", "lossless", "near:gamma=0",
+    "near:rank=0,step=40",
     "near:momentum_rank=2,momentum_nmse=1", "near:momentum_rank=2,momentum_nmse=1", "near", "near",
     "near", "near", "lossless",
 )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckptvcs.repo import Repo
 
-CODECS = ("near", "small", "lossless", "excp", "excp-max")
+CODECS = ("near", "lossless", "excp", "excp-max")
 _FIDELITIES = ("exact", "weights", "near")
 VALUES = {
     "codec": CODECS,
@@ -25,6 +25,7 @@ VALUES = {
     "tag-fidelity": _FIDELITIES,
     "pin-fidelity": _FIDELITIES,
     "max-weight-error": ("auto", "off"),
+    "max-lag": ("auto", "off"),
     "max-update-nmse": ("auto", "off"),
     "log-columns": ("auto",),
     "provenance": ("full", "no-diff", "off"),

@@ -42,7 +42,7 @@ Branch = Annotated[
 ]
 Codec = Annotated[
     str | None,
-    Option(metavar="NAME", help="codec: near, small, lossless or excp (default: setting codec)"),
+    Option(metavar="NAME", help="codec: near, lossless or excp (default: setting codec)"),
 ]
 Pattern = Annotated[
     str | None, Option(metavar="GLOB", help="only names that match, for example 'step*.pt'")

@@ -58,7 +58,7 @@ def fidelity(entry: LogEntry) -> Cell:
     """Return in what form a commit can be restored.
 
     `exact` lasts.  `exact for now` holds until newer commits are made.  `near` has the relative
-    error of the weights, and that of the optimizer's next step if it is large.
+    error of the weights, their lag, and the error of the optimizer's next step if it is large.
     """
     text, style = _form(entry)
     if entry.commit.nonfinite:
@@ -75,7 +75,8 @@ def _form(entry: LogEntry) -> tuple[str, str]:
         return f"weights exact{' for now' if entry.exact_bytes else ''}", "yellow"
     error = entry.commit.error
     update = f", update {error.update_nmse:.2g}" if error.update_nmse > _FAR else ""
-    return f"near {error.weight_rel:.2g}{update}", "yellow"
+    lag = "" if error.lag is None else f", lag {error.lag:.1f}"
+    return f"near {error.weight_rel:.2g}{lag}{update}", "yellow"
 
 
 def tensor_form(tensor: TensorEntry) -> str:

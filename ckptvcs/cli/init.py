@@ -18,7 +18,7 @@ def init(
         Path | None, Argument(metavar="[DIR]", help="directory (default: current)")
     ] = None,
     codec: Annotated[
-        str | None, Option(metavar="NAME", help="default codec: near, small or lossless")
+        str | None, Option(metavar="NAME", help="default codec: near or lossless")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -83,6 +83,7 @@ def _errors(entry: LogEntry) -> list[tuple[str, str]]:
     update = f"The next update is off by {_percent(error.update_nmse)}, in squares"
     sentences = {
         "weight_rel": f"The weights are off by {_percent(error.weight_rel)}",
+        "lag": f"They are as late as {error.lag or 0:.2g} commits of a random walk",
         "residual_nmse": lost,
         "fisher_nmse": f"Weighted by sensitivity, {_percent(error.fisher_nmse)} of it is lost",
         "update_nmse": update,

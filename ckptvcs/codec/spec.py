@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 
 from ckptvcs.errors import InvalidInputError
 
+_LAG = 0.15  # twice the usual lag at a quantization step of one standard deviation
+
 
 @dataclass(frozen=True)
 class ExcpSpec:
@@ -26,8 +28,8 @@ class ExcpSpec:
 class NearSpec:
     """The settings of the near codec. Quantization steps are in standard deviations.
 
-    `step`: of all weights, relative to the residuals of the whole model
-    `cap`: the largest step of a tensor, relative to its own residuals
+    `step`: of all weights, relative to the movement of the whole model since the parent
+    `cap`: the largest step of a tensor, relative to its own movement
     `gamma`: makes the steps of rows with large second moments smaller (0: all rows are equal)
     `zone`: the dead zone of weights, in steps
     `rank`, `rank_step`: rank-1 components of a first moment in Adam's ratio, and the step of their
@@ -38,14 +40,15 @@ class NearSpec:
     `momentum_step`: of other momenta
 
     The encoder uses smaller steps if the relative error of all weights would exceed
-    `max_weight_error` (0: no bound), or the relative squared error of the optimizer's next step
-    would exceed `max_update_nmse` in a slice.
+    `max_weight_error` (0: no bound), if their lag (see `ErrorReport`) would exceed `max_lag`, or if
+    the relative squared error of the optimizer's next step would exceed `max_update_nmse` in a
+    slice. A `max_lag` of 0 stands for twice the usual lag of `step`.
     """
 
-    step: float = 1.85
+    step: float = 2.4
     zone: float = 0.5
     gamma: float = 0.12
-    cap: float = 2.5
+    cap: float = 3.2
     rank: int = 8
     rank_step: float = 1.5
     moment_step: float = 5.0
@@ -53,7 +56,13 @@ class NearSpec:
     momentum_nmse: float = 0.3
     momentum_step: float = 1.5
     max_weight_error: float = 0.1
+    max_lag: float = 0.0
     max_update_nmse: float = 0.85
+
+    @property
+    def lag_bound(self) -> float:
+        """The largest lag. Steps of only one size, as of a sign optimizer, can exceed it."""
+        return self.max_lag or _LAG * self.step**2
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,14 @@ class CodecSpec:
 
 PRESETS = {
     "near": CodecSpec("near", NearSpec()),
-    "small": CodecSpec(
-        "small", NearSpec(step=2.85, zone=0.66, gamma=0.5, cap=4.0, rank=4, max_weight_error=0)
-    ),
     "lossless": CodecSpec("lossless"),
     "excp": CodecSpec("excp", ExcpSpec()),
     "excp-max": CodecSpec("excp-max", ExcpSpec(multiplier=2.5)),
 }
 """The codecs by name."""
+
+REMOVED = ("small",)
+"""Codecs of earlier versions.  Their commits decode, but new commits cannot use them."""
 
 _RANGES = {
     "bits": (1, 8),
@@ -82,6 +91,7 @@ _RANGES = {
     "rank": (0, 64),
     "momentum_rank": (0, 64),
     "max_weight_error": (0, 1e9),
+    "max_lag": (0, 1e9),
 }
 _ANY = (1e-9, 1e9)
 _WHOLE = ("bits", "rank", "momentum_rank")
@@ -95,6 +105,10 @@ def parse_codec(text: str) -> CodecSpec:
     """
     name, _, changes = text.partition(":")
     preset = PRESETS.get(name)
+    if name in REMOVED:
+        raise InvalidInputError(
+            f"codec '{name}' was removed: its errors grew with each commit", hint="use near"
+        )
     if preset is None:
         raise InvalidInputError(f"unknown codec '{name}'", hint=f"use one of {', '.join(PRESETS)}")
     if not changes:
@@ -122,32 +136,30 @@ def parse_codec(text: str) -> CodecSpec:
     return replace(preset, settings=settings)
 
 
-def with_bounds(
-    spec: CodecSpec, weight_error: float | None, update_nmse: float | None
-) -> CodecSpec:
+def with_bounds(spec: CodecSpec, **bounds: float | None) -> CodecSpec:
     """Return a codec with other error bounds: None keeps a bound, infinity removes it.
+
+    `bounds` are values of `max_weight_error`, `max_lag` and `max_update_nmse`.
 
     Raises:
         InvalidInputError: the codec has no error bounds.
     """
     settings = spec.settings
-    if settings is None or (weight_error is None and update_nmse is None):
+    given = {name: value for name, value in bounds.items() if value is not None}
+    if settings is None or not given:
         return spec
     if not isinstance(settings, NearSpec):
         raise InvalidInputError(
             f"codec '{spec.name}' does not support error bounds",
-            hint="set max-weight-error and max-update-nmse to auto",
+            hint="set max-weight-error, max-lag and max-update-nmse to auto",
         )
-    if weight_error is not None:
-        weight_error = 0.0 if weight_error == float("inf") else weight_error
-        settings = replace(settings, max_weight_error=weight_error)
-    if update_nmse is not None:
-        settings = replace(settings, max_update_nmse=update_nmse)
-    return replace(spec, settings=settings)
+    if given.get("max_weight_error") == float("inf"):
+        given["max_weight_error"] = 0.0
+    return replace(spec, settings=replace(settings, **given))  # type: ignore[arg-type]
 
 
 def finer(spec: CodecSpec, excess: float) -> CodecSpec:
-    """Return a codec with smaller steps, for use after a weight error `excess` times its bound."""
+    """Return a codec with smaller steps, for use after an error `excess` times its bound."""
     settings = spec.settings
     assert isinstance(settings, NearSpec)
     share = min(0.7, 0.8 / excess)
@@ -158,5 +170,6 @@ def finer(spec: CodecSpec, excess: float) -> CodecSpec:
             step=share * settings.step,
             cap=share * settings.cap,
             max_weight_error=share * settings.max_weight_error,
+            max_lag=share**2 * settings.lag_bound,
         ),
     )

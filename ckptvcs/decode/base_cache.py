@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from ckptvcs.codec.frame import SLICE_WORDS, slice_size, slices_of
-from ckptvcs.codec.words import Words, octets, word_type
+from ckptvcs.codec.words import Floats, Words, octets, word_type
 from ckptvcs.decode.chain import DecodedTable
 from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
@@ -219,6 +219,7 @@ class MemoryBase(TableWriter):
 
     def __init__(self) -> None:
         self.values: ObjectId | None = None
+        self.errors: dict[str, Floats] = {}  # samples of the errors of these weights
         self.tensors: dict[str, list[Words | None]] = {}
         self.hashes: dict[str, bytes] = {}
         self._infos: Sequence[TensorInfo] = ()

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptvcs.checkpoint.matching import alike
-from ckptvcs.codec.words import Words
+from ckptvcs.codec.words import Floats, Words
 from ckptvcs.decode.base_cache import MemoryBase, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable
+from ckptvcs.encode.error_sample import FOLDER, read_sample
+from ckptvcs.errors import CorruptionError, MissingObjectError
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import Commit
+from ckptvcs.history.commit import Commit, load_errors
 from ckptvcs.history.schema import TensorInfo
-from ckptvcs.store.ids import ObjectId
+from ckptvcs.store.ids import Kind, ObjectId
 
 
 def match_tensors(old: Sequence[TensorInfo], new: Sequence[TensorInfo]) -> dict[int, int]:
@@ -27,11 +29,33 @@ def match_tensors(old: Sequence[TensorInfo], new: Sequence[TensorInfo]) -> dict[
     return {number: numbers[key] for number, key in enumerate(keys) if key in numbers}
 
 
+def _errors_of(catalog: Catalog, commit: Commit) -> dict[int, float]:
+    """Return the relative errors of the near weights of a commit, by position in its schema."""
+    if commit.errors is None:
+        return {}
+    try:
+        table = load_errors(catalog.store.get(commit.errors, Kind.ERRORS))
+    except (MissingObjectError, CorruptionError):  # dropped, or lost: that of all weights remains
+        count = len(catalog.schema(commit.schema).tensors)
+        return dict.fromkeys(range(count), commit.error.weight_rel)
+    return {number: report.weight_rel for number, report in table.items()}
+
+
 class BaseTensor:
     """A base, decoded slice by slice. Call `verify` before using the first slice."""
 
-    def __init__(self, chain: ChainReader, values: ObjectId, tensor: int, info: TensorInfo) -> None:
+    def __init__(
+        self,
+        chain: ChainReader,
+        values: ObjectId,
+        tensor: int,
+        info: TensorInfo,
+        error: float = 0.0,
+        errors: Floats | None = None,
+    ) -> None:
+        """`error` is the relative error of the tensor; `errors` are a sample, if there is one."""
         self.place, self._info = (values, tensor), info
+        self.error, self.errors = error, errors
         self._chain, self._links = chain, chain.links(values, tensor, info)
 
     def verify(self) -> None:
@@ -77,6 +101,8 @@ class Bases:
         infos: Sequence[TensorInfo],
     ) -> None:
         self._infos = infos
+        self._errors: dict[int, float] = {}
+        self._samples: dict[int, Floats] = {}
         self.places: dict[int, tuple[ObjectId, int]] = {}
         decoded: dict[ObjectId, DecodedTable | None] = {}
         self._chain = ChainReader(catalog, decoded.get)
@@ -88,21 +114,28 @@ class Bases:
             if not catalog.store.contains(state.values) or not catalog.has_recipe(state.values):
                 continue  # a retention rule dropped the part
             row = schema.stored(part)
+            tensors = [schema.tensors[number] for number in row]
+            held = memory if part == "model" else None
             decoded[state.values] = find_decoded(
-                catalog,
-                cache,
-                memory if part == "model" else None,
-                state.values,
-                [schema.tensors[number] for number in row],
-                change=True,
+                catalog, cache, held, state.values, tensors, change=True
             )
             places |= {number: (state.values, position) for position, number in enumerate(row)}
+            if part == "model":
+                found = read_sample(cache.parent / FOLDER, memory, state.values, tensors)
+                self._samples |= {row[position]: errors for position, errors in found.items()}
         matches = match_tensors(schema.tensors, infos)
         self.places = {new: places[old] for new, old in matches.items() if old in places}
+        errors = _errors_of(catalog, base)
+        self._errors = {new: errors.get(old, 0.0) for new, old in matches.items()}
+        self._samples = {
+            new: self._samples[old] for new, old in matches.items() if old in self._samples
+        }
 
     def tensor(self, number: int) -> BaseTensor | None:
         """Return the base of a tensor, not yet verified, or None."""
         if number not in self.places:
             return None
-        base = BaseTensor(self._chain, *self.places[number], self._infos[number])
+        place, error = self.places[number], self._errors[number]
+        errors = self._samples.get(number) if error else None
+        base = BaseTensor(self._chain, *place, self._infos[number], error, errors)
         return base if base.has_same_slices() else None

@@ -32,11 +32,12 @@ from ckptvcs.codec.words import double_squares, to_float32
 from ckptvcs.decode.base_cache import MemoryBase, open_writer
 from ckptvcs.encode.assemble import Encoded, EncodedTensor, StoredPlace, assemble
 from ckptvcs.encode.bases import Bases
+from ckptvcs.encode.error_sample import FOLDER, ErrorSample
 from ckptvcs.encode.exact import encode_patch
 from ckptvcs.encode.frame_writer import Draft, PartWriter, PatchWriter
 from ckptvcs.encode.group import EncodedSlice, Errors, GroupEncoder, Target
 from ckptvcs.encode.measure import count_nonfinite, report, report_tensors
-from ckptvcs.encode.planner import Attempt, Planner, TooCoarse
+from ckptvcs.encode.planner import Attempt, Planner
 from ckptvcs.encode.source import SourceTensor, stays
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import PARTS, Commit, ErrorReport
@@ -105,6 +106,8 @@ class Encoder:
         self._position = {number: at for row in self.rows.values() for at, number in enumerate(row)}
         model = [self._infos[number] for number in self.rows["model"]]
         self._open_base = partial(open_writer, cache, memory, model)
+        self._sample = ErrorSample(model)
+        self._keep_sample = partial(self._sample.keep, cache.parent / FOLDER, memory)
         self._frames = {part: PartWriter(catalog.store) for part in PARTS}
         self._patches = {part: PatchWriter(catalog.store, joined=joined) for part in PARTS}
         self._numbers: dict[tuple[bytes, str, str, str], int] = {}  # by value, type, part and role
@@ -140,9 +143,7 @@ class Encoder:
             for encoded in ordered_map(_encode_slices, jobs, lambda job: job[0].words):
                 self._put(encoded)
                 del encoded  # free its memory while the next one is encoded
-            error, bound = report(self.errors, self._infos).weight_rel, self._attempt.bound
-            if bound and error > bound:
-                raise TooCoarse(error / bound)
+            self._attempt.check(report(self.errors, self._infos))
             self._checkpoint.check_unchanged()
             for number, copies in self._copies.items():
                 self.tensors |= dict.fromkeys(copies, self.tensors[number])
@@ -233,6 +234,11 @@ class Encoder:
                 fresh = part.decoded is not part.source
                 for number in numbers:
                     self._next_base.write(self._position[number], index, part.decoded, fresh=fresh)
+                    if target.role == WEIGHT and part.source is not None:
+                        words = part.decoded, part.source
+                        self._sample.add(self._position[number], index, *words, target.dtype)
+            if target.base is not None and target.role == WEIGHT:
+                errors.movement = self._planner.movement(target, errors)
             self.errors.setdefault(target.number, Errors()).add(errors)
             self._progress(part.decoded.nbytes)
         if index + 1 == work.slices:
@@ -255,11 +261,17 @@ class Encoder:
         patch = self._publish_patch if self._attempt.patched else None
         encoded = assemble(self._catalog, self.tensors, self.rows, self.publish_frames, patch)
         if "model" in encoded.parts and "model" not in self._stored_parts:
+            self.keep_sample(encoded.parts["model"].values)
             self._next_base.finish(encoded.parts["model"].values)
         encoded.data_bytes, encoded.nonfinite = self.data_bytes, self.nonfinite
         encoded.error, encoded.errors = report(self.errors, self._infos), self._reports()
         encoded.notes = self._planner.notes
         return encoded
+
+    def keep_sample(self, values: ObjectId) -> None:
+        """Keep the sample of errors for the next commit, if there are any errors."""
+        if any(errors.error for errors in self.errors.values()):
+            self._keep_sample(values)
 
     def _reports(self) -> dict[int, ErrorReport]:
         """Return the error report of each near tensor, copies included."""

@@ -52,6 +52,7 @@ class Errors:
     error            e^2; for second moments, x and e are those of the square roots
     energy           x^2
     residual         (x - base)^2, for weights
+    movement         (x - parent)^2, where the parent is the original of the base
     fisher_*         e^2 and (x - base)^2, weighted by the second moment
     update_*         squares of the next optimizer step, from a sample
     largest          the largest |e|
@@ -65,6 +66,7 @@ class Errors:
     update_error: float = 0.0
     update_energy: float = 0.0
     largest: float = 0.0
+    movement: float = 0.0
 
     @classmethod
     def of(cls, sums: tuple[float, ...]) -> Errors:
@@ -82,6 +84,7 @@ class Errors:
         self.update_error += other.update_error
         self.update_energy += other.update_energy
         self.largest = max(self.largest, other.largest)
+        self.movement += other.movement
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ def _report(sums: Errors) -> ErrorReport:
         _ratio(sums.fisher_error, sums.fisher_residual),
         _ratio(sums.update_error, sums.update_energy),
         sums.largest,
+        sums.error / sums.movement if sums.movement else None,
     )
 
 

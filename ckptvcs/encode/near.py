@@ -1,7 +1,7 @@
 """Encode groups of tensors with the near codec, and slices exactly if that fails.
 
 All residuals of a model share one quantization step, which minimizes the total error for a given
-size (reverse water-filling). A cap relative to each tensor's residual protects tensors that move
+size (reverse water-filling). A cap relative to each tensor's movement protects tensors that move
 little. A slice is encoded exactly if its near form has an NMSE above 1, or too large an error of
 the next optimizer step. Layout: docs/format.md, "Near slices".
 """
@@ -336,8 +336,8 @@ class NearEncoder:
     def delta_step(self) -> float:
         """Return the quantization step of residuals, before row factors; 0 if there are none."""
         spec = self.spec
-        own = (self._scale.residual if self._scale is not None else None) or 0.0
-        return min(spec.step * self._plan.residual, spec.cap * own) if own else 0.0
+        own = (self._scale.movement if self._scale is not None else None) or 0.0
+        return min(spec.step * self._plan.movement, spec.cap * own) if own else 0.0
 
     @property
     def is_untrained(self) -> bool:

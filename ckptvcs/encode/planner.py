@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -20,10 +21,11 @@ from ckptvcs.encode import excp
 from ckptvcs.encode.bases import Bases, BaseTensor
 from ckptvcs.encode.exact import ExactEncoder
 from ckptvcs.encode.gpu import DeviceEncoder
-from ckptvcs.encode.group import Floats, Group, GroupEncoder, Target
+from ckptvcs.encode.group import Errors, Floats, Group, GroupEncoder, Target
 from ckptvcs.encode.near import NearEncoder
-from ckptvcs.encode.near_plan import NearPlan, Scale, measure_scale
+from ckptvcs.encode.near_plan import NearPlan, Scale, measure_scale, movement_share
 from ckptvcs.encode.source import SourceTensor, find_masters
+from ckptvcs.history.commit import ErrorReport
 from ckptvcs.parallel import ordered_map
 from ckptvcs.text import size
 
@@ -44,6 +46,7 @@ class Planner:
         self._masters = find_masters(checkpoint) if isinstance(self._settings, NearSpec) else {}
         self._untrained: list[int] = []
         self._weight_bytes = 0
+        self._shares: dict[int, float] = {}  # of the movement in the energy of the residual
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -111,6 +114,14 @@ class Planner:
         else:
             yield from (self._exact_encoder(number) for _, left in rows for number in left)
 
+    def movement(self, target: Target, errors: Errors) -> float:
+        """Return the energy of the movement since the parent, of the part that has these errors."""
+        assert target.base is not None
+        share = self._shares.get(target.number)
+        if share is None:
+            share = movement_share(errors.residual, target.base.error**2 * errors.energy)
+        return share * errors.residual
+
     def _excp_encoders(
         self, left: list[int], group: list[int], spec: ExcpSpec
     ) -> Iterator[GroupEncoder]:
@@ -145,6 +156,9 @@ class Planner:
         scales = dict(zip(map(id, weights), ordered_map(_scale, weights, _words), strict=True))
         if not self._alone and _is_far(scales.values(), unchanged):
             raise TooFar
+        for group in weights:
+            assert group.weight is not None
+            self._shares[group.weight.number] = scales[id(group)].share
         plan = NearPlan.of(spec, scales.values())
         for group in groups:
             yield self._near_encoder(group, plan, scales.get(id(group)))
@@ -296,7 +310,7 @@ class TooFar(Exception):
 
 
 class TooCoarse(Exception):
-    """The error of the weights is `excess` times its bound."""
+    """An error of the weights is `excess` times its bound."""
 
     def __init__(self, excess: float) -> None:
         super().__init__(f"{excess:.3g} times the bound")
@@ -309,21 +323,33 @@ class Attempt:
 
     keyframe   encode without bases
     patched    also store an exact patch
-    bound      largest relative error of all weights together (0: unlimited)
+    bounds     largest relative error (0: unlimited) and largest lag of all weights together
     alone      the weights are not related to those of the parent
     """
 
     spec: CodecSpec
     keyframe: bool
     patched: bool
-    bound: float
+    bounds: tuple[float, float] = (0.0, math.inf)
     alone: bool = False
 
     @classmethod
     def first(cls, spec: CodecSpec, *, keyframe: bool, patched: bool) -> Attempt:
-        """Return the first attempt, with the bound of the codec."""
-        bound = spec.settings.max_weight_error if isinstance(spec.settings, NearSpec) else 0
-        return cls(spec, keyframe, patched and spec.settings is not None, bound)
+        """Return the first attempt, with the bounds of the codec."""
+        settings = spec.settings
+        bounds = (0.0, math.inf)
+        if isinstance(settings, NearSpec):
+            bounds = settings.max_weight_error, settings.lag_bound
+        return cls(spec, keyframe, patched and settings is not None, bounds)
+
+    def check(self, error: ErrorReport) -> None:
+        """Raise TooCoarse if an error exceeds its bound."""
+        weight, lag = self.bounds
+        excess = max(
+            error.weight_rel / weight if weight else 0.0, math.sqrt((error.lag or 0.0) / lag)
+        )
+        if excess > 1:
+            raise TooCoarse(excess)
 
 
 def within_bounds(first: Attempt, encode: Callable[[Attempt], T]) -> T:
@@ -339,4 +365,4 @@ def within_bounds(first: Attempt, encode: Callable[[Attempt], T]) -> T:
             attempt = replace(attempt, keyframe=True, alone=True)
         except TooCoarse as error:
             attempt = replace(attempt, spec=finer(attempt.spec, error.excess))
-    return encode(Attempt(CodecSpec(first.spec.name), keyframe=True, patched=False, bound=0))
+    return encode(Attempt(CodecSpec(first.spec.name), keyframe=True, patched=False))

@@ -149,6 +149,7 @@ def _publish(encoder: Encoder, shard: Shard, memory: MemoryBase) -> Shard:
             patch, errors = patches.get(number), encoder.errors.get(number)
             stored[number] = Stored(tensor.near, tensor.exact, place, tensor.depth, patch, errors)
     names = {number: shard.schema.tensors[number].name for number in encoder.rows["model"]}
+    encoder.keep_sample(ObjectId(""))
     memory.keep({name: stored[number].near for number, name in names.items()})
     return replace(
         shard,

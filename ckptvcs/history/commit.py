@@ -96,6 +96,9 @@ class ErrorReport:
         update_nmse: The relative squared error of the optimizer's next step, on a sample, with a
             gradient from N(0, v).
         max_abs: The largest absolute error.
+        lag: |W' - W|^2 / |W - parent|^2, where the parent is the committed weight of the parent: by
+            how many commits of a random walk the near form is late.  None if there is no parent, or
+            if the weight did not move.
     """
 
     weight_rel: float = 0.0
@@ -103,10 +106,11 @@ class ErrorReport:
     fisher_nmse: float = 0.0
     update_nmse: float = 0.0
     max_abs: float = 0.0
+    lag: float | None = None
 
 
 ERROR_NAMES = ("weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max_abs")
-"""The fields of a report, as commits and `errors` objects name them."""
+"""The fields of a report that are always known, as commits and `errors` objects name them."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,8 @@ _COMMIT = Fields(
     parts=FieldType(_PARTS.type.load, mapping(_PART.type).dump),
     files=many(_FILE.type),
     error=FieldType(
-        _ERROR.type.load, lambda error: {k: from_number(v) for k, v in vars(error).items()}
+        _ERROR.type.load,
+        lambda error: {k: from_number(v) for k, v in vars(error).items() if v is not None},
     ),
     code=nullable(TEXT),
 )
@@ -261,20 +266,30 @@ def find_metrics(data: bytes) -> dict[str, float]:
 def dump_errors(errors: Mapping[int, ErrorReport]) -> bytes:
     """Return the canonical bytes of the errors of tensors, by position in the schema."""
     rows = sorted(errors)
-    columns = {
-        name: [from_number(float(f"{getattr(errors[row], name):.3g}")) for row in rows]
-        for name in ERROR_NAMES
-    }
+
+    def column(name: str) -> list[float | str | None]:
+        values = (getattr(errors[row], name) for row in rows)
+        return [None if v is None else from_number(float(f"{v:.3g}")) for v in values]
+
+    columns = {name: column(name) for name in (*ERROR_NAMES, "lag")}
     return dump({"tensors": rows, **columns})
 
 
-def _errors_by_row(rows: tuple[int, ...], *columns: tuple[float, ...]) -> dict[int, ErrorReport]:
-    if any(len(column) != len(rows) for column in columns):
+def _errors_by_row(
+    rows: tuple[int, ...], *columns: tuple[float | None, ...] | None
+) -> dict[int, ErrorReport]:
+    filled = [(None,) * len(rows) if column is None else column for column in columns]
+    if any(len(column) != len(rows) for column in filled):
         raise CorruptionError("a table of errors has columns of different lengths")
-    return {row: ErrorReport(*values) for row, *values in zip(rows, *columns, strict=True)}
+    return {row: ErrorReport(*values) for row, *values in zip(rows, *filled, strict=True)}
 
 
-_ERRORS = Fields(_errors_by_row, tensors=many(NATURAL), **dict.fromkeys(ERROR_NAMES, many(NUMBER)))
+_ERRORS = Fields(
+    _errors_by_row,
+    tensors=many(NATURAL),
+    **dict.fromkeys(ERROR_NAMES, many(NUMBER)),
+    lag=optional(many(nullable(NUMBER))),
+)
 
 
 def load_errors(data: bytes) -> dict[int, ErrorReport]:

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ckptvcs.codec.spec import CodecSpec, parse_codec, with_bounds
+from ckptvcs.codec.spec import REMOVED, CodecSpec, parse_codec, with_bounds
 from ckptvcs.errors import InvalidInputError
 from ckptvcs.gc.retention import FIDELITIES, Best, ExactRule
 from ckptvcs.store import disk
@@ -41,7 +41,9 @@ _USER_HEADING = "# Settings of all repositories that do not have their own.\n"
 
 
 def _codec(value: Value) -> str:
-    parse_codec(str(value))
+    """Check a codec; that of an old repository may be one that only a commit refuses."""
+    if str(value).partition(":")[0] not in REMOVED:
+        parse_codec(str(value))
     return str(value)
 
 
@@ -112,6 +114,7 @@ class Config:
     tag_fidelity: str = _setting("exact", _one_of(*FIDELITIES))
     pin_fidelity: str = _setting("exact", _one_of(*FIDELITIES))
     max_weight_error: str | float = _setting(AUTO, _bound)
+    max_lag: str | float = _setting(AUTO, _bound)
     max_update_nmse: str | float = _setting(AUTO, _bound)
     keyframe_depth: int = _setting(64, lambda value: _integer(value, least=1))
     keyframe_bytes: float = _setting(16.0, _number)
@@ -136,11 +139,13 @@ class Config:
     def codec_of(self, text: str | None) -> CodecSpec:
         """Return a codec with the configured bounds; None names the configured codec."""
         spec = parse_codec(self.codec if text is None else text)
-        bounds = (
-            {OFF: float("inf"), AUTO: None}[value] if isinstance(value, str) else value
-            for value in (self.max_weight_error, self.max_update_nmse)
-        )
-        return with_bounds(spec, *bounds)
+        names = ("max_weight_error", "max_lag", "max_update_nmse")
+        values = {name: getattr(self, name) for name in names}
+        bounds = {
+            name: {OFF: float("inf"), AUTO: None}[value] if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+        return with_bounds(spec, **bounds)
 
 
 def _field(key: str) -> str:

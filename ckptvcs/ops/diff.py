@@ -271,7 +271,7 @@ def diff_near(
         lossless = "near" not in exact.fidelity.values()
         raise InvalidInputError(
             f"commit {commit[:8]} {'has no near form' if lossless else 'is only near now'}",
-            hint="choose a commit that 'ckpt log' shows as exact, of the codec near or small",
+            hint="choose a commit that 'ckpt log' shows as exact, of the codec near",
         )
     entries = [entry, replace(entry, fidelity=dict(near.fidelity))]
     return _compare(repository, entries, [exact, near], only, name, progress, forms=True)

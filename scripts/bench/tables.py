@@ -16,7 +16,7 @@ from pathlib import Path
 from scripts.bench.methods import Kept, keep_ckpt, keep_torch, keep_zipnn, keep_zstd
 from scripts.bench.runs import FINETUNE, VISION
 
-CODECS = ("near", "small", "lossless", "excp", "excp-max")
+CODECS = ("near", "lossless", "excp", "excp-max")
 ABLATIONS = (
     "near",
     "near:gamma=0",

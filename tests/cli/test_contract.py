@@ -312,7 +312,7 @@ def test_near_is_the_default_and_says_its_errors(
     ckpt("config", "keep-exact", 0)
     for path in run_files:
         made = ckpt("commit", path, "--json").json
-    names = {"weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max_abs"}
+    names = {"weight_rel", "residual_nmse", "fisher_nmse", "update_nmse", "max_abs", "lag"}
     assert made["codec"] == "near"
     assert made["error"].keys() == names
     assert 0 < made["error"]["residual_nmse"] < 1

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckptvcs.codec.spec import PRESETS, ExcpSpec, NearSpec, parse_codec
+from ckptvcs.codec.spec import ExcpSpec, NearSpec, parse_codec
 from ckptvcs.errors import InvalidInputError
 
 
@@ -10,7 +10,6 @@ def test_settings_change_only_what_they_name() -> None:
     spec = parse_codec("excp:alpha=1e-4,bits=3")
     assert spec.settings == ExcpSpec(alpha=1e-4, bits=3)
     assert parse_codec("near:step=1.5,gamma=0").settings == NearSpec(step=1.5, gamma=0)
-    assert parse_codec("small") == PRESETS["small"]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +29,9 @@ def test_settings_change_only_what_they_name() -> None:
         "near:step=0",
         "near:zone=0.3",
         "near:alpha=1",
-        "small:gamma=nan",
+        "near:gamma=nan",
+        "small",
+        "small:gamma=0",
         "near:step=inf",
     ],
 )

@@ -21,7 +21,7 @@ from ckptvcs.store.ids import ObjectId
 from tests.helpers.comparing import same
 from tests.helpers.histories import Weights, plain, rekeyed
 
-CODECS = ["near", "small", "lossless", "excp", "excp-max"]
+CODECS = ["near", "lossless", "excp", "excp-max"]
 
 
 def bases(repo: Repo) -> dict[ObjectId, CachedTable]:
@@ -108,7 +108,7 @@ def test_rekeying_leaves_sound_bases(
     assert_sound(again)
 
 
-@pytest.mark.parametrize("codec", ["near", "small", "lossless"])
+@pytest.mark.parametrize("codec", ["near", "lossless"])
 def test_a_base_with_equal_tensors_is_published_by_rekeying(codec: str, tmp_path: Path) -> None:
     repo = rekeyed(tmp_path, codec)
     tables = {entry.commit.parts["model"].values for entry in repo.log()}

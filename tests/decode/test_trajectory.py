@@ -247,7 +247,7 @@ def test_rounded_copies_find_their_masters(tmp_path: Path) -> None:
 
 commits = st.lists(
     st.tuples(
-        st.sampled_from(["near", "small", "lossless", "excp"]),
+        st.sampled_from(["near", "lossless", "excp"]),
         st.sampled_from(["go on", "add", "remove", "reshape", "stand still", "back", "twins"]),
         st.booleans(),
     ),

@@ -77,7 +77,7 @@ def relative(true: State, back: State) -> float:
     st.integers(0, 1 << 30),
     st.sampled_from([0.1, 0.01, 1e-4]),
     st.sampled_from([1.0, 0.3, 0.05]),
-    st.sampled_from(["near", "small"]),
+    st.sampled_from(["near", "near:step=4,zone=0.66"]),
 )
 def test_bounds_hold_on_any_trajectory(
     events: list[str], seed: int, weight: float, update: float, codec: str

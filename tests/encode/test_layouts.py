@@ -119,7 +119,11 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         yield path, node
 
 
-@given(histories(), st.sampled_from(sorted(LAYOUTS)), st.sampled_from(["near", "small"]))
+@given(
+    histories(),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from(["near", "near:step=4,zone=0.66"]),
+)
 def test_no_sign_changes_and_no_square_is_lost(states: list[Rows], layout: str, codec: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         repo = Repo.init(folder, codec=codec)

@@ -104,7 +104,7 @@ def nmse(true: torch.Tensor, back: torch.Tensor, base: torch.Tensor | None = Non
     return float((back.double() - true.double()).square().sum() / change.square().sum())
 
 
-@pytest.mark.parametrize("codec", ["near", "small"])
+@pytest.mark.parametrize("codec", ["near", "near:step=4,zone=0.66"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_near_commits_of_each_optimizer_are_close(name: str, codec: str, near: Repo) -> None:
     before: State | None = None
@@ -173,7 +173,7 @@ def test_a_new_layer_comes_back_at_once_and_harms_no_other(near: Repo) -> None:
         assert nmse(now[name], back[name], base[name]) < 0.6
 
 
-@pytest.mark.parametrize("codec", ["near", "small"])
+@pytest.mark.parametrize("codec", ["near", "near:step=4,zone=0.66"])
 def test_a_tensor_on_its_own_tiny_learning_rate_does_not_starve(codec: str, near: Repo) -> None:
     now = weights()
     for step in range(1, 5):

@@ -23,7 +23,7 @@ def stored(repo: Repo) -> int:
 
 @given(
     seed=st.integers(0, 2**20),
-    codec=st.sampled_from(["near", "small", "lossless"]),
+    codec=st.sampled_from(["near", "near:step=4", "lossless"]),
     count=st.integers(1, 6),
     kept=st.integers(0, 3),
     policy=st.sampled_from(

@@ -360,7 +360,7 @@ def test_any_lease_is_read_or_refused(data: bytes) -> None:
 # -- format and settings ---------------------------------------------------------------------------
 
 FORMAT = {"format": 1, "id": "ab", "flags": {"read": ["near"], "write": [], "gc": []}}
-VALUES = ['"near"', 2, '"loss:min"', '"exact"', '"near"', '"exact"', 0.1, '"off"', 64, 16.5]
+VALUES = ['"near"', 2, '"loss:min"', '"exact"', '"near"', '"exact"', 0.1, 1.5, '"off"', 64, 16.5]
 VALUES += ['"loss"', '"7d"', '"full"', '"on"']
 CONFIG = "\n".join(f"{key} = {value}" for key, value in zip(KEYS, VALUES, strict=True))
 

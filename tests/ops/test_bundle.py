@@ -26,7 +26,7 @@ def same_values(repo: Repo, other: Repo, step: int) -> bool:
     return [one.digest(f) for f in one.commit.files] == [two.digest(f) for f in two.commit.files]
 
 
-@pytest.mark.parametrize("codec", ["near", "small", "lossless", "excp"])
+@pytest.mark.parametrize("codec", ["near", "lossless", "excp"])
 def test_a_clone_has_the_same_commits_and_works_at_once(tmp_path: Path, codec: str) -> None:
     repo = history(tmp_path / "a", codec=codec)
     repo.bundle(["2", "4..5"], tmp_path / "some.ckptz")

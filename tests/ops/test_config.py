@@ -252,11 +252,11 @@ def test_the_repository_wins_over_the_user(own: Path, tmp_path: Path) -> None:
 
 
 def test_a_new_repository_takes_the_codec_of_the_user(own: Path, tmp_path: Path) -> None:
-    Repo.configure_user("codec", "small")
-    assert Repo.init(tmp_path / "a").setting("codec") == "small"
+    Repo.configure_user("codec", "excp-max")
+    assert Repo.init(tmp_path / "a").setting("codec") == "excp-max"
     assert Repo.init(tmp_path / "b", codec="lossless").setting("codec") == "lossless"
     Repo.configure_user("codec", "excp")
-    assert Repo.init(tmp_path / "a").setting("codec") == "small"
+    assert Repo.init(tmp_path / "a").setting("codec") == "excp-max"
 
 
 def test_commits_obey_the_user(own: Path, tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ def flat(state: Any, path: str = "") -> dict[str, Any]:
 
 @given(
     seed=st.integers(0, 2**20),
-    codec=st.sampled_from(["near", "small", "excp", "lossless"]),
+    codec=st.sampled_from(["near", "excp", "lossless"]),
     kept=st.integers(0, 2),
     moves=st.lists(st.booleans(), min_size=3, max_size=3),
     tiny=st.booleans(),

@@ -205,7 +205,7 @@ def test_gc_waits_and_takes_what_was_abandoned(world: World) -> None:
     assert not world.repo.verify().damage
 
 
-@pytest.mark.parametrize("codec", ["lossless", "excp", "small"])
+@pytest.mark.parametrize("codec", ["lossless", "excp", "near:step=4"])
 def test_processes_commit_together_with_each_codec(codec: str, tmp_path: Path) -> None:
     world = World(tmp_path)
     world.repo.configure("codec", codec)

@@ -17,7 +17,15 @@ from tests.spec_reader import SpecRepository, archive
 
 @pytest.mark.parametrize(
     "codec",
-    ["lossless", "near", "small", "near:step=0.01", "excp", "excp-max", "excp:bits=2,alpha=1e-4"],
+    [
+        "lossless",
+        "near",
+        "near:step=4,zone=0.66,gamma=0.5,rank=4",
+        "near:step=0.01",
+        "excp",
+        "excp-max",
+        "excp:bits=2,alpha=1e-4",
+    ],
 )
 def test_a_reader_of_the_specification_decodes_chains(
     codec: str, repo: Repo, tmp_path: Path
