@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -31,14 +32,15 @@ CODECS = (
     "near", "near", "near:step=4,gamma=0.5", "near:step=0.05", "lossless", "near:gamma=0",
     "near:rank=0,step=40",
     "near:momentum_rank=2,momentum_nmse=1", "near:momentum_rank=2,momentum_nmse=1", "near", "near",
-    "near", "near", "lossless",
+    "near", "near", "lossless", "lossless", "lossless", "near",
 )  # fmt: skip
 """The codec of each commit. By index, the states have
 
-    -7, -6   momenta instead of Adam's moments
-    -5, -4   bfloat16 weights and their float32 masters
-    -3, -2   float64 tensors and complex weights
-    -1       weights with the bytes of state -2 as integers
+    -10, -9   momenta instead of Adam's moments
+    -8, -7    bfloat16 weights and their float32 masters
+    -6, -5    float64 tensors and complex weights
+    -4        weights with the bytes of state -5 as integers
+    -3 to -1  bfloat16 weights of which 1 % change
 """
 
 
@@ -57,6 +59,13 @@ def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
     return words.contiguous().view(torch.int16) if words.dim() else words
 
 
+def _touched(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a bfloat16 tensor in which every 100th word is the next one."""
+    words = tensor.clone().view(torch.int16).flatten()
+    words[::100] += 1
+    return words.view(torch.bfloat16).reshape(tensor.shape)
+
+
 def main() -> None:
     """Make one golden repository."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -72,18 +81,22 @@ def main() -> None:
         repo = Repo.init(target)
         repo.configure("provenance", "off")
         states = train(len(CODECS))
-        for state in states[-7:-5]:
+        for state in states[-10:-8]:
             moments = state["optimizer"]["state"]
             for key, each in moments.items():
                 moments[key] = {"momentum_buffer": each["exp_avg"]}
-        for state in states[-5:-3]:
+        for state in states[-8:-6]:
             state["master"] = {k: v for k, v in state["model"].items() if v.dtype == torch.float32}
             state["model"] = {k: v.to(torch.bfloat16) for k, v in state["master"].items()}
-        for state in states[-3:]:
+        for state in states[-6:-3]:
             state["model"] = {k: _wider(v) for k, v in state["model"].items()}
             for each in state["optimizer"]["state"].values():
                 each |= {k: _wider(v) for k, v in each.items() if k != "step"}
-        states[-1]["model"] = {k: _as_integers(v) for k, v in states[-2]["model"].items()}
+        states[-4]["model"] = {k: _as_integers(v) for k, v in states[-5]["model"].items()}
+        states[-3]["model"] = {k: v.to(torch.bfloat16) for k, v in states[-3]["model"].items()}
+        for before, after in itertools.pairwise(states[-3:]):
+            after["model"] = {k: _touched(v) for k, v in before["model"].items()}
+            after["optimizer"] = before["optimizer"]
         for path, codec in zip(save_run(Path(scratch), states), CODECS, strict=True):
             made = repo.commit_path(path, message=f"by {codec}", codec=codec)
             if made.commit.step == 3:

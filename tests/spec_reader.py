@@ -57,7 +57,7 @@ def unsealed(data: bytes) -> Any:
     return fields
 
 
-FLAGS = {"near", "near-2", "notes", "patches", "provenance", "types"}
+FLAGS = {"near", "near-2", "notes", "patches", "provenance", "sparse", "types"}
 
 
 def archive(path: Path) -> tuple[dict[str, Any], SpecRepository]:
@@ -490,6 +490,8 @@ def patch(stream: Stream, dtype: str, count: int, base: Array | None) -> Array:
         return base
     if form == 1:
         return np.frombuffer(stream.octets(count * word), f"<u{word}")
+    if form == 3:
+        return sparse(stream, dtype, count, base)
     assert form == 2
     (raw,) = stream.take("<B")
     planes = np.zeros((word, count), np.uint8)
@@ -580,6 +582,8 @@ def near(
 def lossless(stream: Stream, dtype: str, count: int, base: Array | None) -> Array:
     word = SIZES[dtype][1]
     (transform,) = stream.take("<B")
+    if transform == 3:
+        return sparse(stream, dtype, count, base)
     planes = [np.frombuffer(stream.section(count), np.uint8) for _ in range(word)]
     assert stream.at == len(stream.data)
     words = np.stack(planes, axis=1).reshape(-1).view(f"<u{word}")
@@ -591,6 +595,19 @@ def lossless(stream: Stream, dtype: str, count: int, base: Array | None) -> Arra
         rotated: Array = (words >> one) | (words << words.dtype.type(bits - 1))
         return rotated
     assert base is not None
+    return undo_difference(words, base, dtype)
+
+
+def sparse(stream: Stream, dtype: str, count: int, base: Array | None) -> Array:
+    assert base is not None
+    stream.short = True
+    word = SIZES[dtype][1]
+    mask = stream.mask(count)
+    planes = np.zeros((word, count), np.uint8)
+    for plane in planes:
+        plane[mask] = np.frombuffer(stream.section(int(mask.sum())), np.uint8)
+    assert stream.at == len(stream.data)
+    words = np.ascontiguousarray(planes.T).reshape(-1).view(f"<u{word}")
     return undo_difference(words, base, dtype)
 
 

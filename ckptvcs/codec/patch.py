@@ -12,7 +12,8 @@ import numpy as np
 from ckptvcs.codec import kernels
 from ckptvcs.codec.dtypes import DType
 from ckptvcs.codec.kernels.reference import split_words
-from ckptvcs.codec.lossless import DELTA
+from ckptvcs.codec.lossless import DELTA, SPARSE, encode_sparse
+from ckptvcs.codec.lossless import decode as decode_lossless
 from ckptvcs.codec.masks import get_positions, put_bitmap
 from ckptvcs.codec.sections import get_bytes, sample
 from ckptvcs.codec.words import Words, octets, word_type
@@ -34,12 +35,19 @@ def encode(words: Words, near: Words, dtype: DType) -> Buffers:
         CorruptionError: the result does not decode to `words`.
     """
     size = dtype.word
-    if size in (2, 4) and words.size:
+    if words.size:
         low = split_words(sample(words), sample(near), DELTA, dtype.floating)
         raw = size
         while raw and np.count_nonzero(low[raw - 1 :].any(axis=0)) < _SPARSE * low.shape[1]:
             raw -= 1
-        if raw < size:
+        if not raw:
+            sparse = encode_sparse(words, near, dtype)
+            if not np.array_equal(
+                decode_lossless(memoryview(sparse), words.size, near, dtype), words
+            ):
+                raise CorruptionError("exact patch does not restore its source")
+            return (sparse,)
+        if raw < size and size in (2, 4):
             return _encode_near(words, near, dtype, raw)
     return bytes([WHOLE]), octets(words)
 
@@ -70,6 +78,8 @@ def decode(
     if near is None:
         raise CorruptionError("exact patch requires its near form")
     form, size = data[0], dtype.word
+    if form == SPARSE:
+        return decode_lossless(data, count, near, dtype, out)
     if form == SAME and len(data) == 1:
         return near
     if form == WHOLE and len(data) == 1 + count * size:

@@ -36,7 +36,7 @@ from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId
 from ckptvcs.store.object_store import ObjectStore
 
-REKEY_FLAGS = ("near", "near-2", "types")
+REKEY_FLAGS = ("near", "near-2", "sparse", "types")
 """The features that a reader of re-encoded frames must know."""
 
 _WASTE = 0.1  # unused share of a bundle, above which its other frames are copied

@@ -26,7 +26,7 @@ _MAX_BYTES = 1 << 16
 _MAX_ID = 64
 
 FLAGS = {
-    "read": frozenset({"near", "near-2", "notes", "patches", "provenance", "types"}),
+    "read": frozenset({"near", "near-2", "notes", "patches", "provenance", "sparse", "types"}),
     "write": frozenset[str](),
     "gc": frozenset({"drops", "pins"}),
 }

@@ -139,7 +139,7 @@ class Committer:
         rule = self._config.exact_rule
         self.patched = rule.wants_patch(request.metrics) and not request.fades
         self._near = isinstance(self.spec.settings, NearSpec)
-        flags = ["types", "near", "near-2"] if self._near else ["types"]
+        flags = ["types", "sparse", *(["near", "near-2"] if self._near else [])]
         if self.patched and self.spec.settings is not None:
             flags.append("patches")
         raise_flags(repository.backend, "read", *flags)

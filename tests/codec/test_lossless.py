@@ -68,11 +68,29 @@ def test_unchanged_costs_nothing() -> None:
     assert len(lossless.encode(words, words.copy(), DTYPES["F32"])) < 64
 
 
-@pytest.mark.parametrize("with_base", [False, True])
-def test_every_truncation_is_noticed(with_base: bool) -> None:
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.01, 0.05])
+@pytest.mark.parametrize("name", ["BF16", "F32", "U8"])
+def test_few_changed_words_cost_little_more_than_their_entropy(name: str, density: float) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 200, 1 << 20).astype(word_type(DTYPES[name].word))
+    words = base.copy()
+    changed = rng.random(words.size) < density
+    words[changed] += words.dtype.type(1)  # the same change everywhere: its entropy is 0
+    data = lossless.encode(words, base, DTYPES[name])
+    assert np.array_equal(lossless.decode(memoryview(data), words.size, base, DTYPES[name]), words)
+    share = max(density, 1e-9)
+    entropy = -share * np.log2(share) - (1 - share) * np.log2(1 - share)
+    assert 8 * len(data) < 1.06 * entropy * words.size + 1000
+
+
+@pytest.mark.parametrize("far", [None, 300, 3])
+def test_every_truncation_is_noticed(far: int | None) -> None:
     rng = np.random.default_rng(1)
     words = rng.normal(size=300).astype(np.float32).view(np.uint32)
-    base = words + np.uint32(3) if with_base else None
+    base = None
+    if far is not None:
+        base = words.copy()
+        base[:far] += np.uint32(3)
     data = lossless.encode(words, base, DTYPES["F32"])
     for length in range(len(data)):
         with pytest.raises(CorruptionError):

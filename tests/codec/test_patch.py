@@ -41,6 +41,10 @@ def test_every_word_comes_back(dtype: str, count: int, seed: int, share: float) 
     room = np.empty_like(words)
     assert np.array_equal(patch.decode(memoryview(data), count, near, DTYPES[dtype], room), words)
     assert len(data) <= words.nbytes + 64 + count // 8
+    if share < 0.01 and count > 4000:
+        same = b"".join(patch.encode(words, words.copy(), DTYPES[dtype]))
+        assert len(same) < 64
+        assert np.array_equal(patch.decode(memoryview(same), count, words, DTYPES[dtype]), words)
     if share < 0.01 and count > 4000 and FORMS[dtype] in (2, 4):
         assert len(data) < 0.6 * words.nbytes
 
@@ -73,7 +77,9 @@ def test_compiled_loops_give_the_same_bits(
         assert np.array_equal(back, words)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0\0", b"\1", b"\2", b"\2\4", b"\3abc", b"\2\3abcd"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0\0", b"\1", b"\2", b"\2\4", b"\3abc", b"\4", b"\2\3abcd"]
+)
 def test_what_is_no_patch(data: bytes) -> None:
     with pytest.raises((CorruptionError, TruncatedError)):
         patch.decode(memoryview(data), 4, np.zeros(4, np.uint32), DTYPES["F32"])

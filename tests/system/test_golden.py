@@ -25,6 +25,7 @@ NAMES = [
     "v1-patches",
     "v1-provenance",
     "v1-shared-bytes",
+    "v1-sparse",
     "v1-types",
 ]
 FILES = ["v1-archive"]
