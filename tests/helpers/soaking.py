@@ -66,9 +66,9 @@ def run_states(seed: int, shape: tuple[int, int] = (48, 40)) -> Iterator[dict[st
 
 
 def resident(pid: int | str) -> int:
-    """Bytes of memory that a process has to itself or shares, as the system counts them."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of anonymous memory of a process: pages of mapped files belong to the system."""
+    resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def descriptors(pid: int | str) -> int:
