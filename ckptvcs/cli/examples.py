@@ -44,7 +44,9 @@ EXAMPLES = {
     ),
     "average": (
         "ckpt average 1000..2000 -o mean.pt",
-        "ckpt average HEAD~4..HEAD -o mean.safetensors -f",
+        "ckpt average --last 5 -o mean.safetensors -f",
+        "ckpt average --best eval_loss:3 -o best.pt",
+        "ckpt average 1000..2000 --like cosine -o cooled.pt",
     ),
     "bundle": ("ckpt bundle v1 release.ckptz", "ckpt bundle 1000..2000 part.ckptz"),
     "clone": ("ckpt clone release.ckptz", "ckpt clone release.ckptz exp1-copy"),

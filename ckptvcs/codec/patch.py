@@ -8,6 +8,7 @@ Layout: docs/format.md, "Exact patch".
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptvcs.codec import kernels
 from ckptvcs.codec.dtypes import DType
@@ -86,6 +87,14 @@ def decode(
         return np.frombuffer(data[1:], word_type(size))
     if form != NEAR or len(data) < 2 or size not in (2, 4) or data[1] >= size:
         raise CorruptionError("corrupt exact patch: unknown form or wrong length")
+    planes = _near_planes(data, count, size)
+    words = np.empty(count, word_type(size)) if out is None else out
+    kernels.active().join_words(planes, near, DELTA, dtype.floating, words)
+    return words
+
+
+def _near_planes(data: memoryview, count: int, size: int) -> NDArray[np.uint8]:
+    """Read the byte planes of the residuals from a patch of form NEAR: uint8 [size, count]."""
     raw, at = data[1], 2
     planes = np.zeros((size, count), np.uint8)
     for plane in planes[:raw]:
@@ -95,6 +104,4 @@ def decode(
         plane[positions], at = get_bytes(data, at, positions.size)
     if at != len(data):
         raise CorruptionError("corrupt exact patch: trailing bytes")
-    words = np.empty(count, word_type(size)) if out is None else out
-    kernels.active().join_words(planes, near, DELTA, dtype.floating, words)
-    return words
+    return planes

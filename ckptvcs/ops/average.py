@@ -3,10 +3,16 @@
 Sums are float64 and follow the order of the commits, so the result depends only on the commits.
 Each mean is rounded once to the type of the weight (twice for bfloat16, through float32).  Only
 float weights are averaged; everything else comes from the newest commit.
+
+A weighted mean of the checkpoints of a run with a constant learning rate does what a decay of the
+learning rate would have done.  Each update since the first checkpoint counts with the sum of the
+weights of the checkpoints that contain it; this sum follows the decay (WSM, arXiv 2507.17634).
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
@@ -28,14 +34,60 @@ from ckptvcs.decode.part_reader import PartReader, Window, windows
 from ckptvcs.decode.trajectory import Trajectory
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Targets
+from ckptvcs.gc.retention import Best
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import FileEntry
+from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import Op, Schema, Skeleton
 from ckptvcs.ops.export import suffix_fits
 from ckptvcs.parallel import Progress
 from ckptvcs.store.ids import ObjectId
+from ckptvcs.text import counted
 
 _AVERAGED = frozenset({"F64", "F32", "F16", "BF16"})
+
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: 0.5 + 0.5 * math.cos(math.pi * x),
+    "inverse-sqrt": lambda x: 1 - math.sqrt(x),
+}
+"""The learning rate, over that before the decay, at a share x of the decay."""
+
+DECAYS = tuple(_DECAYS)
+
+
+def decay_weights(like: str, count: int) -> list[float]:
+    """Return the weights of checkpoints; see `Repo.decay_weights`."""
+    rate = _DECAYS.get(like)
+    if rate is None:
+        raise InvalidInputError(f"unknown decay '{like}'", hint=f"use one of {', '.join(DECAYS)}")
+    rates = [*(rate(number / count) for number in range(count)), 0.0]
+    return [before - after for before, after in itertools.pairwise(rates)]
+
+
+def factors(count: int, weights: Sequence[float] | None, like: str | None) -> list[float] | None:
+    """Return the weights of `count` commits, whose sum is 1; None weighs all alike.
+
+    Raises:
+        InvalidInputError: The weights have no mean, are not `count`, or are given in both ways.
+    """
+    if like is not None:
+        if weights is not None:
+            raise InvalidInputError("weights and a decay exclude each other", hint="give only one")
+        return None if like == "linear" else decay_weights(like, count)
+    if weights is None:
+        return None
+    if len(weights) != count:
+        raise InvalidInputError(
+            f"{counted(len(weights), 'weight')} for {counted(count, 'commit')}",
+            hint="give a weight for each commit, oldest first",
+        )
+    total = math.fsum(weights)
+    if not all(map(math.isfinite, (*weights, total))) or not total > 0:
+        raise InvalidInputError(
+            "the weights have no positive sum", hint="write for example --weights 1,2,3"
+        )
+    return [weight / total for weight in weights]
 
 
 def _weights(schema: Schema) -> dict[str, int]:
@@ -67,9 +119,12 @@ def _rounded(values: np.ndarray[Any, np.dtype[np.float64]], dtype: str) -> Bytes
 
 
 def mean_weights(
-    catalog: Catalog, names: Sequence[ObjectId], progress: Progress
+    catalog: Catalog, names: Sequence[ObjectId], factors: Sequence[float] | None, progress: Progress
 ) -> dict[int, Bytes]:
-    """Return the bytes of the mean of each float weight, by number in the last commit's schema."""
+    """Return the bytes of the mean of each float weight, by number in the last commit's schema.
+
+    `factors` are the weights of the commits, whose sum is 1; None weighs all alike.
+    """
     last = catalog.schema(catalog.commit(names[-1]).schema)
     wanted = _weights(last)
     sums = {name: np.zeros(last.tensors[n].words, np.float64) for name, n in wanted.items()}
@@ -87,7 +142,9 @@ def mean_weights(
             for name, number in numbers_in(schema).items()
         }
 
-    for name, reader in Trajectory(catalog, choose).readers(names):
+    shares = itertools.repeat(1.0) if factors is None else factors
+    readers = Trajectory(catalog, choose).readers(names)
+    for (name, reader), share in zip(readers, shares, strict=factors is not None):
         infos, numbers = reader.schema.tensors, numbers_in(catalog.commit(name).schema)
         for weight, total in sums.items():
             info, number = last.tensors[wanted[weight]], numbers.get(weight)
@@ -101,12 +158,16 @@ def mean_weights(
                 )
             words = reader.raw(number).view(word_type(info.type.word))
             for at in range(0, total.size, SLICE_WORDS):
-                total[at : at + SLICE_WORDS] += _values(words[at : at + SLICE_WORDS], info.dtype)
+                values = _values(words[at : at + SLICE_WORDS], info.dtype)
+                if factors is not None:
+                    values = share * values.astype(np.float64)
+                total[at : at + SLICE_WORDS] += values
         progress(catalog.commit(name).raw_bytes)
     means = {}
     for weight, number in wanted.items():
         total = sums.pop(weight)
-        total /= len(names)
+        if factors is None:
+            total /= len(names)
         means[number] = _rounded(total, last.tensors[number].dtype)
     return means
 
@@ -171,18 +232,61 @@ def _crc32(data: bytes | memoryview) -> bytes:
     return zlib.crc32(data).to_bytes(4, "little")
 
 
+def choose(entries: Sequence[LogEntry], best: str | None, last: int | None) -> tuple[LogEntry, ...]:
+    """Return the commits that `Repo.average` averages, in their order.
+
+    Raises:
+        InvalidInputError: `best` is not METRIC, METRIC:N or METRIC:WAY:N, or `last` is below 1.
+        NotFoundError: No commit is left.
+    """
+    chosen = list(entries)
+    if best is not None:
+        rule = _best(best)
+        values = {
+            entry.id: value
+            for entry in chosen
+            if math.isfinite(value := entry.metrics.get(rule.metric, math.nan))
+        }
+        if not values:
+            raise NotFoundError(f"no commit in this range has the metric '{rule.metric}'")
+        sign = 1 if rule.way == "min" else -1
+        ranked = sorted(values, key=lambda name: sign * values[name])[: rule.count]
+        chosen = [entry for entry in chosen if entry.id in ranked]
+    if last is not None:
+        if last < 1:
+            raise InvalidInputError(f"invalid count {last}", hint="use a number of at least 1")
+        chosen = chosen[-last:]
+    if not chosen:
+        raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
+    return tuple(chosen)
+
+
+def _best(text: str) -> Best:
+    """Parse METRIC, METRIC:N, METRIC:WAY or METRIC:WAY:N; the way is `min` by default."""
+    metric, colon, count = text.rpartition(":")
+    if not colon or not count.isdecimal():
+        metric, count = text, "1"
+    if metric.rpartition(":")[2] not in ("min", "max"):
+        metric += ":min"
+    return Best.parse(f"{metric}:{count}")
+
+
 def average(
-    catalog: Catalog, names: list[ObjectId], path: Path, progress: Progress, *, force: bool = False
+    catalog: Catalog,
+    names: list[ObjectId],
+    factors: Sequence[float] | None,
+    path: Path,
+    progress: Progress,
+    *,
+    force: bool = False,
 ) -> list[ObjectId]:
     """Write the mean of the weights of some commits; see `Repo.average`.
 
     The target is checked first, and written as `PartReader.export` writes the last commit.
     """
-    if not names:
-        raise NotFoundError("no commits in this range", hint="run 'ckpt log' to list them")
     suffix_fits(catalog.commit(names[-1]), path)
     with Targets() as targets:
         at = targets.free(path, force=force)
-        newest = Averaged(catalog, names[-1], mean_weights(catalog, names, progress))
+        newest = Averaged(catalog, names[-1], mean_weights(catalog, names, factors, progress))
         PartReader(newest).export(at, None, lambda _: None, force=force)
     return names

@@ -258,10 +258,14 @@ class Reader(TensorReader):
         path: PathLike,
         *,
         every: int | None = None,
+        best: str | None = None,
+        last: int | None = None,
+        weights: Sequence[float] | None = None,
+        like: str | None = None,
         force: bool = False,
         progress: Progress = quiet,
     ) -> list[ObjectId]:
-        """Write the mean of the weights of a range of commits.
+        """Write the mean of the weights of several commits.
 
         Everything except the float weights is taken from the last commit.
 
@@ -270,6 +274,11 @@ class Reader(TensorReader):
             stop: As for `line`.
             path: The file or directory to write.
             every: As for `line`.
+            best: Only the best commits by a metric: `METRIC`, `METRIC:N`, `METRIC:max` or
+                `METRIC:max:N`.
+            last: Only this number of the newest commits.
+            weights: A weight for each commit, oldest first; they are divided by their sum.
+            like: Weigh the commits as `decay_weights` says: `linear`, `cosine` or `inverse-sqrt`.
             force: Overwrite an existing file.
             progress: Called with the number of bytes that were read or written since its last call.
 
@@ -278,13 +287,33 @@ class Reader(TensorReader):
 
         Raises:
             NotFoundError: The range contains no commit.
-            InvalidInputError: A weight does not have the same shape and type in all commits.
+            InvalidInputError: A weight does not have the same shape and type in all commits, or an
+                argument is not valid.
             ConflictError: The file exists and `force` is not set.
         """
-        names = self._line(start, stop, every)
+        chosen = ops.average.choose(self.line(start, stop, every), best, last)
+        factors = ops.average.factors(len(chosen), weights, like)
+        names = [entry.id for entry in chosen]
         return ops.average.average(
-            self._repository.catalog, names, Path(path), progress, force=force
+            self._repository.catalog, names, factors, Path(path), progress, force=force
         )
+
+    @staticmethod
+    def decay_weights(like: str, count: int) -> list[float]:
+        """Return the weights of checkpoints whose mean emulates a decay of the learning rate.
+
+        Args:
+            like: The decay: `linear`, `cosine` or `inverse-sqrt` (1 minus the root of the time).
+            count: The number of checkpoints, at equal distances.
+
+        Returns:
+            A weight for each checkpoint, oldest first; their sum is 1.  Those of `linear` are
+            equal.
+
+        Raises:
+            InvalidInputError: No decay has this name.
+        """
+        return ops.average.decay_weights(like, count)
 
     def bisect(
         self,

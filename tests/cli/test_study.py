@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptvcs import InvalidInputError
+from ckptvcs import InvalidInputError, Repo
 from ckptvcs.history.revision import split_tensor
 from tests.helpers.command_line import Ckpt, sha
 from tests.helpers.comparing import same
@@ -227,6 +228,71 @@ def test_average_writes_the_mean_of_a_range(
         ckpt("average", text, "-o", "no.pt", code=2)
     assert json.loads(ckpt("average", "HEAD..HEAD", "-o", "one.pt", "--json").out)
     assert sha(history / "one.pt") == sha(run_files[4])
+
+
+def weighted(states: list[Any], factors: list[float], name: str) -> torch.Tensor:
+    rows = zip(states, factors, strict=True)
+    total = torch.stack([factor * state["model"][name].double() for state, factor in rows])
+    return total.sum(0).float()
+
+
+def test_average_with_weights(ckpt: Ckpt, history: Path, run_files: list[Path]) -> None:
+    states = [torch.load(path, weights_only=True) for path in run_files]
+
+    def mean(*args: object) -> torch.Tensor:
+        ckpt("average", *args, "-o", "mean.safetensors", "-f")
+        return load_file(history / "mean.safetensors")["0.weight"]
+
+    def expect(found: torch.Tensor, factors: list[float]) -> None:
+        chosen = states[-len(factors) :]
+        assert torch.allclose(found, weighted(chosen, factors, "0.weight"), rtol=0, atol=1e-7)
+
+    expect(mean("--last", 2, "--weights", "1,3"), [0.25, 0.75])
+    expect(mean("--last", 4, "--like", "cosine"), Repo.decay_weights("cosine", 4))
+    expect(mean("4..5", "--like", "inverse-sqrt"), [2**-0.5, 1 - 2**-0.5])
+    assert same(mean("2..5", "--like", "linear"), mean("--last", 4))
+    assert same(mean("2..5", "--last", 1), states[4]["model"]["0.weight"])
+    wrong: list[tuple[list[object], str]] = [
+        (["--last", 2, "--weights", "1,2,3"], "3 weights for 2 commits"),
+        (["--last", 2, "--weights", "1,-1"], "no positive sum"),
+        (["--last", 2, "--weights", "nan,1"], "no positive sum"),
+        (["--last", 2, "--weights", "a,b"], "invalid weights"),
+        (["--last", 2, "--weights", "1,2", "--like", "cosine"], "exclude each other"),
+        (["--last", 2, "--like", "cubic"], "unknown decay 'cubic'"),
+        (["--last", 0], "0"),
+        ([], "no commits are named"),
+    ]
+    for args, words in wrong:
+        assert words in ckpt("average", *args, "-o", "no.pt", code=2).err
+    assert not (history / "no.pt").exists()
+
+
+def test_average_of_the_best(ckpt: Ckpt, history: Path) -> None:
+    for step, (loss, score) in enumerate([(3, 1), (1, 2), (2, 3), (5, 9)], 1):
+        ckpt("note", step, "--metric", f"cost={loss}", "--metric", f"score={score}")
+
+    def steps(*args: object) -> list[int]:
+        found: list[int] = ckpt("average", *args, "-o", "b.pt", "-f", "--json").json["steps"]
+        return found
+
+    assert steps("--best", "cost:2") == [2, 3]
+    assert steps("--best", "cost") == [2]
+    assert steps("--best", "score:max:3") == [2, 3, 4]
+    assert steps("3..5", "--best", "cost:min:9") == [3, 4]
+    assert "has the metric 'none'" in ckpt("average", "--best", "none:2", "-o", "x.pt", code=3).err
+
+
+@pytest.mark.parametrize("like", ["linear", "cosine", "inverse-sqrt"])
+def test_weights_of_a_decay(like: str) -> None:
+    for count in (1, 2, 7, 50):
+        weights = Repo.decay_weights(like, count)
+        assert len(weights) == count
+        assert sum(weights) == pytest.approx(1)
+        assert min(weights) > 0
+        rates = np.cumsum(weights[::-1])[::-1]  # of the updates before each checkpoint
+        assert rates[0] == pytest.approx(1)
+        assert (np.diff(rates) < 0).all()
+    assert Repo.decay_weights("linear", 4) == pytest.approx([0.25] * 4)
 
 
 def test_average_of_other_types(ckpt: Ckpt, tmp_path: Path) -> None:

@@ -371,7 +371,7 @@ WRITERS: dict[str, Callable[[Repo, Any, Path], object]] = {
         target, None, lambda _: None
     ),
     "average": lambda repo, name, target: average(
-        handle(repo).catalog, [name], target, lambda _: None, force=True
+        handle(repo).catalog, [name], None, target, lambda _: None, force=True
     ),
 }
 
