@@ -62,7 +62,7 @@ class NearSpec:
     @property
     def lag_bound(self) -> float:
         """The largest lag. Steps of only one size, as of a sign optimizer, can exceed it."""
-        return self.max_lag or _LAG * self.step**2
+        return self.max_lag or _LAG * min(self.step, self.cap) ** 2
 
 
 @dataclass(frozen=True)

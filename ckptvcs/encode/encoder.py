@@ -212,6 +212,8 @@ class Encoder:
             steady = SourceTensor(self._checkpoint, target.number).steady
             writer = self._frames[self._infos[target.number].part]
             draft = writer.begin(target.dtype, target.base, steady=steady)
+            if target.base is not None and target.role == WEIGHT:
+                self._planner.measure_movement(target)
             if index in encoder.companions:
                 draft.companion = drafts[encoder.companions[index]].number
             drafts.append(draft)

@@ -16,7 +16,7 @@ from ckptvcs.codec.sections import sample
 from ckptvcs.codec.spec import NearSpec
 from ckptvcs.codec.words import double_squares, to_float32
 from ckptvcs.encode.error_sample import sampled
-from ckptvcs.encode.group import Floats, Group
+from ckptvcs.encode.group import Floats, Group, Target
 
 _SAMPLE = 1 << 16  # sampled entries of a tensor
 _OUTLYING = 4.0  # largest RMS of a movement that counts, over that of the median tensor
@@ -61,6 +61,24 @@ def _finite_rms(values: Floats) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         finite = values[np.isfinite(values)]
         return float(np.sqrt(np.mean(double_squares(finite)))) if finite.size else 0.0
+
+
+def share_of_movement(target: Target) -> float | None:
+    """Return the share of the movement in the residuals of a weight; None without a sample."""
+    base = target.base
+    if base is None or base.errors is None:
+        return None
+    words = int(np.prod(target.shape, dtype=np.int64))
+    picked, few = sampled(words)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = [
+            target.sampled(number, few) - sample(to_float32(base.slice(number), target.dtype), few)
+            for number in picked
+        ]
+    residuals = np.concatenate(rows)
+    if residuals.size != base.errors.size:
+        return None
+    return _sampled_share(residuals, base.errors, 1.0)
 
 
 def _sampled_share(residuals: Floats, errors: Floats, other: float) -> float:
@@ -165,8 +183,8 @@ def _finer(spec: NearSpec, rows: list[Scale]) -> NearSpec:
         (_MARGIN * spec.max_weight_error) ** 2 * weight if spec.max_weight_error else math.inf,
         _MARGIN**2 * spec.lag_bound * movement,
     ]
-    bound = min(bounds)
-    if _NOISE * spec.step**2 * movement <= bound:
+    bound, step = min(bounds), min(spec.step, spec.cap)
+    if _NOISE * step**2 * movement <= bound:
         return spec
-    share = float(np.sqrt(bound / (_NOISE * movement))) / spec.step
+    share = float(np.sqrt(bound / (_NOISE * movement))) / step
     return replace(spec, step=share * spec.step, cap=share * spec.cap)

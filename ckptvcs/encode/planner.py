@@ -23,7 +23,13 @@ from ckptvcs.encode.exact import ExactEncoder
 from ckptvcs.encode.gpu import DeviceEncoder
 from ckptvcs.encode.group import Errors, Floats, Group, GroupEncoder, Target
 from ckptvcs.encode.near import NearEncoder
-from ckptvcs.encode.near_plan import NearPlan, Scale, measure_scale, movement_share
+from ckptvcs.encode.near_plan import (
+    NearPlan,
+    Scale,
+    measure_scale,
+    movement_share,
+    share_of_movement,
+)
 from ckptvcs.encode.source import SourceTensor, find_masters
 from ckptvcs.history.commit import ErrorReport
 from ckptvcs.parallel import ordered_map
@@ -113,6 +119,13 @@ class Planner:
                 yield from self._excp_encoders(left, group, settings)
         else:
             yield from (self._exact_encoder(number) for _, left in rows for number in left)
+
+    def measure_movement(self, target: Target) -> None:
+        """Measure how far a weight moved, before its base in memory is replaced."""
+        if target.number not in self._shares:  # those of near weights are measured with the scale
+            share = share_of_movement(target)
+            if share is not None:
+                self._shares[target.number] = share
 
     def movement(self, target: Target, errors: Errors) -> float:
         """Return the energy of the movement since the parent, of the part that has these errors."""

@@ -1,4 +1,4 @@
-"""Plot error against size for near, small and ExCP, over a range of settings.
+"""Plot error against size for near and ExCP, over a range of settings.
 
 python -m scripts.bench.curves RUNS --csv FILE --picture FILE.svg
 """
@@ -16,8 +16,7 @@ from scripts.bench.methods import keep_ckpt
 from scripts.bench.tables import STRETCHES, stretch
 
 FAMILIES = {
-    "near": [f"near:step={step}" for step in (0.9, 1.2, 1.5, 1.85, 2.3, 2.8)],
-    "small": [f"small:step={step}" for step in (1.8, 2.3, 2.85, 3.4, 4.0)],
+    "near": [f"near:step={step}" for step in (1.1, 1.5, 1.9, 2.4, 3.0, 4.0)],
     "ExCP": [f"excp:alpha={alpha}" for alpha in (1e-5, 2e-5, 5e-5, 1e-4)],
     "ExCP, fixed multiplier": [f"excp-max:multiplier={m}" for m in (1, 1.5, 2, 2.5, 3.5)],
 }

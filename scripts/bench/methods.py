@@ -121,6 +121,7 @@ def keep_ckpt(paths: list[Path], scratch: Path, codec: str) -> Kept:
     repo.configure("keep-exact", "0")  # measure without exact patches
     target = scratch / "back.pt"
     base: State | None = None
+    true: State = {}
     for path in paths:
         started = time.perf_counter()
         result = repo.commit_path(path, message=path.stem, codec=codec)
@@ -129,8 +130,8 @@ def keep_ckpt(paths: list[Path], scratch: Path, codec: str) -> Kept:
         kept.checkout_s.append(
             timed(lambda name=result.id: repo.checkout_files(name, target, force=True))  # type: ignore[misc]
         )
-        restored = load(target)
+        restored, parent, true = load(target), true, load(path)
         if base is not None:
-            kept.quality.append(compare(load(path), restored, base))
+            kept.quality.append(compare(true, restored, base, parent))
         base = restored
     return kept

@@ -22,6 +22,7 @@ class Quality:
     """Relative squared errors over all tensors that may be encoded with loss.
 
     `weight_rel`: of the weights (a root)
+    `lag`: of the weights, relative to the difference between the true states
     `residual_nmse`: relative to the difference to the previous restored checkpoint
     `fisher_nmse`: the same, with squares weighted by exp_avg_sq
     `first_nmse`: of exp_avg, or of SGD's momentum
@@ -31,6 +32,7 @@ class Quality:
     """
 
     weight_rel: float
+    lag: float
     residual_nmse: float
     fisher_nmse: float
     first_nmse: float
@@ -66,16 +68,21 @@ def moments(state: State) -> Iterator[dict[str, torch.Tensor]]:
         yield {name: value.float() for name, value in each.items() if value is not None}
 
 
-def compare(true: State, restored: State, base: State) -> Quality:
-    """Compare a restored state with the true one; `base` is the restored state before it."""
-    weight, residual, fisher, first, second, update = (_Ratio() for _ in range(6))
+def compare(true: State, restored: State, base: State, parent: State) -> Quality:
+    """Compare a restored state with the true one.
+
+    `parent` is the true state before it, `base` what was restored of that.
+    """
+    weight, lag, residual, fisher, first, second, update = (_Ratio() for _ in range(7))
     group, worst = true["optimizer"]["param_groups"][0], 0.0
     draw = torch.Generator().manual_seed(0)
     old, near, now = weights(base), weights(restored), weights(true)
+    before = weights(parent)
     for name, value in now.items():
         if value.numel() >= LEAST:
             error = near[name] - value
             weight.add(error, value)
+            lag.add(error, value - before[name])
             worst = max(worst, residual.add(error, value - old[name]))
     for name, one, two in zip(now, moments(true), moments(restored), strict=True):
         key = "exp_avg" if "exp_avg" in one else "momentum_buffer"
@@ -93,6 +100,7 @@ def compare(true: State, restored: State, base: State) -> Quality:
         fisher.add(root * (near[name] - now[name]), root * (now[name] - old[name]))
     return Quality(
         weight.value() ** 0.5,
+        lag.value(),
         residual.value(),
         fisher.value(),
         first.value(),

@@ -30,7 +30,7 @@ from scripts.tinygpt import TinyGPT, TrainSpec, corpus, learning_rate, tokenize
 
 STEPS = 60
 POINTS = (750, 1050)
-CODECS = ("near", "small", "excp", "excp-max")
+CODECS = ("near", "excp", "excp-max")
 CHAIN = 5  # deltas before a point, one per 50 steps
 
 

@@ -72,6 +72,7 @@ MOVES: dict[str, Callable[[], Move]] = {
     "signs": lambda: signs,
 }
 CASES = [(move, codec) for move in MOVES for codec in ("near", "near:step=4", "near:step=1")]
+CASES += [("steady", "excp"), ("steady", "excp-max"), ("faster", "excp-max")]
 
 
 def difference(one: Weights, other: Weights) -> float:
@@ -98,7 +99,9 @@ def test_the_lag_does_not_grow(move: str, codec: str, tmp_path: Path) -> None:
             lags.append(error / moved)
             recorded.append(entry.commit.error.lag)
     assert max(lags[-10:]) <= 1.2 * median(lags)
-    assert recorded == pytest.approx(lags, rel=0.15)
+    assert median(recorded) == pytest.approx(median(lags), rel=0.1)
+    if codec.startswith("near"):
+        assert recorded == pytest.approx(lags, rel=0.15)
 
 
 def test_without_a_sample_the_movement_is_estimated(tmp_path: Path) -> None:
