@@ -51,7 +51,7 @@ def _starts(infos: Sequence[TensorInfo]) -> list[int]:
     return [0, *np.cumsum([info.size_bytes for info in infos], dtype=np.int64).tolist()]
 
 
-def _has_room(folder: Path, size_bytes: int) -> bool:
+def has_room(folder: Path, size_bytes: int) -> bool:
     """Return whether the disk has room for a table and for what needs the disk more."""
     return free_bytes(folder) >= _SPARE * size_bytes
 
@@ -72,7 +72,7 @@ class BaseWriter(TableWriter):
         self._failed = False
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            if not _has_room(folder, self._starts[-1]):
+            if not has_room(folder, self._starts[-1]):
                 return
             self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
@@ -196,7 +196,7 @@ class RecentTables(dict[ObjectId, CachedTable]):
 
         Yield None if the disk is almost full.
         """
-        if not _has_room(self._folder, _starts(infos)[-1]):
+        if not has_room(self._folder, _starts(infos)[-1]):
             yield None
             return
         folder = self._folder / infos[0].part

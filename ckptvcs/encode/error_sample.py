@@ -22,7 +22,7 @@ from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.codec.frame import slice_size, slices_of
 from ckptvcs.codec.sections import sample
 from ckptvcs.codec.words import Floats, Words, octets, to_float32
-from ckptvcs.decode.base_cache import MemoryBase
+from ckptvcs.decode.base_cache import MemoryBase, has_room
 from ckptvcs.hashing import hash_of
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.disk import read_small
@@ -80,7 +80,9 @@ class ErrorSample:
             + [rows.get(at, np.zeros(length, np.float32)) for at, length in lengths.items()]
         )
         with contextlib.suppress(OSError):  # the next commit does without it
-            _write(folder, values, data)
+            folder.mkdir(parents=True, exist_ok=True)
+            if has_room(folder, data.nbytes):
+                _write(folder, values, data)
 
 
 def _joined(slices: Mapping[int, Floats]) -> Floats:
@@ -94,7 +96,6 @@ def _lengths(infos: Iterable[TensorInfo]) -> dict[int, int]:
 
 
 def _write(folder: Path, values: ObjectId, data: Floats) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{os.urandom(8).hex()}"
     try:
         temporary.write_bytes(hash_of(octets(data)) + octets(data))

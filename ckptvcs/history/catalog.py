@@ -163,10 +163,28 @@ class Catalog:
         )
 
     def complete_recipes(self, values: ObjectId) -> Iterator[tuple[ObjectId, Recipe]]:
-        """Yield the recipes whose bundles the index has, in the order of use."""
-        for name, recipe in self.recipes(values):
-            if all(map(self.store.contains, recipe.bundles)):
-                yield name, recipe
+        """Yield the recipes whose bundles the index has, in the order of use.
+
+        A power cut can leave the exact patch of a commit without the near form that it changes.
+        Such a patch does not count beside another recipe.
+        """
+        whole = [
+            (name, recipe)
+            for name, recipe in self.recipes(values)
+            if all(map(self.store.contains, recipe.bundles))
+        ]
+        if len(whole) > 1:
+            whole = [pair for pair in whole if self._has_base(pair[1])] or whole
+        yield from whole
+
+    def _has_base(self, recipe: Recipe) -> bool:
+        """Return whether a recipe is not a patch, or the near form that it changes has a recipe."""
+        if not recipe.patch:
+            return True
+        with contextlib.suppress(CorruptionError):  # the reader of the bundle reports the damage
+            tables = {frame.base[0] for frame in self.bundle(recipe.bundles[0]) if frame.base}
+            return all(map(self.has_recipe, tables))
+        return True
 
     def _recipes(self, key: bytes) -> Iterator[tuple[ObjectId, Recipe]]:
         for name in self.store.find(key):

@@ -26,11 +26,11 @@ def keep_reserve(cache: Path) -> None:
 
 
 def give_up_reserve(cache: Path) -> None:
-    """Delete the reserve and the cached bases; the next commits rebuild both.
+    """Delete the reserve, the cached bases and their errors; the next commits rebuild them.
 
     Raises:
         OSError: the file system refuses.
     """
     (cache / _NAME).unlink(missing_ok=True)
-    for path in [*(cache / "bases").glob("[!.]*")]:
+    for path in [*(cache / "bases").glob("[!.]*"), *(cache / "errors").glob("[!.]*")]:
         path.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ def test_old_and_future_times_are_dates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "gone"), [(200, set()), (88, {"ratio", "when"}), (72, {"ratio", "when", "later"})]
+    ("columns", "gone"), [(200, set()), (98, {"ratio", "when"}), (82, {"ratio", "when", "later"})]
 )
 def test_a_narrow_terminal_leaves_out_the_least_important_columns(
     columns: int,

@@ -90,12 +90,12 @@ def test_what_the_next_sweep_frees_is_what_it_frees(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rekey", [False, True])
 def test_sizes_add_up_while_drops_wait(rekey: bool, tmp_path: Path) -> None:
     repo = Repo.init(tmp_path)
-    commits(repo, 1, 8, "near")
+    commits(repo, 1, 20, "near")
     before = stored(repo)
     planned = repo.plan_gc(Policy(last=2))
     assert planned.freed_bytes + planned.kept_bytes == before == stored(repo)
     done = repo.gc(Policy(last=2), rekey=rekey)
-    assert len(done.waiting) == Repo.open(tmp_path).stats().waiting == 6
+    assert len(done.waiting) == Repo.open(tmp_path).stats().waiting == 18
     assert done.kept_bytes == stored(repo) == before - done.freed_bytes
     for plan in (repo.plan_gc(), repo.gc()):
         assert (plan.freed_bytes, plan.kept_bytes) == (0, stored(repo))
