@@ -24,7 +24,7 @@ from tests.helpers.crashing import states
 
 
 @pytest.mark.parametrize(
-    "seconds", [1.5, pytest.param(300.0, marks=pytest.mark.slow)], ids=["short", "long"]
+    "seconds", [5.0, pytest.param(300.0, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 def test_writers_readers_and_a_collector(seconds: float, tmp_path: Path) -> None:
     root = tmp_path / "repo"
