@@ -323,7 +323,7 @@ def test_what_was_reported_as_done_is_there(way: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SCRIPT, str(tmp_path), way]
     done = subprocess.run(command, check=True, env=environment(), stdout=subprocess.PIPE)
     beside = Path("/proc") / done.stdout.decode().strip()
-    for _ in range(300):
+    for _ in range(1200):
         if not beside.exists():
             break
         time.sleep(0.1)
