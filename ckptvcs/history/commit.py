@@ -97,7 +97,7 @@ class ErrorReport:
             gradient from N(0, v).
         max_abs: The largest absolute error.
         lag: |W' - W|^2 / |W - parent|^2, where the parent is the committed weight of the parent: by
-            how many commits of a random walk the near form is late.  None if there is no parent, or
+            how many commits of a random walk the near form is late.  None without a parent, or
             if the weight did not move.
     """
 

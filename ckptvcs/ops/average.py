@@ -53,14 +53,12 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 }
 """The learning rate, over that before the decay, at a share x of the decay."""
 
-DECAYS = tuple(_DECAYS)
-
 
 def decay_weights(like: str, count: int) -> list[float]:
     """Return the weights of checkpoints; see `Repo.decay_weights`."""
     rate = _DECAYS.get(like)
     if rate is None:
-        raise InvalidInputError(f"unknown decay '{like}'", hint=f"use one of {', '.join(DECAYS)}")
+        raise InvalidInputError(f"unknown decay '{like}'", hint=f"use one of {', '.join(_DECAYS)}")
     rates = [*(rate(number / count) for number in range(count)), 0.0]
     return [before - after for before, after in itertools.pairwise(rates)]
 
@@ -242,16 +240,13 @@ def choose(entries: Sequence[LogEntry], best: str | None, last: int | None) -> t
     chosen = list(entries)
     if best is not None:
         rule = _best(best)
-        values = {
-            entry.id: value
-            for entry in chosen
-            if math.isfinite(value := entry.metrics.get(rule.metric, math.nan))
-        }
-        if not values:
-            raise NotFoundError(f"no commit in this range has the metric '{rule.metric}'")
-        sign = 1 if rule.way == "min" else -1
-        ranked = sorted(values, key=lambda name: sign * values[name])[: rule.count]
-        chosen = [entry for entry in chosen if entry.id in ranked]
+        picked = rule.pick((e.id, replace(e.commit, metrics=e.metrics)) for e in chosen)
+        if not picked:
+            raise NotFoundError(
+                f"no commit in this range has the metric '{rule.metric}'",
+                hint="run 'ckpt log' to see the metrics",
+            )
+        chosen = [entry for entry in chosen if entry.id in picked]
     if last is not None:
         if last < 1:
             raise InvalidInputError(f"invalid count {last}", hint="use a number of at least 1")

@@ -71,7 +71,7 @@ def moments(state: State) -> Iterator[dict[str, torch.Tensor]]:
 def compare(true: State, restored: State, base: State, parent: State) -> Quality:
     """Compare a restored state with the true one.
 
-    `parent` is the true state before it, `base` what was restored of that.
+    `parent` is the true state before it, and `base` the restored form of `parent`.
     """
     weight, lag, residual, fisher, first, second, update = (_Ratio() for _ in range(7))
     group, worst = true["optimizer"]["param_groups"][0], 0.0

@@ -33,7 +33,6 @@ os.kill(os.getpid(), signal.SIGSTOP)
 """,
     "telling of a commit": """
 from ckptvcs.store.index import following
-from tests.helpers.profiles import short
 def stop(*args): os.kill(os.getpid(), signal.SIGSTOP)
 following.append_record = stop
 repo.commit({"w": numpy.full(1000, 7, "f4")}, step=7)
