@@ -312,7 +312,7 @@ for step in range(3):
     future = repo.commit_async({"w": torch.full((1 << 18,), float(step))}, step=step)
     if step < 2:
         future.result()
-print(ckptvcs.repo.client(repo).worker.process.pid)
+print(ckptvcs.repo.client(repo).worker.process.pid, flush=True)
 if sys.argv[2] == "die":
     os._exit(0)
 """
@@ -323,7 +323,7 @@ def test_what_was_reported_as_done_is_there(way: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SCRIPT, str(tmp_path), way]
     done = subprocess.run(command, check=True, env=environment(), stdout=subprocess.PIPE)
     beside = Path("/proc") / done.stdout.decode().strip()
-    for _ in range(1200):
+    for _ in range(300):
         if not beside.exists():
             break
         time.sleep(0.1)
