@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ckptvcs.history.log import LogEntry
     from ckptvcs.history.note import Note
     from ckptvcs.history.provenance import CodeState, Provenance
+    from ckptvcs.history.records import Archived
     from ckptvcs.history.reflog import ReflogEvent, Undone
     from ckptvcs.history.refs import Generation
     from ckptvcs.history.schema import TensorInfo
@@ -68,6 +69,7 @@ __version__: str
 tame_log()
 
 _HOMES = {
+    "Archived": "history.records",
     "Best": "gc.retention",
     "Bisection": "ops.bisect",
     "Bundled": "ops.bundle",
@@ -146,6 +148,7 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "Archived",
     "Best",
     "Bisection",
     "Bundled",

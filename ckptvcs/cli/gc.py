@@ -16,7 +16,9 @@ from ckptvcs.repo import Repo
 from ckptvcs.text import counted, seconds
 
 if TYPE_CHECKING:
-    from ckptvcs import Decision, GcPlan
+    from collections.abc import Sequence
+
+    from ckptvcs import Archived, Decision, GcPlan
 
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -86,6 +88,9 @@ def gc(
     rekey: Annotated[
         bool, Option("--rekey", help="re-encode deltas that need deleted commits")
     ] = False,
+    archive: Annotated[
+        bool, Option("--archive", help="archive old commits; the settings archive-* say which")
+    ] = False,
     now: Now = False,
     sweep: Sweep = True,
     yes: Yes = False,
@@ -108,7 +113,8 @@ def gc(
         raise InvalidInputError(
             f"{option} cannot be combined with --no-sweep", hint="leave out --no-sweep"
         )
-    _run(open_repo(context), policy, _Flags(now, sweep, rekey, dry_run, json), ask=not yes)
+    flags = _Flags(now, sweep, rekey, archive, dry_run, json)
+    _run(open_repo(context), policy, flags, ask=not yes)
 
 
 @dataclass(frozen=True)
@@ -116,15 +122,25 @@ class _Flags:
     now: bool
     sweep: bool
     rekey: bool
+    archive: bool
     dry_run: bool
     json: bool
 
 
 def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
+    archives = flags.archive or repo.setting("archive-after") != "off"
     if flags.dry_run:
-        _tell(repo, repo.plan_gc(policy, now=flags.now), flags)
+        with render.progress("archiving" if archives else "planning", None) as tick:
+            plan = repo.plan_gc(policy, now=flags.now, archive=flags.archive, progress=tick)
+        _tell(repo, plan, flags)
         return
     ask = ask and not flags.json and render.can_ask()
+    if ask and archives:  # a plan takes as long as the archiving itself
+        question = "archive commits, and delete their near form for good?" if flags.now else None
+        if question is not None and not render.confirm(question):
+            render.talk("nothing was changed")
+            return
+        ask = False
     if ask:
         plan = repo.plan_gc(policy, now=flags.now)
         _show(plan)
@@ -132,8 +148,16 @@ def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
         if question is not None and not render.confirm(question):
             render.talk("nothing was changed")
             return
-    with render.progress("rekeying" if flags.rekey else "sweeping", None) as tick:
-        plan = repo.gc(policy, sweep=flags.sweep, now=flags.now, rekey=flags.rekey, progress=tick)
+    doing = "archiving" if archives else "rekeying" if flags.rekey else "sweeping"
+    with render.progress(doing, None) as tick:
+        plan = repo.gc(
+            policy,
+            sweep=flags.sweep,
+            now=flags.now,
+            rekey=flags.rekey,
+            archive=flags.archive,
+            progress=tick,
+        )
     _tell(repo, plan, flags, table=not ask)
 
 
@@ -195,6 +219,8 @@ def plan_json(plan: GcPlan, *, dry_run: bool) -> render.Json:
             "stale_files freed_bytes kept_bytes unreachable abandoned waiting waiting_bytes "
             "next_deletion",
         ),
+        "archived": [_archived_json(row) for row in plan.archived],
+        "replaced": list(plan.replaced),
         "faded": sorted(row.id for row in plan.faded),
         "commits": [
             {"id": row.name}
@@ -202,6 +228,11 @@ def plan_json(plan: GcPlan, *, dry_run: bool) -> render.Json:
             for row in plan.decisions
         ],
     }
+
+
+def _archived_json(row: Archived) -> render.Json:
+    error = render.attributes(row.error, "weight_rel max_abs lag")
+    return {"id": row.commit, "between": list(row.between), "error": error}
 
 
 def describe_sizes(plan: GcPlan, *, dry_run: bool, sweep: bool) -> str:
@@ -223,6 +254,8 @@ def _show(plan: GcPlan) -> None:
         render.data(
             f"fade to near: {counted(len(plan.faded), 'commit')} (the exact patches expire)"
         )
+    if plan.archived:
+        render.data(_archived_text(plan.archived))
     if plan.packs:
         render.data(counted(len(plan.packs), "unreachable pack"))
     if plan.unreachable:
@@ -234,6 +267,18 @@ def _show(plan: GcPlan) -> None:
         render.data(f"deletes {left} that no branch, tag or pin reaches any more: {named}")
     for name in plan.stale_files:
         render.data(f"{name}  stale file of a process that ended")
+
+
+def _archived_text(rows: Sequence[Archived]) -> str:
+    """Return how many commits are archived, and how far they are off."""
+    anchors = sum(not row.between for row in rows)
+    lags = [row.error.lag for row in rows if row.error.lag is not None]
+    error = max(row.error.weight_rel for row in rows)
+    mean = sum(lags) / len(lags) if lags else 0.0
+    return (
+        f"archive {counted(len(rows), 'commit')}: {counted(anchors, 'anchor')}, the others between "
+        f"them; lag {mean:.1f} on average, {max(lags, default=0.0):.1f} at most, error {error:.2g}"
+    )
 
 
 def _age(row: Decision) -> tuple[int, str, str]:

@@ -17,19 +17,21 @@ from typing import Protocol
 
 import numpy as np
 
-from ckptvcs.codec.dtypes import DTYPES, DType
+from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES, DType, float_type
 from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_size, slices_of
+from ckptvcs.codec.interpolate import interpolate
 from ckptvcs.codec.words import Words, octets, word_type
 from ckptvcs.errors import CkptError, CorruptionError, TruncatedError
 from ckptvcs.hashing import hash_of, hasher
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.recipe import NO_HASH, Frame, slice_hash
+from ckptvcs.history.recipe import NO_HASH, Between, Frame, slice_hash
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.ids import ObjectId
 
 MAX_DEPTH = 4096
 _PATCH = bytes([PATCH])
 _MASTER = DTYPES["F32"]
+_NO_BUNDLE = ObjectId("")
 _MAX_CHANGES = 4  # of the word size along a chain: each can make decoding eight times slower
 _CANDIDATES = ("U8", "U16", "BF16", "F16", "U32", "F32", "U64", "F64")
 """Element types to try for a frame that names none."""
@@ -72,6 +74,7 @@ class Link:
     type        element type that the frame was encoded as
     companion   the chain of its auxiliary frame
     decoded     the table and position of the tensor that it decodes to, if that is available
+    between     for an interpolated tensor, whose frame is empty: what it is between
     """
 
     bundle: ObjectId
@@ -79,6 +82,17 @@ class Link:
     type: DType
     companion: tuple[Link, ...] = ()
     decoded: tuple[DecodedTable, int] | None = None
+    between: Ends | None = None
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The chains of two tensors, and a share of the way from the first to the last."""
+
+    first: list[Link]
+    last: list[Link]
+    part: int
+    whole: int
 
 
 class ChainReader:
@@ -95,9 +109,37 @@ class ChainReader:
             CorruptionError: a frame is not based on one of lower depth, or has a type that
                 the bytes of the tensor cannot have.
         """
-        chain = self._chain(self._catalog.place(values, tensor), info.type, (values, tensor))
+        place = self._catalog.place(values, tensor)
+        if isinstance(place, Between):
+            return [self._interpolated(place, values, tensor, info)]
+        chain = self._chain(place, info.type, (values, tensor))
         _check_types(chain, info)
         return chain
+
+    def _interpolated(
+        self, place: Between, values: ObjectId, tensor: int, info: TensorInfo
+    ) -> Link:
+        """Return the link of an interpolated tensor."""
+        table, chains = self._decoded(values), list[list[Link]]()
+        decoded = None if table is None else (table, tensor)
+        empty, dtype = Frame(None, 0, None, ()), DTYPES[float_type(info.dtype)]
+        if decoded is not None and decoded[0].has(tensor):
+            return Link(_NO_BUNDLE, empty, dtype, (), decoded)
+        for end in (place.first, place.last):
+            chain = self._chain(self._catalog.frame_place(*end), dtype, end)
+            if dtype.name not in WEIGHT_DTYPES or {link.type.name for link in chain} != {
+                dtype.name
+            }:
+                raise CorruptionError(f"{info.name} is interpolated between other types")
+            chains.append(chain)
+        return Link(
+            _NO_BUNDLE,
+            empty,
+            dtype,
+            (),
+            decoded,
+            Ends(chains[0], chains[1], place.part, place.whole),
+        )
 
     def _chain(
         self, top: tuple[ObjectId, int], asked: DType, tensor: tuple[ObjectId, int] | None
@@ -147,7 +189,7 @@ class ChainReader:
             if frame.base is None:
                 return
             limit, tensor = frame.depth - 1, frame.base
-            place = self._catalog.place(*tensor)
+            place = self._catalog.frame_place(*tensor)
 
     def require_slices(self, values: ObjectId, tensor: int, info: TensorInfo) -> None:
         """Check the number of slices of a tensor before memory is allocated for it.
@@ -155,7 +197,13 @@ class ChainReader:
         Raises:
             CorruptionError: the schema claims another size than the frame has.
         """
-        bundle, frame = self._catalog.frame(values, tensor)
+        place = self._catalog.place(values, tensor)
+        if isinstance(place, Between):
+            for end in (place.first, place.last):
+                self._catalog.frame_place(*end)
+                self.require_slices(*end, info)
+            return
+        bundle, frame = place[0], self._catalog.frame_at(*place)
         types = [DTYPES[frame.dtype]] if frame.dtype else DTYPES.values()
         if not any(has_slices(frame, info.size_bytes, dtype) for dtype in types):
             raise CorruptionError(
@@ -164,7 +212,7 @@ class ChainReader:
 
     def depth(self, values: ObjectId, tensor: int) -> int:
         """Return the number of frames below this tensor in its chain."""
-        return self._catalog.frame(values, tensor)[1].depth
+        return self._catalog.depth(values, tensor)
 
     def heal(self, values: ObjectId, tensor: int, info: TensorInfo) -> bool:
         """Infer the element types of frames that name none, from the hashes of their tensors.
@@ -181,6 +229,8 @@ class ChainReader:
         """Return the frames of a tensor, from its keyframe on."""
         path: list[_Stage] = []
         top = self._catalog.place(values, tensor)
+        if isinstance(top, Between):
+            return []  # its ends name their types
         for place, frame, at in self._walk(top, (values, tensor)):
             expected: bytes | None = None
             with contextlib.suppress(CkptError):  # gc may have deleted tables of dropped commits
@@ -190,7 +240,7 @@ class ChainReader:
 
     def _find_types(self, path: list[_Stage], info: TensorInfo) -> dict[tuple[ObjectId, int], str]:
         """Search for types with which all frames decode to their hashes; return them by frame."""
-        if path[-1].expected is None or all(stage.frame.dtype for stage in path):
+        if not path or path[-1].expected is None or all(stage.frame.dtype for stage in path):
             return {}
         open_ = [self._options(path[0], info, None)]
         chosen: list[str] = []
@@ -282,12 +332,20 @@ class ChainReader:
 
         The caller must check both tensors against their hashes.
         """
-        word, shared = info.type.word, _shared(a, b)
-        if not shared or any(link.type.word != word for link in (*a, *b)):
+        word = info.type.word
+        if not _shared(a, b) or any(link.type.word != word for link in (*a, *b)):
             return self.decode_slice(a, info, number), self.decode_slice(b, info, number)
-        count = slice_size(info.words, number)
+        return self._run_pair(a, b, number, slice_size(info.words, number))
+
+    def _run_pair(
+        self, a: Sequence[Link], b: Sequence[Link], number: int, count: int
+    ) -> tuple[Words, Words]:
+        """Decode a slice of two chains of one word size; decode common frames once."""
+        word, shared = a[-1].type.word, _shared(a, b)
         (one, first), (other, second) = (_start(chain, number, word, None) for chain in (a, b))
-        if first <= shared and second <= shared:  # both continue from the last common frame
+        if (
+            shared and first <= shared and second <= shared
+        ):  # both continue from the last common frame
             words, at = (one, first) if first >= second else (other, second)
             common = self._extend(a[at:shared], number, count, words)
             one, other, first, second = common, common, shared, shared
@@ -330,6 +388,10 @@ class ChainReader:
         *,
         own: bool,
     ) -> Words:
+        if link.between is not None:
+            ends = link.between
+            first, last = self._run_pair(ends.first, ends.last, number, count)
+            return _placed(interpolate(first, last, ends.part, ends.whole, link.type.name), out)
         data = self._read_slice(link, number)
         companion = self._companion(link, number, count)
         return decode_slice(data, link.type, count, base, companion, own_base=own, out=out)
@@ -445,7 +507,10 @@ def _start(
 def _shared(a: Sequence[Link], b: Sequence[Link]) -> int:
     """Return the number of first links that two chains have in common."""
     pairs = zip(a, b, strict=False)
-    same = ((x.bundle, x.frame, x.type) == (y.bundle, y.frame, y.type) for x, y in pairs)
+    same = (
+        (x.bundle, x.frame, x.type) == (y.bundle, y.frame, y.type) and x.between == y.between
+        for x, y in pairs
+    )
     return sum(takewhile(bool, same))
 
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import ErrorReport, PartState
-from ckptvcs.history.recipe import Recipe, dump_values
+from ckptvcs.history.recipe import Between, Recipe, dump_values
 from ckptvcs.store.ids import Kind, ObjectId, object_id
 
-Place = tuple[ObjectId | None, int]
+NewPlace = tuple[ObjectId | None, int]
 """The bundle of a frame (None: the new one), and the number of the frame in it."""
+
+Place = NewPlace | Between
+"""Where a tensor is: in a frame, or between two other tensors."""
 
 StoredPlace = tuple[ObjectId, int]
 """The bundle of a frame, and the number of the frame in it."""
@@ -27,7 +30,7 @@ class EncodedTensor:
 
     near: bytes
     exact: bytes
-    place: Place
+    place: NewPlace
     depth: int
 
 
@@ -51,7 +54,7 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
-def in_bundle(places: Iterable[Place], bundle: ObjectId | None) -> list[StoredPlace]:
+def in_bundle(places: Iterable[NewPlace], bundle: ObjectId | None) -> list[StoredPlace]:
     """Return places with the id of the new bundle filled in."""
     stored = []
     for owner, frame in places:
@@ -64,12 +67,33 @@ def in_bundle(places: Iterable[Place], bundle: ObjectId | None) -> list[StoredPl
 def recipe_of(
     catalog: Catalog, values: ObjectId, places: Iterable[Place], bundle: ObjectId | None
 ) -> Recipe:
-    """Return a new recipe of a table whose tensors are at these places."""
-    bundles: dict[ObjectId, int] = {}
-    stored = in_bundle(places, bundle)
-    owners = tuple(bundles.setdefault(owner, len(bundles)) for owner, _ in stored)
-    frames = tuple(number for _, number in stored)
-    return Recipe(values, catalog.next_generation(values), tuple(bundles), owners, frames)
+    """Return a new recipe of a table whose tensors are at these places.
+
+    All that are between two tables are between the same ones, at the same share of the way.
+    """
+    rows = list(places)
+    between = {_way(place) for place in rows if isinstance(place, Between)}
+    (ends, share) = between.pop() if between else ((), ())
+    assert not between
+    stored = in_bundle((place for place in rows if not isinstance(place, Between)), bundle)
+    bundles = tuple(dict.fromkeys(owner for owner, _ in stored))
+    framed = iter(stored)
+    owners, frames = list[int](), list[int]()
+    for place in rows:
+        if isinstance(place, Between):
+            owners.append(len(bundles))
+            frames.append(place.first[1])
+        else:
+            owner, number = next(framed)
+            owners.append(bundles.index(owner))
+            frames.append(number)
+    generation = catalog.next_generation(values)
+    return Recipe(values, generation, bundles, tuple(owners), tuple(frames), ends=ends, share=share)
+
+
+def _way(place: Between) -> tuple[tuple[ObjectId, ...], tuple[int, ...]]:
+    """Return the two tables that a tensor is between, and its share of the way."""
+    return (place.first[0], place.last[0]), (place.part, place.whole)
 
 
 Publish = Callable[[str], ObjectId | None]
@@ -109,7 +133,7 @@ def assemble(
         if values in new:  # another part has the same bytes
             depths |= zip(row, [depths[number] for number in new[values]], strict=True)
         elif catalog.has_recipe(values, patches=False):
-            known = [catalog.frame(values, position)[1].depth for position in range(len(row))]
+            known = [catalog.depth(values, position) for position in range(len(row))]
             depths |= zip(row, known, strict=True)
         else:
             new[values] = row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,15 +31,16 @@ def match_tensors(old: Sequence[TensorInfo], new: Sequence[TensorInfo]) -> dict[
 
 
 def _errors_of(catalog: Catalog, commit: Commit) -> dict[int, float]:
-    """Return the relative errors of the near weights of a commit, by position in its schema."""
-    if commit.errors is None:
-        return {}
-    try:
-        table = load_errors(catalog.store.get(commit.errors, Kind.ERRORS))
-    except (MissingObjectError, CorruptionError):  # dropped, or lost: that of all weights remains
-        count = len(catalog.schema(commit.schema).tensors)
-        return dict.fromkeys(range(count), commit.error.weight_rel)
-    return {number: report.weight_rel for number, report in table.items()}
+    """Return the relative errors of the near weights of a commit, by position in its schema.
+
+    If those of single tensors are not known, that of all weights takes their place.
+    """
+    if commit.errors is not None:
+        with contextlib.suppress(MissingObjectError, CorruptionError):  # dropped, or lost
+            table = load_errors(catalog.store.get(commit.errors, Kind.ERRORS))
+            return {number: report.weight_rel for number, report in table.items()}
+    count = len(catalog.schema(commit.schema).tensors)
+    return dict.fromkeys(range(count), commit.error.weight_rel)
 
 
 class BaseTensor:
@@ -119,7 +121,10 @@ class Bases:
             decoded[state.values] = find_decoded(
                 catalog, cache, held, state.values, tensors, change=True
             )
-            places |= {number: (state.values, position) for position, number in enumerate(row)}
+            places |= {
+                number: catalog.framed(state.values, position)
+                for position, number in enumerate(row)
+            }
             if part == "model":
                 found = read_sample(cache.parent / FOLDER, memory, state.values, tensors)
                 self._samples |= {row[position]: errors for position, errors in found.items()}

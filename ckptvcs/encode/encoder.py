@@ -183,10 +183,10 @@ class Encoder:
         base = self._bases.places.get(number)
         if base is None or self._catalog.value(*base) != value:
             return False
-        depth = self._catalog.frame(*base)[1].depth
+        depth = self._catalog.depth(*base)
         if self._attempt.keyframe and depth:
             return False
-        self.tensors[number] = EncodedTensor(value, value, self._catalog.place(*base), depth)
+        self.tensors[number] = EncodedTensor(value, value, self._catalog.frame_place(*base), depth)
         self._skip(number)
         return True
 

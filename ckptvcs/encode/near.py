@@ -8,6 +8,7 @@ the next optimizer step. Layout: docs/format.md, "Near slices".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -118,7 +119,7 @@ class NearEncoder:
         moments = (group.first, group.second, *group.others)
         self._moments = [target for target in moments if target is not None]
         roles = [target.role for target in self._moments]
-        if roles and not is_known(group.rule, roles):
+        if roles and self._limit < math.inf and not is_known(group.rule, roles):
             self._limit = min(self._limit, _UNKNOWN)
         self.companions: dict[int, int] = {}
         if group.first is not None and group.second is not None:

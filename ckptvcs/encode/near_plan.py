@@ -175,7 +175,7 @@ def _finer(spec: NearSpec, rows: list[Scale]) -> NearSpec:
     moved = [row for row in rows if row.movement is not None]
     movement = sum(row.words * float(row.movement or 0) ** 2 for row in moved)
     weight = sum(row.words * row.weight**2 for row in moved)
-    if movement > _SETTLED * weight or not rows:
+    if (movement > _SETTLED * weight or not rows) and spec.max_update_nmse < math.inf:
         spec = replace(spec, max_update_nmse=min(_UNSETTLED, spec.max_update_nmse))
     if not movement:
         return spec

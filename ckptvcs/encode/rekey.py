@@ -21,7 +21,7 @@ from ckptvcs.codec.frame import decode_slice, slices_of
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable, read_slice
-from ckptvcs.encode.assemble import Place, StoredPlace, recipe_of
+from ckptvcs.encode.assemble import NewPlace, Place, StoredPlace, recipe_of
 from ckptvcs.encode.bases import match_tensors
 from ckptvcs.encode.exact import reencode
 from ckptvcs.encode.frame_writer import Region, Slice
@@ -30,7 +30,7 @@ from ckptvcs.errors import CorruptionError
 from ckptvcs.hashing import hasher
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.recipe import Frame, dump_recipe
+from ckptvcs.history.recipe import Between, Frame, dump_recipe
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.parallel import Progress, ordered_map
 from ckptvcs.store.ids import Kind, ObjectId
@@ -46,6 +46,7 @@ _WASTE = 0.1  # unused share of a bundle, above which its other frames are copie
 class _Table:
     """The hash table of a part of a kept commit, and that of the nearest kept ancestor."""
 
+    catalog: Catalog
     values: ObjectId
     part: str
     infos: tuple[TensorInfo, ...]
@@ -57,7 +58,8 @@ class _Table:
         if self.below is None:
             return {}
         matches = match_tensors(self.below.infos, self.infos)
-        return {new: (self.below.values, old) for new, old in matches.items()}
+        framed, values = self.catalog.framed, self.below.values
+        return {new: framed(values, old) for new, old in matches.items()}
 
 
 class _Bundle(Region):
@@ -89,21 +91,27 @@ class Rekeyer:
         self._progress = progress
         self._kept: set[ObjectId] = set()
         self._replaced: set[ObjectId] = set()
-        self._moved: dict[StoredPlace, Place] = {}
+        self._moved: dict[StoredPlace, NewPlace] = {}
         self._decoded: dict[ObjectId, DecodedTable | None] = {}
         self._chain = ChainReader(catalog, self._decoded.get)
 
-    def run(self, kept: Mapping[ObjectId, Commit], gone: Mapping[ObjectId, Set[str]]) -> int:
+    def run(
+        self,
+        kept: Mapping[ObjectId, Commit],
+        gone: Mapping[ObjectId, Set[str]],
+        waiting: Set[ObjectId] = frozenset(),
+    ) -> int:
         """Re-encode tables that depend on commits not in `kept`; return their number.
 
-        `gone` has the dropped parts of kept commits.
+        `gone` has the dropped parts of kept commits. Tables that are `waiting` stay as they are.
 
         Raises:
             CorruptionError: a tensor does not decode to its hash.
             StorageError: the disk is full; nothing has changed.
         """
         tables = list(self._tables(kept, gone))
-        self._kept = {table.values for table in tables}
+        self._kept = {table.values for table in tables} | waiting
+        self._kept.update(*(self._catalog.recipe(name).ends for name in self._kept))
         self._replaced = self._wasted(tables)
         count = 0
         for table in tables:  # ancestors first
@@ -134,7 +142,7 @@ class Rekeyer:
                     tables[name, part] = below
                     continue
                 infos = tuple(schema.tensors[number] for number in schema.stored(part))
-                table = tables[name, part] = _Table(state.values, part, infos, below)
+                table = tables[name, part] = _Table(self._catalog, state.values, part, infos, below)
                 if state.values not in seen:
                     seen.add(state.values)
                     yield table
@@ -156,8 +164,8 @@ class Rekeyer:
         used: dict[ObjectId, set[int]] = {}
         for table in tables:
             recipe = self._catalog.recipe(table.values)
-            for owner, frame in zip(recipe.owners, recipe.frames, strict=True):
-                used.setdefault(recipe.bundles[owner], set()).add(frame)
+            for bundle, frame in recipe.frame_places():
+                used.setdefault(bundle, set()).add(frame)
         wasted = set()
         for name, numbers in used.items():
             sizes = [frame.size_bytes for frame in self._catalog.bundle(name)]
@@ -168,18 +176,22 @@ class Rekeyer:
     def _stale(self, table: _Table) -> bool:
         return any(
             place in self._moved or place[0] in self._replaced or self._must_change(frame)
-            for place, frame in self._places(table)
+            for place, frame in self._places(table).values()
         )
 
     def _must_change(self, frame: Frame) -> bool:
         dropped = frame.base is not None and frame.base[0] not in self._kept
         return dropped or frame.depth > self._depth
 
-    def _places(self, table: _Table) -> list[tuple[StoredPlace, Frame]]:
-        """Return the place and frame of each tensor of a table."""
+    def _places(self, table: _Table) -> dict[int, tuple[StoredPlace, Frame]]:
+        """Return the place and frame of each tensor of a table that has a frame, by position."""
         recipe = self._catalog.recipe(table.values)
-        places = [recipe.place(position) for position in range(len(recipe.frames))]
-        return [(place, self._catalog.frame_at(*place)) for place in places]
+        places = enumerate(map(recipe.place, range(len(recipe.frames))))
+        return {
+            position: (place, self._catalog.frame_at(*place))
+            for position, place in places
+            if not isinstance(place, Between)
+        }
 
     # -- re-encoding ---------------------------------------------------------------------------
 
@@ -196,10 +208,12 @@ class Rekeyer:
             meta = store.new_pack("meta")
             stack.callback(meta.abort)
             places = self._places(table)
-            for position, (place, _) in enumerate(places):
+            for position, (place, _) in places.items():
                 bundle.sharing[place].append(position)
-            self._replaced |= {place[0] for place, frame in places if self._must_change(frame)}
-            new = [self._move(bundle, position) for position in range(len(places))]
+            self._replaced |= {
+                place[0] for place, frame in places.values() if self._must_change(frame)
+            }
+            new = [self._move(bundle, position) for position in range(len(table.infos))]
             name: ObjectId | None = None
             if bundle.frames:
                 name, _ = bundle.publish(bundle.frames)
@@ -223,6 +237,8 @@ class Rekeyer:
         """Re-encode, copy or keep the frame of a tensor; return its place."""
         place = self._catalog.place(bundle.table.values, position)
         self._progress(bundle.table.infos[position].size_bytes)
+        if isinstance(place, Between):
+            return place
         if place in self._moved:
             return self._moved[place]
         if place in bundle.moved:
@@ -234,7 +250,7 @@ class Rekeyer:
     def _reencode(self, bundle: _Bundle, position: int) -> int:
         """Re-encode a tensor against the nearest kept commit, or without a base."""
         table = bundle.table
-        place = self._catalog.place(table.values, position)
+        place = self._catalog.frame_place(table.values, position)
         frame = self._catalog.frame_at(*place)
         base = table.places_below.get(position)
         depth = 0 if base is None else self._chain.depth(*base) + 1
@@ -253,7 +269,7 @@ class Rekeyer:
         table = bundle.table
         info, chain = table.infos[position], self._chain
         dtype = float_type(info.dtype)
-        place = self._catalog.place(table.values, position)
+        place = self._catalog.frame_place(table.values, position)
         if self._catalog.frame_at(*place).dtype is None:
             deque(chain.slices(table.values, position, info), 0)  # infers the types of frames
         links = chain.links(table.values, position, info)

@@ -185,9 +185,9 @@ def _unchanged(
         stored[number] = Stored(
             catalog.value(state.values, position),
             value,
-            catalog.place(state.values, position),
-            catalog.frame(state.values, position)[1].depth,
-            proof and catalog.place(*proof),
+            catalog.frame_place(state.values, position),
+            catalog.depth(state.values, position),
+            proof and catalog.frame_place(*proof),
             _errors(checkpoint, number, reports.get(old)),
             reports.get(old),
             proof,

@@ -22,18 +22,19 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from types import MappingProxyType
 
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.gc.decide import OPTIMIZER, Decision, Judge, drop_records, dropped_with
 from ckptvcs.gc.fading import Faded, Fader, Patch
-from ckptvcs.gc.grace import first_end, waiting_drops
+from ckptvcs.gc.grace import first_end, waiting_archives, waiting_drops, wants_rekey
 from ckptvcs.gc.repack import Merge, plan_merges
 from ckptvcs.gc.retention import Best, Policy
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.reachability import Marked, bases, mark
-from ckptvcs.history.recipe import DropRecord, dump_drop_record, load_drop_record
+from ckptvcs.history.records import Archived, DropRecord, dump_drop_record, load_drop_record
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.backend import Backend
@@ -74,6 +75,8 @@ class GcPlan:
         waiting_bytes: The bytes that gc deletes when these grace periods have ended.
         next_deletion: The end of the first of these grace periods, ISO 8601 in UTC; None if no
             commit waits.
+        archived: The commits that this gc archives, with the errors of that form.
+        replaced: The archived commits whose form before waits for the end of a grace period.
         abandoned: The commits that an undo or a deleted branch left, which no ref reaches.
         picture: The state of the repository from which the plan was made.
     """
@@ -91,6 +94,8 @@ class GcPlan:
     waiting_bytes: int = 0
     next_deletion: str | None = None
     abandoned: tuple[ObjectId, ...] = ()
+    archived: tuple[Archived, ...] = ()
+    replaced: tuple[ObjectId, ...] = ()
     picture: Picture = field(default_factory=Picture)
 
 
@@ -195,8 +200,9 @@ class Collector:
         coming = [] if recorded else self._packed([*drops, *self._fader.record(fading, time)])
         late = self._deletion(commits, hidden, fading, listed, coming)  # after all grace periods
         swept = hidden if not self._grace else self._swept_with(rows, time)
-        same = swept == hidden
-        soon = late if same else self._deletion(commits, swept, fading, listed, coming)
+        before = self.unarchived(time)
+        same = swept == hidden and not before
+        soon = late if same else self._deletion(commits, swept, fading, listed, coming, before)
         debris = self._debris()
         freed = soon.freed_bytes + self._size(debris)
         counted: set[ObjectId] = set()
@@ -218,6 +224,8 @@ class Collector:
             late.freed_bytes - soon.freed_bytes,
             self._next_deletion(time, drops),
             tuple(sorted(set(headers) - commits.keys() - set(loose) - gone.commits)),
+            (),
+            tuple(sorted(before.keys() & commits.keys())),
             Picture(frozenset(commits), records, notes, tips, soon.marked),
         )
 
@@ -250,6 +258,18 @@ class Collector:
         drops = self._catalog.drops()
         return [name for name in found if not self._at_once.issuperset(drops[name].commits)]
 
+    def unarchived(self, time: str) -> dict[ObjectId, Commit]:
+        """Return archived commits in the form from before, while its grace period runs."""
+        records = self._archives(time).values()
+        return {name: self._catalog.original(name) for record in records for name in record.commits}
+
+    def _archives(self, time: str) -> dict[ObjectId, DropRecord]:
+        return waiting_archives(self._catalog, datetime.fromisoformat(time), self._grace)
+
+    def owes_rekey(self, time: str) -> bool:
+        """Return whether deltas must be re-encoded before what they need can be deleted."""
+        return wants_rekey(self._catalog, self.swept(time), self._archives(time))
+
     def _left(
         self,
         commits: Mapping[ObjectId, Commit],
@@ -279,6 +299,7 @@ class Collector:
         """Return when the first grace period ends, of the recorded drops and the new `drops`."""
         recorded = self._catalog.drops()
         waiting = [recorded[name] for name in self._waiting(time)]
+        waiting += self._archives(time).values()
         return first_end([*waiting, *drops], self._grace) if self._grace else None
 
     def _deletion(
@@ -288,9 +309,13 @@ class Collector:
         fading: Sequence[Patch],
         listed: Mapping[PackId, str],
         coming: list[Place],
+        before: Mapping[ObjectId, Commit] = MappingProxyType({}),
     ) -> Deletion:
-        """Return the packs to delete and to merge if the data of `gone` commits goes."""
-        marked = self._mark(commits, gone, fading)
+        """Return the packs to delete and to merge if the data of `gone` commits goes.
+
+        `before` are archived commits in the form from before, which stays.
+        """
+        marked = self._mark(commits, gone, fading, before)
         packs = self._unmarked(listed, marked)
         merges = plan_merges(self._catalog, marked, coming)
         return Deletion(marked, packs, merges, self._freed(packs, merges, coming))
@@ -379,9 +404,18 @@ class Collector:
     # -- marking -------------------------------------------------------------------------------
 
     def _mark(
-        self, commits: Mapping[ObjectId, Commit], gone: Dropped, fading: Iterable[Patch] = ()
+        self,
+        commits: Mapping[ObjectId, Commit],
+        gone: Dropped,
+        fading: Iterable[Patch],
+        before: Mapping[ObjectId, Commit],
     ) -> Marked:
-        marked = mark(self._catalog, commits, gone, {patch.values for patch in fading})
+        faded = {patch.values for patch in fading}
+        marked = mark(self._catalog, commits, gone, faded)
+        if before:
+            kept = mark(self._catalog, before, gone, faded)
+            marked.objects |= kept.objects
+            marked.bundles |= kept.bundles
         records = self._catalog.store.ids(Kind.RECORD)
         marked.objects |= {*records, *bases(self._catalog, records)}
         return marked
@@ -427,7 +461,9 @@ class Collector:
         if going & (tips - seen.tips):
             raise OutdatedError("a ref leads to a commit that the plan drops or fades")
         new = dict(self._revisions.reachable(sorted(tips - seen.tips), seen.commits))
-        return self._mark(new, self.swept(now())).objects if new else set()
+        if not new:
+            return set()
+        return self._mark(new, self.swept(now()), (), self.unarchived(now())).objects
 
     def record(self, plan: GcPlan, time: str) -> GcPlan:
         """Record the drops and fades durably; return the plan with these records.

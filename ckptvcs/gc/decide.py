@@ -10,7 +10,7 @@ from ckptvcs.errors import InvalidInputError
 from ckptvcs.gc.retention import Best, Policy, Row
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.recipe import DropRecord
+from ckptvcs.history.records import DropRecord
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import ObjectId

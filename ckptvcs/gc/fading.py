@@ -16,7 +16,7 @@ from ckptvcs.errors import CorruptionError, StorageError
 from ckptvcs.gc.retention import ExactRule
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.recipe import DropRecord
+from ckptvcs.history.records import DropRecord
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId, PackId

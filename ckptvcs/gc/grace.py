@@ -7,13 +7,13 @@ setting `gc-grace`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 
 from ckptvcs.gc.retention import BY_NAME, REKEY
 from ckptvcs.history.catalog import Catalog, Dropped
-from ckptvcs.history.reachability import is_whole
-from ckptvcs.history.recipe import LEFT_OUT, DropRecord
+from ckptvcs.history.reachability import can_unarchive, is_whole
+from ckptvcs.history.records import LEFT_OUT, DropRecord
 from ckptvcs.store.ids import ObjectId
 
 
@@ -38,6 +38,18 @@ def waiting_drops(catalog: Catalog, now: datetime, seconds: float) -> list[Objec
         if all(map(catalog.store.contains, record.commits))
         and is_whole(catalog, {c: catalog.commit(c) for c in record.commits}, gone)
     ]
+
+
+def waiting_archives(catalog: Catalog, now: datetime, seconds: float) -> dict[ObjectId, DropRecord]:
+    """Return the archive records whose grace period of so many seconds still runs.
+
+    One whose data is not complete has ended: an earlier gc has deleted the forms before it.
+    """
+    return {
+        name: record
+        for name, record in catalog.archives().items()
+        if seconds > 0 and _age(record, now) < seconds and can_unarchive(catalog, record)
+    }
 
 
 def first_end(drops: Iterable[DropRecord], seconds: float) -> str | None:
@@ -75,8 +87,19 @@ def _time_of(record: DropRecord) -> datetime | None:
     return None
 
 
-def wants_rekey(catalog: Catalog, swept: Dropped) -> bool:
-    """Return whether deltas may still need `swept` commits whose drop asked for a rekey."""
+def wants_rekey(catalog: Catalog, swept: Dropped, waiting: Container[ObjectId]) -> bool:
+    """Return whether deltas may still need what gc deletes, and a record asked for a rekey.
+
+    That is data of `swept` commits, or of archives that are not `waiting`.
+    """
+    for name, record in catalog.archives().items():
+        if name not in waiting and any(
+            catalog.has_recipe(values, patches=False)
+            for commit in record.commits
+            if catalog.store.contains(commit)
+            for values in replaced(catalog, commit)
+        ):
+            return True
     return any(
         catalog.has_recipe(state.values)
         for record in catalog.drops().values()
@@ -85,3 +108,11 @@ def wants_rekey(catalog: Catalog, swept: Dropped) -> bool:
         if catalog.store.contains(commit)  # it is gone if it was at the end of a branch
         for state in catalog.commit(commit).parts.values()
     )
+
+
+def replaced(catalog: Catalog, commit: ObjectId) -> Iterator[ObjectId]:
+    """Yield the hash tables of a commit that its archived form replaces."""
+    now = catalog.commit(commit).parts
+    for part, state in catalog.original(commit).parts.items():
+        if state.values != now[part].values:
+            yield state.values

@@ -25,15 +25,21 @@ from ckptvcs.history.note import MAX_READ, Merged, Note, in_order, load_note, me
 from ckptvcs.history.provenance import PROVENANCE, Provenance, load_provenance
 from ckptvcs.history.recipe import (
     NO_HASH,
-    DropRecord,
+    Between,
     Frame,
+    FramePlace,
     Recipe,
-    dump_drop_record,
     load_bundle,
-    load_drop_record,
     load_recipe,
     load_values,
     slice_hash,
+)
+from ckptvcs.history.records import (
+    Archived,
+    DropRecord,
+    dump_drop_record,
+    in_form,
+    load_drop_record,
 )
 from ckptvcs.history.schema import Schema, Skeleton, load_schema, load_skeleton
 from ckptvcs.store.ids import Kind, ObjectId
@@ -48,6 +54,8 @@ def keys_of(kind: Kind, content: bytes) -> Iterable[bytes]:
         return [b"values:" + recipe.values.encode(), *([b"patch"] if recipe.patch else [])]
     if kind == Kind.RECORD:
         record = load_drop_record(content)
+        if record.what == "archive":
+            return [b"archive"]
         keys = [b"let go:" + name.encode() for name in record.commits]
         return keys if record.what == "fade" else [*keys, b"drop"]
     if kind == Kind.NOTE:
@@ -84,9 +92,16 @@ class Catalog:
         self.recipe = lru_cache(1024)(self._recipe)
         self._note = lru_cache(1 << 12)(self._read_note)
         self.dropped = lru_cache(2)(self._dropped)
+        self.archived = lru_cache(1)(self._archived)
+
+    def original(self, name: ObjectId) -> Commit:
+        """Return a commit as it was made.  Raises MissingObjectError, CorruptionError."""
+        return load_commit(name, self.store.get(name, Kind.COMMIT))
 
     def _commit(self, name: ObjectId) -> Commit:
-        return load_commit(name, self.store.get(name, Kind.COMMIT))
+        """Return a commit as it is stored now: with the parts of its archived form, if any."""
+        form = self.archived().get(name)
+        return self.original(name) if form is None else in_form(self.original(name), form)
 
     def _schema(self, name: ObjectId) -> Schema:
         return load_schema(self.store.get(name, Kind.SCHEMA))
@@ -244,17 +259,42 @@ class Catalog:
             raise CorruptionError(f"the tensor hash table {values[:8]} has no tensor {tensor}")
         return hashes[tensor]
 
-    def place(self, values: ObjectId, tensor: int) -> tuple[ObjectId, int]:
-        """Return the bundle of a tensor and its frame number there.  Raises CorruptionError."""
+    def place(self, values: ObjectId, tensor: int) -> Between | FramePlace:
+        """Return the bundle of a tensor and its frame number there, or what it is between.
+
+        Raises:
+            CorruptionError: the table has no such tensor.
+        """
         recipe = self.recipe(values)
         if tensor >= len(recipe.frames):
             raise CorruptionError(f"the recipe of {values[:8]} has no tensor {tensor}")
         return recipe.place(tensor)
 
+    def frame_place(self, values: ObjectId, tensor: int) -> FramePlace:
+        """Return the bundle of a tensor and its frame number there.
+
+        Raises:
+            CorruptionError: the table has no such tensor, or it is interpolated.
+        """
+        self.place(values, tensor)
+        return self.recipe(values).frame_place(tensor)
+
     def frame(self, values: ObjectId, tensor: int) -> tuple[ObjectId, Frame]:
         """Return the bundle and the frame of a tensor.  Raises CorruptionError."""
-        bundle, number = self.place(values, tensor)
+        bundle, number = self.frame_place(values, tensor)
         return bundle, self.frame_at(bundle, number)
+
+    def framed(self, values: ObjectId, tensor: int) -> tuple[ObjectId, int]:
+        """Return a tensor that frames may be based on: itself, or the end that it is after."""
+        place = self.place(values, tensor)
+        return place.first if isinstance(place, Between) else (values, tensor)
+
+    def depth(self, values: ObjectId, tensor: int) -> int:
+        """Return the number of frames below a tensor in its chain.  Raises CorruptionError."""
+        place = self.place(values, tensor)
+        if isinstance(place, Between):
+            return max(self.frame(*end)[1].depth for end in (place.first, place.last)) + 1
+        return self.frame_at(*place).depth
 
     def frame_at(self, bundle: ObjectId, number: int) -> Frame:
         """Return a frame of a bundle.  Raises CorruptionError."""
@@ -312,16 +352,30 @@ class Catalog:
 
     def drops(self) -> dict[ObjectId, DropRecord]:
         """Return the drop records that no undo reverts."""
+        records = self._records_of(b"drop")
+        return {name: record for name, record in records.items() if record.what == "drop"}
+
+    def archives(self) -> dict[ObjectId, DropRecord]:
+        """Return the archive records that no undo reverts, the oldest first."""
+        if not self.store.find(b"archive"):
+            return {}
+        records = self._records_of(b"drop", b"archive")
+        found = [(row.time, name) for name, row in records.items() if row.what == "archive"]
+        return {name: records[name] for _, name in sorted(found)}
+
+    def _records_of(self, *keys: bytes) -> dict[ObjectId, DropRecord]:
+        """Return the records with one of these keys that no undo among them reverts."""
         records = {
             name: load_drop_record(self.store.get(name, Kind.RECORD))
-            for name in self.store.find(b"drop")
+            for key in keys
+            for name in self.store.find(key)
         }
         undone = {old for record in records.values() for old in record.undoes}
-        return {
-            name: record
-            for name, record in records.items()
-            if record.what == "drop" and name not in undone
-        }
+        return {name: record for name, record in records.items() if name not in undone}
+
+    def _archived(self) -> Mapping[ObjectId, Archived]:
+        """Return the archived form of each archived commit."""
+        return {row.commit: row for record in self.archives().values() for row in record.archived}
 
     def _dropped(self, *undone: ObjectId) -> Dropped:
         """Return what drops cover; the records in `undone` count as reverted."""
@@ -405,8 +459,12 @@ class Catalog:
             cache.cache_clear()
 
     def forget_drops(self) -> None:
-        """Clear the cache of drop records."""
+        """Clear the cache of drop and archive records."""
         self.dropped.cache_clear()
+        before = self.archived() if self.archived.cache_info().currsize else None
+        self.archived.cache_clear()
+        if before is None or before != self.archived():
+            self.commit.cache_clear()
 
     def forget(self) -> None:
         """Clear all caches, after packs have moved."""

@@ -57,6 +57,16 @@ class PartState:
 
 
 @dataclass(frozen=True)
+class ArchivedState(PartState):
+    """One part of an archived commit; the hashes of the committed tensors may be gone."""
+
+    @property
+    def fidelity(self) -> str:
+        """The word `archived`."""
+        return "archived"
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """One committed file.
 
@@ -192,16 +202,18 @@ def _parts_by_name(*states: PartState | None) -> dict[str, PartState]:
 _PART = Fields(PartState)
 _PARTS = Fields(_parts_by_name, **dict.fromkeys(PARTS, optional(_PART.type)))
 _FILE = Fields(FileEntry, mtime_ns=SIGNED)
-_ERROR = Fields(ErrorReport)
+ERROR = FieldType(
+    Fields(ErrorReport).type.load,
+    lambda error: {k: from_number(v) for k, v in vars(error).items() if v is not None},
+)
+"""The type of a field with an error report."""
+
 _COMMIT = Fields(
     Commit,
     step=nullable(SIGNED),
     parts=FieldType(_PARTS.type.load, mapping(_PART.type).dump),
     files=many(_FILE.type),
-    error=FieldType(
-        _ERROR.type.load,
-        lambda error: {k: from_number(v) for k, v in vars(error).items() if v is not None},
-    ),
+    error=ERROR,
     code=nullable(TEXT),
 )
 dump_commit = _COMMIT.dump

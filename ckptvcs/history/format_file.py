@@ -26,7 +26,9 @@ _MAX_BYTES = 1 << 16
 _MAX_ID = 64
 
 FLAGS = {
-    "read": frozenset({"near", "near-2", "notes", "patches", "provenance", "sparse", "types"}),
+    "read": frozenset(
+        {"archive", "near", "near-2", "notes", "patches", "provenance", "sparse", "types"}
+    ),
     "write": frozenset[str](),
     "gc": frozenset({"drops", "pins"}),
 }

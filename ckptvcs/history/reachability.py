@@ -10,6 +10,7 @@ from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.commit import ERRORS, Commit
 from ckptvcs.history.provenance import PROVENANCE
 from ckptvcs.history.recipe import Recipe
+from ckptvcs.history.records import DropRecord
 from ckptvcs.store.ids import ObjectId, PackId
 from ckptvcs.store.pack import pack_name
 
@@ -85,6 +86,15 @@ def is_whole(catalog: Catalog, commits: Mapping[ObjectId, Commit], gone: Dropped
     lost: set[ObjectId] = set()
     mark(catalog, commits, gone, lost=lost)
     return not lost
+
+
+def can_unarchive(catalog: Catalog, record: DropRecord) -> bool:
+    """Return whether the forms of commits from before they were archived are still complete."""
+    if not all(map(catalog.store.contains, record.commits)):
+        return False
+    commits = {name: catalog.original(name) for name in record.commits}
+    gone = catalog.dropped()
+    return is_whole(catalog, {n: c for n, c in commits.items() if n not in gone.commits}, gone)
 
 
 def bases(
@@ -164,10 +174,9 @@ def _can_be_read(catalog: Catalog, patch: Recipe) -> bool:
 
 
 def _dependencies(catalog: Catalog, recipe: Recipe) -> set[ObjectId]:
-    """Return the tables that the frames of a recipe depend on."""
-    used = sorted(set(zip(recipe.owners, recipe.frames, strict=True)))
-    frames = (catalog.frame_at(recipe.bundles[owner], number) for owner, number in used)
-    return {frame.base[0] for frame in frames if frame.base is not None}
+    """Return the tables that a recipe is between, and that its frames depend on."""
+    frames = (catalog.frame_at(*place) for place in sorted(recipe.frame_places()))
+    return {frame.base[0] for frame in frames if frame.base is not None}.union(recipe.ends)
 
 
 def require_packs(catalog: Catalog, marked: Marked, *, durable: bool = False) -> None:

@@ -1,11 +1,10 @@
-"""How tensors are stored: hash tables, recipes, bundles, and drop records.
+"""How tensors are stored: hash tables, recipes and bundles.
 
     values   the hashes of a part's tensors, in schema order: 32 bytes each
     recipe   the position of each tensor's frame, for one tensor hash table
     bundle   frames written together, with the hash of every slice; refers to bases by values
-    record   a fade or a drop by a rule, written before anything is deleted
 
-Layout: docs/format.md, "Values", "Recipe", "Bundle", "Records".
+Layout: docs/format.md, "Values", "Recipe", "Bundle".
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ from ckptvcs.history.fields import TEXT, Fields, FieldType, many, optional
 from ckptvcs.store.ids import ObjectId
 
 VALUE_BYTES = 32
+MAX_SHARE = (1 << 24) - 1
+"""The largest denominator of a share: its product with a float32 is exact in float64."""
 SLICE_HASH_BYTES = 16
 
 
@@ -49,6 +50,23 @@ def slice_hash(*data: bytes | memoryview) -> bytes:
     return digest.digest(SLICE_HASH_BYTES)
 
 
+FramePlace = tuple[ObjectId, int]
+"""The bundle of a frame, and its number there."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """A tensor that is interpolated: `first` + (`last` - `first`) * `part` / `whole`.
+
+    `first` and `last` are tensors: hash table and position.
+    """
+
+    first: tuple[ObjectId, int]
+    last: tuple[ObjectId, int]
+    part: int
+    whole: int
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The frames of a tensor hash table: tensor i is frame `frames[i]` of `bundles[owners[i]]`.
@@ -56,6 +74,10 @@ class Recipe:
     Of the recipes whose bundles all exist, the one with the highest `generation` is used.
     The recipe of an exact `patch` shares a pack with its table and bundle and is deleted with it:
     nothing else may depend on its values.
+
+    A tensor whose owner is the number of bundles has no frame.  It is interpolated between the
+    tensors `frames[i]` of the two tables `ends`, at `share` (numerator, denominator) of the way.
+    Those have frames, and no frame is based on an interpolated tensor.
     """
 
     values: ObjectId
@@ -64,10 +86,32 @@ class Recipe:
     owners: tuple[int, ...]
     frames: tuple[int, ...]
     patch: bool = False
+    ends: tuple[ObjectId, ...] = ()
+    share: tuple[int, ...] = ()
 
-    def place(self, tensor: int) -> tuple[ObjectId, int]:
-        """Return the bundle and frame number of a tensor."""
-        return self.bundles[self.owners[tensor]], self.frames[tensor]
+    def place(self, tensor: int) -> Between | FramePlace:
+        """Return the bundle and frame number of a tensor, or the two that it is between."""
+        owner, number = self.owners[tensor], self.frames[tensor]
+        if owner < len(self.bundles):
+            return self.bundles[owner], number
+        (first, last), (part, whole) = self.ends, self.share
+        return Between((first, number), (last, number), part, whole)
+
+    def frame_place(self, tensor: int) -> FramePlace:
+        """Return the bundle and frame number of a tensor.
+
+        Raises:
+            CorruptionError: it is interpolated.
+        """
+        place = self.place(tensor)
+        if isinstance(place, Between):
+            raise CorruptionError(f"tensor {tensor} of the table {self.values[:8]} has no frame")
+        return place
+
+    def frame_places(self) -> set[FramePlace]:
+        """Return the bundle and number of every frame that the recipe names."""
+        used = zip(self.owners, self.frames, strict=True)
+        return {(self.bundles[owner], n) for owner, n in used if owner < len(self.bundles)}
 
 
 _RECIPE = Fields(Recipe)
@@ -77,7 +121,11 @@ dump_recipe = _RECIPE.dump
 def load_recipe(data: bytes) -> Recipe:
     """Parse a recipe.  Raises CorruptionError."""
     recipe = _RECIPE.load(data, "a recipe")
-    listed = range(len(recipe.bundles))
+    listed = range(len(recipe.bundles) + bool(recipe.ends))
+    if recipe.ends or recipe.share:
+        share = [0, *recipe.share, MAX_SHARE + 1]
+        if len(recipe.ends) != 2 or len(share) != 4 or share != sorted(set(share)) or recipe.patch:
+            raise CorruptionError("a recipe names no valid place between two tables")
     if len(recipe.owners) != len(recipe.frames) or any(o not in listed for o in recipe.owners):
         raise CorruptionError("a recipe names a bundle that it does not list")
     return recipe
@@ -213,44 +261,3 @@ def _base_of(row: _Row, bases: tuple[ObjectId, ...]) -> tuple[ObjectId, int] | N
 def _consecutive(lengths: tuple[int, ...], start: int) -> tuple[int, ...]:
     """Return the offsets of slices that follow one another."""
     return tuple(accumulate(lengths, initial=start))[: len(lengths)]
-
-
-LEFT_OUT = "bundle"
-"""The rule of the records that say what a bundle file left out; no undo brings that back."""
-
-
-@dataclass(frozen=True)
-class DropRecord:
-    """A fade, a drop or an undo of such records.
-
-    A fade names parts that lose their exact patch, a drop the dropped parts, or whole commits if it
-    names none.  `undoes` are record ids.  `after` holds the version of each branch, because clocks
-    can be wrong.  Records are durable before anything is deleted: a patch or bundle that is missing
-    without a record is damage.
-    """
-
-    what: str
-    commits: tuple[ObjectId, ...]
-    parts: tuple[str, ...]
-    rule: str
-    time: str
-    undoes: tuple[ObjectId, ...] = ()
-    after: tuple[tuple[str, int], ...] = ()
-
-
-def _load_version(value: Json) -> tuple[str, int]:
-    if type(value) is not list or [type(item) for item in value] != [str, int]:
-        raise ValueError
-    return value[0], value[1]
-
-
-_DROP_RECORD = Fields(DropRecord, after=many(FieldType(_load_version)))
-dump_drop_record = _DROP_RECORD.dump
-
-
-def load_drop_record(data: bytes) -> DropRecord:
-    """Parse a record.  Raises CorruptionError."""
-    record = _DROP_RECORD.load(data, "a record")
-    if record.what not in ("fade", "drop", "undo"):
-        raise CorruptionError("a drop record has an unknown type")
-    return record

@@ -10,8 +10,8 @@ from itertools import takewhile
 from ckptvcs.errors import ConflictError, CorruptionError, MissingObjectError, NotFoundError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.reachability import is_whole
-from ckptvcs.history.recipe import LEFT_OUT, DropRecord, load_drop_record
+from ckptvcs.history.reachability import can_unarchive, is_whole
+from ckptvcs.history.records import LEFT_OUT, DropRecord, load_drop_record
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId
@@ -216,7 +216,8 @@ class Past:
         A drop whose data is gone counts only on its own branch, and after all other drops.
         """
         line = self._ever(list(moves.values()))
-        drops = [pair for pair in self._catalog.drops().items() if pair[1].rule != LEFT_OUT]
+        records = {**self._catalog.drops(), **self._catalog.archives()}
+        drops = [pair for pair in records.items() if pair[1].rule != LEFT_OUT]
         rows = [
             (_after(record, branch, moves.values()), record.time, name, record)
             for name, record in drops
@@ -230,6 +231,8 @@ class Past:
 
     def _is_stored(self, name: ObjectId, drop: DropRecord) -> bool:
         """Return whether the data of dropped commits is still complete."""
+        if drop.what == "archive":
+            return can_unarchive(self._catalog, drop)
         if not all(map(self._catalog.store.contains, drop.commits)):
             return False
         commits = {commit: self._catalog.commit(commit) for commit in drop.commits}
@@ -246,7 +249,8 @@ class Past:
         for moved, number in drop.after:
             self._put_back(moved, number, drop, time)
         tip = self._refs.target(f"heads/{branch}")
-        return Undone(f"drop {drop.rule} of {counted(len(drop.commits), 'commit')}", branch, tip)
+        what = "archive" if drop.what == "archive" else f"drop {drop.rule}"
+        return Undone(f"{what} of {counted(len(drop.commits), 'commit')}", branch, tip)
 
     def _put_back(self, branch: str, number: int, drop: DropRecord, time: str) -> None:
         """Undo the move by which a drop took a branch back, unless the branch has moved since.

@@ -18,7 +18,8 @@ from ckptvcs.history.commit import ERRORS, Commit
 from ckptvcs.history.note import MAX_NOTES
 from ckptvcs.history.provenance import PROVENANCE
 from ckptvcs.history.reachability import Marked, mark
-from ckptvcs.history.recipe import LEFT_OUT, DropRecord, load_recipe
+from ckptvcs.history.recipe import load_recipe
+from ckptvcs.history.records import LEFT_OUT, DropRecord
 from ckptvcs.ops.verify import CommitVerifier
 from ckptvcs.parallel import Progress
 from ckptvcs.store import disk

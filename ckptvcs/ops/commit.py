@@ -34,7 +34,7 @@ from ckptvcs.gc.fading import Faded, Fader, Patch
 from ckptvcs.history.commit import Commit
 from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.history.reachability import mark, require_packs
-from ckptvcs.history.recipe import dump_drop_record
+from ckptvcs.history.records import dump_drop_record
 from ckptvcs.history.refs import HEAD, Move, check_name
 from ckptvcs.ops.describe import Description
 from ckptvcs.ops.likeness import Scanned, compare, has_other_weights, is_gone

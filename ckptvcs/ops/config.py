@@ -89,6 +89,10 @@ def _bound(value: Value) -> str | float:
     return str(value) if value in (OFF, AUTO) else _number(value)
 
 
+def _auto_or_number(value: Value) -> str | float:
+    return AUTO if value == AUTO else _number(value)
+
+
 def _one_of(*names: str) -> Callable[[Value], Value]:
     def parse(value: Value) -> Value:
         if value not in names:
@@ -119,6 +123,9 @@ class Config:
     keyframe_depth: int = _setting(64, lambda value: _integer(value, least=1))
     keyframe_bytes: float = _setting(16.0, _number)
     log_columns: str = _setting(AUTO, _columns)
+    archive_after: str | int = _setting(OFF, lambda value: OFF if value == OFF else _integer(value))
+    archive_every: int = _setting(4, lambda value: _integer(value, least=2))
+    archive_lag: str | float = _setting(AUTO, _auto_or_number)
     gc_grace: str = _setting("7d", _time)
     provenance: str = _setting("full", _one_of("full", "no-diff", OFF))
     provenance_argv: str = _setting(OFF, _one_of("on", OFF))

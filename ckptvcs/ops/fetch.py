@@ -24,7 +24,8 @@ from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import read_sound
 from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.history.reachability import require_packs
-from ckptvcs.history.recipe import LEFT_OUT, DropRecord, Recipe, dump_drop_record, dump_recipe
+from ckptvcs.history.recipe import Recipe, dump_recipe
+from ckptvcs.history.records import LEFT_OUT, DropRecord, dump_drop_record
 from ckptvcs.history.refs import Generation, check_name
 from ckptvcs.ops.archive import Source, opened
 from ckptvcs.ops.fetch_plan import Planner, State

@@ -11,7 +11,8 @@ from ckptvcs.errors import CorruptionError
 from ckptvcs.history.commit import PARTS
 from ckptvcs.history.note import MAX_NOTES
 from ckptvcs.history.reachability import is_whole
-from ckptvcs.history.recipe import LEFT_OUT, DropRecord, Recipe, load_recipe
+from ckptvcs.history.recipe import Recipe, load_recipe
+from ckptvcs.history.records import LEFT_OUT, DropRecord
 from ckptvcs.ops.archive import Source, extras
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import Kind, ObjectId, PackId
@@ -150,11 +151,13 @@ class Planner:
         )
         if here is None:
             return replace(recipe, generation=self._catalog.next_generation(values))
+        if here.ends or recipe.ends:  # no frame is based on such a table
+            return None
         if len(here.frames) != len(recipe.frames):
             raise CorruptionError(f"two recipes of {values[:8]} have different lengths")
         count = range(len(here.frames))
-        old = [here.place(position) for position in count]
-        new = [recipe.place(position) for position in count]
+        old = [here.frame_place(position) for position in count]
+        new = [recipe.frame_place(position) for position in count]
         best = [
             theirs
             if self._theirs.frame_at(*theirs).depth < self._catalog.frame_at(*ours).depth

@@ -8,13 +8,14 @@ from dataclasses import replace
 from ckptvcs.errors import ConflictError, InvalidInputError, StorageError, after
 from ckptvcs.gc.collect import Collector, GcPlan
 from ckptvcs.gc.decide import Judge, is_followed
-from ckptvcs.gc.grace import wants_rekey
 from ckptvcs.gc.retention import Policy
 from ckptvcs.gc.sweep import Sweep
 from ckptvcs.history.canonical_json import now as current_time
 from ckptvcs.history.format_file import raise_flags, require_flags
 from ckptvcs.history.reflog import DROPPED
 from ckptvcs.history.refs import Generation
+from ckptvcs.ops import archiving
+from ckptvcs.ops.config import OFF
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
@@ -23,8 +24,17 @@ from ckptvcs.store.reserve import keep_reserve
 from ckptvcs.text import counted
 
 
-def plan(repository: Repository, policy: Policy, *, now: bool = False) -> GcPlan:
+def plan(
+    repository: Repository,
+    policy: Policy,
+    *,
+    now: bool = False,
+    archive: bool = False,
+    progress: Progress = quiet,
+) -> GcPlan:
     """Return what `collect` would do now; raises the same errors."""
+    if archive or archives(repository):
+        return archiving.preview(repository, policy, current_time(), progress)
     return _collector(repository, now=now).plan(policy, current_time())
 
 
@@ -35,12 +45,20 @@ def collect(
     sweep: bool = True,
     now: bool = False,
     rekey: bool = False,
+    archive: bool = False,
     progress: Progress = quiet,
 ) -> GcPlan:
     """Collect garbage; see `Repo.gc`."""
     if rekey and not sweep:
         raise InvalidInputError("--rekey cannot be combined with --no-sweep")
-    return _Collection(repository, replace(policy, rekey=rekey), progress, sweep, now).run()
+    archive = archive or archives(repository)
+    policy = replace(policy, rekey=rekey)
+    return _Collection(repository, policy, progress, sweep, now, archive).run()
+
+
+def archives(repository: Repository) -> bool:
+    """Return whether every gc archives commits, by the settings."""
+    return repository.config.archive_after != OFF
 
 
 def drop(
@@ -114,10 +132,16 @@ class _Collection:
     """One gc, which tries again without the caches if the disk is full."""
 
     def __init__(
-        self, repository: Repository, policy: Policy, progress: Progress, sweep: bool, now: bool
+        self,
+        repository: Repository,
+        policy: Policy,
+        progress: Progress,
+        sweep: bool,
+        now: bool,
+        archive: bool = False,
     ) -> None:
         self._repository, self._policy, self._progress = repository, policy, progress
-        self._sweep = sweep
+        self._sweep, self._archive = sweep, archive
         self._collector = _collector(repository, now=now, named=policy.named)
         self._before: int | None = None  # bytes of the repository before the first try
         self._dropped = 0  # commits, whatever fails later
@@ -139,7 +163,15 @@ class _Collection:
             packs = catalog.store.list_packs().keys()
             if self._before is None:
                 self._before = collector.held_bytes(debris=True)
-            rekey = self._sweep and (self._policy.asks_rekey or self._owes_rekey(time))
+            record = None
+            if self._archive:  # what no rule keeps is archived, not dropped
+                record = archiving.archive(
+                    self._repository, self._policy, mark, time, self._progress
+                )
+                rules = self._policy
+                self._policy = Policy(optimizer_last=rules.optimizer_last, rekey=rules.rekey)
+                self._archive = False
+            rekey = self._sweep and (self._policy.asks_rekey or collector.owes_rekey(time))
             work = Sweep(collector, catalog, mark)
             with after(lambda: self._said(work)):
                 done = work.run(
@@ -149,6 +181,8 @@ class _Collection:
                     before_drop=self._before_drop,
                     rekey=(lambda: self._rekey(time)) if rekey else None,
                 )
+            if record is not None:
+                done = replace(done, archived=record.archived)
             kept = collector.held_bytes(debris=not self._sweep)
             self._before += collector.foreign_bytes(done, packs)
             if not self._sweep:
@@ -171,10 +205,6 @@ class _Collection:
                 ref, old, commit=target, time=current_time(), action=DROPPED
             )
 
-    def _owes_rekey(self, time: str) -> bool:
-        swept = self._collector.swept(time)
-        return wants_rekey(self._repository.catalog, swept)
-
     def _rekey(self, time: str) -> None:
         """Re-encode the deltas that need commits whose data is deleted."""
         from ckptvcs.encode.rekey import REKEY_FLAGS, Rekeyer  # noqa: PLC0415  needs numpy
@@ -185,7 +215,9 @@ class _Collection:
         kept = {name: made for name, made in commits.items() if name not in gone.commits}
         depth = repository.config.keyframe_depth
         rekeyer = Rekeyer(repository.catalog, repository.bases, depth, self._progress)
-        rekeyer.run(kept, gone.parts)
+        before = self._collector.unarchived(time).values()
+        waiting = {state.values for commit in before for state in commit.parts.values()}
+        rekeyer.run(kept, gone.parts, waiting)
 
 
 def _collector(

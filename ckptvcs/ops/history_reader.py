@@ -16,6 +16,7 @@ from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import Bound, LogEntry
 from ckptvcs.ops.config import KEYS, Value, get_setting, user_settings
 from ckptvcs.ops.repository import FOLDER, Repository
+from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.ids import ObjectId
 
 if TYPE_CHECKING:
@@ -363,7 +364,14 @@ class HistoryReader:
         """
         return self._repository.history.select(revisions)
 
-    def plan_gc(self, policy: Policy = NO_RULES, *, now: bool = False) -> GcPlan:
+    def plan_gc(
+        self,
+        policy: Policy = NO_RULES,
+        *,
+        now: bool = False,
+        archive: bool = False,
+        progress: Progress = quiet,
+    ) -> GcPlan:
         """Return the commits, exact patches and packs that `gc` would delete; changes nothing.
 
         The plan does not include the bytes that `gc(rekey=True)` frees.
@@ -371,12 +379,15 @@ class HistoryReader:
         Args:
             policy: The retention rules; the default keeps every commit.
             now: Delete data without the grace period, as `gc(now=True)` does.
+            archive: Archive old commits, as `gc(archive=True)` does.  Their archived forms are made
+                in a temporary folder, and the sizes are those after all grace periods.
+            progress: Called with the number of bytes that were read or written since its last call.
 
         Raises:
             CorruptionError: An object that a commit needs is missing.
             InvalidInputError: The rules keep no commit at all.
         """
-        return ops.gc.plan(self._repository, policy, now=now)
+        return ops.gc.plan(self._repository, policy, now=now, archive=archive, progress=progress)
 
     def stats(self) -> Stats:
         """Return the sizes of the repository on disk, in bytes."""

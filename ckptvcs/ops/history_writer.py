@@ -213,6 +213,7 @@ class HistoryWriter(Reader):
         sweep: bool = True,
         now: bool = False,
         rekey: bool = False,
+        archive: bool = False,
         progress: Progress = quiet,
     ) -> GcPlan:
         """Drop the commits that no rule keeps, and delete unreferenced data.
@@ -229,6 +230,8 @@ class HistoryWriter(Reader):
             now: Delete the data of all dropped commits at once, without the grace period.
             rekey: Re-encode deltas that depend on deleted commits, and limit the length of each
                 chain to the settings.
+            archive: Archive old commits by the settings `archive-after`, `archive-every` and
+                `archive-lag`. Commits that no rule of `policy` keeps are archived, not dropped.
             progress: Called with the number of bytes that were read or written since its last call.
 
         Returns:
@@ -244,7 +247,13 @@ class HistoryWriter(Reader):
             >>> repo.gc(ckptvcs.Policy(last=20, every=10_000)).freed_bytes
         """
         return ops.gc.collect(
-            self._repository, policy, sweep=sweep, now=now, rekey=rekey, progress=progress
+            self._repository,
+            policy,
+            sweep=sweep,
+            now=now,
+            rekey=rekey,
+            archive=archive,
+            progress=progress,
         )
 
     def drop(self, *revisions: str | int, now: bool = False, progress: Progress = quiet) -> GcPlan:

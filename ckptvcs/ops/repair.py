@@ -26,7 +26,8 @@ from ckptvcs.history.format_file import FOLDERS, raise_flags, repair_format
 from ckptvcs.history.note import dump_note
 from ckptvcs.history.provenance import PROVENANCE
 from ckptvcs.history.reachability import mark
-from ckptvcs.history.recipe import DropRecord, load_recipe
+from ckptvcs.history.recipe import load_recipe
+from ckptvcs.history.records import DropRecord
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.config import repair_settings

@@ -11,7 +11,7 @@ import pytest
 from ckptvcs.errors import ConflictError, InvalidInputError, NotFoundError
 from ckptvcs.gc import sweep
 from ckptvcs.gc.retention import Policy
-from ckptvcs.history.recipe import DropRecord
+from ckptvcs.history.records import DropRecord
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from tests.helpers.comparing import same

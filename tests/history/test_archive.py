@@ -17,7 +17,7 @@ from ckptvcs.errors import CkptError, CorruptionError, UnsupportedVersionError
 from ckptvcs.history.archive import ArchivedCommit, ArchiveWriter, Manifest
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.note import Note, dump_note
-from ckptvcs.history.recipe import DropRecord, dump_drop_record
+from ckptvcs.history.records import DropRecord, dump_drop_record
 from ckptvcs.ops.history_reader import handle
 from ckptvcs.repo import Repo
 from ckptvcs.store.ids import Kind
