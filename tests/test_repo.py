@@ -359,7 +359,7 @@ def test_a_file_with_tensors_without_elements(repo: Repo, tmp_path: Path) -> Non
     save_file(state, tmp_path / "model.safetensors")
     name = repo.commit_path(tmp_path / "model.safetensors", message="").id
     assert same(dict(sorted(repo.checkout("HEAD").items())), state)
-    assert save_part(handle(repo), name, "model", tmp_path / "model.pt", exact=True) == "exact"
+    assert save_part(handle(repo), name, "model", tmp_path / "model.pt", require="exact") == "exact"
     assert same(dict(sorted(torch.load(tmp_path / "model.pt").items())), state)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ckptvcs.checkpoint.roles import LOSSY
 from ckptvcs.codec.dtypes import can_be_lossy
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.commit import ErrorReport
+from ckptvcs.history.commit import INEXACT, ErrorReport
 from ckptvcs.store.ids import ObjectId
 
 
@@ -44,7 +44,7 @@ def _lossy(catalog: Catalog, name: ObjectId, fidelity: Mapping[str, str]) -> dic
     commit = catalog.commit(name)
     schema, found = catalog.schema(commit.schema), dict[int, bytes]()
     for part, state in commit.parts.items():
-        if fidelity.get(part) == "near":
+        if fidelity.get(part) in INEXACT:
             stored = schema.stored(part)
             hashes = catalog.all_values(state.values, len(stored))
             for number, value in zip(stored, hashes, strict=True):

@@ -33,7 +33,8 @@ _Force = Annotated[
     bool, Option("-f", "--force", help="overwrite files that no commit contains exactly")
 ]
 _Require = Annotated[
-    Literal["exact"] | None, Option(metavar="exact", help="refuse a commit that is only near")
+    Literal["exact", "near"] | None,
+    Option(metavar="exact|near", help="refuse a commit whose form is farther off than this"),
 ]
 _Branch = Annotated[
     str | None,
@@ -67,10 +68,9 @@ def checkout(
     if near and only:
         raise InvalidInputError("--near cannot be combined with --only", hint="leave one out")
     repo = open_repo(context)
-    exactly = require is not None
     if branch is None:
         _restore(
-            repo, str(revision), output, only, force=force, exactly=exactly, near=near, json=json
+            repo, str(revision), output, only, force=force, require=require, near=near, json=json
         )
         return
     name = repo.branch(branch, revision or "HEAD")
@@ -80,7 +80,7 @@ def checkout(
         render.answer({"id": name, "paths": [], "branch": branch}, at, json=json)
         return
     try:
-        _restore(repo, branch, output, only, force=force, exactly=exactly, near=near, json=json)
+        _restore(repo, branch, output, only, force=force, require=require, near=near, json=json)
         if output:
             repo.move_head(branch)
     except BaseException:
@@ -96,7 +96,7 @@ def _restore(
     only: str | None,
     *,
     force: bool,
-    exactly: bool,
+    require: str | None,
     near: bool,
     json: bool,
 ) -> None:
@@ -108,14 +108,16 @@ def _restore(
         render.talk(f"note: {target} gets the weights only; the commit has another format")
     announce = _ignore if target else partial(_announce, None if only else entry.commit)
     if only:
-        done = repo.checkout_part(name, only, target, force=force, exact=exactly, announce=announce)
+        done = repo.checkout_part(
+            name, only, target, force=force, require=require, announce=announce
+        )
     else:
         with render.progress("checking out", entry.commit.raw_bytes) as tick:
             done = repo.checkout_files(
                 name,
                 target,
                 force=force,
-                exact=exactly,
+                require=require,
                 near=near,
                 progress=tick,
                 announce=announce,

@@ -76,6 +76,8 @@ def _form(entry: LogEntry) -> tuple[str, str]:
     error = entry.commit.error
     update = f", update {error.update_nmse:.2g}" if error.update_nmse > _FAR else ""
     lag = "" if error.lag is None else f", lag {error.lag:.1f}"
+    if "archived" in entry.fidelity.values():
+        return f"archived {error.weight_rel:.2g}{lag}", "yellow"
     return f"near {error.weight_rel:.2g}{lag}{update}", "yellow"
 
 

@@ -135,19 +135,10 @@ def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
         _tell(repo, plan, flags)
         return
     ask = ask and not flags.json and render.can_ask()
-    if ask and archives:  # a plan takes as long as the archiving itself
-        question = "archive commits, and delete their near form for good?" if flags.now else None
-        if question is not None and not render.confirm(question):
-            render.talk("nothing was changed")
-            return
-        ask = False
-    if ask:
-        plan = repo.plan_gc(policy, now=flags.now)
-        _show(plan)
-        question = _question(repo, plan, now=flags.now)
-        if question is not None and not render.confirm(question):
-            render.talk("nothing was changed")
-            return
+    question = _asked(repo, policy, archives=archives, now=flags.now) if ask else None
+    if question is not None and not render.confirm(question):
+        render.talk("nothing was changed")
+        return
     doing = "archiving" if archives else "rekeying" if flags.rekey else "sweeping"
     with render.progress(doing, None) as tick:
         plan = repo.gc(
@@ -158,7 +149,16 @@ def _run(repo: Repo, policy: Policy, flags: _Flags, *, ask: bool) -> None:
             archive=flags.archive,
             progress=tick,
         )
-    _tell(repo, plan, flags, table=not ask)
+    _tell(repo, plan, flags, table=archives or not ask)
+
+
+def _asked(repo: Repo, policy: Policy, *, archives: bool, now: bool) -> str | None:
+    """Show what gc will do, and return what to ask; None if it takes nothing for good."""
+    if archives:  # a plan takes as long as the archiving itself
+        return "archive commits, and delete their near form for good?" if now else None
+    plan = repo.plan_gc(policy, now=now)
+    _show(plan)
+    return _question(repo, plan, now=now)
 
 
 def _question(repo: Repo, plan: GcPlan, *, now: bool) -> str | None:

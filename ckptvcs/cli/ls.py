@@ -71,7 +71,7 @@ def _json(one: TensorEntry) -> dict[str, Any]:
 
 def _row(one: TensorEntry) -> list[str]:
     error = one.relative_error
-    near = "near" if error is None else f"{error:.2g}"
+    form = entries.tensor_form(one)
     return [
         render.printable(one.name),
         one.part,
@@ -79,5 +79,5 @@ def _row(one: TensorEntry) -> list[str]:
         one.dtype,
         " x ".join(map(str, one.shape)),
         render.size(one.size_bytes),
-        near if one.form == "near" else entries.tensor_form(one),
+        f"{error:.2g}" if one.form == "near" and error is not None else form,
     ]

@@ -12,7 +12,7 @@ from ckptvcs.cli.listing import until
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
-    from ckptvcs import LogEntry, ObjectId
+    from ckptvcs import ErrorReport, LogEntry, ObjectId
 
 
 def _parts_json(entry: LogEntry) -> dict[str, Any]:
@@ -71,6 +71,7 @@ def _fields(repo: Repo, entry: LogEntry) -> list[tuple[str, str]]:
         ("size", entries.sizes_now(entry)),
         ("stored as", f"{commit.codec}, {commit.kind}, depth {commit.depth}"),
         ("fidelity", f"{entries.fidelity(entry)}{end and ':'}{end}"),
+        ("archived", _archived(repo, entry)),
         ("parts", entries.parts(entry)),
         *_errors(entry),
     ]
@@ -79,6 +80,8 @@ def _fields(repo: Repo, entry: LogEntry) -> list[tuple[str, str]]:
 def _errors(entry: LogEntry) -> list[tuple[str, str]]:
     """Return a sentence for each measured error of a near commit."""
     error = entry.commit.error
+    if entry.near_error is not None:
+        return _archived_errors(error, entry.near_error)
     lost = f"{_percent(error.residual_nmse)} of the last change is lost, in squares"
     update = f"The next update is off by {_percent(error.update_nmse)}, in squares"
     sentences = {
@@ -96,6 +99,28 @@ def _errors(entry: LogEntry) -> list[tuple[str, str]]:
     ]
     labels = ["error", *[""] * len(shown)]
     return [] if entry.exact else list(zip(labels, shown, strict=False))
+
+
+def _archived(repo: Repo, entry: LogEntry) -> str:
+    """Return where an archived commit comes from."""
+    if entry.near_error is None:
+        return ""
+    names = [entries.commit_name(repo.entry(name)) for name in entry.between]
+    return f"interpolated between {' and '.join(names)}" if names else "an anchor of its line"
+
+
+def _archived_errors(error: ErrorReport, near: ErrorReport) -> list[tuple[str, str]]:
+    """Return sentences about the errors of an archived form and of the near form before it."""
+    lag = "" if error.lag is None else f" They are about {error.lag:.2g} commits late (lag)."
+    before = "" if near.lag is None else f", {near.lag:.2g} commits late"
+    return [
+        (
+            "error",
+            f"The weights are off by at most {_percent(error.weight_rel)} (weight_rel).{lag}",
+        ),
+        ("", f"No weight is off by more than {error.max_abs:.3g} (max_abs)."),
+        ("", f"Before it was archived: off by {_percent(near.weight_rel)}{before}."),
+    ]
 
 
 def _percent(share: float) -> str:

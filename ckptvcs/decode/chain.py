@@ -18,18 +18,18 @@ from typing import Protocol
 import numpy as np
 
 from ckptvcs.codec.dtypes import DTYPES, WEIGHT_DTYPES, DType, float_type
-from ckptvcs.codec.frame import PATCH, SLICE_WORDS, Companion, decode_slice, slice_size, slices_of
+from ckptvcs.codec.frame import SLICE_WORDS, Companion, decode_slice, slice_size, slices_of
 from ckptvcs.codec.interpolate import interpolate
 from ckptvcs.codec.words import Words, octets, word_type
-from ckptvcs.errors import CkptError, CorruptionError, TruncatedError
+from ckptvcs.decode.stored_slice import has_slices, read_slice
+from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.hashing import hash_of, hasher
 from ckptvcs.history.catalog import Catalog
-from ckptvcs.history.recipe import NO_HASH, Between, Frame, slice_hash
+from ckptvcs.history.recipe import Between, Frame
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.ids import ObjectId
 
 MAX_DEPTH = 4096
-_PATCH = bytes([PATCH])
 _MASTER = DTYPES["F32"]
 _NO_BUNDLE = ObjectId("")
 _MAX_CHANGES = 4  # of the word size along a chain: each can make decoding eight times slower
@@ -445,35 +445,6 @@ class ChainReader:
             raise CorruptionError(f"{info.name} does not decode to its recorded hash")
         if pending is not None:
             yield pending
-
-
-def read_slice(
-    catalog: Catalog, bundle: ObjectId, frame: Frame, number: int, *, unhashed_patch: bool = False
-) -> bytes:
-    """Read one encoded slice and check it against the hash in its bundle.
-
-    A slice of an exact patch may lack a hash if `unhashed_patch` is set: the tensor that it decodes
-    to has one.
-
-    Raises:
-        TruncatedError, CorruptionError: the slice is damaged or missing.
-    """
-    if number >= len(frame.slices):
-        raise CorruptionError(f"bundle {bundle[:8]} is damaged: a frame has too few slices")
-    offset, length, expected = frame.slices[number]
-    data = catalog.store.read_region(bundle, offset, length)
-    if len(data) != length:
-        raise TruncatedError(f"bundle {bundle[:8]} is truncated")
-    if unhashed_patch and expected == NO_HASH and data[:1] == _PATCH:
-        return data
-    if slice_hash(data) != expected:
-        raise CorruptionError(f"bundle {bundle[:8]} is damaged: a slice has the wrong hash")
-    return data
-
-
-def has_slices(frame: Frame, size: int, dtype: DType) -> bool:
-    """Return whether a frame has the number of slices of a tensor of `size` bytes and this type."""
-    return size % dtype.word == 0 and len(frame.slices) == len(slices_of(size // dtype.word))
 
 
 def _check_types(chain: Sequence[Link], info: TensorInfo) -> None:

@@ -32,7 +32,7 @@ from ckptvcs.decode.file_writer import look_at_files, named_paths, save_director
 from ckptvcs.errors import CkptError, InvalidInputError, NotFoundError
 from ckptvcs.files.names import refuse_trusted
 from ckptvcs.files.targets import Target, looked, named
-from ckptvcs.history.commit import FileEntry
+from ckptvcs.history.commit import INEXACT, FileEntry
 from ckptvcs.history.schema import LITTLE, Schema, View
 from ckptvcs.parallel import quiet
 
@@ -70,10 +70,10 @@ class PartReader:
         return self._restorer.inline()
 
     def fidelity(self, window: Window) -> str:
-        """Return `exact`, `near` or `dropped`; inline tensors are always exact."""
+        """Return `exact`, `near`, `archived` or `dropped`; inline tensors are always exact."""
         info = self.schema.tensors[window[0]]
         form = "exact" if info.inline else self._restorer.fidelity[info.part]
-        return form if form != "near" or window[0] in self._near else "exact"
+        return form if form not in INEXACT or window[0] in self._near else "exact"
 
     @cached_property
     def _near(self) -> set[int]:

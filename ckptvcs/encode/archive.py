@@ -377,7 +377,11 @@ class _Row:
         }
 
     def report(self, previous: _Row) -> ErrorReport:
-        """Return the error of the archived form against the original: both errors are added."""
+        """Return the error of the archived form against the original.
+
+        The errors of both forms are added: their norms, which bounds the sum, or for the lag their
+        energies, which is what independent errors add up to.
+        """
         sums, near = self.errors, self.commit.error
         total = sums.error + self.own_error
         if near.lag:
@@ -385,10 +389,10 @@ class _Row:
         else:
             known = self.own_error + previous.commit.error.weight_rel**2 * sums.energy
             movement = movement_share(sums.residual, known) * sums.residual
-        own = 0.0 if self.own_error == 0 else near.max_abs
-        rel = math.sqrt(total / sums.energy) if sums.energy else 0.0
+        own = near if self.own_error else ErrorReport()
+        rel = own.weight_rel + (math.sqrt(sums.error / sums.energy) if sums.energy else 0.0)
         lag = total / movement if movement else None
-        return ErrorReport(rel, lag or 0.0, lag or 0.0, 1.0, sums.largest + own, lag)
+        return ErrorReport(rel, lag or 0.0, lag or 0.0, 1.0, sums.largest + own.max_abs, lag)
 
 
 class _Ends:

@@ -20,7 +20,8 @@ from ckptvcs.codec.dtypes import DTYPES, float_type
 from ckptvcs.codec.frame import decode_slice, slices_of
 from ckptvcs.codec.words import Words, octets
 from ckptvcs.decode.base_cache import BaseWriter, find_decoded
-from ckptvcs.decode.chain import ChainReader, DecodedTable, read_slice
+from ckptvcs.decode.chain import ChainReader, DecodedTable
+from ckptvcs.decode.stored_slice import read_slice
 from ckptvcs.encode.assemble import NewPlace, Place, StoredPlace, recipe_of
 from ckptvcs.encode.bases import match_tensors
 from ckptvcs.encode.exact import reencode

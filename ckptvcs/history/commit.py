@@ -33,6 +33,9 @@ from ckptvcs.text import from_number
 PARTS = ("model", "optimizer", "rest")
 """Weights, optimizer state, everything else.  Each part decodes without the others."""
 
+INEXACT = frozenset({"near", "archived"})
+"""The forms of a part whose tensors may differ from the committed ones."""
+
 ERRORS = "errors"
 """Name of the droppable table of errors by tensor, beside the parts."""
 

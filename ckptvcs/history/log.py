@@ -28,7 +28,7 @@ class LogEntry:
         id: The id of the commit.
         commit: The commit object.
         stored_bytes: The bytes on disk that the commit added, without its exact patch.
-        fidelity: The form of each part: `exact`, `near` or `dropped`.
+        fidelity: The form of each part: `exact`, `near`, `archived` or `dropped`.
         branch: The branch that is shown with the commit.
         tags: The tags of the commit.
         message: The message; the newest note that has one counts.
@@ -37,6 +37,8 @@ class LogEntry:
         exact_bytes: The bytes on disk of its exact patches, which are deleted when it fades.
         exact_lasts: Whether the commit is exact and stays so: it needs no patch, or a tag, a pin
             or the setting `keep-best` keeps its patches.
+        near_error: The error of the near form that an archived form replaced; else None.
+        between: The commits that an archived commit is interpolated between; empty for an anchor.
     """
 
     id: ObjectId
@@ -50,6 +52,8 @@ class LogEntry:
     fields: Mapping[str, str]
     exact_bytes: int = 0
     exact_lasts: bool = True
+    near_error: ErrorReport | None = None
+    between: tuple[ObjectId, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -119,11 +123,12 @@ class History:
             if part in gone
             else "exact"
             if state.exact is None or self._catalog.has_recipe(state.exact)
-            else "near"
+            else state.fidelity
             for part, state in commit.parts.items()
         }
         is_gone = set(fidelity.values()) == {"dropped"}
         stored = self._catalog.store.home_size(name) + (0 if is_gone else commit.data_bytes)
+        form = self._catalog.archived().get(name)
         noted = self._catalog.merged(name, commit.message, commit.metrics)
         patched = [
             (part, state.exact)
@@ -143,6 +148,8 @@ class History:
             sum(self._catalog.patch_bytes(exact) for _, exact in patched),
             all(form == "exact" for form in fidelity.values())
             and lasting.get(name, frozenset()).issuperset(part for part, _ in patched),
+            None if form is None else self._catalog.original(name).error,
+            () if form is None else form.between,
         )
 
     def errors(self, name: ObjectId) -> dict[int, ErrorReport]:

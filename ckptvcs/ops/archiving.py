@@ -110,7 +110,7 @@ class Work:
         return Revisions(self.catalog, self.refs)
 
     def kept(self) -> Set[ObjectId]:
-        """Return the commits that refs, settings or rules protect, or that have an exact patch."""
+        """Return the commits that refs, settings or rules protect, or that stay exact."""
         commits = self.revisions().visible()
         judge = Judge(self.catalog, self.refs, self.config.exact_rule.best)
         kept = set(judge.protected(commits))
@@ -118,7 +118,10 @@ class Work:
             now = datetime.fromisoformat(self.time)
             decisions = judge.decide(self.policy, commits, self.catalog.dropped(), now)
             kept |= {row.name for row in decisions if row.action != "drop"}
-        return kept.union(*map(self.catalog.commits_of_exact, self.catalog.patches().values()))
+        fader = Fader(self.catalog, self.refs, self.config.exact_rule)
+        fading = {patch.pack for patch in fader.everywhere(commits)}
+        lasting = (patch for patch in fader.patches() if patch.pack not in fading)
+        return kept.union(*(patch.commits for patch in lasting))
 
     def archive(self, progress: Progress) -> DropRecord | None:
         """Store archived forms, and return the record to write; None if there are none."""

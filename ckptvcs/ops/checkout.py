@@ -30,7 +30,7 @@ from ckptvcs.files.names import refuse_trusted, safe_path
 from ckptvcs.files.placing import Folder, NotRegularError, Seen
 from ckptvcs.files.targets import Target, Targets, looked, writing
 from ckptvcs.hashing import hasher
-from ckptvcs.history.commit import Commit, FileEntry
+from ckptvcs.history.commit import INEXACT, Commit, FileEntry
 from ckptvcs.history.reachability import mark
 from ckptvcs.history.schema import Op
 from ckptvcs.ops.repository import Repository
@@ -74,6 +74,10 @@ def _only(commit: Commit) -> FileEntry:
     return next(file for file in commit.files if file.skeleton is not None)
 
 
+_REFUSED = {"exact": INEXACT, "near": INEXACT - {"near"}}
+"""The forms that each value of `require` refuses."""
+
+
 def checkout_files(
     repository: Repository,
     name: ObjectId,
@@ -82,7 +86,7 @@ def checkout_files(
     announce: Callable[[Path], object] = quiet,
     *,
     force: bool = False,
-    exact: bool = False,
+    require: str | None = None,
     near: bool = False,
 ) -> CheckedOut:
     """Write the files of a commit; see `Repo.checkout_files`."""
@@ -93,7 +97,7 @@ def checkout_files(
         )
 
     def write() -> CheckedOut:
-        restorer = _reader(repository, name, exact=exact, near=near)
+        restorer = _reader(repository, name, require=require, near=near)
         return tree.write(restorer, output, progress, announce, force=force)
 
     return repository.read_again(write)
@@ -107,7 +111,7 @@ def checkout_part(
     announce: Callable[[Path], object],
     *,
     force: bool,
-    exact: bool,
+    require: str | None,
 ) -> CheckedOut:
     """Write one part of a commit; see `Repo.checkout_part`."""
     with Targets() as looks:
@@ -120,7 +124,7 @@ def checkout_part(
             if not force:
                 refuse_trusted([repository.catalog.commit(name).path])
             announce(target.path)
-        form = save_part(repository, name, part, target, exact=exact)
+        form = save_part(repository, name, part, target, require=require)
         return CheckedOut((target.path,), {part: form}, form == "exact")
 
 
@@ -139,17 +143,22 @@ def _part_target(
 
 
 def save_part(
-    repository: Repository, name: ObjectId, part: str, target: Path | Target, *, exact: bool = False
+    repository: Repository,
+    name: ObjectId,
+    part: str,
+    target: Path | Target,
+    *,
+    require: str | None = None,
 ) -> str:
     """Write one part of a commit as .safetensors or as a torch.save file; return its fidelity.
 
     Raises:
-        ConflictError: `exact` is set and the part is near, or another program created or changed
+        ConflictError: the part is not what `require` names, or another program created or changed
             the target meanwhile.
     """
 
     def save() -> str:
-        restorer = _reader(repository, name, part, exact=exact)
+        restorer = _reader(repository, name, part, require=require)
         PartReader(restorer).save(part, at)
         return restorer.fidelity.get(part, "exact")  # a part of small tensors is always exact
 
@@ -162,27 +171,30 @@ def _reader(
     name: ObjectId,
     part: str | None = None,
     *,
-    exact: bool,
+    require: str | None,
     near: bool = False,
 ) -> Restorer:
     """Return a reader of a commit, or of its near form.
 
     Raises:
-        ConflictError: `exact` is set and a part is near.
-        InvalidInputError: `near` is set, and also `exact`, or the commit has no near form.
+        ConflictError: `require` is `exact` or `near`, and a part is in a form that is farther off.
+        InvalidInputError: `require` has another value, or is `exact` with `near` set, or the commit
+            has no near form.
     """
-    if exact and near:
+    if require not in (None, *_REFUSED):
+        raise InvalidInputError(f"invalid form '{require}'", hint="write exact or near")
+    if require == "exact" and near:
         raise InvalidInputError(
             "a near form cannot be required to be exact", hint="leave out one of the options"
         )
     restorer = repository.restorer(name, near=near)
-    forms = [form for key, form in restorer.fidelity.items() if part in (None, key)]
-    if exact and "near" in forms:
+    forms = {form for key, form in restorer.fidelity.items() if part in (None, key)}
+    for form in sorted(forms & _REFUSED[require] if require else ()):
         raise ConflictError(
-            f"commit {name[:8]} can only be restored in near form",
-            hint="leave out --require exact to restore the near form",
+            f"commit {name[:8]} can only be restored in {form} form",
+            hint=f"leave out --require {require} to restore the {form} form",
         )
-    if near and "near" not in forms:
+    if near and not forms & INEXACT:
         raise InvalidInputError(
             f"commit {name[:8]} has no near form: its codec is exact", hint="leave out --near"
         )

@@ -20,7 +20,7 @@ from ckptvcs.codec.words import Words
 from ckptvcs.decode.commit_reader import Restorer, in_our_order
 from ckptvcs.decode.pair_reader import Pair, read_pairs
 from ckptvcs.errors import InvalidInputError, NotFoundError
-from ckptvcs.history.commit import PARTS
+from ckptvcs.history.commit import INEXACT, PARTS
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.ops.diff_sides import Indistinct, Match, Side, match_tensors
@@ -268,9 +268,10 @@ def diff_near(
     exact, near = repository.restorer(commit), repository.restorer(commit, near=True)
     entry = repository.entry(commit)
     if exact.fidelity == near.fidelity:
-        lossless = "near" not in exact.fidelity.values()
+        lossy = INEXACT.intersection(exact.fidelity.values())
+        form = f"is only {min(lossy)} now" if lossy else "has no near form"
         raise InvalidInputError(
-            f"commit {commit[:8]} {'has no near form' if lossless else 'is only near now'}",
+            f"commit {commit[:8]} {form}",
             hint="choose a commit that 'ckpt log' shows as exact, of the codec near",
         )
     entries = [entry, replace(entry, fidelity=dict(near.fidelity))]

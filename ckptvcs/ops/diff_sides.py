@@ -16,6 +16,7 @@ from ckptvcs.codec.words import Words, word_type
 from ckptvcs.decode.commit_reader import Restorer, in_our_order
 from ckptvcs.decode.pair_reader import Pair
 from ckptvcs.history.catalog import Catalog
+from ckptvcs.history.commit import INEXACT
 from ckptvcs.history.schema import TensorInfo
 from ckptvcs.store.ids import ObjectId
 
@@ -96,7 +97,7 @@ class Side:
             # The report of a moment has only a squared error.
             number: error.weight_rel or math.sqrt(error.residual_nmse)
             for number, error in near_errors(self.catalog, self.restorer.name).items()
-            if self.restorer.fidelity.get(self.infos[number].part) == "near"
+            if self.restorer.fidelity.get(self.infos[number].part) in INEXACT
         }
 
     @cached_property
@@ -111,7 +112,7 @@ class Side:
     def is_near(self, number: int) -> bool:
         """Return whether the form of a tensor may differ from its original."""
         info = self.infos[number]
-        if info.inline or self.restorer.fidelity.get(info.part) != "near":
+        if info.inline or self.restorer.fidelity.get(info.part) not in INEXACT:
             return False
         if number in self._originals:
             return self._originals[number] != self._hashes[number]

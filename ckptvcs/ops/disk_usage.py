@@ -16,7 +16,7 @@ from ckptvcs.checkpoint.roles import WEIGHT
 from ckptvcs.errors import CorruptionError, InvalidInputError
 from ckptvcs.gc.collect import files_bytes, stored_bytes
 from ckptvcs.history.commit import Commit
-from ckptvcs.history.recipe import Frame
+from ckptvcs.history.recipe import Between, Frame
 from ckptvcs.history.schema import Schema
 from ckptvcs.ops.layers import layers_of
 from ckptvcs.ops.repository import CACHE, Repository
@@ -212,7 +212,8 @@ def _find_owners(repository: Repository, commits: Mapping[ObjectId, Commit]) -> 
         with contextlib.suppress(CorruptionError):  # gc may have deleted dropped data
             schema = catalog.schema(commit.schema)
             layers = layers_of(schema)
-            for part, state in commit.parts.items():
+            states = [*commit.parts.items(), *catalog.original(name).parts.items()]
+            for part, state in states:
                 mine = replace(own, part=part)
                 for table in filter(None, (state.values, state.exact)):
                     _own_table(repository, table, mine, schema, layers, owners)
@@ -249,8 +250,12 @@ def _own_table(
         owners.objects.setdefault(name, own)
         for bundle in recipe.bundles:
             owners.objects.setdefault(bundle, own)
-        for number, owner, frame in zip(stored, recipe.owners, recipe.frames, strict=False):
-            bundle, info = recipe.bundles[owner], schema.tensors[number]
+        for number, place in zip(
+            stored, map(recipe.place, range(len(recipe.frames))), strict=False
+        ):
+            if isinstance(place, Between):
+                continue
+            (bundle, frame), info = place, schema.tensors[number]
             kind = info.role if info.role in MOMENTS else TENSORS
             if info.role == WEIGHT:
                 with contextlib.suppress(CorruptionError):

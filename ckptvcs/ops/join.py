@@ -21,7 +21,8 @@ from typing import Self
 from ckptvcs.checkpoint.layout import Piece, Source
 from ckptvcs.checkpoint.open import Checkpoint, InputFile
 from ckptvcs.decode.base_cache import MemoryBase
-from ckptvcs.decode.chain import ChainReader, read_slice
+from ckptvcs.decode.chain import ChainReader
+from ckptvcs.decode.stored_slice import read_slice
 from ckptvcs.encode.assemble import Encoded, assemble
 from ckptvcs.encode.frame_writer import PatchWriter
 from ckptvcs.encode.measure import report, report_tensors

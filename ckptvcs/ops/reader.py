@@ -100,6 +100,7 @@ class Reader(TensorReader):
         *,
         force: bool = False,
         exact: bool = False,
+        require: str | None = None,
         near: bool = False,
         progress: Progress = quiet,
         announce: Callable[[Path], object] = quiet,
@@ -110,7 +111,9 @@ class Reader(TensorReader):
             revision: The commit to write.
             output: The file or directory to write; None uses the path that the commit recorded.
             force: Overwrite files whose content is in no commit.
-            exact: Refuse a commit that can only be restored in near form.
+            exact: The same as `require="exact"`.
+            require: Refuse a commit that can only be restored in a form farther off than this:
+                `exact` or `near`.
             near: Write the near form even if the commit is exact now; `output` is required.
             progress: Called with the number of bytes that were read or written since its last call.
             announce: Called with the target path before the first byte is written.
@@ -121,12 +124,19 @@ class Reader(TensorReader):
         Raises:
             NotFoundError: The commit does not exist.
             InvalidInputError: `near` is set without `output`, or the commit has no near form.
-            ConflictError: A file would be lost, or `exact` is set and the commit is near.
+            ConflictError: A file would be lost, or the commit is not as `require` asks.
             CorruptionError: A file does not have its recorded hash; no file was replaced.
         """
         name, target = self.resolve(revision), None if output is None else Path(output)
         return ops.checkout.checkout_files(
-            self._repository, name, target, progress, announce, force=force, exact=exact, near=near
+            self._repository,
+            name,
+            target,
+            progress,
+            announce,
+            force=force,
+            require="exact" if exact else require,
+            near=near,
         )
 
     def checkout_part(
@@ -137,6 +147,7 @@ class Reader(TensorReader):
         *,
         force: bool = False,
         exact: bool = False,
+        require: str | None = None,
         announce: Callable[[Path], object] = quiet,
     ) -> CheckedOut:
         """Write one part of a commit as .safetensors, or as a file of `torch.save`.
@@ -146,7 +157,9 @@ class Reader(TensorReader):
             part: `model`, `optimizer` or `rest`.
             output: The file to write; None writes beside the path that the commit recorded.
             force: Overwrite an existing file.
-            exact: Refuse a part that can only be restored in near form.
+            exact: The same as `require="exact"`.
+            require: Refuse a part that can only be restored in a form farther off than this:
+                `exact` or `near`.
             announce: Called with the target path before the first byte is written, if `output` is
                 None.
 
@@ -156,12 +169,18 @@ class Reader(TensorReader):
         Raises:
             NotFoundError: The commit or the part does not exist.
             InvalidInputError: `output` is a directory.
-            ConflictError: The file exists and `force` is not set, or `exact` is set and the part is
-                near.
+            ConflictError: The file exists and `force` is not set, or the part is not as `require`
+                asks.
         """
         name, target = self.resolve(revision), None if output is None else Path(output)
         return ops.checkout.checkout_part(
-            self._repository, name, part, target, announce, force=force, exact=exact
+            self._repository,
+            name,
+            part,
+            target,
+            announce,
+            force=force,
+            require="exact" if exact else require,
         )
 
     def suffix_fits(self, revision: str | int, path: PathLike) -> bool:

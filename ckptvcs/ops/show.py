@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ckptvcs.checkpoint.forms import near_errors, near_tensors
-from ckptvcs.history.commit import ErrorReport
+from ckptvcs.history.commit import INEXACT, ErrorReport
 from ckptvcs.history.log import LogEntry
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import ObjectId
@@ -79,7 +79,7 @@ def tensors(
             and any(map(wants, (info.name, *aliases)))
         ):
             form = "exact" if info.inline else fidelity.get(info.part, "exact")
-            form = "exact" if form == "near" and number not in near else form
+            form = "exact" if form in INEXACT and number not in near else form
             found.append(
                 TensorEntry(
                     info.name,
@@ -106,5 +106,5 @@ def _patched(entry: LogEntry) -> dict[str, str]:
 
 
 def forms(repository: Repository, name: ObjectId) -> list[str]:
-    """Return the form of each of `tensors`: `exact`, `near` or `dropped`."""
+    """Return the form of each of `tensors`: `exact`, `near`, `archived` or `dropped`."""
     return [entry.form for entry in tensors(repository, name)]

@@ -31,17 +31,15 @@ from ckptvcs.history.commit import (
 from ckptvcs.history.format_file import check_format, require_flags
 from ckptvcs.history.provenance import CodeState, Provenance, dump_provenance, load_provenance
 from ckptvcs.history.recipe import (
-    DropRecord,
     Frame,
     Recipe,
     dump_bundle,
-    dump_drop_record,
     dump_recipe,
     load_bundle,
-    load_drop_record,
     load_recipe,
     load_values,
 )
+from ckptvcs.history.records import DropRecord, dump_drop_record, load_drop_record
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.schema import (
     Op,
@@ -361,7 +359,7 @@ def test_any_lease_is_read_or_refused(data: bytes) -> None:
 
 FORMAT = {"format": 1, "id": "ab", "flags": {"read": ["near"], "write": [], "gc": []}}
 VALUES = ['"near"', 2, '"loss:min"', '"exact"', '"near"', '"exact"', 0.1, 1.5, '"off"', 64, 16.5]
-VALUES += ['"loss"', '"7d"', '"full"', '"on"']
+VALUES += ['"loss"', 16, 4, '"auto"', '"7d"', '"full"', '"on"']
 CONFIG = "\n".join(f"{key} = {value}" for key, value in zip(KEYS, VALUES, strict=True))
 
 

@@ -6,17 +6,8 @@ import pytest
 
 from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CkptError, CorruptionError
-from ckptvcs.history.recipe import (
-    DropRecord,
-    Frame,
-    Recipe,
-    dump_bundle,
-    dump_drop_record,
-    dump_recipe,
-    load_bundle,
-    load_drop_record,
-    load_recipe,
-)
+from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, load_bundle, load_recipe
+from ckptvcs.history.records import DropRecord, dump_drop_record, load_drop_record
 from ckptvcs.history.schema import (
     Op,
     Schema,

@@ -16,15 +16,8 @@ import pytest
 
 from ckptvcs.errors import CkptError, CorruptionError
 from ckptvcs.history.commit import FileEntry
-from ckptvcs.history.recipe import (
-    DropRecord,
-    Frame,
-    Recipe,
-    dump_bundle,
-    dump_drop_record,
-    dump_recipe,
-    slice_hash,
-)
+from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, slice_hash
+from ckptvcs.history.records import DropRecord, dump_drop_record
 from ckptvcs.history.schema import Schema, TensorInfo, View
 from ckptvcs.ops.checkout import save_part
 from ckptvcs.ops.history_reader import handle

@@ -44,7 +44,9 @@ class Histories(RuleBasedStateMachine):
         self.step, self.tagged = 0, 0
         self.now = {"a": torch.randn(40, 30), "b": torch.randn(200), "still": torch.randn(150)}
         self.true: dict[str, Any] = {}
-        self.near: dict[str, Any] = {}
+        self.near: dict[
+            Any, Any
+        ] = {}  # by commit and form: archiving replaces it, undo restores it
 
     def teardown(self) -> None:
         damage = self.repo.verify().damage
@@ -66,9 +68,14 @@ class Histories(RuleBasedStateMachine):
             assert len(list(found.tensors(model))) == len(model)
             return
         near = PartReader(handle(self.repo).restorer(name, near=True)).state()
-        assert same(near, self.near[name])
+        assert same(near, self.near[self._form(name)])
         if entry.exact:
             assert same(self.repo.checkout(f"id:{name}"), self.true[name])
+
+    def _form(self, name: Any) -> Any:
+        """A commit in the form that it has now."""
+        parts = handle(self.repo).catalog.commit(name).parts
+        return name, *(state.values for state in parts.values())
 
     # -- commands ----------------------------------------------------------------------------------
 
@@ -88,7 +95,12 @@ class Histories(RuleBasedStateMachine):
         entry = self.repo.commit(state, step=self.step, metrics={"loss": loss}, codec=codec)
         assert entry.exact
         self.true[entry.id] = state
-        self.near[entry.id] = PartReader(handle(self.repo).restorer(entry.id, near=True)).state()
+        self._learn(entry.id)
+
+    def _learn(self, name: Any) -> None:
+        """Note what a commit decodes to in its present form."""
+        near = PartReader(handle(self.repo).restorer(name, near=True)).state()
+        assert same(near, self.near.setdefault(self._form(name), near))
 
     @precondition(lambda self: self.step > 2)
     @rule(back=st.integers(0, 5))
@@ -125,6 +137,17 @@ class Histories(RuleBasedStateMachine):
         assert [row.action for row in plan.decisions] == [row.action for row in done.decisions]
         head = handle(self.repo).revisions.head()
         assert head is None or head not in handle(self.repo).catalog.dropped().commits
+
+    @precondition(lambda self: self.step > 2)
+    @rule(every=st.integers(2, 4), lag=st.sampled_from(["auto", "1"]), now=st.booleans())
+    def archive(self, every: int, lag: str, now: bool) -> None:
+        self.repo.configure("archive-every", str(every))
+        self.repo.configure("archive-lag", lag)
+        for row in self.repo.gc(now=now, archive=True).archived:
+            bound = float(lag) if lag != "auto" else 2 * every
+            assert (row.error.lag or 0) <= bound
+            if "dropped" not in self.repo.entry(row.commit).fidelity.values():
+                self._learn(row.commit)
 
     @precondition(lambda self: self.step > 2)
     @rule(back=st.integers(0, 5), now=st.booleans())

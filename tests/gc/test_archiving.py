@@ -1,0 +1,377 @@
+"""Archived commits lie on a piecewise-linear trajectory, and the record says how far they are off.
+
+The repository has ten commits of a run whose weights drift and jitter.  Every third is an anchor.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckptvcs import Archived
+from ckptvcs.errors import ConflictError
+from ckptvcs.gc.retention import Policy
+from ckptvcs.ops.history_reader import handle
+from ckptvcs.repo import Repo
+from tests.helpers.comparing import same
+from tests.helpers.states import State, adam_state, weights
+
+COMMITS = 10
+SETTINGS = {"keep-exact": "1", "archive-every": "3", "provenance": "off"}
+
+
+def walk(count: int, *, jump: int = 0, dtype: torch.dtype = torch.float32) -> list[State]:
+    """States whose weights drift and jitter; at state number `jump` they jump."""
+    torch.manual_seed(5)
+    now, drift = weights(), {name: torch.randn(w.shape) * 3e-4 for name, w in weights().items()}
+    states = []
+    for number in range(1, count + 1):
+        size = 2e-2 if number == jump else 3e-4
+        now = {n: w + drift[n] + torch.randn(w.shape) * size for n, w in now.items()}
+        state = adam_state({n: w.to(dtype) for n, w in now.items()}, 10 * number)
+        state["model"]["frozen"] = torch.full((40, 40), 0.25)
+        state["model"]["counts"] = torch.arange(400) * number
+        states.append(state)
+    return states
+
+
+def committed(folder: Path, states: list[State]) -> Repo:
+    repo = Repo.init(folder)
+    for key, value in SETTINGS.items():
+        repo.configure(key, value)
+    for state in states:
+        repo.commit(state, step=state["step"], metrics={"loss": 1 / state["step"]})
+    return repo
+
+
+@pytest.fixture(scope="module")
+def states() -> list[State]:
+    return walk(COMMITS)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, states: list[State]) -> Path:
+    folder = tmp_path_factory.mktemp("archived")
+    committed(folder, states)
+    return folder
+
+
+@pytest.fixture
+def repo(tmp_path: Path, template: Path) -> Repo:
+    shutil.copytree(template, tmp_path / "run")
+    return Repo.open(tmp_path / "run")
+
+
+def forms(repo: Repo, revision: str = "HEAD") -> str:
+    """The form of the weights of each commit of a line, oldest first."""
+    letters = {"exact": "E", "near": "n", "archived": "a", "dropped": "-"}
+    names = repo.select([f"10..{revision}"])
+    return "".join(letters[repo.entry(name).fidelity["model"]] for name in names)
+
+
+def anchors(rows: tuple[Archived, ...]) -> str:
+    return "".join("-" if row.between else "A" for row in rows)
+
+
+def distance(a: State, b: State) -> float:
+    names = [n for n, w in a["model"].items() if w.is_floating_point()]
+    pairs = ((a["model"][n].double(), b["model"][n].double()) for n in names)
+    return math.sqrt(sum(float((x - y).square().sum()) for x, y in pairs))
+
+
+# -- what is archived ------------------------------------------------------------------------------
+
+
+def test_the_middle_of_a_history_is_archived(repo: Repo) -> None:
+    """The first commit is the first anchor; what is left after the last anchor stays near."""
+    repo.configure("archive-after", "2")
+    plan = repo.gc(now=True)  # the setting says that every gc archives
+    assert forms(repo) == "naaaaaannE"
+    assert anchors(plan.archived) == "--A--A"
+    assert not repo.verify().damage
+
+
+def test_gc_goes_on_where_the_last_one_ended(repo: Repo, states: list[State]) -> None:
+    repo.configure("archive-after", "4")
+    assert anchors(repo.gc(now=True, archive=True).archived) == "--A"
+    assert forms(repo) == "naaannnnnE"
+    before = {step: repo.checkout(step) for step in (20, 30, 40)}
+    repo.configure("archive-after", "1")
+    assert anchors(repo.gc(now=True, archive=True).archived) == "--A"
+    assert forms(repo) == "naaaaaannE"
+    assert not repo.gc(now=True, archive=True).archived
+    for step, state in before.items():
+        assert same(repo.checkout(step), state)
+    assert not repo.verify().damage
+
+
+@pytest.mark.parametrize("kept", ["tag", "pin", "best", "rule"])
+def test_a_protected_commit_stays_and_serves_as_an_anchor(
+    repo: Repo, states: list[State], kept: str
+) -> None:
+    policy = Policy()
+    if kept == "tag":
+        repo.tag("mine", 50)
+    elif kept == "pin":
+        repo.pin(repo.resolve(50))
+    elif kept == "best":
+        repo.note(50, metrics={"score": 1.0})
+        repo.configure("keep-best", "score:max")
+    else:
+        policy = Policy(every=50)
+    near = repo.checkout(50)
+    plan = repo.gc(policy, now=True, archive=True)
+    assert forms(repo) == "naaanaaanE"
+    assert anchors(plan.archived) == "--A--A"
+    assert same(repo.checkout(50), near)
+    assert not repo.verify().damage
+
+
+def test_commits_in_front_of_a_protected_one_end_there(repo: Repo) -> None:
+    repo.tag("mine", 60)
+    plan = repo.gc(now=True, archive=True)
+    assert forms(repo) == "naaaanaaaE"
+    assert anchors(plan.archived) == "--A---A"
+    assert not repo.verify().damage
+
+
+def test_a_fork_is_an_anchor_and_both_lines_are_archived(repo: Repo, states: list[State]) -> None:
+    repo.branch("side", 50)
+    repo.move_head("side")
+    for state in walk(COMMITS)[5:]:
+        repo.commit(state, step=state["step"] + 1)
+    plan = repo.gc(now=True, archive=True)
+    assert forms(repo, "main") == "naaaaaaanE"
+    rows = {row.commit: row for row in plan.archived}
+    assert not rows[repo.resolve(50)].between
+    assert repo.show("side~1").fidelity["model"] in ("near", "archived")
+    assert not repo.verify().damage
+
+
+def test_a_branch_from_an_archived_commit(repo: Repo, states: list[State]) -> None:
+    """Its first commit is based on the anchor before: no frame is based on an interpolation."""
+    repo.gc(now=True, archive=True)
+    repo.branch("side", 30)
+    repo.move_head("side")
+    for state in states[3:9]:
+        repo.commit(state, step=state["step"] + 1)
+    newest = repo.checkout("side")
+    assert same(newest["model"], states[8]["model"])
+    assert not repo.verify().damage
+    assert repo.gc(now=True, archive=True).archived
+    assert not repo.verify().damage
+
+
+@pytest.mark.parametrize("number", [2, 5, 9])
+def test_a_jump_stays_within_the_bound(tmp_path: Path, number: int) -> None:
+    """Commits around it become anchors, or stay near."""
+    repo = committed(tmp_path, walk(12, jump=number))
+    repo.configure("archive-lag", "2")
+    plan = repo.gc(now=True, archive=True)
+    assert plan.archived
+    assert all((row.error.lag or 0) <= 2 for row in plan.archived)
+    assert not repo.verify().damage
+
+
+def test_commits_with_nan_stay_near(tmp_path: Path) -> None:
+    states = walk(12)
+    states[4]["model"]["layer1"][3, 3] = float("nan")
+    repo = committed(tmp_path, states)
+    repo.gc(now=True, archive=True)
+    assert forms(repo)[4] == "n"
+    assert "a" in forms(repo)[5:]
+    assert not repo.verify().damage
+
+
+def test_a_commit_with_other_tensors_begins_again(tmp_path: Path) -> None:
+    states = walk(12)
+    for state in states[5:]:
+        state["model"]["new"] = torch.ones(20, 20) * state["step"]
+    repo = committed(tmp_path, states)
+    assert anchors(repo.gc(now=True, archive=True).archived) == "--A--A"
+    assert forms(repo) == "naaannaaannE"
+    assert not repo.verify().damage
+
+
+def test_a_dropped_optimizer_stays_dropped(repo: Repo) -> None:
+    repo.gc(Policy(optimizer_last=2), now=True)
+    repo.gc(now=True, archive=True)
+    entry = repo.show(40)
+    assert entry.fidelity == {"model": "archived", "optimizer": "dropped"}
+    assert not repo.verify().damage
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types(tmp_path: Path, dtype: torch.dtype) -> None:
+    repo = committed(tmp_path, walk(9, dtype=dtype))
+    plan = repo.gc(now=True, archive=True)
+    assert anchors(plan.archived) == "--A--A"
+    assert repo.checkout(30)["model"]["layer0"].dtype == dtype
+    assert not repo.verify().damage
+
+
+# -- what comes back -------------------------------------------------------------------------------
+
+
+def test_commits_are_within_their_recorded_error(repo: Repo, states: list[State]) -> None:
+    plan = repo.gc(now=True, archive=True)
+    true = {state["step"]: state for state in states}
+    for row in plan.archived:
+        entry = repo.entry(row.commit)
+        found, original = repo.checkout(row.commit), true[entry.step]
+        nothing = {"model": {name: torch.zeros(()) for name in original["model"]}}
+        off, lag = distance(found, original), row.error.lag
+        assert off <= row.error.weight_rel * distance(original, nothing)
+        movement = distance(original, true[entry.step - 10])
+        assert lag is not None
+        # The near form's own error counts in full, though interpolation averages most of it out.
+        assert 0.5 * lag < off**2 / movement**2 < 1.15 * lag
+        for name, tensor in original["model"].items():
+            assert (
+                found["model"][name].double() - tensor.double()
+            ).abs().max() <= row.error.max_abs
+
+
+def test_only_the_floating_point_state_is_interpolated(repo: Repo, states: list[State]) -> None:
+    repo.gc(now=True, archive=True)
+    for state in states:
+        found = repo.checkout(state["step"])
+        for name in ("frozen", "counts"):
+            assert torch.equal(found["model"][name], state["model"][name])
+        assert found["step"] == state["step"]
+        assert found["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
+        for key, moments in found["optimizer"]["state"].items():
+            assert torch.equal(moments["step"], state["optimizer"]["state"][key]["step"])
+            assert (moments["exp_avg_sq"] > 0).all()
+            if 40 <= state["step"] <= 70:  # between anchors that lack them
+                assert not moments["exp_avg"].any()
+
+
+def test_interpolation_is_linear_in_the_step(tmp_path: Path) -> None:
+    states = walk(6)
+    for state, step in zip(states, (1, 2, 4, 8, 16, 32), strict=True):
+        state["step"] = step
+    repo = committed(tmp_path, states)
+    repo.configure("archive-every", "4")
+    assert anchors(repo.gc(now=True, archive=True).archived) == "---A"
+    first, last = (repo.checkout(step)["model"]["layer2"].double() for step in (1, 16))
+    for step in (2, 4, 8):
+        share = (first * (16 - step) + last * (step - 1)) / 15
+        assert torch.equal(repo.checkout(step)["model"]["layer2"], share.float())
+
+
+def test_every_way_to_read_gives_the_same(repo: Repo) -> None:
+    repo.gc(now=True, archive=True)
+    names = repo.select(["10..HEAD"])
+    whole = {name: repo.checkout(name)["model"]["layer1"] for name in names}
+    for name, (_, tensor) in zip(names, repo.series("layer1"), strict=True):
+        assert torch.equal(tensor, whole[name])
+    for name, (_, state) in zip(names, repo.trajectory(), strict=True):
+        assert torch.equal(state["model"]["layer1"], whole[name])
+    shutil.rmtree(repo.folder / "cache")
+    for name in names:
+        tensor = Repo.open(repo.folder.parent).tensor("layer1", name).values
+        assert torch.equal(torch.as_tensor(tensor), whole[name])
+    assert repo.diff(30, 60).tensors
+
+
+def test_require_near_refuses_an_archived_commit(repo: Repo, tmp_path: Path) -> None:
+    repo.checkout_files(40, tmp_path / "near.pt", require="near")
+    repo.gc(now=True, archive=True)
+    for require in ("near", "exact"):
+        with pytest.raises(ConflictError, match="can only be restored in archived form"):
+            repo.checkout_files(40, tmp_path / "out.pt", require=require)
+    repo.checkout_files(100, tmp_path / "out.pt", require="exact")
+
+
+# -- the grace period ------------------------------------------------------------------------------
+
+
+def test_undo_brings_the_near_form_back(repo: Repo) -> None:
+    before = {entry.step: repo.checkout(entry.step) for entry in repo.log()}
+    plan = repo.gc(archive=True)
+    assert len(plan.replaced) == 6
+    assert plan.waiting_bytes > 0
+    repo.gc()
+    assert forms(repo) == "naaaaaannE"
+    assert repo.undo().what == "archive of 6 commits"
+    assert forms(repo) == "nnnnnnnnnE"
+    for step, state in before.items():
+        assert same(repo.checkout(step), state)
+    repo.gc(now=True)
+    assert not repo.verify().damage
+    assert anchors(repo.gc(now=True, archive=True).archived) == "--A--A"
+    assert not repo.verify().damage
+
+
+def test_undo_is_refused_once_the_near_form_is_gone(repo: Repo) -> None:
+    repo.gc(now=True, archive=True)
+    with pytest.raises(ConflictError, match="gc deleted"):
+        repo.undo()
+
+
+def test_the_near_form_goes_when_the_grace_period_ends(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = repo.gc(archive=True)
+    later = (datetime.now(UTC) + timedelta(days=8)).isoformat()
+    monkeypatch.setattr("ckptvcs.ops.gc.current_time", lambda: later)
+    done = repo.gc()
+    assert done.freed_bytes > 0.5 * plan.waiting_bytes
+    assert not done.replaced
+    assert forms(repo) == "naaaaaannE"
+    assert not repo.verify().damage
+
+
+def test_a_dry_run_says_what_will_be_freed(repo: Repo) -> None:
+    names = sorted(str(path) for path in repo.folder.rglob("*.pack"))
+    plan = repo.plan_gc(archive=True)
+    assert names == sorted(str(path) for path in repo.folder.rglob("*.pack"))
+    done = repo.gc(now=True, archive=True)
+    assert [row.commit for row in plan.archived] == [row.commit for row in done.archived]
+    assert plan.archived == done.archived
+    assert plan.freed_bytes == pytest.approx(done.freed_bytes, rel=0.05)
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+def test_dropped_commits_between_anchors(repo: Repo) -> None:
+    repo.gc(now=True, archive=True)
+    kept = {step: repo.checkout(step) for step in (20, 40, 50, 70)}
+    repo.drop(30, 60, now=True)
+    assert not repo.verify().damage
+    for step, state in kept.items():
+        assert same(repo.checkout(step), state)
+    repo.drop(40, now=True)  # an anchor: those between still need it
+    assert same(repo.checkout(20), kept[20])
+    assert same(repo.checkout(50), kept[50])
+    assert not repo.verify().damage
+
+
+def test_nothing_is_deleted_before_the_record(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = handle(repo).catalog
+    before = {step: repo.checkout(step) for step in (20, 40)}
+    monkeypatch.setattr(
+        type(catalog), "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        repo.gc(now=True, archive=True)
+    monkeypatch.undo()
+    repo = Repo.open(repo.folder.parent)
+    assert forms(repo) == "nnnnnnnnnE"
+    repo.gc(now=True)
+    for step, state in before.items():
+        assert same(repo.checkout(step), state)
+
+
+def test_a_reader_that_is_open_meanwhile(repo: Repo) -> None:
+    other = Repo.open(repo.folder.parent)
+    other.checkout(40)
+    repo.gc(now=True, archive=True)
+    assert same(other.checkout(40), repo.checkout(40))
