@@ -32,6 +32,9 @@ def import_(
     accept_near: Annotated[
         bool, Option("--accept-near", help="also delete originals of near commits")
     ] = False,
+    archive: Annotated[
+        bool, Option("--archive", help="archive all but the newest; the settings archive-* say how")
+    ] = False,
     yes: Yes = False,
     dry_run: Annotated[bool, Option("--dry-run", help="show what would be done")] = False,
     json: JsonOption = False,
@@ -52,7 +55,7 @@ def import_(
             for item in importer.items:
                 removals.tell(item.found.name, item)
         elif not delete or yes or _confirmed(importer, accept_near=accept_near):
-            _run(importer, delete=delete, accept_near=accept_near)
+            _run(importer, archive=archive, delete=delete, accept_near=accept_near)
         if json:
             render.as_json(_json(importer, estimate, dry_run=dry_run))
         else:
@@ -90,7 +93,7 @@ def _confirmed(importer: Importer, *, accept_near: bool) -> bool:
     return False
 
 
-def _run(importer: Importer, *, delete: bool, accept_near: bool) -> None:
+def _run(importer: Importer, *, archive: bool, delete: bool, accept_near: bool) -> None:
     def tell(item: ImportItem) -> None:
         removals.tell(item.found.name, item)
         if delete and item.problem is None:
@@ -99,7 +102,9 @@ def _run(importer: Importer, *, delete: bool, accept_near: bool) -> None:
             removals.tell_removal(item.found.name, item, form)
 
     with render.progress("importing", _size_bytes(importer)) as tick:
-        if delete:
+        if archive:
+            importer.run_archived(delete=delete, accept_near=accept_near, progress=tick, watch=tell)
+        elif delete:
             importer.run_and_remove(accept_near=accept_near, progress=tick, watch=tell)
         else:
             importer.run(tick, tell)

@@ -51,6 +51,7 @@ from ckptvcs.store.ids import Kind, ObjectId, object_id
 _TRIES = 5  # attempts to meet the bound on the lag of an anchor
 
 ANCHOR = NearSpec(
+    step=2.1,
     rank=0,
     momentum_rank=0,
     moment_step=1e9,

@@ -100,7 +100,7 @@ class Fader:
         if not is_head:
             newest.append(self._head_line())
         kept = self._kept(newest, patches, dict(line))
-        return [patch for patch in mine if not _needed(patch, kept)]
+        return [patch for patch in mine if not self._is_needed(patch, kept)]
 
     def everywhere(self, known: dict[ObjectId, Commit]) -> list[Patch]:
         """Return the patches of `known` commits that expire.
@@ -110,7 +110,7 @@ class Fader:
         """
         patches = [patch for patch in self.patches() if known.keys() & set(patch.commits)]
         kept = self._kept([self._head_line(), self._latest_line()], [], known)
-        return [patch for patch in patches if not _needed(patch, kept)]
+        return [patch for patch in patches if not self._is_needed(patch, kept)]
 
     def lasting(self) -> dict[ObjectId, frozenset[str]]:
         """Return the parts whose exact patches do not expire, whatever is committed next."""
@@ -182,6 +182,13 @@ class Fader:
                 self._catalog.store.delete_packs(packs)
             self._catalog.forget_recipes()
 
+    def _is_needed(self, patch: Patch, kept: dict[ObjectId, frozenset[str]]) -> bool:
+        """Return whether a commit that is not archived keeps a patch."""
+        archived = self._catalog.archived()
+        return any(
+            patch.part in kept.get(name, ()) for name in patch.commits if name not in archived
+        )
+
     def _is_alone(self, patch: Patch) -> bool:
         """Return whether a pack contains only this patch, by its own table of contents."""
         try:
@@ -191,7 +198,3 @@ class Fader:
         kinds = sorted(entry.kind for entry in entries)
         table = next((entry.id for entry in entries if entry.kind == Kind.VALUES), None)
         return kinds == [Kind.VALUES, Kind.RECIPE, Kind.BUNDLE] and table == patch.values
-
-
-def _needed(patch: Patch, kept: dict[ObjectId, frozenset[str]]) -> bool:
-    return any(patch.part in kept.get(name, ()) for name in patch.commits)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from ckptvcs.gc.retention import BY_NAME, REKEY
 from ckptvcs.history.catalog import Catalog, Dropped
 from ckptvcs.history.reachability import can_unarchive, is_whole
-from ckptvcs.history.records import LEFT_OUT, DropRecord
+from ckptvcs.history.records import DIRECT, LEFT_OUT, DropRecord
 from ckptvcs.store.ids import ObjectId
 
 
@@ -48,7 +48,10 @@ def waiting_archives(catalog: Catalog, now: datetime, seconds: float) -> dict[Ob
     return {
         name: record
         for name, record in catalog.archives().items()
-        if seconds > 0 and _age(record, now) < seconds and can_unarchive(catalog, record)
+        if record.rule != DIRECT
+        and seconds > 0
+        and _age(record, now) < seconds
+        and can_unarchive(catalog, record)
     }
 
 

@@ -23,6 +23,10 @@ LEFT_OUT = "bundle"
 """The rule of the records that say what a bundle file left out; no undo brings that back."""
 
 
+DIRECT = "import --archive"
+"""The rule of archives of commits that nobody has seen in another form: no undo reverts them."""
+
+
 @dataclass(frozen=True)
 class Archived:
     """How one commit is archived.

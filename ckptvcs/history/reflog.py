@@ -11,7 +11,7 @@ from ckptvcs.errors import ConflictError, CorruptionError, MissingObjectError, N
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog
 from ckptvcs.history.reachability import can_unarchive, is_whole
-from ckptvcs.history.records import LEFT_OUT, DropRecord, load_drop_record
+from ckptvcs.history.records import DIRECT, LEFT_OUT, DropRecord, load_drop_record
 from ckptvcs.history.refs import HEAD, Generation, Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.store.ids import Kind, ObjectId
@@ -217,7 +217,7 @@ class Past:
         """
         line = self._ever(list(moves.values()))
         records = {**self._catalog.drops(), **self._catalog.archives()}
-        drops = [pair for pair in records.items() if pair[1].rule != LEFT_OUT]
+        drops = [pair for pair in records.items() if pair[1].rule not in (LEFT_OUT, DIRECT)]
         rows = [
             (_after(record, branch, moves.values()), record.time, name, record)
             for name, record in drops

@@ -13,7 +13,7 @@ from ckptvcs.gc.fading import Fader
 from ckptvcs.gc.retention import Policy
 from ckptvcs.history.catalog import Catalog, keys_of
 from ckptvcs.history.format_file import raise_flags
-from ckptvcs.history.records import DropRecord
+from ckptvcs.history.records import DIRECT, DropRecord
 from ckptvcs.history.refs import Refs
 from ckptvcs.history.revision import Revisions
 from ckptvcs.ops.config import Config
@@ -27,12 +27,18 @@ from ckptvcs.store.object_store import ObjectStore
 
 
 def archive(
-    repository: Repository, policy: Policy, mark: str, time: str, progress: Progress
+    repository: Repository,
+    policy: Policy,
+    mark: str,
+    time: str,
+    progress: Progress,
+    direct: Set[ObjectId] = frozenset(),
 ) -> DropRecord | None:
     """Store the archived forms of the commits that the rules name, and record them.
 
-    `mark` is that of `leases.sole`.  Nothing is recorded if a ref protects one of them by now: the
-    next gc tries again.  Return the record.
+    `mark` is that of `leases.sole`.  With `direct`, only these commits are archived, from their
+    exact form, and no undo reverts that.  Nothing is recorded if a ref protects one of them by now:
+    the next gc tries again.  Return the record.
 
     Raises:
         CorruptionError: A tensor does not decode to its recorded hash.
@@ -40,7 +46,7 @@ def archive(
     """
     from ckptvcs.encode.archive import ARCHIVE_FLAGS  # noqa: PLC0415  needs numpy
 
-    work = Work(repository.catalog, repository.refs, repository.config, policy, time)
+    work = Work(repository.catalog, repository.refs, repository.config, policy, time, direct)
     raise_flags(repository.backend, "read", *ARCHIVE_FLAGS)
     record = work.archive(progress)
     if record is None:
@@ -86,10 +92,9 @@ def preview(repository: Repository, policy: Policy, time: str, progress: Progres
 
 def rule_of(config: Config) -> ArchiveRule:
     """Return the rule of the settings; without one, commits that stay exact are not archived."""
-    after = config.archive_after
-    lag = config.archive_lag
+    after, lag = config.archive_after, config.archive_lag
     return ArchiveRule(
-        config.keep_exact if isinstance(after, str) else after,
+        config.keep_exact if isinstance(after, str) else max(after, config.keep_exact),
         config.archive_every,
         None if isinstance(lag, str) else lag,
     )
@@ -104,6 +109,7 @@ class Work:
     config: Config
     policy: Policy
     time: str
+    direct: Set[ObjectId] = frozenset()
 
     def revisions(self) -> Revisions:
         """Return the present commits of the repository."""
@@ -118,6 +124,8 @@ class Work:
             now = datetime.fromisoformat(self.time)
             decisions = judge.decide(self.policy, commits, self.catalog.dropped(), now)
             kept |= {row.name for row in decisions if row.action != "drop"}
+        if self.direct:
+            return kept | (commits.keys() - self.direct)
         fader = Fader(self.catalog, self.refs, self.config.exact_rule)
         fading = {patch.pack for patch in fader.everywhere(commits)}
         lasting = (patch for patch in fader.patches() if patch.pack not in fading)
@@ -134,7 +142,8 @@ class Work:
             return None
         names = tuple(row.commit for row in rows)
         after = self.refs.branches()
-        return DropRecord("archive", names, (), rule.text, self.time, after=after, archived=rows)
+        text = DIRECT if self.direct else rule.text
+        return DropRecord("archive", names, (), text, self.time, after=after, archived=rows)
 
     def collector(self) -> Collector:
         """Return a collector without a grace period."""

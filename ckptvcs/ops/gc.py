@@ -56,6 +56,13 @@ def collect(
     return _Collection(repository, policy, progress, sweep, now, archive).run()
 
 
+def archive_directly(
+    repository: Repository, names: Set[ObjectId], progress: Progress = quiet
+) -> GcPlan:
+    """Archive commits from their exact form, and delete what that replaces."""
+    return _Collection(repository, Policy(), progress, True, False, True, names).run()
+
+
 def archives(repository: Repository) -> bool:
     """Return whether every gc archives commits, by the settings."""
     return repository.config.archive_after != OFF
@@ -139,9 +146,10 @@ class _Collection:
         sweep: bool,
         now: bool,
         archive: bool = False,
+        direct: Set[ObjectId] = frozenset(),
     ) -> None:
         self._repository, self._policy, self._progress = repository, policy, progress
-        self._sweep, self._archive = sweep, archive
+        self._sweep, self._archive, self._direct = sweep, archive, direct
         self._collector = _collector(repository, now=now, named=policy.named)
         self._before: int | None = None  # bytes of the repository before the first try
         self._dropped = 0  # commits, whatever fails later
@@ -166,7 +174,7 @@ class _Collection:
             record = None
             if self._archive:  # what no rule keeps is archived, not dropped
                 record = archiving.archive(
-                    self._repository, self._policy, mark, time, self._progress
+                    self._repository, self._policy, mark, time, self._progress, self._direct
                 )
                 rules = self._policy
                 self._policy = Policy(optimizer_last=rules.optimizer_last, rekey=rules.rekey)

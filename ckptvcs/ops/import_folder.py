@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from ckptvcs.checkpoint.survey import Found, survey
@@ -28,19 +27,22 @@ from ckptvcs.errors import (
     StorageError,
 )
 from ckptvcs.gc.fading import Faded
+from ckptvcs.gc.retention import Policy
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.refs import check_name
+from ckptvcs.ops import archiving
 from ckptvcs.ops.commit import CommitResult, commit_path
-from ckptvcs.ops.import_branches import AFTER_ALL, Branch, new_branch, placed
+from ckptvcs.ops.gc import archive_directly, collect
+from ckptvcs.ops.import_branches import Branch, Branching, placed
 from ckptvcs.ops.import_estimate import Estimate, Forecast, Group, forecast
 from ckptvcs.ops.originals import Contents, Keeper, Removal
-from ckptvcs.ops.placement import free_name, stem
 from ckptvcs.ops.repository import Repository
 from ckptvcs.ops.request import Request
 from ckptvcs.parallel import Progress, quiet
 from ckptvcs.store.disk import is_full, real_path
 from ckptvcs.store.ids import ObjectId
 
+_WINDOW = 4  # segments of commits that keep their exact patches until they are archived
 _PASSES = 3  # over each checkpoint: read, encode, verify
 
 
@@ -106,9 +108,10 @@ class Importer:
         """
         self.repo, self.folder, self._codec = repo, folder, codec
         self._keeper = Keeper(repo, codec)
-        self._wanted = check_name(branch, "branch") if branch else None
         found, self.skipped = survey(folder, pattern, real_path(repo.folder))
         self.items = [ImportItem(checkpoint) for checkpoint in found]
+        wanted = check_name(branch, "branch") if branch else None
+        self._branching = Branching(repo, self.items, wanted)
         for item in self.items:
             if item.found.problem is not None:
                 item.fail(item.found.problem)
@@ -155,7 +158,7 @@ class Importer:
             BusyError: gc is deleting.
             StorageError: The disk is full or fails; earlier commits are kept.
         """
-        branches = self._branches()
+        branches = self._branching.present()
         for item in self.items:
             counted = _ItemProgress(item.found.size_bytes, progress)
             try:
@@ -189,7 +192,7 @@ class Importer:
             BusyError: gc is deleting.
             StorageError: The disk is full or fails; finished checkpoints stay committed.
         """
-        branches = self._branches()
+        branches = self._branching.present()
         for item in sorted(self.items, key=lambda item: item.action == "commit"):
             counted = _ItemProgress(item.found.size_bytes, progress)
             self._commit_new(item, branches, counted, fades=accept_near)
@@ -200,6 +203,67 @@ class Importer:
                 self._prove(item, item.id, counted)
             counted.fill(_PASSES)
             watch(item)
+
+    def run_archived(
+        self, *, delete: bool, accept_near: bool, progress: Progress, watch: Watch
+    ) -> None:
+        """Commit and verify the checkpoints, and archive them from their exact form.
+
+        The settings `archive-every` and `archive-lag` apply.  The newest commits stay exact or
+        near, by `keep-exact` and `archive-after`.  A few commits at a time keep the exact patches
+        that the archiving needs.
+
+        Args:
+            delete: Delete the originals that `accept_near` allows, once they are archived.
+            accept_near: Also delete originals whose commit is only near or archived.
+            progress: Called with the number of bytes that were processed since its last call.
+            watch: Called with each item when it is done.
+
+        Raises:
+            ConflictError: Another writer moved the branch meanwhile.
+            BusyError: gc is deleting.
+            StorageError: The disk is full or fails; earlier commits are kept.
+        """
+        config = self.repo.config
+        rule = archiving.rule_of(config)
+        self.repo.held_exact = (_WINDOW + 1) * rule.every + rule.after
+        branches, waiting = self._branching.present(), list[ImportItem]()
+
+        def settle() -> list[ImportItem]:
+            names = {item.id for item in self.items if item.id is not None}
+            archive_directly(self.repo, names)
+            archived = self.repo.catalog.archived()
+            done = [item for item in waiting if item.id in archived or item.id is None]
+            for item in done:
+                self._finish(item, delete=delete, accept_near=accept_near, watch=watch)
+            return [item for item in waiting if item not in done]
+
+        try:
+            for item in self.items:
+                counted = _ItemProgress(item.found.size_bytes, progress)
+                self._commit_new(item, branches, counted)
+                if item.id is not None:
+                    self._prove(item, item.id, counted)
+                counted.fill(_PASSES)
+                waiting.append(item)
+                if len(waiting) > _WINDOW * rule.every + rule.after:
+                    waiting = settle()
+            waiting = settle()
+        finally:
+            self.repo.held_exact = 0
+        collect(self.repo, Policy())  # patches that were kept for the archiving
+        for item in waiting:
+            self._finish(item, delete=delete, accept_near=accept_near, watch=watch)
+
+    def _finish(self, item: ImportItem, *, delete: bool, accept_near: bool, watch: Watch) -> None:
+        """Verify the final form of a commit, and delete its originals if that is allowed."""
+        if item.id is not None and item.problem is None:
+            item.removal.keep_reason = self.why_kept(item, accept_near=accept_near)
+            if delete and item.removal.keep_reason is None:
+                self._remove_one(item, item.id, accept_near=accept_near, progress=quiet)
+            else:
+                self._prove(item, item.id, quiet)
+        watch(item)
 
     def _prove(self, item: ImportItem, commit: ObjectId, progress: Progress) -> None:
         try:
@@ -252,9 +316,9 @@ class Importer:
         self, item: ImportItem, branches: list[Branch], progress: Progress, *, fades: bool
     ) -> None:
         found = item.found
-        branch = self._branch_for(found.step, branches)
+        branch = self._branching.branch_for(found.step, branches)
         request = Request(found.name, found.step, codec=self._codec, branch=branch.name)
-        request.fades = fades and self._will_fade(item, branch, branches)
+        request.fades = fades and self._branching.will_fade(item, branch, branches)
         try:
             result = self._commit_in_room(found, request, progress, may_fade=fades)
         except (InvalidInputError, NotFoundError, CorruptionError) as error:
@@ -291,70 +355,6 @@ class Importer:
         head = self.repo.head()
         name = request.branch or (head.branch if head else None)
         return self.repo.revisions.branch(name) if name else self.repo.revisions.head()
-
-    # -- branches ----------------------------------------------------------------------------------
-
-    def _will_fade(self, item: ImportItem, branch: Branch, branches: list[Branch]) -> bool:
-        """Return whether later checkpoints make the exact patch of an item on `branch` expire."""
-        at = next(at for at, one in enumerate(branches) if one is branch)
-        ends = [replace(one) for one in branches]
-        ends[at].advance(item.found.step)
-        later = islice(self.items, next(i for i, o in enumerate(self.items) if o is item) + 1, None)
-        newest = self.repo.commit_config().exact_rule.newest
-        on_branch = (
-            end
-            for end in placed((one.found.step for one in later if one.action == "commit"), ends)
-            if end is ends[at]
-        )
-        return len(list(islice(on_branch, newest))) == newest
-
-    def _branch_for(self, step: int | None, branches: list[Branch]) -> Branch:
-        """Return the branch for a checkpoint; add a new one to `branches` if none takes it."""
-        for branch in branches:
-            if branch.takes(step):
-                return branch
-        if not self._imported(branches[0].tip):
-            branches.clear()  # the branch holds another run than the folder
-        name = free_name(self._base, self.repo.refs.names("heads"))
-        branches.append(new_branch(name, step))
-        return branches[-1]
-
-    def _branches(self) -> list[Branch]:
-        """Return the branches that end with a checkpoint of this folder, otherwise the main one."""
-        steps = {item.id: item.found.step for item in self.items if item.id is not None}
-        main = self._main()
-        branches = [main] if self._imported(main.tip) else []
-        for name in self.repo.refs.names("heads"):
-            tip = self.repo.revisions.branch(name)
-            side = name not in (main.name, stem(name)) and stem(name) == stem(self._base)
-            if side and tip in steps:
-                step = steps[tip]
-                branches.append(
-                    Branch(name, tip, AFTER_ALL if step is None else step, step is None)
-                )
-        return branches or [main]
-
-    def _main(self) -> Branch:
-        """Return the branch that the user named, otherwise HEAD's (without a name if detached)."""
-        head = self.repo.head()
-        name = self._wanted or (head.branch if head else "main")
-        tip = self.repo.revisions.branch(name) if name else None
-        start = tip
-        if tip is None and self._wanted:  # a new branch begins at HEAD
-            start = self.repo.revisions.head()
-        commits = self.repo.catalog.line(start) if name else iter(())
-        step = next((commit.step for _, commit in commits if commit.step is not None), -1)
-        return Branch(name, tip, step, all(item.found.step is None for item in self.items))
-
-    def _imported(self, commit: ObjectId | None) -> bool:
-        """Return whether a commit holds a checkpoint of this folder."""
-        return commit is not None and any(item.id == commit for item in self.items)
-
-    @property
-    def _base(self) -> str:
-        """The branch whose name the side branches extend."""
-        head = self.repo.head()
-        return self._wanted or (head.branch if head else None) or "main"
 
     # -- results -----------------------------------------------------------------------------------
 
@@ -393,7 +393,7 @@ class Importer:
         Returns:
             None if nothing is new, or if no temporary directory has room.
         """
-        ends = self._branches()
+        ends = self._branching.present()
         groups: dict[int, tuple[ObjectId | None, list[Found]]] = {}
         new = [item for item in self.items if item.action == "commit"]
         for item, end in zip(new, placed((item.found.step for item in new), ends), strict=True):

@@ -142,7 +142,8 @@ class Keeper:
             if layout.format != file.format or -1 in numbers:
                 raise CorruptionError(f"{file.path} is not restored as a {file.format} file")
         error, bound = restorer.commit.error.weight_rel, self._bound(restorer.commit.codec)
-        if not restorer.exact and bound and not error <= bound:
+        archived = "archived" in restorer.fidelity.values()  # the bound on its lag holds
+        if not restorer.exact and not archived and bound and not error <= bound:
             raise CorruptionError(f"weights are off by {error:.2g}, more than {bound:.2g}")
         return restorer.exact
 
@@ -173,7 +174,8 @@ class Keeper:
             return f"it is exact for now only: pin-fidelity is '{fidelity}'"
         error = entry.commit.error.weight_rel
         off = f"weights off by {error:.2g}" if error else "its weights are exact"
-        return f"its commit is only near ({off})"
+        form = "archived" if entry.near_error else "near"
+        return f"its commit is only {form} ({off})"
 
     def remove(self, name: ObjectId, top: str, done: Removal | None = None) -> Removal:
         """Delete the originals of a commit; `removing` yields this method.

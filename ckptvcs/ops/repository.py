@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -79,6 +80,7 @@ class Repository:
         self.refs = Refs(self.backend)
         self.revisions = Revisions(self.catalog, self.refs, self._newest_good)
         self.history = History(self.catalog, self.refs, self.revisions, self._lasting)
+        self.held_exact = 0
         self._held: MemoryBase | None = None
         self._holder = Lock()
         self._sync_index()
@@ -97,8 +99,12 @@ class Repository:
         return self._settings.origins()
 
     def commit_config(self) -> Config:
-        """The settings for a commit; see `Settings.for_commit`."""
-        return self._settings.for_commit()
+        """The settings for a commit; see `Settings.for_commit`.
+
+        While `held_exact` is set, at least so many of the newest commits stay exact.
+        """
+        config = self._settings.for_commit()
+        return replace(config, keep_exact=max(config.keep_exact, self.held_exact))
 
     @staticmethod
     def backend_at(folder: Path) -> Backend:
@@ -289,4 +295,5 @@ class Repository:
 
     def fader(self) -> Fader:
         """Return a fader of exact patches with the current settings."""
-        return Fader(self.catalog, self.refs, self.config.exact_rule)
+        config = self.commit_config() if self.held_exact else self.config
+        return Fader(self.catalog, self.refs, config.exact_rule)
