@@ -9,6 +9,7 @@ from typer import Context, Option
 from ckptvcs.cli import entries, origin, render
 from ckptvcs.cli.context import JsonOption, Revision, open_repo
 from ckptvcs.cli.listing import until
+from ckptvcs.errors import CkptError
 from ckptvcs.repo import Repo
 
 if TYPE_CHECKING:
@@ -105,8 +106,16 @@ def _archived(repo: Repo, entry: LogEntry) -> str:
     """Return where an archived commit comes from."""
     if entry.near_error is None:
         return ""
-    names = [entries.commit_name(repo.entry(name)) for name in entry.between]
+    names = [_name(repo, name) for name in entry.between]
     return f"interpolated between {' and '.join(names)}" if names else "an anchor of its line"
+
+
+def _name(repo: Repo, name: ObjectId) -> str:
+    """Return the step and short id of a commit, or only the id if it is not here."""
+    try:
+        return entries.commit_name(repo.entry(name))
+    except CkptError:
+        return name[:8]
 
 
 def _archived_errors(error: ErrorReport, near: ErrorReport) -> list[tuple[str, str]]:

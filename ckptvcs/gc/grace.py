@@ -48,7 +48,7 @@ def waiting_archives(catalog: Catalog, now: datetime, seconds: float) -> dict[Ob
     return {
         name: record
         for name, record in catalog.archives().items()
-        if record.rule != DIRECT
+        if record.rule not in (DIRECT, LEFT_OUT)
         and seconds > 0
         and _age(record, now) < seconds
         and can_unarchive(catalog, record)

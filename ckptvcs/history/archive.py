@@ -24,8 +24,9 @@ from ckptvcs.errors import (
 )
 from ckptvcs.hashing import hasher
 from ckptvcs.history.commit import PARTS
-from ckptvcs.history.fields import ID, TEXT, Fields, many, mapping
+from ckptvcs.history.fields import ID, TEXT, Fields, many, mapping, optional
 from ckptvcs.history.format_file import FLAGS
+from ckptvcs.history.records import ARCHIVED, Archived
 from ckptvcs.history.refs import check_name
 from ckptvcs.store import pack as packs
 from ckptvcs.store.backend import Files
@@ -54,13 +55,15 @@ class ArchivedPack:
 @dataclass(frozen=True)
 class ArchivedCommit:
     """A commit of an archive: the parts that it has there, those of them with an exact patch, and
-    the names of other objects that it could lose, such as the errors of its tensors.
+    the names of other objects that it could lose, such as the errors of its tensors. `form` says
+    how the commit is archived, if it is.
     """
 
     id: ObjectId
     parts: tuple[str, ...]
     patches: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
+    form: Archived | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Manifest:
 
 _MANIFEST = Fields(
     Manifest,
-    commits=many(Fields(ArchivedCommit).type),
+    commits=many(Fields(ArchivedCommit, form=optional(ARCHIVED)).type),
     refs=mapping(ID),
     flags=mapping(many(TEXT)),
     packs=many(Fields(ArchivedPack).type),

@@ -70,7 +70,8 @@ def _load_parts(value: Json) -> dict[str, ObjectId]:
     return parts
 
 
-_ARCHIVED = Fields(Archived, parts=FieldType(_load_parts), error=ERROR)
+ARCHIVED = Fields(Archived, parts=FieldType(_load_parts), error=ERROR).type
+"""The type of a field that says how a commit is archived."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,7 @@ def _load_version(value: Json) -> tuple[str, int]:
     return value[0], value[1]
 
 
-_DROP_RECORD = Fields(
-    DropRecord, after=many(FieldType(_load_version)), archived=many(_ARCHIVED.type)
-)
+_DROP_RECORD = Fields(DropRecord, after=many(FieldType(_load_version)), archived=many(ARCHIVED))
 dump_drop_record = _DROP_RECORD.dump
 
 

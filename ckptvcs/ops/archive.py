@@ -74,6 +74,13 @@ def left_out(
     ]
 
 
+def archived(rows: Iterable[ArchivedCommit], time: str) -> list[DropRecord]:
+    """Return the record of those commits of a bundle file that are archived, if there are any."""
+    forms = tuple(row.form for row in rows if row.form is not None)
+    names = tuple(form.commit for form in forms)
+    return [DropRecord("archive", names, (), LEFT_OUT, time, archived=forms)] if forms else []
+
+
 class Source:
     """The commits of an open archive.
 
@@ -132,6 +139,8 @@ class Source:
             self._check_pack(file)
         for row in self.manifest.commits:
             self._check_patches(row)
+            if row.form is not None and row.form.commit != row.id:
+                raise CorruptionError(f"{self.archive} says how another commit is archived")
         self.needed(self.commits)
         heads = [tip for ref, tip in self.manifest.refs.items() if ref.startswith("heads/")]
         if not self.commits.keys() <= {
@@ -188,7 +197,9 @@ def sourced(file: BinaryIO, name: str, progress: Progress) -> Iterator[Source]:
         store = ObjectStore(Layered(folder, archive), folder / "index", keys_of)
         try:
             store.refresh()
-            source = Source(archive, Catalog(store))
+            catalog = Catalog(store)
+            catalog.record(archived(archive.manifest.commits, now()))
+            source = Source(archive, catalog)
             source.catalog.record(left_out(source.manifest.commits, source.commits, now()))
             source.check(progress)
             yield source

@@ -83,7 +83,7 @@ class Choice:
         parts = tuple(part for part in self._parts if part in commit.parts and part not in lost)
         patches = tuple(part for part in parts if self._has_patch(commit.parts[part].exact))
         others = tuple(sorted(extras(commit).keys() - lost))
-        return ArchivedCommit(name, parts, patches, others)
+        return ArchivedCommit(name, parts, patches, others, self.catalog.archived().get(name))
 
     def _has_patch(self, exact: ObjectId | None) -> bool:
         return self._form != "near" and exact is not None and self.catalog.has_recipe(exact)

@@ -13,7 +13,7 @@ from ckptvcs.history.note import MAX_NOTES
 from ckptvcs.history.reachability import is_whole
 from ckptvcs.history.recipe import Recipe, load_recipe
 from ckptvcs.history.records import LEFT_OUT, DropRecord
-from ckptvcs.ops.archive import Source, extras
+from ckptvcs.ops.archive import Source, archived, extras
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import Kind, ObjectId, PackId
 
@@ -30,7 +30,7 @@ class State:
         self._dropped = self._catalog.dropped()
 
     def _has_all(self, name: ObjectId) -> bool:
-        commits = {name: self._source.commits[name]}
+        commits = {name: self._catalog.commit(name)}  # perhaps in another form than in the file
         return is_whole(self._catalog, commits, self._dropped)
 
     @cached_property
@@ -119,7 +119,7 @@ class Planner:
             if not self._store.contains(bundle):
                 place = self._theirs.store.places(bundle)[0]
                 packs[place.pack] = place.folder
-        return Plan(packs, patch_packs, objects, recipes, self._drops(time))
+        return Plan(packs, patch_packs, objects, recipes, self._drops(time) + self._forms(time))
 
     def notes(self) -> list[ObjectId]:
         """Return the notes that the repository lacks, if it may have so many."""
@@ -176,6 +176,12 @@ class Planner:
             for names in (self._state.added, self._headers())
             if names
         ]
+
+    def _forms(self, time: str) -> list[DropRecord]:
+        """Return the record of the new commits that are archived, and of those that come back."""
+        known, new = self._catalog.archived(), {*self._state.added, *self._state.restored}
+        rows = [row for name, row in self._source.listed.items() if name in new]
+        return archived([row for row in rows if known.get(row.id) != row.form], time)
 
     def _headers(self) -> tuple[ObjectId, ...]:
         """Return the ancestors to drop: the archive has only their commit objects, as has this

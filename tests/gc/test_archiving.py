@@ -374,3 +374,96 @@ def test_a_reader_that_is_open_meanwhile(repo: Repo) -> None:
     other.checkout(40)
     repo.gc(now=True, archive=True)
     assert same(other.checkout(40), repo.checkout(40))
+
+
+# -- bundle files ----------------------------------------------------------------------------------
+
+
+def test_archived_commits_travel_in_a_bundle_file(repo: Repo, tmp_path: Path) -> None:
+    repo.gc(now=True, archive=True)
+    repo.bundle("30..60", tmp_path / "some.ckptz")  # 40 is an anchor, 70 is not in the file
+    clone = Repo.clone(tmp_path / "some.ckptz", tmp_path / "clone")
+    for step in (30, 40, 50, 60):
+        assert same(clone.checkout(step), repo.checkout(step))
+        assert clone.show(step).commit.error == repo.show(step).commit.error
+        assert clone.show(step).fidelity["model"] == "archived"
+    clone.gc(now=True)
+    assert not clone.verify().damage
+
+
+def test_fetching_archived_commits_does_not_replace_a_better_form(
+    repo: Repo, tmp_path: Path
+) -> None:
+    shutil.copytree(repo.folder.parent, tmp_path / "other")
+    other = Repo.open(tmp_path / "other")
+    before = {step: other.checkout(step) for step in (30, 40)}
+    repo.gc(now=True, archive=True)
+    repo.bundle("10..HEAD", tmp_path / "all.ckptz")
+    other.fetch(tmp_path / "all.ckptz")
+    assert "a" not in forms(other)
+    for step, state in before.items():
+        assert same(other.checkout(step), state)
+    assert not other.verify().damage
+
+
+def test_fetch_brings_archived_commits_to_where_they_were_dropped(
+    repo: Repo, tmp_path: Path
+) -> None:
+    shutil.copytree(repo.folder.parent, tmp_path / "other")
+    other = Repo.open(tmp_path / "other")
+    other.drop(30, 60, now=True)
+    repo.gc(now=True, archive=True)
+    repo.bundle("10..HEAD", tmp_path / "all.ckptz")
+    other.fetch(tmp_path / "all.ckptz")
+    assert same(other.checkout(30), repo.checkout(30))
+    assert not other.verify().damage
+
+
+# -- import ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, states: list[State]) -> Path:
+    (tmp_path / "checkpoints").mkdir()
+    for state in states:
+        torch.save(state, tmp_path / "checkpoints" / f"step{state['step']}.pt")
+    return tmp_path / "checkpoints"
+
+
+def imported(folder: Path, *, delete: bool = False) -> Repo:
+    repo = Repo.init(folder.parent / "direct")
+    for key, value in SETTINGS.items():
+        repo.configure(key, value)
+    importer = repo.import_folder(folder)
+    importer.look(lambda _: None)
+    importer.run_archived(
+        delete=delete, accept_near=True, progress=lambda _: None, watch=lambda _: None
+    )
+    assert not [item.problem for item in importer.items if item.problem]
+    return repo
+
+
+def test_import_archives_from_the_exact_form(repo: Repo, folder: Path, states: list[State]) -> None:
+    """The result is closer to the originals than with a detour through near forms."""
+    direct = imported(folder)
+    repo.gc(now=True, archive=True)
+    assert forms(direct) == forms(repo) == "naaaaaannE"
+    errors = {True: 0.0, False: 0.0}
+    for state in states[1:7]:
+        for one in (direct, repo):
+            errors[one is direct] += distance(one.checkout(state["step"]), state) ** 2
+        error = direct.show(state["step"]).commit.error
+        movement = distance(state, states[states.index(state) - 1])
+        assert error.lag == pytest.approx(
+            (distance(direct.checkout(state["step"]), state) / movement) ** 2, rel=0.1
+        )
+    assert errors[True] < errors[False]
+    assert direct.stats().patch_bytes == pytest.approx(repo.stats().patch_bytes, rel=0.01)
+    assert not direct.verify().damage
+
+
+def test_import_deletes_originals_once_they_are_archived(folder: Path) -> None:
+    direct = imported(folder, delete=True)
+    assert not list(folder.iterdir())
+    assert forms(direct) == "naaaaaannE"
+    assert not direct.verify().damage
