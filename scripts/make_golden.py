@@ -1,6 +1,7 @@
 """Make a golden repository of the current format: `python -m scripts.make_golden NAME`.
 
-It contains frames of all codecs, exact patches, a pin, dropped commits, merged deltas and notes.
+It contains frames of all codecs, exact patches, a pin, dropped and archived commits, merged deltas
+and notes.
 The tests decode every golden repository in every later version. Existing ones are never changed.
 """
 
@@ -29,6 +30,7 @@ from tests.helpers.training import save_run, train
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 CODECS = (
+    "near", "near", "near", "near", "near", "near", "near",
     "near", "near", "near:step=4,gamma=0.5", "near:step=0.05", "lossless", "near:gamma=0",
     "near:rank=0,step=40",
     "near:momentum_rank=2,momentum_nmse=1", "near:momentum_rank=2,momentum_nmse=1", "near", "near",
@@ -36,6 +38,8 @@ CODECS = (
 )  # fmt: skip
 """The codec of each commit. By index, the states have
 
+    0 to 3    bfloat16 weights and their float32 masters, to be archived
+    4 to 6    float64 tensors and complex weights, to be archived
     -10, -9   momenta instead of Adam's moments
     -8, -7    bfloat16 weights and their float32 masters
     -6, -5    float64 tensors and complex weights
@@ -85,10 +89,10 @@ def main() -> None:
             moments = state["optimizer"]["state"]
             for key, each in moments.items():
                 moments[key] = {"momentum_buffer": each["exp_avg"]}
-        for state in states[-8:-6]:
+        for state in states[:4] + states[-8:-6]:
             state["master"] = {k: v for k, v in state["model"].items() if v.dtype == torch.float32}
             state["model"] = {k: v.to(torch.bfloat16) for k, v in state["master"].items()}
-        for state in states[-6:-3]:
+        for state in states[4:7] + states[-6:-3]:
             state["model"] = {k: _wider(v) for k, v in state["model"].items()}
             for each in state["optimizer"]["state"].values():
                 each |= {k: _wider(v) for k, v in each.items() if k != "step"}
@@ -99,13 +103,15 @@ def main() -> None:
             after["optimizer"] = before["optimizer"]
         for path, codec in zip(save_run(Path(scratch), states), CODECS, strict=True):
             made = repo.commit_path(path, message=f"by {codec}", codec=codec)
-            if made.commit.step == 3:
+            if made.commit.step == 10:
                 repo.pin(made.id, pinned=True)
         set_ref(handle(repo), "tags", "first", repo.resolve(1), "tag")
         repo.note(2, message="evaluated", metrics={"eval": 0.5, "bad": float("nan")})
         repo.note(2, metrics={"eval": 0.25, "bad": None}, fields={"data": "wikitext"})
         repo.note("HEAD", metrics={"eval": float("inf")}, fields={"data": "a", "gone": "b"})
         repo.note("HEAD", fields={"data": "c", "gone": None})
+        repo.configure("archive-every", "2")
+        repo.gc(archive=True, now=True)
         repo.gc(Policy(every=2, last=3), rekey=True, now=True)
         for entry in repo.log():
             out = Path(scratch) / "out.pt"

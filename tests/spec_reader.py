@@ -57,7 +57,7 @@ def unsealed(data: bytes) -> Any:
     return fields
 
 
-FLAGS = {"near", "near-2", "notes", "patches", "provenance", "sparse", "types"}
+FLAGS = {"archive", "near", "near-2", "notes", "patches", "provenance", "sparse", "types"}
 
 
 def archive(path: Path) -> tuple[dict[str, Any], SpecRepository]:
@@ -74,7 +74,10 @@ def archive(path: Path) -> tuple[dict[str, Any], SpecRepository]:
         packs[pack["id"]] = data[at : at + pack["bytes"]]
         at += pack["bytes"]
     assert at == start
-    return manifest, SpecRepository(path, packs)
+    spec = SpecRepository(path, packs)
+    rows = (row["form"] for row in manifest["commits"] if "form" in row)
+    spec.forms = {row["commit"]: row["parts"] for row in rows}
+    return manifest, spec
 
 
 class SpecRepository:
@@ -94,6 +97,7 @@ class SpecRepository:
             self._pack(pack, data)
         self.objects = {name: self._content(name) for name in self.records}
         self.recipes: dict[str, list[dict[str, Any]]] = {}
+        self.forms: dict[str, dict[str, str]] = {}  # those of a bundle file
         for name, (kind, *_) in self.records.items():
             if KINDS[kind] == "recipe":
                 recipe = json.loads(self.objects[name])
@@ -193,10 +197,11 @@ class SpecRepository:
 
     # -- tensors -------------------------------------------------------------------------------
 
+    def _recipe(self, values: str) -> dict[str, Any]:
+        return max(self.recipes[values], key=lambda r: (not r.get("patch", False), r["generation"]))
+
     def _frame(self, values: str, tensor: int) -> tuple[str, int, dict[str, Any]]:
-        recipe = max(
-            self.recipes[values], key=lambda r: (not r.get("patch", False), r["generation"])
-        )
+        recipe = self._recipe(values)
         bundle = recipe["bundles"][recipe["owners"][tensor]]
         number = recipe["frames"][tensor]
         return bundle, number, self.json(bundle)["frames"][number]
@@ -226,6 +231,9 @@ class SpecRepository:
         """The same of one that others stand on, whose table may be gone; a frame that names no type
         has the one that is asked for, or else another.
         """
+        recipe = self._recipe(values)
+        if recipe["owners"][tensor] == len(recipe["bundles"]):
+            return self._between(recipe, recipe["frames"][tensor], asked, size)
         bundle, number, frame = self._frame(values, tensor)
         own = frame.get("dtype", self.json(bundle).get("dtype"))
         table = self.objects.get(bytes.fromhex(values))
@@ -239,6 +247,24 @@ class SpecRepository:
             if table is None or b3(out) == table[32 * tensor :][:32]:
                 return out
         raise AssertionError(f"{values} {tensor}")
+
+    def _between(self, recipe: dict[str, Any], position: int, dtype: str, size: int) -> bytes:
+        """An interpolated tensor."""
+        part, whole = recipe["share"]
+        assert 0 < part < whole < 1 << 24
+        dtype = {"C64": "F32", "C128": "F64"}.get(dtype, dtype)
+        ends = []
+        for table in recipe["ends"]:
+            self._frame(table, position)
+            words = np.frombuffer(
+                self._decode(table, position, dtype, size), f"<u{SIZES[dtype][1]}"
+            )
+            double = words.view("<f8") if dtype == "F64" else to_float(words, dtype)
+            ends.append(double.astype(np.float64))
+        mean = ((whole - part) * ends[0] + part * ends[1]) / whole
+        if dtype == "F64":
+            return bytes(mean.tobytes())
+        return bytes(to_words(mean.astype(np.float32), dtype).tobytes())
 
     def _frame_bytes(self, bundle: str, number: int, dtype: str, size: int) -> bytes:
         frame, word = self.json(bundle)["frames"][number], SIZES[dtype][1]
@@ -276,16 +302,29 @@ class SpecRepository:
             for index, data in enumerate(self._slices(bundle, number))
         ]
 
+    def archived(self) -> dict[str, dict[str, str]]:
+        """The values of the archived parts of each commit."""
+        kinds = {name.hex(): KINDS[kind] for name, (kind, *_) in self.records.items()}
+        made = {name: self.json(name) for name, kind in kinds.items() if kind == "record"}
+        undone = {old for record in made.values() for old in record.get("undoes", ())}
+        found: dict[str, dict[str, str]] = {}
+        for name, record in sorted(made.items(), key=lambda row: row[1]["time"]):
+            if name not in undone:
+                found |= {row["commit"]: row["parts"] for row in record.get("archived", ())}
+        return found
+
     def file(self, commit: str, path: str) -> bytes:
         """The bytes of a file of a commit (in near form where no patch is left)."""
         made = self.json(commit)
         tensors = self.json(made["schema"])["tensors"]
+        forms = (self.forms | self.archived()).get(commit, {})
         entry = next(file for file in made["files"] if file["path"] == path)
         places: dict[int, tuple[str, int]] = {}
         for part, state in made["parts"].items():
             stored = [n for n, t in enumerate(tensors) if t["part"] == part and not t.get("inline")]
             # A recipe for the exact values is there as long as their patch is.
             table = state.get("exact") if state.get("exact") in self.recipes else state["values"]
+            table = forms.get(part, table)
             places |= {n: (table, position) for position, n in enumerate(stored)}
 
         def raw(number: int) -> bytes:

@@ -17,13 +17,13 @@ from pathlib import Path
 from ckptvcs.encode.rekey import REKEY_FLAGS, Rekeyer
 from ckptvcs.errors import InvalidInputError, NotFoundError
 from ckptvcs.files.targets import Target, Targets
-from ckptvcs.history.archive import ArchivedCommit, ArchiveWriter, Manifest
+from ckptvcs.history.bundle_file import BundledCommit, BundleWriter, Manifest
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of, read_sound
 from ckptvcs.history.commit import PARTS, Commit
 from ckptvcs.history.format_file import FLAGS, flags_of
 from ckptvcs.history.log import LogEntry
 from ckptvcs.history.reachability import Marked, mark
-from ckptvcs.ops.archive import absent, extras, near_tables, sourced
+from ckptvcs.ops.bundle_source import absent, extras, near_tables, sourced
 from ckptvcs.ops.placement import free_name
 from ckptvcs.ops.repository import Repository
 from ckptvcs.parallel import Progress, quiet
@@ -74,16 +74,16 @@ class Choice:
         self._lost = self.catalog.dropped().parts
 
     @cached_property
-    def listed(self) -> tuple[ArchivedCommit, ...]:
+    def listed(self) -> tuple[BundledCommit, ...]:
         """The commits as the manifest lists them."""
         return tuple(self._listed(name, commit) for name, commit in self.commits.items())
 
-    def _listed(self, name: ObjectId, commit: Commit) -> ArchivedCommit:
+    def _listed(self, name: ObjectId, commit: Commit) -> BundledCommit:
         lost = self._lost.get(name, frozenset())
         parts = tuple(part for part in self._parts if part in commit.parts and part not in lost)
         patches = tuple(part for part in parts if self._has_patch(commit.parts[part].exact))
         others = tuple(sorted(extras(commit).keys() - lost))
-        return ArchivedCommit(name, parts, patches, others, self.catalog.archived().get(name))
+        return BundledCommit(name, parts, patches, others, self.catalog.archived().get(name))
 
     def _has_patch(self, exact: ObjectId | None) -> bool:
         return self._form != "near" and exact is not None and self.catalog.has_recipe(exact)
@@ -228,7 +228,7 @@ def _counted(repository: Repository, names: Sequence[ObjectId]) -> str:
 def _write(repository: Repository, choice: Choice, target: Target, progress: Progress) -> Bundled:
     manifest = choice.manifest()
     with target.file() as out, _freed(choice, progress) as catalog:
-        writer = ArchiveWriter(lambda data: disk.write(out, data))
+        writer = BundleWriter(lambda data: disk.write(out, data))
         patch_bytes = _copy(catalog, choice.mark(catalog), writer)
         size = writer.finish(manifest)
         disk.sync(out)
@@ -269,7 +269,7 @@ def _freed(choice: Choice, progress: Progress) -> Iterator[Catalog]:
             layered.index.close()
 
 
-def _copy(catalog: Catalog, marked: Marked, writer: ArchiveWriter) -> int:
+def _copy(catalog: Catalog, marked: Marked, writer: BundleWriter) -> int:
     """Copy the marked objects, in whole packs where possible; return the bytes of exact patches."""
     store, patches = catalog.store, catalog.patches().keys() & marked.objects
     alone = {place.pack: place.folder for place in (store.places(name)[0] for name in patches)}
@@ -301,7 +301,7 @@ def _copy(catalog: Catalog, marked: Marked, writer: ArchiveWriter) -> int:
 
 
 def _copy_objects(
-    catalog: Catalog, writer: ArchiveWriter, folder: str, places: Sequence[Place]
+    catalog: Catalog, writer: BundleWriter, folder: str, places: Sequence[Place]
 ) -> None:
     """Copy objects into a new pack."""
     pack = writer.new_pack(folder)

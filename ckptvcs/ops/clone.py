@@ -13,7 +13,7 @@ from pathlib import Path
 from ckptvcs.errors import ConflictError, InvalidInputError
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.refs import HEAD
-from ckptvcs.ops.archive import Source, opened
+from ckptvcs.ops.bundle_source import Source, opened
 from ckptvcs.ops.fetch import Fetcher
 from ckptvcs.ops.repository import FOLDER, Repository
 from ckptvcs.parallel import Progress, quiet

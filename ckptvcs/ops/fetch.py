@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptvcs.errors import ConflictError, InvalidInputError
-from ckptvcs.history.archive import checked_blocks
+from ckptvcs.history.bundle_file import checked_blocks
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import read_sound
 from ckptvcs.history.format_file import raise_flags, require_flags
@@ -27,7 +27,7 @@ from ckptvcs.history.reachability import require_packs
 from ckptvcs.history.recipe import Recipe, dump_recipe
 from ckptvcs.history.records import LEFT_OUT, DropRecord, dump_drop_record
 from ckptvcs.history.refs import Generation, check_name
-from ckptvcs.ops.archive import Source, opened
+from ckptvcs.ops.bundle_source import Source, opened
 from ckptvcs.ops.fetch_plan import Planner, State
 from ckptvcs.ops.placement import free_name, stem
 from ckptvcs.ops.repository import Repository
@@ -66,7 +66,7 @@ class Fetched:
 
 
 class Fetcher:
-    """Adds the commits of an archive to a repository."""
+    """Adds the commits of a bundle file to a repository."""
 
     def __init__(self, repository: Repository, source: Source, progress: Progress = quiet) -> None:
         self._repository, self._source, self._progress = repository, source, progress
@@ -75,11 +75,11 @@ class Fetcher:
         self._size_bytes = 0
 
     def run(self, branch: str | None = None) -> Fetched:
-        """Fetch everything; `branch` replaces the branch names of the archive.
+        """Fetch everything; `branch` replaces the branch names of the bundle file.
 
         Raises:
             ConflictError: `branch` has other commits, or a ref moved meanwhile.
-            InvalidInputError: `branch` is not valid, or the archive has several branches.
+            InvalidInputError: `branch` is not valid, or the bundle file has several branches.
             BusyError: gc is sweeping, or another process does not finish.
             CorruptionError: An object that the commits need is missing.
             StorageError: The disk is full, or fails.
@@ -116,7 +116,7 @@ class Fetcher:
         return Fetched(added, restored, state.exact_again, known)
 
     def _wanted_refs(self, branch: str | None) -> dict[str, ObjectId]:
-        """Return the refs of the archive, with its only branch under the name `branch`."""
+        """Return the refs of the bundle file, with its only branch under the name `branch`."""
         refs = dict(self._source.manifest.refs)
         if branch is None:
             return refs
@@ -124,7 +124,7 @@ class Fetcher:
         tips = {commit for ref, commit in refs.items() if ref.startswith("heads/")}
         if len(tips) > 1:
             raise InvalidInputError(
-                f"{self._source.archive} has {len(tips)} branches", hint="leave out --branch"
+                f"{self._source.file} has {len(tips)} branches", hint="leave out --branch"
             )
         others = {ref: name for ref, name in refs.items() if not ref.startswith("heads/")}
         return others | {f"heads/{branch}": tips.pop()}
@@ -147,12 +147,12 @@ class Fetcher:
     # -- objects ---------------------------------------------------------------------------------
 
     def _copy(self, listed: dict[PackId, str]) -> None:
-        """Copy whole packs of the archive."""
+        """Copy whole packs of the bundle file."""
         for pack, folder in listed.items():
             writer = self._backend.writer()
             size = 0
             try:
-                for data in checked_blocks(self._source.archive, pack, folder):
+                for data in checked_blocks(self._source.file, pack, folder):
                     writer.write(data)
                     size += len(data)
                     self._progress(len(data))

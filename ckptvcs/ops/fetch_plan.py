@@ -1,4 +1,4 @@
-"""Plan a fetch: what a repository needs of an archive, and the records that go with it."""
+"""Plan a fetch: what a repository needs of a bundle file, and the records that go with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckptvcs.history.note import MAX_NOTES
 from ckptvcs.history.reachability import is_whole
 from ckptvcs.history.recipe import Recipe, load_recipe
 from ckptvcs.history.records import LEFT_OUT, DropRecord
-from ckptvcs.ops.archive import Source, archived, extras
+from ckptvcs.ops.bundle_source import Source, archived, extras
 from ckptvcs.ops.repository import Repository
 from ckptvcs.store.ids import Kind, ObjectId, PackId
 
@@ -22,7 +22,7 @@ Versions = tuple[tuple[str, int], ...]
 
 
 class State:
-    """What a repository has of the commits of an archive, at one moment."""
+    """What a repository has of the commits of a bundle file, at one moment."""
 
     def __init__(self, repository: Repository, source: Source) -> None:
         self._repository, self._source = repository, source
@@ -63,12 +63,12 @@ class State:
 
     @cached_property
     def wanted(self) -> tuple[ObjectId, ...]:
-        """The commits that the archive has more of, ancestors first."""
+        """The commits that the bundle file has more of, ancestors first."""
         some = {*self.added, *self.restored, *self.exact_again}
         return tuple(name for name in self._source.commits if name in some)
 
     def patches(self, names: Iterable[ObjectId]) -> set[ObjectId]:
-        """Return the exact tables of commits that the archive has and the repository lacks."""
+        """Return the exact tables of commits that the bundle file has and the repository lacks."""
         tables = {
             self._source.commits[name].parts[part].exact
             for name in names
@@ -89,7 +89,7 @@ class Plan:
 
 
 class Planner:
-    """Plans what a repository needs of an archive."""
+    """Plans what a repository needs of a bundle file."""
 
     def __init__(self, repository: Repository, source: Source, state: State) -> None:
         self._repository, self._source, self._state = repository, source, state
@@ -138,7 +138,7 @@ class Planner:
         """Return a new recipe for a hash table; None if the present one is as good.
 
         The frame of a base must be less deep than the frames that are based on it, here and in the
-        archive.  So the new recipe has the less deep frame of each tensor.
+        bundle file.  So the new recipe has the less deep frame of each tensor.
         """
         values = recipe.values
         here = next(
@@ -184,7 +184,7 @@ class Planner:
         return archived([row for row in rows if known.get(row.id) != row.form], time)
 
     def _headers(self) -> tuple[ObjectId, ...]:
-        """Return the ancestors to drop: the archive has only their commit objects, as has this
+        """Return the ancestors to drop: the bundle file has only their commit objects, as has this
         repository.
         """
         dropped, reached = self._catalog.dropped(), self._repository.revisions.ids()
@@ -217,13 +217,13 @@ class Planner:
         ]
 
     def _returns(self, name: ObjectId, parts: tuple[str, ...]) -> bool:
-        """Return whether the archive brings back a commit that was dropped with these parts."""
+        """Return whether the bundle file brings back a commit that was dropped with these parts."""
         if name not in self._state.restored:
             return False
         return not parts or not set(parts).isdisjoint(self._source.listed[name].parts)
 
     def _missing(self, name: ObjectId) -> list[str]:
-        """Return the parts and extras of a commit that are neither in the archive nor here."""
+        """Return the parts and extras of a commit that are neither in the bundle file nor here."""
         commit = self._source.commits[name]
         others = extras(commit)
         return [

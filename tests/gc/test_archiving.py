@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -449,11 +450,11 @@ def test_import_archives_from_the_exact_form(repo: Repo, folder: Path, states: l
     repo.gc(now=True, archive=True)
     assert forms(direct) == forms(repo) == "naaaaaannE"
     errors = {True: 0.0, False: 0.0}
-    for state in states[1:7]:
+    for before, state in pairwise(states[:7]):
         for one in (direct, repo):
             errors[one is direct] += distance(one.checkout(state["step"]), state) ** 2
         error = direct.show(state["step"]).commit.error
-        movement = distance(state, states[states.index(state) - 1])
+        movement = distance(state, before)
         assert error.lag == pytest.approx(
             (distance(direct.checkout(state["step"]), state) / movement) ** 2, rel=0.1
         )

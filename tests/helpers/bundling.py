@@ -31,7 +31,7 @@ def steps(repo: Repo) -> list[int | None]:
 
 
 def sealed(packs: bytes, manifest: bytes) -> bytes:
-    """An archive of these bytes, with the right hash."""
+    """A bundle file of these bytes, with the right hash."""
     head = struct.pack("<8sHHI", b"CKPTARCH", 1, 0, 0)
     body = head + packs + manifest
     return body + _TRAILER.pack(
@@ -40,13 +40,13 @@ def sealed(packs: bytes, manifest: bytes) -> bytes:
 
 
 def opened(data: bytes) -> tuple[bytes, Manifest]:
-    """The packs of an archive, and its manifest."""
+    """The packs of a bundle file, and its manifest."""
     start, length, _, _ = _TRAILER.unpack(data[-_TRAILER.size :])
     return data[16:start], json.loads(data[start : start + length])
 
 
 def forged(path: Path, change: Callable[[Manifest], object]) -> Path:
-    """A copy of an archive with another manifest, and the right hash."""
+    """A copy of a bundle file with another manifest, and the right hash."""
     packs, manifest = opened(path.read_bytes())
     change(manifest)
     target = path.with_name("forged.ckptz")

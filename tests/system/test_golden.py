@@ -18,6 +18,7 @@ from tests.spec_reader import SpecRepository, archive
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = [
+    "v1-archived",
     "v1-first",
     "v1-momenta",
     "v1-near",

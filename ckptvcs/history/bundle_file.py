@@ -1,10 +1,10 @@
-"""Archive: one file with commits of a repository, as whole packs and a manifest of them.
+"""Bundle file: one file with commits of a repository, as whole packs and a manifest of them.
 
     header | pack pack ... | manifest | trailer
 
 A reader checks the hash of the whole file before it uses anything.  Nothing in the file says where
 to write: packs are named by their hash, and objects by their id.
-Layout: docs/format.md, "Archive".
+Layout: docs/format.md, "Bundle file".
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Write = Callable[[bytes | memoryview], object]
 
 
 @dataclass(frozen=True)
-class ArchivedPack:
-    """A pack of an archive."""
+class BundledPack:
+    """A pack of a bundle file."""
 
     folder: str
     id: ObjectId
@@ -53,10 +53,12 @@ class ArchivedPack:
 
 
 @dataclass(frozen=True)
-class ArchivedCommit:
-    """A commit of an archive: the parts that it has there, those of them with an exact patch, and
-    the names of other objects that it could lose, such as the errors of its tensors. `form` says
-    how the commit is archived, if it is.
+class BundledCommit:
+    """A commit of a bundle file.
+
+    It has the parts that are in the file, those of them with an exact patch, and the names of other
+    objects that it could lose, such as the errors of its tensors. `form` says how the commit is
+    archived, if it is.
     """
 
     id: ObjectId
@@ -68,7 +70,7 @@ class ArchivedCommit:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of an archive.
+    """The content of a bundle file.
 
     Attributes:
         commits: The whole commits, ancestors first.
@@ -78,34 +80,34 @@ class Manifest:
         packs: The packs, in the order of their bytes.
     """
 
-    commits: tuple[ArchivedCommit, ...]
+    commits: tuple[BundledCommit, ...]
     refs: Mapping[str, ObjectId]
     flags: Mapping[str, tuple[str, ...]]
     head: str | None = None
-    packs: tuple[ArchivedPack, ...] = ()
+    packs: tuple[BundledPack, ...] = ()
 
 
 _MANIFEST = Fields(
     Manifest,
-    commits=many(Fields(ArchivedCommit, form=optional(ARCHIVED)).type),
+    commits=many(Fields(BundledCommit, form=optional(ARCHIVED)).type),
     refs=mapping(ID),
     flags=mapping(many(TEXT)),
-    packs=many(Fields(ArchivedPack).type),
+    packs=many(Fields(BundledPack).type),
 )
 
 Listed = dict[str, tuple[int, int]]
-"""The name of each pack file, with its offset in the archive and its length."""
+"""The name of each pack file, with its offset in the bundle file and its length."""
 
 
 # -- writing -----------------------------------------------------------------------------------
 
 
-class ArchiveWriter:
-    """Writes an archive in one pass."""
+class BundleWriter:
+    """Writes a bundle file in one pass."""
 
     def __init__(self, write: Write) -> None:
         self._out, self._hash, self._at = write, hasher(threads=True), 0
-        self._packs: list[ArchivedPack] = []
+        self._packs: list[BundledPack] = []
         self.write(_HEADER.pack(_MAGIC, VERSION, 0, 0))
 
     def write(self, data: bytes | memoryview) -> None:
@@ -127,7 +129,7 @@ class ArchiveWriter:
     def add(self, pack: packs.PackWriter) -> None:
         """End a pack."""
         info = pack.publish()
-        self._packs.append(ArchivedPack(info.folder, ObjectId(info.id), info.size_bytes))
+        self._packs.append(BundledPack(info.folder, ObjectId(info.id), info.size_bytes))
 
     def copy_pack(self, backend: Files, pack: PackId, folder: str) -> None:
         """Copy a whole pack of a repository.
@@ -139,10 +141,10 @@ class ArchiveWriter:
         start = self._at
         for data in checked_blocks(backend, pack, folder):
             self.write(data)
-        self._packs.append(ArchivedPack(folder, ObjectId(pack), self._at - start))
+        self._packs.append(BundledPack(folder, ObjectId(pack), self._at - start))
 
     def finish(self, manifest: Manifest) -> int:
-        """Write the manifest and the trailer; return the bytes of the archive."""
+        """Write the manifest and the trailer; return the bytes of the bundle file."""
         content = _MANIFEST.dump(replace(manifest, packs=tuple(self._packs)))
         start = self._at
         self.write(content)
@@ -174,17 +176,17 @@ def checked_blocks(backend: Files, pack: PackId, folder: str) -> Iterator[bytes]
 # -- reading -----------------------------------------------------------------------------------
 
 
-class Archive:
-    """An open archive: the files of its packs, and its manifest.
+class BundleFile:
+    """An open bundle file: the files of its packs, and its manifest.
 
     `check` must come first.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
-        """Open the archive in a file; `name` names it in messages.
+        """Open the bundle file in a file; `name` names it in messages.
 
         Raises:
-            CorruptionError: the file is not an archive, or is truncated or damaged.
+            CorruptionError: the file is not a bundle file, or is truncated or damaged.
             UnsupportedVersionError: a newer program wrote it.
         """
         self._file, self._name = file, name
@@ -263,7 +265,7 @@ class Archive:
         )
 
 
-def _placed(listed: Sequence[ArchivedPack], end: int) -> Listed:
+def _placed(listed: Sequence[BundledPack], end: int) -> Listed:
     """Return the places of packs, which fill the file up to `end`."""
     found: Listed = {}
     at = _HEADER.size

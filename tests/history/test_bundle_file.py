@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptvcs.errors import CkptError, CorruptionError, UnsupportedVersionError
-from ckptvcs.history.archive import ArchivedCommit, ArchiveWriter, Manifest
+from ckptvcs.history.bundle_file import BundledCommit, BundleWriter, Manifest
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.note import Note, dump_note
 from ckptvcs.history.records import DropRecord, dump_drop_record
@@ -153,7 +153,7 @@ def test_flags_and_versions_of_the_future(good: Path, tmp_path: Path) -> None:
 
 
 class Smuggler:
-    """Writes a sound archive of one commit, with one more object in a pack."""
+    """Writes a sound bundle file of one commit, with one more object in a pack."""
 
     def __init__(self, root: Path) -> None:
         self.repo = history(root / "source", 1)
@@ -163,13 +163,13 @@ class Smuggler:
         store = handle(self.repo).catalog.store
         commit = self.repo.show(1).commit
         with path.open("wb") as file:
-            writer = ArchiveWriter(file.write)
+            writer = BundleWriter(file.write)
             for pack, where in store.list_packs().items():
                 writer.copy_pack(store.backend, pack, where)
             extra = writer.new_pack(folder)
             extra.add(kind, content)
             writer.add(extra)
-            row = ArchivedCommit(self.name, tuple(commit.parts), (), ())
+            row = BundledCommit(self.name, tuple(commit.parts), (), ())
             writer.finish(Manifest((row,), {"heads/main": self.name}, {}, "main"))
 
 
@@ -200,12 +200,12 @@ def test_a_commit_without_its_ancestors(tmp_path: Path) -> None:
     repo = history(tmp_path / "source", 2)
     store, entry = handle(repo).catalog.store, repo.show(2)
     with (tmp_path / "x.ckptz").open("wb") as file:
-        writer = ArchiveWriter(file.write)
+        writer = BundleWriter(file.write)
         for pack, where in store.list_packs().items():
             names = [one.id for one in store.entries(pack, where)]
             if repo.resolve(1) not in names:
                 writer.copy_pack(store.backend, pack, where)
-        row = ArchivedCommit(entry.id, tuple(entry.commit.parts), (), ())
+        row = BundledCommit(entry.id, tuple(entry.commit.parts), (), ())
         writer.finish(Manifest((row,), {"heads/main": entry.id}, {}, "main"))
     assert isinstance(refused(tmp_path / "x.ckptz", tmp_path), CorruptionError)
 

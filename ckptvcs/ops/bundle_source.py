@@ -1,4 +1,4 @@
-"""Open an archive: check everything in it before anybody uses it."""
+"""Open a bundle file: check everything in it before anybody uses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ckptvcs.errors import CorruptionError, InvalidInputError, NotFoundError
-from ckptvcs.history.archive import Archive, ArchivedCommit
+from ckptvcs.history.bundle_file import BundledCommit, BundleFile
 from ckptvcs.history.canonical_json import now
 from ckptvcs.history.catalog import Catalog, Dropped, keys_of
 from ckptvcs.history.commit import ERRORS, Commit
@@ -39,15 +39,15 @@ def extras(commit: Commit) -> dict[str, ObjectId]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def absent(listed: ArchivedCommit, commit: Commit) -> frozenset[str]:
-    """Return the parts and extras of a commit that an archive lacks."""
+def absent(listed: BundledCommit, commit: Commit) -> frozenset[str]:
+    """Return the parts and extras of a commit that a bundle file lacks."""
     return frozenset((*commit.parts, *extras(commit))).difference(listed.parts, listed.extras)
 
 
 def near_tables(
-    archived: Iterable[ArchivedCommit], commits: Mapping[ObjectId, Commit]
+    archived: Iterable[BundledCommit], commits: Mapping[ObjectId, Commit]
 ) -> set[ObjectId]:
-    """Return the hash tables of exact forms that an archive leaves out."""
+    """Return the hash tables of exact forms that a bundle file leaves out."""
     return {
         state.exact
         for listed in archived
@@ -57,9 +57,9 @@ def near_tables(
 
 
 def left_out(
-    archived: Iterable[ArchivedCommit], commits: Mapping[ObjectId, Commit], time: str
+    archived: Iterable[BundledCommit], commits: Mapping[ObjectId, Commit], time: str
 ) -> list[DropRecord]:
-    """Return the records of the parts and exact patches of commits that an archive lacks."""
+    """Return the records of the parts and exact patches of commits that a bundle file lacks."""
     groups: dict[tuple[str, tuple[str, ...]], list[ObjectId]] = {}
     for listed in archived:
         commit = commits[listed.id]
@@ -74,7 +74,7 @@ def left_out(
     ]
 
 
-def archived(rows: Iterable[ArchivedCommit], time: str) -> list[DropRecord]:
+def archived(rows: Iterable[BundledCommit], time: str) -> list[DropRecord]:
     """Return the record of those commits of a bundle file that are archived, if there are any."""
     forms = tuple(row.form for row in rows if row.form is not None)
     names = tuple(form.commit for form in forms)
@@ -82,42 +82,42 @@ def archived(rows: Iterable[ArchivedCommit], time: str) -> list[DropRecord]:
 
 
 class Source:
-    """The commits of an open archive.
+    """The commits of an open bundle file.
 
     Attributes:
         manifest: The manifest.
-        archive: The packs of the archive.
+        file: The packs of the bundle file.
         catalog: The objects.
         commits: The whole commits, by id, ancestors first.
-        headers: Their other ancestors, of which the archive has only the commit objects.
+        headers: Their other ancestors, of which the bundle file has only the commit objects.
     """
 
-    def __init__(self, archive: Archive, catalog: Catalog) -> None:
-        self.archive, self.catalog = archive, catalog
-        self.manifest = archive.manifest
+    def __init__(self, file: BundleFile, catalog: Catalog) -> None:
+        self.file, self.catalog = file, catalog
+        self.manifest = file.manifest
         self.commits = {row.id: catalog.commit(row.id) for row in self.manifest.commits}
         self.headers = frozenset(catalog.with_ancestors(self.commits) - self.commits.keys())
 
     @cached_property
-    def listed(self) -> dict[ObjectId, ArchivedCommit]:
+    def listed(self) -> dict[ObjectId, BundledCommit]:
         """The rows of the manifest, by commit."""
         return {row.id: row for row in self.manifest.commits}
 
     @cached_property
     def gone(self) -> Dropped:
-        """The commits and parts that the archive lacks."""
+        """The commits and parts that the bundle file lacks."""
         parts = {row.id: absent(row, self.commits[row.id]) for row in self.manifest.commits}
         return Dropped(self.headers, {name: gone for name, gone in parts.items() if gone})
 
     def gone_of(self, name: ObjectId) -> frozenset[str]:
-        """Return the parts of a commit that the archive lacks."""
+        """Return the parts of a commit that the bundle file lacks."""
         return self.gone.parts.get(name, frozenset())
 
     def needed(self, names: Iterable[ObjectId]) -> Marked:
         """Return the objects that commits need, with the commit objects of their ancestors.
 
         Raises:
-            CorruptionError: the archive lacks one of them.
+            CorruptionError: the bundle file lacks one of them.
         """
         return self.mark(self.catalog, names)
 
@@ -135,32 +135,32 @@ class Source:
         Raises:
             CorruptionError: something is missing, damaged or not allowed.
         """
-        for file in (name for folder in packs.FOLDERS for name in self.archive.names(folder)):
+        for file in (name for folder in packs.FOLDERS for name in self.file.names(folder)):
             self._check_pack(file)
         for row in self.manifest.commits:
             self._check_patches(row)
             if row.form is not None and row.form.commit != row.id:
-                raise CorruptionError(f"{self.archive} says how another commit is archived")
+                raise CorruptionError(f"{self.file} says how another commit is archived")
         self.needed(self.commits)
         heads = [tip for ref, tip in self.manifest.refs.items() if ref.startswith("heads/")]
         if not self.commits.keys() <= {
             name for tip in heads for name in self.catalog.ids_below(tip)
         }:
-            raise CorruptionError(f"{self.archive} has commits that are on no branch")
+            raise CorruptionError(f"{self.file} has commits that are on no branch")
         self._check_notes()
         for damage in CommitVerifier(self.catalog, progress).check(self.commits).damage:
-            raise CorruptionError(f"{self.archive} is damaged: {damage.message}")
+            raise CorruptionError(f"{self.file} is damaged: {damage.message}")
 
     def _check_pack(self, file: str) -> None:
         """Refuse a pack that has another name, and objects that do not belong into it."""
         if packs.hash_pack(self.catalog.store.backend, file) != PurePosixPath(file).stem:
-            raise CorruptionError(f"{self.archive} is damaged: a pack has another hash")
+            raise CorruptionError(f"{self.file} is damaged: a pack has another hash")
         entries = packs.read_entries(self.catalog.store.backend, file)
         kinds = sorted(entry.kind for entry in entries)
         is_meta = file.startswith("meta/")
         allowed = _META.issuperset(kinds) if is_meta else set(kinds) == {Kind.BUNDLE}
         if not allowed and not (kinds == _PATCH and not is_meta and self._is_patch(entries)):
-            raise CorruptionError(f"{self.archive} contains an unexpected object")
+            raise CorruptionError(f"{self.file} contains an unexpected object")
 
     def _is_patch(self, entries: Iterable[Entry]) -> bool:
         """Return whether the objects of a pack are an exact patch."""
@@ -173,33 +173,33 @@ class Source:
         for name in (*self.commits, *self.headers):
             notes = self.catalog.notes(name)
             if len(notes) > MAX_NOTES or any(one.generation > MAX_NOTES for _, one in notes):
-                raise CorruptionError(f"{self.archive} has too many notes of commit {name[:8]}")
+                raise CorruptionError(f"{self.file} has too many notes of commit {name[:8]}")
 
-    def _check_patches(self, row: ArchivedCommit) -> None:
+    def _check_patches(self, row: BundledCommit) -> None:
         for part in row.patches:
             exact = self.commits[row.id].parts[part].exact
             if exact is None or not self.catalog.has_recipe(exact):
-                raise CorruptionError(f"{self.archive} lacks an exact patch that it lists")
+                raise CorruptionError(f"{self.file} lacks an exact patch that it lists")
 
 
 @contextmanager
 def sourced(file: BinaryIO, name: str, progress: Progress) -> Iterator[Source]:
-    """Open an archive and check everything in it.
+    """Open a bundle file and check everything in it.
 
     Raises:
         CorruptionError: the file is truncated, damaged or not allowed in some other way.
         UnsupportedVersionError: a newer program wrote it.
         StorageError: it cannot be read.
     """
-    archive = Archive(file, name)
-    archive.check()
+    packed = BundleFile(file, name)
+    packed.check()
     with disk.scratch_folder("ckpt-bundle-") as folder:
-        store = ObjectStore(Layered(folder, archive), folder / "index", keys_of)
+        store = ObjectStore(Layered(folder, packed), folder / "index", keys_of)
         try:
             store.refresh()
             catalog = Catalog(store)
-            catalog.record(archived(archive.manifest.commits, now()))
-            source = Source(archive, catalog)
+            catalog.record(archived(packed.manifest.commits, now()))
+            source = Source(packed, catalog)
             source.catalog.record(left_out(source.manifest.commits, source.commits, now()))
             source.check(progress)
             yield source
@@ -209,7 +209,7 @@ def sourced(file: BinaryIO, name: str, progress: Progress) -> Iterator[Source]:
 
 @contextmanager
 def opened(path: Path, progress: Progress) -> Iterator[Source]:
-    """Open the archive at a path; raises as `sourced`, and NotFoundError."""
+    """Open the bundle file at a path; raises as `sourced`, and NotFoundError."""
     try:
         file = open(path, "rb", buffering=0, opener=disk.open_nonblocking)  # noqa: SIM115
     except FileNotFoundError as error:
