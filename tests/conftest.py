@@ -145,7 +145,7 @@ def cut_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-_SHORT = {"commit", "drop the newest", "each", "gc", "import one by one", "note"}
+_SHORT = {"archive", "commit", "drop the newest", "each", "gc", "import one by one", "note"}
 """The nightly profile runs all scenarios; the others take the steps of these."""
 
 

@@ -28,6 +28,8 @@ VALUES = {
     "max-lag": ("auto", "off"),
     "max-update-nmse": ("auto", "off"),
     "log-columns": ("auto",),
+    "archive-after": ("off",),
+    "archive-lag": ("auto",),
     "provenance": ("full", "no-diff", "off"),
     "provenance-argv": ("on", "off"),
 }

@@ -120,6 +120,34 @@ def _gc(policy: Policy, *, now: bool = True, rekey: bool = False) -> Act:
     return lambda root: Repo.open(root / "repo").gc(policy, now=now, rekey=rekey)
 
 
+def _archived(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    for key, value in {"archive-every": "2", "keep-exact": "1"}.items():
+        repo.configure(key, value)
+
+
+def _archive(*, now: bool) -> Act:
+    return lambda root: Repo.open(root / "repo").gc(now=now, archive=True)
+
+
+def _archived_and_waiting(root: Path) -> None:
+    _archived(root)
+    _archive(now=False)(root)
+
+
+def _import_archived(root: Path) -> None:
+    importer = _importer(root)
+    if importer is not None:
+        importer.run_archived(
+            delete=True, accept_near=True, progress=lambda _: None, watch=lambda _: None
+        )
+
+
+def _found_to_archive(root: Path) -> None:
+    _archived(root)
+    _found_more(root)
+
+
 def _drop(*steps: int, now: bool) -> Act:
     return lambda root: Repo.open(root / "repo").drop(*steps, now=now)
 
@@ -247,6 +275,15 @@ SCENARIOS = {
         Scenario("gc of parts", _gc(Policy(optimizer_last=1)), commits=4),
         Scenario("gc of a branch", _gc(Policy()), prepare=_side),
         Scenario("rekey", _gc(Policy(every=3), rekey=True), commits=7),
+        Scenario("archive", _archive(now=True), commits=6, prepare=_archived),
+        Scenario("archive with grace", _archive(now=False), commits=6, prepare=_archived),
+        Scenario("undo an archive", _undo, commits=6, prepare=_archived_and_waiting, repeats=False),
+        Scenario(
+            "import archived",
+            _import_archived,
+            prepare=_found_to_archive,
+            also=_originals_are_somewhere(4, 5, 6, 7, near=True),
+        ),
         Scenario("drop", _drop(2, 3, now=False), commits=5, repeats=False),
         Scenario("drop now", _drop(2, 3, now=True), commits=5, repeats=False),
         Scenario("drop the newest", _drop(2, 3, now=False), commits=3, repeats=False),
