@@ -41,7 +41,7 @@ def ratio(raw: int, stored: int) -> str:
 
 def entry_json(entry: LogEntry) -> dict[str, Json]:
     """Return a commit with stable keys."""
-    return attributes(entry, _ENTRY)
+    return attributes(entry, _ENTRY) | {"near_error": entry.near_error, "between": entry.between}
 
 
 def sizes(raw: int, stored: int) -> str:

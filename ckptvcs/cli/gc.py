@@ -197,15 +197,17 @@ def grace(repo: Repo) -> str:
 
 
 def tell_waiting(repo: Repo, plan: GcPlan) -> None:
-    """Say how many dropped commits wait for the end of their grace period."""
-    if plan.waiting:
+    """Say what waits for the end of its grace period: dropped commits, replaced near forms."""
+    what = [counted(len(plan.waiting), "dropped commit")] if plan.waiting else []
+    if plan.replaced:
+        what.append(f"the near form of {counted(len(plan.replaced), 'archived commit')}")
+    if what:
         size = f" with {render.size(plan.waiting_bytes)}" if plan.waiting_bytes > 0 else ""
-        dropped = counted(len(plan.waiting), "dropped commit")
-        render.data(f"waiting to be deleted: {dropped}{size}")
+        render.data(f"waiting to be deleted: {' and '.join(what)}{size}")
         day = "" if plan.next_deletion is None else f"from {entries.local(plan.next_deletion)} on, "
         render.talk(
             f"note: gc deletes the next of them {day}or now with --now",
-            "note: 'ckpt undo' restores them until then",
+            "note: 'ckpt undo' brings them back until then",
         )
 
 

@@ -72,7 +72,7 @@ class GcPlan:
         drops: The drop records to write.
         unreachable: Unreachable commits that never were on a ref.
         waiting: The dropped commits whose data stays until their grace period ends.
-        waiting_bytes: The bytes that gc deletes when these grace periods have ended.
+        waiting_bytes: The bytes that gc deletes when all grace periods have ended.
         next_deletion: The end of the first of these grace periods, ISO 8601 in UTC; None if no
             commit waits.
         archived: The commits that this gc archives, with the errors of that form.

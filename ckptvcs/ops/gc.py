@@ -195,7 +195,7 @@ class _Collection:
             self._before += collector.foreign_bytes(done, packs)
             if not self._sweep:
                 return replace(done, kept_bytes=kept - done.freed_bytes)
-            if done.waiting:  # the merges of packs changed what their data takes
+            if done.waiting or done.replaced:  # the merges of packs changed what their data takes
                 later = collector.plan(Policy(), time, recorded=True)
                 done = replace(done, waiting_bytes=later.waiting_bytes)
             return replace(done, freed_bytes=self._before - kept, kept_bytes=kept)
