@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -103,9 +104,7 @@ def direct(run: Run, every: int, folder: Path) -> dict[str, Any]:
     repo = _repo(folder / "run", every)
     (folder / "checkpoints").mkdir()
     for step in run.steps:
-        (folder / "checkpoints" / f"step{step}.pt").symlink_to(
-            (run.folder / f"step{step}.pt").resolve()
-        )
+        shutil.copy(run.folder / f"step{step}.pt", folder / "checkpoints")
     importer = repo.import_folder(folder / "checkpoints")
     importer.run_archived(
         delete=False, accept_near=False, progress=lambda _: None, watch=lambda _: None
