@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -283,9 +283,10 @@ class Repairer:
             self.done.dropped[hole] = ()
             parent = self._before(hole)
             with self._catalog.store.packing("meta") as pack:
-                for name, commit in reversed(above.items()):
+                for name in reversed(above):
                     if name not in moved:
                         parents = (parent,) if parent else ()
+                        commit = self._catalog.original(name)
                         content = dump_commit(replace(commit, parents=parents))
                         moved[name] = pack.add(Kind.COMMIT, content)
                         for _, note in self._catalog.notes(name):
@@ -304,6 +305,24 @@ class Repairer:
                 for record in sorted(records, key=repr)
             ]
         )
+        self._archive_again(moved)
+
+    def _archive_again(self, moved: Mapping[ObjectId, ObjectId]) -> None:
+        """Record the archived forms of commits for their copies."""
+        for record in self._catalog.archives().values():
+            rows = [
+                replace(
+                    row,
+                    commit=moved[row.commit],
+                    between=tuple(moved.get(n, n) for n in row.between),
+                )
+                for row in record.archived
+                if row.commit in moved
+            ]
+            if rows:
+                names = tuple(row.commit for row in rows)
+                again = replace(record, commits=names, archived=tuple(rows))
+                self._catalog.record([again])
 
     def _before(self, hole: ObjectId) -> ObjectId | None:
         """Return the newest readable commit that a branch was at before a lost one."""

@@ -57,12 +57,25 @@ def _build(root: Path) -> None:
     Repo.open(root / "repo").checkout(2)  # its weights come into the cache
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four near commits, the newest two exact, a lossless one on a side branch."""
+def _archive(root: Path) -> None:
+    repo = Repo.open(root / "repo")
+    repo.configure("archive-every", "2")
+    assert len(repo.gc(now=True, archive=True).archived) == 4
+    Repo.open(root / "repo").checkout(4)
+
+
+@pytest.fixture(scope="module", params=short(["near", "archived"], ["near"]))
+def template(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four near commits, the newest two exact, a lossless one on a side branch; or two archived
+    segments between near commits.
+    """
     root = tmp_path_factory.mktemp("rot") / "whole"
     root.mkdir()
-    Scenario("rot", SCENARIOS["commit"].act, commits=4, prepare=_build).build(root)
+    act = SCENARIOS["commit"].act
+    if request.param == "near":
+        Scenario("rot", act, commits=4, prepare=_build).build(root)
+    else:
+        Scenario("rot", act, commits=7, prepare=_archive).build(root)
     return root
 
 
@@ -249,7 +262,7 @@ def test_records_come_from_a_copy(template: Path, place: Path) -> None:
             if entry.kind != Kind.RECORD:
                 continue
             found += 1
-            root = place / pack[:8]
+            root = place / f"{pack[:8]}-{entry.id[:8]}"
             shutil.copytree(template, root)
             file = root / "repo" / ".ckpt" / pack_name(folder, pack)
             data = bytearray(file.read_bytes())
