@@ -39,7 +39,7 @@ from ckptvcs.history.recipe import (
     load_recipe,
     load_values,
 )
-from ckptvcs.history.records import DropRecord, dump_drop_record, load_drop_record
+from ckptvcs.history.records import Archived, DropRecord, dump_drop_record, load_drop_record
 from ckptvcs.history.refs import HEAD, Refs
 from ckptvcs.history.schema import (
     Op,
@@ -127,8 +127,22 @@ def views_fit(data: bytes) -> None:
             assert view.fits(info.size_bytes)
 
 
+ARCHIVE = DropRecord(
+    "archive",
+    (A,),
+    (),
+    "archive-after 2",
+    "now",
+    archived=(Archived(A, {"model": B}, ErrorReport(0.1, lag=2.5), 7, (A, B)),),
+)
+
 OBJECTS: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
     "recipe": (load_recipe, dump_recipe(Recipe(A, 3, (A, B), (0, 1, 0), (5, 6, 7)))),
+    "interpolated": (
+        load_recipe,
+        dump_recipe(Recipe(A, 3, (A,), (0, 1, 1), (5, 1, 2), ends=(A, B), share=(1, 4))),
+    ),
+    "archive": (load_drop_record, dump_drop_record(ARCHIVE)),
     "bundle": (load_bundle, dump_bundle(FRAMES)),
     "schema": (views_fit, dump_schema(SCHEMA)),
     "let go": (

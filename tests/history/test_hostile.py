@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from ckptvcs.decode.commit_reader import safe_path
 from ckptvcs.errors import CkptError, CorruptionError
+from ckptvcs.history.commit import ErrorReport
 from ckptvcs.history.recipe import Frame, Recipe, dump_bundle, dump_recipe, load_bundle, load_recipe
-from ckptvcs.history.records import DropRecord, dump_drop_record, load_drop_record
+from ckptvcs.history.records import Archived, DropRecord, dump_drop_record, load_drop_record
 from ckptvcs.history.schema import (
     Op,
     Schema,
@@ -80,3 +84,41 @@ def test_literals_must_add_up(literals: bytes) -> None:
 def test_paths_that_leave_their_target(path: str) -> None:
     with pytest.raises(CkptError):
         safe_path(path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ends": (A,)},
+        {"ends": (A, A, A)},
+        {"ends": ()},
+        {"share": (0, 4)},
+        {"share": (4, 4)},
+        {"share": (5, 4)},
+        {"share": (1,)},
+        {"share": (1, 1 << 24)},
+        {"patch": True},
+        {"owners": (2,)},
+    ],
+)
+def test_an_interpolation_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> None:
+    good = Recipe(A, 0, (A,), (1,), (0,), ends=(A, A), share=(1, 4))
+    assert load_recipe(dump_recipe(good)) == good
+    with pytest.raises(CorruptionError):
+        load_recipe(dump_recipe(replace(good, **fields)))
+
+
+def test_an_archive_lists_its_commits_once_and_in_order() -> None:
+    row = Archived(A, {"model": A}, ErrorReport())
+    good = DropRecord("archive", (A,), (), "rule", "now", archived=(row,))
+    assert load_drop_record(dump_drop_record(good)) == good
+    for bad in (
+        replace(good, archived=()),
+        replace(good, archived=(row, row)),
+        replace(good, what="drop"),
+        replace(good, commits=(ObjectId("b" * 64),)),
+        replace(good, archived=(replace(row, parts={}),)),
+        replace(good, archived=(replace(row, parts={"other": A}),)),
+    ):
+        with pytest.raises(CorruptionError):
+            load_drop_record(dump_drop_record(bad))
