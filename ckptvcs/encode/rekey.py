@@ -101,10 +101,13 @@ class Rekeyer:
         kept: Mapping[ObjectId, Commit],
         gone: Mapping[ObjectId, Set[str]],
         waiting: Set[ObjectId] = frozenset(),
+        *,
+        always: bool = True,
     ) -> int:
         """Re-encode tables that depend on commits not in `kept`; return their number.
 
         `gone` has the dropped parts of kept commits. Tables that are `waiting` stay as they are.
+        Unless `always`, a table is re-encoded only if that takes less than what it depends on.
 
         Raises:
             CorruptionError: a tensor does not decode to its hash.
@@ -117,8 +120,7 @@ class Rekeyer:
         count = 0
         for table in tables:  # ancestors first
             if self._stale(table):
-                self._rewrite(table)
-                count += 1
+                count += self._rewrite(table, always=always)
         return count
 
     # -- tables to re-encode ---------------------------------------------------------------------
@@ -196,8 +198,11 @@ class Rekeyer:
 
     # -- re-encoding ---------------------------------------------------------------------------
 
-    def _rewrite(self, table: _Table) -> None:
-        """Publish a recipe of a later generation, and a new bundle for the frames that move."""
+    def _rewrite(self, table: _Table, *, always: bool) -> bool:
+        """Publish a recipe of a later generation, and a new bundle for the frames that move.
+
+        Return whether that was done.
+        """
         store = self._catalog.store
         self._load_base(table.below)
         with ExitStack() as stack:  # calls all, even if one raises
@@ -208,13 +213,16 @@ class Rekeyer:
             stack.callback(bundle.abort)
             meta = store.new_pack("meta")
             stack.callback(meta.abort)
-            places = self._places(table)
+            places, replaced = self._places(table), self._replaced.copy()
             for position, (place, _) in places.items():
                 bundle.sharing[place].append(position)
             self._replaced |= {
                 place[0] for place, frame in places.values() if self._must_change(frame)
             }
             new = [self._move(bundle, position) for position in range(len(table.infos))]
+            if not always and not self._frees(bundle):
+                self._replaced = replaced
+                return False
             name: ObjectId | None = None
             if bundle.frames:
                 name, _ = bundle.publish(bundle.frames)
@@ -225,6 +233,25 @@ class Rekeyer:
             if base is not None:
                 base.finish(table.values)  # only if all tensors were re-encoded
         self._catalog.forget_recipes()
+        return True
+
+    def _frees(self, bundle: _Bundle) -> bool:
+        """Return whether the new frames take less than the old ones and what only these need.
+
+        A frame that is copied leaves a bundle that is mostly waste.
+        """
+        old = [self._catalog.frame_at(*place) for place in bundle.moved]
+        below: dict[StoredPlace, Frame] = {}
+        for frame in old:
+            if not self._must_change(frame) or frame.depth > self._depth:
+                return True
+            while frame.base is not None and frame.base[0] not in self._kept:
+                place = self._catalog.frame_place(*frame.base)
+                if place in below:
+                    break
+                frame = below[place] = self._catalog.frame_at(*place)
+        size = sum(frame.size_bytes for frame in (*old, *below.values()))
+        return sum(frame.size_bytes for frame in bundle.frames) < size
 
     def _load_base(self, table: _Table | None) -> None:
         """Use the cached base of a table, if any."""

@@ -95,6 +95,8 @@ def wants_rekey(catalog: Catalog, swept: Dropped, waiting: Container[ObjectId]) 
 
     That is data of `swept` commits, or of archives that are not `waiting`.
     """
+    if any(must_rekey(catalog, swept, rule) for rule in (BY_NAME, REKEY)):
+        return True
     for name, record in catalog.archives().items():
         if name not in waiting and any(
             catalog.has_recipe(values, patches=False)
@@ -103,10 +105,18 @@ def wants_rekey(catalog: Catalog, swept: Dropped, waiting: Container[ObjectId]) 
             for values in replaced(catalog, commit)
         ):
             return True
+    return False
+
+
+def must_rekey(catalog: Catalog, swept: Dropped, rule: str = BY_NAME) -> bool:
+    """Return whether deltas may still need `swept` commits of drops whose rule ends with `rule`.
+
+    The data of commits that were dropped by name goes even if that takes more room.
+    """
     return any(
         catalog.has_recipe(state.values)
         for record in catalog.drops().values()
-        if record.rule == BY_NAME or record.rule.endswith(REKEY)
+        if record.rule.endswith(rule)
         for commit in swept.commits.intersection(record.commits)
         if catalog.store.contains(commit)  # it is gone if it was at the end of a branch
         for state in catalog.commit(commit).parts.values()

@@ -81,7 +81,7 @@ def preview(repository: Repository, policy: Policy, time: str, progress: Progres
                 rekeyer = Rekeyer(
                     work.catalog, folder / "bases", work.config.keyframe_depth, progress
                 )
-                rekeyer.run(visible, work.catalog.dropped().parts)
+                rekeyer.run(visible, work.catalog.dropped().parts, always=False)
             plan = work.collector().plan(Policy(), time)
             archived = () if record is None else record.archived
             freed = before - plan.kept_bytes

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ckptvcs.errors import ConflictError, InvalidInputError, StorageError, after
 from ckptvcs.gc.collect import Collector, GcPlan
 from ckptvcs.gc.decide import Judge, is_followed
+from ckptvcs.gc.grace import must_rekey
 from ckptvcs.gc.retention import Policy
 from ckptvcs.gc.sweep import Sweep
 from ckptvcs.history.canonical_json import now as current_time
@@ -225,7 +226,8 @@ class _Collection:
         rekeyer = Rekeyer(repository.catalog, repository.bases, depth, self._progress)
         before = self._collector.unarchived(time).values()
         waiting = {state.values for commit in before for state in commit.parts.values()}
-        rekeyer.run(kept, gone.parts, waiting)
+        always = bool(self._policy.named) or must_rekey(repository.catalog, gone)
+        rekeyer.run(kept, gone.parts, waiting, always=always)
 
 
 def _collector(
