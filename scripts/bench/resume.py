@@ -30,7 +30,8 @@ from scripts.tinygpt import TinyGPT, TrainSpec, corpus, learning_rate, tokenize
 
 STEPS = 60
 POINTS = (750, 1050)
-CODECS = ("near", "excp", "excp-max")
+CODECS = ("near", "excp", "excp-max", "archive-2", "archive-4", "archive-8")
+"""Codecs, and archives with an anchor every so many commits."""
 CHAIN = 5  # deltas before a point, one per 50 steps
 
 
@@ -84,6 +85,25 @@ def restored(run: Path, point: int, codec: str, scratch: Path) -> tuple[dict[str
     return torch.load(target, weights_only=True), raw / statistics.mean(stored[1:])
 
 
+def archived(run: Path, point: int, every: int, scratch: Path) -> tuple[dict[str, Any], float]:
+    """Return the state of an archived commit in the middle between two anchors, and the ratio.
+
+    The first anchor before the point is itself archived.
+    """
+    repo = Repo.init(scratch)
+    for key, value in {"keep-exact": 0, "archive-every": every, "archive-after": 1}.items():
+        repo.configure(key, str(value))
+    for step in range(point - 50 * (every + every // 2), point + 50 * (every // 2 + 1) + 1, 50):
+        repo.commit_path(run / f"step{step}.pt", message="", step=step)
+    rows = repo.gc(now=True, archive=True).archived
+    assert repo.resolve(point) in {row.commit for row in rows if row.between}
+    others = [entry.id for entry in repo.log() if not entry.near_error]
+    size = repo.stats().history_bytes - repo.disk_usage(others, by="commit").size_bytes
+    repo.checkout_files(repo.resolve(point), scratch / "back.pt", force=True)
+    raw = (run / f"step{point}.pt").stat().st_size
+    return torch.load(scratch / "back.pt", weights_only=True), raw * len(rows) / size
+
+
 def main() -> None:
     """Run the experiment; write a line of CSV for each run, point and codec."""
     parser = argparse.ArgumentParser(
@@ -109,7 +129,11 @@ def main() -> None:
             reference = go_on(spec, true, tokens, held_out)
             for codec in options.codec or CODECS:
                 with tempfile.TemporaryDirectory(prefix="ckpt-resume-") as scratch:
-                    state, ratio = restored(run, point, codec, Path(scratch))
+                    name, _, every = codec.partition("archive-")
+                    if every:
+                        state, ratio = archived(run, point, int(every), Path(scratch))
+                    else:
+                        state, ratio = restored(run, point, name, Path(scratch))
                 gap = go_on(spec, state, tokens, held_out) - reference
                 rows.append(
                     {
