@@ -51,11 +51,17 @@ os.environ.setdefault("CKPT_COMPILED", "0")
 os.environ["CKPT_CONFIG"] = str(Path(__file__).parent / "config.toml")
 
 
+_ON_BOTH = {"tests.test_repo", "tests.gc.test_grace", "tests.ops.test_repository_backend"}
+"""The modules whose tests run on both backends in the short profile, too."""
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run the tests marked `any_backend` on a directory and on a backend in memory."""
     marks = metafunc.definition.get_closest_marker
     if marks("any_backend") and not marks("directory_only"):
-        metafunc.parametrize("chosen_backend", ["directory", "memory"], indirect=True)
+        often = metafunc.module.__name__ in _ON_BOTH
+        memory = pytest.param("memory", marks=() if often else pytest.mark.slow)
+        metafunc.parametrize("chosen_backend", ["directory", memory], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +151,7 @@ def cut_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-_SHORT = {"archive", "commit", "drop the newest", "each", "gc", "import one by one", "note"}
+_SHORT = {"archive now", "commit", "drop the newest", "gc", "import one by one"}
 """The nightly profile runs all scenarios; the others take the steps of these."""
 
 

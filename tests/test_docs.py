@@ -17,6 +17,7 @@ from ckptvcs import errors
 from ckptvcs.cli.app import COMMANDS
 from scripts import doc_examples
 from scripts.cli_reference import pages, reference
+from tests.helpers.profiles import short
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -79,7 +80,14 @@ def test_the_readme_fits_on_a_screen_and_works_elsewhere() -> None:
         assert path == link or (DOCS.parent / path).exists(), link
 
 
-@pytest.mark.parametrize("guide", doc_examples.guides(), ids=lambda path: path.stem)
+_OFTEN = {"free-a-full-disk", "resume", "retention", "tasks"}
+
+
+@pytest.mark.parametrize(
+    "guide",
+    short(doc_examples.guides(), [path for path in doc_examples.guides() if path.stem in _OFTEN]),
+    ids=lambda path: path.stem,
+)
 def test_a_guide_prints_what_it_shows(guide: Path, tutorial: Path, tmp_path: Path) -> None:
     shutil.copytree(tutorial, tmp_path, dirs_exist_ok=True)
     check(guide, tmp_path)

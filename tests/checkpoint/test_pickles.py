@@ -120,7 +120,10 @@ def test_bombs_cost_nothing(name: str) -> None:
     assert grown < 300_000  # kB
 
 
-@pytest.mark.parametrize("name", ["memo index", "deep", "shared", "many globals", "long", "key"])
+@pytest.mark.parametrize(
+    "name",
+    short(["memo index", "deep", "shared", "many globals", "long", "key"], ["memo index", "key"]),
+)
 def test_hostile_files_are_committed_as_they_are(name: str, repo: Repo, tmp_path: Path) -> None:
     records = {"data.pkl": BOMBS[name], "data/0": os.urandom(3000), "version": b"3\n"}
     path = tmp_path / "evil.pt"
@@ -258,7 +261,7 @@ def test_a_tensor_has_few_sizes() -> None:
     assert tensor_ref((storage, 0, (1,) * 64, (1,) * 64), None) is not None
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", short(range(6), [2]))
 def test_what_programs_write_is_within_bounds(protocol: int) -> None:
     """However long it is: each of its bytes costs less than is allowed for one."""
     from ckptvcs.checkpoint import pickle_reader

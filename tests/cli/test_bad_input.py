@@ -120,7 +120,7 @@ def test_raw_takes_anything(ckpt: Ckpt, tmp_path: Path, run_files: list[Path]) -
 def test_refused_checkouts(ckpt: Ckpt, history: Path) -> None:
     assert "-o model.pt" in ckpt("checkout", 1, "-o", "-", code=2).err
     assert "optimizer" in ckpt("checkout", 1, "--only", "weights", code=2).err
-    assert "exact" in ckpt("checkout", 1, "--require", "near", code=2).err
+    assert "exact" in ckpt("checkout", 1, "--require", "nearly", code=2).err
     (history / "folder").mkdir()
     assert "directory" in one_line(ckpt("checkout", 1, "-o", "folder", code=2).err)
 

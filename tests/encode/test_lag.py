@@ -79,9 +79,7 @@ def difference(one: Weights, other: Weights) -> float:
     return sum(float((one[name].double() - other[name].double()).square().sum()) for name in one)
 
 
-@pytest.mark.parametrize(
-    ("move", "codec"), short(CASES, [("to a stop", "near"), ("a frozen layer", "near:step=4")])
-)
+@pytest.mark.parametrize(("move", "codec"), short(CASES, [("a frozen layer", "near:step=4")]))
 def test_the_lag_does_not_grow(move: str, codec: str, tmp_path: Path) -> None:
     repo, draw = Repo.init(tmp_path, codec=codec), torch.Generator().manual_seed(0)
     repo.configure("keep-exact", "0")

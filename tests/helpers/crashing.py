@@ -275,7 +275,7 @@ SCENARIOS = {
         Scenario("gc of parts", _gc(Policy(optimizer_last=1)), commits=4),
         Scenario("gc of a branch", _gc(Policy()), prepare=_side),
         Scenario("rekey", _gc(Policy(every=3), rekey=True), commits=7),
-        Scenario("archive", _archive(now=True), commits=6, prepare=_archived),
+        Scenario("archive now", _archive(now=True), commits=6, prepare=_archived),
         Scenario("archive with grace", _archive(now=False), commits=6, prepare=_archived),
         Scenario("undo an archive", _undo, commits=6, prepare=_archived_and_waiting, repeats=False),
         Scenario(
