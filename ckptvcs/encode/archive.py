@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -27,7 +28,7 @@ from ckptvcs.codec.frame import slices_of
 from ckptvcs.codec.interpolate import interpolate
 from ckptvcs.codec.spec import CodecSpec, NearSpec, finer
 from ckptvcs.codec.words import Floats, Words, double_squares, octets, to_float32
-from ckptvcs.decode.base_cache import RecentTables, find_decoded
+from ckptvcs.decode.base_cache import BaseWriter, RecentTables, find_decoded
 from ckptvcs.decode.chain import ChainReader, DecodedTable
 from ckptvcs.decode.commit_reader import Restorer
 from ckptvcs.encode.assemble import Place, recipe_of
@@ -108,7 +109,7 @@ class Archiver:
         """Archive the rows of one path, segment after segment."""
         start = self._catalog.commit(path.start)
         form = in_form(start, known[path.start]) if path.start in known else start
-        anchor = self._open(_Point(path.start, start, form))
+        anchor = self._open(_Point(path.start, start, form), starts=form is start)
         done: list[Archived] = []
         rest, every = list(path.rows), self._rule.every
         while rest:
@@ -147,10 +148,13 @@ class Archiver:
 
     def _kept(self, name: ObjectId) -> _Point:
         commit = self._catalog.commit(name)
-        return self._open(_Point(name, commit, commit))
+        return self._open(_Point(name, commit, commit), starts=True)
 
-    def _open(self, point: _Point) -> _Point:
-        """Decode and verify a commit; the deltas of the next ones are based on it."""
+    def _open(self, point: _Point, *, starts: bool = False) -> _Point:
+        """Decode and verify a commit; the deltas of the next ones are based on it.
+
+        If a line `starts` there, the first anchor is too: its weights are decoded once.
+        """
         restorer = self._restorer(point.name)
         for part, state in point.near.parts.items():
             row = restorer.schema.stored(part)
@@ -158,11 +162,18 @@ class Archiver:
                 continue
             infos = [restorer.schema.tensors[number] for number in row]
             hashes = self._catalog.all_values(state.values, len(row))
-            with self._recent.room(state.values, infos, hashes) as put:
+            with ExitStack() as stack:
+                takers = [stack.enter_context(self._recent.room(state.values, infos, hashes))]
+                if starts and part == "model":
+                    base = BaseWriter(self._bases, infos)
+                    stack.callback(base.abort)
+                    takers.append(base.write)
                 for position, info in enumerate(infos):
                     for number, words in restorer.chain.slices(state.values, position, info):
-                        if put is not None:
+                        for put in filter(None, takers):
                             put(position, number, words)
+                if len(takers) > 1:
+                    base.finish(state.values)
             table = restorer.place(row[0])[0]
             if table != state.values:  # the exact form
                 for position, info in enumerate(infos):
