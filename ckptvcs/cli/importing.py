@@ -63,6 +63,8 @@ def import_(
             _sum_up(repo, importer, dry_run=dry_run, delete=delete)
             if dry_run:
                 import_plan.show(importer, estimate, delete=delete, accept_near=accept_near)
+                if archive:
+                    render.talk("note: the estimate is that of near commits, without --archive")
         sys.stdout.flush()
     _exit(importer, kept=delete and not dry_run)
 
