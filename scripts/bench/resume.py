@@ -75,6 +75,7 @@ def go_on(
 def restored(run: Path, point: int, codec: str, scratch: Path) -> tuple[dict[str, Any], float]:
     """Return the state restored from a chain, and the compression ratio of its deltas."""
     repo = Repo.init(scratch)
+    repo.configure("keep-exact", "0")  # the point is restored from its near form
     stored, raw = [], 0
     for step in range(point - 50 * CHAIN, point + 1, 50):
         path = run / f"step{step}.pt"
