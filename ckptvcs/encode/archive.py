@@ -78,8 +78,10 @@ class _Point:
 class Archiver:
     """Archives paths of a repository that has no other writer."""
 
-    def __init__(self, catalog: Catalog, rule: ArchiveRule, progress: Progress) -> None:
+    def __init__(self, catalog: Catalog, rule: ArchiveRule, depth: int, progress: Progress) -> None:
+        """Limit chains to `depth`: an anchor that would be deeper is stored without a base."""
         self._catalog, self._rule, self._progress = catalog, rule, progress
+        self._depth = depth
         self._line: dict[ObjectId, _Now] = {}
 
     def run(self, paths: Sequence[Path]) -> list[Archived]:
@@ -197,7 +199,8 @@ class Archiver:
         infos = checkpoint.schema.tensors
         numbers = [number for number, info in enumerate(infos) if not info.inline]
         hashes = {number: self._catalog.value(*source.place(number)) for number in numbers}
-        attempt = Attempt.first(CodecSpec("near", ANCHOR), keyframe=False, patched=False)
+        is_full = self._depth_of(anchor) >= self._depth
+        attempt = Attempt.first(CodecSpec("near", ANCHOR), keyframe=is_full, patched=False)
         for _ in range(_TRIES):
             encoder = Encoder(
                 self._catalog,
@@ -221,6 +224,19 @@ class Archiver:
             form = Archived(name, parts, encoded.error, encoded.data_bytes)
             return _Point(name, commit, in_form(commit, form))
         return None
+
+    def _depth_of(self, anchor: _Point) -> int:
+        """Return the largest depth of the tensors of an anchor."""
+        restorer = self._restorer(anchor.name)
+        return max(
+            (
+                self._catalog.depth(state.values, position)
+                for part, state in anchor.form.parts.items()
+                if restorer.fidelity[part] != "dropped"
+                for position in range(len(restorer.schema.stored(part)))
+            ),
+            default=0,
+        )
 
     def _publish(self, tables: Iterable[bytes], recipes: Iterable[Recipe]) -> None:
         pack = self._catalog.store.new_pack("meta")

@@ -135,9 +135,10 @@ class Work:
         """Store archived forms, and return the record to write; None if there are none."""
         from ckptvcs.encode.archive import Archiver  # noqa: PLC0415  needs numpy
 
-        rule = rule_of(self.config)
+        rule, depth = rule_of(self.config), self.config.keyframe_depth
         paths = list(Pathfinder(self.catalog, self.revisions(), self.kept(), rule).paths())
-        rows = tuple(Archiver(self.catalog, rule, progress).run(paths)) if paths else ()
+        archiver = Archiver(self.catalog, rule, depth, progress)
+        rows = tuple(archiver.run(paths)) if paths else ()
         if not rows:
             return None
         names = tuple(row.commit for row in rows)

@@ -112,6 +112,21 @@ def test_gc_goes_on_where_the_last_one_ended(repo: Repo, states: list[State]) ->
     assert not repo.verify().damage
 
 
+def test_chains_of_anchors_have_keyframes(tmp_path: Path) -> None:
+    """A checkout of any commit decodes at most as many frames as the setting allows."""
+    repo = committed(tmp_path, walk(14))
+    repo.configure("keyframe-depth", "2")
+    repo.configure("archive-every", "2")
+    plan = repo.gc(now=True, archive=True)
+    assert anchors(plan.archived) == "-A" * 6
+    catalog = handle(repo).catalog
+    for entry in repo.log():
+        for state in entry.commit.parts.values():
+            count = len(catalog.values(state.values))
+            assert all(catalog.depth(state.values, position) <= 3 for position in range(count))
+    assert not repo.verify().damage
+
+
 @pytest.mark.parametrize("kept", short(["tag", "pin", "best", "rule"], ["best", "rule"]))
 def test_a_protected_commit_stays_and_serves_as_an_anchor(
     repo: Repo, states: list[State], kept: str
