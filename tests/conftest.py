@@ -151,7 +151,7 @@ def cut_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-_SHORT = {"archive now", "commit", "drop the newest", "gc", "import one by one"}
+_SHORT = {"archive now", "commit", "gc", "import one by one"}
 """The nightly profile runs all scenarios; the others take the steps of these."""
 
 

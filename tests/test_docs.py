@@ -80,7 +80,7 @@ def test_the_readme_fits_on_a_screen_and_works_elsewhere() -> None:
         assert path == link or (DOCS.parent / path).exists(), link
 
 
-_OFTEN = {"free-a-full-disk", "resume", "retention", "tasks"}
+_OFTEN = {"free-a-full-disk", "retention", "tasks"}
 
 
 @pytest.mark.parametrize(

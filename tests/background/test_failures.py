@@ -312,7 +312,8 @@ def test_none_of_many_is_lost(count: int, repo: Repo) -> None:
     _all_there(repo, seed, count)
 
 
-@pytest.mark.parametrize("count", [_SHORT, pytest.param(_LONG, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [_SHORT, _LONG])
 def test_none_of_many_is_lost_when_processes_are_killed(count: int, repo: Repo) -> None:
     seed = int(os.environ.get("CKPT_TEST_SEED", "2"))
     repo.commit_async(state(0), step=0).result()

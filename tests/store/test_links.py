@@ -61,6 +61,7 @@ def test_of_many_writers_one_gets_a_name(no_links: int, tmp_path: Path) -> None:
     assert list(backend.names("tmp")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("no_links", [errno.EPERM], indirect=True)
 def test_killed_around_a_rename(no_links: int, tmp_path: Path) -> None:
     scenario = SCENARIOS["commit"]

@@ -20,6 +20,7 @@ from ckptvcs.repo import Repo
 from tests.helpers.command_line import Ckpt
 from tests.helpers.disks import MiB, fill, limited, mounted, used_bytes
 from tests.helpers.importing import names, silent
+from tests.helpers.profiles import short
 from tests.helpers.soaking import run_states
 
 WAYS = {"exact": ["--codec", "lossless"], "near": ["--accept-near"]}
@@ -46,7 +47,7 @@ def disks() -> Iterator[list[Path]]:
     ("count", "shape", "free"),
     [(12, (400, 300), 4 * MiB), pytest.param(30, (1700, 1510), 80 * MiB, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", short(WAYS, ["near"]))
 def test_import_into_little_room(
     way: str,
     count: int,

@@ -530,7 +530,7 @@ _THREE = [
 @pytest.mark.parametrize(
     "others",
     [
-        pytest.param(pair, id=" and ".join(pair), marks=pytest.mark.slow if number % 2 else ())
+        pytest.param(pair, id=" and ".join(pair), marks=pytest.mark.slow if number % 4 else ())
         for number, pair in enumerate(_THREE)
     ],
 )
